@@ -1,0 +1,305 @@
+"""The dataclass of every configuration group, with units and bounds.
+
+`conf/*.yaml` gives the values, these classes give the types: an unknown key or a value of the wrong type is refused
+when the configuration is composed, a value out of bounds or a combination that cannot run when it becomes an object.
+The launcher composes once; ranks read the resolved file from the run directory.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, OmegaConf
+
+from dist_lm.errors import ConfigError
+
+SPLITS = ("train", "val")
+
+
+def require(condition: bool, key: str, value: Any, accepted: str) -> None:
+    """Refuse `key=value` in one line that says what would be accepted."""
+    if not condition:
+        raise ConfigError(f"{key}={value}: expected {accepted}")
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the decoder-only transformer."""
+
+    name: str = MISSING
+    d_model: int = MISSING  # width of the residual stream
+    n_layers: int = MISSING
+    n_heads: int = MISSING  # query heads; must divide d_model
+    n_kv_heads: int | None = None  # key/value heads (grouped-query attention); none: as many as n_heads
+    d_ff: int = MISSING  # hidden width of the feed-forward network
+    max_seq_len: int = MISSING  # tokens; longest sequence trained on or generated
+    vocab_size: int = MISSING  # pieces of the tokenizer
+    norm: str = "layernorm"  # layernorm | rmsnorm
+    norm_eps: float = 1e-5
+    ffn: str = "gelu"  # gelu | swiglu
+    bias: bool = True  # biases in linear layers (and in layernorm)
+    tie_embeddings: bool = False  # the output head shares the embedding's weight
+    rope_base: float = 10000.0
+    init_std: float = 0.02
+
+    @property
+    def d_head(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    def __post_init__(self) -> None:
+        for key in ("d_model", "n_layers", "n_heads", "d_ff", "max_seq_len", "vocab_size"):
+            require(getattr(self, key) > 0, f"model.{key}", getattr(self, key), "a positive integer")
+        divisors = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0 and self.d_model // n % 2 == 0]
+        near = sorted(divisors, key=lambda n: abs(n - self.n_heads))[:6]
+        require(
+            self.n_heads in divisors,
+            "model.n_heads",
+            self.n_heads,
+            f"a divisor of model.d_model={self.d_model} with an even head width, such as {sorted(near)}",
+        )
+        require(
+            self.kv_heads > 0 and self.n_heads % self.kv_heads == 0,
+            "model.n_kv_heads",
+            self.n_kv_heads,
+            f"a divisor of model.n_heads={self.n_heads}",
+        )
+        require(self.vocab_size <= 65536, "model.vocab_size", self.vocab_size, "at most 65536 (tokens are uint16)")
+        require(self.norm in ("layernorm", "rmsnorm"), "model.norm", self.norm, "layernorm or rmsnorm")
+        require(self.ffn in ("gelu", "swiglu"), "model.ffn", self.ffn, "gelu or swiglu")
+
+
+@dataclass
+class ParallelConfig:
+    """How one model is spread over ranks. -1 means: what is left of the world."""
+
+    dp_replicate: int = 1  # replicas (DDP, or the outer axis of HSDP)
+    dp_shard: int = -1  # ranks that share one copy of parameters, gradients and optimizer state (FSDP)
+    tp: int = 1  # ranks that share the attention heads of one layer
+    reshard_after_forward: bool = True  # free gathered parameters between forward and backward
+    compute_dtype: str = "auto"  # auto (bf16 on CUDA, fp32 on CPU) | fp32 | bf16
+
+    def __post_init__(self) -> None:
+        for key in ("dp_replicate", "dp_shard", "tp"):
+            value = getattr(self, key)
+            require(value == -1 or value > 0, f"parallel.{key}", value, "a positive integer, or -1 for what is left")
+        require(
+            self.compute_dtype in ("auto", "fp32", "bf16"),
+            "parallel.compute_dtype",
+            self.compute_dtype,
+            "auto, fp32 or bf16",
+        )
+
+
+@dataclass
+class SamplingConfig:
+    """What is generated from the model at the end of a stage, and how."""
+
+    prompts: dict[str, list[str]] = field(default_factory=dict)  # language -> prompts
+    samples_per_prompt: int = 4
+    max_new_tokens: int = 128
+    temperature: float = 0.7  # 0: greedy
+    top_k: int = 50  # 0: off
+    top_p: float = 0.95  # 1: off
+
+    def __post_init__(self) -> None:
+        require(self.samples_per_prompt >= 0, "stage.sampling.samples_per_prompt", self.samples_per_prompt, ">= 0")
+        require(self.max_new_tokens > 0, "stage.sampling.max_new_tokens", self.max_new_tokens, "a positive integer")
+        require(self.temperature >= 0, "stage.sampling.temperature", self.temperature, ">= 0 (0 is greedy)")
+        require(self.top_k >= 0, "stage.sampling.top_k", self.top_k, ">= 0 (0 is off)")
+        require(0 < self.top_p <= 1, "stage.sampling.top_p", self.top_p, "in (0, 1]")
+
+
+@dataclass
+class StageConfig:
+    """One stage: what it reads, and how it is optimised."""
+
+    name: str = MISSING
+    corpus: str = ""  # name under work/corpora that it streams
+    init_from: str = "auto"  # auto (the stage before) | none | a checkpoint or run directory
+    steps: int = 1000  # optimizer steps
+    seq_len: int = 256  # tokens
+    global_batch: int = 16  # sequences a step over all ranks
+    micro_batch: int = 8  # sequences a rank takes through the model at once
+    lr: float = 1e-4  # peak learning rate
+    min_lr_ratio: float = 0.1  # final learning rate / peak
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    label_smoothing: float = 0.0
+    dropout: float = 0.0
+    grad_clip: float = 1.0  # largest global gradient norm; 0: off
+    max_nonfinite_steps: int = 10  # consecutive steps with NaN/inf gradients before the run stops
+    document_mask: bool = True  # attention stays inside a document
+    reset_positions: bool = True  # positions start at 0 in each document
+    checkpoint_every: int = 500  # steps; 0: only at the end
+    keep_checkpoints: int = 3  # newest ones kept; BEST is always kept
+    eval_every: int = 500  # steps; 0: only at the end
+    eval_sequences: int = 256  # val sequences in an evaluation on the way; 0: all. The last one always takes all
+    log_every: int = 1  # steps
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "seq_len", "global_batch", "micro_batch", "log_every", "max_nonfinite_steps"):
+            require(getattr(self, key) > 0, f"stage.{key}", getattr(self, key), "a positive integer")
+        for key in ("warmup_steps", "checkpoint_every", "eval_every", "eval_sequences"):
+            require(getattr(self, key) >= 0, f"stage.{key}", getattr(self, key), "0 or a positive integer")
+        require(self.keep_checkpoints > 0, "stage.keep_checkpoints", self.keep_checkpoints, "a positive integer")
+        require(self.lr > 0, "stage.lr", self.lr, "a positive number")
+        require(0 <= self.min_lr_ratio <= 1, "stage.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
+        require(0 <= self.dropout < 1, "stage.dropout", self.dropout, "in [0, 1)")
+        require(0 <= self.label_smoothing < 1, "stage.label_smoothing", self.label_smoothing, "in [0, 1)")
+        require(self.grad_clip >= 0, "stage.grad_clip", self.grad_clip, ">= 0 (0 is off)")
+        require(self.weight_decay >= 0, "stage.weight_decay", self.weight_decay, ">= 0")
+
+
+@dataclass
+class SourceConfig:
+    """Where documents of one language come from."""
+
+    reader: str = MISSING  # english | python | bash | sql (read on this machine) | hub
+    language: str = MISSING  # english | python | bash | sql
+    licence: str = ""
+    limit: int = 0  # documents; 0: all
+    dataset: str = ""  # hub: dataset id, or a local folder or file with the same columns
+    revision: str = "main"  # hub
+    subset: str | None = None  # hub: configuration name of the data set
+    split: str = "train"  # hub: split of the data set (train/val is ours, by document hash)
+    column: str = "text"  # hub: the column that holds the document
+
+    def __post_init__(self) -> None:
+        require(self.limit >= 0, f"corpus source {self.reader}: limit", self.limit, "0 (all) or a positive integer")
+
+
+@dataclass
+class CorpusConfig:
+    """The documents of every corpus, by corpus name."""
+
+    name: str = MISSING  # local | hub
+    corpora: dict[str, list[SourceConfig]] = field(default_factory=dict)
+    val_fraction: float = 0.02  # share of documents kept out of training, chosen by hash
+    max_document_bytes: int = 1_000_000  # longer documents are dropped and counted
+    documents_per_member: int = 256  # documents grouped in one member of a tar
+    shard_tokens: int = 64_000_000  # tokens a tar
+
+    def __post_init__(self) -> None:
+        require(0 < self.val_fraction < 1, "corpus.val_fraction", self.val_fraction, "in (0, 1)")
+        require(self.documents_per_member > 0, "corpus.documents_per_member", self.documents_per_member, ">= 1")
+        require(self.shard_tokens > 0, "corpus.shard_tokens", self.shard_tokens, ">= 1")
+
+
+@dataclass
+class TokenizerConfig:
+    """How the SentencePiece BPE is trained."""
+
+    vocab_size: int = MISSING  # pieces, special ones included
+    train_bytes: int = 200_000_000  # text sampled for training; the same share of every language
+    workers: int = 0  # processes that encode; 0: all cores
+
+    def __post_init__(self) -> None:
+        require(
+            512 <= self.vocab_size <= 65536,
+            "tokenizer.vocab_size",
+            self.vocab_size,
+            "512 to 65536 (256 byte pieces, special tokens, and tokens that fit uint16)",
+        )
+
+
+@dataclass
+class ClusterConfig:
+    """Where the ranks run."""
+
+    name: str = MISSING  # local (start Ray here) | ray (join one that runs)
+    nodes: int = 1
+    ranks_per_node: int = -1  # -1: one a GPU; without GPUs 2, or 1 on a single core
+    address: str | None = None  # host:port of a running Ray head, for name=ray
+    token_path: str | None = None  # file with the Ray token (mode 0600), for name=ray; none: RAY_AUTH_TOKEN_PATH
+    connect_timeout_s: float = 20.0
+    start_timeout_s: float = 120.0  # from asking for nodes to all agents ready
+    stop_timeout_s: float = 120.0  # from the request to stop to the last rank gone (a checkpoint fits in between)
+
+    def __post_init__(self) -> None:
+        require(self.name in ("local", "ray"), "cluster.name", self.name, "local or ray")
+        require(self.nodes > 0, "cluster.nodes", self.nodes, "a positive integer")
+        require(
+            self.ranks_per_node == -1 or self.ranks_per_node > 0,
+            "cluster.ranks_per_node",
+            self.ranks_per_node,
+            "a positive integer, or -1 for one a GPU",
+        )
+        require(
+            self.name == "local" or bool(self.address),
+            "cluster.address",
+            self.address,
+            "host:port of a running Ray head when cluster=ray",
+        )
+
+
+@dataclass
+class TrackingConfig:
+    """Who is told about the metrics, besides metrics.jsonl."""
+
+    name: str = MISSING  # wandb | none
+    project: str = "dist_lm"
+    entity: str | None = None
+    mode: str = "auto"  # auto (online with a key, else offline) | online | offline
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        require(self.name in ("wandb", "none"), "tracking.name", self.name, "wandb or none")
+        require(self.mode in ("auto", "online", "offline"), "tracking.mode", self.mode, "auto, online or offline")
+
+
+@dataclass
+class Config:
+    """The whole resolved configuration."""
+
+    seed: int = 0
+    work_dir: str = "work"
+    run_id: str = "default"
+    device: str = "auto"  # auto | cpu | cuda
+    prerequisites: str = "build"  # build what is missing | fail and name the command
+    dry_run: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
+        require(self.prerequisites in ("build", "fail"), "prerequisites", self.prerequisites, "build or fail")
+        require(
+            bool(self.run_id) and Path(self.run_id).name == self.run_id and not self.run_id.startswith("."),
+            "run_id",
+            self.run_id,
+            "a plain name (it becomes a folder)",
+        )
+        require(
+            self.stage.seq_len <= self.model.max_seq_len,
+            "stage.seq_len",
+            self.stage.seq_len,
+            f"at most model.max_seq_len={self.model.max_seq_len}",
+        )
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML."""
+    from dist_lm import durable
+
+    durable.write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def load_config(path: Path) -> Config:
+    """Read what `save_config` wrote; types and bounds are checked again."""
+    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    return config

@@ -1,0 +1,32 @@
+"""What the model sees: a micro-batch of sequences.
+
+Dimensions: B sequences, T tokens.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """B sequences of T tokens with their targets.
+
+    A document opens with end-of-text, so the target of its last token is the end-of-text that opens the next one, and
+    every token of a corpus is predicted exactly once an epoch.
+    """
+
+    tokens_BT: torch.Tensor  # int64
+    targets_BT: torch.Tensor  # int64; the next token
+    loss_mask_BT: torch.Tensor  # float32; 1 where the target counts
+    document_BT: torch.Tensor  # int64; 0, 1, ... in a sequence; attention stays inside one number
+    position_BT: torch.Tensor  # int64; for RoPE; starts at 0 in each document
+    sequence_B: torch.Tensor  # int64; global sequence number: dropout, tracing and resume hang on it
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device` (asynchronously from pinned memory)."""
+        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked host memory."""
+        return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})

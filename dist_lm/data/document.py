@@ -1,0 +1,28 @@
+"""The noun of the data room: a text with where it comes from, before and after tokenizing."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text. `group` decides the split: documents cut from one file share it, so none leaks from train to val."""
+
+    text: str
+    language: str
+    source: str  # path or data set id and row
+    licence: str
+    group: str  # hexadecimal hash
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedDocument:
+    """A document as the shards hold it."""
+
+    tokens: np.ndarray  # (n,) uint16; the first is end-of-text, which opens every document
+    n_bytes: int  # UTF-8 bytes of the text that the other tokens stand for
+    language: str
+    source: str
+    licence: str
+    loss_mask: np.ndarray | None = None  # (n,) uint8, conversations only: 1 where the token is learned

@@ -1,0 +1,17 @@
+"""Errors a person can mend.
+
+Every entry point prints a `UserError` as one line and exits 2; anything else is a defect of ours and keeps its
+traceback.
+"""
+
+
+class UserError(ValueError):
+    """Something the user can get wrong: the message names the key, file or rank, the value, and the way out."""
+
+
+class ConfigError(UserError):
+    """A key that does not exist, a value of the wrong type or range, or a combination that cannot run."""
+
+
+class ArtefactError(UserError):
+    """A file of an earlier stage is missing, damaged, or belongs to something else."""

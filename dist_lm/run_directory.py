@@ -1,0 +1,101 @@
+"""Every path under the work directory, and the only code that knows their names.
+
+    work/
+      tokenizer/{tokenizer.model,report.json}
+      corpora/NAME/{train,val}-000000.tar + .index, manifest.json
+      runs/STAGE/RUN_ID/
+        config.yaml metrics.jsonl result.json
+        checkpoints/step_00000100/ ... LATEST BEST
+        logs/rank_00000.log   samples/   wandb/
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class WorkDirectory:
+    """What all runs share: the tokenizer, the corpora, and where runs are kept."""
+
+    path: Path
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
+
+    @property
+    def tokenizer_model(self) -> Path:
+        return self.tokenizer / "tokenizer.model"
+
+    @property
+    def tokenizer_report(self) -> Path:
+        return self.tokenizer / "report.json"
+
+    def corpus(self, name: str) -> Path:
+        return self.path / "corpora" / name
+
+    def corpus_manifest(self, name: str) -> Path:
+        return self.corpus(name) / "manifest.json"
+
+    def run(self, stage: str, run_id: str) -> "RunDirectory":
+        return RunDirectory(self.path / "runs" / stage / run_id)
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """One run of one training stage."""
+
+    path: Path
+
+    @property
+    def work(self) -> WorkDirectory:
+        """The work directory this run lies in (`work/runs/STAGE/RUN_ID`)."""
+        return WorkDirectory(self.path.parents[2])
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, read by every rank."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line: `step`, `time`, and that step's metrics."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """The success marker: written last, only at a true end."""
+        return self.path / "result.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def rank_log(self, rank: int) -> Path:
+        """Everything rank `rank` printed, all attempts."""
+        return self.logs / f"rank_{rank:05d}.log"
+
+    def rank_failure(self, rank: int) -> Path:
+        """JSON of the exception that ended rank `rank`: `{rank, node, time, type, message, traceback, user_error}`."""
+        return self.logs / f"failure_{rank:05d}.json"
+
+    def node_log(self, node: int) -> Path:
+        """What torchrun itself printed on node `node`, and ranks before they had a log of their own."""
+        return self.logs / f"node_{node:05d}.log"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def wandb(self) -> Path:
+        return self.path / "wandb"
+
+    def create(self) -> None:
+        """Make the directories of the run; existing ones are kept."""
+        for directory in (self.path, self.checkpoints, self.logs, self.samples):
+            directory.mkdir(parents=True, exist_ok=True)
