@@ -169,11 +169,20 @@ class SourceConfig:
     dataset: str = ""  # hub: dataset id, or a local folder or file with the same columns
     revision: str = "main"  # hub
     subset: str | None = None  # hub: configuration name of the data set
+    data_dir: str | None = None  # hub: folder inside the data set
     split: str = "train"  # hub: split of the data set (train/val is ours, by document hash)
     column: str = "text"  # hub: the column that holds the document
+    licence_column: str = ""  # hub: the column that holds the licence of each row; none: `licence` for all
 
     def __post_init__(self) -> None:
         require(self.limit >= 0, f"corpus source {self.reader}: limit", self.limit, "0 (all) or a positive integer")
+
+
+def _source(item: Any) -> SourceConfig:
+    typed = item if isinstance(item, SourceConfig) else OmegaConf.merge(OmegaConf.structured(SourceConfig), item)
+    source = OmegaConf.to_object(OmegaConf.structured(typed))
+    assert isinstance(source, SourceConfig)
+    return source
 
 
 @dataclass
@@ -188,6 +197,8 @@ class CorpusConfig:
     shard_tokens: int = 64_000_000  # tokens a tar
 
     def __post_init__(self) -> None:
+        # OmegaConf checks the types of dataclasses inside a list, but not of those in a list inside a mapping
+        self.corpora = {name: [_source(item) for item in sources] for name, sources in self.corpora.items()}
         require(0 < self.val_fraction < 1, "corpus.val_fraction", self.val_fraction, "in (0, 1)")
         require(self.documents_per_member > 0, "corpus.documents_per_member", self.documents_per_member, ">= 1")
         require(self.shard_tokens > 0, "corpus.shard_tokens", self.shard_tokens, ">= 1")
@@ -265,13 +276,13 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda
     prerequisites: str = "build"  # build what is missing | fail and name the command
     dry_run: bool = False
-    model: ModelConfig = field(default_factory=ModelConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    stage: StageConfig = field(default_factory=StageConfig)
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    model: ModelConfig = MISSING
+    parallel: ParallelConfig = MISSING
+    stage: StageConfig = MISSING
+    corpus: CorpusConfig = MISSING
+    tokenizer: TokenizerConfig = MISSING
+    cluster: ClusterConfig = MISSING
+    tracking: TrackingConfig = MISSING
 
     def __post_init__(self) -> None:
         require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")

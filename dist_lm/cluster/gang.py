@@ -1,0 +1,244 @@
+"""The ranks of a run, started, watched and ended together: torchrun on every node of a Ray placement group.
+
+Every node must see the run directory. Ranks are numbered by node: rank r runs on node r // ranks_per_node.
+"""
+
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from dist_lm.cluster.agent import Assignment, NodeReport, RankExit
+from dist_lm.cluster.failure import GangFailure, clear_failures, explain
+from dist_lm.cluster.placement import Placement, place
+from dist_lm.cluster.ray_cluster import RayCluster
+from dist_lm.run_directory import RunDirectory
+
+ANSWER_S = 1.0  # how long `poll` waits for agents; they answer in milliseconds
+LOST_S = 30.0  # an agent that cannot be reached for so long is lost
+STOP_GRACE_S = 5.0  # between SIGTERM and SIGKILL
+
+
+@dataclass(frozen=True)
+class GangStatus:
+    """How a gang stands.
+
+    `finished` says only that every rank left with exit code 0: a run that is done also has its result, one
+    that was interrupted has not. `stopped`: by a call of `stop` before it was over.
+    """
+
+    state: Literal["running", "finished", "failed", "stopped"]
+    failure: GangFailure | None = None
+
+
+class _Member:
+    """One node of the gang, as the driver knows it."""
+
+    def __init__(self, agent: Any, address: str) -> None:
+        self.agent = agent
+        self.address = address
+        self.report = NodeReport(None)
+        self.lost: str | None = None  # why, once it is
+        self.silent_since: float | None = None  # monotonic seconds; None: it answered last time
+        self._question: Any = None
+
+    def ask(self) -> Any:
+        """A Ray reference to the node's next report; the one before, if it is still open."""
+        if self._question is None:
+            self._question = self.agent.poll.remote()
+        return self._question
+
+    def take(self, answered: bool) -> None:
+        """Take in what became of the question."""
+        import ray
+        from ray.exceptions import ActorDiedError, ActorUnavailableError
+
+        if not answered:
+            self.silent_since = self.silent_since or time.monotonic()
+            return
+        question, self._question = self._question, None
+        try:
+            self.report = cast(NodeReport, ray.get(question))
+            self.silent_since = None
+        except ActorDiedError as error:
+            self.lost = _first_line(error)
+        except ActorUnavailableError as error:
+            self.silent_since = self.silent_since or time.monotonic()
+            if time.monotonic() - self.silent_since > LOST_S:
+                self.lost = f"not reached for {LOST_S:.0f} s: {_first_line(error)}"
+
+
+class Gang:
+    """Ranks that live and die together. Use it as a context manager: leaving the block stops it."""
+
+    def __init__(self, run: RunDirectory, ranks_per_node: int, placement: Placement) -> None:
+        """See `start`."""
+        self._run = run
+        self._ranks_per_node = ranks_per_node
+        self._placement = placement
+        self._members = [
+            _Member(*member) for member in zip(placement.agents, placement.addresses, strict=True)
+        ]
+        self._status = GangStatus("running")
+        self._stopped = False
+
+    @classmethod
+    def start(
+        cls,
+        cluster: RayCluster,
+        run: RunDirectory,
+        *,
+        nodes: int,
+        ranks_per_node: int,
+        device: str = "cpu",
+        module: str = "dist_lm.train",
+        arguments: tuple[str, ...] | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> "Gang":
+        """Start `python -m module` on `nodes` x `ranks_per_node` ranks.
+
+        Args:
+            device: cpu or cuda; a CUDA rank gets a GPU of its own.
+            arguments: of the module; none: the path of the run directory.
+            env: environment variables of the ranks, over those of the nodes (without the nodes' secrets).
+
+        Raises:
+            ClusterError: the cluster has not so many nodes within cluster.start_timeout_s, or one of them
+                does not see the run directory.
+        """
+        import ray
+
+        run = RunDirectory(run.path.resolve())
+        clear_failures(run, nodes * ranks_per_node)
+        placement = place(cluster, nodes, ranks_per_node if device == "cuda" else 0, run.path)
+        gang = cls(run, ranks_per_node, placement)
+        try:
+            address = placement.addresses[0]
+            port = cast(int, ray.get(placement.agents[0].free_port.remote(address)))
+            mark = secrets.token_hex(8)
+            loopback = nodes == 1 or all(other.startswith("127.") for other in placement.addresses)
+            launched = [
+                agent.launch.remote(
+                    Assignment(
+                        node=node,
+                        nodes=nodes,
+                        ranks_per_node=ranks_per_node,
+                        module=module,
+                        arguments=(str(run.path),) if arguments is None else arguments,
+                        master_address=address,
+                        master_port=port,
+                        loopback=loopback,
+                        device=device,
+                        log=run.node_log(node),
+                        mark=f"{mark}-{node}",
+                        directory=Path.cwd(),
+                        environment=dict(env or {}),
+                    )
+                )
+                for node, agent in enumerate(placement.agents)
+            ]
+            ray.get(launched)
+        except BaseException:
+            gang.stop()
+            raise
+        return gang
+
+    def poll(self) -> GangStatus:
+        """How it stands now, within about a second. The first failure stops the whole gang."""
+        if self._status.state != "running":
+            return self._status
+        self._ask(self._running())
+        if any(member.lost or member.report.exit_code for member in self._members):
+            self._ask(self._running())  # a node may go down with the peer that the others miss
+            self._status = GangStatus("failed", self._explain())
+            self.stop()
+        elif all(member.report.exit_code == 0 for member in self._members):
+            self._status = GangStatus("finished")
+        return self._status
+
+    def wait(self, on_poll: Callable[[], None] | None = None, interval_s: float = 0.2) -> GangStatus:
+        """Poll until it is over.
+
+        Args:
+            on_poll: called after every poll while it runs.
+        """
+        while (status := self.poll()).state == "running":
+            if on_poll:
+                on_poll()
+            time.sleep(interval_s)
+        return status
+
+    def interrupt(self) -> None:
+        """Ask every rank to write a checkpoint and leave; go on polling to see it happen."""
+        self._call(lambda agent: agent.interrupt.remote(), timeout_s=5.0)
+
+    def stop(self) -> None:
+        """End everything that was started, now; a second call does nothing.
+
+        Raises:
+            RuntimeError: processes are left on a node even after SIGKILL.
+        """
+        if self._stopped:
+            return
+        self._stopped = True
+        if self._status.state == "running":
+            self._status = GangStatus("stopped")
+        try:
+            left = self._call(lambda agent: agent.stop.remote(STOP_GRACE_S), timeout_s=STOP_GRACE_S + 15.0)
+        finally:
+            self._placement.release()
+        stuck = {self._members[node].address: pids for node, pids in left.items() if pids}
+        if stuck:
+            raise RuntimeError(f"processes that SIGKILL does not end, by node: {stuck}")
+
+    def __enter__(self) -> "Gang":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def _running(self) -> list[_Member]:
+        return [member for member in self._members if member.lost is None and member.report.exit_code is None]
+
+    def _ask(self, members: list[_Member]) -> None:
+        import ray
+
+        if not members:
+            return
+        questions = [member.ask() for member in members]
+        answered, _ = ray.wait(questions, num_returns=len(questions), timeout=ANSWER_S)
+        for member, question in zip(members, questions, strict=True):
+            member.take(question in answered)
+
+    def _call(self, ask: Callable[[Any], Any], timeout_s: float) -> dict[int, Any]:
+        """Ask all agents that are there; the answers of those that give one in time, by node."""
+        import ray
+        from ray.exceptions import RayActorError
+
+        questions = {ask(member.agent): node for node, member in enumerate(self._members) if not member.lost}
+        if not questions:
+            return {}
+        answered, _ = ray.wait(list(questions), num_returns=len(questions), timeout=timeout_s)
+        answers = {}
+        for question in answered:
+            try:
+                answers[questions[question]] = ray.get(question)
+            except RayActorError:  # the agent is gone, and what it started with it: the kernel sees to that
+                continue
+        return answers
+
+    def _explain(self) -> GangFailure:
+        exits: list[RankExit] = [rank for member in self._members for rank in member.report.exits]
+        lost = {
+            node: member.lost or f"{member.address} does not answer"
+            for node, member in enumerate(self._members)
+            if member.lost or member.silent_since is not None
+        }
+        codes = {node: member.report.exit_code for node, member in enumerate(self._members)}
+        return explain(self._run, self._ranks_per_node, exits, lost, codes)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,87 @@
+"""One agent on each of N different nodes of a Ray cluster."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_lm.cluster.agent import NodeAgent
+from dist_lm.cluster.ray_cluster import RayCluster
+from dist_lm.cluster.ray_environment import ClusterError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Agents in the order of their bundles, and the addresses of their nodes."""
+
+    group: Any
+    agents: Sequence[Any]
+    addresses: Sequence[str]
+
+    def release(self) -> None:
+        """End the agents and give the nodes back."""
+        import ray
+        from ray.util import remove_placement_group
+
+        for agent in self.agents:
+            ray.kill(agent)
+        remove_placement_group(self.group)
+
+
+def place(cluster: RayCluster, nodes: int, gpus_per_node: int, directory: Path) -> Placement:
+    """Reserve `nodes` nodes and start an agent on each.
+
+    A bundle takes one CPU: ranks share the cores of their node, and Ray's count only keeps two gangs apart.
+
+    Args:
+        gpus_per_node: GPUs reserved on each node.
+        directory: every node must see it.
+
+    Raises:
+        ClusterError: not so many nodes within cluster.start_timeout_s, or one that does not see `directory`.
+    """
+    import ray
+    from ray.exceptions import GetTimeoutError
+    from ray.util import placement_group, placement_group_table
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    bundle = {"CPU": 1.0} | ({"GPU": float(gpus_per_node)} if gpus_per_node else {})
+    group = placement_group([bundle] * nodes, strategy="STRICT_SPREAD")
+    remote = ray.remote(num_cpus=1, num_gpus=gpus_per_node, max_restarts=0, max_task_retries=0)(NodeAgent)
+    agents = [
+        remote.options(
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group=group, placement_group_bundle_index=node
+            )
+        ).remote()
+        for node in range(nodes)
+    ]
+    placement = Placement(group, agents, ())
+    try:
+        deadline = time.monotonic() + cluster.config.start_timeout_s
+        sees = ray.get(
+            [agent.sees.remote(directory) for agent in agents], timeout=max(1.0, deadline - time.monotonic())
+        )
+        places = placement_group_table(group)["bundles_to_node_id"]
+        address_of = {node.id: node.address for node in cluster.nodes()}
+        addresses = [address_of[places[node]] for node in range(nodes)]
+    except GetTimeoutError:
+        placement.release()
+        found = cluster.nodes()
+        raise ClusterError(
+            f"cluster.nodes={nodes}: not free within "
+            f"cluster.start_timeout_s={cluster.config.start_timeout_s:g}; the Ray cluster at "
+            f"{cluster.address} has {len(found)} nodes ({sum(node.gpus for node in found)} GPUs), each must have {bundle} free"
+        ) from None
+    except BaseException:
+        placement.release()
+        raise
+    blind = [address for address, seen in zip(addresses, sees, strict=True) if not seen]
+    if blind:
+        placement.release()
+        raise ClusterError(
+            f"work_dir: node {blind[0]} does not see {directory}; "
+            "it must lie on a file system that all nodes share"
+        )
+    return Placement(group, agents, addresses)

@@ -1,0 +1,62 @@
+"""Document slices to tensors.
+
+Dimensions: B sequences, T tokens.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dist_lm.data.batch import Batch
+from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.order import DocumentSlice
+
+
+def assemble(
+    corpus: MappedCorpus,
+    rows: Sequence[Sequence[DocumentSlice]],
+    numbers: Sequence[int],
+    *,
+    seq_len: int,
+    document_mask: bool,
+    reset_positions: bool,
+    pad_id: int = 0,
+) -> Batch:
+    """One `Batch` of `len(rows)` sequences.
+
+    `rows`: for each sequence the slices of its inputs and last target, `seq_len + 1` tokens in all. A shorter
+    row is filled with `pad_id`, in a document of its own, and what is filled counts for no loss. `numbers`:
+    the global sequence numbers. A target counts by the loss mask of the corpus; the first token of the next
+    document counts too.
+    """
+    shape = (len(rows), seq_len + 1)
+    tokens = np.full(shape, pad_id, np.int64)
+    learned = np.zeros(shape, np.float32)
+    document = np.zeros(shape, np.int64)
+    position = np.tile(np.arange(seq_len + 1), (len(rows), 1))
+    for b, slices in enumerate(rows):
+        begin = 0
+        for d, (number, start, stop) in enumerate(slices):
+            end = begin + stop - start
+            tokens[b, begin:end] = corpus.tokens(number, start, stop)
+            learned[b, begin:end] = corpus.mask(number, start, stop) if corpus.has_mask else 1
+            if document_mask:
+                document[b, begin:end] = d
+            if reset_positions:
+                position[b, begin:end] -= begin
+            begin = end
+        if document_mask:
+            document[b, begin:] = len(slices)
+    return Batch(
+        tokens_BT=_tensor(tokens[:, :-1]),
+        targets_BT=_tensor(tokens[:, 1:]),
+        loss_mask_BT=_tensor(learned[:, 1:]),
+        document_BT=_tensor(document[:, :-1]),
+        position_BT=_tensor(position[:, :-1]),
+        sequence_B=torch.tensor(numbers, dtype=torch.int64),
+    )
+
+
+def _tensor(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values))

@@ -1,0 +1,180 @@
+"""What is in a corpus, for people: `python -m dist_lm data inspect CORPUS`."""
+
+import json
+import re
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from dist_lm import durable
+from dist_lm.data.index import members
+from dist_lm.data.manifest import Manifest, manifest_path, read_manifest, verify
+from dist_lm.data.mapped import MappedCorpus
+from dist_lm.errors import ArtefactError
+from dist_lm.run_directory import WorkDirectory
+
+SAMPLE_TOKENS = 160  # shown of a document
+ORIGINS_SHOWN = 12
+
+
+def inspect_corpus(directory: Path) -> dict[str, Any]:
+    """Counts, integrity and origins of a corpus as a JSON value. Every tar is read and hashed.
+
+    Raises `ArtefactError` in one line if `directory` is not a corpus.
+    """
+    manifest = _manifest(directory)
+    state = verify(directory)
+    licences, origins = _origins([directory / name for name, found in state.items() if found == "ok"])
+    return {
+        "directory": str(directory),
+        "tokenizer_sha256": manifest.tokenizer_sha256,
+        "corpus_fingerprint": manifest.corpus_fingerprint,
+        "splits": {
+            name: {
+                "total": asdict(split.counts),
+                "languages": {k: asdict(v) for k, v in split.languages.items()},
+            }
+            for name, split in manifest.splits.items()
+        },
+        "shards": [
+            {**asdict(shard), "split": name, "state": state[shard.name]}
+            for name, split in manifest.splits.items()
+            for shard in split.shards
+        ],
+        "licences": [
+            {"language": language, "licence": licence, "documents": documents}
+            for (language, licence), documents in sorted(licences.items())
+        ],
+        "origins": [
+            {"origin": origin, "documents": documents} for origin, documents in origins.most_common()
+        ],
+        "ingest": manifest.ingest,
+    }
+
+
+def print_corpus(directory: Path, console: Console) -> bool:
+    """Show `inspect_corpus` and a document of each language. Returns whether every tar is whole."""
+    summary = inspect_corpus(directory)
+    console.print(Text(f"Corpus {summary['directory']}", style="bold"))
+    console.print(_language_table(summary["splits"]))
+    console.print(_shard_table(summary["shards"]))
+    console.print(_licence_table(summary["licences"]))
+    console.print(_origin_table(summary["origins"]))
+    whole = all(shard["state"] == "ok" for shard in summary["shards"])
+    if not whole:
+        console.print(Text("Some shards are damaged; no sample is shown.", style="red"))
+        return False
+    _print_samples(directory, summary["tokenizer_sha256"], console)
+    return True
+
+
+def origin_of(source: str) -> str:
+    """The folder or data set that a document came from: its source less file, name and row."""
+    place = re.split(r"[:#](?!//)", source, maxsplit=1)[0]
+    return str(Path(place).parent) if place.startswith("/") else place
+
+
+def _manifest(directory: Path) -> Manifest:
+    """Read the manifest; for a folder that is none, name the corpora nearby."""
+    if manifest_path(directory).is_file():
+        return read_manifest(directory)
+    near = sorted(
+        path.parent for folder in (directory, directory.parent) for path in folder.glob("*/manifest.json")
+    )
+    if near:
+        raise ArtefactError(f"{directory} is not a corpus; these are: {', '.join(map(str, near))}")
+    return read_manifest(directory)
+
+
+def _origins(tars: list[Path]) -> tuple[Counter[tuple[str, str]], Counter[str]]:
+    """Documents by (language, licence), and by origin."""
+    licences: Counter[tuple[str, str]] = Counter()
+    origins: Counter[str] = Counter()
+    for tar in tars:
+        with tar.open("rb") as file:
+            for _, parts in members(tar):
+                file.seek(parts["meta.json"].offset_data)
+                meta = json.loads(file.read(parts["meta.json"].size))
+                # A row of bytes behind an npy header: the codes are the last `documents` bytes of their part.
+                codes = parts["languages.npy"]
+                file.seek(codes.offset_data + codes.size - len(meta["sources"]))
+                names = [meta["languages"][str(code)] for code in file.read(len(meta["sources"]))]
+                licences.update(zip(names, meta["licences"], strict=True))
+                origins.update(map(origin_of, meta["sources"]))
+    return licences, origins
+
+
+def _language_table(splits: dict[str, Any]) -> Table:
+    table = Table("split", "language", title="Text", title_justify="left")
+    for name in ("documents", "tokens", "bytes", "bytes/token"):
+        table.add_column(name, justify="right")
+    for split, counts in splits.items():
+        for language, row in [*counts["languages"].items(), ("all", counts["total"])]:
+            ratio = f"{row['bytes'] / row['tokens']:.2f}" if row["tokens"] else "-"
+            figures = (f"{row[name]:,}" for name in ("documents", "tokens", "bytes"))
+            table.add_row(split, language, *figures, ratio, end_section=language == "all")
+    return table
+
+
+def _shard_table(shards: list[dict[str, Any]]) -> Table:
+    table = Table("shard", title="Shards", title_justify="left")
+    for name in ("documents", "tokens", "size"):
+        table.add_column(name, justify="right")
+    table.add_column("state")
+    for shard in shards:
+        counts, state = shard["counts"], shard["state"]
+        table.add_row(
+            shard["name"],
+            f"{counts['documents']:,}",
+            f"{counts['tokens']:,}",
+            decimal(shard["size"]),
+            Text(state, style="green" if state == "ok" else "red"),
+        )
+    return table
+
+
+def _licence_table(licences: list[dict[str, Any]]) -> Table:
+    table = Table("language", "licence", title="Licences", title_justify="left")
+    table.add_column("documents", justify="right")
+    for row in licences:
+        table.add_row(row["language"], Text(row["licence"] or "not given"), f"{row['documents']:,}")
+    return table
+
+
+def _origin_table(origins: list[dict[str, Any]]) -> Table:
+    table = Table("source", title="Sources", title_justify="left")
+    table.add_column("documents", justify="right")
+    for row in origins[:ORIGINS_SHOWN]:
+        table.add_row(Text(row["origin"]), f"{row['documents']:,}")
+    if rest := origins[ORIGINS_SHOWN:]:
+        table.add_row(f"and {len(rest):,} more", f"{sum(row['documents'] for row in rest):,}")
+    return table
+
+
+def _print_samples(directory: Path, tokenizer_sha256: str, console: Console) -> None:
+    """The beginning of the first document of each language, if the tokenizer of the corpus is at hand."""
+    model = WorkDirectory(directory.resolve().parents[1]).tokenizer_model
+    if not model.is_file() or durable.sha256_of(model) != tokenizer_sha256:
+        console.print(Text(f"No samples: the tokenizer of this corpus is not at {model}.", style="yellow"))
+        return
+    from dist_lm.tokenizer.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(model)
+    corpus = MappedCorpus.open(directory, "train")
+    for code, language in enumerate(corpus.languages):
+        document = int((corpus.language_codes == code).argmax())
+        length = int(corpus.lengths[document])
+        tokens = corpus.tokens(
+            document, 1, min(length, 1 + SAMPLE_TOKENS)
+        )  # without the end-of-text that opens it
+        console.print(Rule(Text(f"{language}: {length:,} tokens"), align="left"))
+        console.print(
+            Text(tokenizer.decode(tokens.tolist()) + (" ..." if length > 1 + SAMPLE_TOKENS else ""))
+        )

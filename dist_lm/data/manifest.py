@@ -1,0 +1,169 @@
+"""What a corpus holds, written last: a folder without a manifest is not a corpus.
+ The manifest names the tars with their hashes, counts by split and language, and what the shards were made
+from.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from dist_lm import durable
+from dist_lm.config import SPLITS
+from dist_lm.data.index import BUILD_COMMAND, ShardIndex, open_index
+from dist_lm.errors import ArtefactError
+
+FORMAT = 1  # of manifest.json and the tars it names
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much text."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0  # UTF-8, of the text
+
+    def __add__(self, other: Self) -> "Counts":
+        return Counts(self.documents + other.documents, self.tokens + other.tokens, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar."""
+
+    name: str
+    size: int  # bytes
+    sha256: str
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class Split:
+    """`train` or `val`."""
+
+    shards: tuple[Shard, ...] = ()
+    languages: Mapping[str, Counts] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> Counts:
+        return sum((shard.counts for shard in self.shards), Counts())
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says."""
+
+    tokenizer_sha256: str
+    corpus_fingerprint: str  # of the configuration that chose the documents
+    splits: Mapping[str, Split]
+    ingest: Mapping[str, Any]  # the report of reading: what was dropped, and why
+
+    def require_tokenizer(self, sha256: str, directory: Path) -> None:
+        """Refuse a tokenizer that the shards in `directory` were not written with."""
+        if sha256 != self.tokenizer_sha256:
+            raise ArtefactError(
+                f"{directory} was written with tokenizer {self.tokenizer_sha256[:12]}, not {sha256[:12]}: "
+                f"restore that tokenizer, or build the corpus again with `{BUILD_COMMAND}`"
+            )
+
+
+def manifest_path(directory: Path) -> Path:
+    return directory / "manifest.json"
+
+
+def write_manifest(
+    directory: Path, *, tokenizer_sha256: str, corpus_fingerprint: str, ingest: Mapping[str, Any]
+) -> Manifest:
+    """Count and hash the tars in `directory`, and declare the corpus complete. `ingest` must be JSON."""
+    splits = {}
+    for split in SPLITS:
+        tars = sorted(directory.glob(f"{split}-??????.tar"))
+        indices = [open_index(tar) for tar in tars]
+        shards = [_shard(tar.name, index) for tar, index in zip(tars, indices, strict=True)]
+        splits[split] = Split(tuple(shards), _by_language(indices))
+    manifest = Manifest(tokenizer_sha256, corpus_fingerprint, splits, dict(ingest))
+    durable.write_json(manifest_path(directory), {"format": FORMAT, **asdict(manifest)})
+    return manifest
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """What `write_manifest` wrote. Raises `ArtefactError` if there is no corpus, or an unfinished one."""
+    path = manifest_path(directory)
+    if not directory.is_dir():
+        raise ArtefactError(f"corpus {directory} does not exist: build it with `{BUILD_COMMAND}`")
+    if not path.is_file():
+        raise ArtefactError(
+            f"corpus {directory} is unfinished (no {path.name}): build it with `{BUILD_COMMAND}`"
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if value["format"] != FORMAT:
+            raise ArtefactError(
+                f"{path}: format {value['format']}, expected {FORMAT}: build it again with `{BUILD_COMMAND}`"
+            )
+        return Manifest(
+            tokenizer_sha256=value["tokenizer_sha256"],
+            corpus_fingerprint=value["corpus_fingerprint"],
+            splits={name: _parse_split(split) for name, split in value["splits"].items()},
+            ingest=value["ingest"],
+        )
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ArtefactError(
+            f"{path} is damaged ({type(error).__name__}: {error}): build it again with `{BUILD_COMMAND}`"
+        ) from error
+
+
+def verify(directory: Path, *, hashes: bool = True) -> dict[str, str]:
+    """Compare every tar with the manifest: name -> `ok`, or what is wrong.
+
+    `hashes=False` compares sizes only, which costs nothing.
+    """
+    found = {}
+    for split in read_manifest(directory).splits.values():
+        for shard in split.shards:
+            found[shard.name] = shard_state(directory / shard.name, shard, hashes=hashes)
+    return found
+
+
+def shard_state(path: Path, shard: Shard, *, hashes: bool) -> str:
+    """`ok`, or how the tar at `path` differs from what the manifest says."""
+    if not path.is_file():
+        return "missing"
+    if (size := path.stat().st_size) != shard.size:
+        return f"{size} bytes, expected {shard.size}"
+    if hashes and durable.sha256_of(path) != shard.sha256:
+        return "other contents than the manifest says (sha256)"
+    return "ok"
+
+
+def _shard(name: str, index: ShardIndex) -> Shard:
+    return Shard(name, index.tar_size, index.tar_sha256, _counts(index.entries))
+
+
+def _counts(entries: np.ndarray) -> Counts:
+    return Counts(
+        documents=len(entries),
+        tokens=int(entries["length"].sum(dtype=np.int64)),
+        bytes=int(entries["n_bytes"].sum(dtype=np.int64)),
+    )
+
+
+def _by_language(indices: list[ShardIndex]) -> dict[str, Counts]:
+    totals: dict[str, Counts] = {}
+    for index in indices:
+        for code, name in enumerate(index.languages):
+            counts = _counts(index.entries[index.entries["language"] == code])
+            totals[name] = totals.get(name, Counts()) + counts
+    return dict(sorted(totals.items()))
+
+
+def _parse_split(value: Mapping[str, Any]) -> Split:
+    shards = [
+        Shard(shard["name"], shard["size"], shard["sha256"], Counts(**shard["counts"]))
+        for shard in value["shards"]
+    ]
+    return Split(tuple(shards), {name: Counts(**counts) for name, counts in value["languages"].items()})

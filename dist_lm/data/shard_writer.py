@@ -1,0 +1,154 @@
+"""Tokenized documents to webdataset tars.
+
+A member of a tar groups many documents (one a member costs 3.6 times the bytes):
+
+    KEY.tokens.npy     (tokens,) uint16     the documents end to end; each opens with end-of-text
+    KEY.lengths.npy    (documents,) uint32  tokens
+    KEY.bytes.npy      (documents,) uint32  UTF-8 bytes of the text
+    KEY.languages.npy  (documents,) uint8   codes
+    KEY.mask.npy       (tokens,) uint8      only where a document has a loss mask; 1: the token is learned
+    KEY.meta.json      {"languages": {code: name}, "sources": [a document], "licences": [a document]}
+
+The same documents give the same bytes.
+"""
+
+import re
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import numpy as np
+
+from dist_lm import durable
+from dist_lm.data.document import TokenizedDocument
+from dist_lm.data.index import build_index, index_path, save_index
+from dist_lm.data.manifest import manifest_path
+
+_OWNER = "dist_lm"
+_MODE = 0o644
+
+
+class ShardWriter:
+    """Writes the tars of one split; a context manager.
+
+    Entering it removes the manifest, so the corpus counts as incomplete until `write_manifest`, and what an
+    earlier build of this split left. Each tar appears under its name only when it is whole and durable, with
+    its index.
+    """
+
+    def __init__(self, directory: Path, split: str, documents_per_member: int, shard_tokens: int) -> None:
+        """`shard_tokens`: a tar is closed by the member that reaches so many tokens."""
+        self.directory = directory
+        self.split = split
+        self.documents_per_member = documents_per_member
+        self.shard_tokens = shard_tokens
+        self.paths: list[Path] = []  # finished tars
+        self._languages: dict[str, int] = {}
+        self._pending: list[TokenizedDocument] = []
+        self._members = 0
+        self._tokens = 0
+        self._file: IO[bytes] | None = None
+        self._tar: Any = None
+
+    def __enter__(self) -> Self:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        manifest_path(self.directory).unlink(missing_ok=True)
+        ours = re.compile(rf"\.?{re.escape(self.split)}-\d{{6}}\.(tar|index|tar\.tmp)")
+        for path in self.directory.iterdir():
+            if ours.fullmatch(path.name):
+                path.unlink()
+        durable.fsync_directory(self.directory)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._flush_member()
+                self._finish_tar()
+        finally:
+            self._abandon_tar()
+
+    def write(self, document: TokenizedDocument) -> None:
+        """Append one document. Order is kept."""
+        tokens, mask = document.tokens, document.loss_mask
+        assert tokens.dtype == np.uint16, tokens.dtype
+        assert len(tokens) > 0, "a document opens with end-of-text"
+        assert mask is None or (mask.dtype == np.uint8 and mask.shape == tokens.shape), "a uint8 mask a token"
+        self._pending.append(document)
+        if len(self._pending) == self.documents_per_member:
+            self._flush_member()
+
+    @property
+    def _path(self) -> Path:
+        return self.directory / f"{self.split}-{len(self.paths):06d}.tar"
+
+    @property
+    def _temporary(self) -> Path:
+        return self._path.with_name(f".{self._path.name}.tmp")
+
+    def _flush_member(self) -> None:
+        documents, self._pending = self._pending, []
+        if not documents:
+            return
+        tar = self._tar or self._start_tar()
+        for document in documents:
+            self._languages.setdefault(document.language, len(self._languages))
+        tokens = np.concatenate([d.tokens for d in documents])
+        codes = [self._languages[d.language] for d in documents]
+        sample: dict[str, Any] = {
+            "__key__": f"{len(self.paths):06d}-{self._members:06d}",
+            "tokens.npy": tokens.astype("<u2", copy=False),
+            "lengths.npy": np.array([len(d.tokens) for d in documents], "<u4"),
+            "bytes.npy": np.array([d.n_bytes for d in documents], "<u4"),
+            "languages.npy": np.array(codes, np.uint8),
+            "meta.json": {
+                "languages": {str(code): name for name, code in self._languages.items()},
+                "sources": [d.source for d in documents],
+                "licences": [d.licence for d in documents],
+            },
+        }
+        if any(d.loss_mask is not None for d in documents):
+            sample["mask.npy"] = np.concatenate(
+                [np.ones(len(d.tokens), np.uint8) if d.loss_mask is None else d.loss_mask for d in documents]
+            )
+        tar.write(sample)
+        self._members += 1
+        self._tokens += len(tokens)
+        if self._tokens >= self.shard_tokens:
+            self._finish_tar()
+
+    def _start_tar(self) -> Any:
+        from webdataset.writer import TarWriter  # brings torch with it, which takes a second to import
+
+        self._file = self._temporary.open("wb")
+        self._tar = TarWriter(
+            self._file, user=_OWNER, group=_OWNER, mode=_MODE, mtime=0, compress=False, encoder=True
+        )
+        return self._tar
+
+    def _abandon_tar(self) -> None:
+        """Drop a tar that was not finished."""
+        if self._tar is None or self._file is None:
+            return
+        for part in (self._tar, self._file):
+            with suppress(OSError):  # closing writes; the error that led here is the one to report
+                part.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _finish_tar(self) -> None:
+        """Close the tar, make it durable, give it its name and its index."""
+        if self._tar is None or self._file is None:
+            return
+        self._tar.close()
+        self._file.close()
+        durable.fsync_file(self._temporary)
+        path = self._path
+        self._temporary.replace(path)
+        durable.fsync_directory(self.directory)
+        self._tar, self._file = None, None
+        self._members, self._tokens = 0, 0
+        save_index(build_index(path), index_path(path))
+        self.paths.append(path)

@@ -1,0 +1,176 @@
+"""Schemas for the generated SQL: tables of one trade with some of their columns, and values that fit."""
+
+import random
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+QUANTITIES = {"int", "money", "ratio", "measure"}  # what can be summed
+NUMBERS = QUANTITIES | {"year", "coordinate"}
+TEXTS = {"person", "email", "city", "country", "title", "unit", "word", "address", "note", "phone", "code"}
+DATES = {"date", "moment"}
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column and what kind of value it holds."""
+
+    name: str
+    kind: str
+    arguments: tuple[str, ...] = ()
+    nullable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table: its primary key, its foreign keys as `(column, table)`, its other columns."""
+
+    name: str
+    key: str
+    parents: tuple[tuple[str, str], ...]
+    columns: tuple[Column, ...]
+
+    def of(self, kinds: set[str]) -> list[Column]:
+        """The columns of some kinds, without foreign keys."""
+        return [column for column in self.columns if column.kind in kinds]
+
+
+def singular(name: str) -> str:
+    """`order_items` -> `order_item`."""
+    for plural, ending in (
+        ("ies", "y"),
+        ("sses", "ss"),
+        ("ches", "ch"),
+        ("shes", "sh"),
+        ("ss", "ss"),
+        ("s", ""),
+    ):
+        if name.endswith(plural):
+            return name.removesuffix(plural) + ending
+    return name
+
+
+@cache
+def words() -> dict[str, list[str]]:
+    """The word lists of `sql_words.txt`, by name."""
+    lines = [line.split(": ", 1) for line in _lines("sql_words.txt") if line]
+    return {name: values.split("; ") for name, values in lines}
+
+
+@cache
+def trades() -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """`(trade, [(table, column definitions), ...])` of every trade in `sql_trades.txt`."""
+    parsed = []
+    for paragraph in "\n".join(_lines("sql_trades.txt")).strip().split("\n\n"):
+        name, *lines = paragraph.splitlines()
+        tables = [line.split(": ", 1) for line in lines]
+        parsed.append((name, [(table, definitions.split(", ")) for table, definitions in tables]))
+    return parsed
+
+
+def _lines(name: str) -> list[str]:
+    text = files(__package__ or "").joinpath(name).read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if not line.startswith("#")]
+
+
+def random_schema(rng: random.Random) -> tuple[str, list[Table]]:
+    """A trade and two to four of its tables, with some of their columns, and keys between them."""
+    name, tables = rng.choice(trades())
+    wanted = set(rng.sample([table for table, _ in tables], rng.randint(2, min(4, len(tables)))))
+    own_key = rng.random() < 0.5  # `book_id` instead of `id`
+    schema: list[Table] = []
+    for table, definitions in tables:
+        if table not in wanted:
+            continue
+        parents = []
+        columns = []
+        for definition in definitions:
+            first, *rest = definition.split()
+            if first.startswith(">>"):
+                parents.append((f"{first[2:]}_id", table))
+            elif first.startswith(">"):
+                if first[1:] in wanted:
+                    parents.append((f"{singular(first[1:])}_id", first[1:]))
+            else:
+                kind = rest[0].removesuffix("?")
+                columns.append(Column(first, kind, tuple(rest[1:]), nullable=rest[0].endswith("?")))
+        kept = sorted(rng.sample(range(len(columns)), rng.randint(min(3, len(columns)), len(columns))))
+        key = f"{singular(table)}_id" if own_key else "id"
+        schema.append(Table(table, key, tuple(parents), tuple(columns[i] for i in kept)))
+    return name, schema
+
+
+def quoted(text: str) -> str:
+    """A string literal."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def literal(rng: random.Random, column: Column, serial: int | None = None) -> str:
+    """A value for `column` as SQL. `serial`: number of the row; codes and e-mail addresses differ by it."""
+    if column.nullable and serial is not None and rng.random() < 0.3:
+        return "NULL"
+    if column.kind in NUMBERS or column.kind == "flag":
+        return _number(rng, column)
+    return quoted(_text(rng, column, rng.randint(1, 900) if serial is None else serial))
+
+
+def _number(rng: random.Random, column: Column) -> str:
+    low, high = (int(argument) for argument in column.arguments) if column.arguments else (0, 0)
+    match column.kind:
+        case "int":
+            return str(rng.randint(low, high))
+        case "money":
+            return f"{rng.uniform(low, high):.2f}"
+        case "ratio":
+            return f"{rng.random():.2f}"
+        case "measure":
+            return f"{rng.uniform(0.1, 500):.1f}"
+        case "coordinate":
+            return f"{rng.uniform(-80, 80):.4f}"
+        case "year":
+            return str(rng.randint(1900, 2024))
+        case _:
+            return str(rng.randint(0, 1))
+
+
+def _text(rng: random.Random, column: Column, serial: int) -> str:
+    def pick(name: str) -> str:
+        return rng.choice(words()[name])
+
+    match column.kind:
+        case "person":
+            return f"{pick('first_names')} {pick('last_names')}"
+        case "email":
+            host = rng.choice(["example.com", "example.org", "mail.test"])
+            return f"{pick('first_names')}.{pick('last_names')}{serial}@{host}".lower()
+        case "city":
+            return pick("cities")
+        case "country":
+            return pick("countries")
+        case "title":
+            return f"{rng.choice(['The ', 'A ', ''])}{pick('adjectives')} {pick('nouns')}"
+        case "unit":
+            return f"{pick(rng.choice(['cities', 'adjectives']))} {pick('nouns')}"
+        case "word":
+            return f"{pick('adjectives')}{rng.choice(['-', '_', ''])}{pick('nouns')}".lower()
+        case "code":
+            return f"{''.join(rng.choices('ABCDEFGHKLMNPRSTUVWXYZ', k=2))}-{serial}{rng.randint(100, 999)}"
+        case "phone":
+            return f"+{rng.randint(1, 98)} {rng.randint(100, 999)} {rng.randint(1000, 9999)}"
+        case "address":
+            kind = rng.choice(["Street", "Road", "Lane", "Avenue"])
+            return f"{rng.randint(1, 240)} {pick('streets')} {kind}"
+        case "note":
+            return pick("notes")
+        case "choice":
+            return rng.choice(column.arguments[0].split("|"))
+        case "date":
+            return _date(rng)
+        case "moment":
+            return f"{_date(rng)} {rng.randint(0, 23):02d}:{rng.randint(0, 59):02d}:00"
+        case kind:
+            raise AssertionError(f"no value for a column of kind {kind!r}")
+
+
+def _date(rng: random.Random) -> str:
+    return f"{rng.randint(2015, 2024)}-{rng.randint(1, 12):02d}-{rng.randint(1, 28):02d}"

@@ -1,0 +1,143 @@
+"""Training batches without end, from one integer of state.
+ Sequences are numbered 0, 1, 2, ... over all epochs. A step takes the next `global_batch` of them, and a
+data-parallel rank its contiguous part, so the integer is enough to go on at any number of ranks.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from dist_lm.data.assemble import assemble
+from dist_lm.data.batch import Batch
+from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.order import DocumentSlice, EpochOrder, sequences_an_epoch
+from dist_lm.errors import ArtefactError, ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class StepData:
+    """What one rank takes through the model in one optimizer step."""
+
+    position: int  # sequences consumed over all ranks once this step is done: the state of the stream
+    micro_batches: list[Batch]
+
+
+class SequenceStream(Iterator[StepData]):
+    """The steps from `position` on, prepared ahead by a thread. A context manager; `close` ends the thread.
+
+    The state lies in what was delivered (`StepData.position`), so work done ahead never skews it. An error in
+    the thread is raised by the `next` that would have delivered the step.
+    """
+
+    def __init__(
+        self,
+        corpus: MappedCorpus,
+        *,
+        seed: int,
+        seq_len: int,
+        global_batch: int,
+        micro_batch: int,
+        dp_rank: int,
+        dp_size: int,
+        position: int = 0,
+        document_mask: bool = True,
+        reset_positions: bool = True,
+        pin_memory: bool = False,
+        prefetch: int = 2,
+    ) -> None:
+        """`prefetch`: steps prepared ahead. Raises `ConfigError` for a batch that does not divide over the
+        ranks, `ArtefactError` for a corpus shorter than a sequence.
+        """
+        self.n_sequences = sequences_an_epoch(corpus.n_tokens, seq_len)  # an epoch
+        if self.n_sequences == 0:
+            raise ArtefactError(
+                f"corpus {corpus.directory} has {corpus.n_tokens} {corpus.split} tokens, but one sequence of "
+                f"stage.seq_len={seq_len} takes {seq_len + 1}: shorten stage.seq_len or add text"
+            )
+        self._corpus = corpus
+        self._seed, self._seq_len = seed, seq_len
+        self._global_batch = global_batch
+        self._cuts = rank_cuts(global_batch, micro_batch, dp_rank, dp_size)
+        self._document_mask, self._reset_positions = document_mask, reset_positions
+        self._pin_memory = pin_memory
+        self._orders: dict[int, EpochOrder] = {}  # of the epochs in the step at hand
+        self._next_position = position  # of the next step to prepare
+        self._steps: deque[Future[StepData]] = deque()
+        # Pinning belongs to a CUDA device, and the current one is a setting of the thread.
+        initializer = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory else None
+        self._thread = ThreadPoolExecutor(1, "stream", initializer)
+        for _ in range(max(1, prefetch)):
+            self._prepare_next()
+
+    def __next__(self) -> StepData:
+        if not self._steps:
+            raise StopIteration  # closed
+        step = self._steps[0].result()
+        self._steps.popleft()
+        self._prepare_next()
+        return step
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the thread. What it prepared is dropped."""
+        self._steps.clear()
+        self._thread.shutdown(cancel_futures=True)
+
+    def _prepare_next(self) -> None:
+        self._steps.append(self._thread.submit(self._step, self._next_position))
+        self._next_position += self._global_batch
+
+    def _step(self, position: int) -> StepData:
+        first_epoch = position // self.n_sequences
+        self._orders = {epoch: order for epoch, order in self._orders.items() if epoch >= first_epoch}
+        micro_batches = []
+        for cut in self._cuts:
+            numbers = [position + offset for offset in cut]
+            batch = assemble(
+                self._corpus,
+                [self._sequence(number) for number in numbers],
+                numbers,
+                seq_len=self._seq_len,
+                document_mask=self._document_mask,
+                reset_positions=self._reset_positions,
+            )
+            micro_batches.append(batch.pin_memory() if self._pin_memory else batch)
+        return StepData(position + self._global_batch, micro_batches)
+
+    def _sequence(self, number: int) -> list[DocumentSlice]:
+        """The document slices of global sequence `number`."""
+        epoch, i = divmod(number, self.n_sequences)
+        if epoch not in self._orders:
+            self._orders[epoch] = EpochOrder(self._corpus.lengths, self._seed, epoch, self._seq_len)
+        return self._orders[epoch].sequence(i)
+
+
+def rank_cuts(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> list[range]:
+    """Which of the `global_batch` sequences of a step a rank takes, micro-batch by micro-batch.
+
+    Every rank has as many and the same sizes; the last may be smaller than `micro_batch`.
+    """
+    assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
+    if global_batch % dp_size:
+        below = global_batch // dp_size * dp_size
+        accepted = f"{below} or {below + dp_size}" if below else f"{dp_size}"
+        raise ConfigError(
+            f"stage.global_batch={global_batch} does not divide over {dp_size} data-parallel ranks ("
+            f"by stage.micro_batch={micro_batch}): expected a multiple of {dp_size}, such as {accepted}"
+        )
+    share = global_batch // dp_size
+    begin, end = dp_rank * share, (dp_rank + 1) * share
+    return [range(first, min(first + micro_batch, end)) for first in range(begin, end, micro_batch)]

@@ -1,0 +1,158 @@
+"""`python -m dist_lm.launch stage=S [group=choice] [key=value]`: compose, plan the stages, run them, show progress.
+
+Exit codes: 0 everything asked for is there; 1 a stage failed; 2 something the user can mend (one line says what);
+130 or 143 stopped by Ctrl-C or TERM after a checkpoint: the same command continues.
+"""
+
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_lm.launcher.compose import compose_config, conf_directory, overrides_of, register_schema, target_stage
+from dist_lm.cluster.ranks import ranks_per_node
+from dist_lm.config import Config
+from dist_lm.errors import ConfigError, UserError
+from dist_lm.launcher.plan import Plan, make_plan
+from dist_lm.stages.registry import STAGES
+from dist_lm.tracking.console import Console
+
+HYDRA_FLAGS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
+
+
+def main() -> None:
+    """Entry point of `python -m dist_lm.launch` and `dist-lm-launch`."""
+    arguments = sys.argv[1:]
+    if any(argument.split("=")[0] in HYDRA_FLAGS for argument in arguments):
+        show_configuration()
+        return
+    console = Console()
+    try:
+        sys.exit(run_command(arguments, console))
+    except UserError as error:
+        console.error(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.error("interrupted")
+        sys.exit(128 + signal.SIGINT)
+
+
+def show_configuration() -> None:
+    """Hydra's own views of the configuration: --help, --cfg job, --info, shell completion."""
+    import hydra
+
+    register_schema()
+    hydra.main(config_path=str(conf_directory()), config_name="config", version_base="1.3")(lambda config: None)()
+
+
+def run_command(overrides: Sequence[str], console: Console) -> int:
+    """Plan what `overrides` ask for, show the plan, and carry it out. Returns the exit code."""
+    target = target_stage(overrides)
+    check_stage_prefixes(overrides)
+
+    def compose(stage: str) -> Config:
+        return compose_config(overrides_of(stage, target, overrides))
+
+    plan = make_plan(target, compose)
+    show_plan(plan, console)
+    config = plan.stages[-1].config
+    if config.dry_run:
+        check_and_describe(plan, console)
+        return 0
+    check_writable(Path(config.work_dir))
+    return carry_out(plan, console)
+
+
+def check_stage_prefixes(overrides: Sequence[str]) -> None:
+    """Refuse `stages.NAME.KEY=value` for a stage that does not exist."""
+    for override in overrides:
+        if override.startswith("stages."):
+            name = override.split(".")[1].split("=")[0]
+            if name not in STAGES or override.count(".") < 2:
+                raise ConfigError(f"{override}: expected stages.NAME.KEY=value with NAME one of {', '.join(STAGES)}")
+
+
+def check_writable(work_dir: Path) -> None:
+    """Refuse a work directory that cannot be made or written to, before anything starts."""
+    probe = work_dir / ".writable"
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"work_dir={work_dir}: cannot be written to ({error.strerror}); choose another") from error
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Print what is there and what will be built."""
+    from dist_lm.parallel.dry_run import readable_count
+    from dist_lm.model.size import parameter_count
+
+    config = plan.stages[-1].config
+    count = parameter_count(config.model)
+    console.plan(
+        f"stage={plan.stages[-1].info.name} model={config.model.name} "
+        f"({count:,} parameters, {readable_count(count)}) work_dir={config.work_dir}",
+        [(stage.info.name, stage.action.value, stage.detail) for stage in plan.stages],
+    )
+
+
+def check_and_describe(plan: Plan, console: Console) -> None:
+    """The dry run: what each rank of every training stage would hold."""
+    from dist_lm.parallel.dry_run import describe
+    from dist_lm.parallel.layout import check_batch, resolve_layout
+
+    for stage in plan.stages:
+        if stage.info.trains:
+            config = stage.config
+            world = config.cluster.nodes * ranks_per_node(config.cluster)
+            layout = resolve_layout(config.parallel, config.model, world)
+            check_batch(config, layout)
+            console.summary(f"dry run: {stage.info.name}", dict(describe(config, layout)))
+    console.line("nothing was started (dry_run=true)")
+
+
+def carry_out(plan: Plan, console: Console) -> int:
+    """Run the missing stages of a plan in order. Returns the exit code."""
+    from dist_lm.cluster.gang import GangFailure
+    from dist_lm.launcher.summary import print_summary
+
+    try:
+        stopped_by = run_missing(plan, console)
+    except GangFailure as failure:
+        if failure.traceback and not failure.user_error:
+            console.details(failure.traceback)
+        console.error(str(failure))
+        return 2 if failure.user_error else 1
+    if stopped_by:
+        return 128 + stopped_by
+    print_summary(plan, console)
+    return 0
+
+
+def run_missing(plan: Plan, console: Console) -> int:
+    """Build what the plan says is missing. Returns the signal that stopped it, or 0."""
+    from dist_lm.cluster.ray_cluster import connect
+    from dist_lm.launcher.interrupt import watch_signals
+    from dist_lm.launcher.stage_run import check_layout, run_training_stage
+
+    training = [stage for stage in plan.missing if stage.info.trains]
+    for stage in training:
+        if stage.config.cluster.name == "local":
+            check_layout(stage.config, ranks_per_node(stage.config.cluster))
+    for stage in plan.missing:
+        if not stage.info.trains:
+            importlib.import_module(f"dist_lm.stages.{stage.info.name}").build(stage.config, console)
+    if not training:
+        return 0
+    with connect(training[0].config.cluster) as cluster, watch_signals(console) as interrupt:
+        for stage in training:
+            if not run_training_stage(stage, cluster, console, interrupt):
+                console.line(f"stopped in stage {stage.info.name}; the same command continues from its checkpoint")
+                return interrupt.number
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""From the command line to a `Config`: Hydra composes, the dataclasses check, every refusal is one line.
+
+The configuration of an earlier stage that a command builds on the way is composed from the same command line:
+`stage.KEY` belongs to the stage asked for, `stages.NAME.KEY` to stage NAME.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dist_lm.config import Config
+from dist_lm.errors import ConfigError
+
+GROUPS = ("model", "parallel", "stage", "corpus", "cluster", "tracking", "experiment")
+
+
+def conf_directory() -> Path:
+    """Where the YAML files are: inside the package when installed from a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def register_schema() -> None:
+    """Make the dataclasses known to Hydra under the name that conf/config.yaml refers to."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def compose_config(overrides: Sequence[str]) -> Config:
+    """The configuration that `overrides` (`group=choice`, `key=value`) ask for.
+
+    Raises:
+        ConfigError: unknown key, wrong type, value out of bounds, or a combination that cannot run.
+    """
+    parsed = [_parse(text) for text in overrides]
+    for override in parsed:
+        _check_exists(override)
+    register_schema()
+    try:
+        with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+            composed = compose("config", overrides=list(overrides))
+        config = OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_in_one_line(error, parsed)) from error
+    assert isinstance(config, Config)
+    return config
+
+
+def overrides_of(stage: str, target: str, overrides: Sequence[str]) -> list[str]:
+    """The part of a command line that concerns `stage` when the command asks for stage `target`."""
+    mine: list[str] = []
+    for override in overrides:
+        if match := re.match(r"stages\.(\w+)\.(.+)", override, flags=re.DOTALL):
+            if match.group(1) == stage:
+                mine.append(f"stage.{match.group(2)}")
+        elif override.startswith("stage="):
+            continue
+        elif stage == target or not override.startswith("stage."):
+            mine.append(override)
+    return [f"stage={stage}", *mine]
+
+
+def target_stage(overrides: Sequence[str]) -> str:
+    """The stage a command line asks for.
+
+    Raises:
+        ConfigError: none, or not a stage.
+    """
+    named = [text.split("=", 1)[1] for text in overrides if text.startswith("stage=")]
+    if not named:
+        raise ConfigError(f"stage is not given: expected stage=S with S one of {', '.join(choices('stage'))}")
+    if named[-1] not in choices("stage"):
+        raise ConfigError(f"stage={named[-1]}: expected one of {', '.join(choices('stage'))}")
+    return named[-1]
+
+
+def choices(group: str) -> list[str]:
+    """The YAML files of a group."""
+    return sorted(path.stem for path in (conf_directory() / group).glob("*.yaml"))
+
+
+def _parse(text: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{text}: not of the form key=value or group=choice ({reason})") from error
+
+
+def _check_exists(override: Override) -> None:
+    key, value = override.key_or_group, override.input_line or ""
+    if override.is_add() or override.is_delete():
+        raise ConfigError(f"{value}: keys cannot be added or removed; expected key=value")
+    if override.is_sweep_override():
+        raise ConfigError(f"{value}: one run a command; expected a single value")
+    if key in GROUPS:
+        if override.value() not in (*choices(key), None):
+            raise ConfigError(f"{key}={override.value()}: expected one of {', '.join(choices(key))}")
+        return
+    node: Any = Config
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        if not is_dataclass(node):
+            return  # inside a mapping or list: the schema checks the value
+        names = [f.name for f in fields(node)]
+        if part not in names:
+            prefix = ".".join(parts[:depth])
+            close = difflib.get_close_matches(part, names, n=1)
+            hint = f"did you mean {'.'.join([*parts[:depth], close[0]])}? " if close else ""
+            raise ConfigError(f"{value}: no such key; {hint}keys{f' of {prefix}' if prefix else ''}: {', '.join(names)}")
+        node = get_type_hints(node)[part]
+    if is_dataclass(node):
+        raise ConfigError(f"{value}: expected {key}.KEY=value with KEY one of {', '.join(f.name for f in fields(node))}")
+
+
+def _in_one_line(error: Exception, overrides: Sequence[Override]) -> str:
+    """The message of a Hydra or OmegaConf error, with the key=value it is about."""
+    causes = [error]
+    while causes[-1].__cause__ is not None and isinstance(causes[-1].__cause__, Exception):
+        causes.append(causes[-1].__cause__)
+    text = " ".join(str(cause) for cause in causes)
+    message = str(causes[-1]).splitlines()[0]
+    found = re.search(r"full_key: (\S+)", text)
+    for override in overrides:
+        if found and override.key_or_group == found.group(1):
+            return f"{override.input_line}: expected {_type_name(found.group(1))}"
+    return f"{found.group(1)}: {message}" if found else message
+
+
+def _type_name(key: str) -> str:
+    node: Any = Config
+    for part in key.split("."):
+        node = get_type_hints(node).get(part) if is_dataclass(node) else None
+        if node is None:
+            return "another type"
+    options = [option for option in (get_args(node) or (node,)) if option is not type(None)]
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    return " or ".join(names.get(option, str(option)) for option in options)

@@ -1,0 +1,164 @@
+"""Which stages run, from which artefacts, with what is missing: computed and shown before anything starts."""
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from dist_lm.config import Config, load_config
+from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.run_directory import RunDirectory, WorkDirectory
+from dist_lm.stages.registry import STAGES, StageInfo
+from dist_lm.training import checkpoint_files
+
+# what may change between two commands on one run: where it runs and how it is watched, not what it computes
+FREE_KEYS = (
+    "work_dir",
+    "prerequisites",
+    "dry_run",
+    "device",
+    "parallel.",
+    "cluster.",
+    "tracking.",
+    "stage.init_from",
+    "stage.micro_batch",
+    "stage.checkpoint_every",
+    "stage.keep_checkpoints",
+    "stage.log_every",
+    "stage.max_nonfinite_steps",
+)
+
+
+class Action(Enum):
+    """What the plan does about a stage."""
+
+    READY = "there"
+    BUILD = "build"
+    RESUME = "continue"
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """One line of a plan."""
+
+    info: StageInfo
+    config: Config
+    action: Action
+    detail: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages in the order they run; the last is the one asked for."""
+
+    stages: tuple[PlannedStage, ...]
+
+    @property
+    def missing(self) -> tuple[PlannedStage, ...]:
+        return tuple(stage for stage in self.stages if stage.action is not Action.READY)
+
+
+def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
+    """Look at the work directory and decide about `target` and everything it needs.
+
+    Args:
+        compose: the configuration of a stage, by its name.
+
+    Raises:
+        ConfigError: a run exists with other settings than asked for, or prerequisites=fail and one is missing.
+        ArtefactError: something there belongs to something else.
+    """
+    needed = in_order(target)
+    rebuilt: set[str] = set()
+    planned = []
+    for name in needed:
+        stage = _look_at(STAGES[name], compose(name), rebuilt)
+        if stage.action is not Action.READY:
+            rebuilt.add(name)
+        planned.append(stage)
+    missing = [stage.info.name for stage in planned[:-1] if stage.action is not Action.READY]
+    if missing and planned[-1].config.prerequisites == "fail":
+        commands = ", then ".join(f"`python -m dist_lm.launch stage={name}`" for name in missing)
+        raise ConfigError(f"prerequisites=fail: stage={target} needs {', '.join(missing)} first: run {commands}")
+    return Plan(tuple(planned))
+
+
+def in_order(target: str) -> list[str]:
+    """`target` and every stage it needs, each after those it needs itself."""
+    order: list[str] = []
+
+    def visit(name: str) -> None:
+        for need in STAGES[name].needs:
+            visit(need)
+        if name not in order:
+            order.append(name)
+
+    visit(target)
+    return order
+
+
+def _look_at(info: StageInfo, config: Config, rebuilt: set[str]) -> PlannedStage:
+    if info.trains:
+        return _look_at_run(info, config, rebuilt)
+    artefact = importlib.import_module(f"dist_lm.stages.{info.name}").inspect(config)
+    if artefact.ready and rebuilt & set(info.needs):
+        raise ArtefactError(
+            f"{config.work_dir} has {artefact.detail} but not what they were made with ({', '.join(info.needs)}): "
+            f"restore it, or remove {config.work_dir}/corpora"
+        )
+    return PlannedStage(info, config, Action.READY if artefact.ready else Action.BUILD, artefact.detail)
+
+
+def _look_at_run(info: StageInfo, config: Config, rebuilt: set[str]) -> PlannedStage:
+    run = run_of(config)
+    config = replace(config, stage=replace(config.stage, init_from=_starting_point(info, config)))
+    if run.config.exists():
+        conflicts = differing_keys(load_config(run.config), config)
+        if conflicts:
+            raise ConfigError(
+                f"{run.path} exists with other settings: {'; '.join(conflicts)}: "
+                f"give them the same values, or choose another run_id than {config.run_id}"
+            )
+    if run.result.exists():
+        result = json.loads(run.result.read_text())
+        return PlannedStage(info, config, Action.READY, f"{result['steps']:,} steps, {run.path}")
+    latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
+    if latest:
+        return PlannedStage(info, config, Action.RESUME, f"from {latest.name} to step {config.stage.steps:,}")
+    origin = f" from the {info.starts_from} checkpoint" if info.starts_from in rebuilt else ""
+    if config.stage.init_from != "none" and not origin:
+        origin = f" from {config.stage.init_from}"
+    return PlannedStage(info, config, Action.BUILD, f"{config.stage.steps:,} steps{origin}")
+
+
+def run_of(config: Config) -> RunDirectory:
+    """The run directory that a configuration belongs to."""
+    return WorkDirectory(Path(config.work_dir)).run(config.stage.name, config.run_id)
+
+
+def _starting_point(info: StageInfo, config: Config) -> str:
+    """`stage.init_from` as `none` or a path: auto is the run of the stage before, under the same run_id."""
+    if config.stage.init_from != "auto":
+        return config.stage.init_from
+    if info.starts_from is None:
+        return "none"
+    return str(WorkDirectory(Path(config.work_dir)).run(info.starts_from, config.run_id).path)
+
+
+def differing_keys(old: Config, new: Config) -> list[str]:
+    """`key=new (was old)` for every key whose change would make one run compute two things."""
+    before, after = _flatten(asdict(old)), _flatten(asdict(new))
+    return [
+        f"{key}={after.get(key)} (was {before.get(key)})"
+        for key in sorted(before.keys() | after.keys())
+        if not key.startswith(FREE_KEYS) and before.get(key) != after.get(key)
+    ]
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix.rstrip("."): value}
+    return {key: leaf for name, item in value.items() for key, leaf in _flatten(item, f"{prefix}{name}.").items()}

@@ -1,0 +1,131 @@
+"""One training stage on a gang: prepared, started, followed, and stopped with a checkpoint when asked to."""
+
+import os
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+from dist_lm.cluster.gang import Gang, GangStatus
+from dist_lm.cluster.ranks import local_gpus
+from dist_lm.cluster.ray_cluster import RayCluster
+from dist_lm.config import Config, save_config
+from dist_lm.errors import ArtefactError
+from dist_lm.launcher.interrupt import Interrupt
+from dist_lm.launcher.plan import PlannedStage, run_of
+from dist_lm.parallel.layout import check_batch, resolve_layout
+from dist_lm.run_directory import RunDirectory
+from dist_lm.tracking.console import Console
+from dist_lm.tracking.metrics import MetricsFollower, follow
+from dist_lm.tracking.progress import TrainingProgress
+from dist_lm.tracking.wandb_run import WandbRun
+
+POLL_S = 0.2
+
+
+def check_layout(config: Config, ranks_per_node: int) -> None:
+    """Refuse a layout or a batch that does not fit the ranks, before they are started.
+
+    Raises:
+        ConfigError: names the key and what would fit.
+    """
+    layout = resolve_layout(config.parallel, config.model, config.cluster.nodes * ranks_per_node)
+    check_batch(config, layout)
+
+
+def run_training_stage(
+    stage: PlannedStage, cluster: RayCluster, console: Console, interrupt: Interrupt
+) -> bool:
+    """Run a stage to its end. Returns False when it was stopped by `interrupt`, with its checkpoint written.
+
+    Raises:
+        GangFailure: a rank or a node failed.
+        ArtefactError: the ranks left without a result although nobody asked them to stop.
+    """
+    config, run = stage.config, run_of(stage.config)
+    ranks = cluster.ranks_per_node()
+    check_layout(config, ranks)
+    run.create()
+    save_config(config, run.config)
+    with ExitStack() as stack:
+        progress = stack.enter_context(console.training(stage.info.name, config.stage.steps))
+        wandb = start_wandb(stage, run, console)
+        if wandb:
+            stack.callback(wandb.finish)
+        gang = stack.enter_context(
+            Gang.start(cluster, run, nodes=config.cluster.nodes, ranks_per_node=ranks, device=device_of(config))
+        )
+        status = follow_gang(gang, follow(run.metrics), progress, wandb, interrupt, config.cluster.stop_timeout_s)
+    if status.failure:
+        raise status.failure
+    if run.result.exists():
+        return True
+    if interrupt.requested:
+        return False
+    raise ArtefactError(f"{run.path}: every rank left with exit code 0 but without {run.result.name}; see {run.logs}")
+
+
+def follow_gang(
+    gang: Gang,
+    metrics: MetricsFollower,
+    progress: TrainingProgress,
+    wandb: WandbRun | None,
+    interrupt: Interrupt,
+    stop_timeout_s: float,
+) -> GangStatus:
+    """Show and log what the ranks write until they are gone; pass a stop on once, and insist after a while."""
+    asked_at: float | None = None
+    while True:
+        status = gang.poll()
+        for line in metrics.poll():
+            progress.update(line)
+            if wandb:
+                wandb.log(line["step"], line)
+        if status.state != "running":
+            return status
+        if interrupt.requested and asked_at is None:
+            gang.interrupt()
+            asked_at = time.monotonic()
+        if asked_at is not None and time.monotonic() - asked_at > stop_timeout_s:
+            gang.stop()
+        time.sleep(POLL_S)
+
+
+def start_wandb(stage: PlannedStage, run: RunDirectory, console: Console) -> WandbRun | None:
+    """The wandb copy of the run, unless tracking=none."""
+    return WandbRun.start(
+        asdict(stage.config),
+        run,
+        stage.config.tracking,
+        job_type=stage.info.name,
+        group=stage.config.run_id,
+        git_commit=git_commit(),
+        command=sys.argv,
+        environ=os.environ,
+        console=console,
+    )
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout this package runs from, with `-dirty` where it was changed; None without git."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def device_of(config: Config) -> str:
+    """cpu or cuda, for the whole gang."""
+    if config.device != "auto":
+        return config.device
+    return "cuda" if local_gpus() else "cpu"

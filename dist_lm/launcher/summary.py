@@ -1,0 +1,75 @@
+"""What a launch ends with: where everything is, the model beside gzip, a few samples."""
+
+import json
+
+from dist_lm.launcher.plan import Plan, PlannedStage, run_of
+from dist_lm.run_directory import RunDirectory
+from dist_lm.tracking.console import Console
+
+SAMPLE_LINES = 12
+
+
+def print_summary(plan: Plan, console: Console) -> None:
+    """Sum up the stage asked for: figures, samples, paths, the next command."""
+    stage = plan.stages[-1]
+    if not stage.info.trains:
+        console.line(f"{stage.info.name} is there: {stage.config.work_dir}")
+        return
+    run = run_of(stage.config)
+    result = json.loads(run.result.read_text())
+    print_compression(result, stage, console)
+    print_samples(run, console)
+    console.summary(f"stage={stage.info.name} is done", dict(entries(result, stage, run)))
+
+
+def print_compression(result: dict, stage: PlannedStage, console: Console) -> None:
+    """Bits per byte on held-out documents beside `gzip -9` of the same documents one by one."""
+    baseline = result["gzip_bits_per_byte"]
+    names = ["all", *sorted(key for key in baseline if key != "all")]
+    rows = []
+    for name in names:
+        model = result["metrics"][f"val/bits_per_byte{'' if name == 'all' else f'_{name}'}"]
+        rows.append((name, f"{model:.3f}", f"{baseline[name]:.3f}", f"{(model / baseline[name] - 1) * 100:+.0f} %"))
+    console.table(
+        f"bits per byte on the held-out documents of corpus {stage.config.stage.corpus}",
+        ("language", "model", "gzip -9", "model against gzip"),
+        rows,
+    )
+
+
+def print_samples(run: RunDirectory, console: Console) -> None:
+    """The first sample of each language."""
+    files = sorted(run.samples.glob("step_*.jsonl"))
+    shown: set[str] = set()
+    for line in files[-1].read_text().splitlines() if files else []:
+        sample = json.loads(line)
+        if sample["language"] not in shown:
+            shown.add(sample["language"])
+            verdict = {True: ", parses", False: ", does not parse"}.get(sample.get("parses"), "")
+            text = (sample["prompt"] + sample["completion"]).splitlines()[:SAMPLE_LINES]
+            console.line(f"--- {sample['language']}{verdict}")
+            for text_line in text:
+                console.line(f"    {text_line}")
+
+
+def entries(result: dict, stage: PlannedStage, run: RunDirectory) -> list[tuple[str, str]]:
+    """(what, where or how much)."""
+    metrics = result["metrics"]
+    lines = [
+        ("parameters", f"{result['parameters']:,}"),
+        ("trained", f"{result['steps']:,} steps, {result['tokens']:,} tokens on {result['ranks']} ranks"),
+        ("val", f"loss {metrics['val/loss']:.4f}, {metrics['val/bits_per_byte']:.3f} bits per byte"),
+    ]
+    parsed = [f"{key.removeprefix('code/parses_')} {value:.0%}" for key, value in sorted(metrics.items()) if "parses" in key]
+    if parsed:
+        lines.append(("samples that parse", ", ".join(parsed)))
+    lines += [
+        ("checkpoint", str(run.checkpoints / str(result["checkpoint"]))),
+        ("samples", str(run.samples)),
+        ("metrics", str(run.metrics)),
+        ("rank logs", str(run.logs)),
+    ]
+    if stage.config.tracking.name == "wandb":
+        lines.append(("wandb", str(run.wandb)))
+    lines.append(("corpus", f"dist-lm data inspect {run.work.corpus(stage.config.stage.corpus)}"))
+    return lines

@@ -1,0 +1,152 @@
+"""Multi-head attention: training, packed documents, and decoding from a cache, in one module.
+
+Dimensions: B sequences, T queries, S keys, D d_model, H query heads, G key/value heads, K d_head, N = B * T.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the name the field uses
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+
+from dist_lm.config import ModelConfig
+from dist_lm.model.kv_cache import KVCache
+from dist_lm.model.rope import RopeTables, rotate
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which keys a query sees: built once a forward, shared by all layers.
+
+    With neither field set: the tokens up to its own, as many keys as queries.
+    """
+
+    bias_BTS: torch.Tensor | None = None  # 0 where visible, -inf elsewhere; dtype of the queries
+    boundary: torch.Tensor | None = None  # int32; where documents start in the N tokens, then N
+
+
+CAUSAL = Visibility()
+
+
+def within_documents(document_BT: torch.Tensor, dtype: torch.dtype) -> Visibility:
+    """A token sees the tokens of its own document up to itself.
+
+    Args:
+        document_BT: a number that is the same in one document and differs between neighbours. dtype: of
+            queries and keys. Half precision on CUDA goes to the variable-length flash kernel, whose cost
+            falls with the length of the documents; anything else to an explicit mask.
+    """
+    if document_BT.is_cuda and dtype in (torch.bfloat16, torch.float16):
+        return Visibility(boundary=document_boundaries(document_BT))
+    n_tokens = document_BT.shape[1]
+    causal_TT = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=document_BT.device).tril_()
+    return _masked((document_BT[:, :, None] == document_BT[:, None, :]) & causal_TT, dtype)
+
+
+def up_to_position(position_BT: torch.Tensor, n_keys: int, dtype: torch.dtype) -> Visibility:
+    """A token sees the cached keys at positions up to its own."""
+    key_S = torch.arange(n_keys, device=position_BT.device)
+    return _masked(key_S <= position_BT[:, :, None], dtype)
+
+
+def _masked(visible_BTS: torch.Tensor, dtype: torch.dtype) -> Visibility:
+    # additive, because SDPA would turn a boolean mask into this in every layer
+    bias = torch.zeros(visible_BTS.shape, dtype=dtype, device=visible_BTS.device)
+    return Visibility(bias_BTS=bias.masked_fill_(~visible_BTS, float("-inf")))
+
+
+def document_boundaries(document_BT: torch.Tensor) -> torch.Tensor:
+    """Offsets (documents + 1,) int32 of the documents in the flattened batch; a row starts a new one."""
+    starts_BT = torch.ones_like(document_BT, dtype=torch.bool)
+    starts_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
+    offsets = starts_BT.flatten().nonzero().flatten()
+    return F.pad(offsets, (0, 1), value=document_BT.numel()).to(torch.int32)
+
+
+def attend(
+    q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, visibility: Visibility
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(K)) v over the visible keys, (B, T, H, K); head h reads key head h * G // H."""
+    grouped = q_BTHK.shape[2] != k_BSGK.shape[2]
+    if visibility.boundary is not None:
+        n_tokens = q_BTHK.shape[1]
+        o_NHK = varlen_attn(
+            q_BTHK.flatten(0, 1),
+            k_BSGK.flatten(0, 1),
+            v_BSGK.flatten(0, 1),
+            visibility.boundary,
+            visibility.boundary,
+            n_tokens,
+            n_tokens,
+            window_size=(-1, 0),  # causal
+            enable_gqa=grouped,
+        )
+        assert isinstance(o_NHK, torch.Tensor)
+        return o_NHK.view_as(q_BTHK)
+    bias = visibility.bias_BTS
+    o_BHTK = F.scaled_dot_product_attention(
+        q_BTHK.transpose(1, 2),
+        k_BSGK.transpose(1, 2),
+        v_BSGK.transpose(1, 2),
+        attn_mask=None if bias is None else bias[:, None],
+        is_causal=bias is None,
+        enable_gqa=grouped,
+    )
+    return o_BHTK.transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Weights are (heads, d_head, d_model), so that a slice of heads is a slice of dim 0.
+
+    The number of heads is read from the weights at each forward, not from the config: a module may hold a
+    part of the heads, or more than the config names, filled up with zeros.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        query_shape = (config.n_heads, config.d_head, config.d_model)
+        key_shape = (config.kv_heads, config.d_head, config.d_model)
+        self.query = nn.Parameter(torch.empty(query_shape))
+        self.key = nn.Parameter(torch.empty(key_shape))
+        self.value = nn.Parameter(torch.empty(key_shape))
+        self.output = nn.Parameter(torch.empty(query_shape))
+
+        def bias(*shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(shape)) if config.bias else None
+
+        self.query_bias = bias(*query_shape[:2])
+        self.key_bias = bias(*key_shape[:2])
+        self.value_bias = bias(*key_shape[:2])
+        self.output_bias = bias(config.d_model)
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        rope: RopeTables,
+        visibility: Visibility,
+        cache: KVCache | None = None,
+        position_BT: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention output (B, T, D).
+
+        With a cache, the keys and values of x are written at `position_BT`, and `visibility` covers the
+        first S positions of the cache.
+        """
+        q_BTHK = rotate(_to_heads(x_BTD, self.query, self.query_bias), rope)
+        k_BSGK = rotate(_to_heads(x_BTD, self.key, self.key_bias), rope)
+        v_BSGK = _to_heads(x_BTD, self.value, self.value_bias)
+        if cache is not None:
+            assert position_BT is not None
+            assert visibility.bias_BTS is not None
+            cache.write(self.layer, position_BT, k_BSGK, v_BSGK)
+            k_BSGK, v_BSGK = cache.read(self.layer, visibility.bias_BTS.shape[-1])
+        o_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, visibility)
+        return F.linear(o_BTHK.flatten(2), self.output.flatten(0, 1).t(), self.output_bias)
+
+
+def _to_heads(x_BTD: torch.Tensor, weight_HKD: torch.Tensor, bias_HK: torch.Tensor | None) -> torch.Tensor:
+    """Project x to heads: (B, T, H, K)."""
+    y = F.linear(x_BTD, weight_HKD.flatten(0, 1), None if bias_HK is None else bias_HK.flatten())
+    return y.unflatten(-1, weight_HKD.shape[:2])

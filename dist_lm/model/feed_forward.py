@@ -1,0 +1,26 @@
+"""The feed-forward network of a block.
+
+Dimensions: B sequences, T tokens, D d_model, F d_ff.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the name the field uses
+from torch import nn
+
+from dist_lm.config import ModelConfig
+
+
+class FeedForward(nn.Module):
+    """`down(gelu(up(x)))` with exact (erf) GELU, or SwiGLU (Shazeer 2020) `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        gated = config.ffn == "swiglu"
+        self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.bias) if gated else None
+        self.up = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        up_BTF = self.up(x_BTD)
+        h_BTF = F.gelu(up_BTF) if self.gate is None else F.silu(self.gate(x_BTD)) * up_BTF
+        return self.down(h_BTF)

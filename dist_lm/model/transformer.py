@@ -1,0 +1,120 @@
+"""The decoder-only transformer, in plain PyTorch: it knows nothing of ranks.
+
+    tokens -> embedding -> n_layers x Block -> norm -> head -> logits
+    Block:  x += attention(norm(x));  x += feed_forward(norm(x))          (pre-LN, Radford et al. 2019)
+
+A new model is uninitialised (build it on the meta device if it is large); `dist_lm.model.initialise` gives
+the values.
+
+Dimensions: B sequences, T tokens, D d_model, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the name the field uses
+from torch import nn
+
+from dist_lm.config import ModelConfig
+from dist_lm.model.attention import CAUSAL, Attention, Visibility, up_to_position, within_documents
+from dist_lm.model.dropout import EMBEDDING_SITE, DropoutKey, apply_dropout, residual_site
+from dist_lm.model.feed_forward import FeedForward
+from dist_lm.model.kv_cache import KVCache
+from dist_lm.model.norm import build_norm
+from dist_lm.model.rope import RopeTables, rope_tables
+
+
+class Block(nn.Module):
+    """One layer: attention, then the feed-forward network, each on the normalised residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.attention_norm = build_norm(config)
+        self.attention = Attention(config, layer)
+        self.feed_forward_norm = build_norm(config)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        rope: RopeTables,
+        visibility: Visibility,
+        dropout_key: DropoutKey | None = None,
+        cache: KVCache | None = None,
+        position_BT: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        a_BTD = self.attention(self.attention_norm(x_BTD), rope, visibility, cache, position_BT)
+        x_BTD = x_BTD + apply_dropout(a_BTD, dropout_key, residual_site(self.layer, 0))
+        f_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
+        return x_BTD + apply_dropout(f_BTD, dropout_key, residual_site(self.layer, 1))
+
+
+class Transformer(nn.Module):
+    """Next-token logits for sequences of tokens."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.final_norm = build_norm(config)
+        # tied: the head reads the embedding's weight, so there is no second parameter to keep in step
+        self.lm_head = (
+            None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        )
+
+    def forward(
+        self,
+        tokens_BT: torch.Tensor,
+        *,
+        document_BT: torch.Tensor | None = None,
+        position_BT: torch.Tensor | None = None,
+        dropout: DropoutKey | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """Logits (B, T, V) in the dtype of the parameters.
+
+        Args:
+            tokens_BT: int64.
+            document_BT: attention stays inside one number; none: all earlier tokens are visible.
+            position_BT: int64, for RoPE and as the place in the cache; none: 0 to T - 1.
+            dropout: none: no dropout. It does not hang on train() and eval().
+            cache: keys and values of earlier tokens; this call adds its own. Excludes `document_BT`.
+        """
+        return self.head(
+            self.hidden(
+                tokens_BT, document_BT=document_BT, position_BT=position_BT, dropout=dropout, cache=cache
+            )
+        )
+
+    def hidden(
+        self,
+        tokens_BT: torch.Tensor,
+        *,
+        document_BT: torch.Tensor | None = None,
+        position_BT: torch.Tensor | None = None,
+        dropout: DropoutKey | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """The normalised residual stream (B, T, D) that `head` makes logits of; arguments as in `forward`."""
+        x_BTD = self.embedding(tokens_BT)
+        if position_BT is None:
+            position_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+        rope = rope_tables(position_BT, self.config.d_head, self.config.rope_base, x_BTD.dtype)
+        visibility = _visibility(document_BT, position_BT, cache, x_BTD.dtype)
+        x_BTD = apply_dropout(x_BTD, dropout, EMBEDDING_SITE)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, rope, visibility, dropout, cache, position_BT)
+        return self.final_norm(x_BTD)
+
+    def head(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Logits (..., V) of the output of `hidden`."""
+        return F.linear(x_BTD, self.embedding.weight) if self.lm_head is None else self.lm_head(x_BTD)
+
+
+def _visibility(
+    document_BT: torch.Tensor | None, position_BT: torch.Tensor, cache: KVCache | None, dtype: torch.dtype
+) -> Visibility:
+    if cache is not None:
+        assert document_BT is None, "a cached row is one document"
+        return up_to_position(position_BT, int(position_BT.max()) + 1, dtype)
+    return CAUSAL if document_BT is None else within_documents(document_BT, dtype)

@@ -1,0 +1,88 @@
+"""Process group, device and device mesh: chosen here and nowhere else."""
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from dist_lm.errors import ConfigError
+from dist_lm.parallel.layout import Layout
+
+DATA_AXES = ("dp_replicate", "dp_shard")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all ranks."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def choose_device(device: str, local_rank: int) -> torch.device:
+    """The device of this rank: its GPU when there is one (or `device` asks for it), else the CPU.
+
+    Raises:
+        ConfigError: `device=cuda` and no such GPU.
+    """
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={device}: local rank {local_rank} has no GPU, this node has {torch.cuda.device_count()}; "
+            "lower cluster.ranks_per_node or use device=cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def process_group(device: str, timeout_s: float = 600.0) -> Iterator[World]:
+    """Join the ranks that torchrun started (NCCL on CUDA, gloo on CPU) and leave them in good order.
+
+    A gloo process that ends with live collectives may abort after its work is done, so a clean exit meets the other
+    ranks once more. After an exception it does not wait for anybody.
+    """
+    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    chosen = choose_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group(
+        "nccl" if chosen.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout_s),
+        device_id=chosen if chosen.type == "cuda" else None,
+    )
+    yield World(rank, size, local_rank, chosen)
+    dist.barrier()
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
+    """The mesh (dp_replicate, dp_shard, tp) over all ranks."""
+    return init_device_mesh(
+        device.type,
+        (layout.dp_replicate, layout.dp_shard, layout.tp),
+        mesh_dim_names=(*DATA_AXES, "tp"),
+    )
+
+
+def data_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The ranks that see different data and share gradients: both dp axes together."""
+    return data_mesh(mesh).get_group()
+
+
+def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """Both dp axes as one."""
+    return mesh[DATA_AXES]._flatten("dp")

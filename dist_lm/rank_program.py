@@ -1,0 +1,191 @@
+"""Building the parts of a training run on one rank, running them, and writing what they leave behind."""
+
+import logging
+import math
+import os
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from dist_lm import durable
+from dist_lm.config import Config, load_config
+from dist_lm.data.evaluation_batches import evaluation_batches
+from dist_lm.data.gzip_baseline import gzip_bits_per_byte
+from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.stream import SequenceStream
+from dist_lm.errors import ArtefactError
+from dist_lm.model.size import flops_per_token, parameter_count
+from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.layout import check_batch, resolve_layout
+from dist_lm.parallel.mesh import World, build_mesh, data_mesh, process_group
+from dist_lm.parallel.sharding import build_model, compute_dtype, unsharded_copy
+from dist_lm.run_directory import RunDirectory
+from dist_lm.stages.registry import training_stage
+from dist_lm.stages.training_stage import Closing
+from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tracking.metrics import MetricsWriter, read_metrics
+from dist_lm.training import checkpoint, checkpoint_files
+from dist_lm.training.evaluation import loss_metrics, summed_losses
+from dist_lm.training.hardware import matmul_flops
+from dist_lm.training.objective import Forward
+from dist_lm.training.optimizer import build_optimizer
+from dist_lm.training.state import TrainState
+from dist_lm.training.trainer import Evaluate, StopRequest, Trainer
+
+log = logging.getLogger(__name__)
+
+
+def run_rank(run: RunDirectory, stop: StopRequest) -> None:
+    """Train from the newest checkpoint of the run, or from where its configuration says, to the end or to a stop."""
+    started = time.time()
+    config = load_config(run.config)
+    with process_group(config.device) as world, ExitStack() as stack:
+        layout = resolve_layout(config.parallel, config.model, world.size)
+        check_batch(config, layout)
+        mesh = build_mesh(layout, world.device)
+        tokenizer = Tokenizer.load(run.work.tokenizer_model)
+        model = build_model(config.model, config.parallel, mesh, world.device, config.seed)
+        optimizer = build_optimizer(model, config.stage)
+        state = restore(run, config, world, model, optimizer)
+        trainer = Trainer(
+            config=config,
+            world=world,
+            group=data_mesh(mesh).get_group(),
+            model=model,
+            optimizer=optimizer,
+            objective=training_stage(config.stage.name).objective(config),
+            stream=stack.enter_context(open_stream(run, config, mesh, world, state)),
+            evaluate=evaluator(run, config, mesh, world, tokenizer),
+            checkpoints=run.checkpoints,
+            metrics=open_metrics(run, world, state),
+            stop=stop,
+            flops_per_token=flops_per_token(config.model, config.stage.seq_len),
+            peak_flops=world.size * matmul_flops(world.device, compute_dtype(config.parallel, world.device)),
+        )
+        log.info("rank %d of %d on %s, %s, from step %d", world.rank, world.size, world.device, layout, state.step)
+        state = trainer.run(state)
+        if state.step == config.stage.steps:
+            plain = unsharded_copy(model, config.model, compute_dtype(config.parallel, world.device))
+            closing = Closing(config, run, world, tokenizer, plain, state.step)
+            metrics = training_stage(config.stage.name).close(closing)
+            if trainer.metrics:
+                trainer.metrics.write(state.step, metrics)
+                write_result(run, config, tokenizer, state, time.time() - started)
+        del model, optimizer, trainer
+
+
+def restore(
+    run: RunDirectory, config: Config, world: World, model: Transformer, optimizer: torch.optim.Optimizer
+) -> TrainState:
+    """Fill model and optimizer: from this run's newest intact checkpoint, else the weights of stage.init_from."""
+    own = checkpoint.agree_on_checkpoint(run.checkpoints, world)
+    if own is not None:
+        log.info("continuing from %s", own)
+        return checkpoint.load(own, model, optimizer, config.model)
+    if config.stage.init_from != "none":
+        start = checkpoint_files.find_checkpoint(Path(config.stage.init_from))
+        checkpoint_files.verify(start)
+        checkpoint.load(start, model, None, config.model)
+        log.info("starting from the weights of %s", start)
+    return TrainState()
+
+
+def open_stream(
+    run: RunDirectory, config: Config, mesh: DeviceMesh, world: World, state: TrainState
+) -> SequenceStream:
+    """The training sequences of this rank, from the state's position on."""
+    stage, ranks = config.stage, data_mesh(mesh)
+    return SequenceStream(
+        MappedCorpus.open(run.work.corpus(stage.corpus), "train"),
+        seed=config.seed,
+        seq_len=stage.seq_len,
+        global_batch=stage.global_batch,
+        micro_batch=stage.micro_batch,
+        dp_rank=ranks.get_local_rank(),
+        dp_size=ranks.size(),
+        position=state.position,
+        document_mask=stage.document_mask,
+        reset_positions=stage.reset_positions,
+        pin_memory=world.device.type == "cuda",
+    )
+
+
+def evaluator(
+    run: RunDirectory, config: Config, mesh: DeviceMesh, world: World, tokenizer: Tokenizer
+) -> Evaluate:
+    """Loss and bits per byte on the val split of the stage's corpus."""
+    stage, ranks = config.stage, data_mesh(mesh)
+    corpus = MappedCorpus.open(run.work.corpus(stage.corpus), "val")
+    group: ProcessGroup = ranks.get_group()
+
+    def evaluate(forward: Forward, everything: bool) -> dict[str, float]:
+        batches = evaluation_batches(
+            corpus,
+            seq_len=stage.seq_len,
+            micro_batch=stage.micro_batch,
+            dp_rank=ranks.get_local_rank(),
+            dp_size=ranks.size(),
+            limit_sequences=0 if everything else stage.eval_sequences,
+            document_mask=stage.document_mask,
+            reset_positions=stage.reset_positions,
+            pad_id=tokenizer.pad_id,
+        )
+        sums = summed_losses(forward, batches, len(corpus.languages), world.device, group)
+        return loss_metrics(sums.tolist(), corpus.languages, batches.bytes_by_language)
+
+    return evaluate
+
+
+def open_metrics(run: RunDirectory, world: World, state: TrainState) -> MetricsWriter | None:
+    """The metrics file, on the first rank; what an attempt wrote after its last checkpoint is taken back."""
+    if not world.is_first:
+        return None
+    writer = MetricsWriter(run.metrics)
+    writer.truncate_after(state.step)
+    return writer
+
+
+def write_result(run: RunDirectory, config: Config, tokenizer: Tokenizer, state: TrainState, seconds: float) -> None:
+    """The success marker: what came out, beside what gzip makes of the same held-out documents.
+
+    Raises:
+        ArtefactError: the metrics file does not hold the last evaluation, or it is not finite.
+    """
+    metrics = {}
+    for line in read_metrics(run.metrics):
+        if line["step"] == state.step:
+            metrics |= {key: value for key, value in line.items() if key not in ("step", "time")}
+    loss = metrics.get("val/loss")
+    if loss is None or not math.isfinite(loss):
+        raise ArtefactError(f"{run.metrics}: val/loss of the last step {state.step} is {loss}, expected a number")
+    corpus = MappedCorpus.open(run.work.corpus(config.stage.corpus), "val")
+    texts = (
+        (
+            corpus.languages[corpus.language_codes[document]],
+            tokenizer.decode(corpus.tokens(document, 1, int(corpus.lengths[document])).tolist()).encode(),
+        )
+        for document in range(corpus.n_documents)
+    )
+    latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
+    durable.write_json(
+        run.result,
+        {
+            "stage": config.stage.name,
+            "run_id": config.run_id,
+            "steps": state.step,
+            "tokens": state.tokens,
+            "skipped_steps": state.skipped_steps,
+            "parameters": parameter_count(config.model),
+            "ranks": int(os.environ["WORLD_SIZE"]),
+            "seconds": seconds,
+            "checkpoint": latest.name if latest else None,
+            "metrics": metrics,
+            "gzip_bits_per_byte": gzip_bits_per_byte(texts),
+            "state": asdict(state),
+        },
+    )

@@ -1,0 +1,30 @@
+"""Stage `code`: next-token prediction on programs; reports the share of samples that parse, by language."""
+
+from dist_lm.stages.sampling import Sample, keep_samples, sample_prompts
+from dist_lm.stages.syntax import parses, whole_lines
+from dist_lm.stages.training_stage import Closing, TrainingStage
+from dist_lm.training.loss import next_token
+
+
+def close(closing: Closing) -> dict[str, float]:
+    """`code/parses_LANGUAGE`: samples, prompt included, that their language's parser accepts."""
+    samples = sample_prompts(closing)
+    verdicts = [{"parses": _parses(sample)} for sample in samples]
+    keep_samples(closing, samples, verdicts)
+    metrics = {}
+    for language in sorted({sample.language for sample in samples}):
+        found = [
+            verdict["parses"]
+            for sample, verdict in zip(samples, verdicts, strict=True)
+            if sample.language == language and verdict["parses"] is not None
+        ]
+        if found:
+            metrics[f"code/parses_{language}"] = sum(found) / len(found)
+    return metrics
+
+
+def _parses(sample: Sample) -> bool | None:
+    return parses(sample.language, whole_lines(sample.prompt + sample.completion, sample.finished))
+
+
+STAGE = TrainingStage("code", lambda config: next_token(config.stage.label_smoothing), close)

@@ -1,0 +1,35 @@
+"""The stages by name, and what each needs. Their code is imported only where it runs."""
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dist_lm.stages.training_stage import TrainingStage
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """What a plan has to know of a stage."""
+
+    name: str
+    title: str  # for people
+    trains: bool  # runs on a gang of ranks; otherwise in the launcher's own process
+    needs: tuple[str, ...]  # stages whose artefacts it reads
+    starts_from: str | None = None  # stage whose checkpoint it starts from
+
+
+STAGES = {
+    info.name: info
+    for info in (
+        StageInfo("tokenizer", "train the tokenizer", trains=False, needs=()),
+        StageInfo("shards", "tokenize the corpora", trains=False, needs=("tokenizer",)),
+        StageInfo("language", "train on language", trains=True, needs=("shards",)),
+        StageInfo("code", "train on code", trains=True, needs=("shards", "language"), starts_from="language"),
+    )
+}
+
+
+def training_stage(name: str) -> "TrainingStage":
+    """The objective and closing report of a training stage."""
+    return importlib.import_module(f"dist_lm.stages.{name}").STAGE

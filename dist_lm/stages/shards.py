@@ -1,0 +1,94 @@
+"""Stage `shards`: reads the corpora and the tokenizer, leaves work/corpora/NAME/*.tar with index and manifest."""
+
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+from dist_lm import durable
+from dist_lm.config import SPLITS, Config
+from dist_lm.data.corpus import IngestReport, read_corpus
+from dist_lm.data.document import Document
+from dist_lm.data.manifest import read_manifest, write_manifest
+from dist_lm.data.shard_writer import ShardWriter
+from dist_lm.errors import ArtefactError
+from dist_lm.run_directory import WorkDirectory
+from dist_lm.stages.artefact import Artefact, digest, text_fingerprint
+from dist_lm.tokenizer.encode import encode_documents
+from dist_lm.tracking.console import Console
+
+
+def inspect(config: Config) -> Artefact:
+    """What is in work/corpora.
+
+    Raises:
+        ArtefactError: a corpus was made from another text, or with another tokenizer than work/tokenizer.
+    """
+    work = WorkDirectory(Path(config.work_dir))
+    names = ", ".join(config.corpus.corpora)
+    if not all(work.corpus_manifest(name).exists() for name in config.corpus.corpora):
+        return Artefact(False, f"corpora {names}")
+    for name in config.corpus.corpora:
+        check_corpus(config, name)
+    manifests = [read_manifest(work.corpus(name)) for name in config.corpus.corpora]
+    tokens = sum(manifest.splits["train"].counts.tokens for manifest in manifests)
+    return Artefact(True, f"corpora {names}: {tokens:,} training tokens")
+
+
+def check_corpus(config: Config, name: str) -> None:
+    """Refuse a corpus that was made from another text, or with another tokenizer.
+
+    Raises:
+        ArtefactError: names the folder and the way out.
+    """
+    work = WorkDirectory(Path(config.work_dir))
+    manifest = read_manifest(work.corpus(name))
+    if manifest.corpus_fingerprint != digest(text_fingerprint(config)):
+        raise ArtefactError(
+            f"{work.corpus(name)} was made from another text than corpus={config.corpus.name} seed={config.seed}: "
+            "use another work_dir, or remove that folder to build it again"
+        )
+    manifest.require_tokenizer(durable.sha256_of(work.tokenizer_model), work.corpus(name))
+
+
+def build(config: Config, console: Console) -> None:
+    """Tokenize every corpus that has no manifest yet."""
+    work = WorkDirectory(Path(config.work_dir))
+    for name in config.corpus.corpora:
+        if not work.corpus_manifest(name).exists():
+            build_corpus(config, name, console)
+
+
+def build_corpus(config: Config, name: str, console: Console) -> None:
+    """Write the tars of one corpus; the manifest comes last and makes it whole."""
+    work = WorkDirectory(Path(config.work_dir))
+    directory = work.corpus(name)
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.iterdir():
+        leftover.unlink()
+    report = IngestReport()
+    splits: deque[str] = deque()  # of the documents on their way through the encoder, which keeps their order
+
+    def documents() -> Iterator[Document]:
+        for split, document in read_corpus(config.corpus, name, config.seed, report):
+            splits.append(split)
+            yield document
+
+    def writer(split: str) -> ShardWriter:
+        return ShardWriter(directory, split, config.corpus.documents_per_member, config.corpus.shard_tokens)
+
+    encoded = encode_documents(work.tokenizer_model, documents(), config.tokenizer.workers)
+    with (
+        writer(SPLITS[0]) as train,
+        writer(SPLITS[1]) as val,
+        console.counting(f"tokenizing {name}", unit="documents") as count,
+    ):
+        writers = dict(zip(SPLITS, (train, val), strict=True))
+        for document in encoded:
+            writers[splits.popleft()].write(document)
+            count.advance()
+    write_manifest(
+        directory,
+        tokenizer_sha256=durable.sha256_of(work.tokenizer_model),
+        corpus_fingerprint=digest(text_fingerprint(config)),
+        ingest=report.as_dict(),
+    )

@@ -1,0 +1,67 @@
+"""Stage `tokenizer`: reads the train split of every corpus, leaves work/tokenizer/{tokenizer.model,report.json}."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from dist_lm import durable
+from dist_lm.config import Config
+from dist_lm.data.corpus import IngestReport, read_corpus
+from dist_lm.data.document import Document
+from dist_lm.errors import ArtefactError
+from dist_lm.run_directory import WorkDirectory
+from dist_lm.stages.artefact import Artefact, digest, text_fingerprint
+from dist_lm.tokenizer.report import tokenizer_report
+from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tokenizer.train import sample_by_language, train_tokenizer
+from dist_lm.tracking.console import Console
+
+REPORT_BYTES = 1_000_000  # of each language, for the report
+
+
+def inspect(config: Config) -> Artefact:
+    """What is in work/tokenizer.
+
+    Raises:
+        ArtefactError: it was made from another text or with another vocabulary.
+    """
+    work = WorkDirectory(Path(config.work_dir))
+    if not (work.tokenizer_model.exists() and work.tokenizer_report.exists()):
+        return Artefact(False, f"{config.tokenizer.vocab_size:,} pieces from corpus={config.corpus.name}")
+    report = json.loads(work.tokenizer_report.read_text())
+    if report["vocab_size"] != config.tokenizer.vocab_size:
+        raise ArtefactError(
+            f"{work.tokenizer} holds {report['vocab_size']} pieces, tokenizer.vocab_size={config.tokenizer.vocab_size} "
+            "(it follows model.vocab_size): use another work_dir, or remove that folder to train it again"
+        )
+    if report["text"] != digest(text_fingerprint(config)):
+        raise ArtefactError(
+            f"{work.tokenizer} was trained on another text than corpus={config.corpus.name} seed={config.seed}: "
+            "use another work_dir, or remove that folder to train it again"
+        )
+    return Artefact(True, f"{report['vocab_size']:,} pieces, {report['bytes_per_token']:.2f} bytes/token")
+
+
+def build(config: Config, console: Console) -> None:
+    """Train the tokenizer and report on it."""
+    work = WorkDirectory(Path(config.work_dir))
+    work.tokenizer.mkdir(parents=True, exist_ok=True)
+    documents = sample_by_language(train_documents(config), config.tokenizer.train_bytes)
+    with console.counting("reading documents", unit="documents") as count:
+        texts = [count.each(document) for document in documents]
+    with console.waiting(f"training {config.tokenizer.vocab_size:,} pieces"):
+        train_tokenizer((document.text for document in texts), work.tokenizer_model, config.tokenizer)
+    tokenizer = Tokenizer.load(work.tokenizer_model)
+    report = tokenizer_report(tokenizer, sample_by_language(iter(texts), REPORT_BYTES))
+    report |= {"text": digest(text_fingerprint(config)), "config": asdict(config.tokenizer)}
+    durable.write_json(work.tokenizer_report, report)
+
+
+def train_documents(config: Config) -> Iterator[Document]:
+    """The train split of every corpus, one after the other."""
+    for name in config.corpus.corpora:
+        documents = read_corpus(config.corpus, name, config.seed, IngestReport())
+        yield from (document for split, document in documents if split == "train")
+
+

@@ -1,0 +1,126 @@
+"""What a tokenizer is trained on, and how: SentencePiece BPE for code and text."""
+
+import hashlib
+import heapq
+import io
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from dist_lm import durable
+from dist_lm.config import TokenizerConfig
+from dist_lm.data.document import Document
+from dist_lm.errors import ConfigError, UserError
+from dist_lm.tokenizer.symbols import END_OF_TEXT, PAD, SPECIAL_TOKENS, UNKNOWN, user_defined_symbols
+from dist_lm.tokenizer.unicode import utf8
+
+CHUNK_CHARACTERS = 4_000  # SentencePiece drops sentences longer than 65,536 bytes; a character has at most 4
+
+# Never learned from: U+2581 would pass for a space, NUL and U+2585 make SentencePiece drop the whole chunk.
+UNLEARNABLE = re.compile("[\0\u2581\u2585]")
+
+
+def sample_by_language(documents: Iterable[Document], limit_bytes: int) -> Iterator[Document]:
+    """At most `limit_bytes` of UTF-8 text, the same share of it for every language, in the order they came.
+
+    What a small language leaves of its share goes to the others. Inside a language documents are chosen by
+    hash, so that no part of a corpus is favoured. One pass, memory of about `limit_bytes`; one document is
+    always kept.
+
+    Raises:
+        UserError: a document is not Unicode text.
+    """
+    kept: dict[str, list[tuple[int, int, int, Document]]] = defaultdict(list)  # max-heaps by hash
+    size: dict[str, int] = defaultdict(int)  # bytes
+    total = 0
+    for number, document in enumerate(documents):
+        content = utf8(document.text, document.source)
+        rank = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+        heapq.heappush(kept[document.language], (-rank, number, len(content), document))
+        size[document.language] += len(content)
+        total += len(content)
+        while total > limit_bytes and sum(map(len, kept.values())) > 1:
+            largest = max(size, key=lambda language: size[language])
+            dropped = heapq.heappop(kept[largest])[2]
+            size[largest] -= dropped
+            total -= dropped
+    entries = [entry for heap in kept.values() for entry in heap]
+    yield from (document for _, _, _, document in sorted(entries, key=lambda entry: entry[1]))
+
+
+def train_tokenizer(texts: Iterable[str], path: Path, config: TokenizerConfig) -> None:
+    """Train a BPE of `config.vocab_size` pieces and write it to `path`; the same texts give the same bytes.
+
+    Raises:
+        ConfigError: the vocabulary is too large for the texts, or too small for their characters.
+        UserError: there is no text, or it is not Unicode.
+    """
+    model = io.BytesIO()
+    failure: list[BaseException] = []
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_raising_into(failure, _chunks(texts)),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=config.vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=65536,
+            eos_id=SPECIAL_TOKENS.index(END_OF_TEXT),
+            eos_piece=END_OF_TEXT,
+            pad_id=SPECIAL_TOKENS.index(PAD),
+            pad_piece=PAD,
+            unk_id=SPECIAL_TOKENS.index(UNKNOWN),
+            unk_piece=UNKNOWN,
+            bos_id=-1,
+            control_symbols=list(SPECIAL_TOKENS[3:]),
+            user_defined_symbols=user_defined_symbols(),
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if failure:
+            raise failure[0] from None
+        raise _explained(error, config) from error
+    durable.write_bytes(path, model.getvalue())
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[str]:
+    """Pieces of at most `CHUNK_CHARACTERS`, newlines kept."""
+    for number, text in enumerate(texts):
+        utf8(text, f"text {number}")
+        for part in UNLEARNABLE.split(text):
+            for start in range(0, len(part), CHUNK_CHARACTERS):
+                yield part[start : start + CHUNK_CHARACTERS]
+
+
+def _raising_into(failure: list[BaseException], chunks: Iterator[str]) -> Iterator[str]:
+    """`chunks`, keeping what they raise: SentencePiece turns it into a RuntimeError that only quotes it."""
+    try:
+        yield from chunks
+    except Exception as error:
+        failure.append(error)
+        raise
+
+
+def _explained(error: RuntimeError, config: TokenizerConfig) -> Exception:
+    """What SentencePiece refused, in the words of our configuration."""
+    message = str(error)
+    if "sentences_.empty()" in message:
+        return UserError("the tokenizer has no text to train on: the train split of every corpus is empty")
+    if most := re.search(r"too high .*<= (\d+)", message):
+        accepted = f"at most {most[1]}, which is all this text has (or more text)"
+    elif least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        accepted = (
+            f"more than {least[1]}, which bytes, special tokens, symbols and characters of this text take"
+        )
+    else:
+        return error
+    return ConfigError(f"tokenizer.vocab_size={config.vocab_size}: expected {accepted}")

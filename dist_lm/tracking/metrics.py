@@ -1,0 +1,129 @@
+"""The metrics file of a run: a JSON object a line: `step`, `time` (seconds since 1970), and metrics by name.
+
+A step may have several lines (its own, then what a checkpoint after it cost); a reader merges them. JSON has
+no NaN and no infinity: a metric that is not finite is written as null and read back as None.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dist_lm import durable
+from dist_lm.errors import ArtefactError
+
+MetricsLine = dict[str, Any]
+"""`step` (int), `time` (float) and metrics by name (float, int, or None where the value was not finite)."""
+
+
+class MetricsWriter:
+    """Appends to a metrics file; a line is handed to the operating system before `write` returns."""
+
+    def __init__(self, path: Path) -> None:
+        """Open `path` for appending; half a line that a killed writer left at its end is cut off."""
+        self._path = path
+        if path.exists():
+            _cut_torn_line(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Mapping[str, float], at: float | None = None) -> None:
+        """Append one line.
+
+        Args:
+            at: seconds since 1970; now if None.
+        """
+        line = {"step": step, "time": time.time() if at is None else at}
+        line |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the lines beyond `step`, in one durable replacement: a resumed run writes them again.
+
+        Raises:
+            ArtefactError: a line that is not the last one is damaged.
+        """
+        kept = [line for line in read_metrics(self._path) if line["step"] <= step]
+        self._file.close()
+        durable.write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+
+    def close(self) -> None:
+        """Close the file; nothing more can be written."""
+        self._file.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> Iterator[MetricsLine]:
+    """Every complete line of a metrics file, in order; half a line at its end is left out.
+
+    Raises:
+        ArtefactError: a complete line is no metrics line.
+    """
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            if raw.endswith(b"\n"):
+                yield _parse(raw, f"{path}:{number}")
+
+
+class MetricsFollower:
+    """New lines of a metrics file that another process writes; see `follow`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._inode = -1
+        self._offset = 0
+
+    def poll(self) -> list[MetricsLine]:
+        """The complete lines that came since the last call; none while there is no file.
+
+        A file that was replaced or has become shorter (a run that resumes takes lines back) is read from its
+        start again: a caller goes by `step`, not by the number of lines.
+
+        Raises:
+            ArtefactError: a complete line is no metrics line.
+        """
+        try:
+            file = self._path.open("rb")
+        except FileNotFoundError:
+            return []
+        with file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._inode or status.st_size < self._offset:
+                self._inode, self._offset = status.st_ino, 0
+            file.seek(self._offset)
+            complete, newline, _ = file.read().rpartition(b"\n")
+        start, self._offset = self._offset, self._offset + len(complete) + len(newline)
+        return [_parse(raw, f"{self._path} after byte {start}") for raw in complete.splitlines()]
+
+
+def follow(path: Path) -> MetricsFollower:
+    """Follow a metrics file that may not exist yet; the first `poll` gives what is already there."""
+    return MetricsFollower(path)
+
+
+def _parse(raw: bytes, where: str) -> MetricsLine:
+    try:
+        line = json.loads(raw)
+    except ValueError:
+        line = None
+    if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+        raise ArtefactError(
+            f"{where}: not a metrics line: {raw[:80]!r}; move the file away to go on without it"
+        )
+    return line
+
+
+def _cut_torn_line(path: Path) -> None:
+    content = path.read_bytes()
+    complete = content.rfind(b"\n") + 1
+    if complete < len(content):
+        os.truncate(path, complete)

@@ -1,0 +1,167 @@
+"""How far some work has come, and the two ways it is drawn: a live bar, or plain lines now and then."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TypeVar
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.text import Text
+
+Item = TypeVar("Item")
+PLAIN_INTERVAL_S = 10.0
+PLAIN_SHARE = 0.1  # of the work: a plain line comes after so much of it, if that is sooner
+
+TextOrCall = str | Callable[[], str]
+"""Progress text, or what makes it: called only when it is drawn, so that counting costs little."""
+
+
+class Display(Protocol):
+    """One piece of work on its way."""
+
+    def show(self, done: int, text: TextOrCall) -> None:
+        """Draw it, unless it was drawn a moment ago."""
+        ...
+
+    def done(self, text: str) -> None:
+        """Leave the line that stays."""
+        ...
+
+
+class LiveDisplay:
+    """A bar that is redrawn in place."""
+
+    REDRAW_S = 0.1
+
+    def __init__(self, progress: Progress, label: str, total: int | None) -> None:
+        self._progress = progress
+        self._task = progress.add_task(label, total=total, text="")
+        self._total = total
+        self._latest = 0
+        self._next = 0.0
+
+    def show(self, done: int, text: TextOrCall) -> None:
+        self._latest = done
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + self.REDRAW_S
+            self._progress.update(self._task, completed=done, text=_as_text(text))
+
+    def done(self, text: str) -> None:
+        if self._total is None:
+            self._progress.update(self._task, total=1, completed=1, text=text)
+        else:
+            self._progress.update(self._task, completed=self._latest, text=text)
+
+
+class PlainDisplay:
+    """A line about every ten seconds or tenth of the work, whichever comes first."""
+
+    def __init__(self, console: Console, label: str, total: int | None, clock: Callable[[], float]) -> None:
+        self._console = console
+        self._label = label
+        self._total = total
+        self._clock = clock
+        self._shown: tuple[int, float] | None = None  # done and time at the last line
+
+    def show(self, done: int, text: TextOrCall) -> None:
+        now = self._clock()
+        if self._shown is not None:
+            share = (done - self._shown[0]) / self._total if self._total else 0.0
+            if now - self._shown[1] < PLAIN_INTERVAL_S and share < PLAIN_SHARE:
+                return
+            self._print(_as_text(text))
+        self._shown = (done, now)
+
+    def done(self, text: str) -> None:
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        self._console.print(Text(f"{self._label}: {text}"))
+
+
+class Count:
+    """Counted work; see `Console.counting`."""
+
+    def __init__(self, display: Display, unit: str, clock: Callable[[], float]) -> None:
+        self._display = display
+        self._unit = unit
+        self._clock = clock
+        self._started = clock()
+        self.done = 0
+
+    def advance(self, by: int = 1) -> None:
+        """Say that `by` more units are done."""
+        self.done += by
+        self._display.show(self.done, self.text)
+
+    def each(self, item: Item) -> Item:
+        """Count one and give it back."""
+        self.advance()
+        return item
+
+    def text(self) -> str:
+        """The count and its rate."""
+        elapsed = self._clock() - self._started
+        rate = f" ({self.done / elapsed:,.0f}/s)" if elapsed > 0 else ""
+        return f"{self.done:,} {self._unit}{rate}"
+
+
+class TrainingProgress:
+    """The state of a training stage; see `Console.training`."""
+
+    def __init__(self, display: Display, steps: int) -> None:
+        self._display = display
+        self._steps = steps
+        self._step = 0
+        self._values: dict[str, Any] = {}
+        self._first: tuple[int, float] | None = None  # step and time (s) from which the time left is reckoned
+        self._time = 0.0
+
+    def update(self, line: Mapping[str, Any]) -> None:
+        """Take in one line of the metrics file."""
+        step, at = line["step"], line.get("time", self._time)
+        if self._first is None or step < self._step:
+            self._first = (step, at)
+        self._step, self._time = step, at
+        self._values.update({name: value for name, value in line.items() if value is not None})
+        self._display.show(step, self.text)
+
+    def resume(self) -> None:
+        """Reckon the time left from the next line on: what came before was written by an earlier attempt."""
+        self._first = None
+
+    def text(self) -> str:
+        """Step, loss, speed and the time left."""
+        parts = [f"step {self._step:,}/{self._steps:,}"]
+        for name, form in (
+            ("train/loss", "loss {:.3f}"),
+            ("val/bits_per_byte", "val {:.3f} bits/byte"),
+            ("perf/tokens_per_s", "{:,.0f} tokens/s"),
+        ):
+            if name in self._values:
+                parts.append(form.format(self._values[name]))
+        left = self._seconds_left()
+        if left is not None:
+            parts.append(f"{duration(left)} left")
+        return "  ".join(parts)
+
+    def _seconds_left(self) -> float | None:
+        if self._first is None or self._step <= self._first[0] or self._step >= self._steps:
+            return None
+        a_step = (self._time - self._first[1]) / (self._step - self._first[0])
+        return a_step * (self._steps - self._step)
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3:05 min` or `2:03:05 h`."""
+    whole = round(seconds)
+    minutes, rest = divmod(whole, 60)
+    hours, minutes_rest = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes_rest:02d}:{rest:02d} h"
+    return f"{minutes}:{rest:02d} min" if minutes else f"{whole} s"
+
+
+def _as_text(text: TextOrCall) -> str:
+    return text if isinstance(text, str) else text()

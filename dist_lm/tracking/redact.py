@@ -1,0 +1,76 @@
+"""Secrets taken out of what is recorded or handed on: configuration, command line, environment."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+REDACTED = "***"
+_SECRET_WORDS = {
+    "token",
+    "key",
+    "apikey",
+    "secret",
+    "password",
+    "passwd",
+    "passphrase",
+    "credential",
+    "credentials",
+}
+_SECRET_PREFIXES = ("RAY_AUTH_",)
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
+_URL_CREDENTIALS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/\s@]+@")
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether something of this name is a secret: its last word is `token`, `key`, `password` and the like.
+
+    `hf_token` is, `max_new_tokens`, `key_size` and `token_path` are not. Words are
+    divided by punctuation or by capitals.
+    """
+    words = _WORD.findall(name.rpartition(".")[2])
+    return name.startswith(_SECRET_PREFIXES) or (bool(words) and words[-1].lower() in _SECRET_WORDS)
+
+
+def redact_text(text: str) -> str:
+    """`text` without the user and password in any URL in it."""
+    return _URL_CREDENTIALS.sub(rf"\g<scheme>{REDACTED}@", text)
+
+
+def redact(value: Any) -> Any:
+    """A copy of a tree of mappings and sequences without its secrets: by the name of a key, or in URLs."""
+    if isinstance(value, Mapping):
+        return {key: _redact_named(str(key), item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(item) for item in value]
+    return redact_text(value) if isinstance(value, str) else value
+
+
+def redact_command(arguments: Sequence[str]) -> list[str]:
+    """A command line without the values of `secret=VALUE`, `--secret=VALUE` and `--secret VALUE`."""
+    safe = []
+    hide_next = False
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if hide_next:
+            safe.append(REDACTED)
+        elif equals and value and is_secret_name(name):
+            safe.append(f"{name}={REDACTED}")
+        else:
+            safe.append(redact_text(argument))
+        hide_next = not equals and argument.startswith("--") and is_secret_name(argument)
+    return safe
+
+
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of an environment that may be handed to a process that needs no secret."""
+    return {name: value for name, value in environment.items() if not is_secret_name(name)}
+
+
+def _redact_named(name: str, value: Any) -> Any:
+    if (
+        is_secret_name(name)
+        and value not in (None, "")
+        and not isinstance(value, Mapping | list | tuple | bool)
+    ):
+        return REDACTED
+    return redact(value)

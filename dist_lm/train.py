@@ -1,0 +1,100 @@
+"""The program of one rank: `torchrun -m dist_lm.train RUN_DIR` (the launcher does the same through Ray).
+
+It reads the resolved configuration in the run directory, continues from the newest intact checkpoint there, and writes
+`result.json` at a true end. USR1 or TERM make all ranks agree on a step, write a checkpoint and leave with exit code 0
+but without `result.json`.
+"""
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dist_lm import durable
+from dist_lm.cluster.process import die_with_parent
+from dist_lm.errors import UserError
+from dist_lm.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from dist_lm.training.trainer import StopRequest
+
+log = logging.getLogger("dist_lm.train")
+
+
+def main() -> None:
+    """Run one rank; an exception is recorded in the run directory before it ends the process."""
+    if len(sys.argv) != 2 or "RANK" not in os.environ:
+        sys.exit("usage: torchrun --nproc-per-node N -m dist_lm.train RUN_DIR   (one that `dist_lm.launch` prepared)")
+    run, rank = RunDirectory(Path(sys.argv[1]).resolve()), int(os.environ["RANK"])
+    die_with_parent()
+    write_to_log(run.rank_log(rank), echo=rank == 0)
+    try:
+        train(run)
+    except BaseException as error:
+        record_failure(run, rank, error)
+        log.error("%s", error if isinstance(error, UserError) else traceback.format_exc())
+        # other ranks may wait in a collective for this one: leave at once, torchrun ends them
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def train(run: RunDirectory) -> None:
+    """Everything between reading the configuration and writing the result."""
+    from dist_lm.rank_program import run_rank  # torch and all that is heavy
+
+    run_rank(run, stop_on_signals())
+
+
+def stop_on_signals() -> "StopRequest":
+    """A request that USR1 and TERM set; it is looked at between steps."""
+    from dist_lm.training.trainer import StopRequest
+
+    stop = StopRequest()
+
+    def request(number: int, frame: object) -> None:
+        log.info("received %s", signal.Signals(number).name)
+        stop.requested = True
+
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, request)
+    return stop
+
+
+def write_to_log(path: Path, echo: bool) -> None:
+    """Send this process's output to its own log, C++ libraries included."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+
+
+def record_failure(run: RunDirectory, rank: int, error: BaseException) -> None:
+    """Leave what happened where the launcher looks for it."""
+    durable.write_json(
+        run.rank_failure(rank),
+        {
+            "rank": rank,
+            "node": socket.gethostname(),
+            "time": time.time(),
+            "type": type(error).__name__,
+            "message": str(error),
+            "traceback": traceback.format_exc(),
+            "user_error": isinstance(error, UserError),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

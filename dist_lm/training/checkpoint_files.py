@@ -1,0 +1,135 @@
+"""A checkpoint as files: names, manifest, pointers, retention. No tensors here.
+
+    checkpoints/
+      step_00000100/  shard-*.safetensors  state.json  manifest.json (last: sizes and SHA-256 of the others)
+      LATEST BEST     the name of one of them
+
+A checkpoint is written under a name that starts with a dot, made durable, renamed, then pointed at: what has a plain
+name is whole, and what is damaged later is found by its manifest.
+"""
+
+import json
+import logging
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dist_lm import durable
+from dist_lm.errors import ArtefactError
+from dist_lm.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+LATEST, BEST = "LATEST", "BEST"
+STATE, MANIFEST = "state.json", "manifest.json"
+FORMAT = 1
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def steps_in(checkpoints: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    return sorted(path for path in checkpoints.glob("step_*") if path.is_dir())
+
+
+def read_pointer(checkpoints: Path, name: str) -> Path | None:
+    """The checkpoint that LATEST or BEST points at, if there is one."""
+    pointer = checkpoints / name
+    if not pointer.exists():
+        return None
+    target = checkpoints / pointer.read_text().strip()
+    return target if target.is_dir() else None
+
+
+def write_pointer(checkpoints: Path, name: str, target: Path) -> None:
+    durable.write_text(checkpoints / name, target.name + "\n")
+
+
+def write_state(directory: Path, state: TrainState, model: dict[str, Any]) -> None:
+    """Record where the run stands and which model the tensors belong to."""
+    durable.write_json(directory / STATE, {"format": FORMAT, "state": asdict(state), "model": model})
+
+
+def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:
+    """What `write_state` wrote: (state, model configuration)."""
+    try:
+        content = json.loads((directory / STATE).read_text())
+        return TrainState(**content["state"]), content["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(f"checkpoint {directory}: {STATE} cannot be read ({error})") from error
+
+
+def write_manifest(directory: Path, sha256: dict[str, str]) -> None:
+    """Record size and checksum of every file; `sha256` maps file name to digest."""
+    files = {name: {"sha256": digest, "bytes": (directory / name).stat().st_size} for name, digest in sha256.items()}
+    durable.write_json(directory / MANIFEST, files)
+
+
+def verify(directory: Path) -> None:
+    """Read every file of a checkpoint and compare it with the manifest.
+
+    Raises:
+        ArtefactError: names the first file that is missing, cut short or changed.
+    """
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise ArtefactError(f"checkpoint {directory}: {MANIFEST} cannot be read ({error})") from error
+    for name, expected in sorted(manifest.items()):
+        path = directory / name
+        if not path.is_file():
+            raise ArtefactError(f"checkpoint {directory}: {name} is missing")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise ArtefactError(f"checkpoint {directory}: {name} has {size} bytes, expected {expected['bytes']}")
+        if durable.sha256_of(path) != expected["sha256"]:
+            raise ArtefactError(f"checkpoint {directory}: {name} is damaged (SHA-256 differs from {MANIFEST})")
+
+
+def newest_intact(checkpoints: Path) -> Path | None:
+    """The checkpoint to continue from: the newest whose files are whole. A damaged one is reported, loudly.
+
+    Raises:
+        ArtefactError: there are checkpoints and every one is damaged.
+    """
+    candidates = steps_in(checkpoints)
+    damage: list[str] = []
+    for directory in reversed(candidates):
+        try:
+            verify(directory)
+        except ArtefactError as error:
+            damage.append(str(error))
+            log.error("%s; using the one before", error)
+            continue
+        return directory
+    if damage:
+        raise ArtefactError(f"no intact checkpoint in {checkpoints}: {damage[0]}; remove the run directory to start anew")
+    return None
+
+
+def prune(checkpoints: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints and BEST, and what a killed save left behind."""
+    best = read_pointer(checkpoints, BEST)
+    for directory in steps_in(checkpoints)[:-keep]:
+        if directory != best:
+            shutil.rmtree(directory)
+    for leftover in checkpoints.glob(".step_*"):
+        shutil.rmtree(leftover)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a user names: a step directory, a `checkpoints` folder, or a run directory.
+
+    Raises:
+        ArtefactError: there is none.
+    """
+    if (path / STATE).is_file():
+        return path
+    for checkpoints in (path, path / "checkpoints"):
+        found = read_pointer(checkpoints, LATEST)
+        if found is not None:
+            return found
+    raise ArtefactError(f"{path}: no checkpoint there (expected a run directory, or one of its checkpoints/step_*)")

@@ -1,0 +1,28 @@
+"""What a stage optimises: a function from a model and a batch to a sum and a count.
+
+The trainer divides by the count over all micro-batches and ranks, so no objective knows how a batch was cut.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from dist_lm.data.batch import Batch
+
+Forward = Callable[[Batch], torch.Tensor]
+"""The model as an objective sees it: batch -> logits (B, T, V)."""
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """A loss before its division: `total / count` is the mean, over any split of the batch."""
+
+    total: torch.Tensor  # scalar fp32, with gradient
+    count: torch.Tensor  # scalar fp32
+    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)  # sums over the same count, without gradient
+
+
+class Objective(Protocol):
+    def __call__(self, model: Forward, batch: Batch) -> LossSum: ...

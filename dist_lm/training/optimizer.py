@@ -1,0 +1,52 @@
+"""AdamW, with decay on matrices only, and its state by parameter name."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from dist_lm.config import StageConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def is_decayed(name: str) -> bool:
+    """Whether weight decay applies to the parameter: not to norms, biases and embeddings."""
+    return not any(part in name for part in ("norm", "bias", "embed"))
+
+
+def build_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019) whose moments exist from the start.
+
+    They are created here and not at the first step, so that a checkpoint always has the same keys.
+    """
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for n, p in named if is_decayed(n)], "weight_decay": stage.weight_decay},
+        {"params": [p for n, p in named if not is_decayed(n)], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=stage.lr,
+        betas=(stage.beta1, stage.beta2),
+        eps=stage.adam_eps,
+        fused=True,
+    )
+    for _, parameter in named:
+        # a fused step counts on the parameter's own device
+        step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        optimizer.state[parameter] = {"step": step} | {key: torch.zeros_like(parameter) for key in MOMENTS}
+    return optimizer
+
+
+def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the optimizer as (`PARAMETER.exp_avg`, tensor): what a checkpoint holds of it."""
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            yield f"{name}.{key}", value
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Use `rate` for the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

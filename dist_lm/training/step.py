@@ -1,0 +1,94 @@
+"""One optimizer step over the micro-batches of a global batch.
+
+Every objective returns a sum and a count. Gradients of the sums are added over micro-batches and ranks, then divided
+once by the global count: the result does not depend on how the batch was cut.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from dist_lm.data.batch import Batch
+from dist_lm.training.objective import Forward, Objective
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, the same on every rank."""
+
+    loss: float  # mean over the counted tokens of the global batch
+    count: float  # counted tokens of the global batch
+    grad_norm: float  # global L2 norm before clipping
+    applied: bool  # False: gradients were not finite and the parameters are as before
+    stop_requested: bool  # some rank was asked to stop
+    metrics: dict[str, float]  # the objective's own, divided by the count
+
+
+def accumulate_gradients(
+    model: nn.Module, forward: Forward, objective: Objective, micro_batches: Sequence[Batch]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Forward and backward of every micro-batch; gradients are reduced over ranks in the last one.
+
+    Returns:
+        this rank's sums: ((2,) float64 with loss total and count, the objective's metrics).
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=micro_batches[0].tokens_BT.device)
+    metrics: dict[str, torch.Tensor] = {}
+    for index, batch in enumerate(micro_batches):
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(index == len(micro_batches) - 1)
+        loss = objective(forward, batch)
+        loss.total.backward()
+        sums += torch.stack([loss.total.detach(), loss.count]).double()
+        for name, value in loss.metrics.items():
+            metrics[name] = metrics.get(name, torch.zeros_like(value)) + value
+    return sums, metrics
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    forward: Forward,
+    objective: Objective,
+    micro_batches: Sequence[Batch],
+    *,
+    grad_clip: float,
+    group: dist.ProcessGroup,
+    stop_requested: bool,
+) -> StepResult:
+    """Accumulate, reduce, clip, step (collective). Non-finite gradients leave parameters and moments untouched."""
+    sums, own_metrics = accumulate_gradients(model, forward, objective, micro_batches)
+    names = sorted(own_metrics)
+    stop = torch.tensor([float(stop_requested)], dtype=torch.float64, device=sums.device)
+    shared = torch.cat([sums, stop, *(own_metrics[name].double().reshape(1) for name in names)])
+    dist.all_reduce(shared, group=group)
+    total, count, stops, *metric_sums = shared.tolist()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    torch._foreach_mul_(gradients, 1.0 / max(count, 1.0))
+    norm = global_norm(gradients)
+    applied = math.isfinite(norm)
+    if applied:
+        if grad_clip and norm > grad_clip:
+            torch._foreach_mul_(gradients, grad_clip / norm)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(
+        loss=total / max(count, 1.0),
+        count=count,
+        grad_norm=norm,
+        applied=applied,
+        stop_requested=stops > 0,
+        metrics={name: value / max(count, 1.0) for name, value in zip(names, metric_sums, strict=True)},
+    )
+
+
+def global_norm(gradients: list[torch.Tensor]) -> float:
+    """L2 norm over all gradients, wherever their shards are (collective for sharded ones)."""
+    norm = nn.utils.get_total_norm(gradients)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

@@ -1,0 +1,221 @@
+"""Training as its users meet it: the same numbers on any number of ranks, and after any kill.
+
+Each run is `torchrun -m dist_lm.train RUN_DIR` on the tiny model, with dropout, gradient accumulation, evaluation and
+checkpoints on.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dist_lm.config import save_config
+from dist_lm.launcher.compose import compose_config
+from dist_lm.run_directory import RunDirectory, WorkDirectory
+from dist_lm.tracking.metrics import read_metrics
+from dist_lm.training import checkpoint_files
+from tests.conftest import TINY
+
+pytestmark = pytest.mark.cluster
+
+STEPS = 20
+DEADLINE_S = 120
+SETTINGS = (
+    *TINY,
+    "stage=language",
+    f"stage.steps={STEPS}",
+    "stage.global_batch=8",
+    "stage.micro_batch=2",
+    "stage.lr=1e-2",
+    "stage.warmup_steps=5",
+    "stage.dropout=0.1",
+    "stage.label_smoothing=0.1",
+    "stage.checkpoint_every=5",
+    "stage.eval_every=10",
+    "stage.eval_sequences=8",
+    "stage.sampling.samples_per_prompt=1",
+    "stage.sampling.max_new_tokens=4",
+)
+TIMED = ("time", "perf/", "checkpoint/")
+
+
+def prepare(work: WorkDirectory, run_id: str, *overrides: str) -> RunDirectory:
+    config = compose_config([*SETTINGS, f"work_dir={work.path}", f"run_id={run_id}", *overrides])
+    run = work.run("language", run_id)
+    run.create()
+    save_config(config, run.config)
+    return run
+
+
+def start(run: RunDirectory, ranks: int) -> subprocess.Popen:
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(ranks), "-m", "dist_lm.train", str(run.path)),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> int:
+    try:
+        return process.wait(timeout=DEADLINE_S)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def train(run: RunDirectory, ranks: int) -> dict:
+    code = finish(start(run, ranks))
+    assert code == 0, run.rank_log(0).read_text()
+    return json.loads(run.result.read_text())
+
+
+def numbers(run: RunDirectory) -> dict[int, dict[str, float]]:
+    """Everything in the metrics file that is not a time, by step."""
+    steps: dict[int, dict[str, float]] = {}
+    for line in read_metrics(run.metrics):
+        kept = {key: value for key, value in line.items() if not key.startswith(TIMED) and key != "step"}
+        steps.setdefault(line["step"], {}).update(kept)
+    return steps
+
+
+def wait_for_step(run: RunDirectory, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        if run.metrics.exists() and any(line["step"] >= step for line in read_metrics(run.metrics)):
+            return
+        assert process.poll() is None, run.rank_log(0).read_text()
+        time.sleep(0.02)
+    pytest.fail(f"step {step} was not reached in {DEADLINE_S} s")
+
+
+def rank_pids(process: subprocess.Popen) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """Two ranks, never disturbed."""
+    work = linked(tiny_work, tmp_path_factory.mktemp("reference"))
+    run = prepare(work, "two")
+    train(run, ranks=2)
+    return run
+
+
+def linked(tiny_work: WorkDirectory, directory: Path) -> WorkDirectory:
+    for name in ("tokenizer", "corpora"):
+        (directory / name).symlink_to(tiny_work.path / name)
+    return WorkDirectory(directory)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides"),
+    [(1, ("stage.micro_batch=8",)), (2, ("parallel=ddp",)), (4, ("parallel.dp_replicate=2", "parallel.dp_shard=2"))],
+    ids=["one rank", "ddp", "hsdp on four"],
+)
+def test_the_loss_curve_does_not_depend_on_the_layout(reference, tiny_work, tmp_path, ranks, overrides):
+    run = prepare(linked(tiny_work, tmp_path), "other", *overrides)
+    train(run, ranks)
+    expected, found = numbers(reference), numbers(run)
+    assert found.keys() == expected.keys() == set(range(1, STEPS + 1))
+    for step in expected:
+        for key in ("train/loss", "train/grad_norm", "train/tokens", "val/loss", "val/bits_per_byte"):
+            if key in expected[step]:
+                assert found[step][key] == pytest.approx(expected[step][key], rel=1e-5), (step, key)
+
+
+@pytest.mark.parametrize("step", [3, 11, 19])
+def test_a_run_killed_at_any_step_ends_bit_identical(reference, tiny_work, tmp_path, step):
+    run = prepare(linked(tiny_work, tmp_path), "two")
+    process = start(run, ranks=2)
+    wait_for_step(run, step, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    finish(process)
+    assert not run.result.exists()
+    train(run, ranks=2)
+    assert numbers(run) == numbers(reference)
+    assert samples(run) == samples(reference)
+
+
+def samples(run: RunDirectory) -> dict[str, str]:
+    return {path.name: path.read_text() for path in run.samples.iterdir()}
+
+
+def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(reference, tiny_work, tmp_path):
+    run = prepare(linked(tiny_work, tmp_path), "two", "stage.checkpoint_every=0")
+    process = start(run, ranks=2)
+    wait_for_step(run, 2, process)
+    os.kill(rank_pids(process)[1], signal.SIGUSR1)
+    assert finish(process) == 0
+    assert not run.result.exists()
+    stopped_at = max(numbers(run))
+    latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
+    assert latest is not None
+    assert latest.name == checkpoint_files.step_name(stopped_at)
+    train(run, ranks=2)
+    assert numbers(run) == numbers(reference)
+
+
+def test_a_damaged_checkpoint_is_passed_over_loudly(reference, tiny_work, tmp_path):
+    run = prepare(linked(tiny_work, tmp_path), "two", "stage.keep_checkpoints=9")
+    process = start(run, ranks=2)
+    wait_for_step(run, 12, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    finish(process)
+    newest = checkpoint_files.steps_in(run.checkpoints)[-1]
+    shard = next(newest.glob("shard-*"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    train(run, ranks=2)
+    assert f"{shard.name} is damaged" in run.rank_log(0).read_text()
+    assert numbers(run) == numbers(reference)
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(reference, tiny_work, tmp_path):
+    run = prepare(linked(tiny_work, tmp_path), "wider", "model.d_ff=100", f"stage.init_from={reference.path}")
+    assert finish(start(run, ranks=1)) != 0
+    failure = json.loads(run.rank_failure(0).read_text())
+    assert failure["user_error"]
+    assert "model.d_ff=100 (checkpoint: 80)" in failure["message"]
+
+
+def test_a_disk_that_fills_up_leaves_the_checkpoint_before_usable(reference, tiny_work, tmp_path):
+    run = prepare(linked(tiny_work, tmp_path), "two")
+    process = start(run, ranks=2)
+    wait_for_step(run, 6, process)
+    # no file of the second checkpoint fits any more; the metrics, far smaller, still do
+    for pid in rank_pids(process):
+        subprocess.run(["prlimit", f"--pid={pid}", "--fsize=20000"], check=True)
+    assert finish(process) != 0
+    failure = min((json.loads(path.read_text()) for path in run.logs.glob("failure_*")), key=lambda f: f["time"])
+    assert failure["user_error"], failure["traceback"]
+    assert "step_00000010 could not be written" in failure["message"]
+    assert "step_00000005 is intact" in failure["message"]
+    train(run, ranks=2)
+    assert numbers(run) == numbers(reference)
+
+
+def test_weights_of_the_stage_before_are_the_start(reference, tiny_work, tmp_path):
+    work = linked(tiny_work, tmp_path)
+    first = prepare(work, "first", "stage.steps=1", "stage.lr=1e-9", "stage.warmup_steps=0", f"stage.init_from={reference.path}")
+    train(first, ranks=1)
+    last = numbers(reference)[STEPS]["val/loss"]
+    assert numbers(first)[1]["val/loss"] == pytest.approx(last, rel=1e-5)
+
+
+def test_a_world_that_the_layout_cannot_make_is_one_line(tiny_work, tmp_path):
+    run = prepare(linked(tiny_work, tmp_path), "three", "parallel.dp_shard=3")
+    assert finish(start(run, ranks=2)) != 0
+    failure = json.loads(run.rank_failure(0).read_text())
+    assert failure["user_error"]
+    assert "parallel.dp_shard=3" in failure["message"]

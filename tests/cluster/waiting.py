@@ -1,0 +1,34 @@
+"""Waiting for a condition, with a deadline."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+
+from dist_lm.cluster.process import is_alive
+
+Value = TypeVar("Value")
+
+
+def eventually(what: str, condition: Callable[[], Value], seconds: float = 40.0) -> Value:
+    """The first truthy value of `condition`."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.05)
+    return value
+
+
+def ready_ranks(directory: Path, count: int) -> list[dict[str, Any]]:
+    """What `count` dummy ranks have said about themselves, once all of them have."""
+    paths = [directory / f"ready_{rank}" for rank in range(count)]
+    eventually("ranks are up", lambda: all(path.exists() for path in paths))
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def living(pids: list[int]) -> list[int]:
+    """Those of `pids` that still run."""
+    return [pid for pid in pids if psutil.pid_exists(pid) and is_alive(psutil.Process(pid))]

@@ -1,0 +1,90 @@
+"""Shared by all tests: a small work directory with a tokenizer and corpora, made once."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dist_lm import durable
+from dist_lm.config import TokenizerConfig
+from dist_lm.data.document import Document
+from dist_lm.data.manifest import write_manifest
+from dist_lm.data.shard_writer import ShardWriter
+from dist_lm.launcher.compose import compose_config
+from dist_lm.run_directory import WorkDirectory
+from dist_lm.stages.artefact import digest, text_fingerprint
+from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tokenizer.train import train_tokenizer
+
+VOCAB_SIZE = 512
+TINY = (
+    f"model.vocab_size={VOCAB_SIZE}",
+    "model.d_model=40",
+    "model.n_layers=2",
+    "model.d_ff=80",
+    "model.max_seq_len=64",
+    "stage.seq_len=32",
+    "tracking=none",
+)
+
+
+def texts(language: str, count: int) -> list[Document]:
+    """Distinct little programs and sentences, the same at every call."""
+    shapes = {
+        "english": "The {a} of the {b} is number {i}, said the {a}.\n",
+        "python": "def {a}_{i}({b}):\n    return {b} + {i}\n",
+        "bash": "#!/bin/bash\necho {a} | grep {b} > out{i}\n",
+        "sql": "SELECT {a} FROM {b} WHERE id = {i};\n",
+    }
+    words = ("value", "name", "count", "total", "index", "result", "table", "line")
+    return [
+        Document(
+            text=shapes[language].format(a=words[i % 8], b=words[(i // 8) % 8], i=i) * (1 + i % 5),
+            language=language,
+            source=f"{language}:{i}",
+            licence="none",
+            group=f"{i:064x}",
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny_work(tmp_path_factory: pytest.TempPathFactory) -> WorkDirectory:
+    """work/tokenizer (512 pieces) and work/corpora/{language,code}: do not write to it, copy it."""
+    work = WorkDirectory(tmp_path_factory.mktemp("tiny") / "work")
+    work.tokenizer.mkdir(parents=True)
+    corpora = {
+        "language": texts("english", 400),
+        "code": [d for language in ("python", "bash", "sql") for d in texts(language, 200)],
+    }
+    everything = [document.text for documents in corpora.values() for document in documents]
+    train_tokenizer(everything, work.tokenizer_model, TokenizerConfig(vocab_size=VOCAB_SIZE))
+    tokenizer = Tokenizer.load(work.tokenizer_model)
+    fingerprint = digest(text_fingerprint(compose_config(["stage=code", *TINY])))
+    durable.write_json(
+        work.tokenizer_report, {"vocab_size": VOCAB_SIZE, "bytes_per_token": 2.0, "text": fingerprint}
+    )
+    for name, documents in corpora.items():
+        directory = work.corpus(name)
+        directory.mkdir(parents=True)
+        for split, part in (("train", documents[: -len(documents) // 10]), ("val", documents[-len(documents) // 10 :])):
+            with ShardWriter(directory, split, documents_per_member=64, shard_tokens=10_000) as writer:
+                for document in part:
+                    writer.write(tokenizer.encode_document(document))
+        write_manifest(
+            directory,
+            tokenizer_sha256=durable.sha256_of(work.tokenizer_model),
+            corpus_fingerprint=fingerprint,
+            ingest={},
+        )
+    return work
+
+
+@pytest.fixture
+def work(tiny_work: WorkDirectory, tmp_path: Path) -> WorkDirectory:
+    """A work directory of one's own, with the tokenizer and the corpora of `tiny_work`."""
+    shutil.copytree(tiny_work.path, tmp_path / "work")
+    return WorkDirectory(tmp_path / "work")
+
+

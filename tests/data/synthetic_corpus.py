@@ -1,0 +1,54 @@
+"""Small corpora made of numbers, for tests of shards, order and stream."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dist_lm.data.document import TokenizedDocument
+from dist_lm.data.manifest import write_manifest
+from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.shard_writer import ShardWriter
+
+EOT = 1
+LANGUAGES = ("python", "bash", "sql")
+
+
+def documents(lengths: Sequence[int], seed: int = 0, masked: bool = False) -> list[TokenizedDocument]:
+    """Documents of random tokens from 2 on, in three languages by turns; every second one masked."""
+    generator = np.random.default_rng(seed)
+    made = []
+    for i, length in enumerate(lengths):
+        tokens = generator.integers(2, 60000, length).astype(np.uint16)
+        tokens[0] = EOT
+        mask = generator.integers(0, 2, length).astype(np.uint8) if masked and i % 2 else None
+        language = LANGUAGES[i % len(LANGUAGES)]
+        n_bytes = int(generator.integers(length, 5 * length))
+        made.append(TokenizedDocument(tokens, n_bytes, language, f"/text/{language}/{i}", "MIT", mask))
+    return made
+
+
+def write(
+    directory: Path,
+    made: Sequence[TokenizedDocument],
+    split: str = "train",
+    documents_per_member: int = 4,
+    shard_tokens: int = 200,
+) -> Path:
+    """One split as tars, with a manifest."""
+    with ShardWriter(directory, split, documents_per_member, shard_tokens) as writer:
+        for document in made:
+            writer.write(document)
+    write_manifest(directory, tokenizer_sha256="t" * 64, corpus_fingerprint="c" * 64, ingest={"dropped": 3})
+    return directory
+
+
+def corpus(directory: Path, lengths: Sequence[int], masked: bool = False) -> MappedCorpus:
+    """`documents` of the given lengths, written and mapped."""
+    write(directory, documents(lengths, masked=masked))
+    return MappedCorpus.open(directory, "train")
+
+
+def lengths(n: int, longest: int, seed: int = 0) -> list[int]:
+    """n document lengths in [1, longest]."""
+    return np.random.default_rng(seed).integers(1, longest + 1, n).tolist()

@@ -1,0 +1,102 @@
+"""What `data inspect` shows of a corpus, whole, damaged, or not there."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dist_lm.data.inspect import inspect_corpus, origin_of, print_corpus
+from dist_lm.errors import ArtefactError
+from dist_lm.run_directory import WorkDirectory
+from tests.data.synthetic_corpus import LANGUAGES, documents, lengths, write
+
+LENGTHS = lengths(30, 50)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    path = tmp_path / "work" / "corpora" / "code"
+    write(path, documents(LENGTHS))
+    return write(path, documents([6, 7, 8], seed=1), split="val")
+
+
+def shown(directory: Path) -> tuple[bool, str]:
+    console = Console(file=io.StringIO(), width=120)
+    whole = print_corpus(directory, console)
+    return whole, console.file.getvalue()  # pyright: ignore
+
+
+def test_summary_is_json_and_adds_up(directory: Path) -> None:
+    summary = json.loads(json.dumps(inspect_corpus(directory)))
+    assert summary["splits"]["train"]["total"]["tokens"] == sum(LENGTHS)
+    assert sum(row["tokens"] for row in summary["splits"]["train"]["languages"].values()) == sum(LENGTHS)
+    assert sum(row["documents"] for row in summary["licences"]) == len(LENGTHS) + 3
+    assert {row["origin"] for row in summary["origins"]} == {f"/text/{language}" for language in LANGUAGES}
+    assert {shard["state"] for shard in summary["shards"]} == {"ok"}
+    assert summary["ingest"] == {"dropped": 3}
+
+
+def test_tables_show_it(directory: Path) -> None:
+    whole, text = shown(directory)
+    assert whole
+    for expected in (
+        "train-000000.tar",
+        "val-000000.tar",
+        "python",
+        "MIT",
+        "/text/sql",
+        f"{sum(LENGTHS):,}",
+        "ok",
+    ):
+        assert expected in text, expected
+    assert "No samples" in text  # there is no tokenizer
+
+
+def test_a_document_of_each_language_is_shown(tiny_work: WorkDirectory) -> None:
+    whole, text = shown(tiny_work.corpus("code"))
+    assert whole
+    assert "SELECT" in text
+    assert "#!/bin/bash" in text
+    assert "return" in text
+
+
+def test_damage_is_shown_and_reported(directory: Path) -> None:
+    tar = directory / "train-000001.tar"
+    content = bytearray(tar.read_bytes())
+    content[2000] ^= 1
+    tar.write_bytes(content)
+    (directory / "val-000000.tar").unlink()
+    whole, text = shown(directory)
+    assert not whole
+    assert "sha256" in text
+    assert "missing" in text
+    assert "damaged" in text
+
+
+@pytest.mark.parametrize("name", ["nowhere", "work", "work/corpora", "work/corpora/code/manifest.json"])
+def test_a_path_that_is_no_corpus_is_one_line(directory: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ArtefactError) as error:
+        inspect_corpus(tmp_path / name)
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_corpora_nearby_are_named(directory: Path) -> None:
+    with pytest.raises(ArtefactError, match=r"not a corpus; these are: .*corpora/code"):
+        inspect_corpus(directory.parent / "cod")
+
+
+@pytest.mark.parametrize(
+    ("source", "origin"),
+    [
+        ("/usr/lib/python3.11/ast.py", "/usr/lib/python3.11"),
+        ("/usr/lib/python3.11/ast.py:parse", "/usr/lib/python3.11"),
+        ("roneneldan/TinyStories#12", "roneneldan/TinyStories"),
+        ("roneneldan/TinyStories:train:12", "roneneldan/TinyStories"),
+        ("generated", "generated"),
+    ],
+)
+def test_origin(source: str, origin: str) -> None:
+    assert origin_of(source) == origin

@@ -1,0 +1,360 @@
+"""Shards are plain webdataset, their index is a cache, and nothing unfinished or damaged passes for whole."""
+
+import io
+import os
+import pickle
+import shutil
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from webdataset.compat import WebDataset
+
+from dist_lm import durable
+from dist_lm.data import index as index_module
+from dist_lm.data.document import TokenizedDocument
+from dist_lm.data.index import build_index, index_path, load_index, open_index, save_index
+from dist_lm.data.manifest import manifest_path, read_manifest, verify, write_manifest
+from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.shard_writer import ShardWriter
+from dist_lm.errors import ArtefactError
+from tests.data.synthetic_corpus import LANGUAGES, corpus, documents, lengths, write
+
+LENGTHS = lengths(50, 60)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_was_written_is_read(tmp_path: Path, masked: bool) -> None:
+    made = documents(LENGTHS, masked=masked)
+    mapped = corpus(tmp_path, LENGTHS, masked)
+    assert len(list(tmp_path.glob("train-*.tar"))) > 3  # documents must be found across tars
+    assert mapped.n_documents == len(made)
+    assert mapped.n_tokens == sum(LENGTHS)
+    assert mapped.lengths.tolist() == LENGTHS
+    assert mapped.n_bytes.tolist() == [document.n_bytes for document in made]
+    assert [mapped.languages[code] for code in mapped.language_codes] == [d.language for d in made]
+    assert mapped.has_mask == masked
+    for i, document in enumerate(made):
+        n = len(document.tokens)
+        assert np.array_equal(mapped.tokens(i, 0, n), document.tokens)
+        assert np.array_equal(mapped.tokens(i, n // 3, n // 2), document.tokens[n // 3 : n // 2])
+        mask = np.ones(n, np.uint8) if document.loss_mask is None else document.loss_mask
+        assert np.array_equal(mapped.mask(i, n // 3, n), mask[n // 3 :])
+    assert not mapped.tokens(0, 0, 1).flags.writeable
+
+
+def test_any_webdataset_reader_reads_them(tmp_path: Path) -> None:
+    made = documents(LENGTHS, masked=True)
+    write(tmp_path, made)
+    tars = [str(path) for path in sorted(tmp_path.glob("*.tar"))]
+    reader: Any = WebDataset(tars, shardshuffle=False)
+    samples = list(reader.decode())
+    assert len({sample["__key__"] for sample in samples}) == len(samples)
+    place = 0
+    for sample in samples:
+        tokens = np.split(sample["tokens.npy"], np.cumsum(sample["lengths.npy"])[:-1])
+        for i, document in enumerate(made[place : place + len(tokens)]):
+            assert tokens[i].dtype == np.uint16
+            assert np.array_equal(tokens[i], document.tokens)
+            assert sample["bytes.npy"][i] == document.n_bytes
+            meta = sample["meta.json"]
+            assert meta["languages"][str(sample["languages.npy"][i])] == document.language
+            assert (meta["sources"][i], meta["licences"][i]) == (document.source, document.licence)
+        assert ("mask.npy" in sample) == any(
+            d.loss_mask is not None for d in made[place : place + len(tokens)]
+        )
+        place += len(tokens)
+    assert place == len(made)
+
+
+def test_same_documents_give_the_same_bytes(tmp_path: Path) -> None:
+    manifests = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, documents(LENGTHS))
+        manifests.append(manifest_path(tmp_path / name).read_bytes())
+    assert manifests[0] == manifests[1]
+
+
+def test_manifest_counts_by_split_and_language(tmp_path: Path) -> None:
+    made, held_out = documents(LENGTHS), documents([5, 6], seed=1)
+    write(tmp_path, made)
+    write(tmp_path, held_out, split="val")
+    manifest = read_manifest(tmp_path)
+    assert manifest.ingest == {"dropped": 3}
+    assert manifest.corpus_fingerprint == "c" * 64
+    train = manifest.splits["train"]
+    assert (train.counts.documents, train.counts.tokens) == (len(made), sum(LENGTHS))
+    assert manifest.splits["val"].counts.tokens == 11
+    for language in LANGUAGES:
+        mine = [document for document in made if document.language == language]
+        counts = train.languages[language]
+        assert counts.documents == len(mine)
+        assert counts.bytes == sum(document.n_bytes for document in mine)
+        assert counts.tokens == sum(len(document.tokens) for document in mine)
+    assert train.shards[0].sha256 == durable.sha256_of(tmp_path / train.shards[0].name)
+    assert set(verify(tmp_path).values()) == {"ok"}
+
+
+def test_manifest_refuses_another_tokenizer(tmp_path: Path) -> None:
+    manifest = read_manifest(write(tmp_path, documents([3])))
+    manifest.require_tokenizer("t" * 64, tmp_path)
+    with pytest.raises(ArtefactError, match="was written with tokenizer tttttttttttt, not uuuuuuuuuuuu"):
+        manifest.require_tokenizer("u" * 64, tmp_path)
+
+
+def test_unfinished_corpus_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, documents(LENGTHS))
+
+    def interrupted() -> None:
+        with ShardWriter(tmp_path, "train", 4, 200) as writer:
+            for document in documents([100] * 9):
+                writer.write(document)
+            writer.shard_tokens = 10_000
+            for document in documents([100] * 9):
+                writer.write(document)
+            assert list(tmp_path.glob(".train-*.tar.tmp"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    with pytest.raises(ArtefactError, match=r"unfinished \(no manifest.json\).*stage=shards"):
+        MappedCorpus.open(tmp_path, "train")
+    assert list(tmp_path.glob("*.tar"))  # finished tars may stay,
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith("tmp")]  # half of one may not
+
+
+def test_full_disk_is_the_error_and_leaves_no_tar(tmp_path: Path) -> None:
+    def fill() -> None:
+        with ShardWriter(tmp_path, "train", 4, 10**9) as writer:
+            (tmp_path / ".train-000000.tar.tmp").symlink_to("/dev/full")
+            for document in documents([5000] * 8):
+                writer.write(document)
+
+    with pytest.raises(OSError, match="No space left"):
+        fill()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_smaller_build_leaves_nothing_of_the_larger_one(tmp_path: Path) -> None:
+    write(tmp_path, documents(LENGTHS))
+    write(tmp_path, documents([5, 5], seed=1), split="val")
+    (tmp_path / ".train-000009.tar.tmp").write_bytes(b"what a kill left")
+    write(tmp_path, documents([7]))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [
+        "manifest.json",
+        "train-000000.index",
+        "train-000000.tar",
+        "val-000000.index",
+        "val-000000.tar",
+    ]
+    assert MappedCorpus.open(tmp_path, "train").n_tokens == 7
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.rmdir(), "does not exist"),
+        (lambda path: None, "unfinished"),
+        (lambda path: write(path, []), "has no train documents"),
+        (lambda path: (path / "manifest.json").write_text("{"), "damaged"),
+        (lambda path: (path / "manifest.json").write_text('{"format": 99}'), "format 99"),
+        (lambda path: (path / "manifest.json").write_text('{"format": 1, "splits": []}'), "damaged"),
+    ],
+)
+def test_missing_or_empty_corpus_says_what_to_run(tmp_path: Path, make, message: str) -> None:
+    directory = tmp_path / "code"
+    directory.mkdir()
+    make(directory)
+    with pytest.raises(ArtefactError, match=message) as error:
+        MappedCorpus.open(directory, "train")
+    assert str(directory) in str(error.value)
+    assert "python -m dist_lm.launch stage=shards" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_tars_are_found(tmp_path: Path) -> None:
+    write(tmp_path, documents(LENGTHS))
+    tars = sorted(tmp_path.glob("*.tar"))
+    content = bytearray(tars[0].read_bytes())
+    content[700] ^= 1
+    tars[0].write_bytes(content)
+    tars[1].write_bytes(tars[1].read_bytes()[:-512])
+    tars[2].unlink()
+    state = verify(tmp_path)
+    assert "sha256" in state[tars[0].name]
+    assert "bytes, expected" in state[tars[1].name]
+    assert state[tars[2].name] == "missing"
+    assert state[tars[3].name] == "ok"
+    with pytest.raises(ArtefactError, match=f"{tars[1].name}: .* bytes, expected"):
+        MappedCorpus.open(tmp_path, "train")
+
+
+def test_index_is_rebuilt_when_missing(tmp_path: Path) -> None:
+    write(tmp_path, documents(LENGTHS))
+    tar = next(tmp_path.glob("*.tar"))
+    before = open_index(tar)
+    index_path(tar).unlink()
+    after = open_index(tar)
+    assert np.array_equal(before.entries, after.entries)
+    assert before.languages == after.languages
+    assert index_path(tar).is_file()
+
+
+def test_index_of_another_tar_is_not_trusted(tmp_path: Path) -> None:
+    write(tmp_path, documents(LENGTHS))
+    first, second = sorted(tmp_path.glob("*.tar"))[:2]
+    expected = build_index(second)
+    shutil.copyfile(index_path(first), index_path(second))
+    assert np.array_equal(open_index(second).entries, expected.entries)
+
+
+def test_index_survives_a_copy_but_not_a_change_of_the_tar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, documents([30, 40]))
+    tar = tmp_path / "train-000000.tar"
+    os.utime(tar, ns=(1, 1))
+
+    def refuse(tar: Path) -> None:
+        raise AssertionError("the same bytes need no new index")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(index_module, "build_index", refuse)
+        open_index(tar)
+        assert open_index(tar).tar_mtime_ns == 1
+    other = tmp_path / "other"
+    write(other, documents([40, 30]))
+    tar.write_bytes((other / tar.name).read_bytes())
+    assert open_index(tar).entries["length"].tolist() == [40, 30]
+
+
+def test_no_damage_to_an_index_passes(tmp_path: Path) -> None:
+    write(tmp_path, documents([30, 40]))
+    path = tmp_path / "train-000000.index"
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0x10
+        path.write_bytes(damaged)
+        assert load_index(path) is None, place
+    for size in (0, 5, 16, 40, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        assert load_index(path) is None, size
+    assert open_index(tmp_path / "train-000000.tar").entries["length"].tolist() == [30, 40]
+    assert path.read_bytes() == whole
+
+
+def test_read_only_folder_costs_a_rebuild_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    write(tmp_path, documents([30, 40]))
+    tar = tmp_path / "train-000000.tar"
+    index_path(tar).unlink()
+    monkeypatch.setattr(index_module.os, "access", lambda path, mode: False)
+    assert open_index(tar).entries["length"].tolist() == [30, 40]
+    assert not index_path(tar).exists()
+    assert "not writable" in caplog.text
+
+
+def _tar_of(path: Path, parts: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in parts.items():
+            source = path.with_name("part")
+            source.write_bytes(content)
+            archive.add(source, arcname=f"000.{name}")
+    return path
+
+
+def _parts(tar: Path) -> dict[str, bytes]:
+    """The first member of a tar."""
+    with tarfile.open(tar) as archive:
+        infos = [info for info in archive if info.name.startswith("000000-000000.")]
+        return {info.name.partition(".")[2]: archive.extractfile(info).read() for info in infos}  # pyright: ignore
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=True)
+    return buffer.getvalue()
+
+
+class _Bomb:
+    def __reduce__(self):
+        return pytest.fail, ("something was unpickled",)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens.npy": None}, "has no tokens.npy"),
+        ({"meta.json": b"["}, "damaged"),
+        ({"meta.json": b"[]"}, "damaged"),
+        ({"meta.json": b'{"languages": {}}'}, "damaged"),
+        ({"tokens.npy": b"no array"}, "damaged"),
+        ({"tokens.npy": _npy(np.zeros(9, np.int64))}, "expected a row of uint16"),
+        ({"tokens.npy": _npy(np.zeros((3, 3), np.uint16))}, "expected a row of uint16"),
+        ({"tokens.npy": _npy(np.zeros(9, np.uint16))[:-1]}, "cut short"),
+        ({"lengths.npy": _npy(np.array([1, 2, 3], np.uint32))}, "different lengths"),
+        ({"mask.npy": _npy(np.zeros(3, np.uint8))}, "loss mask of another length"),
+        ({"tokens.npy": _npy(np.array([_Bomb()], object))}, "expected a row of uint16"),
+        ({"lengths.npy": pickle.dumps(_Bomb())}, "damaged"),
+    ],
+)
+def test_tars_that_are_no_shards_are_refused(
+    tmp_path: Path, change: dict[str, bytes | None], message: str
+) -> None:
+    write(tmp_path / "good", documents([9, 8, 7]), documents_per_member=8)
+    parts = _parts(tmp_path / "good" / "train-000000.tar") | change
+    tar = _tar_of(tmp_path / "train-000000.tar", {k: v for k, v in parts.items() if v is not None})
+    with pytest.raises(ArtefactError, match=message) as error:
+        build_index(tar)
+    assert str(tar) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tar_cut_anywhere_is_refused_or_refuted(tmp_path: Path) -> None:
+    """Cut inside a member: the index cannot be built. Cut between members: the manifest knows the size."""
+    write(tmp_path, documents([9, 8, 7]), documents_per_member=1)
+    tar = tmp_path / "train-000000.tar"
+    whole = tar.read_bytes()
+    for size in range(100, len(whole), 997):
+        tar.write_bytes(whole[:size])
+        with pytest.raises(ArtefactError):
+            MappedCorpus.open(tmp_path, "train")
+
+
+def test_parts_may_come_in_any_order(tmp_path: Path) -> None:
+    """A tar repacked by another tool is as good."""
+    write(tmp_path / "good", documents([9, 8, 7]), documents_per_member=8)
+    parts = _parts(tmp_path / "good" / "train-000000.tar")
+    tar = _tar_of(tmp_path / "train-000000.tar", dict(sorted(parts.items(), reverse=True)))
+    write_manifest(tmp_path, tokenizer_sha256="", corpus_fingerprint="", ingest={})
+    mapped = MappedCorpus.open(tmp_path, "train")
+    assert tar.is_file()
+    assert np.array_equal(mapped.tokens(1, 0, 8), documents([9, 8, 7])[1].tokens)
+
+
+def test_languages_keep_their_names_whatever_their_codes(tmp_path: Path) -> None:
+    """Codes are by first appearance in a tar; a corpus sorts the names of all its tars."""
+    made = [
+        replace(document, language=name) for document, name in zip(documents([9] * 4), "dacb", strict=True)
+    ]
+    write(tmp_path, made, documents_per_member=1, shard_tokens=9)
+    mapped = MappedCorpus.open(tmp_path, "train")
+    assert mapped.languages == ["a", "b", "c", "d"]
+    assert [mapped.languages[code] for code in mapped.language_codes] == list("dacb")
+
+
+def test_index_round_trip(tmp_path: Path) -> None:
+    write(tmp_path, [TokenizedDocument(np.array([1, 2], np.uint16), 1, "naïve\n", "s", "l")])
+    index = build_index(tmp_path / "train-000000.tar")
+    save_index(index, tmp_path / "copy.index")
+    copy = load_index(tmp_path / "copy.index")
+    assert copy is not None
+    assert copy.languages == index.languages == ("naïve\n",)
+    assert np.array_equal(copy.entries, index.entries)

@@ -1,0 +1,92 @@
+"""The command line: what is refused, in which words, and what earlier stages take from it."""
+
+import dataclasses
+
+import pytest
+
+from dist_lm.launcher.compose import choices, compose_config, overrides_of, target_stage
+from dist_lm.config import Config, load_config, save_config
+from dist_lm.errors import ConfigError
+
+
+@pytest.mark.parametrize("model", choices("model"))
+@pytest.mark.parametrize("stage", choices("stage"))
+def test_every_model_composes_with_every_stage(model, stage):
+    config = compose_config([f"stage={stage}", f"model={model}"])
+    assert (config.model.name, config.stage.name) == (model, stage)
+    assert config.tokenizer.vocab_size == config.model.vocab_size
+
+
+@pytest.mark.parametrize("group", ["parallel", "corpus", "tracking", "experiment"])
+def test_every_choice_of_a_group_composes(group):
+    for choice in choices(group):
+        compose_config([f"{group}={choice}"])
+
+
+def test_large_has_exactly_the_listed_numbers():
+    model = compose_config(["model=large"]).model
+    assert (model.d_model, model.n_layers, model.n_heads, model.d_ff) == (1600, 32, 25, 6400)
+    assert (model.max_seq_len, model.vocab_size, model.d_head) == (4096, 32000, 64)
+
+
+@pytest.mark.parametrize(
+    ("stage", "lr"), [("language", 1e-4), ("code", 1e-5)], ids=["language", "code"]
+)
+def test_the_large_stages_have_the_listed_peak_rates(stage, lr):
+    config = compose_config(["model=large", f"stage={stage}"]).stage
+    assert config.lr == lr
+    assert (config.weight_decay, config.beta1, config.beta2) == (0.1, 0.9, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stage.stepz=3", ["stage.stepz=3", "did you mean stage.steps?"]),
+        ("stepz=3", ["stepz=3", "no such key"]),
+        ("stage.steps=abc", ["stage.steps=abc", "an integer"]),
+        ("stage.dropout=x", ["stage.dropout=x", "a number"]),
+        ("stage.dropout=1.5", ["stage.dropout=1.5", "[0, 1)"]),
+        ("dry_run=perhaps", ["dry_run=perhaps", "true or false"]),
+        ("model=huge", ["model=huge", "nano", "large"]),
+        ("model.n_heads=7", ["model.n_heads=7", "model.d_model=160", "5"]),
+        ("model.n_kv_heads=2", ["model.n_kv_heads=2", "model.n_heads=5"]),
+        ("stage.seq_len=100000", ["stage.seq_len=100000", "model.max_seq_len=512"]),
+        ("cluster=ray", ["cluster.address", "host:port"]),
+        ("+new=1", ["+new=1", "cannot be added"]),
+        ("~seed", ["~seed", "cannot be added or removed"]),
+        ("stage.steps=1,2", ["stage.steps=1,2", "single value"]),
+        ("foo", ["foo", "key=value"]),
+        ("run_id=../x", ["run_id=../x", "plain name"]),
+        ("tokenizer=3", ["tokenizer=3", "tokenizer.KEY"]),
+        ("tokenizer.vocab_size=70000", ["tokenizer.vocab_size=70000", "65536"]),
+        ("prerequisites=maybe", ["prerequisites=maybe", "build or fail"]),
+    ],
+)
+def test_bad_input_is_one_line_that_names_key_value_and_way_out(override, words):
+    with pytest.raises(ConfigError) as refused:
+        compose_config([override])
+    message = str(refused.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_command_without_a_stage_lists_the_stages():
+    with pytest.raises(ConfigError, match="stage is not given.*code.*language"):
+        target_stage(["model=nano"])
+    with pytest.raises(ConfigError, match="stage=cod: expected one of.*code"):
+        target_stage(["stage=cod"])
+
+
+def test_keys_of_the_stage_asked_for_do_not_reach_earlier_stages():
+    command = ["stage=code", "model=tiny", "stage.steps=7", "stages.language.steps=3", "seed=4"]
+    assert overrides_of("code", "code", command) == ["stage=code", "model=tiny", "stage.steps=7", "seed=4"]
+    assert overrides_of("language", "code", command) == ["stage=language", "model=tiny", "stage.steps=3", "seed=4"]
+
+
+def test_a_saved_configuration_reads_back_equal(tmp_path):
+    config = compose_config(["stage=code", "model=nano", "model.n_kv_heads=5"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert isinstance(config, Config)
+    assert dataclasses.asdict(config)["stage"]["sampling"]["prompts"]

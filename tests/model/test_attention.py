@@ -1,0 +1,78 @@
+"""Attention against its definition, and the choice of kernel.
+
+Dimensions: B sequences, T tokens, H query heads, G key/value heads, K d_head.
+"""
+
+import pytest
+import torch
+
+from dist_lm.model import attention
+from dist_lm.model.attention import CAUSAL, Visibility, attend, document_boundaries, within_documents
+
+
+def by_definition(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible_BTT: torch.Tensor
+) -> torch.Tensor:
+    """softmax(q k^T / sqrt(K)) v in float64."""
+    repeats = q.shape[2] // k.shape[2]
+    k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
+    scores = torch.einsum("bthk,bshk->bhts", q.double(), k.double()) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(~visible_BTT[:, None], float("-inf")).softmax(-1)
+    return torch.einsum("bhts,bshk->bthk", weights, v.double())
+
+
+def heads(n_tokens: int, n_heads: int, seed: int) -> torch.Tensor:
+    return torch.randn(2, n_tokens, n_heads, 8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("key_heads", [6, 2, 1])
+@pytest.mark.parametrize("n_tokens", [1, 33, 700])
+def test_masked_and_causal(n_tokens: int, key_heads: int) -> None:
+    """700 tokens: more than one block of the CPU kernel, some of them masked altogether."""
+    q, k, v = heads(n_tokens, 6, 0), heads(n_tokens, key_heads, 1), heads(n_tokens, key_heads, 2)
+    causal = torch.ones(n_tokens, n_tokens, dtype=torch.bool).tril().expand(2, -1, -1)
+    assert torch.allclose(attend(q, k, v, CAUSAL).double(), by_definition(q, k, v, causal), atol=1e-5)
+    document = torch.arange(n_tokens).expand(2, -1) // torch.tensor([[10], [600]])
+    visible = causal & (document[:, :, None] == document[:, None, :])
+    masked = attend(q, k, v, within_documents(document, torch.float32))
+    assert torch.allclose(masked.double(), by_definition(q, k, v, visible), atol=1e-5)
+
+
+def test_boundaries() -> None:
+    document = torch.tensor([[0, 0, 1, 2, 2], [2, 2, 2, 2, 3], [0, 0, 0, 0, 0]])
+    assert document_boundaries(document).tolist() == [0, 2, 3, 5, 9, 10, 15]
+    assert document_boundaries(document).dtype == torch.int32
+
+
+def test_packed_kernel_gets_what_the_mask_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable-length kernel runs on CUDA only: here a stand-in that follows its documentation."""
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, enable_gqa):
+        assert window_size == (-1, 0)
+        assert enable_gqa == (q.shape[1] != k.shape[1])
+        pieces = []
+        for start, end in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):
+            assert 0 < end - start <= min(max_q, max_k)
+            causal = torch.ones(1, end - start, end - start, dtype=torch.bool).tril()
+            pieces.append(
+                by_definition(q[None, start:end], k[None, start:end], v[None, start:end], causal)[0]
+            )
+        assert torch.equal(cu_q, cu_k)
+        return torch.cat(pieces).to(q.dtype)
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    document = torch.arange(33).expand(2, -1) // torch.tensor([[5], [20]])
+    for key_heads in (6, 2):
+        q, k, v = heads(33, 6, 0), heads(33, key_heads, 1), heads(33, key_heads, 2)
+        packed = attend(q, k, v, Visibility(boundary=document_boundaries(document)))
+        assert torch.allclose(packed, attend(q, k, v, within_documents(document, q.dtype)), atol=1e-5)
+
+
+def test_cpu_takes_the_fused_kernel() -> None:
+    """An explicit mask must not fall back to the kernel that keeps all T x T weights."""
+    document = torch.arange(64).expand(2, -1) // 20
+    q, k, v = (heads(64, 5, seed).requires_grad_() for seed in range(3))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        attend(q, k, v, within_documents(document, torch.float32)).sum().backward()
+        attend(q, k, v, CAUSAL).sum().backward()
+    assert q.grad is not None

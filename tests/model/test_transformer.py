@@ -1,0 +1,161 @@
+"""The transformer: causality, documents, cache, options, dropout, and building without memory.
+
+Dimensions: B sequences, T tokens.
+"""
+
+import pytest
+import torch
+from small_models import small_config, small_model, small_tokens
+
+from dist_lm.config import ModelConfig
+from dist_lm.model.dropout import DropoutKey
+from dist_lm.model.kv_cache import KVCache
+from dist_lm.model.transformer import Transformer
+
+OPTIONS = {
+    "default": {},
+    "tied": {"tie_embeddings": True},
+    "rmsnorm": {"norm": "rmsnorm"},
+    "swiglu": {"ffn": "swiglu"},
+    "no bias": {"bias": False},
+    "one key head": {"n_kv_heads": 1},
+    "grouped, all options": {
+        "d_model": 48,
+        "n_heads": 6,
+        "n_kv_heads": 2,
+        "norm": "rmsnorm",
+        "ffn": "swiglu",
+        "bias": False,
+        "tie_embeddings": True,
+    },
+}
+
+
+@pytest.fixture(params=OPTIONS.values(), ids=OPTIONS.keys())
+def config(request: pytest.FixtureRequest) -> ModelConfig:
+    return small_config(**request.param)
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_later_tokens_change_nothing(config: ModelConfig) -> None:
+    model, tokens = small_model(config), small_tokens(config, 2, 12)
+    changed = tokens.clone()
+    changed[:, 7:] = (changed[:, 7:] + 1) % config.vocab_size
+    assert close(model(tokens)[:, :7], model(changed)[:, :7])
+    assert not close(model(tokens)[:, 7:], model(changed)[:, 7:])
+
+
+def test_packed_documents_equal_each_alone(config: ModelConfig) -> None:
+    model, tokens = small_model(config), small_tokens(config, 2, 20)
+    lengths = [[5, 1, 14], [11, 9]]
+    document = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
+    position = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    packed = model(tokens, document_BT=document, position_BT=position)
+    for b, row in enumerate(lengths):
+        ends = torch.tensor(row).cumsum(0).tolist()
+        for start, end in zip([0, *ends], ends, strict=False):
+            assert close(packed[b : b + 1, start:end], model(tokens[b : b + 1, start:end]))
+
+
+def test_only_relative_positions_matter(config: ModelConfig) -> None:
+    model, tokens = small_model(config), small_tokens(config, 1, 10)
+    assert close(model(tokens), model(tokens, position_BT=torch.arange(10)[None] + 17))
+    assert not close(model(tokens), model(tokens, position_BT=2 * torch.arange(10)[None]))
+
+
+@torch.inference_mode()
+def test_cache_equals_full_forward_for_rows_of_different_lengths(config: ModelConfig) -> None:
+    model, tokens = small_model(config), small_tokens(config, 3, 24)
+    lengths = torch.tensor([3, 9, 6])
+    longest = int(lengths.max())
+    cache = KVCache(config, batch=3, max_len=24, dtype=torch.float32, device=torch.device("cpu"))
+    padded = torch.where(torch.arange(longest) < lengths[:, None], tokens[:, :longest], 0)
+    full = model(tokens)
+    prefill = model(padded, cache=cache)
+    for b, length in enumerate(lengths.tolist()):
+        assert close(prefill[b, :length], full[b, :length])
+    for step in range(15):
+        position = (lengths + step)[:, None]
+        decoded = model(tokens.gather(1, position), position_BT=position, cache=cache)
+        assert close(decoded[:, 0], full[torch.arange(3), lengths + step])
+
+
+@torch.inference_mode()
+def test_prompt_in_chunks_equals_prompt_at_once() -> None:
+    config = small_config()
+    model, tokens = small_model(config), small_tokens(config, 2, 16)
+    cache = KVCache(config, batch=2, max_len=16, dtype=torch.float32, device=torch.device("cpu"))
+    chunks = [
+        model(tokens[:, t : t + 4], position_BT=torch.arange(t, t + 4)[None], cache=cache)
+        for t in range(0, 16, 4)
+    ]
+    assert close(torch.cat(chunks, dim=1), model(tokens))
+
+
+def test_zero_heads_change_nothing() -> None:
+    """A module that holds more heads than the config names, filled with zeros, is the same function."""
+    config = small_config()
+    model, tokens = small_model(config), small_tokens(config, 2, 9)
+    expected = model(tokens)
+    for block in model.blocks:
+        for name in ("query", "key", "value", "output", "query_bias", "key_bias", "value_bias"):
+            weight = getattr(block.attention, name)
+            padded = torch.cat([weight, torch.zeros_like(weight[:1])])
+            setattr(block.attention, name, torch.nn.Parameter(padded))
+    assert close(model(tokens), expected)
+    model(tokens).square().sum().backward()
+    for block in model.blocks:
+        assert block.attention.output.grad[:-1].abs().sum() > 0
+        assert block.attention.output.grad[-1].abs().sum() == 0
+        assert block.attention.query.grad[-1].abs().sum() == 0
+
+
+def test_dropout_hangs_on_the_sequence_not_on_the_batch() -> None:
+    config = small_config()
+    model, tokens = small_model(config), small_tokens(config, 4, 12)
+    key = DropoutKey(rate=0.3, seed=1, step=2, sequence_B=torch.tensor([10, 11, 12, 13]))
+    whole = model(tokens, dropout=key)
+    part = model(tokens[2:], dropout=DropoutKey(rate=0.3, seed=1, step=2, sequence_B=key.sequence_B[2:]))
+    assert close(whole[2:], part)
+    assert not close(whole, model(tokens))
+    assert not close(whole, model(tokens, dropout=DropoutKey(0.3, 1, 3, key.sequence_B)))
+
+
+def test_dropout_keeps_the_mean() -> None:
+    """Over many steps, the first layer's input averages to the embedding."""
+    config = small_config(n_layers=1)
+    model, tokens = small_model(config), small_tokens(config, 1, 8)
+    seen: list[torch.Tensor] = []
+    model.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    for step in range(250):
+        model.hidden(tokens, dropout=DropoutKey(0.2, 0, step, torch.tensor([5])))
+    mean = torch.stack(seen).mean(0)
+    assert float((mean - model.embedding(tokens)).detach().abs().max()) < 0.2
+
+
+def test_meta_device_then_filled_equals_built_plainly(config: ModelConfig) -> None:
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not list(model.buffers())
+    reference, tokens = small_model(config), small_tokens(config, 2, 8)
+    model.to_empty(device="cpu")
+    model.load_state_dict(reference.state_dict())
+    assert torch.equal(model(tokens), reference(tokens))
+
+
+def test_head_of_hidden_is_forward(config: ModelConfig) -> None:
+    model, tokens = small_model(config), small_tokens(config, 2, 8)
+    assert torch.equal(model.head(model.hidden(tokens)), model(tokens))
+
+
+def test_bfloat16_stays_close(config: ModelConfig) -> None:
+    model, tokens = small_model(config), small_tokens(config, 2, 20)
+    document = torch.tensor([[0] * 8 + [1] * 12, [0] * 20])
+    expected = model(tokens, document_BT=document)
+    logits = model.to(torch.bfloat16)(tokens, document_BT=document)
+    assert logits.dtype == torch.bfloat16
+    assert float((logits.float() - expected).abs().mean()) < 0.03 * float(expected.abs().mean())

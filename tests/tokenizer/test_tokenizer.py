@@ -1,0 +1,92 @@
+"""Encode and decode: exact for every text, and no text can say a special token."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from dist_lm.data.document import Document
+from dist_lm.errors import ArtefactError, UserError
+from dist_lm.tokenizer.symbols import OPERATORS, SHEBANGS, SPECIAL_TOKENS
+from dist_lm.tokenizer.tokenizer import Tokenizer
+from tests.tokenizer.hard_texts import FRAGMENTS, hard_text
+
+
+@settings(max_examples=400, deadline=None)
+@given(text=hard_text)
+@example(text="")
+@example(text="".join(FRAGMENTS))
+@example(text=" \u2581")
+def test_any_unicode_text_comes_back_without_special_tokens(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not set(ids) & set(tokenizer.special_ids.values())
+    assert all(0 <= number < tokenizer.vocab_size for number in ids)
+
+
+def test_every_code_point_comes_back(tokenizer: Tokenizer) -> None:
+    points = (chr(point) for point in range(sys.maxunicode + 1) if not 0xD800 <= point <= 0xDFFF)
+    text = "".join(points)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", FRAGMENTS)
+def test_hard_fragments_come_back_alone_and_in_a_very_long_line(tokenizer: Tokenizer, text: str) -> None:
+    for candidate in (text, f" {text} ", text * 3000):
+        assert tokenizer.decode(tokenizer.encode(candidate)) == candidate
+
+
+@pytest.mark.parametrize("symbol", [*SHEBANGS, *OPERATORS, *(f" {o}" for o in OPERATORS), "\t", "\n        "])
+def test_symbols_of_code_are_one_token(tokenizer: Tokenizer, symbol: str) -> None:
+    assert tokenizer.pieces(tokenizer.encode(symbol)) == [symbol]
+
+
+def test_code_splits_into_meaningful_units(tokenizer: Tokenizer) -> None:
+    text = "#!/bin/bash\n    return a == b\n"
+    pieces = ["#!/bin/bash", "\n    ", "return", " a", " ==", " b", "\n"]
+    assert tokenizer.pieces(tokenizer.encode(text)) == pieces
+
+
+def test_special_tokens_have_their_fixed_ids_and_stand_for_no_text(tokenizer: Tokenizer) -> None:
+    assert list(tokenizer.special_ids.items()) == [(name, n) for n, name in enumerate(SPECIAL_TOKENS)]
+    assert (tokenizer.eot_id, tokenizer.pad_id) == (0, 1)
+    assert tokenizer.pieces(tokenizer.special_ids.values()) == list(SPECIAL_TOKENS)
+    assert tokenizer.decode([tokenizer.eot_id, *tokenizer.encode("x"), tokenizer.pad_id]) == "x"
+
+
+def test_broken_bytes_decode_to_the_replacement_character(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode("\u2581")[:2]).strip("\ufffd") == ""
+
+
+def test_decode_takes_arrays(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(np.array(tokenizer.encode("a == b"), np.uint16)) == "a == b"
+
+
+@given(text=st.text(st.characters(categories=["Cs", "Ll"]), min_size=1).filter(lambda t: not t.isalpha()))
+@settings(max_examples=30, deadline=None)
+def test_lone_surrogates_are_refused(tokenizer: Tokenizer, text: str) -> None:
+    with pytest.raises(UserError, match=r"character \d+ is the lone surrogate U\+D[89A-F]"):
+        tokenizer.encode(text)
+
+
+def test_a_document_opens_with_end_of_text(tokenizer: Tokenizer) -> None:
+    document = Document("naïve\r\n\u2581", "python", "a.py", "MIT", "00")
+    tokenized = tokenizer.encode_document(document)
+    assert tokenized.tokens.dtype == np.uint16
+    assert tokenized.tokens.tolist() == [tokenizer.eot_id, *tokenizer.encode(document.text)]
+    assert tokenized.n_bytes == len(document.text.encode())
+    assert (tokenized.language, tokenized.source, tokenized.licence) == ("python", "a.py", "MIT")
+    with pytest.raises(UserError, match=r"^bad\.py: character 1 "):
+        tokenizer.encode_document(Document("x\udc80", "python", "bad.py", "MIT", "00"))
+
+
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, model_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="no tokenizer there"):
+        Tokenizer.load(tmp_path / "tokenizer.model")
+    damaged = tmp_path / "damaged.model"
+    damaged.write_bytes(model_path.read_bytes()[:-100])
+    with pytest.raises(ArtefactError, match=r"damaged\.model is damaged"):
+        Tokenizer.load(damaged)

@@ -1,0 +1,98 @@
+"""Checkpoints as files: whole or not there, damage found and named, the one before used."""
+
+import json
+import logging
+
+import pytest
+
+from dist_lm import durable
+from dist_lm.errors import ArtefactError
+from dist_lm.training import checkpoint_files as files
+from dist_lm.training.state import TrainState
+
+MODEL = {"d_model": 8}
+
+
+def make(checkpoints, step, content=b"weights"):
+    directory = checkpoints / files.step_name(step)
+    directory.mkdir(parents=True)
+    (directory / "shard-00001.safetensors").write_bytes(content)
+    files.write_state(directory, TrainState(step=step, tokens=10 * step), MODEL)
+    files.write_manifest(
+        directory, {name: durable.sha256_of(directory / name) for name in ("shard-00001.safetensors", files.STATE)}
+    )
+    files.write_pointer(checkpoints, files.LATEST, directory)
+    return directory
+
+
+def test_state_and_pointer_read_back(tmp_path):
+    directory = make(tmp_path, 3)
+    assert files.read_state(directory) == (TrainState(step=3, tokens=30), MODEL)
+    assert files.read_pointer(tmp_path, files.LATEST) == directory
+    assert files.read_pointer(tmp_path, files.BEST) is None
+    files.verify(directory)
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (flip_a_byte, "is damaged"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "bytes, expected"),
+        (lambda path: path.unlink(), "is missing"),
+    ],
+    ids=["flipped", "cut", "gone"],
+)
+@pytest.mark.parametrize("name", ["shard-00001.safetensors", files.STATE])
+def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, caplog, damage, words, name):
+    make(tmp_path, 1)
+    newest = make(tmp_path, 2)
+    damage(newest / name)
+    with pytest.raises(ArtefactError, match=words) as found:
+        files.verify(newest)
+    assert name in str(found.value)
+    with caplog.at_level(logging.ERROR):
+        assert files.newest_intact(tmp_path) == tmp_path / files.step_name(1)
+    assert name in caplog.text
+    assert "using the one before" in caplog.text
+
+
+def test_when_every_checkpoint_is_damaged_the_run_does_not_silently_start_anew(tmp_path):
+    (make(tmp_path, 1) / files.MANIFEST).unlink()
+    with pytest.raises(ArtefactError, match="no intact checkpoint"):
+        files.newest_intact(tmp_path)
+
+
+def test_a_save_that_was_killed_is_not_a_checkpoint(tmp_path):
+    make(tmp_path, 1)
+    (tmp_path / ".step_00000002").mkdir()
+    assert files.newest_intact(tmp_path) == tmp_path / files.step_name(1)
+    files.prune(tmp_path, keep=3)
+    assert not (tmp_path / ".step_00000002").exists()
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    for step in range(1, 6):
+        make(tmp_path, step)
+    files.write_pointer(tmp_path, files.BEST, tmp_path / files.step_name(2))
+    files.prune(tmp_path, keep=2)
+    assert [path.name for path in files.steps_in(tmp_path)] == [files.step_name(step) for step in (2, 4, 5)]
+
+
+def test_a_user_names_a_run_its_checkpoints_or_one_of_them(tmp_path):
+    newest = make(tmp_path / "checkpoints", 2)
+    for path in (tmp_path, tmp_path / "checkpoints", newest):
+        assert files.find_checkpoint(path) == newest
+    with pytest.raises(ArtefactError, match="no checkpoint there"):
+        files.find_checkpoint(tmp_path / "nothing")
+
+
+def test_state_of_a_checkpoint_that_is_not_ours_is_refused(tmp_path):
+    (tmp_path / files.STATE).write_text(json.dumps({"state": {"steps": 1}}))
+    with pytest.raises(ArtefactError, match=r"state\.json cannot be read"):
+        files.read_state(tmp_path)
