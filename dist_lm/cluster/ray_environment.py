@@ -13,6 +13,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # leave CUDA_VISIBLE_DEVICES of a process without GPUs alone
 }
+SET_BY_RAY = ("RAY_CLIENT_MODE", "PYTHONBREAKPOINT")  # while it is connected
 
 
 class ClusterError(UserError):
@@ -22,7 +23,7 @@ class ClusterError(UserError):
 @contextmanager
 def environment(changes: dict[str, str], removed: tuple[str, ...]) -> Iterator[None]:
     """Change the environment of this process, and so of what it starts, for the time of a block."""
-    before = {name: os.environ.get(name) for name in (*changes, *removed)}
+    before = {name: os.environ.get(name) for name in (*changes, *removed, *SET_BY_RAY)}
     os.environ.update(changes)
     for name in removed:
         os.environ.pop(name, None)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dist_lm import durable
 from dist_lm.config import SPLITS, Config
-from dist_lm.data.corpus import IngestReport, read_corpus
+from dist_lm.data.corpus import IngestReport, LocalText, read_corpus
 from dist_lm.data.document import Document
 from dist_lm.data.manifest import read_manifest, write_manifest
 from dist_lm.data.shard_writer import ShardWriter
@@ -53,12 +53,13 @@ def check_corpus(config: Config, name: str) -> None:
 def build(config: Config, console: Console) -> None:
     """Tokenize every corpus that has no manifest yet."""
     work = WorkDirectory(Path(config.work_dir))
+    local = LocalText.read(config.corpus, config.seed)
     for name in config.corpus.corpora:
         if not work.corpus_manifest(name).exists():
-            build_corpus(config, name, console)
+            build_corpus(config, name, local, console)
 
 
-def build_corpus(config: Config, name: str, console: Console) -> None:
+def build_corpus(config: Config, name: str, local: LocalText, console: Console) -> None:
     """Write the tars of one corpus; the manifest comes last and makes it whole."""
     work = WorkDirectory(Path(config.work_dir))
     directory = work.corpus(name)
@@ -69,7 +70,7 @@ def build_corpus(config: Config, name: str, console: Console) -> None:
     splits: deque[str] = deque()  # of the documents on their way through the encoder, which keeps their order
 
     def documents() -> Iterator[Document]:
-        for split, document in read_corpus(config.corpus, name, config.seed, report):
+        for split, document in read_corpus(config.corpus, name, config.seed, report, local):
             splits.append(split)
             yield document
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dist_lm import durable
 from dist_lm.config import Config
-from dist_lm.data.corpus import IngestReport, read_corpus
+from dist_lm.data.corpus import IngestReport, LocalText, read_corpus
 from dist_lm.data.document import Document
 from dist_lm.errors import ArtefactError
 from dist_lm.run_directory import WorkDirectory
@@ -60,8 +60,9 @@ def build(config: Config, console: Console) -> None:
 
 def train_documents(config: Config) -> Iterator[Document]:
     """The train split of every corpus, one after the other."""
+    local = LocalText.read(config.corpus, config.seed)
     for name in config.corpus.corpora:
-        documents = read_corpus(config.corpus, name, config.seed, IngestReport())
+        documents = read_corpus(config.corpus, name, config.seed, IngestReport(), local)
         yield from (document for split, document in documents if split == "train")
 
 

@@ -42,6 +42,7 @@ def build_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the optimizer as (`PARAMETER.exp_avg`, tensor): what a checkpoint holds of it."""
     for name, parameter in model.named_parameters():
+        assert parameter in optimizer.state, f"{name} is not the tensor that the optimizer was built with"
         for key, value in optimizer.state[parameter].items():
             yield f"{name}.{key}", value
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from dist_lm.config import Config
 from dist_lm.data.batch import Batch
@@ -81,7 +82,7 @@ class Trainer:
             last = state.step == stage.steps
             evaluated = last or is_due(state.step, stage.eval_every)
             if evaluated:
-                line |= self.evaluate(self.forward(None), last)
+                line |= self._evaluate(last)
             if self.metrics and (evaluated or last or state.step % stage.log_every == 0):
                 self.metrics.write(state.step, line)
             if last or result.stop_requested or is_due(state.step, stage.checkpoint_every):
@@ -104,6 +105,14 @@ class Trainer:
             )
 
         return call
+
+    def _evaluate(self, everything: bool) -> dict[str, float]:
+        metrics = self.evaluate(self.forward(None), everything)
+        if isinstance(self.model, FSDPModule):
+            # a forward without backward leaves the root's parameters gathered: a checkpoint would take them for
+            # other tensors than those the optimizer knows
+            self.model.reshard()
+        return metrics
 
     def _learning_rate(self, step: int) -> float:
         stage = self.config.stage

@@ -1,4 +1,4 @@
-"""A rank without torch: `python -m dummy_rank RUN_DIR BEHAVIOUR`. Its files in RUN_DIR say how far it came."""
+"""A rank without torch: `python -m dummy_rank RUN_DIR BEHAVIOUR`. Files in RUN_DIR say how far it came."""
 
 import json
 import os

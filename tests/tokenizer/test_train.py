@@ -1,4 +1,4 @@
-"""Training: the same text gives the same file, a vocabulary that cannot fit is explained, samples are fair."""
+"""Training: the same text gives the same file, a vocabulary that does not fit says why, samples are fair."""
 
 import random
 import re

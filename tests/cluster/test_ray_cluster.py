@@ -1,0 +1,127 @@
+"""Connecting to Ray: who is let in, what is refused in one line, and what is left afterwards."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dist_lm.cluster.ray_cluster import connect
+from dist_lm.cluster.ray_environment import ClusterError
+from dist_lm.config import ClusterConfig
+from tests.cluster.waiting import eventually
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
+
+STRANGER = """
+import sys, ray
+ray.init(address=sys.argv[1], _node_ip_address="127.0.0.2", log_to_driver=False)
+print("was let in")
+"""
+JOINER = """
+import sys
+from dist_lm.cluster.ray_cluster import connect
+from dist_lm.config import ClusterConfig
+config = ClusterConfig(name="ray", address=sys.argv[1], token_path=sys.argv[2])
+try:
+    with connect(config) as cluster:
+        print("was let in to", len(cluster.nodes()), "node")
+except ValueError as error:
+    print(type(error).__name__, error)
+"""
+
+
+def run_beside(program: str, *arguments: str, **environ: str) -> subprocess.Popen[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        env=clean | environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_private_ray_lets_only_us_in_and_goes_without_a_trace(tmp_path: Path) -> None:
+    environ, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
+    wrong = tmp_path / "token"
+    wrong.write_text("0" * 64)
+    wrong.chmod(0o600)
+    with connect(ClusterConfig(name="local")) as cluster:
+        assert len(cluster.nodes()) == 1
+        assert cluster.ranks_per_node() >= 1
+        assert signal.getsignal(signal.SIGTERM) is handler
+        token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+        assert token.stat().st_mode & 0o777 == 0o600
+        assert token.parent.stat().st_mode & 0o777 == 0o700
+        processes = psutil.Process().children(recursive=True)
+        assert len(processes) > 3
+        others = [
+            run_beside(STRANGER, cluster.address, RAY_NUM_REDIS_GET_RETRIES="1", RAY_AUTH_MODE="disabled"),
+            run_beside(JOINER, cluster.address, str(wrong)),
+            run_beside(JOINER, cluster.address, str(token)),
+        ]
+        stranger, refused, joined = (other.communicate(timeout=60)[0] for other in others)
+        assert "was let in" not in stranger
+        assert "AuthenticationError" in stranger
+        assert f"ClusterError cluster.address={cluster.address}: the Ray head refuses our token" in refused
+        assert "was let in to 1 node" in joined
+    assert dict(os.environ) == environ
+    assert not token.parent.exists()
+    eventually("Ray is gone", lambda: not any(process.is_running() for process in processes))
+
+
+def test_a_dead_address_is_named_within_the_time_given() -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # taken, but nobody listens
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        config = ClusterConfig(name="ray", address=address, connect_timeout_s=0.3)
+        with (
+            pytest.raises(
+                ClusterError, match=f"cluster.address={address}: no Ray head answers there"
+            ) as refused,
+            connect(config),
+        ):
+            pass
+    assert "\n" not in str(refused.value)
+
+
+def test_something_else_at_the_address_does_not_hang(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("0" * 64)
+    token.chmod(0o600)
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections, says nothing
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        program = JOINER.replace("token_path=", "connect_timeout_s=2.0, token_path=")
+        output = run_beside(program, address, str(token)).communicate(timeout=60)[0]
+    assert f"ClusterError cluster.address={address}" in output
+
+
+@pytest.mark.parametrize(("mode", "reason"), [(0o644, "chmod 600"), (None, "no such file")])
+def test_a_bad_token_file_is_refused(tmp_path: Path, mode: int | None, reason: str) -> None:
+    token = tmp_path / "token"
+    if mode is not None:
+        token.write_text("secret")
+        token.chmod(mode)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        config = ClusterConfig(
+            name="ray", address=f"127.0.0.1:{server.getsockname()[1]}", token_path=str(token)
+        )
+        with (
+            pytest.raises(ClusterError, match=f"token_path={token}.*{reason}") as refused,
+            connect(config),
+        ):
+            pass
+    assert "secret" not in str(refused.value)
+
+
+def test_local_is_one_machine() -> None:
+    with (
+        pytest.raises(ClusterError, match=r"cluster\.nodes=2"),
+        connect(ClusterConfig(name="local", nodes=2)),
+    ):
+        pass
