@@ -85,7 +85,12 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         for key in ("dp_replicate", "dp_shard", "tp"):
             value = getattr(self, key)
-            require(value == -1 or value > 0, f"parallel.{key}", value, "a positive integer, or -1 for what is left")
+            require(
+                value == -1 or value > 0,
+                f"parallel.{key}",
+                value,
+                "a positive integer, or -1 for what is left",
+            )
         require(
             self.compute_dtype in ("auto", "fp32", "bf16"),
             "parallel.compute_dtype",
@@ -107,7 +112,12 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         require(self.samples_per_prompt >= 0, "stage.sampling.samples_per_prompt", self.samples_per_prompt, ">= 0")
-        require(self.max_new_tokens > 0, "stage.sampling.max_new_tokens", self.max_new_tokens, "a positive integer")
+        require(
+            self.max_new_tokens > 0,
+            "stage.sampling.max_new_tokens",
+            self.max_new_tokens,
+            "a positive integer",
+        )
         require(self.temperature >= 0, "stage.sampling.temperature", self.temperature, ">= 0 (0 is greedy)")
         require(self.top_k >= 0, "stage.sampling.top_k", self.top_k, ">= 0 (0 is off)")
         require(0 < self.top_p <= 1, "stage.sampling.top_p", self.top_p, "in (0, 1]")
@@ -175,7 +185,12 @@ class SourceConfig:
     licence_column: str = ""  # hub: the column that holds the licence of each row; none: `licence` for all
 
     def __post_init__(self) -> None:
-        require(self.limit >= 0, f"corpus source {self.reader}: limit", self.limit, "0 (all) or a positive integer")
+        require(
+            self.limit >= 0,
+            f"corpus source {self.reader}: limit",
+            self.limit,
+            "0 (all) or a positive integer",
+        )
 
 
 def _source(item: Any) -> SourceConfig:

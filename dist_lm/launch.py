@@ -10,15 +10,32 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_lm.launcher.compose import compose_config, conf_directory, overrides_of, register_schema, target_stage
 from dist_lm.cluster.ranks import ranks_per_node
 from dist_lm.config import Config
 from dist_lm.errors import ConfigError, UserError
+from dist_lm.launcher.compose import (
+    compose_config,
+    conf_directory,
+    overrides_of,
+    register_schema,
+    target_stage,
+)
 from dist_lm.launcher.plan import Plan, make_plan
 from dist_lm.stages.registry import STAGES
 from dist_lm.tracking.console import Console
 
-HYDRA_FLAGS = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
+HYDRA_FLAGS = (
+    "--help",
+    "-h",
+    "--hydra-help",
+    "--version",
+    "--cfg",
+    "-c",
+    "--info",
+    "-i",
+    "--shell-completion",
+    "-sc",
+)
 
 
 def main() -> None:
@@ -86,8 +103,8 @@ def check_writable(work_dir: Path) -> None:
 
 def show_plan(plan: Plan, console: Console) -> None:
     """Print what is there and what will be built."""
-    from dist_lm.parallel.dry_run import readable_count
     from dist_lm.model.size import parameter_count
+    from dist_lm.parallel.dry_run import readable_count
 
     config = plan.stages[-1].config
     count = parameter_count(config.model)

@@ -95,9 +95,7 @@ def restore(
     return TrainState()
 
 
-def open_stream(
-    run: RunDirectory, config: Config, mesh: DeviceMesh, world: World, state: TrainState
-) -> SequenceStream:
+def open_stream(run: RunDirectory, config: Config, mesh: DeviceMesh, world: World, state: TrainState) -> SequenceStream:
     """The training sequences of this rank, from the state's position on."""
     stage, ranks = config.stage, data_mesh(mesh)
     return SequenceStream(
@@ -115,9 +113,7 @@ def open_stream(
     )
 
 
-def evaluator(
-    run: RunDirectory, config: Config, mesh: DeviceMesh, world: World, tokenizer: Tokenizer
-) -> Evaluate:
+def evaluator(run: RunDirectory, config: Config, mesh: DeviceMesh, world: World, tokenizer: Tokenizer) -> Evaluate:
     """Loss and bits per byte on the val split of the stage's corpus."""
     stage, ranks = config.stage, data_mesh(mesh)
     corpus = MappedCorpus.open(run.work.corpus(stage.corpus), "val")

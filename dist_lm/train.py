@@ -5,7 +5,6 @@ It reads the resolved configuration in the run directory, continues from the new
 but without `result.json`.
 """
 
-import json
 import logging
 import os
 import signal
@@ -75,9 +74,7 @@ def write_to_log(path: Path, echo: bool) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
 
 
 def record_failure(run: RunDirectory, rank: int, error: BaseException) -> None:

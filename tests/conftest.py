@@ -62,13 +62,14 @@ def tiny_work(tmp_path_factory: pytest.TempPathFactory) -> WorkDirectory:
     train_tokenizer(everything, work.tokenizer_model, TokenizerConfig(vocab_size=VOCAB_SIZE))
     tokenizer = Tokenizer.load(work.tokenizer_model)
     fingerprint = digest(text_fingerprint(compose_config(["stage=code", *TINY])))
-    durable.write_json(
-        work.tokenizer_report, {"vocab_size": VOCAB_SIZE, "bytes_per_token": 2.0, "text": fingerprint}
-    )
+    durable.write_json(work.tokenizer_report, {"vocab_size": VOCAB_SIZE, "bytes_per_token": 2.0, "text": fingerprint})
     for name, documents in corpora.items():
         directory = work.corpus(name)
         directory.mkdir(parents=True)
-        for split, part in (("train", documents[: -len(documents) // 10]), ("val", documents[-len(documents) // 10 :])):
+        for split, part in (
+            ("train", documents[: -len(documents) // 10]),
+            ("val", documents[-len(documents) // 10 :]),
+        ):
             with ShardWriter(directory, split, documents_per_member=64, shard_tokens=10_000) as writer:
                 for document in part:
                     writer.write(tokenizer.encode_document(document))
@@ -86,5 +87,3 @@ def work(tiny_work: WorkDirectory, tmp_path: Path) -> WorkDirectory:
     """A work directory of one's own, with the tokenizer and the corpora of `tiny_work`."""
     shutil.copytree(tiny_work.path, tmp_path / "work")
     return WorkDirectory(tmp_path / "work")
-
-

@@ -71,8 +71,8 @@ def place(cluster: RayCluster, nodes: int, gpus_per_node: int, directory: Path) 
         found = cluster.nodes()
         raise ClusterError(
             f"cluster.nodes={nodes}: not free within cluster.start_timeout_s="
-            f"{cluster.config.start_timeout_s:g}: the Ray cluster at {cluster.address} has {len(found)} nodes "
-            f"and {sum(node.gpus for node in found)} GPUs; each node must have {bundle} free"
+            f"{cluster.config.start_timeout_s:g}: the Ray cluster at {cluster.address} has {len(found)} "
+            f"nodes and {sum(node.gpus for node in found)} GPUs; each node must have {bundle} free"
         ) from None
     except BaseException:
         placement.release()

@@ -134,9 +134,7 @@ def corpus_sources(config: CorpusConfig, corpus_name: str) -> list[SourceConfig]
     if not sources:
         there = ", ".join(sorted(config.corpora)) or "none"
         problem = "has no sources" if corpus_name in config.corpora else "does not exist"
-        raise ConfigError(
-            f"corpus {corpus_name} {problem} in corpus={config.name}: the corpora there are {there}"
-        )
+        raise ConfigError(f"corpus {corpus_name} {problem} in corpus={config.name}: the corpora there are {there}")
     for source in sources:
         if source.reader not in READERS:
             raise ConfigError(

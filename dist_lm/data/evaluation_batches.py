@@ -23,9 +23,7 @@ class EvaluationBatch:
     """A micro-batch and whom its losses belong to."""
 
     batch: Batch
-    language_BT: (
-        torch.Tensor
-    )  # int64; index into `corpus.languages` of the target's document; -1: not counted
+    language_BT: torch.Tensor  # int64; index into `corpus.languages` of the target's document; -1: not counted
 
 
 @dataclass(frozen=True)

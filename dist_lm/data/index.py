@@ -84,9 +84,7 @@ def open_index(tar: Path) -> ShardIndex:
         if index.tar_mtime_ns == stat.st_mtime_ns:
             return index
         if index.tar_sha256 == durable.sha256_of(tar):  # copied or touched: the same bytes under a new time
-            index = ShardIndex(
-                index.entries, index.languages, index.tar_size, stat.st_mtime_ns, index.tar_sha256
-            )
+            index = ShardIndex(index.entries, index.languages, index.tar_size, stat.st_mtime_ns, index.tar_sha256)
             _keep(index, tar)
             return index
     index = build_index(tar)
@@ -225,6 +223,4 @@ def _keep(index: ShardIndex, tar: Path) -> None:
     if os.access(tar.parent, os.W_OK):
         save_index(index, index_path(tar))
     else:
-        logging.getLogger(__name__).warning(
-            "%s is not writable: its index is kept in memory only", tar.parent
-        )
+        logging.getLogger(__name__).warning("%s is not writable: its index is kept in memory only", tar.parent)

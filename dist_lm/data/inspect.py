@@ -52,9 +52,7 @@ def inspect_corpus(directory: Path) -> dict[str, Any]:
             {"language": language, "licence": licence, "documents": documents}
             for (language, licence), documents in sorted(licences.items())
         ],
-        "origins": [
-            {"origin": origin, "documents": documents} for origin, documents in origins.most_common()
-        ],
+        "origins": [{"origin": origin, "documents": documents} for origin, documents in origins.most_common()],
         "ingest": manifest.ingest,
     }
 
@@ -85,9 +83,7 @@ def _manifest(directory: Path) -> Manifest:
     """Read the manifest; for a folder that is none, name the corpora nearby."""
     if manifest_path(directory).is_file():
         return read_manifest(directory)
-    near = sorted(
-        path.parent for folder in (directory, directory.parent) for path in folder.glob("*/manifest.json")
-    )
+    near = sorted(path.parent for folder in (directory, directory.parent) for path in folder.glob("*/manifest.json"))
     if near:
         raise ArtefactError(f"{directory} is not a corpus; these are: {', '.join(map(str, near))}")
     return read_manifest(directory)
@@ -171,10 +167,6 @@ def _print_samples(directory: Path, tokenizer_sha256: str, console: Console) -> 
     for code, language in enumerate(corpus.languages):
         document = int((corpus.language_codes == code).argmax())
         length = int(corpus.lengths[document])
-        tokens = corpus.tokens(
-            document, 1, min(length, 1 + SAMPLE_TOKENS)
-        )  # without the end-of-text that opens it
+        tokens = corpus.tokens(document, 1, min(length, 1 + SAMPLE_TOKENS))  # without the end-of-text that opens it
         console.print(Rule(Text(f"{language}: {length:,} tokens"), align="left"))
-        console.print(
-            Text(tokenizer.decode(tokens.tolist()) + (" ..." if length > 1 + SAMPLE_TOKENS else ""))
-        )
+        console.print(Text(tokenizer.decode(tokens.tolist()) + (" ..." if length > 1 + SAMPLE_TOKENS else "")))

@@ -96,9 +96,7 @@ def read_manifest(directory: Path) -> Manifest:
     if not directory.is_dir():
         raise ArtefactError(f"corpus {directory} does not exist: build it with `{BUILD_COMMAND}`")
     if not path.is_file():
-        raise ArtefactError(
-            f"corpus {directory} is unfinished (no {path.name}): build it with `{BUILD_COMMAND}`"
-        )
+        raise ArtefactError(f"corpus {directory} is unfinished (no {path.name}): build it with `{BUILD_COMMAND}`")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         if value["format"] != FORMAT:
@@ -163,7 +161,6 @@ def _by_language(indices: list[ShardIndex]) -> dict[str, Counts]:
 
 def _parse_split(value: Mapping[str, Any]) -> Split:
     shards = [
-        Shard(shard["name"], shard["size"], shard["sha256"], Counts(**shard["counts"]))
-        for shard in value["shards"]
+        Shard(shard["name"], shard["size"], shard["sha256"], Counts(**shard["counts"])) for shard in value["shards"]
     ]
     return Split(tuple(shards), {name: Counts(**counts) for name, counts in value["languages"].items()})

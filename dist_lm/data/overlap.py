@@ -23,9 +23,7 @@ def seen_texts(held_out: Sequence[str], trained: Iterable[str]) -> set[int]:
     for text in trained:
         found |= wanted.intersection(_windows(text))
         inside |= {i for i, part in short.items() if part in text}
-    return inside | {
-        i for i, own in enumerate(windows) if sum(w in found for w in own) > MAX_SHARE * len(own)
-    }
+    return inside | {i for i, own in enumerate(windows) if sum(w in found for w in own) > MAX_SHARE * len(own)}
 
 
 def _windows(text: str) -> Iterable[Window]:

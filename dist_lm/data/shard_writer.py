@@ -124,9 +124,7 @@ class ShardWriter:
         from webdataset.writer import TarWriter  # brings torch with it, which takes a second to import
 
         self._file = self._temporary.open("wb")
-        self._tar = TarWriter(
-            self._file, user=_OWNER, group=_OWNER, mode=_MODE, mtime=0, compress=False, encoder=True
-        )
+        self._tar = TarWriter(self._file, user=_OWNER, group=_OWNER, mode=_MODE, mtime=0, compress=False, encoder=True)
         return self._tar
 
     def _abandon_tar(self) -> None:

@@ -118,10 +118,14 @@ def _check_exists(override: Override) -> None:
             prefix = ".".join(parts[:depth])
             close = difflib.get_close_matches(part, names, n=1)
             hint = f"did you mean {'.'.join([*parts[:depth], close[0]])}? " if close else ""
-            raise ConfigError(f"{value}: no such key; {hint}keys{f' of {prefix}' if prefix else ''}: {', '.join(names)}")
+            raise ConfigError(
+                f"{value}: no such key; {hint}keys{f' of {prefix}' if prefix else ''}: {', '.join(names)}"
+            )
         node = get_type_hints(node)[part]
     if is_dataclass(node):
-        raise ConfigError(f"{value}: expected {key}.KEY=value with KEY one of {', '.join(f.name for f in fields(node))}")
+        raise ConfigError(
+            f"{value}: expected {key}.KEY=value with KEY one of {', '.join(f.name for f in fields(node))}"
+        )
 
 
 def _in_one_line(error: Exception, overrides: Sequence[Override]) -> str:

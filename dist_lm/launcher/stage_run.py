@@ -35,9 +35,7 @@ def check_layout(config: Config, ranks_per_node: int) -> None:
     check_batch(config, layout)
 
 
-def run_training_stage(
-    stage: PlannedStage, cluster: RayCluster, console: Console, interrupt: Interrupt
-) -> bool:
+def run_training_stage(stage: PlannedStage, cluster: RayCluster, console: Console, interrupt: Interrupt) -> bool:
     """Run a stage to its end. Returns False when it was stopped by `interrupt`, with its checkpoint written.
 
     Raises:

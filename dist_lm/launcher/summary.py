@@ -60,7 +60,9 @@ def entries(result: dict, stage: PlannedStage, run: RunDirectory) -> list[tuple[
         ("trained", f"{result['steps']:,} steps, {result['tokens']:,} tokens on {result['ranks']} ranks"),
         ("val", f"loss {metrics['val/loss']:.4f}, {metrics['val/bits_per_byte']:.3f} bits per byte"),
     ]
-    parsed = [f"{key.removeprefix('code/parses_')} {value:.0%}" for key, value in sorted(metrics.items()) if "parses" in key]
+    parsed = [
+        f"{key.removeprefix('code/parses_')} {value:.0%}" for key, value in sorted(metrics.items()) if "parses" in key
+    ]
     if parsed:
         lines.append(("samples that parse", ", ".join(parsed)))
     lines += [

@@ -60,9 +60,7 @@ def fill(model: nn.Module, value) -> None:
         full = value(name, tuple(parameter.shape)).to(parameter.device)
         if isinstance(parameter, DTensor):
             # src_data_rank=None: every rank has the same full value, so nothing is sent
-            parameter.copy_(
-                distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            )
+            parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None))
         else:
             parameter.copy_(full)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dist_lm import durable
-from dist_lm.config import SPLITS, Config
+from dist_lm.config import Config
 from dist_lm.data.corpus import IngestReport, LocalText, read_corpus
 from dist_lm.data.document import Document
 from dist_lm.data.manifest import read_manifest, write_manifest
@@ -79,11 +79,11 @@ def build_corpus(config: Config, name: str, local: LocalText, console: Console) 
 
     encoded = encode_documents(work.tokenizer_model, documents(), config.tokenizer.workers)
     with (
-        writer(SPLITS[0]) as train,
-        writer(SPLITS[1]) as val,
+        writer("train") as train,
+        writer("val") as val,
         console.counting(f"tokenizing {name}", unit="documents") as count,
     ):
-        writers = dict(zip(SPLITS, (train, val), strict=True))
+        writers: dict[str, ShardWriter] = {"train": train, "val": val}
         for document in encoded:
             writers[splits.popleft()].write(document)
             count.advance()

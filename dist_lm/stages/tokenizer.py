@@ -64,5 +64,3 @@ def train_documents(config: Config) -> Iterator[Document]:
     for name in config.corpus.corpora:
         documents = read_corpus(config.corpus, name, config.seed, IngestReport(), local)
         yield from (document for split, document in documents if split == "train")
-
-

@@ -30,4 +30,3 @@ class TrainingStage:
     name: str
     objective: Callable[[Config], Objective]
     close: Callable[[Closing], dict[str, float]]  # collective; metrics, the same on every rank
-

@@ -22,8 +22,7 @@ def tokenizer_report(tokenizer: Tokenizer, documents: Iterable[Document]) -> dic
     """Figures over `documents`, ready for JSON.
 
     `vocab_size`, `sha256`, `special_tokens` (name -> id), `bytes_per_token` (UTF-8 bytes, end-of-text not
-    counted), `languages` (the same by language, with what it was measured on) and `samples` (name -> pieces of a
-    text).
+    counted), `languages` (the same by language, with what it was measured on), `samples` (name -> pieces).
     """
     documents_by, bytes_by, tokens_by = defaultdict(int), defaultdict(int), defaultdict(int)
     for document in documents:

@@ -72,7 +72,13 @@ def save(
     outcome: list = [failures[0] if failures else None]
     if world.is_first and not failures:
         try:
-            _finish(temporary, target, {k: v for part, _ in gathered for k, v in part.items()}, state, model_config)
+            _finish(
+                temporary,
+                target,
+                {k: v for part, _ in gathered for k, v in part.items()},
+                state,
+                model_config,
+            )
         except OSError as error:
             outcome = [str(error)]
     dist.broadcast_object_list(outcome)

@@ -106,7 +106,9 @@ def newest_intact(checkpoints: Path) -> Path | None:
             continue
         return directory
     if damage:
-        raise ArtefactError(f"no intact checkpoint in {checkpoints}: {damage[0]}; remove the run directory to start anew")
+        raise ArtefactError(
+            f"no intact checkpoint in {checkpoints}: {damage[0]}; remove the run directory to start anew"
+        )
     return None
 
 

@@ -10,16 +10,17 @@ from dist_lm.data.batch import Batch
 from dist_lm.training.objective import Forward, LossSum, Objective
 
 
-def token_losses(
-    logits_BTV: torch.Tensor, targets_BT: torch.Tensor, label_smoothing: float = 0.0
-) -> torch.Tensor:
+def token_losses(logits_BTV: torch.Tensor, targets_BT: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """Cross-entropy of every token in nats, fp32, (B, T).
 
     Label smoothing as in Szegedy et al. 2016, section 7: the target distribution is
     `(1 - a) * one_hot + a / V`.
     """
     flat = F.cross_entropy(
-        logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="none", label_smoothing=label_smoothing
+        logits_BTV.flatten(0, 1).float(),
+        targets_BT.flatten(),
+        reduction="none",
+        label_smoothing=label_smoothing,
     )
     return flat.view_as(targets_BT)
 

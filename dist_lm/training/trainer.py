@@ -128,7 +128,10 @@ class Trainer:
         stage, device = self.config.stage, self.world.device
         set_learning_rate(self.optimizer, rate)
         key = DropoutKey(
-            rate=stage.dropout, seed=self.config.seed, step=state.step, sequence_B=torch.empty(0, dtype=torch.int64)
+            rate=stage.dropout,
+            seed=self.config.seed,
+            step=state.step,
+            sequence_B=torch.empty(0, dtype=torch.int64),
         )
         return train_step(
             self.model,
@@ -176,9 +179,7 @@ class Trainer:
         if best:
             state = replace(state, best_val_loss=val_loss)
         with stopwatch() as elapsed:
-            path = checkpoint.save(
-                self.checkpoints, self.model, self.optimizer, state, self.config.model, self.world
-            )
+            path = checkpoint.save(self.checkpoints, self.model, self.optimizer, state, self.config.model, self.world)
             if self.world.is_first:
                 if best:
                     checkpoint_files.write_pointer(self.checkpoints, checkpoint_files.BEST, path)

@@ -4,7 +4,10 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
+
+import psutil
 
 from dist_lm.cluster.process import die_with_parent
 from dist_lm.run_directory import RunDirectory
@@ -27,14 +30,26 @@ def main() -> None:
     if behaviour == "succeed":
         return
     if behaviour == "raise" and rank == 1:
-        try:
-            raise ValueError("loss went\nthrough the roof")
-        except ValueError as error:
-            record_failure(RunDirectory(directory), rank, error)
-            os._exit(1)
+        fail(directory, rank, ValueError("loss went\nthrough the roof"))
+    if behaviour == "miss a peer" and rank == 0:
+        wait_for_the_end_of(directory / "ready_1")
+        fail(directory, rank, RuntimeError("Connection closed by peer [127.0.0.3]:2345"))
     while not interrupted:
         signal.sigtimedwait([], 0.05)
     (directory / f"saved_{rank}").touch()
+
+
+def fail(directory: Path, rank: int, error: Exception) -> None:
+    try:
+        raise error
+    except type(error):
+        record_failure(RunDirectory(directory), rank, error)
+        os._exit(1)
+
+
+def wait_for_the_end_of(peer: Path) -> None:
+    while not peer.exists() or psutil.pid_exists(json.loads(peer.read_text())["pid"]):
+        time.sleep(0.05)
 
 
 if __name__ == "__main__":

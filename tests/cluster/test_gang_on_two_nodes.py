@@ -136,7 +136,7 @@ def test_two_nodes(nodes, tmp_path: Path) -> None:
 
         run = RunDirectory(tmp_path / "lost")
         run.create()
-        with start(cluster, run, "wait") as gang:
+        with start(cluster, run, "miss a peer") as gang:
             pids = [rank["pid"] for rank in ready_ranks(run.path, 2)]
             raylet = next(
                 child for child in psutil.Process(second.pid).children() if child.name() == "raylet"

@@ -119,7 +119,11 @@ def linked(tiny_work: WorkDirectory, directory: Path) -> WorkDirectory:
 
 @pytest.mark.parametrize(
     ("ranks", "overrides"),
-    [(1, ("stage.micro_batch=8",)), (2, ("parallel=ddp",)), (4, ("parallel.dp_replicate=2", "parallel.dp_shard=2"))],
+    [
+        (1, ("stage.micro_batch=8",)),
+        (2, ("parallel=ddp",)),
+        (4, ("parallel.dp_replicate=2", "parallel.dp_shard=2")),
+    ],
     ids=["one rank", "ddp", "hsdp on four"],
 )
 def test_the_loss_curve_does_not_depend_on_the_layout(reference, tiny_work, tmp_path, ranks, overrides):
@@ -207,7 +211,14 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before_usable(reference, tin
 
 def test_weights_of_the_stage_before_are_the_start(reference, tiny_work, tmp_path):
     work = linked(tiny_work, tmp_path)
-    first = prepare(work, "first", "stage.steps=1", "stage.lr=1e-9", "stage.warmup_steps=0", f"stage.init_from={reference.path}")
+    first = prepare(
+        work,
+        "first",
+        "stage.steps=1",
+        "stage.lr=1e-9",
+        "stage.warmup_steps=0",
+        f"stage.init_from={reference.path}",
+    )
     train(first, ranks=1)
     last = numbers(reference)[STEPS]["val/loss"]
     assert numbers(first)[1]["val/loss"] == pytest.approx(last, rel=1e-5)

@@ -31,16 +31,12 @@ Corpora = dict[str, list[tuple[str, Document]]]
 
 
 def local_config() -> CorpusConfig:
-    config = OmegaConf.to_object(
-        OmegaConf.merge(OmegaConf.structured(CorpusConfig), OmegaConf.load(LOCAL_YAML))
-    )
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CorpusConfig), OmegaConf.load(LOCAL_YAML)))
     assert isinstance(config, CorpusConfig)
     return config
 
 
-def config_of(
-    *sources: SourceConfig, val_fraction: float = 0.3, max_document_bytes: int = 1000
-) -> CorpusConfig:
+def config_of(*sources: SourceConfig, val_fraction: float = 0.3, max_document_bytes: int = 1000) -> CorpusConfig:
     return CorpusConfig("test", {"c": list(sources)}, val_fraction, max_document_bytes)
 
 
@@ -50,9 +46,7 @@ def machine() -> tuple[Corpora, dict[str, IngestReport]]:
     config = local_config()
     local = LocalText.read(config, seed=0)
     reports = {name: IngestReport() for name in config.corpora}
-    return {
-        name: list(read_corpus(config, name, 0, reports[name], local)) for name in config.corpora
-    }, reports
+    return {name: list(read_corpus(config, name, 0, reports[name], local)) for name in config.corpora}, reports
 
 
 def test_this_machine_gives_every_language_in_both_splits(machine):
@@ -112,9 +106,7 @@ def test_texts_are_the_bytes_of_their_files(machine):
 
 def test_reading_again_gives_the_same(machine):
     corpora, _ = machine
-    sources = [
-        s for s in local_config().corpora["code"] if s.reader != "english"
-    ]  # the slow one has its own order
+    sources = [s for s in local_config().corpora["code"] if s.reader != "english"]  # the slow one has its own order
     config = local_config()
     config.corpora = {"code": sources}
     again = [d.source for _, d in read_corpus(config, "code", 0, IngestReport())]
@@ -238,9 +230,7 @@ def test_what_cannot_be_read_is_named_with_the_way_out(config, name, error, matc
 
 def test_sql_hangs_on_the_seed_and_the_number_alone():
     def texts(limit: int, seed: int) -> list[str]:
-        return [
-            c.text for c in read_sql(SourceConfig("sql", "sql", limit=limit), seed) if isinstance(c, Document)
-        ]
+        return [c.text for c in read_sql(SourceConfig("sql", "sql", limit=limit), seed) if isinstance(c, Document)]
 
     assert texts(20, seed=1) == texts(40, seed=1)[:20]
     assert not set(texts(20, seed=1)) & set(texts(20, seed=2))
@@ -341,8 +331,6 @@ def test_readers_pass_over_what_is_not_theirs():
 
 
 def test_importing_the_corpus_imports_nothing_heavy():
-    code = (
-        "import sys, dist_lm.data.corpus as c; print([m for m in ('torch', 'datasets') if m in sys.modules])"
-    )
+    code = "import sys, dist_lm.data.corpus as c; print([m for m in ('torch', 'datasets') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

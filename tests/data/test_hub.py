@@ -165,13 +165,8 @@ def test_which_errors_pass():
         error.response = Response(status)  # type: ignore[attr-defined]
         return error
 
-    assert all(
-        is_transient(e)
-        for e in (ConnectionResetError(), TimeoutError(), OSError("ssl"), http(503), http(429))
-    )
-    assert not any(
-        is_transient(e) for e in (FileNotFoundError(), ValueError(), http(401), http(404), KeyError("x"))
-    )
+    assert all(is_transient(e) for e in (ConnectionResetError(), TimeoutError(), OSError("ssl"), http(503), http(429)))
+    assert not any(is_transient(e) for e in (FileNotFoundError(), ValueError(), http(401), http(404), KeyError("x")))
     assert not is_transient(ConnectionError("Couldn't reach 'x' on the Hub (OfflineModeIsEnabled)"))
 
 
@@ -201,9 +196,7 @@ def test_without_the_library_the_error_is_the_command(monkeypatch):
 
 
 def test_the_hub_configuration_is_the_75_k_samples():
-    config = OmegaConf.to_object(
-        OmegaConf.merge(OmegaConf.structured(CorpusConfig), OmegaConf.load(HUB_YAML))
-    )
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CorpusConfig), OmegaConf.load(HUB_YAML)))
     assert isinstance(config, CorpusConfig)
     assert [(s.language, s.limit) for s in config.corpora["code"]] == [
         ("bash", 25000),

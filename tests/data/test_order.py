@@ -36,15 +36,11 @@ def test_every_token_is_a_target_once(lengths: list[int], seed: int, epoch: int,
     assert order.n_sequences == (total - 1) // seq_len
     targets: list[tuple[int, int]] = []
     for i in range(order.n_sequences):
-        covered = [
-            (piece.document, token) for piece in order.sequence(i) for token in range(piece.start, piece.stop)
-        ]
+        covered = [(piece.document, token) for piece in order.sequence(i) for token in range(piece.start, piece.stop)]
         assert len(covered) == seq_len + 1
         targets += covered[1:]
     assert len(targets) == len(set(targets)) == order.n_sequences * seq_len
-    assert (
-        total - 1 - len(targets) < seq_len
-    )  # what is lost: the first token and a tail shorter than a sequence
+    assert total - 1 - len(targets) < seq_len  # what is lost: the first token and a tail shorter than a sequence
     assert all(0 <= token < lengths[document] for document, token in targets)
 
 

@@ -63,9 +63,7 @@ def test_any_webdataset_reader_reads_them(tmp_path: Path) -> None:
             meta = sample["meta.json"]
             assert meta["languages"][str(sample["languages.npy"][i])] == document.language
             assert (meta["sources"][i], meta["licences"][i]) == (document.source, document.licence)
-        assert ("mask.npy" in sample) == any(
-            d.loss_mask is not None for d in made[place : place + len(tokens)]
-        )
+        assert ("mask.npy" in sample) == any(d.loss_mask is not None for d in made[place : place + len(tokens)])
         place += len(tokens)
     assert place == len(made)
 
@@ -213,9 +211,7 @@ def test_index_of_another_tar_is_not_trusted(tmp_path: Path) -> None:
     assert np.array_equal(open_index(second).entries, expected.entries)
 
 
-def test_index_survives_a_copy_but_not_a_change_of_the_tar(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_index_survives_a_copy_but_not_a_change_of_the_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, documents([30, 40]))
     tar = tmp_path / "train-000000.tar"
     os.utime(tar, ns=(1, 1))
@@ -249,9 +245,7 @@ def test_no_damage_to_an_index_passes(tmp_path: Path) -> None:
     assert path.read_bytes() == whole
 
 
-def test_read_only_folder_costs_a_rebuild_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
-) -> None:
+def test_read_only_folder_costs_a_rebuild_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     write(tmp_path, documents([30, 40]))
     tar = tmp_path / "train-000000.tar"
     index_path(tar).unlink()
@@ -305,9 +299,7 @@ class _Bomb:
         ({"lengths.npy": pickle.dumps(_Bomb())}, "damaged"),
     ],
 )
-def test_tars_that_are_no_shards_are_refused(
-    tmp_path: Path, change: dict[str, bytes | None], message: str
-) -> None:
+def test_tars_that_are_no_shards_are_refused(tmp_path: Path, change: dict[str, bytes | None], message: str) -> None:
     write(tmp_path / "good", documents([9, 8, 7]), documents_per_member=8)
     parts = _parts(tmp_path / "good" / "train-000000.tar") | change
     tar = _tar_of(tmp_path / "train-000000.tar", {k: v for k, v in parts.items() if v is not None})
@@ -341,9 +333,7 @@ def test_parts_may_come_in_any_order(tmp_path: Path) -> None:
 
 def test_languages_keep_their_names_whatever_their_codes(tmp_path: Path) -> None:
     """Codes are by first appearance in a tar; a corpus sorts the names of all its tars."""
-    made = [
-        replace(document, language=name) for document, name in zip(documents([9] * 4), "dacb", strict=True)
-    ]
+    made = [replace(document, language=name) for document, name in zip(documents([9] * 4), "dacb", strict=True)]
     write(tmp_path, made, documents_per_member=1, shard_tokens=9)
     mapped = MappedCorpus.open(tmp_path, "train")
     assert mapped.languages == ["a", "b", "c", "d"]

@@ -160,9 +160,7 @@ def test_iteration_ends_on_close_and_so_does_the_thread(plain: MappedCorpus) -> 
     stream.close()
 
 
-def test_an_error_in_the_thread_reaches_the_reader(
-    plain: MappedCorpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_in_the_thread_reaches_the_reader(plain: MappedCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the step it belongs to, not earlier, and again if the reader asks again."""
     read = plain.tokens
     damaged = EpochOrder(plain.lengths, SETTINGS["seed"], 0, T).sequence(30)[0].document
@@ -201,9 +199,7 @@ def test_steps_are_prepared_ahead_but_not_without_bound(plain: MappedCorpus) -> 
 
 
 def test_a_batch_that_does_not_divide_names_what_would(plain: MappedCorpus) -> None:
-    with pytest.raises(
-        ConfigError, match=r"stage.global_batch=10 .* 4 data-parallel .*multiple of 4, such as 8 or 12"
-    ):
+    with pytest.raises(ConfigError, match=r"stage.global_batch=10 .* 4 data-parallel .*multiple of 4, such as 8 or 12"):
         SequenceStream(plain, **{**SETTINGS, "global_batch": 10, "dp_size": 4})
     with pytest.raises(ConfigError, match=r"multiple of 4, such as 4$"):
         rank_cuts(3, 2, 0, 4)

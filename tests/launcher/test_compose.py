@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from dist_lm.launcher.compose import choices, compose_config, overrides_of, target_stage
 from dist_lm.config import Config, load_config, save_config
 from dist_lm.errors import ConfigError
+from dist_lm.launcher.compose import choices, compose_config, overrides_of, target_stage
 
 
 @pytest.mark.parametrize("model", choices("model"))
@@ -29,9 +29,7 @@ def test_large_has_exactly_the_listed_numbers():
     assert (model.max_seq_len, model.vocab_size, model.d_head) == (4096, 32000, 64)
 
 
-@pytest.mark.parametrize(
-    ("stage", "lr"), [("language", 1e-4), ("code", 1e-5)], ids=["language", "code"]
-)
+@pytest.mark.parametrize(("stage", "lr"), [("language", 1e-4), ("code", 1e-5)], ids=["language", "code"])
 def test_the_large_stages_have_the_listed_peak_rates(stage, lr):
     config = compose_config(["model=large", f"stage={stage}"]).stage
     assert config.lr == lr
@@ -72,16 +70,21 @@ def test_bad_input_is_one_line_that_names_key_value_and_way_out(override, words)
 
 
 def test_a_command_without_a_stage_lists_the_stages():
-    with pytest.raises(ConfigError, match="stage is not given.*code.*language"):
+    with pytest.raises(ConfigError, match=r"stage is not given.*code.*language"):
         target_stage(["model=nano"])
-    with pytest.raises(ConfigError, match="stage=cod: expected one of.*code"):
+    with pytest.raises(ConfigError, match=r"stage=cod: expected one of.*code"):
         target_stage(["stage=cod"])
 
 
 def test_keys_of_the_stage_asked_for_do_not_reach_earlier_stages():
     command = ["stage=code", "model=tiny", "stage.steps=7", "stages.language.steps=3", "seed=4"]
     assert overrides_of("code", "code", command) == ["stage=code", "model=tiny", "stage.steps=7", "seed=4"]
-    assert overrides_of("language", "code", command) == ["stage=language", "model=tiny", "stage.steps=3", "seed=4"]
+    assert overrides_of("language", "code", command) == [
+        "stage=language",
+        "model=tiny",
+        "stage.steps=3",
+        "seed=4",
+    ]
 
 
 def test_a_saved_configuration_reads_back_equal(tmp_path):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from dist_lm.launcher.compose import compose_config
 from dist_lm.config import ParallelConfig
 from dist_lm.errors import ConfigError
+from dist_lm.launcher.compose import compose_config
 from dist_lm.parallel.layout import Layout, check_batch, resolve_layout
 
 MODEL = compose_config(["model=nano"]).model

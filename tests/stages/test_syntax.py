@@ -10,7 +10,7 @@ from dist_lm.stages.syntax import parses, split_statements, whole_lines
     [
         ("python", "def f(x):\n    return x + 1\n"),
         ("python", ""),
-        ("bash", "#!/bin/bash\nfor f in *; do echo \"$f\"; done\n"),
+        ("bash", '#!/bin/bash\nfor f in *; do echo "$f"; done\n'),
         ("bash", "cat <<EOF\nhello\nEOF\n"),
         ("sql", "CREATE TABLE t (a INTEGER);\n-- all of them\nSELECT a, count(*) FROM t GROUP BY a;"),
         ("sql", "SELECT 1"),

@@ -19,7 +19,8 @@ def make(checkpoints, step, content=b"weights"):
     (directory / "shard-00001.safetensors").write_bytes(content)
     files.write_state(directory, TrainState(step=step, tokens=10 * step), MODEL)
     files.write_manifest(
-        directory, {name: durable.sha256_of(directory / name) for name in ("shard-00001.safetensors", files.STATE)}
+        directory,
+        {name: durable.sha256_of(directory / name) for name in ("shard-00001.safetensors", files.STATE)},
     )
     files.write_pointer(checkpoints, files.LATEST, directory)
     return directory

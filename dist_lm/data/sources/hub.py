@@ -33,9 +33,7 @@ def read_hub(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     the data set cannot be read.
     """
     if not source.dataset:
-        raise ConfigError(
-            "corpus source with reader=hub: dataset is empty: expected a data set id or a local path"
-        )
+        raise ConfigError("corpus source with reader=hub: dataset is empty: expected a data set id or a local path")
     is_local = Path(source.dataset).expanduser().exists()
     origin = source.dataset if is_local else f"{source.dataset}@{source.revision}"
     for number, row in resumed(hub_rows(source), origin):
@@ -54,8 +52,7 @@ def hub_rows(source: SourceConfig) -> RowsFrom:
         import tenacity  # noqa: F401  (what `resumed` needs is asked for here, with the way out)
     except ImportError as error:
         raise ConfigError(
-            f"corpus source {source.dataset}: the package {error.name!r} is not installed: "
-            "pip install 'dist_lm[hub]'"
+            f"corpus source {source.dataset}: the package {error.name!r} is not installed: pip install 'dist_lm[hub]'"
         ) from error
 
     def rows_from(row: int) -> Iterable[Row]:
@@ -70,9 +67,7 @@ def _location(source: SourceConfig) -> tuple[str, dict[str, Any]]:
     """The arguments of `load_dataset`: a hub id, or a builder with local files."""
     local = Path(source.dataset).expanduser()
     if not local.exists():
-        is_id = (
-            source.dataset.count("/") <= 1 and source.dataset[0] not in "./~" and local.suffix not in BUILDERS
-        )
+        is_id = source.dataset.count("/") <= 1 and source.dataset[0] not in "./~" and local.suffix not in BUILDERS
         if not is_id:
             raise ConfigError(f"corpus source {source.dataset}: no such file or folder")
         options = {"name": source.subset, "revision": source.revision, "split": source.split}
@@ -124,9 +119,7 @@ def resumed(
         except (ConfigError, ArtefactError):
             raise
         except Exception as error:  # whatever the libraries below raise: the user needs the way out with it
-            raise ArtefactError(
-                f"corpus source {what}: stopped at row {number}: {_brief(error)}. {WAY_OUT}"
-            ) from error
+            raise ArtefactError(f"corpus source {what}: stopped at row {number}: {_brief(error)}. {WAY_OUT}") from error
         if row is end:
             return
         yield number, row
@@ -158,8 +151,7 @@ def _candidate(row: Row, source: SourceConfig, name: str) -> Candidate:
         return Rejected(source.language, name, "empty")
     if not isinstance(text, str):
         raise ConfigError(
-            f"corpus source {source.dataset}: column={source.column} holds {type(text).__name__}, "
-            "expected text"
+            f"corpus source {source.dataset}: column={source.column} holds {type(text).__name__}, expected text"
         )
     try:
         group = text_hash(text)

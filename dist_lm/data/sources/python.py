@@ -18,9 +18,7 @@ SKIPPED_DIRECTORIES = {
     "test",
     "tests",
 }
-TOPICS = Path(
-    "pydoc_data/topics.py"
-)  # English inside string literals: the `english` reader's, below the library
+TOPICS = Path("pydoc_data/topics.py")  # English inside string literals: the `english` reader's, below the library
 
 
 def read_python(source: SourceConfig, seed: int) -> Iterator[Candidate]:

@@ -43,9 +43,7 @@ def sql_document(rng: random.Random) -> str:
     size = rng.randint(SHORTEST, LONGEST)
     parts = []
     if rng.random() < 0.4 and style.comments != "none":
-        parts.append(
-            style.comment(f"{spoken(trade)}: {', '.join(spoken(table.name) for table in tables)}").rstrip()
-        )
+        parts.append(style.comment(f"{spoken(trade)}: {', '.join(spoken(table.name) for table in tables)}").rstrip())
     parts += [style.finish(create_table(scene, table)) for table in tables]
     filled = rng.randint(0, len(tables))  # parents stand before children, and are filled first
     for table in tables[:filled]:

@@ -36,9 +36,7 @@ def group_by_value(scene: Scene) -> Statement | None:
         words += f", {spoken_condition}"
     clauses.append(("GROUP BY", [column.name], ", "))
     if scene.rng.random() < 0.5:
-        clauses.append(
-            ("HAVING", [f"COUNT(*) {scene.rng.choice(['>', '>='])} {scene.rng.randint(1, 5)}"], "")
-        )
+        clauses.append(("HAVING", [f"COUNT(*) {scene.rng.choice(['>', '>='])} {scene.rng.randint(1, 5)}"], ""))
     clauses.append(("ORDER BY", [scene.rng.choice(["2 DESC", column.name, "COUNT(*) DESC"])], ", "))
     return words, scene.style.render(clauses)
 
@@ -61,9 +59,7 @@ def totals_of_children(scene: Scene) -> Statement | None:
         ("HAVING", [f"COUNT(*) > {scene.rng.randint(1, 4)}"], ""),
         ("ORDER BY", [f"{name} DESC"], ", "),
     ]
-    return f"{words} {spoken(measured)} of the {spoken(child.name)} by {spoken(label)}", scene.style.render(
-        clauses
-    )
+    return f"{words} {spoken(measured)} of the {spoken(child.name)} by {spoken(label)}", scene.style.render(clauses)
 
 
 def above_average(scene: Scene) -> Statement | None:
@@ -88,9 +84,7 @@ def with_expression(scene: Scene) -> Statement | None:
     if relation is None:
         return None
     child, key, parent = relation
-    name = scene.rng.choice(
-        [f"{singular(child.name)}_counts", f"per_{singular(parent.name)}", "totals", "stats"]
-    )
+    name = scene.rng.choice([f"{singular(child.name)}_counts", f"per_{singular(parent.name)}", "totals", "stats"])
     items = [key, "COUNT(*) AS n"]
     numbers = child.of(QUANTITIES)
     if numbers:
@@ -110,9 +104,7 @@ def with_expression(scene: Scene) -> Statement | None:
         ("WHERE", [f"{name}.n >= {scene.rng.randint(1, 6)}"], ""),
         ("ORDER BY", [f"{name}.n DESC"], ", "),
     ]
-    text = (
-        f"WITH {name} AS (\n{scene.style.indented(scene.style.render(inner))}\n)\n{scene.style.render(outer)}"
-    )
+    text = f"WITH {name} AS (\n{scene.style.indented(scene.style.render(inner))}\n)\n{scene.style.render(outer)}"
     return f"{spoken(parent.name)} by number of {spoken(child.name)}", text
 
 
@@ -205,9 +197,7 @@ def by_period(scene: Scene) -> Statement | None:
     if picked is None:
         return None
     table, column = picked
-    pattern, period = scene.rng.choice(
-        [("%Y", "year"), ("%Y-%m", "month"), ("%w", "weekday"), ("%H", "hour")]
-    )
+    pattern, period = scene.rng.choice([("%Y", "year"), ("%Y-%m", "month"), ("%w", "weekday"), ("%H", "hour")])
     items = [f"STRFTIME('{pattern}', {column.name}) AS {period}", "COUNT(*) AS n"]
     numbers = table.of({"money", "int", "measure"})
     if numbers:

@@ -23,9 +23,7 @@ def plain(scene: Scene) -> Statement | None:
     ]
     if scene.rng.random() < 0.5:
         clauses.append(("LIMIT", [str(scene.rng.choice([5, 10, 20, 50, 100]))], ""))
-    return f"{spoken(table.name)} {' and '.join(words for _, words in conditions)}", scene.style.render(
-        clauses
-    )
+    return f"{spoken(table.name)} {' and '.join(words for _, words in conditions)}", scene.style.render(clauses)
 
 
 def distinct_values(scene: Scene) -> Statement | None:
@@ -58,9 +56,7 @@ def join_two(scene: Scene) -> Statement | None:
         ),
         ("WHERE", [condition], ""),
     ]
-    return f"{spoken(child.name)} {words}, each with its {spoken(singular(parent.name))}", scene.style.render(
-        clauses
-    )
+    return f"{spoken(child.name)} {words}, each with its {spoken(singular(parent.name))}", scene.style.render(clauses)
 
 
 def join_three(scene: Scene) -> Statement | None:

@@ -72,9 +72,7 @@ class Scene:
             if rng.random() < 0.25:
                 low, high = sorted((value, literal(rng, column)), key=float)
                 return f"{name} BETWEEN {low} AND {high}", f"with {words} from {low} to {high}"
-            operator, spoken = rng.choice(
-                [(">", "above"), (">=", "at least"), ("<", "below"), ("<=", "at most")]
-            )
+            operator, spoken = rng.choice([(">", "above"), (">=", "at least"), ("<", "below"), ("<=", "at most")])
             return f"{name} {operator} {value}", f"with {words} {spoken} {value}"
         if column.kind in DATES:
             operator, spoken = rng.choice([(">=", "since"), ("<", "before"), (">", "after")])

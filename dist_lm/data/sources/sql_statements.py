@@ -128,9 +128,7 @@ def delete_rows(scene: Scene) -> Statement | None:
         ("DELETE FROM", [table.name], ""),
         ("WHERE", [c for c, _ in conditions], " AND "),
     ]
-    return f"remove {spoken(table.name)} {' and '.join(w for _, w in conditions)}", scene.style.render(
-        clauses
-    )
+    return f"remove {spoken(table.name)} {' and '.join(w for _, w in conditions)}", scene.style.render(clauses)
 
 
 def delete_orphans(scene: Scene) -> Statement | None:

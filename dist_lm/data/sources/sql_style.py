@@ -50,9 +50,7 @@ class Style:
             "date": rng.choice(["DATE", "TEXT", "DATE"]),
             "moment": rng.choice(["TIMESTAMP", "DATETIME", "TEXT"]),
         }
-        types |= dict.fromkeys(
-            ["ratio", "measure", "coordinate"], rng.choice(["REAL", "DOUBLE PRECISION", "FLOAT"])
-        )
+        types |= dict.fromkeys(["ratio", "measure", "coordinate"], rng.choice(["REAL", "DOUBLE PRECISION", "FLOAT"]))
         return cls(
             keywords=rng.choice(["upper", "upper", "lower", "mixed"]),
             layout=rng.choice(["line", "clauses", "clauses", "lists", "lists", "leading"]),
