@@ -1,5 +1,6 @@
 """Shared by all tests: a small work directory with a tokenizer and corpora, made once."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -7,14 +8,17 @@ import pytest
 
 from dist_lm import durable
 from dist_lm.config import TokenizerConfig
-from dist_lm.data.document import Document
 from dist_lm.data.manifest import write_manifest
 from dist_lm.data.shard_writer import ShardWriter
+from dist_lm.document import Document
 from dist_lm.launcher.compose import compose_config
 from dist_lm.run_directory import WorkDirectory
 from dist_lm.stages.artefact import digest, text_fingerprint
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tokenizer.train import train_tokenizer
+
+# two threads on two shared cores cost several times the time of one; processes that tests start inherit this
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 VOCAB_SIZE = 512
 TINY = (
@@ -22,7 +26,7 @@ TINY = (
     "model.d_model=40",
     "model.n_layers=2",
     "model.d_ff=80",
-    "model.max_seq_len=64",
+    "model.max_seq_len=256",
     "stage.seq_len=32",
     "tracking=none",
 )

@@ -17,6 +17,7 @@ from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.run_directory import RunDirectory
 
 ANSWER_S = 1.0  # how long `poll` waits for agents; they answer in milliseconds
+SETTLE_S = 3.0  # and once a rank has failed, before silence counts as the loss of a node
 LOST_S = 30.0  # an agent that cannot be reached for so long is lost
 STOP_GRACE_S = 5.0  # between SIGTERM and SIGKILL
 
@@ -78,9 +79,7 @@ class Gang:
         self._run = run
         self._ranks_per_node = ranks_per_node
         self._placement = placement
-        self._members = [
-            _Member(*member) for member in zip(placement.agents, placement.addresses, strict=True)
-        ]
+        self._members = [_Member(*member) for member in zip(placement.agents, placement.addresses, strict=True)]
         self._status = GangStatus("running")
         self._stopped = False
 
@@ -151,7 +150,7 @@ class Gang:
             return self._status
         self._ask(self._running())
         if any(member.lost or member.report.exit_code for member in self._members):
-            self._ask(self._running())  # a node may go down with the peer that the others miss
+            self._ask(self._running(), SETTLE_S)  # is one of them the peer that the others miss?
             self._status = GangStatus("failed", self._explain())
             self.stop()
         elif all(member.report.exit_code == 0 for member in self._members):
@@ -202,13 +201,13 @@ class Gang:
     def _running(self) -> list[_Member]:
         return [member for member in self._members if member.lost is None and member.report.exit_code is None]
 
-    def _ask(self, members: list[_Member]) -> None:
+    def _ask(self, members: list[_Member], timeout_s: float = ANSWER_S) -> None:
         import ray
 
         if not members:
             return
         questions = [member.ask() for member in members]
-        answered, _ = ray.wait(questions, num_returns=len(questions), timeout=ANSWER_S)
+        answered, _ = ray.wait(questions, num_returns=len(questions), timeout=timeout_s)
         for member, question in zip(members, questions, strict=True):
             member.take(question in answered)
 
@@ -231,11 +230,10 @@ class Gang:
 
     def _explain(self) -> GangFailure:
         exits: list[RankExit] = [rank for member in self._members for rank in member.report.exits]
-        lost = {
-            node: member.lost or f"{member.address} does not answer"
-            for node, member in enumerate(self._members)
-            if member.lost or member.silent_since is not None
-        }
+        for member in self._members:
+            if member.lost is None and member.silent_since is not None:
+                member.lost = f"{member.address} does not answer"
+        lost = {node: member.lost for node, member in enumerate(self._members) if member.lost}
         codes = {node: member.report.exit_code for node, member in enumerate(self._members)}
         return explain(self._run, self._ranks_per_node, exits, lost, codes)
 

@@ -13,7 +13,7 @@ from dist_lm.cluster.ray_environment import ClusterError
 
 @dataclass(frozen=True)
 class Placement:
-    """Agents in the order of their bundles, and the addresses of their nodes."""
+    """Agents in the order of their nodes' addresses, and these."""
 
     group: Any
     agents: Sequence[Any]
@@ -64,8 +64,9 @@ def place(cluster: RayCluster, nodes: int, gpus_per_node: int, directory: Path) 
             [agent.sees.remote(directory) for agent in agents], timeout=max(1.0, deadline - time.monotonic())
         )
         places = placement_group_table(group)["bundles_to_node_id"]
-        address_of = {node.id: node.address for node in cluster.nodes()}
-        addresses = [address_of[places[node]] for node in range(nodes)]
+        order = {node.id: (index, node.address) for index, node in enumerate(cluster.nodes())}
+        addresses = [order[places[bundle]][1] for bundle in range(nodes)]
+        by_address = sorted(range(nodes), key=lambda bundle: order[places[bundle]][0])
     except GetTimeoutError:
         placement.release()
         found = cluster.nodes()
@@ -81,7 +82,6 @@ def place(cluster: RayCluster, nodes: int, gpus_per_node: int, directory: Path) 
     if blind:
         placement.release()
         raise ClusterError(
-            f"work_dir: node {blind[0]} does not see {directory}; "
-            "it must lie on a file system that all nodes share"
+            f"work_dir: node {blind[0]} does not see {directory}; it must lie on a file system that all nodes share"
         )
-    return Placement(group, agents, addresses)
+    return Placement(group, [agents[i] for i in by_address], [addresses[i] for i in by_address])

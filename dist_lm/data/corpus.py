@@ -12,10 +12,10 @@ from itertools import chain
 from typing import Any
 
 from dist_lm.config import CorpusConfig, SourceConfig
-from dist_lm.data.document import Document
 from dist_lm.data.overlap import seen_texts
 from dist_lm.data.sources import READERS
 from dist_lm.data.sources.candidate import Candidate, Rejected, text_hash
+from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 
 EXAMPLES = 20  # sources named in a report

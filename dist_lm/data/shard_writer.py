@@ -21,9 +21,9 @@ from typing import IO, Any, Self
 import numpy as np
 
 from dist_lm import durable
-from dist_lm.data.document import TokenizedDocument
 from dist_lm.data.index import build_index, index_path, save_index
 from dist_lm.data.manifest import manifest_path
+from dist_lm.document import TokenizedDocument
 
 _OWNER = "dist_lm"
 _MODE = 0o644

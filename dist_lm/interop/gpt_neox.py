@@ -124,8 +124,7 @@ def require_expressible(config: ModelConfig) -> None:
             raise ConfigError(f"model.{key}={getattr(config, key)}: GPT-NeoX has only {accepted}")
     if config.kv_heads != config.n_heads:
         raise ConfigError(
-            f"model.n_kv_heads={config.n_kv_heads}: GPT-NeoX has one key/value head a query head, "
-            f"{config.n_heads} here"
+            f"model.n_kv_heads={config.n_kv_heads}: GPT-NeoX has one key/value head a query head, {config.n_heads} here"
         )
 
 

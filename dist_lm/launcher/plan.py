@@ -75,7 +75,7 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
     rebuilt: set[str] = set()
     planned = []
     for name in needed:
-        stage = _look_at(STAGES[name], compose(name), rebuilt)
+        stage = _look_at(STAGES[name], compose(name), rebuilt, is_target=name == target)
         if stage.action is not Action.READY:
             rebuilt.add(name)
         planned.append(stage)
@@ -100,9 +100,9 @@ def in_order(target: str) -> list[str]:
     return order
 
 
-def _look_at(info: StageInfo, config: Config, rebuilt: set[str]) -> PlannedStage:
+def _look_at(info: StageInfo, config: Config, rebuilt: set[str], is_target: bool) -> PlannedStage:
     if info.trains:
-        return _look_at_run(info, config, rebuilt)
+        return _look_at_run(info, config, rebuilt, is_target)
     artefact = importlib.import_module(f"dist_lm.stages.{info.name}").inspect(config)
     if artefact.ready and rebuilt & set(info.needs):
         raise ArtefactError(
@@ -112,14 +112,19 @@ def _look_at(info: StageInfo, config: Config, rebuilt: set[str]) -> PlannedStage
     return PlannedStage(info, config, Action.READY if artefact.ready else Action.BUILD, artefact.detail)
 
 
-def _look_at_run(info: StageInfo, config: Config, rebuilt: set[str]) -> PlannedStage:
+def _look_at_run(info: StageInfo, config: Config, rebuilt: set[str], is_target: bool) -> PlannedStage:
     run = run_of(config)
     config = replace(config, stage=replace(config.stage, init_from=_starting_point(info, config)))
     if run.config.exists():
-        conflicts = differing_keys(load_config(run.config), config)
+        # of a finished earlier stage only its weights are used, however they were trained
+        keys = "" if is_target or not run.result.exists() else "model."
+        conflicts = differing_keys(load_config(run.config), config, keys)
         if conflicts:
+            shown = "; ".join(
+                conflicts if is_target else (c.replace("stage.", f"stages.{info.name}.") for c in conflicts)
+            )
             raise ConfigError(
-                f"{run.path} exists with other settings: {'; '.join(conflicts)}: "
+                f"{run.path} exists with other settings: {shown}: "
                 f"give them the same values, or choose another run_id than {config.run_id}"
             )
     if run.result.exists():
@@ -148,13 +153,14 @@ def _starting_point(info: StageInfo, config: Config) -> str:
     return str(WorkDirectory(Path(config.work_dir)).run(info.starts_from, config.run_id).path)
 
 
-def differing_keys(old: Config, new: Config) -> list[str]:
-    """`key=new (was old)` for every key whose change would make one run compute two things."""
+def differing_keys(old: Config, new: Config, prefix: str = "") -> list[str]:
+    """`key=new (was old)` for every key, of those that start with `prefix`, whose change would make one run compute
+    two things."""
     before, after = _flatten(asdict(old)), _flatten(asdict(new))
     return [
         f"{key}={after.get(key)} (was {before.get(key)})"
         for key in sorted(before.keys() | after.keys())
-        if not key.startswith(FREE_KEYS) and before.get(key) != after.get(key)
+        if key.startswith(prefix) and not key.startswith(FREE_KEYS) and before.get(key) != after.get(key)
     ]
 
 

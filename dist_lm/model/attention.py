@@ -64,9 +64,7 @@ def document_boundaries(document_BT: torch.Tensor) -> torch.Tensor:
     return F.pad(offsets, (0, 1), value=document_BT.numel()).to(torch.int32)
 
 
-def attend(
-    q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, visibility: Visibility
-) -> torch.Tensor:
+def attend(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, visibility: Visibility) -> torch.Tensor:
     """softmax(q k^T / sqrt(K)) v over the visible keys, (B, T, H, K); head h reads key head h * G // H."""
     grouped = q_BTHK.shape[2] != k_BSGK.shape[2]
     if visibility.boundary is not None:

@@ -35,9 +35,7 @@ class DropoutKey:
     sequence_B: torch.Tensor  # int64; global sequence numbers
 
 
-def keep_mask(
-    key: DropoutKey, site: int, token_T: torch.Tensor, channel_D: torch.Tensor | range
-) -> torch.Tensor:
+def keep_mask(key: DropoutKey, site: int, token_T: torch.Tensor, channel_D: torch.Tensor | range) -> torch.Tensor:
     """Which elements are kept.
 
     Args:

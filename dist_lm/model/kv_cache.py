@@ -17,21 +17,13 @@ class KVCache:
     in time.
     """
 
-    def __init__(
-        self, config: ModelConfig, batch: int, max_len: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: ModelConfig, batch: int, max_len: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (config.n_layers, batch, config.kv_heads, max_len, config.d_head)
         self.key_LBHSK = torch.zeros(shape, dtype=dtype, device=device)
         self.value_LBHSK = torch.zeros(shape, dtype=dtype, device=device)
         self.row_B1 = torch.arange(batch, device=device)[:, None]
 
-    @property
-    def max_len(self) -> int:
-        return self.key_LBHSK.shape[3]
-
-    def write(
-        self, layer: int, position_BT: torch.Tensor, key_BTHK: torch.Tensor, value_BTHK: torch.Tensor
-    ) -> None:
+    def write(self, layer: int, position_BT: torch.Tensor, key_BTHK: torch.Tensor, value_BTHK: torch.Tensor) -> None:
         """Store the new tokens of one layer at their positions."""
         # the two index tensors move to the front, so the indexed part has shape (B, T, H, K)
         self.key_LBHSK[layer][self.row_B1, :, position_BT] = key_BTHK

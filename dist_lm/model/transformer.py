@@ -58,9 +58,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = build_norm(config)
         # tied: the head reads the embedding's weight, so there is no second parameter to keep in step
-        self.lm_head = (
-            None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
-        )
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     def forward(
         self,
@@ -81,9 +79,7 @@ class Transformer(nn.Module):
             cache: keys and values of earlier tokens; this call adds its own. Excludes `document_BT`.
         """
         return self.head(
-            self.hidden(
-                tokens_BT, document_BT=document_BT, position_BT=position_BT, dropout=dropout, cache=cache
-            )
+            self.hidden(tokens_BT, document_BT=document_BT, position_BT=position_BT, dropout=dropout, cache=cache)
         )
 
     def hidden(

@@ -7,9 +7,9 @@ from pathlib import Path
 from dist_lm import durable
 from dist_lm.config import Config
 from dist_lm.data.corpus import IngestReport, LocalText, read_corpus
-from dist_lm.data.document import Document
 from dist_lm.data.manifest import read_manifest, write_manifest
 from dist_lm.data.shard_writer import ShardWriter
+from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
 from dist_lm.run_directory import WorkDirectory
 from dist_lm.stages.artefact import Artefact, digest, text_fingerprint
@@ -47,7 +47,8 @@ def check_corpus(config: Config, name: str) -> None:
             f"{work.corpus(name)} was made from another text than corpus={config.corpus.name} seed={config.seed}: "
             "use another work_dir, or remove that folder to build it again"
         )
-    manifest.require_tokenizer(durable.sha256_of(work.tokenizer_model), work.corpus(name))
+    if work.tokenizer_model.exists():
+        manifest.require_tokenizer(durable.sha256_of(work.tokenizer_model), work.corpus(name))
 
 
 def build(config: Config, console: Console) -> None:

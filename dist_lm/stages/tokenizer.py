@@ -8,7 +8,7 @@ from pathlib import Path
 from dist_lm import durable
 from dist_lm.config import Config
 from dist_lm.data.corpus import IngestReport, LocalText, read_corpus
-from dist_lm.data.document import Document
+from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
 from dist_lm.run_directory import WorkDirectory
 from dist_lm.stages.artefact import Artefact, digest, text_fingerprint
@@ -17,7 +17,7 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tokenizer.train import sample_by_language, train_tokenizer
 from dist_lm.tracking.console import Console
 
-REPORT_BYTES = 1_000_000  # of each language, for the report
+REPORT_BYTES = 4_000_000  # of all languages together, for the report
 
 
 def inspect(config: Config) -> Artefact:
@@ -47,13 +47,13 @@ def build(config: Config, console: Console) -> None:
     """Train the tokenizer and report on it."""
     work = WorkDirectory(Path(config.work_dir))
     work.tokenizer.mkdir(parents=True, exist_ok=True)
-    documents = sample_by_language(train_documents(config), config.tokenizer.train_bytes)
     with console.counting("reading documents", unit="documents") as count:
-        texts = [count.each(document) for document in documents]
+        documents = (count.each(document) for document in train_documents(config))
+        sample = list(sample_by_language(documents, config.tokenizer.train_bytes))
     with console.waiting(f"training {config.tokenizer.vocab_size:,} pieces"):
-        train_tokenizer((document.text for document in texts), work.tokenizer_model, config.tokenizer)
+        train_tokenizer((document.text for document in sample), work.tokenizer_model, config.tokenizer)
     tokenizer = Tokenizer.load(work.tokenizer_model)
-    report = tokenizer_report(tokenizer, sample_by_language(iter(texts), REPORT_BYTES))
+    report = tokenizer_report(tokenizer, sample_by_language(sample, REPORT_BYTES))
     report |= {"text": digest(text_fingerprint(config)), "config": asdict(config.tokenizer)}
     durable.write_json(work.tokenizer_report, report)
 

@@ -12,7 +12,7 @@ from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 
-from dist_lm.data.document import Document, TokenizedDocument
+from dist_lm.document import Document, TokenizedDocument
 from dist_lm.errors import UserError
 from dist_lm.tokenizer.tokenizer import Tokenizer
 

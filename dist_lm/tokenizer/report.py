@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from dist_lm.data.document import Document
+from dist_lm.document import Document
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 SAMPLES = {

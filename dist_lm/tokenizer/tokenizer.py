@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from dist_lm.data.document import Document, TokenizedDocument
+from dist_lm.document import Document, TokenizedDocument
 from dist_lm.errors import ArtefactError
 from dist_lm.tokenizer.symbols import END_OF_TEXT, PAD, SPACE, SPECIAL_TOKENS
 from dist_lm.tokenizer.unicode import utf8

@@ -110,7 +110,5 @@ class Console:
             yield PlainDisplay(self._out, label, total, self._clock)
             return
         columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=24))
-        with Progress(
-            *columns, TextColumn("{task.fields[text]}", markup=False), console=self._out
-        ) as progress:
+        with Progress(*columns, TextColumn("{task.fields[text]}", markup=False), console=self._out) as progress:
             yield LiveDisplay(progress, label, total)

@@ -116,9 +116,7 @@ def _parse(raw: bytes, where: str) -> MetricsLine:
     except ValueError:
         line = None
     if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-        raise ArtefactError(
-            f"{where}: not a metrics line: {raw[:80]!r}; move the file away to go on without it"
-        )
+        raise ArtefactError(f"{where}: not a metrics line: {raw[:80]!r}; move the file away to go on without it")
     return line
 
 

@@ -67,10 +67,6 @@ def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _redact_named(name: str, value: Any) -> Any:
-    if (
-        is_secret_name(name)
-        and value not in (None, "")
-        and not isinstance(value, Mapping | list | tuple | bool)
-    ):
+    if is_secret_name(name) and value not in (None, "") and not isinstance(value, Mapping | list | tuple | bool):
         return REDACTED
     return redact(value)

@@ -175,8 +175,7 @@ class WandbRun:
             self._save(logged)
         except Exception as error:  # whatever it is, the run goes on without its copy
             self._console.warning(
-                f"wandb stopped ({type(error).__name__}: {error}); "
-                "the run goes on, and metrics.jsonl has every metric"
+                f"wandb stopped ({type(error).__name__}: {error}); the run goes on, and metrics.jsonl has every metric"
             )
 
     def _save(self, logged_step: int | None = None) -> None:

@@ -138,9 +138,7 @@ def test_two_nodes(nodes, tmp_path: Path) -> None:
         run.create()
         with start(cluster, run, "miss a peer") as gang:
             pids = [rank["pid"] for rank in ready_ranks(run.path, 2)]
-            raylet = next(
-                child for child in psutil.Process(second.pid).children() if child.name() == "raylet"
-            )
+            raylet = next(child for child in psutil.Process(second.pid).children() if child.name() == "raylet")
             os.kill(raylet.pid, signal.SIGKILL)
             failure = gang.wait().failure
         assert failure is not None

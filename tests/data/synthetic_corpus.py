@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_lm.data.document import TokenizedDocument
 from dist_lm.data.manifest import write_manifest
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.shard_writer import ShardWriter
+from dist_lm.document import TokenizedDocument
 
 EOT = 1
 LANGUAGES = ("python", "bash", "sql")

@@ -16,13 +16,13 @@ from omegaconf import OmegaConf
 
 from dist_lm.config import CorpusConfig, SourceConfig
 from dist_lm.data.corpus import IngestReport, LocalText, read_corpus, split_of
-from dist_lm.data.document import Document
 from dist_lm.data.overlap import seen_texts
 from dist_lm.data.sources.bash import read_bash, shell_files
 from dist_lm.data.sources.candidate import Candidate, Rejected, read_file_document, text_hash
 from dist_lm.data.sources.english import docstring_documents
 from dist_lm.data.sources.python import python_files, read_python
 from dist_lm.data.sources.sql import executes, read_sql, sql_document
+from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 
 SPLITS = ("train", "val")

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 
 from dist_lm.config import CorpusConfig, SourceConfig
 from dist_lm.data.corpus import IngestReport, read_corpus
-from dist_lm.data.document import Document
 from dist_lm.data.sources.hub import is_transient, read_hub, resumed
+from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 
 HUB_YAML = Path(__file__).parents[2] / "conf" / "corpus" / "hub.yaml"

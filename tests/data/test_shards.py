@@ -15,11 +15,11 @@ from webdataset.compat import WebDataset
 
 from dist_lm import durable
 from dist_lm.data import index as index_module
-from dist_lm.data.document import TokenizedDocument
 from dist_lm.data.index import build_index, index_path, load_index, open_index, save_index
 from dist_lm.data.manifest import manifest_path, read_manifest, verify, write_manifest
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.shard_writer import ShardWriter
+from dist_lm.document import TokenizedDocument
 from dist_lm.errors import ArtefactError
 from tests.data.synthetic_corpus import LANGUAGES, corpus, documents, lengths, write
 

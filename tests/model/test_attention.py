@@ -10,9 +10,7 @@ from dist_lm.model import attention
 from dist_lm.model.attention import CAUSAL, Visibility, attend, document_boundaries, within_documents
 
 
-def by_definition(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible_BTT: torch.Tensor
-) -> torch.Tensor:
+def by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible_BTT: torch.Tensor) -> torch.Tensor:
     """softmax(q k^T / sqrt(K)) v in float64."""
     repeats = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
@@ -54,9 +52,7 @@ def test_packed_kernel_gets_what_the_mask_says(monkeypatch: pytest.MonkeyPatch) 
         for start, end in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):
             assert 0 < end - start <= min(max_q, max_k)
             causal = torch.ones(1, end - start, end - start, dtype=torch.bool).tril()
-            pieces.append(
-                by_definition(q[None, start:end], k[None, start:end], v[None, start:end], causal)[0]
-            )
+            pieces.append(by_definition(q[None, start:end], k[None, start:end], v[None, start:end], causal)[0])
         assert torch.equal(cu_q, cu_k)
         return torch.cat(pieces).to(q.dtype)
 

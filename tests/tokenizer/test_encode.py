@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.data.document import Document, TokenizedDocument
+from dist_lm.document import Document, TokenizedDocument
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.tokenizer import encode
 from dist_lm.tokenizer.encode import encode_documents
@@ -92,7 +92,7 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
 PROGRAM = """
 import multiprocessing, signal, sys
 from pathlib import Path
-from dist_lm.data.document import Document
+from dist_lm.document import Document
 from dist_lm.tokenizer.encode import encode_documents
 if __name__ == "__main__":
     document = Document("x = 1\\n" * 20_000, "python", "", "", "")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dist_lm.data.document import Document
+from dist_lm.document import Document
 from dist_lm.tokenizer.report import SAMPLES, tokenizer_report
 from dist_lm.tokenizer.tokenizer import Tokenizer
 

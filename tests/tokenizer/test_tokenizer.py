@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dist_lm.data.document import Document
+from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.tokenizer.symbols import OPERATORS, SHEBANGS, SPECIAL_TOKENS
 from dist_lm.tokenizer.tokenizer import Tokenizer

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dist_lm.config import SourceConfig
-from dist_lm.data.document import Document
 from dist_lm.data.sources.candidate import Candidate, read_file_document
+from dist_lm.document import Document
 
 ROOTS = (
     "/bin",

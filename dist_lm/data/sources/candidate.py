@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_lm.config import SourceConfig
-from dist_lm.data.document import Document
+from dist_lm.document import Document
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dist_lm.config import SourceConfig
-from dist_lm.data.document import Document
 from dist_lm.data.sources.candidate import Candidate, Rejected, read_text, text_hash
 from dist_lm.data.sources.python import TOPICS, python_files, standard_library
+from dist_lm.document import Document
 
 MIN_DOCSTRING = 40  # characters; a shorter one is a label, not prose
 MIN_DOCUMENT = 240  # characters

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm.config import SourceConfig
-from dist_lm.data.document import Document
 from dist_lm.data.sources.candidate import Candidate, Rejected, text_hash
+from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 
 ATTEMPTS = 5  # in a row without a new row

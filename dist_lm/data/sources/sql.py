@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import closing
 
 from dist_lm.config import SourceConfig
-from dist_lm.data.document import Document
 from dist_lm.data.sources.candidate import Candidate, Rejected, text_hash
 from dist_lm.data.sources.sql_analyses import ANALYSES
 from dist_lm.data.sources.sql_queries import QUERIES
@@ -18,6 +17,7 @@ from dist_lm.data.sources.sql_scene import Scene, spoken
 from dist_lm.data.sources.sql_schema import random_schema
 from dist_lm.data.sources.sql_statements import CHANGES, create_table, insert_rows
 from dist_lm.data.sources.sql_style import Style
+from dist_lm.document import Document
 
 DEFAULT_DOCUMENTS = 600  # about 1.0 MB
 MADE = re.compile(r"(CREATE \w+|ALTER TABLE \w+ ADD COLUMN) \w+")  # what can be made only once

@@ -1,4 +1,4 @@
-"""The noun of the data room: a text with where it comes from, before and after tokenizing."""
+"""A text with where it comes from, before and after tokenizing: what the rooms hand to each other."""
 
 from dataclasses import dataclass
 

@@ -1,0 +1,90 @@
+"""The command, as typed: exit codes, one line for what a user can mend, and a dry run that starts nothing."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import TINY
+
+
+def launch(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "dist_lm.launch", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=os.environ | environment,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("stage=code", "stage.stepz=1"), "did you mean stage.steps?"),
+        (("stage=cod",), "stage=cod: expected one of code"),
+        ((), "stage is not given"),
+        (("stage=code", "stages.languge.steps=1"), "stages.languge.steps=1"),
+        (("stage=code", "model.n_heads=7"), "model.n_heads=7"),
+        (("stage=code", "parallel.dp_shard=3"), "parallel.dp_shard=3"),
+        (("stage=code", "stage.global_batch=7"), "stage.global_batch=7"),
+        (("stage=code", "parallel=fsdp_tp"), "parallel.tp=8"),
+        (("stage=code", "-m"), "-m"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, words):
+    done = launch(*arguments, *([f"work_dir={tmp_path}/work"] if arguments else []), "cluster.ranks_per_node=2")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ")
+    assert words in done.stderr
+    assert not list(tmp_path.glob("work/*"))
+
+
+def test_a_work_directory_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    done = launch("stage=tokenizer", f"work_dir={tmp_path}/file/work")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: work_dir=")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_ray_head_that_does_not_answer_is_one_line_after_a_bounded_wait(tiny_work):
+    done = launch(
+        "stage=language",
+        *TINY,
+        f"work_dir={tiny_work.path}",
+        "run_id=nowhere",
+        "cluster=ray",
+        "cluster.address=127.0.0.1:9",
+        "cluster.connect_timeout_s=1",
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cluster.address=127.0.0.1:9")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_dry_run_of_the_large_model_counts_and_starts_nothing(tmp_path):
+    done = launch("stage=language", "model=large", "dry_run=true", f"work_dir={tmp_path}/work", COLUMNS="200")
+    assert done.returncode == 0, done.stderr
+    for words in ("1.09 B", "tokenizer", "shards", "language", "a rank holds", "optimizer"):
+        assert words in done.stdout
+    assert not (tmp_path / "work").exists()
+
+
+def test_help_and_the_resolved_configuration_are_shown():
+    shown = launch("--help")
+    assert shown.returncode == 0
+    for words in ("stage=code", "model:", "large", "stages.NAME.KEY"):
+        assert words in shown.stdout
+    resolved = launch("stage=language", "model=large", "--cfg", "job")
+    assert resolved.returncode == 0
+    assert "d_model: 1600" in resolved.stdout
+
+
+def test_shell_completion_is_offered():
+    done = launch("-sc", "install=bash")
+    assert done.returncode == 0
+    assert "complete" in done.stdout

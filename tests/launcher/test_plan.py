@@ -1,0 +1,128 @@
+"""The plan: what is there is used, what is missing is built, what belongs to something else is refused by name."""
+
+import json
+import shutil
+
+import pytest
+
+from dist_lm.config import save_config
+from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.launcher.compose import compose_config, overrides_of
+from dist_lm.launcher.plan import Action, in_order, make_plan
+from dist_lm.training import checkpoint_files
+from dist_lm.training.state import TrainState
+from tests.conftest import TINY
+
+
+def plan_of(work, *overrides, target="code"):
+    command = [f"stage={target}", *TINY, f"work_dir={work.path}", *overrides]
+    return make_plan(target, lambda stage: compose_config(overrides_of(stage, target, command)))
+
+
+def actions(plan):
+    return {stage.info.name: stage.action for stage in plan.stages}
+
+
+def make_run(work, stage, *overrides, done=False, checkpoint=False):
+    config = compose_config([f"stage={stage}", *TINY, f"work_dir={work.path}", *overrides])
+    run = work.run(stage, config.run_id)
+    run.create()
+    plan = plan_of(work, *overrides, target=stage)
+    save_config(plan.stages[-1].config, run.config)
+    if checkpoint:
+        directory = run.checkpoints / checkpoint_files.step_name(5)
+        directory.mkdir()
+        checkpoint_files.write_state(directory, TrainState(step=5), {})
+        checkpoint_files.write_pointer(run.checkpoints, checkpoint_files.LATEST, directory)
+    if done:
+        run.result.write_text(json.dumps({"steps": config.stage.steps}))
+    return run
+
+
+def test_every_stage_comes_after_those_it_needs():
+    assert in_order("code") == ["tokenizer", "shards", "language", "code"]
+    assert in_order("tokenizer") == ["tokenizer"]
+
+
+def test_in_an_empty_work_directory_everything_is_built(tmp_path):
+    command = ["stage=code", f"work_dir={tmp_path}"]
+    plan = make_plan("code", lambda stage: compose_config(overrides_of(stage, "code", command)))
+    assert set(actions(plan).values()) == {Action.BUILD}
+    assert len(plan.missing) == 4
+
+
+def test_what_is_there_is_used(work):
+    make_run(work, "language", done=True)
+    assert actions(plan_of(work)) == {
+        "tokenizer": Action.READY,
+        "shards": Action.READY,
+        "language": Action.READY,
+        "code": Action.BUILD,
+    }
+
+
+def test_a_run_with_a_checkpoint_is_continued(work):
+    make_run(work, "language", checkpoint=True)
+    assert actions(plan_of(work, "stages.language.seq_len=32"))["language"] is Action.RESUME
+
+
+def test_an_unfinished_earlier_stage_with_other_settings_names_the_key_to_give(work):
+    make_run(work, "language", checkpoint=True)
+    with pytest.raises(ConfigError, match=r"stages\.language\.seq_len=256 \(was 32\)"):
+        plan_of(work)
+
+
+def test_a_finished_earlier_stage_of_another_model_is_refused(work):
+    make_run(work, "language", "model.d_ff=120", done=True)
+    with pytest.raises(ConfigError, match=r"model\.d_ff=80 \(was 120\)"):
+        plan_of(work)
+
+
+def test_prerequisites_fail_names_the_commands(work):
+    with pytest.raises(ConfigError, match=r"needs language first: run `python -m dist_lm.launch stage=language`"):
+        plan_of(work, "prerequisites=fail")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [("stage.lr=0.5", "stage.lr=0.5 (was 0.003)"), ("seed=3", "seed"), ("stage.dropout=0.5", "stage.dropout=0.5")],
+)
+def test_a_run_with_other_settings_is_not_continued(work, change, words):
+    make_run(work, "language", checkpoint=True)
+    if change.startswith("seed"):
+        shutil.rmtree(work.path / "corpora")
+        shutil.rmtree(work.tokenizer)
+    with pytest.raises(ConfigError) as refused:
+        plan_of(work, change, target="language")
+    assert words in str(refused.value)
+    assert "another run_id" in str(refused.value)
+
+
+@pytest.mark.parametrize("change", ["parallel.dp_shard=1", "stage.micro_batch=1", "cluster.ranks_per_node=4"])
+def test_where_and_how_it_runs_may_change(work, change):
+    make_run(work, "language", checkpoint=True)
+    assert actions(plan_of(work, change, target="language"))["language"] is Action.RESUME
+
+
+def test_another_vocabulary_than_the_tokenizers_is_refused(work):
+    with pytest.raises(ArtefactError, match=r"holds 512 pieces, tokenizer.vocab_size=600"):
+        plan_of(work, "model.vocab_size=600")
+
+
+def test_shards_of_another_tokenizer_are_refused(work):
+    content = bytearray(work.tokenizer_model.read_bytes())
+    content[-1] ^= 1
+    work.tokenizer_model.write_bytes(content)
+    with pytest.raises(ArtefactError, match=r"written with tokenizer"):
+        plan_of(work)
+
+
+def test_shards_without_their_tokenizer_are_refused(work):
+    shutil.rmtree(work.tokenizer)
+    with pytest.raises(ArtefactError, match=r"corpora"):
+        plan_of(work)
+
+
+def test_other_text_is_refused(work):
+    with pytest.raises(ArtefactError, match=r"another text than corpus=local seed=7"):
+        plan_of(work, "seed=7")

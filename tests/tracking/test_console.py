@@ -1,0 +1,92 @@
+"""What people see, with and without a terminal."""
+
+import io
+
+import pytest
+
+from dist_lm.tracking.console import Console
+from dist_lm.tracking.progress import duration
+
+
+class Screen:
+    """A console that prints into strings, and a clock that is set by hand."""
+
+    def __init__(self, live: bool = False) -> None:
+        self.now = 0.0
+        self.output, self.errors = io.StringIO(), io.StringIO()
+        self.console = Console(self.output, self.errors, live=live, clock=lambda: self.now)
+
+    def lines(self) -> list[str]:
+        return self.output.getvalue().splitlines()
+
+
+def test_an_error_is_one_line_on_stderr() -> None:
+    screen = Screen()
+    screen.console.error("model.d_model=[7]:\n expected a multiple of 8 " + "x" * 200)
+    assert screen.errors.getvalue() == "error: model.d_model=[7]: expected a multiple of 8 " + "x" * 200 + "\n"
+    assert screen.output.getvalue() == ""
+
+
+def test_plain_lines_come_every_ten_seconds_or_tenth_of_the_work() -> None:
+    screen = Screen()
+    with screen.console.counting("reading", unit="documents", total=100) as count:
+        for item in range(100):
+            screen.now += 0.1
+            assert count.each(item) == item
+    assert len(screen.lines()) == 10
+    assert screen.lines()[-1] == "reading: 100 documents (10/s)"
+
+    screen = Screen()
+    with screen.console.counting("reading", unit="documents") as count:
+        for _ in range(100):
+            screen.now += 1
+            count.advance(1000)
+    assert 10 <= len(screen.lines()) <= 11
+    assert screen.lines()[-1] == "reading: 100,000 documents (1,000/s)"
+
+
+def test_training_shows_loss_speed_and_time_left() -> None:
+    screen = Screen()
+    with screen.console.training("code", steps=100) as progress:
+        for step in range(1, 51):
+            screen.now += 2
+            progress.update({"step": step, "time": 2.0 * step, "train/loss": 3.0, "perf/tokens_per_s": 12345.6})
+    last = screen.lines()[-1]
+    assert last == "code: step 50/100  loss 3.000  12,346 tokens/s  1:40 min left"
+
+
+def test_a_metric_that_is_not_finite_does_not_break_the_display() -> None:
+    screen = Screen()
+    with screen.console.training("code", steps=2) as progress:
+        progress.update({"step": 1, "time": 1.0, "train/loss": None})
+    assert screen.lines() == ["code: step 1/2"]
+
+
+def test_work_that_fails_has_no_final_line() -> None:
+    screen = Screen()
+    with pytest.raises(ZeroDivisionError), screen.console.waiting("training 512 pieces"):
+        raise ZeroDivisionError
+    assert screen.lines() == []
+
+
+def test_a_live_bar_ends_with_the_final_state() -> None:
+    screen = Screen(live=True)
+    with screen.console.counting("reading [bold]", unit="documents", total=3) as count:
+        for item in range(3):
+            count.each(item)
+    assert "reading [bold]" in screen.output.getvalue()
+    assert "3 documents" in screen.lines()[-1]
+
+
+def test_tables_and_summaries_keep_the_text_as_it_is() -> None:
+    screen = Screen()
+    screen.console.plan("Plan", [("language", "build", "corpora [a]"), ("code", "continue", "step 10")])
+    screen.console.summary("Done", {"checkpoint": "work/runs/code/x", "bits per byte": "1.7"})
+    text = screen.output.getvalue()
+    for expected in ("corpora [a]", "continue", "work/runs/code/x", "bits per byte"):
+        assert expected in text
+    assert "\x1b[" not in text
+
+
+def test_durations() -> None:
+    assert [duration(seconds) for seconds in (0.4, 59.6, 185, 7385)] == ["0 s", "1:00 min", "3:05 min", "2:03:05 h"]

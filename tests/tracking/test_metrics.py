@@ -1,0 +1,92 @@
+"""The metrics file: valid JSON whatever happens, whole lines only, taken back and followed across a resume."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from dist_lm.errors import ArtefactError
+from dist_lm.tracking.metrics import MetricsWriter, follow, read_metrics
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "metrics.jsonl"
+
+
+def steps(path: Path) -> list[int]:
+    return [line["step"] for line in read_metrics(path)]
+
+
+def write(path: Path, *steps: int) -> None:
+    with MetricsWriter(path) as writer:
+        for step in steps:
+            writer.write(step, {"train/loss": 1 / step})
+
+
+def test_lines_are_readable_before_the_writer_is_closed(path: Path) -> None:
+    writer = MetricsWriter(path)
+    writer.write(1, {"train/loss": 2.5, "train/tokens": 4096}, at=12.0)
+    assert list(read_metrics(path)) == [{"step": 1, "time": 12.0, "train/loss": 2.5, "train/tokens": 4096}]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_null(path: Path, value: float) -> None:
+    MetricsWriter(path).write(1, {"train/grad_norm": value})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert json.loads(path.read_text(), parse_constant=refuse)["train/grad_norm"] is None
+
+
+def test_a_resumed_writer_takes_back_later_steps_and_half_a_line(path: Path) -> None:
+    write(path, 1, 2, 3, 3, 4)
+    with path.open("a") as file:
+        file.write('{"step": 5, "ti')
+    with MetricsWriter(path) as writer:
+        writer.truncate_after(3)
+        writer.write(4, {"train/loss": 9.0})
+    assert steps(path) == [1, 2, 3, 3, 4]
+    assert path.read_bytes().endswith(b"\n")
+
+
+def test_half_a_line_does_not_spoil_the_next_one(path: Path) -> None:
+    path.write_text('{"step": 1, "time": 0}\n{"st')
+    write(path, 2)
+    assert steps(path) == [1, 2]
+
+
+def test_damage_in_the_middle_is_named(path: Path) -> None:
+    path.write_text('{"step": 1, "time": 0}\n\0\0\0\n{"step": 3, "time": 0}\n')
+    with pytest.raises(ArtefactError, match=r"metrics\.jsonl:2: not a metrics line"):
+        list(read_metrics(path))
+
+
+def test_follow_gives_whole_lines_once(path: Path) -> None:
+    follower = follow(path)
+    assert follower.poll() == []
+    write(path, 1, 2)
+    assert [line["step"] for line in follower.poll()] == [1, 2]
+    assert follower.poll() == []
+    with path.open("a") as file:
+        file.write('{"step": 3,')
+        file.flush()
+        assert follower.poll() == []
+        file.write(' "time": 0}\n')
+    assert [line["step"] for line in follower.poll()] == [3]
+
+
+def test_follow_starts_again_with_a_file_that_was_replaced_or_cut(path: Path) -> None:
+    write(path, 1, 2, 3)
+    follower = follow(path)
+    follower.poll()
+    with MetricsWriter(path) as writer:
+        writer.truncate_after(2)
+        writer.write(3, {})
+        writer.write(4, {})
+    assert [line["step"] for line in follower.poll()] == [1, 2, 3, 4]
+    os.truncate(path, 0)
+    write(path, 7)
+    assert [line["step"] for line in follower.poll()] == [7]

@@ -1,0 +1,56 @@
+"""Secrets are recognised by name or in URLs; what only looks like one stays."""
+
+import pytest
+
+from dist_lm.tracking.redact import is_secret_name, redact, redact_command, without_secrets
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["token", "hf_token", "HF_TOKEN", "WANDB_API_KEY", "apiKey", "corpus.api-key", "password", "AWS_SECRET_ACCESS_KEY",
+     "RAY_AUTH_TOKEN_PATH"],
+)  # fmt: skip
+def test_secret_names(name: str) -> None:
+    assert is_secret_name(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["max_new_tokens", "token_path", "TOKENIZERS_PARALLELISM", "keyboard", "train/tokens", "monkey", ""]
+)
+def test_other_names(name: str) -> None:
+    assert not is_secret_name(name)
+
+
+def test_a_tree_is_redacted_without_being_changed() -> None:
+    config = {
+        "hub": {"token": "hf_abc", "url": "https://me:pass@example.org/x", "limit": 3},
+        "lists": [{"password": "p"}, "plain"],
+        "token": None,
+        "api_key": "",
+    }
+    redacted = redact(config)
+    assert redacted == {
+        "hub": {"token": "***", "url": "https://***@example.org/x", "limit": 3},
+        "lists": [{"password": "***"}, "plain"],
+        "token": None,
+        "api_key": "",
+    }
+    assert config["hub"]["token"] == "hf_abc"
+
+
+def test_a_command_line_is_redacted() -> None:
+    command = ["dist-lm", "+hub.token=abc", "--api-key", "abc", "--api-key=abc", "stage=code", "git=ssh://u:p@host/x"]
+    assert redact_command(command) == [
+        "dist-lm",
+        "+hub.token=***",
+        "--api-key",
+        "***",
+        "--api-key=***",
+        "stage=code",
+        "git=ssh://***@host/x",
+    ]
+
+
+def test_an_environment_loses_its_secrets_only() -> None:
+    environ = {"PATH": "/bin", "WANDB_API_KEY": "x", "RAY_AUTH_MODE": "token", "HF_TOKEN": "x", "HOME": "/root"}
+    assert without_secrets(environ) == {"PATH": "/bin", "HOME": "/root"}
