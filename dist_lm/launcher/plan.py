@@ -135,7 +135,9 @@ def _look_at_run(info: StageInfo, config: Config, rebuilt: set[str], is_target: 
         return PlannedStage(info, config, Action.RESUME, f"from {latest.name} to step {config.stage.steps:,}")
     origin = f" from the {info.starts_from} checkpoint" if info.starts_from in rebuilt else ""
     if config.stage.init_from != "none" and not origin:
-        origin = f" from {config.stage.init_from}"
+        start = checkpoint_files.find_checkpoint(Path(config.stage.init_from))
+        checkpoint_files.check_same_model(start, checkpoint_files.read_state(start)[1], config.model)
+        origin = f" from {start}"
     return PlannedStage(info, config, Action.BUILD, f"{config.stage.steps:,} steps{origin}")
 
 

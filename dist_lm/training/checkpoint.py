@@ -124,7 +124,7 @@ def load(
         ArtefactError: it belongs to another model; the message names the keys that differ.
     """
     state, saved_model = files.read_state(checkpoint)
-    check_same_model(checkpoint, saved_model, model_config)
+    files.check_same_model(checkpoint, saved_model, model_config)
     tensors = tensors_of(model, optimizer)
     try:
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)))
@@ -135,26 +135,6 @@ def load(
         moved = [value for name, value in tensors.items() if name.endswith(".step")]
         assert all(float(value) == float(moved[0]) for value in moved), "optimizer step counters disagree"
     return state
-
-
-def check_same_model(checkpoint: Path, saved: dict, model_config: ModelConfig) -> None:
-    """Refuse a checkpoint whose model has other shapes or arithmetic.
-
-    Raises:
-        ArtefactError: names every key that differs, with both values.
-    """
-    own = asdict(model_config)
-    ignored = {"name", "init_std", "max_seq_len"}
-    different = [
-        f"model.{key}={own[key]} (checkpoint: {saved.get(key)})"
-        for key in own
-        if key not in ignored and own[key] != saved.get(key)
-    ]
-    if different:
-        raise ArtefactError(
-            f"checkpoint {checkpoint} belongs to another model: {', '.join(different)}; "
-            "use the same model, or stage.init_from=none to start anew"
-        )
 
 
 def agree_on_checkpoint(checkpoints: Path, world: World) -> Path | None:

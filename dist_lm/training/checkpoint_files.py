@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm import durable
+from dist_lm.config import ModelConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.training.state import TrainState
 
@@ -135,3 +136,23 @@ def find_checkpoint(path: Path) -> Path:
         if found is not None:
             return found
     raise ArtefactError(f"{path}: no checkpoint there (expected a run directory, or one of its checkpoints/step_*)")
+
+
+def check_same_model(checkpoint: Path, saved: dict[str, Any], model_config: ModelConfig) -> None:
+    """Refuse a checkpoint whose model has other shapes or arithmetic.
+
+    Raises:
+        ArtefactError: names every key that differs, with both values.
+    """
+    own = asdict(model_config)
+    ignored = {"name", "init_std", "max_seq_len"}
+    different = [
+        f"model.{key}={own[key]} (checkpoint: {saved.get(key)})"
+        for key in own
+        if key not in ignored and own[key] != saved.get(key)
+    ]
+    if different:
+        raise ArtefactError(
+            f"checkpoint {checkpoint} belongs to another model: {', '.join(different)}; "
+            "use the same model, or stage.init_from=none to start anew"
+        )

@@ -78,9 +78,7 @@ def test_the_exception_of_a_rank_is_the_failure(cluster: RayCluster, run: RunDir
     assert (failure.rank, failure.node, failure.type) == (1, 0, "ValueError")
     assert "record_failure" not in failure.traceback
     assert "loss went\nthrough the roof" in failure.traceback
-    assert (
-        str(failure) == f"rank 1 on node 0: ValueError: loss went through the roof (log: {run.rank_log(1)})"
-    )
+    assert str(failure) == f"rank 1 on node 0: ValueError: loss went through the roof (log: {run.rank_log(1)})"
     assert living(pids_of(run)) == []
 
 
@@ -130,9 +128,7 @@ with connect(ClusterConfig(name="local")) as cluster:
 
 def test_a_killed_driver_leaves_nothing_running(run: RunDirectory, tmp_path: Path) -> None:
     environ = os.environ | {"TMPDIR": str(tmp_path)}  # too long for Ray's sockets: /tmp is used instead
-    driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(run.path), PYTHONPATH["PYTHONPATH"]], env=environ
-    )
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(run.path), PYTHONPATH["PYTHONPATH"]], env=environ)
     try:
         ranks = pids_of(run)
         started = [child.pid for child in psutil.Process(driver.pid).children(recursive=True)]

@@ -81,9 +81,7 @@ def test_a_dead_address_is_named_within_the_time_given() -> None:
         address = f"127.0.0.1:{closed.getsockname()[1]}"
         config = ClusterConfig(name="ray", address=address, connect_timeout_s=0.3)
         with (
-            pytest.raises(
-                ClusterError, match=f"cluster.address={address}: no Ray head answers there"
-            ) as refused,
+            pytest.raises(ClusterError, match=f"cluster.address={address}: no Ray head answers there") as refused,
             connect(config),
         ):
             pass
@@ -108,9 +106,7 @@ def test_a_bad_token_file_is_refused(tmp_path: Path, mode: int | None, reason: s
         token.write_text("secret")
         token.chmod(mode)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        config = ClusterConfig(
-            name="ray", address=f"127.0.0.1:{server.getsockname()[1]}", token_path=str(token)
-        )
+        config = ClusterConfig(name="ray", address=f"127.0.0.1:{server.getsockname()[1]}", token_path=str(token))
         with (
             pytest.raises(ClusterError, match=f"token_path={token}.*{reason}") as refused,
             connect(config),

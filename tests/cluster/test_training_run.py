@@ -20,6 +20,7 @@ from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import read_metrics
 from dist_lm.training import checkpoint_files
 from tests.conftest import TINY
+from tests.training_run import linked, numbers
 
 pytestmark = pytest.mark.cluster
 
@@ -41,7 +42,6 @@ SETTINGS = (
     "stage.sampling.samples_per_prompt=1",
     "stage.sampling.max_new_tokens=4",
 )
-TIMED = ("time", "perf/", "checkpoint/")
 
 
 def prepare(work: WorkDirectory, run_id: str, *overrides: str) -> RunDirectory:
@@ -79,15 +79,6 @@ def train(run: RunDirectory, ranks: int) -> dict:
     return json.loads(run.result.read_text())
 
 
-def numbers(run: RunDirectory) -> dict[int, dict[str, float]]:
-    """Everything in the metrics file that is not a time, by step."""
-    steps: dict[int, dict[str, float]] = {}
-    for line in read_metrics(run.metrics):
-        kept = {key: value for key, value in line.items() if not key.startswith(TIMED) and key != "step"}
-        steps.setdefault(line["step"], {}).update(kept)
-    return steps
-
-
 def wait_for_step(run: RunDirectory, step: int, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while time.monotonic() < deadline:
@@ -109,12 +100,6 @@ def reference(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory
     run = prepare(work, "two")
     train(run, ranks=2)
     return run
-
-
-def linked(tiny_work: WorkDirectory, directory: Path) -> WorkDirectory:
-    for name in ("tokenizer", "corpora"):
-        (directory / name).symlink_to(tiny_work.path / name)
-    return WorkDirectory(directory)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 
@@ -35,6 +36,10 @@ def make_run(work, stage, *overrides, done=False, checkpoint=False):
         checkpoint_files.write_state(directory, TrainState(step=5), {})
         checkpoint_files.write_pointer(run.checkpoints, checkpoint_files.LATEST, directory)
     if done:
+        directory = run.checkpoints / checkpoint_files.step_name(config.stage.steps)
+        directory.mkdir()
+        checkpoint_files.write_state(directory, TrainState(step=config.stage.steps), asdict(config.model))
+        checkpoint_files.write_pointer(run.checkpoints, checkpoint_files.LATEST, directory)
         run.result.write_text(json.dumps({"steps": config.stage.steps}))
     return run
 
@@ -126,3 +131,11 @@ def test_shards_without_their_tokenizer_are_refused(work):
 def test_other_text_is_refused(work):
     with pytest.raises(ArtefactError, match=r"another text than corpus=local seed=7"):
         plan_of(work, "seed=7")
+
+
+def test_a_start_that_is_not_there_or_of_another_model_is_refused_before_anything_starts(work, tmp_path):
+    with pytest.raises(ArtefactError, match=r"nowhere: no checkpoint there"):
+        plan_of(work, f"stage.init_from={tmp_path}/nowhere", target="language")
+    other = make_run(work, "language", "model.d_ff=120", "run_id=other", done=True)
+    with pytest.raises(ArtefactError, match=r"another model: model.d_ff=80 \(checkpoint: 120\)"):
+        plan_of(work, f"stage.init_from={other.path}", target="language")

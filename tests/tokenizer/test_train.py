@@ -88,10 +88,7 @@ def test_a_sentencepiece_model_of_others_is_refused(tmp_path: Path) -> None:
 
 
 def documents(language: str, count: int, size: int) -> list[Document]:
-    return [
-        Document(f"{language} {n} ".ljust(size, "."), language, f"{language}:{n}", "", "")
-        for n in range(count)
-    ]
+    return [Document(f"{language} {n} ".ljust(size, "."), language, f"{language}:{n}", "", "") for n in range(count)]
 
 
 def bytes_by_language(sample: list[Document]) -> Counter[str]:

@@ -1,0 +1,164 @@
+"""The launcher and its ranks together, under a local Ray, on the tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dist_lm.run_directory import RunDirectory, WorkDirectory
+from dist_lm.tracking.metrics import read_metrics
+from tests.conftest import TINY
+from tests.training_run import linked, numbers
+
+pytestmark = pytest.mark.cluster
+
+DEADLINE_S = 150
+SETTINGS = (
+    *TINY,
+    "stage=code",
+    *(f"{prefix}.{key}" for prefix in ("stage", "stages.language") for key in ("seq_len=32", "global_batch=4")),
+    *(f"{prefix}.{key}" for prefix in ("stage", "stages.language") for key in ("micro_batch=2", "warmup_steps=2")),
+    "stages.language.steps=4",
+    "stage.steps=6",
+    "stage.sampling.samples_per_prompt=1",
+    "stage.sampling.max_new_tokens=4",
+)
+
+
+def start(work: WorkDirectory, *overrides: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dist_lm.launch", *SETTINGS, f"work_dir={work.path}", *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=DEADLINE_S)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, out, err
+
+
+def family(process: subprocess.Popen) -> list[psutil.Process]:
+    """Everything the launcher started, so far."""
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def wait_until(condition, process: subprocess.Popen, what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    pytest.fail(f"{what}: not within {DEADLINE_S} s")
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def steps_of(run: RunDirectory) -> list[int]:
+    return [line["step"] for line in read_metrics(run.metrics)] if run.metrics.exists() else []
+
+
+def test_one_command_builds_the_stage_before_and_ends_with_samples(tiny_work, tmp_path):
+    work = linked(tiny_work, tmp_path)
+    code, out, err = finish(start(work, "tracking=wandb", "tracking.mode=offline"))
+    assert code == 0, err
+    assert "bits per byte on the held-out documents" in out
+    for stage, steps in (("language", 4), ("code", 6)):
+        run = work.run(stage, "default")
+        assert json.loads(run.result.read_text())["steps"] == steps
+        assert list(run.samples.glob("*.jsonl"))
+        assert list(run.wandb.glob("offline-run-*"))
+    metrics = json.loads(work.run("code", "default").result.read_text())["metrics"]
+    assert {"code/parses_bash", "code/parses_python", "code/parses_sql", "val/bits_per_byte_sql"} <= metrics.keys()
+    again_code, again, _ = finish(start(work, "tracking=wandb", "tracking.mode=offline"))
+    assert again_code == 0
+    assert "language  there" in again
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_work, tmp_path_factory) -> WorkDirectory:
+    work = linked(tiny_work, tmp_path_factory.mktemp("undisturbed"))
+    code, _, err = finish(start(work, "stage.steps=200"))
+    assert code == 0, err
+    return work
+
+
+def follow_on(undisturbed: WorkDirectory, directory: Path) -> WorkDirectory:
+    """A work directory in which the language stage is done."""
+    work = linked(undisturbed, directory)
+    (work.path / "runs").mkdir()
+    (work.path / "runs" / "language").symlink_to(undisturbed.path / "runs" / "language")
+    return work
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "term"])
+def test_a_signal_checkpoints_stops_everything_and_the_same_command_continues(undisturbed, tmp_path, number):
+    work = follow_on(undisturbed, tmp_path)
+    run = work.run("code", "default")
+    process = start(work, "stage.steps=200")
+    wait_until(lambda: any(step >= 2 for step in steps_of(run)), process, "step 2")
+    started = family(process)
+    os.kill(process.pid, number)
+    code, out, err = finish(process)
+    assert code == 128 + number, err
+    assert "the same command continues" in out
+    assert not run.result.exists()
+    assert (run.checkpoints / "LATEST").exists()
+    assert_gone(started)
+    code, _, err = finish(start(work, "stage.steps=200"))
+    assert code == 0, err
+    assert numbers(run) == numbers(undisturbed.run("code", "default"))
+
+
+def test_a_launcher_killed_leaves_nothing_behind_and_the_same_command_continues(undisturbed, tmp_path):
+    work = follow_on(undisturbed, tmp_path)
+    run = work.run("code", "default")
+    process = start(work, "stage.steps=200", "stage.checkpoint_every=10")
+    wait_until(lambda: any(step >= 12 for step in steps_of(run)), process, "step 12")
+    started = family(process)
+    os.kill(process.pid, signal.SIGKILL)
+    finish(process)
+    assert_gone(started)
+    code, _, err = finish(start(work, "stage.steps=200"))
+    assert code == 0, err
+    assert numbers(run) == numbers(undisturbed.run("code", "default"))
+
+
+def test_a_rank_that_dies_is_what_the_user_sees(undisturbed, tmp_path):
+    work = follow_on(undisturbed, tmp_path)
+    run = work.run("code", "default")
+    process = start(work, "stage.steps=200")
+    wait_until(lambda: any(step >= 2 for step in steps_of(run)), process, "step 2")
+    ranks = [p for p in family(process) if "dist_lm.train" in p.cmdline() and p.parent().ppid() != 1]
+    victim = max(ranks, key=lambda p: p.create_time())
+    victim.kill()
+    code, _, err = finish(process)
+    assert code == 1
+    last = err.strip().splitlines()[-1]
+    assert "killed by SIGKILL" in last
+    assert "rank" in last
+    assert str(run.logs) in last
+
+
+def test_a_failing_rank_shows_its_own_words(undisturbed, tmp_path):
+    work = follow_on(undisturbed, tmp_path)
+    code, _, err = finish(start(work, "stage.lr=1e30", "stage.grad_clip=0", "stage.max_nonfinite_steps=2"))
+    assert code == 2
+    assert "gradients were NaN or infinite in 2 steps in a row" in err
+    assert "Traceback" not in err
