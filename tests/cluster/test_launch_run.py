@@ -88,16 +88,14 @@ def test_one_command_builds_the_stage_before_and_ends_with_samples(tiny_work, tm
     assert {"code/parses_bash", "code/parses_python", "code/parses_sql", "val/bits_per_byte_sql"} <= metrics.keys()
     again_code, again, _ = finish(start(work, "tracking=wandb", "tracking.mode=offline"))
     assert again_code == 0
-    assert [line.split()[:2] for line in again.splitlines() if line.startswith(("language", "code"))] == [
-        ["language", "there"],
-        ["code", "there"],
-    ]
+    plan = dict(line.split()[:2] for line in again.splitlines() if line.split()[1:2] == ["there"])
+    assert plan.keys() == {"tokenizer", "shards", "language", "code"}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_work, tmp_path_factory) -> WorkDirectory:
     work = linked(tiny_work, tmp_path_factory.mktemp("undisturbed"))
-    code, _, err = finish(start(work, "stage.steps=200"))
+    code, _, err = finish(start(work, "stage.steps=100"))
     assert code == 0, err
     return work
 
@@ -110,21 +108,20 @@ def follow_on(undisturbed: WorkDirectory, directory: Path) -> WorkDirectory:
     return work
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "term"])
-def test_a_signal_checkpoints_stops_everything_and_the_same_command_continues(undisturbed, tmp_path, number):
+def test_ctrl_c_checkpoints_stops_everything_and_the_same_command_continues(undisturbed, tmp_path):
     work = follow_on(undisturbed, tmp_path)
     run = work.run("code", "default")
-    process = start(work, "stage.steps=200")
+    process = start(work, "stage.steps=100")
     wait_until(lambda: any(step >= 2 for step in steps_of(run)), process, "step 2")
     started = family(process)
-    os.kill(process.pid, number)
+    os.kill(process.pid, signal.SIGINT)
     code, out, err = finish(process)
-    assert code == 128 + number, err
+    assert code == 128 + signal.SIGINT, err
     assert "the same command continues" in out
     assert not run.result.exists()
     assert (run.checkpoints / "LATEST").exists()
     assert_gone(started)
-    code, _, err = finish(start(work, "stage.steps=200"))
+    code, _, err = finish(start(work, "stage.steps=100"))
     assert code == 0, err
     assert numbers(run) == numbers(undisturbed.run("code", "default"))
 
@@ -132,13 +129,13 @@ def test_a_signal_checkpoints_stops_everything_and_the_same_command_continues(un
 def test_a_launcher_killed_leaves_nothing_behind_and_the_same_command_continues(undisturbed, tmp_path):
     work = follow_on(undisturbed, tmp_path)
     run = work.run("code", "default")
-    process = start(work, "stage.steps=200", "stage.checkpoint_every=10")
+    process = start(work, "stage.steps=100", "stage.checkpoint_every=10")
     wait_until(lambda: any(step >= 12 for step in steps_of(run)), process, "step 12")
     started = family(process)
     os.kill(process.pid, signal.SIGKILL)
     finish(process)
     assert_gone(started)
-    code, _, err = finish(start(work, "stage.steps=200"))
+    code, _, err = finish(start(work, "stage.steps=100"))
     assert code == 0, err
     assert numbers(run) == numbers(undisturbed.run("code", "default"))
 
@@ -146,7 +143,7 @@ def test_a_launcher_killed_leaves_nothing_behind_and_the_same_command_continues(
 def test_a_rank_that_dies_is_what_the_user_sees(undisturbed, tmp_path):
     work = follow_on(undisturbed, tmp_path)
     run = work.run("code", "default")
-    process = start(work, "stage.steps=200")
+    process = start(work, "stage.steps=100")
     wait_until(lambda: any(step >= 2 for step in steps_of(run)), process, "step 2")
     ranks = [p for p in family(process) if "dist_lm.train" in p.cmdline() and p.parent().ppid() != 1]
     victim = max(ranks, key=lambda p: p.create_time())
