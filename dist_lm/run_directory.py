@@ -1,12 +1,12 @@
 """Every path under the work directory, and the only code that knows their names.
 
-    work/
-      tokenizer/{tokenizer.model,report.json}
-      corpora/NAME/{train,val}-000000.tar + .index, manifest.json
-      runs/STAGE/RUN_ID/
-        config.yaml metrics.jsonl result.json
-        checkpoints/step_00000100/ ... LATEST BEST
-        logs/rank_00000.log   samples/   wandb/
+work/
+  tokenizer/{tokenizer.model,report.json}
+  corpora/NAME/{train,val}-000000.tar + .index, manifest.json
+  runs/STAGE/RUN_ID/
+    config.yaml metrics.jsonl result.json
+    checkpoints/step_00000100/ ... LATEST BEST
+    logs/rank_00000.log   samples/   wandb/
 """
 
 from dataclasses import dataclass

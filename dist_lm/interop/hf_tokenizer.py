@@ -32,9 +32,7 @@ def save_hf_tokenizer(model_path: Path, folder: Path) -> None:
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model_path.read_bytes())
     except (OSError, RuntimeError) as error:
-        raise ArtefactError(
-            f"{model_path}: no usable tokenizer ({error}): train it with stage=tokenizer"
-        ) from error
+        raise ArtefactError(f"{model_path}: no usable tokenizer ({error}): train it with stage=tokenizer") from error
     folder.mkdir(parents=True, exist_ok=True)
     names = {"bos_token": processor.eos_id(), "eos_token": processor.eos_id()}
     names |= {"pad_token": processor.pad_id(), "unk_token": processor.unk_id()}
@@ -58,9 +56,7 @@ def fast_tokenizer_json(processor: sentencepiece.SentencePieceProcessor) -> str:
     try:
         from tokenizers import AddedToken, Tokenizer, decoders, models, processors
     except ImportError as error:
-        raise UserError(
-            "a Hugging Face tokenizer needs the package tokenizers: pip install 'dist_lm[hf]'"
-        ) from error
+        raise UserError("a Hugging Face tokenizer needs the package tokenizers: pip install 'dist_lm[hf]'") from error
     texts = [piece.replace(SPACE, " ") for piece in _pieces(processor)]
     special, symbols, learned = _kinds(processor)
     unknown, opening = texts[processor.unk_id()], texts[processor.eos_id()]
@@ -73,9 +69,7 @@ def fast_tokenizer_json(processor: sentencepiece.SentencePieceProcessor) -> str:
         )
     )
     tokenizer.add_tokens([AddedToken(texts[number], normalized=False, special=False) for number in symbols])
-    tokenizer.add_special_tokens(
-        [AddedToken(texts[number], normalized=False, special=True) for number in special]
-    )
+    tokenizer.add_special_tokens([AddedToken(texts[number], normalized=False, special=True) for number in special])
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{opening} $A",

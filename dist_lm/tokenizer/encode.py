@@ -43,9 +43,7 @@ def encode_documents(path: Path, documents: Iterable[Document], workers: int) ->
         yield from _encode_in_processes(path, chain(first, chunks), workers)
 
 
-def _encode_in_processes(
-    path: Path, chunks: Iterator[list[Document]], workers: int
-) -> Iterator[TokenizedDocument]:
+def _encode_in_processes(path: Path, chunks: Iterator[list[Document]], workers: int) -> Iterator[TokenizedDocument]:
     # Spawned, not forked: the caller may have threads, and a fork copies the locks they hold.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)

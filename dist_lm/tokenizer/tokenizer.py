@@ -31,9 +31,7 @@ class Tokenizer:
         self.vocab_size: int = self._processor.get_piece_size()
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.special_ids = {piece: number for number, piece in enumerate(SPECIAL_TOKENS)}
-        first = [
-            self._processor.id_to_piece(number) for number in range(min(len(SPECIAL_TOKENS), self.vocab_size))
-        ]
+        first = [self._processor.id_to_piece(number) for number in range(min(len(SPECIAL_TOKENS), self.vocab_size))]
         if first != list(SPECIAL_TOKENS):
             raise ArtefactError(
                 f"{name} lacks the special tokens of dist_lm (its first pieces are {first[:4]}): "
