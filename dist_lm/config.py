@@ -309,6 +309,12 @@ class Config:
             "a plain name (it becomes a folder)",
         )
         require(
+            self.stage.corpus in ("", *self.corpus.corpora),
+            "stage.corpus",
+            self.stage.corpus,
+            f"one of the corpora of corpus={self.corpus.name}: {', '.join(self.corpus.corpora)}",
+        )
+        require(
             self.stage.seq_len <= self.model.max_seq_len,
             "stage.seq_len",
             self.stage.seq_len,

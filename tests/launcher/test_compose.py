@@ -50,6 +50,7 @@ def test_the_large_stages_have_the_listed_peak_rates(stage, lr):
         ("model.n_kv_heads=2", ["model.n_kv_heads=2", "model.n_heads=5"]),
         ("stage.seq_len=100000", ["stage.seq_len=100000", "model.max_seq_len=512"]),
         ("cluster=ray", ["cluster.address", "host:port"]),
+        ("stage.corpus=novels", ["stage.corpus=novels", "language, code"]),
         ("+new=1", ["+new=1", "cannot be added"]),
         ("~seed", ["~seed", "cannot be added or removed"]),
         ("stage.steps=1,2", ["stage.steps=1,2", "single value"]),
