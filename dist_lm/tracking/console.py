@@ -61,7 +61,8 @@ class Console:
 
     def table(self, title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
         """Print a table of plain text."""
-        table = Table(title=Text(title, style="bold"), title_justify="left", box=None, pad_edge=False)
+        self._out.print(Text(title, style="bold"))  # not the table's own title: that is folded to the table's width
+        table = Table(box=None, pad_edge=False)
         for column in columns:
             table.add_column(column, overflow="fold")
         for row in rows:

@@ -1,0 +1,113 @@
+"""One optimizer step: the same however the batch is cut, and nothing at all when gradients are not finite."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from dist_lm.config import StageConfig
+from dist_lm.data.batch import Batch
+from dist_lm.training.loss import next_token
+from dist_lm.training.objective import LossSum
+from dist_lm.training.optimizer import build_optimizer, is_decayed, named_state
+from dist_lm.training.step import train_step
+
+VOCAB = 11
+
+
+@pytest.fixture(scope="module")
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+class Toy(nn.Module):
+    """Embedding and head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.embedding = nn.Embedding(VOCAB, 6)
+        self.final_norm = nn.LayerNorm(6)
+        self.lm_head = nn.Linear(6, VOCAB)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return self.lm_head(self.final_norm(self.embedding(batch.tokens_BT)))
+
+
+def batch_of(rows: slice) -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, VOCAB, (8, 5), generator=generator)
+    mask = (torch.rand(8, 4, generator=generator) > 0.3).float()
+    zeros = torch.zeros(8, 4, dtype=torch.int64)
+    whole = Batch(tokens[:, :-1], tokens[:, 1:], mask, zeros, zeros, torch.arange(8))
+    return Batch(*(getattr(whole, name)[rows] for name in Batch.__dataclass_fields__))
+
+
+def step(model, optimizer, batches, group, objective=None, grad_clip=1.0):
+    return train_step(
+        model,
+        optimizer,
+        model,
+        objective or next_token(0.1),
+        batches,
+        grad_clip=grad_clip,
+        group=group,
+        stop_requested=False,
+    )
+
+
+def optimizer_of(model):
+    return build_optimizer(model, StageConfig(name="test", lr=1e-2, weight_decay=0.1))
+
+
+@pytest.mark.parametrize("cuts", [(8,), (4, 4), (1, 2, 5), (1,) * 8], ids=str)
+def test_the_step_does_not_depend_on_how_the_batch_is_cut(group, cuts):
+    results = []
+    for pieces in ((8,), cuts):
+        model = Toy()
+        optimizer = optimizer_of(model)
+        starts = [sum(pieces[:i]) for i in range(len(pieces))]
+        batches = [batch_of(slice(start, start + size)) for start, size in zip(starts, pieces, strict=True)]
+        result = step(model, optimizer, batches, group)
+        results.append((result.loss, result.grad_norm, torch.cat([p.detach().flatten() for p in model.parameters()])))
+    assert results[1][:2] == pytest.approx(results[0][:2], rel=1e-6)
+    torch.testing.assert_close(results[1][2], results[0][2], rtol=1e-5, atol=1e-7)
+
+
+def test_the_step_is_that_of_torch_on_the_mean_loss(group):
+    model, reference = Toy(), Toy()
+    batch = batch_of(slice(0, 8))
+    step(model, optimizer_of(model), [batch], group, grad_clip=0.05)
+    loss = next_token(0.1)(reference, batch)
+    (loss.total / loss.count).backward()
+    nn.utils.clip_grad_norm_(reference.parameters(), 0.05)
+    optimizer_of(reference).step()
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_gradients_that_are_not_finite_change_nothing(group, bad):
+    model = Toy()
+    optimizer = optimizer_of(model)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def broken(forward, batch):
+        loss = next_token(0.0)(forward, batch)
+        return LossSum(loss.total * bad, loss.count)
+
+    result = step(model, optimizer, [batch_of(slice(0, 8))], group, broken)
+    assert not result.applied
+    for parameter, value in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, value)
+    assert all(not state.any() for _, state in named_state(model, optimizer))
+    assert step(model, optimizer, [batch_of(slice(0, 8))], group).applied
+
+
+def test_decay_is_for_matrices_only():
+    names = ["blocks.0.attention.query", "blocks.0.feed_forward.up.weight", "lm_head.weight"]
+    assert all(is_decayed(name) for name in names)
+    spared = ["embedding.weight", "final_norm.weight", "blocks.0.attention_norm.bias", "blocks.0.attention.query_bias"]
+    assert not any(is_decayed(name) for name in spared)
