@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dist_lm.errors import UserError
+from dist_lm.errors import ArtefactError, UserError
 
 app = typer.Typer(
     name="dist-lm",
@@ -35,7 +35,10 @@ def data_inspect(
 
     from dist_lm.data.inspect import print_corpus
 
-    print_corpus(corpus, Console())
+    if not print_corpus(corpus, Console()):
+        raise ArtefactError(
+            f"{corpus}: not every shard is as its manifest says; remove the folder and run stage=shards"
+        )
 
 
 def main() -> None:

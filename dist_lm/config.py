@@ -68,6 +68,8 @@ class ModelConfig:
             f"a divisor of model.n_heads={self.n_heads}",
         )
         require(self.vocab_size <= 65536, "model.vocab_size", self.vocab_size, "at most 65536 (tokens are uint16)")
+        for key in ("norm_eps", "rope_base", "init_std"):
+            require(getattr(self, key) > 0, f"model.{key}", getattr(self, key), "a positive number")
         require(self.norm in ("layernorm", "rmsnorm"), "model.norm", self.norm, "layernorm or rmsnorm")
         require(self.ffn in ("gelu", "swiglu"), "model.ffn", self.ffn, "gelu or swiglu")
 
@@ -164,6 +166,9 @@ class StageConfig:
         require(0 <= self.min_lr_ratio <= 1, "stage.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
         require(0 <= self.dropout < 1, "stage.dropout", self.dropout, "in [0, 1)")
         require(0 <= self.label_smoothing < 1, "stage.label_smoothing", self.label_smoothing, "in [0, 1)")
+        for key in ("beta1", "beta2"):
+            require(0 <= getattr(self, key) < 1, f"stage.{key}", getattr(self, key), "in [0, 1)")
+        require(self.adam_eps > 0, "stage.adam_eps", self.adam_eps, "a positive number")
         require(self.grad_clip >= 0, "stage.grad_clip", self.grad_clip, ">= 0 (0 is off)")
         require(self.weight_decay >= 0, "stage.weight_decay", self.weight_decay, ">= 0")
 
@@ -185,6 +190,12 @@ class SourceConfig:
     licence_column: str = ""  # hub: the column that holds the licence of each row; none: `licence` for all
 
     def __post_init__(self) -> None:
+        require(
+            "@" not in self.dataset.partition("://")[2].partition("/")[0],
+            f"corpus source {self.reader}: dataset",
+            "(an address with a password)",
+            "an address without one (give a token in HF_TOKEN); the configuration is written to disk",
+        )
         require(
             self.limit >= 0,
             f"corpus source {self.reader}: limit",
@@ -234,6 +245,8 @@ class TokenizerConfig:
             self.vocab_size,
             "512 to 65536 (256 byte pieces, special tokens, and tokens that fit uint16)",
         )
+        require(self.train_bytes > 0, "tokenizer.train_bytes", self.train_bytes, "a positive number of bytes")
+        require(self.workers >= 0, "tokenizer.workers", self.workers, "0 (all cores) or a positive integer")
 
 
 @dataclass
@@ -258,6 +271,8 @@ class ClusterConfig:
             self.ranks_per_node,
             "a positive integer, or -1 for one a GPU",
         )
+        for key in ("connect_timeout_s", "start_timeout_s", "stop_timeout_s"):
+            require(getattr(self, key) > 0, f"cluster.{key}", getattr(self, key), "a positive number of seconds")
         require(
             self.name == "local" or bool(self.address),
             "cluster.address",
@@ -320,18 +335,3 @@ class Config:
             self.stage.seq_len,
             f"at most model.max_seq_len={self.model.max_seq_len}",
         )
-
-
-def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration as YAML."""
-    from dist_lm import durable
-
-    durable.write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
-
-
-def load_config(path: Path) -> Config:
-    """Read what `save_config` wrote; types and bounds are checked again."""
-    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
-    config = OmegaConf.to_object(merged)
-    assert isinstance(config, Config)
-    return config

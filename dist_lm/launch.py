@@ -1,7 +1,8 @@
 """`python -m dist_lm.launch stage=S [group=choice] [key=value]`: compose, plan the stages, run them, show progress.
 
 Exit codes: 0 everything asked for is there; 1 a stage failed; 2 something the user can mend (one line says what);
-130 or 143 stopped by Ctrl-C or TERM after a checkpoint: the same command continues.
+130, 143 or 138
+stopped by Ctrl-C, TERM or USR1 after a checkpoint: the same command continues.
 """
 
 import importlib
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_lm.cluster.ranks import ranks_per_node
+from dist_lm.cluster.ranks import local_gpus, ranks_per_node
 from dist_lm.config import Config
 from dist_lm.errors import ConfigError, UserError
 from dist_lm.launcher.compose import (
@@ -41,11 +42,11 @@ HYDRA_FLAGS = (
 def main() -> None:
     """Entry point of `python -m dist_lm.launch` and `dist-lm-launch`."""
     arguments = sys.argv[1:]
-    if any(argument.split("=")[0] in HYDRA_FLAGS for argument in arguments):
-        show_configuration()
-        return
     console = Console()
     try:
+        if any(argument.split("=")[0] in HYDRA_FLAGS for argument in arguments):
+            show_configuration(arguments)
+            return
         sys.exit(run_command(arguments, console))
     except UserError as error:
         console.error(str(error))
@@ -55,11 +56,25 @@ def main() -> None:
         sys.exit(128 + signal.SIGINT)
 
 
-def show_configuration() -> None:
-    """Hydra's own views of the configuration: --help, --cfg job, --info, shell completion."""
+def show_configuration(arguments: list[str]) -> None:
+    """Hydra's own views of the configuration: --help, --cfg job, --info, shell completion.
+
+    Raises:
+        ConfigError: what is to be shown cannot be composed.
+    """
     import hydra
 
+    shown = list(arguments)
+    if any(argument.split("=")[0] in ("--cfg", "-c", "--info", "-i") for argument in arguments):
+        overrides = [argument for argument in arguments if not argument.startswith("-") and "=" in argument]
+        named = any(override.startswith("stage=") for override in overrides)
+        target = target_stage(overrides) if named else "code"
+        check_stage_prefixes(overrides)
+        compose_config(overrides_of(target, target, overrides))  # refuses in one line what Hydra does in several
+        shown = [argument for argument in arguments if argument not in overrides] + ["--resolve"]
+        shown += overrides_of(target, target, overrides)
     register_schema()
+    sys.argv[1:] = shown
     hydra.main(config_path=str(conf_directory()), config_name="config", version_base="1.3")(lambda config: None)()
 
 
@@ -123,11 +138,23 @@ def check_and_describe(plan: Plan, console: Console) -> None:
     for stage in plan.stages:
         if stage.info.trains:
             config = stage.config
-            world = config.cluster.nodes * ranks_per_node(config.cluster)
+            world = config.cluster.nodes * ranks_here(config)
             layout = resolve_layout(config.parallel, config.model, world)
             check_batch(config, layout)
-            console.summary(f"dry run: {stage.info.name}", dict(describe(config, layout)))
+            console.summary(f"dry run: {stage.info.name}", dict(describe(config, layout, compute_bytes(config))))
     console.line("nothing was started (dry_run=true)")
+
+
+def compute_bytes(config: Config) -> int:
+    """Bytes of an element in the forward pass, if the nodes are like this machine."""
+    cuda = config.device != "cpu" and (config.device == "cuda" or local_gpus() > 0)
+    half = config.parallel.compute_dtype == "bf16" or (config.parallel.compute_dtype == "auto" and cuda)
+    return 2 if half else 4
+
+
+def ranks_here(config: Config) -> int:
+    """Ranks a node, if the nodes are like this machine."""
+    return ranks_per_node(config.cluster, 0 if config.device == "cpu" else local_gpus())
 
 
 def carry_out(plan: Plan, console: Console) -> int:
@@ -152,12 +179,12 @@ def run_missing(plan: Plan, console: Console) -> int:
     """Build what the plan says is missing. Returns the signal that stopped it, or 0."""
     from dist_lm.cluster.ray_cluster import connect
     from dist_lm.launcher.interrupt import watch_signals
-    from dist_lm.launcher.stage_run import check_layout, run_training_stage
+    from dist_lm.launcher.stage_run import check_layout, newest_checkpoint, run_training_stage
 
     training = [stage for stage in plan.missing if stage.info.trains]
     for stage in training:
         if stage.config.cluster.name == "local":
-            check_layout(stage.config, ranks_per_node(stage.config.cluster))
+            check_layout(stage.config, ranks_here(stage.config))
     for stage in plan.missing:
         if not stage.info.trains:
             importlib.import_module(f"dist_lm.stages.{stage.info.name}").build(stage.config, console)
@@ -165,8 +192,9 @@ def run_missing(plan: Plan, console: Console) -> int:
         return 0
     with connect(training[0].config.cluster) as cluster, watch_signals(console) as interrupt:
         for stage in training:
-            if not run_training_stage(stage, cluster, console, interrupt):
-                console.line(f"stopped in stage {stage.info.name}; the same command continues from its checkpoint")
+            if interrupt.requested or not run_training_stage(stage, cluster, console, interrupt):
+                start = newest_checkpoint(stage.config)
+                console.line(f"stopped in stage {stage.info.name}; the same command continues from {start}")
                 return interrupt.number
     return 0
 

@@ -9,13 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from dist_lm import durable
-from dist_lm.config import Config, load_config
+from dist_lm.config import SPLITS, Config
+from dist_lm.config_file import load_config
 from dist_lm.data.evaluation_batches import evaluation_batches
 from dist_lm.data.gzip_baseline import gzip_bits_per_byte
+from dist_lm.data.manifest import read_manifest
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.stream import SequenceStream
 from dist_lm.errors import ArtefactError
@@ -35,7 +38,8 @@ from dist_lm.training.hardware import matmul_flops
 from dist_lm.training.objective import Forward
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
-from dist_lm.training.trainer import Evaluate, StopRequest, Trainer
+from dist_lm.training.stop import StopRequest
+from dist_lm.training.trainer import Evaluate, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +53,7 @@ def run_rank(run: RunDirectory, stop: StopRequest) -> None:
         check_batch(config, layout)
         mesh = build_mesh(layout, world.device)
         tokenizer = Tokenizer.load(run.work.tokenizer_model)
+        check_corpus(run, config, tokenizer, world)
         model = build_model(config.model, config.parallel, mesh, world.device, config.seed)
         optimizer = build_optimizer(model, config.stage)
         state = restore(run, config, world, model, optimizer)
@@ -79,17 +84,30 @@ def run_rank(run: RunDirectory, stop: StopRequest) -> None:
         del model, optimizer, trainer
 
 
+def check_corpus(run: RunDirectory, config: Config, tokenizer: Tokenizer, world: World) -> None:
+    """Refuse shards that were written with another tokenizer (collective).
+
+    The first rank opens the corpus before the others, so that an index that has to be rebuilt is rebuilt once.
+    """
+    directory = run.work.corpus(config.stage.corpus)
+    read_manifest(directory).require_tokenizer(tokenizer.sha256, directory)
+    if world.is_first:
+        for split in SPLITS:
+            MappedCorpus.open(directory, split)
+    dist.barrier()
+
+
 def restore(
     run: RunDirectory, config: Config, world: World, model: Transformer, optimizer: torch.optim.Optimizer
 ) -> TrainState:
     """Fill model and optimizer: from this run's newest intact checkpoint, else the weights of stage.init_from."""
-    own = checkpoint.agree_on_checkpoint(run.checkpoints, world)
+    own = checkpoint.agree(lambda: checkpoint_files.newest_intact(run.checkpoints), world)
     if own is not None:
         log.info("continuing from %s", own)
         return checkpoint.load(own, model, optimizer, config.model)
     if config.stage.init_from != "none":
-        start = checkpoint_files.find_checkpoint(Path(config.stage.init_from))
-        checkpoint_files.verify(start)
+        start = checkpoint.agree(lambda: checkpoint_files.find_intact(Path(config.stage.init_from)), world)
+        assert start is not None
         checkpoint.load(start, model, None, config.model)
         log.info("starting from the weights of %s", start)
     return TrainState()

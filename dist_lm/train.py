@@ -5,6 +5,7 @@ It reads the resolved configuration in the run directory, continues from the new
 but without `result.json`.
 """
 
+import errno
 import logging
 import os
 import signal
@@ -13,15 +14,12 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dist_lm import durable
 from dist_lm.cluster.process import die_with_parent
 from dist_lm.errors import UserError
 from dist_lm.run_directory import RunDirectory
-
-if TYPE_CHECKING:
-    from dist_lm.training.trainer import StopRequest
+from dist_lm.training.stop import StopRequest
 
 log = logging.getLogger("dist_lm.train")
 
@@ -32,28 +30,26 @@ def main() -> None:
         sys.exit("usage: torchrun --nproc-per-node N -m dist_lm.train RUN_DIR   (one that `dist_lm.launch` prepared)")
     run, rank = RunDirectory(Path(sys.argv[1]).resolve()), int(os.environ["RANK"])
     die_with_parent()
-    write_to_log(run.rank_log(rank), echo=rank == 0)
+    write_to_log(run.rank_log(rank))
+    stop = stop_on_signals()
     try:
-        train(run)
+        from dist_lm.rank_program import run_rank  # torch and all that is heavy
+
+        run_rank(run, stop)
     except BaseException as error:
-        record_failure(run, rank, error)
-        log.error("%s", error if isinstance(error, UserError) else traceback.format_exc())
-        # other ranks may wait in a collective for this one: leave at once, torchrun ends them
-        sys.stderr.flush()
-        os._exit(1)
+        try:
+            log.error("%s", error if is_for_the_user(error) else traceback.format_exc())
+            record_failure(run, rank, error)
+        except OSError as unrecorded:  # a full disk, most likely the failure itself
+            log.error("%s could not be written: %s", run.rank_failure(rank), unrecorded)
+        finally:
+            # other ranks may wait in a collective for this one: leave at once, torchrun ends them
+            sys.stderr.flush()
+            os._exit(1)
 
 
-def train(run: RunDirectory) -> None:
-    """Everything between reading the configuration and writing the result."""
-    from dist_lm.rank_program import run_rank  # torch and all that is heavy
-
-    run_rank(run, stop_on_signals())
-
-
-def stop_on_signals() -> "StopRequest":
+def stop_on_signals() -> StopRequest:
     """A request that USR1 and TERM set; it is looked at between steps."""
-    from dist_lm.training.trainer import StopRequest
-
     stop = StopRequest()
 
     def request(number: int, frame: object) -> None:
@@ -65,7 +61,13 @@ def stop_on_signals() -> "StopRequest":
     return stop
 
 
-def write_to_log(path: Path, echo: bool) -> None:
+def is_for_the_user(error: BaseException) -> bool:
+    """Whether the message is all a person needs: no traceback helps against a full or read-only disk."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+    return full or isinstance(error, UserError)
+
+
+def write_to_log(path: Path) -> None:
     """Send this process's output to its own log, C++ libraries included."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -88,7 +90,7 @@ def record_failure(run: RunDirectory, rank: int, error: BaseException) -> None:
             "type": type(error).__name__,
             "message": str(error),
             "traceback": traceback.format_exc(),
-            "user_error": isinstance(error, UserError),
+            "user_error": is_for_the_user(error),
         },
     )
 

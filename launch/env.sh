@@ -24,10 +24,11 @@ find_python() {
 
 # what is installed is current when the stamp holds the hash of what would be installed
 stamp=$venv/.dist_lm${extras:+-$extras}
-wanted=$(sha256sum "$root/pyproject.toml" | cut -d' ' -f1)
-if [ ! -x "$venv/bin/python" ]; then
-  "$(find_python)" -m venv "$venv"
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # not there, or its making was interrupted
+  "$(find_python)" -m venv --clear "$venv"
 fi
+wanted=$("$venv/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' \
+  "$root/pyproject.toml")
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   echo "installing dist_lm${extras:+ with extra $extras} into $venv (a minute or two, once)"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root${extras:+[$extras]}"

@@ -29,6 +29,7 @@ TINY = (
     "model.max_seq_len=256",
     "stage.seq_len=32",
     "tracking=none",
+    "device=cpu",
 )
 
 

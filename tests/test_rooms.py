@@ -11,7 +11,9 @@ import dist_lm
 
 PACKAGE = Path(dist_lm.__file__).parent
 ROOMS = (
-    ("launch", "__main__", "launcher", "train", "rank_program", "bench"),
+    ("launch", "__main__", "bench"),
+    ("launcher",),
+    ("train", "rank_program"),
     ("cluster",),
     ("stages",),
     ("rlhf",),
@@ -23,7 +25,7 @@ ROOMS = (
     ("tokenizer",),
     ("tracking",),
     ("interop",),
-    ("config", "document", "run_directory", "errors", "durable", "__init__"),
+    ("config", "config_file", "document", "run_directory", "errors", "durable", "__init__"),
 )
 FLOOR = {name: depth for depth, names in enumerate(ROOMS) for name in names}
 # what a room may use of a higher one: the nouns of the data room are values, known to those that make them

@@ -151,8 +151,12 @@ class Gang:
         self._ask(self._running())
         if any(member.lost or member.report.exit_code for member in self._members):
             self._ask(self._running(), SETTLE_S)  # is one of them the peer that the others miss?
-            self._status = GangStatus("failed", self._explain())
-            self.stop()
+            failure = self._explain()
+            self._status = GangStatus("failed", failure)
+            try:
+                self.stop()
+            except RuntimeError as stuck:
+                failure.message = f"{failure.message}; {stuck}"
         elif all(member.report.exit_code == 0 for member in self._members):
             self._status = GangStatus("finished")
         return self._status

@@ -42,7 +42,7 @@ def place(cluster: RayCluster, nodes: int, gpus_per_node: int, directory: Path) 
         ClusterError: not so many nodes within cluster.start_timeout_s, or one that does not see `directory`.
     """
     import ray
-    from ray.exceptions import GetTimeoutError
+    from ray.exceptions import GetTimeoutError, RayError
     from ray.util import placement_group, placement_group_table
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -75,6 +75,13 @@ def place(cluster: RayCluster, nodes: int, gpus_per_node: int, directory: Path) 
             f"{cluster.config.start_timeout_s:g}: the Ray cluster at {cluster.address} has {len(found)} "
             f"nodes and {sum(node.gpus for node in found)} GPUs; each node must have {bundle} free"
         ) from None
+    except RayError as error:
+        placement.release()
+        reason = str(error).strip().splitlines()[-1]
+        raise ClusterError(
+            f"cluster: an agent did not start on a node of {cluster.address} ({reason}); every node needs the same "
+            "dist_lm and packages as this one"
+        ) from error
     except BaseException:
         placement.release()
         raise

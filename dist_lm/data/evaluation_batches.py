@@ -1,5 +1,6 @@
 """Held-out documents in their own order, with the language of every target.
- The row of documents is closed into a ring: the target of the very last token is the end-of-text that opens
+
+The row of documents is closed into a ring: the target of the very last token is the end-of-text that opens
 the first document. So a corpus of N tokens has N targets, each counted once: for every document its text and
 the end-of-text that closes it.
 

@@ -1,8 +1,10 @@
 """Where every document lies in a shard, so that a mapped tar can be read at any token.
- The index is a cache: it holds nothing that the tar does not, and is built again when it is missing, damaged
+
+The index is a cache: it holds nothing that the tar does not, and is built again when it is missing, damaged
 or older than its tar. Nothing here unpickles: array headers are parsed as literals, and object arrays are
 refused.
- File layout: magic (8 bytes), CRC-32 of all that follows (uint32), header length (uint32), header (JSON),
+
+File layout: magic (8 bytes), CRC-32 of all that follows (uint32), header length (uint32), header (JSON),
 entries.
 """
 

@@ -1,5 +1,6 @@
 """What a corpus holds, written last: a folder without a manifest is not a corpus.
- The manifest names the tars with their hashes, counts by split and language, and what the shards were made
+
+The manifest names the tars with their hashes, counts by split and language, and what the shards were made
 from.
 """
 

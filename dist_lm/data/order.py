@@ -1,9 +1,11 @@
 """The order of data: a pure function from (seed, epoch, document lengths, sequence length) to document
 slices.
- Documents are shuffled, laid end to end, and cut into sequences without regard to where they end, so no token
+
+Documents are shuffled, laid end to end, and cut into sequences without regard to where they end, so no token
 is lost. The sequences are then visited in a second shuffled order: the parts of one long document do not meet
 in a batch.
- Both shuffles sort the numbers 0, 1, ... by the outputs of SplitMix64 (Steele, Lea and Flood, 'Fast
+
+Both shuffles sort the numbers 0, 1, ... by the outputs of SplitMix64 (Steele, Lea and Flood, 'Fast
 splittable pseudorandom number generators', OOPSLA 2014). Its outputs are a bijection of its counter, so there
 are no ties, and the order depends on no library's generator or sorting algorithm.
 """

@@ -1,5 +1,6 @@
 """Training batches without end, from one integer of state.
- Sequences are numbered 0, 1, 2, ... over all epochs. A step takes the next `global_batch` of them, and a
+
+Sequences are numbered 0, 1, 2, ... over all epochs. A step takes the next `global_batch` of them, and a
 data-parallel rank its contiguous part, so the integer is enough to go on at any number of ranks.
 """
 

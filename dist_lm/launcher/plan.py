@@ -8,8 +8,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from dist_lm.config import Config, load_config
-from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.config import Config
+from dist_lm.config_file import load_config
+from dist_lm.errors import ConfigError
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.stages.registry import STAGES, StageInfo
 from dist_lm.training import checkpoint_files
@@ -20,9 +21,13 @@ FREE_KEYS = (
     "prerequisites",
     "dry_run",
     "device",
-    "parallel.",
+    "parallel.dp_replicate",
+    "parallel.dp_shard",
+    "parallel.tp",
+    "parallel.reshard_after_forward",
     "cluster.",
     "tracking.",
+    "tokenizer.workers",
     "stage.init_from",
     "stage.micro_batch",
     "stage.checkpoint_every",
@@ -104,18 +109,13 @@ def _look_at(info: StageInfo, config: Config, rebuilt: set[str], is_target: bool
     if info.trains:
         return _look_at_run(info, config, rebuilt, is_target)
     artefact = importlib.import_module(f"dist_lm.stages.{info.name}").inspect(config)
-    if artefact.ready and rebuilt & set(info.needs):
-        raise ArtefactError(
-            f"{config.work_dir} has {artefact.detail} but not what they were made with ({', '.join(info.needs)}): "
-            f"restore it, or remove {config.work_dir}/corpora"
-        )
     return PlannedStage(info, config, Action.READY if artefact.ready else Action.BUILD, artefact.detail)
 
 
 def _look_at_run(info: StageInfo, config: Config, rebuilt: set[str], is_target: bool) -> PlannedStage:
     run = run_of(config)
     config = replace(config, stage=replace(config.stage, init_from=_starting_point(info, config)))
-    if run.config.exists():
+    if run.config.exists() and has_output(run):
         # of a finished earlier stage only its weights are used, however they were trained
         keys = "" if is_target or not run.result.exists() else "model."
         conflicts = differing_keys(load_config(run.config), config, keys)
@@ -141,6 +141,11 @@ def _look_at_run(info: StageInfo, config: Config, rebuilt: set[str], is_target: 
     return PlannedStage(info, config, Action.BUILD, f"{config.stage.steps:,} steps{origin}")
 
 
+def has_output(run: RunDirectory) -> bool:
+    """Whether a run has anything that other settings would contradict: a checkpoint or its result."""
+    return run.result.exists() or checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST) is not None
+
+
 def run_of(config: Config) -> RunDirectory:
     """The run directory that a configuration belongs to."""
     return WorkDirectory(Path(config.work_dir)).run(config.stage.name, config.run_id)
@@ -152,7 +157,8 @@ def _starting_point(info: StageInfo, config: Config) -> str:
         return config.stage.init_from
     if info.starts_from is None:
         return "none"
-    return str(WorkDirectory(Path(config.work_dir)).run(info.starts_from, config.run_id).path)
+    # absolute: ranks may run in another folder
+    return str(WorkDirectory(Path(config.work_dir).resolve()).run(info.starts_from, config.run_id).path)
 
 
 def differing_keys(old: Config, new: Config, prefix: str = "") -> list[str]:

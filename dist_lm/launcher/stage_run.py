@@ -5,13 +5,14 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from dist_lm.cluster.gang import Gang, GangStatus
-from dist_lm.cluster.ranks import local_gpus
+from dist_lm.cluster.ranks import ranks_per_node
 from dist_lm.cluster.ray_cluster import RayCluster
-from dist_lm.config import Config, save_config
+from dist_lm.config import Config
+from dist_lm.config_file import save_config
 from dist_lm.errors import ArtefactError
 from dist_lm.launcher.interrupt import Interrupt
 from dist_lm.launcher.plan import PlannedStage, run_of
@@ -21,6 +22,7 @@ from dist_lm.tracking.console import Console
 from dist_lm.tracking.metrics import MetricsFollower, follow
 from dist_lm.tracking.progress import TrainingProgress
 from dist_lm.tracking.wandb_run import WandbRun
+from dist_lm.training import checkpoint_files
 
 POLL_S = 0.2
 
@@ -36,14 +38,14 @@ def check_layout(config: Config, ranks_per_node: int) -> None:
 
 
 def run_training_stage(stage: PlannedStage, cluster: RayCluster, console: Console, interrupt: Interrupt) -> bool:
-    """Run a stage to its end. Returns False when it was stopped by `interrupt`, with its checkpoint written.
+    """Run a stage to its end. Returns False when it was stopped by `interrupt`.
 
     Raises:
         GangFailure: a rank or a node failed.
         ArtefactError: the ranks left without a result although nobody asked them to stop.
     """
-    config, run = stage.config, run_of(stage.config)
-    ranks = cluster.ranks_per_node()
+    device, ranks = device_and_ranks(stage.config, cluster)
+    config, run = replace(stage.config, device=device), run_of(stage.config)
     check_layout(config, ranks)
     run.create()
     save_config(config, run.config)
@@ -52,14 +54,22 @@ def run_training_stage(stage: PlannedStage, cluster: RayCluster, console: Consol
         wandb = start_wandb(stage, run, console)
         if wandb:
             stack.callback(wandb.finish)
+        metrics = follow(run.metrics)
+        for line in metrics.poll():
+            progress.update(line)
+        progress.resume()
         gang = stack.enter_context(
-            Gang.start(cluster, run, nodes=config.cluster.nodes, ranks_per_node=ranks, device=device_of(config))
+            Gang.start(cluster, run, nodes=config.cluster.nodes, ranks_per_node=ranks, device=device)
         )
-        status = follow_gang(gang, follow(run.metrics), progress, wandb, interrupt, config.cluster.stop_timeout_s)
+        status = follow_gang(gang, metrics, progress, wandb, interrupt, config.cluster.stop_timeout_s)
     if status.failure:
         raise status.failure
     if run.result.exists():
         return True
+    if status.state == "stopped":
+        console.warning(
+            f"the ranks did not stop within cluster.stop_timeout_s={config.cluster.stop_timeout_s:g} s and were ended"
+        )
     if interrupt.requested:
         return False
     raise ArtefactError(f"{run.path}: every rank left with exit code 0 but without {run.result.name}; see {run.logs}")
@@ -91,6 +101,19 @@ def follow_gang(
         time.sleep(POLL_S)
 
 
+def newest_checkpoint(config: Config) -> str:
+    """What the next command continues from, for people."""
+    run = run_of(config)
+    latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
+    return latest.name if latest else "the start of the stage, it has no checkpoint yet"
+
+
+def device_and_ranks(config: Config, cluster: RayCluster) -> tuple[str, int]:
+    """(cpu or cuda, ranks a node): by what `device` asks for and what every node of the cluster has."""
+    gpus = 0 if config.device == "cpu" else min(node.gpus for node in cluster.nodes())
+    return ("cuda" if config.device == "cuda" or gpus else "cpu"), ranks_per_node(config.cluster, gpus)
+
+
 def start_wandb(stage: PlannedStage, run: RunDirectory, console: Console) -> WandbRun | None:
     """The wandb copy of the run, unless tracking=none."""
     return WandbRun.start(
@@ -120,10 +143,3 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
-
-
-def device_of(config: Config) -> str:
-    """cpu or cuda, for the whole gang."""
-    if config.device != "auto":
-        return config.device
-    return "cuda" if local_gpus() else "cpu"

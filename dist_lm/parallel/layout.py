@@ -69,6 +69,14 @@ def check_batch(config: Config, layout: Layout) -> None:
         )
 
 
+def shard_dim(shape: tuple[int, ...], ranks: int) -> int:
+    """The dimension of a parameter that FSDP cuts: d_model of attention weights (n_heads, d_head, d_model), else 0.
+
+    Heads are few and divide by no usual number of ranks; FSDP cuts unevenly on dimension 0 only.
+    """
+    return 2 if len(shape) == 3 and shape[2] % ranks == 0 else 0
+
+
 def divisors(number: int) -> list[int]:
     """All divisors of `number`, ascending."""
     return [d for d in range(1, number + 1) if number % d == 0]

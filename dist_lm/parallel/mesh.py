@@ -78,11 +78,6 @@ def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
     )
 
 
-def data_group(mesh: DeviceMesh) -> dist.ProcessGroup:
-    """The ranks that see different data and share gradients: both dp axes together."""
-    return data_mesh(mesh).get_group()
-
-
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """Both dp axes as one."""
+    """Both dp axes as one: the ranks that see different data and share gradients."""
     return mesh[DATA_AXES]._flatten("dp")

@@ -3,15 +3,18 @@
 The model is built on the meta device; a parameter's full value exists only while its shard is cut from it.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dist_lm.config import ModelConfig, ParallelConfig
 from dist_lm.model.initialise import initial_value
 from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.layout import shard_dim
 
 
 def compute_dtype(parallel: ParallelConfig, device: torch.device) -> torch.dtype:
@@ -44,9 +47,20 @@ def _shard(model: Transformer, parallel: ParallelConfig, mesh: DeviceMesh, dtype
     root = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32, cast_forward_inputs=False
     )
+    ranks = mesh["dp_shard"].size()
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        return Shard(shard_dim(tuple(parameter.shape), ranks))
+
     for block in model.blocks:
-        fully_shard(block, mesh=mesh[axes], mp_policy=blocks, reshard_after_forward=parallel.reshard_after_forward)
-    fully_shard(model, mesh=mesh[axes], mp_policy=root, reshard_after_forward=False)
+        fully_shard(
+            block,
+            mesh=mesh[axes],
+            mp_policy=blocks,
+            reshard_after_forward=parallel.reshard_after_forward,
+            shard_placement_fn=placement,
+        )
+    fully_shard(model, mesh=mesh[axes], mp_policy=root, reshard_after_forward=False, shard_placement_fn=placement)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -54,7 +68,7 @@ def _shard(model: Transformer, parallel: ParallelConfig, mesh: DeviceMesh, dtype
 
 
 @torch.no_grad()
-def fill(model: nn.Module, value) -> None:
+def fill(model: nn.Module, value: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
     """Give every parameter the logical value `value(name, shape)`; a sharded one takes its part of it."""
     for name, parameter in model.named_parameters():
         full = value(name, tuple(parameter.shape)).to(parameter.device)

@@ -21,7 +21,8 @@ def text_fingerprint(config: Config) -> dict[str, Any]:
     corpus = asdict(config.corpus)
     for key in ("documents_per_member", "shard_tokens"):
         corpus.pop(key)
-    return {"seed": config.seed, "corpus": corpus}
+    drawn = any(source.reader == "sql" for sources in config.corpus.corpora.values() for source in sources)
+    return {"seed": config.seed if drawn else None, "corpus": corpus}
 
 
 def digest(value: Any) -> str:

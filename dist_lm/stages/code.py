@@ -1,5 +1,7 @@
 """Stage `code`: next-token prediction on programs; reports the share of samples that parse, by language."""
 
+import torch.distributed as dist
+
 from dist_lm.stages.sampling import Sample, keep_samples, sample_prompts
 from dist_lm.stages.syntax import parses, whole_lines
 from dist_lm.stages.training_stage import Closing, TrainingStage
@@ -9,7 +11,8 @@ from dist_lm.training.loss import next_token
 def close(closing: Closing) -> dict[str, float]:
     """`code/parses_LANGUAGE`: samples, prompt included, that their language's parser accepts."""
     samples = sample_prompts(closing)
-    verdicts = [{"parses": _parses(sample)} for sample in samples]
+    verdicts = [{"parses": _parses(sample)} for sample in samples] if closing.world.is_first else [{}] * len(samples)
+    dist.broadcast_object_list(verdicts)
     keep_samples(closing, samples, verdicts)
     metrics = {}
     for language in sorted({sample.language for sample in samples}):

@@ -25,10 +25,11 @@ def inspect(config: Config) -> Artefact:
     """
     work = WorkDirectory(Path(config.work_dir))
     names = ", ".join(config.corpus.corpora)
-    if not all(work.corpus_manifest(name).exists() for name in config.corpus.corpora):
-        return Artefact(False, f"corpora {names}")
-    for name in config.corpus.corpora:
+    there = [name for name in config.corpus.corpora if work.corpus_manifest(name).exists()]
+    for name in there:
         check_corpus(config, name)
+    if len(there) < len(config.corpus.corpora):
+        return Artefact(False, f"corpora {names}")
     manifests = [read_manifest(work.corpus(name)) for name in config.corpus.corpora]
     tokens = sum(manifest.splits["train"].counts.tokens for manifest in manifests)
     return Artefact(True, f"corpora {names}: {tokens:,} training tokens")
@@ -47,8 +48,12 @@ def check_corpus(config: Config, name: str) -> None:
             f"{work.corpus(name)} was made from another text than corpus={config.corpus.name} seed={config.seed}: "
             "use another work_dir, or remove that folder to build it again"
         )
-    if work.tokenizer_model.exists():
-        manifest.require_tokenizer(durable.sha256_of(work.tokenizer_model), work.corpus(name))
+    if not work.tokenizer_model.exists():
+        raise ArtefactError(
+            f"{work.corpus(name)} is there but not the tokenizer it was made with: restore {work.tokenizer_model}, "
+            f"or remove {work.path / 'corpora'} to build both again"
+        )
+    manifest.require_tokenizer(durable.sha256_of(work.tokenizer_model), work.corpus(name))
 
 
 def build(config: Config, console: Console) -> None:

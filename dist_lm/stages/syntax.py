@@ -5,10 +5,13 @@ itself creates.
 """
 
 import ast
+import re
+import shutil
 import sqlite3
 import subprocess
 import warnings
 
+PATH = "/usr/local/bin:/usr/bin:/bin:/opt/homebrew/bin"
 TIMEOUT_S = 10.0
 MAX_SQL_OPERATIONS = 1_000_000
 MAX_SQL_BYTES = 1_000_000
@@ -25,25 +28,34 @@ def parses_python(text: str) -> bool:
     return True
 
 
-def parses_bash(text: str) -> bool:
-    """Whether `bash -n` (read, do not execute) accepts `text`."""
-    done = subprocess.run(
+def parses_bash(text: str) -> bool | None:
+    """Whether `bash -n` (read, do not execute) accepts `text`; None without bash, or if it takes too long."""
+    if shutil.which("bash", path=PATH) is None:
+        return None
+    try:
+        done = _bash_reads(text)
+    except subprocess.TimeoutExpired:
+        return None
+    # a here-document that never ends is only a warning, with exit code 0
+    return done.returncode == 0 and not done.stderr
+
+
+def _bash_reads(text: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
         ["bash", "--norc", "--noprofile", "-n"],
         input=text.encode(),
         capture_output=True,
         timeout=TIMEOUT_S,
-        env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"},
+        env={"PATH": PATH, "LC_ALL": "C.UTF-8"},
         check=False,
     )
-    # a here-document that never ends is only a warning, with exit code 0
-    return done.returncode == 0 and not done.stderr
 
 
 def parses_sql(text: str) -> bool:
     """Whether SQLite compiles every statement, the tables created before it in the text being known.
 
-    CREATE statements are executed in an empty database in memory, since later statements are compiled against them;
-    everything else is compiled only (EXPLAIN).
+    CREATE, ALTER and DROP are executed in an empty database in memory, since later statements are compiled against
+    them; everything else is compiled only (EXPLAIN).
     """
     connection = sqlite3.connect(":memory:", isolation_level=None)
     connection.set_authorizer(_allow_schema_only)
@@ -51,8 +63,10 @@ def parses_sql(text: str) -> bool:
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_SQL_BYTES)
     try:
         for statement in split_statements(text):
+            if re.match(r"(explain|query)\b", statement, re.IGNORECASE):  # would join our own EXPLAIN
+                return False
             connection.execute(f"EXPLAIN {statement}")
-            if statement.lstrip().upper().startswith(("CREATE TABLE", "CREATE VIEW", "CREATE INDEX")):
+            if re.match(r"(create|alter|drop)\b", statement, re.IGNORECASE):
                 connection.execute(statement)
     except (sqlite3.Error, sqlite3.Warning, ValueError):
         return False

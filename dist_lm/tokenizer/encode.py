@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -33,7 +34,7 @@ def encode_documents(path: Path, documents: Iterable[Document], workers: int) ->
         UserError: a document is not Unicode text, or a process died.
     """
     tokenizer = Tokenizer.load(path)
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or (len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
     chunks = _chunked(documents)
     first = list(islice(chunks, CHUNKS_FOR_PROCESSES)) if workers > 1 else []
     if len(first) < CHUNKS_FOR_PROCESSES:

@@ -15,8 +15,11 @@ _SECRET_WORDS = {
     "passphrase",
     "credential",
     "credentials",
+    "pat",
+    "jwt",
+    "pgpassword",
 }
-_SECRET_PREFIXES = ("RAY_AUTH_",)
+_SECRET_PREFIXES = ("RAY_AUTH_", "MYSQL_PWD")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 _URL_CREDENTIALS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/\s@]+@")
 
@@ -27,7 +30,7 @@ def is_secret_name(name: str) -> bool:
     `hf_token` is, `max_new_tokens`, `key_size` and `token_path` are not. Words are
     divided by punctuation or by capitals.
     """
-    words = _WORD.findall(name.rpartition(".")[2])
+    words = [word for word in _WORD.findall(name.rpartition(".")[2]) if not word.isdigit()]
     return name.startswith(_SECRET_PREFIXES) or (bool(words) and words[-1].lower() in _SECRET_WORDS)
 
 

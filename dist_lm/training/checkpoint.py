@@ -5,6 +5,7 @@ Tensors have their logical shapes, so any layout loads what any other saved. Not
 
 import logging
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -52,13 +53,13 @@ def save(
     """
     target = checkpoints / files.step_name(state.step)
     temporary = checkpoints / f".{target.name}"
-    if world.is_first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-    dist.barrier()
     failure = None
     digests: dict[str, str] = {}
+    if world.is_first:
+        shutil.rmtree(temporary, ignore_errors=True)
+    dist.barrier()
     try:
+        temporary.mkdir(exist_ok=True)
         writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         dcp.save(tensors_of(model, optimizer), storage_writer=writer)
         digests = _make_own_files_durable(temporary, world.rank)
@@ -137,16 +138,19 @@ def load(
     return state
 
 
-def agree_on_checkpoint(checkpoints: Path, world: World) -> Path | None:
-    """The checkpoint all ranks continue from: chosen and verified by the first rank (collective)."""
+def agree(choose: Callable[[], Path | None], world: World) -> Path | None:
+    """The checkpoint all ranks load: chosen and verified by the first rank alone (collective).
+
+    Raises:
+        ArtefactError: on every rank, what `choose` raised on the first.
+    """
     choice: list = [None, None]
     if world.is_first:
         try:
-            found = files.newest_intact(checkpoints)
-            choice = [str(found) if found else None, None]
+            choice[0] = choose()
         except ArtefactError as error:
-            choice = [None, str(error)]
+            choice[1] = str(error)
     dist.broadcast_object_list(choice)
     if choice[1]:
         raise ArtefactError(choice[1])
-    return Path(choice[0]) if choice[0] else None
+    return choice[0]

@@ -118,9 +118,17 @@ def prune(checkpoints: Path, keep: int) -> None:
     best = read_pointer(checkpoints, BEST)
     for directory in steps_in(checkpoints)[:-keep]:
         if directory != best:
-            shutil.rmtree(directory)
+            _remove(directory)
     for leftover in checkpoints.glob(".step_*"):
-        shutil.rmtree(leftover)
+        _remove(leftover)
+
+
+def _remove(directory: Path) -> None:
+    """Remove a checkpoint that is no longer wanted; one that a network file system still holds open may stay."""
+    try:
+        shutil.rmtree(directory)
+    except OSError as error:
+        log.warning("checkpoint %s could not be removed (%s); it can be deleted by hand", directory, error)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -136,6 +144,13 @@ def find_checkpoint(path: Path) -> Path:
         if found is not None:
             return found
     raise ArtefactError(f"{path}: no checkpoint there (expected a run directory, or one of its checkpoints/step_*)")
+
+
+def find_intact(path: Path) -> Path:
+    """`find_checkpoint`, with every file verified."""
+    found = find_checkpoint(path)
+    verify(found)
+    return found
 
 
 def check_same_model(checkpoint: Path, saved: dict[str, Any], model_config: ModelConfig) -> None:

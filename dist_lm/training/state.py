@@ -12,4 +12,5 @@ class TrainState:
     position: int = 0  # sequences consumed: the state of the stream
     nonfinite_steps: int = 0  # consecutive steps skipped for NaN/inf gradients
     skipped_steps: int = 0  # all steps skipped
-    best_val_loss: float | None = None
+    best_val_loss: float | None = None  # lowest of those checkpoints that were evaluated, on stage.eval_sequences
+    best_step: int = 0

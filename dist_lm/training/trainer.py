@@ -3,8 +3,7 @@
 import logging
 import resource
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from dist_lm.training.optimizer import set_learning_rate
 from dist_lm.training.schedule import learning_rate
 from dist_lm.training.state import TrainState
 from dist_lm.training.step import StepResult, train_step
+from dist_lm.training.stop import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +35,6 @@ Evaluate = Callable[[Forward, bool], dict[str, float]]
 
 class NonFiniteGradientsError(UserError):
     """NaN or infinite gradients for too many steps in a row."""
-
-
-@dataclass
-class StopRequest:
-    """Set by a signal handler; agreed on by all ranks at the next step boundary."""
-
-    requested: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,15 +71,18 @@ class Trainer:
             result = self._step(state, data, rate)
             state = advance(state, result, data.position)
             line = self._metrics_of(state, result, rate, waited, time.perf_counter() - started)
-            self._check_finite(state)
             last = state.step == stage.steps
+            score = None
             evaluated = last or is_due(state.step, stage.eval_every)
             if evaluated:
                 line |= self._evaluate(last)
+                # on the way and at the end by the same sequences
+                score = self._evaluate(False)["val/loss"] if last else line["val/loss"]
             if self.metrics and (evaluated or last or state.step % stage.log_every == 0):
                 self.metrics.write(state.step, line)
+            self._check_finite(state)
             if last or result.stop_requested or is_due(state.step, stage.checkpoint_every):
-                state = self._save(state, line.get("val/loss"))
+                state = self._save(state, score)
             if result.stop_requested:
                 log.info("stopped at step %d as asked; the checkpoint is written", state.step)
                 break
@@ -108,10 +104,11 @@ class Trainer:
 
     def _evaluate(self, everything: bool) -> dict[str, float]:
         metrics = self.evaluate(self.forward(None), everything)
-        if isinstance(self.model, FSDPModule):
-            # a forward without backward leaves the root's parameters gathered: a checkpoint would take them for
-            # other tensors than those the optimizer knows
-            self.model.reshard()
+        # a forward without backward may leave parameters gathered: a checkpoint would take them for other tensors
+        # than those the optimizer knows
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         return metrics
 
     def _learning_rate(self, step: int) -> float:
@@ -171,23 +168,27 @@ class Trainer:
                 f"gradients were NaN or infinite in {limit} steps in a row, the last is step {state.step} "
                 f"(stage.max_nonfinite_steps={limit}); the last checkpoint is "
                 f"{latest.name if latest else 'none yet'}: lower stage.lr={self.config.stage.lr:g}, raise "
-                "stage.warmup_steps, or look for bad data"
+                "stage.warmup_steps, with another run_id, or look for bad data"
             )
 
     def _save(self, state: TrainState, val_loss: float | None) -> TrainState:
-        best = val_loss is not None and (state.best_val_loss is None or val_loss < state.best_val_loss)
-        if best:
-            state = replace(state, best_val_loss=val_loss)
-        with stopwatch() as elapsed:
-            path = checkpoint.save(self.checkpoints, self.model, self.optimizer, state, self.config.model, self.world)
-            if self.world.is_first:
-                if best:
-                    checkpoint_files.write_pointer(self.checkpoints, checkpoint_files.BEST, path)
-                checkpoint_files.prune(self.checkpoints, self.config.stage.keep_checkpoints)
-            dist.barrier()
+        if val_loss is not None and (state.best_val_loss is None or val_loss < state.best_val_loss):
+            state = replace(state, best_val_loss=val_loss, best_step=state.step)
+        started = time.perf_counter()
+        checkpoint.save(self.checkpoints, self.model, self.optimizer, state, self.config.model, self.world)
+        if self.world.is_first:
+            self._tidy(state)
+        dist.barrier()
         if self.metrics:
-            self.metrics.write(state.step, {"checkpoint/stall_s": elapsed()})
+            self.metrics.write(state.step, {"checkpoint/stall_s": time.perf_counter() - started})
         return state
+
+    def _tidy(self, state: TrainState) -> None:
+        """Point BEST at what the state says (a kill may have come before the pointer), then drop old checkpoints."""
+        best = self.checkpoints / checkpoint_files.step_name(state.best_step)
+        if state.best_val_loss is not None and best.is_dir():
+            checkpoint_files.write_pointer(self.checkpoints, checkpoint_files.BEST, best)
+        checkpoint_files.prune(self.checkpoints, self.config.stage.keep_checkpoints)
 
 
 def advance(state: TrainState, result: StepResult, position: int) -> TrainState:
@@ -212,10 +213,3 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-@contextmanager
-def stopwatch() -> Iterator[Callable[[], float]]:
-    """Seconds since the block was entered."""
-    started = time.perf_counter()
-    yield lambda: time.perf_counter() - started

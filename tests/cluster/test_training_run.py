@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.config import save_config
+from dist_lm.config_file import save_config
 from dist_lm.launcher.compose import compose_config
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import read_metrics

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from dist_lm.config import Config, load_config, save_config
+from dist_lm.config import Config
+from dist_lm.config_file import load_config, save_config
 from dist_lm.errors import ConfigError
 from dist_lm.launcher.compose import choices, compose_config, overrides_of, target_stage
 
