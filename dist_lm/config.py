@@ -324,6 +324,12 @@ class Config:
             "a plain name (it becomes a folder)",
         )
         require(
+            self.tokenizer.vocab_size == self.model.vocab_size,
+            "tokenizer.vocab_size",
+            self.tokenizer.vocab_size,
+            f"model.vocab_size={self.model.vocab_size}, which it follows: set that one",
+        )
+        require(
             self.stage.corpus in ("", *self.corpus.corpora),
             "stage.corpus",
             self.stage.corpus,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_lm.cluster.ranks import local_gpus, ranks_per_node
-from dist_lm.config import Config
+from dist_lm.config import Config, require
 from dist_lm.errors import ConfigError, UserError
 from dist_lm.launcher.compose import (
     compose_config,
@@ -21,8 +21,7 @@ from dist_lm.launcher.compose import (
     register_schema,
     target_stage,
 )
-from dist_lm.launcher.plan import Plan, make_plan
-from dist_lm.stages.registry import STAGES
+from dist_lm.launcher.plan import Plan, in_order, make_plan
 from dist_lm.tracking.console import Console
 
 HYDRA_FLAGS = (
@@ -69,7 +68,7 @@ def show_configuration(arguments: list[str]) -> None:
         overrides = [argument for argument in arguments if not argument.startswith("-") and "=" in argument]
         named = any(override.startswith("stage=") for override in overrides)
         target = target_stage(overrides) if named else "code"
-        check_stage_prefixes(overrides)
+        check_stage_prefixes(overrides, target)
         compose_config(overrides_of(target, target, overrides))  # refuses in one line what Hydra does in several
         shown = [argument for argument in arguments if argument not in overrides] + ["--resolve"]
         shown += overrides_of(target, target, overrides)
@@ -81,7 +80,7 @@ def show_configuration(arguments: list[str]) -> None:
 def run_command(overrides: Sequence[str], console: Console) -> int:
     """Plan what `overrides` ask for, show the plan, and carry it out. Returns the exit code."""
     target = target_stage(overrides)
-    check_stage_prefixes(overrides)
+    check_stage_prefixes(overrides, target)
 
     def compose(stage: str) -> Config:
         return compose_config(overrides_of(stage, target, overrides))
@@ -96,13 +95,17 @@ def run_command(overrides: Sequence[str], console: Console) -> int:
     return carry_out(plan, console)
 
 
-def check_stage_prefixes(overrides: Sequence[str]) -> None:
-    """Refuse `stages.NAME.KEY=value` for a stage that does not exist."""
+def check_stage_prefixes(overrides: Sequence[str], target: str) -> None:
+    """Refuse `stages.NAME.KEY=value` unless NAME is a stage that `target` may build on the way."""
+    earlier = in_order(target)[:-1]
     for override in overrides:
         if override.startswith("stages."):
             name = override.split(".")[1].split("=")[0]
-            if name not in STAGES or override.count(".") < 2:
-                raise ConfigError(f"{override}: expected stages.NAME.KEY=value with NAME one of {', '.join(STAGES)}")
+            if name not in earlier or override.partition("=")[0].count(".") < 2:
+                raise ConfigError(
+                    f"{override}: expected stages.NAME.KEY=value with NAME one of {', '.join(earlier) or '(none)'}; "
+                    f"keys of {target} itself are stage.KEY=value"
+                )
 
 
 def check_writable(work_dir: Path) -> None:
@@ -154,7 +157,10 @@ def compute_bytes(config: Config) -> int:
 
 def ranks_here(config: Config) -> int:
     """Ranks a node, if the nodes are like this machine."""
-    return ranks_per_node(config.cluster, 0 if config.device == "cpu" else local_gpus())
+    gpus = 0 if config.device == "cpu" else local_gpus()
+    here = config.cluster.name == "local"
+    require(gpus > 0 or config.device != "cuda" or not here, "device", config.device, "cpu or auto: no GPU here")
+    return ranks_per_node(config.cluster, gpus)
 
 
 def carry_out(plan: Plan, console: Console) -> int:

@@ -28,6 +28,7 @@ from dist_lm.parallel.layout import check_batch, resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh, data_mesh, process_group
 from dist_lm.parallel.sharding import build_model, compute_dtype, unsharded_copy
 from dist_lm.run_directory import RunDirectory
+from dist_lm.run_lock import locked
 from dist_lm.stages.registry import training_stage
 from dist_lm.stages.training_stage import Closing
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -52,6 +53,8 @@ def run_rank(run: RunDirectory, stop: StopRequest) -> None:
         layout = resolve_layout(config.parallel, config.model, world.size)
         check_batch(config, layout)
         mesh = build_mesh(layout, world.device)
+        if world.is_first:
+            stack.enter_context(locked(run.rank_lock))
         tokenizer = Tokenizer.load(run.work.tokenizer_model)
         check_corpus(run, config, tokenizer, world)
         model = build_model(config.model, config.parallel, mesh, world.device, config.seed)

@@ -68,6 +68,16 @@ class RunDirectory:
         return self.path / "result.json"
 
     @property
+    def launch_lock(self) -> Path:
+        """Held by the launcher that runs it."""
+        return self.path / ".launch.lock"
+
+    @property
+    def rank_lock(self) -> Path:
+        """Held by rank 0, whoever started it."""
+        return self.path / ".ranks.lock"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -30,7 +30,7 @@ def main() -> None:
         sys.exit("usage: torchrun --nproc-per-node N -m dist_lm.train RUN_DIR   (one that `dist_lm.launch` prepared)")
     run, rank = RunDirectory(Path(sys.argv[1]).resolve()), int(os.environ["RANK"])
     die_with_parent()
-    write_to_log(run.rank_log(rank))
+    terminal = write_to_log(run.rank_log(rank))
     stop = stop_on_signals()
     try:
         from dist_lm.rank_program import run_rank  # torch and all that is heavy
@@ -39,6 +39,7 @@ def main() -> None:
     except BaseException as error:
         try:
             log.error("%s", error if is_for_the_user(error) else traceback.format_exc())
+            os.write(terminal, f"rank {rank}: {type(error).__name__}: {error} (log: {run.rank_log(rank)})\n".encode())
             record_failure(run, rank, error)
         except OSError as unrecorded:  # a full disk, most likely the failure itself
             log.error("%s could not be written: %s", run.rank_failure(rank), unrecorded)
@@ -67,16 +68,18 @@ def is_for_the_user(error: BaseException) -> bool:
     return full or isinstance(error, UserError)
 
 
-def write_to_log(path: Path) -> None:
-    """Send this process's output to its own log, C++ libraries included."""
+def write_to_log(path: Path) -> int:
+    """Send this process's output to its own log, C++ libraries included; returns the old standard error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()
+    before = os.dup(2)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    return before
 
 
 def record_failure(run: RunDirectory, rank: int, error: BaseException) -> None:

@@ -8,6 +8,7 @@ exit code is the number of a signal; time in seconds since 1970).
 import json
 import os
 import sys
+import tempfile
 
 from dist_lm.cluster.process import die_with_parent
 
@@ -22,7 +23,9 @@ def main() -> None:
     from torch.distributed.run import main as torchrun
 
     try:
-        torchrun(sys.argv[3:])
+        # torchrun would leave a folder of its own behind
+        with tempfile.TemporaryDirectory(prefix="dlm-torchrun-") as logs:
+            torchrun(["--log-dir", logs, *sys.argv[3:]])
     except ChildFailedError as error:
         print(error, file=sys.stderr, flush=True)
         failures = [

@@ -40,7 +40,7 @@ class MappedCorpus:
         """Map every tar that the manifest lists for `split`.
 
         Raises `ArtefactError` if the corpus or the split is missing, empty, or not what the manifest says.
-        Sizes are compared, not hashes: `verify` does that.
+        Sizes are compared, and the hash that the index remembers; a tar that was touched since is hashed again.
         """
         manifest = read_manifest(directory)
         shards = manifest.splits[split].shards if split in manifest.splits else ()
@@ -53,7 +53,13 @@ class MappedCorpus:
         for tar, shard in zip(tars, shards, strict=True):
             if (state := shard_state(tar, shard, hashes=False)) != "ok":
                 raise ArtefactError(f"{tar}: {state}: build the corpus again with `{BUILD_COMMAND}`")
-        return cls(directory, split, tars, [open_index(tar) for tar in tars])
+        indices = [open_index(tar) for tar in tars]
+        for tar, shard, index in zip(tars, shards, indices, strict=True):
+            if index.tar_sha256 != shard.sha256:
+                raise ArtefactError(
+                    f"{tar}: other contents than the manifest says (sha256): build it again with `{BUILD_COMMAND}`"
+                )
+        return cls(directory, split, tars, indices)
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of a document: a view (stop - start,) uint16, read-only."""

@@ -76,7 +76,9 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
         ConfigError: a run exists with other settings than asked for, or prerequisites=fail and one is missing.
         ArtefactError: something there belongs to something else.
     """
-    needed = in_order(target)
+    # a start that was given makes the stage before unnecessary
+    start_given = STAGES[target].trains and compose(target).stage.init_from != "auto"
+    needed = in_order(target, without=STAGES[target].starts_from if start_given else None)
     rebuilt: set[str] = set()
     planned = []
     for name in needed:
@@ -91,13 +93,14 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
     return Plan(tuple(planned))
 
 
-def in_order(target: str) -> list[str]:
-    """`target` and every stage it needs, each after those it needs itself."""
+def in_order(target: str, without: str | None = None) -> list[str]:
+    """`target` and every stage it needs (apart from `without`), each after those it needs itself."""
     order: list[str] = []
 
     def visit(name: str) -> None:
         for need in STAGES[name].needs:
-            visit(need)
+            if need != without:
+                visit(need)
         if name not in order:
             order.append(name)
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from dist_lm.cluster.gang import Gang, GangStatus
 from dist_lm.cluster.ranks import ranks_per_node
 from dist_lm.cluster.ray_cluster import RayCluster
-from dist_lm.config import Config
+from dist_lm.config import Config, require
 from dist_lm.config_file import save_config
 from dist_lm.errors import ArtefactError
 from dist_lm.launcher.interrupt import Interrupt
 from dist_lm.launcher.plan import PlannedStage, run_of
 from dist_lm.parallel.layout import check_batch, resolve_layout
 from dist_lm.run_directory import RunDirectory
+from dist_lm.run_lock import locked
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.metrics import MetricsFollower, follow
 from dist_lm.tracking.progress import TrainingProgress
@@ -48,8 +49,9 @@ def run_training_stage(stage: PlannedStage, cluster: RayCluster, console: Consol
     config, run = replace(stage.config, device=device), run_of(stage.config)
     check_layout(config, ranks)
     run.create()
-    save_config(config, run.config)
     with ExitStack() as stack:
+        stack.enter_context(locked(run.launch_lock))
+        save_config(config, run.config)
         progress = stack.enter_context(console.training(stage.info.name, config.stage.steps))
         wandb = start_wandb(stage, run, console)
         if wandb:
@@ -111,6 +113,9 @@ def newest_checkpoint(config: Config) -> str:
 def device_and_ranks(config: Config, cluster: RayCluster) -> tuple[str, int]:
     """(cpu or cuda, ranks a node): by what `device` asks for and what every node of the cluster has."""
     gpus = 0 if config.device == "cpu" else min(node.gpus for node in cluster.nodes())
+    require(
+        gpus > 0 or config.device != "cuda", "device", config.device, "cpu or auto: a node of the cluster has no GPU"
+    )
     return ("cuda" if config.device == "cuda" or gpus else "cpu"), ranks_per_node(config.cluster, gpus)
 
 

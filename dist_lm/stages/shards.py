@@ -1,13 +1,15 @@
 """Stage `shards`: reads the corpora and the tokenizer, leaves work/corpora/NAME/*.tar with index and manifest."""
 
+import logging
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 from dist_lm import durable
-from dist_lm.config import Config
+from dist_lm.config import SPLITS, Config
 from dist_lm.data.corpus import IngestReport, LocalText, read_corpus
 from dist_lm.data.manifest import read_manifest, write_manifest
+from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.shard_writer import ShardWriter
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
@@ -15,6 +17,8 @@ from dist_lm.run_directory import WorkDirectory
 from dist_lm.stages.artefact import Artefact, digest, text_fingerprint
 from dist_lm.tokenizer.encode import encode_documents
 from dist_lm.tracking.console import Console
+
+log = logging.getLogger(__name__)
 
 
 def inspect(config: Config) -> Artefact:
@@ -25,14 +29,35 @@ def inspect(config: Config) -> Artefact:
     """
     work = WorkDirectory(Path(config.work_dir))
     names = ", ".join(config.corpus.corpora)
-    there = [name for name in config.corpus.corpora if work.corpus_manifest(name).exists()]
-    for name in there:
-        check_corpus(config, name)
-    if len(there) < len(config.corpus.corpora):
-        return Artefact(False, f"corpora {names}")
+    missing = missing_corpora(config)
+    damaged = [name for name in missing if work.corpus_manifest(name).exists()]
+    for name in config.corpus.corpora:
+        if name not in missing:
+            check_corpus(config, name)
+    if missing:
+        return Artefact(False, f"corpora {names}" + (f" ({', '.join(damaged)} damaged)" if damaged else ""))
     manifests = [read_manifest(work.corpus(name)) for name in config.corpus.corpora]
     tokens = sum(manifest.splits["train"].counts.tokens for manifest in manifests)
     return Artefact(True, f"corpora {names}: {tokens:,} training tokens")
+
+
+def missing_corpora(config: Config) -> list[str]:
+    """The corpora that are not there, or damaged: all that is needed to build them again is."""
+    work = WorkDirectory(Path(config.work_dir))
+    return [name for name in config.corpus.corpora if not is_whole(work.corpus(name))]
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether a corpus can be opened and is what its manifest says."""
+    if not directory.is_dir():
+        return False
+    try:
+        for split in SPLITS:
+            MappedCorpus.open(directory, split)
+    except ArtefactError as error:
+        log.info("%s", error)
+        return False
+    return True
 
 
 def check_corpus(config: Config, name: str) -> None:
@@ -57,12 +82,10 @@ def check_corpus(config: Config, name: str) -> None:
 
 
 def build(config: Config, console: Console) -> None:
-    """Tokenize every corpus that has no manifest yet."""
-    work = WorkDirectory(Path(config.work_dir))
+    """Tokenize every corpus that is not there or damaged."""
     local = LocalText.read(config.corpus, config.seed)
-    for name in config.corpus.corpora:
-        if not work.corpus_manifest(name).exists():
-            build_corpus(config, name, local, console)
+    for name in missing_corpora(config):
+        build_corpus(config, name, local, console)
 
 
 def build_corpus(config: Config, name: str, local: LocalText, console: Console) -> None:

@@ -63,6 +63,7 @@ class PlainDisplay:
         self._total = total
         self._clock = clock
         self._shown: tuple[int, float] | None = None  # done and time at the last line
+        self._last = ""
 
     def show(self, done: int, text: TextOrCall) -> None:
         now = self._clock()
@@ -74,9 +75,11 @@ class PlainDisplay:
         self._shown = (done, now)
 
     def done(self, text: str) -> None:
-        self._print(text)
+        if text != self._last:
+            self._print(text)
 
     def _print(self, text: str) -> None:
+        self._last = text
         self._console.print(Text(f"{self._label}: {text}"))
 
 

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import pytest
 
+from dist_lm.config import TokenizerConfig
 from dist_lm.config_file import save_config
 from dist_lm.launcher.compose import compose_config
 from dist_lm.run_directory import RunDirectory, WorkDirectory
+from dist_lm.tokenizer.train import train_tokenizer
 from dist_lm.tracking.metrics import read_metrics
 from dist_lm.training import checkpoint_files
-from tests.conftest import TINY
+from tests.conftest import TINY, VOCAB_SIZE, texts
 from tests.training_run import linked, numbers
 
 pytestmark = pytest.mark.cluster
@@ -54,9 +56,10 @@ def prepare(work: WorkDirectory, run_id: str, *overrides: str) -> RunDirectory:
     return run
 
 
-def start(run: RunDirectory, ranks: int) -> subprocess.Popen:
+def start(run: RunDirectory, ranks: int, largest_file: int | None = None) -> subprocess.Popen:
     return subprocess.Popen(
         [
+            *(("prlimit", f"--fsize={largest_file}") if largest_file else ()),
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", str(ranks), "-m", "dist_lm.train", str(run.path)),
         ],
@@ -99,7 +102,7 @@ def rank_pids(process: subprocess.Popen) -> list[int]:
 def reference(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """Two ranks, never disturbed."""
     work = linked(tiny_work, tmp_path_factory.mktemp("reference"))
-    run = prepare(work, "two")
+    run = prepare(work, "two", "stage.keep_checkpoints=9")
     train(run, ranks=2)
     return run
 
@@ -109,9 +112,10 @@ def reference(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory
     [
         (1, ("stage.micro_batch=8",)),
         (2, ("parallel=ddp",)),
+        (2, ("parallel.reshard_after_forward=false",)),
         (4, ("parallel.dp_replicate=2", "parallel.dp_shard=2")),
     ],
-    ids=["one rank", "ddp", "hsdp on four"],
+    ids=["one rank", "ddp", "kept gathered", "hsdp on four"],
 )
 def test_the_loss_curve_does_not_depend_on_the_layout(reference, tiny_work, tmp_path, ranks, overrides):
     run = prepare(linked(tiny_work, tmp_path), "other", *overrides)
@@ -126,7 +130,7 @@ def test_the_loss_curve_does_not_depend_on_the_layout(reference, tiny_work, tmp_
 
 @pytest.mark.parametrize("after_a_checkpoint", [False, True])
 def test_a_run_killed_at_a_random_step_ends_bit_identical(reference, tiny_work, tmp_path, after_a_checkpoint):
-    step = random.randrange(6, STEPS) if after_a_checkpoint else random.randrange(1, 5)
+    step = random.randrange(6, 12) if after_a_checkpoint else random.randrange(1, 5)
     print(f"killed after step {step}")
     run = prepare(linked(tiny_work, tmp_path), "two")
     process = start(run, ranks=2)
@@ -181,19 +185,57 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(reference, tiny_work, 
 
 
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before_usable(reference, tiny_work, tmp_path):
-    run = prepare(linked(tiny_work, tmp_path), "two")
-    process = start(run, ranks=2)
-    wait_for_step(run, 6, process)
-    # no file of the second checkpoint fits any more; the metrics, far smaller, still do
-    for pid in rank_pids(process):
-        subprocess.run(["prlimit", f"--pid={pid}", "--fsize=20000"], check=True)
-    assert finish(process) != 0
+    run = linked(tiny_work, tmp_path).run("language", "two")
+    copy_until(reference, run, step=5)
+    # no file of the next checkpoint fits; metrics and logs, far smaller, still do
+    assert finish(start(run, ranks=2, largest_file=20_000)) != 0
     failure = min((json.loads(path.read_text()) for path in run.logs.glob("failure_*")), key=lambda f: f["time"])
     assert failure["user_error"], failure["traceback"]
     assert "step_00000010 could not be written" in failure["message"]
     assert "step_00000005 is intact" in failure["message"]
     train(run, ranks=2)
     assert numbers(run) == numbers(reference)
+
+
+def copy_until(reference: RunDirectory, run: RunDirectory, step: int) -> None:
+    """A run as it was when the checkpoint of `step` was its newest."""
+    shutil.copytree(reference.path, run.path)
+    run.result.unlink()
+    for directory in checkpoint_files.steps_in(run.checkpoints):
+        if directory.name > checkpoint_files.step_name(step):
+            shutil.rmtree(directory)
+    newest = run.checkpoints / checkpoint_files.step_name(step)
+    checkpoint_files.write_pointer(run.checkpoints, checkpoint_files.LATEST, newest)
+
+
+def test_a_failure_that_cannot_be_recorded_still_ends_the_rank_and_is_in_its_log(tiny_work, tmp_path):
+    run = prepare(linked(tiny_work, tmp_path), "three", "parallel.dp_shard=3")
+    run.rank_failure(0).mkdir()  # nothing can be written there
+    assert finish(start(run, ranks=1)) != 0
+    log = run.rank_log(0).read_text()
+    assert "parallel.dp_shard=3" in log
+    assert "could not be written" in log
+
+
+def test_shards_of_another_tokenizer_are_refused_by_the_ranks(tiny_work, tmp_path):
+    work = WorkDirectory(tmp_path)
+    shutil.copytree(tiny_work.path, work.path, dirs_exist_ok=True)
+    other = TokenizerConfig(vocab_size=VOCAB_SIZE)
+    train_tokenizer([d.text for d in texts("english", 300)], work.tokenizer_model, other)
+    run = prepare(work, "swapped")
+    assert finish(start(run, ranks=1)) != 0
+    assert "was written with tokenizer" in json.loads(run.rank_failure(0).read_text())["message"]
+
+
+def test_best_is_the_evaluated_checkpoint_with_the_lowest_loss(reference):
+    evaluated = {step: line["val/loss"] for step, line in numbers(reference).items() if "val/loss" in line}
+    best = checkpoint_files.read_pointer(reference.checkpoints, checkpoint_files.BEST)
+    assert best is not None
+    state, _ = checkpoint_files.read_state(best)
+    assert best.name == checkpoint_files.step_name(state.best_step)
+    assert state.best_step in evaluated
+    if state.best_step != STEPS:  # the last one is judged by the same sequences, but reports all
+        assert state.best_val_loss == evaluated[state.best_step]
 
 
 def test_weights_of_the_stage_before_are_the_start(reference, tiny_work, tmp_path):

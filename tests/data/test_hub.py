@@ -191,7 +191,7 @@ except ValueError as error:
 
 def test_without_the_library_the_error_is_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r"pip install 'dist_lm\[hub\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[hub\]'"):
         next(read_hub(hub("roneneldan/TinyStories"), 0))
 
 

@@ -27,6 +27,9 @@ def launch(*arguments, **environment):
         (("stage=cod",), "stage=cod: expected one of code"),
         ((), "stage is not given"),
         (("stage=code", "stages.languge.steps=1"), "stages.languge.steps=1"),
+        (("stage=code", "stages.code.steps=5"), "keys of code itself"),
+        (("stage=language", "stages.code.steps=5"), "stages.code.steps=5"),
+        (("stage=code", "tokenizer.vocab_size=8000"), "model.vocab_size=4096"),
         (("stage=code", "model.n_heads=7"), "model.n_heads=7"),
         (("stage=code", "parallel.dp_shard=3"), "parallel.dp_shard=3"),
         (("stage=code", "stage.global_batch=7"), "stage.global_batch=7"),
@@ -82,6 +85,11 @@ def test_help_and_the_resolved_configuration_are_shown():
     resolved = launch("stage=language", "model=large", "--cfg", "job")
     assert resolved.returncode == 0
     assert "d_model: 1600" in resolved.stdout
+    assert "vocab_size: 32000" in resolved.stdout
+    earlier = launch("stage=code", "stages.language.steps=3", "--cfg", "job")
+    assert earlier.returncode == 0, earlier.stderr
+    wrong = launch("stage.stepz=3", "--cfg", "job")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
 
 
 def test_shell_completion_is_offered():

@@ -139,3 +139,48 @@ def test_a_start_that_is_not_there_or_of_another_model_is_refused_before_anythin
     other = make_run(work, "language", "model.d_ff=120", "run_id=other", done=True)
     with pytest.raises(ArtefactError, match=r"another model: model.d_ff=80 \(checkpoint: 120\)"):
         plan_of(work, f"stage.init_from={other.path}", target="language")
+
+
+def test_a_corpus_that_is_half_there_is_refused_with_another_tokenizer(work):
+    shutil.rmtree(work.corpus("code"))
+    work.tokenizer_model.write_bytes(work.tokenizer_model.read_bytes() + b"\0")
+    with pytest.raises(ArtefactError, match=r"written with tokenizer"):
+        plan_of(work)
+
+
+def test_a_run_without_a_checkpoint_gives_way_to_other_settings(work):
+    make_run(work, "language")
+    assert actions(plan_of(work, "stage.lr=0.5", target="language"))["language"] is Action.BUILD
+
+
+@pytest.mark.parametrize("change", ["parallel.compute_dtype=bf16", "stage.global_batch=32"])
+def test_what_changes_the_numbers_may_not_change(work, change):
+    make_run(work, "language", checkpoint=True)
+    with pytest.raises(ConfigError, match="exists with other settings"):
+        plan_of(work, change, target="language")
+
+
+def test_a_start_that_is_given_makes_the_stage_before_unnecessary(work):
+    other = make_run(work, "language", "run_id=other", done=True)
+    assert "language" not in actions(plan_of(work, f"stage.init_from={other.path}", "run_id=new"))
+    assert "language" not in actions(plan_of(work, "stage.init_from=none", "run_id=new"))
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [flip_a_byte, lambda path: path.write_bytes(path.read_bytes()[:-512]), lambda path: path.unlink()],
+    ids=["flipped", "cut", "gone"],
+)
+@pytest.mark.parametrize("name", ["train-000000.tar", "manifest.json"])
+def test_a_damaged_corpus_is_built_again(work, damage, name):
+    if damage is flip_a_byte and name == "manifest.json":
+        (work.corpus("code") / name).write_text("{")
+    else:
+        damage(work.corpus("code") / name)
+    assert actions(plan_of(work))["shards"] is Action.BUILD

@@ -15,6 +15,8 @@ from dist_lm.stages.syntax import parses, split_statements, whole_lines
         ("sql", "CREATE TABLE t (a INTEGER);\n-- all of them\nSELECT a, count(*) FROM t GROUP BY a;"),
         ("sql", "SELECT 1"),
         ("sql", "CREATE TABLE t (a TEXT); INSERT INTO t VALUES ('x;y');"),
+        ("sql", "create  table t (a); ALTER TABLE t ADD COLUMN b TEXT; SELECT b FROM t"),
+        ("sql", "CREATE TEMP TABLE t (a); SELECT a FROM t"),
     ],
 )
 def test_what_is_whole_parses(language, text):
@@ -34,6 +36,8 @@ def test_what_is_whole_parses(language, text):
         ("sql", "SELEC 1"),
         ("sql", "CREATE TABLE t (a INTEGER); SELECT b FROM t"),
         ("sql", "SELECT 'open"),
+        ("sql", "QUERY PLAN SELECT 1"),
+        ("sql", "CREATE TABLE t (a); DROP TABLE t; SELECT a FROM t"),
     ],
 )
 def test_what_is_broken_does_not(language, text):

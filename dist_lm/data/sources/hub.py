@@ -52,7 +52,8 @@ def hub_rows(source: SourceConfig) -> RowsFrom:
         import tenacity  # noqa: F401  (what `resumed` needs is asked for here, with the way out)
     except ImportError as error:
         raise ConfigError(
-            f"corpus source {source.dataset}: the package {error.name!r} is not installed: pip install 'dist_lm[hub]'"
+            f"corpus source {source.dataset}: the package {error.name!r} is not installed: "
+            "in the checkout, pip install -e '.[hub]'"
         ) from error
 
     def rows_from(row: int) -> Iterable[Row]:
