@@ -221,7 +221,8 @@ def test_shards_of_another_tokenizer_are_refused_by_the_ranks(tiny_work, tmp_pat
     work = WorkDirectory(tmp_path)
     shutil.copytree(tiny_work.path, work.path, dirs_exist_ok=True)
     other = TokenizerConfig(vocab_size=VOCAB_SIZE)
-    train_tokenizer([d.text for d in texts("english", 300)], work.tokenizer_model, other)
+    other_texts = [d.text for language in ("english", "python", "bash") for d in texts(language, 300)]
+    train_tokenizer(other_texts, work.tokenizer_model, other)
     run = prepare(work, "swapped")
     assert finish(start(run, ranks=1)) != 0
     assert "was written with tokenizer" in json.loads(run.rank_failure(0).read_text())["message"]
