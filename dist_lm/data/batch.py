@@ -13,7 +13,7 @@ class Batch:
     """B sequences of T tokens with their targets.
 
     A document opens with end-of-text, so the target of its last token is the end-of-text that opens the next one, and
-    every token of a corpus is predicted exactly once an epoch.
+    every token of a corpus but the first and the tail is predicted exactly once an epoch.
     """
 
     tokens_BT: torch.Tensor  # int64
