@@ -11,6 +11,7 @@
 #      language    next-token training on English, two torchrun ranks under a local Ray
 #      code        the same on programs, from the language checkpoint; ends with samples and a comparison with gzip
 set -euo pipefail
+# shellcheck source=SCRIPTDIR/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 exec python -m dist_lm.launch stage=code model=nano "$@"

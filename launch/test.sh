@@ -4,6 +4,7 @@
 #   bash launch/test.sh tests/model -x     a part
 set -euo pipefail
 DIST_LM_EXTRAS=dev
+# shellcheck source=SCRIPTDIR/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 exec python -m pytest "$@"
