@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from dist_lm.cluster.ranks import ranks_per_node
 from dist_lm.cluster.ray_join import joined_ray
 from dist_lm.cluster.ray_private import private_ray
 from dist_lm.config import ClusterConfig
@@ -46,10 +45,6 @@ class RayCluster:
             for node in alive
         ]
         return sorted(nodes, key=lambda node: (node.address, node.id))
-
-    def ranks_per_node(self) -> int:
-        """cluster.ranks_per_node, with -1 resolved by the GPUs that every node has."""
-        return ranks_per_node(self.config, min(node.gpus for node in self.nodes()))
 
 
 @contextmanager

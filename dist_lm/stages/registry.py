@@ -13,7 +13,6 @@ class StageInfo:
     """What a plan has to know of a stage."""
 
     name: str
-    title: str  # for people
     trains: bool  # runs on a gang of ranks; otherwise in the launcher's own process
     needs: tuple[str, ...]  # stages whose artefacts it reads
     starts_from: str | None = None  # stage whose checkpoint it starts from
@@ -22,10 +21,10 @@ class StageInfo:
 STAGES = {
     info.name: info
     for info in (
-        StageInfo("tokenizer", "train the tokenizer", trains=False, needs=()),
-        StageInfo("shards", "tokenize the corpora", trains=False, needs=("tokenizer",)),
-        StageInfo("language", "train on language", trains=True, needs=("shards",)),
-        StageInfo("code", "train on code", trains=True, needs=("shards", "language"), starts_from="language"),
+        StageInfo("tokenizer", trains=False, needs=()),
+        StageInfo("shards", trains=False, needs=("tokenizer",)),
+        StageInfo("language", trains=True, needs=("shards",)),
+        StageInfo("code", trains=True, needs=("shards", "language"), starts_from="language"),
     )
 }
 

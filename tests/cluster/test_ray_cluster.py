@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dist_lm.cluster.ranks import ranks_per_node
 from dist_lm.cluster.ray_cluster import connect
 from dist_lm.cluster.ray_environment import ClusterError
 from dist_lm.config import ClusterConfig
@@ -53,7 +54,7 @@ def test_a_private_ray_lets_only_us_in_and_goes_without_a_trace(tmp_path: Path) 
     wrong.chmod(0o600)
     with connect(ClusterConfig(name="local")) as cluster:
         assert len(cluster.nodes()) == 1
-        assert cluster.ranks_per_node() >= 1
+        assert ranks_per_node(cluster.config, min(node.gpus for node in cluster.nodes())) >= 1
         assert signal.getsignal(signal.SIGTERM) is handler
         token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
         assert token.stat().st_mode & 0o777 == 0o600
