@@ -19,6 +19,12 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Look at corpora.", no_args_is_help=True)
 app.add_typer(data, name="data")
+checkpoint = typer.Typer(help="Look at checkpoints, check them, put one into a single file.", no_args_is_help=True)
+app.add_typer(checkpoint, name="checkpoint")
+
+CheckpointPath = Annotated[
+    Path, typer.Argument(help="A checkpoint, a folder of them, or a run (then LATEST is meant).")
+]
 
 
 @app.callback()
@@ -39,6 +45,61 @@ def data_inspect(
         raise ArtefactError(
             f"{corpus}: not every shard is as its manifest says; remove the folder and run stage=shards"
         )
+
+
+@app.command("bench")
+def bench(
+    name: Annotated[str, typer.Argument(help="tp, fsdp, checkpointing or compile (docs/bench.md).")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="One workload of your own in place of the usual ones: model=tiny stage.seq_len=256 ..."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="The first workload only, few rounds.")] = False,
+    json: Annotated[Path | None, typer.Option("--json", help="Write one JSON object a line to this file.")] = None,
+) -> None:
+    """Measure against a peer and a ceiling, in the same rounds on the same machine."""
+    from rich.console import Console
+
+    from dist_lm.bench.run import run_benchmark
+
+    run_benchmark(name, overrides or [], Console(), quick=quick, json_file=json)
+
+
+@checkpoint.command("inspect")
+def checkpoint_inspect(path: CheckpointPath) -> None:
+    """Step, model, tensors by kind, files, and who points at it; tensors are not read."""
+    from rich.console import Console
+
+    from dist_lm.training.checkpoint_inspect import print_checkpoint
+
+    print_checkpoint(path, Console())
+
+
+@checkpoint.command("verify")
+def checkpoint_verify(path: CheckpointPath) -> None:
+    """Read every file and compare it with the manifest; exit 2 and a line for each that is not as it was written."""
+    from dist_lm.training import checkpoint_files
+
+    directory = checkpoint_files.find_checkpoint(path)
+    damage = list(checkpoint_files.damage(directory))
+    for line in damage:
+        print(line)
+    if damage:
+        raise ArtefactError(f"checkpoint {directory}: {len(damage)} of its files are not as they were written")
+    print(f"{directory}: {len(checkpoint_files.read_manifest(directory))} files, all as they were written")
+
+
+@checkpoint.command("consolidate")
+def checkpoint_consolidate(
+    path: CheckpointPath,
+    output: Annotated[Path, typer.Option(help="The file to write: FILE.safetensors; never one that is there.")],
+    optimizer: Annotated[bool, typer.Option("--optimizer", help="The optimizer's tensors too.")] = False,
+) -> None:
+    """Write the whole tensors of the model to one safetensors file."""
+    from dist_lm.training.checkpoint_consolidate import consolidate
+
+    count = consolidate(path, output, with_optimizer=optimizer)
+    print(f"{output}: {count:,} tensors, {output.stat().st_size:,} bytes")
 
 
 def main() -> None:

@@ -80,9 +80,16 @@ class ParallelConfig:
 
     dp_replicate: int = 1  # replicas (DDP, or the outer axis of HSDP)
     dp_shard: int = -1  # ranks that share one copy of parameters, gradients and optimizer state (FSDP)
-    tp: int = 1  # ranks that share the attention heads of one layer
+    tp: int = 1  # ranks that share the attention heads, the feed-forward width and the vocabulary of one layer
+    sp: bool = False  # norms, dropout and residuals hold 1/tp of the tokens of a sequence (sequence parallelism)
     reshard_after_forward: bool = True  # free gathered parameters between forward and backward
+    reduce_every_micro_batch: bool = False  # reduce gradients after each micro-batch: sends more, holds only shards
     compute_dtype: str = "auto"  # auto (bf16 on CUDA, fp32 on CPU) | fp32 | bf16
+    activation_checkpointing: str = "none"  # none | selective (keep matmul and attention outputs) | full (keep inputs)
+    compile: str = "auto"  # torch.compile of each block: auto (on CUDA) | always | never
+    cpu_offload: bool = False  # parameters, gradients and optimizer state live in host memory
+    loss_chunk_mib: int = 256  # largest block of fp32 logits; the loss takes as many tokens at a time as fit
+    auto: bool = False  # choose the axes, sp and activation_checkpointing by the estimate of a step, whatever they say
 
     def __post_init__(self) -> None:
         for key in ("dp_replicate", "dp_shard", "tp"):
@@ -93,12 +100,44 @@ class ParallelConfig:
                 value,
                 "a positive integer, or -1 for what is left",
             )
-        require(
-            self.compute_dtype in ("auto", "fp32", "bf16"),
-            "parallel.compute_dtype",
-            self.compute_dtype,
-            "auto, fp32 or bf16",
-        )
+        for key, accepted in (
+            ("compute_dtype", ("auto", "fp32", "bf16")),
+            ("activation_checkpointing", ("none", "selective", "full")),
+            ("compile", ("auto", "always", "never")),
+        ):
+            value = getattr(self, key)
+            require(value in accepted, f"parallel.{key}", value, f"{', '.join(accepted[:-1])} or {accepted[-1]}")
+        require(self.loss_chunk_mib > 0, "parallel.loss_chunk_mib", self.loss_chunk_mib, "a positive number of MiB")
+        require(not self.sp or self.tp != 1, "parallel.sp", self.sp, "false with parallel.tp=1 (it splits over tp)")
+
+
+@dataclass
+class HardwareConfig:
+    """What a rank runs on: for the dry run, parallel=auto, the ceiling of perf/mfu. The defaults are hardware=cpu."""
+
+    name: str = "cpu"  # one of conf/hardware; a GPU's is part of what its driver calls it
+    device: str = "cpu"  # cuda | cpu
+    bf16_tflops: float = 0.2  # dense matrix products, of one device
+    fp32_tflops: float = 0.083
+    attainable: float = 0.9  # share of those that large matrix products reach
+    memory_gib: float = 8.0  # of one device
+    memory_gb_s: float = 12.0  # bandwidth of that memory, 1e9 bytes/s
+    devices_per_node: int = 2
+    intra_node_gb_s: float = 0.5  # what a device sends to others of its node, 1e9 bytes/s, one direction
+    intra_node_us: float = 200.0  # latency of a message
+    inter_node_gb_s: float = 0.5  # what a device sends to other nodes
+    inter_node_us: float = 300.0
+    overlap: float = 0.0  # share of the data axes' messages that runs beside computation
+
+    def __post_init__(self) -> None:
+        require(self.device in ("cuda", "cpu"), "hardware.device", self.device, "cuda or cpu")
+        for name in ("bf16_tflops", "fp32_tflops", "memory_gib", "memory_gb_s", "intra_node_gb_s", "inter_node_gb_s"):
+            require(getattr(self, name) > 0, f"hardware.{name}", getattr(self, name), "a positive number")
+        for name in ("intra_node_us", "inter_node_us"):
+            require(getattr(self, name) >= 0, f"hardware.{name}", getattr(self, name), "microseconds, >= 0")
+        require(self.devices_per_node > 0, "hardware.devices_per_node", self.devices_per_node, "a positive integer")
+        require(0 < self.attainable <= 1, "hardware.attainable", self.attainable, "in (0, 1]")
+        require(0 <= self.overlap <= 1, "hardware.overlap", self.overlap, "in [0, 1]")
 
 
 @dataclass
@@ -144,12 +183,14 @@ class StageConfig:
     beta2: float = 0.95
     adam_eps: float = 1e-8
     label_smoothing: float = 0.0
+    z_loss: float = 0.0  # weight of the squared log-normaliser of the logits; 0: off
     dropout: float = 0.0
     grad_clip: float = 1.0  # largest global gradient norm; 0: off
     max_nonfinite_steps: int = 10  # consecutive steps with NaN/inf gradients before the run stops
     document_mask: bool = True  # attention stays inside a document
     reset_positions: bool = True  # positions start at 0 in each document
     checkpoint_every: int = 500  # steps; 0: only at the end
+    checkpoint_async: bool = True  # write checkpoints beside training, from a copy in host memory, one at a time
     keep_checkpoints: int = 3  # newest ones kept; BEST is always kept
     eval_every: int = 500  # steps; 0: only at the end
     eval_sequences: int = 256  # val sequences in an evaluation on the way; 0: all. The last one always takes all
@@ -166,6 +207,7 @@ class StageConfig:
         require(0 <= self.min_lr_ratio <= 1, "stage.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
         require(0 <= self.dropout < 1, "stage.dropout", self.dropout, "in [0, 1)")
         require(0 <= self.label_smoothing < 1, "stage.label_smoothing", self.label_smoothing, "in [0, 1)")
+        require(self.z_loss >= 0, "stage.z_loss", self.z_loss, ">= 0 (0 is off)")
         for key in ("beta1", "beta2"):
             require(0 <= getattr(self, key) < 1, f"stage.{key}", getattr(self, key), "in [0, 1)")
         require(self.adam_eps > 0, "stage.adam_eps", self.adam_eps, "a positive number")
@@ -308,6 +350,7 @@ class Config:
     dry_run: bool = False
     model: ModelConfig = MISSING
     parallel: ParallelConfig = MISSING
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
     stage: StageConfig = MISSING
     corpus: CorpusConfig = MISSING
     tokenizer: TokenizerConfig = MISSING

@@ -9,6 +9,7 @@ import importlib
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from dist_lm.cluster.ranks import local_gpus, ranks_per_node
@@ -121,8 +122,8 @@ def check_writable(work_dir: Path) -> None:
 
 def show_plan(plan: Plan, console: Console) -> None:
     """Print what is there and what will be built."""
+    from dist_lm.dry_run.report import readable_count
     from dist_lm.model.size import parameter_count
-    from dist_lm.parallel.dry_run import readable_count
 
     config = plan.stages[-1].config
     count = parameter_count(config.model)
@@ -134,25 +135,46 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 
 def check_and_describe(plan: Plan, console: Console) -> None:
-    """The dry run: what each rank of every training stage would hold."""
-    from dist_lm.parallel.dry_run import describe
+    """The dry run: what a step of every training stage holds, sends and takes, played without values."""
+    from dist_lm.dry_run.report import play_ranks, rows, summary
     from dist_lm.parallel.layout import check_batch, resolve_layout
 
     for stage in plan.stages:
         if stage.info.trains:
-            config = stage.config
-            world = config.cluster.nodes * ranks_here(config)
+            world = stage.config.cluster.nodes * ranks_planned(stage.config)
+            config = with_chosen_layout(stage.config, world, console)
             layout = resolve_layout(config.parallel, config.model, world)
             check_batch(config, layout)
-            console.summary(f"dry run: {stage.info.name}", dict(describe(config, layout, compute_bytes(config))))
+            with console.waiting(f"playing a step of {stage.info.name}"):
+                reports = play_ranks(config, layout)
+            console.summary(f"dry run: {stage.info.name}", summary(config, layout, reports))
+            columns = ("a step of", *(f"rank {report.rank}" for report in reports))
+            console.table("what a rank holds, and sends (it receives as much):", columns, rows(config, layout, reports))
     console.line("nothing was started (dry_run=true)")
 
 
-def compute_bytes(config: Config) -> int:
-    """Bytes of an element in the forward pass, if the nodes are like this machine."""
-    cuda = config.device != "cpu" and (config.device == "cuda" or local_gpus() > 0)
-    half = config.parallel.compute_dtype == "bf16" or (config.parallel.compute_dtype == "auto" and cuda)
-    return 2 if half else 4
+def with_chosen_layout(config: Config, world: int, console: Console) -> Config:
+    """`config` with parallel.auto replaced by what it chooses; shows why."""
+    from dist_lm.dry_run.choose import best, candidates, table
+
+    if not config.parallel.auto:
+        return config
+    found = candidates(config, world)
+    chosen = replace(config, parallel=best(config, found).parallel)
+    console.table(
+        f"parallel=auto for {world} ranks of hardware={config.hardware.name}, {len(found):,} candidates:",
+        ("layout", "step", "memory", ""),
+        table(config, found),
+    )
+    return chosen
+
+
+def ranks_planned(config: Config) -> int:
+    """Ranks a node of the hardware that a dry run is for, which need not be this machine's."""
+    hardware = config.hardware
+    if config.cluster.ranks_per_node == -1 and hardware.device == "cuda":
+        return hardware.devices_per_node
+    return ranks_per_node(config.cluster, 0) if hardware.device == "cuda" else ranks_here(config)
 
 
 def ranks_here(config: Config) -> int:

@@ -36,7 +36,7 @@ from dist_lm.tracking.metrics import MetricsWriter, read_metrics
 from dist_lm.training import checkpoint, checkpoint_files
 from dist_lm.training.evaluation import loss_metrics, summed_losses
 from dist_lm.training.hardware import matmul_flops
-from dist_lm.training.objective import Forward
+from dist_lm.training.objective import LossModel
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
 from dist_lm.training.stop import StopRequest
@@ -63,7 +63,7 @@ def run_rank(run: RunDirectory, stop: StopRequest) -> None:
         trainer = Trainer(
             config=config,
             world=world,
-            group=data_mesh(mesh).get_group(),
+            counts_once=mesh.get_local_rank("tp") == 0,
             model=model,
             optimizer=optimizer,
             objective=training_stage(config.stage.name).objective(config),
@@ -73,7 +73,8 @@ def run_rank(run: RunDirectory, stop: StopRequest) -> None:
             metrics=open_metrics(run, world, state),
             stop=stop,
             flops_per_token=flops_per_token(config.model, config.stage.seq_len),
-            peak_flops=world.size * matmul_flops(world.device, compute_dtype(config.parallel, world.device)),
+            peak_flops=world.size
+            * matmul_flops(world.device, compute_dtype(config.parallel, world.device), config.hardware),
         )
         log.info("rank %d of %d on %s, %s, from step %d", world.rank, world.size, world.device, layout, state.step)
         state = trainer.run(state)
@@ -140,7 +141,7 @@ def evaluator(run: RunDirectory, config: Config, mesh: DeviceMesh, world: World,
     corpus = MappedCorpus.open(run.work.corpus(stage.corpus), "val")
     group: ProcessGroup = ranks.get_group()
 
-    def evaluate(forward: Forward, everything: bool) -> dict[str, float]:
+    def evaluate(model: LossModel, everything: bool) -> dict[str, float]:
         batches = evaluation_batches(
             corpus,
             seq_len=stage.seq_len,
@@ -152,7 +153,7 @@ def evaluator(run: RunDirectory, config: Config, mesh: DeviceMesh, world: World,
             reset_positions=stage.reset_positions,
             pad_id=tokenizer.pad_id,
         )
-        sums = summed_losses(forward, batches, len(corpus.languages), world.device, group)
+        sums = summed_losses(model, batches, len(corpus.languages), world.device, group)
         return loss_metrics(sums.tolist(), corpus.languages, batches.bytes_by_language)
 
     return evaluate

@@ -1,10 +1,38 @@
 """What tests that start runs have in common."""
 
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+from dist_lm.config_file import save_config
+from dist_lm.launcher.compose import compose_config
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import read_metrics
+from dist_lm.training import checkpoint_files
+from tests.conftest import TINY
 
+STEPS = 20
+DEADLINE_S = 120
+SETTINGS = (
+    *TINY,
+    "stage=language",
+    f"stage.steps={STEPS}",
+    "stage.global_batch=8",
+    "stage.micro_batch=2",
+    "stage.lr=1e-2",
+    "stage.warmup_steps=5",
+    "stage.dropout=0.1",
+    "stage.label_smoothing=0.1",
+    "stage.checkpoint_every=5",
+    "stage.eval_every=10",
+    "stage.eval_sequences=8",
+    "stage.sampling.samples_per_prompt=1",
+    "stage.sampling.max_new_tokens=4",
+)
 TIMED = ("time", "perf/", "checkpoint/")
 
 
@@ -22,3 +50,50 @@ def linked(work: WorkDirectory, directory: Path) -> WorkDirectory:
     for name in ("tokenizer", "corpora"):
         (directory / name).symlink_to(work.path / name)
     return WorkDirectory(directory)
+
+
+def prepare(work: WorkDirectory, run_id: str, *overrides: str) -> RunDirectory:
+    config = compose_config([*SETTINGS, f"work_dir={work.path}", f"run_id={run_id}", *overrides])
+    run = work.run("language", run_id)
+    run.create()
+    save_config(config, run.config)
+    return run
+
+
+def start(run: RunDirectory, ranks: int, largest_file: int | None = None) -> subprocess.Popen:
+    return subprocess.Popen(
+        [
+            *(("prlimit", f"--fsize={largest_file}") if largest_file else ()),
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(ranks), "-m", "dist_lm.train", str(run.path)),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> int:
+    try:
+        return process.wait(timeout=DEADLINE_S)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def train(run: RunDirectory, ranks: int) -> dict:
+    code = finish(start(run, ranks))
+    assert code == 0, run.rank_log(0).read_text()
+    return json.loads(run.result.read_text())
+
+
+def copy_until(reference: RunDirectory, run: RunDirectory, step: int) -> None:
+    """A run as it was when the checkpoint of `step` was its newest."""
+    shutil.copytree(reference.path, run.path)
+    run.result.unlink()
+    for directory in checkpoint_files.steps_in(run.checkpoints):
+        if directory.name > checkpoint_files.step_name(step):
+            shutil.rmtree(directory)
+    newest = run.checkpoints / checkpoint_files.step_name(step)
+    checkpoint_files.write_pointer(run.checkpoints, checkpoint_files.LATEST, newest)

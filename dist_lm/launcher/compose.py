@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dist_lm.config import Config
 from dist_lm.errors import ConfigError
 
-GROUPS = ("model", "parallel", "stage", "corpus", "cluster", "tracking", "experiment")
+GROUPS = ("model", "parallel", "hardware", "stage", "corpus", "cluster", "tracking", "experiment")
 
 
 def conf_directory() -> Path:
@@ -33,8 +33,17 @@ def conf_directory() -> Path:
 
 
 def register_schema() -> None:
-    """Make the dataclasses known to Hydra under the name that conf/config.yaml refers to."""
-    ConfigStore.instance().store(name="schema", node=Config)
+    """Make known to Hydra what conf/config.yaml names beside files: the dataclasses, and this machine's hardware."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    store.store(group="hardware", name="auto", node=OmegaConf.load(conf_directory() / "hardware" / local_hardware()))
+
+
+def local_hardware() -> str:
+    """The file in conf/hardware for what this machine has: its first GPU where there is one, else the CPU."""
+    cards = [path.read_text().lower() for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
+    known = [path.name for path in sorted((conf_directory() / "hardware").glob("*.yaml")) if path.stem != "cpu"]
+    return next((name for card in cards[:1] for name in known if name.removesuffix(".yaml") in card), "cpu.yaml")
 
 
 def compose_config(overrides: Sequence[str]) -> Config:
@@ -86,8 +95,9 @@ def target_stage(overrides: Sequence[str]) -> str:
 
 
 def choices(group: str) -> list[str]:
-    """The YAML files of a group."""
-    return sorted(path.stem for path in (conf_directory() / group).glob("*.yaml"))
+    """What `group=` accepts: the YAML files of the group, and for hardware `auto`."""
+    computed = ["auto"] if group == "hardware" else []
+    return sorted([*computed, *(path.stem for path in (conf_directory() / group).glob("*.yaml"))])
 
 
 def _parse(text: str) -> Override:

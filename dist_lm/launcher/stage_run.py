@@ -13,6 +13,7 @@ from dist_lm.cluster.ranks import ranks_per_node
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config import Config, require
 from dist_lm.config_file import save_config
+from dist_lm.dry_run.choose import choose_layout
 from dist_lm.errors import ArtefactError
 from dist_lm.launcher.interrupt import Interrupt
 from dist_lm.launcher.plan import PlannedStage, run_of
@@ -34,7 +35,8 @@ def check_layout(config: Config, ranks_per_node: int) -> None:
     Raises:
         ConfigError: names the key and what would fit.
     """
-    layout = resolve_layout(config.parallel, config.model, config.cluster.nodes * ranks_per_node)
+    world = config.cluster.nodes * ranks_per_node
+    layout = resolve_layout(choose_layout(config, world), config.model, world)
     check_batch(config, layout)
 
 
@@ -46,14 +48,15 @@ def run_training_stage(stage: PlannedStage, cluster: RayCluster, console: Consol
         ArtefactError: the ranks left without a result although nobody asked them to stop.
     """
     device, ranks = device_and_ranks(stage.config, cluster)
-    config, run = replace(stage.config, device=device), run_of(stage.config)
+    parallel = choose_layout(stage.config, stage.config.cluster.nodes * ranks)
+    config, run = replace(stage.config, device=device, parallel=parallel), run_of(stage.config)
     check_layout(config, ranks)
     run.create()
     with ExitStack() as stack:
         stack.enter_context(locked(run.launch_lock))
         save_config(config, run.config)
         progress = stack.enter_context(console.training(stage.info.name, config.stage.steps))
-        wandb = start_wandb(stage, run, console)
+        wandb = start_wandb(config, run, console)
         if wandb:
             stack.callback(wandb.finish)
         metrics = follow(run.metrics)
@@ -119,14 +122,14 @@ def device_and_ranks(config: Config, cluster: RayCluster) -> tuple[str, int]:
     return ("cuda" if config.device == "cuda" or gpus else "cpu"), ranks_per_node(config.cluster, gpus)
 
 
-def start_wandb(stage: PlannedStage, run: RunDirectory, console: Console) -> WandbRun | None:
+def start_wandb(config: Config, run: RunDirectory, console: Console) -> WandbRun | None:
     """The wandb copy of the run, unless tracking=none."""
     return WandbRun.start(
-        asdict(stage.config),
+        asdict(config),
         run,
-        stage.config.tracking,
-        job_type=stage.info.name,
-        group=stage.config.run_id,
+        config.tracking,
+        job_type=config.stage.name,
+        group=config.run_id,
         git_commit=git_commit(),
         command=sys.argv,
         environ=os.environ,

@@ -95,11 +95,7 @@ def attend(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, vis
 
 
 class Attention(nn.Module):
-    """Weights are (heads, d_head, d_model), so that a slice of heads is a slice of dim 0.
-
-    The number of heads is read from the weights at each forward, not from the config: a module may hold a
-    part of the heads, or more than the config names, filled up with zeros.
-    """
+    """Weights are (heads, d_head, d_model), so that a slice of heads is a slice of dim 0."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -132,19 +128,23 @@ class Attention(nn.Module):
         With a cache, the keys and values of x are written at `position_BT`, and `visibility` covers the
         first S positions of the cache.
         """
-        q_BTHK = rotate(_to_heads(x_BTD, self.query, self.query_bias), rope)
-        k_BSGK = rotate(_to_heads(x_BTD, self.key, self.key_bias), rope)
-        v_BSGK = _to_heads(x_BTD, self.value, self.value_bias)
+        q_BTHK = rotate(to_heads(x_BTD, self.query, self.query_bias), rope)
+        k_BSGK = rotate(to_heads(x_BTD, self.key, self.key_bias), rope)
+        v_BSGK = to_heads(x_BTD, self.value, self.value_bias)
         if cache is not None:
             assert position_BT is not None
             assert visibility.bias_BTS is not None
             cache.write(self.layer, position_BT, k_BSGK, v_BSGK)
             k_BSGK, v_BSGK = cache.read(self.layer, visibility.bias_BTS.shape[-1])
-        o_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, visibility)
-        return F.linear(o_BTHK.flatten(2), self.output.flatten(0, 1).t(), self.output_bias)
+        return from_heads(attend(q_BTHK, k_BSGK, v_BSGK, visibility), self.output, self.output_bias)
 
 
-def _to_heads(x_BTD: torch.Tensor, weight_HKD: torch.Tensor, bias_HK: torch.Tensor | None) -> torch.Tensor:
+def to_heads(x_BTD: torch.Tensor, weight_HKD: torch.Tensor, bias_HK: torch.Tensor | None) -> torch.Tensor:
     """Project x to heads: (B, T, H, K)."""
     y = F.linear(x_BTD, weight_HKD.flatten(0, 1), None if bias_HK is None else bias_HK.flatten())
     return y.unflatten(-1, weight_HKD.shape[:2])
+
+
+def from_heads(o_BTHK: torch.Tensor, weight_HKD: torch.Tensor, bias_D: torch.Tensor | None) -> torch.Tensor:
+    """Project heads back: (B, T, D)."""
+    return F.linear(o_BTHK.flatten(2), weight_HKD.flatten(0, 1).t(), bias_D)

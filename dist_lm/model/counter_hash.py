@@ -17,7 +17,7 @@ _ROUND_1 = 0x85EBCA6B - (1 << 32)
 _ROUND_2 = 0xC2B2AE35 - (1 << 32)
 
 
-def _signed(word: int) -> int:
+def signed(word: int) -> int:
     """The int64 with the same 64 bits."""
     word &= _WORD
     return word - (1 << 64) if word >> 63 else word
@@ -34,32 +34,34 @@ def _mix(x: int | torch.Tensor) -> int | torch.Tensor:
         x = ((x ^ (x >> 30)) * _MIX_1) & _WORD
         x = ((x ^ (x >> 27)) * _MIX_2) & _WORD
         return x ^ (x >> 31)
-    x = (x ^ _shifted(x, 30)) * _signed(_MIX_1)
-    x = (x ^ _shifted(x, 27)) * _signed(_MIX_2)
+    x = (x ^ _shifted(x, 30)) * signed(_MIX_1)
+    x = (x ^ _shifted(x, 27)) * signed(_MIX_2)
     return x ^ _shifted(x, 31)
 
 
 @overload
 def hash_words(*words: int) -> int: ...
 @overload
-def hash_words(*words: int | torch.Tensor) -> torch.Tensor: ...
-def hash_words(*words: int | torch.Tensor) -> int | torch.Tensor:
+def hash_words(*words: int | torch.Tensor, state: int | torch.Tensor = 0) -> torch.Tensor: ...
+def hash_words(*words: int | torch.Tensor, state: int | torch.Tensor = 0) -> int | torch.Tensor:
     """64 random bits from a sequence of words, ints or int64 tensors that broadcast.
 
     Put the ints first: they cost nothing. A tensor of one value and the int give the same bits.
 
+    Args:
+        state: the hash of words that come before these.
+
     Returns:
         int64 tensor, or an int in [0, 2^64) where all words are ints.
     """
-    state: int | torch.Tensor = 0
     for word in words:
         if isinstance(state, int) and isinstance(word, torch.Tensor):
-            state = _mix(_signed(state + _GOLDEN) ^ word)
+            state = _mix(signed(state + _GOLDEN) ^ word)
         elif isinstance(state, int):
             assert isinstance(word, int)
             state = _mix((state + _GOLDEN) ^ (word & _WORD))
         else:
-            state = _mix((state + _signed(_GOLDEN)) ^ (_signed(word) if isinstance(word, int) else word))
+            state = _mix((state + signed(_GOLDEN)) ^ (signed(word) if isinstance(word, int) else word))
     return state
 
 

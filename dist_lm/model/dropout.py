@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_lm.model.counter_hash import hash_grid, hash_words
+from dist_lm.model.counter_hash import hash_grid, hash_words, signed
 
 EMBEDDING_SITE = 0
 
@@ -33,31 +33,49 @@ class DropoutKey:
     seed: int
     step: int  # optimizer step
     sequence_B: torch.Tensor  # int64; global sequence numbers
+    first_token: int = 0  # index, in its sequence, of the first token that the residual stream holds here
 
 
-def keep_mask(key: DropoutKey, site: int, token_T: torch.Tensor, channel_D: torch.Tensor | range) -> torch.Tensor:
+@dataclass(frozen=True)
+class SiteDropout:
+    """Dropout at one site. What changes from step to step and from layer to layer is in tensors, so that one compiled
+    block serves all of them."""
+
+    rate: float
+    state: torch.Tensor  # int64 scalar; the hash of (seed, step, site)
+    channel_D: torch.Tensor  # int64; hashes of the channels
+    sequence_B: torch.Tensor
+    first_token: int
+
+
+def dropout_sites(key: DropoutKey | None, n_layers: int, d_model: int) -> list[SiteDropout | None]:
+    """Every site of a model by its number; None where nothing is dropped."""
+    count = residual_site(n_layers, 0)
+    if key is None or key.rate == 0:
+        return [None] * count
+    device = key.sequence_B.device
+    state_S = torch.tensor([signed(hash_words(key.seed, key.step, site)) for site in range(count)], device=device)
+    channel_D = hash_words(key.seed, torch.arange(d_model, device=device))
+    return [SiteDropout(key.rate, state, channel_D, key.sequence_B, key.first_token) for state in state_S]
+
+
+def apply_dropout(x_BTD: torch.Tensor, site: SiteDropout | None) -> torch.Tensor:
+    """Dropped elements are 0, the others scaled by `1 / (1 - rate)`; without a site, `x` itself."""
+    if site is None:
+        return x_BTD
+    token_T = torch.arange(site.first_token, site.first_token + x_BTD.shape[1], device=x_BTD.device)
+    return x_BTD * keep_mask(site, token_T) * (1 / (1 - site.rate))
+
+
+def keep_mask(site: SiteDropout, token_T: torch.Tensor) -> torch.Tensor:
     """Which elements are kept.
 
     Args:
-        site: `EMBEDDING_SITE` or `residual_site(...)`.
         token_T: int64; indices of tokens in their sequence.
-        channel_D: int64; indices of channels (any subset, in any order).
 
     Returns:
         bool (B, T, D), True with probability `1 - rate` (to 2^-32).
     """
-    row_BT = hash_words(key.seed, key.step, site, key.sequence_B[:, None], token_T[None, :])
-    if isinstance(channel_D, range):
-        channel_D = torch.arange(channel_D.start, channel_D.stop, channel_D.step, device=row_BT.device)
-    bits_BTD = hash_grid(row_BT, hash_words(key.seed, channel_D))
-    threshold = round(key.rate * (1 << 32)) - (1 << 31)
-    return bits_BTD >= threshold
-
-
-def apply_dropout(x_BTD: torch.Tensor, key: DropoutKey | None, site: int) -> torch.Tensor:
-    """Dropped elements are 0, the others scaled by `1 / (1 - rate)`; without key or rate, `x` itself."""
-    if key is None or key.rate == 0:
-        return x_BTD
-    token_T = torch.arange(x_BTD.shape[1], device=x_BTD.device)
-    keep_BTD = keep_mask(key, site, token_T, range(x_BTD.shape[2]))
-    return x_BTD * keep_BTD * (1 / (1 - key.rate))
+    row_BT = hash_words(site.sequence_B[:, None], token_T[None, :], state=site.state)
+    threshold = round(site.rate * (1 << 32)) - (1 << 31)
+    return hash_grid(row_BT, site.channel_D) >= threshold

@@ -21,6 +21,10 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        up_BTF = self.up(x_BTD)
-        h_BTF = F.gelu(up_BTF) if self.gate is None else F.silu(self.gate(x_BTD)) * up_BTF
-        return self.down(h_BTF)
+        gate_BTF = None if self.gate is None else self.gate(x_BTD)
+        return self.down(activate(self.up(x_BTD), gate_BTF))
+
+
+def activate(up_BTF: torch.Tensor, gate_BTF: torch.Tensor | None) -> torch.Tensor:
+    """What the hidden units pass on; 0 where both arguments are 0."""
+    return F.gelu(up_BTF) if gate_BTF is None else F.silu(gate_BTF) * up_BTF

@@ -15,7 +15,15 @@ from torch import nn
 
 from dist_lm.config import ModelConfig
 from dist_lm.model.attention import CAUSAL, Attention, Visibility, up_to_position, within_documents
-from dist_lm.model.dropout import EMBEDDING_SITE, DropoutKey, apply_dropout, residual_site
+from dist_lm.model.cross_entropy import losses_in_chunks, token_losses
+from dist_lm.model.dropout import (
+    EMBEDDING_SITE,
+    DropoutKey,
+    SiteDropout,
+    apply_dropout,
+    dropout_sites,
+    residual_site,
+)
 from dist_lm.model.feed_forward import FeedForward
 from dist_lm.model.kv_cache import KVCache
 from dist_lm.model.norm import build_norm
@@ -27,7 +35,6 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
         self.attention_norm = build_norm(config)
         self.attention = Attention(config, layer)
         self.feed_forward_norm = build_norm(config)
@@ -38,14 +45,14 @@ class Block(nn.Module):
         x_BTD: torch.Tensor,
         rope: RopeTables,
         visibility: Visibility,
-        dropout_key: DropoutKey | None = None,
+        dropout: tuple[SiteDropout | None, SiteDropout | None] = (None, None),
         cache: KVCache | None = None,
         position_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
         a_BTD = self.attention(self.attention_norm(x_BTD), rope, visibility, cache, position_BT)
-        x_BTD = x_BTD + apply_dropout(a_BTD, dropout_key, residual_site(self.layer, 0))
+        x_BTD = x_BTD + apply_dropout(a_BTD, dropout[0])
         f_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
-        return x_BTD + apply_dropout(f_BTD, dropout_key, residual_site(self.layer, 1))
+        return x_BTD + apply_dropout(f_BTD, dropout[1])
 
 
 class Transformer(nn.Module):
@@ -97,14 +104,62 @@ class Transformer(nn.Module):
             position_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         rope = rope_tables(position_BT, self.config.d_head, self.config.rope_base, x_BTD.dtype)
         visibility = _visibility(document_BT, position_BT, cache, x_BTD.dtype)
-        x_BTD = apply_dropout(x_BTD, dropout, EMBEDDING_SITE)
-        for block in self.blocks:
-            x_BTD = block(x_BTD, rope, visibility, dropout, cache, position_BT)
+        sites = dropout_sites(dropout, self.config.n_layers, self.config.d_model)
+        x_BTD = apply_dropout(x_BTD, sites[EMBEDDING_SITE])
+        for layer, block in enumerate(self.blocks):
+            own = (sites[residual_site(layer, 0)], sites[residual_site(layer, 1)])
+            x_BTD = block(x_BTD, rope, visibility, own, cache, position_BT)
         return self.final_norm(x_BTD)
 
     def head(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) of the output of `hidden`."""
-        return F.linear(x_BTD, self.embedding.weight) if self.lm_head is None else self.lm_head(x_BTD)
+        return F.linear(x_BTD, self.head_weight)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """(V, D)."""
+        return self.embedding.weight if self.lm_head is None else self.lm_head.weight
+
+    def token_losses(
+        self,
+        tokens_BT: torch.Tensor,
+        targets_BT: torch.Tensor,
+        *,
+        document_BT: torch.Tensor | None = None,
+        position_BT: torch.Tensor | None = None,
+        dropout: DropoutKey | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        chunk_bytes: int = 0,
+    ) -> torch.Tensor:
+        """Cross-entropy of every token in nats, fp32, (B * T,).
+
+        Arguments are those of `forward` and of `cross_entropy.token_losses`.
+
+        Args:
+            chunk_bytes: the largest block of logits in fp32; the tokens go through the head in as many parts as that
+                takes. 0: all at once.
+        """
+        x_BTD = self.hidden(tokens_BT, document_BT=document_BT, position_BT=position_BT, dropout=dropout)
+        return self.losses_of_hidden(
+            x_BTD, targets_BT, label_smoothing=label_smoothing, z_loss=z_loss, chunk_bytes=chunk_bytes
+        )
+
+    def losses_of_hidden(
+        self,
+        x_BTD: torch.Tensor,
+        targets_BT: torch.Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        chunk_bytes: int = 0,
+    ) -> torch.Tensor:
+        """`token_losses` of the output of `hidden`."""
+
+        def losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+            return token_losses(logits_NV, targets_N, label_smoothing, z_loss)
+
+        return losses_in_chunks(x_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten(), losses, chunk_bytes)
 
 
 def _visibility(

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from dist_lm.config import Config, ModelConfig, ParallelConfig
 from dist_lm.errors import ConfigError
 
+AXES = ("dp_replicate", "dp_shard", "tp")
+LISTED_LAYOUTS = 12  # in an error message
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -28,55 +31,108 @@ class Layout:
 
 
 def resolve_layout(parallel: ParallelConfig, model: ModelConfig, world_size: int) -> Layout:
-    """The layout that `parallel` asks for on `world_size` ranks, with -1 filled in.
+    """The layout that `parallel` asks for on `world_size` ranks, with -1 filled in so that it works.
+
+    With dp_replicate and dp_shard both open, dp_shard takes as many ranks as the model allows (with tensor parallelism
+    it has to divide d_model), and the rest are replicas.
 
     Raises:
-        ConfigError: the axes do not multiply to the world; the message lists layouts that do.
+        ConfigError: the axes do not multiply to the world, or the model cannot be cut that way; the message lists
+            layouts that fit.
     """
-    axes = {name: getattr(parallel, name) for name in ("dp_replicate", "dp_shard", "tp")}
-    if axes["tp"] != 1:
-        raise ConfigError(f"parallel.tp={axes['tp']}: expected 1; tensor parallelism is not part of this version")
-    asked = " ".join(f"parallel.{name}={value}" for name, value in axes.items())
-    open_axes = [name for name, value in axes.items() if value == -1]
-    fixed = 1
-    for value in axes.values():
-        fixed *= 1 if value == -1 else value
-    if len(open_axes) > 1:
-        raise ConfigError(f"{asked}: expected -1 for one of them at most")
-    if world_size % fixed or (not open_axes and fixed != world_size):
-        fitting = ", ".join(f"({r}, {world_size // r}, 1)" for r in divisors(world_size))
+    asked = " ".join(f"parallel.{name}={getattr(parallel, name)}" for name in AXES)
+    layout = _filled(parallel, model, world_size)
+    if layout is None:
         raise ConfigError(
             f"{asked}: does not make a world of {world_size} ranks (cluster.nodes x cluster.ranks_per_node); "
-            f"(dp_replicate, dp_shard, tp) that do: {fitting}"
+            f"(dp_replicate, dp_shard, tp) that do: {_fitting(model, world_size)}"
         )
-    for name in open_axes:
-        axes[name] = world_size // fixed
-    return Layout(**axes)
+    reason = misfit(layout, model)
+    if reason:
+        fitting = _fitting(model, world_size)
+        raise ConfigError(f"{asked}: {reason}; (dp_replicate, dp_shard, tp) that fit {world_size} ranks: {fitting}")
+    if parallel.sp and layout.tp == 1:
+        raise ConfigError(f"parallel.sp=true: expected parallel.tp > 1 to split sequences over; the layout is {layout}")
+    return layout
+
+
+def misfit(layout: Layout, model: ModelConfig) -> str | None:
+    """Why `model` cannot be cut into `layout`, or None if it can."""
+    if layout.tp > model.n_heads:
+        return f"tp={layout.tp} is more than model.n_heads={model.n_heads}"
+    if -(-model.vocab_size // layout.tp) * (layout.tp - 1) >= model.vocab_size:
+        return f"tp={layout.tp} leaves a rank without a piece of model.vocab_size={model.vocab_size}"
+    if layout.tp > 1 and model.d_model % layout.dp_shard:
+        return (
+            f"with tensor parallelism dp_shard={layout.dp_shard} has to divide model.d_model={model.d_model} "
+            "(let dp_replicate take the rest)"
+        )
+    return None
+
+
+def layouts_of(model: ModelConfig, world_size: int) -> list[Layout]:
+    """Every layout of `world_size` ranks that the model can be cut into, by rising tp, then rising dp_replicate."""
+    return [
+        layout
+        for tp in divisors(world_size)
+        for replicate in divisors(world_size // tp)
+        if not misfit(layout := Layout(replicate, world_size // tp // replicate, tp), model)
+    ]
 
 
 def check_batch(config: Config, layout: Layout) -> None:
-    """Refuse a global batch that the data-parallel ranks cannot share evenly.
+    """Refuse a global batch that the data-parallel ranks, or sequences that the tensor-parallel ones, cannot share.
 
     Raises:
-        ConfigError: names stage.global_batch and the nearest values that work.
+        ConfigError: names the key and the nearest values that work.
     """
-    batch, dp = config.stage.global_batch, layout.dp
-    if batch % dp:
-        lower, upper = batch // dp * dp, (batch // dp + 1) * dp
-        near = f"{lower} or {upper}" if lower else f"{upper}"
+    batch, seq_len = config.stage.global_batch, config.stage.seq_len
+    if batch % layout.dp:
+        near = _nearest(batch, layout.dp)
         raise ConfigError(
-            f"stage.global_batch={batch}: expected a multiple of the {dp} data-parallel ranks, such as {near}"
+            f"stage.global_batch={batch}: expected a multiple of the {layout.dp} data-parallel ranks, such as {near}"
         )
-
-
-def shard_dim(shape: tuple[int, ...], ranks: int) -> int:
-    """The dimension of a parameter that FSDP cuts: d_model of attention weights (n_heads, d_head, d_model), else 0.
-
-    Heads are few and divide by no usual number of ranks; FSDP cuts unevenly on dimension 0 only.
-    """
-    return 2 if len(shape) == 3 and shape[2] % ranks == 0 else 0
+    if config.parallel.sp and seq_len % layout.tp:
+        near = _nearest(seq_len, layout.tp)
+        raise ConfigError(
+            f"stage.seq_len={seq_len}: with parallel.sp=true expected a multiple of tp={layout.tp}, such as {near}"
+        )
 
 
 def divisors(number: int) -> list[int]:
     """All divisors of `number`, ascending."""
     return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _filled(parallel: ParallelConfig, model: ModelConfig, world_size: int) -> Layout | None:
+    """The layout with every -1 replaced, or None where no whole number does."""
+    axes = {name: getattr(parallel, name) for name in AXES}
+    open_axes = [name for name in AXES if axes[name] == -1]
+    if "tp" in open_axes and len(open_axes) > 1:
+        raise ConfigError(
+            f"{' '.join(f'parallel.{name}=-1' for name in open_axes)}: expected -1 for tp alone, or for the dp axes"
+        )
+    fixed = 1
+    for name in AXES:
+        fixed *= 1 if name in open_axes else axes[name]
+    if world_size % fixed or (not open_axes and fixed != world_size):
+        return None
+    left = world_size // fixed
+    if open_axes == ["dp_replicate", "dp_shard"]:
+        fits = [d for d in divisors(left) if not misfit(Layout(left // d, d, axes["tp"]), model)]
+        axes["dp_shard"] = max(fits, default=left)
+        axes["dp_replicate"] = left // axes["dp_shard"]
+    else:
+        axes |= dict.fromkeys(open_axes, left)
+    return Layout(**axes)
+
+
+def _fitting(model: ModelConfig, world_size: int) -> str:
+    found = layouts_of(model, world_size)
+    shown = ", ".join(f"({x.dp_replicate}, {x.dp_shard}, {x.tp})" for x in found[:LISTED_LAYOUTS])
+    return shown + (f" and {len(found) - LISTED_LAYOUTS} more" if len(found) > LISTED_LAYOUTS else "")
+
+
+def _nearest(value: int, factor: int) -> str:
+    lower, upper = value // factor * factor, (value // factor + 1) * factor
+    return f"{lower} or {upper}" if lower else f"{upper}"

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dist_lm.errors import ConfigError
@@ -49,7 +50,9 @@ def choose_device(device: str, local_rank: int) -> torch.device:
 
 @contextmanager
 def process_group(device: str, timeout_s: float = 600.0) -> Iterator[World]:
-    """Join the ranks that torchrun started (NCCL on CUDA, gloo on CPU) and leave them in good order.
+    """Join the ranks that torchrun started and leave them in good order.
+
+    NCCL moves tensors on CUDA, gloo those in host memory.
 
     A gloo process that ends with live collectives may abort after its work is done, so a clean exit meets the other
     ranks once more. After an exception it does not wait for anybody.
@@ -59,7 +62,8 @@ def process_group(device: str, timeout_s: float = 600.0) -> Iterator[World]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     dist.init_process_group(
-        "nccl" if chosen.type == "cuda" else "gloo",
+        # gloo beside NCCL: checkpoints are written, and offloaded gradients measured, from host memory
+        "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
         timeout=timedelta(seconds=timeout_s),
         device_id=chosen if chosen.type == "cuda" else None,
     )
@@ -70,12 +74,15 @@ def process_group(device: str, timeout_s: float = 600.0) -> Iterator[World]:
 
 
 def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
-    """The mesh (dp_replicate, dp_shard, tp) over all ranks."""
-    return init_device_mesh(
+    """The mesh (dp_replicate, dp_shard, tp) over all ranks; its tp groups are those of fairscale's regions too."""
+    mesh = init_device_mesh(
         device.type,
         (layout.dp_replicate, layout.dp_shard, layout.tp),
         mesh_dim_names=(*DATA_AXES, "tp"),
     )
+    # not `initialize_model_parallel`, which would make a second communicator for every group of the mesh
+    initialize._MODEL_PARALLEL_GROUP = mesh.get_group("tp")
+    return mesh
 
 
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:

@@ -1,20 +1,41 @@
-"""FSDP2 over the data-parallel axes, and parameters filled shard by shard.
+"""A model on a mesh: tensor parallelism, activation checkpointing, compiled blocks, FSDP2; filled shard by shard.
 
 The model is built on the meta device; a parameter's full value exists only while its shard is cut from it.
+
+The order is not free: tensor parallelism replaces modules, so it comes first; recomputation has to happen inside the
+hooks of FSDP, which gather parameters, and compiled code has to contain the recomputation.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from dist_lm.config import ModelConfig, ParallelConfig
 from dist_lm.model.initialise import initial_value
+from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
-from dist_lm.parallel.layout import shard_dim
+from dist_lm.parallel.activation_checkpointing import wrap_blocks
+from dist_lm.parallel.layout import Layout
+from dist_lm.parallel.padding import logical
+from dist_lm.parallel.placement import Placement, partial_gradients, placements
+from dist_lm.parallel.tensor_axis import TensorAxis
+from dist_lm.parallel.tensor_parallel import TensorParallelTransformer
+
+FORWARD_METHODS = ("token_losses",)
+"""What is called on a model instead of `forward`: FSDP gathers the root's parameters around these too. One that calls
+another would free them in between, to be gathered a second time."""
 
 
 def compute_dtype(parallel: ParallelConfig, device: torch.device) -> torch.dtype:
@@ -27,56 +48,126 @@ def compute_dtype(parallel: ParallelConfig, device: torch.device) -> torch.dtype
 def build_model(
     model_config: ModelConfig, parallel: ParallelConfig, mesh: DeviceMesh, device: torch.device, seed: int
 ) -> Transformer:
-    """An initialised model, sharded over the dp axes of `mesh`.
+    """An initialised model on `mesh`.
 
     Gradients are summed over ranks, not averaged: the trainer divides by the global token count.
     """
-    with torch.device("meta"):
-        model = Transformer(model_config)
-    dtype = compute_dtype(parallel, device)
-    if mesh["dp_replicate"].size() * mesh["dp_shard"].size() > 1 or dtype != torch.float32:
-        _shard(model, parallel, mesh, dtype)
-    model.to_empty(device=device)
-    fill(model, lambda name, shape: initial_value(name, shape, model_config, seed))
+    model = arrange_model(model_config, parallel, mesh, device)
+    materialise(model, parallel, device)
+    fill(model, model_config, lambda name, shape: initial_value(name, shape, model_config, seed))
     return model
 
 
-def _shard(model: Transformer, parallel: ParallelConfig, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    axes = ("dp_replicate", "dp_shard") if mesh["dp_replicate"].size() > 1 else "dp_shard"
-    blocks = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    root = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32, cast_forward_inputs=False
+def arrange_model(
+    model_config: ModelConfig, parallel: ParallelConfig, mesh: DeviceMesh, device: torch.device
+) -> Transformer:
+    """The model on the meta device, every parameter with its placement on `mesh`; `device` is where it will run."""
+    layout = layout_of(mesh)
+    where = placements(model_config, layout)
+    with torch.device("meta"):
+        model = _tensor_parallel(model_config, parallel, mesh, layout, where) if layout.tp > 1 else None
+        model = model or Transformer(model_config)
+    compiled = parallel.compile == "always" or (parallel.compile == "auto" and device.type == "cuda")
+    wrap_blocks(model, parallel.activation_checkpointing, compiled)
+    dtype = compute_dtype(parallel, device)
+    if layout.dp > 1 or dtype != torch.float32 or parallel.cpu_offload:
+        _fully_shard(model, parallel, mesh, dtype, where)
+    return model
+
+
+def layout_of(mesh: DeviceMesh) -> Layout:
+    """The numbers of a mesh."""
+    return Layout(*(mesh[name].size() for name in ("dp_replicate", "dp_shard", "tp")))
+
+
+def _tensor_parallel(
+    config: ModelConfig, parallel: ParallelConfig, mesh: DeviceMesh, layout: Layout, where: dict[str, Placement]
+) -> Transformer:
+    axis = TensorAxis(
+        group=mesh.get_group("tp"),
+        size=layout.tp,
+        rank=mesh.get_local_rank("tp"),
+        sp=parallel.sp,
+        functional=parallel.activation_checkpointing == "selective",
     )
-    ranks = mesh["dp_shard"].size()
+    model = TensorParallelTransformer(config, axis, partial_gradients(config, layout, parallel.sp))
+    for name, _ in list(model.named_parameters()):
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, nn.Parameter(_on_tp_axis(where[name], mesh["tp"])))
+    return model
+
+
+def _on_tp_axis(place: Placement, mesh: DeviceMesh) -> DTensor:
+    """An empty DTensor of the padded shape."""
+    shape = list(place.padded)
+    if place.tp_dim is not None:
+        shape[place.tp_dim] //= mesh.size()
+    placement = Replicate() if place.tp_dim is None else Shard(place.tp_dim)
+    # every rank's shard has the same shape, so torch works out the padded shape of the whole
+    return DTensor.from_local(torch.empty(shape), mesh, [placement], run_check=False)
+
+
+def _fully_shard(
+    model: Transformer,
+    parallel: ParallelConfig,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    where: dict[str, Placement],
+) -> None:
+    axes = ("dp_replicate", "dp_shard") if mesh["dp_replicate"].size() > 1 else "dp_shard"
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if parallel.cpu_offload else OffloadPolicy()
+    dims = {id(parameter): where[name].fsdp_dim for name, parameter in model.named_parameters()}
 
     def placement(parameter: nn.Parameter) -> Shard:
-        return Shard(shard_dim(tuple(parameter.shape), ranks))
+        return Shard(dims[id(parameter)])
 
     for block in model.blocks:
         fully_shard(
             block,
             mesh=mesh[axes],
-            mp_policy=blocks,
+            mp_policy=precision,
             reshard_after_forward=parallel.reshard_after_forward,
             shard_placement_fn=placement,
+            offload_policy=offload,
         )
-    fully_shard(model, mesh=mesh[axes], mp_policy=root, reshard_after_forward=False, shard_placement_fn=placement)
+    fully_shard(
+        model,
+        mesh=mesh[axes],
+        mp_policy=precision,
+        reshard_after_forward=False,
+        shard_placement_fn=placement,
+        offload_policy=offload,
+    )
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction with a factor
+    for method in FORWARD_METHODS:
+        register_fsdp_forward_method(model, method)
+
+
+def materialise(model: nn.Module, parallel: ParallelConfig, device: torch.device) -> None:
+    """Give a model on the meta device memory: on `device`, or in host memory where it is offloaded."""
+    model.to_empty(device="cpu" if parallel.cpu_offload else device)
 
 
 @torch.no_grad()
-def fill(model: nn.Module, value: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
-    """Give every parameter the logical value `value(name, shape)`; a sharded one takes its part of it."""
+def fill(model: nn.Module, model_config: ModelConfig, value: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
+    """Give every parameter the logical value `value(name, shape)`; a shard takes its part of it, and zeros after it."""
+    shapes = parameter_shapes(model_config)
     for name, parameter in model.named_parameters():
-        full = value(name, tuple(parameter.shape)).to(parameter.device)
-        if isinstance(parameter, DTensor):
+        shape = shapes[name]
+        if math.prod(parameter.shape) != math.prod(shape):
+            parameter.zero_()
+        target = logical(parameter, shape)
+        full = value(name, shape).to(parameter.device)
+        if isinstance(target, DTensor):
             # src_data_rank=None: every rank has the same full value, so nothing is sent
-            parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None))
+            full = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
+            target.to_local().copy_(full.to_local())
         else:
-            parameter.copy_(full)
+            target.copy_(full)
 
 
 @torch.no_grad()
@@ -84,9 +175,9 @@ def unsharded_copy(model: Transformer, model_config: ModelConfig, dtype: torch.d
     """A plain model with the same weights, for sampling: every rank gets all of it (collective)."""
     with torch.device("meta"):
         copy = Transformer(model_config)
-    full = {
-        name: (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().to(dtype)
-        for name, parameter in model.named_parameters()
-    }
+    full = {}
+    for name, shape in parameter_shapes(model_config).items():
+        value = logical(model.get_parameter(name), shape)
+        full[name] = (value.full_tensor() if isinstance(value, DTensor) else value).detach().to(dtype)
     copy.load_state_dict(full, assign=True)
     return copy.eval()

@@ -30,4 +30,4 @@ def _parses(sample: Sample) -> bool | None:
     return parses(sample.language, whole_lines(sample.prompt + sample.completion, sample.finished))
 
 
-STAGE = TrainingStage("code", lambda config: next_token(config.stage.label_smoothing), close)
+STAGE = TrainingStage("code", lambda config: next_token(config.stage.label_smoothing, config.stage.z_loss), close)

@@ -12,4 +12,4 @@ def close(closing: Closing) -> dict[str, float]:
     return {}
 
 
-STAGE = TrainingStage("language", lambda config: next_token(config.stage.label_smoothing), close)
+STAGE = TrainingStage("language", lambda config: next_token(config.stage.label_smoothing, config.stage.z_loss), close)

@@ -1,9 +1,9 @@
 """Saving and loading tensors: every rank its own shards, as safetensors through torch's distributed checkpoint.
 
-Tensors have their logical shapes, so any layout loads what any other saved. Nothing is pickled.
+Tensors have their logical shapes, without what tensor parallelism pads, so any layout loads what any other saved.
+Nothing is pickled.
 """
 
-import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,75 +14,74 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from dist_lm import durable
 from dist_lm.config import ModelConfig
 from dist_lm.errors import ArtefactError, UserError
+from dist_lm.model.size import parameter_shapes
 from dist_lm.parallel.mesh import World
+from dist_lm.parallel.padding import logical
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.optimizer import named_state
 from dist_lm.training.state import TrainState
 
-log = logging.getLogger(__name__)
+FILE_BYTES = 1 << 30  # of one file, about: it is put together in memory before it is written
 
 
 class CheckpointWriteError(UserError):
     """A checkpoint could not be written; the ones before are untouched."""
 
 
-def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint by its name there; loading writes into these very tensors."""
-    tensors = {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+def tensors_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, model_config: ModelConfig
+) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint by its name there, of logical shape; loading writes into these very tensors."""
+    shapes = parameter_shapes(model_config)
+    tensors = {
+        f"{files.MODEL}{name}": logical(parameter.detach(), shapes[name])
+        for name, parameter in model.named_parameters()
+    }
     if optimizer is not None:
-        tensors |= {f"optimizer.{name}": value for name, value in named_state(model, optimizer)}
+        for name, value in named_state(model, optimizer):
+            tensors[f"{files.OPTIMIZER}{name}"] = logical(value, shapes[name.rpartition(".")[0]])
     return tensors
 
 
-def save(
+def write(
     checkpoints: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, torch.Tensor],
     state: TrainState,
     model_config: ModelConfig,
     world: World,
+    group: dist.ProcessGroup | None = None,
+    keep: int = 0,
 ) -> Path:
-    """Write a checkpoint of this step (collective) and point LATEST at it.
+    """Write `tensors` as the checkpoint of `state.step`, point LATEST and BEST, drop old ones (collective).
+
+    Args:
+        group: all ranks, with a CPU backend; none: the default group.
+        keep: newest checkpoints kept; 0: all.
 
     Raises:
-        CheckpointWriteError: on every rank, when any rank could not write (a full disk, say).
+        CheckpointWriteError: on every rank, when any rank could not write.
     """
     target = checkpoints / files.step_name(state.step)
     temporary = checkpoints / f".{target.name}"
-    failure = None
-    digests: dict[str, str] = {}
     if world.is_first:
         shutil.rmtree(temporary, ignore_errors=True)
-    dist.barrier()
-    try:
-        temporary.mkdir(exist_ok=True)
-        writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        dcp.save(tensors_of(model, optimizer), storage_writer=writer)
-        digests = _make_own_files_durable(temporary, world.rank)
-    except CheckpointException as error:
-        failure = "; ".join(sorted({str(cause) for cause, _ in error.failures.values()}))
-    except OSError as error:
-        failure = str(error)
+    dist.barrier(group)
     gathered: list = [None] * world.size
-    dist.all_gather_object(gathered, (digests, failure))
-    failures = [message for _, message in gathered if message]
-    outcome: list = [failures[0] if failures else None]
-    if world.is_first and not failures:
+    dist.all_gather_object(gathered, _write_own_files(temporary, tensors, world.rank, group), group)
+    outcome = [next((failure for _, failure in gathered if failure), None)]
+    if world.is_first and not outcome[0]:
         try:
-            _finish(
-                temporary,
-                target,
-                {k: v for part, _ in gathered for k, v in part.items()},
-                state,
-                model_config,
-            )
+            digests = {name: digest for part, _ in gathered for name, digest in part.items()}
+            _finish(temporary, target, digests, state, model_config)
+            files.tidy(checkpoints, state, keep)
         except OSError as error:
             outcome = [str(error)]
-    dist.broadcast_object_list(outcome)
+    dist.broadcast_object_list(outcome, group=group)
     if outcome[0]:
         if world.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -95,11 +94,32 @@ def save(
     return target
 
 
-def _make_own_files_durable(directory: Path, rank: int) -> dict[str, str]:
-    own = sorted(directory.glob(f"shard-{rank + 1:05d}-*"))
-    for path in own:
-        durable.fsync_file(path)
-    return {path.name: durable.sha256_of(path) for path in own}
+def _write_own_files(
+    directory: Path, tensors: dict[str, torch.Tensor], rank: int, group: dist.ProcessGroup | None
+) -> tuple[dict[str, str], str | None]:
+    """This rank's shards, durable (collective): SHA-256 by file name, and why it could not, if so."""
+    try:
+        writer = dcp.HuggingFaceStorageWriter(
+            str(directory), fqn_to_index_mapping=file_numbers(tensors, FILE_BYTES), save_distributed=True
+        )
+        dcp.save(tensors, storage_writer=writer, process_group=group)
+        own = sorted(directory.glob(f"shard-{rank + 1:05d}-*"))
+        for path in own:
+            durable.fsync_file(path)
+        return {path.name: durable.sha256_of(path) for path in own}, None
+    except CheckpointException as error:
+        return {}, "; ".join(sorted({str(cause) for cause, _ in error.failures.values()}))
+    except OSError as error:
+        return {}, str(error)
+
+
+def file_numbers(tensors: dict[str, torch.Tensor], file_bytes: int) -> dict[str, int]:
+    """Which file of its rank each tensor goes to, from 1: a new one when this rank's shards fill `file_bytes`."""
+    numbers, written = {}, 0
+    for name, tensor in tensors.items():
+        numbers[name] = 1 + written // file_bytes
+        written += (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+    return numbers
 
 
 def _finish(temporary: Path, target: Path, digests: dict[str, str], state: TrainState, config: ModelConfig) -> None:
@@ -126,16 +146,25 @@ def load(
     """
     state, saved_model = files.read_state(checkpoint)
     files.check_same_model(checkpoint, saved_model, model_config)
-    tensors = tensors_of(model, optimizer)
+    tensors = tensors_of(model, optimizer, model_config)
+    read(checkpoint, tensors)
+    if optimizer is not None:
+        moved = [value for name, value in tensors.items() if name.endswith(".step")]
+        assert all(float(value) == float(moved[0]) for value in moved), "optimizer step counters disagree"
+    return state
+
+
+def read(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill `tensors`, each from the parts of it that any layout wrote (collective).
+
+    Raises:
+        ArtefactError: one is not there, or has another shape there.
+    """
     try:
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)))
     except CheckpointException as error:
         causes = "; ".join(sorted({str(cause) for cause, _ in error.failures.values()}))
         raise ArtefactError(f"checkpoint {checkpoint} cannot be loaded: {causes}") from error
-    if optimizer is not None:
-        moved = [value for name, value in tensors.items() if name.endswith(".step")]
-        assert all(float(value) == float(moved[0]) for value in moved), "optimizer step counters disagree"
-    return state
 
 
 def agree(choose: Callable[[], Path | None], world: World) -> Path | None:

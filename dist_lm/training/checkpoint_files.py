@@ -11,6 +11,7 @@ name is whole, and what is damaged later is found by its manifest.
 import json
 import logging
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ log = logging.getLogger(__name__)
 
 LATEST, BEST = "LATEST", "BEST"
 STATE, MANIFEST = "state.json", "manifest.json"
+TENSORS = ".safetensors"  # what a file with tensors ends in
+MODEL, OPTIMIZER = "model.", "optimizer."  # what names of tensors begin with
 FORMAT = 1
 
 
@@ -69,25 +72,48 @@ def write_manifest(directory: Path, sha256: dict[str, str]) -> None:
     durable.write_json(directory / MANIFEST, files)
 
 
-def verify(directory: Path) -> None:
-    """Read every file of a checkpoint and compare it with the manifest.
-
-    Raises:
-        ArtefactError: names the first file that is missing, cut short or changed.
-    """
+def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
+    """What `write_manifest` wrote: `{sha256, bytes}` by file name."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
+        return {name: {"sha256": str(file["sha256"]), "bytes": int(file["bytes"])} for name, file in manifest.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtefactError(f"checkpoint {directory}: {MANIFEST} cannot be read ({error})") from error
+
+
+def damage(directory: Path, contents: bool = True) -> Iterator[str]:
+    """Compare every file of a checkpoint with the manifest, and name what is missing, changed or foreign.
+
+    A foreign file counts if it ends in `.safetensors`: tensors are read from all files that do.
+
+    Args:
+        contents: read them too, not only their sizes.
+
+    Raises:
+        ArtefactError: the manifest cannot be read.
+    """
+    manifest = read_manifest(directory)
     for name, expected in sorted(manifest.items()):
         path = directory / name
         if not path.is_file():
-            raise ArtefactError(f"checkpoint {directory}: {name} is missing")
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            raise ArtefactError(f"checkpoint {directory}: {name} has {size} bytes, expected {expected['bytes']}")
-        if durable.sha256_of(path) != expected["sha256"]:
-            raise ArtefactError(f"checkpoint {directory}: {name} is damaged (SHA-256 differs from {MANIFEST})")
+            yield f"{name} is missing"
+        elif (size := path.stat().st_size) != expected["bytes"]:
+            yield f"{name} has {size} bytes, expected {expected['bytes']}"
+        elif contents and durable.sha256_of(path) != expected["sha256"]:
+            yield f"{name} is damaged (SHA-256 differs from {MANIFEST})"
+    for path in sorted(directory.glob(f"*{TENSORS}")):
+        if path.name not in manifest:
+            yield f"{path.name} is not part of it (not in {MANIFEST})"
+
+
+def verify(directory: Path, contents: bool = True) -> None:
+    """Refuse a checkpoint with `damage`.
+
+    Raises:
+        ArtefactError: names the first file that is missing, cut short, changed or foreign.
+    """
+    for found in damage(directory, contents):
+        raise ArtefactError(f"checkpoint {directory}: {found}")
 
 
 def newest_intact(checkpoints: Path) -> Path | None:
@@ -113,10 +139,18 @@ def newest_intact(checkpoints: Path) -> Path | None:
     return None
 
 
+def tidy(checkpoints: Path, state: TrainState, keep: int) -> None:
+    """Point BEST at what `state` says (a kill may have come before the pointer), then `prune`."""
+    best = checkpoints / step_name(state.best_step)
+    if state.best_val_loss is not None and best.is_dir():
+        write_pointer(checkpoints, BEST, best)
+    prune(checkpoints, keep)
+
+
 def prune(checkpoints: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and BEST, and what a killed save left behind."""
+    """Remove all but BEST and the newest `keep` checkpoints (0: all), and what a killed save left behind."""
     best = read_pointer(checkpoints, BEST)
-    for directory in steps_in(checkpoints)[:-keep]:
+    for directory in steps_in(checkpoints)[:-keep] if keep else []:
         if directory != best:
             _remove(directory)
     for leftover in checkpoints.glob(".step_*"):
@@ -137,7 +171,7 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         ArtefactError: there is none.
     """
-    if (path / STATE).is_file():
+    if any((path / name).is_file() for name in (STATE, MANIFEST)):
         return path
     for checkpoints in (path, path / "checkpoints"):
         found = read_pointer(checkpoints, LATEST)
@@ -147,9 +181,17 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def find_intact(path: Path) -> Path:
-    """`find_checkpoint`, with every file verified."""
+    """`find_checkpoint`, with every file verified.
+
+    Raises:
+        ArtefactError: there is none, or it is damaged.
+    """
     found = find_checkpoint(path)
-    verify(found)
+    try:
+        verify(found)
+    except ArtefactError as error:
+        others = [step.name for step in steps_in(found.parent) if step != found]
+        raise ArtefactError(f"{error}; others beside it: {', '.join(others) or 'none'}") from error
     return found
 
 

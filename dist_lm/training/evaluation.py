@@ -7,13 +7,12 @@ import torch
 import torch.distributed as dist
 
 from dist_lm.data.evaluation_batches import EvaluationBatch
-from dist_lm.training.loss import token_losses
-from dist_lm.training.objective import Forward
+from dist_lm.training.objective import LossModel
 
 
 @torch.no_grad()
 def summed_losses(
-    forward: Forward,
+    model: LossModel,
     batches: Iterable[EvaluationBatch],
     n_languages: int,
     device: torch.device,
@@ -24,7 +23,7 @@ def summed_losses(
     for evaluation in batches:
         batch = evaluation.batch.to(device)
         language = evaluation.language_BT.to(device).flatten()
-        losses = token_losses(forward(batch), batch.targets_BT).flatten().double()
+        losses = model.token_losses(batch).flatten().double()
         counted = language >= 0
         pairs = torch.stack([losses, torch.ones_like(losses)], dim=1)
         sums.index_add_(0, language[counted], pairs[counted])

@@ -4,17 +4,13 @@ import time
 
 import torch
 
-# dense bf16 FLOP/s from the vendors' data sheets
-BF16_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+from dist_lm.config import HardwareConfig
 
 
-def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of one device: from the data sheet of a known GPU, else measured with a large matrix product."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for card, peak in BF16_PEAK.items():
-            if card in name:
-                return peak
+def matmul_flops(device: torch.device, dtype: torch.dtype, hardware: HardwareConfig) -> float:
+    """FLOP/s of one device: from the table if it is the GPU that `hardware` names, else by a large matrix product."""
+    if device.type == "cuda" and hardware.name in torch.cuda.get_device_name(device).lower():
+        return (hardware.bf16_tflops if dtype == torch.bfloat16 else hardware.fp32_tflops) * 1e12
     return measured_matmul_flops(device, dtype)
 
 

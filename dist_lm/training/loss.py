@@ -1,35 +1,17 @@
-"""Next-token cross-entropy.
+"""The objective of language modelling.
 
-Dimensions: B sequences, T tokens, V vocabulary.
+Dimensions: B sequences, T tokens.
 """
 
-import torch
-import torch.nn.functional as F  # noqa: N812  the name the field uses
-
 from dist_lm.data.batch import Batch
-from dist_lm.training.objective import Forward, LossSum, Objective
+from dist_lm.training.objective import LossModel, LossSum, Objective
 
 
-def token_losses(logits_BTV: torch.Tensor, targets_BT: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Cross-entropy of every token in nats, fp32, (B, T).
+def next_token(label_smoothing: float = 0.0, z_loss: float = 0.0) -> Objective:
+    """Mean cross-entropy over the tokens whose loss mask is 1."""
 
-    Label smoothing as in Szegedy et al. 2016, section 7: the target distribution is
-    `(1 - a) * one_hot + a / V`.
-    """
-    flat = F.cross_entropy(
-        logits_BTV.flatten(0, 1).float(),
-        targets_BT.flatten(),
-        reduction="none",
-        label_smoothing=label_smoothing,
-    )
-    return flat.view_as(targets_BT)
-
-
-def next_token(label_smoothing: float) -> Objective:
-    """The objective of language modelling: mean loss over the tokens whose loss mask is 1."""
-
-    def objective(model: Forward, batch: Batch) -> LossSum:
-        losses_BT = token_losses(model(batch), batch.targets_BT, label_smoothing)
+    def objective(model: LossModel, batch: Batch) -> LossSum:
+        losses_BT = model.token_losses(batch, label_smoothing, z_loss)
         return LossSum(total=(losses_BT * batch.loss_mask_BT).sum(), count=batch.loss_mask_BT.sum())
 
     return objective

@@ -3,7 +3,7 @@
 The trainer divides by the count over all micro-batches and ranks, so no objective knows how a batch was cut.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,8 +11,13 @@ import torch
 
 from dist_lm.data.batch import Batch
 
-Forward = Callable[[Batch], torch.Tensor]
-"""The model as an objective sees it: batch -> logits (B, T, V)."""
+
+class LossModel(Protocol):
+    """A model as an objective sees it. Logits are not part of it: no rank may ever hold all of them."""
+
+    def token_losses(self, batch: Batch, label_smoothing: float = 0.0, z_loss: float = 0.0) -> torch.Tensor:
+        """Cross-entropy of every token in nats, fp32, (B, T)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -25,4 +30,4 @@ class LossSum:
 
 
 class Objective(Protocol):
-    def __call__(self, model: Forward, batch: Batch) -> LossSum: ...
+    def __call__(self, model: LossModel, batch: Batch) -> LossSum: ...

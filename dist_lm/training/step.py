@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from dist_lm.data.batch import Batch
-from dist_lm.training.objective import Forward, Objective
+from dist_lm.parallel.gradients import global_norm, reduce_partial_gradients, shard_of
+from dist_lm.training.objective import LossModel, Objective
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,17 @@ class StepResult:
 
 
 def accumulate_gradients(
-    model: nn.Module, forward: Forward, objective: Objective, micro_batches: Sequence[Batch]
+    model: nn.Module,
+    bound: LossModel,
+    objective: Objective,
+    micro_batches: Sequence[Batch],
+    reduce_every_micro_batch: bool = False,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Forward and backward of every micro-batch; gradients are reduced over ranks in the last one.
+
+    Args:
+        bound: `model` as the objective sees it.
+        reduce_every_micro_batch: reduce in all of them: more is sent, and less is held.
 
     Returns:
         this rank's sums: ((2,) float64 with loss total and count, the objective's metrics).
@@ -42,40 +50,48 @@ def accumulate_gradients(
     metrics: dict[str, torch.Tensor] = {}
     for index, batch in enumerate(micro_batches):
         if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(index == len(micro_batches) - 1)
-        loss = objective(forward, batch)
+            model.set_requires_gradient_sync(reduce_every_micro_batch or index == len(micro_batches) - 1)
+        loss = objective(bound, batch)
         loss.total.backward()
         sums += torch.stack([loss.total.detach(), loss.count]).double()
         for name, value in loss.metrics.items():
             metrics[name] = metrics.get(name, torch.zeros_like(value)) + value
+    reduce_partial_gradients(model)
     return sums, metrics
 
 
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    forward: Forward,
+    bound: LossModel,
     objective: Objective,
     micro_batches: Sequence[Batch],
     *,
     grad_clip: float,
-    group: dist.ProcessGroup,
+    counts: bool,
     stop_requested: bool,
+    reduce_every_micro_batch: bool = False,
 ) -> StepResult:
-    """Accumulate, reduce, clip, step (collective). Non-finite gradients leave parameters and moments untouched."""
-    sums, own_metrics = accumulate_gradients(model, forward, objective, micro_batches)
+    """Accumulate, reduce, clip, step (collective). Non-finite gradients leave parameters and moments untouched.
+
+    Args:
+        counts: whether this rank's sums are added up: on one of the ranks that see the same data.
+    """
+    sums, own_metrics = accumulate_gradients(model, bound, objective, micro_batches, reduce_every_micro_batch)
     names = sorted(own_metrics)
     stop = torch.tensor([float(stop_requested)], dtype=torch.float64, device=sums.device)
-    shared = torch.cat([sums, stop, *(own_metrics[name].double().reshape(1) for name in names)])
-    dist.all_reduce(shared, group=group)
-    total, count, stops, *metric_sums = shared.tolist()
+    own = torch.cat([sums, *(own_metrics[name].double().reshape(1) for name in names)])
+    shared = torch.cat([stop, own if counts else torch.zeros_like(own)])
+    dist.all_reduce(shared)
+    stops, total, count, *metric_sums = shared.tolist()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    torch._foreach_mul_(gradients, 1.0 / max(count, 1.0))
+    shards = [shard_of(gradient) for gradient in gradients]
+    torch._foreach_mul_(shards, 1.0 / max(count, 1.0))
     norm = global_norm(gradients)
     applied = math.isfinite(norm)
     if applied:
         if grad_clip and norm > grad_clip:
-            torch._foreach_mul_(gradients, grad_clip / norm)
+            torch._foreach_mul_(shards, grad_clip / norm)
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(
@@ -86,9 +102,3 @@ def train_step(
         stop_requested=stops > 0,
         metrics={name: value / max(count, 1.0) for name, value in zip(names, metric_sums, strict=True)},
     )
-
-
-def global_norm(gradients: list[torch.Tensor]) -> float:
-    """L2 norm over all gradients, wherever their shards are (collective for sharded ones)."""
-    norm = nn.utils.get_total_norm(gradients)
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

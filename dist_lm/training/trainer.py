@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from dist_lm.config import Config
-from dist_lm.data.batch import Batch
 from dist_lm.data.stream import SequenceStream, StepData
 from dist_lm.errors import UserError
 from dist_lm.model.dropout import DropoutKey
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.tracking.metrics import MetricsWriter
-from dist_lm.training import checkpoint, checkpoint_files
-from dist_lm.training.objective import Forward, Objective
+from dist_lm.training import checkpoint_files
+from dist_lm.training.checkpoint_saver import CheckpointSaver
+from dist_lm.training.forward import BoundModel
+from dist_lm.training.objective import LossModel, Objective
 from dist_lm.training.optimizer import set_learning_rate
 from dist_lm.training.schedule import learning_rate
 from dist_lm.training.state import TrainState
@@ -29,8 +29,8 @@ from dist_lm.training.stop import StopRequest
 
 log = logging.getLogger(__name__)
 
-Evaluate = Callable[[Forward, bool], dict[str, float]]
-"""(forward, whether to take all held-out data) -> metrics, the same on every rank."""
+Evaluate = Callable[[LossModel, bool], dict[str, float]]
+"""(model, whether to take all held-out data) -> metrics, the same on every rank."""
 
 
 class NonFiniteGradientsError(UserError):
@@ -43,7 +43,7 @@ class Trainer:
 
     config: Config
     world: World
-    group: dist.ProcessGroup  # ranks that see different data
+    counts_once: bool  # of the ranks that see the same data, this is the one whose sums count
     model: Transformer
     optimizer: torch.optim.Optimizer
     objective: Objective
@@ -60,50 +60,47 @@ class Trainer:
 
         Raises:
             NonFiniteGradientsError: after stage.max_nonfinite_steps skipped steps in a row.
-            CheckpointWriteError: a checkpoint could not be written.
+            CheckpointWriteError: a checkpoint could not be written; known when the next is due, or at the end.
         """
         stage = self.config.stage
-        while state.step < stage.steps:
-            started = time.perf_counter()
-            rate = self._learning_rate(state.step)
-            data = next(self.stream)
-            waited = time.perf_counter() - started
-            result = self._step(state, data, rate)
-            state = advance(state, result, data.position)
-            line = self._metrics_of(state, result, rate, waited, time.perf_counter() - started)
-            last = state.step == stage.steps
-            score = None
-            evaluated = last or is_due(state.step, stage.eval_every)
-            if evaluated:
-                line |= self._evaluate(last)
-                # on the way and at the end by the same sequences
-                score = self._evaluate(False)["val/loss"] if last else line["val/loss"]
-            if self.metrics and (evaluated or last or state.step % stage.log_every == 0):
-                self.metrics.write(state.step, line)
-            self._check_finite(state)
-            if last or result.stop_requested or is_due(state.step, stage.checkpoint_every):
-                state = self._save(state, score)
-            if result.stop_requested:
-                log.info("stopped at step %d as asked; the checkpoint is written", state.step)
-                break
+        with self._saver() as saver:
+            while state.step < stage.steps:
+                started = time.perf_counter()
+                rate = self._learning_rate(state.step)
+                data = next(self.stream)
+                waited = time.perf_counter() - started
+                result = self.step(state, data, rate)
+                state = advance(state, result, data.position)
+                line = self._metrics_of(state, result, rate, waited, time.perf_counter() - started)
+                last = state.step == stage.steps
+                score = None
+                evaluated = last or is_due(state.step, stage.eval_every)
+                if evaluated:
+                    line |= self._evaluate(last)
+                    # on the way and at the end by the same sequences
+                    score = self._evaluate(False)["val/loss"] if last else line["val/loss"]
+                if self.metrics and (evaluated or last or state.step % stage.log_every == 0):
+                    self.metrics.write(state.step, line)
+                self._check_finite(state, saver)
+                final = last or result.stop_requested
+                if final or is_due(state.step, stage.checkpoint_every):
+                    state = self._save(saver, state, score, final)
+                if result.stop_requested:
+                    log.info("stopped at step %d as asked; the checkpoint is written", state.step)
+                    break
         return state
 
-    def forward(self, dropout: DropoutKey | None) -> Forward:
+    def bound(self, dropout: DropoutKey | None) -> BoundModel:
         """The model as objectives and evaluators see it."""
-        rate, masked = (dropout.rate if dropout else 0.0), self.config.stage.document_mask
-
-        def call(batch: Batch) -> torch.Tensor:
-            return self.model(
-                batch.tokens_BT,
-                document_BT=batch.document_BT if masked else None,
-                position_BT=batch.position_BT,
-                dropout=replace(dropout, sequence_B=batch.sequence_B) if dropout and rate else None,
-            )
-
-        return call
+        return BoundModel(
+            self.model,
+            document_mask=self.config.stage.document_mask,
+            chunk_bytes=self.config.parallel.loss_chunk_mib << 20,
+            dropout=dropout,
+        )
 
     def _evaluate(self, everything: bool) -> dict[str, float]:
-        metrics = self.evaluate(self.forward(None), everything)
+        metrics = self.evaluate(self.bound(None), everything)
         # a forward without backward may leave parameters gathered: a checkpoint would take them for other tensors
         # than those the optimizer knows
         for module in self.model.modules():
@@ -121,7 +118,7 @@ class Trainer:
             min_ratio=stage.min_lr_ratio,
         )
 
-    def _step(self, state: TrainState, data: StepData, rate: float) -> StepResult:
+    def step(self, state: TrainState, data: StepData, rate: float) -> StepResult:
         stage, device = self.config.stage, self.world.device
         set_learning_rate(self.optimizer, rate)
         key = DropoutKey(
@@ -133,11 +130,12 @@ class Trainer:
         return train_step(
             self.model,
             self.optimizer,
-            self.forward(key),
+            self.bound(key if stage.dropout else None),
             self.objective,
             [batch.to(device) for batch in data.micro_batches],
             grad_clip=stage.grad_clip,
-            group=self.group,
+            counts=self.counts_once,
+            reduce_every_micro_batch=self.config.parallel.reduce_every_micro_batch,
             stop_requested=self.stop.requested,
         )
 
@@ -160,9 +158,10 @@ class Trainer:
             line["perf/mfu"] = tokens_per_s * self.flops_per_token / self.peak_flops
         return line | result.metrics
 
-    def _check_finite(self, state: TrainState) -> None:
+    def _check_finite(self, state: TrainState, saver: CheckpointSaver) -> None:
         limit = self.config.stage.max_nonfinite_steps
         if state.nonfinite_steps >= limit:
+            saver.wait()
             latest = checkpoint_files.read_pointer(self.checkpoints, checkpoint_files.LATEST)
             raise NonFiniteGradientsError(
                 f"gradients were NaN or infinite in {limit} steps in a row, the last is step {state.step} "
@@ -171,24 +170,26 @@ class Trainer:
                 "stage.warmup_steps, with another run_id, or look for bad data"
             )
 
-    def _save(self, state: TrainState, val_loss: float | None) -> TrainState:
+    def _saver(self) -> CheckpointSaver:
+        stage = self.config.stage
+        return CheckpointSaver(
+            self.checkpoints,
+            self.config.model,
+            self.world,
+            keep=stage.keep_checkpoints,
+            beside_training=stage.checkpoint_async,
+        )
+
+    def _save(self, saver: CheckpointSaver, state: TrainState, val_loss: float | None, final: bool) -> TrainState:
         if val_loss is not None and (state.best_val_loss is None or val_loss < state.best_val_loss):
             state = replace(state, best_val_loss=val_loss, best_step=state.step)
         started = time.perf_counter()
-        checkpoint.save(self.checkpoints, self.model, self.optimizer, state, self.config.model, self.world)
-        if self.world.is_first:
-            self._tidy(state)
-        dist.barrier()
+        saver.save(self.model, self.optimizer, state)
+        if final:
+            saver.wait()
         if self.metrics:
             self.metrics.write(state.step, {"checkpoint/stall_s": time.perf_counter() - started})
         return state
-
-    def _tidy(self, state: TrainState) -> None:
-        """Point BEST at what the state says (a kill may have come before the pointer), then drop old checkpoints."""
-        best = self.checkpoints / checkpoint_files.step_name(state.best_step)
-        if state.best_val_loss is not None and best.is_dir():
-            checkpoint_files.write_pointer(self.checkpoints, checkpoint_files.BEST, best)
-        checkpoint_files.prune(self.checkpoints, self.config.stage.keep_checkpoints)
 
 
 def advance(state: TrainState, result: StepResult, position: int) -> TrainState:

@@ -10,78 +10,20 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from dist_lm.config import TokenizerConfig
-from dist_lm.config_file import save_config
-from dist_lm.launcher.compose import compose_config
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.train import train_tokenizer
 from dist_lm.tracking.metrics import read_metrics
 from dist_lm.training import checkpoint_files
-from tests.conftest import TINY, VOCAB_SIZE, texts
-from tests.training_run import linked, numbers
+from tests.conftest import VOCAB_SIZE, texts
+from tests.training_run import DEADLINE_S, STEPS, copy_until, finish, linked, numbers, prepare, start, train
 
 pytestmark = pytest.mark.cluster
-
-STEPS = 20
-DEADLINE_S = 120
-SETTINGS = (
-    *TINY,
-    "stage=language",
-    f"stage.steps={STEPS}",
-    "stage.global_batch=8",
-    "stage.micro_batch=2",
-    "stage.lr=1e-2",
-    "stage.warmup_steps=5",
-    "stage.dropout=0.1",
-    "stage.label_smoothing=0.1",
-    "stage.checkpoint_every=5",
-    "stage.eval_every=10",
-    "stage.eval_sequences=8",
-    "stage.sampling.samples_per_prompt=1",
-    "stage.sampling.max_new_tokens=4",
-)
-
-
-def prepare(work: WorkDirectory, run_id: str, *overrides: str) -> RunDirectory:
-    config = compose_config([*SETTINGS, f"work_dir={work.path}", f"run_id={run_id}", *overrides])
-    run = work.run("language", run_id)
-    run.create()
-    save_config(config, run.config)
-    return run
-
-
-def start(run: RunDirectory, ranks: int, largest_file: int | None = None) -> subprocess.Popen:
-    return subprocess.Popen(
-        [
-            *(("prlimit", f"--fsize={largest_file}") if largest_file else ()),
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(ranks), "-m", "dist_lm.train", str(run.path)),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen) -> int:
-    try:
-        return process.wait(timeout=DEADLINE_S)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def train(run: RunDirectory, ranks: int) -> dict:
-    code = finish(start(run, ranks))
-    assert code == 0, run.rank_log(0).read_text()
-    return json.loads(run.result.read_text())
 
 
 def wait_for_step(run: RunDirectory, step: int, process: subprocess.Popen) -> None:
@@ -195,17 +137,6 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before_usable(reference, tin
     assert "step_00000005 is intact" in failure["message"]
     train(run, ranks=2)
     assert numbers(run) == numbers(reference)
-
-
-def copy_until(reference: RunDirectory, run: RunDirectory, step: int) -> None:
-    """A run as it was when the checkpoint of `step` was its newest."""
-    shutil.copytree(reference.path, run.path)
-    run.result.unlink()
-    for directory in checkpoint_files.steps_in(run.checkpoints):
-        if directory.name > checkpoint_files.step_name(step):
-            shutil.rmtree(directory)
-    newest = run.checkpoints / checkpoint_files.step_name(step)
-    checkpoint_files.write_pointer(run.checkpoints, checkpoint_files.LATEST, newest)
 
 
 def test_a_failure_that_cannot_be_recorded_still_ends_the_rank_and_is_in_its_log(tiny_work, tmp_path):

@@ -69,10 +69,12 @@ def test_a_ray_head_that_does_not_answer_is_one_line_after_a_bounded_wait(tiny_w
     assert done.stderr.count("\n") == 1
 
 
-def test_the_dry_run_of_the_large_model_counts_and_starts_nothing(tmp_path):
-    done = launch("stage=language", "model=large", "dry_run=true", f"work_dir={tmp_path}/work", COLUMNS="200")
+def test_a_dry_run_says_what_a_rank_holds_and_starts_nothing(tmp_path):
+    done = launch(
+        "stage=language", "model=nano", "parallel=auto", "dry_run=true", f"work_dir={tmp_path}/work", COLUMNS="200"
+    )
     assert done.returncode == 0, done.stderr
-    for words in ("1.09 B", "tokenizer", "shards", "language", "a rank holds", "optimizer"):
+    for words in ("2.55 M", "chosen", "tokenizer", "shards", "language", "peak memory", "optimizer"):
         assert words in done.stdout
     assert not (tmp_path / "work").exists()
 

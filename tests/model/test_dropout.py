@@ -10,15 +10,29 @@ import pytest
 import torch
 
 from dist_lm.model.counter_hash import hash_grid, hash_words
-from dist_lm.model.dropout import EMBEDDING_SITE, DropoutKey, apply_dropout, keep_mask, residual_site
+from dist_lm.model.dropout import (
+    EMBEDDING_SITE,
+    DropoutKey,
+    SiteDropout,
+    apply_dropout,
+    dropout_sites,
+    keep_mask,
+    residual_site,
+)
 
 KEY = DropoutKey(rate=0.1, seed=3, step=17, sequence_B=torch.tensor([40, 41, 7, 1 << 40]))
 TOKENS = torch.arange(64)
-CHANNELS = range(256)
+CHANNELS = 256
 
 
 def mask(key: DropoutKey = KEY, site: int = 2, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
-    return keep_mask(key, site, tokens, CHANNELS)
+    return keep_mask(at(key, site), tokens)
+
+
+def at(key: DropoutKey, site: int, channels: int = CHANNELS) -> SiteDropout:
+    found = dropout_sites(key, n_layers=3, d_model=channels)[site]
+    assert found is not None
+    return found
 
 
 def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -62,7 +76,8 @@ def test_share_kept(rate: float) -> None:
 def test_any_slice_has_the_same_bits() -> None:
     whole = mask()
     rows, tokens, channels = torch.tensor([2, 0]), torch.tensor([63, 5, 6]), torch.tensor([200, 1, 99])
-    part = keep_mask(replace(KEY, sequence_B=KEY.sequence_B[rows]), 2, tokens, channels)
+    site = at(replace(KEY, sequence_B=KEY.sequence_B[rows]), 2)
+    part = keep_mask(replace(site, channel_D=site.channel_D[channels]), tokens)
     assert torch.equal(part, whole[rows][:, tokens][:, :, channels])
 
 
@@ -94,8 +109,9 @@ def test_sites_are_distinct() -> None:
 
 def test_values_and_gradient_are_scaled() -> None:
     x = torch.randn(4, 8, 16, requires_grad=True)
-    y = apply_dropout(x, KEY, EMBEDDING_SITE)
-    kept = keep_mask(KEY, EMBEDDING_SITE, torch.arange(8), range(16))
+    site = at(KEY, EMBEDDING_SITE, channels=16)
+    y = apply_dropout(x, site)
+    kept = keep_mask(site, torch.arange(8))
     assert torch.allclose(y, torch.where(kept, x / 0.9, 0))
     y.sum().backward()
     assert x.grad is not None
@@ -104,12 +120,19 @@ def test_values_and_gradient_are_scaled() -> None:
 
 def test_nothing_to_drop_returns_the_input() -> None:
     x = torch.randn(4, 8, 16)
-    assert apply_dropout(x, None, 0) is x
-    assert apply_dropout(x, replace(KEY, rate=0.0), 0) is x
+    for key in (None, replace(KEY, rate=0.0)):
+        assert all(apply_dropout(x, site) is x for site in dropout_sites(key, n_layers=3, d_model=16))
+
+
+def test_a_part_of_the_tokens_draws_its_part_of_the_mask() -> None:
+    x = torch.ones(4, 8, 16)
+    whole = apply_dropout(x, at(KEY, 1, channels=16))
+    half = apply_dropout(x[:, 4:], at(replace(KEY, first_token=4), 1, channels=16))
+    assert torch.equal(half, whole[:, 4:])
 
 
 def test_bits_do_not_drift() -> None:
     """A resumed run must draw what an older version drew: the first bits, written down."""
-    kept = keep_mask(replace(KEY, rate=0.5, sequence_B=torch.tensor([0])), 1, torch.arange(2), range(24))
+    kept = keep_mask(at(replace(KEY, rate=0.5, sequence_B=torch.tensor([0])), 1, channels=24), torch.arange(2))
     drawn = ["".join("01"[int(bit)] for bit in row) for row in kept[0]]
     assert drawn == ["100001011111011111001100", "011010010000010011110101"]

@@ -1,46 +1,123 @@
-"""The layout is arithmetic: what fits the world, what is refused, and what the message offers."""
+"""The layout is arithmetic: what fits the world and the model, what is refused, and what the message offers."""
+
+from dataclasses import replace
 
 import pytest
 
 from dist_lm.config import ParallelConfig
 from dist_lm.errors import ConfigError
 from dist_lm.launcher.compose import compose_config
-from dist_lm.parallel.layout import Layout, check_batch, resolve_layout
+from dist_lm.parallel.layout import Layout, check_batch, layouts_of, misfit, resolve_layout
+from dist_lm.parallel.placement import placements
 
-MODEL = compose_config(["model=nano"]).model
+NANO = compose_config(["model=nano"]).model  # 5 heads, d_model 160
+LARGE = compose_config(["model=large"]).model  # 25 heads, d_model 1600
 
 
-@pytest.mark.parametrize("world", [1, 2, 8, 24])
+def asked(dp_replicate: int, dp_shard: int, tp: int, sp: bool = False) -> ParallelConfig:
+    return ParallelConfig(dp_replicate=dp_replicate, dp_shard=dp_shard, tp=tp, sp=sp)
+
+
 @pytest.mark.parametrize(
-    ("parallel", "expected"),
+    ("parallel", "world", "expected"),
     [
-        (ParallelConfig(1, -1, 1), lambda n: Layout(1, n, 1)),
-        (ParallelConfig(-1, 1, 1), lambda n: Layout(n, 1, 1)),
+        (asked(1, -1, 1), 24, Layout(1, 24, 1)),
+        (asked(-1, 1, 1), 24, Layout(24, 1, 1)),
+        (asked(1, 1, -1), 4, Layout(1, 1, 4)),
+        (asked(2, -1, 4), 64, Layout(2, 8, 4)),
+        (asked(-1, 2, 4), 64, Layout(8, 2, 4)),
+        (asked(-1, -1, 1), 24, Layout(1, 24, 1)),
+        (asked(-1, -1, 8), 1024, Layout(2, 64, 8)),
     ],
 )
-def test_minus_one_is_what_is_left(world, parallel, expected):
-    assert resolve_layout(parallel, MODEL, world) == expected(world)
+def test_minus_one_is_what_is_left(parallel, world, expected):
+    assert resolve_layout(parallel, LARGE, world) == expected
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+@pytest.mark.parametrize("replicas", [1, 2, 3, 64, 1024])
+def test_open_dp_axes_become_the_widest_sharding_that_the_model_allows(tp, replicas):
+    layout = resolve_layout(asked(-1, -1, tp), LARGE, replicas * tp)
+    assert layout.world_size == replicas * tp
+    wider = [other for other in layouts_of(LARGE, replicas * tp) if other.tp == tp and other.dp_shard > layout.dp_shard]
+    assert misfit(layout, LARGE) is None
+    assert wider == []
 
 
 @pytest.mark.parametrize(
     ("parallel", "world"),
-    [(ParallelConfig(1, 3, 1), 4), (ParallelConfig(3, -1, 1), 4), (ParallelConfig(1, 1, 1), 2)],
+    [(asked(1, 3, 1), 4), (asked(3, -1, 1), 4), (asked(1, 1, 1), 2), (asked(2, 2, 2), 4), (asked(1, -1, 3), 8)],
 )
 def test_axes_that_do_not_make_the_world_list_those_that_do(parallel, world):
     with pytest.raises(ConfigError) as refused:
-        resolve_layout(parallel, MODEL, world)
-    for replicate in (1, 2, world):
-        if world % replicate == 0:
-            assert f"({replicate}, {world // replicate}, 1)" in str(refused.value)
+        resolve_layout(parallel, NANO, world)
+    message = str(refused.value)
+    assert f"parallel.dp_shard={parallel.dp_shard}" in message
+    assert f"world of {world} ranks" in message
+    for layout in layouts_of(NANO, world):
+        assert f"({layout.dp_replicate}, {layout.dp_shard}, {layout.tp})" in message
 
 
-def test_two_open_axes_are_refused():
-    with pytest.raises(ConfigError, match="one of them at most"):
-        resolve_layout(ParallelConfig(-1, -1, 1), MODEL, 4)
+def test_a_long_list_of_layouts_is_cut_and_counted():
+    with pytest.raises(ConfigError) as refused:
+        resolve_layout(asked(1, 1, 1), LARGE, 1024)
+    hidden = len(layouts_of(LARGE, 1024)) - str(refused.value).count("(", str(refused.value).index("that do:"))
+    assert f"and {hidden} more" in str(refused.value)
+
+
+def test_more_tensor_parallel_ranks_than_heads_are_refused():
+    assert resolve_layout(asked(1, 1, 5), NANO, 5) == Layout(1, 1, 5)
+    with pytest.raises(ConfigError, match=r"tp=8 is more than model.n_heads=5.*\(1, 2, 4\)"):
+        resolve_layout(asked(1, 1, 8), NANO, 8)
+
+
+def test_a_rank_without_any_piece_of_the_vocabulary_is_refused():
+    model = replace(LARGE, vocab_size=9)
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=9"):
+        resolve_layout(asked(1, 1, 8), model, 8)
+
+
+def test_with_tensor_parallelism_shards_have_to_be_even():
+    assert resolve_layout(asked(1, 3, 1), NANO, 3) == Layout(1, 3, 1)
+    with pytest.raises(ConfigError, match=r"dp_shard=3 has to divide model.d_model=160.*dp_replicate.*\(3, 1, 2\)"):
+        resolve_layout(asked(1, 3, 2), NANO, 6)
+
+
+def test_tp_and_a_dp_axis_cannot_both_be_open():
+    with pytest.raises(ConfigError, match=r"parallel.dp_shard=-1 parallel.tp=-1.*-1 for tp alone"):
+        resolve_layout(asked(1, -1, -1), NANO, 4)
+
+
+def test_sequence_parallelism_needs_tensor_parallelism():
+    with pytest.raises(ConfigError, match=r"parallel\.sp"):
+        asked(1, -1, 1, sp=True)
+    with pytest.raises(ConfigError, match=r"parallel\.sp=true"):
+        resolve_layout(asked(1, 4, -1, sp=True), NANO, 4)
+    assert resolve_layout(asked(1, 2, 2, sp=True), NANO, 4) == Layout(1, 2, 2)
 
 
 def test_a_batch_that_ranks_cannot_share_names_the_nearest_that_they_can():
     config = compose_config(["stage=language", "stage.global_batch=10"])
-    check_batch(config, Layout(1, 2, 1))
+    check_batch(config, Layout(1, 2, 4))
     with pytest.raises(ConfigError, match=r"stage.global_batch=10: .* 4 data-parallel ranks.* 8 or 12"):
         check_batch(config, Layout(1, 4, 1))
+
+
+def test_sequences_that_ranks_cannot_share_name_the_nearest_that_they_can():
+    config = compose_config(["stage=language", "parallel.tp=4", "parallel.sp=true", "stage.seq_len=30"])
+    with pytest.raises(ConfigError, match=r"stage.seq_len=30: .* tp=4, such as 28 or 32"):
+        check_batch(config, Layout(1, 1, 4))
+    check_batch(config, Layout(1, 1, 2))
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_every_layout_that_fits_cuts_every_parameter_evenly_over_tp_and_dp_shard(tp):
+    for layout in layouts_of(LARGE, 64 * tp):
+        for name, place in placements(LARGE, layout).items():
+            shard = place.local(layout)
+            uneven = place.fsdp_dim if place.padded[place.fsdp_dim] % layout.dp_shard else None
+            assert uneven in (None, 0), (name, layout)  # FSDP cuts unevenly on dimension 0 only
+            if place.tp_dim is not None:
+                assert place.tp_dim != place.fsdp_dim
+                assert shard[place.tp_dim] * layout.tp == place.padded[place.tp_dim]
+                assert place.padded[place.tp_dim] - place.logical[place.tp_dim] < layout.tp

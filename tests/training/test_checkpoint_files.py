@@ -63,6 +63,25 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, caplog, dam
     assert "using the one before" in caplog.text
 
 
+def test_a_file_of_tensors_that_is_not_its_own_is_damage(tmp_path):
+    """The reader takes every such file: one of another save would mix two steps without a word."""
+    make(tmp_path, 1)
+    newest = make(tmp_path, 2)
+    (newest / "notes.txt").write_text("mine")
+    files.verify(newest)
+    (newest / "shard-00002.safetensors").write_bytes(b"of another save")
+    with pytest.raises(ArtefactError, match=r"shard-00002\.safetensors is not part of it"):
+        files.verify(newest)
+    assert files.newest_intact(tmp_path) == tmp_path / files.step_name(1)
+
+
+def test_a_damaged_start_is_refused_and_others_are_named(tmp_path):
+    make(tmp_path, 1)
+    flip_a_byte(make(tmp_path, 2) / files.STATE)
+    with pytest.raises(ArtefactError, match=r"state\.json is damaged .*others beside it: step_00000001"):
+        files.find_intact(tmp_path)
+
+
 def test_when_every_checkpoint_is_damaged_the_run_does_not_silently_start_anew(tmp_path):
     (make(tmp_path, 1) / files.MANIFEST).unlink()
     with pytest.raises(ArtefactError, match="no intact checkpoint"):

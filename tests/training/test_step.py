@@ -7,6 +7,7 @@ from torch import nn
 
 from dist_lm.config import StageConfig
 from dist_lm.data.batch import Batch
+from dist_lm.model.cross_entropy import token_losses
 from dist_lm.training.loss import next_token
 from dist_lm.training.objective import LossSum
 from dist_lm.training.optimizer import build_optimizer, is_decayed, named_state
@@ -15,10 +16,10 @@ from dist_lm.training.step import train_step
 VOCAB = 11
 
 
-@pytest.fixture(scope="module")
-def group():
+@pytest.fixture(scope="module", autouse=True)
+def one_rank():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
+    yield
     dist.destroy_process_group()
 
 
@@ -32,8 +33,10 @@ class Toy(nn.Module):
         self.final_norm = nn.LayerNorm(6)
         self.lm_head = nn.Linear(6, VOCAB)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        return self.lm_head(self.final_norm(self.embedding(batch.tokens_BT)))
+    def token_losses(self, batch: Batch, label_smoothing: float = 0.0, z_loss: float = 0.0) -> torch.Tensor:
+        logits = self.lm_head(self.final_norm(self.embedding(batch.tokens_BT)))
+        losses = token_losses(logits.flatten(0, 1), batch.targets_BT.flatten(), label_smoothing, z_loss)
+        return losses.view_as(batch.targets_BT)
 
 
 def batch_of(rows: slice) -> Batch:
@@ -45,7 +48,7 @@ def batch_of(rows: slice) -> Batch:
     return Batch(*(getattr(whole, name)[rows] for name in Batch.__dataclass_fields__))
 
 
-def step(model, optimizer, batches, group, objective=None, grad_clip=1.0):
+def step(model, optimizer, batches, objective=None, grad_clip=1.0):
     return train_step(
         model,
         optimizer,
@@ -53,7 +56,7 @@ def step(model, optimizer, batches, group, objective=None, grad_clip=1.0):
         objective or next_token(0.1),
         batches,
         grad_clip=grad_clip,
-        group=group,
+        counts=True,
         stop_requested=False,
     )
 
@@ -63,23 +66,23 @@ def optimizer_of(model):
 
 
 @pytest.mark.parametrize("cuts", [(8,), (4, 4), (1, 2, 5), (1,) * 8], ids=str)
-def test_the_step_does_not_depend_on_how_the_batch_is_cut(group, cuts):
+def test_the_step_does_not_depend_on_how_the_batch_is_cut(cuts):
     results = []
     for pieces in ((8,), cuts):
         model = Toy()
         optimizer = optimizer_of(model)
         starts = [sum(pieces[:i]) for i in range(len(pieces))]
         batches = [batch_of(slice(start, start + size)) for start, size in zip(starts, pieces, strict=True)]
-        result = step(model, optimizer, batches, group)
+        result = step(model, optimizer, batches)
         results.append((result.loss, result.grad_norm, torch.cat([p.detach().flatten() for p in model.parameters()])))
     assert results[1][:2] == pytest.approx(results[0][:2], rel=1e-6)
     torch.testing.assert_close(results[1][2], results[0][2], rtol=1e-5, atol=1e-7)
 
 
-def test_the_step_is_that_of_torch_on_the_mean_loss(group):
+def test_the_step_is_that_of_torch_on_the_mean_loss():
     model, reference = Toy(), Toy()
     batch = batch_of(slice(0, 8))
-    step(model, optimizer_of(model), [batch], group, grad_clip=0.05)
+    step(model, optimizer_of(model), [batch], grad_clip=0.05)
     loss = next_token(0.1)(reference, batch)
     (loss.total / loss.count).backward()
     nn.utils.clip_grad_norm_(reference.parameters(), 0.05)
@@ -89,7 +92,7 @@ def test_the_step_is_that_of_torch_on_the_mean_loss(group):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_gradients_that_are_not_finite_change_nothing(group, bad):
+def test_gradients_that_are_not_finite_change_nothing(bad):
     model = Toy()
     optimizer = optimizer_of(model)
     before = [p.detach().clone() for p in model.parameters()]
@@ -98,12 +101,12 @@ def test_gradients_that_are_not_finite_change_nothing(group, bad):
         loss = next_token(0.0)(forward, batch)
         return LossSum(loss.total * bad, loss.count)
 
-    result = step(model, optimizer, [batch_of(slice(0, 8))], group, broken)
+    result = step(model, optimizer, [batch_of(slice(0, 8))], broken)
     assert not result.applied
     for parameter, value in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter, value)
     assert all(not state.any() for _, state in named_state(model, optimizer))
-    assert step(model, optimizer, [batch_of(slice(0, 8))], group).applied
+    assert step(model, optimizer, [batch_of(slice(0, 8))]).applied
 
 
 def test_decay_is_for_matrices_only():

@@ -1,0 +1,134 @@
+"""`parallel=auto`: the layout whose estimated step is the fastest of those that fit. No torch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from dist_lm.config import Config, ParallelConfig
+from dist_lm.dry_run.estimate import estimate_memory, estimate_work
+from dist_lm.dry_run.work import step_seconds
+from dist_lm.errors import ConfigError
+from dist_lm.parallel.layout import Layout, check_batch, layouts_of
+
+USABLE = 0.85
+"""Share of a device's memory to plan for: the rest is for the driver, fragments, and what the estimate misses."""
+
+SHOWN = 6
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to lay a run out."""
+
+    parallel: ParallelConfig
+    layout: Layout
+    memory: int  # bytes at the peak
+    seconds: float  # of a step
+
+    def fits(self, memory_gib: float) -> bool:
+        return self.memory <= USABLE * memory_gib * 2**30
+
+
+def choose_layout(config: Config, world_size: int) -> ParallelConfig:
+    """`config.parallel` as it is, or with parallel.auto the fastest that fits: a pure function of its arguments.
+
+    Raises:
+        ConfigError: nothing fits.
+    """
+    return best(config, candidates(config, world_size)).parallel if config.parallel.auto else config.parallel
+
+
+def candidates(config: Config, world_size: int) -> list[Candidate]:
+    """Everything that can be tried, the fastest first; of equally fast ones the plainest.
+
+    Raises:
+        ConfigError: no layout of so many ranks fits the model and the batch.
+    """
+    found = []
+    for layout in layouts_of(config.model, world_size):
+        if layout.tp > config.hardware.devices_per_node:
+            continue  # every layer would wait for the network
+        for parallel in _variants(config, layout):
+            tried = replace(config, parallel=parallel)
+            try:
+                check_batch(tried, layout)
+            except ConfigError:
+                continue
+            seconds = step_seconds(estimate_work(tried, layout), layout, config.hardware)
+            found.append(Candidate(parallel, layout, estimate_memory(tried, layout).peak, seconds))
+    if not found:
+        raise ConfigError(
+            f"parallel.auto=true: no layout of {world_size} ranks can share stage.global_batch="
+            f"{config.stage.global_batch}: give a multiple of {world_size}, or fewer ranks"
+        )
+    return sorted(found, key=lambda candidate: float(f"{candidate.seconds:.3g}"))
+
+
+def best(config: Config, found: list[Candidate]) -> Candidate:
+    """The first that fits.
+
+    Raises:
+        ConfigError: none does.
+    """
+    memory_gib = config.hardware.memory_gib
+    for candidate in found:
+        if candidate.fits(memory_gib):
+            return candidate
+    least = min(found, key=lambda candidate: candidate.memory)
+    raise ConfigError(
+        f"parallel.auto=true: no layout fits {USABLE:.0%} of hardware.memory_gib={memory_gib:g}; the smallest takes "
+        f"{least.memory / 2**30:.1f} GiB ({describe(least)}): lower stage.micro_batch={config.stage.micro_batch}, or "
+        "use more ranks"
+    )
+
+
+def table(config: Config, found: list[Candidate]) -> list[tuple[str, str, str, str]]:
+    """(layout, step, memory, verdict) of the fastest candidates and the chosen one, one a mesh."""
+    chosen, rows, seen = best(config, found), [], set()
+    for candidate in found:
+        if candidate is not chosen and (candidate.layout in seen or candidate.layout == chosen.layout):
+            continue
+        if candidate is not chosen and len(rows) >= SHOWN - 1:
+            continue
+        seen.add(candidate.layout)
+        verdict = "too much memory" if not candidate.fits(config.hardware.memory_gib) else "slower"
+        rows.append(
+            (
+                describe(candidate),
+                f"{candidate.seconds:.3g} s",
+                f"{candidate.memory / 2**30:.1f} GiB",
+                "chosen" if candidate is chosen else verdict,
+            )
+        )
+    return rows
+
+
+def describe(candidate: Candidate) -> str:
+    """What the candidate sets, for people."""
+    parallel = candidate.parallel
+    extras = [
+        *(["sp"] if parallel.sp else []),
+        *(
+            []
+            if parallel.activation_checkpointing == "none"
+            else [f"checkpointing {parallel.activation_checkpointing}"]
+        ),
+        *([] if parallel.reshard_after_forward else ["no reshard"]),
+    ]
+    return ", ".join([str(candidate.layout), *extras])
+
+
+def _variants(config: Config, layout: Layout) -> Iterator[ParallelConfig]:
+    """The plainest first."""
+    for checkpointing in ("none", "selective", "full"):
+        for sp in (False, True) if layout.tp > 1 else (False,):
+            for reshard in (True, False) if layout.dp_shard > 1 else (True,):
+                yield replace(
+                    config.parallel,
+                    auto=False,
+                    dp_replicate=layout.dp_replicate,
+                    dp_shard=layout.dp_shard,
+                    tp=layout.tp,
+                    sp=sp,
+                    activation_checkpointing=checkpointing,
+                    reshard_after_forward=reshard,
+                )

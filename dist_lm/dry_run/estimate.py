@@ -1,0 +1,187 @@
+"""What a step of one rank holds and costs, by arithmetic: rough, but thousands of layouts a second. No torch.
+
+`parallel=auto` compares layouts with it; the dry run then plays the step it chose. Tests hold the two together.
+
+Dimensions: B sequences and T tokens of a micro-batch, D d_model, H K attention width and F d_ff of this rank.
+"""
+
+import math
+from dataclasses import dataclass
+
+from dist_lm.config import Config
+from dist_lm.dry_run.work import WORLD, StepMemory, Work
+from dist_lm.parallel.layout import Layout
+from dist_lm.parallel.placement import placements, slice_of
+
+FP32_BYTES = 4
+ELEMENTWISE_PASSES = 6  # over what a block makes, by its operations that are no products
+# by whether the vocabulary is spread over ranks: passes over a block of fp32 logits, and the most bytes a logit takes
+LOSS_PASSES = (10, 25)
+LOSS_BYTES = (10.5, 15)
+SLICE_PASSES = 6  # times a tensor-parallel rank reads or writes its part of a weight beside the products
+OPTIMIZER_PASSES = 9  # times a step reads or writes each fp32 shard: scale and norm of gradients, AdamW
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The sizes an estimate hangs on."""
+
+    own: int  # elements of this rank's shards
+    blocks: int  # elements of all blocks once FSDP has gathered them, a tensor-parallel rank's part
+    outside: int  # embedding, head and final norm, gathered
+    head: int  # the output head alone
+    n_layers: int
+    tokens: int  # of a micro-batch
+    micro_batches: int
+    width: int  # D
+    attention: int  # H K
+    hidden: int  # F
+    kept_hidden: int  # tensors of width F that a block keeps
+    vocabulary: int
+
+
+def is_half(config: Config) -> bool:
+    """Whether the forward and backward pass computes in bf16 on `config.hardware`."""
+    dtype = config.parallel.compute_dtype
+    return dtype == "bf16" or (dtype == "auto" and config.hardware.device == "cuda")
+
+
+def micro_batches_of(config: Config, layout: Layout) -> tuple[int, int]:
+    """(micro-batches a rank takes in a step, sequences in the largest)."""
+    sequences = max(1, config.stage.global_batch // layout.dp)
+    size = min(config.stage.micro_batch, sequences)
+    return -(-sequences // size), size
+
+
+def shapes_of(config: Config, layout: Layout) -> Shapes:
+    """The sizes of `config` on the rank of `layout` that has most."""
+    model = config.model
+    own = blocks = outside = 0
+    for name, place in placements(model, layout).items():
+        own += math.prod(place.local(layout))
+        whole = math.prod(place.padded) // (1 if place.tp_dim is None else layout.tp)
+        blocks += whole if name.startswith("blocks.") else 0
+        outside += 0 if name.startswith("blocks.") else whole
+    micro_batches, size = micro_batches_of(config, layout)
+    vocabulary = slice_of(model.vocab_size, layout.tp, 0).held
+    return Shapes(
+        own=own,
+        blocks=blocks,
+        outside=outside,
+        head=vocabulary * model.d_model,
+        n_layers=model.n_layers,
+        tokens=size * config.stage.seq_len,
+        micro_batches=micro_batches,
+        width=model.d_model,
+        attention=slice_of(model.n_heads, layout.tp, 0).held * model.d_head,
+        hidden=slice_of(model.d_ff, layout.tp, 0).held,
+        kept_hidden=4 if model.ffn == "swiglu" else 2,
+        vocabulary=vocabulary,
+    )
+
+
+def estimate_memory(config: Config, layout: Layout) -> StepMemory:
+    """Bytes of tensors on the rank of `layout` that holds most."""
+    parallel, shapes = config.parallel, shapes_of(config, layout)
+    size = 2 if is_half(config) else FP32_BYTES
+    whole = shapes.blocks + shapes.outside
+    sharded = layout.dp > 1 or size != FP32_BYTES
+    adds_up = shapes.micro_batches > 1 and not parallel.reduce_every_micro_batch
+    gradients = FP32_BYTES * (whole if adds_up or not sharded else shapes.own)
+    gathered = 0
+    if sharded:
+        in_blocks = shapes.blocks * (2 / shapes.n_layers if parallel.reshard_after_forward else 1)
+        gathered = size * (shapes.outside + in_blocks)
+    made, kept = _block_activations(config, layout, shapes, size)
+    block = 0.0 if parallel.activation_checkpointing == "none" else made  # made again, one block at a time
+    chunk = _chunk(config, shapes)
+    loss = chunk * shapes.vocabulary * LOSS_BYTES[layout.tp > 1]
+    mask = 0 if config.hardware.device == "cuda" or not config.stage.document_mask else config.stage.seq_len * size
+    residual = 4 * size * shapes.tokens * shapes.width + mask * shapes.tokens
+    # the peak is at the turn from forward to backward, or where the gradients of the root are reduced at the end
+    turn = gathered + shapes.n_layers * kept + max(loss, block) + residual
+    copies = 1 if config.hardware.device == "cuda" else 2  # gloo makes one of its own
+    end = FP32_BYTES * shapes.outside * copies + gathered + block + residual if sharded else 0.0
+    return StepMemory(
+        parameters=FP32_BYTES * shapes.own,
+        gradients=gradients,
+        optimizer=2 * FP32_BYTES * shapes.own,
+        activations=round(max(turn, end)),
+    )
+
+
+def _block_activations(config: Config, layout: Layout, shapes: Shapes, size: int) -> tuple[float, float]:
+    """Bytes that (one block makes for its backward pass, it keeps until then)."""
+    parallel = config.parallel
+    residual = shapes.width / (layout.tp if parallel.sp else 1)  # inputs of both norms
+    normed = shapes.width if parallel.sp else residual  # gathered, they are whole
+    made = 2 * residual + 2 * normed + 5 * shapes.attention + shapes.kept_hidden * shapes.hidden
+    if config.stage.dropout:
+        made += 2 * residual * (1 + 1 / size)
+    kept = {
+        "none": made,
+        # outputs of matrix products and attention
+        "selective": 3 * residual + 4 * shapes.attention + (shapes.kept_hidden // 2) * shapes.hidden,
+        "full": residual,
+    }[parallel.activation_checkpointing]
+    return made * size * shapes.tokens, kept * size * shapes.tokens
+
+
+def _chunk(config: Config, shapes: Shapes) -> int:
+    """Tokens whose logits exist at once."""
+    return min(shapes.tokens, max(1, (config.parallel.loss_chunk_mib << 20) // (FP32_BYTES * shapes.vocabulary)))
+
+
+def estimate_work(config: Config, layout: Layout) -> Work:
+    """The work of a step on the rank of `layout` that has most."""
+    parallel, shapes, hardware = config.parallel, shapes_of(config, layout), config.hardware
+    half = is_half(config)
+    size = 2 if half else FP32_BYTES
+    part = Work()
+    recomputed = {"none": 0, "selective": 0, "full": 1}[parallel.activation_checkpointing]
+    attention = shapes.tokens * config.stage.seq_len * shapes.attention * shapes.n_layers
+    head_passes = 4 if _chunk(config, shapes) < shapes.tokens else 3
+    part.operation(2 * shapes.tokens * shapes.blocks * (3 + recomputed), 0, hardware, half)
+    part.operation(attention * (4 + 10 + 4 * recomputed), 0, hardware, half)
+    part.operation(2 * shapes.tokens * shapes.head * head_passes, 0, hardware, half)
+    made, _ = _block_activations(config, layout, shapes, size)
+    again = 0 if parallel.activation_checkpointing == "none" else 1
+    part.operation(0, made * shapes.n_layers * (ELEMENTWISE_PASSES + 2 * again), hardware, half)
+    part.operation(0, shapes.tokens * shapes.vocabulary * FP32_BYTES * LOSS_PASSES[layout.tp > 1], hardware, half)
+    if layout.tp > 1:
+        part.operation(0, SLICE_PASSES * size * (shapes.blocks + shapes.outside), hardware, half)
+    _messages_of_micro_batch(part, config, layout, shapes, size)
+    work = part * shapes.micro_batches
+    reductions = shapes.micro_batches if parallel.reduce_every_micro_batch else 1
+    whole = FP32_BYTES * (shapes.blocks + shapes.outside)
+    units = shapes.n_layers + 1
+    for _ in range(reductions):
+        _spread(work, "reduce_scatter", "dp_shard", layout.dp_shard, whole, units)
+        _spread(work, "all_reduce", "dp_replicate", layout.dp_replicate, FP32_BYTES * shapes.own, units)
+        work.operation(0, 2 * whole, hardware, half)
+    work.operation(0, 3 * whole * (shapes.micro_batches - 1), hardware, half)
+    work.operation(0, OPTIMIZER_PASSES * FP32_BYTES * shapes.own, hardware, half)
+    work.collective("all_reduce", WORLD, layout.world_size, 8)
+    return work
+
+
+def _messages_of_micro_batch(work: Work, config: Config, layout: Layout, shapes: Shapes, size: int) -> None:
+    parallel, layers = config.parallel, shapes.n_layers
+    gathers = 2 if parallel.reshard_after_forward else 1
+    _spread(work, "all_gather", "dp_shard", layout.dp_shard, gathers * size * shapes.blocks, gathers * layers)
+    _spread(work, "all_gather", "dp_shard", layout.dp_shard, size * shapes.outside, 1)
+    if layout.dp > 1:  # copied out of the gathered buffer
+        copies = 2 * size * (gathers * shapes.blocks + shapes.outside)
+        work.operation(0, copies, config.hardware, size != FP32_BYTES)
+    stream = size * shapes.tokens * shapes.width
+    # two regions a block, forward and backward; the embedding, and the input of the head; again where all is recomputed
+    regions = layers * (4 + (2 if parallel.activation_checkpointing == "full" else 0)) + 2
+    if parallel.sp:
+        work.collective("all_gather", "tp", layout.tp, stream, regions)
+        work.collective("reduce_scatter", "tp", layout.tp, stream, regions)
+    else:
+        work.collective("all_reduce", "tp", layout.tp, stream, regions)
+
+
+def _spread(work: Work, kind: str, axis: str, ranks: int, size: float, messages: int) -> None:
+    work.collective(kind, axis, ranks, round(size / messages), messages)

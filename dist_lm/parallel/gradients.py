@@ -1,0 +1,57 @@
+"""Gradients of which ranks hold parts: sums over the tensor-parallel axis, and the norm of all of them."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from dist_lm.parallel.tensor_parallel import TensorParallelTransformer
+
+
+@torch.no_grad()
+def reduce_partial_gradients(model: nn.Module) -> None:
+    """Sum over tp the gradients of parameters that every tp rank holds but uses a part of (collective).
+
+    Once a step, after the last micro-batch, all in one message. The shards of FSDP are summed: both sums are linear, so
+    their order does not matter.
+    """
+    if not isinstance(model, TensorParallelTransformer):
+        return
+    parameters = dict(model.named_parameters())
+    gradients = [shard_of(gradient) for name in model.partial if (gradient := parameters[name].grad) is not None]
+    assert len(gradients) == len(model.partial), "every parameter takes part in every step"
+    if not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat, group=model.axis.group)
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+@torch.no_grad()
+def global_norm(gradients: Sequence[torch.Tensor]) -> float:
+    """L2 norm over all gradients, wherever their shards are (collective): one message, summed in float64."""
+    counted = [shard_of(gradient) for gradient in gradients if _is_first_copy(gradient)]
+    squares = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
+    if counted:
+        squares += torch.stack(torch._foreach_norm(counted)).double().square().sum()
+    dist.all_reduce(squares)
+    return float(squares.sqrt())
+
+
+def shard_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, outside autograd."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _is_first_copy(tensor: torch.Tensor) -> bool:
+    """Whether this rank is the first of those that hold the same shard."""
+    if not isinstance(tensor, DTensor):
+        return True
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    return all(
+        index == 0 for index, placement in zip(coordinate, tensor.placements, strict=True) if placement.is_replicate()
+    )

@@ -1,0 +1,97 @@
+"""Where every parameter lies: the dimension tensor parallelism cuts, the one FSDP cuts, and what is padded. No torch.
+
+FSDP cuts a dimension that tensor parallelism does not, so no shard is cut twice along one dimension. Norms and biases
+are the same on all tensor-parallel ranks; a module takes its slice of a bias as it needs it.
+"""
+
+from dataclasses import dataclass
+
+from dist_lm.config import ModelConfig
+from dist_lm.model.size import Shape, parameter_shapes
+from dist_lm.parallel.layout import Layout
+
+# every tp rank sees all of their use (unless ranks hold different tokens), so their gradients are whole
+WHOLE_GRADIENT = ("norm.weight", "norm.bias", "output_bias", "down.bias")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One parameter on the mesh."""
+
+    logical: Shape
+    padded: Shape  # the tp dimension rounded up to a multiple of tp
+    tp_dim: int | None  # cut by tensor parallelism; none: every tp rank holds all of it
+    fsdp_dim: int  # cut by dp_shard
+
+    def local(self, layout: Layout) -> Shape:
+        """Shape of the largest shard."""
+        shape = list(self.padded)
+        if self.tp_dim is not None:
+            shape[self.tp_dim] //= layout.tp
+        shape[self.fsdp_dim] = -(-shape[self.fsdp_dim] // layout.dp_shard)
+        return tuple(shape)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The part of a dimension that one tensor-parallel rank works on."""
+
+    start: int
+    real: int  # entries of the logical tensor
+    held: int  # entries with padding, the same on every rank
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.real
+
+
+def slice_of(size: int, tp: int, rank: int) -> Slice:
+    """Rank `rank`'s part of a dimension of `size`, cut over `tp` ranks as `torch.chunk` cuts."""
+    held = -(-size // tp)
+    start = min(rank * held, size)
+    return Slice(start, min(held, size - start), held)
+
+
+def shards_key_heads(model: ModelConfig, tp: int) -> bool:
+    """Whether a rank's query heads are whole groups, so that key and value heads can be cut with them.
+
+    Otherwise every rank holds all key and value heads (few, under grouped-query attention) and computes those it reads.
+    """
+    return slice_of(model.n_heads, tp, 0).held % (model.n_heads // model.kv_heads) == 0
+
+
+def placements(model: ModelConfig, layout: Layout) -> dict[str, Placement]:
+    """The placement of every parameter, by name, in the order of `Transformer.named_parameters()`."""
+    return {name: _placement(name, shape, model, layout) for name, shape in parameter_shapes(model).items()}
+
+
+def partial_gradients(model: ModelConfig, layout: Layout, sp: bool) -> list[str]:
+    """Replicated parameters of which each tp rank sees a part of the use: their gradients are summed over tp."""
+    return [
+        name
+        for name, placement in placements(model, layout).items()
+        if layout.tp > 1 and placement.tp_dim is None and (sp or not name.endswith(WHOLE_GRADIENT))
+    ]
+
+
+def _placement(name: str, shape: Shape, model: ModelConfig, layout: Layout) -> Placement:
+    if layout.tp == 1:
+        return Placement(shape, shape, None, whole_fsdp_dim(shape, layout.dp_shard))
+    if len(shape) == 1 or name.endswith("_bias") or (_reads_keys(name) and not shards_key_heads(model, layout.tp)):
+        return Placement(shape, shape, None, 2 if len(shape) == 3 else 0)
+    tp_dim = 1 if name.endswith("down.weight") else 0
+    padded = list(shape)
+    padded[tp_dim] = slice_of(shape[tp_dim], layout.tp, 0).held * layout.tp
+    return Placement(shape, tuple(padded), tp_dim, 2 if len(shape) == 3 else 1 - tp_dim)
+
+
+def _reads_keys(name: str) -> bool:
+    return name.endswith(("attention.key", "attention.value"))
+
+
+def whole_fsdp_dim(shape: Shape, ranks: int) -> int:
+    """d_model of attention weights (n_heads, d_head, d_model), else 0.
+
+    Heads are few and divide by no usual number of ranks; FSDP cuts unevenly on dimension 0 only.
+    """
+    return 2 if len(shape) == 3 and shape[2] % ranks == 0 else 0

@@ -1,0 +1,210 @@
+"""The transformer over tensor-parallel ranks: each takes some heads, some hidden units, some of the vocabulary.
+
+Parameters are DTensors on the tp axis, with zeros after the last head (hidden unit, piece) so that every rank holds as
+many; a module computes with its shard, and what is padded never reaches a result: it keeps a gradient of zero and stays
+zero. The modules have the parameter names of the plain ones.
+
+Dimensions: B sequences, T tokens, D d_model, H query heads, G key/value heads, K d_head, F d_ff (all of this rank).
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the name the field uses
+from torch import nn
+
+from dist_lm.config import ModelConfig
+from dist_lm.model.attention import Attention, Visibility, attend, from_heads, to_heads
+from dist_lm.model.cross_entropy import losses_in_chunks
+from dist_lm.model.dropout import DropoutKey
+from dist_lm.model.feed_forward import FeedForward, activate
+from dist_lm.model.kv_cache import KVCache
+from dist_lm.model.norm import build_norm
+from dist_lm.model.rope import RopeTables, rotate
+from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.cross_entropy import vocab_parallel_losses
+from dist_lm.parallel.placement import Slice, shards_key_heads, slice_of
+from dist_lm.parallel.tensor_axis import TensorAxis, local
+
+
+class TensorParallelTransformer(Transformer):
+    """`Transformer` whose layers are shared by the ranks of a `TensorAxis`."""
+
+    def __init__(self, config: ModelConfig, axis: TensorAxis, partial: list[str]) -> None:
+        """
+        Args:
+            partial: names of the parameters whose gradients have to be summed over the axis.
+        """
+        super().__init__(config)
+        self.axis = axis
+        self.partial = partial
+        self.pieces = slice_of(config.vocab_size, axis.size, axis.rank)
+        self.embedding = VocabParallelEmbedding(config, axis)
+        for layer, block in enumerate(self.blocks):
+            block.attention = HeadParallelAttention(config, layer, axis)
+            block.feed_forward = WidthParallelFeedForward(config, axis)
+            block.attention_norm = ReplicatedNorm(config)
+            block.feed_forward_norm = ReplicatedNorm(config)
+        self.final_norm = ReplicatedNorm(config)
+
+    def hidden(
+        self,
+        tokens_BT: torch.Tensor,
+        *,
+        document_BT: torch.Tensor | None = None,
+        position_BT: torch.Tensor | None = None,
+        dropout: DropoutKey | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """The normalised residual stream: (B, T, D), or under sequence parallelism this rank's tokens of it."""
+        if dropout is not None:
+            dropout = replace(dropout, first_token=self.axis.first_token(tokens_BT.shape[1]))
+        return super().hidden(tokens_BT, document_BT=document_BT, position_BT=position_BT, dropout=dropout, cache=cache)
+
+    def head(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        raise TypeError("logits are never whole under tensor parallelism: use token_losses, or an unsharded copy")
+
+    def losses_of_hidden(
+        self,
+        x_BTD: torch.Tensor,
+        targets_BT: torch.Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        chunk_bytes: int = 0,
+    ) -> torch.Tensor:
+        x_ND, pieces = self.axis.enter(x_BTD).flatten(0, 1), self.pieces
+
+        def losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+            return vocab_parallel_losses(
+                logits_NV[:, : pieces.real],
+                targets_N,
+                pieces,
+                self.config.vocab_size,
+                self.axis,
+                label_smoothing,
+                z_loss,
+            )
+
+        # with its padding, as long on every rank: they have to meet in as many chunks
+        weight_VD = local(self.head_weight)
+        return losses_in_chunks(x_ND, weight_VD, targets_BT.flatten(), losses, chunk_bytes)
+
+
+class VocabParallelEmbedding(nn.Embedding):
+    """Each rank looks up the pieces it holds."""
+
+    def __init__(self, config: ModelConfig, axis: TensorAxis) -> None:
+        super().__init__(config.vocab_size, config.d_model)
+        self.axis = axis
+        self.pieces = slice_of(config.vocab_size, axis.size, axis.rank)
+
+    def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        row_BT = tokens_BT - self.pieces.start
+        held_BT = (row_BT >= 0) & (row_BT < self.pieces.real)
+        part_BTD = F.embedding(row_BT.where(held_BT, 0), local(self.weight))
+        return self.axis.leave(part_BTD * held_BT[..., None])
+
+
+class ReplicatedNorm(nn.Module):
+    """The norm of the model, with weights that all ranks hold."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        norm = build_norm(config)
+        self.rms, self.shape, self.eps = isinstance(norm, nn.RMSNorm), [config.d_model], config.norm_eps
+        self.weight = nn.Parameter(torch.empty(config.d_model))
+        self.bias = nn.Parameter(torch.empty(config.d_model)) if getattr(norm, "bias", None) is not None else None
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        if self.rms:
+            return F.rms_norm(x_BTD, self.shape, local(self.weight), self.eps)
+        return F.layer_norm(
+            x_BTD, self.shape, local(self.weight), None if self.bias is None else local(self.bias), self.eps
+        )
+
+
+class HeadParallelAttention(Attention):
+    """Each rank attends with its query heads."""
+
+    def __init__(self, config: ModelConfig, layer: int, axis: TensorAxis) -> None:
+        super().__init__(config, layer)
+        self.axis = axis
+        self.heads = slice_of(config.n_heads, axis.size, axis.rank)
+        self.keys, self.queries_of_key = keys_of(config, axis)
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        rope: RopeTables,
+        visibility: Visibility,
+        cache: KVCache | None = None,
+        position_BT: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        assert cache is None, "decoding runs on an unsharded copy"
+        x_BTD = self.axis.enter(x_BTD)
+        q_BTHK = to_heads(x_BTD, local(self.query), bias_of(self.query_bias, self.heads))
+        k_BSGK = to_heads(x_BTD, self._key_rows(self.key), bias_of(self.key_bias, self.keys))
+        v_BSGK = to_heads(x_BTD, self._key_rows(self.value), bias_of(self.value_bias, self.keys))
+        k_BSGK = rotate(k_BSGK, rope)
+        if self.queries_of_key:
+            k_BSGK, v_BSGK = (_repeated(heads, self.queries_of_key) for heads in (k_BSGK, v_BSGK))
+        o_BTHK = attend(rotate(q_BTHK, rope), k_BSGK, v_BSGK, visibility)
+        real = self.heads.real
+        part_BTD = from_heads(o_BTHK[:, :, :real], local(self.output)[:real], None)
+        return with_bias(self.axis.leave(part_BTD), self.output_bias)
+
+    def _key_rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """This rank's key (or value) heads (G, K, D): its shard, or, where all ranks hold all, those it reads."""
+        held = local(weight)
+        return held if held.shape[0] == self.keys.held else held[self.keys.start : self.keys.stop]
+
+
+class WidthParallelFeedForward(FeedForward):
+    """Each rank computes its hidden units."""
+
+    def __init__(self, config: ModelConfig, axis: TensorAxis) -> None:
+        super().__init__(config)
+        self.axis = axis
+        self.units = slice_of(config.d_ff, axis.size, axis.rank)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        x_BTD = self.axis.enter(x_BTD)
+        gate_BTF = None if self.gate is None else self._project(x_BTD, self.gate)
+        h_BTF = activate(self._project(x_BTD, self.up), gate_BTF)
+        part_BTD = F.linear(h_BTF, local(self.down.weight)[:, : self.units.real])
+        return with_bias(self.axis.leave(part_BTD), self.down.bias)
+
+    def _project(self, x_BTD: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+        bias_F = None if layer.bias is None else local(layer.bias)[self.units.start : self.units.stop]
+        return F.linear(x_BTD, local(layer.weight)[: self.units.real], bias_F)
+
+
+def keys_of(config: ModelConfig, axis: TensorAxis) -> tuple[Slice, list[int]]:
+    """The key/value heads of a rank, and how many of its query heads read each (empty: equally many, or one each)."""
+    if shards_key_heads(config, axis.size):
+        return slice_of(config.kv_heads, axis.size, axis.rank), []
+    heads, group = slice_of(config.n_heads, axis.size, axis.rank), config.n_heads // config.kv_heads
+    # a padded query head reads some key head: what comes of it is cut off
+    read = [min(head, config.n_heads - 1) // group for head in range(heads.start, heads.start + heads.held)]
+    first, count = read[0], read[-1] - read[0] + 1
+    queries = [read.count(first + index) for index in range(count)]
+    return Slice(first, count, count), [] if len(set(queries)) == 1 else queries
+
+
+def _repeated(heads_BSGK: torch.Tensor, times: list[int]) -> torch.Tensor:
+    """Key head g `times[g]` times over: (B, S, H, K)."""
+    return torch.cat([heads_BSGK[:, :, g : g + 1].expand(-1, -1, n, -1) for g, n in enumerate(times)], dim=2)
+
+
+def bias_of(bias: torch.Tensor | None, part: Slice) -> torch.Tensor | None:
+    """A rank's rows of a bias (heads, K) that all ranks hold, zeros for padded heads."""
+    if bias is None:
+        return None
+    rows = local(bias)[part.start : part.stop]
+    return rows if part.real == part.held else F.pad(rows, (0, 0, 0, part.held - part.real))
+
+
+def with_bias(x_BTD: torch.Tensor, bias_D: torch.Tensor | None) -> torch.Tensor:
+    """Added after the parts are summed, so once."""
+    return x_BTD if bias_D is None else x_BTD + local(bias_D)

@@ -1,0 +1,92 @@
+"""What is in a checkpoint, for people: `python -m dist_lm checkpoint inspect PATH`."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from rich.text import Text
+
+from dist_lm.model.size import Shape
+from dist_lm.training import checkpoint_files as files
+from dist_lm.training.checkpoint_tensors import StoredTensor, stored_tensors
+
+
+def print_checkpoint(path: Path, console: Console) -> None:
+    """Step, model, tensors and files of the checkpoint at `path`, from headers alone: no tensor is read.
+
+    Raises:
+        ArtefactError: there is none, or a file of it is missing, cut short or foreign.
+    """
+    directory = files.find_checkpoint(path)
+    files.verify(directory, contents=False)
+    state, model = files.read_state(directory)
+    tensors = stored_tensors(directory)
+    console.print(Text(f"Checkpoint {directory}", style="bold"))
+    facts = Table(show_header=False, box=None)
+    facts.add_row("step", f"{state.step:,}")
+    facts.add_row("trained on", f"{state.tokens:,} tokens, {state.position:,} sequences")
+    if state.best_val_loss is not None:
+        facts.add_row("best val/loss", f"{state.best_val_loss:.4f}, step {state.best_step:,}")
+    facts.add_row("pointed at by", ", ".join(pointers(directory)) or "nothing")
+    facts.add_row("model", ", ".join(f"{key}={value}" for key, value in model.items()))
+    parameters = sum(tensor.elements for tensor in tensors.values() if tensor.name.startswith(files.MODEL))
+    facts.add_row("parameters", f"{parameters:,}")
+    console.print(facts)
+    console.print(_tensor_table(tensors.values()))
+    console.print(_file_table(directory, tensors.values()))
+
+
+def pointers(directory: Path) -> list[str]:
+    """Which of LATEST and BEST name this checkpoint."""
+    names = (files.LATEST, files.BEST)
+    return [name for name in names if files.read_pointer(directory.parent, name) == directory]
+
+
+def group_of(name: str) -> str:
+    """The row of a tensor: layers are taken together, and all of an optimizer's tensors of one kind."""
+    if name.startswith(files.OPTIMIZER):
+        return f"{files.OPTIMIZER}*.{name.rpartition('.')[2]}"
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+def _tensor_table(tensors: Iterable[StoredTensor]) -> Table:
+    groups: dict[str, list[StoredTensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(group_of(tensor.name), []).append(tensor)
+    table = Table("tensors", title="Tensors", title_justify="left")
+    table.add_column("count", justify="right")
+    for name in ("shape", "dtype"):
+        table.add_column(name)
+    table.add_column("elements", justify="right")
+    table.add_column("size", justify="right")
+    for name, group in groups.items():
+        shapes, dtypes = {tensor.shape for tensor in group}, {tensor.dtype for tensor in group}
+        table.add_row(
+            Text(name),
+            f"{len(group):,}",
+            _readable(shapes.pop()) if len(shapes) == 1 else f"{len(shapes)} shapes",
+            ", ".join(sorted(dtypes)),
+            f"{sum(tensor.elements for tensor in group):,}",
+            decimal(sum(tensor.bytes for tensor in group)),
+        )
+    return table
+
+
+def _readable(shape: Shape) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def _file_table(directory: Path, tensors: Iterable[StoredTensor]) -> Table:
+    parts = Counter(part.file.name for tensor in tensors for part in tensor.parts)
+    table = Table("file", title="Files", title_justify="left")
+    table.add_column("parts of tensors", justify="right")
+    table.add_column("size", justify="right")
+    for file in sorted(directory.iterdir()):
+        table.add_row(
+            Text(file.name), f"{parts[file.name]:,}" if parts[file.name] else "", decimal(file.stat().st_size)
+        )
+    return table

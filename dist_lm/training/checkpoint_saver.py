@@ -1,0 +1,107 @@
+"""Saving while training goes on: a copy in host memory, and one thread that writes it.
+
+At most one save is in flight: the next one waits for it, so a crash loses less than two intervals. All ranks learn of a
+failure, when they next save or wait.
+"""
+
+import logging
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from dist_lm.config import ModelConfig
+from dist_lm.parallel.mesh import World
+from dist_lm.training import checkpoint
+from dist_lm.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointSaver:
+    """Writes the checkpoints of a run, from `with` to its end; a clean end waits for the last one.
+
+    Beside training it takes host memory for a copy of what this rank holds of parameters and moments, kept from save
+    to save (on CUDA it is pinned, which takes time), and while it writes about `checkpoint.FILE_BYTES` more.
+
+    Args:
+        beside_training: False: `save` returns when the checkpoint is written.
+        keep: newest checkpoints kept.
+    """
+
+    def __init__(
+        self, checkpoints: Path, model_config: ModelConfig, world: World, *, keep: int, beside_training: bool
+    ) -> None:
+        self.checkpoints = checkpoints
+        self.model_config = model_config
+        self.world = world
+        self.keep = keep
+        self.beside_training = beside_training
+        # of its own: the thread's messages must not mix with those of training
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup), "all ranks are in it"
+        self.group = group
+        on_gpu = world.device.type == "cuda"
+        self.stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=on_gpu,
+                use_shared_memory=False,
+                use_async_staging=False,
+                use_non_blocking_copy=on_gpu,
+            )
+        )
+        # a thread starts on GPU 0, whatever the rank's own is
+        start = {"initializer": torch.cuda.set_device, "initargs": (world.device,)} if on_gpu else {}
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", **start)
+        self.in_flight: Future[Path] | None = None
+
+    def __enter__(self) -> "CheckpointSaver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.wait()
+        # after a failure other ranks may be gone, and a save that needs them never ends
+        self.thread.shutdown(wait=error is None)
+        self.stager.close()
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
+        """Save `state` and the tensors as they are now (collective), after the save before is done.
+
+        Raises:
+            CheckpointWriteError: on every rank, when the save before could not be written (or this one, if not beside
+                training).
+        """
+        self.wait()
+        tensors = checkpoint.tensors_of(model, optimizer, self.model_config)
+        if self.beside_training:
+            tensors = self.stager.stage(tensors)
+            assert isinstance(tensors, dict), "staged at once"
+        self.in_flight = self.thread.submit(self._write, tensors, state)
+        if not self.beside_training:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the save in flight is done (collective).
+
+        Raises:
+            CheckpointWriteError: on every rank, when it could not be written.
+        """
+        in_flight, self.in_flight = self.in_flight, None
+        if in_flight is not None:
+            in_flight.result()
+
+    def _write(self, tensors: dict[str, torch.Tensor], state: TrainState) -> Path:
+        started = time.perf_counter()
+        path = checkpoint.write(
+            self.checkpoints, tensors, state, self.model_config, self.world, group=self.group, keep=self.keep
+        )
+        log.info("%s written in %.1f s", path.name, time.perf_counter() - started)
+        return path

@@ -1,0 +1,36 @@
+"""The model as objectives and evaluators see it: bound to what this forward hangs on, asked by batch.
+
+Dimensions: B sequences, T tokens.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from dist_lm.data.batch import Batch
+from dist_lm.model.dropout import DropoutKey
+from dist_lm.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class BoundModel:
+    """A model, its dropout, and how much of its logits may exist at once."""
+
+    model: Transformer
+    document_mask: bool  # attention stays inside a document
+    chunk_bytes: int  # largest block of fp32 logits; 0: no limit
+    dropout: DropoutKey | None = None  # its sequence numbers are those of the batch
+
+    def token_losses(self, batch: Batch, label_smoothing: float = 0.0, z_loss: float = 0.0) -> torch.Tensor:
+        """Cross-entropy of every token of a batch in nats, fp32, (B, T), whether or not its loss mask counts it."""
+        losses_N = self.model.token_losses(
+            batch.tokens_BT,
+            batch.targets_BT,
+            document_BT=batch.document_BT if self.document_mask else None,
+            position_BT=batch.position_BT,
+            dropout=replace(self.dropout, sequence_B=batch.sequence_B) if self.dropout else None,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            chunk_bytes=self.chunk_bytes,
+        )
+        return losses_N.view_as(batch.targets_BT)  # here: what FSDP's root returns must not be a view

@@ -1,0 +1,77 @@
+"""Crews: every rank answers, what fails is reported in its own words, and nothing is left running."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dist_lm.bench.case import Case, Comparison, CrewSize
+from dist_lm.bench.crew import RankFailedError, crews
+from dist_lm.bench.run import NotTheSameError, check_same, run_case
+from dist_lm.cluster.process import is_alive
+from dist_lm.launcher.compose import compose_config
+
+PAIR = CrewSize(2)
+CONFIG = compose_config(["stage=language", "model=nano"])
+
+
+@pytest.fixture
+def toy(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    with crews("toy_benchmark", "cpu", tmp_path) as running:
+        yield running
+    assert not [rank.pid for crew in running.all() for rank in crew.ranks if rank.poll() is None]
+
+
+def case_of(*ways: str, same: tuple[str, ...] = ()) -> Case:
+    comparisons = [Comparison(ways[0], peer=ways[-1]), Comparison(ways[0], peer=ways[-1], fact="size MiB")]
+    return Case("toy", CONFIG, dict.fromkeys(ways, PAIR), comparisons, frozenset(same))
+
+
+def test_a_case_is_built_timed_and_reported(toy, tmp_path):
+    def ask(crew, request):
+        answers = toy[crew].ask(request)
+        assert len(answers) == crew.ranks
+        return answers
+
+    speed, size = run_case("toy", case_of("prints", "silent", same=("prints", "silent")), ask, tmp_path, quick=True)
+    assert speed.ratio == speed.value / speed.peer_value
+    assert (size.value, size.unit, size.rounds) == (10.0, "MiB", 1)
+    with pytest.raises(NotTheSameError, match="'other'"):
+        run_case("toy", case_of("prints", "other", same=("prints", "other")), ask, tmp_path, quick=True)
+
+
+def test_a_rank_that_ends_is_reported_with_the_end_of_its_log(toy, tmp_path):
+    with pytest.raises(RankFailedError, match=r"(?s)rank 1 .*exit code 1.*the reason, in its own words"):
+        run_case("toy", case_of("fails"), lambda crew, request: toy[crew].ask(request), tmp_path, quick=True)
+
+
+def test_losses_that_are_not_finite_are_not_the_same():
+    check_same({"a": [2.0, 1.0], "b": [2.0, 1.00001]})
+    with pytest.raises(NotTheSameError, match="step 1"):
+        check_same({"a": [2.0, 1.0], "b": [2.0, float("nan")]})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds ranks by their parent")
+def test_ctrl_c_ends_every_process():
+    overrides = ["model=nano", "model.n_layers=1", "stage.global_batch=2", "stage.seq_len=16", "device=cpu"]
+    bench = subprocess.Popen(
+        [sys.executable, "-m", "dist_lm", "bench", "fsdp", *overrides],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 60
+    while len(ranks := psutil.Process(bench.pid).children()) < 2:
+        assert bench.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    bench.send_signal(signal.SIGINT)
+    assert bench.wait(30) != 0
+    _, left = psutil.wait_procs(ranks, timeout=10)
+    assert not [rank.pid for rank in left if is_alive(rank)]

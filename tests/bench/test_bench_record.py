@@ -1,0 +1,54 @@
+"""Records: the keys that other programs read, what their numbers mean, and the table."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from dist_lm.bench.case import Case, Comparison, CrewSize
+from dist_lm.bench.record import records_of, table_of
+from dist_lm.launcher.compose import compose_config
+
+KEYS = (
+    *("bench", "case", "value", "unit", "peer", "peer_value", "ratio"),
+    *("ceiling", "ceiling_fraction", "rounds", "spread"),
+)
+SECONDS = {"ours": [0.1, 0.2, 0.1], "theirs": [0.4, 0.4, 0.5], "bound": [0.05, 0.05, 0.05]}
+FACTS = {"ours": {"peak MiB": 3.0}, "theirs": {"peak MiB": 4.0}, "bound": {}}
+
+
+def records(*comparisons: Comparison):
+    config = compose_config(["stage=language", "model=nano", "stage.global_batch=2", "stage.seq_len=50"])
+    case = Case("toy", config, dict.fromkeys(SECONDS, CrewSize(1)), comparisons, frozenset())
+    return records_of("test", case, SECONDS, FACTS)
+
+
+def test_a_line_has_the_keys_and_the_ratio_is_of_the_medians():
+    line = json.loads(records(Comparison("ours", peer="theirs", ceiling="bound"))[0].to_json())
+    assert tuple(line) == KEYS
+    assert (line["value"], line["peer_value"], line["ceiling"]) == pytest.approx((1000, 250, 2000))
+    assert line["ratio"] == line["value"] / line["peer_value"]
+    assert line["ceiling_fraction"] == line["value"] / line["ceiling"]
+    assert (line["unit"], line["rounds"], line["peer"]) == ("tokens/s", 3, "theirs")
+
+
+def test_a_peer_that_could_not_run_has_a_name_and_no_number():
+    line = json.loads(records(Comparison("ours", peer_name="theirs: not installed"))[0].to_json())
+    assert line["peer"] == "theirs: not installed"
+    assert all(line[key] is None for key in ("peer_value", "ratio", "ceiling", "ceiling_fraction"))
+
+
+def test_a_fact_is_compared_in_its_own_unit():
+    record = records(Comparison("ours", peer="theirs", fact="peak MiB"))[0]
+    assert (record.value, record.peer_value, record.ratio) == (3.0, 4.0, 0.75)
+    assert (record.unit, record.rounds, record.spread) == ("MiB", 1, 0.0)
+    assert record.case == "toy: ours, peak"
+
+
+def test_the_table_shows_all_of_it_in_eighty_columns():
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(table_of("Toy", records(Comparison("ours", peer="theirs", ceiling="bound"))))
+    shown = console.export_text()
+    for text in ("case", "value", "peer", "ratio", "ceiling", "spread", "1,000 tokens/s", "theirs", "4.00", "(50%)"):
+        assert text in shown

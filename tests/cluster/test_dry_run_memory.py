@@ -1,0 +1,49 @@
+"""What a dry run says a rank holds, against what the kernel says a rank held in a real step.
+
+The width of `medium` at two layers; the whole of it takes minutes, see docs/log.md.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dist_lm.config_file import save_config
+from dist_lm.dry_run.report import play_ranks
+from dist_lm.launcher.compose import compose_config
+from dist_lm.parallel.layout import resolve_layout
+
+pytestmark = pytest.mark.cluster
+
+SETTINGS = (
+    *("stage=language", "model=medium", "model.n_layers=2", "stage.seq_len=128", "stage.micro_batch=2"),
+    *("hardware=cpu", "device=cpu", "tracking=none"),
+)
+
+
+@pytest.mark.parametrize(
+    ("override", "global_batch"), [("parallel.dp_shard=2", 8), ("parallel.tp=2", 4)], ids=["fsdp", "tp"]
+)
+def test_measured_memory_is_what_the_dry_run_says(override, global_batch, tmp_path, monkeypatch):
+    config = compose_config([*SETTINGS, override, f"stage.global_batch={global_batch}"])
+    save_config(config, tmp_path / "config.yaml")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+            *("-m", "tests.cluster.measured_step", str(tmp_path / "config.yaml"), "2"),
+        ],
+        # memory that is freed goes back at once, so that the kernel's figure is that of the tensors
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "131072"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    measured = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    monkeypatch.setattr("dist_lm.dry_run.report.ranks_to_play", lambda config, layout: [0])
+    [played] = play_ranks(config, resolve_layout(config.parallel, config.model, 2))
+    assert played.memory.peak == pytest.approx(measured["resident"], rel=0.15)
+    assert played.memory.peak == pytest.approx(measured["tensors"], rel=0.01)

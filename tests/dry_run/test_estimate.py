@@ -1,0 +1,86 @@
+"""The estimate of a step: arithmetic that can be checked by hand, and that agrees with the played step."""
+
+import pytest
+
+from dist_lm.config import HardwareConfig
+from dist_lm.dry_run.estimate import estimate_memory, estimate_work
+from dist_lm.dry_run.report import play_ranks, ranks_to_play, readable_count
+from dist_lm.dry_run.work import Work, message_seconds, step_seconds
+from dist_lm.launcher.compose import compose_config
+from dist_lm.parallel.layout import Layout, resolve_layout
+
+LARGE = compose_config(["stage=language", "model=large", "hardware=h100"])
+SMALL = ("stage=language", "model=medium", "model.n_layers=2", "stage.seq_len=256", "stage.micro_batch=4")
+
+
+def test_the_defaults_of_hardware_are_its_cpu_file():
+    assert compose_config(["hardware=cpu"]).hardware == HardwareConfig()
+
+
+@pytest.mark.parametrize("ranks", [2, 8, 64])
+def test_what_is_sharded_falls_with_the_ranks(ranks):
+    memory = estimate_memory(LARGE, Layout(1, ranks, 1))
+    assert memory.parameters == pytest.approx(4 * 1_086_108_800 / ranks, rel=0.01)
+    assert memory.optimizer == 2 * memory.parameters
+
+
+def test_gradients_are_whole_while_micro_batches_add_up():
+    one = compose_config(["stage=language", "model=large", "stage.micro_batch=4", "stage.global_batch=32"])
+    assert estimate_memory(one, Layout(1, 8, 1)).gradients == estimate_memory(one, Layout(1, 8, 1)).parameters
+    assert estimate_memory(LARGE, Layout(1, 8, 1)).gradients == 4 * 1_086_108_800
+
+
+def test_a_ring_sends_what_it_has_to():
+    work = Work()
+    for kind in ("all_gather", "reduce_scatter", "all_reduce"):
+        work.collective(kind, "tp", 4, 1000)
+    work.collective("all_reduce", "tp", 1, 1000)
+    assert (work.sent["tp"], work.messages["tp"]) == (750 + 750 + 1500, 3)
+
+
+def test_messages_between_nodes_are_slower_than_inside_one():
+    work = Work()
+    work.collective("all_gather", "dp_shard", 8, 2**30)
+    inside = message_seconds(work, "dp_shard", Layout(1, 8, 1), LARGE.hardware)
+    between = message_seconds(work, "dp_shard", Layout(1, 8, 8), LARGE.hardware)
+    assert between > 5 * inside
+
+
+def test_data_messages_hide_behind_computation_and_tensor_parallel_ones_do_not():
+    layout = Layout(1, 2, 2)
+    work = Work(device_s=10.0)
+    work.collective("all_gather", "dp_shard", 2, 2**30)
+    assert step_seconds(work, layout, LARGE.hardware) == 10.0
+    work.collective("all_reduce", "tp", 2, 2**30)
+    assert step_seconds(work, layout, LARGE.hardware) > 10.0
+
+
+def test_the_ranks_played_are_the_first_a_padded_one_and_the_last():
+    assert ranks_to_play(LARGE, Layout(2, 64, 8)) == [0, 6, 1023]
+    assert ranks_to_play(LARGE, Layout(1, 8, 1)) == [0, 7]
+    assert ranks_to_play(LARGE, Layout(1, 1, 1)) == [0]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("hardware=h100", "stage.global_batch=32", "parallel.activation_checkpointing=full"),
+        ("hardware=cpu", "stage.global_batch=16", "parallel.tp=4", "parallel.sp=true"),
+    ],
+    ids=["fsdp", "fsdp_tp_sp"],
+)
+def test_the_estimate_agrees_with_the_played_step(overrides, monkeypatch):
+    config = compose_config([*SMALL, *overrides])
+    layout = resolve_layout(config.parallel, config.model, 8)
+    monkeypatch.setattr("dist_lm.dry_run.report.ranks_to_play", lambda config, layout: [0])
+    [played] = play_ranks(config, layout)
+    work = estimate_work(config, layout)
+    assert estimate_memory(config, layout).peak == pytest.approx(played.memory.peak, rel=0.1)
+    assert work.flops == pytest.approx(played.work.flops, rel=0.1)
+    assert work.device_s == pytest.approx(played.work.device_s, rel=0.25)
+    for axis in ("dp_shard", "tp"):
+        assert work.sent[axis] == pytest.approx(played.work.sent[axis], rel=0.1)
+
+
+def test_counts_are_readable():
+    assert [readable_count(n) for n in (999, 2_548_160, 1_086_108_800)] == ["999", "2.55 M", "1.09 B"]

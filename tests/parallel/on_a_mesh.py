@@ -1,0 +1,144 @@
+"""The same training on the ranks of a mesh, in two micro-batches a step, by the parts a run is made of."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch._dynamo.utils import counters
+
+from dist_lm.config import ModelConfig, ParallelConfig
+from dist_lm.model.size import Shape, parameter_shapes
+from dist_lm.parallel.layout import resolve_layout
+from dist_lm.parallel.mesh import World, build_mesh, data_mesh
+from dist_lm.parallel.sharding import build_model, fill, unsharded_copy
+from dist_lm.training import checkpoint
+from dist_lm.training.forward import BoundModel
+from dist_lm.training.loss import next_token
+from dist_lm.training.optimizer import build_optimizer
+from dist_lm.training.state import TrainState
+from dist_lm.training.step import train_step
+from tests.parallel.training_task import (
+    SEED,
+    STAGE,
+    Arrays,
+    Tensors,
+    Trajectory,
+    batch_of,
+    dropout_key,
+    gradients,
+    parameter_value,
+    parameters_and_moments,
+    rows,
+)
+
+
+@dataclass
+class MeshTrajectory(Trajectory):
+    """What the steps left behind, with what only a mesh can get wrong."""
+
+    start: Arrays = field(default_factory=dict)  # parameters and moments as loaded from a checkpoint
+    padded: set[str] = field(default_factory=set)  # state that holds more than the logical entries
+    dirty: set[str] = field(default_factory=set)  # gradients and state whose padding is not exactly zero
+    torn: set[str] = field(default_factory=set)  # gradients and state of which some rank holds other bits than rank 0
+
+
+def rank_steps(
+    world: World,
+    model_config: ModelConfig,
+    parallel: ParallelConfig,
+    steps: range,
+    *,
+    chunk_bytes: int = 0,
+    load: Path | None = None,
+    save: Path | None = None,
+) -> MeshTrajectory:
+    """`steps` on the mesh that `parallel` asks for (collective).
+
+    Args:
+        load: a checkpoint of step `steps.start`; none: the parameters of the task.
+        save: a folder that gets a checkpoint of step `steps.stop`.
+    """
+    mesh = build_mesh(resolve_layout(parallel, model_config, world.size), world.device)
+    ranks, shapes = data_mesh(mesh), parameter_shapes(model_config)
+    model = build_model(model_config, parallel, mesh, world.device, SEED)
+    optimizer = build_optimizer(model, STAGE)
+    outcome = MeshTrajectory()
+    if load is None:
+        fill(model, model_config, lambda name, shape: parameter_value(name, shape, model_config))
+    else:
+        assert checkpoint.load(load, model, optimizer, model_config).step == steps.start
+        outcome.start = logical_arrays(parameters_and_moments(model, optimizer), shapes)
+    last: Tensors = {}
+    # train_step has divided and clipped the gradients by then, and drops them after
+    optimizer.register_step_pre_hook(lambda *_: last.update(gradients(model)))
+    for step in steps:
+        own = rows(batch_of(model_config, step), slice(ranks.get_local_rank(), None, ranks.size()))
+        half = len(own.sequence_B) // 2
+        result = train_step(
+            model,
+            optimizer,
+            BoundModel(model, True, chunk_bytes, dropout_key(step, own.sequence_B)),
+            next_token(STAGE.label_smoothing, STAGE.z_loss),
+            [rows(own, slice(half)), rows(own, slice(half, None))],
+            grad_clip=STAGE.grad_clip,
+            counts=mesh.get_local_rank("tp") == 0,
+            stop_requested=False,
+            reduce_every_micro_batch=parallel.reduce_every_micro_batch,
+        )
+        outcome.losses.append(result.loss)
+        outcome.norms.append(result.grad_norm)
+    if save is not None:
+        tensors = checkpoint.tensors_of(model, optimizer, model_config)
+        checkpoint.write(save, tensors, TrainState(step=steps.stop), model_config, world)
+    end = parameters_and_moments(model, optimizer)
+    outcome.gradients, outcome.end = logical_arrays(last, shapes), logical_arrays(end, shapes)
+    outcome.padded = {name for name, value in end.items() if value.shape != outcome.end[name].shape}
+    outcome.dirty = {f"gradient of {name}" for name in dirty(last, shapes)} | dirty(end, shapes)
+    outcome.torn = {f"gradient of {name}" for name in torn(last)} | torn(end)
+    return outcome
+
+
+def initial_weights(world: World, model_config: ModelConfig, parallel: ParallelConfig) -> Arrays:
+    """The weights of a new model, as sampling gets them (collective)."""
+    mesh = build_mesh(resolve_layout(parallel, model_config, world.size), world.device)
+    model = build_model(model_config, parallel, mesh, world.device, SEED)
+    copy = unsharded_copy(model, model_config, torch.float32)
+    return {name: parameter.detach().numpy() for name, parameter in copy.named_parameters()}
+
+
+def compiled_graphs(world: World) -> int:
+    """How many graphs torch.compile has made on this rank: none where it fell back without a word."""
+    return counters["stats"]["unique_graphs"]
+
+
+def cut(value: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """The logical entries of a padded tensor: its first ones along each dimension."""
+    return value[tuple(slice(size) for size in shape)]
+
+
+def shape_of(name: str, shapes: dict[str, Shape]) -> Shape:
+    """The logical shape of a parameter, a gradient or a moment."""
+    return shapes[name.removesuffix(".exp_avg").removesuffix(".exp_avg_sq")]
+
+
+def logical_arrays(values: Tensors, shapes: dict[str, Shape]) -> Arrays:
+    return {name: cut(value, shape_of(name, shapes)).numpy() for name, value in values.items()}
+
+
+def dirty(values: Tensors, shapes: dict[str, Shape]) -> set[str]:
+    """Names of tensors with an entry outside the logical ones that is not zero."""
+    return {
+        n for n, value in values.items() if value.count_nonzero() != cut(value, shape_of(n, shapes)).count_nonzero()
+    }
+
+
+def torn(values: Tensors) -> set[str]:
+    """Names of tensors of which some rank holds other bits than rank 0 (collective)."""
+    flat = torch.cat([value.flatten() for value in values.values()])
+    of_first = flat.clone()
+    dist.broadcast(of_first, 0)
+    sizes = [value.numel() for value in values.values()]
+    differs = torch.stack([part.any() for part in (flat != of_first).split(sizes)]).long()
+    dist.all_reduce(differs)
+    return {name for name, count in zip(values, differs.tolist(), strict=True) if count}

@@ -1,0 +1,81 @@
+"""The reference: the same training in one process, in plain PyTorch, and how far another run is from it.
+
+It shares nothing with the runs it judges but the module definitions: whole parameters, whole batches,
+`F.cross_entropy`, autograd.
+"""
+
+from functools import cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812  the name the field uses
+from torch import nn
+
+from dist_lm.config import ModelConfig
+from dist_lm.model.transformer import Transformer
+from dist_lm.training.optimizer import build_optimizer
+from tests.parallel.training_task import (
+    STAGE,
+    Arrays,
+    Trajectory,
+    batch_of,
+    dropout_key,
+    gradients,
+    parameter_value,
+    parameters_and_moments,
+)
+
+
+def expected_of(model: ModelConfig, steps: int = 1) -> Trajectory:
+    """`steps` steps in float64: what all layouts round. Each is computed once."""
+    return _expected_of(tuple(vars(model).items()), steps)
+
+
+@cache
+def _expected_of(model_items: tuple, steps: int) -> Trajectory:
+    model_config = ModelConfig(**dict(model_items))
+    model = Transformer(model_config).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(parameter_value(name, tuple(parameter.shape), model_config))
+    optimizer = build_optimizer(model, STAGE)
+    outcome = Trajectory()
+    for step in range(steps):
+        batch = batch_of(model_config, step)
+        optimizer.zero_grad()
+        logits_NV = model(
+            batch.tokens_BT,
+            document_BT=batch.document_BT,
+            position_BT=batch.position_BT,
+            dropout=dropout_key(step, batch.sequence_B),
+        ).flatten(0, 1)
+        loss_N = F.cross_entropy(
+            logits_NV, batch.targets_BT.flatten(), reduction="none", label_smoothing=STAGE.label_smoothing
+        )
+        loss_N = loss_N + STAGE.z_loss * logits_NV.logsumexp(-1).square()
+        mask_N = batch.loss_mask_BT.flatten()
+        loss = (loss_N * mask_N).sum() / mask_N.sum()
+        loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.grad *= min(1.0, STAGE.grad_clip / norm)  # clip_grad_norm_ adds 1e-6 to the norm
+        outcome.losses.append(loss.item())
+        outcome.norms.append(norm)
+        outcome.gradients = {name: value.numpy() for name, value in gradients(model).items()}
+        optimizer.step()
+    outcome.end = {name: value.numpy() for name, value in parameters_and_moments(model, optimizer).items()}
+    return outcome
+
+
+def error(found: Arrays, expected: Arrays) -> float:
+    """All tensors as one vector: L2 norm of the difference, relative to that of the expected one."""
+    differences = sum(float(np.square(found[name] - value).sum()) for name, value in expected.items())
+    return (differences / sum(float(np.square(value).sum()) for value in expected.values())) ** 0.5
+
+
+def entries_off(found: Arrays, expected: Arrays, limit: float) -> dict[str, float]:
+    """Tensors whose largest difference, relative to their own largest entry, is not within `limit`."""
+    assert found.keys() == expected.keys()
+    errors = {name: float(np.abs(found[name] - value).max() / np.abs(value).max()) for name, value in expected.items()}
+    return {name: value for name, value in errors.items() if not value <= limit}

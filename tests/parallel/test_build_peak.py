@@ -1,0 +1,39 @@
+"""No rank ever holds more than one full parameter while a model is built."""
+
+import math
+
+import pytest
+
+from dist_lm.config import ModelConfig, ParallelConfig
+from dist_lm.dry_run.live_memory import LiveMemory
+from dist_lm.dry_run.watch import Watch
+from dist_lm.model.size import parameter_shapes
+from dist_lm.parallel.layout import resolve_layout
+from dist_lm.parallel.mesh import World, build_mesh
+from dist_lm.parallel.sharding import build_model
+from dist_lm.parallel.tensor_axis import local
+from tests.parallel.parity_cases import layout_of, parallel_of
+from tests.parallel.ranks import RankGroups
+
+FP32_BYTES = 4
+MODEL = ModelConfig("peak", d_model=200, n_layers=6, n_heads=25, d_ff=800, max_seq_len=64, vocab_size=2048)
+
+
+def bytes_of_building(world: World, parallel: ParallelConfig) -> tuple[int, int]:
+    """(most bytes alive while the model is built, bytes of the shards that stay)."""
+    mesh = build_mesh(resolve_layout(parallel, MODEL, world.size), world.device)
+    memory = LiveMemory(gloo=False)
+    with Watch(memory):
+        model = build_model(MODEL, parallel, mesh, world.device, seed=0)
+    return memory.peak, sum(local(parameter).numel() * FP32_BYTES for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("layout", ["1x4x1", "1x1x4", "1x2x2"])
+def test_building_holds_the_shards_and_one_full_parameter(ranks: RankGroups, layout: str):
+    shapes = parameter_shapes(MODEL).values()
+    whole, largest = (FP32_BYTES * f(math.prod(shape) for shape in shapes) for f in (sum, max))
+    peak, own = ranks.run(layout_of(layout).world_size, bytes_of_building, parallel_of(layout))
+    assert whole / 4 <= own < 0.3 * whole
+    # one full parameter, and what is cut from it axis by axis on the way to its place: a half and a quarter at most
+    assert peak <= own + 1.8 * largest
+    assert peak < 0.75 * whole

@@ -1,0 +1,51 @@
+"""What a mesh may change about a model, and what not: initial values, precision, compilation, where parameters live."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+
+from dist_lm.model.initialise import initial_value
+from dist_lm.model.size import parameter_shapes
+from tests.parallel.on_a_mesh import MeshTrajectory, compiled_graphs, initial_weights, rank_steps
+from tests.parallel.one_process import entries_off, error, expected_of
+from tests.parallel.parity_cases import layout_of, model_of, parallel_of
+from tests.parallel.ranks import RankGroups
+from tests.parallel.training_task import SEED
+
+MODEL = model_of((25, 25))
+BF16 = 0.03  # of the gradient; an entry of bf16 has 8 bits
+
+
+@pytest.mark.parametrize("layout", ["1x1x1", "1x4x1", "1x1x4", "1x2x2", "2x1x2"])
+def test_initial_values_are_the_same_bits_on_any_layout(ranks: RankGroups, layout: str):
+    found = ranks.run(layout_of(layout).world_size, initial_weights, MODEL, parallel_of(layout))
+    expected = {n: initial_value(n, shape, MODEL, SEED).numpy() for n, shape in parameter_shapes(MODEL).items()}
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not np.array_equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("layout", ["1x1x1", "1x2x1", "1x2x2", "1x1x4+sp"])
+def test_bf16_compute_is_near(ranks: RankGroups, layout: str):
+    parallel = parallel_of(layout, compute_dtype="bf16")
+    found: MeshTrajectory = ranks.run(layout_of(layout).world_size, rank_steps, MODEL, parallel, range(1))
+    expected = expected_of(MODEL)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-3)
+    assert 1e-4 < error(found.gradients, expected.gradients) < BF16
+    assert found.torn == found.dirty == set()
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_compiled_blocks_compute_the_same(ranks: RankGroups, mode: str):
+    model, parallel = model_of((5, 5)), parallel_of("1x1x2", compile="always", activation_checkpointing=mode)
+    found: MeshTrajectory = ranks.run(2, rank_steps, model, parallel, range(1))
+    assert ranks.run(2, compiled_graphs) > 0
+    assert entries_off(found.gradients, expected_of(model).gradients, 5e-6) == {}
+
+
+def test_offloaded_parameters_take_the_same_step(ranks: RankGroups):
+    model, parallel = model_of((5, 5)), parallel_of("1x2x1", cpu_offload=True)
+    found: MeshTrajectory = ranks.run(2, rank_steps, model, parallel, range(1))
+    assert entries_off(found.end, expected_of(model).end, 1e-5) == {}

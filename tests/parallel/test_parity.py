@@ -1,0 +1,45 @@
+"""One training step on any layout is the step of one process: loss, every gradient, every parameter and moment.
+
+The reference computes in float64, so all differences are rounding. fp32 in one process is off by up to 2e-6 of a
+tensor's largest entry itself (key biases, whose parts cancel); a wrong factor or a forgotten sum by more than 1e-3.
+"""
+
+from itertools import combinations, product
+
+import pytest
+
+from tests.parallel.on_a_mesh import MeshTrajectory, rank_steps
+from tests.parallel.one_process import entries_off, error, expected_of
+from tests.parallel.parity_cases import CHOICES, DATA_LAYOUTS, HEADS, MIXED_LAYOUTS, TENSOR_LAYOUTS, Case, cases
+from tests.parallel.ranks import RankGroups
+
+LOSS = 1e-5  # relative
+GRADIENT = 1e-6  # of all parameters as one vector, relative
+ENTRY = 5e-6  # of a tensor's gradient, relative to its largest entry
+UPDATED_ENTRY = 1e-5  # the same after a step, where second moments are squares of gradients
+CASES = cases()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_is_that_of_one_process(ranks: RankGroups, case: Case):
+    found: MeshTrajectory = ranks.run(
+        case.world_size, rank_steps, case.model, case.parallel, range(1), chunk_bytes=case.chunk_bytes
+    )
+    expected = expected_of(case.model)
+    assert found.losses == pytest.approx(expected.losses, rel=LOSS)
+    assert found.norms == pytest.approx(expected.norms, rel=GRADIENT)
+    assert entries_off(found.gradients, expected.gradients, ENTRY) == {}
+    assert error(found.gradients, expected.gradients) < GRADIENT
+    assert entries_off(found.end, expected.end, UPDATED_ENTRY) == {}
+    assert found.torn == found.dirty == set()
+
+
+def test_any_two_values_of_two_choices_meet_in_the_matrix():
+    met = set()
+    for case in CASES:
+        met.update(combinations((("layout", case.layout), ("heads", case.heads), *case.choices.items()), 2))
+    wanted = {"layout": (*DATA_LAYOUTS, *TENSOR_LAYOUTS, *MIXED_LAYOUTS), "heads": HEADS} | CHOICES
+    for first, second in combinations(wanted, 2):
+        firsts = TENSOR_LAYOUTS if (first, second) == ("layout", "heads") else wanted[first]
+        for pair in product(firsts, wanted[second]):
+            assert ((first, pair[0]), (second, pair[1])) in met, (first, second, pair)

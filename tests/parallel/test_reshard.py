@@ -1,0 +1,112 @@
+"""What one layout saved, another continues: the same bits after loading, the same steps after that, and no padding."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_lm.parallel.placement import placements
+from dist_lm.training import checkpoint_files
+from tests.parallel.on_a_mesh import MeshTrajectory, rank_steps
+from tests.parallel.one_process import entries_off, expected_of
+from tests.parallel.parity_cases import layout_of, model_of, parallel_of
+from tests.parallel.ranks import RankGroups
+
+STEPS = 3
+LOSS = 1e-5  # relative
+AFTER_STEPS = 2e-5  # largest difference in a tensor after STEPS + 1 steps, relative to its own largest entry
+MODELS = {
+    "25 heads": model_of((25, 25)),
+    "6 heads, 3 key heads": model_of((6, 3), norm="rmsnorm", ffn="swiglu", bias=False, tie_embeddings=True),
+}
+MOVES = [
+    ("25 heads", "1x2x2", "1x1x1"),
+    ("25 heads", "1x2x2", "1x4x1"),
+    ("25 heads", "1x2x2", "1x1x4"),
+    ("25 heads", "1x4x1", "1x1x2+sp"),
+    ("25 heads", "1x1x1", "1x1x8"),
+    ("25 heads", "1x1x8", "2x1x2"),
+    ("6 heads, 3 key heads", "1x1x4+sp", "2x2x1"),
+    ("6 heads, 3 key heads", "1x2x2", "1x1x4"),
+]
+TENSOR_PARALLEL = sorted({(model, layout) for model, layout, _ in MOVES if layout_of(layout).tp > 1})
+
+
+@dataclass(frozen=True)
+class Saved:
+    trajectory: MeshTrajectory
+    checkpoint: Path
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: RankGroups, tmp_path_factory: pytest.TempPathFactory):
+    """(model, layout) -> STEPS steps and their checkpoint; each once."""
+    done: dict[tuple[str, str], Saved] = {}
+
+    def at(model: str, layout: str) -> Saved:
+        if (model, layout) not in done:
+            folder = tmp_path_factory.mktemp("checkpoints")
+            trajectory = ranks.run(
+                layout_of(layout).world_size, rank_steps, MODELS[model], parallel_of(layout), range(STEPS), save=folder
+            )
+            done[model, layout] = Saved(trajectory, folder / checkpoint_files.step_name(STEPS))
+        return done[model, layout]
+
+    return at
+
+
+@pytest.mark.parametrize(("model", "source", "target"), MOVES)
+def test_another_layout_loads_the_same_bits_and_takes_the_same_step(ranks, saved, model, source, target):
+    before: Saved = saved(model, source)
+    after: MeshTrajectory = ranks.run(
+        layout_of(target).world_size,
+        rank_steps,
+        MODELS[model],
+        parallel_of(target),
+        range(STEPS, STEPS + 1),
+        load=before.checkpoint,
+    )
+    assert after.start.keys() == before.trajectory.end.keys()
+    assert [name for name, value in after.start.items() if not np.array_equal(value, before.trajectory.end[name])] == []
+    expected = expected_of(MODELS[model], STEPS + 1)
+    assert [*before.trajectory.losses, *after.losses] == pytest.approx(expected.losses, rel=LOSS)
+    assert entries_off(after.end, expected.end, AFTER_STEPS) == {}
+    assert after.torn == after.dirty == set()
+
+
+@pytest.mark.parametrize(("model", "layout"), TENSOR_PARALLEL)
+def test_padding_is_still_zero_after_several_steps(saved, model, layout):
+    trajectory: MeshTrajectory = saved(model, layout).trajectory
+    where = placements(MODELS[model], layout_of(layout))
+    padded = {name for name, place in where.items() if place.padded != place.logical}
+    assert "embedding.weight" in padded
+    assert ("blocks.0.attention.query" in padded) == (model == "25 heads" or layout_of(layout).tp == 4)
+    assert trajectory.padded == {name + suffix for name in padded for suffix in ("", ".exp_avg", ".exp_avg_sq")}
+    assert trajectory.dirty == set()
+
+
+@pytest.mark.parametrize(("model", "layout"), TENSOR_PARALLEL)
+def test_no_file_of_a_checkpoint_holds_padding(saved, model, layout):
+    logical = {name: place.logical for name, place in placements(MODELS[model], layout_of("1x1x1")).items()}
+    entries = dict.fromkeys(logical, 0)
+    for name, offsets, shape in parts_in(saved(model, layout).checkpoint):
+        kind, _, name = name.partition(".")
+        if kind != "model":
+            continue
+        assert all(start + size <= whole for start, size, whole in zip(offsets, shape, logical[name], strict=True))
+        entries[name] += int(np.prod(shape))
+    assert entries == {name: int(np.prod(shape)) for name, shape in logical.items()}
+
+
+def parts_in(checkpoint: Path) -> set[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """(tensor, offsets, shape) of everything in the headers of the files."""
+    parts = set()
+    for path in checkpoint.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        sharding = json.loads(header.pop("__metadata__")["DCP_SHARDING_INFO"])
+        for name, entry in header.items():
+            parts.add((name, tuple(sharding[name]["saved_offsets"]), tuple(entry["shape"])))
+    return parts

@@ -1,0 +1,95 @@
+"""The training that layouts are compared on: parameters, batches and what is recorded, the same for every run.
+
+Everything is on that could hang on the layout: dropout, label smoothing, z-loss, a document mask, positions that
+restart, a loss mask, clipping, weight decay.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from dist_lm.config import ModelConfig, StageConfig
+from dist_lm.data.batch import Batch
+from dist_lm.model.dropout import DropoutKey
+from dist_lm.model.initialise import initial_value
+from dist_lm.training.optimizer import MOMENTS, named_state
+
+SEED = 7
+BATCH, SEQ_LEN = 8, 16
+STAGE = StageConfig(
+    name="parity",
+    lr=1e-2,
+    # AdamW divides by |gradient| + eps in its first step: a small eps would turn the rounding of entries near 0 into
+    # whole steps of either sign, whatever the layout
+    adam_eps=1e-3,
+    dropout=0.1,
+    label_smoothing=0.1,
+    z_loss=1e-3,
+    grad_clip=1.0,
+)
+
+Tensors = dict[str, torch.Tensor]
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass
+class Trajectory:
+    """What some steps left behind, with logical shapes."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)  # of the gradient, before clipping
+    gradients: Arrays = field(default_factory=dict)  # of the last step, clipped
+    end: Arrays = field(default_factory=dict)  # parameters and moments after the last step
+
+
+def parameter_value(name: str, shape: tuple[int, ...], model: ModelConfig) -> torch.Tensor:
+    """Initial values; norms and biases moved off 1 and 0, so that a forgotten or doubled one shows."""
+    value = initial_value(name, shape, model, SEED)
+    if not name.endswith(("norm.weight", "bias")):
+        return value
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]))
+    return value + 0.05 * torch.randn(shape, generator=generator)
+
+
+def batch_of(model: ModelConfig, step: int) -> Batch:
+    """The global batch of a step: several documents a sequence, some targets that do not count."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, model.vocab_size, (BATCH, SEQ_LEN + 1), generator=generator)
+    starts = torch.rand(BATCH, SEQ_LEN, generator=generator) < 0.15
+    starts[:, 0] = True
+    index = torch.arange(SEQ_LEN).expand(BATCH, -1)
+    return Batch(
+        tokens_BT=tokens[:, :-1],
+        targets_BT=tokens[:, 1:],
+        loss_mask_BT=(torch.rand(BATCH, SEQ_LEN, generator=generator) < 0.8).float(),
+        document_BT=starts.long().cumsum(1) - 1,
+        position_BT=index - torch.where(starts, index, 0).cummax(1).values,
+        sequence_B=step * BATCH + torch.arange(BATCH),
+    )
+
+
+def rows(batch: Batch, part: slice) -> Batch:
+    return Batch(*(getattr(batch, name)[part] for name in Batch.__dataclass_fields__))
+
+
+def dropout_key(step: int, sequence_B: torch.Tensor) -> DropoutKey:
+    return DropoutKey(rate=STAGE.dropout, seed=SEED, step=step, sequence_B=sequence_B)
+
+
+def gradients(model: nn.Module) -> Tensors:
+    """Whole gradients, with their padding (collective)."""
+    return {name: whole(parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def parameters_and_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    """Whole parameters and moments, with their padding (collective)."""
+    moments = {name: value for name, value in named_state(model, optimizer) if name.endswith(MOMENTS)}
+    return {name: whole(value) for name, value in [*model.named_parameters(), *moments.items()]}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
