@@ -82,7 +82,7 @@ class ParallelConfig:
     dp_shard: int = -1  # ranks that share one copy of parameters, gradients and optimizer state (FSDP)
     tp: int = 1  # ranks that share the attention heads, the feed-forward width and the vocabulary of one layer
     sp: bool = False  # norms, dropout and residuals hold 1/tp of the tokens of a sequence (sequence parallelism)
-    reshard_after_forward: bool = True  # free gathered parameters between forward and backward
+    reshard_after_forward: bool | None = None  # free gathered parameters before the backward pass; null: if over 64 MiB
     reduce_every_micro_batch: bool = False  # reduce gradients after each micro-batch: sends more, holds only shards
     compute_dtype: str = "auto"  # auto (bf16 on CUDA, fp32 on CPU) | fp32 | bf16
     activation_checkpointing: str = "none"  # none | selective (keep matmul and attention outputs) | full (keep inputs)

@@ -18,6 +18,8 @@ COLLECTIVES: Mapping[Any, tuple[str, int]] = {
     c10d.allgather_into_tensor_coalesced_: ("all_gather", 0),
     c10d._reduce_scatter_base_: ("reduce_scatter", 1),
     c10d.reduce_scatter_tensor_coalesced_: ("reduce_scatter", 1),
+    c10d.alltoall_base_: ("all_to_all", 1),
+    c10d.send: ("send", 0),  # what is received is sent by another rank
     c10d.allreduce_: ("all_reduce", 0),
     c10d.allreduce_coalesced_: ("all_reduce", 0),
     c10d.broadcast_: ("broadcast", 0),
@@ -33,7 +35,7 @@ COLLECTIVES: Mapping[Any, tuple[str, int]] = {
 class Collective:
     """One call."""
 
-    kind: str  # all_gather | reduce_scatter | all_reduce | broadcast
+    kind: str  # all_gather | reduce_scatter | all_to_all | send | all_reduce | broadcast
     group: str  # name of the process group
     ranks: int  # of the group
     size: int  # bytes of the whole tensor

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from dist_lm.config import Config
 from dist_lm.dry_run.work import WORLD, StepMemory, Work
 from dist_lm.parallel.layout import Layout
-from dist_lm.parallel.placement import placements, slice_of
+from dist_lm.parallel.placement import blocks_per_unit, placements, reshards, slice_of
 
 FP32_BYTES = 4
 ELEMENTWISE_PASSES = 6  # over what a block makes, by its operations that are no products
@@ -90,7 +90,9 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
     gradients = FP32_BYTES * (whole if adds_up or not sharded else shapes.own)
     gathered = 0
     if sharded:
-        in_blocks = shapes.blocks * (2 / shapes.n_layers if parallel.reshard_after_forward else 1)
+        resharded = reshards(parallel.reshard_after_forward, config.model, layout, size)
+        units = -(-shapes.n_layers // blocks_per_unit(config.model, layout, size))
+        in_blocks = shapes.blocks * (min(1, 2 / units) if resharded else 1)
         gathered = size * (shapes.outside + in_blocks)
     made, kept = _block_activations(config, layout, shapes, size)
     block = 0.0 if parallel.activation_checkpointing == "none" else made  # made again, one block at a time
@@ -154,7 +156,7 @@ def estimate_work(config: Config, layout: Layout) -> Work:
     work = part * shapes.micro_batches
     reductions = shapes.micro_batches if parallel.reduce_every_micro_batch else 1
     whole = FP32_BYTES * (shapes.blocks + shapes.outside)
-    units = shapes.n_layers + 1
+    units = 1 + -(-shapes.n_layers // blocks_per_unit(config.model, layout, size))
     for _ in range(reductions):
         _spread(work, "reduce_scatter", "dp_shard", layout.dp_shard, whole, units)
         _spread(work, "all_reduce", "dp_replicate", layout.dp_replicate, FP32_BYTES * shapes.own, units)
@@ -167,8 +169,9 @@ def estimate_work(config: Config, layout: Layout) -> Work:
 
 def _messages_of_micro_batch(work: Work, config: Config, layout: Layout, shapes: Shapes, size: int) -> None:
     parallel, layers = config.parallel, shapes.n_layers
-    gathers = 2 if parallel.reshard_after_forward else 1
-    _spread(work, "all_gather", "dp_shard", layout.dp_shard, gathers * size * shapes.blocks, gathers * layers)
+    gathers = 2 if reshards(parallel.reshard_after_forward, config.model, layout, size) else 1
+    units = -(-layers // blocks_per_unit(config.model, layout, size))
+    _spread(work, "all_gather", "dp_shard", layout.dp_shard, gathers * size * shapes.blocks, gathers * units)
     _spread(work, "all_gather", "dp_shard", layout.dp_shard, size * shapes.outside, 1)
     if layout.dp > 1:  # copied out of the gathered buffer
         copies = 2 * size * (gathers * shapes.blocks + shapes.outside)

@@ -52,7 +52,7 @@ def play(config: Config, rank: int, world_size: int) -> tuple[StepMemory, Work]:
     mesh = build_mesh(layout, cpu)
     meter = StepMeter(config.hardware, {mesh.get_group(axis).group_name: axis for axis in AXES})
     # the mesh looks at its values: it is laid out before there are only fake ones
-    model = arrange_model(config.model, config.parallel, mesh, cpu)
+    model = arrange_model(config.model, config.parallel, mesh, cpu, exchange=config.hardware.device == "cpu")
     memory = LiveMemory(gloo=config.hardware.device == "cpu")
     with FakeTensorMode(allow_non_fake_inputs=True), Watch(memory, meter):
         materialise(model, config.parallel, cpu)

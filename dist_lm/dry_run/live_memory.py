@@ -1,7 +1,7 @@
 """How many bytes of tensors are alive, at every moment of a step.
 
-A storage is counted from the first operation that shows it until it is freed or resized. gloo gathers and scatters
-through a copy of the whole tensor, which no operation shows (resident memory does); NCCL does not.
+A storage is counted from the first operation that shows it until it is freed or resized. gloo's own gathering and
+scattering (FSDP exchanges instead) goes through a copy of the whole tensor, which no operation shows; NCCL's does not.
 """
 
 import weakref

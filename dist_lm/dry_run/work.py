@@ -19,6 +19,8 @@ WORLD = "world"
 SENT_PER_BYTE: dict[str, Callable[[int], float]] = {
     "all_gather": lambda n: (n - 1) / n,  # of the gathered tensor
     "reduce_scatter": lambda n: (n - 1) / n,  # of the tensor before it is scattered
+    "all_to_all": lambda n: (n - 1) / n,
+    "send": lambda n: 1.0,
     "all_reduce": lambda n: 2 * (n - 1) / n,
     "broadcast": lambda n: (n - 1) / n,
 }

@@ -31,14 +31,13 @@ def reduce_partial_gradients(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def global_norm(gradients: Sequence[torch.Tensor]) -> float:
-    """L2 norm over all gradients, wherever their shards are (collective): one message, summed in float64."""
+def squared_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """This rank's part of the squared L2 norm of all gradients: float64 scalars, which add up over all ranks."""
     counted = [shard_of(gradient) for gradient in gradients if _is_first_copy(gradient)]
     squares = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
     if counted:
         squares += torch.stack(torch._foreach_norm(counted)).double().square().sum()
-    dist.all_reduce(squares)
-    return float(squares.sqrt())
+    return squares
 
 
 def shard_of(tensor: torch.Tensor) -> torch.Tensor:

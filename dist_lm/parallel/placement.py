@@ -4,12 +4,15 @@ FSDP cuts a dimension that tensor parallelism does not, so no shard is cut twice
 are the same on all tensor-parallel ranks; a module takes its slice of a bias as it needs it.
 """
 
+import math
 from dataclasses import dataclass
 
 from dist_lm.config import ModelConfig
 from dist_lm.model.size import Shape, parameter_shapes
 from dist_lm.parallel.layout import Layout
 
+UNIT_BYTES = 8 << 20  # below this, starting a message takes longer than moving it
+KEPT_BYTES = 64 << 20  # gathered blocks that take no more are kept: gathering them again costs more than it saves
 # every tp rank sees all of their use (unless ranks hold different tokens), so their gradients are whole
 WHOLE_GRADIENT = ("norm.weight", "norm.bias", "output_bias", "down.bias")
 
@@ -63,6 +66,27 @@ def shards_key_heads(model: ModelConfig, tp: int) -> bool:
 def placements(model: ModelConfig, layout: Layout) -> dict[str, Placement]:
     """The placement of every parameter, by name, in the order of `Transformer.named_parameters()`."""
     return {name: _placement(name, shape, model, layout) for name, shape in parameter_shapes(model).items()}
+
+
+def blocks_per_unit(model: ModelConfig, layout: Layout, element_bytes: int) -> int:
+    """Consecutive blocks that FSDP gathers at once: as many as make a message worth sending."""
+    return min(model.n_layers, -(-UNIT_BYTES // (_gathered_block(model, layout) * element_bytes)))
+
+
+def reshards(asked: bool | None, model: ModelConfig, layout: Layout, element_bytes: int) -> bool:
+    """Whether the parameters of a block are freed after its forward pass, and gathered again for its backward pass."""
+    if asked is not None:
+        return asked
+    return _gathered_block(model, layout) * model.n_layers * element_bytes > KEPT_BYTES
+
+
+def _gathered_block(model: ModelConfig, layout: Layout) -> int:
+    """Elements of a block once FSDP has gathered it."""
+    return sum(
+        math.prod(placement.padded) // (1 if placement.tp_dim is None else layout.tp)
+        for name, placement in placements(model, layout).items()
+        if name.startswith("blocks.0.")
+    )
 
 
 def partial_gradients(model: ModelConfig, layout: Layout, sp: bool) -> list[str]:

@@ -27,9 +27,10 @@ from dist_lm.model.initialise import initial_value
 from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.activation_checkpointing import wrap_blocks
+from dist_lm.parallel.gloo import exchange_messages
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.padding import logical
-from dist_lm.parallel.placement import Placement, partial_gradients, placements
+from dist_lm.parallel.placement import Placement, blocks_per_unit, partial_gradients, placements, reshards
 from dist_lm.parallel.tensor_axis import TensorAxis
 from dist_lm.parallel.tensor_parallel import TensorParallelTransformer
 
@@ -52,16 +53,21 @@ def build_model(
 
     Gradients are summed over ranks, not averaged: the trainer divides by the global token count.
     """
-    model = arrange_model(model_config, parallel, mesh, device)
+    model = arrange_model(model_config, parallel, mesh, device, exchange=device.type == "cpu")
     materialise(model, parallel, device)
     fill(model, model_config, lambda name, shape: initial_value(name, shape, model_config, seed))
     return model
 
 
 def arrange_model(
-    model_config: ModelConfig, parallel: ParallelConfig, mesh: DeviceMesh, device: torch.device
+    model_config: ModelConfig, parallel: ParallelConfig, mesh: DeviceMesh, device: torch.device, exchange: bool
 ) -> Transformer:
-    """The model on the meta device, every parameter with its placement on `mesh`; `device` is where it will run."""
+    """The model on the meta device, every parameter with its placement on `mesh`.
+
+    Args:
+        device: where it will run.
+        exchange: FSDP sends its messages as gloo likes them.
+    """
     layout = layout_of(mesh)
     where = placements(model_config, layout)
     with torch.device("meta"):
@@ -71,7 +77,7 @@ def arrange_model(
     wrap_blocks(model, parallel.activation_checkpointing, compiled)
     dtype = compute_dtype(parallel, device)
     if layout.dp > 1 or dtype != torch.float32 or parallel.cpu_offload:
-        _fully_shard(model, parallel, mesh, dtype, where)
+        _fully_shard(model, parallel, mesh, dtype, where, exchange)
     return model
 
 
@@ -113,6 +119,7 @@ def _fully_shard(
     mesh: DeviceMesh,
     dtype: torch.dtype,
     where: dict[str, Placement],
+    exchange: bool,
 ) -> None:
     axes = ("dp_replicate", "dp_shard") if mesh["dp_replicate"].size() > 1 else "dp_shard"
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -122,12 +129,14 @@ def _fully_shard(
     def placement(parameter: nn.Parameter) -> Shard:
         return Shard(dims[id(parameter)])
 
-    for block in model.blocks:
+    layout = layout_of(mesh)
+    step = blocks_per_unit(model.config, layout, dtype.itemsize)
+    for first in range(0, len(model.blocks), step):
         fully_shard(
-            block,
+            list(model.blocks[first : first + step]),
             mesh=mesh[axes],
             mp_policy=precision,
-            reshard_after_forward=parallel.reshard_after_forward,
+            reshard_after_forward=reshards(parallel.reshard_after_forward, model.config, layout, dtype.itemsize),
             shard_placement_fn=placement,
             offload_policy=offload,
         )
@@ -143,6 +152,8 @@ def _fully_shard(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction with a factor
+            if exchange:
+                exchange_messages(module)
     for method in FORWARD_METHODS:
         register_fsdp_forward_method(model, method)
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from dist_lm.data.batch import Batch
-from dist_lm.parallel.gradients import global_norm, reduce_partial_gradients, shard_of
+from dist_lm.parallel.gradients import reduce_partial_gradients, shard_of, squared_norm
 from dist_lm.training.objective import LossModel, Objective
 
 
@@ -79,19 +79,20 @@ def train_step(
     """
     sums, own_metrics = accumulate_gradients(model, bound, objective, micro_batches, reduce_every_micro_batch)
     names = sorted(own_metrics)
-    stop = torch.tensor([float(stop_requested)], dtype=torch.float64, device=sums.device)
-    own = torch.cat([sums, *(own_metrics[name].double().reshape(1) for name in names)])
-    shared = torch.cat([stop, own if counts else torch.zeros_like(own)])
-    dist.all_reduce(shared)
-    stops, total, count, *metric_sums = shared.tolist()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    shards = [shard_of(gradient) for gradient in gradients]
-    torch._foreach_mul_(shards, 1.0 / max(count, 1.0))
-    norm = global_norm(gradients)
+    own = torch.cat([sums, *(own_metrics[name].double().reshape(1) for name in names)])
+    stop = torch.tensor([float(stop_requested)], dtype=torch.float64, device=sums.device)
+    # all that ranks have to agree on, in one message
+    shared = torch.cat(
+        [stop, squared_norm(gradients).to(sums.device).reshape(1), own if counts else torch.zeros_like(own)]
+    )
+    dist.all_reduce(shared)
+    stops, squares, total, count, *metric_sums = shared.tolist()
+    norm = math.sqrt(squares) / max(count, 1.0)
     applied = math.isfinite(norm)
     if applied:
-        if grad_clip and norm > grad_clip:
-            torch._foreach_mul_(shards, grad_clip / norm)
+        clip = grad_clip / norm if grad_clip and norm > grad_clip else 1.0
+        torch._foreach_mul_([shard_of(gradient) for gradient in gradients], clip / max(count, 1.0))
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(
