@@ -57,6 +57,7 @@ def test_losses_that_are_not_finite_are_not_the_same():
         check_same({"a": [2.0, 1.0], "b": [2.0, float("nan")]})
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(sys.platform != "linux", reason="finds ranks by their parent")
 def test_ctrl_c_ends_every_process():
     overrides = ["model=nano", "model.n_layers=1", "stage.global_batch=2", "stage.seq_len=16", "device=cpu"]

@@ -15,7 +15,7 @@ from dist_lm.dry_run.report import play_ranks
 from dist_lm.launcher.compose import compose_config
 from dist_lm.parallel.layout import resolve_layout
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.heavy]
 
 SETTINGS = (
     *("stage=language", "model=medium", "model.n_layers=2", "stage.seq_len=128", "stage.micro_batch=2"),

@@ -47,6 +47,14 @@ def run_beside(program: str, *arguments: str, **environ: str) -> subprocess.Pope
     )
 
 
+def runs(process: psutil.Process) -> bool:
+    """Whether it is there and not just unread by its parent, which may be this very process."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_a_private_ray_lets_only_us_in_and_goes_without_a_trace(tmp_path: Path) -> None:
     environ, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
     wrong = tmp_path / "token"
@@ -73,7 +81,7 @@ def test_a_private_ray_lets_only_us_in_and_goes_without_a_trace(tmp_path: Path) 
         assert "was let in to 1 node" in joined
     assert dict(os.environ) == environ
     assert not token.parent.exists()
-    eventually("Ray is gone", lambda: not any(process.is_running() for process in processes))
+    eventually(f"Ray is gone: {processes}", lambda: not any(runs(process) for process in processes))
 
 
 def test_a_dead_address_is_named_within_the_time_given() -> None:

@@ -19,7 +19,7 @@ from dist_lm.training.stop import StopRequest
 from tests.parallel.ranks import RankGroups
 from tests.training_run import STEPS, copy_until, linked, numbers, prepare, train
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.heavy]
 
 MODEL = (
     "model.n_heads=25",
