@@ -85,7 +85,7 @@ def checkpoint_verify(path: CheckpointPath) -> None:
     for line in damage:
         print(line)
     if damage:
-        raise ArtefactError(f"checkpoint {directory}: {len(damage)} of its files are not as they were written")
+        raise ArtefactError(f"checkpoint {directory}: not as it was written (files: {len(damage)})")
     print(f"{directory}: {len(checkpoint_files.read_manifest(directory))} files, all as they were written")
 
 
