@@ -111,7 +111,7 @@ def test_verify_names_every_file_that_is_damaged_missing_or_foreign(run, monkeyp
     assert call(monkeypatch, "verify", run) == 2
     out, error = capsys.readouterr()
     assert [line.split()[0] for line in out.splitlines()] == [first.name, second.name, "shard-00009.safetensors"]
-    assert "3 of its files" in error
+    assert "not as it was written (files: 3)" in error
 
 
 def test_a_missing_state_file_is_damage_and_not_a_missing_checkpoint(run, monkeypatch, capsys):

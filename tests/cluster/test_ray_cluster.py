@@ -47,16 +47,9 @@ def run_beside(program: str, *arguments: str, **environ: str) -> subprocess.Pope
     )
 
 
-def runs(process: psutil.Process) -> bool:
-    """Whether it is there and not just unread by its parent, which may be this very process."""
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def test_a_private_ray_lets_only_us_in_and_goes_without_a_trace(tmp_path: Path) -> None:
     environ, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
+    earlier = set(psutil.Process().children(recursive=True))  # of other tests
     wrong = tmp_path / "token"
     wrong.write_text("0" * 64)
     wrong.chmod(0o600)
@@ -67,7 +60,7 @@ def test_a_private_ray_lets_only_us_in_and_goes_without_a_trace(tmp_path: Path) 
         token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
         assert token.stat().st_mode & 0o777 == 0o600
         assert token.parent.stat().st_mode & 0o777 == 0o700
-        processes = psutil.Process().children(recursive=True)
+        processes = set(psutil.Process().children(recursive=True)) - earlier
         assert len(processes) > 3
         others = [
             run_beside(STRANGER, cluster.address, RAY_NUM_REDIS_GET_RETRIES="1", RAY_AUTH_MODE="disabled"),
@@ -81,7 +74,7 @@ def test_a_private_ray_lets_only_us_in_and_goes_without_a_trace(tmp_path: Path) 
         assert "was let in to 1 node" in joined
     assert dict(os.environ) == environ
     assert not token.parent.exists()
-    eventually(f"Ray is gone: {processes}", lambda: not any(runs(process) for process in processes))
+    eventually("Ray is gone", lambda: not any(process.is_running() for process in processes))
 
 
 def test_a_dead_address_is_named_within_the_time_given() -> None:
