@@ -24,7 +24,7 @@ from dist_lm.training.checkpoint_tensors import stored_tensors
 from dist_lm.training.state import TrainState
 from tests.parallel.ranks import RankGroups
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.heavy]
 
 MODEL = ModelConfig(name="any", d_model=8, n_layers=1, n_heads=4, d_ff=8, max_seq_len=8, vocab_size=8)
 

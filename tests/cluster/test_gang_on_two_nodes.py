@@ -23,6 +23,7 @@ from dist_lm.run_directory import RunDirectory
 from tests.cluster.waiting import eventually, living, ready_ranks
 
 pytestmark = [
+    pytest.mark.heavy,
     pytest.mark.cluster,
     pytest.mark.timeout(180),
     pytest.mark.skipif(sys.platform != "linux", reason="other loopback addresses exist on Linux only"),

@@ -53,9 +53,9 @@ def reference(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory
     ("ranks", "overrides"),
     [
         (1, ("stage.micro_batch=8",)),
-        (2, ("parallel=ddp",)),
-        (2, ("parallel.reshard_after_forward=false",)),
-        (4, ("parallel.dp_replicate=2", "parallel.dp_shard=2")),
+        pytest.param(2, ("parallel=ddp",), marks=pytest.mark.heavy),
+        pytest.param(2, ("parallel.reshard_after_forward=false",), marks=pytest.mark.heavy),
+        pytest.param(4, ("parallel.dp_replicate=2", "parallel.dp_shard=2"), marks=pytest.mark.heavy),
     ],
     ids=["one rank", "ddp", "kept gathered", "hsdp on four"],
 )
@@ -126,6 +126,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(reference, tiny_work, 
     assert "model.d_ff=100 (checkpoint: 80)" in failure["message"]
 
 
+@pytest.mark.heavy
 def test_a_disk_that_fills_up_leaves_the_checkpoint_before_usable(reference, tiny_work, tmp_path):
     run = linked(tiny_work, tmp_path).run("language", "two")
     copy_until(reference, run, step=5)
