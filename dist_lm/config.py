@@ -89,7 +89,8 @@ class ParallelConfig:
     compile: str = "auto"  # torch.compile of each block: auto (on CUDA) | always | never
     cpu_offload: bool = False  # parameters, gradients and optimizer state live in host memory
     loss_chunk_mib: int = 256  # largest block of fp32 logits; the loss takes as many tokens at a time as fit
-    auto: bool = False  # choose the axes, sp and activation_checkpointing by the estimate of a step, whatever they say
+    # choose axes, sp, activation_checkpointing and reshard_after_forward by the estimate of a step, whatever they say
+    auto: bool = False
 
     def __post_init__(self) -> None:
         for key in ("dp_replicate", "dp_shard", "tp"):

@@ -31,6 +31,8 @@ class Shapes:
     outside: int  # embedding, head and final norm, gathered
     head: int  # the output head alone
     n_layers: int
+    units: int  # groups of blocks that FSDP gathers at once
+    resharded: bool  # and frees until the backward pass
     tokens: int  # of a micro-batch
     micro_batches: int
     width: int  # D
@@ -46,6 +48,11 @@ def is_half(config: Config) -> bool:
     return dtype == "bf16" or (dtype == "auto" and config.hardware.device == "cuda")
 
 
+def element_bytes(config: Config) -> int:
+    """Of a number in the forward and backward pass."""
+    return 2 if is_half(config) else FP32_BYTES
+
+
 def micro_batches_of(config: Config, layout: Layout) -> tuple[int, int]:
     """(micro-batches a rank takes in a step, sequences in the largest)."""
     sequences = max(1, config.stage.global_batch // layout.dp)
@@ -55,14 +62,14 @@ def micro_batches_of(config: Config, layout: Layout) -> tuple[int, int]:
 
 def shapes_of(config: Config, layout: Layout) -> Shapes:
     """The sizes of `config` on the rank of `layout` that has most."""
-    model = config.model
+    model, size = config.model, element_bytes(config)
     own = blocks = outside = 0
     for name, place in placements(model, layout).items():
         own += math.prod(place.local(layout))
-        whole = math.prod(place.padded) // (1 if place.tp_dim is None else layout.tp)
+        whole = place.gathered(layout)
         blocks += whole if name.startswith("blocks.") else 0
         outside += 0 if name.startswith("blocks.") else whole
-    micro_batches, size = micro_batches_of(config, layout)
+    micro_batches, sequences = micro_batches_of(config, layout)
     vocabulary = slice_of(model.vocab_size, layout.tp, 0).held
     return Shapes(
         own=own,
@@ -70,7 +77,9 @@ def shapes_of(config: Config, layout: Layout) -> Shapes:
         outside=outside,
         head=vocabulary * model.d_model,
         n_layers=model.n_layers,
-        tokens=size * config.stage.seq_len,
+        units=-(-model.n_layers // blocks_per_unit(model, layout, size)),
+        resharded=reshards(config.parallel.reshard_after_forward, model, layout, size),
+        tokens=sequences * config.stage.seq_len,
         micro_batches=micro_batches,
         width=model.d_model,
         attention=slice_of(model.n_heads, layout.tp, 0).held * model.d_head,
@@ -83,16 +92,14 @@ def shapes_of(config: Config, layout: Layout) -> Shapes:
 def estimate_memory(config: Config, layout: Layout) -> StepMemory:
     """Bytes of tensors on the rank of `layout` that holds most."""
     parallel, shapes = config.parallel, shapes_of(config, layout)
-    size = 2 if is_half(config) else FP32_BYTES
+    size = element_bytes(config)
     whole = shapes.blocks + shapes.outside
     sharded = layout.dp > 1 or size != FP32_BYTES
     adds_up = shapes.micro_batches > 1 and not parallel.reduce_every_micro_batch
     gradients = FP32_BYTES * (whole if adds_up or not sharded else shapes.own)
     gathered = 0
     if sharded:
-        resharded = reshards(parallel.reshard_after_forward, config.model, layout, size)
-        units = -(-shapes.n_layers // blocks_per_unit(config.model, layout, size))
-        in_blocks = shapes.blocks * (min(1, 2 / units) if resharded else 1)
+        in_blocks = shapes.blocks * (min(1, 2 / shapes.units) if shapes.resharded else 1)
         gathered = size * (shapes.outside + in_blocks)
     made, kept = _block_activations(config, layout, shapes, size)
     block = 0.0 if parallel.activation_checkpointing == "none" else made  # made again, one block at a time
@@ -102,7 +109,7 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
     residual = 4 * size * shapes.tokens * shapes.width + mask * shapes.tokens
     # the peak is at the turn from forward to backward, or where the gradients of the root are reduced at the end
     turn = gathered + shapes.n_layers * kept + max(loss, block) + residual
-    copies = 1 if config.hardware.device == "cuda" else 2  # gloo makes one of its own
+    copies = 1 if config.hardware.device == "cuda" else 2  # an exchange over gloo takes one more
     end = FP32_BYTES * shapes.outside * copies + gathered + block + residual if sharded else 0.0
     return StepMemory(
         parameters=FP32_BYTES * shapes.own,
@@ -138,7 +145,7 @@ def estimate_work(config: Config, layout: Layout) -> Work:
     """The work of a step on the rank of `layout` that has most."""
     parallel, shapes, hardware = config.parallel, shapes_of(config, layout), config.hardware
     half = is_half(config)
-    size = 2 if half else FP32_BYTES
+    size = element_bytes(config)
     part = Work()
     recomputed = {"none": 0, "selective": 0, "full": 1}[parallel.activation_checkpointing]
     attention = shapes.tokens * config.stage.seq_len * shapes.attention * shapes.n_layers
@@ -156,10 +163,9 @@ def estimate_work(config: Config, layout: Layout) -> Work:
     work = part * shapes.micro_batches
     reductions = shapes.micro_batches if parallel.reduce_every_micro_batch else 1
     whole = FP32_BYTES * (shapes.blocks + shapes.outside)
-    units = 1 + -(-shapes.n_layers // blocks_per_unit(config.model, layout, size))
     for _ in range(reductions):
-        _spread(work, "reduce_scatter", "dp_shard", layout.dp_shard, whole, units)
-        _spread(work, "all_reduce", "dp_replicate", layout.dp_replicate, FP32_BYTES * shapes.own, units)
+        _spread(work, "reduce_scatter", "dp_shard", layout.dp_shard, whole, shapes.units + 1)
+        _spread(work, "all_reduce", "dp_replicate", layout.dp_replicate, FP32_BYTES * shapes.own, shapes.units + 1)
         work.operation(0, 2 * whole, hardware, half)
     work.operation(0, 3 * whole * (shapes.micro_batches - 1), hardware, half)
     work.operation(0, OPTIMIZER_PASSES * FP32_BYTES * shapes.own, hardware, half)
@@ -169,9 +175,8 @@ def estimate_work(config: Config, layout: Layout) -> Work:
 
 def _messages_of_micro_batch(work: Work, config: Config, layout: Layout, shapes: Shapes, size: int) -> None:
     parallel, layers = config.parallel, shapes.n_layers
-    gathers = 2 if reshards(parallel.reshard_after_forward, config.model, layout, size) else 1
-    units = -(-layers // blocks_per_unit(config.model, layout, size))
-    _spread(work, "all_gather", "dp_shard", layout.dp_shard, gathers * size * shapes.blocks, gathers * units)
+    gathers = 2 if shapes.resharded else 1
+    _spread(work, "all_gather", "dp_shard", layout.dp_shard, gathers * size * shapes.blocks, gathers * shapes.units)
     _spread(work, "all_gather", "dp_shard", layout.dp_shard, size * shapes.outside, 1)
     if layout.dp > 1:  # copied out of the gathered buffer
         copies = 2 * size * (gathers * shapes.blocks + shapes.outside)

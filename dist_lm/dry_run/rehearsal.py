@@ -17,7 +17,7 @@ from dist_lm.dry_run.live_memory import LiveMemory
 from dist_lm.dry_run.work import StepMemory
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
-from dist_lm.parallel.tensor_axis import local
+from dist_lm.parallel.padding import shard_of
 from dist_lm.training.objective import LossModel, LossSum, Objective
 from dist_lm.training.state import TrainState
 from dist_lm.training.stop import StopRequest
@@ -89,5 +89,4 @@ def random_batch(config: Config) -> Batch:
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    shard = local(tensor)
-    return shard.numel() * shard.element_size()
+    return shard_of(tensor).nbytes

@@ -33,7 +33,6 @@ class DropoutKey:
     seed: int
     step: int  # optimizer step
     sequence_B: torch.Tensor  # int64; global sequence numbers
-    first_token: int = 0  # index, in its sequence, of the first token that the residual stream holds here
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,21 @@ class SiteDropout:
     first_token: int
 
 
-def dropout_sites(key: DropoutKey | None, n_layers: int, d_model: int) -> list[SiteDropout | None]:
-    """Every site of a model by its number; None where nothing is dropped."""
+def dropout_sites(
+    key: DropoutKey | None, n_layers: int, d_model: int, first_token: int = 0
+) -> list[SiteDropout | None]:
+    """Every site of a model by its number; None where nothing is dropped.
+
+    Args:
+        first_token: index, in its sequence, of the first token that dropout is applied to.
+    """
     count = residual_site(n_layers, 0)
     if key is None or key.rate == 0:
         return [None] * count
     device = key.sequence_B.device
     state_S = torch.tensor([signed(hash_words(key.seed, key.step, site)) for site in range(count)], device=device)
     channel_D = hash_words(key.seed, torch.arange(d_model, device=device))
-    return [SiteDropout(key.rate, state, channel_D, key.sequence_B, key.first_token) for state in state_S]
+    return [SiteDropout(key.rate, state, channel_D, key.sequence_B, first_token) for state in state_S]
 
 
 def apply_dropout(x_BTD: torch.Tensor, site: SiteDropout | None) -> torch.Tensor:

@@ -104,7 +104,8 @@ class Transformer(nn.Module):
             position_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         rope = rope_tables(position_BT, self.config.d_head, self.config.rope_base, x_BTD.dtype)
         visibility = _visibility(document_BT, position_BT, cache, x_BTD.dtype)
-        sites = dropout_sites(dropout, self.config.n_layers, self.config.d_model)
+        first_token = self.first_token(tokens_BT.shape[1])
+        sites = dropout_sites(dropout, self.config.n_layers, self.config.d_model, first_token)
         x_BTD = apply_dropout(x_BTD, sites[EMBEDDING_SITE])
         for layer, block in enumerate(self.blocks):
             own = (sites[residual_site(layer, 0)], sites[residual_site(layer, 1)])
@@ -114,11 +115,6 @@ class Transformer(nn.Module):
     def head(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) of the output of `hidden`."""
         return F.linear(x_BTD, self.head_weight)
-
-    @property
-    def head_weight(self) -> torch.Tensor:
-        """(V, D)."""
-        return self.embedding.weight if self.lm_head is None else self.lm_head.weight
 
     def token_losses(
         self,
@@ -141,25 +137,33 @@ class Transformer(nn.Module):
                 takes. 0: all at once.
         """
         x_BTD = self.hidden(tokens_BT, document_BT=document_BT, position_BT=position_BT, dropout=dropout)
-        return self.losses_of_hidden(
-            x_BTD, targets_BT, label_smoothing=label_smoothing, z_loss=z_loss, chunk_bytes=chunk_bytes
-        )
-
-    def losses_of_hidden(
-        self,
-        x_BTD: torch.Tensor,
-        targets_BT: torch.Tensor,
-        *,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        chunk_bytes: int = 0,
-    ) -> torch.Tensor:
-        """`token_losses` of the output of `hidden`."""
 
         def losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-            return token_losses(logits_NV, targets_N, label_smoothing, z_loss)
+            return self.losses_of_logits(logits_NV, targets_N, label_smoothing, z_loss)
 
-        return losses_in_chunks(x_BTD.flatten(0, 1), self.head_weight, targets_BT.flatten(), losses, chunk_bytes)
+        x_ND = self.head_input(x_BTD).flatten(0, 1)
+        return losses_in_chunks(x_ND, self.head_weight, targets_BT.flatten(), losses, chunk_bytes)
+
+    # what a model whose layers are spread over ranks does otherwise
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """(V, D)."""
+        return self.embedding.weight if self.lm_head is None else self.lm_head.weight
+
+    def head_input(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """The output of `hidden` as `head_weight` multiplies it."""
+        return x_BTD
+
+    def losses_of_logits(
+        self, logits_NV: torch.Tensor, targets_N: torch.Tensor, label_smoothing: float, z_loss: float
+    ) -> torch.Tensor:
+        """Cross-entropy of the products with `head_weight`, fp32, (N,)."""
+        return token_losses(logits_NV, targets_N, label_smoothing, z_loss)
+
+    def first_token(self, n_tokens: int) -> int:
+        """Index of the first token that the residual stream holds, in sequences of `n_tokens`."""
+        return 0
 
 
 def _visibility(

@@ -5,7 +5,7 @@
                 dropout are computed again (Korthikanti et al. 2022, section 5)
     full        only the input of the block is kept
 
-torch's own, not fairscale's `checkpoint_wrapper`: the same gradients, never slower, it stops recomputing at the last
+torch's own, not fairscale's `checkpoint_wrapper`: the same gradients in the same time, it stops recomputing at the last
 tensor that is needed, and one mechanism does both (figures in docs/log.md; `bench checkpointing`).
 """
 

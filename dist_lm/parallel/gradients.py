@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from dist_lm.parallel.padding import shard_of
 from dist_lm.parallel.tensor_parallel import TensorParallelTransformer
 
 
@@ -32,17 +33,12 @@ def reduce_partial_gradients(model: nn.Module) -> None:
 
 @torch.no_grad()
 def squared_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """This rank's part of the squared L2 norm of all gradients: float64 scalars, which add up over all ranks."""
+    """This rank's part of the squared L2 norm of all gradients: a float64 scalar; the parts of all ranks add up."""
     counted = [shard_of(gradient) for gradient in gradients if _is_first_copy(gradient)]
     squares = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
     if counted:
         squares += torch.stack(torch._foreach_norm(counted)).double().square().sum()
     return squares
-
-
-def shard_of(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor, outside autograd."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def _is_first_copy(tensor: torch.Tensor) -> bool:

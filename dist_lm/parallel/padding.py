@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
@@ -22,10 +22,12 @@ def logical(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     if tensor.dim() == 0 or tensor.shape == shape:
         return tensor
     assert isinstance(tensor, DTensor), f"shape {tuple(tensor.shape)}, expected {tuple(shape)}"
-    local = tensor.to_local()
-    for placement in tensor.placements:
-        if isinstance(placement, Shard):
-            own, _ = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
-            local = local.narrow(placement.dim, 0, own[placement.dim])
+    own, _ = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
+    part = shard_of(tensor)[tuple(slice(size) for size in own)]
     stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-    return DTensor.from_local(local, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
+    return DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
+
+
+def shard_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor, padding included, outside autograd."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

@@ -26,6 +26,10 @@ class Placement:
     tp_dim: int | None  # cut by tensor parallelism; none: every tp rank holds all of it
     fsdp_dim: int  # cut by dp_shard
 
+    def gathered(self, layout: Layout) -> int:
+        """Elements on a rank once FSDP has gathered them."""
+        return math.prod(self.padded) // (1 if self.tp_dim is None else layout.tp)
+
     def local(self, layout: Layout) -> Shape:
         """Shape of the largest shard."""
         shape = list(self.padded)
@@ -83,7 +87,7 @@ def reshards(asked: bool | None, model: ModelConfig, layout: Layout, element_byt
 def _gathered_block(model: ModelConfig, layout: Layout) -> int:
     """Elements of a block once FSDP has gathered it."""
     return sum(
-        math.prod(placement.padded) // (1 if placement.tp_dim is None else layout.tp)
+        placement.gathered(layout)
         for name, placement in placements(model, layout).items()
         if name.startswith("blocks.0.")
     )
@@ -100,7 +104,7 @@ def partial_gradients(model: ModelConfig, layout: Layout, sp: bool) -> list[str]
 
 def _placement(name: str, shape: Shape, model: ModelConfig, layout: Layout) -> Placement:
     if layout.tp == 1:
-        return Placement(shape, shape, None, whole_fsdp_dim(shape, layout.dp_shard))
+        return Placement(shape, shape, None, _fsdp_dim(shape, layout.dp_shard))
     if len(shape) == 1 or name.endswith("_bias") or (_reads_keys(name) and not shards_key_heads(model, layout.tp)):
         return Placement(shape, shape, None, 2 if len(shape) == 3 else 0)
     tp_dim = 1 if name.endswith("down.weight") else 0
@@ -113,7 +117,7 @@ def _reads_keys(name: str) -> bool:
     return name.endswith(("attention.key", "attention.value"))
 
 
-def whole_fsdp_dim(shape: Shape, ranks: int) -> int:
+def _fsdp_dim(shape: Shape, ranks: int) -> int:
     """d_model of attention weights (n_heads, d_head, d_model), else 0.
 
     Heads are few and divide by no usual number of ranks; FSDP cuts unevenly on dimension 0 only.

@@ -3,10 +3,9 @@
 The model is built on the meta device; a parameter's full value exists only while its shard is cut from it.
 
 The order is not free: tensor parallelism replaces modules, so it comes first; recomputation has to happen inside the
-hooks of FSDP, which gather parameters, and compiled code has to contain the recomputation.
+hooks of FSDP, which gather parameters.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -29,7 +28,7 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.activation_checkpointing import wrap_blocks
 from dist_lm.parallel.gloo import exchange_messages
 from dist_lm.parallel.layout import Layout
-from dist_lm.parallel.padding import logical
+from dist_lm.parallel.padding import logical, shard_of
 from dist_lm.parallel.placement import Placement, blocks_per_unit, partial_gradients, placements, reshards
 from dist_lm.parallel.tensor_axis import TensorAxis
 from dist_lm.parallel.tensor_parallel import TensorParallelTransformer
@@ -71,8 +70,10 @@ def arrange_model(
     layout = layout_of(mesh)
     where = placements(model_config, layout)
     with torch.device("meta"):
-        model = _tensor_parallel(model_config, parallel, mesh, layout, where) if layout.tp > 1 else None
-        model = model or Transformer(model_config)
+        if layout.tp > 1:
+            model = _tensor_parallel(model_config, parallel, mesh, layout, where)
+        else:
+            model = Transformer(model_config)
     compiled = parallel.compile == "always" or (parallel.compile == "auto" and device.type == "cuda")
     wrap_blocks(model, parallel.activation_checkpointing, compiled)
     dtype = compute_dtype(parallel, device)
@@ -169,14 +170,14 @@ def fill(model: nn.Module, model_config: ModelConfig, value: Callable[[str, tupl
     shapes = parameter_shapes(model_config)
     for name, parameter in model.named_parameters():
         shape = shapes[name]
-        if math.prod(parameter.shape) != math.prod(shape):
+        if parameter.shape != shape:
             parameter.zero_()
         target = logical(parameter, shape)
         full = value(name, shape).to(parameter.device)
         if isinstance(target, DTensor):
             # src_data_rank=None: every rank has the same full value, so nothing is sent
             full = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
-            target.to_local().copy_(full.to_local())
+            shard_of(target).copy_(shard_of(full))
         else:
             target.copy_(full)
 

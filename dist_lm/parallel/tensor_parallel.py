@@ -7,16 +7,12 @@ zero. The modules have the parameter names of the plain ones.
 Dimensions: B sequences, T tokens, D d_model, H query heads, G key/value heads, K d_head, F d_ff (all of this rank).
 """
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 from torch import nn
 
 from dist_lm.config import ModelConfig
 from dist_lm.model.attention import Attention, Visibility, attend, from_heads, to_heads
-from dist_lm.model.cross_entropy import losses_in_chunks
-from dist_lm.model.dropout import DropoutKey
 from dist_lm.model.feed_forward import FeedForward, activate
 from dist_lm.model.kv_cache import KVCache
 from dist_lm.model.norm import build_norm
@@ -47,48 +43,27 @@ class TensorParallelTransformer(Transformer):
             block.feed_forward_norm = ReplicatedNorm(config)
         self.final_norm = ReplicatedNorm(config)
 
-    def hidden(
-        self,
-        tokens_BT: torch.Tensor,
-        *,
-        document_BT: torch.Tensor | None = None,
-        position_BT: torch.Tensor | None = None,
-        dropout: DropoutKey | None = None,
-        cache: KVCache | None = None,
-    ) -> torch.Tensor:
-        """The normalised residual stream: (B, T, D), or under sequence parallelism this rank's tokens of it."""
-        if dropout is not None:
-            dropout = replace(dropout, first_token=self.axis.first_token(tokens_BT.shape[1]))
-        return super().hidden(tokens_BT, document_BT=document_BT, position_BT=position_BT, dropout=dropout, cache=cache)
-
     def head(self, x_BTD: torch.Tensor) -> torch.Tensor:
         raise TypeError("logits are never whole under tensor parallelism: use token_losses, or an unsharded copy")
 
-    def losses_of_hidden(
-        self,
-        x_BTD: torch.Tensor,
-        targets_BT: torch.Tensor,
-        *,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        chunk_bytes: int = 0,
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """This rank's pieces, padding included: ranks that count chunks of the loss have to count alike."""
+        return local(super().head_weight)
+
+    def head_input(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.axis.enter(x_BTD)
+
+    def losses_of_logits(
+        self, logits_NV: torch.Tensor, targets_N: torch.Tensor, label_smoothing: float, z_loss: float
     ) -> torch.Tensor:
-        x_ND, pieces = self.axis.enter(x_BTD).flatten(0, 1), self.pieces
+        own_NV = logits_NV[:, : self.pieces.real]
+        return vocab_parallel_losses(
+            own_NV, targets_N, self.pieces, self.config.vocab_size, self.axis, label_smoothing, z_loss
+        )
 
-        def losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-            return vocab_parallel_losses(
-                logits_NV[:, : pieces.real],
-                targets_N,
-                pieces,
-                self.config.vocab_size,
-                self.axis,
-                label_smoothing,
-                z_loss,
-            )
-
-        # with its padding, as long on every rank: they have to meet in as many chunks
-        weight_VD = local(self.head_weight)
-        return losses_in_chunks(x_ND, weight_VD, targets_BT.flatten(), losses, chunk_bytes)
+    def first_token(self, n_tokens: int) -> int:
+        return self.axis.first_token(n_tokens)
 
 
 class VocabParallelEmbedding(nn.Embedding):

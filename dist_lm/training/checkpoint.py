@@ -14,14 +14,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from dist_lm import durable
 from dist_lm.config import ModelConfig
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.model.size import parameter_shapes
 from dist_lm.parallel.mesh import World
-from dist_lm.parallel.padding import logical
+from dist_lm.parallel.padding import logical, shard_of
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.optimizer import named_state
 from dist_lm.training.state import TrainState
@@ -118,7 +117,7 @@ def file_numbers(tensors: dict[str, torch.Tensor], file_bytes: int) -> dict[str,
     numbers, written = {}, 0
     for name, tensor in tensors.items():
         numbers[name] = 1 + written // file_bytes
-        written += (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+        written += shard_of(tensor).nbytes
     return numbers
 
 

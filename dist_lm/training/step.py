@@ -14,7 +14,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from dist_lm.data.batch import Batch
-from dist_lm.parallel.gradients import reduce_partial_gradients, shard_of, squared_norm
+from dist_lm.parallel.gradients import reduce_partial_gradients, squared_norm
+from dist_lm.parallel.padding import shard_of
 from dist_lm.training.objective import LossModel, Objective
 
 

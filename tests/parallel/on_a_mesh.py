@@ -107,6 +107,12 @@ def initial_weights(world: World, model_config: ModelConfig, parallel: ParallelC
     return {name: parameter.detach().numpy() for name, parameter in copy.named_parameters()}
 
 
+def forget_graphs(world: World) -> None:
+    """What earlier tests compiled on this rank is gone, and not counted."""
+    torch.compiler.reset()
+    counters.clear()
+
+
 def compiled_graphs(world: World) -> int:
     """How many graphs torch.compile has made on this rank: none where it fell back without a word."""
     return counters["stats"]["unique_graphs"]

@@ -10,8 +10,8 @@ from dist_lm.dry_run.watch import Watch
 from dist_lm.model.size import parameter_shapes
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
+from dist_lm.parallel.padding import shard_of
 from dist_lm.parallel.sharding import build_model
-from dist_lm.parallel.tensor_axis import local
 from tests.parallel.parity_cases import layout_of, parallel_of
 from tests.parallel.ranks import RankGroups
 
@@ -25,7 +25,7 @@ def bytes_of_building(world: World, parallel: ParallelConfig) -> tuple[int, int]
     memory = LiveMemory(gloo=False)
     with Watch(memory):
         model = build_model(MODEL, parallel, mesh, world.device, seed=0)
-    return memory.peak, sum(local(parameter).numel() * FP32_BYTES for parameter in model.parameters())
+    return memory.peak, sum(shard_of(parameter).nbytes for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("layout", ["1x4x1", "1x1x4", "1x2x2"])
