@@ -126,6 +126,7 @@ def test_ctrl_c_checkpoints_stops_everything_and_the_same_command_continues(undi
     assert numbers(run) == numbers(undisturbed.run("code", "default"))
 
 
+@pytest.mark.heavy
 def test_a_launcher_killed_leaves_nothing_behind_and_the_same_command_continues(undisturbed, tmp_path):
     work = follow_on(undisturbed, tmp_path)
     run = work.run("code", "default")

@@ -53,6 +53,16 @@ def test_ids_are_identical_where_merges_compete(pair: tuple[Tokenizer, Any], tex
     assert_same(*pair, text)
 
 
+@pytest.mark.parametrize("special", SPECIAL_TOKENS)
+def test_a_symbol_that_begins_inside_a_spelled_special_token_is_found(
+    pair: tuple[Tokenizer, Any], special: str
+) -> None:
+    for tail in ("=", "==", "===", ">", ">=", ">>="):
+        assert_same(*pair, special + tail)
+    rendered = pair[1](f"{special}==", add_special_tokens=False, split_special_tokens=False).input_ids
+    assert pair[1].convert_ids_to_tokens(rendered) == [special, "=="]
+
+
 @pytest.mark.parametrize("text", ["", *FRAGMENTS])
 def test_ids_are_identical_for_each_fragment(pair: tuple[Tokenizer, Any], text: str) -> None:
     assert_same(*pair, text)

@@ -37,9 +37,8 @@ def test_bf16_compute_is_near(ranks: RankGroups, layout: str):
 
 
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize(
-    "mode", ["none", *(pytest.param(mode, marks=pytest.mark.heavy) for mode in ("selective", "full"))]
-)
+@pytest.mark.heavy
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_compiled_blocks_compute_the_same(ranks: RankGroups, mode: str):
     model, parallel = model_of((5, 5)), parallel_of("1x1x2", compile="always", activation_checkpointing=mode)
     ranks.run(2, forget_graphs)
