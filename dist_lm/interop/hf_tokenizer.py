@@ -68,7 +68,7 @@ def fast_tokenizer_json(processor: sentencepiece.SentencePieceProcessor) -> str:
             byte_fallback=True,
         )
     )
-    # what is to be normalised (here: left as it is) is looked for second, over all of the text that special tokens leave;
+    # what is to be normalised (here: left as it is) is looked for second, in all of the text that special tokens leave;
     # in one search with them, a symbol that begins inside the spelling of one, as `>=` can, would be missed
     tokenizer.add_tokens([AddedToken(texts[number], normalized=True, special=False) for number in symbols])
     tokenizer.add_special_tokens([AddedToken(texts[number], normalized=False, special=True) for number in special])
