@@ -30,6 +30,7 @@ def main() -> None:
     if behaviour == "succeed":
         return
     if behaviour == "raise" and rank == 1:
+        wait_for_the_start_of(directory / "ready_0")  # torchrun ends the others with this rank, even before they begin
         fail(directory, rank, ValueError("loss went\nthrough the roof"))
     if behaviour == "miss a peer" and rank == 0:
         wait_for_the_end_of(directory / "ready_1")
@@ -45,6 +46,11 @@ def fail(directory: Path, rank: int, error: Exception) -> None:
     except type(error):
         record_failure(RunDirectory(directory), rank, error)
         os._exit(1)
+
+
+def wait_for_the_start_of(peer: Path) -> None:
+    while not peer.exists():
+        time.sleep(0.05)
 
 
 def wait_for_the_end_of(peer: Path) -> None:

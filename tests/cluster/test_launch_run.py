@@ -74,6 +74,7 @@ def steps_of(run: RunDirectory) -> list[int]:
     return [line["step"] for line in read_metrics(run.metrics)] if run.metrics.exists() else []
 
 
+@pytest.mark.heavy
 def test_one_command_builds_the_stage_before_and_ends_with_samples(tiny_work, tmp_path):
     work = linked(tiny_work, tmp_path)
     code, out, err = finish(start(work, "tracking=wandb", "tracking.mode=offline"))

@@ -70,7 +70,7 @@ def test_the_loss_curve_does_not_depend_on_the_layout(reference, tiny_work, tmp_
                 assert found[step][key] == pytest.approx(expected[step][key], rel=1e-5), (step, key)
 
 
-@pytest.mark.parametrize("after_a_checkpoint", [False, True])
+@pytest.mark.parametrize("after_a_checkpoint", [pytest.param(False, marks=pytest.mark.heavy), True])
 def test_a_run_killed_at_a_random_step_ends_bit_identical(reference, tiny_work, tmp_path, after_a_checkpoint):
     step = random.randrange(6, 12) if after_a_checkpoint else random.randrange(1, 5)
     print(f"killed after step {step}")
@@ -89,6 +89,7 @@ def samples(run: RunDirectory) -> dict[str, str]:
     return {path.name: path.read_text() for path in run.samples.iterdir()}
 
 
+@pytest.mark.heavy
 def test_a_signal_to_one_rank_stops_all_after_a_checkpoint(reference, tiny_work, tmp_path):
     run = prepare(linked(tiny_work, tmp_path), "two", "stage.checkpoint_every=0")
     process = start(run, ranks=2)
