@@ -105,13 +105,12 @@ def restore(
     run: RunDirectory, config: Config, world: World, model: Transformer, optimizer: torch.optim.Optimizer
 ) -> TrainState:
     """Fill model and optimizer: from this run's newest intact checkpoint, else the weights of stage.init_from."""
-    own = checkpoint.agree(lambda: checkpoint_files.newest_intact(run.checkpoints), world)
+    own = checkpoint.newest_intact(run.checkpoints, world)
     if own is not None:
         log.info("continuing from %s", own)
         return checkpoint.load(own, model, optimizer, config.model)
     if config.stage.init_from != "none":
-        start = checkpoint.agree(lambda: checkpoint_files.find_intact(Path(config.stage.init_from)), world)
-        assert start is not None
+        start = checkpoint.find_intact(Path(config.stage.init_from), world)
         checkpoint.load(start, model, None, config.model)
         log.info("starting from the weights of %s", start)
     return TrainState()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from dist_lm.config import Config
 from dist_lm.dry_run.work import WORLD, StepMemory, Work
+from dist_lm.model.kernels import packs_documents
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.placement import blocks_per_unit, placements, reshards, slice_of
 
@@ -27,8 +28,10 @@ class Shapes:
     """The sizes an estimate hangs on."""
 
     own: int  # elements of this rank's shards
-    blocks: int  # elements of all blocks once FSDP has gathered them, a tensor-parallel rank's part
-    outside: int  # embedding, head and final norm, gathered
+    blocks: int  # of all blocks, a tensor-parallel rank's part
+    outside: int  # of embedding, head and final norm, a tensor-parallel rank's part
+    gathered_blocks: int  # of all blocks as FSDP gathers them: with padding
+    gathered_outside: int
     head: int  # the output head alone
     n_layers: int
     units: int  # groups of blocks that FSDP gathers at once
@@ -63,18 +66,17 @@ def micro_batches_of(config: Config, layout: Layout) -> tuple[int, int]:
 def shapes_of(config: Config, layout: Layout) -> Shapes:
     """The sizes of `config` on the rank of `layout` that has most."""
     model, size = config.model, element_bytes(config)
-    own = blocks = outside = 0
-    for name, place in placements(model, layout).items():
-        own += math.prod(place.local(layout))
-        whole = place.gathered(layout)
-        blocks += whole if name.startswith("blocks.") else 0
-        outside += 0 if name.startswith("blocks.") else whole
+    places = placements(model, layout)
+    in_blocks = [place for name, place in places.items() if name.startswith("blocks.")]
+    outside = [place for name, place in places.items() if not name.startswith("blocks.")]
     micro_batches, sequences = micro_batches_of(config, layout)
     vocabulary = slice_of(model.vocab_size, layout.tp, 0).held
     return Shapes(
-        own=own,
-        blocks=blocks,
-        outside=outside,
+        own=sum(math.prod(place.local(layout)) for place in places.values()),
+        blocks=sum(place.whole(layout) for place in in_blocks),
+        outside=sum(place.whole(layout) for place in outside),
+        gathered_blocks=sum(place.gathered(layout) for place in in_blocks),
+        gathered_outside=sum(place.gathered(layout) for place in outside),
         head=vocabulary * model.d_model,
         n_layers=model.n_layers,
         units=-(-model.n_layers // blocks_per_unit(model, layout, size)),
@@ -93,24 +95,24 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
     """Bytes of tensors on the rank of `layout` that holds most."""
     parallel, shapes = config.parallel, shapes_of(config, layout)
     size = element_bytes(config)
-    whole = shapes.blocks + shapes.outside
     sharded = layout.dp > 1 or size != FP32_BYTES
     adds_up = shapes.micro_batches > 1 and not parallel.reduce_every_micro_batch
-    gradients = FP32_BYTES * (whole if adds_up or not sharded else shapes.own)
+    gradients = FP32_BYTES * ((shapes.blocks + shapes.outside) if adds_up or not sharded else shapes.own)
     gathered = 0
     if sharded:
-        in_blocks = shapes.blocks * (min(1, 2 / shapes.units) if shapes.resharded else 1)
-        gathered = size * (shapes.outside + in_blocks)
+        in_blocks = shapes.gathered_blocks * (min(1, 2 / shapes.units) if shapes.resharded else 1)
+        gathered = size * (shapes.gathered_outside + in_blocks)
     made, kept = _block_activations(config, layout, shapes, size)
     block = 0.0 if parallel.activation_checkpointing == "none" else made  # made again, one block at a time
     chunk = _chunk(config, shapes)
     loss = chunk * shapes.vocabulary * LOSS_BYTES[layout.tp > 1]
-    mask = 0 if config.hardware.device == "cuda" or not config.stage.document_mask else config.stage.seq_len * size
+    packed = packs_documents(config.hardware.device, is_half(config), config.model.d_head)
+    mask = 0 if packed or not config.stage.document_mask else config.stage.seq_len * size
     residual = 4 * size * shapes.tokens * shapes.width + mask * shapes.tokens
     # the peak is at the turn from forward to backward, or where the gradients of the root are reduced at the end
     turn = gathered + shapes.n_layers * kept + max(loss, block) + residual
     copies = 1 if config.hardware.device == "cuda" else 2  # an exchange over gloo takes one more
-    end = FP32_BYTES * shapes.outside * copies + gathered + block + residual if sharded else 0.0
+    end = FP32_BYTES * shapes.gathered_outside * copies + gathered + block + residual if sharded else 0.0
     return StepMemory(
         parameters=FP32_BYTES * shapes.own,
         gradients=gradients,
@@ -162,12 +164,12 @@ def estimate_work(config: Config, layout: Layout) -> Work:
     _messages_of_micro_batch(part, config, layout, shapes, size)
     work = part * shapes.micro_batches
     reductions = shapes.micro_batches if parallel.reduce_every_micro_batch else 1
-    whole = FP32_BYTES * (shapes.blocks + shapes.outside)
+    gathered = FP32_BYTES * (shapes.gathered_blocks + shapes.gathered_outside)
     for _ in range(reductions):
-        _spread(work, "reduce_scatter", "dp_shard", layout.dp_shard, whole, shapes.units + 1)
+        _spread(work, "reduce_scatter", "dp_shard", layout.dp_shard, gathered, shapes.units + 1)
         _spread(work, "all_reduce", "dp_replicate", layout.dp_replicate, FP32_BYTES * shapes.own, shapes.units + 1)
-        work.operation(0, 2 * whole, hardware, half)
-    work.operation(0, 3 * whole * (shapes.micro_batches - 1), hardware, half)
+        work.operation(0, 2 * gathered, hardware, half)
+    work.operation(0, 3 * FP32_BYTES * (shapes.blocks + shapes.outside) * (shapes.micro_batches - 1), hardware, half)
     work.operation(0, OPTIMIZER_PASSES * FP32_BYTES * shapes.own, hardware, half)
     work.collective("all_reduce", WORLD, layout.world_size, 8)
     return work
@@ -176,10 +178,12 @@ def estimate_work(config: Config, layout: Layout) -> Work:
 def _messages_of_micro_batch(work: Work, config: Config, layout: Layout, shapes: Shapes, size: int) -> None:
     parallel, layers = config.parallel, shapes.n_layers
     gathers = 2 if shapes.resharded else 1
-    _spread(work, "all_gather", "dp_shard", layout.dp_shard, gathers * size * shapes.blocks, gathers * shapes.units)
-    _spread(work, "all_gather", "dp_shard", layout.dp_shard, size * shapes.outside, 1)
+    _spread(
+        work, "all_gather", "dp_shard", layout.dp_shard, gathers * size * shapes.gathered_blocks, gathers * shapes.units
+    )
+    _spread(work, "all_gather", "dp_shard", layout.dp_shard, size * shapes.gathered_outside, 1)
     if layout.dp > 1:  # copied out of the gathered buffer
-        copies = 2 * size * (gathers * shapes.blocks + shapes.outside)
+        copies = 2 * size * (gathers * shapes.gathered_blocks + shapes.gathered_outside)
         work.operation(0, copies, config.hardware, size != FP32_BYTES)
     stream = size * shapes.tokens * shapes.width
     # two regions a block, forward and backward; the embedding, and the input of the head; again where all is recomputed

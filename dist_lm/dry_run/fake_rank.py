@@ -19,12 +19,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_lm.config import Config
 from dist_lm.config_file import load_config
-from dist_lm.dry_run.estimate import micro_batches_of
+from dist_lm.dry_run.estimate import is_half, micro_batches_of
 from dist_lm.dry_run.live_memory import LiveMemory
 from dist_lm.dry_run.rehearsal import random_batch, rehearse
 from dist_lm.dry_run.step_meter import StepMeter
 from dist_lm.dry_run.watch import Watch
 from dist_lm.dry_run.work import StepMemory, Work
+from dist_lm.model.kernels import packs_documents
 from dist_lm.parallel.layout import AXES, resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import arrange_model, materialise
@@ -69,9 +70,9 @@ def as_played(config: Config, sequences: int) -> Config:
     """Micro-batches of `sequences`, and what a GPU would do, where a fake step on the CPU has to be told."""
     parallel, stage = config.parallel, config.stage
     stage = replace(stage, micro_batch=sequences)
-    if config.hardware.device == "cuda":
-        if parallel.compute_dtype == "auto":
-            parallel = replace(parallel, compute_dtype="bf16")
+    if config.hardware.device == "cuda" and parallel.compute_dtype == "auto":
+        parallel = replace(parallel, compute_dtype="bf16")
+    if packs_documents(config.hardware.device, is_half(config), config.model.d_head):
         # the variable-length kernel keeps what causal attention keeps, where the CPU would build a mask
         stage = replace(stage, document_mask=False)
     # offloaded: the same tensors, and the report says where they are

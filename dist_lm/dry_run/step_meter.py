@@ -12,7 +12,10 @@ from dist_lm.dry_run.collectives import collective_of
 from dist_lm.dry_run.work import WORLD, Work
 
 aten = torch.ops.aten
-MEMORY_ONLY = (aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default)
+FREE = (  # memory without values, and waiting for a message that is counted itself
+    *(aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default),
+    torch.ops._c10d_functional.wait_tensor.default,
+)
 
 
 class StepMeter:
@@ -43,21 +46,30 @@ class StepMeter:
 
     def _operation(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
-        if _is_view(func, outputs):
+        if _is_free(func, outputs):
             return
+        if func._schema.is_mutable and not outputs:  # foreach and fused operations write to their arguments
+            outputs = _written(func, args, kwargs)
         flops = _flops(func._overloadpacket, args, kwargs, result)
         half = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in inputs)
         moved = sum(map(_bytes, inputs)) + sum(map(_bytes, outputs))
         self.parts[-1].operation(flops, moved, self._hardware, half)
 
 
-def _is_view(func: Any, outputs: list[torch.Tensor]) -> bool:
+def _is_free(func: Any, outputs: list[torch.Tensor]) -> bool:
     """Whether nothing is computed: the result is another look at an argument, or memory without values."""
-    if func in MEMORY_ONLY:
+    if func in FREE:
         return True
     if func._schema.is_mutable:
         return False
     return not outputs or all(r.alias_info is not None for r in func._schema.returns)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The arguments that `func` writes to."""
+    given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    names = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return _tensors([given[name] for name in names if name in given])
 
 
 def _flops(packet: Any, args: Any, kwargs: Any, result: Any) -> float:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 
 from dist_lm.config import ModelConfig
+from dist_lm.model.kernels import packs_documents
 from dist_lm.model.kv_cache import KVCache
 from dist_lm.model.rope import RopeTables, rotate
 
@@ -29,15 +30,14 @@ class Visibility:
 CAUSAL = Visibility()
 
 
-def within_documents(document_BT: torch.Tensor, dtype: torch.dtype) -> Visibility:
+def within_documents(document_BT: torch.Tensor, dtype: torch.dtype, d_head: int) -> Visibility:
     """A token sees the tokens of its own document up to itself.
 
     Args:
-        document_BT: a number that is the same in one document and differs between neighbours. dtype: of
-            queries and keys. Half precision on CUDA goes to the variable-length flash kernel, whose cost
-            falls with the length of the documents; anything else to an explicit mask.
+        document_BT: a number that is the same in one document and differs between neighbours.
+        dtype: of queries and keys.
     """
-    if document_BT.is_cuda and dtype in (torch.bfloat16, torch.float16):
+    if packs_documents(document_BT.device.type, dtype in (torch.bfloat16, torch.float16), d_head):
         return Visibility(boundary=document_boundaries(document_BT))
     n_tokens = document_BT.shape[1]
     causal_TT = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=document_BT.device).tril_()

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
-from torch.utils.checkpoint import checkpoint
 
 FP32_BYTES = 4
 
@@ -34,19 +33,40 @@ def losses_in_chunks(
 ) -> torch.Tensor:
     """`losses(x @ weight^T, targets)` with no more than `chunk_bytes` of fp32 logits at once (0: no limit).
 
-    More than one chunk means that the backward pass computes the logits of each again, one chunk after the other.
+    More than one chunk means that the backward pass computes the logits of each again, one chunk after the other, and
+    adds up what they give for the weight in fp32.
     """
     step = max(1, chunk_bytes // (FP32_BYTES * weight_VD.shape[0])) if chunk_bytes else len(x_ND)
-
-    def of_part(part_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        return losses(F.linear(part_ND, weight_VD), targets_N)
-
     if len(x_ND) <= step:
-        return of_part(x_ND, weight_VD, targets_N)
-    parts = zip(x_ND.split(step), targets_N.split(step), strict=True)
-    return torch.cat(
-        [
-            checkpoint(of_part, x, weight_VD, targets, use_reentrant=False, preserve_rng_state=False)
-            for x, targets in parts
-        ]
-    )
+        return losses(F.linear(x_ND, weight_VD), targets_N)
+    result = _LossesInChunks.apply(x_ND, weight_VD, targets_N, losses, step)
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+class _LossesInChunks(torch.autograd.Function):
+    """Not `checkpoint` around each chunk: autograd would add up the gradients of a bf16 weight in bf16."""
+
+    @staticmethod
+    def forward(
+        ctx, x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, losses: Losses, step: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x_ND, weight_VD, targets_N)
+        ctx.losses, ctx.step = losses, step
+        parts = zip(x_ND.split(step), targets_N.split(step), strict=True)
+        return torch.cat([losses(F.linear(x, weight_VD), targets) for x, targets in parts])
+
+    @staticmethod
+    def backward(ctx, gradient_N: torch.Tensor):
+        x_ND, weight_VD, targets_N = ctx.saved_tensors
+        of_x, of_weight = torch.empty_like(x_ND), None
+        parts = (value.split(ctx.step) for value in (x_ND, targets_N, gradient_N, of_x))
+        for x, targets, gradient, into in zip(*parts, strict=True):
+            with torch.enable_grad():
+                inputs = (x.detach().requires_grad_(), weight_VD.detach().requires_grad_())
+                outputs = ctx.losses(F.linear(*inputs), targets)
+            of_part, of_weight_part = torch.autograd.grad(outputs, inputs, gradient)
+            into.copy_(of_part)
+            of_weight = of_weight_part.float() if of_weight is None else of_weight.add_(of_weight_part)
+        assert of_weight is not None
+        return of_x, of_weight.to(weight_VD.dtype), None, None, None

@@ -103,7 +103,7 @@ class Transformer(nn.Module):
         if position_BT is None:
             position_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         rope = rope_tables(position_BT, self.config.d_head, self.config.rope_base, x_BTD.dtype)
-        visibility = _visibility(document_BT, position_BT, cache, x_BTD.dtype)
+        visibility = _visibility(document_BT, position_BT, cache, x_BTD.dtype, self.config.d_head)
         first_token = self.first_token(tokens_BT.shape[1])
         sites = dropout_sites(dropout, self.config.n_layers, self.config.d_model, first_token)
         x_BTD = apply_dropout(x_BTD, sites[EMBEDDING_SITE])
@@ -167,9 +167,13 @@ class Transformer(nn.Module):
 
 
 def _visibility(
-    document_BT: torch.Tensor | None, position_BT: torch.Tensor, cache: KVCache | None, dtype: torch.dtype
+    document_BT: torch.Tensor | None,
+    position_BT: torch.Tensor,
+    cache: KVCache | None,
+    dtype: torch.dtype,
+    d_head: int,
 ) -> Visibility:
     if cache is not None:
         assert document_BT is None, "a cached row is one document"
         return up_to_position(position_BT, int(position_BT.max()) + 1, dtype)
-    return CAUSAL if document_BT is None else within_documents(document_BT, dtype)
+    return CAUSAL if document_BT is None else within_documents(document_BT, dtype, d_head)

@@ -7,6 +7,7 @@ from dist_lm.errors import ConfigError
 
 AXES = ("dp_replicate", "dp_shard", "tp")
 LISTED_LAYOUTS = 12  # in an error message
+HEAD_PADDING = 1.25  # attention weights gathered for each that is there, from which on replicas are better
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def resolve_layout(parallel: ParallelConfig, model: ModelConfig, world_size: int
     """The layout that `parallel` asks for on `world_size` ranks, with -1 filled in so that it works.
 
     With dp_replicate and dp_shard both open, dp_shard takes as many ranks as the model allows (with tensor parallelism
-    it has to divide d_model), and the rest are replicas.
+    it has to divide d_model, without it is not to pad attention heads by much), and the rest are replicas.
 
     Raises:
         ConfigError: the axes do not multiply to the world, or the model cannot be cut that way; the message lists
@@ -70,14 +71,30 @@ def misfit(layout: Layout, model: ModelConfig) -> str | None:
     return None
 
 
+def head_padding(layout: Layout, model: ModelConfig) -> float:
+    """Elements of attention weights that FSDP gathers, padding included, for each element there is.
+
+    FSDP cuts them along d_model; where dp_shard does not divide that, along the heads (it cuts unevenly on dimension 0
+    only): 25 heads over 128 ranks become 128.
+    """
+    if layout.tp > 1 or model.d_model % layout.dp_shard == 0:
+        return 1.0
+    heads = (model.n_heads, model.kv_heads)
+    return sum(-(-count // layout.dp_shard) * layout.dp_shard for count in heads) / sum(heads)
+
+
 def layouts_of(model: ModelConfig, world_size: int) -> list[Layout]:
-    """Every layout of `world_size` ranks that the model can be cut into, by rising tp, then rising dp_replicate."""
+    """Every layout of `world_size` ranks that cuts the model well, by rising tp, then rising dp_replicate."""
     return [
         layout
         for tp in divisors(world_size)
         for replicate in divisors(world_size // tp)
-        if not misfit(layout := Layout(replicate, world_size // tp // replicate, tp), model)
+        if _cuts_well(layout := Layout(replicate, world_size // tp // replicate, tp), model)
     ]
+
+
+def _cuts_well(layout: Layout, model: ModelConfig) -> bool:
+    return not misfit(layout, model) and head_padding(layout, model) <= HEAD_PADDING
 
 
 def check_batch(config: Config, layout: Layout) -> None:
@@ -119,7 +136,7 @@ def _filled(parallel: ParallelConfig, model: ModelConfig, world_size: int) -> La
         return None
     left = world_size // fixed
     if open_axes == ["dp_replicate", "dp_shard"]:
-        fits = [d for d in divisors(left) if not misfit(Layout(left // d, d, axes["tp"]), model)]
+        fits = [d for d in divisors(left) if _cuts_well(Layout(left // d, d, axes["tp"]), model)]
         axes["dp_shard"] = max(fits, default=left)
         axes["dp_replicate"] = left // axes["dp_shard"]
     else:

@@ -80,7 +80,8 @@ def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
         (layout.dp_replicate, layout.dp_shard, layout.tp),
         mesh_dim_names=(*DATA_AXES, "tp"),
     )
-    # not `initialize_model_parallel`, which would make a second communicator for every group of the mesh
+    # fairscale knows one group a process (`TensorAxis.check_current`); its `initialize_model_parallel` would make a
+    # second communicator for every group of the mesh
     initialize._MODEL_PARALLEL_GROUP = mesh.get_group("tp")
     return mesh
 

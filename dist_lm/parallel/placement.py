@@ -26,9 +26,13 @@ class Placement:
     tp_dim: int | None  # cut by tensor parallelism; none: every tp rank holds all of it
     fsdp_dim: int  # cut by dp_shard
 
-    def gathered(self, layout: Layout) -> int:
-        """Elements on a rank once FSDP has gathered them."""
+    def whole(self, layout: Layout) -> int:
+        """Elements that a tensor-parallel rank computes with."""
         return math.prod(self.padded) // (1 if self.tp_dim is None else layout.tp)
+
+    def gathered(self, layout: Layout) -> int:
+        """Elements that FSDP gathers for that: as many, and what it pads."""
+        return math.prod(self.local(layout)) * layout.dp_shard
 
     def local(self, layout: Layout) -> Shape:
         """Shape of the largest shard."""

@@ -11,6 +11,7 @@ Dimensions: B sequences, T tokens (of a rank, under sequence parallelism), D d_m
 from dataclasses import dataclass
 
 import torch
+from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region, reduce_from_model_parallel_region
 from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import (
@@ -33,6 +34,18 @@ class TensorAxis:
     rank: int
     sp: bool  # sequence parallelism
     functional: bool  # reduce into a new tensor, which selective checkpointing can keep, not in place
+
+    def check_current(self) -> None:
+        """Refuse to compute where fairscale's regions would use another group.
+
+        Raises:
+            RuntimeError: a mesh with other tensor-parallel groups was built since.
+        """
+        if get_model_parallel_group() is not self.group:
+            raise RuntimeError(
+                "another mesh was built in this process since this model's: fairscale's regions know one "
+                "tensor-parallel group, so models of one process have to share a mesh"
+            )
 
     def enter(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """The residual stream, whole, as input of this rank's part of a layer."""

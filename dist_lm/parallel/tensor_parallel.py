@@ -75,6 +75,7 @@ class VocabParallelEmbedding(nn.Embedding):
         self.pieces = slice_of(config.vocab_size, axis.size, axis.rank)
 
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        self.axis.check_current()  # here a forward pass begins
         row_BT = tokens_BT - self.pieces.start
         held_BT = (row_BT >= 0) & (row_BT < self.pieces.real)
         part_BTD = F.embedding(row_BT.where(held_BT, 0), local(self.weight))

@@ -4,10 +4,12 @@ Tensors have their logical shapes, without what tensor parallelism pads, so any 
 Nothing is pickled.
 """
 
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,7 +27,12 @@ from dist_lm.training import checkpoint_files as files
 from dist_lm.training.optimizer import named_state
 from dist_lm.training.state import TrainState
 
+log = logging.getLogger(__name__)
+
 FILE_BYTES = 1 << 30  # of one file, about: it is put together in memory before it is written
+
+
+Found = TypeVar("Found")
 
 
 class CheckpointWriteError(UserError):
@@ -77,7 +84,6 @@ def write(
         try:
             digests = {name: digest for part, _ in gathered for name, digest in part.items()}
             _finish(temporary, target, digests, state, model_config)
-            files.tidy(checkpoints, state, keep)
         except OSError as error:
             outcome = [str(error)]
     dist.broadcast_object_list(outcome, group=group)
@@ -90,6 +96,11 @@ def write(
             f"checkpoint {target} could not be written ({outcome[0]}); {kept}: free space or mend the folder, "
             "then run the same command again"
         )
+    if world.is_first:
+        try:
+            files.tidy(checkpoints, state, keep)
+        except OSError as error:  # the checkpoint itself is whole
+            log.warning("BEST of %s could not be written (%s)", checkpoints, error)
     return target
 
 
@@ -113,7 +124,10 @@ def _write_own_files(
 
 
 def file_numbers(tensors: dict[str, torch.Tensor], file_bytes: int) -> dict[str, int]:
-    """Which file of its rank each tensor goes to, from 1: a new one when this rank's shards fill `file_bytes`."""
+    """Which file of a rank each tensor goes to, from 1: a new one when this rank's shards fill `file_bytes`.
+
+    torch takes the first rank's answer for all of them: it holds at least as much of every tensor as any other.
+    """
     numbers, written = {}, 0
     for name, tensor in tensors.items():
         numbers[name] = 1 + written // file_bytes
@@ -166,19 +180,46 @@ def read(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
         raise ArtefactError(f"checkpoint {checkpoint} cannot be loaded: {causes}") from error
 
 
-def agree(choose: Callable[[], Path | None], world: World) -> Path | None:
-    """The checkpoint all ranks load: chosen and verified by the first rank alone (collective).
+def newest_intact(checkpoints: Path, world: World) -> Path | None:
+    """The checkpoint to continue from, the same on every rank: the newest that is whole (collective).
 
     Raises:
-        ArtefactError: on every rank, what `choose` raised on the first.
+        ArtefactError: on every rank, when there are checkpoints and all are damaged.
     """
-    choice: list = [None, None]
+    found = _as_on_first_rank(lambda: files.steps_in(checkpoints), world)
+    return files.newest_intact(found, lambda checkpoint: _damage_seen(checkpoint, world))
+
+
+def find_intact(path: Path, world: World) -> Path:
+    """The checkpoint that `path` names, verified (collective).
+
+    Raises:
+        ArtefactError: on every rank, when there is none or it is damaged.
+    """
+    found = _as_on_first_rank(lambda: files.find_checkpoint(path), world)
+    return files.require_intact(found, lambda checkpoint: _damage_seen(checkpoint, world))
+
+
+def _damage_seen(checkpoint: Path, world: World) -> str | None:
+    """The first damage that a rank sees; each reads a share of the files (collective)."""
+    seen: list[str | None] = [None] * world.size
+    dist.all_gather_object(seen, files.first_damage(checkpoint, share=(world.rank, world.size)))
+    return next((damage for damage in seen if damage), None)
+
+
+def _as_on_first_rank(look: Callable[[], Found], world: World) -> Found:
+    """What `look` finds on the first rank: others may see an older state of a network file system (collective).
+
+    Raises:
+        ArtefactError: on every rank, what `look` raised.
+    """
+    answer: list = [None, None]
     if world.is_first:
         try:
-            choice[0] = choose()
+            answer[0] = look()
         except ArtefactError as error:
-            choice[1] = str(error)
-    dist.broadcast_object_list(choice)
-    if choice[1]:
-        raise ArtefactError(choice[1])
-    return choice[0]
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer)
+    if answer[1]:
+        raise ArtefactError(answer[1])
+    return answer[0]

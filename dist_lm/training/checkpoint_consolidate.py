@@ -28,7 +28,7 @@ def consolidate(path: Path, output: Path, with_optimizer: bool = False) -> int:
         raise ArtefactError(f"--output={output}: is there already; name another file, or remove it first")
     if not output.parent.is_dir():
         raise ArtefactError(f"--output={output}: there is no folder {output.parent}; make it first")
-    directory = files.find_intact(path)
+    directory = files.require_intact(files.find_checkpoint(path))
     tensors = {}
     for name, tensor in stored_tensors(directory).items():
         if name.startswith(files.MODEL):

@@ -11,7 +11,7 @@ name is whole, and what is damaged later is found by its manifest.
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -81,29 +81,38 @@ def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
         raise ArtefactError(f"checkpoint {directory}: {MANIFEST} cannot be read ({error})") from error
 
 
-def damage(directory: Path, contents: bool = True) -> Iterator[str]:
+def damage(directory: Path, contents: bool = True, share: tuple[int, int] = (0, 1)) -> Iterator[str]:
     """Compare every file of a checkpoint with the manifest, and name what is missing, changed or foreign.
 
     A foreign file counts if it ends in `.safetensors`: tensors are read from all files that do.
 
     Args:
         contents: read them too, not only their sizes.
+        share: (i, n): look at every n-th file alone, beginning with the i-th.
 
     Raises:
         ArtefactError: the manifest cannot be read.
     """
     manifest = read_manifest(directory)
-    for name, expected in sorted(manifest.items()):
-        path = directory / name
-        if not path.is_file():
-            yield f"{name} is missing"
-        elif (size := path.stat().st_size) != expected["bytes"]:
-            yield f"{name} has {size} bytes, expected {expected['bytes']}"
-        elif contents and durable.sha256_of(path) != expected["sha256"]:
-            yield f"{name} is damaged (SHA-256 differs from {MANIFEST})"
+    for name, expected in sorted(manifest.items())[slice(share[0], None, share[1])]:
+        if reason := _damage_of_file(directory / name, expected, contents):
+            yield f"{name} {reason}"
     for path in sorted(directory.glob(f"*{TENSORS}")):
         if path.name not in manifest:
             yield f"{path.name} is not part of it (not in {MANIFEST})"
+
+
+def _damage_of_file(path: Path, expected: dict[str, Any], contents: bool) -> str | None:
+    try:
+        if not path.is_file():
+            return "is missing"
+        if (size := path.stat().st_size) != expected["bytes"]:
+            return f"has {size} bytes, expected {expected['bytes']}"
+        if contents and durable.sha256_of(path) != expected["sha256"]:
+            return f"is damaged (SHA-256 differs from {MANIFEST})"
+    except OSError as error:  # a bad disk, a lost mount
+        return f"cannot be read ({error.strerror})"
+    return None
 
 
 def verify(directory: Path, contents: bool = True) -> None:
@@ -116,31 +125,42 @@ def verify(directory: Path, contents: bool = True) -> None:
         raise ArtefactError(f"checkpoint {directory}: {found}")
 
 
-def newest_intact(checkpoints: Path) -> Path | None:
-    """The checkpoint to continue from: the newest whose files are whole. A damaged one is reported, loudly.
+def first_damage(directory: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """The first `damage` of a checkpoint in a sentence, or None when it is whole."""
+    try:
+        return next((f"checkpoint {directory}: {found}" for found in damage(directory, share=share)), None)
+    except ArtefactError as error:
+        return str(error)
+
+
+def newest_intact(checkpoints: Sequence[Path], damage_of: Callable[[Path], str | None] = first_damage) -> Path | None:
+    """The one of `checkpoints` (oldest first) to continue from: the newest that is whole. Damage is reported, loudly.
 
     Raises:
         ArtefactError: there are checkpoints and every one is damaged.
     """
-    candidates = steps_in(checkpoints)
-    damage: list[str] = []
-    for directory in reversed(candidates):
-        try:
-            verify(directory)
-        except ArtefactError as error:
-            damage.append(str(error))
-            log.error("%s; using the one before", error)
-            continue
-        return directory
-    if damage:
+    newest_damage = None
+    for directory in reversed(checkpoints):
+        found = damage_of(directory)
+        if found is None:
+            return directory
+        newest_damage = newest_damage or found
+        log.error("%s; using the one before", found)
+    if newest_damage:
         raise ArtefactError(
-            f"no intact checkpoint in {checkpoints}: {damage[0]}; remove the run directory to start anew"
+            f"no intact checkpoint in {checkpoints[0].parent}: {newest_damage}; remove the run directory to start anew"
         )
     return None
 
 
 def tidy(checkpoints: Path, state: TrainState, keep: int) -> None:
-    """Point BEST at what `state` says (a kill may have come before the pointer), then `prune`."""
+    """Once `state` is saved: point BEST at what it says (a kill may have come before the pointer), then `prune`.
+
+    Later checkpoints go first: the run went back behind them because they were damaged, and takes those steps again.
+    """
+    for directory in steps_in(checkpoints):
+        if directory.name > step_name(state.step):
+            _remove(directory)
     best = checkpoints / step_name(state.best_step)
     if state.best_val_loss is not None and best.is_dir():
         write_pointer(checkpoints, BEST, best)
@@ -180,19 +200,16 @@ def find_checkpoint(path: Path) -> Path:
     raise ArtefactError(f"{path}: no checkpoint there (expected a run directory, or one of its checkpoints/step_*)")
 
 
-def find_intact(path: Path) -> Path:
-    """`find_checkpoint`, with every file verified.
+def require_intact(checkpoint: Path, damage_of: Callable[[Path], str | None] = first_damage) -> Path:
+    """`checkpoint`, with every file verified.
 
     Raises:
-        ArtefactError: there is none, or it is damaged.
+        ArtefactError: it is damaged; the message names others beside it.
     """
-    found = find_checkpoint(path)
-    try:
-        verify(found)
-    except ArtefactError as error:
-        others = [step.name for step in steps_in(found.parent) if step != found]
-        raise ArtefactError(f"{error}; others beside it: {', '.join(others) or 'none'}") from error
-    return found
+    if found := damage_of(checkpoint):
+        others = [step.name for step in steps_in(checkpoint.parent) if step != checkpoint]
+        raise ArtefactError(f"{found}; others beside it: {', '.join(others) or 'none'}")
+    return checkpoint
 
 
 def check_same_model(checkpoint: Path, saved: dict[str, Any], model_config: ModelConfig) -> None:

@@ -14,8 +14,9 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, hardware: HardwareCon
     return measured_matmul_flops(device, dtype)
 
 
-def measured_matmul_flops(device: torch.device, dtype: torch.dtype, size: int = 1024, rounds: int = 5) -> float:
-    """Best of `rounds` products of two (size, size) matrices."""
+def measured_matmul_flops(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> float:
+    """Best of `rounds` products of two square matrices, the first of which also warms up."""
+    size = 8192 if device.type == "cuda" else 1024  # a GPU takes longer to start a small product than to compute it
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(rounds):

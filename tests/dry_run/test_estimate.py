@@ -62,16 +62,17 @@ def test_the_ranks_played_are_the_first_a_padded_one_and_the_last():
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "world"),
     [
-        ("hardware=h100", "stage.global_batch=32", "parallel.activation_checkpointing=full"),
-        ("hardware=cpu", "stage.global_batch=16", "parallel.tp=4", "parallel.sp=true"),
+        (("hardware=h100", "stage.global_batch=32", "parallel.activation_checkpointing=full"), 8),
+        (("hardware=cpu", "stage.global_batch=16", "parallel.tp=4", "parallel.sp=true"), 8),
+        (("hardware=h100", "stage.global_batch=80", "parallel.dp_replicate=1", "model.n_heads=6"), 20),  # pads heads
     ],
-    ids=["fsdp", "fsdp_tp_sp"],
+    ids=["fsdp", "fsdp_tp_sp", "fsdp_uneven"],
 )
-def test_the_estimate_agrees_with_the_played_step(overrides, monkeypatch):
+def test_the_estimate_agrees_with_the_played_step(overrides, world, monkeypatch):
     config = compose_config([*SMALL, *overrides])
-    layout = resolve_layout(config.parallel, config.model, 8)
+    layout = resolve_layout(config.parallel, config.model, world)
     monkeypatch.setattr("dist_lm.dry_run.report.ranks_to_play", lambda config, layout: [0])
     [played] = play_ranks(config, layout)
     work = estimate_work(config, layout)

@@ -8,6 +8,7 @@ import torch
 
 from dist_lm.model import attention
 from dist_lm.model.attention import CAUSAL, Visibility, attend, document_boundaries, within_documents
+from dist_lm.model.kernels import packs_documents
 
 
 def by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible_BTT: torch.Tensor) -> torch.Tensor:
@@ -32,7 +33,7 @@ def test_masked_and_causal(n_tokens: int, key_heads: int) -> None:
     assert torch.allclose(attend(q, k, v, CAUSAL).double(), by_definition(q, k, v, causal), atol=1e-5)
     document = torch.arange(n_tokens).expand(2, -1) // torch.tensor([[10], [600]])
     visible = causal & (document[:, :, None] == document[:, None, :])
-    masked = attend(q, k, v, within_documents(document, torch.float32))
+    masked = attend(q, k, v, within_documents(document, torch.float32, 8))
     assert torch.allclose(masked.double(), by_definition(q, k, v, visible), atol=1e-5)
 
 
@@ -61,7 +62,7 @@ def test_packed_kernel_gets_what_the_mask_says(monkeypatch: pytest.MonkeyPatch) 
     for key_heads in (6, 2):
         q, k, v = heads(33, 6, 0), heads(33, key_heads, 1), heads(33, key_heads, 2)
         packed = attend(q, k, v, Visibility(boundary=document_boundaries(document)))
-        assert torch.allclose(packed, attend(q, k, v, within_documents(document, q.dtype)), atol=1e-5)
+        assert torch.allclose(packed, attend(q, k, v, within_documents(document, q.dtype, 8)), atol=1e-5)
 
 
 def test_cpu_takes_the_fused_kernel() -> None:
@@ -69,6 +70,21 @@ def test_cpu_takes_the_fused_kernel() -> None:
     document = torch.arange(64).expand(2, -1) // 20
     q, k, v = (heads(64, 5, seed).requires_grad_() for seed in range(3))
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-        attend(q, k, v, within_documents(document, torch.float32)).sum().backward()
+        attend(q, k, v, within_documents(document, torch.float32, 8)).sum().backward()
         attend(q, k, v, CAUSAL).sum().backward()
     assert q.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("device", "half", "d_head", "packed"),
+    [
+        ("cuda", True, 64, True),
+        ("cuda", True, 256, True),
+        ("cuda", False, 64, False),
+        ("cpu", True, 64, False),
+        ("cuda", True, 12, False),
+        ("cuda", True, 264, False),
+    ],
+)
+def test_what_the_flash_kernel_cannot_take_goes_to_the_mask(device: str, half: bool, d_head: int, packed: bool) -> None:
+    assert packs_documents(device, half, d_head) == packed

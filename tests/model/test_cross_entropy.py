@@ -36,3 +36,18 @@ def test_chunks_change_neither_losses_nor_gradients_and_no_block_is_larger(chunk
         results.append((found, x.grad, weight.grad))
     for whole, parts in zip(*results, strict=True):
         torch.testing.assert_close(parts, whole)
+
+
+def test_many_chunks_in_bf16_round_the_gradient_of_the_weight_no_more_than_one_does():
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(512, 16), torch.randn(64, 16), torch.randint(0, 64, (512,))
+
+    def gradient(dtype: torch.dtype, chunk_tokens: int) -> torch.Tensor:
+        own = weight.to(dtype).requires_grad_()
+        losses_in_chunks(x.to(dtype), own, targets, token_losses, 64 * 4 * chunk_tokens).sum().backward()
+        assert own.grad is not None
+        return own.grad.double()
+
+    expected = gradient(torch.float64, 512)
+    errors = [float((gradient(torch.bfloat16, n) - expected).norm() / expected.norm()) for n in (512, 4)]
+    assert errors[1] < 1.2 * errors[0], errors

@@ -26,12 +26,23 @@ def asked(dp_replicate: int, dp_shard: int, tp: int, sp: bool = False) -> Parall
         (asked(1, 1, -1), 4, Layout(1, 1, 4)),
         (asked(2, -1, 4), 64, Layout(2, 8, 4)),
         (asked(-1, 2, 4), 64, Layout(8, 2, 4)),
-        (asked(-1, -1, 1), 24, Layout(1, 24, 1)),
+        (asked(-1, -1, 1), 3, Layout(1, 3, 1)),
+        (asked(-1, -1, 1), 24, Layout(3, 8, 1)),
+        (asked(-1, -1, 1), 1024, Layout(16, 64, 1)),
         (asked(-1, -1, 8), 1024, Layout(2, 64, 8)),
     ],
 )
 def test_minus_one_is_what_is_left(parallel, world, expected):
     assert resolve_layout(parallel, LARGE, world) == expected
+
+
+@pytest.mark.parametrize("world", [3, 24, 25, 128, 1024])
+def test_no_layout_that_is_filled_in_or_offered_gathers_much_more_than_there_is(world):
+    offered = [*layouts_of(LARGE, world), resolve_layout(asked(-1, -1, 1), LARGE, world)]
+    for layout in offered:
+        where = placements(LARGE, layout).values()
+        assert sum(p.gathered(layout) for p in where) < 1.25 * sum(p.whole(layout) for p in where), layout
+    assert resolve_layout(asked(1, world, 1), LARGE, world) == Layout(1, world, 1)  # who asks for one gets it
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])

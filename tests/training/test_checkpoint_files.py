@@ -1,7 +1,10 @@
 """Checkpoints as files: whole or not there, damage found and named, the one before used."""
 
+import errno
 import json
 import logging
+import os
+import shutil
 
 import pytest
 
@@ -58,7 +61,7 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, caplog, dam
         files.verify(newest)
     assert name in str(found.value)
     with caplog.at_level(logging.ERROR):
-        assert files.newest_intact(tmp_path) == tmp_path / files.step_name(1)
+        assert files.newest_intact(files.steps_in(tmp_path)) == tmp_path / files.step_name(1)
     assert name in caplog.text
     assert "using the one before" in caplog.text
 
@@ -72,26 +75,26 @@ def test_a_file_of_tensors_that_is_not_its_own_is_damage(tmp_path):
     (newest / "shard-00002.safetensors").write_bytes(b"of another save")
     with pytest.raises(ArtefactError, match=r"shard-00002\.safetensors is not part of it"):
         files.verify(newest)
-    assert files.newest_intact(tmp_path) == tmp_path / files.step_name(1)
+    assert files.newest_intact(files.steps_in(tmp_path)) == tmp_path / files.step_name(1)
 
 
 def test_a_damaged_start_is_refused_and_others_are_named(tmp_path):
     make(tmp_path, 1)
     flip_a_byte(make(tmp_path, 2) / files.STATE)
     with pytest.raises(ArtefactError, match=r"state\.json is damaged .*others beside it: step_00000001"):
-        files.find_intact(tmp_path)
+        files.require_intact(files.find_checkpoint(tmp_path))
 
 
 def test_when_every_checkpoint_is_damaged_the_run_does_not_silently_start_anew(tmp_path):
     (make(tmp_path, 1) / files.MANIFEST).unlink()
     with pytest.raises(ArtefactError, match="no intact checkpoint"):
-        files.newest_intact(tmp_path)
+        files.newest_intact(files.steps_in(tmp_path))
 
 
 def test_a_save_that_was_killed_is_not_a_checkpoint(tmp_path):
     make(tmp_path, 1)
     (tmp_path / ".step_00000002").mkdir()
-    assert files.newest_intact(tmp_path) == tmp_path / files.step_name(1)
+    assert files.newest_intact(files.steps_in(tmp_path)) == tmp_path / files.step_name(1)
     files.prune(tmp_path, keep=3)
     assert not (tmp_path / ".step_00000002").exists()
 
@@ -102,6 +105,47 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     files.write_pointer(tmp_path, files.BEST, tmp_path / files.step_name(2))
     files.prune(tmp_path, keep=2)
     assert [path.name for path in files.steps_in(tmp_path)] == [files.step_name(step) for step in (2, 4, 5)]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_damaged_checkpoints_that_a_run_went_back_behind_do_not_take_the_place_of_its_own(tmp_path, keep):
+    for step in (3, 4, 5):
+        make(tmp_path, step)
+    for step in (4, 5):
+        flip_a_byte(tmp_path / files.step_name(step) / "shard-00001.safetensors")
+    assert files.newest_intact(files.steps_in(tmp_path)) == tmp_path / files.step_name(3)
+    shutil.rmtree(tmp_path / files.step_name(4))
+    again = make(tmp_path, 4)
+    files.tidy(tmp_path, TrainState(step=4), keep)
+    assert files.newest_intact(files.steps_in(tmp_path)) == files.read_pointer(tmp_path, files.LATEST) == again
+    assert [path.name for path in files.steps_in(tmp_path)] == [files.step_name(step) for step in (3, 4)[-keep:]]
+
+
+def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
+    make(tmp_path, 1)
+    newest = make(tmp_path, 2)
+    read = durable.sha256_of
+
+    def failing(path):
+        if path.parent == newest:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path)
+
+    monkeypatch.setattr(durable, "sha256_of", failing)
+    assert files.newest_intact(files.steps_in(tmp_path)) == tmp_path / files.step_name(1)
+    with pytest.raises(ArtefactError, match=r"shard-00001\.safetensors cannot be read \(Input/output error\)"):
+        files.verify(newest)
+
+
+def test_ranks_that_share_the_reading_see_all_damage(tmp_path):
+    directory = make(tmp_path, 1)
+    for name in ("shard-00001.safetensors", files.STATE):
+        flip_a_byte(directory / name)
+        found = [files.first_damage(directory, share=(rank, 3)) for rank in range(3)]
+        assert [damage for damage in found if damage] == [
+            f"checkpoint {directory}: {name} is damaged (SHA-256 differs from {files.MANIFEST})"
+        ]
+        flip_a_byte(directory / name)
 
 
 def test_a_user_names_a_run_its_checkpoints_or_one_of_them(tmp_path):
