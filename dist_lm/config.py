@@ -89,7 +89,8 @@ class ParallelConfig:
     compile: str = "auto"  # torch.compile of each block: auto (on CUDA) | always | never
     cpu_offload: bool = False  # parameters, gradients and optimizer state live in host memory
     loss_chunk_mib: int = 256  # largest block of fp32 logits; the loss takes as many tokens at a time as fit
-    # choose axes, sp, activation_checkpointing and reshard_after_forward by the estimate of a step, whatever they say
+    # choose axes, sp, activation_checkpointing, reshard_after_forward and reduce_every_micro_batch by the estimate of a
+    # step, whatever they say
     auto: bool = False
 
     def __post_init__(self) -> None:
@@ -109,7 +110,12 @@ class ParallelConfig:
             value = getattr(self, key)
             require(value in accepted, f"parallel.{key}", value, f"{', '.join(accepted[:-1])} or {accepted[-1]}")
         require(self.loss_chunk_mib > 0, "parallel.loss_chunk_mib", self.loss_chunk_mib, "a positive number of MiB")
-        require(not self.sp or self.tp != 1, "parallel.sp", self.sp, "false with parallel.tp=1 (it splits over tp)")
+        require(
+            not self.sp or self.tp != 1 or self.auto,
+            "parallel.sp",
+            self.sp,
+            "false with parallel.tp=1 (it splits over tp)",
+        )
 
 
 @dataclass

@@ -9,7 +9,6 @@ import importlib
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from dist_lm.cluster.ranks import local_gpus, ranks_per_node
@@ -136,37 +135,22 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 def check_and_describe(plan: Plan, console: Console) -> None:
     """The dry run: what a step of every training stage holds, sends and takes, played without values."""
-    from dist_lm.dry_run.report import play_ranks, rows, summary
-    from dist_lm.parallel.layout import check_batch, resolve_layout
+    from dist_lm.dry_run.play import play_ranks
+    from dist_lm.dry_run.report import rows, summary
+    from dist_lm.launcher.layout_choice import on_nodes_of, with_layout
+    from dist_lm.parallel.layout import resolve_layout
 
     for stage in plan.stages:
         if stage.info.trains:
-            world = stage.config.cluster.nodes * ranks_planned(stage.config)
-            config = with_chosen_layout(stage.config, world, console)
-            layout = resolve_layout(config.parallel, config.model, world)
-            check_batch(config, layout)
+            ranks = ranks_planned(stage.config)
+            config = on_nodes_of(with_layout(stage.config, ranks, console), ranks)
+            layout = resolve_layout(config.parallel, config.model, config.cluster.nodes * ranks)
             with console.waiting(f"playing a step of {stage.info.name}"):
                 reports = play_ranks(config, layout)
             console.summary(f"dry run: {stage.info.name}", summary(config, layout, reports))
             columns = ("a step of", *(f"rank {report.rank}" for report in reports))
             console.table("what a rank holds, and sends (it receives as much):", columns, rows(config, layout, reports))
     console.line("nothing was started (dry_run=true)")
-
-
-def with_chosen_layout(config: Config, world: int, console: Console) -> Config:
-    """`config` with parallel.auto replaced by what it chooses; shows why."""
-    from dist_lm.dry_run.choose import best, candidates, table
-
-    if not config.parallel.auto:
-        return config
-    found = candidates(config, world)
-    chosen = replace(config, parallel=best(config, found).parallel)
-    console.table(
-        f"parallel=auto for {world} ranks of hardware={config.hardware.name}, {len(found):,} candidates:",
-        ("layout", "step", "memory", ""),
-        table(config, found),
-    )
-    return chosen
 
 
 def ranks_planned(config: Config) -> int:
@@ -207,12 +191,13 @@ def run_missing(plan: Plan, console: Console) -> int:
     """Build what the plan says is missing. Returns the signal that stopped it, or 0."""
     from dist_lm.cluster.ray_cluster import connect
     from dist_lm.launcher.interrupt import watch_signals
-    from dist_lm.launcher.stage_run import check_layout, newest_checkpoint, run_training_stage
+    from dist_lm.launcher.layout_choice import with_layout
+    from dist_lm.launcher.stage_run import newest_checkpoint, run_training_stage
 
     training = [stage for stage in plan.missing if stage.info.trains]
     for stage in training:
         if stage.config.cluster.name == "local":
-            check_layout(stage.config, ranks_here(stage.config))
+            with_layout(stage.config, ranks_here(stage.config))
     for stage in plan.missing:
         if not stage.info.trains:
             importlib.import_module(f"dist_lm.stages.{stage.info.name}").build(stage.config, console)

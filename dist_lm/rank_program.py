@@ -6,6 +6,7 @@ import os
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,8 @@ from dist_lm.model.size import flops_per_token, parameter_count
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import check_batch, resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh, data_mesh, process_group
-from dist_lm.parallel.sharding import build_model, compute_dtype, unsharded_copy
+from dist_lm.parallel.sharding import build_model, compute_dtype
+from dist_lm.parallel.values import unsharded_copy
 from dist_lm.run_directory import RunDirectory
 from dist_lm.run_lock import locked
 from dist_lm.stages.registry import training_stage
@@ -77,15 +79,18 @@ def run_rank(run: RunDirectory, stop: StopRequest) -> None:
             * matmul_flops(world.device, compute_dtype(config.parallel, world.device), config.hardware),
         )
         log.info("rank %d of %d on %s, %s, from step %d", world.rank, world.size, world.device, layout, state.step)
-        state = trainer.run(state)
+        state, metrics = trainer.run(state), trainer.metrics
+        del optimizer, trainer  # their memory is there for what the stage does at its end
         if state.step == config.stage.steps:
-            plain = unsharded_copy(model, config.model, compute_dtype(config.parallel, world.device))
-            closing = Closing(config, run, world, tokenizer, plain, state.step)
-            metrics = training_stage(config.stage.name).close(closing)
-            if trainer.metrics:
-                trainer.metrics.write(state.step, metrics)
+            dtype = compute_dtype(config.parallel, world.device)
+            copy = partial(unsharded_copy, model, config.model, dtype)
+            closing = Closing(config, run, world, tokenizer, copy, state.step)
+            found = training_stage(config.stage.name).close(closing)
+            if metrics:
+                metrics.write(state.step, found)
                 write_result(run, config, tokenizer, state, time.time() - started)
-        del model, optimizer, trainer
+            del copy, closing
+        del model
 
 
 def check_corpus(run: RunDirectory, config: Config, tokenizer: Tokenizer, world: World) -> None:

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from dist_lm.config import Config, ParallelConfig
-from dist_lm.dry_run.estimate import estimate_memory, estimate_work
+from dist_lm.dry_run.estimate import estimate_memory, estimate_work, micro_batches_of
 from dist_lm.dry_run.work import step_seconds
 from dist_lm.errors import ConfigError
 from dist_lm.parallel.layout import Layout, check_batch, layouts_of
@@ -28,21 +29,17 @@ class Candidate:
         return self.memory <= USABLE * memory_gib * 2**30
 
 
-def choose_layout(config: Config, world_size: int) -> ParallelConfig:
-    """`config.parallel` as it is, or with parallel.auto the fastest that fits: a pure function of its arguments.
-
-    Raises:
-        ConfigError: nothing fits.
-    """
-    return best(config, candidates(config, world_size)).parallel if config.parallel.auto else config.parallel
-
-
 def candidates(config: Config, world_size: int) -> list[Candidate]:
     """Everything that can be tried, the fastest first; of equally fast ones the plainest.
 
     Raises:
-        ConfigError: no layout of so many ranks fits the model and the batch.
+        ConfigError: no layout of so many ranks fits the model and the batch, or parameters are offloaded.
     """
+    if config.parallel.cpu_offload:
+        raise ConfigError(
+            "parallel.auto=true: expected parallel.cpu_offload=false, the time that offloading takes is not estimated; "
+            "or give the axes yourself"
+        )
     found = []
     for layout in layouts_of(config.model, world_size):
         if layout.tp > config.hardware.devices_per_node:
@@ -74,10 +71,11 @@ def best(config: Config, found: list[Candidate]) -> Candidate:
         if candidate.fits(memory_gib):
             return candidate
     least = min(found, key=lambda candidate: candidate.memory)
+    micro_batch = config.stage.micro_batch
+    lower = f"lower stage.micro_batch={micro_batch}" if micro_batch > 1 else "shorten stage.seq_len"
     raise ConfigError(
         f"parallel.auto=true: no layout fits {USABLE:.0%} of hardware.memory_gib={memory_gib:g}; the smallest takes "
-        f"{least.memory / 2**30:.1f} GiB ({describe(least)}): lower stage.micro_batch={config.stage.micro_batch}, or "
-        "use more ranks"
+        f"{least.memory / 2**30:.1f} GiB ({describe(least)}): {lower}, or use more ranks"
     )
 
 
@@ -113,22 +111,28 @@ def describe(candidate: Candidate) -> str:
             else [f"checkpointing {parallel.activation_checkpointing}"]
         ),
         *([] if parallel.reshard_after_forward else ["no reshard"]),
+        *(["reduce every micro-batch"] if parallel.reduce_every_micro_batch else []),
     ]
     return ", ".join([str(candidate.layout), *extras])
 
 
 def _variants(config: Config, layout: Layout) -> Iterator[ParallelConfig]:
     """The plainest first."""
-    for checkpointing in ("none", "selective", "full"):
-        for sp in (False, True) if layout.tp > 1 else (False,):
-            for reshard in (True, False) if layout.dp_shard > 1 else (True,):
-                yield replace(
-                    config.parallel,
-                    auto=False,
-                    dp_replicate=layout.dp_replicate,
-                    dp_shard=layout.dp_shard,
-                    tp=layout.tp,
-                    sp=sp,
-                    activation_checkpointing=checkpointing,
-                    reshard_after_forward=reshard,
-                )
+    adds_up = layout.dp > 1 and micro_batches_of(config, layout)[0] > 1
+    for checkpointing, sp, reshard, reduce in product(
+        ("none", "selective", "full"),
+        (False, True) if layout.tp > 1 else (False,),
+        (True, False) if layout.dp_shard > 1 else (True,),
+        (False, True) if adds_up else (False,),
+    ):
+        yield replace(
+            config.parallel,
+            auto=False,
+            dp_replicate=layout.dp_replicate,
+            dp_shard=layout.dp_shard,
+            tp=layout.tp,
+            sp=sp,
+            activation_checkpointing=checkpointing,
+            reshard_after_forward=reshard,
+            reduce_every_micro_batch=reduce,
+        )

@@ -12,7 +12,7 @@ from dist_lm.config import Config
 from dist_lm.dry_run.work import WORLD, StepMemory, Work
 from dist_lm.model.kernels import packs_documents
 from dist_lm.parallel.layout import Layout
-from dist_lm.parallel.placement import blocks_per_unit, placements, reshards, slice_of
+from dist_lm.parallel.placement import blocks_per_unit, one_block, reshards, slice_of
 
 FP32_BYTES = 4
 ELEMENTWISE_PASSES = 6  # over what a block makes, by its operations that are no products
@@ -63,19 +63,22 @@ def micro_batches_of(config: Config, layout: Layout) -> tuple[int, int]:
     return -(-sequences // size), size
 
 
+def gradients_add_up(config: Config, layout: Layout) -> bool:
+    """Whether a rank holds whole gradients from one micro-batch to the next, not shards."""
+    return micro_batches_of(config, layout)[0] > 1 and not config.parallel.reduce_every_micro_batch
+
+
 def shapes_of(config: Config, layout: Layout) -> Shapes:
     """The sizes of `config` on the rank of `layout` that has most."""
     model, size = config.model, element_bytes(config)
-    places = placements(model, layout)
-    in_blocks = [place for name, place in places.items() if name.startswith("blocks.")]
-    outside = [place for name, place in places.items() if not name.startswith("blocks.")]
+    block, outside = one_block(model, layout)
     micro_batches, sequences = micro_batches_of(config, layout)
     vocabulary = slice_of(model.vocab_size, layout.tp, 0).held
     return Shapes(
-        own=sum(math.prod(place.local(layout)) for place in places.values()),
-        blocks=sum(place.whole(layout) for place in in_blocks),
+        own=sum(math.prod(place.local(layout)) for place in [*block * model.n_layers, *outside]),
+        blocks=model.n_layers * sum(place.whole(layout) for place in block),
         outside=sum(place.whole(layout) for place in outside),
-        gathered_blocks=sum(place.gathered(layout) for place in in_blocks),
+        gathered_blocks=model.n_layers * sum(place.gathered(layout) for place in block),
         gathered_outside=sum(place.gathered(layout) for place in outside),
         head=vocabulary * model.d_model,
         n_layers=model.n_layers,
@@ -92,11 +95,11 @@ def shapes_of(config: Config, layout: Layout) -> Shapes:
 
 
 def estimate_memory(config: Config, layout: Layout) -> StepMemory:
-    """Bytes of tensors on the rank of `layout` that holds most."""
+    """Bytes of tensors on the rank of `layout` that holds most; with parallel.cpu_offload apart in host memory."""
     parallel, shapes = config.parallel, shapes_of(config, layout)
     size = element_bytes(config)
     sharded = layout.dp > 1 or size != FP32_BYTES
-    adds_up = shapes.micro_batches > 1 and not parallel.reduce_every_micro_batch
+    adds_up = gradients_add_up(config, layout)
     gradients = FP32_BYTES * ((shapes.blocks + shapes.outside) if adds_up or not sharded else shapes.own)
     gathered = 0
     if sharded:
@@ -113,12 +116,13 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
     turn = gathered + shapes.n_layers * kept + max(loss, block) + residual
     copies = 1 if config.hardware.device == "cuda" else 2  # an exchange over gloo takes one more
     end = FP32_BYTES * shapes.gathered_outside * copies + gathered + block + residual if sharded else 0.0
-    return StepMemory(
+    memory = StepMemory(
         parameters=FP32_BYTES * shapes.own,
         gradients=gradients,
         optimizer=2 * FP32_BYTES * shapes.own,
         activations=round(max(turn, end)),
     )
+    return memory.offloaded(adds_up) if parallel.cpu_offload else memory
 
 
 def _block_activations(config: Config, layout: Layout, shapes: Shapes, size: int) -> tuple[float, float]:

@@ -1,68 +1,11 @@
-"""`dry_run=true`: chosen ranks play a step, each in a process of its own; what they say, put together. No torch."""
-
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+"""`dry_run=true`: what the played ranks said, put together for people. No torch."""
 
 from dist_lm.config import Config
-from dist_lm.config_file import save_config
-from dist_lm.dry_run.estimate import is_half, micro_batches_of
-from dist_lm.dry_run.work import WORLD, StepMemory, Work, step_seconds
+from dist_lm.dry_run.estimate import gradients_add_up, is_half, micro_batches_of
+from dist_lm.dry_run.play import RankReport
+from dist_lm.dry_run.work import WORLD, Work, step_seconds
 from dist_lm.model.size import flops_per_token, parameter_count
 from dist_lm.parallel.layout import AXES, Layout
-from dist_lm.parallel.placement import slice_of
-
-AT_ONCE = 2  # processes; each takes about 0.4 GiB
-
-
-@dataclass(frozen=True)
-class RankReport:
-    """A step of one rank."""
-
-    rank: int
-    memory: StepMemory
-    work: Work
-
-
-def play_ranks(config: Config, layout: Layout) -> list[RankReport]:
-    """Play the ranks that differ most.
-
-    Raises:
-        RuntimeError: a step cannot be played; with what the process said.
-    """
-    with tempfile.TemporaryDirectory(prefix="dlm-dry-run-") as directory, ThreadPoolExecutor(AT_ONCE) as pool:
-        path = Path(directory) / "config.yaml"
-        save_config(config, path)
-        return list(pool.map(lambda rank: _play(path, rank, layout.world_size), ranks_to_play(config, layout)))
-
-
-def ranks_to_play(config: Config, layout: Layout) -> list[int]:
-    """The first rank, the last, and the first whose part of the heads is filled up with zeros."""
-    parts = [slice_of(config.model.n_heads, layout.tp, rank) for rank in range(layout.tp)]
-    padded = [rank for rank, part in enumerate(parts) if part.real < part.held]
-    return sorted({0, *padded[:1], layout.world_size - 1})
-
-
-def _play(config: Path, rank: int, world_size: int) -> RankReport:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "dist_lm.dry_run.fake_rank", str(config), str(rank), str(world_size)],
-        # one thread: nothing is computed
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"the dry run of rank {rank} failed:\n{done.stderr}")
-    said = json.loads(done.stdout.splitlines()[-1])
-    work = said["work"] | {key: Counter(said["work"][key]) for key in ("sent", "messages")}
-    return RankReport(rank, StepMemory(**said["memory"]), Work(**work))
 
 
 def rows(config: Config, layout: Layout, reports: list[RankReport]) -> list[list[str]]:
@@ -71,10 +14,12 @@ def rows(config: Config, layout: Layout, reports: list[RankReport]) -> list[list
     def row(name: str, value) -> list[str]:
         return [name, *(value(report) for report in reports)]
 
-    where = " (host memory)" if config.parallel.cpu_offload else ""
+    offload = config.parallel.cpu_offload
+    where = " (host memory)" if offload else ""
+    gradients = "" if gradients_add_up(config, layout) else where
     table = [
         row(f"parameters{where}", lambda r: gib(r.memory.parameters)),
-        row(f"gradients{where}", lambda r: gib(r.memory.gradients)),
+        row(f"gradients{gradients}", lambda r: gib(r.memory.gradients)),
         row(f"optimizer{where}", lambda r: gib(r.memory.optimizer)),
         row("activations, buffers", lambda r: gib(r.memory.activations)),
         row("peak of tensors", lambda r: gib(r.memory.peak)),
@@ -85,7 +30,7 @@ def rows(config: Config, layout: Layout, reports: list[RankReport]) -> list[list
     return [
         *table,
         row("computed", lambda r: f"{r.work.flops / 1e12:.3g} TFLOP"),
-        row("step, estimated", lambda r: f"{step_seconds(r.work, layout, config.hardware):.3g} s"),
+        row("step, estimated", lambda r: "-" if offload else f"{step_seconds(r.work, layout, config.hardware):.3g} s"),
     ]
 
 
@@ -106,7 +51,9 @@ def summary(config: Config, layout: Layout, reports: list[RankReport]) -> dict[s
         f"{'bf16' if is_half(config) else 'fp32'}",
         "a step": f"{stage.global_batch} sequences of {stage.seq_len} tokens; a rank takes {micro_batches} x {size}",
         "peak memory": f"{gib(peak)} of {hardware.memory_gib:g} GiB{' - does not fit' if room > 1 else ''}",
-        "estimate": f"{seconds:.3g} s a step, {readable_count(round(tokens / seconds))} tokens/s, MFU {mfu:.0%}, "
+        "estimate": "none of the time that parallel.cpu_offload takes"
+        if config.parallel.cpu_offload
+        else f"{seconds:.3g} s a step, {readable_count(round(tokens / seconds))} tokens/s, MFU {mfu:.0%}, "
         f"{stage.steps:,} steps in {seconds * stage.steps / 3600:.3g} h",
     }
 

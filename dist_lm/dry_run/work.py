@@ -8,7 +8,7 @@ for each of log2(n) hops. Messages of tensor parallelism are waited for. Those o
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dist_lm.config import HardwareConfig
 from dist_lm.parallel.layout import AXES, Layout
@@ -35,10 +35,21 @@ class StepMemory:
     gradients: int  # while micro-batches add up, or of the last one: whichever is more
     optimizer: int  # its shards of both moments
     activations: int  # what the peak holds beside those three: activations, gathered parameters, buffers of messages
+    host: int = 0  # of the first three, what lies in host memory
 
     @property
     def peak(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.activations
+        """Of the device."""
+        return self.parameters + self.gradients + self.optimizer + self.activations - self.host
+
+    def offloaded(self, adds_up: bool) -> "StepMemory":
+        """The same step under parallel.cpu_offload.
+
+        Args:
+            adds_up: whole gradients add up over micro-batches: on the device.
+        """
+        host = self.parameters + self.optimizer + (0 if adds_up else self.gradients)
+        return replace(self, host=host)
 
 
 @dataclass

@@ -13,11 +13,10 @@ from dist_lm.cluster.ranks import ranks_per_node
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config import Config, require
 from dist_lm.config_file import save_config
-from dist_lm.dry_run.choose import choose_layout
 from dist_lm.errors import ArtefactError
 from dist_lm.launcher.interrupt import Interrupt
+from dist_lm.launcher.layout_choice import check_hardware, with_layout
 from dist_lm.launcher.plan import PlannedStage, run_of
-from dist_lm.parallel.layout import check_batch, resolve_layout
 from dist_lm.run_directory import RunDirectory
 from dist_lm.run_lock import locked
 from dist_lm.tracking.console import Console
@@ -29,28 +28,18 @@ from dist_lm.training import checkpoint_files
 POLL_S = 0.2
 
 
-def check_layout(config: Config, ranks_per_node: int) -> None:
-    """Refuse a layout or a batch that does not fit the ranks, before they are started.
-
-    Raises:
-        ConfigError: names the key and what would fit.
-    """
-    world = config.cluster.nodes * ranks_per_node
-    layout = resolve_layout(choose_layout(config, world), config.model, world)
-    check_batch(config, layout)
-
-
 def run_training_stage(stage: PlannedStage, cluster: RayCluster, console: Console, interrupt: Interrupt) -> bool:
     """Run a stage to its end. Returns False when it was stopped by `interrupt`.
 
     Raises:
+        ConfigError: the layout does not fit the ranks that the cluster gives.
         GangFailure: a rank or a node failed.
         ArtefactError: the ranks left without a result although nobody asked them to stop.
     """
     device, ranks = device_and_ranks(stage.config, cluster)
-    parallel = choose_layout(stage.config, stage.config.cluster.nodes * ranks)
-    config, run = replace(stage.config, device=device, parallel=parallel), run_of(stage.config)
-    check_layout(config, ranks)
+    config, run = replace(stage.config, device=device), run_of(stage.config)
+    check_hardware(config)
+    config = with_layout(config, ranks, console)
     run.create()
     with ExitStack() as stack:
         stack.enter_context(locked(run.launch_lock))

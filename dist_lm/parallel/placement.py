@@ -5,7 +5,7 @@ are the same on all tensor-parallel ranks; a module takes its slice of a bias as
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dist_lm.config import ModelConfig
 from dist_lm.model.size import Shape, parameter_shapes
@@ -76,6 +76,13 @@ def placements(model: ModelConfig, layout: Layout) -> dict[str, Placement]:
     return {name: _placement(name, shape, model, layout) for name, shape in parameter_shapes(model).items()}
 
 
+def one_block(model: ModelConfig, layout: Layout) -> tuple[list[Placement], list[Placement]]:
+    """The placements (of a block's parameters, of those outside the blocks): blocks are alike."""
+    of_all = placements(replace(model, n_layers=1), layout)
+    block = [placement for name, placement in of_all.items() if name.startswith("blocks.")]
+    return block, [placement for name, placement in of_all.items() if not name.startswith("blocks.")]
+
+
 def blocks_per_unit(model: ModelConfig, layout: Layout, element_bytes: int) -> int:
     """Consecutive blocks that FSDP gathers at once: as many as make a message worth sending."""
     return min(model.n_layers, -(-UNIT_BYTES // (_gathered_block(model, layout) * element_bytes)))
@@ -90,11 +97,7 @@ def reshards(asked: bool | None, model: ModelConfig, layout: Layout, element_byt
 
 def _gathered_block(model: ModelConfig, layout: Layout) -> int:
     """Elements of a block once FSDP has gathered it."""
-    return sum(
-        placement.gathered(layout)
-        for name, placement in placements(model, layout).items()
-        if name.startswith("blocks.0.")
-    )
+    return sum(placement.gathered(layout) for placement in one_block(model, layout)[0])
 
 
 def partial_gradients(model: ModelConfig, layout: Layout, sp: bool) -> list[str]:

@@ -1,12 +1,10 @@
-"""A model on a mesh: tensor parallelism, activation checkpointing, compiled blocks, FSDP2; filled shard by shard.
+"""A model on a mesh: tensor parallelism, activation checkpointing, compiled blocks, FSDP2.
 
-The model is built on the meta device; a parameter's full value exists only while its shard is cut from it.
+The model is laid out on the meta device, gets memory for its shards alone, and then its values (`values.fill`).
 
 The order is not free: tensor parallelism replaces modules, so it comes first; recomputation has to happen inside the
 hooks of FSDP, which gather parameters.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -19,19 +17,18 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dist_lm.config import ModelConfig, ParallelConfig
 from dist_lm.model.initialise import initial_value
-from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.activation_checkpointing import wrap_blocks
 from dist_lm.parallel.gloo import exchange_messages
 from dist_lm.parallel.layout import Layout
-from dist_lm.parallel.padding import logical, shard_of
 from dist_lm.parallel.placement import Placement, blocks_per_unit, partial_gradients, placements, reshards
 from dist_lm.parallel.tensor_axis import TensorAxis
 from dist_lm.parallel.tensor_parallel import TensorParallelTransformer
+from dist_lm.parallel.values import fill
 
 FORWARD_METHODS = ("token_losses",)
 """What is called on a model instead of `forward`: FSDP gathers the root's parameters around these too. One that calls
@@ -162,34 +159,3 @@ def _fully_shard(
 def materialise(model: nn.Module, parallel: ParallelConfig, device: torch.device) -> None:
     """Give a model on the meta device memory: on `device`, or in host memory where it is offloaded."""
     model.to_empty(device="cpu" if parallel.cpu_offload else device)
-
-
-@torch.no_grad()
-def fill(model: nn.Module, model_config: ModelConfig, value: Callable[[str, tuple[int, ...]], torch.Tensor]) -> None:
-    """Give every parameter the logical value `value(name, shape)`; a shard takes its part of it, and zeros after it."""
-    shapes = parameter_shapes(model_config)
-    for name, parameter in model.named_parameters():
-        shape = shapes[name]
-        if parameter.shape != shape:
-            parameter.zero_()
-        target = logical(parameter, shape)
-        full = value(name, shape).to(parameter.device)
-        if isinstance(target, DTensor):
-            # src_data_rank=None: every rank has the same full value, so nothing is sent
-            full = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
-            shard_of(target).copy_(shard_of(full))
-        else:
-            target.copy_(full)
-
-
-@torch.no_grad()
-def unsharded_copy(model: Transformer, model_config: ModelConfig, dtype: torch.dtype) -> Transformer:
-    """A plain model with the same weights, for sampling: every rank gets all of it (collective)."""
-    with torch.device("meta"):
-        copy = Transformer(model_config)
-    full = {}
-    for name, shape in parameter_shapes(model_config).items():
-        value = logical(model.get_parameter(name), shape)
-        full[name] = (value.full_tensor() if isinstance(value, DTensor) else value).detach().to(dtype)
-    copy.load_state_dict(full, assign=True)
-    return copy.eval()

@@ -30,10 +30,12 @@ def sample_prompts(closing: Closing) -> list[Sample]:
         for prompt in prompts
         for _ in range(config.samples_per_prompt)
     ]
+    if not wanted:
+        return []
     mine = range(closing.world.rank, len(wanted), closing.world.size)
     tokenizer = closing.tokenizer
     completions = generate(
-        closing.model,
+        closing.model(),
         [[tokenizer.eot_id, *tokenizer.encode(wanted[index][1])] for index in mine],
         SamplingParams(
             max_new_tokens=config.max_new_tokens,

@@ -19,7 +19,9 @@ class Closing:
     run: RunDirectory
     world: World
     tokenizer: Tokenizer
-    model: Transformer  # a plain copy, in evaluation mode
+    model: Callable[
+        [], Transformer
+    ]  # makes a plain copy, in evaluation mode: every rank then holds all of it (collective)
     step: int
 
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from dist_lm.config_file import save_config
-from dist_lm.dry_run.report import play_ranks
+from dist_lm.dry_run.play import play_ranks
 from dist_lm.launcher.compose import compose_config
 from dist_lm.parallel.layout import resolve_layout
 
@@ -43,7 +43,7 @@ def test_measured_memory_is_what_the_dry_run_says(override, global_batch, tmp_pa
     )
     assert done.returncode == 0, done.stderr[-3000:]
     measured = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
-    monkeypatch.setattr("dist_lm.dry_run.report.ranks_to_play", lambda config, layout: [0])
+    monkeypatch.setattr("dist_lm.dry_run.play.ranks_to_play", lambda config, layout: [0])
     [played] = play_ranks(config, resolve_layout(config.parallel, config.model, 2))
     assert played.memory.peak == pytest.approx(measured["resident"], rel=0.15)
     assert played.memory.peak == pytest.approx(measured["tensors"], rel=0.01)

@@ -1,10 +1,13 @@
 """parallel=auto: it fits, it is the fastest of what fits, and what cannot be is refused in one line."""
 
+from dataclasses import replace
+
 import pytest
 
-from dist_lm.dry_run.choose import USABLE, best, candidates, choose_layout, table
+from dist_lm.dry_run.choose import USABLE, best, candidates, table
 from dist_lm.errors import ConfigError
 from dist_lm.launcher.compose import compose_config
+from dist_lm.launcher.layout_choice import check_hardware, on_nodes_of, with_layout
 from dist_lm.parallel.layout import resolve_layout
 
 
@@ -14,7 +17,8 @@ def auto(*overrides: str):
 
 def test_the_choice_is_concrete_fits_and_is_the_fastest_that_does():
     config = auto("hardware.memory_gib=20", "stage.micro_batch=2")
-    chosen, found = choose_layout(config, 16), candidates(config, 16)
+    found = candidates(config, 16)
+    chosen = best(config, found).parallel
     layout = resolve_layout(chosen, config.model, 16)
     assert not chosen.auto
     assert -1 not in (chosen.dp_replicate, chosen.dp_shard, chosen.tp)
@@ -31,13 +35,40 @@ def test_little_memory_makes_it_shard_more():
 
 
 def test_a_layout_that_is_given_stays_as_it_is():
-    config = compose_config(["stage=language", "parallel=hsdp"])
-    assert choose_layout(config, 16) is config.parallel
+    config = compose_config(
+        ["stage=language", "parallel=hsdp", "cluster.nodes=2", "cluster=ray", "cluster.address=h:1"]
+    )
+    assert with_layout(config, 8) is config
 
 
-def test_no_tensor_parallelism_between_nodes():
-    found = candidates(auto("hardware.devices_per_node=2"), 8)
-    assert {c.layout.tp for c in found} == {1, 2}
+@pytest.mark.parametrize("ranks_per_node", [1, 2, 8])
+def test_no_tensor_parallelism_between_nodes(ranks_per_node):
+    config = auto("cluster.nodes=4", "cluster=ray", "cluster.address=h:1")
+    found = candidates(on_nodes_of(config, ranks_per_node), 4 * ranks_per_node)
+    assert max(c.layout.tp for c in found) == ranks_per_node
+    assert with_layout(config, ranks_per_node).parallel.tp <= ranks_per_node
+
+
+def test_offered_layouts_do_not_gather_padding():
+    """1,024 ranks that share everything would pad 25 heads to 1,024."""
+    assert all(c.layout.dp_shard <= 64 for c in candidates(auto("stage.global_batch=1024"), 1024))
+
+
+def test_gradients_that_add_up_are_sharded_where_nothing_else_fits():
+    config = auto("hardware.memory_gib=8", "stage.micro_batch=1")
+    assert best(config, candidates(config, 8)).parallel.reduce_every_micro_batch
+
+
+def test_sequence_parallelism_may_be_asked_for_and_is_chosen_anyway():
+    config = auto("parallel.sp=true")
+    assert candidates(config, 8)
+
+
+def test_the_hardware_has_to_be_that_of_the_ranks():
+    check_hardware(replace(auto(), device="cuda"))
+    with pytest.raises(ConfigError, match=r"hardware=h100: .*device=cpu.*hardware=NAME"):
+        check_hardware(replace(auto(), device="cpu"))
+    check_hardware(compose_config(["stage=language", "device=cpu", "hardware=h100"]))  # nothing is chosen
 
 
 def test_the_table_names_the_chosen_one_and_what_rules_others_out():
@@ -48,15 +79,17 @@ def test_the_table_names_the_chosen_one_and_what_rules_others_out():
 
 
 @pytest.mark.parametrize(
-    ("override", "world", "words"),
+    ("override", "ranks_per_node", "words"),
     [
         ("hardware.memory_gib=1", 8, ["hardware.memory_gib=1", "GiB", "stage.micro_batch"]),
-        ("stage.global_batch=7", 16, ["stage.global_batch=7", "16"]),
+        ("hardware.memory_gib=1 stage.micro_batch=1", 8, ["stage.seq_len"]),
+        ("stage.global_batch=7 cluster.nodes=2 cluster=ray cluster.address=h:1", 8, ["stage.global_batch=7", "16"]),
+        ("parallel.cpu_offload=true", 8, ["parallel.cpu_offload=false"]),
     ],
 )
-def test_what_cannot_be_is_one_line(override, world, words):
+def test_what_cannot_be_is_one_line(override, ranks_per_node, words):
     with pytest.raises(ConfigError) as refused:
-        choose_layout(auto(override), world)
+        with_layout(auto(*override.split()), ranks_per_node)
     assert "\n" not in str(refused.value)
     for word in words:
         assert word in str(refused.value)

@@ -4,7 +4,8 @@ import pytest
 
 from dist_lm.config import HardwareConfig
 from dist_lm.dry_run.estimate import estimate_memory, estimate_work
-from dist_lm.dry_run.report import play_ranks, ranks_to_play, readable_count
+from dist_lm.dry_run.play import play_ranks, ranks_to_play
+from dist_lm.dry_run.report import readable_count
 from dist_lm.dry_run.work import Work, message_seconds, step_seconds
 from dist_lm.launcher.compose import compose_config
 from dist_lm.parallel.layout import Layout, resolve_layout
@@ -28,6 +29,17 @@ def test_gradients_are_whole_while_micro_batches_add_up():
     one = compose_config(["stage=language", "model=large", "stage.micro_batch=4", "stage.global_batch=32"])
     assert estimate_memory(one, Layout(1, 8, 1)).gradients == estimate_memory(one, Layout(1, 8, 1)).parameters
     assert estimate_memory(LARGE, Layout(1, 8, 1)).gradients == 4 * 1_086_108_800
+
+
+def test_what_is_offloaded_is_not_held_by_the_device():
+    kept, offloaded = (
+        estimate_memory(
+            compose_config(["stage=language", "model=large", "hardware=h100", f"parallel.cpu_offload={on}"]),
+            Layout(1, 8, 1),
+        )
+        for on in (False, True)
+    )
+    assert kept.peak - offloaded.peak == offloaded.host == kept.parameters + kept.optimizer  # gradients add up
 
 
 def test_a_ring_sends_what_it_has_to():
@@ -73,7 +85,7 @@ def test_the_ranks_played_are_the_first_a_padded_one_and_the_last():
 def test_the_estimate_agrees_with_the_played_step(overrides, world, monkeypatch):
     config = compose_config([*SMALL, *overrides])
     layout = resolve_layout(config.parallel, config.model, world)
-    monkeypatch.setattr("dist_lm.dry_run.report.ranks_to_play", lambda config, layout: [0])
+    monkeypatch.setattr("dist_lm.dry_run.play.ranks_to_play", lambda config, layout: [0])
     [played] = play_ranks(config, layout)
     work = estimate_work(config, layout)
     assert estimate_memory(config, layout).peak == pytest.approx(played.memory.peak, rel=0.1)

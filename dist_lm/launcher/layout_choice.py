@@ -1,0 +1,52 @@
+"""The layout of a stage on the ranks it gets: as configured, or with parallel=auto the fastest by estimate, and why."""
+
+from dataclasses import replace
+
+from dist_lm.config import Config, require
+from dist_lm.dry_run.choose import best, candidates, table
+from dist_lm.parallel.layout import check_batch, resolve_layout
+from dist_lm.tracking.console import Console
+
+
+def on_nodes_of(config: Config, ranks_per_node: int) -> Config:
+    """`config` with a hardware table whose nodes have as many devices as ranks: what the estimates count with."""
+    return replace(config, hardware=replace(config.hardware, devices_per_node=ranks_per_node))
+
+
+def with_layout(config: Config, ranks_per_node: int, console: Console | None = None) -> Config:
+    """`config` with parallel.auto replaced by what it chooses; the layout and the batch fit.
+
+    Args:
+        console: shows what was compared, and what decided.
+
+    Raises:
+        ConfigError: layout or batch do not fit the ranks, or with parallel.auto no layout does.
+    """
+    world = config.cluster.nodes * ranks_per_node
+    if config.parallel.auto:
+        planned = on_nodes_of(config, ranks_per_node)
+        found = candidates(planned, world)
+        if console:
+            console.table(
+                f"parallel=auto for {world} ranks of hardware={config.hardware.name}, {len(found):,} candidates:",
+                ("layout", "step", "memory", ""),
+                table(planned, found),
+            )
+        config = replace(config, parallel=best(planned, found).parallel)
+    check_batch(config, resolve_layout(config.parallel, config.model, world))
+    return config
+
+
+def check_hardware(config: Config) -> None:
+    """Refuse to choose a layout for `config.device` by the table of another kind of device.
+
+    Raises:
+        ConfigError: says which hardware to name.
+    """
+    planned = config.hardware
+    require(
+        not config.parallel.auto or planned.device == config.device,
+        "hardware",
+        planned.name,
+        f"what the ranks run on (device={config.device}): parallel=auto plans with it; give hardware=NAME",
+    )
