@@ -3,7 +3,7 @@
 from dist_lm.config import Config
 from dist_lm.dry_run.estimate import gradients_add_up, is_half, micro_batches_of
 from dist_lm.dry_run.play import RankReport
-from dist_lm.dry_run.work import WORLD, Work, step_seconds
+from dist_lm.dry_run.work import WORLD, Work, resident, step_seconds
 from dist_lm.model.size import flops_per_token, parameter_count
 from dist_lm.parallel.layout import AXES, Layout
 
@@ -24,6 +24,8 @@ def rows(config: Config, layout: Layout, reports: list[RankReport]) -> list[list
         row("activations, buffers", lambda r: gib(r.memory.activations)),
         row("peak of tensors", lambda r: gib(r.memory.peak)),
     ]
+    if config.hardware.device == "cpu":
+        table.append(row("resident then, about", lambda r: gib(resident(r.memory, config.hardware))))
     for axis in (*AXES, WORLD):
         if any(report.work.messages[axis] for report in reports):
             table.append(row(f"sent, {axis}", lambda r, a=axis: _traffic(r.work, a)))
@@ -43,7 +45,7 @@ def summary(config: Config, layout: Layout, reports: list[RankReport]) -> dict[s
     tokens = stage.global_batch * stage.seq_len
     peak_tflops = layout.world_size * (hardware.bf16_tflops if is_half(config) else hardware.fp32_tflops)
     mfu = tokens * flops_per_token(config.model, stage.seq_len) / seconds / (peak_tflops * 1e12)
-    peak = max(report.memory.peak for report in reports)
+    peak = max(resident(report.memory, hardware) for report in reports)
     room = peak / 2**30 / hardware.memory_gib
     return {
         "model": f"{config.model.name}, {count:,} parameters ({readable_count(count)})",

@@ -5,9 +5,14 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
+from dist_lm.config import ModelConfig
 from dist_lm.model.initialise import initial_value
 from dist_lm.model.size import parameter_shapes
+from dist_lm.parallel.layout import Layout
+from dist_lm.parallel.mesh import World, build_mesh
+from dist_lm.parallel.sharding import build_model
 from tests.parallel.on_a_mesh import MeshTrajectory, compiled_graphs, forget_graphs, initial_weights, rank_steps
 from tests.parallel.one_process import entries_off, error, expected_of
 from tests.parallel.parity_cases import layout_of, model_of, parallel_of
@@ -51,3 +56,18 @@ def test_offloaded_parameters_take_the_same_step(ranks: RankGroups):
     model, parallel = model_of((5, 5)), parallel_of("1x2x1", cpu_offload=True)
     found: MeshTrajectory = ranks.run(2, rank_steps, model, parallel, range(1))
     assert entries_off(found.end, expected_of(model).end, 1e-5) == {}
+
+
+def steps_after_another_mesh(world: World, model: ModelConfig) -> str:
+    first = build_mesh(Layout(1, 2, 2), world.device)
+    built = build_model(model, parallel_of("1x2x2"), first, world.device, SEED)
+    build_mesh(Layout(1, 1, 4), world.device)
+    try:
+        built.token_losses(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_two_tensor_parallel_layouts_in_one_process_are_refused_not_mixed_up(ranks: RankGroups):
+    assert "have to share a mesh" in ranks.run(4, steps_after_another_mesh, MODEL)
