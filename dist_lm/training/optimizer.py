@@ -4,8 +4,10 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.optim.adamw import adamw
 
 from dist_lm.config import StageConfig
+from dist_lm.parallel.padding import shard_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -15,7 +17,40 @@ def is_decayed(name: str) -> bool:
     return not any(part in name for part in ("norm", "bias", "embed"))
 
 
-def build_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
+class ShardedAdamW(torch.optim.AdamW):
+    """AdamW that steps on this rank's shards.
+
+    It works element by element, so they are all there is to see; DTensors would cost a decision about the sharding of
+    every parameter: seconds at the first step of a large model.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step on all parameters, each of which has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            parameters = group["params"]
+            states = [self.state[parameter] for parameter in parameters]
+            beta1, beta2 = group["betas"]
+            adamw(
+                [shard_of(parameter) for parameter in parameters],
+                [shard_of(parameter.grad) for parameter in parameters],
+                [shard_of(state["exp_avg"]) for state in states],
+                [shard_of(state["exp_avg_sq"]) for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+
+
+def build_optimizer(model: nn.Module, stage: StageConfig) -> ShardedAdamW:
     """AdamW (Loshchilov & Hutter 2019) whose moments exist from the start.
 
     They are created here and not at the first step, so that a checkpoint always has the same keys.
@@ -25,12 +60,11 @@ def build_optimizer(model: nn.Module, stage: StageConfig) -> torch.optim.AdamW:
         {"params": [p for n, p in named if is_decayed(n)], "weight_decay": stage.weight_decay},
         {"params": [p for n, p in named if not is_decayed(n)], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
+    optimizer = ShardedAdamW(
         [group for group in groups if group["params"]],
         lr=stage.lr,
         betas=(stage.beta1, stage.beta2),
         eps=stage.adam_eps,
-        fused=True,
     )
     for _, parameter in named:
         # a fused step counts on the parameter's own device
