@@ -1,6 +1,7 @@
 """The command, as typed: exit codes, one line for what a user can mend, and a dry run that starts nothing."""
 
 import os
+import resource
 import subprocess
 import sys
 
@@ -9,12 +10,12 @@ import pytest
 from tests.conftest import TINY
 
 
-def launch(*arguments, **environment):
+def launch(*arguments, deadline_s=60, **environment):
     return subprocess.run(
         [sys.executable, "-m", "dist_lm.launch", *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=deadline_s,
         check=False,
         env=os.environ | environment,
     )
@@ -77,6 +78,20 @@ def test_a_dry_run_says_what_a_rank_holds_and_starts_nothing(tmp_path):
     for words in ("2.55 M", "chosen", "tokenizer", "shards", "language", "peak memory", "optimizer"):
         assert words in done.stdout
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.heavy
+def test_a_thousand_ranks_are_played_in_little_memory():
+    shape = ("model=large", "parallel=fsdp_tp", "cluster.nodes=128", "cluster.ranks_per_node=8", "hardware=h100")
+    done = launch("stage=language", *shape, "dry_run=true", deadline_s=280, COLUMNS="200")
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split()
+    assert {"dp_replicate=2", "dp_shard=64", "tp=8", "1024"} <= set(words)
+    held = next(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("parameters "))
+    assert held[1::2] == ["MiB"] * 3  # of rank 0, the first with padded heads, the last
+    # 1.09 B parameters over 512 shards, in fp32; ranks 6 and 7 hold padded heads
+    assert [float(size) for size in held[::2]] == pytest.approx([4 * 1_086_108_800 / 512 / 2**20] * 3, rel=0.1)
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2 << 20  # KiB, of the largest process
 
 
 def test_help_and_the_resolved_configuration_are_shown():
