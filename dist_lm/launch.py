@@ -149,7 +149,11 @@ def check_and_describe(plan: Plan, console: Console) -> None:
                 reports = play_ranks(config, layout)
             console.summary(f"dry run: {stage.info.name}", summary(config, layout, reports))
             columns = ("a step of", *(f"rank {report.rank}" for report in reports))
-            console.table("what a rank holds, and sends (it receives as much):", columns, rows(config, layout, reports))
+            console.table(
+                "what a rank holds, and sends in a step (messages; it receives as much):",
+                columns,
+                rows(config, layout, reports),
+            )
     console.line("nothing was started (dry_run=true)")
 
 

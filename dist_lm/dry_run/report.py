@@ -3,7 +3,7 @@
 from dist_lm.config import Config
 from dist_lm.dry_run.estimate import gradients_add_up, is_half, micro_batches_of
 from dist_lm.dry_run.play import RankReport
-from dist_lm.dry_run.work import WORLD, Work, resident, step_seconds
+from dist_lm.dry_run.work import WORLD, resident, step_seconds
 from dist_lm.model.size import flops_per_token, parameter_count
 from dist_lm.parallel.layout import AXES, Layout
 
@@ -28,7 +28,7 @@ def rows(config: Config, layout: Layout, reports: list[RankReport]) -> list[list
         table.append(row("resident then, about", lambda r: gib(resident(r.memory, config.hardware))))
     for axis in (*AXES, WORLD):
         if any(report.work.messages[axis] for report in reports):
-            table.append(row(f"sent, {axis}", lambda r, a=axis: _traffic(r.work, a)))
+            table.append(row(f"sent, {axis}", lambda r, a=axis: f"{gib(r.work.sent[a])} ({r.work.messages[a]:,})"))
     return [
         *table,
         row("computed", lambda r: f"{r.work.flops / 1e12:.3g} TFLOP"),
@@ -60,12 +60,10 @@ def summary(config: Config, layout: Layout, reports: list[RankReport]) -> dict[s
     }
 
 
-def _traffic(work: Work, axis: str) -> str:
-    return f"{gib(work.sent[axis])} in {work.messages[axis]:,} messages"
-
-
 def gib(size: float) -> str:
     """Bytes for people."""
+    if size < 2**20:
+        return f"{size / 2**10:.1f} KiB" if size >= 2**10 else f"{size:.0f} B"
     return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
 
 

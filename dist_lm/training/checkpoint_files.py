@@ -219,6 +219,8 @@ def check_same_model(checkpoint: Path, saved: dict[str, Any], model_config: Mode
         ArtefactError: names every key that differs, with both values.
     """
     own = asdict(model_config)
+    # none means as many as query heads
+    own, saved = ({**model, "n_kv_heads": model.get("n_kv_heads") or model.get("n_heads")} for model in (own, saved))
     ignored = {"name", "init_std", "max_seq_len"}
     different = [
         f"model.{key}={own[key]} (checkpoint: {saved.get(key)})"

@@ -5,11 +5,13 @@ import json
 import logging
 import os
 import shutil
+from dataclasses import asdict, replace
 
 import pytest
 
 from dist_lm import durable
 from dist_lm.errors import ArtefactError
+from dist_lm.launcher.compose import compose_config
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.state import TrainState
 
@@ -154,6 +156,14 @@ def test_a_user_names_a_run_its_checkpoints_or_one_of_them(tmp_path):
         assert files.find_checkpoint(path) == newest
     with pytest.raises(ArtefactError, match="no checkpoint there"):
         files.find_checkpoint(tmp_path / "nothing")
+
+
+def test_key_heads_left_open_are_as_many_as_query_heads(tmp_path):
+    config = compose_config(["stage=language", "model=nano"]).model
+    saved = asdict(config)
+    files.check_same_model(tmp_path, saved, replace(config, n_kv_heads=config.n_heads))
+    with pytest.raises(ArtefactError, match=r"model\.n_kv_heads=1 \(checkpoint: 5\)"):
+        files.check_same_model(tmp_path, saved, replace(config, n_kv_heads=1))
 
 
 def test_state_of_a_checkpoint_that_is_not_ours_is_refused(tmp_path):
