@@ -89,8 +89,8 @@ class ParallelConfig:
     compile: str = "auto"  # torch.compile of each block: auto (on CUDA) | always | never
     cpu_offload: bool = False  # parameters, gradients and optimizer state live in host memory
     loss_chunk_mib: int = 256  # largest block of fp32 logits; the loss takes as many tokens at a time as fit
-    # choose axes, sp, activation_checkpointing, reshard_after_forward and reduce_every_micro_batch by the estimate of a
-    # step, whatever they say
+    # choose by the estimate of a step: axes that are -1, and of sp, activation_checkpointing, reshard_after_forward and
+    # reduce_every_micro_batch those at their default
     auto: bool = False
 
     def __post_init__(self) -> None:

@@ -86,13 +86,27 @@ def run_command(overrides: Sequence[str], console: Console) -> int:
         return compose_config(overrides_of(stage, target, overrides))
 
     plan = make_plan(target, compose)
-    show_plan(plan, console)
     config = plan.stages[-1].config
+    check_layouts(plan, config.dry_run)
+    show_plan(plan, console)
     if config.dry_run:
         check_and_describe(plan, console)
         return 0
     check_writable(Path(config.work_dir))
     return carry_out(plan, console)
+
+
+def check_layouts(plan: Plan, dry_run: bool) -> None:
+    """Refuse a layout or a batch that does not fit the ranks, where their number is known before they are asked for.
+
+    Raises:
+        ConfigError: names the key and what would fit.
+    """
+    from dist_lm.launcher.layout_choice import with_layout
+
+    for stage in plan.stages if dry_run else plan.missing:
+        if stage.info.trains and (dry_run or stage.config.cluster.name == "local"):
+            with_layout(stage.config, (ranks_planned if dry_run else ranks_here)(stage.config))
 
 
 def check_stage_prefixes(overrides: Sequence[str], target: str) -> None:
@@ -121,8 +135,8 @@ def check_writable(work_dir: Path) -> None:
 
 def show_plan(plan: Plan, console: Console) -> None:
     """Print what is there and what will be built."""
-    from dist_lm.dry_run.report import readable_count
     from dist_lm.model.size import parameter_count
+    from dist_lm.tracking.readable import readable_count
 
     config = plan.stages[-1].config
     count = parameter_count(config.model)
@@ -148,7 +162,7 @@ def check_and_describe(plan: Plan, console: Console) -> None:
             with console.waiting(f"playing a step of {stage.info.name}"):
                 reports = play_ranks(config, layout)
             console.summary(f"dry run: {stage.info.name}", summary(config, layout, reports))
-            columns = ("a step of", *(f"rank {report.rank}" for report in reports))
+            columns = ("", *(f"rank {report.rank}" for report in reports))
             console.table(
                 "what a rank holds, and sends in a step (messages; it receives as much):",
                 columns,
@@ -195,13 +209,9 @@ def run_missing(plan: Plan, console: Console) -> int:
     """Build what the plan says is missing. Returns the signal that stopped it, or 0."""
     from dist_lm.cluster.ray_cluster import connect
     from dist_lm.launcher.interrupt import watch_signals
-    from dist_lm.launcher.layout_choice import with_layout
     from dist_lm.launcher.stage_run import newest_checkpoint, run_training_stage
 
     training = [stage for stage in plan.missing if stage.info.trains]
-    for stage in training:
-        if stage.config.cluster.name == "local":
-            with_layout(stage.config, ranks_here(stage.config))
     for stage in plan.missing:
         if not stage.info.trains:
             importlib.import_module(f"dist_lm.stages.{stage.info.name}").build(stage.config, console)

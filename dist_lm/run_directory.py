@@ -89,6 +89,11 @@ class RunDirectory:
         """Everything rank `rank` printed, all attempts."""
         return self.logs / f"rank_{rank:05d}.log"
 
+    @property
+    def warnings(self) -> Path:
+        """What the first rank warned of, a line each, all attempts: the launcher shows it."""
+        return self.logs / "warnings.log"
+
     def rank_failure(self, rank: int) -> Path:
         """JSON of the exception that ended rank `rank`: `{rank, node, time, type, message, traceback, user_error}`."""
         return self.logs / f"failure_{rank:05d}.json"

@@ -19,6 +19,7 @@ from dist_lm import durable
 from dist_lm.cluster.process import die_with_parent
 from dist_lm.errors import UserError
 from dist_lm.run_directory import RunDirectory
+from dist_lm.tracking.rank_warnings import write_warnings
 from dist_lm.training.stop import StopRequest
 
 log = logging.getLogger("dist_lm.train")
@@ -31,6 +32,8 @@ def main() -> None:
     run, rank = RunDirectory(Path(sys.argv[1]).resolve()), int(os.environ["RANK"])
     die_with_parent()
     terminal = write_to_log(run.rank_log(rank))
+    if rank == 0:
+        write_warnings(run.warnings, "dist_lm")
     stop = stop_on_signals()
     try:
         from dist_lm.rank_program import run_rank  # torch and all that is heavy

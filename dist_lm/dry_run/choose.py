@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from dist_lm.config import Config, ParallelConfig
-from dist_lm.dry_run.estimate import estimate_memory, estimate_work, micro_batches_of
+from dist_lm.dry_run.estimate import estimate_memory, estimate_work, micro_batches_of, offloads
 from dist_lm.dry_run.work import step_seconds
 from dist_lm.errors import ConfigError
-from dist_lm.parallel.layout import Layout, check_batch, layouts_of
+from dist_lm.parallel.layout import AXES, Layout, check_batch, layouts_of
+from dist_lm.tracking.readable import gib, span
 
 USABLE = 0.85
 """Share of a device's memory to plan for: the rest is for the driver, fragments, and what the estimate misses."""
@@ -35,15 +36,17 @@ def candidates(config: Config, world_size: int) -> list[Candidate]:
     Raises:
         ConfigError: no layout of so many ranks fits the model and the batch, or parameters are offloaded.
     """
-    if config.parallel.cpu_offload:
+    if offloads(config):
         raise ConfigError(
             "parallel.auto=true: expected parallel.cpu_offload=false, the time that offloading takes is not estimated; "
             "or give the axes yourself"
         )
-    found = []
+    found, fixed = [], {axis: getattr(config.parallel, axis) for axis in AXES}
     for layout in layouts_of(config.model, world_size):
         if layout.tp > config.hardware.devices_per_node:
             continue  # every layer would wait for the network
+        if any(asked not in (-1, getattr(layout, axis)) for axis, asked in fixed.items()):
+            continue
         for parallel in _variants(config, layout):
             tried = replace(config, parallel=parallel)
             try:
@@ -53,9 +56,11 @@ def candidates(config: Config, world_size: int) -> list[Candidate]:
             seconds = step_seconds(estimate_work(tried, layout), layout, config.hardware)
             found.append(Candidate(parallel, layout, estimate_memory(tried, layout).peak, seconds))
     if not found:
+        given = " ".join(f"parallel.{axis}={asked}" for axis, asked in fixed.items() if asked != -1)
         raise ConfigError(
-            f"parallel.auto=true: no layout of {world_size} ranks can share stage.global_batch="
+            f"parallel.auto=true {given}".rstrip() + f": no layout of {world_size} ranks can share stage.global_batch="
             f"{config.stage.global_batch}: give a multiple of {world_size}, or fewer ranks"
+            + (", or leave the axes open (-1)" if given else "")
         )
     return sorted(found, key=lambda candidate: float(f"{candidate.seconds:.3g}"))
 
@@ -92,8 +97,8 @@ def table(config: Config, found: list[Candidate]) -> list[tuple[str, str, str, s
         rows.append(
             (
                 describe(candidate),
-                f"{candidate.seconds:.3g} s",
-                f"{candidate.memory / 2**30:.1f} GiB",
+                span(candidate.seconds),
+                gib(candidate.memory),
                 "chosen" if candidate is chosen else verdict,
             )
         )
@@ -117,22 +122,28 @@ def describe(candidate: Candidate) -> str:
 
 
 def _variants(config: Config, layout: Layout) -> Iterator[ParallelConfig]:
-    """The plainest first."""
+    """The plainest first. What `config.parallel` sets stays: the choice is among what it leaves at its default."""
+    given = config.parallel
     adds_up = layout.dp > 1 and micro_batches_of(config, layout)[0] > 1
-    for checkpointing, sp, reshard, reduce in product(
-        ("none", "selective", "full"),
-        (False, True) if layout.tp > 1 else (False,),
-        (True, False) if layout.dp_shard > 1 else (True,),
-        (False, True) if adds_up else (False,),
+    checkpointing = given.activation_checkpointing
+    for mode, sp, reshard, reduce in product(
+        ("none", "selective", "full") if checkpointing == "none" else (checkpointing,),
+        (False, True)[given.sp :] if layout.tp > 1 else (False,),
+        ((True, False) if layout.dp_shard > 1 else (True,))
+        if given.reshard_after_forward is None
+        else (given.reshard_after_forward,),
+        (False, True)[given.reduce_every_micro_batch :] if adds_up else (given.reduce_every_micro_batch,),
     ):
+        if given.sp and not sp:
+            continue
         yield replace(
-            config.parallel,
+            given,
             auto=False,
             dp_replicate=layout.dp_replicate,
             dp_shard=layout.dp_shard,
             tp=layout.tp,
             sp=sp,
-            activation_checkpointing=checkpointing,
+            activation_checkpointing=mode,
             reshard_after_forward=reshard,
             reduce_every_micro_batch=reduce,
         )

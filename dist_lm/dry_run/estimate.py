@@ -63,6 +63,11 @@ def micro_batches_of(config: Config, layout: Layout) -> tuple[int, int]:
     return -(-sequences // size), size
 
 
+def offloads(config: Config) -> bool:
+    """Whether parameters, gradients and optimizer state lie in other memory than that of the device."""
+    return config.parallel.cpu_offload and config.hardware.device == "cuda"
+
+
 def gradients_add_up(config: Config, layout: Layout) -> bool:
     """Whether a rank holds whole gradients from one micro-batch to the next, not shards."""
     return micro_batches_of(config, layout)[0] > 1 and not config.parallel.reduce_every_micro_batch
@@ -122,7 +127,7 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
         optimizer=2 * FP32_BYTES * shapes.own,
         activations=round(max(turn, end)),
     )
-    return memory.offloaded(adds_up) if parallel.cpu_offload else memory
+    return memory.offloaded(adds_up) if offloads(config) else memory
 
 
 def _block_activations(config: Config, layout: Layout, shapes: Shapes, size: int) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_lm.config import Config
 from dist_lm.config_file import load_config
-from dist_lm.dry_run.estimate import gradients_add_up, is_half, micro_batches_of
+from dist_lm.dry_run.estimate import gradients_add_up, is_half, micro_batches_of, offloads
 from dist_lm.dry_run.live_memory import LiveMemory
 from dist_lm.dry_run.rehearsal import random_batch, rehearse
 from dist_lm.dry_run.step_meter import StepMeter
@@ -48,7 +48,7 @@ def play(config: Config, rank: int, world_size: int) -> tuple[StepMemory, Work]:
     cpu = torch.device("cpu")  # the fake tensors of a GPU would need its driver
     layout = resolve_layout(config.parallel, config.model, world_size)
     micro_batches, size = micro_batches_of(config, layout)
-    offload, config = config.parallel.cpu_offload, as_played(config, size)
+    offload, config = offloads(config), as_played(config, size)
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     mesh = build_mesh(layout, cpu)
     meter = StepMeter(config.hardware, {mesh.get_group(axis).group_name: axis for axis in AXES})

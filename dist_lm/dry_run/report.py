@@ -1,11 +1,13 @@
 """`dry_run=true`: what the played ranks said, put together for people. No torch."""
 
 from dist_lm.config import Config
-from dist_lm.dry_run.estimate import gradients_add_up, is_half, micro_batches_of
+from dist_lm.dry_run.estimate import gradients_add_up, is_half, micro_batches_of, offloads
 from dist_lm.dry_run.play import RankReport
 from dist_lm.dry_run.work import WORLD, resident, step_seconds
 from dist_lm.model.size import flops_per_token, parameter_count
 from dist_lm.parallel.layout import AXES, Layout
+from dist_lm.tracking.progress import duration
+from dist_lm.tracking.readable import gib, readable_count, span, three_digits
 
 
 def rows(config: Config, layout: Layout, reports: list[RankReport]) -> list[list[str]]:
@@ -14,7 +16,7 @@ def rows(config: Config, layout: Layout, reports: list[RankReport]) -> list[list
     def row(name: str, value) -> list[str]:
         return [name, *(value(report) for report in reports)]
 
-    offload = config.parallel.cpu_offload
+    offload = offloads(config)
     where = " (host memory)" if offload else ""
     gradients = "" if gradients_add_up(config, layout) else where
     table = [
@@ -31,8 +33,8 @@ def rows(config: Config, layout: Layout, reports: list[RankReport]) -> list[list
             table.append(row(f"sent, {axis}", lambda r, a=axis: f"{gib(r.work.sent[a])} ({r.work.messages[a]:,})"))
     return [
         *table,
-        row("computed", lambda r: f"{r.work.flops / 1e12:.3g} TFLOP"),
-        row("step, estimated", lambda r: "-" if offload else f"{step_seconds(r.work, layout, config.hardware):.3g} s"),
+        row("computed", lambda r: f"{three_digits(r.work.flops / 1e12)} TFLOP"),
+        row("step, estimated", lambda r: "-" if offload else span(step_seconds(r.work, layout, config.hardware))),
     ]
 
 
@@ -53,23 +55,8 @@ def summary(config: Config, layout: Layout, reports: list[RankReport]) -> dict[s
         f"{'bf16' if is_half(config) else 'fp32'}",
         "a step": f"{stage.global_batch} sequences of {stage.seq_len} tokens; a rank takes {micro_batches} x {size}",
         "peak memory": f"{gib(peak)} of {hardware.memory_gib:g} GiB{' - does not fit' if room > 1 else ''}",
-        "estimate": "none of the time that parallel.cpu_offload takes"
-        if config.parallel.cpu_offload
-        else f"{seconds:.3g} s a step, {readable_count(round(tokens / seconds))} tokens/s, MFU {mfu:.0%}, "
-        f"{stage.steps:,} steps in {seconds * stage.steps / 3600:.3g} h",
+        "estimate": "no time is estimated with parallel.cpu_offload=true"
+        if offloads(config)
+        else f"{span(seconds)} a step, {readable_count(round(tokens / seconds))} tokens/s, MFU {mfu:.0%}, "
+        f"{stage.steps:,} steps in {duration(seconds * stage.steps)}",
     }
-
-
-def gib(size: float) -> str:
-    """Bytes for people."""
-    if size < 2**20:
-        return f"{size / 2**10:.1f} KiB" if size >= 2**10 else f"{size:.0f} B"
-    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
-
-
-def readable_count(count: int) -> str:
-    """1,087,000,000 -> `1.09 B`."""
-    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return str(count)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,8 +21,8 @@ from dist_lm.launcher.plan import PlannedStage, run_of
 from dist_lm.run_directory import RunDirectory
 from dist_lm.run_lock import locked
 from dist_lm.tracking.console import Console
-from dist_lm.tracking.metrics import MetricsFollower, follow
-from dist_lm.tracking.progress import TrainingProgress
+from dist_lm.tracking.metrics import follow
+from dist_lm.tracking.rank_warnings import WarningFollower
 from dist_lm.tracking.wandb_run import WandbRun
 from dist_lm.training import checkpoint_files
 
@@ -44,18 +45,25 @@ def run_training_stage(stage: PlannedStage, cluster: RayCluster, console: Consol
     with ExitStack() as stack:
         stack.enter_context(locked(run.launch_lock))
         save_config(config, run.config)
-        progress = stack.enter_context(console.training(stage.info.name, config.stage.steps))
+        warnings = WarningFollower(run.warnings)
+        progress = stack.enter_context(console.training(stage.info.name, config.stage.steps, since=time.time()))
         wandb = start_wandb(config, run, console)
         if wandb:
             stack.callback(wandb.finish)
         metrics = follow(run.metrics)
-        for line in metrics.poll():
-            progress.update(line)
-        progress.resume()
         gang = stack.enter_context(
             Gang.start(cluster, run, nodes=config.cluster.nodes, ranks_per_node=ranks, device=device)
         )
-        status = follow_gang(gang, metrics, progress, wandb, interrupt, config.cluster.stop_timeout_s)
+
+        def show() -> None:
+            for warning in warnings.poll():
+                console.warning(warning)
+            for line in metrics.poll():
+                progress.update(line)
+                if wandb:
+                    wandb.log(line["step"], line)
+
+        status = follow_gang(gang, show, interrupt, config.cluster.stop_timeout_s)
     if status.failure:
         raise status.failure
     if run.result.exists():
@@ -69,22 +77,12 @@ def run_training_stage(stage: PlannedStage, cluster: RayCluster, console: Consol
     raise ArtefactError(f"{run.path}: every rank left with exit code 0 but without {run.result.name}; see {run.logs}")
 
 
-def follow_gang(
-    gang: Gang,
-    metrics: MetricsFollower,
-    progress: TrainingProgress,
-    wandb: WandbRun | None,
-    interrupt: Interrupt,
-    stop_timeout_s: float,
-) -> GangStatus:
-    """Show and log what the ranks write until they are gone; pass a stop on once, and insist after a while."""
+def follow_gang(gang: Gang, show: Callable[[], None], interrupt: Interrupt, stop_timeout_s: float) -> GangStatus:
+    """Show what the ranks write until they are gone; pass a stop on once, and insist after a while."""
     asked_at: float | None = None
     while True:
         status = gang.poll()
-        for line in metrics.poll():
-            progress.update(line)
-            if wandb:
-                wandb.log(line["step"], line)
+        show()
         if status.state != "running":
             return status
         if interrupt.requested and asked_at is None:

@@ -63,8 +63,8 @@ class Console:
         """Print a table of plain text."""
         self._out.print(Text(title, style="bold"))  # not the table's own title: that is folded to the table's width
         table = Table(box=None, pad_edge=False)
-        for column in columns:
-            table.add_column(column, overflow="fold")
+        for index, column in enumerate(columns):
+            table.add_column(column, overflow="fold", no_wrap=index == 0)
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         self._out.print(table, soft_wrap=False)
@@ -98,10 +98,14 @@ class Console:
             display.done(f"{self._clock() - started:.1f} s")
 
     @contextmanager
-    def training(self, label: str, steps: int) -> Iterator[TrainingProgress]:
-        """Show a training stage of `steps` steps, fed with lines of its metrics file."""
+    def training(self, label: str, steps: int, since: float = 0.0) -> Iterator[TrainingProgress]:
+        """Show a training stage of `steps` steps, fed with lines of its metrics file.
+
+        Args:
+            since: seconds since 1970; lines written before are of an earlier attempt.
+        """
         with self._progress(label, steps) as display:
-            progress = TrainingProgress(display, steps)
+            progress = TrainingProgress(display, steps, since)
             yield progress
             display.done(progress.text())
 

@@ -113,26 +113,27 @@ class Count:
 class TrainingProgress:
     """The state of a training stage; see `Console.training`."""
 
-    def __init__(self, display: Display, steps: int) -> None:
+    def __init__(self, display: Display, steps: int, since: float) -> None:
         self._display = display
         self._steps = steps
+        self._since = since
         self._step = 0
         self._values: dict[str, Any] = {}
         self._first: tuple[int, float] | None = None  # step and time (s) from which the time left is reckoned
         self._time = 0.0
 
     def update(self, line: Mapping[str, Any]) -> None:
-        """Take in one line of the metrics file."""
+        """Take in one line of the metrics file; one of an earlier attempt is neither shown nor timed."""
         step, at = line["step"], line.get("time", self._time)
-        if self._first is None or step < self._step:
+        earlier = at < self._since
+        if earlier:
+            self._first = None
+        elif self._first is None or step < self._step:
             self._first = (step, at)
         self._step, self._time = step, at
         self._values.update({name: value for name, value in line.items() if value is not None})
-        self._display.show(step, self.text)
-
-    def resume(self) -> None:
-        """Reckon the time left from the next line on: what came before was written by an earlier attempt."""
-        self._first = None
+        if not earlier:
+            self._display.show(step, self.text)
 
     def text(self) -> str:
         """Step, loss, speed and the time left."""

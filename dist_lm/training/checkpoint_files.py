@@ -145,7 +145,7 @@ def newest_intact(checkpoints: Sequence[Path], damage_of: Callable[[Path], str |
         if found is None:
             return directory
         newest_damage = newest_damage or found
-        log.error("%s; using the one before", found)
+        log.warning("%s; using the one before", found)
     if newest_damage:
         raise ArtefactError(
             f"no intact checkpoint in {checkpoints[0].parent}: {newest_damage}; remove the run directory to start anew"

@@ -58,7 +58,7 @@ def _tensor_table(tensors: Iterable[StoredTensor]) -> Table:
     for tensor in tensors:
         groups.setdefault(group_of(tensor.name), []).append(tensor)
     table = Table(title="Tensors", title_justify="left")
-    table.add_column("tensors", overflow="fold")  # a name that is cut off is the name of several
+    table.add_column("tensors", overflow="fold", no_wrap=True)  # a name that is cut off is the name of several
     table.add_column("count", justify="right")
     for name in ("shape", "dtype"):
         table.add_column(name)

@@ -116,6 +116,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(reference, tiny_work, tmp_pa
     shard.write_bytes(content)
     train(run, ranks=2)
     assert f"{shard.name} is damaged" in run.rank_log(0).read_text()
+    assert f"{shard.name} is damaged" in run.warnings.read_text()  # the launcher shows it
     assert numbers(run) == numbers(reference)
 
 

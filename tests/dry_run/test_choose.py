@@ -59,9 +59,22 @@ def test_gradients_that_add_up_are_sharded_where_nothing_else_fits():
     assert best(config, candidates(config, 8)).parallel.reduce_every_micro_batch
 
 
-def test_sequence_parallelism_may_be_asked_for_and_is_chosen_anyway():
-    config = auto("parallel.sp=true")
-    assert candidates(config, 8)
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("parallel.tp=2", lambda c: c.layout.tp == 2),
+        ("parallel.dp_replicate=2 parallel.tp=1", lambda c: (c.layout.dp_replicate, c.layout.tp) == (2, 1)),
+        ("parallel.sp=true", lambda c: c.parallel.sp),
+        ("parallel.activation_checkpointing=full", lambda c: c.parallel.activation_checkpointing == "full"),
+        ("parallel.reshard_after_forward=true", lambda c: c.parallel.reshard_after_forward),
+        ("stage.micro_batch=1 parallel.reduce_every_micro_batch=true", lambda c: c.parallel.reduce_every_micro_batch),
+    ],
+)
+def test_what_is_given_is_kept_and_the_rest_is_chosen(given, kept):
+    config = auto(*given.split())
+    found = candidates(on_nodes_of(config, 8), 8)
+    assert len(found) > 1
+    assert all(kept(candidate) for candidate in found)
 
 
 def test_the_hardware_has_to_be_that_of_the_ranks():
@@ -85,6 +98,7 @@ def test_the_table_names_the_chosen_one_and_what_rules_others_out():
         ("hardware.memory_gib=1 stage.micro_batch=1", 8, ["stage.seq_len"]),
         ("stage.global_batch=7 cluster.nodes=2 cluster=ray cluster.address=h:1", 8, ["stage.global_batch=7", "16"]),
         ("parallel.cpu_offload=true", 8, ["parallel.cpu_offload=false"]),
+        ("parallel.dp_shard=3", 8, ["parallel.dp_shard=3", "leave the axes open"]),
     ],
 )
 def test_what_cannot_be_is_one_line(override, ranks_per_node, words):

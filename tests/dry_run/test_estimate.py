@@ -5,7 +5,6 @@ import pytest
 from dist_lm.config import HardwareConfig
 from dist_lm.dry_run.estimate import estimate_memory, estimate_work
 from dist_lm.dry_run.play import play_ranks, ranks_to_play
-from dist_lm.dry_run.report import gib, readable_count
 from dist_lm.dry_run.work import Work, message_seconds, step_seconds
 from dist_lm.launcher.compose import compose_config
 from dist_lm.parallel.layout import Layout, resolve_layout
@@ -93,11 +92,3 @@ def test_the_estimate_agrees_with_the_played_step(overrides, world, monkeypatch)
     assert work.device_s == pytest.approx(played.work.device_s, rel=0.25)
     for axis in ("dp_shard", "tp"):
         assert work.sent[axis] == pytest.approx(played.work.sent[axis], rel=0.1)
-
-
-def test_counts_are_readable():
-    assert [readable_count(n) for n in (999, 2_548_160, 1_086_108_800)] == ["999", "2.55 M", "1.09 B"]
-
-
-def test_bytes_are_readable():
-    assert [gib(n) for n in (56, 2048, 9_253_632, 2**31)] == ["56 B", "2.0 KiB", "8.8 MiB", "2.00 GiB"]

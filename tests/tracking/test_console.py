@@ -55,6 +55,19 @@ def test_training_shows_loss_speed_and_time_left() -> None:
     assert last == "code: step 50/100  loss 3.000  12,346 tokens/s  1:40 min left"
 
 
+def test_what_an_earlier_attempt_wrote_is_neither_shown_nor_timed() -> None:
+    screen = Screen()
+    with screen.console.training("code", steps=100, since=1000.0) as progress:
+        for _ in range(2):  # the file is read again when lines are taken back
+            for step in range(1, 51):
+                progress.update({"step": step, "time": 2.0 * step, "train/loss": 3.0})
+        assert screen.lines() == []
+        for step in range(51, 76):
+            screen.now += 4
+            progress.update({"step": step, "time": 1000.0 + 4.0 * step, "train/loss": 2.0})
+    assert screen.lines()[-1] == "code: step 75/100  loss 2.000  1:40 min left"
+
+
 def test_a_metric_that_is_not_finite_does_not_break_the_display() -> None:
     screen = Screen()
     with screen.console.training("code", steps=2) as progress:
