@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import TypeVar
 
 from dist_lm.config import Config, ParallelConfig
 from dist_lm.dry_run.estimate import estimate_memory, estimate_work, micro_batches_of, offloads
@@ -15,6 +16,8 @@ USABLE = 0.85
 """Share of a device's memory to plan for: the rest is for the driver, fragments, and what the estimate misses."""
 
 SHOWN = 6
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,17 @@ def candidates(config: Config, world_size: int) -> list[Candidate]:
             seconds = step_seconds(estimate_work(tried, layout), layout, config.hardware)
             found.append(Candidate(parallel, layout, estimate_memory(tried, layout).peak, seconds))
     if not found:
-        given = " ".join(f"parallel.{axis}={asked}" for axis, asked in fixed.items() if asked != -1)
-        raise ConfigError(
-            f"parallel.auto=true {given}".rstrip() + f": no layout of {world_size} ranks can share stage.global_batch="
-            f"{config.stage.global_batch}: give a multiple of {world_size}, or fewer ranks"
-            + (", or leave the axes open (-1)" if given else "")
-        )
+        raise _nothing_to_try(config, world_size, {axis: asked for axis, asked in fixed.items() if asked != -1})
     return sorted(found, key=lambda candidate: float(f"{candidate.seconds:.3g}"))
+
+
+def _nothing_to_try(config: Config, world_size: int, fixed: dict[str, int]) -> ConfigError:
+    given = " ".join(["parallel.auto=true", *(f"parallel.{axis}={asked}" for axis, asked in fixed.items())])
+    ways = [f"give a multiple of {world_size}", "or fewer ranks", *(["or leave the axes open (-1)"] if fixed else [])]
+    return ConfigError(
+        f"{given}: no layout of {world_size} ranks can share stage.global_batch={config.stage.global_batch}: "
+        f"{', '.join(ways)}"
+    )
 
 
 def best(config: Config, found: list[Candidate]) -> Candidate:
@@ -124,18 +131,15 @@ def describe(candidate: Candidate) -> str:
 def _variants(config: Config, layout: Layout) -> Iterator[ParallelConfig]:
     """The plainest first. What `config.parallel` sets stays: the choice is among what it leaves at its default."""
     given = config.parallel
+    if given.sp and layout.tp == 1:
+        return
     adds_up = layout.dp > 1 and micro_batches_of(config, layout)[0] > 1
-    checkpointing = given.activation_checkpointing
-    for mode, sp, reshard, reduce in product(
-        ("none", "selective", "full") if checkpointing == "none" else (checkpointing,),
-        (False, True)[given.sp :] if layout.tp > 1 else (False,),
-        ((True, False) if layout.dp_shard > 1 else (True,))
-        if given.reshard_after_forward is None
-        else (given.reshard_after_forward,),
-        (False, True)[given.reduce_every_micro_batch :] if adds_up else (given.reduce_every_micro_batch,),
+    for checkpointing, sp, reshard, reduce in product(
+        _open(given.activation_checkpointing, "none", ("none", "selective", "full")),
+        _open(given.sp, False, (False, True) if layout.tp > 1 else (False,)),
+        _open(given.reshard_after_forward, None, (True, False) if layout.dp_shard > 1 else (True,)),
+        _open(given.reduce_every_micro_batch, False, (False, True) if adds_up else (False,)),
     ):
-        if given.sp and not sp:
-            continue
         yield replace(
             given,
             auto=False,
@@ -143,7 +147,12 @@ def _variants(config: Config, layout: Layout) -> Iterator[ParallelConfig]:
             dp_shard=layout.dp_shard,
             tp=layout.tp,
             sp=sp,
-            activation_checkpointing=mode,
+            activation_checkpointing=checkpointing,
             reshard_after_forward=reshard,
             reduce_every_micro_batch=reduce,
         )
+
+
+def _open(given: Value, default: Value, choices: tuple[Value, ...]) -> tuple[Value, ...]:
+    """`choices`, if the configuration leaves a key at its default; else what it says."""
+    return choices if given == default else (given,)
