@@ -19,6 +19,7 @@ from tests.training_run import linked, numbers
 pytestmark = pytest.mark.cluster
 
 DEADLINE_S = 150
+CODE_STEPS = "stage.steps=60"  # of runs that are disturbed on the way
 SETTINGS = (
     *TINY,
     "stage=code",
@@ -96,7 +97,7 @@ def test_one_command_builds_the_stage_before_and_ends_with_samples(tiny_work, tm
 @pytest.fixture(scope="module")
 def undisturbed(tiny_work, tmp_path_factory) -> WorkDirectory:
     work = linked(tiny_work, tmp_path_factory.mktemp("undisturbed"))
-    code, _, err = finish(start(work, "stage.steps=100"))
+    code, _, err = finish(start(work, CODE_STEPS))
     assert code == 0, err
     return work
 
@@ -112,7 +113,7 @@ def follow_on(undisturbed: WorkDirectory, directory: Path) -> WorkDirectory:
 def test_ctrl_c_checkpoints_stops_everything_and_the_same_command_continues(undisturbed, tmp_path):
     work = follow_on(undisturbed, tmp_path)
     run = work.run("code", "default")
-    process = start(work, "stage.steps=100")
+    process = start(work, CODE_STEPS)
     wait_until(lambda: any(step >= 2 for step in steps_of(run)), process, "step 2")
     started = family(process)
     os.kill(process.pid, signal.SIGINT)
@@ -122,7 +123,7 @@ def test_ctrl_c_checkpoints_stops_everything_and_the_same_command_continues(undi
     assert not run.result.exists()
     assert (run.checkpoints / "LATEST").exists()
     assert_gone(started)
-    code, _, err = finish(start(work, "stage.steps=100"))
+    code, _, err = finish(start(work, CODE_STEPS))
     assert code == 0, err
     assert numbers(run) == numbers(undisturbed.run("code", "default"))
 
@@ -131,13 +132,13 @@ def test_ctrl_c_checkpoints_stops_everything_and_the_same_command_continues(undi
 def test_a_launcher_killed_leaves_nothing_behind_and_the_same_command_continues(undisturbed, tmp_path):
     work = follow_on(undisturbed, tmp_path)
     run = work.run("code", "default")
-    process = start(work, "stage.steps=100", "stage.checkpoint_every=10")
+    process = start(work, CODE_STEPS, "stage.checkpoint_every=10")
     wait_until(lambda: any(step >= 12 for step in steps_of(run)), process, "step 12")
     started = family(process)
     os.kill(process.pid, signal.SIGKILL)
     finish(process)
     assert_gone(started)
-    code, _, err = finish(start(work, "stage.steps=100"))
+    code, _, err = finish(start(work, CODE_STEPS))
     assert code == 0, err
     assert numbers(run) == numbers(undisturbed.run("code", "default"))
 
@@ -145,7 +146,7 @@ def test_a_launcher_killed_leaves_nothing_behind_and_the_same_command_continues(
 def test_a_rank_that_dies_is_what_the_user_sees(undisturbed, tmp_path):
     work = follow_on(undisturbed, tmp_path)
     run = work.run("code", "default")
-    process = start(work, "stage.steps=100")
+    process = start(work, CODE_STEPS)
     wait_until(lambda: any(step >= 2 for step in steps_of(run)), process, "step 2")
     ranks = [p for p in family(process) if "dist_lm.train" in p.cmdline() and p.parent().ppid() != 1]
     victim = max(ranks, key=lambda p: p.create_time())
