@@ -83,7 +83,8 @@ def table_of(title: str, records: Iterable[Record]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     table.add_column("case")
     for column in ("value", "peer", "ratio", "ceiling", "spread"):
-        table.add_column(column, justify="right", overflow="fold")
+        # the longest word of a peer's name in one piece
+        table.add_column(column, justify="right", overflow="fold", min_width=18 if column == "peer" else None)
     for record in records:
         table.add_row(
             record.case,
