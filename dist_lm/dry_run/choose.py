@@ -6,7 +6,7 @@ from itertools import product
 from typing import TypeVar
 
 from dist_lm.config import Config, ParallelConfig
-from dist_lm.dry_run.estimate import estimate_memory, estimate_work, micro_batches_of, offloads
+from dist_lm.dry_run.estimate import estimate_memory, estimate_work, gradients_add_up, offloads
 from dist_lm.dry_run.work import step_seconds
 from dist_lm.errors import ConfigError
 from dist_lm.parallel.layout import AXES, Layout, check_batch, layouts_of
@@ -133,12 +133,12 @@ def _variants(config: Config, layout: Layout) -> Iterator[ParallelConfig]:
     given = config.parallel
     if given.sp and layout.tp == 1:
         return
-    adds_up = layout.dp > 1 and micro_batches_of(config, layout)[0] > 1
+    reduces = layout.dp > 1 and gradients_add_up(config, layout)
     for checkpointing, sp, reshard, reduce in product(
         _open(given.activation_checkpointing, "none", ("none", "selective", "full")),
         _open(given.sp, False, (False, True) if layout.tp > 1 else (False,)),
         _open(given.reshard_after_forward, None, (True, False) if layout.dp_shard > 1 else (True,)),
-        _open(given.reduce_every_micro_batch, False, (False, True) if adds_up else (False,)),
+        _open(given.reduce_every_micro_batch, False, (False, True) if reduces else (False,)),
     ):
         yield replace(
             given,

@@ -7,7 +7,7 @@ from dist_lm.errors import ConfigError
 
 AXES = ("dp_replicate", "dp_shard", "tp")
 LISTED_LAYOUTS = 12  # in an error message
-HEAD_PADDING = 1.25  # attention weights gathered for each that is there, from which on replicas are better
+HEAD_PADDING = 1.25  # attention weights gathered for each that is there: beyond this, replicas are better
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,6 @@ def layouts_of(model: ModelConfig, world_size: int) -> list[Layout]:
     ]
 
 
-def _cuts_well(layout: Layout, model: ModelConfig) -> bool:
-    return not misfit(layout, model) and head_padding(layout, model) <= HEAD_PADDING
-
-
 def check_batch(config: Config, layout: Layout) -> None:
     """Refuse a global batch that the data-parallel ranks, or sequences that the tensor-parallel ones, cannot share.
 
@@ -119,6 +115,10 @@ def check_batch(config: Config, layout: Layout) -> None:
 def divisors(number: int) -> list[int]:
     """All divisors of `number`, ascending."""
     return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _cuts_well(layout: Layout, model: ModelConfig) -> bool:
+    return not misfit(layout, model) and head_padding(layout, model) <= HEAD_PADDING
 
 
 def _filled(parallel: ParallelConfig, model: ModelConfig, world_size: int) -> Layout | None:

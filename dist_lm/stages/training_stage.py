@@ -19,9 +19,7 @@ class Closing:
     run: RunDirectory
     world: World
     tokenizer: Tokenizer
-    model: Callable[
-        [], Transformer
-    ]  # makes a plain copy, in evaluation mode: every rank then holds all of it (collective)
+    model: Callable[[], Transformer]  # makes a plain copy for evaluation, all of it on every rank (collective)
     step: int
 
 

@@ -63,8 +63,8 @@ class Console:
         """Print a table of plain text."""
         self._out.print(Text(title, style="bold"))  # not the table's own title: that is folded to the table's width
         table = Table(box=None, pad_edge=False)
-        for index, column in enumerate(columns):
-            table.add_column(column, overflow="fold", no_wrap=index == 0)
+        for column in columns:
+            table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         self._out.print(table, soft_wrap=False)

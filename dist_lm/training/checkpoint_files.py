@@ -121,14 +121,14 @@ def verify(directory: Path, contents: bool = True) -> None:
     Raises:
         ArtefactError: names the first file that is missing, cut short, changed or foreign.
     """
-    for found in damage(directory, contents):
-        raise ArtefactError(f"checkpoint {directory}: {found}")
+    if found := first_damage(directory, contents):
+        raise ArtefactError(found)
 
 
-def first_damage(directory: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+def first_damage(directory: Path, contents: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
     """The first `damage` of a checkpoint in a sentence, or None when it is whole."""
     try:
-        return next((f"checkpoint {directory}: {found}" for found in damage(directory, share=share)), None)
+        return next((f"checkpoint {directory}: {found}" for found in damage(directory, contents, share)), None)
     except ArtefactError as error:
         return str(error)
 

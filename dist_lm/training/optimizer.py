@@ -26,10 +26,10 @@ class ShardedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One step on all parameters, each of which has a gradient."""
+        """One step on the parameters that have a gradient."""
         assert closure is None
         for group in self.param_groups:
-            parameters = group["params"]
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             states = [self.state[parameter] for parameter in parameters]
             beta1, beta2 = group["betas"]
             adamw(

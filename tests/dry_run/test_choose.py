@@ -1,5 +1,6 @@
 """parallel=auto: it fits, it is the fastest of what fits, and what cannot be is refused in one line."""
 
+import io
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from dist_lm.errors import ConfigError
 from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.layout_choice import check_hardware, on_nodes_of, with_layout
 from dist_lm.parallel.layout import resolve_layout
+from dist_lm.tracking.console import Console
 
 
 def auto(*overrides: str):
@@ -47,6 +49,20 @@ def test_no_tensor_parallelism_between_nodes(ranks_per_node):
     found = candidates(on_nodes_of(config, ranks_per_node), 4 * ranks_per_node)
     assert max(c.layout.tp for c in found) == ranks_per_node
     assert with_layout(config, ranks_per_node).parallel.tp <= ranks_per_node
+
+
+@pytest.mark.parametrize("columns", ["60", "80", "200"])
+def test_before_ranks_start_the_choice_is_shown_with_what_it_was_compared_to(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    output = io.StringIO()
+    config = auto("parallel.activation_checkpointing=selective", "hardware.memory_gib=9", "stage.micro_batch=1")
+    chosen = with_layout(config, 8, Console(output, live=False))
+    assert not chosen.parallel.auto
+    shown = "".join(output.getvalue().split())  # however it is folded, nothing is cut off
+    rows = table(on_nodes_of(config, 8), candidates(on_nodes_of(config, 8), 8))
+    assert len(rows) > 1
+    words = [word for row in rows for cell in row for word in cell.replace(",", " ").split()]
+    assert [word for word in words if word not in shown] == []
 
 
 def test_offered_layouts_do_not_gather_padding():
