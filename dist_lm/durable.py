@@ -40,6 +40,16 @@ def write_bytes(path: Path, content: bytes) -> None:
     fsync_directory(path.parent)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Replace `path` in one step, without waiting for the disk: for what is out of date in a moment."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """`write_bytes` for text, in UTF-8."""
     write_bytes(path, text.encode())

@@ -1,15 +1,17 @@
 """`python -m dist_lm.launch stage=S [group=choice] [key=value]`: compose, plan the stages, run them, show progress.
 
 Exit codes: 0 everything asked for is there; 1 a stage failed; 2 something the user can mend (one line says what);
-130, 143 or 138
-stopped by Ctrl-C, TERM or USR1 after a checkpoint: the same command continues.
+75 nodes were lost and none came in their place, 130, 143 or 138 stopped by Ctrl-C, TERM or USR1 after a checkpoint: the
+same command continues.
 """
 
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dist_lm.cluster.ranks import local_gpus, ranks_per_node
 from dist_lm.config import Config, require
@@ -24,6 +26,10 @@ from dist_lm.launcher.compose import (
 from dist_lm.launcher.plan import Plan, in_order, make_plan
 from dist_lm.tracking.console import Console
 
+if TYPE_CHECKING:
+    from dist_lm.launcher.pipeline import Pipeline
+
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 HYDRA_FLAGS = (
     "--help",
     "-h",
@@ -189,23 +195,37 @@ def ranks_here(config: Config) -> int:
 
 def carry_out(plan: Plan, console: Console) -> int:
     """Run the missing stages of a plan in order. Returns the exit code."""
-    from dist_lm.cluster.gang import GangFailure
+    from dist_lm.cluster.failure import GangFailure
+    from dist_lm.launcher.muster import NodesLostError
+    from dist_lm.launcher.pipeline import Pipeline
     from dist_lm.launcher.summary import print_summary
 
+    job = os.environ.get("SLURM_JOB_ID")
+    pipeline = Pipeline(plan, sys.argv, job)
     try:
-        stopped_by = run_missing(plan, console)
+        stopped_by = run_missing(plan, console, pipeline, job)
     except GangFailure as failure:
+        pipeline.end("failed", str(failure))
         if failure.traceback and not failure.user_error:
             console.details(failure.traceback)
         console.error(str(failure))
         return 2 if failure.user_error else 1
+    except NodesLostError as shortage:
+        pipeline.end("stopped", str(shortage))
+        console.error(str(shortage))
+        return TRY_AGAIN
+    except BaseException as error:
+        pipeline.end("failed", str(error) or type(error).__name__)
+        raise
     if stopped_by:
+        pipeline.end("stopped", f"by {signal.Signals(stopped_by).name}")
         return 128 + stopped_by
+    pipeline.end("done")
     print_summary(plan, console)
     return 0
 
 
-def run_missing(plan: Plan, console: Console) -> int:
+def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | None) -> int:
     """Build what the plan says is missing. Returns the signal that stopped it, or 0."""
     from dist_lm.cluster.ray_cluster import connect
     from dist_lm.launcher.interrupt import watch_signals
@@ -214,15 +234,19 @@ def run_missing(plan: Plan, console: Console) -> int:
     training = [stage for stage in plan.missing if stage.info.trains]
     for stage in plan.missing:
         if not stage.info.trains:
+            pipeline.begin(stage.info.name)
             importlib.import_module(f"dist_lm.stages.{stage.info.name}").build(stage.config, console)
+            pipeline.done(stage.info.name)
     if not training:
         return 0
     with connect(training[0].config.cluster) as cluster, watch_signals(console) as interrupt:
         for stage in training:
-            if interrupt.requested or not run_training_stage(stage, cluster, console, interrupt):
+            pipeline.begin(stage.info.name)
+            if interrupt.requested or not run_training_stage(stage, cluster, console, interrupt, job):
                 start = newest_checkpoint(stage.config)
                 console.line(f"stopped in stage {stage.info.name}; the same command continues from {start}")
                 return interrupt.number
+            pipeline.done(stage.info.name)
     return 0
 
 

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -26,6 +27,7 @@ from dist_lm.errors import ArtefactError
 from dist_lm.model.size import flops_per_token, parameter_count
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import check_batch, resolve_layout
+from dist_lm.parallel.link_speed import measure_all_reduce
 from dist_lm.parallel.mesh import World, build_mesh, data_mesh, process_group
 from dist_lm.parallel.sharding import build_model, compute_dtype
 from dist_lm.parallel.values import unsharded_copy
@@ -38,6 +40,7 @@ from dist_lm.tracking.metrics import MetricsWriter, read_metrics
 from dist_lm.training import checkpoint, checkpoint_files
 from dist_lm.training.evaluation import loss_metrics, summed_losses
 from dist_lm.training.hardware import matmul_flops
+from dist_lm.training.heartbeat import Heartbeat, Phase
 from dist_lm.training.objective import LossModel
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
@@ -46,8 +49,10 @@ from dist_lm.training.trainer import Evaluate, Trainer
 
 log = logging.getLogger(__name__)
 
+LOCK_S = 20.0
 
-def run_rank(run: RunDirectory, stop: StopRequest) -> None:
+
+def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None:
     """Train from the newest checkpoint of the run, or from where its configuration says, to the end or to a stop."""
     started = time.time()
     config = load_config(run.config)
@@ -55,8 +60,13 @@ def run_rank(run: RunDirectory, stop: StopRequest) -> None:
         layout = resolve_layout(config.parallel, config.model, world.size)
         check_batch(config, layout)
         mesh = build_mesh(layout, world.device)
+        heartbeat.beat(Phase.LINKS, 0)
+        links = measure_all_reduce(world)
+        heartbeat.beat(Phase.LOADING, 0)
         if world.is_first:
-            stack.enter_context(locked(run.rank_lock))
+            # ranks of an attempt that has just failed may take a moment to end
+            stack.enter_context(locked(run.rank_lock, wait_s=LOCK_S))
+            durable.write_json(run.links, asdict(links))
         tokenizer = Tokenizer.load(run.work.tokenizer_model)
         check_corpus(run, config, tokenizer, world)
         model = build_model(config.model, config.parallel, mesh, world.device, config.seed)
@@ -74,12 +84,14 @@ def run_rank(run: RunDirectory, stop: StopRequest) -> None:
             checkpoints=run.checkpoints,
             metrics=open_metrics(run, world, state),
             stop=stop,
+            heartbeat=heartbeat,
             flops_per_token=flops_per_token(config.model, config.stage.seq_len),
             peak_flops=world.size
             * matmul_flops(world.device, compute_dtype(config.parallel, world.device), config.hardware),
         )
         log.info("rank %d of %d on %s, %s, from step %d", world.rank, world.size, world.device, layout, state.step)
         state, metrics = trainer.run(state), trainer.metrics
+        heartbeat.beat(Phase.CLOSING, state.step)
         del optimizer, trainer  # their memory is there for what the stage does at its end
         if state.step == config.stage.steps:
             dtype = compute_dtype(config.parallel, world.device)
@@ -145,7 +157,7 @@ def evaluator(run: RunDirectory, config: Config, mesh: DeviceMesh, world: World,
     corpus = MappedCorpus.open(run.work.corpus(stage.corpus), "val")
     group: ProcessGroup = ranks.get_group()
 
-    def evaluate(model: LossModel, everything: bool) -> dict[str, float]:
+    def evaluate(model: LossModel, everything: bool, alive: Callable[[], None]) -> dict[str, float]:
         batches = evaluation_batches(
             corpus,
             seq_len=stage.seq_len,
@@ -157,7 +169,7 @@ def evaluator(run: RunDirectory, config: Config, mesh: DeviceMesh, world: World,
             reset_positions=stage.reset_positions,
             pad_id=tokenizer.pad_id,
         )
-        sums = summed_losses(model, batches, len(corpus.languages), world.device, group)
+        sums = summed_losses(model, batches, len(corpus.languages), world.device, group, alive)
         return loss_metrics(sums.tolist(), corpus.languages, batches.bytes_by_language)
 
     return evaluate

@@ -37,6 +37,14 @@ class WorkDirectory:
     def corpus_manifest(self, name: str) -> Path:
         return self.corpus(name) / "manifest.json"
 
+    def pipeline(self, stage: str, run_id: str) -> Path:
+        """JSON: how the last command that asked for `stage` under `run_id` stands, stage by stage."""
+        return self.path / "pipelines" / f"{stage}-{run_id}.json"
+
+    def pipelines(self) -> list[Path]:
+        """The pipelines that are there, the one written last at the end."""
+        return sorted((self.path / "pipelines").glob("*.json"), key=lambda path: path.stat().st_mtime)
+
     def run(self, stage: str, run_id: str) -> "RunDirectory":
         return RunDirectory(self.path / "runs" / stage / run_id)
 
@@ -98,9 +106,28 @@ class RunDirectory:
         """JSON of the exception that ended rank `rank`: `{rank, node, time, type, message, traceback, user_error}`."""
         return self.logs / f"failure_{rank:05d}.json"
 
+    def rank_failures(self) -> list[Path]:
+        """The records of failed ranks that are there."""
+        return sorted(self.logs.glob("failure_*.json"))
+
     def node_log(self, node: int) -> Path:
         """What torchrun itself printed on node `node`, and ranks before they had a log of their own."""
         return self.logs / f"node_{node:05d}.log"
+
+    @property
+    def links(self) -> Path:
+        """JSON of the first all-reduce of the newest attempt: `{ranks, bytes, seconds, bus_gb_per_s}`."""
+        return self.logs / "links.json"
+
+    @property
+    def events(self) -> Path:
+        """One JSON object a line: attempts started and ended, nodes left out, lost and regained."""
+        return self.logs / "events.jsonl"
+
+    @property
+    def live(self) -> Path:
+        """JSON, written anew every few seconds by the launcher: nodes, ranks, and what they were last heard doing."""
+        return self.logs / "live.json"
 
     @property
     def samples(self) -> Path:

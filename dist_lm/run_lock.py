@@ -2,32 +2,69 @@
 
 import fcntl
 import os
+import re
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from dist_lm.errors import ArtefactError
 
+OWN_JOB_S = 120.0  # a network file system notices only after a while that a node is gone, and its locks with it
+_POLL_S = 0.2
+
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *, job: str | None = None, wait_s: float = 0.0) -> Iterator[None]:
     """Hold `path` as a lock file for the time of the block; it names its owner and stays behind, unlocked.
+
+    Args:
+        job: of the batch system, that this process belongs to. An owner of the same job is an earlier start of it, on
+            its way out: it is waited for.
+        wait_s: how long any owner is waited for.
 
     Raises:
         ArtefactError: another process holds it; the message names host and process.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-            raise ArtefactError(
-                f"{path.parent} is in use by {owner}: wait for it, stop it, or choose another run_id"
-            ) from error
+        started = time.monotonic()
+        while not _taken(descriptor):
+            owner = owner_of(path) or "another process"
+            patience = max(wait_s, OWN_JOB_S) if job and re.search(rf"\bjob {re.escape(job)}$", owner) else wait_s
+            if time.monotonic() - started >= patience:
+                raise ArtefactError(
+                    f"{path.parent} is in use by {owner}: wait for it, stop it, or choose another run_id"
+                )
+            time.sleep(_POLL_S)
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        owner = f"process {os.getpid()} on {socket.gethostname()}" + (f" of job {job}" if job else "")
+        os.pwrite(descriptor, f"{owner}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)
+
+
+def owner_of(path: Path) -> str:
+    """Who took a lock file last; empty if nobody did."""
+    return path.read_text(errors="replace").strip() if path.exists() else ""
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a lock file now."""
+    if not path.exists():
+        return False
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return not _taken(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _taken(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

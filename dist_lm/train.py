@@ -6,16 +6,19 @@ but without `result.json`.
 """
 
 import errno
+import faulthandler
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
 from pathlib import Path
 
 from dist_lm import durable
+from dist_lm.cluster.agent import STACKS_SIGNAL
+from dist_lm.cluster.heartbeat import own_heartbeat
+from dist_lm.cluster.node_facts import host_name
 from dist_lm.cluster.process import die_with_parent
 from dist_lm.errors import UserError
 from dist_lm.run_directory import RunDirectory
@@ -34,11 +37,13 @@ def main() -> None:
     terminal = write_to_log(run.rank_log(rank))
     if rank == 0:
         write_warnings(run.warnings, "dist_lm")
+    faulthandler.enable()
+    faulthandler.register(STACKS_SIGNAL)  # works in a collective that never returns, too
     stop = stop_on_signals()
     try:
         from dist_lm.rank_program import run_rank  # torch and all that is heavy
 
-        run_rank(run, stop)
+        run_rank(run, stop, own_heartbeat(os.environ))
     except BaseException as error:
         try:
             log.error("%s", error if is_for_the_user(error) else traceback.format_exc())
@@ -91,7 +96,7 @@ def record_failure(run: RunDirectory, rank: int, error: BaseException) -> None:
         run.rank_failure(rank),
         {
             "rank": rank,
-            "node": socket.gethostname(),
+            "node": host_name(),
             "time": time.time(),
             "type": type(error).__name__,
             "message": str(error),

@@ -1,4 +1,4 @@
-"""What runs on each node: starts torchrun for the node's ranks, watches it, interrupts it, ends it.
+"""What runs on each node: looks at the node, starts torchrun for its ranks, watches, interrupts, ends it.
 
 A plain class; the gang makes a Ray actor of it. Calls come one at a time, in the actor's main thread: the
 kernel binds a child's life to the thread that started it.
@@ -6,26 +6,29 @@ kernel binds a child's life to the thread that started it.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from dist_lm.cluster import process
-from dist_lm.tracking.redact import without_secrets
+from dist_lm.cluster import link, process
+from dist_lm.cluster.heartbeat import VARIABLE, HeartbeatBoard, Pulse
+from dist_lm.cluster.node_facts import NodeFacts, examine
+from dist_lm.cluster.rank_environment import interface_of, rank_environment
+from dist_lm.run_directory import RunDirectory
 
-# glibc hands big blocks back to the kernel and faults them in again at every step: a fifth of a step of a small model.
-# Blocks of 64 MiB and more still go back: kept, they leave holes that cost a larger model memory and win no time.
-CPU_ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
-    "MALLOC_TOP_PAD_": str(256 << 20),
-}
+# when a rank fails torchrun asks the others on its node to leave; on NCCL they wait in a collective and do not hear it
+PEERS_LEAVE_S = 5
+QUIET_S = 2.0  # a rank that has not been heard of for so long has the state of its process looked at
+STACKS_SIGNAL = signal.SIGUSR2  # a rank writes the stacks of its threads to its log
+PY_SPY_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,16 @@ class Assignment:
     arguments: tuple[str, ...]
     master_address: str
     master_port: int
-    loopback: bool  # all nodes are this machine
+    address: str  # of this node, as the others know it
     device: str  # cpu | cuda
-    log: Path  # appended to
+    run: RunDirectory
     mark: str
     directory: Path  # working directory, where it exists on the node
     environment: Mapping[str, str] = field(default_factory=dict)  # over what the node has
+
+    @property
+    def first_rank(self) -> int:
+        return self.node * self.ranks_per_node
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class NodeReport:
 
     exit_code: int | None
     exits: tuple[RankExit, ...] = ()
+    pulses: tuple[Pulse, ...] = ()  # of its ranks, while they run
 
 
 class NodeAgent:
@@ -73,10 +81,24 @@ class NodeAgent:
         self._assignment: Assignment | None = None
         self._interrupt = False
         self._interrupted: set[int] = set()
+        self._board: HeartbeatBoard | None = None
+        self._links: link.LinkServer | None = None
 
-    def sees(self, path: Path) -> bool:
-        """Whether this node sees a directory."""
-        return path.is_dir()
+    def ready(self) -> None:
+        """Answers as soon as the agent is there."""
+
+    def examine(self, directory: Path) -> NodeFacts:
+        """What this node is like; `directory` is that of the run."""
+        return examine(directory)
+
+    def listen(self, address: str) -> tuple[int, bytes]:
+        """(port, secret) at which other nodes can try their link to this one, until `launch` or `stop`."""
+        self._links = link.LinkServer(address)
+        return self._links.port, self._links.secret
+
+    def try_link(self, address: str, port: int, secret: bytes, n_bytes: int) -> float | str:
+        """Send to another node: bytes per second, or why it cannot be reached."""
+        return link.send(address, port, secret, n_bytes)
 
     def free_port(self, address: str) -> int:
         """A TCP port of `address` for the ranks to meet at."""
@@ -85,17 +107,26 @@ class NodeAgent:
     def launch(self, assignment: Assignment) -> None:
         """Start torchrun."""
         assert self._torchrun is None
+        self._close_links()
         self._assignment = assignment
+        self._board = HeartbeatBoard(assignment.ranks_per_node)
         self._report, write_end = os.pipe()
         command = [sys.executable, "-m", "dist_lm.cluster.torchrun", str(os.getpid()), str(write_end)]
-        assignment.log.parent.mkdir(parents=True, exist_ok=True)
-        with assignment.log.open("ab") as log:
+        environment = rank_environment(
+            os.environ,
+            mark=assignment.mark,
+            device=assignment.device,
+            cores_per_rank=process.cores() // assignment.ranks_per_node,
+            interface=interface_of(assignment.address),
+            given=assignment.environment,
+        )
+        with assignment.run.node_log(assignment.node).open("ab") as log:
             self._torchrun = subprocess.Popen(
                 [*command, *torchrun_arguments(assignment)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=rank_environment(assignment, os.environ, process.cores()),
+                env=environment | {VARIABLE: self._board.path},
                 cwd=assignment.directory if assignment.directory.is_dir() else None,
                 pass_fds=(write_end,),
                 start_new_session=True,
@@ -109,7 +140,7 @@ class NodeAgent:
         if exit_code is None:
             if self._interrupt:
                 self._deliver_interrupt()
-            return NodeReport(None)
+            return NodeReport(None, pulses=self._pulses())
         return NodeReport(exit_code, self._read_report() if exit_code else ())
 
     def interrupt(self) -> None:
@@ -117,8 +148,21 @@ class NodeAgent:
         self._interrupt = True
         self._deliver_interrupt()
 
+    def dump_stacks(self) -> None:
+        """Have every rank write the stacks of its threads to its log; with py-spy installed, its C++ frames too."""
+        assert self._assignment is not None
+        spy = shutil.which("py-spy")
+        for local, rank in sorted(self._ranks().items()):
+            if process.catches(rank, STACKS_SIGNAL):
+                process.send(rank, STACKS_SIGNAL)
+            if spy:
+                with self._assignment.run.rank_log(self._assignment.first_rank + local).open("ab") as log:
+                    command = [spy, "dump", "--nonblocking", "--native", "--pid", str(rank.pid)]
+                    subprocess.run(command, stdout=log, stderr=log, timeout=PY_SPY_S, check=False)
+
     def stop(self, grace_s: float) -> list[int]:
         """End all that `launch` started: SIGTERM, then SIGKILL after `grace_s`; the ids of what is left."""
+        self._close_links()
         if self._assignment is None:
             return []
         mark = self._assignment.mark
@@ -128,20 +172,38 @@ class NodeAgent:
         return left
 
     def _deliver_interrupt(self) -> None:
-        assert self._assignment is not None
-        for rank in self._ranks(self._assignment.mark):
+        for rank in self._ranks().values():
             if rank.pid not in self._interrupted and process.catches(rank, signal.SIGUSR1):
                 self._interrupted.add(rank.pid)
                 process.send(rank, signal.SIGUSR1)
 
-    def _ranks(self, mark: str) -> list[psutil.Process]:
+    def _pulses(self) -> tuple[Pulse, ...]:
+        assert self._assignment is not None
+        assert self._board is not None
+        first = self._assignment.first_rank
+        pulses = self._board.read(first, {})
+        if min(pulse.age_s for pulse in pulses) > QUIET_S:
+            pulses = self._board.read(first, {local: process.state(rank) for local, rank in self._ranks().items()})
+        return pulses
+
+    def _ranks(self) -> dict[int, psutil.Process]:
+        """The processes of the ranks that are there, by local rank."""
         assert self._torchrun is not None
+        found = {}
         try:
-            children = psutil.Process(self._torchrun.pid).children()
+            for child in psutil.Process(self._torchrun.pid).children():
+                with suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it has just ended
+                    local = child.environ().get("LOCAL_RANK")
+                    if local is not None:
+                        found[int(local)] = child
         except psutil.NoSuchProcess:
-            return []
-        ours = {found.pid for found in process.marked(mark)}
-        return [child for child in children if child.pid in ours]
+            return {}
+        return found
+
+    def _close_links(self) -> None:
+        if self._links:
+            self._links.close()
+            self._links = None
 
     def _read_report(self) -> tuple[RankExit, ...]:
         if self._report < 0:
@@ -161,26 +223,7 @@ def torchrun_arguments(assignment: Assignment) -> list[str]:
     return [
         *("--nnodes", str(assignment.nodes), "--node-rank", str(assignment.node)),
         *("--nproc-per-node", str(assignment.ranks_per_node), "--max-restarts", "0"),
+        *("--shutdown-timeout", str(PEERS_LEAVE_S)),
         *("--master-addr", assignment.master_address, "--master-port", str(assignment.master_port)),
         *("-m", assignment.module, *assignment.arguments),
     ]
-
-
-def rank_environment(assignment: Assignment, environ: Mapping[str, str], cores: int) -> dict[str, str]:
-    """What torchrun and the ranks of a node find in their environment: `environ` without secrets, and ours.
-
-    Args:
-        cores: CPU cores this node's ranks share.
-    """
-    ours = {
-        process.MARK: assignment.mark,
-        "OMP_NUM_THREADS": str(max(1, cores // assignment.ranks_per_node)),
-        "PYTHONUNBUFFERED": "1",
-    }
-    if assignment.device == "cpu":
-        ours |= CPU_ALLOCATOR
-    inherited = without_secrets(environ)
-    if assignment.loopback and sys.platform == "linux":
-        # otherwise gloo asks the resolver for this host's name, which may lead nowhere
-        inherited.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    return inherited | ours | dict(assignment.environment)

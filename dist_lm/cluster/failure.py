@@ -25,15 +25,40 @@ class GangFailure(RuntimeError):  # noqa: N818 - the noun of the architecture
 
     node: int
     rank: int | None  # None: the node itself
-    type: str  # of the exception, or `killed`, `exit`, `node lost`
+    type: str  # of the exception, or `killed`, `exit`, `hung`, `node lost`
     message: str
     log: Path  # where to read on
     traceback: str = ""
     user_error: bool = False  # the message is all a person needs
+    host: str = ""  # name of the node
+    gpu: int | None = None  # of the rank, on its node
 
     def __str__(self) -> str:
-        who = f"rank {self.rank} on node {self.node}" if self.rank is not None else f"node {self.node}"
+        node = f"node {self.node}" + (f" ({self.host})" if self.host else "")
+        gpu = f" (GPU {self.gpu})" if self.gpu is not None else ""
+        who = f"rank {self.rank}{gpu} on {node}" if self.rank is not None else node
         return f"{who}: {self.type}: {' '.join(self.message.split())} (log: {self.log})"
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """The ranks of a gang, by number: which node each is on, and which GPU it has."""
+
+    hosts: Sequence[str]
+    ranks_per_node: int
+    device: str = "cpu"
+
+    @property
+    def size(self) -> int:
+        return len(self.hosts) * self.ranks_per_node
+
+    def failure_of(
+        self, rank: int, kind: str, message: str, log: Path, traceback: str = "", user_error: bool = False
+    ) -> GangFailure:
+        """The failure of one rank."""
+        node, local = divmod(rank, self.ranks_per_node)
+        gpu = local if self.device == "cuda" else None
+        return GangFailure(node, rank, kind, message, log, traceback, user_error, self.hosts[node], gpu)
 
 
 @dataclass(frozen=True)
@@ -65,10 +90,10 @@ def read_failures(run: RunDirectory, world_size: int) -> list[RankFailure]:
     return failures
 
 
-def clear_failures(run: RunDirectory, world_size: int) -> None:
-    """Take away the records of an earlier attempt."""
-    for rank in range(world_size):
-        run.rank_failure(rank).unlink(missing_ok=True)
+def clear_failures(run: RunDirectory) -> None:
+    """Take away the records of an earlier attempt, which may have had more ranks."""
+    for record in run.rank_failures():
+        record.unlink(missing_ok=True)
 
 
 def root_cause(failures: Iterable[RankFailure], exits: Sequence[RankExit]) -> RankFailure | RankExit | None:
@@ -97,10 +122,10 @@ def describe_exit(exit_code: int) -> tuple[str, str]:
 
 def explain(
     run: RunDirectory,
-    ranks_per_node: int,
+    crowd: Crowd,
     exits: Sequence[RankExit],
     lost: Mapping[int, str],
-    exit_codes: Mapping[int, int | None],
+    exit_codes: Sequence[int | None],
 ) -> GangFailure:
     """The failure of a gang, from all that is known when it is over.
 
@@ -109,31 +134,22 @@ def explain(
         lost: nodes that are gone, and why.
         exit_codes: of torchrun, by node; None while it runs.
     """
-    cause = root_cause(read_failures(run, ranks_per_node * len(exit_codes)), exits)
+    cause = root_cause(read_failures(run, crowd.size), exits)
     echo = cause is None or (isinstance(cause, RankFailure) and cause.is_echo)
     if lost and echo:
         node, reason = next(iter(lost.items()))
-        return GangFailure(node, None, "node lost", reason, run.node_log(node))
+        return GangFailure(node, None, "node lost", reason, run.node_log(node), host=crowd.hosts[node])
     if isinstance(cause, RankFailure):
-        return GangFailure(
-            cause.rank // ranks_per_node,
-            cause.rank,
-            cause.type,
-            cause.message,
-            run.rank_log(cause.rank),
-            cause.traceback,
-            cause.user_error,
-        )
-    if cause is not None:
-        node = cause.rank // ranks_per_node
         log = run.rank_log(cause.rank)
-        return GangFailure(
-            node, cause.rank, *describe_exit(cause.exit_code), log if log.exists() else run.node_log(node)
-        )
-    node, code = next((node, code) for node, code in exit_codes.items() if code)
+        return crowd.failure_of(cause.rank, cause.type, cause.message, log, cause.traceback, cause.user_error)
+    if cause is not None:
+        log = run.rank_log(cause.rank)
+        log = log if log.exists() else run.node_log(cause.rank // crowd.ranks_per_node)
+        return crowd.failure_of(cause.rank, *describe_exit(cause.exit_code), log)
+    node, code = next((node, code) for node, code in enumerate(exit_codes) if code)
     kind, message = describe_exit(code or 0)
     log = run.node_log(node)
-    return GangFailure(node, None, kind, f"torchrun {message}", log, traceback=_tail(log))
+    return GangFailure(node, None, kind, f"torchrun {message}", log, traceback=_tail(log), host=crowd.hosts[node])
 
 
 def _tail(path: Path, lines: int = 20) -> str:

@@ -6,20 +6,24 @@ Every node must see the run directory. Ranks are numbered by node: rank r runs o
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from dist_lm.cluster.agent import Assignment, NodeReport, RankExit
-from dist_lm.cluster.failure import GangFailure, clear_failures, explain
-from dist_lm.cluster.placement import Placement, place
-from dist_lm.cluster.ray_cluster import RayCluster
+from dist_lm.cluster.failure import Crowd, GangFailure, clear_failures, explain
+from dist_lm.cluster.hang import Hang, Patience, find_hang
+from dist_lm.cluster.heartbeat import Pulse
+from dist_lm.cluster.recruit import Crew
 from dist_lm.run_directory import RunDirectory
 
 ANSWER_S = 1.0  # how long `poll` waits for agents; they answer in milliseconds
 SETTLE_S = 3.0  # and once a rank has failed, before silence counts as the loss of a node
 LOST_S = 30.0  # an agent that cannot be reached for so long is lost
 STOP_GRACE_S = 5.0  # between SIGTERM and SIGKILL
+START_S = 60.0  # for all agents to start torchrun
+STACKS_S = 30.0  # for all ranks to write their stacks
+PATIENCE = Patience(steps=20.0, least_s=120.0, otherwise_s=1800.0)
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,11 @@ class GangStatus:
 class _Member:
     """One node of the gang, as the driver knows it."""
 
-    def __init__(self, agent: Any, address: str) -> None:
+    def __init__(self, agent: Any, host: str) -> None:
         self.agent = agent
-        self.address = address
+        self.host = host
         self.report = NodeReport(None)
+        self.reported_at = time.monotonic()
         self.lost: str | None = None  # why, once it is
         self.silent_since: float | None = None  # monotonic seconds; None: it answered last time
         self._question: Any = None
@@ -56,89 +61,96 @@ class _Member:
         import ray
         from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-        if not answered:
-            self.silent_since = self.silent_since or time.monotonic()
-            return
-        question, self._question = self._question, None
-        try:
-            self.report = cast(NodeReport, ray.get(question))
-            self.silent_since = None
-        except ActorDiedError as error:
-            self.lost = _first_line(error)
-        except ActorUnavailableError as error:
-            self.silent_since = self.silent_since or time.monotonic()
-            if time.monotonic() - self.silent_since > LOST_S:
-                self.lost = f"not reached for {LOST_S:.0f} s: {_first_line(error)}"
+        reason = "it does not answer"
+        if answered:
+            question, self._question = self._question, None
+            try:
+                self.report = cast(NodeReport, ray.get(question))
+                self.reported_at, self.silent_since = time.monotonic(), None
+                return
+            except ActorDiedError as error:
+                self.lost = _first_line(error)
+                return
+            except ActorUnavailableError as error:
+                reason = _first_line(error)
+        self.silent_since = self.silent_since or time.monotonic()
+        if time.monotonic() - self.silent_since > LOST_S:
+            self.lost = f"not reached for {LOST_S:.0f} s: {reason}"
+
+    def pulses(self) -> tuple[Pulse, ...]:
+        """What its ranks were last heard doing, as old as that is now."""
+        since = time.monotonic() - self.reported_at
+        return tuple(replace(pulse, age_s=pulse.age_s + since) for pulse in self.report.pulses)
 
 
 class Gang:
     """Ranks that live and die together. Use it as a context manager: leaving the block stops it."""
 
-    def __init__(self, run: RunDirectory, ranks_per_node: int, placement: Placement) -> None:
+    def __init__(self, run: RunDirectory, crowd: Crowd, crew: Crew, patience: Patience) -> None:
         """See `start`."""
         self._run = run
-        self._ranks_per_node = ranks_per_node
-        self._placement = placement
-        self._members = [_Member(*member) for member in zip(placement.agents, placement.addresses, strict=True)]
+        self._crowd = crowd
+        self._placement = crew.placement
+        self._members = [_Member(*member) for member in zip(crew.placement.agents, crew.hosts, strict=True)]
+        self._patience = patience
         self._status = GangStatus("running")
         self._stopped = False
 
     @classmethod
     def start(
         cls,
-        cluster: RayCluster,
+        crew: Crew,
         run: RunDirectory,
         *,
-        nodes: int,
         ranks_per_node: int,
         device: str = "cpu",
+        patience: Patience = PATIENCE,
         module: str = "dist_lm.train",
         arguments: tuple[str, ...] | None = None,
         env: Mapping[str, str] | None = None,
     ) -> "Gang":
-        """Start `python -m module` on `nodes` x `ranks_per_node` ranks.
+        """Start `ranks_per_node` times `python -m module` on every node of a crew, which is the gang's from here on.
 
         Args:
             device: cpu or cuda; a CUDA rank gets a GPU of its own.
+            patience: how long the ranks may be silent.
             arguments: of the module; none: the path of the run directory.
             env: environment variables of the ranks, over those of the nodes (without the nodes' secrets).
-
-        Raises:
-            ClusterError: the cluster has not so many nodes within cluster.start_timeout_s, or one of them
-                does not see the run directory.
         """
         import ray
+        from ray.exceptions import RayError
 
         run = RunDirectory(run.path.resolve())
-        clear_failures(run, nodes * ranks_per_node)
-        placement = place(cluster, nodes, ranks_per_node if device == "cuda" else 0, run.path)
-        gang = cls(run, ranks_per_node, placement)
+        clear_failures(run)
+        agents, addresses = crew.placement.agents, [node.address for node in crew.placement.nodes]
+        gang = cls(run, Crowd(crew.hosts, ranks_per_node, device), crew, patience)
         try:
-            address = placement.addresses[0]
-            port = cast(int, ray.get(placement.agents[0].free_port.remote(address)))
+            port = cast(int, ray.get(agents[0].free_port.remote(addresses[0]), timeout=START_S))
             mark = secrets.token_hex(8)
-            loopback = nodes == 1 or all(other.startswith("127.") for other in placement.addresses)
             launched = [
                 agent.launch.remote(
                     Assignment(
                         node=node,
-                        nodes=nodes,
+                        nodes=len(agents),
                         ranks_per_node=ranks_per_node,
                         module=module,
                         arguments=(str(run.path),) if arguments is None else arguments,
-                        master_address=address,
+                        master_address=addresses[0],
                         master_port=port,
-                        loopback=loopback,
+                        address=addresses[node],
                         device=device,
-                        log=run.node_log(node),
+                        run=run,
                         mark=f"{mark}-{node}",
                         directory=Path.cwd(),
                         environment=dict(env or {}),
                     )
                 )
-                for node, agent in enumerate(placement.agents)
+                for node, agent in enumerate(agents)
             ]
-            ray.get(launched)
+            ray.get(launched, timeout=START_S)
+        except RayError as error:
+            gang.stop()
+            raise GangFailure(0, None, "start", _first_line(error), run.node_log(0), host=crew.hosts[0]) from error
         except BaseException:
             gang.stop()
             raise
@@ -151,15 +163,16 @@ class Gang:
         self._ask(self._running())
         if any(member.lost or member.report.exit_code for member in self._members):
             self._ask(self._running(), SETTLE_S)  # is one of them the peer that the others miss?
-            failure = self._explain()
-            self._status = GangStatus("failed", failure)
-            try:
-                self.stop()
-            except RuntimeError as stuck:
-                failure.message = f"{failure.message}; {stuck}"
+            self._status = GangStatus("failed", self._end(self._explain()))
         elif all(member.report.exit_code == 0 for member in self._members):
             self._status = GangStatus("finished")
+        elif hang := find_hang(self.pulses(), self._patience):
+            self._status = GangStatus("failed", self._end_hang(hang))
         return self._status
+
+    def pulses(self) -> tuple[Pulse, ...]:
+        """What the ranks that run were last heard doing."""
+        return tuple(pulse for member in self._running() for pulse in member.pulses())
 
     def wait(self, on_poll: Callable[[], None] | None = None, interval_s: float = 0.2) -> GangStatus:
         """Poll until it is over.
@@ -192,7 +205,7 @@ class Gang:
             left = self._call(lambda agent: agent.stop.remote(STOP_GRACE_S), timeout_s=STOP_GRACE_S + 15.0)
         finally:
             self._placement.release()
-        stuck = {self._members[node].address: pids for node, pids in left.items() if pids}
+        stuck = {self._members[node].host: pids for node, pids in left.items() if pids}
         if stuck:
             raise RuntimeError(f"processes that SIGKILL does not end, by node: {stuck}")
 
@@ -232,14 +245,29 @@ class Gang:
                 continue
         return answers
 
+    def _end(self, failure: GangFailure) -> GangFailure:
+        try:
+            self.stop()
+        except RuntimeError as stuck:
+            failure.message = f"{failure.message}; {stuck}"
+        return failure
+
+    def _end_hang(self, hang: Hang) -> GangFailure:
+        self._call(lambda agent: agent.dump_stacks.remote(), STACKS_S)
+        message = f"{hang.message}; the logs of all ranks hold their stacks"
+        rank = hang.rank
+        if rank is None:
+            return self._end(GangFailure(0, None, "hung", message, self._run.rank_log(0)))
+        return self._end(self._crowd.failure_of(rank, "hung", message, self._run.rank_log(rank)))
+
     def _explain(self) -> GangFailure:
         exits: list[RankExit] = [rank for member in self._members for rank in member.report.exits]
         for member in self._members:
             if member.lost is None and member.silent_since is not None:
-                member.lost = f"{member.address} does not answer"
+                member.lost = "it does not answer"
         lost = {node: member.lost for node, member in enumerate(self._members) if member.lost}
-        codes = {node: member.report.exit_code for node, member in enumerate(self._members)}
-        return explain(self._run, self._ranks_per_node, exits, lost, codes)
+        codes = [member.report.exit_code for member in self._members]
+        return explain(self._run, self._crowd, exits, lost, codes)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,23 +1,28 @@
 """One agent on each of N different nodes of a Ray cluster."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dist_lm.cluster.agent import NodeAgent
-from dist_lm.cluster.ray_cluster import RayCluster
+from dist_lm.cluster.ray_cluster import Node, RayCluster
 from dist_lm.cluster.ray_environment import ClusterError
+
+_SLICE_S = 0.5  # between looks at whether the caller still wants to wait
+
+
+class NoNodesError(ClusterError):
+    """The cluster has not so many free nodes now."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Agents in the order of their nodes' addresses, and these."""
+    """Agents in the order of their nodes' addresses, and these nodes."""
 
     group: Any
     agents: Sequence[Any]
-    addresses: Sequence[str]
+    nodes: Sequence[Node]
 
     def release(self) -> None:
         """End the agents and give the nodes back."""
@@ -29,25 +34,36 @@ class Placement:
         remove_placement_group(self.group)
 
 
-def place(cluster: RayCluster, nodes: int, gpus_per_node: int, directory: Path) -> Placement:
+def place(
+    cluster: RayCluster,
+    nodes: int,
+    gpus_per_node: int,
+    *,
+    without: Collection[str],
+    timeout_s: float,
+    wanted: Callable[[], bool],
+) -> Placement | None:
     """Reserve `nodes` nodes and start an agent on each.
 
     A bundle takes one CPU: ranks share the cores of their node, and Ray's count only keeps two gangs apart.
 
     Args:
         gpus_per_node: GPUs reserved on each node.
-        directory: every node must see it.
+        without: ids of nodes that must not be used.
+        wanted: asked while waiting; None is returned once it says no.
 
     Raises:
-        ClusterError: not so many nodes within cluster.start_timeout_s, or one that does not see `directory`.
+        NoNodesError: not so many nodes within `timeout_s`.
+        ClusterError: an agent cannot start on one of them.
     """
     import ray
-    from ray.exceptions import GetTimeoutError, RayError
+    from ray.exceptions import RayError
     from ray.util import placement_group, placement_group_table
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     bundle = {"CPU": 1.0} | ({"GPU": float(gpus_per_node)} if gpus_per_node else {})
-    group = placement_group([bundle] * nodes, strategy="STRICT_SPREAD")
+    selector = {"ray.io/node-id": f"!in({','.join(sorted(without))})"} if without else {}
+    group = placement_group([bundle] * nodes, strategy="STRICT_SPREAD", bundle_label_selector=[selector] * nodes)
     remote = ray.remote(num_cpus=1, num_gpus=gpus_per_node, max_restarts=0, max_task_retries=0)(NodeAgent)
     agents = [
         remote.options(
@@ -59,23 +75,19 @@ def place(cluster: RayCluster, nodes: int, gpus_per_node: int, directory: Path) 
     ]
     placement = Placement(group, agents, ())
     try:
-        deadline = time.monotonic() + cluster.config.start_timeout_s
-        sees = ray.get(
-            [agent.sees.remote(directory) for agent in agents], timeout=max(1.0, deadline - time.monotonic())
-        )
+        up = [agent.ready.remote() for agent in agents]
+        deadline = time.monotonic() + timeout_s
+        while len(ray.wait(up, num_returns=nodes, timeout=_SLICE_S)[0]) < nodes:
+            if not wanted():
+                placement.release()
+                return None
+            if time.monotonic() > deadline:
+                raise NoNodesError(_shortage(cluster, nodes, bundle, len(without), timeout_s))
+        ray.get(up)
         places = placement_group_table(group)["bundles_to_node_id"]
-        order = {node.id: (index, node.address) for index, node in enumerate(cluster.nodes())}
-        addresses = [order[places[bundle]][1] for bundle in range(nodes)]
-        by_address = sorted(range(nodes), key=lambda bundle: order[places[bundle]][0])
-    except GetTimeoutError:
-        placement.release()
-        found = cluster.nodes()
-        raise ClusterError(
-            f"cluster.nodes={nodes}: not free within cluster.start_timeout_s="
-            f"{cluster.config.start_timeout_s:g}: the Ray cluster at {cluster.address} has {len(found)} "
-            f"nodes and {sum(node.gpus for node in found)} GPUs; each node must have {bundle} free"
-        ) from None
-    except RayError as error:
+        known = {node.id: node for node in cluster.nodes()}
+        by_address = sorted(range(nodes), key=lambda i: (known[places[i]].address, places[i]))
+    except (RayError, KeyError) as error:  # KeyError: a node that has just died
         placement.release()
         reason = str(error).strip().splitlines()[-1]
         raise ClusterError(
@@ -85,10 +97,13 @@ def place(cluster: RayCluster, nodes: int, gpus_per_node: int, directory: Path) 
     except BaseException:
         placement.release()
         raise
-    blind = [address for address, seen in zip(addresses, sees, strict=True) if not seen]
-    if blind:
-        placement.release()
-        raise ClusterError(
-            f"work_dir: node {blind[0]} does not see {directory}; it must lie on a file system that all nodes share"
-        )
-    return Placement(group, [agents[i] for i in by_address], [addresses[i] for i in by_address])
+    return Placement(group, [agents[i] for i in by_address], [known[places[i]] for i in by_address])
+
+
+def _shortage(cluster: RayCluster, nodes: int, bundle: dict[str, float], rejected: int, timeout_s: float) -> str:
+    found = cluster.nodes()
+    out = f", {rejected} of them left out" if rejected else ""
+    return (
+        f"cluster.nodes={nodes}: not free within {timeout_s:g} s: the Ray cluster at {cluster.address} has "
+        f"{len(found)} nodes{out} and {sum(node.gpus for node in found)} GPUs; each node must have {bundle} free"
+    )

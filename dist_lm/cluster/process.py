@@ -54,6 +54,15 @@ def is_alive(process: psutil.Process) -> bool:
         return False
 
 
+def state(process: psutil.Process) -> str:
+    """The state of a process in the kernel's letter (T stopped, D waiting for a device); empty if it is gone."""
+    try:
+        status = process.status()
+    except psutil.NoSuchProcess:
+        return ""
+    return {psutil.STATUS_STOPPED: "T", psutil.STATUS_TRACING_STOP: "T", psutil.STATUS_DISK_SLEEP: "D"}.get(status, "R")
+
+
 def catches(process: psutil.Process, number: signal.Signals) -> bool:
     """Whether a process has a handler for a signal yet (the default of SIGUSR1 is to end it)."""
     if sys.platform != "linux":

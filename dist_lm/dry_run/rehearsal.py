@@ -18,6 +18,7 @@ from dist_lm.dry_run.work import StepMemory
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.padding import shard_of
+from dist_lm.training.heartbeat import Unheard
 from dist_lm.training.objective import LossModel, LossSum, Objective
 from dist_lm.training.state import TrainState
 from dist_lm.training.stop import StopRequest
@@ -57,7 +58,8 @@ def rehearse(
         optimizer=optimizer,
         objective=watched,
         stream=cast(SequenceStream, iter(())),
-        evaluate=lambda bound, everything: {},
+        evaluate=lambda bound, everything, alive: {},
+        heartbeat=Unheard(),
         checkpoints=Path(),
         metrics=None,
         stop=StopRequest(),

@@ -1,23 +1,29 @@
-"""One training stage on a gang: prepared, started, followed, and stopped with a checkpoint when asked to."""
+"""One training stage to its end: gangs, one after the other if need be, each from the last checkpoint."""
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 
+from dist_lm.cluster.failure import GangFailure
 from dist_lm.cluster.gang import Gang, GangStatus
+from dist_lm.cluster.hang import Patience
+from dist_lm.cluster.journal import Journal
 from dist_lm.cluster.ranks import ranks_per_node
 from dist_lm.cluster.ray_cluster import RayCluster
-from dist_lm.config import Config, require
+from dist_lm.cluster.recruit import Crew
+from dist_lm.config import ClusterConfig, Config, require
 from dist_lm.config_file import save_config
 from dist_lm.errors import ArtefactError
+from dist_lm.launcher.git import git_commit
 from dist_lm.launcher.interrupt import Interrupt
 from dist_lm.launcher.layout_choice import check_hardware, with_layout
+from dist_lm.launcher.muster import Muster
 from dist_lm.launcher.plan import PlannedStage, run_of
+from dist_lm.launcher.restarts import Restarts, on_nodes, sizes
+from dist_lm.parallel.layout import resolve_layout
 from dist_lm.run_directory import RunDirectory
 from dist_lm.run_lock import locked
 from dist_lm.tracking.console import Console
@@ -27,70 +33,220 @@ from dist_lm.tracking.wandb_run import WandbRun
 from dist_lm.training import checkpoint_files
 
 POLL_S = 0.2
+GROW_EVERY_S = 2.0
 
 
-def run_training_stage(stage: PlannedStage, cluster: RayCluster, console: Console, interrupt: Interrupt) -> bool:
-    """Run a stage to its end. Returns False when it was stopped by `interrupt`.
+def run_training_stage(
+    stage: PlannedStage, cluster: RayCluster, console: Console, interrupt: Interrupt, job: str | None = None
+) -> bool:
+    """Run a stage to its end, over failures of ranks and nodes. Returns False when it was stopped by `interrupt`.
+
+    Args:
+        job: of the batch system, that this process belongs to.
 
     Raises:
         ConfigError: the layout does not fit the ranks that the cluster gives.
-        GangFailure: a rank or a node failed.
+        ClusterError: there are not enough nodes that are fit.
+        GangFailure: a rank or a node failed, and failed again without a new checkpoint, cluster.max_restarts times.
         ArtefactError: the ranks left without a result although nobody asked them to stop.
     """
     device, ranks = device_and_ranks(stage.config, cluster)
     config, run = replace(stage.config, device=device), run_of(stage.config)
     check_hardware(config)
-    config = with_layout(config, ranks, console)
+    possible = sizes(config, ranks)
+    first = with_layout(config, ranks, console)
     run.create()
     with ExitStack() as stack:
-        stack.enter_context(locked(run.launch_lock))
-        save_config(config, run.config)
-        warnings = WarningFollower(run.warnings)
-        progress = stack.enter_context(console.training(stage.info.name, config.stage.steps, since=time.time()))
-        wandb = start_wandb(config, run, console)
-        if wandb:
-            stack.callback(wandb.finish)
-        metrics = follow(run.metrics)
-        gang = stack.enter_context(
-            Gang.start(cluster, run, nodes=config.cluster.nodes, ranks_per_node=ranks, device=device)
+        stack.enter_context(locked(run.launch_lock, job=job))
+        save_config(first, run.config)
+        muster = Muster(
+            cluster,
+            config,
+            possible,
+            gpus_per_node=ranks if device == "cuda" else 0,
+            directory=run.path,
+            interrupt=interrupt,
+            console=console,
         )
+        show = show_of(stage, first, run, console, stack)
+        attempts = Attempts(run, ranks, device, config.cluster, muster, interrupt, show)
+        return run_attempts(attempts, muster, {possible[0]: first}, config, run, console, interrupt)
 
-        def show() -> None:
-            for warning in warnings.poll():
-                console.warning(warning)
-            for line in metrics.poll():
-                progress.update(line)
-                if wandb:
-                    wandb.log(line["step"], line)
 
-        status = follow_gang(gang, show, interrupt, config.cluster.stop_timeout_s)
+def run_attempts(
+    attempts: "Attempts",
+    muster: Muster,
+    config_of: dict[int, Config],
+    config: Config,
+    run: RunDirectory,
+    console: Console,
+    interrupt: Interrupt,
+) -> bool:
+    """Attempt after attempt until one leaves a result; see `run_training_stage`.
+
+    Args:
+        config_of: with its layout, by the number of nodes, where it is known.
+    """
+    restarts = Restarts(config.cluster.max_restarts, newest_step(run))
+    journal, target = attempts.journal, None
+    while crew := muster.call(restarts.suspects, target):
+        nodes = len(crew.hosts)
+        if nodes not in config_of:
+            config_of[nodes] = with_layout(on_nodes(config, nodes), attempts.ranks_per_node, console)
+        outcome = attempts.run(config_of[nodes], crew)
+        target, failure = outcome.grow_to, outcome.status.failure
+        if run.result.exists():
+            journal.write("finished", steps=config.stage.steps)
+            return True
+        if failure:
+            restarts = restarts.after_failure(newest_step(run), crew.placement.nodes[failure.node].address)
+            journal.write("failed", **record_of(failure, restarts))
+            if failure.user_error or (restarts.left < 0 and not interrupt.requested):
+                raise failure
+        if interrupt.requested:
+            report_stop(outcome.status, config.cluster, console)
+            break
+        if failure:
+            console.warning(f"{failure}; going on from {newest_checkpoint(config)}, restarts left: {restarts.left}")
+        elif target is None:
+            raise ArtefactError(
+                f"{run.path}: every rank left with exit code 0 but without {run.result.name}; see {run.logs}"
+            )
+    journal.write("stopped", signal=interrupt.number)
+    return False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended; `grow_to`: it was stopped to go on with so many nodes."""
+
+    status: GangStatus
+    grow_to: int | None = None
+
+
+class Attempts:
+    """Starts gangs on the same run, one at a time, and follows each to its end."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        ranks_per_node: int,
+        device: str,
+        cluster_config: ClusterConfig,
+        muster: Muster,
+        interrupt: Interrupt,
+        show: Callable[[], None],
+    ) -> None:
+        """`show` is called again and again while ranks run."""
+        self.journal = Journal(run)
+        self._run = run
+        self.ranks_per_node = ranks_per_node
+        self._device = device
+        self._config = cluster_config
+        self._muster = muster
+        self._interrupt = interrupt
+        self._show = show
+        self._count = 0
+
+    def run(self, config: Config, crew: Crew) -> Outcome:
+        """One attempt: `config`, written for the ranks, on `crew`, which is released at its end."""
+        self._count += 1
+        save_config(config, self._run.config)
+        nodes = [
+            {"host": host, "address": node.address} for host, node in zip(crew.hosts, crew.placement.nodes, strict=True)
+        ]
+        layout = resolve_layout(config.parallel, config.model, len(nodes) * self.ranks_per_node)
+        self.journal.write(
+            "started",
+            attempt=self._count,
+            nodes=nodes,
+            ranks_per_node=self.ranks_per_node,
+            device=self._device,
+            layout=str(layout),
+            step=newest_step(self._run),
+        )
+        patience = Patience(self._config.hang_steps, self._config.hang_min_s, self._config.hang_otherwise_s)
+        try:
+            gang = Gang.start(
+                crew, self._run, ranks_per_node=self.ranks_per_node, device=self._device, patience=patience
+            )
+        except GangFailure as failure:
+            return Outcome(GangStatus("failed", failure))
+        with gang:
+            return self._follow(gang, crew)
+
+    def _follow(self, gang: Gang, crew: Crew) -> Outcome:
+        """Show what the ranks write until they are gone; pass a stop on once, and insist after a while."""
+        asked_at: float | None = None
+        grow_to: int | None = None
+        grow_at = time.monotonic()
+        while True:
+            status = gang.poll()
+            self._show()
+            if status.state != "running":
+                return Outcome(status, None if status.failure else grow_to)
+            self.journal.live(gang.pulses())
+            now = time.monotonic()
+            if grow_to is None and now >= grow_at:
+                grow_at = now + GROW_EVERY_S
+                grow_to = self._muster.room_to_grow(crew)
+                if grow_to:
+                    self.journal.write("growing", nodes=grow_to)
+            if asked_at is None and (self._interrupt.requested or grow_to):
+                gang.interrupt()
+                asked_at = now
+            if asked_at is not None and now - asked_at > self._config.stop_timeout_s:
+                gang.stop()
+            time.sleep(POLL_S)
+
+
+def show_of(
+    stage: PlannedStage, config: Config, run: RunDirectory, console: Console, stack: ExitStack
+) -> Callable[[], None]:
+    """A function that hands on what the ranks have written since its last call: to the console and to wandb."""
+    warnings = WarningFollower(run.warnings)
+    progress = stack.enter_context(console.training(stage.info.name, stage.config.stage.steps, since=time.time()))
+    wandb = start_wandb(config, run, console)
+    if wandb:
+        stack.callback(wandb.finish)
+    metrics = follow(run.metrics)
+
+    def show() -> None:
+        for warning in warnings.poll():
+            console.warning(warning)
+        for line in metrics.poll():
+            progress.update(line)
+            if wandb:
+                wandb.log(line["step"], line)
+
+    return show
+
+
+def record_of(failure: GangFailure, restarts: Restarts) -> dict[str, object]:
+    """A failure as the journal keeps it."""
+    return {
+        "error": str(failure),
+        "type": failure.type,
+        "rank": failure.rank,
+        "host": failure.host,
+        "restarts_left": max(0, restarts.left),
+    }
+
+
+def report_stop(status: GangStatus, config: ClusterConfig, console: Console) -> None:
+    """Say how ranks that were asked to stop did not do so in good order."""
     if status.failure:
-        raise status.failure
-    if run.result.exists():
-        return True
+        console.warning(f"while stopping: {status.failure}")
     if status.state == "stopped":
         console.warning(
-            f"the ranks did not stop within cluster.stop_timeout_s={config.cluster.stop_timeout_s:g} s and were ended"
+            f"the ranks did not stop within cluster.stop_timeout_s={config.stop_timeout_s:g} s and were ended"
         )
-    if interrupt.requested:
-        return False
-    raise ArtefactError(f"{run.path}: every rank left with exit code 0 but without {run.result.name}; see {run.logs}")
 
 
-def follow_gang(gang: Gang, show: Callable[[], None], interrupt: Interrupt, stop_timeout_s: float) -> GangStatus:
-    """Show what the ranks write until they are gone; pass a stop on once, and insist after a while."""
-    asked_at: float | None = None
-    while True:
-        status = gang.poll()
-        show()
-        if status.state != "running":
-            return status
-        if interrupt.requested and asked_at is None:
-            gang.interrupt()
-            asked_at = time.monotonic()
-        if asked_at is not None and time.monotonic() - asked_at > stop_timeout_s:
-            gang.stop()
-        time.sleep(POLL_S)
+def newest_step(run: RunDirectory) -> int:
+    """The step of the newest checkpoint; 0 without one."""
+    latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
+    return checkpoint_files.read_state(latest)[0].step if latest else 0
 
 
 def newest_checkpoint(config: Config) -> str:
@@ -122,19 +278,3 @@ def start_wandb(config: Config, run: RunDirectory, console: Console) -> WandbRun
         environ=os.environ,
         console=console,
     )
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout this package runs from, with `-dirty` where it was changed; None without git."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

@@ -1,7 +1,7 @@
 """Loss on held-out documents, in all and by language."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,8 +17,13 @@ def summed_losses(
     n_languages: int,
     device: torch.device,
     group: dist.ProcessGroup | None,
+    alive: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
-    """Sums over all ranks: (n_languages, 2) float64 with nats and predicted tokens of each language (collective)."""
+    """Sums over all ranks: (n_languages, 2) float64 with nats and predicted tokens of each language (collective).
+
+    Args:
+        alive: called after every batch.
+    """
     sums = torch.zeros(n_languages, 2, dtype=torch.float64, device=device)
     for evaluation in batches:
         batch = evaluation.batch.to(device)
@@ -27,6 +32,7 @@ def summed_losses(
         counted = language >= 0
         pairs = torch.stack([losses, torch.ones_like(losses)], dim=1)
         sums.index_add_(0, language[counted], pairs[counted])
+        alive()
     dist.all_reduce(sums, group=group)
     return sums
 

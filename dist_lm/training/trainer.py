@@ -20,6 +20,7 @@ from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.training import checkpoint_files
 from dist_lm.training.checkpoint_saver import CheckpointSaver
 from dist_lm.training.forward import BoundModel
+from dist_lm.training.heartbeat import Heartbeat, Phase
 from dist_lm.training.objective import LossModel, Objective
 from dist_lm.training.optimizer import set_learning_rate
 from dist_lm.training.schedule import learning_rate
@@ -29,8 +30,8 @@ from dist_lm.training.stop import StopRequest
 
 log = logging.getLogger(__name__)
 
-Evaluate = Callable[[LossModel, bool], dict[str, float]]
-"""(model, whether to take all held-out data) -> metrics, the same on every rank."""
+Evaluate = Callable[[LossModel, bool, Callable[[], None]], dict[str, float]]
+"""(model, whether to take all held-out data, called as it gets on) -> metrics, the same on every rank."""
 
 
 class NonFiniteGradientsError(UserError):
@@ -52,6 +53,7 @@ class Trainer:
     checkpoints: Path
     metrics: MetricsWriter | None  # on the first rank
     stop: StopRequest
+    heartbeat: Heartbeat
     flops_per_token: int
     peak_flops: float  # of all ranks together; 0: unknown
 
@@ -67,8 +69,10 @@ class Trainer:
             while state.step < stage.steps:
                 started = time.perf_counter()
                 rate = self._learning_rate(state.step)
+                self.heartbeat.beat(Phase.DATA, state.step)
                 data = next(self.stream)
                 waited = time.perf_counter() - started
+                self.heartbeat.beat(Phase.STEP, state.step)
                 result = self.step(state, data, rate)
                 state = advance(state, result, data.position)
                 line = self._metrics_of(state, result, rate, waited, time.perf_counter() - started)
@@ -76,9 +80,9 @@ class Trainer:
                 score = None
                 evaluated = last or is_due(state.step, stage.eval_every)
                 if evaluated:
-                    line |= self._evaluate(last)
+                    line |= self._evaluate(state.step, last)
                     # on the way and at the end by the same sequences
-                    score = self._evaluate(False)["val/loss"] if last else line["val/loss"]
+                    score = self._evaluate(state.step, False)["val/loss"] if last else line["val/loss"]
                 if self.metrics and (evaluated or last or state.step % stage.log_every == 0):
                     self.metrics.write(state.step, line)
                 self._check_finite(state, saver)
@@ -99,8 +103,12 @@ class Trainer:
             dropout=dropout,
         )
 
-    def _evaluate(self, everything: bool) -> dict[str, float]:
-        metrics = self.evaluate(self.bound(None), everything)
+    def _evaluate(self, step: int, everything: bool) -> dict[str, float]:
+        def alive() -> None:
+            self.heartbeat.beat(Phase.EVALUATING, step)
+
+        alive()
+        metrics = self.evaluate(self.bound(None), everything, alive)
         # a forward without backward may leave parameters gathered: a checkpoint would take them for other tensors
         # than those the optimizer knows
         for module in self.model.modules():
@@ -183,6 +191,7 @@ class Trainer:
     def _save(self, saver: CheckpointSaver, state: TrainState, val_loss: float | None, final: bool) -> TrainState:
         if val_loss is not None and (state.best_val_loss is None or val_loss < state.best_val_loss):
             state = replace(state, best_val_loss=val_loss, best_step=state.step)
+        self.heartbeat.beat(Phase.SAVING, state.step)
         started = time.perf_counter()
         saver.save(self.model, self.optimizer, state)
         if final:

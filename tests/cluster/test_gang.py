@@ -12,10 +12,11 @@ import pytest
 
 from dist_lm.cluster import gang as gang_module
 from dist_lm.cluster.gang import Gang
+from dist_lm.cluster.node_facts import host_name
 from dist_lm.cluster.ray_cluster import RayCluster, connect
 from dist_lm.config import ClusterConfig
 from dist_lm.run_directory import RunDirectory
-from tests.cluster.waiting import eventually, living, ready_ranks
+from tests.cluster.waiting import eventually, living, ready_ranks, recruited
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 PYTHONPATH = {"PYTHONPATH": str(Path(__file__).parent)}
@@ -39,9 +40,8 @@ def run(tmp_path: Path) -> RunDirectory:
 
 def start(cluster: RayCluster, run: RunDirectory, behaviour: str) -> Gang:
     return Gang.start(
-        cluster,
+        recruited(cluster, run, nodes=1),
         run,
-        nodes=1,
         ranks_per_node=2,
         module="dummy_rank",
         arguments=(str(run.path), behaviour),
@@ -78,7 +78,9 @@ def test_the_exception_of_a_rank_is_the_failure(cluster: RayCluster, run: RunDir
     assert (failure.rank, failure.node, failure.type) == (1, 0, "ValueError")
     assert "record_failure" not in failure.traceback
     assert "loss went\nthrough the roof" in failure.traceback
-    assert str(failure) == f"rank 1 on node 0: ValueError: loss went through the roof (log: {run.rank_log(1)})"
+    assert str(failure) == (
+        f"rank 1 on node 0 ({host_name()}): ValueError: loss went through the roof (log: {run.rank_log(1)})"
+    )
     assert living(pids_of(run)) == []
 
 
@@ -119,9 +121,10 @@ from dist_lm.cluster.gang import Gang
 from dist_lm.cluster.ray_cluster import connect
 from dist_lm.config import ClusterConfig
 from dist_lm.run_directory import RunDirectory
+from tests.cluster.waiting import recruited
 run = RunDirectory(Path(sys.argv[1]))
 with connect(ClusterConfig(name="local")) as cluster:
-    Gang.start(cluster, run, nodes=1, ranks_per_node=2, module="dummy_rank",
+    Gang.start(recruited(cluster, run, nodes=1), run, ranks_per_node=2, module="dummy_rank",
                arguments=(sys.argv[1], "deaf"), env={"PYTHONPATH": sys.argv[2]}).wait()
 """
 

@@ -20,7 +20,7 @@ from dist_lm.cluster.ray_reaper import users_of
 from dist_lm.config import ClusterConfig
 from dist_lm.errors import UserError
 from dist_lm.run_directory import RunDirectory
-from tests.cluster.waiting import eventually, living, ready_ranks
+from tests.cluster.waiting import eventually, living, ready_ranks, recruited
 
 pytestmark = [
     pytest.mark.heavy,
@@ -102,9 +102,8 @@ def joined(config: ClusterConfig) -> Iterator[RayCluster]:
 
 def start(cluster: RayCluster, run: RunDirectory, behaviour: str) -> Gang:
     return Gang.start(
-        cluster,
+        recruited(cluster, run, nodes=2),
         run,
-        nodes=2,
         ranks_per_node=1,
         module="dummy_rank",
         arguments=(str(run.path), behaviour),
@@ -125,9 +124,8 @@ def test_two_nodes(nodes, tmp_path: Path) -> None:
             assert f"rank {node} says hello" in run.node_log(node).read_text()
         assert living([rank["pid"] for rank in ready_ranks(run.path, 2)]) == []
 
-        cramped = RayCluster(cluster.address, ClusterConfig(name="local", start_timeout_s=1.0))
-        with pytest.raises(UserError, match=r"cluster\.nodes=3: not free within"):
-            Gang.start(cramped, run, nodes=3, ranks_per_node=1)
+        with pytest.raises(UserError, match=r"cluster\.nodes=3: not free within 1 s"):
+            recruited(cluster, run, nodes=3, timeout_s=1.0)
 
         run = RunDirectory(tmp_path / "lost")
         run.create()

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
+from dist_lm.cluster.journal import read_events
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import read_metrics
 from tests.conftest import TINY
@@ -143,14 +145,55 @@ def test_a_launcher_killed_leaves_nothing_behind_and_the_same_command_continues(
     assert numbers(run) == numbers(undisturbed.run("code", "default"))
 
 
-def test_a_rank_that_dies_is_what_the_user_sees(undisturbed, tmp_path):
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """The ranks, the one started last at the end."""
+    found = []
+    for candidate in family(process):
+        with suppress(psutil.NoSuchProcess):
+            if "dist_lm.train" in candidate.cmdline() and "dist_lm.cluster.torchrun" not in candidate.cmdline():
+                found.append(candidate)
+    return sorted(found, key=lambda rank: rank.create_time())
+
+
+def test_a_rank_that_dies_is_replaced_and_the_numbers_are_the_same(undisturbed, tmp_path):
     work = follow_on(undisturbed, tmp_path)
     run = work.run("code", "default")
-    process = start(work, CODE_STEPS)
+    process = start(work, CODE_STEPS, "stage.checkpoint_every=5")
+    wait_until((run.checkpoints / "LATEST").exists, process, "a checkpoint")
+    ranks_of(process)[-1].kill()
+    code, _, err = finish(process)
+    assert code == 0, err
+    assert "killed by SIGKILL" in err
+    assert "going on from step_" in err
+    assert numbers(run) == numbers(undisturbed.run("code", "default"))
+    events = [event["event"] for event in read_events(run.events)]
+    assert events == ["started", "failed", "started", "finished"]
+
+
+@pytest.mark.heavy
+def test_ranks_that_hang_are_found_their_stacks_logged_and_the_run_goes_on(undisturbed, tmp_path):
+    work = follow_on(undisturbed, tmp_path)
+    run = work.run("code", "default")
+    process = start(work, CODE_STEPS, "stage.checkpoint_every=5", "cluster.hang_min_s=3", "cluster.hang_steps=5")
+    wait_until((run.checkpoints / "LATEST").exists, process, "a checkpoint")
+    hung = ranks_of(process)[-1]
+    number = int(hung.environ()["RANK"])
+    hung.suspend()
+    code, _, err = finish(process)
+    assert code == 0, err
+    assert f"rank {number} on node 0" in err
+    assert "hung: no sign of life" in err
+    assert "its process is stopped" in err
+    assert "most recent call first" in run.rank_log(1 - number).read_text()
+    assert numbers(run) == numbers(undisturbed.run("code", "default"))
+
+
+def test_a_run_that_fails_for_good_shows_why(undisturbed, tmp_path):
+    work = follow_on(undisturbed, tmp_path)
+    run = work.run("code", "default")
+    process = start(work, CODE_STEPS, "cluster.max_restarts=0")
     wait_until(lambda: any(step >= 2 for step in steps_of(run)), process, "step 2")
-    ranks = [p for p in family(process) if "dist_lm.train" in p.cmdline() and p.parent().ppid() != 1]
-    victim = max(ranks, key=lambda p: p.create_time())
-    victim.kill()
+    ranks_of(process)[-1].kill()
     code, _, err = finish(process)
     assert code == 1
     last = err.strip().splitlines()[-1]

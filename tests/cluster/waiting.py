@@ -3,12 +3,17 @@
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 
+from dist_lm.cluster.node_checks import Demands
 from dist_lm.cluster.process import is_alive
+from dist_lm.cluster.ray_cluster import RayCluster
+from dist_lm.cluster.recruit import Crew, recruit
+from dist_lm.run_directory import RunDirectory
 
 Value = TypeVar("Value")
 
@@ -32,3 +37,11 @@ def ready_ranks(directory: Path, count: int) -> list[dict[str, Any]]:
 def living(pids: list[int]) -> list[int]:
     """Those of `pids` that still run."""
     return [pid for pid in pids if psutil.pid_exists(pid) and is_alive(psutil.Process(pid))]
+
+
+def recruited(cluster: RayCluster, run: RunDirectory, nodes: int, timeout_s: float = 60.0, **changes: Any) -> Crew:
+    """Nodes of a cluster that have what any node has."""
+    demands = replace(Demands(gpus=0, free_bytes=1, temporary_bytes=1, clock_skew_s=5.0, link_ratio=0.0), **changes)
+    crew = recruit(cluster, nodes, gpus_per_node=0, directory=run.path, demands=demands, timeout_s=timeout_s)
+    assert crew is not None
+    return crew

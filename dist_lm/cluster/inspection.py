@@ -1,0 +1,87 @@
+"""Nodes looked at before ranks are started: what each says about itself, and whether they reach each other."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_lm.cluster.node_checks import Demands, Trip, complaints, rounds, slow, unreachable
+from dist_lm.cluster.node_facts import NodeFacts, examine
+from dist_lm.cluster.placement import Placement
+
+ANSWER_S = 60.0  # reading all sources from a busy network file system takes a while
+ROUND_S = 30.0
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found, by place in the gang."""
+
+    hosts: Sequence[str]
+    unfit: dict[int, str]  # must not be used, and why
+    slow: dict[int, str]  # should not be used where there is another
+    rates: Sequence[float]  # of all links, bytes per second
+
+
+def inspect(placement: Placement, directory: Path, demands: Demands, link_bytes: int) -> Inspection:
+    """Look at the nodes of a placement.
+
+    Args:
+        directory: of the run; every node must see it.
+        link_bytes: sent over every link; 0: links are not tried.
+    """
+    driver = examine(directory)
+    sent = time.time()
+    answers = _ask([agent.examine.remote(directory) for agent in placement.agents], ANSWER_S)
+    unfit, hosts = {}, []
+    for node, (answer, at) in enumerate(answers):
+        if isinstance(answer, NodeFacts):
+            hosts.append(answer.host)
+            found = complaints(answer, driver, demands, Trip(sent, at), str(directory))
+            if found:
+                unfit[node] = "; ".join(found)
+        else:
+            hosts.append(placement.nodes[node].address)
+            unfit[node] = str(answer)
+    links = _try_links(placement, [n for n in range(len(hosts)) if n not in unfit], link_bytes) if link_bytes else {}
+    unfit |= unreachable(links)
+    rates = [rate for rate in links.values() if not isinstance(rate, str)]
+    return Inspection(hosts, unfit, slow(links, demands.link_ratio), rates)
+
+
+def _try_links(placement: Placement, nodes: Sequence[int], n_bytes: int) -> dict[tuple[int, int], float | str]:
+    if len(nodes) < 2:
+        return {}
+    agents, addresses = placement.agents, [node.address for node in placement.nodes]
+    servers = _ask([agents[node].listen.remote(addresses[node]) for node in nodes], ROUND_S)
+    links: dict[tuple[int, int], float | str] = {}
+    for pairs in rounds(len(nodes)):
+        questions, asked = [], []
+        for source, target in pairs:
+            here, there = nodes[source], nodes[target]
+            server, _ = servers[target]
+            if isinstance(server, str):
+                links[here, there] = f"{addresses[there]} cannot be listened at: {server}"
+                continue
+            asked.append((here, there))
+            questions.append(agents[here].try_link.remote(addresses[there], *server, n_bytes))
+        links |= {pair: answer for pair, (answer, _) in zip(asked, _ask(questions, ROUND_S), strict=True)}
+    return links
+
+
+def _ask(questions: Sequence[Any], timeout_s: float) -> list[tuple[Any, float]]:
+    """(answer, when it was there in seconds since 1970) of every question; text where there is none: why."""
+    import ray
+    from ray.exceptions import RayError
+
+    answers: dict[Any, tuple[Any, float]] = {}
+    left, deadline = list(questions), time.monotonic() + timeout_s
+    while left and (seconds := deadline - time.monotonic()) > 0:
+        done, left = ray.wait(left, num_returns=1, timeout=seconds)
+        for question in done:
+            try:
+                answers[question] = ray.get(question), time.time()
+            except RayError as error:
+                answers[question] = str(error).strip().splitlines()[-1], time.time()
+    return [answers.get(question, (f"no answer within {timeout_s:g} s", time.time())) for question in questions]

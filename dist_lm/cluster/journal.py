@@ -1,0 +1,57 @@
+"""What happened to the gangs of a run, an event a line, and how the present one stands: for people and for tests.
+
+events.jsonl: `time` (seconds since 1970), `event`, and what belongs to it:
+  started    attempt, nodes [{host, address}], ranks_per_node, device, layout, step (it continues from)
+  failed     attempt, error (one line), type, rank, host, restarts_left
+  left_out   text
+  growing    nodes (it will have)
+  stopped    signal
+  finished   steps
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dist_lm import durable
+from dist_lm.cluster.heartbeat import Pulse
+from dist_lm.run_directory import RunDirectory
+
+LIVE_EVERY_S = 2.0
+
+
+class Journal:
+    """Writes the events of a run, and what its ranks are doing."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        """Append to the events of `run`."""
+        self._run = run
+        self._live_at = 0.0
+
+    def write(self, event: str, **values: Any) -> None:
+        """Append one event."""
+        line = json.dumps({"time": time.time(), "event": event, **values})
+        with self._run.events.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def live(self, pulses: Sequence[Pulse]) -> None:
+        """Note what ranks were last heard doing; often enough is every few seconds."""
+        if time.monotonic() - self._live_at < LIVE_EVERY_S:
+            return
+        self._live_at = time.monotonic()
+        ranks = [asdict(pulse) | {"phase": pulse.phase.words} for pulse in pulses]
+        durable.replace_text(self._run.live, json.dumps({"time": time.time(), "ranks": ranks}) + "\n")
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of a run, in order; half a line that a killed launcher left is passed over."""
+    if not path.exists():
+        return
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue

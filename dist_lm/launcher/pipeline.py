@@ -1,0 +1,81 @@
+"""The queue of stages of a command, kept in the work directory for people to see.
+
+What continues where is decided by the artefacts themselves (`plan.py`), so a file that is out of date misleads nobody.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dist_lm import durable
+from dist_lm.cluster.node_facts import host_name
+from dist_lm.launcher.plan import Action, Plan
+from dist_lm.run_directory import WorkDirectory
+from dist_lm.tracking.redact import redact_command
+
+State = Literal["running", "done", "failed", "stopped"]
+
+
+@dataclass
+class QueuedStage:
+    """One stage in the queue."""
+
+    name: str
+    state: Literal["done", "waiting", "running", "failed", "stopped"]
+    detail: str
+
+
+class Pipeline:
+    """The stages of a plan as they are worked off; every change is written."""
+
+    def __init__(self, plan: Plan, command: Sequence[str], job: str | None) -> None:
+        """Write down what is to be done.
+
+        Args:
+            job: of the batch system.
+        """
+        config = plan.stages[-1].config
+        self._path = WorkDirectory(Path(config.work_dir)).pipeline(plan.stages[-1].info.name, config.run_id)
+        self._stages = [
+            QueuedStage(stage.info.name, "done" if stage.action is Action.READY else "waiting", stage.detail)
+            for stage in plan.stages
+        ]
+        self._facts: dict[str, Any] = {
+            "run_id": config.run_id,
+            "command": redact_command(command),
+            "host": host_name(),
+            "process": os.getpid(),
+            "job": job,
+            "started": time.time(),
+        }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._write("running")
+
+    def begin(self, name: str) -> None:
+        """Stage `name` is being worked on."""
+        self._set(name, "running")
+        self._write("running")
+
+    def done(self, name: str) -> None:
+        """Stage `name` is finished."""
+        self._set(name, "done")
+        self._write("running")
+
+    def end(self, state: State, error: str = "") -> None:
+        """The command is over; a stage that was worked on shares its fate."""
+        for stage in self._stages:
+            if stage.state == "running" and state in ("failed", "stopped"):
+                stage.state = state
+        self._write(state, error)
+
+    def _set(self, name: str, state: Literal["running", "done"]) -> None:
+        next(stage for stage in self._stages if stage.name == name).state = state
+
+    def _write(self, state: State, error: str = "") -> None:
+        stages = [asdict(stage) for stage in self._stages]
+        durable.write_json(
+            self._path, self._facts | {"state": state, "error": error, "updated": time.time(), "stages": stages}
+        )
