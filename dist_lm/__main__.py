@@ -21,6 +21,8 @@ data = typer.Typer(help="Look at corpora.", no_args_is_help=True)
 app.add_typer(data, name="data")
 checkpoint = typer.Typer(help="Look at checkpoints, check them, put one into a single file.", no_args_is_help=True)
 app.add_typer(checkpoint, name="checkpoint")
+cluster = typer.Typer(help="Look at the nodes and ranks of a run.", no_args_is_help=True)
+app.add_typer(cluster, name="cluster")
 
 CheckpointPath = Annotated[
     Path, typer.Argument(help="A checkpoint, a folder of them, or a run (then LATEST is meant).")
@@ -63,6 +65,26 @@ def bench(
     from dist_lm.bench.run import run_benchmark
 
     run_benchmark(name, overrides or [], Console(), quick=quick, json_file=json)
+
+
+@cluster.command("status")
+def cluster_status(
+    work_dir: Annotated[Path, typer.Argument(help="The work_dir of a launch.")],
+    run_id: Annotated[str | None, typer.Option("--run-id", help="Of the command; by default the newest.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="All of it as JSON, for programs.")] = False,
+) -> None:
+    """Stages, step, throughput, nodes, ranks, restarts, last error of a command, while it runs and afterwards."""
+    from dist_lm.cluster.status import as_json, read_status
+
+    status = read_status(work_dir, run_id)
+    if json:
+        print(as_json(status))
+        return
+    from rich.console import Console
+
+    from dist_lm.cluster.status_view import print_status
+
+    print_status(status, Console())
 
 
 @checkpoint.command("inspect")

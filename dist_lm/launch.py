@@ -196,31 +196,36 @@ def ranks_here(config: Config) -> int:
 def carry_out(plan: Plan, console: Console) -> int:
     """Run the missing stages of a plan in order. Returns the exit code."""
     from dist_lm.cluster.failure import GangFailure
+    from dist_lm.launcher.interrupt import Stopped, stopped_by_signals
     from dist_lm.launcher.muster import NodesLostError
-    from dist_lm.launcher.pipeline import Pipeline
+    from dist_lm.launcher.pipeline import queue_of
     from dist_lm.launcher.summary import print_summary
 
     job = os.environ.get("SLURM_JOB_ID")
-    pipeline = Pipeline(plan, sys.argv, job)
-    try:
-        stopped_by = run_missing(plan, console, pipeline, job)
-    except GangFailure as failure:
-        pipeline.end("failed", str(failure))
-        if failure.traceback and not failure.user_error:
-            console.details(failure.traceback)
-        console.error(str(failure))
-        return 2 if failure.user_error else 1
-    except NodesLostError as shortage:
-        pipeline.end("stopped", str(shortage))
-        console.error(str(shortage))
-        return TRY_AGAIN
-    except BaseException as error:
-        pipeline.end("failed", str(error) or type(error).__name__)
-        raise
-    if stopped_by:
-        pipeline.end("stopped", f"by {signal.Signals(stopped_by).name}")
-        return 128 + stopped_by
-    pipeline.end("done")
+    with queue_of(plan, sys.argv, job) as pipeline:
+        try:
+            with stopped_by_signals():
+                stopped_by = run_missing(plan, console, pipeline, job)
+        except GangFailure as failure:
+            pipeline.end("failed", str(failure))
+            if failure.traceback and not failure.user_error:
+                console.details(failure.traceback)
+            console.error(str(failure))
+            return 2 if failure.user_error else 1
+        except NodesLostError as shortage:
+            pipeline.end("stopped", str(shortage))
+            console.error(str(shortage))
+            return TRY_AGAIN
+        except (Stopped, KeyboardInterrupt) as stop:
+            stopped_by = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+            console.error(f"stopped at once by {signal.Signals(stopped_by).name}; the same command continues")
+        except BaseException as error:
+            pipeline.end("failed", str(error) or type(error).__name__)
+            raise
+        if stopped_by:
+            pipeline.end("stopped", f"by {signal.Signals(stopped_by).name}")
+            return 128 + stopped_by
+        pipeline.end("done")
     print_summary(plan, console)
     return 0
 

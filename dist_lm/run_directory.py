@@ -41,6 +41,10 @@ class WorkDirectory:
         """JSON: how the last command that asked for `stage` under `run_id` stands, stage by stage."""
         return self.path / "pipelines" / f"{stage}-{run_id}.json"
 
+    def pipeline_lock(self, name: str) -> Path:
+        """Held by the command whose `pipeline` file has this name."""
+        return self.path / "pipelines" / f".{name}.lock"
+
     def pipelines(self) -> list[Path]:
         """The pipelines that are there, the one written last at the end."""
         return sorted((self.path / "pipelines").glob("*.json"), key=lambda path: path.stat().st_mtime)

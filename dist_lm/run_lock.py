@@ -16,10 +16,11 @@ _POLL_S = 0.2
 
 
 @contextmanager
-def locked(path: Path, *, job: str | None = None, wait_s: float = 0.0) -> Iterator[None]:
+def locked(path: Path, *, what: str = "", job: str | None = None, wait_s: float = 0.0) -> Iterator[None]:
     """Hold `path` as a lock file for the time of the block; it names its owner and stays behind, unlocked.
 
     Args:
+        what: is locked, for people; the folder of `path` by default.
         job: of the batch system, that this process belongs to. An owner of the same job is an earlier start of it, on
             its way out: it is waited for.
         wait_s: how long any owner is waited for.
@@ -35,7 +36,7 @@ def locked(path: Path, *, job: str | None = None, wait_s: float = 0.0) -> Iterat
             patience = max(wait_s, OWN_JOB_S) if job and re.search(rf"\bjob {re.escape(job)}$", owner) else wait_s
             if time.monotonic() - started >= patience:
                 raise ArtefactError(
-                    f"{path.parent} is in use by {owner}: wait for it, stop it, or choose another run_id"
+                    f"{what or path.parent} is in use by {owner}: wait for it, stop it, or choose another run_id"
                 )
             time.sleep(_POLL_S)
         os.ftruncate(descriptor, 0)

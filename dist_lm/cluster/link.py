@@ -4,6 +4,7 @@ import secrets
 import socket
 import threading
 import time
+from contextlib import suppress
 
 _CHUNK = bytes(1 << 20)
 TIMEOUT_S = 10.0
@@ -22,6 +23,8 @@ class LinkServer:
 
     def close(self) -> None:
         """Listen no longer."""
+        with suppress(OSError):  # systems differ in whether a listening socket can be shut down
+            self._socket.shutdown(socket.SHUT_RDWR)  # closing it does not wake the thread that accepts
         self._socket.close()
 
     def _serve(self) -> None:

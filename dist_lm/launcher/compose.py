@@ -21,7 +21,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dist_lm.config import Config
 from dist_lm.errors import ConfigError
+from dist_lm.stages.registry import STAGES
 
+PIPELINE = "pipeline"
 GROUPS = ("model", "parallel", "hardware", "stage", "corpus", "cluster", "tracking", "experiment")
 
 
@@ -81,16 +83,19 @@ def overrides_of(stage: str, target: str, overrides: Sequence[str]) -> list[str]
 
 
 def target_stage(overrides: Sequence[str]) -> str:
-    """The stage a command line asks for.
+    """The stage a command line asks for; `stage=pipeline` is the last one there is, and so all of them.
 
     Raises:
         ConfigError: none, or not a stage.
     """
     named = [text.split("=", 1)[1] for text in overrides if text.startswith("stage=")]
+    accepted = ", ".join([*choices("stage"), PIPELINE])
     if not named:
-        raise ConfigError(f"stage is not given: expected stage=S with S one of {', '.join(choices('stage'))}")
+        raise ConfigError(f"stage is not given: expected stage=S with S one of {accepted}")
+    if named[-1] == PIPELINE:
+        return list(STAGES)[-1]
     if named[-1] not in choices("stage"):
-        raise ConfigError(f"stage={named[-1]}: expected one of {', '.join(choices('stage'))}")
+        raise ConfigError(f"stage={named[-1]}: expected one of {accepted}")
     return named[-1]
 
 

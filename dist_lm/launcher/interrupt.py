@@ -1,13 +1,36 @@
-"""Ctrl-C, TERM and USR1 while stages run: the first asks for a checkpoint and a stop, a second Ctrl-C ends at once."""
+"""Ctrl-C, TERM and USR1 while stages run.
+
+While ranks train the first asks for a checkpoint and a stop, and a second Ctrl-C ends at once. Before that, while text
+is tokenized or the cluster joined, there is nothing to save: they end at once, and a part of a stage is made again.
+"""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dist_lm.tracking.console import Console
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(BaseException):
+    """TERM or USR1 has come; `number` is the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"by {signal.Signals(number).name}")
+        self.number = number
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """TERM and USR1 raise `Stopped` in the block, as Ctrl-C raises KeyboardInterrupt."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped(number)
+
+    with _handled({number: stop for number in SIGNALS if number != signal.SIGINT}):
+        yield
 
 
 @dataclass
@@ -33,9 +56,15 @@ def watch_signals(console: Console) -> Iterator[Interrupt]:
             console.warning(f"received {signal.Signals(number).name}: writing a checkpoint, then stopping")
         interrupt.number = number
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
-    try:
+    with _handled(dict.fromkeys(SIGNALS, note)):
         yield interrupt
+
+
+@contextmanager
+def _handled(handlers: Mapping[signal.Signals, Callable[[int, object], None]]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -5,7 +5,8 @@ What continues where is decided by the artefacts themselves (`plan.py`), so a fi
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +15,10 @@ from dist_lm import durable
 from dist_lm.cluster.node_facts import host_name
 from dist_lm.launcher.plan import Action, Plan
 from dist_lm.run_directory import WorkDirectory
+from dist_lm.run_lock import locked
 from dist_lm.tracking.redact import redact_command
 
+LOOK_S = 1.0  # whoever looks whether a lock is held holds it for a moment
 State = Literal["running", "done", "failed", "stopped"]
 
 
@@ -32,11 +35,7 @@ class Pipeline:
     """The stages of a plan as they are worked off; every change is written."""
 
     def __init__(self, plan: Plan, command: Sequence[str], job: str | None) -> None:
-        """Write down what is to be done.
-
-        Args:
-            job: of the batch system.
-        """
+        """Write down what is to be done; see `queue_of`."""
         config = plan.stages[-1].config
         self._path = WorkDirectory(Path(config.work_dir)).pipeline(plan.stages[-1].info.name, config.run_id)
         self._stages = [
@@ -51,7 +50,6 @@ class Pipeline:
             "job": job,
             "started": time.time(),
         }
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._write("running")
 
     def begin(self, name: str) -> None:
@@ -79,3 +77,22 @@ class Pipeline:
         durable.write_json(
             self._path, self._facts | {"state": state, "error": error, "updated": time.time(), "stages": stages}
         )
+
+
+@contextmanager
+def queue_of(plan: Plan, command: Sequence[str], job: str | None) -> Iterator[Pipeline]:
+    """The pipeline of a command, for as long as it is being worked off.
+
+    Args:
+        job: of the batch system.
+
+    Raises:
+        ArtefactError: the same command is at work already; the message names host and process.
+    """
+    config = plan.stages[-1].config
+    work, name = WorkDirectory(Path(config.work_dir)), plan.stages[-1].info.name
+    path = work.pipeline(name, config.run_id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    what = f"stage={name} run_id={config.run_id} in {config.work_dir}"
+    with locked(work.pipeline_lock(path.stem), what=what, job=job, wait_s=LOOK_S):
+        yield Pipeline(plan, command, job)

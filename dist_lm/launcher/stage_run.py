@@ -21,6 +21,7 @@ from dist_lm.launcher.git import git_commit
 from dist_lm.launcher.interrupt import Interrupt
 from dist_lm.launcher.layout_choice import check_hardware, with_layout
 from dist_lm.launcher.muster import Muster
+from dist_lm.launcher.pipeline import LOOK_S
 from dist_lm.launcher.plan import PlannedStage, run_of
 from dist_lm.launcher.restarts import Restarts, on_nodes, sizes
 from dist_lm.parallel.layout import resolve_layout
@@ -57,7 +58,7 @@ def run_training_stage(
     first = with_layout(config, ranks, console)
     run.create()
     with ExitStack() as stack:
-        stack.enter_context(locked(run.launch_lock, job=job))
+        stack.enter_context(locked(run.launch_lock, job=job, wait_s=LOOK_S))
         save_config(first, run.config)
         muster = Muster(
             cluster,

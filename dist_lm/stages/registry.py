@@ -18,6 +18,7 @@ class StageInfo:
     starts_from: str | None = None  # stage whose checkpoint it starts from
 
 
+# in the order of the pipeline
 STAGES = {
     info.name: info
     for info in (

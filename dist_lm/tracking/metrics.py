@@ -15,6 +15,7 @@ from typing import Any
 from dist_lm import durable
 from dist_lm.errors import ArtefactError
 
+TAIL_BYTES = 64 << 10
 MetricsLine = dict[str, Any]
 """`step` (int), `time` (float) and metrics by name (float, int, or None where the value was not finite)."""
 
@@ -72,6 +73,22 @@ def read_metrics(path: Path) -> Iterator[MetricsLine]:
         for number, raw in enumerate(file, start=1):
             if raw.endswith(b"\n"):
                 yield _parse(raw, f"{path}:{number}")
+
+
+def last_metrics(path: Path) -> MetricsLine:
+    """The newest value of every metric among the last lines of a metrics file; empty without one."""
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        start = max(0, path.stat().st_size - TAIL_BYTES)
+        file.seek(start)
+        lines = file.read().splitlines(keepends=True)
+    merged: MetricsLine = {}
+    for raw in lines[1:] if start else lines:
+        if raw.endswith(b"\n"):
+            line = _parse(raw, f"{path} near its end")
+            merged |= {name: value for name, value in line.items() if value is not None}
+    return merged
 
 
 class MetricsFollower:
