@@ -34,12 +34,12 @@ def die_with_parent(parent: int | None = None) -> None:
         os._exit(1)
 
 
-def marked(mark: str) -> list[psutil.Process]:
-    """The living processes that carry `mark`, this one excepted."""
+def marked(mark: str, variable: str = MARK) -> list[psutil.Process]:
+    """The living processes that carry `mark` in an environment variable, this one excepted."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and is_alive(process) and process.environ().get(MARK) == mark:
+            if process.pid != os.getpid() and is_alive(process) and process.environ().get(variable) == mark:
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):  # gone meanwhile, or of another user: not ours
             continue

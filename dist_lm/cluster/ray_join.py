@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dist_lm.cluster.ray_environment import ENVIRONMENT, ClusterError, environment, import_ray
+from dist_lm.cluster.ray_token import check_token_file
 from dist_lm.config import ClusterConfig
 
 
@@ -91,13 +92,7 @@ def _check_token(config: ClusterConfig) -> None:
         if "RAY_AUTH_TOKEN" in os.environ:
             return
         path = str(Path.home() / ".ray" / "auth_token")  # where Ray itself looks
-    key = "cluster.token_path" if config.token_path else "RAY_AUTH_TOKEN_PATH"
-    file = Path(path)
-    if not file.is_file():
-        raise ClusterError(f"{key}={path}: no such file; it holds the token of the Ray cluster (mode 0600)")
-    mode = file.stat().st_mode & 0o777
-    if mode & 0o077:
-        raise ClusterError(f"{key}={path}: mode {mode:04o} lets others read the token: `chmod 600 {path}`")
+    check_token_file("cluster.token_path" if config.token_path else "RAY_AUTH_TOKEN_PATH", path)
 
 
 def _within(seconds: float, call: Callable[[], None]) -> None:

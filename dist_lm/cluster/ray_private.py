@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dist_lm.cluster import process
+from dist_lm.cluster.node_directory import short_temporary
 from dist_lm.cluster.ray_environment import ENVIRONMENT, ClusterError, environment, import_ray
 from dist_lm.config import ClusterConfig
 
 # Ray replaces 127.0.0.1 by the host's own address; other loopback addresses are kept, and exist on Linux only
 LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 REAP_S = 30.0
-LONGEST_TEMP = 24  # characters: Ray keeps sockets below it, whose paths the kernel limits to 107
 
 
 @contextmanager
@@ -61,10 +61,7 @@ def _private_directory() -> Iterator[Path]:
 
     It and all processes that use it are gone after the block, however this process ends.
     """
-    base = tempfile.gettempdir()
-    if len(base) > LONGEST_TEMP:
-        base = "/tmp"  # noqa: S108 - the directory made in it is ours alone
-    private = Path(tempfile.mkdtemp(prefix="dlm-", dir=base))
+    private = Path(tempfile.mkdtemp(prefix="dlm-", dir=short_temporary()))
     reaper = subprocess.Popen(
         [sys.executable, "-m", "dist_lm.cluster.ray_reaper", str(private)],
         stdin=subprocess.PIPE,

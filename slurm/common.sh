@@ -1,0 +1,177 @@
+# shellcheck shell=bash
+# Sourced by the batch scripts: the life of a job. It runs on the first node, starts a Ray of its own as job steps, runs
+# `python -m dist_lm.launch` as a driver of it, and decides what to do when something ends.
+#
+#   the driver is done                        the job is COMPLETED
+#   the driver refuses (2) or gives up (1)    the job is FAILED; the log's last lines say why
+#   the driver or the head's Ray is killed    Ray and driver are started again, and continue from the last checkpoint
+#   a worker node dies                        a replacement job joins when a node is free (slurm/replacement.sh);
+#                                             the driver goes on with what there is
+#   this node dies                            Slurm requeues the job
+#   USR1 (120 s before the time limit)        checkpoint, clean-up, requeue
+#   TERM (scancel, shutdown)                  clean-up at once
+#
+# work_dir must be on a file system that all nodes share. In work_dir/slurm/JOBID:
+#   batch.log      this script and the driver, all restarts
+#   node_NAME.log  Ray on one node; ranks write theirs below work_dir/runs
+#   token          of the job's Ray, mode 0600, while it runs
+
+: "${root:?}"
+# shellcheck source=SCRIPTDIR/arguments.sh
+. "$root/slurm/arguments.sh"
+# shellcheck source=SCRIPTDIR/environment.sh
+. "$root/slurm/environment.sh"
+# shellcheck source=SCRIPTDIR/ray_steps.sh
+. "$root/slurm/ray_steps.sh"
+# shellcheck source=SCRIPTDIR/replacement.sh
+. "$root/slurm/replacement.sh"
+
+most_failures=5   # starts in a row that end badly and without progress
+checkpoint_wait=75 # seconds for the driver to leave after USR1
+term_wait=2       # and after TERM: Slurm may kill everything 5 s after it
+stop=             # USR1 or TERM, once it has come
+stop_at=0         # SECONDS when it came
+driver=           # process id of the driver while it runs
+outcome=          # of a start: an exit code of the job, `lost` or `requeue`
+
+say() {
+  printf '%(%F %T)T slurm: %s\n' -1 "$*"
+}
+
+running() { # PID
+  [ -n "$1" ] && kill -0 "$1" 2>/dev/null
+}
+
+pause() { # SECONDS; a signal ends it
+  sleep "$1" &
+  wait "$!" || true
+}
+
+run_job() { # DEFAULT ... -- ARGUMENT ...
+  read_arguments "$@"
+  open_log
+  trap clean_up EXIT
+  trap 'request_stop USR1' USR1
+  trap 'request_stop TERM' TERM
+  say "job $SLURM_JOB_ID (restart ${SLURM_RESTART_COUNT:-0}) on $SLURM_JOB_NODELIST: ${launch_arguments[*]}"
+  load_environment
+  find_nodes
+
+  local failures=0 before
+  while :; do
+    before=$(progress)
+    run_once
+    case $outcome in
+    lost) ;;
+    requeue) requeue ;;
+    *) exit "$outcome" ;;
+    esac
+    if [ "$(progress)" = "$before" ]; then failures=$((failures + 1)); else failures=0; fi
+    if [ "$failures" -ge "$most_failures" ]; then
+      say "error: ended badly $failures times in a row without a new checkpoint; see above and $job_dir/node_$head.log"
+      exit 1
+    fi
+    say "starting again (without progress: $failures of at most $most_failures in a row)"
+  done
+}
+
+# One start of Ray and the driver; sets `outcome`.
+run_once() {
+  if ! start_ray; then
+    stop_ray
+    outcome=lost
+    [ -z "$stop" ] || judge 143
+    return
+  fi
+  "${on_head[@]}" python -m dist_lm.launch "${launch_arguments[@]}" \
+    cluster=ray "cluster.address=$head_address" "cluster.token_path=$token" </dev/null &
+  driver=$!
+  if [ -n "$stop" ]; then tell_driver "$stop"; fi # it came before there was a driver
+  while running "$driver"; do
+    if [ "$stop" = USR1 ] && [ $((SECONDS - stop_at)) -gt "$checkpoint_wait" ]; then
+      say "the driver has not left within $checkpoint_wait s"
+      end_driver 2
+    elif [ "$stop" = TERM ]; then
+      end_driver "$term_wait"
+    elif ! running "$head_step"; then
+      say "Ray on the head node $head has ended"
+      end_driver 5
+    else
+      replace_lost_workers
+      pause 1
+    fi
+  done
+  local code=0
+  wait "$driver" || code=$?
+  driver=
+  [ "$code" -le 128 ] || [ -n "$stop" ] || pause 1 # the signal may have come to the driver first
+  stop_ray
+  judge "$code"
+}
+
+judge() { # EXIT_CODE of the driver; sets `outcome`
+  say "the driver left with exit code $1${stop:+ after $stop}; Ray on the head left with ${head_code:-no} exit code"
+  if [ "$stop" = TERM ]; then
+    outcome=143
+  elif [ "$stop" = USR1 ] && [ "$1" -ne 0 ] && [ "$1" -ne 2 ]; then
+    outcome=requeue
+  elif [ "$head_code" != 0 ]; then # a driver whose Ray dies may even leave with 0
+    outcome=lost
+  else
+    case $1 in
+    0 | 1 | 2 | 130 | 143) outcome=$1 ;;
+    138) outcome=requeue ;; # somebody sent USR1 to the driver itself
+    *) outcome=lost ;;
+    esac
+  fi
+}
+
+request_stop() { # USR1 or TERM; a trap
+  say "received $1"
+  if [ "$stop" != TERM ]; then
+    stop=$1
+    stop_at=$SECONDS
+  fi
+  tell_driver "$1"
+}
+
+tell_driver() { # USR1 or TERM: write a checkpoint and leave
+  # srun would not pass TERM on but kill
+  if [ "${#on_head[@]}" -gt 0 ]; then set -- USR1; fi
+  if running "$driver"; then kill -s "$1" "$driver" 2>/dev/null || true; fi
+}
+
+end_driver() { # SECONDS between TERM and KILL
+  local deadline=$((SECONDS + $1))
+  tell_driver TERM
+  while running "$driver" && [ "$SECONDS" -lt "$deadline" ]; do pause 0.2; done
+  if running "$driver"; then kill -s KILL "$driver" 2>/dev/null || true; fi
+}
+
+requeue() {
+  clean_up
+  say "requeued; it continues from the last checkpoint"
+  if ! scontrol requeue "$SLURM_JOB_ID"; then
+    say "error: Slurm does not requeue this job; the same sbatch command continues from the last checkpoint"
+    exit 1
+  fi
+  exit 0
+}
+
+clean_up() { # may be called twice
+  trap - EXIT
+  rm -f "$token"
+  cancel_replacements
+  if running "$driver"; then end_driver 1; fi
+  stop_ray
+  say "cleaned up"
+}
+
+# What has been achieved, as text that changes with every checkpoint and every finished stage.
+progress() {
+  local file
+  for file in "$work_dir"/runs/*/*/checkpoints/LATEST "$work_dir"/runs/*/*/result.json \
+    "$work_dir"/corpora/*/manifest.json "$work_dir"/tokenizer/report.json; do
+    if [ -f "$file" ]; then printf '%s\n' "$file" "$(<"$file")"; fi
+  done
+}

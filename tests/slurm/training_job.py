@@ -1,0 +1,122 @@
+"""A batch job of this project that trains a tiny model, seen from the outside."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from dist_lm.run_directory import RunDirectory, WorkDirectory
+from dist_lm.tracking.metrics import read_metrics
+from tests.cluster.waiting import eventually
+from tests.conftest import TINY
+from tests.slurm.real_slurm import RealSlurm
+
+STEPS = 240
+ARGUMENTS = (
+    *TINY,
+    "stage=language",
+    "model=nano",
+    f"stage.steps={STEPS}",
+    "stage.global_batch=4",
+    "stage.micro_batch=2",
+    "stage.warmup_steps=5",
+    "stage.checkpoint_every=20",
+    "stage.eval_every=0",
+    "stage.sampling.samples_per_prompt=1",
+    "stage.sampling.max_new_tokens=4",
+    "cluster.ranks_per_node=1",
+)
+TIMED = ("time", "perf/", "checkpoint/")
+
+
+class TrainingJob:
+    """One job, its work directory and its run."""
+
+    def __init__(
+        self, slurm: RealSlurm, work: WorkDirectory, *arguments: str, nodes: int = 2, options: tuple[str, ...] = ()
+    ) -> None:
+        """Submit it; `options` are sbatch's, `arguments` come after those of a tiny model."""
+        self.slurm, self.work = slurm, work
+        self.run: RunDirectory = work.run("language", "default")
+        self.id = slurm.submit(
+            "slurm/train_large.sh",
+            *ARGUMENTS,
+            f"work_dir={work.path}",
+            *arguments,
+            options=(f"--nodes={nodes}", "--time=20", *options),
+            directory=work.path.parent,
+        )
+        self.directory: Path = work.path / "slurm" / str(self.id)
+
+    @property
+    def log(self) -> str:
+        """batch.log so far."""
+        path = self.directory / "batch.log"
+        return path.read_text() if path.exists() else ""
+
+    def everything(self) -> str:
+        """All logs of the job, for a failed assertion."""
+        logs = sorted(self.directory.glob("*.log"))
+        return "\n".join(f"== {path.name}\n{path.read_text(errors='replace')[-4000:]}" for path in logs)
+
+    def state(self) -> str:
+        return self.slurm.state(self.id)
+
+    def step(self) -> int:
+        """The last step in the metrics; 0: none."""
+        if not self.run.metrics.exists():
+            return 0
+        return max((line["step"] for line in read_metrics(self.run.metrics)), default=0)
+
+    def wait_for_step(self, step: int, seconds: float = 120) -> None:
+        def reached() -> bool:
+            assert self.state() in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"), self.everything()
+            return self.step() >= step
+
+        eventually(f"step {step}", reached, seconds)
+
+    def wait_for_log(self, text: str, seconds: float = 60) -> None:
+        eventually(f"{text!r} in the log of job {self.id}", lambda: text in self.log, seconds)
+
+    def finish(self, state: str = "COMPLETED", seconds: float = 240) -> None:
+        """Wait for its end, which must be `state`; nothing of it is left then."""
+        ended = self.slurm.wait(self.id, seconds=seconds)
+        assert ended == state, f"{ended}\n{self.everything()}"
+        self.check_nothing_left()
+
+    def check_nothing_left(self, seconds: float = 15) -> None:
+        """No process on any node, no token, no file outside the work directory."""
+        eventually("no process is left", lambda: not self.slurm.job_processes(), seconds)
+        assert not (self.directory / "token").exists()
+        slurm = self.slurm
+        files = slurm.run("find", "/tmp", "/dev/shm", "-xdev", "-not", "-type", "d").splitlines()
+        assert files == []
+        directories = slurm.run("find", "/tmp", "-mindepth", "1", "-maxdepth", "1", "-printf", "%f\n").splitlines()
+        assert not [name for name in directories if name.startswith(("dl", "ray"))], directories
+        beside = {path for path in self.work.path.parent.iterdir() if path != self.work.path}
+        assert beside == set(), beside
+        assert list((slurm.root / "home").iterdir()) == []
+
+    def result(self) -> dict[str, Any]:
+        """result.json."""
+        return json.loads(self.run.result.read_text())
+
+    def numbers(self) -> dict[int, dict[str, float]]:
+        """Everything in the metrics that is not a time, by step; every step is there once."""
+        lines = [line for line in read_metrics(self.run.metrics) if "train/loss" in line]
+        steps = [line["step"] for line in lines]
+        assert steps == list(range(1, len(steps) + 1)), steps
+        return {
+            line["step"]: {key: value for key, value in line.items() if not key.startswith(TIMED)} for line in lines
+        }
+
+    def starts(self) -> int:
+        """How often Ray was started for it, over all requeues."""
+        return len(re.findall(r"starting Ray at", self.log))
+
+
+def check_same(job: TrainingJob, reference: TrainingJob) -> None:
+    """The same losses, tokens and result as a job that nothing disturbed, to the last bit."""
+    assert job.numbers() == reference.numbers()
+    found, expected = job.result()["metrics"], reference.result()["metrics"]
+    assert found["val/loss"] == expected["val/loss"]
