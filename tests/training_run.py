@@ -47,6 +47,7 @@ def numbers(run: RunDirectory) -> dict[int, dict[str, float]]:
 
 def linked(work: WorkDirectory, directory: Path) -> WorkDirectory:
     """A work directory with the tokenizer and the corpora of another, and no runs."""
+    directory.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer", "corpora"):
         (directory / name).symlink_to(work.path / name)
     return WorkDirectory(directory)

@@ -18,6 +18,8 @@ _ECHO = re.compile(
     re.IGNORECASE,
 )
 
+NODE_LOST = "node lost"
+
 
 @dataclass(eq=False)
 class GangFailure(RuntimeError):  # noqa: N818 - the noun of the architecture
@@ -138,7 +140,7 @@ def explain(
     echo = cause is None or (isinstance(cause, RankFailure) and cause.is_echo)
     if lost and echo:
         node, reason = next(iter(lost.items()))
-        return GangFailure(node, None, "node lost", reason, run.node_log(node), host=crowd.hosts[node])
+        return GangFailure(node, None, NODE_LOST, reason, run.node_log(node), host=crowd.hosts[node])
     if isinstance(cause, RankFailure):
         log = run.rank_log(cause.rank)
         return crowd.failure_of(cause.rank, cause.type, cause.message, log, cause.traceback, cause.user_error)

@@ -17,10 +17,10 @@ from pathlib import Path
 import psutil
 
 from dist_lm.cluster import process
-from dist_lm.cluster.ray_reaper import users_of
 
 MARK = "DIST_LM_NODE"  # environment variable
 PREFIX = "dln-"
+RAY_TITLE = "ray::"  # of a worker process
 LONGEST_TEMP = 24  # characters: Ray keeps sockets below it, whose paths the kernel limits to 107
 GRACE_S = 2.5  # a scheduler may kill everything 5 s after it has asked
 
@@ -60,8 +60,12 @@ def end_processes(directory: Path) -> list[int]:
 
 
 def _processes(directory: Path) -> list[psutil.Process]:
-    marked = process.marked(directory.name, MARK)
-    return marked or users_of(directory, spared=os.getpid())  # the second looks at every open file: only when needed
+    """Those that carry the mark; when there are none left, those whose title Ray wrote over it.
+
+    A driver on this machine has files of Ray open too, and is not ours to end.
+    """
+    marked = process.marked(directory.name, MARK)  # the open files of every process are looked at only when needed
+    return marked or [user for user in process.users_of(directory) if process.title(user).startswith(RAY_TITLE)]
 
 
 def _create(base: Path) -> tuple[Path, int]:

@@ -46,6 +46,28 @@ def marked(mark: str, variable: str = MARK) -> list[psutil.Process]:
     return found
 
 
+def users_of(directory: Path) -> list[psutil.Process]:
+    """The living processes that have a file open below `directory`, this one excepted."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and any(
+                directory in Path(file.path).parents for file in process.open_files()
+            ):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # gone meanwhile, or of another user: not ours
+            continue
+    return found
+
+
+def title(process: psutil.Process) -> str:
+    """What a process calls itself (the beginning of its command line); empty if it is gone."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 def is_alive(process: psutil.Process) -> bool:
     """Whether it runs: a zombie that nobody has waited for does not."""
     try:

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -63,12 +64,15 @@ class Stop:
 class RayProcesses:
     """`ray start --block` and the processes below it that must live."""
 
-    def __init__(self, directory: Path, names: Sequence[str], arguments: Sequence[str]) -> None:
+    def __init__(
+        self, directory: Path, names: Sequence[str], arguments: Sequence[str], output: IO[bytes] | None = None
+    ) -> None:
         """Start Ray with its files in `directory`.
 
         Args:
             names: of the processes that must live.
             arguments: of `ray start`.
+            output: where it prints; None: where this process does.
         """
         self._names = names
         self._seen: dict[str, psutil.Process] = {}
@@ -81,6 +85,8 @@ class RayProcesses:
             ],
             env=os.environ | ENVIRONMENT | {node_directory.MARK: directory.name},
             stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
             start_new_session=True,
         )
 
@@ -108,17 +114,15 @@ def run_head(address: HeadAddress, resources: Sequence[str], stop: Stop) -> int:
     """Be the head until it is stopped or dies. Returns the exit code."""
     address.check_free()
     with node_directory.node_directory() as directory:
-        ray = RayProcesses(
-            directory,
-            HEAD_PROCESSES,
-            [
-                *("--head", f"--node-ip-address={address.host}", f"--port={address.port}"),
-                *("--include-dashboard=false", *resources),
-            ],
-        )
+        ray = RayProcesses(directory, HEAD_PROCESSES, head_arguments(address.host, address.port, resources))
         while not stop.requested and ray.death() is None:
             time.sleep(POLL_S)
         return report(ray.death(), ray)
+
+
+def head_arguments(host: str, port: int, resources: Sequence[str]) -> list[str]:
+    """Those of `ray start` for a head."""
+    return ["--head", f"--node-ip-address={host}", f"--port={port}", "--include-dashboard=false", *resources]
 
 
 def run_worker(head: HeadAddress, ip: str, wait_s: float, resources: Sequence[str], stop: Stop) -> int:

@@ -1,18 +1,14 @@
 """A Ray of our own on this machine: started, used, and gone without a trace."""
 
-import secrets
-import signal
+import json
 import subprocess
 import sys
-import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import replace
 
-from dist_lm.cluster import process
-from dist_lm.cluster.node_directory import short_temporary
-from dist_lm.cluster.ray_environment import ENVIRONMENT, ClusterError, environment, import_ray
+from dist_lm.cluster.ray_environment import ClusterError
+from dist_lm.cluster.ray_join import joined_ray
 from dist_lm.config import ClusterConfig
 
 # Ray replaces 127.0.0.1 by the host's own address; other loopback addresses are kept, and exist on Linux only
@@ -25,63 +21,29 @@ def private_ray(config: ClusterConfig) -> Iterator[str]:
     """Run a Ray of our own on this machine for the time of the block; its address, host:port.
 
     Raises:
-        ClusterError: more than one node is asked for.
+        ClusterError: more than one node is asked for, or Ray does not start within cluster.connect_timeout_s.
     """
     if config.nodes != 1:
         raise ClusterError(
             f"cluster.nodes={config.nodes}: cluster=local is this machine alone; use 1, "
             "or cluster=ray cluster.address=HOST:PORT"
         )
-    with _private_directory() as private:
-        token = private / "token"
-        token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32))
-        changes = ENVIRONMENT | {"RAY_AUTH_TOKEN_PATH": str(token)}
-        with environment(changes, removed=("RAY_AUTH_TOKEN", "RAY_ADDRESS")):
-            ray = import_ray()
-            try:
-                with _sigterm_kept():
-                    context = ray.init(
-                        address="local",
-                        include_dashboard=False,
-                        log_to_driver=False,
-                        logging_level="ERROR",
-                        num_cpus=process.cores(),
-                        _node_ip_address=LOOPBACK,
-                        _temp_dir=str(private / "ray"),
-                    )
-                yield context.address_info["gcs_address"]
-            finally:
-                ray.shutdown()
-
-
-@contextmanager
-def _private_directory() -> Iterator[Path]:
-    """A directory of ours alone (Ray makes its own, inside it, writable for everybody).
-
-    It and all processes that use it are gone after the block, however this process ends.
-    """
-    private = Path(tempfile.mkdtemp(prefix="dlm-", dir=short_temporary()))
-    reaper = subprocess.Popen(
-        [sys.executable, "-m", "dist_lm.cluster.ray_reaper", str(private)],
+    node = subprocess.Popen(
+        [sys.executable, "-m", "dist_lm.cluster.ray_private_node", LOOPBACK],
         stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,  # a Ctrl-C in the terminal is not for it
+        stdout=subprocess.PIPE,
+        start_new_session=True,  # signals to the launch's process group are not for it
     )
+    assert node.stdout is not None
+    assert node.stdin is not None
     try:
-        yield private
+        said = node.stdout.readline()
+        if not said:
+            raise ClusterError("cluster=local: Ray does not start here; the reason is above")
+        where = json.loads(said)
+        private = replace(config, name="ray", address=where["address"], token_path=where["token_path"])
+        with joined_ray(private) as address:
+            yield address
     finally:
-        reaper.communicate(timeout=REAP_S)
-
-
-@contextmanager
-def _sigterm_kept() -> Iterator[None]:
-    """Ray takes SIGTERM for itself when it starts; it belongs to the launcher."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+        node.stdin.close()
+        node.wait(timeout=REAP_S)

@@ -60,6 +60,7 @@ class Muster:
         self._interrupt = interrupt
         self._console = console
         self._under_way = False
+        self._lost: set[str] = set()  # nodes at which an attempt ended, by Ray's id, which takes a while to notice
         self._first_seen: dict[str, float] = {}  # nodes that are not in use, by Ray's id: monotonic seconds
 
     def call(self, avoid: Collection[str], nodes: int | None = None) -> Crew | None:
@@ -82,6 +83,10 @@ class Muster:
             crew = self._fewer(most, avoid, shortage)
         self._under_way = self._under_way or crew is not None
         return crew
+
+    def lose(self, id_: str) -> None:
+        """The node with this id of Ray's was lost: it is no room to grow; coming back it has another id."""
+        self._lost.add(id_)
 
     def _fewer(self, most: int, avoid: Collection[str], shortage: ClusterError) -> Crew | None:
         smaller = [size for size in self._sizes if size < most]
@@ -117,11 +122,12 @@ class Muster:
         if len(own) >= self._sizes[0]:
             return None
         now = time.monotonic()
-        others = [node.id for node in self._cluster.nodes() if node.id not in own and self._suits(node.gpus)]
+        others = [
+            node.id
+            for node in self._cluster.nodes()
+            if node.id not in own | self._lost and node.gpus >= self._gpus_per_node
+        ]
         self._first_seen = {id_: self._first_seen.get(id_, now) for id_ in others}
         ready = sum(now - since >= self._cluster_config.grow_after_s for since in self._first_seen.values())
         size = largest(self._sizes, len(own) + ready)
         return size if size and size > len(own) else None
-
-    def _suits(self, gpus: int) -> bool:
-        return gpus >= self._gpus_per_node

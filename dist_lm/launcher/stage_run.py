@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 
-from dist_lm.cluster.failure import GangFailure
+from dist_lm.cluster.failure import NODE_LOST, GangFailure
 from dist_lm.cluster.gang import Gang, GangStatus
 from dist_lm.cluster.hang import Patience
 from dist_lm.cluster.journal import Journal
@@ -100,7 +100,10 @@ def run_attempts(
             journal.write("finished", steps=config.stage.steps)
             return True
         if failure:
-            restarts = restarts.after_failure(newest_step(run), crew.placement.nodes[failure.node].address)
+            place = crew.placement.nodes[failure.node]
+            restarts = restarts.after_failure(newest_step(run), place.address)
+            if failure.type == NODE_LOST:
+                muster.lose(place.id)
             journal.write("failed", **record_of(failure, restarts))
             if failure.user_error or (restarts.left < 0 and not interrupt.requested):
                 raise failure

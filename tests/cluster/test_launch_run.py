@@ -3,78 +3,25 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from contextlib import suppress
-from pathlib import Path
 
-import psutil
 import pytest
 
 from dist_lm.cluster.journal import read_events
-from dist_lm.run_directory import RunDirectory, WorkDirectory
-from dist_lm.tracking.metrics import read_metrics
-from tests.conftest import TINY
+from dist_lm.run_directory import WorkDirectory
+from tests.cluster.launched import (
+    CODE_STEPS,
+    assert_gone,
+    family,
+    finish,
+    follow_on,
+    ranks_on,
+    start,
+    steps_of,
+    wait_until,
+)
 from tests.training_run import linked, numbers
 
 pytestmark = pytest.mark.cluster
-
-DEADLINE_S = 150
-CODE_STEPS = "stage.steps=60"  # of runs that are disturbed on the way
-SETTINGS = (
-    *TINY,
-    "stage=code",
-    *(f"{prefix}.{key}" for prefix in ("stage", "stages.language") for key in ("seq_len=32", "global_batch=4")),
-    *(f"{prefix}.{key}" for prefix in ("stage", "stages.language") for key in ("micro_batch=2", "warmup_steps=2")),
-    "stages.language.steps=4",
-    "stage.steps=6",
-    "stage.sampling.samples_per_prompt=1",
-    "stage.sampling.max_new_tokens=4",
-)
-
-
-def start(work: WorkDirectory, *overrides: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "dist_lm.launch", *SETTINGS, f"work_dir={work.path}", *overrides],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    try:
-        out, err = process.communicate(timeout=DEADLINE_S)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, out, err
-
-
-def family(process: subprocess.Popen) -> list[psutil.Process]:
-    """Everything the launcher started, so far."""
-    return psutil.Process(process.pid).children(recursive=True)
-
-
-def wait_until(condition, process: subprocess.Popen, what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while time.monotonic() < deadline:
-        if condition():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    pytest.fail(f"{what}: not within {DEADLINE_S} s")
-
-
-def assert_gone(processes: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=20)
-    assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-
-
-def steps_of(run: RunDirectory) -> list[int]:
-    return [line["step"] for line in read_metrics(run.metrics)] if run.metrics.exists() else []
 
 
 @pytest.mark.heavy
@@ -104,23 +51,22 @@ def undisturbed(tiny_work, tmp_path_factory) -> WorkDirectory:
     return work
 
 
-def follow_on(undisturbed: WorkDirectory, directory: Path) -> WorkDirectory:
-    """A work directory in which the language stage is done."""
-    work = linked(undisturbed, directory)
-    (work.path / "runs").mkdir()
-    (work.path / "runs" / "language").symlink_to(undisturbed.path / "runs" / "language")
-    return work
-
-
-def test_ctrl_c_checkpoints_stops_everything_and_the_same_command_continues(undisturbed, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "whole_group"),
+    [(signal.SIGINT, False), pytest.param(signal.SIGTERM, True, marks=pytest.mark.heavy)],
+    ids=["ctrl-c", "term to the process group"],
+)
+def test_a_signal_checkpoints_stops_everything_and_the_same_command_continues(
+    undisturbed, tmp_path, number, whole_group
+):
     work = follow_on(undisturbed, tmp_path)
     run = work.run("code", "default")
     process = start(work, CODE_STEPS)
     wait_until(lambda: any(step >= 2 for step in steps_of(run)), process, "step 2")
     started = family(process)
-    os.kill(process.pid, signal.SIGINT)
+    (os.killpg if whole_group else os.kill)(process.pid, number)
     code, out, err = finish(process)
-    assert code == 128 + signal.SIGINT, err
+    assert code == 128 + number, err
     assert "the same command continues" in out
     assert not run.result.exists()
     assert (run.checkpoints / "LATEST").exists()
@@ -145,22 +91,12 @@ def test_a_launcher_killed_leaves_nothing_behind_and_the_same_command_continues(
     assert numbers(run) == numbers(undisturbed.run("code", "default"))
 
 
-def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
-    """The ranks, the one started last at the end."""
-    found = []
-    for candidate in family(process):
-        with suppress(psutil.NoSuchProcess):
-            if "dist_lm.train" in candidate.cmdline() and "dist_lm.cluster.torchrun" not in candidate.cmdline():
-                found.append(candidate)
-    return sorted(found, key=lambda rank: rank.create_time())
-
-
 def test_a_rank_that_dies_is_replaced_and_the_numbers_are_the_same(undisturbed, tmp_path):
     work = follow_on(undisturbed, tmp_path)
     run = work.run("code", "default")
     process = start(work, CODE_STEPS, "stage.checkpoint_every=5")
     wait_until((run.checkpoints / "LATEST").exists, process, "a checkpoint")
-    ranks_of(process)[-1].kill()
+    ranks_on(run)[-1].kill()
     code, _, err = finish(process)
     assert code == 0, err
     assert "killed by SIGKILL" in err
@@ -176,7 +112,7 @@ def test_ranks_that_hang_are_found_their_stacks_logged_and_the_run_goes_on(undis
     run = work.run("code", "default")
     process = start(work, CODE_STEPS, "stage.checkpoint_every=5", "cluster.hang_min_s=3", "cluster.hang_steps=5")
     wait_until((run.checkpoints / "LATEST").exists, process, "a checkpoint")
-    hung = ranks_of(process)[-1]
+    hung = ranks_on(run)[-1]
     number = int(hung.environ()["RANK"])
     hung.suspend()
     code, _, err = finish(process)
@@ -193,7 +129,7 @@ def test_a_run_that_fails_for_good_shows_why(undisturbed, tmp_path):
     run = work.run("code", "default")
     process = start(work, CODE_STEPS, "cluster.max_restarts=0")
     wait_until(lambda: any(step >= 2 for step in steps_of(run)), process, "step 2")
-    ranks_of(process)[-1].kill()
+    ranks_on(run)[-1].kill()
     code, _, err = finish(process)
     assert code == 1
     last = err.strip().splitlines()[-1]

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,9 +38,9 @@ def living(pids: list[int]) -> list[int]:
     return [pid for pid in pids if psutil.pid_exists(pid) and is_alive(psutil.Process(pid))]
 
 
-def recruited(cluster: RayCluster, run: RunDirectory, nodes: int, timeout_s: float = 60.0, **changes: Any) -> Crew:
-    """Nodes of a cluster that have what any node has."""
-    demands = replace(Demands(gpus=0, free_bytes=1, temporary_bytes=1, clock_skew_s=5.0, link_ratio=0.0), **changes)
-    crew = recruit(cluster, nodes, gpus_per_node=0, directory=run.path, demands=demands, timeout_s=timeout_s)
+def recruited(cluster: RayCluster, run: RunDirectory, nodes: int, timeout_s: float = 60.0, **options: Any) -> Crew:
+    """Nodes of a cluster that have what any node has; `options` are those of `recruit`."""
+    demands = Demands(gpus=0, free_bytes=1, temporary_bytes=1, clock_skew_s=5.0, link_ratio=0.0)
+    crew = recruit(cluster, nodes, gpus_per_node=0, directory=run.path, demands=demands, timeout_s=timeout_s, **options)
     assert crew is not None
     return crew

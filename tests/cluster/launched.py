@@ -1,0 +1,94 @@
+"""The launcher as a process of its own, on the tiny model."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dist_lm.cluster.process import is_alive
+from dist_lm.run_directory import RunDirectory, WorkDirectory
+from dist_lm.tracking.metrics import read_metrics
+from tests.conftest import TINY
+from tests.training_run import linked
+
+DEADLINE_S = 150
+CODE_STEPS = "stage.steps=60"  # of runs that are disturbed on the way
+SETTINGS = (
+    *TINY,
+    "stage=code",
+    *(f"{prefix}.{key}" for prefix in ("stage", "stages.language") for key in ("seq_len=32", "global_batch=4")),
+    *(f"{prefix}.{key}" for prefix in ("stage", "stages.language") for key in ("micro_batch=2", "warmup_steps=2")),
+    "stages.language.steps=4",
+    "stage.steps=6",
+    "stage.sampling.samples_per_prompt=1",
+    "stage.sampling.max_new_tokens=4",
+)
+
+
+def start(work: WorkDirectory, *overrides: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dist_lm.launch", *SETTINGS, f"work_dir={work.path}", *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=DEADLINE_S)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, out, err
+
+
+def family(process: subprocess.Popen) -> list[psutil.Process]:
+    """Everything the launcher started, so far."""
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def wait_until(condition, process: subprocess.Popen, what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    pytest.fail(f"{what}: not within {DEADLINE_S} s")
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def steps_of(run: RunDirectory) -> list[int]:
+    return [line["step"] for line in read_metrics(run.metrics)] if run.metrics.exists() else []
+
+
+def ranks_on(run: RunDirectory) -> list[psutil.Process]:
+    """The ranks of a run, the one started last at the end."""
+    found = []
+    for candidate in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            words = candidate.cmdline()
+            is_rank = "dist_lm.train" in words and "dist_lm.cluster.torchrun" not in words
+            if is_rank and str(run.path.resolve()) in words and is_alive(candidate):
+                found.append(candidate)
+    return sorted(found, key=lambda rank: rank.create_time())
+
+
+def follow_on(undisturbed: WorkDirectory, directory: Path) -> WorkDirectory:
+    """A work directory in which the language stage is done."""
+    work = linked(undisturbed, directory)
+    (work.path / "runs").mkdir()
+    (work.path / "runs" / "language").symlink_to(undisturbed.path / "runs" / "language")
+    return work

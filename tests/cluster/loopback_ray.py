@@ -1,0 +1,86 @@
+"""A Ray cluster of several nodes on this machine, each at a loopback address of its own."""
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from dist_lm.cluster.process import end, marked
+from dist_lm.config import ClusterConfig
+from tests.cluster.waiting import eventually
+
+
+class LoopbackRay:
+    """Nodes 127.0.0.2, 127.0.0.3, ...; the first is the head."""
+
+    def __init__(self, directory: Path, port: int) -> None:
+        self.address = f"127.0.0.2:{port}"
+        self.token = directory / "token"
+        self.token.touch(mode=0o600)
+        self.token.write_text(secrets.token_hex(32))
+        self._mark = secrets.token_hex(8)
+        self._nodes: dict[int, subprocess.Popen[bytes]] = {}
+
+    def config(self, **changes: object) -> ClusterConfig:
+        return ClusterConfig(**({"name": "ray", "address": self.address, "token_path": str(self.token)} | changes))
+
+    def overrides(self) -> list[str]:
+        return ["cluster=ray", f"cluster.address={self.address}", f"cluster.token_path={self.token}"]
+
+    def start(self, number: int, **environ: str) -> None:
+        """Start node `number`, 0 is the head; `environ` is what its processes find in their environment."""
+        own = ["head", "--address", self.address]
+        if number:
+            own = ["worker", "--head", self.address, "--ip", f"127.0.0.{2 + number}"]
+        self._nodes[number] = subprocess.Popen(
+            [sys.executable, "-m", "dist_lm.cluster.ray_node", *own, "--cpus", "2"],
+            env=os.environ | {"RAY_AUTH_TOKEN_PATH": str(self.token), "LOOPBACK_RAY": self._mark} | environ,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def lose(self, number: int) -> None:
+        """What a power cut does to a node."""
+        node = psutil.Process(self._nodes[number].pid)
+        for process in [node, *node.children(recursive=True)]:
+            process.send_signal(signal.SIGSTOP)  # nobody notices before all are gone
+        for process in [node, *node.children(recursive=True)]:
+            process.kill()
+        self._nodes.pop(number).wait(timeout=10)
+
+    def close(self) -> None:
+        for process in self._nodes.values():
+            process.terminate()
+        for process in self._nodes.values():
+            process.wait(timeout=30)
+        assert end(lambda: marked(self._mark, "LOOPBACK_RAY"), grace_s=1.0) == []
+
+
+def answers(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def loopback_ray(directory: Path, nodes: int) -> Iterator[LoopbackRay]:
+    """A cluster of `nodes` nodes, gone after the block."""
+    ray = LoopbackRay(directory, next(port for port in range(6400, 10000) if not answers("127.0.0.2", port)))
+    try:
+        for number in range(nodes):
+            ray.start(number)
+        host, port = ray.address.split(":")
+        eventually("the head is up", lambda: answers(host, int(port)))
+        yield ray
+    finally:
+        ray.close()
