@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from dist_lm.errors import ArtefactError
-from dist_lm.run_lock import locked
+from dist_lm.run_lock import is_locked, locked, owner_of
 
 HOLD = (
     "import sys, pathlib; from dist_lm.run_lock import locked\nwith locked(pathlib.Path(sys.argv[1])): print(); input()"
@@ -28,3 +29,26 @@ def test_a_second_writer_is_refused_by_name_and_a_killed_one_lets_go(tmp_path):
     holder.wait(timeout=10)
     with locked(path):
         assert f"process {os.getpid()}" in path.read_text()
+
+
+def test_an_earlier_start_of_the_same_job_is_waited_for(tmp_path):
+    path = tmp_path / ".lock"
+    program = (
+        "import sys, pathlib; from dist_lm.run_lock import locked\n"
+        "with locked(pathlib.Path(sys.argv[1]), job='7'): print(); input()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdin is not None
+    holder.stdout.readline()
+    assert is_locked(path)
+    with pytest.raises(ArtefactError, match="of job 7"), locked(path, job="70"):
+        pass
+    ending = threading.Timer(0.5, holder.stdin.close)
+    ending.start()
+    with locked(path, job="7"):
+        assert owner_of(path).endswith("of job 7")
+    holder.wait(timeout=10)
+    assert not is_locked(path)

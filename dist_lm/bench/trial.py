@@ -20,6 +20,7 @@ from dist_lm.training.forward import BoundModel
 from dist_lm.training.loss import next_token
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.step import accumulate_gradients, train_step
+from dist_lm.training.stop import StopRequest
 
 MIB = 2**20
 
@@ -77,7 +78,7 @@ class OwnTraining:
             self.batches,
             grad_clip=self.grad_clip,
             counts=True,
-            stop_requested=False,
+            stop=StopRequest(),
         ).loss
 
     def forward_backward(self) -> float:

@@ -32,13 +32,17 @@ def short_temporary() -> Path:
 
 
 @contextmanager
-def node_directory() -> Iterator[Path]:
-    """A directory of ours alone (mode 0700), for the time of the block; then it and its processes are gone."""
+def node_directory(grace_s: float = GRACE_S) -> Iterator[Path]:
+    """A directory of ours alone (mode 0700), for the time of the block; then it and its processes are gone.
+
+    Args:
+        grace_s: between asking processes to end and killing them.
+    """
     directory, lock = _create(short_temporary())
     try:
         yield directory
     finally:
-        _remove(directory)
+        _remove(directory, grace_s)
         os.close(lock)
 
 
@@ -54,9 +58,9 @@ def sweep() -> list[Path]:
     return removed
 
 
-def end_processes(directory: Path) -> list[int]:
+def end_processes(directory: Path, grace_s: float = GRACE_S) -> list[int]:
     """End every process of the node that `directory` belongs to; the ids of those that SIGKILL does not end."""
-    return process.end(lambda: _processes(directory), GRACE_S)
+    return process.end(lambda: _processes(directory), grace_s)
 
 
 def _processes(directory: Path) -> list[psutil.Process]:
@@ -103,8 +107,8 @@ def _is_ours(directory: Path) -> bool:
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
 
 
-def _remove(directory: Path) -> None:
-    left = end_processes(directory)
+def _remove(directory: Path, grace_s: float = GRACE_S) -> None:
+    left = end_processes(directory, grace_s)
     shutil.rmtree(directory, ignore_errors=bool(left))
     if left:
         raise RuntimeError(f"processes of a Ray node that SIGKILL does not end: {left}")

@@ -16,6 +16,8 @@ import time
 from dist_lm.cluster import node_directory, process
 from dist_lm.cluster.ray_node import HEAD_PROCESSES, POLL_S, RayProcesses, head_arguments, report
 
+GRACE_S = 0.3  # nobody uses Ray any more when it is told to end
+
 
 def main() -> None:
     """Run until standard input ends; exit code 1 if Ray died before."""
@@ -26,7 +28,7 @@ def main() -> None:
     node_directory.sweep()
     closed = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.buffer.read(), closed.set()), name="stdin", daemon=True).start()
-    with node_directory.node_directory() as directory:
+    with node_directory.node_directory(GRACE_S) as directory:
         token = directory / "token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))

@@ -17,6 +17,7 @@ from dist_lm.data.batch import Batch
 from dist_lm.parallel.gradients import reduce_partial_gradients, squared_norm
 from dist_lm.parallel.padding import shard_of
 from dist_lm.training.objective import LossModel, Objective
+from dist_lm.training.stop import StopRequest
 
 
 @dataclass(frozen=True)
@@ -70,25 +71,26 @@ def train_step(
     *,
     grad_clip: float,
     counts: bool,
-    stop_requested: bool,
+    stop: StopRequest,
     reduce_every_micro_batch: bool = False,
 ) -> StepResult:
     """Accumulate, reduce, clip, step (collective). Non-finite gradients leave parameters and moments untouched.
 
     Args:
         counts: whether this rank's sums are added up: on one of the ranks that see the same data.
+        stop: looked at after the backward, so that a long step (the first may compile) is not followed by another.
     """
     sums, own_metrics = accumulate_gradients(model, bound, objective, micro_batches, reduce_every_micro_batch)
     names = sorted(own_metrics)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     own = torch.cat([sums, *(own_metrics[name].double().reshape(1) for name in names)])
-    stop = torch.tensor([float(stop_requested)], dtype=torch.float64, device=sums.device)
+    stops = torch.tensor([float(stop.requested)], dtype=torch.float64, device=sums.device)
     # all that ranks have to agree on, in one message
     shared = torch.cat(
-        [stop, squared_norm(gradients).to(sums.device).reshape(1), own if counts else torch.zeros_like(own)]
+        [stops, squared_norm(gradients).to(sums.device).reshape(1), own if counts else torch.zeros_like(own)]
     )
     dist.all_reduce(shared)
-    stops, squares, total, count, *metric_sums = shared.tolist()
+    stopping, squares, total, count, *metric_sums = shared.tolist()
     norm = math.sqrt(squares) / max(count, 1.0)
     applied = math.isfinite(norm)
     if applied:
@@ -101,6 +103,6 @@ def train_step(
         count=count,
         grad_norm=norm,
         applied=applied,
-        stop_requested=stops > 0,
+        stop_requested=stopping > 0,
         metrics={name: value / max(count, 1.0) for name, value in zip(names, metric_sums, strict=True)},
     )

@@ -144,7 +144,7 @@ class Trainer:
             grad_clip=stage.grad_clip,
             counts=self.counts_once,
             reduce_every_micro_batch=self.config.parallel.reduce_every_micro_batch,
-            stop_requested=self.stop.requested,
+            stop=self.stop,
         )
 
     def _metrics_of(

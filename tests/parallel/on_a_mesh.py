@@ -19,6 +19,7 @@ from dist_lm.training.loss import next_token
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
 from dist_lm.training.step import train_step
+from dist_lm.training.stop import StopRequest
 from tests.parallel.training_task import (
     SEED,
     STAGE,
@@ -84,7 +85,7 @@ def rank_steps(
             [rows(own, slice(half)), rows(own, slice(half, None))],
             grad_clip=STAGE.grad_clip,
             counts=mesh.get_local_rank("tp") == 0,
-            stop_requested=False,
+            stop=StopRequest(),
             reduce_every_micro_batch=parallel.reduce_every_micro_batch,
         )
         outcome.losses.append(result.loss)

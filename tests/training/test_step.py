@@ -12,6 +12,7 @@ from dist_lm.training.loss import next_token
 from dist_lm.training.objective import LossSum
 from dist_lm.training.optimizer import build_optimizer, is_decayed, named_state
 from dist_lm.training.step import train_step
+from dist_lm.training.stop import StopRequest
 
 VOCAB = 11
 
@@ -57,7 +58,7 @@ def step(model, optimizer, batches, objective=None, grad_clip=1.0):
         batches,
         grad_clip=grad_clip,
         counts=True,
-        stop_requested=False,
+        stop=StopRequest(),
     )
 
 

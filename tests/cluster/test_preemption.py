@@ -1,0 +1,56 @@
+"""USR1 whenever it comes: a checkpoint of the step that is reached, and the same command continues from it."""
+
+import os
+import shutil
+import signal
+
+import pytest
+
+from dist_lm.training import checkpoint_files
+from tests.cluster.launched import CODE_STEPS, finish, follow_on, start, steps_of, wait_until
+from tests.training_run import linked, numbers
+
+pytestmark = [pytest.mark.heavy, pytest.mark.cluster, pytest.mark.timeout(400)]
+COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs g++")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_work, tmp_path_factory):
+    work = linked(tiny_work, tmp_path_factory.mktemp("undisturbed"))
+    code, _, err = finish(start(work, CODE_STEPS))
+    assert code == 0, err
+    return work
+
+
+@pytest.mark.parametrize(
+    ("when", "overrides"),
+    [
+        ("evaluating", ("stage.eval_every=1", "stage.eval_sequences=64")),
+        ("saving", ("stage.checkpoint_every=1", "stage.checkpoint_async=false")),
+        pytest.param("compiling", ("parallel.compile=always",), marks=COMPILER),
+    ],
+)
+def test_a_run_stopped_at_any_time_loses_no_step(undisturbed, tmp_path, when, overrides):
+    work = follow_on(undisturbed, tmp_path)
+    run = work.run("code", "default")
+    process = start(work, CODE_STEPS, *overrides)
+    if when == "compiling":
+        log = run.rank_log(0)
+        wait_until(lambda: log.exists() and "from step 0" in log.read_text(), process, "the first step begins")
+    else:  # most of the time is spent in what the case is about
+        wait_until(lambda: any(step >= 3 for step in steps_of(run)), process, "step 3")
+    os.kill(process.pid, signal.SIGUSR1)
+    code, _, err = finish(process)
+    assert code == 128 + signal.SIGUSR1, err
+    latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
+    assert latest is not None
+    assert latest.name == checkpoint_files.step_name(max(steps_of(run)))
+    if when == "compiling":
+        assert max(steps_of(run)) == 1
+    code, _, err = finish(start(work, CODE_STEPS, *overrides))
+    assert code == 0, err
+    expected, found = numbers(undisturbed.run("code", "default")), numbers(run)
+    assert found.keys() == expected.keys()
+    for step, values in expected.items():
+        assert found[step]["train/tokens"] == values["train/tokens"]
+        assert found[step]["train/loss"] == pytest.approx(values["train/loss"], rel=1e-5)
