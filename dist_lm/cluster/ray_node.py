@@ -32,6 +32,7 @@ from dist_lm.errors import UserError
 
 POLL_S = 0.2
 WAIT_S = 300.0  # for the head
+SAME_SIGNAL_S = 0.5  # a scheduler sends TERM to Ray's processes too, which may be faster than we
 HEALTHY_S = 60.0  # Ray that has run so long has not failed at its start
 MAX_FAILURES = 5  # in a row, each within HEALTHY_S
 HEAD_CHECK_S = 1.0
@@ -77,13 +78,15 @@ class RayProcesses:
         self._names = names
         self._seen: dict[str, psutil.Process] = {}
         self._temporary = directory / "ray"
+        files = directory / "tmp"  # what ranks leave behind when they are killed goes with the directory
+        files.mkdir()
         self._start = subprocess.Popen(
             [
                 *(sys.executable, "-m", "dist_lm.cluster.ray_start", str(os.getpid()), "--block"),
                 *("--disable-usage-stats", "--include-log-monitor=false", f"--temp-dir={self._temporary}"),
                 *arguments,
             ],
-            env=os.environ | ENVIRONMENT | {node_directory.MARK: directory.name},
+            env=os.environ | ENVIRONMENT | {node_directory.MARK: directory.name, "TMPDIR": str(files)},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -117,7 +120,9 @@ def run_head(address: HeadAddress, resources: Sequence[str], stop: Stop) -> int:
         ray = RayProcesses(directory, HEAD_PROCESSES, head_arguments(address.host, address.port, resources))
         while not stop.requested and ray.death() is None:
             time.sleep(POLL_S)
-        return report(ray.death(), ray)
+        if not stop.requested:
+            stop.pause(SAME_SIGNAL_S)
+        return 0 if stop.requested else report(ray.death(), ray)
 
 
 def head_arguments(host: str, port: int, resources: Sequence[str]) -> list[str]:
@@ -152,6 +157,9 @@ def run_worker_once(head: HeadAddress, ip: str, resources: Sequence[str], stop: 
         refused_since: float | None = None
         while not stop.requested:
             if death := ray.death():
+                stop.pause(SAME_SIGNAL_S)
+                if stop.requested:
+                    return None
                 report(death, ray)
                 return death
             now = time.monotonic()

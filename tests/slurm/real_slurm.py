@@ -167,6 +167,10 @@ class RealSlurm:
                 continue
         return found
 
+    def raylet(self, node: str) -> psutil.Process | None:
+        """The raylet of a node."""
+        return next((found for found in self.find("raylet", node) if found.name() == "raylet"), None)
+
     def kill_node(self, node: str) -> None:
         """Switch a node off: its slurmd, its steps, and all they run."""
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tests.cluster.waiting import eventually
 from tests.conftest import TINY
 from tests.slurm.real_slurm import RealSlurm
 
-STEPS = 240
+STEPS = 80
 ARGUMENTS = (
     *TINY,
     "stage=language",
@@ -20,7 +21,7 @@ ARGUMENTS = (
     "stage.global_batch=4",
     "stage.micro_batch=2",
     "stage.warmup_steps=5",
-    "stage.checkpoint_every=20",
+    "stage.checkpoint_every=10",
     "stage.eval_every=0",
     "stage.sampling.samples_per_prompt=1",
     "stage.sampling.max_new_tokens=4",
@@ -36,6 +37,7 @@ class TrainingJob:
         self, slurm: RealSlurm, work: WorkDirectory, *arguments: str, nodes: int = 2, options: tuple[str, ...] = ()
     ) -> None:
         """Submit it; `options` are sbatch's, `arguments` come after those of a tiny model."""
+        self.submitted = time.time()
         self.slurm, self.work = slurm, work
         self.run: RunDirectory = work.run("language", "default")
         self.id = slurm.submit(
@@ -67,6 +69,10 @@ class TrainingJob:
         if not self.run.metrics.exists():
             return 0
         return max((line["step"] for line in read_metrics(self.run.metrics)), default=0)
+
+    def seconds_to_first_step(self) -> float:
+        """From sbatch to the first step in the metrics."""
+        return next(iter(read_metrics(self.run.metrics)))["time"] - self.submitted
 
     def wait_for_step(self, step: int, seconds: float = 120) -> None:
         def reached() -> bool:
