@@ -235,17 +235,20 @@ class RealSlurm:
         eventually("every node is idle", lambda: self.idle() == set(NODES))
 
     def _slurmd(self, node: str) -> list[psutil.Process]:
-        return [
-            process
-            for process in self.namespace.processes()
-            if process.name() == "slurmd" and process.cmdline()[-2:] == ["-N", node]
-        ]
+        return [process for process in self.namespace.processes() if _is_slurmd(process, node)]
 
     def _steps(self, node: str) -> list[psutil.Process]:
         """The slurmstepd of a node: their sockets lie in its spool directory."""
         lines = [line for line in self.namespace.sockets().splitlines() if f"{self.root}/spool/{node}/" in line]
         pids = {int(pid) for line in lines for pid in re.findall(r"pid=(\d+)", line)}
         return [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+
+
+def _is_slurmd(process: psutil.Process, node: str) -> bool:
+    try:
+        return process.name() == "slurmd" and process.cmdline()[-2:] == ["-N", node]
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:

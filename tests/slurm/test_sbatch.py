@@ -1,4 +1,4 @@
-"""Batch jobs on a real Slurm: that they finish, what they refuse, whom they let in, and that nothing of them is left."""
+"""Batch jobs on a real Slurm: that they finish, what they refuse, whom they let in, and that nothing is left."""
 
 import secrets
 import sys

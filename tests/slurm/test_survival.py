@@ -13,6 +13,7 @@ from tests.slurm.training_job import TrainingJob, check_same
 
 pytestmark = [pytest.mark.slurm, pytest.mark.heavy, pytest.mark.timeout(600)]
 
+
 def warn_of_the_time_limit(slurm: RealSlurm, job: TrainingJob) -> None:
     slurm.run("scancel", "--batch", "--signal=USR1", str(job.id))
 

@@ -12,7 +12,7 @@ from tests.cluster.waiting import eventually
 from tests.conftest import TINY
 from tests.slurm.real_slurm import RealSlurm
 
-STEPS = 80
+STEPS = 240
 ARGUMENTS = (
     *TINY,
     "stage=language",
