@@ -3,6 +3,7 @@
 # What programs of a job run in: modules and a virtual environment, or a container; and how a job step is started.
 
 on_node=() # command that starts a step on the node named after it
+on_host=() # the same, but outside the container
 on_head=() # command that runs the driver; empty: it runs beside the batch script
 
 load_environment() {
@@ -16,6 +17,7 @@ load_environment() {
 
   # without --exact a step has all CPUs of its node; --overlap: it also shares them, and the GPUs, with other steps
   local step=(srun --overlap --nodes=1 --ntasks=1 --cpu-bind=none --input=none --open-mode=append)
+  on_host=("${step[@]}")
   if [ -n "${DIST_LM_CONTAINER:-}" ]; then
     local mounts=$root:$root,$work_dir:$work_dir
     step+=("--container-image=$DIST_LM_CONTAINER" "--container-mounts=$mounts${DIST_LM_MOUNTS:+,$DIST_LM_MOUNTS}")

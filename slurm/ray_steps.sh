@@ -7,6 +7,7 @@ workers=()          # names of the others
 head_address=       # IP:PORT
 head_step=          # process id of the head's srun
 head_code=          # its exit code once it has ended; 0: Ray was well until it was stopped
+guards=()           # process ids of srun: slurm/guard.sh on every worker node
 declare -A worker_step=() # process id of srun, by node; those that have ended are taken out
 head_wait=120       # seconds for the head to answer
 step_wait=8         # seconds for steps to end by themselves
@@ -54,6 +55,7 @@ start_ray() {
   local node
   head_code=
   worker_step=()
+  guards=()
   make_token
   say "starting Ray at $head_address, workers: ${workers[*]:-none}"
   "${on_node[@]}" --nodelist="$head" --job-name=ray_head --output="$job_dir/node_$head.log" \
@@ -79,6 +81,9 @@ start_ray() {
       python -m dist_lm.cluster.ray_node worker --head "$head_address" \
       ${DIST_LM_INTERFACE:+"--interface=$DIST_LM_INTERFACE"} &
     worker_step[$node]=$!
+    "${on_host[@]}" --nodelist="$node" --job-name=guard --output="$job_dir/node_$node.log" \
+      bash "$root/slurm/guard.sh" "$head" "$head_address" &
+    guards+=("$!")
   done
 }
 
@@ -93,10 +98,10 @@ stop_ray() {
   if [ -z "$head_step" ]; then return; fi
   signal_steps TERM
   local deadline=$((SECONDS + step_wait)) step
-  for step in "$head_step" "${worker_step[@]}"; do
+  for step in "$head_step" "${worker_step[@]}" "${guards[@]}"; do
     while running "$step" && [ "$SECONDS" -lt "$deadline" ]; do pause 0.2; done
   done
-  for step in "$head_step" "${worker_step[@]}"; do
+  for step in "$head_step" "${worker_step[@]}" "${guards[@]}"; do
     if running "$step"; then
       signal_steps KILL
       kill -s TERM "$step" 2>/dev/null || true

@@ -51,7 +51,10 @@ SchedulerParameters=bf_interval=2,sched_interval=5,batch_sched_delay=0
 SlurmdParameters=config_overrides
 ReturnToService=2
 SlurmctldTimeout=60
-SlurmdTimeout=8
+# a node that is gone must not hold up the question whether the others are there
+TreeWidth=1024
+MessageTimeout=5
+SlurmdTimeout=15
 KillWait=5
 OverTimeLimit=0
 InactiveLimit=0
@@ -171,6 +174,20 @@ class RealSlurm:
         """The raylet of a node."""
         return next((found for found in self.find("raylet", node) if found.name() == "raylet"), None)
 
+    def nodes(self, job: int) -> list[str]:
+        """The nodes of a running job, that of its batch script first."""
+        facts = self.job(job)
+        names = self.run("scontrol", "show", "hostnames", facts["NodeList"]).split()
+        return sorted(names, key=lambda name: name != facts["BatchHost"])
+
+    def head(self, job: int) -> str:
+        """The node of its batch script, and of Ray's head."""
+        return self.nodes(job)[0]
+
+    def worker(self, job: int) -> str:
+        """Another one of its nodes."""
+        return self.nodes(job)[1]
+
     def kill_node(self, node: str) -> None:
         """Switch a node off: its slurmd, its steps, and all they run."""
 
@@ -202,7 +219,15 @@ class RealSlurm:
         for node in NODES:
             if not self._slurmd(node):
                 self.start_node(node)
-        eventually("every node is idle", lambda: self.idle() == set(NODES), 60)
+        eventually("every node is idle", self._all_idle, 60)
+
+    def _all_idle(self) -> bool:
+        lines = self.run("sinfo", "--noheader", "--Node", "--format=%N %T").splitlines()
+        for line in lines:
+            node, state = line.split()[:2]
+            if "drain" in state or state == "down":
+                self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+        return self.idle() == set(NODES)
 
     def _write_configuration(self) -> None:
         (self.root / "munge" / "munge.key").write_bytes(os.urandom(1024))

@@ -1,6 +1,8 @@
 """What a batch job survives, with the numbers of one that nothing disturbed, to the last bit."""
 
-import signal
+import os
+import random
+import time
 from collections.abc import Callable
 
 import pytest
@@ -8,84 +10,99 @@ import pytest
 from dist_lm.cluster.process import is_alive
 from dist_lm.run_directory import WorkDirectory
 from tests.cluster.waiting import eventually
+from tests.slurm import disturbances as happens
 from tests.slurm.real_slurm import RealSlurm
 from tests.slurm.training_job import TrainingJob, check_same
 
 pytestmark = [pytest.mark.slurm, pytest.mark.heavy, pytest.mark.timeout(600)]
 
-
-def warn_of_the_time_limit(slurm: RealSlurm, job: TrainingJob) -> None:
-    slurm.run("scancel", "--batch", "--signal=USR1", str(job.id))
-
-
-def requeue(slurm: RealSlurm, job: TrainingJob) -> None:
-    slurm.run("scontrol", "requeue", str(job.id))
-
-
-def kill_the_driver(slurm: RealSlurm, job: TrainingJob) -> None:
-    (driver,) = slurm.find("dist_lm.launch")
-    driver.kill()
-
-
-def kill_the_raylet_of_the_head(slurm: RealSlurm, job: TrainingJob) -> None:
-    raylet = slurm.raylet("n1")
-    assert raylet is not None
-    raylet.kill()
-
-
-def kill_the_head_node(slurm: RealSlurm, job: TrainingJob) -> None:
-    slurm.kill_node("n1")
-
-
-def kill_a_worker_node(slurm: RealSlurm, job: TrainingJob) -> None:
-    slurm.kill_node("n2")
-
-
-def kill_the_raylet_of_a_worker(slurm: RealSlurm, job: TrainingJob) -> None:
-    raylet = slurm.raylet("n2")
-    assert raylet is not None
-    raylet.kill()
-
-
-def kill_a_rank(slurm: RealSlurm, job: TrainingJob) -> None:
-    slurm.find("dist_lm.train", "n2")[-1].kill()
+KILLS = 20
+# kills that the job itself survives, without Slurm's help
+CHAOS = (
+    happens.kill_a_rank,
+    happens.kill_a_torchrun,
+    happens.kill_an_agent,
+    happens.kill_the_raylet_of_a_worker,
+    happens.kill_the_raylet_of_the_head,
+    happens.kill_the_driver,
+)
+EVERY = "stage.checkpoint_every=20"
+Disturbance = Callable[[RealSlurm, TrainingJob], None]
 
 
 @pytest.mark.parametrize(
-    ("disturb", "restarts"),
+    "disturb",
     [
-        (warn_of_the_time_limit, 1),
-        (requeue, 1),
-        (kill_the_driver, 0),
-        (kill_the_raylet_of_the_head, 0),
-        (kill_the_head_node, 1),
-        (kill_a_worker_node, 0),
-        (kill_the_raylet_of_a_worker, 0),
-        (kill_a_rank, 0),
+        happens.kill_a_rank,
+        happens.kill_a_torchrun,
+        happens.kill_an_agent,
+        happens.kill_the_raylet_of_a_worker,
+        happens.kill_a_worker_node,
+        happens.kill_the_raylet_of_the_head,
+        happens.kill_the_driver,
     ],
 )
-def test_the_same_numbers_after(
-    slurm: RealSlurm,
-    fresh: WorkDirectory,
-    undisturbed: TrainingJob,
-    disturb: Callable[[RealSlurm, TrainingJob], None],
-    restarts: int,
+def test_the_job_goes_on_after(
+    slurm: RealSlurm, fresh: WorkDirectory, undisturbed: TrainingJob, disturb: Disturbance
 ) -> None:
-    """`restarts`: by Slurm."""
     job = TrainingJob(slurm, fresh)
+    job.wait_for_step(25)
+    at = time.time()
+    disturb(slurm, job)
+    print(f"{disturb.__name__}: {job.wait_for_a_step_after(at) - at:.1f} s to the next step")
+    job.finish()
+    assert slurm.job(job.id)["Restarts"] == "0"
+    check_same(job, undisturbed)
+
+
+@pytest.mark.parametrize("disturb", [happens.warn_of_the_time_limit, happens.requeue, happens.kill_the_head_node])
+def test_slurm_starts_the_job_again_after(
+    slurm: RealSlurm, fresh: WorkDirectory, undisturbed: TrainingJob, disturb: Disturbance
+) -> None:
+    # a checkpoint beside training may be in flight when all is killed: then the one before it counts
+    job = TrainingJob(slurm, fresh, EVERY, "stage.checkpoint_async=false")
     job.wait_for_step(25)
     before = slurm.job_processes()
     disturb(slurm, job)
-    if restarts:
-        eventually("Slurm takes it back", lambda: slurm.job(job.id)["Restarts"] == str(restarts), 90)
-        eventually("its first life is over", lambda: not any(map(is_alive, before)), 30)
+    eventually("Slurm takes it back", lambda: slurm.job(job.id)["Restarts"] == "1", 90)
+    eventually("its first life is over", lambda: not any(map(is_alive, before)), 30)
+    reached = job.step()
     job.finish()
+    repeated = reached - job.events("started")[-1]["step"]
+    print(f"{disturb.__name__}: {repeated} steps repeated")
+    assert repeated <= (0 if disturb is happens.warn_of_the_time_limit else 20)
     check_same(job, undisturbed)
 
 
 def test_a_real_time_limit(slurm: RealSlurm, fresh: WorkDirectory) -> None:
-    job = TrainingJob(slurm, fresh, "stage.steps=400", options=("--time=2", "--signal=B:USR1@75"))
-    job.finish(seconds=500)
-    assert f"received {signal.SIGUSR1.name[3:]}" in job.log
-    assert int(slurm.job(job.id)["Restarts"]) >= 1
-    assert len(job.numbers()) == 400
+    job = TrainingJob(slurm, fresh, "stage.steps=2000", options=("--time=2", "--signal=B:USR1@75"))
+    job.wait_for_log("received USR1", seconds=150)
+    eventually("Slurm takes it back", lambda: slurm.job(job.id)["Restarts"] == "1", 90)
+    reached = job.step()
+    job.wait_for_a_step_after(time.time())
+    assert job.events("started")[-1]["step"] == reached
+    slurm.run("scancel", str(job.id))
+    job.finish("CANCELLED")
+
+
+@pytest.mark.timeout(1500)
+def test_twenty_random_kills(slurm: RealSlurm, fresh: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) -> None:
+    seed = int(os.environ.get("DIST_LM_CHAOS_SEED") or random.randrange(1_000_000))
+    print(f"DIST_LM_CHAOS_SEED={seed}")
+    chooser = random.Random(seed)
+    settings = ("stage.steps=800", "stage.checkpoint_every=5")
+    job = TrainingJob(slurm, fresh, *settings)
+    job.wait_for_step(1)
+    for number in range(KILLS):
+        disturb = chooser.choice(CHAOS)
+        at, reached = time.time(), job.step()
+        disturb(slurm, job)
+        took = job.wait_for_a_step_after(at) - at
+        print(f"{number + 1:2}. step {reached:3}: {disturb.__name__}, {took:.1f} s to the next step")
+        checkpoint = job.newest_checkpoint()
+        eventually("a new checkpoint", lambda: job.newest_checkpoint() != checkpoint)  # noqa: B023 - called here
+    assert not job.run.result.exists(), "it was over before all kills"
+    job.finish()
+    reference = TrainingJob(slurm, fresh, *settings, "run_id=reference")
+    reference.finish()
+    check_same(job, reference)

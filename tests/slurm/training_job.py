@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dist_lm.cluster.journal import read_events
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import read_metrics
 from tests.cluster.waiting import eventually
@@ -36,13 +37,15 @@ class TrainingJob:
     def __init__(
         self, slurm: RealSlurm, work: WorkDirectory, *arguments: str, nodes: int = 2, options: tuple[str, ...] = ()
     ) -> None:
-        """Submit it; `options` are sbatch's, `arguments` come after those of a tiny model."""
+        """Submit it; `options` are sbatch's, `arguments` are added to those of a tiny model and win over them."""
+        given = {argument.split("=")[0] for argument in arguments}
         self.submitted = time.time()
         self.slurm, self.work = slurm, work
-        self.run: RunDirectory = work.run("language", "default")
+        run_id = next((argument.split("=")[1] for argument in arguments if argument.startswith("run_id=")), "default")
+        self.run: RunDirectory = work.run("language", run_id)
         self.id = slurm.submit(
             "slurm/train_large.sh",
-            *ARGUMENTS,
+            *(argument for argument in ARGUMENTS if argument.split("=")[0] not in given),
             f"work_dir={work.path}",
             *arguments,
             options=(f"--nodes={nodes}", "--time=20", *options),
@@ -115,6 +118,27 @@ class TrainingJob:
         return {
             line["step"]: {key: value for key, value in line.items() if not key.startswith(TIMED)} for line in lines
         }
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """The events of that name that the launcher has noted."""
+        return [event for event in read_events(self.run.events) if event["event"] == name]
+
+    def wait_for_a_step_after(self, at: float, seconds: float = 120) -> float:
+        """Wait for a step taken after `at` (seconds since 1970) by a gang started after it; when it was."""
+
+        def first() -> float | None:
+            started = [event["time"] for event in self.events("started") if event["time"] > at]
+            times = [line["time"] for line in read_metrics(self.run.metrics) if started and line["time"] > started[-1]]
+            return min(times, default=None)
+
+        found = eventually("a step after the disturbance", first, seconds)
+        assert found is not None
+        return found
+
+    def newest_checkpoint(self) -> str:
+        """Its name; empty without one."""
+        latest = self.run.checkpoints / "LATEST"
+        return latest.read_text() if latest.exists() else ""
 
     def starts(self) -> int:
         """How often Ray was started for it, over all requeues."""
