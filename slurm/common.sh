@@ -4,6 +4,7 @@
 #
 #   the driver is done                        the job is COMPLETED
 #   the driver refuses (2) or gives up (1)    the job is FAILED; the log's last lines say why
+#   nodes are missing (75)                    requeue
 #   the driver or the head's Ray is killed    Ray and driver are started again, and continue from the last checkpoint
 #   a worker node dies                        a replacement job joins when a node is free (slurm/replacement.sh);
 #                                             the driver goes on with what there is
@@ -120,6 +121,7 @@ judge() { # EXIT_CODE of the driver; sets `outcome`
   else
     case $1 in
     0 | 1 | 2 | 130 | 143) outcome=$1 ;;
+    75) outcome=requeue ;;  # nodes are missing: Slurm knows when there are enough again
     138) outcome=requeue ;; # somebody sent USR1 to the driver itself
     *) outcome=lost ;;
     esac

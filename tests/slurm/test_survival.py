@@ -90,7 +90,7 @@ def test_twenty_random_kills(slurm: RealSlurm, fresh: WorkDirectory, tmp_path_fa
     seed = int(os.environ.get("DIST_LM_CHAOS_SEED") or random.randrange(1_000_000))
     print(f"DIST_LM_CHAOS_SEED={seed}")
     chooser = random.Random(seed)
-    settings = ("stage.steps=800", "stage.checkpoint_every=5")
+    settings = ("stage.steps=400", "stage.checkpoint_every=5")
     job = TrainingJob(slurm, fresh, *settings)
     job.wait_for_step(1)
     for number in range(KILLS):
