@@ -16,6 +16,10 @@ class NoNodesError(ClusterError):
     """The cluster has not so many free nodes now."""
 
 
+class AgentStartError(ClusterError):
+    """An agent did not start on its node: it lacks packages, or has just died."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """Agents in the order of their nodes' addresses, and these nodes."""
@@ -54,7 +58,7 @@ def place(
 
     Raises:
         NoNodesError: not so many nodes within `timeout_s`.
-        ClusterError: an agent cannot start on one of them.
+        AgentStartError: an agent did not start on one of them.
     """
     import ray
     from ray.exceptions import RayError
@@ -90,7 +94,7 @@ def place(
     except (RayError, KeyError) as error:  # KeyError: a node that has just died
         placement.release()
         reason = str(error).strip().splitlines()[-1]
-        raise ClusterError(
+        raise AgentStartError(
             f"cluster: an agent did not start on a node of {cluster.address} ({reason}); every node needs the same "
             "dist_lm and packages as this one"
         ) from error

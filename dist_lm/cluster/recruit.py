@@ -7,9 +7,11 @@ from pathlib import Path
 
 from dist_lm.cluster.inspection import inspect
 from dist_lm.cluster.node_checks import Demands
-from dist_lm.cluster.placement import NoNodesError, Placement, place
+from dist_lm.cluster.placement import AgentStartError, NoNodesError, Placement, place
 from dist_lm.cluster.ray_cluster import Node, RayCluster
 from dist_lm.cluster.ray_environment import ClusterError
+
+STARTS = 3  # how often agents are started before their failure is believed
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def recruit(
     """
     deadline = time.monotonic() + timeout_s
     left_out: dict[str, str] = {}  # by Ray's id of the node: what is wrong with it
+    starts = 0
     while True:
         alive = cluster.nodes()
         without = {node.id for node in alive if node.id in left_out}
@@ -60,6 +63,12 @@ def recruit(
             if len(alive) >= nodes and left_out:
                 raise ClusterError(f"cluster.nodes={nodes}: {'; '.join(left_out.values())}") from error
             raise
+        except AgentStartError as error:
+            starts += 1  # the first time the node may have died just then, which Ray will notice
+            if starts == STARTS or time.monotonic() > deadline:
+                raise
+            warn(f"{error}; trying again")
+            continue
         if placement is None:
             return None
         try:

@@ -124,6 +124,7 @@ def test_ranks_that_hang_are_found_their_stacks_logged_and_the_run_goes_on(undis
     assert numbers(run) == numbers(undisturbed.run("code", "default"))
 
 
+@pytest.mark.heavy
 def test_a_run_that_fails_for_good_shows_why(undisturbed, tmp_path):
     work = follow_on(undisturbed, tmp_path)
     run = work.run("code", "default")
