@@ -5,18 +5,16 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 from dist_lm.cluster.failure import NODE_LOST, GangFailure
-from dist_lm.cluster.gang import Gang, GangStatus
-from dist_lm.cluster.hang import Patience
-from dist_lm.cluster.journal import Journal
+from dist_lm.cluster.gang import GangStatus
 from dist_lm.cluster.ranks import ranks_per_node
 from dist_lm.cluster.ray_cluster import RayCluster
-from dist_lm.cluster.recruit import Crew
 from dist_lm.config import ClusterConfig, Config, require
 from dist_lm.config_file import save_config
 from dist_lm.errors import ArtefactError
+from dist_lm.launcher.attempts import Attempts, newest_step
 from dist_lm.launcher.git import git_commit
 from dist_lm.launcher.interrupt import Interrupt
 from dist_lm.launcher.layout_choice import check_hardware, with_layout
@@ -24,7 +22,6 @@ from dist_lm.launcher.muster import Muster
 from dist_lm.launcher.pipeline import LOOK_S
 from dist_lm.launcher.plan import PlannedStage, run_of
 from dist_lm.launcher.restarts import Restarts, on_nodes, sizes
-from dist_lm.parallel.layout import resolve_layout
 from dist_lm.run_directory import RunDirectory
 from dist_lm.run_lock import locked
 from dist_lm.tracking.console import Console
@@ -32,9 +29,6 @@ from dist_lm.tracking.metrics import follow
 from dist_lm.tracking.rank_warnings import WarningFollower
 from dist_lm.tracking.wandb_run import WandbRun
 from dist_lm.training import checkpoint_files
-
-POLL_S = 0.2
-GROW_EVERY_S = 2.0
 
 
 def run_training_stage(
@@ -75,7 +69,7 @@ def run_training_stage(
 
 
 def run_attempts(
-    attempts: "Attempts",
+    attempts: Attempts,
     muster: Muster,
     config_of: dict[int, Config],
     config: Config,
@@ -120,90 +114,6 @@ def run_attempts(
     return False
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How an attempt ended; `grow_to`: it was stopped to go on with so many nodes."""
-
-    status: GangStatus
-    grow_to: int | None = None
-
-
-class Attempts:
-    """Starts gangs on the same run, one at a time, and follows each to its end."""
-
-    def __init__(
-        self,
-        run: RunDirectory,
-        ranks_per_node: int,
-        device: str,
-        cluster_config: ClusterConfig,
-        muster: Muster,
-        interrupt: Interrupt,
-        show: Callable[[], None],
-    ) -> None:
-        """`show` is called again and again while ranks run."""
-        self.journal = Journal(run)
-        self._run = run
-        self.ranks_per_node = ranks_per_node
-        self._device = device
-        self._config = cluster_config
-        self._muster = muster
-        self._interrupt = interrupt
-        self._show = show
-        self._count = 0
-
-    def run(self, config: Config, crew: Crew) -> Outcome:
-        """One attempt: `config`, written for the ranks, on `crew`, which is released at its end."""
-        self._count += 1
-        save_config(config, self._run.config)
-        nodes = [
-            {"host": host, "address": node.address} for host, node in zip(crew.hosts, crew.placement.nodes, strict=True)
-        ]
-        layout = resolve_layout(config.parallel, config.model, len(nodes) * self.ranks_per_node)
-        self.journal.write(
-            "started",
-            attempt=self._count,
-            nodes=nodes,
-            ranks_per_node=self.ranks_per_node,
-            device=self._device,
-            layout=str(layout),
-            step=newest_step(self._run),
-        )
-        patience = Patience(self._config.hang_steps, self._config.hang_min_s, self._config.hang_otherwise_s)
-        try:
-            gang = Gang.start(
-                crew, self._run, ranks_per_node=self.ranks_per_node, device=self._device, patience=patience
-            )
-        except GangFailure as failure:
-            return Outcome(GangStatus("failed", failure))
-        with gang:
-            return self._follow(gang, crew)
-
-    def _follow(self, gang: Gang, crew: Crew) -> Outcome:
-        """Show what the ranks write until they are gone; pass a stop on once, and insist after a while."""
-        asked_at: float | None = None
-        grow_to: int | None = None
-        grow_at = time.monotonic()
-        while True:
-            status = gang.poll()
-            self._show()
-            if status.state != "running":
-                return Outcome(status, None if status.failure else grow_to)
-            self.journal.live(gang.pulses())
-            now = time.monotonic()
-            if grow_to is None and now >= grow_at:
-                grow_at = now + GROW_EVERY_S
-                grow_to = self._muster.room_to_grow(crew)
-                if grow_to:
-                    self.journal.write("growing", nodes=grow_to)
-            if asked_at is None and (self._interrupt.requested or grow_to):
-                gang.interrupt()
-                asked_at = now
-            if asked_at is not None and now - asked_at > self._config.stop_timeout_s:
-                gang.stop()
-            time.sleep(POLL_S)
-
-
 def show_of(
     stage: PlannedStage, config: Config, run: RunDirectory, console: Console, stack: ExitStack
 ) -> Callable[[], None]:
@@ -245,12 +155,6 @@ def report_stop(status: GangStatus, config: ClusterConfig, console: Console) -> 
         console.warning(
             f"the ranks did not stop within cluster.stop_timeout_s={config.stop_timeout_s:g} s and were ended"
         )
-
-
-def newest_step(run: RunDirectory) -> int:
-    """The step of the newest checkpoint; 0 without one."""
-    latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
-    return checkpoint_files.read_state(latest)[0].step if latest else 0
 
 
 def newest_checkpoint(config: Config) -> str:

@@ -1,0 +1,111 @@
+"""Attempts at a run: each is a gang on a crew, followed to its end. It is stopped to end the launch, or to grow."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dist_lm.cluster.failure import GangFailure
+from dist_lm.cluster.gang import Gang, GangStatus
+from dist_lm.cluster.hang import Patience
+from dist_lm.cluster.journal import Journal
+from dist_lm.cluster.recruit import Crew
+from dist_lm.config import ClusterConfig, Config
+from dist_lm.config_file import save_config
+from dist_lm.launcher.interrupt import Interrupt
+from dist_lm.launcher.muster import Muster
+from dist_lm.parallel.layout import resolve_layout
+from dist_lm.run_directory import RunDirectory
+from dist_lm.training import checkpoint_files
+
+POLL_S = 0.2
+GROW_EVERY_S = 2.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended; `grow_to`: it was stopped to go on with so many nodes."""
+
+    status: GangStatus
+    grow_to: int | None = None
+
+
+class Attempts:
+    """Starts gangs on the same run, one at a time, and follows each to its end."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        ranks_per_node: int,
+        device: str,
+        cluster_config: ClusterConfig,
+        muster: Muster,
+        interrupt: Interrupt,
+        show: Callable[[], None],
+    ) -> None:
+        """`show` is called again and again while ranks run."""
+        self.journal = Journal(run)
+        self._run = run
+        self.ranks_per_node = ranks_per_node
+        self._device = device
+        self._config = cluster_config
+        self._muster = muster
+        self._interrupt = interrupt
+        self._show = show
+        self._count = 0
+
+    def run(self, config: Config, crew: Crew) -> Outcome:
+        """One attempt: `config`, written for the ranks, on `crew`, which is released at its end."""
+        self._count += 1
+        save_config(config, self._run.config)
+        nodes = [
+            {"host": host, "address": node.address} for host, node in zip(crew.hosts, crew.placement.nodes, strict=True)
+        ]
+        layout = resolve_layout(config.parallel, config.model, len(nodes) * self.ranks_per_node)
+        self.journal.write(
+            "started",
+            attempt=self._count,
+            nodes=nodes,
+            ranks_per_node=self.ranks_per_node,
+            device=self._device,
+            layout=str(layout),
+            step=newest_step(self._run),
+        )
+        patience = Patience(self._config.hang_steps, self._config.hang_min_s, self._config.hang_otherwise_s)
+        try:
+            gang = Gang.start(
+                crew, self._run, ranks_per_node=self.ranks_per_node, device=self._device, patience=patience
+            )
+        except GangFailure as failure:
+            return Outcome(GangStatus("failed", failure))
+        with gang:
+            return self._follow(gang, crew)
+
+    def _follow(self, gang: Gang, crew: Crew) -> Outcome:
+        """Show what the ranks write until they are gone; pass a stop on once, and insist after a while."""
+        asked_at: float | None = None
+        grow_to: int | None = None
+        grow_at = time.monotonic()
+        while True:
+            status = gang.poll()
+            self._show()
+            if status.state != "running":
+                return Outcome(status, None if status.failure else grow_to)
+            self.journal.live(gang.pulses())
+            now = time.monotonic()
+            if grow_to is None and now >= grow_at:
+                grow_at = now + GROW_EVERY_S
+                grow_to = self._muster.room_to_grow(crew)
+                if grow_to:
+                    self.journal.write("growing", nodes=grow_to)
+            if asked_at is None and (self._interrupt.requested or grow_to):
+                gang.interrupt()
+                asked_at = now
+            if asked_at is not None and now - asked_at > self._config.stop_timeout_s:
+                gang.stop()
+            time.sleep(POLL_S)
+
+
+def newest_step(run: RunDirectory) -> int:
+    """The step of the newest checkpoint; 0 without one."""
+    latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
+    return checkpoint_files.read_state(latest)[0].step if latest else 0
