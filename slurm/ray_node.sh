@@ -12,6 +12,7 @@ say() {
 
 # shellcheck source=SCRIPTDIR/environment.sh
 . "$root/slurm/environment.sh"
+exec >>"${RAY_AUTH_TOKEN_PATH%/*}/node_$SLURMD_NODENAME.log" 2>&1 # sbatch's %N is the host's name, not the node's
 load_environment
 : "${work_dir:?}" "${RAY_AUTH_TOKEN_PATH:?}"
 say "job $SLURM_JOB_ID on $SLURMD_NODENAME joins $1"

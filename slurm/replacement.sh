@@ -28,7 +28,7 @@ replace_lost_workers() {
 submit_replacement() {
   local id options=(
     --parsable --nodes=1 --ntasks-per-node=1 --exclusive --no-requeue --open-mode=append
-    --job-name="$SLURM_JOB_NAME-node" --output="$job_dir/node_%N.log" --chdir="$SLURM_SUBMIT_DIR" --export=ALL
+    --job-name="$SLURM_JOB_NAME-node" --output="$job_dir/batch.log" --chdir="$SLURM_SUBMIT_DIR" --export=ALL
     --partition="$SLURM_JOB_PARTITION"
   )
   if [ -n "${SLURM_JOB_ACCOUNT:-}" ]; then options+=(--account="$SLURM_JOB_ACCOUNT"); fi

@@ -43,16 +43,24 @@ LOG_TAIL = 15  # lines
 
 
 class Stop:
-    """Whether TERM or INT has come."""
+    """Whether TERM or INT has come, and what had died before it.
+
+    Later is too late to look: a scheduler sends TERM to every process of a job step, Ray's included. Not looking at
+    all would pass off as well a Ray that died a moment before, whose driver may have left with exit code 0.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self.watched: RayProcesses | None = None
+        self.death: str | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
         # inherited by Ray, which USR1 would kill: a scheduler may send it to every process of a job
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def _note(self, number: int, frame: object) -> None:
+        if not self.requested and self.watched:
+            self.death = self.watched.death()
         self.requested = True
 
     def pause(self, seconds: float) -> None:
@@ -101,7 +109,8 @@ class RayProcesses:
         if len(self._seen) < len(self._names):
             with suppress(psutil.NoSuchProcess):
                 children = psutil.Process(self._start.pid).children()
-                self._seen |= {child.name(): child for child in children if child.name() in self._names}
+                found = {child.name(): child for child in children if child.name() in self._names}
+                self._seen = self._seen | found  # a new one: a signal may come while the old one is read
         return next((f"{name} died" for name, seen in self._seen.items() if not process.is_alive(seen)), None)
 
     def print_log(self) -> None:
@@ -118,11 +127,12 @@ def run_head(address: HeadAddress, resources: Sequence[str], stop: Stop) -> int:
     address.check_free()
     with node_directory.node_directory() as directory:
         ray = RayProcesses(directory, HEAD_PROCESSES, head_arguments(address.host, address.port, resources))
-        while not stop.requested and ray.death() is None:
+        stop.watched = ray
+        death = None
+        while not stop.requested and death is None:
             time.sleep(POLL_S)
-        if not stop.requested:
-            stop.pause(SAME_SIGNAL_S)
-        return 0 if stop.requested else report(ray.death(), ray)
+            death = ray.death()
+        return report(stop.death if stop.requested else death, ray)
 
 
 def head_arguments(host: str, port: int, resources: Sequence[str]) -> list[str]:

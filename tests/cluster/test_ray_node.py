@@ -151,6 +151,21 @@ def test_a_dead_raylet_ends_the_head(temporary: Path, token: Path) -> None:
     assert "raylet died" in output or "`ray start` left with exit code 1" in output
 
 
+def test_a_head_that_is_stopped_just_after_its_raylet_died_does_not_say_that_all_was_well(
+    temporary: Path, token: Path
+) -> None:
+    head = head_port()
+    with running("head", f"--address={head}", temporary=temporary, token=token) as node:
+        eventually("the head is up", lambda: head.error() is None and node.named("raylet"))
+        eventually("Ray has settled", lambda: len(node.below()) > 4)
+        raylet = node.named("raylet")
+        assert raylet is not None
+        raylet.kill()
+        eventually("it is dead", lambda: not process.is_alive(raylet))
+        code, _ = node.stop()
+    assert code == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -194,7 +194,9 @@ class RealSlurm:
         def left() -> list[psutil.Process]:
             roots = [*self._slurmd(node), *self._steps(node)]
             below = [child for root in roots for child in _children(root)]
-            return [process for process in {*roots, *below, *self.find("", node)} if is_alive(process)]
+            # Slurm's own come first: a node without power reports no end of its jobs
+            everything = dict.fromkeys([*roots, *below, *self.find("", node)])
+            return [process for process in everything if is_alive(process)]
 
         def gone() -> bool:
             processes = left()
