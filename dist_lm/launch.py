@@ -1,7 +1,7 @@
 """`python -m dist_lm.launch stage=S [group=choice] [key=value]`: compose, plan the stages, run them, show progress.
 
 Exit codes: 0 everything asked for is there; 1 a stage failed; 2 something the user can mend (one line says what);
-75 nodes were lost and none came in their place, 130, 143 or 138 stopped by Ctrl-C, TERM or USR1 after a checkpoint: the
+75 nodes are missing, 130, 143 or 138 stopped by Ctrl-C, TERM or USR1 after a checkpoint: the
 same command continues.
 """
 
@@ -196,6 +196,7 @@ def ranks_here(config: Config) -> int:
 def carry_out(plan: Plan, console: Console) -> int:
     """Run the missing stages of a plan in order. Returns the exit code."""
     from dist_lm.cluster.failure import GangFailure
+    from dist_lm.cluster.placement import NoNodesError
     from dist_lm.launcher.interrupt import Stopped, stopped_by_signals
     from dist_lm.launcher.muster import NodesLostError
     from dist_lm.launcher.pipeline import queue_of
@@ -212,7 +213,7 @@ def carry_out(plan: Plan, console: Console) -> int:
                 console.details(failure.traceback)
             console.error(str(failure))
             return 2 if failure.user_error else 1
-        except NodesLostError as shortage:
+        except (NodesLostError, NoNodesError) as shortage:
             pipeline.end("stopped", str(shortage))
             console.error(str(shortage))
             return TRY_AGAIN

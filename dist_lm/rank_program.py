@@ -32,7 +32,7 @@ from dist_lm.parallel.mesh import World, build_mesh, data_mesh, process_group
 from dist_lm.parallel.sharding import build_model, compute_dtype
 from dist_lm.parallel.values import unsharded_copy
 from dist_lm.run_directory import RunDirectory
-from dist_lm.run_lock import locked
+from dist_lm.run_lock import OWN_JOB_S, locked
 from dist_lm.stages.registry import training_stage
 from dist_lm.stages.training_stage import Closing
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -49,14 +49,16 @@ from dist_lm.training.trainer import Evaluate, Trainer
 
 log = logging.getLogger(__name__)
 
-LOCK_S = 20.0
+COLLECTIVE_MARGIN_S = 300.0
 
 
 def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None:
     """Train from the newest checkpoint of the run, or from where its configuration says, to the end or to a stop."""
     started = time.time()
     config = load_config(run.config)
-    with process_group(config.device) as world, ExitStack() as stack:
+    # those that wait for a rank that hangs must not give up before it is found
+    patience = max(config.cluster.hang_otherwise_s, config.cluster.hang_min_s) + COLLECTIVE_MARGIN_S
+    with process_group(config.device, patience) as world, ExitStack() as stack:
         layout = resolve_layout(config.parallel, config.model, world.size)
         check_batch(config, layout)
         mesh = build_mesh(layout, world.device)
@@ -64,8 +66,8 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         links = measure_all_reduce(world)
         heartbeat.beat(Phase.LOADING, 0)
         if world.is_first:
-            # ranks of an attempt that has just failed may take a moment to end
-            stack.enter_context(locked(run.rank_lock, wait_s=LOCK_S))
+            # ranks of an attempt that has just failed take a moment to end, and their node's locks on NFS longer
+            stack.enter_context(locked(run.rank_lock, wait_s=OWN_JOB_S))
             durable.write_json(run.links, asdict(links))
         tokenizer = Tokenizer.load(run.work.tokenizer_model)
         check_corpus(run, config, tokenizer, world)

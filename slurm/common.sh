@@ -28,7 +28,9 @@
 . "$root/slurm/replacement.sh"
 
 most_failures=5   # starts in a row that end badly and without progress
-checkpoint_wait=75 # seconds for the driver to leave after USR1
+checkpoint_wait=75 # seconds for the driver to leave after USR1, where Slurm does not say when the job must end
+checkpoint_most=900
+checkpoint_until=0 # SECONDS
 term_wait=2       # and after TERM: Slurm may kill everything 5 s after it
 stop=             # USR1 or TERM, once it has come
 stop_at=0         # SECONDS when it came
@@ -89,8 +91,8 @@ run_once() {
   driver=$!
   if [ -n "$stop" ]; then tell_driver "$stop"; fi # it came before there was a driver
   while running "$driver"; do
-    if [ "$stop" = USR1 ] && [ $((SECONDS - stop_at)) -gt "$checkpoint_wait" ]; then
-      say "the driver has not left within $checkpoint_wait s"
+    if [ "$stop" = USR1 ] && [ "$SECONDS" -gt "$checkpoint_until" ]; then
+      say "the driver has not left within $((SECONDS - stop_at)) s of USR1"
       end_driver 2
     elif [ "$stop" = TERM ]; then
       end_driver "$term_wait"
@@ -133,8 +135,18 @@ request_stop() { # USR1 or TERM; a trap
   if [ "$stop" != TERM ]; then
     stop=$1
     stop_at=$SECONDS
+    checkpoint_until=$((SECONDS + $(seconds_for_a_checkpoint)))
   fi
   tell_driver "$1"
+}
+
+# What is left until the time limit, but for the clean-up.
+seconds_for_a_checkpoint() {
+  local left=$checkpoint_wait
+  if [ -n "${SLURM_JOB_END_TIME:-}" ]; then left=$((SLURM_JOB_END_TIME - $(printf '%(%s)T' -1) - 45)); fi
+  if [ "$left" -gt "$checkpoint_most" ]; then left=$checkpoint_most; fi
+  if [ "$left" -lt 10 ]; then left=10; fi
+  echo "$left"
 }
 
 tell_driver() { # USR1 or TERM: write a checkpoint and leave
@@ -152,6 +164,12 @@ end_driver() { # SECONDS between TERM and KILL
 
 requeue() {
   clean_up
+  if [ "$stop" = TERM ]; then exit 143; fi # scancel came meanwhile
+  if [ "$(progress)" = "$(cat "$job_dir/progress" 2>/dev/null)" ]; then
+    say "error: not requeued: no new checkpoint since the last requeue; does a start fit into the time limit?"
+    exit 1
+  fi
+  progress >"$job_dir/progress"
   say "requeued; it continues from the last checkpoint"
   if ! scontrol requeue "$SLURM_JOB_ID"; then
     say "error: Slurm does not requeue this job; the same sbatch command continues from the last checkpoint"

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from dist_lm.run_directory import RunDirectory
 PEERS_LEAVE_S = 5
 QUIET_S = 2.0  # a rank that has not been heard of for so long has the state of its process looked at
 STACKS_SIGNAL = signal.SIGUSR2  # a rank writes the stacks of its threads to its log
-PY_SPY_S = 20.0
+PY_SPY_S = 20.0  # for all ranks of a node
 
 
 @dataclass(frozen=True)
@@ -151,14 +152,19 @@ class NodeAgent:
     def dump_stacks(self) -> None:
         """Have every rank write the stacks of its threads to its log; with py-spy installed, its C++ frames too."""
         assert self._assignment is not None
-        spy = shutil.which("py-spy")
-        for local, rank in sorted(self._ranks().items()):
+        ranks = self._ranks()
+        for rank in ranks.values():
             if process.catches(rank, STACKS_SIGNAL):
                 process.send(rank, STACKS_SIGNAL)
-            if spy:
-                with self._assignment.run.rank_log(self._assignment.first_rank + local).open("ab") as log:
-                    command = [spy, "dump", "--nonblocking", "--native", "--pid", str(rank.pid)]
-                    subprocess.run(command, stdout=log, stderr=log, timeout=PY_SPY_S, check=False)
+        spy, deadline = shutil.which("py-spy"), time.monotonic() + PY_SPY_S
+        for local, rank in sorted(ranks.items()) if spy else ():
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                return
+            with self._assignment.run.rank_log(self._assignment.first_rank + local).open("ab") as log:
+                command = [spy, "dump", "--nonblocking", "--native", "--pid", str(rank.pid)]
+                with suppress(subprocess.TimeoutExpired):  # one that waits for a device cannot be looked at
+                    subprocess.run(command, stdout=log, stderr=log, timeout=left_s, check=False)
 
     def stop(self, grace_s: float) -> list[int]:
         """End all that `launch` started: SIGTERM, then SIGKILL after `grace_s`; the ids of what is left."""

@@ -14,7 +14,7 @@ from dist_lm.run_directory import RunDirectory
 _ECHO = re.compile(
     r"connection (was )?(closed|reset|refused)|closed by peer|broken pipe|connectFullMesh|failed to connect"
     r"|socket (timeout|closed)|remote process exited|NCCL (communicator|error)|DistNetworkError"
-    r"|recvValue failed",
+    r"|recvValue failed|timed out waiting|watchdog",
     re.IGNORECASE,
 )
 

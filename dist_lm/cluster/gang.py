@@ -3,6 +3,7 @@
 Every node must see the run directory. Ranks are numbered by node: rank r runs on node r // ranks_per_node.
 """
 
+import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +17,8 @@ from dist_lm.cluster.hang import Hang, Patience, find_hang
 from dist_lm.cluster.heartbeat import Pulse
 from dist_lm.cluster.recruit import Crew
 from dist_lm.run_directory import RunDirectory
+
+log = logging.getLogger(__name__)
 
 ANSWER_S = 1.0  # how long `poll` waits for agents; they answer in milliseconds
 SETTLE_S = 3.0  # and once a rank has failed, before silence counts as the loss of a node
@@ -59,7 +62,7 @@ class _Member:
     def take(self, answered: bool) -> None:
         """Take in what became of the question."""
         import ray
-        from ray.exceptions import ActorDiedError, ActorUnavailableError
+        from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
         reason = "it does not answer"
         if answered:
@@ -68,7 +71,7 @@ class _Member:
                 self.report = cast(NodeReport, ray.get(question))
                 self.reported_at, self.silent_since = time.monotonic(), None
                 return
-            except ActorDiedError as error:
+            except (ActorDiedError, RayTaskError) as error:
                 self.lost = _first_line(error)
                 return
             except ActorUnavailableError as error:
@@ -231,7 +234,7 @@ class Gang:
     def _call(self, ask: Callable[[Any], Any], timeout_s: float) -> dict[int, Any]:
         """Ask all agents that are there; the answers of those that give one in time, by node."""
         import ray
-        from ray.exceptions import RayActorError
+        from ray.exceptions import RayActorError, RayTaskError
 
         questions = {ask(member.agent): node for node, member in enumerate(self._members) if not member.lost}
         if not questions:
@@ -243,6 +246,8 @@ class Gang:
                 answers[questions[question]] = ray.get(question)
             except RayActorError:  # the agent is gone, and what it started with it: the kernel sees to that
                 continue
+            except RayTaskError as error:
+                log.warning("node %s: %s", self._members[questions[question]].host, _first_line(error))
         return answers
 
     def _end(self, failure: GangFailure) -> GangFailure:

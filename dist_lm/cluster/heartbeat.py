@@ -84,7 +84,8 @@ class RankHeartbeat:
                 self._durations.append(now - self._step_began)
             self._step_began = now if phase is Phase.DATA else None
         median = statistics.median(self._durations) if self._durations else 0.0
-        _SLOT.pack_into(self._memory, self._offset, phase, step, now, median)
+        # not pack_into, which clears the slot first: a reader would take that for a rank that never beat
+        self._memory[self._offset : self._offset + _SLOT.size] = _SLOT.pack(phase, step, now, median)
 
 
 def own_heartbeat(environ: Mapping[str, str]) -> Heartbeat:

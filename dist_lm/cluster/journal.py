@@ -10,6 +10,7 @@ events.jsonl: `time` (seconds since 1970), `event`, and what belongs to it:
 """
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -19,6 +20,8 @@ from typing import Any
 from dist_lm import durable
 from dist_lm.cluster.heartbeat import Pulse
 from dist_lm.run_directory import RunDirectory
+
+log = logging.getLogger(__name__)
 
 LIVE_EVERY_S = 2.0
 
@@ -43,7 +46,10 @@ class Journal:
             return
         self._live_at = time.monotonic()
         ranks = [asdict(pulse) | {"phase": pulse.phase.words} for pulse in pulses]
-        durable.replace_text(self._run.live, json.dumps({"time": time.time(), "ranks": ranks}) + "\n")
+        try:
+            durable.replace_text(self._run.live, json.dumps({"time": time.time(), "ranks": ranks}) + "\n")
+        except OSError as error:  # for people to look at: no reason to end ranks that train
+            log.warning("%s could not be written: %s", self._run.live, error)
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:

@@ -21,6 +21,7 @@ class Crew:
     placement: Placement
     hosts: tuple[str, ...]
     link_rates: tuple[float, ...]  # bytes per second
+    left_out: frozenset[str] = frozenset()  # unfit nodes, by Ray's id
 
 
 def recruit(
@@ -85,7 +86,7 @@ def recruit(
             else:
                 warn(f"node {named[node]} {reason}")
         if not bad:
-            return Crew(placement, tuple(found.hosts), tuple(found.rates))
+            return Crew(placement, tuple(found.hosts), tuple(found.rates), frozenset(left_out))
         placement.release()
         for node, reason in bad.items():
             left_out[placement.nodes[node].id] = f"node {named[node]}: {reason}"

@@ -26,6 +26,7 @@ class Outcome:
     """How an attempt ended; `grow_to`: it was stopped to go on with so many nodes."""
 
     status: GangStatus
+    step: int  # of the checkpoint it began from
     grow_to: int | None = None
 
 
@@ -56,6 +57,7 @@ class Attempts:
     def run(self, config: Config, crew: Crew) -> Outcome:
         """One attempt: `config`, written for the ranks, on `crew`, which is released at its end."""
         self._count += 1
+        start = newest_step(self._run)
         save_config(config, self._run.config)
         nodes = [
             {"host": host, "address": node.address} for host, node in zip(crew.hosts, crew.placement.nodes, strict=True)
@@ -68,7 +70,7 @@ class Attempts:
             ranks_per_node=self.ranks_per_node,
             device=self._device,
             layout=str(layout),
-            step=newest_step(self._run),
+            step=start,
         )
         patience = Patience(self._config.hang_steps, self._config.hang_min_s, self._config.hang_otherwise_s)
         try:
@@ -76,11 +78,11 @@ class Attempts:
                 crew, self._run, ranks_per_node=self.ranks_per_node, device=self._device, patience=patience
             )
         except GangFailure as failure:
-            return Outcome(GangStatus("failed", failure))
+            return Outcome(GangStatus("failed", failure), start)
         with gang:
-            return self._follow(gang, crew)
+            return self._follow(gang, crew, start)
 
-    def _follow(self, gang: Gang, crew: Crew) -> Outcome:
+    def _follow(self, gang: Gang, crew: Crew, start: int) -> Outcome:
         """Show what the ranks write until they are gone; pass a stop on once, and insist after a while."""
         asked_at: float | None = None
         grow_to: int | None = None
@@ -89,7 +91,7 @@ class Attempts:
             status = gang.poll()
             self._show()
             if status.state != "running":
-                return Outcome(status, None if status.failure else grow_to)
+                return Outcome(status, start, None if status.failure else grow_to)
             self.journal.live(gang.pulses())
             now = time.monotonic()
             if grow_to is None and now >= grow_at:
@@ -108,4 +110,4 @@ class Attempts:
 def newest_step(run: RunDirectory) -> int:
     """The step of the newest checkpoint; 0 without one."""
     latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
-    return checkpoint_files.read_state(latest)[0].step if latest else 0
+    return checkpoint_files.step_of(latest) if latest else 0

@@ -52,9 +52,9 @@ def watch_signals(console: Console) -> Iterator[Interrupt]:
     def note(number: int, frame: object) -> None:
         if interrupt.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not interrupt.requested:
+        first, interrupt.number = not interrupt.requested, number
+        if first:
             console.warning(f"received {signal.Signals(number).name}: writing a checkpoint, then stopping")
-        interrupt.number = number
 
     with _handled(dict.fromkeys(SIGNALS, note)):
         yield interrupt

@@ -17,6 +17,7 @@ from dist_lm.tracking.console import Console
 
 BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weights and two moments
 GIB = 1 << 30
+LONGEST_GROW_S = 3600.0
 
 
 class NodesLostError(ClusterError):
@@ -60,7 +61,9 @@ class Muster:
         self._interrupt = interrupt
         self._console = console
         self._under_way = False
-        self._lost: set[str] = set()  # nodes at which an attempt ended, by Ray's id, which takes a while to notice
+        self._grow_after_s = config.cluster.grow_after_s
+        # by Ray's id: nodes at which an attempt ended (Ray takes a while to notice), and unfit ones
+        self._lost: set[str] = set()
         self._first_seen: dict[str, float] = {}  # nodes that are not in use, by Ray's id: monotonic seconds
 
     def call(self, avoid: Collection[str], nodes: int | None = None) -> Crew | None:
@@ -76,12 +79,18 @@ class Muster:
         """
         config = self._cluster_config
         most = nodes or self._sizes[0]
-        patience = config.node_wait_s if self._under_way and most > self._sizes[-1] else config.start_timeout_s
+        patience = config.start_timeout_s
+        if self._under_way:
+            patience = config.node_wait_s if most > self._sizes[-1] else max(patience, config.node_wait_s)
         try:
             crew = self._recruit(most, patience, avoid)
         except ClusterError as shortage:
             crew = self._fewer(most, avoid, shortage)
         self._under_way = self._under_way or crew is not None
+        if crew:
+            self._lost |= crew.left_out
+            if nodes and len(crew.hosts) < nodes:  # others have them, or they are unfit: do not try that again soon
+                self._grow_after_s = min(2 * max(self._grow_after_s, 1.0), LONGEST_GROW_S)
         return crew
 
     def lose(self, id_: str) -> None:
@@ -128,6 +137,6 @@ class Muster:
             if node.id not in own | self._lost and node.gpus >= self._gpus_per_node
         ]
         self._first_seen = {id_: self._first_seen.get(id_, now) for id_ in others}
-        ready = sum(now - since >= self._cluster_config.grow_after_s for since in self._first_seen.values())
+        ready = sum(now - since >= self._grow_after_s for since in self._first_seen.values())
         size = largest(self._sizes, len(own) + ready)
         return size if size and size > len(own) else None

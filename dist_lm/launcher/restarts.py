@@ -27,7 +27,7 @@ class Restarts:
             step: of the newest checkpoint now.
             address: of the node at which it began.
         """
-        if step > self.step:
+        if step != self.step:  # lower after a damaged one was passed over
             return replace(self, step=step, failures=1, blamed=Counter([address]))
         return replace(self, failures=self.failures + 1, blamed=self.blamed + Counter([address]))
 

@@ -1,6 +1,7 @@
 """One training stage to its end: gangs, one after the other if need be, each from the last checkpoint."""
 
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -106,6 +107,8 @@ def run_attempts(
             break
         if failure:
             console.warning(f"{failure}; going on from {newest_checkpoint(config)}, restarts left: {restarts.left}")
+        elif newest_step(run) > outcome.step:
+            console.warning(f"the ranks were asked to stop by others; going on from {newest_checkpoint(config)}")
         elif target is None:
             raise ArtefactError(
                 f"{run.path}: every rank left with exit code 0 but without {run.result.name}; see {run.logs}"
@@ -165,11 +168,10 @@ def newest_checkpoint(config: Config) -> str:
 
 
 def device_and_ranks(config: Config, cluster: RayCluster) -> tuple[str, int]:
-    """(cpu or cuda, ranks a node): by what `device` asks for and what every node of the cluster has."""
-    gpus = 0 if config.device == "cpu" else min(node.gpus for node in cluster.nodes())
-    require(
-        gpus > 0 or config.device != "cuda", "device", config.device, "cpu or auto: a node of the cluster has no GPU"
-    )
+    """(cpu or cuda, ranks a node): by what `device` asks for and what most nodes of the cluster have."""
+    found = [node.gpus for node in cluster.nodes() if node.gpus and config.device != "cpu"]
+    gpus = statistics.mode(found) if found else 0  # a node that has fewer is left out
+    require(gpus > 0 or config.device != "cuda", "device", config.device, "cpu or auto: the cluster has no GPU")
     return ("cuda" if config.device == "cuda" or gpus else "cpu"), ranks_per_node(config.cluster, gpus)
 
 

@@ -56,6 +56,9 @@ def process_group(device: str, timeout_s: float = 600.0) -> Iterator[World]:
 
     A gloo process that ends with live collectives may abort after its work is done, so a clean exit meets the other
     ranks once more. After an exception it does not wait for anybody.
+
+    Args:
+        timeout_s: how long a collective waits for other ranks.
     """
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     chosen = choose_device(device, local_rank)

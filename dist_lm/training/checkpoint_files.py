@@ -34,6 +34,11 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 def steps_in(checkpoints: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
     return sorted(path for path in checkpoints.glob("step_*") if path.is_dir())

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,26 @@ def test_a_step_lasts_until_what_follows_it(monkeypatch: pytest.MonkeyPatch):
     assert at(900, Phase.DATA, 2) == 4
     now[0] += 7
     assert board.read(0, {})[0].age_s == 7
+
+
+def test_a_rank_that_beats_all_the_time_is_never_read_as_silent():
+    board = HeartbeatBoard(1)
+    board._started -= 3600  # an agent that has been up for an hour
+    rank = RankHeartbeat(Path(board.path), 0)
+    rank.beat(Phase.STEP, 1)
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.is_set():
+            rank.beat(Phase.STEP, 1)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        assert max(board.read(0, {})[0].age_s for _ in range(20_000)) < 60
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_without_an_agent_nobody_hears():

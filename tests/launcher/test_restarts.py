@@ -13,6 +13,8 @@ def test_failures_count_until_there_is_a_new_checkpoint():
     restarts = restarts.after_failure(step=5, address="10.0.0.1")
     assert restarts.left == 1
     assert restarts.after_failure(step=5, address="10.0.0.1").left == 0
+    restarts = restarts.after_failure(step=3, address="10.0.0.1")  # the checkpoint of step 5 was damaged
+    assert restarts.after_failure(step=4, address="10.0.0.1").left == 1
 
 
 def test_a_node_that_fails_again_and_again_is_suspect_until_there_is_progress():

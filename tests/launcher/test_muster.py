@@ -1,0 +1,94 @@
+"""Which nodes a shrunk run takes for room to grow."""
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from dist_lm.cluster.placement import Placement
+from dist_lm.cluster.ray_cluster import Node
+from dist_lm.cluster.recruit import Crew
+from dist_lm.launcher import muster as muster_module
+from dist_lm.launcher.compose import compose_config
+from dist_lm.launcher.interrupt import Interrupt
+from dist_lm.launcher.muster import Muster
+from dist_lm.tracking.console import Console
+from tests.conftest import TINY
+
+
+@dataclass
+class Nodes:
+    """A cluster of nodes that are named by letters."""
+
+    names: str
+    config: object = None
+    address: str = "127.0.0.2:6400"
+    asked: list[int] = field(default_factory=list)
+
+    def nodes(self) -> list[Node]:
+        return [Node(name, f"10.0.0.{ord(name) - 96}", cpus=2, gpus=0) for name in self.names]
+
+
+def crew(cluster: Nodes, names: str, left_out: str = "") -> Crew:
+    nodes = [node for node in cluster.nodes() if node.id in names]
+    return Crew(Placement(None, [], nodes), tuple(names), (), frozenset(left_out))
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    now = [1000.0]
+    monkeypatch.setattr(muster_module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def muster_of(cluster: Nodes) -> Muster:
+    settings = ("cluster=ray", "cluster.address=h:1", "cluster.nodes=3", "cluster.min_nodes=1")
+    config = compose_config(["stage=language", *TINY, *settings, "cluster.grow_after_s=30"])
+    console = Console(errors=io.StringIO())
+    return Muster(
+        cluster,  # pyright: ignore[reportArgumentType]
+        config,
+        [3, 2, 1],
+        gpus_per_node=0,
+        directory=Path(),
+        interrupt=Interrupt(),
+        console=console,
+    )
+
+
+def test_a_node_counts_when_it_has_been_there_for_a_while(clock):
+    cluster = Nodes("a")
+    muster = muster_of(cluster)
+    assert muster.room_to_grow(crew(cluster, "a")) is None
+    cluster.names = "abc"
+    assert muster.room_to_grow(crew(cluster, "a")) is None
+    clock[0] += 31
+    assert muster.room_to_grow(crew(cluster, "a")) == 3
+    assert muster.room_to_grow(crew(cluster, "abc")) is None
+
+
+def test_a_lost_node_does_not_count_until_it_is_back_under_another_id(clock):
+    cluster = Nodes("ab")
+    muster = muster_of(cluster)
+    muster.lose("b")
+    muster.room_to_grow(crew(cluster, "a"))
+    clock[0] += 31
+    assert muster.room_to_grow(crew(cluster, "a")) is None
+    cluster.names = "ac"
+    muster.room_to_grow(crew(cluster, "a"))
+    clock[0] += 31
+    assert muster.room_to_grow(crew(cluster, "a")) == 2
+
+
+def test_an_unfit_node_is_no_room_and_a_growth_in_vain_is_not_repeated_at_once(clock, monkeypatch):
+    cluster = Nodes("abc")
+    muster = muster_of(cluster)
+    monkeypatch.setattr(muster, "_recruit", lambda nodes, timeout_s, avoid: crew(cluster, "a", left_out="b"))
+    muster.room_to_grow(crew(cluster, "a"))
+    clock[0] += 31
+    assert muster.room_to_grow(crew(cluster, "a")) == 3
+    assert muster.call((), 3) is not None  # one node only
+    assert muster.room_to_grow(crew(cluster, "a")) is None  # c was seen 31 s ago, 60 s are asked now
+    clock[0] += 31
+    assert muster.room_to_grow(crew(cluster, "a")) == 2  # b is not counted
