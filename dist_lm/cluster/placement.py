@@ -54,6 +54,7 @@ def place(
     Args:
         gpus_per_node: GPUs reserved on each node.
         without: ids of nodes that must not be used.
+        timeout_s: until they are free; agents have cluster.start_timeout_s to start after that.
         wanted: asked while waiting; None is returned once it says no.
 
     Raises:
@@ -79,14 +80,18 @@ def place(
     ]
     placement = Placement(group, agents, ())
     try:
+        reserved = _wait([group.ready()], timeout_s, wanted)
+        if reserved is False:
+            raise NoNodesError(_shortage(cluster, nodes, bundle, len(without), timeout_s))
         up = [agent.ready.remote() for agent in agents]
-        deadline = time.monotonic() + timeout_s
-        while len(ray.wait(up, num_returns=nodes, timeout=_SLICE_S)[0]) < nodes:
-            if not wanted():
-                placement.release()
-                return None
-            if time.monotonic() > deadline:
-                raise NoNodesError(_shortage(cluster, nodes, bundle, len(without), timeout_s))
+        started = reserved and _wait(up, cluster.config.start_timeout_s, wanted)
+        if started is None:
+            placement.release()
+            return None
+        if not started:
+            raise AgentStartError(
+                f"cluster: agents did not start within cluster.start_timeout_s={cluster.config.start_timeout_s:g} s"
+            )
         ray.get(up)
         places = placement_group_table(group)["bundles_to_node_id"]
         known = {node.id: node for node in cluster.nodes()}
@@ -102,6 +107,19 @@ def place(
         placement.release()
         raise
     return Placement(group, [agents[i] for i in by_address], [known[places[i]] for i in by_address])
+
+
+def _wait(references: Sequence[Any], timeout_s: float, wanted: Callable[[], bool]) -> bool | None:
+    """Whether all of `references` are there within `timeout_s`; None: they are not wanted any more."""
+    import ray
+
+    deadline = time.monotonic() + timeout_s
+    while len(ray.wait(list(references), num_returns=len(references), timeout=_SLICE_S)[0]) < len(references):
+        if not wanted():
+            return None
+        if time.monotonic() > deadline:
+            return False
+    return True
 
 
 def _shortage(cluster: RayCluster, nodes: int, bundle: dict[str, float], rejected: int, timeout_s: float) -> str:
