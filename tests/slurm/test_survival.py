@@ -105,11 +105,12 @@ def test_a_real_time_limit(slurm: RealSlurm, fresh: WorkDirectory) -> None:
 
 
 @pytest.mark.timeout(1500)
-def test_twenty_random_kills(slurm: RealSlurm, fresh: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_twenty_random_kills(slurm: RealSlurm, fresh: WorkDirectory) -> None:
     seed = int(os.environ.get("DIST_LM_CHAOS_SEED") or random.randrange(1_000_000))
     print(f"DIST_LM_CHAOS_SEED={seed}")
     chooser = random.Random(seed)
-    settings = ("stage.steps=400", "stage.checkpoint_every=5")
+    # long steps: it must not be over before all kills
+    settings = ("stage.steps=300", "stage.checkpoint_every=5", "stage.global_batch=16")
     job = TrainingJob(slurm, fresh, *settings)
     job.wait_for_step(1)
     for number in range(KILLS):
@@ -121,7 +122,7 @@ def test_twenty_random_kills(slurm: RealSlurm, fresh: WorkDirectory, tmp_path_fa
         checkpoint = job.newest_checkpoint()
         eventually("a new checkpoint", lambda: job.newest_checkpoint() != checkpoint)  # noqa: B023 - called here
     assert not job.run.result.exists(), "it was over before all kills"
-    job.finish()
+    job.finish(seconds=400)
     reference = TrainingJob(slurm, fresh, *settings, "run_id=reference")
-    reference.finish()
+    reference.finish(seconds=400)
     check_same(job, reference)
