@@ -125,7 +125,7 @@ class RunDirectory:
 
     @property
     def events(self) -> Path:
-        """One JSON object a line: attempts started and ended, nodes left out, lost and regained."""
+        """One JSON object a line: attempts started and ended, growth, stops (`cluster/journal.py`)."""
         return self.logs / "events.jsonl"
 
     @property

@@ -56,7 +56,7 @@ def is_locked(path: Path) -> bool:
     """Whether a process holds a lock file now."""
     if not path.exists():
         return False
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # it may be a colleague's
     try:
         return not _taken(descriptor)
     finally:

@@ -2,8 +2,7 @@
 
 events.jsonl: `time` (seconds since 1970), `event`, and what belongs to it:
   started    attempt, nodes [{host, address}], ranks_per_node, device, layout, step (it continues from)
-  failed     attempt, error (one line), type, rank, host, restarts_left
-  left_out   text
+  failed     error (one line), type, rank, host, restarts_left
   growing    nodes (it will have)
   stopped    signal
   finished   steps

@@ -57,6 +57,7 @@ class Attempts:
     def run(self, config: Config, crew: Crew) -> Outcome:
         """One attempt: `config`, written for the ranks, on `crew`, which is released at its end."""
         self._count += 1
+        self._run.live.unlink(missing_ok=True)  # of the attempt before
         start = newest_step(self._run)
         save_config(config, self._run.config)
         nodes = [
