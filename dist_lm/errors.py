@@ -4,6 +4,8 @@ Every entry point prints a `UserError` as one line and exits 2; anything else is
 traceback.
 """
 
+from typing import Any
+
 
 class UserError(ValueError):
     """Something the user can get wrong: the message names the key, file or rank, the value, and the way out."""
@@ -15,3 +17,9 @@ class ConfigError(UserError):
 
 class ArtefactError(UserError):
     """A file of an earlier stage is missing, damaged, or belongs to something else."""
+
+
+def require(condition: bool, key: str, value: Any, accepted: str) -> None:
+    """Refuse `key=value` in one line that says what would be accepted."""
+    if not condition:
+        raise ConfigError(f"{key}={value}: expected {accepted}")

@@ -25,7 +25,17 @@ ROOMS = (
     ("tokenizer",),
     ("tracking",),
     ("interop",),
-    ("config", "config_file", "document", "run_directory", "run_lock", "errors", "durable", "__init__"),
+    (
+        "config",
+        "cluster_config",
+        "config_file",
+        "document",
+        "run_directory",
+        "run_lock",
+        "errors",
+        "durable",
+        "__init__",
+    ),
 )
 FLOOR = {name: depth for depth, names in enumerate(ROOMS) for name in names}
 # what a room may use of a higher one: the nouns of the data room are values, known to those that make them

@@ -1,7 +1,8 @@
 """What happened to the gangs of a run, an event a line, and how the present one stands: for people and for tests.
 
 events.jsonl: `time` (seconds since 1970), `event`, and what belongs to it:
-  started    attempt, nodes [{host, address}], ranks_per_node, device, layout, step (it continues from)
+  started    attempt, nodes [{host, address}], ranks_per_node, device, layout, step (it continues from),
+             slowest_link_mb_per_s (between two nodes, as tried before the start; null: not tried)
   failed     error (one line), type, rank, host, restarts_left
   growing    nodes (it will have)
   stopped    signal

@@ -72,6 +72,7 @@ class Attempts:
             device=self._device,
             layout=str(layout),
             step=start,
+            slowest_link_mb_per_s=round(min(crew.link_rates) / 1e6) if crew.link_rates else None,
         )
         patience = Patience(self._config.hang_steps, self._config.hang_min_s, self._config.hang_otherwise_s)
         try:

@@ -7,7 +7,6 @@ import signal
 import pytest
 
 from dist_lm.cluster.journal import read_events
-from dist_lm.run_directory import WorkDirectory
 from tests.cluster.launched import (
     CODE_STEPS,
     assert_gone,
@@ -41,14 +40,6 @@ def test_one_command_builds_the_stage_before_and_ends_with_samples(tiny_work, tm
     assert again_code == 0
     plan = dict(line.split()[:2] for line in again.splitlines() if line.split()[1:2] == ["there"])
     assert plan.keys() == {"tokenizer", "shards", "language", "code"}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tiny_work, tmp_path_factory) -> WorkDirectory:
-    work = linked(tiny_work, tmp_path_factory.mktemp("undisturbed"))
-    code, _, err = finish(start(work, CODE_STEPS))
-    assert code == 0, err
-    return work
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,10 @@ import pytest
 
 from dist_lm.training import checkpoint_files
 from tests.cluster.launched import CODE_STEPS, finish, follow_on, start, steps_of, wait_until
-from tests.training_run import linked, numbers
+from tests.training_run import numbers
 
 pytestmark = [pytest.mark.heavy, pytest.mark.cluster, pytest.mark.timeout(400)]
 COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs g++")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tiny_work, tmp_path_factory):
-    work = linked(tiny_work, tmp_path_factory.mktemp("undisturbed"))
-    code, _, err = finish(start(work, CODE_STEPS))
-    assert code == 0, err
-    return work
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,66 @@
+"""The conf group `cluster`: where ranks run, how long is waited for what, and what is done when something dies."""
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from dist_lm.errors import require
+
+
+@dataclass
+class ClusterConfig:
+    """Where the ranks run."""
+
+    name: str = MISSING  # local (start Ray here) | ray (join one that runs)
+    nodes: int = 1
+    ranks_per_node: int = -1  # -1: one a GPU; without GPUs 2, or 1 on a single core
+    address: str | None = None  # host:port of a running Ray head, for name=ray
+    token_path: str | None = None  # file with the Ray token (mode 0600), for name=ray; none: RAY_AUTH_TOKEN_PATH
+    connect_timeout_s: float = 20.0
+    start_timeout_s: float = 120.0  # from asking for nodes to all agents ready
+    stop_timeout_s: float = 120.0  # from the request to stop to the last rank gone (a checkpoint fits in between)
+    min_nodes: int = -1  # a run that has lost nodes goes on with so many; -1: with cluster.nodes only
+    node_wait_s: float = 60.0  # lost nodes, or others in their place, are waited for so long before the run shrinks
+    grow_after_s: float = 30.0  # a shrunk run takes in a node that has been there for so long
+    max_restarts: int = 3  # restarts after failures in a row without a new checkpoint in between; 0: never restart
+    hang_steps: float = 20.0  # ranks silent for so many median steps are hung: stacks are logged, then a restart
+    hang_min_s: float = 120.0  # but not before so long
+    hang_otherwise_s: float = 1800.0  # and so long at the start, in the first step, in evaluations and saves
+    min_free_gib: float = 1.0  # disk that a node must have free for temporary files; for the run, over a checkpoint
+    max_clock_skew_s: float = 5.0  # between a node and the launcher
+    link_check_mib: int = 4  # sent between every two nodes before a start; 0: links are not tried
+    min_link_ratio: float = 0.25  # a node whose links are slower than this share of the usual is left out for a spare
+
+    def __post_init__(self) -> None:
+        require(self.name in ("local", "ray"), "cluster.name", self.name, "local or ray")
+        require(self.nodes > 0, "cluster.nodes", self.nodes, "a positive integer")
+        require(
+            self.ranks_per_node == -1 or self.ranks_per_node > 0,
+            "cluster.ranks_per_node",
+            self.ranks_per_node,
+            "a positive integer, or -1 for one a GPU",
+        )
+        require(
+            self.min_nodes == -1 or 0 < self.min_nodes <= self.nodes,
+            "cluster.min_nodes",
+            self.min_nodes,
+            f"1 to cluster.nodes={self.nodes}, or -1 for as many",
+        )
+        for key in (
+            "connect_timeout_s",
+            "start_timeout_s",
+            "stop_timeout_s",
+            "hang_steps",
+            "hang_min_s",
+            "hang_otherwise_s",
+            "max_clock_skew_s",
+        ):
+            require(getattr(self, key) > 0, f"cluster.{key}", getattr(self, key), "a positive number")
+        for key in ("node_wait_s", "grow_after_s", "max_restarts", "min_free_gib", "link_check_mib", "min_link_ratio"):
+            require(getattr(self, key) >= 0, f"cluster.{key}", getattr(self, key), "0 or more")
+        require(
+            self.name == "local" or bool(self.address),
+            "cluster.address",
+            self.address,
+            "host:port of a running Ray head when cluster=ray",
+        )
