@@ -15,6 +15,7 @@ import torch.distributed as dist
 from dist_lm.parallel.mesh import World
 from dist_lm.rank_program import run_rank
 from dist_lm.run_directory import RunDirectory, WorkDirectory
+from dist_lm.training.heartbeat import Unheard
 from dist_lm.training.stop import StopRequest
 from tests.parallel.ranks import RankGroups
 from tests.training_run import STEPS, copy_until, linked, numbers, prepare, train
@@ -49,7 +50,7 @@ def run_here(world: World, path: Path) -> None:
     dist.destroy_process_group()
     os.environ |= {"RANK": str(world.rank), "LOCAL_RANK": str(world.local_rank), "WORLD_SIZE": str(world.size)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(address[0])}
-    run_rank(RunDirectory(path), StopRequest())
+    run_rank(RunDirectory(path), StopRequest(), Unheard())
 
 
 @pytest.fixture
