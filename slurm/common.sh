@@ -140,10 +140,17 @@ request_stop() { # USR1 or TERM; a trap
   tell_driver "$1"
 }
 
+# Until the time limit; nothing where Slurm does not say, or has put it off: what it said at the start is past then.
+seconds_left() {
+  local left=$((${SLURM_JOB_END_TIME:-0} - $(printf '%(%s)T' -1)))
+  if [ "$left" -gt 0 ]; then echo "$left"; fi
+}
+
 # What is left until the time limit, but for the clean-up.
 seconds_for_a_checkpoint() {
-  local left=$checkpoint_wait
-  if [ -n "${SLURM_JOB_END_TIME:-}" ]; then left=$((SLURM_JOB_END_TIME - $(printf '%(%s)T' -1) - 45)); fi
+  local left
+  left=$(seconds_left)
+  if [ -n "$left" ]; then left=$((left - 45)); else left=$checkpoint_wait; fi
   if [ "$left" -gt "$checkpoint_most" ]; then left=$checkpoint_most; fi
   if [ "$left" -lt 10 ]; then left=10; fi
   echo "$left"

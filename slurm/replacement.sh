@@ -26,17 +26,21 @@ replace_lost_workers() {
 }
 
 submit_replacement() {
-  local id options=(
+  local id gpus constraint left options=(
     --parsable --nodes=1 --ntasks-per-node=1 --exclusive --no-requeue --open-mode=append
     --job-name="$SLURM_JOB_NAME-node" --output="$job_dir/batch.log" --chdir="$SLURM_SUBMIT_DIR" --export=ALL
     --partition="$SLURM_JOB_PARTITION"
   )
+  # asked for with --gpus-per-node, or in another way: then as many as there are on this node
+  gpus=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
+  constraint=$(constraint_of_job)
+  left=$(seconds_left)
   if [ -n "${SLURM_JOB_ACCOUNT:-}" ]; then options+=(--account="$SLURM_JOB_ACCOUNT"); fi
   if [ -n "${SLURM_JOB_QOS:-}" ]; then options+=(--qos="$SLURM_JOB_QOS"); fi
-  if [ -n "${SLURM_GPUS_PER_NODE:-}" ]; then options+=(--gpus-per-node="$SLURM_GPUS_PER_NODE"); fi
-  if [ -n "${SLURM_JOB_END_TIME:-}" ]; then
-    options+=(--time=$(((SLURM_JOB_END_TIME - $(printf '%(%s)T' -1)) / 60 + 1))) # minutes
-  fi
+  if [ -n "${SLURM_JOB_RESERVATION:-}" ]; then options+=(--reservation="$SLURM_JOB_RESERVATION"); fi
+  if [ "$gpus" != 0 ]; then options+=(--gpus-per-node="$gpus"); fi
+  if [ -n "$constraint" ]; then options+=(--constraint="$constraint"); fi
+  if [ -n "$left" ]; then options+=(--time=$((left / 60 + 1))); fi # minutes
   if id=$(DIST_LM_ROOT=$root DIST_LM_WORK_DIR=$work_dir sbatch "${options[@]}" "$root/slurm/ray_node.sh" "$head_address"); then
     replaced=$((replaced + 1))
     echo "${id%%;*}" >>"$job_dir/replacements"
@@ -44,6 +48,13 @@ submit_replacement() {
   else
     say "warning: no replacement for it: sbatch does not work on $head; going on with the nodes that are left"
   fi
+}
+
+constraint_of_job() { # nothing where it was given none
+  local features
+  features=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Features=//p') || true
+  features=${features%% DelayBoot=*} # on the same line
+  if [ "$features" != "(null)" ]; then echo "$features"; fi
 }
 
 # Those of an earlier life of this job too: its node may have died before it could.
