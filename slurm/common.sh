@@ -18,6 +18,10 @@
 #   token          of the job's Ray, mode 0600, while it runs
 
 : "${root:?}"
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then # empty arrays are unset to an older one
+  echo "error: bash $BASH_VERSION on ${SLURMD_NODENAME:-this node} is too old: $root/slurm needs bash 4.4" >&2
+  exit 2
+fi
 # shellcheck source=SCRIPTDIR/arguments.sh
 . "$root/slurm/arguments.sh"
 # shellcheck source=SCRIPTDIR/environment.sh
