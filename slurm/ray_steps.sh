@@ -88,8 +88,12 @@ start_ray() {
 }
 
 make_token() {
-  rm -f "$token"
-  (umask 077 && head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' >"$token")
+  rm -f "$token" || true
+  # noclobber: made anew or not at all, never written through a link that somebody has put there
+  if ! (umask 077 && set -C && head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \n' >"$token"); then
+    say "error: $token: cannot be made anew on $SLURMD_NODENAME (why: the line above); it is the token of this job's Ray"
+    exit 2
+  fi
   export RAY_AUTH_TOKEN_PATH=$token
 }
 
