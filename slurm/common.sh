@@ -90,7 +90,7 @@ run_once() {
     [ -z "$stop" ] || judge 143
     return
   fi
-  "${on_head[@]}" python -m dist_lm.launch "${launch_arguments[@]}" \
+  "${on_head[@]}" ${on_head[0]:+--job-name=driver} python -m dist_lm.launch "${launch_arguments[@]}" \
     cluster=ray "cluster.address=$head_address" "cluster.token_path=$token" </dev/null &
   driver=$!
   if [ -n "$stop" ]; then tell_driver "$stop"; fi # it came before there was a driver
@@ -167,10 +167,11 @@ tell_driver() { # USR1 or TERM: write a checkpoint and leave
 }
 
 end_driver() { # SECONDS between TERM and KILL
-  local deadline=$((SECONDS + $1))
   tell_driver TERM
-  while running "$driver" && [ "$SECONDS" -lt "$deadline" ]; do pause 0.2; done
-  if running "$driver"; then kill -s KILL "$driver" 2>/dev/null || true; fi
+  if ended_within "$1" "$driver"; then return; fi
+  # in a container it is a step, which would outlive its srun
+  if [ "${#on_head[@]}" -gt 0 ]; then signal_steps KILL driver; fi
+  signal_processes KILL "$driver"
 }
 
 requeue() {

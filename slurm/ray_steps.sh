@@ -6,11 +6,12 @@ head=               # name of the head's node
 workers=()          # names of the others
 head_address=       # IP:PORT
 head_step=          # process id of the head's srun
-head_code=          # its exit code once it has ended; 0: Ray was well until it was stopped
+head_code=          # its exit code once it has ended; `killed`: it did not end when it was asked to
 guards=()           # process ids of srun: slurm/guard.sh on every worker node
 declare -A worker_step=() # process id of srun, by node; those that have ended are taken out
 head_wait=120       # seconds for the head to answer
 step_wait=8         # seconds for steps to end by themselves
+kill_wait=3         # and for srun to see that its step was killed
 
 find_nodes() {
   local node
@@ -100,28 +101,45 @@ make_token() {
 # End every step of the job; sets `head_code`. TERM goes by scancel: srun, given it, would kill without grace.
 stop_ray() {
   if [ -z "$head_step" ]; then return; fi
+  local steps=("$head_step" "${worker_step[@]}" "${guards[@]}") killed=
   signal_steps TERM
-  local deadline=$((SECONDS + step_wait)) step
-  for step in "$head_step" "${worker_step[@]}" "${guards[@]}"; do
-    while running "$step" && [ "$SECONDS" -lt "$deadline" ]; do pause 0.2; done
-  done
-  for step in "$head_step" "${worker_step[@]}" "${guards[@]}"; do
-    if running "$step"; then
-      signal_steps KILL
-      kill -s TERM "$step" 2>/dev/null || true
-    fi
-  done
+  if ! ended_within "$step_wait" "${steps[@]}"; then
+    if running "$head_step"; then killed=killed; fi
+    signal_steps KILL
+    signal_processes TERM "${steps[@]}"
+    ended_within "$kill_wait" "${steps[@]}" || signal_processes KILL "${steps[@]}"
+  fi
   head_code=0
   wait "$head_step" || head_code=$?
+  head_code=${killed:-$head_code}
   head_step=
 }
 
-signal_steps() { # TERM or KILL
-  local id
-  for id in $(squeue --noheader --steps --job="$SLURM_JOB_ID" --format=%i); do
-    case $id in
-    *.batch | *.extern | *.interactive) ;;
-    *) scancel --signal="$1" "$id" || true ;;
-    esac
+ended_within() { # SECONDS PID ...; fails if one of them still runs then
+  local deadline=$((SECONDS + $1)) pid
+  shift
+  for pid in "$@"; do
+    while running "$pid"; do
+      if [ "$SECONDS" -ge "$deadline" ]; then return 1; fi
+      pause 0.2
+    done
   done
+}
+
+signal_processes() { # SIGNAL PID ...; those that have ended are passed over
+  local signal=$1 pid
+  shift
+  for pid in "$@"; do
+    if running "$pid"; then kill -s "$signal" "$pid" 2>/dev/null || true; fi
+  done
+}
+
+signal_steps() { # SIGNAL [NAME of the steps; without it: all of the job]
+  local id name
+  while read -r id name; do
+    case $id in
+    "" | *.batch | *.extern | *.interactive) continue ;;
+    esac
+    if [ -z "${2:-}" ] || [ "$name" = "$2" ]; then scancel --signal="$1" "$id" </dev/null || true; fi
+  done <<<"$(squeue --noheader --steps --job="$SLURM_JOB_ID" --format='%i %j')"
 }
