@@ -40,6 +40,7 @@ stop=             # USR1 or TERM, once it has come
 stop_at=0         # SECONDS when it came
 driver=           # process id of the driver while it runs
 outcome=          # of a start: an exit code of the job, `lost` or `requeue`
+code_before=none  # of the driver at the start before this one; none: it was not started
 
 say() {
   printf '%(%F %T)T slurm: %s\n' -1 "$*"
@@ -86,8 +87,7 @@ run_job() { # DEFAULT ... -- ARGUMENT ...
 run_once() {
   if ! start_ray; then
     stop_ray
-    outcome=lost
-    [ -z "$stop" ] || judge 143
+    judge none no
     return
   fi
   "${on_head[@]}" ${on_head[0]:+--job-name=driver} python -m dist_lm.launch "${launch_arguments[@]}" \
@@ -108,28 +108,42 @@ run_once() {
       pause 1
     fi
   done
-  local code=0
+  local code=0 head_well=no head_ran=no
   wait "$driver" || code=$?
   driver=
+  if running "$head_step"; then head_ran=yes; fi
   [ "$code" -le 128 ] || [ -n "$stop" ] || pause 1 # the signal may have come to the driver first
   stop_ray
-  judge "$code"
+  # a head that had to be killed says nothing against its Ray: only its clean-up was slow
+  case $head_ran:$head_code in yes:0 | yes:killed) head_well=yes ;; esac
+  judge "$code" "$head_well"
 }
 
-judge() { # EXIT_CODE of the driver; sets `outcome`
-  say "the driver left with exit code $1${stop:+ after $stop}; Ray on the head left with ${head_code:-no} exit code"
-  if [ "$stop" = TERM ]; then
-    outcome=143
-  elif [ "$stop" = USR1 ] && [ "$1" -ne 0 ] && [ "$1" -ne 2 ]; then
-    outcome=requeue
-  elif [ "$head_code" != 0 ]; then # a driver whose Ray dies may even leave with 0
-    outcome=lost
+judge() { # DRIVER_CODE HEAD_WELL; says and sets `outcome`
+  outcome=$(outcome_of "$stop" "$1" "$2" "$code_before")
+  say "exit code of the driver: $1${stop:+, after $stop}; of Ray on the head: ${head_code:-none} (well: $2); so: $outcome"
+  code_before=$1
+}
+
+# What follows from a start.
+#   STOP         USR1, TERM or nothing
+#   DRIVER_CODE  none: it was not started
+#   HEAD_WELL    yes: Ray on the head was well until it was stopped; no
+#   CODE_BEFORE  of the driver at the start before
+outcome_of() { # STOP DRIVER_CODE HEAD_WELL CODE_BEFORE
+  if [ "$1" = TERM ]; then
+    echo 143
+  elif [ "$1" = USR1 ] && [ "$2" != 0 ] && [ "$2" != 2 ]; then
+    echo requeue
+  elif [ "$3" = no ] && [ "$2 $4" != "0 0" ]; then
+    # a driver whose Ray dies may even leave with 0; it is believed when a second start finds everything there
+    echo lost
   else
-    case $1 in
-    0 | 1 | 2 | 130 | 143) outcome=$1 ;;
-    75) outcome=requeue ;;  # nodes are missing: Slurm knows when there are enough again
-    138) outcome=requeue ;; # somebody sent USR1 to the driver itself
-    *) outcome=lost ;;
+    case $2 in
+    0 | 1 | 2 | 130 | 143) echo "$2" ;;
+    75) echo requeue ;;  # nodes are missing: Slurm knows when there are enough again
+    138) echo requeue ;; # somebody sent USR1 to the driver itself
+    *) echo lost ;;
     esac
   fi
 }
