@@ -2,7 +2,7 @@
 # Sourced by the batch scripts: the life of a job. It runs on the first node, starts a Ray of its own as job steps, runs
 # `python -m dist_lm.launch` as a driver of it, and decides what to do when something ends.
 #
-#   the driver is done                        the job is COMPLETED
+#   the driver is done                        the job is COMPLETED; if Ray was not well at the end, after a second start
 #   the driver refuses (2) or gives up (1)    the job is FAILED; the log's last lines say why
 #   nodes are missing (75)                    requeue
 #   the driver or the head's Ray is killed    Ray and driver are started again, and continue from the last checkpoint
@@ -43,7 +43,7 @@ outcome=          # of a start: an exit code of the job, `lost` or `requeue`
 code_before=none  # of the driver at the start before this one; none: it was not started
 
 say() {
-  printf '%(%F %T)T slurm: %s\n' -1 "$*"
+  printf '%(%F %T)T slurm: %s\n' -1 "$*" || true # a full disk must not end the job here
 }
 
 running() { # PID
@@ -182,7 +182,7 @@ tell_driver() { # USR1 or TERM: write a checkpoint and leave
 
 end_driver() { # SECONDS between TERM and KILL
   tell_driver TERM
-  if ended_within "$1" "$driver"; then return; fi
+  if ended_within "$1" "$driver"; then return 0; fi
   # in a container it is a step, which would outlive its srun
   if [ "${#on_head[@]}" -gt 0 ]; then signal_steps KILL driver; fi
   signal_processes KILL "$driver"
@@ -191,7 +191,7 @@ end_driver() { # SECONDS between TERM and KILL
 requeue() {
   clean_up
   if [ "$stop" = TERM ]; then exit 143; fi # scancel came meanwhile
-  if [ "$(progress)" = "$(cat "$job_dir/progress" 2>/dev/null)" ]; then
+  if [ -e "$job_dir/progress" ] && [ "$(progress)" = "$(<"$job_dir/progress")" ]; then
     say "error: not requeued: no new checkpoint since the last requeue; does a start fit into the time limit?"
     exit 1
   fi
@@ -204,10 +204,11 @@ requeue() {
   exit 0
 }
 
-clean_up() { # may be called twice
+# May be called twice. In the trap of a failure a `return` without a number returns that failure, and ends it there.
+clean_up() {
   trap - EXIT
-  rm -f "$token"
-  cancel_replacements
+  rm -f "$token" || true
+  cancel_replacements || true
   if running "$driver"; then end_driver 1; fi
   stop_ray
   say "cleaned up"

@@ -100,7 +100,7 @@ make_token() {
 
 # End every step of the job; sets `head_code`. TERM goes by scancel: srun, given it, would kill without grace.
 stop_ray() {
-  if [ -z "$head_step" ]; then return; fi
+  if [ -z "$head_step" ]; then return 0; fi
   local steps=("$head_step" "${worker_step[@]}" "${guards[@]}") killed=
   signal_steps TERM
   if ! ended_within "$step_wait" "${steps[@]}"; then

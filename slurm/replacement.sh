@@ -60,7 +60,7 @@ constraint_of_job() { # nothing where it was given none
 # Those of an earlier life of this job too: its node may have died before it could.
 cancel_replacements() {
   local ids
-  if [ ! -s "$job_dir/replacements" ]; then return; fi
+  if [ ! -s "$job_dir/replacements" ]; then return 0; fi
   mapfile -t ids <"$job_dir/replacements"
   scancel --quiet "${ids[@]}" || true
   rm -f "$job_dir/replacements"
