@@ -5,7 +5,6 @@ Exit codes: 0 everything asked for is there; 1 a stage failed; 2 something the u
 same command continues.
 """
 
-import importlib
 import os
 import signal
 import sys
@@ -234,6 +233,7 @@ def carry_out(plan: Plan, console: Console) -> int:
 def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | None) -> int:
     """Build what the plan says is missing. Returns the signal that stopped it, or 0."""
     from dist_lm.cluster.ray_cluster import connect
+    from dist_lm.launcher.artefact_build import build_artefact
     from dist_lm.launcher.interrupt import watch_signals
     from dist_lm.launcher.stage_run import newest_checkpoint, run_training_stage
 
@@ -241,7 +241,7 @@ def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | N
     for stage in plan.missing:
         if not stage.info.trains:
             pipeline.begin(stage.info.name)
-            importlib.import_module(f"dist_lm.stages.{stage.info.name}").build(stage.config, console)
+            build_artefact(stage, console)
             pipeline.done(stage.info.name)
     if not training:
         return 0

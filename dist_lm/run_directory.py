@@ -31,6 +31,11 @@ class WorkDirectory:
     def tokenizer_report(self) -> Path:
         return self.tokenizer / "report.json"
 
+    @property
+    def build_lock(self) -> Path:
+        """Held by the command that builds tokenizer or corpora."""
+        return self.path / ".build.lock"
+
     def corpus(self, name: str) -> Path:
         return self.path / "corpora" / name
 

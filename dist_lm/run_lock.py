@@ -1,11 +1,12 @@
 """One writer a run: the lock goes with the process that holds it, however that ends."""
 
+import errno
 import fcntl
 import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,10 +14,18 @@ from dist_lm.errors import ArtefactError
 
 OWN_JOB_S = 120.0  # a network file system notices only after a while that a node is gone, and its locks with it
 _POLL_S = 0.2
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def locked(path: Path, *, what: str = "", job: str | None = None, wait_s: float = 0.0) -> Iterator[None]:
+def locked(
+    path: Path,
+    *,
+    what: str = "",
+    job: str | None = None,
+    wait_s: float = 0.0,
+    on_wait: Callable[[str], None] = lambda owner: None,
+) -> Iterator[None]:
     """Hold `path` as a lock file for the time of the block; it names its owner and stays behind, unlocked.
 
     Args:
@@ -24,20 +33,25 @@ def locked(path: Path, *, what: str = "", job: str | None = None, wait_s: float 
         job: of the batch system, that this process belongs to. An owner of the same job is an earlier start of it, on
             its way out: it is waited for.
         wait_s: how long any owner is waited for.
+        on_wait: told once who is waited for.
 
     Raises:
-        ArtefactError: another process holds it; the message names host and process.
+        ArtefactError: another process holds it (the message names host and process), or the file system has no locks.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         started = time.monotonic()
-        while not _taken(descriptor):
+        waits = False
+        while not _taken(descriptor, path):
             owner = owner_of(path) or "another process"
             patience = max(wait_s, OWN_JOB_S) if job and re.search(rf"\bjob {re.escape(job)}$", owner) else wait_s
             if time.monotonic() - started >= patience:
                 raise ArtefactError(
                     f"{what or path.parent} is in use by {owner}: wait for it, stop it, or choose another run_id"
                 )
+            if not waits:
+                on_wait(owner)
+                waits = True
             time.sleep(_POLL_S)
         os.ftruncate(descriptor, 0)
         owner = f"process {os.getpid()} on {socket.gethostname()}" + (f" of job {job}" if job else "")
@@ -58,14 +72,21 @@ def is_locked(path: Path) -> bool:
         return False
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # it may be a colleague's
     try:
-        return not _taken(descriptor)
+        return not _taken(descriptor, path)
     finally:
         os.close(descriptor)
 
 
-def _taken(descriptor: int) -> bool:
+def _taken(descriptor: int, path: Path) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        raise ArtefactError(
+            f"{path}: this file system has no file locks ({error.strerror}), which keep two runs apart: "
+            "choose a work_dir on one that has, or have it mounted with them"
+        ) from error
     return True

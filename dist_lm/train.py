@@ -46,7 +46,7 @@ def main() -> None:
         run_rank(run, stop, own_heartbeat(os.environ))
     except BaseException as error:
         try:
-            log.error("%s", error if is_for_the_user(error) else traceback.format_exc())
+            log.error("%s", error if is_for_the_user(error, run) else traceback.format_exc())
             os.write(terminal, f"rank {rank}: {type(error).__name__}: {error} (log: {run.rank_log(rank)})\n".encode())
             record_failure(run, rank, error)
         except OSError as unrecorded:  # a full disk, most likely the failure itself
@@ -70,10 +70,15 @@ def stop_on_signals() -> StopRequest:
     return stop
 
 
-def is_for_the_user(error: BaseException) -> bool:
-    """Whether the message is all a person needs: no traceback helps against a full or read-only disk."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-    return full or isinstance(error, UserError)
+def is_for_the_user(error: BaseException, run: RunDirectory) -> bool:
+    """Whether the message is all a person needs: no traceback helps against a work directory that is full or read-only.
+
+    Another disk is the node's own, and another node may do.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        # a failed write, unlike a failed open, does not say where; what ranks write they write to the run
+        return error.filename is None or Path(str(error.filename)).is_relative_to(run.work.path)
+    return isinstance(error, UserError)
 
 
 def write_to_log(path: Path) -> int:
@@ -101,7 +106,7 @@ def record_failure(run: RunDirectory, rank: int, error: BaseException) -> None:
             "type": type(error).__name__,
             "message": str(error),
             "traceback": traceback.format_exc(),
-            "user_error": is_for_the_user(error),
+            "user_error": is_for_the_user(error, run),
         },
     )
 

@@ -1,5 +1,6 @@
 """One writer a run, by the operating system's own lock."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -52,3 +53,12 @@ def test_an_earlier_start_of_the_same_job_is_waited_for(tmp_path):
         assert owner_of(path).endswith("of job 7")
     holder.wait(timeout=10)
     assert not is_locked(path)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def unsupported(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    with pytest.raises(ArtefactError, match=r"\.lock: this file system has no file locks"), locked(tmp_path / ".lock"):
+        pass

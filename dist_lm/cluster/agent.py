@@ -88,9 +88,9 @@ class NodeAgent:
     def ready(self) -> None:
         """Answers as soon as the agent is there."""
 
-    def examine(self, directory: Path) -> NodeFacts:
-        """What this node is like; `directory` is that of the run."""
-        return examine(directory)
+    def examine(self, directory: Path, mark: str) -> NodeFacts:
+        """What this node is like; see `node_facts.examine`."""
+        return examine(directory, mark)
 
     def listen(self, address: str) -> tuple[int, bytes]:
         """(port, secret) at which other nodes can try their link to this one, until `launch` or `stop`."""
@@ -116,6 +116,7 @@ class NodeAgent:
         environment = rank_environment(
             os.environ,
             mark=assignment.mark,
+            logs=assignment.run.logs,
             device=assignment.device,
             cores_per_rank=process.cores() // assignment.ranks_per_node,
             interface=interface_of(assignment.address),

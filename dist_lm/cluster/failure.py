@@ -19,13 +19,14 @@ _ECHO = re.compile(
 )
 
 NODE_LOST = "node lost"
+SILENT = "it does not answer"  # why a node counts as lost, where nothing better is known
 
 
 @dataclass(eq=False)
 class GangFailure(RuntimeError):  # noqa: N818 - the noun of the architecture
     """A gang ended without success; `str` of it is one line."""
 
-    node: int
+    node: int | None  # None: it cannot be told which
     rank: int | None  # None: the node itself
     type: str  # of the exception, or `killed`, `exit`, `hung`, `node lost`
     message: str
@@ -36,7 +37,8 @@ class GangFailure(RuntimeError):  # noqa: N818 - the noun of the architecture
     gpu: int | None = None  # of the rank, on its node
 
     def __str__(self) -> str:
-        node = f"node {self.node}" + (f" ({self.host})" if self.host else "")
+        node = f"node {self.node}" if self.node is not None else "all nodes"
+        node += f" ({self.host})" if self.host else ""
         gpu = f" (GPU {self.gpu})" if self.gpu is not None else ""
         who = f"rank {self.rank}{gpu} on {node}" if self.rank is not None else node
         return f"{who}: {self.type}: {' '.join(self.message.split())} (log: {self.log})"
@@ -113,6 +115,11 @@ def root_cause(failures: Iterable[RankFailure], exits: Sequence[RankExit]) -> Ra
     return candidates[0] if candidates else None
 
 
+def may_be_echo(cause: RankFailure | RankExit) -> bool:
+    """Whether it is what a rank does that has lost another one; NCCL's watchdog aborts it without a word."""
+    return cause.is_echo if isinstance(cause, RankFailure) else cause.exit_code == -signal.SIGABRT
+
+
 def describe_exit(exit_code: int) -> tuple[str, str]:
     """(type, message) of a process that left nothing but an exit code."""
     if exit_code >= 0:
@@ -137,9 +144,10 @@ def explain(
         exit_codes: of torchrun, by node; None while it runs.
     """
     cause = root_cause(read_failures(run, crowd.size), exits)
-    echo = cause is None or (isinstance(cause, RankFailure) and cause.is_echo)
-    if lost and echo:
-        node, reason = next(iter(lost.items()))
+    if lost and (cause is None or may_be_echo(cause)):
+        # one that only fell silent may have died of the loss of another
+        node = min(lost, key=lambda node: (lost[node] == SILENT, node))
+        reason = lost[node]
         return GangFailure(node, None, NODE_LOST, reason, run.node_log(node), host=crowd.hosts[node])
     if isinstance(cause, RankFailure):
         log = run.rank_log(cause.rank)

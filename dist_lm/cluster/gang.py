@@ -6,13 +6,13 @@ Every node must see the run directory. Ranks are numbered by node: rank r runs o
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from dist_lm.cluster.agent import Assignment, NodeReport, RankExit
-from dist_lm.cluster.failure import Crowd, GangFailure, clear_failures, explain
+from dist_lm.cluster.failure import SILENT, Crowd, GangFailure, clear_failures, explain
 from dist_lm.cluster.hang import Hang, Patience, find_hang
 from dist_lm.cluster.heartbeat import Pulse
 from dist_lm.cluster.recruit import Crew
@@ -64,7 +64,7 @@ class _Member:
         import ray
         from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
-        reason = "it does not answer"
+        reason = SILENT
         if answered:
             question, self._question = self._question, None
             try:
@@ -98,6 +98,7 @@ class Gang:
         self._patience = patience
         self._status = GangStatus("running")
         self._stopped = False
+        self._seemed_hung = False
 
     @classmethod
     def start(
@@ -150,13 +151,13 @@ class Gang:
                 )
                 for node, agent in enumerate(agents)
             ]
-            ray.get(launched, timeout=START_S)
         except RayError as error:
             gang.stop()
             raise GangFailure(0, None, "start", _first_line(error), run.node_log(0), host=crew.hosts[0]) from error
         except BaseException:
             gang.stop()
             raise
+        gang._await_start(launched)
         return gang
 
     def poll(self) -> GangStatus:
@@ -169,8 +170,12 @@ class Gang:
             self._status = GangStatus("failed", self._end(self._explain()))
         elif all(member.report.exit_code == 0 for member in self._members):
             self._status = GangStatus("finished")
-        elif hang := find_hang(self.pulses(), self._patience):
-            self._status = GangStatus("failed", self._end_hang(hang))
+        else:
+            # seen twice, with an answer of the agents between: this process itself may have stood still
+            hang = find_hang(self.pulses(), self._patience)
+            if hang and self._seemed_hung:
+                self._status = GangStatus("failed", self._end_hang(hang))
+            self._seemed_hung = hang is not None
         return self._status
 
     def pulses(self) -> tuple[Pulse, ...]:
@@ -216,7 +221,38 @@ class Gang:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.stop()
+        try:
+            self.stop()
+        except RuntimeError as stuck:  # what came of the run is on disk, whatever the kernel still holds
+            log.warning("%s", stuck)
+
+    def _await_start(self, launched: Sequence[Any]) -> None:
+        """Wait until every agent has started torchrun.
+
+        Raises:
+            GangFailure: one did not; the gang is stopped.
+        """
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            answered, _ = ray.wait(list(launched), num_returns=len(launched), timeout=START_S)
+        except BaseException:
+            self.stop()
+            raise
+        failures = []
+        for node, reference in enumerate(launched):
+            if reference not in answered:
+                failures.append((node, f"torchrun not started within {START_S:.0f} s"))
+                continue
+            try:
+                ray.get(reference)
+            except RayError as error:
+                failures.append((node, _first_line(error)))
+        if failures:
+            node, reason = failures[0]
+            host, log_path = self._members[node].host, self._run.node_log(node)
+            raise self._end(GangFailure(node, None, "start", reason, log_path, host=host))
 
     def _running(self) -> list[_Member]:
         return [member for member in self._members if member.lost is None and member.report.exit_code is None]
@@ -262,14 +298,14 @@ class Gang:
         message = f"{hang.message}; the logs of all ranks hold their stacks"
         rank = hang.rank
         if rank is None:
-            return self._end(GangFailure(0, None, "hung", message, self._run.rank_log(0)))
+            return self._end(GangFailure(None, None, "hung", message, self._run.logs))
         return self._end(self._crowd.failure_of(rank, "hung", message, self._run.rank_log(rank)))
 
     def _explain(self) -> GangFailure:
         exits: list[RankExit] = [rank for member in self._members for rank in member.report.exits]
         for member in self._members:
             if member.lost is None and member.silent_since is not None:
-                member.lost = "it does not answer"
+                member.lost = SILENT
         lost = {node: member.lost for node, member in enumerate(self._members) if member.lost}
         codes = [member.report.exit_code for member in self._members]
         return explain(self._run, self._crowd, exits, lost, codes)

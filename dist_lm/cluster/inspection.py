@@ -1,12 +1,13 @@
 """Nodes looked at before ranks are started: what each says about itself, and whether they reach each other."""
 
+import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_lm.cluster.node_checks import Demands, Trip, complaints, rounds, slow, unreachable
+from dist_lm.cluster.node_checks import Demands, Trip, complaints, is_hopeless, rounds, slow, unreachable
 from dist_lm.cluster.node_facts import NodeFacts, examine
 from dist_lm.cluster.placement import Placement
 
@@ -24,16 +25,24 @@ class Inspection:
     rates: Sequence[float]  # of all links, bytes per second
 
 
-def inspect(placement: Placement, directory: Path, demands: Demands, link_bytes: int) -> Inspection:
+def inspect(
+    placement: Placement, directory: Path, demands: Demands, link_bytes: int, wanted: Callable[[], bool]
+) -> Inspection | None:
     """Look at the nodes of a placement.
 
     Args:
         directory: of the run; every node must see it.
         link_bytes: sent over every link; 0: links are not tried.
+        wanted: asked between links; None is returned once it says no.
     """
-    driver = examine(directory)
-    sent = time.time()
-    answers = _ask([agent.examine.remote(directory) for agent in placement.agents], ANSWER_S)
+    mark = directory / f".seen-{secrets.token_hex(8)}"
+    mark.touch()
+    try:
+        driver = examine(directory, mark.name)
+        sent = time.time()
+        answers = _ask([agent.examine.remote(directory, mark.name) for agent in placement.agents], ANSWER_S)
+    finally:
+        mark.unlink(missing_ok=True)
     unfit, hosts = {}, []
     for node, (answer, at) in enumerate(answers):
         if isinstance(answer, NodeFacts):
@@ -44,22 +53,32 @@ def inspect(placement: Placement, directory: Path, demands: Demands, link_bytes:
         else:
             hosts.append(placement.nodes[node].address)
             unfit[node] = str(answer)
-    links = _try_links(placement, [n for n in range(len(hosts)) if n not in unfit], link_bytes) if link_bytes else {}
+    fit = [node for node in range(len(hosts)) if node not in unfit]
+    links = _try_links(placement, fit, link_bytes, wanted) if link_bytes else {}
+    if not wanted():
+        return None
     unfit |= unreachable(links)
     rates = [rate for rate in links.values() if not isinstance(rate, str)]
     return Inspection(hosts, unfit, slow(links, demands.link_ratio), rates)
 
 
-def _try_links(placement: Placement, nodes: Sequence[int], n_bytes: int) -> dict[tuple[int, int], float | str]:
+def _try_links(
+    placement: Placement, nodes: Sequence[int], n_bytes: int, wanted: Callable[[], bool]
+) -> dict[tuple[int, int], float | str]:
     if len(nodes) < 2:
         return {}
     agents, addresses = placement.agents, [node.address for node in placement.nodes]
     servers = _ask([agents[node].listen.remote(addresses[node]) for node in nodes], ROUND_S)
     links: dict[tuple[int, int], float | str] = {}
     for pairs in rounds(len(nodes)):
+        if not wanted():
+            break
         questions, asked = [], []
+        hopeless = {node for node in nodes if is_hopeless(node, links)}
         for source, target in pairs:
             here, there = nodes[source], nodes[target]
+            if here in hopeless or there in hopeless:
+                continue
             server, _ = servers[target]
             if isinstance(server, str):
                 links[here, there] = f"{addresses[there]} cannot be listened at: {server}"

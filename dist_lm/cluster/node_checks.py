@@ -35,9 +35,14 @@ def complaints(facts: NodeFacts, driver: NodeFacts, demands: Demands, trip: Trip
     """
     found = []
     if not facts.sees_directory:
-        found.append(f"work_dir: does not see {directory}, which must lie on a file system that all nodes share")
+        found.append(
+            f"work_dir: does not see {directory} as the launcher does: it must lie on a file system that all share"
+        )
     if facts.code != driver.code:
-        found.append(f"its dist_lm has other sources ({facts.code}, here {driver.code})")
+        found.append(
+            f"its dist_lm has other sources ({facts.code}, those of this launch {driver.code}; a file edited since "
+            "it began needs a new launch)"
+        )
     for name, version in driver.packages.items():
         if facts.packages.get(name) != version:
             found.append(f"{name} {facts.packages.get(name, 'is missing')} instead of {version}")
@@ -71,6 +76,22 @@ def unreachable(links: Mapping[tuple[int, int], float | str]) -> dict[int, str]:
         found[worst] = f"no connection with {len(peers)} other nodes ({reason})"
         broken = {pair: reason for pair, reason in broken.items() if worst not in pair}
     return found
+
+
+FAILURES_ENOUGH = 2
+
+
+def is_hopeless(node: int, links: Mapping[tuple[int, int], float | str]) -> bool:
+    """Whether nothing has come through to or from a node, with several others that do reach somebody.
+
+    Such a node need not be tried with all the rest, which takes a timeout each.
+
+    Args:
+        links: that have been tried; see `unreachable`.
+    """
+    reached = {end for pair, result in links.items() if not isinstance(result, str) for end in pair}
+    peers = {other for pair in links if node in pair for other in pair} - {node}
+    return node not in reached and len(peers & reached) >= FAILURES_ENOUGH
 
 
 def slow(links: Mapping[tuple[int, int], float | str], ratio: float) -> dict[int, str]:

@@ -24,20 +24,31 @@ class NodeFacts:
 
     host: str  # its name, in Slurm's words where there is Slurm
     time: float  # seconds since 1970, by its own clock
-    sees_directory: bool  # the run directory is there
+    sees_directory: bool  # the run directory is there, and it is the one the driver means
     free_bytes: Mapping[str, int]  # by directory: of the run, and of temporary files
     gpus: int
     code: str  # hash of the sources of dist_lm
     packages: Mapping[str, str]  # version of Python and of the packages dist_lm needs
 
 
-def examine(directory: Path) -> NodeFacts:
-    """The facts of this node; `directory` is that of the run."""
+SEEN_S = 5.0  # a network file system may take a moment to show a new file
+
+
+def examine(directory: Path, mark: str) -> NodeFacts:
+    """The facts of this node.
+
+    Args:
+        directory: of the run.
+        mark: name of a file that the driver has put there; another disk may have a directory of the same name.
+    """
+    deadline = time.monotonic() + SEEN_S
+    while not (sees := (directory / mark).exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
     here = [path for path in (directory, Path(tempfile.gettempdir())) if path.is_dir()]
     return NodeFacts(
         host=host_name(),
         time=time.time(),
-        sees_directory=directory.is_dir(),
+        sees_directory=sees,
         free_bytes={str(path): shutil.disk_usage(path).free for path in here},
         gpus=local_gpus(),
         code=code_hash(),

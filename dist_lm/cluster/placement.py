@@ -1,5 +1,6 @@
 """One agent on each of N different nodes of a Ray cluster."""
 
+import logging
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from typing import Any
 from dist_lm.cluster.agent import NodeAgent
 from dist_lm.cluster.ray_cluster import Node, RayCluster
 from dist_lm.cluster.ray_environment import ClusterError
+
+log = logging.getLogger(__name__)
 
 _SLICE_S = 0.5  # between looks at whether the caller still wants to wait
 
@@ -31,10 +34,14 @@ class Placement:
     def release(self) -> None:
         """End the agents and give the nodes back."""
         import ray
+        from ray.exceptions import RayError
         from ray.util import remove_placement_group
 
         for agent in self.agents:
-            ray.kill(agent)
+            try:
+                ray.kill(agent)
+            except RayError as error:  # the group's end ends it too
+                log.warning("an agent could not be ended: %s", error)
         remove_placement_group(self.group)
 
 

@@ -3,6 +3,7 @@
 import ipaddress
 import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import psutil
 
@@ -29,6 +30,7 @@ def rank_environment(
     environ: Mapping[str, str],
     *,
     mark: str,
+    logs: Path,
     device: str,
     cores_per_rank: int,
     interface: str | None,
@@ -40,15 +42,18 @@ def rank_environment(
 
     Args:
         mark: of the gang, by which its processes are found.
+        logs: folder of the run's logs.
         interface: network interface for messages between ranks; None: their own choice.
         given: over everything else.
     """
     ours = {
         process.MARK: mark,
-        "OMP_NUM_THREADS": str(max(1, cores_per_rank)),
+        "OMP_NUM_THREADS": str(max(1, cores_per_rank)),  # what is there is Ray's, for the agent
         "PYTHONUNBUFFERED": "1",
     }
-    defaults = dict(CUDA) if device == "cuda" else {}
+    defaults: dict[str, str] = {}
+    if device == "cuda":
+        defaults |= CUDA | {"TORCH_FR_DUMP_TEMP_FILE": str(logs / "nccl_trace_rank_")}
     if device == "cpu":
         ours |= CPU_ALLOCATOR
     if interface:

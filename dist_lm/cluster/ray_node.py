@@ -142,9 +142,15 @@ def head_arguments(host: str, port: int, resources: Sequence[str]) -> list[str]:
 
 def run_worker(head: HeadAddress, ip: str, wait_s: float, resources: Sequence[str], stop: Stop) -> int:
     """Be a worker until it is stopped or the head is gone; join again when Ray dies. Returns the exit code."""
-    failures = 0
+    failures, joined = 0, False
     while True:
-        wait_for_head(head, wait_s, stop)
+        try:
+            wait_for_head(head, wait_s, stop)
+        except ClusterError as error:
+            if not joined:
+                raise
+            raise SystemExit(f"error: {error}") from error  # it was right once: nothing to mend here
+        joined = True
         if stop.requested:
             return 0
         started = time.monotonic()

@@ -54,6 +54,8 @@ def _print_run(run: RunStatus, console: Console, now: float) -> None:
     if run.attempt:
         nodes, per_node = len(run.attempt["nodes"]), run.attempt["ranks_per_node"]
         speed = f", first all-reduce {run.links['bus_gb_per_s']:.2f} GB/s" if run.links.get("bus_gb_per_s") else ""
+        slowest = run.attempt.get("slowest_link_mb_per_s")
+        speed += f", slowest link {slowest:,} MB/s" if slowest else ""
         console.print(
             Text(
                 f"{nodes} nodes x {per_node} ranks on {run.attempt['device']}, {run.attempt['layout']}, "

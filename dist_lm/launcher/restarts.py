@@ -20,16 +20,17 @@ class Restarts:
     failures: int = 0
     blamed: Counter[str] = field(default_factory=Counter)  # failures by the address of a node
 
-    def after_failure(self, step: int, address: str) -> "Restarts":
+    def after_failure(self, step: int, address: str | None) -> "Restarts":
         """One more failure.
 
         Args:
             step: of the newest checkpoint now.
-            address: of the node at which it began.
+            address: of the node at which it began; None: it cannot be told.
         """
+        blamed = Counter([address] if address else [])
         if step != self.step:  # lower after a damaged one was passed over
-            return replace(self, step=step, failures=1, blamed=Counter([address]))
-        return replace(self, failures=self.failures + 1, blamed=self.blamed + Counter([address]))
+            return replace(self, step=step, failures=1, blamed=blamed)
+        return replace(self, failures=self.failures + 1, blamed=self.blamed + blamed)
 
     @property
     def left(self) -> int:

@@ -95,9 +95,9 @@ def run_attempts(
             journal.write("finished", steps=config.stage.steps)
             return True
         if failure:
-            place = crew.placement.nodes[failure.node]
-            restarts = restarts.after_failure(newest_step(run), place.address)
-            if failure.type == NODE_LOST:
+            place = crew.placement.nodes[failure.node] if failure.node is not None else None
+            restarts = restarts.after_failure(newest_step(run), place.address if place else None)
+            if place and failure.type == NODE_LOST:
                 muster.lose(place.id)
             journal.write("failed", **record_of(failure, restarts))
             if failure.user_error or (restarts.left < 0 and not interrupt.requested):

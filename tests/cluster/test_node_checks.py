@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_lm.cluster.node_checks import Demands, Trip, complaints, rounds, slow, unreachable
+from dist_lm.cluster.node_checks import Demands, Trip, complaints, is_hopeless, rounds, slow, unreachable
 from dist_lm.cluster.node_facts import NodeFacts, examine
 
 GIB = 1 << 30
@@ -36,7 +36,7 @@ def test_a_good_node_passes():
     ("changes", "words"),
     [
         ({"sees_directory": False}, "does not see /run"),
-        ({"code": "abd"}, "other sources (abd, here abc)"),
+        ({"code": "abd"}, "other sources (abd, those of this launch abc;"),
         ({"packages": {"python": "3.11.2", "torch": "2.12.0"}}, "torch 2.12.0 instead of 2.13.0"),
         ({"packages": {"python": "3.11.2"}}, "torch is missing instead of 2.13.0"),
         ({"gpus": 7}, "7 GPUs, 8 are needed"),
@@ -51,7 +51,8 @@ def test_what_is_wrong_is_named(changes, words):
 
 
 def test_this_machine_is_like_itself(tmp_path):
-    here = examine(tmp_path)
+    (tmp_path / ".seen").touch()
+    here = examine(tmp_path, ".seen")
     trip = Trip(here.time, here.time)
     demands = replace(DEMANDS, gpus=here.gpus, free_bytes=1, temporary_bytes=1)
     assert complaints(here, here, demands, trip, str(tmp_path)) == []
@@ -72,6 +73,21 @@ def test_nodes_that_nobody_reaches_are_found_and_no_others(nodes, bad):
     if len(good) > 1:
         assert named.keys() == bad
     assert all("refused" in reason for reason in named.values())
+
+
+@given(st.integers(5, 12), st.sets(st.integers(0, 11), max_size=2))
+def test_a_node_that_never_answers_is_tried_with_a_few_others_only(nodes, black_holes):
+    black_holes = {node for node in black_holes if node < nodes}
+    links: dict = {}
+    tried = 0
+    for turn in rounds(nodes):
+        hopeless = {node for node in range(nodes) if is_hopeless(node, links)}
+        assert hopeless <= black_holes
+        pairs = [pair for pair in turn if not hopeless & set(pair)]
+        links |= {pair: "timed out" if black_holes & set(pair) else 1e9 for pair in pairs}
+        tried += any(black_holes & set(pair) for pair in pairs)
+    assert tried <= 1 + len(black_holes)
+    assert unreachable(links).keys() == black_holes
 
 
 def test_one_broken_direction_is_enough_to_leave_one_node_out():

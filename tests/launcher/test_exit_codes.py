@@ -1,0 +1,47 @@
+"""The exit code says what to do next: batch scripts go by it."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_lm import launch
+from dist_lm.cluster.failure import GangFailure
+from dist_lm.cluster.placement import NoNodesError
+from dist_lm.launcher.compose import compose_config
+from dist_lm.launcher.muster import NodesLostError
+from dist_lm.launcher.plan import Plan, make_plan
+from dist_lm.tracking.console import Console
+from tests.conftest import TINY
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return make_plan("tokenizer", lambda stage: compose_config([f"stage={stage}", *TINY, f"work_dir={tmp_path}"]))
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "state"),
+    [
+        (0, 0, "done"),
+        (10, 138, "stopped"),
+        (NodesLostError("two nodes are left"), 75, "stopped"),
+        (NoNodesError("no nodes are free"), 75, "stopped"),
+        (GangFailure(0, 0, "ValueError", "nan", Path("log")), 1, "failed"),
+        (GangFailure(0, 0, "ConfigError", "seq_len", Path("log"), user_error=True), 2, "failed"),
+    ],
+)
+def test_the_exit_code_and_the_pipeline_say_how_it_ended(plan, monkeypatch, tmp_path, ending, code, state):
+    def run_missing(*arguments: Any) -> int:
+        if isinstance(ending, Exception):
+            raise ending
+        return ending
+
+    monkeypatch.setattr(launch, "run_missing", run_missing)
+    monkeypatch.setattr("dist_lm.launcher.summary.print_summary", lambda *arguments: None)
+    monkeypatch.setattr("sys.argv", ["launch"])
+    assert launch.carry_out(plan, Console(errors=io.StringIO())) == code
+    (pipeline,) = (tmp_path / "pipelines").glob("*.json")
+    assert json.loads(pipeline.read_text())["state"] == state
