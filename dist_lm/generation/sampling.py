@@ -1,93 +1,270 @@
-"""From logits to a token: pure functions, and randomness keyed by row.
+"""From logits to tokens: pure functions. What a row gets depends on the row alone, to the last bit.
 
-Dimensions: B rows, V vocabulary.
+A token is drawn by one number u in (0, 1), a function of the request's seed and the token's position: it is the first
+one, in the order of the vocabulary, at which the cumulative probability exceeds u.
+
+Filters do not sort the vocabulary: the few likeliest tokens are taken out first, and only where they do not show what
+the filters keep is the whole row looked at.
+
+Dimensions: B rows, V vocabulary, M candidates, C chunks of W tokens.
 """
 
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F  # noqa: N812  the name the field uses
 
-from dist_lm.errors import ConfigError
-from dist_lm.model.counter_hash import hash_grid, hash_words
+from dist_lm.generation.params import SamplingParams
+from dist_lm.model.counter_hash import hash_words
+
+CHUNK = 128  # tokens
+FEW = 1024  # numbers of which the largest are found fast
+UNIFORM_BITS = 48
+# candidates taken from a row: one of these, by the row's own parameters
+CANDIDATES = (64, 256, 1024, 4096)
+NUCLEUS_CANDIDATES = 256  # where no top-k says how many there can be
 
 
 @dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are chosen, and how many. Filters apply in the order temperature, top-k, top-p."""
+class Choice:
+    """One token a row."""
 
-    max_new_tokens: int = 128
-    temperature: float = 1.0  # 0: greedy, whatever the filters
-    top_k: int = 0  # only the k most likely tokens; 0: off
-    top_p: float = 1.0  # only the fewest tokens that hold this much probability; 1: off
-
-    def __post_init__(self) -> None:
-        for key, holds, accepted in (
-            ("max_new_tokens", self.max_new_tokens > 0, "a positive integer"),
-            ("temperature", self.temperature >= 0, ">= 0 (0 is greedy)"),
-            ("top_k", self.top_k >= 0, ">= 0 (0 is off)"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-        ):
-            if not holds:
-                raise ConfigError(f"{key}={getattr(self, key)}: expected {accepted}")
+    token_B: torch.Tensor  # int64
+    logprob_B: torch.Tensor  # fp32, nats: under the distribution it was drawn from (greedy: 0)
+    raw_logprob_B: torch.Tensor  # fp32, nats: under the model's own, softmax(logits); nan where that is no distribution
 
 
-def keep_top_k(logits_BV: torch.Tensor, k: int) -> torch.Tensor:
-    """Logits with all but the k largest of each row at -inf; ties with the k-th stay. k = 0 keeps all."""
-    if k == 0 or k >= logits_BV.shape[-1]:
-        return logits_BV
-    smallest_B1 = logits_BV.topk(k, dim=-1).values[:, -1:]
-    return logits_BV.masked_fill(logits_BV < smallest_B1, float("-inf"))
+@dataclass(frozen=True)
+class Group:
+    """Rows that are drawn in the same way."""
+
+    rows: torch.Tensor | None  # int64 indices; None: all rows
+    candidates: int  # 0: greedy, -1: no filter, otherwise how many are taken out first (more than V: all)
+    temperature_B1: torch.Tensor
+    top_k_B1: torch.Tensor  # int64; the largest number where it is off
+    top_p_B1: torch.Tensor
+    log_min_p_B1: torch.Tensor
 
 
-def keep_top_p(logits_BV: torch.Tensor, p: float) -> torch.Tensor:
-    """Nucleus filter (Holtzman et al. 2020): the likeliest tokens up to the one at which their sum reaches p.
-
-    The rest is at -inf; the most likely token always stays. p = 1 keeps all.
-    """
-    if p >= 1:
-        return logits_BV
-    descending_BV, order_BV = logits_BV.sort(dim=-1, descending=True, stable=True)
-    probability_BV = descending_BV.softmax(dim=-1)
-    before_BV = probability_BV.cumsum(dim=-1) - probability_BV
-    before_BV[:, 0] = 0  # rounding must not drop the first
-    return logits_BV.masked_fill((before_BV >= p).gather(1, order_BV.argsort(dim=-1)), float("-inf"))
+GREEDY, UNFILTERED, ALL = 0, -1, 1 << 31
 
 
-def gumbel_noise(seed_B: torch.Tensor, position_B: torch.Tensor, n_columns: int) -> torch.Tensor:
-    """Standard Gumbel noise (B, n_columns) fp32: a function of (seed, position, column) alone.
+def group_rows(params: Sequence[SamplingParams], device: torch.device) -> list[Group]:
+    """The rows of a batch, by how they are drawn."""
+    members: dict[int, list[int]] = {}
+    for row, one in enumerate(params):
+        members.setdefault(_candidates(one), []).append(row)
 
-    Args:
-        seed_B, position_B: int64.
-    """
-    column_V = torch.arange(n_columns, device=seed_B.device)
-    bits_BV = hash_grid(hash_words(seed_B, position_B), hash_words(0, column_V))
-    uniform_BV = (bits_BV.double() + 2.0**31 + 0.5) / 2.0**32  # in (0, 1)
-    return -(-uniform_BV.log()).log().float()
+    def column(values: list, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)[:, None]
+
+    groups = []
+    for candidates, rows in members.items():
+        own = [params[row] for row in rows]
+        groups.append(
+            Group(
+                rows=None if len(rows) == len(params) else torch.tensor(rows, device=device),
+                candidates=candidates,
+                temperature_B1=column([one.temperature for one in own], torch.float32),
+                top_k_B1=column([one.top_k or ALL for one in own], torch.int64),
+                top_p_B1=column([one.top_p for one in own], torch.float32),
+                log_min_p_B1=column([math.log(one.min_p) if one.min_p else -math.inf for one in own], torch.float32),
+            )
+        )
+    return groups
 
 
-def choose(
-    logits_BV: torch.Tensor, params: SamplingParams, seed_B: torch.Tensor, position_B: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token a row, and its log-probability.
-
-    A row's token depends on its own logits, seed and position, not on the other rows: the largest of logit
-    + Gumbel noise is a sample of the softmax (Maddison et al. 2014), and small rounding of the logits
-    rarely changes it.
-
-    Args:
-        logits_BV: any float dtype.
-        seed_B: int64; one a request.
-        position_B: int64; place of the new token in its sequence.
-
-    Returns:
-        token_B int64, and its log-probability fp32 in nats under the tempered logits before the filters
-        (greedy: under the logits themselves). With no filter this is the probability it was drawn with.
-    """
-    logits_BV = logits_BV.float()
+def _candidates(params: SamplingParams) -> int:
     if params.temperature == 0:
+        return GREEDY
+    if params.top_k == 0 and params.top_p == 1 and params.min_p == 0:
+        return UNFILTERED
+    needed = params.top_k + 1 if params.top_k else NUCLEUS_CANDIDATES
+    return next((most for most in CANDIDATES if needed <= most), ALL)
+
+
+def uniform(seed_B: torch.Tensor, position_B: torch.Tensor) -> torch.Tensor:
+    """Numbers in (0, 1), fp64: a function of (seed, position) alone; both int64."""
+    bits_B = hash_words(seed_B, position_B) & ((1 << UNIFORM_BITS) - 1)
+    return (bits_B.double() + 0.5) / (1 << UNIFORM_BITS)
+
+
+def sample(
+    logits_BV: torch.Tensor, groups: Sequence[Group], uniform_B: torch.Tensor, adjusted_BV: torch.Tensor | None = None
+) -> Choice:
+    """One token a row.
+
+    Args:
+        logits_BV: fp32; the model's.
+        groups: of these rows.
+        uniform_B: of each row.
+        adjusted_BV: what is drawn from, where that is something else: see `adjust`.
+    """
+    drawn_BV = logits_BV if adjusted_BV is None else adjusted_BV
+    token_B = torch.empty(len(logits_BV), dtype=torch.int64, device=logits_BV.device)
+    logprob_B = torch.empty(len(logits_BV), device=logits_BV.device)
+    for group in groups:
+        if group.rows is None:
+            token_B, logprob_B = _draw(drawn_BV, group, uniform_B)
+        else:
+            token_B[group.rows], logprob_B[group.rows] = _draw(drawn_BV[group.rows], group, uniform_B[group.rows])
+    return Choice(token_B, logprob_B, token_logprobs(logits_BV, token_B))
+
+
+def adjust(logits_V: torch.Tensor, params: SamplingParams, seen: Collection[int]) -> None:
+    """Apply repetition penalty and logit bias to one row, in place.
+
+    Args:
+        seen: tokens of prompt and answer so far.
+    """
+    if params.repetition_penalty != 1 and seen:
+        id_S = torch.tensor(sorted(seen), device=logits_V.device)
+        own_S = logits_V[id_S]
+        penalty = params.repetition_penalty
+        logits_V[id_S] = torch.where(own_S > 0, own_S / penalty, own_S * penalty)
+    if params.logit_bias:
+        id_S = torch.tensor(list(params.logit_bias), device=logits_V.device)
+        logits_V[id_S] += torch.tensor(list(params.logit_bias.values()), device=logits_V.device)
+
+
+def token_logprobs(logits_BV: torch.Tensor, token_B: torch.Tensor) -> torch.Tensor:
+    """log softmax(logits) at one token a row, fp32."""
+    return logits_BV.gather(1, token_B[:, None])[:, 0] - log_normaliser(logits_BV)[:, 0]
+
+
+def log_normaliser(x_BV: torch.Tensor) -> torch.Tensor:
+    """logsumexp (B, 1) of each row, by way of the softmax, whose kernel is twice as fast and whose largest is no 0."""
+    return x_BV.amax(dim=-1, keepdim=True) - x_BV.softmax(dim=-1).amax(dim=-1, keepdim=True).log()
+
+
+def _draw(logits_BV: torch.Tensor, group: Group, uniform_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if group.candidates == GREEDY:
         token_B = logits_BV.argmax(dim=-1)
+        return token_B, torch.zeros(len(token_B), device=token_B.device)
+    if group.candidates == UNFILTERED:
+        return _draw_unfiltered(logits_BV / group.temperature_B1, uniform_B)
+    if group.candidates >= logits_BV.shape[-1]:
+        return _draw_unfiltered(filtered(logits_BV / group.temperature_B1, group), uniform_B)
+    return _draw_candidates(logits_BV, group, uniform_B)
+
+
+def _draw_unfiltered(x_BV: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """By the cumulative sums of chunks first, then of the tokens of one chunk."""
+    n_tokens = x_BV.shape[-1]
+    p_BV = x_BV.softmax(dim=-1)
+    if n_tokens % CHUNK:
+        p_BV = F.pad(p_BV, (0, -n_tokens % CHUNK))
+    p_BCW = p_BV.unflatten(-1, (-1, CHUNK))
+    chunk_BC = p_BCW.sum(dim=-1).double()
+    upto_BC = chunk_BC.cumsum(dim=-1)
+    target_B1 = uniform_B[:, None] * upto_BC[:, -1:]
+    chunk_B1 = _first_above(upto_BC, target_B1)
+    inside_BW = _chunks(p_BCW, chunk_B1)[:, 0].double()
+    upto_BW = inside_BW.cumsum(dim=-1)
+    share_B1 = 1 - (upto_BC.gather(1, chunk_B1) - target_B1) / chunk_BC.gather(1, chunk_B1)
+    place_B1 = _first_above(upto_BW, share_B1 * upto_BW[:, -1:])
+    token_B = (chunk_B1 * CHUNK + place_B1)[:, 0].clamp_(max=n_tokens - 1)  # beyond only where logits are nan
+    return token_B, inside_BW.gather(1, place_B1)[:, 0].log().float()
+
+
+def _chunks(x_BCW: torch.Tensor, chunk_Bk: torch.Tensor) -> torch.Tensor:
+    """Chosen chunks of each row, (B, k, W)."""
+    n_rows, n_chunks, width = x_BCW.shape
+    first_B1 = torch.arange(0, n_rows * n_chunks, n_chunks, device=x_BCW.device)[:, None]
+    return x_BCW.reshape(-1, width).index_select(0, (chunk_Bk + first_B1).flatten()).view(n_rows, -1, width)
+
+
+def _first_above(upto: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Index (B, 1) of the first cumulative sum above the target; rounding never leads past the last one that grew."""
+    last = (upto < upto[:, -1:]).sum(dim=-1, keepdim=True)
+    return torch.minimum(torch.searchsorted(upto, target, right=True), last)
+
+
+def _draw_candidates(
+    logits_BV: torch.Tensor, group: Group, uniform_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    logit_BM, id_BM = largest(logits_BV, group.candidates)
+    x_BM = logit_BM / group.temperature_B1
+    place_M = torch.arange(group.candidates, device=x_BM.device)
+    in_top_k_BM = place_M < group.top_k_B1
+    bounded_B1 = group.top_k_B1 < group.candidates  # the candidates hold all that top-k keeps, and one more
+    if bool(bounded_B1.all()):
+        norm_B1 = x_BM.masked_fill(~in_top_k_BM, -math.inf).logsumexp(-1, keepdim=True)
     else:
-        logits_BV = logits_BV / params.temperature
-        allowed_BV = keep_top_p(keep_top_k(logits_BV, params.top_k), params.top_p)
-        token_B = (allowed_BV + gumbel_noise(seed_B, position_B, logits_BV.shape[-1])).argmax(dim=-1)
-    return token_B, logits_BV.log_softmax(dim=-1).gather(1, token_B[:, None])[:, 0]
+        of_all_B1 = log_normaliser(logits_BV / group.temperature_B1)
+        norm_B1 = torch.where(
+            bounded_B1, x_BM.masked_fill(~in_top_k_BM, -math.inf).logsumexp(-1, keepdim=True), of_all_B1
+        )
+    p_BM = (x_BM - norm_B1).exp()
+    keep_BM = _kept(x_BM, p_BM, in_top_k_BM, group)
+    # a candidate that ties with one that is kept, or the last one, may stand for tokens that were not looked at
+    n_kept_B1 = keep_BM.sum(dim=-1, keepdim=True)
+    next_B1 = n_kept_B1.clamp(max=group.candidates - 1)
+    ties_B1 = x_BM.gather(1, next_B1) == x_BM.gather(1, next_B1 - 1)
+    unclear_B = ((n_kept_B1 == group.candidates) | (ties_B1 & (n_kept_B1 > 0)))[:, 0]
+
+    # in the order of the vocabulary: two tokens that change places by rounding do not change the draw
+    id_BM, order_BM = id_BM.sort(dim=-1)
+    weight_BM = (p_BM * keep_BM).gather(1, order_BM).double()
+    upto_BM = weight_BM.cumsum(dim=-1)
+    chosen_B1 = _first_above(upto_BM, uniform_B[:, None] * upto_BM[:, -1:])
+    token_B = id_BM.gather(1, chosen_B1)[:, 0]
+    logprob_B = (weight_BM.gather(1, chosen_B1) / upto_BM[:, -1:]).log()[:, 0].float()
+    if bool(unclear_B.any()):
+        rows = unclear_B.nonzero()[:, 0]
+        token_B[rows], logprob_B[rows] = _draw(logits_BV[rows], _with_more(group, rows), uniform_B[rows])
+    return token_B, logprob_B
+
+
+def _with_more(group: Group, rows: torch.Tensor) -> Group:
+    """Some rows of a group, with more candidates."""
+    columns = (group.temperature_B1, group.top_k_B1, group.top_p_B1, group.log_min_p_B1)
+    more = next((most for most in CANDIDATES if most > group.candidates), ALL)
+    return Group(None, more, *(column[rows] for column in columns))
+
+
+def _kept(x_BM: torch.Tensor, p_BM: torch.Tensor, in_top_k_BM: torch.Tensor, group: Group) -> torch.Tensor:
+    """Which of the tokens, likeliest first, pass top-k, top-p and min-p; the first always does."""
+    before_BM = p_BM.cumsum(dim=-1) - p_BM
+    in_top_p_BM = (before_BM < group.top_p_B1) | (group.top_p_B1 == 1)  # rounding must not drop the last ones
+    keep_BM = in_top_k_BM & in_top_p_BM & (x_BM >= x_BM[:, :1] + group.log_min_p_B1)
+    keep_BM[:, 0] = True
+    return keep_BM
+
+
+def filtered(x_BV: torch.Tensor, group: Group) -> torch.Tensor:
+    """Tempered logits with what the filters of each row drop at -inf: the definition, by a sort of the whole row."""
+    descending_BV, id_BV = x_BV.sort(dim=-1, descending=True, stable=True)
+    smallest_B1 = descending_BV.gather(1, group.top_k_B1.clamp(max=x_BV.shape[-1]) - 1)
+    in_top_k_BV = descending_BV >= smallest_B1  # ties stay
+    p_BV = descending_BV.masked_fill(~in_top_k_BV, -math.inf).softmax(dim=-1)
+    keep_BV = _kept(descending_BV, p_BV, in_top_k_BV, group)
+    return torch.full_like(x_BV, -math.inf).scatter(1, id_BV, descending_BV.masked_fill(~keep_BV, -math.inf))
+
+
+def largest(x_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest values of each row and where they are, both (B, k), largest first, of equal ones the first first.
+
+    The k chunks with the largest maxima hold them: most of a row is read only once. What is left is cut up again.
+    """
+    value_Bk, id_Bk = _largest(x_BV, k)
+    id_Bk, order_Bk = id_Bk.sort(dim=-1)
+    value_Bk, order_Bk = value_Bk.gather(1, order_Bk).sort(dim=-1, descending=True, stable=True)
+    return value_Bk, id_Bk.gather(1, order_Bk)
+
+
+def _largest(x_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    n_tokens = x_BV.shape[-1]
+    width = -(-n_tokens // FEW)
+    if 2 * k * width > n_tokens:
+        value_Bk, id_Bk = x_BV.topk(k, dim=-1, sorted=False)
+        return value_Bk, id_Bk
+    if n_tokens % width:
+        x_BV = F.pad(x_BV, (0, -n_tokens % width), value=-math.inf)
+    x_BCW = x_BV.unflatten(-1, (-1, width))
+    # in their order, so that of equal values the same ones are found on every level
+    chunk_Bk = x_BCW.amax(dim=-1).topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
+    value_Bk, place_Bk = _largest(_chunks(x_BCW, chunk_Bk).flatten(1), k)
+    return value_Bk, chunk_Bk.gather(1, place_Bk // width) * width + place_Bk % width

@@ -1,4 +1,4 @@
-"""Multi-head attention: training, packed documents, and decoding from a cache, in one module.
+"""Multi-head attention over whole sequences and packed documents.
 
 Dimensions: B sequences, T queries, S keys, D d_model, H query heads, G key/value heads, K d_head, N = B * T.
 """
@@ -12,7 +12,6 @@ from torch.nn.attention.varlen import varlen_attn
 
 from dist_lm.config import ModelConfig
 from dist_lm.model.kernels import packs_documents
-from dist_lm.model.kv_cache import KVCache
 from dist_lm.model.rope import RopeTables, rotate
 
 
@@ -42,12 +41,6 @@ def within_documents(document_BT: torch.Tensor, dtype: torch.dtype, d_head: int)
     n_tokens = document_BT.shape[1]
     causal_TT = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=document_BT.device).tril_()
     return _masked((document_BT[:, :, None] == document_BT[:, None, :]) & causal_TT, dtype)
-
-
-def up_to_position(position_BT: torch.Tensor, n_keys: int, dtype: torch.dtype) -> Visibility:
-    """A token sees the cached keys at positions up to its own."""
-    key_S = torch.arange(n_keys, device=position_BT.device)
-    return _masked(key_S <= position_BT[:, :, None], dtype)
 
 
 def _masked(visible_BTS: torch.Tensor, dtype: torch.dtype) -> Visibility:
@@ -120,22 +113,11 @@ class Attention(nn.Module):
         x_BTD: torch.Tensor,
         rope: RopeTables,
         visibility: Visibility,
-        cache: KVCache | None = None,
-        position_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention output (B, T, D).
-
-        With a cache, the keys and values of x are written at `position_BT`, and `visibility` covers the
-        first S positions of the cache.
-        """
+        """Attention output (B, T, D)."""
         q_BTHK = rotate(to_heads(x_BTD, self.query, self.query_bias), rope)
         k_BSGK = rotate(to_heads(x_BTD, self.key, self.key_bias), rope)
         v_BSGK = to_heads(x_BTD, self.value, self.value_bias)
-        if cache is not None:
-            assert position_BT is not None
-            assert visibility.bias_BTS is not None
-            cache.write(self.layer, position_BT, k_BSGK, v_BSGK)
-            k_BSGK, v_BSGK = cache.read(self.layer, visibility.bias_BTS.shape[-1])
         return from_heads(attend(q_BTHK, k_BSGK, v_BSGK, visibility), self.output, self.output_bias)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 from torch import nn
 
 from dist_lm.config import ModelConfig
-from dist_lm.model.attention import CAUSAL, Attention, Visibility, up_to_position, within_documents
+from dist_lm.model.attention import CAUSAL, Attention, Visibility, within_documents
 from dist_lm.model.cross_entropy import losses_in_chunks, token_losses
 from dist_lm.model.dropout import (
     EMBEDDING_SITE,
@@ -25,7 +25,6 @@ from dist_lm.model.dropout import (
     residual_site,
 )
 from dist_lm.model.feed_forward import FeedForward
-from dist_lm.model.kv_cache import KVCache
 from dist_lm.model.norm import build_norm
 from dist_lm.model.rope import RopeTables, rope_tables
 
@@ -46,10 +45,8 @@ class Block(nn.Module):
         rope: RopeTables,
         visibility: Visibility,
         dropout: tuple[SiteDropout | None, SiteDropout | None] = (None, None),
-        cache: KVCache | None = None,
-        position_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        a_BTD = self.attention(self.attention_norm(x_BTD), rope, visibility, cache, position_BT)
+        a_BTD = self.attention(self.attention_norm(x_BTD), rope, visibility)
         x_BTD = x_BTD + apply_dropout(a_BTD, dropout[0])
         f_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
         return x_BTD + apply_dropout(f_BTD, dropout[1])
@@ -74,20 +71,16 @@ class Transformer(nn.Module):
         document_BT: torch.Tensor | None = None,
         position_BT: torch.Tensor | None = None,
         dropout: DropoutKey | None = None,
-        cache: KVCache | None = None,
     ) -> torch.Tensor:
         """Logits (B, T, V) in the dtype of the parameters.
 
         Args:
             tokens_BT: int64.
             document_BT: attention stays inside one number; none: all earlier tokens are visible.
-            position_BT: int64, for RoPE and as the place in the cache; none: 0 to T - 1.
+            position_BT: int64, for RoPE; none: 0 to T - 1.
             dropout: none: no dropout. It does not hang on train() and eval().
-            cache: keys and values of earlier tokens; this call adds its own. Excludes `document_BT`.
         """
-        return self.head(
-            self.hidden(tokens_BT, document_BT=document_BT, position_BT=position_BT, dropout=dropout, cache=cache)
-        )
+        return self.head(self.hidden(tokens_BT, document_BT=document_BT, position_BT=position_BT, dropout=dropout))
 
     def hidden(
         self,
@@ -96,20 +89,21 @@ class Transformer(nn.Module):
         document_BT: torch.Tensor | None = None,
         position_BT: torch.Tensor | None = None,
         dropout: DropoutKey | None = None,
-        cache: KVCache | None = None,
     ) -> torch.Tensor:
         """The normalised residual stream (B, T, D) that `head` makes logits of; arguments as in `forward`."""
         x_BTD = self.embedding(tokens_BT)
         if position_BT is None:
             position_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         rope = rope_tables(position_BT, self.config.d_head, self.config.rope_base, x_BTD.dtype)
-        visibility = _visibility(document_BT, position_BT, cache, x_BTD.dtype, self.config.d_head)
+        visibility = CAUSAL
+        if document_BT is not None:
+            visibility = within_documents(document_BT, x_BTD.dtype, self.config.d_head)
         first_token = self.first_token(tokens_BT.shape[1])
         sites = dropout_sites(dropout, self.config.n_layers, self.config.d_model, first_token)
         x_BTD = apply_dropout(x_BTD, sites[EMBEDDING_SITE])
         for layer, block in enumerate(self.blocks):
             own = (sites[residual_site(layer, 0)], sites[residual_site(layer, 1)])
-            x_BTD = block(x_BTD, rope, visibility, own, cache, position_BT)
+            x_BTD = block(x_BTD, rope, visibility, own)
         return self.final_norm(x_BTD)
 
     def head(self, x_BTD: torch.Tensor) -> torch.Tensor:
@@ -164,16 +158,3 @@ class Transformer(nn.Module):
     def first_token(self, n_tokens: int) -> int:
         """Index of the first token that the residual stream holds, in sequences of `n_tokens`."""
         return 0
-
-
-def _visibility(
-    document_BT: torch.Tensor | None,
-    position_BT: torch.Tensor,
-    cache: KVCache | None,
-    dtype: torch.dtype,
-    d_head: int,
-) -> Visibility:
-    if cache is not None:
-        assert document_BT is None, "a cached row is one document"
-        return up_to_position(position_BT, int(position_BT.max()) + 1, dtype)
-    return CAUSAL if document_BT is None else within_documents(document_BT, dtype, d_head)

@@ -14,7 +14,6 @@ from torch import nn
 from dist_lm.config import ModelConfig
 from dist_lm.model.attention import Attention, Visibility, attend, from_heads, to_heads
 from dist_lm.model.feed_forward import FeedForward, activate
-from dist_lm.model.kv_cache import KVCache
 from dist_lm.model.norm import build_norm
 from dist_lm.model.rope import RopeTables, rotate
 from dist_lm.model.transformer import Transformer
@@ -114,10 +113,7 @@ class HeadParallelAttention(Attention):
         x_BTD: torch.Tensor,
         rope: RopeTables,
         visibility: Visibility,
-        cache: KVCache | None = None,
-        position_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        assert cache is None, "decoding runs on an unsharded copy"
         x_BTD = self.axis.enter(x_BTD)
         q_BTHK = to_heads(x_BTD, local(self.query), bias_of(self.query_bias, self.heads))
         k_BSGK = to_heads(x_BTD, self._key_rows(self.key), bias_of(self.key_bias, self.keys))

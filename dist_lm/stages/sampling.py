@@ -6,8 +6,13 @@ from dataclasses import asdict, dataclass
 import torch.distributed as dist
 
 from dist_lm import durable
-from dist_lm.generation.generate import SamplingParams, generate
+from dist_lm.errors import ArtefactError
+from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.params import SamplingParams
+from dist_lm.generation.request import Answer, Request
 from dist_lm.stages.training_stage import Closing
+
+CACHE_TOKENS = 8192  # room for some dozens of samples at a time
 
 
 @dataclass(frozen=True)
@@ -34,22 +39,33 @@ def sample_prompts(closing: Closing) -> list[Sample]:
         return []
     mine = range(closing.world.rank, len(wanted), closing.world.size)
     tokenizer = closing.tokenizer
-    completions = generate(
-        closing.model(),
-        [[tokenizer.eot_id, *tokenizer.encode(wanted[index][1])] for index in mine],
-        SamplingParams(
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-        ),
-        eot_id=tokenizer.eot_id,
-        seeds=list(mine),
+    params = SamplingParams(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
     )
-    own = [
-        Sample(index, *wanted[index], completion=tokenizer.decode(done.tokens), finished=done.finished)
-        for index, done in zip(mine, completions, strict=True)
-    ]
+    model = closing.model()
+    weight = model.embedding.weight
+    engine = Engine(
+        model.config,
+        dict(model.named_parameters()),
+        eot_id=tokenizer.eot_id,
+        options=EngineOptions(cache_tokens=max(CACHE_TOKENS, model.config.max_seq_len)),
+        dtype=weight.dtype,
+        device=weight.device,
+    )
+    del model, weight  # the engine has its own
+    for index in mine:
+        prompt = [tokenizer.eot_id, *tokenizer.encode(wanted[index][1])]
+        engine.submit(Request(str(index), prompt, params, seed=index))
+    own = []
+    for done in engine.run():
+        if not isinstance(done, Answer):
+            raise ArtefactError(f"stage.sampling: prompt {wanted[int(done.request)][1]!r}: {done.error}")
+        index = int(done.request)
+        completion = tokenizer.decode(done.tokens)  # end-of-text stands for no text
+        own.append(Sample(index, *wanted[index], completion=completion, finished=done.finish == "eot"))
     gathered: list = [None] * closing.world.size
     dist.all_gather_object(gathered, own)
     return sorted((sample for part in gathered for sample in part), key=lambda sample: sample.index)

@@ -1,4 +1,4 @@
-"""Sampling filters and keyed randomness.
+"""From logits to tokens: the distribution asked for, exactly, and a row that depends on nothing but itself.
 
 Dimensions: B rows, V vocabulary.
 """
@@ -9,121 +9,166 @@ import pytest
 import torch
 
 from dist_lm.errors import ConfigError
-from dist_lm.generation.sampling import SamplingParams, choose, gumbel_noise, keep_top_k, keep_top_p
+from dist_lm.generation.params import SamplingParams
+from dist_lm.generation.sampling import Choice, adjust, group_rows, largest, sample, uniform
+
+CPU = torch.device("cpu")
 
 
 def logits(rows: int, vocab: int, seed: int = 0) -> torch.Tensor:
     return 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
 
 
-def kept(filtered: torch.Tensor) -> list[list[int]]:
-    return [row.isfinite().nonzero().flatten().tolist() for row in filtered]
-
-
-def draw(x: torch.Tensor, params: SamplingParams, seed: int = 7, position: int = 0) -> torch.Tensor:
+def draw(x: torch.Tensor, params: SamplingParams, u: torch.Tensor | None = None) -> Choice:
     rows = torch.arange(len(x))
-    return choose(x, params, seed + rows, torch.full_like(rows, position))[0]
+    return sample(x, group_rows([params] * len(x), CPU), uniform(rows, rows) if u is None else u)
 
 
-def test_top_k_keeps_the_k_largest() -> None:
-    x = logits(50, 33)
-    for k in (1, 2, 32, 33, 99):
-        expected = [sorted(row.topk(min(k, 33)).indices.tolist()) for row in x]
-        assert kept(keep_top_k(x, k)) == expected
-    assert torch.equal(keep_top_k(x, 0), x)
+def plain_distribution(row: torch.Tensor, params: SamplingParams) -> dict[int, float]:
+    """By the definitions, in Python."""
+    scaled = row.double() / params.temperature
+    order = row.sort(descending=True, stable=True).indices.tolist()
+    if params.top_k:
+        last = row[order[min(params.top_k, len(order)) - 1]]
+        order = [i for i in order if row[i] >= last]
+    weight = (scaled - scaled.max()).exp().tolist()
+    p = {i: weight[i] for i in order}
+    total, before, kept = sum(p.values()), 0.0, {}
+    for i in order:
+        if not kept or (before / total < params.top_p and p[i] >= params.min_p * p[order[0]]):
+            kept[i] = p[i]
+        before += p[i]
+    whole = sum(kept.values())
+    return {i: value / whole for i, value in sorted(kept.items())}
 
 
-def test_top_p_keeps_the_smallest_set_that_reaches_p() -> None:
-    x = logits(50, 33)
-    probabilities = x.softmax(-1)
-    for p in (1e-9, 0.1, 0.5, 0.9, 0.999):
-        for row, indices in zip(probabilities, kept(keep_top_p(x, p)), strict=True):
-            total = float(row[indices].sum())
-            assert total >= p - 1e-6
-            assert len(indices) == 1 or total - float(row[indices].min()) < p + 1e-6
-            assert float(row[indices].min()) >= float(row.sort(descending=True).values[len(indices) - 1])
-    assert torch.equal(keep_top_p(x, 1.0), x)
+PARAMS = [
+    SamplingParams(),
+    SamplingParams(temperature=0.5),
+    SamplingParams(top_k=5),
+    SamplingParams(top_k=50, top_p=0.95),
+    SamplingParams(top_p=0.8, temperature=1.3),
+    SamplingParams(top_k=1000),
+    SamplingParams(min_p=0.05),
+    SamplingParams(top_k=40, top_p=0.9, min_p=0.02, temperature=0.7),
+]
 
 
-def test_top_p_by_hand() -> None:
-    x = torch.tensor([[0.2, 0.5, 0.3], [0.98, 0.01, 0.01]]).log()
-    assert kept(keep_top_p(x, 0.5)) == [[1], [0]]
-    assert kept(keep_top_p(x, 0.7)) == [[1, 2], [0]]
-    assert kept(keep_top_p(x, 0.985)) == [[0, 1, 2], [0, 1]]
+@pytest.mark.parametrize("vocab", [33, 2000, 8192])
+@pytest.mark.parametrize("params", PARAMS, ids=str)
+def test_the_token_is_that_of_the_definition_with_its_probability(params, vocab):
+    x = logits(2, vocab, seed=vocab)
+    expected = [plain_distribution(row, params) for row in x]
+    for u in (1e-6, 0.2, 0.5, 0.9, 1 - 1e-6):
+        choice = draw(x, params, torch.full((2,), u, dtype=torch.float64))
+        for p, token, logprob in zip(expected, choice.token_B.tolist(), choice.logprob_B.tolist(), strict=True):
+            below = sum(value for i, value in p.items() if i < token)
+            assert below - 1e-5 < u < below + p[token] + 1e-5
+            assert logprob == pytest.approx(math.log(p[token]), abs=2e-5)
 
 
-def test_temperature_zero_is_argmax_exactly() -> None:
-    x = logits(64, 100)
+def test_the_log_probability_of_the_model_is_given_too():
+    x = logits(8, 300)
+    for params in (*PARAMS, SamplingParams(temperature=0)):
+        choice = draw(x, params)
+        expected = x.log_softmax(-1).gather(1, choice.token_B[:, None])[:, 0]
+        assert torch.allclose(choice.raw_logprob_B, expected, atol=1e-6)
+
+
+def test_temperature_zero_is_argmax_exactly():
+    x = logits(64, 5000)
     x[0, 5] = x[0, 9] = 50.0
     x[1] = -torch.inf
     x[1, 3] = 0.0
-    greedy = SamplingParams(temperature=0, top_k=2, top_p=0.1)
-    assert torch.equal(draw(x, greedy), x.argmax(-1))
+    choice = draw(x, SamplingParams(temperature=0, top_k=2, top_p=0.1))
+    assert torch.equal(choice.token_B, x.argmax(-1))
+    assert torch.equal(choice.logprob_B, torch.zeros(64))
 
 
-def test_frequencies_follow_the_softmax() -> None:
+def test_frequencies_follow_the_softmax():
     """Chi-squared over 40,000 draws, one seed each; 5 standard deviations allowed."""
-    n = 40_000
-    row = torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0, 0.5])
-    for params, filtered in (
-        (SamplingParams(), row),
-        (SamplingParams(temperature=0.5), row / 0.5),
-        (SamplingParams(temperature=2.0, top_k=3), keep_top_k(row[None] / 2, 3)[0]),
-        (SamplingParams(top_p=0.8), keep_top_p(row[None], 0.8)[0]),
-    ):
-        expected = n * filtered.softmax(-1)
-        counts = torch.bincount(draw(row.expand(n, -1), params), minlength=6)
-        possible = expected > 0
-        assert counts[~possible].sum() == 0
-        statistic = float(((counts - expected) ** 2 / expected)[possible].sum())
-        freedom = int(possible.sum()) - 1
-        assert statistic < freedom + 5 * math.sqrt(2 * freedom)
+    n, row = 40_000, torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0, 0.5])
+    for params in (SamplingParams(), SamplingParams(temperature=2.0, top_k=3), SamplingParams(top_p=0.8)):
+        p = plain_distribution(row, params)
+        seeds = torch.arange(n)
+        choice = sample(row.expand(n, -1), group_rows([params] * n, CPU), uniform(seeds, torch.full_like(seeds, 9)))
+        counts = torch.bincount(choice.token_B, minlength=6)
+        assert counts.sum() == sum(int(counts[i]) for i in p)
+        statistic = sum((int(counts[i]) - n * value) ** 2 / (n * value) for i, value in p.items())
+        assert statistic < len(p) - 1 + 5 * math.sqrt(2 * (len(p) - 1))
 
 
-def test_a_row_does_not_depend_on_the_batch() -> None:
-    x, params = logits(8, 500), SamplingParams(top_k=40, top_p=0.9)
-    seeds, positions = torch.arange(8) * 11 - 4, torch.arange(8) + 100
-    tokens, logprobs = choose(x, params, seeds, positions)
-    for b in (5, 0):
-        alone, logprob = choose(x[b : b + 1], params, seeds[b : b + 1], positions[b : b + 1])
-        assert alone == tokens[b]
-        assert torch.allclose(logprob, logprobs[b])
+def test_a_row_gets_the_same_bits_whatever_it_is_batched_with():
+    x = logits(len(PARAMS) * 3, 8192)
+    u = uniform(torch.arange(len(x)) * 11 - 4, torch.arange(len(x)) + 100)
+    params = [*PARAMS, SamplingParams(temperature=0), *PARAMS, *PARAMS][: len(x)]
+    together = sample(x, group_rows(params, CPU), u)
+    for b, own in enumerate(params):
+        alone = sample(x[b : b + 1], group_rows([own], CPU), u[b : b + 1])
+        assert alone.token_B == together.token_B[b]
+        assert torch.equal(alone.logprob_B[0], together.logprob_B[b])
+        assert torch.equal(alone.raw_logprob_B[0], together.raw_logprob_B[b])
 
 
-def test_noise_is_gumbel_and_independent() -> None:
-    seeds = torch.arange(300)
-    noise = gumbel_noise(seeds, torch.zeros_like(seeds), 400)
-    n = noise.numel()
-    # mean is Euler's constant, variance pi^2 / 6
-    assert abs(float(noise.mean()) - 0.5772157) < 5 * math.sqrt(math.pi**2 / 6 / n)
-    assert abs(float(noise.var()) / (math.pi**2 / 6) - 1) < 0.03
-    bound = 5 / math.sqrt(n)
-    for other in (
-        gumbel_noise(seeds, torch.ones_like(seeds), 400),
-        gumbel_noise(seeds + 1, torch.zeros_like(seeds), 400),
-        noise.roll(1, dims=1),
-    ):
-        assert abs(float(torch.corrcoef(torch.stack([noise.flatten(), other.flatten()]))[0, 1])) < bound
+def test_ties_with_the_last_of_the_top_k_stay():
+    x = torch.zeros(1, 4096)
+    x[0, 7] = 1.0
+    found = {int(draw(x, SamplingParams(top_k=2), torch.tensor([u]).double()).token_B) for u in (0.0001, 0.5, 0.9999)}
+    assert len(found) == 3  # all but the first tie: none of them is preferred
 
 
-def test_log_probability_is_that_of_the_tempered_logits() -> None:
-    x = logits(8, 20)
-    for temperature, divisor in ((0.5, 0.5), (1.0, 1.0), (0, 1.0)):
-        params = SamplingParams(temperature=temperature, top_k=5)
-        rows = torch.arange(8)
-        tokens, logprobs = choose(x, params, rows, rows)
-        assert torch.allclose(logprobs, (x / divisor).log_softmax(-1)[rows, tokens])
+@pytest.mark.parametrize("vocab", [10, 1024, 5000, 32_000, 50_257])
+@pytest.mark.parametrize("k", [1, 8, 64, 256])
+def test_the_largest_are_found(vocab, k):
+    if k > vocab:
+        pytest.skip("fewer numbers than are asked for")
+    x = logits(5, vocab).round(decimals=1)  # with ties
+    value, place = largest(x, k)
+    assert torch.equal(value, x.sort(dim=-1, descending=True).values[:, :k])
+    assert torch.equal(x.gather(1, place), value)
+    same = value[:, 1:] == value[:, :-1]
+    assert (place[:, 1:] > place[:, :-1])[same].all()
+
+
+def test_a_forbidden_token_is_never_drawn_and_a_biased_one_more_often():
+    x = torch.zeros(1, 8)
+    adjust(x[0], SamplingParams(logit_bias={3: -math.inf, 5: 2.0}), seen=())
+    assert x[0].tolist() == [0, 0, 0, -math.inf, 0, 2, 0, 0]
+    assert all(int(draw(x, SamplingParams(), torch.tensor([u]).double()).token_B) != 3 for u in (0.1, 0.249, 0.3, 0.4))
+
+
+def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits():
+    x = torch.tensor([2.0, -2.0, 2.0, -2.0])
+    adjust(x, SamplingParams(repetition_penalty=2.0), seen={0, 1})
+    assert x.tolist() == [1, -4, 2, -2]
+
+
+def test_uniform_numbers_are_uniform_and_depend_on_seed_and_position():
+    n = 100_000
+    seeds = torch.arange(n)
+    for numbers in (uniform(seeds, torch.zeros_like(seeds)), uniform(torch.zeros_like(seeds), seeds)):
+        assert numbers.min() > 0
+        assert numbers.max() < 1
+        counts = torch.histc(numbers.float(), 100, 0, 1)
+        assert float(((counts - n / 100) ** 2 / (n / 100)).sum()) < 99 + 5 * math.sqrt(2 * 99)
+        assert abs(float(torch.corrcoef(torch.stack([numbers[1:], numbers[:-1]]))[0, 1])) < 5 / math.sqrt(n)
 
 
 @pytest.mark.parametrize(
     ("values", "named"),
     [
         ({"temperature": -0.1}, "temperature=-0.1"),
+        ({"temperature": math.nan}, "temperature=nan"),
         ({"top_k": -1}, "top_k=-1"),
         ({"top_p": 0}, "top_p=0"),
+        ({"top_p": 1.1}, "top_p=1.1"),
+        ({"min_p": 2}, "min_p=2"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0"),
+        ({"stop": ("",)}, "stop="),
+        ({"logit_bias": {3: math.inf}}, r"logit_bias\[3\]=inf"),
     ],
 )
-def test_refuses_values_out_of_range(values: dict, named: str) -> None:
+def test_refuses_values_out_of_range(values, named):
     with pytest.raises(ConfigError, match=named):
         SamplingParams(**values)

@@ -1,4 +1,4 @@
-"""The transformer: causality, documents, cache, options, dropout, and building without memory.
+"""The transformer: causality, documents, options, dropout, and building without memory.
 
 Dimensions: B sequences, T tokens.
 """
@@ -9,7 +9,6 @@ from small_models import small_config, small_model, small_tokens
 
 from dist_lm.config import ModelConfig
 from dist_lm.model.dropout import DropoutKey
-from dist_lm.model.kv_cache import KVCache
 from dist_lm.model.transformer import Transformer
 
 OPTIONS = {
@@ -64,34 +63,6 @@ def test_only_relative_positions_matter(config: ModelConfig) -> None:
     model, tokens = small_model(config), small_tokens(config, 1, 10)
     assert close(model(tokens), model(tokens, position_BT=torch.arange(10)[None] + 17))
     assert not close(model(tokens), model(tokens, position_BT=2 * torch.arange(10)[None]))
-
-
-@torch.inference_mode()
-def test_cache_equals_full_forward_for_rows_of_different_lengths(config: ModelConfig) -> None:
-    model, tokens = small_model(config), small_tokens(config, 3, 24)
-    lengths = torch.tensor([3, 9, 6])
-    longest = int(lengths.max())
-    cache = KVCache(config, batch=3, max_len=24, dtype=torch.float32, device=torch.device("cpu"))
-    padded = torch.where(torch.arange(longest) < lengths[:, None], tokens[:, :longest], 0)
-    full = model(tokens)
-    prefill = model(padded, cache=cache)
-    for b, length in enumerate(lengths.tolist()):
-        assert close(prefill[b, :length], full[b, :length])
-    for step in range(15):
-        position = (lengths + step)[:, None]
-        decoded = model(tokens.gather(1, position), position_BT=position, cache=cache)
-        assert close(decoded[:, 0], full[torch.arange(3), lengths + step])
-
-
-@torch.inference_mode()
-def test_prompt_in_chunks_equals_prompt_at_once() -> None:
-    config = small_config()
-    model, tokens = small_model(config), small_tokens(config, 2, 16)
-    cache = KVCache(config, batch=2, max_len=16, dtype=torch.float32, device=torch.device("cpu"))
-    chunks = [
-        model(tokens[:, t : t + 4], position_BT=torch.arange(t, t + 4)[None], cache=cache) for t in range(0, 16, 4)
-    ]
-    assert close(torch.cat(chunks, dim=1), model(tokens))
 
 
 def test_zero_heads_change_nothing() -> None:

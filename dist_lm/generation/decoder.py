@@ -1,0 +1,163 @@
+"""The transformer as an engine runs it: the arithmetic of `dist_lm.model`, over keys and values in pages.
+
+Weights are laid out once, by device; a step is a lean loop over plain tensors. Parity with the model is a test.
+
+Dimensions: N tokens, B sequences, D d_model, V vocabulary, H query heads, G key/value heads, K d_head.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the name the field uses
+
+from dist_lm.config import ModelConfig
+from dist_lm.errors import ArtefactError
+from dist_lm.generation.linear import FEWEST_ROWS, VECTOR, Linear, build_linear
+from dist_lm.generation.page_plan import DecodePlan, Piece
+from dist_lm.generation.plain_pages import PlainPages
+from dist_lm.model.feed_forward import activate
+from dist_lm.model.rope import RopeTables, rope_tables, rotate
+from dist_lm.model.size import parameter_shapes
+
+Norm = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    attention_norm: Norm
+    heads: Linear  # queries, keys and values of all heads, one after the other
+    output: Linear
+    feed_forward_norm: Norm
+    up: Linear  # of a gated network: gate, then up
+    down: Linear
+
+
+class Decoder:
+    """A model and its cache."""
+
+    def __init__(
+        self, config: ModelConfig, cache: PlainPages, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Without weights; `load` gives it some."""
+        self.config = config
+        self.cache = cache
+        self._page_size = page_size
+        self._dtype, self._device = dtype, device
+        position_1T = torch.arange(config.max_seq_len, device=device)[None]
+        tables = rope_tables(position_1T, config.d_head, config.rope_base, dtype)
+        self._cos, self._sin = (table[0, :, 0] for table in tables)
+        self._layers: list[_Layer] = []
+
+    def load(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Take over the weights of a model, by the names of its parameters; the old ones go.
+
+        Raises:
+            ArtefactError: names the parameter that is missing or has another shape.
+        """
+        shapes = parameter_shapes(self.config)
+        for name, shape in shapes.items():
+            if name not in weights:
+                raise ArtefactError(f"weights: {name} is missing; expected {len(shapes)} parameters of this model")
+            if tuple(weights[name].shape) != shape:
+                found = tuple(weights[name].shape)
+                raise ArtefactError(f"weights: {name} has shape {found}, expected {shape}: another model's?")
+        value = {name: weights[name].detach().to(self._device, self._dtype) for name in shapes}
+        self._embedding = value["embedding.weight"].clone()
+        self._layers = [_layer(self.config, value, f"blocks.{layer}.") for layer in range(self.config.n_layers)]
+        self._final_norm = _norm(self.config, value, "final_norm")
+        head = value["embedding.weight" if self.config.tie_embeddings else "lm_head.weight"]
+        self._head = build_linear(head, None)
+
+    def prefill(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """Compute and cache pieces of sequences; fp32 logits (pieces, V) behind the last token of each."""
+        tokens = [token for piece in pieces for token in piece.tokens]
+        positions = [piece.start + i for piece in pieces for i in range(len(piece.tokens))]
+        written = [
+            piece.pages[position // self._page_size] * self._page_size + position % self._page_size
+            for piece in pieces
+            for position in range(piece.start, piece.start + len(piece.tokens))
+        ]
+        last, end = [], -1
+        for piece in pieces:
+            end += len(piece.tokens)
+            last.append(end)
+        written_N = torch.tensor(written, device=self._device)
+
+        def attend(layer: int, q: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            self.cache.write(layer, written_N, key, value)
+            return self.cache.prefill(layer, q, key, value, pieces)
+
+        token_N, position_N = torch.tensor([tokens, positions], device=self._device)
+        x_ND = self._hidden(token_N, position_N, attend)
+        return self._logits(x_ND[last])
+
+    def decode(self, token_B: torch.Tensor, plan: DecodePlan) -> torch.Tensor:
+        """Compute and cache one token a sequence; fp32 logits (B, V) behind it."""
+
+        def attend(layer: int, q: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            self.cache.write(layer, plan.written_B, key, value)
+            return self.cache.decode(layer, q, plan)
+
+        return self._logits(self._hidden(token_B, plan.position_B, attend))
+
+    def _hidden(self, token_N: torch.Tensor, position_N: torch.Tensor, attend: Callable[..., torch.Tensor]):
+        config = self.config
+        rope: RopeTables = (self._cos[position_N][:, None], self._sin[position_N][:, None])
+        x_ND = F.embedding(token_N, self._embedding)
+        for number, layer in enumerate(self._layers):
+            heads_NHK = _rows(layer.heads, layer.attention_norm(x_ND)).unflatten(-1, (-1, config.d_head))
+            turned_NHK, value_NGK = heads_NHK.split([config.n_heads + config.kv_heads, config.kv_heads], dim=1)
+            q_NHK, key_NGK = rotate(turned_NHK, rope).split([config.n_heads, config.kv_heads], dim=1)
+            o_NHK = attend(number, q_NHK, key_NGK, value_NGK)
+            x_ND = x_ND + _rows(layer.output, o_NHK.flatten(1))
+            hidden = _rows(layer.up, layer.feed_forward_norm(x_ND))
+            gate, up = hidden.chunk(2, dim=-1) if config.ffn == "swiglu" else (None, hidden)
+            x_ND = x_ND + _rows(layer.down, activate(up, gate))
+        return x_ND
+
+    def _logits(self, x_ND: torch.Tensor) -> torch.Tensor:
+        return _rows(self._head, self._final_norm(x_ND)).float()
+
+
+def _rows(linear: Linear, x_ND: torch.Tensor) -> torch.Tensor:
+    """A linear layer on no fewer rows than it takes to get the same bits for any number."""
+    n_rows = len(x_ND)
+    if n_rows >= FEWEST_ROWS:
+        return linear(x_ND)
+    return linear(x_ND.expand(FEWEST_ROWS, -1).contiguous())[:n_rows]
+
+
+def _norm(config: ModelConfig, value: Mapping[str, torch.Tensor], name: str) -> Norm:
+    shape, weight = (config.d_model,), value[f"{name}.weight"].clone()
+    if config.norm == "rmsnorm":
+        return partial(F.rms_norm, normalized_shape=shape, weight=weight, eps=config.norm_eps)
+    bias = value[f"{name}.bias"].clone() if config.bias else None
+    return partial(F.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=config.norm_eps)
+
+
+def _layer(config: ModelConfig, value: Mapping[str, torch.Tensor], prefix: str) -> _Layer:
+    def weights(*names: str) -> list[torch.Tensor]:
+        return [value[prefix + name] for name in names]
+
+    def biases(*names: str) -> torch.Tensor | None:
+        return torch.cat([one.flatten() for one in weights(*names)]) if config.bias else None
+
+    query, key, heads_value, output = weights(*(f"attention.{n}" for n in ("query", "key", "value", "output")))
+    of_heads = torch.cat([one.flatten(0, 1) for one in (query, key, heads_value)])
+    gated = ("gate", "up") if config.ffn == "swiglu" else ("up",)
+    room = -config.d_ff % VECTOR  # hidden units that are 0, and stay so
+    up = torch.cat([F.pad(one, (0, 0, 0, room)) for one in weights(*(f"feed_forward.{n}.weight" for n in gated))])
+    up_bias = None
+    if config.bias:
+        up_bias = torch.cat([F.pad(one, (0, room)) for one in weights(*(f"feed_forward.{n}.bias" for n in gated))])
+    (down,) = weights("feed_forward.down.weight")
+    return _Layer(
+        attention_norm=_norm(config, value, f"{prefix}attention_norm"),
+        heads=build_linear(of_heads, biases("attention.query_bias", "attention.key_bias", "attention.value_bias")),
+        output=build_linear(output.flatten(0, 1).t().contiguous(), biases("attention.output_bias")),
+        feed_forward_norm=_norm(config, value, f"{prefix}feed_forward_norm"),
+        up=build_linear(up, up_bias),
+        down=build_linear(F.pad(down, (0, room)), biases("feed_forward.down.bias")),
+    )

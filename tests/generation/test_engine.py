@@ -1,0 +1,301 @@
+"""The engine gives every request what a plain forward gives it, whatever else it does meanwhile."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dist_lm.config import ModelConfig
+from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.params import SamplingParams
+from dist_lm.generation.request import Answer, Refusal, Request, RequestError
+from dist_lm.generation.sampling import adjust, group_rows, sample, uniform
+from dist_lm.model.counter_hash import hash_words, signed
+from dist_lm.model.initialise import initialise
+from dist_lm.model.transformer import Transformer
+
+EOT = 1
+SLACK = 2e-5  # by which rounding may move a cumulative probability, or a logit
+CONFIG = ModelConfig(
+    name="small", d_model=40, n_layers=2, n_heads=5, d_ff=72, max_seq_len=160, vocab_size=64, init_std=0.15
+)
+GROUPED = replace(CONFIG, n_kv_heads=1, norm="rmsnorm", ffn="swiglu", bias=False, tie_embeddings=True, d_ff=50)
+PAGE = 16
+SMALL = EngineOptions(cache_tokens=20 * PAGE, page_tokens=PAGE, max_sequences=6, piece_tokens=32, step_tokens=64)
+
+
+def model_of(config: ModelConfig) -> Transformer:
+    model = Transformer(config)
+    initialise(model, seed=0)
+    return model.requires_grad_(requires_grad=False)
+
+
+@pytest.fixture(scope="module", params=[CONFIG, GROUPED], ids=["heads", "groups"])
+def model(request: pytest.FixtureRequest) -> Transformer:
+    return model_of(request.param)
+
+
+def engine_of(model: Transformer, options: EngineOptions = SMALL) -> Engine:
+    return Engine(model.config, dict(model.named_parameters()), eot_id=EOT, options=options)
+
+
+@torch.inference_mode()
+def check_answer(model: Transformer, request: Request, answer: Answer) -> None:
+    """Against one plain forward over prompt and answer: no cache, no batch."""
+    params, n_prompt, drawn = request.params, len(request.prompt), torch.tensor(answer.tokens)
+    row = torch.tensor([*request.prompt, *answer.tokens])
+    logits = model(row[None])[0, n_prompt - 1 : -1]
+    expected = logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0]
+    assert torch.allclose(torch.tensor(answer.raw_logprobs), expected, rtol=0, atol=1e-5)
+
+    adjusted = logits.clone()
+    for place in range(len(drawn)):
+        adjust(adjusted[place], params, set(row[: n_prompt + place].tolist()))
+    seed = torch.full((len(drawn),), signed(hash_words(request.seed, answer.index)))
+    u = uniform(seed, torch.arange(n_prompt, len(row)))
+    groups = group_rows([params] * len(drawn), torch.device("cpu"))
+    choices = [sample(logits, groups, (u + shift).clamp(0, 1), adjusted) for shift in (-SLACK, 0, SLACK)]
+    same = torch.stack([choice.token_B == drawn for choice in choices]).any(dim=0)
+    if params.temperature == 0:
+        same |= adjusted.amax(-1) - adjusted.gather(1, drawn[:, None])[:, 0] < SLACK
+    assert same.all()
+    exact = choices[1].token_B == drawn
+    logprobs = torch.tensor(answer.logprobs)
+    assert torch.allclose(logprobs[exact], choices[1].logprob_B[exact], rtol=0, atol=1e-5)
+
+    ends = [i for i, t in enumerate(answer.tokens) if (t == EOT and not params.ignore_eot) or t in params.stop_tokens]
+    if answer.finish == "cancelled":
+        assert not ends
+    elif ends:
+        assert (answer.finish, ends) == ("eot" if answer.tokens[-1] == EOT else "stop", [len(drawn) - 1])
+    else:
+        whole = len(row) == model.config.max_seq_len
+        assert answer.finish == ("length" if len(drawn) == params.max_new_tokens else "context")
+        assert whole or answer.finish == "length"
+
+
+def check(model: Transformer, requests: Sequence[Request], done: Sequence[Answer | Refusal]) -> None:
+    answers = {(answer.request, answer.index): answer for answer in done if isinstance(answer, Answer)}
+    assert len(answers) == len(done) == sum(request.n for request in requests)
+    for request in requests:
+        for index in range(request.n):
+            answer = answers[request.id, index]
+            if answer.tokens:
+                check_answer(model, request, answer)
+
+
+PARAMS = st.builds(
+    SamplingParams,
+    max_new_tokens=st.integers(1, 60),
+    temperature=st.sampled_from([0.0, 0.7, 1.0]),
+    top_k=st.sampled_from([0, 5]),
+    top_p=st.sampled_from([0.9, 1.0]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.3]),
+    ignore_eot=st.booleans(),
+)
+REQUESTS = st.builds(
+    Request,
+    id=st.uuids().map(str),
+    prompt=st.lists(st.integers(0, 63), min_size=1, max_size=150),
+    params=PARAMS,
+    seed=st.integers(-(1 << 63), (1 << 63) - 1),
+    n=st.sampled_from([1, 1, 1, 2, 5]),
+)
+
+
+def run_schedule(model: Transformer, requests: Sequence[Request], pages: int, seed: int) -> None:
+    """Requests join and are cancelled at random steps; the cache is small, so that some are set aside."""
+    dice = random.Random(seed)
+    engine = engine_of(model, replace(SMALL, cache_tokens=PAGE * pages))
+    left, done = list(requests), []
+    while left or engine.busy:
+        while left and dice.random() < 0.3:
+            engine.submit(left.pop(0))
+        if dice.random() < 0.05:
+            engine.cancel(dice.choice(requests).id)
+        done += engine.step()
+    submitted = {answer.request for answer in done}
+    check(model, [request for request in requests if request.id in submitted], done)
+    assert engine._pool.n_free == pages, "a page has leaked"
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(requests=st.lists(REQUESTS, min_size=1, max_size=8), pages=st.integers(12, 30), seed=st.integers(0, 1 << 30))
+def test_any_schedule_gives_what_a_plain_forward_gives(model, requests, pages, seed):
+    run_schedule(model, requests, pages, seed)
+
+
+@pytest.mark.heavy
+def test_a_thousand_random_schedules(model):
+    dice = random.Random(20261125)
+    for _ in range(500):  # of each model
+        requests = [
+            Request(
+                id=str(number),
+                prompt=[dice.randrange(64) for _ in range(dice.randint(1, 150))],
+                params=SamplingParams(
+                    max_new_tokens=dice.randint(1, 60),
+                    temperature=dice.choice([0, 0.7, 1]),
+                    top_k=dice.choice([0, 5]),
+                    top_p=dice.choice([0.9, 1]),
+                    repetition_penalty=dice.choice([1, 1, 1.3]),
+                    ignore_eot=dice.random() < 0.5,
+                ),
+                seed=dice.getrandbits(63),
+                n=dice.choice([1, 1, 1, 2, 5]),
+            )
+            for number in range(dice.randint(1, 10))
+        ]
+        run_schedule(model, requests, dice.randint(12, 30), dice.getrandbits(30))
+
+
+def requests_of_all_kinds(n: int = 12) -> list[Request]:
+    dice = random.Random(5)
+    kinds = [SamplingParams(max_new_tokens=60), SamplingParams(max_new_tokens=25, top_k=7, top_p=0.9, temperature=0.8)]
+    return [
+        Request(str(i), [dice.randrange(64) for _ in range(dice.randint(1, 90))], kinds[i % 2], seed=i, n=1 + i % 3)
+        for i in range(n)
+    ]
+
+
+def test_an_answer_is_the_same_to_the_last_bit_whatever_it_is_batched_with(model):
+    requests = requests_of_all_kinds()
+    together = engine_of(model, replace(SMALL, cache_tokens=12 * PAGE))
+    for request in requests:
+        together.submit(request)
+    crowded = {(answer.request, answer.index): answer for answer in together.run()}
+    for request in requests:
+        alone = engine_of(model, replace(SMALL, cache_tokens=100 * PAGE))
+        alone.submit(request)
+        for answer in alone.run():
+            assert answer == crowded[answer.request, answer.index]
+
+
+def test_sequences_are_set_aside_and_pages_shared_where_the_cache_is_small(model, monkeypatch):
+    engine = engine_of(model, replace(SMALL, cache_tokens=11 * PAGE))
+    aside, shared = [], []
+    set_aside, share = engine._set_aside, engine._pool.share
+    monkeypatch.setattr(engine, "_set_aside", lambda one: (aside.append(one), set_aside(one)))
+    monkeypatch.setattr(engine._pool, "share", lambda pages: (shared.extend(pages), share(pages)))
+    for request in requests_of_all_kinds():
+        engine.submit(request)
+    engine.run()
+    assert len(aside) > 3
+    assert len(shared) > 10
+
+
+def test_a_prompt_is_computed_once_for_all_its_answers_and_each_token_once(model, monkeypatch):
+    engine = engine_of(model, replace(SMALL, piece_tokens=8, max_sequences=8))
+    computed: list[int] = []
+    hidden = engine._decoder._hidden
+    monkeypatch.setattr(
+        engine._decoder, "_hidden", lambda tokens, *rest: (computed.append(len(tokens)), hidden(tokens, *rest))[1]
+    )
+    engine.submit(Request("a", [5] * 30, SamplingParams(max_new_tokens=6, ignore_eot=True), n=8))
+    assert len(engine.run()) == 8
+    assert computed == [8, 8, 8, 6, *[8] * 5]
+
+
+def test_a_request_can_join_and_be_cancelled_while_others_run(model):
+    engine = engine_of(model)
+    long = SamplingParams(max_new_tokens=30, ignore_eot=True)
+    engine.submit(Request("first", [3, 4], long))
+    done = [answer for _ in range(5) for answer in engine.step()]
+    engine.submit(Request("second", [5], long))
+    done += engine.step()
+    engine.cancel("first")
+    done += engine.run()
+    first, second = done
+    assert isinstance(first, Answer)
+    assert isinstance(second, Answer)
+    assert (first.request, first.finish, len(first.tokens)) == ("first", "cancelled", 7)
+    assert (second.request, second.finish, len(second.tokens)) == ("second", "length", 30)
+
+
+def test_new_weights_have_a_version_and_wait_for_an_idle_engine(model):
+    engine = engine_of(model)
+    engine.submit(Request("a", [3], SamplingParams(max_new_tokens=3)))
+    engine.step()
+    other = model_of(replace(model.config, init_std=0.2))
+    with pytest.raises(RuntimeError, match="under way"):
+        engine.load_weights(dict(other.named_parameters()), 7)
+    engine.run()
+    engine.load_weights(dict(other.named_parameters()), 7)
+    request = Request("b", [3, 9], SamplingParams(max_new_tokens=10), seed=4)
+    engine.submit(request)
+    (answer,) = engine.run()
+    assert isinstance(answer, Answer)
+    assert answer.version == 7
+    check_answer(other, request, answer)
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (Request("r", []), "prompt is empty"),
+        (Request("r", [64]), "prompt has token 64; expected 0 to 63"),
+        (Request("r", [1] * 160), r"prompt has 160 tokens and model\.max_seq_len is 160.*truncate=left"),
+        (Request("r", [1], n=0), "n=0"),
+        (Request("r", [1], SamplingParams(stop=("a",))), r"stop=\['a'\].*no vocabulary"),
+        (Request("r", [1], SamplingParams(stop_tokens=(99,))), "stop_tokens or logit_bias name token 99"),
+        (Request("r", [1] * 10, SamplingParams(max_new_tokens=30)), "take 40 tokens of a cache of cache_tokens=32"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_and_others_go_on(model, request_, words):
+    engine = engine_of(model, replace(SMALL, cache_tokens=32))
+    engine.submit(Request("good", [1], SamplingParams(max_new_tokens=4, ignore_eot=True)))
+    with pytest.raises(RequestError, match=words) as refusal:
+        engine.submit(request_)
+    assert refusal.value.request == "r"
+    assert [answer.request for answer in engine.run()] == ["good"]
+
+
+def test_a_long_prompt_is_cut_on_the_left_where_that_is_asked_for(model):
+    engine = engine_of(model)
+    params = SamplingParams(max_new_tokens=8, temperature=0, ignore_eot=True)
+    engine.submit(Request("long", [i % 60 for i in range(200)], params, truncate="left"))
+    (answer,) = engine.run()
+    assert isinstance(answer, Answer)
+    assert (answer.prompt_tokens, len(answer.tokens)) == (152, 8)
+    check_answer(model, Request("long", [i % 60 for i in range(48, 200)], params), answer)
+
+
+def test_logits_that_are_no_numbers_end_their_request_alone(model):
+    weights = {name: value.clone() for name, value in model.named_parameters()}
+    weights["embedding.weight"][63] = torch.nan
+    if model.config.tie_embeddings:
+        pytest.skip("a tied row would make the logits of all requests nan")
+    engine = Engine(model.config, weights, eot_id=EOT, options=replace(SMALL, cache_tokens=3 * PAGE))
+    params = SamplingParams(max_new_tokens=12, ignore_eot=True, logit_bias={63: -float("inf")})
+    good = [Request(f"good{i}", [3 + i], params, seed=i) for i in range(6)]
+    for request in (good[0], Request("bad", [4, 63, 5], params, n=3), *good[1:]):
+        engine.submit(request)
+    done = engine.run()
+    refused = [one for one in done if isinstance(one, Refusal)]
+    assert [one.request for one in refused] == ["bad"]
+    assert "nan" in refused[0].error
+    for answer in done:
+        if isinstance(answer, Answer):
+            check_answer(model, next(request for request in good if request.id == answer.request), answer)
+
+
+def test_texts_stream_and_stop(model):
+    vocabulary = [b"", b"", *(bytes([65 + i % 26]) for i in range(60)), "é".encode()[:1], "é".encode()[1:]]
+    engine = Engine(model.config, dict(model.named_parameters()), eot_id=EOT, vocabulary=vocabulary, options=SMALL)
+    params = SamplingParams(max_new_tokens=30, ignore_eot=True)
+    engine.submit(Request("free", [3, 4], params, seed=2))
+    (free,) = engine.run()
+    assert isinstance(free, Answer)
+    stop = free.text[5:8]
+    shown: list[str] = []
+    stopping = Request("stopping", [3, 4], replace(params, stop=("never", stop)), seed=2)
+    engine.submit(stopping, lambda request, index, token, text: shown.append(text))
+    (stopped,) = engine.run()
+    assert isinstance(stopped, Answer)
+    assert stopped.finish == "stop"
+    assert stopped.text == free.text[: free.text.index(stop)] == "".join(shown)
+    assert stopped.tokens == free.tokens[: len(stopped.tokens)]
