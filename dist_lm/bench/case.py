@@ -46,6 +46,7 @@ class Case:
     ways: Mapping[str, CrewSize]
     comparisons: Sequence[Comparison]
     same_losses: frozenset[str]  # ways that have to show the same loss in the first steps
+    rounds: int = 15
 
     @property
     def tokens_a_step(self) -> int:

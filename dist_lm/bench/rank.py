@@ -40,7 +40,8 @@ def serve(requests: Iterable[str], build: Build, world: World) -> Iterable[dict[
             case "build":
                 trial = build(request["way"], load_config(Path(request["config"])), world)
                 trials[request["way"]] = trial
-                yield {"losses": [trial.step() for _ in range(FIRST_STEPS)], "facts": trial.facts()}
+                losses = trial.losses() if trial.losses else [trial.step() for _ in range(FIRST_STEPS)]
+                yield {"losses": losses, "facts": trial.facts()}
             case "time":
                 yield {"seconds": seconds_of(trials[request["way"]].step, request["steps"], world)}
             case "forget":

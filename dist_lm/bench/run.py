@@ -20,8 +20,8 @@ from dist_lm.cluster.ranks import local_gpus
 from dist_lm.config_file import save_config
 from dist_lm.errors import ConfigError, UserError
 
-NAMES = ("tp", "fsdp", "checkpointing", "compile")
-ROUNDS, QUICK_ROUNDS = 15, 3
+NAMES = ("tp", "fsdp", "checkpointing", "compile", "generate")
+QUICK_ROUNDS = 3
 QUICK_ROUND_S = 0.1
 SAME_LOSS = 1e-4  # relative, over the first steps in fp32
 
@@ -59,7 +59,7 @@ def run_benchmark(
             own = run_case(name, case, lambda crew, request: running[crew].ask(request), work, quick=quick)
             _write(own, file)
             records += own
-    rounds = QUICK_ROUNDS if quick else ROUNDS
+    rounds = QUICK_ROUNDS if quick else max(case.rounds for case in planned)
     console.print(table_of(f"{name}: medians of {rounds} rounds on {_machine(device)}", records))
     return records
 
@@ -69,7 +69,8 @@ def run_case(name: str, case: Case, ask: Ask, work: Path, *, quick: bool) -> lis
     path = work / "config.yaml"
     save_config(case.config, path)
     built = {way: ask(crew, {"do": "build", "way": way, "config": str(path)})[0] for way, crew in case.ways.items()}
-    check_same({way: built[way]["losses"] for way in case.ways if way in case.same_losses})
+    if case.same_losses:
+        check_same({way: built[way]["losses"] for way in case.ways if way in case.same_losses})
 
     def time_steps(way: str, steps: int) -> float:
         return max(answer["seconds"] for answer in ask(case.ways[way], {"do": "time", "way": way, "steps": steps}))
@@ -77,7 +78,7 @@ def run_case(name: str, case: Case, ask: Ask, work: Path, *, quick: bool) -> lis
     if quick:
         seconds = seconds_per_step(list(case.ways), QUICK_ROUNDS, time_steps, QUICK_ROUND_S)
     else:
-        seconds = seconds_per_step(list(case.ways), ROUNDS, time_steps)
+        seconds = seconds_per_step(list(case.ways), case.rounds, time_steps)
     for crew in sorted(set(case.ways.values()), key=repr):
         ask(crew, {"do": "forget"})
     return records_of(name, case, seconds, {way: built[way]["facts"] for way in case.ways})

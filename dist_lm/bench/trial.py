@@ -31,6 +31,7 @@ class Trial:
 
     step: Callable[[], float]  # one training step; its loss
     facts: Callable[[], dict[str, float]] = dict  # asked once, after the first steps; names end with their unit
+    losses: Callable[[], list[float]] | None = None  # what it is compared with others by; none: those of first steps
 
 
 def made_up_batch(config: Config, rows: slice, device: torch.device) -> Batch:

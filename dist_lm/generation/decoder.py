@@ -15,8 +15,7 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 from dist_lm.config import ModelConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.linear import FEWEST_ROWS, VECTOR, Linear, build_linear
-from dist_lm.generation.page_plan import DecodePlan, Piece
-from dist_lm.generation.plain_pages import PlainPages
+from dist_lm.generation.paged_cache import PagedCache, Piece, Plan
 from dist_lm.model.feed_forward import activate
 from dist_lm.model.rope import RopeTables, rope_tables, rotate
 from dist_lm.model.size import parameter_shapes
@@ -38,7 +37,7 @@ class Decoder:
     """A model and its cache."""
 
     def __init__(
-        self, config: ModelConfig, cache: PlainPages, page_size: int, dtype: torch.dtype, device: torch.device
+        self, config: ModelConfig, cache: PagedCache, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         """Without weights; `load` gives it some."""
         self.config = config
@@ -83,50 +82,49 @@ class Decoder:
         for piece in pieces:
             end += len(piece.tokens)
             last.append(end)
-        written_N = torch.tensor(written, device=self._device)
+        place_X = self.cache.places(torch.tensor(written, device=self._device))
 
         def attend(layer: int, q: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            self.cache.write(layer, written_N, key, value)
+            self.cache.write(layer, place_X, key, value)
             return self.cache.prefill(layer, q, key, value, pieces)
 
         token_N, position_N = torch.tensor([tokens, positions], device=self._device)
         x_ND = self._hidden(token_N, position_N, attend)
         return self._logits(x_ND[last])
 
-    def decode(self, token_B: torch.Tensor, plan: DecodePlan) -> torch.Tensor:
+    def decode(self, token_B: torch.Tensor, plan: Plan) -> torch.Tensor:
         """Compute and cache one token a sequence; fp32 logits (B, V) behind it."""
+        place_X = self.cache.places(plan.written_B)
 
         def attend(layer: int, q: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            self.cache.write(layer, plan.written_B, key, value)
+            self.cache.write(layer, place_X, key, value)
             return self.cache.decode(layer, q, plan)
 
         return self._logits(self._hidden(token_B, plan.position_B, attend))
 
     def _hidden(self, token_N: torch.Tensor, position_N: torch.Tensor, attend: Callable[..., torch.Tensor]):
-        config = self.config
+        config, n_tokens = self.config, len(token_N)
+        token_N, position_N = _enough(token_N), _enough(position_N)
         rope: RopeTables = (self._cos[position_N][:, None], self._sin[position_N][:, None])
         x_ND = F.embedding(token_N, self._embedding)
         for number, layer in enumerate(self._layers):
-            heads_NHK = _rows(layer.heads, layer.attention_norm(x_ND)).unflatten(-1, (-1, config.d_head))
+            heads_NHK = layer.heads(layer.attention_norm(x_ND)).unflatten(-1, (-1, config.d_head))
             turned_NHK, value_NGK = heads_NHK.split([config.n_heads + config.kv_heads, config.kv_heads], dim=1)
             q_NHK, key_NGK = rotate(turned_NHK, rope).split([config.n_heads, config.kv_heads], dim=1)
-            o_NHK = attend(number, q_NHK, key_NGK, value_NGK)
-            x_ND = x_ND + _rows(layer.output, o_NHK.flatten(1))
-            hidden = _rows(layer.up, layer.feed_forward_norm(x_ND))
+            o_NHK = attend(number, q_NHK[:n_tokens], key_NGK[:n_tokens], value_NGK[:n_tokens])
+            x_ND = x_ND + layer.output(_enough(o_NHK.flatten(1)))
+            hidden = layer.up(layer.feed_forward_norm(x_ND))
             gate, up = hidden.chunk(2, dim=-1) if config.ffn == "swiglu" else (None, hidden)
-            x_ND = x_ND + _rows(layer.down, activate(up, gate))
-        return x_ND
+            x_ND = x_ND + layer.down(activate(up, gate))
+        return x_ND[:n_tokens]
 
     def _logits(self, x_ND: torch.Tensor) -> torch.Tensor:
-        return _rows(self._head, self._final_norm(x_ND)).float()
+        return self._head(_enough(self._final_norm(x_ND)))[: len(x_ND)].float()
 
 
-def _rows(linear: Linear, x_ND: torch.Tensor) -> torch.Tensor:
-    """A linear layer on no fewer rows than it takes to get the same bits for any number."""
-    n_rows = len(x_ND)
-    if n_rows >= FEWEST_ROWS:
-        return linear(x_ND)
-    return linear(x_ND.expand(FEWEST_ROWS, -1).contiguous())[:n_rows]
+def _enough(x: torch.Tensor) -> torch.Tensor:
+    """At least as many rows as it takes for a row to get the same bits whatever their number."""
+    return x if len(x) >= FEWEST_ROWS else torch.cat([x] * FEWEST_ROWS)
 
 
 def _norm(config: ModelConfig, value: Mapping[str, torch.Tensor], name: str) -> Norm:
@@ -141,11 +139,16 @@ def _layer(config: ModelConfig, value: Mapping[str, torch.Tensor], prefix: str) 
     def weights(*names: str) -> list[torch.Tensor]:
         return [value[prefix + name] for name in names]
 
-    def biases(*names: str) -> torch.Tensor | None:
-        return torch.cat([one.flatten() for one in weights(*names)]) if config.bias else None
+    def bias(name: str) -> torch.Tensor | None:
+        return value[prefix + name] if config.bias else None
 
     query, key, heads_value, output = weights(*(f"attention.{n}" for n in ("query", "key", "value", "output")))
-    of_heads = torch.cat([one.flatten(0, 1) for one in (query, key, heads_value)])
+    scale = config.d_head**-0.5  # of the scores, here once for all
+    of_heads = torch.cat([one.flatten(0, 1) for one in (query * scale, key, heads_value)])
+    of_heads_bias = None
+    if config.bias:
+        query_bias, *others = weights("attention.query_bias", "attention.key_bias", "attention.value_bias")
+        of_heads_bias = torch.cat([one.flatten() for one in (query_bias * scale, *others)])
     gated = ("gate", "up") if config.ffn == "swiglu" else ("up",)
     room = -config.d_ff % VECTOR  # hidden units that are 0, and stay so
     up = torch.cat([F.pad(one, (0, 0, 0, room)) for one in weights(*(f"feed_forward.{n}.weight" for n in gated))])
@@ -155,9 +158,9 @@ def _layer(config: ModelConfig, value: Mapping[str, torch.Tensor], prefix: str) 
     (down,) = weights("feed_forward.down.weight")
     return _Layer(
         attention_norm=_norm(config, value, f"{prefix}attention_norm"),
-        heads=build_linear(of_heads, biases("attention.query_bias", "attention.key_bias", "attention.value_bias")),
-        output=build_linear(output.flatten(0, 1).t().contiguous(), biases("attention.output_bias")),
+        heads=build_linear(of_heads, of_heads_bias),
+        output=build_linear(output.flatten(0, 1).t().contiguous(), bias("attention.output_bias")),
         feed_forward_norm=_norm(config, value, f"{prefix}feed_forward_norm"),
         up=build_linear(up, up_bias),
-        down=build_linear(F.pad(down, (0, room)), biases("feed_forward.down.bias")),
+        down=build_linear(F.pad(down, (0, room)), bias("feed_forward.down.bias")),
     )

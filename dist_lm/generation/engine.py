@@ -21,13 +21,15 @@ import torch
 from dist_lm.config import ModelConfig
 from dist_lm.errors import require
 from dist_lm.generation.decoder import Decoder
-from dist_lm.generation.page_plan import DecodePlan, Piece, plan_decode
+from dist_lm.generation.flash_pages import PAGE_TOKENS, FlashPages
+from dist_lm.generation.paged_cache import PagedCache, Piece, Plan
 from dist_lm.generation.pages import PagePool, pages_for
 from dist_lm.generation.plain_pages import ALIGNED, PlainPages
 from dist_lm.generation.request import Answer, FinishReason, OnText, Refusal, Request, RequestError
 from dist_lm.generation.sampling import Choice, Group, adjust, group_rows, sample, uniform
 from dist_lm.generation.sequence import Sequence as Running
 from dist_lm.generation.text import TextStream
+from dist_lm.model.kernels import packs_documents
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class EngineOptions:
     """How large an engine is, and how it cuts up its work."""
 
     cache_tokens: int = 16384  # for which there is room, of all sequences together
-    page_tokens: int = 64  # of a page
+    page_tokens: int = 64  # of a page; the flash kernel (CUDA, bf16) takes multiples of 256
     max_sequences: int = 64  # that run at a time
     piece_tokens: int = 256  # of a prompt that are computed at once
     step_tokens: int = 512  # of prompts in a step, at most (but one piece)
@@ -55,6 +57,13 @@ class EngineOptions:
     @property
     def n_pages(self) -> int:
         return self.cache_tokens // self.page_tokens
+
+
+def build_cache(config: ModelConfig, options: EngineOptions, dtype: torch.dtype, device: torch.device) -> PagedCache:
+    """The cache for a device: for the flash kernel where that takes heads and pages, else for plain PyTorch."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    flash = packs_documents(device.type, half, config.d_head) and options.page_tokens % PAGE_TOKENS == 0
+    return (FlashPages if flash else PlainPages)(config, options.n_pages, options.page_tokens, dtype, device)
 
 
 class Engine:
@@ -79,14 +88,14 @@ class Engine:
         self._vocabulary = vocabulary
         self._pool = PagePool(self.options.n_pages)
         self._device = device or torch.device("cpu")
-        self._cache = PlainPages(config, self.options.n_pages, self.options.page_tokens, dtype, self._device)
+        self._cache = build_cache(config, self.options, dtype, self._device)
         self._decoder = Decoder(config, self._cache, self.options.page_tokens, dtype, self._device)
         self._waiting: deque[list[Running]] = deque()
         self._prompts: list[list[Running]] = []  # all answers to a request, of which the first holds the prompt
         self._running: list[Running] = []  # oldest first
         self._aside: list[Running] = []  # oldest first
         self._done: list[Answer | Refusal] = []
-        self._plan: tuple[tuple[object, ...], DecodePlan] | None = None
+        self._plan: tuple[tuple[object, ...], Plan] | None = None
         self._groups: tuple[list[Running], list[Group]] = ([], [])
         self.load_weights(weights, version)
 
@@ -270,15 +279,13 @@ class Engine:
             sequence.cached += 1
         self._take_tokens(running, logits_BV)
 
-    def _plan_of(self, running: list[Running]) -> DecodePlan:
+    def _plan_of(self, running: list[Running]) -> Plan:
         """That of the step before, moved on, where no page has changed hands."""
-        size = self.options.page_tokens
         key = (self._pool.changes, *running)
         if self._plan and self._plan[0] == key:
             self._plan[1].advance()
         else:
-            plan = plan_decode([one.pages for one in running], [one.cached for one in running], size, self._device)
-            self._plan = (key, plan)
+            self._plan = (key, self._cache.plan([one.pages for one in running], [one.cached for one in running]))
         return self._plan[1]
 
     def _make_room(self) -> None:

@@ -1,4 +1,4 @@
-"""Which keys a step reads and where it writes: index tensors, built once a step and used in every layer.
+"""Which pages a step reads in plain PyTorch and where it writes: built once a step and used in every layer.
 
 Dimensions: B sequences, P pages of the longest one, n slots; a slot is a page as one sequence reads it.
 """
@@ -14,18 +14,6 @@ from dist_lm.generation.pages import pages_for
 FEWEST_SLOTS = 2  # one product alone takes another way through the libraries, which rounds differently
 SUMMED = 4  # numbers of which `sum` gives the same bits with and without zeros behind them, or a multiple
 WASTE = 2  # reading a stretch of pages as it lies is cheaper than copying those that count, up to so many times as many
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A stretch of one sequence's tokens, to be computed and cached at once.
-
-    Where a sequence is cut depends on the sequence alone, so that what a token gets does not depend on other work.
-    """
-
-    tokens: Sequence[int]
-    start: int  # position of the first
-    pages: Sequence[int]  # that hold positions 0 to the last one's
 
 
 @dataclass(frozen=True)
@@ -47,9 +35,9 @@ class DecodePlan:
     page_n: torch.Tensor  # the page of each slot of the first read
     row_n: torch.Tensor  # the sequence that reads it; any, where nobody does
     shared: list[SharedRead]  # further slots, in this order
-    slot_BP: torch.Tensor  # of each page of a sequence; the number of slots, where it has no such page
-    summed_BP: torch.Tensor  # the same, P rounded up to what `sum` adds in one order
-    place_n: torch.Tensor  # of each slot in the flattened `slot_BP`
+    slot_X: torch.Tensor  # (B * P,); of each page of a sequence; any, where it has no such page
+    summed_X: torch.Tensor  # the same, P rounded up to what `sum` adds in one order; behind the last slot, where none
+    place_n: torch.Tensor  # of each slot in `slot_X`
     bias_B1S: torch.Tensor  # fp32; 0 where a key is visible, -inf elsewhere
 
     def advance(self) -> None:
@@ -118,7 +106,8 @@ def plan_decode(
         shared.append(SharedRead(on_device(own), on_device(rows[begin:]), again=own == before))
         before = own
 
-    slot_BP = on_device([len(rows) if slot == absent else slot for slot in slot_of]).view(len(pages), longest)
+    slot_BP = on_device(slot_of).view(len(pages), longest)
+    summed_BP = F.pad(slot_BP, (0, -longest % SUMMED), value=absent)
     position_B = on_device(positions)
     key_S = torch.arange(longest * page_size, device=device)
     bias_BS = torch.zeros(len(pages), len(key_S), device=device)
@@ -131,8 +120,8 @@ def plan_decode(
         page_n=on_device(first),
         row_n=on_device(rows[:n_first]),
         shared=shared,
-        slot_BP=slot_BP,
-        summed_BP=F.pad(slot_BP, (0, -longest % SUMMED), value=len(rows)),
+        slot_X=slot_BP.flatten().clamp(min=0),
+        summed_X=summed_BP.masked_fill(summed_BP == absent, len(rows)).flatten(),
         place_n=on_device(places),
         bias_B1S=bias_BS[:, None],
     )

@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
 from dist_lm.config import ModelConfig
-from dist_lm.generation.page_plan import FEWEST_SLOTS, DecodePlan, Piece
+from dist_lm.generation.page_plan import FEWEST_SLOTS, DecodePlan, plan_decode
+from dist_lm.generation.paged_cache import PageStore, Piece
 
 ALIGNED = 16  # fp32 numbers in 64 bytes
 
 
-class PlainPages:
+class PlainPages(PageStore):
     """The cache of all layers."""
 
     def __init__(
@@ -27,42 +28,28 @@ class PlainPages:
     ) -> None:
         self._room = -config.d_head % ALIGNED
         shape = (config.n_layers, max(n_pages, FEWEST_SLOTS), config.kv_heads, page_size, config.d_head + self._room)
-        self._key = torch.zeros(shape, dtype=dtype, device=device)
-        self._value = torch.zeros(shape, dtype=dtype, device=device)
+        super().__init__(shape, dtype, device)
         self._page_size = page_size
-        self._scale = config.d_head**-0.5
+        self._group_G = torch.arange(config.kv_heads, device=device)
 
-    def clear(self, pages: Sequence[int]) -> None:
-        """Zeros in place of what may not be a number, and would spread."""
-        self._key[:, pages] = 0
-        self._value[:, pages] = 0
+    def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> DecodePlan:
+        """See `PagedCache`."""
+        return plan_decode(pages, positions, self._page_size, self.key.device)
 
-    def copy_page(self, source: int, target: int) -> None:
-        """One page's content to another one, in all layers."""
-        self._key[:, target] = self._key[:, source]
-        self._value[:, target] = self._value[:, source]
+    def places(self, written_N: torch.Tensor) -> torch.Tensor:
+        """See `PagedCache`."""
+        written_N1, width = written_N[:, None], self._page_size
+        return ((written_N1 // width * len(self._group_G) + self._group_G) * width + written_N1 % width).flatten()
 
-    def save(self, pages: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The content of some pages, to be put back with `restore`."""
-        return self._key[:, pages], self._value[:, pages]
-
-    def restore(self, pages: Sequence[int], content: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Put back what `save` gave, into as many pages."""
-        self._key[:, pages], self._value[:, pages] = content
-
-    def write(self, layer: int, written_N: torch.Tensor, key_NGK: torch.Tensor, value_NGK: torch.Tensor) -> None:
-        """Store tokens at page * page_size + offset."""
-        groups, width = key_NGK.shape[1], self._page_size
-        group_G = torch.arange(groups, device=written_N.device)
-        written_N1 = written_N[:, None]
-        row_NG = (written_N1 // width * groups + group_G) * width + written_N1 % width
-        for cache, new_NGK in ((self._key, key_NGK), (self._value, value_NGK)):
+    def write(self, layer: int, place_X: torch.Tensor, key_NGK: torch.Tensor, value_NGK: torch.Tensor) -> None:
+        """See `PagedCache`."""
+        for cache, new_NGK in ((self.key, key_NGK), (self.value, value_NGK)):
             new = F.pad(new_NGK, (0, self._room)) if self._room else new_NGK
-            cache[layer].view(-1, new.shape[-1]).index_copy_(0, row_NG.flatten(), new.reshape(-1, new.shape[-1]))
+            cache[layer].view(-1, new.shape[-1]).index_copy_(0, place_X, new.reshape(-1, new.shape[-1]))
 
     def decode(self, layer: int, q_BHK: torch.Tensor, plan: DecodePlan) -> torch.Tensor:
-        """Attention (B, H, K) of one new token a sequence, whose own key and value are written already."""
-        q_BHK = F.pad(q_BHK * self._scale, (0, self._room)) if self._room else q_BHK * self._scale
+        """See `PagedCache`."""
+        q_BHK = F.pad(q_BHK, (0, self._room)) if self._room else q_BHK
         n_rows, heads, width = q_BHK.shape
         reads = self._reads(layer, plan)
         groups, page = reads[0][0].shape[1:3]
@@ -74,25 +61,25 @@ class PlainPages:
             for key, _, row in reads
         ]
         score_nX = scores[0] if len(scores) == 1 else torch.cat(scores)
-        slot_X = plan.slot_BP.flatten()
-        n_pages = plan.slot_BP.shape[1]
-        score_BPHW = score_nX.index_select(0, slot_X.clamp(max=len(score_nX) - 1)).view(n_rows, n_pages, heads, page)
+        score_BPHW = score_nX.index_select(0, plan.slot_X).view(n_rows, -1, heads, page)
+        n_pages = score_BPHW.shape[1]
         weight_BHS = (score_BPHW.transpose(1, 2).flatten(2) + plan.bias_B1S).softmax(dim=-1).to(q_BHK.dtype)
         weight_BPHW = weight_BHS.view(n_rows, heads, n_pages, page).transpose(1, 2)
         weight_nX = weight_BPHW.reshape(n_rows * n_pages, heads * page).index_select(0, plan.place_n)
         # one slot more, of zeros: what a sequence gets of pages that it has not
-        output_nX = torch.zeros(len(score_nX) + 1, heads * width, dtype=q_BHK.dtype, device=q_BHK.device)
+        output_nX = q_BHK.new_zeros(len(score_nX) + 1, heads * width)
         begin = 0
         for _, value, row in reads:
-            part = weight_nX[begin : begin + len(row)].view(-1, heads // groups, page)
-            output_nX[begin : begin + len(row)] = torch.bmm(part, value.flatten(0, 1)).view(len(row), -1)
-            begin += len(row)
-        output_BPX = output_nX.index_select(0, plan.summed_BP.flatten()).view(n_rows, -1, heads * width)
+            own = slice(begin, begin + len(row))
+            into = output_nX[own].view(-1, heads // groups, width)
+            torch.bmm(weight_nX[own].view(-1, heads // groups, page), value.flatten(0, 1), out=into)
+            begin = own.stop
+        output_BPX = output_nX.index_select(0, plan.summed_X).view(n_rows, -1, heads * width)
         return output_BPX.sum(dim=1).view(n_rows, heads, width)[..., : width - self._room]
 
     def _reads(self, layer: int, plan: DecodePlan) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """(keys (n, G, W, K), values, sequence that reads each) of every read of a plan."""
-        key, value = self._key[layer], self._value[layer]
+        key, value = self.key[layer], self.value[layer]
         if plan.n_pages:
             reads = [(key[: plan.n_pages], value[: plan.n_pages], plan.row_n)]
         else:
@@ -112,7 +99,7 @@ class PlainPages:
         value_NGK: torch.Tensor,
         pieces: Sequence[Piece],
     ) -> torch.Tensor:
-        """Attention (N, H, K) of pieces that lie one behind the other, whose keys and values are written already."""
+        """See `PagedCache`."""
         outputs, begin = [], 0
         for piece in pieces:
             own = slice(begin, begin + len(piece.tokens))
@@ -126,7 +113,7 @@ class PlainPages:
                 pages = torch.tensor(piece.pages, device=q_NHK.device)
                 key, value = (
                     cache[layer].index_select(0, pages).transpose(0, 1).flatten(1, 2)[:, :n_keys, : q_NHK.shape[-1]]
-                    for cache in (self._key, self._value)
+                    for cache in (self.key, self.value)
                 )
                 bias = _causal_bias(piece.start, n_keys, q_NHK)
             output = F.scaled_dot_product_attention(
@@ -135,6 +122,7 @@ class PlainPages:
                 value[None],
                 attn_mask=bias,
                 is_causal=bias is None,
+                scale=1.0,
                 enable_gqa=key.shape[0] != q_NHK.shape[1],
             )
             outputs.append(output[0].transpose(0, 1))

@@ -1,0 +1,213 @@
+"""New tokens a second: our engine against the generation of other libraries, on one thread, from the same weights.
+
+Every prompt has 64 tokens of made-up text; tokens are drawn at temperature 1 from the 50 likeliest within 95 % of the
+probability. A peer that is not installed is named without a figure.
+
+Dimensions: B sequences, T tokens, D d_model.
+"""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the name the field uses
+
+from dist_lm.bench.case import Case, Comparison, CrewSize, configurations
+from dist_lm.bench.generate_peers import LitGpt, NanoChat, Peer, Transformers
+from dist_lm.bench.trial import Trial
+from dist_lm.config import Config, ModelConfig
+from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.params import SamplingParams
+from dist_lm.generation.request import Answer, Request
+from dist_lm.model.initialise import initialise
+from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.mesh import World
+
+OURS, CEILING = "our engine", "linear layers alone"
+PEERS: dict[str, type[Peer]] = {"transformers": Transformers, "litgpt": LitGpt, "nanochat": NanoChat}
+ONE, EIGHT = "one answer", "eight answers"
+
+PROMPT = 64
+SAMPLING = SamplingParams(temperature=1.0, top_k=50, top_p=0.95, ignore_eot=True)
+GREEDY_TOKENS = 16  # that ways with the same weights are compared by
+SHORTEST, LONGEST = 16, 512  # new tokens, where requests are of mixed lengths
+PADDED_BATCH = 32  # of a peer that has to be given batches
+LONG_PROMPT = 400
+ROUNDS = 5
+
+SMALLER = ("model.d_model=256", "model.n_layers=6", "model.n_heads=4", "model.d_ff=1024")
+LARGER = ("model.d_model=512", "model.n_layers=8", "model.n_heads=8", "model.d_ff=2048")
+SHAPE = ("model=nano", "model.vocab_size=32000", "model.max_seq_len=1024")
+MIXED, PREFILL = "mixed lengths", "prefill"
+
+
+def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
+    """Batches of 1, 8 and 32 of two sizes, 64 requests of mixed lengths, and answers that share a prompt.
+
+    With overrides: one batch of stage.global_batch prompts with stage.seq_len new tokens.
+    """
+    if overrides:
+        return [batch_case(configurations((), overrides, quick)[0])]
+    shapes = [
+        (*SHAPE, *size, f"stage.global_batch={batch}", "stage.seq_len=128")
+        for size in (SMALLER, LARGER)
+        for batch in (1, 8, 32)
+    ]
+    found = [batch_case(config) for config in configurations(shapes, (), quick)]
+    if not quick:
+        mean = (SHORTEST + LONGEST) // 2
+        smaller = (*SHAPE, *SMALLER)
+        mixed = configurations([(*smaller, "stage.global_batch=64", f"stage.seq_len={mean}")], (), quick)[0]
+        shared = configurations([(*smaller, "stage.global_batch=1", f"stage.seq_len={LONG_PROMPT}")], (), quick)[0]
+        found += [mixed_case(mixed), prefill_case(shared)]
+    return found
+
+
+def batch_case(config: Config) -> Case:
+    """As many prompts at once as stage.global_batch, with stage.seq_len new tokens each."""
+    batch, new = config.stage.global_batch, config.stage.seq_len
+    return _against_peers(f"{_shape(config.model)}, batch {batch}, {PROMPT} + {new} tokens", config, list(PEERS))
+
+
+def mixed_case(config: Config) -> Case:
+    """Requests that want from SHORTEST to LONGEST new tokens; peers pad batches of PADDED_BATCH."""
+    name = f"{_shape(config.model)}, {config.stage.global_batch} {MIXED}, {SHORTEST} to {LONGEST} new"
+    return _against_peers(name, config, ["transformers"])
+
+
+def prefill_case(config: Config) -> Case:
+    """The first tokens of eight answers to one prompt, against that of one answer; in prompt tokens a second."""
+    crew = CrewSize(1)
+    return Case(
+        name=f"{_shape(config.model)}, {PREFILL} of {LONG_PROMPT} tokens",
+        config=config,
+        ways={EIGHT: crew, ONE: crew},
+        comparisons=(Comparison(own=EIGHT, peer=ONE),),
+        same_losses=frozenset(),
+        rounds=ROUNDS,
+    )
+
+
+def _shape(model: ModelConfig) -> str:
+    return f"{model.d_model} x {model.n_layers} layers"
+
+
+def _against_peers(name: str, config: Config, peers: Sequence[str]) -> Case:
+    crew = CrewSize(1)
+    there = [peer for peer in peers if importlib.util.find_spec(PEERS[peer].package)]
+    comparisons = [
+        Comparison(
+            own=OURS,
+            peer=peer if peer in there else None,
+            peer_name=peer if peer in there else f"{peer}: not installed",
+            ceiling=CEILING,
+        )
+        for peer in peers
+    ]
+    return Case(
+        name=name,
+        config=config,
+        ways=dict.fromkeys([OURS, *there, CEILING], crew),
+        comparisons=comparisons,
+        same_losses=frozenset({OURS, *(peer for peer in there if PEERS[peer].same_weights)}),
+        rounds=ROUNDS,
+    )
+
+
+def build(way: str, config: Config, world: World) -> Trial:
+    """One way of generating, in one process."""
+    model = Transformer(config.model).to(world.device)
+    initialise(model, config.seed)
+    model.requires_grad_(requires_grad=False)
+    prompts = made_up_prompts(config)
+    if way in (EIGHT, ONE):
+        engine = _engine(model, 8 * config.model.max_seq_len)
+        prompt = made_up_tokens(config, 1, LONG_PROMPT)[0].tolist()
+        return Trial(lambda: _first_tokens(engine, prompt, 8 if way == EIGHT else 1), losses=list)
+    lengths = new_tokens(config)
+    if way == OURS:
+        engine = _engine(model, sum(PROMPT + new + 64 for new in lengths))
+        return Trial(lambda: _answer(engine, prompts, lengths), losses=lambda: [_greedy(engine, prompts)])
+    if way == CEILING:
+        return Trial(_linear_layers(model, lengths), losses=list)
+    peer = PEERS[way](model, SAMPLING)
+
+    def losses() -> list[float]:
+        return [peer.greedy_logprob(prompts[:1], GREEDY_TOKENS)] if peer.same_weights else []
+
+    return Trial(lambda: _in_batches(peer, prompts, lengths), losses=losses)
+
+
+def made_up_tokens(config: Config, rows: int, width: int) -> torch.Tensor:
+    """Random tokens (rows, width), the same at every call."""
+    return torch.randint(2, config.model.vocab_size, (rows, width), generator=torch.Generator().manual_seed(7))
+
+
+def made_up_prompts(config: Config) -> torch.Tensor:
+    """(B, PROMPT) tokens."""
+    return made_up_tokens(config, config.stage.global_batch, PROMPT)
+
+
+def new_tokens(config: Config) -> list[int]:
+    """How many each request wants: all the same, or evenly from SHORTEST to LONGEST in an order that is no order."""
+    batch, mean = config.stage.global_batch, config.stage.seq_len
+    if mean != (SHORTEST + LONGEST) // 2:
+        return [mean] * batch
+    lengths = torch.linspace(SHORTEST, LONGEST, batch).round().long()
+    return lengths[torch.randperm(batch, generator=torch.Generator().manual_seed(3))].tolist()
+
+
+def _engine(model: Transformer, cache_tokens: int) -> Engine:
+    options = EngineOptions(cache_tokens=max(cache_tokens, model.config.max_seq_len))
+    return Engine(model.config, dict(model.named_parameters()), eot_id=0, options=options)
+
+
+def _answer(engine: Engine, prompts: torch.Tensor, lengths: Sequence[int]) -> float:
+    for index, (prompt, new) in enumerate(zip(prompts.tolist(), lengths, strict=True)):
+        engine.submit(Request(str(index), prompt, replace(SAMPLING, max_new_tokens=new), seed=index))
+    done = engine.run()
+    assert sum(len(answer.tokens) for answer in done if isinstance(answer, Answer)) == sum(lengths)
+    return 0.0
+
+
+def _greedy(engine: Engine, prompts: torch.Tensor) -> float:
+    params = SamplingParams(max_new_tokens=GREEDY_TOKENS, temperature=0, ignore_eot=True)
+    engine.submit(Request("greedy", prompts[0].tolist(), params))
+    (answer,) = engine.run()
+    assert isinstance(answer, Answer)
+    return sum(answer.raw_logprobs) / len(answer.raw_logprobs)
+
+
+def _first_tokens(engine: Engine, prompt: list[int], n: int) -> float:
+    engine.submit(Request("shared", prompt, replace(SAMPLING, max_new_tokens=1), n=n))
+    assert len(engine.run()) == n
+    return 0.0
+
+
+@torch.inference_mode()
+def _in_batches(peer: Peer, prompts: torch.Tensor, lengths: Sequence[int]) -> float:
+    """Padded batches: each runs until its longest answer is there."""
+    for begin in range(0, len(prompts), PADDED_BATCH):
+        own = slice(begin, begin + PADDED_BATCH)
+        peer.generate(prompts[own], max(lengths[own]))
+    return 0.0
+
+
+def _linear_layers(model: Transformer, lengths: Sequence[int]) -> Callable[[], float]:
+    """The matrix products of all new tokens and nothing else: what eager PyTorch cannot go below."""
+    config = model.config
+    weights = [value.flatten(0, -2) if value.ndim == 3 else value for value in model.parameters() if value.ndim > 1]
+    weights = [weight for weight in weights if weight.data_ptr() != model.embedding.weight.data_ptr()]
+    weights += [model.head_weight] if config.tie_embeddings else []
+    steps = max(lengths)
+    running = [sum(new > step for new in lengths) for step in range(steps)]
+
+    @torch.inference_mode()
+    def step() -> float:
+        for n_rows in running:
+            for weight in weights:
+                F.linear(torch.zeros(n_rows, weight.shape[1]), weight)
+        return 0.0
+
+    return step

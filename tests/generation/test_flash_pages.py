@@ -1,0 +1,63 @@
+"""The cache of the flash kernel, with the kernel's contract in plain PyTorch in its place: it runs on CUDA only."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dist_lm.generation import engine as engine_module
+from dist_lm.generation import flash_pages
+from dist_lm.generation.flash_pages import FlashPages
+from dist_lm.generation.plain_pages import PlainPages
+from tests.generation.test_engine import CONFIG, GROUPED, SMALL, model_of, requests_of_all_kinds, run_schedule
+
+
+def varlen_attn(
+    q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k, block_table, num_splits
+):
+    """Queries of a sequence are its last ones; keys follow its table of pages."""
+    assert (window_size, cu_k, num_splits) == ((-1, 0), None, 1)
+    assert block_table.dtype == seqused_k.dtype == cu_q.dtype == torch.int32
+    assert q.is_contiguous()
+    assert max_k == block_table.shape[1] * k.shape[1]
+    outputs = []
+    for row, (start, end) in enumerate(zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True)):
+        n_queries, n_keys = end - start, int(seqused_k[row])
+        assert 0 < n_queries <= max_q
+        assert n_keys <= max_k
+        key, value = (pool[block_table[row].long()].flatten(0, 1)[:n_keys] for pool in (k, v))
+        groups = q.shape[1] // k.shape[2]
+        assert enable_gqa == (groups > 1)
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        scores = torch.einsum("qhk,shk->hqs", q[start:end], key) * scale
+        seen = torch.arange(n_keys) <= torch.arange(n_keys - n_queries, n_keys)[:, None]
+        weight = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        outputs.append(torch.einsum("hqs,shk->qhk", weight, value))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("config", [CONFIG, GROUPED], ids=["heads", "groups"])
+def test_schedules_give_what_a_plain_forward_gives(config, monkeypatch):
+    monkeypatch.setattr(flash_pages, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(
+        engine_module,
+        "build_cache",
+        lambda config, options, dtype, device: FlashPages(config, options.n_pages, options.page_tokens, dtype, device),
+    )
+    model, dice = model_of(config), random.Random(3)
+    for _ in range(4):
+        run_schedule(model, requests_of_all_kinds(6), pages=dice.randint(12, 20), seed=dice.getrandbits(20))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "page", "kind"),
+    [
+        ("cpu", torch.float32, 64, PlainPages),
+        ("cpu", torch.bfloat16, 256, PlainPages),
+        ("meta", torch.bfloat16, 256, PlainPages),
+    ],
+)
+def test_without_the_kernel_pages_are_read_in_plain_pytorch(device, dtype, page, kind):
+    options = replace(SMALL, page_tokens=page, cache_tokens=4 * page)
+    assert isinstance(engine_module.build_cache(CONFIG, options, dtype, torch.device(device)), kind)
