@@ -95,12 +95,13 @@ def _shape(model: ModelConfig) -> str:
 
 def _against_peers(name: str, config: Config, peers: Sequence[str]) -> Case:
     crew = CrewSize(1)
-    there = [peer for peer in peers if importlib.util.find_spec(PEERS[peer].package)]
+    absent = {peer: reason for peer in peers if (reason := _why_not(PEERS[peer], config.stage.global_batch))}
+    there = [peer for peer in peers if peer not in absent]
     comparisons = [
         Comparison(
             own=OURS,
-            peer=peer if peer in there else None,
-            peer_name=peer if peer in there else f"{peer}: not installed",
+            peer=None if peer in absent else peer,
+            peer_name=f"{peer}: {absent[peer]}" if peer in absent else peer,
             ceiling=CEILING,
         )
         for peer in peers
@@ -113,6 +114,12 @@ def _against_peers(name: str, config: Config, peers: Sequence[str]) -> Case:
         same_losses=frozenset({OURS, *(peer for peer in there if PEERS[peer].same_weights)}),
         rounds=ROUNDS,
     )
+
+
+def _why_not(peer: type[Peer], batch: int) -> str | None:
+    if not importlib.util.find_spec(peer.package):
+        return "not installed"
+    return "takes one prompt" if batch > 1 and not peer.batches else None
 
 
 def build(way: str, config: Config, world: World) -> Trial:

@@ -20,6 +20,7 @@ class Peer(Protocol):
 
     package: ClassVar[str]
     same_weights: ClassVar[bool]  # it computes what our model computes
+    batches: ClassVar[bool]  # it takes more than one prompt at a time
 
     def __init__(self, model: Transformer, params: SamplingParams) -> None:
         """Take over the weights of `model`, to sample as `params` say."""
@@ -39,6 +40,7 @@ class Transformers:
 
     package: ClassVar[str] = "transformers"
     same_weights: ClassVar[bool] = True
+    batches: ClassVar[bool] = True
 
     def __init__(self, model: Transformer, params: SamplingParams) -> None:
         from transformers import AutoModelForCausalLM
@@ -71,10 +73,11 @@ class Transformers:
 
 
 class LitGpt:
-    """`generate` of litgpt, one prompt after the other: its own loop takes one."""
+    """`generate` of litgpt."""
 
     package: ClassVar[str] = "litgpt"
     same_weights: ClassVar[bool] = True
+    batches: ClassVar[bool] = False
 
     def __init__(self, model: Transformer, params: SamplingParams) -> None:
         litgpt = import_module("litgpt")
@@ -101,8 +104,8 @@ class LitGpt:
 
     def generate(self, prompt_BT: torch.Tensor, n_new: int) -> None:
         """See `Peer`."""
-        for prompt_T in prompt_BT:
-            self._generate(prompt_T, n_new, self._params.temperature, self._params.top_k, self._params.top_p)
+        (prompt_T,) = prompt_BT
+        self._generate(prompt_T, n_new, self._params.temperature, self._params.top_k, self._params.top_p)
 
     def greedy_logprob(self, prompt_BT: torch.Tensor, n_new: int) -> float:
         """See `Peer`."""
@@ -134,6 +137,7 @@ class NanoChat:
 
     package: ClassVar[str] = "nanochat"
     same_weights: ClassVar[bool] = False
+    batches: ClassVar[bool] = True
 
     def __init__(self, model: Transformer, params: SamplingParams) -> None:
         gpt, shape = import_module("nanochat.gpt"), model.config

@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 
 from dist_lm.config import ModelConfig
 from dist_lm.errors import ArtefactError
-from dist_lm.generation.linear import FEWEST_ROWS, VECTOR, Linear, build_linear
+from dist_lm.generation.linear import VECTOR, Linear, build_linear
 from dist_lm.generation.paged_cache import PagedCache, Piece, Plan
 from dist_lm.model.feed_forward import activate
 from dist_lm.model.rope import RopeTables, rope_tables, rotate
@@ -103,28 +103,22 @@ class Decoder:
         return self._logits(self._hidden(token_B, plan.position_B, attend))
 
     def _hidden(self, token_N: torch.Tensor, position_N: torch.Tensor, attend: Callable[..., torch.Tensor]):
-        config, n_tokens = self.config, len(token_N)
-        token_N, position_N = _enough(token_N), _enough(position_N)
+        config = self.config
         rope: RopeTables = (self._cos[position_N][:, None], self._sin[position_N][:, None])
         x_ND = F.embedding(token_N, self._embedding)
         for number, layer in enumerate(self._layers):
             heads_NHK = layer.heads(layer.attention_norm(x_ND)).unflatten(-1, (-1, config.d_head))
             turned_NHK, value_NGK = heads_NHK.split([config.n_heads + config.kv_heads, config.kv_heads], dim=1)
             q_NHK, key_NGK = rotate(turned_NHK, rope).split([config.n_heads, config.kv_heads], dim=1)
-            o_NHK = attend(number, q_NHK[:n_tokens], key_NGK[:n_tokens], value_NGK[:n_tokens])
-            x_ND = x_ND + layer.output(_enough(o_NHK.flatten(1)))
+            o_NHK = attend(number, q_NHK, key_NGK, value_NGK)
+            x_ND = x_ND + layer.output(o_NHK.flatten(1))
             hidden = layer.up(layer.feed_forward_norm(x_ND))
             gate, up = hidden.chunk(2, dim=-1) if config.ffn == "swiglu" else (None, hidden)
             x_ND = x_ND + layer.down(activate(up, gate))
-        return x_ND[:n_tokens]
+        return x_ND
 
     def _logits(self, x_ND: torch.Tensor) -> torch.Tensor:
-        return self._head(_enough(self._final_norm(x_ND)))[: len(x_ND)].float()
-
-
-def _enough(x: torch.Tensor) -> torch.Tensor:
-    """At least as many rows as it takes for a row to get the same bits whatever their number."""
-    return x if len(x) >= FEWEST_ROWS else torch.cat([x] * FEWEST_ROWS)
+        return self._head(self._final_norm(x_ND)).float()
 
 
 def _norm(config: ModelConfig, value: Mapping[str, torch.Tensor], name: str) -> Norm:

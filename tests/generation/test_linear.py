@@ -1,0 +1,22 @@
+"""Linear layers that give a row the same bits whatever it comes with."""
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812  the name the field uses
+
+from dist_lm.generation.linear import build_linear
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("width", "outputs"), [(40, 96), (256, 768), (1024, 256), (2048, 512), (1600, 200)])
+@torch.inference_mode()
+def test_a_row_gets_the_same_bits_alone_and_in_any_company(width, outputs, bias):
+    torch.manual_seed(0)
+    weight, x = torch.randn(outputs, width) / width**0.5, torch.randn(70, width)
+    bias_N = torch.randn(outputs) if bias else None
+    linear = build_linear(weight, bias_N)
+    whole = linear(x)
+    assert torch.allclose(whole, F.linear(x, weight, bias_N), atol=1e-5)
+    for n_rows in (1, 2, 3, 4, 7, 8, 31, 32, 33, 64):
+        assert torch.equal(linear(x[:n_rows]), whole[:n_rows])
+        assert torch.equal(linear(x[70 - n_rows :]), whole[70 - n_rows :])
