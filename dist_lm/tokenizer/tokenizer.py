@@ -89,6 +89,22 @@ class Tokenizer:
         """Each token as people read it: its text, a byte as `<0x0D>`, a special token by its name."""
         return [self._processor.id_to_piece(int(number)).replace(SPACE, " ") for number in ids]
 
+    def vocabulary(self) -> list[bytes]:
+        """The bytes of every token, by id; a special token has none.
+
+        Those of `encode(text)`, joined, are `text` in UTF-8: with them it can be shown token by token, although a
+        character may be spread over several.
+        """
+        return [self._bytes_of(number) for number in range(self.vocab_size)]
+
+    def _bytes_of(self, number: int) -> bytes:
+        piece: str = self._processor.id_to_piece(number)
+        if number < len(SPECIAL_TOKENS):
+            return b""
+        if self._processor.is_byte(number):
+            return bytes([int(piece.removeprefix("<0x").removesuffix(">"), 16)])
+        return piece.replace(SPACE, " ").encode()
+
     def _encode(self, text: str) -> list[int]:
         first, *rest = text.split(SPACE)
         ids: list[int] = self._processor.encode(first)

@@ -57,6 +57,21 @@ def test_special_tokens_have_their_fixed_ids_and_stand_for_no_text(tokenizer: To
     assert tokenizer.decode([tokenizer.eot_id, *tokenizer.encode("x"), tokenizer.pad_id]) == "x"
 
 
+@settings(max_examples=400, deadline=None)
+@given(text=hard_text)
+@example(text="".join(FRAGMENTS))
+def test_the_bytes_of_tokens_joined_are_the_text(tokenizer: Tokenizer, text: str) -> None:
+    vocabulary = tokenizer.vocabulary()
+    assert b"".join(vocabulary[number] for number in tokenizer.encode(text)).decode() == text
+
+
+def test_every_token_has_bytes_but_special_ones(tokenizer: Tokenizer) -> None:
+    vocabulary = tokenizer.vocabulary()
+    assert len(vocabulary) == tokenizer.vocab_size
+    assert [number for number, content in enumerate(vocabulary) if not content] == list(tokenizer.special_ids.values())
+    assert {bytes([byte]) for byte in range(256)} <= set(vocabulary)
+
+
 def test_broken_bytes_decode_to_the_replacement_character(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode("\u2581")[:2]).strip("\ufffd") == ""
 
