@@ -67,6 +67,47 @@ def bench(
     run_benchmark(name, overrides or [], Console(), quick=quick, json_file=json)
 
 
+@app.command("generate")
+def generate(
+    path: CheckpointPath,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="The text to go on with; without it a prompt at the terminal, or all of standard input."),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.model, if not that of the work directory the run lies in.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.")] = 0.7,
+    top_k: Annotated[int, typer.Option(help="Only from so many of the likeliest tokens; 0: off.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Only from the fewest with this much probability; 1: off.")] = 0.95,
+    min_p: Annotated[
+        float, typer.Option(help="Only from those with this share of the likeliest one's probability; 0: off.")
+    ] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens seen are less likely; 1: off.")] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends an answer (\\n \\t as in a string); may be repeated.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The same one gives the same answers. By default another at every call.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", help="Answers to the prompt.")] = 1,
+    device: Annotated[str, typer.Option(help="auto (a GPU, if there is one), cpu or cuda.")] = "auto",
+) -> None:
+    """Go on with a text: one prompt, or many at the terminal (docs/generation.md)."""
+    from dist_lm.generation.terminal import generate
+
+    values = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    raise typer.Exit(generate(path, prompt, tokenizer, values, stop or [], seed, n, device))
+
+
 @cluster.command("status")
 def cluster_status(
     work_dir: Annotated[Path, typer.Argument(help="The work_dir of a launch.")],

@@ -1,0 +1,183 @@
+"""`python -m dist_lm generate`: one prompt in one go, or a conversation at a terminal."""
+
+import readline
+import secrets
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from io import TextIOWrapper
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from dist_lm.errors import ConfigError, UserError, require
+from dist_lm.generation.commands import check_whole, unescape
+from dist_lm.generation.load import load_model
+from dist_lm.generation.openings import read_openings
+from dist_lm.generation.params import SamplingParams
+from dist_lm.generation.prompt_loop import PromptLoop, visible
+from dist_lm.generation.session import Session, Settings
+from dist_lm.parallel.mesh import choose_device
+
+STOPPED = 130  # the exit code after Ctrl-C
+SEEDS = 1_000_000  # of which one is taken where none is given: short enough to be typed again
+
+
+def generate(
+    path: Path,
+    prompt: str | None,
+    tokenizer: Path | None,
+    values: Mapping[str, object],
+    stop: list[str],
+    seed: int | None,
+    n: int,
+    device: str,
+) -> int:
+    """What the verb does, with its options; `values` are those of `SamplingParams`. Returns the exit code.
+
+    Raises:
+        UserError: names the option, or what is wrong with the checkpoint.
+    """
+    require(device in ("auto", "cpu", "cuda"), "--device", device, "auto, cpu or cuda")
+    talks = prompt is None and sys.stdin.isatty()
+    settings = _settings(values, stop, seed, n)
+    if talks and n != 1:
+        raise ConfigError(f"--n={n}: several answers are for --prompt; at the terminal there is /again")
+    if talks and not sys.stdout.isatty():
+        raise ConfigError("--prompt is missing: it is needed where the output is no terminal")
+    name = "--prompt"
+    if prompt is None and not talks:
+        prompt, name = _standard_input(), "standard input"
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that knows few characters
+    chosen = choose_device(device, 0)
+    errors = Console(stderr=True, highlight=False)
+    with errors.status("loading ...") if errors.is_terminal else _nothing():
+        loaded = load_model(path, tokenizer)
+        run = loaded.run
+        dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32  # what models compute in, in training
+        session = Session(loaded, dtype, chosen, answers=n)
+        del loaded  # the engine has weights of its own
+    if prompt is not None:
+        return _one_shot(session, session.tokens(prompt, name), settings, n, sys.stdout, errors)
+    readline.parse_and_bind("set enable-bracketed-paste on")
+    console = Console(highlight=False)
+    PromptLoop(session, settings, lambda: read_openings(run), console, read_line, interrupts).run()
+    return 0
+
+
+def _settings(values: Mapping[str, object], stop: list[str], seed: int | None, n: int) -> Settings:
+    seed = secrets.randbelow(SEEDS) if seed is None else seed
+    whole = {key: value for key, value in values.items() if isinstance(value, int)}
+    try:
+        for key, value in {**whole, "seed": seed}.items():
+            check_whole(key, value)
+        require(n > 0, "n", n, "a positive integer")
+        params = SamplingParams(**values, stop=tuple(unescape(text) for text in stop))  # type: ignore[arg-type]
+    except ConfigError as error:
+        key, _, rest = str(error).partition("=")
+        raise ConfigError(f"--{key.replace('_', '-')}={rest}") from None
+    return Settings(params, seed)
+
+
+def _standard_input() -> str:
+    content = sys.stdin.buffer.read()  # as it is: not even ends of lines are changed
+    if not content:
+        raise ConfigError("--prompt is missing, and nothing comes from standard input")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input: the prompt is no UTF-8 at byte {error.start}") from None
+
+
+def _one_shot(session: Session, prompt: list[int], settings: Settings, n: int, output: TextIO, errors: Console) -> int:
+    if not output.isatty():  # a reader that has seen enough (`| head`) ends us without a word, as it does others
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    shown = Shown(output, n)
+    with interrupts() as interrupted:
+        outcome = session.answer(prompt, settings, n, shown.text, shown.end, interrupted)
+    errors.print(Text(f"{session.name}: {outcome}", style="dim"), soft_wrap=True)
+    return STOPPED if outcome.stopped else 0
+
+
+class Shown:
+    """Answers one after the other: the first that is not whole as it comes, those behind it when it is their turn.
+
+    A single one is written as it is; each of several behind a line that counts them. On a terminal control characters
+    are shown, not sent, and a last line has an end.
+    """
+
+    def __init__(self, output: TextIO, n: int) -> None:
+        self._output, self._n = output, n
+        self._on_terminal = output.isatty()
+        self._waiting = [""] * n
+        self._ended = [False] * n
+        self._turn = 0
+        self._last = "\n"
+        self._head()
+
+    def text(self, index: int, text: str) -> None:
+        """More of an answer."""
+        self._waiting[index] += text
+        if index == self._turn:
+            self._write()
+
+    def end(self, index: int) -> None:
+        """An answer is whole."""
+        self._ended[index] = True
+        while self._turn < self._n and self._ended[self._turn]:
+            if self._last != "\n" and (self._n > 1 or self._on_terminal):
+                self._put("\n")
+            self._turn += 1
+            if self._turn < self._n:
+                self._head()
+                self._write()
+
+    def _head(self) -> None:
+        if self._n > 1:
+            self._put(f"=== {self._turn + 1} of {self._n} ===\n")
+
+    def _write(self) -> None:
+        text, self._waiting[self._turn] = self._waiting[self._turn], ""
+        if text:
+            self._put(visible(text) if self._on_terminal else text)
+
+    def _put(self, text: str) -> None:
+        self._last = text[-1]
+        self._output.write(text)
+        self._output.flush()
+
+
+def read_line(before: str, typed: str) -> str:
+    """A line from the terminal, with `typed` in it to begin with; earlier ones are an arrow key away."""
+    readline.set_startup_hook(lambda: readline.insert_text(typed))
+    try:
+        return input(before)
+    finally:
+        readline.set_startup_hook(None)
+
+
+@contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C is noted, not obeyed: work ends where it can be ended in good order."""
+    pressed = False
+
+    def press(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

@@ -1,0 +1,139 @@
+"""`python -m dist_lm generate`, from the outside."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dist_lm import __main__ as program
+from dist_lm.generation.load import load_model
+from dist_lm.generation.params import SamplingParams
+from dist_lm.generation.session import Session, Settings
+from dist_lm.generation.terminal import STOPPED, Shown
+
+PROMPT = "def value_3(name):\n"
+OPTIONS = ("--max-new-tokens", "20", "--seed", "11", "--temperature", "0.8", "--top-k", "0", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def expected(small_run) -> list[str]:
+    """The texts of three answers."""
+    session = Session(load_model(small_run.path), torch.float32, torch.device("cpu"), answers=3)
+    texts = ["", "", ""]
+
+    def show(index: int, text: str) -> None:
+        texts[index] += text
+
+    params = SamplingParams(max_new_tokens=20, temperature=0.8, top_p=0.95)
+    session.answer(session.tokens(PROMPT), Settings(params, 11), 3, show)
+    assert len(set(texts)) == 3
+    return texts
+
+
+def call(monkeypatch, capsys, *words, stdin=b""):
+    """(exit code, standard output, standard error)."""
+    monkeypatch.setattr("sys.argv", ["dist-lm", "generate", *map(str, words)])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+    with pytest.raises(SystemExit) as ending:
+        program.main()
+    return (ending.value.code, *capsys.readouterr())
+
+
+def test_the_answer_alone_goes_to_standard_output(small_run, expected):
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_lm", "generate", small_run.path, "--prompt", PROMPT, *OPTIONS],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.decode()) == (0, expected[0]), done.stderr.decode()
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("code/small/step_00000020: 20 tokens, ")
+    assert line.endswith("max_new_tokens reached, seed 11")
+
+
+def test_a_prompt_can_come_from_standard_input(small_run, expected, monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, small_run.path, *OPTIONS, stdin=PROMPT.encode())
+    assert (code, out) == (0, expected[0])
+
+
+def test_several_answers_come_one_after_the_other(small_run, expected, monkeypatch, capsys):
+    code, out, errors = call(monkeypatch, capsys, small_run.path, "--prompt", PROMPT, *OPTIONS, "--n", 3)
+    parts = [f"=== {i + 1} of 3 ===\n{text}" + "\n" * (not text.endswith("\n")) for i, text in enumerate(expected)]
+    assert (code, out) == (0, "".join(parts))
+    assert "3 answers, 60 tokens" in errors
+    assert "3 max_new_tokens reached" in errors
+
+
+def test_an_answer_ends_before_a_stop_text(small_run, expected, monkeypatch, capsys):
+    stop = expected[0][4:7]
+    code, out, errors = call(monkeypatch, capsys, small_run.path, "--prompt", PROMPT, *OPTIONS, "--stop", stop)
+    assert (code, out) == (0, expected[0].partition(stop)[0])
+    assert "stop text" in errors
+
+
+def test_ctrl_c_ends_the_answer_in_good_order(small_run, expected, monkeypatch, capsys):
+    put = Shown.text
+
+    def text(shown: Shown, index: int, text: str) -> None:
+        put(shown, index, text)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Shown, "text", text)
+    code, out, errors = call(monkeypatch, capsys, small_run.path, "--prompt", PROMPT, *OPTIONS)
+    assert code == STOPPED
+    assert expected[0].startswith(out)
+    assert len(out) < len(expected[0])
+    assert "stopped, seed 11" in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "stdin", "message"),
+    [
+        (("--prompt", "x", "--temperature", "-1"), b"", "error: --temperature=-1.0: expected a number >= 0"),
+        (("--prompt", "x", "--max-new-tokens", "0"), b"", "error: --max-new-tokens=0: expected a positive integer"),
+        (("--prompt", "x", "--repetition-penalty", "0"), b"", "error: --repetition-penalty=0.0"),
+        (("--prompt", "x", "--top-k", str(10**20)), b"", "error: --top-k="),
+        (("--prompt", "x", "--stop", ""), b"", "error: --stop="),
+        (("--prompt", "x", "--n", "0"), b"", "error: --n=0: expected a positive integer"),
+        (("--prompt", "x", "--seed", str(1 << 63)), b"", "error: --seed="),
+        (("--prompt", "x", "--device", "tpu"), b"", "error: --device=tpu: expected auto, cpu or cuda"),
+        (("--prompt", "x", "--tokenizer", "nowhere"), b"", "error: --tokenizer=nowhere: no tokenizer there"),
+        (("--prompt", "x " * 300), b"", "error: --prompt has 601 tokens"),
+        (("--prompt", "\udcff"), b"", "error: --prompt: character 0 is the lone surrogate"),
+        ((), b"", "error: --prompt is missing, and nothing comes from standard input"),
+        ((), b"\xff", "error: standard input: the prompt is no UTF-8 at byte 0"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_exit_2(small_run, monkeypatch, capsys, words, stdin, message):
+    code, out, errors = call(monkeypatch, capsys, small_run.path, *words, stdin=stdin)
+    assert (code, out) == (2, "")
+    assert errors.startswith(message)
+    assert errors.count("\n") == 1
+
+
+def test_a_run_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):
+    code, _, errors = call(monkeypatch, capsys, tmp_path / "none", "--prompt", "x")
+    assert code == 2
+    assert errors.startswith(f"error: {tmp_path / 'none'}: no checkpoint there")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_answers_wait_for_their_turn_and_a_terminal_gets_whole_lines():
+    output = Terminal()
+    shown = Shown(output, 2)
+    shown.text(1, "b1")
+    shown.text(0, "a\x1b")
+    shown.end(1)
+    assert output.getvalue() == "=== 1 of 2 ===\na␛"
+    shown.end(0)
+    assert output.getvalue() == "=== 1 of 2 ===\na␛\n=== 2 of 2 ===\nb1\n"

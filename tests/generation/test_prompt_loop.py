@@ -1,0 +1,143 @@
+"""A conversation, with a script in place of the person."""
+
+import signal
+from collections.abc import Sequence
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from dist_lm.errors import UserError
+from dist_lm.generation.openings import Openings
+from dist_lm.generation.params import SamplingParams
+from dist_lm.generation.prompt_loop import PromptLoop, visible
+from dist_lm.generation.session import Session, Settings
+from dist_lm.generation.terminal import interrupts
+
+OPENINGS = Openings({"sql": ["CREATE TABLE t;\n\nSELECT", "DELETE\n"]}, "code", ["bash", "sql"])
+SETTINGS = Settings(SamplingParams(max_new_tokens=12), seed=5)
+
+
+class Person:
+    """Types a script; an entry can be what the person does instead. Keeps what was before the cursor."""
+
+    def __init__(self, script: Sequence[str | type[BaseException]]) -> None:
+        self.script = list(script)
+        self.seen: list[str] = []
+
+    def __call__(self, before: str, typed: str) -> str:
+        self.seen.append(before + typed)
+        said = self.script.pop(0) if self.script else EOFError
+        if isinstance(said, str):
+            return typed + said
+        raise said
+
+
+def talk(session, *script, output=None, openings=OPENINGS, settings=SETTINGS):
+    """(the loop afterwards, lines of the screen, the person)."""
+    output, person = output or StringIO(), Person(script)
+    console = Console(file=output, width=60, highlight=False)
+    loop = PromptLoop(session, settings, lambda: openings, console, person, interrupts)
+    loop.run()
+    return loop, output.getvalue().splitlines()[1:], person
+
+
+def text_of(session: Session, prompt: str, settings: Settings = SETTINGS) -> str:
+    parts: list[str] = []
+    session.answer(session.tokens(prompt), settings, 1, lambda index, text: parts.append(text))
+    return visible("".join(parts))
+
+
+def test_a_prompt_is_answered_with_the_seed_after_the_last_one(session):
+    loop, lines, _ = talk(session, "def f", "/again", "/seed 5", "/again")
+    screen = "\n".join(lines)
+    first, second = (text_of(session, "def f", Settings(SETTINGS.params, seed)) for seed in (5, 6))
+    assert first != second
+    begin = f"{first}\n12 tokens, "
+    assert screen.startswith(begin)
+    assert f"max_new_tokens reached, seed 5\n{second}\n12 tokens, " in screen
+    assert f"seed 6\nseed 5\n{begin}" in screen
+    assert loop.settings.seed == 6
+
+
+def test_a_backslash_carries_on_and_pasted_lines_stay_together(session):
+    _, lines, person = talk(session, "def f(x):\\", "    return x\\\\")
+    assert person.seen == ["> ", ". ", "> "]
+    assert "\n".join(lines).startswith(text_of(session, "def f(x):\n    return x\\"))
+    _, lines, _ = talk(session, "a \\\nb")
+    assert "\n".join(lines).startswith(text_of(session, "a \\\nb"))
+
+
+def test_an_opening_is_there_already_and_can_be_dropped(session):
+    _, lines, person = talk(session, "/lang sql", " name", "/lang sql", "/top_k 7", KeyboardInterrupt, "/lang sql")
+    assert person.seen == ["> ", ". SELECT", "> ", ". ", ". ", "> ", ". SELECT"]
+    assert lines[0].startswith("opening of sql (1 of 2)")
+    assert lines[1:3] == ["> CREATE TABLE t;", ". "]
+    assert "\n".join(lines[3:]).startswith(text_of(session, "CREATE TABLE t;\n\nSELECT name"))
+    assert lines.count("> DELETE") == 2  # shown again after the command
+
+
+def test_what_makes_no_sense_changes_nothing(session):
+    def openings() -> Openings:
+        raise UserError("config.yaml: cannot\nbe read")
+
+    script = ("/temperature warm", "/nothing", "/top_p 2", "/again", "/lang cobol", "\udcff", "x " * 300, "")
+    loop, lines, _ = talk(session, *script)
+    assert loop.settings == SETTINGS
+    assert [line.partition(":")[0] for line in lines[:-1]] == [
+        "temperature=warm",
+        "/nothing",
+        "top_p=2.0",
+        "/again",
+        "/lang cobol",
+        "the prompt",
+        lines[6].partition(":")[0],
+    ]
+    assert lines[6].startswith("the prompt has 601 tokens and the model's context is 256 (model.max_seq_len)")
+    output = StringIO()
+    PromptLoop(session, SETTINGS, openings, Console(file=output), Person(["/lang"]), interrupts).run()
+    assert "config.yaml: cannot be read" in output.getvalue().splitlines()
+
+
+def test_settings_are_shown(session):
+    _, lines, _ = talk(session, "/stop \\n", "/show", "/top_k", "/lang")
+    assert lines[0] == r"stop '\n'"
+    assert "temperature         1" in lines
+    assert r"stop                '\n'" in lines
+    assert "top_k 0" in lines
+    assert lines[-2].startswith("there are openings for sql (corpus code holds bash, sql)")
+
+
+class PressesCtrlC(StringIO):
+    """A screen; the person presses Ctrl-C once it shows so much."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.left = after
+
+    def write(self, text: str) -> int:
+        self.left -= len(text)
+        if self.left <= 0 < self.left + len(text):
+            signal.raise_signal(signal.SIGINT)
+        return super().write(text)
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_session(session):
+    before = signal.getsignal(signal.SIGINT)
+    settings = Settings(SamplingParams(max_new_tokens=200), seed=5)
+    _, lines, _ = talk(session, "def f", "/max_new_tokens 3", "def g", output=PressesCtrlC(100), settings=settings)
+    endings = [line for line in lines if "tokens/s" in line]
+    assert ["stopped" in line for line in endings] == [True, False]
+    assert int(endings[0].split()[0]) < 150
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("script", [(), (KeyboardInterrupt, KeyboardInterrupt), ("half a \\",)])
+def test_ctrl_d_leaves_wherever_one_is(session, script):
+    loop, _, person = talk(session, *script)
+    assert not person.script
+    assert loop.settings == SETTINGS
+
+
+def test_a_terminal_is_told_nothing_but_text():
+    assert visible("a\x1b[2J\r\x7f\x9b\0é\n\tb") == "a␛[2J␍␡\ufffd␀é\n\tb"
