@@ -48,6 +48,7 @@ class Group:
     log_min_p_B1: torch.Tensor
 
 
+COLDEST = 1e-20  # a quotient by less may not fit fp32
 GREEDY, UNFILTERED, ALL = 0, -1, 1 << 31
 
 
@@ -67,7 +68,7 @@ def group_rows(params: Sequence[SamplingParams], device: torch.device) -> list[G
             Group(
                 rows=None if len(rows) == len(params) else torch.tensor(rows, device=device),
                 candidates=candidates,
-                temperature_B1=column([one.temperature for one in own], torch.float32),
+                temperature_B1=column([max(one.temperature, COLDEST) for one in own], torch.float32),
                 top_k_B1=column([one.top_k or ALL for one in own], torch.int64),
                 top_p_B1=column([one.top_p for one in own], torch.float32),
                 log_min_p_B1=column([math.log(one.min_p) if one.min_p else -math.inf for one in own], torch.float32),

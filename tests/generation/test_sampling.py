@@ -85,6 +85,12 @@ def test_temperature_zero_is_argmax_exactly():
     assert torch.equal(choice.logprob_B, torch.zeros(64))
 
 
+def test_a_temperature_close_to_zero_is_greedy():
+    x = logits(8, 3000)
+    for params in (SamplingParams(temperature=1e-300), SamplingParams(temperature=1e-40, top_k=5, top_p=0.9)):
+        assert torch.equal(draw(x, params).token_B, x.argmax(-1))
+
+
 def test_frequencies_follow_the_softmax():
     """Chi-squared over 40,000 draws, one seed each; 5 standard deviations allowed."""
     n, row = 40_000, torch.tensor([2.0, 1.0, 0.0, -1.0, 3.0, 0.5])
