@@ -44,6 +44,10 @@ class GangFailure(RuntimeError):  # noqa: N818 - the noun of the architecture
         return f"{who}: {self.type}: {' '.join(self.message.split())} (log: {self.log})"
 
 
+class PoolFailure(RuntimeError):  # noqa: N818 - as GangFailure
+    """Actors of a pool died again and again without an answer in between; `str` of it is one line."""
+
+
 @dataclass(frozen=True)
 class Crowd:
     """The ranks of a gang, by number: which node each is on, and which GPU it has."""

@@ -132,7 +132,7 @@ def _doing(ranks: Sequence[dict[str, Any]], run: RunStatus, now: float) -> tuple
 def _steps_of(run: RunDirectory) -> int | None:
     from dist_lm.config_file import load_config
 
-    return load_config(run.config).stage.steps if run.config.exists() else None
+    return getattr(load_config(run.config).stage, "steps", None) if run.config.exists() else None
 
 
 def _read(path: Path) -> dict[str, Any]:

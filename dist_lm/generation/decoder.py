@@ -56,12 +56,7 @@ class Decoder:
             ArtefactError: names the parameter that is missing or has another shape.
         """
         shapes = parameter_shapes(self.config)
-        for name, shape in shapes.items():
-            if name not in weights:
-                raise ArtefactError(f"weights: {name} is missing; expected {len(shapes)} parameters of this model")
-            if tuple(weights[name].shape) != shape:
-                found = tuple(weights[name].shape)
-                raise ArtefactError(f"weights: {name} has shape {found}, expected {shape}: another model's?")
+        check_weights(self.config, {name: tuple(value.shape) for name, value in weights.items()})
         value = {name: weights[name].detach().to(self._device, self._dtype) for name in shapes}
         self._embedding = value["embedding.weight"].clone()
         self._layers = [_layer(self.config, value, f"blocks.{layer}.") for layer in range(self.config.n_layers)]
@@ -119,6 +114,20 @@ class Decoder:
 
     def _logits(self, x_ND: torch.Tensor) -> torch.Tensor:
         return self._head(self._final_norm(x_ND)).float()
+
+
+def check_weights(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse weights, by name and shape, that are not those of a model.
+
+    Raises:
+        ArtefactError: names the parameter that is missing or has another shape.
+    """
+    shapes = parameter_shapes(config)
+    for name, shape in shapes.items():
+        if name not in found:
+            raise ArtefactError(f"weights: {name} is missing; expected {len(shapes)} parameters of this model")
+        if found[name] != shape:
+            raise ArtefactError(f"weights: {name} has shape {found[name]}, expected {shape}: another model's?")
 
 
 def _norm(config: ModelConfig, value: Mapping[str, torch.Tensor], name: str) -> Norm:

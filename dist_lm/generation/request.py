@@ -14,11 +14,12 @@ FinishReason = Literal["eot", "stop", "length", "context", "cancelled"]
 
 
 class RequestError(UserError):
-    """A request that cannot be done; others are not harmed. `request`: its id."""
+    """A request that cannot be done; others are not harmed. `request`: its id; `reason`: why."""
 
     def __init__(self, request: str, message: str) -> None:
         super().__init__(f"request {request}: {message}")
         self.request = request
+        self.reason = message
 
 
 @dataclass(frozen=True)

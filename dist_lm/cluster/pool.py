@@ -1,0 +1,267 @@
+"""Many engines behind one `generate`: Ray actors on the nodes of a cluster, replaced when they die.
+
+    with Pool.start(cluster, spec, weights, version=1) as pool:
+        for result in pool.generate(requests): ...
+
+Requests are pulled as there is room for them, so their number does not matter. What a request gets is a function of
+prompt, params, seed and weights: an answer that is computed again elsewhere is the same one.
+"""
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import numpy as np
+
+from dist_lm.cluster.failure import PoolFailure
+from dist_lm.cluster.placement import NoNodesError
+from dist_lm.cluster.pool_actor import EngineSpec
+from dist_lm.cluster.pool_ledger import Depth, Ledger, Result
+from dist_lm.cluster.pool_member import Member, MemberLostError, Weights
+from dist_lm.cluster.pool_places import AS_MANY, cores_of, missing_places
+from dist_lm.cluster.ray_cluster import RayCluster
+from dist_lm.config import ModelConfig
+from dist_lm.generation.decoder import check_weights
+from dist_lm.generation.request import Request
+
+log = logging.getLogger(__name__)
+
+SLICE_S = 0.5  # between looks at whether the caller still wants to wait
+LOOK_EVERY_S = 2.0  # at which nodes there are
+OTHERS_S = 5.0  # for the rest of the actors at the start, once the first one is there
+ENGINEFULS = 2  # with an actor at a time: what it works on, and as much that waits for room
+WINDOW_ENGINEFULS = 8  # of all actors of the start together: on their way, where results are wanted in order
+
+
+class ActorsLostError(NoNodesError):
+    """No actor is left, and there was no place for another in time."""
+
+
+class Pool:
+    """Generation actors behind one `generate` call. Use it as a context manager: leaving the block ends them."""
+
+    def __init__(
+        self,
+        cluster: RayCluster,
+        spec: EngineSpec,
+        weights: Weights,
+        actors: int,
+        wanted: Callable[[], bool],
+        warn: Callable[[str], None],
+    ) -> None:
+        """See `start`."""
+        self._cluster, self._spec, self._weights, self._actors = cluster, spec, weights, actors
+        self._wanted, self._warn = wanted, warn
+        self._gpu = spec.device == "cuda"
+        self._members: dict[int, Member] = {}  # by a number of their own
+        self._next_member = 0
+        self._looked_at = -math.inf
+        self._failures = 0  # deaths of actors in a row, without an answer in between
+        self._without_since = time.monotonic()  # since when no actor is up
+        self._ledger: Ledger | None = None
+
+    @classmethod
+    def start(
+        cls,
+        cluster: RayCluster,
+        spec: EngineSpec,
+        weights: Mapping[str, np.ndarray],
+        *,
+        version: int = 0,
+        actors: int = AS_MANY,
+        wanted: Callable[[], bool] = lambda: True,
+        warn: Callable[[str], None] = log.warning,
+    ) -> "Pool":
+        """Start actors, and wait for them; of several, for the first one and a moment longer.
+
+        Args:
+            cluster: connected; cluster.nodes is the most nodes that are used.
+            spec: of the engines.
+            weights: float arrays by the names of the model's parameters.
+            version: of these weights.
+            actors: how many; -1: one a GPU, or one a node without.
+            wanted: asked while waiting; once it says no, the pool stops without an error.
+            warn: told of actors and nodes that are lost.
+
+        Raises:
+            ActorsLostError: there is no free place within cluster.start_timeout_s.
+            PoolFailure: actors die at their start.
+            UserError: the weights are not this model's.
+        """
+        pool = cls(cluster, spec, _put(spec.model, weights, version), actors, wanted, warn)
+        try:
+            pool._await_start()
+        except BaseException:
+            pool.close()
+            raise
+        return pool
+
+    @property
+    def members(self) -> list[Member]:
+        """The actors that are up."""
+        return [member for member in self._members.values() if member.is_up]
+
+    def load_weights(self, weights: Mapping[str, np.ndarray], version: int) -> None:
+        """Go on with other weights, in all actors, also in those that come later.
+
+        Raises:
+            RuntimeError: a `generate` is under way.
+            UserError: not the weights of this model.
+        """
+        if self._ledger:
+            raise RuntimeError("weights cannot change while requests are under way: finish or close `generate` first")
+        self._weights = _put(self._spec.model, weights, version)
+        while self._wanted():
+            self._tend()
+            if all(member.version == version for member in self.members) and self.members:
+                return
+            self._wait()
+
+    def generate(
+        self, requests: Iterable[Request], in_order: bool = False, window: int | None = None
+    ) -> Iterator[Result]:
+        """Every answer to every request, or a refusal in their place; as they are done, those of a request together.
+
+        Args:
+            in_order: in the order of the requests.
+            window: requests on their way at most, where they are in order; what is done waits for those before it.
+
+        Raises:
+            ActorsLostError: no actor is left, and there was no place for another within cluster.node_wait_s.
+            PoolFailure: actors died cluster.max_restarts times (of each of them) without an answer in between.
+        """
+        if self._ledger:
+            raise RuntimeError("one generate at a time: finish or close the other one first")
+        options = self._spec.options
+        depth = Depth(ENGINEFULS * options.max_sequences, ENGINEFULS * options.cache_tokens)
+        window = window or WINDOW_ENGINEFULS * options.max_sequences * max(1, len(self._members))
+        ledger = self._ledger = Ledger(iter(requests), depth, window if in_order else None)
+        try:
+            while not ledger.is_over and self._wanted():
+                self._tend()
+                self._hand_out(ledger)
+                yield from ledger.release()
+                if not ledger.is_over:
+                    self._wait()
+        finally:
+            self._ledger = None
+            for member in self._members.values():
+                member.drop_all()
+
+    def close(self) -> None:
+        """End all actors and give their places back."""
+        for member in self._members.values():
+            member.release()
+        self._members.clear()
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _await_start(self) -> None:
+        config = self._cluster.config
+        first_at = None
+        while self._wanted():
+            self._tend(config.start_timeout_s)
+            up = self.members
+            first_at = first_at or (time.monotonic() if up else None)
+            if up and (len(up) == len(self._members) or time.monotonic() - (first_at or 0) > OTHERS_S):
+                return
+            self._wait()
+
+    def _tend(self, patience_s: float | None = None) -> None:
+        """Take in what actors have said; start those that are missing.
+
+        Args:
+            patience_s: how long there may be no actor; None: cluster.node_wait_s.
+        """
+        config = self._cluster.config
+        for number, member in list(self._members.items()):
+            try:
+                report = member.take(config.hang_min_s)
+            except MemberLostError as lost:
+                self._replace(number, str(lost))
+                continue
+            if report and self._ledger and self._ledger.report(number, report.done, report.tokens_in_flight):
+                self._failures = 0
+            if member.is_ready and member.version != self._weights.version:
+                member.load(self._weights)
+        self._look_at_nodes()
+        patience_s = config.node_wait_s if patience_s is None else patience_s
+        if self.members:
+            self._without_since = time.monotonic()
+        elif time.monotonic() - self._without_since > patience_s:
+            raise ActorsLostError(
+                f"cluster: no place for a generation actor within {patience_s:g} s: the Ray cluster at "
+                f"{self._cluster.address} has {len(self._cluster.nodes())} nodes; an actor takes one CPU"
+                f"{' and one GPU' if self._gpu else ''}; the same command continues when there is one"
+            )
+
+    def _look_at_nodes(self) -> None:
+        """Places on nodes that have come, and none on those that have gone."""
+        if time.monotonic() - self._looked_at < LOOK_EVERY_S:
+            return
+        self._looked_at = time.monotonic()
+        nodes, config = self._cluster.nodes(), self._cluster.config
+        alive = {node.id for node in nodes}
+        for number, member in list(self._members.items()):
+            if member.node.id not in alive:
+                self._warn(f"generation: node {member.node.address} is gone; going on without it")
+                self._leave(number, blamed=False)
+                self._members.pop(number).release()
+        taken = Counter(member.node.id for member in self._members.values())
+        for node in missing_places(nodes, taken, self._actors, config.nodes, self._gpu):
+            member = Member(self._spec, node, cores_of(node, self._actors, config.nodes, self._gpu), self._gpu)
+            member.start(self._weights)
+            self._members[self._next_member] = member
+            self._next_member += 1
+
+    def _replace(self, number: int, reason: str) -> None:
+        """Another actor in the place of one that was lost."""
+        member = self._members[number]
+        self._failures += 1
+        self._leave(number, blamed=member.is_up)
+        most = (self._cluster.config.max_restarts + 1) * max(1, len(self._members))
+        if self._failures >= most:
+            raise PoolFailure(f"generation: {self._failures} actors died without an answer in between; last {reason}")
+        self._warn(f"generation: {reason}; another one takes its place")
+        member.end()
+        member.start(self._weights)
+
+    def _leave(self, number: int, blamed: bool) -> None:
+        if self._ledger and number in self._ledger.lanes:
+            self._ledger.leave(number, blamed)
+
+    def _hand_out(self, ledger: Ledger) -> None:
+        ready = {
+            number: member
+            for number, member in self._members.items()
+            if member.is_ready and member.version == self._weights.version
+        }
+        for number in ready.keys() - ledger.lanes:
+            ledger.join(number)
+        ledger.deal()
+        for number, member in ready.items():
+            if ledger.has_work(number):
+                member.work(ledger.send(number))
+
+    def _wait(self) -> None:
+        """Until an actor has something to say, or a moment has passed."""
+        import ray
+
+        calls = [call for member in self._members.values() if (call := member.open_call) is not None]
+        if calls:
+            ray.wait(calls, num_returns=1, timeout=SLICE_S)
+        else:
+            time.sleep(SLICE_S)
+
+
+def _put(model: ModelConfig, weights: Mapping[str, np.ndarray], version: int) -> Weights:
+    import ray
+
+    check_weights(model, {name: value.shape for name, value in weights.items()})
+    return Weights(ray.put({name: np.ascontiguousarray(value) for name, value in weights.items()}), version)

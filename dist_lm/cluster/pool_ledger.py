@@ -1,0 +1,205 @@
+"""Who works on which request: dealt by tokens in flight, given out again when an actor dies, handed over once.
+
+Values only, no effects. A lane is an actor's place in here. A request is over when all its answers are there, and what
+came of a part of it is forgotten with the actor that it came from: so nothing is lost and nothing comes twice.
+
+    requests -> lane: unsent -> sent -> over -> results
+       ^                 |
+       '---- again <-----'  its actor died
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from dist_lm.generation.request import Answer, Refusal, Request
+
+SUSPECT_DEATHS = 4  # a request that was with so many actors when they died is tried without others
+LONELY_DEATHS = 3  # and refused when so many have died of it alone
+
+Result = Answer | Refusal
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How much work lies with one actor at a time."""
+
+    answers: int
+    tokens: int  # of prompts and answers yet to come, at most
+
+
+@dataclass(eq=False)
+class Ticket:
+    """One request on its way."""
+
+    number: int  # among all; the actors know it by this
+    request: Request
+    answers: dict[int, Answer] = field(default_factory=dict)  # by index, since it was dealt last
+    deaths: int = 0
+    lonely_deaths: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """What it takes, at most."""
+        return len(self.request.prompt) + self.request.n * self.request.params.max_new_tokens
+
+    @property
+    def is_suspect(self) -> bool:
+        return self.deaths >= SUSPECT_DEATHS
+
+
+@dataclass(eq=False)
+class Lane:
+    """What one actor has to do."""
+
+    unsent: dict[int, Ticket] = field(default_factory=dict)  # by number
+    sent: dict[int, Ticket] = field(default_factory=dict)
+    reported: int = 0  # tokens in flight, as the actor said last, and of what was sent since
+
+    @property
+    def load(self) -> int:
+        return self.reported + sum(ticket.tokens for ticket in self.unsent.values())
+
+    @property
+    def tickets(self) -> list[Ticket]:
+        """In the order they were dealt."""
+        return [*self.sent.values(), *self.unsent.values()]
+
+    def has_room_for(self, ticket: Ticket, depth: Depth) -> bool:
+        """Anything fits where nothing is."""
+        tickets = self.tickets
+        answers = sum(one.request.n - len(one.answers) for one in tickets)
+        fits = answers + ticket.request.n <= depth.answers and self.load + ticket.tokens <= depth.tokens
+        return not tickets or fits
+
+
+class Ledger:
+    """All requests of one call, of which only those are held that are on their way."""
+
+    def __init__(self, requests: Iterator[Request], depth: Depth, window: int | None = None) -> None:
+        """`window`: results come in the order of requests, of which so many are on their way at most."""
+        self._requests = requests
+        self._depth = depth
+        self._window = window
+        self._lanes: dict[int, Lane] = {}
+        self._next: Ticket | None = None  # taken from the requests, not yet dealt
+        self._pulled = 0
+        self._all_pulled = False
+        self._again: deque[Ticket] = deque()
+        self._suspects: deque[Ticket] = deque()
+        self._lonely: int | None = None  # the lane that is kept for a suspect
+        self._over: dict[int, Sequence[Result]] = {}  # results by number of the request, in the order they came
+        self._released = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every result has been released."""
+        return self._all_pulled and self._next is None and self._released == self._pulled
+
+    @property
+    def lanes(self) -> frozenset[int]:
+        return frozenset(self._lanes)
+
+    def join(self, lane: int) -> None:
+        """An actor is there."""
+        self._lanes[lane] = Lane()
+
+    def leave(self, lane: int, blamed: bool = True) -> None:
+        """An actor is gone; its requests are dealt again, before others. `blamed`: it died of what it did, perhaps."""
+        tickets = self._lanes.pop(lane).tickets
+        alone = lane == self._lonely and len(tickets) == 1 and tickets[0].is_suspect
+        self._lonely = None if lane == self._lonely else self._lonely
+        for ticket in reversed(tickets):
+            ticket.answers.clear()
+            ticket.deaths += blamed
+            ticket.lonely_deaths += blamed and alone
+            if ticket.lonely_deaths >= LONELY_DEATHS:
+                reason = f"every one of {ticket.deaths} actors that worked on it died, {LONELY_DEATHS} of it alone"
+                self._over[ticket.number] = [Refusal(ticket.request.id, reason)]
+            elif ticket.is_suspect:
+                self._suspects.appendleft(ticket)
+            else:
+                self._again.appendleft(ticket)
+
+    def deal(self) -> None:
+        """Give every lane work, the one with the fewest tokens first, as long as one has room."""
+        self._deal_suspects()
+        open_lanes = [lane for number, lane in self._lanes.items() if number != self._lonely]
+        while open_lanes and (ticket := self._peek()):
+            lane = min(open_lanes, key=lambda lane: lane.load)
+            if lane.has_room_for(ticket, self._depth):
+                self._take()
+                lane.unsent[ticket.number] = ticket
+            else:
+                open_lanes.remove(lane)
+
+    def send(self, lane: int) -> list[Request]:
+        """What the actor has to be told of now; its ids are the ledger's own."""
+        found = self._lanes[lane]
+        requests = [replace(ticket.request, id=str(ticket.number)) for ticket in found.unsent.values()]
+        found.reported = found.load
+        found.sent |= found.unsent
+        found.unsent = {}
+        return requests
+
+    def has_work(self, lane: int) -> bool:
+        """Whether the actor has anything to do."""
+        return bool(self._lanes[lane].tickets)
+
+    def report(self, lane: int, results: Sequence[Result], tokens: int) -> int:
+        """Take in what an actor has done; `tokens`: what it has in flight. Returns how many requests are over now."""
+        found, over = self._lanes[lane], 0
+        found.reported = tokens
+        for result in results:
+            ticket = found.sent[int(result.request)]
+            own = replace(result, request=ticket.request.id)
+            if isinstance(own, Answer):
+                ticket.answers[own.index] = own
+            if isinstance(own, Refusal) or len(ticket.answers) == ticket.request.n:
+                whole = [own] if isinstance(own, Refusal) else [answer for _, answer in sorted(ticket.answers.items())]
+                self._over[ticket.number] = whole
+                del found.sent[ticket.number]
+                over += 1
+        if lane == self._lonely and not found.tickets:
+            self._lonely = None
+        return over
+
+    def release(self) -> Iterator[Result]:
+        """Results that can be handed over, each once."""
+        while self._over:
+            number = self._released if self._window else next(iter(self._over))
+            if number not in self._over:
+                return
+            self._released += 1
+            yield from self._over.pop(number)
+
+    def _deal_suspects(self) -> None:
+        if not self._suspects or not self._lanes:
+            return
+        if self._lonely is None:
+            self._lonely = min(self._lanes, key=lambda number: len(self._lanes[number].tickets))
+        lane = self._lanes[self._lonely]
+        if not lane.tickets:
+            ticket = self._suspects.popleft()
+            lane.unsent[ticket.number] = ticket
+
+    def _peek(self) -> Ticket | None:
+        """The next request to deal; None if there is none, or the window is full."""
+        if self._again:
+            return self._again[0]
+        if self._next is None and not self._all_pulled:
+            if self._window and self._pulled - self._released >= self._window:
+                return None
+            request = next(self._requests, None)
+            if request is None:
+                self._all_pulled = True
+            else:
+                self._next = Ticket(self._pulled, request)
+                self._pulled += 1
+        return self._next
+
+    def _take(self) -> None:
+        if self._again:
+            self._again.popleft()
+        else:
+            self._next = None

@@ -1,0 +1,153 @@
+"""One actor of a pool, from where its driver stands: a reserved place on a node, and what it was asked."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from dist_lm.cluster.pool_actor import EngineSpec, PoolActor, WorkReport
+from dist_lm.cluster.ray_cluster import Node
+from dist_lm.errors import UserError
+from dist_lm.generation.request import Request
+
+
+class MemberLostError(Exception):
+    """An actor has died, or does not answer; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights in Ray's object store, once for all actors."""
+
+    reference: Any
+    version: int
+
+
+class Member:
+    """An actor in its place. Ray starts it as soon as the place is free."""
+
+    def __init__(self, spec: EngineSpec, node: Node, cores: int, gpu: bool) -> None:
+        """Reserve a place on `node` and ask for an actor there; a bundle takes one CPU, as an agent's does."""
+        from ray.util import placement_group
+
+        self.node = node
+        self.pid = 0  # of the actor's process, once it is there
+        self.version: int | None = None  # of its weights, once they are there
+        self._spec, self._cores, self._gpu = spec, cores, gpu
+        self._group = placement_group(
+            [{"CPU": 1.0} | ({"GPU": 1.0} if gpu else {})],
+            strategy="SPREAD",
+            bundle_label_selector=[{"ray.io/node-id": node.id}],
+        )
+        self._actor: Any = None
+        self._loading: tuple[Any, int] | None = None  # the open call, and the version it brings
+        self._working: tuple[Any, float] | None = None  # the open call, and when it was made
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can be asked to work."""
+        return self.version is not None and self._loading is None and self._working is None
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it has weights, old or new."""
+        return self.version is not None
+
+    @property
+    def open_call(self) -> Any:
+        """The Ray reference that is waited for, if there is one."""
+        call = self._loading or self._working
+        return call[0] if call else None
+
+    def start(self, weights: Weights) -> None:
+        """Start an actor, the first one or one in the place of one that died."""
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        remote = ray.remote(num_cpus=1, num_gpus=int(self._gpu), max_restarts=0, max_task_retries=0)(PoolActor)
+        strategy = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=0)
+        self._actor = remote.options(scheduling_strategy=strategy).remote(self._spec, self._cores)
+        self.version = self._working = None
+        self.load(weights)
+
+    def load(self, weights: Weights) -> None:
+        """Have it go on with other weights."""
+        assert self._working is None
+        self._loading = (self._actor.load.remote(weights.reference, weights.version), weights.version)
+
+    def work(self, requests: list[Request]) -> None:
+        """Hand it requests, and have it work for a moment."""
+        assert self.is_ready
+        self._working = (self._actor.work.remote(requests), time.monotonic())
+
+    def take(self, patience_s: float) -> WorkReport | None:
+        """What became of the open call: a report if it worked and has come back, else None.
+
+        Args:
+            patience_s: how long it may be at work without an answer.
+
+        Raises:
+            MemberLostError: it is gone.
+            UserError: it was given what it cannot use.
+        """
+        import ray
+        from ray.exceptions import RayActorError, RayError, RayTaskError
+
+        call = self.open_call
+        if call is None:
+            return None
+        if not ray.wait([call], timeout=0)[0]:
+            if self._working and time.monotonic() - self._working[1] > patience_s:
+                raise MemberLostError(f"{self}: no answer for {patience_s:.0f} s")
+            return None
+        try:
+            answer: Any = ray.get(call)
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from error
+            raise MemberLostError(f"{self}: {_last_line(error)}") from error
+        except RayActorError as error:
+            raise MemberLostError(f"{self}: {_first_line(error)}") from error
+        except RayError as error:  # the weights went with the node that held them, and the like
+            raise MemberLostError(f"{self}: {_first_line(error)}") from error
+        if self._loading:
+            self.pid, self.version = answer, self._loading[1]
+            self._loading = None
+            return None
+        self._working = None
+        return answer
+
+    def drop_all(self) -> None:
+        """Have it forget all requests; what it still says of them is not listened to."""
+        self._working = None
+        if self.is_up:
+            self._actor.drop_all.remote()
+
+    def end(self) -> None:
+        """End the actor; its place is kept."""
+        import ray
+        from ray.exceptions import RayError
+
+        self.version = self._loading = self._working = None
+        try:
+            ray.kill(self._actor)
+        except RayError:
+            return  # it has died already
+
+    def release(self) -> None:
+        """End the actor and give its place back."""
+        from ray.util import remove_placement_group
+
+        if self._actor is not None:
+            self.end()
+        remove_placement_group(self._group)
+
+    def __str__(self) -> str:
+        return f"actor {self.pid or '(starting)'} on {self.node.address}"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _last_line(error: Exception) -> str:
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

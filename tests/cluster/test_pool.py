@@ -1,0 +1,176 @@
+"""A pool of actors: the same answers whatever dies, comes or goes."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dist_lm.cluster.failure import PoolFailure
+from dist_lm.cluster.pool import ActorsLostError, Pool
+from dist_lm.cluster.pool_actor import EngineSpec
+from dist_lm.cluster.ray_cluster import RayCluster, connect
+from dist_lm.config import ClusterConfig, ModelConfig
+from dist_lm.errors import ArtefactError
+from dist_lm.generation.engine import EngineOptions
+from dist_lm.generation.params import SamplingParams
+from dist_lm.generation.request import Answer, Refusal, Request
+from dist_lm.model.initialise import initial_value
+from dist_lm.model.size import parameter_shapes
+from tests.cluster.loopback_ray import loopback_ray
+from tests.cluster.waiting import eventually
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(200),
+    pytest.mark.skipif(sys.platform != "linux", reason="other loopback addresses exist on Linux only"),
+]
+MODEL = ModelConfig(
+    name="small", d_model=40, n_layers=2, n_heads=5, d_ff=72, max_seq_len=160, vocab_size=64, init_std=0.15
+)
+SPEC = EngineSpec(MODEL, EngineOptions(cache_tokens=1024, page_tokens=32, max_sequences=6), eot_id=0)
+
+
+def weights_of(seed: int, model: ModelConfig = MODEL) -> dict[str, np.ndarray]:
+    return {name: initial_value(name, shape, model, seed).numpy() for name, shape in parameter_shapes(model).items()}
+
+
+def requests(count: int) -> Iterator[Request]:
+    for i in range(count):
+        params = SamplingParams(max_new_tokens=20 + i % 40, temperature=0.9, ignore_eot=i % 3 > 0)
+        yield Request(f"r{i}", [0, *range(1, 2 + i % 9)], params, seed=i, n=1 + (i % 5 == 0))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    with connect(ClusterConfig(name="local")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def pool(cluster: RayCluster) -> Iterator[Pool]:
+    with Pool.start(cluster, SPEC, weights_of(0), actors=2) as pool:
+        yield pool
+
+
+def killing(pool: Pool, results, kills: int, count: int) -> list:
+    """The results of a generate during which actors are killed, evenly spread over its time."""
+    came = []
+    killed = set()
+    for result in results:
+        came.append(result)
+        if len(killed) < kills and len(came) * (kills + 1) >= count * (len(killed) + 1):
+            victim = next(member.pid for member in reversed(pool.members) if member.pid not in killed)
+            os.kill(victim, signal.SIGKILL)
+            killed.add(victim)
+    assert len(killed) == kills
+    return came
+
+
+def test_actors_that_die_at_their_start_end_the_pool(cluster):  # first: the other pool takes all places
+    spec = replace(SPEC, device="nonsense")
+    alone = replace(cluster, config=replace(cluster.config, max_restarts=0, nodes=1))
+    with (
+        pytest.raises(PoolFailure, match=r"1 actors died without an answer.*nonsense"),
+        Pool.start(alone, spec, weights_of(0)),
+    ):
+        pass
+
+
+def test_actors_that_die_cost_no_answer_and_change_none(pool):
+    undisturbed = list(pool.generate(requests(60), in_order=True))
+    assert [(one.request, one.index) for one in undisturbed] == [
+        (request.id, index) for request in requests(60) for index in range(request.n)
+    ]
+    assert all(isinstance(one, Answer) for one in undisturbed)
+    disturbed = killing(pool, pool.generate(requests(60), in_order=True), 2, 72)
+    assert disturbed == undisturbed
+
+
+@pytest.mark.heavy
+def test_ten_kills_during_a_thousand_requests(pool):
+    undisturbed = list(pool.generate(requests(1000), in_order=True))
+    disturbed = killing(pool, pool.generate(requests(1000)), 10, 1200)
+    assert len(disturbed) == 1200
+    place = {request.id: number for number, request in enumerate(requests(1000))}
+    assert sorted(disturbed, key=lambda one: (place[one.request], one.index)) == undisturbed
+
+
+def test_what_cannot_be_answered_is_refused_and_others_go_on(pool):
+    asked = [*requests(4), Request("bad", []), Request("bad too", [99]), *requests(2)]
+    results = list(pool.generate(asked, in_order=True))
+    refused = {one.request: one.error for one in results if isinstance(one, Refusal)}
+    assert refused.keys() == {"bad", "bad too"}
+    assert refused["bad"].startswith("prompt is empty")
+    assert refused["bad too"] == "prompt has token 99; expected 0 to 63"
+    assert len(results) == sum(request.n for request in [*requests(4), *requests(2)]) + 2
+
+
+def test_requests_are_pulled_as_there_is_room_and_a_call_can_be_left(pool):
+    pulled = []
+    results = pool.generate(pulled.append(one) or one for one in requests(100_000))
+    first = next(results)
+    assert len(pulled) < 100
+    with pytest.raises(RuntimeError, match="one generate at a time"):
+        next(pool.generate(requests(1)))
+    with pytest.raises(RuntimeError, match="under way"):
+        pool.load_weights(weights_of(1), 1)
+    results.close()
+    assert first in list(pool.generate(requests(60)))
+
+
+def test_new_weights_are_everybodys_also_of_an_actor_that_comes_later(pool):
+    pool.load_weights(weights_of(1), 7)
+    asked = list(requests(30))
+    answers = killing(pool, pool.generate(asked, in_order=True), 1, 36)
+    assert {one.version for one in answers} == {7}
+    pool.load_weights(weights_of(0), 8)
+    old = list(pool.generate(asked, in_order=True))
+    assert {one.version for one in old} == {8}
+    assert [one.tokens for one in old] != [one.tokens for one in answers]
+    with pytest.raises(ArtefactError, match="another model"):
+        pool.load_weights(weights_of(0, replace(MODEL, d_ff=80)), 9)
+    pool.load_weights(weights_of(0), 8)
+
+
+def test_a_pool_that_is_no_longer_wanted_stops(pool, monkeypatch):
+    wanted = [True] * 8
+    monkeypatch.setattr(pool, "_wanted", lambda: bool(wanted and wanted.pop()))
+    assert len(list(pool.generate(requests(100_000)))) < 1000
+
+
+@pytest.mark.heavy
+def test_a_pool_shrinks_grows_and_gives_up_in_one_line(tmp_path):
+    with loopback_ray(tmp_path, nodes=2) as ray, connect(ray.config(nodes=3, node_wait_s=1)) as cluster:
+        eventually("two nodes", lambda: len(cluster.nodes()) == 2)
+        said: list[str] = []
+        with Pool.start(cluster, SPEC, weights_of(0), warn=said.append) as pool:
+            assert {member.node.address for member in pool.members} == {"127.0.0.2", "127.0.0.3"}
+            expected = list(pool.generate(requests(400), in_order=True))
+            came = []
+            for result in pool.generate(requests(400), in_order=True):
+                came.append(result)
+                if len(came) == 50:
+                    ray.lose(1)
+                if len(came) == 200:
+                    ray.start(2)
+            assert came == expected
+            for _ in pool.generate(requests(100_000)):
+                if {member.node.address for member in pool.members} == {"127.0.0.2", "127.0.0.4"}:
+                    break
+            else:
+                pytest.fail("the new node was not taken in")
+            assert any("127.0.0.3" in text for text in said)
+        impatient = replace(cluster, config=replace(cluster.config, start_timeout_s=1))
+        with (
+            pytest.raises(ActorsLostError, match=r"^cluster: no place for a generation actor within 1 s: [^\n]*$"),
+            Pool.start(
+                impatient,
+                replace(SPEC, device="cuda"),
+                weights_of(0),
+            ),
+        ):
+            pass
