@@ -342,6 +342,10 @@ class Config:
             self.tokenizer.vocab_size,
             f"model.vocab_size={self.model.vocab_size}, which it follows: set that one",
         )
+        self.check_stage()
+
+    def check_stage(self) -> None:
+        """Refuse keys of the stage that do not go with other groups."""
         require(
             self.stage.corpus in ("", *self.corpus.corpora),
             "stage.corpus",

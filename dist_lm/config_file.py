@@ -6,6 +6,7 @@ from omegaconf import OmegaConf
 
 from dist_lm import durable
 from dist_lm.config import Config
+from dist_lm.generate_config import schema_of
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -15,7 +16,8 @@ def save_config(config: Config, path: Path) -> None:
 
 def load_config(path: Path) -> Config:
     """Read what `save_config` wrote; types and bounds are checked again."""
-    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+    loaded = OmegaConf.load(path)
+    merged = OmegaConf.merge(OmegaConf.structured(schema_of(loaded.stage.name)), loaded)
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     return config

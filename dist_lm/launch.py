@@ -68,16 +68,16 @@ def show_configuration(arguments: list[str]) -> None:
     """
     import hydra
 
-    shown = list(arguments)
+    shown, target = list(arguments), "code"
     if any(argument.split("=")[0] in ("--cfg", "-c", "--info", "-i") for argument in arguments):
         overrides = [argument for argument in arguments if not argument.startswith("-") and "=" in argument]
         named = any(override.startswith("stage=") for override in overrides)
-        target = target_stage(overrides) if named else "code"
+        target = target_stage(overrides) if named else target
         check_stage_prefixes(overrides, target)
         compose_config(overrides_of(target, target, overrides))  # refuses in one line what Hydra does in several
         shown = [argument for argument in arguments if argument not in overrides] + ["--resolve"]
         shown += overrides_of(target, target, overrides)
-    register_schema()
+    register_schema(target)
     sys.argv[1:] = shown
     hydra.main(config_path=str(conf_directory()), config_name="config", version_base="1.3")(lambda config: None)()
 
@@ -194,7 +194,7 @@ def ranks_here(config: Config) -> int:
 
 def carry_out(plan: Plan, console: Console) -> int:
     """Run the missing stages of a plan in order. Returns the exit code."""
-    from dist_lm.cluster.failure import GangFailure
+    from dist_lm.cluster.failure import GangFailure, PoolFailure
     from dist_lm.cluster.placement import NoNodesError
     from dist_lm.launcher.interrupt import Stopped, stopped_by_signals
     from dist_lm.launcher.muster import NodesLostError
@@ -212,6 +212,10 @@ def carry_out(plan: Plan, console: Console) -> int:
                 console.details(failure.traceback)
             console.error(str(failure))
             return 2 if failure.user_error else 1
+        except PoolFailure as failure:
+            pipeline.end("failed", str(failure))
+            console.error(str(failure))
+            return 1
         except (NodesLostError, NoNodesError) as shortage:
             pipeline.end("stopped", str(shortage))
             console.error(str(shortage))
@@ -234,22 +238,25 @@ def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | N
     """Build what the plan says is missing. Returns the signal that stopped it, or 0."""
     from dist_lm.cluster.ray_cluster import connect
     from dist_lm.launcher.artefact_build import build_artefact
+    from dist_lm.launcher.generation_run import run_generation
     from dist_lm.launcher.interrupt import watch_signals
     from dist_lm.launcher.stage_run import newest_checkpoint, run_training_stage
 
-    training = [stage for stage in plan.missing if stage.info.trains]
+    on_cluster = [stage for stage in plan.missing if stage.info.trains or stage.info.generates]
     for stage in plan.missing:
-        if not stage.info.trains:
+        if stage not in on_cluster:
             pipeline.begin(stage.info.name)
             build_artefact(stage, console)
             pipeline.done(stage.info.name)
-    if not training:
+    if not on_cluster:
         return 0
-    with connect(training[0].config.cluster) as cluster, watch_signals(console) as interrupt:
-        for stage in training:
+    then = "writing a checkpoint, then stopping" if on_cluster[-1].info.trains else "stopping"
+    with connect(on_cluster[0].config.cluster) as cluster, watch_signals(console, then) as interrupt:
+        for stage in on_cluster:
+            run_stage = run_training_stage if stage.info.trains else run_generation
             pipeline.begin(stage.info.name)
-            if interrupt.requested or not run_training_stage(stage, cluster, console, interrupt, job):
-                start = newest_checkpoint(stage.config)
+            if interrupt.requested or not run_stage(stage, cluster, console, interrupt, job):
+                start = newest_checkpoint(stage.config) if stage.info.trains else "the files that are there"
                 console.line(f"stopped in stage {stage.info.name}; the same command continues from {start}")
                 return interrupt.number
             pipeline.done(stage.info.name)

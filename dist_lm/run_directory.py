@@ -7,6 +7,8 @@ work/
     config.yaml metrics.jsonl result.json
     checkpoints/step_00000100/ ... LATEST BEST
     logs/rank_00000.log   samples/   wandb/
+  runs/generate/RUN_ID/
+    config.yaml prompts.json samples/part-00000.jsonl ... result.json
 """
 
 from dataclasses import dataclass
@@ -53,6 +55,10 @@ class WorkDirectory:
     def pipelines(self) -> list[Path]:
         """The pipelines that are there, the one written last at the end."""
         return sorted((self.path / "pipelines").glob("*.json"), key=lambda path: path.stat().st_mtime)
+
+    def runs(self, stage: str) -> list["RunDirectory"]:
+        """The runs of a stage that are there, by name."""
+        return [RunDirectory(path) for path in sorted((self.path / "runs" / stage).glob("[!.]*")) if path.is_dir()]
 
     def run(self, stage: str, run_id: str) -> "RunDirectory":
         return RunDirectory(self.path / "runs" / stage / run_id)
@@ -141,6 +147,20 @@ class RunDirectory:
     @property
     def samples(self) -> Path:
         return self.path / "samples"
+
+    def samples_part(self, part: int) -> Path:
+        """What stage `generate` made of one block of prompts, a JSON object a line; it is there when it is whole."""
+        return self.samples / f"part-{part:05d}.jsonl"
+
+    @property
+    def prompts(self) -> Path:
+        """Prompts that stage `generate` fetched from a server."""
+        return self.path / "prompts"
+
+    @property
+    def inputs(self) -> Path:
+        """JSON: how many prompts stage `generate` began with, and the hashes of their files."""
+        return self.path / "prompts.json"
 
     @property
     def wandb(self) -> Path:

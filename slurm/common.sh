@@ -214,11 +214,14 @@ clean_up() {
   say "cleaned up"
 }
 
-# What has been achieved, as text that changes with every checkpoint and every finished stage.
+# What has been achieved, as text that changes with every checkpoint, file of samples and finished stage.
 progress() {
   local file
   for file in "$work_dir"/runs/*/*/checkpoints/LATEST "$work_dir"/runs/*/*/result.json \
     "$work_dir"/corpora/*/manifest.json "$work_dir"/tokenizer/report.json; do
     if [ -f "$file" ]; then printf '%s\n' "$file" "$(<"$file")"; fi
+  done
+  for file in "$work_dir"/runs/generate/*/samples/part-*.jsonl; do
+    if [ -f "$file" ]; then printf '%s\n' "$file"; fi
   done
 }

@@ -29,6 +29,7 @@ ROOMS = (
         "config",
         "cluster_config",
         "config_file",
+        "generate_config",
         "document",
         "run_directory",
         "run_lock",

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dist_lm.config import Config
 from dist_lm.errors import ConfigError
+from dist_lm.generate_config import schema_of
 from dist_lm.stages.registry import STAGES
 
 PIPELINE = "pipeline"
@@ -34,10 +35,10 @@ def conf_directory() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
-def register_schema() -> None:
+def register_schema(stage: str) -> None:
     """Make known to Hydra what conf/config.yaml names beside files: the dataclasses, and this machine's hardware."""
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
+    store.store(name="schema", node=schema_of(stage))
     store.store(group="hardware", name="auto", node=OmegaConf.load(conf_directory() / "hardware" / local_hardware()))
 
 
@@ -55,15 +56,17 @@ def compose_config(overrides: Sequence[str]) -> Config:
         ConfigError: unknown key, wrong type, value out of bounds, or a combination that cannot run.
     """
     parsed = [_parse(text) for text in overrides]
+    stage = next((str(one.value()) for one in reversed(parsed) if one.key_or_group == "stage"), "")
+    schema = schema_of(stage)
     for override in parsed:
-        _check_exists(override)
-    register_schema()
+        _check_exists(override, schema)
+    register_schema(stage)
     try:
         with initialize_config_dir(str(conf_directory()), version_base="1.3"):
             composed = compose("config", overrides=list(overrides))
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_in_one_line(error, parsed)) from error
+        raise ConfigError(_in_one_line(error, parsed, schema)) from error
     assert isinstance(config, Config)
     return config
 
@@ -83,7 +86,7 @@ def overrides_of(stage: str, target: str, overrides: Sequence[str]) -> list[str]
 
 
 def target_stage(overrides: Sequence[str]) -> str:
-    """The stage a command line asks for; `stage=pipeline` is the last one there is, and so all of them.
+    """The stage a command line asks for; `stage=pipeline` is the last one of the pipeline, and so all of it.
 
     Raises:
         ConfigError: none, or not a stage.
@@ -93,7 +96,7 @@ def target_stage(overrides: Sequence[str]) -> str:
     if not named:
         raise ConfigError(f"stage is not given: expected stage=S with S one of {accepted}")
     if named[-1] == PIPELINE:
-        return list(STAGES)[-1]
+        return [name for name, info in STAGES.items() if info.in_pipeline][-1]
     if named[-1] not in choices("stage"):
         raise ConfigError(f"stage={named[-1]}: expected one of {accepted}")
     return named[-1]
@@ -113,7 +116,7 @@ def _parse(text: str) -> Override:
         raise ConfigError(f"{text}: not of the form key=value or group=choice ({reason})") from error
 
 
-def _check_exists(override: Override) -> None:
+def _check_exists(override: Override, schema: type[Config]) -> None:
     key, value = override.key_or_group, override.input_line or ""
     if override.is_add() or override.is_delete():
         raise ConfigError(f"{value}: keys cannot be added or removed; expected key=value")
@@ -123,7 +126,7 @@ def _check_exists(override: Override) -> None:
         if override.value() not in (*choices(key), None):
             raise ConfigError(f"{key}={override.value()}: expected one of {', '.join(choices(key))}")
         return
-    node: Any = Config
+    node: Any = schema
     parts = key.split(".")
     for depth, part in enumerate(parts):
         if not is_dataclass(node):
@@ -143,7 +146,7 @@ def _check_exists(override: Override) -> None:
         )
 
 
-def _in_one_line(error: Exception, overrides: Sequence[Override]) -> str:
+def _in_one_line(error: Exception, overrides: Sequence[Override], schema: type[Config]) -> str:
     """The message of a Hydra or OmegaConf error, with the key=value it is about."""
     causes = [error]
     while causes[-1].__cause__ is not None and isinstance(causes[-1].__cause__, Exception):
@@ -153,12 +156,12 @@ def _in_one_line(error: Exception, overrides: Sequence[Override]) -> str:
     found = re.search(r"full_key: (\S+)", text)
     for override in overrides:
         if found and override.key_or_group == found.group(1):
-            return f"{override.input_line}: expected {_type_name(found.group(1))}"
+            return f"{override.input_line}: expected {_type_name(found.group(1), schema)}"
     return f"{found.group(1)}: {message}" if found else message
 
 
-def _type_name(key: str) -> str:
-    node: Any = Config
+def _type_name(key: str, schema: type[Config]) -> str:
+    node: Any = schema
     for part in key.split("."):
         node = get_type_hints(node).get(part) if is_dataclass(node) else None
         if node is None:

@@ -45,8 +45,8 @@ class Interrupt:
 
 
 @contextmanager
-def watch_signals(console: Console) -> Iterator[Interrupt]:
-    """An `Interrupt` that the signals set, instead of what they did before."""
+def watch_signals(console: Console, then: str = "writing a checkpoint, then stopping") -> Iterator[Interrupt]:
+    """An `Interrupt` that the signals set, instead of what they did before; people are told what happens `then`."""
     interrupt = Interrupt()
 
     def note(number: int, frame: object) -> None:
@@ -54,7 +54,7 @@ def watch_signals(console: Console) -> Iterator[Interrupt]:
             raise KeyboardInterrupt
         first, interrupt.number = not interrupt.requested, number
         if first:
-            console.warning(f"received {signal.Signals(number).name}: writing a checkpoint, then stopping")
+            console.warning(f"received {signal.Signals(number).name}: {then}")
 
     with _handled(dict.fromkeys(SIGNALS, note)):
         yield interrupt

@@ -11,6 +11,7 @@ from typing import Any
 from dist_lm.config import Config
 from dist_lm.config_file import load_config
 from dist_lm.errors import ConfigError
+from dist_lm.generate_config import GenerateRunConfig
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.stages.registry import STAGES, StageInfo
 from dist_lm.training import checkpoint_files
@@ -43,7 +44,11 @@ FREE_KEYS = (
     "stage.keep_checkpoints",
     "stage.log_every",
     "stage.max_nonfinite_steps",
+    "stage.actors",
+    "stage.max_sequences",
 )
+# what answers depend on
+GENERATION_KEYS = ("seed", "model.", "stage.", "parallel.compute_dtype")
 
 
 class Action(Enum):
@@ -120,6 +125,8 @@ def in_order(target: str, without: str | None = None) -> list[str]:
 def _look_at(info: StageInfo, config: Config, rebuilt: set[str], is_target: bool) -> PlannedStage:
     if info.trains:
         return _look_at_run(info, config, rebuilt, is_target)
+    if isinstance(config, GenerateRunConfig):
+        return _look_at_generation(info, config)
     artefact = importlib.import_module(f"dist_lm.stages.{info.name}").inspect(config)
     return PlannedStage(info, config, Action.READY if artefact.ready else Action.BUILD, artefact.detail)
 
@@ -131,14 +138,9 @@ def _look_at_run(info: StageInfo, config: Config, rebuilt: set[str], is_target: 
         # of a finished earlier stage only its weights are used, however they were trained
         keys = "" if is_target or not run.result.exists() else "model."
         conflicts = differing_keys(load_config(run.config), config, keys)
-        if conflicts:
-            shown = "; ".join(
-                conflicts if is_target else (c.replace("stage.", f"stages.{info.name}.") for c in conflicts)
-            )
-            raise ConfigError(
-                f"{run.path} exists with other settings: {shown}: "
-                f"give them the same values, or choose another run_id than {config.run_id}"
-            )
+        if not is_target:
+            conflicts = [conflict.replace("stage.", f"stages.{info.name}.") for conflict in conflicts]
+        _refuse_other_settings(run, config, conflicts)
     if run.result.exists():
         result = json.loads(run.result.read_text())
         return PlannedStage(info, config, Action.READY, f"{result['steps']:,} steps, {run.path}")
@@ -151,6 +153,42 @@ def _look_at_run(info: StageInfo, config: Config, rebuilt: set[str], is_target: 
         checkpoint_files.check_same_model(start, checkpoint_files.read_state(start)[1], config.model)
         origin = f" from {start}"
     return PlannedStage(info, config, Action.BUILD, f"{config.stage.steps:,} steps{origin}")
+
+
+def _look_at_generation(info: StageInfo, config: GenerateRunConfig) -> PlannedStage:
+    from dist_lm.stages import generate
+
+    run = run_of(config)
+    generate.params_of(config.stage)
+    generate.options_of(config.stage)
+    generate.find_prompts(config.stage.prompts)
+    begun = load_config(run.config) if run.inputs.exists() else None
+    before = Path(begun.stage.checkpoint) if isinstance(begun, GenerateRunConfig) else None
+    if run.result.exists() and before:  # its checkpoint is not needed any more
+        start = before if config.stage.checkpoint == generate.AUTO else generate.find_start(config, before)
+    else:
+        start = generate.find_start(config, before)
+        generate.tokenizer_of(config, start)
+    config = replace(config, stage=replace(config.stage, checkpoint=str(start)))
+    if begun:
+        found = (one for key in GENERATION_KEYS for one in differing_keys(begun, config, key))
+        _refuse_other_settings(run, config, list(found))
+    if run.result.exists():
+        result = json.loads(run.result.read_text())
+        return PlannedStage(info, config, Action.READY, f"{result['answers']:,} answers, {run.samples}")
+    parts = len(list(run.samples.glob("part-*.jsonl")))
+    detail = f"{config.stage.prompts} with {generate.label_of(start)}"
+    if parts:
+        return PlannedStage(info, config, Action.RESUME, f"{detail}, {parts:,} files are there")
+    return PlannedStage(info, config, Action.BUILD, detail)
+
+
+def _refuse_other_settings(run: RunDirectory, config: Config, conflicts: list[str]) -> None:
+    if conflicts:
+        raise ConfigError(
+            f"{run.path} exists with other settings: {'; '.join(conflicts)}: "
+            f"give them the same values, or choose another run_id than {config.run_id}"
+        )
 
 
 def has_output(run: RunDirectory) -> bool:

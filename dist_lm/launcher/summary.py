@@ -12,6 +12,9 @@ SAMPLE_LINES = 12
 def print_summary(plan: Plan, console: Console) -> None:
     """Sum up the stage asked for: figures, samples, paths, the next command."""
     stage = plan.stages[-1]
+    if stage.info.generates:
+        print_generation(run_of(stage.config), console)
+        return
     if not stage.info.trains:
         console.line(f"{stage.info.name} is there: {stage.config.work_dir}")
         return
@@ -20,6 +23,20 @@ def print_summary(plan: Plan, console: Console) -> None:
     print_compression(result, stage, console)
     print_samples(run, console)
     console.summary(f"stage={stage.info.name} is done", dict(entries(result, stage, run)))
+
+
+def print_generation(run: RunDirectory, console: Console) -> None:
+    """How many answers there are, and where."""
+    result = json.loads(run.result.read_text())
+    console.summary(
+        "stage=generate is done",
+        {
+            "answers": f"{result['answers']:,} to {result['prompts']:,} prompts, {result['refused']:,} refused",
+            "tokens": f"{result['tokens']:,}, {result['tokens_per_s']:,.0f} a second on {result['actors']} actors",
+            "checkpoint": result["checkpoint"],
+            "samples": f"{run.samples} ({result['parts']:,} files)",
+        },
+    )
 
 
 def print_compression(result: dict, stage: PlannedStage, console: Console) -> None:

@@ -13,9 +13,11 @@ class StageInfo:
     """What a plan has to know of a stage."""
 
     name: str
-    trains: bool  # runs on a gang of ranks; otherwise in the launcher's own process
+    trains: bool  # runs on a gang of ranks; otherwise in the launcher's own process, or see `generates`
     needs: tuple[str, ...]  # stages whose artefacts it reads
     starts_from: str | None = None  # stage whose checkpoint it starts from
+    generates: bool = False  # runs on a pool of engines
+    in_pipeline: bool = True  # `stage=pipeline` may end with it
 
 
 # in the order of the pipeline
@@ -26,6 +28,8 @@ STAGES = {
         StageInfo("shards", trains=False, needs=("tokenizer",)),
         StageInfo("language", trains=True, needs=("shards",)),
         StageInfo("code", trains=True, needs=("shards", "language"), starts_from="language"),
+        # takes the newest checkpoint there is, and trains none
+        StageInfo("generate", trains=False, needs=(), generates=True, in_pipeline=False),
     )
 }
 

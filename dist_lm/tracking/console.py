@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from dist_lm.tracking.progress import Count, Display, LiveDisplay, PlainDisplay, TrainingProgress
+from dist_lm.tracking.progress import Count, Display, GenerationProgress, LiveDisplay, PlainDisplay, TrainingProgress
 
 
 class Console:
@@ -106,6 +106,14 @@ class Console:
         """
         with self._progress(label, steps) as display:
             progress = TrainingProgress(display, steps, since)
+            yield progress
+            display.done(progress.text())
+
+    @contextmanager
+    def generating(self, label: str, prompts: int) -> Iterator[GenerationProgress]:
+        """Show how many of some prompts are answered, and how fast."""
+        with self._progress(label, prompts) as display:
+            progress = GenerationProgress(display, prompts, self._clock)
             yield progress
             display.done(progress.text())
 

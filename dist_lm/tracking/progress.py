@@ -157,6 +157,39 @@ class TrainingProgress:
         return a_step * (self._steps - self._step)
 
 
+class GenerationProgress:
+    """Prompts that are answered; see `Console.generating`."""
+
+    def __init__(self, display: Display, prompts: int, clock: Callable[[], float]) -> None:
+        self._display = display
+        self._prompts = prompts
+        self._clock = clock
+        self._began = clock()
+        self._first: tuple[int, int] | None = None  # prompts and tokens that were there at the beginning
+        self._done = (0, 0)
+
+    def update(self, prompts: int, tokens: int) -> None:
+        """Say how many prompts are answered, with how many tokens, by earlier commands too."""
+        self._done = (prompts, tokens)
+        if self._first is None:
+            self._first = self._done
+        self._display.show(prompts, self.text)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of this command."""
+        elapsed = self._clock() - self._began
+        return (self._done[1] - self._first[1]) / elapsed if self._first and elapsed > 0 else 0.0
+
+    def text(self) -> str:
+        """Prompts, speed and the time left."""
+        parts = [f"{self._done[0]:,}/{self._prompts:,} prompts", f"{self.tokens_per_s:,.0f} tokens/s"]
+        new = self._done[0] - self._first[0] if self._first else 0
+        if new and self._done[0] < self._prompts:
+            parts.append(f"{duration((self._clock() - self._began) / new * (self._prompts - self._done[0]))} left")
+        return "  ".join(parts)
+
+
 def duration(seconds: float) -> str:
     """`42 s`, `3:05 min` or `2:03:05 h`."""
     whole = round(seconds)

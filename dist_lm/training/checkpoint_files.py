@@ -217,7 +217,12 @@ def require_intact(checkpoint: Path, damage_of: Callable[[Path], str | None] = f
     return checkpoint
 
 
-def check_same_model(checkpoint: Path, saved: dict[str, Any], model_config: ModelConfig) -> None:
+def check_same_model(
+    checkpoint: Path,
+    saved: dict[str, Any],
+    model_config: ModelConfig,
+    way_out: str = "use the same model, or stage.init_from=none to start anew",
+) -> None:
     """Refuse a checkpoint whose model has other shapes or arithmetic.
 
     Raises:
@@ -233,7 +238,4 @@ def check_same_model(checkpoint: Path, saved: dict[str, Any], model_config: Mode
         if key not in ignored and own[key] != saved.get(key)
     ]
     if different:
-        raise ArtefactError(
-            f"checkpoint {checkpoint} belongs to another model: {', '.join(different)}; "
-            "use the same model, or stage.init_from=none to start anew"
-        )
+        raise ArtefactError(f"checkpoint {checkpoint} belongs to another model: {', '.join(different)}; {way_out}")

@@ -18,6 +18,7 @@ from dist_lm.model.size import Shape
 from dist_lm.training import checkpoint_files as files
 
 LENGTH_BYTES = 8  # of the header's length, little-endian
+NUMPY = {"F16": np.float16, "F32": np.float32, "F64": np.float64}  # by safetensors' names
 METADATA, PLACES = "__metadata__", "DCP_SHARDING_INFO"
 
 
@@ -57,6 +58,26 @@ class StoredTensor:
             box = tuple(slice(start, start + size) for start, size in zip(part.offsets, part.shape, strict=True))
             whole[box] = np.memmap(part.file, whole.dtype, "r", part.start, part.shape)
         return whole.reshape(-1).view(np.uint8)
+
+
+def model_weights(directory: Path) -> dict[str, np.ndarray]:
+    """The parameters of a checkpoint by the names that the model gives them, fp32.
+
+    Raises:
+        ArtefactError: a file cannot be read, or a tensor lacks a part of it.
+    """
+    return {
+        name.removeprefix(files.MODEL): _fp32(tensor)
+        for name, tensor in stored_tensors(directory).items()
+        if name.startswith(files.MODEL)
+    }
+
+
+def _fp32(tensor: StoredTensor) -> np.ndarray:
+    content = tensor.read()
+    if tensor.dtype == "BF16":  # the upper half of an fp32
+        return (content.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
+    return content.view(NUMPY[tensor.dtype]).reshape(tensor.shape).astype(np.float32, copy=False)
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:

@@ -293,7 +293,12 @@ def test_a_job_is_requeued_again_only_after_progress(shell: BatchShell) -> None:
     latest.parent.mkdir(parents=True)
     latest.write_text("step_10")
     assert shell.try_to("requeue").returncode == 0
-    assert shell.calls("scontrol") == ["requeue 7"] * 2
+    part = shell.directory / "work" / "runs" / "generate" / "default" / "samples" / "part-00000.jsonl"
+    part.parent.mkdir(parents=True)
+    part.touch()
+    assert shell.try_to("requeue").returncode == 0
+    assert shell.try_to("requeue").returncode == 1
+    assert shell.calls("scontrol") == ["requeue 7"] * 3
 
 
 @pytest.mark.parametrize(("version", "refused"), [("3 2", True), ("4 3", True), ("4 4", False), ("5 0", False)])

@@ -105,3 +105,10 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, model_path: Path
     damaged.write_bytes(model_path.read_bytes()[:-100])
     with pytest.raises(ArtefactError, match=r"damaged\.model is damaged"):
         Tokenizer.load(damaged)
+
+
+@pytest.mark.parametrize("text", FRAGMENTS)
+def test_the_bytes_of_tokens_make_up_the_text(tokenizer: Tokenizer, text: str) -> None:
+    vocabulary = tokenizer.vocabulary()
+    assert b"".join(vocabulary[number] for number in tokenizer.encode(text)) == text.encode()
+    assert {vocabulary[number] for number in tokenizer.special_ids.values()} == {b""}

@@ -1,0 +1,108 @@
+"""Stage `generate` to its end: the parts that are missing, on a pool of engines."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from dist_lm import durable
+from dist_lm.cluster.pool import Pool
+from dist_lm.cluster.pool_actor import EngineSpec
+from dist_lm.cluster.ray_cluster import RayCluster
+from dist_lm.config_file import save_config
+from dist_lm.generate_config import GenerateRunConfig
+from dist_lm.launcher.interrupt import Interrupt
+from dist_lm.launcher.pipeline import LOOK_S
+from dist_lm.launcher.plan import PlannedStage, run_of
+from dist_lm.launcher.stage_run import device_and_ranks
+from dist_lm.parallel.sharding import compute_dtype
+from dist_lm.run_lock import locked
+from dist_lm.stages.generate import Samples, options_of, tokenizer_of
+from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tracking.console import Console
+from dist_lm.training import checkpoint_files
+from dist_lm.training.checkpoint_tensors import model_weights
+
+
+def run_generation(
+    stage: PlannedStage, cluster: RayCluster, console: Console, interrupt: Interrupt, job: str | None = None
+) -> bool:
+    """Answer all prompts. Returns False when it was stopped by `interrupt`; the parts that are whole are kept.
+
+    Args:
+        job: of the batch system, that this process belongs to.
+
+    Raises:
+        ConfigError: there are no prompts.
+        ArtefactError: prompts, checkpoint or tokenizer are not what they should be.
+        ActorsLostError: the cluster has no place for an engine.
+        PoolFailure: the engines die.
+    """
+    config, run = stage.config, run_of(stage.config)
+    assert isinstance(config, GenerateRunConfig)
+    run.samples.mkdir(parents=True, exist_ok=True)
+    with locked(run.launch_lock, job=job, wait_s=LOOK_S):
+        save_config(config, run.config)
+        checkpoint = Path(config.stage.checkpoint)
+        tokenizer = tokenizer_of(config, checkpoint)
+        with console.waiting(f"reading {config.stage.prompts}"):
+            samples = Samples(config, run, tokenizer)
+        began, before, actors = time.monotonic(), samples.tally.tokens, 0
+        if not samples.is_done:
+            actors = _generate(config, samples, tokenizer, cluster, console, interrupt)
+        if not samples.is_done:
+            return False
+        seconds, tally = time.monotonic() - began, samples.tally
+        durable.write_json(
+            run.result,
+            {
+                "stage": config.stage.name,
+                "run_id": config.run_id,
+                "checkpoint": str(checkpoint),
+                "prompts": tally.prompts,
+                "answers": tally.answers,
+                "refused": tally.refused,
+                "tokens": tally.tokens,
+                "parts": samples.parts,
+                "actors": actors,  # of the last command, as the next two
+                "seconds": seconds,
+                "tokens_per_s": (tally.tokens - before) / seconds,
+            },
+        )
+    return True
+
+
+def _generate(
+    config: GenerateRunConfig,
+    samples: Samples,
+    tokenizer: Tokenizer,
+    cluster: RayCluster,
+    console: Console,
+    interrupt: Interrupt,
+) -> int:
+    """Have a pool do what is missing; returns how many actors it had in the end."""
+    checkpoint = checkpoint_files.require_intact(Path(config.stage.checkpoint))
+    device, _ = device_and_ranks(config, cluster)
+    spec = EngineSpec(
+        model=config.model,
+        options=options_of(config.stage),
+        eot_id=tokenizer.eot_id,
+        vocabulary=tokenizer.vocabulary(),
+        dtype=compute_dtype(config.parallel, torch.device(device)),
+        device=device,
+    )
+    with console.waiting("starting engines"):
+        pool = Pool.start(
+            cluster,
+            spec,
+            model_weights(checkpoint),
+            actors=config.stage.actors,
+            wanted=lambda: not interrupt.requested,
+            warn=console.warning,
+        )
+    with pool, console.generating("generate", samples.count) as progress:
+        progress.update(samples.tally.prompts, samples.tally.tokens)
+        for result in pool.generate(samples.requests()):
+            samples.take(result)
+            progress.update(samples.tally.prompts, samples.tally.tokens)
+        return len(pool.members)

@@ -1,0 +1,260 @@
+"""Stage `generate`: every prompt once, in files that are the same bytes whether or not the run was disturbed."""
+
+import io
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from dist_lm.cluster.pool_actor import EngineSpec
+from dist_lm.cluster.ray_cluster import RayCluster
+from dist_lm.config import ClusterConfig
+from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.request import Answer, Refusal, Request, RequestError
+from dist_lm.launcher import generation_run
+from dist_lm.launcher.compose import compose_config
+from dist_lm.launcher.generation_run import run_generation
+from dist_lm.launcher.interrupt import Interrupt
+from dist_lm.launcher.plan import Action, make_plan
+from dist_lm.model.initialise import initialise
+from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.mesh import World
+from dist_lm.run_directory import RunDirectory, WorkDirectory
+from dist_lm.tracking.console import Console
+from dist_lm.training import checkpoint
+from dist_lm.training.state import TrainState
+from tests.cluster.launched import finish, wait_until
+from tests.conftest import TINY
+from tests.training_run import linked
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(200)]
+SETTINGS = (*(one for one in TINY if not one.startswith("stage.")), "stage=generate", "stage.max_new_tokens=12")
+BAD = {3: "{", 50: json.dumps({"prompt": "x " * 400, "id": "long"})}  # line, of those below
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) -> WorkDirectory:
+    """A work directory with checkpoints of both stages."""
+    work = linked(tiny_work, tmp_path_factory.mktemp("trained"))
+    for seed, stage in enumerate(("language", "code")):
+        config = compose_config([f"stage={stage}", *TINY, "model.init_std=0.15"])
+        model = Transformer(config.model)
+        initialise(model, seed)
+        run = work.run(stage, "default")
+        run.create()
+        save_alone(run, model, config)
+    return work
+
+
+def save_alone(run: RunDirectory, model: Transformer, config) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        tensors = checkpoint.tensors_of(model, None, config.model)
+        world = World(rank=0, size=1, local_rank=0, device=next(model.parameters()).device)
+        checkpoint.write(run.checkpoints, tensors, TrainState(step=5), config.model, world)
+    finally:
+        dist.destroy_process_group()
+
+
+def write_prompts(path: Path, count: int) -> Path:
+    lines = [BAD.get(i) or json.dumps({"prompt": f"def f_{i}(x):\n", "id": f"p{i}"}) for i in range(count)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def overrides_of(work: WorkDirectory, prompts: Path, *overrides: str) -> list[str]:
+    return [*SETTINGS, f"work_dir={work.path}", f"stage.prompts={prompts}", "stage.prompts_per_shard=20", *overrides]
+
+
+def plan_of(work: WorkDirectory, prompts: Path, *overrides: str):
+    (stage,) = make_plan("generate", lambda _: compose_config(overrides_of(work, prompts, *overrides))).stages
+    return stage
+
+
+def parts_of(run: RunDirectory) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(run.samples.iterdir())}
+
+
+class Screen(Console):
+    def __init__(self) -> None:
+        super().__init__(io.StringIO(), io.StringIO())
+
+
+class Alone:
+    """A pool of one engine in this process, whose answers come in another order than they were asked for."""
+
+    members = (None,)
+
+    def __init__(self, spec: EngineSpec, weights: dict, wanted: Callable[[], bool]) -> None:
+        tensors = {name: torch.from_numpy(value) for name, value in weights.items()}
+        self._engine = Engine(spec.model, tensors, eot_id=spec.eot_id, vocabulary=spec.vocabulary, options=spec.options)
+        self._wanted = wanted
+
+    @classmethod
+    def start(cls, cluster: RayCluster, spec: EngineSpec, weights: dict, *, actors, wanted, warn) -> "Alone":
+        return cls(spec, weights, wanted)
+
+    def __enter__(self) -> "Alone":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        return
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Answer | Refusal]:
+        waiting = iter(requests)
+        while (some := list(itertools.islice(waiting, 30))) and self._wanted():
+            for request in some:
+                try:
+                    self._engine.submit(request)
+                except RequestError as error:
+                    yield Refusal(request.id, error.reason)
+            yield from reversed(self._engine.run())
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> RayCluster:
+    """None: engines work in this process."""
+    monkeypatch.setattr(generation_run, "Pool", Alone)
+    monkeypatch.setattr(RayCluster, "nodes", lambda self: [])
+    return RayCluster("nowhere", ClusterConfig(name="local"))
+
+
+class AfterParts(Interrupt):
+    """Asks to stop once there are some files."""
+
+    def __init__(self, run: RunDirectory, parts: int) -> None:
+        super().__init__()
+        self._enough = lambda: run.samples.exists() and len(list(run.samples.glob("part-*"))) >= parts
+
+    @property
+    def requested(self) -> bool:
+        return self._enough()
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(trained, cluster, tmp_path):
+    prompts = write_prompts(tmp_path / "p.jsonl", 200)
+    clean = plan_of(trained, prompts, "run_id=clean", "stage.n=2", "seed=3", "stage.actors=1")
+    assert clean.action is Action.BUILD
+    assert "code/default/step_00000005" in clean.detail
+    assert run_generation(clean, cluster, Screen(), Interrupt())
+    run = trained.run("generate", "clean")
+    records = [json.loads(line) for text in parts_of(run).values() for line in text.decode().splitlines()]
+    refused = {record["id"]: record["error"] for record in records if "error" in record}
+    assert refused.keys() == {"3", "long"}
+    assert "line 4: not JSON" in refused["3"]
+    assert "model.max_seq_len is 256" in refused["long"]
+    answered = [record for record in records if "error" not in record]
+    expected = [(f"p{i}", index) for i in range(200) if i not in BAD for index in range(2)]
+    assert [(record["id"], record["index"]) for record in answered] == expected
+    assert len({record["seed"] for record in answered}) == len(answered)
+    for record in answered:
+        assert len(record["tokens"]) == len(record["logprobs"]) == len(record["raw_logprobs"]) <= 12
+        assert record["finish"] in ("eot", "length")
+    result = json.loads(run.result.read_text())
+    assert (result["prompts"], result["answers"], result["refused"]) == (200, 396, 2)
+    assert result["tokens"] == sum(len(record["tokens"]) for record in answered)
+
+    same = ("stage.n=2", "seed=3", "stage.max_sequences=7")
+    stopped = trained.run("generate", "stopped")
+    began = plan_of(trained, prompts, "run_id=stopped", *same)
+    assert not run_generation(began, cluster, Screen(), AfterParts(stopped, 3))
+    assert 3 <= len(parts_of(stopped)) < 10
+    assert not stopped.result.exists()
+    again = plan_of(trained, prompts, "run_id=stopped", *same)
+    assert again.action is Action.RESUME
+    assert run_generation(again, cluster, Screen(), Interrupt())
+    assert parts_of(stopped) == parts_of(run)
+    assert json.loads(stopped.result.read_text())["answers"] == 396
+
+    assert plan_of(trained, prompts, "run_id=stopped", *same).action is Action.READY
+    with pytest.raises(ConfigError, match=r"stage\.top_k=5 \(was 0\)"):
+        plan_of(trained, prompts, "run_id=stopped", *same, "stage.top_k=5")
+    stopped.result.unlink()
+    stopped.samples_part(2).unlink()
+    write_prompts(prompts, 199)
+    with pytest.raises(ArtefactError, match=r"not what .* began with: choose another run_id"):
+        run_generation(plan_of(trained, prompts, "run_id=stopped", *same), cluster, Screen(), Interrupt())
+
+
+def test_the_checkpoint_is_the_newest_code_or_language_one_and_stays(trained, cluster, tmp_path):
+    prompts = write_prompts(tmp_path / "p.jsonl", 2)
+    work = linked(trained, tmp_path / "work")
+    with pytest.raises(ArtefactError, match=r"no checkpoint of stage code or language.*stage=code"):
+        plan_of(work, prompts)
+    (work.path / "runs").mkdir()
+    (work.path / "runs" / "language").symlink_to(trained.path / "runs" / "language")
+    begun = plan_of(work, prompts, "run_id=begun")
+    assert not run_generation(begun, cluster, Screen(), AfterParts(work.run("generate", "begun"), 0))
+    (work.path / "runs" / "code").symlink_to(trained.path / "runs" / "code")
+    assert "code/default" in plan_of(work, prompts).detail
+    assert "language/default" in plan_of(work, prompts, "run_id=begun").detail
+    given = plan_of(work, prompts, f"stage.checkpoint={trained.path}/runs/language/default")
+    assert "language/default/step_00000005" in given.detail
+    with pytest.raises(ArtefactError, match=r"another model: model\.d_ff=120.*use the same model$"):
+        plan_of(work, prompts, "model.d_ff=120")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stage.top_p=0", r"stage\.top_p=0.0: expected in \(0, 1\]"),
+        ("stage.temperature=-1", r"stage\.temperature=-1.0: expected a number >= 0"),
+        ("stage.page_tokens=7", r"stage\.page_tokens=7: expected a multiple"),
+        ("stage.n=0", r"stage\.n=0: expected a positive integer"),
+        ("stage.actors=0", r"stage\.actors=0"),
+        ("stage.truncate=right", r"stage\.truncate=right: expected refuse or left"),
+        ("stage.max_new_token=4", r"did you mean stage\.max_new_tokens\?"),
+        ("stage.steps=4", r"stage\.steps=4: no such key"),
+        ("stage.top_k=many", r"stage\.top_k=many: expected an integer"),
+        ("stage.prompts=nowhere.txt", r"stage\.prompts=nowhere\.txt: no such file"),
+    ],
+)
+def test_a_bad_value_is_refused_by_the_name_of_its_key(trained, tmp_path, override, words):
+    with pytest.raises(ConfigError, match=words):
+        plan_of(trained, write_prompts(tmp_path / "p.jsonl", 2), override)
+
+
+def start(work: WorkDirectory, prompts: Path, *overrides: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dist_lm.launch", *overrides_of(work, prompts, *overrides)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.heavy
+def test_ten_thousand_prompts_through_kills_and_signals(trained, tmp_path):
+    prompts = write_prompts(tmp_path / "p.jsonl", 10_000)
+    large = ("stage.prompts_per_shard=500", "stage.max_new_tokens=4")
+    code, out, err = finish(start(trained, prompts, "run_id=all", *large))
+    assert code == 0, err
+    assert "9,998 to 10,000 prompts, 2 refused" in out
+    run = trained.run("generate", "through")
+    for number, parts in ((signal.SIGKILL, 5), (signal.SIGUSR1, 10), (signal.SIGTERM, 14)):
+        process = start(trained, prompts, "run_id=through", *large)
+        wait_until(lambda parts=parts: len(list(run.samples.glob("part-*"))) >= parts, process, f"{parts} files")
+        family = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, number)
+        code, out, err = finish(process)
+        assert code == (-number if number == signal.SIGKILL else 128 + number), err
+        assert number == signal.SIGKILL or "the same command continues" in out
+        _, alive = psutil.wait_procs(family, timeout=30)
+        assert alive == []
+    code, _, err = finish(start(trained, prompts, "run_id=through", *large))
+    assert code == 0, err
+    assert parts_of(run) == parts_of(trained.run("generate", "all"))
+    assert len(parts_of(run)) == 20
+    code, out, _ = finish(start(trained, prompts, "run_id=through", *large))
+    assert (code, "there" in out) == (0, True)
