@@ -18,7 +18,7 @@ from dist_lm.config import ModelConfig
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.request import Answer, Refusal, Request, RequestError
 
-LEAST_S, MOST_S = 0.05, 0.5  # of work in a call: until something is done, and in any case
+LEAST_S, MOST_S = 0.2, 0.5  # of work in a call: until something is done, and in any case
 
 
 @dataclass(frozen=True)

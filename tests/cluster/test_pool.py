@@ -2,46 +2,20 @@
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from dist_lm.cluster.failure import PoolFailure
-from dist_lm.cluster.pool import ActorsLostError, Pool
-from dist_lm.cluster.pool_actor import EngineSpec
+from dist_lm.cluster.pool import Pool
 from dist_lm.cluster.ray_cluster import RayCluster, connect
-from dist_lm.config import ClusterConfig, ModelConfig
+from dist_lm.config import ClusterConfig
 from dist_lm.errors import ArtefactError
-from dist_lm.generation.engine import EngineOptions
-from dist_lm.generation.params import SamplingParams
 from dist_lm.generation.request import Answer, Refusal, Request
-from dist_lm.model.initialise import initial_value
-from dist_lm.model.size import parameter_shapes
-from tests.cluster.loopback_ray import loopback_ray
-from tests.cluster.waiting import eventually
+from tests.cluster.small_pool import MODEL, SPEC, requests, weights_of
 
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.timeout(200),
-    pytest.mark.skipif(sys.platform != "linux", reason="other loopback addresses exist on Linux only"),
-]
-MODEL = ModelConfig(
-    name="small", d_model=40, n_layers=2, n_heads=5, d_ff=72, max_seq_len=160, vocab_size=64, init_std=0.15
-)
-SPEC = EngineSpec(MODEL, EngineOptions(cache_tokens=1024, page_tokens=32, max_sequences=6), eot_id=0)
-
-
-def weights_of(seed: int, model: ModelConfig = MODEL) -> dict[str, np.ndarray]:
-    return {name: initial_value(name, shape, model, seed).numpy() for name, shape in parameter_shapes(model).items()}
-
-
-def requests(count: int) -> Iterator[Request]:
-    for i in range(count):
-        params = SamplingParams(max_new_tokens=20 + i % 40, temperature=0.9, ignore_eot=i % 3 > 0)
-        yield Request(f"r{i}", [0, *range(1, 2 + i % 9)], params, seed=i, n=1 + (i % 5 == 0))
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(200)]
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +37,9 @@ def killing(pool: Pool, results, kills: int, count: int) -> list:
     for result in results:
         came.append(result)
         if len(killed) < kills and len(came) * (kills + 1) >= count * (len(killed) + 1):
-            victim = next(member.pid for member in reversed(pool.members) if member.pid not in killed)
-            os.kill(victim, signal.SIGKILL)
-            killed.add(victim)
+            for victim in [member.pid for member in pool.members if member.pid not in killed][-1:]:
+                os.kill(victim, signal.SIGKILL)
+                killed.add(victim)
     assert len(killed) == kills
     return came
 
@@ -140,37 +114,3 @@ def test_a_pool_that_is_no_longer_wanted_stops(pool, monkeypatch):
     wanted = [True] * 8
     monkeypatch.setattr(pool, "_wanted", lambda: bool(wanted and wanted.pop()))
     assert len(list(pool.generate(requests(100_000)))) < 1000
-
-
-@pytest.mark.heavy
-def test_a_pool_shrinks_grows_and_gives_up_in_one_line(tmp_path):
-    with loopback_ray(tmp_path, nodes=2) as ray, connect(ray.config(nodes=3, node_wait_s=1)) as cluster:
-        eventually("two nodes", lambda: len(cluster.nodes()) == 2)
-        said: list[str] = []
-        with Pool.start(cluster, SPEC, weights_of(0), warn=said.append) as pool:
-            assert {member.node.address for member in pool.members} == {"127.0.0.2", "127.0.0.3"}
-            expected = list(pool.generate(requests(400), in_order=True))
-            came = []
-            for result in pool.generate(requests(400), in_order=True):
-                came.append(result)
-                if len(came) == 50:
-                    ray.lose(1)
-                if len(came) == 200:
-                    ray.start(2)
-            assert came == expected
-            for _ in pool.generate(requests(100_000)):
-                if {member.node.address for member in pool.members} == {"127.0.0.2", "127.0.0.4"}:
-                    break
-            else:
-                pytest.fail("the new node was not taken in")
-            assert any("127.0.0.3" in text for text in said)
-        impatient = replace(cluster, config=replace(cluster.config, start_timeout_s=1))
-        with (
-            pytest.raises(ActorsLostError, match=r"^cluster: no place for a generation actor within 1 s: [^\n]*$"),
-            Pool.start(
-                impatient,
-                replace(SPEC, device="cuda"),
-                weights_of(0),
-            ),
-        ):
-            pass

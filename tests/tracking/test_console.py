@@ -103,3 +103,13 @@ def test_tables_and_summaries_keep_the_text_as_it_is() -> None:
 
 def test_durations() -> None:
     assert [duration(seconds) for seconds in (0.4, 59.6, 185, 7385)] == ["0 s", "1:00 min", "3:05 min", "2:03:05 h"]
+
+
+def test_generating_shows_prompts_speed_and_time_left() -> None:
+    screen = Screen()
+    with screen.console.generating("generate", prompts=100) as progress:
+        progress.update(20, 5000)  # of an earlier command
+        for prompts in range(21, 61):
+            screen.now += 0.5
+            progress.update(prompts, 5000 + (prompts - 20) * 100)
+    assert screen.lines()[-1] == "generate: 60/100 prompts  200 tokens/s  20 s left"
