@@ -11,9 +11,8 @@ from dist_lm.errors import ArtefactError, UserError
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files as files
-from dist_lm.training.checkpoint_tensors import StoredTensor, stored_tensors
+from dist_lm.training.checkpoint_tensors import model_weights
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DEPTH = 3  # of a run in its work directory
 
 
@@ -46,11 +45,7 @@ def load_model(path: Path, tokenizer: Path | None = None) -> LoadedModel:
             f"checkpoint {checkpoint}: its model knows {config.vocab_size} tokens, the tokenizer has "
             f"{found.vocab_size}: name the one that it was trained with by --tokenizer=PATH"
         )
-    weights = {
-        name.removeprefix(files.MODEL): _read(checkpoint, tensor)
-        for name, tensor in stored_tensors(checkpoint).items()
-        if name.startswith(files.MODEL)
-    }
+    weights = {name: torch.from_numpy(value) for name, value in model_weights(checkpoint).items()}
     name = "/".join((*run.path.parts[-2:], checkpoint.name)) if run else str(checkpoint)
     return LoadedModel(name, config, weights, found, run)
 
@@ -90,9 +85,3 @@ def _tokenizer(checkpoint: Path, named: Path | None, run: RunDirectory | None) -
     if not path.is_file():
         raise ArtefactError(f"{path}: no tokenizer there: give the run's own by --tokenizer=PATH")
     return Tokenizer.load(path)
-
-
-def _read(checkpoint: Path, tensor: StoredTensor) -> torch.Tensor:
-    if tensor.dtype not in DTYPES:
-        raise ArtefactError(f"checkpoint {checkpoint}: {tensor.name} is {tensor.dtype}; expected {', '.join(DTYPES)}")
-    return torch.from_numpy(tensor.read()).view(DTYPES[tensor.dtype]).view(tensor.shape)

@@ -87,7 +87,7 @@ def _generate(
         model=config.model,
         options=options_of(config.stage),
         eot_id=tokenizer.eot_id,
-        vocabulary=tokenizer.vocabulary(),
+        vocabulary=tuple(tokenizer.vocabulary()),
         dtype=compute_dtype(config.parallel, torch.device(device)),
         device=device,
     )
