@@ -5,6 +5,7 @@ Exit codes: 0 everything asked for is there; 1 a stage failed; 2 something the u
 same command continues.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from dist_lm.cluster.ranks import local_gpus, ranks_per_node
 from dist_lm.config import Config, require
-from dist_lm.errors import ConfigError, UserError
+from dist_lm.errors import ArtefactError, ConfigError, UserError
 from dist_lm.launcher.compose import (
     compose_config,
     conf_directory,
@@ -22,7 +23,7 @@ from dist_lm.launcher.compose import (
     register_schema,
     target_stage,
 )
-from dist_lm.launcher.plan import Plan, in_order, make_plan
+from dist_lm.launcher.plan import Plan, PlannedStage, in_order, make_plan
 from dist_lm.tracking.console import Console
 
 if TYPE_CHECKING:
@@ -224,7 +225,10 @@ def carry_out(plan: Plan, console: Console) -> int:
             stopped_by = stop.number if isinstance(stop, Stopped) else signal.SIGINT
             console.error(f"stopped at once by {signal.Signals(stopped_by).name}; the same command continues")
         except BaseException as error:
-            pipeline.end("failed", str(error) or type(error).__name__)
+            full = no_room(error, plan.stages[-1].config.work_dir)
+            pipeline.end("failed", full or str(error) or type(error).__name__)
+            if full:
+                raise ArtefactError(full) from error
             raise
         if stopped_by:
             pipeline.end("stopped", f"by {signal.Signals(stopped_by).name}")
@@ -232,6 +236,14 @@ def carry_out(plan: Plan, console: Console) -> int:
         pipeline.end("done")
     print_summary(plan, console)
     return 0
+
+
+def no_room(error: BaseException, work_dir: str) -> str | None:
+    """What to say of a disk that is full or cannot be written to; None: it is something else."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return None
+    where = error.filename or f"work_dir={work_dir} (or temporary files)"
+    return f"{where}: {error.strerror}: make room, and the same command continues"
 
 
 def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | None) -> int:
@@ -243,11 +255,13 @@ def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | N
     from dist_lm.launcher.stage_run import newest_checkpoint, run_training_stage
 
     on_cluster = [stage for stage in plan.missing if stage.info.trains or stage.info.generates]
-    for stage in plan.missing:
-        if stage not in on_cluster:
-            pipeline.begin(stage.info.name)
-            build_artefact(stage, console)
-            pipeline.done(stage.info.name)
+    to_build = [stage for stage in plan.missing if stage not in on_cluster]
+    if to_build and on_cluster and on_cluster[0].config.cluster.name == "ray":
+        check_on_cluster(on_cluster)
+    for stage in to_build:
+        pipeline.begin(stage.info.name)
+        build_artefact(stage, console)
+        pipeline.done(stage.info.name)
     if not on_cluster:
         return 0
     then = "writing a checkpoint, then stopping" if on_cluster[-1].info.trains else "stopping"
@@ -261,6 +275,22 @@ def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | N
                 return interrupt.number
             pipeline.done(stage.info.name)
     return 0
+
+
+def check_on_cluster(stages: Sequence[PlannedStage]) -> None:
+    """Refuse address, token or layout before hours are spent on the corpora.
+
+    Raises:
+        ClusterError: the Ray cluster cannot be joined.
+        ConfigError: a layout or batch does not fit the ranks that it gives.
+    """
+    from dist_lm.cluster.ray_cluster import connect
+    from dist_lm.launcher.stage_run import fitted
+
+    with connect(stages[0].config.cluster) as cluster:
+        for stage in stages:
+            if stage.info.trains:
+                fitted(stage.config, cluster)
 
 
 if __name__ == "__main__":

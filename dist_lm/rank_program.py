@@ -67,7 +67,14 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         heartbeat.beat(Phase.LOADING, 0)
         if world.is_first:
             # ranks of an attempt that has just failed take a moment to end, and their node's locks on NFS longer
-            stack.enter_context(locked(run.rank_lock, wait_s=OWN_JOB_S))
+            stack.enter_context(
+                locked(
+                    run.rank_lock,
+                    wait_s=OWN_JOB_S,
+                    on_wait=lambda owner: log.warning("waiting for %s, which trains this run", owner),
+                    stopped=lambda: stop.requested,
+                )
+            )
             durable.write_json(run.links, asdict(links))
         tokenizer = Tokenizer.load(run.work.tokenizer_model)
         check_corpus(run, config, tokenizer, world)

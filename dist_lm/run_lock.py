@@ -25,6 +25,7 @@ def locked(
     job: str | None = None,
     wait_s: float = 0.0,
     on_wait: Callable[[str], None] = lambda owner: None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[None]:
     """Hold `path` as a lock file for the time of the block; it names its owner and stays behind, unlocked.
 
@@ -34,6 +35,7 @@ def locked(
             its way out: it is waited for.
         wait_s: how long any owner is waited for.
         on_wait: told once who is waited for.
+        stopped: asked while waiting; nobody is waited for any longer once it says yes.
 
     Raises:
         ArtefactError: another process holds it (the message names host and process), or the file system has no locks.
@@ -45,7 +47,7 @@ def locked(
         while not _taken(descriptor, path):
             owner = owner_of(path) or "another process"
             patience = max(wait_s, OWN_JOB_S) if job and re.search(rf"\bjob {re.escape(job)}$", owner) else wait_s
-            if time.monotonic() - started >= patience:
+            if time.monotonic() - started >= patience or stopped():
                 raise ArtefactError(
                     f"{what or path.parent} is in use by {owner}: wait for it, stop it, or choose another run_id"
                 )

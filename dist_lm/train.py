@@ -37,6 +37,7 @@ def main() -> None:
     terminal = write_to_log(run.rank_log(rank))
     if rank == 0:
         write_warnings(run.warnings, "dist_lm")
+        os.write(terminal, f"rank 0 writes to {run.rank_log(0)}\n".encode())
     faulthandler.enable()
     faulthandler.register(STACKS_SIGNAL)  # works in a collective that never returns, too
     stop = stop_on_signals()

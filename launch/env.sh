@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Sourced by the other scripts: makes .venv once, installs dist_lm into it, and activates it.
+# Sourced by the other scripts: makes .venv in the checkout once, installs dist_lm into it, and activates it.
 #   DIST_LM_EXTRAS   extras to install ("" for running, "dev" for tests); set by the caller
-#   DIST_LM_VENV     where the environment is (default: .venv in the checkout)
-#   PYTHON           interpreter to make it with (default: python3.11, else python3)
+#   DIST_LM_VENV     an environment of your own, used as it is: nothing is made, installed or removed there
+#   PYTHON           interpreter to make .venv with (default: python3.11, else python3)
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -22,17 +22,42 @@ find_python() {
   return 1
 }
 
-# what is installed is current when the stamp holds the hash of what would be installed
-stamp=$venv/.dist_lm${extras:+-$extras}
-if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # not there, or its making was interrupted
-  "$(find_python)" -m venv --clear "$venv"
-fi
-wanted=$("$venv/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' \
-  "$root/pyproject.toml")
-if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-  echo "installing dist_lm${extras:+ with extra $extras} into $venv (a minute or two, once)"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root${extras:+[$extras]}"
-  echo "$wanted" >"$stamp"
+# Make .venv and install into it, unless that is done: then the stamp holds the hash of what would be installed.
+install() {
+  local stamp=$venv/.dist_lm${extras:+-$extras} making=$venv/.dist_lm-making wanted
+  if [ ! -d "$venv" ] || [ -e "$making" ]; then
+    mkdir -p "$venv"
+    touch "$making" # its making may be interrupted
+    "$(find_python)" -m venv "$venv"
+    rm "$making"
+  fi
+  if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    echo "error: $venv has no pip, so it was not made by this script: move it away, or set DIST_LM_VENV to it" >&2
+    return 2
+  fi
+  wanted=$("$venv/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' \
+    "$root/pyproject.toml")
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing dist_lm${extras:+ with extra $extras} into $venv (a minute or two, once)"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root${extras:+[$extras]}"
+    echo "$wanted" >"$stamp"
+  fi
+}
+
+if [ -n "${DIST_LM_VENV:-}" ]; then
+  if [ ! -f "$venv/bin/activate" ]; then
+    echo "error: DIST_LM_VENV=$venv: no Python environment there (no bin/activate)" >&2
+    exit 2
+  fi
+  export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # the code of this checkout, whatever is installed there
+else
+  # several machines may begin at once on a shared file system
+  if command -v flock >/dev/null && [ -w "${BASH_SOURCE[0]}" ]; then
+    exec 9<>"${BASH_SOURCE[0]}"
+    flock 9
+  fi
+  install || exit "$?"
+  exec 9>&-
 fi
 # shellcheck disable=SC1091
 . "$venv/bin/activate"

@@ -42,7 +42,7 @@ is_given() { # KEY ARGUMENT ...
 
 # From here on everything goes to the log in work_dir; what was opened for errors before that is taken away.
 open_log() {
-  local early=$SLURM_SUBMIT_DIR/slurm-$SLURM_JOB_ID.out
+  local early=${early_log:-$SLURM_SUBMIT_DIR/slurm-$SLURM_JOB_ID.out}
   if ! mkdir -p "$job_dir" || ! : >>"$job_dir/batch.log"; then
     echo "error: work_dir=$work_dir: this job cannot write to $job_dir on $SLURMD_NODENAME; choose another work_dir" >&2
     exit 2

@@ -27,7 +27,13 @@
 set -euo pipefail
 : "${SLURM_JOB_ID:?this is a batch script: sbatch slurm/train_large.sh}"
 # until the log in work_dir is open, an error must not vanish
-if [ -w "$SLURM_SUBMIT_DIR" ]; then exec >>"$SLURM_SUBMIT_DIR/slurm-$SLURM_JOB_ID.out" 2>&1; fi
+for early_log in "$SLURM_SUBMIT_DIR" "$HOME" "${TMPDIR:-/tmp}"; do
+  early_log=$early_log/slurm-$SLURM_JOB_ID.out
+  if { : >>"$early_log"; } 2>/dev/null; then
+    exec >>"$early_log" 2>&1
+    break
+  fi
+done
 
 # sbatch runs a copy of this file: the checkout is where the original lies
 script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')

@@ -62,3 +62,11 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", unsupported)
     with pytest.raises(ArtefactError, match=r"\.lock: this file system has no file locks"), locked(tmp_path / ".lock"):
         pass
+
+
+def test_waiting_ends_when_it_is_stopped(tmp_path):
+    path, asked = tmp_path / ".lock", []
+    again = locked(path, wait_s=60, on_wait=asked.append, stopped=lambda: len(asked) > 0)
+    with locked(path), pytest.raises(ArtefactError, match="in use by process"), again:
+        pass
+    assert len(asked) == 1

@@ -51,7 +51,9 @@ def complaints(facts: NodeFacts, driver: NodeFacts, demands: Demands, trip: Trip
     for path, free in facts.free_bytes.items():
         needed = demands.free_bytes if path == directory else demands.temporary_bytes
         if free < needed:
-            found.append(f"{path}: {free / 2**30:.1f} GiB free, {needed / 2**30:.1f} GiB are needed")
+            found.append(
+                f"{path}: {free / 2**30:.1f} GiB free, {needed / 2**30:.1f} GiB are needed (cluster.min_free_gib)"
+            )
     early, late = trip.sent - demands.clock_skew_s, trip.answered + demands.clock_skew_s
     if not early <= facts.time <= late:
         skew = facts.time - (trip.sent + trip.answered) / 2

@@ -133,6 +133,6 @@ def _shortage(cluster: RayCluster, nodes: int, bundle: dict[str, float], rejecte
     found = cluster.nodes()
     out = f", {rejected} of them left out" if rejected else ""
     return (
-        f"cluster.nodes={nodes}: not free within {timeout_s:g} s: the Ray cluster at {cluster.address} has "
+        f"cluster.nodes={nodes}: not free within {timeout_s:.0f} s: the Ray cluster at {cluster.address} has "
         f"{len(found)} nodes{out} and {sum(node.gpus for node in found)} GPUs; each node must have {bundle} free"
     )

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,19 @@ def read_status(work_dir: Path, run_id: str | None = None) -> PipelineStatus:
     directories = [work.run(stage["name"], facts["run_id"]) for stage in at]
     present = [directory for directory in directories if directory.config.exists()]
     run = read_run(present[-1]) if present else None
-    state = facts["state"]
-    if state == "running" and not is_locked(work.pipeline_lock(name)):
-        state = "lost"
-    others = [f"{other} ({values['state']})" for other, values in found if other != name]
+    state = _state(work, name, facts)
+    if run and run.heard_at < facts["started"]:  # what ranks of an earlier command did last
+        run = replace(run, ranks=[])
+    if state == "lost":
+        facts["stages"] = [{**one, "state": "lost"} if one["state"] == "running" else one for one in facts["stages"]]
+        facts["updated"] = max(facts["updated"], run.heard_at if run else 0.0)
+    others = [f"{other} ({_state(work, other, values)})" for other, values in found if other != name]
     return PipelineStatus(name, state, facts, run, others)
+
+
+def _state(work: WorkDirectory, name: str, facts: dict[str, Any]) -> str:
+    lost = facts["state"] == "running" and not is_locked(work.pipeline_lock(name))
+    return "lost" if lost else facts["state"]
 
 
 def read_run(run: RunDirectory) -> RunStatus:

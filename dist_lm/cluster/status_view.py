@@ -16,7 +16,14 @@ WORDS = {
     "failed": ("failed", "bold red"),
     "stopped": ("stopped: the same command continues", "yellow"),
 }
-COLOURS = {"done": "green", "running": "bold green", "failed": "bold red", "stopped": "yellow", "waiting": "dim"}
+COLOURS = {
+    "done": "green",
+    "running": "bold green",
+    "failed": "bold red",
+    "stopped": "yellow",
+    "waiting": "dim",
+    "lost": "bold red",
+}
 
 
 def print_status(status: PipelineStatus, console: Console) -> None:
@@ -52,13 +59,14 @@ def _print_run(run: RunStatus, console: Console, now: float) -> None:
     console.print(Text(run.path, style="bold"), soft_wrap=True)
     console.print(Text(_progress(run)), soft_wrap=True)
     if run.attempt:
-        nodes, per_node = len(run.attempt["nodes"]), run.attempt["ranks_per_node"]
+        n_nodes, per_node = len(run.attempt["nodes"]), run.attempt["ranks_per_node"]
+        nodes = f"{n_nodes} node" if n_nodes == 1 else f"{n_nodes} nodes"
         speed = f", first all-reduce {run.links['bus_gb_per_s']:.2f} GB/s" if run.links.get("bus_gb_per_s") else ""
         slowest = run.attempt.get("slowest_link_mb_per_s")
         speed += f", slowest link {slowest:,} MB/s" if slowest else ""
         console.print(
             Text(
-                f"{nodes} nodes x {per_node} ranks on {run.attempt['device']}, {run.attempt['layout']}, "
+                f"{nodes} x {per_node} ranks on {run.attempt['device']}, {run.attempt['layout']}, "
                 f"from step {run.attempt['step']:,}; restarts after failures: {run.restarts}{speed}"
             ),
             soft_wrap=True,

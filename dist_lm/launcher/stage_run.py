@@ -24,7 +24,7 @@ from dist_lm.launcher.pipeline import LOOK_S
 from dist_lm.launcher.plan import PlannedStage, run_of
 from dist_lm.launcher.restarts import Restarts, on_nodes, sizes
 from dist_lm.run_directory import RunDirectory
-from dist_lm.run_lock import locked
+from dist_lm.run_lock import OWN_JOB_S, locked
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.metrics import follow
 from dist_lm.tracking.rank_warnings import WarningFollower
@@ -46,14 +46,16 @@ def run_training_stage(
         GangFailure: a rank or a node failed, and failed again without a new checkpoint, cluster.max_restarts times.
         ArtefactError: the ranks left without a result although nobody asked them to stop.
     """
-    device, ranks = device_and_ranks(stage.config, cluster)
-    config, run = replace(stage.config, device=device), run_of(stage.config)
-    check_hardware(config)
+    config, ranks = fitted(stage.config, cluster)
+    device, run = config.device, run_of(config)
     possible = sizes(config, ranks)
     first = with_layout(config, ranks, console)
     run.create()
     with ExitStack() as stack:
         stack.enter_context(locked(run.launch_lock, job=job, wait_s=LOOK_S))
+        await_other_ranks(run, console, interrupt)
+        if interrupt.requested:
+            return False
         save_config(first, run.config)
         muster = Muster(
             cluster,
@@ -67,6 +69,37 @@ def run_training_stage(
         show = show_of(stage, first, run, console, stack)
         attempts = Attempts(run, ranks, device, config.cluster, muster, interrupt, show)
         return run_attempts(attempts, muster, {possible[0]: first}, config, run, console, interrupt)
+
+
+def fitted(config: Config, cluster: RayCluster) -> tuple[Config, int]:
+    """(the configuration with its device, ranks a node) for the nodes that a cluster has.
+
+    Raises:
+        ConfigError: the layout, the batch or the hardware's table do not fit.
+    """
+    device, ranks = device_and_ranks(config, cluster)
+    config = replace(config, device=device)
+    check_hardware(config)
+    with_layout(config, ranks)
+    return config, ranks
+
+
+def await_other_ranks(run: RunDirectory, console: Console, interrupt: Interrupt) -> None:
+    """Wait for ranks that train this run already: of an earlier launch, about to end, or started by hand.
+
+    Raises:
+        ArtefactError: they do not end; the message names host and process.
+    """
+
+    def tell(owner: str) -> None:
+        console.line(f"waiting for the ranks of {owner}, which train {run.path}")
+
+    try:
+        with locked(run.rank_lock, wait_s=OWN_JOB_S, on_wait=tell, stopped=lambda: interrupt.requested):
+            pass
+    except ArtefactError:
+        if not interrupt.requested:
+            raise
 
 
 def run_attempts(

@@ -1,0 +1,55 @@
+"""launch/env.sh, which the other scripts source: whose environments it touches, and whose it does not."""
+
+import os
+import subprocess
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout of nothing but the script."""
+    checkout = tmp_path / "checkout"
+    (checkout / "launch").mkdir(parents=True)
+    (checkout / "launch/env.sh").write_text((ROOT / "launch/env.sh").read_text())
+    (checkout / "pyproject.toml").write_text("")
+    return checkout
+
+
+def source(checkout: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = ["bash", "-c", '. "$0/launch/env.sh" && command -v python && echo "$PYTHONPATH"', str(checkout)]
+    return subprocess.run(
+        command, env=os.environ | {"PIP_NO_INDEX": "1"} | environ, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_an_environment_of_ones_own_is_used_as_it_is(checkout, tmp_path):
+    own = tmp_path / "own"
+    venv.create(own, with_pip=False)
+    before = sorted(own.rglob("*"))
+    done = source(checkout, DIST_LM_VENV=str(own))
+    assert done.returncode == 0, done.stderr
+    python, path = done.stdout.splitlines()
+    assert python == str(own / "bin/python")
+    assert path.split(":")[0] == str(checkout)
+    assert sorted(own.rglob("*")) == before
+
+
+def test_an_environment_that_is_not_there_is_not_made(checkout, tmp_path):
+    done = source(checkout, DIST_LM_VENV=str(tmp_path / "typo"))
+    assert done.returncode == 2
+    assert f"DIST_LM_VENV={tmp_path}/typo: no Python environment there" in done.stderr
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_venv_in_the_checkout_that_others_made_is_refused_and_kept(checkout):
+    venv.create(checkout / ".venv", with_pip=False)
+    (checkout / ".venv/precious").touch()
+    done = source(checkout)
+    assert done.returncode == 2
+    assert "has no pip, so it was not made by this script" in done.stderr
+    assert (checkout / ".venv/precious").exists()
