@@ -327,10 +327,12 @@ class Engine:
             if math.isnan(raw):
                 self._drop(sequence.request)
                 continue
-            sequence.add(token, logprob, raw, self._eot_id, self.config.max_seq_len)
+            text = sequence.add(token, logprob, raw, self._eot_id, self.config.max_seq_len)
             if sequence.finish:
                 self._running.remove(sequence)
                 self._finish(sequence, sequence.finish)
+            if sequence.on_text:  # last: it may cancel the request
+                sequence.on_text(sequence.request.id, sequence.index, token, text)
 
     def _choose(self, sequences: list[Running], logits_BV: torch.Tensor) -> Choice:
         adjusted_BV = None

@@ -34,8 +34,8 @@ class Sequence:
     def n_new(self) -> int:
         return len(self.tokens) - self.n_prompt
 
-    def add(self, token: int, logprob: float, raw_logprob: float, eot_id: int, context: int) -> None:
-        """Take in a token; sets `finish` if it is the last one."""
+    def add(self, token: int, logprob: float, raw_logprob: float, eot_id: int, context: int) -> str:
+        """Take in a token; sets `finish` if it is the last one. Returns the text that can be shown now."""
         params = self.request.params
         self.tokens.append(token)
         self.logprobs.append(logprob)
@@ -51,8 +51,7 @@ class Sequence:
             self.finish = "context"
         if self.finish and self.stream:
             text += self.stream.finish()
-        if self.on_text:
-            self.on_text(self.request.id, self.index, token, text)
+        return text
 
     def answer(self, version: int) -> Answer:
         """What came of it."""

@@ -219,6 +219,26 @@ def test_a_request_can_join_and_be_cancelled_while_others_run(model):
     assert (second.request, second.finish, len(second.tokens)) == ("second", "length", 30)
 
 
+def test_who_listens_may_cancel(model):
+    engine = engine_of(model)
+    shown: list[int] = []
+
+    def listen(request: str, index: int, token: int, text: str) -> None:
+        shown.append(token)
+        if len(shown) == 7:
+            engine.cancel(request)
+
+    engine.submit(Request("a", [3, 4], SamplingParams(max_new_tokens=30, ignore_eot=True), n=2), listen)
+    engine.submit(Request("b", [5], SamplingParams(max_new_tokens=9, ignore_eot=True)))
+    answers = answers_of(engine)
+    assert {key: answer.finish for key, answer in answers.items()} == {
+        ("a", 0): "cancelled",
+        ("a", 1): "cancelled",
+        ("b", 0): "length",
+    }
+    assert len(shown) == 7
+
+
 def test_new_weights_have_a_version_and_wait_for_an_idle_engine(model):
     engine = engine_of(model)
     engine.submit(Request("a", [3], SamplingParams(max_new_tokens=3)))
