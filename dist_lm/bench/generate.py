@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
 from dist_lm.bench.case import Case, Comparison, CrewSize, configurations
-from dist_lm.bench.generate_peers import LitGpt, NanoChat, Peer, Transformers
+from dist_lm.bench.generate_peers import LitGpt, NanoChat, OnOurWeights, Peer, Transformers
 from dist_lm.bench.trial import Trial
 from dist_lm.config import Config, ModelConfig
 from dist_lm.generation.engine import Engine, EngineOptions
@@ -111,7 +111,7 @@ def _against_peers(name: str, config: Config, peers: Sequence[str]) -> Case:
         config=config,
         ways=dict.fromkeys([OURS, *there, CEILING], crew),
         comparisons=comparisons,
-        same_losses=frozenset({OURS, *(peer for peer in there if PEERS[peer].same_weights)}),
+        same_losses=frozenset({OURS, *(peer for peer in there if issubclass(PEERS[peer], OnOurWeights))}),
         rounds=ROUNDS,
     )
 
@@ -141,7 +141,7 @@ def build(way: str, config: Config, world: World) -> Trial:
     peer = PEERS[way](model, SAMPLING)
 
     def losses() -> list[float]:
-        return [peer.greedy_logprob(prompts[:1], GREEDY_TOKENS)] if peer.same_weights else []
+        return [peer.greedy_logprob(prompts[:1], GREEDY_TOKENS)] if isinstance(peer, OnOurWeights) else []
 
     return Trial(lambda: _in_batches(peer, prompts, lengths), losses=losses)
 

@@ -4,9 +4,10 @@ Dimensions: B sequences, T tokens.
 """
 
 import tempfile
+from abc import ABC, abstractmethod
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,31 +16,33 @@ from dist_lm.interop.gpt_neox import save_gpt_neox, to_gpt_neox
 from dist_lm.model.transformer import Transformer
 
 
-class Peer(Protocol):
+class Peer(ABC):
     """A library that generates."""
 
     package: ClassVar[str]
-    same_weights: ClassVar[bool]  # it computes what our model computes
     batches: ClassVar[bool]  # it takes more than one prompt at a time
 
+    @abstractmethod
     def __init__(self, model: Transformer, params: SamplingParams) -> None:
         """Take over the weights of `model`, to sample as `params` say."""
-        ...
 
+    @abstractmethod
     def generate(self, prompt_BT: torch.Tensor, n_new: int) -> None:
         """`n_new` tokens for each prompt."""
-        ...
 
+
+class OnOurWeights(Peer):
+    """One whose model computes what ours does."""
+
+    @abstractmethod
     def greedy_logprob(self, prompt_BT: torch.Tensor, n_new: int) -> float:
         """Mean log-probability of the tokens that greedy decoding gives, nats."""
-        ...
 
 
-class Transformers:
+class Transformers(OnOurWeights):
     """`generate` of Hugging Face transformers with its default cache and scaled dot-product attention."""
 
     package: ClassVar[str] = "transformers"
-    same_weights: ClassVar[bool] = True
     batches: ClassVar[bool] = True
 
     def __init__(self, model: Transformer, params: SamplingParams) -> None:
@@ -55,7 +58,7 @@ class Transformers:
         self._generate(prompt_BT, n_new, do_sample=True, **self._sampling)
 
     def greedy_logprob(self, prompt_BT: torch.Tensor, n_new: int) -> float:
-        """See `Peer`."""
+        """See `OnOurWeights`."""
         found = self._generate(prompt_BT, n_new, do_sample=False, output_logits=True, return_dict_in_generate=True)
         logits_TV = torch.stack(found.logits)[:, 0].float()
         token_T = found.sequences[0, prompt_BT.shape[1] :]
@@ -72,11 +75,10 @@ class Transformers:
         )
 
 
-class LitGpt:
+class LitGpt(OnOurWeights):
     """`generate` of litgpt."""
 
     package: ClassVar[str] = "litgpt"
-    same_weights: ClassVar[bool] = True
     batches: ClassVar[bool] = False
 
     def __init__(self, model: Transformer, params: SamplingParams) -> None:
@@ -108,7 +110,7 @@ class LitGpt:
         self._generate(prompt_T, n_new, self._params.temperature, self._params.top_k, self._params.top_p)
 
     def greedy_logprob(self, prompt_BT: torch.Tensor, n_new: int) -> float:
-        """See `Peer`."""
+        """See `OnOurWeights`."""
         prompt_T = prompt_BT[0]
         token_T = self._generate(prompt_T, n_new, 0.0, None, 1.0)
         self._model.clear_kv_cache()
@@ -129,14 +131,13 @@ class LitGpt:
             )
 
 
-class NanoChat:
+class NanoChat(Peer):
     """The engine of nanochat (https://github.com/karpathy/nanochat) on a model of its own of the same shape.
 
     It samples with top-k alone, and all sequences of a batch continue one prompt.
     """
 
     package: ClassVar[str] = "nanochat"
-    same_weights: ClassVar[bool] = False
     batches: ClassVar[bool] = True
 
     def __init__(self, model: Transformer, params: SamplingParams) -> None:
@@ -166,10 +167,6 @@ class NanoChat:
         )
         for _ in steps:
             pass
-
-    def greedy_logprob(self, prompt_BT: torch.Tensor, n_new: int) -> float:
-        """Its weights are its own."""
-        raise NotImplementedError
 
 
 class _NoTools:

@@ -9,6 +9,7 @@ import torch
 
 from dist_lm.errors import UserError
 from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.flash_pages import PAGE_TOKENS
 from dist_lm.generation.load import LoadedModel
 from dist_lm.generation.pages import pages_for
 from dist_lm.generation.params import SamplingParams
@@ -62,7 +63,7 @@ class Session:
     def __init__(self, loaded: LoadedModel, dtype: torch.dtype, device: torch.device, answers: int = 1) -> None:
         """`answers`: to one request, at most."""
         self.name, self.tokenizer, self.config = loaded.name, loaded.tokenizer, loaded.config
-        page = 256 if device.type == "cuda" else 64  # tokens; the flash kernel takes multiples of 256
+        page = PAGE_TOKENS if device.type == "cuda" else EngineOptions.page_tokens
         # whole pages, one of them an answer's own where it shares the others with the rest
         longest = (pages_for(self.config.max_seq_len, page) + 1) * page
         self._engine = Engine(

@@ -287,11 +287,10 @@ def test_a_long_prompt_is_cut_on_the_left_where_that_is_asked_for(model):
     check_answer(model, Request("long", [i % 60 for i in range(48, 200)], params), answer)
 
 
-def test_logits_that_are_no_numbers_end_their_request_alone(model):
+def test_logits_that_are_no_numbers_end_their_request_alone():
+    model = model_of(CONFIG)  # in a model with a tied head one bad row would make the logits of all requests nan
     weights = {name: value.clone() for name, value in model.named_parameters()}
     weights["embedding.weight"][63] = torch.nan
-    if model.config.tie_embeddings:
-        pytest.skip("a tied row would make the logits of all requests nan")
     engine = Engine(model.config, weights, eot_id=EOT, options=replace(SMALL, cache_tokens=3 * PAGE))
     params = SamplingParams(max_new_tokens=12, ignore_eot=True, logit_bias={63: -float("inf")})
     good = [Request(f"good{i}", [3 + i], params, seed=i) for i in range(6)]

@@ -123,11 +123,10 @@ def test_ties_with_the_last_of_the_top_k_stay():
     assert len(found) == 3  # all but the first tie: none of them is preferred
 
 
-@pytest.mark.parametrize("vocab", [10, 1024, 5000, 32_000, 50_257])
-@pytest.mark.parametrize("k", [1, 8, 64, 256])
+@pytest.mark.parametrize(
+    ("vocab", "k"), [(v, k) for v in (10, 1024, 5000, 32_000, 50_257) for k in (1, 8, 64, 256) if k <= v]
+)
 def test_the_largest_are_found(vocab, k):
-    if k > vocab:
-        pytest.skip("fewer numbers than are asked for")
     x = logits(5, vocab).round(decimals=1)  # with ties
     value, place = largest(x, k)
     assert torch.equal(value, x.sort(dim=-1, descending=True).values[:, :k])
