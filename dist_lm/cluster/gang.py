@@ -15,6 +15,7 @@ from dist_lm.cluster.agent import Assignment, NodeReport, RankExit
 from dist_lm.cluster.failure import SILENT, Crowd, GangFailure, clear_failures, explain
 from dist_lm.cluster.hang import Hang, Patience, find_hang
 from dist_lm.cluster.heartbeat import Pulse
+from dist_lm.cluster.ray_errors import first_line
 from dist_lm.cluster.recruit import Crew
 from dist_lm.run_directory import RunDirectory
 
@@ -72,10 +73,10 @@ class _Member:
                 self.reported_at, self.silent_since = time.monotonic(), None
                 return
             except (ActorDiedError, RayTaskError) as error:
-                self.lost = _first_line(error)
+                self.lost = first_line(error)
                 return
             except ActorUnavailableError as error:
-                reason = _first_line(error)
+                reason = first_line(error)
         self.silent_since = self.silent_since or time.monotonic()
         if time.monotonic() - self.silent_since > LOST_S:
             self.lost = f"not reached for {LOST_S:.0f} s: {reason}"
@@ -153,7 +154,7 @@ class Gang:
             ]
         except RayError as error:
             gang.stop()
-            raise GangFailure(0, None, "start", _first_line(error), run.node_log(0), host=crew.hosts[0]) from error
+            raise GangFailure(0, None, "start", first_line(error), run.node_log(0), host=crew.hosts[0]) from error
         except BaseException:
             gang.stop()
             raise
@@ -248,7 +249,7 @@ class Gang:
             try:
                 ray.get(reference)
             except RayError as error:
-                failures.append((node, _first_line(error)))
+                failures.append((node, first_line(error)))
         if failures:
             node, reason = failures[0]
             host, log_path = self._members[node].host, self._run.node_log(node)
@@ -283,7 +284,7 @@ class Gang:
             except RayActorError:  # the agent is gone, and what it started with it: the kernel sees to that
                 continue
             except RayTaskError as error:
-                log.warning("node %s: %s", self._members[questions[question]].host, _first_line(error))
+                log.warning("node %s: %s", self._members[questions[question]].host, first_line(error))
         return answers
 
     def _end(self, failure: GangFailure) -> GangFailure:
@@ -309,7 +310,3 @@ class Gang:
         lost = {node: member.lost for node, member in enumerate(self._members) if member.lost}
         codes = [member.report.exit_code for member in self._members]
         return explain(self._run, self._crowd, exits, lost, codes)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

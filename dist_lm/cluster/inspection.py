@@ -10,6 +10,7 @@ from typing import Any
 from dist_lm.cluster.node_checks import Demands, Trip, complaints, is_hopeless, rounds, slow, unreachable
 from dist_lm.cluster.node_facts import NodeFacts, examine
 from dist_lm.cluster.placement import Placement
+from dist_lm.cluster.ray_errors import last_line
 
 ANSWER_S = 60.0  # reading all sources from a busy network file system takes a while
 ROUND_S = 30.0
@@ -102,5 +103,5 @@ def _ask(questions: Sequence[Any], timeout_s: float) -> list[tuple[Any, float]]:
             try:
                 answers[question] = ray.get(question), time.time()
             except RayError as error:
-                answers[question] = str(error).strip().splitlines()[-1], time.time()
+                answers[question] = last_line(error), time.time()
     return [answers.get(question, (f"no answer within {timeout_s:g} s", time.time())) for question in questions]

@@ -9,6 +9,7 @@ from typing import Any
 from dist_lm.cluster.agent import NodeAgent
 from dist_lm.cluster.ray_cluster import Node, RayCluster
 from dist_lm.cluster.ray_environment import ClusterError
+from dist_lm.cluster.ray_errors import last_line
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def place(
         by_address = sorted(range(nodes), key=lambda i: (known[places[i]].address, places[i]))
     except (RayError, KeyError) as error:  # KeyError: a node that has just died
         placement.release()
-        reason = str(error).strip().splitlines()[-1]
+        reason = last_line(error)
         raise AgentStartError(
             f"cluster: an agent did not start on a node of {cluster.address} ({reason}); every node needs the same "
             "dist_lm and packages as this one"

@@ -6,6 +6,7 @@ from typing import Any
 
 from dist_lm.cluster.pool_actor import EngineSpec, PoolActor, WorkReport
 from dist_lm.cluster.ray_cluster import Node
+from dist_lm.cluster.ray_errors import first_line, last_line
 from dist_lm.errors import UserError
 from dist_lm.generation.request import Request
 
@@ -90,7 +91,7 @@ class Member:
             UserError: it was given what it cannot use.
         """
         import ray
-        from ray.exceptions import RayActorError, RayError, RayTaskError
+        from ray.exceptions import RayError, RayTaskError
 
         call = self.open_call
         if call is None:
@@ -104,11 +105,9 @@ class Member:
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from error
-            raise MemberLostError(f"{self}: {_last_line(error)}") from error
-        except RayActorError as error:
-            raise MemberLostError(f"{self}: {_first_line(error)}") from error
-        except RayError as error:  # the weights went with the node that held them, and the like
-            raise MemberLostError(f"{self}: {_first_line(error)}") from error
+            raise MemberLostError(f"{self}: {last_line(error)}") from error
+        except RayError as error:  # it died, or the weights went with the node that held them, and the like
+            raise MemberLostError(f"{self}: {first_line(error)}") from error
         if self._loading:
             self.pid, self.version = answer, self._loading[1]
             self._loading = None
@@ -143,11 +142,3 @@ class Member:
 
     def __str__(self) -> str:
         return f"actor {self.pid or '(starting)'} on {self.node.address}"
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _last_line(error: Exception) -> str:
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
