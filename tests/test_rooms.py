@@ -22,6 +22,7 @@ ROOMS = (
     ("parallel",),
     ("model",),
     ("data",),
+    ("chat",),
     ("tokenizer",),
     ("tracking",),
     ("interop",),
