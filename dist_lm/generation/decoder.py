@@ -29,7 +29,7 @@ class _Layer:
     heads: Linear  # queries, keys and values of all heads, one after the other
     output: Linear
     feed_forward_norm: Norm
-    up: Linear  # of a gated network: gate, then up
+    up: Linear  # and its activation; of a gated network: gate, then up, without
     down: Linear
 
 
@@ -106,10 +106,12 @@ class Decoder:
             turned_NHK, value_NGK = heads_NHK.split([config.n_heads + config.kv_heads, config.kv_heads], dim=1)
             q_NHK, key_NGK = rotate(turned_NHK, rope).split([config.n_heads, config.kv_heads], dim=1)
             o_NHK = attend(number, q_NHK, key_NGK, value_NGK)
-            x_ND = x_ND + layer.output(o_NHK.flatten(1))
+            x_ND = layer.output(o_NHK.flatten(1), x_ND)
             hidden = layer.up(layer.feed_forward_norm(x_ND))
-            gate, up = hidden.chunk(2, dim=-1) if config.ffn == "swiglu" else (None, hidden)
-            x_ND = x_ND + layer.down(activate(up, gate))
+            if config.ffn == "swiglu":
+                gate, up = hidden.chunk(2, dim=-1)
+                hidden = activate(up, gate)
+            x_ND = layer.down(hidden, x_ND)
         return x_ND
 
     def _logits(self, x_ND: torch.Tensor) -> torch.Tensor:
@@ -164,6 +166,6 @@ def _layer(config: ModelConfig, value: Mapping[str, torch.Tensor], prefix: str) 
         heads=build_linear(of_heads, of_heads_bias),
         output=build_linear(output.flatten(0, 1).t().contiguous(), bias("attention.output_bias")),
         feed_forward_norm=_norm(config, value, f"{prefix}feed_forward_norm"),
-        up=build_linear(up, up_bias),
+        up=build_linear(up, up_bias, gelu=config.ffn == "gelu"),
         down=build_linear(F.pad(down, (0, room)), bias("feed_forward.down.bias")),
     )

@@ -1,29 +1,46 @@
 """Linear layers for decoding: the same bits for a row whatever other rows there are, and fast for few rows.
 
-On CPU in fp32 weights are laid out once for oneDNN, which halves the time of a matrix product with few rows; from two
-rows on it gives a row the same bits whatever their number, and for most shapes from one row on. Elsewhere it is
-`F.linear`.
+On CPU in fp32 weights are laid out once for oneDNN, which halves the time of a matrix product with few rows. From two
+rows on it gives a row the same bits whatever their number. One row alone can take a kernel that adds in another order:
+then the inputs are cut into parts that do not. What follows a product (a sum, an activation) is done by its kernel,
+while the numbers are at hand. Elsewhere it is `F.linear`.
 
 Dimensions: M rows, D inputs, N outputs.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
 TYPICAL_ROWS = 32  # that the layout is made for; it works for any
 VECTOR = 32  # numbers: rows of hidden units are padded to a multiple, so that the tail of a loop falls into none
+PARTS = (1, 2, 4, 8)  # of the inputs that are tried
+_NO_ACTIVATION, _GELU = ("none", [], ""), ("gelu", [], "none")  # "none": not the approximation by tanh
 
-Linear = Callable[[torch.Tensor], torch.Tensor]
-"""(M, D) -> (M, N)."""
+
+class Linear(Protocol):
+    def __call__(self, x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
+        """`x @ weight^T + bias`, plus `added_MN`: (M, N)."""
+        ...
 
 
-def build_linear(weight_ND: torch.Tensor, bias_N: torch.Tensor | None) -> Linear:
-    """`x @ weight^T + bias`, with the weight laid out for the device it is on."""
+def build_linear(weight_ND: torch.Tensor, bias_N: torch.Tensor | None, *, gelu: bool = False) -> Linear:
+    """A layer with the weight laid out for the device it is on.
+
+    Args:
+        gelu: apply the exact GELU to what comes out.
+    """
     if _packs(weight_ND):
-        return _packed(weight_ND, bias_N)
-    return lambda x_MD: F.linear(x_MD, weight_ND, bias_N)
+        return _packed(weight_ND, bias_N, gelu)
+
+    def linear(x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
+        y_MN = F.linear(x_MD, weight_ND, bias_N)
+        y_MN = y_MN if added_MN is None else added_MN + y_MN
+        return F.gelu(y_MN) if gelu else y_MN
+
+    return linear
 
 
 def _packs(weight: torch.Tensor) -> bool:
@@ -31,19 +48,55 @@ def _packs(weight: torch.Tensor) -> bool:
     return fits and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
 
-def _packed(weight_ND: torch.Tensor, bias_N: torch.Tensor | None) -> Linear:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight_ND.contiguous(), TYPICAL_ROWS)
-    bias = None if bias_N is None else bias_N.contiguous()
+def _packed(weight_ND: torch.Tensor, bias_N: torch.Tensor | None, gelu: bool) -> Linear:
+    n_rows, width = weight_ND.shape
+    for n_parts in PARTS:
+        if width % (n_parts * VECTOR) and n_parts > 1:
+            break
+        linear = _Packed(weight_ND.chunk(n_parts, dim=1), bias_N, gelu)
+        if _rounds_alike(linear, n_rows, width):
+            return linear
+    whole = _Packed([weight_ND], bias_N, gelu)
 
-    def product(x_MD: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x_MD, packed, bias, "none", [], "")
+    def doubled(x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
+        if len(x_MD) > 1:
+            return whole(x_MD, added_MN)
+        return whole(x_MD.expand(2, -1), None if added_MN is None else added_MN.expand(2, -1))[:1]
 
-    if _rounds_alike(product, weight_ND.shape[1]):
-        return product
-    return lambda x_MD: product(x_MD) if len(x_MD) > 1 else product(torch.cat([x_MD, x_MD]))[:1]
+    return doubled
 
 
-def _rounds_alike(product: Linear, width: int) -> bool:
+class _Packed:
+    """Parts of the inputs, each with its share of the weight, added up in order."""
+
+    def __init__(self, parts: Sequence[torch.Tensor], bias_N: torch.Tensor | None, gelu: bool) -> None:
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+        bias = None if bias_N is None else bias_N.contiguous()
+        self._first, *self._others = [reorder(part.contiguous(), TYPICAL_ROWS) for part in parts]
+        self._bias = bias
+        self._activation = _GELU if gelu else _NO_ACTIVATION
+        self._width = parts[0].shape[1]
+
+    def __call__(self, x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
+        """See `Linear`."""
+        product = torch.ops.mkldnn._linear_pointwise
+        if added_MN is None and not self._others:
+            return product(x_MD, self._first, self._bias, *self._activation)
+        first, *others = x_MD.split(self._width, dim=1)
+        if added_MN is None:
+            y_MN = product(first, self._first, self._bias, *_NO_ACTIVATION)
+        else:
+            y_MN = product.binary(first, added_MN, self._first, self._bias, "add")
+        for part, weight in zip(others, self._others, strict=True):
+            y_MN = product.binary(part, y_MN, weight, None, "add")
+        return y_MN if self._activation is _NO_ACTIVATION else F.gelu(y_MN)
+
+
+def _rounds_alike(linear: Linear, n_outputs: int, width: int) -> bool:
     """Whether one row alone gets the bits that it gets beside others: not where another kernel takes it."""
-    x_MD = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
-    return torch.equal(product(x_MD[:1]), product(x_MD)[:1])
+    generator = torch.Generator().manual_seed(0)
+    x_MD, added_MN = (torch.randn(4, n, generator=generator) for n in (width, n_outputs))
+    return all(
+        torch.equal(linear(x_MD[:1], None if added is None else added[:1]), linear(x_MD, added)[:1])
+        for added in (None, added_MN)
+    )

@@ -17,6 +17,22 @@ def test_a_row_gets_the_same_bits_alone_and_in_any_company(width, outputs, bias)
     linear = build_linear(weight, bias_N)
     whole = linear(x)
     assert torch.allclose(whole, F.linear(x, weight, bias_N), atol=1e-5)
+    added = torch.randn(70, outputs)
+    summed = linear(x, added)
+    assert torch.allclose(summed, whole + added, atol=1e-5)
     for n_rows in (1, 2, 3, 4, 7, 8, 31, 32, 33, 64):
+        for rows in (slice(0, n_rows), slice(70 - n_rows, 70)):
+            assert torch.equal(linear(x[rows]), whole[rows])
+            assert torch.equal(linear(x[rows], added[rows]), summed[rows])
+
+
+@pytest.mark.parametrize(("width", "outputs"), [(40, 96), (512, 2048), (2048, 512)])
+@torch.inference_mode()
+def test_the_activation_is_the_exact_gelu_alone_and_in_any_company(width, outputs):
+    torch.manual_seed(0)
+    weight, x, bias = torch.randn(outputs, width) / width**0.5, torch.randn(40, width) * 3, torch.randn(outputs)
+    linear = build_linear(weight, bias, gelu=True)
+    whole = linear(x)
+    assert torch.allclose(whole, F.gelu(F.linear(x, weight, bias)), atol=1e-5)
+    for n_rows in (1, 2, 3, 8, 33):
         assert torch.equal(linear(x[:n_rows]), whole[:n_rows])
-        assert torch.equal(linear(x[70 - n_rows :]), whole[70 - n_rows :])
