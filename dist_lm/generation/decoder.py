@@ -14,8 +14,11 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 
 from dist_lm.config import ModelConfig
 from dist_lm.errors import ArtefactError
+from dist_lm.generation.decode_graphs import DecodeGraphs
+from dist_lm.generation.flash_pages import FlashPages, FlashPlan
 from dist_lm.generation.linear import VECTOR, Linear, build_linear
 from dist_lm.generation.paged_cache import PagedCache, Piece, Plan
+from dist_lm.generation.pages import pages_for
 from dist_lm.model.feed_forward import activate
 from dist_lm.model.rope import RopeTables, rope_tables, rotate
 from dist_lm.model.size import parameter_shapes
@@ -48,6 +51,9 @@ class Decoder:
         tables = rope_tables(position_1T, config.d_head, config.rope_base, dtype)
         self._cos, self._sin = (table[0, :, 0] for table in tables)
         self._layers: list[_Layer] = []
+        self._graphs: DecodeGraphs | None = None
+        if isinstance(cache, FlashPages) and device.type == "cuda":
+            self._graphs = DecodeGraphs(self._decode, cache, pages_for(config.max_seq_len, page_size))
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Take over the weights of a model, by the names of its parameters; the old ones go.
@@ -63,6 +69,8 @@ class Decoder:
         self._final_norm = _norm(self.config, value, "final_norm")
         head = value["embedding.weight" if self.config.tie_embeddings else "lm_head.weight"]
         self._head = build_linear(head, None)
+        if self._graphs is not None:
+            self._graphs.forget()
 
     def prefill(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """Compute and cache pieces of sequences; fp32 logits (pieces, V) behind the last token of each."""
@@ -88,7 +96,12 @@ class Decoder:
         return self._logits(x_ND[last])
 
     def decode(self, token_B: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """Compute and cache one token a sequence; fp32 logits (B, V) behind it."""
+        """Compute and cache one token a sequence; fp32 logits (B, V) behind it, to be read before the next step."""
+        if self._graphs is not None and isinstance(plan, FlashPlan):
+            return self._graphs(token_B, plan)
+        return self._decode(token_B, plan)
+
+    def _decode(self, token_B: torch.Tensor, plan: Plan) -> torch.Tensor:
         place_X = self.cache.places(plan.written_B)
 
         def attend(layer: int, q: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

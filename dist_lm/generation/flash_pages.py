@@ -41,13 +41,14 @@ class FlashPages(PageStore):
     def __init__(
         self, config: ModelConfig, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        super().__init__((config.n_layers, n_pages, page_size, config.kv_heads, config.d_head), dtype, device)
-        self._page_size = page_size
+        super().__init__((config.n_layers, n_pages + 1, page_size, config.kv_heads, config.d_head), dtype, device)
+        self.page_size = page_size
+        self.spare_page = n_pages  # no sequence's
         self._grouped = config.kv_heads != config.n_heads
 
     def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> FlashPlan:
         """See `PagedCache`."""
-        device, size = self.key.device, self._page_size
+        device, size = self.key.device, self.page_size
         last = [own[position // size] for own, position in zip(pages, positions, strict=True)]
         position_B = torch.tensor(positions, device=device)
         return FlashPlan(
@@ -103,7 +104,7 @@ class FlashPages(PageStore):
             begin_B,
             None,
             longest_query,
-            page_BP.shape[1] * self._page_size,
+            page_BP.shape[1] * self.page_size,
             scale=1.0,
             window_size=(-1, 0),  # causal: the last query sees all keys
             enable_gqa=self._grouped,
@@ -115,7 +116,7 @@ class FlashPages(PageStore):
         return o_NHK
 
     def _table(self, pages: Sequence[Sequence[int]], lengths: Sequence[int]) -> torch.Tensor:
-        counts = [pages_for(length, self._page_size) for length in lengths]
+        counts = [pages_for(length, self.page_size) for length in lengths]
         longest = max(counts)
         rows = [[*own[:count], *[0] * (longest - count)] for own, count in zip(pages, counts, strict=True)]
         return torch.tensor(rows, dtype=torch.int32, device=self.key.device)

@@ -8,7 +8,10 @@ import torch
 
 from dist_lm.generation import engine as engine_module
 from dist_lm.generation import flash_pages
+from dist_lm.generation.decode_graphs import DecodeGraphs, graph_size
+from dist_lm.generation.decoder import Decoder
 from dist_lm.generation.flash_pages import FlashPages
+from dist_lm.generation.pages import pages_for
 from dist_lm.generation.plain_pages import PlainPages
 from tests.generation.test_engine import CONFIG, GROUPED, SMALL, model_of, requests_of_all_kinds, run_schedule
 
@@ -37,17 +40,65 @@ def varlen_attn(
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("config", [CONFIG, GROUPED], ids=["heads", "groups"])
-def test_schedules_give_what_a_plain_forward_gives(config, monkeypatch):
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines take the kernel's cache."""
     monkeypatch.setattr(flash_pages, "varlen_attn", varlen_attn)
     monkeypatch.setattr(
         engine_module,
         "build_cache",
         lambda config, options, dtype, device: FlashPages(config, options.n_pages, options.page_tokens, dtype, device),
     )
+
+
+@pytest.mark.usefixtures("flash")
+@pytest.mark.parametrize("config", [CONFIG, GROUPED], ids=["heads", "groups"])
+def test_schedules_give_what_a_plain_forward_gives(config):
     model, dice = model_of(config), random.Random(3)
     for _ in range(4):
         run_schedule(model, requests_of_all_kinds(6), pages=dice.randint(12, 20), seed=dice.getrandbits(20))
+
+
+class Recorded:
+    """Stands in for CUDA graphs: a step is replayed with the tensors that it was recorded with."""
+
+    def __init__(self) -> None:
+        self.captured = self.replayed = 0
+
+    def __call__(self, step):
+        result = step().clone()
+        self.captured += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            result.copy_(step())
+
+        return replay, result
+
+
+@pytest.mark.usefixtures("flash")
+def test_replayed_steps_give_what_a_plain_forward_gives(monkeypatch):
+    graphs, recorded = [], Recorded()
+
+    class WithGraphs(Decoder):
+        def __init__(self, config, cache, page_size, dtype, device):
+            super().__init__(config, cache, page_size, dtype, device)
+            longest = pages_for(config.max_seq_len, page_size)
+            self._graphs = DecodeGraphs(self._decode, cache, longest, recorded)
+            graphs.append(self._graphs)
+
+    monkeypatch.setattr(engine_module, "Decoder", WithGraphs)
+    model, dice = model_of(CONFIG), random.Random(4)
+    for _ in range(3):
+        run_schedule(model, requests_of_all_kinds(9), pages=dice.randint(12, 24), seed=dice.getrandbits(20))
+    assert recorded.replayed > 10 * recorded.captured > 10 * len(graphs)
+
+
+def test_a_few_sizes_of_graphs_take_any_number_of_sequences():
+    sizes = [graph_size(n) for n in range(1, 257)]
+    assert all(size >= n for n, size in enumerate(sizes, start=1))
+    assert all(size <= 2 * n and size < n + 8 for n, size in enumerate(sizes, start=1))
+    assert len(set(sizes)) == 4 + 31
 
 
 @pytest.mark.parametrize(
