@@ -8,11 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch.distributed as dist
+
 from dist_lm.config_file import save_config
 from dist_lm.launcher.compose import compose_config
+from dist_lm.model.initialise import initialise
+from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.mesh import World
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import read_metrics
-from dist_lm.training import checkpoint_files
+from dist_lm.training import checkpoint, checkpoint_files
+from dist_lm.training.state import TrainState
 from tests.conftest import TINY
 
 STEPS = 20
@@ -51,6 +57,23 @@ def linked(work: WorkDirectory, directory: Path) -> WorkDirectory:
     for name in ("tokenizer", "corpora"):
         (directory / name).symlink_to(work.path / name)
     return WorkDirectory(directory)
+
+
+def write_untrained(work: WorkDirectory, stage: str, seed: int) -> RunDirectory:
+    """The run `default` of a training stage, with a checkpoint of a model that has not learned, but has opinions."""
+    config = compose_config([f"stage={stage}", *TINY, "model.init_std=0.15"])
+    model = Transformer(config.model)
+    initialise(model, seed)
+    run = work.run(stage, "default")
+    run.create()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        tensors = checkpoint.tensors_of(model, None, config.model)
+        world = World(rank=0, size=1, local_rank=0, device=next(model.parameters()).device)
+        checkpoint.write(run.checkpoints, tensors, TrainState(step=5), config.model, world)
+    finally:
+        dist.destroy_process_group()
+    return run
 
 
 def prepare(work: WorkDirectory, run_id: str, *overrides: str) -> RunDirectory:

@@ -13,7 +13,6 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-import torch.distributed as dist
 
 from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.ray_cluster import RayCluster
@@ -26,16 +25,11 @@ from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.generation_run import run_generation
 from dist_lm.launcher.interrupt import Interrupt
 from dist_lm.launcher.plan import Action, make_plan
-from dist_lm.model.initialise import initialise
-from dist_lm.model.transformer import Transformer
-from dist_lm.parallel.mesh import World
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.console import Console
-from dist_lm.training import checkpoint
-from dist_lm.training.state import TrainState
 from tests.cluster.launched import finish, wait_until
 from tests.conftest import TINY
-from tests.training_run import linked
+from tests.training_run import linked, write_untrained
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(200)]
 SETTINGS = (*(one for one in TINY if not one.startswith("stage.")), "stage=generate", "stage.max_new_tokens=12")
@@ -47,23 +41,8 @@ def trained(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) 
     """A work directory with checkpoints of both stages."""
     work = linked(tiny_work, tmp_path_factory.mktemp("trained"))
     for seed, stage in enumerate(("language", "code")):
-        config = compose_config([f"stage={stage}", *TINY, "model.init_std=0.15"])
-        model = Transformer(config.model)
-        initialise(model, seed)
-        run = work.run(stage, "default")
-        run.create()
-        save_alone(run, model, config)
+        write_untrained(work, stage, seed)
     return work
-
-
-def save_alone(run: RunDirectory, model: Transformer, config) -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        tensors = checkpoint.tensors_of(model, None, config.model)
-        world = World(rank=0, size=1, local_rank=0, device=next(model.parameters()).device)
-        checkpoint.write(run.checkpoints, tensors, TrainState(step=5), config.model, world)
-    finally:
-        dist.destroy_process_group()
 
 
 def write_prompts(path: Path, count: int) -> Path:

@@ -1,9 +1,6 @@
 """A batch job of this project that trains a tiny model, seen from the outside."""
 
 import json
-import re
-import time
-from pathlib import Path
 from typing import Any
 
 from dist_lm.cluster.journal import read_events
@@ -11,6 +8,7 @@ from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import read_metrics
 from tests.cluster.waiting import eventually
 from tests.conftest import TINY
+from tests.slurm.batch_job import BatchJob
 from tests.slurm.real_slurm import RealSlurm
 
 STEPS = 240
@@ -31,41 +29,18 @@ ARGUMENTS = (
 TIMED = ("time", "perf/", "checkpoint/")
 
 
-class TrainingJob:
-    """One job, its work directory and its run."""
+class TrainingJob(BatchJob):
+    """One job and its run."""
 
     def __init__(
         self, slurm: RealSlurm, work: WorkDirectory, *arguments: str, nodes: int = 2, options: tuple[str, ...] = ()
     ) -> None:
         """Submit it; `options` are sbatch's, `arguments` are added to those of a tiny model and win over them."""
         given = {argument.split("=")[0] for argument in arguments}
-        self.submitted = time.time()
-        self.slurm, self.work = slurm, work
         run_id = next((argument.split("=")[1] for argument in arguments if argument.startswith("run_id=")), "default")
         self.run: RunDirectory = work.run("language", run_id)
-        self.id = slurm.submit(
-            "slurm/train_large.sh",
-            *(argument for argument in ARGUMENTS if argument.split("=")[0] not in given),
-            f"work_dir={work.path}",
-            *arguments,
-            options=(f"--nodes={nodes}", "--time=20", *options),
-            directory=work.path.parent,
-        )
-        self.directory: Path = work.path / "slurm" / str(self.id)
-
-    @property
-    def log(self) -> str:
-        """batch.log so far."""
-        path = self.directory / "batch.log"
-        return path.read_text() if path.exists() else ""
-
-    def everything(self) -> str:
-        """All logs of the job, for a failed assertion."""
-        logs = sorted(self.directory.glob("*.log"))
-        return "\n".join(f"== {path.name}\n{path.read_text(errors='replace')[-4000:]}" for path in logs)
-
-    def state(self) -> str:
-        return self.slurm.state(self.id)
+        kept = (argument for argument in ARGUMENTS if argument.split("=")[0] not in given)
+        super().__init__(slurm, work, "slurm/train_large.sh", *kept, *arguments, nodes=nodes, options=options)
 
     def step(self) -> int:
         """The last step in the metrics; 0: none."""
@@ -83,28 +58,6 @@ class TrainingJob:
             return self.step() >= step
 
         eventually(f"step {step}", reached, seconds)
-
-    def wait_for_log(self, text: str, seconds: float = 60) -> None:
-        eventually(f"{text!r} in the log of job {self.id}", lambda: text in self.log, seconds)
-
-    def finish(self, state: str = "COMPLETED", seconds: float = 240) -> None:
-        """Wait for its end, which must be `state`; nothing of it is left then."""
-        ended = self.slurm.wait(self.id, seconds=seconds)
-        assert ended == state, f"{ended}\n{self.everything()}"
-        self.check_nothing_left()
-
-    def check_nothing_left(self, seconds: float = 15) -> None:
-        """No process on any node, no token, no file outside the work directory."""
-        eventually("no process is left", lambda: not self.slurm.job_processes(), seconds)
-        assert not (self.directory / "token").exists()
-        slurm = self.slurm
-        files = slurm.run("find", "/tmp", "/dev/shm", "-xdev", "-not", "-type", "d").splitlines()
-        assert files == []
-        directories = slurm.run("find", "/tmp", "-mindepth", "1", "-maxdepth", "1", "-printf", "%f\n").splitlines()
-        assert not [name for name in directories if name.startswith(("dl", "ray"))], directories
-        beside = {path for path in self.work.path.parent.iterdir() if path != self.work.path}
-        assert beside == set(), beside
-        assert list((slurm.root / "home").iterdir()) == []
 
     def result(self) -> dict[str, Any]:
         """result.json."""
@@ -139,10 +92,6 @@ class TrainingJob:
         """Its name; empty without one."""
         latest = self.run.checkpoints / "LATEST"
         return latest.read_text() if latest.exists() else ""
-
-    def starts(self) -> int:
-        """How often Ray was started for it, over all requeues."""
-        return len(re.findall(r"starting Ray at", self.log))
 
 
 def check_same(job: TrainingJob, reference: TrainingJob) -> None:
