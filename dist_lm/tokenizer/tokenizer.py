@@ -97,6 +97,10 @@ class Tokenizer:
         """
         return [self._bytes_of(number) for number in range(self.vocab_size)]
 
+    def content(self, ids: Iterable[int]) -> bytes:
+        """The bytes of `ids`, joined: exact where `decode` puts U+FFFD. Special tokens have none."""
+        return b"".join(self._bytes_of(int(number)) for number in ids)
+
     def _bytes_of(self, number: int) -> bytes:
         piece: str = self._processor.id_to_piece(number)
         if number < len(SPECIAL_TOKENS):
