@@ -47,7 +47,7 @@ def read(text: str, where: str) -> Json:
         if len(found) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise ChatError(f"{where}: the key {_shown(twice)} is there twice")
+            raise ChatError(f"{where}: the key {shown(twice)} is there twice")
         return found
 
     try:
@@ -96,9 +96,11 @@ def _check_text(text: str, where: str) -> None:
         raise ChatError(str(error)) from None
 
 
-def _shown(text: str) -> str:
-    """`text` in quotes, short enough for a message."""
-    return repr(text if len(text) <= 40 else text[:40] + "…")
+def shown(value: Json) -> str:
+    """A text in quotes, short enough for a message; of anything else its type."""
+    if type(value) is not str:
+        return f"a {type(value).__name__}"
+    return repr(value if len(value) <= 40 else value[:40] + "…")
 
 
 def _too_deep() -> str:

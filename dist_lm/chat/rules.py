@@ -1,6 +1,7 @@
 """Which conversations are well formed: whose turn it is, and what a turn may hold."""
 
 from dist_lm.chat.errors import ChatError
+from dist_lm.chat.json_text import shown
 from dist_lm.chat.messages import Call, Conversation, Message, Tool
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -44,7 +45,7 @@ def check_tools(tools: tuple[Tool, ...]) -> None:
         if type(tool.name) is not str or not tool.name:
             raise ChatError(f"tool {number}: no name")
         if tool.name in names:
-            raise ChatError(f"tool {number}: another tool is named {tool.name!r} too")
+            raise ChatError(f"tool {number}: another tool is named {shown(tool.name)} too")
         if type(tool.description) is not str:
             raise ChatError(f"tool {number}: the description is a {type(tool.description).__name__}; expected text")
         if type(tool.parameters) is not dict:
