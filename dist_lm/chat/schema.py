@@ -69,7 +69,7 @@ def _validator_of(tool: Tool) -> Validator:
 @lru_cache(CACHED)
 def _validator(text: str, where: str) -> Validator:
     """What checks arguments against the schema `text`."""
-    schema = plain_schema(json.loads(text), where)
+    schema = plain_schema(json_text.read(text, where), where)
     if type(schema) is not dict or schema.get("type") != "object":
         raise ChatError(f'{where}: expected a schema of "type": "object"')
     try:
