@@ -34,6 +34,7 @@ class ModelConfig:
     ffn: str = "gelu"  # gelu | swiglu
     bias: bool = True  # biases in linear layers (and in layernorm)
     tie_embeddings: bool = False  # the output head shares the embedding's weight
+    head: str = "tokens"  # tokens (logits of the next one) | scalar (a score a token: reward and value models)
     rope_base: float = 10000.0
     init_std: float = 0.02
 
@@ -67,6 +68,7 @@ class ModelConfig:
             require(getattr(self, key) > 0, f"model.{key}", getattr(self, key), "a positive number")
         require(self.norm in ("layernorm", "rmsnorm"), "model.norm", self.norm, "layernorm or rmsnorm")
         require(self.ffn in ("gelu", "swiglu"), "model.ffn", self.ffn, "gelu or swiglu")
+        require(self.head in ("tokens", "scalar"), "model.head", self.head, "tokens or scalar")
 
 
 @dataclass

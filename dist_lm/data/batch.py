@@ -3,6 +3,7 @@
 Dimensions: B sequences, T tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -22,11 +23,16 @@ class Batch:
     document_BT: torch.Tensor  # int64; 0, 1, ... in a sequence; attention stays inside one number
     position_BT: torch.Tensor  # int64; for RoPE; starts at 0 in each document
     sequence_B: torch.Tensor  # int64; global sequence number: dropout, tracing and resume hang on it
+    branch_BT: torch.Tensor | None = None  # int64; 0 in the trunk of a document, other numbers in branches behind it
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device` (asynchronously from pinned memory)."""
-        return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked host memory."""
-        return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        there = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        return Batch(**{name: change(value) for name, value in there.items()})

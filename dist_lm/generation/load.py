@@ -39,6 +39,8 @@ def load_model(path: Path, tokenizer: Path | None = None) -> LoadedModel:
     checkpoint = files.require_intact(files.find_checkpoint(path))
     config = _model_config(checkpoint)
     run = _run_of(checkpoint)
+    if config.head != "tokens":
+        raise ArtefactError(f"checkpoint {checkpoint}: its model gives scores (model.head={config.head}), no text")
     found = _tokenizer(checkpoint, tokenizer, run)
     if found.vocab_size != config.vocab_size:
         raise ArtefactError(

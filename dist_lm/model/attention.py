@@ -29,18 +29,29 @@ class Visibility:
 CAUSAL = Visibility()
 
 
-def within_documents(document_BT: torch.Tensor, dtype: torch.dtype, d_head: int) -> Visibility:
+def within_documents(
+    document_BT: torch.Tensor, dtype: torch.dtype, d_head: int, branch_BT: torch.Tensor | None = None
+) -> Visibility:
     """A token sees the tokens of its own document up to itself.
 
     Args:
         document_BT: a number that is the same in one document and differs between neighbours.
         dtype: of queries and keys.
+        branch_BT: 0 in the trunk of a document, another number in each branch behind it: branches see the trunk and
+            themselves, not each other.
     """
+    if branch_BT is not None:
+        same = document_BT[:, :, None] == document_BT[:, None, :]
+        seen = (branch_BT[:, :, None] == branch_BT[:, None, :]) | (branch_BT == 0)[:, None, :]
+        return _masked(same & seen & _causal(document_BT), dtype)
     if packs_documents(document_BT.device.type, dtype in (torch.bfloat16, torch.float16), d_head):
         return Visibility(boundary=document_boundaries(document_BT))
-    n_tokens = document_BT.shape[1]
-    causal_TT = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=document_BT.device).tril_()
-    return _masked((document_BT[:, :, None] == document_BT[:, None, :]) & causal_TT, dtype)
+    return _masked((document_BT[:, :, None] == document_BT[:, None, :]) & _causal(document_BT), dtype)
+
+
+def _causal(like_BT: torch.Tensor) -> torch.Tensor:
+    n_tokens = like_BT.shape[1]
+    return torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=like_BT.device).tril_()
 
 
 def _masked(visible_BTS: torch.Tensor, dtype: torch.dtype) -> Visibility:

@@ -13,7 +13,9 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     for layer in range(config.n_layers):
         shapes |= {f"blocks.{layer}.{name}": shape for name, shape in _block_shapes(config).items()}
     shapes |= _norm_shapes(config, "final_norm")
-    if not config.tie_embeddings:
+    if config.head == "scalar":
+        shapes |= {"scalar_head.weight": (1, config.d_model), "scalar_head.bias": (1,)}
+    elif not config.tie_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, config.d_model)
     return shapes
 
@@ -27,9 +29,11 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Floating-point operations of a forward and backward pass, a token, at sequences of `seq_len`.
 
     PaLM (Chowdhery et al. 2022), appendix B: `6 N + 12 L H Q T`, attention counted in full although half is
-    masked. N leaves out an embedding that is only looked up (an untied one): it multiplies nothing.
+    masked. N leaves out an embedding that is only looked up (an untied one, or one under a scalar head): it multiplies
+    nothing.
     """
-    looked_up = 0 if config.tie_embeddings else config.vocab_size * config.d_model
+    multiplied_embedding = config.tie_embeddings and config.head == "tokens"
+    looked_up = 0 if multiplied_embedding else config.vocab_size * config.d_model
     multiplied = parameter_count(config) - looked_up
     return 6 * multiplied + 12 * config.n_layers * config.n_heads * config.d_head * seq_len
 

@@ -1,6 +1,6 @@
 """The decoder-only transformer, in plain PyTorch: it knows nothing of ranks.
 
-    tokens -> embedding -> n_layers x Block -> norm -> head -> logits
+    tokens -> embedding -> n_layers x Block -> norm -> head -> logits (or a score)
     Block:  x += attention(norm(x));  x += feed_forward(norm(x))          (pre-LN, Radford et al. 2019)
 
 A new model is uninitialised (build it on the meta device if it is large); `dist_lm.model.initialise` gives
@@ -62,7 +62,9 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = build_norm(config)
         # tied: the head reads the embedding's weight, so there is no second parameter to keep in step
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        scalar, own_head = config.head == "scalar", not config.tie_embeddings and config.head == "tokens"
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False) if own_head else None
+        self.scalar_head = nn.Linear(config.d_model, 1) if scalar else None
 
     def forward(
         self,
@@ -88,16 +90,21 @@ class Transformer(nn.Module):
         *,
         document_BT: torch.Tensor | None = None,
         position_BT: torch.Tensor | None = None,
+        branch_BT: torch.Tensor | None = None,
         dropout: DropoutKey | None = None,
     ) -> torch.Tensor:
-        """The normalised residual stream (B, T, D) that `head` makes logits of; arguments as in `forward`."""
+        """The normalised residual stream (B, T, D) that `head` makes logits of; arguments as in `forward`.
+
+        Args:
+            branch_BT: see `within_documents`; only with `document_BT`.
+        """
         x_BTD = self.embedding(tokens_BT)
         if position_BT is None:
             position_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         rope = rope_tables(position_BT, self.config.d_head, self.config.rope_base, x_BTD.dtype)
         visibility = CAUSAL
         if document_BT is not None:
-            visibility = within_documents(document_BT, x_BTD.dtype, self.config.d_head)
+            visibility = within_documents(document_BT, x_BTD.dtype, self.config.d_head, branch_BT)
         first_token = self.first_token(tokens_BT.shape[1])
         sites = dropout_sites(dropout, self.config.n_layers, self.config.d_model, first_token)
         x_BTD = apply_dropout(x_BTD, sites[EMBEDDING_SITE])
@@ -138,12 +145,44 @@ class Transformer(nn.Module):
         x_ND = self.head_input(x_BTD).flatten(0, 1)
         return losses_in_chunks(x_ND, self.head_weight, targets_BT.flatten(), losses, chunk_bytes)
 
+    def scores(
+        self,
+        tokens_BT: torch.Tensor,
+        *,
+        document_BT: torch.Tensor | None = None,
+        position_BT: torch.Tensor | None = None,
+        branch_BT: torch.Tensor | None = None,
+        dropout: DropoutKey | None = None,
+    ) -> torch.Tensor:
+        """A score for every token, of what is read up to it, fp32, (B * T,): where `model.head` is scalar.
+
+        Arguments are those of `hidden`.
+        """
+        assert self.scalar_head is not None, "model.head=tokens has no scores"
+        x_BTD = self.hidden(
+            tokens_BT, document_BT=document_BT, position_BT=position_BT, branch_BT=branch_BT, dropout=dropout
+        )
+        x_ND = self.head_input(x_BTD).flatten(0, 1).float()
+        weight_D, bias_1 = self.scalar_weights
+        return self.sum_of_parts(x_ND @ weight_D.float()) + bias_1.float()
+
     # what a model whose layers are spread over ranks does otherwise
 
     @property
     def head_weight(self) -> torch.Tensor:
         """(V, D)."""
+        assert self.scalar_head is None, "model.head=scalar has no logits"
         return self.embedding.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def scalar_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(D,) and (1,)."""
+        assert self.scalar_head is not None
+        return self.scalar_head.weight[0], self.scalar_head.bias
+
+    def sum_of_parts(self, part: torch.Tensor) -> torch.Tensor:
+        """Over the ranks that share a layer."""
+        return part
 
     def head_input(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """The output of `hidden` as `head_weight` multiplies it."""

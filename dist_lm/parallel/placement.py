@@ -15,6 +15,7 @@ UNIT_BYTES = 8 << 20  # below this, starting a message takes longer than moving 
 KEPT_BYTES = 64 << 20  # gathered blocks that take no more are kept: gathering them again costs more than it saves
 # every tp rank sees all of their use (unless ranks hold different tokens), so their gradients are whole
 WHOLE_GRADIENT = ("norm.weight", "norm.bias", "output_bias", "down.bias")
+ALWAYS_WHOLE_GRADIENT = ("scalar_head.bias",)  # added where every rank holds all tokens
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,10 @@ def partial_gradients(model: ModelConfig, layout: Layout, sp: bool) -> list[str]
     return [
         name
         for name, placement in placements(model, layout).items()
-        if layout.tp > 1 and placement.tp_dim is None and (sp or not name.endswith(WHOLE_GRADIENT))
+        if layout.tp > 1
+        and placement.tp_dim is None
+        and (sp or not name.endswith(WHOLE_GRADIENT))
+        and not name.endswith(ALWAYS_WHOLE_GRADIENT)
     ]
 
 

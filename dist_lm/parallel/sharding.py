@@ -30,7 +30,7 @@ from dist_lm.parallel.tensor_axis import TensorAxis
 from dist_lm.parallel.tensor_parallel import TensorParallelTransformer
 from dist_lm.parallel.values import fill
 
-FORWARD_METHODS = ("token_losses",)
+FORWARD_METHODS = ("token_losses", "scores")
 """What is called on a model instead of `forward`: FSDP gathers the root's parameters around these too. One that calls
 another would free them in between, to be gathered a second time."""
 

@@ -61,6 +61,10 @@ class TensorAxis:
             return _SumOfParts.apply(part_BTD, self.group)
         return reduce_from_model_parallel_region(part_BTD)
 
+    def sum(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum of the ranks' parts, the same on all of them, whose gradient is too."""
+        return _SumOfParts.apply(part, self.group)
+
     def first_token(self, n_tokens: int) -> int:
         """Index of the first token that the residual stream holds here, in sequences of `n_tokens`."""
         assert not self.sp or n_tokens % self.size == 0, f"{n_tokens} tokens over {self.size} ranks"

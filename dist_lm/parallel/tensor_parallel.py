@@ -53,6 +53,16 @@ class TensorParallelTransformer(Transformer):
     def head_input(self, x_BTD: torch.Tensor) -> torch.Tensor:
         return self.axis.enter(x_BTD)
 
+    @property
+    def scalar_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The only row is the first rank's; of the others, which hold padding, nothing is taken."""
+        assert self.scalar_head is not None
+        rows = slice_of(1, self.axis.size, self.axis.rank).real
+        return local(self.scalar_head.weight)[:rows].sum(0), local(self.scalar_head.bias)
+
+    def sum_of_parts(self, part: torch.Tensor) -> torch.Tensor:
+        return self.axis.sum(part)
+
     def losses_of_logits(
         self, logits_NV: torch.Tensor, targets_N: torch.Tensor, label_smoothing: float, z_loss: float
     ) -> torch.Tensor:

@@ -34,3 +34,14 @@ class BoundModel:
             chunk_bytes=self.chunk_bytes,
         )
         return losses_N.view_as(batch.targets_BT)  # here: what FSDP's root returns must not be a view
+
+    def scores(self, batch: Batch) -> torch.Tensor:
+        """A score of what is read up to each token of a batch, fp32, (B, T): of a model with a scalar head."""
+        scores_N = self.model.scores(
+            batch.tokens_BT,
+            document_BT=batch.document_BT if self.document_mask else None,
+            position_BT=batch.position_BT,
+            branch_BT=batch.branch_BT,
+            dropout=replace(self.dropout, sequence_B=batch.sequence_B) if self.dropout else None,
+        )
+        return scores_N.view_as(batch.tokens_BT)

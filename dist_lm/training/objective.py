@@ -19,6 +19,10 @@ class LossModel(Protocol):
         """Cross-entropy of every token in nats, fp32, (B, T)."""
         ...
 
+    def scores(self, batch: Batch) -> torch.Tensor:
+        """A score of what is read up to each token, fp32, (B, T): of a model with a scalar head."""
+        ...
+
 
 @dataclass(frozen=True)
 class LossSum:

@@ -9,6 +9,7 @@ from small_models import small_config, small_model, small_tokens
 
 from dist_lm.config import ModelConfig
 from dist_lm.model.dropout import DropoutKey
+from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
 
 OPTIONS = {
@@ -129,3 +130,38 @@ def test_bfloat16_stays_close(config: ModelConfig) -> None:
     logits = model.to(torch.bfloat16)(tokens, document_BT=document)
     assert logits.dtype == torch.bfloat16
     assert float((logits.detach().float() - expected).abs().mean()) < 0.03 * float(expected.abs().mean())
+
+
+def tree(config: ModelConfig, trunk: int, branches: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens (1, T) of a trunk and the branches behind it, their branch numbers and positions."""
+    tokens = small_tokens(config, 1, trunk + sum(branches))
+    branch = torch.tensor([[0] * trunk + [n for n, length in enumerate(branches, 1) for _ in range(length)]])
+    position = torch.tensor([[*range(trunk), *(trunk + i for length in branches for i in range(length))]])
+    return tokens, branch, position
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"ffn": "swiglu", "norm": "rmsnorm", "n_kv_heads": 1}], ids=["plain", "groups"]
+)
+def test_branches_behind_one_trunk_score_as_each_would_alone(changes: dict) -> None:
+    config = small_config(head="scalar", **changes)
+    model, branches = small_model(config), [4, 1, 7]
+    tokens, branch, position = tree(config, 6, branches)
+    document = torch.zeros_like(tokens)
+    together = model.scores(tokens, document_BT=document, position_BT=position, branch_BT=branch)
+    assert together.dtype == torch.float32
+    begin = 6
+    for length in branches:
+        alone = model.scores(torch.cat([tokens[:, :6], tokens[:, begin : begin + length]], dim=1))
+        torch.testing.assert_close(together[begin : begin + length], alone[6:], rtol=0, atol=1e-5)
+        torch.testing.assert_close(together[:6], alone[:6], rtol=0, atol=1e-5)
+        begin += length
+
+
+def test_a_scalar_head_takes_the_place_of_the_head_of_tokens() -> None:
+    for tied in (False, True):
+        config = small_config(head="scalar", tie_embeddings=tied)
+        names = {name: tuple(value.shape) for name, value in small_model(config).named_parameters()}
+        assert list(names.items()) == list(parameter_shapes(config).items())
+        assert "lm_head.weight" not in names
+        assert names["scalar_head.weight"] == (1, config.d_model)

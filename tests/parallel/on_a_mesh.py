@@ -15,7 +15,6 @@ from dist_lm.parallel.sharding import build_model
 from dist_lm.parallel.values import fill, unsharded_copy
 from dist_lm.training import checkpoint
 from dist_lm.training.forward import BoundModel
-from dist_lm.training.loss import next_token
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
 from dist_lm.training.step import train_step
@@ -29,6 +28,7 @@ from tests.parallel.training_task import (
     batch_of,
     dropout_key,
     gradients,
+    objective_of,
     parameter_value,
     parameters_and_moments,
     rows,
@@ -81,7 +81,7 @@ def rank_steps(
             model,
             optimizer,
             BoundModel(model, True, chunk_bytes, dropout_key(step, own.sequence_B)),
-            next_token(STAGE.label_smoothing, STAGE.z_loss),
+            objective_of(model_config),
             [rows(own, slice(half)), rows(own, slice(half, None))],
             grad_clip=STAGE.grad_clip,
             counts=mesh.get_local_rank("tp") == 0,

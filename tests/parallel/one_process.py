@@ -16,6 +16,7 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.training.optimizer import build_optimizer
 from tests.parallel.training_task import (
     STAGE,
+    VOCABULARY,
     Arrays,
     Trajectory,
     batch_of,
@@ -31,6 +32,14 @@ def expected_of(model: ModelConfig, steps: int = 1) -> Trajectory:
     return _expected_of(tuple(vars(model).items()), steps)
 
 
+def _losses(model: Transformer, x_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    if model.scalar_head is not None:
+        return (model.scalar_head(x_ND)[:, 0] - targets_N / VOCABULARY).square()
+    logits_NV = model.head(x_ND)
+    loss_N = F.cross_entropy(logits_NV, targets_N, reduction="none", label_smoothing=STAGE.label_smoothing)
+    return loss_N + STAGE.z_loss * logits_NV.logsumexp(-1).square()
+
+
 @cache
 def _expected_of(model_items: tuple, steps: int) -> Trajectory:
     model_config = ModelConfig(**dict(model_items))
@@ -43,16 +52,13 @@ def _expected_of(model_items: tuple, steps: int) -> Trajectory:
     for step in range(steps):
         batch = batch_of(model_config, step)
         optimizer.zero_grad()
-        logits_NV = model(
+        x_ND = model.hidden(
             batch.tokens_BT,
             document_BT=batch.document_BT,
             position_BT=batch.position_BT,
             dropout=dropout_key(step, batch.sequence_B),
         ).flatten(0, 1)
-        loss_N = F.cross_entropy(
-            logits_NV, batch.targets_BT.flatten(), reduction="none", label_smoothing=STAGE.label_smoothing
-        )
-        loss_N = loss_N + STAGE.z_loss * logits_NV.logsumexp(-1).square()
+        loss_N = _losses(model, x_ND, batch.targets_BT.flatten())
         mask_N = batch.loss_mask_BT.flatten()
         loss = (loss_N * mask_N).sum() / mask_N.sum()
         loss.backward()

@@ -10,7 +10,18 @@ import pytest
 
 from tests.parallel.on_a_mesh import MeshTrajectory, rank_steps
 from tests.parallel.one_process import entries_off, error, expected_of
-from tests.parallel.parity_cases import CHOICES, DATA_LAYOUTS, HEADS, MIXED_LAYOUTS, TENSOR_LAYOUTS, Case, cases
+from tests.parallel.parity_cases import (
+    CHOICES,
+    DATA_LAYOUTS,
+    HEADS,
+    MIXED_LAYOUTS,
+    TENSOR_LAYOUTS,
+    Case,
+    cases,
+    layout_of,
+    model_of,
+    parallel_of,
+)
 from tests.parallel.ranks import RankGroups
 
 LOSS = 1e-5  # relative
@@ -26,6 +37,19 @@ def test_a_step_is_that_of_one_process(ranks: RankGroups, case: Case):
         case.world_size, rank_steps, case.model, case.parallel, range(1), chunk_bytes=case.chunk_bytes
     )
     expected = expected_of(case.model)
+    assert found.losses == pytest.approx(expected.losses, rel=LOSS)
+    assert found.norms == pytest.approx(expected.norms, rel=GRADIENT)
+    assert entries_off(found.gradients, expected.gradients, ENTRY) == {}
+    assert error(found.gradients, expected.gradients) < GRADIENT
+    assert entries_off(found.end, expected.end, UPDATED_ENTRY) == {}
+    assert found.torn == found.dirty == set()
+
+
+@pytest.mark.parametrize("layout", ["1x1x1", "1x4x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"])
+def test_a_step_of_a_scalar_head_is_that_of_one_process(ranks: RankGroups, layout: str):
+    model = model_of((5, 5), head="scalar")
+    found: MeshTrajectory = ranks.run(layout_of(layout).world_size, rank_steps, model, parallel_of(layout), range(1))
+    expected = expected_of(model)
     assert found.losses == pytest.approx(expected.losses, rel=LOSS)
     assert found.norms == pytest.approx(expected.norms, rel=GRADIENT)
     assert entries_off(found.gradients, expected.gradients, ENTRY) == {}

@@ -16,10 +16,13 @@ from dist_lm.config import ModelConfig, StageConfig
 from dist_lm.data.batch import Batch
 from dist_lm.model.dropout import DropoutKey
 from dist_lm.model.initialise import initial_value
+from dist_lm.training.loss import next_token
+from dist_lm.training.objective import LossModel, LossSum, Objective
 from dist_lm.training.optimizer import MOMENTS, named_state
 
 SEED = 7
 BATCH, SEQ_LEN = 8, 16
+VOCABULARY = 500  # about: what a scalar head's targets are divided by
 STAGE = StageConfig(
     name="parity",
     lr=1e-2,
@@ -73,7 +76,20 @@ def batch_of(model: ModelConfig, step: int) -> Batch:
 
 
 def rows(batch: Batch, part: slice) -> Batch:
-    return Batch(*(getattr(batch, name)[part] for name in Batch.__dataclass_fields__))
+    values = [getattr(batch, name) for name in Batch.__dataclass_fields__]
+    return Batch(*(None if value is None else value[part] for value in values))
+
+
+def objective_of(model: ModelConfig) -> Objective:
+    """Next tokens; of a scalar head, scores that should be the tokens to come, as numbers."""
+    if model.head == "tokens":
+        return next_token(STAGE.label_smoothing, STAGE.z_loss)
+
+    def squares(model: LossModel, batch: Batch) -> LossSum:
+        miss_BT = model.scores(batch) - batch.targets_BT / VOCABULARY
+        return LossSum((miss_BT.square() * batch.loss_mask_BT).sum(), batch.loss_mask_BT.sum())
+
+    return squares
 
 
 def dropout_key(step: int, sequence_B: torch.Tensor) -> DropoutKey:
