@@ -1,0 +1,81 @@
+"""Rankings of one's own: a file of JSON lines.
+
+    {"prompt": "Name a colour.", "completions": ["Blue.", "7"], "ranks": [0, 1]}
+    {"prompt": [{"role": "user", "content": "..."}, ...], "completions": [...], "judgements": [[0, 1], [2, 1, 0.5]]}
+
+A judgement is `[better, worse]` or `[better, worse, margin]`, by place among the completions.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from dist_lm.chat.errors import ChatError
+from dist_lm.chat.messages import Conversation, Message
+from dist_lm.chat.ranking import Judgement, Ranking, check_ranking
+from dist_lm.chat.rules import check_conversation
+from dist_lm.errors import ArtefactError
+
+KEYS = {"prompt", "completions", "ranks", "judgements"}
+
+
+def read_rankings(lines: Iterable[str], name: str) -> Iterator[Ranking]:
+    """The rankings of the lines; blank ones are passed over.
+
+    Raises:
+        ArtefactError: one is none; the message names file, line and what was expected.
+    """
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield ranking_of(json.loads(line))
+            except ValueError as error:
+                raise ArtefactError(f"{name}, line {number}: {error}") from None
+
+
+def ranking_of(value: Any) -> Ranking:
+    """A ranking of a line's JSON.
+
+    Raises:
+        ValueError: what is wrong.
+    """
+    if type(value) is not dict or not {"prompt", "completions"} <= value.keys() <= KEYS:
+        raise ChatError("expected an object of prompt, completions, and ranks or judgements")
+    completions, ranks = value["completions"], value.get("ranks", [])
+    if type(completions) is not list or not all(type(text) is str for text in completions):
+        raise ChatError("completions: expected a list of texts")
+    if type(ranks) is not list or not all(type(rank) is int for rank in ranks):
+        raise ChatError("ranks: expected a list of integers, the smallest of the best completion")
+    judgements = tuple(_judgement(item) for item in _list(value.get("judgements", []), "judgements"))
+    ranking = Ranking(_prompt(value["prompt"]), tuple(completions), tuple(ranks), judgements)
+    check_ranking(ranking)
+    return ranking
+
+
+def _prompt(value: Any) -> Conversation:
+    turns = [{"role": "user", "content": value}] if type(value) is str else _list(value, "prompt")
+    messages = []
+    for turn in turns:
+        if type(turn) is not dict or turn.keys() != {"role", "content"} or type(turn["content"]) is not str:
+            raise ChatError("prompt: expected a text, or a list of turns with role and content")
+        if turn["role"] not in ("system", "user", "assistant"):
+            raise ChatError(f"prompt: role={turn['role']!r}; expected system, user or assistant")
+        messages.append(Message(turn["role"], turn["content"]))
+    conversation = Conversation(tuple(messages))
+    check_conversation(conversation)
+    return conversation
+
+
+def _judgement(value: Any) -> Judgement:
+    numbers = _list(value, "judgements")
+    if len(numbers) not in (2, 3) or not all(type(place) is int for place in numbers[:2]):
+        raise ChatError("judgements: expected [better, worse] or [better, worse, margin]")
+    if len(numbers) == 3 and type(numbers[2]) not in (int, float):
+        raise ChatError("judgements: margin: expected a number")
+    return Judgement(numbers[0], numbers[1], float(numbers[2]) if len(numbers) == 3 else None)
+
+
+def _list(value: Any, name: str) -> list:
+    if type(value) is not list:
+        raise ChatError(f"{name}: expected a list")
+    return value

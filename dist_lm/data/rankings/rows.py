@@ -1,0 +1,102 @@
+"""Rows of public data sets of preferences as rankings: pure functions, one a data set.
+
+A row that holds no comparison (all answers tied, or only one) gives None.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from typing import Any
+
+from dist_lm.chat.errors import ChatError
+from dist_lm.chat.messages import Conversation, Message, Role
+from dist_lm.chat.ranking import MOST, Judgement, Ranking, check_ranking, ranks_of_scores
+
+Row = dict[str, Any]
+ROLES: dict[str, Role] = {"system": "system", "user": "user", "prompter": "user", "assistant": "assistant"}
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+HH_ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
+
+
+def oasst_rankings(rows: Iterable[Row], languages: frozenset[str] | None = None) -> Iterator[Ranking]:
+    """`OpenAssistant/oasst1` (Koepf et al. 2023): people ranked the answers to one message; rank 0 is the best.
+
+    Args:
+        rows: messages, those of a tree one after the other.
+        languages: that are kept, such as `en`; none: all.
+    """
+    for _, tree in groupby(rows, key=lambda row: row["message_tree_id"]):
+        messages = {row["message_id"]: row for row in tree if not row.get("deleted")}
+        answers: dict[str, list[Row]] = {}
+        for row in messages.values():
+            if row["role"] == "assistant" and row.get("rank") is not None:
+                answers.setdefault(row["parent_id"], []).append(row)
+        for parent, siblings in answers.items():
+            if languages is not None and siblings[0].get("lang") not in languages:
+                continue
+            thread = _thread(parent, messages)
+            best = sorted(siblings, key=lambda row: row["rank"])[:MOST]
+            if thread:
+                ranking = _ranking(thread, [row["text"] for row in best], ranks=[row["rank"] for row in best])
+                if ranking:
+                    yield ranking
+
+
+def hh_ranking(row: Row) -> Ranking | None:
+    """`Anthropic/hh-rlhf` (Bai et al. 2022): `chosen` and `rejected` are dialogues that differ in the last answer."""
+    chosen, rejected = _hh_turns(row["chosen"]), _hh_turns(row["rejected"])
+    if not chosen or not rejected or chosen[:-1] != rejected[:-1] or chosen[-1].role != "assistant":
+        return None  # they differ earlier: no two answers to one prompt
+    return _ranking(chosen[:-1], [chosen[-1].content, rejected[-1].content], ranks=[0, 1])
+
+
+def helpsteer_ranking(row: Row) -> Ranking | None:
+    """`nvidia/HelpSteer3`, preferences (Wang et al. 2025): -3 (the first is much better) to 3 (the second is)."""
+    lead = int(row["overall_preference"])
+    if lead == 0:
+        return None
+    judgement = Judgement(better=int(lead > 0), worse=int(lead < 0), margin=float(abs(lead)))
+    turns = [Message(ROLES[turn["role"]], turn["content"]) for turn in row["context"]]
+    return _ranking(turns, [row["response1"], row["response2"]], judgements=[judgement])
+
+
+def ultrafeedback_ranking(row: Row) -> Ranking | None:
+    """`openbmb/UltraFeedback` (Cui et al. 2023): a model scored up to four answers. Not human."""
+    scored = [one for one in row["completions"] if one.get("overall_score") is not None]
+    ranks = ranks_of_scores([float(one["overall_score"]) for one in scored])
+    return _ranking([Message("user", row["instruction"])], [one["response"] for one in scored], ranks=ranks)
+
+
+def _ranking(
+    turns: list[Message],
+    completions: list[str],
+    *,
+    ranks: Iterable[int] = (),
+    judgements: Iterable[Judgement] = (),
+) -> Ranking | None:
+    ranking = Ranking(Conversation(tuple(turns)), tuple(completions), tuple(ranks), tuple(judgements))
+    try:
+        check_ranking(ranking)
+    except ChatError:  # rows of a data set that say nothing are passed over, as its readers count
+        return None
+    return ranking
+
+
+def _thread(message: str | None, messages: dict[str, Row]) -> list[Message]:
+    """The turns down to a message; empty where one of them is gone."""
+    turns = []
+    while message is not None:
+        row = messages.get(message)
+        if row is None:
+            return []
+        turns.append(Message(ROLES[row["role"]], row["text"]))
+        message = row["parent_id"]
+    return turns[::-1]
+
+
+def _hh_turns(dialogue: str) -> list[Message]:
+    """`\\n\\nHuman: ...\\n\\nAssistant: ...`; empty where it does not begin so."""
+    before, *parts = HH_TURN.split(dialogue)
+    if before.strip() or not parts:
+        return []
+    return [Message(HH_ROLES[who], text.strip()) for who, text in zip(parts[::2], parts[1::2], strict=True)]
