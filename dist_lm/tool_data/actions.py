@@ -1,0 +1,165 @@
+"""What record tools do: the verbs of their names and of requests, and their arguments.
+
+Actions of one circle lie on one shelf, so a conversation may hold several tools for the same thing: one that finds or
+makes a record, and others that take its number. No verb belongs to two actions, so a name says which one it is.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Action:
+    """One thing to do with records."""
+
+    key: str
+    circle: int
+    verbs: tuple[str, ...]  # of names
+    said: tuple[str, ...]  # of requests
+    descriptions: tuple[str, ...]  # {a}: `an order`, {the}: `order`, {all}: `orders`
+    takes_id: bool = False
+    own: tuple[str, ...] = ()  # arguments beside those of the domain: `name kind`; with `?` optional
+    fields: tuple[int, int] = (0, 0)  # how many of the domain's fields it takes: least, most
+    extra: tuple[str, ...] = ()  # optional arguments, of which at most one is taken
+
+
+ACTIONS = (
+    Action(
+        "create",
+        0,
+        ("create", "add", "register", "new"),
+        ("create", "add", "register", "make", "set up", "enter"),
+        ("Create {a}", "Add {a}", "Register a new {the}", "Make {a} and return its id"),
+        fields=(1, 4),
+        extra=("priority one_of low/normal/high", "notify flag", "note title"),
+    ),
+    Action(
+        "lookup",
+        0,
+        ("get", "fetch", "show", "read"),
+        ("show me", "get", "look up", "fetch", "pull up", "open"),
+        ("Get {a} by its id", "Show the details of {a}", "Read one {the}"),
+        takes_id=True,
+        extra=("verbose flag", "format one_of short/full/raw"),
+    ),
+    Action(
+        "assign",
+        0,
+        ("assign", "delegate", "hand over"),
+        ("assign", "hand over", "delegate", "give"),
+        ("Assign {a} to a person", "Hand over {a}"),
+        takes_id=True,
+        own=("assignee person",),
+        extra=("notify flag", "role one_of lead/helper/observer"),
+    ),
+    Action(
+        "rename",
+        0,
+        ("rename", "retitle"),
+        ("rename", "retitle", "change the name of"),
+        ("Rename {a}", "Give {a} a new name"),
+        takes_id=True,
+        own=("new name title",),
+    ),
+    Action(
+        "approve",
+        0,
+        ("approve", "confirm", "accept"),
+        ("approve", "confirm", "accept", "sign off on"),
+        ("Approve {a}", "Confirm {a}"),
+        takes_id=True,
+        extra=("comment title", "approver person"),
+    ),
+    Action(
+        "search",
+        1,
+        ("search", "find", "list", "query"),
+        ("find", "search for", "list", "look for", "give me"),
+        ("Find {all} that match", "Search {all}", "List the ids of {all}"),
+        fields=(1, 2),
+        extra=("limit few", "sort by one_of date/name/size", "newest first flag"),
+    ),
+    Action(
+        "update",
+        1,
+        ("update", "edit", "modify", "set"),
+        ("update", "change", "edit", "modify", "correct"),
+        ("Change fields of {a}", "Update {a}", "Edit {a}"),
+        takes_id=True,
+        fields=(1, 2),
+    ),
+    Action(
+        "delete",
+        1,
+        ("delete", "remove", "cancel", "drop"),
+        ("delete", "remove", "cancel", "get rid of"),
+        ("Delete {a}", "Remove {a} for good", "Cancel {a}"),
+        takes_id=True,
+        extra=("reason title", "force flag"),
+    ),
+    Action(
+        "comment",
+        1,
+        ("comment on", "annotate", "note on"),
+        ("comment on", "add a note to", "annotate"),
+        ("Write a comment on {a}", "Add a note to {a}"),
+        takes_id=True,
+        own=("text title",),
+        extra=("author given", "pinned flag"),
+    ),
+    Action(
+        "share",
+        1,
+        ("share", "forward", "export"),
+        ("share", "forward", "send"),
+        ("Share {a} by email", "Send {a} to somebody"),
+        takes_id=True,
+        own=("email email",),
+        extra=("access one_of read/write/admin", "message title", "days few"),
+    ),
+    Action(
+        "newest",
+        2,
+        ("latest", "newest", "last"),
+        ("give me the latest", "show the newest", "find the last", "what is the latest"),
+        ("Get the latest {the}", "The newest {the} that matches"),
+        fields=(1, 1),
+    ),
+    Action(
+        "count",
+        2,
+        ("count", "tally", "number of"),
+        ("count the", "how many", "tell me the number of"),
+        ("Count {all}", "How many {all} there are"),
+        fields=(1, 2),
+    ),
+    Action(
+        "schedule",
+        2,
+        ("schedule", "plan", "book"),
+        ("schedule", "plan", "book", "put on the calendar"),
+        ("Schedule {a}", "Plan {a} for a day"),
+        takes_id=True,
+        own=("day date", "time clock"),
+        extra=("minutes minutes", "remind flag"),
+    ),
+    Action(
+        "tag",
+        2,
+        ("tag", "label", "mark"),
+        ("tag", "label", "mark", "put labels on"),
+        ("Add tags to {a}", "Label {a}"),
+        takes_id=True,
+        own=("tags words",),
+    ),
+    Action(
+        "archive",
+        2,
+        ("archive", "close", "retire"),
+        ("archive", "close", "retire", "put away"),
+        ("Archive {a}", "Close {a}"),
+        takes_id=True,
+        extra=("years few", "reason title"),
+    ),
+)
+CIRCLES = 1 + max(action.circle for action in ACTIONS)
+BY_KEY = {action.key: action for action in ACTIONS}

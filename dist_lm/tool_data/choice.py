@@ -1,0 +1,97 @@
+"""Which tools a conversation has, and with which arguments they are called."""
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from dist_lm.chat.messages import Call, Json
+from dist_lm.tool_data.catalogue import VARIANTS, Topic, shelf_topics, specification
+from dist_lm.tool_data.execution import World
+from dist_lm.tool_data.phrasing import Given
+from dist_lm.tool_data.specification import Specification, arguments_of
+from dist_lm.tool_data.values import Value, draw, quoted
+
+CONDITIONS = ("search", "count", "newest")
+OPTIONAL = 0.4  # of optional arguments are given
+COMPUTED = 0.25  # of tools are formulas and services, where the shelf has some
+
+
+@dataclass
+class Scene:
+    """What a conversation is made from; `tools` grows while it is written."""
+
+    rng: random.Random
+    world: World
+    shelf: int
+    tools: list[Specification] = field(default_factory=list)
+    hidden: set[tuple[str, str]] = field(default_factory=set)  # thing and action of tools it must not have
+
+    def has(self, fits: Callable[[Topic], bool]) -> bool:
+        """Whether there is such a tool to take."""
+        return any(map(fits, self._free()))
+
+    def take(self, fits: Callable[[Topic], bool] = lambda topic: True) -> Specification:
+        """A tool of the shelf whose topic fits; it is among the tools from now on."""
+        found = self.pick(fits)
+        self.tools.append(found)
+        return found
+
+    def pick(self, fits: Callable[[Topic], bool] = lambda topic: True) -> Specification:
+        """A tool of the shelf whose topic fits, none like one there is."""
+        free = [topic for topic in self._free() if fits(topic)]
+        computed = [topic for topic in free if topic.family != "record"]
+        records = [topic for topic in free if topic.family == "record"]
+        side = computed if computed and (not records or self.rng.random() < COMPUTED) else records
+        return specification(self.rng.choice(side), self.rng.randrange(VARIANTS))
+
+    def add_others(self, count: int) -> None:
+        """Tools that are not needed: half of them for the same thing as one that is."""
+        things = {tool.thing for tool in self.tools}
+        for _ in range(count):
+            near = [topic for topic in self._free() if topic.thing in things]
+            if near and self.rng.random() < 0.5:
+                chosen = specification(self.rng.choice(near), self.rng.randrange(VARIANTS))
+            else:
+                chosen = self.pick()
+            if chosen.tool.name not in {tool.tool.name for tool in self.tools}:
+                self.tools.append(chosen)
+
+    def _free(self) -> list[Topic]:
+        taken = {(tool.thing, tool.action) for tool in self.tools} | self.hidden
+        return [topic for topic in shelf_topics(self.shelf) if (topic.thing, topic.action) not in taken]
+
+    def arguments(self, tool: Specification, without: Iterable[str] = ()) -> Given:
+        """Values for a call of `tool`, and records for it to find. `without`: names of arguments to leave out."""
+        given: Given = {}
+        for parameter in tool.parameters:
+            if parameter.name in without or not (parameter.required or self.rng.random() < OPTIONAL):
+                continue
+            if parameter.kind == "record":
+                key = self.world.put(tool.thing, tool.domain)
+                given[parameter] = Value(key, quoted(key, self.rng) if self.rng.random() < 0.2 else key)
+            else:
+                given[parameter] = draw(parameter.kind, self.rng)
+        if tool.action in CONDITIONS:
+            known = {parameter.name: value.json for parameter, value in given.items()}
+            for _ in range(self.rng.randint(1, 3)):
+                self.world.put(tool.thing, tool.domain, known)
+        return given
+
+
+def call_of(tool: Specification, given: Given) -> Call:
+    """The call with these arguments, in the order of the schema."""
+    return Call(tool.tool.name, arguments_of({parameter: value.json for parameter, value in given.items()}))
+
+
+def record_of(tool: Specification, given: Given) -> str | None:
+    """The record that a call is about."""
+    return next((str(value.json) for parameter, value in given.items() if parameter.kind == "record"), None)
+
+
+def with_record(tool: Specification, given: Given, record_id: Json) -> Given:
+    """`given` with another record, arguments in the order of the schema."""
+    wanted = {parameter: value for parameter, value in given.items() if parameter.kind != "record"}
+    record = tool.id_parameter
+    assert record is not None
+    wanted[record] = Value(record_id, str(record_id))
+    return {parameter: wanted[parameter] for parameter in tool.parameters if parameter in wanted}

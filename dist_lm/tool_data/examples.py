@@ -1,0 +1,80 @@
+"""Generated conversations with tools: example i is a pure function of (seed, i).
+
+    shelf -> tools -> request -> calls, executed -> answer
+
+`group` says which shelf of tools an example is from, and decides its split. No tool lies on two shelves, so the tools
+of val examples, and their names, are in no train example.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dist_lm.chat.messages import Conversation, Message
+from dist_lm.tool_data.catalogue import SHELVES, group_of
+from dist_lm.tool_data.choice import Scene
+from dist_lm.tool_data.episodes import KINDS
+from dist_lm.tool_data.execution import World
+from dist_lm.tool_data.specification import Specification
+
+LONGEST = 900  # characters of all JSON and text: at most 500 tokens of a vocabulary of 4,096
+OTHER_TOOLS = (0, 0, 1, 1, 1, 2, 2, 3)  # beside those that are needed
+MOST_TOOLS = 4
+SYSTEM = (
+    "You are a helpful assistant.",
+    "Use the tools where they help.",
+    "You work for a small company.",
+    "Answer briefly.",
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation with what it is an example of."""
+
+    conversation: Conversation
+    kind: str  # of episodes.KINDS
+    group: str  # hexadecimal hash: decides the split
+    tools: tuple[Specification, ...]  # in the order of the conversation
+
+
+def examples(seed: int, count: int) -> Iterator[Example]:
+    """Examples 0 to `count` - 1."""
+    return (example(seed, number) for number in range(count))
+
+
+def example(seed: int, number: int) -> Example:
+    """One example; it hangs on nothing but these two."""
+    rng = random.Random(f"tools {seed} {number}")  # noqa: S311  (text, not secrets)
+    shelf = rng.randrange(SHELVES)
+    kind = rng.choices(list(KINDS), [share for share, _ in KINDS.values()])[0]
+    while True:
+        found = _attempt(kind, shelf, rng)
+        if found is not None:
+            return found
+
+
+def _attempt(kind: str, shelf: int, rng: random.Random) -> Example | None:
+    """An example, or none where it would become too long."""
+    scene = Scene(rng, World(rng), shelf)
+    turns = KINDS[kind][1](scene)
+    if len({tool.tool.name for tool in scene.tools}) < len(scene.tools):
+        return None
+    needed = len(scene.tools)
+    scene.add_others(max(0, min(rng.choice(OTHER_TOOLS), MOST_TOOLS - needed)))
+    if rng.random() < 0.12:
+        turns = [Message("system", rng.choice(SYSTEM)), *turns]
+    while len(scene.tools) > needed and _characters(scene.tools, turns) > LONGEST:
+        scene.tools.pop()
+    if _characters(scene.tools, turns) > LONGEST:
+        return None
+    rng.shuffle(scene.tools)
+    conversation = Conversation(tuple(turns), tuple(tool.tool for tool in scene.tools))
+    return Example(conversation, kind, group_of(shelf), tuple(scene.tools))
+
+
+def _characters(tools: list[Specification], turns: list[Message]) -> int:
+    shown = [[tool.tool.name, tool.tool.description, tool.tool.parameters] for tool in tools]
+    said = [[turn.content, [[call.name, call.arguments] for call in turn.calls], list(turn.results)] for turn in turns]
+    return len(json.dumps([shown, said]))
