@@ -25,7 +25,7 @@ def answer(specification: Specification, record_id: str | None, result: Json, rn
     """What a result says to the one who asked."""
     thing = specification.thing
     if specification.family != "record":
-        said = formula_of(specification.action).said.removeprefix("how to ").removeprefix("whether ")
+        said = formula_of(specification.action).said
         if isinstance(result, dict):
             return f"Here is {said}: {facts(result)}." if rng.random() < 0.4 else _upper(f"{facts(result)}.")
         return rng.choice([f"The answer is {shown(result)}.", f"It is {shown(result)}.", f"{shown(result)}."])

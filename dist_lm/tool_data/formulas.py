@@ -177,7 +177,7 @@ FORMULAS = (
     Formula(
         "split bill",
         "finance",
-        "how to split a bill",
+        "the share of each guest of a bill",
         ("total money", "guests few", "tip percent percent?"),
         lambda a: round(a["total"] * (1 + a.get("tip percent", 0) / 100) / a["guests"], 2),
     ),
@@ -404,7 +404,7 @@ FORMULAS = (
     Formula(
         "version compare",
         "network",
-        "which version is newer",
+        "the newer of two versions",
         ("first version version", "second version version"),
         lambda a: max(a["first version"], a["second version"], key=lambda v: [int(p) for p in v.split(".")]),
     ),

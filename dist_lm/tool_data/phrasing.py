@@ -25,6 +25,9 @@ ASIDES = (
     "I forgot to do it yesterday.",
     "We talked about it this morning.",
 )
+PRONOUNS = ("it", "that")
+PARTICLES = (" up", " over", " away")  # of verbs that take no `it` after them
+CLAUSE_VERBS = ("tell me", "find out", "check", "I want to know")  # before `whether`
 NEAR = {  # how a kind is said without the argument's name, where no other argument is of its kind
     "person": ("for {}", "for {}"),
     "given": ("for {}",),
@@ -72,9 +75,7 @@ def piece(parameter: Parameter, value: Value, alone: bool, rng: random.Random) -
         on = rng.choice(["on", "yes", "true"]) if value.json else rng.choice(["off", "no", "false"])
         return rng.choice([f"{name}: {on}", f"with {name} {on}", f"{name} {on}", f"{name} = {on}"])
     if kind.startswith("one_of"):
-        return rng.choice(
-            [f"with {name} {said}", f"{name} {said}", f"{name}: {said}", f"as {said}", f"{name} = {said}"]
-        )
+        return rng.choice([f"with {name} {said}", f"{name} {said}", f"{name}: {said}", f"{name} = {said}"])
     if alone and kind in NEAR and rng.random() < 0.5:
         return rng.choice(NEAR[kind]).format(said)
     forms = [f"with {name} {said}", f"{name} {said}", f"{name}: {said}", f"with the {name} {said}", f"{name} = {said}"]
@@ -86,7 +87,7 @@ def piece(parameter: Parameter, value: Value, alone: bool, rng: random.Random) -
 def describe(specification: Specification, rng: random.Random) -> str:
     """What a tool does, as a request says it without any argument: `cancel an order`."""
     if specification.family != "record":
-        return f"{rng.choice(['calculate', 'find out', 'tell me'])} {formula_of(specification.action).said}"
+        return f"{rng.choice(['find out', 'tell you'])} {formula_of(specification.action).said}"
     return _verb_and_thing(specification, article(specification.thing), rng)
 
 
@@ -96,7 +97,9 @@ def _body_and_pieces(
     rest = [(parameter, value) for parameter, value in given.items() if parameter.kind != "record"]
     record = next((value for parameter, value in given.items() if parameter.kind == "record"), None)
     if specification.family != "record":
-        body = f"{rng.choice(VERBS[specification.family][1])} {formula_of(specification.action).said}"
+        said = formula_of(specification.action).said
+        verbs = CLAUSE_VERBS if said.startswith(("whether ", "which ", "how ")) else VERBS[specification.family][1]
+        body = f"{rng.choice(verbs)} {said}"
     elif it:
         body = _verb_and_thing(specification, it, rng)
     elif record is not None:
@@ -123,7 +126,7 @@ def _record(thing: str, said: str, rng: random.Random) -> str:
 
 def _verb_and_thing(specification: Specification, thing: str, rng: random.Random) -> str:
     action = BY_KEY[specification.action]
-    said = list(action.said)
+    said = [verb for verb in action.said if thing not in PRONOUNS or not verb.endswith(PARTICLES)]
     own = specification.verb
     verb = own if own in said and rng.random() < 0.5 else rng.choice(said)
     if specification.action == "count":
