@@ -22,6 +22,7 @@ ROOMS = (
     ("parallel",),
     ("model",),
     ("data",),
+    ("tool_data",),
     ("chat",),
     ("tokenizer",),
     ("tracking",),

@@ -1,0 +1,139 @@
+"""Rows of `Salesforce/xlam-function-calling-60k` (and mirrors in its format) as conversations.
+
+A row has a request (`query`), and as JSON texts the tools there were (`tools`: name, description, and for each
+parameter a Python type, a description and a default) and the calls that answer it (`answers`: name, arguments). Results
+are not in the set, so a conversation ends with its calls.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dist_lm.chat.messages import Call, Conversation, Json, Message, Tool
+from dist_lm.errors import UserError
+
+TYPES: dict[str, dict[str, Json]] = {
+    "str": {"type": "string"},
+    "string": {"type": "string"},
+    "int": {"type": "integer"},
+    "integer": {"type": "integer"},
+    "float": {"type": "number"},
+    "number": {"type": "number"},
+    "complex": {"type": "string"},
+    "bool": {"type": "boolean"},
+    "boolean": {"type": "boolean"},
+    "list": {"type": "array"},
+    "array": {"type": "array"},
+    "tuple": {"type": "array"},
+    "set": {"type": "array"},
+    "dict": {"type": "object"},
+    "object": {"type": "object"},
+    "any": {},
+    "none": {"type": "null"},
+}
+NOTHING_FITS = "None of my tools can do that."
+GENERIC = re.compile(r"(\w+)\s*\[(.*)\]$", re.DOTALL)
+
+
+class RowError(UserError):
+    """A row that is not in the format; the message says what is wrong with it."""
+
+
+def conversation_of_row(row: Mapping[str, Any]) -> Conversation:
+    """The request of `row` and the calls that answer it; without any, that no tool fits.
+
+    Raises:
+        RowError: a column is missing, is no JSON, or is not of the shape above.
+    """
+    query = row.get("query")
+    if not isinstance(query, str) or not query:
+        raise RowError("query: expected text")
+    tools = tuple(_tool(value) for value in _objects(row, "tools"))
+    calls = tuple(_call(value) for value in _objects(row, "answers"))
+    unknown = {call.name for call in calls} - {tool.name for tool in tools}
+    if unknown:
+        raise RowError(f"answers: call {min(unknown)}, which is not among the tools")
+    answer = Message("assistant", calls=calls) if calls else Message("assistant", NOTHING_FITS)
+    return Conversation((Message("user", query), answer), tools)
+
+
+def schema_of_type(text: str) -> dict[str, Json]:
+    """The JSON schema of a Python type: `List[int]` is an array of integers, `str, optional` a string."""
+    text = text.strip().removesuffix("optional").rstrip(" ,").strip()
+    generic = GENERIC.match(text)
+    if generic is None:
+        return dict(TYPES.get(text.lower(), {}))
+    name, inner = generic[1].lower(), _split(generic[2])
+    if name == "optional":
+        return schema_of_type(inner[0])
+    if name == "union":
+        options = [schema for schema in map(schema_of_type, inner) if schema != {"type": "null"}]
+        return options[0] if len(options) == 1 else {"anyOf": options}
+    if name in ("list", "set", "array", "sequence", "iterable"):
+        return {"type": "array", "items": schema_of_type(inner[0])}
+    if name == "tuple":
+        return {"type": "array", "items": schema_of_type(inner[0])} if len(set(inner)) == 1 else {"type": "array"}
+    if name == "dict":
+        return {"type": "object"}
+    return {}
+
+
+def _objects(row: Mapping[str, Any], column: str) -> list[dict[str, Json]]:
+    value = row.get(column)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RowError(f"{column}: no JSON ({error})") from None
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise RowError(f"{column}: expected a list of objects")
+    return value
+
+
+def _tool(value: dict[str, Json]) -> Tool:
+    parameters = value.get("parameters") or {}
+    if not isinstance(value.get("name"), str) or not isinstance(parameters, dict):
+        raise RowError("tools: expected name and parameters of each")
+    properties: dict[str, Json] = {}
+    required: list[str] = []
+    for name, parameter in parameters.items():
+        if not isinstance(parameter, dict):
+            raise RowError(f"tools: parameter {name} of {value['name']}: expected an object")
+        properties[name], is_required = _property(parameter)
+        required += [name] * is_required
+    schema = {"type": "object", "properties": properties, "required": required}
+    return Tool(value["name"], str(value.get("description") or ""), schema)
+
+
+def _property(parameter: dict[str, Json]) -> tuple[dict[str, Json], bool]:
+    """`(schema, whether it is required)`: optional are those that say so, or have a default."""
+    kind = str(parameter.get("type") or "any")
+    schema = schema_of_type(kind)
+    if parameter.get("description"):
+        schema["description"] = str(parameter["description"])
+    default = parameter.get("default")
+    has_default = default is not None and default != ""
+    if has_default:
+        schema["default"] = default
+    optional = "optional" in kind.lower() or has_default
+    return schema, not optional
+
+
+def _call(value: dict[str, Json]) -> Call:
+    arguments = value.get("arguments")
+    if not isinstance(value.get("name"), str) or not isinstance(arguments, dict):
+        raise RowError("answers: expected name and arguments of each")
+    return Call(value["name"], arguments)
+
+
+def _split(text: str) -> list[str]:
+    """Arguments of a generic type: `int, List[str, int]` are two."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character == "[") - (character == "]")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip() for part in parts]

@@ -1,0 +1,138 @@
+"""Generated conversations: the same for everybody, well formed, and true."""
+
+import itertools
+import re
+from collections import Counter
+
+import jsonschema
+import pytest
+
+from dist_lm.chat.messages import Conversation, Message
+from dist_lm.chat.rules import check_conversation
+from dist_lm.chat.schema import check_tool, problems
+from dist_lm.tool_data.episodes import KINDS
+from dist_lm.tool_data.examples import LONGEST, Example, example, examples
+
+COUNT = 2500
+
+
+@pytest.fixture(scope="module")
+def many() -> list[Example]:
+    return list(examples(3, COUNT))
+
+
+def test_an_example_hangs_on_seed_and_number_alone(many):
+    for number in (0, 7, COUNT - 1):
+        assert example(3, number) == many[number]
+    assert list(examples(3, 5)) == many[:5]
+    assert example(4, 0) != many[0]
+
+
+def test_examples_are_not_twice_the_same(many):
+    assert len({repr(one.conversation) for one in many}) > 0.995 * COUNT
+
+
+def test_conversations_are_well_formed_and_calls_fit_their_tools(many):
+    for one in many:
+        check_conversation(one.conversation)
+        for tool in one.conversation.tools:
+            check_tool(tool)
+        schemas = {tool.name: tool.parameters for tool in one.conversation.tools}
+        for message in one.conversation.messages:
+            for call in message.calls:
+                jsonschema.validate(call.arguments, schemas[call.name])
+                assert problems(call, one.conversation.tools) == []
+
+
+def test_every_kind_comes_by_its_share(many):
+    counts = Counter(one.kind for one in many)
+    assert counts.keys() == KINDS.keys()
+    for kind, (share, _) in KINDS.items():
+        assert abs(counts[kind] / COUNT - share) < 0.04, kind
+
+
+def test_every_kind_has_its_turns(many):
+    for one in many:
+        roles = [message.role for message in one.conversation.messages if message.role != "system"]
+        calls = [len(message.calls) for message in one.conversation.messages if message.role == "assistant"]
+        assert roles[0] == "user"
+        assert roles[-1] == "assistant"
+        assert not one.conversation.messages[-1].calls, "the last word is an answer"
+        match one.kind:
+            case "irrelevant":
+                assert calls == [0]
+            case "parallel":
+                assert calls[0] in (2, 3)
+            case "sequential":
+                assert calls == [1, 1, 0]
+            case "missing":
+                assert calls == [0, 1, 0]
+            case "recovery":
+                assert calls == [1, 1, 0]
+                assert "error" in results(one.conversation)[0]
+            case "single":
+                assert calls in ([1, 0], [1, 0, 1, 0])
+
+
+def test_errors_come_in_recoveries_only(many):
+    for one in many:
+        failed = [result for result in results(one.conversation) if isinstance(result, dict) and "error" in result]
+        assert len(failed) == (one.kind == "recovery")
+
+
+def test_the_second_call_of_a_chain_takes_what_the_first_returned(many):
+    for one in (one for one in many if one.kind == "sequential"):
+        first = results(one.conversation)[0]
+        record = first["ids"][0] if "ids" in first else first["id"]
+        second = [message for message in one.conversation.messages if message.calls][1].calls[0]
+        assert record in second.arguments.values()
+        asked = next(message.content for message in one.conversation.messages if message.role == "user")
+        assert record not in asked, "it cannot be known before"
+
+
+def test_an_answer_says_what_the_tool_returned(many):
+    for one in many:
+        messages = one.conversation.messages
+        for before, after in itertools.pairwise(messages):
+            if before.role == "tool" and not after.calls:
+                for result in before.results:
+                    if isinstance(result, dict) and "id" in result and "assignee" not in result:
+                        assert result["id"] in after.content
+                    if isinstance(result, int | float | str) and not isinstance(result, bool):
+                        assert str(result) in after.content
+
+
+def test_what_a_call_takes_is_said_before_it(many):
+    """Numbers and codes in arguments stand in what the model has read; nothing is to be guessed."""
+    for one in many:
+        read = ""
+        for message in one.conversation.messages:
+            for call in message.calls:
+                for value in leaves(call.arguments):
+                    if isinstance(value, str) and re.search(r"\d", value) and not re.match(r"\d{4}-\d\d-\d\d$", value):
+                        assert value in read, (value, read)
+                    elif isinstance(value, int | float) and not isinstance(value, bool) and value > 10:
+                        assert str(value) in read
+            read += said(message)
+
+
+def test_conversations_are_short(many):
+    lengths = [len(repr(one.conversation)) for one in many]
+    assert max(lengths) < 2.5 * LONGEST
+    assert Counter(len(one.tools) for one in many).keys() == {1, 2, 3, 4}
+
+
+def results(conversation: Conversation) -> list:
+    return [result for message in conversation.messages for result in message.results]
+
+
+def said(message: Message) -> str:
+    return " ".join([message.content, *map(str, message.results)])
+
+
+def leaves(value) -> list:
+    if isinstance(value, dict):
+        return [leaf for part in value.values() for leaf in leaves(part)]
+    if isinstance(value, list):
+        return [leaf for part in value for leaf in leaves(part)]
+    return [value]
