@@ -11,9 +11,10 @@ from dist_lm.tool_data.phrasing import Given
 from dist_lm.tool_data.specification import Specification, arguments_of
 from dist_lm.tool_data.values import Value, draw, quoted
 
+RICH = ("create", "search", "update")  # chosen twice as often: their arguments are of all kinds
 CONDITIONS = ("search", "count", "newest")
 OPTIONAL = 0.4  # of optional arguments are given
-COMPUTED = 0.25  # of tools are formulas and services, where the shelf has some
+COMPUTED = 0.3  # of tools are formulas and services, where the shelf has some
 
 
 @dataclass
@@ -42,7 +43,8 @@ class Scene:
         computed = [topic for topic in free if topic.family != "record"]
         records = [topic for topic in free if topic.family == "record"]
         side = computed if computed and (not records or self.rng.random() < COMPUTED) else records
-        return specification(self.rng.choice(side), self.rng.randrange(VARIANTS))
+        weights = [2 if topic.action in RICH else 1 for topic in side]
+        return specification(self.rng.choices(side, weights)[0], self.rng.randrange(VARIANTS))
 
     def add_others(self, count: int) -> None:
         """Tools that are not needed: half of them for the same thing as one that is."""

@@ -22,7 +22,7 @@ def single(scene: Scene) -> Turns:
     """One request, one call; sometimes another one after it."""
     first = scene.take()
     turns = _asked_and_done(scene, first)
-    if scene.rng.random() < 0.3:
+    if scene.rng.random() < 0.15:
         other = scene.rng.random() < 0.5 and scene.has(_about(first.thing))
         turns += _asked_and_done(scene, scene.take(_about(first.thing)) if other else first)
     return turns

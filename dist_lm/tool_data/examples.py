@@ -18,7 +18,7 @@ from dist_lm.tool_data.episodes import KINDS
 from dist_lm.tool_data.execution import World
 from dist_lm.tool_data.specification import Specification
 
-LONGEST = 900  # characters of all JSON and text: at most 500 tokens of a vocabulary of 4,096
+LONGEST = (600, 750, 900, 900)  # characters of all JSON and text, one of these: 900 are at most 510 tokens of 4,096
 OTHER_TOOLS = (0, 0, 1, 1, 1, 2, 2, 3)  # beside those that are needed
 MOST_TOOLS = 4
 SYSTEM = (
@@ -62,12 +62,13 @@ def _attempt(kind: str, shelf: int, rng: random.Random) -> Example | None:
     if len({tool.tool.name for tool in scene.tools}) < len(scene.tools):
         return None
     needed = len(scene.tools)
+    longest = rng.choice(LONGEST)
     scene.add_others(max(0, min(rng.choice(OTHER_TOOLS), MOST_TOOLS - needed)))
     if rng.random() < 0.12:
         turns = [Message("system", rng.choice(SYSTEM)), *turns]
-    while len(scene.tools) > needed and _characters(scene.tools, turns) > LONGEST:
+    while len(scene.tools) > needed and _characters(scene.tools, turns) > longest:
         scene.tools.pop()
-    if _characters(scene.tools, turns) > LONGEST:
+    if _characters(scene.tools, turns) > longest:
         return None
     rng.shuffle(scene.tools)
     conversation = Conversation(tuple(turns), tuple(tool.tool for tool in scene.tools))
