@@ -30,7 +30,7 @@ ACTIONS = (
         ("create", "add", "register", "make", "set up", "enter"),
         ("Create {a}", "Add {a}", "Register a new {the}", "Make {a} and return its id"),
         fields=(1, 4),
-        extra=("priority one_of low/normal/high", "notify flag", "note title"),
+        extra=("priority one_of low/normal/high", "notify flag", "note text"),
     ),
     Action(
         "lookup",
@@ -67,7 +67,7 @@ ACTIONS = (
         ("approve", "confirm", "accept", "sign off on"),
         ("Approve {a}", "Confirm {a}"),
         takes_id=True,
-        extra=("comment title", "approver person"),
+        extra=("comment text", "approver person"),
     ),
     Action(
         "search",
@@ -103,7 +103,7 @@ ACTIONS = (
         ("comment on", "add a note to", "annotate"),
         ("Write a comment on {a}", "Add a note to {a}"),
         takes_id=True,
-        own=("text title",),
+        own=("text text",),
         extra=("author given", "pinned flag"),
     ),
     Action(
@@ -114,7 +114,7 @@ ACTIONS = (
         ("Share {a} by email", "Send {a} to somebody"),
         takes_id=True,
         own=("email email",),
-        extra=("access one_of read/write/admin", "message title", "days few"),
+        extra=("access one_of read/write/admin", "message text", "days few"),
     ),
     Action(
         "newest",

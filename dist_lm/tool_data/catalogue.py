@@ -28,6 +28,7 @@ HINTS = {
     "email": ("an address", "where to send it"),
     "words": ("a list of words", "one or more words"),
     "title": ("free text", "a short text"),
+    "text": ("free text", "what it says"),
 }
 
 
@@ -115,7 +116,7 @@ def _record_parameters(topic: Topic, action: Action, style: str, rng: random.Ran
     found += [_parameter(text, style, rng) for text in action.own]
     fields = list(fields_of(topic.domain))
     if topic.action in ("search", "count", "newest"):  # conditions that a record either meets or does not
-        fields = [field for field in fields if field[1] not in ("address", "size", "words", "people", "title")]
+        fields = [field for field in fields if field[1] not in ("address", "size", "words", "people", "title", "text")]
     count = min(len(fields), rng.randint(*action.fields)) if action.fields[1] else 0
     picked = rng.sample(fields, count)
     inside = ""

@@ -16,15 +16,21 @@ from dist_lm.tool_data.phrasing import Given, describe, instruction, piece, requ
 from dist_lm.tool_data.specification import Specification
 
 Turns = list[Message]
+ROUND = 4  # turns of a request that takes one call
+FURTHER_ROUNDS = (0, 0, 1, 1, 2, 3)
 
 
 def single(scene: Scene) -> Turns:
-    """One request, one call; sometimes another one after it."""
+    """Requests that take one call each: a schema is dear in tokens, so it mostly serves for more than one."""
+    rng = scene.rng
     first = scene.take()
     turns = _asked_and_done(scene, first)
-    if scene.rng.random() < 0.15:
-        other = scene.rng.random() < 0.5 and scene.has(_about(first.thing))
-        turns += _asked_and_done(scene, scene.take(_about(first.thing)) if other else first)
+    for _ in range(rng.choice(FURTHER_ROUNDS)):
+        if rng.random() < 0.4 and len(scene.tools) < 2 and scene.has(_about(first.thing)):
+            tool = scene.take(_about(first.thing))
+        else:
+            tool = rng.choice(scene.tools)
+        turns += _asked_and_done(scene, tool)
     return turns
 
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.tool_data.catalogue import SHELVES, group_of
 from dist_lm.tool_data.choice import Scene
-from dist_lm.tool_data.episodes import KINDS
+from dist_lm.tool_data.episodes import KINDS, ROUND
 from dist_lm.tool_data.execution import World
 from dist_lm.tool_data.specification import Specification
 
-LONGEST = (600, 750, 900, 900)  # characters of all JSON and text, one of these: 900 are at most 510 tokens of 4,096
-OTHER_TOOLS = (0, 0, 1, 1, 1, 2, 2, 3)  # beside those that are needed
+LONGEST = (650, 800, 900, 900)  # characters of all JSON and text, one of these: 900 are at most 510 tokens of 4,096
+OTHER_TOOLS = (0, 1, 1, 1, 2, 2, 3)  # beside those that are needed
 MOST_TOOLS = 4
 SYSTEM = (
     "You are a helpful assistant.",
@@ -62,14 +62,18 @@ def _attempt(kind: str, shelf: int, rng: random.Random) -> Example | None:
     if len({tool.tool.name for tool in scene.tools}) < len(scene.tools):
         return None
     needed = len(scene.tools)
-    longest = rng.choice(LONGEST)
     scene.add_others(max(0, min(rng.choice(OTHER_TOOLS), MOST_TOOLS - needed)))
     if rng.random() < 0.12:
         turns = [Message("system", rng.choice(SYSTEM)), *turns]
-    while len(scene.tools) > needed and _characters(scene.tools, turns) > longest:
-        scene.tools.pop()
-    if _characters(scene.tools, turns) > longest:
-        return None
+    longest = rng.choice(LONGEST)
+    while _characters(scene.tools, turns) > longest:
+        rounds = [turn.role for turn in turns].count("user") if kind == "single" else 1
+        if rounds > 1 and (len(scene.tools) == needed or rng.random() < 0.8):
+            turns = turns[:-ROUND]
+        elif len(scene.tools) > needed:
+            scene.tools.pop()
+        else:
+            return None
     rng.shuffle(scene.tools)
     conversation = Conversation(tuple(turns), tuple(tool.tool for tool in scene.tools))
     return Example(conversation, kind, group_of(shelf), tuple(scene.tools))

@@ -274,8 +274,8 @@ FORMULAS = (
         ("birth year year", "on year year?"),
         lambda a: a.get("on year", 2031) - a["birth year"],
     ),
-    Formula("word count", "text", "the number of words of a text", ("text title",), lambda a: len(a["text"].split())),
-    Formula("uppercase", "text", "a text in capital letters", ("text title",), lambda a: a["text"].upper()),
+    Formula("word count", "text", "the number of words of a text", ("text text",), lambda a: len(a["text"].split())),
+    Formula("uppercase", "text", "a text in capital letters", ("text text",), lambda a: a["text"].upper()),
     Formula("reversed text", "text", "a text backwards", ("text word",), lambda a: a["text"][::-1]),
     Formula(
         "slug",
@@ -295,7 +295,7 @@ FORMULAS = (
         "letter count",
         "text",
         "the number of letters of a text",
-        ("text title", "ignore spaces flag?"),
+        ("text text", "ignore spaces flag?"),
         lambda a: len(a["text"].replace(" ", "") if a.get("ignore spaces") else a["text"]),
     ),
     Formula(

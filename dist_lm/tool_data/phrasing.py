@@ -40,6 +40,7 @@ NEAR = {  # how a kind is said without the argument's name, where no other argum
     "language": ("in {}",),
     "company": ("for {}", "at {}"),
     "title": (": {}", "with the text {}"),
+    "text": (": {}", "saying {}"),
     "path": ("at {}",),
     "host": ("on {}",),
     "url": ("at {}",),

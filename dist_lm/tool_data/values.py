@@ -82,6 +82,12 @@ def phrase(rng: random.Random) -> str:
     )
 
 
+def sentence(rng: random.Random) -> str:
+    """Some words of free text, such as a note; no grammar, so only what was said can be repeated."""
+    pools = [words("noun"), words("adjective"), words("verb"), words("noun"), words("city"), words("given")]
+    return " ".join(rng.choice(rng.choice(pools)) for _ in range(rng.randint(3, 9)))
+
+
 def code(rng: random.Random) -> str:
     """The number of a record, such as `AB-4821`."""
     letters = "".join(rng.choice(CODE_LETTERS) for _ in range(rng.randint(1, 3)))
@@ -119,6 +125,12 @@ def _product(rng: random.Random) -> Value:
 def _title(rng: random.Random) -> Value:
     text = phrase(rng)
     text = text.capitalize() if rng.random() < 0.4 else text
+    return Value(text, quoted(text, rng))
+
+
+def _text(rng: random.Random) -> Value:
+    text = sentence(rng) if rng.random() < 0.7 else phrase(rng)
+    text = _upper(text) + rng.choice(["", ".", "!"]) if rng.random() < 0.3 else text
     return Value(text, quoted(text, rng))
 
 
@@ -247,34 +259,39 @@ def _flag(rng: random.Random) -> Value:
     return Value(value, "yes" if value else "no")
 
 
+def _upper(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
 def _same(text: str) -> Value:
     return Value(text, text)
 
 
-_TEXT: dict[str, Json] = {"type": "string"}
+_STRING: dict[str, Json] = {"type": "string"}
 _WHOLE: dict[str, Json] = {"type": "integer"}
 _NUMBER: dict[str, Json] = {"type": "number"}
 _KINDS: dict[str, tuple[dict[str, Json], Draw]] = {
-    "person": (_TEXT, _person),
-    "given": (_TEXT, _given),
-    "city": (_TEXT, _city),
-    "country": (_TEXT, _from_list("country")),
-    "language": (_TEXT, _from_list("language")),
-    "company": (_TEXT, _company),
-    "product": (_TEXT, _product),
-    "title": (_TEXT, _title),
-    "word": (_TEXT, _word),
-    "code": (_TEXT, _code),
-    "email": (_TEXT, _email),
-    "handle": (_TEXT, _handle),
-    "host": (_TEXT, _host),
-    "url": (_TEXT, _url),
-    "path": (_TEXT, _path),
-    "phone": (_TEXT, _phone),
-    "version": (_TEXT, _version),
+    "person": (_STRING, _person),
+    "given": (_STRING, _given),
+    "city": (_STRING, _city),
+    "country": (_STRING, _from_list("country")),
+    "language": (_STRING, _from_list("language")),
+    "company": (_STRING, _company),
+    "product": (_STRING, _product),
+    "title": (_STRING, _title),
+    "text": (_STRING, _text),
+    "word": (_STRING, _word),
+    "code": (_STRING, _code),
+    "email": (_STRING, _email),
+    "handle": (_STRING, _handle),
+    "host": (_STRING, _host),
+    "url": (_STRING, _url),
+    "path": (_STRING, _path),
+    "phone": (_STRING, _phone),
+    "version": (_STRING, _version),
     "date": ({"type": "string", "format": "date"}, _date),
-    "record": (_TEXT, _code),
-    "clock": (_TEXT, _clock),
+    "record": (_STRING, _code),
+    "clock": (_STRING, _clock),
     "few": (_WHOLE, _in_range(1, 12)),
     "amount": (_WHOLE, _in_range(2, 5000)),
     "minutes": (_WHOLE, lambda rng: _integer(1, 48, rng) if rng.random() < 0.3 else _integer(10, 240, rng)),

@@ -71,7 +71,7 @@ def test_every_kind_has_its_turns(many):
                 assert calls == [1, 1, 0]
                 assert "error" in results(one.conversation)[0]
             case "single":
-                assert calls in ([1, 0], [1, 0, 1, 0])
+                assert calls == [1, 0] * (len(calls) // 2)
 
 
 def test_errors_come_in_recoveries_only(many):
