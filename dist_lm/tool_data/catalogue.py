@@ -11,7 +11,8 @@ from functools import cache
 
 from dist_lm.chat.messages import Json, Tool
 from dist_lm.tool_data.actions import ACTIONS, BY_KEY, Action
-from dist_lm.tool_data.formulas import FORMULAS, VERBS, Formula
+from dist_lm.tool_data.formula import VERBS, Formula
+from dist_lm.tool_data.formulas import FORMULAS
 from dist_lm.tool_data.naming import STYLE_WEIGHTS, STYLES, argument_name, article, plural, tool_name
 from dist_lm.tool_data.specification import Parameter, Specification, schema_with
 from dist_lm.tool_data.words import domains

@@ -4,7 +4,7 @@ import random
 
 from dist_lm.tool_data.actions import BY_KEY
 from dist_lm.tool_data.catalogue import formula_of
-from dist_lm.tool_data.formulas import VERBS
+from dist_lm.tool_data.formula import VERBS
 from dist_lm.tool_data.naming import article, plural
 from dist_lm.tool_data.specification import Parameter, Specification
 from dist_lm.tool_data.values import Value, plural_kind
