@@ -4,6 +4,7 @@ Dimensions: B sequences, T tokens.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,9 +14,16 @@ from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.order import DocumentSlice
 
 
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one sequence is made of."""
+
+    corpus: MappedCorpus
+    slices: Sequence[DocumentSlice]  # its inputs and last target: at most `seq_len + 1` tokens in all
+
+
 def assemble(
-    corpus: MappedCorpus,
-    rows: Sequence[Sequence[DocumentSlice]],
+    rows: Sequence[Row],
     numbers: Sequence[int],
     *,
     seq_len: int,
@@ -25,19 +33,18 @@ def assemble(
 ) -> Batch:
     """One `Batch` of `len(rows)` sequences.
 
-    `rows`: for each sequence the slices of its inputs and last target, `seq_len + 1` tokens in all. A shorter
-    row is filled with `pad_id`, in a document of its own, and what is filled counts for no loss. `numbers`:
-    the global sequence numbers. A target counts by the loss mask of the corpus; the first token of the next
-    document counts too.
+    A row shorter than `seq_len + 1` tokens is filled with `pad_id`, in a document of its own, and what is filled counts
+    for no loss. `numbers`: the global sequence numbers. A target counts by the loss mask of its corpus; the
+    end-of-text that opens the next document counts in a corpus without one.
     """
     shape = (len(rows), seq_len + 1)
     tokens = np.full(shape, pad_id, np.int64)
     learned = np.zeros(shape, np.float32)
     document = np.zeros(shape, np.int64)
     position = np.tile(np.arange(seq_len + 1), (len(rows), 1))
-    for b, slices in enumerate(rows):
-        begin = 0
-        for d, (number, start, stop) in enumerate(slices):
+    for b, row in enumerate(rows):
+        corpus, begin = row.corpus, 0
+        for d, (number, start, stop) in enumerate(row.slices):
             end = begin + stop - start
             tokens[b, begin:end] = corpus.tokens(number, start, stop)
             learned[b, begin:end] = corpus.mask(number, start, stop) if corpus.has_mask else 1
@@ -47,7 +54,7 @@ def assemble(
                 position[b, begin:end] -= begin
             begin = end
         if document_mask:
-            document[b, begin:] = len(slices)
+            document[b, begin:] = len(row.slices)
     return Batch(
         tokens_BT=_tensor(tokens[:, :-1]),
         targets_BT=_tensor(tokens[:, 1:]),

@@ -1,8 +1,8 @@
-"""Held-out documents in their own order, with the language of every target.
+"""Held-out documents in an order that is always the same, with the language of every target.
 
-The row of documents is closed into a ring: the target of the very last token is the end-of-text that opens
-the first document. So a corpus of N tokens has N targets, each counted once: for every document its text and
-the end-of-text that closes it.
+Conversations are packed whole (`data.packing`). The documents of text are laid end to end in their own order, and that
+row is closed into a ring: the target of the very last token is the end-of-text that opens the first document. So a
+corpus of N tokens has N targets, each counted once: for every document its text and the end-of-text that closes it.
 
 Dimensions: B sequences, T tokens.
 """
@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dist_lm.data.assemble import assemble
+from dist_lm.data.assemble import Row, assemble
 from dist_lm.data.batch import Batch
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.order import Concatenation, DocumentSlice
+from dist_lm.data.packing import Packing
+from dist_lm.data.sequences import packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,22 @@ class EvaluationBatch:
 
     batch: Batch
     language_BT: torch.Tensor  # int64; index into `corpus.languages` of the target's document; -1: not counted
+
+
+class Ring:
+    """The documents of a corpus end to end, in their own order, and closed."""
+
+    def __init__(self, corpus: MappedCorpus, seq_len: int) -> None:
+        self._row = Concatenation(corpus.lengths, np.arange(corpus.n_documents))
+        self._seq_len = seq_len
+        self.n_rows = -(-corpus.n_tokens // seq_len)
+
+    def sequence(self, row: int) -> list[DocumentSlice]:
+        """The inputs of a sequence and its last target: fewer than `seq_len + 1` tokens at the corpus's end."""
+        begin = row * self._seq_len
+        end = begin + self._seq_len + 1
+        slices = self._row.slices(begin, min(end, self._row.n_tokens))
+        return [*slices, DocumentSlice(0, 0, 1)] if end > self._row.n_tokens else slices
 
 
 @dataclass(frozen=True)
@@ -37,7 +55,7 @@ class EvaluationBatches:
     """
 
     corpus: MappedCorpus
-    row: Concatenation  # the documents in their own order
+    rows: Ring | Packing
     sequences: np.ndarray  # numbers of those to evaluate, over all ranks
     bytes_by_language: dict[str, float]  # UTF-8 bytes that their counted targets stand for, over all ranks
     seq_len: int
@@ -58,10 +76,9 @@ class EvaluationBatches:
 
     def _batch(self, numbers: list[int]) -> EvaluationBatch:
         padding = self.micro_batch - len(numbers)
-        rows = [_slices(self.row, number, self.seq_len) for number in numbers] + [[]] * padding
+        rows = [self.rows.sequence(number) for number in numbers] + [[]] * padding
         batch = assemble(
-            self.corpus,
-            rows,
+            [Row(self.corpus, slices) for slices in rows],
             numbers + [-1] * padding,
             seq_len=self.seq_len,
             document_mask=self.document_mask,
@@ -92,16 +109,18 @@ def evaluation_batches(
     reset_positions: bool = True,
     pad_id: int = 0,
 ) -> EvaluationBatches:
-    """Every token of the split as a target once, or `limit_sequences` evenly spread sequences (0: all)."""
+    """Every token of the split as a target once, or `limit_sequences` evenly spread sequences (0: all).
+
+    Of conversations it is every token that is learned, but for those longer than a sequence, which are left out.
+    """
     assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
-    row = Concatenation(corpus.lengths, np.arange(corpus.n_documents))
-    n_sequences = -(-corpus.n_tokens // seq_len)
-    sequences = spread(n_sequences, limit_sequences)
-    if len(sequences) == n_sequences and not corpus.has_mask:
+    rows = packed(corpus, seq_len) if corpus.has_mask else Ring(corpus, seq_len)
+    sequences = spread(rows.n_rows, limit_sequences)
+    if len(sequences) == rows.n_rows and not corpus.has_mask:
         counted = _by_language(corpus, corpus.lengths)
     else:
         counted = sum(
-            (_counted_targets(corpus, _slices(row, sequence, seq_len)) for sequence in sequences.tolist()),
+            (_counted_targets(corpus, rows.sequence(sequence)) for sequence in sequences.tolist()),
             np.zeros(len(corpus.languages)),
         )
     # Exact when every target counts, because the targets are then the tokens; else an estimate from the bytes
@@ -109,7 +128,7 @@ def evaluation_batches(
     n_bytes = _by_language(corpus, corpus.n_bytes) * (counted / _by_language(corpus, corpus.lengths))
     return EvaluationBatches(
         corpus=corpus,
-        row=row,
+        rows=rows,
         sequences=sequences,
         bytes_by_language=dict(zip(corpus.languages, n_bytes.tolist(), strict=True)),
         seq_len=seq_len,
@@ -125,14 +144,6 @@ def evaluation_batches(
 def spread(n: int, limit: int) -> np.ndarray:
     """`limit` of the numbers 0 .. n-1 at even distances; all of them if `limit` is 0 or not less than n."""
     return np.arange(n) if limit == 0 or limit >= n else np.arange(limit) * n // limit
-
-
-def _slices(row: Concatenation, sequence: int, seq_len: int) -> list[DocumentSlice]:
-    """The inputs of a sequence and its last target: fewer than `seq_len + 1` tokens at the corpus's end."""
-    begin = sequence * seq_len
-    end = begin + seq_len + 1
-    slices = row.slices(begin, min(end, row.n_tokens))
-    return [*slices, DocumentSlice(0, 0, 1)] if end > row.n_tokens else slices
 
 
 def _counted_targets(corpus: MappedCorpus, slices: list[DocumentSlice]) -> np.ndarray:

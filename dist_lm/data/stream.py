@@ -5,7 +5,7 @@ data-parallel rank its contiguous part, so the integer is enough to go on at any
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +14,12 @@ from typing import Self
 
 import torch
 
-from dist_lm.data.assemble import assemble
+from dist_lm.data.assemble import Row, assemble
 from dist_lm.data.batch import Batch
 from dist_lm.data.mapped import MappedCorpus
-from dist_lm.data.order import DocumentSlice, EpochOrder, sequences_an_epoch
-from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.data.mix import Mix
+from dist_lm.data.sequences import CorpusSequences
+from dist_lm.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +50,25 @@ class SequenceStream(Iterator[StepData]):
         position: int = 0,
         document_mask: bool = True,
         reset_positions: bool = True,
+        pad_id: int = 0,
+        mix: Mapping[MappedCorpus, float] | None = None,
         pin_memory: bool = False,
         prefetch: int = 2,
     ) -> None:
-        """`prefetch`: steps prepared ahead. Raises `ConfigError` for a batch that does not divide over the
-        ranks, `ArtefactError` for a corpus shorter than a sequence.
+        """`mix`: other corpora with their shares of all sequences (`data.mix`). `prefetch`: steps prepared ahead.
+
+        Raises `ConfigError` for a batch that does not divide over the ranks, `ArtefactError` for a corpus that fills no
+        sequence.
         """
-        self.n_sequences = sequences_an_epoch(corpus.n_tokens, seq_len)  # an epoch
-        if self.n_sequences == 0:
-            raise ArtefactError(
-                f"corpus {corpus.directory} has {corpus.n_tokens} {corpus.split} tokens, but one sequence of "
-                f"stage.seq_len={seq_len} takes {seq_len + 1}: shorten stage.seq_len or add text"
-            )
-        self._corpus = corpus
-        self._seed, self._seq_len = seed, seq_len
+        shares = mix or {}
+        self.corpora = [CorpusSequences(one, seed, seq_len) for one in (corpus, *shares)]  # the stage's own first
+        self.n_sequences = self.corpora[0].n_sequences  # an epoch
+        self._mix = Mix(list(shares.values()), seed)
+        self._seq_len, self._pad_id = seq_len, pad_id
         self._global_batch = global_batch
         self._cuts = rank_cuts(global_batch, micro_batch, dp_rank, dp_size)
         self._document_mask, self._reset_positions = document_mask, reset_positions
         self._pin_memory = pin_memory
-        self._orders: dict[int, EpochOrder] = {}  # of the epochs in the step at hand
         self._next_position = position  # of the next step to prepare
         self._steps: deque[Future[StepData]] = deque()
         # Pinning belongs to a CUDA device, and the current one is a setting of the thread.
@@ -102,28 +103,25 @@ class SequenceStream(Iterator[StepData]):
         self._next_position += self._global_batch
 
     def _step(self, position: int) -> StepData:
-        first_epoch = position // self.n_sequences
-        self._orders = {epoch: order for epoch, order in self._orders.items() if epoch >= first_epoch}
         micro_batches = []
         for cut in self._cuts:
             numbers = [position + offset for offset in cut]
             batch = assemble(
-                self._corpus,
-                [self._sequence(number) for number in numbers],
+                [self._row(number) for number in numbers],
                 numbers,
                 seq_len=self._seq_len,
                 document_mask=self._document_mask,
                 reset_positions=self._reset_positions,
+                pad_id=self._pad_id,
             )
             micro_batches.append(batch.pin_memory() if self._pin_memory else batch)
         return StepData(position + self._global_batch, micro_batches)
 
-    def _sequence(self, number: int) -> list[DocumentSlice]:
-        """The document slices of global sequence `number`."""
-        epoch, i = divmod(number, self.n_sequences)
-        if epoch not in self._orders:
-            self._orders[epoch] = EpochOrder(self._corpus.lengths, self._seed, epoch, self._seq_len)
-        return self._orders[epoch].sequence(i)
+    def _row(self, number: int) -> Row:
+        """Global sequence `number`."""
+        which, own_number = self._mix.place(number)
+        sequences = self.corpora[which]
+        return Row(sequences.corpus, sequences.slices(own_number))
 
 
 def rank_cuts(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> list[range]:

@@ -133,6 +133,24 @@ def test_spread(n: int, limit: int) -> None:
     assert all(0 <= i < n for i in found)
 
 
+@pytest.mark.parametrize("dp_size", [1, 2, 5])
+def test_conversations_are_whole_and_their_learned_tokens_count_once(masked: MappedCorpus, dp_size: int) -> None:
+    expected: Counter[tuple[str, int]] = Counter()
+    for document in documents(LENGTHS, masked=True):
+        if len(document.tokens) <= T + 1:
+            mask = np.ones(len(document.tokens)) if document.loss_mask is None else document.loss_mask
+            for token, learned in zip(document.tokens[1:].tolist(), mask[1:], strict=True):
+                expected[document.language, token] += int(learned)
+    batches = all_ranks(masked, dp_size)
+    found = counted(masked, batches)
+    found = Counter({pair: n for pair, n in found.items() if pair[1] != EOT})  # of those without a mask
+    assert found == +expected
+    for evaluation in batches:
+        starts = torch.diff(evaluation.batch.document_BT, dim=1, prepend=torch.full((3, 1), -1)) > 0
+        opened = evaluation.batch.tokens_BT[starts]
+        assert torch.isin(opened, torch.tensor([EOT, PAD])).all()  # none goes on from the sequence before
+
+
 def test_flags_are_those_of_training(plain: MappedCorpus) -> None:
     batches = all_ranks(plain, 1, document_mask=False, reset_positions=False)
     assert not any(evaluation.batch.document_BT.any() for evaluation in batches)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from dist_lm.data.batch import Batch
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.order import EpochOrder
+from dist_lm.data.packing import PackedEpoch, Packing
 from dist_lm.data.stream import SequenceStream, StepData, rank_cuts
 from dist_lm.errors import ArtefactError, ConfigError
 from tests.data.synthetic_corpus import EOT, corpus, documents, lengths
@@ -70,19 +72,27 @@ def test_an_epoch_delivers_every_token(plain: MappedCorpus) -> None:
 
 @pytest.mark.parametrize("name", ["plain", "masked"])
 def test_fields_agree_with_the_documents(name: str, request: pytest.FixtureRequest) -> None:
+    """Text is cut, conversations are whole, with padding behind them."""
     mapped = request.getfixturevalue(name)
     made = documents(LENGTHS, masked=name == "masked")
-    batch = joined(take(mapped, 2))
-    order = EpochOrder(mapped.lengths, SETTINGS["seed"], 0, T)
+    if name == "plain":
+        order = EpochOrder(mapped.lengths, SETTINGS["seed"], 0, T)
+    else:
+        order = PackedEpoch(Packing(mapped.lengths, T), SETTINGS["seed"], 0)
+    batch = joined(take(mapped, 1, global_batch=order.n_sequences, pad_id=9))
     for b, number in enumerate(batch.sequence_B.tolist()):
         parts = order.sequence(number)
         row = np.concatenate([made[d].tokens[start:stop] for d, start, stop in parts])
+        filled = T + 1 - len(row)
+        row = np.concatenate([row, np.full(filled, 9)])
         masks = [np.ones(len(d.tokens), np.uint8) if d.loss_mask is None else d.loss_mask for d in made]
         learned = np.concatenate([masks[d][start:stop] for d, start, stop in parts])
+        learned = np.concatenate([learned, np.zeros(filled)])
         assert batch.tokens_BT[b].tolist() == row[:-1].tolist()
         assert batch.targets_BT[b].tolist() == row[1:].tolist()
         assert batch.loss_mask_BT[b].tolist() == learned[1:].tolist()
-        place = [(d, t) for d, (_, start, stop) in enumerate(parts) for t in range(stop - start)][:-1]
+        place = [(d, t) for d, (_, start, stop) in enumerate(parts) for t in range(stop - start)]
+        place = [*place, *((len(parts), T + 1 - filled + t) for t in range(filled))][:-1]
         assert list(zip(batch.document_BT[b].tolist(), batch.position_BT[b].tolist(), strict=True)) == place
     assert (batch.loss_mask_BT.mean() < 1) == (name == "masked")
     assert batch.loss_mask_BT.dtype == torch.float32
@@ -196,6 +206,36 @@ def test_steps_are_prepared_ahead_but_not_without_bound(plain: MappedCorpus) -> 
         assert len(stream._steps) == 3
         assert next(stream).position == 12
         assert len(stream._steps) == 3
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> MappedCorpus:
+    """Conversations, every one shorter than a sequence."""
+    return corpus(tmp_path_factory.mktemp("chat"), lengths(60, T + 1), masked=True)
+
+
+@pytest.mark.parametrize(("dp_size", "micro_batch"), [(1, 12), (2, 2), (3, 4), (12, 1)])
+def test_a_mix_is_the_same_at_any_cut_and_resumes_from_the_integer(chat, plain, masked, dp_size, micro_batch) -> None:
+    mix = {plain: 0.3, masked: 0.11}
+    whole = take(chat, 20, mix=mix)
+    settings: dict[str, Any] = {"mix": mix, "dp_size": dp_size, "micro_batch": micro_batch}
+    later = [take(chat, 12, position=whole[7].position, dp_rank=rank, **settings) for rank in range(dp_size)]
+    for step, expected in enumerate(whole[8:]):
+        assert_same(joined([rank[step] for rank in later]), joined([expected]))
+
+
+def test_sequences_of_a_mix_are_those_of_each_corpus_alone(chat, plain) -> None:
+    mixed = joined(take(chat, 1, global_batch=200, micro_batch=50, mix={plain: 0.3}))
+    alone = {
+        name: {tuple(row) for row in joined(take(one, 1, global_batch=n, micro_batch=n)).tokens_BT.tolist()}
+        for name, one, n in (("chat", chat, 140), ("plain", plain, 60))
+    }
+    assert mixed.sequence_B.tolist() == list(range(200))
+    found = Counter(
+        "chat" if row in alone["chat"] else "plain" if row in alone["plain"] else "neither"
+        for row in map(tuple, mixed.tokens_BT.tolist())
+    )
+    assert found == {"chat": 140, "plain": 60}
 
 
 def test_a_batch_that_does_not_divide_names_what_would(plain: MappedCorpus) -> None:
