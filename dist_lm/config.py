@@ -174,6 +174,8 @@ class StageConfig:
 
     name: str = MISSING
     corpus: str = ""  # name under work/corpora that it streams
+    mix: dict[str, float] | None = field(default_factory=dict)  # share of the sequences from other corpora, by name
+    corpora: list[str] | None = None  # shards: the corpora to build; null: all
     init_from: str = "auto"  # auto (the stage before) | none | a checkpoint or run directory
     steps: int = 1000  # optimizer steps
     seq_len: int = 256  # tokens
@@ -197,6 +199,7 @@ class StageConfig:
     checkpoint_async: bool = True  # write checkpoints beside training, from a copy in host memory, one at a time
     keep_checkpoints: int = 3  # newest ones kept; BEST is always kept
     eval_every: int = 500  # steps; 0: only at the end
+    eval_at_start: bool = False  # evaluate before the first step too, with all of val
     eval_sequences: int = 256  # val sequences in an evaluation on the way; 0: all. The last one always takes all
     log_every: int = 1  # steps
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -217,17 +220,27 @@ class StageConfig:
         require(self.adam_eps > 0, "stage.adam_eps", self.adam_eps, "a positive number")
         require(self.grad_clip >= 0, "stage.grad_clip", self.grad_clip, ">= 0 (0 is off)")
         require(self.weight_decay >= 0, "stage.weight_decay", self.weight_decay, ">= 0")
+        self.check_mix()
+
+    def check_mix(self) -> None:
+        """Refuse shares that are none, or leave nothing to the stage's own corpus."""
+        for name, share in (self.mix or {}).items():
+            accepted = "above 0 and below 1, in whole per cent, such as 0.15"
+            whole = 0 < share < 1 and abs(share * 100 - round(share * 100)) < 1e-9
+            require(whole, f"stage.mix.{name}", share, accepted)
+        total = sum((self.mix or {}).values())
+        require(round(total, 9) < 1, "stage.mix", f"{total:g} in all", "below 1, so that stage.corpus has a share")
 
 
 @dataclass
 class SourceConfig:
     """Where documents of one language come from."""
 
-    reader: str = MISSING  # english | python | bash | sql (read on this machine) | hub
-    language: str = MISSING  # english | python | bash | sql
+    reader: str = MISSING  # english | python | bash | sql | tools (made on this machine) | hub | hub_tools
+    language: str = MISSING  # english | python | bash | sql | tools
     licence: str = ""
     limit: int = 0  # documents; 0: all
-    dataset: str = ""  # hub: dataset id, or a local folder or file with the same columns
+    dataset: str = ""  # hub, hub_tools: dataset id, or a local folder or file with the same columns
     revision: str = "main"  # hub
     subset: str | None = None  # hub: configuration name of the data set
     data_dir: str | None = None  # hub: folder inside the data set
@@ -354,6 +367,17 @@ class Config:
             self.stage.corpus,
             f"one of the corpora of corpus={self.corpus.name}: {', '.join(self.corpus.corpora)}",
         )
+        own = self.stage.corpus
+        others = [name for name in self.corpus.corpora if own and name != own]
+        for name in self.stage.mix or {}:
+            require(
+                name in others,
+                "stage.mix",
+                name,
+                f"corpora of corpus={self.corpus.name} beside stage.corpus={own}: {', '.join(others)}",
+            )
+        for name in self.stage.corpora or []:
+            require(name in self.corpus.corpora, "stage.corpora", name, f"some of {', '.join(self.corpus.corpora)}")
         require(
             self.stage.seq_len <= self.model.max_seq_len,
             "stage.seq_len",

@@ -1,4 +1,4 @@
-"""A text with where it comes from, before and after tokenizing: what the rooms hand to each other."""
+"""A text or a conversation with where it comes from, before and after tokenizing: what the rooms hand to each other."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,19 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text. `group` decides the split: documents cut from one file share it, so none leaks from train to val."""
+    """One text, or one conversation.
 
-    text: str
-    language: str
+    `group` decides the split: documents cut from one file share it, so none leaks from train to val. A source that
+    knows better what belongs together names the split itself.
+    """
+
+    text: str  # of a conversation its JSON (`chat.documents`)
+    language: str  # of a conversation its kind
     source: str  # path or data set id and row
     licence: str
     group: str  # hexadecimal hash
+    is_conversation: bool = False
+    split: str | None = None  # train | val; None: by `group`
 
 
 @dataclass(frozen=True, slots=True)

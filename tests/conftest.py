@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 
 from dist_lm import durable
+from dist_lm.chat.documents import encode_document, write_conversation
+from dist_lm.chat.messages import Call, Conversation, Message, Tool
 from dist_lm.config import TokenizerConfig
 from dist_lm.data.manifest import write_manifest
 from dist_lm.data.shard_writer import ShardWriter
 from dist_lm.document import Document
 from dist_lm.launcher.compose import compose_config
 from dist_lm.run_directory import WorkDirectory
-from dist_lm.stages.artefact import digest, text_fingerprint
+from dist_lm.stages.artefact import corpus_fingerprint, digest, text_fingerprint
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tokenizer.train import train_tokenizer
 
@@ -54,9 +56,25 @@ def texts(language: str, count: int) -> list[Document]:
     ]
 
 
+def conversations(count: int) -> list[Document]:
+    """Distinct requests, most with a call and its result, some without; the same at every call."""
+    made = []
+    for i in range(count):
+        question, call = Message("user", f"{i} in {'kg' if i % 2 else 'g'}" * (1 + i % 3)), Call("to", {"x": i})
+        answered = (question, Message("assistant", calls=(call,)), Message("tool", results=(i * 2,)))
+        turns = (question,) if i % 3 == 0 else answered
+        conversation = Conversation(
+            (*turns, Message("assistant", f"It is {i}")), (Tool("to", "d", {}),) if len(turns) > 1 else ()
+        )
+        text = write_conversation(conversation)
+        kind = "tools_single" if len(turns) > 1 else "tools_none"
+        made.append(Document(text, kind, f"tools:{i}", "none", f"{i:064x}", is_conversation=True))
+    return made
+
+
 @pytest.fixture(scope="session")
 def tiny_work(tmp_path_factory: pytest.TempPathFactory) -> WorkDirectory:
-    """work/tokenizer (512 pieces) and work/corpora/{language,code}: do not write to it, copy it."""
+    """work/tokenizer (512 pieces) and work/corpora/{language,code,tools}: do not write to it, copy it."""
     work = WorkDirectory(tmp_path_factory.mktemp("tiny") / "work")
     work.tokenizer.mkdir(parents=True)
     corpora = {
@@ -66,8 +84,10 @@ def tiny_work(tmp_path_factory: pytest.TempPathFactory) -> WorkDirectory:
     everything = [document.text for documents in corpora.values() for document in documents]
     train_tokenizer(everything, work.tokenizer_model, TokenizerConfig(vocab_size=VOCAB_SIZE))
     tokenizer = Tokenizer.load(work.tokenizer_model)
-    fingerprint = digest(text_fingerprint(compose_config(["stage=code", *TINY])))
+    config = compose_config(["stage=code", *TINY])
+    fingerprint = digest(text_fingerprint(config))
     durable.write_json(work.tokenizer_report, {"vocab_size": VOCAB_SIZE, "bytes_per_token": 2.0, "text": fingerprint})
+    corpora["tools"] = conversations(300)
     for name, documents in corpora.items():
         directory = work.corpus(name)
         directory.mkdir(parents=True)
@@ -77,11 +97,11 @@ def tiny_work(tmp_path_factory: pytest.TempPathFactory) -> WorkDirectory:
         ):
             with ShardWriter(directory, split, documents_per_member=64, shard_tokens=10_000) as writer:
                 for document in part:
-                    writer.write(tokenizer.encode_document(document))
+                    writer.write(encode_document(tokenizer, document))
         write_manifest(
             directory,
             tokenizer_sha256=durable.sha256_of(work.tokenizer_model),
-            corpus_fingerprint=fingerprint,
+            corpus_fingerprint=digest(corpus_fingerprint(config, name)),
             ingest={},
         )
     return work

@@ -3,6 +3,9 @@
 A document is in val because of the hash of its group, never because of its place or of the seed. So every
 corpus puts a text on the same side, and one that grows keeps its sides. A val document that can mostly be
 read in train documents of any corpus of this machine is dropped.
+
+A corpus holds texts, or conversations. Those are all made from the same few forms, so sharing words says nothing: their
+sources keep apart what val asks for, and may name the split of a document themselves.
 """
 
 from collections import Counter
@@ -13,7 +16,7 @@ from typing import Any
 
 from dist_lm.config import CorpusConfig, SourceConfig
 from dist_lm.data.overlap import seen_texts
-from dist_lm.data.sources import READERS
+from dist_lm.data.sources import CONVERSATION_READERS, READERS
 from dist_lm.data.sources.candidate import Candidate, Rejected, text_hash
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
@@ -35,6 +38,7 @@ class LanguageReport:
     unreadable: int = 0  # the file may not be read
     unparsable: int = 0  # a Python file whose docstrings cannot be found
     invalid_sql: int = 0  # generated, but refused by the SQLite of this machine
+    invalid_calls: int = 0  # a row of a data set that makes no conversation
     documents: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
     bytes: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})  # UTF-8
 
@@ -71,15 +75,15 @@ class IngestReport:
 
 @dataclass(frozen=True)
 class LocalText:
-    """Everything that the sources on this machine gave, for all corpora at once."""
+    """Everything that the sources of text on this machine gave, for all corpora at once."""
 
     candidates: dict[str, list[Candidate]]  # by the `repr` of their source
     leaked: set[str]  # hashes of texts that would be val while train documents hold most of them
 
     @classmethod
     def read(cls, config: CorpusConfig, seed: int) -> "LocalText":
-        """Read every source of every corpus once, but not those of the hub: they are streamed."""
-        sources = [source for name in config.corpora for source in corpus_sources(config, name)]
+        """Read every source of every corpus of texts once, but not those of the hub: they are streamed."""
+        sources = [source for name in text_corpora(config) for source in corpus_sources(config, name)]
         local = {repr(source): source for source in sources if source.reader != "hub"}
         candidates = {key: list(READERS[source.reader](source, seed)) for key, source in local.items()}
         sides: dict[str, list[str]] = {"train": [], "val": []}
@@ -140,7 +144,23 @@ def corpus_sources(config: CorpusConfig, corpus_name: str) -> list[SourceConfig]
             raise ConfigError(
                 f"corpus {corpus_name}: reader={source.reader}: expected one of {', '.join(sorted(READERS))}"
             )
+    kinds = {source.reader in CONVERSATION_READERS for source in sources}
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"corpus {corpus_name}: readers {', '.join(source.reader for source in sources)} give texts and "
+            f"conversations: put those of {' and '.join(sorted(CONVERSATION_READERS))} into a corpus of their own"
+        )
     return list(sources)
+
+
+def holds_conversations(config: CorpusConfig, corpus_name: str) -> bool:
+    """Whether a corpus is made of conversations; else of texts."""
+    return corpus_sources(config, corpus_name)[0].reader in CONVERSATION_READERS
+
+
+def text_corpora(config: CorpusConfig) -> list[str]:
+    """The names of the corpora that are made of texts: what the tokenizer is trained on."""
+    return [name for name in config.corpora if not holds_conversations(config, name)]
 
 
 def split_of(group: str, val_fraction: float) -> str:
@@ -168,7 +188,7 @@ def _accept(
     if key in texts:
         report.reject(language, candidate.source, "duplicate")
         return None
-    split = split_of(candidate.group, config.val_fraction)
+    split = candidate.split or split_of(candidate.group, config.val_fraction)
     if split == "val" and name in leaked:
         report.reject(language, candidate.source, "overlapping")
         return None
@@ -179,6 +199,11 @@ def _accept(
 
 def _nothing(config: CorpusConfig, corpus_name: str, source: SourceConfig) -> str:
     """Why a source without documents stops the run, and the way out."""
+    if source.reader == "hub_tools":
+        return (
+            f"corpus {corpus_name}: no row of dataset={source.dataset} makes a conversation: check dataset and split "
+            f"in conf/corpus/{config.name}.yaml"
+        )
     if source.reader == "hub":
         return (
             f"corpus {corpus_name}: no document in column={source.column} of dataset={source.dataset}: check "

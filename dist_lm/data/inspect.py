@@ -169,4 +169,6 @@ def _print_samples(directory: Path, tokenizer_sha256: str, console: Console) -> 
         length = int(corpus.lengths[document])
         tokens = corpus.tokens(document, 1, min(length, 1 + SAMPLE_TOKENS))  # without the end-of-text that opens it
         console.print(Rule(Text(f"{language}: {length:,} tokens"), align="left"))
-        console.print(Text(tokenizer.decode(tokens.tolist()) + (" ..." if length > 1 + SAMPLE_TOKENS else "")))
+        marks = corpus.has_mask  # of a conversation: special tokens, which are no text
+        text = "".join(tokenizer.pieces(tokens)) if marks else tokenizer.decode(tokens.tolist())
+        console.print(Text(text + (" ..." if length > 1 + SAMPLE_TOKENS else "")))

@@ -39,6 +39,15 @@ class Packing:
         room = self.n_rows * (self.seq_len + 1)
         return 1 - int(self.lengths[self.documents].sum()) / room if room else 0.0
 
+    def report(self) -> dict[str, float]:
+        """`{sequences, padding, documents, left_out}`, ready for JSON."""
+        return {
+            "sequences": self.n_rows,
+            "padding": self.padding,
+            "documents": len(self.documents),
+            "left_out": self.n_left_out,
+        }
+
     def sequence(self, row: int) -> list[DocumentSlice]:
         """Row `row` in the order that nothing shuffled, for evaluation: rows with the longest documents first."""
         return self.slices(self._in_rows, row)

@@ -52,7 +52,7 @@ def packed(corpus: MappedCorpus, seq_len: int) -> Packing:
     packing = Packing(corpus.lengths, seq_len)
     if packing.n_rows == 0:
         raise ArtefactError(
-            f"corpus {corpus.directory}: all of its {corpus.n_documents:,} {corpus.split} conversations are longer than "
+            f"corpus {corpus.directory}: all {corpus.n_documents:,} {corpus.split} conversations are longer than "
             f"stage.seq_len={seq_len}: raise it (the shortest takes {int(corpus.lengths.min()) - 1})"
         )
     return packing

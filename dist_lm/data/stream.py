@@ -77,6 +77,12 @@ class SequenceStream(Iterator[StepData]):
         for _ in range(max(1, prefetch)):
             self._prepare_next()
 
+    @property
+    def packing(self) -> dict[str, float] | None:
+        """How the stage's own corpus is packed; None for text."""
+        packing = self.corpora[0].packing
+        return packing.report() if packing else None
+
     def __next__(self) -> StepData:
         if not self._steps:
             raise StopIteration  # closed

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dist_lm.config import Config
+from dist_lm.config import Config, CorpusConfig
+from dist_lm.data.corpus import holds_conversations, text_corpora
+
+DRAWN = ("sql", "tools")  # readers whose documents depend on the seed
 
 
 @dataclass(frozen=True)
@@ -17,11 +20,24 @@ class Artefact:
 
 
 def text_fingerprint(config: Config) -> dict[str, Any]:
-    """What the documents depend on: recorded beside artefacts, compared before they are used again."""
-    corpus = asdict(config.corpus)
+    """What the texts of all corpora depend on: recorded beside artefacts, compared before they are used again.
+
+    All together, because a text of one corpus keeps another out of the val split of the next.
+    """
+    return _fingerprint(config, text_corpora(config.corpus))
+
+
+def corpus_fingerprint(config: Config, name: str) -> dict[str, Any]:
+    """What the documents of one corpus depend on. Conversations stand for themselves."""
+    return _fingerprint(config, [name]) if holds_conversations(config.corpus, name) else text_fingerprint(config)
+
+
+def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
+    chosen: CorpusConfig = replace(config.corpus, corpora={name: config.corpus.corpora[name] for name in names})
+    corpus = asdict(chosen)
     for key in ("documents_per_member", "shard_tokens"):
         corpus.pop(key)
-    drawn = any(source.reader == "sql" for sources in config.corpus.corpora.values() for source in sources)
+    drawn = any(source.reader in DRAWN for sources in chosen.corpora.values() for source in sources)
     return {"seed": config.seed if drawn else None, "corpus": corpus}
 
 

@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dist_lm import durable
+from dist_lm.chat.documents import encode_document
 from dist_lm.config import SPLITS, Config
-from dist_lm.data.corpus import IngestReport, LocalText, read_corpus
+from dist_lm.data.corpus import IngestReport, LocalText, holds_conversations, read_corpus
 from dist_lm.data.manifest import read_manifest, write_manifest
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.shard_writer import ShardWriter
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
 from dist_lm.run_directory import WorkDirectory
-from dist_lm.stages.artefact import Artefact, digest, text_fingerprint
+from dist_lm.stages.artefact import Artefact, corpus_fingerprint, digest
 from dist_lm.tokenizer.encode import encode_documents
 from dist_lm.tracking.console import Console
 
@@ -28,23 +29,30 @@ def inspect(config: Config) -> Artefact:
         ArtefactError: a corpus was made from another text, or with another tokenizer than work/tokenizer.
     """
     work = WorkDirectory(Path(config.work_dir))
-    names = ", ".join(config.corpus.corpora)
+    names = wanted_corpora(config)
     missing = missing_corpora(config)
     damaged = [name for name in missing if work.corpus_manifest(name).exists()]
-    for name in config.corpus.corpora:
-        if name not in missing:
-            check_corpus(config, name)
+    there = [name for name in names if name not in missing]
+    for name in there:
+        check_corpus(config, name)
     if missing:
-        return Artefact(False, f"corpora {names}" + (f" ({', '.join(damaged)} damaged)" if damaged else ""))
-    manifests = [read_manifest(work.corpus(name)) for name in config.corpus.corpora]
+        notes = [f"{', '.join(part)} {word}" for part, word in ((there, "there"), (damaged, "damaged")) if part]
+        return Artefact(False, f"corpora {', '.join(missing)}" + (f" ({'; '.join(notes)})" if notes else ""))
+    manifests = [read_manifest(work.corpus(name)) for name in names]
     tokens = sum(manifest.splits["train"].counts.tokens for manifest in manifests)
-    return Artefact(True, f"corpora {names}: {tokens:,} training tokens")
+    return Artefact(True, f"corpora {', '.join(names)}: {tokens:,} training tokens")
+
+
+def wanted_corpora(config: Config) -> list[str]:
+    """Those of `stage.corpora`, else all that are configured."""
+    chosen = config.stage.corpora
+    return [name for name in config.corpus.corpora if chosen is None or name in chosen]
 
 
 def missing_corpora(config: Config) -> list[str]:
-    """The corpora that are not there, or damaged: all that is needed to build them again is."""
+    """The wanted corpora that are not there, or damaged: all that is needed to build them again is."""
     work = WorkDirectory(Path(config.work_dir))
-    return [name for name in config.corpus.corpora if not is_whole(work.corpus(name))]
+    return [name for name in wanted_corpora(config) if not is_whole(work.corpus(name))]
 
 
 def is_whole(directory: Path) -> bool:
@@ -68,7 +76,7 @@ def check_corpus(config: Config, name: str) -> None:
     """
     work = WorkDirectory(Path(config.work_dir))
     manifest = read_manifest(work.corpus(name))
-    if manifest.corpus_fingerprint != digest(text_fingerprint(config)):
+    if manifest.corpus_fingerprint != digest(corpus_fingerprint(config, name)):
         raise ArtefactError(
             f"{work.corpus(name)} was made from another text than corpus={config.corpus.name} seed={config.seed}: "
             "use another work_dir, or remove that folder to build it again"
@@ -82,9 +90,11 @@ def check_corpus(config: Config, name: str) -> None:
 
 
 def build(config: Config, console: Console) -> None:
-    """Tokenize every corpus that is not there or damaged."""
-    local = LocalText.read(config.corpus, config.seed)
-    for name in missing_corpora(config):
+    """Tokenize every wanted corpus that is not there or damaged."""
+    missing = missing_corpora(config)
+    texts = not all(holds_conversations(config.corpus, name) for name in missing)
+    local = LocalText.read(config.corpus, config.seed) if texts else LocalText({}, set())
+    for name in missing:
         build_corpus(config, name, local, console)
 
 
@@ -106,7 +116,7 @@ def build_corpus(config: Config, name: str, local: LocalText, console: Console) 
     def writer(split: str) -> ShardWriter:
         return ShardWriter(directory, split, config.corpus.documents_per_member, config.corpus.shard_tokens)
 
-    encoded = encode_documents(work.tokenizer_model, documents(), config.tokenizer.workers)
+    encoded = encode_documents(work.tokenizer_model, documents(), config.tokenizer.workers, encode_document)
     with (
         writer("train") as train,
         writer("val") as val,
@@ -119,6 +129,6 @@ def build_corpus(config: Config, name: str, local: LocalText, console: Console) 
     write_manifest(
         directory,
         tokenizer_sha256=durable.sha256_of(work.tokenizer_model),
-        corpus_fingerprint=digest(text_fingerprint(config)),
+        corpus_fingerprint=digest(corpus_fingerprint(config, name)),
         ingest=report.as_dict(),
     )

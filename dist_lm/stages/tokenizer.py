@@ -1,4 +1,4 @@
-"""Stage `tokenizer`: reads the train split of every corpus, leaves work/tokenizer/{tokenizer.model,report.json}."""
+"""Stage `tokenizer`: reads the train split of all texts, leaves work/tokenizer/{tokenizer.model,report.json}."""
 
 import json
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dist_lm import durable
 from dist_lm.config import Config
-from dist_lm.data.corpus import IngestReport, LocalText, read_corpus
+from dist_lm.data.corpus import IngestReport, LocalText, read_corpus, text_corpora
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
 from dist_lm.run_directory import WorkDirectory
@@ -59,8 +59,8 @@ def build(config: Config, console: Console) -> None:
 
 
 def train_documents(config: Config) -> Iterator[Document]:
-    """The train split of every corpus, one after the other."""
+    """The train split of every corpus of texts, one after the other."""
     local = LocalText.read(config.corpus, config.seed)
-    for name in config.corpus.corpora:
+    for name in text_corpora(config.corpus):
         documents = read_corpus(config.corpus, name, config.seed, IngestReport(), local)
         yield from (document for split, document in documents if split == "train")

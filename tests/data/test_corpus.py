@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from dist_lm.config import CorpusConfig, SourceConfig
-from dist_lm.data.corpus import IngestReport, LocalText, read_corpus, split_of
+from dist_lm.data.corpus import IngestReport, LocalText, read_corpus, split_of, text_corpora
 from dist_lm.data.overlap import seen_texts
 from dist_lm.data.sources.bash import read_bash, shell_files
 from dist_lm.data.sources.candidate import Candidate, Rejected, read_file_document, text_hash
@@ -42,8 +43,9 @@ def config_of(*sources: SourceConfig, val_fraction: float = 0.3, max_document_by
 
 @pytest.fixture(scope="module")
 def machine() -> tuple[Corpora, dict[str, IngestReport]]:
-    """Everything that `conf/corpus/local.yaml` finds here."""
+    """Every text that `conf/corpus/local.yaml` finds here."""
     config = local_config()
+    config = replace(config, corpora={name: config.corpora[name] for name in text_corpora(config)})
     local = LocalText.read(config, seed=0)
     reports = {name: IngestReport() for name in config.corpora}
     return {name: list(read_corpus(config, name, 0, reports[name], local)) for name in config.corpora}, reports

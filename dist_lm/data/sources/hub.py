@@ -158,10 +158,10 @@ def _candidate(row: Row, source: SourceConfig, name: str) -> Candidate:
         group = text_hash(text)
     except UnicodeEncodeError:  # a lone surrogate out of JSON
         return Rejected(source.language, name, "invalid_utf8")
-    return Document(text, source.language, name, _licence(row, source), group)
+    return Document(text, source.language, name, licence_of(row, source), group)
 
 
-def _licence(row: Row, source: SourceConfig) -> str:
+def licence_of(row: Row, source: SourceConfig) -> str:
     """The licence of a row where the data set has a column for it, else that of the source."""
     licence = row.get(source.licence_column) or source.licence
     return ", ".join(map(str, licence)) if isinstance(licence, list) else str(licence)

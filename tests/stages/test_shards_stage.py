@@ -1,0 +1,88 @@
+"""Stage shards: conversations with their mask, and nothing built that is there."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dist_lm.chat.documents import read_conversation
+from dist_lm.chat.template import parse, render
+from dist_lm.config import SPLITS, Config, SourceConfig
+from dist_lm.data.corpus import IngestReport, read_corpus
+from dist_lm.data.manifest import read_manifest
+from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.sources import READERS
+from dist_lm.document import Document
+from dist_lm.errors import ConfigError
+from dist_lm.launcher.compose import compose_config
+from dist_lm.run_directory import WorkDirectory
+from dist_lm.stages import shards
+from dist_lm.stages.artefact import corpus_fingerprint, text_fingerprint
+from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tracking.console import Console
+from tests.conftest import TINY, conversations
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> list[Document]:
+    """What reader=tools gives: every fifth for val, by its own word."""
+    made = [replace(one, split="train" if i % 5 else "val") for i, one in enumerate(conversations(50))]
+
+    def read(source: SourceConfig, seed: int) -> Iterator[Document]:
+        yield from made
+
+    monkeypatch.setitem(READERS, "tools", read)
+    return made
+
+
+def config_for(work: WorkDirectory, *overrides: str) -> Config:
+    return compose_config(["stage=shards", *TINY, "tokenizer.workers=1", f"work_dir={work.path}", *overrides])
+
+
+def test_conversations_come_back_with_their_mask_in_the_split_that_the_source_says(work, few):
+    shutil.rmtree(work.corpus("tools"))
+    shards.build(config_for(work), Console())
+    tokenizer = Tokenizer.load(work.tokenizer_model)
+    for split in SPLITS:
+        corpus = MappedCorpus.open(work.corpus("tools"), split)
+        expected = [read_conversation(document.text) for document in few if document.split == split]
+        assert corpus.n_documents == len(expected)
+        for document, conversation in enumerate(expected):
+            whole = (document, 0, int(corpus.lengths[document]))
+            assert parse(corpus.tokens(*whole).tolist(), tokenizer) == conversation
+            assert np.array_equal(corpus.mask(*whole), render(conversation, tokenizer).loss_mask)
+
+
+def test_only_what_is_missing_is_built(work, few):
+    shutil.rmtree(work.corpus("tools"))
+    config = config_for(work)
+    assert shards.inspect(config).detail == "corpora tools (language, code there)"
+    before = {name: read_manifest(work.corpus(name)) for name in ("language", "code")}
+    stamps = {path: path.stat().st_mtime_ns for path in work.path.rglob("*") if path.is_file()}
+    shards.build(config, Console())
+    assert shards.inspect(config).ready
+    assert {name: read_manifest(work.corpus(name)) for name in before} == before
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+
+
+def test_corpora_that_are_not_asked_for_may_be_missing(work):
+    shutil.rmtree(work.corpus("tools"))
+    assert shards.inspect(config_for(work, "stage.corpora=[code]")).ready
+
+
+def test_conversations_change_nothing_about_the_texts_beside_them(work):
+    config = config_for(work)
+    without = replace(config, corpus=replace(config.corpus, corpora=dict(list(config.corpus.corpora.items())[:2])))
+    assert "tools" not in without.corpus.corpora
+    assert text_fingerprint(config) == text_fingerprint(without)
+    assert corpus_fingerprint(config, "code") == text_fingerprint(config) != corpus_fingerprint(config, "tools")
+    assert corpus_fingerprint(replace(config, seed=3), "tools") != corpus_fingerprint(config, "tools")
+
+
+def test_a_corpus_of_texts_and_conversations_is_refused(work):
+    config = config_for(work).corpus
+    mixed = replace(config, corpora={"both": [config.corpora["tools"][0], config.corpora["language"][0]]})
+    with pytest.raises(ConfigError, match="corpus both: readers tools, english give texts and conversations"):
+        next(read_corpus(mixed, "both", 0, IngestReport()))
