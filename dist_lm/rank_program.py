@@ -4,33 +4,27 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 
 from dist_lm import durable
-from dist_lm.config import SPLITS, Config
+from dist_lm.config import Config
 from dist_lm.config_file import load_config
-from dist_lm.data.evaluation_batches import evaluation_batches
 from dist_lm.data.gzip_baseline import gzip_bits_per_byte
-from dist_lm.data.manifest import read_manifest
 from dist_lm.data.mapped import MappedCorpus
-from dist_lm.data.stream import SequenceStream
 from dist_lm.errors import ArtefactError
 from dist_lm.model.size import flops_per_token, parameter_count
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import check_batch, resolve_layout
 from dist_lm.parallel.link_speed import measure_all_reduce
-from dist_lm.parallel.mesh import World, build_mesh, data_mesh, process_group
+from dist_lm.parallel.mesh import World, build_mesh, process_group
 from dist_lm.parallel.sharding import build_model, compute_dtype
 from dist_lm.parallel.values import unsharded_copy
+from dist_lm.rank_data import check_corpora, evaluator, open_stream
 from dist_lm.run_directory import RunDirectory
 from dist_lm.run_lock import OWN_JOB_S, locked
 from dist_lm.stages.registry import training_stage
@@ -38,14 +32,12 @@ from dist_lm.stages.training_stage import Closing
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.metrics import MetricsWriter, read_metrics
 from dist_lm.training import checkpoint, checkpoint_files
-from dist_lm.training.evaluation import loss_metrics, summed_losses
 from dist_lm.training.hardware import matmul_flops
 from dist_lm.training.heartbeat import Heartbeat, Phase
-from dist_lm.training.objective import LossModel
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
 from dist_lm.training.stop import StopRequest
-from dist_lm.training.trainer import Evaluate, Trainer
+from dist_lm.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -77,10 +69,11 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             )
             durable.write_json(run.links, asdict(links))
         tokenizer = Tokenizer.load(run.work.tokenizer_model)
-        check_corpus(run, config, tokenizer, world)
+        check_corpora(run, config, tokenizer, world)
         model = build_model(config.model, config.parallel, mesh, world.device, config.seed)
         optimizer = build_optimizer(model, config.stage)
         state = restore(run, config, world, model, optimizer)
+        stream = stack.enter_context(open_stream(run, config, mesh, world, tokenizer, state))
         trainer = Trainer(
             config=config,
             world=world,
@@ -88,7 +81,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             model=model,
             optimizer=optimizer,
             objective=training_stage(config.stage.name).objective(config),
-            stream=stack.enter_context(open_stream(run, config, mesh, world, state)),
+            stream=stream,
             evaluate=evaluator(run, config, mesh, world, tokenizer),
             checkpoints=run.checkpoints,
             metrics=open_metrics(run, world, state),
@@ -109,22 +102,9 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             found = training_stage(config.stage.name).close(closing)
             if metrics:
                 metrics.write(state.step, found)
-                write_result(run, config, tokenizer, state, time.time() - started)
+                write_result(run, config, tokenizer, state, stream.packing, time.time() - started)
             del copy, closing
         del model
-
-
-def check_corpus(run: RunDirectory, config: Config, tokenizer: Tokenizer, world: World) -> None:
-    """Refuse shards that were written with another tokenizer (collective).
-
-    The first rank opens the corpus before the others, so that an index that has to be rebuilt is rebuilt once.
-    """
-    directory = run.work.corpus(config.stage.corpus)
-    read_manifest(directory).require_tokenizer(tokenizer.sha256, directory)
-    if world.is_first:
-        for split in SPLITS:
-            MappedCorpus.open(directory, split)
-    dist.barrier()
 
 
 def restore(
@@ -142,48 +122,6 @@ def restore(
     return TrainState()
 
 
-def open_stream(run: RunDirectory, config: Config, mesh: DeviceMesh, world: World, state: TrainState) -> SequenceStream:
-    """The training sequences of this rank, from the state's position on."""
-    stage, ranks = config.stage, data_mesh(mesh)
-    return SequenceStream(
-        MappedCorpus.open(run.work.corpus(stage.corpus), "train"),
-        seed=config.seed,
-        seq_len=stage.seq_len,
-        global_batch=stage.global_batch,
-        micro_batch=stage.micro_batch,
-        dp_rank=ranks.get_local_rank(),
-        dp_size=ranks.size(),
-        position=state.position,
-        document_mask=stage.document_mask,
-        reset_positions=stage.reset_positions,
-        pin_memory=world.device.type == "cuda",
-    )
-
-
-def evaluator(run: RunDirectory, config: Config, mesh: DeviceMesh, world: World, tokenizer: Tokenizer) -> Evaluate:
-    """Loss and bits per byte on the val split of the stage's corpus."""
-    stage, ranks = config.stage, data_mesh(mesh)
-    corpus = MappedCorpus.open(run.work.corpus(stage.corpus), "val")
-    group: ProcessGroup = ranks.get_group()
-
-    def evaluate(model: LossModel, everything: bool, alive: Callable[[], None]) -> dict[str, float]:
-        batches = evaluation_batches(
-            corpus,
-            seq_len=stage.seq_len,
-            micro_batch=stage.micro_batch,
-            dp_rank=ranks.get_local_rank(),
-            dp_size=ranks.size(),
-            limit_sequences=0 if everything else stage.eval_sequences,
-            document_mask=stage.document_mask,
-            reset_positions=stage.reset_positions,
-            pad_id=tokenizer.pad_id,
-        )
-        sums = summed_losses(model, batches, len(corpus.languages), world.device, group, alive)
-        return loss_metrics(sums.tolist(), corpus.languages, batches.bytes_by_language)
-
-    return evaluate
-
-
 def open_metrics(run: RunDirectory, world: World, state: TrainState) -> MetricsWriter | None:
     """The metrics file, on the first rank; what an attempt wrote after its last checkpoint is taken back."""
     if not world.is_first:
@@ -193,16 +131,23 @@ def open_metrics(run: RunDirectory, world: World, state: TrainState) -> MetricsW
     return writer
 
 
-def write_result(run: RunDirectory, config: Config, tokenizer: Tokenizer, state: TrainState, seconds: float) -> None:
+def write_result(
+    run: RunDirectory,
+    config: Config,
+    tokenizer: Tokenizer,
+    state: TrainState,
+    packing: dict[str, float] | None,
+    seconds: float,
+) -> None:
     """The success marker: what came out, beside what gzip makes of the same held-out documents.
+
+    Args:
+        packing: of the training conversations, if it was those.
 
     Raises:
         ArtefactError: the metrics file does not hold the last evaluation, or it is not finite.
     """
-    metrics = {}
-    for line in read_metrics(run.metrics):
-        if line["step"] == state.step:
-            metrics |= {key: value for key, value in line.items() if key not in ("step", "time")}
+    metrics = metrics_of_step(run, state.step)
     loss = metrics.get("val/loss")
     if loss is None or not math.isfinite(loss):
         raise ArtefactError(f"{run.metrics}: val/loss of the last step {state.step} is {loss}, expected a number")
@@ -212,7 +157,7 @@ def write_result(run: RunDirectory, config: Config, tokenizer: Tokenizer, state:
             corpus.languages[corpus.language_codes[document]],
             tokenizer.decode(corpus.tokens(document, 1, int(corpus.lengths[document])).tolist()).encode(),
         )
-        for document in range(corpus.n_documents)
+        for document in range(0 if corpus.has_mask else corpus.n_documents)  # gzip has no mask to go by
     )
     latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
     durable.write_json(
@@ -228,7 +173,18 @@ def write_result(run: RunDirectory, config: Config, tokenizer: Tokenizer, state:
             "seconds": seconds,
             "checkpoint": latest.name if latest else None,
             "metrics": metrics,
+            "before": metrics_of_step(run, 0),
+            "packing": packing,
             "gzip_bits_per_byte": gzip_bits_per_byte(texts),
             "state": asdict(state),
         },
     )
+
+
+def metrics_of_step(run: RunDirectory, step: int) -> dict[str, float | None]:
+    """All metrics of one step; none where nothing was written then."""
+    metrics = {}
+    for line in read_metrics(run.metrics):
+        if line["step"] == step:
+            metrics |= {key: value for key, value in line.items() if key not in ("step", "time")}
+    return metrics

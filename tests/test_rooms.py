@@ -13,7 +13,7 @@ PACKAGE = Path(dist_lm.__file__).parent
 ROOMS = (
     ("launch", "__main__", "bench"),
     ("launcher",),
-    ("train", "rank_program", "dry_run"),
+    ("train", "rank_program", "rank_data", "dry_run"),
     ("cluster",),
     ("stages",),
     ("rlhf",),

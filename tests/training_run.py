@@ -25,7 +25,6 @@ STEPS = 20
 DEADLINE_S = 120
 SETTINGS = (
     *TINY,
-    "stage=language",
     f"stage.steps={STEPS}",
     "stage.global_batch=8",
     "stage.micro_batch=2",
@@ -76,9 +75,9 @@ def write_untrained(work: WorkDirectory, stage: str, seed: int) -> RunDirectory:
     return run
 
 
-def prepare(work: WorkDirectory, run_id: str, *overrides: str) -> RunDirectory:
-    config = compose_config([*SETTINGS, f"work_dir={work.path}", f"run_id={run_id}", *overrides])
-    run = work.run("language", run_id)
+def prepare(work: WorkDirectory, run_id: str, *overrides: str, stage: str = "language") -> RunDirectory:
+    config = compose_config([f"stage={stage}", *SETTINGS, f"work_dir={work.path}", f"run_id={run_id}", *overrides])
+    run = work.run(stage, run_id)
     run.create()
     save_config(config, run.config)
     return run

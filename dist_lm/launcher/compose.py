@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -63,7 +63,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
     register_schema(stage)
     try:
         with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-            composed = compose("config", overrides=list(overrides))
+            composed = compose("config", overrides=[_for_hydra(override, schema) for override in parsed])
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_in_one_line(error, parsed, schema)) from error
@@ -144,6 +144,15 @@ def _check_exists(override: Override, schema: type[Config]) -> None:
         raise ConfigError(
             f"{value}: expected {key}.KEY=value with KEY one of {', '.join(f.name for f in fields(node))}"
         )
+
+
+def _for_hydra(override: Override, schema: type[Config]) -> str:
+    """An override as Hydra takes it: a mapping, whose keys are the user's own, may get new ones."""
+    node: Any = schema
+    for part in override.key_or_group.split("."):
+        node = get_type_hints(node).get(part) if is_dataclass(node) else node
+    is_mapping = any(get_origin(option) is dict for option in (node, *get_args(node)))
+    return f"++{override.input_line}" if is_mapping else str(override.input_line)
 
 
 def _in_one_line(error: Exception, overrides: Sequence[Override], schema: type[Config]) -> str:

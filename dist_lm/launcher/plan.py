@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -48,6 +48,7 @@ FREE_KEYS = (
     "stage.max_sequences",
 )
 # what answers depend on
+SHARDS = "shards"
 GENERATION_KEYS = ("seed", "model.", "stage.", "parallel.compute_dtype")
 
 
@@ -93,10 +94,13 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
     # a start that was given makes the stage before unnecessary
     start_given = STAGES[target].trains and compose(target).stage.init_from != "auto"
     needed = in_order(target, without=STAGES[target].starts_from if start_given else None)
+    configs = {name: compose(name) for name in needed}
+    if target != SHARDS and SHARDS in configs:
+        configs[SHARDS] = for_stages(configs[SHARDS], list(configs.values()))
     rebuilt: set[str] = set()
     planned = []
-    for name in needed:
-        stage = _look_at(STAGES[name], compose(name), rebuilt, is_target=name == target)
+    for name, config in configs.items():
+        stage = _look_at(STAGES[name], config, rebuilt, is_target=name == target)
         if stage.action is not Action.READY:
             rebuilt.add(name)
         planned.append(stage)
@@ -105,6 +109,12 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
         commands = ", then ".join(f"`python -m dist_lm.launch stage={name}`" for name in missing)
         raise ConfigError(f"prerequisites=fail: stage={target} needs {', '.join(missing)} first: run {commands}")
     return Plan(tuple(planned))
+
+
+def for_stages(shards: Config, stages: Sequence[Config]) -> Config:
+    """The configuration of stage `shards` that builds what `stages` read, and no other corpus."""
+    read = {name for config in stages for name in (config.stage.corpus, *(config.stage.mix or {})) if name}
+    return replace(shards, stage=replace(shards.stage, corpora=sorted(read)))
 
 
 def in_order(target: str, without: str | None = None) -> list[str]:

@@ -21,6 +21,7 @@ def print_summary(plan: Plan, console: Console) -> None:
     run = run_of(stage.config)
     result = json.loads(run.result.read_text())
     print_compression(result, stage, console)
+    print_before_and_after(result, console)
     print_samples(run, console)
     console.summary(f"stage={stage.info.name} is done", dict(entries(result, stage, run)))
 
@@ -42,6 +43,8 @@ def print_generation(run: RunDirectory, console: Console) -> None:
 def print_compression(result: dict, stage: PlannedStage, console: Console) -> None:
     """Bits per byte on held-out documents beside `gzip -9` of the same documents one by one."""
     baseline = result["gzip_bits_per_byte"]
+    if not baseline:
+        return
     names = ["all", *sorted(key for key in baseline if key != "all")]
     rows = []
     for name in names:
@@ -52,6 +55,23 @@ def print_compression(result: dict, stage: PlannedStage, console: Console) -> No
         ("language", "model", "gzip -9", "model against gzip"),
         rows,
     )
+
+
+def print_before_and_after(result: dict, console: Console) -> None:
+    """Loss on held-out documents before the first step and after the last, where the stage has looked."""
+    before, after = result.get("before", {}), result["metrics"]
+    names = [name for name in after if name.startswith("val/loss") and name in before]
+    if names:
+        rows = [
+            (
+                name.removeprefix("val/loss").removeprefix("_") or "all",
+                f"{before[name]:.4f}",
+                f"{after[name]:.4f}",
+                f"{(after[name] / before[name] - 1) * 100:+.1f} %",
+            )
+            for name in names
+        ]
+        console.table("loss on held-out documents", ("documents", "before", "after", "change"), rows)
 
 
 def print_samples(run: RunDirectory, console: Console) -> None:
@@ -77,6 +97,16 @@ def entries(result: dict, stage: PlannedStage, run: RunDirectory) -> list[tuple[
         ("trained", f"{result['steps']:,} steps, {result['tokens']:,} tokens on {result['ranks']} ranks"),
         ("val", f"loss {metrics['val/loss']:.4f}, {metrics['val/bits_per_byte']:.3f} bits per byte"),
     ]
+    if packing := result.get("packing"):
+        everything = packing["documents"] + packing["left_out"]
+        left_out = f", {packing['left_out']:,} of {everything:,} too long for one" if packing["left_out"] else ""
+        lines.append(
+            (
+                "packed",
+                f"{packing['documents']:,} conversations into {packing['sequences']:,} sequences, "
+                f"{packing['padding']:.1%} padding{left_out}",
+            )
+        )
     parsed = [
         f"{key.removeprefix('code/parses_')} {value:.0%}" for key, value in sorted(metrics.items()) if "parses" in key
     ]

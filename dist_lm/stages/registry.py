@@ -28,6 +28,7 @@ STAGES = {
         StageInfo("shards", trains=False, needs=("tokenizer",)),
         StageInfo("language", trains=True, needs=("shards",)),
         StageInfo("code", trains=True, needs=("shards", "language"), starts_from="language"),
+        StageInfo("tools", trains=True, needs=("shards", "code"), starts_from="code"),
         # takes the newest checkpoint there is, and trains none
         StageInfo("generate", trains=False, needs=(), generates=True, in_pipeline=False),
     )

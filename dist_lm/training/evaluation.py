@@ -53,3 +53,12 @@ def loss_metrics(
             metrics[f"val/loss_{language}"] = language_nats / language_tokens
             metrics[f"val/bits_per_byte_{language}"] = language_nats / math.log(2) / n_bytes[language]
     return metrics
+
+
+def mixed_metrics(sums: Sequence[tuple[float, float]], corpus: str, n_bytes: Mapping[str, float]) -> dict[str, float]:
+    """`val/loss_CORPUS` and `val/bits_per_byte_CORPUS` of a corpus that is mixed into a stage."""
+    nats, tokens = (sum(column) for column in zip(*sums, strict=True))
+    return {
+        f"val/loss_{corpus}": nats / tokens,
+        f"val/bits_per_byte_{corpus}": nats / math.log(2) / sum(n_bytes.values()),
+    }

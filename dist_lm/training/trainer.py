@@ -65,6 +65,10 @@ class Trainer:
             CheckpointWriteError: a checkpoint could not be written; known when the next is due, or at the end.
         """
         stage = self.config.stage
+        if stage.eval_at_start and state.step == 0:
+            line = self._evaluate(0, everything=True)
+            if self.metrics:
+                self.metrics.write(0, line)
         with self._saver() as saver:
             while state.step < stage.steps:
                 started = time.perf_counter()

@@ -30,7 +30,7 @@ def test_large_has_exactly_the_listed_numbers():
     assert (model.max_seq_len, model.vocab_size, model.d_head) == (4096, 32000, 64)
 
 
-@pytest.mark.parametrize(("stage", "lr"), [("language", 1e-4), ("code", 1e-5)], ids=["language", "code"])
+@pytest.mark.parametrize(("stage", "lr"), [("language", 1e-4), ("code", 1e-5), ("tools", 3e-6)])
 def test_the_large_stages_have_the_listed_peak_rates(stage, lr):
     config = compose_config(["model=large", f"stage={stage}"]).stage
     assert config.lr == lr
@@ -52,6 +52,13 @@ def test_the_large_stages_have_the_listed_peak_rates(stage, lr):
         ("stage.seq_len=100000", ["stage.seq_len=100000", "model.max_seq_len=512"]),
         ("cluster=ray", ["cluster.address", "host:port"]),
         ("stage.corpus=novels", ["stage.corpus=novels", "language, code"]),
+        ("stage.mix.novels=0.1", ["stage.mix", "novels"]),
+        ("stage.mix={code: 0.1}", ["stage.mix=code", "stage.corpus=code: language, tools"]),
+        ("stage.mix={language: 0}", ["stage.mix.language=0", "above 0"]),
+        ("stage.mix={language: 0.125}", ["stage.mix.language=0.125", "whole per cent"]),
+        ("stage.mix={language: 0.6, tools: 0.4}", ["stage.mix=1 in all", "below 1"]),
+        ("stage.mix={language: a lot}", ["stage.mix.language", "a lot"]),
+        ("stage.corpora=[novels]", ["stage.corpora=novels", "language, code, tools"]),
         ("+new=1", ["+new=1", "cannot be added"]),
         ("~seed", ["~seed", "cannot be added or removed"]),
         ("stage.steps=1,2", ["stage.steps=1,2", "single value"]),

@@ -1,0 +1,59 @@
+"""Stage tools: conversations packed beside text, the same numbers on any number of ranks and after a kill."""
+
+import pytest
+
+from dist_lm.run_directory import RunDirectory, WorkDirectory
+from tests.training_run import STEPS, copy_until, linked, numbers, prepare, train
+
+pytestmark = pytest.mark.cluster
+MIXED = (
+    "stage.init_from=none",
+    "stage.mix={code: 0.2, language: 0.1}",
+    "stage.seq_len=200",
+    "stage.dropout=0",
+)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """One rank, never disturbed."""
+    run = prepare(linked(tiny_work, tmp_path_factory.mktemp("reference")), "one", *MIXED, stage="tools")
+    train(run, ranks=1)
+    return run
+
+
+def test_losses_before_and_after_are_those_of_every_corpus_and_kind(reference):
+    found = numbers(reference)
+    kinds = {"val/loss", "val/loss_tools_single", "val/loss_tools_none", "val/loss_code", "val/loss_language"}
+    assert found.keys() == set(range(STEPS + 1))
+    for step in (0, 10, STEPS):
+        assert kinds <= found[step].keys()
+    for name in kinds:
+        assert found[STEPS][name] < found[0][name]
+
+
+def test_the_loss_curve_does_not_depend_on_the_layout(reference, tiny_work, tmp_path):
+    run = prepare(linked(tiny_work, tmp_path), "two", *MIXED, "stage.micro_batch=3", stage="tools")
+    train(run, ranks=2)
+    expected, found = numbers(reference), numbers(run)
+    assert found.keys() == expected.keys()
+    for step, line in expected.items():
+        for key, value in line.items():
+            assert found[step][key] == pytest.approx(value, rel=1e-5), (step, key)
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_identical(reference, tiny_work, tmp_path):
+    run = linked(tiny_work, tmp_path).run("tools", "one")
+    copy_until(reference, run, step=10)
+    train(run, ranks=1)
+    assert numbers(run) == numbers(reference)
+
+
+def test_conversations_longer_than_a_sequence_are_left_out_loudly(tiny_work, tmp_path):
+    settings = (*MIXED, "stage.seq_len=60", "stage.steps=1", "stage.checkpoint_every=0")
+    run = prepare(linked(tiny_work, tmp_path), "short", *settings, stage="tools")
+    packing = train(run, ranks=1)["packing"]
+    assert packing["left_out"] > 0 < packing["documents"]
+    assert 0 < packing["padding"] < 0.5
+    assert "conversations" in run.warnings.read_text()
+    assert "are longer than stage.seq_len=60 and are left out" in run.warnings.read_text()
