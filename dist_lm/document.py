@@ -9,8 +9,8 @@ import numpy as np
 class Document:
     """One text, or one conversation.
 
-    `group` decides the split: documents cut from one file share it, so none leaks from train to val. A source that
-    knows better what belongs together names the split itself.
+    `group` decides the split: documents cut from one file share it, and conversations about one set of tools, so none
+    leaks from train to val.
     """
 
     text: str  # of a conversation its JSON (`chat.documents`)
@@ -19,7 +19,6 @@ class Document:
     licence: str
     group: str  # hexadecimal hash
     is_conversation: bool = False
-    split: str | None = None  # train | val; None: by `group`
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ A document is in val because of the hash of its group, never because of its plac
 corpus puts a text on the same side, and one that grows keeps its sides. A val document that can mostly be
 read in train documents of any corpus of this machine is dropped.
 
-A corpus holds texts, or conversations. Those are all made from the same few forms, so sharing words says nothing: their
-sources keep apart what val asks for, and may name the split of a document themselves.
+A corpus holds texts, or conversations. Those are all made from the same few forms, so sharing words says nothing: what
+keeps val apart is their group, the tools they are about.
 """
 
 from collections import Counter
@@ -188,7 +188,7 @@ def _accept(
     if key in texts:
         report.reject(language, candidate.source, "duplicate")
         return None
-    split = candidate.split or split_of(candidate.group, config.val_fraction)
+    split = split_of(candidate.group, config.val_fraction)
     if split == "val" and name in leaked:
         report.reject(language, candidate.source, "overlapping")
         return None

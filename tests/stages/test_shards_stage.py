@@ -27,8 +27,8 @@ from tests.conftest import TINY, conversations
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> list[Document]:
-    """What reader=tools gives: every fifth for val, by its own word."""
-    made = [replace(one, split="train" if i % 5 else "val") for i, one in enumerate(conversations(50))]
+    """What reader=tools gives; the group of every fifth is one of val."""
+    made = [replace(one, group=f"{1 + (i % 5 > 0) * 2**63:016x}") for i, one in enumerate(conversations(50))]
 
     def read(source: SourceConfig, seed: int) -> Iterator[Document]:
         yield from made
@@ -41,13 +41,15 @@ def config_for(work: WorkDirectory, *overrides: str) -> Config:
     return compose_config(["stage=shards", *TINY, "tokenizer.workers=1", f"work_dir={work.path}", *overrides])
 
 
-def test_conversations_come_back_with_their_mask_in_the_split_that_the_source_says(work, few):
+def test_conversations_come_back_with_their_mask_in_the_split_of_their_group(work, few):
     shutil.rmtree(work.corpus("tools"))
     shards.build(config_for(work), Console())
     tokenizer = Tokenizer.load(work.tokenizer_model)
     for split in SPLITS:
         corpus = MappedCorpus.open(work.corpus("tools"), split)
-        expected = [read_conversation(document.text) for document in few if document.split == split]
+        expected = [
+            read_conversation(document.text) for i, document in enumerate(few) if (i % 5 > 0) == (split == "train")
+        ]
         assert corpus.n_documents == len(expected)
         for document, conversation in enumerate(expected):
             whole = (document, 0, int(corpus.lengths[document]))
