@@ -1,9 +1,14 @@
 """Stage tools: conversations packed beside text, the same numbers on any number of ranks and after a kill."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from dist_lm.run_directory import RunDirectory, WorkDirectory
-from tests.training_run import STEPS, copy_until, linked, numbers, prepare, train
+from tests.conftest import TINY
+from tests.training_run import DEADLINE_S, STEPS, copy_until, linked, numbers, prepare, train
 
 pytestmark = pytest.mark.cluster
 MIXED = (
@@ -57,3 +62,30 @@ def test_conversations_longer_than_a_sequence_are_left_out_loudly(tiny_work, tmp
     assert 0 < packing["padding"] < 0.5
     assert "conversations" in run.warnings.read_text()
     assert "are longer than stage.seq_len=60 and are left out" in run.warnings.read_text()
+
+
+@pytest.mark.heavy
+def test_one_command_trains_all_stages_and_shows_what_was_forgotten(tiny_work, tmp_path):
+    work = linked(tiny_work, tmp_path)
+    prefixes = ("stage", "stages.code", "stages.language")
+    settings = [f"{prefix}.{key}" for prefix in prefixes for key in ("steps=4", "warmup_steps=1", "global_batch=4")]
+    settings += [
+        f"{prefix}.{key}" for prefix in prefixes[1:] for key in ("seq_len=32", "sampling.samples_per_prompt=0")
+    ]
+    command = ["stage=pipeline", *TINY, *settings, "stage.seq_len=200", f"work_dir={work.path}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_lm.launch", *command],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "loss on held-out documents" in done.stdout
+    rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.rstrip().endswith("%")}
+    assert {"all", "code", "language", "tools_single"} <= rows.keys()
+    result = json.loads(work.run("tools", "default").result.read_text())
+    assert result["before"].keys() >= {"val/loss", "val/loss_code", "val/loss_language"}
+    start = json.loads(work.run("code", "default").result.read_text())["metrics"]
+    # the same documents, in longer sequences
+    assert result["before"]["val/loss_code"] == pytest.approx(start["val/loss"], rel=0.2)
