@@ -11,6 +11,8 @@ from dist_lm.training.loss import next_token
 def close(closing: Closing) -> dict[str, float]:
     """`code/parses_LANGUAGE`: samples, prompt included, that their language's parser accepts."""
     samples = sample_prompts(closing)
+    if not samples:  # stage.sampling.samples_per_prompt=0
+        return {}
     verdicts = [{"parses": _parses(sample)} for sample in samples] if closing.world.is_first else [{}] * len(samples)
     dist.broadcast_object_list(verdicts)
     keep_samples(closing, samples, verdicts)

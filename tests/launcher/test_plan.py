@@ -46,6 +46,7 @@ def make_run(work, stage, *overrides, done=False, checkpoint=False):
 
 def test_every_stage_comes_after_those_it_needs():
     assert in_order("code") == ["tokenizer", "shards", "language", "code"]
+    assert in_order("tools") == ["tokenizer", "shards", "language", "code", "tools"]
     assert in_order("tokenizer") == ["tokenizer"]
 
 
@@ -64,6 +65,17 @@ def test_what_is_there_is_used(work):
         "language": Action.READY,
         "code": Action.BUILD,
     }
+
+
+def test_shards_are_those_that_the_stages_read(work):
+    shutil.rmtree(work.corpus("tools"))
+    assert actions(plan_of(work))["shards"] is Action.READY
+    plan = plan_of(work, "stage.seq_len=200", target="tools")
+    assert actions(plan)["shards"] is Action.BUILD
+    assert next(stage.detail for stage in plan.stages if stage.info.name == "shards").startswith("corpora tools (")
+    assert actions(plan_of(work, target="shards"))["shards"] is Action.BUILD
+    mixed = plan_of(work, "stage.mix={tools: 0.1}")
+    assert actions(mixed)["shards"] is Action.BUILD
 
 
 def test_a_run_with_a_checkpoint_is_continued(work):
