@@ -43,6 +43,9 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> MappedCorpus:
     return corpus(tmp_path_factory.mktemp("masked"), LENGTHS, masked=True)
 
 
+THERE = [field.name for field in fields(Batch) if field.name != "branch_BT"]  # of batches of plain sequences
+
+
 def take(corpus: MappedCorpus, steps: int, **changes) -> list[StepData]:
     with SequenceStream(corpus, **SETTINGS | changes) as stream:
         return [next(stream) for _ in range(steps)]
@@ -51,12 +54,13 @@ def take(corpus: MappedCorpus, steps: int, **changes) -> list[StepData]:
 def joined(step_data: list[StepData]) -> Batch:
     """All sequences of several ranks or micro-batches as one batch."""
     batches = [batch for data in step_data for batch in data.micro_batches]
-    return Batch(**{f.name: torch.cat([getattr(batch, f.name) for batch in batches]) for f in fields(Batch)})
+    return Batch(**{name: torch.cat([getattr(batch, name) for batch in batches]) for name in THERE})
 
 
 def assert_same(one: Batch, other: Batch) -> None:
-    for f in fields(Batch):
-        assert torch.equal(getattr(one, f.name), getattr(other, f.name)), f.name
+    assert one.branch_BT is other.branch_BT is None
+    for name in THERE:
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
 def test_an_epoch_delivers_every_token(plain: MappedCorpus) -> None:
