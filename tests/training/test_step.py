@@ -45,8 +45,8 @@ def batch_of(rows: slice) -> Batch:
     tokens = torch.randint(0, VOCAB, (8, 5), generator=generator)
     mask = (torch.rand(8, 4, generator=generator) > 0.3).float()
     zeros = torch.zeros(8, 4, dtype=torch.int64)
-    whole = Batch(tokens[:, :-1], tokens[:, 1:], mask, zeros, zeros, torch.arange(8))
-    return Batch(*(getattr(whole, name)[rows] for name in Batch.__dataclass_fields__))
+    whole = (tokens[:, :-1], tokens[:, 1:], mask, zeros, zeros, torch.arange(8))
+    return Batch(*(part[rows] for part in whole))
 
 
 def step(model, optimizer, batches, objective=None, grad_clip=1.0):
