@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 from dist_lm.cluster.ranks import local_gpus, ranks_per_node
 from dist_lm.config import Config, require
 from dist_lm.errors import ArtefactError, ConfigError, UserError
+from dist_lm.generate_config import schema_of
 from dist_lm.launcher.compose import (
     compose_config,
     conf_directory,
+    for_hydra,
     overrides_of,
     register_schema,
     target_stage,
@@ -77,7 +79,7 @@ def show_configuration(arguments: list[str]) -> None:
         check_stage_prefixes(overrides, target)
         compose_config(overrides_of(target, target, overrides))  # refuses in one line what Hydra does in several
         shown = [argument for argument in arguments if argument not in overrides] + ["--resolve"]
-        shown += overrides_of(target, target, overrides)
+        shown += for_hydra(overrides_of(target, target, overrides), schema_of(target))
     register_schema(target)
     sys.argv[1:] = shown
     hydra.main(config_path=str(conf_directory()), config_name="config", version_base="1.3")(lambda config: None)()

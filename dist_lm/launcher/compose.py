@@ -63,7 +63,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
     register_schema(stage)
     try:
         with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-            composed = compose("config", overrides=[_for_hydra(override, schema) for override in parsed])
+            composed = compose("config", overrides=for_hydra(overrides, schema))
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_in_one_line(error, parsed, schema)) from error
@@ -146,8 +146,12 @@ def _check_exists(override: Override, schema: type[Config]) -> None:
         )
 
 
+def for_hydra(overrides: Sequence[str], schema: type[Config]) -> list[str]:
+    """A command line as Hydra takes it: a mapping, whose keys are the user's own, may get new ones."""
+    return [_for_hydra(_parse(text), schema) for text in overrides]
+
+
 def _for_hydra(override: Override, schema: type[Config]) -> str:
-    """An override as Hydra takes it: a mapping, whose keys are the user's own, may get new ones."""
     node: Any = schema
     for part in override.key_or_group.split("."):
         node = get_type_hints(node).get(part) if is_dataclass(node) else node
