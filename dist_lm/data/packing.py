@@ -111,15 +111,15 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
             most = room // length
             used, left = np.split(there, [min(len(there), -(-(end - begin) // most))])
             placed = min(end - begin, most * len(used))
-            rows[begin : begin + placed] = np.tile(used, most)[:placed]
+            rows[begin : begin + placed] = np.repeat(used, most)[:placed]
             begin += placed
-            layers, more = divmod(placed, len(used))
+            full, in_last = divmod(placed, most)
             by_room[room] = []
             has_room[room] = False
             for part, free in (
                 (left, room),
-                (used[:more], room - (layers + 1) * length),
-                (used[more:], room - layers * length),
+                (used[:full], room - most * length),
+                (used[full:], room - in_last * length),
             ):
                 if len(part):
                     by_room[free].append(part)
