@@ -19,8 +19,8 @@ from dist_lm import durable
 from dist_lm.cluster.agent import STACKS_SIGNAL
 from dist_lm.cluster.heartbeat import own_heartbeat
 from dist_lm.cluster.node_facts import host_name
-from dist_lm.cluster.process import die_with_parent
 from dist_lm.errors import UserError
+from dist_lm.lifeline import die_with_parent
 from dist_lm.run_directory import RunDirectory
 from dist_lm.tracking.rank_warnings import write_warnings
 from dist_lm.training.stop import StopRequest

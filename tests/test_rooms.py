@@ -37,6 +37,7 @@ ROOMS = (
         "run_lock",
         "errors",
         "durable",
+        "lifeline",
         "__init__",
     ),
 )

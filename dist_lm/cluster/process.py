@@ -1,10 +1,9 @@
-"""Processes on one machine: found by a mark in their environment, bound to their parent's life, surely ended.
+"""Processes on one machine: found by a mark in their environment, surely ended.
 
 torchrun gives every rank a session of its own, so no process group holds them together. What an agent starts
 carries a mark in its environment instead, which children inherit and which no reparenting takes away.
 """
 
-import ctypes
 import os
 import signal
 import socket
@@ -16,22 +15,7 @@ from pathlib import Path
 import psutil
 
 MARK = "DIST_LM_GANG"  # environment variable
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 POLL_S = 0.05
-
-
-def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process (SIGKILL) when its parent ends; does nothing where that is not Linux.
-
-    Args:
-        parent: process id that started this one; if it has gone already, this process ends at once.
-    """
-    if sys.platform != "linux":
-        return
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if parent is not None and os.getppid() != parent:
-        os._exit(1)
 
 
 def marked(mark: str, variable: str = MARK) -> list[psutil.Process]:

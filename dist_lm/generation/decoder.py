@@ -8,6 +8,7 @@ Dimensions: N tokens, B sequences, D d_model, V vocabulary, H query heads, G key
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
@@ -19,11 +20,15 @@ from dist_lm.generation.flash_pages import FlashPages, FlashPlan
 from dist_lm.generation.linear import VECTOR, Linear, build_linear
 from dist_lm.generation.paged_cache import PagedCache, Piece, Plan
 from dist_lm.generation.pages import pages_for
+from dist_lm.generation.parallel_region import build_embedding, gathering, leaving
+from dist_lm.generation.shard import Share, share_of
 from dist_lm.model.feed_forward import activate
 from dist_lm.model.rope import RopeTables, rope_tables, rotate
 from dist_lm.model.size import parameter_shapes
+from dist_lm.parallel.tensor_axis import TensorAxis
 
 Norm = Callable[[torch.Tensor], torch.Tensor]
+LookUp = Callable[[str], torch.Tensor]  # a parameter by its name, on the device
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,26 @@ class _Layer:
 
 
 class Decoder:
-    """A model and its cache."""
+    """A model and its cache: a `Runner` alone, or one rank's part of a model that several share."""
 
     def __init__(
-        self, config: ModelConfig, cache: PagedCache, page_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        cache: PagedCache,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        share: Share | None = None,
+        axis: TensorAxis | None = None,
     ) -> None:
-        """Without weights; `load` gives it some."""
+        """Without weights; `load` gives it some.
+
+        Args:
+            share: what it computes; by default all.
+            axis: the ranks that compute the rest, all of them the same steps at the same time.
+        """
         self.config = config
+        self.share, self.axis = share or share_of(config), axis
         self.cache = cache
         self._page_size = page_size
         self._dtype, self._device = dtype, device
@@ -52,7 +70,7 @@ class Decoder:
         self._cos, self._sin = (table[0, :, 0] for table in tables)
         self._layers: list[_Layer] = []
         self._graphs: DecodeGraphs | None = None
-        if isinstance(cache, FlashPages) and device.type == "cuda":
+        if isinstance(cache, FlashPages) and device.type == "cuda" and axis is None:
             self._graphs = DecodeGraphs(self._decode, cache, pages_for(config.max_seq_len, page_size))
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
@@ -61,14 +79,20 @@ class Decoder:
         Raises:
             ArtefactError: names the parameter that is missing or has another shape.
         """
-        shapes = parameter_shapes(self.config)
         check_weights(self.config, {name: tuple(value.shape) for name, value in weights.items()})
-        value = {name: weights[name].detach().to(self._device, self._dtype) for name in shapes}
-        self._embedding = value["embedding.weight"].clone()
-        self._layers = [_layer(self.config, value, f"blocks.{layer}.") for layer in range(self.config.n_layers)]
-        self._final_norm = _norm(self.config, value, "final_norm")
-        head = value["embedding.weight" if self.config.tie_embeddings else "lm_head.weight"]
-        self._head = build_linear(head, None)
+        self.build(lambda name: weights[name].detach().to(self._device, self._dtype))
+
+    def build(self, look_up: LookUp) -> None:
+        """Lay out the weights of its share; each parameter is looked up once, in an order that is the model's."""
+        config, axis = self.config, self.axis
+        self._layers = []  # first: there is not always room for both
+        embedding = look_up("embedding.weight")
+        self._embed = build_embedding(embedding, self.share.pieces, axis)
+        for number in range(config.n_layers):
+            self._layers.append(_layer(config, self.share, axis, look_up, f"blocks.{number}."))
+        self._final_norm = _norm(config, look_up, "final_norm")
+        head = build_linear(embedding if config.tie_embeddings else look_up("lm_head.weight"), None)
+        self._head = gathering(head, axis, config.vocab_size) if axis else head
         if self._graphs is not None:
             self._graphs.forget()
 
@@ -110,14 +134,43 @@ class Decoder:
 
         return self._logits(self._hidden(token_B, plan.position_B, attend))
 
+    def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> Plan:
+        """See `Runner`."""
+        return self.cache.plan(pages, positions)
+
+    def copy_page(self, source: int, target: int) -> None:
+        """See `Runner`."""
+        self.cache.copy_page(source, target)
+
+    def clear(self, pages: Sequence[int]) -> None:
+        """See `Runner`."""
+        self.cache.clear(pages)
+
+    def save(self, pages: Sequence[int]) -> Any:
+        """See `Runner`."""
+        return self.cache.save(pages)
+
+    def restore(self, pages: Sequence[int], content: Any) -> None:
+        """See `Runner`."""
+        self.cache.restore(pages, content)
+
+    def forget(self, content: Any) -> None:
+        """See `Runner`."""
+
+    def check(self) -> None:
+        """See `Runner`."""
+
+    def close(self) -> None:
+        """See `Runner`."""
+
     def _hidden(self, token_N: torch.Tensor, position_N: torch.Tensor, attend: Callable[..., torch.Tensor]):
-        config = self.config
+        config, share = self.config, self.share
         rope: RopeTables = (self._cos[position_N][:, None], self._sin[position_N][:, None])
-        x_ND = F.embedding(token_N, self._embedding)
+        x_ND = self._embed(token_N)
         for number, layer in enumerate(self._layers):
             heads_NHK = layer.heads(layer.attention_norm(x_ND)).unflatten(-1, (-1, config.d_head))
-            turned_NHK, value_NGK = heads_NHK.split([config.n_heads + config.kv_heads, config.kv_heads], dim=1)
-            q_NHK, key_NGK = rotate(turned_NHK, rope).split([config.n_heads, config.kv_heads], dim=1)
+            turned_NHK, value_NGK = heads_NHK.split([share.n_heads + share.kv_heads, share.kv_heads], dim=1)
+            q_NHK, key_NGK = rotate(turned_NHK, rope).split([share.n_heads, share.kv_heads], dim=1)
             o_NHK = attend(number, q_NHK, key_NGK, value_NGK)
             x_ND = layer.output(o_NHK.flatten(1), x_ND)
             hidden = layer.up(layer.feed_forward_norm(x_ND))
@@ -145,20 +198,20 @@ def check_weights(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> 
             raise ArtefactError(f"weights: {name} has shape {found[name]}, expected {shape}: another model's?")
 
 
-def _norm(config: ModelConfig, value: Mapping[str, torch.Tensor], name: str) -> Norm:
-    shape, weight = (config.d_model,), value[f"{name}.weight"].clone()
+def _norm(config: ModelConfig, look_up: LookUp, name: str) -> Norm:
+    shape, weight = (config.d_model,), look_up(f"{name}.weight").clone()
     if config.norm == "rmsnorm":
         return partial(F.rms_norm, normalized_shape=shape, weight=weight, eps=config.norm_eps)
-    bias = value[f"{name}.bias"].clone() if config.bias else None
+    bias = look_up(f"{name}.bias").clone() if config.bias else None
     return partial(F.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=config.norm_eps)
 
 
-def _layer(config: ModelConfig, value: Mapping[str, torch.Tensor], prefix: str) -> _Layer:
+def _layer(config: ModelConfig, share: Share, axis: TensorAxis | None, look_up: LookUp, prefix: str) -> _Layer:
     def weights(*names: str) -> list[torch.Tensor]:
-        return [value[prefix + name] for name in names]
+        return [look_up(prefix + name) for name in names]
 
     def bias(name: str) -> torch.Tensor | None:
-        return value[prefix + name] if config.bias else None
+        return look_up(prefix + name) if config.bias else None
 
     query, key, heads_value, output = weights(*(f"attention.{n}" for n in ("query", "key", "value", "output")))
     scale = config.d_head**-0.5  # of the scores, here once for all
@@ -168,17 +221,19 @@ def _layer(config: ModelConfig, value: Mapping[str, torch.Tensor], prefix: str) 
         query_bias, *others = weights("attention.query_bias", "attention.key_bias", "attention.value_bias")
         of_heads_bias = torch.cat([one.flatten() for one in (query_bias * scale, *others)])
     gated = ("gate", "up") if config.ffn == "swiglu" else ("up",)
-    room = -config.d_ff % VECTOR  # hidden units that are 0, and stay so
+    room = -share.units.held % VECTOR  # hidden units that are 0, and stay so
     up = torch.cat([F.pad(one, (0, 0, 0, room)) for one in weights(*(f"feed_forward.{n}.weight" for n in gated))])
     up_bias = None
     if config.bias:
         up_bias = torch.cat([F.pad(one, (0, room)) for one in weights(*(f"feed_forward.{n}.bias" for n in gated))])
     (down,) = weights("feed_forward.down.weight")
+    to_residual = build_linear(output.flatten(0, 1).t().contiguous(), bias("attention.output_bias"))
+    from_units = build_linear(F.pad(down, (0, room)), bias("feed_forward.down.bias"))
     return _Layer(
-        attention_norm=_norm(config, value, f"{prefix}attention_norm"),
+        attention_norm=_norm(config, look_up, f"{prefix}attention_norm"),
         heads=build_linear(of_heads, of_heads_bias),
-        output=build_linear(output.flatten(0, 1).t().contiguous(), bias("attention.output_bias")),
-        feed_forward_norm=_norm(config, value, f"{prefix}feed_forward_norm"),
+        output=leaving(to_residual, axis) if axis else to_residual,
+        feed_forward_norm=_norm(config, look_up, f"{prefix}feed_forward_norm"),
         up=build_linear(up, up_bias, gelu=config.ffn == "gelu"),
-        down=build_linear(F.pad(down, (0, room)), bias("feed_forward.down.bias")),
+        down=leaving(from_units, axis) if axis else from_units,
     )

@@ -20,16 +20,16 @@ import torch
 
 from dist_lm.config import ModelConfig
 from dist_lm.errors import require
-from dist_lm.generation.decoder import Decoder
-from dist_lm.generation.flash_pages import PAGE_TOKENS, FlashPages
-from dist_lm.generation.paged_cache import PagedCache, Piece, Plan
+from dist_lm.generation.cache_choice import build_cache
+from dist_lm.generation.decoder import Decoder, check_weights
+from dist_lm.generation.paged_cache import Piece, Plan
 from dist_lm.generation.pages import PagePool, pages_for
-from dist_lm.generation.plain_pages import ALIGNED, PlainPages
+from dist_lm.generation.plain_pages import ALIGNED
 from dist_lm.generation.request import Answer, FinishReason, OnText, Refusal, Request, RequestError
+from dist_lm.generation.runner import Runner
 from dist_lm.generation.sampling import Choice, Group, adjust, group_rows, sample, uniform
 from dist_lm.generation.sequence import Sequence as Running
 from dist_lm.generation.text import TextStream
-from dist_lm.model.kernels import packs_documents
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,8 @@ class EngineOptions:
         return self.cache_tokens // self.page_tokens
 
 
-def build_cache(config: ModelConfig, options: EngineOptions, dtype: torch.dtype, device: torch.device) -> PagedCache:
-    """The cache for a device: for the flash kernel where that takes heads and pages, else for plain PyTorch."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    flash = packs_documents(device.type, half, config.d_head) and options.page_tokens % PAGE_TOKENS == 0
-    return (FlashPages if flash else PlainPages)(config, options.n_pages, options.page_tokens, dtype, device)
-
-
 class Engine:
-    """One model that answers many requests at a time."""
+    """One model that answers many requests at a time. One of several devices is a context manager, or has `close`."""
 
     def __init__(
         self,
@@ -80,16 +73,27 @@ class Engine:
         version: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
+        tp: int = 1,
     ) -> None:
-        """`weights`: by the names of the model's parameters; `vocabulary`: bytes of every token, for texts."""
+        """
+        Args:
+            weights: by the names of the model's parameters.
+            vocabulary: bytes of every token, for texts.
+            tp: devices of this node that share the model; those of CUDA are this process's first ones.
+
+        Raises:
+            ArtefactError: not the weights of this model.
+            ConfigError: the model cannot be cut into so many parts, or there are not so many devices.
+            RankLostError: a process that would share the model has ended.
+        """
         self.config = config
         self.options = options or EngineOptions()
         self._eot_id = eot_id
         self._vocabulary = vocabulary
         self._pool = PagePool(self.options.n_pages)
         self._device = device or torch.device("cpu")
-        self._cache = build_cache(config, self.options, dtype, self._device)
-        self._decoder = Decoder(config, self._cache, self.options.page_tokens, dtype, self._device)
+        check_weights(config, {name: tuple(value.shape) for name, value in weights.items()})
+        self._runner = _runner(config, self.options, dtype, self._device, tp)
         self._waiting: deque[list[Running]] = deque()
         self._prompts: list[list[Running]] = []  # all answers to a request, of which the first holds the prompt
         self._running: list[Running] = []  # oldest first
@@ -97,7 +101,11 @@ class Engine:
         self._done: list[Answer | Refusal] = []
         self._plan: tuple[tuple[object, ...], Plan] | None = None
         self._groups: tuple[list[Running], list[Group]] = ([], [])
-        self.load_weights(weights, version)
+        try:
+            self.load_weights(weights, version)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def busy(self) -> bool:
@@ -122,7 +130,7 @@ class Engine:
         if self.busy:
             raise RuntimeError("weights cannot change while requests are under way: finish or cancel them first")
         with torch.inference_mode():
-            self._decoder.load(weights)
+            self._runner.load(weights)
         self.version = version
 
     def submit(self, request: Request, on_text: OnText | None = None) -> None:
@@ -155,6 +163,7 @@ class Engine:
         self._admit()
         self._compute_prompts()
         self._decode()
+        self._runner.check()
         done, self._done = self._done, []
         return done
 
@@ -164,6 +173,16 @@ class Engine:
         while self.busy:
             done += self.step()
         return done
+
+    def close(self) -> None:
+        """End the processes that share the model, if there are any."""
+        self._runner.close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def _checked(self, request: Request) -> Request:
         def refuse(message: str) -> None:
@@ -217,7 +236,7 @@ class Engine:
             self._aside.pop(0)
             held = pages_for(sequence.cached, self.options.page_tokens)
             sequence.pages = [self._pool.take() for _ in range(held)]
-            self._cache.restore(sequence.pages, sequence.saved)
+            self._runner.restore(sequence.pages, sequence.saved)
             sequence.saved = None
             self._running.append(sequence)
 
@@ -251,7 +270,7 @@ class Engine:
                 start = end
         if not pieces:
             return
-        logits_PV = self._decoder.prefill([piece for _, piece in pieces])
+        logits_PV = self._runner.prefill([piece for _, piece in pieces])
         begun: list[tuple[list[Running], int]] = []
         for row, (group, piece) in enumerate(pieces):
             group[0].cached += len(piece.tokens)
@@ -274,7 +293,7 @@ class Engine:
             return
         running = list(self._running)
         token_B = torch.tensor([sequence.tokens[-1] for sequence in running], device=self._device)
-        logits_BV = self._decoder.decode(token_B, self._plan_of(running))
+        logits_BV = self._runner.decode(token_B, self._plan_of(running))
         for sequence in running:
             sequence.cached += 1
         self._take_tokens(running, logits_BV)
@@ -285,7 +304,7 @@ class Engine:
         if self._plan and self._plan[0] == key:
             self._plan[1].advance()
         else:
-            self._plan = (key, self._cache.plan([one.pages for one in running], [one.cached for one in running]))
+            self._plan = (key, self._runner.plan([one.pages for one in running], [one.cached for one in running]))
         return self._plan[1]
 
     def _make_room(self) -> None:
@@ -296,7 +315,7 @@ class Engine:
                 if self._pool.n_free:
                     page = self._pool.take()
                     if sequence.cached % size:  # the last page is shared: a copy of it
-                        self._cache.copy_page(sequence.pages[-1], page)
+                        self._runner.copy_page(sequence.pages[-1], page)
                         self._pool.give_back([sequence.pages.pop()])
                     sequence.pages.append(page)
                 else:
@@ -310,7 +329,7 @@ class Engine:
     def _set_aside(self, sequence: Running) -> None:
         self._running.remove(sequence)
         held = sequence.pages[: pages_for(sequence.cached, self.options.page_tokens)]
-        sequence.saved = self._cache.save(held)
+        sequence.saved = self._runner.save(held)
         self._pool.give_back(sequence.pages)
         sequence.pages = []
         self._aside.insert(0, sequence)
@@ -348,6 +367,7 @@ class Engine:
 
     def _finish(self, sequence: Running, reason: FinishReason) -> None:
         sequence.finish = reason
+        self._forget(sequence)
         self._pool.give_back(sequence.pages)
         sequence.pages = []
         self._done.append(sequence.answer(self.version))
@@ -357,7 +377,22 @@ class Engine:
         for place in (self._running, self._aside):
             for sequence in [one for one in place if one.request is request]:
                 place.remove(sequence)
-                self._cache.clear(sequence.pages)
+                self._runner.clear(sequence.pages)
                 self._pool.give_back(sequence.pages)
+                self._forget(sequence)
                 sequence.finish = "cancelled"
         self._done.append(Refusal(request.id, "the model's logits are not numbers (nan)"))
+
+    def _forget(self, sequence: Running) -> None:
+        if sequence.saved is not None:
+            self._runner.forget(sequence.saved)
+            sequence.saved = None
+
+
+def _runner(config: ModelConfig, options: EngineOptions, dtype: torch.dtype, device: torch.device, tp: int) -> Runner:
+    if tp == 1:
+        cache = build_cache(config, options.n_pages, options.page_tokens, dtype, device)
+        return Decoder(config, cache, options.page_tokens, dtype, device)
+    from dist_lm.generation.sharded import ShardedDecoder  # with process groups, which one device does without
+
+    return ShardedDecoder(config, options.n_pages, options.page_tokens, dtype, device, tp)

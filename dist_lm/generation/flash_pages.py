@@ -12,8 +12,7 @@ from itertools import accumulate
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from dist_lm.config import ModelConfig
-from dist_lm.generation.paged_cache import PageStore, Piece
+from dist_lm.generation.paged_cache import HeadShape, PageStore, Piece
 from dist_lm.generation.pages import pages_for
 
 PAGE_TOKENS = 256  # the kernel takes multiples
@@ -39,12 +38,12 @@ class FlashPages(PageStore):
     """The cache of all layers."""
 
     def __init__(
-        self, config: ModelConfig, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+        self, shape: HeadShape, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        super().__init__((config.n_layers, n_pages + 1, page_size, config.kv_heads, config.d_head), dtype, device)
+        super().__init__((shape.n_layers, n_pages + 1, page_size, shape.kv_heads, shape.d_head), dtype, device)
         self.page_size = page_size
         self.spare_page = n_pages  # no sequence's
-        self._grouped = config.kv_heads != config.n_heads
+        self._grouped = shape.kv_heads != shape.n_heads
 
     def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> FlashPlan:
         """See `PagedCache`."""

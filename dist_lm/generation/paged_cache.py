@@ -22,6 +22,19 @@ class Piece:
     pages: Sequence[int]  # that hold positions 0 to the last one's
 
 
+class HeadShape(Protocol):
+    """The numbers a cache is made for: of a whole model, or of what one of several ranks computes."""
+
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def d_head(self) -> int: ...
+
+
 class Plan(Protocol):
     """One new token for every sequence of a batch: what is the same in every layer."""
 

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
-from dist_lm.config import ModelConfig
 from dist_lm.generation.page_plan import FEWEST_SLOTS, DecodePlan, plan_decode
-from dist_lm.generation.paged_cache import PageStore, Piece
+from dist_lm.generation.paged_cache import HeadShape, PageStore, Piece
 
 ALIGNED = 16  # fp32 numbers in 64 bytes
 
@@ -24,13 +23,13 @@ class PlainPages(PageStore):
     """The cache of all layers."""
 
     def __init__(
-        self, config: ModelConfig, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+        self, shape: HeadShape, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._room = -config.d_head % ALIGNED
-        shape = (config.n_layers, max(n_pages, FEWEST_SLOTS), config.kv_heads, page_size, config.d_head + self._room)
-        super().__init__(shape, dtype, device)
+        self._room = -shape.d_head % ALIGNED
+        pages = (max(n_pages, FEWEST_SLOTS), shape.kv_heads, page_size, shape.d_head + self._room)
+        super().__init__((shape.n_layers, *pages), dtype, device)
         self._page_size = page_size
-        self._group_G = torch.arange(config.kv_heads, device=device)
+        self._group_G = torch.arange(shape.kv_heads, device=device)
 
     def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> DecodePlan:
         """See `PagedCache`."""

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dist_lm.errors import ConfigError
 from dist_lm.parallel.layout import Layout
+from dist_lm.parallel.tensor_axis import TensorAxis
 
 DATA_AXES = ("dp_replicate", "dp_shard")
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,7 @@ def process_group(device: str, timeout_s: float = 600.0) -> Iterator[World]:
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     dist.init_process_group(
-        # gloo beside NCCL: checkpoints are written, and offloaded gradients measured, from host memory
-        "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+        _backends(chosen),
         timeout=timedelta(seconds=timeout_s),
         device_id=chosen if chosen.type == "cuda" else None,
     )
@@ -74,6 +76,57 @@ def process_group(device: str, timeout_s: float = 600.0) -> Iterator[World]:
     dist.barrier()
     gc.collect()
     dist.destroy_process_group()
+
+
+def _backends(device: torch.device) -> str:
+    # gloo beside NCCL: checkpoints are written, and offloaded gradients measured, from host memory
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def join_ranks(device: torch.device, store: dist.Store, rank: int, size: int, timeout_s: float) -> TensorAxis:
+    """Join the ranks that share one model on this machine; whoever started them gave them a `store`.
+
+    Messages of the host stay on the loopback interface.
+
+    Args:
+        timeout_s: how long others are waited for, here and in each collective.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    named = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    before = {name: os.environ.get(name) for name in named}
+    os.environ.update(dict.fromkeys(named, LOOPBACK))
+    try:
+        dist.init_process_group(
+            _backends(device),
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if device.type == "cuda" else None,
+        )
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    dist.barrier()  # behind it nobody needs the store to find others any more
+    group = dist.group.WORLD
+    assert group
+    initialize._MODEL_PARALLEL_GROUP = group  # as in `build_mesh`
+    return TensorAxis(group, size, rank, sp=False, functional=False)
+
+
+def leave_ranks(device: torch.device) -> None:
+    """Give up the group of `join_ranks`, whatever the others do; a collective that is stuck in NCCL ends."""
+    initialize._MODEL_PARALLEL_GROUP = None
+    if not dist.is_initialized():
+        return
+    if device.type == "cuda":
+        dist.distributed_c10d._abort_process_group()  # NCCL's orderly way waits for all ranks
+    else:
+        dist.destroy_process_group()
 
 
 def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:

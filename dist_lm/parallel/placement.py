@@ -72,6 +72,22 @@ def shards_key_heads(model: ModelConfig, tp: int) -> bool:
     return slice_of(model.n_heads, tp, 0).held % (model.n_heads // model.kv_heads) == 0
 
 
+def keys_of(model: ModelConfig, tp: int, rank: int) -> tuple[Slice, list[int]]:
+    """The key/value heads of a rank, and how many of its query heads read each (empty: equally many, or one each)."""
+    if shards_key_heads(model, tp):
+        return slice_of(model.kv_heads, tp, rank), []
+    read = keys_read(model, tp, rank)
+    first, count = read[0], read[-1] - read[0] + 1
+    queries = [read.count(first + index) for index in range(count)]
+    return Slice(first, count, count), [] if len(set(queries)) == 1 else queries
+
+
+def keys_read(model: ModelConfig, tp: int, rank: int) -> list[int]:
+    """The key/value head that each query head of a rank reads; a padded one some: what comes of it is cut off."""
+    heads, group = slice_of(model.n_heads, tp, rank), model.n_heads // model.kv_heads
+    return [min(head, model.n_heads - 1) // group for head in range(heads.start, heads.start + heads.held)]
+
+
 def placements(model: ModelConfig, layout: Layout) -> dict[str, Placement]:
     """The placement of every parameter, by name, in the order of `Transformer.named_parameters()`."""
     return {name: _placement(name, shape, model, layout) for name, shape in parameter_shapes(model).items()}

@@ -18,7 +18,7 @@ from dist_lm.model.norm import build_norm
 from dist_lm.model.rope import RopeTables, rotate
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.cross_entropy import vocab_parallel_losses
-from dist_lm.parallel.placement import Slice, shards_key_heads, slice_of
+from dist_lm.parallel.placement import Slice, keys_of, slice_of
 from dist_lm.parallel.tensor_axis import TensorAxis, local
 
 
@@ -116,7 +116,7 @@ class HeadParallelAttention(Attention):
         super().__init__(config, layer)
         self.axis = axis
         self.heads = slice_of(config.n_heads, axis.size, axis.rank)
-        self.keys, self.queries_of_key = keys_of(config, axis)
+        self.keys, self.queries_of_key = keys_of(config, axis.size, axis.rank)
 
     def forward(
         self,
@@ -160,18 +160,6 @@ class WidthParallelFeedForward(FeedForward):
     def _project(self, x_BTD: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         bias_F = None if layer.bias is None else local(layer.bias)[self.units.start : self.units.stop]
         return F.linear(x_BTD, local(layer.weight)[: self.units.real], bias_F)
-
-
-def keys_of(config: ModelConfig, axis: TensorAxis) -> tuple[Slice, list[int]]:
-    """The key/value heads of a rank, and how many of its query heads read each (empty: equally many, or one each)."""
-    if shards_key_heads(config, axis.size):
-        return slice_of(config.kv_heads, axis.size, axis.rank), []
-    heads, group = slice_of(config.n_heads, axis.size, axis.rank), config.n_heads // config.kv_heads
-    # a padded query head reads some key head: what comes of it is cut off
-    read = [min(head, config.n_heads - 1) // group for head in range(heads.start, heads.start + heads.held)]
-    first, count = read[0], read[-1] - read[0] + 1
-    queries = [read.count(first + index) for index in range(count)]
-    return Slice(first, count, count), [] if len(set(queries)) == 1 else queries
 
 
 def _repeated(heads_BSGK: torch.Tensor, times: list[int]) -> torch.Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from dist_lm.cluster.process import die_with_parent
+from dist_lm.lifeline import die_with_parent
 from dist_lm.run_directory import RunDirectory
 from dist_lm.train import record_failure
 

@@ -1,19 +1,19 @@
 """The cache of the flash kernel, with the kernel's contract in plain PyTorch in its place: it runs on CUDA only."""
 
 import random
-from dataclasses import replace
 
 import pytest
 import torch
 
 from dist_lm.generation import engine as engine_module
 from dist_lm.generation import flash_pages
+from dist_lm.generation.cache_choice import build_cache
 from dist_lm.generation.decode_graphs import DecodeGraphs, graph_size
 from dist_lm.generation.decoder import Decoder
 from dist_lm.generation.flash_pages import FlashPages
 from dist_lm.generation.pages import pages_for
 from dist_lm.generation.plain_pages import PlainPages
-from tests.generation.test_engine import CONFIG, GROUPED, SMALL, model_of, requests_of_all_kinds, run_schedule
+from tests.generation.test_engine import CONFIG, GROUPED, model_of, requests_of_all_kinds, run_schedule
 
 
 def varlen_attn(
@@ -47,7 +47,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         engine_module,
         "build_cache",
-        lambda config, options, dtype, device: FlashPages(config, options.n_pages, options.page_tokens, dtype, device),
+        FlashPages,
     )
 
 
@@ -110,5 +110,4 @@ def test_a_few_sizes_of_graphs_take_any_number_of_sequences():
     ],
 )
 def test_without_the_kernel_pages_are_read_in_plain_pytorch(device, dtype, page, kind):
-    options = replace(SMALL, page_tokens=page, cache_tokens=4 * page)
-    assert isinstance(engine_module.build_cache(CONFIG, options, dtype, torch.device(device)), kind)
+    assert isinstance(build_cache(CONFIG, 4, page, dtype, torch.device(device)), kind)
