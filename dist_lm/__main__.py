@@ -93,6 +93,7 @@ def generate(
     ] = None,
     n: Annotated[int, typer.Option("--n", help="Answers to the prompt.")] = 1,
     device: Annotated[str, typer.Option(help="auto (a GPU, if there is one), cpu or cuda.")] = "auto",
+    tp: Annotated[int, typer.Option("--tp", help="GPUs that share a model too large for one.")] = 1,
 ) -> None:
     """Go on with a text: one prompt, or many at the terminal (docs/generation.md)."""
     from dist_lm.generation.terminal import generate
@@ -105,7 +106,7 @@ def generate(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }
-    raise typer.Exit(generate(path, prompt, tokenizer, values, stop or [], seed, n, device))
+    raise typer.Exit(generate(path, prompt, tokenizer, values, stop or [], seed, n, device, tp))
 
 
 @cluster.command("status")

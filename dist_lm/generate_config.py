@@ -24,7 +24,7 @@ class GenerateConfig:
     n: int = 1  # answers a prompt
     prompts_per_shard: int = 1000  # that go to one file; what a kill leaves unfinished is done again by files
     truncate: str = "refuse"  # a prompt that leaves no room in the context: refuse | left (its beginning is cut off)
-    actors: int = -1  # engines; -1: one a GPU, or one a node without GPUs
+    actors: int = -1  # engines; -1: one for each parallel.tp GPUs of a node, or one a node without GPUs
     max_new_tokens: int = 128
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: off

@@ -25,6 +25,7 @@ from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config import ModelConfig
 from dist_lm.generation.decoder import check_weights
 from dist_lm.generation.request import Request
+from dist_lm.generation.shard import check_tp
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,6 @@ class Pool:
         """See `start`."""
         self._cluster, self._spec, self._weights, self._actors = cluster, spec, weights, actors
         self._wanted, self._warn = wanted, warn
-        self._gpu = spec.device == "cuda"
         self._members: dict[int, Member] = {}  # by a number of their own
         self._next_member = 0
         self._looked_at = -math.inf
@@ -81,15 +81,16 @@ class Pool:
             spec: of the engines.
             weights: float arrays by the names of the model's parameters.
             version: of these weights.
-            actors: how many; -1: one a GPU, or one a node without.
+            actors: how many; -1: one for each spec.tp GPUs of a node, or one a node without.
             wanted: asked while waiting; once it says no, the pool stops without an error.
             warn: told of actors and nodes that are lost.
 
         Raises:
             ActorsLostError: there is no free place within cluster.start_timeout_s.
             PoolFailure: actors die at their start.
-            UserError: the weights are not this model's.
+            UserError: the weights are not this model's, or no node has GPUs for an engine.
         """
+        check_tp(spec.model, spec.tp, _most_gpus(cluster) if spec.gpus else None, "parallel.tp")
         pool = cls(cluster, spec, _put(spec.model, weights, version), actors, wanted, warn)
         try:
             pool._await_start()
@@ -195,10 +196,11 @@ class Pool:
         if self.members:
             self._without_since = time.monotonic()
         elif time.monotonic() - self._without_since > patience_s:
+            gpus = f" and {self._spec.gpus} GPU of one node" if self._spec.gpus else ""
             raise ActorsLostError(
                 f"cluster: no place for a generation actor within {patience_s:g} s: the Ray cluster at "
                 f"{self._cluster.address} has {len(self._cluster.nodes())} nodes; an actor takes one CPU"
-                f"{' and one GPU' if self._gpu else ''}; the same command continues when there is one"
+                f"{gpus}; the same command continues when there is one"
             )
 
     def _look_at_nodes(self) -> None:
@@ -214,8 +216,8 @@ class Pool:
                 self._leave(number, blamed=False)
                 self._members.pop(number).release()
         taken = Counter(member.node.id for member in self._members.values())
-        for node in missing_places(nodes, taken, self._actors, config.nodes, self._gpu):
-            member = Member(self._spec, node, cores_of(node, self._actors, config.nodes, self._gpu), self._gpu)
+        for node in missing_places(nodes, taken, self._actors, config.nodes, self._spec.gpus):
+            member = Member(self._spec, node, cores_of(node, self._actors, config.nodes, self._spec.gpus))
             member.start(self._weights)
             self._members[self._next_member] = member
             self._next_member += 1
@@ -258,6 +260,11 @@ class Pool:
             ray.wait(calls, num_returns=1, timeout=SLICE_S)
         else:
             time.sleep(SLICE_S)
+
+
+def _most_gpus(cluster: RayCluster) -> int | None:
+    """Of a node; None where there is no node with any, for which the pool waits."""
+    return max((node.gpus for node in cluster.nodes()), default=0) or None
 
 
 def _put(model: ModelConfig, weights: Mapping[str, np.ndarray], version: int) -> Weights:

@@ -31,6 +31,12 @@ class EngineSpec:
     vocabulary: tuple[bytes, ...] | None = None  # bytes of every token, for texts
     dtype: torch.dtype = torch.float32
     device: str = "cpu"  # cpu | cuda
+    tp: int = 1  # devices that share the model
+
+    @property
+    def gpus(self) -> int:
+        """That an actor takes; 0: it computes on the CPU."""
+        return self.tp if self.device == "cuda" else 0
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,12 @@ class PoolActor:
         """Weights come with `load`.
 
         Args:
-            threads: that torch computes with, where the node's environment does not say it (OMP_NUM_THREADS).
+            threads: that torch computes with, where the node's environment does not say it (OMP_NUM_THREADS);
+                processes that share a model share them.
         """
         die_with_parent()
         given = psutil.Process().environ().get("OMP_NUM_THREADS", "")  # as it began: Ray sets it to 1 later
-        torch.set_num_threads(int(given) if given.isdigit() and int(given) else threads)
+        torch.set_num_threads(int(given) if given.isdigit() and int(given) else max(1, threads // spec.tp))
         self._spec = spec
         self._engine: Engine | None = None
         self._known: set[str] = set()  # requests under way
@@ -77,6 +84,7 @@ class PoolActor:
                 version=version,
                 dtype=spec.dtype,
                 device=torch.device(spec.device),
+                tp=spec.tp,
             )
         return os.getpid()
 

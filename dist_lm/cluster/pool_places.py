@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 
 from dist_lm.cluster.ray_cluster import Node
 
-AS_MANY = -1  # one a GPU, or without GPUs one a node
+AS_MANY = -1  # as many as its GPUs are enough for, or without GPUs one a node
 
 
 def missing_places(
-    nodes: Sequence[Node], taken: Mapping[str, int], wanted: int, most_nodes: int, gpus: bool
+    nodes: Sequence[Node], taken: Mapping[str, int], wanted: int, most_nodes: int, gpus: int
 ) -> list[Node]:
     """Nodes for the actors that are not there yet, each the one with the fewest of those that have room.
 
@@ -18,7 +18,7 @@ def missing_places(
         taken: actors by the id of their node.
         wanted: actors of the pool, or `AS_MANY`.
         most_nodes: that the pool may use.
-        gpus: an actor takes a GPU; otherwise cores.
+        gpus: that an actor takes, all of one node; 0: it takes cores.
     """
     used = [node for node in nodes if taken.get(node.id)]
     able = [node for node in nodes if not taken.get(node.id) and _room(node, wanted, gpus)]
@@ -36,15 +36,15 @@ def missing_places(
     return places
 
 
-def cores_of(node: Node, wanted: int, most_nodes: int, gpus: bool) -> int:
+def cores_of(node: Node, wanted: int, most_nodes: int, gpus: int) -> int:
     """CPU cores that an actor on `node` computes with."""
     if wanted == AS_MANY:
-        return max(1, node.cpus // (node.gpus if gpus else 1))
+        return max(1, node.cpus // (node.gpus // gpus if gpus else 1))
     a_node = -(-wanted // most_nodes)
-    return max(1, node.cpus // max(1, min(a_node, node.gpus if gpus else node.cpus)))
+    return max(1, node.cpus // max(1, min(a_node, node.gpus // gpus if gpus else node.cpus)))
 
 
-def _room(node: Node, wanted: int, gpus: bool) -> int:
+def _room(node: Node, wanted: int, gpus: int) -> int:
     if gpus:
-        return node.gpus
+        return node.gpus // gpus
     return min(1, node.cpus) if wanted == AS_MANY else node.cpus

@@ -141,9 +141,11 @@ class Followers:
             if self._ending or self._failure:
                 return
             ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            self._failure = f"{follower} of {len(self._followers) + 1}, which share the model, {ended}: " + (
-                follower.last_words() or "it wrote nothing"
-            )
+            words = follower.last_words() or "it wrote nothing"
+            # the last line says it all: some who show errors show no more
+            before = f"{words}\n" if "\n" in words else ""
+            name = f"{follower} of {len(self._followers) + 1}, which share the model,"
+            self._failure = f"{before}{name} {ended}: {words.splitlines()[-1]}"
         self._failed.set()
         self._kill()
         self._on_loss()

@@ -60,8 +60,14 @@ class Outcome:
 class Session:
     """An engine and the tokenizer of its model."""
 
-    def __init__(self, loaded: LoadedModel, dtype: torch.dtype, device: torch.device, answers: int = 1) -> None:
-        """`answers`: to one request, at most."""
+    def __init__(
+        self, loaded: LoadedModel, dtype: torch.dtype, device: torch.device, answers: int = 1, tp: int = 1
+    ) -> None:
+        """
+        Args:
+            answers: to one request, at most.
+            tp: devices that share the model.
+        """
         self.name, self.tokenizer, self.config = loaded.name, loaded.tokenizer, loaded.config
         page = PAGE_TOKENS if device.type == "cuda" else EngineOptions.page_tokens
         # whole pages, one of them an answer's own where it shares the others with the rest
@@ -74,8 +80,13 @@ class Session:
             options=EngineOptions(max(longest, min(CACHE_TOKENS, answers * longest)), page),
             dtype=dtype,
             device=device,
+            tp=tp,
         )
         self._requests = 0
+
+    def close(self) -> None:
+        """End what shares the model."""
+        self._engine.close()
 
     def tokens(self, text: str, name: str = "the prompt") -> list[int]:
         """A prompt as the beginning of a document.

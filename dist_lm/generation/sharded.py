@@ -48,12 +48,12 @@ class ShardedDecoder:
             RankLostError: a follower does not start.
             RuntimeError: this process is among other ranks already.
         """
-        if dist.is_initialized():
-            raise RuntimeError("this process is a rank already: a model over several devices needs one of its own")
         if sys.platform != "linux":
             raise ConfigError(f"tp={tp}: expected 1, as this is {sys.platform}; several devices take Linux")
         gpu = device.type == "cuda"
         check_tp(config, tp, torch.cuda.device_count() if gpu else None)
+        if dist.is_initialized():
+            raise RuntimeError("this process is a rank already: a model over several devices needs one of its own")
         device = torch.device("cuda", 0) if gpu else device
         place = tempfile.TemporaryDirectory(prefix="dist_lm_ranks_")  # only its owner gets in
         store = str(Path(place.name) / "store")

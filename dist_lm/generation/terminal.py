@@ -5,7 +5,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,7 @@ from dist_lm.generation.openings import read_openings
 from dist_lm.generation.params import SamplingParams
 from dist_lm.generation.prompt_loop import PromptLoop, visible
 from dist_lm.generation.session import Session, Settings
+from dist_lm.generation.shard import check_tp
 from dist_lm.parallel.mesh import choose_device
 
 STOPPED = 130  # the exit code after Ctrl-C
@@ -37,6 +38,7 @@ def generate(
     seed: int | None,
     n: int,
     device: str,
+    tp: int = 1,
 ) -> int:
     """What the verb does, with its options; `values` are those of `SamplingParams`. Returns the exit code.
 
@@ -44,6 +46,7 @@ def generate(
         UserError: names the option, or what is wrong with the checkpoint.
     """
     require(device in ("auto", "cpu", "cuda"), "--device", device, "auto, cpu or cuda")
+    require(tp > 0, "--tp", tp, "a positive integer")
     talks = prompt is None and sys.stdin.isatty()
     settings = _settings(values, stop, seed, n)
     if talks and n != 1:
@@ -59,15 +62,19 @@ def generate(
     errors = Console(stderr=True, highlight=False)
     with errors.status("loading ...") if errors.is_terminal else _nothing():
         loaded = load_model(path, tokenizer)
+        check_tp(loaded.config, tp, torch.cuda.device_count() if chosen.type == "cuda" else None, "--tp")
+        if tp > 1:  # all processes share the cores
+            torch.set_num_threads(max(1, torch.get_num_threads() // tp))
         run = loaded.run
         dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32  # what models compute in, in training
-        session = Session(loaded, dtype, chosen, answers=n)
+        session = Session(loaded, dtype, chosen, n, tp)
         del loaded  # the engine has weights of its own
-    if prompt is not None:
-        return _one_shot(session, session.tokens(prompt, name), settings, n, sys.stdout, errors)
-    readline.parse_and_bind("set enable-bracketed-paste on")
-    console = Console(highlight=False)
-    PromptLoop(session, settings, lambda: read_openings(run), console, read_line, interrupts).run()
+    with closing(session):
+        if prompt is not None:
+            return _one_shot(session, session.tokens(prompt, name), settings, n, sys.stdout, errors)
+        readline.parse_and_bind("set enable-bracketed-paste on")
+        console = Console(highlight=False)
+        PromptLoop(session, settings, lambda: read_openings(run), console, read_line, interrupts).run()
     return 0
 
 

@@ -17,7 +17,7 @@ from dist_lm.launcher.plan import PlannedStage, run_of
 from dist_lm.launcher.stage_run import device_and_ranks
 from dist_lm.parallel.sharding import compute_dtype
 from dist_lm.run_lock import locked
-from dist_lm.stages.generate import Samples, options_of, tokenizer_of
+from dist_lm.stages.generate import Samples, options_of, tokenizer_of, tp_of
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
 from dist_lm.training import checkpoint_files
@@ -90,6 +90,7 @@ def _generate(
         vocabulary=tuple(tokenizer.vocabulary()),
         dtype=compute_dtype(config.parallel, torch.device(device)),
         device=device,
+        tp=tp_of(config),
     )
     with console.waiting("starting engines"):
         pool = Pool.start(

@@ -47,9 +47,10 @@ FREE_KEYS = (
     "stage.actors",
     "stage.max_sequences",
 )
-# what answers depend on
 SHARDS = "shards"
-GENERATION_KEYS = ("seed", "model.", "stage.", "parallel.compute_dtype")
+# what answers depend on
+GENERATION_KEYS = ("seed", "model.", "stage.", "parallel.compute_dtype", "parallel.tp")
+GENERATION_FREE_KEYS = tuple(key for key in FREE_KEYS if key not in GENERATION_KEYS)
 
 
 class Action(Enum):
@@ -171,6 +172,7 @@ def _look_at_generation(info: StageInfo, config: GenerateRunConfig) -> PlannedSt
     run = run_of(config)
     generate.params_of(config.stage)
     generate.options_of(config.stage)
+    generate.tp_of(config)
     generate.find_prompts(config.stage.prompts)
     begun = load_config(run.config) if run.inputs.exists() else None
     before = Path(begun.stage.checkpoint) if isinstance(begun, GenerateRunConfig) else None
@@ -181,7 +183,7 @@ def _look_at_generation(info: StageInfo, config: GenerateRunConfig) -> PlannedSt
         generate.tokenizer_of(config, start)
     config = replace(config, stage=replace(config.stage, checkpoint=str(start)))
     if begun:
-        found = (one for key in GENERATION_KEYS for one in differing_keys(begun, config, key))
+        found = (one for key in GENERATION_KEYS for one in differing_keys(begun, config, key, GENERATION_FREE_KEYS))
         _refuse_other_settings(run, config, list(found))
     if run.result.exists():
         result = json.loads(run.result.read_text())
@@ -221,14 +223,14 @@ def _starting_point(info: StageInfo, config: Config) -> str:
     return str(WorkDirectory(Path(config.work_dir).resolve()).run(info.starts_from, config.run_id).path)
 
 
-def differing_keys(old: Config, new: Config, prefix: str = "") -> list[str]:
+def differing_keys(old: Config, new: Config, prefix: str = "", free: tuple[str, ...] = FREE_KEYS) -> list[str]:
     """`key=new (was old)` for every key, of those that start with `prefix`, whose change would make one run compute
     two things."""
     before, after = _flatten(asdict(old)), _flatten(asdict(new))
     return [
         f"{key}={after.get(key)} (was {before.get(key)})"
         for key in sorted(before.keys() | after.keys())
-        if key.startswith(prefix) and not key.startswith(FREE_KEYS) and before.get(key) != after.get(key)
+        if key.startswith(prefix) and not key.startswith(free) and before.get(key) != after.get(key)
     ]
 
 

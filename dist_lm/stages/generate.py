@@ -20,6 +20,7 @@ from dist_lm.generate_config import AUTO, GenerateConfig, GenerateRunConfig
 from dist_lm.generation.engine import EngineOptions
 from dist_lm.generation.params import SamplingParams
 from dist_lm.generation.request import Answer, Refusal, Request
+from dist_lm.generation.shard import check_tp
 from dist_lm.model.counter_hash import hash_words, signed
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -63,6 +64,17 @@ def options_of(stage: GenerateConfig) -> EngineOptions:
         )
     except ConfigError as error:
         raise ConfigError(f"stage.{error}") from error
+
+
+def tp_of(config: GenerateRunConfig) -> int:
+    """How many devices share the model of an engine; one where that is left open (parallel.tp=-1).
+
+    Raises:
+        ConfigError: the model cannot be cut so.
+    """
+    tp = 1 if config.parallel.tp == -1 else config.parallel.tp
+    check_tp(config.model, tp, None, "parallel.tp")
+    return tp
 
 
 def find_start(config: GenerateRunConfig, before: Path | None) -> Path:

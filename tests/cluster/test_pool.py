@@ -2,18 +2,23 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+import psutil
 import pytest
+import torch
 
 from dist_lm.cluster.failure import PoolFailure
 from dist_lm.cluster.pool import Pool
+from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.ray_cluster import RayCluster, connect
 from dist_lm.config import ClusterConfig
-from dist_lm.errors import ArtefactError
+from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.generation.engine import Engine
 from dist_lm.generation.request import Answer, Refusal, Request
 from tests.cluster.small_pool import MODEL, SPEC, requests, weights_of
+from tests.cluster.waiting import eventually, living
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(200)]
 
@@ -28,6 +33,16 @@ def cluster() -> Iterator[RayCluster]:
 def pool(cluster: RayCluster) -> Iterator[Pool]:
     with Pool.start(cluster, SPEC, weights_of(0), actors=2) as pool:
         yield pool
+
+
+def answers_of_one(spec: EngineSpec, asked: Iterable[Request]) -> Iterator[tuple[str, int, tuple[int, ...]]]:
+    """What one engine in this process says, in the order of the requests."""
+    weights = {name: torch.from_numpy(value) for name, value in weights_of(0).items()}
+    engine = Engine(spec.model, weights, eot_id=spec.eot_id, options=spec.options)
+    for request in asked:
+        engine.submit(request)
+        answers = [one for one in engine.run() if isinstance(one, Answer)]
+        yield from sorted((one.request, one.index, one.tokens) for one in answers)
 
 
 def killing(pool: Pool, results, kills: int, count: int) -> list:
@@ -52,6 +67,33 @@ def test_actors_that_die_at_their_start_end_the_pool(cluster):  # first: the oth
         Pool.start(alone, spec, weights_of(0)),
     ):
         pass
+
+
+@pytest.mark.heavy
+def test_an_actor_whose_model_lies_in_several_processes_is_replaced_when_one_of_them_dies(cluster):
+    expected = list(answers_of_one(SPEC, requests(30)))
+    alone = replace(cluster, config=replace(cluster.config, nodes=1))
+    said: list[str] = []
+    with Pool.start(alone, replace(SPEC, tp=2), weights_of(0), actors=1, warn=said.append) as pool:
+        (member,) = pool.members
+        ranks = psutil.Process(member.pid).children()
+        assert len(ranks) == 1
+        results = pool.generate(requests(30), in_order=True)
+        came = [next(results)]
+        ranks[0].kill()
+        came += results
+        assert [(one.request, one.index, one.tokens) for one in came] == expected
+        assert any("rank 1" in text and "SIGKILL" in text for text in said)
+        later = psutil.Process(pool.members[0].pid).children()
+    eventually("no process of the pool is left", lambda: not living([rank.pid for rank in [*ranks, *later]]))
+
+
+def test_a_model_over_more_gpus_than_a_node_has_is_refused(cluster, monkeypatch):
+    nodes = [replace(node, gpus=2) for node in cluster.nodes()]
+    monkeypatch.setattr(RayCluster, "nodes", lambda self: nodes)
+    spec = replace(SPEC, device="cuda", tp=4)
+    with pytest.raises(ConfigError, match=r"^parallel\.tp=4: expected at most 2, the GPUs that one node has[^\n]*$"):
+        Pool.start(cluster, spec, weights_of(0))
 
 
 def test_actors_that_die_cost_no_answer_and_change_none(pool):

@@ -115,14 +115,17 @@ def test_a_request_that_actors_die_of_is_refused_and_no_other():
 @pytest.mark.parametrize(
     ("wanted", "most_nodes", "gpus", "taken", "expected"),
     [
-        (AS_MANY, 9, True, {}, {"a": 2, "b": 4}),
-        (AS_MANY, 9, False, {}, {"a": 1, "b": 1, "c": 1}),
-        (AS_MANY, 9, True, {"a": 2, "b": 1}, {"b": 3}),
-        (3, 9, True, {}, {"a": 2, "b": 1}),
-        (3, 9, False, {"c": 2}, {"a": 1}),
-        (5, 1, False, {}, {"a": 4}),  # no more than cores
-        (AS_MANY, 1, True, {"b": 3}, {"b": 1}),  # nodes in use first
-        (AS_MANY, 2, False, {"c": 1}, {"a": 1}),
+        (AS_MANY, 9, 1, {}, {"a": 2, "b": 4}),
+        (AS_MANY, 9, 2, {}, {"a": 1, "b": 2}),
+        (AS_MANY, 9, 3, {}, {"b": 1}),
+        (AS_MANY, 9, 5, {}, {}),
+        (AS_MANY, 9, 0, {}, {"a": 1, "b": 1, "c": 1}),
+        (AS_MANY, 9, 1, {"a": 2, "b": 1}, {"b": 3}),
+        (3, 9, 1, {}, {"a": 2, "b": 1}),
+        (3, 9, 0, {"c": 2}, {"a": 1}),
+        (5, 1, 0, {}, {"a": 4}),  # no more than cores
+        (AS_MANY, 1, 1, {"b": 3}, {"b": 1}),  # nodes in use first
+        (AS_MANY, 2, 0, {"c": 1}, {"a": 1}),
     ],
 )
 def test_actors_are_spread_over_nodes(wanted, most_nodes, gpus, taken, expected):
