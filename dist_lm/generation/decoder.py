@@ -70,7 +70,7 @@ class Decoder:
         self._cos, self._sin = (table[0, :, 0] for table in tables)
         self._layers: list[_Layer] = []
         self._graphs: DecodeGraphs | None = None
-        if isinstance(cache, FlashPages) and device.type == "cuda" and axis is None:
+        if isinstance(cache, FlashPages) and device.type == "cuda" and axis is None:  # with messages: step by step
             self._graphs = DecodeGraphs(self._decode, cache, pages_for(config.max_seq_len, page_size))
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
@@ -83,9 +83,15 @@ class Decoder:
         self.build(lambda name: weights[name].detach().to(self._device, self._dtype))
 
     def build(self, look_up: LookUp) -> None:
-        """Lay out the weights of its share; each parameter is looked up once, in an order that is the model's."""
+        """Lay out the weights of its share.
+
+        Args:
+            look_up: called once for each parameter, in the same order on every rank; may take a message.
+        """
         config, axis = self.config, self.axis
-        self._layers = []  # first: there is not always room for both
+        self._layers = []  # the old ones go first: there is not always room for both
+        if self._graphs is not None:
+            self._graphs.forget()
         embedding = look_up("embedding.weight")
         self._embed = build_embedding(embedding, self.share.pieces, axis)
         for number in range(config.n_layers):
@@ -93,8 +99,6 @@ class Decoder:
         self._final_norm = _norm(config, look_up, "final_norm")
         head = build_linear(embedding if config.tie_embeddings else look_up("lm_head.weight"), None)
         self._head = gathering(head, axis, config.vocab_size) if axis else head
-        if self._graphs is not None:
-            self._graphs.forget()
 
     def prefill(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """Compute and cache pieces of sequences; fp32 logits (pieces, V) behind the last token of each."""

@@ -158,6 +158,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(trained, cluster, tmp_
     assert plan_of(trained, prompts, "run_id=stopped", *same).action is Action.READY
     with pytest.raises(ConfigError, match=r"stage\.top_k=5 \(was 0\)"):
         plan_of(trained, prompts, "run_id=stopped", *same, "stage.top_k=5")
+    with pytest.raises(ConfigError, match=r"parallel\.tp=2 \(was 1\)"):
+        plan_of(trained, prompts, "run_id=stopped", *same, "parallel.tp=2")
     stopped.result.unlink()
     stopped.samples_part(2).unlink()
     write_prompts(prompts, 199)
@@ -195,6 +197,7 @@ def test_the_checkpoint_is_the_newest_code_or_language_one_and_stays(trained, cl
         ("stage.max_new_token=4", r"did you mean stage\.max_new_tokens\?"),
         ("stage.steps=4", r"stage\.steps=4: no such key"),
         ("stage.top_k=many", r"stage\.top_k=many: expected an integer"),
+        ("parallel.tp=6", r"parallel\.tp=6: expected a degree.*more than model\.n_heads"),
         ("stage.prompts=nowhere.txt", r"stage\.prompts=nowhere\.txt: no such file"),
     ],
 )
@@ -211,6 +214,19 @@ def start(work: WorkDirectory, prompts: Path, *overrides: str) -> subprocess.Pop
         text=True,
         start_new_session=True,
     )
+
+
+@pytest.mark.heavy
+def test_several_processes_can_share_the_model_of_an_engine(trained, tmp_path):
+    prompts = write_prompts(tmp_path / "p.jsonl", 60)
+    said = {}
+    for tp in (1, 2):
+        code, _, err = finish(start(trained, prompts, f"run_id=tp_{tp}", f"parallel.tp={tp}"))
+        assert code == 0, err
+        parts = parts_of(trained.run("generate", f"tp_{tp}"))
+        records = [json.loads(line) for text in parts.values() for line in text.decode().splitlines()]
+        said[tp] = [(record["id"], record.get("tokens"), record.get("error")) for record in records]
+    assert said[1] == said[2]
 
 
 @pytest.mark.heavy

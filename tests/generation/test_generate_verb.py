@@ -57,6 +57,29 @@ def test_the_answer_alone_goes_to_standard_output(small_run, expected):
     assert line.endswith("max_new_tokens reached, seed 11")
 
 
+@pytest.mark.heavy
+def test_several_processes_can_share_the_model(small_run, expected):
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_lm", "generate", small_run.path, "--prompt", PROMPT, *OPTIONS, "--tp", "2"],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"},
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.decode()) == (0, expected[0]), done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("tp", "words"),
+    [("0", "--tp=0: expected a positive integer"), ("6", "--tp=6: expected a degree that this model can be cut into")],
+)
+def test_a_model_that_cannot_be_shared_so_is_refused_in_one_line(small_run, monkeypatch, capsys, tp, words):
+    code, output, error = call(monkeypatch, capsys, small_run.path, "--prompt", PROMPT, *OPTIONS, "--tp", tp)
+    assert (code, output) == (2, "")
+    assert words in error
+    assert len(error.splitlines()) == 1
+
+
 def test_a_prompt_can_come_from_standard_input(small_run, expected, monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, small_run.path, *OPTIONS, stdin=PROMPT.encode())
     assert (code, out) == (0, expected[0])
