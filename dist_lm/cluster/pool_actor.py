@@ -54,12 +54,12 @@ class PoolActor:
         """Weights come with `load`.
 
         Args:
-            threads: that torch computes with, where the node's environment does not say it (OMP_NUM_THREADS);
-                processes that share a model share them.
+            threads: that torch computes with, where the node's environment does not say it (OMP_NUM_THREADS).
         """
         die_with_parent()
         given = psutil.Process().environ().get("OMP_NUM_THREADS", "")  # as it began: Ray sets it to 1 later
-        torch.set_num_threads(int(given) if given.isdigit() and int(given) else max(1, threads // spec.tp))
+        threads = int(given) if given.isdigit() and int(given) else threads
+        torch.set_num_threads(max(1, threads // spec.tp))  # each process that shares the model takes as many
         self._spec = spec
         self._engine: Engine | None = None
         self._known: set[str] = set()  # requests under way

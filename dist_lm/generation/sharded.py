@@ -26,7 +26,7 @@ from dist_lm.generation.paged_cache import Piece, Plan
 from dist_lm.generation.shard import check_tp, cut, share_of
 from dist_lm.parallel.mesh import join_ranks, leave_ranks
 
-TIMEOUT_S = 300.0  # for a rank that does not come to a message, although it lives
+TIMEOUT_S = 120.0  # for a rank that does not come to a message, although it lives; and for all to meet
 
 
 class ShardedDecoder:
