@@ -86,7 +86,7 @@ class ShardedDecoder:
             raise
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """See `Runner`. Parameters go to the others one by one: no device holds more than its part and one of them."""
+        """See `Runner`. Parameters go to the others one by one, so no device ever holds all of them."""
         check_weights(self._config, {name: tuple(value.shape) for name, value in weights.items()})
 
         def hand_out(name: str) -> torch.Tensor:
