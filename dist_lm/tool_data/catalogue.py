@@ -20,6 +20,7 @@ from dist_lm.tool_data.words import domains
 SHELVES = 40  # of which val_fraction=0.05 holds out two
 VARIANTS = 8  # of a topic: names, arguments and descriptions differ
 DEFAULTS = {"flag": False, "few": 1}
+LONG = ("address", "size", "words", "people", "codes", "numbers", "title", "text")  # nobody searches by them
 HINTS = {
     "date": ("YYYY-MM-DD", "the day, as YYYY-MM-DD"),
     "clock": ("HH:MM", "24 hours, HH:MM"),
@@ -117,7 +118,7 @@ def _record_parameters(topic: Topic, action: Action, style: str, rng: random.Ran
     found += [_parameter(text, style, rng) for text in action.own]
     fields = list(fields_of(topic.domain))
     if topic.action in ("search", "count", "newest"):  # conditions that a record either meets or does not
-        fields = [field for field in fields if field[1] not in ("address", "size", "words", "people", "title", "text")]
+        fields = [field for field in fields if field[1] not in LONG]
     count = min(len(fields), rng.randint(*action.fields)) if action.fields[1] else 0
     picked = rng.sample(fields, count)
     inside = ""

@@ -11,6 +11,7 @@ from dist_lm.tool_data.actions import BY_KEY
 from dist_lm.tool_data.answers import answer, nothing_fits, question_back, shown
 from dist_lm.tool_data.catalogue import Topic
 from dist_lm.tool_data.choice import Scene, call_of, record_of, with_record
+from dist_lm.tool_data.drills import drill
 from dist_lm.tool_data.execution import ToolFailure
 from dist_lm.tool_data.phrasing import Given, describe, instruction, piece, request
 from dist_lm.tool_data.specification import Specification
@@ -161,14 +162,20 @@ def plain_answer(scene: Scene) -> Turns:
     return [*turns, Message("user", text.format(words)), Message("assistant", f"The {words} is {shown(result[name])}.")]
 
 
+def copying(scene: Scene) -> Turns:
+    """Values out of the request, without tools."""
+    return drill(scene.rng)
+
+
 KINDS: dict[str, tuple[float, Callable[[Scene], Turns]]] = {  # with their shares
-    "single": (0.42, single),
-    "parallel": (0.14, parallel),
-    "sequential": (0.12, sequential),
-    "irrelevant": (0.1, irrelevant),
-    "missing": (0.08, missing),
-    "recovery": (0.07, recovery),
-    "answer": (0.07, plain_answer),
+    "single": (0.33, single),
+    "parallel": (0.1, parallel),
+    "sequential": (0.09, sequential),
+    "irrelevant": (0.07, irrelevant),
+    "missing": (0.06, missing),
+    "recovery": (0.05, recovery),
+    "answer": (0.05, plain_answer),
+    "copying": (0.25, copying),
 }
 
 

@@ -62,7 +62,8 @@ def _attempt(kind: str, shelf: int, rng: random.Random) -> Example | None:
     if len({tool.tool.name for tool in scene.tools}) < len(scene.tools):
         return None
     needed = len(scene.tools)
-    scene.add_others(max(0, min(rng.choice(OTHER_TOOLS), MOST_TOOLS - needed)))
+    if kind != "copying":
+        scene.add_others(max(0, min(rng.choice(OTHER_TOOLS), MOST_TOOLS - needed)))
     if rng.random() < 0.12:
         turns = [Message("system", rng.choice(SYSTEM)), *turns]
     longest = rng.choice(LONGEST)

@@ -50,7 +50,7 @@ def draw(kind: str, rng: random.Random) -> Value:
 
 def plural_kind(kind: str) -> bool:
     """Whether a value is a list or an object, which a request spells out after the argument's name."""
-    return kind in ("words", "people", "numbers", "address", "size")
+    return kind in ("words", "people", "codes", "numbers", "address", "size")
 
 
 def quoted(text: str, rng: random.Random) -> str:
@@ -231,8 +231,13 @@ def _people(rng: random.Random) -> Value:
 
 def _numbers(rng: random.Random) -> Value:
     high = rng.choice([20, 100, 1000])
-    items = [rng.randint(1, high) for _ in range(rng.randint(3, 5))]
+    items = [rng.randint(1, high) for _ in range(rng.randint(3, 8))]
     return Value(items, ", ".join(map(str, items)))
+
+
+def _codes(rng: random.Random) -> Value:
+    items = [code(rng) for _ in range(rng.randint(2, 6))]
+    return Value(items, _listed(items, rng))
 
 
 def _address(rng: random.Random) -> Value:
@@ -306,6 +311,7 @@ _KINDS: dict[str, tuple[dict[str, Json], Draw]] = {
     "flag": ({"type": "boolean"}, _flag),
     "words": ({"type": "array", "items": {"type": "string"}}, _words),
     "people": ({"type": "array", "items": {"type": "string"}}, _people),
+    "codes": ({"type": "array", "items": {"type": "string"}}, _codes),
     "numbers": ({"type": "array", "items": {"type": "number"}}, _numbers),
     "address": (
         {

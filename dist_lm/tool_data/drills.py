@@ -1,0 +1,70 @@
+"""Conversations without tools that teach to take values out of a request, and nothing else.
+
+A schema costs a hundred tokens of which none is learned; here half the tokens are, and each can be had from the request
+only: read back, as a list in JSON, or as an object with the keys and in the order that are asked for.
+"""
+
+import json
+import random
+from collections.abc import Callable
+
+from dist_lm.chat.messages import Message
+from dist_lm.tool_data.naming import STYLE_WEIGHTS, STYLES, argument_name
+from dist_lm.tool_data.phrasing import piece
+from dist_lm.tool_data.specification import Parameter
+from dist_lm.tool_data.values import Value, draw, sentence
+from dist_lm.tool_data.words import domains
+
+LISTED = ("code", "person", "city", "word", "email", "amount", "date", "handle", "title", "product", "given", "path")
+
+
+def drill(rng: random.Random) -> list[Message]:
+    """A request and what is asked for."""
+    asked, answered = rng.choice(DRILLS)(rng)
+    return [Message("user", asked), Message("assistant", answered)]
+
+
+def read_back(rng: random.Random) -> tuple[str, str]:
+    """The same words again."""
+    if rng.random() < 0.5:
+        text = " ".join(sentence(rng) for _ in range(rng.randint(1, 3)))
+    else:
+        text = ", ".join(value.said for value in _items(rng))
+    return f"{rng.choice(['Repeat', 'Read back', 'Say', 'Copy'])}: {text}", text
+
+
+def as_list(rng: random.Random) -> tuple[str, str]:
+    """Values as a list in JSON."""
+    items = _items(rng)
+    asked = rng.choice(["As a JSON list: {}", "Make a JSON list of {}", "JSON list, please: {}"])
+    between = rng.choice([", ", ", ", "; ", "\n"])
+    return asked.format(between.join(item.said for item in items)), _json([item.json for item in items])
+
+
+def as_object(rng: random.Random) -> tuple[str, str]:
+    """Named values as an object in JSON; the keys are said first, the values come in any order."""
+    _, fields = domains()[rng.choice(list(domains()))]
+    style = rng.choices(STYLES, STYLE_WEIGHTS)[0]
+    picked = rng.sample(fields, rng.randint(2, 5))
+    parameters = [Parameter(name, argument_name(name, style), kind) for name, kind in picked]
+    given = {parameter: draw(parameter.kind, rng) for parameter in parameters}
+    kinds = [parameter.kind for parameter in parameters]
+    pieces = [piece(parameter, value, kinds.count(parameter.kind) == 1, rng) for parameter, value in given.items()]
+    rng.shuffle(pieces)
+    keys = ", ".join(f'"{parameter.key}"' for parameter in parameters)
+    between = rng.choice([", ", "; ", " and "])
+    asked = rng.choice(["JSON with {}: {}.", "An object with {}: {}", "Fill in {}: {}."])
+    text = between.join(part.removeprefix(": ") for part in pieces)
+    return asked.format(keys, text), _json({parameter.key: value.json for parameter, value in given.items()})
+
+
+DRILLS: tuple[Callable[[random.Random], tuple[str, str]], ...] = (read_back, as_list, as_object, as_object)
+
+
+def _items(rng: random.Random) -> list[Value]:
+    kind = rng.choice(LISTED)
+    return [draw(kind, rng) for _ in range(rng.randint(2, 8))]
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,36 @@
+"""Drills: what is asked for can be had from the request, and is what was asked for."""
+
+import json
+import random
+
+from dist_lm.tool_data.drills import as_list, as_object, read_back
+
+ROUNDS = 400
+
+
+def test_what_is_read_back_was_said():
+    rng = random.Random(1)
+    for _ in range(ROUNDS):
+        asked, answered = read_back(rng)
+        assert asked.endswith(f": {answered}")
+
+
+def test_a_list_has_what_was_listed_in_its_order():
+    rng = random.Random(2)
+    for _ in range(ROUNDS):
+        asked, answered = as_list(rng)
+        items = json.loads(answered)
+        assert 2 <= len(items) <= 8
+        assert len({type(item) for item in items}) == 1
+        texts = [item for item in items if isinstance(item, str) and not item[:4].isdigit()]
+        places = [asked.find(text) for text in texts]
+        assert all(place >= 0 for place in places), (asked, answered)
+
+
+def test_an_object_has_the_keys_that_were_asked_for_in_their_order():
+    rng = random.Random(3)
+    for _ in range(ROUNDS):
+        asked, answered = as_object(rng)
+        keys = list(json.loads(answered))
+        places = [asked.index(f'"{key}"') for key in keys]
+        assert places == sorted(places), (asked, answered)
