@@ -51,7 +51,7 @@ def test_val_holds_out_tools_and_names():
     many = list(examples(0, 3000))
     sides: dict[bool, set[str]] = {True: set(), False: set()}
     for one in many:
-        assert {group_of(tool.shelf) for tool in one.tools} == {one.group}
+        assert {group_of(tool.shelf) for tool in one.tools} <= {one.group}
         sides[is_val(one.group)] |= {bare(tool.name) for tool in one.conversation.tools}
     assert sides[True]
     assert not sides[True] & sides[False]
