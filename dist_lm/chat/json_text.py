@@ -1,11 +1,16 @@
 """JSON as a conversation holds it: one spelling for every value, and a reader that gives exactly that value back.
 
+Every text that is a value (not a key) is written behind a space, inside its quotes: `{"city": " Oslo"}`. So a word is
+the same tokens in a call as in the sentence it is copied from: SentencePiece has one piece for ` Oslo` and others for
+`"Oslo`. The reader takes the space away again, and text without one as it is.
+
 The only place that knows how tools, calls and results look as text. `read(write(x))` is x, with the type of every
 number and the order of keys; what would come back as something else is refused by both.
 """
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from dist_lm.chat.errors import ChatError
@@ -24,7 +29,7 @@ def write(value: Json, where: str) -> str:
             surrogate), or is beyond `DEEPEST` or `MOST_DIGITS`; the message begins with `where`.
     """
     _check(value, where)
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_with_texts(value, lambda text: " " + text), ensure_ascii=False, allow_nan=False)
 
 
 def read(text: str, where: str) -> Json:
@@ -59,6 +64,17 @@ def read(text: str, where: str) -> Json:
     except RecursionError:
         raise ChatError(f"{where}: {_too_deep()}") from None
     _check(value, where)
+    return _with_texts(value, lambda text: text.removeprefix(" "))
+
+
+def _with_texts(value: Json, change: Callable[[str], str]) -> Json:
+    """A copy in which every text that is a value is changed. At most `DEEPEST` deep: see `_check`."""
+    if type(value) is str:
+        return change(value)
+    if type(value) is list:
+        return [_with_texts(inner, change) for inner in value]
+    if type(value) is dict:
+        return {key: _with_texts(inner, change) for key, inner in value.items()}
     return value
 
 

@@ -68,15 +68,15 @@ def test_the_layout(tokenizer: Tokenizer) -> None:
         SPECIAL_TOKENS[number] if number < len(SPECIAL_TOKENS) else tokenizer.content([number]).decode()
         for number in rendered.tokens
     )
-    schema = '{"type": "object", "properties": {"city": {"type": "string"}}}'
+    schema = '{"type": " object", "properties": {"city": {"type": " string"}}}'
     assert text == (
         "<|endoftext|><|system|>Be brief.<|tools|>"
-        f'[{{"name": "weather", "description": "Weather of a day.", "parameters": {schema}}}]<|/tools|><|end|>'
+        f'[{{"name": " weather", "description": " Weather of a day.", "parameters": {schema}}}]<|/tools|><|end|>'
         "<|user|>Oslo?<|end|><|assistant|>Let me see."
-        '<|tool_call|>{"name": "weather", "arguments": {"city": "Oslo"}}<|/tool_call|>'
-        '<|tool_call|>{"name": "weather", "arguments": {"city": "Bergen"}}<|/tool_call|><|end|>'
-        '<|tool|><|tool_result|>{"sky": "clear"}<|/tool_result|>'
-        '<|tool_result|>{"error": "no such city"}<|/tool_result|><|end|><|assistant|>Clear.<|end|>'
+        '<|tool_call|>{"name": " weather", "arguments": {"city": " Oslo"}}<|/tool_call|>'
+        '<|tool_call|>{"name": " weather", "arguments": {"city": " Bergen"}}<|/tool_call|><|end|>'
+        '<|tool|><|tool_result|>{"sky": " clear"}<|/tool_result|>'
+        '<|tool_result|>{"error": " no such city"}<|/tool_result|><|end|><|assistant|>Clear.<|end|>'
     )
 
 
