@@ -13,6 +13,8 @@ from dist_lm.data.batch import Batch
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.order import DocumentSlice
 
+WORTH_CHOOSING = 0.9  # share of targets that count, below which logits are computed for these alone
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -62,7 +64,14 @@ def assemble(
         document_BT=_tensor(document[:, :-1]),
         position_BT=_tensor(position[:, :-1]),
         sequence_B=torch.tensor(numbers, dtype=torch.int64),
+        counted_N=_counted(learned[:, 1:]),
     )
+
+
+def _counted(learned: np.ndarray) -> torch.Tensor | None:
+    """None where logits of all tokens cost little more than those that count."""
+    places = np.flatnonzero(learned)
+    return _tensor(places) if len(places) < WORTH_CHOOSING * learned.size else None
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:

@@ -128,6 +128,7 @@ class Transformer(nn.Module):
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         chunk_bytes: int = 0,
+        counted_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Cross-entropy of every token in nats, fp32, (B * T,).
 
@@ -136,14 +137,19 @@ class Transformer(nn.Module):
         Args:
             chunk_bytes: the largest block of logits in fp32; the tokens go through the head in as many parts as that
                 takes. 0: all at once.
+            counted_N: int64; the tokens, in the flattened batch, whose losses are wanted: no logits are computed of the
+                others, whose losses are 0. None: all.
         """
         x_BTD = self.hidden(tokens_BT, document_BT=document_BT, position_BT=position_BT, dropout=dropout)
 
         def losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
             return self.losses_of_logits(logits_NV, targets_N, label_smoothing, z_loss)
 
-        x_ND = self.head_input(x_BTD).flatten(0, 1)
-        return losses_in_chunks(x_ND, self.head_weight, targets_BT.flatten(), losses, chunk_bytes)
+        x_ND, targets_N = self.head_input(x_BTD).flatten(0, 1), targets_BT.flatten()
+        if counted_N is None:
+            return losses_in_chunks(x_ND, self.head_weight, targets_N, losses, chunk_bytes)
+        of_these = losses_in_chunks(x_ND[counted_N], self.head_weight, targets_N[counted_N], losses, chunk_bytes)
+        return of_these.new_zeros(len(targets_N)).index_put((counted_N,), of_these)
 
     def scores(
         self,

@@ -22,7 +22,7 @@ class BoundModel:
     dropout: DropoutKey | None = None  # its sequence numbers are those of the batch
 
     def token_losses(self, batch: Batch, label_smoothing: float = 0.0, z_loss: float = 0.0) -> torch.Tensor:
-        """Cross-entropy of every token of a batch in nats, fp32, (B, T), whether or not its loss mask counts it."""
+        """Cross-entropy of every token of a batch in nats, fp32, (B, T); 0 where `counted_N` leaves it out."""
         losses_N = self.model.token_losses(
             batch.tokens_BT,
             batch.targets_BT,
@@ -31,6 +31,7 @@ class BoundModel:
             dropout=replace(self.dropout, sequence_B=batch.sequence_B) if self.dropout else None,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
+            counted_N=batch.counted_N,
             chunk_bytes=self.chunk_bytes,
         )
         return losses_N.view_as(batch.targets_BT)  # here: what FSDP's root returns must not be a view

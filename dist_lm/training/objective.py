@@ -16,7 +16,7 @@ class LossModel(Protocol):
     """A model as an objective sees it. Logits are not part of it: no rank may ever hold all of them."""
 
     def token_losses(self, batch: Batch, label_smoothing: float = 0.0, z_loss: float = 0.0) -> torch.Tensor:
-        """Cross-entropy of every token in nats, fp32, (B, T)."""
+        """Cross-entropy of every token in nats, fp32, (B, T); of one that does not count it may be 0."""
         ...
 
     def scores(self, batch: Batch) -> torch.Tensor:

@@ -165,3 +165,18 @@ def test_a_scalar_head_takes_the_place_of_the_head_of_tokens() -> None:
         assert list(names.items()) == list(parameter_shapes(config).items())
         assert "lm_head.weight" not in names
         assert names["scalar_head.weight"] == (1, config.d_model)
+
+
+@pytest.mark.parametrize("chunk_bytes", [0, 3 * 4 * 64])
+def test_losses_of_the_tokens_that_count_are_those_of_all(config: ModelConfig, chunk_bytes: int) -> None:
+    model, tokens = small_model(config), small_tokens(config, 3, 9)
+    mask = (torch.rand(3, 8, generator=torch.Generator().manual_seed(0)) < 0.4).float()
+    gradients = []
+    for counted in (None, mask.flatten().nonzero().flatten(), torch.empty(0, dtype=torch.long)):
+        model.zero_grad()
+        losses = model.token_losses(tokens[:, :-1], tokens[:, 1:], chunk_bytes=chunk_bytes, counted_N=counted)
+        (losses * mask.flatten()).sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    for whole, chosen in zip(*gradients[:2], strict=True):
+        torch.testing.assert_close(chosen, whole, rtol=1e-4, atol=1e-5)
+    assert all(bool(gradient.eq(0).all()) for gradient in gradients[2])
