@@ -169,6 +169,18 @@ class SamplingConfig:
 
 
 @dataclass
+class QuestionsConfig:
+    """How stage tools asks the model about held-out conversations, before its first step and after its last."""
+
+    per_kind: int = 200  # questions of a kind of conversation, at most; 0: none are asked
+    max_new_tokens: int = 256  # of an answer
+
+    def __post_init__(self) -> None:
+        require(self.per_kind >= 0, "stage.questions.per_kind", self.per_kind, ">= 0")
+        require(self.max_new_tokens > 0, "stage.questions.max_new_tokens", self.max_new_tokens, "a positive integer")
+
+
+@dataclass
 class StageConfig:
     """One stage: what it reads, and how it is optimised."""
 
@@ -203,6 +215,7 @@ class StageConfig:
     eval_sequences: int = 256  # val sequences in an evaluation on the way; 0: all. The last one always takes all
     log_every: int = 1  # steps
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)
 
     def __post_init__(self) -> None:
         for key in ("steps", "seq_len", "global_batch", "micro_batch", "log_every", "max_nonfinite_steps"):

@@ -74,13 +74,14 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         optimizer = build_optimizer(model, config.stage)
         state = restore(run, config, world, model, optimizer)
         stream = stack.enter_context(open_stream(run, config, mesh, world, tokenizer, state))
+        stage = training_stage(config.stage.name)
         trainer = Trainer(
             config=config,
             world=world,
             counts_once=mesh.get_local_rank("tp") == 0,
             model=model,
             optimizer=optimizer,
-            objective=training_stage(config.stage.name).objective(config),
+            objective=stage.objective(config),
             stream=stream,
             evaluate=evaluator(run, config, mesh, world, tokenizer),
             checkpoints=run.checkpoints,
@@ -92,19 +93,26 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             * matmul_flops(world.device, compute_dtype(config.parallel, world.device), config.hardware),
         )
         log.info("rank %d of %d on %s, %s, from step %d", world.rank, world.size, world.device, layout, state.step)
+        dtype = compute_dtype(config.parallel, world.device)
+        copy = partial(unsharded_copy, model, config.model, dtype)
+        if stage.open and config.stage.eval_at_start and state.step == 0:
+            found = stage.open(
+                Closing(config, run, world, tokenizer, copy, 0, lambda: heartbeat.beat(Phase.EVALUATING, 0))
+            )
+            if trainer.metrics:
+                trainer.metrics.write(0, found)
         state, metrics = trainer.run(state), trainer.metrics
         heartbeat.beat(Phase.CLOSING, state.step)
         del optimizer, trainer  # their memory is there for what the stage does at its end
         if state.step == config.stage.steps:
-            dtype = compute_dtype(config.parallel, world.device)
-            copy = partial(unsharded_copy, model, config.model, dtype)
-            closing = Closing(config, run, world, tokenizer, copy, state.step)
-            found = training_stage(config.stage.name).close(closing)
+            step = state.step
+            found = stage.close(
+                Closing(config, run, world, tokenizer, copy, step, lambda: heartbeat.beat(Phase.CLOSING, step))
+            )
             if metrics:
                 metrics.write(state.step, found)
                 write_result(run, config, tokenizer, state, stream.packing, time.time() - started)
-            del copy, closing
-        del model
+        del copy, model
 
 
 def restore(

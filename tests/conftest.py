@@ -34,6 +34,8 @@ TINY = (
     "device=cpu",
 )
 
+TOOL = Tool("to", "d", {"type": "object", "properties": {"x": {"type": "integer"}}})
+
 
 def texts(language: str, count: int) -> list[Document]:
     """Distinct little programs and sentences, the same at every call."""
@@ -63,9 +65,7 @@ def conversations(count: int) -> list[Document]:
         question, call = Message("user", f"{i} in {'kg' if i % 2 else 'g'}" * (1 + i % 3)), Call("to", {"x": i})
         answered = (question, Message("assistant", calls=(call,)), Message("tool", results=(i * 2,)))
         turns = (question,) if i % 3 == 0 else answered
-        conversation = Conversation(
-            (*turns, Message("assistant", f"It is {i}")), (Tool("to", "d", {}),) if len(turns) > 1 else ()
-        )
+        conversation = Conversation((*turns, Message("assistant", f"It is {i}")), (TOOL,) if len(turns) > 1 else ())
         text = write_conversation(conversation)
         kind = "tools_single" if len(turns) > 1 else "tools_none"
         made.append(Document(text, kind, f"tools:{i}", "none", f"{i:064x}", is_conversation=True))

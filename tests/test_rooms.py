@@ -17,6 +17,7 @@ ROOMS = (
     ("cluster",),
     ("stages",),
     ("rlhf",),
+    ("tool_evaluation",),
     ("generation",),
     ("training",),
     ("parallel",),

@@ -37,6 +37,7 @@ SETTINGS = (
     "stage.eval_sequences=8",
     "stage.sampling.samples_per_prompt=1",
     "stage.sampling.max_new_tokens=4",
+    "stage.questions.per_kind=4",
 )
 TIMED = ("time", "perf/", "checkpoint/")
 

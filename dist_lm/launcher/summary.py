@@ -3,6 +3,7 @@
 import json
 
 from dist_lm.launcher.plan import Plan, PlannedStage, run_of
+from dist_lm.launcher.tools_summary import print_tools, tool_entries
 from dist_lm.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 
@@ -22,6 +23,7 @@ def print_summary(plan: Plan, console: Console) -> None:
     result = json.loads(run.result.read_text())
     print_compression(result, stage, console)
     print_before_and_after(result, console)
+    print_tools(result, console)
     print_samples(run, console)
     console.summary(f"stage={stage.info.name} is done", dict(entries(result, stage, run)))
 
@@ -75,18 +77,30 @@ def print_before_and_after(result: dict, console: Console) -> None:
 
 
 def print_samples(run: RunDirectory, console: Console) -> None:
-    """The first sample of each language."""
+    """The first sample of each language, or of each kind of question."""
     files = sorted(run.samples.glob("step_*.jsonl"))
     shown: set[str] = set()
     for line in files[-1].read_text().splitlines() if files else []:
         sample = json.loads(line)
-        if sample["language"] not in shown:
+        if "kind" in sample:
+            if sample["kind"] not in shown:
+                shown.add(sample["kind"])
+                print_question(sample, console)
+        elif sample["language"] not in shown:
             shown.add(sample["language"])
             verdict = {True: ", parses", False: ", does not parse"}.get(sample.get("parses"), "")
             text = (sample["prompt"] + sample["completion"]).splitlines()[:SAMPLE_LINES]
             console.line(f"--- {sample['language']}{verdict}")
             for text_line in text:
                 console.line(f"    {text_line}")
+
+
+def print_question(sample: dict, console: Console) -> None:
+    """What a person said last, and what the model made of it."""
+    asked = sample["prompt"].rpartition("<|user|>")[2].replace("<|end|>", " ").removesuffix("<|assistant|>").strip()
+    console.line(f"--- {sample['kind']}, {'right' if sample['right'] else 'wrong'}")
+    console.line(f"    {asked}")
+    console.line(f"    {sample['found'].removesuffix('<|end|>')}")
 
 
 def entries(result: dict, stage: PlannedStage, run: RunDirectory) -> list[tuple[str, str]]:
@@ -107,8 +121,11 @@ def entries(result: dict, stage: PlannedStage, run: RunDirectory) -> list[tuple[
                 f"{packing['padding']:.1%} padding{left_out}",
             )
         )
+    lines += tool_entries(metrics)
     parsed = [
-        f"{key.removeprefix('code/parses_')} {value:.0%}" for key, value in sorted(metrics.items()) if "parses" in key
+        f"{key.removeprefix('code/parses_')} {value:.0%}"
+        for key, value in sorted(metrics.items())
+        if key.startswith("code/parses_")
     ]
     if parsed:
         lines.append(("samples that parse", ", ".join(parsed)))

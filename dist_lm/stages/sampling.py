@@ -37,7 +37,6 @@ def sample_prompts(closing: Closing) -> list[Sample]:
     ]
     if not wanted:
         return []
-    mine = range(closing.world.rank, len(wanted), closing.world.size)
     tokenizer = closing.tokenizer
     params = SamplingParams(
         max_new_tokens=config.max_new_tokens,
@@ -45,30 +44,49 @@ def sample_prompts(closing: Closing) -> list[Sample]:
         top_k=config.top_k,
         top_p=config.top_p,
     )
+    requests = [
+        Request(str(index), [tokenizer.eot_id, *tokenizer.encode(prompt)], params, seed=index)
+        for index, (_, prompt) in enumerate(wanted)
+    ]
+    return [
+        # end-of-text stands for no text
+        Sample(index, *wanted[index], completion=tokenizer.decode(done.tokens), finished=done.finish == "eot")
+        for index, done in enumerate(answer_all(closing, requests, "stage.sampling"))
+    ]
+
+
+def answer_all(closing: Closing, requests: list[Request], name: str) -> list[Answer]:
+    """The answer to each request; ranks share the work and all get the whole list (collective).
+
+    Args:
+        requests: the same on every rank; their ids are their numbers.
+        name: what messages call them.
+    """
+    if not requests:
+        return []
     model = closing.model()
     weight = model.embedding.weight
     engine = Engine(
         model.config,
         dict(model.named_parameters()),
-        eot_id=tokenizer.eot_id,
+        eot_id=closing.tokenizer.eot_id,
         options=EngineOptions(cache_tokens=max(CACHE_TOKENS, model.config.max_seq_len)),
         dtype=weight.dtype,
         device=weight.device,
     )
     del model, weight  # the engine has its own
-    for index in mine:
-        prompt = [tokenizer.eot_id, *tokenizer.encode(wanted[index][1])]
-        engine.submit(Request(str(index), prompt, params, seed=index))
+    for request in requests[closing.world.rank :: closing.world.size]:
+        engine.submit(request)
     own = []
-    for done in engine.run():
-        if not isinstance(done, Answer):
-            raise ArtefactError(f"stage.sampling: prompt {wanted[int(done.request)][1]!r}: {done.error}")
-        index = int(done.request)
-        completion = tokenizer.decode(done.tokens)  # end-of-text stands for no text
-        own.append(Sample(index, *wanted[index], completion=completion, finished=done.finish == "eot"))
+    while engine.busy:
+        for done in engine.step():
+            if not isinstance(done, Answer):
+                raise ArtefactError(f"{name}: prompt {done.request}: {done.error}")
+            own.append(done)
+        closing.alive()
     gathered: list = [None] * closing.world.size
     dist.all_gather_object(gathered, own)
-    return sorted((sample for part in gathered for sample in part), key=lambda sample: sample.index)
+    return sorted((answer for part in gathered for answer in part), key=lambda answer: int(answer.request))
 
 
 def keep_samples(closing: Closing, samples: list[Sample], verdicts: list[dict]) -> None:

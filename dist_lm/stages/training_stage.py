@@ -13,7 +13,7 @@ from dist_lm.training.objective import Objective
 
 @dataclass(frozen=True)
 class Closing:
-    """What a stage has at hand when its last step is done: on every rank."""
+    """What a stage has at hand when its last step is done, or before its first: on every rank."""
 
     config: Config
     run: RunDirectory
@@ -21,6 +21,7 @@ class Closing:
     tokenizer: Tokenizer
     model: Callable[[], Transformer]  # makes a plain copy for evaluation, all of it on every rank (collective)
     step: int
+    alive: Callable[[], None] = lambda: None  # to be called as work gets on
 
 
 @dataclass(frozen=True)
@@ -30,3 +31,4 @@ class TrainingStage:
     name: str
     objective: Callable[[Config], Objective]
     close: Callable[[Closing], dict[str, float]]  # collective; metrics, the same on every rank
+    open: Callable[[Closing], dict[str, float]] | None = None  # the same before the first step (stage.eval_at_start)

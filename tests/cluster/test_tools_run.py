@@ -37,6 +37,17 @@ def test_losses_before_and_after_are_those_of_every_corpus_and_kind(reference):
         assert found[STEPS][name] < found[0][name]
 
 
+def test_the_model_is_asked_before_the_first_step_and_after_the_last(reference):
+    found = numbers(reference)
+    asked = {"tools/parses", "tools/name_exact", "tools/args_exact_single", "tools/call_exact", "tools/false_refusals"}
+    for step in (0, STEPS):
+        assert asked <= found[step].keys()
+        lines = (reference.samples / f"step_{step:08d}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["kind"] for line in lines] == ["single"] * 4
+    assert not asked & found[10].keys()
+    assert json.loads(reference.result.read_text())["before"].keys() >= asked
+
+
 def test_the_loss_curve_does_not_depend_on_the_layout(reference, tiny_work, tmp_path):
     run = prepare(linked(tiny_work, tmp_path), "two", *MIXED, "stage.micro_batch=3", stage="tools")
     train(run, ranks=2)
@@ -84,6 +95,7 @@ def test_one_command_trains_all_stages_and_shows_what_was_forgotten(tiny_work, t
     assert "loss on held-out documents" in done.stdout
     rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.rstrip().endswith("%")}
     assert {"all", "code", "language", "tools_single"} <= rows.keys()
+    assert "calls of tools never trained on" in done.stdout
     result = json.loads(work.run("tools", "default").result.read_text())
     assert result["before"].keys() >= {"val/loss", "val/loss_code", "val/loss_language"}
     start = json.loads(work.run("code", "default").result.read_text())["metrics"]
