@@ -23,6 +23,8 @@ checkpoint = typer.Typer(help="Look at checkpoints, check them, put one into a s
 app.add_typer(checkpoint, name="checkpoint")
 cluster = typer.Typer(help="Look at the nodes and ranks of a run.", no_args_is_help=True)
 app.add_typer(cluster, name="cluster")
+tools = typer.Typer(help="Examine a model that calls functions.", no_args_is_help=True)
+app.add_typer(tools, name="tools")
 
 CheckpointPath = Annotated[
     Path, typer.Argument(help="A checkpoint, a folder of them, or a run (then LATEST is meant).")
@@ -127,6 +129,22 @@ def cluster_status(
     from dist_lm.cluster.status_view import print_status
 
     print_status(status, Console())
+
+
+@tools.command("bfcl")
+def tools_bfcl(
+    path: CheckpointPath,
+    limit: Annotated[int, typer.Option(help="Questions of a category, at most; 0: all.")] = 0,
+    json: Annotated[Path | None, typer.Option("--json", help="Write one JSON object a question to this file.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.model, if not that of the work directory the run lies in.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto (a GPU, if there is one), cpu or cuda.")] = "auto",
+) -> None:
+    """Ask the questions of one turn of the Berkeley Function Calling Leaderboard (package bfcl-eval)."""
+    from dist_lm.tool_evaluation.bfcl import evaluate
+
+    evaluate(path, tokenizer, limit, json, device)
 
 
 @checkpoint.command("inspect")
