@@ -96,9 +96,18 @@ def generate(
     n: Annotated[int, typer.Option("--n", help="Answers to the prompt.")] = 1,
     device: Annotated[str, typer.Option(help="auto (a GPU, if there is one), cpu or cuda.")] = "auto",
     tp: Annotated[int, typer.Option("--tp", help="GPUs that share a model too large for one.")] = 1,
+    tools: Annotated[
+        Path | None,
+        typer.Option(help="A Python file whose functions the model may call; a prompt is then a request to it."),
+    ] = None,
+    max_rounds: Annotated[int, typer.Option(help="With --tools: turns with calls for one request, at most.")] = 8,
+    tool_seconds: Annotated[float, typer.Option(help="With --tools: of a call, before it is ended.")] = 10.0,
+    tool_characters: Annotated[int, typer.Option(help="With --tools: of a result, the rest is cut off.")] = 4000,
 ) -> None:
     """Go on with a text: one prompt, or many at the terminal (docs/generation.md)."""
     from dist_lm.generation.terminal import generate
+    from dist_lm.generation.tool_chat import ToolOptions
+    from dist_lm.tool_use.toolbox import Limits
 
     values = {
         "max_new_tokens": max_new_tokens,
@@ -108,7 +117,8 @@ def generate(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }
-    raise typer.Exit(generate(path, prompt, tokenizer, values, stop or [], seed, n, device, tp))
+    options = ToolOptions(tools, max_rounds, Limits(tool_seconds, tool_characters)) if tools else None
+    raise typer.Exit(generate(path, prompt, tokenizer, values, stop or [], seed, n, device, tp, options))
 
 
 @cluster.command("status")

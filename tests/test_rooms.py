@@ -24,6 +24,7 @@ ROOMS = (
     ("model",),
     ("data",),
     ("tool_data",),
+    ("tool_use",),
     ("chat",),
     ("tokenizer",),
     ("tracking",),

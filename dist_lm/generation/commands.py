@@ -25,13 +25,14 @@ HELP = r"""Type the beginning of a text; the model goes on with it. Enter sends 
 
   /lang python                  begin with a usual opening of that language; once more: another; /lang alone: which
   /again                        answer the last prompt once more, with the next seed
+  /new                          with --tools: forget what was said
   /show                         the settings
   /help                         this
 A setting without a value shows the one it has."""
 
 LIMIT = 1 << 31  # whole numbers stay below
 SEED_LIMIT = 1 << 63
-Action = Literal["show", "again", "help", "lang"]
+Action = Literal["show", "again", "new", "help", "lang"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Change:
 
 Command = Do | Tell | Change
 
-ACTIONS: tuple[Action, ...] = ("show", "again", "help", "lang")
+ACTIONS: tuple[Action, ...] = ("show", "again", "new", "help", "lang")
 NUMBERS: dict[str, Callable[[str], float]] = {
     "temperature": float,
     "top_k": int,

@@ -22,6 +22,7 @@ from dist_lm.generation.commands import (
 )
 from dist_lm.generation.openings import Openings
 from dist_lm.generation.session import Session, Settings
+from dist_lm.generation.tool_chat import ToolChat
 
 FIRST, MORE = "> ", ". "  # before the first line of a prompt, and before the others
 
@@ -43,13 +44,16 @@ class PromptLoop:
         console: Console,
         read_line: ReadLine,
         interrupts: Interrupts,
+        chat: ToolChat | None = None,
     ) -> None:
+        """`chat`: what prompts are said to; without it each is the beginning of a text."""
         self.settings = settings
         self._session = session
         self._openings = openings
         self._console = console
         self._read_line = read_line
         self._interrupts = interrupts
+        self._chat = chat
         self._opening = ""  # the prompt begins with it
         self._offered: dict[str, int] = {}  # openings of a language so far
         self._last: str | None = None
@@ -96,6 +100,8 @@ class PromptLoop:
                 self._show()
             case Do("again"):
                 self._again()
+            case Do("new"):
+                self._forget()
             case Do("help"):
                 self._help()
             case Do("lang", language):
@@ -119,7 +125,16 @@ class PromptLoop:
     def _again(self) -> None:
         if self._last is None:
             raise UserError("/again: there is no prompt yet")
+        if self._chat:
+            self._chat.take_back()
         self._answer(self._last)
+
+    def _forget(self) -> None:
+        if self._chat is None:
+            raise UserError("/new: without --tools every prompt stands for itself")
+        self._chat.forget()
+        self._last = None
+        self._say("what was said is forgotten")
 
     def _begin_with(self, language: str) -> None:
         openings = self._openings()
@@ -134,17 +149,29 @@ class PromptLoop:
         self._say(f"opening of {language}{which}: type on, or press Enter; Ctrl-C drops it")
 
     def _answer(self, prompt: str) -> None:
-        tokens = self._session.tokens(prompt)
         end = "\n"
 
-        def show(index: int, text: str) -> None:
+        def show(text: str) -> None:
             nonlocal end
             end = text[-1]
             self._write(visible(text))
 
+        def note(line: str) -> None:
+            nonlocal end
+            if end != "\n":
+                self._console.print()
+            end = "\n"
+            self._say(visible(line))
+
+        tokens = [] if self._chat else self._session.tokens(prompt)
         try:
             with self._interrupts() as interrupted:
-                outcome = self._session.answer(tokens, self.settings, 1, show, interrupted=interrupted)
+                if self._chat:
+                    outcome = self._chat.answer(prompt, self.settings, show, note, interrupted)
+                else:
+                    outcome = self._session.answer(
+                        tokens, self.settings, 1, lambda index, text: show(text), interrupted=interrupted
+                    )
         finally:
             if end != "\n":
                 self._console.print()

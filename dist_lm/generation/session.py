@@ -115,6 +115,7 @@ class Session:
         on_text: Callable[[int, str], None],
         on_answer: Callable[[int], None] = lambda index: None,
         interrupted: Callable[[], bool] = lambda: False,
+        on_token: Callable[[int], None] = lambda token: None,
     ) -> Outcome:
         """Go on with `prompt`, `n` times.
 
@@ -122,6 +123,7 @@ class Session:
             on_text: called with (index of the answer, new text of it) as it comes.
             on_answer: called with the index of an answer that is whole.
             interrupted: looked at before every token; once it says so, answers end.
+            on_token: called with each token, before its text.
 
         Raises:
             UserError: the request came to nothing.
@@ -135,8 +137,12 @@ class Session:
             if text:
                 on_text(index, text)
 
+        def take(request: str, index: int, token: int, text: str) -> None:
+            on_token(token)
+            show(index, text)
+
         started = time.perf_counter()
-        self._engine.submit(request, lambda request, index, token, text: show(index, text))
+        self._engine.submit(request, take)
         while self._engine.busy:
             if interrupted():
                 self._engine.cancel(request.id)

@@ -5,7 +5,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -23,8 +23,12 @@ from dist_lm.generation.params import SamplingParams
 from dist_lm.generation.prompt_loop import PromptLoop, visible
 from dist_lm.generation.session import Session, Settings
 from dist_lm.generation.shard import check_tp
+from dist_lm.generation.tool_chat import ToolChat, ToolOptions, warning_of
 from dist_lm.parallel.mesh import choose_device
+from dist_lm.run_directory import RunDirectory
+from dist_lm.tool_use.toolbox import Toolbox
 
+NO_ANSWER = 1  # the exit code where a model with tools comes to none
 STOPPED = 130  # the exit code after Ctrl-C
 SEEDS = 1_000_000  # of which one is taken where none is given: short enough to be typed again
 
@@ -39,8 +43,12 @@ def generate(
     n: int,
     device: str,
     tp: int = 1,
+    tools: ToolOptions | None = None,
 ) -> int:
     """What the verb does, with its options; `values` are those of `SamplingParams`. Returns the exit code.
+
+    Args:
+        tools: functions that the model may call; with them a prompt is a request, not the beginning of a text.
 
     Raises:
         UserError: names the option, or what is wrong with the checkpoint.
@@ -51,6 +59,8 @@ def generate(
     settings = _settings(values, stop, seed, n)
     if talks and n != 1:
         raise ConfigError(f"--n={n}: several answers are for --prompt; at the terminal there is /again")
+    if tools and n != 1:
+        raise ConfigError(f"--n={n}: with --tools there is one answer")
     if talks and not sys.stdout.isatty():
         raise ConfigError("--prompt is missing: it is needed where the output is no terminal")
     name = "--prompt"
@@ -60,22 +70,33 @@ def generate(
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows few characters
     chosen = choose_device(device, 0)
     errors = Console(stderr=True, highlight=False)
-    with errors.status("loading ...") if errors.is_terminal else _nothing():
-        loaded = load_model(path, tokenizer)
-        check_tp(loaded.config, tp, torch.cuda.device_count() if chosen.type == "cuda" else None, "--tp")
-        if tp > 1:  # all processes share the cores
-            torch.set_num_threads(max(1, torch.get_num_threads() // tp))
-        run = loaded.run
-        dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32  # what models compute in, in training
-        session = Session(loaded, dtype, chosen, n, tp)
-        del loaded  # the engine has weights of its own
-    with closing(session):
+    with ExitStack() as stack:
+        toolbox = stack.enter_context(Toolbox(tools.file, tools.limits)) if tools else None
+        with errors.status("loading ...") if errors.is_terminal else _nothing():
+            session, run = _load(path, tokenizer, chosen, n, tp)
+            stack.enter_context(closing(session))
+        chat = ToolChat(session, toolbox, tools.max_rounds) if tools and toolbox else None
+        if chat and (warning := warning_of(run.path.parent.name if run else None)):
+            errors.print(Text(warning, style="yellow"), soft_wrap=True)
+        if prompt is not None and chat:
+            return _one_request(session, chat, prompt, settings, sys.stdout, errors)
         if prompt is not None:
             return _one_shot(session, session.tokens(prompt, name), settings, n, sys.stdout, errors)
         readline.parse_and_bind("set enable-bracketed-paste on")
         console = Console(highlight=False)
-        PromptLoop(session, settings, lambda: read_openings(run), console, read_line, interrupts).run()
+        PromptLoop(session, settings, lambda: read_openings(run), console, read_line, interrupts, chat).run()
     return 0
+
+
+def _load(
+    path: Path, tokenizer: Path | None, device: torch.device, answers: int, tp: int
+) -> tuple[Session, RunDirectory | None]:
+    loaded = load_model(path, tokenizer)
+    check_tp(loaded.config, tp, torch.cuda.device_count() if device.type == "cuda" else None, "--tp")
+    if tp > 1:  # all processes share the cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // tp))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # what models compute in, in training
+    return Session(loaded, dtype, device, answers, tp), loaded.run
 
 
 def _settings(values: Mapping[str, object], stop: list[str], seed: int | None, n: int) -> Settings:
@@ -110,6 +131,22 @@ def _one_shot(session: Session, prompt: list[int], settings: Settings, n: int, o
         outcome = session.answer(prompt, settings, n, shown.text, shown.end, interrupted)
     errors.print(Text(f"{session.name}: {outcome}", style="dim"), soft_wrap=True)
     return STOPPED if outcome.stopped else 0
+
+
+def _one_request(
+    session: Session, chat: ToolChat, request: str, settings: Settings, output: TextIO, errors: Console
+) -> int:
+    def note(line: str) -> None:
+        errors.print(Text(visible(line), style="dim"), soft_wrap=True)
+
+    with interrupts() as interrupted:
+        outcome = chat.answer(request, settings, lambda text: None, note, interrupted)
+    answer = outcome.exchange.answer
+    if answer:
+        output.write(f"{visible(answer)}\n" if output.isatty() else answer)
+        output.flush()
+    note(f"{session.name}: {outcome}")
+    return STOPPED if outcome.stopped else 0 if outcome.exchange.ending == "answered" else NO_ANSWER
 
 
 class Shown:

@@ -39,9 +39,11 @@ def test_nothing_is_asked_where_calls_cannot_be_checked(tools):
     assert questions_of(Conversation(ROUND, tools), "single") == []
 
 
-def test_every_generated_kind_with_tools_has_questions():
-    kinds = {question.kind for one in examples(0, 60) for question in questions_of(one.conversation, one.kind)}
-    assert {"single", "parallel", "sequential", "irrelevant", "missing", "recovery"} <= kinds
+def test_every_generated_conversation_with_tools_has_questions():
+    for one in examples(0, 60):
+        found = questions_of(one.conversation, one.kind)
+        assert bool(found) == bool(one.conversation.tools), one
+        assert all(question.kind == one.kind for question in found)
 
 
 def test_questions_come_from_the_tokens_of_val_alone(tiny_work):
@@ -63,4 +65,6 @@ def test_marks_are_shown_by_their_names(tiny_work):
     tokenizer = Tokenizer.load(tiny_work.tokenizer_model)
     (one,) = asked(questions_of(Conversation((Message("user", "Bergen?"), CALLS), TOOLS), "single"), tokenizer)
     assert shown(one.prompt, tokenizer).endswith("<|user|>Bergen?<|end|><|assistant|>")
-    assert shown(one.expected, tokenizer) == '<|tool_call|>{"name": "a", "arguments": {}}<|/tool_call|><|end|>'
+    expected = shown(one.expected, tokenizer)
+    assert expected.startswith('<|tool_call|>{"name": "')
+    assert expected.endswith('a", "arguments": {}}<|/tool_call|><|end|>')

@@ -1,0 +1,208 @@
+"""A scripted model that calls a person's functions: at the prompt, in one go, and what is refused."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dist_lm import __main__ as program
+from dist_lm.chat.messages import Call, Conversation, Message
+from dist_lm.chat.template import parse, prompt, render
+from dist_lm.config import ModelConfig
+from dist_lm.errors import UserError
+from dist_lm.generation.openings import Openings
+from dist_lm.generation.params import SamplingParams
+from dist_lm.generation.prompt_loop import PromptLoop
+from dist_lm.generation.request import Answer
+from dist_lm.generation.session import Outcome, Session, Settings
+from dist_lm.generation.terminal import NO_ANSWER, interrupts
+from dist_lm.generation.text import TextStream
+from dist_lm.generation.tool_chat import ToolChat, warning_of
+from dist_lm.launcher.compose import compose_config
+from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tool_use.toolbox import Limits, Toolbox
+from tests.conftest import TINY
+
+FILE = 'def add(x: int, y: int = 1) -> int:\n    """Sum."""\n    return x + y\n'
+SETTINGS = Settings(SamplingParams(max_new_tokens=50), seed=3)
+ONE = Message("assistant", calls=(Call("add", {"x": 2}),))
+CALLS = Message("assistant", calls=(Call("add", {"x": 2}), Call("add", {"x": 2, "y": 5})))
+WORDS = Message("assistant", "It is 3 and 7.")
+
+
+class Scripted(Session):
+    """Answers with turns of a script; keeps what it was asked."""
+
+    def __init__(self, tokenizer: Tokenizer, config: ModelConfig, script: list[Message | list[int]]) -> None:
+        self.name, self.tokenizer, self.config, self.script = "scripted", tokenizer, config, script
+        self.asked: list[Conversation] = []
+
+    def answer(
+        self,
+        prompt: list[int],
+        settings: Settings,
+        n: int,
+        on_text: Callable[[int, str], None],
+        on_answer: Callable[[int], None] = lambda index: None,
+        interrupted: Callable[[], bool] = lambda: False,
+        on_token: Callable[[int], None] = lambda token: None,
+    ) -> Outcome:
+        self.asked.append(parse(prompt[:-1], self.tokenizer))
+        turn = self.script.pop(0)
+        tokens = turn if isinstance(turn, list) else tokens_of(turn, self.tokenizer)
+        assert tokens[-1] in settings.params.stop_tokens or isinstance(turn, list)
+        stream = TextStream(self.tokenizer.vocabulary(), ())
+        for token in tokens:
+            on_token(token)
+            if text := stream.add(token):
+                on_text(0, text)
+        done = Answer("1", 0, len(prompt), tuple(tokens), stream.text, (), (), "stop", settings.seed, 0)
+        return Outcome((done,), 0.1, settings.seed)
+
+
+def tokens_of(turn: Message, tokenizer: Tokenizer) -> list[int]:
+    asked = Conversation((Message("user", "?"),))
+    whole = render(Conversation((*asked.messages, turn)), tokenizer).tokens
+    return whole[len(prompt(asked, tokenizer)) :].tolist()
+
+
+@pytest.fixture(scope="module")
+def toolbox(tmp_path_factory: pytest.TempPathFactory):
+    file = tmp_path_factory.mktemp("tools") / "tools.py"
+    file.write_text(FILE)
+    with Toolbox(file, Limits()) as box:
+        yield box
+
+
+@pytest.fixture
+def scripted(tiny_work):
+    config = replace(compose_config(["stage=code", *TINY]).model, max_seq_len=1024)
+    tokenizer = Tokenizer.load(tiny_work.tokenizer_model)
+    return lambda *script: Scripted(tokenizer, config, list(script))
+
+
+def talk(session: Session, toolbox: Toolbox, *lines: str) -> str:
+    """What the screen shows."""
+    output, script = StringIO(), list(lines)
+
+    def read(before: str, typed: str) -> str:
+        if not script:
+            raise EOFError
+        return script.pop(0)
+
+    console = Console(file=output, width=60, highlight=False)
+    chat = ToolChat(session, toolbox, max_rounds=2)
+    PromptLoop(session, SETTINGS, lambda: Openings({}, "", []), console, read, interrupts, chat).run()
+    return output.getvalue()
+
+
+def test_calls_and_results_are_shown_as_they_happen(scripted, toolbox):
+    screen = talk(scripted(CALLS, WORDS), toolbox, "2 + 1 and 2 + 5")
+    assert screen.splitlines()[1:-1] == [
+        *("-> add(x=2)", "<- 3", "-> add(x=2, y=5)", "<- 7", "It is 3 and 7."),
+        screen.splitlines()[-2],
+    ]
+    assert screen.splitlines()[-2].startswith("2 turns, ")
+    assert screen.splitlines()[-2].endswith("answered, seed 3")
+    assert "arguments" not in screen  # the text of a call is not shown as words
+
+
+def test_a_conversation_goes_on_until_it_is_forgotten(scripted, toolbox):
+    session = scripted(WORDS, WORDS, WORDS, WORDS)
+    talk(session, toolbox, "one", "two", "/again", "/new", "three")
+    said = [[turn.content for turn in asked.messages if turn.role == "user"] for asked in session.asked]
+    assert said == [["one"], ["one", "two"], ["one", "two"], ["three"]]
+    assert all(asked.tools == toolbox.tools for asked in session.asked)
+
+
+def test_a_request_without_an_answer_is_taken_back(scripted, toolbox):
+    session = scripted([5, 6], CALLS, CALLS, CALLS, WORDS)
+    screen = talk(session, toolbox, "one", "two", "three")
+    assert "it wrote no turn of a conversation (token" in screen
+    assert "no answer after --max-rounds" in screen
+    assert [turn.content for turn in session.asked[-1].messages] == ["three"]
+
+
+def test_a_conversation_that_fills_the_context_is_one_line(scripted, toolbox):
+    chat = ToolChat(scripted(), toolbox, 2)
+    with pytest.raises(UserError, match="the model's context is 1,024"):
+        chat.answer("x " * 1000, SETTINGS, lambda text: None, lambda line: None)
+
+
+def test_new_is_for_conversations(session):
+    output, script = StringIO(), ["/new"]
+    console = Console(file=output, width=80)
+
+    def read(before: str, typed: str) -> str:
+        if not script:
+            raise EOFError
+        return script.pop()
+
+    PromptLoop(session, SETTINGS, lambda: Openings({}, "", []), console, read, interrupts).run()
+    assert "/new: without --tools every prompt stands for itself" in output.getvalue()
+
+
+@pytest.fixture
+def verb(small_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    file = tmp_path / "tools.py"
+    file.write_text(FILE)
+
+    def call(*words: str, script: list[Message] | None = None) -> tuple[int, str, str]:
+        def answer(self, prompt, settings, n, on_text, on_answer=None, interrupted=None, on_token=None):
+            scripted = Scripted(self.tokenizer, self.config, [script.pop(0)])
+            return scripted.answer(prompt, settings, n, on_text)
+
+        if script is not None:
+            monkeypatch.setattr(Session, "answer", answer)
+        command = ["dist-lm", "generate", str(small_run.path), "--device", "cpu", "--prompt", "2 + 1?", *words]
+        monkeypatch.setattr("sys.argv", command)
+        with pytest.raises(SystemExit) as ending:
+            program.main()
+        return (ending.value.code, *capsys.readouterr())
+
+    return lambda *words, script=None, tools=file: call("--tools", str(tools), *words, script=script)
+
+
+def test_in_one_go_the_answer_alone_goes_to_standard_output(verb):
+    code, out, errors = verb(script=[ONE, WORDS])
+    assert (code, out) == (0, "It is 3 and 7.")
+    lines = errors.splitlines()
+    assert lines[0].startswith("this is a model of stage code, which teaches no calls")
+    assert lines[1:3] == ["-> add(x=2)", "<- 3"]
+    assert lines[3].startswith("code/small/step_00000020: 2 turns, ")
+
+
+def test_no_answer_is_exit_code_1(verb):
+    code, out, errors = verb("--max-rounds", "1", script=[ONE, ONE])
+    assert (code, out) == (NO_ANSWER, "")
+    assert "no answer after --max-rounds" in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--max-rounds", "0"), "error: --max-rounds=0: expected a positive integer"),
+        (("--tool-seconds", "-1"), "error: --tool-seconds=-1.0: expected a positive number"),
+        (("--n", "2"), "error: --n=2: with --tools there is one answer"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_exit_2(verb, words, message):
+    code, out, errors = verb(*words)
+    assert (code, out) == (2, "")
+    assert errors.startswith(message)
+    assert errors.count("\n") == 1
+
+
+def test_a_file_that_is_not_there_is_found_before_the_model_is_read(verb, tmp_path):
+    code, _, errors = verb(tools=tmp_path / "nowhere.py")
+    assert code == 2
+    assert "no such file; expected a Python file with functions" in errors
+
+
+def test_only_models_that_learned_calls_come_without_a_warning():
+    assert warning_of("tools") is None
+    assert warning_of(None) is None
+    assert "stage language" in str(warning_of("language"))

@@ -1,0 +1,50 @@
+"""The table that stage tools ends with."""
+
+from dist_lm.launcher.tools_summary import cell, kind_of, print_tools, tool_entries
+
+METRICS = {
+    "val/loss": 1.0,
+    "tools/parses": 0.98,
+    "tools/parses_single": 0.991,
+    "tools/args_exact_single": 0.4,
+    "tools/irrelevance": 0.5,
+    "tools/irrelevance_irrelevant": 0.5,
+    "tools/parallel_exact": 0.25,
+    "tools/false_refusals": 0.01,
+    "tools/false_refusals_single": 0.01,
+}
+
+
+def table(result: dict) -> list[list[str]]:
+    class Recorded:
+        rows: list[list[str]] = []  # noqa: RUF012
+
+        def table(self, title, columns, rows):
+            self.rows = [list(columns), *map(list, rows)]
+
+    recorded = Recorded()
+    print_tools(result, recorded)  # type: ignore[arg-type]
+    return recorded.rows
+
+
+def test_each_kind_is_a_row_with_figures_before_and_after():
+    before = {"tools/parses": 0.0, "tools/parses_single": 0.004, "tools/args_exact_single": 0.0}
+    head, *rows = table({"metrics": METRICS, "before": before})
+    assert head == ["conversations", "parses", "fits a tool", "names", "arguments", "whole turn", "no call"]
+    assert rows == [
+        ["all", "0 -> 98", "", "", "", "", "50"],
+        ["irrelevant", "", "", "", "", "", "50"],
+        ["single", "0 -> 99", "", "", "0 -> 40", "", ""],
+    ]
+
+
+def test_other_stages_have_no_such_table():
+    assert table({"metrics": {"val/loss": 1.0, "code/parses_python": 0.5}}) == []
+    assert tool_entries({"code/parses_python": 0.5}) == []
+    assert tool_entries(METRICS) == [("calls", "parallel exact 25%, false refusals 1%")]
+
+
+def test_names_of_kinds_and_cells():
+    assert [kind_of(name) for name in ("tools/parses", "tools/parses_single", "code/parses_bash")] == ["", "single", ""]
+    assert kind_of("tools/parallel_exact") == ""
+    assert cell("tools/parses", {}, {"tools/parses": 1.0}) == "100"
