@@ -1,7 +1,9 @@
 """Conversations without tools that teach to take values out of a request, and nothing else.
 
 A schema costs a hundred tokens of which none is learned; here half the tokens are, and each can be had from the request
-only: read back, as a list in JSON, or as an object with the keys and in the order that are asked for.
+only: said again, looked up among others, as a list in JSON, or as an object with the keys and in the order that are
+asked for. What has to be said again word by word is without sense, so that nothing but looking helps: a small model
+learns to copy from that first.
 """
 
 import json
@@ -15,6 +17,9 @@ from dist_lm.tool_data.specification import Parameter
 from dist_lm.tool_data.values import Value, draw, sentence
 from dist_lm.tool_data.words import domains
 
+ONSETS = ("", *"bcdfghjklmnpqrstvwxyz", "br", "ch", "cl", "dr", "fl", "gr", "pl", "pr", "sh", "sk", "st", "th", "tr")
+VOWELS = (*"aeiouy", "ai", "ea", "ee", "ie", "oo", "ou")
+CODAS = ("", "", *"bdgklmnprstvx", "ck", "ll", "nd", "ng", "nt", "rk", "sh", "ss", "th")
 LISTED = ("code", "person", "city", "word", "email", "amount", "date", "handle", "title", "product", "given", "path")
 
 
@@ -22,6 +27,22 @@ def drill(rng: random.Random) -> list[Message]:
     """A request and what is asked for."""
     asked, answered = rng.choice(DRILLS)(rng)
     return [Message("user", asked), Message("assistant", answered)]
+
+
+def echo(rng: random.Random) -> tuple[str, str]:
+    """Words without sense, again."""
+    text = " ".join(_noise(rng) for _ in range(rng.randint(3, 30)))
+    return f"{rng.choice(['Repeat', 'Read back', 'Say', 'Copy'])}: {text}", text
+
+
+def look_up(rng: random.Random) -> tuple[str, str]:
+    """What was said to belong to some of the words, in the order in which they are asked for."""
+    meaning = {_noise(rng): " ".join(_noise(rng) for _ in range(rng.randint(1, 3))) for _ in range(rng.randint(2, 8))}
+    asked = rng.sample(list(meaning), rng.randint(1, len(meaning)))
+    told = ", ".join(f"{word} = {value}" for word, value in meaning.items())
+    return f"{told}. {rng.choice(['Give me', 'What is', 'Tell me'])} {', '.join(asked)}?", ", ".join(
+        f"{word} = {meaning[word]}" for word in asked
+    )
 
 
 def read_back(rng: random.Random) -> tuple[str, str]:
@@ -58,7 +79,18 @@ def as_object(rng: random.Random) -> tuple[str, str]:
     return asked.format(keys, text), _json({parameter.key: value.json for parameter, value in given.items()})
 
 
-DRILLS: tuple[Callable[[random.Random], tuple[str, str]], ...] = (read_back, as_list, as_object, as_object)
+DRILLS: tuple[Callable[[random.Random], tuple[str, str]], ...] = (
+    *(echo, echo, echo, look_up),
+    *(read_back, as_list, as_object, as_object),
+)
+
+
+def _noise(rng: random.Random) -> str:
+    """A word that nobody has said, or a number."""
+    if rng.random() < 0.25:
+        return str(rng.randrange(10 ** rng.randint(1, 4)))
+    syllables = [rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(rng.randint(1, 3))]
+    return "".join(syllables)
 
 
 def _items(rng: random.Random) -> list[Value]:

@@ -49,7 +49,7 @@ def test_the_large_stages_have_the_listed_peak_rates(stage, lr):
         ("model=huge", ["model=huge", "nano", "large"]),
         ("model.n_heads=7", ["model.n_heads=7", "model.d_model=160", "5"]),
         ("model.n_kv_heads=2", ["model.n_kv_heads=2", "model.n_heads=5"]),
-        ("stage.seq_len=100000", ["stage.seq_len=100000", "model.max_seq_len=512"]),
+        ("stage.seq_len=100000", ["stage.seq_len=100000", "model.max_seq_len=1024"]),
         ("cluster=ray", ["cluster.address", "host:port"]),
         ("stage.corpus=novels", ["stage.corpus=novels", "language, code"]),
         ("stage.mix.novels=0.1", ["stage.mix", "novels"]),

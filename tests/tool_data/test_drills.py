@@ -3,16 +3,28 @@
 import json
 import random
 
-from dist_lm.tool_data.drills import as_list, as_object, read_back
+from dist_lm.tool_data.drills import as_list, as_object, echo, look_up, read_back
 
 ROUNDS = 400
 
 
 def test_what_is_read_back_was_said():
     rng = random.Random(1)
+    for again in (read_back, echo):
+        for _ in range(ROUNDS):
+            asked, answered = again(rng)
+            assert asked.endswith(f": {answered}")
+
+
+def test_what_is_looked_up_was_told():
+    rng = random.Random(4)
     for _ in range(ROUNDS):
-        asked, answered = read_back(rng)
-        assert asked.endswith(f": {answered}")
+        asked, answered = look_up(rng)
+        told, _, question = asked.partition(". ")
+        known = dict(pair.split(" = ") for pair in told.split(", "))
+        pairs = [pair.split(" = ") for pair in answered.split(", ")]
+        assert all(known[word] == value for word, value in pairs)
+        assert question.rstrip("?").endswith(", ".join(word for word, _ in pairs))
 
 
 def test_a_list_has_what_was_listed_in_its_order():
