@@ -11,6 +11,7 @@ from dist_lm.errors import UserError
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # ranks and engines are what a node is there for: no lower priority than others
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # leave CUDA_VISIBLE_DEVICES of a process without GPUs alone
 }
 SET_BY_RAY = ("RAY_CLIENT_MODE", "PYTHONBREAKPOINT")  # while it is connected
