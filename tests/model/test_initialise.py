@@ -2,11 +2,9 @@
 
 import math
 
-import pytest
 import torch
 from small_models import small_config
 
-from dist_lm.model.attention import from_heads, to_heads
 from dist_lm.model.initialise import initial_value, initialise
 from dist_lm.model.transformer import Transformer
 
@@ -51,19 +49,3 @@ def test_values_do_not_drift() -> None:
     """A layout added later must start from the same numbers: the first ones, written down."""
     value = initial_value("blocks.0.attention.query", (2, 2, 4), small_config(init_std=1.0), 0).flatten()
     assert torch.allclose(value[:3], torch.tensor([-1.6729, -1.3664, -0.515]), atol=1e-4)
-
-
-@pytest.mark.parametrize("kv_heads", [None, 1])
-def test_mirrored_attention_passes_on_what_it_looks_at(kv_heads: int | None) -> None:
-    def passed_on(init: str) -> float:
-        model = Transformer(small_config(d_model=320, init=init, n_kv_heads=kv_heads))
-        initialise(model, seed=0)
-        x_ND = torch.randn(8, 320, generator=torch.Generator().manual_seed(1))
-        attention = model.blocks[1].attention
-        v_NGK = to_heads(x_ND[None], attention.value, None)
-        v_NHK = v_NGK.repeat_interleave(attention.query.shape[0] // attention.value.shape[0], dim=2)
-        out_ND = from_heads(v_NHK, attention.output, None)[0]
-        return float(torch.cosine_similarity(out_ND, x_ND, dim=-1).mean().detach())
-
-    assert passed_on("mirrored") > (0.6 if kv_heads is None else 0.3)
-    assert abs(passed_on("normal")) < 0.1
