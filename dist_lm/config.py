@@ -37,8 +37,6 @@ class ModelConfig:
     head: str = "tokens"  # tokens (logits of the next one) | scalar (a score a token: reward and value models)
     rope_base: float = 10000.0
     init_std: float = 0.02
-    # normal | mirrored (attention begins as a copy of what it looks at: its output projection is that of values, turned)
-    init: str = "normal"
 
     @property
     def d_head(self) -> int:
@@ -70,7 +68,6 @@ class ModelConfig:
             require(getattr(self, key) > 0, f"model.{key}", getattr(self, key), "a positive number")
         require(self.norm in ("layernorm", "rmsnorm"), "model.norm", self.norm, "layernorm or rmsnorm")
         require(self.ffn in ("gelu", "swiglu"), "model.ffn", self.ffn, "gelu or swiglu")
-        require(self.init in ("normal", "mirrored"), "model.init", self.init, "normal or mirrored")
         require(self.head in ("tokens", "scalar"), "model.head", self.head, "tokens or scalar")
 
 

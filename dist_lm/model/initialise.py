@@ -14,8 +14,6 @@ from dist_lm.model.transformer import Transformer
 
 RESIDUAL_PROJECTIONS = ("attention.output", "feed_forward.down.weight")
 """What writes to the residual stream: 2 a layer, so it is scaled by depth (Radford et al. 2019, 2.3)."""
-OUTPUT, VALUE = "attention.output", "attention.value"
-MIRROR_GAIN = 2.0
 
 
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> torch.Tensor:
@@ -23,14 +21,7 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
 
     Biases are 0, norm weights 1, the rest normal with standard deviation `init_std`, divided by sqrt(2
     n_layers) for projections onto the residual stream.
-
-    With `init=mirrored` the output projection of attention is that of its values times `MIRROR_GAIN`: over all heads
-    their product is about a multiple of the identity, so that a head passes on what it looks at from the start. After
-    'mimetic initialization' (Trockman and Kolter 2023, section 4), of which this is the half that helps to copy.
     """
-    if config.init == "mirrored" and name.endswith(OUTPUT):
-        value = initial_value(name.replace(OUTPUT, VALUE), (config.kv_heads, *shape[1:]), config, seed)
-        return value.repeat_interleave(config.n_heads // config.kv_heads, dim=0) * MIRROR_GAIN
     if name.endswith("bias"):
         return torch.zeros(shape)
     if name.endswith("norm.weight"):

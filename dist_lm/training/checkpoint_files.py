@@ -232,7 +232,7 @@ def check_same_model(
     # none means as many as query heads
     own, saved = ({**model, "n_kv_heads": model.get("n_kv_heads") or model.get("n_heads")} for model in (own, saved))
     saved = {"head": "tokens", **saved}  # what checkpoints from before there was another one do not say
-    ignored = {"name", "init_std", "init", "max_seq_len"}
+    ignored = {"name", "init_std", "max_seq_len"}
     different = [
         f"model.{key}={own[key]} (checkpoint: {saved.get(key)})"
         for key in own
