@@ -1,24 +1,40 @@
-"""A text or a conversation with where it comes from, before and after tokenizing: what the rooms hand to each other."""
+"""A text, a conversation or a ranking with where it comes from, before and after tokenizing: what the rooms hand to each
+other.
+"""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 
+Form = Literal["text", "conversation", "ranking"]
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text, or one conversation.
+    """One text, one conversation, or one ranking.
 
-    `group` decides the split: documents cut from one file share it, and conversations about one set of tools, so none
-    leaks from train to val.
+    `group` decides the split: documents cut from one file share it, conversations about one set of tools, and rankings
+    of one prompt, so none leaks from train to val.
     """
 
-    text: str  # of a conversation its JSON (`chat.documents`)
-    language: str  # of a conversation its kind
+    text: str  # of a conversation or a ranking its JSON (`chat.documents`, `chat.ranking_documents`)
+    language: str  # of a conversation its kind; of a ranking its source
     source: str  # path or data set id and row
     licence: str
     group: str  # hexadecimal hash
-    is_conversation: bool = False
+    form: Form = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What is known of the K completions of a tokenized ranking: where they lie, and how they were judged."""
+
+    branch: np.ndarray  # (n,) uint8, a number a token: 0 in the prompt, 1 to K in the completions
+    ranks: np.ndarray  # (K,) uint8; the smallest is the best, equal ones are ties. (0,): there are judgements
+    judgements: np.ndarray  # (J, 2) uint8: places, from 0, of the better and the worse one
+    margins: np.ndarray  # (J,) float32: by how much, 0 where nobody said
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,4 +46,5 @@ class TokenizedDocument:
     language: str
     source: str
     licence: str
-    loss_mask: np.ndarray | None = None  # (n,) uint8, conversations only: 1 where the token is learned
+    loss_mask: np.ndarray | None = None  # (n,) uint8, not of texts: 1 where the token is learned, or of a completion
+    verdict: Verdict | None = None  # rankings only

@@ -68,7 +68,7 @@ def conversations(count: int) -> list[Document]:
         conversation = Conversation((*turns, Message("assistant", f"It is {i}")), (TOOL,) if len(turns) > 1 else ())
         text = write_conversation(conversation)
         kind = "tools_single" if len(turns) > 1 else "tools_none"
-        made.append(Document(text, kind, f"tools:{i}", "none", f"{i:064x}", is_conversation=True))
+        made.append(Document(text, kind, f"tools:{i}", "none", f"{i:064x}", form="conversation"))
     return made
 
 

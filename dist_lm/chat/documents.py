@@ -17,8 +17,22 @@ def write_conversation(conversation: Conversation) -> str:
     Raises:
         ChatError: it is not well formed; the message names the turn.
     """
+    return json_text.write(conversation_value(conversation), "conversation")
+
+
+def read_conversation(text: str) -> Conversation:
+    """What `write_conversation` wrote."""
+    return conversation_of(json_text.read(text, "conversation"))
+
+
+def conversation_value(conversation: Conversation) -> Json:
+    """A conversation as JSON; `conversation_of` gives it back.
+
+    Raises:
+        ChatError: it is not well formed; the message names the turn.
+    """
     check_conversation(conversation)
-    value = {
+    return {
         "tools": [[tool.name, tool.description, tool.parameters] for tool in conversation.tools],
         "messages": [
             {
@@ -30,12 +44,10 @@ def write_conversation(conversation: Conversation) -> str:
             for message in conversation.messages
         ],
     }
-    return json_text.write(value, "conversation")
 
 
-def read_conversation(text: str) -> Conversation:
-    """What `write_conversation` wrote."""
-    value = json_text.read(text, "conversation")
+def conversation_of(value: Json) -> Conversation:
+    """What `conversation_value` made JSON of."""
     return Conversation(
         messages=tuple(_message(one) for one in value["messages"]),
         tools=tuple(Tool(*one) for one in value["tools"]),
@@ -48,7 +60,7 @@ def encode_document(tokenizer: Tokenizer, document: Document) -> TokenizedDocume
     Raises:
         UserError: it has no tokens; the message names its source, or the turn.
     """
-    if not document.is_conversation:
+    if document.form == "text":
         return tokenizer.encode_document(document)
     rendered = render(read_conversation(document.text), tokenizer)
     return TokenizedDocument(

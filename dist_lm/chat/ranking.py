@@ -61,3 +61,9 @@ def ranks_of_scores(scores: Sequence[float]) -> tuple[int, ...]:
     """The largest score is rank 0; equal ones share a rank."""
     levels = sorted(set(scores), reverse=True)
     return tuple(levels.index(score) for score in scores)
+
+
+def dense_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
+    """The same order, counted from 0 without gaps."""
+    levels = sorted(set(ranks))
+    return tuple(levels.index(rank) for rank in ranks)

@@ -7,6 +7,7 @@ A member of a tar groups many documents (one a member costs 3.6 times the bytes)
     KEY.bytes.npy      (documents,) uint32  UTF-8 bytes of the text
     KEY.languages.npy  (documents,) uint8   codes
     KEY.mask.npy       (tokens,) uint8      only where a document has a loss mask; 1: the token is learned
+    KEY.branch.npy ... of rankings alone: see `data.rankings.arrays`
     KEY.meta.json      {"languages": {code: name}, "sources": [a document], "licences": [a document]}
 
 The same documents give the same bytes.
@@ -23,6 +24,7 @@ import numpy as np
 from dist_lm import durable
 from dist_lm.data.index import build_index, index_path, save_index
 from dist_lm.data.manifest import manifest_path
+from dist_lm.data.rankings.arrays import member_parts
 from dist_lm.document import TokenizedDocument
 
 _OWNER = "dist_lm"
@@ -114,6 +116,9 @@ class ShardWriter:
             sample["mask.npy"] = np.concatenate(
                 [np.ones(len(d.tokens), np.uint8) if d.loss_mask is None else d.loss_mask for d in documents]
             )
+        if verdicts := [d.verdict for d in documents if d.verdict is not None]:
+            assert len(verdicts) == len(documents), "rankings are in corpora of their own"
+            sample |= member_parts(verdicts)
         tar.write(sample)
         self._members += 1
         self._tokens += len(tokens)

@@ -36,7 +36,7 @@ def test_what_has_no_place_in_the_template_is_refused():
 
 def test_tokens_mask_and_bytes_are_those_of_the_template(tiny_work):
     tokenizer = Tokenizer.load(tiny_work.tokenizer_model)
-    document = Document(write_conversation(RICH), "k", "s", "l", "0" * 64, is_conversation=True)
+    document = Document(write_conversation(RICH), "k", "s", "l", "0" * 64, form="conversation")
     encoded, rendered = encode_document(tokenizer, document), render(RICH, tokenizer)
     assert parse(encoded.tokens.tolist(), tokenizer) == RICH
     assert encoded.loss_mask is not None

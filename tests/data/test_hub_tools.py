@@ -42,7 +42,7 @@ def test_rows_become_conversations_and_bad_ones_are_counted(tmp_path):
     assert isinstance(first, Document)
     assert isinstance(third, Document)
     assert second == Rejected("tools", f"{source.dataset}:1", "invalid_calls")
-    assert first.is_conversation
+    assert first.form == "conversation"
     assert first.language == "tools_hub"
     conversation = read_conversation(first.text)
     assert conversation.messages[-1].calls == (Call("add", {"a": 1}), Call("add", {"a": 2}))

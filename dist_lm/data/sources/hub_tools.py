@@ -48,7 +48,7 @@ def read_hub_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
             source=name,
             licence=licence_of(row, source),
             group=text_hash(" ".join(asked_for(conversation))),
-            is_conversation=True,
+            form="conversation",
         )
 
 

@@ -24,5 +24,5 @@ def read_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
             source=f"generated:tools:seed={seed}:{number}",
             licence=source.licence,
             group=example.group,
-            is_conversation=True,
+            form="conversation",
         )
