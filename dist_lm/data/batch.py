@@ -10,6 +10,25 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
+class RankedPlaces:
+    """Where, in the flattened tokens of a batch, completions have their scores, and how these were judged.
+
+    Dimensions: P rankings, K completions of the largest, N judgements between two.
+    """
+
+    place_PK: torch.Tensor  # int64; of a completion's last token; 0 where there is none
+    rank_PK: torch.Tensor  # int64; the smallest is the best, equal ones are ties
+    there_PK: torch.Tensor  # bool
+    better_N: torch.Tensor  # int64; places
+    worse_N: torch.Tensor  # int64
+    margin_N: torch.Tensor  # float32
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "RankedPlaces":
+        """With every tensor changed."""
+        return RankedPlaces(*(change(getattr(self, f.name)) for f in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """B sequences of T tokens with their targets.
 
@@ -26,6 +45,8 @@ class Batch:
     counted_N: torch.Tensor | None = None  # int64; places of the targets that count in the flattened batch; none: all
     branch_BT: torch.Tensor | None = None  # int64; 0 in the trunk of a document, other numbers in branches behind it
 
+    ranked: RankedPlaces | None = None  # of rankings
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device` (asynchronously from pinned memory)."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -36,4 +57,8 @@ class Batch:
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         there = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
-        return Batch(**{name: change(value) for name, value in there.items()})
+        changed = {
+            name: value.each(change) if isinstance(value, RankedPlaces) else change(value)
+            for name, value in there.items()
+        }
+        return Batch(**changed)

@@ -5,7 +5,7 @@ data-parallel rank its contiguous part, so the integer is enough to go on at any
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,7 @@ class StepData:
     micro_batches: list[Batch]
 
 
-class SequenceStream(Iterator[StepData]):
+class StepStream(Iterator[StepData]):
     """The steps from `position` on, prepared ahead by a thread. A context manager; `close` ends the thread.
 
     The state lies in what was delivered (`StepData.position`), so work done ahead never skews it. An error in
@@ -39,35 +39,30 @@ class SequenceStream(Iterator[StepData]):
 
     def __init__(
         self,
-        corpus: MappedCorpus,
+        batch_of: Callable[[list[int]], Batch],
         *,
-        seed: int,
-        seq_len: int,
         global_batch: int,
         micro_batch: int,
         dp_rank: int,
         dp_size: int,
         position: int = 0,
-        document_mask: bool = True,
-        reset_positions: bool = True,
-        pad_id: int = 0,
-        mix: Mapping[MappedCorpus, float] | None = None,
         pin_memory: bool = False,
         prefetch: int = 2,
+        packing: dict[str, float] | None = None,
     ) -> None:
-        """`mix`: other corpora with their shares of all sequences (`data.mix`). `prefetch`: steps prepared ahead.
-
-        Raises `ConfigError` for a batch that does not divide over the ranks, `ArtefactError` for a corpus that fills no
-        sequence.
         """
-        shares = mix or {}
-        self.corpora = [CorpusSequences(one, seed, seq_len) for one in (corpus, *shares)]  # the stage's own first
-        self.n_sequences = self.corpora[0].n_sequences  # an epoch
-        self._mix = Mix(list(shares.values()), seed)
-        self._seq_len, self._pad_id = seq_len, pad_id
+        Args:
+            batch_of: the micro-batch of these global sequence numbers; called in the thread.
+            prefetch: steps prepared ahead.
+            packing: how the stage's own corpus is packed, for the record; None for text.
+
+        Raises:
+            ConfigError: the batch does not divide over the ranks.
+        """
+        self.packing = packing
+        self._batch_of = batch_of
         self._global_batch = global_batch
         self._cuts = rank_cuts(global_batch, micro_batch, dp_rank, dp_size)
-        self._document_mask, self._reset_positions = document_mask, reset_positions
         self._pin_memory = pin_memory
         self._next_position = position  # of the next step to prepare
         self._steps: deque[Future[StepData]] = deque()
@@ -76,12 +71,6 @@ class SequenceStream(Iterator[StepData]):
         self._thread = ThreadPoolExecutor(1, "stream", initializer)
         for _ in range(max(1, prefetch)):
             self._prepare_next()
-
-    @property
-    def packing(self) -> dict[str, float] | None:
-        """How the stage's own corpus is packed; None for text."""
-        packing = self.corpora[0].packing
-        return packing.report() if packing else None
 
     def __next__(self) -> StepData:
         if not self._steps:
@@ -111,17 +100,65 @@ class SequenceStream(Iterator[StepData]):
     def _step(self, position: int) -> StepData:
         micro_batches = []
         for cut in self._cuts:
-            numbers = [position + offset for offset in cut]
-            batch = assemble(
-                [self._row(number) for number in numbers],
-                numbers,
-                seq_len=self._seq_len,
-                document_mask=self._document_mask,
-                reset_positions=self._reset_positions,
-                pad_id=self._pad_id,
-            )
+            batch = self._batch_of([position + offset for offset in cut])
             micro_batches.append(batch.pin_memory() if self._pin_memory else batch)
         return StepData(position + self._global_batch, micro_batches)
+
+
+class SequenceStream(StepStream):
+    """The steps of text and conversations."""
+
+    def __init__(
+        self,
+        corpus: MappedCorpus,
+        *,
+        seed: int,
+        seq_len: int,
+        global_batch: int,
+        micro_batch: int,
+        dp_rank: int,
+        dp_size: int,
+        position: int = 0,
+        document_mask: bool = True,
+        reset_positions: bool = True,
+        pad_id: int = 0,
+        mix: Mapping[MappedCorpus, float] | None = None,
+        pin_memory: bool = False,
+        prefetch: int = 2,
+    ) -> None:
+        """`mix`: other corpora with their shares of all sequences (`data.mix`). Else as `StepStream`.
+
+        Raises `ConfigError` for a batch that does not divide over the ranks, `ArtefactError` for a corpus that fills no
+        sequence.
+        """
+        shares = mix or {}
+        self.corpora = [CorpusSequences(one, seed, seq_len) for one in (corpus, *shares)]  # the stage's own first
+        self.n_sequences = self.corpora[0].n_sequences  # an epoch
+        self._mix = Mix(list(shares.values()), seed)
+        self._seq_len, self._pad_id = seq_len, pad_id
+        self._document_mask, self._reset_positions = document_mask, reset_positions
+        packing = self.corpora[0].packing
+        super().__init__(
+            self._batch,
+            global_batch=global_batch,
+            micro_batch=micro_batch,
+            dp_rank=dp_rank,
+            dp_size=dp_size,
+            position=position,
+            pin_memory=pin_memory,
+            prefetch=prefetch,
+            packing=packing.report() if packing else None,
+        )
+
+    def _batch(self, numbers: list[int]) -> Batch:
+        return assemble(
+            [self._row(number) for number in numbers],
+            numbers,
+            seq_len=self._seq_len,
+            document_mask=self._document_mask,
+            reset_positions=self._reset_positions,
+            pad_id=self._pad_id,
+        )
 
     def _row(self, number: int) -> Row:
         """Global sequence `number`."""
