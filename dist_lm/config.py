@@ -181,13 +181,55 @@ class QuestionsConfig:
 
 
 @dataclass
+class RewardConfig:
+    """What stage reward learns from a ranking, and what its scores are measured on at its end."""
+
+    # rankings: every one whole | pairs: of K completions K - 1 pairs, drawn once | one_pair: one of these
+    learn_from: str = "rankings"
+    label_noise: float = 0.0  # share of neighbouring ranks, and of judgements, that are swapped in train
+    normaliser_prompts: int = 256  # of val, which the reference policy answers; 0: the completions of val are scored
+    normaliser_new_tokens: int = 128  # of an answer, at most
+
+    def __post_init__(self) -> None:
+        require(
+            self.learn_from in ("rankings", "pairs", "one_pair"),
+            "stage.reward.learn_from",
+            self.learn_from,
+            "rankings, pairs or one_pair",
+        )
+        require(0 <= self.label_noise < 0.5, "stage.reward.label_noise", self.label_noise, "in [0, 0.5)")
+        for key in ("normaliser_prompts", "normaliser_new_tokens"):
+            value = getattr(self, key)
+            lowest = 0 if key == "normaliser_prompts" else 1
+            require(value >= lowest, f"stage.reward.{key}", value, f"at least {lowest}")
+
+
+@dataclass
+class RankingSamplesConfig:
+    """The samples that stage rankings asks a model for, to be ranked by rules (reader=synthetic_rankings)."""
+
+    prompts_from: str = "code"  # corpus whose documents' first lines are the prompts
+    fewest: int = 4  # samples of a prompt, drawn evenly from fewest to most
+    most: int = 8
+    max_new_tokens: int = 48
+    temperature: float = 0.9
+
+    def __post_init__(self) -> None:
+        accepted = "from 2 to stage.samples.most, which is at most 16"
+        require(2 <= self.fewest <= self.most <= 16, "stage.samples.fewest", self.fewest, accepted)
+        key = "stage.samples.max_new_tokens"
+        require(self.max_new_tokens > 0, key, self.max_new_tokens, "a positive integer")
+        require(self.temperature > 0, "stage.samples.temperature", self.temperature, "a number above 0")
+
+
+@dataclass
 class StageConfig:
     """One stage: what it reads, and how it is optimised."""
 
     name: str = MISSING
     corpus: str = ""  # name under work/corpora that it streams
     mix: dict[str, float] | None = field(default_factory=dict)  # share of the sequences from other corpora, by name
-    corpora: list[str] | None = None  # shards: the corpora to build; null: all
+    corpora: list[str] | None = None  # shards, rankings: the corpora to build; null: all
     init_from: str = "auto"  # auto (the stage before) | none | a checkpoint or run directory
     steps: int = 1000  # optimizer steps
     seq_len: int = 256  # tokens
@@ -216,6 +258,8 @@ class StageConfig:
     log_every: int = 1  # steps
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    samples: RankingSamplesConfig = field(default_factory=RankingSamplesConfig)
 
     def __post_init__(self) -> None:
         for key in ("steps", "seq_len", "global_batch", "micro_batch", "log_every", "max_nonfinite_steps"):
@@ -249,17 +293,21 @@ class StageConfig:
 class SourceConfig:
     """Where documents of one language come from."""
 
-    reader: str = MISSING  # english | python | bash | sql | tools (made on this machine) | hub | hub_tools
-    language: str = MISSING  # english | python | bash | sql | tools
+    # english | python | bash | sql | tools (made on this machine) | hub | hub_tools | rankings (one's own files) |
+    # hub_rankings | synthetic_rankings (samples of the model, by rules)
+    reader: str = MISSING
+    language: str = MISSING  # english | python | bash | sql | tools; of rankings the name that figures have
     licence: str = ""
     limit: int = 0  # documents; 0: all
-    dataset: str = ""  # hub, hub_tools: dataset id, or a local folder or file with the same columns
+    dataset: str = ""  # hub...: dataset id, or a local folder or file with the same columns; rankings: file or glob
     revision: str = "main"  # hub
     subset: str | None = None  # hub: configuration name of the data set
     data_dir: str | None = None  # hub: folder inside the data set
     split: str = "train"  # hub: split of the data set (train/val is ours, by document hash)
     column: str = "text"  # hub: the column that holds the document
     licence_column: str = ""  # hub: the column that holds the licence of each row; none: `licence` for all
+    rows: str = ""  # hub_rankings: oasst1 | hh-rlhf | helpsteer3 | ultrafeedback; none: by the name of the data set
+    only: list[str] = field(default_factory=list)  # hub_rankings of oasst1: languages that are kept (en); none: all
 
     def __post_init__(self) -> None:
         require(

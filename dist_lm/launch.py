@@ -256,19 +256,25 @@ def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | N
     from dist_lm.launcher.interrupt import watch_signals
     from dist_lm.launcher.stage_run import newest_checkpoint, run_training_stage
 
-    on_cluster = [stage for stage in plan.missing if stage.info.trains or stage.info.generates]
-    to_build = [stage for stage in plan.missing if stage not in on_cluster]
-    if to_build and on_cluster and on_cluster[0].config.cluster.name == "ray":
-        check_on_cluster(on_cluster)
-    for stage in to_build:
+    def build(stage: PlannedStage) -> None:
         pipeline.begin(stage.info.name)
         build_artefact(stage, console)
         pipeline.done(stage.info.name)
+
+    on_cluster = [stage for stage in plan.missing if stage.info.trains or stage.info.generates]
+    first = plan.missing.index(on_cluster[0]) if on_cluster else len(plan.missing)
+    if first and on_cluster and on_cluster[0].config.cluster.name == "ray":
+        check_on_cluster(on_cluster)
+    for stage in plan.missing[:first]:
+        build(stage)
     if not on_cluster:
         return 0
     then = "writing a checkpoint, then stopping" if on_cluster[-1].info.trains else "stopping"
     with connect(on_cluster[0].config.cluster) as cluster, watch_signals(console, then) as interrupt:
-        for stage in on_cluster:
+        for stage in plan.missing[first:]:
+            if stage not in on_cluster:
+                build(stage)
+                continue
             run_stage = run_training_stage if stage.info.trains else run_generation
             pipeline.begin(stage.info.name)
             if interrupt.requested or not run_stage(stage, cluster, console, interrupt, job):

@@ -4,8 +4,6 @@ import logging
 from collections.abc import Callable
 
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 
 from dist_lm.config import SPLITS, Config
 from dist_lm.data.evaluation_batches import EvaluationBatches, evaluation_batches
@@ -13,19 +11,19 @@ from dist_lm.data.manifest import read_manifest
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.sequences import note_of_left_out
 from dist_lm.data.stream import SequenceStream
-from dist_lm.parallel.mesh import World, data_mesh
+from dist_lm.parallel.mesh import World
 from dist_lm.run_directory import RunDirectory
+from dist_lm.stages.training_stage import Opening, StageData
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training.evaluation import loss_metrics, mixed_metrics, summed_losses
 from dist_lm.training.objective import LossModel
-from dist_lm.training.state import TrainState
 from dist_lm.training.trainer import Evaluate
 
 log = logging.getLogger(__name__)
 
 
 def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world: World) -> None:
-    """Refuse shards that were written with another tokenizer, and say what no sequence holds (collective).
+    """Refuse shards that were written with another tokenizer (collective).
 
     The first rank opens the corpora before the others, so that an index that has to be rebuilt is rebuilt once.
     """
@@ -34,9 +32,7 @@ def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world
         read_manifest(directory).require_tokenizer(tokenizer.sha256, directory)
         if world.is_first:
             for split in SPLITS:
-                note = note_of_left_out(MappedCorpus.open(directory, split), config.stage.seq_len)
-                if note:
-                    log.warning("%s", note)
+                MappedCorpus.open(directory, split)
     dist.barrier()
 
 
@@ -45,54 +41,62 @@ def corpora_of(config: Config) -> list[str]:
     return [config.stage.corpus, *sorted(config.stage.mix or {})]
 
 
-def open_stream(
-    run: RunDirectory, config: Config, mesh: DeviceMesh, world: World, tokenizer: Tokenizer, state: TrainState
-) -> SequenceStream:
-    """The training sequences of this rank, from the state's position on."""
-    stage, ranks = config.stage, data_mesh(mesh)
-    corpora = {name: MappedCorpus.open(run.work.corpus(name), "train") for name in corpora_of(config)}
+def open_data(opening: Opening) -> StageData:
+    """Texts and conversations: the training sequences of this rank from the position on, and the val split."""
+    if opening.world.is_first:
+        for name in corpora_of(opening.config):
+            for split in SPLITS:
+                corpus = MappedCorpus.open(opening.run.work.corpus(name), split)
+                if note := note_of_left_out(corpus, opening.config.stage.seq_len):
+                    log.warning("%s", note)
+    return StageData(open_stream(opening), evaluator(opening))
+
+
+def open_stream(opening: Opening) -> SequenceStream:
+    """The training sequences of this rank."""
+    config, stage = opening.config, opening.config.stage
+    corpora = {name: MappedCorpus.open(opening.run.work.corpus(name), "train") for name in corpora_of(config)}
     return SequenceStream(
         corpora[stage.corpus],
         seed=config.seed,
         seq_len=stage.seq_len,
         global_batch=stage.global_batch,
         micro_batch=stage.micro_batch,
-        dp_rank=ranks.get_local_rank(),
-        dp_size=ranks.size(),
-        position=state.position,
+        dp_rank=opening.dp_rank,
+        dp_size=opening.dp_size,
+        position=opening.position,
         document_mask=stage.document_mask,
         reset_positions=stage.reset_positions,
-        pad_id=tokenizer.pad_id,
+        pad_id=opening.tokenizer.pad_id,
         mix={corpora[name]: share for name, share in sorted((stage.mix or {}).items())},
-        pin_memory=world.device.type == "cuda",
+        pin_memory=opening.world.device.type == "cuda",
     )
 
 
-def evaluator(run: RunDirectory, config: Config, mesh: DeviceMesh, world: World, tokenizer: Tokenizer) -> Evaluate:
+def evaluator(opening: Opening) -> Evaluate:
     """Loss and bits per byte on the val split of the stage's corpus, and in one figure each on those mixed into it."""
-    stage, ranks = config.stage, data_mesh(mesh)
-    group: ProcessGroup = ranks.get_group()
-    own, *others = corpora_of(config)
-    opened = {name: MappedCorpus.open(run.work.corpus(name), "val") for name in (own, *others)}
+    stage, device = opening.config.stage, opening.world.device
+    own, *others = corpora_of(opening.config)
+    opened = {name: MappedCorpus.open(opening.run.work.corpus(name), "val") for name in (own, *others)}
 
     def batches_of(corpus: MappedCorpus, everything: bool) -> EvaluationBatches:
         return evaluation_batches(
             corpus,
             seq_len=stage.seq_len,
             micro_batch=stage.micro_batch,
-            dp_rank=ranks.get_local_rank(),
-            dp_size=ranks.size(),
+            dp_rank=opening.dp_rank,
+            dp_size=opening.dp_size,
             limit_sequences=0 if everything else stage.eval_sequences,
             document_mask=stage.document_mask,
             reset_positions=stage.reset_positions,
-            pad_id=tokenizer.pad_id,
+            pad_id=opening.tokenizer.pad_id,
         )
 
     def evaluate(model: LossModel, everything: bool, alive: Callable[[], None]) -> dict[str, float]:
         metrics = {}
         for name, corpus in opened.items():
             batches = batches_of(corpus, everything)
-            sums = summed_losses(model, batches, len(corpus.languages), world.device, group, alive).tolist()
+            sums = summed_losses(model, batches, len(corpus.languages), device, opening.data_ranks, alive).tolist()
             if name == own:
                 metrics |= loss_metrics(sums, corpus.languages, batches.bytes_by_language)
             else:

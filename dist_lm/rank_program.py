@@ -21,14 +21,14 @@ from dist_lm.model.size import flops_per_token, parameter_count
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import check_batch, resolve_layout
 from dist_lm.parallel.link_speed import measure_all_reduce
-from dist_lm.parallel.mesh import World, build_mesh, process_group
+from dist_lm.parallel.mesh import World, build_mesh, data_mesh, process_group
 from dist_lm.parallel.sharding import build_model, compute_dtype
 from dist_lm.parallel.values import unsharded_copy
-from dist_lm.rank_data import check_corpora, evaluator, open_stream
+from dist_lm.rank_data import check_corpora, open_data
 from dist_lm.run_directory import RunDirectory
 from dist_lm.run_lock import OWN_JOB_S, locked
 from dist_lm.stages.registry import training_stage
-from dist_lm.stages.training_stage import Closing
+from dist_lm.stages.training_stage import Closing, Opening, TrainingStage
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.metrics import MetricsWriter, read_metrics
 from dist_lm.training import checkpoint, checkpoint_files
@@ -73,8 +73,20 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         model = build_model(config.model, config.parallel, mesh, world.device, config.seed)
         optimizer = build_optimizer(model, config.stage)
         state = restore(run, config, world, model, optimizer)
-        stream = stack.enter_context(open_stream(run, config, mesh, world, tokenizer, state))
-        stage = training_stage(config.stage.name)
+        stage, ranks = training_stage(config.stage.name), data_mesh(mesh)
+        data = (stage.data or open_data)(
+            Opening(
+                config,
+                run,
+                world,
+                tokenizer,
+                data_ranks=ranks.get_group(),
+                dp_rank=ranks.get_local_rank(),
+                dp_size=ranks.size(),
+                position=state.position,
+            )
+        )
+        stream = stack.enter_context(data.stream)
         trainer = Trainer(
             config=config,
             world=world,
@@ -83,7 +95,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             optimizer=optimizer,
             objective=stage.objective(config),
             stream=stream,
-            evaluate=evaluator(run, config, mesh, world, tokenizer),
+            evaluate=data.evaluate,
             checkpoints=run.checkpoints,
             metrics=open_metrics(run, world, state),
             stop=stop,
@@ -111,7 +123,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             )
             if metrics:
                 metrics.write(state.step, found)
-                write_result(run, config, tokenizer, state, stream.packing, time.time() - started)
+                write_result(run, config, stage, tokenizer, state, stream.packing, time.time() - started)
         del copy, model
 
 
@@ -125,7 +137,7 @@ def restore(
         return checkpoint.load(own, model, optimizer, config.model)
     if config.stage.init_from != "none":
         start = checkpoint.find_intact(Path(config.stage.init_from), world)
-        checkpoint.load(start, model, None, config.model)
+        checkpoint.load_weights(start, model, config.model)
         log.info("starting from the weights of %s", start)
     return TrainState()
 
@@ -142,6 +154,7 @@ def open_metrics(run: RunDirectory, world: World, state: TrainState) -> MetricsW
 def write_result(
     run: RunDirectory,
     config: Config,
+    stage: TrainingStage,
     tokenizer: Tokenizer,
     state: TrainState,
     packing: dict[str, float] | None,
@@ -150,7 +163,7 @@ def write_result(
     """The success marker: what came out, beside what gzip makes of the same held-out documents.
 
     Args:
-        packing: of the training conversations, if it was those.
+        packing: of the training conversations or rankings, if it was those.
 
     Raises:
         ArtefactError: the metrics file does not hold the last evaluation, or it is not finite.
@@ -185,6 +198,7 @@ def write_result(
             "packing": packing,
             "gzip_bits_per_byte": gzip_bits_per_byte(texts),
             "state": asdict(state),
+            **stage.result(metrics),
         },
     )
 

@@ -4,8 +4,8 @@ A document is in val because of the hash of its group, never because of its plac
 corpus puts a text on the same side, and one that grows keeps its sides. A val document that can mostly be
 read in train documents of any corpus of this machine is dropped.
 
-A corpus holds texts, or conversations. Those are all made from the same few forms, so sharing words says nothing: what
-keeps val apart is their group, the tools they are about.
+A corpus holds texts, or conversations, or rankings. Conversations are all made from the same few forms, so sharing words
+says nothing: what keeps val apart is their group, the tools they are about. That of a ranking is its prompt.
 """
 
 from collections import Counter
@@ -16,9 +16,9 @@ from typing import Any
 
 from dist_lm.config import CorpusConfig, SourceConfig
 from dist_lm.data.overlap import seen_texts
-from dist_lm.data.sources import CONVERSATION_READERS, READERS
+from dist_lm.data.sources import FORMS, READERS
 from dist_lm.data.sources.candidate import Candidate, Rejected, text_hash
-from dist_lm.document import Document
+from dist_lm.document import Document, Form
 from dist_lm.errors import ArtefactError, ConfigError
 
 EXAMPLES = 20  # sources named in a report
@@ -39,6 +39,7 @@ class LanguageReport:
     unparsable: int = 0  # a Python file whose docstrings cannot be found
     invalid_sql: int = 0  # generated, but refused by the SQLite of this machine
     invalid_calls: int = 0  # a row of a data set that makes no conversation
+    no_ranking: int = 0  # a row of a data set, or samples, that hold no comparison
     documents: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
     bytes: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})  # UTF-8
 
@@ -144,23 +145,28 @@ def corpus_sources(config: CorpusConfig, corpus_name: str) -> list[SourceConfig]
             raise ConfigError(
                 f"corpus {corpus_name}: reader={source.reader}: expected one of {', '.join(sorted(READERS))}"
             )
-    kinds = {source.reader in CONVERSATION_READERS for source in sources}
-    if len(kinds) > 1:
+    forms = sorted({FORMS[source.reader] for source in sources}, key=list(FORMS.values()).index)
+    if len(forms) > 1:
         raise ConfigError(
-            f"corpus {corpus_name}: readers {', '.join(source.reader for source in sources)} give texts and "
-            f"conversations: put those of {' and '.join(sorted(CONVERSATION_READERS))} into a corpus of their own"
+            f"corpus {corpus_name}: readers {', '.join(source.reader for source in sources)} give "
+            f"{' and '.join(f'{form}s' for form in forms)}: put each kind into a corpus of its own"
         )
     return list(sources)
 
 
-def holds_conversations(config: CorpusConfig, corpus_name: str) -> bool:
-    """Whether a corpus is made of conversations; else of texts."""
-    return corpus_sources(config, corpus_name)[0].reader in CONVERSATION_READERS
+def form_of(config: CorpusConfig, corpus_name: str) -> Form:
+    """What the documents of a corpus are."""
+    return FORMS[corpus_sources(config, corpus_name)[0].reader]
+
+
+def corpora_of_form(config: CorpusConfig, form: Form) -> list[str]:
+    """The names of the corpora whose documents are of this form."""
+    return [name for name in config.corpora if form_of(config, name) == form]
 
 
 def text_corpora(config: CorpusConfig) -> list[str]:
     """The names of the corpora that are made of texts: what the tokenizer is trained on."""
-    return [name for name in config.corpora if not holds_conversations(config, name)]
+    return corpora_of_form(config, "text")
 
 
 def split_of(group: str, val_fraction: float) -> str:
@@ -199,6 +205,16 @@ def _accept(
 
 def _nothing(config: CorpusConfig, corpus_name: str, source: SourceConfig) -> str:
     """Why a source without documents stops the run, and the way out."""
+    if source.reader in ("hub_rankings", "rankings"):
+        return (
+            f"corpus {corpus_name}: no row of dataset={source.dataset} makes a ranking: check dataset, split and rows "
+            f"in conf/corpus/{config.name}.yaml"
+        )
+    if source.reader == "synthetic_rankings":
+        return (
+            f"corpus {corpus_name}: no two samples of the model differ by the rules of reader=synthetic_rankings: "
+            "train the stage before for longer, or take another source of rankings"
+        )
     if source.reader == "hub_tools":
         return (
             f"corpus {corpus_name}: no row of dataset={source.dataset} makes a conversation: check dataset and split "

@@ -58,10 +58,13 @@ def play(config: Config, rank: int, world_size: int) -> tuple[StepMemory, Work]:
     with FakeTensorMode(allow_non_fake_inputs=True), Watch(memory, meter):
         materialise(model, config.parallel, cpu)
         optimizer = build_optimizer(model, config.stage)
-        batches = [random_batch(config) for _ in range(min(micro_batches, PLAYED))]
+        stage = training_stage(config.stage.name)
+        make_batch = stage.made_up_batch or random_batch
+        batches = [make_batch(config) for _ in range(min(micro_batches, PLAYED))]
         world = World(rank, world_size, 0, cpu)
-        objective = training_stage(config.stage.name).objective(config)
-        step = rehearse(config, mesh, world, model, optimizer, objective, batches, memory, meter.next_part)
+        step = rehearse(
+            config, mesh, world, model, optimizer, stage.objective(config), batches, memory, meter.next_part
+        )
     if offload:
         step = step.offloaded(gradients_add_up(config, layout))
     first, *last = meter.parts[-len(batches) :]

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dist_lm.config import Config
 from dist_lm.data.batch import Batch
-from dist_lm.data.stream import SequenceStream, StepData
+from dist_lm.data.stream import StepData, StepStream
 from dist_lm.dry_run.live_memory import LiveMemory
 from dist_lm.dry_run.work import StepMemory
 from dist_lm.model.transformer import Transformer
@@ -57,7 +57,7 @@ def rehearse(
         model=model,
         optimizer=optimizer,
         objective=watched,
-        stream=cast(SequenceStream, iter(())),
+        stream=cast(StepStream, iter(())),
         evaluate=lambda bound, everything, alive: {},
         heartbeat=Unheard(),
         checkpoints=Path(),

@@ -47,7 +47,7 @@ FREE_KEYS = (
     "stage.actors",
     "stage.max_sequences",
 )
-SHARDS = "shards"
+SHARDS, RANKINGS = "shards", "rankings"
 # what answers depend on
 GENERATION_KEYS = ("seed", "model.", "stage.", "parallel.compute_dtype", "parallel.tp")
 GENERATION_FREE_KEYS = tuple(key for key in FREE_KEYS if key not in GENERATION_KEYS)
@@ -93,9 +93,13 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
         ArtefactError: something there belongs to something else.
     """
     # a start that was given makes the stage before unnecessary
-    start_given = STAGES[target].trains and compose(target).stage.init_from != "auto"
+    start_given = STAGES[target].starts_from is not None and compose(target).stage.init_from != "auto"
     needed = in_order(target, without=STAGES[target].starts_from if start_given else None)
     configs = {name: compose(name) for name in needed}
+    if target != RANKINGS and RANKINGS in configs:
+        configs[RANKINGS] = for_readers(
+            configs[RANKINGS], [c for n, c in configs.items() if RANKINGS in STAGES[n].needs]
+        )
     if target != SHARDS and SHARDS in configs:
         configs[SHARDS] = for_stages(configs[SHARDS], list(configs.values()))
     rebuilt: set[str] = set()
@@ -118,6 +122,12 @@ def for_stages(shards: Config, stages: Sequence[Config]) -> Config:
     return replace(shards, stage=replace(shards.stage, corpora=sorted(read)))
 
 
+def for_readers(rankings: Config, readers: Sequence[Config]) -> Config:
+    """The configuration of stage `rankings` that builds what `readers` read, of samples of the model they start from."""
+    corpora = sorted({config.stage.corpus for config in readers if config.stage.corpus})
+    return replace(rankings, stage=replace(rankings.stage, corpora=corpora, init_from=readers[0].stage.init_from))
+
+
 def in_order(target: str, without: str | None = None) -> list[str]:
     """`target` and every stage it needs (apart from `without`), each after those it needs itself."""
     order: list[str] = []
@@ -138,6 +148,8 @@ def _look_at(info: StageInfo, config: Config, rebuilt: set[str], is_target: bool
         return _look_at_run(info, config, rebuilt, is_target)
     if isinstance(config, GenerateRunConfig):
         return _look_at_generation(info, config)
+    if info.starts_from:
+        config = replace(config, stage=replace(config.stage, init_from=_starting_point(info, config)))
     artefact = importlib.import_module(f"dist_lm.stages.{info.name}").inspect(config)
     return PlannedStage(info, config, Action.READY if artefact.ready else Action.BUILD, artefact.detail)
 
@@ -161,7 +173,7 @@ def _look_at_run(info: StageInfo, config: Config, rebuilt: set[str], is_target: 
     origin = f" from the {info.starts_from} checkpoint" if info.starts_from in rebuilt else ""
     if config.stage.init_from != "none" and not origin:
         start = checkpoint_files.find_checkpoint(Path(config.stage.init_from))
-        checkpoint_files.check_same_model(start, checkpoint_files.read_state(start)[1], config.model)
+        checkpoint_files.check_start(start, checkpoint_files.read_state(start)[1], config.model)
         origin = f" from {start}"
     return PlannedStage(info, config, Action.BUILD, f"{config.stage.steps:,} steps{origin}")
 

@@ -15,12 +15,14 @@ from dist_lm.model.transformer import Transformer
 RESIDUAL_PROJECTIONS = ("attention.output", "feed_forward.down.weight")
 """What writes to the residual stream: 2 a layer, so it is scaled by depth (Radford et al. 2019, 2.3)."""
 
+SCALAR_HEAD = "scalar_head.weight"
+
 
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> torch.Tensor:
     """The full logical value of one parameter, fp32 on the CPU.
 
     Biases are 0, norm weights 1, the rest normal with standard deviation `init_std`, divided by sqrt(2
-    n_layers) for projections onto the residual stream.
+    n_layers) for projections onto the residual stream; a scalar head has 1 / sqrt(d_model + 1) (Stiennon et al. 2020).
     """
     if name.endswith("bias"):
         return torch.zeros(shape)
@@ -29,6 +31,8 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
     std = config.init_std
     if name.endswith(RESIDUAL_PROJECTIONS):
         std /= math.sqrt(2 * config.n_layers)
+    if name == SCALAR_HEAD:
+        std = 1 / math.sqrt(config.d_model + 1)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.empty(shape).normal_(0, std, generator=generator)

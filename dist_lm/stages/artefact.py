@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dist_lm.config import Config, CorpusConfig
-from dist_lm.data.corpus import holds_conversations, text_corpora
+from dist_lm.data.corpus import form_of, text_corpora
 
-DRAWN = ("sql", "tools")  # readers whose documents depend on the seed
+DRAWN = ("sql", "tools", "synthetic_rankings")  # readers whose documents depend on the seed
+LATER_KEYS = ("rows", "only")  # of a source: left out where they say nothing, as corpora from before them have none
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ def text_fingerprint(config: Config) -> dict[str, Any]:
 
 
 def corpus_fingerprint(config: Config, name: str) -> dict[str, Any]:
-    """What the documents of one corpus depend on. Conversations stand for themselves."""
-    return _fingerprint(config, [name]) if holds_conversations(config.corpus, name) else text_fingerprint(config)
+    """What the documents of one corpus depend on. Conversations and rankings stand for themselves."""
+    return text_fingerprint(config) if form_of(config.corpus, name) == "text" else _fingerprint(config, [name])
 
 
 def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
@@ -37,6 +38,10 @@ def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
     corpus = asdict(chosen)
     for key in ("documents_per_member", "shard_tokens"):
         corpus.pop(key)
+    for source in (source for sources in corpus["corpora"].values() for source in sources):
+        for key in LATER_KEYS:
+            if not source[key]:
+                del source[key]
     drawn = any(source.reader in DRAWN for sources in chosen.corpora.values() for source in sources)
     return {"seed": config.seed if drawn else None, "corpus": corpus}
 

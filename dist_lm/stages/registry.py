@@ -15,7 +15,7 @@ class StageInfo:
     name: str
     trains: bool  # runs on a gang of ranks; otherwise in the launcher's own process, or see `generates`
     needs: tuple[str, ...]  # stages whose artefacts it reads
-    starts_from: str | None = None  # stage whose checkpoint it starts from
+    starts_from: str | None = None  # stage whose checkpoint it starts from, or asks for samples
     generates: bool = False  # runs on a pool of engines
     in_pipeline: bool = True  # `stage=pipeline` may end with it
 
@@ -29,6 +29,9 @@ STAGES = {
         StageInfo("language", trains=True, needs=("shards",)),
         StageInfo("code", trains=True, needs=("shards", "language"), starts_from="language"),
         StageInfo("tools", trains=True, needs=("shards", "code"), starts_from="code"),
+        # rankings may be of that stage's own samples; not in the pipeline's end until stage rlhf is
+        StageInfo("rankings", trains=False, needs=("shards", "tools"), starts_from="tools", in_pipeline=False),
+        StageInfo("reward", trains=True, needs=("rankings", "tools"), starts_from="tools", in_pipeline=False),
         # takes the newest checkpoint there is, and trains none
         StageInfo("generate", trains=False, needs=(), generates=True, in_pipeline=False),
     )

@@ -10,6 +10,7 @@ from dist_lm.errors import ArtefactError
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.params import SamplingParams
 from dist_lm.generation.request import Answer, Request
+from dist_lm.model.transformer import Transformer
 from dist_lm.stages.training_stage import Closing
 
 CACHE_TOKENS = 8192  # room for some dozens of samples at a time
@@ -55,16 +56,17 @@ def sample_prompts(closing: Closing) -> list[Sample]:
     ]
 
 
-def answer_all(closing: Closing, requests: list[Request], name: str) -> list[Answer]:
+def answer_all(closing: Closing, requests: list[Request], name: str, model: Transformer | None = None) -> list[Answer]:
     """The answer to each request; ranks share the work and all get the whole list (collective).
 
     Args:
         requests: the same on every rank; their ids are their numbers.
         name: what messages call them.
+        model: that is asked, a plain one, the same on every rank; none: the one that is trained.
     """
     if not requests:
         return []
-    model = closing.model()
+    model = model or closing.model()
     weight = model.embedding.weight
     engine = Engine(
         model.config,

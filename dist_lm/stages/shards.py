@@ -8,7 +8,7 @@ from pathlib import Path
 from dist_lm import durable
 from dist_lm.chat.documents import encode_document
 from dist_lm.config import SPLITS, Config
-from dist_lm.data.corpus import IngestReport, LocalText, holds_conversations, read_corpus
+from dist_lm.data.corpus import IngestReport, LocalText, form_of, read_corpus
 from dist_lm.data.manifest import read_manifest, write_manifest
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.shard_writer import ShardWriter
@@ -16,7 +16,7 @@ from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
 from dist_lm.run_directory import WorkDirectory
 from dist_lm.stages.artefact import Artefact, corpus_fingerprint, digest
-from dist_lm.tokenizer.encode import encode_documents
+from dist_lm.tokenizer.encode import Encode, encode_documents
 from dist_lm.tracking.console import Console
 
 log = logging.getLogger(__name__)
@@ -44,9 +44,10 @@ def inspect(config: Config) -> Artefact:
 
 
 def wanted_corpora(config: Config) -> list[str]:
-    """Those of `stage.corpora`, else all that are configured."""
+    """Those of `stage.corpora`, else all that are configured; rankings are the work of stage `rankings`."""
     chosen = config.stage.corpora
-    return [name for name in config.corpus.corpora if chosen is None or name in chosen]
+    names = [name for name in config.corpus.corpora if chosen is None or name in chosen]
+    return [name for name in names if form_of(config.corpus, name) != "ranking"]
 
 
 def missing_corpora(config: Config) -> list[str]:
@@ -92,13 +93,15 @@ def check_corpus(config: Config, name: str) -> None:
 def build(config: Config, console: Console) -> None:
     """Tokenize every wanted corpus that is not there or damaged."""
     missing = missing_corpora(config)
-    texts = not all(holds_conversations(config.corpus, name) for name in missing)
+    texts = any(form_of(config.corpus, name) == "text" for name in missing)
     local = LocalText.read(config.corpus, config.seed) if texts else LocalText({}, set())
     for name in missing:
         build_corpus(config, name, local, console)
 
 
-def build_corpus(config: Config, name: str, local: LocalText, console: Console) -> None:
+def build_corpus(
+    config: Config, name: str, local: LocalText, console: Console, encode: Encode = encode_document
+) -> None:
     """Write the tars of one corpus; the manifest comes last and makes it whole."""
     work = WorkDirectory(Path(config.work_dir))
     directory = work.corpus(name)
@@ -116,7 +119,7 @@ def build_corpus(config: Config, name: str, local: LocalText, console: Console) 
     def writer(split: str) -> ShardWriter:
         return ShardWriter(directory, split, config.corpus.documents_per_member, config.corpus.shard_tokens)
 
-    encoded = encode_documents(work.tokenizer_model, documents(), config.tokenizer.workers, encode_document)
+    encoded = encode_documents(work.tokenizer_model, documents(), config.tokenizer.workers, encode)
     with (
         writer("train") as train,
         writer("val") as val,

@@ -167,6 +167,24 @@ def load(
     return state
 
 
+def load_weights(checkpoint: Path, model: nn.Module, model_config: ModelConfig) -> None:
+    """Fill the parameters of `model` from a checkpoint that it starts from (collective).
+
+    A model of scores may start from one of tokens: it takes all weights but the head's, and its own head stays as it is.
+
+    Raises:
+        ArtefactError: the checkpoint belongs to another model; the message names the keys that differ.
+    """
+    saved_model = files.read_state(checkpoint)[1]
+    files.check_start(checkpoint, saved_model, model_config)
+    tensors = tensors_of(model, None, model_config)
+    if files.head_of(saved_model) != model_config.head:
+        tensors = {
+            name: tensor for name, tensor in tensors.items() if not name.startswith(f"{files.MODEL}scalar_head.")
+        }
+    read(checkpoint, tensors)
+
+
 def read(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Fill `tensors`, each from the parts of it that any layout wrote (collective).
 

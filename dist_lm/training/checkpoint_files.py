@@ -217,13 +217,33 @@ def require_intact(checkpoint: Path, damage_of: Callable[[Path], str | None] = f
     return checkpoint
 
 
+def head_of(saved: dict[str, Any]) -> str:
+    """What the model of a checkpoint gives: checkpoints from before there was another head do not say."""
+    return saved.get("head", "tokens")
+
+
+def check_start(checkpoint: Path, saved: dict[str, Any], model_config: ModelConfig) -> None:
+    """Refuse a checkpoint that a model cannot start from. One of scores may start from one of tokens.
+
+    Raises:
+        ArtefactError: names every key that differs, with both values.
+    """
+    new_head = model_config.head == "scalar" and head_of(saved) == "tokens"
+    # a model of scores has no head of tokens, so it is all the same whether that was tied
+    check_same_model(checkpoint, saved, model_config, but=("head", "tie_embeddings") if new_head else ())
+
+
 def check_same_model(
     checkpoint: Path,
     saved: dict[str, Any],
     model_config: ModelConfig,
     way_out: str = "use the same model, or stage.init_from=none to start anew",
+    but: Sequence[str] = (),
 ) -> None:
     """Refuse a checkpoint whose model has other shapes or arithmetic.
+
+    Args:
+        but: keys that may differ.
 
     Raises:
         ArtefactError: names every key that differs, with both values.
@@ -231,8 +251,8 @@ def check_same_model(
     own = asdict(model_config)
     # none means as many as query heads
     own, saved = ({**model, "n_kv_heads": model.get("n_kv_heads") or model.get("n_heads")} for model in (own, saved))
-    saved = {"head": "tokens", **saved}  # what checkpoints from before there was another one do not say
-    ignored = {"name", "init_std", "max_seq_len"}
+    saved = {**saved, "head": head_of(saved)}
+    ignored = {"name", "init_std", "max_seq_len", *but}
     different = [
         f"model.{key}={own[key]} (checkpoint: {saved.get(key)})"
         for key in own

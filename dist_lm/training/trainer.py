@@ -11,7 +11,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from dist_lm.config import Config
-from dist_lm.data.stream import SequenceStream, StepData
+from dist_lm.data.stream import StepData, StepStream
 from dist_lm.errors import UserError
 from dist_lm.model.dropout import DropoutKey
 from dist_lm.model.transformer import Transformer
@@ -48,7 +48,7 @@ class Trainer:
     model: Transformer
     optimizer: torch.optim.Optimizer
     objective: Objective
-    stream: SequenceStream
+    stream: StepStream
     evaluate: Evaluate
     checkpoints: Path
     metrics: MetricsWriter | None  # on the first rank

@@ -1,11 +1,11 @@
 """What a member of a tar has of rankings beside what it has of every document (`data.shard_writer`): plain arrays.
 
-    KEY.branch.npy       (tokens,) uint8         0 in the prompt, 1 to K in the completions
-    KEY.completions.npy  (documents,) uint8      K
-    KEY.ranks.npy        (sum of K,) uint8       the smallest is the best; zeros of a ranking that has judgements
-    KEY.judged.npy       (documents,) uint16     judgements; 0: it has ranks
-    KEY.judgements.npy   (judgements, 2) uint8   places of the better and the worse one, from 0
-    KEY.margins.npy      (judgements,) float32   0 where nobody said
+KEY.branch.npy       (tokens,) uint8         0 in the prompt, 1 to K in the completions
+KEY.completions.npy  (documents,) uint8      K
+KEY.ranks.npy        (sum of K,) uint8       the smallest is the best; zeros of a ranking that has judgements
+KEY.judged.npy       (documents,) uint16     judgements; 0: it has ranks
+KEY.judgements.npy   (judgements, 2) uint8   places of the better and the worse one, from 0
+KEY.margins.npy      (judgements,) float32   0 where nobody said
 """
 
 from collections.abc import Sequence

@@ -18,8 +18,10 @@ HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
 
 
-def oasst_rankings(rows: Iterable[Row], languages: frozenset[str] | None = None) -> Iterator[Ranking]:
+def oasst_rankings(rows: Iterable[Row], languages: frozenset[str] | None = None) -> Iterator[tuple[str, Ranking]]:
     """`OpenAssistant/oasst1` (Koepf et al. 2023): people ranked the answers to one message; rank 0 is the best.
+
+    Yields (language, ranking).
 
     Args:
         rows: messages, those of a tree one after the other.
@@ -39,7 +41,7 @@ def oasst_rankings(rows: Iterable[Row], languages: frozenset[str] | None = None)
             if thread:
                 ranking = _ranking(thread, [row["text"] for row in best], ranks=[row["rank"] for row in best])
                 if ranking:
-                    yield ranking
+                    yield siblings[0].get("lang") or "unknown", ranking
 
 
 def hh_ranking(row: Row) -> Ranking | None:

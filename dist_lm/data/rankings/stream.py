@@ -104,9 +104,7 @@ class RankingStream(StepStream):
         batch, placed = assemble_rankings(self._rankings, rows, numbers, self._seq_len, self._pad_id)
         taken = self._lessons
         verdicts = [
-            lesson(
-                self._rankings.verdict(one.document), taken.learn_from, taken.label_noise, taken.seed, one.document
-            )
+            lesson(self._rankings.verdict(one.document), taken.learn_from, taken.label_noise, taken.seed, one.document)
             for one in placed
         ]
         return replace(batch, ranked=ranked_places(placed, verdicts))

@@ -9,8 +9,10 @@ from dist_lm.data.sources.english import read_english
 from dist_lm.data.sources.hub import read_hub
 from dist_lm.data.sources.hub_tools import read_hub_tools
 from dist_lm.data.sources.python import read_python
+from dist_lm.data.sources.rankings import read_hub_rankings, read_local_rankings, read_synthetic_rankings
 from dist_lm.data.sources.sql import read_sql
 from dist_lm.data.sources.tools import read_tools
+from dist_lm.document import Form
 
 READERS: dict[str, Callable[[SourceConfig, int], Iterator[Candidate]]] = {
     "english": read_english,
@@ -20,5 +22,16 @@ READERS: dict[str, Callable[[SourceConfig, int], Iterator[Candidate]]] = {
     "hub": read_hub,
     "tools": read_tools,
     "hub_tools": read_hub_tools,
+    "rankings": read_local_rankings,
+    "hub_rankings": read_hub_rankings,
+    "synthetic_rankings": read_synthetic_rankings,
 }
-CONVERSATION_READERS = {"tools", "hub_tools"}
+_NOT_TEXT: dict[str, Form] = {
+    "tools": "conversation",
+    "hub_tools": "conversation",
+    "rankings": "ranking",
+    "hub_rankings": "ranking",
+    "synthetic_rankings": "ranking",
+}
+FORMS: dict[str, Form] = {reader: _NOT_TEXT.get(reader, "text") for reader in READERS}
+"""What the documents of each reader are."""

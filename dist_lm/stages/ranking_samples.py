@@ -1,0 +1,181 @@
+"""Rankings of a model's own samples by rules: no person, no network. A function of (seed, model, corpus of programs).
+
+Prompts are the first lines of programs. Half of a prompt's samples go on with them as text, as the code stage has learned;
+the other half answer them as a turn of a conversation, as the policy of stage rlhf will. All are ranked together
+(`data.rankings.rules`).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dist_lm.chat.messages import Conversation, Message
+from dist_lm.chat.ranking import Ranking, ranks_of_scores
+from dist_lm.chat.template import END, prompt
+from dist_lm.config import Config, RankingSamplesConfig, SourceConfig
+from dist_lm.data.evaluation_batches import spread
+from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.order import key
+from dist_lm.data.rankings.rules import marks_of
+from dist_lm.data.sources.candidate import Candidate, Rejected
+from dist_lm.data.sources.rankings import ranking_document
+from dist_lm.errors import ArtefactError
+from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.load import LoadedModel, load_model
+from dist_lm.generation.params import SamplingParams
+from dist_lm.generation.request import Answer, Request
+from dist_lm.run_directory import WorkDirectory
+from dist_lm.stages.syntax import PARSERS, parses, whole_lines
+from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tracking.console import Console
+
+DEFAULT_RANKINGS = 300
+CACHE_TOKENS = 16384
+LONGEST_OPENING = 200  # characters
+MOST_LINES = 4  # of an opening
+_SAMPLES, _LINES = 9, 10  # what is random; 1 to 8 are those of `data`
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The first lines of a program."""
+
+    language: str
+    text: str
+    place: str  # corpus and document
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model made of an opening."""
+
+    text: str
+    finished: bool  # ended by itself
+
+
+def ranked_samples(source: SourceConfig, config: Config, console: Console) -> Iterator[Candidate]:
+    """A ranking for each of `source.limit` openings (0: `DEFAULT_RANKINGS`), or why there is none.
+
+    Raises:
+        ArtefactError: there is no model to ask, or no program to begin with.
+    """
+    if config.stage.init_from == "none":
+        raise ArtefactError(
+            f"corpus source {source.reader}: stage.init_from=none: expected a run or checkpoint, whose samples are ranked"
+        )
+    work = WorkDirectory(Path(config.work_dir))
+    loaded = load_model(Path(config.stage.init_from), work.tokenizer_model)
+    corpus = MappedCorpus.open(work.corpus(config.stage.corpus), "train")
+    found = openings(corpus, loaded.tokenizer, source.limit or DEFAULT_RANKINGS, config.seed)
+    if not found:
+        raise ArtefactError(
+            f"corpus {corpus.directory} has no documents in {', '.join(PARSERS)}: name another in stage.corpus"
+        )
+    with console.counting(f"sampling {loaded.name}", unit="samples", total=None) as count:
+        for number, samples in sample(loaded, found, config, count.advance):
+            opening = found[number]
+            name = f"generated:{loaded.name}:seed={config.seed}:{opening.place}"
+            ranking = ranking_of_samples(opening, samples)
+            if ranking is None:
+                yield Rejected(f"{source.language}_{opening.language}", name, "no_ranking")
+            else:
+                yield ranking_document(ranking, f"{source.language}_{opening.language}", name, source.licence)
+
+
+def openings(corpus: MappedCorpus, tokenizer: Tokenizer, limit: int, seed: int) -> list[Opening]:
+    """The first one to four lines of documents at even distances, of the languages that have a parser."""
+    codes = [code for code, name in enumerate(corpus.languages) if name in PARSERS]
+    documents = [number for number in range(corpus.n_documents) if corpus.language_codes[number] in codes]
+    found = []
+    for place in spread(len(documents), limit).tolist():
+        number = documents[place]
+        language = corpus.languages[corpus.language_codes[number]]
+        # no token has more than a few bytes less than none: this many hold the opening
+        head = tokenizer.decode(corpus.tokens(number, 1, min(int(corpus.lengths[number]), 1 + LONGEST_OPENING)))
+        lines = head.splitlines(keepends=True)[: 1 + key(_LINES, seed, number) % MOST_LINES]
+        text = "".join(lines)[:LONGEST_OPENING]
+        if text.strip():
+            found.append(Opening(language, text, f"{corpus.directory.name}:{number}"))
+    return found
+
+
+def sample(
+    loaded: LoadedModel, found: Sequence[Opening], config: Config, advance
+) -> Iterator[tuple[int, list[Sample]]]:
+    """(number of an opening, its samples), in the order of the openings."""
+    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    engine = Engine(
+        loaded.config,
+        loaded.weights,
+        eot_id=loaded.tokenizer.eot_id,
+        options=EngineOptions(cache_tokens=max(CACHE_TOKENS, loaded.config.max_seq_len)),
+        dtype=torch.float32,  # the same samples on every machine of a kind
+        device=device,
+    )
+    wanted: dict[int, int] = {}
+    for number, opening in enumerate(found):
+        requests = requests_of(number, opening, config.stage.samples, config.seed, loaded.tokenizer)
+        if any(len(one.prompt) + one.params.max_new_tokens > loaded.config.max_seq_len for one in requests):
+            continue
+        wanted[number] = len(requests) and sum(one.n for one in requests)
+        for request in requests:
+            engine.submit(request)
+    answers: dict[int, list[Answer]] = {number: [] for number in wanted}
+    while engine.busy:
+        for done in engine.step():
+            if not isinstance(done, Answer):
+                raise ArtefactError(f"stage.samples: {done.request}: {done.error}")
+            answers[int(done.request.partition(":")[0])].append(done)
+            advance()
+    for number, own in answers.items():
+        own.sort(key=lambda answer: (answer.request, answer.index))
+        yield number, [sample_of(answer, loaded.tokenizer) for answer in own]
+
+
+def requests_of(
+    number: int, opening: Opening, settings: RankingSamplesConfig, seed: int, tokenizer: Tokenizer
+) -> list[Request]:
+    """What the model is asked for an opening: to go on with it as text, and to answer it as a turn."""
+    word = key(_SAMPLES, seed, number)
+    total = settings.fewest + word % (settings.most - settings.fewest + 1)
+    params = SamplingParams(
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        stop_tokens=(tokenizer.special_ids[END],),
+    )
+    as_turn = prompt(Conversation((Message("user", opening.text),)), tokenizer)
+    as_text = [tokenizer.eot_id, *tokenizer.encode(opening.text)]
+    parts = (("text", as_text, (total + 1) // 2), ("turn", as_turn, total // 2))
+    return [
+        Request(f"{number}:{kind}", tokens, params, seed=key(word, i) % 2**31, n=n)
+        for i, (kind, tokens, n) in enumerate(parts)
+    ]
+
+
+def sample_of(answer: Answer, tokenizer: Tokenizer) -> Sample:
+    """The text up to the first special token: what comes after it is another turn, or a call."""
+    special = set(tokenizer.special_ids.values())
+    end = next((place for place, token in enumerate(answer.tokens) if token in special), len(answer.tokens))
+    return Sample(tokenizer.decode(answer.tokens[:end]), finished=answer.finish in ("eot", "stop"))
+
+
+def ranking_of_samples(opening: Opening, samples: Sequence[Sample]) -> Ranking | None:
+    """Different samples that say something, ranked by their quality; None where fewer than two differ in it."""
+    kept = list({one.text: one for one in samples if one.text.strip()}.values())
+    scores = [
+        marks_of(
+            opening.text,
+            one.text,
+            bool(parses(opening.language, whole_lines(opening.text + one.text, one.finished))),
+        ).quality
+        for one in kept
+    ]
+    if len(set(scores)) < 2:
+        return None
+    return Ranking(
+        prompt=Conversation((Message("user", opening.text),)),
+        completions=tuple(one.text for one in kept),
+        ranks=ranks_of_scores(scores),
+    )

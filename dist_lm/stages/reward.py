@@ -1,0 +1,182 @@
+"""Stage `reward`: a scalar head learns which completions people prefer, from rankings; starts from the weights of a model
+that writes, and reports how well its scores agree with held-out rankings.
+
+At its end the model that it started from answers held-out prompts, and the mean and deviation of the scores of these
+answers are left in result.json, so that scores of other runs can be compared (`rlhf.reward_model`).
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dist_lm.chat.template import END
+from dist_lm.config import SPLITS, Config
+from dist_lm.data.batch import Batch, RankedPlaces
+from dist_lm.data.evaluation_batches import spread
+from dist_lm.data.rankings.mapped import MappedRankings
+from dist_lm.data.rankings.stream import Lessons, RankingBatches, RankingStream, note_of_long_rankings
+from dist_lm.errors import require
+from dist_lm.generation.load import load_model
+from dist_lm.generation.params import SamplingParams
+from dist_lm.generation.request import Request
+from dist_lm.model.transformer import Transformer
+from dist_lm.rlhf.reward_evaluation import beside_verdicts, reward_metrics, scores_of_rankings
+from dist_lm.rlhf.reward_model import KEY, last_token_scores, normaliser_of
+from dist_lm.rlhf.reward_objective import choices_of_people
+from dist_lm.stages.sampling import answer_all
+from dist_lm.stages.training_stage import Closing, Opening, StageData, TrainingStage
+from dist_lm.training.objective import LossModel
+
+log = logging.getLogger(__name__)
+
+MADE_UP_COMPLETIONS = 4  # of a sequence of the dry run
+
+
+def open_data(opening: Opening) -> StageData:
+    """Rankings of the stage's corpus.
+
+    Raises:
+        ConfigError: a setting that cannot be with rankings.
+        ArtefactError: the corpus holds something else, or no ranking fits into a sequence.
+    """
+    stage = opening.config.stage
+    accepted = "true: the completions of a ranking see their prompt and not each other"
+    require(
+        stage.document_mask and stage.reset_positions, "stage.document_mask, stage.reset_positions", False, accepted
+    )
+    require(not stage.mix, "stage.mix", stage.mix, "nothing: stage reward reads rankings alone")
+    train, val = (MappedRankings.open(opening.run.work.corpus(stage.corpus), split) for split in SPLITS)
+    if opening.world.is_first:
+        for rankings in (train, val):
+            if note := note_of_long_rankings(rankings, stage.seq_len):
+                log.warning("%s", note)
+    stream = RankingStream(
+        train,
+        Lessons(stage.reward.learn_from, stage.reward.label_noise, opening.config.seed),
+        seed=opening.config.seed,
+        seq_len=stage.seq_len,
+        pad_id=opening.tokenizer.pad_id,
+        global_batch=stage.global_batch,
+        micro_batch=stage.micro_batch,
+        dp_rank=opening.dp_rank,
+        dp_size=opening.dp_size,
+        position=opening.position,
+        pin_memory=opening.world.device.type == "cuda",
+    )
+
+    def evaluate(model: LossModel, everything: bool, alive: Callable[[], None]) -> dict[str, float]:
+        batches = RankingBatches.of(
+            val,
+            seq_len=stage.seq_len,
+            micro_batch=stage.micro_batch,
+            dp_rank=opening.dp_rank,
+            dp_size=opening.dp_size,
+            pad_id=opening.tokenizer.pad_id,
+            limit_sequences=0 if everything else stage.eval_sequences,
+        )
+        scores = scores_of_rankings(model, batches, opening.world.device, opening.data_ranks, alive)
+        return reward_metrics(beside_verdicts(val, scores))
+
+    return StageData(stream, evaluate)
+
+
+def close(closing: Closing) -> dict[str, float]:
+    """`reward/score_mean` and `reward/score_std`: of the answers of the model that training started from to prompts of
+    val; of the completions of val where there is none, or it is not to be asked."""
+    settings, config = closing.config.stage.reward, closing.config
+    val = MappedRankings.open(closing.run.work.corpus(config.stage.corpus), "val")
+    asked = settings.normaliser_prompts and config.stage.init_from != "none"
+    sequences = policy_samples(closing, val) if asked else completions_of(val, config.model.max_seq_len)
+    model = closing.model()
+    share = slice(closing.world.rank, None, closing.world.size)
+    gathered: list = [None] * closing.world.size
+    dist.all_gather_object(gathered, last_token_scores(model, sequences[share]))
+    closing.alive()
+    scores = np.zeros(len(sequences), np.float32)
+    for rank, part in enumerate(gathered):
+        scores[rank :: closing.world.size] = part
+    found = normaliser_of(scores.tolist())
+    return {"reward/score_mean": found.mean, "reward/score_std": found.std, "reward/scored": float(len(sequences))}
+
+
+def policy_samples(closing: Closing, val: MappedRankings) -> list[list[int]]:
+    """Prompts of val with the answers of the model that training started from: at temperature 1 from all tokens, as a
+    rollout draws them. The same on every rank (collective)."""
+    settings, tokenizer = closing.config.stage.reward, closing.tokenizer
+    loaded = load_model(Path(closing.config.stage.init_from), closing.run.work.tokenizer_model)
+    params = SamplingParams(max_new_tokens=settings.normaliser_new_tokens, stop_tokens=(tokenizer.special_ids[END],))
+    longest = loaded.config.max_seq_len - settings.normaliser_new_tokens
+    prompts = [prompt for prompt in prompts_of(val, settings.normaliser_prompts) if len(prompt) <= longest]
+    requests = [
+        Request(str(number), prompt, params, seed=closing.config.seed + number) for number, prompt in enumerate(prompts)
+    ]
+    with torch.device("meta"):
+        policy = Transformer(loaded.config)
+    dtype = next(iter(loaded.weights.values())).dtype
+    policy.load_state_dict({name: value.to(dtype) for name, value in loaded.weights.items()}, assign=True)
+    answers = answer_all(closing, requests, "stage.reward.normaliser_prompts", policy.to(closing.world.device))
+    return [[*prompt, *answer.tokens] for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def prompts_of(rankings: MappedRankings, limit: int) -> list[list[int]]:
+    """The prompts of `limit` rankings at even distances, as tokens."""
+    return [
+        rankings.tokens(number)[rankings.verdict(number).branch == 0].tolist()
+        for number in spread(rankings.corpus.n_documents, limit).tolist()
+    ]
+
+
+def completions_of(rankings: MappedRankings, longest: int) -> list[list[int]]:
+    """Every prompt with each of its completions, as tokens; those longer than `longest` are left out."""
+    found = []
+    for number in range(rankings.corpus.n_documents):
+        tokens, branch = rankings.tokens(number), rankings.verdict(number).branch
+        found += [tokens[(branch == 0) | (branch == k)].tolist() for k in range(1, int(branch.max()) + 1)]
+    return [sequence for sequence in found if len(sequence) <= longest]
+
+
+def result(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What `read_normaliser` reads."""
+    return {KEY: {"mean": metrics["reward/score_mean"], "std": metrics["reward/score_std"]}}
+
+
+def made_up_batch(config: Config) -> Batch:
+    """A micro-batch of one ranking a sequence, for the dry run."""
+    stage, k = config.stage, min(MADE_UP_COMPLETIONS, config.stage.seq_len - 1)
+    shape = (stage.micro_batch, stage.seq_len)
+    own = torch.arange(stage.seq_len) * (k + 1) // stage.seq_len  # the prompt is as long as a completion
+    ends = torch.stack([(own <= branch).sum() - 1 for branch in range(1, k + 1)])
+    place_PK = ends + torch.arange(stage.micro_batch)[:, None] * stage.seq_len
+    none = torch.zeros(0, dtype=torch.int64)
+    return Batch(
+        tokens_BT=torch.randint(0, config.model.vocab_size, shape),
+        targets_BT=torch.zeros(shape, dtype=torch.int64),
+        loss_mask_BT=torch.zeros(shape),
+        document_BT=torch.zeros(shape, dtype=torch.int64),
+        position_BT=torch.arange(stage.seq_len).repeat(stage.micro_batch, 1),
+        sequence_B=torch.arange(stage.micro_batch),
+        branch_BT=own.repeat(stage.micro_batch, 1),
+        ranked=RankedPlaces(
+            place_PK=place_PK,
+            rank_PK=torch.arange(k).repeat(stage.micro_batch, 1),
+            there_PK=torch.ones(place_PK.shape, dtype=torch.bool),
+            better_N=none,
+            worse_N=none,
+            margin_N=torch.zeros(0),
+        ),
+    )
+
+
+STAGE = TrainingStage(
+    "reward",
+    lambda config: choices_of_people,
+    close,
+    data=open_data,
+    result=result,
+    made_up_batch=made_up_batch,
+)
