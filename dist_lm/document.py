@@ -1,12 +1,9 @@
-"""A text, a conversation or a ranking with where it comes from, before and after tokenizing: what the rooms hand to each
-other.
-"""
+"""A text, conversation or ranking with where it is from, before and after tokenizing: what rooms hand to each other."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-
 
 Form = Literal["text", "conversation", "ranking"]
 

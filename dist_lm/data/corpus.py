@@ -4,8 +4,8 @@ A document is in val because of the hash of its group, never because of its plac
 corpus puts a text on the same side, and one that grows keeps its sides. A val document that can mostly be
 read in train documents of any corpus of this machine is dropped.
 
-A corpus holds texts, or conversations, or rankings. Conversations are all made from the same few forms, so sharing words
-says nothing: what keeps val apart is their group, the tools they are about. That of a ranking is its prompt.
+A corpus holds texts, or conversations, or rankings. Conversations are all made from the same few forms, so sharing
+words says nothing: what keeps val apart is their group, the tools they are about. That of a ranking is its prompt.
 """
 
 from collections import Counter

@@ -123,7 +123,7 @@ def for_stages(shards: Config, stages: Sequence[Config]) -> Config:
 
 
 def for_readers(rankings: Config, readers: Sequence[Config]) -> Config:
-    """The configuration of stage `rankings` that builds what `readers` read, of samples of the model they start from."""
+    """The configuration of stage `rankings` that builds what `readers` read; the model they start from is sampled."""
     corpora = sorted({config.stage.corpus for config in readers if config.stage.corpus})
     return replace(rankings, stage=replace(rankings.stage, corpora=corpora, init_from=readers[0].stage.init_from))
 

@@ -1,7 +1,7 @@
 """A trained reward model from outside: scores of texts, and what makes them comparable.
 
-Scores have no zero and no unit: only differences are learned. So stage reward measures their mean and standard deviation
-on samples of the policy that it started from, and whoever uses them takes these off (Stiennon et al. 2020).
+Scores have no zero and no unit: only differences are learned. So stage reward measures their mean and standard
+deviation on samples of the policy that it started from, and whoever uses them takes these off (Stiennon et al. 2020).
 
 Dimensions: B sequences, T tokens.
 """

@@ -1,11 +1,11 @@
 """Rankings of a model's own samples by rules: no person, no network. A function of (seed, model, corpus of programs).
 
-Prompts are the first lines of programs. Half of a prompt's samples go on with them as text, as the code stage has learned;
-the other half answer them as a turn of a conversation, as the policy of stage rlhf will. All are ranked together
-(`data.rankings.rules`).
+Prompts are the first lines of programs. Half of a prompt's samples go on with them as text, as the code stage has
+learned; the other half answer them as a turn of a conversation, as the policy of stage rlhf will. All are ranked
+together (`data.rankings.rules`).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def ranked_samples(source: SourceConfig, config: Config, console: Console) -> It
     """
     if config.stage.init_from == "none":
         raise ArtefactError(
-            f"corpus source {source.reader}: stage.init_from=none: expected a run or checkpoint, whose samples are ranked"
+            f"corpus source {source.reader}: stage.init_from=none: expected a run or checkpoint to ask for samples"
         )
     work = WorkDirectory(Path(config.work_dir))
     loaded = load_model(Path(config.stage.init_from), work.tokenizer_model)
@@ -92,7 +92,7 @@ def openings(corpus: MappedCorpus, tokenizer: Tokenizer, limit: int, seed: int) 
     for place in spread(len(documents), limit).tolist():
         number = documents[place]
         language = corpus.languages[corpus.language_codes[number]]
-        # no token has more than a few bytes less than none: this many hold the opening
+        # at least a character a token, about: this many hold the opening
         head = tokenizer.decode(corpus.tokens(number, 1, min(int(corpus.lengths[number]), 1 + LONGEST_OPENING)))
         lines = head.splitlines(keepends=True)[: 1 + key(_LINES, seed, number) % MOST_LINES]
         text = "".join(lines)[:LONGEST_OPENING]
@@ -102,7 +102,7 @@ def openings(corpus: MappedCorpus, tokenizer: Tokenizer, limit: int, seed: int) 
 
 
 def sample(
-    loaded: LoadedModel, found: Sequence[Opening], config: Config, advance
+    loaded: LoadedModel, found: Sequence[Opening], config: Config, advance: Callable[[], None]
 ) -> Iterator[tuple[int, list[Sample]]]:
     """(number of an opening, its samples), in the order of the openings."""
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -114,15 +114,14 @@ def sample(
         dtype=torch.float32,  # the same samples on every machine of a kind
         device=device,
     )
-    wanted: dict[int, int] = {}
+    answers: dict[int, list[Answer]] = {}
     for number, opening in enumerate(found):
         requests = requests_of(number, opening, config.stage.samples, config.seed, loaded.tokenizer)
         if any(len(one.prompt) + one.params.max_new_tokens > loaded.config.max_seq_len for one in requests):
             continue
-        wanted[number] = len(requests) and sum(one.n for one in requests)
+        answers[number] = []
         for request in requests:
             engine.submit(request)
-    answers: dict[int, list[Answer]] = {number: [] for number in wanted}
     while engine.busy:
         for done in engine.step():
             if not isinstance(done, Answer):

@@ -1,5 +1,5 @@
-"""Stage `reward`: a scalar head learns which completions people prefer, from rankings; starts from the weights of a model
-that writes, and reports how well its scores agree with held-out rankings.
+"""Stage `reward`: a scalar head learns from rankings which completions are preferred; starts from the weights of a
+model that writes, and reports how well its scores agree with held-out rankings.
 
 At its end the model that it started from answers held-out prompts, and the mean and deviation of the scores of these
 answers are left in result.json, so that scores of other runs can be compared (`rlhf.reward_model`).
@@ -45,10 +45,9 @@ def open_data(opening: Opening) -> StageData:
         ArtefactError: the corpus holds something else, or no ranking fits into a sequence.
     """
     stage = opening.config.stage
-    accepted = "true: the completions of a ranking see their prompt and not each other"
-    require(
-        stage.document_mask and stage.reset_positions, "stage.document_mask, stage.reset_positions", False, accepted
-    )
+    for key in ("document_mask", "reset_positions"):
+        accepted = "true: a completion sees its prompt and itself, and stands behind it"
+        require(getattr(stage, key), f"stage.{key}", False, accepted)
     require(not stage.mix, "stage.mix", stage.mix, "nothing: stage reward reads rankings alone")
     train, val = (MappedRankings.open(opening.run.work.corpus(stage.corpus), split) for split in SPLITS)
     if opening.world.is_first:

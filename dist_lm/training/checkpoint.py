@@ -170,7 +170,7 @@ def load(
 def load_weights(checkpoint: Path, model: nn.Module, model_config: ModelConfig) -> None:
     """Fill the parameters of `model` from a checkpoint that it starts from (collective).
 
-    A model of scores may start from one of tokens: it takes all weights but the head's, and its own head stays as it is.
+    A model of scores may start from one of tokens: it takes all weights but the head's, and its own head stays.
 
     Raises:
         ArtefactError: the checkpoint belongs to another model; the message names the keys that differ.

@@ -13,8 +13,8 @@ from dist_lm.config import SourceConfig
 from dist_lm.data.rankings.local import read_rankings
 from dist_lm.data.rankings.rows import (
     Row,
-    hh_ranking,
     helpsteer_ranking,
+    hh_ranking,
     oasst_rankings,
     ultrafeedback_ranking,
 )
