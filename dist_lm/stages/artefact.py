@@ -8,7 +8,8 @@ from typing import Any
 from dist_lm.config import Config, CorpusConfig
 from dist_lm.data.corpus import form_of, text_corpora
 
-DRAWN = ("sql", "tools", "synthetic_rankings")  # readers whose documents depend on the seed
+SAMPLED = "synthetic_rankings"  # reader whose documents a model wrote
+DRAWN = ("sql", "tools", SAMPLED)  # readers whose documents depend on the seed
 LATER_KEYS = ("rows", "only")  # of a source: left out where they say nothing, as corpora from before them have none
 
 
@@ -43,7 +44,10 @@ def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
             if not source[key]:
                 del source[key]
     drawn = any(source.reader in DRAWN for sources in chosen.corpora.values() for source in sources)
-    return {"seed": config.seed if drawn else None, "corpus": corpus}
+    found = {"seed": config.seed if drawn else None, "corpus": corpus}
+    if any(source.reader == SAMPLED for sources in chosen.corpora.values() for source in sources):
+        found |= {"samples": asdict(config.stage.samples), "prompts": config.stage.corpus}
+    return found
 
 
 def digest(value: Any) -> str:

@@ -11,11 +11,9 @@ from dist_lm.config import Config
 from dist_lm.data.corpus import LocalText, corpora_of_form, corpus_sources
 from dist_lm.data.manifest import read_manifest
 from dist_lm.run_directory import WorkDirectory
-from dist_lm.stages.artefact import Artefact
+from dist_lm.stages.artefact import SAMPLED, Artefact
 from dist_lm.stages.shards import build_corpus, check_corpus, is_whole
 from dist_lm.tracking.console import Console
-
-SAMPLED = "synthetic_rankings"
 
 
 def inspect(config: Config) -> Artefact:

@@ -1,0 +1,130 @@
+"""Rankings in a stream: whole, in the same order at every layout and after every resumption; evaluation has each once."""
+
+from collections import Counter
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+
+from dist_lm.chat.ranking_tokens import branch_ends, branch_positions
+from dist_lm.data.batch import Batch
+from dist_lm.data.rankings.mapped import MappedRankings
+from dist_lm.data.rankings.stream import Lessons, RankingBatches, RankingStream, note_of_long_rankings
+from dist_lm.data.stream import StepData
+from dist_lm.errors import ArtefactError
+from tests.data.rankings.made_rankings import corpus_of, random_rankings
+
+T = 40
+LESSONS = Lessons("rankings", 0.3, 5)
+
+
+@pytest.fixture(scope="module")
+def rankings(tmp_path_factory: pytest.TempPathFactory) -> MappedRankings:
+    return corpus_of(tmp_path_factory.mktemp("rankings"), random_rankings(80))
+
+
+def take(rankings: MappedRankings, steps: int, lessons: Lessons = LESSONS, **changes: int) -> list[StepData]:
+    settings = {"seed": 3, "seq_len": T, "pad_id": 0, "global_batch": 6, "micro_batch": 6, "dp_rank": 0, "dp_size": 1}
+    with RankingStream(rankings, lessons, **settings | changes) as stream:
+        return [next(stream) for _ in range(steps)]
+
+
+def lines(batch: Batch) -> list[tuple]:
+    """What each ranking of a batch is learned by: scores read at which tokens, and the verdict; in order."""
+    assert batch.ranked is not None
+    tokens = batch.tokens_BT.flatten()
+    r = batch.ranked
+    found: list[tuple] = [
+        (tuple(tokens[place[there]].tolist()), tuple(rank[there].tolist()))
+        for place, rank, there in zip(r.place_PK, r.rank_PK, r.there_PK, strict=True)
+    ]
+    pairs = zip(tokens[r.better_N].tolist(), tokens[r.worse_N].tolist(), r.margin_N.tolist(), strict=True)
+    return [*found, *pairs]
+
+
+def test_every_ranking_is_whole_and_scored_at_its_last_tokens(rankings: MappedRankings) -> None:
+    batch = take(rankings, 1)[0].micro_batches[0]
+    assert batch.branch_BT is not None
+    for b in range(len(batch.tokens_BT)):
+        for d in range(int(batch.document_BT[b].max())):
+            own = batch.document_BT[b] == d
+            tokens, branch = batch.tokens_BT[b][own].numpy(), batch.branch_BT[b][own].numpy()
+            known = [
+                n
+                for n in range(rankings.corpus.n_documents)
+                if np.array_equal(rankings.tokens(n), tokens) and np.array_equal(rankings.verdict(n).branch, branch)
+            ]
+            assert known
+            assert batch.position_BT[b][own].tolist() == branch_positions(branch).tolist()
+    ends = [
+        b * T + int((batch.document_BT[b] < d).sum()) + end
+        for b in range(len(batch.tokens_BT))
+        for d in range(int(batch.document_BT[b].max()))
+        for end in branch_ends(batch.branch_BT[b][batch.document_BT[b] == d].numpy().astype(np.uint8)).tolist()
+    ]
+    ranked = batch.ranked
+    assert ranked is not None
+    asked = {*ranked.place_PK[ranked.there_PK].tolist(), *ranked.better_N.tolist(), *ranked.worse_N.tolist()}
+    assert asked <= set(ends)
+
+
+@pytest.mark.parametrize(("dp_size", "micro_batch"), [(1, 4), (2, 2), (3, 1)])
+def test_the_order_is_the_same_at_any_cut_and_resumes_from_the_integer(
+    rankings: MappedRankings, dp_size: int, micro_batch: int
+) -> None:
+    whole = take(rankings, 12)
+    later = [
+        take(rankings, 7, position=whole[4].position, dp_rank=rank, dp_size=dp_size, micro_batch=micro_batch)
+        for rank in range(dp_size)
+    ]
+    for step, expected in enumerate(whole[5:]):
+        parts = [batch for rank in later for batch in rank[step].micro_batches]
+        (one,) = expected.micro_batches
+        for field in fields(Batch):
+            value = getattr(one, field.name)
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(torch.cat([getattr(part, field.name) for part in parts]), value), field.name
+        # those with ranks come before those with judgements in each part
+        assert Counter(line for part in parts for line in lines(part)) == Counter(lines(one))
+
+
+def test_an_epoch_holds_every_ranking_once(rankings: MappedRankings) -> None:
+    rows = RankingBatches.of(rankings, seq_len=T, micro_batch=1, dp_rank=0, dp_size=1, pad_id=0).packing.n_rows
+    epochs = [take(rankings, 1, global_batch=rows, micro_batch=rows, position=n * rows)[0] for n in (0, 1)]
+    for epoch in epochs:
+        starts = Counter(
+            tuple(epoch.micro_batches[0].tokens_BT[b][epoch.micro_batches[0].document_BT[b] == d].tolist())
+            for b in range(rows)
+            for d in range(int(epoch.micro_batches[0].document_BT[b].max()))
+        )
+        assert starts == Counter(tuple(rankings.tokens(n).tolist()) for n in range(rankings.corpus.n_documents))
+    assert not torch.equal(epochs[0].micro_batches[0].tokens_BT, epochs[1].micro_batches[0].tokens_BT)
+
+
+@pytest.mark.parametrize("dp_size", [1, 3])
+def test_evaluation_has_every_ranking_once_and_as_many_batches_on_every_rank(
+    rankings: MappedRankings, dp_size: int
+) -> None:
+    found, counts = [], set()
+    for rank in range(dp_size):
+        batches = list(RankingBatches.of(rankings, seq_len=T, micro_batch=4, dp_rank=rank, dp_size=dp_size, pad_id=0))
+        counts.add(len(batches))
+        for batch, placed in batches:
+            assert batch.tokens_BT.shape == (4, T)
+            for one in placed:
+                ends = batch.tokens_BT.flatten()[torch.from_numpy(one.places)]
+                own = rankings.tokens(one.document)
+                assert ends.tolist() == own[branch_ends(rankings.verdict(one.document).branch)].tolist()
+                found.append(one.document)
+    assert len(counts) == 1
+    assert sorted(found) == list(range(rankings.corpus.n_documents))
+
+
+def test_rankings_longer_than_a_sequence_are_left_out_loudly(rankings: MappedRankings) -> None:
+    longest = int(rankings.corpus.lengths.max())
+    assert note_of_long_rankings(rankings, longest) == ""
+    left_out = int((rankings.corpus.lengths == longest).sum())
+    assert f"{left_out} of 80 train rankings" in note_of_long_rankings(rankings, longest - 1)
+    with pytest.raises(ArtefactError, match=r"all 80 train rankings are longer than stage.seq_len=2"):
+        take(rankings, 1, seq_len=2)
