@@ -1,4 +1,4 @@
-"""Rankings in a stream: whole, in the same order at every layout and after every resumption; evaluation has each once."""
+"""Rankings in a stream: whole, in the same order at every layout and after a resumption; evaluation has each once."""
 
 from collections import Counter
 from dataclasses import fields

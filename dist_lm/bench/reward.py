@@ -1,0 +1,120 @@
+"""A step of training a reward model: all completions of a prompt in one tree, or each with the prompt in front of it.
+
+Every way computes the same loss (the first steps are compared). Apart, a prompt is read again for every completion: as
+rows of one completion each, which is how others do it, with no padding here because all are of one length; and packed
+behind each other. Ceiling: as many tokens as the tree has, with plain causal attention and no mask. Speed is in tokens
+of the tree a second for all of them, so a ratio is one of times.
+
+Dimensions: B prompts (and sequences of the tree), T tokens, K completions of a prompt.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from dist_lm.bench.case import Case, Comparison, CrewSize, configurations
+from dist_lm.bench.trial import OwnTraining, Trial
+from dist_lm.chat.ranking_tokens import branch_ends, branch_positions
+from dist_lm.config import Config
+from dist_lm.data.batch import Batch, RankedPlaces
+from dist_lm.model.initialise import initialise
+from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.mesh import World
+from dist_lm.rlhf.reward_objective import choices_of_people
+from dist_lm.training.forward import BoundModel
+
+TREE, ROWS, PACKED, PLAIN = "one tree", "apart, a row each", "apart, packed", "as many tokens, causal"
+PROMPT_SHARE = 0.5  # of the tree
+NANO = ("model=nano", "model.head=scalar", "stage.global_batch=2", "stage.seq_len=512")
+SHAPES = tuple((*NANO, "stage.samples.fewest=2", f"stage.samples.most={k}") for k in (4, 8, 2))
+ROUNDS = 9
+
+
+def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
+    """Four, eight and two completions (stage.samples.most) behind a prompt that is half of stage.seq_len."""
+    return [_case(config) for config in configurations(SHAPES, overrides, quick)]
+
+
+def _case(config: Config) -> Case:
+    crew, prompt = CrewSize(1), prompt_tokens(config)
+    own = completion_tokens(config)
+    name = f"{config.model.name}, {config.stage.global_batch} prompts of {prompt}, {len(own)} completions of {own[0]}"
+    return Case(
+        name=name,
+        config=config,
+        ways=dict.fromkeys((TREE, ROWS, PACKED, PLAIN), crew),
+        comparisons=[Comparison(own=TREE, peer=peer, ceiling=PLAIN) for peer in (ROWS, PACKED)],
+        same_losses=frozenset({TREE, ROWS, PACKED}),
+        rounds=ROUNDS,
+    )
+
+
+def build(way: str, config: Config, world: World) -> Trial:
+    """One way, in one process."""
+    model = Transformer(config.model)
+    initialise(model, config.seed)
+    training = OwnTraining(model.to(world.device), config, slice(None), world)
+    training.objective = choices_of_people
+    training.bound = BoundModel(training.model, document_mask=way in (TREE, PACKED), chunk_bytes=0)
+    training.batches = [batch_of(way, config).to(world.device)]
+    return Trial(training.step)
+
+
+def prompt_tokens(config: Config) -> int:
+    """Tokens of a prompt."""
+    k = config.stage.samples.most
+    length = round(config.stage.seq_len * PROMPT_SHARE)
+    return length + (config.stage.seq_len - length) % k
+
+
+def completion_tokens(config: Config) -> list[int]:
+    """Tokens of each completion: all the same, so that rows of one each need no padding."""
+    k = config.stage.samples.most
+    return [(config.stage.seq_len - prompt_tokens(config)) // k] * k
+
+
+def batch_of(way: str, config: Config) -> Batch:
+    """The same prompts and completions, laid out as `way` needs them; completion k of a prompt has rank k."""
+    n_prompts, t = config.stage.global_batch, config.stage.seq_len
+    draw = torch.Generator().manual_seed(config.seed)
+    tokens_BT = torch.randint(2, config.model.vocab_size, (n_prompts, t), generator=draw)
+    lengths = completion_tokens(config)
+    k = len(lengths)
+    branch = np.repeat(np.arange(k + 1), [prompt_tokens(config), *lengths])
+    if way in (TREE, PLAIN):
+        ends = torch.from_numpy(branch_ends(branch))
+        position = torch.from_numpy(branch_positions(branch)) if way == TREE else torch.arange(t)
+        branch_BT = torch.from_numpy(branch).repeat(n_prompts, 1) if way == TREE else None
+        place_PK = torch.arange(n_prompts)[:, None] * t + ends
+        return _batch(tokens_BT, torch.zeros_like(tokens_BT), position.repeat(n_prompts, 1), place_PK, branch_BT)
+    alone = [torch.from_numpy(np.flatnonzero((branch == 0) | (branch == one))) for one in range(1, k + 1)]
+    each = len(alone[0])
+    apart_BKT = torch.stack([tokens_BT[:, places] for places in alone], dim=1)
+    place_PK = torch.arange(n_prompts * k).view(n_prompts, k) * each + each - 1
+    rows = (n_prompts * k, each) if way == ROWS else (n_prompts, k * each)
+    document = torch.arange(k).repeat_interleave(each).repeat(n_prompts, 1)
+    position = torch.arange(each).repeat(n_prompts * k)
+    return _batch(apart_BKT.reshape(rows), document.view(rows), position.view(rows), place_PK, None)
+
+
+def _batch(
+    tokens_BT: torch.Tensor,
+    document_BT: torch.Tensor,
+    position_BT: torch.Tensor,
+    place_PK: torch.Tensor,
+    branch_BT: torch.Tensor | None,
+) -> Batch:
+    none = torch.zeros(0, dtype=torch.int64)
+    rank_PK = torch.arange(place_PK.shape[1]).repeat(len(place_PK), 1)
+    there_PK = torch.ones(place_PK.shape, dtype=torch.bool)
+    return Batch(
+        tokens_BT=tokens_BT,
+        targets_BT=torch.zeros_like(tokens_BT),
+        loss_mask_BT=torch.zeros(tokens_BT.shape),
+        document_BT=document_BT,
+        position_BT=position_BT,
+        sequence_B=torch.arange(len(tokens_BT)),
+        branch_BT=branch_BT,
+        ranked=RankedPlaces(place_PK, rank_PK, there_PK, none, none, torch.zeros(0)),
+    )

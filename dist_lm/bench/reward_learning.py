@@ -1,0 +1,171 @@
+"""What a reward model learns from rankings whose true utilities are known: `python -m dist_lm.bench.reward_learning`.
+
+Completions are random tokens; the utility of one is a hidden weight a token, summed. A ranking is in the order of
+utility plus Gumbel noise, which is exactly what the Plackett-Luce model assumes (Yellott 1977). Held out are prompts whose
+ranking has no noise: Kendall's tau is measured against the true order.
+
+The same rankings are learned whole, by as many pairs drawn from each as it has choices (K - 1), and by one pair each:
+same model, same first weights, same batches, same steps.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dist_lm.config import Config
+from dist_lm.data.manifest import write_manifest
+from dist_lm.data.rankings.mapped import MappedRankings
+from dist_lm.data.rankings.stream import Lessons, RankingBatches, RankingStream
+from dist_lm.data.shard_writer import ShardWriter
+from dist_lm.document import TokenizedDocument, Verdict
+from dist_lm.launcher.compose import compose_config
+from dist_lm.model.initialise import initialise
+from dist_lm.model.transformer import Transformer
+from dist_lm.rlhf.reward_evaluation import beside_verdicts, reward_metrics, scores_of_rankings
+from dist_lm.rlhf.reward_objective import choices_of_people
+from dist_lm.training.forward import BoundModel
+from dist_lm.training.optimizer import build_optimizer, set_learning_rate
+from dist_lm.training.schedule import learning_rate
+from dist_lm.training.step import train_step
+from dist_lm.training.stop import StopRequest
+
+WAYS = ("rankings", "pairs", "one_pair")
+SETTINGS = (
+    "stage=reward",
+    "model=nano",
+    "model.vocab_size=512",  # of which the texts use VOCABULARY
+    "tracking=none",
+    "parallel.compute_dtype=fp32",
+    "stage.seq_len=256",
+    "stage.global_batch=8",
+    "stage.warmup_steps=20",
+    "stage.lr=2e-3",
+)
+VOCABULARY = 48  # tokens of the made-up texts, from 1
+SCALE = 2.0  # standard deviation of a utility; that of the noise is 1.28
+FEWEST, MOST = 2, 8  # completions
+HELD_OUT = 200
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one training came to, on held-out prompts in their true order."""
+
+    seed: int
+    learn_from: str
+    metrics: dict[str, float]
+    seconds: float
+
+
+def made_rankings(count: int, seed: int, noisy: bool, weight_V: np.ndarray) -> list[TokenizedDocument]:
+    """Rankings of 2 to 8 completions of 4 to 8 tokens behind prompts of 2 to 5."""
+    draw = np.random.default_rng([seed, int(noisy)])
+    made = []
+    for number in range(count):
+        k = int(draw.integers(FEWEST, MOST + 1))
+        prompt = draw.integers(1, VOCABULARY + 1, draw.integers(2, 6))
+        completions = [draw.integers(1, VOCABULARY + 1, draw.integers(4, 9)) for _ in range(k)]
+        utility_K = np.array([weight_V[tokens].sum() for tokens in completions])
+        noise_K = draw.gumbel(size=k)
+        order = np.argsort(-(utility_K + noise_K) if noisy else -utility_K)
+        tokens = np.concatenate([prompt, *completions]).astype(np.uint16)
+        branch = np.repeat(np.arange(k + 1), [len(prompt), *map(len, completions)]).astype(np.uint8)
+        verdict = Verdict(
+            branch, np.argsort(order).astype(np.uint8), np.zeros((0, 2), np.uint8), np.zeros(0, np.float32)
+        )
+        mask = (branch > 0).astype(np.uint8)
+        made.append(TokenizedDocument(tokens, len(tokens), "made", f"made:{number}", "none", mask, verdict))
+    return made
+
+
+def write_corpus(directory: Path, count: int, seed: int) -> None:
+    """Shards of `count` noisy rankings in train and `HELD_OUT` true ones in val."""
+    # of a sum of six weights, about, so that a utility has the deviation SCALE
+    weight_V = np.random.default_rng([seed, 9]).normal(0, SCALE / np.sqrt(6), VOCABULARY + 1)
+    for split, noisy, n in (("train", True, count), ("val", False, HELD_OUT)):
+        with ShardWriter(directory, split, documents_per_member=256, shard_tokens=1_000_000) as writer:
+            for document in made_rankings(n, seed, noisy, weight_V):
+                writer.write(document)
+    write_manifest(directory, tokenizer_sha256="0" * 64, corpus_fingerprint="0" * 64, ingest={})
+
+
+def train(config: Config, directory: Path, learn_from: str, steps: int) -> dict[str, float]:
+    """The figures on val after `steps` steps on train. One process, which has a process group."""
+    stage, seed = config.stage, config.seed
+    train_split, val = (MappedRankings.open(directory, split) for split in ("train", "val"))
+    model = Transformer(config.model)
+    initialise(model, seed)
+    optimizer, bound = build_optimizer(model, stage), BoundModel(model, document_mask=True, chunk_bytes=0)
+    batch = {"seq_len": stage.seq_len, "micro_batch": stage.global_batch, "dp_rank": 0, "dp_size": 1, "pad_id": 0}
+    lessons = Lessons(learn_from, 0.0, seed)
+    with RankingStream(train_split, lessons, seed=seed, global_batch=stage.global_batch, **batch) as stream:
+        for step in range(steps):
+            rate = learning_rate(
+                step, peak=stage.lr, warmup_steps=stage.warmup_steps, steps=steps, min_ratio=stage.min_lr_ratio
+            )
+            set_learning_rate(optimizer, rate)
+            train_step(
+                model,
+                optimizer,
+                bound,
+                choices_of_people,
+                next(stream).micro_batches,
+                grad_clip=stage.grad_clip,
+                counts=True,
+                stop=StopRequest(),
+            )
+    scores = scores_of_rankings(bound, RankingBatches.of(val, **batch), torch.device("cpu"), None)
+    return reward_metrics(beside_verdicts(val, scores))
+
+
+def compare(seeds: Sequence[int], ways: Sequence[str], rankings: int, steps: int) -> list[Outcome]:
+    """Every way on the rankings of every seed; each outcome is printed as it comes, a line of JSON."""
+    outcomes = []
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for seed in seeds:
+            with tempfile.TemporaryDirectory(prefix="dlm-rankings-") as directory:
+                write_corpus(Path(directory), rankings, seed)
+                for way in ways:
+                    started = time.perf_counter()
+                    metrics = train(compose_config([*SETTINGS, f"seed={seed}"]), Path(directory), way, steps)
+                    outcomes.append(Outcome(seed, way, metrics, time.perf_counter() - started))
+                    print(json.dumps(vars(outcomes[-1])), flush=True)
+    finally:
+        dist.destroy_process_group()
+    return outcomes
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Kendall's tau by seed and way, in Markdown."""
+    seeds, ways = (list(dict.fromkeys(getattr(one, name) for one in outcomes)) for name in ("seed", "learn_from"))
+    lines = ["| tau on held-out prompts | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean |"]
+    lines.append("| --- |" + " --- |" * (len(seeds) + 1))
+    for way in ways:
+        taus = [one.metrics["reward/kendall_tau"] for one in outcomes if one.learn_from == way]
+        lines.append(f"| {way} | " + " | ".join(f"{tau:.3f}" for tau in [*taus, statistics.mean(taus)]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Compare, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--rankings", type=int, default=1500, help="in train")
+    parser.add_argument("--steps", type=int, default=200)
+    chosen = parser.parse_args()
+    print(table(compare(chosen.seeds, chosen.ways, chosen.rankings, chosen.steps)))
+
+
+if __name__ == "__main__":
+    main()
