@@ -1,8 +1,8 @@
 """What a reward model learns from rankings whose true utilities are known: `python -m dist_lm.bench.reward_learning`.
 
 Completions are random tokens; the utility of one is a hidden weight a token, summed. A ranking is in the order of
-utility plus Gumbel noise, which is exactly what the Plackett-Luce model assumes (Yellott 1977). Held out are prompts whose
-ranking has no noise: Kendall's tau is measured against the true order.
+utility plus Gumbel noise, which is exactly what the Plackett-Luce model assumes (Yellott 1977). Held out are prompts
+whose ranking has no noise: Kendall's tau is measured against the true order.
 
 The same rankings are learned whole, by as many pairs drawn from each as it has choices (K - 1), and by one pair each:
 same model, same first weights, same batches, same steps.

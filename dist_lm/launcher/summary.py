@@ -3,6 +3,7 @@
 import json
 
 from dist_lm.launcher.plan import Plan, PlannedStage, run_of
+from dist_lm.launcher.reward_summary import print_agreement, reward_entries
 from dist_lm.launcher.tools_summary import print_tools, tool_entries
 from dist_lm.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
@@ -24,6 +25,7 @@ def print_summary(plan: Plan, console: Console) -> None:
     print_compression(result, stage, console)
     print_before_and_after(result, console)
     print_tools(result, console)
+    print_agreement(result, console)
     print_samples(run, console)
     console.summary(f"stage={stage.info.name} is done", dict(entries(result, stage, run)))
 
@@ -106,10 +108,12 @@ def print_question(sample: dict, console: Console) -> None:
 def entries(result: dict, stage: PlannedStage, run: RunDirectory) -> list[tuple[str, str]]:
     """(what, where or how much)."""
     metrics = result["metrics"]
+    bits = f", {metrics['val/bits_per_byte']:.3f} bits per byte" if "val/bits_per_byte" in metrics else ""
+    unit, kind = ("tokens", "conversations") if bits else ("choices", "rankings")
     lines = [
         ("parameters", f"{result['parameters']:,}"),
-        ("trained", f"{result['steps']:,} steps, {result['tokens']:,} tokens on {result['ranks']} ranks"),
-        ("val", f"loss {metrics['val/loss']:.4f}, {metrics['val/bits_per_byte']:.3f} bits per byte"),
+        ("trained", f"{result['steps']:,} steps, {result['tokens']:,} {unit} on {result['ranks']} ranks"),
+        ("val", f"loss {metrics['val/loss']:.4f}{bits}"),
     ]
     if packing := result.get("packing"):
         everything = packing["documents"] + packing["left_out"]
@@ -117,11 +121,11 @@ def entries(result: dict, stage: PlannedStage, run: RunDirectory) -> list[tuple[
         lines.append(
             (
                 "packed",
-                f"{packing['documents']:,} conversations into {packing['sequences']:,} sequences, "
+                f"{packing['documents']:,} {kind} into {packing['sequences']:,} sequences, "
                 f"{packing['padding']:.1%} padding{left_out}",
             )
         )
-    lines += tool_entries(metrics)
+    lines += tool_entries(metrics) + reward_entries(result)
     parsed = [
         f"{key.removeprefix('code/parses_')} {value:.0%}"
         for key, value in sorted(metrics.items())

@@ -141,6 +141,7 @@ class TrainingProgress:
         for name, form in (
             ("train/loss", "loss {:.3f}"),
             ("val/bits_per_byte", "val {:.3f} bits/byte"),
+            ("reward/accuracy", "val accuracy {:.3f}"),
             ("perf/tokens_per_s", "{:,.0f} tokens/s"),
         ):
             if name in self._values:
