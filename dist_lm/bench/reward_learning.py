@@ -67,7 +67,7 @@ class Outcome:
 
 
 def made_rankings(count: int, seed: int, noisy: bool, weight_V: np.ndarray) -> list[TokenizedDocument]:
-    """Rankings of 2 to 8 completions of 4 to 8 tokens behind prompts of 2 to 5."""
+    """Rankings of 2 to 8 completions of 4 to 8 tokens behind prompts of 2 to 5 tokens."""
     draw = np.random.default_rng([seed, int(noisy)])
     made = []
     for number in range(count):

@@ -1,4 +1,4 @@
-"""What stage `reward` ends with: how its scores agree with held-out rankings, before the first step and after the last."""
+"""What stage `reward` ends with: how its scores agree with held-out rankings, before and after training."""
 
 import re
 

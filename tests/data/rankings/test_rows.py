@@ -35,8 +35,8 @@ def test_answers_of_one_message_are_ranked_as_people_did():
     first = Ranking(asked("Hello"), ("Hi!", "Go away"), (0, 1))
     second = Ranking(asked("Hello", "Hi!", "Again"), ("Hi again", "Hm", "No"), (0, 1, 2))
     third = Ranking(asked("Hallo"), ("Ja?", "Nein"), (0, 1))
-    assert list(oasst_rankings([*tree, *other])) == [first, second, third]
-    assert list(oasst_rankings([*tree, *other], frozenset({"de"}))) == [third]
+    assert list(oasst_rankings([*tree, *other])) == [("en", first), ("en", second), ("de", third)]
+    assert list(oasst_rankings([*tree, *other], frozenset({"de"}))) == [("de", third)]
 
 
 def test_a_message_with_one_answer_or_below_a_deleted_one_gives_nothing():

@@ -1,4 +1,4 @@
-"""Readers of rankings: local files and public data sets; what holds no comparison is counted, prompts decide the group."""
+"""Readers of rankings: local files, public data sets; what holds no comparison is counted, prompts decide the group."""
 
 import json
 from pathlib import Path

@@ -1,0 +1,139 @@
+"""Stage reward: from a model of tokens, the same numbers on any layout and after a kill; figures and normaliser."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_lm import durable
+from dist_lm.chat.messages import Conversation, Message
+from dist_lm.chat.ranking import Judgement, Ranking
+from dist_lm.chat.ranking_documents import encode_ranking, write_ranking
+from dist_lm.data.manifest import write_manifest
+from dist_lm.data.shard_writer import ShardWriter
+from dist_lm.document import Document
+from dist_lm.launcher.compose import compose_config
+from dist_lm.rlhf.reward_model import read_normaliser
+from dist_lm.run_directory import RunDirectory, WorkDirectory
+from dist_lm.stages.artefact import corpus_fingerprint, digest
+from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.training.checkpoint_tensors import model_weights
+from tests.conftest import TINY
+from tests.training_run import STEPS, copy_until, linked, numbers, prepare, train, write_untrained
+
+pytestmark = pytest.mark.cluster
+WORDS = ("value", "name", "count", "total", "index", "result", "table", "line")
+SETTINGS = (
+    "stage.seq_len=96",
+    "stage.dropout=0",
+    "stage.global_batch=4",
+    "stage.reward.label_noise=0.1",
+    "stage.reward.normaliser_prompts=4",
+    "stage.reward.normaliser_new_tokens=6",
+    "stage.lr=3e-3",
+    "parallel.compute_dtype=fp32",
+)
+
+
+def rankings(count: int) -> list[Ranking]:
+    """More of the first words are better; every fifth is judged by a pair."""
+    made = []
+    for i in range(count):
+        k = 2 + i % 4
+        completions = tuple(f"{WORDS[(i + j) % 8]} {WORDS[0] * (1 + j)}" for j in range(k))
+        prompt = Conversation((Message("user", f"The {WORDS[i % 8]} number {i}?"),))
+        if i % 5:
+            made.append(Ranking(prompt, completions, ranks=tuple(range(k))[::-1]))
+        else:
+            made.append(Ranking(prompt, completions, judgements=(Judgement(1, 0, 0.5),)))
+    return made
+
+
+@pytest.fixture(scope="module")
+def work(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) -> WorkDirectory:
+    """With a corpus of rankings, and an untrained run of stage tools."""
+    work = linked(tiny_work, tmp_path_factory.mktemp("reward"))
+    (work.path / "corpora").unlink()
+    directory = work.corpus("rankings")
+    directory.mkdir(parents=True)
+    tokenizer = Tokenizer.load(work.tokenizer_model)
+    for split, part in (("train", rankings(120)), ("val", rankings(150)[120:])):
+        with ShardWriter(directory, split, documents_per_member=32, shard_tokens=4_000) as writer:
+            for i, one in enumerate(part):
+                document = Document(write_ranking(one), ("a", "b")[i % 2], f"made:{i}", "none", "0" * 64, "ranking")
+                writer.write(encode_ranking(tokenizer, document))
+    config = compose_config(["stage=rankings", *TINY])
+    write_manifest(
+        directory,
+        tokenizer_sha256=durable.sha256_of(work.tokenizer_model),
+        corpus_fingerprint=digest(corpus_fingerprint(config, "rankings")),
+        ingest={},
+    )
+    write_untrained(work, "tools", 4)
+    return work
+
+
+@pytest.fixture(scope="module")
+def reference(work: WorkDirectory) -> RunDirectory:
+    """One rank, never disturbed."""
+    run = reward_run(work, "one")
+    train(run, ranks=1)
+    return run
+
+
+def reward_run(work: WorkDirectory, run_id: str, *overrides: str) -> RunDirectory:
+    start = f"stage.init_from={work.run('tools', 'default').path}"
+    return prepare(work, run_id, *SETTINGS, start, *overrides, stage="reward")
+
+
+def test_it_learns_and_says_so_overall_by_size_and_by_source(reference: RunDirectory) -> None:
+    found = numbers(reference)
+    names = {f"reward/{figure}" for figure in ("accuracy", "kendall_tau", "top1", "calibration_error")}
+    wanted = names | {f"{name}{part}" for name in names for part in ("_a", "_b", "_k2", "_k5")}
+    for step in (0, 10, STEPS):
+        assert wanted | {"val/loss", "val/loss_a"} <= found[step].keys()
+    assert found[STEPS]["val/loss"] < found[0]["val/loss"]
+    assert found[STEPS]["reward/accuracy"] > 0.9
+    result = json.loads(reference.result.read_text())
+    assert result["before"].keys() >= wanted
+    assert result["packing"]["documents"] == 120
+    assert result["gzip_bits_per_byte"] == {}
+
+
+def test_it_starts_from_all_weights_but_the_head(work: WorkDirectory, tmp_path: Path) -> None:
+    run = reward_run(work, "start", "stage.steps=1", "stage.warmup_steps=0", "stage.lr=1e-12", "stage.weight_decay=0")
+    train(run, ranks=1)
+    start = model_weights(work.run("tools", "default").checkpoints / "step_00000005")
+    found = model_weights(run.checkpoints / "step_00000001")
+    assert found.keys() - start.keys() == {"scalar_head.weight", "scalar_head.bias"}
+    assert start.keys() - found.keys() <= {"lm_head.weight"}
+    for name in found.keys() & start.keys():
+        np.testing.assert_allclose(found[name], start[name], atol=1e-9, err_msg=name)
+
+
+def test_the_normaliser_is_that_of_samples_of_the_first_model(reference: RunDirectory) -> None:
+    normaliser, metrics = read_normaliser(reference), numbers(reference)[STEPS]
+    assert (normaliser.mean, normaliser.std) == (metrics["reward/score_mean"], metrics["reward/score_std"])
+    assert metrics["reward/scored"] == 4
+    assert normaliser.std > 0
+
+
+@pytest.mark.parametrize(("ranks", "layout"), [(2, ()), (2, ("parallel.tp=2",))], ids=["fsdp", "tp"])
+def test_the_numbers_do_not_depend_on_the_layout(
+    reference: RunDirectory, work: WorkDirectory, ranks: int, layout: tuple[str, ...]
+) -> None:
+    run = reward_run(work, f"on_{len(layout)}", "stage.micro_batch=1", *layout)
+    train(run, ranks)
+    expected, found = numbers(reference), numbers(run)
+    assert found.keys() == expected.keys()
+    for step, line in expected.items():
+        for key, value in line.items():
+            assert found[step][key] == pytest.approx(value, rel=2e-5, abs=1e-6), (step, key)
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_identical(reference: RunDirectory, work: WorkDirectory) -> None:
+    run = work.run("reward", "again")
+    copy_until(reference, run, step=10)
+    train(run, ranks=1)
+    assert numbers(run) == numbers(reference)
