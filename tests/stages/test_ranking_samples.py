@@ -54,7 +54,7 @@ def test_samples_are_ranked_the_same_for_the_same_seed_and_land_in_shards(work) 
 
 
 def test_without_a_model_there_is_nothing_to_rank(work) -> None:
-    with pytest.raises(ArtefactError, match="stage.init_from=none"):
+    with pytest.raises(ArtefactError, match=r"stage\.init_from=none"):
         made(config_for(work, "stage.init_from=none"))
 
 
