@@ -25,11 +25,13 @@ from dist_lm.generation.load import load_model
 from dist_lm.generation.params import SamplingParams
 from dist_lm.generation.request import Request
 from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.sharding import compute_dtype
 from dist_lm.rlhf.reward_evaluation import beside_verdicts, reward_metrics, scores_of_rankings
 from dist_lm.rlhf.reward_model import KEY, last_token_scores, normaliser_of
 from dist_lm.rlhf.reward_objective import choices_of_people
 from dist_lm.stages.sampling import answer_all
 from dist_lm.stages.training_stage import Closing, Opening, StageData, TrainingStage
+from dist_lm.training import checkpoint_files
 from dist_lm.training.objective import LossModel
 
 log = logging.getLogger(__name__)
@@ -89,7 +91,7 @@ def close(closing: Closing) -> dict[str, float]:
     val; of the completions of val where there is none, or it is not to be asked."""
     settings, config = closing.config.stage.reward, closing.config
     val = MappedRankings.open(closing.run.work.corpus(config.stage.corpus), "val")
-    asked = settings.normaliser_prompts and config.stage.init_from != "none"
+    asked = settings.normaliser_prompts and starts_from_policy(config.stage.init_from)
     sequences = policy_samples(closing, val) if asked else completions_of(val, config.model.max_seq_len)
     model = closing.model()
     share = slice(closing.world.rank, None, closing.world.size)
@@ -101,6 +103,14 @@ def close(closing: Closing) -> dict[str, float]:
         scores[rank :: closing.world.size] = part
     found = normaliser_of(scores.tolist())
     return {"reward/score_mean": found.mean, "reward/score_std": found.std, "reward/scored": float(len(sequences))}
+
+
+def starts_from_policy(init_from: str) -> bool:
+    """Whether training started from a model that writes: not from nothing, nor from another reward model."""
+    if init_from == "none":
+        return False
+    start = checkpoint_files.find_checkpoint(Path(init_from))
+    return checkpoint_files.head_of(checkpoint_files.read_state(start)[1]) == "tokens"
 
 
 def policy_samples(closing: Closing, val: MappedRankings) -> list[list[int]]:
@@ -116,9 +126,10 @@ def policy_samples(closing: Closing, val: MappedRankings) -> list[list[int]]:
     ]
     with torch.device("meta"):
         policy = Transformer(loaded.config)
-    dtype = next(iter(loaded.weights.values())).dtype
-    policy.load_state_dict({name: value.to(dtype) for name, value in loaded.weights.items()}, assign=True)
-    answers = answer_all(closing, requests, "stage.reward.normaliser_prompts", policy.to(closing.world.device))
+    device = closing.world.device
+    dtype = compute_dtype(closing.config.parallel, device)
+    policy.load_state_dict({name: value.to(device, dtype) for name, value in loaded.weights.items()}, assign=True)
+    answers = answer_all(closing, requests, "stage.reward.normaliser_prompts", policy)
     return [[*prompt, *answer.tokens] for prompt, answer in zip(prompts, answers, strict=True)]
 
 

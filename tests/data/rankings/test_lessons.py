@@ -39,8 +39,7 @@ def test_noise_swaps_whole_levels_and_invents_nothing() -> None:
         assert sorted(set(ranks.tolist())) == [0, 1, 2]
         seen.add(tuple(ranks.tolist()))
     # the levels 0 < 2 < 5 as they are, the first two swapped, the last two, or one after the other
-    assert seen == {(2, 0, 1, 1), (2, 1, 0, 0), (1, 0, 2, 2), (0, 2, 1, 1)} | ({(0, 1, 2, 2)} & seen)
-    assert len(seen) >= 4
+    assert seen == {(2, 0, 1, 1), (2, 1, 0, 0), (1, 0, 2, 2), (1, 2, 0, 0)}
 
 
 def test_pairs_are_as_many_as_choices_and_never_of_a_tie() -> None:
