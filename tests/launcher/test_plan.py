@@ -196,3 +196,27 @@ def test_a_damaged_corpus_is_built_again(work, damage, name):
     else:
         damage(work.corpus("code") / name)
     assert actions(plan_of(work))["shards"] is Action.BUILD
+
+
+def test_rankings_come_behind_the_model_that_may_be_sampled_for_them(work):
+    run = make_run(work, "tools", "stage.seq_len=200", "stage.init_from=none", done=True)
+    plan = plan_of(work, "stages.tools.seq_len=200", target="reward")
+    assert [stage.info.name for stage in plan.stages][-3:] == ["tools", "rankings", "reward"]
+    found = {stage.info.name: stage for stage in plan.stages}
+    assert found["tools"].action is Action.READY
+    assert found["shards"].action is Action.READY  # corpora of rankings are not its work
+    assert found["rankings"].action is found["reward"].action is Action.BUILD
+    assert found["reward"].config.model.head == "scalar"
+    assert found["tools"].config.model.head == found["rankings"].config.model.head == "tokens"
+    for name in ("rankings", "reward"):
+        assert found[name].config.stage.init_from == str(run.path)
+    assert found["rankings"].config.stage.corpora == ["rankings"]
+
+
+def test_rankings_are_of_the_model_that_a_reward_model_is_told_to_start_from(work):
+    run = make_run(work, "code", "stage.init_from=none", done=True)
+    plan = plan_of(work, f"stage.init_from={run.path}", target="reward")
+    assert [stage.info.name for stage in plan.stages] == ["tokenizer", "shards", "rankings", "reward"]
+    assert {stage.config.stage.init_from for stage in plan.stages[-2:]} == {str(run.path)}
+    with pytest.raises(ArtefactError, match=r"model\.d_ff=120 \(checkpoint: 80\)"):
+        plan_of(work, f"stage.init_from={run.path}", "model.d_ff=120", target="reward")

@@ -49,3 +49,10 @@ def test_values_do_not_drift() -> None:
     """A layout added later must start from the same numbers: the first ones, written down."""
     value = initial_value("blocks.0.attention.query", (2, 2, 4), small_config(init_std=1.0), 0).flatten()
     assert torch.allclose(value[:3], torch.tensor([-1.6729, -1.3664, -0.515]), atol=1e-4)
+
+
+def test_a_scalar_head_is_as_wide_as_its_input_asks_for_whatever_the_rest_has() -> None:
+    config = small_config(d_model=640, n_heads=5, head="scalar", init_std=0.5)
+    weight = initial_value("scalar_head.weight", (1, 640), config, 0)
+    assert math.isclose(weight.std().item(), 1 / math.sqrt(641), rel_tol=0.1)
+    assert not initial_value("scalar_head.bias", (1,), config, 0).any()

@@ -170,3 +170,18 @@ def test_state_of_a_checkpoint_that_is_not_ours_is_refused(tmp_path):
     (tmp_path / files.STATE).write_text(json.dumps({"state": {"steps": 1}}))
     with pytest.raises(ArtefactError, match=r"state\.json cannot be read"):
         files.read_state(tmp_path)
+
+
+def test_a_model_of_scores_starts_from_one_of_tokens_and_not_the_other_way_round(tmp_path):
+    tokens = small_config(tie_embeddings=False)
+    scores = replace(tokens, head="scalar", tie_embeddings=True)
+    files.check_start(tmp_path, asdict(tokens), scores)
+    files.check_start(tmp_path, asdict(scores), scores)
+    before_heads = {key: value for key, value in asdict(tokens).items() if key != "head"}
+    files.check_start(tmp_path, before_heads, scores)
+    with pytest.raises(ArtefactError, match=r"model\.head=tokens \(checkpoint: scalar\)"):
+        files.check_start(tmp_path, asdict(scores), tokens)
+    with pytest.raises(ArtefactError, match=r"model\.d_ff=1 \(checkpoint"):
+        files.check_start(tmp_path, asdict(tokens), replace(scores, d_ff=1))
+    with pytest.raises(ArtefactError, match=r"model\.head=scalar \(checkpoint: tokens\)"):
+        files.check_same_model(tmp_path, asdict(tokens), scores)

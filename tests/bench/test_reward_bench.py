@@ -1,0 +1,67 @@
+"""The benchmark of reward models: its ways read the same completions, and compute the same loss."""
+
+import pytest
+import torch
+
+from dist_lm.bench import reward
+from dist_lm.bench.case import configurations
+from dist_lm.model.initialise import initialise
+from dist_lm.model.transformer import Transformer
+from dist_lm.rlhf.reward_objective import choices_of_people
+from dist_lm.training.forward import BoundModel
+
+TINY = (
+    "model=nano",
+    "model.head=scalar",
+    "model.d_model=32",
+    "model.n_layers=2",
+    "model.n_heads=2",
+    "model.d_ff=64",
+    "model.vocab_size=512",
+    "stage.global_batch=2",
+    "stage.seq_len=47",
+    "stage.samples.fewest=2",
+    "stage.samples.most=3",
+)
+
+
+@pytest.fixture(scope="module")
+def config():
+    return configurations((), TINY, quick=True)[0]
+
+
+@pytest.mark.parametrize("way", [reward.ROWS, reward.PACKED])
+def test_apart_a_completion_has_the_tokens_and_positions_that_it_has_in_the_tree(config, way):
+    def seen(name: str) -> list[tuple]:
+        """What stands at each place that is scored, and the whole of what it sees."""
+        batch = reward.batch_of(name, config)
+        assert batch.ranked is not None
+        t = batch.tokens_BT.shape[1]
+        found = []
+        for place in batch.ranked.place_PK.flatten().tolist():
+            b, i = divmod(place, t)
+            own = batch.document_BT[b] == batch.document_BT[b, i]
+            if batch.branch_BT is not None:
+                own &= (batch.branch_BT[b] == 0) | (batch.branch_BT[b] == batch.branch_BT[b, i])
+            own &= torch.arange(t) <= i
+            found.append((batch.tokens_BT[b][own].tolist(), batch.position_BT[b][own].tolist()))
+        return found
+
+    assert seen(way) == seen(reward.TREE)
+    assert len(seen(way)) == 6
+
+
+def test_the_ways_compute_the_same_loss(config):
+    losses = {way: first_loss(way, config) for way in (reward.TREE, reward.ROWS, reward.PACKED)}
+    assert losses[reward.ROWS] == pytest.approx(losses[reward.TREE], rel=1e-5)
+    assert losses[reward.PACKED] == pytest.approx(losses[reward.TREE], rel=1e-5)
+
+
+def first_loss(way, config) -> float:
+    model = Transformer(config.model)
+    initialise(model, 0)
+    bound = BoundModel(model, document_mask=way in (reward.TREE, reward.PACKED), chunk_bytes=0)
+    with torch.no_grad():
+        loss = choices_of_people(bound, reward.batch_of(way, config))
+    assert loss.count == 4
+    return float(loss.total / loss.count)
