@@ -173,7 +173,7 @@ def test_state_of_a_checkpoint_that_is_not_ours_is_refused(tmp_path):
 
 
 def test_a_model_of_scores_starts_from_one_of_tokens_and_not_the_other_way_round(tmp_path):
-    tokens = small_config(tie_embeddings=False)
+    tokens = replace(compose_config(["stage=language", "model=nano"]).model, tie_embeddings=False)
     scores = replace(tokens, head="scalar", tie_embeddings=True)
     files.check_start(tmp_path, asdict(tokens), scores)
     files.check_start(tmp_path, asdict(scores), scores)
