@@ -15,7 +15,7 @@ def choices_of_people(model: LossModel, batch: Batch) -> LossSum:
 
     A ranking of K is K - 1 choices (Plackett and Luce), a judgement is one (Bradley and Terry), so the trainer's
     division by the global count weighs every choice alike, whatever ranking it is from. `train/accuracy`: the share of
-    choices for which what was chosen has the largest score.
+    choices after which nothing is left that is worse and has a larger score.
     """
     ranked = batch.ranked
     assert ranked is not None, "a batch of rankings"
@@ -33,7 +33,9 @@ def choices_of_people(model: LossModel, batch: Batch) -> LossSum:
 
 
 def _chosen_first(score_PK: torch.Tensor, rank_PK: torch.Tensor, there_PK: torch.Tensor) -> torch.Tensor:
-    """How many choices go to the largest score of those left; of a tie any, and the last one is no choice."""
-    left_PKK = (rank_PK[:, None, :] >= rank_PK[:, :, None]) & there_PK[:, None, :]
-    best_PK = score_PK[:, None, :].masked_fill(~left_PKK, -torch.inf).amax(-1)
-    return ((score_PK >= best_PK) & there_PK & (left_PKK.sum(-1) > 1)).sum()
+    """How many choices, of the K - 1 of each ranking, have no larger score among what is worse."""
+    worse_PKK = (rank_PK[:, None, :] > rank_PK[:, :, None]) & there_PK[:, None, :]
+    tied_PKK = (rank_PK[:, None, :] == rank_PK[:, :, None]) & there_PK[:, None, :]
+    left_PK = worse_PKK.sum(-1) + tied_PKK.triu(1).sum(-1)  # behind it, of a tie in the order in which they stand
+    best_PK = score_PK[:, None, :].masked_fill(~worse_PKK, -torch.inf).amax(-1)
+    return ((score_PK > best_PK) & there_PK & (left_PK > 0)).sum()
