@@ -1,0 +1,59 @@
+"""Stages run in the order of the plan: what trains on a cluster, what builds in the launcher wherever it comes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dist_lm import launch
+from dist_lm.cluster import ray_cluster
+from dist_lm.launcher import artefact_build, stage_run
+from dist_lm.launcher.compose import compose_config
+from dist_lm.launcher.plan import Action, Plan, PlannedStage
+from dist_lm.stages.registry import STAGES
+from dist_lm.tracking.console import Console
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was done, in order; nothing is."""
+    names: list[str] = []
+
+    @contextmanager
+    def connect(config: Any) -> Iterator[None]:
+        names.append("connect")
+        yield
+
+    def run(stage: PlannedStage, *rest: Any) -> bool:
+        names.append(stage.info.name)
+        return stage.info.name != "language"  # where it is stopped
+
+    monkeypatch.setattr(ray_cluster, "connect", connect)
+    monkeypatch.setattr(artefact_build, "build_artefact", lambda stage, console: names.append(stage.info.name))
+    monkeypatch.setattr(stage_run, "run_training_stage", run)
+    monkeypatch.setattr(stage_run, "newest_checkpoint", lambda config: "a checkpoint")
+    return names
+
+
+def run_missing(*names: str) -> int:
+    config = compose_config(["stage=language", "tracking=none"])
+    stages = tuple(PlannedStage(STAGES[name], config, Action.BUILD, "") for name in names)
+    pipeline: Any = SimpleNamespace(begin=lambda name: None, done=lambda name: None)
+    return launch.run_missing(Plan(stages), Console(), pipeline, None)
+
+
+def test_an_artefact_may_come_behind_a_training_stage(done: list[str]) -> None:
+    assert run_missing("shards", "tools", "rankings", "reward") == 0
+    assert done == ["shards", "connect", "tools", "rankings", "reward"]
+
+
+def test_artefacts_alone_take_no_cluster(done: list[str]) -> None:
+    assert run_missing("tokenizer", "shards") == 0
+    assert done == ["tokenizer", "shards"]
+
+
+def test_nothing_is_built_behind_a_stage_that_was_stopped(done: list[str]) -> None:
+    run_missing("language", "rankings")
+    assert done == ["connect", "language"]
