@@ -56,9 +56,6 @@ class Batch:
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        there = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
-        changed = {
-            name: value.each(change) if isinstance(value, RankedPlaces) else change(value)
-            for name, value in there.items()
-        }
-        return Batch(**changed)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        there = {name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return Batch(**there, ranked=self.ranked.each(change) if self.ranked else None)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, get_args
 
 from dist_lm.config import CorpusConfig, SourceConfig
 from dist_lm.data.overlap import seen_texts
@@ -145,7 +145,8 @@ def corpus_sources(config: CorpusConfig, corpus_name: str) -> list[SourceConfig]
             raise ConfigError(
                 f"corpus {corpus_name}: reader={source.reader}: expected one of {', '.join(sorted(READERS))}"
             )
-    forms = sorted({FORMS[source.reader] for source in sources}, key=list(FORMS.values()).index)
+    found = {FORMS[source.reader] for source in sources}
+    forms = [form for form in get_args(Form) if form in found]
     if len(forms) > 1:
         raise ConfigError(
             f"corpus {corpus_name}: readers {', '.join(source.reader for source in sources)} give "
