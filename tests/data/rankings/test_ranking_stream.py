@@ -43,30 +43,32 @@ def lines(batch: Batch) -> list[tuple]:
     return [*found, *pairs]
 
 
+def trees(batch: Batch) -> list[torch.Tensor]:
+    """Where each ranking of a batch lies in its flattened tokens, in order; padding is no tree."""
+    assert batch.branch_BT is not None
+    document, branch = batch.document_BT + 100 * torch.arange(len(batch.tokens_BT))[:, None], batch.branch_BT.flatten()
+    places = [(document.flatten() == number).nonzero().flatten() for number in document.unique()]
+    return [one for one in places if branch[one].any()]
+
+
 def test_every_ranking_is_whole_and_scored_at_its_last_tokens(rankings: MappedRankings) -> None:
     batch = take(rankings, 1)[0].micro_batches[0]
     assert batch.branch_BT is not None
-    for b in range(len(batch.tokens_BT)):
-        for d in range(int(batch.document_BT[b].max())):
-            own = batch.document_BT[b] == d
-            tokens, branch = batch.tokens_BT[b][own].numpy(), batch.branch_BT[b][own].numpy()
-            known = [
-                n
-                for n in range(rankings.corpus.n_documents)
-                if np.array_equal(rankings.tokens(n), tokens) and np.array_equal(rankings.verdict(n).branch, branch)
-            ]
-            assert known
-            assert batch.position_BT[b][own].tolist() == branch_positions(branch).tolist()
-    ends = [
-        b * T + int((batch.document_BT[b] < d).sum()) + end
-        for b in range(len(batch.tokens_BT))
-        for d in range(int(batch.document_BT[b].max()))
-        for end in branch_ends(batch.branch_BT[b][batch.document_BT[b] == d].numpy().astype(np.uint8)).tolist()
-    ]
+    assert batch.ranked is not None
+    known = {
+        (tuple(rankings.tokens(n).tolist()), tuple(rankings.verdict(n).branch.tolist()))
+        for n in range(rankings.corpus.n_documents)
+    }
+    ends: set[int] = set()
+    for places in trees(batch):
+        branch = batch.branch_BT.flatten()[places].numpy().astype(np.uint8)
+        assert (tuple(batch.tokens_BT.flatten()[places].tolist()), tuple(branch.tolist())) in known
+        assert batch.position_BT.flatten()[places].tolist() == branch_positions(branch).tolist()
+        ends |= set(places[torch.from_numpy(branch_ends(branch))].tolist())
     ranked = batch.ranked
-    assert ranked is not None
     asked = {*ranked.place_PK[ranked.there_PK].tolist(), *ranked.better_N.tolist(), *ranked.worse_N.tolist()}
-    assert asked <= set(ends)
+    assert asked <= ends
+    assert len(asked) > 10
 
 
 @pytest.mark.parametrize(("dp_size", "micro_batch"), [(1, 4), (2, 2), (3, 1)])
@@ -93,11 +95,8 @@ def test_an_epoch_holds_every_ranking_once(rankings: MappedRankings) -> None:
     rows = RankingBatches.of(rankings, seq_len=T, micro_batch=1, dp_rank=0, dp_size=1, pad_id=0).packing.n_rows
     epochs = [take(rankings, 1, global_batch=rows, micro_batch=rows, position=n * rows)[0] for n in (0, 1)]
     for epoch in epochs:
-        starts = Counter(
-            tuple(epoch.micro_batches[0].tokens_BT[b][epoch.micro_batches[0].document_BT[b] == d].tolist())
-            for b in range(rows)
-            for d in range(int(epoch.micro_batches[0].document_BT[b].max()))
-        )
+        (batch,) = epoch.micro_batches
+        starts = Counter(tuple(batch.tokens_BT.flatten()[places].tolist()) for places in trees(batch))
         assert starts == Counter(tuple(rankings.tokens(n).tolist()) for n in range(rankings.corpus.n_documents))
     assert not torch.equal(epochs[0].micro_batches[0].tokens_BT, epochs[1].micro_batches[0].tokens_BT)
 
