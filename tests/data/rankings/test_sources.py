@@ -15,8 +15,8 @@ from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 
 
-def source_of(path: Path, rows: list[dict], reader: str = "hub_rankings", **changes) -> SourceConfig:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def source_of(path: Path, lines: list[dict], reader: str = "hub_rankings", **changes) -> SourceConfig:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return SourceConfig(reader, "named", licence="MIT", dataset=str(path), **changes)
 
 
