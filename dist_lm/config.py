@@ -13,6 +13,8 @@ from omegaconf import MISSING, OmegaConf
 
 from dist_lm.cluster_config import ClusterConfig
 from dist_lm.errors import require
+from dist_lm.hardware_config import HardwareConfig
+from dist_lm.reward_config import RankingSamplesConfig, RewardConfig
 
 SPLITS = ("train", "val")
 
@@ -116,35 +118,6 @@ class ParallelConfig:
 
 
 @dataclass
-class HardwareConfig:
-    """What a rank runs on: for the dry run, parallel=auto, the ceiling of perf/mfu. The defaults are hardware=cpu."""
-
-    name: str = "cpu"  # one of conf/hardware; a GPU's is part of what its driver calls it
-    device: str = "cpu"  # cuda | cpu
-    bf16_tflops: float = 0.2  # dense matrix products, of one device
-    fp32_tflops: float = 0.083
-    attainable: float = 0.9  # share of those that large matrix products reach
-    memory_gib: float = 8.0  # of one device
-    memory_gb_s: float = 12.0  # bandwidth of that memory, 1e9 bytes/s
-    devices_per_node: int = 2
-    intra_node_gb_s: float = 0.5  # what a device sends to others of its node, 1e9 bytes/s, one direction
-    intra_node_us: float = 200.0  # latency of a message
-    inter_node_gb_s: float = 0.5  # what a device sends to other nodes
-    inter_node_us: float = 300.0
-    overlap: float = 0.0  # share of the data axes' messages that runs beside computation
-
-    def __post_init__(self) -> None:
-        require(self.device in ("cuda", "cpu"), "hardware.device", self.device, "cuda or cpu")
-        for name in ("bf16_tflops", "fp32_tflops", "memory_gib", "memory_gb_s", "intra_node_gb_s", "inter_node_gb_s"):
-            require(getattr(self, name) > 0, f"hardware.{name}", getattr(self, name), "a positive number")
-        for name in ("intra_node_us", "inter_node_us"):
-            require(getattr(self, name) >= 0, f"hardware.{name}", getattr(self, name), "microseconds, >= 0")
-        require(self.devices_per_node > 0, "hardware.devices_per_node", self.devices_per_node, "a positive integer")
-        require(0 < self.attainable <= 1, "hardware.attainable", self.attainable, "in (0, 1]")
-        require(0 <= self.overlap <= 1, "hardware.overlap", self.overlap, "in [0, 1]")
-
-
-@dataclass
 class SamplingConfig:
     """What is generated from the model at the end of a stage, and how."""
 
@@ -192,48 +165,6 @@ class LeadConfig:
         require(
             bool(self.corpus) or not self.steps, "stage.lead.corpus", self.corpus, "a corpus, with stage.lead.steps"
         )
-
-
-@dataclass
-class RewardConfig:
-    """What stage reward learns from a ranking, and what its scores are measured on at its end."""
-
-    # rankings: every one whole | pairs: of K completions K - 1 pairs, drawn once | one_pair: one of these
-    learn_from: str = "rankings"
-    label_noise: float = 0.0  # share of neighbouring ranks, and of judgements, that are swapped in train
-    normaliser_prompts: int = 256  # of val, which the reference policy answers; 0: the completions of val are scored
-    normaliser_new_tokens: int = 128  # of an answer, at most
-
-    def __post_init__(self) -> None:
-        require(
-            self.learn_from in ("rankings", "pairs", "one_pair"),
-            "stage.reward.learn_from",
-            self.learn_from,
-            "rankings, pairs or one_pair",
-        )
-        require(0 <= self.label_noise < 0.5, "stage.reward.label_noise", self.label_noise, "in [0, 0.5)")
-        for key in ("normaliser_prompts", "normaliser_new_tokens"):
-            value = getattr(self, key)
-            lowest = 0 if key == "normaliser_prompts" else 1
-            require(value >= lowest, f"stage.reward.{key}", value, f"at least {lowest}")
-
-
-@dataclass
-class RankingSamplesConfig:
-    """The samples that stage rankings asks a model for, to be ranked by rules (reader=synthetic_rankings)."""
-
-    prompts_from: str = "code"  # corpus whose documents' first lines are the prompts
-    fewest: int = 4  # samples of a prompt, drawn evenly from fewest to most
-    most: int = 8
-    max_new_tokens: int = 48
-    temperature: float = 0.9
-
-    def __post_init__(self) -> None:
-        accepted = "from 2 to stage.samples.most, which is at most 16"
-        require(2 <= self.fewest <= self.most <= 16, "stage.samples.fewest", self.fewest, accepted)
-        key = "stage.samples.max_new_tokens"
-        require(self.max_new_tokens > 0, key, self.max_new_tokens, "a positive integer")
-        require(self.temperature > 0, "stage.samples.temperature", self.temperature, "a number above 0")
 
 
 @dataclass

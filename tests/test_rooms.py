@@ -34,6 +34,8 @@ ROOMS = (
         "cluster_config",
         "config_file",
         "generate_config",
+        "hardware_config",
+        "reward_config",
         "document",
         "run_directory",
         "run_lock",
