@@ -33,7 +33,6 @@ class RewardConfig:
 class RankingSamplesConfig:
     """The samples that stage rankings asks a model for, to be ranked by rules (reader=synthetic_rankings)."""
 
-    prompts_from: str = "code"  # corpus whose documents' first lines are the prompts
     fewest: int = 4  # samples of a prompt, drawn evenly from fewest to most
     most: int = 8
     max_new_tokens: int = 48
