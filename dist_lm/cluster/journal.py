@@ -56,7 +56,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
     """The events of a run, in order; half a line that a killed launcher left is passed over."""
     if not path.exists():
         return
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_text(errors="replace").split("\n"):
         try:
             yield json.loads(line)
         except ValueError:

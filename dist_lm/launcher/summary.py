@@ -2,6 +2,7 @@
 
 import json
 
+from dist_lm.json_lines import json_lines
 from dist_lm.launcher.plan import Plan, PlannedStage, run_of
 from dist_lm.launcher.reward_summary import print_agreement, reward_entries
 from dist_lm.launcher.tools_summary import print_tools, tool_entries
@@ -82,8 +83,7 @@ def print_samples(run: RunDirectory, console: Console) -> None:
     """The first sample of each language, or of each kind of question."""
     files = sorted(run.samples.glob("step_*.jsonl"))
     shown: set[str] = set()
-    for line in files[-1].read_text().splitlines() if files else []:
-        sample = json.loads(line)
+    for sample in json_lines(files[-1]) if files else ():
         if "kind" in sample:
             if sample["kind"] not in shown:
                 shown.add(sample["kind"])

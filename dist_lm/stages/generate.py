@@ -21,6 +21,7 @@ from dist_lm.generation.engine import EngineOptions
 from dist_lm.generation.params import SamplingParams
 from dist_lm.generation.request import Answer, Refusal, Request
 from dist_lm.generation.shard import check_tp
+from dist_lm.json_lines import json_lines
 from dist_lm.model.counter_hash import hash_words, signed
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -182,8 +183,8 @@ class Samples:
         for part in sorted(self._missing):
             if run.samples_part(part).exists():
                 self._missing.remove(part)
-                for line in run.samples_part(part).read_text(encoding="utf-8").splitlines():
-                    self.tally.add(json.loads(line))
+                for line in json_lines(run.samples_part(part)):
+                    self.tally.add(line)
         self._prompts: dict[int, Prompt] = {}  # asked for, not yet answered
         self._answers: dict[int, list[Answer]] = {}
         self._open: dict[int, dict[int, list[dict[str, Any]]]] = {}  # part -> number of the prompt -> lines

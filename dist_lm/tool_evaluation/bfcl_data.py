@@ -4,7 +4,6 @@ They are for evaluation only. Nothing that makes training data knows of this fil
 """
 
 import importlib.util
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.errors import ArtefactError
+from dist_lm.json_lines import json_lines
 from dist_lm.tool_evaluation.bfcl_check import Answer
 from dist_lm.tool_evaluation.bfcl_schema import tool_of
 
@@ -105,7 +105,7 @@ def _read(file: Path, category: str, limit: int) -> list[BfclQuestion]:
 
 def _lines(file: Path) -> list[Any]:
     try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return list(json_lines(file))
     except (OSError, ValueError) as error:
         raise ArtefactError(f"{file}: {error}: install {PACKAGE} again") from error
 

@@ -32,4 +32,4 @@ class WarningFollower:
             file.seek(self._offset)
             complete, newline, _ = file.read().rpartition(b"\n")
         self._offset += len(complete) + len(newline)
-        return complete.decode(errors="replace").splitlines()
+        return complete.decode(errors="replace").split("\n") if newline else []
