@@ -19,6 +19,8 @@ from rich.text import Text
 
 from dist_lm.tracking.progress import Count, Display, GenerationProgress, LiveDisplay, PlainDisplay, TrainingProgress
 
+FRAME = 4  # columns of a panel beside what is in it
+
 
 class Console:
     """Where everything for people is printed."""
@@ -74,11 +76,18 @@ class Console:
         self.table(title, ("stage", "plan", ""), stages)
 
     def summary(self, title: str, entries: Mapping[str, str]) -> None:
-        """Print a panel of names and values."""
+        """Print a panel of names and values; without its frame where that would cut a value, which may be a path."""
         grid = Table.grid(padding=(0, 2))
         for name, value in entries.items():
             grid.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
-        self._out.print(Panel(grid, title=Text(title), title_align="left", expand=False), soft_wrap=False)
+        panel = Panel(grid, title=Text(title), title_align="left", expand=False)
+        if self._out.measure(grid).maximum + FRAME <= self._out.width:
+            self._out.print(panel, soft_wrap=False)
+            return
+        self._out.print(Text(title, style="bold"))
+        width = max(map(len, entries))
+        for name, value in entries.items():
+            self._out.print(Text.assemble((f"{name:{width}}", "bold"), "  ", value))
 
     @contextmanager
     def counting(self, label: str, unit: str, total: int | None = None) -> Iterator[Count]:

@@ -63,23 +63,26 @@ class PlainDisplay:
         self._total = total
         self._clock = clock
         self._shown: tuple[int, float] | None = None  # done and time at the last line
-        self._last = ""
+        self._printed: int | None = None  # done at the last line that was printed
+        self._latest = 0
 
     def show(self, done: int, text: TextOrCall) -> None:
-        now = self._clock()
+        now, self._latest = self._clock(), done
+        if done == self._total:  # the line that stays says it
+            return
         if self._shown is not None:
             share = (done - self._shown[0]) / self._total if self._total else 0.0
             if now - self._shown[1] < PLAIN_INTERVAL_S and share < PLAIN_SHARE:
                 return
             self._print(_as_text(text))
+            self._printed = done
         self._shown = (done, now)
 
     def done(self, text: str) -> None:
-        if text != self._last:
+        if self._latest != self._printed:
             self._print(text)
 
     def _print(self, text: str) -> None:
-        self._last = text
         self._console.print(Text(f"{self._label}: {text}"))
 
 

@@ -18,6 +18,11 @@ def readable_count(count: int) -> str:
     return str(count)
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 file`, `2 files`, `1,000 files`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def span(seconds: float) -> str:
     """`0.288 ms`, `46.2 ms`, `1.63 s`, `29:50 min`, `1:24:03 h`."""
     if seconds < 1:

@@ -113,3 +113,24 @@ def test_generating_shows_prompts_speed_and_time_left() -> None:
             screen.now += 0.5
             progress.update(prompts, 5000 + (prompts - 20) * 100)
     assert screen.lines()[-1] == "generate: 60/100 prompts  200 tokens/s  20 s left"
+
+
+def test_the_last_line_comes_once_when_output_is_no_terminal() -> None:
+    for total, said in ((100, 100), (100, 60), (None, 60)):
+        screen = Screen()
+        with screen.console.counting("reading", unit="documents", total=total) as count:
+            for _ in range(said // 20):
+                screen.now += 20
+                count.advance(20)
+            screen.now += 1
+        assert [line for line in screen.lines() if f" {said} documents" in line] == screen.lines()[-1:]
+        assert len(screen.lines()) == said // 20 - 1
+
+
+@pytest.mark.parametrize("length", [10, 300])
+def test_a_path_in_a_summary_stays_whole(length: int) -> None:
+    screen, path = Screen(), "/work dir/" + "x" * length
+    screen.console.summary("Done", {"samples": f"{path} (1 file)", "tokens": "7"})
+    (line,) = [line for line in screen.lines() if "samples" in line]
+    assert f"{path} (1 file)" in line
+    assert ("│" in line) == (length == 10)
