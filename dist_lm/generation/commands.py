@@ -12,7 +12,7 @@ HELP = r"""Type the beginning of a text; the model goes on with it. Enter sends 
   a \ at the end of a line      the prompt goes on in the next line (\\: a \ and no more)
   lines pasted together         one prompt
   Ctrl-C                        ends the answer; at the prompt, drops what you typed
-  Ctrl-D                        leaves
+  Ctrl-D, /quit, /exit          leaves
 
   /temperature 0.7              how freely tokens are drawn; 0: always the likeliest
   /top_k 50                     only from so many of the likeliest; 0: off
@@ -20,7 +20,7 @@ HELP = r"""Type the beginning of a text; the model goes on with it. Enter sends 
   /min_p 0.05                   only from those with this share of the likeliest one's probability; 0: off
   /repetition_penalty 1.1       tokens already seen are less likely; 1: off
   /max_new_tokens 200           of an answer, at most
-  /stop TEXT                    one more text that ends an answer (\n \t \\ as in a string); /stop alone: none
+  /stop TEXT                    one more text that ends an answer (\n \t \\ as in a string); /stop off: none
   /seed 7                       of the next answer; the one after it has 8, and so on
 
   /lang python                  begin with a usual opening of that language; once more: another; /lang alone: which
@@ -32,7 +32,7 @@ A setting without a value shows the one it has."""
 
 LIMIT = 1 << 31  # whole numbers stay below
 SEED_LIMIT = 1 << 63
-Action = Literal["show", "again", "new", "help", "lang"]
+Action = Literal["show", "again", "new", "help", "lang", "quit"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,11 @@ class Change:
 
 Command = Do | Tell | Change
 
-ACTIONS: tuple[Action, ...] = ("show", "again", "new", "help", "lang")
+ACTIONS: dict[str, Action] = {
+    **{"show": "show", "again": "again", "new": "new", "help": "help", "lang": "lang"},
+    **{"quit": "quit", "exit": "quit"},
+}
+NO_STOP = "off"
 NUMBERS: dict[str, Callable[[str], float]] = {
     "temperature": float,
     "top_k": int,
@@ -88,14 +92,14 @@ def parse_command(line: str, settings: Settings) -> Command:
     if name in ACTIONS:
         if argument and name != "lang":
             raise UserError(f"/{name} takes no value, found {argument!r}")
-        return Do(name, argument)
+        return Do(ACTIONS[name], argument)
     if name not in KEYS:
         raise UserError(f"/{name}: no such command; /help shows them all")
-    if name == "stop":
-        stop = (*settings.params.stop, unescape(rest)) if argument else ()
-        return Change(name, replace(settings, params=replace(settings.params, stop=stop)))
     if not argument:
         return Tell(name)
+    if name == "stop":
+        stop = () if argument == NO_STOP else (*settings.params.stop, unescape(rest))
+        return Change(name, replace(settings, params=replace(settings.params, stop=stop)))
     return Change(name, changed(settings, name, argument))
 
 

@@ -27,7 +27,11 @@ class Openings:
         """
         if prompts := self.prompts.get(language):
             return prompts
-        raise UserError(f"/lang {language}: no usual opening is known; {self}")
+        others = ", ".join(name for name, prompts in self.prompts.items() if prompts)
+        way_out = f"/lang takes {others}; or" if others else "nor of any other:"
+        raise UserError(
+            f"/lang {language}: the run names no opening of that language; {way_out} type a beginning yourself"
+        )
 
     def __str__(self) -> str:
         known = ", ".join(name for name, prompts in self.prompts.items() if prompts)

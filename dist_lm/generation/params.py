@@ -34,9 +34,9 @@ class SamplingParams:
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1] (0 is off)"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number > 0 (1 is off)"),
-            ("stop", all(self.stop), "texts that are not empty"),
         ):
             require(holds, key, getattr(self, key), accepted)
+        require(all(self.stop), "stop", list(self.stop), "texts that are not empty")
         for token, bias in self.logit_bias.items():
             require(not math.isnan(bias) and bias < math.inf, f"logit_bias[{token}]", bias, "a number, or -inf")
 

@@ -59,7 +59,7 @@ class PromptLoop:
         self._last: str | None = None
 
     def run(self) -> None:
-        """Until Ctrl-D."""
+        """Until Ctrl-D or /quit."""
         self._say(f"{self._session.name}; /help says how to go on, Ctrl-D leaves")
         while True:
             try:
@@ -74,7 +74,7 @@ class PromptLoop:
             except KeyboardInterrupt:  # at the prompt
                 self._opening = ""
                 self._console.print()
-            except EOFError:
+            except EOFError:  # at the prompt
                 self._console.print()
                 return
 
@@ -100,6 +100,8 @@ class PromptLoop:
                 self._show()
             case Do("again"):
                 self._again()
+            case Do("quit"):
+                raise EOFError
             case Do("new"):
                 self._forget()
             case Do("help"):

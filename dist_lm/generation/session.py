@@ -53,7 +53,10 @@ class Outcome:
         several = len(self.answers) > 1
         ended = ", ".join(f"{count} {way}" if several else way for way, count in ways.items())
         facts = [f"{len(self.answers)} answers"] if several else []
-        facts += [f"{tokens:,} token{'' if tokens == 1 else 's'}", f"{tokens / self.seconds:,.0f} tokens/s"]
+        if tokens:
+            facts += [f"{tokens:,} token{'' if tokens == 1 else 's'}", f"{tokens / self.seconds:,.0f} tokens/s"]
+        else:  # Ctrl-C while the prompt was read
+            ended = "stopped before the first token"
         return ", ".join([*facts, ended, f"seed {self.seed}"])
 
 

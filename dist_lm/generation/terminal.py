@@ -1,5 +1,6 @@
 """`python -m dist_lm generate`: one prompt in one go, or a conversation at a terminal."""
 
+import os
 import readline
 import secrets
 import signal
@@ -24,7 +25,7 @@ from dist_lm.generation.prompt_loop import PromptLoop, visible
 from dist_lm.generation.session import Session, Settings
 from dist_lm.generation.shard import check_tp
 from dist_lm.generation.tool_chat import ToolChat, ToolOptions, warning_of
-from dist_lm.parallel.mesh import choose_device
+from dist_lm.parallel.mesh import option_device
 from dist_lm.run_directory import RunDirectory
 from dist_lm.tool_use.toolbox import Toolbox
 
@@ -53,7 +54,7 @@ def generate(
     Raises:
         UserError: names the option, or what is wrong with the checkpoint.
     """
-    require(device in ("auto", "cpu", "cuda"), "--device", device, "auto, cpu or cuda")
+    chosen = option_device(device)
     require(tp > 0, "--tp", tp, "a positive integer")
     talks = prompt is None and sys.stdin.isatty()
     settings = _settings(values, stop, seed, n)
@@ -64,11 +65,12 @@ def generate(
     if talks and not sys.stdout.isatty():
         raise ConfigError("--prompt is missing: it is needed where the output is no terminal")
     name = "--prompt"
-    if prompt is None and not talks:
+    if prompt is not None:
+        _check_argument(name, prompt)
+    elif not talks:
         prompt, name = _standard_input(), "standard input"
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that knows few characters
-    chosen = choose_device(device, 0)
     errors = Console(stderr=True, highlight=False)
     with ExitStack() as stack:
         toolbox = stack.enter_context(Toolbox(tools.file, tools.limits)) if tools else None
@@ -102,6 +104,9 @@ def _load(
 def _settings(values: Mapping[str, object], stop: list[str], seed: int | None, n: int) -> Settings:
     seed = secrets.randbelow(SEEDS) if seed is None else seed
     whole = {key: value for key, value in values.items() if isinstance(value, int)}
+    for text in stop:
+        require(bool(text), "--stop", "''", "a text that is not empty")
+        _check_argument("--stop", text)
     try:
         for key, value in {**whole, "seed": seed}.items():
             check_whole(key, value)
@@ -121,6 +126,18 @@ def _standard_input() -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         raise UserError(f"standard input: the prompt is no UTF-8 at byte {error.start}") from None
+
+
+def _check_argument(option: str, text: str) -> None:
+    """Refuse bytes that are no text: Python hides them in lone surrogates.
+
+    Raises:
+        UserError: names the option and the place.
+    """
+    try:
+        os.fsencode(text).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{option}: the text is no UTF-8 at byte {error.start}") from None
 
 
 def _one_shot(session: Session, prompt: list[int], settings: Settings, n: int, output: TextIO, errors: Console) -> int:

@@ -52,8 +52,8 @@ class ChatOutcome:
         turns, tokens = len(self.outcomes), sum(len(one.answers[0].tokens) for one in self.outcomes)
         ending = ENDINGS[self.exchange.ending] + (f" ({self.exchange.note})" if self.exchange.note else "")
         return (
-            f"{turns} turn{'' if turns == 1 else 's'}, {tokens:,} tokens, {self.seconds:.1f} s, {ending}, "
-            f"seed {self.outcomes[0].seed}"
+            f"{turns} turn{'' if turns == 1 else 's'}, {tokens:,} token{'' if tokens == 1 else 's'}, "
+            f"{self.seconds:.1f} s, {ending}, seed {self.outcomes[0].seed}"
         )
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dist_lm.errors import ConfigError
+from dist_lm.errors import ConfigError, require
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.tensor_axis import TensorAxis
 
@@ -49,6 +49,17 @@ def choose_device(device: str, local_rank: int) -> torch.device:
             "lower cluster.ranks_per_node or use device=cpu"
         )
     return torch.device("cuda", local_rank)
+
+
+def option_device(device: str) -> torch.device:
+    """What `--device` of a verb asks for, in a process alone on its machine.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    require(device in ("auto", "cpu", "cuda"), "--device", device, "auto, cpu or cuda")
+    require(device != "cuda" or torch.cuda.is_available(), "--device", device, "cpu or auto: there is no GPU here")
+    return choose_device(device, 0)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from dist_lm.generation.flash_pages import PAGE_TOKENS
 from dist_lm.generation.load import LoadedModel, load_model
 from dist_lm.generation.params import SamplingParams
 from dist_lm.generation.request import Answer, Request
-from dist_lm.parallel.mesh import choose_device
+from dist_lm.parallel.mesh import option_device
 from dist_lm.tool_evaluation.bfcl_check import right_calls
 from dist_lm.tool_evaluation.bfcl_data import BfclQuestion, find_data, read_questions
 from dist_lm.tool_evaluation.questions import shown
@@ -49,10 +49,10 @@ def evaluate(path: Path, tokenizer: Path | None, limit: int, json_file: Path | N
         UserError: names the option, the missing package, or what is wrong with the checkpoint.
     """
     require(limit >= 0, "--limit", limit, "0 (all) or a positive integer")
-    require(device in ("auto", "cpu", "cuda"), "--device", device, "auto, cpu or cuda")
+    chosen = option_device(device)
     questions = read_questions(find_data(), limit=limit)
     loaded = load_model(path, tokenizer)
-    results = answer(questions, loaded, choose_device(device, 0), Console(stderr=True))
+    results = answer(questions, loaded, chosen, Console(stderr=True))
     print_table(loaded.name, results, Console(highlight=False))
     if json_file:
         durable.write_text(json_file, "".join(json.dumps(_record(one), ensure_ascii=False) + "\n" for one in results))

@@ -1,5 +1,6 @@
 """Lines that are no prompts."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from dist_lm.errors import UserError
 from dist_lm.generation.commands import (
+    ACTIONS,
     HELP,
     KEYS,
     Change,
@@ -50,7 +52,8 @@ def test_stop_texts_add_up_and_go_together():
     second = parse_command("/stop b c", first.settings)
     assert isinstance(second, Change)
     assert second.settings.params.stop == ("a", "b c")
-    assert parse_command("/stop", second.settings) == Change("stop", SETTINGS)
+    assert parse_command("/stop", second.settings) == Tell("stop")
+    assert parse_command("/stop off", second.settings) == Change("stop", SETTINGS)
     assert (value_of(SETTINGS, "stop"), value_of(second.settings, "stop")) == ("none", "'a' 'b c'")
 
 
@@ -64,6 +67,7 @@ def test_a_setting_alone_is_shown_and_actions_are_done():
         Do("help"),
         Do("lang"),
     ]
+    assert [parse_command(line, SETTINGS) for line in ("/quit", "/exit")] == [Do("quit")] * 2
 
 
 @pytest.mark.parametrize(
@@ -106,7 +110,7 @@ def test_text_that_begins_with_a_slash_can_be_a_prompt(line):
 
 
 def test_the_help_names_every_setting():
-    assert all(f"/{key} " in HELP for key in KEYS)
+    assert all(re.search(rf"/{key}\b", HELP) for key in (*KEYS, *ACTIONS))
 
 
 @pytest.mark.parametrize(

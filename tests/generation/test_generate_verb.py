@@ -122,13 +122,14 @@ def test_ctrl_c_ends_the_answer_in_good_order(small_run, expected, monkeypatch, 
         (("--prompt", "x", "--max-new-tokens", "0"), b"", "error: --max-new-tokens=0: expected a positive integer"),
         (("--prompt", "x", "--repetition-penalty", "0"), b"", "error: --repetition-penalty=0.0"),
         (("--prompt", "x", "--top-k", str(10**20)), b"", "error: --top-k="),
-        (("--prompt", "x", "--stop", ""), b"", "error: --stop="),
+        (("--prompt", "x", "--stop", ""), b"", "error: --stop='': expected a text that is not empty"),
+        (("--prompt", "x", "--stop", "ab\udcff"), b"", "error: --stop: the text is no UTF-8 at byte 2"),
         (("--prompt", "x", "--n", "0"), b"", "error: --n=0: expected a positive integer"),
         (("--prompt", "x", "--seed", str(1 << 63)), b"", "error: --seed="),
         (("--prompt", "x", "--device", "tpu"), b"", "error: --device=tpu: expected auto, cpu or cuda"),
         (("--prompt", "x", "--tokenizer", "nowhere"), b"", "error: --tokenizer=nowhere: no tokenizer there"),
         (("--prompt", "x " * 300), b"", "error: --prompt has 601 tokens"),
-        (("--prompt", "\udcff"), b"", "error: --prompt: character 0 is the lone surrogate"),
+        (("--prompt", "é\udcff"), b"", "error: --prompt: the text is no UTF-8 at byte 2"),
         ((), b"", "error: --prompt is missing, and nothing comes from standard input"),
         ((), b"\xff", "error: standard input: the prompt is no UTF-8 at byte 0"),
     ],
@@ -138,6 +139,23 @@ def test_what_a_user_can_mend_is_one_line_and_exit_2(small_run, monkeypatch, cap
     assert (code, out) == (2, "")
     assert errors.startswith(message)
     assert errors.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("verb", [("generate",), ("tools", "bfcl")])
+def test_a_device_that_is_not_there_is_refused_by_the_name_of_the_option(small_run, monkeypatch, capsys, verb):
+    monkeypatch.setattr("sys.argv", ["dist-lm", *verb, str(small_run.path), "--device", "cuda"])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"x")))
+    with pytest.raises(SystemExit) as ending:
+        program.main()
+    assert ending.value.code == 2
+    assert capsys.readouterr().err == "error: --device=cuda: expected cpu or auto: there is no GPU here\n"
+
+
+def test_an_empty_prompt_is_the_beginning_of_a_document(small_run, monkeypatch, capsys):
+    code, out, errors = call(monkeypatch, capsys, small_run.path, "--prompt", "", *OPTIONS)
+    assert code == 0, errors
+    assert out
 
 
 def test_a_run_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):

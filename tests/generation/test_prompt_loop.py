@@ -11,7 +11,8 @@ from dist_lm.errors import UserError
 from dist_lm.generation.openings import Openings
 from dist_lm.generation.params import SamplingParams
 from dist_lm.generation.prompt_loop import PromptLoop, visible
-from dist_lm.generation.session import Session, Settings
+from dist_lm.generation.request import Answer
+from dist_lm.generation.session import Outcome, Session, Settings
 from dist_lm.generation.terminal import interrupts
 
 OPENINGS = Openings({"sql": ["CREATE TABLE t;\n\nSELECT", "DELETE\n"]}, "code", ["bash", "sql"])
@@ -137,6 +138,25 @@ def test_ctrl_d_leaves_wherever_one_is(session, script):
     loop, _, person = talk(session, *script)
     assert not person.script
     assert loop.settings == SETTINGS
+
+
+@pytest.mark.parametrize("word", ["/quit", "/exit"])
+def test_a_word_leaves_too(session, word):
+    _, _, person = talk(session, word, "never typed")
+    assert person.script == ["never typed"]
+
+
+def test_an_answer_that_was_stopped_before_it_began_has_no_speed():
+    answer = Answer("1", 0, 3, (), "", (), (), "cancelled", 5, 0)
+    assert str(Outcome((answer,), 0.5, 5)) == "stopped before the first token, seed 5"
+    assert str(Outcome((answer, answer), 0.5, 5)) == "2 answers, stopped before the first token, seed 5"
+
+
+def test_a_language_without_an_opening_is_refused_with_the_way_out():
+    with pytest.raises(UserError, match=r"^/lang cobol: the run names no opening of that language; /lang takes sql;"):
+        OPENINGS.of("cobol")
+    with pytest.raises(UserError, match=r"; nor of any other: type a beginning yourself$"):
+        Openings().of("cobol")
 
 
 def test_a_terminal_is_told_nothing_but_text():
