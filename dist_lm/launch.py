@@ -202,7 +202,7 @@ def carry_out(plan: Plan, console: Console) -> int:
     from dist_lm.launcher.interrupt import Stopped, stopped_by_signals
     from dist_lm.launcher.muster import NodesLostError
     from dist_lm.launcher.pipeline import queue_of
-    from dist_lm.launcher.summary import print_summary
+    from dist_lm.launcher.summary import all_refused, print_summary
 
     job = os.environ.get("SLURM_JOB_ID")
     with queue_of(plan, sys.argv, job) as pipeline:
@@ -235,9 +235,12 @@ def carry_out(plan: Plan, console: Console) -> int:
         if stopped_by:
             pipeline.end("stopped", f"by {signal.Signals(stopped_by).name}")
             return 128 + stopped_by
-        pipeline.end("done")
+        refused = all_refused(plan)
+        pipeline.end("failed" if refused else "done", refused)
     print_summary(plan, console)
-    return 0
+    if refused:
+        console.error(refused)
+    return 2 if refused else 0
 
 
 def no_room(error: BaseException, work_dir: str) -> str | None:

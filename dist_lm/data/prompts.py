@@ -1,7 +1,7 @@
 """Prompts from files: .jsonl with `prompt` and perhaps `id`, or .txt with a prompt a line. Blank lines are passed over.
 
 They are numbered in the order of the files' names and of the lines. One that cannot be read is still there, with the
-reason, so that the numbers of others do not depend on it.
+reason, so that the numbers of others do not depend on it. What else a line holds goes with its prompt.
 """
 
 import glob
@@ -11,7 +11,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +21,7 @@ from dist_lm.errors import ArtefactError, ConfigError
 
 KINDS = (".jsonl", ".txt")
 TIMEOUT_S = 60.0  # without a byte from a server
+SHOWN = 200  # characters of a line that cannot be read
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,12 @@ class Prompt:
     """One line of a file."""
 
     number: int  # among all
-    id: str  # its own, or the number
+    id: str | int  # its own, or the number
     text: str
+    place: str = ""  # `FILE line N`
     error: str = ""  # why it cannot be used
+    line: str = ""  # the beginning of a line that cannot be used
+    extra: dict[str, Any] = field(default_factory=dict)  # what the line says beside prompt and id
 
 
 def find_prompts(where: str, downloads: Path | None = None) -> list[Path]:
@@ -64,9 +68,15 @@ def find_prompts(where: str, downloads: Path | None = None) -> list[Path]:
 
 
 def survey(files: Sequence[Path]) -> dict[str, Any]:
-    """How many prompts there are, and what the files are: `{prompts, files: [{name, sha256}]}`."""
+    """How many prompts there are, and what the files are: `{prompts, files: [{name, sha256}]}`.
+
+    Raises:
+        ConfigError: there are none, the first line of a file has no `prompt`, or two have one id.
+    """
+    for file in files:
+        _check_keys(file)
     return {
-        "prompts": sum(1 for file in files for _ in _lines(file)),
+        "prompts": _count(files),
         "files": [{"name": file.name, "sha256": durable.sha256_of(file)} for file in files],
     }
 
@@ -80,6 +90,42 @@ def read_prompts(files: Sequence[Path]) -> Iterator[Prompt]:
             number += 1
 
 
+def _check_keys(file: Path) -> None:
+    """One field by another name is the whole file's mistake, not that of each line."""
+    if file.suffix == ".txt" or (first := next(_lines(file), None)) is None:
+        return
+    try:
+        value = _load(first[1].decode())
+    except (ValueError, RecursionError):
+        return  # refused by itself
+    if isinstance(value, dict) and "prompt" not in value:
+        keys = ", ".join(value) or "(none)"
+        raise ConfigError(
+            f"stage.prompts: {file.name} line {first[0]} has the keys {keys}; expected `prompt`, and perhaps `id`"
+        )
+
+
+def _count(files: Sequence[Path]) -> int:
+    """Of prompts, whose ids are held against each other."""
+    if all(file.suffix == ".txt" for file in files):
+        count = sum(1 for file in files for _ in _lines(file))
+    else:
+        numbers: dict[str, int] = {}  # by id
+        count = 0
+        for prompt in read_prompts(files):
+            first = numbers.setdefault(str(prompt.id), prompt.number)
+            if first != prompt.number:
+                before = next(one for one in read_prompts(files) if one.number == first)
+                raise ConfigError(
+                    f"stage.prompts: id {json.dumps(prompt.id, ensure_ascii=False)} occurs twice, {before.place} and "
+                    f"{prompt.place}: give each its own (a prompt without an id has its number, from 0, for one)"
+                )
+            count += 1
+    if not count:
+        raise ConfigError(f"stage.prompts: no prompts in {', '.join(file.name for file in files)}")
+    return count
+
+
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
     """(number from 1, content) of the lines that are not blank."""
     with file.open("rb") as opened:
@@ -89,27 +135,41 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _parse(number: int, line: bytes, file: Path, place: int) -> Prompt:
-    def broken(reason: str, id_: str = str(number)) -> Prompt:
-        return Prompt(number, id_, "", f"{file.name}, line {place}: {reason}")
+    where = f"{file.name} line {place}"
+
+    def broken(reason: str, id_: str | int = number) -> Prompt:
+        return Prompt(number, id_, "", where, reason, line.decode(errors="replace")[:SHOWN])
 
     try:
         text = line.decode()
     except UnicodeDecodeError:
         return broken("not UTF-8")
     if file.suffix == ".txt":
-        return Prompt(number, str(number), text)
+        return Prompt(number, number, text, where)
     try:
-        value = json.loads(text)
-    except ValueError as error:
+        value = _load(text)
+    except (ValueError, RecursionError) as error:
         return broken(f"not JSON ({error})")
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
         return broken("expected an object with a text `prompt`")
-    id_ = str(number) if value.get("id") is None else str(value["id"])
-    if not _is_unicode(id_):
+    id_ = number if value.get("id") is None else value["id"]
+    if type(id_) not in (str, int):
+        return broken("id is neither a text nor a whole number")
+    if not _is_unicode(str(id_)):
         return broken("id holds a lone surrogate")
     if not _is_unicode(value["prompt"]):
         return broken("prompt holds a lone surrogate", id_)
-    return Prompt(number, id_, value["prompt"])
+    extra = {key: one for key, one in value.items() if key not in ("prompt", "id")}
+    if not _is_unicode(json.dumps(extra, ensure_ascii=False)):
+        return broken("another field holds a lone surrogate", id_)
+    return Prompt(number, id_, value["prompt"], where, extra=extra)
+
+
+def _load(text: str) -> Any:
+    def refuse(constant: str) -> None:  # JSON has no such numbers, though Python reads and writes them
+        raise ValueError(f"{constant} is no number")
+
+    return json.loads(text, parse_constant=refuse)
 
 
 def _is_unicode(text: str) -> bool:

@@ -17,7 +17,8 @@ from dist_lm.launcher.plan import PlannedStage, run_of
 from dist_lm.launcher.stage_run import device_and_ranks
 from dist_lm.parallel.sharding import compute_dtype
 from dist_lm.run_lock import locked
-from dist_lm.stages.generate import Samples, options_of, tokenizer_of, tp_of
+from dist_lm.stages.generate import options_of, tokenizer_of, tp_of
+from dist_lm.stages.generated_parts import Samples
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
 from dist_lm.training import checkpoint_files
@@ -62,6 +63,7 @@ def run_generation(
                 "prompts": tally.prompts,
                 "answers": tally.answers,
                 "refused": tally.refused,
+                "first_refusal": tally.refusal,
                 "tokens": tally.tokens,
                 "parts": samples.parts,
                 "actors": actors,  # of the last command, as the next two

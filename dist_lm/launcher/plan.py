@@ -10,10 +10,12 @@ from typing import Any
 
 from dist_lm.config import Config
 from dist_lm.config_file import load_config
+from dist_lm.data.prompts import find_prompts
 from dist_lm.errors import ConfigError
 from dist_lm.generate_config import GenerateRunConfig
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.stages.registry import STAGES, StageInfo
+from dist_lm.tracking.readable import counted
 from dist_lm.training import checkpoint_files
 
 # what may change between two commands on one run: where it runs and how it is watched, not what it computes
@@ -188,9 +190,10 @@ def _look_at_generation(info: StageInfo, config: GenerateRunConfig) -> PlannedSt
 
     run = run_of(config)
     generate.params_of(config.stage)
-    generate.options_of(config.stage)
+    generate.check_tokens(config.stage, config.model)
     generate.tp_of(config)
-    generate.find_prompts(config.stage.prompts)
+    if files := find_prompts(config.stage.prompts):  # none yet of an address
+        generate.check_inputs(files, config.stage, run)
     begun = load_config(run.config) if run.inputs.exists() else None
     before = Path(begun.stage.checkpoint) if isinstance(begun, GenerateRunConfig) else None
     if run.result.exists() and before:  # its checkpoint is not needed any more
@@ -204,11 +207,11 @@ def _look_at_generation(info: StageInfo, config: GenerateRunConfig) -> PlannedSt
         _refuse_other_settings(run, config, list(found))
     if run.result.exists():
         result = json.loads(run.result.read_text())
-        return PlannedStage(info, config, Action.READY, f"{result['answers']:,} answers, {run.samples}")
+        return PlannedStage(info, config, Action.READY, f"{counted(result['answers'], 'answer')}, {run.samples}")
     parts = len(list(run.samples.glob("part-*.jsonl")))
-    detail = f"{config.stage.prompts} with {generate.label_of(start)}"
+    detail = f"{config.stage.prompts} with {generate.label_of(start)}, {generate.sampling_text(config.stage)}"
     if parts:
-        return PlannedStage(info, config, Action.RESUME, f"{detail}, {parts:,} files are there")
+        return PlannedStage(info, config, Action.RESUME, f"{detail}; {counted(parts, 'file')} there")
     return PlannedStage(info, config, Action.BUILD, detail)
 
 

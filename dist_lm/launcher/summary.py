@@ -8,6 +8,7 @@ from dist_lm.launcher.reward_summary import print_agreement, reward_entries
 from dist_lm.launcher.tools_summary import print_tools, tool_entries
 from dist_lm.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
+from dist_lm.tracking.readable import counted
 
 SAMPLE_LINES = 12
 
@@ -37,12 +38,30 @@ def print_generation(run: RunDirectory, console: Console) -> None:
     console.summary(
         "stage=generate is done",
         {
-            "answers": f"{result['answers']:,} to {result['prompts']:,} prompts, {result['refused']:,} refused",
-            "tokens": f"{result['tokens']:,}, {result['tokens_per_s']:,.0f} a second on {result['actors']} actors",
+            "answers": f"{result['answers']:,} to {counted(result['prompts'], 'prompt')}, {refused_text(result)}",
+            "tokens": f"{result['tokens']:,}, {result['tokens_per_s']:,.0f} a second "
+            f"on {counted(result['actors'], 'actor')}",
             "checkpoint": result["checkpoint"],
-            "samples": f"{run.samples} ({result['parts']:,} files)",
+            "samples": f"{run.samples} ({counted(result['parts'], 'file')})",
         },
     )
+
+
+def refused_text(result: dict) -> str:
+    """How many prompts were refused, and the first reason."""
+    first = result.get("first_refusal")
+    return f"{result['refused']:,} refused" + (f": {first}" if first else "")
+
+
+def all_refused(plan: Plan) -> str:
+    """What to say where a stage has answered none of its prompts; empty where it has answered one."""
+    stage = plan.stages[-1]
+    if not stage.info.generates:
+        return ""
+    result = json.loads(run_of(stage.config).result.read_text(encoding="utf-8"))
+    if result["answers"]:
+        return ""
+    return f"stage.prompts={stage.config.stage.prompts}: no prompt was answered, {refused_text(result)}"
 
 
 def print_compression(result: dict, stage: PlannedStage, console: Console) -> None:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 
+from dist_lm import launch
 from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config import ClusterConfig
@@ -24,7 +25,7 @@ from dist_lm.launcher import generation_run
 from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.generation_run import run_generation
 from dist_lm.launcher.interrupt import Interrupt
-from dist_lm.launcher.plan import Action, make_plan
+from dist_lm.launcher.plan import Action, Plan, make_plan
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.console import Console
 from tests.cluster.launched import finish, wait_until
@@ -46,7 +47,9 @@ def trained(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def write_prompts(path: Path, count: int) -> Path:
-    lines = [BAD.get(i) or json.dumps({"prompt": f"def f_{i}(x):\u2028\x85\n", "id": f"p{i}"}) for i in range(count)]
+    asked = [{"prompt": f"def f_{i}(x):\u2028\x85\n", "id": f"p{i}"} for i in range(count)]
+    asked[0] |= {"kind": "first"}
+    lines = [BAD.get(i) or json.dumps(one) for i, one in enumerate(asked)]
     path.write_text("\n".join(lines) + "\n")
     return path
 
@@ -66,7 +69,8 @@ def parts_of(run: RunDirectory) -> dict[str, bytes]:
 
 class Screen(Console):
     def __init__(self) -> None:
-        super().__init__(io.StringIO(), io.StringIO())
+        self.output, self.errors = io.StringIO(), io.StringIO()
+        super().__init__(self.output, self.errors)
 
 
 class Alone:
@@ -129,9 +133,14 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(trained, cluster, tmp_
     run = trained.run("generate", "clean")
     records = [json.loads(line) for text in parts_of(run).values() for line in text.decode().split("\n") if line]
     refused = {record["id"]: record["error"] for record in records if "error" in record}
-    assert refused.keys() == {"3", "long"}
-    assert "line 4: not JSON" in refused["3"]
-    assert "model.max_seq_len is 256" in refused["long"]
+    assert refused.keys() == {3, "long"}
+    assert "p.jsonl line 4: not JSON" in refused[3]
+    assert refused["long"].startswith("p.jsonl line 51: prompt has 801 tokens and model.max_seq_len is 256")
+    assert refused["long"].endswith("or give stage.truncate=left")
+    (broken,) = [record for record in records if record["id"] == 3]
+    assert broken["line"] == "{"
+    assert "prompt" not in broken
+    assert records[0]["extra"] == {"kind": "first"}
     answered = [record for record in records if "error" not in record]
     expected = [(f"p{i}", index) for i in range(200) if i not in BAD for index in range(2)]
     assert [(record["id"], record["index"]) for record in answered] == expected
@@ -141,6 +150,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(trained, cluster, tmp_
         assert record["finish"] in ("eot", "length")
     result = json.loads(run.result.read_text())
     assert (result["prompts"], result["answers"], result["refused"]) == (200, 396, 2)
+    assert result["first_refusal"] == refused[3]
     assert result["tokens"] == sum(len(record["tokens"]) for record in answered)
 
     same = ("stage.n=2", "seed=3", "stage.max_sequences=7")
@@ -153,9 +163,15 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(trained, cluster, tmp_
     assert again.action is Action.RESUME
     assert run_generation(again, cluster, Screen(), Interrupt())
     assert parts_of(stopped) == parts_of(run)
-    assert json.loads(stopped.result.read_text())["answers"] == 396
+    finished = json.loads(stopped.result.read_text())
+    assert (finished["answers"], finished["first_refusal"]) == (396, refused[3])
 
     assert plan_of(trained, prompts, "run_id=stopped", *same).action is Action.READY
+    before = prompts.read_bytes()
+    write_prompts(prompts, 199)
+    with pytest.raises(ArtefactError, match=r"not what .* began with: choose another run_id"):  # though it is done
+        plan_of(trained, prompts, "run_id=stopped", *same)
+    prompts.write_bytes(before)
     with pytest.raises(ConfigError, match=r"stage\.top_k=5 \(was 0\)"):
         plan_of(trained, prompts, "run_id=stopped", *same, "stage.top_k=5")
     with pytest.raises(ConfigError, match=r"parallel\.tp=2 \(was 1\)"):
@@ -164,7 +180,38 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(trained, cluster, tmp_
     stopped.samples_part(2).unlink()
     write_prompts(prompts, 199)
     with pytest.raises(ArtefactError, match=r"not what .* began with: choose another run_id"):
-        run_generation(plan_of(trained, prompts, "run_id=stopped", *same), cluster, Screen(), Interrupt())
+        plan_of(trained, prompts, "run_id=stopped", *same)
+
+
+def test_nothing_answered_is_an_error_and_stays_one(trained, cluster, tmp_path, monkeypatch):
+    (tmp_path / "p.jsonl").write_text("{\n" * 3)
+    plan = Plan((plan_of(trained, tmp_path / "p.jsonl", "run_id=none"),))
+    assert run_generation(plan.stages[0], cluster, Screen(), Interrupt())
+    monkeypatch.setattr(launch, "run_missing", lambda *arguments: 0)
+    for _ in range(2):
+        screen = Screen()
+        assert launch.carry_out(plan, screen) == 2
+        assert "no prompt was answered, 3 refused: p.jsonl line 1: not JSON" in screen.errors.getvalue()
+        assert "0 to 3 prompts, 3 refused: p.jsonl line 1: not JSON" in screen.output.getvalue()
+        assert "(1 file)" in screen.output.getvalue()
+    (pipeline,) = (trained.path / "pipelines").glob("generate-none.json")
+    assert json.loads(pipeline.read_text())["state"] == "failed"
+
+
+def test_an_empty_prompt_is_answered(trained, cluster, tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": ""}) + "\n")
+    assert run_generation(plan_of(trained, tmp_path / "p.jsonl", "run_id=empty"), cluster, Screen(), Interrupt())
+    (part,) = parts_of(trained.run("generate", "empty")).values()
+    record = json.loads(part)
+    assert (record["prompt"], record["id"], len(record["tokens"]) > 0) == ("", 0, True)
+
+
+def test_the_plan_says_how_tokens_are_chosen(trained, tmp_path):
+    prompts = write_prompts(tmp_path / "p.jsonl", 2)
+    detail = plan_of(trained, prompts).detail
+    assert detail.endswith(", temperature=1 top_k=0 top_p=1 max_new_tokens=12 n=1")
+    detail = plan_of(trained, prompts, "stage.min_p=0.1", "stage.stop=[ab]", "stage.temperature=0.7").detail
+    assert detail.endswith(", temperature=0.7 top_k=0 top_p=1 max_new_tokens=12 n=1 min_p=0.1 stop=['ab']")
 
 
 def test_the_checkpoint_is_the_newest_code_or_language_one_and_stays(trained, cluster, tmp_path):
@@ -198,12 +245,19 @@ def test_the_checkpoint_is_the_newest_code_or_language_one_and_stays(trained, cl
         ("stage.steps=4", r"stage\.steps=4: no such key"),
         ("stage.top_k=many", r"stage\.top_k=many: expected an integer"),
         ("parallel.tp=6", r"parallel\.tp=6: expected a degree.*more than model\.n_heads"),
+        ("stage.stop_tokens=[4,512]", r"stage\.stop_tokens=\[4, 512\]: expected tokens from 0 to 511"),
+        ("stage.logit_bias={-1: 2.0}", r"stage\.logit_bias=\{-1: 2\.0\}: expected tokens from 0 to 511"),
+        (
+            "stage.max_new_tokens=100; stage.cache_tokens=100",
+            r"stage\.cache_tokens=100: expected .* 101 tokens",
+        ),
+        ("stage.stop=['']", r"stage\.stop=\[''\]: expected texts that are not empty"),
         ("stage.prompts=nowhere.txt", r"stage\.prompts=nowhere\.txt: no such file"),
     ],
 )
 def test_a_bad_value_is_refused_by_the_name_of_its_key(trained, tmp_path, override, words):
     with pytest.raises(ConfigError, match=words):
-        plan_of(trained, write_prompts(tmp_path / "p.jsonl", 2), override)
+        plan_of(trained, write_prompts(tmp_path / "p.jsonl", 2), *override.split("; "))
 
 
 def start(work: WorkDirectory, prompts: Path, *overrides: str) -> subprocess.Popen:

@@ -1,0 +1,170 @@
+"""The parts of a run of stage `generate`: requests for those that are missing, and files of what comes of them.
+
+Part k holds what came of prompts [k S, (k+1) S), a line an answer, in the order of the prompts. A prompt's random
+numbers are keyed by (seed, its number), and a part is written when it is whole: so what a kill leaves undone is done
+again by parts, with the same bytes.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from dist_lm import durable
+from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
+from dist_lm.generate_config import GenerateRunConfig
+from dist_lm.generation.request import Answer, Refusal, Request
+from dist_lm.json_lines import json_lines
+from dist_lm.model.counter_hash import hash_words, signed
+from dist_lm.run_directory import RunDirectory
+from dist_lm.stages.generate import check_inputs, label_of, options_of, params_of
+from dist_lm.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass
+class Tally:
+    """What has been done, of all prompts."""
+
+    prompts: int = 0
+    answers: int = 0
+    refused: int = 0
+    tokens: int = 0  # of answers
+    refusal: str = ""  # the first one: where, and why
+    refused_at: int = -1  # its prompt's number
+
+    def add(self, record: dict[str, Any], number: int) -> None:
+        """Count one line of a part, about prompt `number`."""
+        self.prompts += record.get("index", 0) == 0
+        if "error" in record:
+            self.refused += 1
+            if not self.refusal or number < self.refused_at:
+                self.refusal, self.refused_at = record["error"], number
+        self.answers += "error" not in record
+        self.tokens += len(record.get("tokens", ()))
+
+
+class Samples:
+    """The parts of a run: the requests for those that are missing, and what comes of them."""
+
+    def __init__(self, config: GenerateRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> None:
+        """Find the prompts, and the parts that are there.
+
+        Raises:
+            ConfigError: there are no prompts, or something is wrong with all of them.
+            ArtefactError: they are not those that the run began with.
+        """
+        self._stage, self._seed, self._run, self._tokenizer = config.stage, config.seed, run, tokenizer
+        self._context, self._params, self._options = (
+            config.model.max_seq_len,
+            params_of(config.stage),
+            options_of(config.stage),
+        )
+        self._files = find_prompts(config.stage.prompts, run.prompts)
+        self._label = label_of(Path(config.stage.checkpoint))
+        found = check_inputs(self._files, config.stage, run)
+        durable.write_json(run.inputs, found)
+        self.count: int = found["prompts"]
+        self.tally = Tally()
+        self._missing = set(range(-(-self.count // config.stage.prompts_per_shard)))
+        for part in sorted(self._missing):
+            if run.samples_part(part).exists():
+                self._missing.remove(part)
+                number = part * config.stage.prompts_per_shard - 1
+                for line in json_lines(run.samples_part(part)):
+                    number += line["index"] == 0
+                    self.tally.add(line, number)
+        self._prompts: dict[int, Prompt] = {}  # asked for, not yet answered
+        self._answers: dict[int, list[Answer]] = {}
+        self._open: dict[int, dict[int, list[dict[str, Any]]]] = {}  # part -> number of the prompt -> lines
+
+    @property
+    def is_done(self) -> bool:
+        return not self._missing
+
+    @property
+    def parts(self) -> int:
+        """How many there will be."""
+        return -(-self.count // self._stage.prompts_per_shard)
+
+    def requests(self) -> Iterator[Request]:
+        """A request for each prompt of the missing parts; one that cannot be asked for is refused here."""
+        truncate = cast(Any, self._stage.truncate)
+        for prompt in read_prompts(self._files):
+            if prompt.number // self._stage.prompts_per_shard not in self._missing:
+                continue
+            self._prompts[prompt.number] = prompt
+            tokens = [] if prompt.error else [self._tokenizer.eot_id, *self._tokenizer.encode(prompt.text)]
+            if error := prompt.error or self._misfit(len(tokens)):
+                self._refuse(prompt.number, error)
+                continue
+            seed = signed(hash_words(self._seed, prompt.number))
+            yield Request(str(prompt.number), tokens, self._params, seed, self._stage.n, truncate)
+
+    def _misfit(self, tokens: int) -> str:
+        """Why a prompt of so many tokens cannot be answered, by the keys of the stage; empty where it can be."""
+        if tokens >= self._context and self._stage.truncate == "refuse":
+            return (
+                f"prompt has {tokens:,} tokens and model.max_seq_len is {self._context:,}, which leaves no room: "
+                "shorten it, or give stage.truncate=left"
+            )
+        room, longest = self._options.n_pages * self._options.page_tokens, tokens + self._params.max_new_tokens
+        if min(longest, self._context) > room:
+            return (
+                f"prompt and stage.max_new_tokens={self._params.max_new_tokens} take {longest:,} tokens, and "
+                f"stage.cache_tokens={self._options.cache_tokens} has room for {room:,}: give a larger cache"
+            )
+        return ""
+
+    def take(self, result: Answer | Refusal) -> None:
+        """Take in an answer or a refusal; a part that is whole is written."""
+        number = int(result.request)
+        if isinstance(result, Refusal):
+            self._answers.pop(number, None)
+            self._refuse(number, result.error)
+            return
+        answers = self._answers.setdefault(number, [])
+        answers.append(result)
+        if len(answers) == self._stage.n:
+            self._keep(number, [_record(one) for one in sorted(self._answers.pop(number), key=lambda one: one.index)])
+
+    def _refuse(self, number: int, reason: str) -> None:
+        self._keep(number, [{"error": f"{self._prompts[number].place}: {reason}"}])
+
+    def _keep(self, number: int, records: list[dict[str, Any]]) -> None:
+        prompt = self._prompts.pop(number)
+        asked: dict[str, Any] = {"line": prompt.line} if prompt.error else {"prompt": prompt.text}
+        asked |= {"extra": prompt.extra} if prompt.extra else {}
+        lines = [{"id": prompt.id, "index": 0} | asked | one | {"checkpoint": self._label} for one in records]
+        for line in lines:
+            self.tally.add(line, number)
+        size = self._stage.prompts_per_shard
+        part = number // size
+        held = self._open.setdefault(part, {})
+        held[number] = lines
+        if len(held) == min(size, self.count - part * size):
+            text = "".join(
+                json.dumps(line, ensure_ascii=False) + "\n" for _, one in sorted(held.items()) for line in one
+            )
+            durable.write_text(self._run.samples_part(part), text)
+            del self._open[part]
+            self._missing.remove(part)
+
+
+def _record(answer: Answer) -> dict[str, Any]:
+    return {
+        "index": answer.index,
+        "text": answer.text,
+        "tokens": answer.tokens,
+        "logprobs": [_shortest(value) for value in answer.logprobs],
+        "raw_logprobs": [_shortest(value) for value in answer.raw_logprobs],
+        "finish": answer.finish,
+        "seed": answer.seed,
+    }
+
+
+def _shortest(value: float) -> float:
+    """The number with the fewest digits that is the same in fp32."""
+    return float(str(np.float32(value)))
