@@ -48,12 +48,12 @@ def run_generation(
         tokenizer = tokenizer_of(config, checkpoint)
         with console.waiting(f"reading {config.stage.prompts}"):
             samples = Samples(config, run, tokenizer)
-        began, before, actors = time.monotonic(), samples.tally.tokens, 0
+        before, actors, seconds = samples.tally.tokens, 0, 0.0
         if not samples.is_done:
-            actors = _generate(config, samples, tokenizer, cluster, console, interrupt)
+            actors, seconds = _generate(config, samples, tokenizer, cluster, console, interrupt)
         if not samples.is_done:
             return False
-        seconds, tally = time.monotonic() - began, samples.tally
+        tally = samples.tally
         durable.write_json(
             run.result,
             {
@@ -67,8 +67,8 @@ def run_generation(
                 "tokens": tally.tokens,
                 "parts": samples.parts,
                 "actors": actors,  # of the last command, as the next two
-                "seconds": seconds,
-                "tokens_per_s": (tally.tokens - before) / seconds,
+                "seconds": seconds,  # from the first request handed out to the last answer
+                "tokens_per_s": (tally.tokens - before) / seconds if seconds else 0.0,
             },
         )
     return True
@@ -81,8 +81,8 @@ def _generate(
     cluster: RayCluster,
     console: Console,
     interrupt: Interrupt,
-) -> int:
-    """Have a pool do what is missing; returns how many actors it had in the end."""
+) -> tuple[int, float]:
+    """Have a pool do what is missing: (how many actors it had in the end, seconds without the start of engines)."""
     checkpoint = checkpoint_files.require_intact(Path(config.stage.checkpoint))
     device, _ = device_and_ranks(config, cluster)
     spec = EngineSpec(
@@ -103,9 +103,10 @@ def _generate(
             wanted=lambda: not interrupt.requested,
             warn=console.warning,
         )
+    began = time.monotonic()
     with pool, console.generating("generate", samples.count) as progress:
         progress.update(samples.tally.prompts, samples.tally.tokens)
         for result in pool.generate(samples.requests()):
             samples.take(result)
             progress.update(samples.tally.prompts, samples.tally.tokens)
-        return len(pool.members)
+        return len(pool.members), time.monotonic() - began

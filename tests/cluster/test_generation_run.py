@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -181,6 +182,32 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(trained, cluster, tmp_
     write_prompts(prompts, 199)
     with pytest.raises(ArtefactError, match=r"not what .* began with: choose another run_id"):
         plan_of(trained, prompts, "run_id=stopped", *same)
+
+
+class SlowStart(Alone):
+    """A pool whose engines take 100 s to start, and whose answers all come one second later."""
+
+    now = 0.0
+
+    @classmethod
+    def start(cls, *arguments, **options) -> "SlowStart":
+        SlowStart.now += 100
+        return super().start(*arguments, **options)  # type: ignore[return-value]
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Answer | Refusal]:
+        results = list(super().generate(requests))
+        SlowStart.now += 1
+        yield from results
+
+
+def test_speed_does_not_count_the_start_of_engines(trained, cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(generation_run, "Pool", SlowStart)
+    monkeypatch.setattr(generation_run, "time", SimpleNamespace(monotonic=lambda: SlowStart.now))
+    plan = plan_of(trained, write_prompts(tmp_path / "p.jsonl", 3), "run_id=timed")
+    assert run_generation(plan, cluster, Screen(), Interrupt())
+    result = json.loads(trained.run("generate", "timed").result.read_text())
+    assert result["seconds"] == 1.0
+    assert result["tokens_per_s"] == result["tokens"] > 0
 
 
 def test_nothing_answered_is_an_error_and_stays_one(trained, cluster, tmp_path, monkeypatch):
