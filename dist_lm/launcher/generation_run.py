@@ -1,8 +1,10 @@
 """Stage `generate` to its end: the parts that are missing, on a pool of engines."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dist_lm import durable
@@ -11,18 +13,21 @@ from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config_file import save_config
 from dist_lm.generate_config import GenerateRunConfig
-from dist_lm.launcher.interrupt import Interrupt
+from dist_lm.launcher.interrupt import Interrupt, left_at_once
 from dist_lm.launcher.pipeline import LOOK_S
 from dist_lm.launcher.plan import PlannedStage, run_of
 from dist_lm.launcher.stage_run import device_and_ranks
 from dist_lm.parallel.sharding import compute_dtype
+from dist_lm.run_directory import RunDirectory
 from dist_lm.run_lock import locked
 from dist_lm.stages.generate import options_of, tokenizer_of, tp_of
 from dist_lm.stages.generated_parts import Samples
-from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
 from dist_lm.training import checkpoint_files
 from dist_lm.training.checkpoint_tensors import model_weights
+
+Weights = Mapping[str, np.ndarray]
+"""By the names of the model's parameters, in host memory."""
 
 
 def run_generation(
@@ -44,13 +49,15 @@ def run_generation(
     run.samples.mkdir(parents=True, exist_ok=True)
     with locked(run.launch_lock, job=job, wait_s=LOOK_S):
         save_config(config, run.config)
-        checkpoint = Path(config.stage.checkpoint)
-        tokenizer = tokenizer_of(config, checkpoint)
-        with console.waiting(f"reading {config.stage.prompts}"):
-            samples = Samples(config, run, tokenizer)
+        found: tuple[Samples, EngineSpec, Weights] | None = None
+        with left_at_once(interrupt, console):
+            found = _read(config, run, cluster, console)
+        if found is None:
+            return False
+        samples, spec, weights = found
         before, actors, seconds = samples.tally.tokens, 0, 0.0
         if not samples.is_done:
-            actors, seconds = _generate(config, samples, tokenizer, cluster, console, interrupt)
+            actors, seconds = _generate(config, samples, spec, weights, cluster, console, interrupt)
         if not samples.is_done:
             return False
         tally = samples.tally
@@ -59,7 +66,7 @@ def run_generation(
             {
                 "stage": config.stage.name,
                 "run_id": config.run_id,
-                "checkpoint": str(checkpoint),
+                "checkpoint": config.stage.checkpoint,
                 "prompts": tally.prompts,
                 "answers": tally.answers,
                 "refused": tally.refused,
@@ -74,16 +81,14 @@ def run_generation(
     return True
 
 
-def _generate(
-    config: GenerateRunConfig,
-    samples: Samples,
-    tokenizer: Tokenizer,
-    cluster: RayCluster,
-    console: Console,
-    interrupt: Interrupt,
-) -> tuple[int, float]:
-    """Have a pool do what is missing: (how many actors it had in the end, seconds without the start of engines)."""
-    checkpoint = checkpoint_files.require_intact(Path(config.stage.checkpoint))
+def _read(
+    config: GenerateRunConfig, run: RunDirectory, cluster: RayCluster, console: Console
+) -> tuple[Samples, EngineSpec, Weights]:
+    """What there is to do, with which engines and weights; without weights where nothing is left to do."""
+    checkpoint = Path(config.stage.checkpoint)
+    tokenizer = tokenizer_of(config, checkpoint)
+    with console.waiting(f"reading {config.stage.prompts}"):
+        samples = Samples(config, run, tokenizer)
     device, _ = device_and_ranks(config, cluster)
     spec = EngineSpec(
         model=config.model,
@@ -94,11 +99,27 @@ def _generate(
         device=device,
         tp=tp_of(config),
     )
+    if samples.is_done:
+        return samples, spec, {}
+    with console.waiting(f"reading {checkpoint}"):
+        return samples, spec, model_weights(checkpoint_files.require_intact(checkpoint))
+
+
+def _generate(
+    config: GenerateRunConfig,
+    samples: Samples,
+    spec: EngineSpec,
+    weights: Weights,
+    cluster: RayCluster,
+    console: Console,
+    interrupt: Interrupt,
+) -> tuple[int, float]:
+    """Have a pool do what is missing: (how many actors it had in the end, seconds without the start of engines)."""
     with console.waiting("starting engines"):
         pool = Pool.start(
             cluster,
             spec,
-            model_weights(checkpoint),
+            weights,
             actors=config.stage.actors,
             wanted=lambda: not interrupt.requested,
             warn=console.warning,

@@ -6,7 +6,7 @@ is tokenized or the cluster joined, there is nothing to save: they end at once, 
 
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from dist_lm.tracking.console import Console
@@ -58,6 +58,22 @@ def watch_signals(console: Console, then: str = "writing a checkpoint, then stop
 
     with _handled(dict.fromkeys(SIGNALS, note)):
         yield interrupt
+
+
+@contextmanager
+def left_at_once(interrupt: Interrupt, console: Console) -> Iterator[None]:
+    """Within `watch_signals`: a signal ends the block where it is, as nothing in it has to be brought to an end.
+
+    What follows the block asks `interrupt` whether one has come.
+    """
+
+    def leave(number: int, frame: object) -> None:
+        interrupt.number = number
+        console.warning(f"received {signal.Signals(number).name}: stopping")
+        raise Stopped(number)
+
+    with suppress(Stopped), _handled(dict.fromkeys(SIGNALS, leave)):
+        yield
 
 
 @contextmanager

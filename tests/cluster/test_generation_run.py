@@ -25,7 +25,7 @@ from dist_lm.generation.request import Answer, Refusal, Request, RequestError
 from dist_lm.launcher import generation_run
 from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.generation_run import run_generation
-from dist_lm.launcher.interrupt import Interrupt
+from dist_lm.launcher.interrupt import SIGNALS, Interrupt, watch_signals
 from dist_lm.launcher.plan import Action, Plan, make_plan
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.console import Console
@@ -208,6 +208,26 @@ def test_speed_does_not_count_the_start_of_engines(trained, cluster, tmp_path, m
     result = json.loads(trained.run("generate", "timed").result.read_text())
     assert result["seconds"] == 1.0
     assert result["tokens_per_s"] == result["tokens"] > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("slow", ["model_weights", "Samples", "tokenizer_of"])
+def test_a_signal_before_engines_start_is_obeyed_at_once(trained, cluster, tmp_path, monkeypatch, number, slow):
+    before = [signal.getsignal(one) for one in SIGNALS]
+
+    def read(*arguments: object) -> None:
+        signal.raise_signal(number)
+        pytest.fail(f"{slow} went on after the signal")
+
+    monkeypatch.setattr(generation_run, slow, read)
+    plan = plan_of(trained, write_prompts(tmp_path / "p.jsonl", 3), f"run_id=stopped_{number:d}_{slow}")
+    with watch_signals(Screen(), "stopping") as interrupt:
+        noted = [signal.getsignal(one) for one in SIGNALS]
+        assert not run_generation(plan, cluster, Screen(), interrupt)
+        assert interrupt.number == number
+        assert [signal.getsignal(one) for one in SIGNALS] == noted
+    assert [signal.getsignal(one) for one in SIGNALS] == before
+    monkeypatch.undo()
 
 
 def test_nothing_answered_is_an_error_and_stays_one(trained, cluster, tmp_path, monkeypatch):
