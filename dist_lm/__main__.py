@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from dist_lm.errors import ArtefactError, UserError
+from dist_lm.entry_point import run_program
+from dist_lm.errors import ArtefactError
 
 app = typer.Typer(
     name="dist-lm",
@@ -196,11 +197,7 @@ def checkpoint_consolidate(
 
 def main() -> None:
     """Run a verb; what a user can mend is one line on standard error and exit code 2."""
-    try:
-        app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_program(app, lambda text: print(f"error: {text}", file=sys.stderr))
 
 
 if __name__ == "__main__":

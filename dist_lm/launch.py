@@ -5,7 +5,6 @@ Exit codes: 0 everything asked for is there; 1 a stage failed; 2 something the u
 same command continues.
 """
 
-import errno
 import os
 import signal
 import sys
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from dist_lm.cluster.ranks import local_gpus, ranks_per_node
 from dist_lm.config import Config, require
-from dist_lm.errors import ArtefactError, ConfigError, UserError
+from dist_lm.entry_point import disk_trouble, run_program
+from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.generate_config import schema_of
 from dist_lm.launcher.compose import (
     compose_config,
@@ -48,16 +48,17 @@ HYDRA_FLAGS = (
 
 def main() -> None:
     """Entry point of `python -m dist_lm.launch` and `dist-lm-launch`."""
-    arguments = sys.argv[1:]
-    console = Console()
+    run_program(launch, lambda text: Console().error(text))
+
+
+def launch() -> None:
+    """Do what the command line asks for."""
+    arguments, console = sys.argv[1:], Console()
     try:
         if any(argument.split("=")[0] in HYDRA_FLAGS for argument in arguments):
             show_configuration(arguments)
             return
         sys.exit(run_command(arguments, console))
-    except UserError as error:
-        console.error(str(error))
-        sys.exit(2)
     except KeyboardInterrupt:
         console.error("interrupted")
         sys.exit(128 + signal.SIGINT)
@@ -227,7 +228,9 @@ def carry_out(plan: Plan, console: Console) -> int:
             stopped_by = stop.number if isinstance(stop, Stopped) else signal.SIGINT
             console.error(f"stopped at once by {signal.Signals(stopped_by).name}; the same command continues")
         except BaseException as error:
-            full = no_room(error, plan.stages[-1].config.work_dir)
+            full = disk_trouble(
+                error, f"work_dir={plan.stages[-1].config.work_dir} (or temporary files, or standard output)"
+            )
             pipeline.end("failed", full or str(error) or type(error).__name__)
             if full:
                 raise ArtefactError(full) from error
@@ -241,14 +244,6 @@ def carry_out(plan: Plan, console: Console) -> int:
     if refused:
         console.error(refused)
     return 2 if refused else 0
-
-
-def no_room(error: BaseException, work_dir: str) -> str | None:
-    """What to say of a disk that is full or cannot be written to; None: it is something else."""
-    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return None
-    where = error.filename or f"work_dir={work_dir} (or temporary files)"
-    return f"{where}: {error.strerror}: make room, and the same command continues"
 
 
 def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | None) -> int:

@@ -41,6 +41,7 @@ ROOMS = (
         "run_lock",
         "errors",
         "durable",
+        "entry_point",
         "json_lines",
         "lifeline",
         "__init__",

@@ -1,0 +1,97 @@
+"""What every command has around its work: standard streams that may be closed or full, and errors in one line.
+
+A mistake of the user is one line on standard error and exit code 2, and so is a disk that takes nothing more.
+"""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from dist_lm.errors import UserError
+
+WAYS_OUT = {
+    errno.ENOSPC: "make room, and give the same command again",
+    errno.EDQUOT: "make room, and give the same command again",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EACCES: "allow it, or choose another place",
+}
+
+
+def run_program(program: Callable[[], object], say: Callable[[str], None]) -> None:
+    """Run a command to the exit code that it leaves with.
+
+    Args:
+        say: shows an error to the user.
+
+    Raises:
+        SystemExit: the command says so itself, or it came to an error that a user can mend (2).
+    """
+    try:
+        open_streams()
+        try:
+            program()
+        finally:
+            sys.stdout.flush()  # here, where it can be said that it does not go out
+    except UserError as error:
+        say(str(error))
+    except OSError as error:
+        reason = disk_trouble(error)
+        if reason is None:
+            raise
+        say(reason)
+    else:
+        return
+    drop_output()
+    sys.exit(2)
+
+
+def open_streams() -> None:
+    """Put an empty file in the place of a closed standard input or error.
+
+    Raises:
+        UserError: standard output is closed. Files that are opened later would take its number, and what is printed.
+    """
+    null = Path(os.devnull)
+    if sys.stdin is None:
+        sys.stdin = null.open()
+    closed = sys.stdout is None
+    if closed:
+        sys.stdout = null.open("w")
+    if sys.stderr is None:
+        sys.stderr = null.open("w")
+    if closed:
+        raise UserError("standard output is closed: leave it open, or send it to /dev/null")
+
+
+def disk_trouble(error: BaseException, elsewhere: str = "standard output or a file") -> str | None:
+    """What to say of a disk that is full or a place that cannot be used; None: it is something else.
+
+    Args:
+        elsewhere: what to call the place where the error names none.
+    """
+    if not isinstance(error, OSError) or error.errno not in WAYS_OUT:
+        return None
+    if error.errno == errno.EACCES and not error.filename:
+        return None  # of a socket, for instance
+    where = error.filename or ("standard output" if _output_is_stuck() else elsewhere)
+    return f"{where}: {error.strerror}: {WAYS_OUT[error.errno]}"
+
+
+def drop_output() -> None:
+    """Forget what standard output did not take, so that the interpreter does not try once more as it leaves."""
+    if not _output_is_stuck():
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
+def _output_is_stuck() -> bool:
+    """Whether text waits there in vain; without a buffer (PYTHONUNBUFFERED) none waits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
