@@ -5,6 +5,7 @@ Dimensions: B sequences, T tokens.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 
@@ -26,14 +27,14 @@ class Batch:
     counted_N: torch.Tensor | None = None  # int64; places of the targets that count in the flattened batch; none: all
     branch_BT: torch.Tensor | None = None  # int64; 0 in the trunk of a document, other numbers in branches behind it
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> Self:
         """The same batch on `device` (asynchronously from pinned memory)."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "Batch":
+    def pin_memory(self) -> Self:
         """The same batch in page-locked host memory."""
         return self._each(torch.Tensor.pin_memory)
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         there = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
-        return Batch(**{name: change(value) for name, value in there.items()})
+        return type(self)(**{name: change(value) for name, value in there.items()})
