@@ -34,6 +34,8 @@ ROOMS = (
         "cluster_config",
         "config_file",
         "generate_config",
+        "rlhf_config",
+        "syntax",
         "document",
         "run_directory",
         "run_lock",
