@@ -13,7 +13,7 @@ PACKAGE = Path(dist_lm.__file__).parent
 ROOMS = (
     ("launch", "__main__", "bench"),
     ("launcher",),
-    ("train", "rank_program", "rank_data", "dry_run"),
+    ("train", "rank_program", "rank_data", "rank_start", "rlhf_run", "dry_run"),
     ("cluster",),
     ("stages",),
     ("rlhf",),
@@ -33,6 +33,8 @@ ROOMS = (
         "config",
         "cluster_config",
         "config_file",
+        "pool_config",
+        "rlhf_run_config",
         "generate_config",
         "rlhf_config",
         "syntax",
