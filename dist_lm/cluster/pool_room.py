@@ -11,7 +11,7 @@ from dist_lm.cluster.ranks import CPU_RANKS, ranks_per_node
 from dist_lm.cluster.ray_cluster import Node
 from dist_lm.config import ClusterConfig
 from dist_lm.errors import ConfigError
-from dist_lm.pool_config import SHARED, RolloutPoolConfig
+from dist_lm.pool_config import AS_MANY, SHARED, RolloutPoolConfig
 
 WITHOUT = "rlhf.pool.actors=0 generates in the process of the first rank"
 
@@ -29,9 +29,10 @@ def ranks_beside(pool: RolloutPoolConfig, config: ClusterConfig, nodes: Sequence
     if not pool.actors:
         return ranks_per_node(config, gpus)
     spare = max(0, len(nodes) - config.nodes)  # nodes that have no ranks
-    if sum(node.cpus for node in nodes) - config.nodes < pool.actors:
+    actors = actors_in_all(pool, config.nodes, gpus)
+    if sum(node.cpus for node in nodes) - config.nodes < actors:
         raise ConfigError(
-            f"rlhf.pool.actors={pool.actors}: the cluster's {len(nodes)} nodes have "
+            f"rlhf.pool.actors={actors}: the cluster's {len(nodes)} nodes have "
             f"{sum(node.cpus for node in nodes)} CPUs, of which the ranks' agents take {config.nodes} and each actor "
             f"one: ask for fewer; {WITHOUT}"
         )
@@ -56,6 +57,16 @@ def ranks_beside(pool: RolloutPoolConfig, config: ClusterConfig, nodes: Sequence
             f"rlhf.pool.placement=shared; {WITHOUT}"
         )
     return ranks
+
+
+def actors_in_all(pool: RolloutPoolConfig, nodes: int, gpus: int) -> int:
+    """rlhf.pool.actors, or where that is -1 one for each rlhf.pool.tp GPUs of the ranks' nodes, at least one a node.
+
+    Args:
+        nodes: with ranks.
+        gpus: that ranks use of a node.
+    """
+    return nodes * max(1, gpus // pool.tp) if pool.actors == AS_MANY else pool.actors
 
 
 def actors_a_node(pool: RolloutPoolConfig, nodes: int) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.pool_rollouts import pool_rollouts
-from dist_lm.cluster.pool_room import site_of
+from dist_lm.cluster.pool_room import actors_in_all, site_of
 from dist_lm.cluster.ray_access import RayAccess, joined_by, own_access
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.parallel.sharding import compute_dtype
@@ -75,7 +75,7 @@ def _pool(
             cluster,
             spec,
             weights,
-            actors=pool.actors,
+            actors=actors_in_all(pool, len(access.nodes), ranks if device.type == "cuda" else 0),
             site=site_of(pool, access.nodes, ranks, device.type),
             alive=alive,
             warn=log.warning,

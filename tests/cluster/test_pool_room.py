@@ -3,7 +3,7 @@
 import pytest
 
 from dist_lm.cluster.pool_places import missing_places
-from dist_lm.cluster.pool_room import core_users, ranks_beside, site_of
+from dist_lm.cluster.pool_room import actors_in_all, core_users, ranks_beside, site_of
 from dist_lm.cluster.pool_site import Reserved, Site
 from dist_lm.cluster.ray_cluster import Node
 from dist_lm.config import ClusterConfig
@@ -26,6 +26,8 @@ def ranks(pool: RolloutPoolConfig, found: list[Node], gpus: int = 0, **cluster: 
         (RolloutPoolConfig(actors=1), nodes(1, cpus=8), 0, {}, 2),
         (RolloutPoolConfig(actors=0), nodes(1, cpus=2), 0, {"ranks_per_node": 2}, 2),
         (RolloutPoolConfig(actors=1, placement="shared"), nodes(1, cpus=2), 0, {"ranks_per_node": 2}, 2),
+        (RolloutPoolConfig(actors=-1, placement="shared"), nodes(1, cpus=2), 0, {}, 2),
+        (RolloutPoolConfig(actors=-1, placement="shared"), nodes(1, cpus=16, gpus=8), 8, {}, 8),
         (RolloutPoolConfig(actors=2), nodes(1, gpus=8), 8, {}, 6),
         (RolloutPoolConfig(actors=2, tp=2), nodes(1, gpus=8), 8, {}, 4),
         (RolloutPoolConfig(actors=3), nodes(2, gpus=8), 8, {"nodes": 2}, 6),  # two actors on one of the nodes
@@ -41,7 +43,8 @@ def test_ranks_take_what_the_pool_leaves(pool, found, gpus, cluster, expected):
     ("pool", "found", "gpus", "cluster"),
     [
         (RolloutPoolConfig(actors=1), nodes(1, cpus=1), 0, {}),  # the agent has the only CPU
-        (RolloutPoolConfig(actors=8), nodes(1, gpus=8), 8, {}),  # no GPU is left for a rank
+        (RolloutPoolConfig(actors=-1, placement="shared"), nodes(1, cpus=8, gpus=8), 8, {}),  # the agent has one CPU
+        (RolloutPoolConfig(actors=8), nodes(1, cpus=16, gpus=8), 8, {}),  # no GPU is left for a rank
         (RolloutPoolConfig(actors=1), nodes(1, gpus=8), 8, {"ranks_per_node": 8}),
         (RolloutPoolConfig(actors=2, tp=4), nodes(1, gpus=8), 8, {"ranks_per_node": 2}),
     ],
@@ -49,6 +52,13 @@ def test_ranks_take_what_the_pool_leaves(pool, found, gpus, cluster, expected):
 def test_no_room_is_refused_in_one_line_with_the_way_out(pool, found, gpus, cluster):
     with pytest.raises(ConfigError, match=r"^rlhf\.pool\.actors=\d+: [^\n]*rlhf\.pool\.actors=0 generates[^\n]*$"):
         ranks(pool, found, gpus, **cluster)
+
+
+def test_as_many_actors_as_ranks_have_gpus_for_only_where_they_are_shared():
+    shared = RolloutPoolConfig(actors=-1, placement="shared", tp=2)
+    assert [actors_in_all(shared, nodes=3, gpus=gpus) for gpus in (8, 1, 0)] == [12, 3, 3]
+    with pytest.raises(ConfigError, match=r"^rlhf\.pool\.actors=-1: expected"):
+        RolloutPoolConfig(actors=-1)
 
 
 def test_cores_are_divided_among_ranks_and_actors_only_where_they_work_at_the_same_time():
