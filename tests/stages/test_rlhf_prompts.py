@@ -1,4 +1,4 @@
-"""Prompts of stage rlhf: where the assistant is to write, each once, and none that is held out among those of training."""
+"""Prompts of stage rlhf: where the assistant is to write, each once, and none held out among those of training."""
 
 import json
 from pathlib import Path
