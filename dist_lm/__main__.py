@@ -54,7 +54,9 @@ def data_inspect(
 
 @app.command("bench")
 def bench(
-    name: Annotated[str, typer.Argument(help="tp, fsdp, checkpointing, compile, generate or reward (docs/bench.md).")],
+    name: Annotated[
+        str, typer.Argument(help="tp, fsdp, checkpointing, compile, generate, reward or rlhf (docs/bench.md).")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="One workload of your own in place of the usual ones: model=tiny stage.seq_len=256 ..."),

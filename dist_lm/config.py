@@ -14,6 +14,7 @@ from omegaconf import MISSING, OmegaConf
 from dist_lm.cluster_config import ClusterConfig
 from dist_lm.errors import require
 from dist_lm.hardware_config import HardwareConfig
+from dist_lm.pool_config import RolloutPoolConfig
 from dist_lm.reward_config import RankingSamplesConfig, RewardConfig
 
 SPLITS = ("train", "val")
@@ -365,6 +366,26 @@ class Config:
             f"model.vocab_size={self.model.vocab_size}, which it follows: set that one",
         )
         self.check_stage()
+
+    @property
+    def pool(self) -> RolloutPoolConfig | None:
+        """Of the actors that a rank drives, where the stage has any."""
+        return None
+
+    @property
+    def takes_sequences(self) -> bool:
+        """Whether a step is stage.global_batch sequences of stage.seq_len tokens."""
+        return True
+
+    @property
+    def trained_models(self) -> int:
+        """That a checkpoint holds, of the size of `model`."""
+        return 1
+
+    @property
+    def not_needed(self) -> tuple[str, ...]:
+        """Stages that this one needs by default, but not as it is configured."""
+        return ()
 
     def check_stage(self) -> None:
         """Refuse keys of the stage that do not go with other groups."""

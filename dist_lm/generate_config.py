@@ -6,6 +6,7 @@ from omegaconf import MISSING
 
 from dist_lm.config import Config
 from dist_lm.errors import require
+from dist_lm.rlhf_run_config import RlhfRunConfig
 
 AUTO = "auto"
 
@@ -65,4 +66,4 @@ class GenerateRunConfig(Config):
 
 def schema_of(stage: str) -> type[Config]:
     """The dataclass of a configuration, by the name of its stage."""
-    return GenerateRunConfig if stage == "generate" else Config
+    return {"generate": GenerateRunConfig, "rlhf": RlhfRunConfig}.get(stage, Config)

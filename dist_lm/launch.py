@@ -12,7 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dist_lm.cluster.pool_room import ranks_beside
+from dist_lm.cluster.process import cores
 from dist_lm.cluster.ranks import local_gpus, ranks_per_node
+from dist_lm.cluster.ray_cluster import Node
 from dist_lm.config import Config, require
 from dist_lm.entry_point import disk_trouble, run_program
 from dist_lm.errors import ArtefactError, ConfigError
@@ -164,7 +167,9 @@ def check_and_describe(plan: Plan, console: Console) -> None:
     from dist_lm.parallel.layout import resolve_layout
 
     for stage in plan.stages:
-        if stage.info.trains:
+        if stage.info.trains and not stage.config.takes_sequences:
+            console.line(f"{stage.info.name}: its iterations are not played")
+        elif stage.info.trains:
             ranks = ranks_planned(stage.config)
             config = on_nodes_of(with_layout(stage.config, ranks, console), ranks)
             layout = resolve_layout(config.parallel, config.model, config.cluster.nodes * ranks)
@@ -193,6 +198,9 @@ def ranks_here(config: Config) -> int:
     gpus = 0 if config.device == "cpu" else local_gpus()
     here = config.cluster.name == "local"
     require(gpus > 0 or config.device != "cuda" or not here, "device", config.device, "cpu or auto: no GPU here")
+    if config.pool:
+        nodes = [Node("", "", cores(), local_gpus())] * config.cluster.nodes
+        return ranks_beside(config.pool, config.cluster, nodes, gpus)
     return ranks_per_node(config.cluster, gpus)
 
 

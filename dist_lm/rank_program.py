@@ -19,14 +19,12 @@ from dist_lm.data.mapped import MappedCorpus
 from dist_lm.errors import ArtefactError
 from dist_lm.model.size import flops_per_token, parameter_count
 from dist_lm.model.transformer import Transformer
-from dist_lm.parallel.layout import check_batch, resolve_layout
-from dist_lm.parallel.link_speed import measure_all_reduce
-from dist_lm.parallel.mesh import World, build_mesh, data_mesh, process_group
+from dist_lm.parallel.mesh import World, data_mesh
 from dist_lm.parallel.sharding import build_model, compute_dtype
 from dist_lm.parallel.values import unsharded_copy
 from dist_lm.rank_data import check_corpora, open_data
+from dist_lm.rank_start import started
 from dist_lm.run_directory import RunDirectory
-from dist_lm.run_lock import OWN_JOB_S, locked
 from dist_lm.stages.registry import training_stage
 from dist_lm.stages.training_stage import Closing, Opening, TrainingStage
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -41,34 +39,13 @@ from dist_lm.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-COLLECTIVE_MARGIN_S = 300.0
-
 
 def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None:
     """Train from the newest checkpoint of the run, or from where its configuration says, to the end or to a stop."""
-    started = time.time()
+    began = time.time()
     config = load_config(run.config)
-    # those that wait for a rank that hangs must not give up before it is found
-    patience = max(config.cluster.hang_otherwise_s, config.cluster.hang_min_s) + COLLECTIVE_MARGIN_S
-    with process_group(config.device, patience) as world, ExitStack() as stack:
-        layout = resolve_layout(config.parallel, config.model, world.size)
-        check_batch(config, layout)
-        mesh = build_mesh(layout, world.device)
-        heartbeat.beat(Phase.LINKS, 0)
-        links = measure_all_reduce(world)
-        heartbeat.beat(Phase.LOADING, 0)
-        if world.is_first:
-            # ranks of an attempt that has just failed take a moment to end, and their node's locks on NFS longer
-            stack.enter_context(
-                locked(
-                    run.rank_lock,
-                    wait_s=OWN_JOB_S,
-                    on_wait=lambda owner: log.warning("waiting for %s, which trains this run", owner),
-                    stopped=lambda: stop.requested,
-                )
-            )
-            durable.write_json(run.links, asdict(links))
-        tokenizer = Tokenizer.load(run.work.tokenizer_model)
+    with started(run, config, stop, heartbeat) as start, ExitStack() as stack:
+        world, layout, mesh, tokenizer = start.world, start.layout, start.mesh, start.tokenizer
         check_corpora(run, config, tokenizer, world)
         model = build_model(config.model, config.parallel, mesh, world.device, config.seed)
         optimizer = build_optimizer(model, config.stage)
@@ -123,7 +100,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             )
             if metrics:
                 metrics.write(state.step, found)
-                write_result(run, config, stage, tokenizer, state, stream.packing, time.time() - started)
+                write_result(run, config, stage, tokenizer, state, stream.packing, time.time() - began)
         del copy, model
 
 

@@ -7,6 +7,7 @@ but without `result.json`.
 
 import errno
 import faulthandler
+import importlib
 import logging
 import os
 import signal
@@ -19,9 +20,11 @@ from dist_lm import durable
 from dist_lm.cluster.agent import STACKS_SIGNAL
 from dist_lm.cluster.heartbeat import own_heartbeat
 from dist_lm.cluster.node_facts import host_name
+from dist_lm.config_file import load_config
 from dist_lm.errors import UserError
 from dist_lm.lifeline import die_with_parent
 from dist_lm.run_directory import RunDirectory
+from dist_lm.stages.registry import STAGES
 from dist_lm.tracking.rank_warnings import write_warnings
 from dist_lm.training.stop import StopRequest
 
@@ -42,9 +45,9 @@ def main() -> None:
     faulthandler.register(STACKS_SIGNAL)  # works in a collective that never returns, too
     stop = stop_on_signals()
     try:
-        from dist_lm.rank_program import run_rank  # torch and all that is heavy
-
-        run_rank(run, stop, own_heartbeat(os.environ))
+        stage = load_config(run.config).stage.name
+        program = importlib.import_module(STAGES[stage].program)  # torch and all that is heavy
+        program.run_rank(run, stop, own_heartbeat(os.environ))
     except BaseException as error:
         try:
             log.error("%s", error if is_for_the_user(error, run) else traceback.format_exc())

@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
-# From nothing to a sampled code model on this machine: about eight minutes on two cores, no account, no GPU, and no
+# From nothing to a code model that calls functions and earns more reward, on this machine: no account, no GPU, and no
 # network beyond a package index. A second run reuses what is there.
 #
 #   bash launch/quickstart.sh [key=value ...]      e.g.  work_dir=/tmp/work  run_id=second
 #
 # 1. An environment: .venv in this checkout.
-# 2. One command plans and runs four stages at model=nano:
+# 2. One command plans and runs eight stages at model=nano:
 #      tokenizer   a BPE of 4,096 pieces from the English, Python, Bash and SQL found on this machine
 #      shards      the same text as webdataset tars of tokens
 #      language    next-token training on English, two torchrun ranks under a local Ray
-#      code        the same on programs, from the language checkpoint; ends with samples and a comparison with gzip
+#      code        the same on programs, from the language checkpoint
+#      tools       conversations in which functions are called, from the code checkpoint
+#      rankings    that model's own completions, ranked by rules
+#      reward      a model of scores from those rankings
+#      rlhf        PPO against these scores, rollouts on a Ray actor; ends with rollouts and the win rate
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-exec python -m dist_lm.launch stage=code model=nano "$@"
+exec python -m dist_lm.launch stage=rlhf model=nano "$@"

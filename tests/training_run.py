@@ -39,7 +39,7 @@ SETTINGS = (
     "stage.sampling.max_new_tokens=4",
     "stage.questions.per_kind=4",
 )
-TIMED = ("time", "perf/", "checkpoint/")
+TIMED = ("time", "timing/", "perf/", "checkpoint/", "rollout/tokens_per_s")
 
 
 def numbers(run: RunDirectory) -> dict[int, dict[str, float]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from dist_lm.config import Config
 from dist_lm.launcher.compose import compose_config
 
+TOKENS_A_SECOND = "tokens/s"
 # randomness and regularisation off, so that the losses of what is compared can be compared
 BASE = (
     "stage=language",
@@ -47,10 +48,13 @@ class Case:
     comparisons: Sequence[Comparison]
     same_losses: frozenset[str]  # ways that have to show the same loss in the first steps
     rounds: int = 15
+    amount: int = 0  # of `unit` that a step does, without the `/s`; 0: its tokens
+    unit: str = TOKENS_A_SECOND
 
     @property
-    def tokens_a_step(self) -> int:
-        return self.config.stage.global_batch * self.config.stage.seq_len
+    def a_step(self) -> int:
+        """What a step does, in `unit` times a second."""
+        return self.amount or self.config.stage.global_batch * self.config.stage.seq_len
 
 
 def configurations(shapes: Sequence[Sequence[str]], overrides: Sequence[str], quick: bool) -> list[Config]:

@@ -11,8 +11,6 @@ from rich.table import Table
 from dist_lm.bench.case import Case, Comparison
 from dist_lm.bench.rounds import spread
 
-TOKENS_A_SECOND = "tokens/s"
-
 
 @dataclass(frozen=True)
 class Record:
@@ -53,12 +51,12 @@ def _record(
     seconds: Mapping[str, Sequence[float]],
     facts: Mapping[str, Mapping[str, float]],
 ) -> Record:
-    measured, _, unit = (comparison.fact or f"speed {TOKENS_A_SECOND}").rpartition(" ")
+    measured, _, unit = (comparison.fact or f"speed {case.unit}").rpartition(" ")
 
     def value_of(way: str) -> float:
         if comparison.fact:
             return facts[way][comparison.fact]
-        return case.tokens_a_step / statistics.median(seconds[way])
+        return case.a_step / statistics.median(seconds[way])
 
     value = value_of(comparison.own)
     peer = value_of(comparison.peer) if comparison.peer else None

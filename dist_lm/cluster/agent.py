@@ -23,6 +23,7 @@ from dist_lm.cluster import link, process
 from dist_lm.cluster.heartbeat import VARIABLE, HeartbeatBoard, Pulse
 from dist_lm.cluster.node_facts import NodeFacts, examine
 from dist_lm.cluster.rank_environment import interface_of, rank_environment
+from dist_lm.cluster.ray_access import access_variables
 from dist_lm.run_directory import RunDirectory
 
 # when a rank fails torchrun asks the others on its node to leave; on NCCL they wait in a collective and do not hear it
@@ -49,6 +50,8 @@ class Assignment:
     mark: str
     directory: Path  # working directory, where it exists on the node
     environment: Mapping[str, str] = field(default_factory=dict)  # over what the node has
+    core_users: int = 0  # processes that share the node's cores; 0: its ranks alone
+    drives_actors: tuple[str, ...] = ()  # the first rank may join Ray: addresses of all nodes of the gang
 
     @property
     def first_rank(self) -> int:
@@ -118,10 +121,12 @@ class NodeAgent:
             mark=assignment.mark,
             logs=assignment.run.logs,
             device=assignment.device,
-            cores_per_rank=process.cores() // assignment.ranks_per_node,
+            cores_per_rank=process.cores() // (assignment.core_users or assignment.ranks_per_node),
             interface=interface_of(assignment.address),
             given=assignment.environment,
         )
+        if assignment.drives_actors and assignment.node == 0:
+            environment |= access_variables(os.environ, _ray_address(), assignment.drives_actors)
         with assignment.run.node_log(assignment.node).open("ab") as log:
             self._torchrun = subprocess.Popen(
                 [*command, *torchrun_arguments(assignment)],
@@ -234,3 +239,10 @@ def torchrun_arguments(assignment: Assignment) -> list[str]:
         *("--master-addr", assignment.master_address, "--master-port", str(assignment.master_port)),
         *("-m", assignment.module, *assignment.arguments),
     ]
+
+
+def _ray_address() -> str:
+    """The head, as this node knows it."""
+    import ray
+
+    return ray.get_runtime_context().gcs_address

@@ -113,6 +113,8 @@ class Gang:
         module: str = "dist_lm.train",
         arguments: tuple[str, ...] | None = None,
         env: Mapping[str, str] | None = None,
+        core_users: int = 0,
+        drives_actors: bool = False,
     ) -> "Gang":
         """Start `ranks_per_node` times `python -m module` on every node of a crew, which is the gang's from here on.
 
@@ -121,6 +123,8 @@ class Gang:
             patience: how long the ranks may be silent.
             arguments: of the module; none: the path of the run directory.
             env: environment variables of the ranks, over those of the nodes (without the nodes' secrets).
+            core_users: processes that share the cores of a node, where there are others beside its ranks.
+            drives_actors: the first rank is told how to join Ray (`ray_access`).
         """
         import ray
         from ray.exceptions import RayError
@@ -148,6 +152,8 @@ class Gang:
                         mark=f"{mark}-{node}",
                         directory=Path.cwd(),
                         environment=dict(env or {}),
+                        core_users=core_users,
+                        drives_actors=tuple(addresses) if drives_actors else (),
                     )
                 )
                 for node, agent in enumerate(agents)

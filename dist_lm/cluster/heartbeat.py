@@ -20,6 +20,7 @@ from dist_lm.training.heartbeat import Heartbeat, Phase, Unheard
 VARIABLE = "DIST_LM_HEARTBEAT"  # environment variable: where the memory of the node's ranks is
 _SLOT = struct.Struct("@qqdd")  # phase, completed steps, time of the beat and median step (s, monotonic clock)
 _STEPS_REMEMBERED = 64
+INSIDE = (Phase.GENERATING, Phase.STEP)  # what comes after the data of a step belongs to it
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class RankHeartbeat:
     def beat(self, phase: Phase, step: int) -> None:
         """See `Heartbeat`; a step lasts from waiting for its data to whatever follows it."""
         now = time.monotonic()
-        if phase is Phase.DATA or (phase is not Phase.STEP and self._step_began is not None):
+        if phase is Phase.DATA or (phase not in INSIDE and self._step_began is not None):
             if self._step_began is not None:
                 self._durations.append(now - self._step_began)
             self._step_began = now if phase is Phase.DATA else None

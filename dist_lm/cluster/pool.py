@@ -9,6 +9,7 @@ prompt, params, seed and weights: an answer that is computed again elsewhere is 
 
 import logging
 import math
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +22,9 @@ from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.pool_ledger import Depth, Ledger, Result
 from dist_lm.cluster.pool_member import Member, MemberLostError, Weights
 from dist_lm.cluster.pool_places import AS_MANY, cores_of, missing_places
-from dist_lm.cluster.ray_cluster import RayCluster
+from dist_lm.cluster.pool_site import Site
+from dist_lm.cluster.ray_cluster import Node, RayCluster
+from dist_lm.cluster.reservations import reserved_by_others
 from dist_lm.config import ModelConfig
 from dist_lm.generation.decoder import check_weights
 from dist_lm.generation.request import Request
@@ -34,6 +37,8 @@ LOOK_EVERY_S = 2.0  # at which nodes there are
 OTHERS_S = 5.0  # for the rest of the actors at the start, once the first one is there
 ENGINEFULS = 2  # with an actor at a time: what it works on, and as much that waits for room
 WINDOW_ENGINEFULS = 8  # of all actors of the start together: on their way, where results are wanted in order
+
+ANYWHERE = Site()
 
 
 class ActorsLostError(NoNodesError):
@@ -51,10 +56,12 @@ class Pool:
         actors: int,
         wanted: Callable[[], bool],
         warn: Callable[[str], None],
+        site: Site,
     ) -> None:
         """See `start`."""
         self._cluster, self._spec, self._weights, self._actors = cluster, spec, weights, actors
-        self._wanted, self._warn = wanted, warn
+        self._wanted, self._warn, self._site = wanted, warn, site
+        self._name = f"pool-{secrets.token_hex(8)}"  # of its reservations
         self._members: dict[int, Member] = {}  # by a number of their own
         self._next_member = 0
         self._looked_at = -math.inf
@@ -73,6 +80,7 @@ class Pool:
         actors: int = AS_MANY,
         wanted: Callable[[], bool] = lambda: True,
         warn: Callable[[str], None] = log.warning,
+        site: Site = ANYWHERE,
     ) -> "Pool":
         """Start actors, and wait for them; of several, for the first one and a moment longer.
 
@@ -84,6 +92,7 @@ class Pool:
             actors: how many; -1: one for each spec.tp GPUs of a node, or one a node without.
             wanted: asked while waiting; once it says no, the pool stops without an error.
             warn: told of actors and nodes that are lost.
+            site: which part of the cluster it may use.
 
         Raises:
             ActorsLostError: there is no free place within cluster.start_timeout_s.
@@ -91,7 +100,7 @@ class Pool:
             UserError: the weights are not this model's, or no node has GPUs for an engine.
         """
         check_tp(spec.model, spec.tp, _most_gpus(cluster) if spec.gpus else None, "parallel.tp")
-        pool = cls(cluster, spec, _put(spec.model, weights, version), actors, wanted, warn)
+        pool = cls(cluster, spec, _put(spec.model, weights, version), actors, wanted, warn, site)
         try:
             pool._await_start()
         except BaseException:
@@ -196,7 +205,7 @@ class Pool:
         if self.members:
             self._without_since = time.monotonic()
         elif time.monotonic() - self._without_since > patience_s:
-            gpus = f" and {self._spec.gpus} GPU of one node" if self._spec.gpus else ""
+            gpus = f" and {self._reserved_gpus} GPU of one node" if self._reserved_gpus else ""
             raise ActorsLostError(
                 f"cluster: no place for a generation actor within {patience_s:g} s: the Ray cluster at "
                 f"{self._cluster.address} has {len(self._cluster.nodes())} nodes; an actor takes one CPU"
@@ -216,11 +225,31 @@ class Pool:
                 self._leave(number, blamed=False)
                 self._members.pop(number).release()
         taken = Counter(member.node.id for member in self._members.values())
-        for node in missing_places(nodes, taken, self._actors, config.nodes, self._spec.gpus):
-            member = Member(self._spec, node, cores_of(node, self._actors, config.nodes, self._spec.gpus))
+        reserved = reserved_by_others(self._name) if self._site.among_others else {}
+        whole = {node.id: node for node in nodes}
+        for node in missing_places(
+            self._site.nodes(nodes, reserved), taken, self._actors, config.nodes, self._reserved_gpus
+        ):
+            member = self._member_on(whole[node.id], taken[node.id])
+            taken[node.id] += 1
             member.start(self._weights)
             self._members[self._next_member] = member
             self._next_member += 1
+
+    @property
+    def _reserved_gpus(self) -> int:
+        """Of an actor, by Ray."""
+        return 0 if self._site.shares_gpus else self._spec.gpus
+
+    def _member_on(self, node: Node, ordinal: int) -> Member:
+        return Member(
+            self._spec,
+            node,
+            cores=self._site.cores(node, cores_of(node, self._actors, self._cluster.config.nodes, self._reserved_gpus)),
+            gpus=self._reserved_gpus,
+            devices=self._site.devices(node, self._spec.gpus, ordinal),
+            name=self._name,
+        )
 
     def _replace(self, number: int, reason: str) -> None:
         """Another actor in the place of one that was lost."""

@@ -50,13 +50,16 @@ class WorkReport:
 class PoolActor:
     """One engine."""
 
-    def __init__(self, spec: EngineSpec, threads: int) -> None:
+    def __init__(self, spec: EngineSpec, threads: int, devices: tuple[int, ...] = ()) -> None:
         """Weights come with `load`.
 
         Args:
             threads: that torch computes with, where the node's environment does not say it (OMP_NUM_THREADS).
+            devices: GPUs of the node that are its own; none: those that Ray has given it.
         """
         die_with_parent()
+        if devices:  # CUDA looks at it when it is first used
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
         given = psutil.Process().environ().get("OMP_NUM_THREADS", "")  # as it began: Ray sets it to 1 later
         threads = int(given) if given.isdigit() and int(given) else threads
         torch.set_num_threads(max(1, threads // spec.tp))  # each process that shares the model takes as many

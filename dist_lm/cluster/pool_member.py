@@ -26,17 +26,27 @@ class Weights:
 class Member:
     """An actor in its place. Ray starts it as soon as the place is free."""
 
-    def __init__(self, spec: EngineSpec, node: Node, cores: int) -> None:
-        """Reserve a place on `node` and ask for an actor there; a bundle takes one CPU, as an agent's does."""
+    def __init__(
+        self, spec: EngineSpec, node: Node, *, cores: int, gpus: int, devices: tuple[int, ...], name: str
+    ) -> None:
+        """Reserve a place on `node` and ask for an actor there; a bundle takes one CPU, as an agent's does.
+
+        Args:
+            cores: that it computes with.
+            gpus: that Ray gives it.
+            devices: GPUs of the node that it uses without Ray's doing.
+            name: of the reservation.
+        """
         from ray.util import placement_group
 
         self.node = node
         self.pid = 0  # of the actor's process, once it is there
         self.version: int | None = None  # of its weights, once they are there
-        self._spec, self._cores = spec, cores
+        self._spec, self._cores, self._gpus, self._devices = spec, cores, gpus, devices
         self._group = placement_group(
-            [{"CPU": 1.0} | ({"GPU": float(spec.gpus)} if spec.gpus else {})],
+            [{"CPU": 1.0} | ({"GPU": float(gpus)} if gpus else {})],
             strategy="SPREAD",
+            name=name,
             bundle_label_selector=[{"ray.io/node-id": node.id}],
         )
         self._actor: Any = None
@@ -64,9 +74,9 @@ class Member:
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        remote = ray.remote(num_cpus=1, num_gpus=self._spec.gpus, max_restarts=0, max_task_retries=0)(PoolActor)
+        remote = ray.remote(num_cpus=1, num_gpus=self._gpus, max_restarts=0, max_task_retries=0)(PoolActor)
         strategy = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=0)
-        self._actor = remote.options(scheduling_strategy=strategy).remote(self._spec, self._cores)
+        self._actor = remote.options(scheduling_strategy=strategy).remote(self._spec, self._cores, self._devices)
         self.version = self._working = None
         self.load(weights)
 

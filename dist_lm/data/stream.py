@@ -127,8 +127,8 @@ class SequenceStream(StepStream):
         pin_memory: bool = False,
         prefetch: int = 2,
     ) -> None:
-        """`mix`: other corpora with their shares of all sequences, `lead`: one that stands in for the first one until so
-        many sequences of the stream have come (`data.mix`). Else as `StepStream`.
+        """`mix`: other corpora with their shares of all sequences, `lead`: one that stands in for the first one in so
+        many sequences of the stream (`data.mix`). Else as `StepStream`.
 
         Raises `ConfigError` for a batch that does not divide over the ranks, `ArtefactError` for a corpus that fills no
         sequence.

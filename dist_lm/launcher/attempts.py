@@ -8,6 +8,7 @@ from dist_lm.cluster.failure import GangFailure
 from dist_lm.cluster.gang import Gang, GangStatus
 from dist_lm.cluster.hang import Patience
 from dist_lm.cluster.journal import Journal
+from dist_lm.cluster.pool_room import core_users
 from dist_lm.cluster.recruit import Crew
 from dist_lm.config import ClusterConfig, Config
 from dist_lm.config_file import save_config
@@ -77,12 +78,22 @@ class Attempts:
         patience = Patience(self._config.hang_steps, self._config.hang_min_s, self._config.hang_otherwise_s)
         try:
             gang = Gang.start(
-                crew, self._run, ranks_per_node=self.ranks_per_node, device=self._device, patience=patience
+                crew,
+                self._run,
+                ranks_per_node=self.ranks_per_node,
+                device=self._device,
+                patience=patience,
+                core_users=self._core_users(config, len(nodes)),
+                drives_actors=bool(config.pool and config.pool.actors),
             )
         except GangFailure as failure:
             return Outcome(GangStatus("failed", failure), start)
         with gang:
             return self._follow(gang, crew, start)
+
+    def _core_users(self, config: Config, nodes: int) -> int:
+        gpus = self.ranks_per_node if self._device == "cuda" else 0
+        return core_users(config.pool, nodes, self.ranks_per_node, gpus) if config.pool else 0
 
     def _follow(self, gang: Gang, crew: Crew, start: int) -> Outcome:
         """Show what the ranks write until they are gone; pass a stop on once, and insist after a while."""

@@ -25,6 +25,7 @@ from dist_lm.generate_config import schema_of
 from dist_lm.stages.registry import STAGES
 
 PIPELINE = "pipeline"
+OWN_GROUPS = ("stage.", "rlhf.")  # keys of the stage asked for, and of no other
 GROUPS = ("model", "parallel", "hardware", "stage", "corpus", "cluster", "tracking", "experiment")
 
 
@@ -80,7 +81,7 @@ def overrides_of(stage: str, target: str, overrides: Sequence[str]) -> list[str]
                 mine.append(f"stage.{match.group(2)}")
         elif override.startswith("stage="):
             continue
-        elif stage == target or not override.startswith("stage."):
+        elif stage == target or not override.startswith(OWN_GROUPS):
             mine.append(override)
     return [f"stage={stage}", *mine]
 

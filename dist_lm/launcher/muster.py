@@ -27,7 +27,8 @@ class NodesLostError(ClusterError):
 def demands_of(config: Config, gpus_per_node: int) -> Demands:
     """What a node must have for this run."""
     least = math.ceil(config.cluster.min_free_gib * GIB)
-    checkpoint = parameter_count(config.model) * BYTES_PER_PARAMETER if config.stage.checkpoint_every else 0
+    checkpoint = parameter_count(config.model) * config.trained_models * BYTES_PER_PARAMETER
+    checkpoint = checkpoint if config.stage.checkpoint_every else 0
     return Demands(
         gpus=gpus_per_node,
         free_bytes=least + checkpoint,

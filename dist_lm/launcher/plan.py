@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -13,6 +13,7 @@ from dist_lm.config_file import load_config
 from dist_lm.data.prompts import find_prompts
 from dist_lm.errors import ConfigError
 from dist_lm.generate_config import GenerateRunConfig
+from dist_lm.rlhf_run_config import RlhfRunConfig, with_reward_run
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.stages.registry import STAGES, StageInfo
 from dist_lm.tracking.readable import counted
@@ -47,6 +48,11 @@ FREE_KEYS = (
     "stage.log_every",
     "stage.max_nonfinite_steps",
     "stage.actors",
+    "rlhf.reward_model",
+    "rlhf.pool.",
+    "rlhf.micro_batch_tokens",
+    "rlhf.table_rollouts",
+    "rlhf.max_nonfinite_updates",
     "stage.max_sequences",
 )
 SHARDS, RANKINGS = "shards", "rankings"
@@ -95,12 +101,14 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
         ArtefactError: something there belongs to something else.
     """
     # a start that was given makes the stage before unnecessary
-    start_given = STAGES[target].starts_from is not None and compose(target).stage.init_from != "auto"
-    needed = in_order(target, without=STAGES[target].starts_from if start_given else None)
+    asked = compose(target)
+    start_given = STAGES[target].starts_from is not None and asked.stage.init_from != "auto"
+    needed = in_order(target, without=STAGES[target].starts_from if start_given else None, spared=asked.not_needed)
     configs = {name: compose(name) for name in needed}
     if target != RANKINGS and RANKINGS in configs:
         configs[RANKINGS] = for_readers(
-            configs[RANKINGS], [c for n, c in configs.items() if RANKINGS in STAGES[n].needs]
+            configs[RANKINGS],
+            [c for n, c in configs.items() if RANKINGS in STAGES[n].needs and RANKINGS not in c.not_needed],
         )
     if target != SHARDS and SHARDS in configs:
         configs[SHARDS] = for_stages(configs[SHARDS], list(configs.values()))
@@ -135,13 +143,17 @@ def for_readers(rankings: Config, readers: Sequence[Config]) -> Config:
     return replace(rankings, stage=replace(rankings.stage, corpora=corpora, init_from=readers[0].stage.init_from))
 
 
-def in_order(target: str, without: str | None = None) -> list[str]:
-    """`target` and every stage it needs (apart from `without`), each after those it needs itself."""
+def in_order(target: str, without: str | None = None, spared: Collection[str] = ()) -> list[str]:
+    """`target` and every stage it needs (apart from `without`), each after those it needs itself.
+
+    Args:
+        spared: what `target` itself does not need, as it is configured; stages before it may.
+    """
     order: list[str] = []
 
     def visit(name: str) -> None:
         for need in STAGES[name].needs:
-            if need != without:
+            if need != without and not (name == target and need in spared):
                 visit(need)
         if name not in order:
             order.append(name)
@@ -164,6 +176,8 @@ def _look_at(info: StageInfo, config: Config, rebuilt: set[str], is_target: bool
 def _look_at_run(info: StageInfo, config: Config, rebuilt: set[str], is_target: bool) -> PlannedStage:
     run = run_of(config)
     config = replace(config, stage=replace(config.stage, init_from=_starting_point(info, config)))
+    if isinstance(config, RlhfRunConfig):
+        config = with_reward_run(config)
     if run.config.exists() and has_output(run):
         # of a finished earlier stage only its weights are used, however they were trained
         keys = "" if is_target or not run.result.exists() else "model."

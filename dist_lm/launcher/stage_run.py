@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 
 from dist_lm.cluster.failure import NODE_LOST, GangFailure
 from dist_lm.cluster.gang import GangStatus
+from dist_lm.cluster.pool_room import ranks_beside
 from dist_lm.cluster.ranks import ranks_per_node
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config import ClusterConfig, Config, require
@@ -205,7 +206,10 @@ def device_and_ranks(config: Config, cluster: RayCluster) -> tuple[str, int]:
     found = [node.gpus for node in cluster.nodes() if node.gpus and config.device != "cpu"]
     gpus = statistics.mode(found) if found else 0  # a node that has fewer is left out
     require(gpus > 0 or config.device != "cuda", "device", config.device, "cpu or auto: the cluster has no GPU")
-    return ("cuda" if config.device == "cuda" or gpus else "cpu"), ranks_per_node(config.cluster, gpus)
+    device = "cuda" if config.device == "cuda" or gpus else "cpu"
+    if config.pool:
+        return device, ranks_beside(config.pool, config.cluster, cluster.nodes(), gpus)
+    return device, ranks_per_node(config.cluster, gpus)
 
 
 def start_wandb(config: Config, run: RunDirectory, console: Console) -> WandbRun | None:

@@ -5,6 +5,7 @@ import json
 from dist_lm.json_lines import json_lines
 from dist_lm.launcher.plan import Plan, PlannedStage, run_of
 from dist_lm.launcher.reward_summary import print_agreement, reward_entries
+from dist_lm.launcher.rlhf_summary import is_rlhf, print_rlhf
 from dist_lm.launcher.tools_summary import print_tools, tool_entries
 from dist_lm.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
@@ -24,6 +25,9 @@ def print_summary(plan: Plan, console: Console) -> None:
         return
     run = run_of(stage.config)
     result = json.loads(run.result.read_text())
+    if is_rlhf(result):
+        print_rlhf(result, run, console)
+        return
     print_compression(result, stage, console)
     print_before_and_after(result, console)
     print_tools(result, console)

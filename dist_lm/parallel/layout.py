@@ -99,6 +99,8 @@ def check_batch(config: Config, layout: Layout) -> None:
     Raises:
         ConfigError: names the key and the nearest values that work.
     """
+    if not config.takes_sequences:
+        return
     batch, seq_len = config.stage.global_batch, config.stage.seq_len
     if batch % layout.dp:
         near = _nearest(batch, layout.dp)

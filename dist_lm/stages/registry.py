@@ -18,6 +18,7 @@ class StageInfo:
     starts_from: str | None = None  # stage whose checkpoint it starts from, or asks for samples
     generates: bool = False  # runs on a pool of engines
     in_pipeline: bool = True  # `stage=pipeline` may end with it
+    program: str = "dist_lm.rank_program"  # module whose `run_rank` is what each of its ranks does
 
 
 # in the order of the pipeline
@@ -32,6 +33,14 @@ STAGES = {
         # rankings may be of that stage's own samples; not in the pipeline's end until stage rlhf is
         StageInfo("rankings", trains=False, needs=("shards", "tools"), starts_from="tools", in_pipeline=False),
         StageInfo("reward", trains=True, needs=("rankings", "tools"), starts_from="tools", in_pipeline=False),
+        StageInfo(
+            "rlhf",
+            trains=True,
+            needs=("rankings", "tools", "reward"),
+            starts_from="tools",
+            in_pipeline=False,
+            program="dist_lm.rlhf_run.program",
+        ),
         # takes the newest checkpoint there is, and trains none
         StageInfo("generate", trains=False, needs=(), generates=True, in_pipeline=False),
     )

@@ -145,6 +145,8 @@ class TrainingProgress:
             ("train/loss", "loss {:.3f}"),
             ("val/bits_per_byte", "val {:.3f} bits/byte"),
             ("reward/accuracy", "val accuracy {:.3f}"),
+            ("rlhf/reward_mean", "reward {:.3f}"),
+            ("rlhf/kl", "kl {:.3f}"),
             ("perf/tokens_per_s", "{:,.0f} tokens/s"),
         ):
             if name in self._values:

@@ -6,9 +6,10 @@ Nothing is pickled.
 
 import logging
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -39,18 +40,32 @@ class CheckpointWriteError(UserError):
     """A checkpoint could not be written; the ones before are untouched."""
 
 
+@dataclass(frozen=True)
+class Companion:
+    """A model that is trained beside the one that a checkpoint is named after: a critic."""
+
+    prefix: str  # before the names of its tensors: `value.`
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    config: ModelConfig
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As `tensors_of`."""
+        return tensors_of(self.model, self.optimizer, self.config, self.prefix)
+
+
 def tensors_of(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, model_config: ModelConfig
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, model_config: ModelConfig, prefix: str = ""
 ) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint by its name there, of logical shape; loading writes into these very tensors."""
     shapes = parameter_shapes(model_config)
     tensors = {
-        f"{files.MODEL}{name}": logical(parameter.detach(), shapes[name])
+        f"{prefix}{files.MODEL}{name}": logical(parameter.detach(), shapes[name])
         for name, parameter in model.named_parameters()
     }
     if optimizer is not None:
         for name, value in named_state(model, optimizer):
-            tensors[f"{files.OPTIMIZER}{name}"] = logical(value, shapes[name.rpartition(".")[0]])
+            tensors[f"{prefix}{files.OPTIMIZER}{name}"] = logical(value, shapes[name.rpartition(".")[0]])
     return tensors
 
 
@@ -62,12 +77,14 @@ def write(
     world: World,
     group: dist.ProcessGroup | None = None,
     keep: int = 0,
+    attached: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Path:
     """Write `tensors` as the checkpoint of `state.step`, point LATEST and BEST, drop old ones (collective).
 
     Args:
         group: all ranks, with a CPU backend; none: the default group.
         keep: newest checkpoints kept; 0: all.
+        attached: files of the stage's own by name, with their contents; the first rank's are written.
 
     Raises:
         CheckpointWriteError: on every rank, when any rank could not write.
@@ -83,7 +100,7 @@ def write(
     if world.is_first and not outcome[0]:
         try:
             digests = {name: digest for part, _ in gathered for name, digest in part.items()}
-            _finish(temporary, target, digests, state, model_config)
+            _finish(temporary, target, digests, state, model_config, attached)
         except OSError as error:
             outcome = [str(error)]
     dist.broadcast_object_list(outcome, group=group)
@@ -135,7 +152,15 @@ def file_numbers(tensors: dict[str, torch.Tensor], file_bytes: int) -> dict[str,
     return numbers
 
 
-def _finish(temporary: Path, target: Path, digests: dict[str, str], state: TrainState, config: ModelConfig) -> None:
+def _finish(
+    temporary: Path,
+    target: Path,
+    digests: dict[str, str],
+    state: TrainState,
+    config: ModelConfig,
+    attached: Mapping[str, bytes],
+) -> None:
+    digests |= files.attach(temporary, attached)
     files.write_state(temporary, state, asdict(config))
     digests[files.STATE] = durable.sha256_of(temporary / files.STATE)
     files.write_manifest(temporary, digests)
@@ -151,18 +176,23 @@ def load(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     model_config: ModelConfig,
+    companions: Sequence[Companion] = (),
 ) -> TrainState:
     """Fill `model` (and `optimizer`, unless None) from a checkpoint written at any layout (collective).
+
+    Args:
+        companions: filled too.
 
     Raises:
         ArtefactError: it belongs to another model; the message names the keys that differ.
     """
     state, saved_model = files.read_state(checkpoint)
     files.check_same_model(checkpoint, saved_model, model_config)
-    tensors = tensors_of(model, optimizer, model_config)
-    read(checkpoint, tensors)
-    if optimizer is not None:
-        moved = [value for name, value in tensors.items() if name.endswith(".step")]
+    own = tensors_of(model, optimizer, model_config)
+    parts = [own, *(companion.tensors() for companion in companions)]
+    read(checkpoint, {name: tensor for part in parts for name, tensor in part.items()})
+    for part in parts:
+        moved = [value for name, value in part.items() if name.endswith(".step")]
         assert all(float(value) == float(moved[0]) for value in moved), "optimizer step counters disagree"
     return state
 

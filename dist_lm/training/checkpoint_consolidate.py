@@ -33,7 +33,7 @@ def consolidate(path: Path, output: Path, with_optimizer: bool = False) -> int:
     for name, tensor in stored_tensors(directory).items():
         if name.startswith(files.MODEL):
             tensors[name.removeprefix(files.MODEL)] = tensor
-        elif with_optimizer:
+        elif with_optimizer and name.startswith(files.OPTIMIZER):
             tensors[name] = tensor
     state, model = files.read_state(directory)
     metadata = {"format": "pt", "step": str(state.step), "tokens": str(state.tokens), "model": json.dumps(model)}

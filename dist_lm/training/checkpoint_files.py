@@ -1,7 +1,8 @@
 """A checkpoint as files: names, manifest, pointers, retention. No tensors here.
 
     checkpoints/
-      step_00000100/  shard-*.safetensors  state.json  manifest.json (last: sizes and SHA-256 of the others)
+      step_00000100/  shard-*.safetensors  state.json  stage/... (what a stage attaches)
+                      manifest.json (last: sizes and SHA-256 of the others)
       LATEST BEST     the name of one of them
 
 A checkpoint is written under a name that starts with a dot, made durable, renamed, then pointed at: what has a plain
@@ -11,7 +12,7 @@ name is whole, and what is damaged later is found by its manifest.
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 LATEST, BEST = "LATEST", "BEST"
 STATE, MANIFEST = "state.json", "manifest.json"
+STAGE = "stage"  # folder of what a stage attaches: apart, for files with tensors are read as parts of the models
 TENSORS = ".safetensors"  # what a file with tensors ends in
 MODEL, OPTIMIZER = "model.", "optimizer."  # what names of tensors begin with
 FORMAT = 1
@@ -69,6 +71,33 @@ def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:
         return TrainState(**content["state"]), content["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"checkpoint {directory}: {STATE} cannot be read ({error})") from error
+
+
+def attach(directory: Path, contents: Mapping[str, bytes]) -> dict[str, str]:
+    """Write files of the stage's own, durably; SHA-256 by name, for the manifest."""
+    digests = {}
+    if contents:
+        (directory / STAGE).mkdir()
+    for name, content in contents.items():
+        path = directory / STAGE / name
+        path.write_bytes(content)
+        durable.fsync_file(path)
+        digests[f"{STAGE}/{name}"] = durable.sha256_of(path)
+    if contents:
+        durable.fsync_directory(directory / STAGE)
+    return digests
+
+
+def read_attached(directory: Path, name: str) -> bytes:
+    """What a stage attached under `name`.
+
+    Raises:
+        ArtefactError: it is not there.
+    """
+    try:
+        return (directory / STAGE / name).read_bytes()
+    except OSError as error:
+        raise ArtefactError(f"checkpoint {directory}: {STAGE}/{name} cannot be read ({error.strerror})") from error
 
 
 def write_manifest(directory: Path, sha256: dict[str, str]) -> None:

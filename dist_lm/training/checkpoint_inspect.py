@@ -48,8 +48,8 @@ def pointers(directory: Path) -> list[str]:
 
 def group_of(name: str) -> str:
     """The row of a tensor: layers are taken together, and all of an optimizer's tensors of one kind."""
-    if name.startswith(files.OPTIMIZER):
-        return f"{files.OPTIMIZER}*.{name.rpartition('.')[2]}"
+    if found := re.match(rf"(\w+\.)?{re.escape(files.OPTIMIZER)}", name):
+        return f"{found.group()}*.{name.rpartition('.')[2]}"
     return re.sub(r"\.\d+\.", ".*.", name)
 
 
@@ -86,8 +86,7 @@ def _file_table(directory: Path, tensors: Iterable[StoredTensor]) -> Table:
     table = Table("file", title="Files", title_justify="left")
     table.add_column("parts of tensors", justify="right")
     table.add_column("size", justify="right")
-    for file in sorted(directory.iterdir()):
-        table.add_row(
-            Text(file.name), f"{parts[file.name]:,}" if parts[file.name] else "", decimal(file.stat().st_size)
-        )
+    for file in sorted(path for path in directory.rglob("*") if path.is_file()):
+        name = str(file.relative_to(directory))
+        table.add_row(Text(name), f"{parts[name]:,}" if parts[name] else "", decimal(file.stat().st_size))
     return table

@@ -6,9 +6,10 @@ failure, when they next save or wait.
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from dist_lm.config import ModelConfig
 from dist_lm.parallel.mesh import World
 from dist_lm.training import checkpoint
+from dist_lm.training.checkpoint import Companion
 from dist_lm.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -72,8 +74,19 @@ class CheckpointSaver:
         self.thread.shutdown(wait=error is None)
         self.stager.close()
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: TrainState,
+        companions: Sequence[Companion] = (),
+        attached: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> None:
         """Save `state` and the tensors as they are now (collective), after the save before is done.
+
+        Args:
+            companions: models that are saved with it.
+            attached: files of the stage's own; the first rank's are written.
 
         Raises:
             CheckpointWriteError: on every rank, when the save before could not be written (or this one, if not beside
@@ -81,10 +94,12 @@ class CheckpointSaver:
         """
         self.wait()
         tensors = checkpoint.tensors_of(model, optimizer, self.model_config)
+        for companion in companions:
+            tensors |= companion.tensors()
         if self.beside_training:
             tensors = self.stager.stage(tensors)
             assert isinstance(tensors, dict), "staged at once"
-        self.in_flight = self.thread.submit(self._write, tensors, state)
+        self.in_flight = self.thread.submit(self._write, tensors, state, attached)
         if not self.beside_training:
             self.wait()
 
@@ -98,10 +113,17 @@ class CheckpointSaver:
         if in_flight is not None:
             in_flight.result()
 
-    def _write(self, tensors: dict[str, torch.Tensor], state: TrainState) -> Path:
+    def _write(self, tensors: dict[str, torch.Tensor], state: TrainState, attached: Mapping[str, bytes]) -> Path:
         started = time.perf_counter()
         path = checkpoint.write(
-            self.checkpoints, tensors, state, self.model_config, self.world, group=self.group, keep=self.keep
+            self.checkpoints,
+            tensors,
+            state,
+            self.model_config,
+            self.world,
+            group=self.group,
+            keep=self.keep,
+            attached=attached,
         )
         log.info("%s written in %.1f s", path.name, time.perf_counter() - started)
         return path

@@ -11,10 +11,11 @@ class Phase(IntEnum):
     LINKS = 1  # the first collectives
     LOADING = 2  # building the model, reading a checkpoint
     DATA = 3  # waiting for the batch of a step
-    STEP = 4  # forward, backward, update
-    EVALUATING = 5
-    SAVING = 6
-    CLOSING = 7  # the report at the end of a stage
+    GENERATING = 4  # the answers that a step learns from are being written
+    STEP = 5  # forward, backward, update
+    EVALUATING = 6
+    SAVING = 7
+    CLOSING = 8  # the report at the end of a stage
 
     @property
     def words(self) -> str:
@@ -24,6 +25,7 @@ class Phase(IntEnum):
             Phase.LINKS: "in its first collective",
             Phase.LOADING: "loading",
             Phase.DATA: "waiting for data",
+            Phase.GENERATING: "generating",
             Phase.STEP: "in a step",
             Phase.EVALUATING: "evaluating",
             Phase.SAVING: "saving",

@@ -44,7 +44,7 @@ def test_mixed_lengths_add_up_to_what_the_case_counts():
     mixed = generate.cases((), quick=False)[-2]
     lengths = generate.new_tokens(mixed.config)
     assert (min(lengths), max(lengths), len(lengths)) == (16, 512, 64)
-    assert sum(lengths) == mixed.tokens_a_step
+    assert sum(lengths) == mixed.a_step
 
 
 def test_a_peer_that_is_not_installed_is_named_without_a_figure(monkeypatch):

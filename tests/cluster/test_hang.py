@@ -26,6 +26,7 @@ def pulses(*changes: dict) -> list[Pulse]:
         (replace(STEP, median_step_s=0.1), 10.0),  # fast steps: the least
         (replace(STEP, median_step_s=0.0), 1000.0),  # the first step may compile
         (replace(STEP, phase=Phase.EVALUATING), 1000.0),
+        (replace(STEP, phase=Phase.GENERATING), 1000.0),  # as long as the longest answer takes
         (replace(STEP, phase=Phase.STARTING, median_step_s=0.0), 1000.0),
     ],
 )

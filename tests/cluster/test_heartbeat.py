@@ -47,7 +47,11 @@ def test_a_step_lasts_until_what_follows_it(monkeypatch: pytest.MonkeyPatch):
     at(7, Phase.STEP, 1)
     assert at(9, Phase.EVALUATING, 2) == 4  # of 5 and 3
     assert at(500, Phase.SAVING, 2) == 4  # the evaluation is no step
-    assert at(900, Phase.DATA, 2) == 4
+    assert at(600, Phase.DATA, 2) == 4
+    at(601, Phase.GENERATING, 2)
+    at(602, Phase.STEP, 2)
+    assert at(605, Phase.SAVING, 3) == 5  # of 5, 3 and 5: what is generated for a step belongs to it
+    assert at(900, Phase.DATA, 3) == 5
     now[0] += 7
     assert board.read(0, {})[0].age_s == 7
 

@@ -220,3 +220,30 @@ def test_rankings_are_of_the_model_that_a_reward_model_is_told_to_start_from(wor
     assert {stage.config.stage.init_from for stage in plan.stages[-2:]} == {str(run.path)}
     with pytest.raises(ArtefactError, match=r"model\.d_ff=120 \(checkpoint: 80\)"):
         plan_of(work, f"stage.init_from={run.path}", "model.d_ff=120", target="reward")
+
+
+RULES_ONLY = (
+    "stage.corpus=tools",
+    "rlhf.rewards.preference.weight=0",
+    "rlhf.rewards={size: {kind: length, target: 9}}",
+)
+
+
+def test_rlhf_needs_rankings_and_a_reward_model_only_where_it_asks_them(work):
+    asking = plan_of(work, target="rlhf")
+    assert list(actions(asking))[-4:] == ["tools", "rankings", "reward", "rlhf"]
+    assert asking.stages[-1].config.rlhf.reward_model == str((work.run("reward", "default").path).resolve())
+    ruled = plan_of(work, *RULES_ONLY, target="rlhf")
+    assert not {"rankings", "reward"} & actions(ruled).keys()
+    given = plan_of(work, "rlhf.reward_model=/elsewhere", target="rlhf")
+    assert "reward" not in actions(given)
+    assert "rankings" in actions(given)  # its prompts
+
+
+def test_keys_of_rlhf_belong_to_that_stage_alone(work):
+    plan = plan_of(work, *RULES_ONLY, "rlhf.prompts=5", target="rlhf")
+    assert plan.stages[-1].config.rlhf.prompts == 5
+    with pytest.raises(ConfigError, match=r"^rlhf\.prompts=5: no such key"):
+        plan_of(work, "rlhf.prompts=5", target="code")
+    with pytest.raises(ConfigError, match=r"^rlhf\.rewards=\{\}: expected at least one part$"):
+        plan_of(work, "rlhf.rewards.preference.weight=0", target="rlhf")

@@ -1,4 +1,4 @@
-"""Generated conversations (`dist_lm.tool_data`): about tools, whose groups keep those of val out of train, and drills."""
+"""Generated conversations (`dist_lm.tool_data`): about tools, whose groups keep those of val out of train; drills."""
 
 from collections.abc import Iterator
 

@@ -1,0 +1,153 @@
+"""Rollouts a second that PPO takes in: our learner with its pool of Ray actors, against TRL and a bare loop.
+
+A toy of two layers; every way draws 64 completions of 16 tokens with the policy, asks a frozen reference and a reward
+model of the policy's shape, and makes four passes of updates of policy and critic. Peers are not installed by default:
+one that is missing is named without a figure.
+
+The second case: drawing beside the updates (rlhf.max_staleness=1), learner and actor on a core each, against drawing
+first and updating then, where both take equally long.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+
+from dist_lm.bench.case import Case, Comparison, CrewSize, configurations
+from dist_lm.bench.rlhf_peers import BareLoop, Peer, Trl
+from dist_lm.bench.rlhf_toy import ITERATIONS, PROMPTS, ToyPpo, balanced_tokens, made_up_prompts
+from dist_lm.bench.trial import Trial
+from dist_lm.cluster.pool import Pool
+from dist_lm.cluster.pool_actor import EngineSpec
+from dist_lm.cluster.pool_rollouts import PoolRollouts
+from dist_lm.cluster.ray_cluster import connect
+from dist_lm.config import ClusterConfig, Config
+from dist_lm.parallel.mesh import World
+
+OURS, ONE_PROCESS = "our learner and pool", "the same in one process"
+TOGETHER, IN_TURNS = "drawing beside updates", "drawing, then updates"
+PEERS: dict[str, type[Peer]] = {"TRL": Trl, "bare loop over transformers": BareLoop}
+SHAPE = (
+    *("model=nano", "model.d_model=64", "model.n_layers=2", "model.n_heads=4", "model.d_ff=256"),
+    *("model.vocab_size=64", "model.max_seq_len=128", "model.tie_embeddings=false", "model.init_std=0.05"),
+    *(f"stage.global_batch={PROMPTS}", "stage.seq_len=16"),
+)
+THREADS = 2
+ROUNDS = 7
+SAMPLES = "samples/s"
+
+
+def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
+    """Against peers, then drawing beside updates; with overrides the first one with another model or batch."""
+    config = configurations([(*SHAPE, *overrides)], (), quick)[0]
+    found = [peers_case(config)]
+    return found if overrides or quick else [*found, staleness_case(config)]
+
+
+def peers_case(config: Config) -> Case:
+    """Every way on two threads, in turns."""
+    crew = CrewSize(1, THREADS)
+    absent = {name: reason for name, peer in PEERS.items() if (reason := _why_not(peer))}
+    model, stage = config.model, config.stage
+    return Case(
+        name=f"PPO, {model.d_model} x {model.n_layers} layers, {stage.global_batch} x {stage.seq_len} new tokens",
+        config=config,
+        ways=dict.fromkeys([OURS, ONE_PROCESS, *(name for name in PEERS if name not in absent)], crew),
+        comparisons=[
+            Comparison(
+                own=OURS,
+                peer=None if name in absent else name,
+                peer_name=f"{name}: {absent[name]}" if name in absent else name,
+                ceiling=ONE_PROCESS,
+            )
+            for name in PEERS
+        ],
+        same_losses=frozenset(),
+        rounds=ROUNDS,
+        amount=ITERATIONS * stage.global_batch,
+        unit=SAMPLES,
+    )
+
+
+def staleness_case(config: Config) -> Case:
+    """A core for the learner, a core for the actor."""
+    crew = CrewSize(1, 1)
+    return Case(
+        name="drawing and updates of equal length, a core each",
+        config=config,
+        ways={TOGETHER: crew, IN_TURNS: crew},
+        comparisons=[
+            Comparison(own=TOGETHER, peer=IN_TURNS),
+            Comparison(own=IN_TURNS, peer_name="-", fact="drawing share_of_time"),
+        ],
+        same_losses=frozenset(),
+        rounds=ROUNDS,
+        amount=ITERATIONS * config.stage.global_batch,
+        unit=SAMPLES,
+    )
+
+
+def _why_not(peer: type[Peer]) -> str | None:
+    missing = [package for package in peer.packages if not importlib.util.find_spec(package)]
+    return f"{', '.join(missing)} not installed" if missing else None
+
+
+@dataclass
+class _Held:
+    """A pool that lives as long as this process."""
+
+    stack: ExitStack
+    pool: Pool | None = None
+
+
+_held = _Held(ExitStack())
+
+
+def build(way: str, config: Config, world: World) -> Trial:
+    """One way of doing some iterations, in one process."""
+    if way in PEERS:
+        peer = PEERS[way](config, made_up_prompts(config))
+        return Trial(peer.run, losses=list)
+    if way == ONE_PROCESS:
+        toy = ToyPpo(config, world, None)
+        return Trial(toy.run, losses=list)
+    if way == OURS:
+        toy = ToyPpo(config, world, _pool(config))
+        return Trial(toy.run, losses=list)
+    source = _pool(config)
+    _pin(source)
+    new_tokens = balanced_tokens(config, world, source)
+    own = replace(config, stage=replace(config.stage, seq_len=new_tokens))
+    toy = ToyPpo(own, world, source, staleness=int(way == TOGETHER))
+    return Trial(toy.run, facts=_share_of(toy), losses=list)
+
+
+def _pool(config: Config) -> PoolRollouts:
+    """The one pool of this process: one actor, with as many threads as this process has."""
+    if _held.pool is None:
+        cluster = _held.stack.enter_context(connect(ClusterConfig(name="local", connect_timeout_s=120.0)))
+        spec = EngineSpec(config.model, ToyPpo.options(config), eot_id=0)
+        _held.pool = _held.stack.enter_context(Pool.start(cluster, spec, ToyPpo.weights(config), actors=1))
+    return PoolRollouts(_held.pool)
+
+
+def _pin(source: PoolRollouts) -> None:
+    """This process on the first of its cores, the actor on the last."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if len(cores) > 1:
+        (member,) = source.pool.members
+        psutil.Process(member.pid).cpu_affinity([cores[-1]])
+        psutil.Process().cpu_affinity([cores[0]])
+        torch.set_num_threads(1)
+
+
+def _share_of(toy: ToyPpo) -> Callable[[], dict[str, float]]:
+    def facts() -> dict[str, float]:
+        toy.run()
+        return {"drawing share_of_time": toy.drawing_s / toy.iteration_s}
+
+    return facts

@@ -1,0 +1,94 @@
+"""Stage `rlhf`: reads prompts, the tools checkpoint and a reward model; leaves a policy that earns more reward.
+
+Prompts are the beginnings of a corpus' conversations or rankings, up to where the assistant is to write, or a person's
+own requests. Those of val (of a file: one in `HELD_OUT_OF`) are for the win rate alone.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from dist_lm.chat.errors import ChatError
+from dist_lm.chat.messages import Conversation, Message
+from dist_lm.chat.template import prompt as rendered
+from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.prompts import find_prompts, read_prompts
+from dist_lm.errors import ArtefactError
+from dist_lm.rlhf_run_config import RlhfRunConfig
+from dist_lm.run_directory import RunDirectory
+from dist_lm.tokenizer.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+HELD_OUT_OF = 16
+
+Prompts = list[Sequence[int]]
+
+
+def read_all(config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> tuple[Prompts, Prompts]:
+    """(prompts, held-out prompts) as tokens; those that leave no room for an answer are left out, loudly.
+
+    Raises:
+        ArtefactError, ConfigError: there are none.
+    """
+    group = config.rlhf
+    if group.prompts_from:
+        train, held_out = _split(_of_files(group.prompts_from, tokenizer), bool(group.held_out_from))
+    else:
+        train, held_out = (_of_corpus(run.work.corpus(config.stage.corpus), split) for split in ("train", "val"))
+    if group.held_out_from:
+        held_out = _of_files(group.held_out_from, tokenizer)
+    room = config.model.max_seq_len - group.max_new_tokens
+    kept = [prompt for prompt in train if len(prompt) <= room]
+    if len(kept) < len(train):
+        log.warning(
+            "%d of %d prompts have over %d tokens (model.max_seq_len=%d less rlhf.max_new_tokens=%d) and are left out",
+            *(len(train) - len(kept), len(train), room, config.model.max_seq_len, group.max_new_tokens),
+        )
+    if not kept:
+        raise ArtefactError(f"stage rlhf: none of {len(train)} prompts has at most {room} tokens; shorten them")
+    return kept, [prompt for prompt in held_out if len(prompt) <= room][: group.held_out_prompts]
+
+
+def _of_corpus(directory: Path, split: str) -> Prompts:
+    """What stands before the first token that the assistant wrote: in a ranking before its completions."""
+    corpus = MappedCorpus.open(directory, split)
+    if not corpus.has_mask:
+        raise ArtefactError(
+            f"corpus {directory}: expected conversations or rankings, whose prompts are gone on with: choose another "
+            "stage.corpus, or give rlhf.prompts_from=FILE"
+        )
+    found: dict[tuple[int, ...], None] = {}
+    for document in range(corpus.n_documents):
+        length = int(corpus.lengths[document])
+        begins = int(corpus.mask(document, 0, length).argmax())
+        found[tuple(corpus.tokens(document, 0, begins).tolist())] = None
+    return [list(prompt) for prompt in found if prompt]  # each once: several rankings may have the same one
+
+
+def _of_files(where: str, tokenizer: Tokenizer) -> Prompts:
+    found = []
+    for prompt in read_prompts(find_prompts(where)):
+        if prompt.error:
+            raise ArtefactError(prompt.error)
+        try:
+            found.append(rendered(Conversation((Message("user", prompt.text),)), tokenizer))
+        except ChatError as error:
+            raise ArtefactError(f"prompt {prompt.id} of {where}: {error}") from error
+    return found
+
+
+def _split(prompts: Prompts, all_for_training: bool) -> tuple[Prompts, Prompts]:
+    if all_for_training:
+        return prompts, []
+    held_out = [_is_held_out(prompt) for prompt in prompts]
+    return list(_where(prompts, (not one for one in held_out))), list(_where(prompts, held_out))
+
+
+def _where(prompts: Prompts, chosen: Iterable[bool]) -> Iterator[Sequence[int]]:
+    return (prompt for prompt, keep in zip(prompts, chosen, strict=True) if keep)
+
+
+def _is_held_out(prompt: Sequence[int]) -> bool:
+    return hashlib.sha256(repr(list(prompt)).encode()).digest()[0] % HELD_OUT_OF == 0

@@ -1,0 +1,224 @@
+"""Stage rlhf as its users meet it: the same numbers whoever draws the rollouts, and after any kill."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dist_lm.config_file import save_config
+from dist_lm.generation.load import load_model
+from dist_lm.launcher.compose import compose_config
+from dist_lm.rlhf_run_config import RlhfRunConfig, with_reward_run
+from dist_lm.run_directory import RunDirectory, WorkDirectory
+from dist_lm.training import checkpoint_files
+from tests.cluster.launched import assert_gone, family, ranks_on, steps_of, wait_until
+from tests.cluster.launched import finish as finish_launch
+from tests.conftest import TINY
+from tests.training_run import DEADLINE_S, copy_until, linked, numbers, train, write_untrained
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+ITERATIONS = 6
+SETTINGS = (
+    "stage=rlhf",
+    *TINY,
+    "stage.corpus=tools",
+    f"stage.steps={ITERATIONS}",
+    "stage.checkpoint_every=2",
+    "stage.eval_every=3",
+    "stage.keep_checkpoints=9",
+    "cluster.connect_timeout_s=120",
+    "rlhf.prompts=8",
+    "rlhf.max_new_tokens=16",
+    "rlhf.minibatches=2",
+    "rlhf.epochs=2",
+    "rlhf.held_out_prompts=8",
+    "rlhf.table_rollouts=4",
+    "rlhf.lr=1e-3",
+    "rlhf.value_lr=1e-3",
+    "rlhf.pool.cache_tokens=4096",
+    "rlhf.pool.max_sequences=4",
+    "rlhf.rewards.preference.weight=0",
+    "rlhf.rewards={size: {kind: length, target: 6}}",
+)
+
+
+@pytest.fixture(scope="module")
+def started_work(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) -> WorkDirectory:
+    """A work directory with a tools checkpoint, from which all runs begin."""
+    work = linked(tiny_work, tmp_path_factory.mktemp("started"))
+    write_untrained(work, "tools", 0)
+    return work
+
+
+def work_of(started: WorkDirectory, directory: Path) -> WorkDirectory:
+    work = linked(started, directory)
+    (work.path / "runs").mkdir()
+    (work.path / "runs" / "tools").symlink_to(started.path / "runs" / "tools")
+    return work
+
+
+def settings(work: WorkDirectory, *overrides: str) -> list[str]:
+    start = work.run("tools", "default").path
+    return [*SETTINGS, f"work_dir={work.path}", f"stage.init_from={start}", *overrides]
+
+
+def prepare(work: WorkDirectory, *overrides: str) -> RunDirectory:
+    config = compose_config(settings(work, *overrides))
+    assert isinstance(config, RlhfRunConfig)
+    run = work.run("rlhf", config.run_id)
+    run.create()
+    save_config(with_reward_run(config), run.config)
+    return run
+
+
+def launch(work: WorkDirectory, *overrides: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "dist_lm.launch", *settings(work, *overrides)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def actors_of(process: subprocess.Popen) -> list[psutil.Process]:
+    """The actors of the pool, the one started last at the end."""
+    found = []
+    for candidate in family(process):
+        try:
+            if "PoolActor" in " ".join(candidate.cmdline()):
+                found.append(candidate)
+        except psutil.NoSuchProcess:
+            continue
+    return sorted(found, key=lambda actor: actor.create_time())
+
+
+@pytest.fixture(scope="module")
+def reference(started_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """One rank whose own engine draws the rollouts, never disturbed."""
+    run = prepare(work_of(started_work, tmp_path_factory.mktemp("reference")))
+    train(run, ranks=1)
+    return run
+
+
+def test_every_iteration_is_reported_and_rollouts_are_shown(reference):
+    found = numbers(reference)
+    assert found.keys() == set(range(ITERATIONS + 1))
+    expected = {"rlhf/reward_mean", "rlhf/kl", "rlhf/entropy", "rlhf/ratio_mean", "rlhf/clip_frac", "rollout/staleness"}
+    assert all(expected <= found[step].keys() for step in range(1, ITERATIONS + 1))
+    for step in (0, ITERATIONS):
+        assert 0 <= found[step]["rlhf/win_rate"] <= 1
+    lines = (reference.samples / f"step_{ITERATIONS:08d}.jsonl").read_text().splitlines()
+    rewards = [json.loads(line)["reward"] for line in lines]
+    assert len(rewards) == 4
+    assert rewards == sorted(rewards, reverse=True)
+    assert json.loads(lines[0])["parts"].keys() == {"size"}
+    result = json.loads(reference.result.read_text())
+    assert result["metrics"]["rlhf/reward_mean"] == found[ITERATIONS]["rlhf/reward_mean"]
+    assert result["prompts"] == 8 * ITERATIONS
+
+
+def test_the_policy_is_loaded_like_any_model(reference):
+    loaded = load_model(reference.path)
+    assert loaded.config.head == "tokens"
+    names = {f"model.{name}" for name in loaded.weights}
+    assert not any(name.startswith("model.value") for name in names)
+
+
+@pytest.mark.parametrize("overrides", [(), ("rlhf.max_staleness=1",)], ids=["synchronous", "drawn ahead"])
+def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_identical(started_work, reference, tmp_path, overrides):
+    expected = reference
+    if overrides:
+        expected = prepare(work_of(started_work, tmp_path / "whole"), *overrides)
+        train(expected, ranks=1)
+        assert numbers(expected) != numbers(reference)
+    run = work_of(started_work, tmp_path / "resumed").run("rlhf", "default")
+    copy_until(expected, run, step=2)
+    train(run, ranks=1)
+    assert numbers(run) == numbers(expected)
+
+
+def test_a_damaged_state_is_passed_over_loudly(started_work, reference, tmp_path):
+    run = work_of(started_work, tmp_path).run("rlhf", "default")
+    shutil.copytree(reference.path, run.path)
+    run.result.unlink()
+    newest = checkpoint_files.steps_in(run.checkpoints)[-1]
+    (newest / "stage" / "rlhf.json").write_text("{}")
+    train(run, ranks=1)
+    assert "stage/rlhf.json has 2 bytes" in run.warnings.read_text()
+    assert numbers(run) == numbers(reference)
+
+
+def test_two_ranks_agree_with_one(started_work, reference, tmp_path):
+    run = prepare(work_of(started_work, tmp_path))
+    train(run, ranks=2)
+    first, other = numbers(reference)[1], numbers(run)[1]
+    for key, value in first.items():
+        assert other[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+
+
+def test_a_pool_that_finds_no_room_is_refused_before_anything_starts(started_work, tmp_path):
+    code, _, err = finish_launch(launch(work_of(started_work, tmp_path), "rlhf.pool.actors=1000"))
+    assert code == 2
+    assert err.startswith("error: rlhf.pool.actors=1000: ")
+    assert "rlhf.pool.actors=0 generates in the process of the first rank" in err
+
+
+def test_an_actor_draws_what_an_engine_in_the_rank_draws(started_work, reference, tmp_path):
+    work = work_of(started_work, tmp_path)
+    code, out, err = finish_launch(launch(work))
+    assert code == 0, err
+    assert numbers(work.run("rlhf", "default")) == numbers(reference)
+    assert "wins against the reference" in out
+
+
+KILLS = 10
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(1800)
+def test_ten_kills_of_actors_and_ranks_change_no_number(started_work, tmp_path):
+    steps = (f"stage.steps={4 * KILLS}", "stage.eval_every=0", f"cluster.max_restarts={KILLS}")
+    expected = prepare(work_of(started_work, tmp_path / "undisturbed"), *steps)
+    train(expected, ranks=1)
+    work = work_of(started_work, tmp_path / "disturbed")
+    run = work.run("rlhf", "default")
+    process = launch(work, *steps)
+    try:
+        for kill in range(KILLS):
+            goal = 4 * kill + 1
+            wait_until(lambda goal=goal: max(steps_of(run), default=0) >= goal, process, f"iteration {goal}")
+            wait_until(lambda: actors_of(process) and ranks_on(run), process, "an actor and a rank")
+            victim = actors_of(process)[-1] if kill % 2 else ranks_on(run)[-1]
+            os.kill(victim.pid, signal.SIGKILL)
+            assert_gone([victim])
+        _, err = process.communicate(timeout=DEADLINE_S * 4)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, err
+    assert numbers(run) == numbers(expected)
+    events = [json.loads(line) for line in run.events.read_text().splitlines()]
+    assert sum(event["event"] == "failed" for event in events) >= KILLS // 2
+
+
+@pytest.mark.heavy
+def test_a_killed_launcher_takes_all_with_it_and_the_same_command_goes_on(started_work, reference, tmp_path):
+    work = work_of(started_work, tmp_path)
+    run = work.run("rlhf", "default")
+    process = launch(work)
+    wait_until(lambda: max(steps_of(run), default=0) >= 3, process, "iteration 3")
+    started = family(process)
+    process.kill()
+    process.communicate()
+    assert_gone(started)
+    code, _, err = finish_launch(launch(work))
+    assert code == 0, err
+    assert numbers(run) == numbers(reference)
