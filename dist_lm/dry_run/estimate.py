@@ -115,6 +115,7 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
     chunk = _chunk(config, shapes)
     loss = chunk * shapes.vocabulary * LOSS_BYTES[layout.tp > 1]
     packed = packs_documents(config.hardware.device, is_half(config), config.model.d_head)
+    packed = packed or config.hardware.device == "cpu"
     mask = 0 if packed or not config.stage.document_mask else config.stage.seq_len * size
     residual = 4 * size * shapes.tokens * shapes.width + mask * shapes.tokens
     # the peak is at the turn from forward to backward, or where the gradients of the root are reduced at the end

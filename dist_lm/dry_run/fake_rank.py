@@ -77,8 +77,9 @@ def as_played(config: Config, sequences: int) -> Config:
     stage = replace(stage, micro_batch=sequences)
     if config.hardware.device == "cuda" and parallel.compute_dtype == "auto":
         parallel = replace(parallel, compute_dtype="bf16")
-    if packs_documents(config.hardware.device, is_half(config), config.model.d_head):
-        # the variable-length kernel keeps what causal attention keeps, where the CPU would build a mask
+    packed = packs_documents(config.hardware.device, is_half(config), config.model.d_head)
+    if packed or config.hardware.device == "cpu":
+        # documents apart keep what causal attention keeps, where fake tensors, which have no boundaries, take a mask
         stage = replace(stage, document_mask=False)
     # offloaded: the same tensors, and the report says where they are
     return replace(config, stage=stage, parallel=replace(parallel, compile="never", cpu_offload=False))

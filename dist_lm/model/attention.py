@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.varlen import varlen_attn
 
 from dist_lm.config import ModelConfig
@@ -27,6 +28,7 @@ class Visibility:
 
 
 CAUSAL = Visibility()
+WORTH_A_CALL = 8  # tokens of a document, on average, from which one by one is faster on a CPU than a mask
 
 
 def within_documents(
@@ -46,6 +48,10 @@ def within_documents(
         return _masked(same & seen & _causal(document_BT), dtype)
     if packs_documents(document_BT.device.type, dtype in (torch.bfloat16, torch.float16), d_head):
         return Visibility(boundary=document_boundaries(document_BT))
+    if document_BT.device.type == "cpu" and not isinstance(document_BT, FakeTensor):  # a dry run has no values to see
+        boundary = document_boundaries(document_BT)
+        if document_BT.numel() >= WORTH_A_CALL * (len(boundary) - 1):
+            return Visibility(boundary=boundary)
     return _masked((document_BT[:, :, None] == document_BT[:, None, :]) & _causal(document_BT), dtype)
 
 
@@ -70,21 +76,11 @@ def document_boundaries(document_BT: torch.Tensor) -> torch.Tensor:
 
 def attend(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, visibility: Visibility) -> torch.Tensor:
     """softmax(q k^T / sqrt(K)) v over the visible keys, (B, T, H, K); head h reads key head h * G // H."""
-    grouped = q_BTHK.shape[2] != k_BSGK.shape[2]
     if visibility.boundary is not None:
-        n_tokens = q_BTHK.shape[1]
-        o_NHK = varlen_attn(
-            q_BTHK.flatten(0, 1),
-            k_BSGK.flatten(0, 1),
-            v_BSGK.flatten(0, 1),
-            visibility.boundary,
-            visibility.boundary,
-            n_tokens,
-            n_tokens,
-            window_size=(-1, 0),  # causal
-            enable_gqa=grouped,
+        apart = one_by_one if q_BTHK.device.type == "cpu" else variable_length
+        o_NHK = apart(
+            q_BTHK.flatten(0, 1), k_BSGK.flatten(0, 1), v_BSGK.flatten(0, 1), visibility.boundary, q_BTHK.shape[1]
         )
-        assert isinstance(o_NHK, torch.Tensor)
         return o_NHK.view_as(q_BTHK)
     bias = visibility.bias_BTS
     o_BHTK = F.scaled_dot_product_attention(
@@ -93,9 +89,44 @@ def attend(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, vis
         v_BSGK.transpose(1, 2),
         attn_mask=None if bias is None else bias[:, None],
         is_causal=bias is None,
-        enable_gqa=grouped,
+        enable_gqa=q_BTHK.shape[2] != k_BSGK.shape[2],
     )
     return o_BHTK.transpose(1, 2)
+
+
+def variable_length(
+    q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor, boundary: torch.Tensor, longest: int
+) -> torch.Tensor:
+    """Causal attention inside each document, (N, H, K), in one kernel."""
+    o_NHK = varlen_attn(
+        q_NHK,
+        k_NGK,
+        v_NGK,
+        boundary,
+        boundary,
+        longest,
+        longest,
+        window_size=(-1, 0),  # causal
+        enable_gqa=q_NHK.shape[1] != k_NGK.shape[1],
+    )
+    assert isinstance(o_NHK, torch.Tensor)
+    return o_NHK
+
+
+@torch.compiler.disable  # as many calls as there are documents
+def one_by_one(
+    q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor, boundary: torch.Tensor, longest: int
+) -> torch.Tensor:
+    """The same, a document a call: nothing is computed of tokens that do not see each other."""
+    lengths = boundary.diff().tolist()
+    assert max(lengths) <= longest
+    documents = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q_NHK, k_NGK, v_NGK)), strict=True)
+    grouped = q_NHK.shape[1] != k_NGK.shape[1]
+    outputs = [
+        F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=grouped)[0]
+        for q, k, v in documents
+    ]
+    return torch.cat(outputs, dim=1).transpose(0, 1)
 
 
 class Attention(nn.Module):

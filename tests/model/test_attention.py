@@ -37,6 +37,23 @@ def test_masked_and_causal(n_tokens: int, key_heads: int) -> None:
     assert torch.allclose(masked.double(), by_definition(q, k, v, visible), atol=1e-5)
 
 
+@pytest.mark.parametrize("key_heads", [6, 2])
+def test_documents_one_by_one_are_the_mask_forward_and_backward(key_heads: int) -> None:
+    document = torch.arange(300).expand(2, -1) // torch.tensor([[100], [170]])
+    made = [[heads(300, n, seed).requires_grad_() for seed, n in enumerate((6, key_heads, key_heads))] for _ in "ab"]
+    mask = attention._masked(
+        (document[:, :, None] == document[:, None, :]) & torch.ones(300, 300, dtype=torch.bool).tril(), torch.float32
+    )
+    apart = within_documents(document, torch.float32, 8)
+    assert apart.boundary is not None
+    outputs = [attend(*inputs, visibility) for inputs, visibility in zip(made, (mask, apart), strict=True)]
+    assert torch.allclose(*outputs, atol=1e-6)
+    for output in outputs:
+        (output * output.detach().sin()).sum().backward()
+    for masked, other in zip(*made, strict=True):
+        assert torch.allclose(masked.grad, other.grad, atol=1e-6)
+
+
 def test_boundaries() -> None:
     document = torch.tensor([[0, 0, 1, 2, 2], [2, 2, 2, 2, 3], [0, 0, 0, 0, 0]])
     assert document_boundaries(document).tolist() == [0, 2, 3, 5, 9, 10, 15]
@@ -61,16 +78,20 @@ def test_packed_kernel_gets_what_the_mask_says(monkeypatch: pytest.MonkeyPatch) 
     document = torch.arange(33).expand(2, -1) // torch.tensor([[5], [20]])
     for key_heads in (6, 2):
         q, k, v = heads(33, 6, 0), heads(33, key_heads, 1), heads(33, key_heads, 2)
-        packed = attend(q, k, v, Visibility(boundary=document_boundaries(document)))
+        flat = [x.flatten(0, 1) for x in (q, k, v)]
+        packed = attention.variable_length(*flat, document_boundaries(document), 33).view_as(q)
         assert torch.allclose(packed, attend(q, k, v, within_documents(document, q.dtype, 8)), atol=1e-5)
 
 
 def test_cpu_takes_the_fused_kernel() -> None:
     """An explicit mask must not fall back to the kernel that keeps all T x T weights."""
-    document = torch.arange(64).expand(2, -1) // 20
+    long, short = torch.arange(64).expand(2, -1) // 64, torch.arange(64).expand(2, -1) // 4
+    assert within_documents(long, torch.float32, 8).boundary is not None
+    assert within_documents(short, torch.float32, 8).bias_BTS is not None
     q, k, v = (heads(64, 5, seed).requires_grad_() for seed in range(3))
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-        attend(q, k, v, within_documents(document, torch.float32, 8)).sum().backward()
+        attend(q, k, v, within_documents(long, torch.float32, 8)).sum().backward()
+        attend(q, k, v, within_documents(short, torch.float32, 8)).sum().backward()
         attend(q, k, v, CAUSAL).sum().backward()
     assert q.grad is not None
 
