@@ -406,7 +406,7 @@ class Config:
             )
         lead = self.stage.lead
         require(
-            not lead.corpus or lead.corpus in {*others} - {*(self.stage.mix or {})},
+            not lead.steps or lead.corpus in {*others} - {*(self.stage.mix or {})},
             "stage.lead.corpus",
             lead.corpus,
             f"a corpus of corpus={self.corpus.name} that is neither stage.corpus={own} nor in stage.mix",
