@@ -155,27 +155,12 @@ class QuestionsConfig:
 
 
 @dataclass
-class LeadConfig:
-    """A corpus that stands in for the stage's own in its first steps: what is to be learned first."""
-
-    corpus: str = ""
-    steps: int = 0  # 0: none
-
-    def __post_init__(self) -> None:
-        require(self.steps >= 0, "stage.lead.steps", self.steps, "0 (none) or a positive integer")
-        require(
-            bool(self.corpus) or not self.steps, "stage.lead.corpus", self.corpus, "a corpus, with stage.lead.steps"
-        )
-
-
-@dataclass
 class StageConfig:
     """One stage: what it reads, and how it is optimised."""
 
     name: str = MISSING
     corpus: str = ""  # name under work/corpora that it streams
     mix: dict[str, float] | None = field(default_factory=dict)  # share of the sequences from other corpora, by name
-    lead: LeadConfig = field(default_factory=LeadConfig)
     corpora: list[str] | None = None  # shards, rankings: the corpora to build; null: all
     init_from: str = "auto"  # auto (the stage before) | none | a checkpoint or run directory
     steps: int = 1000  # optimizer steps
@@ -404,13 +389,6 @@ class Config:
                 name,
                 f"corpora of corpus={self.corpus.name} beside stage.corpus={own}: {', '.join(others)}",
             )
-        lead = self.stage.lead
-        require(
-            not lead.steps or lead.corpus in {*others} - {*(self.stage.mix or {})},
-            "stage.lead.corpus",
-            lead.corpus,
-            f"a corpus of corpus={self.corpus.name} that is neither stage.corpus={own} nor in stage.mix",
-        )
         for name in self.stage.corpora or []:
             require(name in self.corpus.corpora, "stage.corpora", name, f"some of {', '.join(self.corpus.corpora)}")
         require(

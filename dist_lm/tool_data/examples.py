@@ -6,7 +6,6 @@
 of val examples, and their names, are in no train example.
 """
 
-import hashlib
 import json
 import random
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.tool_data.catalogue import SHELVES, group_of
 from dist_lm.tool_data.choice import Scene
-from dist_lm.tool_data.drills import drill
 from dist_lm.tool_data.episodes import KINDS, ROUND
 from dist_lm.tool_data.execution import World
 from dist_lm.tool_data.specification import Specification
@@ -55,13 +53,6 @@ def example(seed: int, number: int) -> Example:
         found = _attempt(kind, shelf, rng)
         if found is not None:
             return found
-
-
-def drill_example(seed: int, number: int) -> Example:
-    """A conversation of kind `copying`, of a stream of its own; its group is its own, because it has no tools."""
-    name = f"drill {seed} {number}"
-    conversation = Conversation(tuple(drill(random.Random(name))))  # noqa: S311  (text, not secrets)
-    return Example(conversation, "copying", hashlib.sha256(name.encode()).hexdigest(), ())
 
 
 def _attempt(kind: str, shelf: int, rng: random.Random) -> Example | None:

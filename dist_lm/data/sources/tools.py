@@ -1,4 +1,4 @@
-"""Generated conversations (`dist_lm.tool_data`): about tools, whose groups keep those of val out of train; drills."""
+"""Generated conversations about tools (`dist_lm.tool_data`); their groups keep the tools of val out of train."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,6 @@ from dist_lm.data.sources.candidate import Candidate
 from dist_lm.document import Document
 
 DEFAULT_DOCUMENTS = 20_000
-DEFAULT_DRILLS = 40_000
 
 
 def read_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
@@ -23,22 +22,6 @@ def read_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
             text=write_conversation(example.conversation),
             language=f"{source.language}_{example.kind}",
             source=f"generated:tools:seed={seed}:{number}",
-            licence=source.licence,
-            group=example.group,
-            form="conversation",
-        )
-
-
-def read_drills(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """`source.limit` conversations (0: `DEFAULT_DRILLS`) that teach to copy and nothing else; number i as above."""
-    from dist_lm.tool_data.examples import drill_example
-
-    for number in range(source.limit or DEFAULT_DRILLS):
-        example = drill_example(seed, number)
-        yield Document(
-            text=write_conversation(example.conversation),
-            language=f"{source.language}_{example.kind}",
-            source=f"generated:drills:seed={seed}:{number}",
             licence=source.licence,
             group=example.group,
             form="conversation",
