@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_lm.model import attention
-from dist_lm.model.attention import CAUSAL, Visibility, attend, document_boundaries, within_documents
+from dist_lm.model.attention import CAUSAL, attend, document_boundaries, within_documents
 from dist_lm.model.kernels import packs_documents
 
 
