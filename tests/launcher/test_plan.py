@@ -204,7 +204,7 @@ def test_rankings_come_behind_the_model_that_may_be_sampled_for_them(work):
     assert [stage.info.name for stage in plan.stages][-3:] == ["tools", "rankings", "reward"]
     found = {stage.info.name: stage for stage in plan.stages}
     assert found["tools"].action is Action.READY
-    assert found["shards"].action is Action.READY  # corpora of rankings are not its work
+    assert "rankings" not in found["shards"].detail  # they are not its work
     assert found["rankings"].action is found["reward"].action is Action.BUILD
     assert found["reward"].config.model.head == "scalar"
     assert found["tools"].config.model.head == found["rankings"].config.model.head == "tokens"
