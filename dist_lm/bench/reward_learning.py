@@ -161,8 +161,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--rankings", type=int, default=1500, help="in train")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rankings", type=int, default=6000, help="in train")
+    parser.add_argument("--steps", type=int, default=300)
     chosen = parser.parse_args()
     print(table(compare(chosen.seeds, chosen.ways, chosen.rankings, chosen.steps)))
 
