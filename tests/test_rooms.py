@@ -36,6 +36,8 @@ ROOMS = (
         "generate_config",
         "hardware_config",
         "reward_config",
+        "rlhf_config",
+        "syntax",
         "document",
         "run_directory",
         "run_lock",

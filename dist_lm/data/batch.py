@@ -5,6 +5,7 @@ Dimensions: B sequences, T tokens.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Self
 
 import torch
 
@@ -47,15 +48,15 @@ class Batch:
 
     ranked: RankedPlaces | None = None  # of rankings
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> Self:
         """The same batch on `device` (asynchronously from pinned memory)."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "Batch":
+    def pin_memory(self) -> Self:
         """The same batch in page-locked host memory."""
         return self._each(torch.Tensor.pin_memory)
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         there = {name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
-        return Batch(**there, ranked=self.ranked.each(change) if self.ranked else None)
+        return type(self)(**there, ranked=self.ranked.each(change) if self.ranked else None)

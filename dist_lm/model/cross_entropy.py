@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 FP32_BYTES = 4
 
 Losses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(logits (N, V), targets (N,) int64) -> (N,) fp32."""
+"""(logits (N, V), targets (N,) int64) -> (N,) or (N, ...) fp32, each row from its own logits."""
 
 
 def token_losses(
@@ -26,6 +26,22 @@ def token_losses(
     logits_NV = logits_NV.float()
     losses_N = F.cross_entropy(logits_NV, targets_N, reduction="none", label_smoothing=label_smoothing)
     return losses_N + z_loss * logits_NV.logsumexp(-1).square() if z_loss else losses_N
+
+
+def logprobs_and_entropy(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, temperature: float, entropy_gradient: bool
+) -> torch.Tensor:
+    """What sampling at `temperature` draws from: log-probability of each target, and entropy; nats, fp32, (N, 2).
+
+    Args:
+        entropy_gradient: whether the entropy has one; the log-probability always does.
+    """
+    x_NV = logits_NV.float() / temperature
+    log_z_N = x_NV.logsumexp(-1)
+    logprob_N = x_NV.gather(-1, targets_N[:, None])[:, 0] - log_z_N
+    held_NV, held_log_z_N = (x_NV, log_z_N) if entropy_gradient else (x_NV.detach(), log_z_N.detach())
+    entropy_N = held_log_z_N - (held_NV.softmax(-1) * held_NV).sum(-1)
+    return torch.stack([logprob_N, entropy_N], dim=-1)
 
 
 def losses_in_chunks(

@@ -15,7 +15,7 @@ from torch import nn
 
 from dist_lm.config import ModelConfig
 from dist_lm.model.attention import CAUSAL, Attention, Visibility, within_documents
-from dist_lm.model.cross_entropy import losses_in_chunks, token_losses
+from dist_lm.model.cross_entropy import Losses, logprobs_and_entropy, losses_in_chunks, token_losses
 from dist_lm.model.dropout import (
     EMBEDDING_SITE,
     DropoutKey,
@@ -145,11 +145,45 @@ class Transformer(nn.Module):
         def losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
             return self.losses_of_logits(logits_NV, targets_N, label_smoothing, z_loss)
 
+        return self._in_chunks(x_BTD, targets_BT, losses, chunk_bytes, counted_N)
+
+    def logprobs_and_entropy(
+        self,
+        tokens_BT: torch.Tensor,
+        targets_BT: torch.Tensor,
+        *,
+        temperature: float,
+        entropy_gradient: bool,
+        document_BT: torch.Tensor | None = None,
+        position_BT: torch.Tensor | None = None,
+        chunk_bytes: int = 0,
+        counted_N: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Log-probability of every target and entropy of what it was drawn from, nats, fp32, (B * T, 2).
+
+        Arguments are those of `token_losses` and of `cross_entropy.logprobs_and_entropy`; no dropout.
+        """
+        x_BTD = self.hidden(tokens_BT, document_BT=document_BT, position_BT=position_BT)
+
+        def of_logits(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+            return self.logprobs_and_entropy_of_logits(logits_NV, targets_N, temperature, entropy_gradient)
+
+        return self._in_chunks(x_BTD, targets_BT, of_logits, chunk_bytes, counted_N)
+
+    def _in_chunks(
+        self,
+        x_BTD: torch.Tensor,
+        targets_BT: torch.Tensor,
+        losses: Losses,
+        chunk_bytes: int,
+        counted_N: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`losses` of the logits, (B * T, ...); 0 where `counted_N` leaves a token out."""
         x_ND, targets_N = self.head_input(x_BTD).flatten(0, 1), targets_BT.flatten()
         if counted_N is None:
             return losses_in_chunks(x_ND, self.head_weight, targets_N, losses, chunk_bytes)
         of_these = losses_in_chunks(x_ND[counted_N], self.head_weight, targets_N[counted_N], losses, chunk_bytes)
-        return of_these.new_zeros(len(targets_N)).index_put((counted_N,), of_these)
+        return of_these.new_zeros(len(targets_N), *of_these.shape[1:]).index_put((counted_N,), of_these)
 
     def scores(
         self,
@@ -199,6 +233,12 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:
         """Cross-entropy of the products with `head_weight`, fp32, (N,)."""
         return token_losses(logits_NV, targets_N, label_smoothing, z_loss)
+
+    def logprobs_and_entropy_of_logits(
+        self, logits_NV: torch.Tensor, targets_N: torch.Tensor, temperature: float, entropy_gradient: bool
+    ) -> torch.Tensor:
+        """Of the products with `head_weight`, fp32, (N, 2)."""
+        return logprobs_and_entropy(logits_NV, targets_N, temperature, entropy_gradient)
 
     def first_token(self, n_tokens: int) -> int:
         """Index of the first token that the residual stream holds, in sequences of `n_tokens`."""

@@ -41,3 +41,33 @@ def vocab_parallel_losses(
     if label_smoothing:
         losses_N = losses_N - label_smoothing * gathered[2].sum(0)
     return losses_N + z_loss * log_z_N.square() if z_loss else losses_N
+
+
+def vocab_parallel_logprobs_and_entropy(
+    logits_NV: torch.Tensor,
+    targets_N: torch.Tensor,
+    pieces: Slice,
+    axis: TensorAxis,
+    temperature: float,
+    entropy_gradient: bool,
+) -> torch.Tensor:
+    """`model.cross_entropy.logprobs_and_entropy` of the whole logits: (N, 2) fp32, the same on every rank (collective).
+
+    `entropy = log Z - sum of p * logit`, of which a rank gives the mean logit under its own pieces' distribution.
+
+    Args:
+        logits_NV: of the pieces that this rank holds, without padding.
+    """
+    x_NV = logits_NV.float() / temperature
+    row_N = targets_N - pieces.start
+    held_N = (row_N >= 0) & (row_N < pieces.real)
+    target_N = x_NV.gather(-1, row_N.where(held_N, 0)[:, None]).squeeze(-1) * held_N
+    own_NV = x_NV if entropy_gradient else x_NV.detach()
+    mean_N = (own_NV.softmax(-1) * own_NV).sum(-1)
+    parts = torch.stack([x_NV.logsumexp(-1), target_N, mean_N])
+    gathered = gather_from_model_parallel_region(parts).unflatten(-1, (axis.size, -1))
+    log_z_N = gathered[0].logsumexp(0)
+    log_z_RN = gathered[0] if entropy_gradient else gathered[0].detach()
+    share_RN = log_z_RN.softmax(0)  # of the probability, a rank
+    entropy_N = log_z_RN.logsumexp(0) - (share_RN * gathered[2]).sum(0)
+    return torch.stack([gathered[1].sum(0) - log_z_N, entropy_N], dim=-1)

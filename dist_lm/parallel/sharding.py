@@ -30,7 +30,7 @@ from dist_lm.parallel.tensor_axis import TensorAxis
 from dist_lm.parallel.tensor_parallel import TensorParallelTransformer
 from dist_lm.parallel.values import fill
 
-FORWARD_METHODS = ("token_losses", "scores")
+FORWARD_METHODS = ("token_losses", "logprobs_and_entropy", "scores")
 """What is called on a model instead of `forward`: FSDP gathers the root's parameters around these too. One that calls
 another would free them in between, to be gathered a second time."""
 
@@ -159,3 +159,11 @@ def _fully_shard(
 def materialise(model: nn.Module, parallel: ParallelConfig, device: torch.device) -> None:
     """Give a model on the meta device memory: on `device`, or in host memory where it is offloaded."""
     model.to_empty(device="cpu" if parallel.cpu_offload else device)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free parameters that FSDP gathered: a forward without backward leaves them so, as other tensors than those that
+    the optimizer knows."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -17,7 +17,7 @@ from dist_lm.model.feed_forward import FeedForward, activate
 from dist_lm.model.norm import build_norm
 from dist_lm.model.rope import RopeTables, rotate
 from dist_lm.model.transformer import Transformer
-from dist_lm.parallel.cross_entropy import vocab_parallel_losses
+from dist_lm.parallel.cross_entropy import vocab_parallel_logprobs_and_entropy, vocab_parallel_losses
 from dist_lm.parallel.placement import Slice, keys_of, slice_of
 from dist_lm.parallel.tensor_axis import TensorAxis, local
 
@@ -69,6 +69,14 @@ class TensorParallelTransformer(Transformer):
         own_NV = logits_NV[:, : self.pieces.real]
         return vocab_parallel_losses(
             own_NV, targets_N, self.pieces, self.config.vocab_size, self.axis, label_smoothing, z_loss
+        )
+
+    def logprobs_and_entropy_of_logits(
+        self, logits_NV: torch.Tensor, targets_N: torch.Tensor, temperature: float, entropy_gradient: bool
+    ) -> torch.Tensor:
+        own_NV = logits_NV[:, : self.pieces.real]
+        return vocab_parallel_logprobs_and_entropy(
+            own_NV, targets_N, self.pieces, self.axis, temperature, entropy_gradient
         )
 
     def first_token(self, n_tokens: int) -> int:

@@ -33,13 +33,21 @@ def fill(model: nn.Module, model_config: ModelConfig, value: Callable[[str, tupl
 
 
 @torch.no_grad()
-def unsharded_copy(model: Transformer, model_config: ModelConfig, dtype: torch.dtype) -> Transformer:
-    """A plain model with the same weights, for sampling: every rank gets all of it (collective)."""
-    with torch.device("meta"):
-        copy = Transformer(model_config)
+def whole_weights(model: nn.Module, model_config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Every parameter by name, whole and of logical shape, on every rank (collective).
+
+    They may share memory with the model's.
+    """
     full = {}
     for name, shape in parameter_shapes(model_config).items():
         value = logical(model.get_parameter(name), shape)
         full[name] = (value.full_tensor() if isinstance(value, DTensor) else value).detach().to(dtype)
-    copy.load_state_dict(full, assign=True)
+    return full
+
+
+def unsharded_copy(model: Transformer, model_config: ModelConfig, dtype: torch.dtype) -> Transformer:
+    """A plain model with the same weights, for sampling: every rank gets all of it (collective)."""
+    with torch.device("meta"):
+        copy = Transformer(model_config)
+    copy.load_state_dict(whole_weights(model, model_config, dtype), assign=True)
     return copy.eval()

@@ -10,6 +10,7 @@ import torch
 from dist_lm.data.batch import Batch
 from dist_lm.model.dropout import DropoutKey
 from dist_lm.model.transformer import Transformer
+from dist_lm.training.objective import Logprobs
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,25 @@ class BoundModel:
             chunk_bytes=self.chunk_bytes,
         )
         return losses_N.view_as(batch.targets_BT)  # here: what FSDP's root returns must not be a view
+
+    def logprobs(self, batch: Batch, temperature: float, entropy_gradient: bool = False) -> Logprobs:
+        """Of every target when it is drawn at `temperature`, fp32, (B, T); without dropout.
+
+        Args:
+            entropy_gradient: whether the entropy has one.
+        """
+        both_N2 = self.model.logprobs_and_entropy(
+            batch.tokens_BT,
+            batch.targets_BT,
+            temperature=temperature,
+            entropy_gradient=entropy_gradient,
+            document_BT=batch.document_BT if self.document_mask else None,
+            position_BT=batch.position_BT,
+            counted_N=batch.counted_N,
+            chunk_bytes=self.chunk_bytes,
+        )
+        logprob_BT, entropy_BT = both_N2.view(*batch.targets_BT.shape, 2).unbind(-1)
+        return Logprobs(logprob_BT, entropy_BT)
 
     def scores(self, batch: Batch) -> torch.Tensor:
         """A score of what is read up to each token of a batch, fp32, (B, T): of a model with a scalar head."""

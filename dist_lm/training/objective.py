@@ -12,11 +12,23 @@ import torch
 from dist_lm.data.batch import Batch
 
 
+@dataclass(frozen=True)
+class Logprobs:
+    """What tokens were drawn from, in nats, fp32."""
+
+    logprob_BT: torch.Tensor  # of the targets
+    entropy_BT: torch.Tensor  # of the whole distribution
+
+
 class LossModel(Protocol):
     """A model as an objective sees it. Logits are not part of it: no rank may ever hold all of them."""
 
     def token_losses(self, batch: Batch, label_smoothing: float = 0.0, z_loss: float = 0.0) -> torch.Tensor:
         """Cross-entropy of every token in nats, fp32, (B, T); of one that does not count it may be 0."""
+        ...
+
+    def logprobs(self, batch: Batch, temperature: float, entropy_gradient: bool = False) -> Logprobs:
+        """Of every target when it is drawn at `temperature`; 0 where `counted_N` leaves it out."""
         ...
 
     def scores(self, batch: Batch) -> torch.Tensor:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from dist_lm.config import Config
 from dist_lm.data.stream import StepData, StepStream
@@ -16,6 +15,7 @@ from dist_lm.errors import UserError
 from dist_lm.model.dropout import DropoutKey
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
+from dist_lm.parallel.sharding import reshard
 from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.training import checkpoint_files
 from dist_lm.training.checkpoint_saver import CheckpointSaver
@@ -113,11 +113,7 @@ class Trainer:
 
         alive()
         metrics = self.evaluate(self.bound(None), everything, alive)
-        # a forward without backward may leave parameters gathered: a checkpoint would take them for other tensors
-        # than those the optimizer knows
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        reshard(self.model)  # a checkpoint would take gathered parameters for other tensors
         return metrics
 
     def _learning_rate(self, step: int) -> float:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_lm.stages.syntax import parses, split_statements, whole_lines
+from dist_lm.syntax import parses, split_statements, whole_lines
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,127 @@
+"""What a completion is worth: rules over its text, a reward model's score, and their weighted sum.
+
+Nothing here runs what a model wrote: code is parsed.
+
+Dimensions: B rollouts.
+"""
+
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dist_lm.errors import ConfigError, UserError
+from dist_lm.rlhf.rollouts import Rollouts
+from dist_lm.rlhf_config import RewardConfig
+from dist_lm.syntax import parses, whole_lines
+
+Decode = Callable[[Sequence[int]], str]
+
+
+class RewardError(UserError):
+    """A rule that gave no number."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A rollout as rules see it."""
+
+    prompt: str
+    completion: str
+    new_tokens: int
+    whole: bool  # it has an end of its own
+
+
+Rule = Callable[[Judged], float]
+
+
+def length_rule(target: int) -> Rule:
+    """1 at `target` tokens, falling to 0 at none and at twice as many."""
+    return lambda judged: max(0.0, 1 - abs(judged.new_tokens - target) / target)
+
+
+def parses_rule(language: str, of: str) -> Rule:
+    """1 where the text parses, without its last line if it was cut off in it.
+
+    Args:
+        of: document (prompt and completion as one text) | completion.
+    """
+
+    def rule(judged: Judged) -> float:
+        text = judged.prompt + judged.completion if of == "document" else judged.completion
+        return float(bool(parses(language, whole_lines(text, judged.whole))))
+
+    return rule
+
+
+def function_rule(path: str) -> Rule:
+    """A person's own function of prompt text and completion text.
+
+    Args:
+        path: 'package.module:name'.
+
+    Raises:
+        ConfigError: there is no such function.
+    """
+    module, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"rlhf.rewards: function={path}: cannot be imported ({error})") from error
+
+    def rule(judged: Judged) -> float:
+        value = function(judged.prompt, judged.completion)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise RewardError(f"rlhf.rewards: {path} gave {value!r} for a completion; expected a finite number")
+        return float(value)
+
+    return rule
+
+
+def rules_of(parts: Mapping[str, RewardConfig]) -> dict[str, Rule]:
+    """The parts that are rules, by name.
+
+    Raises:
+        ConfigError: a function cannot be imported, or there is no parser for a language here.
+    """
+    return {name: _rule(name, part) for name, part in parts.items() if part.kind != "reward_model"}
+
+
+def _rule(name: str, part: RewardConfig) -> Rule:
+    if part.kind == "length":
+        return length_rule(part.target)
+    if part.kind == "parses":
+        if parses(part.language, "") is None:
+            raise ConfigError(f"rlhf.rewards.{name}.language={part.language}: no parser for it on this machine")
+        return parses_rule(part.language, part.of)
+    return function_rule(part.function)
+
+
+def judge(rollouts: Rollouts, rules: Mapping[str, Rule], decode: Decode) -> dict[str, list[float]]:
+    """The score of every rollout under every rule.
+
+    Args:
+        decode: tokens to text; special tokens give none.
+    """
+    if not rules:
+        return {}
+    judged = [
+        Judged(decode(one.prompt.tolist()), decode(one.completion.tolist()), len(one.completion), one.whole)
+        for one in rollouts
+    ]
+    return {name: [rule(one) for one in judged] for name, rule in rules.items()}
+
+
+def total_score(
+    score_of_part: Mapping[str, torch.Tensor],
+    parts: Mapping[str, RewardConfig],
+    whole_B: torch.Tensor,
+    missing_eos_penalty: float,
+) -> torch.Tensor:
+    """The weighted sum of the parts, (B,) fp32; of a completion that was cut off less the penalty."""
+    total_B = -missing_eos_penalty * (~whole_B).float()
+    for name, part in parts.items():
+        total_B = total_B + part.weight * score_of_part[name].float()
+    return total_B

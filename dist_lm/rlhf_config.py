@@ -1,0 +1,118 @@
+"""The conf group `rlhf`: what rollouts are drawn, how they are judged, and how the policy is updated."""
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from dist_lm.errors import require
+
+ALGORITHMS = ("ppo",)
+KL_ESTIMATES = ("k1", "k2", "k3")
+REWARD_KINDS = ("reward_model", "length", "parses", "function")
+PARSED_LANGUAGES = ("python", "bash", "sql")
+
+
+@dataclass
+class RewardConfig:
+    """One part of the reward of a rollout."""
+
+    kind: str = MISSING  # reward_model | length | parses | function
+    weight: float = 1.0  # in the sum of all parts
+    target: int = 0  # length: tokens of a completion that earn 1; it falls to 0 at none and at twice as many
+    language: str = "python"  # parses: python | bash | sql; 1 if the text does, else 0
+    of: str = "document"  # parses: document (prompt and completion as one text) | completion
+    function: str = ""  # function: 'package.module:name', called as name(prompt text, completion text) -> float
+
+    def check(self, key: str) -> None:
+        """Refuse what is out of bounds; `key` is where this stands."""
+        require(self.kind in REWARD_KINDS, f"{key}.kind", self.kind, ", ".join(REWARD_KINDS))
+        if self.kind == "length":
+            require(self.target > 0, f"{key}.target", self.target, "a positive number of tokens")
+        if self.kind == "parses":
+            require(self.language in PARSED_LANGUAGES, f"{key}.language", self.language, ", ".join(PARSED_LANGUAGES))
+            require(self.of in ("document", "completion"), f"{key}.of", self.of, "document or completion")
+        if self.kind == "function":
+            module, colon, name = self.function.partition(":")
+            holds = bool(module and colon and name)
+            require(holds, f"{key}.function", self.function, "package.module:function")
+
+
+@dataclass
+class RlhfConfig:
+    """An iteration: rollouts of a batch of prompts, their rewards, then `epochs` passes of updates over them."""
+
+    name: str = "ppo"
+    algorithm: str = "ppo"
+    # rollouts
+    prompts: int = 64  # of an iteration
+    samples: int = 1  # rollouts of each prompt
+    max_new_tokens: int = 128
+    temperature: float = 1.0  # logits are divided by it wherever log-probabilities are computed, not in sampling alone
+    ignore_eot: bool = False  # end-of-text is a token like others: all completions have max_new_tokens
+    max_staleness: int = 0  # versions that the weights of a rollout may be behind; 0: generate, then train
+    importance_cap: float = 2.0  # tokens weigh as much as the trainer finds them likelier than the engine, up to this
+    # updates
+    epochs: int = 4  # passes over the rollouts of an iteration, at most (see stop_kl)
+    minibatches: int = 1  # optimizer steps of a pass
+    micro_batch_tokens: int = 8192  # that a rank takes through a model at once (more if one sequence is longer)
+    lr: float = 1e-6  # of the policy
+    value_lr: float = 1e-5  # of the critic, where the algorithm has one
+    warmup_iterations: int = 0
+    min_lr_ratio: float = 1.0  # final learning rate / peak, by a cosine; 1: constant
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-5
+    grad_clip: float = 1.0  # largest global gradient norm; 0: off
+    max_nonfinite_updates: int = 10  # consecutive updates with NaN/inf gradients before the run stops
+    clip: float = 0.2  # how far the ratio may go from 1 before it earns nothing more
+    value_clip: float = 0.2  # how far a value may go from the old one
+    gamma: float = 1.0  # discount a token
+    lam: float = 0.95  # of generalised advantages
+    kl_coefficient: float = 0.05  # weight of the divergence from the reference in the reward of a token
+    kl_estimate: str = "k1"  # k1 | k2 | k3
+    kl_target: float | None = None  # nats a sequence that the coefficient is steered to; null: it stays
+    kl_horizon: int = 10_000  # rollouts within which the coefficient may change by about 20 %
+    entropy_coefficient: float = 0.0  # weight of the entropy of each token's distribution as a bonus
+    whiten_rewards: bool = False  # rewards of tokens to standard deviation 1; their mean stays
+    whiten_advantages: bool = True  # to mean 0 and standard deviation 1 over all tokens of an iteration
+    stop_kl: float = 0.0  # mean divergence a token (nats) from the start of the iteration that ends it; 0: off
+    pretrain_coefficient: float = 0.0  # weight of the next-token loss on the pretraining stream; 0: off
+    value_head: str = "zero"  # a new critic's head: zero | reward_model
+    # rewards
+    rewards: dict[str, RewardConfig] = field(default_factory=dict)  # parts by name; their weighted sum is the score
+    missing_eos_penalty: float = 1.0  # taken from the score of a completion that was cut off
+    normalise_reward: bool = True  # the reward model's scores to mean 0, std 1 on samples of the reference policy
+
+    def __post_init__(self) -> None:
+        for key in (
+            *("prompts", "samples", "max_new_tokens", "epochs", "minibatches", "micro_batch_tokens"),
+            *("max_nonfinite_updates", "kl_horizon"),
+        ):
+            require(getattr(self, key) > 0, f"rlhf.{key}", getattr(self, key), "a positive integer")
+        for key in ("temperature", "lr", "value_lr", "adam_eps", "clip", "value_clip"):
+            require(getattr(self, key) > 0, f"rlhf.{key}", getattr(self, key), "a positive number")
+        for key in (
+            *("max_staleness", "warmup_iterations", "weight_decay", "grad_clip", "kl_coefficient"),
+            *("entropy_coefficient", "stop_kl", "pretrain_coefficient", "missing_eos_penalty", "importance_cap"),
+        ):
+            require(getattr(self, key) >= 0, f"rlhf.{key}", getattr(self, key), "0 or a positive number")
+        for key in ("gamma", "lam", "min_lr_ratio"):
+            require(0 <= getattr(self, key) <= 1, f"rlhf.{key}", getattr(self, key), "in [0, 1]")
+        for key in ("beta1", "beta2"):
+            require(0 <= getattr(self, key) < 1, f"rlhf.{key}", getattr(self, key), "in [0, 1)")
+        require(self.algorithm in ALGORITHMS, "rlhf.algorithm", self.algorithm, ", ".join(ALGORITHMS))
+        require(self.kl_estimate in KL_ESTIMATES, "rlhf.kl_estimate", self.kl_estimate, ", ".join(KL_ESTIMATES))
+        require(
+            self.kl_target is None or self.kl_target > 0, "rlhf.kl_target", self.kl_target, "a positive number, or null"
+        )
+        require(self.value_head in ("zero", "reward_model"), "rlhf.value_head", self.value_head, "zero or reward_model")
+        rollouts = self.prompts * self.samples
+        require(
+            self.minibatches <= rollouts,
+            "rlhf.minibatches",
+            self.minibatches,
+            f"at most the {rollouts} rollouts of an iteration (rlhf.prompts x rlhf.samples)",
+        )
+        for name, part in self.rewards.items():
+            part.check(f"rlhf.rewards.{name}")
