@@ -51,8 +51,15 @@ class DrawnTokens:
 class Algorithm(Protocol):
     """An exchangeable part. Losses are sums over tokens, which the learner divides by all tokens of a minibatch."""
 
-    has_critic: bool  # whether there is a value model, with a loss of its own
-    uses_entropy: bool  # whether the policy's loss has a gradient through the entropy
+    @property
+    def has_critic(self) -> bool:
+        """Whether there is a value model, with a loss of its own."""
+        ...
+
+    @property
+    def uses_entropy(self) -> bool:
+        """Whether the policy's loss has a gradient through the entropy."""
+        ...
 
     def prepare(self, experience: Experience, kl_coefficient: float) -> Prepared:
         """From rewards and quantities of each token to what the losses read."""

@@ -10,7 +10,7 @@ function of the seed. Version v is the policy after v iterations.
 
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -33,8 +33,16 @@ class Drawn:
     seconds: float
 
 
+def is_drawn_by(version: int, staleness: int, iterations: int) -> bool:
+    """Whether a run of so many iterations has rollouts by this version of the weights."""
+    return version == 0 or version + staleness < iterations
+
+
 class RolloutSchedule:
-    """On the rank that has the source. A context manager; `close` ends the thread, and the source with it."""
+    """On the rank that has the source. A context manager; `close` ends the thread, and the source with it.
+
+    Without staleness rollouts are drawn when they are taken: nothing would run beside a thread.
+    """
 
     def __init__(self, source: RolloutSource, draw: Draw, *, staleness: int, iterations: int) -> None:
         """
@@ -43,18 +51,14 @@ class RolloutSchedule:
         """
         self._source, self._draw = source, draw
         self._staleness, self._iterations = staleness, iterations
-        self._drawn: dict[int, Future[Drawn]] = {}
-        # without staleness nothing runs beside the updates, and a thread would only have to be waited for
+        self._drawn: dict[int, Callable[[], Drawn]] = {}
         self._thread = ThreadPoolExecutor(1, "rollouts") if staleness else None
 
-    def needs(self, version: int) -> bool:
-        """Whether anything is to be drawn by this version of the weights."""
-        return version + (self._staleness if version else 0) < self._iterations
-
     def begin(self, version: int, weights: Weights, pending: Mapping[int, Rollouts]) -> None:
-        """Start, or go on, with the weights of `version`; what is not `pending` of the next iterations is drawn."""
+        """Start, or go on, with the weights of `version`; of the next iterations those are drawn that are not
+        `pending`."""
         for iteration, rollouts in pending.items():
-            self._drawn[iteration] = _known(Drawn(rollouts, 0.0))
+            self._drawn[iteration] = partial(Drawn, rollouts, 0.0)
         ahead = range(version, min(version + self._staleness + 1, self._iterations))
         self._go_on(version, weights, [iteration for iteration in ahead if iteration not in pending])
 
@@ -64,14 +68,13 @@ class RolloutSchedule:
 
     def take(self, iteration: int) -> Drawn:
         """The rollouts of an iteration, once they are there; each can be taken once."""
-        return self._drawn.pop(iteration).result()
+        return self._drawn.pop(iteration)()
 
-    def ahead(self) -> dict[int, Rollouts]:
-        """All that is not taken yet, once it is there: what a checkpoint has to keep.
-
-        The weights that draw them are not kept.
-        """
-        return {iteration: drawn.result().rollouts for iteration, drawn in sorted(self._drawn.items())}
+    def ahead(self, version: int) -> dict[int, Rollouts]:
+        """What was drawn by weights older than `version` and is not taken yet, once it is there: what a checkpoint of
+        these weights has to keep, as they would draw something else."""
+        own = range(version, version + self._staleness)
+        return {iteration: drawn().rollouts for iteration, drawn in sorted(self._drawn.items()) if iteration in own}
 
     def close(self) -> None:
         """End the thread and the source. What was drawn and not taken is dropped."""
@@ -90,7 +93,8 @@ class RolloutSchedule:
     def _go_on(self, version: int, weights: Weights, iterations: list[int]) -> None:
         for iteration in iterations:
             new = weights if iteration == iterations[0] else None
-            self._drawn[iteration] = self._submit(partial(self._timed, iteration, version, new))
+            work = partial(self._timed, iteration, version, new)
+            self._drawn[iteration] = self._thread.submit(work).result if self._thread else work
 
     def _timed(self, iteration: int, version: int, weights: Weights | None) -> Drawn:
         started = time.perf_counter()
@@ -98,12 +102,3 @@ class RolloutSchedule:
             self._source.load_weights(weights, version)
         rollouts = self._draw(self._source, iteration)
         return Drawn(rollouts, time.perf_counter() - started)
-
-    def _submit(self, work: Callable[[], Drawn]) -> Future[Drawn]:
-        return self._thread.submit(work) if self._thread else _known(work())
-
-
-def _known(drawn: Drawn) -> Future[Drawn]:
-    future: Future[Drawn] = Future()
-    future.set_result(drawn)
-    return future

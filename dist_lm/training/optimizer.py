@@ -1,12 +1,12 @@
 """AdamW, with decay on matrices only, and its state by parameter name."""
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-from dist_lm.config import StageConfig
 from dist_lm.parallel.padding import shard_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -15,6 +15,21 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def is_decayed(name: str) -> bool:
     """Whether weight decay applies to the parameter: not to norms, biases and embeddings."""
     return not any(part in name for part in ("norm", "bias", "embed"))
+
+
+class AdamWSettings(Protocol):
+    """The part of a stage's configuration that its optimizer is made by."""
+
+    @property
+    def lr(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def beta1(self) -> float: ...
+    @property
+    def beta2(self) -> float: ...
+    @property
+    def adam_eps(self) -> float: ...
 
 
 class ShardedAdamW(torch.optim.AdamW):
@@ -50,21 +65,21 @@ class ShardedAdamW(torch.optim.AdamW):
             )
 
 
-def build_optimizer(model: nn.Module, stage: StageConfig) -> ShardedAdamW:
+def build_optimizer(model: nn.Module, settings: AdamWSettings) -> ShardedAdamW:
     """AdamW (Loshchilov & Hutter 2019) whose moments exist from the start.
 
     They are created here and not at the first step, so that a checkpoint always has the same keys.
     """
     named = list(model.named_parameters())
     groups = [
-        {"params": [p for n, p in named if is_decayed(n)], "weight_decay": stage.weight_decay},
+        {"params": [p for n, p in named if is_decayed(n)], "weight_decay": settings.weight_decay},
         {"params": [p for n, p in named if not is_decayed(n)], "weight_decay": 0.0},
     ]
     optimizer = ShardedAdamW(
         [group for group in groups if group["params"]],
-        lr=stage.lr,
-        betas=(stage.beta1, stage.beta2),
-        eps=stage.adam_eps,
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.adam_eps,
     )
     for _, parameter in named:
         # a fused step counts on the parameter's own device

@@ -1,0 +1,131 @@
+"""Rollouts as micro-batches: packed into rows, several to a row, dealt to data-parallel ranks. Pure.
+
+How rollouts are packed depends on which of them are to be seen together, on their lengths and on the number of ranks,
+not on how they were drawn. Every rank has as many micro-batches of the same shapes; one for which no rollout is left
+computes rows of nothing.
+
+Dimensions: B rollouts in all, T tokens of their longest completion, S of them in a batch, N their drawn tokens.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from dist_lm.data.batch import Batch
+from dist_lm.data.order import key, permutation
+from dist_lm.data.packing import best_fit_decreasing, longest_first
+from dist_lm.rlhf.rollouts import Rollouts
+
+_UPDATES = 7  # what is shuffled; smaller numbers are those of the data room and of the prompts
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutBatch(Batch):
+    """Whole rollouts in rows. `counted_N` are the places whose targets are drawn tokens."""
+
+    drawn_N: torch.Tensor = field(kw_only=True)  # int64; of each of them its place in a flattened (B, T)
+    end_S: torch.Tensor = field(kw_only=True)  # int64; places of the last tokens in the flattened batch
+    rollout_S: torch.Tensor = field(kw_only=True)  # int64; which rollouts these end
+
+
+@dataclass(frozen=True)
+class Dealing:
+    """How rollouts are shared out."""
+
+    micro_batch_tokens: int  # of a micro-batch, at most (but one row)
+    dp_rank: int = 0
+    dp_size: int = 1
+    multiple: int = 1  # of which the width of a row has to be one
+
+
+def completion_mask(rollouts: Rollouts) -> np.ndarray:
+    """(B, T) bool: where a completion has a token, left-aligned."""
+    longest = int(rollouts.new_tokens_B.max())
+    return np.arange(longest) < rollouts.new_tokens_B[:, None]
+
+
+def minibatches(seed: int, iteration: int, epoch: int, n_rollouts: int, n_parts: int) -> list[np.ndarray]:
+    """Which rollouts are seen together in each update of a pass: disjoint parts of all, in an order of the epoch's."""
+    order = permutation(n_rollouts, key(_UPDATES, seed, iteration, epoch))
+    return np.array_split(order, n_parts)
+
+
+def rollout_batches(rollouts: Rollouts, chosen_S: np.ndarray, dealing: Dealing) -> list[RolloutBatch]:
+    """A rank's micro-batches of the rollouts `chosen_S`.
+
+    Rows are as wide as the longest of all rollouts, so that few shapes come up.
+    """
+    length_B = rollouts.prompt_tokens_B + rollouts.new_tokens_B
+    width = -(-int(length_B.max()) // dealing.multiple) * dealing.multiple
+    chosen_S = longest_first(np.sort(chosen_S), length_B)
+    row_S = best_fit_decreasing(length_B[chosen_S], width)
+    rows = -(-(int(row_S.max()) + 1) // dealing.dp_size)  # of each rank
+    at_a_time = max(1, dealing.micro_batch_tokens // width)
+    own = row_S % dealing.dp_size == dealing.dp_rank
+    placed = _Placed(rollouts, chosen_S[own], row_S[own] // dealing.dp_size, width, rows)
+    return [placed.batch(begin, min(begin + at_a_time, rows)) for begin in range(0, rows, at_a_time)]
+
+
+class _Placed:
+    """A rank's rows as one grid."""
+
+    def __init__(self, rollouts: Rollouts, number_S: np.ndarray, row_S: np.ndarray, width: int, rows: int) -> None:
+        order = np.argsort(row_S, kind="stable")
+        number_S, row_S = number_S[order], row_S[order]
+        prompt_S, new_S = rollouts.prompt_tokens_B[number_S], rollouts.new_tokens_B[number_S]
+        length_S = prompt_S + new_S
+        longest = int(rollouts.new_tokens_B.max())
+        begins_row_S = np.diff(row_S, prepend=-1) > 0
+        # where a rollout begins in its row: what is before it, less what is before its row
+        before_S = np.cumsum(length_S) - length_S
+        begin_S = row_S * width + before_S - before_S[begins_row_S][np.cumsum(begins_row_S) - 1]
+        document_S = np.arange(len(row_S)) - np.flatnonzero(begins_row_S)[np.cumsum(begins_row_S) - 1]
+        all_lengths_B = rollouts.prompt_tokens_B + rollouts.new_tokens_B
+        source_S = (np.cumsum(all_lengths_B) - all_lengths_B)[number_S]
+
+        self.width = width
+        self.tokens = np.zeros(rows * width, np.int64)
+        self.targets = np.zeros(rows * width, np.int64)
+        self.mask = np.zeros(rows * width, np.float32)
+        self.document = np.full(rows * width, len(number_S), np.int64)  # padding is a document of its own
+        self.position = np.zeros(rows * width, np.int64)
+        within = _ranges(length_S)
+        place = np.repeat(begin_S, length_S) + within
+        self.tokens[place] = rollouts.tokens_N[np.repeat(source_S, length_S) + within]
+        self.document[place] = np.repeat(document_S, length_S)
+        self.position[place] = within
+        new_within = _ranges(new_S)
+        # the token before a drawn one is where it is predicted
+        self.counted = np.repeat(begin_S + prompt_S - 1, new_S) + new_within
+        self.targets[self.counted] = self.tokens[self.counted + 1]
+        self.mask[self.counted] = 1
+        self.drawn = np.repeat(number_S * longest, new_S) + new_within
+        self.end, self.number = begin_S + length_S - 1, number_S
+
+    def batch(self, begin_row: int, end_row: int) -> RolloutBatch:
+        """Rows `begin_row` to `end_row` - 1."""
+        begin, end = begin_row * self.width, end_row * self.width
+        counted, ends = ((place >= begin) & (place < end) for place in (self.counted, self.end))
+
+        def grid(values: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(values[begin:end].reshape(-1, self.width))
+
+        return RolloutBatch(
+            tokens_BT=grid(self.tokens),
+            targets_BT=grid(self.targets),
+            loss_mask_BT=grid(self.mask),
+            document_BT=grid(self.document),
+            position_BT=grid(self.position),
+            sequence_B=torch.arange(begin_row, end_row),
+            counted_N=torch.from_numpy(self.counted[counted] - begin),
+            drawn_N=torch.from_numpy(self.drawn[counted]),
+            end_S=torch.from_numpy(self.end[ends] - begin),
+            rollout_S=torch.from_numpy(self.number[ends]),
+        )
+
+
+def _ranges(length_S: np.ndarray) -> np.ndarray:
+    """0 to length - 1 for each length, end to end."""
+    total = int(length_S.sum())
+    return np.arange(total) - np.repeat(np.cumsum(length_S) - length_S, length_S)

@@ -1,0 +1,138 @@
+"""A policy of two layers that learns in seconds, with all the parts of a run, on the ranks of a process group."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from dist_lm.config import ModelConfig, ParallelConfig
+from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.layout import resolve_layout
+from dist_lm.parallel.mesh import World, build_mesh
+from dist_lm.parallel.sharding import build_model
+from dist_lm.parallel.values import whole_weights
+from dist_lm.rlhf.algorithm import Algorithm
+from dist_lm.rlhf.kl import KlController
+from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
+from dist_lm.rlhf.models import RlhfModels, frozen, scalar_config, start_critic, trained_critic, trained_policy
+from dist_lm.rlhf.ppo import Ppo
+from dist_lm.rlhf.prompts import ShuffledPrompts
+from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource
+from dist_lm.rlhf.state import RlhfState
+from dist_lm.rlhf_config import RewardConfig, RlhfConfig
+
+VOCABULARY = 64
+EOT = 0
+WORLD = World(0, 1, 0, torch.device("cpu"))
+
+MODEL = ModelConfig(
+    name="toy", d_model=64, n_layers=2, n_heads=4, d_ff=256, max_seq_len=64, vocab_size=VOCABULARY, init_std=0.05
+)
+PROMPTS = [[EOT, 1 + i % 9, 10 + i % 7, 20 + i % 5] for i in range(315)]
+
+TOKENS = RlhfConfig(  # more of some tokens
+    prompts=64,
+    max_new_tokens=16,
+    ignore_eot=True,
+    lr=1e-3,
+    value_lr=1e-3,
+    kl_coefficient=0.0,
+    missing_eos_penalty=0.0,
+    rewards={"tokens": RewardConfig(kind="function", function="tests.rlhf.toy:share_of_low_tokens")},
+)
+LENGTH = replace(  # completions of a length
+    TOKENS,
+    max_new_tokens=32,
+    ignore_eot=False,
+    rewards={"length": RewardConfig(kind="length", target=12)},
+)
+
+
+def decode(tokens: list[int]) -> str:
+    """A character a token."""
+    return "".join(chr(0x100 + token) for token in tokens)
+
+
+def share_of_low_tokens(prompt: str, completion: str) -> float:
+    """How many of the tokens are of the lower third."""
+    return sum(ord(character) - 0x100 < VOCABULARY // 3 for character in completion) / len(completion)
+
+
+@dataclass
+class Toy:
+    """A learner, where it begins, and what it reports."""
+
+    learner: Learner
+    state: RlhfState
+    reports: list[IterationReport] = field(default_factory=list)
+    saved: list[RlhfState] = field(default_factory=list)
+
+    def run(self) -> RlhfState:
+        return self.learner.run(self.state)
+
+    def metric(self, name: str) -> list[float]:
+        return [report.metrics[name] for report in self.reports]
+
+
+def engine_of(model: ModelConfig = MODEL) -> Engine:
+    """With weights of nothing: the learner pushes some before it asks."""
+    weights = {name: value for name, value in Transformer(model).state_dict().items()}
+    options = EngineOptions(cache_tokens=64 * 64, page_tokens=64, max_sequences=64)
+    return Engine(model, weights, eot_id=EOT, options=options)
+
+
+def toy(
+    config: RlhfConfig,
+    iterations: int,
+    *,
+    seed: int = 0,
+    world: World = WORLD,
+    parallel: ParallelConfig | None = None,
+    model: ModelConfig = MODEL,
+    algorithm: Algorithm | None = None,
+    source: Callable[[], RolloutSource] = lambda: EngineRollouts(engine_of()),
+    reference: bool = True,
+    reward_model: bool = False,
+    **options: Any,
+) -> Toy:
+    """All parts on the mesh that `parallel` asks for (collective)."""
+    parallel = parallel or ParallelConfig()
+    algorithm = algorithm or Ppo(config)
+    mesh = build_mesh(resolve_layout(parallel, model, world.size), world.device)
+
+    def build(shape: ModelConfig, own_seed: int = seed) -> Transformer:
+        return build_model(shape, parallel, mesh, world.device, own_seed)
+
+    policy, reward = build(model), build(scalar_config(model), seed + 1) if reward_model else None
+    critic = None
+    if algorithm.has_critic:
+        critic = build(scalar_config(model))
+        start_critic(critic, reward or policy, config.value_head)
+    learner = Learner(
+        config=config,
+        seed=seed,
+        iterations=iterations,
+        world=world,
+        mesh=mesh,
+        parallel=parallel,
+        models=RlhfModels(
+            policy=trained_policy(policy, config),
+            critic=trained_critic(critic, config) if critic else None,
+            reference=frozen(build(model)) if reference else None,
+            reward=frozen(reward) if reward else None,
+        ),
+        algorithm=algorithm,
+        supply=RolloutSupply(source(), ShuffledPrompts(PROMPTS, seed), decode) if world.is_first else None,
+        **options,
+    )
+    made = Toy(learner, RlhfState(KlController(config.kl_coefficient, config.kl_target, config.kl_horizon)))
+    made.learner = replace(learner, report=made.reports.append, save=made.saved.append)
+    return made
+
+
+def weights_of(trained: Toy) -> dict[str, torch.Tensor]:
+    """The policy's, whole (collective)."""
+    model = trained.learner.models.policy.model
+    return {name: value.clone() for name, value in whole_weights(model, model.config, torch.float32).items()}
