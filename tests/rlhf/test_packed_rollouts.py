@@ -1,0 +1,94 @@
+"""Rollouts in rows: nothing is lost or seen twice, and what a model says of one does not depend on the rest."""
+
+import numpy as np
+import pytest
+import torch
+
+from dist_lm.rlhf.forwards import OwnShare
+from dist_lm.rlhf.packed_rollouts import Dealing, completion_mask, minibatches, rollout_batches
+from dist_lm.training.forward import BoundModel
+from tests.model.small_models import small_config, small_model
+from tests.rlhf.drawn import rollouts_with
+
+ROLLOUTS = rollouts_with([3, 1, 5, 2, 4, 1, 2], [4, 9, 1, 6, 6, 2, 3])
+ALL = np.arange(len(ROLLOUTS))
+
+
+def bound_model(**changes) -> BoundModel:
+    return BoundModel(small_model(small_config(**changes)), document_mask=True, chunk_bytes=0)
+
+
+def alone(of: BoundModel, *, temperature: float = 1.0):
+    """What a plain forward of each rollout by itself gives: one row for each."""
+    found = []
+    for one in ROLLOUTS:
+        tokens = torch.from_numpy(np.concatenate([one.prompt, one.completion]))[None]
+        new = len(one.completion)
+        with torch.no_grad():
+            if of.model.config.head == "scalar":
+                found.append(of.model.scores(tokens))
+            else:
+                logprobs = (of.model(tokens)[0, -new - 1 : -1] / temperature).log_softmax(-1)
+                own = logprobs.gather(-1, tokens[0, -new:, None])[:, 0]
+                found.append(torch.stack([own, -(logprobs.exp() * logprobs).sum(-1)]))
+    return found
+
+
+def padded(rows: list[torch.Tensor]) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def share(dealing: Dealing, chosen: np.ndarray = ALL) -> OwnShare:
+    mask = completion_mask(ROLLOUTS)
+    return OwnShare(rollout_batches(ROLLOUTS, chosen, dealing), *mask.shape)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 25, 1000])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_and_entropies_are_those_of_each_rollout_alone(micro_batch_tokens, temperature):
+    bound = bound_model()
+    found = share(Dealing(micro_batch_tokens)).logprobs(bound, temperature)
+    expected = alone(bound, temperature=temperature)
+    for part in range(2):
+        torch.testing.assert_close(found[part], padded([row[part] for row in expected]), rtol=1e-5, atol=1e-5)
+
+
+def test_values_are_of_what_stands_before_a_token_and_a_score_is_of_the_last_real_one():
+    bound = bound_model(head="scalar")
+    own = share(Dealing(30))
+    rows = alone(bound)
+    new = ROLLOUTS.new_tokens_B.tolist()
+    before = [row[-n - 1 : -1] for row, n in zip(rows, new, strict=True)]
+    torch.testing.assert_close(own.values(bound), padded(before), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(own.end_scores(bound), torch.stack([row[-1] for row in rows]), rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_have_the_same_shapes_and_together_all_rollouts_once():
+    bound = bound_model()
+    whole, _ = share(Dealing(30)).logprobs(bound, 1.0)
+    for ranks in (2, 3, 9):
+        dealt = [rollout_batches(ROLLOUTS, ALL, Dealing(30, rank, ranks)) for rank in range(ranks)]
+        shapes = [[batch.tokens_BT.shape for batch in batches] for batches in dealt]
+        assert all(one == shapes[0] for one in shapes)
+        ends = torch.cat([batch.rollout_S for batches in dealt for batch in batches])
+        assert sorted(ends.tolist()) == ALL.tolist()
+        parts = [share(Dealing(30, rank, ranks)).logprobs(bound, 1.0)[0] for rank in range(ranks)]
+        torch.testing.assert_close(torch.stack(parts).sum(0), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_are_within_the_limit_and_of_the_asked_multiple():
+    batches = rollout_batches(ROLLOUTS, ALL, Dealing(40, multiple=4))
+    assert {batch.tokens_BT.shape[1] for batch in batches} == {12}  # the longest has 10
+    assert max(batch.tokens_BT.numel() for batch in batches) <= 40
+    assert sum(int(batch.loss_mask_BT.sum()) for batch in batches) == ROLLOUTS.new_tokens_B.sum()
+
+
+def test_a_pass_sees_every_rollout_once_in_an_order_of_its_own():
+    orders = []
+    for iteration, epoch in ((0, 0), (0, 1), (1, 0)):
+        parts = minibatches(3, iteration, epoch, 10, 4)
+        assert [len(part) for part in parts] == [3, 3, 2, 2]
+        orders.append(np.concatenate(parts).tolist())
+        assert sorted(orders[-1]) == list(range(10))
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert np.concatenate(minibatches(3, 0, 1, 10, 4)).tolist() == orders[1]

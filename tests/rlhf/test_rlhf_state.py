@@ -1,0 +1,42 @@
+"""The state survives the way through JSON and arrays; so do rollouts the way to other ranks."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+
+from dist_lm.rlhf.kl import KlController
+from dist_lm.rlhf.reward_scale import RewardScale
+from dist_lm.rlhf.state import RlhfState
+from tests.rlhf.drawn import rollouts_with
+
+STATE = RlhfState(
+    KlController(0.1, 6.0, 1000),
+    iteration=3,
+    prompt_position=192,
+    policy_updates=12,
+    value_updates=11,
+    nonfinite_updates=1,
+    reward_scale=RewardScale(0.3, 1.7),
+    best_reward=0.1 + 0.2,
+    best_iteration=2,
+)
+
+
+def through_json(state: RlhfState) -> RlhfState:
+    return RlhfState.from_dict(json.loads(json.dumps(state.to_dict())), state.arrays())
+
+
+def test_a_state_comes_back_as_it_was():
+    assert through_json(STATE) == STATE
+    fresh = RlhfState(KlController(0.1))
+    assert through_json(fresh) == fresh
+
+
+def test_pending_rollouts_come_back_to_the_bit():
+    pending = {4: rollouts_with([1, 2], [3, 1], version=2), 11: rollouts_with([2], [5], version=3, seed=1)}
+    found = through_json(replace(STATE, pending=pending)).pending
+    assert list(found) == [4, 11]
+    for iteration, rollouts in pending.items():
+        for name, value in rollouts.arrays().items():
+            assert np.array_equal(found[iteration].arrays()[name], value), name

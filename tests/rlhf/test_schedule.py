@@ -1,0 +1,98 @@
+"""Which version draws what, whatever takes how long."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from dist_lm.rlhf.schedule import RolloutSchedule, is_drawn_by
+from tests.rlhf.drawn import rollouts_with
+
+ITERATIONS = 6
+DEADLINE_S = 20.0
+
+
+class Versions:
+    """A source that remembers the version it has, and can be made to wait."""
+
+    def __init__(self) -> None:
+        self.version, self.closed = -1, False
+        self.may_draw = threading.Event()
+        self.may_draw.set()
+
+    def load_weights(self, weights, version):
+        assert int(weights["w"]) == version
+        self.version = version
+
+    def generate(self, requests):
+        raise NotImplementedError
+
+    def close(self):
+        self.closed = True
+
+
+def draw(source, iteration):
+    assert source.may_draw.wait(DEADLINE_S)
+    return rollouts_with([1], [2], version=source.version, positions=[iteration])
+
+
+def weights(version: int) -> dict[str, np.ndarray]:
+    return {"w": np.array(version)}
+
+
+def schedule(source, staleness: int) -> RolloutSchedule:
+    return RolloutSchedule(source, draw, staleness=staleness, iterations=ITERATIONS)
+
+
+def go_on(made: RolloutSchedule, staleness: int, begin: int, end: int) -> list[int]:
+    """Iterations `begin` to `end` - 1: the version that drew the rollouts of each."""
+    versions = []
+    for iteration in range(begin, end):
+        rollouts = made.take(iteration).rollouts
+        assert rollouts.position_B.tolist() == [iteration]
+        versions.append(int(rollouts.version_B[0]))
+        if is_drawn_by(iteration + 1, staleness, ITERATIONS):
+            made.push(iteration + 1, weights(iteration + 1))
+    return versions
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2, 9])
+def test_rollouts_are_as_stale_as_allowed_and_no_staler_also_after_a_resume(staleness):
+    expected = [max(0, i - staleness) for i in range(ITERATIONS)]
+    source = Versions()
+    with schedule(source, staleness) as made:
+        made.begin(0, weights(0), {})
+        assert go_on(made, staleness, 0, ITERATIONS) == expected
+    assert source.closed
+    for stopped in range(1, ITERATIONS):
+        with schedule(Versions(), staleness) as made:
+            made.begin(0, weights(0), {})
+            before = go_on(made, staleness, 0, stopped)
+            pending = made.ahead(stopped)
+        assert len(pending) == min(staleness, ITERATIONS - stopped)
+        with schedule(Versions(), staleness) as made:
+            made.begin(stopped, weights(stopped), pending)
+            assert before + go_on(made, staleness, stopped, ITERATIONS) == expected
+
+
+def test_the_next_rollouts_are_drawn_while_one_trains():
+    source = Versions()
+    with schedule(source, 1) as made:
+        made.begin(0, weights(0), {})
+        made.take(0)
+        source.may_draw.clear()
+        made.push(1, weights(1))  # does not wait for anything
+        source.may_draw.set()
+        assert made.take(1).rollouts.version_B.tolist() == [0]
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_what_a_source_raises_reaches_who_takes(staleness):
+    class Broken(Versions):
+        def load_weights(self, weights, version):
+            raise RuntimeError("no such weights")
+
+    with schedule(Broken(), staleness) as made:
+        made.begin(0, weights(0), {})
+        with pytest.raises(RuntimeError, match="no such weights"):
+            made.take(0)
