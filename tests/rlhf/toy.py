@@ -95,6 +95,7 @@ def toy(
     source: Callable[[], RolloutSource] = lambda: EngineRollouts(engine_of()),
     reference: bool = True,
     reward_model: bool = False,
+    stop_tokens: tuple[int, ...] = (),
     **options: Any,
 ) -> Toy:
     """All parts on the mesh that `parallel` asks for (collective)."""
@@ -124,7 +125,7 @@ def toy(
             reward=frozen(reward) if reward else None,
         ),
         algorithm=algorithm,
-        supply=RolloutSupply(source(), ShuffledPrompts(PROMPTS, seed), decode) if world.is_first else None,
+        supply=RolloutSupply(source(), ShuffledPrompts(PROMPTS, seed), decode, stop_tokens) if world.is_first else None,
         **options,
     )
     made = Toy(learner, RlhfState(KlController(config.kl_coefficient, config.kl_target, config.kl_horizon)))

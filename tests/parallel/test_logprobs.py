@@ -1,0 +1,68 @@
+"""Log-probabilities and entropies at a temperature, and their gradients, are those of one process on any layout."""
+
+import numpy as np
+import pytest
+import torch
+
+from dist_lm.config import ModelConfig, ParallelConfig
+from dist_lm.data.batch import Batch
+from dist_lm.model.initialise import initialise
+from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.gradients import reduce_partial_gradients
+from dist_lm.parallel.layout import resolve_layout
+from dist_lm.parallel.mesh import World, build_mesh
+from dist_lm.parallel.sharding import build_model
+from dist_lm.training.forward import BoundModel
+from tests.parallel.ranks import RankGroups
+from tests.parallel.training_task import whole
+
+MODEL = ModelConfig(
+    name="small", d_model=40, n_layers=2, n_heads=5, d_ff=72, max_seq_len=48, vocab_size=65, init_std=0.2
+)
+SEED, TEMPERATURE = 3, 0.7
+
+
+def batch() -> Batch:
+    tokens = torch.randint(0, MODEL.vocab_size, (3, 12), generator=torch.Generator().manual_seed(0))
+    document = torch.tensor([0] * 5 + [1] * 7).expand(3, -1)
+    position = torch.tensor([*range(5), *range(7)]).expand(3, -1)
+    counted = torch.tensor([1, 2, 9, 17, 30, 31, 35])
+    return Batch(tokens, tokens.roll(-1, 1), torch.ones(3, 12), document, position, torch.arange(3), counted)
+
+
+def outcome(bound: BoundModel, parameters: dict, entropy_gradient: bool) -> dict[str, np.ndarray]:
+    found = bound.logprobs(batch(), TEMPERATURE, entropy_gradient)
+    weight = torch.linspace(-1, 1, 36).view(3, 12)
+    (weight * found.logprob_BT + (0.3 * found.entropy_BT.square() if entropy_gradient else 0)).sum().backward()
+    reduce_partial_gradients(bound.model)
+    gradients = {name: whole(p.grad) for name, p in parameters.items() if p.grad is not None}
+    cut = {name: value[tuple(slice(n) for n in shape)] for name, value in gradients.items()
+           for shape in [dict(Transformer(MODEL).named_parameters())[name].shape]}  # fmt: skip
+    values = {"logprob": found.logprob_BT.detach(), "entropy": found.entropy_BT.detach()} | cut
+    return {name: value.numpy() for name, value in values.items()}
+
+
+def on_ranks(world: World, tp: int, chunk_bytes: int, entropy_gradient: bool) -> dict[str, np.ndarray]:
+    parallel = ParallelConfig(tp=tp)
+    mesh = build_mesh(resolve_layout(parallel, MODEL, world.size), world.device)
+    model = build_model(MODEL, parallel, mesh, world.device, SEED)
+    return outcome(BoundModel(model, True, chunk_bytes), dict(model.named_parameters()), entropy_gradient)
+
+
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+@pytest.mark.parametrize(("size", "tp", "chunk_bytes"), [(1, 1, 1000), (2, 2, 0), (2, 2, 1000), (3, 3, 1)])
+def test_they_are_those_of_one_process(ranks: RankGroups, size: int, tp: int, chunk_bytes: int, entropy_gradient: bool):
+    found = ranks.run(size, on_ranks, tp, chunk_bytes, entropy_gradient)
+    model = Transformer(MODEL)
+    initialise(model, SEED)
+    expected = outcome(BoundModel(model, True, 0), dict(model.named_parameters()), entropy_gradient)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=2e-5, err_msg=name)
+    hidden = model.hidden(batch().tokens_BT, document_BT=batch().document_BT, position_BT=batch().position_BT)
+    logprobs = (model.head(hidden) / TEMPERATURE).log_softmax(-1).detach()
+    own = logprobs.gather(-1, batch().targets_BT[..., None]).flatten()[batch().counted_N]
+    entropy = -(logprobs.exp() * logprobs).sum(-1).flatten()[batch().counted_N]
+    for name, definition in (("logprob", own), ("entropy", entropy)):
+        np.testing.assert_allclose(found[name].flatten()[batch().counted_N], definition.numpy(), rtol=1e-5, atol=1e-5)
+        assert np.count_nonzero(found[name]) == len(batch().counted_N)

@@ -1,0 +1,71 @@
+"""A run is the same on every layout up to rounding, and to the bit on the same one."""
+
+from dataclasses import replace
+
+import pytest
+
+from dist_lm.config import ParallelConfig
+from dist_lm.parallel.mesh import World
+from dist_lm.rlhf.rollouts import EngineRollouts
+from dist_lm.rlhf_config import RewardConfig
+from tests.parallel.ranks import RankGroups
+from tests.rlhf.toy import LENGTH, MODEL, engine_of, toy
+
+SHAPE = replace(MODEL, d_model=40, n_heads=5, d_ff=72)
+CONFIG = replace(
+    LENGTH,
+    prompts=13,
+    max_new_tokens=8,
+    epochs=2,
+    minibatches=2,
+    micro_batch_tokens=40,
+    kl_coefficient=0.05,
+    lr=1e-3,
+    value_lr=1e-3,
+    missing_eos_penalty=1.0,
+    rewards={"length": RewardConfig(kind="length", target=4), "model": RewardConfig(kind="reward_model")},
+)
+ITERATIONS = 3
+LAYOUTS = {
+    "dp 2": (2, ParallelConfig()),
+    "tp 2": (2, ParallelConfig(tp=2)),
+    "tp 2, sequence parallel": (2, ParallelConfig(tp=2, sp=True)),
+    "2 x 2": (4, ParallelConfig(tp=2)),
+}
+
+
+def metrics_of(world: World, parallel: ParallelConfig, prompts: int = CONFIG.prompts) -> list[dict[str, float]]:
+    """Of each iteration, without what a clock says; the same on all ranks, or they would not end together."""
+    made = toy(
+        replace(CONFIG, prompts=prompts),
+        ITERATIONS,
+        world=world,
+        parallel=parallel,
+        model=SHAPE,
+        source=lambda: EngineRollouts(engine_of(SHAPE)),
+        reward_model=True,
+        stop_tokens=tuple(range(1, 9)),
+    )
+    made.run()
+    lines = [dict(report.metrics) for report in made.reports]
+    return [{name: line[name] for name in line if "timing" not in name and "_per_s" not in name} for line in lines]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_metrics_are_those_of_one_rank(ranks: RankGroups, name: str):
+    size, parallel = LAYOUTS[name]
+    expected = ranks.run(1, metrics_of, ParallelConfig())
+    found = ranks.run(size, metrics_of, parallel)
+    for iteration in range(ITERATIONS):
+        gap = {n: (found[iteration][n], value) for n, value in expected[iteration].items()
+               if n != "rollout/logprob_gap" and found[iteration][n] != pytest.approx(value, rel=1e-5, abs=1e-5)}  # fmt: skip
+        assert gap == {}, iteration
+        assert found[iteration]["rollout/logprob_gap"] < 1e-5
+    assert ranks.run(size, metrics_of, parallel) == found
+
+
+def test_a_rank_for_which_no_rollout_is_left_takes_part_all_the_same(ranks: RankGroups):
+    expected = ranks.run(1, metrics_of, ParallelConfig(), 2)
+    found = ranks.run(2, metrics_of, ParallelConfig(), 2)
+    for one, other in zip(found, expected, strict=True):
+        assert one["rlhf/policy_loss"] == pytest.approx(other["rlhf/policy_loss"], rel=1e-5, abs=1e-5)

@@ -1,0 +1,305 @@
+"""Whole iterations of small runs: what has to hold in every one, whatever is learned."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dist_lm.data.batch import Batch
+from dist_lm.errors import ConfigError
+from dist_lm.generation.request import Answer, Request
+from dist_lm.rlhf.models import scalar_config, start_critic
+from dist_lm.rlhf.rollouts import EngineRollouts
+from dist_lm.rlhf.state import RlhfState
+from dist_lm.rlhf_config import RewardConfig
+from dist_lm.training.optimizer import named_state
+from dist_lm.training.stop import StopRequest
+from dist_lm.training.trainer import NonFiniteGradientsError
+from tests.rlhf.group_mean import GroupMean
+from tests.rlhf.toy import LENGTH, MODEL, TOKENS, Toy, engine_of, weights_of
+from tests.rlhf.toy import toy as plain_toy
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+SHORT = replace(LENGTH, prompts=12, max_new_tokens=8, epochs=2, minibatches=2, kl_coefficient=0.05)
+SHORT = replace(SHORT, rewards={"length": RewardConfig(kind="length", target=4)}, missing_eos_penalty=1.0)
+WITH_REWARD_MODEL = replace(SHORT, rewards=SHORT.rewards | {"model": RewardConfig(kind="reward_model")})
+NEAR = 1e-5
+STOPS = tuple(range(1, 9))  # so that completions have many lengths
+
+
+def toy(config, iterations: int, **options) -> Toy:
+    return plain_toy(config, iterations, stop_tokens=() if config.ignore_eot else STOPS, **options)
+
+
+def ran(config, iterations: int, **options) -> Toy:
+    made = toy(config, iterations, **options)
+    made.run()
+    return made
+
+
+def tensors_of(made: Toy) -> dict[str, torch.Tensor]:
+    """All that a checkpoint holds of models and optimizers."""
+    models = made.learner.models
+    assert models.critic
+    return {
+        f"{role}.{name}": value
+        for role, trained in (("policy", models.policy), ("critic", models.critic))
+        for name, value in [
+            *((name, parameter.detach()) for name, parameter in trained.model.named_parameters()),
+            *named_state(trained.model, trained.optimizer),
+        ]
+    }
+
+
+# --- engine, trainer, reference ---
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_engine_trainer_and_reference_agree_at_any_temperature_and_the_first_ratio_is_1(temperature):
+    made = ran(replace(SHORT, temperature=temperature, minibatches=1), 3)
+    assert max(made.metric("rollout/logprob_gap")) < NEAR
+    assert made.metric("rollout/staleness") == [0, 0, 0]
+    assert made.metric("rlhf/kl")[0] == pytest.approx(0, abs=NEAR)
+    assert made.metric("rlhf/kl")[-1] > 1e-3
+    for report in made.reports:
+        assert report.updates[0]["ratio_mean"] == pytest.approx(1, abs=1e-6)
+        assert report.updates[0]["approx_kl"] == pytest.approx(0, abs=1e-9)
+        assert report.updates[1]["approx_kl"] > 1e-6
+
+
+def test_the_first_ratio_is_1_also_where_the_first_update_sees_a_part():
+    made = ran(replace(SHORT, micro_batch_tokens=30), 2)
+    for report in made.reports:
+        assert report.updates[0]["ratio_mean"] == pytest.approx(1, abs=1e-6)
+        assert report.updates[0]["approx_kl"] == pytest.approx(0, abs=1e-9)
+
+
+def test_rollouts_are_drawn_without_filters_and_by_seeds_of_prompt_and_sample():
+    asked: list[Request] = []
+
+    class Listening(EngineRollouts):
+        def generate(self, requests: Sequence[Request]) -> list[Answer]:
+            asked.extend(requests)
+            return super().generate(requests)
+
+    made = ran(replace(SHORT, samples=2, temperature=0.9), 2, source=lambda: Listening(engine_of()))
+    assert len(asked) == 2 * SHORT.prompts
+    params = asked[0].params
+    assert (params.top_k, params.top_p, params.min_p, params.temperature) == (0, 1, 0, 0.9)
+    assert len({request.seed for request in asked}) == len(asked)
+    assert made.reports[1].rollouts.position_B.tolist() == [12 + i // 2 for i in range(24)]
+    assert made.reports[1].rollouts.sample_B.tolist() == [0, 1] * 12
+    again = ran(replace(SHORT, samples=2, temperature=0.9), 1)
+    assert np.array_equal(again.reports[0].rollouts.tokens_N, made.reports[0].rollouts.tokens_N)
+
+
+# --- rewards ---
+
+
+def test_a_completion_without_an_end_is_penalised():
+    report = ran(SHORT, 1).reports[0]
+    whole = torch.from_numpy(report.rollouts.whole)
+    assert 0 < int(whole.sum()) < len(whole)
+    torch.testing.assert_close(report.score_B, report.part_B["length"] - (~whole).float())
+    assert report.metrics["rlhf/truncated_rate"] == pytest.approx(1 - float(whole.float().mean()))
+
+
+def test_parts_are_logged_apart_and_the_reward_model_is_normalised_by_the_references_samples():
+    made = ran(WITH_REWARD_MODEL, 2, reward_model=True)
+    first, second = (report.part_B["model"] for report in made.reports)
+    assert float(first.mean()) == pytest.approx(0, abs=NEAR)
+    assert float(first.std(unbiased=False)) == pytest.approx(1, abs=NEAR)
+    assert abs(float(second.mean())) > 1e-3  # by what the first ones gave
+    assert made.saved[-1].reward_scale is not None
+    for report in made.reports:
+        for name, score_B in report.part_B.items():
+            assert report.metrics[f"rlhf/part_{name}"] == pytest.approx(float(score_B.mean()), abs=1e-6)
+
+
+def test_parts_and_models_that_do_not_go_together_are_refused():
+    for config, options, message in (
+        (WITH_REWARD_MODEL, {}, "reward_model"),
+        (SHORT, {"reference": False}, "rlhf.kl_coefficient=0.05"),
+        (replace(SHORT, rewards={}), {}, "at least one part"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            toy(config, 1, **options)
+
+
+# --- the critic ---
+
+
+def test_a_critic_begins_with_the_reward_models_trunk_and_a_head_of_zero_or_the_reward_models():
+    made = toy(WITH_REWARD_MODEL, 1, reward_model=True)
+    critic, reward = made.learner.models.critic, made.learner.models.reward
+    assert critic
+    assert reward
+    with torch.no_grad():
+        reward.get_parameter("scalar_head.bias").fill_(0.5)
+    start_critic(critic.model, reward, "zero")
+    for name, parameter in critic.model.named_parameters():
+        assert torch.equal(parameter, reward.get_parameter(name)) != name.startswith("scalar_head"), name
+        assert not name.startswith("scalar_head") or not parameter.any()
+    start_critic(critic.model, reward, "reward_model")
+    for name, parameter in critic.model.named_parameters():
+        assert torch.equal(parameter, reward.get_parameter(name)), name
+    with pytest.raises(ConfigError, match="expected zero"):
+        start_critic(critic.model, made.learner.models.policy.model, "reward_model")
+    assert scalar_config(MODEL).head == "scalar"
+
+
+def test_the_critic_learns_and_optimizers_have_their_own_rates():
+    made = ran(replace(SHORT, lr=1e-12, value_lr=3e-3, epochs=4), 4)
+    expected, found = made.metric("rlhf/return_mean"), made.metric("rlhf/value_mean")
+    assert found[0] == 0
+    assert abs(found[-1] - expected[-1]) < 0.5 * abs(expected[-1])
+    critic, policy = made.learner.models.critic, made.learner.models.policy
+    assert critic
+    for trained, lr in ((policy, 1e-12), (critic, 3e-3)):
+        assert {(group["lr"], group["eps"]) for group in trained.optimizer.param_groups} == {(lr, 1e-5)}
+
+
+# --- updates ---
+
+
+def test_updates_do_not_depend_on_how_rollouts_are_cut():
+    """The loss is a mean over all tokens of a minibatch, not over those of a micro-batch or a completion."""
+    whole, parts = ran(SHORT, 2), ran(replace(SHORT, micro_batch_tokens=13), 2)
+    for name, value in weights_of(whole).items():
+        torch.testing.assert_close(weights_of(parts)[name], value, rtol=1e-4, atol=2e-6)
+    for name in ("rlhf/policy_loss", "rlhf/value_loss", "rlhf/entropy", "rlhf/kl"):
+        assert parts.metric(name) == pytest.approx(whole.metric(name), abs=1e-5), name
+
+
+def test_passes_end_where_the_policy_has_gone_far_enough():
+    far = replace(SHORT, epochs=6, lr=1e-2)
+    assert ran(far, 1).metric("rlhf/updates") == [12]
+    stopped = ran(replace(far, stop_kl=0.01), 1)
+    updates = stopped.reports[0].updates
+    assert 2 <= len(updates) < 12
+    assert updates[-1]["approx_kl"] > 0.01 >= max(update["approx_kl"] for update in updates[:-1])
+    assert stopped.saved[-1].policy_updates == len(updates)
+
+
+def test_an_entropy_bonus_keeps_the_distribution_wide():
+    peaked = replace(SHORT, lr=3e-3, epochs=6)
+    plain, wide = ran(peaked, 4), ran(replace(peaked, entropy_coefficient=0.5), 4)
+    assert wide.metric("rlhf/entropy")[-1] > plain.metric("rlhf/entropy")[-1] + 0.01
+
+
+def test_an_adaptive_coefficient_moves_towards_its_target_and_is_used():
+    made = ran(replace(SHORT, kl_target=1e-4, kl_horizon=24, lr=3e-3), 4)
+    coefficients = made.metric("rlhf/kl_coefficient")
+    assert coefficients[0] == 0.05
+    assert coefficients[-1] > coefficients[1]
+    report = made.reports[-1]
+    expected = report.metrics["rlhf/score_mean"] - coefficients[-1] * report.metrics["rlhf/kl"]
+    assert report.metrics["rlhf/reward_mean"] == pytest.approx(expected)
+
+
+def test_the_pretraining_loss_is_mixed_in_by_its_mean():
+    tokens = torch.arange(1, 21).repeat(4, 1)
+
+    def texts(update: int) -> list[Batch]:
+        where = torch.arange(20).repeat(4, 1)
+        return [Batch(tokens, tokens.roll(-1, 1), torch.ones(4, 20), torch.zeros_like(tokens), where, torch.arange(4))]
+
+    mixed = ran(replace(SHORT, pretrain_coefficient=1.0, lr=3e-3), 6, pretraining=texts)
+    losses = [report.updates[0]["pretrain_loss"] for report in mixed.reports]
+    assert losses[0] == pytest.approx(np.log(64), abs=0.3)  # a mean over its own tokens
+    assert losses[-1] < 0.7 * losses[0]
+    assert "rlhf/pretrain_loss" not in ran(SHORT, 1, pretraining=texts).reports[0].metrics
+
+
+def test_rates_warm_up():
+    rates: list[float] = []
+    made = toy(replace(SHORT, warmup_iterations=4, lr=1e-3, epochs=1, minibatches=1), 3)
+    optimizer = made.learner.models.policy.optimizer
+    optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
+    made.run()
+    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4])
+
+
+def test_updates_that_are_not_finite_are_skipped_and_end_the_run_when_there_is_nothing_else():
+    class Broken(GroupMean):
+        def policy_loss(self, drawn):
+            loss = super().policy_loss(drawn)
+            return replace(loss, total=loss.total * float("nan"))
+
+    made = toy(replace(SHORT, samples=2, max_nonfinite_updates=3), 2, algorithm=Broken())
+    before = weights_of(made)
+    with pytest.raises(NonFiniteGradientsError, match="3 updates in a row, in iteration 0"):
+        made.run()
+    assert all(torch.equal(value, before[name]) for name, value in weights_of(made).items())
+
+
+# --- the algorithm is a part ---
+
+
+def test_another_algorithm_without_a_critic_learns_in_the_same_frame():
+    config = replace(TOKENS, prompts=24, samples=4, max_new_tokens=6, epochs=2, lr=3e-3)
+    made = ran(config, 10, algorithm=GroupMean(), reference=False)
+    scores = made.metric("rlhf/score_mean")
+    assert scores[0] < 0.5
+    assert scores[-1] > scores[0] + 0.2, scores
+    assert set(made.metric("rlhf/others_mean")) == {3.0}
+    assert "rlhf/kl" not in made.reports[0].metrics
+
+
+# --- state ---
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(staleness):
+    config = replace(WITH_REWARD_MODEL, max_staleness=staleness, kl_target=0.5, kl_horizon=24, prompts=6)
+    whole = toy(config, 5, reward_model=True)
+    kept: dict[int, tuple] = {}
+
+    def keep(state: RlhfState) -> None:
+        values = (json.loads(json.dumps(state.to_dict())), state.arrays())
+        kept[state.iteration] = (values, {name: value.clone() for name, value in tensors_of(whole).items()})
+
+    whole.learner = replace(whole.learner, save=keep, save_every=1)
+    end = whole.run()
+    assert [int(report.rollouts.version_B[0]) for report in whole.reports] == [max(0, i - staleness) for i in range(5)]
+    assert whole.metric("rollout/staleness") == [min(i, staleness) for i in range(5)]
+    for stopped in (1, 3):
+        (values, arrays), tensors = kept[stopped]
+        resumed = toy(config, 5, reward_model=True)
+        for name, value in tensors_of(resumed).items():
+            value.copy_(tensors[name])
+        resumed.state = RlhfState.from_dict(values, arrays)
+        assert replace(resumed.run(), pending={}) == replace(end, pending={})
+        for name, value in tensors_of(resumed).items():
+            assert torch.equal(value, kept[5][1][name]), name
+        for again, report in zip(resumed.reports, whole.reports[stopped:], strict=True):
+            untimed = {n: v for n, v in report.metrics.items() if "timing" not in n and "_per_s" not in n}
+            assert {n: again.metrics[n] for n in untimed} == untimed
+
+
+def test_stale_rollouts_are_weighed_by_how_likely_the_trainer_finds_them():
+    stale = ran(replace(SHORT, max_staleness=1, lr=1e-2), 3)
+    assert max(stale.metric("rollout/logprob_gap")[1:]) > 0.01
+    unweighed = ran(replace(SHORT, max_staleness=1, lr=1e-2, importance_cap=0.0), 3)
+    assert stale.metric("rlhf/policy_loss")[0] == pytest.approx(unweighed.metric("rlhf/policy_loss")[0], abs=1e-6)
+    assert stale.metric("rlhf/policy_loss")[1] != pytest.approx(unweighed.metric("rlhf/policy_loss")[1], abs=1e-6)
+
+
+def test_a_stop_is_obeyed_after_an_iteration_whose_state_is_saved():
+    stop = StopRequest()
+    made = toy(SHORT, 5, stop=stop, alive=lambda: setattr(stop, "requested", True))
+    state = made.run()
+    assert state.iteration == 1
+    assert made.saved == [state]
+
+
+def test_the_best_iteration_is_remembered():
+    made = ran(SHORT, 4, save_every=2)
+    rewards = made.metric("rlhf/reward_mean")
+    assert [state.iteration for state in made.saved] == [2, 4]
+    assert made.saved[-1].best_reward == max(rewards)
+    assert made.saved[-1].best_iteration == rewards.index(max(rewards)) + 1

@@ -1,0 +1,41 @@
+"""PPO learns what two toys ask for."""
+
+import time
+
+import pytest
+
+from tests.rlhf.toy import LENGTH, TOKENS, toy
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+TOYS = {"tokens": (TOKENS, 30), "length": (LENGTH, 40)}  # with iterations
+LAST = 5  # iterations whose mean counts
+
+
+def test_scores_rise_within_a_few_iterations():
+    made = toy(TOKENS, 8)
+    made.run()
+    scores = made.metric("rlhf/score_mean")
+    assert scores[0] < 0.4
+    assert scores[-1] > 0.55, scores
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", TOYS)
+def test_a_toy_is_learned(name: str, seed: int, staleness: int):
+    config, iterations = TOYS[name]
+    from dataclasses import replace
+
+    made = toy(replace(config, max_staleness=staleness), iterations, seed=seed)
+    started = time.perf_counter()
+    made.run()
+    seconds = time.perf_counter() - started
+    scores = made.metric("rlhf/score_mean")
+    reached = next((i for i, score in enumerate(scores) if score > 0.85), None)
+    print(f"{name} seed {seed} staleness {staleness}: {scores[0]:.3f} -> {sum(scores[-LAST:]) / LAST:.3f}, "
+          f"0.85 at iteration {reached}, {seconds:.1f} s")  # fmt: skip
+    assert scores[0] < 0.5
+    assert sum(scores[-LAST:]) / LAST > 0.85
+    assert seconds < 60
