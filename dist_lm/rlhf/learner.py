@@ -234,7 +234,7 @@ class Learner:
 
 @dataclass(frozen=True)
 class _Passes:
-    """The passes over an iteration's rollouts. Those of the first one are kept, as its batches are used twice."""
+    """The passes over an iteration's rollouts. The first one is kept, as its batches are used again."""
 
     rollouts: Rollouts
     seed: int
@@ -245,6 +245,8 @@ class _Passes:
     kept: dict[int, list[Minibatch]] = field(default_factory=dict)
 
     def __call__(self, number: int) -> list[Minibatch]:
+        if self.config.minibatches == 1:
+            number = 0  # all of them together are the same in every pass
         if number in self.kept:
             return self.kept[number]
         parts = minibatches(self.seed, self.iteration, number, len(self.rollouts), self.config.minibatches)

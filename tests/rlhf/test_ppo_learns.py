@@ -1,6 +1,7 @@
 """PPO learns what two toys ask for."""
 
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -26,8 +27,6 @@ def test_scores_rise_within_a_few_iterations():
 @pytest.mark.parametrize("name", TOYS)
 def test_a_toy_is_learned(name: str, seed: int, staleness: int):
     config, iterations = TOYS[name]
-    from dataclasses import replace
-
     made = toy(replace(config, max_staleness=staleness), iterations, seed=seed)
     started = time.perf_counter()
     made.run()
