@@ -45,7 +45,6 @@ class Batch:
     sequence_B: torch.Tensor  # int64; global sequence number: dropout, tracing and resume hang on it
     counted_N: torch.Tensor | None = None  # int64; places of the targets that count in the flattened batch; none: all
     branch_BT: torch.Tensor | None = None  # int64; 0 in the trunk of a document, other numbers in branches behind it
-
     ranked: RankedPlaces | None = None  # of rankings
 
     def to(self, device: torch.device) -> Self:

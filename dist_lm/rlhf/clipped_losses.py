@@ -58,10 +58,13 @@ def value_loss(
     value_BT: torch.Tensor, old_value_BT: torch.Tensor, return_BT: torch.Tensor, mask_BT: torch.Tensor, clip: float
 ) -> ValueLoss:
     """Half the squared error; moving further than `clip` from the old value gains nothing."""
-    held_BT = old_value_BT + (value_BT - old_value_BT).clamp(-clip, clip)
+    moved_BT = value_BT - old_value_BT
+    held_BT = old_value_BT + moved_BT.clamp(-clip, clip)
     plain_BT, clipped_BT = (value_BT - return_BT).square(), (held_BT - return_BT).square()
     total = (torch.maximum(plain_BT, clipped_BT) * mask_BT).sum() / 2
-    return ValueLoss(total, ((clipped_BT > plain_BT) * mask_BT).sum().detach())
+    # within the clip both are equal up to rounding
+    cut_off_BT = (clipped_BT > plain_BT) & (moved_BT.abs() > clip)
+    return ValueLoss(total, (cut_off_BT * mask_BT).sum().detach())
 
 
 def truncated_importance(trainer_BT: torch.Tensor, engine_BT: torch.Tensor, largest: float) -> torch.Tensor:

@@ -57,7 +57,7 @@ class Collector:
         Args:
             rule_score_B: scores of the parts that are rules.
             batches: this rank's micro-batches of all rollouts, each in one of them. Let them be those that the first
-                update sees: its ratio is then 1 to the last bit.
+                update sees: both then round alike, and its ratio is 1.
             reward_scale: None: the scores of these rollouts give it, which the reference policy drew.
         """
         mask_BT = torch.from_numpy(completion_mask(rollouts)).to(self.device)

@@ -28,7 +28,7 @@ from dist_lm.generation.params import SamplingParams
 from dist_lm.generation.request import Answer, Request
 from dist_lm.reward_config import RankingSamplesConfig
 from dist_lm.run_directory import WorkDirectory
-from dist_lm.stages.syntax import PARSERS, parses, whole_lines
+from dist_lm.syntax import PARSERS, parses, whole_lines
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
 

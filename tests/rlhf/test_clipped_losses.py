@@ -48,3 +48,10 @@ def test_importance_is_truncated_on_one_side_and_has_no_gradient():
     weight = truncated_importance(trainer, torch.tensor([0.0, 0.0, 0.0]), largest=2.0)
     assert weight.tolist() == pytest.approx([1.0, 0.36788, 2.0], abs=1e-4)
     assert not weight.requires_grad
+
+
+def test_values_within_the_clip_are_not_counted_as_clipped_for_rounding():
+    generator = torch.Generator().manual_seed(0)
+    old, target = torch.randn(2, 1000, generator=generator)
+    value = old + 0.19 * torch.rand(1000, generator=generator)
+    assert float(value_loss(value, old, target, torch.ones(1000), clip=0.2).clipped) == 0
