@@ -12,7 +12,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import psutil
 import torch
@@ -96,15 +96,33 @@ def _why_not(peer: type[Peer]) -> str | None:
     return f"{', '.join(missing)} not installed" if missing else None
 
 
-@dataclass
-class _Held:
-    """A pool that lives as long as this process."""
+class Worker:
+    """What the ways of one process share: a pool of one actor, and the length of completions that balances them."""
 
-    stack: ExitStack
-    pool: Pool | None = None
+    def __init__(self) -> None:
+        self._ends_with_process = ExitStack()
+        self._source: PoolRollouts | None = None
+        self._new_tokens = 0
+
+    def source(self, config: Config) -> PoolRollouts:
+        """The pool, started at first use; its actor has as many threads as this process."""
+        if self._source is None:
+            keep = self._ends_with_process.enter_context
+            cluster = keep(connect(ClusterConfig(name="local", connect_timeout_s=120.0)))
+            spec = EngineSpec(config.model, ToyPpo.options(config), eot_id=0)
+            self._source = PoolRollouts(keep(Pool.start(cluster, spec, ToyPpo.weights(config), actors=1)))
+        return self._source
+
+    def balanced(self, config: Config, world: World) -> Config:
+        """`config` with completions of a length with which drawing and updating take equally long, a core each."""
+        source = self.source(config)
+        if not self._new_tokens:
+            _pin(source)
+            self._new_tokens = balanced_tokens(config, world, source)
+        return replace(config, stage=replace(config.stage, seq_len=self._new_tokens))
 
 
-_held = _Held(ExitStack())
+WORKER = Worker()  # of this process: it builds all ways that have its size
 
 
 def build(way: str, config: Config, world: World) -> Trial:
@@ -116,23 +134,11 @@ def build(way: str, config: Config, world: World) -> Trial:
         toy = ToyPpo(config, world, None)
         return Trial(toy.run, losses=list)
     if way == OURS:
-        toy = ToyPpo(config, world, _pool(config))
+        toy = ToyPpo(config, world, WORKER.source(config))
         return Trial(toy.run, losses=list)
-    source = _pool(config)
-    _pin(source)
-    new_tokens = balanced_tokens(config, world, source)
-    own = replace(config, stage=replace(config.stage, seq_len=new_tokens))
-    toy = ToyPpo(own, world, source, staleness=int(way == TOGETHER))
+    own = WORKER.balanced(config, world)
+    toy = ToyPpo(own, world, WORKER.source(config), staleness=int(way == TOGETHER))
     return Trial(toy.run, facts=_share_of(toy), losses=list)
-
-
-def _pool(config: Config) -> PoolRollouts:
-    """The one pool of this process: one actor, with as many threads as this process has."""
-    if _held.pool is None:
-        cluster = _held.stack.enter_context(connect(ClusterConfig(name="local", connect_timeout_s=120.0)))
-        spec = EngineSpec(config.model, ToyPpo.options(config), eot_id=0)
-        _held.pool = _held.stack.enter_context(Pool.start(cluster, spec, ToyPpo.weights(config), actors=1))
-    return PoolRollouts(_held.pool)
 
 
 def _pin(source: PoolRollouts) -> None:

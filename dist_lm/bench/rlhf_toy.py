@@ -1,13 +1,14 @@
 """Our PPO on the toy of `bench rlhf`: the learner of stage rlhf, fed by whatever source of rollouts."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from dist_lm.config import Config, ParallelConfig
 from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.request import Answer, Request
 from dist_lm.model.initialise import initial_value
 from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
@@ -45,7 +46,7 @@ class _Shared:
     def load_weights(self, weights: Mapping[str, np.ndarray], version: int) -> None:
         self.source.load_weights(weights, version)
 
-    def generate(self, requests):
+    def generate(self, requests: Sequence[Request]) -> list[Answer]:
         return self.source.generate(requests)
 
     def close(self) -> None:
@@ -146,8 +147,6 @@ def balanced_tokens(config: Config, world: World, source: RolloutSource) -> int:
 
 
 def _with_length(config: Config, new_tokens: int) -> Config:
-    from dataclasses import replace
-
     return replace(config, stage=replace(config.stage, seq_len=new_tokens))
 
 

@@ -14,6 +14,7 @@ import pytest
 from dist_lm.config_file import save_config
 from dist_lm.generation.load import load_model
 from dist_lm.launcher.compose import compose_config
+from dist_lm.model.size import parameter_shapes
 from dist_lm.rlhf_run_config import RlhfRunConfig, with_reward_run
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.training import checkpoint_files
@@ -128,8 +129,7 @@ def test_every_iteration_is_reported_and_rollouts_are_shown(reference):
 def test_the_policy_is_loaded_like_any_model(reference):
     loaded = load_model(reference.path)
     assert loaded.config.head == "tokens"
-    names = {f"model.{name}" for name in loaded.weights}
-    assert not any(name.startswith("model.value") for name in names)
+    assert loaded.weights.keys() == parameter_shapes(loaded.config).keys()
 
 
 @pytest.mark.parametrize("overrides", [(), ("rlhf.max_staleness=1",)], ids=["synchronous", "drawn ahead"])
@@ -160,8 +160,8 @@ def test_two_ranks_agree_with_one(started_work, reference, tmp_path):
     run = prepare(work_of(started_work, tmp_path))
     train(run, ranks=2)
     first, other = numbers(reference)[1], numbers(run)[1]
-    for key, value in first.items():
-        assert other[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+    for name in ("score_mean", "reward_mean", "entropy", "new_tokens_mean", "return_mean", "truncated_rate"):
+        assert other[f"rlhf/{name}"] == pytest.approx(first[f"rlhf/{name}"], rel=1e-5, abs=1e-6), name
 
 
 def test_a_pool_that_finds_no_room_is_refused_before_anything_starts(started_work, tmp_path):
@@ -185,7 +185,7 @@ KILLS = 10
 @pytest.mark.heavy
 @pytest.mark.timeout(1800)
 def test_ten_kills_of_actors_and_ranks_change_no_number(started_work, tmp_path):
-    steps = (f"stage.steps={4 * KILLS}", "stage.eval_every=0", f"cluster.max_restarts={KILLS}")
+    steps = (f"stage.steps={6 * KILLS}", "stage.eval_every=0", f"cluster.max_restarts={KILLS}")
     expected = prepare(work_of(started_work, tmp_path / "undisturbed"), *steps)
     train(expected, ranks=1)
     work = work_of(started_work, tmp_path / "disturbed")
