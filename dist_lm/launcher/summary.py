@@ -2,6 +2,7 @@
 
 import json
 
+from dist_lm.generate_config import GenerateRunConfig
 from dist_lm.json_lines import json_lines
 from dist_lm.launcher.plan import Plan, PlannedStage, run_of
 from dist_lm.launcher.reward_summary import print_agreement, reward_entries
@@ -59,13 +60,13 @@ def refused_text(result: dict) -> str:
 
 def all_refused(plan: Plan) -> str:
     """What to say where a stage has answered none of its prompts; empty where it has answered one."""
-    stage = plan.stages[-1]
-    if not stage.info.generates:
+    config = plan.stages[-1].config
+    if not isinstance(config, GenerateRunConfig):
         return ""
-    result = json.loads(run_of(stage.config).result.read_text(encoding="utf-8"))
+    result = json.loads(run_of(config).result.read_text(encoding="utf-8"))
     if result["answers"]:
         return ""
-    return f"stage.prompts={stage.config.stage.prompts}: no prompt was answered, {refused_text(result)}"
+    return f"stage.prompts={config.stage.prompts}: no prompt was answered, {refused_text(result)}"
 
 
 def print_compression(result: dict, stage: PlannedStage, console: Console) -> None:
