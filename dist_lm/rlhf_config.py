@@ -13,7 +13,7 @@ PARSED_LANGUAGES = ("python", "bash", "sql")
 
 
 @dataclass
-class RewardConfig:
+class RewardPartConfig:
     """One part of the reward of a rollout."""
 
     kind: str = MISSING  # reward_model | length | parses | function
@@ -80,7 +80,7 @@ class RlhfConfig:
     pretrain_coefficient: float = 0.0  # weight of the next-token loss on the pretraining stream; 0: off
     value_head: str = "zero"  # a new critic's head: zero | reward_model
     # rewards
-    rewards: dict[str, RewardConfig] = field(default_factory=dict)  # parts by name; their weighted sum is the score
+    rewards: dict[str, RewardPartConfig] = field(default_factory=dict)  # parts by name; their weighted sum is the score
     missing_eos_penalty: float = 1.0  # taken from the score of a completion that was cut off
     normalise_reward: bool = True  # the reward model's scores to mean 0, std 1 on samples of the reference policy
 

@@ -22,7 +22,7 @@ from dist_lm.rlhf.ppo import Ppo
 from dist_lm.rlhf.prompts import ShuffledPrompts
 from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource
 from dist_lm.rlhf.state import RlhfState
-from dist_lm.rlhf_config import RewardConfig, RlhfConfig
+from dist_lm.rlhf_config import RewardPartConfig, RlhfConfig
 
 PROMPTS, PROMPT = 64, 8  # of an iteration; tokens of each
 EPOCHS = 4
@@ -124,7 +124,7 @@ def rlhf_config(config: Config, staleness: int, epochs: int) -> RlhfConfig:
         kl_coefficient=KL_COEFFICIENT,
         max_staleness=staleness,
         importance_cap=2.0 if staleness else 0.0,
-        rewards={"reward": RewardConfig(kind="reward_model")},
+        rewards={"reward": RewardPartConfig(kind="reward_model")},
         normalise_reward=False,
         missing_eos_penalty=0.0,
     )

@@ -14,7 +14,7 @@ import torch
 
 from dist_lm.errors import ConfigError, UserError
 from dist_lm.rlhf.rollouts import Rollouts
-from dist_lm.rlhf_config import RewardConfig
+from dist_lm.rlhf_config import RewardPartConfig
 from dist_lm.syntax import parses, whole_lines
 
 Decode = Callable[[Sequence[int]], str]
@@ -80,7 +80,7 @@ def function_rule(path: str) -> Rule:
     return rule
 
 
-def rules_of(parts: Mapping[str, RewardConfig]) -> dict[str, Rule]:
+def rules_of(parts: Mapping[str, RewardPartConfig]) -> dict[str, Rule]:
     """The parts that are rules, by name.
 
     Raises:
@@ -89,7 +89,7 @@ def rules_of(parts: Mapping[str, RewardConfig]) -> dict[str, Rule]:
     return {name: _rule(name, part) for name, part in parts.items() if part.kind != "reward_model"}
 
 
-def _rule(name: str, part: RewardConfig) -> Rule:
+def _rule(name: str, part: RewardPartConfig) -> Rule:
     if part.kind == "length":
         return length_rule(part.target)
     if part.kind == "parses":
@@ -116,7 +116,7 @@ def judge(rollouts: Rollouts, rules: Mapping[str, Rule], decode: Decode) -> dict
 
 def total_score(
     score_of_part: Mapping[str, torch.Tensor],
-    parts: Mapping[str, RewardConfig],
+    parts: Mapping[str, RewardPartConfig],
     whole_B: torch.Tensor,
     missing_eos_penalty: float,
 ) -> torch.Tensor:

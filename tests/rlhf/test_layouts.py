@@ -7,7 +7,7 @@ import pytest
 from dist_lm.config import ParallelConfig
 from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.rollouts import EngineRollouts
-from dist_lm.rlhf_config import RewardConfig
+from dist_lm.rlhf_config import RewardPartConfig
 from tests.parallel.ranks import RankGroups
 from tests.rlhf.toy import LENGTH, MODEL, engine_of, toy
 
@@ -23,7 +23,7 @@ CONFIG = replace(
     lr=1e-3,
     value_lr=1e-3,
     missing_eos_penalty=1.0,
-    rewards={"length": RewardConfig(kind="length", target=4), "model": RewardConfig(kind="reward_model")},
+    rewards={"length": RewardPartConfig(kind="length", target=4), "model": RewardPartConfig(kind="reward_model")},
 )
 ITERATIONS = 3
 NEAR = 1e-5

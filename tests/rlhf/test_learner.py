@@ -14,7 +14,7 @@ from dist_lm.generation.request import Answer, Request
 from dist_lm.rlhf.models import scalar_config, start_critic
 from dist_lm.rlhf.rollouts import EngineRollouts
 from dist_lm.rlhf.state import RlhfState
-from dist_lm.rlhf_config import RewardConfig
+from dist_lm.rlhf_config import RewardPartConfig
 from dist_lm.training.optimizer import named_state
 from dist_lm.training.stop import StopRequest
 from dist_lm.training.trainer import NonFiniteGradientsError
@@ -25,8 +25,8 @@ from tests.rlhf.toy import toy as plain_toy
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 SHORT = replace(LENGTH, prompts=12, max_new_tokens=8, epochs=2, minibatches=2, kl_coefficient=0.05)
-SHORT = replace(SHORT, rewards={"length": RewardConfig(kind="length", target=4)}, missing_eos_penalty=1.0)
-WITH_REWARD_MODEL = replace(SHORT, rewards=SHORT.rewards | {"model": RewardConfig(kind="reward_model")})
+SHORT = replace(SHORT, rewards={"length": RewardPartConfig(kind="length", target=4)}, missing_eos_penalty=1.0)
+WITH_REWARD_MODEL = replace(SHORT, rewards=SHORT.rewards | {"model": RewardPartConfig(kind="reward_model")})
 NEAR = 1e-5
 STOPS = tuple(range(1, 9))  # so that completions have many lengths
 
@@ -157,7 +157,7 @@ def test_a_critic_begins_with_the_reward_models_trunk_and_a_head_of_zero_or_the_
 
 
 def test_the_critic_learns_and_optimizers_have_their_own_rates():
-    rewards = {"one": RewardConfig(kind="function", function="tests.rlhf.test_learner:one")}
+    rewards = {"one": RewardPartConfig(kind="function", function="tests.rlhf.test_learner:one")}
     config = replace(SHORT, lr=1e-12, value_lr=3e-3, epochs=4, rewards=rewards, missing_eos_penalty=0.0)
     made = ran(replace(config, kl_coefficient=0.0, lam=1.0), 5)
     values = made.metric("rlhf/value_mean")

@@ -6,7 +6,7 @@ import torch
 from dist_lm.errors import ConfigError
 from dist_lm.rlhf.reward_scale import RewardScale
 from dist_lm.rlhf.rewards import Judged, RewardError, judge, length_rule, parses_rule, rules_of, total_score
-from dist_lm.rlhf_config import RewardConfig
+from dist_lm.rlhf_config import RewardPartConfig
 from tests.rlhf.drawn import rollouts_with
 
 
@@ -37,7 +37,7 @@ def test_parses_looks_at_the_document_or_the_completion_without_a_line_that_was_
 
 
 def test_a_persons_function_gets_the_texts_of_prompt_and_completion():
-    rules = rules_of({"common": RewardConfig(kind="function", function="tests.rlhf.test_rewards:words_in_common")})
+    rules = rules_of({"common": RewardPartConfig(kind="function", function="tests.rlhf.test_rewards:words_in_common")})
     rollouts = rollouts_with([1, 2], [2, 1])
     texts = {tuple(part.tolist()): text for one, texts in zip(rollouts, (("a b", "b c"), ("a", "d")), strict=True)
              for part, text in zip((one.prompt, one.completion), texts, strict=True)}  # fmt: skip
@@ -50,17 +50,20 @@ def test_a_persons_function_gets_the_texts_of_prompt_and_completion():
 )
 def test_a_function_that_is_not_there_is_refused_by_name(function, message):
     with pytest.raises(ConfigError, match=message):
-        rules_of({"mine": RewardConfig(kind="function", function=function)})
+        rules_of({"mine": RewardPartConfig(kind="function", function=function)})
 
 
 def test_a_function_that_gives_no_number_is_named():
-    rule = rules_of({"n": RewardConfig(kind="function", function="tests.rlhf.test_rewards:not_a_number")})["n"]
+    rule = rules_of({"n": RewardPartConfig(kind="function", function="tests.rlhf.test_rewards:not_a_number")})["n"]
     with pytest.raises(RewardError, match="not_a_number gave nan"):
         rule(judged())
 
 
 def test_the_score_is_the_weighted_sum_and_what_was_cut_off_pays():
-    parts = {"a": RewardConfig(kind="length", weight=2.0, target=1), "b": RewardConfig(kind="parses", weight=-0.5)}
+    parts = {
+        "a": RewardPartConfig(kind="length", weight=2.0, target=1),
+        "b": RewardPartConfig(kind="parses", weight=-0.5),
+    }
     score = {"a": torch.tensor([1.0, 0.5, 0.0]), "b": torch.tensor([0.0, 1.0, 1.0])}
     whole = torch.tensor([True, True, False])
     found = total_score(score, parts, whole, missing_eos_penalty=3.0)

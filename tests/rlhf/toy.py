@@ -21,7 +21,7 @@ from dist_lm.rlhf.ppo import Ppo
 from dist_lm.rlhf.prompts import ShuffledPrompts
 from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource
 from dist_lm.rlhf.state import RlhfState
-from dist_lm.rlhf_config import RewardConfig, RlhfConfig
+from dist_lm.rlhf_config import RewardPartConfig, RlhfConfig
 
 VOCABULARY = 64
 EOT = 0
@@ -40,13 +40,13 @@ TOKENS = RlhfConfig(  # more of some tokens
     value_lr=1e-3,
     kl_coefficient=0.0,
     missing_eos_penalty=0.0,
-    rewards={"tokens": RewardConfig(kind="function", function="tests.rlhf.toy:share_of_low_tokens")},
+    rewards={"tokens": RewardPartConfig(kind="function", function="tests.rlhf.toy:share_of_low_tokens")},
 )
 LENGTH = replace(  # completions of a length
     TOKENS,
     max_new_tokens=32,
     ignore_eot=False,
-    rewards={"length": RewardConfig(kind="length", target=12)},
+    rewards={"length": RewardPartConfig(kind="length", target=12)},
 )
 
 
