@@ -1,7 +1,6 @@
 """What stage `rlhf` ends with: reward and divergence, first and last, the win rate, rollouts, paths."""
 
-import json
-
+from dist_lm.json_lines import json_lines
 from dist_lm.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 
@@ -40,9 +39,9 @@ def print_rlhf(result: dict, run: RunDirectory, console: Console) -> None:
 def print_rollouts(run: RunDirectory, console: Console) -> None:
     """The best, the middle and the worst one of the last table."""
     files = sorted(run.samples.glob("step_*.jsonl"))
-    lines = files[-1].read_text().splitlines() if files else []
-    for place in sorted({i * (len(lines) - 1) // (SHOWN - 1) for i in range(SHOWN)} if lines else set()):
-        rollout = json.loads(lines[place])
+    rollouts = list(json_lines(files[-1])) if files else []
+    for place in sorted({i * (len(rollouts) - 1) // (SHOWN - 1) for i in range(SHOWN)} if rollouts else set()):
+        rollout = rollouts[place]
         console.line(f"--- reward {rollout['reward']:.3f}, {rollout['tokens']} tokens, {rollout['finish']}")
         asked = rollout["prompt"].rpartition("<|user|>")[2].replace("<|end|><|assistant|>", "")
         console.line(f"    {one_line(asked)}")
