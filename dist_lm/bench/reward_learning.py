@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,7 +106,13 @@ def train(config: Config, directory: Path, learn_from: str, steps: int) -> dict[
     model = Transformer(config.model)
     initialise(model, seed)
     optimizer, bound = build_optimizer(model, stage), BoundModel(model, document_mask=True, chunk_bytes=0)
-    batch = {"seq_len": stage.seq_len, "micro_batch": stage.global_batch, "dp_rank": 0, "dp_size": 1, "pad_id": 0}
+    batch: dict[str, Any] = {
+        "seq_len": stage.seq_len,
+        "micro_batch": stage.global_batch,
+        "dp_rank": 0,
+        "dp_size": 1,
+        "pad_id": 0,
+    }
     lessons = Lessons(learn_from, 0.0, seed)
     with RankingStream(train_split, lessons, seed=seed, global_batch=stage.global_batch, **batch) as stream:
         for step in range(steps):

@@ -27,7 +27,7 @@ def print_rlhf(result: dict, run: RunDirectory, console: Console) -> None:
     first, last = result["first"], result["metrics"]
     names = [*ROWS, *sorted(name for name in last if name.startswith("rlhf/part_"))]
     rows = [
-        (ROWS.get(name, name.removeprefix("rlhf/part_")), f"{first[name]:.3f}", f"{last[name]:.3f}")
+        (ROWS[name] if name in ROWS else name.removeprefix("rlhf/part_"), f"{first[name]:.3f}", f"{last[name]:.3f}")
         for name in names
         if first.get(name) is not None and last.get(name) is not None
     ]
