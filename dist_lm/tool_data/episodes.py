@@ -168,14 +168,14 @@ def copying(scene: Scene) -> Turns:
 
 
 KINDS: dict[str, tuple[float, Callable[[Scene], Turns]]] = {  # with their shares
-    "single": (0.22, single),
-    "parallel": (0.06, parallel),
-    "sequential": (0.05, sequential),
-    "irrelevant": (0.05, irrelevant),
-    "missing": (0.04, missing),
-    "recovery": (0.04, recovery),
-    "answer": (0.04, plain_answer),
-    "copying": (0.5, copying),
+    "single": (0.28, single),
+    "parallel": (0.08, parallel),
+    "sequential": (0.07, sequential),
+    "irrelevant": (0.06, irrelevant),
+    "missing": (0.06, missing),
+    "recovery": (0.05, recovery),
+    "answer": (0.05, plain_answer),
+    "copying": (0.35, copying),
 }
 
 
