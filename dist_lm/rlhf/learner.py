@@ -166,7 +166,7 @@ class Learner:
             drawn = schedule.take(iteration)
             rollouts, seconds = drawn.rollouts, drawn.seconds
             judged = judge(rollouts, rules, self.supply.decode)
-            scores = np.array([judged[name] for name in rules], np.float64).reshape(len(rules), -1)
+            scores = np.array([judged[name] for name in rules], np.float64).reshape(len(rules), len(rollouts))
         rollouts, scores = share_rollouts(rollouts, scores, len(rules))
         return rollouts, dict(zip(rules, torch.from_numpy(scores).float(), strict=True)), seconds
 

@@ -35,4 +35,4 @@ def share_rollouts(rollouts: Rollouts | None, score_RB: np.ndarray | None, n_rul
     ends = np.cumsum([size[name] for name in whole_numbers])[:-1]
     arrays = dict(zip(whole_numbers, np.split(integers.numpy(), ends), strict=True))
     logprobs, scores = np.split(reals.numpy(), [size["logprobs_M"]])
-    return Rollouts(**arrays, logprobs_M=logprobs.astype(np.float32)), scores.reshape(n_rules, -1)
+    return Rollouts(**arrays, logprobs_M=logprobs.astype(np.float32)), scores.reshape(n_rules, size["sample_B"])

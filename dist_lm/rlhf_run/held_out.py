@@ -72,7 +72,7 @@ class HeldOut:
             self.supply.source.load_weights(copies, version)
             rollouts = self._answers(self.supply, seed)
             judged = judge(rollouts, rules, self.supply.decode)
-            scores = np.array([judged[name] for name in rules], np.float64).reshape(len(rules), -1)
+            scores = np.array([judged[name] for name in rules], np.float64).reshape(len(rules), len(rollouts))
         rollouts, scores = share_rollouts(rollouts, scores, len(rules))
         parts = dict(zip(rules, torch.from_numpy(scores).float(), strict=True))
         if self.models.reward:

@@ -310,3 +310,10 @@ def test_the_best_iteration_is_remembered():
     assert [state.iteration for state in made.saved] == [2, 4]
     assert made.saved[-1].best_reward == max(rewards)
     assert made.saved[-1].best_iteration == rewards.index(max(rewards)) + 1
+
+
+def test_a_reward_model_alone_is_a_reward() -> None:
+    """Without any rule there are scores of none, for as many rollouts."""
+    config = replace(SHORT, rewards={"model": RewardPartConfig(kind="reward_model")})
+    made = ran(config, 2, reward_model=True)
+    assert len(made.reports) == 2
