@@ -129,7 +129,10 @@ def test_the_numbers_do_not_depend_on_the_layout(
     assert found.keys() == expected.keys()
     for step, line in expected.items():
         for key, value in line.items():
-            assert found[step][key] == pytest.approx(value, rel=2e-5, abs=1e-6), (step, key)
+            # rankings do not say where zero is: the gradient of the head's bias is rounding, of which Adam makes steps
+            # of stage.lr; the normaliser takes it out again
+            off = STEPS * 3e-3 if key == "reward/score_mean" else 1e-6
+            assert found[step][key] == pytest.approx(value, rel=2e-5, abs=off), (step, key)
 
 
 def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_identical(reference: RunDirectory, work: WorkDirectory) -> None:
