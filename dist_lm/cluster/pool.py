@@ -248,7 +248,7 @@ class Pool:
             cores=self._site.cores(node, cores_of(node, self._actors, self._cluster.config.nodes, self._reserved_gpus)),
             gpus=self._reserved_gpus,
             devices=self._site.devices(node, self._spec.gpus, ordinal),
-            name=self._name,
+            name=f"{self._name}-{self._next_member}",
         )
 
     def _replace(self, number: int, reason: str) -> None:

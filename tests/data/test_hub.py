@@ -207,7 +207,7 @@ def test_the_hub_configuration_is_the_75_k_samples():
         for source in sources:
             if source.reader == "tools":  # made here
                 continue
-            assert source.reader in ("hub", "hub_tools")
+            assert source.reader in ("hub", "hub_tools", "hub_rankings")
             assert source.dataset.count("/") == 1
             assert source.licence
             assert source.column

@@ -81,7 +81,7 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(own_run, spoil, words):
 def test_openings_are_the_prompts_that_the_stage_samples_from(small_run, own_run):
     openings = read_openings(small_run)
     assert openings.of("bash")[0].startswith("#!/bin/bash\n")
-    with pytest.raises(ValueError, match=r"/lang cobol.*openings for bash, python, sql \(corpus code holds bash, py"):
+    with pytest.raises(ValueError, match=r"/lang cobol: .*no opening.*takes bash, python, sql"):
         openings.of("cobol")
     (own_run.work.path / "corpora").unlink()
     assert str(read_openings(own_run)) == "there are openings for bash, python, sql"
