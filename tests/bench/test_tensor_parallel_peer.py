@@ -17,7 +17,14 @@ from dist_lm.model.initialise import initialise
 from dist_lm.model.size import parameter_count
 from dist_lm.model.transformer import Transformer
 
-TINY = ["model=nano", "model.tie_embeddings=false", "model.d_model=32", "model.n_layers=2", "model.d_ff=48", "model.vocab_size=512"]
+TINY = [
+    "model=nano",
+    "model.tie_embeddings=false",
+    "model.d_model=32",
+    "model.n_layers=2",
+    "model.d_ff=48",
+    "model.vocab_size=512",
+]
 WORKLOAD = ["stage.global_batch=2", "stage.seq_len=16"]
 
 

@@ -229,21 +229,24 @@ RULES_ONLY = (
 )
 
 
+IN_256 = ("stages.tools.seq_len=200", "stages.reward.seq_len=200")  # the context of the small model
+
+
 def test_rlhf_needs_rankings_and_a_reward_model_only_where_it_asks_them(work):
-    asking = plan_of(work, target="rlhf")
+    asking = plan_of(work, *IN_256, target="rlhf")
     assert list(actions(asking))[-4:] == ["tools", "rankings", "reward", "rlhf"]
     assert asking.stages[-1].config.rlhf.reward_model == str((work.run("reward", "default").path).resolve())
-    ruled = plan_of(work, *RULES_ONLY, target="rlhf")
+    ruled = plan_of(work, *IN_256, *RULES_ONLY, target="rlhf")
     assert not {"rankings", "reward"} & actions(ruled).keys()
-    given = plan_of(work, "rlhf.reward_model=/elsewhere", target="rlhf")
+    given = plan_of(work, *IN_256, "rlhf.reward_model=/elsewhere", target="rlhf")
     assert "reward" not in actions(given)
     assert "rankings" in actions(given)  # its prompts
 
 
 def test_keys_of_rlhf_belong_to_that_stage_alone(work):
-    plan = plan_of(work, *RULES_ONLY, "rlhf.prompts=5", target="rlhf")
+    plan = plan_of(work, *IN_256, *RULES_ONLY, "rlhf.prompts=5", target="rlhf")
     assert plan.stages[-1].config.rlhf.prompts == 5
     with pytest.raises(ConfigError, match=r"^rlhf\.prompts=5: no such key"):
         plan_of(work, "rlhf.prompts=5", target="code")
     with pytest.raises(ConfigError, match=r"^rlhf\.rewards=\{\}: expected at least one part$"):
-        plan_of(work, "rlhf.rewards.preference.weight=0", target="rlhf")
+        plan_of(work, *IN_256, "rlhf.rewards.preference.weight=0", target="rlhf")
