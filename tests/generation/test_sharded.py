@@ -64,10 +64,15 @@ def model() -> Transformer:
     return model_of(CONFIG)
 
 
+def rank_processes() -> list[psutil.Process]:
+    """Children that are ranks of an engine: other tests may have left servers that start processes for them."""
+    return [child for child in psutil.Process().children() if followers_module.PROGRAM in child.cmdline()]
+
+
 @pytest.fixture(scope="module")
 def engine(model: Transformer) -> Iterator[Engine]:
     with sharded(model, 2) as engine:
-        children = psutil.Process().children()
+        children = rank_processes()
         assert len(children) == 1
         yield engine
     assert not any(child.is_running() for child in children)
@@ -178,17 +183,17 @@ def test_logits_that_are_no_numbers_end_their_request_alone(engine, model, bad):
 
 
 def test_a_second_model_in_the_same_process_is_refused_before_anything_starts(engine, model):
-    before = psutil.Process().children()
+    before = rank_processes()
     with pytest.raises(RuntimeError, match="is a rank already"):
         sharded(model, 2)
     with pytest.raises(ConfigError, match=r"tp=8: expected a degree.*model\.n_heads=5"):
         sharded(model, 8)
-    assert psutil.Process().children() == before
+    assert rank_processes() == before
 
 
 def test_a_rank_that_dies_is_named_and_the_others_end(model, engine):
     """Last of those that use the engine: its ranks are dead behind it."""
-    children = psutil.Process().children()
+    children = rank_processes()
     engine.submit(FOREVER)
     for _ in range(3):
         engine.step()
@@ -219,7 +224,7 @@ def test_a_rank_that_does_not_start_says_why(model, monkeypatch):
     monkeypatch.setattr(followers_module, "PROGRAM", "dist_lm.generation.nonsense")
     with pytest.raises(RankLostError, match=r"rank 1 .* exit code 1: .*No module named dist_lm\.generation\.nonsense"):
         followers_module.Followers(2, {}, on_loss=lambda: None)
-    assert not psutil.Process().children()
+    assert not rank_processes()
 
 
 @pytest.mark.parametrize("tp", [2, pytest.param(3, marks=pytest.mark.heavy)])
