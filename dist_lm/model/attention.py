@@ -3,7 +3,9 @@
 Dimensions: B sequences, T queries, S keys, D d_model, H query heads, G key/value heads, K d_head, N = B * T.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
@@ -77,7 +79,7 @@ def document_boundaries(document_BT: torch.Tensor) -> torch.Tensor:
 def attend(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, visibility: Visibility) -> torch.Tensor:
     """softmax(q k^T / sqrt(K)) v over the visible keys, (B, T, H, K); head h reads key head h * G // H."""
     if visibility.boundary is not None:
-        apart = one_by_one if q_BTHK.device.type == "cpu" else variable_length
+        apart = ONE_BY_ONE if q_BTHK.device.type == "cpu" else variable_length
         o_NHK = apart(
             q_BTHK.flatten(0, 1), k_BSGK.flatten(0, 1), v_BSGK.flatten(0, 1), visibility.boundary, q_BTHK.shape[1]
         )
@@ -113,7 +115,6 @@ def variable_length(
     return o_NHK
 
 
-@torch.compiler.disable  # as many calls as there are documents
 def one_by_one(
     q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor, boundary: torch.Tensor, longest: int
 ) -> torch.Tensor:
@@ -127,6 +128,10 @@ def one_by_one(
         for q, k, v in documents
     ]
     return torch.cat(outputs, dim=1).transpose(0, 1)
+
+
+# as many calls as there are documents, which a compiled block must not take for a constant
+ONE_BY_ONE = cast(Callable[..., torch.Tensor], torch.compiler.disable(one_by_one))
 
 
 class Attention(nn.Module):
