@@ -52,6 +52,7 @@ SETTINGS = (
     "stage.lr=2e-3",
 )
 VOCABULARY = 48  # tokens of the made-up texts, from 1
+LENGTH = 6  # tokens of a completion
 SCALE = 2.0  # standard deviation of a utility; that of the noise is 1.28
 FEWEST, MOST = 2, 8  # completions
 HELD_OUT = 200
@@ -68,13 +69,13 @@ class Outcome:
 
 
 def made_rankings(count: int, seed: int, noisy: bool, weight_V: np.ndarray) -> list[TokenizedDocument]:
-    """Rankings of 2 to 8 completions of 4 to 8 tokens behind prompts of 2 to 5 tokens."""
+    """Rankings of 2 to 8 completions of `LENGTH` tokens behind prompts of 2 to 5 tokens."""
     draw = np.random.default_rng([seed, int(noisy)])
     made = []
     for number in range(count):
         k = int(draw.integers(FEWEST, MOST + 1))
         prompt = draw.integers(1, VOCABULARY + 1, draw.integers(2, 6))
-        completions = [draw.integers(1, VOCABULARY + 1, draw.integers(4, 9)) for _ in range(k)]
+        completions = [draw.integers(1, VOCABULARY + 1, LENGTH) for _ in range(k)]
         utility_K = np.array([weight_V[tokens].sum() for tokens in completions])
         noise_K = draw.gumbel(size=k)
         order = np.argsort(-(utility_K + noise_K) if noisy else -utility_K)
@@ -90,8 +91,8 @@ def made_rankings(count: int, seed: int, noisy: bool, weight_V: np.ndarray) -> l
 
 def write_corpus(directory: Path, count: int, seed: int) -> None:
     """Shards of `count` noisy rankings in train and `HELD_OUT` true ones in val."""
-    # of a sum of six weights, about, so that a utility has the deviation SCALE
-    weight_V = np.random.default_rng([seed, 9]).normal(0, SCALE / np.sqrt(6), VOCABULARY + 1)
+    # so that a sum of LENGTH of them has the deviation SCALE
+    weight_V = np.random.default_rng([seed, 9]).normal(0, SCALE / np.sqrt(LENGTH), VOCABULARY + 1)
     for split, noisy, n in (("train", True, count), ("val", False, HELD_OUT)):
         with ShardWriter(directory, split, documents_per_member=256, shard_tokens=1_000_000) as writer:
             for document in made_rankings(n, seed, noisy, weight_V):
