@@ -12,6 +12,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import replace
 
 import psutil
@@ -45,7 +46,6 @@ SAMPLES = "samples/s"
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     """Against peers, then drawing beside updates; with overrides the first one with another model or batch."""
     config = configurations([(*SHAPE, *overrides)], (), quick)[0]
-    config.model = replace(config.model, vocab_size=VOCABULARY)
     found = [peers_case(config)]
     return found if overrides or quick else [*found, staleness_case(config)]
 
@@ -121,7 +121,9 @@ class Worker:
         if not self._new_tokens:
             _pin(source)
             self._new_tokens = balanced_tokens(config, world, source)
-        return replace(config, stage=replace(config.stage, seq_len=self._new_tokens))
+        own = copy(config)
+        own.stage = replace(config.stage, seq_len=self._new_tokens)
+        return own
 
 
 WORKER = Worker()  # of this process: it builds all ways that have its size
@@ -129,6 +131,8 @@ WORKER = Worker()  # of this process: it builds all ways that have its size
 
 def build(way: str, config: Config, world: World) -> Trial:
     """One way of doing some iterations, in one process."""
+    config = copy(config)  # `replace` would hold it to a tokenizer
+    config.model = replace(config.model, vocab_size=VOCABULARY)
     if way in PEERS:
         peer = PEERS[way](config, made_up_prompts(config))
         return Trial(peer.run, losses=list)
