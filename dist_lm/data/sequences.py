@@ -1,11 +1,10 @@
 """The training sequences of one corpus, numbered 0, 1, 2, ... over all epochs."""
 
+from dist_lm.data.epochs import Epochs
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.order import DocumentSlice, EpochOrder, sequences_an_epoch
 from dist_lm.data.packing import PackedEpoch, Packing
 from dist_lm.errors import ArtefactError
-
-EPOCHS_KEPT = 2  # their orders; sequences are asked for in rising numbers
 
 
 class CorpusSequences:
@@ -26,16 +25,12 @@ class CorpusSequences:
                 f"corpus {corpus.directory} has {corpus.n_tokens} {corpus.split} tokens, but one sequence of "
                 f"stage.seq_len={seq_len} takes {seq_len + 1}: shorten stage.seq_len or add text"
             )
-        self._orders: dict[int, EpochOrder | PackedEpoch] = {}
+        self._epochs = Epochs(self.n_sequences, self._order)
 
     def slices(self, number: int) -> list[DocumentSlice]:
         """The document slices of sequence `number`: `seq_len + 1` tokens, of conversations perhaps fewer."""
-        epoch, i = divmod(number, self.n_sequences)
-        if epoch not in self._orders:
-            self._orders[epoch] = self._order(epoch)
-            while len(self._orders) > EPOCHS_KEPT:
-                del self._orders[next(iter(self._orders))]
-        return self._orders[epoch].sequence(i)
+        order, i = self._epochs.place(number)
+        return order.sequence(i)
 
     def _order(self, epoch: int) -> EpochOrder | PackedEpoch:
         if self.packing:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dist_lm.data.batch import Batch
+from dist_lm.data.epochs import Epochs
 from dist_lm.data.evaluation_batches import spread
 from dist_lm.data.packing import PackedEpoch, Packing
 from dist_lm.data.rankings.assemble import PlacedRanking, assemble_rankings, ranked_places
@@ -17,8 +18,6 @@ from dist_lm.data.rankings.lessons import lesson
 from dist_lm.data.rankings.mapped import MappedRankings
 from dist_lm.data.stream import StepStream
 from dist_lm.errors import ArtefactError
-
-EPOCHS_KEPT = 2  # their orders; sequences are asked for in rising numbers
 
 
 def packed_rankings(rankings: MappedRankings, seq_len: int) -> Packing:
@@ -83,10 +82,11 @@ class RankingStream(StepStream):
             ConfigError: the batch does not divide over the ranks.
             ArtefactError: no ranking fits into a sequence.
         """
-        self._rankings, self._lessons, self._seed = rankings, lessons, seed
+        self._rankings, self._lessons = rankings, lessons
         self._seq_len, self._pad_id = seq_len, pad_id
         self._packing = packed_rankings(rankings, seq_len)
-        self._orders: dict[int, PackedEpoch] = {}
+        packing = self._packing
+        self._epochs = Epochs(packing.n_rows, lambda epoch: PackedEpoch(packing, seed, epoch))
         super().__init__(
             self.batch,
             global_batch=global_batch,
@@ -110,12 +110,8 @@ class RankingStream(StepStream):
         return replace(batch, ranked=ranked_places(placed, verdicts))
 
     def _documents(self, number: int) -> list[int]:
-        epoch, i = divmod(number, self._packing.n_rows)
-        if epoch not in self._orders:
-            self._orders[epoch] = PackedEpoch(self._packing, self._seed, epoch)
-            while len(self._orders) > EPOCHS_KEPT:
-                del self._orders[next(iter(self._orders))]
-        return [part.document for part in self._orders[epoch].sequence(i)]
+        order, i = self._epochs.place(number)
+        return [part.document for part in order.sequence(i)]
 
 
 @dataclass(frozen=True)
