@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -11,25 +10,25 @@ from pathlib import Path
 
 import torch
 
-from dist_lm import durable
 from dist_lm.config import Config
 from dist_lm.config_file import load_config
 from dist_lm.data.gzip_baseline import gzip_bits_per_byte
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.errors import ArtefactError
-from dist_lm.model.size import flops_per_token, parameter_count
+from dist_lm.model.size import flops_per_token
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World, data_mesh
 from dist_lm.parallel.sharding import build_model, compute_dtype
 from dist_lm.parallel.values import unsharded_copy
 from dist_lm.rank_data import check_corpora, open_data
+from dist_lm.rank_result import metrics_of_step, write_success
 from dist_lm.rank_start import started
 from dist_lm.run_directory import RunDirectory
 from dist_lm.stages.registry import training_stage
 from dist_lm.stages.training_stage import Closing, Opening, TrainingStage
 from dist_lm.tokenizer.tokenizer import Tokenizer
-from dist_lm.tracking.metrics import MetricsWriter, read_metrics
-from dist_lm.training import checkpoint, checkpoint_files
+from dist_lm.tracking.metrics import MetricsWriter
+from dist_lm.training import checkpoint
 from dist_lm.training.hardware import matmul_flops
 from dist_lm.training.heartbeat import Heartbeat, Phase
 from dist_lm.training.optimizer import build_optimizer
@@ -157,33 +156,11 @@ def write_result(
         )
         for document in range(0 if corpus.has_mask else corpus.n_documents)  # gzip has no mask to go by
     )
-    latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
-    durable.write_json(
-        run.result,
-        {
-            "stage": config.stage.name,
-            "run_id": config.run_id,
-            "steps": state.step,
-            "tokens": state.tokens,
-            "skipped_steps": state.skipped_steps,
-            "parameters": parameter_count(config.model),
-            "ranks": int(os.environ["WORLD_SIZE"]),
-            "seconds": seconds,
-            "checkpoint": latest.name if latest else None,
-            "metrics": metrics,
-            "before": metrics_of_step(run, 0),
-            "packing": packing,
-            "gzip_bits_per_byte": gzip_bits_per_byte(texts),
-            "state": asdict(state),
-            **stage.result(metrics),
-        },
-    )
-
-
-def metrics_of_step(run: RunDirectory, step: int) -> dict[str, float | None]:
-    """All metrics of one step; none where nothing was written then."""
-    metrics = {}
-    for line in read_metrics(run.metrics):
-        if line["step"] == step:
-            metrics |= {key: value for key, value in line.items() if key not in ("step", "time")}
-    return metrics
+    more = {
+        "skipped_steps": state.skipped_steps,
+        "packing": packing,
+        "gzip_bits_per_byte": gzip_bits_per_byte(texts),
+        "state": asdict(state),
+        **stage.result(metrics),
+    }
+    write_success(run, config, steps=state.step, tokens=state.tokens, seconds=seconds, metrics=metrics, more=more)

@@ -13,7 +13,7 @@ PACKAGE = Path(dist_lm.__file__).parent
 ROOMS = (
     ("launch", "__main__", "bench"),
     ("launcher",),
-    ("train", "rank_program", "rank_data", "rank_start", "rlhf_run", "dry_run"),
+    ("train", "rank_program", "rank_data", "rank_result", "rank_start", "rlhf_run", "dry_run"),
     ("cluster",),
     ("stages",),
     ("rlhf",),

@@ -5,7 +5,6 @@ The first rank has the prompts and the source of rollouts; all ranks have the mo
 
 import logging
 import math
-import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,13 +14,12 @@ from functools import partial
 import numpy as np
 import torch
 
-from dist_lm import durable
 from dist_lm.chat.template import END
 from dist_lm.config_file import load_config
 from dist_lm.errors import ArtefactError
-from dist_lm.model.size import parameter_count
 from dist_lm.parallel.values import whole_weights
-from dist_lm.rank_program import metrics_of_step, open_metrics
+from dist_lm.rank_program import open_metrics
+from dist_lm.rank_result import metrics_of_step, write_success
 from dist_lm.rank_start import RankStart, started
 from dist_lm.rlhf.learner import Learner, RolloutSupply
 from dist_lm.rlhf.ppo import Ppo
@@ -35,7 +33,6 @@ from dist_lm.rlhf_run.source import rollout_source
 from dist_lm.rlhf_run_config import RlhfRunConfig
 from dist_lm.run_directory import RunDirectory
 from dist_lm.stages.rlhf import read_all
-from dist_lm.training import checkpoint_files
 from dist_lm.training.checkpoint_saver import CheckpointSaver
 from dist_lm.training.heartbeat import Heartbeat, Phase
 from dist_lm.training.stop import StopRequest
@@ -136,22 +133,9 @@ def write_result(run: RunDirectory, config: RlhfRunConfig, state: RlhfState, tok
     reward = metrics.get("rlhf/reward_mean")
     if reward is None or not math.isfinite(reward):
         raise ArtefactError(f"{run.metrics}: rlhf/reward_mean of the last iteration is {reward}, expected a number")
-    latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
-    durable.write_json(
-        run.result,
-        {
-            "stage": config.stage.name,
-            "run_id": config.run_id,
-            "steps": state.iteration,
-            "tokens": tokens,
-            "prompts": state.prompt_position,
-            "parameters": parameter_count(config.model),
-            "ranks": int(os.environ["WORLD_SIZE"]),
-            "seconds": seconds,
-            "checkpoint": latest.name if latest else None,
-            "metrics": metrics,
-            "before": metrics_of_step(run, 0),
-            "first": metrics_of_step(run, 1),
-            "state": asdict(train_state(state, tokens)),
-        },
-    )
+    more = {
+        "prompts": state.prompt_position,
+        "first": metrics_of_step(run, 1),
+        "state": asdict(train_state(state, tokens)),
+    }
+    write_success(run, config, steps=state.iteration, tokens=tokens, seconds=seconds, metrics=metrics, more=more)
