@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dist_lm.config import Config
 from dist_lm.dry_run.work import WORLD, StepMemory, Work
-from dist_lm.model.kernels import packs_documents
+from dist_lm.model.kernels import documents_apart
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.placement import blocks_per_unit, one_block, reshards, slice_of
 
@@ -114,9 +114,8 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
     block = 0.0 if parallel.activation_checkpointing == "none" else made  # made again, one block at a time
     chunk = _chunk(config, shapes)
     loss = chunk * shapes.vocabulary * LOSS_BYTES[layout.tp > 1]
-    packed = packs_documents(config.hardware.device, is_half(config), config.model.d_head)
-    packed = packed or config.hardware.device == "cpu"
-    mask = 0 if packed or not config.stage.document_mask else config.stage.seq_len * size
+    apart = documents_apart(config.hardware.device, is_half(config), config.model.d_head)
+    mask = 0 if apart or not config.stage.document_mask else config.stage.seq_len * size
     residual = 4 * size * shapes.tokens * shapes.width + mask * shapes.tokens
     # the peak is at the turn from forward to backward, or where the gradients of the root are reduced at the end
     turn = gathered + shapes.n_layers * kept + max(loss, block) + residual

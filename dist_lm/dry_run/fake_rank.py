@@ -25,7 +25,7 @@ from dist_lm.dry_run.rehearsal import random_batch, rehearse
 from dist_lm.dry_run.step_meter import StepMeter
 from dist_lm.dry_run.watch import Watch
 from dist_lm.dry_run.work import StepMemory, Work
-from dist_lm.model.kernels import packs_documents
+from dist_lm.model.kernels import documents_apart
 from dist_lm.parallel.layout import AXES, resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import arrange_model, materialise
@@ -77,9 +77,8 @@ def as_played(config: Config, sequences: int) -> Config:
     stage = replace(stage, micro_batch=sequences)
     if config.hardware.device == "cuda" and parallel.compute_dtype == "auto":
         parallel = replace(parallel, compute_dtype="bf16")
-    packed = packs_documents(config.hardware.device, is_half(config), config.model.d_head)
-    if packed or config.hardware.device == "cpu":
-        # documents apart keep what causal attention keeps, where fake tensors, which have no boundaries, take a mask
+    if documents_apart(config.hardware.device, is_half(config), config.model.d_head):
+        # they keep what causal attention keeps, where fake tensors, which have no boundaries, take a mask
         stage = replace(stage, document_mask=False)
     # offloaded: the same tensors, and the report says where they are
     return replace(config, stage=stage, parallel=replace(parallel, compile="never", cpu_offload=False))

@@ -8,7 +8,7 @@ import torch
 
 from dist_lm.model import attention
 from dist_lm.model.attention import CAUSAL, attend, document_boundaries, within_documents
-from dist_lm.model.kernels import packs_documents
+from dist_lm.model.kernels import documents_apart, packs_documents
 
 
 def by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible_BTT: torch.Tensor) -> torch.Tensor:
@@ -109,3 +109,9 @@ def test_cpu_takes_the_fused_kernel() -> None:
 )
 def test_what_the_flash_kernel_cannot_take_goes_to_the_mask(device: str, half: bool, d_head: int, packed: bool) -> None:
     assert packs_documents(device, half, d_head) == packed
+
+
+def test_a_mask_is_kept_where_neither_a_kernel_nor_the_cpu_takes_documents_apart() -> None:
+    assert documents_apart("cpu", False, 12)
+    assert documents_apart("cuda", True, 64)
+    assert not documents_apart("cuda", False, 64)
