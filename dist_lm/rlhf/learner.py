@@ -21,10 +21,10 @@ from dist_lm.rlhf.metrics import Clock, iteration_metrics
 from dist_lm.rlhf.models import RlhfModels
 from dist_lm.rlhf.packed_rollouts import Dealing, minibatches, rollout_batches
 from dist_lm.rlhf.prompts import PromptOrder
-from dist_lm.rlhf.rewards import Decode, Rule, judge, rules_of
+from dist_lm.rlhf.rewards import Decode, Rule, rules_of
 from dist_lm.rlhf.rollouts import Rollouts, RolloutSource, requests_of, rollouts_of
 from dist_lm.rlhf.schedule import RolloutSchedule, Weights, is_drawn_by
-from dist_lm.rlhf.sharing import share_rollouts
+from dist_lm.rlhf.sharing import share_judged
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.rlhf.update import Minibatch, Pretraining, Updater, Updates
 from dist_lm.rlhf_config import RlhfConfig
@@ -161,14 +161,12 @@ class Learner:
         self, iteration: int, rules: Mapping[str, Rule], schedule: RolloutSchedule | None
     ) -> tuple[Rollouts, dict[str, torch.Tensor], float]:
         """The rollouts of an iteration, their scores under the rules, and (first rank) how long drawing took."""
-        rollouts, scores, seconds = None, None, 0.0
-        if schedule and self.supply:
+        rollouts, seconds = None, 0.0
+        if schedule:
             drawn = schedule.take(iteration)
             rollouts, seconds = drawn.rollouts, drawn.seconds
-            judged = judge(rollouts, rules, self.supply.decode)
-            scores = np.array([judged[name] for name in rules], np.float64).reshape(len(rules), len(rollouts))
-        rollouts, scores = share_rollouts(rollouts, scores, len(rules))
-        return rollouts, dict(zip(rules, torch.from_numpy(scores).float(), strict=True)), seconds
+        rollouts, parts = share_judged(rollouts, rules, self.supply.decode if self.supply else None)
+        return rollouts, parts, seconds
 
     def _advanced(self, updates: Updates, collected: Collected, metrics: Mapping[str, float]) -> RlhfState:
         state, reward = updates.state, metrics["rlhf/reward_mean"]

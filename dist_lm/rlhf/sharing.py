@@ -3,13 +3,32 @@
 Dimensions: B rollouts, R rules.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from dist_lm.rlhf.rewards import Decode, Rule, judge
 from dist_lm.rlhf.rollouts import Rollouts
 
 _FIRST = 0  # the rank that has them
+
+
+def share_judged(
+    rollouts: Rollouts | None, rules: Mapping[str, Rule], decode: Decode | None
+) -> tuple[Rollouts, dict[str, torch.Tensor]]:
+    """The first rank's rollouts on every rank, and their scores under each rule, fp32 (B,) (collective).
+
+    Args:
+        rollouts, decode: None on all other ranks.
+    """
+    scores = None
+    if rollouts is not None and decode is not None:
+        judged = judge(rollouts, rules, decode)
+        scores = np.array([judged[name] for name in rules], np.float64).reshape(len(rules), len(rollouts))
+    rollouts, scores = share_rollouts(rollouts, scores, len(rules))
+    return rollouts, dict(zip(rules, torch.from_numpy(scores).float(), strict=True))
 
 
 def share_rollouts(rollouts: Rollouts | None, score_RB: np.ndarray | None, n_rules: int) -> tuple[Rollouts, np.ndarray]:

@@ -22,9 +22,9 @@ from dist_lm.rlhf.learner import RolloutSupply
 from dist_lm.rlhf.models import RlhfModels
 from dist_lm.rlhf.packed_rollouts import Dealing, rollout_batches
 from dist_lm.rlhf.reward_scale import RewardScale
-from dist_lm.rlhf.rewards import judge, rules_of, total_score
+from dist_lm.rlhf.rewards import rules_of, total_score
 from dist_lm.rlhf.rollouts import Rollouts, requests_of, rollouts_of
-from dist_lm.rlhf.sharing import share_rollouts
+from dist_lm.rlhf.sharing import share_judged
 from dist_lm.rlhf_run_config import RlhfRunConfig
 from dist_lm.training.forward import BoundModel
 
@@ -66,15 +66,12 @@ class HeldOut:
         group = self.config.rlhf
         weights = whole_weights(model, model.config, torch.float32)
         rules = rules_of(group.rewards)
-        rollouts, scores = None, None
+        rollouts = None
         if self.supply:
             copies = {name: np.array(value.cpu().numpy()) for name, value in weights.items()}
             self.supply.source.load_weights(copies, version)
             rollouts = self._answers(self.supply, seed)
-            judged = judge(rollouts, rules, self.supply.decode)
-            scores = np.array([judged[name] for name in rules], np.float64).reshape(len(rules), len(rollouts))
-        rollouts, scores = share_rollouts(rollouts, scores, len(rules))
-        parts = dict(zip(rules, torch.from_numpy(scores).float(), strict=True))
+        rollouts, parts = share_judged(rollouts, rules, self.supply.decode if self.supply else None)
         if self.models.reward:
             raw_B = self._ask_reward_model(self.models.reward, rollouts)
             own = [name for name, part in group.rewards.items() if part.kind == "reward_model"]
