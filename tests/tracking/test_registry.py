@@ -1,0 +1,72 @@
+"""The registry: every name once, families found, unknown names refused with the nearest one that there is."""
+
+import pytest
+
+from dist_lm.stages.registry import STAGES
+from dist_lm.tracking.registry import METRICS, UnknownMetricError, metric_of, metrics_of
+
+
+def test_every_name_is_there_once_and_is_of_stages_that_there_are():
+    names = [metric.name for metric in METRICS]
+    assert len(set(names)) == len(names)
+    for metric in METRICS:
+        assert set(metric.stages) <= STAGES.keys(), metric.name
+        assert metric.stages, metric.name
+        assert metric.group, metric.name
+        assert metric.meaning.endswith("."), metric.name
+        assert metric.name.count("{") == bool(metric.slot), metric.name
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("val/loss", "val/loss"),
+        ("val/loss_python", "val/loss_{corpus}"),
+        ("val/bits_per_byte_a corpus", "val/bits_per_byte_{corpus}"),
+        ("reward/accuracy", "reward/accuracy"),
+        ("reward/accuracy_k12", "reward/accuracy_k{completions}"),
+        ("reward/accuracy_kto", "reward/accuracy_{source}"),
+        ("tools/parallel_exact", "tools/parallel_exact"),
+        ("tools/irrelevance_irrelevant", "tools/irrelevance_{kind}"),
+        ("train/grad_norm_head", "train/grad_norm_{group}"),
+    ],
+)
+def test_a_name_has_its_metric(name, found):
+    assert metric_of(name).name == found
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("perf/tokens_per_sec", "perf/tokens_per_s"), ("val/loss_", "val/loss"), ("loss", "val/loss")]
+)
+def test_an_unknown_name_is_refused_with_the_nearest(name, nearest):
+    with pytest.raises(UnknownMetricError, match=rf"metric {name}: .* nearest is {nearest};"):
+        metric_of(name)
+
+
+def test_contracts_do_not_drift():
+    """Other programs read these names (docs/architecture.md)."""
+    of_text = [
+        "train/loss",
+        "train/grad_norm",
+        "train/lr",
+        "train/tokens",
+        "val/loss",
+        "val/bits_per_byte",
+        "perf/tokens_per_s",
+        "perf/mfu",
+        "perf/step_s",
+        "perf/data_wait_s",
+        "perf/memory_gib",
+        "checkpoint/stall_s",
+    ]
+    assert set(of_text) <= {metric.name for metric in metrics_of("language")}
+    for stage, name in (
+        ("code", "code/parses_python"),
+        ("tools", "tools/call_exact"),
+        ("reward", "reward/accuracy"),
+        ("reward", "reward/kendall_tau"),
+        ("rlhf", "rlhf/reward_mean"),
+        ("rlhf", "rlhf/kl"),
+        ("rlhf", "rollout/tokens_per_s"),
+    ):
+        assert metric_of(name) in metrics_of(stage)
