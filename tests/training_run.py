@@ -20,6 +20,7 @@ from dist_lm.tracking.metrics import read_metrics
 from dist_lm.training import checkpoint, checkpoint_files
 from dist_lm.training.state import TrainState
 from tests.conftest import TINY
+from tests.forked_run import run_forked
 
 STEPS = 20
 DEADLINE_S = 120
@@ -106,8 +107,9 @@ def finish(process: subprocess.Popen) -> int:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def train(run: RunDirectory, ranks: int) -> dict:
-    code = finish(start(run, ranks))
+def train(run: RunDirectory, ranks: int, *, torchrun: bool = False) -> dict:
+    """The whole run in forked ranks, or as a user starts it, which costs seconds of imports for each of them."""
+    code = finish(start(run, ranks)) if torchrun else run_forked(run, ranks)
     assert code == 0, run.rank_log(0).read_text()
     return json.loads(run.result.read_text())
 

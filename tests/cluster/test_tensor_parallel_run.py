@@ -1,23 +1,11 @@
 """25 heads over 2, 4 and 8 ranks, as a whole run: the curve of one rank, and the same from any layout to any other.
 
-The model has nano's width for 25 heads, with few layers and pieces. One run is `torchrun -m dist_lm.train RUN_DIR`; the
-others call what it calls in forked processes, which need not import torch again.
+The model has nano's width for 25 heads, with few layers and pieces.
 """
 
-import os
-import socket
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
 import pytest
-import torch.distributed as dist
 
-from dist_lm.parallel.mesh import World
-from dist_lm.rank_program import run_rank
 from dist_lm.run_directory import RunDirectory, WorkDirectory
-from dist_lm.training.heartbeat import Unheard
-from dist_lm.training.stop import StopRequest
-from tests.parallel.ranks import RankGroups
 from tests.training_run import STEPS, copy_until, linked, numbers, prepare, train
 
 pytestmark = [pytest.mark.cluster, pytest.mark.heavy]
@@ -38,26 +26,6 @@ COMPARED = ("train/loss", "train/grad_norm", "train/tokens", "val/loss", "val/bi
 
 def layout(dp_shard: int, tp: int) -> tuple[str, str]:
     return f"parallel.dp_shard={dp_shard}", f"parallel.tp={tp}"
-
-
-def run_here(world: World, path: Path) -> None:
-    """A whole run on these ranks, which leave their process group for that of the run."""
-    address = [None]
-    if world.is_first:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            address = [server.getsockname()[1]]
-    dist.broadcast_object_list(address)
-    dist.destroy_process_group()
-    os.environ |= {"RANK": str(world.rank), "LOCAL_RANK": str(world.local_rank), "WORLD_SIZE": str(world.size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(address[0])}
-    run_rank(RunDirectory(path), StopRequest(), Unheard())
-
-
-@pytest.fixture
-def train_forked(tmp_path: Path) -> Iterator[Callable[[RunDirectory, int], None]]:
-    groups = RankGroups(tmp_path)
-    yield lambda run, ranks: groups.run(ranks, run_here, run.path)
-    groups.close()
 
 
 @pytest.fixture(scope="module")
@@ -86,21 +54,19 @@ def assert_same_curve(run: RunDirectory, reference: RunDirectory) -> None:
         (8, ()),
     ],
 )
-def test_the_curve_does_not_depend_on_tensor_parallelism(two_by_two, tiny_work, tmp_path, train_forked, tp, switches):
+def test_the_curve_does_not_depend_on_tensor_parallelism(two_by_two, tiny_work, tmp_path, tp, switches):
     run = prepare(linked(tiny_work, tmp_path), "other", *MODEL, *layout(1, tp), *switches)
-    train_forked(run, tp)
+    train(run, tp)
     assert_same_curve(run, two_by_two)
     assert {path.name for path in run.samples.iterdir()} == {path.name for path in two_by_two.samples.iterdir()}
 
 
 @pytest.mark.parametrize(("dp_shard", "tp"), [(1, 1), (4, 1), (1, 4)])
-def test_a_run_stopped_half_way_continues_on_another_layout(
-    two_by_two, tiny_work, tmp_path, train_forked, dp_shard, tp
-):
+def test_a_run_stopped_half_way_continues_on_another_layout(two_by_two, tiny_work, tmp_path, dp_shard, tp):
     run = linked(tiny_work, tmp_path).run("language", "same")
     copy_until(two_by_two, run, step=HALF)
     prepare(run.work, "same", *MODEL, *layout(dp_shard, tp))
-    train_forked(run, dp_shard * tp)
+    train(run, dp_shard * tp)
     before, after = numbers(two_by_two), numbers(run)
     assert all(after[step] == before[step] for step in range(1, HALF + 1)), "it started anew"
     assert_same_curve(run, two_by_two)

@@ -1,7 +1,7 @@
 """Training as its users meet it: the same numbers on any number of ranks, and after any kill.
 
-Each run is `torchrun -m dist_lm.train RUN_DIR` on the tiny model, with dropout, gradient accumulation, evaluation and
-checkpoints on.
+The runs that others are compared with and those that are disturbed are `torchrun -m dist_lm.train RUN_DIR`, the others
+do the same in forked ranks; the tiny model, with dropout, gradient accumulation, evaluation and checkpoints on.
 """
 
 import json
@@ -21,6 +21,7 @@ from dist_lm.tokenizer.train import train_tokenizer
 from dist_lm.tracking.metrics import read_metrics
 from dist_lm.training import checkpoint_files
 from tests.conftest import VOCAB_SIZE, texts
+from tests.forked_run import run_forked
 from tests.training_run import DEADLINE_S, STEPS, copy_until, finish, linked, numbers, prepare, start, train
 
 pytestmark = pytest.mark.cluster
@@ -45,7 +46,7 @@ def reference(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory
     """Two ranks, never disturbed."""
     work = linked(tiny_work, tmp_path_factory.mktemp("reference"))
     run = prepare(work, "two", "stage.keep_checkpoints=9")
-    train(run, ranks=2)
+    train(run, ranks=2, torchrun=True)
     return run
 
 
@@ -122,7 +123,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(reference, tiny_work, tmp_pa
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(reference, tiny_work, tmp_path):
     run = prepare(linked(tiny_work, tmp_path), "wider", "model.d_ff=100", f"stage.init_from={reference.path}")
-    assert finish(start(run, ranks=1)) != 0
+    assert run_forked(run, ranks=1) != 0
     failure = json.loads(run.rank_failure(0).read_text())
     assert failure["user_error"]
     assert "model.d_ff=100 (checkpoint: 80)" in failure["message"]
@@ -145,7 +146,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before_usable(reference, tin
 def test_a_failure_that_cannot_be_recorded_still_ends_the_rank_and_is_in_its_log(tiny_work, tmp_path):
     run = prepare(linked(tiny_work, tmp_path), "three", "parallel.dp_shard=3")
     run.rank_failure(0).mkdir()  # nothing can be written there
-    assert finish(start(run, ranks=1)) != 0
+    assert run_forked(run, ranks=1) != 0
     log = run.rank_log(0).read_text()
     assert "parallel.dp_shard=3" in log
     assert "could not be written" in log
@@ -158,7 +159,7 @@ def test_shards_of_another_tokenizer_are_refused_by_the_ranks(tiny_work, tmp_pat
     other_texts = [d.text for language in ("english", "python", "bash") for d in texts(language, 300)]
     train_tokenizer(other_texts, work.tokenizer_model, other)
     run = prepare(work, "swapped")
-    assert finish(start(run, ranks=1)) != 0
+    assert run_forked(run, ranks=1) != 0
     assert "was written with tokenizer" in json.loads(run.rank_failure(0).read_text())["message"]
 
 
@@ -190,7 +191,7 @@ def test_weights_of_the_stage_before_are_the_start(reference, tiny_work, tmp_pat
 
 def test_a_world_that_the_layout_cannot_make_is_one_line(tiny_work, tmp_path):
     run = prepare(linked(tiny_work, tmp_path), "three", "parallel.dp_shard=3")
-    assert finish(start(run, ranks=2)) != 0
+    assert run_forked(run, ranks=2) != 0
     failure = json.loads(run.rank_failure(0).read_text())
     assert failure["user_error"]
     assert "parallel.dp_shard=3" in failure["message"]
