@@ -1,4 +1,7 @@
-"""The command, as typed: exit codes, one line for what a user can mend, and a dry run that starts nothing."""
+"""The command, as typed: exit codes, one line for what a user can mend, and a dry run that starts nothing.
+
+Where the process is not what a test is about, it is this one.
+"""
 
 import os
 import resource
@@ -7,6 +10,7 @@ import sys
 
 import pytest
 
+from dist_lm.launch import main
 from tests.conftest import TINY
 
 
@@ -38,13 +42,16 @@ def launch(*arguments, deadline_s=60, **environment):
         (("stage=code", "-m"), "-m"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, words):
-    done = launch(*arguments, *([f"work_dir={tmp_path}/work"] if arguments else []), "cluster.ranks_per_node=2")
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: ")
-    assert words in done.stderr
-    assert done.stdout == ""
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, arguments, words, monkeypatch, capsys):
+    own = [*([f"work_dir={tmp_path}/work"] if arguments else []), "cluster.ranks_per_node=2"]
+    monkeypatch.setattr(sys, "argv", ["dist_lm.launch", *arguments, *own])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    output, errors = capsys.readouterr()
+    assert (ended.value.code, output) == (2, "")
+    assert errors.count("\n") == 1
+    assert errors.startswith("error: ")
+    assert words in errors
     assert list(tmp_path.iterdir()) == []
 
 
