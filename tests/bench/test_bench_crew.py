@@ -20,11 +20,12 @@ PAIR = CrewSize(2)
 CONFIG = compose_config(["stage=language", "model=nano"])
 
 
-@pytest.fixture
-def toy(monkeypatch, tmp_path):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    with crews("toy_benchmark", "cpu", tmp_path) as running:
-        yield running
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+        with crews("toy_benchmark", "cpu", tmp_path_factory.mktemp("toy")) as running:
+            yield running
     assert not [rank.pid for crew in running.all() for rank in crew.ranks if rank.poll() is None]
 
 
@@ -46,7 +47,7 @@ def test_a_case_is_built_timed_and_reported(toy, tmp_path):
         run_case("toy", case_of("prints", "other", same=("prints", "other")), ask, tmp_path, quick=True)
 
 
-def test_a_rank_that_ends_is_reported_with_the_end_of_its_log(toy, tmp_path):
+def test_a_rank_that_ends_is_reported_with_the_end_of_its_log(toy, tmp_path):  # the last to ask: its crew is gone
     with pytest.raises(RankFailedError, match=r"(?s)rank 1 .*exit code 1.*the reason, in its own words"):
         run_case("toy", case_of("fails"), lambda crew, request: toy[crew].ask(request), tmp_path, quick=True)
 
