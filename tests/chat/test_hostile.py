@@ -14,7 +14,7 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 from tests.chat.conversations import spelled
 from tests.chat.hostile import hostile_text, mutated
 
-the_bar = pytest.param(10_000, marks=[pytest.mark.heavy, pytest.mark.timeout(1800)])
+the_bar = pytest.param(10_000, marks=[pytest.mark.bars, pytest.mark.timeout(1800)])
 counts = pytest.mark.parametrize("count", [200, the_bar])
 MARKS = [
     *("<|endoftext|>", "<|system|>", "<|tools|>", "<|/tools|>", "<|end|>", "<|user|>", "<|end|>", "<|assistant|>"),

@@ -358,16 +358,19 @@ def test_several_processes_can_share_the_model_of_an_engine(trained, tmp_path):
     assert said[1] == said[2]
 
 
-@pytest.mark.heavy
-def test_ten_thousand_prompts_through_kills_and_signals(trained, tmp_path):
-    prompts = write_prompts(tmp_path / "p.jsonl", 10_000)
-    large = ("stage.prompts_per_shard=500", "stage.max_new_tokens=4")
-    code, out, err = finish(start(trained, prompts, "run_id=all", *large))
+@pytest.mark.parametrize(
+    ("count", "new_tokens"),
+    [pytest.param(3_000, 8, marks=pytest.mark.heavy), pytest.param(10_000, 4, marks=pytest.mark.bars)],
+)
+def test_thousands_of_prompts_through_kills_and_signals(trained, tmp_path, count, new_tokens):
+    prompts = write_prompts(tmp_path / "p.jsonl", count)
+    large = (f"stage.prompts_per_shard={count // 20}", f"stage.max_new_tokens={new_tokens}")
+    code, out, err = finish(start(trained, prompts, f"run_id=all_{count}", *large))
     assert code == 0, err
-    assert "9,998 to 10,000 prompts, 2 refused" in out
-    run = trained.run("generate", "through")
+    assert f"{count - 2:,} to {count:,} prompts, 2 refused" in out
+    run = trained.run("generate", f"through_{count}")
     for number, parts in ((signal.SIGKILL, 5), (signal.SIGUSR1, 10), (signal.SIGTERM, 14)):
-        process = start(trained, prompts, "run_id=through", *large)
+        process = start(trained, prompts, f"run_id={run.path.name}", *large)
         wait_until(lambda parts=parts: len(list(run.samples.glob("part-*"))) >= parts, process, f"{parts} files")
         family = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, number)
@@ -376,9 +379,9 @@ def test_ten_thousand_prompts_through_kills_and_signals(trained, tmp_path):
         assert number == signal.SIGKILL or "the same command continues" in out
         _, alive = psutil.wait_procs(family, timeout=30)
         assert alive == []
-    code, _, err = finish(start(trained, prompts, "run_id=through", *large))
+    code, _, err = finish(start(trained, prompts, f"run_id={run.path.name}", *large))
     assert code == 0, err
-    assert parts_of(run) == parts_of(trained.run("generate", "all"))
+    assert parts_of(run) == parts_of(trained.run("generate", f"all_{count}"))
     assert len(parts_of(run)) == 20
-    code, out, _ = finish(start(trained, prompts, "run_id=through", *large))
+    code, out, _ = finish(start(trained, prompts, f"run_id={run.path.name}", *large))
     assert (code, "there" in out) == (0, True)

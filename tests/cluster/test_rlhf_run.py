@@ -179,20 +179,17 @@ def test_an_actor_draws_what_an_engine_in_the_rank_draws(started_work, reference
     assert "wins against the reference" in out
 
 
-KILLS = 10
-
-
-@pytest.mark.heavy
 @pytest.mark.timeout(1800)
-def test_ten_kills_of_actors_and_ranks_change_no_number(started_work, tmp_path):
-    steps = (f"stage.steps={6 * KILLS}", "stage.eval_every=0", f"cluster.max_restarts={KILLS}")
+@pytest.mark.parametrize("kills", [pytest.param(2, marks=pytest.mark.heavy), pytest.param(10, marks=pytest.mark.bars)])
+def test_kills_of_actors_and_ranks_change_no_number(started_work, tmp_path, kills):
+    steps = (f"stage.steps={6 * kills}", "stage.eval_every=0", f"cluster.max_restarts={kills}")
     expected = prepare(work_of(started_work, tmp_path / "undisturbed"), *steps)
     train(expected, ranks=1)
     work = work_of(started_work, tmp_path / "disturbed")
     run = work.run("rlhf", "default")
     process = launch(work, *steps)
     try:
-        for kill in range(KILLS):
+        for kill in range(kills):
             goal = 4 * kill + 1
             wait_until(lambda goal=goal: max(steps_of(run), default=0) >= goal, process, f"iteration {goal}")
             wait_until(lambda: actors_of(process) and ranks_on(run), process, "an actor and a rank")
@@ -206,7 +203,7 @@ def test_ten_kills_of_actors_and_ranks_change_no_number(started_work, tmp_path):
     assert process.returncode == 0, err
     assert numbers(run) == numbers(expected)
     events = [json.loads(line) for line in run.events.read_text().splitlines()]
-    assert sum(event["event"] == "failed" for event in events) >= KILLS // 2
+    assert sum(event["event"] == "failed" for event in events) >= kills // 2
 
 
 @pytest.mark.heavy

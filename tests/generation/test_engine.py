@@ -129,7 +129,8 @@ def test_any_schedule_gives_what_a_plain_forward_gives(model, requests, pages, s
     run_schedule(model, requests, pages, seed)
 
 
-@pytest.mark.heavy
+@pytest.mark.bars
+@pytest.mark.timeout(1800)
 def test_a_thousand_random_schedules(model):
     dice = random.Random(20261125)
     for _ in range(500):  # of each model

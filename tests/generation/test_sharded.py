@@ -114,10 +114,13 @@ def test_a_schedule_gives_what_a_plain_forward_gives_and_others_keep_nothing(eng
     assert told.count("save") == told.count("restore") + told.count("forget")
 
 
-@pytest.mark.heavy
+SHAPES = [*itertools.product((CONFIG, GROUPED, ODD), (2, 3, 4)), (LARGE, 8)]
+EACH_ONCE = [(GROUPED, 2), (CONFIG, 3), (ODD, 4), (LARGE, 8)]  # of 8 ranks one has one head, one has none
+
+
 @pytest.mark.parametrize(
     ("config", "tp"),
-    [*itertools.product((CONFIG, GROUPED, ODD), (2, 3, 4)), (LARGE, 8)],  # of 8 ranks one has one head, one has none
+    [pytest.param(*shape, marks=pytest.mark.heavy if shape in EACH_ONCE else pytest.mark.bars) for shape in SHAPES],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_schedules_on_any_number_of_ranks(config, tp):

@@ -21,9 +21,11 @@ def test_scores_rise_within_a_few_iterations():
     assert scores[-1] > 0.55, scores
 
 
-@pytest.mark.heavy
+SEEDS = [pytest.param(0, marks=pytest.mark.heavy), *(pytest.param(s, marks=pytest.mark.bars) for s in (1, 2))]
+
+
 @pytest.mark.parametrize("staleness", [0, 1])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", TOYS)
 def test_a_toy_is_learned(name: str, seed: int, staleness: int):
     config, iterations = TOYS[name]
