@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from dist_lm.cluster.journal import read_events
+from dist_lm.run_directory import WorkDirectory
 from tests.cluster.launched import (
     CODE_STEPS,
     assert_gone,
@@ -42,15 +43,8 @@ def test_one_command_builds_the_stage_before_and_ends_with_samples(tiny_work, tm
     assert plan.keys() == {"tokenizer", "shards", "language", "code"}
 
 
-@pytest.mark.parametrize(
-    ("number", "whole_group"),
-    [(signal.SIGINT, False), pytest.param(signal.SIGTERM, True, marks=pytest.mark.heavy)],
-    ids=["ctrl-c", "term to the process group"],
-)
-def test_a_signal_checkpoints_stops_everything_and_the_same_command_continues(
-    undisturbed, tmp_path, number, whole_group
-):
-    work = follow_on(undisturbed, tmp_path)
+def stop_at_step_2(work: WorkDirectory, number: signal.Signals, whole_group: bool) -> None:
+    """A launch that `number` stops, and all that it has to leave behind, or not."""
     run = work.run("code", "default")
     process = start(work, CODE_STEPS)
     wait_until(lambda: any(step >= 2 for step in steps_of(run)), process, "step 2")
@@ -62,9 +56,30 @@ def test_a_signal_checkpoints_stops_everything_and_the_same_command_continues(
     assert not run.result.exists()
     assert (run.checkpoints / "LATEST").exists()
     assert_gone(started)
-    code, _, err = finish(start(work, CODE_STEPS))
+
+
+@pytest.mark.heavy
+def test_term_to_the_process_group_checkpoints_and_stops_everything(undisturbed, tmp_path):
+    stop_at_step_2(follow_on(undisturbed, tmp_path), signal.SIGTERM, whole_group=True)
+
+
+def test_after_ctrl_c_the_same_command_continues_and_replaces_a_rank_that_dies_with_the_same_numbers(
+    undisturbed, tmp_path
+):
+    work = follow_on(undisturbed, tmp_path)
+    run = work.run("code", "default")
+    stop_at_step_2(work, signal.SIGINT, whole_group=False)
+    before = (run.checkpoints / "LATEST").read_text()
+    process = start(work, CODE_STEPS, "stage.checkpoint_every=5")
+    wait_until(lambda: (run.checkpoints / "LATEST").read_text() != before, process, "a checkpoint")
+    ranks_on(run)[-1].kill()
+    code, _, err = finish(process)
     assert code == 0, err
+    assert "killed by SIGKILL" in err
+    assert "going on from step_" in err
     assert numbers(run) == numbers(undisturbed.run("code", "default"))
+    events = [event["event"] for event in read_events(run.events)]
+    assert events[-4:] == ["started", "failed", "started", "finished"]
 
 
 @pytest.mark.heavy
@@ -80,21 +95,6 @@ def test_a_launcher_killed_leaves_nothing_behind_and_the_same_command_continues(
     code, _, err = finish(start(work, CODE_STEPS))
     assert code == 0, err
     assert numbers(run) == numbers(undisturbed.run("code", "default"))
-
-
-def test_a_rank_that_dies_is_replaced_and_the_numbers_are_the_same(undisturbed, tmp_path):
-    work = follow_on(undisturbed, tmp_path)
-    run = work.run("code", "default")
-    process = start(work, CODE_STEPS, "stage.checkpoint_every=5")
-    wait_until((run.checkpoints / "LATEST").exists, process, "a checkpoint")
-    ranks_on(run)[-1].kill()
-    code, _, err = finish(process)
-    assert code == 0, err
-    assert "killed by SIGKILL" in err
-    assert "going on from step_" in err
-    assert numbers(run) == numbers(undisturbed.run("code", "default"))
-    events = [event["event"] for event in read_events(run.events)]
-    assert events == ["started", "failed", "started", "finished"]
 
 
 @pytest.mark.heavy
