@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # The tests, in the environment of the quick start plus the `dev` extra. Arguments go to pytest.
-#   bash launch/test.sh                    everything that takes less than minutes
+#   bash launch/test.sh                    everything that takes less than minutes, on two cores
 #   bash launch/test.sh tests/model -x     a part
 #   bash launch/test.sh -m heavy           those that take minutes
 #   bash launch/test.sh -m slurm           of these, batch jobs on a real Slurm, which it installs as root on Debian
+#   bash launch/test.sh -m bars            what some of them assert, at length: many seeds, kills, schedules (an hour)
 set -euo pipefail
 DIST_LM_EXTRAS=dev
 # shellcheck source=SCRIPTDIR/env.sh
@@ -18,7 +19,20 @@ install_slurm() {
 }
 
 case " $* " in
-*" -m heavy "* | *slurm*) install_slurm ;;
-*) echo "left out: tests that take minutes (-m heavy), those on a real Slurm among them (-m slurm)" >&2 ;;
+*" -m heavy "* | *" -m bars "* | *slurm*) install_slurm ;;
+*) echo "left out: tests that take minutes (-m heavy), those on a real Slurm among them (-m slurm), and long ones (-m bars)" >&2 ;;
 esac
-exec python -m pytest "$@"
+if [ "$#" -gt 0 ]; then exec python -m pytest "$@"; fi
+
+# tests of several processes, one after the other, beside the others
+set -m # or the shell would have those in the background ignore Ctrl-C, which some of them test
+log=$(mktemp)
+python -m pytest -m "cluster and not heavy and not bars" >"$log" 2>&1 &
+cluster=$!
+trap 'if kill -INT "$cluster" 2>/dev/null; then wait "$cluster" || true; fi; rm -f "$log"' EXIT
+failed=0
+python -m pytest -m "not cluster and not heavy and not bars" || failed=$?
+echo "== tests of several processes"
+wait "$cluster" || failed=$?
+cat "$log"
+exit "$failed"
