@@ -52,10 +52,20 @@ def data_inspect(
         )
 
 
+@app.command("metrics")
+def metrics(
+    stage: Annotated[str | None, typer.Option(help="Only what runs of this stage write.")] = None,
+) -> None:
+    """Print every metric: name, unit, which way is good, stages, meaning (docs/metrics.md is made by this)."""
+    from dist_lm.tracking.metrics_page import page
+
+    print(page(stage), end="")
+
+
 @app.command("bench")
 def bench(
     name: Annotated[
-        str, typer.Argument(help="tp, fsdp, checkpointing, compile, generate, reward or rlhf (docs/bench.md).")
+        str, typer.Argument(help="tp, fsdp, checkpointing, compile, generate, reward, rlhf or metrics (docs/bench.md).")
     ],
     overrides: Annotated[
         list[str] | None,

@@ -49,7 +49,15 @@ def open_data(opening: Opening) -> StageData:
                 corpus = MappedCorpus.open(opening.run.work.corpus(name), split)
                 if note := note_of_left_out(corpus, opening.config.stage.seq_len):
                     log.warning("%s", note)
-    return StageData(open_stream(opening), evaluator(opening))
+    return StageData(open_stream(opening), evaluator(opening), bytes_per_token(opening.run, opening.config))
+
+
+def bytes_per_token(run: RunDirectory, config: Config) -> float:
+    """UTF-8 bytes of text for each token of the training splits, by the corpora's shares of all sequences."""
+    mix = config.stage.mix or {}
+    shares = {config.stage.corpus: 1 - sum(mix.values()), **mix}
+    counts = {name: read_manifest(run.work.corpus(name)).splits["train"].counts for name in shares}
+    return sum(share * counts[name].bytes / counts[name].tokens for name, share in shares.items())
 
 
 def open_stream(opening: Opening) -> SequenceStream:

@@ -79,6 +79,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             flops_per_token=flops_per_token(config.model, config.stage.seq_len),
             peak_flops=world.size
             * matmul_flops(world.device, compute_dtype(config.parallel, world.device), config.hardware),
+            bytes_per_token=data.bytes_per_token,
         )
         log.info("rank %d of %d on %s, %s, from step %d", world.rank, world.size, world.device, layout, state.step)
         dtype = compute_dtype(config.parallel, world.device)

@@ -17,6 +17,7 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import read_metrics
+from dist_lm.tracking.registry import metric_of, metrics_of
 from dist_lm.training import checkpoint, checkpoint_files
 from dist_lm.training.state import TrainState
 from tests.conftest import TINY
@@ -50,6 +51,18 @@ def numbers(run: RunDirectory) -> dict[int, dict[str, float]]:
         kept = {key: value for key, value in line.items() if not key.startswith(TIMED) and key != "step"}
         steps.setdefault(line["step"], {}).update(kept)
     return steps
+
+
+def tolerance(name: str) -> float:
+    """How closely layouts agree in a metric, relative. The gradient of a key's bias is rounding (attention does not see
+    it), of which Adam makes steps all the same: they are part of an update's size."""
+    return 1e-3 if name == "train/update_ratio" else 1e-5
+
+
+def unwritten(run: RunDirectory, stage: str) -> set[str]:
+    """Metrics that every run of a stage has, by the registry, and this one has not."""
+    written = {metric_of(name) for line in read_metrics(run.metrics) for name in line.keys() - {"step", "time"}}
+    return {metric.name for metric in metrics_of(stage) if not metric.only and metric not in written}
 
 
 def linked(work: WorkDirectory, directory: Path) -> WorkDirectory:

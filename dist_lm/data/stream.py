@@ -28,6 +28,7 @@ class StepData:
 
     position: int  # sequences consumed over all ranks once this step is done: the state of the stream
     micro_batches: list[Batch]
+    tokens: int  # of them, without padding
 
 
 class StepStream(Iterator[StepData]):
@@ -45,6 +46,7 @@ class StepStream(Iterator[StepData]):
         micro_batch: int,
         dp_rank: int,
         dp_size: int,
+        pad_id: int,
         position: int = 0,
         pin_memory: bool = False,
         prefetch: int = 2,
@@ -53,6 +55,7 @@ class StepStream(Iterator[StepData]):
         """
         Args:
             batch_of: the micro-batch of these global sequence numbers; called in the thread.
+            pad_id: the token that fills rows up, and stands nowhere else.
             prefetch: steps prepared ahead.
             packing: how the stage's own corpus is packed, for the record; None for text.
 
@@ -63,6 +66,7 @@ class StepStream(Iterator[StepData]):
         self._batch_of = batch_of
         self._global_batch = global_batch
         self._cuts = rank_cuts(global_batch, micro_batch, dp_rank, dp_size)
+        self._pad_id = pad_id
         self._pin_memory = pin_memory
         self._next_position = position  # of the next step to prepare
         self._steps: deque[Future[StepData]] = deque()
@@ -98,11 +102,12 @@ class StepStream(Iterator[StepData]):
         self._next_position += self._global_batch
 
     def _step(self, position: int) -> StepData:
-        micro_batches = []
+        micro_batches, tokens = [], 0
         for cut in self._cuts:
             batch = self._batch_of([position + offset for offset in cut])
+            tokens += int((batch.tokens_BT != self._pad_id).sum())
             micro_batches.append(batch.pin_memory() if self._pin_memory else batch)
-        return StepData(position + self._global_batch, micro_batches)
+        return StepData(position + self._global_batch, micro_batches, tokens)
 
 
 class SequenceStream(StepStream):
@@ -135,7 +140,7 @@ class SequenceStream(StepStream):
         self.corpora = [CorpusSequences(one, seed, seq_len) for one in (corpus, *shares)]  # the stage's own first
         self.n_sequences = self.corpora[0].n_sequences  # an epoch
         self._mix = Mix(list(shares.values()), seed)
-        self._seq_len, self._pad_id = seq_len, pad_id
+        self._seq_len = seq_len
         self._document_mask, self._reset_positions = document_mask, reset_positions
         packing = self.corpora[0].packing
         super().__init__(
@@ -144,6 +149,7 @@ class SequenceStream(StepStream):
             micro_batch=micro_batch,
             dp_rank=dp_rank,
             dp_size=dp_size,
+            pad_id=pad_id,
             position=position,
             pin_memory=pin_memory,
             prefetch=prefetch,

@@ -67,7 +67,7 @@ def rehearse(
         peak_flops=0.0,
     )
     memory.reset_peak()
-    trainer.step(TrainState(), StepData(0, list(micro_batches)), config.stage.lr)
+    trainer.step(TrainState(), StepData(0, list(micro_batches), 0), config.stage.lr)
     hook.remove()
     parameters = sum(_bytes(parameter) for parameter in model.parameters())
     moments = sum(_bytes(tensor) for state in optimizer.state.values() for tensor in state.values())

@@ -1,4 +1,4 @@
-"""Gradients of which ranks hold parts: sums over the tensor-parallel axis, and the norm of all of them."""
+"""Gradients of which ranks hold parts: sums over the tensor-parallel axis, and the norms of their parts."""
 
 from collections.abc import Sequence
 
@@ -32,16 +32,19 @@ def reduce_partial_gradients(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def squared_norm(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """This rank's part of the squared L2 norm of all gradients: a float64 scalar; the parts of all ranks add up."""
-    counted = [shard_of(gradient) for gradient in gradients if _is_first_copy(gradient)]
-    squares = torch.zeros((), dtype=torch.float64, device=gradients[0].device)
-    if counted:
-        squares += torch.stack(torch._foreach_norm(counted)).double().square().sum()
-    return squares
+def squared_norms(parts: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """This rank's part of the squared L2 norm of each part of the gradients: (len(parts),) float64; those of all ranks
+    add up. At least one part has a gradient."""
+    counted = [[shard_of(gradient) for gradient in part if is_first_copy(gradient)] for part in parts]
+    flat = [shard for part in counted for shard in part]
+    if not flat:
+        device = next(gradient.device for part in parts for gradient in part)
+        return torch.zeros(len(parts), dtype=torch.float64, device=device)
+    squares = torch.stack(torch._foreach_norm(flat)).double().square()
+    return torch.stack([part.sum() for part in squares.split([len(part) for part in counted])])
 
 
-def _is_first_copy(tensor: torch.Tensor) -> bool:
+def is_first_copy(tensor: torch.Tensor) -> bool:
     """Whether this rank is the first of those that hold the same shard."""
     if not isinstance(tensor, DTensor):
         return True

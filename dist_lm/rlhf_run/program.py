@@ -50,8 +50,9 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
     with started(run, config, stop, heartbeat) as start, ExitStack() as stack:
         algorithm = ALGORITHMS[config.rlhf.algorithm](config.rlhf)
         begun = begin(run, config, start, algorithm)
-        state, metrics = begun.state, open_metrics(run, start.world, train_state(begun.state, begun.tokens))
-        reporter = Reporter(config, run, start.tokenizer, metrics, heartbeat, begun.tokens, state.iteration)
+        state, world = begun.state, start.world
+        metrics = open_metrics(run, world, train_state(begun.state, begun.tokens))
+        reporter = Reporter(config, run, world, start.tokenizer, metrics, heartbeat, begun.tokens, state.iteration)
         train, held_out_prompts = read_all(config, run, start.tokenizer)
         supply = _supply(config, start, begun, train, reporter, stack)
         looks = partial(reporter.alive, Phase.EVALUATING)
@@ -65,19 +66,18 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
                 config=config.rlhf,
                 seed=config.seed,
                 iterations=config.stage.steps,
-                world=start.world,
+                world=world,
                 mesh=start.mesh,
                 parallel=config.parallel,
                 models=begun.models,
                 algorithm=algorithm,
                 supply=supply,
                 save_every=config.stage.checkpoint_every,
-                save=Saving(saver, begun, reporter, start.world.is_first),
+                save=Saving(saver, begun, reporter, world.is_first),
                 report=reporter,
                 alive=partial(reporter.alive, Phase.STEP),
                 stop=stop,
             )
-            world = start.world
             log.info("rank %d of %d, %s, from iteration %d", world.rank, world.size, start.layout, state.iteration)
             state = learner.run(state)
         reporter.alive(Phase.CLOSING)

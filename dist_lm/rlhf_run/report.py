@@ -5,13 +5,15 @@ import time
 from dataclasses import dataclass, field
 
 from dist_lm import durable
+from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.learner import IterationReport
 from dist_lm.rlhf_run_config import RlhfRunConfig
 from dist_lm.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.metrics import MetricsWriter
+from dist_lm.training.eta import Eta
 from dist_lm.training.heartbeat import Heartbeat, Phase
-from dist_lm.training.trainer import is_due
+from dist_lm.training.trainer import is_due, peak_memory_gib
 
 
 @dataclass
@@ -20,12 +22,17 @@ class Reporter:
 
     config: RlhfRunConfig
     run: RunDirectory
+    world: World
     tokenizer: Tokenizer
     metrics: MetricsWriter | None  # on the first rank
     heartbeat: Heartbeat
     tokens: int  # drawn and trained on so far
     iteration: int  # done
     _since: float = field(default_factory=time.perf_counter)
+    _eta: Eta = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._eta = Eta(self.config.stage.steps)
 
     def __call__(self, report: IterationReport) -> None:
         """One more iteration is done."""
@@ -38,8 +45,13 @@ class Reporter:
             "train/tokens": self.tokens,
             "perf/step_s": took,
             "perf/tokens_per_s": new / took,
+            "perf/tokens_per_s_per_rank": new / took / self.world.size,
             "perf/samples_per_s": len(report.rollouts) / took,
+            "perf/memory_gib": peak_memory_gib(self.world.device),
         }
+        left_s = self._eta.after(report.iteration)
+        if left_s is not None:
+            line["perf/eta_s"] = left_s
         last = report.iteration == self.config.stage.steps
         shown = last or is_due(report.iteration, self.config.stage.eval_every)
         if self.metrics and (shown or report.iteration % self.config.stage.log_every == 0):

@@ -37,6 +37,7 @@ class StageData:
 
     stream: StepStream
     evaluate: Evaluate
+    bytes_per_token: float = 0.0  # of the text that is trained on; 0: it is none
 
 
 @dataclass(frozen=True)

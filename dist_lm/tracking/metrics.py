@@ -1,4 +1,5 @@
-"""The metrics file of a run: a JSON object a line: `step`, `time` (seconds since 1970), and metrics by name.
+"""The metrics file of a run: a JSON object a line: `step`, `time` (seconds since 1970), and metrics by their names in
+`tracking.registry`.
 
 A step may have several lines (its own, then what a checkpoint after it cost); a reader merges them. JSON has
 no NaN and no infinity: a metric that is not finite is written as null and read back as None.
@@ -14,6 +15,7 @@ from typing import Any
 
 from dist_lm import durable
 from dist_lm.errors import ArtefactError
+from dist_lm.tracking.registry import metric_of
 
 TAIL_BYTES = 64 << 10
 MetricsLine = dict[str, Any]
@@ -35,7 +37,12 @@ class MetricsWriter:
 
         Args:
             at: seconds since 1970; now if None.
+
+        Raises:
+            UnknownMetricError: a name that is not in `tracking.registry`.
         """
+        for name in metrics:
+            metric_of(name)
         line = {"step": step, "time": time.time() if at is None else at}
         line |= {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")

@@ -68,7 +68,7 @@ def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:
     """What `write_state` wrote: (state, model configuration)."""
     try:
         content = json.loads((directory / STATE).read_text())
-        return TrainState(**content["state"]), content["model"]
+        return TrainState.from_json(content["state"]), content["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"checkpoint {directory}: {STATE} cannot be read ({error})") from error
 

@@ -1,6 +1,7 @@
 """The loop: data, step, evaluation, checkpoint, metrics. It knows no stage and no layout."""
 
 import logging
+import math
 import resource
 import time
 from collections.abc import Callable
@@ -19,16 +20,21 @@ from dist_lm.parallel.sharding import reshard
 from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.training import checkpoint_files
 from dist_lm.training.checkpoint_saver import CheckpointSaver
+from dist_lm.training.eta import Eta
 from dist_lm.training.forward import BoundModel
 from dist_lm.training.heartbeat import Heartbeat, Phase
+from dist_lm.training.laps import Laps
 from dist_lm.training.objective import LossModel, Objective
 from dist_lm.training.optimizer import set_learning_rate
 from dist_lm.training.schedule import learning_rate
 from dist_lm.training.state import TrainState
 from dist_lm.training.step import StepResult, train_step
+from dist_lm.training.step_meter import StepMeter
 from dist_lm.training.stop import StopRequest
 
 log = logging.getLogger(__name__)
+
+DETAILED_EVERY = 10  # steps, at least
 
 Evaluate = Callable[[LossModel, bool, Callable[[], None]], dict[str, float]]
 """(model, whether to take all held-out data, called as it gets on) -> metrics, the same on every rank."""
@@ -56,6 +62,7 @@ class Trainer:
     heartbeat: Heartbeat
     flops_per_token: int
     peak_flops: float  # of all ranks together; 0: unknown
+    bytes_per_token: float = 0.0  # of the training text; 0: unknown
 
     def run(self, state: TrainState) -> TrainState:
         """Train from `state` to the last step, or to the step at which a stop was agreed on.
@@ -69,25 +76,29 @@ class Trainer:
             line = self._evaluate(0, everything=True)
             if self.metrics:
                 self.metrics.write(0, line)
+        meter, eta = StepMeter(self.world, self.optimizer), Eta(stage.steps)
         with self._saver() as saver:
             while state.step < stage.steps:
-                started = time.perf_counter()
+                meter.begin(self.is_detailed(state.step + 1))
                 rate = self._learning_rate(state.step)
                 self.heartbeat.beat(Phase.DATA, state.step)
                 data = next(self.stream)
-                waited = time.perf_counter() - started
+                meter.data_came()
                 self.heartbeat.beat(Phase.STEP, state.step)
-                result = self.step(state, data, rate)
+                result = self.step(state, data, rate, meter.laps)
                 state = advance(state, result, data.position)
-                line = self._metrics_of(state, result, rate, waited, time.perf_counter() - started)
+                meter.end(result.tokens)
+                left_s = eta.after(state.step)
                 last = state.step == stage.steps
                 score = None
                 evaluated = last or is_due(state.step, stage.eval_every)
+                written = evaluated or is_due(state.step, stage.log_every)
+                line = self.metrics_of(state, result, rate, meter, left_s) if written else {}
                 if evaluated:
                     line |= self._evaluate(state.step, last)
                     # on the way and at the end by the same sequences
                     score = self._evaluate(state.step, False)["val/loss"] if last else line["val/loss"]
-                if self.metrics and (evaluated or last or state.step % stage.log_every == 0):
+                if self.metrics and written:
                     self.metrics.write(state.step, line)
                 self._check_finite(state, saver)
                 final = last or result.stop_requested
@@ -126,7 +137,8 @@ class Trainer:
             min_ratio=stage.min_lr_ratio,
         )
 
-    def step(self, state: TrainState, data: StepData, rate: float) -> StepResult:
+    def step(self, state: TrainState, data: StepData, rate: float, laps: Laps | None = None) -> StepResult:
+        """One optimizer step at learning rate `rate` (collective)."""
         stage, device = self.config.stage, self.world.device
         set_learning_rate(self.optimizer, rate)
         key = DropoutKey(
@@ -145,26 +157,40 @@ class Trainer:
             counts=self.counts_once,
             reduce_every_micro_batch=self.config.parallel.reduce_every_micro_batch,
             stop=self.stop,
+            tokens=data.tokens,
+            laps=laps,
         )
 
-    def _metrics_of(
-        self, state: TrainState, result: StepResult, rate: float, waited: float, elapsed: float
+    def metrics_of(
+        self, state: TrainState, result: StepResult, rate: float, meter: StepMeter, left_s: float | None
     ) -> dict[str, float]:
-        tokens_per_s = self.config.stage.global_batch * self.config.stage.seq_len / elapsed
+        """What is written of a step (collective)."""
+        stage = self.config.stage
         line = {
             "train/loss": result.loss,
             "train/grad_norm": result.grad_norm,
             "train/lr": rate,
             "train/tokens": state.tokens,
             "train/skipped_steps": state.skipped_steps,
-            "perf/tokens_per_s": tokens_per_s,
-            "perf/step_s": elapsed,
-            "perf/data_wait_s": waited,
+            "train/loss_spikes": state.loss_spikes,
             "perf/memory_gib": peak_memory_gib(self.world.device),
         }
+        line |= {f"train/grad_norm_{group}": norm for group, norm in result.grad_norms.items()}
+        line |= result.metrics | meter.line()
         if self.peak_flops:
-            line["perf/mfu"] = tokens_per_s * self.flops_per_token / self.peak_flops
-        return line | result.metrics
+            flops = self.flops_per_token * stage.global_batch * stage.seq_len
+            line["perf/mfu"] = flops / line["perf/step_s"] / self.peak_flops
+        if self.bytes_per_token:
+            line["perf/bytes_per_token"] = self.bytes_per_token
+        if left_s is not None:
+            line["perf/eta_s"] = left_s
+        if self.is_detailed(state.step):
+            line |= meter.details()
+        return line
+
+    def is_detailed(self, step: int) -> bool:
+        """Whether the line of a step has the metrics that cost a pass over the parameters."""
+        return step == self.config.stage.steps or is_due(step, detailed_every(self.config.stage.log_every))
 
     def _check_finite(self, state: TrainState, saver: CheckpointSaver) -> None:
         limit = self.config.stage.max_nonfinite_steps
@@ -210,7 +236,14 @@ def advance(state: TrainState, result: StepResult, position: int) -> TrainState:
         position=position,
         nonfinite_steps=0 if result.applied else state.nonfinite_steps + 1,
         skipped_steps=state.skipped_steps + (not result.applied),
+        loss_spikes=state.loss_spikes + state.loss_trend.is_spike(result.loss),
+        loss_trend=state.loss_trend.after(result.loss),
     )
+
+
+def detailed_every(log_every: int) -> int:
+    """Steps between lines with details: a multiple of `log_every`, so that there is a line."""
+    return log_every * math.ceil(DETAILED_EVERY / log_every)
 
 
 def is_due(step: int, every: int) -> bool:

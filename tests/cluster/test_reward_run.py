@@ -20,7 +20,7 @@ from dist_lm.stages.artefact import corpus_fingerprint, digest
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training.checkpoint_tensors import model_weights
 from tests.conftest import TINY
-from tests.training_run import STEPS, copy_until, linked, numbers, prepare, train, write_untrained
+from tests.training_run import STEPS, copy_until, linked, numbers, prepare, tolerance, train, unwritten, write_untrained
 
 pytestmark = pytest.mark.cluster
 WORDS = ("value", "name", "count", "total", "index", "result", "table", "line")
@@ -101,6 +101,10 @@ def test_it_learns_and_says_so_overall_by_size_and_by_source(reference: RunDirec
     assert result["gzip_bits_per_byte"] == {}
 
 
+def test_a_run_writes_every_metric_of_its_stage(reference: RunDirectory) -> None:
+    assert unwritten(reference, "reward") == set()
+
+
 def test_it_starts_from_all_weights_but_the_head(work: WorkDirectory, tmp_path: Path) -> None:
     run = reward_run(work, "start", "stage.steps=1", "stage.warmup_steps=0", "stage.lr=1e-12", "stage.weight_decay=0")
     train(run, ranks=1)
@@ -132,7 +136,7 @@ def test_the_numbers_do_not_depend_on_the_layout(
             # rankings do not say where zero is: the gradient of the head's bias is rounding, of which Adam makes steps
             # of stage.lr; the normaliser takes it out again
             off = STEPS * 3e-3 if key == "reward/score_mean" else 1e-6
-            assert found[step][key] == pytest.approx(value, rel=2e-5, abs=off), (step, key)
+            assert found[step][key] == pytest.approx(value, rel=2 * tolerance(key), abs=off), (step, key)
 
 
 def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_identical(reference: RunDirectory, work: WorkDirectory) -> None:

@@ -21,7 +21,7 @@ from dist_lm.training import checkpoint_files
 from tests.cluster.launched import assert_gone, family, ranks_on, steps_of, wait_until
 from tests.cluster.launched import finish as finish_launch
 from tests.conftest import TINY
-from tests.training_run import DEADLINE_S, copy_until, linked, numbers, train, write_untrained
+from tests.training_run import DEADLINE_S, copy_until, linked, numbers, train, unwritten, write_untrained
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -124,6 +124,10 @@ def test_every_iteration_is_reported_and_rollouts_are_shown(reference):
     result = json.loads(reference.result.read_text())
     assert result["metrics"]["rlhf/reward_mean"] == found[ITERATIONS]["rlhf/reward_mean"]
     assert result["prompts"] == 8 * ITERATIONS
+
+
+def test_a_run_writes_every_metric_of_its_stage(reference):
+    assert unwritten(reference, "rlhf") == set()
 
 
 def test_the_policy_is_loaded_like_any_model(reference):

@@ -20,11 +20,28 @@ from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.train import train_tokenizer
 from dist_lm.tracking.metrics import read_metrics
 from dist_lm.training import checkpoint_files
+from dist_lm.training.parameter_groups import GROUPS
 from tests.conftest import VOCAB_SIZE, texts
 from tests.forked_run import run_forked
-from tests.training_run import DEADLINE_S, STEPS, copy_until, finish, linked, numbers, prepare, start, train
+from tests.training_run import (
+    DEADLINE_S,
+    STEPS,
+    copy_until,
+    finish,
+    linked,
+    numbers,
+    prepare,
+    start,
+    tolerance,
+    train,
+    unwritten,
+)
 
 pytestmark = pytest.mark.cluster
+COMPARED = (
+    *("train/loss", "train/grad_norm", "train/tokens", "train/update_ratio", "val/loss", "val/bits_per_byte"),
+    *(f"train/grad_norm_{group}" for group in GROUPS),
+)
 
 
 def wait_for_step(run: RunDirectory, step: int, process: subprocess.Popen) -> None:
@@ -66,9 +83,13 @@ def test_the_loss_curve_does_not_depend_on_the_layout(reference, tiny_work, tmp_
     expected, found = numbers(reference), numbers(run)
     assert found.keys() == expected.keys() == set(range(1, STEPS + 1))
     for step in expected:
-        for key in ("train/loss", "train/grad_norm", "train/tokens", "val/loss", "val/bits_per_byte"):
+        for key in COMPARED:
             if key in expected[step]:
-                assert found[step][key] == pytest.approx(expected[step][key], rel=1e-5), (step, key)
+                assert found[step][key] == pytest.approx(expected[step][key], rel=tolerance(key)), (step, key)
+
+
+def test_a_run_writes_every_metric_of_its_stage(reference):
+    assert unwritten(reference, "language") == set()
 
 
 @pytest.mark.parametrize("after_a_checkpoint", [pytest.param(False, marks=pytest.mark.heavy), True])

@@ -8,6 +8,7 @@ import pytest
 
 from dist_lm.errors import ArtefactError
 from dist_lm.tracking.metrics import MetricsWriter, follow, read_metrics
+from dist_lm.tracking.registry import UnknownMetricError
 
 
 @pytest.fixture
@@ -29,6 +30,13 @@ def test_lines_are_readable_before_the_writer_is_closed(path: Path) -> None:
     writer = MetricsWriter(path)
     writer.write(1, {"train/loss": 2.5, "train/tokens": 4096}, at=12.0)
     assert list(read_metrics(path)) == [{"step": 1, "time": 12.0, "train/loss": 2.5, "train/tokens": 4096}]
+
+
+def test_a_name_that_nobody_knows_is_refused_and_nothing_written(path: Path) -> None:
+    writer = MetricsWriter(path)
+    with pytest.raises(UnknownMetricError, match=r"metric train/los: .*nearest is train/loss"):
+        writer.write(1, {"train/grad_norm": 1.0, "train/los": 2.5})
+    assert path.read_text() == ""
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -83,7 +83,7 @@ class RankingStream(StepStream):
             ArtefactError: no ranking fits into a sequence.
         """
         self._rankings, self._lessons = rankings, lessons
-        self._seq_len, self._pad_id = seq_len, pad_id
+        self._seq_len = seq_len
         self._packing = packed_rankings(rankings, seq_len)
         packing = self._packing
         self._epochs = Epochs(packing.n_rows, lambda epoch: PackedEpoch(packing, seed, epoch))
@@ -93,6 +93,7 @@ class RankingStream(StepStream):
             micro_batch=micro_batch,
             dp_rank=dp_rank,
             dp_size=dp_size,
+            pad_id=pad_id,
             position=position,
             pin_memory=pin_memory,
             packing=self._packing.report(),

@@ -126,7 +126,7 @@ SPEED = (
         "GiB",
         "Most memory that the first rank has held: allocated on its GPU, or resident on the CPU.",
         "lower",
-        LOOP_STAGES,
+        TRAINING_STAGES,
         "memory",
     ),
 )

@@ -1,0 +1,26 @@
+"""docs/metrics.md is what the registry says."""
+
+import pytest
+
+from dist_lm.errors import ConfigError
+from dist_lm.tracking.metrics_page import page
+from dist_lm.tracking.registry import METRICS
+from tests.documentation import DOCS
+
+
+def test_the_page_in_docs_is_the_one_that_the_registry_makes():
+    text = (DOCS / "metrics.md").read_text(encoding="utf-8")
+    assert text == page(), "run `python -m dist_lm metrics > docs/metrics.md`"
+
+
+def test_every_metric_is_on_the_page_once():
+    rows = [line.split("`")[1] for line in page().splitlines() if line.startswith("| `")]
+    assert sorted(rows) == sorted(metric.name for metric in METRICS)
+
+
+def test_a_stage_has_its_own_page_and_an_unknown_one_is_refused():
+    rows = [line for line in page("reward").splitlines() if line.startswith("| `")]
+    assert any("reward/kendall_tau" in row for row in rows)
+    assert not any("code/" in row or "rlhf/" in row for row in rows)
+    with pytest.raises(ConfigError, match=r"--stage shards: expected one of language, code"):
+        page("shards")
