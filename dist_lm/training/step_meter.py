@@ -48,20 +48,19 @@ class StepMeter:
         self._tokens += tokens
         self._waited += waited
         self._elapsed += time.perf_counter() - self._began
-        self._own_s += waited if self._on_gpu else waited + working_s() - self._worked
+        parts = self.laps.take()
+        self._parts = {part: self._parts[part] + parts.get(part, 0.0) for part in PARTS}
+        self._own_s += waited + (parts.get("optimizer", 0.0) if self._on_gpu else working_s() - self._worked)
 
     def line(self) -> dict[str, float]:
         """Means over the steps since the last line."""
-        parts = self.laps.take()
-        if self._on_gpu:
-            self._own_s += parts.get("optimizer", 0.0)
         found = {
             "perf/tokens_per_s": self._tokens / self._elapsed,
             "perf/tokens_per_s_per_rank": self._tokens / self._elapsed / self._world.size,
             "perf/step_s": self._elapsed / self._steps,
             "perf/data_wait_s": self._waited / self._steps,
         }
-        found |= {f"perf/{part}_s": parts.get(part, 0.0) / self._steps for part in PARTS}
+        found |= {f"perf/{part}_s": seconds / self._steps for part, seconds in self._parts.items()}
         self._restart()
         return found
 
@@ -84,3 +83,4 @@ class StepMeter:
     def _restart(self) -> None:
         self._steps = self._tokens = 0
         self._elapsed = self._waited = 0.0
+        self._parts = dict.fromkeys(PARTS, 0.0)
