@@ -22,6 +22,7 @@ import psutil
 from dist_lm.cluster import link, process
 from dist_lm.cluster.heartbeat import VARIABLE, HeartbeatBoard, Pulse
 from dist_lm.cluster.node_facts import NodeFacts, examine
+from dist_lm.cluster.node_usage import NodeUsage, UsageMeter
 from dist_lm.cluster.rank_environment import interface_of, rank_environment
 from dist_lm.cluster.ray_access import access_variables
 from dist_lm.run_directory import RunDirectory
@@ -74,6 +75,7 @@ class NodeReport:
     exit_code: int | None
     exits: tuple[RankExit, ...] = ()
     pulses: tuple[Pulse, ...] = ()  # of its ranks, while they run
+    usage: NodeUsage | None = None  # of the whole node, while they run
 
 
 class NodeAgent:
@@ -87,6 +89,7 @@ class NodeAgent:
         self._interrupted: set[int] = set()
         self._board: HeartbeatBoard | None = None
         self._links: link.LinkServer | None = None
+        self._meter = UsageMeter()
 
     def ready(self) -> None:
         """Answers as soon as the agent is there."""
@@ -147,7 +150,7 @@ class NodeAgent:
         if exit_code is None:
             if self._interrupt:
                 self._deliver_interrupt()
-            return NodeReport(None, pulses=self._pulses())
+            return NodeReport(None, pulses=self._pulses(), usage=self._meter.read())
         return NodeReport(exit_code, self._read_report() if exit_code else ())
 
     def interrupt(self) -> None:

@@ -15,6 +15,7 @@ from dist_lm.cluster.agent import Assignment, NodeReport, RankExit
 from dist_lm.cluster.failure import SILENT, Crowd, GangFailure, clear_failures, explain
 from dist_lm.cluster.hang import Hang, Patience, find_hang
 from dist_lm.cluster.heartbeat import Pulse
+from dist_lm.cluster.node_usage import NodeUsage
 from dist_lm.cluster.ray_errors import first_line
 from dist_lm.cluster.recruit import Crew
 from dist_lm.run_directory import RunDirectory
@@ -188,6 +189,10 @@ class Gang:
     def pulses(self) -> tuple[Pulse, ...]:
         """What the ranks that run were last heard doing."""
         return tuple(pulse for member in self._running() for pulse in member.pulses())
+
+    def usages(self) -> dict[str, NodeUsage]:
+        """How busy the nodes are whose ranks run, by host; a node that has not said yet is not among them."""
+        return {member.host: member.report.usage for member in self._running() if member.report.usage}
 
     def wait(self, on_poll: Callable[[], None] | None = None, interval_s: float = 0.2) -> GangStatus:
         """Poll until it is over.

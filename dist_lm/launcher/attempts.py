@@ -1,13 +1,14 @@
 """Attempts at a run: each is a gang on a crew, followed to its end. It is stopped to end the launch, or to grow."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from dist_lm.cluster.failure import GangFailure
 from dist_lm.cluster.gang import Gang, GangStatus
 from dist_lm.cluster.hang import Patience
 from dist_lm.cluster.journal import Journal
+from dist_lm.cluster.node_usage import NodeUsage
 from dist_lm.cluster.pool_room import core_users
 from dist_lm.cluster.recruit import Crew
 from dist_lm.config import ClusterConfig, Config
@@ -42,9 +43,9 @@ class Attempts:
         cluster_config: ClusterConfig,
         muster: Muster,
         interrupt: Interrupt,
-        show: Callable[[], None],
+        show: Callable[[Mapping[str, NodeUsage]], None],
     ) -> None:
-        """`show` is called again and again while ranks run."""
+        """`show` is called again and again while ranks run, with how busy their nodes are."""
         self.journal = Journal(run)
         self._run = run
         self.ranks_per_node = ranks_per_node
@@ -102,7 +103,7 @@ class Attempts:
         grow_at = time.monotonic()
         while True:
             status = gang.poll()
-            self._show()
+            self._show(gang.usages())
             if status.state != "running":
                 return Outcome(status, start, None if status.failure else grow_to)
             self.journal.live(gang.pulses())

@@ -1,12 +1,8 @@
 """One training stage to its end: gangs, one after the other if need be, each from the last checkpoint."""
 
-import os
 import statistics
-import sys
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from dist_lm.cluster.failure import NODE_LOST, GangFailure
 from dist_lm.cluster.gang import GangStatus
@@ -17,19 +13,16 @@ from dist_lm.config import ClusterConfig, Config, require
 from dist_lm.config_file import save_config
 from dist_lm.errors import ArtefactError
 from dist_lm.launcher.attempts import Attempts, newest_step
-from dist_lm.launcher.git import git_commit
 from dist_lm.launcher.interrupt import Interrupt
 from dist_lm.launcher.layout_choice import check_hardware, with_layout
 from dist_lm.launcher.muster import Muster
 from dist_lm.launcher.pipeline import LOOK_S
 from dist_lm.launcher.plan import PlannedStage, run_of
 from dist_lm.launcher.restarts import Restarts, on_nodes, sizes
+from dist_lm.launcher.showing import Showing
 from dist_lm.run_directory import RunDirectory
 from dist_lm.run_lock import OWN_JOB_S, locked
 from dist_lm.tracking.console import Console
-from dist_lm.tracking.metrics import follow
-from dist_lm.tracking.rank_warnings import WarningFollower
-from dist_lm.tracking.wandb_run import WandbRun
 from dist_lm.training import checkpoint_files
 
 
@@ -67,9 +60,9 @@ def run_training_stage(
             interrupt=interrupt,
             console=console,
         )
-        show = show_of(stage, first, run, console, stack)
-        attempts = Attempts(run, ranks, device, config.cluster, muster, interrupt, show)
-        return run_attempts(attempts, muster, {possible[0]: first}, config, run, console, interrupt)
+        showing = stack.enter_context(Showing(first, run, console))
+        attempts = Attempts(run, ranks, device, config.cluster, muster, interrupt, showing)
+        return run_attempts(attempts, muster, {possible[0]: first}, config, run, console, interrupt, showing)
 
 
 def fitted(config: Config, cluster: RayCluster) -> tuple[Config, int]:
@@ -111,6 +104,7 @@ def run_attempts(
     run: RunDirectory,
     console: Console,
     interrupt: Interrupt,
+    showing: Showing,
 ) -> bool:
     """Attempt after attempt until one leaves a result; see `run_training_stage`.
 
@@ -140,6 +134,7 @@ def run_attempts(
             report_stop(outcome.status, config.cluster, console)
             break
         if failure:
+            showing.restarts(failure)
             console.warning(f"{failure}; going on from {newest_checkpoint(config)}, restarts left: {restarts.left}")
         elif newest_step(run) > outcome.step:
             console.warning(f"the ranks were asked to stop by others; going on from {newest_checkpoint(config)}")
@@ -149,28 +144,6 @@ def run_attempts(
             )
     journal.write("stopped", signal=interrupt.number)
     return False
-
-
-def show_of(
-    stage: PlannedStage, config: Config, run: RunDirectory, console: Console, stack: ExitStack
-) -> Callable[[], None]:
-    """A function that hands on what the ranks have written since its last call: to the console and to wandb."""
-    warnings = WarningFollower(run.warnings)
-    progress = stack.enter_context(console.training(stage.info.name, stage.config.stage.steps, since=time.time()))
-    wandb = start_wandb(config, run, console)
-    if wandb:
-        stack.callback(wandb.finish)
-    metrics = follow(run.metrics)
-
-    def show() -> None:
-        for warning in warnings.poll():
-            console.warning(warning)
-        for line in metrics.poll():
-            progress.update(line)
-            if wandb:
-                wandb.log(line["step"], line)
-
-    return show
 
 
 def record_of(failure: GangFailure, restarts: Restarts) -> dict[str, object]:
@@ -210,18 +183,3 @@ def device_and_ranks(config: Config, cluster: RayCluster) -> tuple[str, int]:
     if config.pool:
         return device, ranks_beside(config.pool, config.cluster, cluster.nodes(), gpus)
     return device, ranks_per_node(config.cluster, gpus)
-
-
-def start_wandb(config: Config, run: RunDirectory, console: Console) -> WandbRun | None:
-    """The wandb copy of the run, unless tracking=none."""
-    return WandbRun.start(
-        asdict(config),
-        run,
-        config.tracking,
-        job_type=config.stage.name,
-        group=config.run_id,
-        git_commit=git_commit(),
-        command=sys.argv,
-        environ=os.environ,
-        console=console,
-    )

@@ -1,86 +1,62 @@
-"""The wandb copy of a run's metrics, kept by the launcher (ranks know nothing of wandb).
+"""The wandb copy of a run, as the launcher has it: all is handed to a process of its own, and nothing waited for.
 
-It is a copy: metrics.jsonl has everything, so wandb failing is reported once and never ends a run. All of
-wandb, its import included, happens in one thread of its own; `log` only hands lines over.
+It is a copy: metrics.jsonl has everything, so wandb failing is reported once and never ends a run. Ranks know nothing
+of wandb. The process (`wandb_process`) writes wandb's files in the run directory and, with a login, sends them on.
 """
 
 import json
-import netrc
 import queue
 import secrets
+import subprocess
+import sys
 import threading
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlparse
+from typing import Any, Literal
 
 from dist_lm import durable
 from dist_lm.config import TrackingConfig
-from dist_lm.errors import ConfigError
 from dist_lm.run_directory import RunDirectory
+from dist_lm.tracking.alerts import Alert
 from dist_lm.tracking.console import Console
-from dist_lm.tracking.redact import redact, redact_command
+from dist_lm.tracking.redact import redact, redact_command, redact_text
+from dist_lm.tracking.sample_table import table_name
+from dist_lm.tracking.wandb_login import wandb_environment, wandb_mode
 
-IDENTITY = "identity.json"  # in the run's wandb folder: {id, logged_step}
-SAVE_EVERY_S = 2.0  # how often the last logged step is noted
-_Line = tuple[int, dict[str, float]]
-
-
-def wandb_mode(tracking: TrackingConfig, environ: Mapping[str, str]) -> str:
-    """`online`, `offline` or `disabled`: what tracking.mode and the login on this machine come to.
-
-    `auto` follows WANDB_MODE if that is offline or disabled; else it is online with WANDB_API_KEY or a netrc
-    entry for wandb's host, and offline without.
-
-    Raises:
-        ConfigError: tracking.mode=online without a login (wandb would ask for a key and wait).
-    """
-    if tracking.mode == "offline":
-        return "offline"
-    login = bool(environ.get("WANDB_API_KEY")) or _netrc_login(environ)
-    if tracking.mode == "online":
-        if not login:
-            raise ConfigError(
-                "tracking.mode=online: no wandb login here: set WANDB_API_KEY, run `wandb login`, "
-                "or use tracking.mode=auto"
-            )
-        return "online"
-    asked = environ.get("WANDB_MODE")
-    if asked in ("offline", "disabled"):
-        return asked
-    return "online" if login else "offline"
-
-
-def _netrc_login(environ: Mapping[str, str]) -> bool:
-    file = Path(environ.get("NETRC") or Path(environ.get("HOME") or Path.home()) / ".netrc")
-    if not file.is_file():
-        return False
-    host = urlparse(environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname or ""
-    try:
-        return netrc.netrc(str(file)).authenticators(host) is not None
-    except netrc.NetrcParseError:
-        return False  # wandb could not read it either
+IDENTITY = "identity.json"  # in the run's wandb folder: {id}
+DIRTY = "-dirty"
+Outcome = Literal["finished", "failed", "stopped"]
+"""How an attempt at a run ended; one that was stopped will be continued."""
 
 
 class WandbRun:
     """One wandb run that grows with a run directory, over all its attempts."""
 
-    def __init__(self, run: RunDirectory, console: Console, init: dict[str, Any]) -> None:
-        """Take up the run's wandb identity and start the thread; see `start`."""
-        self._identity = run.wandb / IDENTITY
+    def __init__(self, run: RunDirectory, console: Console, init: dict[str, Any], environ: Mapping[str, str]) -> None:
+        """Take up the run's wandb identity and start the process; see `start`."""
         self._console = console
+        self._directory = run.wandb
+        self._job_type: str = init["job_type"]
         run.wandb.mkdir(parents=True, exist_ok=True)
-        known = json.loads(self._identity.read_text()) if self._identity.exists() else {}
-        self.id: str = known.get("id") or secrets.token_hex(4)
-        self._seen = int(known.get("logged_step", -1))
-        self._resumed_at = self._seen
-        self._save()
-        self._lines: queue.SimpleQueue[_Line | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(
-            target=self._work, args=(init | {"id": self.id, "dir": str(run.path)},), name="wandb", daemon=True
-        )
-        self._thread.start()
+        self.id = _identity(run.wandb / IDENTITY)
+        self._orders: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        start = {"directory": str(run.path.resolve()), "init": init | {"id": self.id}}
+        with (run.wandb / "process.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "dist_lm.tracking.wandb_process"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=wandb_environment(environ, init["mode"] == "online"),
+                start_new_session=True,  # Ctrl-C is for the launcher, who says here when it is over
+            )
+        self._orders.put(start)
+        self._threads = [
+            threading.Thread(target=work, name=f"wandb {work.__name__}", daemon=True)
+            for work in (self._feed, self._listen)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @classmethod
     def start(
@@ -101,7 +77,8 @@ class WandbRun:
         Args:
             config: recorded without its secrets.
             job_type: the stage.
-            group: the run_id, shared by the stages of one model.
+            group: the run_id, shared by the stages of one pipeline.
+            git_commit: with `-dirty` at its end where files were changed; what was changed is not recorded.
             command: the command line, recorded without its secrets.
             environ: where a key and wandb's own settings are looked up.
             console: where a failure of wandb is reported.
@@ -115,7 +92,10 @@ class WandbRun:
         mode = "disabled" if tracking.name == "none" else wandb_mode(tracking, environ)
         if mode == "disabled":
             return None
-        recorded = redact(config) | {"git_commit": git_commit, "command": redact_command(command)}
+        git = {
+            "git_commit": git_commit and git_commit.removesuffix(DIRTY),
+            "git_dirty": git_commit and git_commit.endswith(DIRTY),
+        }
         init = {
             "project": tracking.project,
             "entity": tracking.entity,
@@ -123,61 +103,98 @@ class WandbRun:
             "name": f"{job_type}-{group}",
             "job_type": job_type,
             "group": group,
-            "config": recorded,
+            "config": redact(config) | git | {"command": redact_command(command)},
             "mode": mode,
         }
-        return cls(run, console, init)
+        return cls(run, console, init, environ)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Hand over the metrics of a step; steps that were logged before are skipped.
 
         `step`, `time` and values that are None (not finite) may be among `metrics` and are left out.
         """
-        if step < self._seen or step <= self._resumed_at:
-            return
-        self._seen = step
-        values = {name: value for name, value in metrics.items() if name not in ("step", "time")}
-        self._lines.put((step, {name: value for name, value in values.items() if value is not None}))
+        values = {name: value for name, value in metrics.items() if name not in ("step", "time") and value is not None}
+        self._orders.put({"order": "metrics", "step": step, "values": values})
 
-    def finish(self, timeout_s: float = 60.0) -> None:
-        """Let wandb write what it has; if that does not end in time it is left behind, with a warning."""
-        self._lines.put(None)
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
+    def beside(self, values: Mapping[str, float]) -> None:
+        """Hand over what belongs to no step, such as how busy the nodes are: it is put to the newest one."""
+        self._orders.put({"order": "beside", "values": dict(values)})
+
+    def samples(self, path: Path, step: int) -> None:
+        """Show a file of JSON lines as a table."""
+        name = table_name(self._job_type)
+        self._orders.put({"order": "samples", "key": path.name, "path": str(path), "step": step, "name": name})
+
+    def link(
+        self,
+        key: str,
+        name: str,
+        kind: str,
+        files: Sequence[Path],
+        metadata: Mapping[str, Any],
+        aliases: Sequence[str] = (),
+    ) -> None:
+        """Record files as an artifact by reference: their hashes and where they are; they are never uploaded.
+
+        Args:
+            key: tells what has been linked already, also by an earlier attempt.
+            name: of the artifact, whose versions follow each other.
+            kind: wandb's type of it: tokenizer, dataset, model.
+            metadata: recorded without its secrets.
+        """
+        order = {"order": "link", "key": key, "name": name, "kind": kind, "aliases": list(aliases)}
+        self._orders.put(order | {"files": [str(file.resolve()) for file in files], "metadata": redact(metadata)})
+
+    def alert(self, alert: Alert) -> None:
+        """Have wandb tell people."""
+        text = redact_text(alert.text)
+        self._orders.put({"order": "alert", "title": alert.title, "text": text, "level": alert.level})
+
+    def finish(self, outcome: Outcome, timeout_s: float = 60.0) -> None:
+        """Let wandb write what it has, and send what a server that answers takes in a moment.
+
+        A process that does not end in time is left behind, with a warning.
+        """
+        self._orders.put({"order": "finish", "outcome": outcome})
+        self._orders.put(None)
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
             self._console.warning(
                 f"wandb is still busy after {timeout_s:.0f} s and is left behind; metrics.jsonl has every "
-                f"metric, and `wandb sync` sends what is in {self._identity.parent}"
+                f"metric, and `wandb sync` sends what is in {self._directory}"
             )
+            return
+        for thread in self._threads:
+            thread.join(timeout_s)
 
-    def _work(self, init: dict[str, Any]) -> None:
-        logged, saved_at = self._resumed_at, time.monotonic()
+    def _feed(self) -> None:
+        """Hand the process its orders; it may be slow, or gone."""
+        assert self._process.stdin is not None
         try:
-            import wandb  # a second of start-up that nobody waits for
+            with self._process.stdin as pipe:
+                while (order := self._orders.get()) is not None:
+                    pipe.write(json.dumps(order).encode() + b"\n")
+                    pipe.flush()
+        except BrokenPipeError:
+            code = self._process.wait()
+            if code:  # else it has said itself why it stopped
+                self._console.warning(
+                    f"wandb stopped (its process ended with exit code {code}, see {self._directory / 'process.log'}); "
+                    "the run goes on, and metrics.jsonl has every metric"
+                )
 
-            # of machine and command wandb would record more than our redacted copy: the whole argument list
-            settings = wandb.Settings(
-                silent=True,
-                console="off",
-                disable_git=True,
-                disable_code=True,
-                x_disable_meta=True,
-                x_disable_stats=True,
-            )
-            resume = "allow" if init["mode"] == "online" else None  # offline parts are joined by `wandb sync`
-            run = wandb.init(settings=settings, resume=resume, **init)
-            while (line := self._lines.get()) is not None:
-                logged, metrics = line
-                run.log(metrics, step=logged)
-                if time.monotonic() - saved_at > SAVE_EVERY_S:
-                    self._save(logged)
-                    saved_at = time.monotonic()
-            run.finish()
-            self._save(logged)
-        except Exception as error:  # whatever it is, the run goes on without its copy
-            self._console.warning(
-                f"wandb stopped ({type(error).__name__}: {error}); the run goes on, and metrics.jsonl has every metric"
-            )
+    def _listen(self) -> None:
+        """Pass on what the process has to say to people."""
+        assert self._process.stdout is not None
+        with self._process.stdout as pipe:
+            for line in pipe:
+                said = json.loads(line)
+                (self._console.warning if said["kind"] == "warning" else self._console.line)(said["text"])
 
-    def _save(self, logged_step: int | None = None) -> None:
-        step = self._resumed_at if logged_step is None else logged_step
-        durable.write_json(self._identity, {"id": self.id, "logged_step": step})
+
+def _identity(path: Path) -> str:
+    known = json.loads(path.read_text()) if path.exists() else {}
+    identity = known.get("id") or secrets.token_hex(4)
+    durable.write_json(path, {"id": identity})
+    return identity

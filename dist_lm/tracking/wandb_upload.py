@@ -1,0 +1,168 @@
+"""Sends wandb's files to its server while they grow, for as long as the server takes them.
+
+The sending is wandb's own (`wandb beta sync --live`): it goes by the files, so it may begin late, wait for a server
+that is away, or be ended at any moment; what has not been sent is still in the files.
+"""
+
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from dist_lm.lifeline import die_with_parent
+from dist_lm.tracking.wandb_login import base_url
+
+RETRY_S = (5.0, 60.0)  # between attempts that got nothing through: at first, at most
+UPLOAD_S = 30.0  # for the rest of a run that is over, from a server that answers
+PROBE_S = 1.0
+# the client waits for a server that is away for as long as the run lasts, and looks again soon
+PATIENT = {
+    f"WANDB_X_{part}_{name}": value
+    for part in ("FILE_STREAM", "FILE_TRANSFER", "GRAPHQL")
+    for name, value in (("RETRY_MAX", "100000"), ("RETRY_WAIT_MIN_SECONDS", "1"), ("RETRY_WAIT_MAX_SECONDS", "5"))
+} | {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "5", "WANDB_ERROR_REPORTING": "false"}
+
+
+def marker_of(log: Path) -> Path:
+    """What wandb leaves beside a file that has been sent."""
+    return log.with_name(f"{log.name}.synced")
+
+
+class Uploader:
+    """Sends what earlier attempts left, then the file that grows, in a thread of its own."""
+
+    def __init__(
+        self,
+        logs: Sequence[Path],
+        environ: Mapping[str, str],
+        say: Callable[[str, str], None],
+        retry_s: float = RETRY_S[0],
+    ) -> None:
+        """Begin.
+
+        Args:
+            logs: wandb's files of the run, oldest first; the last one is being written.
+            environ: with a login.
+            say: gets (warning or line, text) for people.
+            retry_s: before the second attempt.
+        """
+        *earlier, self._growing = logs
+        self._earlier = [log for log in earlier if not marker_of(log).exists()]
+        self._environ = dict(environ) | PATIENT
+        self._say = say
+        self._retry_s = retry_s
+        self._over = threading.Event()
+        self._sync: subprocess.Popen[str] | None = None
+        self._thread = threading.Thread(target=self._work, name="wandb upload", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> bool:
+        """Wait for the rest while the server answers, for `UPLOAD_S` at most; whether everything has been sent."""
+        deadline, missed = time.monotonic() + UPLOAD_S, 0
+        while self._thread.is_alive() and time.monotonic() < deadline and missed < 2:
+            self._thread.join(PROBE_S)
+            if self._thread.is_alive():
+                missed = 0 if answers(self._environ) else missed + 1
+        self._over.set()
+        if self._sync is not None:
+            end_tree(self._sync)
+        self._thread.join()
+        return not self.left()
+
+    def left(self) -> list[Path]:
+        """The files that have not been sent, or not whole."""
+        return [log for log in (*self._earlier, self._growing) if not marker_of(log).exists()]
+
+    def _work(self) -> None:
+        if self._earlier and not self._try_until_sent(self._earlier, live=False):
+            return
+        self._try_until_sent([self._growing], live=True)
+
+    def _try_until_sent(self, logs: list[Path], live: bool) -> bool:
+        wait_s = self._retry_s
+        while not self._over.is_set():
+            begun = self._send(logs, live)
+            if all(marker_of(log).exists() for log in logs):
+                return True
+            if begun:  # trying again would send what has been taken a second time
+                if not self._over.is_set():
+                    self._say("warning", f"wandb's server refuses {logs[-1]}; `wandb sync` can try again later")
+                return False
+            self._over.wait(wait_s)
+            wait_s = min(2 * wait_s, RETRY_S[1])
+        return False
+
+    def _send(self, logs: list[Path], live: bool) -> bool:
+        """Run wandb's sync once; whether the server took something."""
+        command = [
+            sys.executable,
+            "-m",
+            "wandb",
+            "beta",
+            "sync",
+            "--yes",
+            *(["--live"] if live else []),
+            *map(str, logs),
+        ]
+        begun = failed = False
+        with subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=self._environ,
+        ) as self._sync:
+            assert self._sync.stdout is not None
+            if self._over.is_set():  # `finish` did not see it
+                end_tree(self._sync)
+            for line in self._sync.stdout:
+                if "View run" in line and not begun:
+                    begun = True
+                    self._say("line", f"wandb: {line.rpartition(' at ')[2].strip()}")
+                failed = failed or "ERROR" in line
+        if failed or self._sync.returncode:
+            for log in logs:  # wandb marks a file as sent also when it gave up in the middle of it
+                marker_of(log).unlink(missing_ok=True)
+        return begun
+
+
+def answers(environ: Mapping[str, str]) -> bool:
+    """Whether wandb's server answers in good time."""
+    request = urllib.request.Request(base_url(environ), method="GET")  # noqa: S310 - the user's own address
+    try:
+        with urllib.request.urlopen(request, timeout=PROBE_S):  # noqa: S310
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code < 500
+    except OSError:
+        return False
+
+
+def end_tree(process: subprocess.Popen[str]) -> None:
+    """Kill a process and what it has started."""
+    with suppress(psutil.NoSuchProcess):  # it has just ended
+        root = psutil.Process(process.pid)
+        for one in (root, *root.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+def main(parent: str, *arguments: str) -> None:
+    """wandb's own command line, for as long as the process lives that asked for it."""
+    die_with_parent(int(parent))
+    from wandb.cli.cli import cli
+
+    cli(list(arguments), prog_name="wandb")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
