@@ -310,8 +310,10 @@ class TrackingConfig:
     entity: str | None = None
     mode: str = "auto"  # auto (online with a key, else offline) | online | offline
     tags: list[str] = field(default_factory=list)
+    finish_s: float = 30.0  # online: how long the end of a run waits for a server that answers
 
     def __post_init__(self) -> None:
+        require(self.finish_s >= 0, "tracking.finish_s", self.finish_s, ">= 0 seconds")
         require(self.name in ("wandb", "none"), "tracking.name", self.name, "wandb or none")
         require(self.mode in ("auto", "online", "offline"), "tracking.mode", self.mode, "auto, online or offline")
 

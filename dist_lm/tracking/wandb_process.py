@@ -1,6 +1,6 @@
 """The process that keeps the wandb copy of a run: `python -m dist_lm.tracking.wandb_process`, started by `WandbRun`.
 
-Orders come in, a JSON object a line: first {directory, init}, then what `Recorder.carry_out` knows, at last
+Orders come in, a JSON object a line: first {directory, init, finish_s}, then what `Recorder.carry_out` knows, at last
 {order: finish, outcome}. An input that ends without it is a launcher that was killed: the run will be continued. Out go
 {kind: warning | line, text} for people. It ends by itself, in bounded time, whatever server or launcher do.
 """
@@ -16,7 +16,7 @@ from dist_lm.run_directory import RunDirectory
 from dist_lm.run_lock import locked
 from dist_lm.tracking.wandb_login import wandb_environment
 from dist_lm.tracking.wandb_recorder import Recorder, logs_of
-from dist_lm.tracking.wandb_upload import UPLOAD_S, Uploader
+from dist_lm.tracking.wandb_upload import Uploader
 
 NICE = 5  # ranks come first
 LOCK = ".process.lock"
@@ -35,8 +35,8 @@ def main() -> None:
     os.environ |= {"WANDB_DATA_DIR": str(run.wandb), "WANDB_CACHE_DIR": str(run.wandb / "cache")}
     try:
         # the process of an earlier launch may still be sending
-        with locked(run.wandb / LOCK, what=str(run.wandb), wait_s=4 * UPLOAD_S):
-            _record(run, start["init"], orders, say)
+        with locked(run.wandb / LOCK, what=str(run.wandb), wait_s=60.0 + start["finish_s"]):
+            _record(run, start, orders, say)
     except Exception as error:  # whatever it is, the run goes on without its copy
         say(
             "warning",
@@ -47,8 +47,9 @@ def main() -> None:
 
 
 def _record(
-    run: RunDirectory, init: dict[str, Any], orders: Iterator[dict[str, Any]], say: Callable[[str, str], None]
+    run: RunDirectory, start: dict[str, Any], orders: Iterator[dict[str, Any]], say: Callable[[str, str], None]
 ) -> None:
+    init = start["init"]
     recorder = Recorder(run, init)
     online = init["mode"] == "online"
     uploader = Uploader(logs_of(run, init["id"]), wandb_environment(os.environ, online), say) if online else None
@@ -64,7 +65,7 @@ def _record(
                     raise
                 say("warning", f"wandb did not take {order['order']} ({type(error).__name__}: {error})")
     recorder.finish(outcome)
-    if uploader and not uploader.finish():
+    if uploader and not uploader.finish(start["finish_s"]):
         say("warning", f"wandb's server has not got everything yet; to send the rest: wandb sync {run.wandb}")
 
 

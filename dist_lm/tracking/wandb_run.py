@@ -32,15 +32,18 @@ Outcome = Literal["finished", "failed", "stopped"]
 class WandbRun:
     """One wandb run that grows with a run directory, over all its attempts."""
 
-    def __init__(self, run: RunDirectory, console: Console, init: dict[str, Any], environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, run: RunDirectory, console: Console, init: dict[str, Any], environ: Mapping[str, str], finish_s: float
+    ) -> None:
         """Take up the run's wandb identity and start the process; see `start`."""
         self._console = console
         self._directory = run.wandb
         self._job_type: str = init["job_type"]
+        self._finish_s = finish_s
         run.wandb.mkdir(parents=True, exist_ok=True)
         self.id = _identity(run.wandb / IDENTITY)
         self._orders: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        start = {"directory": str(run.path.resolve()), "init": init | {"id": self.id}}
+        start = {"directory": str(run.path.resolve()), "init": init | {"id": self.id}, "finish_s": finish_s}
         with (run.wandb / "process.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "dist_lm.tracking.wandb_process"],
@@ -106,7 +109,7 @@ class WandbRun:
             "config": redact(config) | git | {"command": redact_command(command)},
             "mode": mode,
         }
-        return cls(run, console, init, environ)
+        return cls(run, console, init, environ, tracking.finish_s)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Hand over the metrics of a step; steps that were logged before are skipped.
@@ -150,11 +153,12 @@ class WandbRun:
         text = redact_text(alert.text)
         self._orders.put({"order": "alert", "title": alert.title, "text": text, "level": alert.level})
 
-    def finish(self, outcome: Outcome, timeout_s: float = 60.0) -> None:
-        """Let wandb write what it has, and send what a server that answers takes in a moment.
+    def finish(self, outcome: Outcome, grace_s: float = 60.0) -> None:
+        """Let wandb write what it has, and send what a server that answers takes within tracking.finish_s.
 
-        A process that does not end in time is left behind, with a warning.
+        A process that does not end within `grace_s` more is left behind, with a warning.
         """
+        timeout_s = self._finish_s + grace_s
         self._orders.put({"order": "finish", "outcome": outcome})
         self._orders.put(None)
         try:

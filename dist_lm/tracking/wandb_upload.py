@@ -20,7 +20,6 @@ from dist_lm.lifeline import die_with_parent
 from dist_lm.tracking.wandb_login import base_url
 
 RETRY_S = (5.0, 60.0)  # between attempts that got nothing through: at first, at most
-UPLOAD_S = 30.0  # for the rest of a run that is over, from a server that answers
 PROBE_S = 1.0
 # the client waits for a server that is away for as long as the run lasts, and looks again soon
 PATIENT = {
@@ -63,13 +62,13 @@ class Uploader:
         self._thread = threading.Thread(target=self._work, name="wandb upload", daemon=True)
         self._thread.start()
 
-    def finish(self) -> bool:
-        """Wait for the rest while the server answers, for `UPLOAD_S` at most; whether everything has been sent."""
-        deadline, missed = time.monotonic() + UPLOAD_S, 0
+    def finish(self, patience_s: float) -> bool:
+        """Wait for the rest while the server answers, for `patience_s` at most; whether everything has been sent."""
+        deadline, missed = time.monotonic() + patience_s, 0
         while self._thread.is_alive() and time.monotonic() < deadline and missed < 2:
             self._thread.join(PROBE_S)
             if self._thread.is_alive():
-                missed = 0 if answers(self._environ) else missed + 1
+                missed += not answers(self._environ)
         self._over.set()
         if self._sync is not None:
             end_tree(self._sync)

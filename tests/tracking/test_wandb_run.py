@@ -40,13 +40,19 @@ def server() -> Iterator[WandbServer]:
     assert server.unforeseen == []
 
 
-def start(run: RunDirectory, errors: io.StringIO, server: WandbServer | None = None, project: str = "p") -> WandbRun:
+def start(
+    run: RunDirectory,
+    errors: io.StringIO,
+    server: WandbServer | None = None,
+    project: str = "p",
+    finish_s: float = DEADLINE_S,
+) -> WandbRun:
     home = run.path / "home"
     home.mkdir(exist_ok=True)
     wandb_run = WandbRun.start(
         {"seed": 7, "hub": {"token": "sesame"}},
         run,
-        TrackingConfig(name="wandb", project=project, mode="online" if server else "offline"),
+        TrackingConfig(name="wandb", project=project, mode="online" if server else "offline", finish_s=finish_s),
         job_type="code",
         group="first",
         git_commit="0123abc-dirty",

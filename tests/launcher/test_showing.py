@@ -1,0 +1,113 @@
+"""wandb is handed all that belongs to a run: metrics, samples, checkpoints, inputs, usage of nodes, its end."""
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_lm.cluster.failure import GangFailure
+from dist_lm.cluster.node_usage import NodeUsage
+from dist_lm.launcher import showing
+from dist_lm.launcher.compose import compose_config
+from dist_lm.launcher.showing import Showing
+from dist_lm.run_directory import RunDirectory
+from dist_lm.tracking.alerts import Alert
+from dist_lm.tracking.console import Console
+
+USAGE = {"n1": NodeUsage(50.0, 25.0, 4.0)}
+
+
+class Told:
+    """What wandb was handed."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.names: list[str] = []
+        self.links: list[tuple[str, list[str], list[str]]] = []
+        self.alerts: list[str] = []
+        self.tables: list[tuple[str, int]] = []
+        self.outcome = ""
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self.steps.append(step)
+
+    def beside(self, values: Mapping[str, float]) -> None:
+        self.names += values
+
+    def samples(self, path: Path, step: int) -> None:
+        self.tables.append((path.name, step))
+
+    def link(self, key: str, name: str, kind: str, files: list[Path], metadata: dict, aliases: tuple = ()) -> None:
+        self.links.append((name, [file.name for file in files], list(aliases)))
+
+    def alert(self, alert: Alert) -> None:
+        self.alerts.append(alert.title)
+
+    def finish(self, outcome: str) -> None:
+        self.outcome = outcome
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    told = Told()
+    monkeypatch.setattr(showing, "_start_wandb", lambda *_: told)
+    return told
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    run = RunDirectory(tmp_path / "runs" / "code" / "first")
+    run.create()
+    for path in (run.work.tokenizer_model, run.work.corpus_manifest("code")):
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    return run
+
+
+def show(run: RunDirectory) -> Showing:
+    config = compose_config(["stage=code", "stage.corpus=code", "run_id=first", f"work_dir={run.work.path}"])
+    return Showing(config, run, Console(output=io.StringIO(), errors=io.StringIO()))
+
+
+def write(run: RunDirectory, *lines: dict[str, Any]) -> None:
+    with run.metrics.open("a") as file:
+        file.writelines(json.dumps({"time": 1.0} | line) + "\n" for line in lines)
+
+
+def test_what_belongs_to_a_run_is_handed_on_once(run: RunDirectory, told: Told) -> None:
+    checkpoint = run.checkpoints / "step_00000002"
+    checkpoint.mkdir()
+    (checkpoint / "manifest.json").write_text("{}")
+    with show(run) as shown:
+        write(run, {"step": 1, "train/skipped_steps": 0}, {"step": 2, "train/skipped_steps": 1})
+        (run.checkpoints / "LATEST").write_text("step_00000002\n")
+        (run.samples / "step_00000002.jsonl").write_text("{}\n")
+        for _ in range(3):
+            shown(USAGE)
+        shown.restarts(GangFailure(0, 0, "x", "boom", run.logs))
+        run.result.write_text("{}")
+    assert told.steps == [1, 2]
+    assert told.names == ["system/cpu_percent_n1", "system/memory_percent_n1", "system/memory_gib_n1"]
+    assert told.tables == [("step_00000002.jsonl", 2)]
+    assert told.links == [
+        ("tokenizer", ["tokenizer.model"], []),
+        ("corpus-code", ["manifest.json"], []),
+        ("checkpoint-code-first", ["manifest.json"], ["latest"]),
+    ]
+    assert told.alerts == ["code/first: NaN", "code/first restarts", "code/first finished"]
+    assert told.outcome == "finished"
+
+
+def test_a_run_that_was_stopped_is_neither_failed_nor_finished(run: RunDirectory, told: Told) -> None:
+    with show(run):
+        pass
+    assert (told.outcome, told.alerts) == ("stopped", [])
+
+
+def test_a_failure_is_one(run: RunDirectory, told: Told) -> None:
+    with pytest.raises(RuntimeError), show(run):
+        raise RuntimeError("boom")
+    assert (told.outcome, told.alerts) == ("failed", ["code/first failed"])
