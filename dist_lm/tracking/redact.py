@@ -21,7 +21,7 @@ _SECRET_WORDS = {
 }
 _SECRET_PREFIXES = ("RAY_AUTH_", "MYSQL_PWD")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
-_URL_CREDENTIALS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/\s@]+@")
+_URL_CREDENTIALS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30}://)[^/\s@]+@")
 
 
 def is_secret_name(name: str) -> bool:
@@ -36,7 +36,7 @@ def is_secret_name(name: str) -> bool:
 
 def redact_text(text: str) -> str:
     """`text` without the user and password in any URL in it."""
-    return _URL_CREDENTIALS.sub(rf"\g<scheme>{REDACTED}@", text)
+    return _URL_CREDENTIALS.sub(rf"\g<scheme>{REDACTED}@", text) if "://" in text else text
 
 
 def redact(value: Any) -> Any:

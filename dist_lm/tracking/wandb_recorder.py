@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dist_lm import durable
 from dist_lm.json_lines import json_lines
@@ -69,7 +69,8 @@ class Recorder:
             x_transaction_log_flush_interval=FLUSH_S,
         )
         self._wandb = wandb
-        self._run = wandb.init(settings=settings, dir=str(run.path), **(init | {"mode": "offline"}))
+        given: dict[str, Any] = init | {"mode": "offline", "dir": str(run.path)}
+        self._run = wandb.init(settings=settings, **given)
         self.log = Path(self._run.dir).parent / f"run-{init['id']}.wandb"
         if self._resumed_at >= 0:  # a part's summary takes the place of the one before
             earlier = last_metrics(run.metrics)
@@ -107,7 +108,7 @@ class Recorder:
     def _samples(self, order: dict[str, Any]) -> None:
         if self._is_new(f"samples {order['key']}"):
             columns, rows = table_of(json_lines(Path(order["path"])))
-            table = self._wandb.Table(columns=columns, data=rows, allow_mixed_types=True)
+            table = self._wandb.Table(columns=cast(Any, columns), data=cast(Any, rows), allow_mixed_types=True)
             self._step = max(self._step, order["step"], self._resumed_at + 1)
             self._run.log({order["name"]: table}, step=self._step)
 

@@ -54,3 +54,8 @@ def test_a_command_line_is_redacted() -> None:
 def test_an_environment_loses_its_secrets_only() -> None:
     environ = {"PATH": "/bin", "WANDB_API_KEY": "x", "RAY_AUTH_MODE": "token", "HF_TOKEN": "x", "HOME": "/root"}
     assert without_secrets(environ) == {"PATH": "/bin", "HOME": "/root"}
+
+
+def test_a_long_word_is_looked_through_in_no_time() -> None:
+    word = "x" * 1_000_000
+    assert redact({"text": f"{word} https://me:pass@host/"}) == {"text": f"{word} https://***@host/"}
