@@ -24,6 +24,7 @@ from dist_lm.tracking.wandb_run import WandbRun
 from tests.wandb_server import WandbServer
 
 DEADLINE_S = 240.0  # a machine may be busy
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture
