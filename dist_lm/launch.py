@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dist_lm.cluster.pool_room import ranks_beside
 from dist_lm.cluster.process import cores
@@ -210,26 +210,34 @@ def carry_out(plan: Plan, console: Console) -> int:
     from dist_lm.cluster.placement import NoNodesError
     from dist_lm.launcher.interrupt import Stopped, stopped_by_signals
     from dist_lm.launcher.muster import NodesLostError
-    from dist_lm.launcher.pipeline import queue_of
+    from dist_lm.launcher.outcome import print_outcome
+    from dist_lm.launcher.pipeline import Pipeline, queue_of
     from dist_lm.launcher.summary import all_refused, print_summary
 
     job = os.environ.get("SLURM_JOB_ID")
-    with queue_of(plan, sys.argv, job) as pipeline:
+    config = plan.stages[-1].config
+    title = f"{plan.stages[-1].info.name}  run {config.run_id} in {config.work_dir}"
+
+    def end(pipeline: Pipeline, state: Literal["done", "failed", "stopped"], error: str = "") -> None:
+        pipeline.end(state, error)
+        print_outcome(plan, pipeline.stages, state, sys.argv, console)
+
+    with queue_of(plan, sys.argv, job, console.stage) as pipeline:
         try:
-            with stopped_by_signals():
+            with stopped_by_signals(), console.pipeline(title, pipeline.rows()):
                 stopped_by = run_missing(plan, console, pipeline, job)
         except GangFailure as failure:
-            pipeline.end("failed", str(failure))
+            end(pipeline, "failed", str(failure))
             if failure.traceback and not failure.user_error:
                 console.details(failure.traceback)
             console.error(str(failure))
             return 2 if failure.user_error else 1
         except PoolFailure as failure:
-            pipeline.end("failed", str(failure))
+            end(pipeline, "failed", str(failure))
             console.error(str(failure))
             return 1
         except (NodesLostError, NoNodesError) as shortage:
-            pipeline.end("stopped", str(shortage))
+            end(pipeline, "stopped", str(shortage))
             console.error(str(shortage))
             return TRY_AGAIN
         except (Stopped, KeyboardInterrupt) as stop:
@@ -244,11 +252,12 @@ def carry_out(plan: Plan, console: Console) -> int:
                 raise ArtefactError(full) from error
             raise
         if stopped_by:
-            pipeline.end("stopped", f"by {signal.Signals(stopped_by).name}")
+            end(pipeline, "stopped", f"by {signal.Signals(stopped_by).name}")
             return 128 + stopped_by
         refused = all_refused(plan)
         pipeline.end("failed" if refused else "done", refused)
     print_summary(plan, console)
+    print_outcome(plan, pipeline.stages, "failed" if refused else "done", sys.argv, console)
     if refused:
         console.error(refused)
     return 2 if refused else 0

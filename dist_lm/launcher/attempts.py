@@ -1,22 +1,22 @@
 """Attempts at a run: each is a gang on a crew, followed to its end. It is stopped to end the launch, or to grow."""
 
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from dist_lm.cluster.failure import GangFailure
 from dist_lm.cluster.gang import Gang, GangStatus
 from dist_lm.cluster.hang import Patience
 from dist_lm.cluster.journal import Journal
-from dist_lm.cluster.node_usage import NodeUsage
 from dist_lm.cluster.pool_room import core_users
 from dist_lm.cluster.recruit import Crew
 from dist_lm.config import ClusterConfig, Config
 from dist_lm.config_file import save_config
 from dist_lm.launcher.interrupt import Interrupt
 from dist_lm.launcher.muster import Muster
+from dist_lm.launcher.run_watch import RunWatch
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.run_directory import RunDirectory
+from dist_lm.tracking.live.training_state import GangFacts
 from dist_lm.training import checkpoint_files
 
 POLL_S = 0.2
@@ -43,9 +43,9 @@ class Attempts:
         cluster_config: ClusterConfig,
         muster: Muster,
         interrupt: Interrupt,
-        show: Callable[[Mapping[str, NodeUsage]], None],
+        watch: RunWatch,
     ) -> None:
-        """`show` is called again and again while ranks run, with how busy their nodes are."""
+        """`watch` is kept informed while ranks run."""
         self.journal = Journal(run)
         self._run = run
         self.ranks_per_node = ranks_per_node
@@ -53,14 +53,14 @@ class Attempts:
         self._config = cluster_config
         self._muster = muster
         self._interrupt = interrupt
-        self._show = show
+        self._watch = watch
         self._count = 0
 
     def run(self, config: Config, crew: Crew) -> Outcome:
         """One attempt: `config`, written for the ranks, on `crew`, which is released at its end."""
         self._count += 1
         self._run.live.unlink(missing_ok=True)  # of the attempt before
-        start = newest_step(self._run)
+        start = checkpoint_files.newest_step(self._run.checkpoints)
         save_config(config, self._run.config)
         nodes = [
             {"host": host, "address": node.address} for host, node in zip(crew.hosts, crew.placement.nodes, strict=True)
@@ -76,6 +76,7 @@ class Attempts:
             step=start,
             slowest_link_mb_per_s=round(min(crew.link_rates) / 1e6) if crew.link_rates else None,
         )
+        self._watch.attempt(GangFacts(tuple(crew.hosts), self.ranks_per_node, self._device, str(layout), self._count))
         patience = Patience(self._config.hang_steps, self._config.hang_min_s, self._config.hang_otherwise_s)
         try:
             gang = Gang.start(
@@ -103,10 +104,12 @@ class Attempts:
         grow_at = time.monotonic()
         while True:
             status = gang.poll()
-            self._show(gang.usages())
+            self._watch.look(gang.usages())
             if status.state != "running":
                 return Outcome(status, start, None if status.failure else grow_to)
-            self.journal.live(gang.pulses())
+            pulses = gang.pulses()
+            self.journal.live(pulses)
+            self._watch.heard(pulses)
             now = time.monotonic()
             if grow_to is None and now >= grow_at:
                 grow_at = now + GROW_EVERY_S
@@ -119,9 +122,3 @@ class Attempts:
             if asked_at is not None and now - asked_at > self._config.stop_timeout_s:
                 gang.stop()
             time.sleep(POLL_S)
-
-
-def newest_step(run: RunDirectory) -> int:
-    """The step of the newest checkpoint; 0 without one."""
-    latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
-    return checkpoint_files.step_of(latest) if latest else 0

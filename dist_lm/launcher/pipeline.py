@@ -5,7 +5,7 @@ What continues where is decided by the artefacts themselves (`plan.py`), so a fi
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from dist_lm.tracking.redact import redact_command
 
 LOOK_S = 1.0  # whoever looks whether a lock is held holds it for a moment
 State = Literal["running", "done", "failed", "stopped"]
+Tell = Callable[[str, Literal["running", "done"]], None]
 
 
 @dataclass
@@ -29,13 +30,16 @@ class QueuedStage:
     name: str
     state: Literal["done", "waiting", "running", "failed", "stopped"]
     detail: str
+    seconds: float | None = None  # it took this command, once it is over
 
 
 class Pipeline:
     """The stages of a plan as they are worked off; every change is written."""
 
-    def __init__(self, plan: Plan, command: Sequence[str], job: str | None) -> None:
+    def __init__(self, plan: Plan, command: Sequence[str], job: str | None, tell: Tell | None) -> None:
         """Write down what is to be done; see `queue_of`."""
+        self._tell = tell
+        self._began = 0.0  # the stage that is worked on, monotonic seconds
         config = plan.stages[-1].config
         self._path = WorkDirectory(Path(config.work_dir)).pipeline(plan.stages[-1].info.name, config.run_id)
         self._stages = [
@@ -54,6 +58,7 @@ class Pipeline:
 
     def begin(self, name: str) -> None:
         """Stage `name` is being worked on."""
+        self._began = time.monotonic()
         self._set(name, "running")
         self._write("running")
 
@@ -66,11 +71,24 @@ class Pipeline:
         """The command is over; a stage that was worked on shares its fate."""
         for stage in self._stages:
             if stage.state == "running" and state in ("failed", "stopped"):
-                stage.state = state
+                stage.state, stage.seconds = state, time.monotonic() - self._began
         self._write(state, error)
 
     def _set(self, name: str, state: Literal["running", "done"]) -> None:
-        next(stage for stage in self._stages if stage.name == name).state = state
+        stage = next(stage for stage in self._stages if stage.name == name)
+        stage.state = state
+        stage.seconds = time.monotonic() - self._began if state == "done" else None
+        if self._tell:
+            self._tell(name, state)
+
+    def rows(self) -> list[tuple[str, Literal["waiting", "done"], str]]:
+        """Name, state and detail of each stage before anything is begun."""
+        return [(stage.name, "done" if stage.state == "done" else "waiting", stage.detail) for stage in self._stages]
+
+    @property
+    def stages(self) -> tuple[QueuedStage, ...]:
+        """As they stand."""
+        return tuple(self._stages)
 
     def _write(self, state: State, error: str = "") -> None:
         stages = [asdict(stage) for stage in self._stages]
@@ -80,11 +98,12 @@ class Pipeline:
 
 
 @contextmanager
-def queue_of(plan: Plan, command: Sequence[str], job: str | None) -> Iterator[Pipeline]:
+def queue_of(plan: Plan, command: Sequence[str], job: str | None, tell: Tell | None = None) -> Iterator[Pipeline]:
     """The pipeline of a command, for as long as it is being worked off.
 
     Args:
         job: of the batch system.
+        tell: is told of every stage that begins or is done.
 
     Raises:
         ArtefactError: the same command is at work already; the message names host and process.
@@ -95,4 +114,4 @@ def queue_of(plan: Plan, command: Sequence[str], job: str | None) -> Iterator[Pi
     path.parent.mkdir(parents=True, exist_ok=True)
     what = f"stage={name} run_id={config.run_id} in {config.work_dir}"
     with locked(work.pipeline_lock(path.stem), what=what, job=job, wait_s=LOOK_S):
-        yield Pipeline(plan, command, job)
+        yield Pipeline(plan, command, job, tell)

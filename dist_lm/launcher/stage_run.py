@@ -12,14 +12,14 @@ from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config import ClusterConfig, Config, require
 from dist_lm.config_file import save_config
 from dist_lm.errors import ArtefactError
-from dist_lm.launcher.attempts import Attempts, newest_step
+from dist_lm.launcher.attempts import Attempts
 from dist_lm.launcher.interrupt import Interrupt
 from dist_lm.launcher.layout_choice import check_hardware, with_layout
 from dist_lm.launcher.muster import Muster
 from dist_lm.launcher.pipeline import LOOK_S
 from dist_lm.launcher.plan import PlannedStage, run_of
 from dist_lm.launcher.restarts import Restarts, on_nodes, sizes
-from dist_lm.launcher.showing import Showing
+from dist_lm.launcher.run_watch import RunWatch, watching
 from dist_lm.run_directory import RunDirectory
 from dist_lm.run_lock import OWN_JOB_S, locked
 from dist_lm.tracking.console import Console
@@ -60,9 +60,9 @@ def run_training_stage(
             interrupt=interrupt,
             console=console,
         )
-        showing = stack.enter_context(Showing(first, run, console))
-        attempts = Attempts(run, ranks, device, config.cluster, muster, interrupt, showing)
-        return run_attempts(attempts, muster, {possible[0]: first}, config, run, console, interrupt, showing)
+        watch = stack.enter_context(watching(first, run, console))
+        attempts = Attempts(run, ranks, device, config.cluster, muster, interrupt, watch)
+        return run_attempts(attempts, muster, {possible[0]: first}, config, run, console, interrupt, watch)
 
 
 def fitted(config: Config, cluster: RayCluster) -> tuple[Config, int]:
@@ -104,14 +104,14 @@ def run_attempts(
     run: RunDirectory,
     console: Console,
     interrupt: Interrupt,
-    showing: Showing,
+    watch: RunWatch,
 ) -> bool:
     """Attempt after attempt until one leaves a result; see `run_training_stage`.
 
     Args:
         config_of: with its layout, by the number of nodes, where it is known.
     """
-    restarts = Restarts(config.cluster.max_restarts, newest_step(run))
+    restarts = Restarts(config.cluster.max_restarts, checkpoint_files.newest_step(run.checkpoints))
     journal, target = attempts.journal, None
     while crew := muster.call(restarts.suspects, target):
         nodes = len(crew.hosts)
@@ -124,7 +124,9 @@ def run_attempts(
             return True
         if failure:
             place = crew.placement.nodes[failure.node] if failure.node is not None else None
-            restarts = restarts.after_failure(newest_step(run), place.address if place else None)
+            restarts = restarts.after_failure(
+                checkpoint_files.newest_step(run.checkpoints), place.address if place else None
+            )
             if place and failure.type == NODE_LOST:
                 muster.lose(place.id)
             journal.write("failed", **record_of(failure, restarts))
@@ -134,9 +136,9 @@ def run_attempts(
             report_stop(outcome.status, config.cluster, console)
             break
         if failure:
-            showing.restarts(failure)
+            watch.restarts(failure)
             console.warning(f"{failure}; going on from {newest_checkpoint(config)}, restarts left: {restarts.left}")
-        elif newest_step(run) > outcome.step:
+        elif checkpoint_files.newest_step(run.checkpoints) > outcome.step:
             console.warning(f"the ranks were asked to stop by others; going on from {newest_checkpoint(config)}")
         elif target is None:
             raise ArtefactError(

@@ -2,6 +2,7 @@
 
 import statistics
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,7 +51,7 @@ class AlertWatch:
         self._intervals: deque[float] = deque(maxlen=INTERVALS)
         self._any = False
 
-    def line(self, line: dict[str, Any], now: float) -> list[Alert]:
+    def line(self, line: Mapping[str, Any], now: float) -> list[Alert]:
         """What a line of the metrics file gives cause for; counters that went back (a resumed run) give none."""
         if self._any:
             self._intervals.append(now - self._line_at)

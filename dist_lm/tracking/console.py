@@ -1,23 +1,25 @@
 """What people see: tables, one progress display, warnings and errors in one line.
 
-On a terminal progress is a live bar; elsewhere (a file, a batch job) it is a plain line about every ten
-seconds. Results go to standard output, warnings and errors to standard error. Colour follows the terminal and
-NO_COLOR.
+On a terminal there is one live view, below everything else that is printed; elsewhere (a file, a batch job,
+TERM=dumb) work shows as a plain line about every ten seconds. Results go to standard output, warnings and errors
+to standard error. Colour follows the terminal and NO_COLOR.
 """
 
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TextIO
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Literal, TextIO
 
 from rich.console import Console as RichConsole
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from dist_lm.tracking.progress import Count, Display, GenerationProgress, LiveDisplay, PlainDisplay, TrainingProgress
+from dist_lm.tracking.live.live_view import LiveView
+from dist_lm.tracking.live.state import LiveState, StageLine, StageState, Work
+from dist_lm.tracking.live.training_state import TrainingState
+from dist_lm.tracking.progress import Count, Display, GenerationProgress, PlainDisplay, TrainingProgress, ViewDisplay
 
 FRAME = 4  # columns of a panel beside what is in it
 
@@ -37,39 +39,49 @@ class Console:
         Args:
             output: standard output if None.
             errors: standard error if None.
-            live: bars that are redrawn, or plain lines; None: whether `output` is a terminal.
+            live: a view that is redrawn, or plain lines; None: whether `output` is a terminal that can.
             clock: seconds; paces plain lines.
         """
         self._out = RichConsole(file=output or sys.stdout, highlight=False, soft_wrap=True)
         self._err = RichConsole(file=errors or sys.stderr, highlight=False, soft_wrap=True)
-        self._live = self._out.is_terminal if live is None else live
+        can = self._out.file.isatty() and not self._out.is_dumb_terminal
+        self._live = can if live is None else live
         self._clock = clock
+        self._view: LiveView | None = None
 
     def line(self, text: str) -> None:
         """Print one line of text as it is."""
-        self._out.print(Text(text))
+        with self._above(self._out):
+            self._out.print(Text(text))
 
     def warning(self, text: str) -> None:
         """Print `warning: text` to standard error."""
-        self._err.print(Text.assemble(("warning: ", "bold yellow"), " ".join(text.split())))
+        said = " ".join(text.split())
+        with self._above(self._err):
+            if self._view:
+                self._view.state.warn(said, self._clock())
+            self._err.print(Text.assemble(("warning: ", "bold yellow"), said))
 
     def error(self, text: str) -> None:
         """Print `error: text` to standard error, in one line."""
-        self._err.print(Text.assemble(("error: ", "bold red"), " ".join(text.split())))
+        with self._above(self._err):
+            self._err.print(Text.assemble(("error: ", "bold red"), " ".join(text.split())))
 
     def details(self, text: str) -> None:
         """Print text of several lines, such as a traceback, to standard error as it is."""
-        self._err.print(Text(text.rstrip("\n")))
+        with self._above(self._err):
+            self._err.print(Text(text.rstrip("\n")))
 
     def table(self, title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
         """Print a table of plain text."""
-        self._out.print(Text(title, style="bold"))  # not the table's own title: that is folded to the table's width
         table = Table(box=None, pad_edge=False)
         for column in columns:
             table.add_column(column, overflow="fold")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
-        self._out.print(table, soft_wrap=False)
+        with self._above(self._out):
+            self._out.print(Text(title, style="bold"))  # not the table's own: that is folded to the table's width
+            self._out.print(table, soft_wrap=False)
 
     def plan(self, title: str, stages: Iterable[tuple[str, str, str]]) -> None:
         """Print a plan: (stage, what is done about it, detail) a row."""
@@ -80,14 +92,31 @@ class Console:
         grid = Table.grid(padding=(0, 2))
         for name, value in entries.items():
             grid.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
-        panel = Panel(grid, title=Text(title), title_align="left", expand=False)
-        if self._out.measure(grid).maximum + FRAME <= self._out.width:
-            self._out.print(panel, soft_wrap=False)
+        with self._above(self._out):
+            if self._out.measure(grid).maximum + FRAME <= self._out.width:
+                panel = Panel(grid, title=Text(title), title_align="left", expand=False)
+                self._out.print(panel, soft_wrap=False)
+                return
+            self._out.print(Text(title, style="bold"))
+            width = max(map(len, entries))
+            for name, value in entries.items():
+                self._out.print(Text.assemble((f"{name:{width}}", "bold"), "  ", value))
+
+    @contextmanager
+    def pipeline(self, title: str, stages: Iterable[tuple[str, StageState, str]]) -> Iterator[None]:
+        """Show the stages of a pipeline, (name, state, detail) each, and in the block all work in the same view."""
+        if not self._live:
+            yield
             return
-        self._out.print(Text(title, style="bold"))
-        width = max(map(len, entries))
-        for name, value in entries.items():
-            self._out.print(Text.assemble((f"{name:{width}}", "bold"), "  ", value))
+        state = LiveState(self._clock(), title, [StageLine(*stage) for stage in stages])
+        with self._viewing(state):
+            yield
+
+    def stage(self, name: str, state: Literal["running", "done"]) -> None:
+        """Say of a stage of the pipeline that it begins or is done."""
+        if self._view:
+            with self._view.lock:
+                (self._view.state.begin if state == "running" else self._view.state.done)(name, self._clock())
 
     @contextmanager
     def counting(self, label: str, unit: str, total: int | None = None) -> Iterator[Count]:
@@ -113,8 +142,9 @@ class Console:
         Args:
             since: seconds since 1970; lines written before are of an earlier attempt.
         """
-        with self._progress(label, steps) as display:
-            progress = TrainingProgress(display, steps, since)
+        state = TrainingState(steps, since)
+        with self._progress(label, steps, state) as display:
+            progress = TrainingProgress(display, state, self._clock)
             yield progress
             display.done(progress.text())
 
@@ -127,10 +157,36 @@ class Console:
             display.done(progress.text())
 
     @contextmanager
-    def _progress(self, label: str, total: int | None) -> Iterator[Display]:
+    def _progress(self, label: str, total: int | None, training: TrainingState | None = None) -> Iterator[Display]:
         if not self._live:
             yield PlainDisplay(self._out, label, total, self._clock)
             return
-        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=24))
-        with Progress(*columns, TextColumn("{task.fields[text]}", markup=False), console=self._out) as progress:
-            yield LiveDisplay(progress, label, total)
+        if self._view is None:
+            with self._viewing(LiveState(self._clock())), self._progress(label, total, training) as display:
+                yield display
+            if isinstance(display, ViewDisplay) and display.end:  # of a view of its own this stays
+                self.line(f"{label}: {display.end}")
+            return
+        view, work = self._view, Work(label, total, self._clock(), training=training)
+        display = ViewDisplay(work)
+        with view.lock:
+            view.state.open(work)
+        try:
+            yield display
+        finally:
+            with view.lock:
+                view.state.close(work, display.end)
+
+    @contextmanager
+    def _viewing(self, state: LiveState) -> Iterator[None]:
+        with LiveView(self._out, state, self._clock) as view:
+            self._view = view
+            try:
+                yield
+            finally:
+                self._view = None
+
+    def _above(self, stream: RichConsole) -> AbstractContextManager[None]:
+        """Where a stream shares the terminal with the view, print in this block."""
+        shares = self._view is not None and stream.file.isatty()
+        return self._view.above() if self._view and (shares or stream is self._out) else nullcontext()

@@ -1,57 +1,43 @@
-"""How far some work has come, and the two ways it is drawn: a live bar, or plain lines now and then."""
+"""How far some work has come, and the two ways it is shown: in the live view, or in plain lines now and then."""
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.text import Text
+
+from dist_lm.tracking.live.state import TextOrCall, Work
+from dist_lm.tracking.live.training_state import FIGURES, GangFacts, RankPulse, TrainingState
 
 Item = TypeVar("Item")
 PLAIN_INTERVAL_S = 10.0
 PLAIN_SHARE = 0.1  # of the work: a plain line comes after so much of it, if that is sooner
-
-TextOrCall = str | Callable[[], str]
-"""Progress text, or what makes it: called only when it is drawn, so that counting costs little."""
 
 
 class Display(Protocol):
     """One piece of work on its way."""
 
     def show(self, done: int, text: TextOrCall) -> None:
-        """Draw it, unless it was drawn a moment ago."""
+        """Show it, unless it was shown a moment ago."""
         ...
 
     def done(self, text: str) -> None:
-        """Leave the line that stays."""
+        """Say how it ended."""
         ...
 
 
-class LiveDisplay:
-    """A bar that is redrawn in place."""
+class ViewDisplay:
+    """Work in a live view, which draws it when it is time."""
 
-    REDRAW_S = 0.1
-
-    def __init__(self, progress: Progress, label: str, total: int | None) -> None:
-        self._progress = progress
-        self._task = progress.add_task(label, total=total, text="")
-        self._total = total
-        self._latest = 0
-        self._next = 0.0
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self.end: str | None = None
 
     def show(self, done: int, text: TextOrCall) -> None:
-        self._latest = done
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + self.REDRAW_S
-            self._progress.update(self._task, completed=done, text=_as_text(text))
+        self._work.done, self._work.text = done, text
 
     def done(self, text: str) -> None:
-        if self._total is None:
-            self._progress.update(self._task, total=1, completed=1, text=text)
-        else:
-            self._progress.update(self._task, completed=self._latest, text=text)
+        self.end = text
 
 
 class PlainDisplay:
@@ -114,53 +100,43 @@ class Count:
 
 
 class TrainingProgress:
-    """The state of a training stage; see `Console.training`."""
+    """A training stage under way; see `Console.training`."""
 
-    def __init__(self, display: Display, steps: int, since: float) -> None:
+    def __init__(self, display: Display, state: TrainingState, clock: Callable[[], float]) -> None:
         self._display = display
-        self._steps = steps
-        self._since = since
-        self._step = 0
-        self._values: dict[str, Any] = {}
-        self._first: tuple[int, float] | None = None  # step and time (s) from which the time left is reckoned
-        self._time = 0.0
+        self._state = state
+        self._clock = clock
 
     def update(self, line: Mapping[str, Any]) -> None:
         """Take in one line of the metrics file; one of an earlier attempt is neither shown nor timed."""
-        step, at = line["step"], line.get("time", self._time)
-        earlier = at < self._since
-        if earlier:
-            self._first = None
-        elif self._first is None or step < self._step:
-            self._first = (step, at)
-        self._step, self._time = step, at
-        self._values.update({name: value for name, value in line.items() if value is not None})
-        if not earlier:
-            self._display.show(step, self.text)
+        if self._state.take(line):
+            self._display.show(self._state.step, self.text)
+
+    def attempt(self, gang: GangFacts) -> None:
+        """Another gang begins."""
+        self._state.start(gang)
+
+    def heard(self, ranks: Sequence[RankPulse]) -> None:
+        """What the ranks were last heard doing."""
+        self._state.hear(ranks, self._clock())
+
+    def saved(self, step: int, just_now: bool) -> None:
+        """The newest checkpoint is that of `step`; 0: there is none."""
+        self._state.save(step, self._clock() if just_now else None)
 
     def text(self) -> str:
         """Step, loss, speed and the time left."""
-        parts = [f"step {self._step:,}/{self._steps:,}"]
-        for name, form in (
-            ("train/loss", "loss {:.3f}"),
-            ("val/bits_per_byte", "val {:.3f} bits/byte"),
-            ("reward/accuracy", "val accuracy {:.3f}"),
-            ("rlhf/reward_mean", "reward {:.3f}"),
-            ("rlhf/kl", "kl {:.3f}"),
-            ("perf/tokens_per_s", "{:,.0f} tokens/s"),
-        ):
-            if name in self._values:
-                parts.append(form.format(self._values[name]))
-        left = self._seconds_left()
+        state = self._state
+        parts = [f"step {state.step:,}/{state.steps:,}"]
+        parts += [
+            figure.plain.format(state.values[figure.metric])
+            for figure in FIGURES
+            if figure.plain and figure.metric in state.values
+        ]
+        left = state.seconds_left()
         if left is not None:
             parts.append(f"{duration(left)} left")
         return "  ".join(parts)
-
-    def _seconds_left(self) -> float | None:
-        if self._first is None or self._step <= self._first[0] or self._step >= self._steps:
-            return None
-        a_step = (self._time - self._first[1]) / (self._step - self._first[0])
-        return a_step * (self._steps - self._step)
 
 
 class GenerationProgress:

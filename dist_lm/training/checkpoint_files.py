@@ -41,6 +41,12 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
+def newest_step(checkpoints: Path) -> int:
+    """The step of the newest checkpoint of a run; 0 without one."""
+    latest = read_pointer(checkpoints, LATEST)
+    return step_of(latest) if latest else 0
+
+
 def steps_in(checkpoints: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
     return sorted(path for path in checkpoints.glob("step_*") if path.is_dir())

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ import pytest
 
 from dist_lm.cluster.failure import GangFailure
 from dist_lm.cluster.node_usage import NodeUsage
-from dist_lm.launcher import showing
+from dist_lm.launcher import wandb_copy
 from dist_lm.launcher.compose import compose_config
-from dist_lm.launcher.showing import Showing
+from dist_lm.launcher.run_watch import RunWatch, watching
 from dist_lm.run_directory import RunDirectory
 from dist_lm.tracking.alerts import Alert
 from dist_lm.tracking.console import Console
@@ -53,7 +54,7 @@ class Told:
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Told:
     told = Told()
-    monkeypatch.setattr(showing, "_start_wandb", lambda *_: told)
+    monkeypatch.setattr(wandb_copy.WandbRun, "start", lambda *_, **__: told)
     return told
 
 
@@ -67,9 +68,9 @@ def run(tmp_path: Path) -> RunDirectory:
     return run
 
 
-def show(run: RunDirectory) -> Showing:
+def show(run: RunDirectory) -> AbstractContextManager[RunWatch]:
     config = compose_config(["stage=code", "stage.corpus=code", "run_id=first", f"work_dir={run.work.path}"])
-    return Showing(config, run, Console(output=io.StringIO(), errors=io.StringIO()))
+    return watching(config, run, Console(output=io.StringIO(), errors=io.StringIO()))
 
 
 def write(run: RunDirectory, *lines: dict[str, Any]) -> None:
@@ -86,7 +87,7 @@ def test_what_belongs_to_a_run_is_handed_on_once(run: RunDirectory, told: Told) 
         (run.checkpoints / "LATEST").write_text("step_00000002\n")
         (run.samples / "step_00000002.jsonl").write_text("{}\n")
         for _ in range(3):
-            shown(USAGE)
+            shown.look(USAGE)
         shown.restarts(GangFailure(0, 0, "x", "boom", run.logs))
         run.result.write_text("{}")
     assert told.steps == [1, 2]

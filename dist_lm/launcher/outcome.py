@@ -1,0 +1,144 @@
+"""What a command ends with: every stage of its pipeline in a table, and what to do next."""
+
+import importlib
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dist_lm.launcher.pipeline import QueuedStage
+from dist_lm.launcher.plan import RANKINGS, Plan, PlannedStage, run_of
+from dist_lm.run_directory import RunDirectory, WorkDirectory
+from dist_lm.stages.registry import STAGES
+from dist_lm.tracking.console import Console
+from dist_lm.tracking.metrics import last_metrics, read_metrics
+from dist_lm.tracking.readable import span
+
+
+@dataclass(frozen=True)
+class KeyFigure:
+    """What a stage is judged by."""
+
+    metric: str
+    form: str
+    words: str
+
+
+# of a stage the first two that it has
+KEY_FIGURES = (
+    KeyFigure("rlhf/win_rate", "{:.0%}", "wins"),
+    KeyFigure("rlhf/reward_mean", "{:.3f}", "reward"),
+    KeyFigure("reward/accuracy", "{:.0%}", "pairs right"),
+    KeyFigure("tools/call_exact", "{:.0%}", "calls exact"),
+    KeyFigure("val/bits_per_byte", "{:.3f}", "val bits/byte"),
+    KeyFigure("val/loss", "{:.3f}", "val loss"),
+    KeyFigure("train/loss", "{:.3f}", "loss"),
+)
+SHOWN_FIGURES = 2
+WORDS = {"waiting": "not begun"}
+
+
+def print_outcome(
+    plan: Plan,
+    stages: Sequence[QueuedStage],
+    state: Literal["done", "failed", "stopped"],
+    command: Sequence[str],
+    console: Console,
+) -> None:
+    """Print the table and the commands; nothing where no stage was begun and it was not to end so.
+
+    Args:
+        stages: as they stand.
+        command: that was given, with the name of its program.
+    """
+    if state != "done" and all(stage.seconds is None for stage in stages):
+        return
+    rows = [row(planned, queued) for planned, queued in zip(plan.stages, stages, strict=True)]
+    console.table("stages", ("stage", "", "steps", "time", "first -> last", "where"), rows)
+    entries = dict(next_commands(plan.stages[-1], state, command))
+    console.table("next", ("", ""), entries.items())
+
+
+def row(stage: PlannedStage, queued: QueuedStage) -> tuple[str, ...]:
+    """Name, state, steps, time, figures, where."""
+    begun = queued.state != "waiting"
+    state = WORDS.get(queued.state, queued.state)
+    if queued.state == "done" and queued.seconds is None:
+        state = "there"
+    if not stage.info.trains and not stage.info.generates:
+        module = importlib.import_module(f"dist_lm.stages.{stage.info.name}")
+        detail = module.inspect(stage.config).detail if queued.state == "done" else ""
+        took = span(queued.seconds) if queued.seconds is not None else ""
+        return (stage.info.name, state, "", took, detail, _artefact(stage) if begun else "")
+    run = run_of(stage.config)
+    result = json.loads(run.result.read_text(encoding="utf-8")) if run.result.exists() and begun else {}
+    seconds = queued.seconds if queued.seconds is not None else result.get("seconds")
+    took = span(seconds) if seconds is not None else ""
+    if stage.info.generates:
+        return (stage.info.name, state, "", took, _answers(result), str(run.samples) if begun else "")
+    step = result.get("steps", int(last_metrics(run.metrics).get("step", 0)) if begun else 0)
+    steps = f"{step:,}" if result else f"{step:,}/{stage.config.stage.steps:,}"
+    figures = "; ".join(key_figures(run, result)) if begun else ""
+    return (stage.info.name, state, steps, took, figures, str(run.path) if begun else "")
+
+
+def key_figures(run: RunDirectory, result: Mapping[str, Any]) -> list[str]:
+    """`val bits/byte 3.412 -> 2.104`: where training began, or was first measured, and where it has come to."""
+    last = result.get("metrics") or last_metrics(run.metrics)
+    shown = [figure for figure in KEY_FIGURES if last.get(figure.metric) is not None][:SHOWN_FIGURES]
+    shown = [figure for figure in shown if figure.metric.startswith(shown[0].metric.split("/")[0])]
+    first = _first_values(run, {figure.metric for figure in shown}) | {
+        name: value for name, value in (result.get("before") or {}).items() if value is not None
+    }
+    found = []
+    for figure in shown:
+        now = figure.form.format(last[figure.metric])
+        was = figure.form.format(first[figure.metric]) + " -> " if figure.metric in first else ""
+        found.append(f"{figure.words} {was}{now}")
+    return found
+
+
+def next_commands(
+    stage: PlannedStage, state: Literal["done", "failed", "stopped"], command: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """(what for, command) of what a person may want to do now."""
+    config = stage.config
+    work = str(config.work_dir)
+    if state != "done":
+        yield "go on", shlex.join(["python", "-m", "dist_lm.launch", *command[1:]])
+        yield "what happened", shlex.join(["python", "-m", "dist_lm", "cluster", "status", work])
+    run = run_of(config)
+    path = str(run.path)
+    if stage.info.trains and run.metrics.exists():
+        if run.result.exists() and config.model.head != "scalar" and stage.info.name != "reward":
+            yield "talk to it", shlex.join(["python", "-m", "dist_lm", "generate", path])
+        yield "report", shlex.join(["python", "-m", "dist_lm", "report", path])
+        if list(run.wandb.glob("offline-run-*")):
+            yield "curves", shlex.join(["python", "-m", "dist_lm", "dashboard", "show", "--offline", path])
+    follower = next((info.name for info in STAGES.values() if info.starts_from == stage.info.name), None)
+    if state == "done" and follower and stage.info.trains:
+        own = [word for word in command[1:] if word.startswith(("run_id=", "work_dir=", "model=", "corpus="))]
+        yield "next stage", shlex.join(["python", "-m", "dist_lm.launch", f"stage={follower}", *own])
+
+
+def _first_values(run: RunDirectory, names: set[str]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    if run.metrics.exists():
+        for line in read_metrics(run.metrics):
+            found |= {name: line[name] for name in names - found.keys() if line.get(name) is not None}
+            if len(found) == len(names):
+                break
+    return found
+
+
+def _artefact(stage: PlannedStage) -> str:
+    work = WorkDirectory(Path(stage.config.work_dir))
+    if stage.info.name == RANKINGS:
+        return str(work.corpus(RANKINGS))
+    return str(work.tokenizer if stage.info.name == "tokenizer" else work.corpus("*"))
+
+
+def _answers(result: Mapping[str, Any]) -> str:
+    return f"{result['answers']:,} answers, {result['tokens']:,} tokens" if result else ""

@@ -1,0 +1,136 @@
+"""The wandb copy of a run while its ranks work: metrics, alerts, how busy nodes are, samples and checkpoints.
+
+Only the launcher talks to wandb, and only hands things over (`tracking/wandb_run.py`).
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Self
+
+from dist_lm.cluster.failure import GangFailure
+from dist_lm.cluster.node_usage import NodeUsage, usage_metrics
+from dist_lm.config import Config
+from dist_lm.launcher.git import git_commit
+from dist_lm.run_directory import RunDirectory
+from dist_lm.tracking import alerts
+from dist_lm.tracking.console import Console
+from dist_lm.tracking.metrics import last_metrics
+from dist_lm.tracking.wandb_run import Outcome, WandbRun
+from dist_lm.training import checkpoint_files
+
+USAGE_EVERY_S = 15.0
+FILES_EVERY_S = 5.0
+
+
+class WandbCopy:
+    """Of one run from its first attempt to its last; a context manager that says to wandb how it ended."""
+
+    def __init__(self, config: Config, run: RunDirectory, wandb: WandbRun) -> None:
+        """See `start_wandb`."""
+        self._config = config
+        self._run = run
+        self._wandb = wandb
+        self._name = f"{config.stage.name}/{config.run_id}"
+        self._watch = alerts.AlertWatch(self._name, time.monotonic())
+        self._usage_at = self._files_at = time.monotonic()
+        self._seen: set[str] = set()  # samples and checkpoints that were handed on
+
+    def __enter__(self) -> Self:
+        self._link_inputs()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._look_at_files()
+        self._wandb.finish(self._outcome(error))
+
+    def line(self, line: Mapping[str, Any]) -> None:
+        """Hand on a line of metrics."""
+        for alert in self._watch.line(line, time.monotonic()):
+            self._wandb.alert(alert)
+        self._wandb.log(line["step"], line)
+
+    def look(self, usages: Mapping[str, NodeUsage]) -> None:
+        """Hand on what else is new; called again and again.
+
+        Args:
+            usages: how busy the nodes are, by host.
+        """
+        now = time.monotonic()
+        for alert in self._watch.tick(now):
+            self._wandb.alert(alert)
+        if usages and now >= self._usage_at:
+            self._usage_at = now + USAGE_EVERY_S
+            self._wandb.beside(usage_metrics(usages))
+        if now >= self._files_at:
+            self._files_at = now + FILES_EVERY_S
+            self._look_at_files()
+
+    def restarts(self, failure: GangFailure) -> None:
+        """A gang failed, and another one is about to be started."""
+        self._wandb.alert(alerts.failed(self._name, str(failure), again=True))
+
+    def _link_inputs(self) -> None:
+        """The tokenizer and the manifests of the corpora that the stage reads."""
+        config, work = self._config, self._run.work
+        tokenizer = [path for path in (work.tokenizer_model, work.tokenizer_report) if path.exists()]
+        if tokenizer:
+            vocabulary = {"vocab_size": config.tokenizer.vocab_size}
+            self._wandb.link("tokenizer", "tokenizer", "tokenizer", tokenizer, vocabulary)
+        for name in (config.stage.corpus, *sorted(config.stage.mix or {})):
+            manifest = work.corpus_manifest(name)
+            if manifest.exists():
+                known = json.loads(manifest.read_text())
+                metadata = {key: known.get(key) for key in ("tokenizer_sha256", "corpus_fingerprint")}
+                self._wandb.link(f"corpus {name}", f"corpus-{name}", "dataset", [manifest], metadata)
+
+    def _look_at_files(self) -> None:
+        for path in sorted(self._run.samples.glob("step_*.jsonl")):
+            if self._is_new(path.name):
+                self._wandb.samples(path, int(path.stem.removeprefix("step_")))
+        for pointer in (checkpoint_files.LATEST, checkpoint_files.BEST):
+            checkpoint = checkpoint_files.read_pointer(self._run.checkpoints, pointer)
+            key = f"{pointer} {checkpoint.name if checkpoint else ''}"
+            if checkpoint and (checkpoint / checkpoint_files.MANIFEST).exists() and self._is_new(key):
+                self._wandb.link(
+                    key,
+                    f"checkpoint-{self._config.stage.name}-{self._config.run_id}",
+                    "model",
+                    [checkpoint / checkpoint_files.MANIFEST],
+                    {"path": str(checkpoint.resolve()), "step": checkpoint_files.step_of(checkpoint)},
+                    [pointer.lower()],
+                )
+
+    def _is_new(self, key: str) -> bool:
+        if key in self._seen:
+            return False
+        self._seen.add(key)
+        return True
+
+    def _outcome(self, error: BaseException | None) -> Outcome:
+        if self._run.result.exists():
+            self._wandb.alert(alerts.finished(self._name, last_metrics(self._run.metrics)))
+            return "finished"
+        if error is None or isinstance(error, KeyboardInterrupt):
+            return "stopped"
+        self._wandb.alert(alerts.failed(self._name, " ".join(str(error).split()), again=False))
+        return "failed"
+
+
+def start_wandb(config: Config, run: RunDirectory, console: Console) -> WandbCopy | None:
+    """The wandb copy of the run, unless tracking=none."""
+    wandb = WandbRun.start(
+        asdict(config),
+        run,
+        config.tracking,
+        job_type=config.stage.name,
+        group=config.run_id,
+        git_commit=git_commit(),
+        command=sys.argv,
+        environ=os.environ,
+        console=console,
+    )
+    return WandbCopy(config, run, wandb) if wandb else None

@@ -1,0 +1,85 @@
+"""The table that a command ends with, and what it says to do next."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from dist_lm.launcher.compose import compose_config
+from dist_lm.launcher.outcome import KEY_FIGURES, key_figures, next_commands, print_outcome
+from dist_lm.launcher.pipeline import QueuedStage
+from dist_lm.launcher.plan import Action, Plan, PlannedStage, run_of
+from dist_lm.stages.registry import STAGES
+from dist_lm.tracking.console import Console
+from dist_lm.tracking.metrics import MetricsWriter
+from dist_lm.tracking.registry import metric_of
+
+COMMAND = ["launch.py", "stage=code", "work_dir=my work"]
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """Stage language is done, stage code has come to step 3."""
+    stages = []
+    for name in ("language", "code"):
+        config = compose_config([f"stage={name}", f"work_dir={tmp_path / 'my work'}", "stage.steps=9"])
+        run = run_of(config)
+        run.create()
+        with MetricsWriter(run.metrics) as metrics:
+            for step in (1, 2, 3):
+                metrics.write(step, {"train/loss": 5.0 - step, "val/bits_per_byte": 3.0 - step / 2})
+        stages.append(PlannedStage(STAGES[name], config, Action.BUILD, "9 steps"))
+    result = {"steps": 9, "seconds": 70.0, "metrics": {"val/bits_per_byte": 1.25}, "before": {"val/bits_per_byte": 8.0}}
+    run_of(stages[0].config).result.write_text(json.dumps(result))
+    return Plan(tuple(stages))
+
+
+def printed(plan: Plan, stages: list[QueuedStage], state, width: int = 200) -> str:
+    output = io.StringIO()
+    console = Console(output)
+    console._out.width = width
+    print_outcome(plan, stages, state, COMMAND, console)
+    return output.getvalue()
+
+
+def test_each_stage_is_a_row_with_steps_time_figures_and_place(plan: Plan) -> None:
+    queue = [QueuedStage("language", "done", ""), QueuedStage("code", "stopped", "", 12.0)]
+    rows = {line.split()[0]: line for line in printed(plan, queue, "stopped").splitlines()}
+    assert rows["language"].split()[1:5] == ["there", "9", "70", "s"]
+    assert "val bits/byte 8.000 -> 1.250" in rows["language"]
+    assert str(run_of(plan.stages[0].config).path) in rows["language"]
+    assert rows["code"].split()[1:5] == ["stopped", "3/9", "12", "s"]
+    assert "val bits/byte 2.500 -> 1.500" in rows["code"]
+
+
+def test_a_command_that_did_not_end_well_says_how_to_go_on(plan: Plan) -> None:
+    queue = [QueuedStage("language", "done", ""), QueuedStage("code", "failed", "", 12.0)]
+    text = printed(plan, queue, "failed")
+    assert "python -m dist_lm.launch stage=code 'work_dir=my work'" in text
+    assert "python -m dist_lm cluster status" in text
+    assert "generate" not in text
+
+
+def test_what_is_done_can_be_talked_to_and_looked_at(plan: Plan) -> None:
+    stage = plan.stages[0]
+    run = run_of(stage.config)
+    names = [name for name, _ in next_commands(stage, "done", COMMAND)]
+    assert names == ["talk to it", "report", "next stage"]
+    (run.wandb / "offline-run-1").mkdir(parents=True)
+    commands = dict(next_commands(stage, "done", COMMAND))
+    assert commands["curves"] == f"python -m dist_lm dashboard show --offline '{run.path}'"
+    assert commands["next stage"] == "python -m dist_lm.launch stage=code 'work_dir=my work'"
+
+
+def test_a_command_that_began_nothing_has_no_table(plan: Plan) -> None:
+    queue = [QueuedStage("language", "done", ""), QueuedStage("code", "waiting", "")]
+    assert printed(plan, queue, "failed") == ""
+    assert "language" in printed(plan, queue, "done")
+
+
+def test_figures_of_one_group_stand_beside_each_other(plan: Plan) -> None:
+    run = run_of(plan.stages[1].config)
+    result = {"metrics": {"rlhf/win_rate": 0.75, "rlhf/reward_mean": 1.0, "val/loss": 2.0}, "before": {}}
+    assert key_figures(run, result) == ["wins 75%", "reward 1.000"]
+    assert all(metric_of(figure.metric) for figure in KEY_FIGURES)
