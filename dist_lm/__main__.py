@@ -26,6 +26,8 @@ cluster = typer.Typer(help="Look at the nodes and ranks of a run.", no_args_is_h
 app.add_typer(cluster, name="cluster")
 tools = typer.Typer(help="Examine a model that calls functions.", no_args_is_help=True)
 app.add_typer(tools, name="tools")
+dashboard = typer.Typer(help="Look at runs in wandb: views of a project, or an offline run here.", no_args_is_help=True)
+app.add_typer(dashboard, name="dashboard")
 
 CheckpointPath = Annotated[
     Path, typer.Argument(help="A checkpoint, a folder of them, or a run (then LATEST is meant).")
@@ -168,6 +170,44 @@ def tools_bfcl(
     from dist_lm.tool_evaluation.bfcl import evaluate
 
     evaluate(path, tokenizer, limit, json, device)
+
+
+BoardName = Annotated[
+    str | None, typer.Argument(help="overview, language, code, tools, reward or rlhf; all of them if left out.")
+]
+
+
+@dashboard.command("push")
+def dashboard_push(
+    board: BoardName = None,
+    project: Annotated[str, typer.Option(help="Of wandb; the `tracking.project` of the runs.")] = "dist_lm",
+    entity: Annotated[str | None, typer.Option(help="User or team; by default that of the login.")] = None,
+) -> None:
+    """Save a view a stage, and an overview, in a project of wandb; the ones of the last push are renewed."""
+    import os
+
+    from dist_lm.tracking.dashboard.layout import boards_named
+    from dist_lm.tracking.dashboard.push import push
+
+    push(boards_named(board), entity, project, os.environ, print)
+
+
+@dashboard.command("show")
+def dashboard_show(
+    board: BoardName = None,
+    offline: Annotated[
+        Path | None, typer.Option("--offline", help="A run (work/runs/STAGE/RUN_ID): open its curves here instead.")
+    ] = None,
+) -> None:
+    """The panels of the views, as a table; with --offline the curves of a run in the terminal, without a network."""
+    from dist_lm.run_directory import RunDirectory
+    from dist_lm.tracking.console import Console
+    from dist_lm.tracking.dashboard.layout import boards_named
+    from dist_lm.tracking.dashboard.show import open_in_leet, print_boards
+
+    if offline is not None:
+        open_in_leet(RunDirectory(offline))
+    print_boards(boards_named(board), Console())
 
 
 @checkpoint.command("inspect")

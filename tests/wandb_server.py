@@ -126,7 +126,8 @@ class WandbServer:
         self.received: list[bytes] = []
         self.runs: dict[str, StubRun] = {}
         self.artifacts: list[StubArtifact] = []
-        self.views: list[dict[str, Any]] = []
+        self.views: list[dict[str, Any]] = []  # every one that was sent
+        self.view_ids: dict[str, str] = {}  # by name
         self.storage: dict[str, bytes] = {}
         self._vanish = False
         self._closing = False
@@ -270,6 +271,9 @@ class WandbServer:
         names = {"name": ENTITY, "admin": False, "apiKeys": {"edges": []}, "deletedAt": None}
         return {"viewer": viewer | names | {"teams": teams}}
 
+    def _on_GetDefaultEntity(self, _: dict[str, Any]) -> Any:
+        return {"viewer": {"id": "viewer", "entity": ENTITY}}
+
     def _on_OrgFeatureFlags(self, _: dict[str, Any]) -> Any:
         return {"organization": {"featureFlags": []}}
 
@@ -373,9 +377,17 @@ class WandbServer:
         return {"clientIDMapping": {"serverID": found[0]} if found else None}
 
     def _on_UpsertView2(self, sent: dict[str, Any]) -> Any:
+        inserted = sent["name"] not in self.view_ids
         self.views.append(sent)
-        view = {"id": f"view-{len(self.views)}", "type": sent.get("type"), "name": sent.get("name")}
-        return {"upsertView": {"view": view | {"displayName": sent.get("displayName")}, "inserted": True}}
+        id_ = sent.get("id") or f"view-{len(self.views)}"
+        self.view_ids[sent["name"]] = id_
+        view = {"id": id_, "type": sent.get("type"), "name": sent.get("name")}
+        return {"upsertView": {"view": view | {"displayName": sent.get("displayName")}, "inserted": inserted}}
+
+    def _on_View(self, asked: dict[str, Any]) -> Any:
+        found = [view for view in self.views if view["name"] == asked["viewName"]][-1:]
+        nodes = [{"node": view | {"id": self.view_ids[view["name"]]}} for view in found]
+        return {"project": {"allViews": {"edges": nodes}}}
 
     def _on_UpsertModel(self, sent: dict[str, Any]) -> Any:
         project = {"id": "project", "name": sent["name"], "entityName": sent.get("entity") or ENTITY}

@@ -1,0 +1,54 @@
+"""Boards and runs at the terminal."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_lm.errors import ArtefactError
+from dist_lm.run_directory import RunDirectory
+from dist_lm.tracking.console import Console
+from dist_lm.tracking.dashboard.layout import Board
+
+
+def print_boards(boards: Sequence[Board], console: Console) -> None:
+    """A table a board: section, panel, what it plots, unit."""
+    for board in boards:
+        rows = [
+            (
+                section.name if place == 0 else "",
+                panel.title,
+                panel.pattern or ("" if panel.names == (panel.title,) else ", ".join(panel.names)),
+                ", ".join(part for part in (panel.unit, "log" if panel.logarithmic else "") if part),
+            )
+            for section in board.sections
+            for place, panel in enumerate(section.panels)
+        ]
+        console.table(f"{board.title} ({len(board.panels)} panels)", ("section", "panel", "plots", "unit"), rows)
+
+
+def newest_offline(run: RunDirectory) -> Path:
+    """The folder of wandb's newest offline run of a run directory.
+
+    Raises:
+        ArtefactError: there is none.
+    """
+    found = [log for log in run.wandb.glob("offline-run-*/*.wandb") if log.is_file()]
+    if not found:
+        raise ArtefactError(
+            f"{run.path}: no offline wandb run in {run.wandb}: expected a run directory (work/runs/STAGE/RUN_ID) of a "
+            "launch with tracking=wandb and no login, or tracking.mode=offline"
+        )
+    return max(found, key=lambda log: (log.stat().st_mtime_ns, log.name)).parent
+
+
+def leet_command(run: RunDirectory) -> list[str]:
+    """The command that opens the newest offline run in wandb's terminal program."""
+    return [sys.executable, "-m", "wandb", "leet", "run", str(newest_offline(run))]
+
+
+def open_in_leet(run: RunDirectory) -> None:
+    """Become wandb's terminal program on the newest offline run; does not return."""
+    command = leet_command(run)
+    sys.stdout.flush()
+    os.execv(command[0], command)  # noqa: S606 - no shell, and the program takes over the terminal

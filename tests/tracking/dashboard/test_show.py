@@ -1,0 +1,38 @@
+"""Boards and offline runs at the terminal."""
+
+import io
+import os
+from pathlib import Path
+
+import pytest
+
+from dist_lm.errors import ArtefactError
+from dist_lm.run_directory import RunDirectory
+from dist_lm.tracking.console import Console
+from dist_lm.tracking.dashboard.layout import board_of
+from dist_lm.tracking.dashboard.show import leet_command, print_boards
+
+
+def test_a_board_is_a_table_of_its_panels() -> None:
+    output = io.StringIO()
+    print_boards([board_of("code")], Console(output))
+    text = output.getvalue()
+    for words in ("dist_lm stage code", "Loss, trained and held out", "code/parses by language", "bits/byte", "log"):
+        assert words in text
+
+
+def test_the_newest_offline_run_is_opened(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    for age, name in enumerate(("offline-run-2-b", "offline-run-1-a", "offline-run-0-empty")):
+        folder = run.wandb / name
+        folder.mkdir(parents=True)
+        if "empty" not in name:
+            log = folder / f"run-{name[-1]}.wandb"
+            log.touch()
+            os.utime(log, (1000 - age, 1000 - age))
+    assert leet_command(run)[1:] == ["-m", "wandb", "leet", "run", str(run.wandb / "offline-run-2-b")]
+
+
+def test_a_run_without_one_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match=r"no offline wandb run in .*expected a run directory"):
+        leet_command(RunDirectory(tmp_path))
