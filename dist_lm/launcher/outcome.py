@@ -58,7 +58,8 @@ def print_outcome(
     rows = [row(planned, queued) for planned, queued in zip(plan.stages, stages, strict=True)]
     console.table("stages", ("stage", "", "steps", "time", "first -> last", "where"), rows)
     entries = dict(next_commands(plan.stages[-1], state, command))
-    console.table("next", ("", ""), entries.items())
+    if entries:
+        console.summary("what next", entries)
 
 
 def row(stage: PlannedStage, queued: QueuedStage) -> tuple[str, ...]:
@@ -68,8 +69,9 @@ def row(stage: PlannedStage, queued: QueuedStage) -> tuple[str, ...]:
     if queued.state == "done" and queued.seconds is None:
         state = "there"
     if not stage.info.trains and not stage.info.generates:
-        module = importlib.import_module(f"dist_lm.stages.{stage.info.name}")
-        detail = module.inspect(stage.config).detail if queued.state == "done" else ""
+        detail = queued.detail if queued.state == "done" else ""
+        if detail and queued.seconds is not None:  # so far that is what was planned
+            detail = importlib.import_module(f"dist_lm.stages.{stage.info.name}").inspect(stage.config).detail
         took = span(queued.seconds) if queued.seconds is not None else ""
         return (stage.info.name, state, "", took, detail, _artefact(stage) if begun else "")
     run = run_of(stage.config)

@@ -35,7 +35,7 @@ def plan(tmp_path: Path) -> Plan:
     return Plan(tuple(stages))
 
 
-def printed(plan: Plan, stages: list[QueuedStage], state, width: int = 200) -> str:
+def printed(plan: Plan, stages: list[QueuedStage], state, width: int = 500) -> str:
     output = io.StringIO()
     console = Console(output)
     console._out.width = width

@@ -53,12 +53,14 @@ class LiveView:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
-        self._thread.join()
-        for name, stream in self._guarded:
-            cast(Above, getattr(sys, name)).finish()
-            setattr(sys, name, stream)
-        with self.lock:
-            self._region.erase(self._console.size.width)
+        try:
+            self._thread.join()
+        finally:  # also where a second Ctrl-C comes while that is waited for
+            for name, stream in self._guarded:
+                cast(Above, getattr(sys, name)).finish()
+                setattr(sys, name, stream)
+            with self.lock:
+                self._region.erase(self._console.size.width)
 
     def draw(self) -> None:
         """Draw it as it is now."""
