@@ -26,17 +26,15 @@ class KeyFigure:
     words: str
 
 
-# of a stage the first two that it has
+# of a stage the first line of which it has any
 KEY_FIGURES = (
-    KeyFigure("rlhf/win_rate", "{:.0%}", "wins"),
-    KeyFigure("rlhf/reward_mean", "{:.3f}", "reward"),
-    KeyFigure("reward/accuracy", "{:.0%}", "pairs right"),
-    KeyFigure("tools/call_exact", "{:.0%}", "calls exact"),
-    KeyFigure("val/bits_per_byte", "{:.3f}", "val bits/byte"),
-    KeyFigure("val/loss", "{:.3f}", "val loss"),
-    KeyFigure("train/loss", "{:.3f}", "loss"),
+    (KeyFigure("rlhf/win_rate", "{:.0%}", "wins"), KeyFigure("rlhf/reward_mean", "{:.3f}", "reward")),
+    (KeyFigure("reward/accuracy", "{:.0%}", "pairs right"),),
+    (KeyFigure("tools/call_exact", "{:.0%}", "calls exact"),),
+    (KeyFigure("val/bits_per_byte", "{:.3f}", "val bits/byte"),),
+    (KeyFigure("val/loss", "{:.3f}", "val loss"),),
+    (KeyFigure("train/loss", "{:.3f}", "loss"),),
 )
-SHOWN_FIGURES = 2
 WORDS = {"waiting": "not begun"}
 
 
@@ -56,7 +54,9 @@ def print_outcome(
     if state != "done" and all(stage.seconds is None for stage in stages):
         return
     rows = [row(planned, queued) for planned, queued in zip(plan.stages, stages, strict=True)]
-    console.table("stages", ("stage", "", "steps", "time", "first -> last", "where"), rows)
+    console.table(
+        f"stages, in {plan.stages[-1].config.work_dir}", ("stage", "", "steps", "time", "first -> last", "where"), rows
+    )
     entries = dict(next_commands(plan.stages[-1], state, command))
     if entries:
         console.summary("what next", entries)
@@ -73,24 +73,24 @@ def row(stage: PlannedStage, queued: QueuedStage) -> tuple[str, ...]:
         if detail and queued.seconds is not None:  # so far that is what was planned
             detail = importlib.import_module(f"dist_lm.stages.{stage.info.name}").inspect(stage.config).detail
         took = span(queued.seconds) if queued.seconds is not None else ""
-        return (stage.info.name, state, "", took, detail, _artefact(stage) if begun else "")
+        return (stage.info.name, state, "", took, detail, _where(stage) if begun else "")
     run = run_of(stage.config)
     result = json.loads(run.result.read_text(encoding="utf-8")) if run.result.exists() and begun else {}
     seconds = queued.seconds if queued.seconds is not None else result.get("seconds")
     took = span(seconds) if seconds is not None else ""
     if stage.info.generates:
-        return (stage.info.name, state, "", took, _answers(result), str(run.samples) if begun else "")
+        return (stage.info.name, state, "", took, _answers(result), _where(stage) if begun else "")
     step = result.get("steps", int(last_metrics(run.metrics).get("step", 0)) if begun else 0)
     steps = f"{step:,}" if result else f"{step:,}/{stage.config.stage.steps:,}"
     figures = "; ".join(key_figures(run, result)) if begun else ""
-    return (stage.info.name, state, steps, took, figures, str(run.path) if begun else "")
+    return (stage.info.name, state, steps, took, figures, _where(stage) if begun else "")
 
 
 def key_figures(run: RunDirectory, result: Mapping[str, Any]) -> list[str]:
     """`val bits/byte 3.412 -> 2.104`: where training began, or was first measured, and where it has come to."""
     last = result.get("metrics") or last_metrics(run.metrics)
-    shown = [figure for figure in KEY_FIGURES if last.get(figure.metric) is not None][:SHOWN_FIGURES]
-    shown = [figure for figure in shown if figure.metric.startswith(shown[0].metric.split("/")[0])]
+    present = ([figure for figure in line if last.get(figure.metric) is not None] for line in KEY_FIGURES)
+    shown = next(filter(None, present), [])
     first = _first_values(run, {figure.metric for figure in shown}) | {
         name: value for name, value in (result.get("before") or {}).items() if value is not None
     }
@@ -135,11 +135,16 @@ def _first_values(run: RunDirectory, names: set[str]) -> dict[str, float]:
     return found
 
 
-def _artefact(stage: PlannedStage) -> str:
+def _where(stage: PlannedStage) -> str:
+    """Its folder, from the work directory on."""
     work = WorkDirectory(Path(stage.config.work_dir))
-    if stage.info.name == RANKINGS:
-        return str(work.corpus(RANKINGS))
-    return str(work.tokenizer if stage.info.name == "tokenizer" else work.corpus("*"))
+    if stage.info.trains or stage.info.generates:
+        place = run_of(stage.config).path
+    elif stage.info.name == "tokenizer":
+        place = work.tokenizer
+    else:
+        place = work.corpus(RANKINGS) if stage.info.name == RANKINGS else work.corpus("x").parent
+    return str(place.relative_to(work.path))
 
 
 def _answers(result: Mapping[str, Any]) -> str:
