@@ -136,6 +136,26 @@ def generate(
     raise typer.Exit(generate(path, prompt, tokenizer, values, stop or [], seed, n, device, tp, options))
 
 
+@app.command("report")
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Runs (work/runs/STAGE/RUN_ID), all of a stage (work/runs/STAGE), or a work directory."),
+    ],
+    output: Annotated[
+        Path | None, typer.Option(help="The file; by default report.html in RUN, or here if there are several.")
+    ] = None,
+    run_id: Annotated[
+        str | None, typer.Option("--run-id", help="Of a work directory's command; by default the newest.")
+    ] = None,
+) -> None:
+    """Write one HTML file: curves, samples, layout, data, timeline, hardware, configuration (docs/report.md)."""
+    from dist_lm.report.write import write_report
+
+    path, size = write_report(runs, output, run_id)
+    print(f"{path} ({size / 1e6:.2f} MB)")
+
+
 @cluster.command("status")
 def cluster_status(
     work_dir: Annotated[Path, typer.Argument(help="The work_dir of a launch.")],

@@ -18,6 +18,18 @@ install_slurm() {
   echo "left out: the tests on a real Slurm; they need slurm-wlm, munge and iproute2, and root to install or to run them" >&2
 }
 
+# playwright's own browsers are not fetched: the tests use the one of the system
+install_chromium() {
+  if command -v chromium chromium-browser google-chrome >/dev/null; then return; fi
+  if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+    apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null && return
+  fi
+  echo "left out: the tests of the report in a browser; they need chromium, and root to install it" >&2
+}
+
+case " $* " in
+*heavy* | *tests/report*) install_chromium ;;
+esac
 case " $* " in
 *" -m heavy "* | *" -m bars "* | *slurm*) install_slurm ;;
 *) echo "left out: tests that take minutes (-m heavy), those on a real Slurm among them (-m slurm), and long ones (-m bars)" >&2 ;;

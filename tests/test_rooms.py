@@ -14,6 +14,7 @@ ROOMS = (
     ("launch", "__main__", "bench"),
     ("launcher",),
     ("train", "rank_program", "rank_data", "rank_result", "rank_start", "rlhf_run", "dry_run"),
+    ("report",),
     ("cluster",),
     ("stages",),
     ("rlhf",),

@@ -1,0 +1,189 @@
+"""Which curves stand together in a chart, and what is said about them: from the list of metrics. Pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from dist_lm.report.downsample import Curve, curve_of
+from dist_lm.report.facts import RunFacts, Series
+from dist_lm.tracking.metric import Metric
+from dist_lm.tracking.registry import UnknownMetricError, metric_of
+
+POINTS = 100_000  # of all curves of a report, and half as many of trends: what keeps the file small
+MOST_POINTS = 1000  # of one curve: more than a screen has columns
+KNOTS = 200  # of the lines that turn steps into tokens and hours
+TOKENS = "train/tokens"
+HEADLINES = (
+    "train/loss",
+    "val/bits_per_byte",
+    "reward/accuracy",
+    "rlhf/reward_mean",
+    "rlhf/kl",
+    "val/loss",
+    "perf/tokens_per_s",
+    "train/grad_norm",
+)
+SHOWN_FIRST = 4  # charts of a stage that are open when the page is
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of a chart."""
+
+    run: int  # its place among the runs of the report
+    label: str  # of the run, or what stands for the slot of a family
+    colour: int
+    curve: Curve
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves on the same axes."""
+
+    name: str
+    metric: Metric
+    lines: tuple[Line, ...]
+
+    @property
+    def positive(self) -> bool:
+        """Whether a logarithmic axis can show all of it."""
+        return all(np.nanmin(line.curve.points.values, initial=np.inf) > 0 for line in self.lines)
+
+    @property
+    def drawable(self) -> bool:
+        """Whether there is a finite value."""
+        return any(np.isfinite(line.curve.points.values).any() for line in self.lines)
+
+
+@dataclass(frozen=True)
+class StageCharts:
+    """The charts of a stage: a few to look at first, and the others by group."""
+
+    stage: str
+    first: tuple[Chart, ...]
+    groups: Mapping[str, tuple[Chart, ...]]
+
+    @property
+    def charts(self) -> list[Chart]:
+        return [*self.first, *(chart for group in self.groups.values() for chart in group)]
+
+
+def known(name: str) -> Metric:
+    """What the list says of a metric; one that is not in it (of another version) is shown by its name alone."""
+    try:
+        return metric_of(name)
+    except UnknownMetricError:
+        return Metric(name, "", "", "", (), "other")
+
+
+def charts_of(stages: Mapping[str, Sequence[RunFacts]], runs: Sequence[RunFacts]) -> list[StageCharts]:
+    """The charts of every stage, with as many points as the report has room for."""
+    curves = sum(len(run.series) for run in runs)
+    most = int(np.clip(POINTS / max(1, curves), 40, MOST_POINTS))
+    place = {id(run): number for number, run in enumerate(runs)}
+    return [_stage(stage, members, place, most) for stage, members in stages.items()]
+
+
+def _stage(stage: str, runs: Sequence[RunFacts], place: Mapping[int, int], most: int) -> StageCharts:
+    names = dict.fromkeys(name for run in runs for name in run.series)
+    together: dict[str, list[str]] = {}
+    for name in names:
+        together.setdefault(name if len(runs) > 1 else family(known(name)), []).append(name)
+    charts = []
+    for title, members in together.items():
+        members.sort(key=lambda name: (name != title, name))
+        metric = known(members[0])
+        lines = [
+            Line(place[id(run)], _label(run, title, name, runs), colour, curve_of(run.series[name], most))
+            for colour, (run, name) in enumerate((run, name) for run in runs for name in members if name in run.series)
+        ]
+        if len(runs) > 1:  # a colour is a run, in every chart of the stage
+            order = {place[id(run)]: colour for colour, run in enumerate(runs)}
+            lines = [replace(line, colour=order[line.run]) for line in lines]
+        charts.append(Chart(title, metric, tuple(lines)))
+    charts = [chart for chart in charts if chart.drawable]
+    chosen = [chart for name in HEADLINES for chart in charts if chart.name == name][:SHOWN_FIRST]
+    first = tuple(chosen or charts[:SHOWN_FIRST])
+    groups: dict[str, list[Chart]] = {}
+    for chart in charts:
+        if chart not in first:
+            groups.setdefault(chart.metric.group, []).append(chart)
+    return StageCharts(stage, first, {group: tuple(members) for group, members in groups.items()})
+
+
+def family(metric: Metric) -> str:
+    """The chart of a metric: `val/loss_{corpus}` is drawn with `val/loss`."""
+    return metric.name.partition("{")[0].rstrip("_/") if metric.slot else metric.name
+
+
+def _label(run: RunFacts, title: str, name: str, runs: Sequence[RunFacts]) -> str:
+    if len(runs) > 1:
+        return run.label
+    return name.removeprefix(title).lstrip("_/") or "all"
+
+
+class Numbers:
+    """Lists of steps, kept once however many curves share them."""
+
+    def __init__(self) -> None:
+        self.lists: list[list[float | None]] = []
+        self._place: dict[bytes, int] = {}
+
+    def keep(self, numbers: np.ndarray) -> int:
+        """The place of this list."""
+        key = numbers.tobytes()
+        if key not in self._place:
+            self._place[key] = len(self.lists)
+            self.lists.append(numbers.tolist())
+        return self._place[key]
+
+
+def as_data(stages: Sequence[StageCharts], runs: Sequence[RunFacts]) -> dict[str, Any]:
+    """What the page draws from, ready for JSON: `charts`, `steps` (lists that curves share), `runs` (their axes)."""
+    numbers = Numbers()
+    charts = [
+        {
+            "name": chart.name,
+            "unit": chart.metric.unit,
+            "positive": chart.positive,
+            "lines": [_line(line, numbers) for line in chart.lines],
+        }
+        for stage in stages
+        for chart in stage.charts
+    ]
+    return {"charts": charts, "runs": [_axes(run) for run in runs], "steps": numbers.lists}
+
+
+def _line(line: Line, numbers: Numbers) -> dict[str, Any]:
+    data = {
+        "run": line.run,
+        "label": line.label,
+        "colour": line.colour,
+        "x": numbers.keep(line.curve.points.steps),
+        "y": _rounded(line.curve.points.values),
+    }
+    if line.curve.trend:
+        data["trend"] = {"x": numbers.keep(line.curve.trend.steps), "y": _rounded(line.curve.trend.values)}
+    return data
+
+
+def _axes(run: RunFacts) -> dict[str, Any]:
+    """Knots of the lines from step to tokens, and to hours since the run began."""
+    began = run.clock.values[0] if len(run.clock.values) else 0.0
+    hours = Series(run.clock.steps, np.maximum.accumulate(run.clock.values - began) / 3600)
+    return {"tokens": _knots(run.series.get(TOKENS)), "hours": _knots(hours)}
+
+
+def _knots(series: Series | None) -> dict[str, list] | None:
+    if series is None or len(series.steps) < 2:
+        return None
+    chosen = np.unique(np.linspace(0, len(series.steps) - 1, KNOTS).astype(np.int64))
+    return {"x": series.steps[chosen].tolist(), "y": _rounded(series.values[chosen], digits=7)}
+
+
+def _rounded(values: np.ndarray, digits: int = 5) -> list[float | None]:
+    """Five digits are more than a screen shows; a value that is not finite is a gap."""
+    shown = (float(f"{value:.{digits}g}") if np.isfinite(value) else None for value in values.tolist())
+    return [int(value) if value is not None and value.is_integer() else value for value in shown]

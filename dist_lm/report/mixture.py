@@ -1,0 +1,112 @@
+"""What a model was trained on: shares of corpora and languages, counts, sources, the tokenizer. Pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dist_lm.data.manifest import Counts, Manifest
+from dist_lm.report.facts import RunFacts, WorkFacts
+from dist_lm.tracking.readable import gib, readable_count
+
+COLOURS = 8
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of a bar; `start` and `width` are per cent."""
+
+    label: str
+    start: float
+    width: float
+    colour: int
+    words: str
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What one run reads."""
+
+    label: str
+    shares: tuple[Share, ...]
+
+
+@dataclass(frozen=True)
+class CorpusRow:
+    """A language of a corpus."""
+
+    corpus: str
+    language: str
+    documents: str
+    tokens: str
+    size: str
+    held_out: str
+    bytes_per_token: str
+
+
+def mixtures(runs: Sequence[RunFacts], works: Sequence[WorkFacts]) -> list[Mixture]:
+    """A bar for each run whose corpora are there: languages, weighed with the share of their corpus in a step."""
+    work_of = {work.path: work for work in works}
+    colours: dict[str, int] = {}
+    found = []
+    for run in runs:
+        work = work_of.get(run.path.parents[2])
+        stage = run.config.get("stage", {})
+        if not work or stage.get("corpus") not in work.corpora:
+            continue
+        mix = {str(name): float(share) for name, share in (stage.get("mix") or {}).items()}
+        corpora = {stage["corpus"]: 1 - sum(mix.values())} | mix
+        parts = [part for name, share in corpora.items() for part in _parts(name, share, work.corpora.get(name))]
+        found.append(Mixture(run.label, tuple(_bar(parts, colours))))
+    return found
+
+
+def corpus_rows(work: WorkFacts) -> list[CorpusRow]:
+    """The languages of every corpus, the largest first."""
+    rows = []
+    for name, manifest in work.corpora.items():
+        train = manifest.splits.get("train")
+        held_out = manifest.splits.get("val")
+        languages: Mapping[str, Counts] = train.languages if train else {}
+        for language, counts in sorted(languages.items(), key=lambda pair: -pair[1].tokens):
+            val = held_out.languages.get(language, Counts()) if held_out else Counts()
+            rows.append(
+                CorpusRow(
+                    name,
+                    language,
+                    f"{counts.documents:,}",
+                    readable_count(counts.tokens),
+                    gib(counts.bytes),
+                    f"{val.documents:,}",
+                    f"{counts.bytes / counts.tokens:.2f}" if counts.tokens else "",
+                )
+            )
+    return rows
+
+
+def tokenizer_words(report: Mapping[str, Any]) -> str:
+    """The tokenizer in a line; empty without a report."""
+    if not report:
+        return ""
+    by = ", ".join(f"{name} {facts['bytes_per_token']:.2f}" for name, facts in report.get("languages", {}).items())
+    return f"{report['vocab_size']:,} pieces, {report['bytes_per_token']:.2f} bytes a token{f' ({by})' if by else ''}"
+
+
+def _parts(name: str, share: float, manifest: Manifest | None) -> list[tuple[str, float, str]]:
+    """(language, share, words) of one corpus; its tokens are taken evenly, so languages weigh as many as they have."""
+    train = manifest.splits.get("train") if manifest else None
+    total = train.counts.tokens if train else 0
+    if not train or not total:
+        return [(name, share, f"corpus {name}")]
+    return [
+        (language, share * counts.tokens / total, f"corpus {name}, {readable_count(counts.tokens)} tokens")
+        for language, counts in sorted(train.languages.items(), key=lambda pair: -pair[1].tokens)
+    ]
+
+
+def _bar(parts: Sequence[tuple[str, float, str]], colours: dict[str, int]) -> list[Share]:
+    shares, start = [], 0.0
+    for label, share, words in parts:
+        colour = colours.setdefault(label, len(colours) % COLOURS)
+        shares.append(Share(label, start, share * 100, colour, f"{label}: {share:.1%} of a step ({words})"))
+        start += share * 100
+    return shares

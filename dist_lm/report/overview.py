@@ -1,0 +1,87 @@
+"""A card for each run: how it stands and the figures that matter most. Pure."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dist_lm.report.charts import known
+from dist_lm.report.facts import RunFacts
+from dist_lm.tracking.progress import duration
+from dist_lm.tracking.readable import counted, readable_count, three_digits
+
+FIGURES = (  # the first four that a run has
+    "tools/call_exact",
+    "reward/accuracy",
+    "rlhf/reward_mean",
+    "rlhf/kl",
+    "val/bits_per_byte",
+    "val/loss",
+    "train/loss",
+    "perf/tokens_per_s",
+    "perf/memory_gib",
+)
+SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A figure, and what it was at first; `before` is empty where that says nothing."""
+
+    name: str
+    value: str
+    unit: str
+    before: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """One run."""
+
+    label: str
+    stage: str
+    state: str
+    words: str
+    figures: tuple[Entry, ...]
+
+
+def card_of(run: RunFacts) -> Card:
+    """The card of a run."""
+    entries = [entry for name in FIGURES if (entry := _entry(run, name))]
+    return Card(run.label, run.stage, run.state, _words(run), tuple(entries[:SHOWN]))
+
+
+def _entry(run: RunFacts, name: str) -> Entry | None:
+    value = run.last(name)
+    if value is None:
+        return None
+    metric = known(name)
+    values = run.series[name].values
+    first = values[np.isfinite(values)][0]
+    learned = metric.better and not name.startswith("perf/") and len(values) > 1
+    return Entry(name, shown(value), metric.unit, shown(float(first)) if learned else "")
+
+
+def shown(value: float) -> str:
+    """A figure in a few digits: `2.314`, `0.871`, `9,412`, `1.20e-05`."""
+    if value and abs(value) < 1e-3:
+        return f"{value:.2e}"
+    return f"{value:.4g}" if abs(value) < 100 else three_digits(value) if value > 0 else f"{value:,.0f}"
+
+
+def _words(run: RunFacts) -> str:
+    parts = []
+    if run.steps:
+        parts.append(f"step {run.step:,} of {run.steps:,}")
+    elif "answers" in run.result:
+        parts.append(f"{run.result['answers']:,} answers")
+    if parameters := run.result.get("parameters"):
+        parts.append(f"{readable_count(parameters)} parameters")
+    elif run.config.get("model", {}).get("name"):
+        parts.append(f"model {run.config['model']['name']}")
+    if run.layout:
+        parts.append(counted(run.layout.world_size, "rank"))
+    if seconds := run.result.get("seconds"):
+        parts.append(duration(seconds))
+    elif len(run.clock.values) > 1:
+        parts.append(duration(float(run.clock.values.max() - run.clock.values.min())))
+    return " · ".join(parts)

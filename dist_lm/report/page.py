@@ -1,0 +1,117 @@
+"""From facts to the one HTML file: escaped by the template engine, nothing loaded from anywhere, no script but ours."""
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from dist_lm.report.charts import Chart, as_data, charts_of
+from dist_lm.report.config_diff import differences, flat, from_defaults
+from dist_lm.report.facts import Facts
+from dist_lm.report.hardware import hardware_of
+from dist_lm.report.layout_panels import panels
+from dist_lm.report.mixture import corpus_rows, mixtures, tokenizer_words
+from dist_lm.report.overview import card_of
+from dist_lm.report.samples import sample_of
+from dist_lm.report.timeline import timeline_of
+from dist_lm.tracking.readable import counted
+
+HERE = Path(__file__).parent
+SAMPLES = 80  # of all runs of a report
+
+
+def render(facts: Facts, made: str) -> str:
+    """The page.
+
+    Args:
+        made: when, for people.
+    """
+    by_stage = facts.by_stage()
+    shown = max(2, SAMPLES // max(1, len(facts.runs)))
+    stages = charts_of(by_stage, facts.runs)
+    style = _inline("vendor/uPlot.min.css") + _inline("page.css")
+    library, script = _inline("vendor/uPlot.iife.min.js"), _inline("page.js")
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    data = environment.from_string("{{ data | tojson }}").render(data=as_data(stages, facts.runs))
+    return environment.get_template(
+        "page.html.jinja"
+    ).render(
+        facts=facts,
+        made=made,
+        policy=policy(style, [library, script]),
+        style=style,
+        library=library,
+        script=script,
+        data=Markup(data),  # noqa: S704  `tojson` has escaped what could end the element
+        sections=_sections(list(by_stage)),
+        stages=stages,
+        cards=[card_of(run) for run in facts.runs],
+        stage_samples={
+            stage: [(run, [sample_of(row) for row in run.samples.rows[:shown]]) for run in runs if run.samples.rows]
+            for stage, runs in by_stage.items()
+        },
+        pictures=panels(facts.runs),
+        mixtures=mixtures(facts.runs, facts.works),
+        corpus_rows=corpus_rows,
+        tokenizer_words=tokenizer_words,
+        timeline=timeline_of(facts.runs),
+        hardware=hardware_of(facts.runs),
+        differences=differences([run.config for run in facts.runs]) if len(facts.runs) > 1 else [],
+        configurations=[(run, from_defaults(run.config), flat(run.config)) for run in facts.runs],
+        notes=notes_of,
+        counted=counted,
+    )
+
+
+def notes_of(chart: Chart) -> list[str]:
+    """What has to be said for a chart to be honest."""
+    notes = []
+    thinned = [line.curve for line in chart.lines if len(line.curve.points.steps) < line.curve.measured]
+    if thinned:
+        most = max(thinned, key=lambda curve: curve.measured)
+        notes.append(
+            f"{most.measured:,} measured values, {len(most.points.steps):,} drawn: "
+            "smallest and largest of each stretch of steps"
+        )
+    lost = sum(line.curve.not_finite for line in chart.lines)
+    if lost:
+        notes.append(f"{counted(lost, 'value')} not finite: gaps in the curve")
+    return notes
+
+
+def policy(style: str, scripts: Sequence[str]) -> str:
+    """A Content-Security-Policy that lets run what is in the page, and lets nothing be loaded or sent."""
+    allowed = " ".join(_hash(script) for script in scripts)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src {_hash(style)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _inline(name: str) -> Markup:
+    """A file of ours that goes into the page as it is."""
+    text = (HERE / name).read_text(encoding="utf-8")
+    assert not any(end in text for end in ("</script", "</style")), name
+    return Markup(text)  # noqa: S704
+
+
+def _sections(stages: Sequence[str]) -> list[tuple[str, str]]:
+    return [
+        ("overview", "Overview"),
+        *((f"stage-{stage}", stage) for stage in stages),
+        ("layout", "Layout"),
+        ("data", "Data"),
+        ("timeline", "Timeline"),
+        ("hardware", "Hardware"),
+        ("configuration", "Configuration"),
+    ]

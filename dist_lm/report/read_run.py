@@ -1,0 +1,169 @@
+"""From a run directory to `RunFacts`. What is missing is left empty: runs that failed early have a report."""
+
+import json
+from array import array
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dist_lm.cluster.journal import read_events
+from dist_lm.config import ModelConfig
+from dist_lm.errors import ArtefactError
+from dist_lm.json_lines import json_lines
+from dist_lm.parallel.layout import AXES, Layout
+from dist_lm.report.facts import Checkpoint, RunFacts, Samples, Series, State
+from dist_lm.run_directory import RunDirectory
+from dist_lm.run_lock import is_locked
+from dist_lm.tracking.metrics import read_metrics
+from dist_lm.tracking.redact import redact, redact_text
+from dist_lm.training import checkpoint_files
+
+SHOWN_SAMPLES = 16
+STALL = "checkpoint/stall_s"
+
+
+def read_run(run: RunDirectory, label: str) -> RunFacts:
+    """Everything the report shows of one run.
+
+    Raises:
+        ArtefactError: there is no run, or a file of it is damaged.
+    """
+    if not run.config.is_file():
+        raise ArtefactError(f"{run.path}: no run (it has no {run.config.name}); give work/runs/STAGE/RUN_ID")
+    config = _config(run.config)
+    events = tuple(_safe(event) for event in read_events(run.events))
+    series, clock = read_series(run.metrics)
+    return RunFacts(
+        path=run.path,
+        label=label,
+        stage=str(config.get("stage", {}).get("name") or run.path.parent.name),
+        run_id=str(config.get("run_id") or run.path.name),
+        state=_state(run),
+        config=config,
+        model=_model(config),
+        layout=_layout(events),
+        series=series,
+        clock=clock,
+        result=_json(run.result),
+        events=events,
+        links=_json(run.links),
+        checkpoints=tuple(_checkpoints(run, series.get(STALL), clock)),
+        samples=_samples(run),
+    )
+
+
+def read_series(path: Path) -> tuple[dict[str, Series], Series]:
+    """Every metric of a metrics file by name, and the time of every step; 16 bytes a value are held.
+
+    Raises:
+        ArtefactError: a line is damaged.
+    """
+    steps: dict[str, array] = {}
+    values: dict[str, array] = {}
+    for line in read_metrics(path) if path.exists() else ():
+        step = line["step"]
+        for name, value in line.items():
+            if name == "step":
+                continue
+            if name not in steps:
+                steps[name], values[name] = array("q"), array("d")
+            steps[name].append(step)
+            values[name].append(float("nan") if value is None else value)
+    found = {name: _by_step(np.array(steps[name], np.int64), np.array(values[name])) for name in steps}
+    return found, found.pop("time", Series(np.zeros(0, np.int64), np.zeros(0)))
+
+
+def _by_step(steps: np.ndarray, values: np.ndarray) -> Series:
+    """By rising step; of several values of a step the one that was written last."""
+    order = np.argsort(steps, kind="stable")
+    steps, values = steps[order], values[order]
+    last = np.append(steps[1:] != steps[:-1], True) if len(steps) else np.zeros(0, bool)
+    return Series(steps[last], values[last])
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, OmegaConfBaseException, ValueError) as error:
+        raise ArtefactError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(loaded, dict):
+        raise ArtefactError(f"{path}: not the configuration of a run")
+    return redact(loaded)
+
+
+def _model(config: Mapping[str, Any]) -> ModelConfig | None:
+    try:
+        return ModelConfig(**config["model"])
+    except (KeyError, TypeError, ValueError):  # written by another version: the report has no picture of it
+        return None
+
+
+def _layout(events: tuple[Mapping[str, Any], ...]) -> Layout | None:
+    """Of the newest attempt, which may differ from what the configuration asks for (a node was lost or found)."""
+    for event in reversed(events):
+        if event["event"] == "started":
+            pairs = dict(part.split("=", 1) for part in str(event.get("layout", "")).split())
+            return Layout(*(int(pairs[axis]) for axis in AXES)) if set(AXES) <= pairs.keys() else None
+    return None
+
+
+def _state(run: RunDirectory) -> State:
+    if run.result.exists():
+        return "finished"
+    return "running" if is_locked(run.launch_lock) else "unfinished"
+
+
+def _checkpoints(run: RunDirectory, stalls: Series | None, clock: Series) -> Iterator[Checkpoint]:
+    """Those that are there, and those that are known from the metrics only."""
+    marks: dict[str, list[str]] = {}
+    for pointer, mark in ((checkpoint_files.LATEST, "newest"), (checkpoint_files.BEST, "best")):
+        if target := checkpoint_files.read_pointer(run.checkpoints, pointer):
+            marks.setdefault(target.name, []).append(mark)
+    kept = {checkpoint_files.step_of(path): path for path in checkpoint_files.steps_in(run.checkpoints)}
+    stall_of = dict(zip(stalls.steps.tolist(), stalls.values.tolist(), strict=True)) if stalls else {}
+    time_of = dict(zip(clock.steps.tolist(), clock.values.tolist(), strict=True)) if kept or stall_of else {}
+    for step in sorted(kept.keys() | stall_of.keys()):
+        path = kept.get(step)
+        at = time_of.get(step) or (path.stat().st_mtime if path else None)
+        if at is not None:
+            mark = ", ".join(marks.get(path.name, [])) if path else "gone"
+            yield Checkpoint(step, at, mark, stall_of.get(step))
+
+
+def _samples(run: RunDirectory) -> Samples:
+    files = sorted(run.samples.glob("step_*.jsonl")) or sorted(run.samples.glob("part-*.jsonl"))
+    if not files:
+        return Samples()
+    newest = files[-1] if files[-1].name.startswith("step_") else files[0]  # parts are all of one model
+    try:
+        rows = [dict(row) for row in islice(json_lines(newest), 1 << 16)]
+    except (ValueError, TypeError) as error:
+        raise ArtefactError(f"{newest}: not a file of samples ({error}); move it away to go on without it") from error
+    return Samples(newest.name, tuple(_spread(rows)), len(rows), len(files))
+
+
+def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A few of many rows, some of each kind or language, in their order."""
+    kinds: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        kinds.setdefault(str(row.get("kind") or row.get("language") or ""), []).append(number)
+    share = max(2, SHOWN_SAMPLES // max(1, len(kinds)))
+    chosen = sorted(number for numbers in kinds.values() for number in numbers[:share])
+    return [rows[number] for number in chosen[:SHOWN_SAMPLES]]
+
+
+def _safe(event: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: redact_text(value) if isinstance(value, str) else redact(value) for key, value in event.items()}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ArtefactError(f"{path}: no JSON ({error}); move it away to go on without it") from error
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,215 @@
+"""What a report is made of, without a browser: reading, thinning, pictures, differences, escaping, size."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_lm.config import ModelConfig
+from dist_lm.errors import ArtefactError
+from dist_lm.parallel.layout import Layout
+from dist_lm.parallel.placement import placements
+from dist_lm.report.charts import charts_of
+from dist_lm.report.config_diff import differences, from_defaults
+from dist_lm.report.downsample import downsample, trend_of
+from dist_lm.report.facts import Series
+from dist_lm.report.layout_picture import kinds, mesh_picture, parameter_picture
+from dist_lm.report.read_run import read_run, read_series
+from dist_lm.report.read_work import read_facts
+from dist_lm.report.timeline import timeline_of
+from dist_lm.report.write import write_report
+from dist_lm.run_directory import WorkDirectory
+from tests.report.made_runs import HOSTILE, STAGES, make_pipeline, make_run, write_lines
+
+MODEL = ModelConfig("small", d_model=64, n_layers=2, n_heads=4, d_ff=96, max_seq_len=64, vocab_size=512)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> WorkDirectory:
+    return make_pipeline(tmp_path_factory.mktemp("work"))
+
+
+@pytest.fixture(scope="module")
+def page(work) -> str:
+    path, _ = write_report([work.path], None, None)
+    return path.read_text(encoding="utf-8")
+
+
+def series(values) -> Series:
+    return Series(np.arange(len(values)), np.array(values, float))
+
+
+@given(st.integers(0, 1000), st.integers(1, 3000), st.integers(8, 400))
+def test_thinning_keeps_extremes_and_ends_and_invents_nothing(seed, count, most):
+    whole = series(np.random.default_rng(seed).normal(0, 1, count))
+    thin = downsample(whole, most)
+    assert len(thin.steps) <= most
+    assert (np.diff(thin.steps) > 0).all()
+    assert (thin.values == whole.values[thin.steps]).all()
+    assert thin.values.min() == whole.values.min()
+    assert thin.values.max() == whole.values.max()
+    assert {thin.steps[0], thin.steps[-1]} == {whole.steps[0], whole.steps[-1]}
+
+
+def test_a_stretch_without_a_finite_value_stays_a_gap():
+    values = np.ones(10_000)
+    values[4000:6000] = np.nan
+    thin = downsample(series(values), 100)
+    inside = (thin.steps >= 4100) & (thin.steps < 5900)
+    assert inside.any()
+    assert np.isnan(thin.values[inside]).all()
+
+
+def test_a_trend_is_the_mean_around_a_step_and_none_for_a_smooth_curve():
+    noisy = 5 + np.tile([-1.0, 1.0], 2000)
+    trend = trend_of(series(noisy))
+    assert trend is not None
+    assert np.abs(trend.values[5:-5] - 5).max() < 0.1
+    assert trend_of(series(np.linspace(0, 1, 4000))) is None
+    assert trend_of(series(noisy[:50])) is None
+
+
+def test_of_several_values_of_a_step_the_newest_counts_and_null_is_a_gap(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": 2, "time": 5.0, "train/loss": 3.0}, {"step": 1, "time": 4.0, "train/loss": None}]
+    write_lines(path, [*lines, {"step": 2, "time": 6.0, "train/loss": 2.5}])
+    found, clock = read_series(path)
+    assert found["train/loss"].steps.tolist() == [1, 2]
+    assert math.isnan(found["train/loss"].values[0])
+    assert found["train/loss"].values[1] == 2.5
+    assert clock.values.tolist() == [4.0, 6.0]
+
+
+@pytest.mark.parametrize("layout", [Layout(1, 1, 1), Layout(2, 2, 1), Layout(1, 4, 3), Layout(2, 1, 4)])
+def test_every_rank_is_in_the_mesh_and_parts_cover_what_ranks_hold(layout):
+    attempt = {"nodes": [{"host": "<b>a</b>"}], "ranks_per_node": layout.world_size}
+    mesh = str(mesh_picture(layout, attempt))
+    assert {int(rank) for rank in re.findall(r"<title>rank (\d+),", mesh)} == set(range(layout.world_size))
+    assert "<b>" not in mesh
+    for kind in kinds(MODEL, layout):
+        titles = re.findall(r"<title>ranks? ([^<]*)</title>", str(parameter_picture(kind, layout)))
+        held = [rank for title in titles for rank in expanded(title)]
+        assert set(held) == set(range(layout.world_size)), kind
+        assert len(held) == layout.world_size, "a rank holds one part"
+
+
+def expanded(title: str) -> list[int]:
+    ranges = [part.split("-") for part in title.split(", ")]
+    return [rank for part in ranges for rank in range(int(part[0]), int(part[-1]) + 1)]
+
+
+def test_kinds_hold_all_matrices():
+    layout = Layout(1, 2, 2)
+    large = sum(
+        math.prod(placement.logical)
+        for name, placement in placements(MODEL, layout).items()
+        if len(placement.logical) > 1 and not name.endswith("_bias")
+    )
+    assert sum(kind.elements for kind in kinds(MODEL, layout)) == large
+
+
+def test_a_layout_of_a_thousand_ranks_stays_a_small_picture():
+    picture = mesh_picture(Layout(2, 64, 8), {"ranks_per_node": 8, "nodes": [{"host": str(n)} for n in range(128)]})
+    assert len(picture) < 200_000
+
+
+def test_differences_are_the_keys_that_differ_and_defaults_what_was_set():
+    first = {"stage": {"name": "code", "lr": 1e-3, "steps": 10}, "run_id": "a"}
+    second = {"stage": {"name": "code", "lr": 2e-3, "steps": 10, "new": True}, "run_id": "b"}
+    rows = {row.key: row.values for row in differences([first, second])}
+    assert rows == {"stage.lr": ("0.001", "0.002"), "stage.new": ("–", "true")}
+    assert {row.key: row.values for row in from_defaults(first)}["stage.lr"] == ("0.0001", "0.001")
+
+
+def test_a_work_directory_means_the_runs_of_its_newest_command(work):
+    facts = read_facts([work.path])
+    assert [run.stage for run in facts.runs] == list(STAGES)
+    assert facts.works[0].pipeline["state"] == "done"
+    assert read_facts([work.path / "runs"]).runs[0].label == "language"
+    assert [run.label for run in read_facts([work.run("code", "default").path]).runs] == ["default"]
+
+
+def test_what_is_no_run_is_refused_in_one_line(tmp_path, work):
+    with pytest.raises(ArtefactError, match="nothing to report on; give a run"):
+        read_facts([tmp_path])
+    with pytest.raises(ArtefactError, match="run ids: default"):
+        read_facts([work.path], "other")
+    with pytest.raises(ArtefactError, match="--output"):
+        write_report([work.path], tmp_path / "absent" / "report.html", None)
+
+
+def test_attempts_failures_and_checkpoints_are_on_the_timeline(work):
+    run = read_run(work.run("code", "default"), "code")
+    timeline = timeline_of([run])
+    assert timeline is not None
+    kinds_of = [item.kind for item in timeline.lanes[0].items]
+    assert kinds_of.count("attempt") == 2
+    assert kinds_of.count("failed") == 1
+    assert kinds_of.count("best") == 1
+    assert all(0 <= item.start <= 100 and item.start + item.width <= 100.5 for item in timeline.lanes[0].items)
+
+
+def test_a_family_of_metrics_is_one_chart_and_runs_that_are_compared_share_one(work, tmp_path):
+    run = read_run(work.run("code", "default"), "first")
+    chart = next(c for c in charts_of({"code": [run]}, [run])[0].charts if c.name == "val/bits_per_byte")
+    assert [line.label for line in chart.lines] == ["all", "bash", "python", "sql"]
+    second = read_run(make_run(WorkDirectory(tmp_path), "code", "second"), "second")
+    charts = charts_of({"code": [run, second]}, [run, second])[0].charts
+    loss = next(c for c in charts if c.name == "val/bits_per_byte_python")
+    assert [line.label for line in loss.lines] == ["first", "second"]
+    assert [line.colour for line in loss.lines] == [0, 1]
+
+
+def test_nothing_of_a_run_becomes_markup_or_loads_anything(page):
+    assert HOSTILE not in page
+    assert "&lt;/script&gt;&lt;script&gt;document.title" in page
+    assert page.count("<script") == 3
+    assert not re.findall(
+        r"""(?:src|href)\s*=\s*["'](?!#|data:,)[^"']*""", re.sub(r"<script.*?</script>", "", page, flags=re.S)
+    )
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
+    assert policy
+    assert "unsafe" not in policy[1]
+    assert policy[1].startswith("default-src &#39;none&#39;")
+
+
+def test_no_secret_is_in_it(page):
+    assert "hunter2" not in page
+
+
+def test_a_name_of_a_run_cannot_end_the_data(tmp_path):
+    run = make_run(WorkDirectory(tmp_path), "language", "default", steps=20)
+    write_lines(run.metrics, [{"step": n, "time": n, f"val/loss_{HOSTILE}": n} for n in range(1, 9)])
+    path, _ = write_report([run.path], None, None)
+    page = path.read_text(encoding="utf-8")
+    data = re.search(r'<script type="application/json" id="chart-data">(.*?)</script>', page, re.S)
+    assert data
+    assert HOSTILE in json.dumps(json.loads(data[1])["charts"][0]["lines"][0]["label"]).encode().decode(
+        "unicode_escape"
+    )
+    assert page.count("<script") == 3
+
+
+def test_a_run_that_failed_at_once_has_a_report(tmp_path):
+    run = make_run(WorkDirectory(tmp_path), "code", "default", finished=False)
+    for path in (run.metrics, run.events, *run.samples.iterdir()):
+        path.unlink()
+    page = write_report([run.path], None, None)[0].read_text(encoding="utf-8")
+    assert "No step has been measured yet" in page
+    assert "unfinished" in page
+
+
+def test_a_long_run_with_many_metrics_stays_small(tmp_path):
+    run = make_run(WorkDirectory(tmp_path), "code", "default", steps=20)
+    count, names = 5_000, [f"train/grad_norm_{n}" for n in range(20)]
+    values = np.random.default_rng(0).random((count, len(names))).tolist()
+    write_lines(
+        run.metrics, ({"step": n + 1, "time": n} | dict(zip(names, values[n], strict=True)) for n in range(count))
+    )
+    path, size = write_report([run.path], None, None)
+    assert size < 1e6
+    assert "5,000 measured values" in path.read_text(encoding="utf-8")
