@@ -9,6 +9,7 @@ Dimensions: M rows, D inputs, N outputs.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -49,13 +50,10 @@ def _packs(weight: torch.Tensor) -> bool:
 
 
 def _packed(weight_ND: torch.Tensor, bias_N: torch.Tensor | None, gelu: bool) -> Linear:
-    n_rows, width = weight_ND.shape
-    for n_parts in PARTS:
-        if width % (n_parts * VECTOR) and n_parts > 1:
-            break
-        linear = _Packed(weight_ND.chunk(n_parts, dim=1), bias_N, gelu)
-        if _rounds_alike(linear, n_rows, width):
-            return linear
+    n_outputs, width = weight_ND.shape
+    n_parts = _parts_that_round_alike(n_outputs, width, bias_N is not None, gelu, torch.get_num_threads())
+    if n_parts:
+        return _Packed(weight_ND.chunk(n_parts, dim=1), bias_N, gelu)
     whole = _Packed([weight_ND], bias_N, gelu)
 
     def doubled(x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
@@ -90,6 +88,23 @@ class _Packed:
         for part, weight in zip(others, self._others, strict=True):
             y_MN = product.binary(part, y_MN, weight, None, "add")
         return y_MN if self._activation is _NO_ACTIVATION else F.gelu(y_MN)
+
+
+@cache
+def _parts_that_round_alike(n_outputs: int, width: int, biased: bool, gelu: bool, threads: int) -> int:
+    """Of how few parts one row alone gets the bits that it gets beside others; 0: of none.
+
+    A matter of shapes, not of weights: new weights do not ask again.
+    """
+    generator = torch.Generator().manual_seed(1)
+    weight_ND = torch.randn(n_outputs, width, generator=generator)
+    bias_N = torch.randn(n_outputs, generator=generator) if biased else None
+    for n_parts in PARTS:
+        if width % (n_parts * VECTOR) and n_parts > 1:
+            break
+        if _rounds_alike(_Packed(weight_ND.chunk(n_parts, dim=1), bias_N, gelu), n_outputs, width):
+            return n_parts
+    return 0
 
 
 def _rounds_alike(linear: Linear, n_outputs: int, width: int) -> bool:

@@ -1,6 +1,7 @@
 """One answer on its way through an engine."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from dist_lm.generation.request import Answer, FinishReason, OnText, Request
@@ -25,7 +26,7 @@ class Sequence:
     saved: Any = None  # content of its pages, while it had to give them up
     finish: FinishReason | None = None
 
-    @property
+    @cached_property
     def seed(self) -> int:
         """Of this answer."""
         return signed(hash_words(self.request.seed, self.index))

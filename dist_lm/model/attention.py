@@ -30,7 +30,10 @@ class Visibility:
 
 
 CAUSAL = Visibility()
-WORTH_A_CALL = 8  # tokens of a document, on average, from which one by one is faster on a CPU than a mask
+# a call a document is slower on a CPU than a mask where documents are short, or rows are: a mask is looked at for every
+# pair of tokens of a row
+WORTH_A_CALL = 8  # tokens of a document, on average
+PAIRS_WORTH_A_CALL = 2048  # pairs of tokens of a row, a document
 
 
 def within_documents(
@@ -52,9 +55,18 @@ def within_documents(
         return Visibility(boundary=document_boundaries(document_BT))
     if document_BT.device.type == "cpu" and not isinstance(document_BT, FakeTensor):  # a dry run has no values to see
         boundary = document_boundaries(document_BT)
-        if document_BT.numel() >= WORTH_A_CALL * (len(boundary) - 1):
+        if _is_worth_calls(boundary.diff(), document_BT.shape[1]):
             return Visibility(boundary=boundary)
     return _masked((document_BT[:, :, None] == document_BT[:, None, :]) & _causal(document_BT), dtype)
+
+
+def _is_worth_calls(lengths: torch.Tensor, width: int) -> bool:
+    """Whether a CPU takes documents of these lengths, in rows of `width` tokens, apart."""
+    n_tokens, n_documents = int(lengths.sum()), len(lengths)
+    if n_documents * int(lengths[0]) == n_tokens and bool((lengths == lengths[0]).all()):
+        return True  # in one call
+    longest_mask = n_documents * PAIRS_WORTH_A_CALL
+    return n_tokens >= WORTH_A_CALL * n_documents and n_tokens * width > longest_mask
 
 
 def _causal(like_BT: torch.Tensor) -> torch.Tensor:
@@ -118,9 +130,13 @@ def variable_length(
 def one_by_one(
     q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor, boundary: torch.Tensor, longest: int
 ) -> torch.Tensor:
-    """The same, a document a call: nothing is computed of tokens that do not see each other."""
+    """The same, a document a call: nothing is computed of tokens that do not see each other. Where all are of one
+    length, they are rows of a single call."""
     lengths = boundary.diff().tolist()
     assert max(lengths) <= longest
+    if min(lengths) == max(lengths):
+        rows = (x.unflatten(0, (len(lengths), lengths[0])) for x in (q_NHK, k_NGK, v_NGK))
+        return attend(*rows, CAUSAL).flatten(0, 1)
     documents = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q_NHK, k_NGK, v_NGK)), strict=True)
     grouped = q_NHK.shape[1] != k_NGK.shape[1]
     outputs = [

@@ -9,6 +9,8 @@ the values.
 Dimensions: B sequences, T tokens, D d_model, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 from torch import nn
@@ -45,9 +47,19 @@ class Block(nn.Module):
         rope: RopeTables,
         visibility: Visibility,
         dropout: tuple[SiteDropout | None, SiteDropout | None] = (None, None),
+        kept_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """The stream behind the layer.
+
+        Args:
+            kept_N: int64; the tokens, in the flattened batch, that anybody reads behind it: (1, N, D) is returned, and
+                the others, which are only attended to, do without the feed-forward network. None: all.
+        """
         a_BTD = self.attention(self.attention_norm(x_BTD), rope, visibility)
         x_BTD = x_BTD + apply_dropout(a_BTD, dropout[0])
+        if kept_N is not None:
+            assert dropout[1] is None, "dropout goes by the place of a token"
+            x_BTD = x_BTD.flatten(0, 1).index_select(0, kept_N)[None]
         f_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
         return x_BTD + apply_dropout(f_BTD, dropout[1])
 
@@ -92,11 +104,13 @@ class Transformer(nn.Module):
         position_BT: torch.Tensor | None = None,
         branch_BT: torch.Tensor | None = None,
         dropout: DropoutKey | None = None,
+        kept_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The normalised residual stream (B, T, D) that `head` makes logits of; arguments as in `forward`.
 
         Args:
             branch_BT: see `within_documents`; only with `document_BT`.
+            kept_N: see `Block.forward`, of the last layer; not with dropout.
         """
         x_BTD = self.embedding(tokens_BT)
         if position_BT is None:
@@ -110,7 +124,7 @@ class Transformer(nn.Module):
         x_BTD = apply_dropout(x_BTD, sites[EMBEDDING_SITE])
         for layer, block in enumerate(self.blocks):
             own = (sites[residual_site(layer, 0)], sites[residual_site(layer, 1)])
-            x_BTD = block(x_BTD, rope, visibility, own)
+            x_BTD = block(x_BTD, rope, visibility, own, kept_N if layer == len(self.blocks) - 1 else None)
         return self.final_norm(x_BTD)
 
     def head(self, x_BTD: torch.Tensor) -> torch.Tensor:
@@ -141,11 +155,13 @@ class Transformer(nn.Module):
                 others, whose losses are 0. None: all.
         """
         x_BTD = self.hidden(tokens_BT, document_BT=document_BT, position_BT=position_BT, dropout=dropout)
+        x_ND = self.head_input(x_BTD).flatten(0, 1)
+        x_ND = x_ND if counted_N is None else x_ND[counted_N]
 
         def losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
             return self.losses_of_logits(logits_NV, targets_N, label_smoothing, z_loss)
 
-        return self._in_chunks(x_BTD, targets_BT, losses, chunk_bytes, counted_N)
+        return self._in_chunks(x_ND, targets_BT, losses, chunk_bytes, counted_N)
 
     def logprobs_and_entropy(
         self,
@@ -163,27 +179,38 @@ class Transformer(nn.Module):
 
         Arguments are those of `token_losses` and of `cross_entropy.logprobs_and_entropy`; no dropout.
         """
-        x_BTD = self.hidden(tokens_BT, document_BT=document_BT, position_BT=position_BT)
+        x_ND = self._read_of(counted_N, tokens_BT, document_BT=document_BT, position_BT=position_BT)
 
         def of_logits(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
             return self.logprobs_and_entropy_of_logits(logits_NV, targets_N, temperature, entropy_gradient)
 
-        return self._in_chunks(x_BTD, targets_BT, of_logits, chunk_bytes, counted_N)
+        return self._in_chunks(x_ND, targets_BT, of_logits, chunk_bytes, counted_N)
+
+    def _read_of(self, counted_N: torch.Tensor | None, tokens_BT: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        """What the head reads of these tokens (none: of all), (N, D); `arguments` are those of `hidden`."""
+        if counted_N is None or not self.holds_all_tokens or arguments.get("dropout"):
+            x_ND = self.head_input(self.hidden(tokens_BT, **arguments)).flatten(0, 1)
+            return x_ND if counted_N is None else x_ND[counted_N]
+        return self.head_input(self.hidden(tokens_BT, kept_N=counted_N, **arguments)).flatten(0, 1)
 
     def _in_chunks(
         self,
-        x_BTD: torch.Tensor,
+        x_ND: torch.Tensor,
         targets_BT: torch.Tensor,
         losses: Losses,
         chunk_bytes: int,
         counted_N: torch.Tensor | None,
     ) -> torch.Tensor:
-        """`losses` of the logits, (B * T, ...); 0 where `counted_N` leaves a token out."""
-        x_ND, targets_N = self.head_input(x_BTD).flatten(0, 1), targets_BT.flatten()
+        """`losses` of the logits, (B * T, ...); 0 where `counted_N` leaves a token out.
+
+        Args:
+            x_ND: of the tokens in `counted_N`.
+        """
+        targets_N = targets_BT.flatten()
         if counted_N is None:
             return losses_in_chunks(x_ND, self.head_weight, targets_N, losses, chunk_bytes)
-        of_these = losses_in_chunks(x_ND[counted_N], self.head_weight, targets_N[counted_N], losses, chunk_bytes)
-        return of_these.new_zeros(len(targets_N), *of_these.shape[1:]).index_put((counted_N,), of_these)
+        of_these = losses_in_chunks(x_ND, self.head_weight, targets_N[counted_N], losses, chunk_bytes)
+        return _spread(of_these, counted_N, len(targets_N))
 
     def scores(
         self,
@@ -193,18 +220,31 @@ class Transformer(nn.Module):
         position_BT: torch.Tensor | None = None,
         branch_BT: torch.Tensor | None = None,
         dropout: DropoutKey | None = None,
+        counted_N: torch.Tensor | None = None,
+        learns_offset: bool = True,
     ) -> torch.Tensor:
         """A score for every token, of what is read up to it, fp32, (B * T,): where `model.head` is scalar.
 
         Arguments are those of `hidden`.
+
+        Args:
+            counted_N: int64; the tokens, in the flattened batch, whose scores are wanted; others have 0. None: all.
+            learns_offset: whether the head's bias has a gradient; otherwise it is exactly 0. Where only differences of
+                scores matter it would be rounding, and Adam makes whole steps of that.
         """
         assert self.scalar_head is not None, "model.head=tokens has no scores"
-        x_BTD = self.hidden(
-            tokens_BT, document_BT=document_BT, position_BT=position_BT, branch_BT=branch_BT, dropout=dropout
-        )
-        x_ND = self.head_input(x_BTD).flatten(0, 1).float()
+        x_ND = self._read_of(
+            counted_N,
+            tokens_BT,
+            document_BT=document_BT,
+            position_BT=position_BT,
+            branch_BT=branch_BT,
+            dropout=dropout,
+        ).float()
         weight_D, bias_1 = self.scalar_weights
-        return self.sum_of_parts(x_ND @ weight_D.float()) + bias_1.float()
+        bias_1 = bias_1 if learns_offset else bias_1.detach() + 0 * bias_1
+        score_N = self.sum_of_parts(x_ND @ weight_D.float()) + bias_1.float()
+        return score_N if counted_N is None else _spread(score_N, counted_N, tokens_BT.numel())
 
     # what a model whose layers are spread over ranks does otherwise
 
@@ -219,6 +259,11 @@ class Transformer(nn.Module):
         """(D,) and (1,)."""
         assert self.scalar_head is not None
         return self.scalar_head.weight[0], self.scalar_head.bias
+
+    @property
+    def holds_all_tokens(self) -> bool:
+        """Whether the residual stream has every token of a sequence here."""
+        return True
 
     def sum_of_parts(self, part: torch.Tensor) -> torch.Tensor:
         """Over the ranks that share a layer."""
@@ -243,3 +288,8 @@ class Transformer(nn.Module):
     def first_token(self, n_tokens: int) -> int:
         """Index of the first token that the residual stream holds, in sequences of `n_tokens`."""
         return 0
+
+
+def _spread(value_N: torch.Tensor, place_N: torch.Tensor, size: int) -> torch.Tensor:
+    """Values at their places among `size`, (size, ...), and zeros."""
+    return value_N.new_zeros(size, *value_N.shape[1:]).index_put((place_N,), value_N)

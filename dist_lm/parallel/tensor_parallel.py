@@ -60,6 +60,10 @@ class TensorParallelTransformer(Transformer):
         rows = slice_of(1, self.axis.size, self.axis.rank).real
         return local(self.scalar_head.weight)[:rows].sum(0), local(self.scalar_head.bias)
 
+    @property
+    def holds_all_tokens(self) -> bool:
+        return not self.axis.sp
+
     def sum_of_parts(self, part: torch.Tensor) -> torch.Tensor:
         return self.axis.sum(part)
 

@@ -42,7 +42,7 @@ class OwnShare:
         """Scores of what stands before every drawn token: (B, T) fp32."""
         value_BT = self._empty()
         for batch in self._turns():
-            value_BT.view(-1)[batch.drawn_N] = bound.scores(batch).flatten()[batch.counted_N]
+            value_BT.view(-1)[batch.drawn_N] = bound.scores(batch, batch.counted_N).flatten()[batch.counted_N]
         reshard(bound.model)
         return value_BT
 
@@ -51,7 +51,7 @@ class OwnShare:
         """Scores of whole rollouts, at the last real token of each: (B,) fp32."""
         score_B = self._empty()[:, 0].contiguous()
         for batch in self._turns():
-            score_B[batch.rollout_S] = bound.scores(batch).flatten()[batch.end_S]
+            score_B[batch.rollout_S] = bound.scores(batch, batch.end_S).flatten()[batch.end_S]
         reshard(bound.model)
         return score_B
 

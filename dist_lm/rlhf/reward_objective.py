@@ -19,7 +19,7 @@ def choices_of_people(model: LossModel, batch: Batch) -> LossSum:
     """
     ranked = batch.ranked
     assert ranked is not None, "a batch of rankings"
-    score_N = model.scores(batch).flatten()
+    score_N = model.scores(batch, learns_offset=False).flatten()  # only differences have a likelihood
     score_PK = score_N[ranked.place_PK]
     better_N, worse_N = score_N[ranked.better_N], score_N[ranked.worse_N]
     losses_PK = ranking_losses(score_PK, ranked.rank_PK, ranked.there_PK)

@@ -87,7 +87,7 @@ def critic_objective(algorithm: Algorithm, columns: Columns) -> Objective:
 
     def objective(model: LossModel, batch: Batch) -> LossSum:
         assert isinstance(batch, RolloutBatch)
-        value_N = model.scores(batch).flatten()[batch.counted_N]
+        value_N = model.scores(batch, batch.counted_N).flatten()[batch.counted_N]
         return algorithm.value_loss(value_N, {name: column[batch.drawn_N] for name, column in flat.items()})
 
     return objective

@@ -56,13 +56,20 @@ class BoundModel:
         logprob_BT, entropy_BT = both_N2.view(*batch.targets_BT.shape, 2).unbind(-1)
         return Logprobs(logprob_BT, entropy_BT)
 
-    def scores(self, batch: Batch) -> torch.Tensor:
-        """A score of what is read up to each token of a batch, fp32, (B, T): of a model with a scalar head."""
+    def scores(self, batch: Batch, read_N: torch.Tensor | None = None, learns_offset: bool = True) -> torch.Tensor:
+        """A score of what is read up to each token of a batch, fp32, (B, T): of a model with a scalar head.
+
+        Args:
+            read_N: int64; the tokens, in the flattened batch, whose scores are wanted; others have 0. None: all.
+            learns_offset: whether the head's bias has a gradient, or one of exactly 0.
+        """
         scores_N = self.model.scores(
             batch.tokens_BT,
             document_BT=batch.document_BT if self.document_mask else None,
             position_BT=batch.position_BT,
             branch_BT=batch.branch_BT,
             dropout=replace(self.dropout, sequence_B=batch.sequence_B) if self.dropout else None,
+            counted_N=read_N,
+            learns_offset=learns_offset,
         )
         return scores_N.view_as(batch.tokens_BT)

@@ -31,8 +31,13 @@ class LossModel(Protocol):
         """Of every target when it is drawn at `temperature`; 0 where `counted_N` leaves it out."""
         ...
 
-    def scores(self, batch: Batch) -> torch.Tensor:
-        """A score of what is read up to each token, fp32, (B, T): of a model with a scalar head."""
+    def scores(self, batch: Batch, read_N: torch.Tensor | None = None, learns_offset: bool = True) -> torch.Tensor:
+        """A score of what is read up to each token, fp32, (B, T): of a model with a scalar head.
+
+        Args:
+            read_N: the tokens, in the flattened batch, whose scores are wanted; others may have 0. None: all.
+            learns_offset: whether the head's bias has a gradient, or one of exactly 0.
+        """
         ...
 
 

@@ -20,8 +20,8 @@ def by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible_BTT
     return torch.einsum("bhts,bshk->bthk", weights, v.double())
 
 
-def heads(n_tokens: int, n_heads: int, seed: int) -> torch.Tensor:
-    return torch.randn(2, n_tokens, n_heads, 8, generator=torch.Generator().manual_seed(seed))
+def heads(n_tokens: int, n_heads: int, seed: int, n_rows: int = 2) -> torch.Tensor:
+    return torch.randn(n_rows, n_tokens, n_heads, 8, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("key_heads", [6, 2, 1])
@@ -52,6 +52,22 @@ def test_documents_one_by_one_are_the_mask_forward_and_backward(key_heads: int) 
         (output * output.detach().sin()).sum().backward()
     for masked, other in zip(*made, strict=True):
         assert torch.allclose(masked.grad, other.grad, atol=1e-6)
+
+
+def test_documents_of_one_length_take_one_call_and_rows_of_few_tokens_a_mask() -> None:
+    cases = {
+        "a document a row": (torch.arange(24).expand(4, -1) // 24, True),
+        "three a row": (torch.arange(24).expand(4, -1) // 8, True),
+        "short rows of any": (torch.arange(24).expand(4, -1) // 18, False),
+        "long rows of any": (torch.arange(300).expand(4, -1) // 170, True),
+    }
+    for name, (document, apart) in cases.items():
+        n_tokens = document.shape[1]
+        q, k, v = heads(n_tokens, 6, 0, 4), heads(n_tokens, 2, 1, 4), heads(n_tokens, 2, 2, 4)
+        seen = (document[:, :, None] == document[:, None, :]) & torch.ones(n_tokens, n_tokens, dtype=torch.bool).tril()
+        visibility = within_documents(document, torch.float32, 8)
+        assert (visibility.boundary is not None) == apart, name
+        assert torch.allclose(attend(q, k, v, visibility).double(), by_definition(q, k, v, seen), atol=1e-5), name
 
 
 def test_boundaries() -> None:
@@ -85,7 +101,7 @@ def test_packed_kernel_gets_what_the_mask_says(monkeypatch: pytest.MonkeyPatch) 
 
 def test_cpu_takes_the_fused_kernel() -> None:
     """An explicit mask must not fall back to the kernel that keeps all T x T weights."""
-    long, short = torch.arange(64).expand(2, -1) // 64, torch.arange(64).expand(2, -1) // 4
+    long, short = torch.arange(64).expand(2, -1) // 64, torch.arange(64).expand(2, -1) // 5
     assert within_documents(long, torch.float32, 8).boundary is not None
     assert within_documents(short, torch.float32, 8).bias_BTS is not None
     q, k, v = (heads(64, 5, seed).requires_grad_() for seed in range(3))

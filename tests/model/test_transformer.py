@@ -180,3 +180,33 @@ def test_losses_of_the_tokens_that_count_are_those_of_all(config: ModelConfig, c
     for whole, chosen in zip(*gradients[:2], strict=True):
         torch.testing.assert_close(chosen, whole, rtol=1e-4, atol=1e-5)
     assert all(bool(gradient.eq(0).all()) for gradient in gradients[2])
+
+
+@pytest.mark.parametrize("what", ["scores", "logprobs"])
+def test_tokens_that_are_only_attended_to_skip_the_last_feed_forward_and_change_nothing(what: str) -> None:
+    config = small_config(head="scalar" if what == "scores" else "tokens")
+    model, tokens = small_model(config), small_tokens(config, 3, 9)
+    document = torch.tensor([[0] * 4 + [1] * 5] * 3)
+    rows: list[int] = []
+    model.blocks[-1].feed_forward.register_forward_hook(lambda *call: rows.append(call[2][..., 0].numel()))
+
+    def ask(counted: torch.Tensor | None) -> torch.Tensor:
+        if what == "scores":
+            return model.scores(tokens, document_BT=document, counted_N=counted)
+        targets = tokens.roll(-1, 1)
+        arguments = {"temperature": 0.7, "entropy_gradient": True, "document_BT": document, "counted_N": counted}
+        return model.logprobs_and_entropy(tokens, targets, **arguments)
+
+    gradients = []
+    for counted in (None, torch.tensor([1, 2, 9, 17, 26]), torch.empty(0, dtype=torch.long)):
+        model.zero_grad()
+        found = ask(counted)
+        chosen = torch.tensor([1, 2, 9, 17, 26]) if counted is None else counted
+        found[chosen].square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        others = torch.ones(len(found), dtype=torch.bool).index_fill_(0, chosen, False)
+        assert counted is None or bool(found[others].eq(0).all())
+    assert rows == [27, 5, 0]
+    for whole, part in zip(*gradients[:2], strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-5)
+    assert all(bool(gradient.eq(0).all()) for gradient in gradients[2])

@@ -81,6 +81,9 @@ def test_rows_are_within_the_limit_and_of_the_asked_multiple():
     assert {batch.tokens_BT.shape[1] for batch in batches} == {12}  # the longest has 10
     assert max(batch.tokens_BT.numel() for batch in batches) <= 40
     assert sum(int(batch.loss_mask_BT.sum()) for batch in batches) == ROLLOUTS.new_tokens_B.sum()
+    real = int((ROLLOUTS.prompt_tokens_B + ROLLOUTS.new_tokens_B).sum())
+    padding = [batch.document_BT == len(ROLLOUTS) for batch in batches]  # a document of its own, of no token
+    assert sum(int(one.sum()) for one in padding) == sum(batch.tokens_BT.numel() for batch in batches) - real > 0
 
 
 def test_a_pass_sees_every_rollout_once_in_an_order_of_its_own():

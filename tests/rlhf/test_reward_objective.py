@@ -14,7 +14,9 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.plackett_luce import pair_losses, ranking_losses
 from dist_lm.rlhf.reward_model import last_token_scores
 from dist_lm.rlhf.reward_objective import choices_of_people
+from dist_lm.rlhf_config import RlhfConfig
 from dist_lm.training.forward import BoundModel
+from dist_lm.training.optimizer import build_optimizer, named_state
 from tests.data.rankings.made_rankings import corpus_of, random_rankings
 
 NANO = ModelConfig(
@@ -111,3 +113,19 @@ def test_a_batch_of_judgements_alone_or_of_ranks_alone_has_a_gradient(
         assert model.scalar_head.weight.grad is not None
         assert model.scalar_head.weight.grad.abs().max() > 0
     model.zero_grad()
+
+
+def test_the_heads_bias_which_no_choice_hangs_on_is_not_trained(model: Transformer, rankings: MappedRankings) -> None:
+    """Its gradient would be rounding, of which Adam makes steps of full size, others on every layout."""
+    optimizer = build_optimizer(model, RlhfConfig(lr=1e-2))
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    with stream_of(rankings) as stream:
+        choices_of_people(BoundModel(model, True, 0), next(stream).micro_batches[0]).total.backward()
+    assert model.scalar_head is not None
+    assert model.scalar_head.bias.grad is not None  # every parameter takes part in every step
+    assert float(model.scalar_head.bias.grad) == 0
+    optimizer.step()
+    after = dict(model.named_parameters())
+    assert torch.equal(after["scalar_head.bias"], before["scalar_head.bias"])
+    assert not torch.equal(after["scalar_head.weight"], before["scalar_head.weight"])
+    assert {"scalar_head.bias.exp_avg"} <= {name for name, _ in named_state(model, optimizer)}  # checkpoints stay alike

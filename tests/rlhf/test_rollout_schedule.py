@@ -5,6 +5,8 @@ import threading
 import numpy as np
 import pytest
 
+from dist_lm.generation.params import SamplingParams
+from dist_lm.rlhf.rollouts import requests_of
 from dist_lm.rlhf.schedule import RolloutSchedule, is_drawn_by
 from tests.rlhf.drawn import rollouts_with
 
@@ -96,3 +98,11 @@ def test_what_a_source_raises_reaches_who_takes(staleness):
         made.begin(0, weights(0), {})
         with pytest.raises(RuntimeError, match="no such weights"):
             made.take(0)
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_nothing_is_asked_for_with_a_filter(filters) -> None:
+    """Under a truncated distribution the divergence from the reference may be negative."""
+    assert len(requests_of([[0], [1]], 0, 1, SamplingParams(max_new_tokens=4), seed=0)) == 2
+    with pytest.raises(AssertionError):
+        requests_of([[0], [1]], 0, 1, SamplingParams(max_new_tokens=4, **filters), seed=0)
