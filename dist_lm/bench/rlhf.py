@@ -5,7 +5,7 @@ model of the policy's shape, and makes four passes of updates of policy and crit
 one that is missing is named without a figure.
 
 The second case: drawing beside the updates (rlhf.max_staleness=1), learner and actor on a core each, against drawing
-first and updating then, where both take equally long.
+first and updating then, where both take equally long: one pass of updates, and completions as long as that takes.
 """
 
 import importlib.util
@@ -20,7 +20,15 @@ import torch
 
 from dist_lm.bench.case import Case, Comparison, CrewSize, configurations
 from dist_lm.bench.rlhf_peers import BareLoop, Peer, Trl
-from dist_lm.bench.rlhf_toy import ITERATIONS, PROMPTS, ToyPpo, balanced_tokens, made_up_prompts
+from dist_lm.bench.rlhf_toy import (
+    BALANCED_EPOCHS,
+    ITERATIONS,
+    PROMPTS,
+    ToyPpo,
+    balanced_tokens,
+    made_up_prompts,
+    with_length,
+)
 from dist_lm.bench.trial import Trial
 from dist_lm.cluster.pool import Pool
 from dist_lm.cluster.pool_actor import EngineSpec
@@ -121,9 +129,7 @@ class Worker:
         if not self._new_tokens:
             _pin(source)
             self._new_tokens = balanced_tokens(config, world, source)
-        own = copy(config)
-        own.stage = replace(config.stage, seq_len=self._new_tokens)
-        return own
+        return with_length(config, self._new_tokens)
 
 
 WORKER = Worker()  # of this process: it builds all ways that have its size
@@ -143,7 +149,7 @@ def build(way: str, config: Config, world: World) -> Trial:
         toy = ToyPpo(config, world, WORKER.source(config))
         return Trial(toy.run, losses=list)
     own = WORKER.balanced(config, world)
-    toy = ToyPpo(own, world, WORKER.source(config), staleness=int(way == TOGETHER))
+    toy = ToyPpo(own, world, WORKER.source(config), staleness=int(way == TOGETHER), epochs=BALANCED_EPOCHS)
     return Trial(toy.run, facts=_share_of(toy), losses=list)
 
 

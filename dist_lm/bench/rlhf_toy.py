@@ -1,6 +1,7 @@
 """Our PPO on the toy of `bench rlhf`: the learner of stage rlhf, fed by whatever source of rollouts."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,17 +25,20 @@ from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.rlhf_config import RewardPartConfig, RlhfConfig
 
-PROMPTS, PROMPT = 64, 8  # of an iteration; tokens of each
+PROMPTS, PROMPT = 64, 9  # of an iteration; tokens of each, with the one that begins a document
 EPOCHS = 4
+BALANCED_EPOCHS, BALANCE_STEP = 1, 16  # where drawing is to take half of the time: a pass, and lengths that are tried
 ITERATIONS = 5  # in a row, timed together: what is drawn ahead goes over their borders
 RATE = 1e-4
 KL_COEFFICIENT = 0.05
 
 
 def made_up_prompts(config: Config) -> torch.Tensor:
-    """(prompts, tokens), the same at every call; no special tokens."""
+    """(prompts, tokens), the same at every call: what begins a document, then no special tokens."""
     shape = (config.stage.global_batch, PROMPT)
-    return torch.randint(2, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(7))
+    token_BP = torch.randint(2, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(7))
+    token_BP[:, 0] = 0
+    return token_BP
 
 
 @dataclass
@@ -73,7 +77,7 @@ class ToyPpo:
         self._models = RlhfModels(
             trained_policy(policy, self._rlhf), trained_critic(critic, self._rlhf), frozen(reference), frozen(reward)
         )
-        prompts = [[0, *prompt] for prompt in made_up_prompts(config).tolist()]
+        prompts = made_up_prompts(config).tolist()
         own = source or EngineRollouts(_engine(config))
         self._supply = RolloutSupply(_Shared(own), ShuffledPrompts(prompts, config.seed), lambda tokens: "")
         self._state = RlhfState(KlController(KL_COEFFICIENT))
@@ -131,23 +135,29 @@ def rlhf_config(config: Config, staleness: int, epochs: int) -> RlhfConfig:
 
 
 def balanced_tokens(config: Config, world: World, source: RolloutSource) -> int:
-    """New tokens of a completion with which drawing takes about as long as all else."""
-    longest = config.model.max_seq_len - PROMPT - 1
+    """New tokens of a completion with which drawing takes about as long as all else of an iteration of one pass.
+
+    Drawing gains: prompts, which it computes at once, weigh less the longer completions are.
+    """
+    longest = config.model.max_seq_len - PROMPT
     best, least = config.stage.seq_len, float("inf")
-    for new_tokens in range(8, longest, 8):
-        toy = ToyPpo(_with_length(config, new_tokens), world, source)
+    for new_tokens in range(config.stage.seq_len, longest, BALANCE_STEP):
+        toy = ToyPpo(with_length(config, new_tokens), world, source, epochs=BALANCED_EPOCHS)
         toy.run()
         toy.run()
         imbalance = abs(toy.drawing_s / toy.iteration_s - 0.5)
         if imbalance < least:
             best, least = new_tokens, imbalance
-        if toy.drawing_s > 0.55 * toy.iteration_s:
+        if toy.drawing_s >= 0.5 * toy.iteration_s:
             break
     return best
 
 
-def _with_length(config: Config, new_tokens: int) -> Config:
-    return replace(config, stage=replace(config.stage, seq_len=new_tokens))
+def with_length(config: Config, new_tokens: int) -> Config:
+    """The same with completions of so many tokens."""
+    own = copy(config)  # `replace` would hold it to a tokenizer
+    own.stage = replace(config.stage, seq_len=new_tokens)
+    return own
 
 
 def _engine(config: Config) -> Engine:
