@@ -45,7 +45,7 @@ TOGETHER = {
 # values over several powers of ten, none of them zero or less
 LOGARITHMIC = ("train/grad_norm", "train/grad_norm_{group}", "train/update_ratio", "rlhf/policy_grad_norm")
 # groups before and after those that only one stage has
-FIRST, LAST = ("loss", "held-out"), ("updates", "optimizer", "throughput", "memory", "time")
+FIRST, LAST = ("loss", "held-out"), ("updates", "optimizer", "throughput", "memory", "time", "system")
 OPEN = 4  # sections, from the first on
 # of every stage, what the overview compares
 COMPARED = {

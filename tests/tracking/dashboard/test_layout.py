@@ -50,7 +50,7 @@ def test_what_belongs_together_and_what_is_logarithmic_exists() -> None:
 
 def test_loss_comes_first_and_speed_last() -> None:
     assert [section.name for section in board_of("code").sections][:3] == ["loss", "held-out", "code"]
-    assert [section.name for section in board_of("rlhf").sections][-2:] == ["throughput", "time"]
+    assert [section.name for section in board_of("rlhf").sections][-2:] == ["time", "system"]
 
 
 def test_the_overview_has_every_stage() -> None:
