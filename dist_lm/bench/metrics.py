@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -115,7 +116,7 @@ class MeasuredTraining:
         steps = [self._seconds(self.step) for _ in range(TIMED_STEPS)]
         result = self.step()
         by_group = {name: 1.0 for name in gradients_by_group(self._trainer.model)}
-        result = StepResult(**vars(result) | {"grad_norms": by_group})
+        result = replace(result, grad_norms=by_group)
 
         def measure() -> None:
             detailed = self._trainer.is_detailed(self._state.step + 1)

@@ -135,8 +135,9 @@ def one_by_one(
     lengths = boundary.diff().tolist()
     assert max(lengths) <= longest
     if min(lengths) == max(lengths):
-        rows = (x.unflatten(0, (len(lengths), lengths[0])) for x in (q_NHK, k_NGK, v_NGK))
-        return attend(*rows, CAUSAL).flatten(0, 1)
+        rows = (len(lengths), lengths[0])
+        together = attend(q_NHK.unflatten(0, rows), k_NGK.unflatten(0, rows), v_NGK.unflatten(0, rows), CAUSAL)
+        return together.flatten(0, 1)
     documents = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q_NHK, k_NGK, v_NGK)), strict=True)
     grouped = q_NHK.shape[1] != k_NGK.shape[1]
     outputs = [

@@ -35,8 +35,9 @@ def push(
         )
     made = [workspace_of(board, entity or "", project) for board in boards]
     with _in_one_line():
-        import wandb
         from wandb_workspaces.workspaces import internal
+
+        import wandb
 
         owner = entity or wandb.Api().default_entity
         if not owner:
