@@ -153,6 +153,7 @@ class Pool:
                 self._tend()
                 self._hand_out(ledger)
                 yield from ledger.release()
+                self._hand_out(ledger)  # what was released has made room, or there is nothing left to ask for
                 if not ledger.is_over:
                     self._wait()
         finally:

@@ -2,13 +2,16 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
+from dist_lm.cluster import pool as pool_module
 from dist_lm.cluster.failure import PoolFailure
 from dist_lm.cluster.pool import Pool
 from dist_lm.cluster.pool_actor import EngineSpec
@@ -67,6 +70,15 @@ def test_actors_that_die_at_their_start_end_the_pool(cluster):  # first: the oth
         Pool.start(alone, spec, weights_of(0)),
     ):
         pass
+
+
+@pytest.mark.parametrize("window", [30, 7])
+def test_nothing_is_slept_through_while_there_is_work_or_none_is_left(pool, monkeypatch, window):
+    """A moment's sleep is for pools without an actor; here it would come with every window that has been answered."""
+    slept: list[float] = []
+    monkeypatch.setattr(pool_module, "time", SimpleNamespace(monotonic=time.monotonic, sleep=slept.append))
+    assert len(list(pool.generate(requests(30), in_order=True, window=window))) > 0
+    assert not slept
 
 
 @pytest.mark.heavy

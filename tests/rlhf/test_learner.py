@@ -12,6 +12,7 @@ from dist_lm.data.batch import Batch
 from dist_lm.errors import ConfigError
 from dist_lm.generation.request import Answer, Request
 from dist_lm.rlhf.models import scalar_config, start_critic
+from dist_lm.rlhf.ppo import Ppo
 from dist_lm.rlhf.rollouts import EngineRollouts
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.rlhf_config import RewardPartConfig
@@ -199,7 +200,16 @@ def test_an_entropy_bonus_keeps_the_distribution_wide():
 
 
 def test_an_adaptive_coefficient_moves_towards_its_target_and_is_used():
-    made = ran(replace(SHORT, kl_target=1e-4, kl_horizon=24, lr=3e-3), 4)
+    used: list[float] = []
+
+    class Listening(Ppo):
+        def prepare(self, experience, kl_coefficient):
+            used.append(kl_coefficient)
+            return super().prepare(experience, kl_coefficient)
+
+    steered = replace(SHORT, kl_target=1e-4, kl_horizon=24, lr=3e-3)
+    made = ran(steered, 4, algorithm=Listening(steered))
+    assert used == made.metric("rlhf/kl_coefficient")
     coefficients = made.metric("rlhf/kl_coefficient")
     assert coefficients[0] == 0.05
     assert coefficients[-1] > coefficients[1]

@@ -52,6 +52,15 @@ def test_advantages_are_whitened_over_all_tokens_and_no_padding():
     assert float(kept.mean()) == pytest.approx(0, abs=1e-6)
     assert float(kept.std(unbiased=False)) == pytest.approx(1, abs=1e-5)
     assert found[MASK == 0].eq(0).all()
+    plain = Ppo(PLAIN).prepare(experience(), 0.3).tokens["advantage"][MASK > 0]  # one mean and one spread for all
+    torch.testing.assert_close(kept, (plain - plain.mean()) / plain.std(unbiased=False), rtol=1e-4, atol=1e-5)
+
+
+def test_a_value_is_held_by_the_clip_of_the_configuration():
+    columns = {"old_value": torch.zeros(1), "return": torch.ones(1)}
+    for clip in (0.2, 0.5):
+        loss = Ppo(replace(PLAIN, value_clip=clip)).value_loss(torch.tensor([0.9]), columns)
+        assert float(loss.total) == pytest.approx((1 - clip) ** 2 / 2)
 
 
 def test_whitened_rewards_have_standard_deviation_1_and_keep_their_mean():
