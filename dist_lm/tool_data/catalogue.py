@@ -13,11 +13,13 @@ from dist_lm.chat.messages import Json, Tool
 from dist_lm.tool_data.actions import ACTIONS, BY_KEY, Action
 from dist_lm.tool_data.formula import VERBS, Formula
 from dist_lm.tool_data.formulas import FORMULAS
+from dist_lm.tool_data.invented import PREFIX, invented_domain, invented_formulas, is_invented
 from dist_lm.tool_data.naming import STYLE_WEIGHTS, STYLES, argument_name, article, plural, tool_name
 from dist_lm.tool_data.specification import Parameter, Specification, schema_with
 from dist_lm.tool_data.words import domains
 
 SHELVES = 40  # of which val_fraction=0.05 holds out two
+INVENTED = 10_000  # domains of a shelf that nobody knows
 VARIANTS = 8  # of a topic: names, arguments and descriptions differ
 DEFAULTS = {"flag": False, "few": 1}
 LONG = ("address", "size", "words", "people", "codes", "numbers", "title", "text")  # nobody searches by them
@@ -71,6 +73,8 @@ def specification(topic: Topic, variant: int) -> Specification:
 
 def shelf_of(topic: Topic) -> int:
     """Things lie on one shelf a circle of actions; formulas on one each."""
+    if is_invented(topic.domain):
+        return int(topic.domain.removeprefix(PREFIX)) % SHELVES
     circle = BY_KEY[topic.action].circle if topic.family == "record" else 0
     digest = hashlib.blake2b(f"{topic.thing} {circle}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % SHELVES
@@ -85,6 +89,14 @@ def group_of(shelf: int) -> str:
 def shelf_topics(shelf: int) -> tuple[Topic, ...]:
     """What lies on a shelf, in a fixed order."""
     return tuple(topic for topic in topics() if shelf_of(topic) == shelf)
+
+
+def invented_topics(shelf: int, rng: random.Random) -> tuple[Topic, ...]:
+    """What an invented domain of a shelf is about."""
+    domain = f"{PREFIX}{shelf + SHELVES * rng.randrange(INVENTED)}"
+    things, formulas = invented_domain(domain)[0], invented_formulas(domain)
+    records = (Topic(domain, thing, action.key, "record") for thing in things for action in ACTIONS)
+    return (*records, *(Topic(domain, name_of(formula), formula.key, formula.family) for formula in formulas))
 
 
 @cache
@@ -102,12 +114,20 @@ def topics() -> tuple[Topic, ...]:
 @cache
 def formula_of(key: str) -> Formula:
     """The formula of that name."""
+    if is_invented(key):
+        return next(one for one in invented_formulas(key.partition(" formula ")[0]) if one.key == key)
     return next(formula for formula in FORMULAS if formula.key == key)
+
+
+def name_of(formula: Formula) -> str:
+    """The words of a tool's name, from what is computed: `the area of a circle` is `circle area`."""
+    what, of, whose = formula.said.removeprefix("the ").partition(" of ")
+    return f"{whose.partition(' ')[2]} {what}" if of else what
 
 
 def fields_of(domain: str) -> tuple[tuple[str, str], ...]:
     """`(name, kind)` of what records of `domain` hold."""
-    return domains()[domain][1]
+    return (invented_domain(domain) if is_invented(domain) else domains()[domain])[1]
 
 
 def _record_parameters(topic: Topic, action: Action, style: str, rng: random.Random) -> tuple[Parameter, ...]:

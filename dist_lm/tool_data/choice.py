@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from dist_lm.chat.messages import Call, Json
-from dist_lm.tool_data.catalogue import VARIANTS, Topic, shelf_topics, specification
+from dist_lm.tool_data.catalogue import VARIANTS, Topic, specification
 from dist_lm.tool_data.execution import World
 from dist_lm.tool_data.phrasing import Given
 from dist_lm.tool_data.specification import Specification, arguments_of
@@ -23,7 +23,7 @@ class Scene:
 
     rng: random.Random
     world: World
-    shelf: int
+    topics: tuple[Topic, ...]  # of one shelf
     tools: list[Specification] = field(default_factory=list)
     hidden: set[tuple[str, str]] = field(default_factory=set)  # thing and action of tools it must not have
 
@@ -60,7 +60,7 @@ class Scene:
 
     def _free(self) -> list[Topic]:
         taken = {(tool.thing, tool.action) for tool in self.tools} | self.hidden
-        return [topic for topic in shelf_topics(self.shelf) if (topic.thing, topic.action) not in taken]
+        return [topic for topic in self.topics if (topic.thing, topic.action) not in taken]
 
     def arguments(self, tool: Specification, without: Iterable[str] = ()) -> Given:
         """Values for a call of `tool`, and records for it to find. `without`: names of arguments to leave out."""

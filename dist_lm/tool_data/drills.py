@@ -11,15 +11,14 @@ import random
 from collections.abc import Callable
 
 from dist_lm.chat.messages import Message
+from dist_lm.tool_data.invented import invented_word
 from dist_lm.tool_data.naming import STYLE_WEIGHTS, STYLES, argument_name
 from dist_lm.tool_data.phrasing import piece
 from dist_lm.tool_data.specification import Parameter
 from dist_lm.tool_data.values import Value, draw, sentence
-from dist_lm.tool_data.words import domains
+from dist_lm.tool_data.words import domains, words
 
-ONSETS = ("", *"bcdfghjklmnpqrstvwxyz", "br", "ch", "cl", "dr", "fl", "gr", "pl", "pr", "sh", "sk", "st", "th", "tr")
-VOWELS = (*"aeiouy", "ai", "ea", "ee", "ie", "oo", "ou")
-CODAS = ("", "", *"bdgklmnprstvx", "ck", "ll", "nd", "ng", "nt", "rk", "sh", "ss", "th")
+KNOWN = 0.8  # of the words in drills; the others are made up
 LISTED = ("code", "person", "city", "word", "email", "amount", "date", "handle", "title", "product", "given", "path")
 
 
@@ -30,14 +29,15 @@ def drill(rng: random.Random) -> list[Message]:
 
 
 def echo(rng: random.Random) -> tuple[str, str]:
-    """Words without sense, again."""
-    text = " ".join(_noise(rng) for _ in range(rng.randint(3, 30)))
+    """Words without sense, again: hardly one twice, so that what came before says what comes next."""
+    picked = rng.sample(words("common"), rng.randint(3, 30))
+    text = " ".join(word if rng.random() < KNOWN else _noise(rng) for word in picked)
     return f"{rng.choice(['Repeat', 'Read back', 'Say', 'Copy'])}: {text}", text
 
 
 def look_up(rng: random.Random) -> tuple[str, str]:
     """What was said to belong to some of the words, in the order in which they are asked for."""
-    meaning = {_noise(rng): " ".join(_noise(rng) for _ in range(rng.randint(1, 3))) for _ in range(rng.randint(2, 8))}
+    meaning = {_word(rng): " ".join(_word(rng) for _ in range(rng.randint(1, 3))) for _ in range(rng.randint(2, 8))}
     asked = rng.sample(list(meaning), rng.randint(1, len(meaning)))
     told = ", ".join(f"{word} = {value}" for word, value in meaning.items())
     return f"{told}. {rng.choice(['Give me', 'What is', 'Tell me'])} {', '.join(asked)}?", ", ".join(
@@ -85,12 +85,16 @@ DRILLS: tuple[Callable[[random.Random], tuple[str, str]], ...] = (
 )
 
 
+def _word(rng: random.Random) -> str:
+    """One of thousands, or one that nobody has said."""
+    return rng.choice(words("common")) if rng.random() < KNOWN else _noise(rng)
+
+
 def _noise(rng: random.Random) -> str:
     """A word that nobody has said, or a number."""
     if rng.random() < 0.25:
         return str(rng.randrange(10 ** rng.randint(1, 4)))
-    syllables = [rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(rng.randint(1, 3))]
-    return "".join(syllables)
+    return invented_word(rng)
 
 
 def _items(rng: random.Random) -> list[Value]:

@@ -162,20 +162,26 @@ def plain_answer(scene: Scene) -> Turns:
     return [*turns, Message("user", text.format(words)), Message("assistant", f"The {words} is {shown(result[name])}.")]
 
 
+def invented(scene: Scene) -> Turns:
+    """Requests for tools of a domain that nobody knows."""
+    return scene.rng.choice((single, single, parallel))(scene)
+
+
 def copying(scene: Scene) -> Turns:
     """Values out of the request, without tools."""
     return drill(scene.rng)
 
 
 KINDS: dict[str, tuple[float, Callable[[Scene], Turns]]] = {  # with their shares
-    "single": (0.28, single),
+    "single": (0.32, single),
     "parallel": (0.08, parallel),
-    "sequential": (0.07, sequential),
-    "irrelevant": (0.06, irrelevant),
+    "sequential": (0.06, sequential),
+    "irrelevant": (0.05, irrelevant),
     "missing": (0.06, missing),
-    "recovery": (0.05, recovery),
-    "answer": (0.05, plain_answer),
-    "copying": (0.35, copying),
+    "recovery": (0.04, recovery),
+    "answer": (0.04, plain_answer),
+    "invented": (0.20, invented),
+    "copying": (0.15, copying),
 }
 
 

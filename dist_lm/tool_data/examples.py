@@ -6,14 +6,16 @@
 of val examples, and their names, are in no train example.
 """
 
+import hashlib
 import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dist_lm.chat.messages import Conversation, Message
-from dist_lm.tool_data.catalogue import SHELVES, group_of
+from dist_lm.tool_data.catalogue import SHELVES, group_of, invented_topics, shelf_topics
 from dist_lm.tool_data.choice import Scene
+from dist_lm.tool_data.drills import echo
 from dist_lm.tool_data.episodes import KINDS, ROUND
 from dist_lm.tool_data.execution import World
 from dist_lm.tool_data.specification import Specification
@@ -55,9 +57,17 @@ def example(seed: int, number: int) -> Example:
             return found
 
 
+def drill_example(seed: int, number: int) -> Example:
+    """A conversation of kind `copying`, of a stream of its own; its group is its own, because it has no tools."""
+    name = f"drill {seed} {number}"
+    asked, answered = echo(random.Random(name))  # noqa: S311  (text, not secrets)
+    conversation = Conversation((Message("user", asked), Message("assistant", answered)))
+    return Example(conversation, "copying", hashlib.sha256(name.encode()).hexdigest(), ())
+
+
 def _attempt(kind: str, shelf: int, rng: random.Random) -> Example | None:
     """An example, or none where it would become too long."""
-    scene = Scene(rng, World(rng), shelf)
+    scene = Scene(rng, World(rng), invented_topics(shelf, rng) if kind == "invented" else shelf_topics(shelf))
     turns = KINDS[kind][1](scene)
     if len({tool.tool.name for tool in scene.tools}) < len(scene.tools):
         return None
@@ -68,7 +78,7 @@ def _attempt(kind: str, shelf: int, rng: random.Random) -> Example | None:
         turns = [Message("system", rng.choice(SYSTEM)), *turns]
     longest = rng.choice(LONGEST)
     while _characters(scene.tools, turns) > longest:
-        rounds = [turn.role for turn in turns].count("user") if kind == "single" else 1
+        rounds = [turn.role for turn in turns].count("user") if kind in ("single", "invented") else 1
         if rounds > 1 and (len(scene.tools) == needed or rng.random() < 0.8):
             turns = turns[:-ROUND]
         elif len(scene.tools) > needed:

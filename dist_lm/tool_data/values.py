@@ -84,7 +84,7 @@ def phrase(rng: random.Random) -> str:
 
 def sentence(rng: random.Random) -> str:
     """Some words of free text, such as a note; no grammar, so only what was said can be repeated."""
-    pools = [words("noun"), words("adjective"), words("verb"), words("noun"), words("city"), words("given")]
+    pools = [words("noun"), words("common"), words("verb"), words("common"), words("city"), words("given")]
     return " ".join(rng.choice(rng.choice(pools)) for _ in range(rng.randint(3, 9)))
 
 
@@ -135,7 +135,7 @@ def _text(rng: random.Random) -> Value:
 
 
 def _word(rng: random.Random) -> Value:
-    text = rng.choice(words("noun")) if rng.random() < 0.7 else made_up_name(rng).lower()
+    text = rng.choice(words("common")) if rng.random() < 0.7 else made_up_name(rng).lower()
     return Value(text, quoted(text, rng) if rng.random() < 0.5 else text)
 
 
@@ -220,7 +220,7 @@ def _listed(items: list[str], rng: random.Random) -> str:
 
 
 def _words(rng: random.Random) -> Value:
-    items = rng.sample(words("noun"), rng.randint(1, 3))
+    items = rng.sample(words("common"), rng.randint(1, 3))
     return Value(items, _listed(items, rng))
 
 

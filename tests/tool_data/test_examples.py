@@ -11,7 +11,7 @@ from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.rules import check_conversation
 from dist_lm.chat.schema import check_tool, problems
 from dist_lm.tool_data.episodes import KINDS
-from dist_lm.tool_data.examples import LONGEST, Example, example, examples
+from dist_lm.tool_data.examples import LONGEST, Example, drill_example, example, examples
 
 COUNT = 2500
 
@@ -139,3 +139,14 @@ def leaves(value) -> list:
     if isinstance(value, list):
         return [leaf for part in value for leaf in leaves(part)]
     return [value]
+
+
+def test_drills_hang_on_seed_and_number_and_what_is_answered_was_said():
+    drills = [drill_example(5, number) for number in range(300)]
+    assert drills[7] == drill_example(5, 7)
+    assert len({repr(one.conversation) for one in drills}) == len({one.group for one in drills}) == 300
+    said = 0
+    for one in drills:
+        asked, answered = one.conversation.messages
+        said += set(re.findall(r"[a-z]{3,}", answered.content)) <= set(re.findall(r"[a-z]{3,}", asked.content))
+    assert said > 270  # months and small numbers may be said in words and written otherwise

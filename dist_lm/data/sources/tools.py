@@ -1,4 +1,4 @@
-"""Generated conversations about tools (`dist_lm.tool_data`); their groups keep the tools of val out of train."""
+"""Generated conversations (`dist_lm.tool_data`): drills, and calls of tools, in val other ones than in train."""
 
 from collections.abc import Iterator
 
@@ -8,6 +8,7 @@ from dist_lm.data.sources.candidate import Candidate
 from dist_lm.document import Document
 
 DEFAULT_DOCUMENTS = 20_000
+DEFAULT_DRILLS = 8_000
 
 
 def read_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
@@ -22,6 +23,22 @@ def read_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
             text=write_conversation(example.conversation),
             language=f"{source.language}_{example.kind}",
             source=f"generated:tools:seed={seed}:{number}",
+            licence=source.licence,
+            group=example.group,
+            form="conversation",
+        )
+
+
+def read_drills(source: SourceConfig, seed: int) -> Iterator[Candidate]:
+    """`source.limit` conversations (0: `DEFAULT_DRILLS`) that teach to copy and nothing else; number i as above."""
+    from dist_lm.tool_data.examples import drill_example
+
+    for number in range(source.limit or DEFAULT_DRILLS):
+        example = drill_example(seed, number)
+        yield Document(
+            text=write_conversation(example.conversation),
+            language=f"{source.language}_{example.kind}",
+            source=f"generated:drills:seed={seed}:{number}",
             licence=source.licence,
             group=example.group,
             form="conversation",
