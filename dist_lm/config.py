@@ -155,12 +155,39 @@ class QuestionsConfig:
 
 
 @dataclass
+class LeadConfig:
+    """A corpus that stands in for the stage's own in its first steps: what is to be learned first."""
+
+    corpus: str = ""
+    steps: int = 0  # 0: none
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 0, "stage.lead.steps", self.steps, "0 (none) or a positive integer")
+        require(
+            bool(self.corpus) or not self.steps, "stage.lead.corpus", self.corpus, "a corpus, with stage.lead.steps"
+        )
+
+
+@dataclass
+class MuonConfig:
+    """Muon for the matrices inside blocks; embedding, head, norms and biases stay with AdamW."""
+
+    lr: float = 0.0  # peak learning rate of these matrices, about 0.02; 0: off
+    momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        require(self.lr >= 0, "stage.muon.lr", self.lr, ">= 0 (0 is off)")
+        require(0 <= self.momentum < 1, "stage.muon.momentum", self.momentum, "in [0, 1)")
+
+
+@dataclass
 class StageConfig:
     """One stage: what it reads, and how it is optimised."""
 
     name: str = MISSING
     corpus: str = ""  # name under work/corpora that it streams
     mix: dict[str, float] | None = field(default_factory=dict)  # share of the sequences from other corpora, by name
+    lead: LeadConfig = field(default_factory=LeadConfig)
     corpora: list[str] | None = None  # shards, rankings: the corpora to build; null: all
     init_from: str = "auto"  # auto (the stage before) | none | a checkpoint or run directory
     steps: int = 1000  # optimizer steps
@@ -174,6 +201,7 @@ class StageConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     adam_eps: float = 1e-8
+    muon: MuonConfig = field(default_factory=MuonConfig)
     label_smoothing: float = 0.0
     z_loss: float = 0.0  # weight of the squared log-normaliser of the logits; 0: off
     dropout: float = 0.0
@@ -219,6 +247,12 @@ class StageConfig:
             require(whole, f"stage.mix.{name}", share, accepted)
         total = sum((self.mix or {}).values())
         require(round(total, 9) < 1, "stage.mix", f"{total:g} in all", "below 1, so that stage.corpus has a share")
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The corpora that it trains on: its own, those in its mix, the one that leads."""
+        lead = (self.lead.corpus,) if self.lead.steps else ()
+        return tuple(name for name in (self.corpus, *sorted(self.mix or {}), *lead) if name)
 
 
 @dataclass
@@ -391,6 +425,13 @@ class Config:
                 name,
                 f"corpora of corpus={self.corpus.name} beside stage.corpus={own}: {', '.join(others)}",
             )
+        lead = self.stage.lead
+        require(
+            not lead.corpus or lead.corpus in {*others} - {*(self.stage.mix or {})},
+            "stage.lead.corpus",
+            lead.corpus,
+            f"a corpus of corpus={self.corpus.name} that is neither stage.corpus={own} nor in stage.mix",
+        )
         for name in self.stage.corpora or []:
             require(name in self.corpus.corpora, "stage.corpora", name, f"some of {', '.join(self.corpus.corpora)}")
         require(

@@ -27,7 +27,7 @@ def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world
 
     The first rank opens the corpora before the others, so that an index that has to be rebuilt is rebuilt once.
     """
-    for name in corpora_of(config):
+    for name in config.stage.streams:
         directory = run.work.corpus(name)
         read_manifest(directory).require_tokenizer(tokenizer.sha256, directory)
         if world.is_first:
@@ -44,7 +44,7 @@ def corpora_of(config: Config) -> list[str]:
 def open_data(opening: Opening) -> StageData:
     """Texts and conversations: the training sequences of this rank from the position on, and the val split."""
     if opening.world.is_first:
-        for name in corpora_of(opening.config):
+        for name in opening.config.stage.streams:
             for split in SPLITS:
                 corpus = MappedCorpus.open(opening.run.work.corpus(name), split)
                 if note := note_of_left_out(corpus, opening.config.stage.seq_len):
@@ -63,7 +63,7 @@ def bytes_per_token(run: RunDirectory, config: Config) -> float:
 def open_stream(opening: Opening) -> SequenceStream:
     """The training sequences of this rank."""
     config, stage = opening.config, opening.config.stage
-    corpora = {name: MappedCorpus.open(opening.run.work.corpus(name), "train") for name in corpora_of(config)}
+    corpora = {name: MappedCorpus.open(opening.run.work.corpus(name), "train") for name in config.stage.streams}
     return SequenceStream(
         corpora[stage.corpus],
         seed=config.seed,
@@ -77,6 +77,7 @@ def open_stream(opening: Opening) -> SequenceStream:
         reset_positions=stage.reset_positions,
         pad_id=opening.tokenizer.pad_id,
         mix={corpora[name]: share for name, share in sorted((stage.mix or {}).items())},
+        lead=(corpora[stage.lead.corpus], stage.lead.steps * stage.global_batch) if stage.lead.steps else None,
         pin_memory=opening.world.device.type == "cuda",
     )
 

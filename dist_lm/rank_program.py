@@ -47,7 +47,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         world, layout, mesh, tokenizer = start.world, start.layout, start.mesh, start.tokenizer
         check_corpora(run, config, tokenizer, world)
         model = build_model(config.model, config.parallel, mesh, world.device, config.seed)
-        optimizer = build_optimizer(model, config.stage)
+        optimizer = build_optimizer(model, config.stage, config.stage.muon)
         state = restore(run, config, world, model, optimizer)
         stage, ranks = training_stage(config.stage.name), data_mesh(mesh)
         data = (stage.data or open_data)(

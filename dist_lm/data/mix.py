@@ -2,7 +2,8 @@
 number within it.
 
 Every block of 100 sequences holds each corpus by its exact share, in an order of its own. So the state of a stream is
-still one integer, and how a step is cut into ranks and micro-batches changes nothing.
+still one integer, and how a step is cut into ranks and micro-batches changes nothing. For the first sequences another
+corpus may stand in for the stage's own.
 """
 
 from collections.abc import Sequence
@@ -18,14 +19,21 @@ _MIX = 6  # what is shuffled; 1 to 5 are those of `order` and `packing`
 class Mix:
     """Corpus 0 is the stage's own and takes what the others leave."""
 
-    def __init__(self, shares: Sequence[float], seed: int) -> None:
-        """`shares`: of corpora 1, 2, ...; whole per cent, with a sum below 1."""
+    def __init__(self, shares: Sequence[float], seed: int, lead: int = 0) -> None:
+        """See above.
+
+        Args:
+            shares: of corpora 1, 2, ...; whole per cent, with a sum below 1.
+            lead: sequences, of all corpora, in which the corpus after the last of these stands in for corpus 0.
+        """
         others = [round(share * BLOCK) for share in shares]
         self._counts = np.array([BLOCK - sum(others), *others])
         assert self._counts.min() > 0, shares
         self._seed = seed
         self._block = -1
         self._corpora = self._places = np.empty(0, np.int64)
+        self._lead = lead
+        self._led = self._own_before(lead)
 
     def place(self, number: int) -> tuple[int, int]:
         """(corpus, number within it) of global sequence `number`; a corpus is read in its order, without a gap."""
@@ -33,7 +41,16 @@ class Mix:
         if block != self._block:
             self._shuffle(block)
         corpus = int(self._corpora[i])
-        return corpus, block * int(self._counts[corpus]) + int(self._places[i])
+        place = block * int(self._counts[corpus]) + int(self._places[i])
+        if corpus or not self._lead:
+            return corpus, place
+        return (len(self._counts), place) if number < self._lead else (0, place - self._led)
+
+    def _own_before(self, number: int) -> int:
+        """Sequences of corpus 0 before `number`."""
+        block, i = divmod(number, BLOCK)
+        self._shuffle(block)
+        return block * int(self._counts[0]) + int((self._corpora[:i] == 0).sum())
 
     def _shuffle(self, block: int) -> None:
         """The corpus of each sequence of a block, and how many of that corpus come before it there."""

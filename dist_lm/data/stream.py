@@ -128,18 +128,22 @@ class SequenceStream(StepStream):
         reset_positions: bool = True,
         pad_id: int = 0,
         mix: Mapping[MappedCorpus, float] | None = None,
+        lead: tuple[MappedCorpus, int] | None = None,
         pin_memory: bool = False,
         prefetch: int = 2,
     ) -> None:
-        """`mix`: other corpora with their shares of all sequences (`data.mix`). Else as `StepStream`.
+        """`mix`: other corpora with their shares of all sequences, `lead`: one that stands in for the first until
+        so many sequences of the stream have come (`data.mix`). Else as `StepStream`.
 
         Raises `ConfigError` for a batch that does not divide over the ranks, `ArtefactError` for a corpus that fills no
         sequence.
         """
         shares = mix or {}
-        self.corpora = [CorpusSequences(one, seed, seq_len) for one in (corpus, *shares)]  # the stage's own first
+        leading = [lead[0]] if lead else []
+        # the stage's own first
+        self.corpora = [CorpusSequences(one, seed, seq_len) for one in (corpus, *shares, *leading)]
         self.n_sequences = self.corpora[0].n_sequences  # an epoch
-        self._mix = Mix(list(shares.values()), seed)
+        self._mix = Mix(list(shares.values()), seed, lead[1] if lead else 0)
         self._seq_len = seq_len
         self._document_mask, self._reset_positions = document_mask, reset_positions
         packing = self.corpora[0].packing

@@ -57,7 +57,7 @@ def play(config: Config, rank: int, world_size: int) -> tuple[StepMemory, Work]:
     memory = LiveMemory(gloo=config.hardware.device == "cpu")
     with FakeTensorMode(allow_non_fake_inputs=True), Watch(memory, meter):
         materialise(model, config.parallel, cpu)
-        optimizer = build_optimizer(model, config.stage)
+        optimizer = build_optimizer(model, config.stage, config.stage.muon)
         stage = training_stage(config.stage.name)
         make_batch = stage.made_up_batch or random_batch
         batches = [make_batch(config) for _ in range(min(micro_batches, PLAYED))]

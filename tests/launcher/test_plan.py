@@ -72,7 +72,9 @@ def test_shards_are_those_that_the_stages_read(work):
     assert actions(plan_of(work))["shards"] is Action.READY
     plan = plan_of(work, "stage.seq_len=200", target="tools")
     assert actions(plan)["shards"] is Action.BUILD
-    assert next(stage.detail for stage in plan.stages if stage.info.name == "shards").startswith("corpora tools (")
+    assert next(stage.detail for stage in plan.stages if stage.info.name == "shards").startswith(
+        "corpora tools, drills ("
+    )
     assert actions(plan_of(work, target="shards"))["shards"] is Action.BUILD
     mixed = plan_of(work, "stage.mix={tools: 0.1}")
     assert actions(mixed)["shards"] is Action.BUILD

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
 
-from dist_lm.config import ModelConfig, ParallelConfig
+from dist_lm.config import ModelConfig, MuonConfig, ParallelConfig
 from dist_lm.model.size import Shape, parameter_shapes
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh, data_mesh
@@ -54,17 +54,19 @@ def rank_steps(
     chunk_bytes: int = 0,
     load: Path | None = None,
     save: Path | None = None,
+    muon: MuonConfig | None = None,
 ) -> MeshTrajectory:
     """`steps` on the mesh that `parallel` asks for (collective).
 
     Args:
         load: a checkpoint of step `steps.start`; none: the parameters of the task.
         save: a folder that gets a checkpoint of step `steps.stop`.
+        muon: how matrices are stepped.
     """
     mesh = build_mesh(resolve_layout(parallel, model_config, world.size), world.device)
     ranks, shapes = data_mesh(mesh), parameter_shapes(model_config)
     model = build_model(model_config, parallel, mesh, world.device, SEED)
-    optimizer = build_optimizer(model, STAGE)
+    optimizer = build_optimizer(model, STAGE, muon)
     outcome = MeshTrajectory()
     if load is None:
         fill(model, model_config, lambda name, shape: parameter_value(name, shape, model_config))

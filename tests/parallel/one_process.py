@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 from torch import nn
 
-from dist_lm.config import ModelConfig
+from dist_lm.config import ModelConfig, MuonConfig
 from dist_lm.model.transformer import Transformer
 from dist_lm.training.optimizer import build_optimizer
 from tests.parallel.training_task import (
@@ -27,9 +27,9 @@ from tests.parallel.training_task import (
 )
 
 
-def expected_of(model: ModelConfig, steps: int = 1) -> Trajectory:
+def expected_of(model: ModelConfig, steps: int = 1, muon_lr: float = 0.0) -> Trajectory:
     """`steps` steps in float64: what all layouts round. Each is computed once."""
-    return _expected_of(tuple(vars(model).items()), steps)
+    return _expected_of(tuple(vars(model).items()), steps, muon_lr)
 
 
 def _losses(model: Transformer, x_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
@@ -41,13 +41,13 @@ def _losses(model: Transformer, x_ND: torch.Tensor, targets_N: torch.Tensor) -> 
 
 
 @cache
-def _expected_of(model_items: tuple, steps: int) -> Trajectory:
+def _expected_of(model_items: tuple, steps: int, muon_lr: float) -> Trajectory:
     model_config = ModelConfig(**dict(model_items))
     model = Transformer(model_config).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(parameter_value(name, tuple(parameter.shape), model_config))
-    optimizer = build_optimizer(model, STAGE)
+    optimizer = build_optimizer(model, STAGE, MuonConfig(lr=muon_lr))
     outcome = Trajectory()
     for step in range(steps):
         batch = batch_of(model_config, step)

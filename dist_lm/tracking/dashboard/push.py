@@ -35,9 +35,8 @@ def push(
         )
     made = [workspace_of(board, entity or "", project) for board in boards]
     with _in_one_line():
-        from wandb_workspaces.workspaces import internal
-
         import wandb
+        from wandb_workspaces.workspaces import internal
 
         owner = entity or wandb.Api().default_entity
         if not owner:

@@ -1,0 +1,109 @@
+"""Muon: the momentum of a matrix made orthogonal, so that a step moves all its directions alike.
+
+Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks". For the matrices inside blocks only: what
+looks tokens up, norms and biases stay with AdamW.
+
+Dimensions: N matrices of one shape, I rows, J columns.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+MATRICES = (
+    *("attention.query", "attention.key", "attention.value", "attention.output"),
+    *("feed_forward.up.weight", "feed_forward.down.weight"),
+)
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at 0: singular values of 0.01 to 1 come to about 0.7 to 1.2
+ITERATIONS = 5
+EPSILON = 1e-7
+STACK_BYTES = 256 << 20  # of whole matrices that are in memory at once
+
+
+def is_matrix(name: str) -> bool:
+    """Whether Muon is for the parameter of this name."""
+    return name.endswith(MATRICES)
+
+
+def orthogonal(matrices_NIJ: torch.Tensor) -> torch.Tensor:
+    """Matrices with the singular vectors of these and singular values of about 1, (N, I, J); bf16 on a GPU."""
+    a, b, c = NEWTON_SCHULZ
+    x_NIJ = matrices_NIJ.bfloat16() if matrices_NIJ.is_cuda else matrices_NIJ
+    tall = x_NIJ.shape[-2] > x_NIJ.shape[-1]
+    x_NIJ = x_NIJ.mT if tall else x_NIJ
+    x_NIJ = x_NIJ / (x_NIJ.norm(dim=(-2, -1), keepdim=True) + EPSILON)
+    for _ in range(ITERATIONS):
+        square_NII = x_NIJ @ x_NIJ.mT
+        x_NIJ = a * x_NIJ + (b * square_NII + c * square_NII @ square_NII) @ x_NIJ
+    return (x_NIJ.mT if tall else x_NIJ).to(matrices_NIJ.dtype)
+
+
+def orthogonal_steps(
+    parameters: Sequence[torch.Tensor], directions: Sequence[torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Every parameter with its step: this rank's part of its whole direction, made orthogonal (collective).
+
+    Ranks gather whole matrices, deal them out, and give each other what came of theirs. Every head of attention has
+    matrices of its own.
+
+    Args:
+        parameters: DTensors, or plain ones where every rank holds all.
+        directions: what this rank holds of each direction.
+    """
+    for together in _stacks(parameters):
+        like = parameters[together[0]]
+        whole = _whole(like, torch.stack([directions[index] for index in together]))
+        steps = _own_part(like, _shared_out(whole.view(-1, *whole.shape[-2:])).view_as(whole))
+        yield from zip((parameters[index] for index in together), steps, strict=True)
+
+
+def _stacks(parameters: Sequence[torch.Tensor]) -> Iterator[list[int]]:
+    """Numbers of parameters of one shape, cut alike, so many that they fit into `STACK_BYTES`."""
+    alike: dict[Any, list[int]] = {}
+    for index, parameter in enumerate(parameters):
+        cut = parameter.placements if isinstance(parameter, DTensor) else ()
+        alike.setdefault((parameter.shape, cut), []).append(index)
+    for (shape, _), indices in alike.items():
+        most = max(1, STACK_BYTES // (4 * math.prod(shape)))
+        yield from (indices[start : start + most] for start in range(0, len(indices), most))
+
+
+def _shared_out(stack_NIJ: torch.Tensor) -> torch.Tensor:
+    """`orthogonal` of a stack that all ranks have, each working on its share."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return orthogonal(stack_NIJ)
+    ranks, count = dist.get_world_size(), len(stack_NIJ)
+    share = -(-count // ranks)
+    start = dist.get_rank() * share
+    own_NIJ = stack_NIJ.new_zeros(share, *stack_NIJ.shape[1:])
+    if start < count:
+        mine_NIJ = stack_NIJ[start : start + share]
+        own_NIJ[: len(mine_NIJ)] = orthogonal(mine_NIJ)
+    all_NIJ = stack_NIJ.new_empty(share * ranks, *stack_NIJ.shape[1:])
+    dist.all_gather_into_tensor(all_NIJ, own_NIJ)
+    return all_NIJ[:count]
+
+
+def _whole(parameter: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """The whole of which this rank holds `own`: N tensors cut as `parameter` is. Its padding is 0 and stays so."""
+    if not isinstance(parameter, DTensor):
+        return own
+    placements = [Shard(one.dim + 1) if isinstance(one, Shard) else one for one in parameter.placements]
+    shape = torch.Size((len(own), *parameter.shape))
+    stride = (parameter.numel(), *parameter.stride())
+    return DTensor.from_local(
+        own, parameter.device_mesh, placements, run_check=False, shape=shape, stride=stride
+    ).full_tensor()
+
+
+def _own_part(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of N whole tensors."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return whole[:, *(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]

@@ -1,0 +1,80 @@
+"""Muon: directions made orthogonal, and how it stands beside AdamW."""
+
+import pytest
+import torch
+from torch import nn
+
+from dist_lm.config import MuonConfig, StageConfig
+from dist_lm.training.muon import is_matrix, orthogonal, orthogonal_steps
+from dist_lm.training.optimizer import build_optimizer, named_state, set_learning_rate
+from tests.model.small_models import small_config, small_model
+
+STAGE = StageConfig(name="test", lr=1e-3, weight_decay=0.0, muon=MuonConfig(lr=0.02))
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 40), (2, 40, 16)], ids=str)
+def test_singular_values_come_close_to_one_and_vectors_stay(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = orthogonal(matrices)
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    inside = u.mT @ found @ vh.mT
+    values = inside.diagonal(dim1=-2, dim2=-1)
+    strong = s > 0.02 * s.norm(dim=-1, keepdim=True)  # the smallest do not arrive in five steps
+    assert ((values[strong] > 0.6) & (values[strong] < 1.3)).all()
+    torch.testing.assert_close(inside, torch.diag_embed(values), rtol=0, atol=1e-4)
+
+
+def test_the_size_of_a_direction_does_not_matter():
+    matrix = torch.randn(1, 8, 12, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(orthogonal(matrix), orthogonal(1000 * matrix), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_zeros_stay_zeros():
+    matrix = torch.randn(1, 8, 12, generator=torch.Generator().manual_seed(0))
+    matrix[:, 5:], matrix[:, :, 10:] = 0, 0
+    found = orthogonal(matrix)
+    assert not found[:, 5:].any()
+    assert not found[:, :, 10:].any()
+    torch.testing.assert_close(found[:, :5, :10], orthogonal(matrix[:, :5, :10]), rtol=1e-4, atol=1e-5)
+
+
+def test_every_head_has_a_matrix_of_its_own():
+    direction = torch.randn(3, 4, 12, generator=torch.Generator().manual_seed(0))
+    parameter = nn.Parameter(torch.zeros(3, 4, 12))
+    [(_, step)] = orthogonal_steps([parameter], [direction])
+    for head in range(3):
+        torch.testing.assert_close(step[head], orthogonal(direction[head : head + 1])[0])
+
+
+def test_it_steps_the_matrices_inside_blocks_and_nothing_else():
+    model = small_model(small_config())
+    optimizer = build_optimizer(model, STAGE, STAGE.muon)
+    matrices = {name for name, _ in model.named_parameters() if is_matrix(name)}
+    assert len(matrices) == 6 * small_config().n_layers
+    moments = {name for name, _ in named_state(model, optimizer)}
+    assert {name.removesuffix(".exp_avg_sq") for name in moments if name.endswith(".exp_avg_sq")} == {
+        name for name, _ in model.named_parameters() if name not in matrices
+    }
+    assert {name.removesuffix(".exp_avg") for name in moments if name.endswith(".exp_avg")} == dict(
+        model.named_parameters()
+    ).keys()
+
+
+def test_its_rate_follows_the_schedule():
+    model = small_model(small_config())
+    optimizer = build_optimizer(model, STAGE, STAGE.muon)
+    set_learning_rate(optimizer, STAGE.lr / 4)
+    assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx([STAGE.lr / 4, 0.02 / 4])
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        if is_matrix(name):
+            norms = torch.linalg.matrix_norm(parameter.detach() - before[name], 2)
+            assert ((norms > 0.6 * 0.02 / 4) & (norms < 1.3 * 0.02 / 4)).all()
+
+
+def test_off_it_is_adamw():
+    model = small_model(small_config())
+    assert all("momentum" not in group for group in build_optimizer(model, STAGE, MuonConfig()).param_groups)
