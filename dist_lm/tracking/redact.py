@@ -27,11 +27,12 @@ _URL_CREDENTIALS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30}://)[^/\s
 def is_secret_name(name: str) -> bool:
     """Whether something of this name is a secret: its last word is `token`, `key`, `password` and the like.
 
-    `hf_token` is, `max_new_tokens`, `key_size` and `token_path` are not. Words are
-    divided by punctuation or by capitals.
+    `hf_token` is, `max_new_tokens`, `key_size`, `token_path` and `bytes_per_token` are not. Words are divided by
+    punctuation or by capitals.
     """
     words = [word for word in _WORD.findall(name.rpartition(".")[2]) if not word.isdigit()]
-    return name.startswith(_SECRET_PREFIXES) or (bool(words) and words[-1].lower() in _SECRET_WORDS)
+    measured = [word.lower() for word in words[-2:-1]] == ["per"]
+    return name.startswith(_SECRET_PREFIXES) or (bool(words) and words[-1].lower() in _SECRET_WORDS and not measured)
 
 
 def redact_text(text: str) -> str:
