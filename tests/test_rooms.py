@@ -39,6 +39,7 @@ ROOMS = (
         "generate_config",
         "hardware_config",
         "reward_config",
+        "stage_config",
         "rlhf_config",
         "syntax",
         "document",

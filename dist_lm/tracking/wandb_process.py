@@ -31,8 +31,12 @@ def main() -> None:
     if start is None:
         return
     run = RunDirectory(Path(start["directory"]))
-    # what waits to be sent belongs to the run, not to a home directory
-    os.environ |= {"WANDB_DATA_DIR": str(run.wandb), "WANDB_CACHE_DIR": str(run.wandb / "cache")}
+    # what waits to be sent, and logs, belong to the run, not to a home directory or to where the launcher was started
+    os.environ |= {
+        "WANDB_DIR": str(run.path),
+        "WANDB_DATA_DIR": str(run.wandb),
+        "WANDB_CACHE_DIR": str(run.wandb / "cache"),
+    }
     try:
         # the process of an earlier launch may still be sending
         with locked(run.wandb / LOCK, what=str(run.wandb), wait_s=60.0 + start["finish_s"]):

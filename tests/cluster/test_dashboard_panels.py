@@ -44,7 +44,8 @@ def history(run: RunDirectory, stage: str) -> set[str]:
     assert errors.getvalue() == ""
     (log,) = newest_offline(run).glob("*.wandb")
     inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
-    records = map(json.loads, subprocess.run(inspect, check=True, capture_output=True, text=True).stdout.splitlines())
+    said = subprocess.run(inspect, cwd=run.path, check=True, capture_output=True, text=True).stdout
+    records = map(json.loads, said.splitlines())
     return {name for record in records if record["type"] == "history" for name in record["history"]["item"]}
 
 

@@ -15,7 +15,18 @@ def test_secret_names(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["max_new_tokens", "token_path", "bytes_per_token", "flopsPerToken", "TOKENIZERS_PARALLELISM", "keyboard", "train/tokens", "monkey", ""]
+    "name",
+    [
+        "max_new_tokens",
+        "token_path",
+        "bytes_per_token",
+        "flopsPerToken",
+        "TOKENIZERS_PARALLELISM",
+        "keyboard",
+        "train/tokens",
+        "monkey",
+        "",
+    ],
 )
 def test_other_names(name: str) -> None:
     assert not is_secret_name(name)

@@ -80,7 +80,8 @@ def test_a_run_is_as_fast_and_every_row_arrives(tmp_path: Path, capsys: pytest.C
                 heal(server)
                 rows_before = len(server.runs[identity].steps()) if identity in server.runs else 0
                 command = [Path(sys.executable).with_name("wandb"), "sync", str(run.wandb)]
-                subprocess.run(command, env=os.environ | server.environ(tmp_path), check=True, capture_output=True)
+                environ = os.environ | server.environ(tmp_path)
+                subprocess.run(command, env=environ, cwd=tmp_path, check=True, capture_output=True)
                 with capsys.disabled():
                     print(f"{kind} {turn}: {took:.1f} s, {rows_before} of {STEPS} rows at the end")
                 losses = {step: row["train/loss"] for step, row in server.run(identity).steps().items()}

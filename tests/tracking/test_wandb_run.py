@@ -76,7 +76,8 @@ def sync(run: RunDirectory, server: WandbServer) -> None:
     """What a user does in the end."""
     environ = os.environ | server.environ(run.path / "home")
     command = [Path(sys.executable).with_name("wandb"), "sync", str(run.wandb)]
-    subprocess.run(command, env=environ, check=True, capture_output=True, timeout=DEADLINE_S)
+    # it leaves a log in a folder `wandb` where it is started
+    subprocess.run(command, env=environ, cwd=run.path, check=True, capture_output=True, timeout=DEADLINE_S)
 
 
 def records(run: RunDirectory) -> list[dict[str, Any]]:
@@ -85,7 +86,7 @@ def records(run: RunDirectory) -> list[dict[str, Any]]:
     for log in sorted(run.wandb.glob("offline-run-*/*.wandb")):
         wandb = Path(sys.executable).with_name("wandb")
         output = subprocess.run(
-            [wandb, "leet", "inspect", "--json", log], check=True, capture_output=True, text=True
+            [wandb, "leet", "inspect", "--json", log], cwd=run.path, check=True, capture_output=True, text=True
         ).stdout
         found += [json.loads(line) for line in output.splitlines()]
     return found

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_lm.config import MuonConfig, StageConfig
+from dist_lm.stage_config import MuonConfig, StageConfig
 from dist_lm.training.muon import is_matrix, orthogonal, orthogonal_steps
 from dist_lm.training.optimizer import build_optimizer, named_state, set_learning_rate
 from tests.model.small_models import small_config, small_model

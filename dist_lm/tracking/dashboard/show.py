@@ -50,5 +50,6 @@ def leet_command(run: RunDirectory) -> list[str]:
 def open_in_leet(run: RunDirectory) -> None:
     """Become wandb's terminal program on the newest offline run; does not return."""
     command = leet_command(run)
+    os.environ["WANDB_DIR"] = str(run.path)  # its log belongs there, not to where one happens to be
     sys.stdout.flush()
     os.execv(command[0], command)  # noqa: S606 - no shell, and the program takes over the terminal
