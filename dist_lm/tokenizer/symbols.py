@@ -1,4 +1,4 @@
-"""Pieces that are in every vocabulary whatever the text says: special tokens, and symbols of code kept whole.
+"""Pieces that are in every vocabulary whatever the text says: special tokens, symbols of code and JSON kept whole.
 
 Ids 0, 1, 2, ... are the special tokens in the order of `SPECIAL_TOKENS`, the same in every tokenizer. They
 are control symbols of SentencePiece: no text, not even one that spells their name, is ever encoded to them.
@@ -52,14 +52,39 @@ RULERS = ("=" * 4, "=" * 8, "=" * 16)
 INDENT_WIDTHS = (0, 2, 4, 6, 8, 12, 16, 20)  # spaces after a newline
 BLANK_LINE_WIDTHS = (0, 4, 8)  # spaces after an empty line
 
+# Tools, calls and results as `chat/json_text.py` spells them. No tokenizer learns from conversations, so these would be
+# two tokens in five of one with tools.
+JSON_TYPES = ("string", "integer", "number", "boolean")
+JSON_PUNCTUATION = (
+    *('{"', '": ', '": "', '": ["', '": {"', ', "', '", "', '["'),
+    *('"}', '"}}', "}}", '}, "', '"}, "', '"}}, "', '"]', '"]}', '"], "', '"]}, "'),
+    *('": true', '": false', '": null'),
+)
+CALL_FRAMES = ('{"name": "', '", "arguments": {"', '", "arguments": {}}')
+TOOL_FRAMES = (
+    *('[{"name": "', '}}}, {"name": "', '"]}}, {"name": "', '"]}}]', '", "description": "'),
+    *(
+        '", "parameters": {"type": " object", "properties": {"',
+        '", "parameters": {"type": " object", "properties": {}}',
+    ),
+)
+ARGUMENT_TYPES = tuple(f'": {{"type": " {name}"' for name in JSON_TYPES)
+ARGUMENT_FRAMES = (
+    *(f"{argument}{end}" for argument in ARGUMENT_TYPES for end in ("", "}", '}, "', '}}, "required": ["')),
+    *('": {"type": " object", "properties": {"', '": {"type": " array", "items": {"type": "'),
+    *(', "enum": ["', ', "format": "', ', "description": "', ', "default": ', ', "minimum": ', ', "maximum": '),
+    *('], "default": "', '}, "required": ["', '"]}}, "required": ["', '"}}, "required": ["'),
+)
+
 
 def user_defined_symbols() -> list[str]:
-    """The symbols of code kept whole, spaces written as U+2581 (a plain space would never match)."""
+    """The symbols kept whole, spaces written as U+2581 (a plain space would never match)."""
     indents = [
         *("\n" + " " * width for width in INDENT_WIDTHS),
         *("\n\n" + " " * width for width in BLANK_LINE_WIDTHS),
         *("\t", "\n\t", "\n\t\t"),
     ]
     spaced = [f" {operator}" for operator in OPERATORS]
-    symbols = [*SHEBANGS, *OPERATORS, *RULERS, *spaced, *indents]
+    json = [*JSON_PUNCTUATION, *CALL_FRAMES, *TOOL_FRAMES, *ARGUMENT_FRAMES]
+    symbols = [*SHEBANGS, *OPERATORS, *RULERS, *spaced, *indents, *json]
     return [symbol.replace(" ", SPACE) for symbol in symbols]

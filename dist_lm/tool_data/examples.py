@@ -20,7 +20,7 @@ from dist_lm.tool_data.episodes import KINDS, ROUND
 from dist_lm.tool_data.execution import World
 from dist_lm.tool_data.specification import Specification
 
-LONGEST = (650, 800, 900, 900)  # characters of all JSON and text, one of these: 900 are at most 510 tokens of 4,096
+LONGEST = (650, 800, 900, 900)  # characters of all JSON and text, one of these: 900 are at most 410 tokens of 4,096
 OTHER_TOOLS = (0, 1, 1, 1, 2, 2, 3)  # beside those that are needed
 MOST_TOOLS = 4
 SYSTEM = (

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from dist_lm.chat import json_text
 from dist_lm.chat.errors import ChatError
 from dist_lm.chat.messages import Call, Conversation, Message, Tool
 from dist_lm.chat.template import ASSISTANT, END, SYSTEM, parse, parse_turn, prompt, render
-from dist_lm.tokenizer.symbols import SPECIAL_TOKENS
+from dist_lm.tokenizer.symbols import ARGUMENT_FRAMES, CALL_FRAMES, JSON_TYPES, SPECIAL_TOKENS, TOOL_FRAMES
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from tests.chat.conversations import conversations, spelled
 
@@ -212,3 +213,36 @@ def test_bytes_that_are_no_text_are_refused(tokenizer: Tokenizer) -> None:
 def test_json_may_be_spaced_in_any_way(tokenizer: Tokenizer) -> None:
     ids = ids_of('<|tool_call|>\n{"arguments":{"a":[1,2.0]},\t"name":"f"} <|/tool_call|>', tokenizer)
     assert spelled(parse_turn(ids, tokenizer).calls) == spelled((Call("f", {"a": [1, 2.0]}),))
+
+
+def test_names_and_values_are_framed_by_one_token_each(tokenizer: Tokenizer) -> None:
+    properties = {"city": {"type": "string"}, "days": {"type": "integer"}}
+    parameters = {"type": "object", "properties": properties, "required": ["city"]}
+    asked = Message("assistant", calls=(Call("w", {"city": "x"}),))
+    results = Message("tool", results=(1,))
+    conversation = Conversation((USER, asked, results), (Tool("w", "v", parameters),))
+    frames = [piece for piece in tokenizer.pieces(render(conversation, tokenizer).tokens) if '"' in piece]
+    of_tool = ['[{"name": "', '", "description": "', '", "parameters": {"type": " object", "properties": {"']
+    of_arguments = ['": {"type": " string"}, "', '": {"type": " integer"}}, "required": ["', '"]}}]']
+    of_call = ['{"name": "', '", "arguments": {"', '": "', '"}}']
+    assert frames == of_tool + of_arguments + of_call
+
+
+def test_symbols_for_tools_are_spelled_as_tools_are() -> None:
+    """Otherwise nothing would ever be encoded to them."""
+    plain = [{"a": {"type": name}, "b": {"type": name}} for name in JSON_TYPES]
+    more = {"description": "d", "format": "e", "minimum": 0, "maximum": 1, "enum": ["a"], "default": "a"}
+    deep = {"type": "object", "properties": plain[0], "required": ["a"]}
+    lists = {"type": "array", "items": {"type": "string"}}
+    rich = {"a": deep, "b": {"type": "string", **more}, "c": {"type": "string", "default": "b"}}
+    properties = [*plain, rich, {"b": {"type": "string", "enum": ["a"]}}, {"c": lists}, {"d": deep}]
+    schemas: list[dict[str, Any]] = [
+        *({"type": "object", "properties": some, "required": ["a"]} for some in properties),
+        *({"type": "object", "properties": some} for some in ({}, *properties)),
+    ]
+    tools = json_text.write([{"name": "n", "description": "d", "parameters": schema} for schema in schemas], "")
+    calls = [json_text.write({"name": "n", "arguments": given}, "") for given in ({}, {"a": 1})]
+    one = json_text.write([{"name": "n", "description": "d", "parameters": schemas[0]}], "")
+    written = "\n".join([tools, one, *calls])
+    missing = [frame for frame in (*CALL_FRAMES, *TOOL_FRAMES, *ARGUMENT_FRAMES) if frame not in written]
+    assert missing == []
