@@ -262,6 +262,16 @@ class Config:
         return True
 
     @property
+    def sequence_keys(self) -> tuple[str, str] | None:
+        """(how many sequences an update takes over all ranks, tokens of one): the keys that say so, where it does."""
+        return "stage.global_batch", "stage.seq_len"
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The corpora that it reads."""
+        return self.stage.streams
+
+    @property
     def trained_models(self) -> int:
         """That a checkpoint holds, of the size of `model`."""
         return 1

@@ -27,7 +27,7 @@ def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world
 
     The first rank opens the corpora before the others, so that an index that has to be rebuilt is rebuilt once.
     """
-    for name in config.stage.streams:
+    for name in config.streams:
         directory = run.work.corpus(name)
         read_manifest(directory).require_tokenizer(tokenizer.sha256, directory)
         if world.is_first:

@@ -77,7 +77,7 @@ class RlhfConfig:
     whiten_rewards: bool = False  # rewards of tokens to standard deviation 1; their mean stays
     whiten_advantages: bool = True  # to mean 0 and standard deviation 1 over all tokens of an iteration
     stop_kl: float = 0.0  # mean divergence a token (nats) from the start of the iteration that ends it; 0: off
-    pretrain_coefficient: float = 0.0  # weight of the next-token loss on the pretraining stream; 0: off
+    pretrain_coefficient: float = 0.0  # weight of the mean next-token loss on pretraining text; 0: off
     value_head: str = "zero"  # a new critic's head: zero | reward_model
     # rewards
     rewards: dict[str, RewardPartConfig] = field(default_factory=dict)  # parts by name; their weighted sum is the score

@@ -5,11 +5,12 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from dist_lm.config import Config
+from dist_lm.config import Config, SourceConfig
 from dist_lm.errors import require
 from dist_lm.pool_config import RolloutPoolConfig
 from dist_lm.rlhf_config import RlhfConfig
 from dist_lm.run_directory import WorkDirectory
+from dist_lm.stage_config import check_shares
 
 AUTO = "auto"
 
@@ -25,6 +26,11 @@ class RlhfRunGroup(RlhfConfig):
     reward_model: str = AUTO  # run of stage reward; auto: the one under the same run_id
     held_out_prompts: int = 64  # for the win rate before the first iteration and after the last; 0: it is not measured
     table_rollouts: int = 16  # that samples/step_N.jsonl shows, every stage.eval_every iterations
+    # with rlhf.pretrain_coefficient above 0: text whose next-token loss is added to the policy's in every update
+    pretrain_corpus: str = "code"
+    pretrain_mix: dict[str, float] = field(default_factory=dict)  # share of its sequences from other corpora, by name
+    pretrain_sequences: int = 16  # an update, over all ranks
+    pretrain_seq_len: int = 256  # tokens
     pool: RolloutPoolConfig = field(default_factory=RolloutPoolConfig)
 
     def __post_init__(self) -> None:
@@ -35,17 +41,19 @@ class RlhfRunGroup(RlhfConfig):
             require(getattr(self, key) >= 0, f"rlhf.{key}", getattr(self, key), "0 or a positive integer")
         require(bool(self.rewards), "rlhf.rewards", self.rewards, "at least one part")
         require(bool(self.reward_model), "rlhf.reward_model", self.reward_model, "auto, or the path of a run")
-        self.check_unused()
-
-    def check_unused(self) -> None:
-        """Refuse what this stage cannot do, where saying nothing would mislead."""
-        coefficient = self.pretrain_coefficient
-        require(coefficient == 0, "rlhf.pretrain_coefficient", coefficient, "0: the stage has no pretraining stream")
+        for key in ("pretrain_sequences", "pretrain_seq_len"):
+            require(getattr(self, key) > 0, f"rlhf.{key}", getattr(self, key), "a positive integer")
+        check_shares("rlhf.pretrain_mix", self.pretrain_mix, own="rlhf.pretrain_corpus")
 
     @property
     def asks_reward_model(self) -> bool:
         """Whether a part of the reward is the reward model's score."""
         return any(part.kind == "reward_model" for part in self.rewards.values())
+
+    @property
+    def pretrain_streams(self) -> tuple[str, ...]:
+        """The corpora of the pretraining text: none where it has no weight."""
+        return (self.pretrain_corpus, *sorted(self.pretrain_mix)) if self.pretrain_coefficient else ()
 
 
 @dataclass
@@ -63,15 +71,30 @@ class RlhfRunConfig(Config):
         return False
 
     @property
+    def sequence_keys(self) -> tuple[str, str] | None:
+        return ("rlhf.pretrain_sequences", "rlhf.pretrain_seq_len") if self.rlhf.pretrain_coefficient else None
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        prompts = () if self.rlhf.prompts_from else self.stage.streams
+        return tuple(dict.fromkeys((*prompts, *self.rlhf.pretrain_streams)))
+
+    @property
     def trained_models(self) -> int:
         return 2
 
     @property
     def not_needed(self) -> tuple[str, ...]:
-        asks = self.rlhf.asks_reward_model and self.rlhf.reward_model == AUTO
-        sources = self.corpus.corpora.get(self.stage.corpus, [])
-        reads = not self.rlhf.prompts_from and any(source.reader.endswith("rankings") for source in sources)
-        return (*(() if asks else ("reward",)), *(() if reads else ("rankings",)))
+        needed = {"shards" if name not in self.ranked_corpora else "rankings" for name in self.streams}
+        if self.rlhf.asks_reward_model and self.rlhf.reward_model == AUTO:
+            needed.add("reward")
+        return tuple(name for name in ("shards", "rankings", "reward") if name not in needed)
+
+    @property
+    def ranked_corpora(self) -> frozenset[str]:
+        """The corpora of rankings, whose rows are no text to go on with."""
+        ranked = (name for name, parts in self.corpus.corpora.items() if any(_is_ranked(part) for part in parts))
+        return frozenset(ranked)
 
     def check_stage(self) -> None:
         super().check_stage()
@@ -83,6 +106,29 @@ class RlhfRunConfig(Config):
             self.rlhf.pool.cache_tokens,
             f"at least model.max_seq_len={longest}",
         )
+        mixed = [name for name in self.stage.streams if name != self.stage.corpus]
+        accepted = "none: prompts are of stage.corpus alone (rlhf.pretrain_mix is of the pretraining text)"
+        require(not mixed, "stage.mix and stage.lead", ", ".join(mixed), accepted)
+        self._check_pretraining()
+
+    def _check_pretraining(self) -> None:
+        """Refuse pretraining text that is none, or does not fit the model."""
+        group, longest = self.rlhf, self.model.max_seq_len
+        if not group.pretrain_coefficient:
+            return
+        texts = [name for name in self.corpus.corpora if name not in self.ranked_corpora]
+        listed = ", ".join(texts)
+        accepted = f"a text of corpus={self.corpus.name}: {listed}"
+        require(group.pretrain_corpus in texts, "rlhf.pretrain_corpus", group.pretrain_corpus, accepted)
+        accepted = f"texts of corpus={self.corpus.name} beside rlhf.pretrain_corpus={group.pretrain_corpus}: {listed}"
+        for name in group.pretrain_mix:
+            require(name in {*texts} - {group.pretrain_corpus}, "rlhf.pretrain_mix", name, accepted)
+        accepted = f"at most model.max_seq_len={longest}"
+        require(group.pretrain_seq_len <= longest, "rlhf.pretrain_seq_len", group.pretrain_seq_len, accepted)
+
+
+def _is_ranked(source: SourceConfig) -> bool:
+    return source.reader.endswith("rankings")
 
 
 def with_reward_run(config: RlhfRunConfig) -> RlhfRunConfig:

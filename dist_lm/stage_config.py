@@ -1,11 +1,22 @@
 """The configuration of a stage: what it reads, how it is optimised, and what it asks before and after."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
 from dist_lm.errors import require
 from dist_lm.reward_config import RankingSamplesConfig, RewardConfig
+
+
+def check_shares(key: str, shares: Mapping[str, float], own: str) -> None:
+    """Refuse shares of other corpora that are none, or leave nothing to the corpus that `own` names."""
+    for name, share in shares.items():
+        accepted = "above 0 and below 1, in whole per cent, such as 0.15"
+        whole = 0 < share < 1 and abs(share * 100 - round(share * 100)) < 1e-9
+        require(whole, f"{key}.{name}", share, accepted)
+    total = sum(shares.values())
+    require(round(total, 9) < 1, key, f"{total:g} in all", f"below 1, so that {own} has a share")
 
 
 @dataclass
@@ -127,16 +138,7 @@ class StageConfig:
         require(self.adam_eps > 0, "stage.adam_eps", self.adam_eps, "a positive number")
         require(self.grad_clip >= 0, "stage.grad_clip", self.grad_clip, ">= 0 (0 is off)")
         require(self.weight_decay >= 0, "stage.weight_decay", self.weight_decay, ">= 0")
-        self.check_mix()
-
-    def check_mix(self) -> None:
-        """Refuse shares that are none, or leave nothing to the stage's own corpus."""
-        for name, share in (self.mix or {}).items():
-            accepted = "above 0 and below 1, in whole per cent, such as 0.15"
-            whole = 0 < share < 1 and abs(share * 100 - round(share * 100)) < 1e-9
-            require(whole, f"stage.mix.{name}", share, accepted)
-        total = sum((self.mix or {}).values())
-        require(round(total, 9) < 1, "stage.mix", f"{total:g} in all", "below 1, so that stage.corpus has a share")
+        check_shares("stage.mix", self.mix or {}, own="stage.corpus")
 
     @property
     def streams(self) -> tuple[str, ...]:

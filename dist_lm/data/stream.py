@@ -18,7 +18,7 @@ from dist_lm.data.assemble import Row, assemble
 from dist_lm.data.batch import Batch
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.mix import Mix
-from dist_lm.data.sequences import CorpusSequences
+from dist_lm.data.sequences import SEQ_LEN, CorpusSequences
 from dist_lm.errors import ConfigError
 
 
@@ -131,9 +131,11 @@ class SequenceStream(StepStream):
         lead: tuple[MappedCorpus, int] | None = None,
         pin_memory: bool = False,
         prefetch: int = 2,
+        seq_len_key: str = SEQ_LEN,
     ) -> None:
         """`mix`: other corpora with their shares of all sequences, `lead`: one that stands in for the first until
-        so many sequences of the stream have come (`data.mix`). Else as `StepStream`.
+        so many sequences of the stream have come (`data.mix`). `seq_len_key`: the key that `seq_len` is from, for
+        errors. Else as `StepStream`.
 
         Raises `ConfigError` for a batch that does not divide over the ranks, `ArtefactError` for a corpus that fills no
         sequence.
@@ -141,7 +143,7 @@ class SequenceStream(StepStream):
         shares = mix or {}
         leading = [lead[0]] if lead else []
         # the stage's own first
-        self.corpora = [CorpusSequences(one, seed, seq_len) for one in (corpus, *shares, *leading)]
+        self.corpora = [CorpusSequences(one, seed, seq_len, seq_len_key) for one in (corpus, *shares, *leading)]
         self.n_sequences = self.corpora[0].n_sequences  # an epoch
         self._mix = Mix(list(shares.values()), seed, lead[1] if lead else 0)
         self._seq_len = seq_len

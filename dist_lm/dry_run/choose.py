@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from operator import attrgetter
 from typing import TypeVar
 
 from dist_lm.config import Config, ParallelConfig
@@ -66,8 +67,9 @@ def candidates(config: Config, world_size: int) -> list[Candidate]:
 def _nothing_to_try(config: Config, world_size: int, fixed: dict[str, int]) -> ConfigError:
     given = " ".join(["parallel.auto=true", *(f"parallel.{axis}={asked}" for axis, asked in fixed.items())])
     ways = [f"give a multiple of {world_size}", "or fewer ranks", *(["or leave the axes open (-1)"] if fixed else [])]
+    batch_key = config.sequence_keys[0] if config.sequence_keys else "stage.global_batch"
     return ConfigError(
-        f"{given}: no layout of {world_size} ranks can share stage.global_batch={config.stage.global_batch}: "
+        f"{given}: no layout of {world_size} ranks can share {batch_key}={attrgetter(batch_key)(config)}: "
         f"{', '.join(ways)}"
     )
 

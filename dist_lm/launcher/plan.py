@@ -128,7 +128,7 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
 
 def for_stages(shards: Config, stages: Sequence[Config]) -> Config:
     """The configuration of stage `shards` that builds what `stages` read, and no other corpus."""
-    read = {name for config in stages for name in config.stage.streams}
+    read = {name for config in stages for name in config.streams}
     return replace(shards, stage=replace(shards.stage, corpora=sorted(read)))
 
 

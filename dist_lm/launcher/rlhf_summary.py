@@ -9,6 +9,7 @@ ROWS = {  # metric -> what the table calls it
     "rlhf/score_mean": "score",
     "rlhf/kl": "divergence from the reference, nats a rollout",
     "rlhf/entropy": "entropy, nats a token",
+    "rlhf/pretrain_loss": "loss on pretraining text, nats a token",
     "rlhf/new_tokens_mean": "tokens of a rollout",
     "rlhf/truncated_rate": "rollouts cut off",
     "rollout/tokens_per_s": "tokens drawn a second",

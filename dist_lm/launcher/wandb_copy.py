@@ -80,7 +80,7 @@ class WandbCopy:
         if tokenizer:
             vocabulary = {"vocab_size": config.tokenizer.vocab_size}
             self._wandb.link("tokenizer", "tokenizer", "tokenizer", tokenizer, vocabulary)
-        for name in config.stage.streams:
+        for name in config.streams:
             manifest = work.corpus_manifest(name)
             if manifest.exists():
                 known = json.loads(manifest.read_text())

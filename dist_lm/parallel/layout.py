@@ -1,6 +1,7 @@
 """The mesh as numbers: a value that can be computed, printed and compared without any process group."""
 
 from dataclasses import dataclass
+from operator import attrgetter
 
 from dist_lm.config import Config, ModelConfig, ParallelConfig
 from dist_lm.errors import ConfigError
@@ -99,18 +100,19 @@ def check_batch(config: Config, layout: Layout) -> None:
     Raises:
         ConfigError: names the key and the nearest values that work.
     """
-    if not config.takes_sequences:
+    if config.sequence_keys is None:
         return
-    batch, seq_len = config.stage.global_batch, config.stage.seq_len
+    batch_key, seq_len_key = config.sequence_keys
+    batch, seq_len = attrgetter(batch_key, seq_len_key)(config)
     if batch % layout.dp:
         near = _nearest(batch, layout.dp)
         raise ConfigError(
-            f"stage.global_batch={batch}: expected a multiple of the {layout.dp} data-parallel ranks, such as {near}"
+            f"{batch_key}={batch}: expected a multiple of the {layout.dp} data-parallel ranks, such as {near}"
         )
     if config.parallel.sp and seq_len % layout.tp:
         near = _nearest(seq_len, layout.tp)
         raise ConfigError(
-            f"stage.seq_len={seq_len}: with parallel.sp=true expected a multiple of tp={layout.tp}, such as {near}"
+            f"{seq_len_key}={seq_len}: with parallel.sp=true expected a multiple of tp={layout.tp}, such as {near}"
         )
 
 

@@ -84,6 +84,9 @@ class Learner:
             raise ConfigError(f"rlhf.rewards: parts of kind reward_model are {parts}; expected one with a reward model")
         if self.config.kl_coefficient and self.models.reference is None:
             raise ConfigError(f"rlhf.kl_coefficient={self.config.kl_coefficient}: expected 0 without a reference")
+        if self.config.pretrain_coefficient and self.pretraining is None:
+            coefficient = self.config.pretrain_coefficient
+            raise ConfigError(f"rlhf.pretrain_coefficient={coefficient}: expected 0 without pretraining text")
         assert self.algorithm.has_critic == (self.models.critic is not None), "a critic where the algorithm has one"
         assert self.world.is_first == (self.supply is not None), "rollouts come from the first rank"
 

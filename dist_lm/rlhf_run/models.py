@@ -20,7 +20,7 @@ from dist_lm.rlhf.models import RlhfModels, frozen, scalar_config, start_critic,
 from dist_lm.rlhf.reward_model import read_normaliser
 from dist_lm.rlhf.reward_scale import RewardScale
 from dist_lm.rlhf.state import RlhfState
-from dist_lm.rlhf_run_config import RlhfRunConfig
+from dist_lm.rlhf_run_config import RlhfRunConfig, RlhfRunGroup
 from dist_lm.run_directory import RunDirectory
 from dist_lm.training import checkpoint, checkpoint_files
 from dist_lm.training.checkpoint import Companion
@@ -63,7 +63,7 @@ def begin(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorithm:
     reward = _reward_model(config, start)
     shape = scalar_config(config.model)
     critic = trained_critic(_model(shape, config, start), config.rlhf) if algorithm.has_critic else None
-    begun = Begun(RlhfModels(policy, critic, reference, reward), _first_state(config), 0)
+    begun = Begun(RlhfModels(policy, critic, reference, reward), first_state(config.rlhf), 0)
     if own:
         log.info("continuing from %s", own)
         state = checkpoint.load(own, policy.model, policy.optimizer, config.model, begun.companions)
@@ -74,6 +74,19 @@ def begin(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorithm:
     if critic:
         start_critic(critic.model, _trunk(reward, policy.model, shape), config.rlhf.value_head)
     return begun
+
+
+def first_state(group: RlhfRunGroup) -> RlhfState:
+    """Before the first iteration: the scale of the reward model's scores is the one that stage reward measured.
+
+    Raises:
+        ArtefactError: the reward model's run is not finished.
+    """
+    scale = None
+    if group.asks_reward_model and group.normalise_reward:
+        measured = read_normaliser(RunDirectory(Path(group.reward_model)))
+        scale = RewardScale(measured.mean, measured.std)
+    return RlhfState(KlController(group.kl_coefficient, group.kl_target, group.kl_horizon), reward_scale=scale)
 
 
 def saved_files(state: RlhfState) -> dict[str, bytes]:
@@ -123,12 +136,3 @@ def _trunk(reward: Transformer | None, policy: Transformer, shape: ModelConfig) 
     parts = ("d_model", "n_layers", "n_heads", "kv_heads", "d_ff", "ffn", "norm", "bias", "vocab_size")
     alike = reward and all(getattr(reward.config, part) == getattr(shape, part) for part in parts)
     return reward if reward and alike else policy
-
-
-def _first_state(config: RlhfRunConfig) -> RlhfState:
-    group = config.rlhf
-    scale = None
-    if group.asks_reward_model and group.normalise_reward:
-        measured = read_normaliser(RunDirectory(Path(group.reward_model)))
-        scale = RewardScale(measured.mean, measured.std)
-    return RlhfState(KlController(group.kl_coefficient, group.kl_target, group.kl_horizon), reward_scale=scale)

@@ -18,6 +18,7 @@ from dist_lm.chat.template import END
 from dist_lm.config_file import load_config
 from dist_lm.errors import ArtefactError
 from dist_lm.parallel.values import whole_weights
+from dist_lm.rank_data import check_corpora
 from dist_lm.rank_program import open_metrics
 from dist_lm.rank_result import metrics_of_step, write_success
 from dist_lm.rank_start import RankStart, started
@@ -27,6 +28,7 @@ from dist_lm.rlhf.prompts import ShuffledPrompts
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.rlhf_run.held_out import HeldOut
 from dist_lm.rlhf_run.models import Begun, begin, train_state
+from dist_lm.rlhf_run.pretraining import pretraining_text
 from dist_lm.rlhf_run.report import Reporter
 from dist_lm.rlhf_run.saving import Saving
 from dist_lm.rlhf_run.source import rollout_source
@@ -53,6 +55,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         state, world = begun.state, start.world
         metrics = open_metrics(run, world, train_state(begun.state, begun.tokens))
         reporter = Reporter(config, run, world, start.tokenizer, metrics, heartbeat, begun.tokens, state.iteration)
+        check_corpora(run, config, start.tokenizer, world)
         train, held_out_prompts = read_all(config, run, start.tokenizer)
         supply = _supply(config, start, begun, train, reporter, stack)
         looks = partial(reporter.alive, Phase.EVALUATING)
@@ -61,6 +64,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             found = held_out.compare(state.reward_scale)
             if metrics and found:
                 metrics.write(0, found)
+        text = stack.enter_context(pretraining_text(config, run, start, state.policy_updates))
         with _saver(run, config, start) as saver:
             learner = Learner(
                 config=config.rlhf,
@@ -72,6 +76,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
                 models=begun.models,
                 algorithm=algorithm,
                 supply=supply,
+                pretraining=text,
                 save_every=config.stage.checkpoint_every,
                 save=Saving(saver, begun, reporter, world.is_first),
                 report=reporter,

@@ -36,7 +36,7 @@ STAGES = {
         StageInfo(
             "rlhf",
             trains=True,
-            needs=("rankings", "tools", "reward"),
+            needs=("shards", "rankings", "tools", "reward"),
             starts_from="tools",
             in_pipeline=False,
             program="dist_lm.rlhf_run.program",

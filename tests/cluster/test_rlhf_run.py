@@ -21,6 +21,7 @@ from dist_lm.training import checkpoint_files
 from tests.cluster.launched import assert_gone, family, ranks_on, steps_of, wait_until
 from tests.cluster.launched import finish as finish_launch
 from tests.conftest import TINY
+from tests.forked_run import run_forked
 from tests.training_run import DEADLINE_S, copy_until, linked, numbers, train, unwritten, write_untrained
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -47,6 +48,13 @@ SETTINGS = (
     "rlhf.pool.max_sequences=4",
     "rlhf.rewards.preference.weight=0",
     "rlhf.rewards={size: {kind: length, target: 6}}",
+)
+PRETRAINING = (
+    "rlhf.pretrain_coefficient=0.5",
+    "rlhf.pretrain_mix={language: 0.25}",
+    "rlhf.pretrain_sequences=4",
+    "rlhf.pretrain_seq_len=32",
+    "rlhf.stop_kl=1e-3",  # iterations have as many updates as they have
 )
 
 
@@ -136,7 +144,15 @@ def test_the_policy_is_loaded_like_any_model(reference):
     assert loaded.weights.keys() == parameter_shapes(loaded.config).keys()
 
 
-@pytest.mark.parametrize("overrides", [(), ("rlhf.max_staleness=1",)], ids=["synchronous", "drawn ahead"])
+GONE_ON_WITH = {
+    "synchronous": (),
+    "drawn ahead": ("rlhf.max_staleness=1",),
+    "with text": PRETRAINING,
+    "with text, drawn ahead": (*PRETRAINING, "rlhf.max_staleness=1"),
+}
+
+
+@pytest.mark.parametrize("overrides", GONE_ON_WITH.values(), ids=GONE_ON_WITH.keys())
 def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_identical(started_work, reference, tmp_path, overrides):
     expected = reference
     if overrides:
@@ -160,12 +176,34 @@ def test_a_damaged_state_is_passed_over_loudly(started_work, reference, tmp_path
     assert numbers(run) == numbers(reference)
 
 
-def test_two_ranks_agree_with_one(started_work, reference, tmp_path):
-    run = prepare(work_of(started_work, tmp_path))
-    train(run, ranks=2)
-    first, other = numbers(reference)[1], numbers(run)[1]
-    for name in ("score_mean", "reward_mean", "entropy", "new_tokens_mean", "return_mean", "truncated_rate"):
-        assert other[f"rlhf/{name}"] == pytest.approx(first[f"rlhf/{name}"], rel=1e-5, abs=1e-6), name
+def test_two_ranks_agree_with_one(started_work, tmp_path):
+    found = {}
+    for ranks in (1, 2):
+        run = prepare(work_of(started_work, tmp_path / str(ranks)), *PRETRAINING, "stage.steps=2", "stage.eval_every=2")
+        train(run, ranks=ranks)
+        found[ranks] = numbers(run)[1]
+    names = ("score_mean", "reward_mean", "entropy", "new_tokens_mean", "return_mean", "truncated_rate")
+    for name in (*names, "pretrain_loss", "policy_grad_norm"):
+        assert found[2][f"rlhf/{name}"] == pytest.approx(found[1][f"rlhf/{name}"], rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.heavy
+def test_a_launched_run_learns_pretraining_text_beside_the_reward(started_work, reference, tmp_path):
+    work = work_of(started_work, tmp_path)
+    code, out, err = finish_launch(launch(work, *PRETRAINING, "rlhf.max_staleness=1"))
+    assert code == 0, err
+    assert "loss on pretraining text, nats a token" in out
+    found = numbers(work.run("rlhf", "default"))
+    losses = [found[step]["rlhf/pretrain_loss"] for step in range(1, ITERATIONS + 1)]
+    assert losses[-1] < losses[0]
+    assert not any("rlhf/pretrain_loss" in line for line in numbers(reference).values())
+
+
+def test_pretraining_text_that_does_not_divide_over_the_ranks_is_refused_by_its_key(started_work, tmp_path):
+    run = prepare(work_of(started_work, tmp_path), *PRETRAINING, "rlhf.pretrain_sequences=3")
+    assert run_forked(run, 2) != 0
+    message = "rlhf.pretrain_sequences=3: expected a multiple of the 2 data-parallel ranks, such as 2 or 4"
+    assert message in run.rank_log(0).read_text()
 
 
 def test_a_pool_that_finds_no_room_is_refused_before_anything_starts(started_work, tmp_path):

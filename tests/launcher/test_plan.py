@@ -245,6 +245,45 @@ def test_rlhf_needs_rankings_and_a_reward_model_only_where_it_asks_them(work):
     assert "rankings" in actions(given)  # its prompts
 
 
+def test_pretraining_text_of_rlhf_is_built_where_it_has_a_weight(work):
+    run = make_run(work, "code", "stage.init_from=none", done=True)
+    prompts = work.path / "prompts.txt"
+    prompts.write_text("one\n")
+    start = (*RULES_ONLY, f"stage.init_from={run.path}", f"rlhf.prompts_from={prompts}")
+    assert list(actions(plan_of(work, *start, target="rlhf"))) == ["rlhf"]
+    shutil.rmtree(work.corpus("code"))
+    text = (*start, "rlhf.pretrain_coefficient=1", "rlhf.pretrain_seq_len=200")
+    plan = plan_of(work, *text, target="rlhf")
+    assert actions(plan) == {"tokenizer": Action.READY, "shards": Action.BUILD, "rlhf": Action.BUILD}
+    assert plan.stages[1].config.stage.corpora == ["code"]
+    mixed = plan_of(work, *text, "rlhf.pretrain_corpus=tools", "rlhf.pretrain_mix={language: 0.2}", target="rlhf")
+    assert actions(mixed)["shards"] is Action.READY
+    assert mixed.stages[1].config.stage.corpora == ["language", "tools"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("rlhf.pretrain_corpus=rankings",),
+            r"rlhf\.pretrain_corpus=rankings: expected a text of corpus=local: ",
+        ),
+        (
+            ("rlhf.pretrain_mix={code: 0.2}",),
+            r"rlhf\.pretrain_mix=code: expected texts of corpus=local beside ",
+        ),
+        (("rlhf.pretrain_mix={language: 1.5}",), r"rlhf\.pretrain_mix\.language=1\.5: expected above 0 and below 1"),
+        (("rlhf.pretrain_seq_len=257",), r"rlhf\.pretrain_seq_len=257: expected at most model\.max_seq_len=256"),
+        (("rlhf.pretrain_sequences=0",), r"rlhf\.pretrain_sequences=0: expected a positive integer"),
+        (("stage.mix={code: 0.2}",), r"stage\.mix and stage\.lead=code: expected none"),
+    ],
+)
+def test_pretraining_text_that_is_none_is_refused(work, overrides, message):
+    given = (*RULES_ONLY, "rlhf.pretrain_coefficient=1", "rlhf.pretrain_seq_len=200")
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        plan_of(work, *IN_256, *given, *overrides, target="rlhf")
+
+
 def test_keys_of_rlhf_belong_to_that_stage_alone(work):
     plan = plan_of(work, *IN_256, *RULES_ONLY, "rlhf.prompts=5", target="rlhf")
     assert plan.stages[-1].config.rlhf.prompts == 5

@@ -1,14 +1,20 @@
 """A run is the same on every layout up to rounding, and to the bit on the same one."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from dist_lm.config import ParallelConfig
+from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.stream import SequenceStream
+from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.rollouts import EngineRollouts
 from dist_lm.rlhf_config import RewardPartConfig
+from dist_lm.rlhf_run.pretraining import PretrainingText
 from tests.parallel.ranks import RankGroups
+from tests.rlhf.text import write_text
 from tests.rlhf.toy import LENGTH, MODEL, engine_of, toy
 
 SHAPE = replace(MODEL, d_model=40, n_heads=5, d_ff=72)
@@ -23,9 +29,11 @@ CONFIG = replace(
     lr=1e-3,
     value_lr=1e-3,
     missing_eos_penalty=1.0,
+    pretrain_coefficient=0.5,
     rewards={"length": RewardPartConfig(kind="length", target=4), "model": RewardPartConfig(kind="reward_model")},
 )
 ITERATIONS = 3
+SEQUENCES = 6  # of text an update
 NEAR = 1e-5
 LAYOUTS = {
     "dp 2": (2, ParallelConfig()),
@@ -35,36 +43,55 @@ LAYOUTS = {
 }
 
 
-def metrics_of(world: World, parallel: ParallelConfig, prompts: int = CONFIG.prompts) -> list[dict[str, float]]:
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_text(tmp_path_factory.mktemp("text")))
+
+
+def metrics_of(
+    world: World, parallel: ParallelConfig, text: str, prompts: int = CONFIG.prompts
+) -> list[dict[str, float]]:
     """Of each iteration, without what a clock says; the same on all ranks, or they would not end together."""
-    made = toy(
-        replace(CONFIG, prompts=prompts),
-        ITERATIONS,
-        world=world,
-        parallel=parallel,
-        model=SHAPE,
-        source=lambda: EngineRollouts(engine_of(SHAPE)),
-        reward_model=True,
-        stop_tokens=tuple(range(1, 9)),
-    )
-    made.run()
+    layout = resolve_layout(parallel, SHAPE, world.size)
+    with SequenceStream(
+        MappedCorpus.open(Path(text), "train"),
+        seed=0,
+        seq_len=16,
+        global_batch=SEQUENCES,
+        micro_batch=2,
+        dp_rank=world.rank // layout.tp,
+        dp_size=layout.dp,
+    ) as stream:
+        made = toy(
+            replace(CONFIG, prompts=prompts),
+            ITERATIONS,
+            world=world,
+            parallel=parallel,
+            model=SHAPE,
+            source=lambda: EngineRollouts(engine_of(SHAPE)),
+            reward_model=True,
+            stop_tokens=tuple(range(1, 9)),
+            pretraining=PretrainingText(stream, SEQUENCES, world.device),
+        )
+        made.run()
     lines = [dict(report.metrics) for report in made.reports]
     return [{name: line[name] for name in line if "timing" not in name and "_per_s" not in name} for line in lines]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_metrics_are_those_of_one_rank(ranks: RankGroups, name: str):
+def test_metrics_are_those_of_one_rank(ranks: RankGroups, text: str, name: str):
     size, parallel = LAYOUTS[name]
-    expected = ranks.run(1, metrics_of, ParallelConfig())
-    found = ranks.run(size, metrics_of, parallel)
-    assert ranks.run(size, metrics_of, parallel) == found
+    expected = ranks.run(1, metrics_of, ParallelConfig(), text)
+    found = ranks.run(size, metrics_of, parallel, text)
+    assert ranks.run(size, metrics_of, parallel, text) == found
+    assert all("rlhf/pretrain_loss" in line for line in found)
     for one, other in zip(found, expected, strict=True):
         assert max(one.pop("rollout/logprob_gap"), other.pop("rollout/logprob_gap")) < NEAR
         assert one == pytest.approx(other, rel=NEAR, abs=NEAR)
 
 
-def test_a_rank_for_which_no_rollout_is_left_takes_part_all_the_same(ranks: RankGroups):
-    expected = ranks.run(1, metrics_of, ParallelConfig(), 2)
-    found = ranks.run(2, metrics_of, ParallelConfig(), 2)
+def test_a_rank_for_which_no_rollout_is_left_takes_part_all_the_same(ranks: RankGroups, text: str):
+    expected = ranks.run(1, metrics_of, ParallelConfig(), text, 2)
+    found = ranks.run(2, metrics_of, ParallelConfig(), text, 2)
     for one, other in zip(found, expected, strict=True):
         assert one["rlhf/policy_loss"] == pytest.approx(other["rlhf/policy_loss"], rel=NEAR, abs=NEAR)

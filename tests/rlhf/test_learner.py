@@ -8,19 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from dist_lm.data.batch import Batch
 from dist_lm.errors import ConfigError
 from dist_lm.generation.request import Answer, Request
 from dist_lm.rlhf.models import scalar_config, start_critic
 from dist_lm.rlhf.ppo import Ppo
+from dist_lm.rlhf.reward_scale import RewardScale
 from dist_lm.rlhf.rollouts import EngineRollouts
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.rlhf_config import RewardPartConfig
-from dist_lm.training.optimizer import named_state
 from dist_lm.training.stop import StopRequest
 from dist_lm.training.trainer import NonFiniteGradientsError
 from tests.rlhf.group_mean import GroupMean
-from tests.rlhf.toy import LENGTH, MODEL, TOKENS, Toy, engine_of, weights_of
+from tests.rlhf.toy import LENGTH, MODEL, TOKENS, Toy, engine_of, tensors_of, weights_of
 from tests.rlhf.toy import toy as plain_toy
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -44,20 +43,6 @@ def ran(config, iterations: int, **options) -> Toy:
     made = toy(config, iterations, **options)
     made.run()
     return made
-
-
-def tensors_of(made: Toy) -> dict[str, torch.Tensor]:
-    """All that a checkpoint holds of models and optimizers."""
-    models = made.learner.models
-    assert models.critic
-    return {
-        f"{role}.{name}": value
-        for role, trained in (("policy", models.policy), ("critic", models.critic))
-        for name, value in [
-            *((name, parameter.detach()) for name, parameter in trained.model.named_parameters()),
-            *named_state(trained.model, trained.optimizer),
-        ]
-    }
 
 
 # --- engine, trainer, reference ---
@@ -123,6 +108,16 @@ def test_parts_are_logged_apart_and_the_reward_model_is_normalised_by_the_refere
     for report in made.reports:
         for name, score_B in report.part_B.items():
             assert report.metrics[f"rlhf/part_{name}"] == pytest.approx(float(score_B.mean()), abs=1e-6)
+
+
+def test_a_scale_that_is_known_before_the_first_iteration_is_used_from_there_on():
+    made, other = toy(WITH_REWARD_MODEL, 2, reward_model=True), ran(WITH_REWARD_MODEL, 1, reward_model=True)
+    made.state = replace(made.state, reward_scale=RewardScale(2.0, 4.0))
+    assert made.run().reward_scale == RewardScale(2.0, 4.0)
+    own = other.saved[-1].reward_scale
+    assert own
+    raw = other.reports[0].part_B["model"] * own.std + own.mean  # of the same rollouts
+    torch.testing.assert_close(made.reports[0].part_B["model"], (raw - 2.0) / 4.0)
 
 
 def test_parts_and_models_that_do_not_go_together_are_refused():
@@ -216,20 +211,6 @@ def test_an_adaptive_coefficient_moves_towards_its_target_and_is_used():
     report = made.reports[-1]
     expected = report.metrics["rlhf/score_mean"] - coefficients[-1] * report.metrics["rlhf/kl"]
     assert report.metrics["rlhf/reward_mean"] == pytest.approx(expected)
-
-
-def test_the_pretraining_loss_is_mixed_in_by_its_mean():
-    tokens = torch.arange(1, 21).repeat(4, 1)
-
-    def texts(update: int) -> list[Batch]:
-        where = torch.arange(20).repeat(4, 1)
-        return [Batch(tokens, tokens.roll(-1, 1), torch.ones(4, 20), torch.zeros_like(tokens), where, torch.arange(4))]
-
-    mixed = ran(replace(SHORT, pretrain_coefficient=1.0, lr=3e-3), 6, pretraining=texts)
-    losses = [report.updates[0]["pretrain_loss"] for report in mixed.reports]
-    assert losses[0] == pytest.approx(np.log(64), abs=0.3)  # a mean over its own tokens
-    assert losses[-1] < 0.7 * losses[0]
-    assert "rlhf/pretrain_loss" not in ran(SHORT, 1, pretraining=texts).reports[0].metrics
 
 
 def test_rates_warm_up():

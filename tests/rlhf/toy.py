@@ -22,6 +22,7 @@ from dist_lm.rlhf.prompts import ShuffledPrompts
 from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.rlhf_config import RewardPartConfig, RlhfConfig
+from dist_lm.training.optimizer import named_state
 
 VOCABULARY = 64
 EOT = 0
@@ -137,3 +138,17 @@ def weights_of(trained: Toy) -> dict[str, torch.Tensor]:
     """The policy's, whole (collective)."""
     model = trained.learner.models.policy.model
     return {name: value.clone() for name, value in whole_weights(model, model.config, torch.float32).items()}
+
+
+def tensors_of(made: Toy) -> dict[str, torch.Tensor]:
+    """All that a checkpoint holds of models and optimizers."""
+    models = made.learner.models
+    assert models.critic
+    return {
+        f"{role}.{name}": value
+        for role, trained in (("policy", models.policy), ("critic", models.critic))
+        for name, value in [
+            *((name, parameter.detach()) for name, parameter in trained.model.named_parameters()),
+            *named_state(trained.model, trained.optimizer),
+        ]
+    }
