@@ -9,7 +9,7 @@
 #   a worker node dies                        a replacement job joins when a node is free (slurm/replacement.sh);
 #                                             the driver goes on with what there is
 #   this node dies                            Slurm requeues the job
-#   USR1 (120 s before the time limit)        checkpoint, clean-up, requeue
+#   USR1 (before the time limit: --signal)     checkpoint, clean-up, requeue
 #   TERM (scancel, shutdown)                  clean-up at once
 #
 # work_dir must be on a file system that all nodes share. In work_dir/slurm/JOBID:

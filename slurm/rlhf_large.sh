@@ -19,7 +19,8 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:USR1@120
+# an iteration that has begun is finished before the checkpoint, and takes longer than a step of training
+#SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --no-kill
 #SBATCH --open-mode=append
