@@ -14,21 +14,30 @@ from tests.slurm.batch_job import BatchJob
 from tests.slurm.real_slurm import RealSlurm
 from tests.training_run import numbers, write_untrained
 
-pytestmark = [pytest.mark.slurm, pytest.mark.heavy, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.heavy, pytest.mark.timeout(1800)]
 
-ITERATIONS = 8
+ITERATIONS, REWARD_STEPS, PROMPTS = 12, 4, 8
+DEADLINE_S = 900  # two stages, each with a start of its ranks and actors
 SETTINGS = (
     *TINY,
     "model.n_heads=5",
     "model.tie_embeddings=true",
     "cluster.ranks_per_node=1",
     *("stages.rankings.samples.most=4", "stages.rankings.samples.max_new_tokens=12"),
-    *("stages.reward.seq_len=200", "stages.reward.steps=6", "stages.reward.global_batch=4"),
+    *("stages.reward.seq_len=200", f"stages.reward.steps={REWARD_STEPS}", "stages.reward.global_batch=4"),
+    *("stages.reward.eval_at_start=false", "stages.reward.eval_sequences=8", "stages.reward.eval_every=0"),
     *("stages.reward.reward.normaliser_prompts=8", "stages.reward.reward.normaliser_new_tokens=8"),
     f"stage.steps={ITERATIONS}",
     "stage.checkpoint_every=3",
-    "stage.eval_every=4",
-    *("rlhf.prompts=16", "rlhf.max_new_tokens=16", "rlhf.lr=1e-3", "rlhf.value_lr=1e-3", "rlhf.held_out_prompts=8"),
+    "stage.eval_every=6",
+    *(
+        f"rlhf.prompts={PROMPTS}",
+        "rlhf.max_new_tokens=16",
+        "rlhf.lr=1e-3",
+        "rlhf.value_lr=1e-3",
+        "rlhf.held_out_prompts=8",
+    ),
+    *("rlhf.epochs=1", "rlhf.minibatches=1"),
     *("rlhf.pretrain_coefficient=0.5", "rlhf.pretrain_sequences=4", "rlhf.pretrain_seq_len=64"),
     *("rlhf.pool.cache_tokens=4096", "rlhf.pool.max_sequences=8"),
 )
@@ -49,7 +58,7 @@ class RlhfJob(BatchJob):
             lines = read_metrics(self.run.metrics) if self.run.metrics.exists() else []
             return max((line["step"] for line in lines), default=0) >= iteration
 
-        eventually(f"iteration {iteration}", reached, 240)
+        eventually(f"iteration {iteration}", reached, DEADLINE_S)
 
 
 @pytest.fixture
@@ -65,11 +74,11 @@ def test_two_nodes_train_a_reward_model_and_a_policy_and_after_a_requeue_the_sam
     slurm: RealSlurm, trained: WorkDirectory
 ) -> None:
     job = RlhfJob(slurm, trained)
-    job.finish()
+    job.finish(seconds=DEADLINE_S)
     assert job.starts() == 1
-    assert json.loads(trained.run("reward", "default").result.read_text())["steps"] == 6
+    assert json.loads(trained.run("reward", "default").result.read_text())["steps"] == REWARD_STEPS
     result = json.loads(job.run.result.read_text())
-    assert (result["steps"], result["ranks"], result["prompts"]) == (ITERATIONS, 2, 16 * ITERATIONS)
+    assert (result["steps"], result["ranks"], result["prompts"]) == (ITERATIONS, 2, PROMPTS * ITERATIONS)
     assert {"rlhf/part_preference", "rlhf/win_rate", "rlhf/pretrain_loss"} <= result["metrics"].keys()
     measured = read_normaliser(trained.run("reward", "default"))
     state = json.loads((job.run.checkpoints / result["checkpoint"] / "stage" / "rlhf.json").read_text())
@@ -83,6 +92,6 @@ def test_two_nodes_train_a_reward_model_and_a_policy_and_after_a_requeue_the_sam
     again = RlhfJob(slurm, trained)
     again.wait_for_iteration(2)
     slurm.run("scancel", "--batch", "--signal=USR1", str(again.id))  # as before the time limit
-    again.finish()
+    again.finish(seconds=DEADLINE_S)
     assert slurm.job(again.id)["Restarts"] == "1"
     assert numbers(again.run) == undisturbed
