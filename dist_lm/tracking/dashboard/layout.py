@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dist_lm.errors import require
-from dist_lm.tracking.metric import TRAINING_STAGES, Metric
+from dist_lm.tracking.metric import MEASURED_STAGES, Metric
 from dist_lm.tracking.registry import metrics_of
 
 OVERVIEW = "overview"
-BOARDS = (OVERVIEW, *TRAINING_STAGES)
+BOARDS = (OVERVIEW, *MEASURED_STAGES)
 
 # title -> metrics that are read against each other, in one panel where its first one belongs
 TOGETHER = {
@@ -35,6 +35,7 @@ TOGETHER = {
     "Tokens a second": ("perf/tokens_per_s", "rollout/tokens_per_s"),
     "Steps that went wrong": ("train/skipped_steps", "train/loss_spikes"),
     "Score and reward": ("rlhf/reward_mean", "rlhf/score_mean"),
+    "Prompts that were done": ("generate/prompts", "generate/refused"),
     "Losses": ("rlhf/policy_loss", "rlhf/value_loss", "rlhf/pretrain_loss"),
     "Gradient norms": ("rlhf/policy_grad_norm", "rlhf/value_grad_norm"),
     "Tokens clipped": ("rlhf/clip_frac", "rlhf/value_clip_frac"),
@@ -55,6 +56,7 @@ COMPARED = {
     "code": ("code/parses_{language}",),
     "reward": ("reward/accuracy", "reward/kendall_tau"),
     "rlhf": ("rlhf/reward_mean", "rlhf/score_mean", "rlhf/kl", "rlhf/win_rate"),
+    "generate": ("generate/tokens_per_s", "generate/prompts"),
 }
 
 
@@ -116,7 +118,7 @@ class Board:
 
 
 def boards() -> tuple[Board, ...]:
-    """The overview, then a board for each stage that trains."""
+    """The overview, then a board for each stage that writes metrics."""
     return tuple(board_of(name) for name in BOARDS)
 
 
@@ -152,7 +154,7 @@ def _place(group: str) -> int:
 
 
 def _compared() -> Iterator[Section]:
-    every = {metric.name: metric for stage in TRAINING_STAGES for metric in metrics_of(stage)}
+    every = {metric.name: metric for stage in MEASURED_STAGES for metric in metrics_of(stage)}
     for heading, names in COMPARED.items():
         panels = []
         for name in names:

@@ -3,12 +3,17 @@
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from dist_lm.config import TrackingConfig
 from dist_lm.errors import ConfigError, UserError
+from dist_lm.tracking.dashboard.fixed_ids import replace_view
 from dist_lm.tracking.dashboard.layout import Board
 from dist_lm.tracking.dashboard.workspace import workspace_of
 from dist_lm.tracking.wandb_run import wandb_mode
+
+if TYPE_CHECKING:
+    from wandb_workspaces.workspaces import Workspace
 
 
 def push(
@@ -36,7 +41,6 @@ def push(
     made = [workspace_of(board, entity or "", project) for board in boards]
     with _in_one_line():
         import wandb
-        from wandb_workspaces.workspaces import internal
 
         owner = entity or wandb.Api().default_entity
         if not owner:
@@ -44,22 +48,24 @@ def push(
         addresses = []
         for board, workspace in zip(boards, made, strict=True):
             workspace.entity = owner
-            workspace._internal_id = _known_id(internal, owner, project, workspace._internal_name)
+            if known := _at_server(workspace):
+                replace_view(workspace, known)
             workspace.save()
             addresses.append(workspace.url)
             say(f"{board.name}: {workspace.url}")
     return addresses
 
 
-def _known_id(internal: object, entity: str, project: str, name: str) -> str:
-    """The id of the view that has this name; empty where there is none yet."""
+def _at_server(workspace: "Workspace") -> "Workspace | None":
+    """The workspace that the server has at this address; None where there is none yet."""
+    from wandb_workspaces.workspaces import Workspace
+
     try:
-        view = internal.get_view_dict(entity, project, internal._internal_name_to_url_query_str(name))  # type: ignore[attr-defined]
+        return Workspace.from_url(workspace.url)
     except ValueError as missing:
         if "not found" not in str(missing):
             raise
-        return ""
-    return view["id"]
+        return None
 
 
 @contextmanager

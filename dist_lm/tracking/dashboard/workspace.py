@@ -4,6 +4,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from dist_lm.errors import ConfigError
+from dist_lm.tracking.dashboard.fixed_ids import name_panel, name_view
 from dist_lm.tracking.dashboard.layout import Board, Panel
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def workspace_of(board: Board, entity: str, project: str) -> "Workspace":
             title_y=panel.unit or None,
             log_y=True if panel.logarithmic else None,
         )
-        made._id = _id(board.name, panel.title)[:12]  # drawn by lot otherwise, and every push would look like a change
+        name_panel(made, _id(board.name, panel.title))
         return made
 
     layout = ws.SectionLayoutSettings(columns=COLUMNS, rows=ROWS)
@@ -66,7 +67,7 @@ def workspace_of(board: Board, entity: str, project: str) -> "Workspace":
         runset_settings=runs,
         auto_generate_panels=False,
     )
-    made._internal_name = view_name(board)
+    name_view(made, view_name(board))
     return made
 
 

@@ -1,0 +1,62 @@
+"""The few fields of wandb-workspaces that are not its public interface: an upgrade that renames them fails here."""
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+import dist_lm.tracking.dashboard
+from dist_lm.errors import ConfigError
+from dist_lm.tracking.dashboard.fixed_ids import PANEL_FIELDS, WORKSPACE_FIELDS, name_panel, name_view, replace_view
+from dist_lm.tracking.dashboard.layout import board_of
+from dist_lm.tracking.dashboard.workspace import slug_of, workspace_of
+
+ROOM = Path(dist_lm.tracking.dashboard.__file__).parent
+
+
+def test_the_installed_package_still_has_them() -> None:
+    reports = pytest.importorskip("wandb_workspaces.reports.v2.interface")
+    workspaces = pytest.importorskip("wandb_workspaces.workspaces")
+    for made_of, names in ((reports.Panel, PANEL_FIELDS), (workspaces.Workspace, WORKSPACE_FIELDS)):
+        assert {field.name for field in dataclasses.fields(made_of)} >= set(names), made_of
+
+
+def test_ids_that_were_set_are_what_the_server_gets() -> None:
+    pytest.importorskip("wandb_workspaces")
+    made = workspace_of(board_of("code"), "e", "p")
+    known = workspace_of(board_of("code"), "e", "p")
+    known._internal_id = "view-1"
+    replace_view(made, known)
+    view = made._to_model()
+    assert (view.name, view.id) == (f"nw-{slug_of(board_of('code'))}-v", "view-1")
+    ids = [panel.id for section in view.spec.section.panel_bank_config.sections for panel in section.panels]
+    assert len(set(ids)) == len(ids) == len(board_of("code").panels)
+    again = workspace_of(board_of("code"), "e", "p")._to_model()
+    assert again.spec == view.spec
+
+
+@pytest.mark.parametrize("use", [lambda thing: name_panel(thing, "a"), lambda thing: name_view(thing, "a")])
+def test_a_package_without_them_is_named_with_the_version_that_has_them(use) -> None:
+    pytest.importorskip("wandb_workspaces")
+
+    @dataclasses.dataclass
+    class Renamed:
+        other: str = ""
+
+    with pytest.raises(ConfigError, match=r"Renamed has no field _.* pip install 'wandb-workspaces==\d"):
+        use(Renamed())
+
+
+def test_nothing_else_of_the_room_touches_a_private_name() -> None:
+    for path in ROOM.glob("*.py"):
+        if path.name == "fixed_ids.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                assert isinstance(node.value, ast.Name), (path, node.lineno)
+                assert node.value.id in ("self", "cls"), (path, node.lineno)
+            if isinstance(node, ast.ImportFrom):
+                names = [part for part in f"{node.module}".split(".") + [alias.name for alias in node.names]]
+                assert not [name for name in names if name.startswith("_")], (path, node.lineno)
+                assert "internal" not in names, (path, node.lineno)
