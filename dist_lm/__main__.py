@@ -67,7 +67,10 @@ def metrics(
 @app.command("bench")
 def bench(
     name: Annotated[
-        str, typer.Argument(help="tp, fsdp, checkpointing, compile, generate, reward, rlhf or metrics (docs/bench.md).")
+        str,
+        typer.Argument(
+            help="tp, fsdp, checkpointing, compile, generate, reward, rlhf, metrics or tracking (docs/bench.md)."
+        ),
     ],
     overrides: Annotated[
         list[str] | None,

@@ -8,7 +8,7 @@ work/
     checkpoints/step_00000100/ ... LATEST BEST
     logs/rank_00000.log   samples/   wandb/
   runs/generate/RUN_ID/
-    config.yaml prompts.json samples/part-00000.jsonl ... result.json
+    config.yaml prompts.json metrics.jsonl samples/part-00000.jsonl ... wandb/ result.json
 """
 
 from dataclasses import dataclass

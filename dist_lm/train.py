@@ -26,6 +26,7 @@ from dist_lm.lifeline import die_with_parent
 from dist_lm.run_directory import RunDirectory
 from dist_lm.stages.registry import STAGES
 from dist_lm.tracking.rank_warnings import write_warnings
+from dist_lm.tracking.redact import redact_text
 from dist_lm.training.stop import StopRequest
 
 log = logging.getLogger("dist_lm.train")
@@ -108,8 +109,8 @@ def record_failure(run: RunDirectory, rank: int, error: BaseException) -> None:
             "node": host_name(),
             "time": time.time(),
             "type": type(error).__name__,
-            "message": str(error),
-            "traceback": traceback.format_exc(),
+            "message": redact_text(str(error)),
+            "traceback": redact_text(traceback.format_exc()),
             "user_error": is_for_the_user(error, run),
         },
     )

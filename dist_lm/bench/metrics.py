@@ -71,11 +71,15 @@ def build(way: str, config: Config, world: World) -> Trial:
 class MeasuredTraining:
     """The trainer on one made-up batch, by its steps and by its lines."""
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(
+        self, config: Config, world: World, writer_at: Callable[[Path], MetricsWriter] = MetricsWriter
+    ) -> None:
+        """Build model and optimizer, and a directory for the file of metrics, which goes with this object."""
         model = build_model(config.model, config.parallel, build_mesh(Layout(1, 1, 1), world.device), world.device, 0)
         stage = config.stage
         self._directory = tempfile.TemporaryDirectory(prefix="dlm-bench-")
-        self._writer = MetricsWriter(Path(self._directory.name) / "metrics.jsonl")
+        self.directory = Path(self._directory.name)
+        self.writer = writer_at(self.directory / "metrics.jsonl")
         self._trainer = Trainer(
             config=config,
             world=world,
@@ -159,7 +163,7 @@ class MeasuredTraining:
         left_s = self._eta.after(self._state.step)
         rate = self._trainer.config.stage.lr
         line = self._trainer.metrics_of(self._state, result, rate, self._meter, left_s)
-        self._writer.write(self._state.step, line)
+        self.writer.write(self._state.step, line)
 
     def _seconds(self, work: Callable[[], object]) -> float:
         began = self._clock()

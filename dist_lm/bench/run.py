@@ -20,7 +20,7 @@ from dist_lm.cluster.ranks import local_gpus
 from dist_lm.config_file import save_config
 from dist_lm.errors import ConfigError, UserError
 
-NAMES = ("tp", "fsdp", "checkpointing", "compile", "generate", "reward", "rlhf", "metrics")
+NAMES = ("tp", "fsdp", "checkpointing", "compile", "generate", "reward", "rlhf", "metrics", "tracking")
 QUICK_ROUNDS = 3
 QUICK_ROUND_S = 0.1
 SAME_LOSS = 1e-4  # relative, over the first steps in fp32

@@ -3,6 +3,7 @@
 Dimensions: B sequences, T tokens.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -31,6 +32,7 @@ class Trial:
 
     step: Callable[[], float]  # one training step; its loss
     facts: Callable[[], dict[str, float]] = dict  # asked once, after the first steps; names end with their unit
+    clock: Callable[[], float] = time.perf_counter  # seconds, by which steps are timed
     losses: Callable[[], list[float]] | None = None  # what it is compared with others by; none: those of first steps
 
 

@@ -5,9 +5,10 @@ The configuration of an earlier stage that a command builds on the way is compos
 """
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -22,7 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 from dist_lm.config import Config
 from dist_lm.errors import ConfigError
 from dist_lm.generate_config import schema_of
+from dist_lm.launcher.secret_check import check_no_secrets
 from dist_lm.stages.registry import STAGES
+from dist_lm.tracking.redact import redact_command
 
 PIPELINE = "pipeline"
 OWN_GROUPS = ("stage.", "rlhf.")  # keys of the stage asked for, and of no other
@@ -54,7 +57,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
     """The configuration that `overrides` (`group=choice`, `key=value`) ask for.
 
     Raises:
-        ConfigError: unknown key, wrong type, value out of bounds, or a combination that cannot run.
+        ConfigError: unknown key, wrong type, value out of bounds, a secret, or a combination that cannot run.
     """
     parsed = [_parse(text) for text in overrides]
     stage = next((str(one.value()) for one in reversed(parsed) if one.key_or_group == "stage"), "")
@@ -69,6 +72,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_in_one_line(error, parsed, schema)) from error
     assert isinstance(config, Config)
+    check_no_secrets(asdict(config), os.environ)
     return config
 
 
@@ -118,7 +122,7 @@ def _parse(text: str) -> Override:
 
 
 def _check_exists(override: Override, schema: type[Config]) -> None:
-    key, value = override.key_or_group, override.input_line or ""
+    key, value = override.key_or_group, _shown(override)
     if override.is_add() or override.is_delete():
         raise ConfigError(f"{value}: keys cannot be added or removed; expected key=value")
     if override.is_sweep_override():
@@ -160,6 +164,11 @@ def _for_hydra(override: Override, schema: type[Config]) -> str:
     return f"++{override.input_line}" if is_mapping else str(override.input_line)
 
 
+def _shown(override: Override) -> str:
+    """What was typed, as a message may say it."""
+    return redact_command([override.input_line or ""])[0]
+
+
 def _in_one_line(error: Exception, overrides: Sequence[Override], schema: type[Config]) -> str:
     """The message of a Hydra or OmegaConf error, with the key=value it is about."""
     causes = [error]
@@ -170,7 +179,7 @@ def _in_one_line(error: Exception, overrides: Sequence[Override], schema: type[C
     found = re.search(r"full_key: (\S+)", text)
     for override in overrides:
         if found and override.key_or_group == found.group(1):
-            return f"{override.input_line}: expected {_type_name(found.group(1), schema)}"
+            return f"{_shown(override)}: expected {_type_name(found.group(1), schema)}"
     return f"{found.group(1)}: {message}" if found else message
 
 

@@ -13,6 +13,7 @@ from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config_file import save_config
 from dist_lm.generate_config import GenerateRunConfig
+from dist_lm.launcher.generation_watch import GenerationWatch, watching_generation
 from dist_lm.launcher.interrupt import Interrupt, left_at_once
 from dist_lm.launcher.pipeline import LOOK_S
 from dist_lm.launcher.plan import PlannedStage, run_of
@@ -56,28 +57,29 @@ def run_generation(
             return False
         samples, spec, weights = found
         before, actors, seconds = samples.tally.tokens, 0, 0.0
-        if not samples.is_done:
-            actors, seconds = _generate(config, samples, spec, weights, cluster, console, interrupt)
-        if not samples.is_done:
-            return False
-        tally = samples.tally
-        durable.write_json(
-            run.result,
-            {
-                "stage": config.stage.name,
-                "run_id": config.run_id,
-                "checkpoint": config.stage.checkpoint,
-                "prompts": tally.prompts,
-                "answers": tally.answers,
-                "refused": tally.refused,
-                "first_refusal": tally.refusal,
-                "tokens": tally.tokens,
-                "parts": samples.parts,
-                "actors": actors,  # of the last command, as the next two
-                "seconds": seconds,  # from the first request handed out to the last answer
-                "tokens_per_s": (tally.tokens - before) / seconds if seconds else 0.0,
-            },
-        )
+        with watching_generation(config, run, samples, console) as watch:
+            if not samples.is_done:
+                actors, seconds = _generate(config, samples, spec, weights, cluster, console, interrupt, watch)
+            if not samples.is_done:
+                return False
+            tally = samples.tally
+            durable.write_json(
+                run.result,
+                {
+                    "stage": config.stage.name,
+                    "run_id": config.run_id,
+                    "checkpoint": config.stage.checkpoint,
+                    "prompts": tally.prompts,
+                    "answers": tally.answers,
+                    "refused": tally.refused,
+                    "first_refusal": tally.refusal,
+                    "tokens": tally.tokens,
+                    "parts": samples.parts,
+                    "actors": actors,  # of the last command, as the next two
+                    "seconds": seconds,  # from the first request handed out to the last answer
+                    "tokens_per_s": (tally.tokens - before) / seconds if seconds else 0.0,
+                },
+            )
     return True
 
 
@@ -113,6 +115,7 @@ def _generate(
     cluster: RayCluster,
     console: Console,
     interrupt: Interrupt,
+    watch: GenerationWatch,
 ) -> tuple[int, float]:
     """Have a pool do what is missing: (how many actors it had in the end, seconds without the start of engines)."""
     with console.waiting("starting engines"):
@@ -127,7 +130,11 @@ def _generate(
     began = time.monotonic()
     with pool, console.generating("generate", samples.count) as progress:
         progress.update(samples.tally.prompts, samples.tally.tokens)
+        watch.begin()
         for result in pool.generate(samples.requests()):
             samples.take(result)
             progress.update(samples.tally.prompts, samples.tally.tokens)
-        return len(pool.members), time.monotonic() - began
+            watch.look(lambda: len(pool.members))
+        actors, seconds = len(pool.members), time.monotonic() - began
+        watch.end(actors)
+        return actors, seconds

@@ -16,7 +16,7 @@ from dist_lm.cluster.node_facts import host_name
 from dist_lm.launcher.plan import Action, Plan
 from dist_lm.run_directory import WorkDirectory
 from dist_lm.run_lock import locked
-from dist_lm.tracking.redact import redact_command
+from dist_lm.tracking.redact import redact_command, redact_text
 
 LOOK_S = 1.0  # whoever looks whether a lock is held holds it for a moment
 State = Literal["running", "done", "failed", "stopped"]
@@ -93,7 +93,8 @@ class Pipeline:
     def _write(self, state: State, error: str = "") -> None:
         stages = [asdict(stage) for stage in self._stages]
         durable.write_json(
-            self._path, self._facts | {"state": state, "error": error, "updated": time.time(), "stages": stages}
+            self._path,
+            self._facts | {"state": state, "error": redact_text(error), "updated": time.time(), "stages": stages},
         )
 
 

@@ -79,6 +79,6 @@ class RunWatch:
 def watching(config: Config, run: RunDirectory, console: Console) -> Iterator[RunWatch]:
     """Watch a run in the block; wandb has everything at its end, and how it ended."""
     with console.training(config.stage.name, config.stage.steps, since=time.time()) as progress:
-        wandb = start_wandb(config, run, console)
+        wandb = start_wandb(config, run, console, config.streams)
         with wandb or nullcontext():
             yield RunWatch(run, progress, wandb, console)

@@ -23,6 +23,7 @@ from dist_lm.launcher.run_watch import RunWatch, watching
 from dist_lm.run_directory import RunDirectory
 from dist_lm.run_lock import OWN_JOB_S, locked
 from dist_lm.tracking.console import Console
+from dist_lm.tracking.redact import redact_text
 from dist_lm.training import checkpoint_files
 
 
@@ -151,7 +152,7 @@ def run_attempts(
 def record_of(failure: GangFailure, restarts: Restarts) -> dict[str, object]:
     """A failure as the journal keeps it."""
     return {
-        "error": str(failure),
+        "error": redact_text(str(failure)),
         "type": failure.type,
         "rank": failure.rank,
         "host": failure.host,

@@ -7,8 +7,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Self
 
 from dist_lm.cluster.failure import GangFailure
@@ -29,9 +30,10 @@ FILES_EVERY_S = 5.0
 class WandbCopy:
     """Of one run from its first attempt to its last; a context manager that says to wandb how it ended."""
 
-    def __init__(self, config: Config, run: RunDirectory, wandb: WandbRun) -> None:
+    def __init__(self, config: Config, run: RunDirectory, wandb: WandbRun, corpora: Sequence[str]) -> None:
         """See `start_wandb`."""
         self._config = config
+        self._corpora = corpora
         self._run = run
         self._wandb = wandb
         self._name = f"{config.stage.name}/{config.run_id}"
@@ -73,6 +75,11 @@ class WandbCopy:
         """A gang failed, and another one is about to be started."""
         self._wandb.alert(alerts.failed(self._name, str(failure), again=True))
 
+    def table(self, path: Path, step: int) -> None:
+        """Show a file of samples as a table, once."""
+        if self._is_new(path.name):
+            self._wandb.samples(path, step)
+
     def _link_inputs(self) -> None:
         """The tokenizer and the manifests of the corpora that the stage reads."""
         config, work = self._config, self._run.work
@@ -80,7 +87,7 @@ class WandbCopy:
         if tokenizer:
             vocabulary = {"vocab_size": config.tokenizer.vocab_size}
             self._wandb.link("tokenizer", "tokenizer", "tokenizer", tokenizer, vocabulary)
-        for name in config.streams:
+        for name in self._corpora:
             manifest = work.corpus_manifest(name)
             if manifest.exists():
                 known = json.loads(manifest.read_text())
@@ -89,8 +96,7 @@ class WandbCopy:
 
     def _look_at_files(self) -> None:
         for path in sorted(self._run.samples.glob("step_*.jsonl")):
-            if self._is_new(path.name):
-                self._wandb.samples(path, int(path.stem.removeprefix("step_")))
+            self.table(path, int(path.stem.removeprefix("step_")))
         for pointer in (checkpoint_files.LATEST, checkpoint_files.BEST):
             checkpoint = checkpoint_files.read_pointer(self._run.checkpoints, pointer)
             key = f"{pointer} {checkpoint.name if checkpoint else ''}"
@@ -120,8 +126,12 @@ class WandbCopy:
         return "failed"
 
 
-def start_wandb(config: Config, run: RunDirectory, console: Console) -> WandbCopy | None:
-    """The wandb copy of the run, unless tracking=none."""
+def start_wandb(config: Config, run: RunDirectory, console: Console, corpora: Sequence[str] = ()) -> WandbCopy | None:
+    """The wandb copy of the run, unless tracking=none.
+
+    Args:
+        corpora: that the stage reads.
+    """
     wandb = WandbRun.start(
         asdict(config),
         run,
@@ -133,4 +143,4 @@ def start_wandb(config: Config, run: RunDirectory, console: Console) -> WandbCop
         environ=os.environ,
         console=console,
     )
-    return WandbCopy(config, run, wandb) if wandb else None
+    return WandbCopy(config, run, wandb, corpora) if wandb else None

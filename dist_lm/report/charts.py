@@ -9,6 +9,7 @@ import numpy as np
 from dist_lm.report.downsample import Curve, curve_of
 from dist_lm.report.facts import RunFacts, Series
 from dist_lm.tracking.metric import Metric
+from dist_lm.tracking.readable import three_digits
 from dist_lm.tracking.registry import UnknownMetricError, metric_of
 
 POINTS = 100_000  # of all curves of a report, and half as many of trends: what keeps the file small
@@ -24,7 +25,11 @@ HEADLINES = (
     "val/loss",
     "perf/tokens_per_s",
     "train/grad_norm",
+    "generate/tokens_per_s",
+    "generate/prompts",
+    "generate/new_tokens_mean",
 )
+COLOURS = 8
 SHOWN_FIRST = 4  # charts of a stage that are open when the page is
 
 
@@ -52,6 +57,13 @@ class Chart:
         return all(np.nanmin(line.curve.points.values, initial=np.inf) > 0 for line in self.lines)
 
     @property
+    def moves(self) -> bool:
+        """Whether there is a curve to see: two different values of one line, or a value that was not finite."""
+        return any(
+            len(line.curve.points.values) > 1 and len(np.unique(line.curve.points.values)) > 1 for line in self.lines
+        )
+
+    @property
     def drawable(self) -> bool:
         """Whether there is a finite value."""
         return any(np.isfinite(line.curve.points.values).any() for line in self.lines)
@@ -59,11 +71,12 @@ class Chart:
 
 @dataclass(frozen=True)
 class StageCharts:
-    """The charts of a stage: a few to look at first, and the others by group."""
+    """The charts of a stage: a few to look at first, and the others by group; and what makes no curve."""
 
     stage: str
     first: tuple[Chart, ...]
     groups: Mapping[str, tuple[Chart, ...]]
+    still: tuple[Chart, ...]  # measured once, or the same all the time
 
     @property
     def charts(self) -> list[Chart]:
@@ -104,13 +117,15 @@ def _stage(stage: str, runs: Sequence[RunFacts], place: Mapping[int, int], most:
             lines = [replace(line, colour=order[line.run]) for line in lines]
         charts.append(Chart(title, metric, tuple(lines)))
     charts = [chart for chart in charts if chart.drawable]
+    still = tuple(chart for chart in charts if not chart.moves)
+    charts = [chart for chart in charts if chart.moves]
     chosen = [chart for name in HEADLINES for chart in charts if chart.name == name][:SHOWN_FIRST]
     first = tuple(chosen or charts[:SHOWN_FIRST])
     groups: dict[str, list[Chart]] = {}
     for chart in charts:
         if chart not in first:
             groups.setdefault(chart.metric.group, []).append(chart)
-    return StageCharts(stage, first, {group: tuple(members) for group, members in groups.items()})
+    return StageCharts(stage, first, {group: tuple(members) for group, members in groups.items()}, still)
 
 
 def family(metric: Metric) -> str:
@@ -122,6 +137,35 @@ def _label(run: RunFacts, title: str, name: str, runs: Sequence[RunFacts]) -> st
     if len(runs) > 1:
         return run.label
     return name.removeprefix(title).lstrip("_/") or "all"
+
+
+@dataclass(frozen=True)
+class Still:
+    """A value of a chart without a curve."""
+
+    label: str
+    colour: int
+    value: str
+    when: str  # the step, where it was measured once
+
+
+def still_values(chart: Chart) -> list[Still]:
+    """The lines of a chart without a curve, as words."""
+    found = []
+    for line in chart.lines:
+        points = line.curve.points
+        finite = points.values[np.isfinite(points.values)]
+        value = shown(float(finite[-1])) if len(finite) else "not finite"
+        when = f"step {int(points.steps[0]):,}" if line.curve.measured == 1 else ""
+        found.append(Still(line.label, line.colour % COLOURS, value, when))
+    return found
+
+
+def shown(value: float) -> str:
+    """A figure in a few digits: `2.314`, `0.871`, `9,412`, `1.20e-05`."""
+    if value and abs(value) < 1e-3:
+        return f"{value:.2e}"
+    return f"{value:.4g}" if abs(value) < 100 else three_digits(value) if value > 0 else f"{value:,.0f}"
 
 
 class Numbers:

@@ -18,9 +18,8 @@ from dist_lm.report.layout_picture import (
     mesh_picture,
     parameter_picture,
 )
-from dist_lm.tracking.readable import counted, gib, readable_count
-
-PARAMETER_BYTES = 4  # fp32, which parameters are kept in; computing in bf16 casts what is gathered
+from dist_lm.report.rank_memory import ELEMENT_BYTES, RankMemory, rank_memory
+from dist_lm.tracking.readable import counted, readable_count
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class Panel:
     words: str
     mesh: Markup
     kinds: tuple[DrawnKind, ...]
+    memory: RankMemory
 
 
 def panels(runs: Sequence[RunFacts]) -> list[Panel]:
@@ -57,19 +57,19 @@ def _panel(runs: Sequence[RunFacts]) -> Panel:
     assert model
     assert layout
     drawn = [
-        DrawnKind(kind.name, parameter_picture(kind, layout), facts_of(kind, layout, PARAMETER_BYTES))
+        DrawnKind(kind.name, parameter_picture(kind, layout), facts_of(kind, layout, ELEMENT_BYTES))
         for kind in kinds(model, layout)
     ]
     labels = ", ".join(run.label for run in runs)
-    return Panel(labels, _words(model, layout), mesh_picture(layout, runs[0].attempt), tuple(drawn))
+    mesh = mesh_picture(layout, runs[0].attempt)
+    return Panel(labels, _words(model, layout), mesh, tuple(drawn), rank_memory(model, layout, runs))
 
 
 def _words(model: ModelConfig, layout: Layout) -> str:
     total, held = parameter_count(model), held_elements(model, layout)
     parts = [
         f"{layout} on {counted(layout.world_size, 'rank')}.",
-        f"Of {readable_count(total)} parameters a rank holds {readable_count(held)}: "
-        f"{gib(held * PARAMETER_BYTES)} in fp32, and {gib(2 * held * PARAMETER_BYTES)} of Adam's moments.",
+        f"Of {readable_count(total)} parameters a rank holds {readable_count(held)}.",
     ]
     if layout.dp_replicate > 1:
         parts.append(f"Each of the {layout.dp_replicate} replicas holds the whole model.")

@@ -4,16 +4,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dist_lm.report.charts import known
+from dist_lm.report.charts import known, shown
 from dist_lm.report.facts import RunFacts
 from dist_lm.tracking.progress import duration
-from dist_lm.tracking.readable import counted, readable_count, three_digits
+from dist_lm.tracking.readable import counted, readable_count
 
 FIGURES = (  # the first four that a run has
     "tools/call_exact",
     "reward/accuracy",
     "rlhf/reward_mean",
     "rlhf/kl",
+    "generate/prompts",
+    "generate/refused",
+    "generate/tokens",
+    "generate/tokens_per_s",
     "val/bits_per_byte",
     "val/loss",
     "train/loss",
@@ -59,13 +63,6 @@ def _entry(run: RunFacts, name: str) -> Entry | None:
     first = values[np.isfinite(values)][0]
     learned = metric.better and not name.startswith("perf/") and len(values) > 1
     return Entry(name, shown(value), metric.unit, shown(float(first)) if learned else "")
-
-
-def shown(value: float) -> str:
-    """A figure in a few digits: `2.314`, `0.871`, `9,412`, `1.20e-05`."""
-    if value and abs(value) < 1e-3:
-        return f"{value:.2e}"
-    return f"{value:.4g}" if abs(value) < 100 else three_digits(value) if value > 0 else f"{value:,.0f}"
 
 
 def _words(run: RunFacts) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from dist_lm.report.charts import Chart, as_data, charts_of
+from dist_lm.report.charts import Chart, as_data, charts_of, still_values
 from dist_lm.report.config_diff import differences, flat, from_defaults
 from dist_lm.report.facts import Facts
 from dist_lm.report.hardware import hardware_of
@@ -65,6 +65,7 @@ def render(facts: Facts, made: str) -> str:
         differences=differences([run.config for run in facts.runs]) if len(facts.runs) > 1 else [],
         configurations=[(run, from_defaults(run.config), flat(run.config)) for run in facts.runs],
         notes=notes_of,
+        still_values=still_values,
         counted=counted,
     )
 

@@ -14,6 +14,7 @@ COUNTERS = {
     "train/loss_spikes": ("loss spike", "train/loss is far above what it was"),
     "train/skipped_steps": ("NaN", "gradients were NaN or infinite: the step changed nothing"),
 }
+SAID_AT_END = ("val/loss", "train/loss", "rlhf/reward_mean", "generate/answers")
 FINITE = ("train/loss", "train/grad_norm")
 
 
@@ -28,7 +29,7 @@ class Alert:
 
 def finished(name: str, metrics: dict[str, float]) -> Alert:
     """The run has come to its end."""
-    shown = (f"{key} {metrics[key]:.4g}" for key in ("val/loss", "train/loss", "rlhf/reward_mean") if key in metrics)
+    shown = (f"{key} {metrics[key]:.4g}" for key in SAID_AT_END if key in metrics)
     return Alert(f"{name} finished", ", ".join(shown) or "all steps are done", "INFO")
 
 

@@ -20,6 +20,7 @@ from dist_lm.tracking.live.live_view import LiveView
 from dist_lm.tracking.live.state import LiveState, StageLine, StageState, Work
 from dist_lm.tracking.live.training_state import TrainingState
 from dist_lm.tracking.progress import Count, Display, GenerationProgress, PlainDisplay, TrainingProgress, ViewDisplay
+from dist_lm.tracking.redact import redact_text
 
 FRAME = 4  # columns of a panel beside what is in it
 
@@ -56,7 +57,7 @@ class Console:
 
     def warning(self, text: str) -> None:
         """Print `warning: text` to standard error."""
-        said = " ".join(text.split())
+        said = redact_text(" ".join(text.split()))
         with self._above(self._err):
             if self._view:
                 self._view.state.warn(said, self._clock())
@@ -65,12 +66,12 @@ class Console:
     def error(self, text: str) -> None:
         """Print `error: text` to standard error, in one line."""
         with self._above(self._err):
-            self._err.print(Text.assemble(("error: ", "bold red"), " ".join(text.split())))
+            self._err.print(Text.assemble(("error: ", "bold red"), redact_text(" ".join(text.split()))))
 
     def details(self, text: str) -> None:
         """Print text of several lines, such as a traceback, to standard error as it is."""
         with self._above(self._err):
-            self._err.print(Text(text.rstrip("\n")))
+            self._err.print(Text(redact_text(text.rstrip("\n"))))
 
     def table(self, title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
         """Print a table of plain text."""

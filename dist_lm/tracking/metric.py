@@ -11,6 +11,8 @@ LOOP_STAGES = (*TEXT_STAGES, "reward")
 """Stages that the trainer's loop runs."""
 TRAINING_STAGES = (*LOOP_STAGES, "rlhf")
 """Every stage that trains."""
+MEASURED_STAGES = (*TRAINING_STAGES, "generate")
+"""Every stage that writes metrics."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,10 @@ def is_secret_name(name: str) -> bool:
     punctuation or by capitals.
     """
     words = [word for word in _WORD.findall(name.rpartition(".")[2]) if not word.isdigit()]
-    measured = [word.lower() for word in words[-2:-1]] == ["per"]
+    last = [word.lower() for word in words[-2:]]
+    if last == ["key", "id"]:  # of a pair, as AWS has it
+        return True
+    measured = last[:1] == ["per"] and len(last) == 2
     return name.startswith(_SECRET_PREFIXES) or (bool(words) and words[-1].lower() in _SECRET_WORDS and not measured)
 
 
@@ -66,8 +69,15 @@ def redact_command(arguments: Sequence[str]) -> list[str]:
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of an environment that may be handed to a process that needs no secret."""
-    return {name: value for name, value in environment.items() if not is_secret_name(name)}
+    """The variables of an environment that may be handed to a process that needs no secret.
+
+    Addresses with a password go too, but for those of proxies, without which nothing may be reached.
+    """
+    return {
+        name: value
+        for name, value in environment.items()
+        if not is_secret_name(name) and (redact_text(value) == value or name.lower().endswith("_proxy"))
+    }
 
 
 def _redact_named(name: str, value: Any) -> Any:

@@ -10,6 +10,7 @@ from functools import cache
 
 from dist_lm.errors import UserError
 from dist_lm.tracking.metric import Metric
+from dist_lm.tracking.metric_tables.generation import GENERATION
 from dist_lm.tracking.metric_tables.held_out import HELD_OUT
 from dist_lm.tracking.metric_tables.reinforcement import REINFORCEMENT
 from dist_lm.tracking.metric_tables.system import SYSTEM
@@ -17,7 +18,7 @@ from dist_lm.tracking.metric_tables.training import TRAINING
 
 __all__ = ["METRICS", "Metric", "UnknownMetricError", "metric_of", "metrics_of"]
 
-METRICS: tuple[Metric, ...] = (*TRAINING, *HELD_OUT, *REINFORCEMENT, *SYSTEM)
+METRICS: tuple[Metric, ...] = (*TRAINING, *HELD_OUT, *REINFORCEMENT, *GENERATION, *SYSTEM)
 
 SLOTS = {"completions": r"\d+"}  # what may stand for a slot; any other: anything
 

@@ -8,6 +8,7 @@ from dist_lm.tracking.redact import redact_text
 
 ROWS = 200
 CHARACTERS = 4000  # of a cell
+NUMBERS = ("tokens", "logprobs", "raw_logprobs")  # a number a token: of a program, not of a person
 NAMES = {"tools": "samples/tool_calls", "rlhf": "samples/rollouts"}
 
 
@@ -19,10 +20,11 @@ def table_name(stage: str) -> str:
 def table_of(samples: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     """(columns, rows) of the first `ROWS` samples; long texts are cut, and what is no single value is JSON.
 
-    The columns are the keys of all samples in the order of their appearance; a row without one has None there.
+    The columns are the keys of all samples in the order of their appearance, without those of a number a token; a row
+    without one has None there.
     """
     kept = [sample for _, sample in zip(range(ROWS), samples, strict=False)]
-    columns = list(dict.fromkeys(key for sample in kept for key in sample))
+    columns = [key for key in dict.fromkeys(key for sample in kept for key in sample) if key not in NUMBERS]
     return columns, [[_cell(sample.get(column)) for column in columns] for sample in kept]
 
 

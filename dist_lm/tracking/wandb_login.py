@@ -9,7 +9,7 @@ from dist_lm.config import TrackingConfig
 from dist_lm.errors import ConfigError
 from dist_lm.tracking.redact import without_secrets
 
-LOGIN = ("WANDB_API_KEY",)
+LOGIN = ("WANDB_API_KEY", "WANDB_BASE_URL")
 # what would have a say in which run it is, and where it is kept: that is ours to say
 OURS = ("WANDB_MODE", "WANDB_RESUME", "WANDB_RUN_ID", "WANDB_DIR", "WANDB_NAME", "WANDB_RUN_GROUP", "WANDB_SERVICE")
 

@@ -15,19 +15,10 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-MATRICES = (
-    *("attention.query", "attention.key", "attention.value", "attention.output"),
-    *("feed_forward.up.weight", "feed_forward.down.weight"),
-)
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at 0: singular values of 0.01 to 1 come to about 0.7 to 1.2
 ITERATIONS = 5
 EPSILON = 1e-7
 STACK_BYTES = 256 << 20  # of whole matrices that are in memory at once
-
-
-def is_matrix(name: str) -> bool:
-    """Whether Muon is for the parameter of this name."""
-    return name.endswith(MATRICES)
 
 
 def orthogonal(matrices_NIJ: torch.Tensor) -> torch.Tensor:

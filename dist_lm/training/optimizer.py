@@ -8,7 +8,8 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 from dist_lm.parallel.padding import shard_of
-from dist_lm.training.muon import is_matrix, orthogonal_steps
+from dist_lm.training.muon import orthogonal_steps
+from dist_lm.training.parameter_groups import is_matrix
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

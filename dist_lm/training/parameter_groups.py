@@ -1,5 +1,9 @@
-"""Groups of parameters that gradients are looked at by."""
+"""Groups of parameters: those that gradients are looked at by, and those that Muon steps. No torch."""
 
+MATRICES = (
+    *("attention.query", "attention.key", "attention.value", "attention.output"),
+    *("feed_forward.up.weight", "feed_forward.down.weight"),
+)
 GROUPS = ("embedding", "attention", "feed_forward", "norm", "head")
 
 
@@ -18,3 +22,8 @@ def group_of(name: str) -> str:
         if part in GROUPS:
             return part
     raise ValueError(f"parameter {name}: of none of the groups {', '.join(GROUPS)}")
+
+
+def is_matrix(name: str) -> bool:
+    """Whether Muon is for the parameter of this name: a matrix inside a block."""
+    return name.endswith(MATRICES)

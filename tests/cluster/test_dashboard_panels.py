@@ -1,24 +1,24 @@
 """No panel of a stage's board is empty for a run of that stage: what ranks write, as an offline wandb run holds it."""
 
 import io
-import json
-import subprocess
-import sys
 
 import pytest
 
 from dist_lm.config import TrackingConfig
+from dist_lm.launcher.generation_run import run_generation
+from dist_lm.launcher.interrupt import Interrupt
 from dist_lm.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.dashboard.layout import board_of
-from dist_lm.tracking.dashboard.show import newest_offline
 from dist_lm.tracking.metrics import read_metrics
 from dist_lm.tracking.wandb_run import WandbRun
+from tests.cluster.test_generation_run import Screen, cluster, plan_of, trained, write_prompts  # noqa: F401 - fixtures
 from tests.cluster.test_reward_run import SETTINGS as REWARD_SETTINGS
 from tests.cluster.test_reward_run import work as ranked_work  # noqa: F401 - a fixture
 from tests.cluster.test_rlhf_run import reference as rlhf_run  # noqa: F401 - a fixture
 from tests.cluster.test_rlhf_run import started_work  # noqa: F401 - a fixture
 from tests.training_run import linked, prepare, train
+from tests.wandb_files import assert_every_metric, history_names
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -42,11 +42,7 @@ def history(run: RunDirectory, stage: str) -> set[str]:
         wandb_run.log(line["step"], line)
     wandb_run.finish("finished")
     assert errors.getvalue() == ""
-    (log,) = newest_offline(run).glob("*.wandb")
-    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
-    said = subprocess.run(inspect, cwd=run.path, check=True, capture_output=True, text=True).stdout
-    records = map(json.loads, said.splitlines())
-    return {name for record in records if record["type"] == "history" for name in record["history"]["item"]}
+    return history_names(run)
 
 
 def assert_no_panel_is_empty(run: RunDirectory, stage: str) -> None:
@@ -54,6 +50,7 @@ def assert_no_panel_is_empty(run: RunDirectory, stage: str) -> None:
     written = [panel for panel in board_of(stage).panels if panel.metrics[0].group != "system"]
     empty = [panel.title for panel in written if not any(map(panel.shows, names))]
     assert empty == [], sorted(names)
+    assert_every_metric(names, stage)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +68,12 @@ def test_the_reward_model(ranked_work, tmp_path) -> None:  # noqa: F811
     run = prepare(ranked_work, "panels", *REWARD_SETTINGS, f"stage.init_from={start}", stage="reward")
     train(run, ranks=1)
     assert_no_panel_is_empty(run, "reward")
+
+
+def test_generation(trained, cluster, tmp_path) -> None:  # noqa: F811
+    prompts = write_prompts(tmp_path / "p.jsonl", 60)
+    assert run_generation(plan_of(trained, prompts, "run_id=panels"), cluster, Screen(), Interrupt())
+    assert_no_panel_is_empty(trained.run("generate", "panels"), "generate")
 
 
 @pytest.mark.heavy

@@ -24,16 +24,17 @@ from dist_lm.config import ClusterConfig
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.generation.engine import Engine
 from dist_lm.generation.request import Answer, Refusal, Request, RequestError
-from dist_lm.launcher import generation_run
+from dist_lm.launcher import generation_run, generation_watch
 from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.generation_run import run_generation
 from dist_lm.launcher.interrupt import SIGNALS, Interrupt, watch_signals
 from dist_lm.launcher.plan import Action, Plan, make_plan
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.console import Console
+from dist_lm.tracking.metrics import read_metrics
 from tests.cluster.launched import finish, wait_until
 from tests.conftest import TINY
-from tests.training_run import linked, write_untrained
+from tests.training_run import linked, unwritten, write_untrained
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(200)]
 SETTINGS = (*(one for one in TINY if not one.startswith("stage.")), "stage=generate", "stage.max_new_tokens=12")
@@ -185,6 +186,27 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(trained, cluster, tmp_
     write_prompts(prompts, 199)
     with pytest.raises(ArtefactError, match=r"not what .* began with: choose another run_id"):
         plan_of(trained, prompts, "run_id=stopped", *same)
+
+
+def test_metrics_say_how_far_it_is_and_go_on_where_it_was_stopped(trained, cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(generation_watch, "LINE_S", 0.0)
+    prompts, run = write_prompts(tmp_path / "p.jsonl", 100), trained.run("generate", "measured")
+    plan = plan_of(trained, prompts, "run_id=measured")
+    assert not run_generation(plan, cluster, Screen(), AfterParts(run, 2))
+    seen = list(read_metrics(run.metrics))
+    kept = [line for line in seen if line["step"] <= 20 * len(parts_of(run))]
+    assert seen[-1]["generate/prompts"] == seen[-1]["step"] >= len(kept) > 0
+    assert run_generation(plan_of(trained, prompts, "run_id=measured"), cluster, Screen(), Interrupt())
+    lines = list(read_metrics(run.metrics))
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(set(steps))
+    assert lines[: len(kept)] == kept
+    assert unwritten(run, "generate") == set()
+    result = json.loads(run.result.read_text())
+    for name in ("prompts", "answers", "refused", "tokens"):
+        assert lines[-1][f"generate/{name}"] == result[name]
+    assert lines[-1]["generate/eta_s"] == 0
+    assert lines[-1]["generate/new_tokens_mean"] == result["tokens"] / result["answers"]
 
 
 class SlowStart(Alone):

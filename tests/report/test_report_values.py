@@ -13,11 +13,12 @@ from dist_lm.config import ModelConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.placement import placements
-from dist_lm.report.charts import charts_of
+from dist_lm.report.charts import charts_of, still_values
 from dist_lm.report.config_diff import differences, from_defaults
 from dist_lm.report.downsample import downsample, trend_of
 from dist_lm.report.facts import Series
 from dist_lm.report.layout_picture import kinds, mesh_picture, parameter_picture
+from dist_lm.report.rank_memory import rank_memory
 from dist_lm.report.read_run import read_run, read_series
 from dist_lm.report.read_work import read_facts
 from dist_lm.report.timeline import timeline_of
@@ -213,3 +214,33 @@ def test_a_long_run_with_many_metrics_stays_small(tmp_path):
     path, size = write_report([run.path], None, None)
     assert size < 1e6
     assert "5,000 measured values" in path.read_text(encoding="utf-8")
+
+
+def test_what_makes_no_curve_is_said_in_words(work, tmp_path):
+    run = make_run(WorkDirectory(tmp_path), "code", "default", steps=20)
+    lines = [{"step": n, "time": n, "train/loss": 5 - n / 9, "train/skipped_steps": 0} for n in range(1, 9)]
+    write_lines(run.metrics, [*lines, {"step": 8, "time": 8, "val/loss": 2.5, "val/loss_sql": 2.25}])
+    facts = read_run(run, "default")
+    charts = charts_of({"code": [facts]}, [facts])[0]
+    assert [chart.name for chart in charts.charts] == ["train/loss"]
+    assert {chart.name for chart in charts.still} == {"train/skipped_steps", "val/loss"}
+    values = next(still_values(chart) for chart in charts.still if chart.name == "val/loss")
+    assert [(one.label, one.value, one.when) for one in values] == [("all", "2.5", "step 8"), ("sql", "2.25", "step 8")]
+    page = write_report([run.path], None, None)[0].read_text(encoding="utf-8")
+    assert "2 metrics, measured once or the same all the time" in page
+
+
+@pytest.mark.parametrize(("muon", "moments"), [("0", 2), ("0.02", 1)])
+def test_what_a_rank_holds_is_what_its_optimizer_keeps(tmp_path, muon, moments):
+    overrides = [f"stage.muon.lr={muon}"]
+    run = read_run(make_run(WorkDirectory(tmp_path), "code", "default", overrides=overrides), "code")
+    assert run.model
+    assert run.layout
+    memory = rank_memory(run.model, run.layout, [run])
+    assert [part.label for part in memory.parts] == ["weights", "gradients", "moments of the optimizer"]
+    assert memory.parts[-1].start + memory.parts[-1].width == pytest.approx(100)
+    weights, gradients, kept = (part.width for part in memory.parts)
+    assert weights == gradients
+    assert moments * weights <= kept + 1e-9 <= 2 * weights + 1e-9
+    assert (kept == pytest.approx(2 * weights)) == (moments == 2)
+    assert "Measured at most: 1.25 GiB" in memory.words

@@ -8,7 +8,7 @@ from dist_lm.tracking.redact import is_secret_name, redact, redact_command, with
 @pytest.mark.parametrize(
     "name",
     ["token", "hf_token", "HF_TOKEN", "WANDB_API_KEY", "apiKey", "corpus.api-key", "password", "AWS_SECRET_ACCESS_KEY",
-     "RAY_AUTH_TOKEN_PATH"],
+     "RAY_AUTH_TOKEN_PATH", "AWS_ACCESS_KEY_ID"],
 )  # fmt: skip
 def test_secret_names(name: str) -> None:
     assert is_secret_name(name)
@@ -65,6 +65,8 @@ def test_a_command_line_is_redacted() -> None:
 def test_an_environment_loses_its_secrets_only() -> None:
     environ = {"PATH": "/bin", "WANDB_API_KEY": "x", "RAY_AUTH_MODE": "token", "HF_TOKEN": "x", "HOME": "/root"}
     assert without_secrets(environ) == {"PATH": "/bin", "HOME": "/root"}
+    proxy = {"https_proxy": "http://me:pass@proxy:3128"}
+    assert without_secrets(proxy | {"DATABASE_URL": "postgres://me:pass@db/x"}) == proxy
 
 
 def test_a_long_word_is_looked_through_in_no_time() -> None:

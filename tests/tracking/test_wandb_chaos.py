@@ -1,4 +1,7 @@
-"""A server that stalls, errors or vanishes at random costs a run nothing, and `wandb sync` brings it every row."""
+"""A server that stalls, errors or vanishes at random: `wandb sync` brings it every row, whatever got through before.
+
+What that costs the run is measured by `python -m dist_lm bench tracking`.
+"""
 
 import io
 import os
@@ -17,18 +20,16 @@ from dist_lm.tracking.console import Console
 from dist_lm.tracking.wandb_run import WandbRun
 from tests.wandb_server import WandbServer
 
-ROUNDS = 2
-STEPS, STEP_S = 1500, 0.05
+STEPS, STEP_S = 800, 0.05
 
 
-def followed(run: RunDirectory, server: WandbServer, home: Path, mode: str) -> tuple[float, str]:
-    """(seconds that a launcher took, id) for a run of `STEPS` steps that are `STEP_S` apart."""
+def followed(run: RunDirectory, server: WandbServer, home: Path) -> str:
+    """The id of a run of `STEPS` steps that are `STEP_S` apart, online."""
     run.create()
-    began = time.monotonic()
     wandb_run = WandbRun.start(
         {},
         run,
-        TrackingConfig(name="wandb", mode=mode),
+        TrackingConfig(name="wandb", mode="online"),
         job_type="code",
         group="first",
         git_commit=None,
@@ -39,9 +40,9 @@ def followed(run: RunDirectory, server: WandbServer, home: Path, mode: str) -> t
     assert wandb_run is not None
     for step in range(1, STEPS + 1):
         wandb_run.log(step, {"train/loss": 1.0 / step, "perf/step_s": STEP_S})
-        time.sleep(max(0.0, began + step * STEP_S - time.monotonic()))
+        time.sleep(STEP_S)
     wandb_run.finish("finished", 240.0)
-    return time.monotonic() - began, wandb_run.id
+    return wandb_run.id
 
 
 def disturb(server: WandbServer, over: threading.Event, seed: int) -> None:
@@ -60,33 +61,22 @@ def heal(server: WandbServer) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(2400)
-def test_a_run_is_as_fast_and_every_row_arrives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    times: dict[str, list[float]] = {"offline": [], "online": [], "chaos": []}
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_row_arrives(tmp_path: Path, seed: int) -> None:
+    run, over = RunDirectory(tmp_path / "runs" / "code" / "first"), threading.Event()
     with WandbServer() as server:
-        for turn in range(ROUNDS):
-            for kind in times:
-                run = RunDirectory(tmp_path / kind / "runs" / "code" / str(turn))
-                over = threading.Event()
-                trouble = threading.Thread(target=disturb, args=(server, over, turn))
-                if kind == "chaos":
-                    trouble.start()
-                mode = "offline" if kind == "offline" else "online"
-                took, identity = followed(run, server, tmp_path, mode)
-                times[kind].append(took)
-                over.set()
-                if kind == "chaos":
-                    trouble.join()
-                heal(server)
-                rows_before = len(server.runs[identity].steps()) if identity in server.runs else 0
-                command = [Path(sys.executable).with_name("wandb"), "sync", str(run.wandb)]
-                environ = os.environ | server.environ(tmp_path)
-                subprocess.run(command, env=environ, cwd=tmp_path, check=True, capture_output=True)
-                with capsys.disabled():
-                    print(f"{kind} {turn}: {took:.1f} s, {rows_before} of {STEPS} rows at the end")
-                losses = {step: row["train/loss"] for step, row in server.run(identity).steps().items()}
-                assert losses == {step: pytest.approx(1.0 / step) for step in range(1, STEPS + 1)}
+        trouble = threading.Thread(target=disturb, args=(server, over, seed))
+        trouble.start()
+        try:
+            identity = followed(run, server, tmp_path)
+        finally:
+            over.set()
+            trouble.join()
+        heal(server)
+        command = [Path(sys.executable).with_name("wandb"), "sync", str(run.wandb)]
+        environ = os.environ | server.environ(tmp_path)
+        subprocess.run(command, env=environ, cwd=tmp_path, check=True, capture_output=True)
+        losses = {step: row["train/loss"] for step, row in server.run(identity).steps().items()}
+    assert losses == {step: pytest.approx(1.0 / step) for step in range(1, STEPS + 1)}
     assert server.unforeseen == []
-    with capsys.disabled():
-        usual = min(times["offline"])
-        print({kind: f"{min(took):.1f} s ({100 * (min(took) / usual - 1):+.1f} %)" for kind, took in times.items()})

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from dist_lm.stage_config import MuonConfig, StageConfig
-from dist_lm.training.muon import is_matrix, orthogonal, orthogonal_steps
+from dist_lm.training.muon import orthogonal, orthogonal_steps
 from dist_lm.training.optimizer import build_optimizer, named_state, set_learning_rate
+from dist_lm.training.parameter_groups import is_matrix
 from tests.model.small_models import small_config, small_model
 
 STAGE = StageConfig(name="test", lr=1e-3, weight_decay=0.0, muon=MuonConfig(lr=0.02))

@@ -6,7 +6,7 @@ import pytest
 
 from dist_lm.errors import ConfigError
 from dist_lm.tracking.dashboard.layout import BOARDS, LOGARITHMIC, OVERVIEW, TOGETHER, board_of, boards, boards_named
-from dist_lm.tracking.metric import TRAINING_STAGES
+from dist_lm.tracking.metric import MEASURED_STAGES
 from dist_lm.tracking.registry import METRICS, metric_of, metrics_of
 
 
@@ -15,7 +15,7 @@ def example(name: str) -> str:
     return name.replace("{completions}", "4").replace("{", "some_").replace("}", "")
 
 
-@pytest.mark.parametrize("stage", TRAINING_STAGES)
+@pytest.mark.parametrize("stage", MEASURED_STAGES)
 def test_every_metric_of_a_stage_is_in_exactly_one_panel(stage: str) -> None:
     board = board_of(stage)
     for metric in metrics_of(stage):
@@ -55,8 +55,8 @@ def test_loss_comes_first_and_speed_last() -> None:
 
 def test_the_overview_has_every_stage() -> None:
     shown = {stage for panel in board_of(OVERVIEW).panels for metric in panel.metrics for stage in metric.stages}
-    assert shown == set(TRAINING_STAGES)
-    assert [board.name for board in boards()] == [OVERVIEW, *TRAINING_STAGES]
+    assert shown == set(MEASURED_STAGES)
+    assert [board.name for board in boards()] == [OVERVIEW, *MEASURED_STAGES]
 
 
 def test_a_board_that_does_not_exist_is_refused() -> None:

@@ -1,0 +1,121 @@
+"""The launcher's part of `bench tracking`: `python -m dist_lm.bench.tracking_follower PARENT DIRECTORY WAY`.
+
+It follows DIRECTORY/metrics.jsonl and hands every line to wandb, as a launcher does, and answers words on standard
+input.
+"""
+
+import json
+import os
+import random
+import selectors
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import psutil
+
+from dist_lm.config import TrackingConfig
+from dist_lm.lifeline import die_with_parent
+from dist_lm.run_directory import RunDirectory
+from dist_lm.tracking.console import Console
+from dist_lm.tracking.metrics import follow
+from dist_lm.tracking.wandb_run import WandbRun
+
+NOBODY, OFFLINE, TROUBLE = "not followed", "wandb offline", "wandb, server in trouble"
+LOOK_S = 0.1
+STALL_S = 5.0
+ERRORS = (500, 502, 503)
+
+
+@contextmanager
+def troubled_server() -> Iterator[str]:
+    """The address of a server that at each request stalls, fails or hangs up."""
+    chance = random.Random(0)  # noqa: S311 - which trouble comes next is no secret
+
+    class Trouble(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            match chance.choice(("stall", "error", "vanish")):
+                case "stall":
+                    time.sleep(STALL_S)
+                    self.close_connection = True
+                case "error":
+                    self.send_error(chance.choice(ERRORS))
+                case _:
+                    self.close_connection = True
+
+        do_GET = do_PUT = do_POST
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Trouble)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+
+
+def cpu_s() -> float:
+    """Processor seconds of this process and all that it has started."""
+    own = psutil.Process()
+    total = 0.0
+    for process in (own, *own.children(recursive=True)):
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system
+    return total
+
+
+def main() -> None:
+    """Follow until standard input ends."""
+    die_with_parent(int(sys.argv[1]))
+    run, way = RunDirectory(Path(sys.argv[2])), sys.argv[3]
+    with troubled_server() if way == TROUBLE else nullcontext("") as address:
+        login = {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": address, "NO_PROXY": "127.0.0.1"} if address else {}
+        wandb = WandbRun.start(
+            {},
+            run,
+            TrackingConfig(name="wandb", mode="online" if address else "offline"),
+            job_type="bench",
+            group="bench",
+            git_commit=None,
+            command=[],
+            environ=os.environ | login,
+            console=Console(output=sys.stderr, live=False),
+        )
+        assert wandb is not None
+        serve(wandb, run)
+
+
+def serve(wandb: WandbRun, run: RunDirectory) -> None:
+    """Hand lines over, and answer `cost` and `finish`."""
+    lines, seen = follow(run.metrics), 0
+    with selectors.DefaultSelector() as asked:
+        asked.register(sys.stdin, selectors.EVENT_READ)
+        while True:
+            for line in lines.poll():
+                wandb.log(line["step"], line)
+                seen += 1
+            if not asked.select(LOOK_S):
+                continue
+            word = sys.stdin.readline().strip()
+            if word == "cost":
+                print(json.dumps({"lines": seen, "cpu_s": cpu_s()}), flush=True)
+                continue
+            began = time.monotonic()
+            wandb.finish("finished")
+            if word:
+                print(json.dumps({"wait_s": time.monotonic() - began}), flush=True)
+            return
+
+
+if __name__ == "__main__":
+    main()
