@@ -273,8 +273,7 @@ def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | N
 
     def build(stage: PlannedStage) -> None:
         pipeline.begin(stage.info.name)
-        build_artefact(stage, console)
-        pipeline.done(stage.info.name)
+        pipeline.done(stage.info.name, build_artefact(stage, console))
 
     on_cluster = [stage for stage in plan.missing if stage.info.trains or stage.info.generates]
     first = plan.missing.index(on_cluster[0]) if on_cluster else len(plan.missing)

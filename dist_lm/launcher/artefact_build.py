@@ -10,8 +10,9 @@ from dist_lm.run_lock import locked
 from dist_lm.tracking.console import Console
 
 
-def build_artefact(stage: PlannedStage, console: Console) -> None:
-    """Carry out a stage that does not train. What another command is just building is waited for and used.
+def build_artefact(stage: PlannedStage, console: Console) -> str:
+    """Carry out a stage that does not train, and say what there is then. What another command is just building is waited
+    for and used.
 
     Raises:
         ArtefactError: what the other command built is not what this one needs.
@@ -23,5 +24,8 @@ def build_artefact(stage: PlannedStage, console: Console) -> None:
         console.line(f"{stage.info.name}: waiting for {owner}, which is building in {work.path}")
 
     with locked(work.build_lock, wait_s=math.inf, on_wait=wait_for):
-        if not module.inspect(stage.config).ready:
-            module.build(stage.config, console)
+        found = module.inspect(stage.config)
+        if found.ready:
+            return found.detail
+        module.build(stage.config, console)
+        return module.inspect(stage.config).detail

@@ -20,7 +20,8 @@ from dist_lm.tracking.redact import redact_command, redact_text
 
 LOOK_S = 1.0  # whoever looks whether a lock is held holds it for a moment
 State = Literal["running", "done", "failed", "stopped"]
-Tell = Callable[[str, Literal["running", "done"]], None]
+Tell = Callable[[str, Literal["running", "done"], str], None]
+"""Name of a stage, what it is now, and what there is of it; empty: nothing new."""
 
 
 @dataclass
@@ -62,9 +63,9 @@ class Pipeline:
         self._set(name, "running")
         self._write("running")
 
-    def done(self, name: str) -> None:
-        """Stage `name` is finished."""
-        self._set(name, "done")
+    def done(self, name: str, detail: str = "") -> None:
+        """Stage `name` is finished, and this is what it left."""
+        self._set(name, "done", detail)
         self._write("running")
 
     def end(self, state: State, error: str = "") -> None:
@@ -74,12 +75,12 @@ class Pipeline:
                 stage.state, stage.seconds = state, time.monotonic() - self._began
         self._write(state, error)
 
-    def _set(self, name: str, state: Literal["running", "done"]) -> None:
+    def _set(self, name: str, state: Literal["running", "done"], detail: str = "") -> None:
         stage = next(stage for stage in self._stages if stage.name == name)
         stage.state = state
         stage.seconds = time.monotonic() - self._began if state == "done" else None
         if self._tell:
-            self._tell(name, state)
+            self._tell(name, state, detail)
 
     def rows(self) -> list[tuple[str, Literal["waiting", "done"], str]]:
         """Name, state and detail of each stage before anything is begun."""

@@ -38,12 +38,11 @@ class RankMemory:
 
 
 def rank_memory(model: ModelConfig, layout: Layout, runs: Sequence[RunFacts]) -> RankMemory:
-    """Of runs that share model and layout; in stage rlhf, which has several models, the policy's weights alone."""
-    settings = [run.config.get("stage", {}) for run in runs]
-    trained = all(run.stage in LOOP_STAGES for run in runs)
-    muon = all(_has_muon(one) for one in settings)
+    """Of runs that share model and layout. Stage rlhf has several models: of it alone, the policy's weights are shown."""
+    looped = [run for run in runs if run.stage in LOOP_STAGES]
+    muon = all(_has_muon(run.config.get("stage", {})) for run in looped)
     sizes = {"weights": _elements(model, layout, lambda _: 1)}
-    if trained:
+    if looped:
         sizes["gradients"] = sizes["weights"]
         sizes["moments of the optimizer"] = _elements(model, layout, lambda name: 1 if muon and is_matrix(name) else 2)
     total, start, parts = sum(sizes.values()), 0.0, []
@@ -51,8 +50,10 @@ def rank_memory(model: ModelConfig, layout: Layout, runs: Sequence[RunFacts]) ->
         width = 100 * elements / total
         parts.append(Part(label, gib(elements * ELEMENT_BYTES), start, width, colour))
         start += width
-    peaks = [peak for run in runs if (peak := _peak(run)) is not None]
+    peaks = [peak for run in looped or runs if (peak := _peak(run)) is not None]
     words = [small_words(model, layout)]
+    if others := [run.label for run in runs if run not in looped]:
+        words.append(f"Of {', '.join(others)} this is the policy; critic, reference and reward model come on top.")
     if peaks:
         words.insert(0, f"Measured at most: {max(peaks):.2f} GiB, with activations, messages and the program itself.")
     return RankMemory(tuple(parts), gib(total * ELEMENT_BYTES), " ".join(words))

@@ -113,11 +113,14 @@ class Console:
         with self._viewing(state):
             yield
 
-    def stage(self, name: str, state: Literal["running", "done"]) -> None:
-        """Say of a stage of the pipeline that it begins or is done."""
+    def stage(self, name: str, state: Literal["running", "done"], detail: str = "") -> None:
+        """Say of a stage of the pipeline that it begins, or that it is done and what it left."""
         if self._view:
             with self._view.lock:
-                (self._view.state.begin if state == "running" else self._view.state.done)(name, self._clock())
+                if state == "running":
+                    self._view.state.begin(name, self._clock())
+                else:
+                    self._view.state.done(name, self._clock(), detail)
 
     @contextmanager
     def counting(self, label: str, unit: str, total: int | None = None) -> Iterator[Count]:

@@ -14,11 +14,13 @@ class Series:
         self._stretch = 1  # values behind a point
         self._sum, self._count = 0.0, 0  # of the stretch under way
         self.first: float | None = None
+        self.count = 0  # of values that were added
 
     def add(self, value: float) -> None:
         """Append a finite value."""
         if self.first is None:
             self.first = value
+        self.count += 1
         self._sum, self._count = self._sum + value, self._count + 1
         if self._count < self._stretch:
             return

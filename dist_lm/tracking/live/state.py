@@ -56,10 +56,11 @@ class LiveState:
         stage = self._stage(name)
         stage.state, stage.began, self.over = "running", now, []
 
-    def done(self, name: str, now: float) -> None:
-        """A stage is finished."""
-        self._stage(name).state = "done"
-        self._stage(name).ended = now
+    def done(self, name: str, now: float, detail: str = "") -> None:
+        """A stage is finished; of one that left no words of its own the last work's stay."""
+        stage = self._stage(name)
+        stage.state, stage.ended = "done", now
+        stage.detail = detail or stage.detail
 
     def open(self, work: Work) -> None:
         """A piece of work begins."""

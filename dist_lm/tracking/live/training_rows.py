@@ -65,7 +65,7 @@ def _remark(figure: Figure, state: TrainingState, series: Series) -> str:
         return f"MFU {state.values['perf/mfu']:.1%}" if "perf/mfu" in state.values else ""
     if figure.metric == "train/lr":
         return ""
-    return f"from {figure.form.format(series.first)}" if series.first is not None else ""
+    return f"from {figure.form.format(series.first)}" if series.first is not None and series.count > 1 else ""
 
 
 def _saved(state: TrainingState, now: float, glyphs: Glyphs) -> str:
