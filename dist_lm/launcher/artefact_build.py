@@ -11,8 +11,9 @@ from dist_lm.tracking.console import Console
 
 
 def build_artefact(stage: PlannedStage, console: Console) -> str:
-    """Carry out a stage that does not train, and say what there is then. What another command is just building is waited
-    for and used.
+    """Carry out a stage that does not train, and say what there is then.
+
+    What another command is just building is waited for and used.
 
     Raises:
         ArtefactError: what the other command built is not what this one needs.

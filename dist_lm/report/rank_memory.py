@@ -38,7 +38,7 @@ class RankMemory:
 
 
 def rank_memory(model: ModelConfig, layout: Layout, runs: Sequence[RunFacts]) -> RankMemory:
-    """Of runs that share model and layout. Stage rlhf has several models: of it alone, the policy's weights are shown."""
+    """Of runs that share model and layout. Of stage rlhf alone, the policy's weights are shown."""
     looped = [run for run in runs if run.stage in LOOP_STAGES]
     muon = all(_has_muon(run.config.get("stage", {})) for run in looped)
     sizes = {"weights": _elements(model, layout, lambda _: 1)}
@@ -52,7 +52,7 @@ def rank_memory(model: ModelConfig, layout: Layout, runs: Sequence[RunFacts]) ->
         start += width
     peaks = [peak for run in looped or runs if (peak := _peak(run)) is not None]
     words = [small_words(model, layout)]
-    if others := [run.label for run in runs if run not in looped]:
+    if others := [run.label for run in runs if run.stage not in LOOP_STAGES]:
         words.append(f"Of {', '.join(others)} this is the policy; critic, reference and reward model come on top.")
     if peaks:
         words.insert(0, f"Measured at most: {max(peaks):.2f} GiB, with activations, messages and the program itself.")
