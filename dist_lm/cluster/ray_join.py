@@ -40,7 +40,8 @@ def joined_ray(config: ClusterConfig) -> Iterator[str]:
             raise _refused(
                 config,
                 f"something answers, but lets nobody in within {config.connect_timeout_s:.0f} s; "
-                "is it a Ray head of this version, and cluster.token_path its token?",
+                "is it a Ray head of this version, and cluster.token_path its token? On a busy machine "
+                f"cluster.connect_timeout_s={3 * config.connect_timeout_s:.0f} waits longer",
             ) from None
         except Exception as error:
             raise _refused(config, _reason(error)) from error

@@ -182,7 +182,7 @@ def _look_at_run(info: StageInfo, config: Config, rebuilt: set[str], is_target: 
         _refuse_other_settings(run, config, conflicts)
     if run.result.exists():
         result = json.loads(run.result.read_text())
-        return PlannedStage(info, config, Action.READY, f"{result['steps']:,} steps, {run.path}")
+        return PlannedStage(info, config, Action.READY, f"{result['steps']:,} steps, {_shown(run.path, config)}")
     latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
     if latest:
         return PlannedStage(info, config, Action.RESUME, f"from {latest.name} to step {config.stage.steps:,}")
@@ -190,8 +190,14 @@ def _look_at_run(info: StageInfo, config: Config, rebuilt: set[str], is_target: 
     if config.stage.init_from != "none" and not origin:
         start = checkpoint_files.find_checkpoint(Path(config.stage.init_from))
         checkpoint_files.check_start(start, checkpoint_files.read_state(start)[1], config.model)
-        origin = f" from {start}"
+        origin = f" from {_shown(start, config)}"
     return PlannedStage(info, config, Action.BUILD, f"{config.stage.steps:,} steps{origin}")
+
+
+def _shown(path: Path, config: Config) -> str:
+    """A path as the plan has it: from the work directory on, which stands above it."""
+    work = Path(config.work_dir)
+    return str(path.relative_to(work) if path.is_relative_to(work) else path)
 
 
 def _look_at_generation(info: StageInfo, config: GenerateRunConfig) -> PlannedStage:
@@ -216,7 +222,9 @@ def _look_at_generation(info: StageInfo, config: GenerateRunConfig) -> PlannedSt
         _refuse_other_settings(run, config, list(found))
     if run.result.exists():
         result = json.loads(run.result.read_text())
-        return PlannedStage(info, config, Action.READY, f"{counted(result['answers'], 'answer')}, {run.samples}")
+        return PlannedStage(
+            info, config, Action.READY, f"{counted(result['answers'], 'answer')}, {_shown(run.samples, config)}"
+        )
     parts = len(list(run.samples.glob("part-*.jsonl")))
     detail = f"{config.stage.prompts} with {generate.label_of(start)}, {generate.sampling_text(config.stage)}"
     if parts:

@@ -160,9 +160,9 @@ def facts_of(kind: Kind, layout: Layout, element_bytes: int) -> dict[str, str]:
     if placement.tp_dim is not None and layout.tp > 1:
         padded, size = placement.padded[placement.tp_dim], placement.logical[placement.tp_dim]
         more = f" (padded from {size:,} to {padded:,})" if padded != size else ""
-        cuts.append(f"dim {placement.tp_dim} by tp {layout.tp}{more}")
+        cuts.append(f"dim {placement.tp_dim} by tp\u00a0{layout.tp}{more}")
     if layout.dp_shard > 1:
-        cuts.append(f"dim {placement.fsdp_dim} by dp_shard {layout.dp_shard}")
+        cuts.append(f"dim {placement.fsdp_dim} by dp_shard\u00a0{layout.dp_shard}")
     return {
         "shape": (f"{kind.count} of " if kind.count > 1 else "")
         + " × ".join(f"{size:,}" for size in placement.logical),
