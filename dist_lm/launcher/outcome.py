@@ -35,6 +35,7 @@ KEY_FIGURES = (
     (KeyFigure("val/loss", "{:.3f}", "val loss"),),
     (KeyFigure("train/loss", "{:.3f}", "loss"),),
 )
+BELOW = ("first -> last", "where")  # columns that a narrow terminal has below their row
 WORDS = {"waiting": "not begun"}
 
 
@@ -54,9 +55,8 @@ def print_outcome(
     if state != "done" and all(stage.seconds is None for stage in stages):
         return
     rows = [row(planned, queued) for planned, queued in zip(plan.stages, stages, strict=True)]
-    console.table(
-        f"stages, in {plan.stages[-1].config.work_dir}", ("stage", "", "steps", "time", "first -> last", "where"), rows
-    )
+    columns = ("stage", "", "steps", "time", *BELOW)
+    console.table(f"stages, in {plan.stages[-1].config.work_dir}", columns, rows, below=BELOW)
     entries = dict(next_commands(plan.stages[-1], state, command))
     if entries:
         console.summary("what next", entries)

@@ -78,7 +78,9 @@ def print_compression(result: dict, stage: PlannedStage, console: Console) -> No
     rows = []
     for name in names:
         model = result["metrics"][f"val/bits_per_byte{'' if name == 'all' else f'_{name}'}"]
-        rows.append((name, f"{model:.3f}", f"{baseline[name]:.3f}", f"{(model / baseline[name] - 1) * 100:+.0f} %"))
+        rows.append(
+            (name, f"{model:.3f}", f"{baseline[name]:.3f}", f"{round((model / baseline[name] - 1) * 100):+d} %")
+        )
     console.table(
         f"bits per byte on the held-out documents of corpus {stage.config.stage.corpus}",
         ("language", "model", "gzip -9", "model against gzip"),

@@ -7,7 +7,7 @@ to standard error. Colour follows the terminal and NO_COLOR.
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, TextIO
 
@@ -22,6 +22,7 @@ from dist_lm.tracking.live.training_state import TrainingState
 from dist_lm.tracking.progress import Count, Display, GenerationProgress, PlainDisplay, TrainingProgress, ViewDisplay
 from dist_lm.tracking.redact import redact_text
 
+FILE_WIDTH = 160  # columns of what is no terminal: nothing folds it
 FRAME = 4  # columns of a panel beside what is in it
 
 
@@ -43,8 +44,7 @@ class Console:
             live: a view that is redrawn, or plain lines; None: whether `output` is a terminal that can.
             clock: seconds; paces plain lines.
         """
-        self._out = RichConsole(file=output or sys.stdout, highlight=False, soft_wrap=True)
-        self._err = RichConsole(file=errors or sys.stderr, highlight=False, soft_wrap=True)
+        self._out, self._err = _printer(output or sys.stdout), _printer(errors or sys.stderr)
         can = self._out.file.isatty() and not self._out.is_dumb_terminal
         self._live = can if live is None else live
         self._clock = clock
@@ -73,16 +73,28 @@ class Console:
         with self._above(self._err):
             self._err.print(Text(redact_text(text.rstrip("\n"))))
 
-    def table(self, title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-        """Print a table of plain text."""
+    def table(
+        self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], below: Collection[str] = ()
+    ) -> None:
+        """Print a table of plain text.
+
+        Args:
+            below: columns whose cells go below their row, a line each, where the table is wider than the terminal.
+        """
+        listed = [tuple(row) for row in rows]
         table = Table(box=None, pad_edge=False)
         for column in columns:
             table.add_column(column, overflow="fold")
-        for row in rows:
+        for row in listed:
             table.add_row(*(Text(cell) for cell in row))
+        fits = self._out.measure(table).maximum <= self._out.width
         with self._above(self._out):
-            self._out.print(Text(title, style="bold"))  # not the table's own: that is folded to the table's width
-            self._out.print(table, soft_wrap=False)
+            # not the table's own title, which is folded to the table's width; a terminal's line ends between words
+            self._out.print(Text(title, style="bold"), soft_wrap=not self._out.is_terminal)
+            if fits or not below:
+                self._out.print(table, soft_wrap=False)
+            else:
+                self._out.print(*_with_rows_below(columns, listed, below), sep="\n")
 
     def plan(self, title: str, stages: Iterable[tuple[str, str, str]]) -> None:
         """Print a plan: (stage, what is done about it, detail) a row."""
@@ -194,3 +206,26 @@ class Console:
         """Where a stream shares the terminal with the view, print in this block."""
         shares = self._view is not None and stream.file.isatty()
         return self._view.above() if self._view and (shares or stream is self._out) else nullcontext()
+
+
+def _printer(file: TextIO) -> RichConsole:
+    made = RichConsole(file=file, highlight=False, soft_wrap=True)
+    if not made.file.isatty():
+        made.width = FILE_WIDTH
+    return made
+
+
+def _with_rows_below(columns: Sequence[str], rows: Sequence[Sequence[str]], below: Collection[str]) -> Iterator[Text]:
+    """A table for a narrow terminal: some columns in line, the cells of others below their row."""
+    short = [place for place, column in enumerate(columns) if column not in below]
+    widths = {place: max(len(row[place]) for row in (columns, *rows)) for place in short}
+
+    def aligned(row: Sequence[str]) -> str:
+        return "  ".join(f"{row[place]:{widths[place]}}" for place in short).rstrip()
+
+    yield Text(aligned(columns), style="bold")
+    for row in rows:
+        yield Text(aligned(row))
+        for place, cell in enumerate(row):
+            if place not in short and cell:
+                yield Text(f"  {cell}", style="dim")
