@@ -23,6 +23,7 @@ from dist_lm.tracking.progress import Count, Display, GenerationProgress, PlainD
 from dist_lm.tracking.redact import redact_text
 
 FILE_WIDTH = 160  # columns of what is no terminal: nothing folds it
+ENDLESS = 100_000
 FRAME = 4  # columns of a panel beside what is in it
 
 
@@ -87,7 +88,8 @@ class Console:
             table.add_column(column, overflow="fold")
         for row in listed:
             table.add_row(*(Text(cell) for cell in row))
-        fits = self._out.measure(table).maximum <= self._out.width
+        endless = self._out.options.update(max_width=ENDLESS)  # a measure goes no further than that
+        fits = self._out.measure(table, options=endless).maximum <= self._out.width
         with self._above(self._out):
             # not the table's own title, which is folded to the table's width; a terminal's line ends between words
             self._out.print(Text(title, style="bold"), soft_wrap=not self._out.is_terminal)

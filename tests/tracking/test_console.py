@@ -134,3 +134,14 @@ def test_a_path_in_a_summary_stays_whole(length: int) -> None:
     (line,) = [line for line in screen.lines() if "samples" in line]
     assert f"{path} (1 file)" in line
     assert ("│" in line) == (length == 10)
+
+
+def test_long_columns_go_below_their_row_where_the_table_does_not_fit() -> None:
+    rows = [("code", "done", "x" * 200, "runs/code"), ("tools", "there", "", "runs/tools")]
+    screen = Screen()
+    screen.console.table("stages", ("stage", "", "figures", "where"), rows, below=("figures", "where"))
+    assert screen.lines()[:3] == ["stages", "stage", "code   done"]
+    assert screen.lines()[3:] == [f"  {'x' * 200}", "  runs/code", "tools  there", "  runs/tools"]
+    screen = Screen()
+    screen.console.table("stages", ("stage", "where"), [("code", "runs/code")], below=("where",))
+    assert screen.lines() == ["stages", "stage  where    ", "code   runs/code"]
