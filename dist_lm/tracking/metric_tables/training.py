@@ -91,8 +91,8 @@ SPEED = (
         "perf/mfu",
         "",
         "Model FLOPs of the batch (padding included, recomputation not) a second, as a fraction of what all ranks can "
-        "do at most: of a GPU that `hardware` names by its table, else by a large matrix product (on CPUs in seconds on "
-        "a core: a busy machine does not lower the ceiling).",
+        "do at most: of a GPU that `hardware` names by its table, else by a large matrix product (on CPUs in seconds "
+        "on a core: a busy machine does not lower the ceiling).",
         "higher",
         LOOP_STAGES,
         "throughput",
