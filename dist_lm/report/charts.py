@@ -112,6 +112,8 @@ def _stage(stage: str, runs: Sequence[RunFacts], place: Mapping[int, int], most:
             Line(place[id(run)], _label(run, title, name, runs), colour, curve_of(run.series[name], most))
             for colour, (run, name) in enumerate((run, name) for run in runs for name in members if name in run.series)
         ]
+        if len(lines) == 2 and len(runs) == 1 and same(lines[0].curve, lines[1].curve):  # all of it is of one kind
+            lines = lines[:1]
         if len(runs) > 1:  # a colour is a run, in every chart of the stage
             order = {place[id(run)]: colour for colour, run in enumerate(runs)}
             lines = [replace(line, colour=order[line.run]) for line in lines]
@@ -126,6 +128,13 @@ def _stage(stage: str, runs: Sequence[RunFacts], place: Mapping[int, int], most:
         if chart not in first:
             groups.setdefault(chart.metric.group, []).append(chart)
     return StageCharts(stage, first, {group: tuple(members) for group, members in groups.items()}, still)
+
+
+def same(one: Curve, other: Curve) -> bool:
+    """Whether two curves are drawn alike."""
+    return np.array_equal(one.points.steps, other.points.steps) and np.array_equal(
+        one.points.values, other.points.values, equal_nan=True
+    )
 
 
 def family(metric: Metric) -> str:

@@ -81,4 +81,4 @@ def _words(run: RunFacts) -> str:
         parts.append(duration(seconds))
     elif len(run.clock.values) > 1:
         parts.append(duration(float(run.clock.values.max() - run.clock.values.min())))
-    return " · ".join(parts)
+    return " · ".join(part.replace(" ", "\u00a0") for part in parts)

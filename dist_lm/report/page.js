@@ -130,7 +130,7 @@
         y: {distr: logY ? 3 : 1, log: 10, range: yRange(logY)},
       },
       axes: [
-        {...look, size: 30, gap: 6, space: 70, ...(axis.logX ? {splits: (u, i, low, high) => logTicks(low, high), filter: (u, splits) => splits} : {}), incrs: axis.x === "step" ? [1, 2, 5].flatMap((n) => Array.from({length: 13}, (_, p) => n * 10 ** p)).sort((a, b) => a - b) : undefined, values: (u, splits) => splits.map((x) => (axis.x === "hours" ? minutes(x) : words(x)))},
+        {...look, size: 30, gap: 6, space: 52, ...(axis.logX ? {splits: (u, i, low, high) => logTicks(low, high), filter: (u, splits) => splits} : {}), incrs: axis.x === "step" ? [1, 2, 5].flatMap((n) => Array.from({length: 13}, (_, p) => n * 10 ** p)).sort((a, b) => a - b) : undefined, values: (u, splits) => splits.map((x) => (axis.x === "hours" ? minutes(x) : words(x)))},
         {...look, gap: 6, space: 36, size: (u, values) => Math.ceil(Math.max(24, ...(values ?? []).map((text) => measure.measureText(text ?? "").width)) + 12), ...(logY ? {splits: (u, i, low, high) => logTicks(low, high), filter: (u, splits) => splits} : {}), values: (u, splits) => splits.map(words)},
       ],
       series,
