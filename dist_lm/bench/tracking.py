@@ -25,6 +25,8 @@ from dist_lm.parallel.mesh import World
 from dist_lm.tracking.metrics import MetricsWriter
 
 SIDE, WAIT = "launcher's side at 20 lines/s, of its core %", "wait at the end s"
+WORK = "wait at the end, on a core s"
+LOOK_S, IDLE = 2.0, 0.1  # of a core: less is idle
 GRACE_S = 30.0  # for a follower to end
 LINES, LINE_S = 300, 0.05  # of the run whose end is waited for
 SHAPES = (("model=nano", "stage.global_batch=4", "stage.seq_len=256"),)
@@ -41,10 +43,10 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
             ways=dict.fromkeys((NOBODY, *followed), crew),
             comparisons=[
                 *(Comparison(own=way, peer=NOBODY) for way in followed),
-                *(Comparison(own=way, fact=fact) for fact in (SIDE, WAIT) for way in followed),
+                *(Comparison(own=way, fact=fact) for fact in (SIDE, WAIT, WORK) for way in followed),
             ],
             same_losses=frozenset((NOBODY, *followed)),
-            rounds=30,
+            rounds=12,
         )
         for config in configurations(SHAPES, overrides, quick)
     ]
@@ -99,7 +101,7 @@ class Follower:
         _pin(self._process.pid, core)
 
     def ask(self, word: str) -> dict[str, float]:
-        """`cost`: {lines, cpu_s} so far. `finish`: {wait_s}, when wandb has ended."""
+        """`cost`: {lines, cpu_s} so far. `finish`: {wait_s, cpu_s} of the end, when wandb has ended."""
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(f"{word}\n")
@@ -123,13 +125,15 @@ def of_a_run(way: str, core: int | None) -> dict[str, float]:
         with MetricsWriter(path / "metrics.jsonl") as writer:
             follower = Follower(path, way, core)
             _write_lines(writer, 1, LINES // 10)
-            before = _all_seen(follower, LINES // 10)
+            _settle(follower, path)  # what starts at first is no part of a run's cost
+            before = follower.ask("cost")
             _write_lines(writer, 1 + LINES // 10, LINES)
             after = _all_seen(follower, LINES)
-        wait_s = follower.ask("finish")["wait_s"]
+        _settle(follower, path)
+        end = follower.ask("finish")
         del follower
     took_s = LINE_S * (after["lines"] - before["lines"])
-    return {SIDE: 100 * (after["cpu_s"] - before["cpu_s"]) / took_s, WAIT: wait_s}
+    return {SIDE: 100 * (after["cpu_s"] - before["cpu_s"]) / took_s, WAIT: end["wait_s"], WORK: end["cpu_s"]}
 
 
 def _write_lines(writer: MetricsWriter, first: int, last: int) -> None:
@@ -137,6 +141,17 @@ def _write_lines(writer: MetricsWriter, first: int, last: int) -> None:
         names = ("train/loss", "train/grad_norm", "train/lr", "perf/tokens_per_s", "perf/step_s", "perf/memory_gib")
         writer.write(step, dict.fromkeys(names, 1.0 / step))
         time.sleep(LINE_S)
+
+
+def _settle(follower: Follower, directory: Path) -> None:
+    """Until wandb has its file, and does no more than look now and then."""
+    before = follower.ask("cost")["cpu_s"]
+    while True:
+        time.sleep(LOOK_S)
+        now = follower.ask("cost")["cpu_s"]
+        if now - before < IDLE * LOOK_S and any(directory.glob("wandb/offline-run-*/*.wandb")):
+            return
+        before = now
 
 
 def _all_seen(follower: Follower, lines: int) -> dict[str, float]:

@@ -7,6 +7,7 @@ input.
 import json
 import os
 import random
+import resource
 import selectors
 import sys
 import threading
@@ -110,10 +111,12 @@ def serve(wandb: WandbRun, run: RunDirectory) -> None:
             if word == "cost":
                 print(json.dumps({"lines": seen, "cpu_s": cpu_s()}), flush=True)
                 continue
-            began = time.monotonic()
+            began, worked = time.monotonic(), cpu_s()
             wandb.finish("finished")
             if word:
-                print(json.dumps({"wait_s": time.monotonic() - began}), flush=True)
+                gone = resource.getrusage(resource.RUSAGE_CHILDREN)
+                took_s = max(0.0, cpu_s() + gone.ru_utime + gone.ru_stime - worked)
+                print(json.dumps({"wait_s": time.monotonic() - began, "cpu_s": took_s}), flush=True)
             return
 
 

@@ -31,6 +31,7 @@ SAMPLED = ("language", "code")
 SETTINGS = (
     *(one for one in TINY if one != "tracking=none"),
     "tracking.mode=online",
+    "cluster.connect_timeout_s=180",
     "tracking.finish_s=240",
     *(f"stages.{stage}.{key}" for stage in SAMPLED for key in ("seq_len=32", "sampling.max_new_tokens=4")),
     *(
@@ -60,6 +61,7 @@ RLHF = (
 GENERATE = (
     *(one for one in TINY if not one.startswith(("stage.", "tracking"))),
     "tracking.mode=online",
+    "cluster.connect_timeout_s=180",
     "tracking.finish_s=240",
     "stage=generate",
     "stage.max_new_tokens=8",
