@@ -3,6 +3,7 @@
 from dist_lm.json_lines import json_lines
 from dist_lm.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
+from dist_lm.tracking.readable import counted
 
 ROWS = {  # metric -> what the table calls it
     "rlhf/reward_mean": "reward, less the divergence",
@@ -63,7 +64,7 @@ def entries(result: dict, run: RunDirectory) -> list[tuple[str, str]]:
         (
             "trained",
             f"{result['steps']:,} iterations on {result['prompts']:,} prompts, {result['tokens']:,} tokens drawn, "
-            f"{result['ranks']} ranks",
+            f"{counted(result['ranks'], 'rank')}",
         ),
     ]
     if "rlhf/win_rate" in after:

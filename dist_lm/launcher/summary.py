@@ -138,7 +138,7 @@ def entries(result: dict, stage: PlannedStage, run: RunDirectory) -> list[tuple[
     unit, kind = ("tokens", "conversations") if bits else ("choices", "rankings")
     lines = [
         ("parameters", f"{result['parameters']:,}"),
-        ("trained", f"{result['steps']:,} steps, {result['tokens']:,} {unit} on {result['ranks']} ranks"),
+        ("trained", f"{result['steps']:,} steps, {result['tokens']:,} {unit} on {counted(result['ranks'], 'rank')}"),
         ("val", f"loss {metrics['val/loss']:.4f}{bits}"),
     ]
     if packing := result.get("packing"):

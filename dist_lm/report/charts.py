@@ -167,6 +167,9 @@ def still_values(chart: Chart) -> list[Still]:
         value = shown(float(finite[-1])) if len(finite) else "not finite"
         when = f"step {int(points.steps[0]):,}" if line.curve.measured == 1 else ""
         found.append(Still(line.label, line.colour % COLOURS, value, when))
+    if len({line.run for line in chart.lines}) == 1 and len({(one.value, one.when) for one in found}) == 1:
+        parts = f"all {len(found)} parts" if len(found) > 1 else ""
+        return [replace(found[0], label="", when=", ".join(part for part in (found[0].when, parts) if part))]
     return found
 
 

@@ -56,7 +56,7 @@ def mixtures(runs: Sequence[RunFacts], works: Sequence[WorkFacts]) -> list[Mixtu
         mix = {str(name): float(share) for name, share in (stage.get("mix") or {}).items()}
         corpora = {stage["corpus"]: 1 - sum(mix.values())} | mix
         parts = [part for name, share in corpora.items() for part in _parts(name, share, work.corpora.get(name))]
-        found.append(Mixture(run.label, tuple(_bar(parts, colours))))
+        found.append(Mixture(run.label, tuple(_bar(_merged(parts), colours))))
     return found
 
 
@@ -101,6 +101,15 @@ def _parts(name: str, share: float, manifest: Manifest | None) -> list[tuple[str
         (language, share * counts.tokens / total, f"corpus {name}, {readable_count(counts.tokens)} tokens")
         for language, counts in sorted(train.languages.items(), key=lambda pair: -pair[1].tokens)
     ]
+
+
+def _merged(parts: Sequence[tuple[str, float, str]]) -> list[tuple[str, float, str]]:
+    """A language that several corpora have, once."""
+    together: dict[str, tuple[float, list[str]]] = {}
+    for label, share, words in parts:
+        before, said = together.get(label, (0.0, []))
+        together[label] = (before + share, [*said, words])
+    return [(label, share, "; ".join(said)) for label, (share, said) in together.items()]
 
 
 def _bar(parts: Sequence[tuple[str, float, str]], colours: dict[str, int]) -> list[Share]:

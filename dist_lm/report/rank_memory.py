@@ -56,7 +56,11 @@ def rank_memory(model: ModelConfig, layout: Layout, runs: Sequence[RunFacts]) ->
         words.append(f"Of {', '.join(others)} this is the policy; critic, reference and reward model come on top.")
     if peaks:
         words.insert(0, f"Measured at most: {max(peaks):.2f} GiB, with activations, messages and the program itself.")
-    return RankMemory(tuple(parts), gib(total * ELEMENT_BYTES), " ".join(words))
+    return RankMemory(
+        tuple(parts),
+        f"{gib(total * ELEMENT_BYTES)} of {'model and optimizer' if looped else 'weights'}",
+        " ".join(words),
+    )
 
 
 def small_words(model: ModelConfig, layout: Layout) -> str:

@@ -24,6 +24,7 @@ from dist_lm.tracking.redact import redact_text
 
 FILE_WIDTH = 160  # columns of what is no terminal: nothing folds it
 ENDLESS = 100_000
+NARROW = 90  # columns: with fewer, folded cells are hard to read
 FRAME = 4  # columns of a panel beside what is in it
 
 
@@ -80,7 +81,7 @@ class Console:
         """Print a table of plain text.
 
         Args:
-            below: columns whose cells go below their row, a line each, where the table is wider than the terminal.
+            below: columns whose cells go below their row, a line each, where the table is wider than a narrow terminal.
         """
         listed = [tuple(row) for row in rows]
         table = Table(box=None, pad_edge=False)
@@ -93,7 +94,7 @@ class Console:
         with self._above(self._out):
             # not the table's own title, which is folded to the table's width; a terminal's line ends between words
             self._out.print(Text(title, style="bold"), soft_wrap=not self._out.is_terminal)
-            if fits or not below:
+            if fits or not below or self._out.width >= NARROW:
                 self._out.print(table, soft_wrap=False)
             else:
                 self._out.print(*_with_rows_below(columns, listed, below), sep="\n")

@@ -4,6 +4,7 @@ import io
 
 import pytest
 
+from dist_lm.tracking import console
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.progress import duration
 
@@ -136,7 +137,8 @@ def test_a_path_in_a_summary_stays_whole(length: int) -> None:
     assert ("│" in line) == (length == 10)
 
 
-def test_long_columns_go_below_their_row_where_the_table_does_not_fit() -> None:
+def test_long_columns_go_below_their_row_where_the_table_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "FILE_WIDTH", 60)
     rows = [("code", "done", "x" * 200, "runs/code"), ("tools", "there", "", "runs/tools")]
     screen = Screen()
     screen.console.table("stages", ("stage", "", "figures", "where"), rows, below=("figures", "where"))
