@@ -25,7 +25,6 @@ CONFIG = replace(
     epochs=2,
     minibatches=2,
     micro_batch_tokens=40,
-    temperature=0.8,
     kl_coefficient=0.05,
     lr=1e-3,
     value_lr=1e-3,
