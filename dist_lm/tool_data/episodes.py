@@ -173,15 +173,15 @@ def copying(scene: Scene) -> Turns:
 
 
 KINDS: dict[str, tuple[float, Callable[[Scene], Turns]]] = {  # with their shares
-    "single": (0.32, single),
-    "parallel": (0.08, parallel),
-    "sequential": (0.06, sequential),
+    "single": (0.30, single),
+    "parallel": (0.07, parallel),
+    "sequential": (0.05, sequential),
     "irrelevant": (0.05, irrelevant),
-    "missing": (0.06, missing),
+    "missing": (0.05, missing),
     "recovery": (0.04, recovery),
     "answer": (0.04, plain_answer),
-    "invented": (0.20, invented),
-    "copying": (0.15, copying),
+    "invented": (0.16, invented),
+    "copying": (0.24, copying),
 }
 
 
