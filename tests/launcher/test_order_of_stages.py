@@ -40,7 +40,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def run_missing(*names: str) -> int:
     config = compose_config(["stage=language", "tracking=none"])
     stages = tuple(PlannedStage(STAGES[name], config, Action.BUILD, "") for name in names)
-    pipeline: Any = SimpleNamespace(begin=lambda name: None, done=lambda name: None)
+    pipeline: Any = SimpleNamespace(begin=lambda name: None, done=lambda name, leaves="": None)
     return launch.run_missing(Plan(stages), Console(), pipeline, None)
 
 
