@@ -59,7 +59,7 @@ def test_conversations_come_back_with_their_mask_in_the_split_of_their_group(wor
 
 def test_only_what_is_missing_is_built(work, few):
     shutil.rmtree(work.corpus("tools"))
-    config = config_for(work)
+    config = config_for(work, "stage.corpora=[language,code,tools]")
     assert shards.inspect(config).detail == "corpora tools (language, code there)"
     before = {name: read_manifest(work.corpus(name)) for name in ("language", "code")}
     stamps = {path: path.stat().st_mtime_ns for path in work.path.rglob("*") if path.is_file()}

@@ -48,7 +48,7 @@ def user(text: str) -> list:
 
 CATEGORIES = {  # name -> (questions, answers)
     "simple_python": ([(user("Area?"), [AREA])], [[AREA_ANSWER]]),
-    "parallel_multiple": ([(user("Both!"), [AREA, SING])], [[sung("Waterloo"), AREA_ANSWER]]),
+    "parallel_multiple": ([(user("Both! " * 100), [AREA, SING])], [[sung("Waterloo"), AREA_ANSWER]]),
     "parallel": (
         [(user("Sing!"), [SING]), (user("More!"), [SING])],
         [[sung("A"), sung("B")], [sung("C", "c sharp")] * 2],
