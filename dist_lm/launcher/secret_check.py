@@ -7,6 +7,7 @@ from dist_lm.errors import ConfigError
 from dist_lm.tracking.redact import is_secret_name, redact_text
 
 SHORTEST = 8  # characters of a variable's value that is looked for: a shorter one is found in innocent words
+PLACES = ("_PATH", "_FILE", "_DIR")  # a variable that says where a secret is: RAY_AUTH_TOKEN_PATH
 WAY_OUT = "a value without it; the configuration is written to disk (give secrets in the environment)"
 
 
@@ -20,7 +21,11 @@ def check_no_secrets(config: Mapping[str, Any], environ: Mapping[str, str]) -> N
     Raises:
         ConfigError: names the key, never the secret.
     """
-    secret = {value: name for name, value in environ.items() if is_secret_name(name) and len(value) >= SHORTEST}
+    secret = {
+        value: name
+        for name, value in environ.items()
+        if is_secret_name(name) and not name.upper().endswith(PLACES) and len(value) >= SHORTEST
+    }
     for key, value in _texts(config, ""):
         if redact_text(value) != value:
             raise ConfigError(f"{key}=(an address with a password): expected {WAY_OUT}")

@@ -43,6 +43,11 @@ def test_names_of_the_users_own_are_looked_at_too():
         check_no_secrets({"mix": {f"https://me:{SESAME}@host": 0.1}}, {})
 
 
+def test_where_a_secret_is_kept_is_none():
+    place = "/home/me/.ray/auth_token"
+    check_no_secrets({"cluster": {"token_path": place}}, {"RAY_AUTH_TOKEN_PATH": place, "API_KEY_FILE": place})
+
+
 def test_what_is_no_secret_passes():
     harmless = {"path": "https://hub.example.org/data", "stop": ["a@b"], "tokens": 3, "api_key": "", "run_id": "key"}
     check_no_secrets(harmless, {"SSH_KEY": "run", "EMPTY_TOKEN": "", "HOME": "/root"})
