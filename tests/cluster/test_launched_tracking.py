@@ -24,7 +24,7 @@ from tests.conftest import TINY
 from tests.wandb_files import assert_every_metric, history_names
 from tests.wandb_server import WandbServer
 
-pytestmark = [pytest.mark.cluster, pytest.mark.heavy, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.cluster, pytest.mark.bars, pytest.mark.timeout(1800)]
 DEADLINE_S = 1200
 STEPS = 4
 SAMPLED = ("language", "code")

@@ -12,7 +12,7 @@ from tests.slurm.batch_job import BatchJob
 from tests.slurm.real_slurm import RealSlurm
 from tests.training_run import numbers, write_untrained
 
-pytestmark = [pytest.mark.slurm, pytest.mark.heavy, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slurm, pytest.mark.bars, pytest.mark.timeout(1800)]
 
 ITERATIONS, REWARD_STEPS, PROMPTS = 12, 4, 8
 DEADLINE_S = 900  # two stages, each with a start of its ranks and actors
