@@ -64,7 +64,7 @@ def start_again(slurm: RealSlurm, job: TrainingJob, disturb: Disturbance, life: 
     """Until the job trains in its next life, which is number `life`, from 0."""
     at, before = time.time(), slurm.job_processes()
     disturb(slurm, job)
-    eventually("Slurm takes it back", lambda: slurm.job(job.id)["Restarts"] == str(life), 90)
+    eventually("Slurm takes it back", lambda: slurm.job(job.id)["Restarts"] == str(life), 180)
     eventually("the life before is over", lambda: not any(map(is_alive, before)), 30)
     reached = job.step()
     job.wait_for_a_step_after(at, seconds=240)
