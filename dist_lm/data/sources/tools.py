@@ -1,11 +1,15 @@
 """Generated conversations (`dist_lm.tool_data`): drills, and calls of tools, in val other ones than in train."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from dist_lm.chat.documents import write_conversation
 from dist_lm.config import SourceConfig
 from dist_lm.data.sources.candidate import Candidate
 from dist_lm.document import Document
+
+if TYPE_CHECKING:
+    from dist_lm.tool_data.examples import Example
 
 DEFAULT_DOCUMENTS = 20_000
 DEFAULT_DRILLS = 8_000
@@ -19,14 +23,7 @@ def read_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     from dist_lm.tool_data.examples import examples
 
     for number, example in enumerate(examples(seed, source.limit or DEFAULT_DOCUMENTS)):
-        yield Document(
-            text=write_conversation(example.conversation),
-            language=f"{source.language}_{example.kind}",
-            source=f"generated:tools:seed={seed}:{number}",
-            licence=source.licence,
-            group=example.group,
-            form="conversation",
-        )
+        yield _document(source, example, f"generated:tools:seed={seed}:{number}")
 
 
 def read_drills(source: SourceConfig, seed: int) -> Iterator[Candidate]:
@@ -35,11 +32,15 @@ def read_drills(source: SourceConfig, seed: int) -> Iterator[Candidate]:
 
     for number in range(source.limit or DEFAULT_DRILLS):
         example = drill_example(seed, number)
-        yield Document(
-            text=write_conversation(example.conversation),
-            language=f"{source.language}_{example.kind}",
-            source=f"generated:drills:seed={seed}:{number}",
-            licence=source.licence,
-            group=example.group,
-            form="conversation",
-        )
+        yield _document(source, example, f"generated:drills:seed={seed}:{number}")
+
+
+def _document(source: SourceConfig, example: "Example", origin: str) -> Document:
+    return Document(
+        text=write_conversation(example.conversation),
+        language=f"{source.language}_{example.kind}",
+        source=origin,
+        licence=source.licence,
+        group=example.group,
+        form="conversation",
+    )
