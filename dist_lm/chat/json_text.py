@@ -1,8 +1,8 @@
 """JSON as a conversation holds it: one spelling for every value, and a reader that gives exactly that value back.
 
-Every text that is a value (not a key) is written behind a space, inside its quotes: `{"city": " Oslo"}`. So a word is
-the same tokens in a call as in the sentence it is copied from: SentencePiece has one piece for ` Oslo` and others for
-`"Oslo`. The reader takes the space away again, and text without one as it is.
+Every text, key or value, is written behind a space, inside its quotes: `{" city": " Oslo"}`. So a word is the same
+tokens in a call and a schema as in the sentence it is copied from, or which speaks of it: SentencePiece has one piece
+for ` Oslo` and others for `"Oslo`. The reader takes the space away again, and text without one as it is.
 
 The only place that knows how tools, calls and results look as text. `read(write(x))` is x, with the type of every
 number and the order of keys; what would come back as something else is refused by both.
@@ -48,12 +48,11 @@ def read(text: str, where: str) -> Json:
         return int(digits)
 
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
+        keys = [_without_space(key) for key, _ in pairs]
+        if len(set(keys)) < len(keys):
             twice = next(key for key in keys if keys.count(key) > 1)
             raise ChatError(f"{where}: the key {shown(twice)} is there twice")
-        return found
+        return dict(pairs)
 
     try:
         value = json.loads(text, parse_constant=refuse, parse_int=integer, object_pairs_hook=distinct)
@@ -64,18 +63,22 @@ def read(text: str, where: str) -> Json:
     except RecursionError:
         raise ChatError(f"{where}: {_too_deep()}") from None
     _check(value, where)
-    return _with_texts(value, lambda text: text.removeprefix(" "))
+    return _with_texts(value, _without_space)
 
 
 def _with_texts(value: Json, change: Callable[[str], str]) -> Json:
-    """A copy in which every text that is a value is changed. At most `DEEPEST` deep: see `_check`."""
+    """A copy in which every text is changed. At most `DEEPEST` deep: see `_check`."""
     if type(value) is str:
         return change(value)
     if type(value) is list:
         return [_with_texts(inner, change) for inner in value]
     if type(value) is dict:
-        return {key: _with_texts(inner, change) for key, inner in value.items()}
+        return {change(key): _with_texts(inner, change) for key, inner in value.items()}
     return value
+
+
+def _without_space(text: str) -> str:
+    return text.removeprefix(" ")
 
 
 def _check(value: Json, where: str) -> None:

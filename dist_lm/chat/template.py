@@ -134,7 +134,8 @@ def _body(message: Message, where: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _tool_list(tools: tuple[Tool, ...], tokenizer: Tokenizer) -> list[int]:
-    value = [{"name": tool.name, "description": tool.description, "parameters": tool.parameters} for tool in tools]
+    # what a tool does first: where its name begins, a reader knows whether it is the one
+    value = [{"description": tool.description, "name": tool.name, "parameters": tool.parameters} for tool in tools]
     return _json(TOOLS, value, END_TOOLS, "tools", tokenizer)
 
 
@@ -156,8 +157,8 @@ def _read_tools(reader: Reader) -> tuple[Tool, ...]:
     if type(values) is not list or not values:
         raise ChatError(f"{at}: expected a list of tools")
     for value in values:
-        if type(value) is not dict or value.keys() != {"name", "description", "parameters"}:
-            raise ChatError(f"{at}: expected tools of name, description and parameters, nothing else")
+        if type(value) is not dict or value.keys() != {"description", "name", "parameters"}:
+            raise ChatError(f"{at}: expected tools of description, name and parameters, nothing else")
     return tuple(Tool(value["name"], value["description"], value["parameters"]) for value in values)
 
 

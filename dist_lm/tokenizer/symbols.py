@@ -60,20 +60,20 @@ JSON_PUNCTUATION = (
     *('"}', '"}}', "}}", '}, "', '"}, "', '"}}, "', '"]', '"]}', '"], "', '"]}, "'),
     *('": true', '": false', '": null'),
 )
-CALL_FRAMES = ('{"name": "', '", "arguments": {"', '", "arguments": {}}')
+CALL_FRAMES = ('{" name": "', '", " arguments": {"', '", " arguments": {}}')
 TOOL_FRAMES = (
-    *('[{"name": "', '}}}, {"name": "', '"]}}, {"name": "', '"]}}]', '", "description": "'),
+    *('[{" description": "', '}}}, {" description": "', '"]}}, {" description": "', '"]}}]', '", " name": "'),
     *(
-        '", "parameters": {"type": " object", "properties": {"',
-        '", "parameters": {"type": " object", "properties": {}}',
+        '", " parameters": {" type": " object", " properties": {"',
+        '", " parameters": {" type": " object", " properties": {}}',
     ),
 )
-ARGUMENT_TYPES = tuple(f'": {{"type": " {name}"' for name in JSON_TYPES)
+ARGUMENT_TYPES = tuple(f'": {{" type": " {name}"' for name in JSON_TYPES)
 ARGUMENT_FRAMES = (
-    *(f"{argument}{end}" for argument in ARGUMENT_TYPES for end in ("", "}", '}, "', '}}, "required": ["')),
-    *('": {"type": " object", "properties": {"', '": {"type": " array", "items": {"type": "'),
-    *(', "enum": ["', ', "format": "', ', "description": "', ', "default": ', ', "minimum": ', ', "maximum": '),
-    *('], "default": "', '}, "required": ["', '"]}}, "required": ["', '"}}, "required": ["'),
+    *(f"{argument}{end}" for argument in ARGUMENT_TYPES for end in ("", "}", '}, "', '}}, " required": ["')),
+    *('": {" type": " object", " properties": {"', '": {" type": " array", " items": {" type": "'),
+    *(', " enum": ["', ', " format": "', ', " description": "', ', " default": ', ', " minimum": ', ', " maximum": '),
+    *('], " default": "', '}, " required": ["', '"]}}, " required": ["', '"}}, " required": ["'),
 )
 
 

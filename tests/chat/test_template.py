@@ -69,15 +69,15 @@ def test_the_layout(tokenizer: Tokenizer) -> None:
         SPECIAL_TOKENS[number] if number < len(SPECIAL_TOKENS) else tokenizer.content([number]).decode()
         for number in rendered.tokens
     )
-    schema = '{"type": " object", "properties": {"city": {"type": " string"}}}'
+    schema = '{" type": " object", " properties": {" city": {" type": " string"}}}'
     assert text == (
         "<|endoftext|><|system|>Be brief.<|tools|>"
-        f'[{{"name": " weather", "description": " Weather of a day.", "parameters": {schema}}}]<|/tools|><|end|>'
+        f'[{{" description": " Weather of a day.", " name": " weather", " parameters": {schema}}}]<|/tools|><|end|>'
         "<|user|>Oslo?<|end|><|assistant|>Let me see."
-        '<|tool_call|>{"name": " weather", "arguments": {"city": " Oslo"}}<|/tool_call|>'
-        '<|tool_call|>{"name": " weather", "arguments": {"city": " Bergen"}}<|/tool_call|><|end|>'
-        '<|tool|><|tool_result|>{"sky": " clear"}<|/tool_result|>'
-        '<|tool_result|>{"error": " no such city"}<|/tool_result|><|end|><|assistant|>Clear.<|end|>'
+        '<|tool_call|>{" name": " weather", " arguments": {" city": " Oslo"}}<|/tool_call|>'
+        '<|tool_call|>{" name": " weather", " arguments": {" city": " Bergen"}}<|/tool_call|><|end|>'
+        '<|tool|><|tool_result|>{" sky": " clear"}<|/tool_result|>'
+        '<|tool_result|>{" error": " no such city"}<|/tool_result|><|end|><|assistant|>Clear.<|end|>'
     )
 
 
@@ -158,7 +158,7 @@ def ids_of(text: str, tokenizer: Tokenizer) -> list[int]:
         ("<|endoftext|><|user|><|end|>", "turn 0 (user): is empty"),
         ("<|endoftext|><|system|><|end|><|user|>1<|end|>", "turn 0 (system): is empty"),
         ("<|endoftext|><|system|><|tools|>[]<|/tools|><|end|>", "token 3: expected a list of tools"),
-        ("<|endoftext|><|system|><|tools|>[1]<|/tools|><|end|>", "token 3: expected tools of name"),
+        ("<|endoftext|><|system|><|tools|>[1]<|/tools|><|end|>", "token 3: expected tools of description"),
         ("<|endoftext|><|user|><|tool_call|>", "token 2: expected <|end|>, found <|tool_call|>"),
         ("<|endoftext|><|user|><|pad|><|end|>", "found <|pad|>"),
         ("<|endoftext|><|user|><|reserved_3|><|end|>", "found <|reserved_3|>"),
@@ -222,9 +222,9 @@ def test_names_and_values_are_framed_by_one_token_each(tokenizer: Tokenizer) -> 
     results = Message("tool", results=(1,))
     conversation = Conversation((USER, asked, results), (Tool("w", "v", parameters),))
     frames = [piece for piece in tokenizer.pieces(render(conversation, tokenizer).tokens) if '"' in piece]
-    of_tool = ['[{"name": "', '", "description": "', '", "parameters": {"type": " object", "properties": {"']
-    of_arguments = ['": {"type": " string"}, "', '": {"type": " integer"}}, "required": ["', '"]}}]']
-    of_call = ['{"name": "', '", "arguments": {"', '": "', '"}}']
+    of_tool = ['[{" description": "', '", " name": "', '", " parameters": {" type": " object", " properties": {"']
+    of_arguments = ['": {" type": " string"}, "', '": {" type": " integer"}}, " required": ["', '"]}}]']
+    of_call = ['{" name": "', '", " arguments": {"', '": "', '"}}']
     assert frames == of_tool + of_arguments + of_call
 
 
@@ -240,9 +240,9 @@ def test_symbols_for_tools_are_spelled_as_tools_are() -> None:
         *({"type": "object", "properties": some, "required": ["a"]} for some in properties),
         *({"type": "object", "properties": some} for some in ({}, *properties)),
     ]
-    tools = json_text.write([{"name": "n", "description": "d", "parameters": schema} for schema in schemas], "")
+    tools = json_text.write([{"description": "d", "name": "n", "parameters": schema} for schema in schemas], "")
     calls = [json_text.write({"name": "n", "arguments": given}, "") for given in ({}, {"a": 1})]
-    one = json_text.write([{"name": "n", "description": "d", "parameters": schemas[0]}], "")
+    one = json_text.write([{"description": "d", "name": "n", "parameters": schemas[0]}], "")
     written = "\n".join([tools, one, *calls])
     missing = [frame for frame in (*CALL_FRAMES, *TOOL_FRAMES, *ARGUMENT_FRAMES) if frame not in written]
     assert missing == []

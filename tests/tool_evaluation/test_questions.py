@@ -66,5 +66,5 @@ def test_marks_are_shown_by_their_names(tiny_work):
     (one,) = asked(questions_of(Conversation((Message("user", "Bergen?"), CALLS), TOOLS), "single"), tokenizer)
     assert shown(one.prompt, tokenizer).endswith("<|user|>Bergen?<|end|><|assistant|>")
     expected = shown(one.expected, tokenizer)
-    assert expected.startswith('<|tool_call|>{"name": "')
-    assert expected.endswith('a", "arguments": {}}<|/tool_call|><|end|>')
+    assert expected.startswith('<|tool_call|>{" name": "')
+    assert expected.endswith('a", " arguments": {}}<|/tool_call|><|end|>')
