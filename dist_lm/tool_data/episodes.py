@@ -6,6 +6,7 @@ An episode takes the tools it needs from the scene and returns its turns. Result
 import random
 from collections.abc import Callable
 
+from dist_lm.chat.json_text import write
 from dist_lm.chat.messages import Call, Json, Message
 from dist_lm.tool_data.actions import BY_KEY
 from dist_lm.tool_data.answers import answer, nothing_fits, question_back, shown
@@ -19,6 +20,8 @@ from dist_lm.tool_data.specification import Specification
 Turns = list[Message]
 ROUND = 4  # turns of a request that takes one call
 FURTHER_ROUNDS = (0, 0, 1, 1, 2, 3)
+CHOSEN = 0.5  # of conversations without tools are about which one to take
+WHICH = ("Which one?", "Which tool?", "Choose a tool:", "What would serve?")
 
 
 def single(scene: Scene) -> Turns:
@@ -168,20 +171,40 @@ def invented(scene: Scene) -> Turns:
 
 
 def copying(scene: Scene) -> Turns:
-    """Values out of the request, without tools."""
-    return drill(scene.rng)
+    """Values out of the request, without tools; or the names of the tools that would serve."""
+    return choosing(scene) if scene.rng.random() < CHOSEN else drill(scene.rng)
+
+
+def choosing(scene: Scene) -> Turns:
+    """Which of some tools serves each request: it is named, nothing is called.
+
+    In conversations with tools a few tokens in a hundred say which one is called, and a small model guesses them long
+    after it has learned all the others. Here they are every second one, and spelled as they are there.
+    """
+    rng = scene.rng
+    for _ in range(rng.randint(2, 6)):
+        scene.take(_about(scene.tools[0].thing) if _more_of_it(scene) else lambda topic: True)
+    offered = list({tool.tool.name: tool for tool in scene.tools}.values())
+    scene.tools.clear()
+    told = write([{"description": tool.tool.description, "name": tool.tool.name} for tool in offered], "offered")
+    turns: Turns = []
+    for tool in rng.choices(offered, k=rng.randint(2, 5)):
+        text = request(tool, scene.arguments(tool), rng)
+        turns.append(Message("user", text if turns else f"{told} {rng.choice(WHICH)} {text}"))
+        turns.append(Message("assistant", write({"name": tool.tool.name}, "name")))
+    return turns
 
 
 KINDS: dict[str, tuple[float, Callable[[Scene], Turns]]] = {  # with their shares
-    "single": (0.30, single),
+    "single": (0.27, single),
     "parallel": (0.07, parallel),
     "sequential": (0.05, sequential),
     "irrelevant": (0.05, irrelevant),
     "missing": (0.05, missing),
     "recovery": (0.04, recovery),
     "answer": (0.04, plain_answer),
-    "invented": (0.16, invented),
-    "copying": (0.24, copying),
+    "invented": (0.15, invented),
+    "copying": (0.28, copying),
 }
 
 
@@ -217,6 +240,11 @@ def _slip(right: str, known: dict[str, dict[str, Json]], rng: random.Random) -> 
     place = rng.choice([place for place in places if right[place : place + 2].isalnum()] or places)
     wrong = right[:place] + right[place + 1] + right[place] + right[place + 2 :]
     return wrong if wrong not in known else f"{right}0"
+
+
+def _more_of_it(scene: Scene) -> bool:
+    """Whether the next tool is for the same thing as the first: then only what it does tells them apart."""
+    return bool(scene.tools) and scene.rng.random() < 0.4 and scene.has(_about(scene.tools[0].thing))
 
 
 def _about(thing: str) -> Callable[[Topic], bool]:

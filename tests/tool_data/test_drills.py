@@ -3,7 +3,11 @@
 import json
 import random
 
+from dist_lm.tool_data.catalogue import SHELVES, shelf_topics
+from dist_lm.tool_data.choice import Scene
 from dist_lm.tool_data.drills import as_list, as_object, echo, look_up, read_back
+from dist_lm.tool_data.episodes import choosing
+from dist_lm.tool_data.execution import World
 
 ROUNDS = 400
 
@@ -46,3 +50,16 @@ def test_an_object_has_the_keys_that_were_asked_for_in_their_order():
         keys = list(json.loads(answered))
         places = [asked.index(f'"{key}"') for key in keys]
         assert places == sorted(places), (asked, answered)
+
+
+def test_of_tools_that_are_told_one_is_named_for_every_request():
+    for seed in range(50):
+        rng = random.Random(seed)
+        scene = Scene(rng, World(rng), shelf_topics(seed % SHELVES))
+        turns = choosing(scene)
+        assert scene.tools == []
+        offered, end = json.JSONDecoder().raw_decode(turns[0].content)
+        assert turns[0].content[end:].strip()
+        names = [json.loads(turn.content)[" name"] for turn in turns[1::2]]
+        assert 2 <= len(names) <= 5
+        assert set(names) <= {tool[" name"] for tool in offered}

@@ -60,7 +60,7 @@ def test_every_kind_has_its_turns(many):
         assert not one.conversation.messages[-1].calls, "the last word is an answer"
         match one.kind:
             case "copying":
-                assert calls == [0]
+                assert set(calls) == {0}
                 assert not one.tools
             case "irrelevant":
                 assert calls == [0]

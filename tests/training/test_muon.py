@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dist_lm.stage_config import MuonConfig, StageConfig
-from dist_lm.training.muon import orthogonal, orthogonal_steps
+from dist_lm.training.muon import ITERATIONS, NEWTON_SCHULZ, orthogonal, orthogonal_steps
 from dist_lm.training.optimizer import build_optimizer, named_state, set_learning_rate
 from dist_lm.training.parameter_groups import is_matrix
 from tests.model.small_models import small_config, small_model
@@ -23,6 +23,21 @@ def test_singular_values_come_close_to_one_and_vectors_stay(shape):
     strong = s > 0.02 * s.norm(dim=-1, keepdim=True)  # the smallest do not arrive in five steps
     assert ((values[strong] > 0.6) & (values[strong] < 1.3)).all()
     torch.testing.assert_close(inside, torch.diag_embed(values), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 16])
+@pytest.mark.parametrize("shape", [(2, 16, 64), (2, 64, 16)], ids=str)
+def test_it_is_newton_schulz_by_the_book_also_of_matrices_of_low_rank(shape, rank):
+    generator = torch.Generator().manual_seed(0)
+    strength = torch.logspace(0, -3, rank)
+    left = torch.randn(shape[0], shape[1], rank, generator=generator) * strength
+    matrices = left @ torch.randn(shape[0], rank, shape[2], generator=generator)
+    x = matrices.double() / matrices.double().norm(dim=(-2, -1), keepdim=True)
+    for _ in range(ITERATIONS):  # Jordan et al. 2024
+        square = x @ x.mT if shape[1] < shape[2] else x.mT @ x
+        factor = NEWTON_SCHULZ[1] * square + NEWTON_SCHULZ[2] * square @ square
+        x = NEWTON_SCHULZ[0] * x + (factor @ x if shape[1] < shape[2] else x @ factor)
+    torch.testing.assert_close(orthogonal(matrices).double(), x, rtol=0, atol=1e-3 * float(x.abs().max()))
 
 
 def test_the_size_of_a_direction_does_not_matter():
