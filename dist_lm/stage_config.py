@@ -61,8 +61,10 @@ class LeadConfig:
 
     corpus: str = ""
     steps: int = 0  # 0: none
+    lr_ratio: float = 1.0  # its learning rates / those of the stage: to begin looking back takes higher ones
 
     def __post_init__(self) -> None:
+        require(self.lr_ratio > 0, "stage.lead.lr_ratio", self.lr_ratio, "a positive number")
         require(self.steps >= 0, "stage.lead.steps", self.steps, "0 (none) or a positive integer")
         require(
             bool(self.corpus) or not self.steps, "stage.lead.corpus", self.corpus, "a corpus, with stage.lead.steps"

@@ -24,6 +24,7 @@ from dist_lm.errors import UserError
 from dist_lm.tokenizer.symbols import END_OF_TEXT
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
+LAYOUT = 2  # one more with every change: corpora of another layout are refused
 SYSTEM, USER, ASSISTANT, TOOL, END = "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"
 TOOLS, END_TOOLS = "<|tools|>", "<|/tools|>"
 CALL, END_CALL = "<|tool_call|>", "<|/tool_call|>"

@@ -5,11 +5,14 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from dist_lm.chat.template import LAYOUT
 from dist_lm.config import Config, CorpusConfig
 from dist_lm.data.corpus import form_of, text_corpora
+from dist_lm.tool_data.examples import REVISION
 
+GENERATED = ("tools", "drills")  # readers of what `dist_lm.tool_data` makes
 SAMPLED = "synthetic_rankings"  # reader whose documents a model wrote
-DRAWN = ("sql", "tools", SAMPLED)  # readers whose documents depend on the seed
+DRAWN = ("sql", *GENERATED, SAMPLED)  # readers whose documents depend on the seed
 LATER_KEYS = ("rows", "only")  # of a source: left out where they say nothing, as corpora from before them have none
 
 
@@ -30,8 +33,12 @@ def text_fingerprint(config: Config) -> dict[str, Any]:
 
 
 def corpus_fingerprint(config: Config, name: str) -> dict[str, Any]:
-    """What the documents of one corpus depend on. Conversations and rankings stand for themselves."""
-    return text_fingerprint(config) if form_of(config.corpus, name) == "text" else _fingerprint(config, [name])
+    """What the documents of one corpus and their tokens depend on. Conversations and rankings stand for themselves."""
+    if form_of(config.corpus, name) == "text":
+        return text_fingerprint(config)
+    found = _fingerprint(config, [name]) | {"layout": LAYOUT}
+    generated = any(source.reader in GENERATED for source in config.corpus.corpora[name])
+    return found | {"generator": REVISION} if generated else found
 
 
 def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:

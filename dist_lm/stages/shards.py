@@ -79,8 +79,8 @@ def check_corpus(config: Config, name: str) -> None:
     manifest = read_manifest(work.corpus(name))
     if manifest.corpus_fingerprint != digest(corpus_fingerprint(config, name)):
         raise ArtefactError(
-            f"{work.corpus(name)} was made from another text than corpus={config.corpus.name} seed={config.seed}: "
-            "use another work_dir, or remove that folder to build it again"
+            f"{work.corpus(name)} was made from another text than corpus={config.corpus.name} seed={config.seed}, or "
+            "by another version of dist_lm: use another work_dir, or remove that folder to build it again"
         )
     if not work.tokenizer_model.exists():
         raise ArtefactError(

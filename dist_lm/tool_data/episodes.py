@@ -20,7 +20,7 @@ from dist_lm.tool_data.specification import Specification
 Turns = list[Message]
 ROUND = 4  # turns of a request that takes one call
 FURTHER_ROUNDS = (0, 0, 1, 1, 2, 3)
-CHOSEN = 0.5  # of conversations without tools are about which one to take
+CHOSEN = 0.3  # of conversations without tools are about which one to take
 WHICH = ("Which one?", "Which tool?", "Choose a tool:", "What would serve?")
 
 
@@ -196,7 +196,7 @@ def choosing(scene: Scene) -> Turns:
 
 
 KINDS: dict[str, tuple[float, Callable[[Scene], Turns]]] = {  # with their shares
-    "single": (0.27, single),
+    "single": (0.29, single),
     "parallel": (0.07, parallel),
     "sequential": (0.05, sequential),
     "irrelevant": (0.05, irrelevant),
@@ -204,7 +204,7 @@ KINDS: dict[str, tuple[float, Callable[[Scene], Turns]]] = {  # with their share
     "recovery": (0.04, recovery),
     "answer": (0.04, plain_answer),
     "invented": (0.15, invented),
-    "copying": (0.28, copying),
+    "copying": (0.26, copying),
 }
 
 

@@ -20,6 +20,7 @@ from dist_lm.tool_data.episodes import KINDS, ROUND
 from dist_lm.tool_data.execution import World
 from dist_lm.tool_data.specification import Specification
 
+REVISION = 2  # one more with every change to what is generated: corpora of another are refused
 LONGEST = (650, 800, 900, 900)  # characters of all JSON and text, one of these: 900 are at most 410 tokens of 4,096
 OTHER_TOOLS = (0, 1, 1, 1, 2, 2, 3)  # beside those that are needed
 MOST_TOOLS = 4

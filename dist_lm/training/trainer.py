@@ -129,7 +129,8 @@ class Trainer:
 
     def _learning_rate(self, step: int) -> float:
         stage = self.config.stage
-        return learning_rate(
+        leads = step < stage.lead.steps
+        return (stage.lead.lr_ratio if leads else 1.0) * learning_rate(
             step,
             peak=stage.lr,
             warmup_steps=stage.warmup_steps,

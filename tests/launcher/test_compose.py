@@ -58,6 +58,7 @@ def test_the_large_stages_have_the_listed_peak_rates(stage, lr):
         ("stage.mix={language: 0.125}", ["stage.mix.language=0.125", "whole per cent"]),
         ("stage.mix={language: 0.6, tools: 0.4}", ["stage.mix=1 in all", "below 1"]),
         ("stage.lead.steps=10", ["stage.lead.corpus", "a corpus"]),
+        ("stage.lead.lr_ratio=0", ["stage.lead.lr_ratio", "a positive number"]),
         ("stage.lead.corpus=novels", ["stage.lead.corpus=novels", "neither stage.corpus"]),
         ("stage.mix={language: a lot}", ["stage.mix.language", "a lot"]),
         ("stage.corpora=[novels]", ["stage.corpora=novels", "language, code, tools"]),

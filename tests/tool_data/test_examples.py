@@ -1,5 +1,6 @@
 """Generated conversations: the same for everybody, well formed, and true."""
 
+import hashlib
 import itertools
 import re
 from collections import Counter
@@ -7,11 +8,12 @@ from collections import Counter
 import jsonschema
 import pytest
 
+from dist_lm.chat.documents import write_conversation
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.rules import check_conversation
 from dist_lm.chat.schema import check_tool, problems
 from dist_lm.tool_data.episodes import KINDS
-from dist_lm.tool_data.examples import LONGEST, Example, drill_example, example, examples
+from dist_lm.tool_data.examples import LONGEST, REVISION, Example, drill_example, example, examples
 
 COUNT = 2500
 
@@ -26,6 +28,13 @@ def test_an_example_hangs_on_seed_and_number_alone(many):
         assert example(3, number) == many[number]
     assert list(examples(3, 5)) == many[:5]
     assert example(4, 0) != many[0]
+
+
+def test_what_is_generated_has_a_number(many):
+    """When this fails what is generated has changed: raise `REVISION`, so that corpora of before are refused, and then
+    write the new pair here."""
+    texts = [write_conversation(one.conversation) for one in (*many[:300], *(drill_example(3, n) for n in range(50)))]
+    assert (REVISION, hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]) == (2, "b7c4277042c9dfe1")
 
 
 def test_examples_are_not_twice_the_same(many):
