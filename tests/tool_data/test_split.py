@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from dist_lm.data.corpus import split_of
 from dist_lm.tool_data.catalogue import SHELVES, VARIANTS, group_of, shelf_of, specification, topics
 from dist_lm.tool_data.examples import examples
 
@@ -45,6 +46,10 @@ def test_shares_of_shelves_are_even():
     for share in (0.05, 0.1, 0.5):
         below = sum(int(group, 16) / 2**64 < share for group in groups)
         assert below == round(share * SHELVES)
+
+
+def test_one_per_cent_holds_out_a_shelf():
+    assert [shelf for shelf in range(SHELVES) if split_of(group_of(shelf), 0.01) == "val"] == [0]
 
 
 def test_val_holds_out_tools_and_names():
