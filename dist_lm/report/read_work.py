@@ -44,6 +44,19 @@ def read_facts(paths: Sequence[Path], run_id: str | None = None) -> Facts:
     )
 
 
+def require_paths(paths: Sequence[Path], run_id: str | None) -> None:
+    """Refuse what is not there, and a run id that nothing would heed, before anything is read.
+
+    Raises:
+        ArtefactError: a path is no directory, or `run_id` was given without a work directory.
+    """
+    for path in paths:
+        if not path.is_dir():
+            raise ArtefactError(f"{path}: {'no directory' if path.exists() else 'does not exist'}; {EXPECTED}")
+    if run_id is not None and not any(_work_of(path.resolve()) for path in paths):
+        raise ArtefactError(f"--run-id {run_id}: chooses a command of a work directory; name one, or leave it out")
+
+
 def labels(runs: Sequence[RunDirectory]) -> list[str]:
     """What to call runs: `code`, `second`, `code/second` or `work/code/second`: as much as tells them apart."""
     forms = (

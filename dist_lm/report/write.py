@@ -7,7 +7,7 @@ from pathlib import Path
 from dist_lm import durable
 from dist_lm.errors import ArtefactError
 from dist_lm.report.page import render
-from dist_lm.report.read_work import read_facts
+from dist_lm.report.read_work import read_facts, require_paths
 
 FILE = "report.html"
 
@@ -25,6 +25,7 @@ def write_report(paths: Sequence[Path], output: Path | None, run_id: str | None)
     Raises:
         ArtefactError: there is nothing to report on, or the file cannot lie where it should.
     """
+    require_paths(paths, run_id)
     output = output or (paths[0] / FILE if len(paths) == 1 else Path(FILE))
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise ArtefactError(f"--output {output}: give a file in a directory that is there, such as {FILE}")

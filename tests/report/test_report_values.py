@@ -141,6 +141,12 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, work):
         read_facts([work.path], "other")
     with pytest.raises(ArtefactError, match="--output"):
         write_report([work.path], tmp_path / "absent" / "report.html", None)
+    with pytest.raises(ArtefactError, match="absent: does not exist; give a run"):
+        write_report([tmp_path / "absent"], None, None)
+    with pytest.raises(ArtefactError, match=r"config.yaml: no directory; give a run"):
+        write_report([work.run("code", "default").config], None, None)
+    with pytest.raises(ArtefactError, match="--run-id other: chooses a command of a work directory"):
+        write_report([work.run("code", "default").path], tmp_path / "report.html", "other")
 
 
 def test_attempts_failures_and_checkpoints_are_on_the_timeline(work):
