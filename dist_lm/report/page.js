@@ -96,7 +96,7 @@
       const colour = "--c" + line.colour % 8, dash = DASHES[Math.floor(line.colour / 8) % DASHES.length];
       const [xs, ys] = placed(line, line, axis);
       if (!xs.length) continue;
-      const row = {label: line.label, colour, places: [series.length], hidden: false};
+      const row = {label: line.label, colour, dashed: dash.length > 0, places: [series.length], hidden: false};
       tables.push([xs, ys]);
       series.push({stroke: () => css(colour), width: line.trend ? 1 : 1.75, alpha: line.trend ? 0.38 : 1, dash, points: {show: xs.length < 40, size: 5, fill: () => css(colour)}});
       if (line.trend) {
@@ -141,7 +141,7 @@
       item.type = "button";
       item.setAttribute("aria-pressed", "true");
       item.title = "hide or show " + row.label;
-      dot.className = "dot c" + row.colour.slice(3);
+      dot.className = "dot c" + row.colour.slice(3) + (row.dashed ? " ring" : "");
       row.value = document.createElement("b");
       item.append(dot, document.createTextNode(rows.length > 1 ? row.label + " " : ""), row.value);
       item.addEventListener("click", () => {

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_lm.report.charts import COLOURS
 from dist_lm.report.write import write_report
 from dist_lm.run_directory import WorkDirectory
 from tests.report.made_runs import make_pipeline, make_run
@@ -99,6 +100,21 @@ def test_axes_and_values_follow_the_reader(browser, comparison):
     first.locator(".legend button").first.click()
     assert first.locator(".legend button").first.get_attribute("aria-pressed") == "false"
     assert trouble == []
+    page.close()
+
+
+def test_entries_of_a_legend_look_different(browser, tmp_path):
+    work = WorkDirectory(tmp_path)
+    runs = [make_run(work, "code", f"run{number:02}", steps=20) for number in range(COLOURS + 1)]
+    page, _ = opened(browser, write_report([run.path for run in runs], tmp_path / "report.html", None)[0])
+    looks = """() => [...document.querySelectorAll("figure.chart .legend")].map((legend) =>
+      [...legend.querySelectorAll(".dot")].map((dot) => {
+        const style = getComputedStyle(dot);
+        return style.backgroundColor + style.maskImage;
+      }))"""
+    legends = page.evaluate(looks)
+    assert max(map(len, legends)) > COLOURS
+    assert all(len(set(dots)) == len(dots) for dots in legends)
     page.close()
 
 
