@@ -19,7 +19,9 @@ TOKENS = "train/tokens"
 HEADLINES = (
     "train/loss",
     "val/bits_per_byte",
+    "tools/call_exact",
     "reward/accuracy",
+    "rlhf/win_rate",
     "rlhf/reward_mean",
     "rlhf/kl",
     "val/loss",

@@ -12,6 +12,7 @@ from dist_lm.tracking.readable import counted, readable_count
 FIGURES = (  # the first four that a run has
     "tools/call_exact",
     "reward/accuracy",
+    "rlhf/win_rate",
     "rlhf/reward_mean",
     "rlhf/kl",
     "generate/prompts",

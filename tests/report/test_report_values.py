@@ -18,6 +18,7 @@ from dist_lm.report.config_diff import differences, from_defaults
 from dist_lm.report.downsample import downsample, trend_of
 from dist_lm.report.facts import Series
 from dist_lm.report.layout_picture import kinds, mesh_picture, parameter_picture
+from dist_lm.report.overview import card_of
 from dist_lm.report.rank_memory import rank_memory
 from dist_lm.report.read_run import read_run, read_series
 from dist_lm.report.read_work import read_facts
@@ -147,6 +148,16 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, work):
         write_report([work.run("code", "default").config], None, None)
     with pytest.raises(ArtefactError, match="--run-id other: chooses a command of a work directory"):
         write_report([work.run("code", "default").path], tmp_path / "report.html", "other")
+
+
+def test_what_a_stage_is_for_comes_first(tmp_path):
+    run = make_run(WorkDirectory(tmp_path), "rlhf", "default", steps=20)
+    measured = [{"step": step, "time": 2e9 + step, "rlhf/win_rate": 0.5 + step / 100} for step in (0, 20)]
+    write_lines(run.metrics, [*map(json.loads, run.metrics.read_text().splitlines()), *measured])
+    facts = read_run(run, "default")
+    first = card_of(facts).figures[0]
+    assert (first.name, first.value, first.before) == ("rlhf/win_rate", "0.7", "0.5")
+    assert charts_of({"rlhf": [facts]}, [facts])[0].first[0].name == "rlhf/win_rate"
 
 
 def test_attempts_failures_and_checkpoints_are_on_the_timeline(work):
