@@ -168,7 +168,7 @@ TIME = (
     Metric(
         "perf/optimizer_s",
         "s",
-        "Of a step, norms, clipping and AdamW on the first rank.",
+        "Of a step, norms, clipping and the optimizer on the first rank.",
         "lower",
         LOOP_STAGES,
         "time",
