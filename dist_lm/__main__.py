@@ -196,7 +196,8 @@ def tools_bfcl(
 
 
 BoardName = Annotated[
-    str | None, typer.Argument(help="overview, language, code, tools, reward or rlhf; all of them if left out.")
+    str | None,
+    typer.Argument(help="overview, language, code, tools, reward, rlhf or generate; all of them if left out."),
 ]
 
 
@@ -223,12 +224,14 @@ def dashboard_show(
     ] = None,
 ) -> None:
     """The panels of the views, as a table; with --offline the curves of a run in the terminal, without a network."""
+    from dist_lm.errors import require
     from dist_lm.run_directory import RunDirectory
     from dist_lm.tracking.console import Console
     from dist_lm.tracking.dashboard.layout import boards_named
     from dist_lm.tracking.dashboard.show import open_in_leet, print_boards
 
     if offline is not None:
+        require(board is None, "board", board, "no name of a view beside --offline, which shows all curves of a run")
         open_in_leet(RunDirectory(offline))
     print_boards(boards_named(board), Console())
 

@@ -48,8 +48,17 @@ def leet_command(run: RunDirectory) -> list[str]:
 
 
 def open_in_leet(run: RunDirectory) -> None:
-    """Become wandb's terminal program on the newest offline run; does not return."""
+    """Become wandb's terminal program on the newest offline run; does not return.
+
+    Raises:
+        ArtefactError: there is no offline run, or no terminal to show it on.
+    """
     command = leet_command(run)
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise ArtefactError(
+            "--offline draws on a terminal, and input or output is none: run it without a pipe, or write a file: "
+            f"python -m dist_lm report {run.path}"
+        )
     os.environ["WANDB_DIR"] = str(run.path)  # its log belongs there, not to where one happens to be
     sys.stdout.flush()
     os.execv(command[0], command)  # noqa: S606 - no shell, and the program takes over the terminal
