@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -49,9 +50,9 @@ def read_run(run: RunDirectory, label: str) -> RunFacts:
         layout=_layout(events),
         series=series,
         clock=clock,
-        result=_json(run.result),
+        result=read_json(run.result),
         events=events,
-        links=_json(run.links),
+        links=read_json(run.links),
         checkpoints=tuple(_checkpoints(run, series.get(STALL), clock)),
         samples=_samples(run),
     )
@@ -89,7 +90,7 @@ def _by_step(steps: np.ndarray, values: np.ndarray) -> Series:
 def _config(path: Path) -> dict[str, Any]:
     try:
         loaded = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, OmegaConfBaseException, ValueError) as error:
+    except (OSError, OmegaConfBaseException, ValueError, yaml.YAMLError) as error:
         raise ArtefactError(f"{path}: cannot be read ({error})") from error
     if not isinstance(loaded, dict):
         raise ArtefactError(f"{path}: not the configuration of a run")
@@ -161,7 +162,12 @@ def _safe(event: Mapping[str, Any]) -> dict[str, Any]:
     return {key: redact_text(value) if isinstance(value, str) else redact(value) for key, value in event.items()}
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file holds; nothing if it is missing or holds no object.
+
+    Raises:
+        ArtefactError: it is damaged.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:

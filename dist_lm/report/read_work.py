@@ -1,6 +1,5 @@
 """What RUN... on the command line means: runs, all runs of a stage, or a work directory with its newest pipeline."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from dist_lm.data.manifest import Manifest, read_manifest
 from dist_lm.errors import ArtefactError
 from dist_lm.report.facts import Facts, WorkFacts
-from dist_lm.report.read_run import read_run
+from dist_lm.report.read_run import read_json, read_run
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.redact import redact_command, redact_text
 
@@ -90,7 +89,7 @@ def _named(path: Path) -> list[RunDirectory]:
 
 def _pipeline(work: WorkDirectory, run_id: str | None) -> dict[str, Any]:
     """The command that was given last, of any stage, under `run_id`."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in work.pipelines()]
+    found = [read_json(path) for path in work.pipelines()]
     chosen = [facts for facts in found if run_id in (None, facts["run_id"])]
     if not chosen:
         known = ", ".join(sorted({facts["run_id"] for facts in found})) or "none"
@@ -123,6 +122,5 @@ def _title(runs: Sequence[RunDirectory], pipelines: dict[Path, dict[str, Any]]) 
 def _read_work(work: WorkDirectory, pipeline: dict[str, Any]) -> WorkFacts:
     names = sorted(path.parent.name for path in work.path.glob("corpora/*/manifest.json"))
     corpora: dict[str, Manifest] = {name: read_manifest(work.corpus(name)) for name in names}
-    report = work.tokenizer_report
-    tokenizer = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}  # has no secrets
+    tokenizer = read_json(work.tokenizer_report)
     return WorkFacts(work.path, corpora, tokenizer, pipeline)

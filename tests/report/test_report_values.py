@@ -150,6 +150,17 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, work):
         write_report([work.run("code", "default").path], tmp_path / "report.html", "other")
 
 
+def test_a_damaged_file_is_refused_by_its_path(tmp_path):
+    work = make_pipeline(tmp_path, steps=10)
+    run = work.run("code", "default")
+    for path in (work.pipeline("rlhf", "default"), work.tokenizer_report, run.result, run.config):
+        kept = path.read_bytes() if path.exists() else None
+        path.write_text("a: [")
+        with pytest.raises(ArtefactError, match=re.escape(str(path))):
+            read_facts([work.path])
+        path.unlink() if kept is None else path.write_bytes(kept)
+
+
 def test_what_a_stage_is_for_comes_first(tmp_path):
     run = make_run(WorkDirectory(tmp_path), "rlhf", "default", steps=20)
     measured = [{"step": step, "time": 2e9 + step, "rlhf/win_rate": 0.5 + step / 100} for step in (0, 20)]
