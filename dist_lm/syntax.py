@@ -115,6 +115,16 @@ def parses(language: str, text: str) -> bool | None:
     return PARSERS[language](text) if language in PARSERS else None
 
 
+def parses_continued(language: str, prompt: str, completion: str, finished: bool) -> bool | None:
+    """Whether prompt and completion parse as one text, without a last line that was cut off.
+
+    A completion that was cut off in its first line has no line to show for it, and does not: its prompt alone would.
+    """
+    if language in PARSERS and not finished and "\n" not in completion:
+        return False
+    return parses(language, whole_lines(prompt + completion, finished))
+
+
 def whole_lines(text: str, finished: bool) -> str:
     """`text` without its last line when generation was cut off in it: half a line says nothing about syntax."""
     return text if finished or "\n" not in text else text[: text.rindex("\n") + 1]

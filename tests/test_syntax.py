@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_lm.syntax import parses, split_statements, whole_lines
+from dist_lm.syntax import parses, parses_continued, split_statements, whole_lines
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,13 @@ def test_sql_that_never_ends_is_cut_off():
 def test_statements_are_split_outside_of_strings_and_triggers():
     text = "SELECT ';'; CREATE TRIGGER r AFTER INSERT ON t BEGIN SELECT 1; SELECT 2; END; SELECT 3"
     assert [s.split()[0] for s in split_statements(text)] == ["SELECT", "CREATE", "SELECT"]
+
+
+def test_a_completion_cut_off_in_its_first_line_does_not_parse():
+    assert parses_continued("python", "a = 1\n", "b = (", finished=False) is False
+    assert parses_continued("python", "a = 1\n", "b = 2\nc = (", finished=False)
+    assert parses_continued("python", "a = ", "1", finished=True)
+    assert parses_continued("english", "a", "b", finished=False) is None
 
 
 def test_half_a_line_is_not_judged():

@@ -45,6 +45,13 @@ class PipelineStatus:
     others: list[str] = field(default_factory=list)  # other pipelines in the work directory: name and state
 
 
+def _facts(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ArtefactError(f"{path}: damaged ({error}); remove it to see the others") from None
+
+
 def read_status(work_dir: Path, run_id: str | None = None) -> PipelineStatus:
     """The status of the command that was started last.
 
@@ -55,7 +62,7 @@ def read_status(work_dir: Path, run_id: str | None = None) -> PipelineStatus:
         ArtefactError: no command was started on this work directory.
     """
     work = WorkDirectory(work_dir)
-    found = [(path.stem, json.loads(path.read_text())) for path in work.pipelines()]
+    found = [(path.stem, _facts(path)) for path in work.pipelines()]
     chosen = [(name, facts) for name, facts in found if run_id in (None, facts["run_id"])]
     if not chosen:
         wanted = f" with run_id={run_id}" if run_id else ""

@@ -15,7 +15,7 @@ import torch
 from dist_lm.errors import ConfigError, UserError
 from dist_lm.rlhf.rollouts import Rollouts
 from dist_lm.rlhf_config import RewardPartConfig
-from dist_lm.syntax import parses, whole_lines
+from dist_lm.syntax import parses, parses_continued, whole_lines
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -50,8 +50,9 @@ def parses_rule(language: str, of: str) -> Rule:
     """
 
     def rule(judged: Judged) -> float:
-        text = judged.prompt + judged.completion if of == "document" else judged.completion
-        return float(bool(parses(language, whole_lines(text, judged.whole))))
+        if of == "document":
+            return float(bool(parses_continued(language, judged.prompt, judged.completion, judged.whole)))
+        return float(bool(parses(language, whole_lines(judged.completion, judged.whole))))
 
     return rule
 

@@ -4,7 +4,7 @@ import torch.distributed as dist
 
 from dist_lm.stages.sampling import Sample, keep_samples, sample_prompts
 from dist_lm.stages.training_stage import Closing, TrainingStage
-from dist_lm.syntax import parses, whole_lines
+from dist_lm.syntax import parses_continued
 from dist_lm.training.loss import next_token
 
 
@@ -29,7 +29,7 @@ def close(closing: Closing) -> dict[str, float]:
 
 
 def _parses(sample: Sample) -> bool | None:
-    return parses(sample.language, whole_lines(sample.prompt + sample.completion, sample.finished))
+    return parses_continued(sample.language, sample.prompt, sample.completion, sample.finished)
 
 
 STAGE = TrainingStage("code", lambda config: next_token(config.stage.label_smoothing, config.stage.z_loss), close)

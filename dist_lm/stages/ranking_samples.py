@@ -28,7 +28,7 @@ from dist_lm.generation.params import SamplingParams
 from dist_lm.generation.request import Answer, Request
 from dist_lm.reward_config import RankingSamplesConfig
 from dist_lm.run_directory import WorkDirectory
-from dist_lm.syntax import PARSERS, parses, whole_lines
+from dist_lm.syntax import PARSERS, parses_continued
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
 
@@ -168,7 +168,7 @@ def ranking_of_samples(opening: Opening, samples: Sequence[Sample]) -> Ranking |
         marks_of(
             opening.text,
             one.text,
-            bool(parses(opening.language, whole_lines(opening.text + one.text, one.finished))),
+            bool(parses_continued(opening.language, opening.text, one.text, one.finished)),
         ).quality
         for one in kept
     ]
