@@ -37,12 +37,13 @@ class Prompt:
     extra: dict[str, Any] = field(default_factory=dict)  # what the line says beside prompt and id
 
 
-def find_prompts(where: str, downloads: Path | None = None) -> list[Path]:
-    """The files that stage.prompts names.
+def find_prompts(where: str, downloads: Path | None = None, key: str = "stage.prompts") -> list[Path]:
+    """The files that a key names.
 
     Args:
         where: file, glob or http(s) address.
         downloads: where the file of an address is kept, and looked for; None: it is not fetched yet.
+        key: what named them, for messages.
 
     Raises:
         ConfigError: there are none, or they are of another kind.
@@ -50,7 +51,7 @@ def find_prompts(where: str, downloads: Path | None = None) -> list[Path]:
     """
     if where.startswith(("http://", "https://")):
         name = Path(urlsplit(where).path).name
-        _check_kind(where, name)
+        _check_kind(key, where, name)
         if downloads is None:
             return []
         kept = downloads / name
@@ -61,9 +62,9 @@ def find_prompts(where: str, downloads: Path | None = None) -> list[Path]:
     files = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207  may be absolute
     files = [file for file in files if file.is_file()]
     if not where or not files:
-        raise ConfigError(f"stage.prompts={where}: no such file; expected a file, glob or address of .jsonl or .txt")
+        raise ConfigError(f"{key}={where}: no such file; expected a file, glob or address of .jsonl or .txt")
     for file in files:
-        _check_kind(where, file.name)
+        _check_kind(key, where, file.name)
     return files
 
 
@@ -176,9 +177,9 @@ def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _check_kind(where: str, name: str) -> None:
+def _check_kind(key: str, where: str, name: str) -> None:
     if not name.endswith(KINDS):
-        raise ConfigError(f"stage.prompts={where}: {name or 'it'} is neither .jsonl nor .txt")
+        raise ConfigError(f"{key}={where}: {name or 'it'} is neither .jsonl nor .txt")
 
 
 def _download(where: str, target: Path) -> None:

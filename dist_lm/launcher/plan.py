@@ -13,7 +13,7 @@ from dist_lm.config_file import load_config
 from dist_lm.data.prompts import find_prompts
 from dist_lm.errors import ConfigError
 from dist_lm.generate_config import GenerateRunConfig
-from dist_lm.rlhf_run_config import RlhfRunConfig, with_reward_run
+from dist_lm.rlhf_run_config import AUTO, RlhfRunConfig, with_reward_run
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.stages.registry import STAGES, StageInfo
 from dist_lm.tracking.readable import counted
@@ -172,6 +172,8 @@ def _look_at_run(info: StageInfo, config: Config, rebuilt: set[str], is_target: 
     run = run_of(config)
     config = replace(config, stage=replace(config.stage, init_from=_starting_point(info, config)))
     if isinstance(config, RlhfRunConfig):
+        if not run.result.exists():
+            _check_given(config)
         config = with_reward_run(config)
     if run.config.exists() and has_output(run):
         # of a finished earlier stage only its weights are used, however they were trained
@@ -192,6 +194,16 @@ def _look_at_run(info: StageInfo, config: Config, rebuilt: set[str], is_target: 
         checkpoint_files.check_start(start, checkpoint_files.read_state(start)[1], config.model)
         origin = f" from {_shown(start, config)}"
     return PlannedStage(info, config, Action.BUILD, f"{config.stage.steps:,} steps{origin}")
+
+
+def _check_given(config: RlhfRunConfig) -> None:
+    """Refuse files of prompts and a reward model that were named and are not there."""
+    group = config.rlhf
+    for key in ("prompts_from", "held_out_from"):
+        if where := getattr(group, key):
+            find_prompts(where, key=f"rlhf.{key}")
+    if group.asks_reward_model and group.reward_model != AUTO:
+        checkpoint_files.find_checkpoint(Path(group.reward_model).expanduser())
 
 
 def _shown(path: Path, config: Config) -> str:

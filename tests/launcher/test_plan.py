@@ -240,9 +240,18 @@ def test_rlhf_needs_rankings_and_a_reward_model_only_where_it_asks_them(work):
     assert asking.stages[-1].config.rlhf.reward_model == str((work.run("reward", "default").path).resolve())
     ruled = plan_of(work, *IN_256, *RULES_ONLY, target="rlhf")
     assert not {"rankings", "reward"} & actions(ruled).keys()
-    given = plan_of(work, *IN_256, "rlhf.reward_model=/elsewhere", target="rlhf")
+    elsewhere = make_run(work, "language", "run_id=elsewhere", done=True)
+    given = plan_of(work, *IN_256, f"rlhf.reward_model={elsewhere.path}", target="rlhf")
     assert "reward" not in actions(given)
     assert "rankings" in actions(given)  # its prompts
+
+
+def test_what_rlhf_is_given_and_is_not_there_is_refused_before_anything_starts(work):
+    with pytest.raises(ArtefactError, match=r"/nowhere: no checkpoint there"):
+        plan_of(work, *IN_256, "rlhf.reward_model=/nowhere", target="rlhf")
+    for key in ("prompts_from", "held_out_from"):
+        with pytest.raises(ConfigError, match=rf"rlhf.{key}=/nowhere.jsonl: no such file"):
+            plan_of(work, *IN_256, f"rlhf.{key}=/nowhere.jsonl", target="rlhf")
 
 
 def test_pretraining_text_of_rlhf_is_built_where_it_has_a_weight(work):
