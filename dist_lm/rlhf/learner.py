@@ -79,7 +79,7 @@ class Learner:
     def __post_init__(self) -> None:
         parts = [name for name, part in self.config.rewards.items() if part.kind == REWARD_MODEL]
         if not self.config.rewards:
-            raise ConfigError("rlhf.rewards={}: expected at least one part")
+            raise ConfigError("rlhf.rewards={}: expected at least one part whose weight is not 0")
         if bool(parts) != (self.models.reward is not None):
             raise ConfigError(f"rlhf.rewards: parts of kind reward_model are {parts}; expected one with a reward model")
         if self.config.kl_coefficient and self.models.reference is None:

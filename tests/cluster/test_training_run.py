@@ -202,6 +202,7 @@ def test_weights_of_the_stage_before_are_the_start(reference, tiny_work, tmp_pat
         "first",
         "stage.steps=1",
         "stage.lr=1e-9",
+        "stage.muon.lr=1e-9",
         "stage.warmup_steps=0",
         f"stage.init_from={reference.path}",
     )
