@@ -1,5 +1,6 @@
 """The configuration of a stage: what it reads, how it is optimised, and what it asks before and after."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -64,7 +65,7 @@ class LeadConfig:
     lr_ratio: float = 1.0  # its learning rates / those of the stage: to begin looking back takes higher ones
 
     def __post_init__(self) -> None:
-        require(self.lr_ratio > 0, "stage.lead.lr_ratio", self.lr_ratio, "a positive number")
+        require(0 < self.lr_ratio < math.inf, "stage.lead.lr_ratio", self.lr_ratio, "a positive number")
         require(self.steps >= 0, "stage.lead.steps", self.steps, "0 (none) or a positive integer")
         require(
             bool(self.corpus) or not self.steps, "stage.lead.corpus", self.corpus, "a corpus, with stage.lead.steps"
@@ -79,7 +80,7 @@ class MuonConfig:
     momentum: float = 0.95
 
     def __post_init__(self) -> None:
-        require(self.lr >= 0, "stage.muon.lr", self.lr, ">= 0 (0 is off)")
+        require(0 <= self.lr < math.inf, "stage.muon.lr", self.lr, ">= 0 (0 is off)")
         require(0 <= self.momentum < 1, "stage.muon.momentum", self.momentum, "in [0, 1)")
 
 
@@ -130,7 +131,7 @@ class StageConfig:
         for key in ("warmup_steps", "checkpoint_every", "eval_every", "eval_sequences"):
             require(getattr(self, key) >= 0, f"stage.{key}", getattr(self, key), "0 or a positive integer")
         require(self.keep_checkpoints > 0, "stage.keep_checkpoints", self.keep_checkpoints, "a positive integer")
-        require(self.lr > 0, "stage.lr", self.lr, "a positive number")
+        require(0 < self.lr < math.inf, "stage.lr", self.lr, "a positive number")
         require(0 <= self.min_lr_ratio <= 1, "stage.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
         require(0 <= self.dropout < 1, "stage.dropout", self.dropout, "in [0, 1)")
         require(0 <= self.label_smoothing < 1, "stage.label_smoothing", self.label_smoothing, "in [0, 1)")
