@@ -49,6 +49,10 @@ def evaluate(path: Path, tokenizer: Path | None, limit: int, json_file: Path | N
         UserError: names the option, the missing package, or what is wrong with the checkpoint.
     """
     require(limit >= 0, "--limit", limit, "0 (all) or a positive integer")
+    if json_file:  # not found out after an hour of answers
+        require(
+            json_file.parent.is_dir() and not json_file.is_dir(), "--json", json_file, "a file in a folder that exists"
+        )
     chosen = option_device(device)
     questions = read_questions(find_data(), limit=limit)
     loaded = load_model(path, tokenizer)

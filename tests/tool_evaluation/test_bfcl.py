@@ -195,6 +195,13 @@ def test_a_missing_package_is_one_line_that_says_how_to_get_it(monkeypatch, caps
     assert errors == "error: bfcl-eval is not installed: `pip install --no-deps bfcl-eval` brings its questions\n"
 
 
+def test_a_file_that_cannot_be_written_is_found_before_anything_is_asked(monkeypatch, capsys, tmp_path):
+    for file in (tmp_path / "nowhere" / "answers.jsonl", tmp_path):
+        code, _, errors = call(monkeypatch, capsys, tmp_path, "--json", file)
+        assert code == 2
+        assert errors == f"error: --json={file}: expected a file in a folder that exists\n"
+
+
 def test_another_layout_of_the_data_is_named(package):
     (package / "BFCL_v4_irrelevance.json").write_text('{"id": "irrelevance_0", "question": "?", "function": []}\n')
     with pytest.raises(ArtefactError, match="question irrelevance_0: not as this version"):
