@@ -9,12 +9,14 @@ from pathlib import Path
 from dist_lm.chat.messages import Call, Conversation, Json, Message
 from dist_lm.chat.template import CALL, END, parse_turn, prompt
 from dist_lm.errors import UserError, require
+from dist_lm.generation.session import ENDINGS as FINISHES
 from dist_lm.generation.session import Outcome, Session, Settings
 from dist_lm.tool_use.loop import Ending, Exchange, converse
 from dist_lm.tool_use.toolbox import Limits, Toolbox
 
 LONGEST = 300  # characters of a call or a result that are shown
 UNTAUGHT = ("language", "code")  # stages before the one that teaches calls
+CUT_OFF = ("length", "context")  # how a turn of the model finishes that it did not close itself
 ENDINGS: dict[Ending, str] = {
     "answered": "answered",
     "rounds": "no answer after --max-rounds",
@@ -51,6 +53,9 @@ class ChatOutcome:
         """`2 turns, 48 tokens, 1.2 s, answered, seed 7`."""
         turns, tokens = len(self.outcomes), sum(len(one.answers[0].tokens) for one in self.outcomes)
         ending = ENDINGS[self.exchange.ending] + (f" ({self.exchange.note})" if self.exchange.note else "")
+        finish = self.outcomes[-1].answers[0].finish
+        if finish in CUT_OFF and self.exchange.ending in ("answered", "no turn"):
+            ending += f", cut off: {FINISHES[finish]}"
         return (
             f"{turns} turn{'' if turns == 1 else 's'}, {tokens:,} token{'' if tokens == 1 else 's'}, "
             f"{self.seconds:.1f} s, {ending}, seed {self.outcomes[0].seed}"
@@ -87,9 +92,13 @@ class ToolChat:
             on_note: called with a line for each call and each result.
 
         Raises:
-            UserError: the conversation leaves no room in the context; nothing of the request is kept.
+            UserError: the request is empty or no Unicode, or leaves no room in the context; nothing of it is kept.
         """
+        if not text:
+            raise UserError("the request is empty: say what the model is to do")
         outcomes: list[Outcome] = []
+        asked = replace(self._said, messages=(*self._said.messages, Message("user", text)))
+        prompt(asked, self._session.tokenizer)  # what is wrong with the request is not the model's turn
 
         def ask(conversation: Conversation) -> Message | None:
             outcomes.append(self._turn(conversation, settings, on_text, interrupted))
@@ -101,7 +110,7 @@ class ToolChat:
         started = time.perf_counter()
         self._before = self._said
         exchange = converse(
-            replace(self._said, messages=(*self._said.messages, Message("user", text))),
+            asked,
             ask,
             lambda call: self._toolbox.run(call, interrupted),
             self._max_rounds,
@@ -122,9 +131,13 @@ class ToolChat:
         session, special = self._session, self._session.tokenizer.special_ids
         tokens, context = prompt(conversation, session.tokenizer), session.config.max_seq_len
         if len(tokens) >= context:
+            if len(conversation.messages) > 1:
+                what, way_out = "conversation has", "/new begins another, --tool-characters cuts results"
+            else:
+                what, way_out = "request and the tools have", "offer fewer functions, or say less"
             raise UserError(
-                f"the conversation has {len(tokens):,} tokens with its tools and results, and the model's context is "
-                f"{context:,} (model.max_seq_len): /new begins another, --tool-characters cuts results"
+                f"the {what} {len(tokens):,} tokens, and the model's context is {context:,} (model.max_seq_len): "
+                f"{way_out}"
             )
         calling = False
 

@@ -16,7 +16,7 @@ from dist_lm.errors import UserError
 from dist_lm.generation.openings import Openings
 from dist_lm.generation.params import SamplingParams
 from dist_lm.generation.prompt_loop import PromptLoop
-from dist_lm.generation.request import Answer
+from dist_lm.generation.request import Answer, FinishReason
 from dist_lm.generation.session import Outcome, Session, Settings
 from dist_lm.generation.terminal import NO_ANSWER, interrupts
 from dist_lm.generation.text import TextStream
@@ -35,6 +35,8 @@ WORDS = Message("assistant", "It is 3 and 7.")
 
 class Scripted(Session):
     """Answers with turns of a script; keeps what it was asked."""
+
+    finish: FinishReason = "stop"
 
     def __init__(self, tokenizer: Tokenizer, config: ModelConfig, script: list[Message | list[int]]) -> None:
         self.name, self.tokenizer, self.config, self.script = "scripted", tokenizer, config, script
@@ -59,7 +61,7 @@ class Scripted(Session):
             on_token(token)
             if text := stream.add(token):
                 on_text(0, text)
-        done = Answer("1", 0, len(prompt), tuple(tokens), stream.text, (), (), "stop", settings.seed, 0)
+        done = Answer("1", 0, len(prompt), tuple(tokens), stream.text, (), (), self.finish, settings.seed, 0)
         return Outcome((done,), 0.1, settings.seed)
 
 
@@ -130,6 +132,27 @@ def test_a_conversation_that_fills_the_context_is_one_line(scripted, toolbox):
     chat = ToolChat(scripted(), toolbox, 2)
     with pytest.raises(UserError, match="the model's context is 1,024"):
         chat.answer("x " * 1000, SETTINGS, lambda text: None, lambda line: None)
+
+
+def test_an_answer_that_is_cut_off_says_so(scripted, toolbox):
+    session = scripted(WORDS, WORDS, [5, 6])
+    assert "cut off" not in talk(session, toolbox, "one")
+    session.finish = "length"
+    screen = " ".join(talk(session, toolbox, "one", "two").split())
+    assert "answered, cut off: max_new_tokens reached, seed 3" in screen
+    assert "it wrote no turn" in screen
+    assert screen.count("cut off: max_new_tokens reached") == 2
+
+
+def test_what_is_wrong_with_a_request_is_one_line_and_not_the_models_fault(scripted, toolbox):
+    session = scripted(WORDS)
+    chat = ToolChat(session, toolbox, 2)
+    for text in ("", "\ud800"):
+        with pytest.raises(UserError, match=r"empty|surrogate"):
+            chat.answer(text, SETTINGS, lambda text: None, lambda line: None)
+    assert not session.asked
+    chat.answer("one", SETTINGS, lambda text: None, lambda line: None)
+    assert [turn.content for turn in session.asked[0].messages] == ["one"]
 
 
 def test_new_is_for_conversations(session):
