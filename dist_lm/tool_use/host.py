@@ -76,6 +76,8 @@ def functions_of(module: ModuleType, file: Path) -> list[Function]:
             if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
         ]
     else:
+        if not isinstance(named, list | tuple):
+            raise SignatureError(f"{ATTRIBUTE} is {named!r}; expected a list of functions")
         found = list(named)
         for one in found:
             if not inspect.isroutine(one):

@@ -166,6 +166,7 @@ def test_a_file_may_be_named_as_a_module_that_it_imports(tmp_path):
         ("x = 1\n", "no functions; expected some without _"),
         ("from math import sqrt\n", "no functions"),
         ("TOOLS = [3]\n", "TOOLS holds 3; expected functions"),
+        ("TOOLS = 3\n", "TOOLS is 3; expected a list of functions"),
         ("def f(x): ...\n", r"f\(x\): no type"),
         ("def f(:\n", "SyntaxError: "),
         ("import nowhere\n", "ModuleNotFoundError: No module named 'nowhere'"),
