@@ -10,6 +10,7 @@ from typing import Any
 
 from dist_lm.config import Config
 from dist_lm.config_file import load_config
+from dist_lm.data.corpus import form_of
 from dist_lm.data.prompts import find_prompts
 from dist_lm.errors import ConfigError
 from dist_lm.generate_config import GenerateRunConfig
@@ -56,6 +57,7 @@ FREE_KEYS = (
     "stage.max_sequences",
 )
 SHARDS, RANKINGS = "shards", "rankings"
+PREDICT_TOKENS = ("language", "code", "tools")
 # what answers depend on
 GENERATION_KEYS = ("seed", "model.", "stage.", "parallel.compute_dtype", "parallel.tp")
 GENERATION_FREE_KEYS = tuple(key for key in FREE_KEYS if key not in GENERATION_KEYS)
@@ -115,6 +117,8 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
     rebuilt: set[str] = set()
     planned = []
     for name, config in configs.items():
+        if name in PREDICT_TOKENS:
+            refuse_rankings(config)
         stage = _look_at(STAGES[name], config, rebuilt, is_target=name == target)
         if stage.action is not Action.READY:
             rebuilt.add(name)
@@ -124,6 +128,19 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
         commands = ", then ".join(f"`python -m dist_lm.launch stage={name}`" for name in missing)
         raise ConfigError(f"prerequisites=fail: stage={target} needs {', '.join(missing)} first: run {commands}")
     return Plan(tuple(planned))
+
+
+def refuse_rankings(config: Config) -> None:
+    """Refuse rankings where next tokens are predicted: the worst completions would be learned as the best are.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    stage = config.stage
+    keys = {"stage.corpus": [stage.corpus], "stage.mix": [*(stage.mix or {})], "stage.lead.corpus": [stage.lead.corpus]}
+    for key, name in ((key, name) for key, names in keys.items() for name in names if name):
+        if form_of(config.corpus, name) == "ranking":
+            raise ConfigError(f"{key}={name}: expected texts or conversations; stage=reward learns from rankings")
 
 
 def for_stages(shards: Config, stages: Sequence[Config]) -> Config:

@@ -293,6 +293,14 @@ def test_pretraining_text_that_is_none_is_refused(work, overrides, message):
         plan_of(work, *IN_256, *given, *overrides, target="rlhf")
 
 
+@pytest.mark.parametrize("given", ["stage.corpus=rankings", "stage.mix={rankings: 0.1}", "stage.lead.corpus=rankings"])
+def test_rankings_are_no_text_to_predict(work, given):
+    with pytest.raises(
+        ConfigError, match=r"^stage\.(corpus|mix|lead\.corpus)=rankings: expected texts or conversations"
+    ):
+        plan_of(work, given, target="code")
+
+
 def test_keys_of_rlhf_belong_to_that_stage_alone(work):
     plan = plan_of(work, *IN_256, *RULES_ONLY, "rlhf.prompts=5", target="rlhf")
     assert plan.stages[-1].config.rlhf.prompts == 5
