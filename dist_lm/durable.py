@@ -7,6 +7,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from dist_lm.errors import ArtefactError
+
 
 def fsync_directory(directory: Path) -> None:
     """Make the names inside `directory` durable."""
@@ -58,6 +60,19 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_bytes` for a JSON value, indented and with sorted keys."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file holds; nothing if it is missing or holds no object.
+
+    Raises:
+        ArtefactError: it is damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ArtefactError(f"{path}: no JSON ({error}); move it away to go on without it") from error
+    return value if isinstance(value, dict) else {}
 
 
 def sha256_of(path: Path) -> str:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dist_lm import durable
 from dist_lm.cluster.journal import read_events
 from dist_lm.errors import ArtefactError
 from dist_lm.run_directory import RunDirectory, WorkDirectory
@@ -45,13 +46,6 @@ class PipelineStatus:
     others: list[str] = field(default_factory=list)  # other pipelines in the work directory: name and state
 
 
-def _facts(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ArtefactError(f"{path}: damaged ({error}); remove it to see the others") from None
-
-
 def read_status(work_dir: Path, run_id: str | None = None) -> PipelineStatus:
     """The status of the command that was started last.
 
@@ -62,7 +56,7 @@ def read_status(work_dir: Path, run_id: str | None = None) -> PipelineStatus:
         ArtefactError: no command was started on this work directory.
     """
     work = WorkDirectory(work_dir)
-    found = [(path.stem, _facts(path)) for path in work.pipelines()]
+    found = [(path.stem, durable.read_json(path)) for path in work.pipelines()]
     chosen = [(name, facts) for name, facts in found if run_id in (None, facts["run_id"])]
     if not chosen:
         wanted = f" with run_id={run_id}" if run_id else ""
@@ -92,7 +86,7 @@ def read_run(run: RunDirectory) -> RunStatus:
     events = list(read_events(run.events))
     started = [event for event in events if event["event"] == "started"]
     failed = [event for event in events if event["event"] == "failed"]
-    live = _read(run.live)
+    live = durable.read_json(run.live)
     metrics = last_metrics(run.metrics)
     latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
     return RunStatus(
@@ -107,7 +101,7 @@ def read_run(run: RunDirectory) -> RunStatus:
         last_error_at=failed[-1]["time"] if failed else 0.0,
         ranks=live.get("ranks", []),
         heard_at=live.get("time", 0.0),
-        links=_read(run.links),
+        links=durable.read_json(run.links),
         checkpoint=latest.name if latest else "",
         finished=run.result.exists(),
     )
@@ -148,7 +142,3 @@ def _steps_of(run: RunDirectory) -> int | None:
     from dist_lm.config_file import load_config
 
     return getattr(load_config(run.config).stage, "steps", None) if run.config.exists() else None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}

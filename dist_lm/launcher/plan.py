@@ -137,9 +137,9 @@ def refuse_rankings(config: Config) -> None:
         ConfigError: names the key.
     """
     stage = config.stage
-    keys = {"stage.corpus": [stage.corpus], "stage.mix": [*(stage.mix or {})], "stage.lead.corpus": [stage.lead.corpus]}
-    for key, name in ((key, name) for key, names in keys.items() for name in names if name):
-        if form_of(config.corpus, name) == "ranking":
+    mixed = [("stage.mix", name) for name in stage.mix or {}]
+    for key, name in (("stage.corpus", stage.corpus), *mixed, ("stage.lead.corpus", stage.lead.corpus)):
+        if name and form_of(config.corpus, name) == "ranking":
             raise ConfigError(f"{key}={name}: expected texts or conversations; stage=reward learns from rankings")
 
 

@@ -1,6 +1,5 @@
 """From a run directory to `RunFacts`. What is missing is left empty: runs that failed early have a report."""
 
-import json
 from array import array
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -12,6 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from dist_lm import durable
 from dist_lm.cluster.journal import read_events
 from dist_lm.config import ModelConfig
 from dist_lm.errors import ArtefactError
@@ -50,9 +50,9 @@ def read_run(run: RunDirectory, label: str) -> RunFacts:
         layout=_layout(events),
         series=series,
         clock=clock,
-        result=read_json(run.result),
+        result=durable.read_json(run.result),
         events=events,
-        links=read_json(run.links),
+        links=durable.read_json(run.links),
         checkpoints=tuple(_checkpoints(run, series.get(STALL), clock)),
         samples=_samples(run),
     )
@@ -160,16 +160,3 @@ def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _safe(event: Mapping[str, Any]) -> dict[str, Any]:
     return {key: redact_text(value) if isinstance(value, str) else redact(value) for key, value in event.items()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What a file holds; nothing if it is missing or holds no object.
-
-    Raises:
-        ArtefactError: it is damaged.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise ArtefactError(f"{path}: no JSON ({error}); move it away to go on without it") from error
-    return value if isinstance(value, dict) else {}

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dist_lm import durable
 from dist_lm.data.manifest import Manifest, read_manifest
 from dist_lm.errors import ArtefactError
 from dist_lm.report.facts import Facts, WorkFacts
-from dist_lm.report.read_run import read_json, read_run
+from dist_lm.report.read_run import read_run
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.redact import redact_command, redact_text
 
@@ -89,7 +90,7 @@ def _named(path: Path) -> list[RunDirectory]:
 
 def _pipeline(work: WorkDirectory, run_id: str | None) -> dict[str, Any]:
     """The command that was given last, of any stage, under `run_id`."""
-    found = [read_json(path) for path in work.pipelines()]
+    found = [durable.read_json(path) for path in work.pipelines()]
     chosen = [facts for facts in found if run_id in (None, facts["run_id"])]
     if not chosen:
         known = ", ".join(sorted({facts["run_id"] for facts in found})) or "none"
@@ -122,5 +123,5 @@ def _title(runs: Sequence[RunDirectory], pipelines: dict[Path, dict[str, Any]]) 
 def _read_work(work: WorkDirectory, pipeline: dict[str, Any]) -> WorkFacts:
     names = sorted(path.parent.name for path in work.path.glob("corpora/*/manifest.json"))
     corpora: dict[str, Manifest] = {name: read_manifest(work.corpus(name)) for name in names}
-    tokenizer = read_json(work.tokenizer_report)
+    tokenizer = durable.read_json(work.tokenizer_report)
     return WorkFacts(work.path, corpora, tokenizer, pipeline)

@@ -178,12 +178,15 @@ def copying(scene: Scene) -> Turns:
 def choosing(scene: Scene) -> Turns:
     """Which of some tools serves each request: it is named, nothing is called.
 
-    In conversations with tools a few tokens in a hundred say which one is called, and a small model guesses them long
-    after it has learned all the others. Here they are every second one, and spelled as they are there.
+    In conversations with tools few of the tokens that are learned say which one is called, and a small model guesses
+    them long after it has learned all the others. Here nothing else is learned, in the spelling of tools and calls.
     """
     rng = scene.rng
     for _ in range(rng.randint(2, 6)):
-        scene.take(_about(scene.tools[0].thing) if _more_of_it(scene) else lambda topic: True)
+        if _more_of_it(scene):
+            scene.take(_about(scene.tools[0].thing))
+        else:
+            scene.take()
     offered = list({tool.tool.name: tool for tool in scene.tools}.values())
     scene.tools.clear()
     told = write([{"description": tool.tool.description, "name": tool.tool.name} for tool in offered], "offered")

@@ -27,11 +27,11 @@ def orthogonal(matrices_NIJ: torch.Tensor) -> torch.Tensor:
     tall = x_NIJ.shape[-2] > x_NIJ.shape[-1]
     x_NIJ = x_NIJ.mT if tall else x_NIJ
     x_NIJ = x_NIJ / (x_NIJ.norm(dim=(-2, -1), keepdim=True) + EPSILON)
-    x_NIJ = _newton_schulz(x_NIJ) if x_NIJ.is_cuda else _newton_schulz_of_squares(x_NIJ)
+    x_NIJ = newton_schulz(x_NIJ) if x_NIJ.is_cuda else newton_schulz_of_squares(x_NIJ)
     return (x_NIJ.mT if tall else x_NIJ).to(matrices_NIJ.dtype)
 
 
-def _newton_schulz(x_NIJ: torch.Tensor) -> torch.Tensor:
+def newton_schulz(x_NIJ: torch.Tensor) -> torch.Tensor:
     """x <- (a + b s + c s^2) x with s = x x^T, again and again."""
     a, b, c = NEWTON_SCHULZ
     for _ in range(ITERATIONS):
@@ -40,7 +40,7 @@ def _newton_schulz(x_NIJ: torch.Tensor) -> torch.Tensor:
     return x_NIJ
 
 
-def _newton_schulz_of_squares(x_NIJ: torch.Tensor) -> torch.Tensor:
+def newton_schulz_of_squares(x_NIJ: torch.Tensor) -> torch.Tensor:
     """The same polynomial, with x multiplied once: q = a + b s + c s^2 makes q s q of s, as all of them commute.
 
     Half the work where rows are four times as long as there are of them. It squares the condition of x, which fp32

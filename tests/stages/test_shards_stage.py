@@ -15,10 +15,10 @@ from dist_lm.data.manifest import read_manifest
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.sources import READERS
 from dist_lm.document import Document
-from dist_lm.errors import ConfigError
+from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.compose import compose_config
 from dist_lm.run_directory import WorkDirectory
-from dist_lm.stages import shards
+from dist_lm.stages import artefact, shards
 from dist_lm.stages.artefact import corpus_fingerprint, text_fingerprint
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
@@ -39,6 +39,16 @@ def few(monkeypatch: pytest.MonkeyPatch) -> list[Document]:
 
 def config_for(work: WorkDirectory, *overrides: str) -> Config:
     return compose_config(["stage=shards", *TINY, "tokenizer.workers=1", f"work_dir={work.path}", *overrides])
+
+
+@pytest.mark.parametrize("number", ["LAYOUT", "REVISION"])
+def test_conversations_of_another_layout_or_generator_are_refused(work, few, monkeypatch, number):
+    config = config_for(work)
+    shards.check_corpus(config, "tools")
+    monkeypatch.setattr(artefact, number, 0)
+    with pytest.raises(ArtefactError, match="another version of dist_lm"):
+        shards.check_corpus(config, "tools")
+    shards.check_corpus(config, "code")
 
 
 def test_conversations_come_back_with_their_mask_in_the_split_of_their_group(work, few):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from dist_lm.training.schedule import learning_rate
+from dist_lm.stage_config import LeadConfig, StageConfig
+from dist_lm.training.schedule import learning_rate, stage_rate
 
 PLAN = {"peak": 1e-3, "warmup_steps": 10, "steps": 100, "min_ratio": 0.1}
 
@@ -21,3 +22,11 @@ def test_the_peak_follows_the_warmup_and_the_floor_is_the_last_step():
 
 def test_without_warmup_and_with_a_single_step_it_is_the_peak():
     assert learning_rate(0, peak=1.0, warmup_steps=0, steps=1, min_ratio=0.1) == 1.0
+
+
+def test_what_leads_a_stage_has_rates_of_its_own():
+    plain = StageConfig(name="test", lr=1e-3, warmup_steps=10, steps=100, min_lr_ratio=0.1)
+    led = StageConfig(**{**vars(plain), "lead": LeadConfig("drills", steps=30, lr_ratio=2.5)})
+    for step in (0, 9, 29, 30, 99):
+        assert stage_rate(plain, step) == learning_rate(step, **PLAN)
+        assert stage_rate(led, step) == pytest.approx((2.5 if step < 30 else 1) * learning_rate(step, **PLAN))
