@@ -1,29 +1,25 @@
 """Stage `generate`: every prompt once, in files that are the same bytes whether or not the run was disturbed."""
 
 import io
-import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
-import torch
 
 from dist_lm import launch
-from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config import ClusterConfig
 from dist_lm.errors import ArtefactError, ConfigError
-from dist_lm.generation.engine import Engine
-from dist_lm.generation.request import Answer, Refusal, Request, RequestError
+from dist_lm.generation.request import Answer, Refusal, Request
 from dist_lm.launcher import generation_run, generation_watch
 from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.generation_run import run_generation
@@ -33,6 +29,7 @@ from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.metrics import read_metrics
 from tests.cluster.launched import finish, wait_until
+from tests.cluster.pool_of_one import Alone
 from tests.conftest import TINY
 from tests.training_run import linked, unwritten, write_untrained
 
@@ -76,37 +73,6 @@ class Screen(Console):
     def __init__(self) -> None:
         self.output, self.errors = io.StringIO(), io.StringIO()
         super().__init__(self.output, self.errors)
-
-
-class Alone:
-    """A pool of one engine in this process, whose answers come in another order than they were asked for."""
-
-    members = (None,)
-
-    def __init__(self, spec: EngineSpec, weights: dict, wanted: Callable[[], bool]) -> None:
-        tensors = {name: torch.from_numpy(value) for name, value in weights.items()}
-        self._engine = Engine(spec.model, tensors, eot_id=spec.eot_id, vocabulary=spec.vocabulary, options=spec.options)
-        self._wanted = wanted
-
-    @classmethod
-    def start(cls, cluster: RayCluster, spec: EngineSpec, weights: dict, *, actors, wanted, warn) -> "Alone":
-        return cls(spec, weights, wanted)
-
-    def __enter__(self) -> "Alone":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        return
-
-    def generate(self, requests: Iterable[Request]) -> Iterator[Answer | Refusal]:
-        waiting = iter(requests)
-        while (some := list(itertools.islice(waiting, 30))) and self._wanted():
-            for request in some:
-                try:
-                    self._engine.submit(request)
-                except RequestError as error:
-                    yield Refusal(request.id, error.reason)
-            yield from reversed(self._engine.run())
 
 
 @pytest.fixture

@@ -1,0 +1,42 @@
+"""A stand-in for the pool: one engine in this process, without Ray."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+from dist_lm.cluster.pool_actor import EngineSpec
+from dist_lm.cluster.ray_cluster import RayCluster
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.request import Answer, Refusal, Request, RequestError
+
+
+class Alone:
+    """A pool of one engine in this process, whose answers come in another order than they were asked for."""
+
+    members = (None,)
+
+    def __init__(self, spec: EngineSpec, weights: dict, wanted: Callable[[], bool]) -> None:
+        tensors = {name: torch.from_numpy(value) for name, value in weights.items()}
+        self._engine = Engine(spec.model, tensors, eot_id=spec.eot_id, vocabulary=spec.vocabulary, options=spec.options)
+        self._wanted = wanted
+
+    @classmethod
+    def start(cls, cluster: RayCluster, spec: EngineSpec, weights: dict, *, actors, wanted, warn) -> "Alone":
+        return cls(spec, weights, wanted)
+
+    def __enter__(self) -> "Alone":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        return
+
+    def generate(self, requests: Iterable[Request]) -> Iterator[Answer | Refusal]:
+        waiting = iter(requests)
+        while (some := list(itertools.islice(waiting, 30))) and self._wanted():
+            for request in some:
+                try:
+                    self._engine.submit(request)
+                except RequestError as error:
+                    yield Refusal(request.id, error.reason)
+            yield from reversed(self._engine.run())
