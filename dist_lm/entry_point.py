@@ -26,7 +26,8 @@ def run_program(program: Callable[[], object], say: Callable[[str], None]) -> No
         say: shows an error to the user.
 
     Raises:
-        SystemExit: the command says so itself, or it came to an error that a user can mend (2).
+        SystemExit: the command says so itself, or it came to an error that a user can mend (2), or the reader of its
+            output has seen enough (1, without a word, as Click has it).
     """
     try:
         open_streams()
@@ -36,6 +37,11 @@ def run_program(program: Callable[[], object], say: Callable[[str], None]) -> No
             sys.stdout.flush()  # here, where it can be said that it does not go out
     except UserError as error:
         say(str(error))
+    except BrokenPipeError:
+        if not _output_is_stuck():
+            raise
+        drop_output()
+        sys.exit(1)
     except OSError as error:
         reason = disk_trouble(error)
         if reason is None:

@@ -61,6 +61,15 @@ def test_a_program_ends_in_good_order(body, redirection, expected):
         assert (code, out, err) == expected
 
 
+@pytest.mark.parametrize("printing", ["print(1)", "print(1, flush=True)"])
+def test_a_reader_that_has_seen_enough_ends_it_without_a_word(printing):
+    gone = "import os; reader, writer = os.pipe(); os.close(reader)"
+    assert run(f"{gone}; os.dup2(writer, 1); {printing}", "") == (1, "", "")
+    code, out, err = run(f"{gone}; print(1); os.write(writer, b'1')", "")
+    assert (code, out) == (1, "1\n")
+    assert "BrokenPipeError" in err  # another pipe than that: a defect of ours
+
+
 def test_without_a_buffer_it_is_one_line_too():
     code, out, err = shell([sys.executable, "-u", "-c", PROGRAM.format(body="print(1)")], "> /dev/full")
     assert (code, out) == (2, "")

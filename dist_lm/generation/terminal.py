@@ -141,8 +141,6 @@ def _check_argument(option: str, text: str) -> None:
 
 
 def _one_shot(session: Session, prompt: list[int], settings: Settings, n: int, output: TextIO, errors: Console) -> int:
-    if not output.isatty():  # a reader that has seen enough (`| head`) ends us without a word, as it does others
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     shown = Shown(output, n)
     with interrupts() as interrupted:
         outcome = session.answer(prompt, settings, n, shown.text, shown.end, interrupted)

@@ -36,10 +36,12 @@ def expected(small_run) -> list[str]:
 
 def call(monkeypatch, capsys, *words, stdin=b""):
     """(exit code, standard output, standard error)."""
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
     monkeypatch.setattr("sys.argv", ["dist-lm", "generate", *map(str, words)])
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
     with pytest.raises(SystemExit) as ending:
         program.main()
+    assert handlers == [signal.getsignal(number) for number in signal.valid_signals()]  # what it runs in keeps its own
     return (ending.value.code, *capsys.readouterr())
 
 
@@ -55,6 +57,20 @@ def test_the_answer_alone_goes_to_standard_output(small_run, expected):
     (line,) = done.stderr.decode().splitlines()
     assert line.startswith("code/small/step_00000020: 20 tokens, ")
     assert line.endswith("max_new_tokens reached, seed 11")
+
+
+def test_a_reader_that_has_seen_enough_ends_it_without_a_word(small_run):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_lm", "generate", small_run.path, "--prompt", PROMPT, *OPTIONS],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=120,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 @pytest.mark.heavy
