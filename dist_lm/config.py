@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from dist_lm.cluster_config import ClusterConfig
-from dist_lm.errors import require
+from dist_lm.errors import ConfigError, require
 from dist_lm.hardware_config import HardwareConfig
 from dist_lm.pool_config import RolloutPoolConfig
 from dist_lm.stage_config import StageConfig
@@ -291,13 +291,11 @@ class Config:
         )
         own = self.stage.corpus
         others = [name for name in self.corpus.corpora if own and name != own]
-        for name in self.stage.mix or {}:
-            require(
-                name in others,
-                "stage.mix",
-                name,
-                f"corpora of corpus={self.corpus.name} beside stage.corpus={own}: {', '.join(others)}",
-            )
+        accepted = f"corpora of corpus={self.corpus.name} beside stage.corpus={own}: {', '.join(others)}"
+        for name, share in (self.stage.mix or {}).items():
+            if name not in self.corpus.corpora:
+                raise ConfigError(f"stage.mix={{{name}: {share:g}}}: there is no corpus {name}; expected {accepted}")
+            require(name in others, "stage.mix", name, accepted)
         lead = self.stage.lead
         require(
             not lead.corpus or lead.corpus in {*others} - {*(self.stage.mix or {})},

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from omegaconf import MISSING
-
 from dist_lm.errors import require
 
 ALGORITHMS = ("ppo",)
@@ -16,7 +14,7 @@ PARSED_LANGUAGES = ("python", "bash", "sql")
 class RewardPartConfig:
     """One part of the reward of a rollout."""
 
-    kind: str = MISSING  # reward_model | length | parses | function
+    kind: str = ""  # reward_model | length | parses | function
     weight: float = 1.0  # in the sum of all parts
     target: int = 0  # length: tokens of a completion that earn 1; it falls to 0 at none and at twice as many
     language: str = "python"  # parses: python | bash | sql; 1 if the text does, else 0

@@ -10,7 +10,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -18,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from dist_lm.config import Config
 from dist_lm.errors import ConfigError
@@ -132,23 +133,27 @@ def _check_exists(override: Override, schema: type[Config]) -> None:
             raise ConfigError(f"{key}={override.value()}: expected one of {', '.join(choices(key))}")
         return
     node: Any = schema
+    named_by_user = False
     parts = key.split(".")
     for depth, part in enumerate(parts):
-        if not is_dataclass(node):
-            return  # inside a mapping or list: the schema checks the value
-        names = [f.name for f in fields(node)]
-        if part not in names:
-            prefix = ".".join(parts[:depth])
-            close = difflib.get_close_matches(part, names, n=1)
-            hint = f"did you mean {'.'.join([*parts[:depth], close[0]])}? " if close else ""
-            raise ConfigError(
-                f"{value}: no such key; {hint}keys{f' of {prefix}' if prefix else ''}: {', '.join(names)}"
-            )
-        node = get_type_hints(node)[part]
-    if is_dataclass(node):
+        if is_dataclass(node) and part not in (f.name for f in fields(node)):
+            raise ConfigError(_no_such_key(value, parts[: depth + 1], node))
+        named_by_user = not is_dataclass(node)
+        node = _inner_type(node, part)
+    if is_dataclass(node) and not (named_by_user and isinstance(override.value(), dict)):
         raise ConfigError(
             f"{value}: expected {key}.KEY=value with KEY one of {', '.join(f.name for f in fields(node))}"
         )
+
+
+def _no_such_key(shown: str, parts: Sequence[str], node: Any) -> str:
+    """`parts` up to the one that the dataclass `node` does not have."""
+    *outer, wrong = parts
+    names = [f.name for f in fields(node)]
+    close = difflib.get_close_matches(wrong, names, n=1)
+    hint = f"did you mean {'.'.join([*outer, close[0]])}? " if close else ""
+    of = f" of {'.'.join(outer)}" if outer else ""
+    return f"{shown}: no such key; {hint}keys{of}: {', '.join(names)}"
 
 
 def for_hydra(overrides: Sequence[str], schema: type[Config]) -> list[str]:
@@ -158,10 +163,35 @@ def for_hydra(overrides: Sequence[str], schema: type[Config]) -> list[str]:
 
 def _for_hydra(override: Override, schema: type[Config]) -> str:
     node: Any = schema
-    for part in override.key_or_group.split("."):
-        node = get_type_hints(node).get(part) if is_dataclass(node) else node
-    is_mapping = any(get_origin(option) is dict for option in (node, *get_args(node)))
-    return f"++{override.input_line}" if is_mapping else str(override.input_line)
+    in_mapping = False
+    parts = override.key_or_group.split(".")
+    for depth, part in enumerate(parts):
+        outer, node = node, _inner_type(node, part)
+        if is_dataclass(node) and _is_mapping(outer):
+            # Hydra makes no dataclass under a new name, but takes one as the value of the mapping
+            value = str(override.input_line).partition("=")[2] or "''"
+            for name in reversed(parts[depth:]):
+                value = f"{{{name}: {value}}}"
+            return f"++{'.'.join(parts[:depth])}={value}"
+        in_mapping = in_mapping or _is_mapping(node)
+    return f"{'++' if in_mapping else ''}{override.input_line}"
+
+
+def _inner_type(node: Any, part: str) -> Any:
+    """The type of a field of a dataclass, or of any value of a mapping; None where there is none."""
+    if is_dataclass(node):
+        return get_type_hints(node).get(part)
+    return next((get_args(option)[1] for option in _options(node) if _is_mapping(option)), None)
+
+
+def _options(node: Any) -> list[Any]:
+    """`int | None`: int."""
+    alternatives = get_args(node) if get_origin(node) in (Union, UnionType) else (node,)
+    return [option for option in alternatives if option is not type(None)]
+
+
+def _is_mapping(node: Any) -> bool:
+    return any(get_origin(option) is dict for option in _options(node))
 
 
 def _shown(override: Override) -> str:
@@ -174,21 +204,37 @@ def _in_one_line(error: Exception, overrides: Sequence[Override], schema: type[C
     causes = [error]
     while causes[-1].__cause__ is not None and isinstance(causes[-1].__cause__, Exception):
         causes.append(causes[-1].__cause__)
-    text = " ".join(str(cause) for cause in causes)
-    message = str(causes[-1]).splitlines()[0]
-    found = re.search(r"full_key: (\S+)", text)
-    for override in overrides:
-        if found and override.key_or_group == found.group(1):
-            return f"{_shown(override)}: expected {_type_name(found.group(1), schema)}"
-    return f"{found.group(1)}: {message}" if found else message
+    last = causes[-1]
+    message = str(last).splitlines()[0]
+    key = last.full_key if isinstance(last, OmegaConfBaseException) else None
+    if not key:
+        return message
+    given = next((_shown(override) for override in overrides if override.key_or_group == key), None)
+    if isinstance(last, ConfigKeyError):
+        parts = key.split(".")
+        node = _type_of(parts[:-1], schema)
+        return _no_such_key(given or key, parts, node) if is_dataclass(node) else f"{key}: {message}"
+    if given is None and isinstance(last, ValidationError):
+        given = redact_command([f"{key}={last.value}"])[0]
+    return f"{given}: expected {_type_name(_type_of(key.split('.'), schema))}" if given else f"{key}: {message}"
 
 
-def _type_name(key: str, schema: type[Config]) -> str:
+def _type_of(parts: Sequence[str], schema: type[Config]) -> Any:
     node: Any = schema
-    for part in key.split("."):
-        node = get_type_hints(node).get(part) if is_dataclass(node) else None
-        if node is None:
-            return "another type"
-    options = [option for option in (get_args(node) or (node,)) if option is not type(None)]
+    for part in parts:
+        node = _inner_type(node, part)
+    return node
+
+
+def _type_name(node: Any) -> str:
+    if node is None:
+        return "another type"
     names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
-    return " or ".join(names.get(option, str(option)) for option in options)
+    return " or ".join(names.get(option) or _form(option) for option in _options(node))
+
+
+def _form(node: Any) -> str:
+    """What a mapping looks like."""
+    if is_dataclass(node):
+        return "{" + ", ".join(f"{f.name}: ..." for f in fields(node)) + "}"
+    return f"{{NAME: {_type_name(_inner_type(node, 'NAME'))}}}" if _is_mapping(node) else str(node)

@@ -8,6 +8,7 @@ from dist_lm.config import Config
 from dist_lm.config_file import load_config, save_config
 from dist_lm.errors import ConfigError
 from dist_lm.launcher.compose import choices, compose_config, overrides_of, target_stage
+from dist_lm.rlhf_run_config import RlhfRunConfig
 
 
 @pytest.mark.parametrize("model", choices("model"))
@@ -53,6 +54,11 @@ def test_the_large_stages_have_the_listed_peak_rates(stage, lr):
         ("cluster=ray", ["cluster.address", "host:port"]),
         ("stage.corpus=novels", ["stage.corpus=novels", "language, code"]),
         ("stage.mix.novels=0.1", ["stage.mix", "novels"]),
+        (
+            "stage.mix={novels:0.1}",
+            ["stage.mix={novels: 0.1}", "no corpus novels", "stage.corpus=code: language"],
+        ),
+        ("stage.mix=3", ["stage.mix=3", "expected {NAME: a number}"]),
         ("stage.mix={code: 0.1}", ["stage.mix=code", "stage.corpus=code: language, tools"]),
         ("stage.mix={language: 0}", ["stage.mix.language=0", "above 0"]),
         ("stage.mix={language: 0.125}", ["stage.mix.language=0.125", "whole per cent"]),
@@ -82,6 +88,47 @@ def test_bad_input_is_one_line_that_names_key_value_and_way_out(override, words)
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+PART = "kind, weight, target, language, of, function"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rlhf.rewards.x=3", f"rlhf.rewards.x=3: expected rlhf.rewards.x.KEY=value with KEY one of {PART}"),
+        ("rlhf.rewards.x.weight=abc", "rlhf.rewards.x.weight=abc: expected a number"),
+        ("rlhf.rewards.x.kind=nope", "rlhf.rewards.x.kind=nope: expected reward_model, length, parses, function"),
+        ("rlhf.rewards.x.weight=1", "rlhf.rewards.x.kind=: expected reward_model, length, parses, function"),
+        (
+            "rlhf.rewards.x.wait=1",
+            f"rlhf.rewards.x.wait=1: no such key; did you mean rlhf.rewards.x.weight? keys of rlhf.rewards.x: {PART}",
+        ),
+        ("rlhf.rewards.x={kind: length, target: a}", "rlhf.rewards.x.target=a: expected an integer"),
+        ("rlhf.rewards={x: {kind: length, target: a}}", "rlhf.rewards.x.target=a: expected an integer"),
+        (
+            "rlhf.rewards={x: {kind: length, targt: 3}}",
+            f"rlhf.rewards.x.targt: no such key; did you mean rlhf.rewards.x.target? keys of rlhf.rewards.x: {PART}",
+        ),
+        ("rlhf.rewards={x: 3}", f"rlhf.rewards.x=3: expected {{{PART.replace(',', ': ...,')}: ...}}"),
+        ("rlhf.rewards=3", f"rlhf.rewards=3: expected {{NAME: {{{PART.replace(',', ': ...,')}: ...}}}}"),
+    ],
+)
+def test_a_wrong_part_of_the_reward_is_named_by_its_full_key(override, message):
+    with pytest.raises(ConfigError) as refused:
+        compose_config(["stage=rlhf", override])
+    assert str(refused.value) == message
+
+
+def test_a_part_of_the_reward_can_be_given_key_by_key():
+    together = compose_config(["stage=rlhf", "rlhf.rewards={size: {kind: length, target: 9}}"])
+    one_by_one = compose_config(["stage=rlhf", "rlhf.rewards.size.kind=length", "rlhf.rewards.size.target=9"])
+    assert one_by_one == together
+    mine = "dist_lm.errors:require"
+    given = compose_config(["stage=rlhf", "rlhf.rewards.mine.kind=function", f"rlhf.rewards.mine.function={mine}"])
+    assert isinstance(given, RlhfRunConfig)
+    assert given.rlhf.rewards["mine"].function == mine
+    assert "preference" in given.rlhf.rewards
 
 
 def test_a_command_without_a_stage_lists_the_stages():
