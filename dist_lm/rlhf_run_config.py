@@ -5,8 +5,8 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from dist_lm.config import Config, SourceConfig
-from dist_lm.errors import require
+from dist_lm.config import Config, ModelConfig, SourceConfig
+from dist_lm.errors import ArtefactError, require
 from dist_lm.pool_config import RolloutPoolConfig
 from dist_lm.rlhf_config import RlhfConfig
 from dist_lm.run_directory import WorkDirectory
@@ -129,6 +129,19 @@ class RlhfRunConfig(Config):
 
 def _is_ranked(source: SourceConfig) -> bool:
     return source.reader.endswith("rankings")
+
+
+def check_reward_model(config: RlhfRunConfig, shape: ModelConfig) -> None:
+    """Refuse a model that cannot be rlhf.reward_model.
+
+    Raises:
+        ArtefactError: names the run.
+    """
+    if shape.head != "scalar" or shape.vocab_size != config.model.vocab_size:
+        raise ArtefactError(
+            f"rlhf.reward_model={config.rlhf.reward_model}: its model has model.head={shape.head} and "
+            f"{shape.vocab_size} tokens; expected a run of stage reward with this tokenizer"
+        )
 
 
 def with_reward_run(config: RlhfRunConfig) -> RlhfRunConfig:

@@ -8,13 +8,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from dist_lm.config import Config
+from dist_lm.config import Config, ModelConfig
 from dist_lm.config_file import load_config
 from dist_lm.data.corpus import form_of
 from dist_lm.data.prompts import find_prompts
 from dist_lm.errors import ConfigError
 from dist_lm.generate_config import GenerateRunConfig
-from dist_lm.rlhf_run_config import AUTO, RlhfRunConfig, with_reward_run
+from dist_lm.rlhf_run_config import AUTO, RlhfRunConfig, check_reward_model, with_reward_run
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.stages.registry import STAGES, StageInfo
 from dist_lm.tracking.readable import counted
@@ -119,6 +119,8 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
     for name, config in configs.items():
         if name in PREDICT_TOKENS:
             refuse_rankings(config)
+        if isinstance(config, RlhfRunConfig):
+            refuse_texts(config)
         stage = _look_at(STAGES[name], config, rebuilt, is_target=name == target)
         if stage.action is not Action.READY:
             rebuilt.add(name)
@@ -141,6 +143,20 @@ def refuse_rankings(config: Config) -> None:
     for key, name in (("stage.corpus", stage.corpus), *mixed, ("stage.lead.corpus", stage.lead.corpus)):
         if name and form_of(config.corpus, name) == "ranking":
             raise ConfigError(f"{key}={name}: expected texts or conversations; stage=reward learns from rankings")
+
+
+def refuse_texts(config: RlhfRunConfig) -> None:
+    """Refuse texts where prompts are asked for: nobody is to answer in them.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    prompted = [name for name in config.corpus.corpora if form_of(config.corpus, name) != "text"]
+    if not config.rlhf.prompts_from and config.stage.corpus not in prompted:
+        raise ConfigError(
+            f"stage.corpus={config.stage.corpus}: expected conversations or rankings, whose prompts are answered "
+            f"({', '.join(prompted)}); or give rlhf.prompts_from=FILE"
+        )
 
 
 def for_stages(shards: Config, stages: Sequence[Config]) -> Config:
@@ -214,13 +230,14 @@ def _look_at_run(info: StageInfo, config: Config, rebuilt: set[str], is_target: 
 
 
 def _check_given(config: RlhfRunConfig) -> None:
-    """Refuse files of prompts and a reward model that were named and are not there."""
+    """Refuse files of prompts and a reward model that were named and are not there, or are something else."""
     group = config.rlhf
     for key in ("prompts_from", "held_out_from"):
         if where := getattr(group, key):
             find_prompts(where, key=f"rlhf.{key}")
     if group.asks_reward_model and group.reward_model != AUTO:
-        checkpoint_files.find_checkpoint(Path(group.reward_model).expanduser())
+        found = checkpoint_files.find_checkpoint(Path(group.reward_model).expanduser())
+        check_reward_model(config, ModelConfig(**checkpoint_files.read_state(found)[1]))
 
 
 def _shown(path: Path, config: Config) -> str:

@@ -20,7 +20,7 @@ from dist_lm.rlhf.models import RlhfModels, frozen, scalar_config, start_critic,
 from dist_lm.rlhf.reward_model import read_normaliser
 from dist_lm.rlhf.reward_scale import RewardScale
 from dist_lm.rlhf.state import RlhfState
-from dist_lm.rlhf_run_config import RlhfRunConfig, RlhfRunGroup
+from dist_lm.rlhf_run_config import RlhfRunConfig, RlhfRunGroup, check_reward_model
 from dist_lm.run_directory import RunDirectory
 from dist_lm.training import checkpoint, checkpoint_files
 from dist_lm.training.checkpoint import Companion
@@ -121,11 +121,7 @@ def _reward_model(config: RlhfRunConfig, start: RankStart) -> Transformer | None
         return None
     found = checkpoint.find_intact(Path(config.rlhf.reward_model), start.world)
     shape = ModelConfig(**checkpoint_files.read_state(found)[1])
-    if shape.head != "scalar" or shape.vocab_size != config.model.vocab_size:
-        raise ArtefactError(
-            f"rlhf.reward_model={config.rlhf.reward_model}: its model has model.head={shape.head} and "
-            f"{shape.vocab_size} tokens; expected a run of stage reward with this tokenizer"
-        )
+    check_reward_model(config, shape)
     model = _model(shape, config, start)
     checkpoint.load(found, model, None, shape)
     return frozen(model)

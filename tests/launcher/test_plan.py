@@ -240,7 +240,7 @@ def test_rlhf_needs_rankings_and_a_reward_model_only_where_it_asks_them(work):
     assert asking.stages[-1].config.rlhf.reward_model == str((work.run("reward", "default").path).resolve())
     ruled = plan_of(work, *IN_256, *RULES_ONLY, target="rlhf")
     assert not {"rankings", "reward"} & actions(ruled).keys()
-    elsewhere = make_run(work, "language", "run_id=elsewhere", done=True)
+    elsewhere = make_run(work, "reward", "stage.seq_len=200", "stage.init_from=none", "run_id=elsewhere", done=True)
     given = plan_of(work, *IN_256, f"rlhf.reward_model={elsewhere.path}", target="rlhf")
     assert "reward" not in actions(given)
     assert "rankings" in actions(given)  # its prompts
@@ -252,6 +252,31 @@ def test_what_rlhf_is_given_and_is_not_there_is_refused_before_anything_starts(w
     for key in ("prompts_from", "held_out_from"):
         with pytest.raises(ConfigError, match=rf"rlhf.{key}=/nowhere.jsonl: no such file"):
             plan_of(work, *IN_256, f"rlhf.{key}=/nowhere.jsonl", target="rlhf")
+
+
+def test_a_reward_model_of_another_stage_or_tokenizer_is_refused_before_anything_starts(work):
+    code = make_run(work, "code", "stage.init_from=none", "run_id=other", done=True)
+    with pytest.raises(
+        ArtefactError, match=rf"^rlhf\.reward_model={code.path}: .*head=tokens.*expected a run of stage reward"
+    ):
+        plan_of(work, *IN_256, f"rlhf.reward_model={code.path}", target="rlhf")
+    other = work.run("reward", "larger").checkpoints / checkpoint_files.step_name(1)
+    other.mkdir(parents=True)
+    shape = compose_config(["stage=reward", *TINY]).model
+    checkpoint_files.write_state(other, TrainState(step=1), asdict(shape) | {"vocab_size": 600})
+    with pytest.raises(ArtefactError, match=r"head=scalar and 600 tokens; expected .* with this tokenizer"):
+        plan_of(work, *IN_256, f"rlhf.reward_model={other}", target="rlhf")
+
+
+def test_texts_are_no_prompts_of_rlhf(work):
+    with pytest.raises(
+        ConfigError,
+        match=r"^stage\.corpus=code: expected conversations or rankings, .* \(tools, drills, rankings\); or give rlhf",
+    ):
+        plan_of(work, *IN_256, "stage.corpus=code", target="rlhf")
+    prompts = work.path / "prompts.txt"
+    prompts.write_text("one\n")
+    plan_of(work, *IN_256, *RULES_ONLY, "stage.corpus=code", f"rlhf.prompts_from={prompts}", target="rlhf")
 
 
 def test_pretraining_text_of_rlhf_is_built_where_it_has_a_weight(work):
