@@ -87,18 +87,24 @@ def row(stage: PlannedStage, queued: QueuedStage) -> tuple[str, ...]:
 
 
 def key_figures(run: RunDirectory, result: Mapping[str, Any]) -> list[str]:
-    """`val bits/byte 3.412 -> 2.104`: where training began, or was first measured, and where it has come to."""
+    """`val bits/byte 3.412 -> 2.104`: where training began, or was first measured, and where it has come to.
+
+    `wins 54% (step 0)`: a run that has not ended measured it then and not since.
+    """
     last = result.get("metrics") or last_metrics(run.metrics)
     present = ([figure for figure in line if last.get(figure.metric) is not None] for line in KEY_FIGURES)
     shown = next(filter(None, present), [])
-    first = _first_values(run, {figure.metric for figure in shown}) | {
-        name: value for name, value in (result.get("before") or {}).items() if value is not None
-    }
+    before, steps = result.get("before") or {}, result.get("steps")
+    measured = _first_two(run, {figure.metric for figure in shown})
     found = []
     for figure in shown:
-        now = figure.form.format(last[figure.metric])
-        was = figure.form.format(first[figure.metric]) + " -> " if figure.metric in first else ""
-        found.append(f"{figure.words} {was}{now}")
+        name = figure.metric
+        began = {0: before[name]} if before.get(name) is not None else {}
+        ended = {steps: last[name]} if result else {}
+        (step, first), *others = (began | measured[name] | ended).items()
+        was = f"{figure.form.format(first)} -> " if others else ""
+        when = "" if others or result else f" (step {step:,})"
+        found.append(f"{figure.words} {was}{figure.form.format(last[name])}{when}")
     return found
 
 
@@ -125,13 +131,15 @@ def next_commands(
         yield "next stage", shlex.join(["python", "-m", "dist_lm.launch", f"stage={follower}", *own])
 
 
-def _first_values(run: RunDirectory, names: set[str]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    if run.metrics.exists():
-        for line in read_metrics(run.metrics):
-            found |= {name: line[name] for name in names - found.keys() if line.get(name) is not None}
-            if len(found) == len(names):
-                break
+def _first_two(run: RunDirectory, names: set[str]) -> dict[str, dict[int, float]]:
+    """Values by step, of each metric from the first two steps that measured it."""
+    found: dict[str, dict[int, float]] = {name: {} for name in names}
+    for line in read_metrics(run.metrics) if run.metrics.exists() else ():
+        for name, values in found.items():
+            if line.get(name) is not None and len(values) < 2:
+                values[line["step"]] = line[name]
+        if all(len(values) == 2 for values in found.values()):
+            break
     return found
 
 

@@ -9,6 +9,7 @@ from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.outcome import KEY_FIGURES, key_figures, next_commands, print_outcome
 from dist_lm.launcher.pipeline import QueuedStage
 from dist_lm.launcher.plan import Action, Plan, PlannedStage, run_of
+from dist_lm.run_directory import RunDirectory
 from dist_lm.stages.registry import STAGES
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.metrics import MetricsWriter
@@ -76,6 +77,21 @@ def test_a_command_that_began_nothing_has_no_table(plan: Plan) -> None:
     queue = [QueuedStage("language", "done", ""), QueuedStage("code", "waiting", "")]
     assert printed(plan, queue, "failed") == ""
     assert "language" in printed(plan, queue, "done")
+
+
+def test_what_was_measured_once_has_no_after(tmp_path) -> None:
+    run = RunDirectory(tmp_path / "runs" / "rlhf" / "stopped")
+    run.create()
+    with MetricsWriter(run.metrics) as metrics:
+        metrics.write(0, {"rlhf/win_rate": 0.54})
+        for step in (1, 2, 3):
+            metrics.write(step, {"rlhf/reward_mean": step / 2})
+    assert key_figures(run, {}) == ["wins 54% (step 0)", "reward 0.500 -> 1.500"]
+    ended = {"steps": 3, "metrics": {"rlhf/win_rate": 0.75, "rlhf/reward_mean": 1.5}, "before": {"rlhf/win_rate": 0.54}}
+    assert key_figures(run, ended) == ["wins 54% -> 75%", "reward 0.500 -> 1.500"]
+    with MetricsWriter(run.metrics) as metrics:
+        metrics.write(3, {"val/loss": 2.0})
+    assert key_figures(run, {"steps": 3, "metrics": {"val/loss": 2.0}, "before": {}}) == ["val loss 2.000"]
 
 
 def test_figures_of_one_group_stand_beside_each_other(plan: Plan) -> None:
