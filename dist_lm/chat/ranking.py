@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from dist_lm.chat.errors import ChatError
 from dist_lm.chat.messages import Conversation
+from dist_lm.chat.rules import check_conversation
 
 FEWEST, MOST = 2, 16  # answers
 
@@ -39,10 +40,16 @@ def check_ranking(ranking: Ranking) -> None:
         raise ChatError(f"{n} completions; expected {FEWEST} to {MOST}")
     if not ranking.prompt.messages or ranking.prompt.messages[-1].role not in ("user", "tool"):
         raise ChatError("prompt: expected a last turn of user or tool, for the assistant to go on")
+    try:
+        check_conversation(ranking.prompt)
+    except ChatError as error:
+        raise ChatError(f"prompt: {error}") from None
     if empty := [place for place, text in enumerate(ranking.completions) if not text]:
         raise ChatError(f"completion {empty[0]}: empty")
-    if bool(ranking.ranks) == bool(ranking.judgements):
-        raise ChatError("expected ranks or judgements, one of the two")
+    if ranking.ranks and ranking.judgements:
+        raise ChatError("ranks and judgements: expected one of the two, found both: take one out")
+    if not ranking.ranks and not ranking.judgements:
+        raise ChatError("ranks and judgements: expected one of the two, found none")
     if ranking.ranks and len(ranking.ranks) != n:
         raise ChatError(f"{len(ranking.ranks)} ranks of {n} completions")
     if len(set(ranking.ranks)) == 1:

@@ -13,7 +13,6 @@ from typing import Any
 from dist_lm.chat.errors import ChatError
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.ranking import Judgement, Ranking, check_ranking
-from dist_lm.chat.rules import check_conversation
 from dist_lm.errors import ArtefactError
 
 KEYS = {"prompt", "completions", "ranks", "judgements"}
@@ -61,9 +60,7 @@ def _prompt(value: Any) -> Conversation:
         if turn["role"] not in ("system", "user", "assistant"):
             raise ChatError(f"prompt: role={turn['role']!r}; expected system, user or assistant")
         messages.append(Message(turn["role"], turn["content"]))
-    conversation = Conversation(tuple(messages))
-    check_conversation(conversation)
-    return conversation
+    return Conversation(tuple(messages))
 
 
 def _judgement(value: Any) -> Judgement:

@@ -80,3 +80,11 @@ def test_scores_become_ranks_and_equal_ones_ties():
     assert ultrafeedback_ranking(row) == Ranking(asked("Q"), ("a", "b", "c"), (1, 0, 1))
     tied = {"instruction": "Q", "completions": [{"response": k, "overall_score": 5} for k in "ab"]}
     assert ultrafeedback_ranking(tied) is None
+
+
+def test_a_dialogue_that_the_assistant_opens_is_no_prompt():
+    opened = [{"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "Hi"}]
+    row = {"response1": "a", "response2": "b", "overall_preference": 2}
+    for context in (opened, opened[:1]):
+        assert helpsteer_ranking(row | {"context": context}) is None
+    assert helpsteer_ranking(row | {"context": opened[1:]}) is not None
