@@ -20,6 +20,7 @@ CUT_OFF = ("length", "context")  # how a turn of the model finishes that it did 
 ENDINGS: dict[Ending, str] = {
     "answered": "answered",
     "rounds": "no answer after --max-rounds",
+    "refused": "no answer: it repeats calls that are refused",
     "no turn": "it wrote no turn of a conversation",
     "stopped": "stopped",
 }
@@ -94,7 +95,7 @@ class ToolChat:
         Raises:
             UserError: the request is empty or no Unicode, or leaves no room in the context; nothing of it is kept.
         """
-        if not text:
+        if not text.strip():
             raise UserError("the request is empty: say what the model is to do")
         outcomes: list[Outcome] = []
         asked = replace(self._said, messages=(*self._said.messages, Message("user", text)))

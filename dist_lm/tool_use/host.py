@@ -70,11 +70,13 @@ def functions_of(module: ModuleType, file: Path) -> list[Function]:
     """
     named = getattr(module, ATTRIBUTE, None)
     if named is None:
-        found = [
-            value
-            for name, value in vars(module).items()
-            if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
-        ]
+        found = list(
+            dict.fromkeys(  # one that has another name too is one
+                value
+                for name, value in vars(module).items()
+                if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+            )
+        )
     else:
         if not isinstance(named, list | tuple):
             raise SignatureError(f"{ATTRIBUTE} is {named!r}; expected a list of functions")

@@ -14,7 +14,7 @@ Ask = Callable[[Conversation], Message | None]
 Run = Callable[[Call], Json]
 """The result of a call that fits its tool; what goes wrong is a result, too."""
 
-Ending = Literal["answered", "rounds", "no turn", "stopped"]
+Ending = Literal["answered", "rounds", "refused", "no turn", "stopped"]
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,15 @@ def converse(
 ) -> Exchange:
     """Let the model go on with `conversation` and run what it calls, until it answers.
 
-    A call that does not fit its tool is not run: the model gets what is wrong as the result, `{"error": ...}`.
+    A call that does not fit its tool is not run: the model gets what is wrong as the result, `{"error": ...}`. Two
+    turns one after the other with the same calls, none of which fits, end it.
 
     Args:
         max_rounds: turns with calls that are run, at most.
         on_call: called before each call is run or refused.
         on_result: called with its result.
     """
+    refused: tuple[Call, ...] = ()  # of the turn before, if nothing of it was run
     for rounds in range(max_rounds + 1):
         try:
             turn = ask(conversation)
@@ -62,18 +64,18 @@ def converse(
         if not turn.calls:
             return Exchange(conversation, "answered", rounds)
         results = []
+        fits = False
         for call in turn.calls:
             on_call(call)
-            results.append(result_of(call, conversation, run))
+            wrong = problems(call, conversation.tools)
+            fits = fits or not wrong
+            results.append({"error": "; ".join(wrong)} if wrong else run(call))
             on_result(call, results[-1])
         conversation = _with(conversation, Message("tool", results=tuple(results)))
+        if turn.calls == refused:
+            return Exchange(conversation, "refused", rounds + 1)
+        refused = () if fits else turn.calls
     return Exchange(conversation, "rounds", max_rounds)
-
-
-def result_of(call: Call, conversation: Conversation, run: Run) -> Json:
-    """What the model is told of a call."""
-    wrong = problems(call, conversation.tools)
-    return {"error": "; ".join(wrong)} if wrong else run(call)
 
 
 def _with(conversation: Conversation, turn: Message) -> Conversation:

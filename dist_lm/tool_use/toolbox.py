@@ -44,7 +44,8 @@ class Toolbox:
             UserError: it is not there, cannot be read, or one of its functions cannot be a tool; the message names it.
         """
         if not file.is_file():
-            raise UserError(f"--tools={file}: no such file; expected a Python file with functions")
+            found = "a folder" if file.is_dir() else "no such file"
+            raise UserError(f"--tools={file}: {found}; expected a Python file with functions")
         self._file, self._limits = file, limits
         self._host: _Host | None = None
         self.tools = self._begin()

@@ -128,6 +128,16 @@ def test_a_request_without_an_answer_is_taken_back(scripted, toolbox):
     assert [turn.content for turn in session.asked[-1].messages] == ["three"]
 
 
+def test_calls_that_are_refused_again_end_a_request_with_a_line(scripted, toolbox):
+    wrong = Message("assistant", calls=(Call("add", {"z": 2}),))
+    session = scripted(wrong, wrong, WORDS)
+    output = StringIO()
+    chat = ToolChat(session, toolbox, max_rounds=8)
+    outcome = chat.answer("one", SETTINGS, output.write, lambda line: None)
+    assert "no answer: it repeats calls that are refused" in str(outcome)
+    assert len(session.script) == 1
+
+
 def test_a_conversation_that_fills_the_context_is_one_line(scripted, toolbox):
     chat = ToolChat(scripted(), toolbox, 2)
     with pytest.raises(UserError, match="the model's context is 1,024"):
@@ -147,7 +157,7 @@ def test_an_answer_that_is_cut_off_says_so(scripted, toolbox):
 def test_what_is_wrong_with_a_request_is_one_line_and_not_the_models_fault(scripted, toolbox):
     session = scripted(WORDS)
     chat = ToolChat(session, toolbox, 2)
-    for text in ("", "\ud800"):
+    for text in ("", " \n\t", "\ud800"):
         with pytest.raises(UserError, match=r"empty|surrogate"):
             chat.answer(text, SETTINGS, lambda text: None, lambda line: None)
     assert not session.asked

@@ -75,6 +75,19 @@ def test_a_call_that_does_not_fit_is_not_run_and_the_model_is_told(call, error):
     assert exchange.ending == "answered"
 
 
+def test_the_same_refused_calls_twice_in_a_row_end_it():
+    wrong, other = calling({"y": 1}, {}), calling({"y": 2})
+    exchange, run, noted = play(wrong, other, wrong, wrong, WORDS, max_rounds=9)
+    assert (exchange.ending, exchange.rounds, exchange.answer, run) == ("refused", 4, "", [])
+    assert len(noted) == 2 * 7  # what is refused is seen
+    check_conversation(exchange.conversation)
+    partly = calling({"y": 1}, {"x": 1})
+    for turn in (partly, calling({"x": 1})):
+        assert play(turn, turn, WORDS)[0].ending == "answered"
+    words_between = Message("assistant", "Once more.", wrong.calls)
+    assert play(wrong, words_between)[0].ending == "refused"
+
+
 def test_rounds_are_limited():
     exchange, run, _ = play(*[calling({"x": 1})] * 9, max_rounds=3)
     assert (exchange.ending, exchange.rounds, exchange.answer, len(run)) == ("rounds", 3, "", 3)

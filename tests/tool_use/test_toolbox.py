@@ -179,7 +179,15 @@ def test_a_file_that_holds_no_tools_is_refused(tmp_path, text, message):
         Toolbox(write(tmp_path, text), Limits())
 
 
+def test_another_name_of_a_function_is_no_other_tool(tmp_path):
+    with Toolbox(write(tmp_path, "def f(x: int) -> int:\n    return x\nf2 = f\n"), Limits()) as box:
+        assert [tool.name for tool in box.tools] == ["f"]
+        assert box.run(Call("f", {"x": 1})) == 1
+
+
 def test_a_missing_file_and_limits_that_are_none_are_refused(tmp_path):
+    with pytest.raises(UserError, match=rf"--tools={tmp_path}: a folder; expected a Python file with functions"):
+        Toolbox(tmp_path, Limits())
     with pytest.raises(UserError, match=r"--tools=.*nowhere.py: no such file"):
         Toolbox(tmp_path / "nowhere.py", Limits())
     with pytest.raises(ConfigError, match="--tool-seconds=0"):
