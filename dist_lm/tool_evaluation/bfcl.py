@@ -28,6 +28,7 @@ from dist_lm.tool_evaluation.score import read_answer
 
 MAX_NEW_TOKENS = 512
 SEQUENCES = 32  # for whose whole context there is room, of short contexts
+FEW_TURNS = 0.1  # share of the questions asked below which a model has not learned the format
 CACHE_TOKENS = 65536  # at most, where the context is less
 
 
@@ -124,7 +125,7 @@ def is_right(turn: Message | None, question: BfclQuestion) -> bool:
 
 
 def print_table(name: str, results: Sequence[BfclResult], console: Console) -> None:
-    """A row a category."""
+    """A row a category; what to do about a model that writes hardly any turn; an example of what was not asked."""
     table = Table(title=f"BFCL, one turn, Python: {name}", title_justify="left")
     table.add_column("category")
     for column in ("questions", "right", "%", "turns, %", "not asked"):
@@ -136,6 +137,13 @@ def print_table(name: str, results: Sequence[BfclResult], console: Console) -> N
         shares = (f"{100 * right / len(part):.1f}", f"{100 * turns / len(part):.1f}")
         table.add_row(category, f"{len(part):,}", f"{right:,}", *shares, f"{not_asked:,}" if not_asked else "")
     console.print(table)
+    asked, turns = sum(not one.note for one in results), sum(one.is_turn for one in results)
+    if turns < FEW_TURNS * asked:
+        console.print(
+            f"{turns:,} of {asked:,} answers are whole turns: this model does not write calls in that format yet: "
+            "train it with stage=tools, or for more stage.steps",
+            soft_wrap=True,
+        )
     if any(one.note for one in results):
         example = next(one for one in results if one.note)
         console.print(

@@ -3,9 +3,11 @@
 import importlib.util
 import json
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from dist_lm import __main__ as program
 from dist_lm.chat.messages import Call, Message
@@ -13,7 +15,7 @@ from dist_lm.chat.schema import check_tool, problems
 from dist_lm.data.corpus import READERS
 from dist_lm.errors import ArtefactError
 from dist_lm.tool_evaluation import bfcl_data
-from dist_lm.tool_evaluation.bfcl import is_right
+from dist_lm.tool_evaluation.bfcl import BfclResult, is_right, print_table
 from dist_lm.tool_evaluation.bfcl_data import BfclQuestion, read_questions
 from dist_lm.tool_evaluation.bfcl_schema import schema_of
 from tests.training_run import linked, write_untrained
@@ -186,6 +188,16 @@ def test_the_verb_asks_a_run_and_says_what_was_right(package, tiny_work, tmp_pat
     assert all(category in out for category in CATEGORIES)
     assert next(line for line in lines if line["category"] == "parallel_multiple")["note"]  # longer than the context
     assert not any(line["right"] for line in lines if line["category"] in ("simple_python", "parallel"))
+
+
+@pytest.mark.parametrize(("turns", "said"), [(0, True), (1, False), (10, False)])
+def test_a_model_that_writes_hardly_any_turn_is_told_what_teaches_them(package, turns, said):
+    question = questions_by_id(package)["simple_python_0"]
+    results = [BfclResult(question, False, number < turns, "") for number in range(10)]
+    output = StringIO()
+    print_table("a run", [*results, BfclResult(question, False, False, "", "too long")], Console(file=output))
+    assert (f"{turns} of 10 answers are whole turns: " in output.getvalue()) is said
+    assert ("stage=tools" in output.getvalue()) is said
 
 
 def test_a_missing_package_is_one_line_that_says_how_to_get_it(monkeypatch, capsys, tmp_path):
