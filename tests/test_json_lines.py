@@ -14,7 +14,7 @@ SEPARATORS = "\u2028\u2029\u0085\x1c\x0b\x0c\r"
 
 @pytest.fixture
 def file(tmp_path):
-    values = [{"step": 1, "text": f"a{one}b"} for one in SEPARATORS]
+    values = [{"step": 1, "time": 2.0, "event": "x", "text": f"a{one}b"} for one in SEPARATORS]
     path = tmp_path / "lines.jsonl"
     path.write_bytes("\n\n".join(json.dumps(value, ensure_ascii=False) for value in values).encode() + b"\n")
     return path, values

@@ -19,6 +19,7 @@ from typing import Any
 
 from dist_lm import durable
 from dist_lm.cluster.heartbeat import Pulse
+from dist_lm.errors import ArtefactError
 from dist_lm.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -53,11 +54,24 @@ class Journal:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """The events of a run, in order; half a line that a killed launcher left is passed over."""
+    """The events of a run, in order; half a line that a killed launcher left is passed over.
+
+    Raises:
+        ArtefactError: a whole line is no event.
+    """
     if not path.exists():
         return
-    for line in path.read_text(errors="replace").split("\n"):
+    for number, line in enumerate(path.read_text(errors="replace").split("\n"), start=1):
         try:
-            yield json.loads(line)
+            event = json.loads(line)
         except ValueError:
             continue
+        if not _is_event(event):
+            raise ArtefactError(f"{path}:{number}: not an event: {line[:80]!r}; move the file away to go on without it")
+        yield event
+
+
+def _is_event(value: Any) -> bool:
+    return (
+        isinstance(value, dict) and isinstance(value.get("event"), str) and isinstance(value.get("time"), int | float)
+    )

@@ -161,6 +161,18 @@ def test_a_damaged_file_is_refused_by_its_path(tmp_path):
         path.unlink() if kept is None else path.write_bytes(kept)
 
 
+@pytest.mark.parametrize("line", ['{"time": 1.0, "step": 3}', '{"event": "stopped"}', "[1]", "7"])
+def test_a_line_that_is_no_event_is_refused_by_its_number_and_half_a_line_is_not(tmp_path, line):
+    run = make_run(WorkDirectory(tmp_path), "code", steps=10)
+    whole = run.events.read_text()
+    run.events.write_text(f'{{"time": 1.0, "ev\n{whole}')
+    assert len(read_run(run, "code").events) == whole.count("\n")
+    run.events.write_text(f"{whole}{line}\n")
+    place = f"{run.events}:{whole.count(chr(10)) + 1}: not an event: {line!r}; move the file away"
+    with pytest.raises(ArtefactError, match=re.escape(place)):
+        read_facts([run.path])
+
+
 def test_what_a_stage_is_for_comes_first(tmp_path):
     run = make_run(WorkDirectory(tmp_path), "rlhf", "default", steps=20)
     measured = [{"step": step, "time": 2e9 + step, "rlhf/win_rate": 0.5 + step / 100} for step in (0, 20)]
