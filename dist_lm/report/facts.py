@@ -77,6 +77,18 @@ class RunFacts:
         """That it shall have."""
         return self.config.get("stage", {}).get("steps")
 
+    @property
+    def corpora(self) -> frozenset[str]:
+        """That it reads, by name: its own, those in its mix, the one that leads, the pretraining text of stage rlhf."""
+        stage, rlhf = self.config.get("stage", {}), self.config.get("rlhf") or {}
+        lead = stage.get("lead") or {}
+        names = {*(stage.get("mix") or {}), lead.get("corpus") if lead.get("steps") else None}
+        if self.stage == "rlhf" and rlhf.get("pretrain_coefficient"):
+            names |= {rlhf.get("pretrain_corpus"), *(rlhf.get("pretrain_mix") or {})}
+        if not (self.stage == "rlhf" and rlhf.get("prompts_from")):
+            names.add(stage.get("corpus"))
+        return frozenset(str(name) for name in names if name)
+
     def last(self, name: str) -> float | None:
         """The newest finite value of a metric."""
         series = self.series.get(name)
@@ -89,7 +101,7 @@ class WorkFacts:
     """What the runs of a work directory share."""
 
     path: Path
-    corpora: Mapping[str, Manifest]
+    corpora: Mapping[str, Manifest]  # that the runs of the report read
     tokenizer: Mapping[str, Any]  # report.json
     pipeline: Mapping[str, Any]  # the command that is reported on; empty: runs were named one by one
 

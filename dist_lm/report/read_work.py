@@ -8,7 +8,7 @@ from typing import Any
 from dist_lm import durable
 from dist_lm.data.manifest import Manifest, read_manifest
 from dist_lm.errors import ArtefactError
-from dist_lm.report.facts import Facts, WorkFacts
+from dist_lm.report.facts import Facts, RunFacts, WorkFacts
 from dist_lm.report.read_run import read_run
 from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.redact import redact_command, redact_text
@@ -40,7 +40,12 @@ def read_facts(paths: Sequence[Path], run_id: str | None = None) -> Facts:
     return Facts(
         _title(runs, pipelines),
         facts,
-        tuple(_read_work(WorkDirectory(path), pipelines.get(path, {})) for path in works),
+        tuple(
+            _read_work(
+                WorkDirectory(path), pipelines.get(path, {}), [run for run in facts if run.path.parents[2] == path]
+            )
+            for path in works
+        ),
     )
 
 
@@ -120,8 +125,9 @@ def _title(runs: Sequence[RunDirectory], pipelines: dict[Path, dict[str, Any]]) 
     return f"{len(runs)} runs of {stages[0]}" if len(stages) == 1 else f"{len(runs)} runs"
 
 
-def _read_work(work: WorkDirectory, pipeline: dict[str, Any]) -> WorkFacts:
-    names = sorted(path.parent.name for path in work.path.glob("corpora/*/manifest.json"))
+def _read_work(work: WorkDirectory, pipeline: dict[str, Any], runs: Sequence[RunFacts]) -> WorkFacts:
+    read = frozenset[str]().union(*(run.corpora for run in runs))
+    names = sorted(name for name in read if work.corpus_manifest(name).is_file())
     corpora: dict[str, Manifest] = {name: read_manifest(work.corpus(name)) for name in names}
     tokenizer = durable.read_json(work.tokenizer_report)
     return WorkFacts(work.path, corpora, tokenizer, pipeline)

@@ -284,3 +284,27 @@ def test_what_a_rank_holds_is_what_its_optimizer_keeps(tmp_path, muon, moments):
     assert moments * weights <= kept + 1e-9 <= 2 * weights + 1e-9
     assert (kept == pytest.approx(2 * weights)) == (moments == 2)
     assert "Measured at most: 1.25 GiB" in memory.words
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "read"),
+    [
+        ("language", [], ["language"]),
+        ("code", ["stage.mix={tools: 0.2}"], ["code", "tools"]),
+        ("code", ["stage.lead.corpus=language", "stage.lead.steps=5"], ["code", "language"]),
+        (
+            "rlhf",
+            ["stage.corpus=tools", "rlhf.pretrain_coefficient=0.1", "rlhf.pretrain_corpus=code"],
+            ["code", "tools"],
+        ),
+        ("rlhf", ["rlhf.prompts_from=prompts.txt", "stage.corpus=tools"], []),
+    ],
+)
+def test_only_corpora_that_the_run_read_are_listed(tmp_path, stage, overrides, read):
+    work = make_pipeline(tmp_path, steps=10)
+    run = make_run(work, stage, "other", steps=10, overrides=overrides)
+    facts = read_facts([run.path])
+    assert list(facts.works[0].corpora) == read
+    page = write_report([run.path], None, None)[0].read_text(encoding="utf-8")
+    assert [name for name in ("code", "language", "tools") if f'<th scope="row">{name}</th>' in page] == read
+    assert ("These runs read no corpora" in page) == (not read)
