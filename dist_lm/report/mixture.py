@@ -19,6 +19,7 @@ class Share:
     start: float
     width: float
     colour: int
+    size: str
     words: str
 
 
@@ -113,9 +114,30 @@ def _merged(parts: Sequence[tuple[str, float, str]]) -> list[tuple[str, float, s
 
 
 def _bar(parts: Sequence[tuple[str, float, str]], colours: dict[str, int]) -> list[Share]:
+    """A colour a language, the same in all bars where it can be; of more than `COLOURS` the smallest share the last."""
+    named, others = _few(parts)
+    free = set(range(COLOURS - bool(others)))
+    chosen: dict[str, int] = {}
+    for label, _, _ in sorted(named, key=lambda part: part[0] not in colours):
+        known = colours.get(label, -1)
+        chosen[label] = known if known in free else min(free, key=lambda one: (one in colours.values(), one))
+        free.remove(chosen[label])
+        colours.setdefault(label, chosen[label])
     shares, start = [], 0.0
-    for label, share, words in parts:
-        colour = colours.setdefault(label, len(colours) % COLOURS)
-        shares.append(Share(label, start, share * 100, colour, f"{label}: {share:.1%} of a step ({words})"))
+    for label, share, words in [*named, *others]:
+        said = f"{label}: {share:.1%} of a step ({words})"
+        shares.append(Share(label, start, share * 100, chosen.get(label, COLOURS - 1), f"{share:.1%}", said))
         start += share * 100
     return shares
+
+
+def _few(
+    parts: Sequence[tuple[str, float, str]],
+) -> tuple[Sequence[tuple[str, float, str]], list[tuple[str, float, str]]]:
+    """Parts with a colour of their own, and the others, where there are too many for that, as one."""
+    if len(parts) <= COLOURS:
+        return parts, []
+    small = sorted(parts, key=lambda part: -part[1])[COLOURS - 1 :]
+    words = ", ".join(f"{label} {share:.1%}" for label, share, _ in small)
+    together = (f"{len(small)} others", sum(share for _, share, _ in small), words)
+    return [part for part in parts if part not in small], [together]

@@ -77,8 +77,15 @@ def make_pipeline(directory: Any, run_id: str = "default", steps: int = 200) -> 
     return work
 
 
-def make_corpora(work: WorkDirectory) -> None:
-    """Manifests alone: no report reads the shards."""
+HELD = {
+    "language": {"english": 400_000},
+    "code": {"python": 900_000, "bash": 300_000, "sql": 120_000},
+    "tools": {"tools": 500_000},
+}
+
+
+def make_corpora(work: WorkDirectory, held: Mapping[str, Mapping[str, int]] = HELD) -> None:
+    """Manifests alone, of tokens by corpus and language: no report reads the shards."""
     durable.write_json(
         work_file(work.tokenizer_report),
         {
@@ -87,11 +94,6 @@ def make_corpora(work: WorkDirectory) -> None:
             "languages": {"english": {"bytes_per_token": 3.4}, "python": {"bytes_per_token": 2.9}},
         },
     )
-    held = {
-        "language": {"english": 400_000},
-        "code": {"python": 900_000, "bash": 300_000, "sql": 120_000},
-        "tools": {"tools": 500_000},
-    }
     for name, languages in held.items():
         counts = {language: Counts(tokens // 400, tokens, tokens * 3) for language, tokens in languages.items()}
         train = Split((Shard("train-000000.tar", 1, "0" * 64, sum(counts.values(), Counts())),), counts)

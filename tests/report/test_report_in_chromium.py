@@ -1,7 +1,9 @@
 """The page in a real browser: drawn, quiet, not wider than a telephone, in the scheme that the reader prefers."""
 
+import math
 import shutil
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from dist_lm.report.charts import COLOURS
 from dist_lm.report.write import write_report
 from dist_lm.run_directory import WorkDirectory
-from tests.report.made_runs import make_pipeline, make_run
+from tests.report.made_runs import make_corpora, make_pipeline, make_run
 
 pytestmark = pytest.mark.heavy
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -123,4 +125,18 @@ def test_a_change_of_scheme_is_followed_at_once(browser, report):
     page.emulate_media(color_scheme="dark")
     page.wait_for_function("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)[0] < 60")
     assert not [name for name, pixels in page.evaluate(DRAWN) if pixels < 20]
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_slices_of_a_mixture_look_different(browser, tmp_path, scheme):
+    work = WorkDirectory(tmp_path)
+    make_corpora(work, {"code": {f"language{number:02}": 1000 * (number + 1) for number in range(13)}})
+    run = make_run(work, "code", steps=20)
+    page, _ = opened(browser, write_report([run.path], None, None)[0], scheme=scheme)
+    fills = """() => [...document.querySelectorAll("#data .mixture rect")].map((slice) =>
+      getComputedStyle(slice).fill.match(/\\d+/g).map(Number))"""
+    colours = page.evaluate(fills)
+    assert len(colours) == COLOURS
+    assert min(math.dist(one, other) for one, other in combinations(colours, 2)) > 50
     page.close()

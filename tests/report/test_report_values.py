@@ -18,6 +18,7 @@ from dist_lm.report.config_diff import differences, from_defaults
 from dist_lm.report.downsample import downsample, trend_of
 from dist_lm.report.facts import Series
 from dist_lm.report.layout_picture import kinds, mesh_picture, parameter_picture
+from dist_lm.report.mixture import COLOURS, mixtures
 from dist_lm.report.overview import card_of
 from dist_lm.report.rank_memory import rank_memory
 from dist_lm.report.read_run import read_run, read_series
@@ -25,7 +26,7 @@ from dist_lm.report.read_work import read_facts
 from dist_lm.report.timeline import timeline_of
 from dist_lm.report.write import write_report
 from dist_lm.run_directory import WorkDirectory
-from tests.report.made_runs import HOSTILE, STAGES, make_pipeline, make_run, write_lines
+from tests.report.made_runs import HOSTILE, STAGES, make_corpora, make_pipeline, make_run, write_lines
 
 MODEL = ModelConfig("small", d_model=64, n_layers=2, n_heads=4, d_ff=96, max_seq_len=64, vocab_size=512)
 
@@ -308,3 +309,21 @@ def test_only_corpora_that_the_run_read_are_listed(tmp_path, stage, overrides, r
     page = write_report([run.path], None, None)[0].read_text(encoding="utf-8")
     assert [name for name in ("code", "language", "tools") if f'<th scope="row">{name}</th>' in page] == read
     assert ("These runs read no corpora" in page) == (not read)
+
+
+def test_every_slice_of_a_mixture_has_a_colour_of_its_own_and_the_smallest_share_one(tmp_path):
+    work = make_pipeline(tmp_path, steps=10)
+    kinds = {f"tools_{number}": 10_000 * (number + 1) for number in range(9)}
+    make_corpora(work, {"tools": kinds})
+    overrides = ["stage.mix={code: 0.3, language: 0.1}"]
+    run = make_run(work, "tools", "many", steps=10, overrides=overrides)
+    facts = read_facts([work.run("code", "default").path, run.path])
+    few, many = (mixture.shares for mixture in mixtures(facts.runs, facts.works))
+    for shares in (few, many):
+        assert len({share.colour for share in shares}) == len(shares) <= COLOURS
+        assert shares[-1].start + shares[-1].width == pytest.approx(100)
+    colour_of = {share.label: share.colour for share in many}
+    assert [colour_of[share.label] for share in few[:2]] == [share.colour for share in few[:2]], "python and bash"
+    assert many[-1].label == "6 others"
+    assert all(name in many[-1].words for name in list(kinds)[:5])
+    assert sum(share.width for share in many[:-1]) > 2 * many[-1].width
