@@ -6,11 +6,14 @@ to standard error. Colour follows the terminal and NO_COLOR.
 """
 
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import zip_longest
 from typing import Literal, TextIO
 
+from rich.cells import cell_len
 from rich.console import Console as RichConsole
 from rich.panel import Panel
 from rich.table import Table
@@ -25,6 +28,7 @@ from dist_lm.tracking.redact import redact_text
 FILE_WIDTH = 160  # columns of what is no terminal: nothing folds it
 ENDLESS = 100_000
 NARROW = 90  # columns: with fewer, folded cells are hard to read
+GAP = 2  # columns between those of a table
 FRAME = 4  # columns of a panel beside what is in it
 
 
@@ -76,28 +80,37 @@ class Console:
             self._err.print(Text(redact_text(text.rstrip("\n"))))
 
     def table(
-        self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], below: Collection[str] = ()
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Iterable[Sequence[str]],
+        below: Collection[str] = (),
+        under: str = "",
     ) -> None:
         """Print a table of plain text.
 
         Args:
-            below: columns whose cells go below their row, a line each, where the table is wider than a narrow terminal.
+            below: columns whose cells go below their row where the table is wider than a narrow terminal, or has words
+                that would have to be broken.
+            under: the column that these lines begin under; the first if empty.
         """
         listed = [tuple(row) for row in rows]
+        width = self._out.width
+        widths = _widths(columns, listed, width)
+        whole = _table_width(widths) <= width
+        fits = whole and widths == _widths(columns, listed, ENDLESS)
         table = Table(box=None, pad_edge=False)
-        for column in columns:
-            table.add_column(column, overflow="fold")
+        for column, own in zip(columns, widths, strict=True):
+            table.add_column(column, overflow="fold", width=own if whole else None)
         for row in listed:
             table.add_row(*(Text(cell) for cell in row))
-        endless = self._out.options.update(max_width=ENDLESS)  # a measure goes no further than that
-        fits = self._out.measure(table, options=endless).maximum <= self._out.width
         with self._above(self._out):
             # not the table's own title, which is folded to the table's width; a terminal's line ends between words
             self._out.print(Text(title, style="bold"), soft_wrap=not self._out.is_terminal)
-            if fits or not below or self._out.width >= NARROW:
+            if fits or not below or (whole and width >= NARROW):
                 self._out.print(table, soft_wrap=False)
             else:
-                self._out.print(*_with_rows_below(columns, listed, below), sep="\n")
+                self._out.print(*_with_rows_below(columns, listed, below, under, width), sep="\n")
 
     def plan(self, title: str, stages: Iterable[tuple[str, str, str]]) -> None:
         """Print a plan: (stage, what is done about it, detail) a row."""
@@ -218,17 +231,47 @@ def _printer(file: TextIO) -> RichConsole:
     return made
 
 
-def _with_rows_below(columns: Sequence[str], rows: Sequence[Sequence[str]], below: Collection[str]) -> Iterator[Text]:
-    """A table for a narrow terminal: some columns in line, the cells of others below their row."""
+def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[int]:
+    """Of the columns of a table: no less than their longest words, and so much more as there is room for."""
+    cells = list(zip(columns, *rows, strict=True))
+    words = [max(cell_len(word) for cell in column for word in ("", *cell.split())) for column in cells]
+    found = [max(map(cell_len, column)) for column in cells]
+    while _table_width(found) > width and found != words:
+        found[max((place for place in range(len(found)) if found[place] > words[place]), key=found.__getitem__)] -= 1
+    return found
+
+
+def _table_width(widths: Sequence[int]) -> int:
+    return sum(widths) + GAP * len(widths)
+
+
+def _with_rows_below(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], below: Collection[str], under: str, width: int
+) -> Iterator[Text]:
+    """A table for a narrow terminal: some columns in line, the cells of others below their row; words stay whole."""
     short = [place for place, column in enumerate(columns) if column not in below]
-    widths = {place: max(len(row[place]) for row in (columns, *rows)) for place in short}
+    in_line = [[row[place] for place in short] for row in (columns, *rows)]
+    widths = _widths(in_line[0], in_line[1:], width)
+    start = GAP + sum(
+        own + GAP for place, own in zip(short, widths, strict=True) if place < columns.index(under or columns[0])
+    )
 
-    def aligned(row: Sequence[str]) -> str:
-        return "  ".join(f"{row[place]:{widths[place]}}" for place in short).rstrip()
+    def aligned(cells: Sequence[str]) -> Iterator[str]:
+        folded = [_wrapped(cell, own) for cell, own in zip(cells, widths, strict=True)]
+        for line in zip_longest(*folded, fillvalue=""):
+            yield (
+                (" " * GAP)
+                .join(part + " " * (own - cell_len(part)) for part, own in zip(line, widths, strict=True))
+                .rstrip()
+            )
 
-    yield Text(aligned(columns), style="bold")
-    for row in rows:
-        yield Text(aligned(row))
+    yield from (Text(line, style="bold") for line in aligned(in_line[0]))
+    for row, cells in zip(rows, in_line[1:], strict=True):
+        yield from map(Text, aligned(cells))
         for place, cell in enumerate(row):
             if place not in short and cell:
-                yield Text(f"  {cell}", style="dim")
+                yield from (Text(" " * start + line, style="dim") for line in _wrapped(cell, width - start))
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, max(1, width), break_long_words=False, break_on_hyphens=False) or [""]

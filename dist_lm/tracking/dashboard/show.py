@@ -9,22 +9,25 @@ from dist_lm.errors import ArtefactError
 from dist_lm.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.dashboard.layout import Board
+from dist_lm.tracking.readable import counted
 
 
 def print_boards(boards: Sequence[Board], console: Console) -> None:
-    """A table a board: section, panel, what it plots, unit."""
+    """A table a board: section, panel, what it plots, unit, axis."""
     for board in boards:
         rows = [
             (
                 section.name if place == 0 else "",
                 panel.title,
                 panel.pattern or ("" if panel.names == (panel.title,) else ", ".join(panel.names)),
-                ", ".join(part for part in (panel.unit, "log" if panel.logarithmic else "") if part),
+                panel.unit,
+                "log" if panel.logarithmic else "",
             )
             for section in board.sections
             for place, panel in enumerate(section.panels)
         ]
-        console.table(f"{board.title} ({len(board.panels)} panels)", ("section", "panel", "plots", "unit"), rows)
+        title = f"{board.title} ({counted(len(board.panels), 'panel')})"
+        console.table(title, ("section", "panel", "plots", "unit", "axis"), rows, below=("plots",), under="panel")
 
 
 def newest_offline(run: RunDirectory) -> Path:

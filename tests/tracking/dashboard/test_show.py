@@ -8,8 +8,9 @@ import pytest
 
 from dist_lm.errors import ArtefactError
 from dist_lm.run_directory import RunDirectory
+from dist_lm.tracking import console
 from dist_lm.tracking.console import Console
-from dist_lm.tracking.dashboard.layout import board_of
+from dist_lm.tracking.dashboard.layout import board_of, boards
 from dist_lm.tracking.dashboard.show import leet_command, open_in_leet, print_boards
 
 
@@ -19,6 +20,25 @@ def test_a_board_is_a_table_of_its_panels() -> None:
     text = output.getvalue()
     for words in ("dist_lm stage code", "Loss, trained and held out", "code/parses by language", "bits/byte", "log"):
         assert words in text
+
+
+@pytest.mark.parametrize("width", [60, 75, 90, 91, 105, 120, 160])
+def test_names_stay_whole_and_an_axis_is_no_unit(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "FILE_WIDTH", width)
+    for board in boards():
+        output = io.StringIO()
+        print_boards([board], Console(output))
+        _, head, *lines = output.getvalue().splitlines()
+        assert all(len(line) <= width for line in lines)
+        start, unit, axis = head.index("panel"), head.index("unit"), head.index("axis")
+        end = head.index("plots") if "plots" in head else unit
+        words = {""} | {word.strip(",") for line in lines for word in line.split()}
+        for panel in board.panels:
+            assert {*panel.names, panel.pattern, *panel.title.replace(",", "").split()} <= words
+            rows = (line for line in lines if line[start:end].strip() and line[start] != " ")
+            row = next(line for line in rows if f"{panel.title} ".startswith(f"{line[start:end].strip()} "))
+            assert row[unit:axis].strip() == panel.unit
+            assert row[axis:].strip() == ("log" if panel.logarithmic else "")
 
 
 def test_the_newest_offline_run_is_opened(tmp_path: Path) -> None:
