@@ -33,7 +33,11 @@ def training_rows(state: TrainingState, now: float, width: int, glyphs: Glyphs) 
     if saved:
         rows.append((4, labelled("saved", Text(saved), width, glyphs)))
     if state.gang:
-        rows.append((5, labelled("ranks", _ranks(state, now, glyphs), width, glyphs)))
+        lines = _wrapped(_ranks(state, now, glyphs), width - INDENT - LABEL, glyphs)
+        rows += [
+            (7 if place else 5, labelled("" if place else "ranks", text, width, glyphs))
+            for place, text in enumerate(lines)
+        ]
         rows += [(20 + place, row) for place, row in enumerate(_nodes(state, now, width, glyphs))]
     return rows
 
@@ -78,7 +82,7 @@ def _saved(state: TrainingState, now: float, glyphs: Glyphs) -> str:
     return f" {glyphs.dot} ".join(parts)
 
 
-def _ranks(state: TrainingState, now: float, glyphs: Glyphs) -> Text:
+def _ranks(state: TrainingState, now: float, glyphs: Glyphs) -> list[Text]:
     gang = state.gang
     assert gang
     nodes = len(gang.hosts)
@@ -90,8 +94,19 @@ def _ranks(state: TrainingState, now: float, glyphs: Glyphs) -> Text:
         parts.append(_doing(state.ranks, now - state.ranks_at))
     if "perf/memory_gib" in state.values:
         parts.append(Text(f"{state.values['perf/memory_gib']:.1f} GiB a rank"))
-    parts.append(Text(gang.layout, style="dim"))
-    return Text(f" {glyphs.dot} ").join(parts)
+    return [*parts, Text(gang.layout, style="dim")]
+
+
+def _wrapped(parts: list[Text], width: int, glyphs: Glyphs) -> list[Text]:
+    """Facts in as many lines as they need; one that is wider than a line has a line of its own."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        longer = Text(f" {glyphs.dot} ").join([lines[-1], part])
+        if longer.cell_len <= width:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    return lines
 
 
 def _doing(ranks: tuple[RankPulse, ...], since: float) -> Text:

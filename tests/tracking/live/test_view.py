@@ -1,16 +1,19 @@
 """The live view at every size: what matters stays, nothing is wider or higher than the terminal."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from dist_lm.tracking.live.glyphs import ASCII, UNICODE, glyphs_for
 from dist_lm.tracking.live.state import LiveState, Work
-from dist_lm.tracking.live.training_state import FIGURES, TrainingState
+from dist_lm.tracking.live.training_state import FIGURES, GangFacts, RankPulse, TrainingState
 from dist_lm.tracking.live.view import View, view_lines
 from dist_lm.tracking.registry import metric_of
 from tests.tracking.live.shown import NOW, in_training, pipeline, training
+
+GANG = GangFacts(("node-0", "node-1"), 2, "cpu", "dp_replicate=1 dp_shard=2 tp=2")
 
 
 def shown(state: LiveState, width: int = 80, height: int = 24, glyphs=UNICODE) -> list[str]:
@@ -101,6 +104,22 @@ def test_a_rank_that_is_silent_is_named() -> None:
     assert "rank 1 in a step, silent 45 s" in row(shown(in_training(silent_s=45.0), 120), "ranks")
     lines = shown(in_training(nodes=64), 120, 60)
     assert any("and 56 nodes more" in line for line in lines)
+
+
+@pytest.mark.parametrize("width", [48, 60, 79, 100, 160])
+def test_no_fact_of_the_ranks_is_cut_off_where_there_are_rows(width: int) -> None:
+    state = in_training(silent_s=45.0)
+    training = state.works[0].training
+    assert training
+    training.start(replace(GANG, attempt=3))
+    training.hear([RankPulse(0, 214, "in a step", 45.0)], NOW)
+    training.take({"step": 215, "time": 1108.0, "perf/memory_gib": 1.25})
+    lines = shown(state, width, 40)
+    first = next(place for place, line in enumerate(lines) if line.split()[:1] == ["ranks"])
+    said = " ".join(line[12:] for line in lines[first : first + 5])
+    for fact in ("2 nodes × 2 on cpu", "attempt 3", "rank 0 in a step, silent 45 s", "GiB a rank", GANG.layout):
+        assert fact in said
+    assert (GANG.layout in lines[first]) == (width >= 160)
 
 
 def test_a_stage_that_ends_says_how_it_came_out() -> None:
