@@ -154,9 +154,10 @@ def report(
 ) -> None:
     """Write one HTML file: curves, samples, layout, data, timeline, hardware, configuration (docs/report.md)."""
     from dist_lm.report.write import write_report
+    from dist_lm.tracking.readable import gib
 
     path, size = write_report(runs, output, run_id)
-    print(f"{path} ({size / 1e6:.2f} MB)")
+    print(f"{path} ({gib(size)})")
 
 
 @cluster.command("status")

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_lm.cluster.status import PipelineStatus, RunStatus, node_rows
-from dist_lm.tracking.progress import duration
+from dist_lm.tracking.readable import duration, four_digits, percent, three_decimals
 
 WORDS = {
     "running": ("running", "bold green"),
@@ -85,14 +85,14 @@ def _print_run(run: RunStatus, console: Console, now: float) -> None:
 def _progress(run: RunStatus) -> str:
     of = f"/{run.steps:,}" if run.steps else ""
     parts = [f"step {run.step:,}{of}"]
-    for name, form in (
-        ("train/loss", "loss {:.3f}"),
-        ("val/bits_per_byte", "val {:.3f} bits/byte"),
-        ("perf/tokens_per_s", "{:,.0f} tokens/s"),
-        ("perf/mfu", "MFU {:.1%}"),
+    for name, words, form in (
+        ("train/loss", "loss {}", three_decimals),
+        ("val/bits_per_byte", "val {} bits/byte", three_decimals),
+        ("perf/tokens_per_s", "{} tokens/s", four_digits),
+        ("perf/mfu", "MFU {}", percent),
     ):
         if name in run.metrics:
-            parts.append(form.format(run.metrics[name]))
+            parts.append(words.format(form(run.metrics[name])))
     parts.append(f"newest checkpoint {run.checkpoint or 'none yet'}")
     return "  ".join(parts)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.filesize import decimal
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +18,7 @@ from dist_lm.data.manifest import Manifest, manifest_path, read_manifest, verify
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.errors import ArtefactError
 from dist_lm.run_directory import WorkDirectory
+from dist_lm.tracking.readable import gib
 
 SAMPLE_TOKENS = 160  # shown of a document
 ORIGINS_SHOWN = 12
@@ -130,7 +130,7 @@ def _shard_table(shards: list[dict[str, Any]]) -> Table:
             shard["name"],
             f"{counts['documents']:,}",
             f"{counts['tokens']:,}",
-            decimal(shard["size"]),
+            gib(shard["size"]),
             Text(state, style="green" if state == "ok" else "red"),
         )
     return table

@@ -89,7 +89,7 @@ def best(config: Config, found: list[Candidate]) -> Candidate:
     lower = f"lower stage.micro_batch={micro_batch}" if micro_batch > 1 else "shorten stage.seq_len"
     raise ConfigError(
         f"parallel.auto=true: no layout fits {USABLE:.0%} of hardware.memory_gib={memory_gib:g}; the smallest takes "
-        f"{least.memory / 2**30:.1f} GiB ({describe(least)}): {lower}, or use more ranks"
+        f"{gib(least.memory)} ({describe(least)}): {lower}, or use more ranks"
     )
 
 

@@ -6,8 +6,7 @@ from dist_lm.dry_run.play import RankReport
 from dist_lm.dry_run.work import WORLD, resident, step_seconds
 from dist_lm.model.size import flops_per_token, parameter_count
 from dist_lm.parallel.layout import AXES, Layout
-from dist_lm.tracking.progress import duration
-from dist_lm.tracking.readable import gib, readable_count, span, three_digits
+from dist_lm.tracking.readable import duration, four_digits, gib, percent, readable_count, span
 
 
 def rows(config: Config, layout: Layout, reports: list[RankReport]) -> list[list[str]]:
@@ -33,7 +32,7 @@ def rows(config: Config, layout: Layout, reports: list[RankReport]) -> list[list
             table.append(row(f"sent, {axis}", lambda r, a=axis: f"{gib(r.work.sent[a])} ({r.work.messages[a]:,})"))
     return [
         *table,
-        row("computed", lambda r: f"{three_digits(r.work.flops / 1e12)} TFLOP"),
+        row("computed", lambda r: f"{four_digits(r.work.flops / 1e12)} TFLOP"),
         row("step, estimated", lambda r: "-" if offload else span(step_seconds(r.work, layout, config.hardware))),
     ]
 
@@ -57,6 +56,6 @@ def summary(config: Config, layout: Layout, reports: list[RankReport]) -> dict[s
         "peak memory": f"{gib(peak)} of {hardware.memory_gib:g} GiB{' - does not fit' if room > 1 else ''}",
         "estimate": "no time is estimated with parallel.cpu_offload=true"
         if offloads(config)
-        else f"{span(seconds)} a step, {readable_count(round(tokens / seconds))} tokens/s, MFU {mfu:.0%}, "
+        else f"{span(seconds)} a step, {four_digits(tokens / seconds)} tokens/s, MFU {percent(mfu)}, "
         f"{stage.steps:,} steps in {duration(seconds * stage.steps)}",
     }

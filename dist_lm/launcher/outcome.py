@@ -3,7 +3,7 @@
 import importlib
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.stages.registry import STAGES
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.metrics import last_metrics, read_metrics
-from dist_lm.tracking.readable import span
+from dist_lm.tracking.readable import percent, span, three_decimals
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,18 @@ class KeyFigure:
     """What a stage is judged by."""
 
     metric: str
-    form: str
+    form: Callable[[float], str]
     words: str
 
 
 # of a stage the first line of which it has any
 KEY_FIGURES = (
-    (KeyFigure("rlhf/win_rate", "{:.0%}", "wins"), KeyFigure("rlhf/reward_mean", "{:.3f}", "reward")),
-    (KeyFigure("reward/accuracy", "{:.0%}", "pairs right"),),
-    (KeyFigure("tools/call_exact", "{:.0%}", "calls exact"),),
-    (KeyFigure("val/bits_per_byte", "{:.3f}", "val bits/byte"),),
-    (KeyFigure("val/loss", "{:.3f}", "val loss"),),
-    (KeyFigure("train/loss", "{:.3f}", "loss"),),
+    (KeyFigure("rlhf/win_rate", percent, "wins"), KeyFigure("rlhf/reward_mean", three_decimals, "reward")),
+    (KeyFigure("reward/accuracy", percent, "pairs right"),),
+    (KeyFigure("tools/call_exact", percent, "calls exact"),),
+    (KeyFigure("val/bits_per_byte", three_decimals, "val bits/byte"),),
+    (KeyFigure("val/loss", three_decimals, "val loss"),),
+    (KeyFigure("train/loss", three_decimals, "loss"),),
 )
 BELOW = ("first -> last", "where")  # columns that a narrow terminal has below their row
 WORDS = {"waiting": "not begun"}
@@ -102,9 +102,9 @@ def key_figures(run: RunDirectory, result: Mapping[str, Any]) -> list[str]:
         began = {0: before[name]} if before.get(name) is not None else {}
         ended = {steps: last[name]} if result else {}
         (step, first), *others = (began | measured[name] | ended).items()
-        was = f"{figure.form.format(first)} -> " if others else ""
+        was = f"{figure.form(first)} -> " if others else ""
         when = "" if others or result else f" (step {step:,})"
-        found.append(f"{figure.words} {was}{figure.form.format(last[name])}{when}")
+        found.append(f"{figure.words} {was}{figure.form(last[name])}{when}")
     return found
 
 

@@ -3,7 +3,7 @@
 from dist_lm.json_lines import json_lines
 from dist_lm.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
-from dist_lm.tracking.readable import counted
+from dist_lm.tracking.readable import counted, percent
 
 ROWS = {  # metric -> what the table calls it
     "rlhf/reward_mean": "reward, less the divergence",
@@ -68,8 +68,8 @@ def entries(result: dict, run: RunDirectory) -> list[tuple[str, str]]:
         ),
     ]
     if "rlhf/win_rate" in after:
-        was = f"{before['rlhf/win_rate']:.0%} -> " if "rlhf/win_rate" in before else ""
-        lines.append(("held-out prompts", f"wins against the reference: {was}{after['rlhf/win_rate']:.0%}"))
+        was = f"{percent(before['rlhf/win_rate'])} -> " if "rlhf/win_rate" in before else ""
+        lines.append(("held-out prompts", f"wins against the reference: {was}{percent(after['rlhf/win_rate'])}"))
     lines += [
         ("checkpoint", str(run.checkpoints / str(result["checkpoint"]))),
         ("rollouts", str(run.samples)),

@@ -10,7 +10,7 @@ from dist_lm.launcher.rlhf_summary import is_rlhf, print_rlhf
 from dist_lm.launcher.tools_summary import print_tools, tool_entries
 from dist_lm.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
-from dist_lm.tracking.readable import counted
+from dist_lm.tracking.readable import change, counted, percent, three_decimals
 
 SAMPLE_LINES = 12
 
@@ -78,9 +78,7 @@ def print_compression(result: dict, stage: PlannedStage, console: Console) -> No
     rows = []
     for name in names:
         model = result["metrics"][f"val/bits_per_byte{'' if name == 'all' else f'_{name}'}"]
-        rows.append(
-            (name, f"{model:.3f}", f"{baseline[name]:.3f}", f"{round((model / baseline[name] - 1) * 100):+d} %")
-        )
+        rows.append((name, f"{model:.3f}", f"{baseline[name]:.3f}", change(model / baseline[name])))
     console.table(
         f"bits per byte on the held-out documents of corpus {stage.config.stage.corpus}",
         ("language", "model", "gzip -9", "model against gzip"),
@@ -96,9 +94,9 @@ def print_before_and_after(result: dict, console: Console) -> None:
         rows = [
             (
                 name.removeprefix("val/loss").removeprefix("_") or "all",
-                f"{before[name]:.4f}",
-                f"{after[name]:.4f}",
-                f"{(after[name] / before[name] - 1) * 100:+.1f} %",
+                three_decimals(before[name]),
+                three_decimals(after[name]),
+                change(after[name] / before[name]),
             )
             for name in names
         ]
@@ -139,7 +137,7 @@ def entries(result: dict, stage: PlannedStage, run: RunDirectory) -> list[tuple[
     lines = [
         ("parameters", f"{result['parameters']:,}"),
         ("trained", f"{result['steps']:,} steps, {result['tokens']:,} {unit} on {counted(result['ranks'], 'rank')}"),
-        ("val", f"loss {metrics['val/loss']:.4f}{bits}"),
+        ("val", f"loss {three_decimals(metrics['val/loss'])}{bits}"),
     ]
     if packing := result.get("packing"):
         everything = packing["documents"] + packing["left_out"]
@@ -148,12 +146,12 @@ def entries(result: dict, stage: PlannedStage, run: RunDirectory) -> list[tuple[
             (
                 "packed",
                 f"{packing['documents']:,} {kind} into {packing['sequences']:,} sequences, "
-                f"{packing['padding']:.1%} padding{left_out}",
+                f"{percent(packing['padding'])} padding{left_out}",
             )
         )
     lines += tool_entries(metrics) + reward_entries(result)
     parsed = [
-        f"{key.removeprefix('code/parses_')} {value:.0%}"
+        f"{key.removeprefix('code/parses_')} {percent(value)}"
         for key, value in sorted(metrics.items())
         if key.startswith("code/parses_")
     ]

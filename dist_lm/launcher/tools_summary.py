@@ -1,6 +1,7 @@
 """What stage `tools` ends with: right calls by kind of conversation, before the first step and after the last."""
 
 from dist_lm.tracking.console import Console
+from dist_lm.tracking.readable import percent
 
 COLUMNS = {  # figure -> what the table calls it
     "parses": "parses",
@@ -32,7 +33,9 @@ def print_tools(result: dict, console: Console) -> None:
 def tool_entries(metrics: dict) -> list[tuple[str, str]]:
     """The figures that no kind has, as a line of the summary."""
     found = [
-        f"{name.replace('_', ' ')} {metrics[f'tools/{name}']:.0%}" for name in OVERALL if f"tools/{name}" in metrics
+        f"{name.replace('_', ' ')} {percent(metrics[f'tools/{name}'])}"
+        for name in OVERALL
+        if f"tools/{name}" in metrics
     ]
     return [("calls", ", ".join(found))] if found else []
 

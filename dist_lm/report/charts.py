@@ -9,7 +9,7 @@ import numpy as np
 from dist_lm.report.downsample import Curve, curve_of
 from dist_lm.report.facts import RunFacts, Series
 from dist_lm.tracking.metric import Metric
-from dist_lm.tracking.readable import three_digits
+from dist_lm.tracking.readable import four_digits
 from dist_lm.tracking.registry import UnknownMetricError, metric_of
 
 POINTS = 100_000  # of all curves of a report, and half as many of trends: what keeps the file small
@@ -166,20 +166,13 @@ def still_values(chart: Chart) -> list[Still]:
     for line in chart.lines:
         points = line.curve.points
         finite = points.values[np.isfinite(points.values)]
-        value = shown(float(finite[-1])) if len(finite) else "not finite"
+        value = four_digits(float(finite[-1])) if len(finite) else "not finite"
         when = f"step {int(points.steps[0]):,}" if line.curve.measured == 1 else ""
         found.append(Still(line.label, line.colour % COLOURS, value, when))
     if len({line.run for line in chart.lines}) == 1 and len({(one.value, one.when) for one in found}) == 1:
         parts = f"all {len(found)} parts" if len(found) > 1 else ""
         return [replace(found[0], label="", when=", ".join(part for part in (found[0].when, parts) if part))]
     return found
-
-
-def shown(value: float) -> str:
-    """A figure in a few digits: `2.314`, `0.871`, `9,412`, `1.20e-05`."""
-    if value and abs(value) < 1e-3:
-        return f"{value:.2e}"
-    return f"{value:.4g}" if abs(value) < 100 else three_digits(value) if value > 0 else f"{value:,.0f}"
 
 
 class Numbers:
@@ -241,7 +234,7 @@ def _knots(series: Series | None) -> dict[str, list] | None:
     return {"x": series.steps[chosen].tolist(), "y": _rounded(series.values[chosen], digits=7)}
 
 
-def _rounded(values: np.ndarray, digits: int = 5) -> list[float | None]:
-    """Five digits are more than a screen shows; a value that is not finite is a gap."""
+def _rounded(values: np.ndarray, digits: int = 6) -> list[float | None]:
+    """Six digits are more than a screen shows; a value that is not finite is a gap."""
     shown = (float(f"{value:.{digits}g}") if np.isfinite(value) else None for value in values.tolist())
     return [int(value) if value is not None and value.is_integer() else value for value in shown]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dist_lm.report.facts import RunFacts
-from dist_lm.tracking.readable import three_digits
+from dist_lm.tracking.readable import four_digits, gib, percent
 
 UNKNOWN = "–"
 COLUMNS = (
@@ -54,9 +54,9 @@ def _cells(run: RunFacts) -> tuple[str, ...]:
         nodes,
         f"{ranks:,}" if ranks else UNKNOWN,
         str(run.layout) if run.layout else UNKNOWN,
-        f"{memory[1]:.2f} GiB" if memory else UNKNOWN,
-        f"{three_digits(speed[0])}" if speed else UNKNOWN,
-        f"{mfu[0]:.1%}" if mfu else UNKNOWN,
+        gib(memory[1] * 2**30) if memory else UNKNOWN,
+        four_digits(speed[0]) if speed else UNKNOWN,
+        percent(mfu[0]) if mfu else UNKNOWN,
         f"{bus:.2f} GB/s" if bus else UNKNOWN,
         f"hardware={planned['name']}: {planned['memory_gib']:g} GiB, {planned['bf16_tflops']:g} TFLOP/s in bf16"
         if {"name", "memory_gib", "bf16_tflops"} <= planned.keys()

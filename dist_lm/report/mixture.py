@@ -6,7 +6,7 @@ from typing import Any
 
 from dist_lm.data.manifest import Counts, Manifest
 from dist_lm.report.facts import RunFacts, WorkFacts
-from dist_lm.tracking.readable import gib, readable_count
+from dist_lm.tracking.readable import gib, percent, readable_count
 
 COLOURS = 8
 
@@ -125,8 +125,8 @@ def _bar(parts: Sequence[tuple[str, float, str]], colours: dict[str, int]) -> li
         colours.setdefault(label, chosen[label])
     shares, start = [], 0.0
     for label, share, words in [*named, *others]:
-        said = f"{label}: {share:.1%} of a step ({words})"
-        shares.append(Share(label, start, share * 100, chosen.get(label, COLOURS - 1), f"{share:.1%}", said))
+        said = f"{label}: {percent(share)} of a step ({words})"
+        shares.append(Share(label, start, share * 100, chosen.get(label, COLOURS - 1), percent(share), said))
         start += share * 100
     return shares
 
@@ -138,6 +138,6 @@ def _few(
     if len(parts) <= COLOURS:
         return parts, []
     small = sorted(parts, key=lambda part: -part[1])[COLOURS - 1 :]
-    words = ", ".join(f"{label} {share:.1%}" for label, share, _ in small)
+    words = ", ".join(f"{label} {percent(share)}" for label, share, _ in small)
     together = (f"{len(small)} others", sum(share for _, share, _ in small), words)
     return [part for part in parts if part not in small], [together]

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dist_lm.report.charts import known, shown
+from dist_lm.report.charts import known
 from dist_lm.report.facts import RunFacts
-from dist_lm.tracking.progress import duration
-from dist_lm.tracking.readable import counted, readable_count
+from dist_lm.tracking.readable import counted, duration, four_digits, readable_count
 
 FIGURES = (  # the first four that a run has
     "tools/call_exact",
@@ -63,7 +62,7 @@ def _entry(run: RunFacts, name: str) -> Entry | None:
     values = run.series[name].values
     first = values[np.isfinite(values)][0]
     learned = metric.better and not name.startswith("perf/") and len(values) > 1
-    return Entry(name, shown(value), metric.unit, shown(float(first)) if learned else "")
+    return Entry(name, four_digits(value), metric.unit, four_digits(float(first)) if learned else "")
 
 
 def _words(run: RunFacts) -> str:

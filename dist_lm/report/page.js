@@ -4,14 +4,25 @@
   const data = JSON.parse(document.getElementById("chart-data").textContent);
   const charts = new Map(); // figure -> its state
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const UNITS = [["T", 1e12], ["B", 1e9], ["M", 1e6], ["K", 1e3]];
   const DASHES = [[], [6, 4], [2, 3], [10, 4, 2, 4]];
 
-  function words(value) {
+  // what was measured, as `four_digits` in tracking/readable.py says it
+  function fourDigits(value) {
     if (value === null || value === undefined) return "–";
     const size = Math.abs(value);
-    for (const [unit, least] of [["T", 1e12], ["B", 1e9], ["M", 1e6], ["k", 1e4]]) {
-      if (size >= least) return trimmed(value / (unit === "k" ? 1e3 : least), 4) + " " + unit;
-    }
+    if (size > 0 && size < 1e-3) return value.toExponential(2).replace(/e([+-])(\d)$/, (_, sign, digit) => "e" + sign + "0" + digit);
+    if (size < 100) return trimmed(value, 4);
+    if (size < 1e6) return Math.round(value).toLocaleString("en-US");
+    const [unit, least] = UNITS.find(([, least]) => size >= least);
+    return (value / least).toFixed(2) + " " + unit;
+  }
+
+  // a tick of an axis
+  function words(value) {
+    if (value === null) return "";
+    const size = Math.abs(value);
+    for (const [unit, least] of UNITS) if (size >= least && size >= 1e4) return trimmed(value / least, 4) + " " + unit;
     if (size > 0 && size < 1e-4) return value.toExponential(2).replace(/\.?0+e/, "e");
     return size >= 1000 ? Math.round(value).toLocaleString("en-US") : trimmed(value, 4);
   }
@@ -51,7 +62,7 @@
     return [xs, ys];
   }
 
-  const xWords = {step: (x) => "step " + x.toLocaleString("en-US"), tokens: (x) => words(x) + " tokens", hours: minutes};
+  const xWords = {step: (x) => "step " + x.toLocaleString("en-US"), tokens: (x) => fourDigits(x) + " tokens", hours: minutes};
   function minutes(x) {
     if (x >= 120) return trimmed(x / 60, 3) + " h";
     return x >= 2 || x === 0 ? trimmed(x, 3) + " min" : trimmed(x * 60, 3) + " s";
@@ -184,7 +195,7 @@
         place = values.length - 1;
         while (place > 0 && (values[place] === null || values[place] === undefined)) place--;
       } else at = joined[0][place];
-      row.value.textContent = words(values[place]);
+      row.value.textContent = fourDigits(values[place]);
     }
     state.at.textContent = at === null ? "last" : xWords[axis.x](at);
   }

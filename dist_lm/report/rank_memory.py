@@ -55,7 +55,9 @@ def rank_memory(model: ModelConfig, layout: Layout, runs: Sequence[RunFacts]) ->
     if others := [run.label for run in runs if run.stage not in LOOP_STAGES]:
         words.append(f"Of {', '.join(others)} this is the policy; critic, reference and reward model come on top.")
     if peaks:
-        words.insert(0, f"Measured at most: {max(peaks):.2f} GiB, with activations, messages and the program itself.")
+        words.insert(
+            0, f"Measured at most: {gib(max(peaks) * 2**30)}, with activations, messages and the program itself."
+        )
     return RankMemory(
         tuple(parts),
         f"{gib(total * ELEMENT_BYTES)} of {'model and optimizer' if looped else 'weights'}",

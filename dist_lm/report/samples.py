@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dist_lm.tracking.readable import four_digits
+
 LONGEST = 1600  # characters of a text
 VERDICTS = ("right", "parses")
 BEGINNING = ("prompt",)
@@ -54,7 +56,7 @@ def _facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
         elif isinstance(value, bool):
             found.append((key.replace("_", " "), "yes" if value else "no"))
         elif isinstance(value, float):
-            found.append((key.replace("_", " "), f"{value:.3g}"))
+            found.append((key.replace("_", " "), four_digits(value)))
         elif isinstance(value, int | str) and len(str(value)) <= 40:
             found.append((key.replace("_", " "), str(value)))
     return found

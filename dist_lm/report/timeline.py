@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dist_lm.report.facts import RunFacts
-from dist_lm.tracking.progress import duration
-from dist_lm.tracking.readable import counted, span
+from dist_lm.tracking.readable import counted, duration, span
 
 MOST_MARKS = 400  # checkpoints that are drawn of one run
 STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 43200, 86400)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dist_lm.tracking.readable import four_digits
+
 QUIET_S = 300.0  # the same thing is said once in so long
 FIRST_LINE_S = 1800.0  # before the first step: start, compilation
 STALLED_STEPS = 20  # a step that takes so many times the usual is no step
@@ -29,7 +31,7 @@ class Alert:
 
 def finished(name: str, metrics: dict[str, float]) -> Alert:
     """The run has come to its end."""
-    shown = (f"{key} {metrics[key]:.4g}" for key in SAID_AT_END if key in metrics)
+    shown = (f"{key} {four_digits(metrics[key])}" for key in SAID_AT_END if key in metrics)
     return Alert(f"{name} finished", ", ".join(shown) or "all steps are done", "INFO")
 
 

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from dist_lm.tracking.live.state import TextOrCall, Work
 from dist_lm.tracking.live.training_state import FIGURES, GangFacts, RankPulse, TrainingState
+from dist_lm.tracking.readable import duration, four_digits
 
 Item = TypeVar("Item")
 PLAIN_INTERVAL_S = 10.0
@@ -129,7 +130,7 @@ class TrainingProgress:
         state = self._state
         parts = [f"step {state.step:,}/{state.steps:,}"]
         parts += [
-            figure.plain.format(state.values[figure.metric])
+            figure.plain.format(figure.form(state.values[figure.metric]))
             for figure in FIGURES
             if figure.plain and figure.metric in state.values
         ]
@@ -165,21 +166,11 @@ class GenerationProgress:
 
     def text(self) -> str:
         """Prompts, speed and the time left."""
-        parts = [f"{self._done[0]:,}/{self._prompts:,} prompts", f"{self.tokens_per_s:,.0f} tokens/s"]
+        parts = [f"{self._done[0]:,}/{self._prompts:,} prompts", f"{four_digits(self.tokens_per_s)} tokens/s"]
         new = self._done[0] - self._first[0] if self._first else 0
         if new and self._done[0] < self._prompts:
             parts.append(f"{duration((self._clock() - self._began) / new * (self._prompts - self._done[0]))} left")
         return "  ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """`42 s`, `3:05 min` or `2:03:05 h`."""
-    whole = round(seconds)
-    minutes, rest = divmod(whole, 60)
-    hours, minutes_rest = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes_rest:02d}:{rest:02d} h"
-    return f"{minutes}:{rest:02d} min" if minutes else f"{whole} s"
 
 
 def _as_text(text: TextOrCall) -> str:

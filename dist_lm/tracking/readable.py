@@ -1,6 +1,4 @@
-"""Numbers for people."""
-
-from dist_lm.tracking.progress import duration
+"""Numbers for people, in one way everywhere: at the terminal, in reports, in messages."""
 
 
 def gib(size: float) -> str:
@@ -12,8 +10,8 @@ def gib(size: float) -> str:
 
 def readable_count(count: int) -> str:
     """1,087,000,000 -> `1.09 B`."""
-    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if count >= size:
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if abs(count) >= size:
             return f"{count / size:.2f} {unit}"
     return str(count)
 
@@ -30,6 +28,35 @@ def span(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 100 else duration(seconds)
 
 
-def three_digits(value: float) -> str:
-    """`0.0772`, `4.42`, `2,040`: never with an exponent that a person has to count."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+def duration(seconds: float) -> str:
+    """`42 s`, `3:05 min` or `2:03:05 h`."""
+    whole = round(seconds)
+    minutes, rest = divmod(whole, 60)
+    hours, minutes_rest = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes_rest:02d}:{rest:02d} h"
+    return f"{minutes}:{rest:02d} min" if minutes else f"{whole} s"
+
+
+def four_digits(value: float) -> str:
+    """What was measured: `0.0772`, `2.314`, `9,412`, `1.23 M`; below a thousandth `1.20e-05`. page.js does the same."""
+    if value and abs(value) < 1e-3:
+        return f"{value:.2e}"
+    if abs(value) < 100:
+        return f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) < 1e6 else readable_count(round(value))
+
+
+def three_decimals(value: float) -> str:
+    """A loss or a score that is watched or stands beside another: `2.000`."""
+    return f"{value:.3f}"
+
+
+def percent(share: float) -> str:
+    """`75%`, `12.3%`."""
+    return f"{100 * share:.1f}".removesuffix(".0") + "%"
+
+
+def change(ratio: float) -> str:
+    """From 1 to `ratio`: `+1.9%`, `-12%`."""
+    return f"{'+' if ratio >= 1 else ''}{percent(ratio - 1)}"

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
-from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
 from dist_lm.model.size import Shape
+from dist_lm.tracking.readable import gib, three_decimals
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import StoredTensor, stored_tensors
 
@@ -30,7 +30,7 @@ def print_checkpoint(path: Path, console: Console) -> None:
     facts.add_row("step", f"{state.step:,}")
     facts.add_row("trained on", f"{state.tokens:,} tokens, {state.position:,} sequences")
     if state.best_val_loss is not None:
-        facts.add_row("best val/loss", f"{state.best_val_loss:.4f}, step {state.best_step:,}")
+        facts.add_row("best val/loss", f"{three_decimals(state.best_val_loss)}, step {state.best_step:,}")
     facts.add_row("pointed at by", ", ".join(pointers(directory)) or "nothing")
     facts.add_row("model", ", ".join(f"{key}={value}" for key, value in model.items()))
     parameters = sum(tensor.elements for tensor in tensors.values() if tensor.name.startswith(files.MODEL))
@@ -72,7 +72,7 @@ def _tensor_table(tensors: Iterable[StoredTensor]) -> Table:
             _readable(shapes.pop()) if len(shapes) == 1 else f"{len(shapes)} shapes",
             ", ".join(sorted(dtypes)),
             f"{sum(tensor.elements for tensor in group):,}",
-            decimal(sum(tensor.bytes for tensor in group)),
+            gib(sum(tensor.bytes for tensor in group)),
         )
     return table
 
@@ -88,5 +88,5 @@ def _file_table(directory: Path, tensors: Iterable[StoredTensor]) -> Table:
     table.add_column("size", justify="right")
     for file in sorted(path for path in directory.rglob("*") if path.is_file()):
         name = str(file.relative_to(directory))
-        table.add_row(Text(name), f"{parts[name]:,}" if parts[name] else "", decimal(file.stat().st_size))
+        table.add_row(Text(name), f"{parts[name]:,}" if parts[name] else "", gib(file.stat().st_size))
     return table

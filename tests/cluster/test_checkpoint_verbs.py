@@ -86,7 +86,7 @@ def test_inspect_shows_step_model_logical_shapes_files_and_pointers(run, monkeyp
     for words in (
         "step 7",
         "7,000 tokens, 70 sequences",
-        "2.5000, step 7",
+        "2.500, step 7",
         "LATEST, BEST",
         "n_heads=5",
         f"parameters {parameter_count(CONFIG):,}",

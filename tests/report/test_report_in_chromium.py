@@ -11,7 +11,8 @@ import pytest
 from dist_lm.report.charts import COLOURS
 from dist_lm.report.write import write_report
 from dist_lm.run_directory import WorkDirectory
-from tests.report.made_runs import make_corpora, make_pipeline, make_run
+from dist_lm.tracking.readable import four_digits
+from tests.report.made_runs import make_corpora, make_pipeline, make_run, write_lines
 
 pytestmark = pytest.mark.heavy
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -81,6 +82,19 @@ def test_every_curve_is_drawn_in_silence_and_fits(browser, report, width, scheme
     assert light == (scheme == "light")
     assert page.title().endswith("dist_lm report"), "a sample has run as a script"
     assert trouble == []
+    page.close()
+
+
+def test_a_value_reads_the_same_below_a_curve_and_in_words(browser, tmp_path):
+    values = [2.31415, 0.000988, 1.2e-05, 9412.4, 123456.0, 1.2345e6, 99.996, -3.25, 0.0]
+    run = make_run(WorkDirectory(tmp_path), "code", steps=20)
+    write_lines(
+        run.metrics,
+        ({"step": n, "time": n} | {f"train/grad_norm_{k}": v * n / 2 for k, v in enumerate(values)} for n in (1, 2)),
+    )
+    page, _ = opened(browser, write_report([run.path], None, None)[0])
+    shown = page.locator("figure.chart .legend b").all_inner_texts()
+    assert shown == [four_digits(value) for value in values]
     page.close()
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from dist_lm.tracking import console
 from dist_lm.tracking.console import Console
-from dist_lm.tracking.progress import duration
+from dist_lm.tracking.readable import duration
 
 
 class Screen:

@@ -8,8 +8,7 @@ from dist_lm.tracking.live.glyphs import Glyphs
 from dist_lm.tracking.live.lines import fitted, line
 from dist_lm.tracking.live.series import Series, sparkline
 from dist_lm.tracking.live.training_state import FIGURES, Figure, RankPulse, TrainingState
-from dist_lm.tracking.progress import duration
-from dist_lm.tracking.readable import counted, readable_count
+from dist_lm.tracking.readable import counted, duration, gib, percent
 
 INDENT, LABEL = 2, 10
 REMARKS_FROM = 66  # columns
@@ -50,12 +49,9 @@ def labelled(label: str, text: Text, width: int, glyphs: Glyphs) -> Text:
 def _figure_row(figure: Figure, state: TrainingState, series: Series, width: int, glyphs: Glyphs) -> Text:
     value = state.values[figure.metric]
     short = width < REMARKS_FROM
-    shown = (
-        f"{readable_count(round(value))}" if figure.form == "{:,.0f}" and value >= 1e6 else figure.form.format(value)
-    )
     unit = figure.unit.replace("tokens/", "tok/").replace("bits/byte", "b/byte") if short else figure.unit
     value_width = 13 if short else 18
-    text = Text.assemble(" " * INDENT, (f"{figure.label:<{LABEL - 1}} ", "dim"), (shown, "bold"))
+    text = Text.assemble(" " * INDENT, (f"{figure.label:<{LABEL - 1}} ", "dim"), (figure.form(value), "bold"))
     text.append(f" {unit}" if unit else "")
     text.append(" " * max(1, INDENT + LABEL + value_width - text.cell_len))
     remark = "" if short else _remark(figure, state, series)
@@ -66,10 +62,10 @@ def _figure_row(figure: Figure, state: TrainingState, series: Series, width: int
 
 def _remark(figure: Figure, state: TrainingState, series: Series) -> str:
     if figure.metric == "perf/tokens_per_s":
-        return f"MFU {state.values['perf/mfu']:.1%}" if "perf/mfu" in state.values else ""
+        return f"MFU {percent(state.values['perf/mfu'])}" if "perf/mfu" in state.values else ""
     if figure.metric == "train/lr":
         return ""
-    return f"from {figure.form.format(series.first)}" if series.first is not None and series.count > 1 else ""
+    return f"from {figure.form(series.first)}" if series.first is not None and series.count > 1 else ""
 
 
 def _saved(state: TrainingState, now: float, glyphs: Glyphs) -> str:
@@ -93,7 +89,7 @@ def _ranks(state: TrainingState, now: float, glyphs: Glyphs) -> list[Text]:
     if state.ranks:
         parts.append(_doing(state.ranks, now - state.ranks_at))
     if "perf/memory_gib" in state.values:
-        parts.append(Text(f"{state.values['perf/memory_gib']:.1f} GiB a rank"))
+        parts.append(Text(f"{gib(state.values['perf/memory_gib'] * 2**30)} a rank"))
     return [*parts, Text(gang.layout, style="dim")]
 
 

@@ -1,11 +1,12 @@
 """How far a training stage has come, as values: fed with lines of its metrics file and with what its gang says."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from dist_lm.tracking.live.series import Series
+from dist_lm.tracking.readable import four_digits, percent, three_decimals
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Figure:
 
     metric: str
     label: str  # of its row, a word
-    form: str
+    form: Callable[[float], str]
     unit: str = ""
     from_zero: bool = False  # its line is drawn over zero, not over its least value
     plain: str = ""  # how a plain line says it; empty: not at all
@@ -22,15 +23,15 @@ class Figure:
 
 # a row each, in this order, where the stage has them
 FIGURES = (
-    Figure("train/loss", "loss", "{:.3f}", plain="loss {:.3f}"),
-    Figure("val/bits_per_byte", "val", "{:.3f}", "bits/byte", plain="val {:.3f} bits/byte"),
-    Figure("reward/accuracy", "accuracy", "{:.1%}", "held out", plain="val accuracy {:.3f}"),
-    Figure("tools/call_exact", "calls", "{:.1%}", "exact"),
-    Figure("rlhf/reward_mean", "reward", "{:.3f}", plain="reward {:.3f}"),
-    Figure("rlhf/kl", "kl", "{:.3f}", "nats", from_zero=True, plain="kl {:.3f}"),
-    Figure("rlhf/win_rate", "wins", "{:.1%}", "held out"),
-    Figure("perf/tokens_per_s", "speed", "{:,.0f}", "tokens/s", from_zero=True, plain="{:,.0f} tokens/s"),
-    Figure("train/lr", "lr", "{:.2e}", from_zero=True),
+    Figure("train/loss", "loss", three_decimals, plain="loss {}"),
+    Figure("val/bits_per_byte", "val", three_decimals, "bits/byte", plain="val {} bits/byte"),
+    Figure("reward/accuracy", "accuracy", percent, "held out", plain="val accuracy {}"),
+    Figure("tools/call_exact", "calls", percent, "exact"),
+    Figure("rlhf/reward_mean", "reward", three_decimals, plain="reward {}"),
+    Figure("rlhf/kl", "kl", three_decimals, "nats", from_zero=True, plain="kl {}"),
+    Figure("rlhf/win_rate", "wins", percent, "held out"),
+    Figure("perf/tokens_per_s", "speed", four_digits, "tokens/s", from_zero=True, plain="{} tokens/s"),
+    Figure("train/lr", "lr", four_digits, from_zero=True),
 )
 
 
@@ -117,15 +118,15 @@ class TrainingState:
 
     def headline(self) -> str:
         """The figure that says most about the stage: what it is judged by on held-out data."""
-        for name, form in (
-            ("rlhf/win_rate", "wins {:.1%}"),
-            ("rlhf/reward_mean", "reward {:.3f}"),
-            ("reward/accuracy", "accuracy {:.1%}"),
-            ("tools/call_exact", "calls {:.1%} exact"),
-            ("val/bits_per_byte", "val {:.3f} bits/byte"),
-            ("val/loss", "val loss {:.3f}"),
-            ("train/loss", "loss {:.3f}"),
+        for name, words, form in (
+            ("rlhf/win_rate", "wins {}", percent),
+            ("rlhf/reward_mean", "reward {}", three_decimals),
+            ("reward/accuracy", "accuracy {}", percent),
+            ("tools/call_exact", "calls {} exact", percent),
+            ("val/bits_per_byte", "val {} bits/byte", three_decimals),
+            ("val/loss", "val loss {}", three_decimals),
+            ("train/loss", "loss {}", three_decimals),
         ):
             if name in self.values:
-                return form.format(self.values[name])
+                return words.format(form(self.values[name]))
         return ""

@@ -21,8 +21,7 @@ from dist_lm.tracking.live.glyphs import UNICODE, Glyphs
 from dist_lm.tracking.live.lines import bar, line
 from dist_lm.tracking.live.state import LiveState, StageLine, Work
 from dist_lm.tracking.live.training_rows import Row, labelled, training_rows
-from dist_lm.tracking.progress import duration
-from dist_lm.tracking.readable import span
+from dist_lm.tracking.readable import duration, span
 
 SPIN_PER_S = 8
 LEAST_BAR = 8

@@ -41,7 +41,7 @@ def test_a_stage_in_training_shows_all_there_is_to_know() -> None:
     assert "2.000 bits/byte" in row(lines, "val")
     assert "7,004 tokens/s" in row(lines, "speed")
     assert row(lines, "speed").endswith("MFU 12.3%")
-    assert "3.00e-03" in row(lines, "lr")
+    assert "0.003" in row(lines, "lr")
     assert row(lines, "saved").split(maxsplit=1)[1] == "step 200, 42 s ago · best val at step 200"
     assert "1 node × 2 on cpu · in a step" in row(lines, "ranks")
     assert "20 s ago: checkpoint step_00000100" in row(lines, "warning")
