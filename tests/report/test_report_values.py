@@ -219,6 +219,17 @@ def test_nothing_of_a_run_becomes_markup_or_loads_anything(page):
     assert policy[1].startswith("default-src &#39;none&#39;")
 
 
+@pytest.mark.parametrize(
+    ("state", "error", "said"), [("stopped", "by SIGINT", "stopped by SIGINT"), ("failed", "no luck", "no luck")]
+)
+def test_why_a_command_ended_is_a_whole_sentence(tmp_path, state, error, said):
+    work = make_pipeline(tmp_path, steps=10)
+    path = work.pipeline("rlhf", "default")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"state": state, "error": error}))
+    page = write_report([work.path], None, None)[0].read_text(encoding="utf-8")
+    assert f'<p class="error {state}">{said}</p>' in page
+
+
 def test_no_secret_is_in_it(page):
     assert "hunter2" not in page
 
