@@ -18,13 +18,19 @@ from dist_lm.tool_data.specification import Parameter
 from dist_lm.tool_data.values import Value, draw, sentence
 from dist_lm.tool_data.words import domains, words
 
+BEFORE = ("", "", "please ", "what is ", "tell me ", "I would like you to ", "now the ", "can you ", "I need ")
+BEHIND = ("", "", " now", " for me", ", thanks", " in the room at 5", " with the number 12")
 KNOWN = 0.8  # of the words in drills; the others are made up
 LISTED = ("code", "person", "city", "word", "email", "amount", "date", "handle", "title", "product", "given", "path")
 
 
 def drill(rng: random.Random) -> list[Message]:
     """A request and what is asked for."""
-    asked, answered = rng.choice(DRILLS)(rng)
+    return one_turn(*rng.choice(DRILLS)(rng))
+
+
+def one_turn(asked: str, answered: str) -> list[Message]:
+    """A conversation of one question."""
     return [Message("user", asked), Message("assistant", answered)]
 
 
@@ -77,6 +83,30 @@ def as_object(rng: random.Random) -> tuple[str, str]:
     asked = rng.choice(["JSON with {}: {}.", "An object with {}: {}", "Fill in {}: {}."])
     text = between.join(part.removeprefix(": ") for part in pieces)
     return asked.format(keys, text), _json({parameter.key: value.json for parameter, value in given.items()})
+
+
+def recall(rng: random.Random) -> list[Message]:
+    """A list of words and what belongs to each, then one asked for after the other, somewhere in a request.
+
+    A word is one or two; those of two share one, so that both count.
+    """
+    count = rng.randint(2, 8)
+    if rng.random() < 0.5:
+        first, second = ([_word(rng) for _ in range(number)] for number in (4, 3))
+        pairs = sorted({f"{one} {other}" for one in first for other in second})
+        keys = rng.sample(pairs, min(count, len(pairs)))
+    else:
+        keys = list(dict.fromkeys(_word(rng) for _ in range(count)))
+    said = {key: " ".join(_word(rng) for _ in range(rng.randint(1, 2))) for key in keys}
+    form, between = rng.choice([("{}: {}", ", "), ("{} = {}", "\n"), ("{} {}", "; ")])
+    told = between.join(form.format(key, value) for key, value in said.items())
+    plain = rng.random() < 0.4
+    turns: list[Message] = []
+    for key in rng.sample(keys, len(keys)):
+        asked = f" {key}" if plain else f" {rng.choice(BEFORE)}{key}{rng.choice(BEHIND)}"
+        turns.append(Message("user", asked if turns else f"{told}.{asked}"))
+        turns.append(Message("assistant", f" {said[key]}"))
+    return turns
 
 
 DRILLS: tuple[Callable[[random.Random], tuple[str, str]], ...] = (

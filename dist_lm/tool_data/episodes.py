@@ -12,7 +12,7 @@ from dist_lm.tool_data.actions import BY_KEY
 from dist_lm.tool_data.answers import answer, nothing_fits, question_back, shown
 from dist_lm.tool_data.catalogue import Topic
 from dist_lm.tool_data.choice import Scene, call_of, record_of, with_record
-from dist_lm.tool_data.drills import drill
+from dist_lm.tool_data.drills import drill, recall
 from dist_lm.tool_data.execution import ToolFailure
 from dist_lm.tool_data.phrasing import Given, describe, instruction, piece, request
 from dist_lm.tool_data.specification import Specification
@@ -20,7 +20,8 @@ from dist_lm.tool_data.specification import Specification
 Turns = list[Message]
 ROUND = 4  # turns of a request that takes one call
 FURTHER_ROUNDS = (0, 0, 1, 1, 2, 3)
-CHOSEN = 0.3  # of conversations without tools are about which one to take
+IN_SESSION = 6  # requests to the same tools, at most
+CHOSEN, RECALLED = 0.3, 0.2  # of conversations without tools are about which one to take, or which word
 WHICH = ("Which one?", "Which tool?", "Choose a tool:", "What would serve?")
 
 
@@ -36,6 +37,13 @@ def single(scene: Scene) -> Turns:
             tool = rng.choice(scene.tools)
         turns += _asked_and_done(scene, tool)
     return turns
+
+
+def session(scene: Scene) -> Turns:
+    """Request after request to the same tools: each says anew which one it is for."""
+    for _ in range(scene.rng.randint(2, 4)):
+        _take_one_more(scene)
+    return [turn for _ in range(IN_SESSION) for turn in _asked_and_done(scene, scene.rng.choice(scene.tools))]
 
 
 def parallel(scene: Scene) -> Turns:
@@ -172,7 +180,8 @@ def invented(scene: Scene) -> Turns:
 
 def copying(scene: Scene) -> Turns:
     """Values out of the request, without tools; or the names of the tools that would serve."""
-    return choosing(scene) if scene.rng.random() < CHOSEN else drill(scene.rng)
+    way = scene.rng.random()
+    return choosing(scene) if way < CHOSEN else recall(scene.rng) if way < CHOSEN + RECALLED else drill(scene.rng)
 
 
 def choosing(scene: Scene) -> Turns:
@@ -183,10 +192,7 @@ def choosing(scene: Scene) -> Turns:
     """
     rng = scene.rng
     for _ in range(rng.randint(2, 6)):
-        if _more_of_it(scene):
-            scene.take(_about(scene.tools[0].thing))
-        else:
-            scene.take()
+        _take_one_more(scene)
     offered = list({tool.tool.name: tool for tool in scene.tools}.values())
     scene.tools.clear()
     told = write([{"description": tool.tool.description, "name": tool.tool.name} for tool in offered], "offered")
@@ -199,15 +205,16 @@ def choosing(scene: Scene) -> Turns:
 
 
 KINDS: dict[str, tuple[float, Callable[[Scene], Turns]]] = {  # with their shares
-    "single": (0.29, single),
+    "single": (0.20, single),
+    "session": (0.15, session),
     "parallel": (0.07, parallel),
     "sequential": (0.05, sequential),
     "irrelevant": (0.05, irrelevant),
     "missing": (0.05, missing),
     "recovery": (0.04, recovery),
     "answer": (0.04, plain_answer),
-    "invented": (0.15, invented),
-    "copying": (0.26, copying),
+    "invented": (0.14, invented),
+    "copying": (0.21, copying),
 }
 
 
@@ -245,9 +252,12 @@ def _slip(right: str, known: dict[str, dict[str, Json]], rng: random.Random) -> 
     return wrong if wrong not in known else f"{right}0"
 
 
-def _more_of_it(scene: Scene) -> bool:
-    """Whether the next tool is for the same thing as the first: then only what it does tells them apart."""
-    return bool(scene.tools) and scene.rng.random() < 0.4 and scene.has(_about(scene.tools[0].thing))
+def _take_one_more(scene: Scene) -> None:
+    """A tool, often for the same thing as the first: then only what it does tells them apart."""
+    if scene.tools and scene.rng.random() < 0.4 and scene.has(_about(scene.tools[0].thing)):
+        scene.take(_about(scene.tools[0].thing))
+    else:
+        scene.take()
 
 
 def _about(thing: str) -> Callable[[Topic], bool]:

@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.tool_data.catalogue import SHELVES, group_of, invented_topics, shelf_topics
 from dist_lm.tool_data.choice import Scene
-from dist_lm.tool_data.drills import echo
+from dist_lm.tool_data.drills import echo, one_turn, recall
 from dist_lm.tool_data.episodes import KINDS, ROUND
 from dist_lm.tool_data.execution import World
 from dist_lm.tool_data.specification import Specification
 
-REVISION = 2  # one more with every change to what is generated: corpora of another are refused
+REVISION = 3  # one more with every change to what is generated: corpora of another are refused
 LONGEST = (650, 800, 900, 900)  # characters of all JSON and text, one of these: 900 are at most 410 tokens of 4,096
+RECALLED = 0.35  # of the drills that lead; copying alone comes first otherwise, and takes the place of looking up
+INVENTED_SESSIONS = 0.3  # are about what nobody knows
+LONGEST_SESSION = 1800
 OTHER_TOOLS = (0, 1, 1, 1, 2, 2, 3)  # beside those that are needed
 MOST_TOOLS = 4
 SYSTEM = (
@@ -61,25 +64,26 @@ def example(seed: int, number: int) -> Example:
 def drill_example(seed: int, number: int) -> Example:
     """A conversation of kind `copying`, of a stream of its own; its group is its own, because it has no tools."""
     name = f"drill {seed} {number}"
-    asked, answered = echo(random.Random(name))  # noqa: S311  (text, not secrets)
-    conversation = Conversation((Message("user", asked), Message("assistant", answered)))
-    return Example(conversation, "copying", hashlib.sha256(name.encode()).hexdigest(), ())
+    rng = random.Random(name)  # noqa: S311  (text, not secrets)
+    turns = recall(rng) if rng.random() < RECALLED else one_turn(*echo(rng))
+    return Example(Conversation(tuple(turns)), "copying", hashlib.sha256(name.encode()).hexdigest(), ())
 
 
 def _attempt(kind: str, shelf: int, rng: random.Random) -> Example | None:
     """An example, or none where it would become too long."""
-    scene = Scene(rng, World(rng), invented_topics(shelf, rng) if kind == "invented" else shelf_topics(shelf))
+    unknown = kind == "invented" or (kind == "session" and rng.random() < INVENTED_SESSIONS)
+    scene = Scene(rng, World(rng), invented_topics(shelf, rng) if unknown else shelf_topics(shelf))
     turns = KINDS[kind][1](scene)
     if len({tool.tool.name for tool in scene.tools}) < len(scene.tools):
         return None
     needed = len(scene.tools)
-    if kind != "copying":
+    if kind not in ("copying", "session"):
         scene.add_others(max(0, min(rng.choice(OTHER_TOOLS), MOST_TOOLS - needed)))
     if rng.random() < 0.12:
         turns = [Message("system", rng.choice(SYSTEM)), *turns]
-    longest = rng.choice(LONGEST)
+    longest = LONGEST_SESSION if kind == "session" else rng.choice(LONGEST)
     while _characters(scene.tools, turns) > longest:
-        rounds = [turn.role for turn in turns].count("user") if kind in ("single", "invented") else 1
+        rounds = [turn.role for turn in turns].count("user") if kind in ("single", "invented", "session") else 1
         if rounds > 1 and (len(scene.tools) == needed or rng.random() < 0.8):
             turns = turns[:-ROUND]
         elif len(scene.tools) > needed:

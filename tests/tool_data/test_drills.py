@@ -5,7 +5,7 @@ import random
 
 from dist_lm.tool_data.catalogue import SHELVES, shelf_topics
 from dist_lm.tool_data.choice import Scene
-from dist_lm.tool_data.drills import as_list, as_object, echo, look_up, read_back
+from dist_lm.tool_data.drills import as_list, as_object, echo, look_up, read_back, recall
 from dist_lm.tool_data.episodes import choosing
 from dist_lm.tool_data.execution import World
 
@@ -29,6 +29,23 @@ def test_what_is_looked_up_was_told():
         pairs = [pair.split(" = ") for pair in answered.split(", ")]
         assert all(known[word] == value for word, value in pairs)
         assert question.rstrip("?").endswith(", ".join(word for word, _ in pairs))
+
+
+def test_what_is_recalled_was_told_and_every_word_is_asked_for_once():
+    rng = random.Random(5)
+    for _ in range(ROUNDS):
+        turns = recall(rng)
+        assert [turn.role for turn in turns] == ["user", "assistant"] * (len(turns) // 2)
+        told, _, _ = turns[0].content.partition(". ")
+        pairs = told.replace("; ", "\n").replace(", ", "\n").split("\n")
+        assert len(pairs) == len(turns) // 2
+        for asked, answered in zip(turns[::2], turns[1::2], strict=True):
+            fitting = [pair for pair in pairs if pair.endswith(answered.content)]
+            assert any(key_of(pair, answered.content) in asked.content for pair in fitting), (asked, answered)
+
+
+def key_of(pair: str, value: str) -> str:
+    return pair.removesuffix(value).removesuffix(":").removesuffix(" =")
 
 
 def test_a_list_has_what_was_listed_in_its_order():

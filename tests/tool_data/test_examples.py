@@ -13,7 +13,7 @@ from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.rules import check_conversation
 from dist_lm.chat.schema import check_tool, problems
 from dist_lm.tool_data.episodes import KINDS
-from dist_lm.tool_data.examples import LONGEST, REVISION, Example, drill_example, example, examples
+from dist_lm.tool_data.examples import LONGEST, LONGEST_SESSION, REVISION, Example, drill_example, example, examples
 
 COUNT = 2500
 
@@ -34,7 +34,7 @@ def test_what_is_generated_has_a_number(many):
     """When this fails what is generated has changed: raise `REVISION`, so that corpora of before are refused, and then
     write the new pair here."""
     texts = [write_conversation(one.conversation) for one in (*many[:300], *(drill_example(3, n) for n in range(50)))]
-    assert (REVISION, hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]) == (2, "b7c4277042c9dfe1")
+    assert (REVISION, hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]) == (3, "daee22bbf64580d0")
 
 
 def test_examples_are_not_twice_the_same(many):
@@ -82,7 +82,7 @@ def test_every_kind_has_its_turns(many):
             case "recovery":
                 assert calls == [1, 1, 0]
                 assert "error" in results(one.conversation)[0]
-            case "single":
+            case "single" | "session":
                 assert calls == [1, 0] * (len(calls) // 2)
 
 
@@ -129,8 +129,22 @@ def test_what_a_call_takes_is_said_before_it(many):
 
 
 def test_conversations_are_short(many):
-    lengths = [len(repr(one.conversation)) for one in many]
-    assert max(lengths) < 2.5 * max(LONGEST)
+    lengths = {one.kind: 0 for one in many}
+    for one in many:
+        lengths[one.kind] = max(lengths[one.kind], len(repr(one.conversation)))
+    assert lengths.pop("session") < 2.5 * LONGEST_SESSION
+    assert max(lengths.values()) < 2.5 * max(LONGEST)
+
+
+def test_a_session_asks_for_tools_that_are_offered_again_and_again(many):
+    sessions = [one for one in many if one.kind == "session"]
+    called = [[call.name for message in one.conversation.messages for call in message.calls] for one in sessions]
+    assert all(2 <= len(one.tools) <= 4 for one in sessions)
+    assert sum(map(len, called)) > 3 * len(called)
+    assert sum(len(set(names)) > 1 for names in called) > 0.8 * len(called)
+
+
+def test_conversations_have_one_tool_to_four(many):
     assert {len(one.tools) for one in many if one.kind != "copying"} == {1, 2, 3, 4}
 
 
@@ -156,6 +170,7 @@ def test_drills_hang_on_seed_and_number_and_what_is_answered_was_said():
     assert len({repr(one.conversation) for one in drills}) == len({one.group for one in drills}) == 300
     said = 0
     for one in drills:
-        asked, answered = one.conversation.messages
-        said += set(re.findall(r"[a-z]{3,}", answered.content)) <= set(re.findall(r"[a-z]{3,}", asked.content))
+        asked, *later = one.conversation.messages
+        answers = " ".join(message.content for message in later if message.role == "assistant")
+        said += set(re.findall(r"[a-z]{3,}", answers)) <= set(re.findall(r"[a-z]{3,}", asked.content))
     assert said > 270  # months and small numbers may be said in words and written otherwise
