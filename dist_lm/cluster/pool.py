@@ -125,7 +125,7 @@ class Pool:
         self._weights = _put(self._spec.model, weights, version)
         while self._wanted():
             self._tend()
-            if all(member.version == version for member in self.members) and self.members:
+            if self.members and all(member.next_version == version for member in self.members):
                 return
             self._wait()
 
@@ -158,8 +158,9 @@ class Pool:
                     self._wait()
         finally:
             self._ledger = None
-            for member in self._members.values():
-                member.drop_all()
+            if not ledger.is_over:
+                for member in self._members.values():
+                    member.drop_all()
 
     def close(self) -> None:
         """End all actors and give their places back."""
@@ -199,7 +200,7 @@ class Pool:
                 continue
             if report and self._ledger and self._ledger.report(number, report.done, report.tokens_in_flight):
                 self._failures = 0
-            if member.is_ready and member.version != self._weights.version:
+            if member.is_ready and member.next_version != self._weights.version:
                 member.load(self._weights)
         self._look_at_nodes()
         patience_s = config.node_wait_s if patience_s is None else patience_s
@@ -272,7 +273,7 @@ class Pool:
         ready = {
             number: member
             for number, member in self._members.items()
-            if member.is_ready and member.version == self._weights.version
+            if member.is_ready and member.next_version == self._weights.version
         }
         for number in ready.keys() - ledger.lanes:
             ledger.join(number)

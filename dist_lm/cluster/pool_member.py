@@ -55,8 +55,13 @@ class Member:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it can be asked to work."""
-        return self.version is not None and self._loading is None and self._working is None
+        """Whether it can be asked to work: calls are done in their order, so newer weights may still be on their way."""
+        return self.is_up and self._working is None
+
+    @property
+    def next_version(self) -> int | None:
+        """Of the weights that it has when it comes to the next call."""
+        return self._loading[1] if self._loading else self.version
 
     @property
     def is_up(self) -> bool:
@@ -65,7 +70,7 @@ class Member:
 
     @property
     def open_call(self) -> Any:
-        """The Ray reference that is waited for, if there is one."""
+        """The Ray reference that comes next, if there is one."""
         call = self._loading or self._working
         return call[0] if call else None
 
@@ -91,7 +96,7 @@ class Member:
         self._working = (self._actor.work.remote(requests), time.monotonic())
 
     def take(self, patience_s: float) -> WorkReport | None:
-        """What became of the open call: a report if it worked and has come back, else None.
+        """What became of the open calls: a report if it worked and has come back, else None.
 
         Args:
             patience_s: how long it may be at work without an answer.
@@ -100,30 +105,38 @@ class Member:
             MemberLostError: it is gone.
             UserError: it was given what it cannot use.
         """
+        if self._loading:
+            pid = self._answer(self._loading[0])
+            if pid is None:
+                return None
+            self.pid, self.version = pid, self._loading[1]
+            self._loading = None
+            if self._working:  # begins now
+                self._working = (self._working[0], time.monotonic())
+        if not self._working:
+            return None
+        report: WorkReport | None = self._answer(self._working[0])
+        if report is not None:
+            self._working = None
+        elif time.monotonic() - self._working[1] > patience_s:
+            raise MemberLostError(f"{self}: no answer for {patience_s:.0f} s")
+        return report
+
+    def _answer(self, call: Any) -> Any:
+        """What a call has returned; None: nothing yet."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
-        call = self.open_call
-        if call is None:
-            return None
         if not ray.wait([call], timeout=0)[0]:
-            if self._working and time.monotonic() - self._working[1] > patience_s:
-                raise MemberLostError(f"{self}: no answer for {patience_s:.0f} s")
             return None
         try:
-            answer: Any = ray.get(call)
+            return ray.get(call)
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from error
             raise MemberLostError(f"{self}: {last_line(error)}") from error
         except RayError as error:  # it died, or the weights went with the node that held them, and the like
             raise MemberLostError(f"{self}: {first_line(error)}") from error
-        if self._loading:
-            self.pid, self.version = answer, self._loading[1]
-            self._loading = None
-            return None
-        self._working = None
-        return answer
 
     def drop_all(self) -> None:
         """Have it forget all requests; what it still says of them is not listened to."""

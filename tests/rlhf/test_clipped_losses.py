@@ -36,7 +36,7 @@ def test_values_are_held_near_the_old_ones():
     old, target = torch.zeros(1, 4), torch.tensor([[1.0, 1.0, 1.0, 9.0]])
     value = torch.tensor([[0.1, 0.5, -0.5, 5.0]], requires_grad=True)
     loss = value_loss(value, old, target, MASK, clip=0.2)
-    assert float(loss.total) == pytest.approx((0.9**2 + 0.8**2 + 1.5**2) / 2)
+    assert loss.total.item() == pytest.approx((0.9**2 + 0.8**2 + 1.5**2) / 2)
     loss.total.backward()
     assert value.grad is not None
     assert value.grad[0].tolist() == pytest.approx([-0.9, 0.0, -1.5, 0.0])
