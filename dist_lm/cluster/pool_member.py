@@ -55,7 +55,7 @@ class Member:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it can be asked to work: calls are done in their order, so newer weights may still be on their way."""
+        """Whether it can be asked to work: calls go in their order, so newer weights may still be on their way."""
         return self.is_up and self._working is None
 
     @property
