@@ -22,9 +22,9 @@ from dist_lm.tool_data.specification import Specification
 
 REVISION = 3  # one more with every change to what is generated: corpora of another are refused
 LONGEST = (650, 800, 900, 900)  # characters of all JSON and text, one of these: 900 are at most 410 tokens of 4,096
-RECALLED = 0.35  # of the drills that lead; copying alone comes first otherwise, and takes the place of looking up
+RECALLED = 0.35  # of the drills that lead are words looked up, not said again
 INVENTED_SESSIONS = 0.3  # are about what nobody knows
-LONGEST_SESSION = 1800
+LONGEST_SESSION = 1800  # characters
 OTHER_TOOLS = (0, 1, 1, 1, 2, 2, 3)  # beside those that are needed
 MOST_TOOLS = 4
 SYSTEM = (
