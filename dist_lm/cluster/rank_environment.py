@@ -17,6 +17,9 @@ CPU_ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
     "MALLOC_TOP_PAD_": str(256 << 20),
 }
+# Without a count, threads of OpenMP look busily for more work for about 20 ms behind each loop, on cores that another
+# process waits for: a learner's while its actors draw, and theirs while it updates. So often it is about 2 ms.
+PATIENCE = {"GOMP_SPINCOUNT": "30000"}
 LOOPBACK = "lo"
 CUDA = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
@@ -38,7 +41,7 @@ def rank_environment(
 ) -> dict[str, str]:
     """What torchrun and the ranks of a node find in their environment: `environ` without secrets, and ours.
 
-    What a user has set for gloo, NCCL and CUDA stands.
+    What a user has set for OpenMP, gloo, NCCL and CUDA stands.
 
     Args:
         mark: of the gang, by which its processes are found.
@@ -51,7 +54,7 @@ def rank_environment(
         "OMP_NUM_THREADS": str(max(1, cores_per_rank)),  # what is there is Ray's, for the agent
         "PYTHONUNBUFFERED": "1",
     }
-    defaults: dict[str, str] = {}
+    defaults = dict(PATIENCE)
     if device == "cuda":
         defaults |= CUDA | {"TORCH_FR_DUMP_TEMP_FILE": str(logs / "nccl_trace_rank_")}
     if device == "cpu":

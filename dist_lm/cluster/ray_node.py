@@ -26,6 +26,7 @@ import psutil
 
 from dist_lm.cluster import node_directory, process
 from dist_lm.cluster.node_address import HeadAddress, address_of_interface, own_address
+from dist_lm.cluster.rank_environment import PATIENCE
 from dist_lm.cluster.ray_environment import ENVIRONMENT, ClusterError
 from dist_lm.cluster.ray_token import check_token_file
 from dist_lm.errors import UserError
@@ -94,7 +95,7 @@ class RayProcesses:
                 *("--disable-usage-stats", "--include-log-monitor=false", f"--temp-dir={self._temporary}"),
                 *arguments,
             ],
-            env=os.environ | ENVIRONMENT | {node_directory.MARK: directory.name, "TMPDIR": str(files)},
+            env=PATIENCE | os.environ | ENVIRONMENT | {node_directory.MARK: directory.name, "TMPDIR": str(files)},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

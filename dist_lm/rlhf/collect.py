@@ -11,9 +11,9 @@ import torch
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.algorithm import Experience
 from dist_lm.rlhf.clipped_losses import truncated_importance
-from dist_lm.rlhf.forwards import OwnShare, add_up
+from dist_lm.rlhf.forwards import OwnShare, add_up, end_scores
 from dist_lm.rlhf.models import RlhfModels
-from dist_lm.rlhf.packed_rollouts import RolloutBatch, completion_mask
+from dist_lm.rlhf.packed_rollouts import Dealing, RolloutBatch, completion_mask, whole_batches
 from dist_lm.rlhf.reward_scale import RewardScale
 from dist_lm.rlhf.rewards import total_score
 from dist_lm.rlhf.rollouts import Rollouts
@@ -42,6 +42,7 @@ class Collector:
     models: RlhfModels
     chunk_bytes: int  # largest block of fp32 logits; 0: no limit
     counts: bool  # of the ranks that see the same rollouts, this is the one whose sums count
+    dealing: Dealing  # of whole rollouts, for the reward model
     device: torch.device
     alive: Callable[[], None] = lambda: None  # called before every forward
 
@@ -61,7 +62,7 @@ class Collector:
             reward_scale: None: the scores of these rollouts give it, which the reference policy drew.
         """
         mask_BT = torch.from_numpy(completion_mask(rollouts)).to(self.device)
-        found = self._ask(batches, *mask_BT.shape)
+        found = self._ask(rollouts, batches, mask_BT.shape[1])
         engine_BT = torch.zeros(mask_BT.shape, device=self.device)
         engine_BT[mask_BT] = torch.from_numpy(rollouts.logprobs_M).to(self.device)
         part_B = {name: score.to(self.device) for name, score in rule_score_B.items()}
@@ -86,8 +87,8 @@ class Collector:
         )
         return Collected(experience, found["entropy"], engine_BT, part_B, reward_scale)
 
-    def _ask(self, batches: Sequence[RolloutBatch], n_rollouts: int, longest: int) -> dict[str, torch.Tensor]:
-        share = OwnShare(batches, n_rollouts, longest, self.alive)
+    def _ask(self, rollouts: Rollouts, batches: Sequence[RolloutBatch], longest: int) -> dict[str, torch.Tensor]:
+        share = OwnShare(batches, len(rollouts), longest, self.alive)
         models, temperature = self.models, self.config.temperature
         found = {}
         found["logprob"], found["entropy"] = share.logprobs(self._bound(models.policy.model), temperature)
@@ -96,7 +97,8 @@ class Collector:
         if models.critic:
             found["value"] = share.values(self._bound(models.critic.model))
         if models.reward:
-            found["score"] = share.end_scores(self._bound(models.reward))
+            whole = [batch.to(self.device) for batch in whole_batches(rollouts, self.dealing)]
+            found["score"] = end_scores(self._bound(models.reward), whole, len(rollouts), self.alive)
         return dict(zip(found, add_up(list(found.values()), self.counts), strict=True))
 
     def _bound(self, model: Transformer) -> BoundModel:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dist_lm.parallel.sharding import reshard
-from dist_lm.rlhf.packed_rollouts import RolloutBatch
+from dist_lm.rlhf.packed_rollouts import RolloutBatch, WholeBatch
 from dist_lm.training.forward import BoundModel
 
 
@@ -46,15 +46,6 @@ class OwnShare:
         reshard(bound.model)
         return value_BT
 
-    @torch.no_grad()
-    def end_scores(self, bound: BoundModel) -> torch.Tensor:
-        """Scores of whole rollouts, at the last real token of each: (B,) fp32."""
-        score_B = self._empty()[:, 0].contiguous()
-        for batch in self._turns():
-            score_B[batch.rollout_S] = bound.scores(batch, batch.end_S).flatten()[batch.end_S]
-        reshard(bound.model)
-        return score_B
-
     def _turns(self) -> Iterator[RolloutBatch]:
         for batch in self._batches:
             self._alive()
@@ -62,6 +53,24 @@ class OwnShare:
 
     def _empty(self) -> torch.Tensor:
         return torch.zeros(self._shape, device=self._batches[0].tokens_BT.device)
+
+
+@torch.no_grad()
+def end_scores(
+    bound: BoundModel, batches: Sequence[WholeBatch], n_rollouts: int, alive: Callable[[], None] = lambda: None
+) -> torch.Tensor:
+    """This rank's part of the scores of whole rollouts, at the last real token of each: (B,) fp32.
+
+    Args:
+        batches: on the model's device.
+        alive: called before every batch.
+    """
+    score_B = torch.zeros(n_rollouts, device=batches[0].tokens_BT.device)
+    for batch in batches:
+        alive()
+        score_B[batch.rollout_S] = bound.scores(batch, batch.end_S).flatten()[batch.end_S]
+    reshard(bound.model)
+    return score_B
 
 
 def add_up(parts: Sequence[torch.Tensor], counts: bool) -> list[torch.Tensor]:

@@ -209,7 +209,15 @@ class Learner:
         return Dealing(self.config.micro_batch_tokens, ranks.get_local_rank(), ranks.size(), multiple)
 
     def _collector(self) -> Collector:
-        return Collector(self.config, self.models, self._chunk_bytes, self._counts, self.world.device, self.alive)
+        return Collector(
+            config=self.config,
+            models=self.models,
+            chunk_bytes=self._chunk_bytes,
+            counts=self._counts,
+            dealing=self._dealing(),
+            device=self.world.device,
+            alive=self.alive,
+        )
 
     def _updater(self) -> Updater:
         return Updater(

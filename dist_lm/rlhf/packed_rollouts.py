@@ -4,10 +4,14 @@ How rollouts are packed depends on which of them are to be seen together, on the
 not on how they were drawn. Every rank has as many micro-batches of the same shapes; one for which no rollout is left
 computes rows of nothing.
 
+Log-probabilities and values are asked of what stands before a drawn token, so their rows do without the last token of
+each rollout. A score is asked behind it: of rows of whole rollouts.
+
 Dimensions: B rollouts in all, T tokens of their longest completion, S of them in a batch, N their drawn tokens.
 """
 
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -22,9 +26,15 @@ _UPDATES = 7  # what is shuffled; smaller numbers are those of the data room and
 
 @dataclass(frozen=True, slots=True)
 class RolloutBatch(Batch):
-    """Whole rollouts in rows. `counted_N` are the places whose targets are drawn tokens."""
+    """Rollouts in rows, without the last token of each. `counted_N` are the places whose targets are drawn tokens."""
 
     drawn_N: torch.Tensor = field(kw_only=True)  # int64; of each of them its place in a flattened (B, T)
+
+
+@dataclass(frozen=True, slots=True)
+class WholeBatch(Batch):
+    """Whole rollouts in rows, without targets."""
+
     end_S: torch.Tensor = field(kw_only=True)  # int64; places of the last tokens in the flattened batch
     rollout_S: torch.Tensor = field(kw_only=True)  # int64; which rollouts these end
 
@@ -52,29 +62,60 @@ def minibatches(seed: int, iteration: int, epoch: int, n_rollouts: int, n_parts:
 
 
 def rollout_batches(rollouts: Rollouts, chosen_S: np.ndarray, dealing: Dealing) -> list[RolloutBatch]:
-    """A rank's micro-batches of the rollouts `chosen_S`.
+    """A rank's micro-batches of the rollouts `chosen_S`, for what is asked before their drawn tokens.
 
     Rows are as wide as the longest of all rollouts, so that few shapes come up.
     """
-    length_B = rollouts.prompt_tokens_B + rollouts.new_tokens_B
+    rows, turns = _dealt(rollouts, chosen_S, dealing, rollouts.prompt_tokens_B + rollouts.new_tokens_B - 1)
+    return [rows.batch(begin, end) for begin, end in turns]
+
+
+def whole_batches(rollouts: Rollouts, dealing: Dealing) -> list[WholeBatch]:
+    """A rank's micro-batches of all rollouts, for what is asked behind them."""
+    every_S = np.arange(len(rollouts))
+    rows, turns = _dealt(rollouts, every_S, dealing, rollouts.prompt_tokens_B + rollouts.new_tokens_B)
+    return [rows.whole_batch(begin, end) for begin, end in turns]
+
+
+def _dealt(
+    rollouts: Rollouts, chosen_S: np.ndarray, dealing: Dealing, length_B: np.ndarray
+) -> tuple["_Placed", list[tuple[int, int]]]:
+    """This rank's rows of the first `length_B` tokens of rollouts, and (first row, row behind) of each micro-batch."""
     width = -(-int(length_B.max()) // dealing.multiple) * dealing.multiple
     chosen_S = longest_first(np.sort(chosen_S), length_B)
     row_S = best_fit_decreasing(length_B[chosen_S], width)
     rows = -(-(int(row_S.max()) + 1) // dealing.dp_size)  # of each rank
     at_a_time = max(1, dealing.micro_batch_tokens // width)
     own = row_S % dealing.dp_size == dealing.dp_rank
-    placed = _Placed(rollouts, chosen_S[own], row_S[own] // dealing.dp_size, width, rows)
-    return [placed.batch(begin, min(begin + at_a_time, rows)) for begin in range(0, rows, at_a_time)]
+    placed = _Placed(rollouts, chosen_S[own], row_S[own] // dealing.dp_size, width, rows, length_B)
+    return placed, [(begin, min(begin + at_a_time, rows)) for begin in range(0, rows, at_a_time)]
+
+
+class _Tokens(TypedDict):
+    """What rows are, whatever is asked of them."""
+
+    tokens_BT: torch.Tensor
+    document_BT: torch.Tensor
+    position_BT: torch.Tensor
+    sequence_B: torch.Tensor
 
 
 class _Placed:
     """A rank's rows as one grid."""
 
-    def __init__(self, rollouts: Rollouts, number_S: np.ndarray, row_S: np.ndarray, width: int, rows: int) -> None:
+    def __init__(
+        self,
+        rollouts: Rollouts,
+        number_S: np.ndarray,
+        row_S: np.ndarray,
+        width: int,
+        rows: int,
+        length_B: np.ndarray,
+    ) -> None:
         order = np.argsort(row_S, kind="stable")
         number_S, row_S = number_S[order], row_S[order]
         prompt_S, new_S = rollouts.prompt_tokens_B[number_S], rollouts.new_tokens_B[number_S]
-        length_S = prompt_S + new_S
+        length_S = length_B[number_S]
         longest = int(rollouts.new_tokens_B.max())
         begins_row_S = np.diff(row_S, prepend=-1) > 0
         # where a rollout begins in its row: what is before it, less what is before its row
@@ -98,31 +139,46 @@ class _Placed:
         new_within = _ranges(new_S)
         # the token before a drawn one is where it is predicted
         self.counted = np.repeat(begin_S + prompt_S - 1, new_S) + new_within
-        self.targets[self.counted] = self.tokens[self.counted + 1]
+        self.targets[self.counted] = rollouts.tokens_N[np.repeat(source_S + prompt_S, new_S) + new_within]
         self.mask[self.counted] = 1
         self.drawn = np.repeat(number_S * longest, new_S) + new_within
         self.end, self.number = begin_S + length_S - 1, number_S
 
     def batch(self, begin_row: int, end_row: int) -> RolloutBatch:
         """Rows `begin_row` to `end_row` - 1."""
-        begin, end = begin_row * self.width, end_row * self.width
-        counted, ends = ((place >= begin) & (place < end) for place in (self.counted, self.end))
-
-        def grid(values: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(values[begin:end].reshape(-1, self.width))
-
+        begin = begin_row * self.width
+        counted = (self.counted >= begin) & (self.counted < end_row * self.width)
         return RolloutBatch(
-            tokens_BT=grid(self.tokens),
-            targets_BT=grid(self.targets),
-            loss_mask_BT=grid(self.mask),
-            document_BT=grid(self.document),
-            position_BT=grid(self.position),
-            sequence_B=torch.arange(begin_row, end_row),
+            **self._tokens(begin_row, end_row),
+            targets_BT=self._grid(self.targets, begin_row, end_row),
+            loss_mask_BT=self._grid(self.mask, begin_row, end_row),
             counted_N=torch.from_numpy(self.counted[counted] - begin),
             drawn_N=torch.from_numpy(self.drawn[counted]),
+        )
+
+    def whole_batch(self, begin_row: int, end_row: int) -> WholeBatch:
+        """The same of rollouts that are there with their last tokens."""
+        begin = begin_row * self.width
+        ends = (self.end >= begin) & (self.end < end_row * self.width)
+        tokens = self._tokens(begin_row, end_row)
+        return WholeBatch(
+            **tokens,
+            targets_BT=torch.zeros_like(tokens["tokens_BT"]),
+            loss_mask_BT=torch.zeros(tokens["tokens_BT"].shape),
             end_S=torch.from_numpy(self.end[ends] - begin),
             rollout_S=torch.from_numpy(self.number[ends]),
         )
+
+    def _tokens(self, begin_row: int, end_row: int) -> _Tokens:
+        return {
+            "tokens_BT": self._grid(self.tokens, begin_row, end_row),
+            "document_BT": self._grid(self.document, begin_row, end_row),
+            "position_BT": self._grid(self.position, begin_row, end_row),
+            "sequence_B": torch.arange(begin_row, end_row),
+        }
+
+    def _grid(self, values: np.ndarray, begin_row: int, end_row: int) -> torch.Tensor:
+        return torch.from_numpy(values[begin_row * self.width : end_row * self.width].reshape(-1, self.width))
 
 
 def _ranges(length_S: np.ndarray) -> np.ndarray:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dist_lm.rlhf.forwards import OwnShare
-from dist_lm.rlhf.packed_rollouts import Dealing, completion_mask, minibatches, rollout_batches
+from dist_lm.rlhf.forwards import OwnShare, end_scores
+from dist_lm.rlhf.packed_rollouts import Dealing, completion_mask, minibatches, rollout_batches, whole_batches
 from dist_lm.training.forward import BoundModel
 from tests.model.small_models import small_config, small_model
 from tests.rlhf.drawn import rollouts_with
@@ -60,7 +60,8 @@ def test_values_are_of_what_stands_before_a_token_and_a_score_is_of_the_last_rea
     new = ROLLOUTS.new_tokens_B.tolist()
     before = [row[-n - 1 : -1] for row, n in zip(rows, new, strict=True)]
     torch.testing.assert_close(own.values(bound), padded(before), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(own.end_scores(bound), torch.stack([row[-1] for row in rows]), rtol=1e-5, atol=1e-5)
+    scores = end_scores(bound, whole_batches(ROLLOUTS, Dealing(30)), len(ROLLOUTS))
+    torch.testing.assert_close(scores, torch.stack([row[-1] for row in rows]), rtol=1e-5, atol=1e-5)
 
 
 def test_ranks_have_the_same_shapes_and_together_all_rollouts_once():
@@ -70,7 +71,8 @@ def test_ranks_have_the_same_shapes_and_together_all_rollouts_once():
         dealt = [rollout_batches(ROLLOUTS, ALL, Dealing(30, rank, ranks)) for rank in range(ranks)]
         shapes = [[batch.tokens_BT.shape for batch in batches] for batches in dealt]
         assert all(one == shapes[0] for one in shapes)
-        ends = torch.cat([batch.rollout_S for batches in dealt for batch in batches])
+        whole_rows = [whole_batches(ROLLOUTS, Dealing(30, rank, ranks)) for rank in range(ranks)]
+        ends = torch.cat([batch.rollout_S for batches in whole_rows for batch in batches])
         assert sorted(ends.tolist()) == ALL.tolist()
         parts = [share(Dealing(30, rank, ranks)).logprobs(bound, 1.0)[0] for rank in range(ranks)]
         torch.testing.assert_close(torch.stack(parts).sum(0), whole, rtol=1e-5, atol=1e-6)
@@ -78,10 +80,10 @@ def test_ranks_have_the_same_shapes_and_together_all_rollouts_once():
 
 def test_rows_are_within_the_limit_and_of_the_asked_multiple():
     batches = rollout_batches(ROLLOUTS, ALL, Dealing(40, multiple=4))
-    assert {batch.tokens_BT.shape[1] for batch in batches} == {12}  # the longest has 10
+    assert {batch.tokens_BT.shape[1] for batch in batches} == {12}  # the longest has 10, of which 9 are read
     assert max(batch.tokens_BT.numel() for batch in batches) <= 40
     assert sum(int(batch.loss_mask_BT.sum()) for batch in batches) == ROLLOUTS.new_tokens_B.sum()
-    real = int((ROLLOUTS.prompt_tokens_B + ROLLOUTS.new_tokens_B).sum())
+    real = int((ROLLOUTS.prompt_tokens_B + ROLLOUTS.new_tokens_B - 1).sum())
     padding = [batch.document_BT == len(ROLLOUTS) for batch in batches]  # a document of its own, of no token
     assert sum(int(one.sum()) for one in padding) == sum(batch.tokens_BT.numel() for batch in batches) - real > 0
 
