@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from dist_lm.cluster.journal import read_events
+from dist_lm.cluster.journal import Journal, read_events
 from dist_lm.json_lines import json_lines
+from dist_lm.run_directory import WorkDirectory
 from dist_lm.tool_evaluation.bfcl_data import _lines
 from dist_lm.tracking.metrics import follow, last_metrics, read_metrics
 
@@ -31,3 +32,14 @@ def test_metrics_are_cut_at_line_feeds(file):
     path.write_bytes(path.read_bytes().replace(b"\n\n", b"\n"))
     assert list(read_metrics(path)) == follow(path).poll() == values
     assert last_metrics(path) == values[-1]
+
+
+def test_what_follows_half_a_line_of_a_killed_launcher_is_an_event(tmp_path):
+    run = WorkDirectory(tmp_path).run("language", "default")
+    run.create()
+    Journal(run).write("started", attempt=1)
+    with run.events.open("a") as file:
+        file.write('{"time": 1, "ev')
+    Journal(run).write("finished", steps=7)
+    Journal(run).write("stopped", signal="TERM")
+    assert [event["event"] for event in read_events(run.events)] == ["started", "finished", "stopped"]

@@ -11,6 +11,7 @@ events.jsonl: `time` (seconds since 1970), `event`, and what belongs to it:
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -36,10 +37,13 @@ class Journal:
         self._live_at = 0.0
 
     def write(self, event: str, **values: Any) -> None:
-        """Append one event."""
-        line = json.dumps({"time": time.time(), "event": event, **values})
-        with self._run.events.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        """Append one event, in a line of its own also behind half a line that a killed launcher left."""
+        line = json.dumps({"time": time.time(), "event": event, **values}).encode()
+        with self._run.events.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = line if file.read(1) == b"\n" else b"\n" + line
+            file.write(line + b"\n")
 
     def live(self, pulses: Sequence[Pulse]) -> None:
         """Note what ranks were last heard doing; often enough is every few seconds."""
