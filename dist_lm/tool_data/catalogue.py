@@ -1,6 +1,6 @@
 """All tools there are: things of 24 domains times actions, and formulas; each in several variants.
 
-A tool is a pure function of its topic, its variant and the style of its names. It lies on a shelf that hangs on its topic alone (in whatever
+A tool is a pure function of its topic and its variant. It lies on a shelf that hangs on its topic alone (in whatever
 style its name is written, and whatever its verb is), and a conversation takes its tools from one shelf.
 """
 
@@ -46,11 +46,10 @@ class Topic:
     family: str
 
 
-def specification(topic: Topic, variant: int, style: str = "") -> Specification:
-    """Variant `variant` of the tool of `topic`, in a style of its own, or in `style`."""
+def specification(topic: Topic, variant: int) -> Specification:
+    """Variant `variant` of the tool of `topic`."""
     rng = random.Random(f"tool {topic.domain} {topic.thing} {topic.action} {variant}")  # noqa: S311  (no secrets)
-    own_style = rng.choices(STYLES, STYLE_WEIGHTS)[0]
-    style = style or own_style
+    style = rng.choices(STYLES, STYLE_WEIGHTS)[0]
     if topic.family == "record":
         action = BY_KEY[topic.action]
         verb = rng.choice(action.verbs)

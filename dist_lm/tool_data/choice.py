@@ -24,7 +24,6 @@ class Scene:
     rng: random.Random
     world: World
     topics: tuple[Topic, ...]  # of one shelf
-    style: str = ""  # of all names, as of the tools of one program; "": a style each
     tools: list[Specification] = field(default_factory=list)
     hidden: set[tuple[str, str]] = field(default_factory=set)  # thing and action of tools it must not have
 
@@ -45,7 +44,7 @@ class Scene:
         records = [topic for topic in free if topic.family == "record"]
         side = computed if computed and (not records or self.rng.random() < COMPUTED) else records
         weights = [2 if topic.action in RICH else 1 for topic in side]
-        return self._variant(self.rng.choices(side, weights)[0])
+        return specification(self.rng.choices(side, weights)[0], self.rng.randrange(VARIANTS))
 
     def add_others(self, count: int) -> None:
         """Tools that are not needed: half of them for the same thing as one that is."""
@@ -53,14 +52,11 @@ class Scene:
         for _ in range(count):
             near = [topic for topic in self._free() if topic.thing in things]
             if near and self.rng.random() < 0.5:
-                chosen = self._variant(self.rng.choice(near))
+                chosen = specification(self.rng.choice(near), self.rng.randrange(VARIANTS))
             else:
                 chosen = self.pick()
             if chosen.tool.name not in {tool.tool.name for tool in self.tools}:
                 self.tools.append(chosen)
-
-    def _variant(self, topic: Topic) -> Specification:
-        return specification(topic, self.rng.randrange(VARIANTS), self.style)
 
     def _free(self) -> list[Topic]:
         taken = {(tool.thing, tool.action) for tool in self.tools} | self.hidden

@@ -18,16 +18,13 @@ from dist_lm.tool_data.choice import Scene
 from dist_lm.tool_data.drills import echo, one_turn, recall
 from dist_lm.tool_data.episodes import KINDS, ROUND
 from dist_lm.tool_data.execution import World
-from dist_lm.tool_data.naming import STYLE_WEIGHTS, STYLES
 from dist_lm.tool_data.specification import Specification
 
-REVISION = 4  # one more with every change to what is generated: corpora of another are refused
+REVISION = 3  # one more with every change to what is generated: corpora of another are refused
 LONGEST = (650, 800, 900, 900)  # characters of all JSON and text, one of these: 900 are at most 410 tokens of 4,096
 RECALLED = 0.35  # of the drills that lead are words looked up, not said again
 INVENTED_SESSIONS = 0.3  # are about what nobody knows
 LONGEST_SESSION = 1800  # characters
-ONE_STYLE = 0.85  # of conversations have tools of one program, whose names are alike
-ENDS_WITH_CALL = 0.5  # of conversations whose last answer is a result in words: so many end before the result
 OTHER_TOOLS = (0, 1, 1, 1, 2, 2, 3)  # beside those that are needed
 MOST_TOOLS = 4
 SYSTEM = (
@@ -75,9 +72,7 @@ def drill_example(seed: int, number: int) -> Example:
 def _attempt(kind: str, shelf: int, rng: random.Random) -> Example | None:
     """An example, or none where it would become too long."""
     unknown = kind == "invented" or (kind == "session" and rng.random() < INVENTED_SESSIONS)
-    topics = invented_topics(shelf, rng) if unknown else shelf_topics(shelf)
-    style = rng.choices(STYLES, STYLE_WEIGHTS)[0] if rng.random() < ONE_STYLE else ""
-    scene = Scene(rng, World(rng), topics, style)
+    scene = Scene(rng, World(rng), invented_topics(shelf, rng) if unknown else shelf_topics(shelf))
     turns = KINDS[kind][1](scene)
     if len({tool.tool.name for tool in scene.tools}) < len(scene.tools):
         return None
@@ -95,8 +90,6 @@ def _attempt(kind: str, shelf: int, rng: random.Random) -> Example | None:
             scene.tools.pop()
         else:
             return None
-    if turns[-2].role == "tool" and rng.random() < ENDS_WITH_CALL:
-        turns = turns[:-2]
     rng.shuffle(scene.tools)
     conversation = Conversation(tuple(turns), tuple(tool.tool for tool in scene.tools))
     return Example(conversation, kind, group_of(shelf), tuple(scene.tools))

@@ -9,6 +9,7 @@ from dist_lm.tool_data.specification import Specification, values_of
 from dist_lm.tool_data.values import code, draw
 
 Record = dict[str, Json]
+COMMENTS, TAGS = "_comments", "_tags"  # of a record: no field has such a name
 
 
 class ToolFailure(Exception):  # noqa: N818  a tool's own word for what went wrong
@@ -83,11 +84,11 @@ class World:
             record.update(given)
             return {"id": record_id, "updated": len(given)}
         if action == "comment":
-            record["comments"] = [*record.get("comments", []), given["text"]]
-            return {"id": record_id, "comments": len(record["comments"])}
+            comments = record[COMMENTS] = [*record.get(COMMENTS, []), given["text"]]
+            return {"id": record_id, "comments": len(comments)}
         if action == "tag":
-            record["own tags"] = list(dict.fromkeys([*record.get("own tags", []), *given["tags"]]))
-            return {"id": record_id, "tags": record["own tags"]}
+            tags = record[TAGS] = list(dict.fromkeys([*record.get(TAGS, []), *given["tags"]]))
+            return {"id": record_id, "tags": tags}
         record.update(given)
         done = {
             "assign": lambda: {"assignee": given["assignee"]},

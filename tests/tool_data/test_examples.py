@@ -34,7 +34,7 @@ def test_what_is_generated_has_a_number(many):
     """When this fails what is generated has changed: raise `REVISION`, so that corpora of before are refused, and then
     write the new pair here."""
     texts = [write_conversation(one.conversation) for one in (*many[:300], *(drill_example(3, n) for n in range(50)))]
-    assert (REVISION, hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]) == (4, "4e57539de3f84071")
+    assert (REVISION, hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]) == (3, "daee22bbf64580d0")
 
 
 def test_examples_are_not_twice_the_same(many):
@@ -66,7 +66,7 @@ def test_every_kind_has_its_turns(many):
         calls = [len(message.calls) for message in one.conversation.messages if message.role == "assistant"]
         assert roles[0] == "user"
         assert roles[-1] == "assistant"
-        calls += [0] * bool(calls[-1])  # where the conversation ends with a call, its answer
+        assert not one.conversation.messages[-1].calls, "the last word is an answer"
         match one.kind:
             case "copying":
                 assert set(calls) == {0}
@@ -84,17 +84,6 @@ def test_every_kind_has_its_turns(many):
                 assert "error" in results(one.conversation)[0]
             case "single" | "session":
                 assert calls == [1, 0] * (len(calls) // 2)
-
-
-def test_most_conversations_have_tools_of_one_program(many):
-    styles = [{tool.style for tool in one.tools} for one in many if len(one.tools) > 1]
-    alike = sum(len(found) == 1 for found in styles) / len(styles)
-    assert 0.82 < alike < 0.95, "some conversations mix them"
-
-
-def test_half_of_the_conversations_that_would_end_with_a_result_end_with_its_call(many):
-    last = [one.conversation.messages[-1] for one in many if one.kind in ("single", "session", "parallel", "invented")]
-    assert 0.45 < sum(bool(message.calls) for message in last) / len(last) < 0.55
 
 
 def test_errors_come_in_recoveries_only(many):

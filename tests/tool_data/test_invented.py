@@ -3,7 +3,8 @@
 import random
 
 from dist_lm.tool_data.catalogue import SHELVES, fields_of, invented_topics, shelf_of, specification
-from dist_lm.tool_data.choice import CONDITIONS
+from dist_lm.tool_data.choice import CONDITIONS, Scene, call_of
+from dist_lm.tool_data.execution import World
 from dist_lm.tool_data.invented import invented_domain, invented_word
 from dist_lm.tool_data.words import domains
 
@@ -34,3 +35,15 @@ def test_records_can_be_found_by_some_field():
 def test_hardly_a_word_comes_twice():
     rng = random.Random(0)
     assert len({invented_word(rng) for _ in range(1000)}) > 900
+
+
+def test_a_field_may_have_the_name_of_what_an_action_leaves_behind():
+    rng = random.Random(0)
+    for action in ("comment", "tag"):
+        topic = next(topic for topic in invented_topics(0, random.Random(1)) if topic.action == action)
+        scene = Scene(rng, World(rng), (topic,))
+        tool = scene.take()
+        given = scene.arguments(tool)
+        (record,) = scene.world.records[tool.thing].values()
+        record |= {"comments": 3, "tags": "many"}
+        assert scene.world.execute(tool, call_of(tool, given))
