@@ -13,7 +13,7 @@ from dist_lm.rlhf.algorithm import Experience
 from dist_lm.rlhf.clipped_losses import truncated_importance
 from dist_lm.rlhf.forwards import OwnShare, add_up, end_scores
 from dist_lm.rlhf.models import RlhfModels
-from dist_lm.rlhf.packed_rollouts import Dealing, RolloutBatch, completion_mask, whole_batches
+from dist_lm.rlhf.packed_rollouts import Dealing, RolloutBatch, completion_mask
 from dist_lm.rlhf.reward_scale import RewardScale
 from dist_lm.rlhf.rewards import total_score
 from dist_lm.rlhf.rollouts import Rollouts
@@ -97,8 +97,8 @@ class Collector:
         if models.critic:
             found["value"] = share.values(self._bound(models.critic.model))
         if models.reward:
-            whole = [batch.to(self.device) for batch in whole_batches(rollouts, self.dealing)]
-            found["score"] = end_scores(self._bound(models.reward), whole, len(rollouts), self.alive)
+            bound = self._bound(models.reward)
+            found["score"] = end_scores(bound, rollouts, self.dealing, self.device, self.alive)
         return dict(zip(found, add_up(list(found.values()), self.counts), strict=True))
 
     def _bound(self, model: Transformer) -> BoundModel:

@@ -7,10 +7,21 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
+from dist_lm.config import ParallelConfig
+from dist_lm.parallel.mesh import data_mesh
 from dist_lm.parallel.sharding import reshard
-from dist_lm.rlhf.packed_rollouts import RolloutBatch, WholeBatch
+from dist_lm.rlhf.packed_rollouts import Dealing, RolloutBatch, whole_batches
+from dist_lm.rlhf.rollouts import Rollouts
 from dist_lm.training.forward import BoundModel
+
+
+def dealing(mesh: DeviceMesh, parallel: ParallelConfig, micro_batch_tokens: int) -> Dealing:
+    """How rollouts are shared out to the ranks of a mesh, of which this is one."""
+    ranks = data_mesh(mesh)
+    multiple = mesh["tp"].size() if parallel.sp else 1
+    return Dealing(micro_batch_tokens, ranks.get_local_rank(), ranks.size(), multiple)
 
 
 class OwnShare:
@@ -57,17 +68,22 @@ class OwnShare:
 
 @torch.no_grad()
 def end_scores(
-    bound: BoundModel, batches: Sequence[WholeBatch], n_rollouts: int, alive: Callable[[], None] = lambda: None
+    bound: BoundModel,
+    rollouts: Rollouts,
+    shares: Dealing,
+    device: torch.device,
+    alive: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """This rank's part of the scores of whole rollouts, at the last real token of each: (B,) fp32.
 
     Args:
-        batches: on the model's device.
+        device: the model's.
         alive: called before every batch.
     """
-    score_B = torch.zeros(n_rollouts, device=batches[0].tokens_BT.device)
-    for batch in batches:
+    score_B = torch.zeros(len(rollouts), device=device)
+    for whole in whole_batches(rollouts, shares):
         alive()
+        batch = whole.to(device)
         score_B[batch.rollout_S] = bound.scores(batch, batch.end_S).flatten()[batch.end_S]
     reshard(bound.model)
     return score_B

@@ -13,10 +13,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from dist_lm.config import ParallelConfig
 from dist_lm.errors import ConfigError
 from dist_lm.generation.params import SamplingParams
-from dist_lm.parallel.mesh import World, data_mesh
+from dist_lm.parallel.mesh import World
 from dist_lm.parallel.values import whole_weights
 from dist_lm.rlhf.algorithm import Algorithm
 from dist_lm.rlhf.collect import REWARD_MODEL, Collected, Collector
+from dist_lm.rlhf.forwards import dealing
 from dist_lm.rlhf.metrics import Clock, iteration_metrics
 from dist_lm.rlhf.models import RlhfModels
 from dist_lm.rlhf.packed_rollouts import Dealing, minibatches, rollout_batches
@@ -204,9 +205,7 @@ class Learner:
                 set_learning_rate(trained.optimizer, rate)
 
     def _dealing(self) -> Dealing:
-        ranks = data_mesh(self.mesh)
-        multiple = self.mesh["tp"].size() if self.parallel.sp else 1
-        return Dealing(self.config.micro_batch_tokens, ranks.get_local_rank(), ranks.size(), multiple)
+        return dealing(self.mesh, self.parallel, self.config.micro_batch_tokens)
 
     def _collector(self) -> Collector:
         return Collector(

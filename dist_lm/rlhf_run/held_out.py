@@ -14,13 +14,11 @@ import torch
 
 from dist_lm.generation.params import SamplingParams
 from dist_lm.model.transformer import Transformer
-from dist_lm.parallel.mesh import data_mesh
 from dist_lm.parallel.values import whole_weights
 from dist_lm.rank_start import RankStart
-from dist_lm.rlhf.forwards import add_up, end_scores
+from dist_lm.rlhf.forwards import add_up, dealing, end_scores
 from dist_lm.rlhf.learner import RolloutSupply
 from dist_lm.rlhf.models import RlhfModels
-from dist_lm.rlhf.packed_rollouts import Dealing, whole_batches
 from dist_lm.rlhf.reward_scale import RewardScale
 from dist_lm.rlhf.rewards import rules_of, total_score
 from dist_lm.rlhf.rollouts import Rollouts, requests_of, rollouts_of
@@ -92,11 +90,8 @@ class HeldOut:
 
     def _ask_reward_model(self, reward: Transformer, rollouts: Rollouts) -> torch.Tensor:
         mesh, device = self.start.mesh, self.start.world.device
-        ranks = data_mesh(mesh)
-        multiple = mesh["tp"].size() if self.config.parallel.sp else 1
-        dealing = Dealing(self.config.rlhf.micro_batch_tokens, ranks.get_local_rank(), ranks.size(), multiple)
-        batches = [batch.to(device) for batch in whole_batches(rollouts, dealing)]
+        shares = dealing(mesh, self.config.parallel, self.config.rlhf.micro_batch_tokens)
         chunk_bytes = self.config.parallel.loss_chunk_mib << 20
         bound = BoundModel(reward, document_mask=True, chunk_bytes=chunk_bytes)
-        scores = end_scores(bound, batches, len(rollouts), self.alive)
+        scores = end_scores(bound, rollouts, shares, device, self.alive)
         return add_up([scores], mesh.get_local_rank("tp") == 0)[0].cpu()

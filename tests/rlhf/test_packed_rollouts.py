@@ -60,7 +60,7 @@ def test_values_are_of_what_stands_before_a_token_and_a_score_is_of_the_last_rea
     new = ROLLOUTS.new_tokens_B.tolist()
     before = [row[-n - 1 : -1] for row, n in zip(rows, new, strict=True)]
     torch.testing.assert_close(own.values(bound), padded(before), rtol=1e-5, atol=1e-5)
-    scores = end_scores(bound, whole_batches(ROLLOUTS, Dealing(30)), len(ROLLOUTS))
+    scores = end_scores(bound, ROLLOUTS, Dealing(30), torch.device("cpu"))
     torch.testing.assert_close(scores, torch.stack([row[-1] for row in rows]), rtol=1e-5, atol=1e-5)
 
 
