@@ -5,12 +5,12 @@
 #   bash launch/quickstart.sh [key=value ...]      e.g.  work_dir=/tmp/work  run_id=second
 #
 # 1. An environment: .venv in this checkout.
-# 2. One command plans and runs eight stages at model=nano, about twenty minutes on two cores:
+# 2. One command plans and runs eight stages at model=nano, 20 to 28 minutes on two cores:
 #      tokenizer   a BPE of 4,096 pieces from the English, Python, Bash and SQL found on this machine
 #      shards      the same text as webdataset tars of tokens
 #      language    next-token training on English, two torchrun ranks under a local Ray
 #      code        the same on programs, from the language checkpoint
-#      tools       conversations in which functions are called, from the code checkpoint (ten minutes)
+#      tools       conversations in which functions are called, from the code checkpoint (10 to 16 minutes)
 #      rankings    that model's own completions, ranked by rules
 #      reward      a model of scores from those rankings
 #      rlhf        PPO against these scores, rollouts on a Ray actor; ends with rollouts and the win rate
