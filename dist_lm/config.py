@@ -118,6 +118,9 @@ class ParallelConfig:
         )
 
 
+DRILLS = ("copying", "lists", "wishes", "choosing")  # subjects, in the order in which one helps with the next
+
+
 @dataclass
 class SourceConfig:
     """Where documents of one language come from."""
@@ -130,7 +133,7 @@ class SourceConfig:
     limit: int = 0  # documents; 0: all
     dataset: str = ""  # hub...: dataset id, or a local folder or file with the same columns; rankings: file or glob
     revision: str = "main"  # hub
-    subset: str | None = None  # hub: configuration name of the data set
+    subset: str | None = None  # hub: configuration name of the data set; drills: one of DRILLS (null: copying)
     data_dir: str | None = None  # hub: folder inside the data set
     split: str = "train"  # hub: split of the data set (train/val is ours, by document hash)
     column: str = "text"  # hub: the column that holds the document
@@ -144,6 +147,12 @@ class SourceConfig:
             f"corpus source {self.reader}: dataset",
             "(an address with a password)",
             "an address without one (give a token in HF_TOKEN); the configuration is written to disk",
+        )
+        require(
+            self.reader != "drills" or self.subset in (None, *DRILLS),
+            "corpus source drills: subset",
+            self.subset,
+            ", ".join(DRILLS),
         )
         require(
             self.limit >= 0,
@@ -296,13 +305,15 @@ class Config:
             if name not in self.corpus.corpora:
                 raise ConfigError(f"stage.mix={{{name}: {share:g}}}: there is no corpus {name}; expected {accepted}")
             require(name in others, "stage.mix", name, accepted)
-        lead = self.stage.lead
-        require(
-            not lead.corpus or lead.corpus in {*others} - {*(self.stage.mix or {})},
-            "stage.lead.corpus",
-            lead.corpus,
-            f"a corpus of corpus={self.corpus.name} that is neither stage.corpus={own} nor in stage.mix",
-        )
+        free = {*others} - {*(self.stage.mix or {})}
+        for lead in self.stage.lead:
+            require(
+                lead.corpus in free,
+                "stage.lead: corpus",
+                lead.corpus,
+                f"a corpus of corpus={self.corpus.name} that is neither stage.corpus={own} nor in stage.mix, each once",
+            )
+            free.remove(lead.corpus)
         for name in self.stage.corpora or []:
             require(name in self.corpus.corpora, "stage.corpora", name, f"some of {', '.join(self.corpus.corpora)}")
         require(

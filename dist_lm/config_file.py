@@ -17,6 +17,9 @@ def save_config(config: Config, path: Path) -> None:
 def load_config(path: Path) -> Config:
     """Read what `save_config` wrote; types and bounds are checked again."""
     loaded = OmegaConf.load(path)
+    lead = OmegaConf.select(loaded, "stage.lead")
+    if OmegaConf.is_dict(lead):  # as written up to version 0.1, which had one at most
+        loaded.stage.lead = [lead] if lead.steps else []
     merged = OmegaConf.merge(OmegaConf.structured(schema_of(loaded.stage.name)), loaded)
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)

@@ -58,18 +58,15 @@ class QuestionsConfig:
 
 @dataclass
 class LeadConfig:
-    """A corpus that stands in for the stage's own in its first steps: what is to be learned first."""
+    """A corpus that stands in for the stage's own for some of its first steps: what is to be learned first."""
 
-    corpus: str = ""
-    steps: int = 0  # 0: none
+    corpus: str = MISSING
+    steps: int = MISSING
     lr_ratio: float = 1.0  # its learning rates / those of the stage: to begin looking back takes higher ones
 
     def __post_init__(self) -> None:
-        require(0 < self.lr_ratio < math.inf, "stage.lead.lr_ratio", self.lr_ratio, "a positive number")
-        require(self.steps >= 0, "stage.lead.steps", self.steps, "0 (none) or a positive integer")
-        require(
-            bool(self.corpus) or not self.steps, "stage.lead.corpus", self.corpus, "a corpus, with stage.lead.steps"
-        )
+        require(0 < self.lr_ratio < math.inf, "stage.lead: lr_ratio", self.lr_ratio, "a positive number")
+        require(self.steps > 0, "stage.lead: steps", self.steps, "a positive integer")
 
 
 @dataclass
@@ -91,7 +88,7 @@ class StageConfig:
     name: str = MISSING
     corpus: str = ""  # name under work/corpora that it streams
     mix: dict[str, float] | None = field(default_factory=dict)  # share of the sequences from other corpora, by name
-    lead: LeadConfig = field(default_factory=LeadConfig)
+    lead: list[LeadConfig] = field(default_factory=list)  # one after the other, from the first step on
     corpora: list[str] | None = None  # shards, rankings: the corpora to build; null: all
     init_from: str = "auto"  # auto (the stage before) | none | a checkpoint or run directory
     steps: int = 1000  # optimizer steps
@@ -145,6 +142,6 @@ class StageConfig:
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """The corpora that it trains on: its own, those in its mix, the one that leads."""
-        lead = (self.lead.corpus,) if self.lead.steps else ()
-        return tuple(name for name in (self.corpus, *sorted(self.mix or {}), *lead) if name)
+        """The corpora that it trains on: its own, those in its mix, those that lead."""
+        leading = (lead.corpus for lead in self.lead)
+        return tuple(name for name in (self.corpus, *sorted(self.mix or {}), *leading) if name)

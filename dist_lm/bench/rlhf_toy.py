@@ -16,6 +16,7 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
+from dist_lm.rlhf.beside import own_threads
 from dist_lm.rlhf.kl import KlController
 from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
 from dist_lm.rlhf.models import RlhfModels, frozen, scalar_config, start_critic, trained_critic, trained_policy
@@ -98,7 +99,8 @@ class ToyPpo:
             supply=self._supply,
             report=reports.append,
         )
-        self._state = learner.run(self._state)
+        with own_threads(self._world) as beside:
+            self._state = replace(learner, beside=beside).run(self._state)
         self.drawing_s = sum(report.metrics["timing/rollout_s"] for report in reports)
         self.iteration_s = sum(report.metrics["timing/iteration_s"] for report in reports)
         return reports[-1].metrics["rlhf/reward_mean"]

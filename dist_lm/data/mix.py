@@ -2,11 +2,12 @@
 number within it.
 
 Every block of 100 sequences holds each corpus by its exact share, in an order of its own. So the state of a stream is
-still one integer, and how a step is cut into ranks and micro-batches changes nothing. For the first sequences another
-corpus may stand in for the stage's own.
+still one integer, and how a step is cut into ranks and micro-batches changes nothing. For the first sequences other
+corpora, one after the other, may stand in for the stage's own.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 
@@ -19,12 +20,12 @@ _MIX = 6  # what is shuffled; 1 to 5 are those of `order` and `packing`
 class Mix:
     """Corpus 0 is the stage's own and takes what the others leave."""
 
-    def __init__(self, shares: Sequence[float], seed: int, lead: int = 0) -> None:
+    def __init__(self, shares: Sequence[float], seed: int, leads: Sequence[int] = ()) -> None:
         """See above.
 
         Args:
             shares: of corpora 1, 2, ...; whole per cent, with a sum below 1.
-            lead: sequences, of all corpora, in which the corpus after the last of these stands in for corpus 0.
+            leads: of each corpus after these, how many sequences, of all corpora, it stands in for corpus 0.
         """
         others = [round(share * BLOCK) for share in shares]
         self._counts = np.array([BLOCK - sum(others), *others])
@@ -32,8 +33,8 @@ class Mix:
         self._seed = seed
         self._block = -1
         self._corpora = self._places = np.empty(0, np.int64)
-        self._lead = lead
-        self._led = self._own_before(lead)
+        self._ends = list(accumulate(leads))
+        self._own_before_end = [self._own_before(end) for end in self._ends]
 
     def place(self, number: int) -> tuple[int, int]:
         """(corpus, number within it) of global sequence `number`; a corpus is read in its order, without a gap."""
@@ -42,9 +43,14 @@ class Mix:
             self._shuffle(block)
         corpus = int(self._corpora[i])
         place = block * int(self._counts[corpus]) + int(self._places[i])
-        if corpus or not self._lead:
+        if corpus or not self._ends:
             return corpus, place
-        return (len(self._counts), place) if number < self._lead else (0, place - self._led)
+        before = 0
+        for which, (end, own_before_end) in enumerate(zip(self._ends, self._own_before_end, strict=True)):
+            if number < end:
+                return len(self._counts) + which, place - before
+            before = own_before_end
+        return 0, place - before
 
     def _own_before(self, number: int) -> int:
         """Sequences of corpus 0 before `number`."""

@@ -5,7 +5,7 @@ data-parallel rank its contiguous part, so the integer is enough to go on at any
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -128,24 +128,24 @@ class SequenceStream(StepStream):
         reset_positions: bool = True,
         pad_id: int = 0,
         mix: Mapping[MappedCorpus, float] | None = None,
-        lead: tuple[MappedCorpus, int] | None = None,
+        leads: Sequence[tuple[MappedCorpus, int]] = (),
         pin_memory: bool = False,
         prefetch: int = 2,
         seq_len_key: str = SEQ_LEN,
     ) -> None:
-        """`mix`: other corpora with their shares of all sequences, `lead`: one that stands in for the first until
-        so many sequences of the stream have come (`data.mix`). `seq_len_key`: the key that `seq_len` is from, for
-        errors. Else as `StepStream`.
+        """`mix`: other corpora with their shares of all sequences, `leads`: those that stand in for the first, one
+        after the other, each for so many sequences of the stream (`data.mix`). `seq_len_key`: the key that `seq_len`
+        is from, for errors. Else as `StepStream`.
 
         Raises `ConfigError` for a batch that does not divide over the ranks, `ArtefactError` for a corpus that fills no
         sequence.
         """
         shares = mix or {}
-        leading = [lead[0]] if lead else []
+        leading = [one for one, _ in leads]
         # the stage's own first
         self.corpora = [CorpusSequences(one, seed, seq_len, seq_len_key) for one in (corpus, *shares, *leading)]
         self.n_sequences = self.corpora[0].n_sequences  # an epoch
-        self._mix = Mix(list(shares.values()), seed, lead[1] if lead else 0)
+        self._mix = Mix(list(shares.values()), seed, [sequences for _, sequences in leads])
         self._seq_len = seq_len
         self._document_mask, self._reset_positions = document_mask, reset_positions
         packing = self.corpora[0].packing

@@ -140,7 +140,8 @@ def refuse_rankings(config: Config) -> None:
     """
     stage = config.stage
     mixed = [("stage.mix", name) for name in stage.mix or {}]
-    for key, name in (("stage.corpus", stage.corpus), *mixed, ("stage.lead.corpus", stage.lead.corpus)):
+    leading = [("stage.lead", lead.corpus) for lead in stage.lead]
+    for key, name in (("stage.corpus", stage.corpus), *mixed, *leading):
         if name and form_of(config.corpus, name) == "ranking":
             raise ConfigError(f"{key}={name}: expected texts or conversations; stage=reward learns from rankings")
 

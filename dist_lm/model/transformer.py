@@ -154,9 +154,7 @@ class Transformer(nn.Module):
             counted_N: int64; the tokens, in the flattened batch, whose losses are wanted: no logits are computed of the
                 others, whose losses are 0. None: all.
         """
-        x_BTD = self.hidden(tokens_BT, document_BT=document_BT, position_BT=position_BT, dropout=dropout)
-        x_ND = self.head_input(x_BTD).flatten(0, 1)
-        x_ND = x_ND if counted_N is None else x_ND[counted_N]
+        x_ND = self._read_of(counted_N, tokens_BT, document_BT=document_BT, position_BT=position_BT, dropout=dropout)
 
         def losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
             return self.losses_of_logits(logits_NV, targets_N, label_smoothing, z_loss)

@@ -79,10 +79,11 @@ class RunFacts:
 
     @property
     def corpora(self) -> frozenset[str]:
-        """That it reads, by name: its own, those in its mix, the one that leads, the pretraining text of stage rlhf."""
+        """That it reads, by name: its own, those in its mix, those that lead, the pretraining text of stage rlhf."""
         stage, rlhf = self.config.get("stage", {}), self.config.get("rlhf") or {}
-        lead = stage.get("lead") or {}
-        names = {*(stage.get("mix") or {}), lead.get("corpus") if lead.get("steps") else None}
+        leads = stage.get("lead") or []
+        leads = [leads] if isinstance(leads, dict) else leads  # up to version 0.1 there was one at most
+        names = {*(stage.get("mix") or {}), *(lead["corpus"] for lead in leads if lead["steps"])}
         if self.stage == "rlhf" and rlhf.get("pretrain_coefficient"):
             names |= {rlhf.get("pretrain_corpus"), *(rlhf.get("pretrain_mix") or {})}
         if not (self.stage == "rlhf" and rlhf.get("prompts_from")):

@@ -10,6 +10,7 @@ import torch
 
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.algorithm import Experience
+from dist_lm.rlhf.beside import Beside, one_after_other
 from dist_lm.rlhf.clipped_losses import truncated_importance
 from dist_lm.rlhf.forwards import OwnShare, add_up, end_scores
 from dist_lm.rlhf.models import RlhfModels
@@ -44,7 +45,8 @@ class Collector:
     counts: bool  # of the ranks that see the same rollouts, this is the one whose sums count
     dealing: Dealing  # of whole rollouts, for the reward model
     device: torch.device
-    alive: Callable[[], None] = lambda: None  # called before every forward
+    alive: Callable[[], None] = lambda: None  # called before every forward, from any thread
+    beside: Beside = one_after_other  # how models of tokens and models of scores are asked
 
     def __call__(
         self,
@@ -90,15 +92,25 @@ class Collector:
     def _ask(self, rollouts: Rollouts, batches: Sequence[RolloutBatch], longest: int) -> dict[str, torch.Tensor]:
         share = OwnShare(batches, len(rollouts), longest, self.alive)
         models, temperature = self.models, self.config.temperature
-        found = {}
-        found["logprob"], found["entropy"] = share.logprobs(self._bound(models.policy.model), temperature)
-        if models.reference:
-            found["reference"], _ = share.logprobs(self._bound(models.reference), temperature)
-        if models.critic:
-            found["value"] = share.values(self._bound(models.critic.model))
-        if models.reward:
-            bound = self._bound(models.reward)
-            found["score"] = end_scores(bound, rollouts, self.dealing, self.device, self.alive)
+
+        def of_tokens() -> dict[str, torch.Tensor]:
+            found = {}
+            found["logprob"], found["entropy"] = share.logprobs(self._bound(models.policy.model), temperature)
+            if models.reference:
+                found["reference"], _ = share.logprobs(self._bound(models.reference), temperature)
+            return found
+
+        def of_scores() -> dict[str, torch.Tensor]:
+            found = {}
+            if models.critic:
+                found["value"] = share.values(self._bound(models.critic.model))
+            if models.reward:
+                bound = self._bound(models.reward)
+                found["score"] = end_scores(bound, rollouts, self.dealing, self.device, self.alive)
+            return found
+
+        tokens, scores = self.beside(of_tokens, of_scores)
+        found = tokens | scores
         return dict(zip(found, add_up(list(found.values()), self.counts), strict=True))
 
     def _bound(self, model: Transformer) -> BoundModel:

@@ -16,6 +16,7 @@ from dist_lm.generation.params import SamplingParams
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.values import whole_weights
 from dist_lm.rlhf.algorithm import Algorithm
+from dist_lm.rlhf.beside import Beside, one_after_other
 from dist_lm.rlhf.collect import REWARD_MODEL, Collected, Collector
 from dist_lm.rlhf.forwards import dealing
 from dist_lm.rlhf.metrics import Clock, iteration_metrics
@@ -74,7 +75,8 @@ class Learner:
     save_every: int = 0  # iterations; 0: only at the end
     save: Callable[[RlhfState], None] = lambda state: None  # on every rank; pending rollouts are the first one's
     report: Callable[[IterationReport], None] = lambda report: None  # on every rank
-    alive: Callable[[], None] = lambda: None  # called as it gets on
+    alive: Callable[[], None] = lambda: None  # called as it gets on, from any thread
+    beside: Beside = one_after_other  # how it does what belongs to the policy, and what belongs to the critic
     stop: StopRequest = field(default_factory=StopRequest)
 
     def __post_init__(self) -> None:
@@ -216,6 +218,7 @@ class Learner:
             dealing=self._dealing(),
             device=self.world.device,
             alive=self.alive,
+            beside=self.beside,
         )
 
     def _updater(self) -> Updater:
@@ -229,6 +232,7 @@ class Learner:
             stop=self.stop,
             pretraining=self.pretraining,
             alive=self.alive,
+            beside=self.beside,
         )
 
     @property

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from dist_lm.data.batch import Batch
 from dist_lm.rlhf.algorithm import Algorithm, DrawnTokens
+from dist_lm.rlhf.beside import Beside, one_after_other
 from dist_lm.rlhf.models import RlhfModels, Trained
 from dist_lm.rlhf.packed_rollouts import RolloutBatch
 from dist_lm.rlhf.state import RlhfState
@@ -114,6 +115,7 @@ class Updater:
     stop: StopRequest
     pretraining: Pretraining | None = None
     alive: Callable[[], None] = lambda: None  # called before every update
+    beside: Beside = one_after_other  # how policy and critic are updated
 
     def __call__(self, state: RlhfState, columns: Columns, passes: Passes) -> Updates:
         """All passes over an iteration's rollouts, or as many as `rlhf.stop_kl` leaves (collective).
@@ -126,9 +128,7 @@ class Updater:
         for number in range(self.config.epochs):
             for minibatch in passes(number):
                 self.alive()
-                results = [self._policy_step(state, columns, minibatch)]
-                if self.models.critic:
-                    results.append(self._critic_step(self.models.critic, columns, minibatch))
+                results = self._steps(state, columns, minibatch)
                 state = _counted(state, results)
                 self._check_finite(state)
                 stopping = stopping or any(result.stop_requested for result in results)
@@ -138,6 +138,16 @@ class Updater:
                 if self.config.stop_kl and done[-1]["approx_kl"] > self.config.stop_kl:
                     return Updates(state, done, stopping, ended_by_kl=True)
         return Updates(state, done, stopping, ended_by_kl=False)
+
+    def _steps(self, state: RlhfState, columns: Columns, minibatch: Minibatch) -> Sequence[StepResult]:
+        """Of the policy, and of the critic where there is one."""
+        critic = self.models.critic
+        if not critic:
+            return [self._policy_step(state, columns, minibatch)]
+        return self.beside(
+            lambda: self._policy_step(state, columns, minibatch),
+            lambda: self._critic_step(critic, columns, minibatch),
+        )
 
     def _policy_step(self, state: RlhfState, columns: Columns, minibatch: Minibatch) -> StepResult:
         batches: list[Batch] = list(minibatch.batches)

@@ -22,6 +22,7 @@ from dist_lm.rank_data import check_corpora
 from dist_lm.rank_program import open_metrics
 from dist_lm.rank_result import metrics_of_step, write_success
 from dist_lm.rank_start import RankStart, started
+from dist_lm.rlhf.beside import own_threads
 from dist_lm.rlhf.learner import Learner, RolloutSupply
 from dist_lm.rlhf.ppo import Ppo
 from dist_lm.rlhf.prompts import ShuffledPrompts
@@ -81,6 +82,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
                 save=Saving(saver, begun, reporter, world.is_first),
                 report=reporter,
                 alive=partial(reporter.alive, Phase.STEP),
+                beside=stack.enter_context(own_threads(world)),
                 stop=stop,
             )
             log.info("rank %d of %d, %s, from iteration %d", world.rank, world.size, start.layout, state.iteration)

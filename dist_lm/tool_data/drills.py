@@ -3,7 +3,8 @@
 A schema costs a hundred tokens of which none is learned; here half the tokens are, and each can be had from the request
 only: said again, looked up among others, as a list in JSON, or as an object with the keys and in the order that are
 asked for. What has to be said again word by word is without sense, so that nothing but looking helps: a small model
-learns to copy from that first.
+learns to copy from that first. A piece of a word that it has never said it cannot copy, so words come in every spelling
+that names have.
 """
 
 import json
@@ -12,7 +13,7 @@ from collections.abc import Callable
 
 from dist_lm.chat.messages import Message
 from dist_lm.tool_data.invented import invented_word
-from dist_lm.tool_data.naming import STYLE_WEIGHTS, STYLES, argument_name
+from dist_lm.tool_data.naming import STYLE_WEIGHTS, STYLES, argument_name, camel
 from dist_lm.tool_data.phrasing import piece
 from dist_lm.tool_data.specification import Parameter
 from dist_lm.tool_data.values import Value, draw, sentence
@@ -21,6 +22,7 @@ from dist_lm.tool_data.words import domains, words
 BEFORE = ("", "", "please ", "what is ", "tell me ", "I would like you to ", "now the ", "can you ", "I need ")
 BEHIND = ("", "", " now", " for me", ", thanks", " in the room at 5", " with the number 12")
 KNOWN = 0.8  # of the words in drills; the others are made up
+SPELLED = (0, 0, 0, 0.5, 1)  # shares of names as programs spell them, one of these for a drill
 LISTED = ("code", "person", "city", "word", "email", "amount", "date", "handle", "title", "product", "given", "path")
 
 
@@ -36,14 +38,19 @@ def one_turn(asked: str, answered: str) -> list[Message]:
 
 def echo(rng: random.Random) -> tuple[str, str]:
     """Words without sense, again: hardly one twice, so that what came before says what comes next."""
-    picked = rng.sample(words("common"), rng.randint(3, 30))
-    text = " ".join(word if rng.random() < KNOWN else _noise(rng) for word in picked)
+    spelled = rng.choice(SPELLED)
+    picked = rng.sample(words("common"), rng.randint(3, 15 if spelled else 30))
+    text = " ".join(
+        identifier(rng) if rng.random() < spelled else word if rng.random() < KNOWN else _noise(rng) for word in picked
+    )
     return f"{rng.choice(['Repeat', 'Read back', 'Say', 'Copy'])}: {text}", text
 
 
 def look_up(rng: random.Random) -> tuple[str, str]:
     """What was said to belong to some of the words, in the order in which they are asked for."""
-    meaning = {_word(rng): " ".join(_word(rng) for _ in range(rng.randint(1, 3))) for _ in range(rng.randint(2, 8))}
+    meaning = {
+        any_word(rng): " ".join(any_word(rng) for _ in range(rng.randint(1, 3))) for _ in range(rng.randint(2, 8))
+    }
     asked = rng.sample(list(meaning), rng.randint(1, len(meaning)))
     told = ", ".join(f"{word} = {value}" for word, value in meaning.items())
     return f"{told}. {rng.choice(['Give me', 'What is', 'Tell me'])} {', '.join(asked)}?", ", ".join(
@@ -90,14 +97,18 @@ def recall(rng: random.Random) -> list[Message]:
 
     A word is one or two; those of two share one, so that both count.
     """
-    count = rng.randint(2, 8)
+    count, spelled = rng.randint(2, 8), rng.choice(SPELLED)
+
+    def value() -> str:
+        return identifier(rng) if rng.random() < spelled else " ".join(any_word(rng) for _ in range(rng.randint(1, 2)))
+
     if rng.random() < 0.5:
-        first, second = ([_word(rng) for _ in range(number)] for number in (4, 3))
+        first, second = ([any_word(rng) for _ in range(number)] for number in (4, 3))
         pairs = sorted({f"{one} {other}" for one in first for other in second})
         keys = rng.sample(pairs, min(count, len(pairs)))
     else:
-        keys = list(dict.fromkeys(_word(rng) for _ in range(count)))
-    said = {key: " ".join(_word(rng) for _ in range(rng.randint(1, 2))) for key in keys}
+        keys = list(dict.fromkeys(any_word(rng) for _ in range(count)))
+    said = {key: value() for key in keys}
     form, between = rng.choice([("{}: {}", ", "), ("{} = {}", "\n"), ("{} {}", "; ")])
     told = between.join(form.format(key, value) for key, value in said.items())
     plain = rng.random() < 0.4
@@ -115,7 +126,15 @@ DRILLS: tuple[Callable[[random.Random], tuple[str, str]], ...] = (
 )
 
 
-def _word(rng: random.Random) -> str:
+def identifier(rng: random.Random) -> str:
+    """One to three words as programs spell them: `copied_top`, `copiedTop`, `Top`."""
+    picked = [any_word(rng) for _ in range(rng.randint(1, 3))]
+    capitals = "".join(word.capitalize() for word in picked)
+    spellings = (*(between.join(picked) for between in "_.-"), capitals, camel(picked), " ".join(picked).title())
+    return rng.choice((*spellings, "_".join(picked).upper()))
+
+
+def any_word(rng: random.Random) -> str:
     """One of thousands, or one that nobody has said."""
     return rng.choice(words("common")) if rng.random() < KNOWN else _noise(rng)
 

@@ -6,7 +6,6 @@ An episode takes the tools it needs from the scene and returns its turns. Result
 import random
 from collections.abc import Callable
 
-from dist_lm.chat.json_text import write
 from dist_lm.chat.messages import Call, Json, Message
 from dist_lm.tool_data.actions import BY_KEY
 from dist_lm.tool_data.answers import answer, nothing_fits, question_back, shown
@@ -15,14 +14,15 @@ from dist_lm.tool_data.choice import Scene, call_of, record_of, with_record
 from dist_lm.tool_data.drills import drill, recall
 from dist_lm.tool_data.execution import ToolFailure
 from dist_lm.tool_data.phrasing import Given, describe, instruction, piece, request
-from dist_lm.tool_data.specification import Specification
+from dist_lm.tool_data.specification import Specification, without_arguments
 
 Turns = list[Message]
 ROUND = 4  # turns of a request that takes one call
 FURTHER_ROUNDS = (0, 0, 1, 1, 2, 3)
 IN_SESSION = 6  # requests to the same tools, at most
-CHOSEN, RECALLED = 0.3, 0.2  # of conversations without tools are about which one to take, or which word
-WHICH = ("Which one?", "Which tool?", "Choose a tool:", "What would serve?")
+RECALLED = 0.4  # of drills are about which word
+MOST_CHOICES = 5  # tools, and requests for them, where one has to be chosen and nothing else
+DONE = ("Done.", "Ready.", "Yes.")
 
 
 def single(scene: Scene) -> Turns:
@@ -179,33 +179,29 @@ def invented(scene: Scene) -> Turns:
 
 
 def copying(scene: Scene) -> Turns:
-    """Values out of the request, without tools; or the names of the tools that would serve."""
-    way = scene.rng.random()
-    return choosing(scene) if way < CHOSEN else recall(scene.rng) if way < CHOSEN + RECALLED else drill(scene.rng)
+    """Values out of the request, without tools."""
+    return recall(scene.rng) if scene.rng.random() < RECALLED else drill(scene.rng)
 
 
 def choosing(scene: Scene) -> Turns:
-    """Which of some tools serves each request: it is named, nothing is called.
+    """Request after request to tools without arguments: only which one serves has to be found.
 
     In conversations with tools few of the tokens that are learned say which one is called, and a small model guesses
-    them long after it has learned all the others. Here nothing else is learned, in the spelling of tools and calls.
+    them long after it has learned all the others.
     """
     rng = scene.rng
-    for _ in range(rng.randint(2, 6)):
+    for _ in range(rng.randint(2, MOST_CHOICES)):
         _take_one_more(scene)
-    offered = list({tool.tool.name: tool for tool in scene.tools}.values())
-    scene.tools.clear()
-    told = write([{"description": tool.tool.description, "name": tool.tool.name} for tool in offered], "offered")
     turns: Turns = []
-    for tool in rng.choices(offered, k=rng.randint(2, 5)):
+    for tool in rng.choices(scene.tools, k=rng.randint(2, MOST_CHOICES)):
         text = request(tool, scene.arguments(tool), rng)
-        turns.append(Message("user", text if turns else f"{told} {rng.choice(WHICH)} {text}"))
-        turns.append(Message("assistant", write({"name": tool.tool.name}, "name")))
+        turns += [Message("user", text), *_called(Call(tool.tool.name, {}), {}), Message("assistant", rng.choice(DONE))]
+    scene.tools = [without_arguments(tool) for tool in scene.tools]
     return turns
 
 
 KINDS: dict[str, tuple[float, Callable[[Scene], Turns]]] = {  # with their shares
-    "single": (0.20, single),
+    "single": (0.24, single),
     "session": (0.15, session),
     "parallel": (0.07, parallel),
     "sequential": (0.05, sequential),
@@ -213,8 +209,9 @@ KINDS: dict[str, tuple[float, Callable[[Scene], Turns]]] = {  # with their share
     "missing": (0.05, missing),
     "recovery": (0.04, recovery),
     "answer": (0.04, plain_answer),
-    "invented": (0.14, invented),
-    "copying": (0.21, copying),
+    "invented": (0.16, invented),
+    "copying": (0.08, copying),
+    "choosing": (0.07, choosing),
 }
 
 

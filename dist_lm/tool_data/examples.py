@@ -9,21 +9,24 @@ of val examples, and their names, are in no train example.
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.tool_data.catalogue import SHELVES, group_of, invented_topics, shelf_topics
 from dist_lm.tool_data.choice import Scene
 from dist_lm.tool_data.drills import echo, one_turn, recall
-from dist_lm.tool_data.episodes import KINDS, ROUND
+from dist_lm.tool_data.episodes import KINDS, ROUND, choosing
 from dist_lm.tool_data.execution import World
+from dist_lm.tool_data.ladder import lists, wishes
 from dist_lm.tool_data.specification import Specification
 
-REVISION = 3  # one more with every change to what is generated: corpora of another are refused
+REVISION = 4  # one more with every change to what is generated: corpora of another are refused
 LONGEST = (650, 800, 900, 900)  # characters of all JSON and text, one of these: 900 are at most 410 tokens of 4,096
-RECALLED = 0.35  # of the drills that lead are words looked up, not said again
-INVENTED_SESSIONS = 0.3  # are about what nobody knows
+RECALLED = 0.35  # of the drills of copying are words looked up, not said again
+STILL_COPIED = 0.25  # of the drills of all other subjects are of copying, which is forgotten without
+DECIDING = ("session", "choosing")  # kinds with request after request to the same tools
+INVENTED_SESSIONS = 0.3  # of these are about what nobody knows
 LONGEST_SESSION = 1800  # characters
 OTHER_TOOLS = (0, 1, 1, 1, 2, 2, 3)  # beside those that are needed
 MOST_TOOLS = 4
@@ -56,34 +59,52 @@ def example(seed: int, number: int) -> Example:
     shelf = rng.randrange(SHELVES)
     kind = rng.choices(list(KINDS), [share for share, _ in KINDS.values()])[0]
     while True:
-        found = _attempt(kind, shelf, rng)
+        found = _attempt(kind, KINDS[kind][1], shelf, rng)
         if found is not None:
             return found
 
 
-def drill_example(seed: int, number: int) -> Example:
-    """A conversation of kind `copying`, of a stream of its own; its group is its own, because it has no tools."""
-    name = f"drill {seed} {number}"
+def drill_example(seed: int, number: int, subject: str = "copying") -> Example:
+    """A conversation of a stream of its own, which leads the stage; `subject`: of `config.DRILLS`."""
+    name = f"drill {seed} {number}" if subject == "copying" else f"drill {subject} {seed} {number}"
     rng = random.Random(name)  # noqa: S311  (text, not secrets)
-    turns = recall(rng) if rng.random() < RECALLED else one_turn(*echo(rng))
-    return Example(Conversation(tuple(turns)), "copying", hashlib.sha256(name.encode()).hexdigest(), ())
+    kind = "copying" if rng.random() < STILL_COPIED else subject
+    if kind == "choosing":
+        return _choosing(rng)
+    # its group is its own, because it has no tools
+    return Example(Conversation(tuple(DRILLS[kind](rng))), kind, hashlib.sha256(name.encode()).hexdigest(), ())
 
 
-def _attempt(kind: str, shelf: int, rng: random.Random) -> Example | None:
+def _copying(rng: random.Random) -> list[Message]:
+    return recall(rng) if rng.random() < RECALLED else one_turn(*echo(rng))
+
+
+DRILLS: dict[str, Callable[[random.Random], list[Message]]] = {"copying": _copying, "lists": lists, "wishes": wishes}
+
+
+def _choosing(rng: random.Random) -> Example:
+    shelf = rng.randrange(SHELVES)
+    while True:
+        found = _attempt("choosing", choosing, shelf, rng)
+        if found is not None:
+            return found
+
+
+def _attempt(kind: str, episode: Callable[[Scene], list[Message]], shelf: int, rng: random.Random) -> Example | None:
     """An example, or none where it would become too long."""
-    unknown = kind == "invented" or (kind == "session" and rng.random() < INVENTED_SESSIONS)
+    unknown = kind == "invented" or (kind in DECIDING and rng.random() < INVENTED_SESSIONS)
     scene = Scene(rng, World(rng), invented_topics(shelf, rng) if unknown else shelf_topics(shelf))
-    turns = KINDS[kind][1](scene)
+    turns = episode(scene)
     if len({tool.tool.name for tool in scene.tools}) < len(scene.tools):
         return None
     needed = len(scene.tools)
-    if kind not in ("copying", "session"):
+    if kind not in ("copying", *DECIDING):
         scene.add_others(max(0, min(rng.choice(OTHER_TOOLS), MOST_TOOLS - needed)))
     if rng.random() < 0.12:
         turns = [Message("system", rng.choice(SYSTEM)), *turns]
-    longest = LONGEST_SESSION if kind == "session" else rng.choice(LONGEST)
+    longest = LONGEST_SESSION if kind in DECIDING else rng.choice(LONGEST)
     while _characters(scene.tools, turns) > longest:
-        rounds = [turn.role for turn in turns].count("user") if kind in ("single", "invented", "session") else 1
+        rounds = [turn.role for turn in turns].count("user") if kind in ("single", "invented", *DECIDING) else 1
         if rounds > 1 and (len(scene.tools) == needed or rng.random() < 0.8):
             turns = turns[:-ROUND]
         elif len(scene.tools) > needed:

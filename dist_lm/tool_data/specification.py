@@ -1,6 +1,6 @@
 """A tool as the generator knows it: beside its schema, what it means and how requests may speak of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dist_lm.chat.messages import Json, Tool
 from dist_lm.tool_data.values import schema_of
@@ -47,6 +47,11 @@ class Specification:
     def id_parameter(self) -> Parameter | None:
         """The argument that names a record."""
         return next((parameter for parameter in self.parameters if parameter.kind == "record"), None)
+
+
+def without_arguments(specification: Specification) -> Specification:
+    """The same tool, as if it took none."""
+    return replace(specification, tool=replace(specification.tool, parameters={"type": "object"}), parameters=())
 
 
 def schema_with(parameters: tuple[Parameter, ...]) -> dict[str, Json]:

@@ -18,6 +18,7 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 # about (the call after an error, the answer that needs no call). Of all others every turn.
 FIRST = ("single", "parallel", "hub")
 LAST = ("recovery", "answer")
+NONE = ("choosing",)  # no call there has arguments
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Asked:
 
 
 def questions_of(conversation: Conversation, kind: str) -> list[Question]:
-    """The turns of a conversation that are asked; none without tools, or with some whose calls cannot be checked."""
-    if not conversation.tools or not _can_be_checked(conversation):
+    """The turns of a conversation that are asked: none without tools, of drills, or where calls cannot be checked."""
+    if not conversation.tools or kind in NONE or not _can_be_checked(conversation):
         return []
     messages = conversation.messages
     places = [

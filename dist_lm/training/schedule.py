@@ -18,8 +18,13 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int, min_
 
 
 def stage_rate(stage: StageConfig, step: int) -> float:
-    """The learning rate of a 0-based step of a stage, which another corpus may lead at rates of its own."""
+    """The learning rate of a 0-based step of a stage, which other corpora may lead at rates of their own."""
     rate = learning_rate(
         step, peak=stage.lr, warmup_steps=stage.warmup_steps, steps=stage.steps, min_ratio=stage.min_lr_ratio
     )
-    return rate * stage.lead.lr_ratio if step < stage.lead.steps else rate
+    behind = 0
+    for lead in stage.lead:
+        behind += lead.steps
+        if step < behind:
+            return rate * lead.lr_ratio
+    return rate

@@ -73,7 +73,7 @@ def test_shards_are_those_that_the_stages_read(work):
     plan = plan_of(work, "stage.seq_len=200", target="tools")
     assert actions(plan)["shards"] is Action.BUILD
     assert next(stage.detail for stage in plan.stages if stage.info.name == "shards").startswith(
-        "corpora tools, drills ("
+        "corpora tools, copying, lists, wishes, choosing ("
     )
     assert actions(plan_of(work, target="shards"))["shards"] is Action.BUILD
     mixed = plan_of(work, "stage.mix={tools: 0.1}")
@@ -318,11 +318,11 @@ def test_pretraining_text_that_is_none_is_refused(work, overrides, message):
         plan_of(work, *IN_256, *given, *overrides, target="rlhf")
 
 
-@pytest.mark.parametrize("given", ["stage.corpus=rankings", "stage.mix={rankings: 0.1}", "stage.lead.corpus=rankings"])
+@pytest.mark.parametrize(
+    "given", ["stage.corpus=rankings", "stage.mix={rankings: 0.1}", "stage.lead=[{corpus: rankings, steps: 1}]"]
+)
 def test_rankings_are_no_text_to_predict(work, given):
-    with pytest.raises(
-        ConfigError, match=r"^stage\.(corpus|mix|lead\.corpus)=rankings: expected texts or conversations"
-    ):
+    with pytest.raises(ConfigError, match=r"^stage\.(corpus|mix|lead)=rankings: expected texts or conversations"):
         plan_of(work, given, target="code")
 
 

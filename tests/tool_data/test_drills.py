@@ -3,11 +3,14 @@
 import json
 import random
 
+import pytest
+
 from dist_lm.tool_data.catalogue import SHELVES, shelf_topics
 from dist_lm.tool_data.choice import Scene
-from dist_lm.tool_data.drills import as_list, as_object, echo, look_up, read_back, recall
+from dist_lm.tool_data.drills import as_list, as_object, echo, identifier, look_up, read_back, recall
 from dist_lm.tool_data.episodes import choosing
 from dist_lm.tool_data.execution import World
+from dist_lm.tool_data.ladder import lists, wishes
 
 ROUNDS = 400
 
@@ -69,14 +72,47 @@ def test_an_object_has_the_keys_that_were_asked_for_in_their_order():
         assert places == sorted(places), (asked, answered)
 
 
-def test_of_tools_that_are_told_one_is_named_for_every_request():
+def test_of_tools_without_arguments_one_is_called_for_every_request():
     for seed in range(50):
         rng = random.Random(seed)
         scene = Scene(rng, World(rng), shelf_topics(seed % SHELVES))
         turns = choosing(scene)
-        assert scene.tools == []
-        offered, end = json.JSONDecoder().raw_decode(turns[0].content)
-        assert turns[0].content[end:].strip()
-        names = [json.loads(turn.content)[" name"] for turn in turns[1::2]]
-        assert 2 <= len(names) <= 5
-        assert set(names) <= {tool[" name"] for tool in offered}
+        assert all(tool.tool.parameters == {"type": "object"} and not tool.parameters for tool in scene.tools)
+        calls = [call for turn in turns for call in turn.calls]
+        assert 2 <= len(calls) == [turn.role for turn in turns].count("user") <= 5
+        assert {call.name for call in calls} <= {tool.tool.name for tool in scene.tools}
+        assert all(call.arguments == {} for call in calls)
+
+
+@pytest.mark.parametrize("drill", [lists, wishes])
+def test_what_is_asked_of_a_list_stands_behind_its_words_there(drill):
+    rng = random.Random(6)
+    for _ in range(ROUNDS):
+        told, *turns = drill(rng)
+        assert told.role == "system"
+        pairs = [line.split(": ") for line in told.content.split("\n")]
+        assert 2 <= len(pairs) == len({key for key, _ in pairs}) <= 5
+        for asked, answered in zip(turns[::2], turns[1::2], strict=True):
+            keys = [key for key, value in pairs if f" {value}" == answered.content]
+            said = set(asked.content.lower().replace(",", " ").split())
+            assert any(words_of(key) <= said for key in keys), (told, asked, answered)
+
+
+def words_of(key: str) -> set[str]:
+    """Without articles: a list has `a`, a wish `the`."""
+    return set(key.lower().split()) - {"a", "an"}
+
+
+def test_a_name_is_spelled_from_its_words_in_many_ways():
+    rng = random.Random(7)
+    spelled = {identifier(rng) for _ in range(ROUNDS)}
+    assert all(any(mark in name for name in spelled) for mark in "_.- ")
+    assert any(name.isupper() for name in spelled)
+    assert any(name.istitle() for name in spelled)
+    assert any(name[0].islower() and any(letter.isupper() for letter in name) for name in spelled)
+
+
+def test_what_is_said_again_is_spelled_as_names_are_in_some_drills():
+    rng = random.Random(8)
+    answers = [echo(rng)[1] for _ in range(ROUNDS)]
+    assert 0.2 < sum("_" in answer for answer in answers) / ROUNDS < 0.6

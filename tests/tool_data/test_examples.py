@@ -12,6 +12,8 @@ from dist_lm.chat.documents import write_conversation
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.rules import check_conversation
 from dist_lm.chat.schema import check_tool, problems
+from dist_lm.config import DRILLS
+from dist_lm.tool_data.catalogue import group_of
 from dist_lm.tool_data.episodes import KINDS
 from dist_lm.tool_data.examples import LONGEST, LONGEST_SESSION, REVISION, Example, drill_example, example, examples
 
@@ -33,8 +35,9 @@ def test_an_example_hangs_on_seed_and_number_alone(many):
 def test_what_is_generated_has_a_number(many):
     """When this fails what is generated has changed: raise `REVISION`, so that corpora of before are refused, and then
     write the new pair here."""
-    texts = [write_conversation(one.conversation) for one in (*many[:300], *(drill_example(3, n) for n in range(50)))]
-    assert (REVISION, hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]) == (3, "daee22bbf64580d0")
+    drills = (drill_example(3, number, subject) for subject in DRILLS for number in range(20))
+    texts = [write_conversation(one.conversation) for one in (*many[:300], *drills)]
+    assert (REVISION, hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]) == (4, "6ac8102841319450")
 
 
 def test_examples_are_not_twice_the_same(many):
@@ -82,7 +85,7 @@ def test_every_kind_has_its_turns(many):
             case "recovery":
                 assert calls == [1, 1, 0]
                 assert "error" in results(one.conversation)[0]
-            case "single" | "session":
+            case "single" | "session" | "choosing":
                 assert calls == [1, 0] * (len(calls) // 2)
 
 
@@ -132,7 +135,7 @@ def test_conversations_are_short(many):
     lengths = {one.kind: 0 for one in many}
     for one in many:
         lengths[one.kind] = max(lengths[one.kind], len(repr(one.conversation)))
-    assert lengths.pop("session") < 2.5 * LONGEST_SESSION
+    assert max(lengths.pop("session"), lengths.pop("choosing")) < 2.5 * LONGEST_SESSION
     assert max(lengths.values()) < 2.5 * max(LONGEST)
 
 
@@ -145,7 +148,8 @@ def test_a_session_asks_for_tools_that_are_offered_again_and_again(many):
 
 
 def test_conversations_have_one_tool_to_four(many):
-    assert {len(one.tools) for one in many if one.kind != "copying"} == {1, 2, 3, 4}
+    assert {len(one.tools) for one in many if one.kind not in ("copying", "choosing")} == {1, 2, 3, 4}
+    assert {len(one.tools) for one in many if one.kind == "choosing"} == {2, 3, 4, 5}
 
 
 def results(conversation: Conversation) -> list:
@@ -164,10 +168,27 @@ def leaves(value) -> list:
     return [value]
 
 
-def test_drills_hang_on_seed_and_number_and_what_is_answered_was_said():
+@pytest.mark.parametrize("subject", DRILLS)
+def test_drills_hang_on_seed_and_number(subject):
+    drills = [drill_example(5, number, subject) for number in range(100)]
+    assert drills[7] == drill_example(5, 7, subject)
+    assert len({repr(one.conversation) for one in drills}) == 100
+    for one in drills:
+        check_conversation(one.conversation)
+        assert one.kind in (subject, "copying")  # which is forgotten otherwise
+        assert bool(one.tools) == bool(one.conversation.tools) == (one.kind == "choosing")
+
+
+def test_drills_with_tools_are_split_as_conversations_are(many):
+    drills = [one for one in (drill_example(5, number, "choosing") for number in range(100)) if one.tools]
+    assert {one.group for one in drills} <= {one.group for one in many if one.tools}
+    for one in drills:
+        assert one.group in {group_of(tool.shelf) for tool in one.tools}
+
+
+def test_what_is_answered_in_drills_of_copying_was_said():
     drills = [drill_example(5, number) for number in range(300)]
-    assert drills[7] == drill_example(5, 7)
-    assert len({repr(one.conversation) for one in drills}) == len({one.group for one in drills}) == 300
+    assert len({one.group for one in drills}) == 300
     said = 0
     for one in drills:
         asked, *later = one.conversation.messages

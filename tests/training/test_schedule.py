@@ -26,7 +26,8 @@ def test_without_warmup_and_with_a_single_step_it_is_the_peak():
 
 def test_what_leads_a_stage_has_rates_of_its_own():
     plain = StageConfig(name="test", lr=1e-3, warmup_steps=10, steps=100, min_lr_ratio=0.1)
-    led = StageConfig(**{**vars(plain), "lead": LeadConfig("drills", steps=30, lr_ratio=2.5)})
-    for step in (0, 9, 29, 30, 99):
+    leads = [LeadConfig("copying", steps=30, lr_ratio=2.5), LeadConfig("lists", steps=20, lr_ratio=0.5)]
+    led = StageConfig(**{**vars(plain), "lead": leads})
+    for step, ratio in ((0, 2.5), (9, 2.5), (29, 2.5), (30, 0.5), (49, 0.5), (50, 1), (99, 1)):
         assert stage_rate(plain, step) == learning_rate(step, **PLAN)
-        assert stage_rate(led, step) == pytest.approx((2.5 if step < 30 else 1) * learning_rate(step, **PLAN))
+        assert stage_rate(led, step) == pytest.approx(ratio * learning_rate(step, **PLAN))

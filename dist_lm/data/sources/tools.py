@@ -27,12 +27,12 @@ def read_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
 
 
 def read_drills(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """`source.limit` conversations (0: `DEFAULT_DRILLS`) that teach to copy and nothing else; number i as above."""
+    """`source.limit` conversations (0: `DEFAULT_DRILLS`) of one subject, `source.subset`; number i as above."""
     from dist_lm.tool_data.examples import drill_example
 
+    subject = source.subset or "copying"
     for number in range(source.limit or DEFAULT_DRILLS):
-        example = drill_example(seed, number)
-        yield _document(source, example, f"generated:drills:seed={seed}:{number}")
+        yield _document(source, drill_example(seed, number, subject), f"generated:{subject}:seed={seed}:{number}")
 
 
 def _document(source: SourceConfig, example: "Example", origin: str) -> Document:
