@@ -138,6 +138,9 @@ def _check_exists(override: Override, schema: type[Config]) -> None:
     for depth, part in enumerate(parts):
         if is_dataclass(node) and part not in (f.name for f in fields(node)):
             raise ConfigError(_no_such_key(value, parts[: depth + 1], node))
+        if _is(list, node) and not part.isdecimal():
+            whole = ".".join(parts[:depth])
+            raise ConfigError(f"{value}: {whole} is a list; expected {whole}={_type_name(node)}")
         named_by_user = not is_dataclass(node)
         node = _inner_type(node, part)
     if is_dataclass(node) and not (named_by_user and isinstance(override.value(), dict)):
@@ -167,21 +170,21 @@ def _for_hydra(override: Override, schema: type[Config]) -> str:
     parts = override.key_or_group.split(".")
     for depth, part in enumerate(parts):
         outer, node = node, _inner_type(node, part)
-        if is_dataclass(node) and _is_mapping(outer):
+        if is_dataclass(node) and _is(dict, outer):
             # Hydra makes no dataclass under a new name, but takes one as the value of the mapping
             value = str(override.input_line).partition("=")[2] or "''"
             for name in reversed(parts[depth:]):
                 value = f"{{{name}: {value}}}"
             return f"++{'.'.join(parts[:depth])}={value}"
-        in_mapping = in_mapping or _is_mapping(node)
+        in_mapping = in_mapping or _is(dict, node)
     return f"{'++' if in_mapping else ''}{override.input_line}"
 
 
 def _inner_type(node: Any, part: str) -> Any:
-    """The type of a field of a dataclass, or of any value of a mapping; None where there is none."""
+    """The type of a field of a dataclass, or of any value of a mapping or a list; None where there is none."""
     if is_dataclass(node):
         return get_type_hints(node).get(part)
-    return next((get_args(option)[1] for option in _options(node) if _is_mapping(option)), None)
+    return next((get_args(option)[-1] for option in _options(node) if get_origin(option) in (dict, list)), None)
 
 
 def _options(node: Any) -> list[Any]:
@@ -190,8 +193,9 @@ def _options(node: Any) -> list[Any]:
     return [option for option in alternatives if option is not type(None)]
 
 
-def _is_mapping(node: Any) -> bool:
-    return any(get_origin(option) is dict for option in _options(node))
+def _is(kind: type, node: Any) -> bool:
+    """Whether it may be a dict, or a list."""
+    return any(get_origin(option) is kind for option in _options(node))
 
 
 def _shown(override: Override) -> str:
@@ -234,7 +238,8 @@ def _type_name(node: Any) -> str:
 
 
 def _form(node: Any) -> str:
-    """What a mapping looks like."""
+    """What a mapping or a list looks like."""
     if is_dataclass(node):
         return "{" + ", ".join(f"{f.name}: ..." for f in fields(node)) + "}"
-    return f"{{NAME: {_type_name(_inner_type(node, 'NAME'))}}}" if _is_mapping(node) else str(node)
+    inner = _type_name(_inner_type(node, "NAME"))
+    return f"{{NAME: {inner}}}" if _is(dict, node) else f"[{inner}, ...]" if _is(list, node) else str(node)

@@ -271,7 +271,8 @@ def test_a_reward_model_of_another_stage_or_tokenizer_is_refused_before_anything
 def test_texts_are_no_prompts_of_rlhf(work):
     with pytest.raises(
         ConfigError,
-        match=r"^stage\.corpus=code: expected conversations or rankings, .* \(tools, copying, lists, wishes, choosing, rankings\); or give rlhf",
+        match=r"^stage\.corpus=code: expected conversations or rankings, .* "
+        r"\(tools, copying, lists, wishes, choosing, rankings\); or give rlhf",
     ):
         plan_of(work, *IN_256, "stage.corpus=code", target="rlhf")
     prompts = work.path / "prompts.txt"
