@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 from dist_lm import durable
 from dist_lm.config import Config
 from dist_lm.generate_config import schema_of
+from dist_lm.stage_config import leads_as_written
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -17,9 +18,8 @@ def save_config(config: Config, path: Path) -> None:
 def load_config(path: Path) -> Config:
     """Read what `save_config` wrote; types and bounds are checked again."""
     loaded = OmegaConf.load(path)
-    lead = OmegaConf.select(loaded, "stage.lead")
-    if OmegaConf.is_dict(lead):  # as written up to version 0.1, which had one at most
-        loaded.stage.lead = [lead] if lead.steps else []
+    if "lead" in loaded.stage:
+        loaded.stage.lead = leads_as_written(loaded.stage.lead)
     merged = OmegaConf.merge(OmegaConf.structured(schema_of(loaded.stage.name)), loaded)
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -67,6 +68,13 @@ class LeadConfig:
     def __post_init__(self) -> None:
         require(0 < self.lr_ratio < math.inf, "stage.lead: lr_ratio", self.lr_ratio, "a positive number")
         require(self.steps > 0, "stage.lead: steps", self.steps, "a positive integer")
+
+
+def leads_as_written(lead: Any) -> list[Any]:
+    """`stage.lead` of a configuration file: up to version 0.1 one mapping, with 0 steps for none."""
+    if isinstance(lead, Mapping):
+        return [lead] if lead["steps"] else []
+    return list(lead or ())
 
 
 @dataclass

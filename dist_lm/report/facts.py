@@ -10,6 +10,7 @@ import numpy as np
 from dist_lm.config import ModelConfig
 from dist_lm.data.manifest import Manifest
 from dist_lm.parallel.layout import Layout
+from dist_lm.stage_config import leads_as_written
 
 State = Literal["finished", "running", "unfinished"]
 
@@ -81,9 +82,7 @@ class RunFacts:
     def corpora(self) -> frozenset[str]:
         """That it reads, by name: its own, those in its mix, those that lead, the pretraining text of stage rlhf."""
         stage, rlhf = self.config.get("stage", {}), self.config.get("rlhf") or {}
-        leads = stage.get("lead") or []
-        leads = [leads] if isinstance(leads, dict) else leads  # up to version 0.1 there was one at most
-        names = {*(stage.get("mix") or {}), *(lead["corpus"] for lead in leads if lead["steps"])}
+        names = {*(stage.get("mix") or {}), *(lead["corpus"] for lead in leads_as_written(stage.get("lead")))}
         if self.stage == "rlhf" and rlhf.get("pretrain_coefficient"):
             names |= {rlhf.get("pretrain_corpus"), *(rlhf.get("pretrain_mix") or {})}
         if not (self.stage == "rlhf" and rlhf.get("prompts_from")):

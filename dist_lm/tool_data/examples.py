@@ -16,7 +16,7 @@ from dist_lm.chat.messages import Conversation, Message
 from dist_lm.tool_data.catalogue import SHELVES, group_of, invented_topics, shelf_topics
 from dist_lm.tool_data.choice import Scene
 from dist_lm.tool_data.drills import echo, one_turn, recall
-from dist_lm.tool_data.episodes import KINDS, ROUND, choosing
+from dist_lm.tool_data.episodes import KINDS, ROUND
 from dist_lm.tool_data.execution import World
 from dist_lm.tool_data.ladder import lists, wishes
 from dist_lm.tool_data.specification import Specification
@@ -58,43 +58,43 @@ def example(seed: int, number: int) -> Example:
     rng = random.Random(f"tools {seed} {number}")  # noqa: S311  (text, not secrets)
     shelf = rng.randrange(SHELVES)
     kind = rng.choices(list(KINDS), [share for share, _ in KINDS.values()])[0]
-    while True:
-        found = _attempt(kind, KINDS[kind][1], shelf, rng)
-        if found is not None:
-            return found
+    return _made(kind, shelf, rng)
 
 
 def drill_example(seed: int, number: int, subject: str = "copying") -> Example:
     """A conversation of a stream of its own, which leads the stage; `subject`: of `config.DRILLS`."""
-    name = f"drill {seed} {number}" if subject == "copying" else f"drill {subject} {seed} {number}"
+    name = f"drill {subject} {seed} {number}"
     rng = random.Random(name)  # noqa: S311  (text, not secrets)
     kind = "copying" if rng.random() < STILL_COPIED else subject
     if kind == "choosing":
-        return _choosing(rng)
+        return _made(kind, rng.randrange(SHELVES), rng)
     # its group is its own, because it has no tools
-    return Example(Conversation(tuple(DRILLS[kind](rng))), kind, hashlib.sha256(name.encode()).hexdigest(), ())
+    return Example(Conversation(tuple(WITHOUT_TOOLS[kind](rng))), kind, hashlib.sha256(name.encode()).hexdigest(), ())
 
 
 def _copying(rng: random.Random) -> list[Message]:
     return recall(rng) if rng.random() < RECALLED else one_turn(*echo(rng))
 
 
-DRILLS: dict[str, Callable[[random.Random], list[Message]]] = {"copying": _copying, "lists": lists, "wishes": wishes}
+WITHOUT_TOOLS: dict[str, Callable[[random.Random], list[Message]]] = {
+    "copying": _copying,
+    "lists": lists,
+    "wishes": wishes,
+}
 
 
-def _choosing(rng: random.Random) -> Example:
-    shelf = rng.randrange(SHELVES)
+def _made(kind: str, shelf: int, rng: random.Random) -> Example:
     while True:
-        found = _attempt("choosing", choosing, shelf, rng)
+        found = _attempt(kind, shelf, rng)
         if found is not None:
             return found
 
 
-def _attempt(kind: str, episode: Callable[[Scene], list[Message]], shelf: int, rng: random.Random) -> Example | None:
+def _attempt(kind: str, shelf: int, rng: random.Random) -> Example | None:
     """An example, or none where it would become too long."""
     unknown = kind == "invented" or (kind in DECIDING and rng.random() < INVENTED_SESSIONS)
     scene = Scene(rng, World(rng), invented_topics(shelf, rng) if unknown else shelf_topics(shelf))
-    turns = episode(scene)
+    turns = KINDS[kind][1](scene)
     if len({tool.tool.name for tool in scene.tools}) < len(scene.tools):
         return None
     needed = len(scene.tools)

@@ -9,7 +9,7 @@ from dist_lm.config_file import load_config, save_config
 from dist_lm.errors import ConfigError
 from dist_lm.launcher.compose import choices, compose_config, overrides_of, target_stage
 from dist_lm.rlhf_run_config import RlhfRunConfig
-from dist_lm.stage_config import LeadConfig
+from dist_lm.stage_config import LeadConfig, leads_as_written
 
 
 @pytest.mark.parametrize("model", choices("model"))
@@ -181,3 +181,9 @@ def test_a_run_that_was_begun_when_a_stage_had_one_lead_at_most_is_read(tmp_path
     assert text.count("  lead: []\n") == 1
     path.write_text(text.replace("  lead: []\n", f"  lead: {written}\n"))
     assert load_config(path).stage.lead == leads
+
+
+def test_leads_are_read_from_a_file_whatever_it_says_of_them():
+    one = {"corpus": "language", "steps": 7, "lr_ratio": 2.0}
+    assert leads_as_written(None) == leads_as_written([]) == leads_as_written(one | {"steps": 0}) == []
+    assert leads_as_written(one) == leads_as_written([one]) == [one]
