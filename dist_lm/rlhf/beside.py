@@ -6,7 +6,7 @@ the same time, and a GPU runs one after the other anyway.
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
@@ -29,7 +29,10 @@ def one_after_other(first: Callable[[], First], second: Callable[[], Second]) ->
 
 @contextmanager
 def own_threads(world: World) -> Iterator[Beside]:
-    """How this rank does two things: side by side where it is by itself on at least two threads of a CPU."""
+    """How this rank does two things: side by side where it is by itself on at least two threads of a CPU.
+
+    An error of the first is raised, with a note of one of the second.
+    """
     threads = torch.get_num_threads()
     if world.size > 1 or world.device.type != "cpu" or threads < 2:
         yield one_after_other
@@ -41,8 +44,12 @@ def own_threads(world: World) -> Iterator[Beside]:
             later = other.submit(second)
             try:
                 found = first()
+            except BaseException as error:
+                if also := later.exception():
+                    error.add_note(f"and beside it: {also!r}")
+                raise
             finally:
-                later.exception()  # waits: nothing goes on behind an error of the first one
+                wait([later])  # nothing goes on behind an error of the first one
                 torch.set_num_threads(threads)
             return found, later.result()
 
