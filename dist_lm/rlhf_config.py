@@ -1,5 +1,6 @@
 """The conf group `rlhf`: what rollouts are drawn, how they are judged, and how the policy is updated."""
 
+import math
 from dataclasses import dataclass, field
 
 from dist_lm.errors import require
@@ -24,6 +25,7 @@ class RewardPartConfig:
     def check(self, key: str) -> None:
         """Refuse what is out of bounds; `key` is where this stands."""
         require(self.kind in REWARD_KINDS, f"{key}.kind", self.kind, ", ".join(REWARD_KINDS))
+        require(math.isfinite(self.weight), f"{key}.weight", self.weight, "a finite number")
         if self.kind == "length":
             require(self.target > 0, f"{key}.target", self.target, "a positive number of tokens")
         if self.kind == "parses":
@@ -89,20 +91,25 @@ class RlhfConfig:
         ):
             require(getattr(self, key) > 0, f"rlhf.{key}", getattr(self, key), "a positive integer")
         for key in ("temperature", "lr", "value_lr", "adam_eps", "clip", "value_clip"):
-            require(getattr(self, key) > 0, f"rlhf.{key}", getattr(self, key), "a positive number")
+            require(0 < getattr(self, key) < math.inf, f"rlhf.{key}", getattr(self, key), "a positive number")
         for key in (
             *("max_staleness", "warmup_iterations", "weight_decay", "grad_clip", "kl_coefficient"),
             *("entropy_coefficient", "stop_kl", "pretrain_coefficient", "missing_eos_penalty", "importance_cap"),
         ):
-            require(getattr(self, key) >= 0, f"rlhf.{key}", getattr(self, key), "0 or a positive number")
+            require(0 <= getattr(self, key) < math.inf, f"rlhf.{key}", getattr(self, key), "0 or a positive number")
         for key in ("gamma", "lam", "min_lr_ratio"):
             require(0 <= getattr(self, key) <= 1, f"rlhf.{key}", getattr(self, key), "in [0, 1]")
         for key in ("beta1", "beta2"):
             require(0 <= getattr(self, key) < 1, f"rlhf.{key}", getattr(self, key), "in [0, 1)")
         require(self.algorithm in ALGORITHMS, "rlhf.algorithm", self.algorithm, ", ".join(ALGORITHMS))
         require(self.kl_estimate in KL_ESTIMATES, "rlhf.kl_estimate", self.kl_estimate, ", ".join(KL_ESTIMATES))
+        target = self.kl_target
+        require(target is None or 0 < target < math.inf, "rlhf.kl_target", target, "a positive number, or null")
         require(
-            self.kl_target is None or self.kl_target > 0, "rlhf.kl_target", self.kl_target, "a positive number, or null"
+            target is None or self.kl_coefficient > 0,
+            "rlhf.kl_coefficient",
+            self.kl_coefficient,
+            f"a positive number to begin with, which rlhf.kl_target={target} is reached from by factors",
         )
         require(self.value_head in ("zero", "reward_model"), "rlhf.value_head", self.value_head, "zero or reward_model")
         rollouts = self.prompts * self.samples

@@ -48,6 +48,7 @@ ROOMS = (
         "errors",
         "durable",
         "entry_point",
+        "imported",
         "json_lines",
         "lifeline",
         "__init__",

@@ -42,7 +42,8 @@ def misfit(model: ModelConfig, tp: int) -> str:
     uneven = [f"{key}={size}" for key in keys if (size := getattr(model, key)) is not None and size % tp]
     if uneven:
         return f"{', '.join(uneven)}: no multiple of tp={tp}"
-    return "the peer has no tied embedding" if model.tie_embeddings else ""
+    options = {"tied embedding": model.tie_embeddings, "norm of queries and keys": model.qk_norm}
+    return next((f"the peer has no {name}" for name, asked in options.items() if asked), "")
 
 
 class PeerAttention(nn.Module):

@@ -208,8 +208,8 @@ def _nothing(config: CorpusConfig, corpus_name: str, source: SourceConfig) -> st
     """Why a source without documents stops the run, and the way out."""
     if source.reader in ("hub_rankings", "rankings"):
         return (
-            f"corpus {corpus_name}: no row of dataset={source.dataset} makes a ranking: check dataset, split and rows "
-            f"in conf/corpus/{config.name}.yaml"
+            f"corpus {corpus_name}: no row of dataset={source.dataset} makes a ranking: check its dataset (of "
+            f"corpus={config.name}), and of a hub's also split and rows"
         )
     if source.reader == "synthetic_rankings":
         return (

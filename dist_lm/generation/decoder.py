@@ -22,6 +22,7 @@ from dist_lm.generation.paged_cache import PagedCache, Piece, Plan
 from dist_lm.generation.pages import pages_for
 from dist_lm.generation.parallel_region import build_embedding, gathering, leaving
 from dist_lm.generation.shard import Share, share_of
+from dist_lm.model.attention import directions
 from dist_lm.model.feed_forward import activate
 from dist_lm.model.rope import RopeTables, rope_tables, rotate
 from dist_lm.model.size import parameter_shapes
@@ -35,6 +36,7 @@ LookUp = Callable[[str], torch.Tensor]  # a parameter by its name, on the device
 class _Layer:
     attention_norm: Norm
     heads: Linear  # queries, keys and values of all heads, one after the other
+    head_gain: torch.Tensor | None  # (H + G, 1), of queries and keys whose lengths do not count
     output: Linear
     feed_forward_norm: Norm
     up: Linear  # and its activation; of a gated network: gate, then up, without
@@ -174,6 +176,8 @@ class Decoder:
         for number, layer in enumerate(self._layers):
             heads_NHK = layer.heads(layer.attention_norm(x_ND)).unflatten(-1, (-1, config.d_head))
             turned_NHK, value_NGK = heads_NHK.split([share.n_heads + share.kv_heads, share.kv_heads], dim=1)
+            if layer.head_gain is not None:
+                turned_NHK = directions(turned_NHK, config.norm_eps) * layer.head_gain
             q_NHK, key_NGK = rotate(turned_NHK, rope).split([share.n_heads, share.kv_heads], dim=1)
             o_NHK = attend(number, q_NHK, key_NGK, value_NGK)
             x_ND = layer.output(o_NHK.flatten(1), x_ND)
@@ -218,7 +222,11 @@ def _layer(config: ModelConfig, share: Share, axis: TensorAxis | None, look_up: 
         return look_up(prefix + name) if config.bias else None
 
     query, key, heads_value, output = weights(*(f"attention.{n}" for n in ("query", "key", "value", "output")))
-    scale = config.d_head**-0.5  # of the scores, here once for all
+    scale, head_gain = config.d_head**-0.5, None  # of the scores, here once for all
+    if config.qk_norm:
+        (gain_H,) = weights("attention.query_gain")
+        head_gain = torch.cat([gain_H * scale, gain_H.new_ones(share.kv_heads)])[:, None]
+        scale = 1.0
     of_heads = torch.cat([one.flatten(0, 1) for one in (query * scale, key, heads_value)])
     of_heads_bias = None
     if config.bias:
@@ -236,6 +244,7 @@ def _layer(config: ModelConfig, share: Share, axis: TensorAxis | None, look_up: 
     return _Layer(
         attention_norm=_norm(config, look_up, f"{prefix}attention_norm"),
         heads=build_linear(of_heads, of_heads_bias),
+        head_gain=head_gain,
         output=leaving(to_residual, axis) if axis else to_residual,
         feed_forward_norm=_norm(config, look_up, f"{prefix}feed_forward_norm"),
         up=build_linear(up, up_bias, gelu=config.ffn == "gelu"),

@@ -118,6 +118,7 @@ def require_expressible(config: ModelConfig) -> None:
         "norm": "layernorm",
         "ffn": "gelu",
         "bias": True,
+        "qk_norm": False,
     }
     for key, accepted in needs.items():
         if getattr(config, key) != accepted:

@@ -231,11 +231,11 @@ def _look_at_run(info: StageInfo, config: Config, rebuilt: set[str], is_target: 
 
 
 def _check_given(config: RlhfRunConfig) -> None:
-    """Refuse files of prompts and a reward model that were named and are not there, or are something else."""
+    """Refuse prompts, functions and a reward model that were named and are not there, or are something else."""
+    from dist_lm.stages import rlhf
+
     group = config.rlhf
-    for key in ("prompts_from", "held_out_from"):
-        if where := getattr(group, key):
-            find_prompts(where, key=f"rlhf.{key}")
+    rlhf.check_given(group)
     if group.asks_reward_model and group.reward_model != AUTO:
         found = checkpoint_files.find_checkpoint(Path(group.reward_model).expanduser())
         check_reward_model(config, ModelConfig(**checkpoint_files.read_state(found)[1]))

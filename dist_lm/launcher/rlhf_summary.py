@@ -69,7 +69,9 @@ def entries(result: dict, run: RunDirectory) -> list[tuple[str, str]]:
     ]
     if "rlhf/win_rate" in after:
         was = f"{percent(before['rlhf/win_rate'])} -> " if "rlhf/win_rate" in before else ""
-        lines.append(("held-out prompts", f"wins against the reference: {was}{percent(after['rlhf/win_rate'])}"))
+        number = f" of {int(after['rlhf/held_out']):,}" if "rlhf/held_out" in after else ""
+        wins = f"wins against the reference: {was}{percent(after['rlhf/win_rate'])}{number}"
+        lines.append(("held-out prompts", wins))
     lines += [
         ("checkpoint", str(run.checkpoints / str(result["checkpoint"]))),
         ("rollouts", str(run.samples)),

@@ -163,6 +163,8 @@ class Attention(nn.Module):
         self.key = nn.Parameter(torch.empty(key_shape))
         self.value = nn.Parameter(torch.empty(key_shape))
         self.output = nn.Parameter(torch.empty(query_shape))
+        self.query_gain = nn.Parameter(torch.empty(config.n_heads)) if config.qk_norm else None
+        self.norm_eps = config.norm_eps
 
         def bias(*shape: int) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(shape)) if config.bias else None
@@ -179,10 +181,20 @@ class Attention(nn.Module):
         visibility: Visibility,
     ) -> torch.Tensor:
         """Attention output (B, T, D)."""
-        q_BTHK = rotate(to_heads(x_BTD, self.query, self.query_bias), rope)
-        k_BSGK = rotate(to_heads(x_BTD, self.key, self.key_bias), rope)
+        q_BTHK = to_heads(x_BTD, self.query, self.query_bias)
+        k_BSGK = to_heads(x_BTD, self.key, self.key_bias)
         v_BSGK = to_heads(x_BTD, self.value, self.value_bias)
-        return from_heads(attend(q_BTHK, k_BSGK, v_BSGK, visibility), self.output, self.output_bias)
+        if self.query_gain is not None:
+            q_BTHK = directions(q_BTHK, self.norm_eps) * self.query_gain[:, None]
+            k_BSGK = directions(k_BSGK, self.norm_eps)
+        o_BTHK = attend(rotate(q_BTHK, rope), rotate(k_BSGK, rope), v_BSGK, visibility)
+        return from_heads(o_BTHK, self.output, self.output_bias)
+
+
+def directions(x_BTHK: torch.Tensor, eps: float) -> torch.Tensor:
+    """Every head's vector with a mean square of 1: what `model.qk_norm` makes of queries and keys (Henry et al. 2020,
+    "Query-key normalization for transformers"), in front of the rotation, which keeps lengths."""
+    return F.rms_norm(x_BTHK, x_BTHK.shape[-1:], eps=eps)
 
 
 def to_heads(x_BTD: torch.Tensor, weight_HKD: torch.Tensor, bias_HK: torch.Tensor | None) -> torch.Tensor:

@@ -21,13 +21,16 @@ SCALAR_HEAD = "scalar_head.weight"
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> torch.Tensor:
     """The full logical value of one parameter, fp32 on the CPU.
 
-    Biases are 0, norm weights 1, the rest normal with standard deviation `init_std`, divided by sqrt(2
-    n_layers) for projections onto the residual stream; a scalar head has 1 / sqrt(d_model + 1) (Stiennon et al. 2020).
+    Biases are 0, norm weights 1, gains of queries `first_gain`, the rest normal with standard deviation `init_std`,
+    divided by sqrt(2 n_layers) for projections onto the residual stream; a scalar head has 1 / sqrt(d_model + 1)
+    (Stiennon et al. 2020).
     """
     if name.endswith("bias"):
         return torch.zeros(shape)
     if name.endswith("norm.weight"):
         return torch.ones(shape)
+    if name.endswith("query_gain"):
+        return torch.full(shape, first_gain(config))
     std = config.init_std
     if name.endswith(RESIDUAL_PROJECTIONS):
         std /= math.sqrt(2 * config.n_layers)
@@ -36,6 +39,13 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     return torch.empty(shape).normal_(0, std, generator=generator)
+
+
+def first_gain(config: ModelConfig) -> float:
+    """The gain of a query that lets a head pick one of all tokens of a sequence: log2(L^2 - L) times the cosine (Henry
+    et al. 2020, equation 5); here of products whose largest is d_head, divided by sqrt(d_head)."""
+    longest = max(config.max_seq_len, 2)
+    return math.log2(longest**2 - longest) / math.sqrt(config.d_head)
 
 
 @torch.no_grad()

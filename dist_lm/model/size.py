@@ -55,7 +55,9 @@ def _block_shapes(config: ModelConfig) -> dict[str, Shape]:
 def _attention_shapes(config: ModelConfig) -> dict[str, Shape]:
     query: Shape = (config.n_heads, config.d_head, config.d_model)
     key: Shape = (config.kv_heads, config.d_head, config.d_model)
-    weights = {"query": query, "key": key, "value": key, "output": query}
+    weights: dict[str, Shape] = {"query": query, "key": key, "value": key, "output": query}
+    if config.qk_norm:
+        weights["query_gain"] = (config.n_heads,)
     if not config.bias:
         return weights
     biases: dict[str, Shape] = {f"{name}_bias": weights[name][:2] for name in ("query", "key", "value")}

@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 from torch import nn
 
 from dist_lm.config import ModelConfig
-from dist_lm.model.attention import Attention, Visibility, attend, from_heads, to_heads
+from dist_lm.model.attention import Attention, Visibility, attend, directions, from_heads, to_heads
 from dist_lm.model.feed_forward import FeedForward, activate
 from dist_lm.model.norm import build_norm
 from dist_lm.model.rope import RopeTables, rotate
@@ -140,6 +140,10 @@ class HeadParallelAttention(Attention):
         q_BTHK = to_heads(x_BTD, local(self.query), bias_of(self.query_bias, self.heads))
         k_BSGK = to_heads(x_BTD, self._key_rows(self.key), bias_of(self.key_bias, self.keys))
         v_BSGK = to_heads(x_BTD, self._key_rows(self.value), bias_of(self.value_bias, self.keys))
+        if self.query_gain is not None:
+            gain_H = part_of(self.query_gain, self.heads)
+            q_BTHK = directions(q_BTHK, self.norm_eps) * gain_H[:, None]
+            k_BSGK = directions(k_BSGK, self.norm_eps)
         k_BSGK = rotate(k_BSGK, rope)
         if self.queries_of_key:
             k_BSGK, v_BSGK = (_repeated(heads, self.queries_of_key) for heads in (k_BSGK, v_BSGK))
@@ -181,10 +185,14 @@ def _repeated(heads_BSGK: torch.Tensor, times: list[int]) -> torch.Tensor:
 
 def bias_of(bias: torch.Tensor | None, part: Slice) -> torch.Tensor | None:
     """A rank's rows of a bias (heads, K) that all ranks hold, zeros for padded heads."""
-    if bias is None:
-        return None
-    rows = local(bias)[part.start : part.stop]
-    return rows if part.real == part.held else F.pad(rows, (0, 0, 0, part.held - part.real))
+    return None if bias is None else part_of(bias, part)
+
+
+def part_of(value: torch.Tensor, part: Slice) -> torch.Tensor:
+    """A rank's rows of what all ranks hold, zeros for padded ones."""
+    rows = local(value)[part.start : part.stop]
+    missing = part.held - part.real
+    return F.pad(rows, (*[0] * (2 * rows.dim() - 1), missing)) if missing else rows
 
 
 def with_bias(x_BTD: torch.Tensor, bias_D: torch.Tensor | None) -> torch.Tensor:

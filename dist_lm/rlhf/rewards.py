@@ -5,7 +5,6 @@ Nothing here runs what a model wrote: code is parsed.
 Dimensions: B rollouts.
 """
 
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from dist_lm.errors import ConfigError, UserError
+from dist_lm.imported import imported_function
 from dist_lm.rlhf.rollouts import Rollouts
 from dist_lm.rlhf_config import RewardPartConfig
 from dist_lm.syntax import parses, parses_continued, whole_lines
@@ -66,14 +66,16 @@ def function_rule(path: str) -> Rule:
     Raises:
         ConfigError: there is no such function.
     """
-    module, _, name = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"rlhf.rewards: function={path}: cannot be imported ({error})") from error
+    function = imported_function(path, "rlhf.rewards: function")
 
     def rule(judged: Judged) -> float:
-        value = function(judged.prompt, judged.completion)
+        try:
+            value = function(judged.prompt, judged.completion)
+        except Exception as error:  # whatever it is, it comes again with the same completion
+            raise RewardError(
+                f"rlhf.rewards: {path} failed ({type(error).__name__}: {error}) on prompt {judged.prompt!r}, "
+                f"completion {judged.completion!r}"
+            ) from error
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise RewardError(f"rlhf.rewards: {path} gave {value!r} for a completion; expected a finite number")
         return float(value)

@@ -57,6 +57,7 @@ class HeldOut:
             "rlhf/win_rate": float(wins.mean()),
             "rlhf/held_out_score": float(own.double().mean()),
             "rlhf/held_out_score_reference": float(other.double().mean()),
+            "rlhf/held_out": float(len(self.prompts)),
         }
 
     def _scores(self, model: Transformer, version: int, seed: int, scale: RewardScale | None) -> torch.Tensor:

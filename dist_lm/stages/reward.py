@@ -121,6 +121,12 @@ def policy_samples(closing: Closing, val: MappedRankings) -> list[list[int]]:
     params = SamplingParams(max_new_tokens=settings.normaliser_new_tokens, stop_tokens=(tokenizer.special_ids[END],))
     longest = loaded.config.max_seq_len - settings.normaliser_new_tokens
     prompts = [prompt for prompt in prompts_of(val, settings.normaliser_prompts) if len(prompt) <= longest]
+    if len(prompts) < settings.normaliser_prompts:
+        log.info(
+            "stage.reward.normaliser_prompts=%d: val has %d that leave room for an answer; mean and deviation of "
+            "scores are measured on these",
+            *(settings.normaliser_prompts, len(prompts)),
+        )
     requests = [
         Request(str(number), prompt, params, seed=closing.config.seed + number) for number, prompt in enumerate(prompts)
     ]

@@ -15,13 +15,15 @@ from dist_lm.chat.template import prompt as rendered
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.prompts import find_prompts, read_prompts
 from dist_lm.errors import ArtefactError
-from dist_lm.rlhf_run_config import RlhfRunConfig
+from dist_lm.imported import imported_function
+from dist_lm.rlhf_run_config import RlhfRunConfig, RlhfRunGroup
 from dist_lm.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 HELD_OUT_OF = 16
+PROMPTS_FROM, HELD_OUT_FROM = "rlhf.prompts_from", "rlhf.held_out_from"
 
 Prompts = list[Sequence[int]]
 
@@ -34,11 +36,11 @@ def read_all(config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> 
     """
     group = config.rlhf
     if group.prompts_from:
-        train, held_out = _split(_of_files(group.prompts_from, tokenizer), bool(group.held_out_from))
+        train, held_out = _split(_of_files(group.prompts_from, PROMPTS_FROM, tokenizer), bool(group.held_out_from))
     else:
         train, held_out = (_of_corpus(run.work.corpus(config.stage.corpus), split) for split in ("train", "val"))
     if group.held_out_from:
-        held_out = _of_files(group.held_out_from, tokenizer)
+        held_out = _of_files(group.held_out_from, HELD_OUT_FROM, tokenizer)
     room = config.model.max_seq_len - group.max_new_tokens
     kept = [prompt for prompt in train if len(prompt) <= room]
     if len(kept) < len(train):
@@ -48,7 +50,32 @@ def read_all(config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> 
         )
     if not kept:
         raise ArtefactError(f"stage rlhf: none of {len(train)} prompts has at most {room} tokens; shorten them")
-    return kept, [prompt for prompt in held_out if len(prompt) <= room][: group.held_out_prompts]
+    compared = [prompt for prompt in held_out if len(prompt) <= room][: group.held_out_prompts]
+    if len(compared) < group.held_out_prompts:
+        log.info(
+            "rlhf.held_out_prompts=%d: %s; rlhf/win_rate is of these",
+            *(group.held_out_prompts, f"there {'is' if len(compared) == 1 else 'are'} {len(compared)}"),
+        )
+    return kept, compared
+
+
+def check_given(group: RlhfRunGroup) -> None:
+    """Refuse files of prompts and functions that a run would stop at.
+
+    Raises:
+        ConfigError, ArtefactError: name the key, and file and line.
+    """
+    for key, where in ((PROMPTS_FROM, group.prompts_from), (HELD_OUT_FROM, group.held_out_from)):
+        if where:
+            files, prompt = find_prompts(where, key=key), None
+            for prompt in read_prompts(files):
+                if prompt.error:
+                    raise ArtefactError(f"{key}: {prompt.place}: {prompt.error}")
+            if files and prompt is None:
+                raise ArtefactError(f"{key}={where}: no prompts in it")
+    for name, part in group.rewards.items():
+        if part.kind == "function":
+            imported_function(part.function, f"rlhf.rewards.{name}.function")
 
 
 def _of_corpus(directory: Path, split: str) -> Prompts:
@@ -67,15 +94,15 @@ def _of_corpus(directory: Path, split: str) -> Prompts:
     return [list(prompt) for prompt in found if prompt]  # each once: several rankings may have the same one
 
 
-def _of_files(where: str, tokenizer: Tokenizer) -> Prompts:
+def _of_files(where: str, key: str, tokenizer: Tokenizer) -> Prompts:
     found = []
-    for prompt in read_prompts(find_prompts(where)):
+    for prompt in read_prompts(find_prompts(where, key=key)):
         if prompt.error:
-            raise ArtefactError(prompt.error)
+            raise ArtefactError(f"{key}: {prompt.place}: {prompt.error}")
         try:
             found.append(rendered(Conversation((Message("user", prompt.text),)), tokenizer))
         except ChatError as error:
-            raise ArtefactError(f"prompt {prompt.id} of {where}: {error}") from error
+            raise ArtefactError(f"{key}: {prompt.place}: {error}") from error
     return found
 
 

@@ -15,8 +15,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def is_decayed(name: str) -> bool:
-    """Whether weight decay applies to the parameter: not to norms, biases and embeddings."""
-    return not any(part in name for part in ("norm", "bias", "embed"))
+    """Whether weight decay applies to the parameter: not to norms, gains, biases and embeddings."""
+    return not any(part in name for part in ("norm", "gain", "bias", "embed"))
 
 
 class AdamWSettings(Protocol):

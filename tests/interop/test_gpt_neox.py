@@ -125,6 +125,7 @@ def test_the_folder_loads(tmp_path: Path, tied: bool, dtype: torch.dtype) -> Non
         ({"ffn": "swiglu"}, "model.ffn=swiglu"),
         ({"bias": False}, "model.bias=False"),
         ({"n_kv_heads": 1}, "model.n_kv_heads=1"),
+        ({"qk_norm": True}, "model.qk_norm=True"),
     ],
 )
 def test_refuses_what_gpt_neox_lacks(changes: dict, named: str, tmp_path: Path) -> None:

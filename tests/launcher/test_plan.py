@@ -254,6 +254,21 @@ def test_what_rlhf_is_given_and_is_not_there_is_refused_before_anything_starts(w
             plan_of(work, *IN_256, f"rlhf.{key}=/nowhere.jsonl", target="rlhf")
 
 
+def test_prompts_and_functions_that_rlhf_would_stop_at_are_refused_before_anything_starts(work, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "one"}\n\n{"text": "two"}\n')
+    for key in ("prompts_from", "held_out_from"):
+        with pytest.raises(ArtefactError, match=rf"^rlhf\.{key}: prompts\.jsonl line 3: expected an object"):
+            plan_of(work, *IN_256, f"rlhf.{key}={file}", target="rlhf")
+    file.write_text("\n")
+    with pytest.raises(ArtefactError, match=r"^rlhf\.prompts_from=.*prompts\.jsonl: no prompts"):
+        plan_of(work, *IN_256, f"rlhf.prompts_from={file}", target="rlhf")
+    for function, reason in (("nowhere.module:score", "cannot be imported"), ("math:pi", "expected a function")):
+        mine = f"rlhf.rewards={{mine: {{kind: function, function: {function}}}}}"
+        with pytest.raises(ConfigError, match=rf"^rlhf\.rewards\.mine\.function={function}: {reason}"):
+            plan_of(work, *IN_256, mine, target="rlhf")
+
+
 def test_a_reward_model_of_another_stage_or_tokenizer_is_refused_before_anything_starts(work):
     code = make_run(work, "code", "stage.init_from=none", "run_id=other", done=True)
     with pytest.raises(

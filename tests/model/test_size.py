@@ -39,8 +39,9 @@ def test_every_size(name: str, tied: bool) -> None:
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("n_kv_heads", [None, 1])
-def test_every_option(ffn: str, norm: str, bias: bool, n_kv_heads: int | None) -> None:
-    config = small_config(ffn=ffn, norm=norm, bias=bias, n_kv_heads=n_kv_heads)
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_every_option(ffn: str, norm: str, bias: bool, n_kv_heads: int | None, qk_norm: bool) -> None:
+    config = small_config(ffn=ffn, norm=norm, bias=bias, n_kv_heads=n_kv_heads, qk_norm=qk_norm)
     assert list(parameter_shapes(config).items()) == built_shapes(config)
 
 

@@ -3,12 +3,16 @@
 Dimensions: B sequences, T tokens.
 """
 
+import math
+
 import pytest
 import torch
 from small_models import small_config, small_model, small_tokens
 
 from dist_lm.config import ModelConfig
+from dist_lm.model.attention import CAUSAL
 from dist_lm.model.dropout import DropoutKey
+from dist_lm.model.rope import rope_tables
 from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
 
@@ -19,6 +23,7 @@ OPTIONS = {
     "swiglu": {"ffn": "swiglu"},
     "no bias": {"bias": False},
     "one key head": {"n_kv_heads": 1},
+    "directions": {"qk_norm": True},
     "grouped, all options": {
         "d_model": 48,
         "n_heads": 6,
@@ -27,6 +32,7 @@ OPTIONS = {
         "ffn": "swiglu",
         "bias": False,
         "tie_embeddings": True,
+        "qk_norm": True,
     },
 }
 
@@ -66,13 +72,44 @@ def test_only_relative_positions_matter(config: ModelConfig) -> None:
     assert not close(model(tokens), model(tokens, position_BT=2 * torch.arange(10)[None]))
 
 
-def test_zero_heads_change_nothing() -> None:
+def test_lengths_of_queries_and_keys_count_only_without_qk_norm() -> None:
+    for qk_norm in (False, True):
+        config = small_config(qk_norm=qk_norm, bias=False, norm_eps=1e-8)
+        model, tokens = small_model(config), small_tokens(config, 2, 12)
+        expected = model(tokens)
+        for block in model.blocks:
+            block.attention.query.data *= 3
+            block.attention.key.data *= 0.5
+        assert close(model(tokens), expected) is qk_norm
+
+
+def test_attention_over_directions_is_that_of_the_formula() -> None:
+    """gain * cosine (Henry et al. 2020), by hand, of one head in front of any rotation (at position 0)."""
+    config = small_config(qk_norm=True, n_layers=1, norm_eps=1e-9)
+    attention, T = small_model(config).blocks[0].attention, 6
+    x_BTD = torch.randn(1, T, config.d_model, generator=torch.Generator().manual_seed(0))
+    at_start = rope_tables(torch.zeros(1, T, dtype=torch.int64), config.d_head, config.rope_base, torch.float32)
+    q_HTK, k_HTK, v_HTK = (
+        torch.einsum("td,hkd->htk", x_BTD[0], getattr(attention, name)) + getattr(attention, f"{name}_bias")[:, None]
+        for name in ("query", "key", "value")
+    )
+    cosine_HTS = torch.nn.functional.cosine_similarity(q_HTK[:, :, None], k_HTK[:, None], dim=-1)
+    largest_H = attention.query_gain * math.sqrt(config.d_head)
+    seen = torch.ones(T, T, dtype=torch.bool).tril()
+    score_HTS = (largest_H[:, None, None] * cosine_HTS).masked_fill(~seen, -math.inf)
+    o_TD = torch.einsum("hts,hsk,hkd->td", score_HTS.softmax(-1), v_HTK, attention.output) + attention.output_bias
+    assert close(attention(x_BTD, at_start, CAUSAL)[0], o_TD)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_zero_heads_change_nothing(qk_norm: bool) -> None:
     """A module that holds more heads than the config names, filled with zeros, is the same function."""
-    config = small_config()
+    config = small_config(qk_norm=qk_norm)
     model, tokens = small_model(config), small_tokens(config, 2, 9)
     expected = model(tokens)
     for block in model.blocks:
-        for name in ("query", "key", "value", "output", "query_bias", "key_bias", "value_bias"):
+        gain = ("query_gain",) if qk_norm else ()
+        for name in ("query", "key", "value", "output", "query_bias", "key_bias", "value_bias", *gain):
             weight = getattr(block.attention, name)
             padded = torch.cat([weight, torch.zeros_like(weight[:1])])
             setattr(block.attention, name, torch.nn.Parameter(padded))

@@ -19,7 +19,9 @@ LOSS = 1e-5  # relative
 AFTER_STEPS = 2e-5  # largest difference in a tensor after STEPS + 1 steps, relative to its own largest entry
 MODELS = {
     "25 heads": model_of((25, 25)),
-    "6 heads, 3 key heads": model_of((6, 3), norm="rmsnorm", ffn="swiglu", bias=False, tie_embeddings=True),
+    "6 heads, 3 key heads": model_of(
+        (6, 3), norm="rmsnorm", ffn="swiglu", bias=False, tie_embeddings=True, qk_norm=True
+    ),
 }
 MOVES = [
     ("25 heads", "1x2x2", "1x1x1"),

@@ -22,6 +22,10 @@ def not_a_number(prompt: str, completion: str) -> float:
     return float("nan")
 
 
+def fails(prompt: str, completion: str) -> float:
+    return 1 / 0
+
+
 def test_length_earns_most_at_its_target():
     rule = length_rule(8)
     assert [rule(judged(new_tokens=n)) for n in (0, 4, 8, 12, 16, 40)] == [0, 0.5, 1, 0.5, 0, 0]
@@ -57,6 +61,12 @@ def test_a_function_that_gives_no_number_is_named():
     rule = rules_of({"n": RewardPartConfig(kind="function", function="tests.rlhf.test_rewards:not_a_number")})["n"]
     with pytest.raises(RewardError, match="not_a_number gave nan"):
         rule(judged())
+
+
+def test_a_function_that_fails_is_named_with_what_it_was_given():
+    rule = rules_of({"n": RewardPartConfig(kind="function", function="tests.rlhf.test_rewards:fails")})["n"]
+    with pytest.raises(RewardError, match=r"test_rewards:fails failed \(ZeroDivisionError: .*completion 'abc'"):
+        rule(judged(completion="abc"))
 
 
 def test_the_score_is_the_weighted_sum_and_what_was_cut_off_pays():

@@ -28,6 +28,8 @@ def read_rankings(lines: Iterable[str], name: str) -> Iterator[Ranking]:
         if line.strip():
             try:
                 yield ranking_of(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ArtefactError(f"{name}, line {number}: no JSON ({error.msg} at character {error.pos})") from None
             except ValueError as error:
                 raise ArtefactError(f"{name}, line {number}: {error}") from None
 
@@ -52,7 +54,9 @@ def ranking_of(value: Any) -> Ranking:
 
 
 def _prompt(value: Any) -> Conversation:
-    turns = [{"role": "user", "content": value}] if type(value) is str else _list(value, "prompt")
+    if type(value) not in (str, list):
+        raise ChatError("prompt: expected a text, or a list of turns with role and content")
+    turns = [{"role": "user", "content": value}] if type(value) is str else value
     messages = []
     for turn in turns:
         if type(turn) is not dict or turn.keys() != {"role", "content"} or type(turn["content"]) is not str:

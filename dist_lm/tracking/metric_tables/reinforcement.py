@@ -88,6 +88,15 @@ ITERATIONS = (
         "held-out",
         only=HELD_OUT_PROMPTS,
     ),
+    Metric(
+        "rlhf/held_out",
+        "prompts",
+        "Held-out prompts that the win rate is of.",
+        "",
+        RLHF,
+        "held-out",
+        only=HELD_OUT_PROMPTS,
+    ),
 )
 UPDATES = (
     Metric("rlhf/updates", "updates", "Updates of the policy in the iteration.", "", RLHF, "updates"),

@@ -28,7 +28,8 @@ def test_ranks_and_judgements():
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("[", "Expecting value"),
+        ("[", "no JSON \\(Expecting value at character 1\\)"),
+        ({**GOOD, "prompt": None}, "prompt: expected a text, or a list of turns"),
         ({**GOOD, "rank": [0]}, "expected an object of prompt, completions"),
         ({**GOOD, "completions": ["a"], "ranks": [0]}, "1 completions; expected 2 to 16"),
         ({**GOOD, "completions": ["a", 1]}, "completions: expected a list of texts"),
