@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -310,15 +310,17 @@ def _starting_point(info: StageInfo, config: Config) -> str:
 def differing_keys(old: Config, new: Config, prefix: str = "", free: tuple[str, ...] = FREE_KEYS) -> list[str]:
     """`key=new (was old)` for every key, of those that start with `prefix`, whose change would make one run compute
     two things."""
-    before, after = _flatten(asdict(old)), _flatten(asdict(new))
     return [
-        f"{key}={after.get(key)} (was {before.get(key)})"
-        for key in sorted(before.keys() | after.keys())
-        if key.startswith(prefix) and not key.startswith(free) and before.get(key) != after.get(key)
+        f"{key}={after} (was {before})"
+        for key, before, after in _differences(asdict(old), asdict(new))
+        if key.startswith(prefix) and not key.startswith(free)
     ]
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix.rstrip("."): value}
-    return {key: leaf for name, item in value.items() for key, leaf in _flatten(item, f"{prefix}{name}.").items()}
+def _differences(before: Any, after: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, before, after) of what differs; a mapping that only one of them has is one difference."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in sorted(before.keys() | after.keys()):
+            yield from _differences(before.get(name), after.get(name), f"{key}.{name}".removeprefix("."))
+    elif before != after:
+        yield key, before, after

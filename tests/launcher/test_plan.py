@@ -9,7 +9,7 @@ import pytest
 from dist_lm.config_file import save_config
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.compose import compose_config, overrides_of
-from dist_lm.launcher.plan import Action, in_order, make_plan
+from dist_lm.launcher.plan import Action, differing_keys, in_order, make_plan
 from dist_lm.training import checkpoint_files
 from dist_lm.training.state import TrainState
 from tests.conftest import TINY
@@ -349,3 +349,20 @@ def test_keys_of_rlhf_belong_to_that_stage_alone(work):
         plan_of(work, "rlhf.prompts=5", target="code")
     with pytest.raises(ConfigError, match=r"^rlhf\.rewards=\{\}: expected at least one part$"):
         plan_of(work, *IN_256, "rlhf.rewards.preference.weight=0", target="rlhf")
+
+
+def test_a_part_of_the_reward_that_one_of_two_runs_has_is_one_difference():
+    old = compose_config(["stage=rlhf", *TINY])
+    new = compose_config(
+        [
+            "stage=rlhf",
+            *TINY,
+            "rlhf.rewards={mine: {kind: length, target: 3}}",
+            "rlhf.rewards.preference.weight=0",  # takes it away
+        ]
+    )
+    found = differing_keys(old, new)
+    assert [one.partition("=")[0] for one in found] == ["rlhf.rewards.mine", "rlhf.rewards.preference"]
+    assert found[0].endswith("(was None)")
+    assert found[1].startswith("rlhf.rewards.preference=None (was {")
+    assert differing_keys(new, new) == []
