@@ -38,10 +38,7 @@ ROUNDS = 5
 
 SMALLER = ("model.d_model=256", "model.n_layers=6", "model.n_heads=4", "model.d_ff=1024")
 LARGER = ("model.d_model=512", "model.n_layers=8", "model.n_heads=8", "model.d_ff=2048")
-SHAPE = (
-    *("model=nano", "model.vocab_size=32000", "model.max_seq_len=1024"),
-    *("model.tie_embeddings=false", "model.qk_norm=false"),  # as the peers have it
-)
+SHAPE = ("model=nano", "model.vocab_size=32000", "model.max_seq_len=1024", "model.tie_embeddings=false")
 MIXED, PREFILL = "mixed lengths", "prefill"
 
 

@@ -208,8 +208,8 @@ def _nothing(config: CorpusConfig, corpus_name: str, source: SourceConfig) -> st
     """Why a source without documents stops the run, and the way out."""
     if source.reader in ("hub_rankings", "rankings"):
         return (
-            f"corpus {corpus_name}: no row of dataset={source.dataset} makes a ranking: check its dataset (of "
-            f"corpus={config.name}), and of a hub's also split and rows"
+            f"corpus {corpus_name}: no row of dataset={source.dataset} makes a ranking: check dataset, and of a "
+            f"hub's also split and rows, in corpus.corpora.{corpus_name}"
         )
     if source.reader == "synthetic_rankings":
         return (

@@ -69,9 +69,8 @@ def entries(result: dict, run: RunDirectory) -> list[tuple[str, str]]:
     ]
     if "rlhf/win_rate" in after:
         was = f"{percent(before['rlhf/win_rate'])} -> " if "rlhf/win_rate" in before else ""
-        number = f" of {int(after['rlhf/held_out']):,}" if "rlhf/held_out" in after else ""
-        wins = f"wins against the reference: {was}{percent(after['rlhf/win_rate'])}{number}"
-        lines.append(("held-out prompts", wins))
+        wins = f"{was}{percent(after['rlhf/win_rate'])} of {after['rlhf/held_out']:,.0f}"
+        lines.append(("held-out prompts", f"wins against the reference: {wins}"))
     lines += [
         ("checkpoint", str(run.checkpoints / str(result["checkpoint"]))),
         ("rollouts", str(run.samples)),

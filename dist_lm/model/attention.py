@@ -185,10 +185,15 @@ class Attention(nn.Module):
         k_BSGK = to_heads(x_BTD, self.key, self.key_bias)
         v_BSGK = to_heads(x_BTD, self.value, self.value_bias)
         if self.query_gain is not None:
-            q_BTHK = directions(q_BTHK, self.norm_eps) * self.query_gain[:, None]
-            k_BSGK = directions(k_BSGK, self.norm_eps)
+            q_BTHK, k_BSGK = self.by_direction(q_BTHK, k_BSGK, self.query_gain)
         o_BTHK = attend(rotate(q_BTHK, rope), rotate(k_BSGK, rope), v_BSGK, visibility)
         return from_heads(o_BTHK, self.output, self.output_bias)
+
+    def by_direction(
+        self, q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, gain_H: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys as `model.qk_norm` compares them."""
+        return directions(q_BTHK, self.norm_eps) * gain_H[:, None], directions(k_BSGK, self.norm_eps)
 
 
 def directions(x_BTHK: torch.Tensor, eps: float) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 from torch import nn
 
 from dist_lm.config import ModelConfig
-from dist_lm.model.attention import Attention, Visibility, attend, directions, from_heads, to_heads
+from dist_lm.model.attention import Attention, Visibility, attend, from_heads, to_heads
 from dist_lm.model.feed_forward import FeedForward, activate
 from dist_lm.model.norm import build_norm
 from dist_lm.model.rope import RopeTables, rotate
@@ -141,9 +141,7 @@ class HeadParallelAttention(Attention):
         k_BSGK = to_heads(x_BTD, self._key_rows(self.key), bias_of(self.key_bias, self.keys))
         v_BSGK = to_heads(x_BTD, self._key_rows(self.value), bias_of(self.value_bias, self.keys))
         if self.query_gain is not None:
-            gain_H = part_of(self.query_gain, self.heads)
-            q_BTHK = directions(q_BTHK, self.norm_eps) * gain_H[:, None]
-            k_BSGK = directions(k_BSGK, self.norm_eps)
+            q_BTHK, k_BSGK = self.by_direction(q_BTHK, k_BSGK, part_of(self.query_gain, self.heads))
         k_BSGK = rotate(k_BSGK, rope)
         if self.queries_of_key:
             k_BSGK, v_BSGK = (_repeated(heads, self.queries_of_key) for heads in (k_BSGK, v_BSGK))

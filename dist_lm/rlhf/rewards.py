@@ -57,27 +57,28 @@ def parses_rule(language: str, of: str) -> Rule:
     return rule
 
 
-def function_rule(path: str) -> Rule:
+def function_rule(path: str, key: str) -> Rule:
     """A person's own function of prompt text and completion text.
 
     Args:
         path: 'package.module:name'.
+        key: what names it, for messages.
 
     Raises:
         ConfigError: there is no such function.
     """
-    function = imported_function(path, "rlhf.rewards: function")
+    function = imported_function(path, key)
 
     def rule(judged: Judged) -> float:
         try:
             value = function(judged.prompt, judged.completion)
         except Exception as error:  # whatever it is, it comes again with the same completion
             raise RewardError(
-                f"rlhf.rewards: {path} failed ({type(error).__name__}: {error}) on prompt {judged.prompt!r}, "
+                f"{key}={path} failed ({type(error).__name__}: {error}) on prompt {judged.prompt!r}, "
                 f"completion {judged.completion!r}"
             ) from error
         if not isinstance(value, int | float) or not math.isfinite(value):
-            raise RewardError(f"rlhf.rewards: {path} gave {value!r} for a completion; expected a finite number")
+            raise RewardError(f"{key}={path} gave {value!r} for a completion; expected a finite number")
         return float(value)
 
     return rule
@@ -99,7 +100,7 @@ def _rule(name: str, part: RewardPartConfig) -> Rule:
         if parses(part.language, "") is None:
             raise ConfigError(f"rlhf.rewards.{name}.language={part.language}: no parser for it on this machine")
         return parses_rule(part.language, part.of)
-    return function_rule(part.function)
+    return function_rule(part.function, f"rlhf.rewards.{name}.function")
 
 
 def judge(rollouts: Rollouts, rules: Mapping[str, Rule], decode: Decode) -> dict[str, list[float]]:

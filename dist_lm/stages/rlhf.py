@@ -13,7 +13,7 @@ from dist_lm.chat.errors import ChatError
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.template import prompt as rendered
 from dist_lm.data.mapped import MappedCorpus
-from dist_lm.data.prompts import find_prompts, read_prompts
+from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
 from dist_lm.errors import ArtefactError
 from dist_lm.imported import imported_function
 from dist_lm.rlhf_run_config import RlhfRunConfig, RlhfRunGroup
@@ -53,8 +53,8 @@ def read_all(config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> 
     compared = [prompt for prompt in held_out if len(prompt) <= room][: group.held_out_prompts]
     if len(compared) < group.held_out_prompts:
         log.info(
-            "rlhf.held_out_prompts=%d: %s; rlhf/win_rate is of these",
-            *(group.held_out_prompts, f"there {'is' if len(compared) == 1 else 'are'} {len(compared)}"),
+            "held-out prompts: %d, of rlhf.held_out_prompts=%d; the win rate is of these",
+            *(len(compared), group.held_out_prompts),
         )
     return kept, compared
 
@@ -67,12 +67,8 @@ def check_given(group: RlhfRunGroup) -> None:
     """
     for key, where in ((PROMPTS_FROM, group.prompts_from), (HELD_OUT_FROM, group.held_out_from)):
         if where:
-            files, prompt = find_prompts(where, key=key), None
-            for prompt in read_prompts(files):
-                if prompt.error:
-                    raise ArtefactError(f"{key}: {prompt.place}: {prompt.error}")
-            if files and prompt is None:
-                raise ArtefactError(f"{key}={where}: no prompts in it")
+            for _ in _prompts_of(where, key):
+                pass
     for name, part in group.rewards.items():
         if part.kind == "function":
             imported_function(part.function, f"rlhf.rewards.{name}.function")
@@ -96,14 +92,23 @@ def _of_corpus(directory: Path, split: str) -> Prompts:
 
 def _of_files(where: str, key: str, tokenizer: Tokenizer) -> Prompts:
     found = []
-    for prompt in read_prompts(find_prompts(where, key=key)):
-        if prompt.error:
-            raise ArtefactError(f"{key}: {prompt.place}: {prompt.error}")
+    for prompt in _prompts_of(where, key):
         try:
             found.append(rendered(Conversation((Message("user", prompt.text),)), tokenizer))
         except ChatError as error:
             raise ArtefactError(f"{key}: {prompt.place}: {error}") from error
     return found
+
+
+def _prompts_of(where: str, key: str) -> Iterator[Prompt]:
+    """The prompts of the files that `key` names; one that cannot be read, or none at all, is an error."""
+    prompt = None
+    for prompt in read_prompts(find_prompts(where, key=key)):
+        if prompt.error:
+            raise ArtefactError(f"{key}: {prompt.place}: {prompt.error}")
+        yield prompt
+    if prompt is None:
+        raise ArtefactError(f"{key}={where}: no prompts there; expected a file or glob of .jsonl or .txt with some")
 
 
 def _split(prompts: Prompts, all_for_training: bool) -> tuple[Prompts, Prompts]:

@@ -9,7 +9,7 @@ from dist_lm.bench.generate_peers import Transformers
 from dist_lm.parallel.mesh import World
 
 TINY = (
-    *("model=nano", "model.qk_norm=false"),
+    "model=nano",
     "model.d_model=32",
     "model.n_layers=1",
     "model.n_heads=2",

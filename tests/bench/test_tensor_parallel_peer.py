@@ -1,6 +1,7 @@
 """The peer of `bench tp` computes what our model computes, and the benchmark runs."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from dist_lm.model.transformer import Transformer
 
 TINY = [
     "model=nano",
-    *("model.tie_embeddings=false", "model.qk_norm=false"),
+    "model.tie_embeddings=false",
     "model.d_model=32",
     "model.n_layers=2",
     "model.d_ff=48",
@@ -56,6 +57,10 @@ def test_it_has_the_weights_and_the_losses_of_our_model(overrides):
 def test_a_model_that_torch_cannot_cut_has_no_peer_and_says_why():
     model = ModelConfig("odd", d_model=50, n_layers=1, n_heads=25, d_ff=33, max_seq_len=8, vocab_size=64)
     assert peer.misfit(model, 2) == "n_heads=25, d_ff=33: no multiple of tp=2"
+    even = replace(model, d_model=48, n_heads=4, d_ff=32)
+    assert peer.misfit(even, 2) == ""
+    assert peer.misfit(replace(even, tie_embeddings=True), 2) == "the peer has no tied embedding"
+    assert peer.misfit(replace(even, qk_norm=True), 2) == "the peer has no norm of queries and keys"
     (comparison,) = tp.cases([*TINY, *WORKLOAD, "model.d_model=50", "model.n_heads=25"], quick=True)[0].comparisons
     assert comparison.peer is None
     assert "n_heads=25" in comparison.peer_name

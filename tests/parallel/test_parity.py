@@ -8,6 +8,7 @@ from itertools import combinations, product
 
 import pytest
 
+from dist_lm.config import ModelConfig
 from dist_lm.stage_config import MuonConfig
 from tests.parallel.on_a_mesh import MeshTrajectory, rank_steps
 from tests.parallel.one_process import entries_off, error, expected_of
@@ -33,24 +34,7 @@ ORTHOGONAL_ENTRY = 1e-3  # after two steps of Muon, which takes small singular v
 CASES = cases()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_step_is_that_of_one_process(ranks: RankGroups, case: Case):
-    found: MeshTrajectory = ranks.run(
-        case.world_size, rank_steps, case.model, case.parallel, range(1), chunk_bytes=case.chunk_bytes
-    )
-    expected = expected_of(case.model)
-    assert found.losses == pytest.approx(expected.losses, rel=LOSS)
-    assert found.norms == pytest.approx(expected.norms, rel=GRADIENT)
-    assert entries_off(found.gradients, expected.gradients, ENTRY) == {}
-    assert error(found.gradients, expected.gradients) < GRADIENT
-    assert entries_off(found.end, expected.end, UPDATED_ENTRY) == {}
-    assert found.torn == found.dirty == set()
-
-
-@pytest.mark.parametrize("layout", ["1x1x1", "1x4x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"])
-def test_a_step_of_a_scalar_head_is_that_of_one_process(ranks: RankGroups, layout: str):
-    model = model_of((5, 5), head="scalar")
-    found: MeshTrajectory = ranks.run(layout_of(layout).world_size, rank_steps, model, parallel_of(layout), range(1))
+def assert_is_that_of_one_process(found: MeshTrajectory, model: ModelConfig) -> None:
     expected = expected_of(model)
     assert found.losses == pytest.approx(expected.losses, rel=LOSS)
     assert found.norms == pytest.approx(expected.norms, rel=GRADIENT)
@@ -58,6 +42,21 @@ def test_a_step_of_a_scalar_head_is_that_of_one_process(ranks: RankGroups, layou
     assert error(found.gradients, expected.gradients) < GRADIENT
     assert entries_off(found.end, expected.end, UPDATED_ENTRY) == {}
     assert found.torn == found.dirty == set()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_is_that_of_one_process(ranks: RankGroups, case: Case):
+    found: MeshTrajectory = ranks.run(
+        case.world_size, rank_steps, case.model, case.parallel, range(1), chunk_bytes=case.chunk_bytes
+    )
+    assert_is_that_of_one_process(found, case.model)
+
+
+@pytest.mark.parametrize("layout", ["1x1x1", "1x4x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"])
+def test_a_step_of_a_scalar_head_is_that_of_one_process(ranks: RankGroups, layout: str):
+    model = model_of((5, 5), head="scalar")
+    found: MeshTrajectory = ranks.run(layout_of(layout).world_size, rank_steps, model, parallel_of(layout), range(1))
+    assert_is_that_of_one_process(found, model)
 
 
 @pytest.mark.parametrize("layout", ["1x1x1", "1x4x1", "2x1x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"])
@@ -65,12 +64,7 @@ def test_a_step_of_a_scalar_head_is_that_of_one_process(ranks: RankGroups, layou
 def test_a_step_over_directions_is_that_of_one_process(ranks: RankGroups, layout: str, heads: tuple[int, int]):
     model = model_of(heads, qk_norm=True)
     found: MeshTrajectory = ranks.run(layout_of(layout).world_size, rank_steps, model, parallel_of(layout), range(1))
-    expected = expected_of(model)
-    assert found.losses == pytest.approx(expected.losses, rel=LOSS)
-    assert found.norms == pytest.approx(expected.norms, rel=GRADIENT)
-    assert entries_off(found.gradients, expected.gradients, ENTRY) == {}
-    assert error(found.gradients, expected.gradients) < GRADIENT
-    assert found.torn == found.dirty == set()
+    assert_is_that_of_one_process(found, model)
 
 
 @pytest.mark.parametrize("layout", ["1x1x1", "1x4x1", "4x1x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"])

@@ -113,5 +113,6 @@ def test_gradients_that_are_not_finite_change_nothing(bad):
 def test_decay_is_for_matrices_only():
     names = ["blocks.0.attention.query", "blocks.0.feed_forward.up.weight", "lm_head.weight"]
     assert all(is_decayed(name) for name in names)
-    spared = ["embedding.weight", "final_norm.weight", "blocks.0.attention_norm.bias", "blocks.0.attention.query_bias"]
+    spared = ["embedding.weight", "final_norm.weight", "blocks.0.attention_norm.bias"]
+    spared += ["blocks.0.attention.query_bias", "blocks.0.attention.query_gain"]
     assert not any(is_decayed(name) for name in spared)
