@@ -85,7 +85,8 @@ class ParallelConfig:
     sp: bool = False  # norms, dropout and residuals hold 1/tp of the tokens of a sequence (sequence parallelism)
     reshard_after_forward: bool | None = None  # free gathered parameters before the backward pass; null: if over 64 MiB
     reduce_every_micro_batch: bool = False  # reduce gradients after each micro-batch: sends more, holds only shards
-    compute_dtype: str = "auto"  # auto (bf16 on CUDA, fp32 on CPU) | fp32 | bf16
+    # auto (bf16 on CUDA, fp32 on CPU) | fastest (bf16 on CPUs with AMX too) | fp32 | bf16
+    compute_dtype: str = "auto"
     activation_checkpointing: str = "none"  # none | selective (keep matmul and attention outputs) | full (keep inputs)
     compile: str = "auto"  # torch.compile of each block: auto (on CUDA) | always | never
     cpu_offload: bool = False  # parameters, gradients and optimizer state live in host memory
@@ -104,7 +105,7 @@ class ParallelConfig:
                 "a positive integer, or -1 for what is left",
             )
         for key, accepted in (
-            ("compute_dtype", ("auto", "fp32", "bf16")),
+            ("compute_dtype", ("auto", "fastest", "fp32", "bf16")),
             ("activation_checkpointing", ("none", "selective", "full")),
             ("compile", ("auto", "always", "never")),
         ):
@@ -119,7 +120,13 @@ class ParallelConfig:
         )
 
 
-DRILLS = ("copying", "lists", "wishes", "choosing")  # subjects, in the order in which one helps with the next
+DRILLS = (
+    "copying",
+    "lists",
+    "wishes",
+    "choosing",
+    "filling",
+)  # subjects, in the order in which one helps with the next
 
 
 @dataclass

@@ -18,7 +18,7 @@ from dist_lm.errors import ArtefactError
 from dist_lm.model.size import flops_per_token
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World, data_mesh
-from dist_lm.parallel.sharding import build_model, compute_dtype
+from dist_lm.parallel.sharding import build_model, compute_dtype, generation_dtype
 from dist_lm.parallel.values import unsharded_copy
 from dist_lm.rank_data import check_corpora, open_data
 from dist_lm.rank_result import metrics_of_step, write_success
@@ -82,8 +82,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             bytes_per_token=data.bytes_per_token,
         )
         log.info("rank %d of %d on %s, %s, from step %d", world.rank, world.size, world.device, layout, state.step)
-        dtype = compute_dtype(config.parallel, world.device)
-        copy = partial(unsharded_copy, model, config.model, dtype)
+        copy = partial(unsharded_copy, model, config.model, generation_dtype(config.parallel, world.device))
         if stage.open and config.stage.eval_at_start and state.step == 0:
             found = stage.open(
                 Closing(config, run, world, tokenizer, copy, 0, lambda: heartbeat.beat(Phase.EVALUATING, 0))

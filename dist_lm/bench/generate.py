@@ -38,7 +38,10 @@ ROUNDS = 5
 
 SMALLER = ("model.d_model=256", "model.n_layers=6", "model.n_heads=4", "model.d_ff=1024")
 LARGER = ("model.d_model=512", "model.n_layers=8", "model.n_heads=8", "model.d_ff=2048")
-SHAPE = ("model=nano", "model.vocab_size=32000", "model.max_seq_len=1024", "model.tie_embeddings=false")
+SHAPE = (
+    *("model=nano", "model.n_heads=5", "model.qk_norm=false"),  # that peers have too
+    *("model.vocab_size=32000", "model.max_seq_len=1024", "model.tie_embeddings=false"),
+)
 MIXED, PREFILL = "mixed lengths", "prefill"
 
 

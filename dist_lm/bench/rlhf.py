@@ -42,7 +42,7 @@ TOGETHER, IN_TURNS = "drawing beside updates", "drawing, then updates"
 PEERS: dict[str, type[Peer]] = {"TRL": Trl, "bare loop over transformers": BareLoop}
 SHAPE = (
     *("model=nano", "model.d_model=64", "model.n_layers=2", "model.n_heads=4", "model.d_ff=256"),
-    *("model.max_seq_len=128", "model.tie_embeddings=false", "model.init_std=0.05"),
+    *("model.max_seq_len=128", "model.tie_embeddings=false", "model.init_std=0.05", "model.qk_norm=false"),
     *(f"stage.global_batch={PROMPTS}", "stage.seq_len=16"),
 )
 VOCABULARY = 64  # fewer than a tokenizer may have: there is none here

@@ -19,14 +19,14 @@ from dist_lm.parallel.sharding import build_model
 TP = 2
 OURS, TORCH, ONE = "ours", "torch", "one process"
 SHORT = ("stage.global_batch=2", "stage.seq_len=64")
-UNTIED = "model.tie_embeddings=false"  # as the peer has it
+PLAIN = ("model.tie_embeddings=false", "model.qk_norm=false")  # as the peer has it
 WIDE = ("model=tiny", "model.d_model=512", "model.d_ff=2048", "model.n_heads=8", "model.vocab_size=4096")
 SHAPES = (
-    ("model=nano", UNTIED, "model.n_heads=4", *SHORT),
+    ("model=nano", *PLAIN, "model.n_heads=4", *SHORT),
     ("model=tiny", "model.vocab_size=4096", *SHORT),
     (*WIDE, *SHORT),
     (*WIDE, "stage.global_batch=4", "stage.seq_len=256"),
-    ("model=nano", UNTIED, "model.n_heads=25", "model.d_model=200", *SHORT),
+    ("model=nano", *PLAIN, "model.n_heads=25", "model.d_model=200", *SHORT),
 )
 
 

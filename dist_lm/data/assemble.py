@@ -14,6 +14,7 @@ from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.order import DocumentSlice
 
 WORTH_CHOOSING = 0.9  # share of targets that count, below which logits are computed for these alone
+COUNTED_MULTIPLE = 64  # and some that do not: a kernel that is compiled for its shapes then sees few
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +71,13 @@ def assemble(
 
 def _counted(learned: np.ndarray) -> torch.Tensor | None:
     """None where logits of all tokens cost little more than those that count."""
-    places = np.flatnonzero(learned)
-    return _tensor(places) if len(places) < WORTH_CHOOSING * learned.size else None
+    others = np.flatnonzero(learned == 0)
+    size = -(-(learned.size - len(others)) // COUNTED_MULTIPLE) * COUNTED_MULTIPLE
+    if size >= WORTH_CHOOSING * learned.size:
+        return None
+    wanted = learned.flatten() != 0
+    wanted[others[len(others) - (size - wanted.sum()) :]] = True
+    return _tensor(np.flatnonzero(wanted))
 
 
 def _tensor(values: np.ndarray) -> torch.Tensor:

@@ -43,7 +43,8 @@ class Batch:
     document_BT: torch.Tensor  # int64; 0, 1, ... in a sequence; attention stays inside one number
     position_BT: torch.Tensor  # int64; for RoPE; starts at 0 in each document
     sequence_B: torch.Tensor  # int64; global sequence number: dropout, tracing and resume hang on it
-    counted_N: torch.Tensor | None = None  # int64; places of the targets that count in the flattened batch; none: all
+    # int64; places in the flattened batch: of all targets that count, and of some that do not; none: all
+    counted_N: torch.Tensor | None = None
     branch_BT: torch.Tensor | None = None  # int64; 0 in the trunk of a document, other numbers in branches behind it
     ranked: RankedPlaces | None = None  # of rankings
 

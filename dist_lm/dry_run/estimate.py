@@ -48,7 +48,7 @@ class Shapes:
 def is_half(config: Config) -> bool:
     """Whether the forward and backward pass computes in bf16 on `config.hardware`."""
     dtype = config.parallel.compute_dtype
-    return dtype == "bf16" or (dtype == "auto" and config.hardware.device == "cuda")
+    return dtype == "bf16" or (dtype in ("auto", "fastest") and config.hardware.device == "cuda")
 
 
 def element_bytes(config: Config) -> int:

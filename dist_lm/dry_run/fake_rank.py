@@ -75,7 +75,7 @@ def as_played(config: Config, sequences: int) -> Config:
     """Micro-batches of `sequences`, and what a GPU would do, where a fake step on the CPU has to be told."""
     parallel, stage = config.parallel, config.stage
     stage = replace(stage, micro_batch=sequences)
-    if config.hardware.device == "cuda" and parallel.compute_dtype == "auto":
+    if config.hardware.device == "cuda" and parallel.compute_dtype in ("auto", "fastest"):
         parallel = replace(parallel, compute_dtype="bf16")
     if documents_apart(config.hardware.device, is_half(config), config.model.d_head):
         # they keep what causal attention keeps, where fake tensors, which have no boundaries, take a mask

@@ -18,7 +18,7 @@ from dist_lm.launcher.interrupt import Interrupt, left_at_once
 from dist_lm.launcher.pipeline import LOOK_S
 from dist_lm.launcher.plan import PlannedStage, run_of
 from dist_lm.launcher.stage_run import device_and_ranks
-from dist_lm.parallel.sharding import compute_dtype
+from dist_lm.parallel.sharding import generation_dtype
 from dist_lm.run_directory import RunDirectory
 from dist_lm.run_lock import locked
 from dist_lm.stages.generate import options_of, tokenizer_of, tp_of
@@ -97,7 +97,7 @@ def _read(
         options=options_of(config.stage),
         eot_id=tokenizer.eot_id,
         vocabulary=tuple(tokenizer.vocabulary()),
-        dtype=compute_dtype(config.parallel, torch.device(device)),
+        dtype=generation_dtype(config.parallel, torch.device(device)),
         device=device,
         tp=tp_of(config),
     )

@@ -6,6 +6,8 @@ The order is not free: tensor parallelism replaces modules, so it comes first; r
 hooks of FSDP, which gather parameters.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -37,9 +39,21 @@ another would free them in between, to be gathered a second time."""
 
 def compute_dtype(parallel: ParallelConfig, device: torch.device) -> torch.dtype:
     """The dtype of the forward and backward pass; master weights and reductions stay fp32."""
-    if parallel.compute_dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[parallel.compute_dtype]
+    wanted = parallel.compute_dtype
+    half = device.type == "cuda" or (wanted == "fastest" and multiplies_bf16())
+    return torch.bfloat16 if wanted == "bf16" or (wanted in ("auto", "fastest") and half) else torch.float32
+
+
+def generation_dtype(parallel: ParallelConfig, device: torch.device) -> torch.dtype:
+    """The dtype of whole copies that answer and are sampled from: with `fastest`, fp32 on every CPU, where products of
+    ever new shapes take longer in bf16."""
+    asked = "auto" if parallel.compute_dtype == "fastest" else parallel.compute_dtype
+    return compute_dtype(replace(parallel, compute_dtype=asked), device)
+
+
+def multiplies_bf16() -> bool:
+    """Whether this CPU has matrix units for bf16 (AMX); others are slower in it than in fp32."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def build_model(

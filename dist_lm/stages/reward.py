@@ -25,7 +25,7 @@ from dist_lm.generation.load import load_model
 from dist_lm.generation.params import SamplingParams
 from dist_lm.generation.request import Request
 from dist_lm.model.transformer import Transformer
-from dist_lm.parallel.sharding import compute_dtype
+from dist_lm.parallel.sharding import generation_dtype
 from dist_lm.rlhf.reward_evaluation import beside_verdicts, reward_metrics, scores_of_rankings
 from dist_lm.rlhf.reward_model import KEY, last_token_scores, normaliser_of
 from dist_lm.rlhf.reward_objective import choices_of_people
@@ -133,7 +133,7 @@ def policy_samples(closing: Closing, val: MappedRankings) -> list[list[int]]:
     with torch.device("meta"):
         policy = Transformer(loaded.config)
     device = closing.world.device
-    dtype = compute_dtype(closing.config.parallel, device)
+    dtype = generation_dtype(closing.config.parallel, device)
     policy.load_state_dict({name: value.to(device, dtype) for name, value in loaded.weights.items()}, assign=True)
     answers = answer_all(closing, requests, "stage.reward.normaliser_prompts", policy)
     return [[*prompt, *answer.tokens] for prompt, answer in zip(prompts, answers, strict=True)]

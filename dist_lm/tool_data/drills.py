@@ -7,10 +7,10 @@ learns to copy from that first. A piece of a word that it has never said it cann
 that names have.
 """
 
-import json
 import random
 from collections.abc import Callable
 
+from dist_lm.chat.json_text import write
 from dist_lm.chat.messages import Message
 from dist_lm.tool_data.invented import invented_word
 from dist_lm.tool_data.naming import STYLE_WEIGHTS, STYLES, argument_name, camel
@@ -72,7 +72,7 @@ def as_list(rng: random.Random) -> tuple[str, str]:
     items = _items(rng)
     asked = rng.choice(["As a JSON list: {}", "Make a JSON list of {}", "JSON list, please: {}"])
     between = rng.choice([", ", ", ", "; ", "\n"])
-    return asked.format(between.join(item.said for item in items)), _json([item.json for item in items])
+    return asked.format(between.join(item.said for item in items)), write([item.json for item in items], "a list")
 
 
 def as_object(rng: random.Random) -> tuple[str, str]:
@@ -85,11 +85,13 @@ def as_object(rng: random.Random) -> tuple[str, str]:
     kinds = [parameter.kind for parameter in parameters]
     pieces = [piece(parameter, value, kinds.count(parameter.kind) == 1, rng) for parameter, value in given.items()]
     rng.shuffle(pieces)
-    keys = ", ".join(f'"{parameter.key}"' for parameter in parameters)
+    keys = ", ".join(parameter.key for parameter in parameters)
     between = rng.choice([", ", "; ", " and "])
     asked = rng.choice(["JSON with {}: {}.", "An object with {}: {}", "Fill in {}: {}."])
     text = between.join(part.removeprefix(": ") for part in pieces)
-    return asked.format(keys, text), _json({parameter.key: value.json for parameter, value in given.items()})
+    return asked.format(keys, text), write(
+        {parameter.key: value.json for parameter, value in given.items()}, "an object"
+    )
 
 
 def recall(rng: random.Random) -> list[Message]:
@@ -149,7 +151,3 @@ def _noise(rng: random.Random) -> str:
 def _items(rng: random.Random) -> list[Value]:
     kind = rng.choice(LISTED)
     return [draw(kind, rng) for _ in range(rng.randint(2, 8))]
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)

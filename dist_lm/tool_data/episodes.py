@@ -6,6 +6,7 @@ An episode takes the tools it needs from the scene and returns its turns. Result
 import random
 from collections.abc import Callable
 
+from dist_lm.chat.json_text import write
 from dist_lm.chat.messages import Call, Json, Message
 from dist_lm.tool_data.actions import BY_KEY
 from dist_lm.tool_data.answers import answer, nothing_fits, question_back, shown
@@ -22,6 +23,7 @@ FURTHER_ROUNDS = (0, 0, 1, 1, 2, 3)
 IN_SESSION = 6  # requests to the same tools, at most
 RECALLED = 0.4  # of drills are about which word
 MOST_CHOICES = 5  # tools, and requests for them, where one has to be chosen and nothing else
+MOST_FILLED = 6  # requests of which only the arguments are asked
 DONE = ("Done.", "Ready.", "Yes.")
 
 
@@ -200,19 +202,47 @@ def choosing(scene: Scene) -> Turns:
     return turns
 
 
+def filling(scene: Scene) -> Turns:
+    """Request after request to one tool, of which nothing is asked but its arguments; its schema is a sketch.
+
+    Which value belongs to which argument, and which were not given, is all that these turns say.
+    """
+    tool = scene.take()
+    while len(tool.parameters) < 2:
+        scene.tools.clear()
+        tool = scene.take()
+    turns = [Message("system", write(_sketch(tool.tool.parameters), "a sketch"))]
+    for _ in range(scene.rng.randint(3, MOST_FILLED)):
+        given = scene.arguments(tool)
+        arguments = write(call_of(tool, given).arguments, "arguments")
+        turns += [Message("user", request(tool, given, scene.rng)), Message("assistant", arguments)]
+    scene.tools.clear()
+    return turns
+
+
 KINDS: dict[str, tuple[float, Callable[[Scene], Turns]]] = {  # with their shares
     "single": (0.24, single),
     "session": (0.15, session),
     "parallel": (0.07, parallel),
     "sequential": (0.05, sequential),
     "irrelevant": (0.05, irrelevant),
-    "missing": (0.05, missing),
-    "recovery": (0.04, recovery),
-    "answer": (0.04, plain_answer),
-    "invented": (0.16, invented),
-    "copying": (0.08, copying),
-    "choosing": (0.07, choosing),
+    "missing": (0.04, missing),
+    "recovery": (0.03, recovery),
+    "answer": (0.03, plain_answer),
+    "invented": (0.14, invented),
+    "copying": (0.05, copying),
+    "choosing": (0.05, choosing),
+    "filling": (0.10, filling),
 }
+
+
+def _sketch(schema: Json) -> Json:
+    """`{"city": "string", "side": ["left", "right"]}`."""
+    if "properties" in schema:
+        return {name: _sketch(inner) for name, inner in schema["properties"].items()}
+    if "items" in schema:
+        return [_sketch(schema["items"])]
+    return schema.get("enum", schema["type"])
 
 
 def _asked_and_done(scene: Scene, tool: Specification) -> Turns:

@@ -21,12 +21,14 @@ from dist_lm.tool_data.execution import World
 from dist_lm.tool_data.ladder import lists, wishes
 from dist_lm.tool_data.specification import Specification
 
-REVISION = 4  # one more with every change to what is generated: corpora of another are refused
+REVISION = 5  # one more with every change to what is generated: corpora of another are refused
 LONGEST = (650, 800, 900, 900)  # characters of all JSON and text, one of these: 900 are at most 410 tokens of 4,096
 RECALLED = 0.35  # of the drills of copying are words looked up, not said again
-STILL_COPIED = 0.25  # of the drills of all other subjects are of copying, which is forgotten without
+STILL = 0.25  # of the drills of a subject are of an earlier one, which is forgotten without
+EARLIER = {"filling": "choosing"}  # of all others it is copying
 DECIDING = ("session", "choosing")  # kinds with request after request to the same tools
-INVENTED_SESSIONS = 0.3  # of these are about what nobody knows
+WITHOUT_OTHERS = ("copying", "filling", *DECIDING)  # kinds that have no tools but what they need
+INVENTED = {"invented": 1.0, "session": 0.3, "choosing": 0.3, "filling": 0.5}  # of a kind are about what nobody knows
 LONGEST_SESSION = 1800  # characters
 OTHER_TOOLS = (0, 1, 1, 1, 2, 2, 3)  # beside those that are needed
 MOST_TOOLS = 4
@@ -65,8 +67,8 @@ def drill_example(seed: int, number: int, subject: str = "copying") -> Example:
     """A conversation of a stream of its own, which leads the stage; `subject`: of `config.DRILLS`."""
     name = f"drill {subject} {seed} {number}"
     rng = random.Random(name)  # noqa: S311  (text, not secrets)
-    kind = "copying" if rng.random() < STILL_COPIED else subject
-    if kind == "choosing":
+    kind = EARLIER.get(subject, "copying") if rng.random() < STILL else subject
+    if kind in KINDS and kind != "copying":
         return _made(kind, rng.randrange(SHELVES), rng)
     # its group is its own, because it has no tools
     return Example(Conversation(tuple(WITHOUT_TOOLS[kind](rng))), kind, hashlib.sha256(name.encode()).hexdigest(), ())
@@ -92,17 +94,17 @@ def _made(kind: str, shelf: int, rng: random.Random) -> Example:
 
 def _attempt(kind: str, shelf: int, rng: random.Random) -> Example | None:
     """An example, or none where it would become too long."""
-    unknown = kind == "invented" or (kind in DECIDING and rng.random() < INVENTED_SESSIONS)
+    unknown = kind in INVENTED and rng.random() < INVENTED[kind]
     scene = Scene(rng, World(rng), invented_topics(shelf, rng) if unknown else shelf_topics(shelf))
     turns = KINDS[kind][1](scene)
     if len({tool.tool.name for tool in scene.tools}) < len(scene.tools):
         return None
     needed = len(scene.tools)
-    if kind not in ("copying", *DECIDING):
+    if kind not in WITHOUT_OTHERS:
         scene.add_others(max(0, min(rng.choice(OTHER_TOOLS), MOST_TOOLS - needed)))
-    if rng.random() < 0.12:
+    if turns[0].role != "system" and rng.random() < 0.12:
         turns = [Message("system", rng.choice(SYSTEM)), *turns]
-    longest = LONGEST_SESSION if kind in DECIDING else rng.choice(LONGEST)
+    longest = LONGEST_SESSION if kind in ("filling", *DECIDING) else rng.choice(LONGEST)
     while _characters(scene.tools, turns) > longest:
         rounds = [turn.role for turn in turns].count("user") if kind in ("single", "invented", *DECIDING) else 1
         if rounds > 1 and (len(scene.tools) == needed or rng.random() < 0.8):

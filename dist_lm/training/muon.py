@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from dist_lm.parallel.gloo import gather_by_exchange
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at 0: singular values of 0.01 to 1 come to about 0.7 to 1.2
 ITERATIONS = 5
 EPSILON = 1e-7
@@ -103,15 +105,31 @@ def _shared_out(stack_NIJ: torch.Tensor) -> torch.Tensor:
     if start < count:
         mine_NIJ = stack_NIJ[start : start + share]
         own_NIJ[: len(mine_NIJ)] = orthogonal(mine_NIJ)
+    assert dist.group.WORLD is not None
     all_NIJ = stack_NIJ.new_empty(share * ranks, *stack_NIJ.shape[1:])
-    dist.all_gather_into_tensor(all_NIJ, own_NIJ)
+    if _exchanges(dist.group.WORLD):
+        gather_by_exchange(all_NIJ, own_NIJ, dist.group.WORLD)
+    else:
+        dist.all_gather_into_tensor(all_NIJ, own_NIJ)
     return all_NIJ[:count]
+
+
+def _exchanges(group: dist.ProcessGroup) -> bool:
+    """Whether gloo moves tensors of the device that computes, and not NCCL, or nothing in a dry run."""
+    return dist.get_backend(group) == dist.Backend.GLOO
 
 
 def _whole(parameter: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     """The whole of which this rank holds `own`: N tensors cut as `parameter` is. Its padding is 0 and stays so."""
     if not isinstance(parameter, DTensor):
         return own
+    sharded = [axis for axis, placement in enumerate(parameter.placements) if not placement.is_replicate()]
+    if len(sharded) == 1:
+        placement, group = parameter.placements[sharded[0]], parameter.device_mesh.get_group(sharded[0])
+        if type(placement) is Shard and parameter.shape[placement.dim] % group.size() == 0 and _exchanges(group):
+            parts = own.new_empty(group.size(), *own.shape)
+            gather_by_exchange(parts, own, group)
+            return torch.cat(parts.unbind(0), dim=placement.dim + 1)
     placements = [Shard(one.dim + 1) if isinstance(one, Shard) else one for one in parameter.placements]
     shape = torch.Size((len(own), *parameter.shape))
     stride = (parameter.numel(), *parameter.stride())

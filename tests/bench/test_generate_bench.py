@@ -10,6 +10,7 @@ from dist_lm.parallel.mesh import World
 
 TINY = (
     "model=nano",
+    "model.qk_norm=false",
     "model.d_model=32",
     "model.n_layers=1",
     "model.n_heads=2",

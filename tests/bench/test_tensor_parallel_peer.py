@@ -21,6 +21,7 @@ from dist_lm.model.transformer import Transformer
 TINY = [
     "model=nano",
     "model.tie_embeddings=false",
+    "model.qk_norm=false",
     "model.d_model=32",
     "model.n_layers=2",
     "model.d_ff=48",

@@ -49,8 +49,8 @@ def test_the_large_stages_have_the_listed_peak_rates(stage, lr):
         ("stage.dropout=1.5", ["stage.dropout=1.5", "[0, 1)"]),
         ("dry_run=perhaps", ["dry_run=perhaps", "true or false"]),
         ("model=huge", ["model=huge", "nano", "large"]),
-        ("model.n_heads=7", ["model.n_heads=7", "model.d_model=160", "5"]),
-        ("model.n_kv_heads=2", ["model.n_kv_heads=2", "model.n_heads=5"]),
+        ("model.n_heads=7", ["model.n_heads=7", "model.d_model=160", "8"]),
+        ("model.n_kv_heads=3", ["model.n_kv_heads=3", "model.n_heads=2"]),
         ("stage.seq_len=100000", ["stage.seq_len=100000", "model.max_seq_len=1024"]),
         ("cluster=ray", ["cluster.address", "host:port"]),
         ("stage.corpus=novels", ["stage.corpus=novels", "language, code"]),
@@ -160,7 +160,7 @@ def test_keys_of_the_stage_asked_for_do_not_reach_earlier_stages():
 
 
 def test_a_saved_configuration_reads_back_equal(tmp_path):
-    config = compose_config(["stage=code", "model=nano", "model.n_kv_heads=5"])
+    config = compose_config(["stage=code", "model=nano", "model.n_kv_heads=1"])
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
     assert isinstance(config, Config)

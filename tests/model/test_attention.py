@@ -54,6 +54,15 @@ def test_documents_one_by_one_are_the_mask_forward_and_backward(key_heads: int) 
         assert torch.allclose(masked.grad, other.grad, atol=1e-6)
 
 
+def test_documents_one_by_one_in_bf16_are_rounded_once() -> None:
+    document = torch.arange(300).expand(2, -1) // torch.tensor([[100], [170]])
+    half = [heads(300, 6, seed).bfloat16() for seed in range(3)]
+    apart = within_documents(document, torch.bfloat16, 8)
+    found = attend(*half, apart)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, attend(*(one.float() for one in half), apart).bfloat16())
+
+
 def test_documents_of_one_length_take_one_call_and_rows_of_few_tokens_a_mask() -> None:
     cases = {
         "a document a row": (torch.arange(24).expand(4, -1) // 24, True),

@@ -3,14 +3,16 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from dist_lm.config import ParallelConfig
 from dist_lm.errors import ConfigError
 from dist_lm.launcher.compose import compose_config
+from dist_lm.parallel import sharding
 from dist_lm.parallel.layout import Layout, check_batch, layouts_of, misfit, resolve_layout
 from dist_lm.parallel.placement import placements
 
-NANO = compose_config(["model=nano"]).model  # 5 heads, d_model 160
+NANO = replace(compose_config(["model=nano"]).model, n_heads=5)  # d_model 160
 LARGE = compose_config(["model=large"]).model  # 25 heads, d_model 1600
 
 
@@ -107,6 +109,25 @@ def test_sequence_parallelism_needs_tensor_parallelism():
     assert resolve_layout(asked(1, 2, 2, sp=True), NANO, 4) == Layout(1, 2, 2)
 
 
+@pytest.mark.parametrize(
+    ("asked_for", "units", "device", "training", "answers"),
+    [
+        ("auto", True, "cpu", torch.float32, torch.float32),
+        ("auto", False, "cuda", torch.bfloat16, torch.bfloat16),
+        ("fastest", True, "cpu", torch.bfloat16, torch.float32),
+        ("fastest", False, "cpu", torch.float32, torch.float32),
+        ("fastest", False, "cuda", torch.bfloat16, torch.bfloat16),
+        ("bf16", False, "cpu", torch.bfloat16, torch.bfloat16),
+        ("fp32", True, "cuda", torch.float32, torch.float32),
+    ],
+)
+def test_the_dtype_of_training_and_of_answers(asked_for, units, device, training, answers, monkeypatch):
+    monkeypatch.setattr(sharding, "multiplies_bf16", lambda: units)
+    parallel, where = ParallelConfig(compute_dtype=asked_for), torch.device(device)
+    assert sharding.compute_dtype(parallel, where) == training
+    assert sharding.generation_dtype(parallel, where) == answers
+
+
 def test_a_batch_that_ranks_cannot_share_names_the_nearest_that_they_can():
     config = compose_config(["stage=language", "stage.global_batch=10"])
     check_batch(config, Layout(1, 2, 4))
@@ -115,7 +136,8 @@ def test_a_batch_that_ranks_cannot_share_names_the_nearest_that_they_can():
 
 
 def test_sequences_that_ranks_cannot_share_name_the_nearest_that_they_can():
-    config = compose_config(["stage=language", "parallel.tp=4", "parallel.sp=true", "stage.seq_len=30"])
+    model, parallel = ["model.n_heads=4"], ["parallel.tp=4", "parallel.sp=true"]
+    config = compose_config(["stage=language", *model, *parallel, "stage.seq_len=30"])
     with pytest.raises(ConfigError, match=r"stage.seq_len=30: .* tp=4, such as 28 or 32"):
         check_batch(config, Layout(1, 1, 4))
     check_batch(config, Layout(1, 1, 2))
