@@ -18,7 +18,6 @@ ITERATIONS, REWARD_STEPS, PROMPTS = 12, 4, 8
 DEADLINE_S = 900  # two stages, each with a start of its ranks and actors
 SETTINGS = (
     *TINY,
-    "model.n_heads=5",
     "model.tie_embeddings=true",
     "cluster.ranks_per_node=1",
     *("stages.rankings.samples.most=4", "stages.rankings.samples.max_new_tokens=12"),

@@ -162,7 +162,7 @@ def test_key_heads_left_open_are_as_many_as_query_heads(tmp_path):
     config = compose_config(["stage=language", "model=nano"]).model
     saved = asdict(config)
     files.check_same_model(tmp_path, saved, replace(config, n_kv_heads=config.n_heads))
-    with pytest.raises(ArtefactError, match=r"model\.n_kv_heads=1 \(checkpoint: 5\)"):
+    with pytest.raises(ArtefactError, match=r"model\.n_kv_heads=1 \(checkpoint: 2\)"):
         files.check_same_model(tmp_path, saved, replace(config, n_kv_heads=1))
 
 
