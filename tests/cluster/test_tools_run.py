@@ -16,6 +16,7 @@ MIXED = (
     "stage.mix={code: 0.2, language: 0.1}",
     "stage.seq_len=200",
     "stage.dropout=0",
+    "parallel.compute_dtype=fp32",  # layouts are compared
 )
 
 
