@@ -120,13 +120,8 @@ class ParallelConfig:
         )
 
 
-DRILLS = (
-    "copying",
-    "lists",
-    "wishes",
-    "choosing",
-    "filling",
-)  # subjects, in the order in which one helps with the next
+# subjects, in the order in which one helps with the next
+DRILLS = ("copying", "lists", "wishes", "choosing", "filling")
 
 
 @dataclass

@@ -67,9 +67,6 @@ class ExchangeReduceScatter(_Buffers, ReduceScatter):
     ) -> None:
         """Sum `input_tensor` over ranks into the `output_tensor` of each; done on return, whatever `async_op`."""
         assert op == dist.ReduceOp.SUM, f"{op} is not a sum"
-        if group.size() == 1:
-            output_tensor.copy_(input_tensor.view_as(output_tensor))
-            return
         received = torch.empty_like(input_tensor)
         dist.all_to_all_single(received, input_tensor, group=group)
         torch.sum(received.view(group.size(), -1), dim=0, out=output_tensor)

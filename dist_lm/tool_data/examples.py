@@ -27,7 +27,8 @@ RECALLED = 0.35  # of the drills of copying are words looked up, not said again
 STILL = 0.25  # of the drills of a subject are of an earlier one, which is forgotten without
 EARLIER = {"filling": "choosing"}  # of all others it is copying
 DECIDING = ("session", "choosing")  # kinds with request after request to the same tools
-WITHOUT_OTHERS = ("copying", "filling", *DECIDING)  # kinds that have no tools but what they need
+LONG = ("filling", *DECIDING)  # kinds that may be LONGEST_SESSION
+WITHOUT_OTHERS = ("copying", *LONG)  # kinds that have no tools but what they need
 INVENTED = {"invented": 1.0, "session": 0.3, "choosing": 0.3, "filling": 0.5}  # of a kind are about what nobody knows
 LONGEST_SESSION = 1800  # characters
 OTHER_TOOLS = (0, 1, 1, 1, 2, 2, 3)  # beside those that are needed
@@ -68,7 +69,7 @@ def drill_example(seed: int, number: int, subject: str = "copying") -> Example:
     name = f"drill {subject} {seed} {number}"
     rng = random.Random(name)  # noqa: S311  (text, not secrets)
     kind = EARLIER.get(subject, "copying") if rng.random() < STILL else subject
-    if kind in KINDS and kind != "copying":
+    if kind not in WITHOUT_TOOLS:
         return _made(kind, rng.randrange(SHELVES), rng)
     # its group is its own, because it has no tools
     return Example(Conversation(tuple(WITHOUT_TOOLS[kind](rng))), kind, hashlib.sha256(name.encode()).hexdigest(), ())
@@ -104,7 +105,7 @@ def _attempt(kind: str, shelf: int, rng: random.Random) -> Example | None:
         scene.add_others(max(0, min(rng.choice(OTHER_TOOLS), MOST_TOOLS - needed)))
     if turns[0].role != "system" and rng.random() < 0.12:
         turns = [Message("system", rng.choice(SYSTEM)), *turns]
-    longest = LONGEST_SESSION if kind in ("filling", *DECIDING) else rng.choice(LONGEST)
+    longest = LONGEST_SESSION if kind in LONG else rng.choice(LONGEST)
     while _characters(scene.tools, turns) > longest:
         rounds = [turn.role for turn in turns].count("user") if kind in ("single", "invented", *DECIDING) else 1
         if rounds > 1 and (len(scene.tools) == needed or rng.random() < 0.8):
