@@ -149,14 +149,9 @@ class RealSlurm:
 
     def job_processes(self) -> list[psutil.Process]:
         """The living processes of jobs, Slurm's own left out."""
-        found = []
-        for process in self.namespace.processes():
-            try:
-                if not process.name().startswith(("munged", "slurmctld", "slurmd", "slurmscriptd", "slurmstepd")):
-                    found.append(process)
-            except psutil.NoSuchProcess:
-                continue
-        return found
+        own = ("munged", "slurmctld", "slurmd", "slurmscriptd", "slurmstepd")
+        names = ((process, _name(process)) for process in self.namespace.processes())
+        return [process for process, name in names if name and not name.startswith(own)]
 
     def find(self, part: str, node: str | None = None) -> list[psutil.Process]:
         """Processes of jobs whose command line contains `part`, on one node or on all."""
@@ -172,7 +167,7 @@ class RealSlurm:
 
     def raylet(self, node: str) -> psutil.Process | None:
         """The raylet of a node."""
-        return next((found for found in self.find("raylet", node) if found.name() == "raylet"), None)
+        return next((found for found in self.find("raylet", node) if _name(found) == "raylet"), None)
 
     def nodes(self, job: int) -> list[str]:
         """The nodes of a running job, that of its batch script first."""
@@ -268,7 +263,15 @@ class RealSlurm:
         """The slurmstepd of a node: their sockets lie in its spool directory."""
         lines = [line for line in self.namespace.sockets().splitlines() if f"{self.root}/spool/{node}/" in line]
         pids = {int(pid) for line in lines for pid in re.findall(r"pid=(\d+)", line)}
-        return [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+        return [process for process in self.namespace.processes() if process.pid in pids]
+
+
+def _name(process: psutil.Process) -> str:
+    """Of a process that may end meanwhile: empty then."""
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def _is_slurmd(process: psutil.Process, node: str) -> bool:
