@@ -85,7 +85,7 @@ class ParallelConfig:
     sp: bool = False  # norms, dropout and residuals hold 1/tp of the tokens of a sequence (sequence parallelism)
     reshard_after_forward: bool | None = None  # free gathered parameters before the backward pass; null: if over 64 MiB
     reduce_every_micro_batch: bool = False  # reduce gradients after each micro-batch: sends more, holds only shards
-    # auto (bf16 on CUDA, fp32 on CPU) | fastest (bf16 on CPUs with AMX too) | fp32 | bf16
+    # auto (bf16 on CUDA, fp32 on CPU) | fastest (bf16 on CPUs that multiply it too) | fp32 | bf16
     compute_dtype: str = "auto"
     activation_checkpointing: str = "none"  # none | selective (keep matmul and attention outputs) | full (keep inputs)
     compile: str = "auto"  # torch.compile of each block: auto (on CUDA) | always | never
@@ -121,7 +121,7 @@ class ParallelConfig:
 
 
 # subjects, in the order in which one helps with the next
-DRILLS = ("copying", "lists", "wishes", "choosing", "filling")
+DRILLS = ("copying", "lists", "wishes", "choosing", "slots", "filling")
 
 
 @dataclass

@@ -20,11 +20,12 @@ from dist_lm.chat.errors import ChatError
 from dist_lm.chat.messages import Call, Conversation, Json, Message, Tool
 from dist_lm.chat.reader import Reader
 from dist_lm.chat.rules import check_conversation, check_message, turn_name
+from dist_lm.chat.user_text import spaced, unspaced
 from dist_lm.errors import UserError
 from dist_lm.tokenizer.symbols import END_OF_TEXT
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
-LAYOUT = 2  # one more with every change: corpora of another layout are refused
+LAYOUT = 3  # one more with every change: corpora of another layout are refused
 SYSTEM, USER, ASSISTANT, TOOL, END = "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"
 TOOLS, END_TOOLS = "<|tools|>", "<|/tools|>"
 CALL, END_CALL = "<|tool_call|>", "<|/tool_call|>"
@@ -97,7 +98,7 @@ def parse(ids: Iterable[int], tokenizer: Tokenizer) -> Conversation:
     while not reader.at_end():
         role = reader.expect(USER, ASSISTANT, TOOL)
         if role == USER:
-            messages.append(Message("user", reader.text()))
+            messages.append(Message("user", unspaced(reader.text())))
         elif role == ASSISTANT:
             messages.append(_read_answer(reader))
         else:
@@ -125,7 +126,8 @@ def parse_turn(ids: Iterable[int], tokenizer: Tokenizer) -> Message:
 
 def _body(message: Message, where: str, tokenizer: Tokenizer) -> list[int]:
     """What stands between the marks of a turn."""
-    tokens = _text(message.content, where, tokenizer)
+    content = spaced(message.content) if message.role == "user" else message.content
+    tokens = _text(content, where, tokenizer)
     for number, call in enumerate(message.calls):
         value = {"name": call.name, "arguments": call.arguments}
         tokens += _json(CALL, value, END_CALL, f"{where}, call {number}", tokenizer)

@@ -52,8 +52,9 @@ def generation_dtype(parallel: ParallelConfig, device: torch.device) -> torch.dt
 
 
 def multiplies_bf16() -> bool:
-    """Whether this CPU has matrix units for bf16 (AMX); others are slower in it than in fp32."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    """Whether this CPU multiplies bf16 itself (AMX or AVX512-BF16); others are slower in it than in fp32."""
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
 
 
 def build_model(

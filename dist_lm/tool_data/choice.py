@@ -8,7 +8,7 @@ from dist_lm.chat.messages import Call, Json
 from dist_lm.tool_data.catalogue import VARIANTS, Topic, specification
 from dist_lm.tool_data.execution import World
 from dist_lm.tool_data.phrasing import Given
-from dist_lm.tool_data.specification import Specification, arguments_of
+from dist_lm.tool_data.specification import Parameter, Specification, arguments_of
 from dist_lm.tool_data.values import Value, draw, quoted
 
 RICH = ("create", "search", "update")  # chosen twice as often: their arguments are of all kinds
@@ -63,7 +63,11 @@ class Scene:
         return [topic for topic in self.topics if (topic.thing, topic.action) not in taken]
 
     def arguments(self, tool: Specification, without: Iterable[str] = ()) -> Given:
-        """Values for a call of `tool`, and records for it to find. `without`: names of arguments to leave out."""
+        """Values for a call of `tool`, in the order in which they are to be said, and records for it to find.
+
+        Args:
+            without: names of arguments to leave out.
+        """
         given: Given = {}
         for parameter in tool.parameters:
             if parameter.name in without or not (parameter.required or self.rng.random() < OPTIONAL):
@@ -77,11 +81,15 @@ class Scene:
             known = {parameter.name: value.json for parameter, value in given.items()}
             for _ in range(self.rng.randint(1, 3)):
                 self.world.put(tool.thing, tool.domain, known)
-        return given
+        return in_turn(given, self.rng)
 
 
 def call_of(tool: Specification, given: Given) -> Call:
-    """The call with these arguments, in the order of the schema."""
+    """The call with these arguments, in the order of `given`, which is that of the request.
+
+    So a call is written while the request is read: which argument comes next, and whether any does, stands behind the
+    one before it.
+    """
     return Call(tool.tool.name, arguments_of({parameter: value.json for parameter, value in given.items()}))
 
 
@@ -91,9 +99,22 @@ def record_of(tool: Specification, given: Given) -> str | None:
 
 
 def with_record(tool: Specification, given: Given, record_id: Json) -> Given:
-    """`given` with another record, arguments in the order of the schema."""
-    wanted = {parameter: value for parameter, value in given.items() if parameter.kind != "record"}
+    """`given` with another record, which a request says first."""
     record = tool.id_parameter
     assert record is not None
-    wanted[record] = Value(record_id, str(record_id))
-    return {parameter: wanted[parameter] for parameter in tool.parameters if parameter in wanted}
+    others = {parameter: value for parameter, value in given.items() if parameter.kind != "record"}
+    return {record: Value(record_id, str(record_id))} | others
+
+
+def in_turn(given: Given, rng: random.Random) -> Given:
+    """In any order, but for a record, which comes first, and for what one object holds, which stays together."""
+    groups: dict[str, list[Parameter]] = {}
+    for parameter in given:
+        groups.setdefault(parameter.inside or parameter.key, []).append(parameter)
+    shuffled = rng.sample(list(groups.values()), len(groups))
+    shuffled.sort(key=lambda group: all(parameter.kind != "record" for parameter in group))
+    return {parameter: given[parameter] for group in shuffled for parameter in _record_first(group, rng)}
+
+
+def _record_first(group: list[Parameter], rng: random.Random) -> list[Parameter]:
+    return sorted(rng.sample(group, len(group)), key=lambda parameter: parameter.kind != "record")

@@ -6,14 +6,15 @@ An episode takes the tools it needs from the scene and returns its turns. Result
 import random
 from collections.abc import Callable
 
-from dist_lm.chat.json_text import write
 from dist_lm.chat.messages import Call, Json, Message
+from dist_lm.tool_data import ladder
 from dist_lm.tool_data.actions import BY_KEY
 from dist_lm.tool_data.answers import answer, nothing_fits, question_back, shown
 from dist_lm.tool_data.catalogue import Topic
 from dist_lm.tool_data.choice import Scene, call_of, record_of, with_record
 from dist_lm.tool_data.drills import drill, recall
 from dist_lm.tool_data.execution import ToolFailure
+from dist_lm.tool_data.ladder import filled_in, form_of
 from dist_lm.tool_data.phrasing import Given, describe, instruction, piece, request
 from dist_lm.tool_data.specification import Specification, without_arguments
 
@@ -130,7 +131,7 @@ def missing(scene: Scene) -> Turns:
         Message("user", request(tool, short, rng)),
         Message("assistant", question_back([left_out], tool, rng)),
         Message("user", _upper(reply.removeprefix(": ")) if rng.random() < 0.5 and reply != value.said else reply),
-        *_done(scene, tool, given),
+        *_done(scene, tool, short | {left_out: value}),  # the one that was said last comes last
     ]
 
 
@@ -203,7 +204,7 @@ def choosing(scene: Scene) -> Turns:
 
 
 def filling(scene: Scene) -> Turns:
-    """Request after request to one tool, of which nothing is asked but its arguments; its schema is a sketch.
+    """Request after request to one tool, of which nothing is asked but its arguments.
 
     Which value belongs to which argument, and which were not given, is all that these turns say.
     """
@@ -211,38 +212,34 @@ def filling(scene: Scene) -> Turns:
     while len(tool.parameters) < 2:
         scene.tools.clear()
         tool = scene.take()
-    turns = [Message("system", write(_sketch(tool.tool.parameters), "a sketch"))]
+    turns = [form_of(tool.tool.parameters, scene.rng)]
     for _ in range(scene.rng.randint(3, MOST_FILLED)):
         given = scene.arguments(tool)
-        arguments = write(call_of(tool, given).arguments, "arguments")
-        turns += [Message("user", request(tool, given, scene.rng)), Message("assistant", arguments)]
+        turns += [Message("user", request(tool, given, scene.rng)), filled_in(call_of(tool, given).arguments)]
     scene.tools.clear()
     return turns
 
 
+def slots(scene: Scene) -> Turns:
+    """The same with made-up arguments, said barely."""
+    return ladder.slots(scene.rng)
+
+
 KINDS: dict[str, tuple[float, Callable[[Scene], Turns]]] = {  # with their shares
     "single": (0.24, single),
-    "session": (0.15, session),
+    "session": (0.13, session),
     "parallel": (0.07, parallel),
     "sequential": (0.05, sequential),
     "irrelevant": (0.05, irrelevant),
     "missing": (0.04, missing),
     "recovery": (0.03, recovery),
     "answer": (0.03, plain_answer),
-    "invented": (0.14, invented),
-    "copying": (0.05, copying),
+    "invented": (0.13, invented),
+    "copying": (0.04, copying),
     "choosing": (0.05, choosing),
-    "filling": (0.10, filling),
+    "slots": (0.06, slots),
+    "filling": (0.08, filling),
 }
-
-
-def _sketch(schema: Json) -> Json:
-    """`{"city": "string", "side": ["left", "right"]}`."""
-    if "properties" in schema:
-        return {name: _sketch(inner) for name, inner in schema["properties"].items()}
-    if "items" in schema:
-        return [_sketch(schema["items"])]
-    return schema.get("enum", schema["type"])
 
 
 def _asked_and_done(scene: Scene, tool: Specification) -> Turns:

@@ -18,16 +18,16 @@ from dist_lm.tool_data.choice import Scene
 from dist_lm.tool_data.drills import echo, one_turn, recall
 from dist_lm.tool_data.episodes import KINDS, ROUND
 from dist_lm.tool_data.execution import World
-from dist_lm.tool_data.ladder import lists, wishes
+from dist_lm.tool_data.ladder import lists, slots, wishes
 from dist_lm.tool_data.specification import Specification
 
-REVISION = 5  # one more with every change to what is generated: corpora of another are refused
+REVISION = 6  # one more with every change to what is generated: corpora of another are refused
 LONGEST = (650, 800, 900, 900)  # characters of all JSON and text, one of these: 900 are at most 410 tokens of 4,096
 RECALLED = 0.35  # of the drills of copying are words looked up, not said again
 STILL = 0.25  # of the drills of a subject are of an earlier one, which is forgotten without
-EARLIER = {"filling": "choosing"}  # of all others it is copying
+EARLIER = {"slots": ("choosing",), "filling": ("choosing", "slots")}  # of all others it is copying
 DECIDING = ("session", "choosing")  # kinds with request after request to the same tools
-LONG = ("filling", *DECIDING)  # kinds that may be LONGEST_SESSION
+LONG = ("slots", "filling", *DECIDING)  # kinds that may be LONGEST_SESSION
 WITHOUT_OTHERS = ("copying", *LONG)  # kinds that have no tools but what they need
 INVENTED = {"invented": 1.0, "session": 0.3, "choosing": 0.3, "filling": 0.5}  # of a kind are about what nobody knows
 LONGEST_SESSION = 1800  # characters
@@ -68,7 +68,7 @@ def drill_example(seed: int, number: int, subject: str = "copying") -> Example:
     """A conversation of a stream of its own, which leads the stage; `subject`: of `config.DRILLS`."""
     name = f"drill {subject} {seed} {number}"
     rng = random.Random(name)  # noqa: S311  (text, not secrets)
-    kind = EARLIER.get(subject, "copying") if rng.random() < STILL else subject
+    kind = rng.choice(EARLIER.get(subject, ("copying",))) if rng.random() < STILL else subject
     if kind not in WITHOUT_TOOLS:
         return _made(kind, rng.randrange(SHELVES), rng)
     # its group is its own, because it has no tools
@@ -83,6 +83,7 @@ WITHOUT_TOOLS: dict[str, Callable[[random.Random], list[Message]]] = {
     "copying": _copying,
     "lists": lists,
     "wishes": wishes,
+    "slots": slots,
 }
 
 

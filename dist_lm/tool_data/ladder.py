@@ -7,14 +7,23 @@ said. None of these steps is learned without the one before it, and in a mixture
     lists      `cancel order: red`         asked by `cancel order`
     wishes     `Cancel an order: red`      asked by `please cancel the order for Ada Novak, at 12:30`
     choosing   tools without arguments, asked by requests of all kinds (`episodes.choosing`)
+
+Then what a call is given, in two steps:
+
+    slots      `{"bill": 60, "tip": 12}`   for `tip = 12, 60 as the bill`; arguments are made up
+    filling    the same of tools, asked by requests of all kinds (`episodes.filling`)
 """
 
 import random
 
-from dist_lm.chat.messages import Message
+from dist_lm.chat.json_text import write
+from dist_lm.chat.messages import Json, Message
 from dist_lm.tool_data.actions import ACTIONS
+from dist_lm.tool_data.choice import OPTIONAL, in_turn
 from dist_lm.tool_data.drills import BEFORE, any_word
-from dist_lm.tool_data.naming import article
+from dist_lm.tool_data.naming import STYLE_WEIGHTS, STYLES, argument_name, article
+from dist_lm.tool_data.phrasing import piece
+from dist_lm.tool_data.specification import Parameter, arguments_of, schema_with, sketch_of
 from dist_lm.tool_data.values import draw
 from dist_lm.tool_data.words import words
 
@@ -22,6 +31,12 @@ ENTRIES = (2, 5)  # of a list: least, most
 ASKED = (3, 6)
 TOLD = ("person", "city", "code", "date", "clock", "word", "amount", "email")  # kinds of what a wish holds beside
 BETWEEN = (" with ", ", ", " and the ", " for ", " ")
+
+FIELDS = (1, 2, 2, 3, 3, 4, 5)
+FIELD_KINDS = ("word", "word", "word", "amount", "few", "decimal", "flag", "code", "given")
+HELD = 0.25  # of forms have an object inside
+WITH_OPTIONAL = 0.3  # of forms have fields that may be left out
+SEPARATORS = (", ", "; ", " and ", " ")
 
 
 def lists(rng: random.Random) -> list[Message]:
@@ -38,6 +53,45 @@ def wishes(rng: random.Random) -> list[Message]:
     values = list(said.values())
     asked = rng.choices(range(len(deeds)), k=rng.randint(*ASKED))
     return _told_and_asked(said, [(_wish(*deeds[number], rng), values[number]) for number in asked])
+
+
+def slots(rng: random.Random) -> list[Message]:
+    """Made-up fields and what they hold, said barely and in any order: what belongs to which, and which is the last."""
+    parameters = _fields(rng)
+    turns = [form_of(schema_with(parameters), rng)]
+    for _ in range(rng.randint(*ASKED)):
+        given = {p: draw(p.kind, rng) for p in parameters if p.required or rng.random() < OPTIONAL}
+        given = in_turn(given or {parameters[0]: draw(parameters[0].kind, rng)}, rng)
+        said = rng.choice(SEPARATORS).join(piece(parameter, value, False, rng) for parameter, value in given.items())
+        arguments = arguments_of({parameter: value.json for parameter, value in given.items()})
+        turns += [Message("user", f" {said}"), filled_in(arguments)]
+    return turns
+
+
+def form_of(schema: Json, rng: random.Random) -> Message:
+    """What is to be filled in, as tools have it or as a sketch: `{"bill": "number", "tip": "integer"}`."""
+    form = {"parameters": schema} if rng.random() < 0.5 else sketch_of(schema)
+    return Message("system", write(form, "a form"))
+
+
+def filled_in(arguments: dict[str, Json]) -> Message:
+    """Arguments as a call has them, without its name."""
+    return Message("assistant", write({"arguments": arguments}, "arguments"))
+
+
+def _fields(rng: random.Random) -> tuple[Parameter, ...]:
+    style = rng.choices(STYLES, STYLE_WEIGHTS)[0]
+    count = rng.choice(FIELDS)
+    required = rng.randint(0, count) if rng.random() < WITH_OPTIONAL else count
+    held = count - rng.randint(1, count) if rng.random() < HELD else count  # from this one on
+    inside = argument_name(any_word(rng), style)
+    found: dict[str, Parameter] = {inside: Parameter("", inside, "")}
+    while len(found) <= count:
+        name, number = " ".join(any_word(rng) for _ in range(rng.randint(1, 2))), len(found) - 1
+        key = argument_name(name, style)
+        place = inside if number >= held else ""
+        found.setdefault(key, Parameter(name, key, rng.choice(FIELD_KINDS), number < required, inside=place))
+    return tuple(found.values())[1:]
 
 
 def _deeds(rng: random.Random) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""How people ask: one request in many ways, with its arguments in any order and in several notations."""
+"""How people ask: one request in many ways, with its arguments in several notations, in their order."""
 
 import random
 
@@ -108,7 +108,6 @@ def _body_and_pieces(
     else:
         body = _verb_and_thing(specification, article(specification.thing), rng)
     kinds = [parameter.kind for parameter, _ in rest]
-    rng.shuffle(rest)
     return body, [piece(parameter, value, kinds.count(parameter.kind) == 1, rng) for parameter, value in rest]
 
 

@@ -72,6 +72,15 @@ def schema_with(parameters: tuple[Parameter, ...]) -> dict[str, Json]:
     return {"type": "object", "properties": properties, "required": required}
 
 
+def sketch_of(schema: Json) -> Json:
+    """`{"city": "string", "side": ["left", "right"]}`: a schema in few words."""
+    if "properties" in schema:
+        return {name: sketch_of(inner) for name, inner in schema["properties"].items()}
+    if "items" in schema:
+        return [sketch_of(schema["items"])]
+    return schema.get("enum", schema["type"])
+
+
 def arguments_of(given: dict[Parameter, Json]) -> dict[str, Json]:
     """The arguments of a call, in the order of `given`."""
     found: dict[str, Json] = {}

@@ -73,7 +73,7 @@ def test_shards_are_those_that_the_stages_read(work):
     plan = plan_of(work, "stage.seq_len=200", target="tools")
     assert actions(plan)["shards"] is Action.BUILD
     assert next(stage.detail for stage in plan.stages if stage.info.name == "shards").startswith(
-        "corpora tools, copying, lists, wishes, choosing, filling ("
+        "corpora tools, copying, lists, wishes, choosing, slots, filling ("
     )
     assert actions(plan_of(work, target="shards"))["shards"] is Action.BUILD
     mixed = plan_of(work, "stage.mix={tools: 0.1}")
@@ -287,7 +287,7 @@ def test_texts_are_no_prompts_of_rlhf(work):
     with pytest.raises(
         ConfigError,
         match=r"^stage\.corpus=code: expected conversations or rankings, .* "
-        r"\(tools, copying, lists, wishes, choosing, filling, rankings\); or give rlhf",
+        r"\(tools, copying, lists, wishes, choosing, slots, filling, rankings\); or give rlhf",
     ):
         plan_of(work, *IN_256, "stage.corpus=code", target="rlhf")
     prompts = work.path / "prompts.txt"

@@ -18,6 +18,7 @@ from dist_lm.tool_data.catalogue import SHELVES, group_of
 from dist_lm.tool_data.episodes import KINDS
 from dist_lm.tool_data.examples import (
     EARLIER,
+    LONG,
     LONGEST,
     LONGEST_SESSION,
     REVISION,
@@ -26,6 +27,7 @@ from dist_lm.tool_data.examples import (
     example,
     examples,
 )
+from dist_lm.tool_data.specification import sketch_of
 
 COUNT = 2500
 
@@ -47,7 +49,7 @@ def test_what_is_generated_has_a_number(many):
     write the new pair here."""
     drills = (drill_example(3, number, subject) for subject in DRILLS for number in range(20))
     texts = [write_conversation(one.conversation) for one in (*many[:300], *drills)]
-    assert (REVISION, hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]) == (5, "8999d0c19344f069")
+    assert (REVISION, hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]) == (6, "21088bdfb4a7d559")
 
 
 def test_examples_are_not_twice_the_same(many):
@@ -145,7 +147,7 @@ def test_conversations_are_short(many):
     lengths = {one.kind: 0 for one in many}
     for one in many:
         lengths[one.kind] = max(lengths[one.kind], len(repr(one.conversation)))
-    assert max(lengths.pop("session"), lengths.pop("choosing")) < 2.5 * LONGEST_SESSION
+    assert max(lengths.pop(kind) for kind in LONG) < 2.5 * LONGEST_SESSION
     assert max(lengths.values()) < 2.5 * max(LONGEST)
 
 
@@ -158,7 +160,8 @@ def test_a_session_asks_for_tools_that_are_offered_again_and_again(many):
 
 
 def test_conversations_have_one_tool_to_four(many):
-    assert {len(one.tools) for one in many if one.kind not in ("copying", "choosing", "filling")} == {1, 2, 3, 4}
+    others = ("copying", "choosing", "slots", "filling")
+    assert {len(one.tools) for one in many if one.kind not in others} == {1, 2, 3, 4}
     assert {len(one.tools) for one in many if one.kind == "choosing"} == {2, 3, 4, 5}
 
 
@@ -185,7 +188,7 @@ def test_drills_hang_on_seed_and_number(subject):
     assert len({repr(one.conversation) for one in drills}) == 100
     for one in drills:
         check_conversation(one.conversation)
-        assert one.kind in (subject, EARLIER.get(subject, "copying"))  # which is forgotten otherwise
+        assert one.kind in (subject, *EARLIER.get(subject, ("copying",)))  # which are forgotten otherwise
         assert bool(one.tools) == bool(one.conversation.tools) == (one.kind == "choosing")
 
 
@@ -196,21 +199,43 @@ def test_drills_with_tools_are_split_as_conversations_are(many):
         assert one.group in {group_of(tool.shelf) for tool in one.tools}
 
 
-def test_arguments_are_filled_in_in_the_order_of_their_sketch_as_calls_spell_them():
-    left_out = 0
-    for one in (drill_example(5, number, "filling") for number in range(60)):
-        if one.kind != "filling":
+@pytest.mark.parametrize("subject", ["slots", "filling"])
+def test_arguments_of_a_form_are_filled_in_as_calls_spell_them(subject):
+    left_out = held = 0
+    for one in (drill_example(5, number, subject) for number in range(120)):
+        if one.kind != subject:
             continue
-        assert one.group in {group_of(shelf) for shelf in range(SHELVES)}
-        sketch, *turns = one.conversation.messages
-        keys = list(read(sketch.content, "sketch"))
-        assert len(leaves(read(sketch.content, "sketch"))) > 1
+        assert one.kind == "slots" or one.group in {group_of(shelf) for shelf in range(SHELVES)}
+        said, *turns = one.conversation.messages
+        form = read(said.content, "a form")
+        keys = keys_of(sketch_of(form["parameters"]) if "parameters" in form else form)
         for answered in turns[1::2]:
-            arguments = read(answered.content, "arguments")
-            assert [key for key in keys if key in arguments] == list(arguments)
-            assert answered.content == write(arguments, "arguments")
-            left_out += len(arguments) < len(keys)
+            filled = read(answered.content, "arguments")
+            assert answered.content == write(filled, "arguments")
+            assert list(filled) == ["arguments"]
+            assert keys_of(filled["arguments"]) <= keys
+            left_out += keys_of(filled["arguments"]) < keys
+            held += any(isinstance(value, dict) for value in filled["arguments"].values())
     assert left_out > 10  # what was not given
+    assert held > 10
+
+
+def keys_of(value):
+    """Of an object and those in it."""
+    return {key for key in value} | {inner for held in value.values() if isinstance(held, dict) for inner in held}
+
+
+def test_arguments_are_called_in_the_order_in_which_they_are_said(many):
+    compared = 0
+    for one in many:
+        asked, answered = one.conversation.messages[-4:-2] if len(one.conversation.messages) > 3 else (None, None)
+        if one.kind not in ("single", "session", "invented") or asked.role != "user" or len(answered.calls) != 1:
+            continue
+        texts = [leaf for leaf in leaves(answered.calls[0].arguments) if isinstance(leaf, str)]
+        places = [asked.content.find(text) for text in texts if len(text) > 3 and asked.content.count(text) == 1]
+        assert places == sorted(places), (asked.content, answered.calls)
+        compared += len(places) > 1
+    assert compared > 100
 
 
 def test_what_is_answered_in_drills_of_copying_was_said():
