@@ -13,6 +13,7 @@ from dist_lm.tool_data.values import Value, draw, quoted
 
 RICH = ("create", "search", "update")  # chosen twice as often: their arguments are of all kinds
 CONDITIONS = ("search", "count", "newest")
+TRIES = 5  # for a value that is not there yet
 OPTIONAL = 0.4  # of optional arguments are given
 COMPUTED = 0.3  # of tools are formulas and services, where the shelf has some
 
@@ -58,6 +59,12 @@ class Scene:
             if chosen.tool.name not in {tool.tool.name for tool in self.tools}:
                 self.tools.append(chosen)
 
+    def _other_than(self, given: Given, kind: str) -> Value:
+        """A value that no other argument of its kind has: nobody asks for the rate from EUR to EUR."""
+        taken = [value.json for parameter, value in given.items() if parameter.kind == kind]
+        tries = (draw(kind, self.rng) for _ in range(TRIES))
+        return next((value for value in tries if kind == "flag" or value.json not in taken), draw(kind, self.rng))
+
     def _free(self) -> list[Topic]:
         taken = {(tool.thing, tool.action) for tool in self.tools} | self.hidden
         return [topic for topic in self.topics if (topic.thing, topic.action) not in taken]
@@ -76,7 +83,7 @@ class Scene:
                 key = self.world.put(tool.thing, tool.domain)
                 given[parameter] = Value(key, quoted(key, self.rng) if self.rng.random() < 0.2 else key)
             else:
-                given[parameter] = draw(parameter.kind, self.rng)
+                given[parameter] = self._other_than(given, parameter.kind)
         if tool.action in CONDITIONS:
             known = {parameter.name: value.json for parameter, value in given.items()}
             for _ in range(self.rng.randint(1, 3)):

@@ -36,7 +36,7 @@ FIELDS = (1, 2, 2, 3, 3, 4, 5)
 FIELD_KINDS = ("word", "word", "word", "amount", "few", "decimal", "flag", "code", "given")
 HELD = 0.25  # of forms have an object inside
 WITH_OPTIONAL = 0.3  # of forms have fields that may be left out
-SEPARATORS = (", ", "; ", " and ", " ")
+SEPARATORS = (", ", "; ", " and ")
 
 
 def lists(rng: random.Random) -> list[Message]:

@@ -28,6 +28,7 @@ ASIDES = (
 PRONOUNS = ("it", "that")
 PARTICLES = (" up", " over", " away")  # of verbs that take no `it` after them
 CLAUSE_VERBS = ("tell me", "find out", "check", "I want to know")  # before `whether`
+LINKS = ("with ", "for ", "in ", "on ", "at ", "to ", "of ", "saying ", "and ")
 NEAR = {  # how a kind is said without the argument's name, where no other argument is of its kind
     "person": ("for {}", "for {}"),
     "given": ("for {}",),
@@ -66,7 +67,7 @@ def request(specification: Specification, given: Given, rng: random.Random) -> s
 def instruction(specification: Specification, given: Given, rng: random.Random, it: str = "") -> str:
     """The same as a part of a longer sentence. `it`: how the sentence speaks of the record by now."""
     body, pieces = _body_and_pieces(specification, given, rng, it)
-    return body + "".join(piece if piece.startswith(":") else f" {piece}" for piece in _anded(pieces))
+    return body + "".join(_linked(piece, " ") for piece in _anded(pieces))
 
 
 def piece(parameter: Parameter, value: Value, alone: bool, rng: random.Random) -> str:
@@ -149,10 +150,14 @@ def _joined(body: str, pieces: list[str], rng: random.Random) -> str:
     if pieces and layout < 0.3:
         return body + "".join(f"\n- {part}" for part in plain)
     between = rng.choice([" ", ", ", " and "])
-    found = body
-    for number, part in enumerate(pieces):
-        found += part if part.startswith(":") else (" " if number == 0 else between) + part
-    return found
+    return body + "".join(_linked(part, between if number else " ") for number, part in enumerate(pieces))
+
+
+def _linked(part: str, between: str) -> str:
+    """An argument behind what comes before it, set apart by a space alone only where it says `with` or so."""
+    if part.startswith(":"):
+        return part
+    return (", " if between == " " and not part.startswith(LINKS) else between) + part
 
 
 def _anded(pieces: list[str]) -> list[str]:
