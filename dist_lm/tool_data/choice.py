@@ -92,12 +92,8 @@ class Scene:
 
 
 def call_of(tool: Specification, given: Given) -> Call:
-    """The call with these arguments, in the order of `given`, which is that of the request.
-
-    So a call is written while the request is read: which argument comes next, and whether any does, stands behind the
-    one before it.
-    """
-    return Call(tool.tool.name, arguments_of({parameter: value.json for parameter, value in given.items()}))
+    """The call with these arguments, in the order of the schema."""
+    return Call(tool.tool.name, arguments_of(tool.parameters, given))
 
 
 def record_of(tool: Specification, given: Given) -> str | None:
@@ -114,7 +110,8 @@ def with_record(tool: Specification, given: Given, record_id: Json) -> Given:
 
 
 def in_turn(given: Given, rng: random.Random) -> Given:
-    """In any order, but for a record, which comes first, and for what one object holds, which stays together."""
+    """As a request says them: in any order, but for a record, which comes first, and for what one object holds, which
+    stays together."""
     groups: dict[str, list[Parameter]] = {}
     for parameter in given:
         groups.setdefault(parameter.inside or parameter.key, []).append(parameter)

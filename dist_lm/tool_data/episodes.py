@@ -131,7 +131,7 @@ def missing(scene: Scene) -> Turns:
         Message("user", request(tool, short, rng)),
         Message("assistant", question_back([left_out], tool, rng)),
         Message("user", _upper(reply.removeprefix(": ")) if rng.random() < 0.5 and reply != value.said else reply),
-        *_done(scene, tool, short | {left_out: value}),  # the one that was said last comes last
+        *_done(scene, tool, given),
     ]
 
 

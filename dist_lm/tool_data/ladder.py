@@ -63,8 +63,7 @@ def slots(rng: random.Random) -> list[Message]:
         given = {p: draw(p.kind, rng) for p in parameters if p.required or rng.random() < OPTIONAL}
         given = in_turn(given or {parameters[0]: draw(parameters[0].kind, rng)}, rng)
         said = rng.choice(SEPARATORS).join(piece(parameter, value, False, rng) for parameter, value in given.items())
-        arguments = arguments_of({parameter: value.json for parameter, value in given.items()})
-        turns += [Message("user", f" {said}"), filled_in(arguments)]
+        turns += [Message("user", f" {said}"), filled_in(arguments_of(parameters, given))]
     return turns
 
 

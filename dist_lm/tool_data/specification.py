@@ -1,9 +1,10 @@
 """A tool as the generator knows it: beside its schema, what it means and how requests may speak of it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from dist_lm.chat.messages import Json, Tool
-from dist_lm.tool_data.values import schema_of
+from dist_lm.tool_data.values import Value, schema_of
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,13 @@ def sketch_of(schema: Json) -> Json:
     return schema.get("enum", schema["type"])
 
 
-def arguments_of(given: dict[Parameter, Json]) -> dict[str, Json]:
-    """The arguments of a call, in the order of `given`."""
+def arguments_of(parameters: tuple[Parameter, ...], given: Mapping[Parameter, Value]) -> dict[str, Json]:
+    """The arguments of a call: those of `parameters` that are given, in their order."""
     found: dict[str, Json] = {}
-    for parameter, value in given.items():
-        place = found.setdefault(parameter.inside, {}) if parameter.inside else found
-        place[parameter.key] = value
+    for parameter in parameters:
+        if parameter in given:
+            place = found.setdefault(parameter.inside, {}) if parameter.inside else found
+            place[parameter.key] = given[parameter].json
     return found
 
 
