@@ -7,11 +7,12 @@ import signal
 import socket
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
-from dist_lm.cluster.process import is_alive, send
+from dist_lm.cluster.process import is_alive
 from tests.cluster.waiting import eventually
 from tests.slurm.namespace import Namespace
 
@@ -73,6 +74,9 @@ def missing() -> str | None:
         return "a Slurm of one's own takes root on Linux"
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
     return f"not installed: {', '.join(absent)} (apt-get install slurm-wlm munge iproute2)" if absent else None
+
+
+OWN = ("munged", "slurmctld", "slurmd", "slurmscriptd", "slurmstepd")  # processes of Slurm itself
 
 
 class RealSlurm:
@@ -149,9 +153,8 @@ class RealSlurm:
 
     def job_processes(self) -> list[psutil.Process]:
         """The living processes of jobs, Slurm's own left out."""
-        own = ("munged", "slurmctld", "slurmd", "slurmscriptd", "slurmstepd")
         names = ((process, _name(process)) for process in self.namespace.processes())
-        return [process for process, name in names if name and not name.startswith(own)]
+        return [process for process, name in names if name and not name.startswith(OWN)]
 
     def find(self, part: str, node: str | None = None) -> list[psutil.Process]:
         """Processes of jobs whose command line contains `part`, on one node or on all."""
@@ -195,8 +198,11 @@ class RealSlurm:
 
         def gone() -> bool:
             processes = left()
-            for process in processes:
-                send(process, signal.SIGKILL)
+            # at once, as power goes: an srun that sees its step die would have the guards on other nodes ended
+            processes.sort(key=lambda process: _name(process) not in (*OWN, "srun"))
+            for pid in [process.pid for process in processes]:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             return not processes
 
         eventually(f"{node} is off", gone)
