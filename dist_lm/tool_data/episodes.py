@@ -14,7 +14,6 @@ from dist_lm.tool_data.catalogue import Topic
 from dist_lm.tool_data.choice import Scene, call_of, record_of, with_record
 from dist_lm.tool_data.drills import drill, recall
 from dist_lm.tool_data.execution import ToolFailure
-from dist_lm.tool_data.ladder import filled_in, form_of
 from dist_lm.tool_data.phrasing import Given, describe, instruction, piece, request
 from dist_lm.tool_data.specification import Specification, without_arguments
 
@@ -212,10 +211,10 @@ def filling(scene: Scene) -> Turns:
     while len(tool.parameters) < 2:
         scene.tools.clear()
         tool = scene.take()
-    turns = [form_of(tool.tool.parameters, scene.rng)]
+    turns = [ladder.form_of(tool.tool.parameters, scene.rng)]
     for _ in range(scene.rng.randint(3, MOST_FILLED)):
         given = scene.arguments(tool)
-        turns += [Message("user", request(tool, given, scene.rng)), filled_in(call_of(tool, given).arguments)]
+        turns += [Message("user", request(tool, given, scene.rng)), ladder.filled_in(call_of(tool, given).arguments)]
     scene.tools.clear()
     return turns
 

@@ -199,10 +199,10 @@ class RealSlurm:
         def gone() -> bool:
             processes = left()
             # at once, as power goes: an srun that sees its step die would have the guards on other nodes ended
-            processes.sort(key=lambda process: _name(process) not in (*OWN, "srun"))
-            for pid in [process.pid for process in processes]:
+            processes.sort(key=lambda process: not _name(process).startswith((*OWN, "srun")))
+            for process in processes:
                 with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                    os.kill(process.pid, signal.SIGKILL)
             return not processes
 
         eventually(f"{node} is off", gone)

@@ -211,21 +211,26 @@ def test_arguments_of_a_form_are_filled_in_as_calls_spell_them(subject):
         assert one.kind == "slots" or one.group in {group_of(shelf) for shelf in range(SHELVES)}
         said, *turns = one.conversation.messages
         form = read(said.content, "a form")
-        keys = keys_of(sketch_of(form["parameters"]) if "parameters" in form else form)
+        sketch = sketch_of(form["parameters"]) if "parameters" in form else form
+        keys = keys_of(sketch)
+        assert one.kind == "slots" or len(leaves(sketch)) > 1
         for answered in turns[1::2]:
             filled = read(answered.content, "arguments")
             assert answered.content == write(filled, "arguments")
             assert list(filled) == ["arguments"]
-            assert keys_of(filled["arguments"]) <= keys
-            left_out += keys_of(filled["arguments"]) < keys
+            given = keys_of(filled["arguments"])
+            assert [key for key in keys if key in given] == given
+            left_out += len(given) < len(keys)
             held += any(isinstance(value, dict) for value in filled["arguments"].values())
     assert left_out > 10  # what was not given
     assert held > 10
 
 
-def keys_of(value):
-    """Of an object and those in it."""
-    return {key for key in value} | {inner for held in value.values() if isinstance(held, dict) for inner in held}
+def keys_of(value, above=()):
+    """Of an object and those in it, in their order, each behind those that hold it."""
+    if not isinstance(value, dict):
+        return []
+    return [path for key, inner in value.items() for path in ((*above, key), *keys_of(inner, (*above, key)))]
 
 
 def test_calls_have_the_order_of_the_schema_and_requests_any(many):
