@@ -54,7 +54,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("flash")
 @pytest.mark.parametrize("config", [CONFIG, GROUPED], ids=["heads", "groups"])
 def test_schedules_give_what_a_plain_forward_gives(config):
-    model, dice = model_of(config), random.Random(3)
+    model, dice = model_of(config).double(), random.Random(3)
     for _ in range(4):
         run_schedule(model, requests_of_all_kinds(6), pages=dice.randint(12, 20), seed=dice.getrandbits(20))
 

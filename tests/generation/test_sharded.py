@@ -58,7 +58,7 @@ for request in requests(1_000_000):
 
 def sharded(model: Transformer, tp: int) -> Engine:
     weights = dict(model.named_parameters())
-    return Engine(model.config, weights, eot_id=EOT, options=OPTIONS, tp=tp)
+    return Engine(model.config, weights, eot_id=EOT, options=OPTIONS, dtype=model.embedding.weight.dtype, tp=tp)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ EACH_ONCE = [(GROUPED, 2), (CONFIG, 3), (ODD, 4), (LARGE, 8)]  # of 8 ranks one 
     ids=lambda value: getattr(value, "name", value),
 )
 def test_schedules_on_any_number_of_ranks(config, tp):
-    model = model_of(config)
+    model = model_of(config).double()
     with sharded(model, tp) as engine:
         for seed in range(2):
             check_schedule(engine, model, requests_of_all_kinds(), seed)
