@@ -4,13 +4,14 @@ Every text, key or value, is written behind a space, inside its quotes: `{" city
 tokens in a call and a schema as in the sentence it is copied from, or which speaks of it: SentencePiece has one piece
 for ` Oslo` and others for `"Oslo`. The reader takes the space away again, and text without one as it is.
 
+Behind every number stands a space, `{" days": 3 }`, as behind every text a quote: what says that it has ended.
+
 The only place that knows how tools, calls and results look as text. `read(write(x))` is x, with the type of every
 number and the order of keys; what would come back as something else is refused by both.
 """
 
 import json
 import math
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 from dist_lm.chat.errors import ChatError
@@ -22,14 +23,15 @@ MOST_DIGITS = 640  # of an integer: the least to which an interpreter may be lim
 
 
 def write(value: Json, where: str) -> str:
-    """`value` in one line: separators ", " and ": ", keys in their order, characters as themselves.
+    """`value` in one line: separators ", " and ": ", keys in their order, characters as themselves; texts behind a
+    space, and a space behind numbers.
 
     Raises:
         ChatError: it holds something that JSON has no word for (NaN, a key that is no text, a tuple, a lone
             surrogate), or is beyond `DEEPEST` or `MOST_DIGITS`; the message begins with `where`.
     """
     _check(value, where)
-    return json.dumps(_with_texts(value, lambda text: " " + text), ensure_ascii=False, allow_nan=False)
+    return _spelled(value)
 
 
 def read(text: str, where: str) -> Json:
@@ -63,17 +65,28 @@ def read(text: str, where: str) -> Json:
     except RecursionError:
         raise ChatError(f"{where}: {_too_deep()}") from None
     _check(value, where)
-    return _with_texts(value, _without_space)
+    return _without_spaces(value)
 
 
-def _with_texts(value: Json, change: Callable[[str], str]) -> Json:
-    """A copy in which every text is changed. At most `DEEPEST` deep: see `_check`."""
+def _spelled(value: Json) -> str:
+    """At most `DEEPEST` deep: see `_check`."""
     if type(value) is str:
-        return change(value)
+        return json.dumps(f" {value}", ensure_ascii=False)
     if type(value) is list:
-        return [_with_texts(inner, change) for inner in value]
+        return f"[{', '.join(map(_spelled, value))}]"
     if type(value) is dict:
-        return {change(key): _with_texts(inner, change) for key, inner in value.items()}
+        return f"{{{', '.join(f'{_spelled(key)}: {_spelled(inner)}' for key, inner in value.items())}}}"
+    return f"{json.dumps(value)} " if type(value) in (int, float) else json.dumps(value)
+
+
+def _without_spaces(value: Json) -> Json:
+    """A copy whose texts lack the space before them. At most `DEEPEST` deep."""
+    if type(value) is str:
+        return _without_space(value)
+    if type(value) is list:
+        return [_without_spaces(inner) for inner in value]
+    if type(value) is dict:
+        return {_without_space(key): _without_spaces(inner) for key, inner in value.items()}
     return value
 
 

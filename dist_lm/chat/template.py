@@ -10,7 +10,8 @@ Marks are put in by their ids. Everything that a person, a tool or a schema says
 has no special id to give: whatever a text spells, it stays text. `parse(render(x).tokens)` is x.
 """
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from dist_lm.chat import json_text
 from dist_lm.chat.errors import ChatError
 from dist_lm.chat.messages import Call, Conversation, Json, Message, Tool
+from dist_lm.chat.nulls import with_nulls, without_nulls
 from dist_lm.chat.reader import Reader
 from dist_lm.chat.rules import check_conversation, check_message, turn_name
 from dist_lm.chat.user_text import spaced, unspaced
@@ -25,10 +27,11 @@ from dist_lm.errors import UserError
 from dist_lm.tokenizer.symbols import END_OF_TEXT
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
-LAYOUT = 3  # one more with every change: corpora of another layout are refused
+LAYOUT = 4  # one more with every change: corpora of another layout are refused
 SYSTEM, USER, ASSISTANT, TOOL, END = "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"
 TOOLS, END_TOOLS = "<|tools|>", "<|/tools|>"
 CALL, END_CALL = "<|tool_call|>", "<|/tool_call|>"
+VALUE_END = re.compile(r'(?:(?<=")|(?<=\d ))(?=[,}\]])(?!, " arguments": \{)')  # what follows a value is apart from it
 RESULT, END_RESULT = "<|tool_result|>", "<|/tool_result|>"
 
 
@@ -56,7 +59,7 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> Rendered:
         mask += [0] * (len(tokens) - len(mask))
     for number, message in enumerate(messages):
         where = turn_name(number, message)
-        body = _body(message, where, tokenizer)
+        body = _body(message, conversation.tools, where, tokenizer)
         if message.role == "system" and conversation.tools:
             body += _tool_list(conversation.tools, tokenizer)
         tokens += [special[f"<|{message.role}|>"], *body, special[END]]
@@ -100,7 +103,7 @@ def parse(ids: Iterable[int], tokenizer: Tokenizer) -> Conversation:
         if role == USER:
             messages.append(Message("user", unspaced(reader.text())))
         elif role == ASSISTANT:
-            messages.append(_read_answer(reader))
+            messages.append(_read_answer(reader, tools))
         else:
             messages.append(_read_results(reader))
         reader.expect(END)
@@ -109,14 +112,17 @@ def parse(ids: Iterable[int], tokenizer: Tokenizer) -> Conversation:
     return conversation
 
 
-def parse_turn(ids: Iterable[int], tokenizer: Tokenizer) -> Message:
+def parse_turn(ids: Iterable[int], tokenizer: Tokenizer, tools: Sequence[Tool]) -> Message:
     """What a model wrote behind `<|assistant|>`, with the final `<|end|>` or without.
+
+    Args:
+        tools: those of the conversation; their schemas say which null is none.
 
     Raises:
         ChatError: it is no turn; the message says what was expected, and at which token (from 0).
     """
     reader = Reader(ids, tokenizer)
-    message = _read_answer(reader)
+    message = _read_answer(reader, tools)
     if not reader.at_end():
         reader.expect(END)
     reader.expect_end()
@@ -124,13 +130,17 @@ def parse_turn(ids: Iterable[int], tokenizer: Tokenizer) -> Message:
     return message
 
 
-def _body(message: Message, where: str, tokenizer: Tokenizer) -> list[int]:
+def _body(message: Message, tools: Sequence[Tool], where: str, tokenizer: Tokenizer) -> list[int]:
     """What stands between the marks of a turn."""
-    content = spaced(message.content) if message.role == "user" else message.content
-    tokens = _text(content, where, tokenizer)
+    special = tokenizer.special_ids
+    if message.role == "assistant":
+        tokens = _written(message.content, where, tokenizer)
+    else:
+        tokens = _text(spaced(message.content) if message.role == "user" else message.content, where, tokenizer)
     for number, call in enumerate(message.calls):
-        value = {"name": call.name, "arguments": call.arguments}
-        tokens += _json(CALL, value, END_CALL, f"{where}, call {number}", tokenizer)
+        place = f"{where}, call {number}"
+        value = {"name": call.name, "arguments": with_nulls(call.arguments, _schema_of(call.name, tools), place)}
+        tokens += [special[CALL], *_written(json_text.write(value, place), place, tokenizer), special[END_CALL]]
     for number, result in enumerate(message.results):
         tokens += _json(RESULT, result, END_RESULT, f"{where}, result {number}", tokenizer)
     return tokens
@@ -145,6 +155,11 @@ def _tool_list(tools: tuple[Tool, ...], tokenizer: Tokenizer) -> list[int]:
 def _json(opening: str, value: Json, closing: str, where: str, tokenizer: Tokenizer) -> list[int]:
     special = tokenizer.special_ids
     return [special[opening], *_text(json_text.write(value, where), where, tokenizer), special[closing]]
+
+
+def _written(text: str, where: str, tokenizer: Tokenizer) -> list[int]:
+    """What the assistant writes: whether a value ends and what follows it are two tokens."""
+    return [token for part in VALUE_END.split(text) for token in _text(part, where, tokenizer)]
 
 
 def _text(text: str, where: str, tokenizer: Tokenizer) -> list[int]:
@@ -165,7 +180,7 @@ def _read_tools(reader: Reader) -> tuple[Tool, ...]:
     return tuple(Tool(value["name"], value["description"], value["parameters"]) for value in values)
 
 
-def _read_answer(reader: Reader) -> Message:
+def _read_answer(reader: Reader, tools: Sequence[Tool]) -> Message:
     text = reader.text()
     calls = []
     while reader.take(CALL):
@@ -173,8 +188,14 @@ def _read_answer(reader: Reader) -> Message:
         value = reader.json(END_CALL)
         if type(value) is not dict or value.keys() != {"name", "arguments"}:
             raise ChatError(f"{at}: expected an object of name and arguments, nothing else")
-        calls.append(Call(value["name"], value["arguments"]))
+        arguments = without_nulls(value["arguments"], _schema_of(value["name"], tools))
+        calls.append(Call(value["name"], arguments))
     return Message("assistant", text, tuple(calls))
+
+
+def _schema_of(name: Json, tools: Sequence[Tool]) -> Json:
+    """What the arguments of a call are; None of an unknown tool."""
+    return next((tool.parameters for tool in tools if tool.name == name), None)
 
 
 def _read_results(reader: Reader) -> Message:

@@ -106,7 +106,7 @@ class ToolChat:
             if outcomes[-1].stopped:
                 return None
             tokens = [token for token in outcomes[-1].answers[0].tokens if token != self._session.tokenizer.eot_id]
-            return parse_turn(tokens, self._session.tokenizer)
+            return parse_turn(tokens, self._session.tokenizer, conversation.tools)
 
         started = time.perf_counter()
         self._before = self._said

@@ -52,8 +52,9 @@ def requests_of(questions: Sequence[Asked], end_id: int, max_new_tokens: int) ->
 
 def verdict_of(one: Asked, answer: Answer, closing: Closing) -> Verdict:
     """What an answer is worth."""
-    found = read_answer(answer.tokens, answer.finish == "stop", closing.tokenizer)
-    return judge(found, one.question.expected, one.question.asked.tools)
+    tools = one.question.asked.tools
+    found = read_answer(answer.tokens, answer.finish == "stop", closing.tokenizer, tools)
+    return judge(found, one.question.expected, tools)
 
 
 def keep(closing: Closing, questions: Sequence[Asked], answers: Sequence[Answer], verdicts: Sequence[Verdict]) -> None:

@@ -23,7 +23,7 @@ FURTHER_ROUNDS = (0, 0, 1, 1, 2, 3)
 IN_SESSION = 6  # requests to the same tools, at most
 RECALLED = 0.4  # of drills are about which word
 MOST_CHOICES = 5  # tools, and requests for them, where one has to be chosen and nothing else
-MOST_FILLED = 6  # requests of which only the arguments are asked
+MOST_FILLED = 3  # requests of which only the arguments are asked
 DONE = ("Done.", "Ready.", "Yes.")
 
 
@@ -211,10 +211,12 @@ def filling(scene: Scene) -> Turns:
     while len(tool.parameters) < 2:
         scene.tools.clear()
         tool = scene.take()
-    turns = [ladder.form_of(tool.tool.parameters, scene.rng)]
-    for _ in range(scene.rng.randint(3, MOST_FILLED)):
+    schema = tool.tool.parameters
+    turns = [ladder.form_of(schema, scene.rng)]
+    for _ in range(scene.rng.randint(1, MOST_FILLED)):
         given = scene.arguments(tool)
-        turns += [Message("user", request(tool, given, scene.rng)), ladder.filled_in(call_of(tool, given).arguments)]
+        filled = ladder.filled_in(call_of(tool, given).arguments, schema)
+        turns += [Message("user", request(tool, given, scene.rng)), filled]
     scene.tools.clear()
     return turns
 
@@ -225,18 +227,18 @@ def slots(scene: Scene) -> Turns:
 
 
 KINDS: dict[str, tuple[float, Callable[[Scene], Turns]]] = {  # with their shares
-    "single": (0.24, single),
+    "single": (0.22, single),
     "session": (0.13, session),
-    "parallel": (0.07, parallel),
+    "parallel": (0.06, parallel),
     "sequential": (0.05, sequential),
     "irrelevant": (0.05, irrelevant),
     "missing": (0.04, missing),
     "recovery": (0.03, recovery),
     "answer": (0.03, plain_answer),
-    "invented": (0.13, invented),
-    "copying": (0.04, copying),
-    "choosing": (0.05, choosing),
-    "slots": (0.06, slots),
+    "invented": (0.11, invented),
+    "copying": (0.02, copying),
+    "choosing": (0.08, choosing),
+    "slots": (0.10, slots),
     "filling": (0.08, filling),
 }
 

@@ -21,7 +21,7 @@ from dist_lm.tool_data.execution import World
 from dist_lm.tool_data.ladder import lists, slots, wishes
 from dist_lm.tool_data.specification import Specification
 
-REVISION = 6  # one more with every change to what is generated: corpora of another are refused
+REVISION = 7  # one more with every change to what is generated: corpora of another are refused
 LONGEST = (650, 800, 900, 900)  # characters of all JSON and text, one of these: 900 are at most 410 tokens of 4,096
 RECALLED = 0.35  # of the drills of copying are words looked up, not said again
 STILL = 0.25  # of the drills of a subject are of an earlier one, which is forgotten without

@@ -18,8 +18,9 @@ import random
 
 from dist_lm.chat.json_text import write
 from dist_lm.chat.messages import Json, Message
+from dist_lm.chat.nulls import with_nulls
 from dist_lm.tool_data.actions import ACTIONS
-from dist_lm.tool_data.choice import OPTIONAL, in_turn
+from dist_lm.tool_data.choice import in_turn
 from dist_lm.tool_data.drills import BEFORE, any_word
 from dist_lm.tool_data.naming import STYLE_WEIGHTS, STYLES, argument_name, article
 from dist_lm.tool_data.phrasing import piece
@@ -33,9 +34,19 @@ TOLD = ("person", "city", "code", "date", "clock", "word", "amount", "email")  #
 BETWEEN = (" with ", ", ", " and the ", " for ", " ")
 
 FIELDS = (1, 2, 2, 3, 3, 4, 5)
-FIELD_KINDS = ("word", "word", "word", "amount", "few", "decimal", "flag", "code", "given")
+FIELD_KINDS = (
+    *("word", "word", "word", "amount", "amount", "few", "decimal", "flag", "code", "given", "date", "words", "size"),
+    *("one_of", "one_of"),  # of made-up options
+)
+OPTIONS = (2, 4)
+ALIKE = 0.5  # of forms have fields of one kind: only their names tell them apart
+KINDS_ALIKE = ("word", "amount", "amount", "few", "given", "code", "date", "one_of")
+DESCRIBED = 0.15  # of fields
 HELD = 0.25  # of forms have an object inside
-WITH_OPTIONAL = 0.3  # of forms have fields that may be left out
+WITH_OPTIONAL = 0.5  # of forms have fields that need not be there
+FILLED = (1, 3)  # times: from the second time on, keys are copied from the answer before, not looked up in the form
+GIVEN = (0.0, 0.3, 0.7, 1.0, 1.0)  # shares of the fields that are said, one a form
+NOTHING = ("nothing", "none of it", "leave it empty", "not yet")  # where none is
 SEPARATORS = (", ", "; ", " and ")
 
 
@@ -58,12 +69,16 @@ def wishes(rng: random.Random) -> list[Message]:
 def slots(rng: random.Random) -> list[Message]:
     """Made-up fields and what they hold, said barely and in any order: what belongs to which, and which is the last."""
     parameters = _fields(rng)
-    turns = [form_of(schema_with(parameters), rng)]
-    for _ in range(rng.randint(*ASKED)):
-        given = {p: draw(p.kind, rng) for p in parameters if p.required or rng.random() < OPTIONAL}
-        given = in_turn(given or {parameters[0]: draw(parameters[0].kind, rng)}, rng)
+    schema = schema_with(parameters)
+    turns = [form_of(schema, rng)]
+    share = rng.choice(GIVEN)
+    for _ in range(rng.randint(*FILLED)):
+        given = in_turn({p: draw(p.kind, rng) for p in parameters if rng.random() < share}, rng)
         said = rng.choice(SEPARATORS).join(piece(parameter, value, False, rng) for parameter, value in given.items())
-        turns += [Message("user", f" {said}"), filled_in(arguments_of(parameters, given))]
+        turns += [
+            Message("user", f" {said or rng.choice(NOTHING)}"),
+            filled_in(arguments_of(parameters, given), schema),
+        ]
     return turns
 
 
@@ -73,9 +88,9 @@ def form_of(schema: Json, rng: random.Random) -> Message:
     return Message("system", write(form, "a form"))
 
 
-def filled_in(arguments: dict[str, Json]) -> Message:
-    """Arguments as a call has them, without its name."""
-    return Message("assistant", write({"arguments": arguments}, "arguments"))
+def filled_in(arguments: dict[str, Json], schema: Json) -> Message:
+    """Arguments as a call spells them, without its name."""
+    return Message("assistant", write({"arguments": with_nulls(arguments, schema, "arguments")}, "arguments"))
 
 
 def _fields(rng: random.Random) -> tuple[Parameter, ...]:
@@ -84,13 +99,23 @@ def _fields(rng: random.Random) -> tuple[Parameter, ...]:
     required = rng.randint(0, count) if rng.random() < WITH_OPTIONAL else count
     held = count - rng.randint(1, count) if rng.random() < HELD else count  # from this one on
     inside = argument_name(any_word(rng), style)
+    names = [rng.choice(KINDS_ALIKE)] if rng.random() < ALIKE else FIELD_KINDS
+    kinds = [_with_options(kind, rng) for kind in names]
     found: dict[str, Parameter] = {inside: Parameter("", inside, "")}
     while len(found) <= count:
         name, number = " ".join(any_word(rng) for _ in range(rng.randint(1, 2))), len(found) - 1
         key = argument_name(name, style)
         place = inside if number >= held else ""
-        found.setdefault(key, Parameter(name, key, rng.choice(FIELD_KINDS), number < required, inside=place))
+        said = f"{any_word(rng).capitalize()} {any_word(rng)}" if rng.random() < DESCRIBED else ""
+        kind = rng.choice(kinds)
+        found.setdefault(key, Parameter(name, key, kind, number < required, description=said, inside=place))
     return tuple(found.values())[1:]
+
+
+def _with_options(kind: str, rng: random.Random) -> str:
+    """`one_of` as `values.py` has it, with options: `one_of red/green`; other kinds as they are."""
+    options = dict.fromkeys(any_word(rng) for _ in range(rng.randint(*OPTIONS)))
+    return f"one_of {'/'.join(options)}" if kind == "one_of" else kind
 
 
 def _deeds(rng: random.Random) -> list[tuple[str, str]]:

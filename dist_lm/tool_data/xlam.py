@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_lm.chat.messages import Call, Conversation, Json, Message, Tool
+from dist_lm.chat.nulls import without_nulls
 from dist_lm.errors import UserError
 
 TYPES: dict[str, dict[str, Json]] = {
@@ -51,9 +52,11 @@ def conversation_of_row(row: Mapping[str, Any]) -> Conversation:
         raise RowError("query: expected text")
     tools = tuple(_tool(value) for value in _objects(row, "tools"))
     calls = tuple(_call(value) for value in _objects(row, "answers"))
-    unknown = {call.name for call in calls} - {tool.name for tool in tools}
+    schemas = {tool.name: tool.parameters for tool in tools}
+    unknown = {call.name for call in calls} - schemas.keys()
     if unknown:
         raise RowError(f"answers: call {min(unknown)}, which is not among the tools")
+    calls = tuple(Call(call.name, without_nulls(call.arguments, schemas[call.name])) for call in calls)
     answer = Message("assistant", calls=calls) if calls else Message("assistant", NOTHING_FITS)
     return Conversation((Message("user", query), answer), tools)
 

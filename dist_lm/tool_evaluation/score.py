@@ -37,12 +37,12 @@ class Verdict:
         return self.is_turn and not self.called and self.wanted > 0
 
 
-def read_answer(tokens: Sequence[int], ended: bool, tokenizer: Tokenizer) -> Message | None:
-    """The turn that a model wrote; None: it is none, or was cut off (`ended` is False)."""
+def read_answer(tokens: Sequence[int], ended: bool, tokenizer: Tokenizer, tools: Sequence[Tool]) -> Message | None:
+    """The turn that a model wrote who was offered `tools`; None: it is none, or was cut off (`ended` is False)."""
     if not ended:
         return None
     try:
-        return parse_turn(tokens, tokenizer)
+        return parse_turn(tokens, tokenizer, tools)
     except ChatError:
         return None
 

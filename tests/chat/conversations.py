@@ -1,5 +1,6 @@
 """Conversations of every shape, as strategies, and what makes two of them the same."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import strategies as st
@@ -17,15 +18,56 @@ json_values: st.SearchStrategy[Json] = st.recursive(
     max_leaves=6,
 )
 json_objects = st.dictionaries(hard_text, json_values, max_size=3)
-calls = st.builds(Call, some_text, json_objects)
-tools = st.lists(st.builds(Tool, some_text, hard_text, json_objects), max_size=3, unique_by=lambda tool: tool.name).map(
-    tuple
+nulls = st.sampled_from([{}, {"type": "null"}, {"type": ["string", "null"]}, {"enum": ["a", None]}])
+schemas: st.SearchStrategy[Json] = st.recursive(
+    st.one_of(nulls, st.sampled_from([{"type": "string"}, {"type": ["integer", "string"]}, {"enum": ["a", "b"]}])),
+    lambda inner: st.one_of(
+        st.builds(lambda items: {"type": "array", "items": items}, inner),
+        st.dictionaries(hard_text, inner, max_size=3).map(lambda parts: {"type": "object", "properties": parts}),
+    ),
+    max_leaves=6,
 )
+object_schemas = st.dictionaries(hard_text, schemas, max_size=4).map(
+    lambda parts: {"type": "object", "properties": parts}
+)
+parameters = st.one_of(object_schemas, json_objects)
+tools = st.lists(st.builds(Tool, some_text, hard_text, parameters), max_size=3, unique_by=lambda tool: tool.name)
+
+
+@st.composite
+def values_of(draw: Any, schema: Json) -> Json:
+    """Some of the properties in any order, items, or any value: null only where the schema takes it."""
+    known = schema if isinstance(schema, dict) else {}
+    if known.get("type") == "array":
+        return draw(st.lists(values_of(known["items"]), max_size=3))
+    if known.get("type") == "object" and isinstance(known.get("properties"), dict):
+        names = draw(st.lists(st.sampled_from(list(known["properties"])), unique=True)) if known["properties"] else []
+        given = {name: draw(values_of(known["properties"][name])) for name in names}
+        return draw(json_objects) | given if draw(st.booleans()) and not known["properties"] else given
+    takes_null = any(known == other for other in ({}, {"type": "null"}, {"type": ["string", "null"]}))
+    return draw(json_values if takes_null or None in known.get("enum", []) else json_values.filter(is_given))
+
+
+def is_given(value: Json) -> bool:
+    """Whether it is no null."""
+    return value is not None
+
+
+@st.composite
+def calls(draw: Any, offered: Sequence[Tool]) -> Call:
+    """Of one of the tools, or of none."""
+    if offered and draw(st.booleans()):
+        tool = draw(st.sampled_from(offered))
+        if set(tool.parameters) == {"type", "properties"} and isinstance(tool.parameters["properties"], dict):
+            return Call(tool.name, draw(values_of(tool.parameters)))
+    name = draw(some_text.filter(lambda name: name not in {tool.name for tool in offered}))
+    return Call(name, draw(json_objects))
 
 
 @st.composite
 def conversations(draw: Any) -> Conversation:
     """What `render` accepts: any of the turns that may follow, a few times."""
+    offered = tuple(draw(tools))
     messages = [Message("system", draw(some_text))] if draw(st.booleans()) else []
     messages.append(Message("user", draw(some_text)))
     for _ in range(draw(st.integers(0, 5))):
@@ -37,9 +79,9 @@ def conversations(draw: Any) -> Conversation:
         elif before.role == "assistant":
             messages.append(Message("user", draw(some_text)))
         else:
-            asked = tuple(draw(st.lists(calls, max_size=3)))
+            asked = tuple(draw(st.lists(calls(offered), max_size=3)))
             messages.append(Message("assistant", draw(hard_text if asked else some_text), asked))
-    return Conversation(tuple(messages), draw(tools))
+    return Conversation(tuple(messages), offered)
 
 
 def spelled(value: object) -> str:

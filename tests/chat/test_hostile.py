@@ -48,6 +48,11 @@ def test_no_text_is_ever_a_special_token_and_it_comes_back(tokenizer: Tokenizer,
         assert spelled(parse(ids, tokenizer)) == spelled(conversation)
 
 
+def turn(ids: list[int], tokenizer: Tokenizer) -> Message:
+    """What `parse_turn` reads where no tools are offered."""
+    return parse_turn(ids, tokenizer, ())
+
+
 def outcome(parser: Callable[..., Any], ids: list[int], tokenizer: Tokenizer) -> Any:
     """What is parsed; None: refused, in one line. Any other error ends the test."""
     said = ""
@@ -71,7 +76,7 @@ def test_damaged_tokens_are_a_conversation_or_refused(tokenizer: Tokenizer, coun
             parsed += 1
             assert spelled(parse(render(found, tokenizer).tokens, tokenizer)) == spelled(found)
         begin = random.randrange(len(damaged))
-        outcome(parse_turn, damaged[begin:], tokenizer)
+        outcome(turn, damaged[begin:], tokenizer)
     assert 0 < parsed < count
 
 
@@ -82,7 +87,7 @@ def test_random_tokens_are_a_turn_or_refused(tokenizer: Tokenizer, count: int) -
         most = (len(SPECIAL_TOKENS), tokenizer.vocab_size, tokenizer.vocab_size + 5)[number % 3]
         ids = [random.randrange(-1 if most > tokenizer.vocab_size else 0, most) for _ in range(random.randrange(60))]
         outcome(parse, [tokenizer.eot_id, *ids], tokenizer)
-        outcome(parse_turn, ids, tokenizer)
+        outcome(turn, ids, tokenizer)
 
 
 @counts
@@ -92,9 +97,9 @@ def test_hostile_json_in_the_right_place_is_a_call_or_refused(tokenizer: Tokeniz
     for _ in range(count):
         text = hostile_text(random)
         ids = [special["<|tool_call|>"], *tokenizer.encode(text), special["<|/tool_call|>"]]
-        outcome(parse_turn, ids, tokenizer)
+        outcome(turn, ids, tokenizer)
         outcome(
-            parse_turn,
+            turn,
             [ids[0], *tokenizer.encode('{"name": "f", "arguments": {"x": ' + text + "}}"), ids[-1]],
             tokenizer,
         )

@@ -22,7 +22,7 @@ def test_a_value_comes_back_with_its_types_and_the_order_of_its_keys(value: Json
 
 def test_the_spelling() -> None:
     value = {"b": [1, 1.0, True, None], "a": {"é": '"\n\0🙂'}}
-    assert json_text.write(value, "x") == '{" b": [1, 1.0, true, null], " a": {" é": " \\"\\n\\u0000🙂"}}'
+    assert json_text.write(value, "x") == '{" b": [1 , 1.0 , true, null], " a": {" é": " \\"\\n\\u0000🙂"}}'
 
 
 @pytest.mark.parametrize(

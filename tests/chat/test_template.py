@@ -1,5 +1,6 @@
 """Rendering and parsing are each other's inverse, the mask is the assistant's, and what is malformed is refused."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -47,8 +48,8 @@ def test_a_turn_of_the_assistant_is_what_the_mask_shows_and_parses_alone(
         ids = rendered.tokens[begin:end]
         assert rendered.tokens[begin - 1] == tokenizer.special_ids[ASSISTANT]
         assert ids[-1] == tokenizer.special_ids[END]
-        assert spelled(parse_turn(ids, tokenizer)) == spelled(message)
-        assert spelled(parse_turn(ids[:-1].tolist(), tokenizer)) == spelled(message)
+        assert spelled(parse_turn(ids, tokenizer, conversation.tools)) == spelled(message)
+        assert spelled(parse_turn(ids[:-1].tolist(), tokenizer, conversation.tools)) == spelled(message)
 
 
 @many
@@ -193,26 +194,26 @@ def test_tokens_that_are_no_conversation_are_refused_by_their_place(
 )
 def test_a_turn_that_no_assistant_may_write_is_refused(tokenizer: Tokenizer, layout: str, said: str) -> None:
     with pytest.raises(ChatError) as refused:
-        parse_turn(ids_of(layout, tokenizer), tokenizer)
+        parse_turn(ids_of(layout, tokenizer), tokenizer, ())
     assert said in str(refused.value)
 
 
 @pytest.mark.parametrize("bad", [-1, 560, 2**70, 1.5, "7", None])
 def test_what_is_no_id_is_refused(tokenizer: Tokenizer, bad: Any) -> None:
     with pytest.raises(ChatError, match="token 0"):
-        parse_turn([bad], tokenizer)
+        parse_turn([bad], tokenizer, ())
 
 
 def test_bytes_that_are_no_text_are_refused(tokenizer: Tokenizer) -> None:
     half = tokenizer.encode("\U0010fffe")[:-1]
     assert len(half) == 3
     with pytest.raises(ChatError, match="tokens 0 to 2: expected text"):
-        parse_turn(half, tokenizer)
+        parse_turn(half, tokenizer, ())
 
 
 def test_json_may_be_spaced_in_any_way(tokenizer: Tokenizer) -> None:
     ids = ids_of('<|tool_call|>\n{"arguments":{"a":[1,2.0]},\t"name":"f"} <|/tool_call|>', tokenizer)
-    assert spelled(parse_turn(ids, tokenizer).calls) == spelled((Call("f", {"a": [1, 2.0]}),))
+    assert spelled(parse_turn(ids, tokenizer, ()).calls) == spelled((Call("f", {"a": [1, 2.0]}),))
 
 
 def test_names_and_values_are_framed_by_one_token_each(tokenizer: Tokenizer) -> None:
@@ -221,11 +222,26 @@ def test_names_and_values_are_framed_by_one_token_each(tokenizer: Tokenizer) -> 
     asked = Message("assistant", calls=(Call("w", {"city": "x"}),))
     results = Message("tool", results=(1,))
     conversation = Conversation((USER, asked, results), (Tool("w", "v", parameters),))
-    frames = [piece for piece in tokenizer.pieces(render(conversation, tokenizer).tokens) if '"' in piece]
+    pieces = [piece.replace("<0x22>", '"') for piece in tokenizer.pieces(render(conversation, tokenizer).tokens)]
+    frames = [piece for piece in pieces if '"' in piece]
     of_tool = ['[{" description": "', '", " name": "', '", " parameters": {" type": " object", " properties": {"']
     of_arguments = ['": {" type": " string"}, "', '": {" type": " integer"}}, " required": ["', '"]}}]']
-    of_call = ['{" name": "', '", " arguments": {"', '": "', '"}}']
+    of_call = ['{" name": "', '", " arguments": {"', '": "', '"', ', "', '": null']
     assert frames == of_tool + of_arguments + of_call
+
+
+def test_what_follows_a_value_of_a_call_is_a_token_of_its_own(tokenizer: Tokenizer) -> None:
+    values = {"a": "x", "b": 12, "c": ["y", 1.5, "z"], "d": {"e": "w", "f": -3}, "g": True, "h": None, "i": 'a", "b'}
+    calls = (Call("f", values), Call("g", {}))
+    rendered = render(Conversation((USER, Message("assistant", 'A "word", 5 , or 6.', calls))), tokenizer)
+    pieces = [tokenizer.content([token]).decode(errors="replace") for token in rendered.tokens.tolist()]
+    assert '", " arguments": {"' in pieces
+    assert [piece for piece in pieces if re.search(r'["\d ][,}\]]', piece) and "arguments" not in piece] == []
+    text = tokenizer.content(rendered.tokens.tolist()).decode()
+    assert (
+        json_text.write({"name": "f", "arguments": values}, "") + json_text.write({"name": "g", "arguments": {}}, "")
+        in text
+    )
 
 
 def test_symbols_for_tools_are_spelled_as_tools_are() -> None:

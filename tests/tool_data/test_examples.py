@@ -52,7 +52,7 @@ def test_what_is_generated_has_a_number(many):
     write the new pair here."""
     drills = (drill_example(3, number, subject) for subject in DRILLS for number in range(20))
     texts = [write_conversation(one.conversation) for one in (*many[:300], *drills)]
-    assert (REVISION, hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]) == (6, "f783d1dfd1f6dac6")
+    assert (REVISION, hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]) == (7, "9af390985861cac3")
 
 
 def test_examples_are_not_twice_the_same(many):
@@ -218,9 +218,10 @@ def test_arguments_of_a_form_are_filled_in_as_calls_spell_them(subject):
             filled = read(answered.content, "arguments")
             assert answered.content == write(filled, "arguments")
             assert list(filled) == ["arguments"]
-            given = keys_of(filled["arguments"])
-            assert [key for key in keys if key in given] == given
-            left_out += len(given) < len(keys)
+            spelled = keys_of(filled["arguments"])
+            absent = {key[:-1] for key in keys} & {key for key in spelled if not holds(filled["arguments"], key)}
+            assert spelled == [key for key in keys if not any(key[: len(one)] == one != key for one in absent)]
+            left_out += any(not holds(filled["arguments"], key) for key in spelled)
             held += any(isinstance(value, dict) for value in filled["arguments"].values())
     assert left_out > 10  # what was not given
     assert held > 10
@@ -231,6 +232,13 @@ def keys_of(value, above=()):
     if not isinstance(value, dict):
         return []
     return [path for key, inner in value.items() for path in ((*above, key), *keys_of(inner, (*above, key)))]
+
+
+def holds(value, path):
+    """Whether there is something at a path."""
+    for key in path:
+        value = value[key]
+    return value is not None
 
 
 def test_calls_have_the_order_of_the_schema_and_requests_any(many):
@@ -245,7 +253,7 @@ def test_calls_have_the_order_of_the_schema_and_requests_any(many):
                 texts = [leaf for leaf in leaves(answered.calls[0].arguments) if isinstance(leaf, str)]
                 places = [asked.content.find(text) for text in texts if asked.content.count(text) == 1]
                 turned += places != sorted(places)
-    assert turned > 50
+    assert turned > 40
 
 
 def test_no_two_arguments_of_a_kind_have_one_value():

@@ -54,7 +54,7 @@ def test_questions_come_from_the_tokens_of_val_alone(tiny_work):
     assert [one.question.kind for one in found] == ["single"] * 5  # those without tools are no questions
     for one in found:
         assert parse(one.prompt[:-1], tokenizer) == one.question.asked
-        assert parse_turn(one.expected, tokenizer) == one.question.expected
+        assert parse_turn(one.expected, tokenizer, one.question.asked.tools) == one.question.expected
     longest = max(len(one.prompt) + len(one.expected) for one in found)
     assert choose(corpus, tokenizer, per_kind=0, context=256) == []
     short = choose(corpus, tokenizer, per_kind=5, context=longest - 1)

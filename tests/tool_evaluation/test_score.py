@@ -81,6 +81,6 @@ def test_an_answer_counts_only_when_it_is_a_turn_that_ended(tiny_work, wanted):
     whole = render(Conversation((*asked.messages, wanted), TOOLS), tokenizer).tokens
     tokens = whole[len(prompt(asked, tokenizer)) :].tolist()
     assert tokens[-1] == tokenizer.special_ids[END]
-    assert read_answer(tokens, True, tokenizer) == wanted
-    assert read_answer(tokens[:-1], False, tokenizer) is None
-    assert read_answer([*tokens[:-1], tokenizer.pad_id, tokens[-1]], True, tokenizer) is None
+    assert read_answer(tokens, True, tokenizer, TOOLS) == wanted
+    assert read_answer(tokens[:-1], False, tokenizer, TOOLS) is None
+    assert read_answer([*tokens[:-1], tokenizer.pad_id, tokens[-1]], True, tokenizer, TOOLS) is None
