@@ -30,6 +30,7 @@ from dist_lm.tool_data.examples import (
     examples,
 )
 from dist_lm.tool_data.execution import World
+from dist_lm.tool_data.ladder import NOTHING
 from dist_lm.tool_data.specification import sketch_of
 
 COUNT = 2500
@@ -225,6 +226,20 @@ def test_arguments_of_a_form_are_filled_in_as_calls_spell_them(subject):
             held += any(isinstance(value, dict) for value in filled["arguments"].values())
     assert left_out > 10  # what was not given
     assert held > 10
+
+
+def test_forms_hold_what_is_said_and_nothing_else():
+    empty = 0
+    for one in (drill_example(5, number, "slots") for number in range(120)):
+        if one.kind != "slots":
+            continue
+        for asked, answered in zip(one.conversation.messages[1::2], one.conversation.messages[2::2], strict=True):
+            given = [value for value in leaves(read(answered.content, "arguments")) if value is not None]
+            assert (asked.content.strip() in NOTHING) == (not given)
+            texts = [value for value in given if isinstance(value, str)]
+            assert all(text in asked.content for text in texts if not re.fullmatch(r"\d{4}-\d\d-\d\d", text))
+            empty += not given
+    assert empty > 10
 
 
 def keys_of(value, above=()):
