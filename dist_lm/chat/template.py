@@ -11,7 +11,7 @@ has no special id to give: whatever a text spells, it stays text. `parse(render(
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,8 +31,8 @@ LAYOUT = 4  # one more with every change: corpora of another layout are refused
 SYSTEM, USER, ASSISTANT, TOOL, END = "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"
 TOOLS, END_TOOLS = "<|tools|>", "<|/tools|>"
 CALL, END_CALL = "<|tool_call|>", "<|/tool_call|>"
-VALUE_END = re.compile(r'(?:(?<=")|(?<=\d ))(?=[,}\]])(?!, " arguments": \{)')  # what follows a value is apart from it
 RESULT, END_RESULT = "<|tool_result|>", "<|/tool_result|>"
+VALUE_END = re.compile(r'(?:(?<=")|(?<=\d ))(?=[,}\]])(?!, " arguments": \{)')  # what follows a value is apart from it
 
 
 @dataclass(frozen=True)
@@ -132,15 +132,13 @@ def parse_turn(ids: Iterable[int], tokenizer: Tokenizer, tools: Sequence[Tool]) 
 
 def _body(message: Message, tools: Sequence[Tool], where: str, tokenizer: Tokenizer) -> list[int]:
     """What stands between the marks of a turn."""
-    special = tokenizer.special_ids
-    if message.role == "assistant":
-        tokens = _written(message.content, where, tokenizer)
-    else:
-        tokens = _text(spaced(message.content) if message.role == "user" else message.content, where, tokenizer)
+    encode = _written if message.role == "assistant" else _text
+    content = spaced(message.content) if message.role == "user" else message.content
+    tokens = encode(content, where, tokenizer)
     for number, call in enumerate(message.calls):
         place = f"{where}, call {number}"
         value = {"name": call.name, "arguments": with_nulls(call.arguments, _schema_of(call.name, tools), place)}
-        tokens += [special[CALL], *_written(json_text.write(value, place), place, tokenizer), special[END_CALL]]
+        tokens += _json(CALL, value, END_CALL, place, tokenizer, encode)
     for number, result in enumerate(message.results):
         tokens += _json(RESULT, result, END_RESULT, f"{where}, result {number}", tokenizer)
     return tokens
@@ -152,9 +150,11 @@ def _tool_list(tools: tuple[Tool, ...], tokenizer: Tokenizer) -> list[int]:
     return _json(TOOLS, value, END_TOOLS, "tools", tokenizer)
 
 
-def _json(opening: str, value: Json, closing: str, where: str, tokenizer: Tokenizer) -> list[int]:
-    special = tokenizer.special_ids
-    return [special[opening], *_text(json_text.write(value, where), where, tokenizer), special[closing]]
+def _text(text: str, where: str, tokenizer: Tokenizer) -> list[int]:
+    try:
+        return tokenizer.encode(text)
+    except UserError as error:
+        raise ChatError(f"{where}: {error}") from None
 
 
 def _written(text: str, where: str, tokenizer: Tokenizer) -> list[int]:
@@ -162,11 +162,16 @@ def _written(text: str, where: str, tokenizer: Tokenizer) -> list[int]:
     return [token for part in VALUE_END.split(text) for token in _text(part, where, tokenizer)]
 
 
-def _text(text: str, where: str, tokenizer: Tokenizer) -> list[int]:
-    try:
-        return tokenizer.encode(text)
-    except UserError as error:
-        raise ChatError(f"{where}: {error}") from None
+def _json(
+    opening: str,
+    value: Json,
+    closing: str,
+    where: str,
+    tokenizer: Tokenizer,
+    encode: Callable[[str, str, Tokenizer], list[int]] = _text,
+) -> list[int]:
+    special = tokenizer.special_ids
+    return [special[opening], *encode(json_text.write(value, where), where, tokenizer), special[closing]]
 
 
 def _read_tools(reader: Reader) -> tuple[Tool, ...]:

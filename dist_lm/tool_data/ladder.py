@@ -38,7 +38,7 @@ FIELD_KINDS = (
     *("word", "word", "word", "amount", "amount", "few", "decimal", "flag", "code", "given", "date", "words", "size"),
     *("one_of", "one_of"),  # of made-up options
 )
-OPTIONS = (2, 4)
+OPTIONS = (2, 4)  # of such a field: least, most
 ALIKE = 0.5  # of forms have fields of one kind: only their names tell them apart
 KINDS_ALIKE = ("word", "amount", "amount", "few", "given", "code", "date", "one_of")
 DESCRIBED = 0.15  # of fields
@@ -99,8 +99,8 @@ def _fields(rng: random.Random) -> tuple[Parameter, ...]:
     required = rng.randint(0, count) if rng.random() < WITH_OPTIONAL else count
     held = count - rng.randint(1, count) if rng.random() < HELD else count  # from this one on
     inside = argument_name(any_word(rng), style)
-    names = [rng.choice(KINDS_ALIKE)] if rng.random() < ALIKE else FIELD_KINDS
-    kinds = [_with_options(kind, rng) for kind in names]
+    chosen = [rng.choice(KINDS_ALIKE)] if rng.random() < ALIKE else FIELD_KINDS
+    kinds = [_with_options(kind, rng) for kind in chosen]
     found: dict[str, Parameter] = {inside: Parameter("", inside, "")}
     while len(found) <= count:
         name, number = " ".join(any_word(rng) for _ in range(rng.randint(1, 2))), len(found) - 1

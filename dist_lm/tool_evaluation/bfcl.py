@@ -95,8 +95,7 @@ def answer(
     quiet = not progress.is_terminal
     for done in track(_answers(engine), "answering", left, console=progress, disable=quiet, transient=True):
         number = int(done.request)
-        asked = questions[number].asked
-        turn = read_answer(done.tokens, done.finish == "stop", tokenizer, asked.tools)
+        turn = read_answer(done.tokens, done.finish == "stop", tokenizer, questions[number].asked.tools)
         text = shown(done.tokens, tokenizer)
         found[number] = BfclResult(questions[number], is_right(turn, questions[number]), turn is not None, text)
     return [found[number] for number in range(len(questions))]

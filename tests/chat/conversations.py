@@ -18,9 +18,10 @@ json_values: st.SearchStrategy[Json] = st.recursive(
     max_leaves=6,
 )
 json_objects = st.dictionaries(hard_text, json_values, max_size=3)
-nulls = st.sampled_from([{}, {"type": "null"}, {"type": ["string", "null"]}, {"enum": ["a", None]}])
+TAKE_NULL: list[Json] = [{}, {"type": "null"}, {"type": ["string", "null"]}, {"enum": ["a", None]}]
+TAKE_NONE: list[Json] = [{"type": "string"}, {"type": ["integer", "string"]}, {"enum": ["a", "b"]}]
 schemas: st.SearchStrategy[Json] = st.recursive(
-    st.one_of(nulls, st.sampled_from([{"type": "string"}, {"type": ["integer", "string"]}, {"enum": ["a", "b"]}])),
+    st.sampled_from([*TAKE_NULL, *TAKE_NONE]),
     lambda inner: st.one_of(
         st.builds(lambda items: {"type": "array", "items": items}, inner),
         st.dictionaries(hard_text, inner, max_size=3).map(lambda parts: {"type": "object", "properties": parts}),
@@ -35,22 +36,16 @@ tools = st.lists(st.builds(Tool, some_text, hard_text, parameters), max_size=3, 
 
 
 @st.composite
-def values_of(draw: Any, schema: Json) -> Json:
-    """Some of the properties in any order, items, or any value: null only where the schema takes it."""
-    known = schema if isinstance(schema, dict) else {}
-    if known.get("type") == "array":
-        return draw(st.lists(values_of(known["items"]), max_size=3))
-    if known.get("type") == "object" and isinstance(known.get("properties"), dict):
-        names = draw(st.lists(st.sampled_from(list(known["properties"])), unique=True)) if known["properties"] else []
-        given = {name: draw(values_of(known["properties"][name])) for name in names}
-        return draw(json_objects) | given if draw(st.booleans()) and not known["properties"] else given
-    takes_null = any(known == other for other in ({}, {"type": "null"}, {"type": ["string", "null"]}))
-    return draw(json_values if takes_null or None in known.get("enum", []) else json_values.filter(is_given))
-
-
-def is_given(value: Json) -> bool:
-    """Whether it is no null."""
-    return value is not None
+def values_of(draw: Any, schema: Any) -> Json:
+    """What one of `schemas` may hold, valid or not: null only where it takes null, properties it does not know, too."""
+    if schema.get("type") == "array":
+        return draw(st.lists(values_of(schema["items"]), max_size=3))
+    if schema.get("type") == "object":
+        known = schema["properties"]
+        names = draw(st.lists(st.sampled_from(list(known)), unique=True)) if known else []
+        others = {name: value for name, value in draw(json_objects).items() if name not in known}
+        return others | {name: draw(values_of(known[name])) for name in names}
+    return draw(json_values if schema in TAKE_NULL else json_values.filter(lambda value: value is not None))
 
 
 @st.composite

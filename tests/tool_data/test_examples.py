@@ -264,11 +264,11 @@ def test_calls_have_the_order_of_the_schema_and_requests_any(many):
             for call in answered.calls:
                 keys = list(parameters[call.name].get("properties", {}))
                 assert [key for key in keys if key in call.arguments] == list(call.arguments)
-            if one.kind == "single" and asked.role == "user" and len(answered.calls) == 1:
+            if one.kind in ("single", "session") and asked.role == "user" and len(answered.calls) == 1:
                 texts = [leaf for leaf in leaves(answered.calls[0].arguments) if isinstance(leaf, str)]
                 places = [asked.content.find(text) for text in texts if asked.content.count(text) == 1]
                 turned += places != sorted(places)
-    assert turned > 40
+    assert turned > 50
 
 
 def test_no_two_arguments_of_a_kind_have_one_value():

@@ -39,6 +39,12 @@ ROW = {
 }
 
 
+def test_a_null_where_the_type_has_none_is_an_argument_that_is_not_given():
+    calls = [{"name": "ferry_times", "arguments": {"port": "Oslo", "after": None, "stops": None}}]
+    answer = conversation_of_row({**ROW, "answers": json.dumps(calls)}).messages[1]
+    assert answer.calls == (Call("ferry_times", {"port": "Oslo"}),)
+
+
 def test_a_row_is_a_request_and_its_calls():
     conversation = conversation_of_row(ROW)
     check_conversation(conversation)
