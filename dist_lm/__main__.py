@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from dist_lm.entry_point import run_program
 from dist_lm.errors import ArtefactError
+from dist_lm.launcher.entry_point import run_program
 
 app = typer.Typer(
     name="dist-lm",
@@ -125,7 +125,7 @@ def generate(
     """Go on with a text: one prompt, or many at the terminal (docs/generation.md)."""
     from dist_lm.generation.terminal import generate
     from dist_lm.generation.tool_chat import ToolOptions
-    from dist_lm.tool_use.toolbox import Limits
+    from dist_lm.tools.use.toolbox import Limits
 
     values = {
         "max_new_tokens": max_new_tokens,
@@ -191,7 +191,7 @@ def tools_bfcl(
     device: Annotated[str, typer.Option(help="auto (a GPU, if there is one), cpu or cuda.")] = "auto",
 ) -> None:
     """Ask the questions of one turn of the Berkeley Function Calling Leaderboard (package bfcl-eval)."""
-    from dist_lm.tool_evaluation.bfcl import evaluate
+    from dist_lm.evaluation.bfcl import evaluate
 
     evaluate(path, tokenizer, limit, json, device)
 
@@ -226,7 +226,7 @@ def dashboard_show(
 ) -> None:
     """The panels of the views, as a table; with --offline the curves of a run in the terminal, without a network."""
     from dist_lm.errors import require
-    from dist_lm.run_directory import RunDirectory
+    from dist_lm.storage.run_directory import RunDirectory
     from dist_lm.tracking.console import Console
     from dist_lm.tracking.dashboard.layout import boards_named
     from dist_lm.tracking.dashboard.show import open_in_leet, print_boards

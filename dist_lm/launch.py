@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dist_lm.cluster.pool_room import ranks_beside
-from dist_lm.cluster.process import cores
 from dist_lm.cluster.ranks import local_gpus, ranks_per_node
 from dist_lm.cluster.ray_cluster import Node
-from dist_lm.config import Config, require
-from dist_lm.entry_point import disk_trouble, run_program
-from dist_lm.errors import ArtefactError, ConfigError
-from dist_lm.generate_config import schema_of
+from dist_lm.config.generate import schema_of
+from dist_lm.config.root import Config
+from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.launcher.compose import (
     compose_config,
     conf_directory,
@@ -28,7 +26,9 @@ from dist_lm.launcher.compose import (
     register_schema,
     target_stage,
 )
+from dist_lm.launcher.entry_point import disk_trouble, run_program
 from dist_lm.launcher.plan import Plan, PlannedStage, in_order, make_plan
+from dist_lm.storage.process import cores
 from dist_lm.tracking.console import Console
 
 if TYPE_CHECKING:

@@ -16,15 +16,15 @@ import time
 import traceback
 from pathlib import Path
 
-from dist_lm import durable
 from dist_lm.cluster.agent import STACKS_SIGNAL
 from dist_lm.cluster.heartbeat import own_heartbeat
 from dist_lm.cluster.node_facts import host_name
-from dist_lm.config_file import load_config
+from dist_lm.config.file import load_config
 from dist_lm.errors import UserError
-from dist_lm.lifeline import die_with_parent
-from dist_lm.run_directory import RunDirectory
 from dist_lm.stages.registry import STAGES
+from dist_lm.storage import durable
+from dist_lm.storage.process import die_with_parent
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.rank_warnings import write_warnings
 from dist_lm.tracking.redact import redact_text
 from dist_lm.training.stop import StopRequest

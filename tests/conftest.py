@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm import durable
 from dist_lm.chat.documents import encode_document, write_conversation
 from dist_lm.chat.messages import Call, Conversation, Message, Tool
-from dist_lm.config import TokenizerConfig
+from dist_lm.config.corpus import TokenizerConfig
 from dist_lm.data.manifest import write_manifest
 from dist_lm.data.shard_writer import ShardWriter
 from dist_lm.document import Document
 from dist_lm.launcher.compose import compose_config
-from dist_lm.run_directory import WorkDirectory
 from dist_lm.stages.artefact import corpus_fingerprint, digest, text_fingerprint
+from dist_lm.storage import durable
+from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tokenizer.train import train_tokenizer
 

@@ -9,7 +9,7 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 
 from dist_lm import train as rank
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.run_directory import RunDirectory
 from tests.parallel.ranks import CONTEXT
 
 DEADLINE_S = 120

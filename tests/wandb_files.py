@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.dashboard.show import newest_offline
 from dist_lm.tracking.registry import metric_of, metrics_of
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dist_lm.config import Config
+from dist_lm.config.root import Config
 from dist_lm.launcher.compose import compose_config
 
 TOKENS_A_SECOND = "tokens/s"

@@ -11,7 +11,7 @@ from fairscale.nn.checkpoint import checkpoint_wrapper
 
 from dist_lm.bench.case import Case, Comparison, CrewSize, configurations, describe
 from dist_lm.bench.trial import OwnTraining, Trial, own_rows, peak_mib
-from dist_lm.config import Config
+from dist_lm.config.root import Config
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from dist_lm.bench.case import Case, Comparison, CrewSize, configurations, describe
 from dist_lm.bench.trial import OwnTraining, Trial, own_rows
-from dist_lm.cluster.process import cores
-from dist_lm.config import Config
+from dist_lm.config.root import Config
 from dist_lm.errors import UserError
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
+from dist_lm.storage.process import cores
 
 COMPILED, EAGER = "compiled", "eager"
 SHAPES = (

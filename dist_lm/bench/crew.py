@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm.bench.case import CrewSize
-from dist_lm.cluster.process import free_port
 from dist_lm.cluster.rank_environment import CPU_ALLOCATOR, PATIENCE
 from dist_lm.errors import UserError
+from dist_lm.storage.process import free_port
 from dist_lm.tracking.redact import without_secrets
 
 LOOPBACK = "127.0.0.1"

@@ -10,7 +10,7 @@ import torch
 
 from dist_lm.bench.case import Case, Comparison, CrewSize, configurations, describe
 from dist_lm.bench.trial import OwnTraining, Trial, own_rows
-from dist_lm.config import Config
+from dist_lm.config.root import Config
 from dist_lm.model.initialise import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import Layout

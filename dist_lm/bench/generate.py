@@ -16,7 +16,8 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 from dist_lm.bench.case import Case, Comparison, CrewSize, configurations
 from dist_lm.bench.generate_peers import LitGpt, NanoChat, OnOurWeights, Peer, Transformers
 from dist_lm.bench.trial import Trial
-from dist_lm.config import Config, ModelConfig
+from dist_lm.config.model import ModelConfig
+from dist_lm.config.root import Config
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.params import SamplingParams
 from dist_lm.generation.request import Answer, Request

@@ -17,7 +17,7 @@ from typing import cast
 
 from dist_lm.bench.case import Case, Comparison, CrewSize, configurations, describe
 from dist_lm.bench.trial import Trial, made_up_batch
-from dist_lm.config import Config
+from dist_lm.config.root import Config
 from dist_lm.data.stream import StepData, StepStream
 from dist_lm.model.size import flops_per_token
 from dist_lm.parallel.gradients import squared_norms

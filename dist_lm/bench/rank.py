@@ -20,10 +20,10 @@ import torch
 import torch.distributed as dist
 
 from dist_lm.bench.trial import Trial
-from dist_lm.config import Config
-from dist_lm.config_file import load_config
-from dist_lm.lifeline import die_with_parent
+from dist_lm.config.file import load_config
+from dist_lm.config.root import Config
 from dist_lm.parallel.mesh import World, process_group
+from dist_lm.storage.process import die_with_parent
 
 FIRST_STEPS = 3  # their losses show whether gradients and optimizer agree too
 

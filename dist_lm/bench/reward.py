@@ -16,7 +16,7 @@ import torch
 from dist_lm.bench.case import Case, Comparison, CrewSize, configurations
 from dist_lm.bench.trial import OwnTraining, Trial
 from dist_lm.chat.ranking_tokens import branch_ends, branch_positions
-from dist_lm.config import Config
+from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch, RankedPlaces
 from dist_lm.model.initialise import initialise
 from dist_lm.model.transformer import Transformer

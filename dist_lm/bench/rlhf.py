@@ -34,7 +34,8 @@ from dist_lm.cluster.pool import Pool
 from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.pool_rollouts import PoolRollouts
 from dist_lm.cluster.ray_cluster import connect
-from dist_lm.config import ClusterConfig, Config
+from dist_lm.config.cluster import ClusterConfig
+from dist_lm.config.root import Config
 from dist_lm.parallel.mesh import World
 
 OURS, ONE_PROCESS = "our learner and pool", "the same in one process"

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from dist_lm.bench.rlhf_toy import EPOCHS, ITERATIONS, KL_COEFFICIENT, RATE
-from dist_lm.config import Config
+from dist_lm.config.root import Config
 from dist_lm.interop.gpt_neox import save_gpt_neox
 from dist_lm.model.initialise import initialise
 from dist_lm.model.transformer import Transformer

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from dist_lm.config import Config, ParallelConfig
+from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.rlhf import RewardPartConfig, RlhfConfig
+from dist_lm.config.root import Config
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.request import Answer, Request
 from dist_lm.model.initialise import initial_value
@@ -24,7 +26,6 @@ from dist_lm.rlhf.ppo import Ppo
 from dist_lm.rlhf.prompts import ShuffledPrompts
 from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource
 from dist_lm.rlhf.state import RlhfState
-from dist_lm.rlhf_config import RewardPartConfig, RlhfConfig
 
 PROMPTS, PROMPT = 64, 9  # of an iteration; tokens of each, with the one that begins a document
 EPOCHS = 4

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from dist_lm.bench import tensor_parallel_peer as peer
 from dist_lm.bench.case import Case, Comparison, CrewSize, configurations, describe
 from dist_lm.bench.trial import OwnTraining, Trial, made_up_batch, own_rows
-from dist_lm.config import Config
+from dist_lm.config.root import Config
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model

@@ -20,7 +20,7 @@ from dist_lm.bench.case import Case, Comparison, CrewSize, configurations, descr
 from dist_lm.bench.metrics import MeasuredTraining
 from dist_lm.bench.tracking_follower import NOBODY, OFFLINE, TROUBLE
 from dist_lm.bench.trial import Trial
-from dist_lm.config import Config
+from dist_lm.config.root import Config
 from dist_lm.parallel.mesh import World
 from dist_lm.tracking.metrics import MetricsWriter
 

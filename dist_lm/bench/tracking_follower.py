@@ -19,9 +19,9 @@ from pathlib import Path
 
 import psutil
 
-from dist_lm.config import TrackingConfig
-from dist_lm.lifeline import die_with_parent
-from dist_lm.run_directory import RunDirectory
+from dist_lm.config.tracking import TrackingConfig
+from dist_lm.storage.process import die_with_parent
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.metrics import follow
 from dist_lm.tracking.wandb_run import WandbRun

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from dist_lm.config import Config
+from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World

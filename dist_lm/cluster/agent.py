@@ -19,13 +19,14 @@ from typing import Any
 
 import psutil
 
-from dist_lm.cluster import link, process
+from dist_lm.cluster import link
 from dist_lm.cluster.heartbeat import VARIABLE, HeartbeatBoard, Pulse
 from dist_lm.cluster.node_facts import NodeFacts, examine
 from dist_lm.cluster.node_usage import NodeUsage, UsageMeter
 from dist_lm.cluster.rank_environment import interface_of, rank_environment
 from dist_lm.cluster.ray_access import access_variables
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage import process
+from dist_lm.storage.run_directory import RunDirectory
 
 # when a rank fails torchrun asks the others on its node to leave; on NCCL they wait in a collective and do not hear it
 PEERS_LEAVE_S = 5

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dist_lm.cluster.agent import RankExit
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.run_directory import RunDirectory
 
 # what a healthy rank sees when another one is gone, in the words of gloo, NCCL and the TCP store
 _ECHO = re.compile(

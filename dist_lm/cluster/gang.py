@@ -18,7 +18,7 @@ from dist_lm.cluster.heartbeat import Pulse
 from dist_lm.cluster.node_usage import NodeUsage
 from dist_lm.cluster.ray_errors import first_line
 from dist_lm.cluster.recruit import Crew
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 

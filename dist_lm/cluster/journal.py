@@ -18,10 +18,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dist_lm import durable
 from dist_lm.cluster.heartbeat import Pulse
 from dist_lm.errors import ArtefactError
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage import durable
+from dist_lm.storage.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 

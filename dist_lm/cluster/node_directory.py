@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from dist_lm.cluster import process
+from dist_lm.storage import process
 
 MARK = "DIST_LM_NODE"  # environment variable
 PREFIX = "dln-"

@@ -25,7 +25,7 @@ from dist_lm.cluster.pool_places import AS_MANY, cores_of, missing_places
 from dist_lm.cluster.pool_site import Site
 from dist_lm.cluster.ray_cluster import Node, RayCluster
 from dist_lm.cluster.reservations import reserved_by_others
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.generation.decoder import check_weights
 from dist_lm.generation.request import Request
 from dist_lm.generation.shard import check_tp

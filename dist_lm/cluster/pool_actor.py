@@ -13,10 +13,10 @@ import numpy as np
 import psutil
 import torch
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.request import Answer, Refusal, Request, RequestError
-from dist_lm.lifeline import die_with_parent
+from dist_lm.storage.process import die_with_parent
 
 LEAST_S, MOST_S = 0.2, 0.5  # of work in a call: until something is done, and in any case
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dist_lm.cluster.pool_site import Site
 from dist_lm.cluster.ranks import CPU_RANKS, ranks_per_node
 from dist_lm.cluster.ray_cluster import Node
-from dist_lm.config import ClusterConfig
+from dist_lm.config.cluster import ClusterConfig
+from dist_lm.config.pool import AS_MANY, SHARED, RolloutPoolConfig
 from dist_lm.errors import ConfigError
-from dist_lm.pool_config import AS_MANY, SHARED, RolloutPoolConfig
 
 WITHOUT = "rlhf.pool.actors=0 generates in the process of the first rank"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 
-from dist_lm.cluster import process
+from dist_lm.storage import process
 from dist_lm.tracking.redact import without_secrets
 
 # glibc hands big blocks back to the kernel and faults them in again at every step: a fifth of a step of a small model.

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from dist_lm.config import ClusterConfig
+from dist_lm.config.cluster import ClusterConfig
 
 CPU_RANKS = 2  # enough for every code path of many; more would only share the same cores
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.cluster.ray_environment import environment
 from dist_lm.cluster.ray_join import joined_ray
-from dist_lm.config import ClusterConfig
+from dist_lm.config.cluster import ClusterConfig
 
 VARIABLE = "DIST_LM_RAY"  # environment variable of a rank that may join
 PATH, TOKEN = "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN"  # Ray's own names

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dist_lm.cluster.ray_join import joined_ray
 from dist_lm.cluster.ray_private import private_ray
-from dist_lm.config import ClusterConfig
+from dist_lm.config.cluster import ClusterConfig
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dist_lm.cluster.ray_environment import ENVIRONMENT, ClusterError, environment, import_ray
 from dist_lm.cluster.ray_token import check_token_file
-from dist_lm.config import ClusterConfig
+from dist_lm.config.cluster import ClusterConfig
 
 
 @contextmanager

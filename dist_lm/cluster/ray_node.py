@@ -24,12 +24,13 @@ from typing import IO
 
 import psutil
 
-from dist_lm.cluster import node_directory, process
+from dist_lm.cluster import node_directory
 from dist_lm.cluster.node_address import HeadAddress, address_of_interface, own_address
 from dist_lm.cluster.rank_environment import PATIENCE
 from dist_lm.cluster.ray_environment import ENVIRONMENT, ClusterError
 from dist_lm.cluster.ray_token import check_token_file
 from dist_lm.errors import UserError
+from dist_lm.storage import process
 
 POLL_S = 0.2
 WAIT_S = 300.0  # for the head

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from dist_lm.cluster.ray_environment import ClusterError
 from dist_lm.cluster.ray_join import joined_ray
-from dist_lm.config import ClusterConfig
+from dist_lm.config.cluster import ClusterConfig
 
 # Ray replaces 127.0.0.1 by the host's own address; other loopback addresses are kept, and exist on Linux only
 LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"

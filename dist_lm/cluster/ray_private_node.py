@@ -13,8 +13,9 @@ import sys
 import threading
 import time
 
-from dist_lm.cluster import node_directory, process
+from dist_lm.cluster import node_directory
 from dist_lm.cluster.ray_node import HEAD_PROCESSES, POLL_S, RayProcesses, head_arguments, report
+from dist_lm.storage import process
 
 GRACE_S = 0.3  # nobody uses Ray any more when it is told to end
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from dist_lm.lifeline import die_with_parent
+from dist_lm.storage.process import die_with_parent
 
 
 def main() -> None:

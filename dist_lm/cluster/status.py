@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dist_lm import durable
 from dist_lm.cluster.journal import read_events
 from dist_lm.errors import ArtefactError
-from dist_lm.run_directory import RunDirectory, WorkDirectory
-from dist_lm.run_lock import is_locked
+from dist_lm.storage import durable
+from dist_lm.storage.lock import is_locked
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import last_metrics
 from dist_lm.training import checkpoint_files
 
@@ -139,6 +139,6 @@ def _doing(ranks: Sequence[dict[str, Any]], run: RunStatus, now: float) -> tuple
 
 
 def _steps_of(run: RunDirectory) -> int | None:
-    from dist_lm.config_file import load_config
+    from dist_lm.config.file import load_config
 
     return getattr(load_config(run.config).stage, "steps", None) if run.config.exists() else None

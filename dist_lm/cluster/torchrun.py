@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 
-from dist_lm.lifeline import die_with_parent
+from dist_lm.storage.process import die_with_parent
 
 
 def main() -> None:

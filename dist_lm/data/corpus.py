@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any, get_args
 
-from dist_lm.config import CorpusConfig, SourceConfig
+from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.overlap import seen_texts
 from dist_lm.data.sources import FORMS, READERS
 from dist_lm.data.sources.candidate import Candidate, Rejected, text_hash

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy
 
-from dist_lm import durable
 from dist_lm.errors import ArtefactError
+from dist_lm.storage import durable
 
 BUILD_COMMAND = "python -m dist_lm.launch stage=shards"
 

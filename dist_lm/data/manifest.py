@@ -12,10 +12,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from dist_lm import durable
-from dist_lm.config import SPLITS
+from dist_lm.config.corpus import SPLITS
 from dist_lm.data.index import BUILD_COMMAND, ShardIndex, open_index
 from dist_lm.errors import ArtefactError
+from dist_lm.storage import durable
 
 FORMAT = 1  # of manifest.json and the tars it names
 

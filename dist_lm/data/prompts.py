@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from dist_lm import durable
 from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.storage import durable
 
 KINDS = (".jsonl", ".txt")
 TIMEOUT_S = 60.0  # without a byte from a server

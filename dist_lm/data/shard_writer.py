@@ -21,11 +21,11 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from dist_lm import durable
 from dist_lm.data.index import build_index, index_path, save_index
 from dist_lm.data.manifest import manifest_path
 from dist_lm.data.rankings.arrays import member_parts
 from dist_lm.document import TokenizedDocument
+from dist_lm.storage import durable
 
 _OWNER = "dist_lm"
 _MODE = 0o644

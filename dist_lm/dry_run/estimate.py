@@ -8,7 +8,7 @@ Dimensions: B sequences and T tokens of a micro-batch, D d_model, H K attention 
 import math
 from dataclasses import dataclass
 
-from dist_lm.config import Config
+from dist_lm.config.root import Config
 from dist_lm.dry_run.work import WORLD, StepMemory, Work
 from dist_lm.model.kernels import documents_apart
 from dist_lm.parallel.layout import Layout

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dist_lm.config import Config
-from dist_lm.config_file import load_config
+from dist_lm.config.file import load_config
+from dist_lm.config.root import Config
 from dist_lm.dry_run.estimate import gradients_add_up, is_half, micro_batches_of, offloads
 from dist_lm.dry_run.live_memory import LiveMemory
 from dist_lm.dry_run.rehearsal import random_batch, rehearse

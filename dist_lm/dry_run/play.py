@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_lm.config import Config
-from dist_lm.config_file import save_config
+from dist_lm.config.file import save_config
+from dist_lm.config.root import Config
 from dist_lm.dry_run.work import StepMemory, Work
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.placement import slice_of

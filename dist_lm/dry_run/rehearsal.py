@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from dist_lm.config import Config
+from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch
 from dist_lm.data.stream import StepData, StepStream
 from dist_lm.dry_run.live_memory import LiveMemory

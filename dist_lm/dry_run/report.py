@@ -1,6 +1,6 @@
 """`dry_run=true`: what the played ranks said, put together for people. No torch."""
 
-from dist_lm.config import Config
+from dist_lm.config.root import Config
 from dist_lm.dry_run.estimate import gradients_add_up, is_half, micro_batches_of, offloads
 from dist_lm.dry_run.play import RankReport
 from dist_lm.dry_run.work import WORLD, resident, step_seconds

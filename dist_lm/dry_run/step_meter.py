@@ -7,7 +7,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from dist_lm.config import HardwareConfig
+from dist_lm.config.hardware import HardwareConfig
 from dist_lm.dry_run.collectives import collective_of
 from dist_lm.dry_run.work import WORLD, Work
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from dist_lm.config import HardwareConfig
+from dist_lm.config.hardware import HardwareConfig
 from dist_lm.parallel.layout import AXES, Layout
 
 CPU_RESIDENT = 1.14

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.decode_graphs import DecodeGraphs
 from dist_lm.generation.flash_pages import FlashPages, FlashPlan

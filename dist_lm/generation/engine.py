@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.errors import require
 from dist_lm.generation.cache_choice import build_cache
 from dist_lm.generation.decoder import Decoder, check_weights

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.generation.cache_choice import build_cache
 from dist_lm.generation.decoder import Decoder
 from dist_lm.generation.paged_cache import Piece, Plan
 from dist_lm.generation.parallel_region import LEADER
 from dist_lm.generation.shard import part_shapes, share_of
-from dist_lm.lifeline import die_with_parent
 from dist_lm.parallel.mesh import join_ranks
+from dist_lm.storage.process import die_with_parent
 
 
 class Follower:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError, UserError
-from dist_lm.run_directory import RunDirectory, WorkDirectory
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import model_weights

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from dist_lm.data.manifest import manifest_path, read_manifest
 from dist_lm.errors import ArtefactError, UserError
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.errors import require
 from dist_lm.model.size import Shape, parameter_shapes
 from dist_lm.parallel.layout import Layout, misfit

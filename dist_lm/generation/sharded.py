@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ConfigError
 from dist_lm.generation.cache_choice import build_cache
 from dist_lm.generation.decoder import Decoder, check_weights

@@ -26,8 +26,8 @@ from dist_lm.generation.session import Session, Settings
 from dist_lm.generation.shard import check_tp
 from dist_lm.generation.tool_chat import ToolChat, ToolOptions, warning_of
 from dist_lm.parallel.mesh import option_device
-from dist_lm.run_directory import RunDirectory
-from dist_lm.tool_use.toolbox import Toolbox
+from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.tools.use.toolbox import Toolbox
 
 NO_ANSWER = 1  # the exit code where a model with tools comes to none
 STOPPED = 130  # the exit code after Ctrl-C

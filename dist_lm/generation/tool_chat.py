@@ -1,4 +1,4 @@
-"""A conversation with a model that may call a person's own functions (`dist_lm.tool_use`)."""
+"""A conversation with a model that may call a person's own functions (`dist_lm.tools.use`)."""
 
 import json
 import time
@@ -11,8 +11,8 @@ from dist_lm.chat.template import CALL, END, parse_turn, prompt
 from dist_lm.errors import UserError, require
 from dist_lm.generation.session import ENDINGS as FINISHES
 from dist_lm.generation.session import Outcome, Session, Settings
-from dist_lm.tool_use.loop import Ending, Exchange, converse
-from dist_lm.tool_use.toolbox import Limits, Toolbox
+from dist_lm.tools.use.loop import Ending, Exchange, converse
+from dist_lm.tools.use.toolbox import Limits, Toolbox
 
 LONGEST = 300  # characters of a call or a result that are shown
 UNTAUGHT = ("language", "code")  # stages before the one that teaches calls

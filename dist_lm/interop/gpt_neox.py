@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from dist_lm import durable
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.storage import durable
 
 State = Mapping[str, torch.Tensor]
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from dist_lm import durable
 from dist_lm.errors import ArtefactError, UserError
+from dist_lm.storage import durable
 
 SPACE = "\u2581"
 

@@ -5,8 +5,8 @@ import math
 from pathlib import Path
 
 from dist_lm.launcher.plan import PlannedStage
-from dist_lm.run_directory import WorkDirectory
-from dist_lm.run_lock import locked
+from dist_lm.storage.lock import locked
+from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.console import Console
 
 

@@ -9,13 +9,14 @@ from dist_lm.cluster.hang import Patience
 from dist_lm.cluster.journal import Journal
 from dist_lm.cluster.pool_room import core_users
 from dist_lm.cluster.recruit import Crew
-from dist_lm.config import ClusterConfig, Config
-from dist_lm.config_file import save_config
+from dist_lm.config.cluster import ClusterConfig
+from dist_lm.config.file import save_config
+from dist_lm.config.root import Config
 from dist_lm.launcher.interrupt import Interrupt
 from dist_lm.launcher.muster import Muster
 from dist_lm.launcher.run_watch import RunWatch
 from dist_lm.parallel.layout import resolve_layout
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.live.training_state import GangFacts
 from dist_lm.training import checkpoint_files
 

@@ -21,9 +21,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from dist_lm.config import Config
+from dist_lm.config.generate import schema_of
+from dist_lm.config.root import Config
 from dist_lm.errors import ConfigError
-from dist_lm.generate_config import schema_of
 from dist_lm.launcher.secret_check import check_no_secrets
 from dist_lm.stages.registry import STAGES
 from dist_lm.tracking.redact import redact_command

@@ -7,22 +7,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dist_lm import durable
 from dist_lm.cluster.pool import Pool
 from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.ray_cluster import RayCluster
-from dist_lm.config_file import save_config
-from dist_lm.generate_config import GenerateRunConfig
+from dist_lm.config.file import save_config
+from dist_lm.config.generate import GenerateRunConfig
 from dist_lm.launcher.generation_watch import GenerationWatch, watching_generation
 from dist_lm.launcher.interrupt import Interrupt, left_at_once
 from dist_lm.launcher.pipeline import LOOK_S
 from dist_lm.launcher.plan import PlannedStage, run_of
 from dist_lm.launcher.stage_run import device_and_ranks
 from dist_lm.parallel.sharding import generation_dtype
-from dist_lm.run_directory import RunDirectory
-from dist_lm.run_lock import locked
 from dist_lm.stages.generate import options_of, tokenizer_of, tp_of
 from dist_lm.stages.generated_parts import Samples
+from dist_lm.storage import durable
+from dist_lm.storage.lock import locked
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.training import checkpoint_files
 from dist_lm.training.checkpoint_tensors import model_weights

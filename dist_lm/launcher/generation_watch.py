@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 
-from dist_lm.generate_config import GenerateRunConfig
+from dist_lm.config.generate import GenerateRunConfig
 from dist_lm.launcher.wandb_copy import WandbCopy, start_wandb
-from dist_lm.run_directory import RunDirectory
 from dist_lm.stages.generated_parts import Samples, Tally
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.metrics import MetricsWriter
 

@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from dist_lm.config import Config, require
+from dist_lm.config.root import Config
 from dist_lm.dry_run.choose import best, candidates, table
+from dist_lm.errors import require
 from dist_lm.parallel.layout import check_batch, resolve_layout
 from dist_lm.tracking.console import Console
 

@@ -9,7 +9,7 @@ from dist_lm.cluster.node_checks import Demands
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.cluster.ray_environment import ClusterError
 from dist_lm.cluster.recruit import Crew, recruit
-from dist_lm.config import Config
+from dist_lm.config.root import Config
 from dist_lm.launcher.interrupt import Interrupt
 from dist_lm.launcher.restarts import largest
 from dist_lm.model.size import parameter_count

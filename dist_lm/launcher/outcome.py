@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from dist_lm.launcher.pipeline import QueuedStage
 from dist_lm.launcher.plan import RANKINGS, Plan, PlannedStage, run_of
-from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.stages.registry import STAGES
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.metrics import last_metrics, read_metrics
 from dist_lm.tracking.readable import percent, span, three_decimals

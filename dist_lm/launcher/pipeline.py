@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dist_lm import durable
 from dist_lm.cluster.node_facts import host_name
 from dist_lm.launcher.plan import Action, Plan
-from dist_lm.run_directory import WorkDirectory
-from dist_lm.run_lock import locked
+from dist_lm.storage import durable
+from dist_lm.storage.lock import locked
+from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.redact import redact_command, redact_text
 
 LOOK_S = 1.0  # whoever looks whether a lock is held holds it for a moment

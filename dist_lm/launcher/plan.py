@@ -8,15 +8,16 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from dist_lm.config import Config, ModelConfig
-from dist_lm.config_file import load_config
+from dist_lm.config.file import load_config
+from dist_lm.config.generate import GenerateRunConfig
+from dist_lm.config.model import ModelConfig
+from dist_lm.config.rlhf_run import AUTO, RlhfRunConfig, check_reward_model, with_reward_run
+from dist_lm.config.root import Config
 from dist_lm.data.corpus import form_of
 from dist_lm.data.prompts import find_prompts
 from dist_lm.errors import ConfigError
-from dist_lm.generate_config import GenerateRunConfig
-from dist_lm.rlhf_run_config import AUTO, RlhfRunConfig, check_reward_model, with_reward_run
-from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.stages.registry import STAGES, StageInfo
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.readable import counted
 from dist_lm.training import checkpoint_files
 

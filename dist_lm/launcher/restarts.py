@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from dist_lm.config import Config
+from dist_lm.config.root import Config
 from dist_lm.errors import ConfigError
 from dist_lm.launcher.layout_choice import with_layout
 

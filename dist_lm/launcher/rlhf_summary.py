@@ -1,7 +1,7 @@
 """What stage `rlhf` ends with: reward and divergence, first and last, the win rate, rollouts, paths."""
 
-from dist_lm.json_lines import json_lines
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.durable import json_lines
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.readable import counted, percent
 

@@ -7,9 +7,9 @@ from contextlib import contextmanager, nullcontext
 from dist_lm.cluster.failure import GangFailure
 from dist_lm.cluster.heartbeat import Pulse
 from dist_lm.cluster.node_usage import NodeUsage
-from dist_lm.config import Config
+from dist_lm.config.root import Config
 from dist_lm.launcher.wandb_copy import WandbCopy, start_wandb
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.live.training_state import GangFacts, RankPulse
 from dist_lm.tracking.metrics import follow

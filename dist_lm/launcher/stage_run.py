@@ -9,9 +9,10 @@ from dist_lm.cluster.gang import GangStatus
 from dist_lm.cluster.pool_room import ranks_beside
 from dist_lm.cluster.ranks import ranks_per_node
 from dist_lm.cluster.ray_cluster import RayCluster
-from dist_lm.config import ClusterConfig, Config, require
-from dist_lm.config_file import save_config
-from dist_lm.errors import ArtefactError
+from dist_lm.config.cluster import ClusterConfig
+from dist_lm.config.file import save_config
+from dist_lm.config.root import Config
+from dist_lm.errors import ArtefactError, require
 from dist_lm.launcher.attempts import Attempts
 from dist_lm.launcher.interrupt import Interrupt
 from dist_lm.launcher.layout_choice import check_hardware, with_layout
@@ -20,8 +21,8 @@ from dist_lm.launcher.pipeline import LOOK_S
 from dist_lm.launcher.plan import PlannedStage, run_of
 from dist_lm.launcher.restarts import Restarts, on_nodes, sizes
 from dist_lm.launcher.run_watch import RunWatch, watching
-from dist_lm.run_directory import RunDirectory
-from dist_lm.run_lock import OWN_JOB_S, locked
+from dist_lm.storage.lock import OWN_JOB_S, locked
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.redact import redact_text
 from dist_lm.training import checkpoint_files

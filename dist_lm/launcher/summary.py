@@ -2,13 +2,13 @@
 
 import json
 
-from dist_lm.generate_config import GenerateRunConfig
-from dist_lm.json_lines import json_lines
+from dist_lm.config.generate import GenerateRunConfig
 from dist_lm.launcher.plan import Plan, PlannedStage, run_of
 from dist_lm.launcher.reward_summary import print_agreement, reward_entries
 from dist_lm.launcher.rlhf_summary import is_rlhf, print_rlhf
 from dist_lm.launcher.tools_summary import print_tools, tool_entries
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.durable import json_lines
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.readable import change, counted, percent, three_decimals
 

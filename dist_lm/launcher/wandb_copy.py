@@ -14,9 +14,9 @@ from typing import Any, Self
 
 from dist_lm.cluster.failure import GangFailure
 from dist_lm.cluster.node_usage import NodeUsage, usage_metrics
-from dist_lm.config import Config
+from dist_lm.config.root import Config
 from dist_lm.launcher.git import git_commit
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking import alerts
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.metrics import last_metrics

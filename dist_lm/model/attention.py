@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.varlen import varlen_attn
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.model.kernels import packs_documents
 from dist_lm.model.rope import RopeTables, rotate
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 from torch import nn
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 
 
 class FeedForward(nn.Module):

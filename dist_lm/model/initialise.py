@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.model.transformer import Transformer
 
 RESIDUAL_PROJECTIONS = ("attention.output", "feed_forward.down.weight")

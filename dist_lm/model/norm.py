@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 
 
 def build_norm(config: ModelConfig) -> nn.Module:

@@ -2,7 +2,7 @@
 
 import math
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 
 Shape = tuple[int, ...]
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 from torch import nn
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.model.attention import CAUSAL, Attention, Visibility, within_documents
 from dist_lm.model.cross_entropy import Losses, logprobs_and_entropy, losses_in_chunks, token_losses
 from dist_lm.model.dropout import (

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from operator import attrgetter
 
-from dist_lm.config import Config, ModelConfig, ParallelConfig
+from dist_lm.config.model import ModelConfig
+from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.root import Config
 from dist_lm.errors import ConfigError
 
 AXES = ("dp_replicate", "dp_shard", "tp")

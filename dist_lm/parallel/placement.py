@@ -7,7 +7,7 @@ are the same on all tensor-parallel ranks; a module takes its slice of a bias as
 import math
 from dataclasses import dataclass, replace
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.model.size import Shape, parameter_shapes
 from dist_lm.parallel.layout import Layout
 

@@ -21,7 +21,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from dist_lm.config import ModelConfig, ParallelConfig
+from dist_lm.config.model import ModelConfig
+from dist_lm.config.parallel import ParallelConfig
 from dist_lm.model.initialise import initial_value
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.activation_checkpointing import wrap_blocks

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 from torch import nn
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.model.attention import Attention, Visibility, attend, from_heads, to_heads
 from dist_lm.model.feed_forward import FeedForward, activate
 from dist_lm.model.norm import build_norm

@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.padding import logical, shard_of

@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
 
-from dist_lm.generate_config import schema_of
+from dist_lm.config.generate import schema_of
 
 ABSENT = "–"
 OPEN = "???"  # what OmegaConf calls a value that is missing

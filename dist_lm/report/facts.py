@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
+from dist_lm.config.stage import leads_as_written
 from dist_lm.data.manifest import Manifest
 from dist_lm.parallel.layout import Layout
-from dist_lm.stage_config import leads_as_written
 
 State = Literal["finished", "running", "unfinished"]
 

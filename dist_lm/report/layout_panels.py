@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.model.size import parameter_count
 from dist_lm.parallel.layout import Layout
 from dist_lm.report.facts import RunFacts

@@ -10,7 +10,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.placement import Placement, placements
 from dist_lm.tracking.readable import gib, readable_count

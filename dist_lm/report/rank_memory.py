@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.placement import placements
 from dist_lm.report.facts import RunFacts

@@ -11,15 +11,15 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dist_lm import durable
 from dist_lm.cluster.journal import read_events
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError
-from dist_lm.json_lines import json_lines
 from dist_lm.parallel.layout import AXES, Layout
 from dist_lm.report.facts import Checkpoint, RunFacts, Samples, Series, State
-from dist_lm.run_directory import RunDirectory
-from dist_lm.run_lock import is_locked
+from dist_lm.storage import durable
+from dist_lm.storage.durable import json_lines
+from dist_lm.storage.lock import is_locked
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.metrics import read_metrics
 from dist_lm.tracking.redact import redact, redact_text
 from dist_lm.training import checkpoint_files

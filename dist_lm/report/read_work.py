@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_lm import durable
 from dist_lm.data.manifest import Manifest, read_manifest
 from dist_lm.errors import ArtefactError
 from dist_lm.report.facts import Facts, RunFacts, WorkFacts
 from dist_lm.report.read_run import read_run
-from dist_lm.run_directory import RunDirectory, WorkDirectory
+from dist_lm.storage import durable
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.redact import redact_command, redact_text
 
 EXPECTED = "give a run (work/runs/STAGE/RUN_ID), all runs of a stage (work/runs/STAGE), or a work directory"

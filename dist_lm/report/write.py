@@ -4,10 +4,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_lm import durable
 from dist_lm.errors import ArtefactError
 from dist_lm.report.page import render
 from dist_lm.report.read_work import read_facts, require_paths
+from dist_lm.storage import durable
 
 FILE = "report.html"
 

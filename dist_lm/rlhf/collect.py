@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.algorithm import Experience
 from dist_lm.rlhf.beside import Beside, one_after_other
@@ -18,7 +19,6 @@ from dist_lm.rlhf.packed_rollouts import Dealing, RolloutBatch, completion_mask
 from dist_lm.rlhf.reward_scale import RewardScale
 from dist_lm.rlhf.rewards import total_score
 from dist_lm.rlhf.rollouts import Rollouts
-from dist_lm.rlhf_config import RlhfConfig
 from dist_lm.training.forward import BoundModel
 
 REWARD_MODEL = "reward_model"

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from dist_lm.config import ParallelConfig
+from dist_lm.config.parallel import ParallelConfig
 from dist_lm.parallel.mesh import data_mesh
 from dist_lm.parallel.sharding import reshard
 from dist_lm.rlhf.packed_rollouts import Dealing, RolloutBatch, whole_batches

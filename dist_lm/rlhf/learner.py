@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from dist_lm.config import ParallelConfig
+from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.errors import ConfigError
 from dist_lm.generation.params import SamplingParams
 from dist_lm.parallel.mesh import World
@@ -29,7 +30,6 @@ from dist_lm.rlhf.schedule import RolloutSchedule, Weights, is_drawn_by
 from dist_lm.rlhf.sharing import share_judged
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.rlhf.update import Minibatch, Pretraining, Updater, Updates
-from dist_lm.rlhf_config import RlhfConfig
 from dist_lm.training.optimizer import set_learning_rate
 from dist_lm.training.schedule import learning_rate
 from dist_lm.training.stop import StopRequest

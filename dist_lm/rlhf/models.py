@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
+from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.errors import ConfigError
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.padding import shard_of
 from dist_lm.parallel.sharding import reshard
-from dist_lm.rlhf_config import RlhfConfig
 from dist_lm.training.optimizer import ShardedAdamW, build_optimizer
 
 SCALAR_HEAD = "scalar_head."

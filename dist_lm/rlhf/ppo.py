@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
+from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.rlhf.advantages import Moments, generalised_advantages, token_rewards, whiten
 from dist_lm.rlhf.algorithm import DrawnTokens, Experience, Prepared
 from dist_lm.rlhf.clipped_losses import policy_loss, value_loss
 from dist_lm.rlhf.kl import ESTIMATES
-from dist_lm.rlhf_config import RlhfConfig
 from dist_lm.training.objective import LossSum
 
 

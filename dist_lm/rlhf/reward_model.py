@@ -17,7 +17,7 @@ import torch
 
 from dist_lm.errors import ArtefactError
 from dist_lm.model.transformer import Transformer
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.run_directory import RunDirectory
 
 Scores = TypeVar("Scores", float, np.ndarray, torch.Tensor)
 KEY = "normaliser"  # in result.json

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
+from dist_lm.config.dotted_path import imported_function
+from dist_lm.config.rlhf import RewardPartConfig
 from dist_lm.errors import ConfigError, UserError
-from dist_lm.imported import imported_function
 from dist_lm.rlhf.rollouts import Rollouts
-from dist_lm.rlhf_config import RewardPartConfig
-from dist_lm.syntax import parses, parses_continued, whole_lines
+from dist_lm.sandbox.syntax import parses, parses_continued, whole_lines
 
 Decode = Callable[[Sequence[int]], str]
 

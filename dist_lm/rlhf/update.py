@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
+from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.data.batch import Batch
 from dist_lm.rlhf.algorithm import Algorithm, DrawnTokens
 from dist_lm.rlhf.beside import Beside, one_after_other
 from dist_lm.rlhf.models import RlhfModels, Trained
 from dist_lm.rlhf.packed_rollouts import RolloutBatch
 from dist_lm.rlhf.state import RlhfState
-from dist_lm.rlhf_config import RlhfConfig
 from dist_lm.training.forward import BoundModel
 from dist_lm.training.loss import next_token
 from dist_lm.training.objective import LossModel, LossSum, Objective

@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dist_lm.chat.template import LAYOUT
-from dist_lm.config import Config, CorpusConfig
+from dist_lm.config.corpus import CorpusConfig
+from dist_lm.config.root import Config
 from dist_lm.data.corpus import form_of, text_corpora
-from dist_lm.tool_data.examples import REVISION
+from dist_lm.tools.data.examples import REVISION
 
-GENERATED = ("tools", "drills")  # readers of what `dist_lm.tool_data` makes
+GENERATED = ("tools", "drills")  # readers of what `dist_lm.tools.data` makes
 SAMPLED = "synthetic_rankings"  # reader whose documents a model wrote
 DRAWN = ("sql", *GENERATED, SAMPLED)  # readers whose documents depend on the seed
 LATER_KEYS = ("rows", "only")  # of a source: left out where they say nothing, as corpora from before them have none

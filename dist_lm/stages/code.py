@@ -2,9 +2,9 @@
 
 import torch.distributed as dist
 
+from dist_lm.sandbox.syntax import parses_continued
 from dist_lm.stages.sampling import Sample, keep_samples, sample_prompts
 from dist_lm.stages.training_stage import Closing, TrainingStage
-from dist_lm.syntax import parses_continued
 from dist_lm.training.loss import next_token
 
 

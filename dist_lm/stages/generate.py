@@ -9,14 +9,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.generate import AUTO, GenerateConfig, GenerateRunConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.data.prompts import survey
 from dist_lm.errors import ArtefactError, ConfigError, require
-from dist_lm.generate_config import AUTO, GenerateConfig, GenerateRunConfig
 from dist_lm.generation.engine import EngineOptions
 from dist_lm.generation.params import SamplingParams
 from dist_lm.generation.shard import check_tp
-from dist_lm.run_directory import RunDirectory, WorkDirectory
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files
 

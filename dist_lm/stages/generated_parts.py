@@ -13,14 +13,14 @@ from typing import Any, cast
 
 import numpy as np
 
-from dist_lm import durable
+from dist_lm.config.generate import GenerateRunConfig
 from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
-from dist_lm.generate_config import GenerateRunConfig
 from dist_lm.generation.request import Answer, Refusal, Request
-from dist_lm.json_lines import json_lines
 from dist_lm.model.counter_hash import hash_words, signed
-from dist_lm.run_directory import RunDirectory
 from dist_lm.stages.generate import check_inputs, label_of, options_of, params_of
+from dist_lm.storage import durable
+from dist_lm.storage.durable import json_lines
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 

@@ -14,7 +14,9 @@ import torch
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.ranking import Ranking, ranks_of_scores
 from dist_lm.chat.template import END, prompt
-from dist_lm.config import Config, SourceConfig
+from dist_lm.config.corpus import SourceConfig
+from dist_lm.config.reward import RankingSamplesConfig
+from dist_lm.config.root import Config
 from dist_lm.data.evaluation_batches import spread
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.order import key
@@ -26,9 +28,8 @@ from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.load import LoadedModel, load_model
 from dist_lm.generation.params import SamplingParams
 from dist_lm.generation.request import Answer, Request
-from dist_lm.reward_config import RankingSamplesConfig
-from dist_lm.run_directory import WorkDirectory
-from dist_lm.syntax import PARSERS, parses_continued
+from dist_lm.sandbox.syntax import PARSERS, parses_continued
+from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
 

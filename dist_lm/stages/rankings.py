@@ -7,12 +7,12 @@ It comes behind the stage that reward models start from, because the samples of 
 from pathlib import Path
 
 from dist_lm.chat.ranking_documents import encode_ranking
-from dist_lm.config import Config
+from dist_lm.config.root import Config
 from dist_lm.data.corpus import LocalText, corpora_of_form, corpus_sources
 from dist_lm.data.manifest import read_manifest
-from dist_lm.run_directory import WorkDirectory
 from dist_lm.stages.artefact import SAMPLED, Artefact
 from dist_lm.stages.shards import build_corpus, check_corpus, is_whole
+from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.console import Console
 
 

@@ -18,7 +18,7 @@ class StageInfo:
     starts_from: str | None = None  # stage whose checkpoint it starts from, or asks for samples
     generates: bool = False  # runs on a pool of engines
     in_pipeline: bool = True  # `stage=pipeline` may end with it
-    program: str = "dist_lm.rank_program"  # module whose `run_rank` is what each of its ranks does
+    program: str = "dist_lm.ranks.program"  # module whose `run_rank` is what each of its ranks does
 
 
 # in the order of the pipeline
@@ -39,7 +39,7 @@ STAGES = {
             needs=("shards", "rankings", "tools", "reward"),
             starts_from="tools",
             in_pipeline=False,
-            program="dist_lm.rlhf_run.program",
+            program="dist_lm.ranks.rlhf.program",
         ),
         # takes the newest checkpoint there is, and trains none
         StageInfo("generate", trains=False, needs=(), generates=True, in_pipeline=False),

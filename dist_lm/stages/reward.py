@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from dist_lm.chat.template import END
-from dist_lm.config import SPLITS, Config
+from dist_lm.config.corpus import SPLITS
+from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch, RankedPlaces
 from dist_lm.data.evaluation_batches import spread
 from dist_lm.data.rankings.mapped import MappedRankings

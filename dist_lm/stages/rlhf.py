@@ -12,12 +12,12 @@ from pathlib import Path
 from dist_lm.chat.errors import ChatError
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.template import prompt as rendered
+from dist_lm.config.dotted_path import imported_function
+from dist_lm.config.rlhf_run import RlhfRunConfig, RlhfRunGroup
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
 from dist_lm.errors import ArtefactError
-from dist_lm.imported import imported_function
-from dist_lm.rlhf_run_config import RlhfRunConfig, RlhfRunGroup
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

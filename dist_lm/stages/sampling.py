@@ -5,13 +5,13 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
-from dist_lm import durable
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.params import SamplingParams
 from dist_lm.generation.request import Answer, Request
 from dist_lm.model.transformer import Transformer
 from dist_lm.stages.training_stage import Closing
+from dist_lm.storage import durable
 
 CACHE_TOKENS = 8192  # room for some dozens of samples at a time
 

@@ -5,17 +5,18 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from dist_lm import durable
 from dist_lm.chat.documents import encode_document
-from dist_lm.config import SPLITS, Config
+from dist_lm.config.corpus import SPLITS
+from dist_lm.config.root import Config
 from dist_lm.data.corpus import IngestReport, LocalText, form_of, read_corpus
 from dist_lm.data.manifest import read_manifest, write_manifest
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.shard_writer import ShardWriter
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
-from dist_lm.run_directory import WorkDirectory
 from dist_lm.stages.artefact import Artefact, corpus_fingerprint, digest
+from dist_lm.storage import durable
+from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.encode import Encode, encode_documents
 from dist_lm.tracking.console import Console
 

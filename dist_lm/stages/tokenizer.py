@@ -5,13 +5,13 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from dist_lm import durable
-from dist_lm.config import Config
+from dist_lm.config.root import Config
 from dist_lm.data.corpus import IngestReport, LocalText, read_corpus, text_corpora
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
-from dist_lm.run_directory import WorkDirectory
 from dist_lm.stages.artefact import Artefact, digest, text_fingerprint
+from dist_lm.storage import durable
+from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.report import tokenizer_report
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tokenizer.train import sample_by_language, train_tokenizer

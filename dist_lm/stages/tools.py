@@ -7,15 +7,15 @@ new to it.
 import json
 from collections.abc import Sequence
 
-from dist_lm import durable
 from dist_lm.chat.template import END
 from dist_lm.data.mapped import MappedCorpus
+from dist_lm.evaluation.questions import Asked, choose, shown
+from dist_lm.evaluation.score import Verdict, figures, judge, read_answer
 from dist_lm.generation.params import SamplingParams
 from dist_lm.generation.request import Answer, Request
 from dist_lm.stages.sampling import answer_all
 from dist_lm.stages.training_stage import Closing, TrainingStage
-from dist_lm.tool_evaluation.questions import Asked, choose, shown
-from dist_lm.tool_evaluation.score import Verdict, figures, judge, read_answer
+from dist_lm.storage import durable
 from dist_lm.training.loss import next_token
 
 ROOM = 32  # tokens of an answer beyond twice those of the right one

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch.distributed import ProcessGroup
 
-from dist_lm.config import Config
+from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch
 from dist_lm.data.stream import StepStream
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training.objective import Objective
 from dist_lm.training.trainer import Evaluate

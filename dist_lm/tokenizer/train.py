@@ -10,10 +10,10 @@ from pathlib import Path
 
 import sentencepiece
 
-from dist_lm import durable
-from dist_lm.config import TokenizerConfig
+from dist_lm.config.corpus import TokenizerConfig
 from dist_lm.document import Document
 from dist_lm.errors import ConfigError, UserError
+from dist_lm.storage import durable
 from dist_lm.tokenizer.symbols import END_OF_TEXT, PAD, SPECIAL_TOKENS, UNKNOWN, user_defined_symbols
 from dist_lm.tokenizer.unicode import utf8
 

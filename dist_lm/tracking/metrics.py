@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_lm import durable
 from dist_lm.errors import ArtefactError
+from dist_lm.storage import durable
 from dist_lm.tracking.registry import metric_of
 
 TAIL_BYTES = 64 << 10

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from dist_lm.run_directory import RunDirectory
-from dist_lm.run_lock import locked
+from dist_lm.storage.lock import locked
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.wandb_login import wandb_environment
 from dist_lm.tracking.wandb_recorder import Recorder, logs_of
 from dist_lm.tracking.wandb_upload import Uploader

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from dist_lm import durable
-from dist_lm.json_lines import json_lines
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage import durable
+from dist_lm.storage.durable import json_lines
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.metrics import last_metrics
 from dist_lm.tracking.sample_table import table_of
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from dist_lm import durable
-from dist_lm.config import TrackingConfig
-from dist_lm.run_directory import RunDirectory
+from dist_lm.config.tracking import TrackingConfig
+from dist_lm.storage import durable
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.alerts import Alert
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.redact import redact, redact_command, redact_text

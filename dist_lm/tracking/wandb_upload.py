@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from dist_lm.lifeline import die_with_parent
+from dist_lm.storage.process import die_with_parent
 from dist_lm.tracking.wandb_login import base_url
 
 RETRY_S = (5.0, 60.0)  # between attempts that got nothing through: at first, at most

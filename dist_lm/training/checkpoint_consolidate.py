@@ -5,8 +5,8 @@ import os
 import secrets
 from pathlib import Path
 
-from dist_lm import durable
 from dist_lm.errors import ArtefactError
+from dist_lm.storage import durable
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import LENGTH_BYTES, METADATA, StoredTensor, stored_tensors
 

@@ -17,9 +17,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dist_lm import durable
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError
+from dist_lm.storage import durable
 from dist_lm.training.state import TrainState
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from dist_lm.config import HardwareConfig
+from dist_lm.config.hardware import HardwareConfig
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, hardware: HardwareConfig) -> float:

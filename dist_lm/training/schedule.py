@@ -2,7 +2,7 @@
 
 import math
 
-from dist_lm.stage_config import StageConfig
+from dist_lm.config.stage import StageConfig
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int, min_ratio: float) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dist_lm.config import Config
+from dist_lm.config.root import Config
 from dist_lm.data.stream import StepData, StepStream
 from dist_lm.errors import UserError
 from dist_lm.model.dropout import DropoutKey

@@ -13,8 +13,8 @@ import pytest
 from dist_lm.bench.case import Case, Comparison, CrewSize
 from dist_lm.bench.crew import RankFailedError, crews
 from dist_lm.bench.run import NotTheSameError, check_same, run_case
-from dist_lm.cluster.process import is_alive
 from dist_lm.launcher.compose import compose_config
+from dist_lm.storage.process import is_alive
 
 PAIR = CrewSize(2)
 CONFIG = compose_config(["stage=language", "model=nano"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_lm.config import TokenizerConfig
+from dist_lm.config.corpus import TokenizerConfig
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tokenizer.train import train_tokenizer
 from tests.conftest import texts

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_lm.run_directory import WorkDirectory
+from dist_lm.storage.run_directory import WorkDirectory
 from tests.cluster.launched import CODE_STEPS, finish, start
 from tests.training_run import linked
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 
-from dist_lm.lifeline import die_with_parent
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.process import die_with_parent
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.train import record_failure
 
 

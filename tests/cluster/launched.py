@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dist_lm.cluster.process import is_alive
-from dist_lm.run_directory import RunDirectory, WorkDirectory
+from dist_lm.storage.process import is_alive
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import read_metrics
 from tests.conftest import TINY
 from tests.training_run import linked

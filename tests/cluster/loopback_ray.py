@@ -12,8 +12,8 @@ from pathlib import Path
 
 import psutil
 
-from dist_lm.cluster.process import end, marked
-from dist_lm.config import ClusterConfig
+from dist_lm.config.cluster import ClusterConfig
+from dist_lm.storage.process import end, marked
 from tests.cluster.waiting import eventually
 
 

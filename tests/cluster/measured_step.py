@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dist_lm.config_file import load_config
+from dist_lm.config.file import load_config
 from dist_lm.dry_run.live_memory import LiveMemory
 from dist_lm.dry_run.rehearsal import random_batch, rehearse
 from dist_lm.dry_run.watch import Watch

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from dist_lm.cluster.pool_actor import EngineSpec
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.generation.engine import EngineOptions
 from dist_lm.generation.params import SamplingParams
 from dist_lm.generation.request import Request

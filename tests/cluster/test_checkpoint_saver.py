@@ -9,11 +9,11 @@ from threading import Event
 import pytest
 import torch
 
-from dist_lm.config import ParallelConfig
+from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.stage import StageConfig
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
-from dist_lm.stage_config import StageConfig
 from dist_lm.training import checkpoint, checkpoint_files
 from dist_lm.training.checkpoint_saver import CheckpointSaver
 from dist_lm.training.checkpoint_tensors import stored_tensors

@@ -14,14 +14,15 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from dist_lm.__main__ import main
-from dist_lm.config import ModelConfig, ParallelConfig
+from dist_lm.config.model import ModelConfig
+from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.stage import StageConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.model.size import parameter_count
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
-from dist_lm.stage_config import StageConfig
 from dist_lm.training import checkpoint, checkpoint_files
 from dist_lm.training.checkpoint_tensors import stored_tensors
 from dist_lm.training.optimizer import build_optimizer

@@ -4,10 +4,10 @@ import io
 
 import pytest
 
-from dist_lm.config import TrackingConfig
+from dist_lm.config.tracking import TrackingConfig
 from dist_lm.launcher.generation_run import run_generation
 from dist_lm.launcher.interrupt import Interrupt
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.dashboard.layout import board_of
 from dist_lm.tracking.metrics import read_metrics

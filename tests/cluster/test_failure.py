@@ -8,7 +8,7 @@ import pytest
 
 from dist_lm.cluster.agent import RankExit
 from dist_lm.cluster.failure import NODE_LOST, SILENT, Crowd, GangFailure, explain
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.run_directory import RunDirectory
 
 CROWD = Crowd(hosts=("n1", "n2", "n3"), ranks_per_node=2, device="cuda")
 ECHO = ("RuntimeError", "Connection closed by peer [127.0.0.3]:4711")

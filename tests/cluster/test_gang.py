@@ -14,8 +14,8 @@ from dist_lm.cluster import gang as gang_module
 from dist_lm.cluster.gang import Gang
 from dist_lm.cluster.node_facts import host_name
 from dist_lm.cluster.ray_cluster import RayCluster, connect
-from dist_lm.config import ClusterConfig
-from dist_lm.run_directory import RunDirectory
+from dist_lm.config.cluster import ClusterConfig
+from dist_lm.storage.run_directory import RunDirectory
 from tests.cluster.waiting import eventually, living, ready_ranks, recruited
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
@@ -119,8 +119,8 @@ import sys
 from pathlib import Path
 from dist_lm.cluster.gang import Gang
 from dist_lm.cluster.ray_cluster import connect
-from dist_lm.config import ClusterConfig
-from dist_lm.run_directory import RunDirectory
+from dist_lm.config.cluster import ClusterConfig
+from dist_lm.storage.run_directory import RunDirectory
 from tests.cluster.waiting import recruited
 run = RunDirectory(Path(sys.argv[1]))
 with connect(ClusterConfig(name="local")) as cluster:

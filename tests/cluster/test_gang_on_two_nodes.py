@@ -9,9 +9,9 @@ import pytest
 
 from dist_lm.cluster.gang import Gang
 from dist_lm.cluster.ray_cluster import RayCluster, connect
-from dist_lm.config import ClusterConfig
+from dist_lm.config.cluster import ClusterConfig
 from dist_lm.errors import UserError
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.run_directory import RunDirectory
 from tests.cluster.loopback_ray import LoopbackRay, loopback_ray
 from tests.cluster.waiting import eventually, living, ready_ranks, recruited
 

@@ -17,7 +17,7 @@ import pytest
 
 from dist_lm import launch
 from dist_lm.cluster.ray_cluster import RayCluster
-from dist_lm.config import ClusterConfig
+from dist_lm.config.cluster import ClusterConfig
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.generation.request import Answer, Refusal, Request
 from dist_lm.launcher import generation_run, generation_watch
@@ -25,7 +25,7 @@ from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.generation_run import run_generation
 from dist_lm.launcher.interrupt import SIGNALS, Interrupt, watch_signals
 from dist_lm.launcher.plan import Action, Plan, make_plan
-from dist_lm.run_directory import RunDirectory, WorkDirectory
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.metrics import read_metrics
 from tests.cluster.launched import finish, wait_until

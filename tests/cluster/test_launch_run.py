@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from dist_lm.cluster.journal import read_events
-from dist_lm.run_directory import WorkDirectory
+from dist_lm.storage.run_directory import WorkDirectory
 from tests.cluster.launched import (
     CODE_STEPS,
     assert_gone,

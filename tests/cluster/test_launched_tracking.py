@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from dist_lm.report.write import write_report
-from dist_lm.run_directory import WorkDirectory
+from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.metric import MEASURED_STAGES
 from dist_lm.tracking.metrics import read_metrics
 from tests.conftest import TINY

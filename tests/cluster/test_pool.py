@@ -16,7 +16,7 @@ from dist_lm.cluster.failure import PoolFailure
 from dist_lm.cluster.pool import Pool
 from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.ray_cluster import RayCluster, connect
-from dist_lm.config import ClusterConfig
+from dist_lm.config.cluster import ClusterConfig
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.generation.engine import Engine
 from dist_lm.generation.request import Answer, Refusal, Request

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_lm.config_file import save_config
+from dist_lm.config.file import save_config
 from dist_lm.generation.request import Answer
 from dist_lm.launcher.compose import compose_config
 from tests.conftest import TINY

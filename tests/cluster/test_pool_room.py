@@ -6,9 +6,9 @@ from dist_lm.cluster.pool_places import missing_places
 from dist_lm.cluster.pool_room import actors_in_all, core_users, ranks_beside, site_of
 from dist_lm.cluster.pool_site import Reserved, Site
 from dist_lm.cluster.ray_cluster import Node
-from dist_lm.config import ClusterConfig
+from dist_lm.config.cluster import ClusterConfig
+from dist_lm.config.pool import RolloutPoolConfig
 from dist_lm.errors import ConfigError
-from dist_lm.pool_config import RolloutPoolConfig
 
 
 def nodes(count: int, cpus: int = 8, gpus: int = 0) -> list[Node]:

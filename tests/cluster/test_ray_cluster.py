@@ -13,7 +13,7 @@ import pytest
 from dist_lm.cluster.ranks import ranks_per_node
 from dist_lm.cluster.ray_cluster import connect
 from dist_lm.cluster.ray_environment import ClusterError
-from dist_lm.config import ClusterConfig
+from dist_lm.config.cluster import ClusterConfig
 from tests.cluster.waiting import eventually
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
@@ -26,7 +26,7 @@ print("was let in")
 JOINER = """
 import sys
 from dist_lm.cluster.ray_cluster import connect
-from dist_lm.config import ClusterConfig
+from dist_lm.config.cluster import ClusterConfig
 config = ClusterConfig(name="ray", address=sys.argv[1], token_path=sys.argv[2])
 try:
     with connect(config) as cluster:

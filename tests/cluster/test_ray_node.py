@@ -12,9 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dist_lm.cluster import node_directory, process
+from dist_lm.cluster import node_directory
 from dist_lm.cluster.node_address import HeadAddress, own_address
 from dist_lm.cluster.ray_environment import ClusterError
+from dist_lm.storage import process
 from tests.cluster.waiting import eventually
 
 pytestmark = [

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_lm import durable
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.ranking import Judgement, Ranking
 from dist_lm.chat.ranking_documents import encode_ranking, write_ranking
@@ -15,8 +14,9 @@ from dist_lm.data.shard_writer import ShardWriter
 from dist_lm.document import Document
 from dist_lm.launcher.compose import compose_config
 from dist_lm.rlhf.reward_model import read_normaliser
-from dist_lm.run_directory import RunDirectory, WorkDirectory
 from dist_lm.stages.artefact import corpus_fingerprint, digest
+from dist_lm.storage import durable
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training.checkpoint_tensors import model_weights
 from tests.conftest import TINY

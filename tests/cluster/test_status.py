@@ -10,14 +10,14 @@ from dist_lm.cluster.heartbeat import Pulse
 from dist_lm.cluster.journal import Journal, read_events
 from dist_lm.cluster.status import as_json, read_status
 from dist_lm.cluster.status_view import print_status
-from dist_lm.config_file import save_config
+from dist_lm.config.file import save_config
 from dist_lm.errors import ArtefactError
 from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.pipeline import queue_of
 from dist_lm.launcher.plan import Action, Plan, PlannedStage
-from dist_lm.run_directory import WorkDirectory
-from dist_lm.run_lock import locked
 from dist_lm.stages.registry import STAGES
+from dist_lm.storage.lock import locked
+from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.training.heartbeat import Phase
 from tests.conftest import TINY

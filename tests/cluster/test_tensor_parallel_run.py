@@ -5,7 +5,7 @@ The model has nano's width for 25 heads, with few layers and pieces.
 
 import pytest
 
-from dist_lm.run_directory import RunDirectory, WorkDirectory
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.training.parameter_groups import GROUPS
 from tests.training_run import STEPS, copy_until, linked, numbers, prepare, tolerance, train
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from dist_lm.run_directory import RunDirectory, WorkDirectory
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from tests.conftest import TINY
 from tests.training_run import DEADLINE_S, STEPS, copy_until, linked, numbers, prepare, tolerance, train, unwritten
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.config import TokenizerConfig
-from dist_lm.run_directory import RunDirectory, WorkDirectory
+from dist_lm.config.corpus import TokenizerConfig
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.train import train_tokenizer
 from dist_lm.tracking.metrics import read_metrics
 from dist_lm.training import checkpoint_files

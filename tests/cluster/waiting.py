@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import psutil
 
 from dist_lm.cluster.node_checks import Demands
-from dist_lm.cluster.process import is_alive
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.cluster.recruit import Crew, recruit
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.process import is_alive
+from dist_lm.storage.run_directory import RunDirectory
 
 Value = TypeVar("Value")
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from dist_lm.config import CorpusConfig, SourceConfig
+from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.corpus import IngestReport, LocalText, read_corpus, split_of, text_corpora
 from dist_lm.data.overlap import seen_texts
 from dist_lm.data.sources.bash import read_bash, shell_files

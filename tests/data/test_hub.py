@@ -13,7 +13,7 @@ import pytest
 from datasets import IterableDataset
 from omegaconf import OmegaConf
 
-from dist_lm.config import CorpusConfig, SourceConfig
+from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.corpus import IngestReport, read_corpus
 from dist_lm.data.sources.hub import is_transient, read_hub, resumed
 from dist_lm.document import Document
@@ -173,7 +173,7 @@ def test_which_errors_pass():
 def test_offline_the_hub_corpus_fails_at_once_and_says_what_to_do():
     code = f"""
 from omegaconf import OmegaConf
-from dist_lm.config import CorpusConfig
+from dist_lm.config.corpus import CorpusConfig
 from dist_lm.data.corpus import IngestReport, read_corpus
 values = OmegaConf.load({str(HUB_YAML)!r})
 config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CorpusConfig), values))

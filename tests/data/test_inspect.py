@@ -9,7 +9,7 @@ from rich.console import Console
 
 from dist_lm.data.inspect import inspect_corpus, origin_of, print_corpus
 from dist_lm.errors import ArtefactError
-from dist_lm.run_directory import WorkDirectory
+from dist_lm.storage.run_directory import WorkDirectory
 from tests.data.synthetic_corpus import LANGUAGES, documents, lengths, write
 
 LENGTHS = lengths(30, 50)

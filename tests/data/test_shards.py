@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from webdataset.compat import WebDataset
 
-from dist_lm import durable
 from dist_lm.data import index as index_module
 from dist_lm.data.index import build_index, index_path, load_index, open_index, save_index
 from dist_lm.data.manifest import manifest_path, read_manifest, verify, write_manifest
@@ -21,6 +20,7 @@ from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.shard_writer import ShardWriter
 from dist_lm.document import TokenizedDocument
 from dist_lm.errors import ArtefactError
+from dist_lm.storage import durable
 from tests.data.synthetic_corpus import LANGUAGES, corpus, documents, lengths, write
 
 LENGTHS = lengths(50, 60)

@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_lm.config_file import save_config
+from dist_lm.config.file import save_config
 from dist_lm.generation.load import LoadedModel
 from dist_lm.generation.session import Session
 from dist_lm.launcher.compose import compose_config
 from dist_lm.model.initialise import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
-from dist_lm.run_directory import RunDirectory, WorkDirectory
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint
 from dist_lm.training.state import TrainState

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.params import SamplingParams
 from dist_lm.generation.request import Answer, Refusal, Request, RequestError

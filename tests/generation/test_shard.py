@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ConfigError
 from dist_lm.generation.shard import check_tp, cut, part_shapes, share_of
 from dist_lm.model.attention import CAUSAL, attend, from_heads, to_heads

@@ -11,7 +11,7 @@ from rich.console import Console
 from dist_lm import __main__ as program
 from dist_lm.chat.messages import Call, Conversation, Message
 from dist_lm.chat.template import parse, prompt, render
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.errors import UserError
 from dist_lm.generation.openings import Openings
 from dist_lm.generation.params import SamplingParams
@@ -23,7 +23,7 @@ from dist_lm.generation.text import TextStream
 from dist_lm.generation.tool_chat import ToolChat, warning_of
 from dist_lm.launcher.compose import compose_config
 from dist_lm.tokenizer.tokenizer import Tokenizer
-from dist_lm.tool_use.toolbox import Limits, Toolbox
+from dist_lm.tools.use.toolbox import Limits, Toolbox
 from tests.conftest import TINY
 
 FILE = 'def add(x: int, y: int = 1) -> int:\n    """Sum."""\n    return x + y\n'

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.interop.gpt_neox import from_gpt_neox, save_gpt_neox, to_gpt_neox
 from dist_lm.model.initialise import initialise

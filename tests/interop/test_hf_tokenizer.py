@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_lm.config import TokenizerConfig
+from dist_lm.config.corpus import TokenizerConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.interop.hf_tokenizer import save_hf_tokenizer
 from dist_lm.tokenizer.symbols import SPECIAL_TOKENS

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 
-from dist_lm.config import Config
-from dist_lm.config_file import load_config, save_config
+from dist_lm.config.file import load_config, save_config
+from dist_lm.config.rlhf_run import RlhfRunConfig
+from dist_lm.config.root import Config
+from dist_lm.config.stage import LeadConfig, leads_as_written
 from dist_lm.errors import ConfigError
 from dist_lm.launcher.compose import choices, compose_config, overrides_of, target_stage
-from dist_lm.rlhf_run_config import RlhfRunConfig
-from dist_lm.stage_config import LeadConfig, leads_as_written
 
 
 @pytest.mark.parametrize("model", choices("model"))

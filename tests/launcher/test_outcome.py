@@ -9,8 +9,8 @@ from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.outcome import KEY_FIGURES, key_figures, next_commands, print_outcome
 from dist_lm.launcher.pipeline import QueuedStage
 from dist_lm.launcher.plan import Action, Plan, PlannedStage, run_of
-from dist_lm.run_directory import RunDirectory
 from dist_lm.stages.registry import STAGES
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.tracking.registry import metric_of

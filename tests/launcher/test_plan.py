@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 
-from dist_lm.config_file import save_config
+from dist_lm.config.file import save_config
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.compose import compose_config, overrides_of
 from dist_lm.launcher.plan import Action, differing_keys, in_order, make_plan

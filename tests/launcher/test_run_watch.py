@@ -14,7 +14,7 @@ from dist_lm.cluster.node_usage import NodeUsage
 from dist_lm.launcher import wandb_copy
 from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.run_watch import RunWatch, watching
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.alerts import Alert
 from dist_lm.tracking.console import Console
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.model.initialise import initialise
 from dist_lm.model.transformer import Transformer
 

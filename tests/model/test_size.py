@@ -9,7 +9,7 @@ import torch
 import yaml
 from small_models import small_config
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.model.size import flops_per_token, parameter_count, parameter_shapes
 from dist_lm.model.transformer import Transformer
 

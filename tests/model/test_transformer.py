@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_models import small_config, small_model, small_tokens
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.model.attention import CAUSAL
 from dist_lm.model.dropout import DropoutKey
 from dist_lm.model.rope import rope_tables

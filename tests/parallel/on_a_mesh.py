@@ -7,13 +7,14 @@ import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
 
-from dist_lm.config import ModelConfig, ParallelConfig
+from dist_lm.config.model import ModelConfig
+from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.stage import MuonConfig
 from dist_lm.model.size import Shape, parameter_shapes
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh, data_mesh
 from dist_lm.parallel.sharding import build_model
 from dist_lm.parallel.values import fill, unsharded_copy
-from dist_lm.stage_config import MuonConfig
 from dist_lm.training import checkpoint
 from dist_lm.training.forward import BoundModel
 from dist_lm.training.optimizer import build_optimizer

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 from torch import nn
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
+from dist_lm.config.stage import MuonConfig
 from dist_lm.model.transformer import Transformer
-from dist_lm.stage_config import MuonConfig
 from dist_lm.training.optimizer import build_optimizer
 from tests.parallel.training_task import (
     STAGE,

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from dist_lm.config import ModelConfig, ParallelConfig
+from dist_lm.config.model import ModelConfig
+from dist_lm.config.parallel import ParallelConfig
 from dist_lm.dry_run.live_memory import LiveMemory
 from dist_lm.dry_run.watch import Watch
 from dist_lm.model.size import parameter_shapes

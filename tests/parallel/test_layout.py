@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dist_lm.config import ParallelConfig
+from dist_lm.config.parallel import ParallelConfig
 from dist_lm.errors import ConfigError
 from dist_lm.launcher.compose import compose_config
 from dist_lm.parallel import sharding

@@ -2,7 +2,8 @@
 
 import pytest
 
-from dist_lm.config import HardwareConfig, ParallelConfig
+from dist_lm.config.hardware import HardwareConfig
+from dist_lm.config.parallel import ParallelConfig
 from dist_lm.dry_run.step_meter import StepMeter
 from dist_lm.dry_run.watch import Watch
 from dist_lm.parallel.layout import resolve_layout

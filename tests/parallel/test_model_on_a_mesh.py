@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.model.initialise import initial_value
 from dist_lm.model.size import parameter_shapes
 from dist_lm.parallel.layout import Layout

@@ -8,8 +8,8 @@ from itertools import combinations, product
 
 import pytest
 
-from dist_lm.config import ModelConfig
-from dist_lm.stage_config import MuonConfig
+from dist_lm.config.model import ModelConfig
+from dist_lm.config.stage import MuonConfig
 from tests.parallel.on_a_mesh import MeshTrajectory, rank_steps
 from tests.parallel.one_process import entries_off, error, expected_of
 from tests.parallel.parity_cases import (

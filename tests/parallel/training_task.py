@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
+from dist_lm.config.stage import StageConfig
 from dist_lm.data.batch import Batch
 from dist_lm.model.dropout import DropoutKey
 from dist_lm.model.initialise import initial_value
-from dist_lm.stage_config import StageConfig
 from dist_lm.training.loss import next_token
 from dist_lm.training.objective import LossModel, LossSum, Objective
 from dist_lm.training.optimizer import MOMENTS, named_state

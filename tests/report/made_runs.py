@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from dist_lm import durable
-from dist_lm.config_file import save_config
+from dist_lm.config.file import save_config
 from dist_lm.data.manifest import Counts, Manifest, Shard, Split
 from dist_lm.launcher.compose import compose_config
-from dist_lm.run_directory import RunDirectory, WorkDirectory
+from dist_lm.storage import durable
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 
 BEGAN = 1_700_000_000.0
 NODES = [{"host": "alpha", "address": "10.0.0.1"}, {"host": "beta", "address": "10.0.0.2"}]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.placement import placements
@@ -25,7 +25,7 @@ from dist_lm.report.read_run import read_run, read_series
 from dist_lm.report.read_work import read_facts
 from dist_lm.report.timeline import timeline_of
 from dist_lm.report.write import write_report
-from dist_lm.run_directory import WorkDirectory
+from dist_lm.storage.run_directory import WorkDirectory
 from tests.report.made_runs import HOSTILE, STAGES, make_corpora, make_pipeline, make_run, write_lines
 
 MODEL = ModelConfig("small", d_model=64, n_layers=2, n_heads=4, d_ff=96, max_seq_len=64, vocab_size=512)

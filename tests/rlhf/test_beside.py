@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dist_lm.config.rlhf import RewardPartConfig
 from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.beside import Beside, one_after_other, own_threads
-from dist_lm.rlhf_config import RewardPartConfig
 from tests.rlhf.toy import LENGTH, Toy, tensors_of, toy
 
 CPU = torch.device("cpu")

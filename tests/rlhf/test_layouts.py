@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.config import ParallelConfig
+from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.rlhf import RewardPartConfig
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.stream import SequenceStream
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World
+from dist_lm.ranks.rlhf.pretraining import PretrainingText
 from dist_lm.rlhf.rollouts import EngineRollouts
-from dist_lm.rlhf_config import RewardPartConfig
-from dist_lm.rlhf_run.pretraining import PretrainingText
 from tests.parallel.ranks import RankGroups
 from tests.rlhf.text import write_text
 from tests.rlhf.toy import LENGTH, MODEL, engine_of, toy

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dist_lm.config.rlhf import RewardPartConfig
 from dist_lm.errors import ConfigError
 from dist_lm.generation.request import Answer, Request
 from dist_lm.rlhf.models import scalar_config, start_critic
@@ -15,7 +16,6 @@ from dist_lm.rlhf.ppo import Ppo
 from dist_lm.rlhf.reward_scale import RewardScale
 from dist_lm.rlhf.rollouts import EngineRollouts
 from dist_lm.rlhf.state import RlhfState
-from dist_lm.rlhf_config import RewardPartConfig
 from dist_lm.training.stop import StopRequest
 from dist_lm.training.trainer import NonFiniteGradientsError
 from tests.rlhf.group_mean import GroupMean

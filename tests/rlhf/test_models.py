@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from dist_lm.config.rlhf import RewardPartConfig
+from dist_lm.config.rlhf_run import RlhfRunGroup
 from dist_lm.errors import ArtefactError
+from dist_lm.ranks.rlhf.models import first_state
 from dist_lm.rlhf.kl import KlController
 from dist_lm.rlhf.reward_scale import RewardScale
-from dist_lm.rlhf_config import RewardPartConfig
-from dist_lm.rlhf_run.models import first_state
-from dist_lm.rlhf_run_config import RlhfRunGroup
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.run_directory import RunDirectory
 
 MODEL = RewardPartConfig(kind="reward_model")
 RULE = RewardPartConfig(kind="length", target=8)

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.rlhf.advantages import Moments
 from dist_lm.rlhf.algorithm import DrawnTokens, Experience
 from dist_lm.rlhf.kl import ESTIMATES
 from dist_lm.rlhf.ppo import Ppo, explained_variance
-from dist_lm.rlhf_config import RlhfConfig
 
 PLAIN = RlhfConfig(whiten_advantages=False, lam=1.0)
 MASK = (torch.arange(5) < torch.tensor([5, 2, 3])[:, None]).float()

@@ -15,8 +15,8 @@ from dist_lm.data.stream import SequenceStream
 from dist_lm.errors import ConfigError
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.padding import shard_of
+from dist_lm.ranks.rlhf.pretraining import PretrainingText
 from dist_lm.rlhf.state import RlhfState
-from dist_lm.rlhf_run.pretraining import PretrainingText
 from tests.rlhf.text import write_text
 from tests.rlhf.toy import LENGTH, MODEL, VOCABULARY, Toy, tensors_of, toy, weights_of
 

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.model.initialise import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.reward_model import last_token_scores, normaliser_of, read_normaliser
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.run_directory import RunDirectory
 
 CONFIG = ModelConfig(
     name="t", d_model=16, n_layers=2, n_heads=2, d_ff=32, max_seq_len=64, vocab_size=50, head="scalar", init_std=0.3

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dist_lm.config import ModelConfig
+from dist_lm.config.model import ModelConfig
+from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.data.rankings.mapped import MappedRankings
 from dist_lm.data.rankings.stream import Lessons, RankingStream
 from dist_lm.model.initialise import initialise
@@ -14,7 +15,6 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.plackett_luce import pair_losses, ranking_losses
 from dist_lm.rlhf.reward_model import last_token_scores
 from dist_lm.rlhf.reward_objective import choices_of_people
-from dist_lm.rlhf_config import RlhfConfig
 from dist_lm.training.forward import BoundModel
 from dist_lm.training.optimizer import build_optimizer, named_state
 from tests.data.rankings.made_rankings import corpus_of, random_rankings

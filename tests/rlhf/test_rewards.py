@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from dist_lm.config.rlhf import RewardPartConfig
 from dist_lm.errors import ConfigError
 from dist_lm.rlhf.reward_scale import RewardScale
 from dist_lm.rlhf.rewards import Judged, RewardError, judge, length_rule, parses_rule, rules_of, total_score
-from dist_lm.rlhf_config import RewardPartConfig
 from tests.rlhf.drawn import rollouts_with
 
 

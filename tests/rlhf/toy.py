@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from dist_lm.config import ModelConfig, ParallelConfig
+from dist_lm.config.model import ModelConfig
+from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.rlhf import RewardPartConfig, RlhfConfig
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import resolve_layout
@@ -21,7 +23,6 @@ from dist_lm.rlhf.ppo import Ppo
 from dist_lm.rlhf.prompts import ShuffledPrompts
 from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource
 from dist_lm.rlhf.state import RlhfState
-from dist_lm.rlhf_config import RewardPartConfig, RlhfConfig
 from dist_lm.training.optimizer import named_state
 
 VOCABULARY = 64

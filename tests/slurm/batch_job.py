@@ -4,7 +4,7 @@ import re
 import time
 from pathlib import Path
 
-from dist_lm.run_directory import WorkDirectory
+from dist_lm.storage.run_directory import WorkDirectory
 from tests.cluster.waiting import eventually
 from tests.slurm.real_slurm import RealSlurm
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.run_directory import WorkDirectory
+from dist_lm.storage.run_directory import WorkDirectory
 from tests.slurm.real_slurm import RealSlurm, missing
 from tests.slurm.training_job import TrainingJob
 from tests.training_run import linked

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from dist_lm.cluster.process import is_alive
+from dist_lm.storage.process import is_alive
 from tests.cluster.waiting import eventually
 
 # everything but /tmp, /dev/shm and the writable directory is read-only; paths below /tmp keep their names

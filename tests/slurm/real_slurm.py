@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from dist_lm.cluster.process import is_alive
+from dist_lm.storage.process import is_alive
 from tests.cluster.waiting import eventually
 from tests.slurm.namespace import Namespace
 

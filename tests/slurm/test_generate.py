@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.run_directory import WorkDirectory
+from dist_lm.storage.run_directory import WorkDirectory
 from tests.cluster.waiting import eventually
 from tests.conftest import TINY
 from tests.slurm.batch_job import BatchJob

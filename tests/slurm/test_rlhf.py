@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from dist_lm.rlhf.reward_model import read_normaliser
-from dist_lm.run_directory import RunDirectory, WorkDirectory
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from tests.conftest import TINY
 from tests.slurm.batch_job import BatchJob
 from tests.slurm.real_slurm import RealSlurm

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.run_directory import WorkDirectory
+from dist_lm.storage.run_directory import WorkDirectory
 from tests.cluster.waiting import eventually
 from tests.slurm.real_slurm import RealSlurm
 from tests.slurm.training_job import STEPS, TrainingJob, check_same

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from dist_lm.cluster.process import is_alive
-from dist_lm.run_directory import WorkDirectory
+from dist_lm.storage.process import is_alive
+from dist_lm.storage.run_directory import WorkDirectory
 from tests.cluster.waiting import eventually
 from tests.slurm import disturbances as happens
 from tests.slurm.real_slurm import NODES, RealSlurm

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from dist_lm.cluster.journal import read_events
-from dist_lm.run_directory import RunDirectory, WorkDirectory
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import read_metrics
 from tests.cluster.waiting import eventually
 from tests.conftest import TINY

@@ -5,14 +5,15 @@ from dataclasses import replace
 import pytest
 
 from dist_lm.chat.ranking_documents import read_ranking
-from dist_lm.config import SPLITS, Config, SourceConfig
+from dist_lm.config.corpus import SPLITS, SourceConfig
+from dist_lm.config.root import Config
 from dist_lm.data.rankings.mapped import MappedRankings
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
 from dist_lm.launcher.compose import compose_config
-from dist_lm.run_directory import WorkDirectory
 from dist_lm.stages import rankings
 from dist_lm.stages.ranking_samples import Opening, Sample, ranked_samples, ranking_of_samples
+from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.console import Console
 from tests.conftest import TINY
 from tests.training_run import write_untrained

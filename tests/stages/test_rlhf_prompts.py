@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from dist_lm.chat.template import ASSISTANT
+from dist_lm.config.rlhf_run import RlhfRunConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.launcher.compose import compose_config
-from dist_lm.rlhf_run_config import RlhfRunConfig
-from dist_lm.run_directory import WorkDirectory
 from dist_lm.stages.rlhf import Prompts, read_all
+from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from tests.conftest import TINY
 

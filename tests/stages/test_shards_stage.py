@@ -9,7 +9,8 @@ import pytest
 
 from dist_lm.chat.documents import read_conversation
 from dist_lm.chat.template import parse, render
-from dist_lm.config import SPLITS, Config, SourceConfig
+from dist_lm.config.corpus import SPLITS, SourceConfig
+from dist_lm.config.root import Config
 from dist_lm.data.corpus import IngestReport, read_corpus
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.mapped import MappedCorpus
@@ -17,9 +18,9 @@ from dist_lm.data.sources import READERS
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.compose import compose_config
-from dist_lm.run_directory import WorkDirectory
 from dist_lm.stages import artefact, shards
 from dist_lm.stages.artefact import corpus_fingerprint, text_fingerprint
+from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
 from tests.conftest import TINY, conversations

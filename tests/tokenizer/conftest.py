@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.config import TokenizerConfig
+from dist_lm.config.corpus import TokenizerConfig
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tokenizer.train import train_tokenizer
 from tests.tokenizer.stdlib_text import stdlib_texts

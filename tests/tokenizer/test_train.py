@@ -11,7 +11,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_lm.config import TokenizerConfig
+from dist_lm.config.corpus import TokenizerConfig
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError, UserError
 from dist_lm.tokenizer.symbols import SPECIAL_TOKENS

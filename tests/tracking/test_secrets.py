@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dist_lm.config import TrackingConfig
-from dist_lm.run_directory import RunDirectory
+from dist_lm.config.tracking import TrackingConfig
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.alerts import failed
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.wandb_run import WandbRun

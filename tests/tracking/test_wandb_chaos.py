@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.config import TrackingConfig
-from dist_lm.run_directory import RunDirectory
+from dist_lm.config.tracking import TrackingConfig
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.wandb_run import WandbRun
 from tests.wandb_server import WandbServer

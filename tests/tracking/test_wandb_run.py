@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
-from dist_lm.config import TrackingConfig
+from dist_lm.config.tracking import TrackingConfig
 from dist_lm.errors import ConfigError
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.alerts import Alert
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.wandb_login import wandb_environment, wandb_mode

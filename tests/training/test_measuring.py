@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dist_lm.config.stage import StageConfig
 from dist_lm.launcher.compose import compose_config
 from dist_lm.model.size import parameter_shapes
 from dist_lm.parallel.mesh import World
-from dist_lm.stage_config import StageConfig
 from dist_lm.tracking.registry import metric_of
 from dist_lm.training.eta import Eta
 from dist_lm.training.laps import WallLaps

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dist_lm.stage_config import MuonConfig, StageConfig
+from dist_lm.config.stage import MuonConfig, StageConfig
 from dist_lm.training import muon
 from dist_lm.training.muon import (
     ITERATIONS,

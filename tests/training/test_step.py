@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dist_lm.config.stage import StageConfig
 from dist_lm.data.batch import Batch
 from dist_lm.model.cross_entropy import token_losses
-from dist_lm.stage_config import StageConfig
 from dist_lm.training.loss import next_token
 from dist_lm.training.objective import LossSum
 from dist_lm.training.optimizer import build_optimizer, is_decayed, named_state

@@ -33,7 +33,7 @@ def marks_of(prompt: str, completion: str, parses: bool) -> Marks:
     """The marks of a completion.
 
     Args:
-        parses: what its language's parser says of both together (`dist_lm.syntax`).
+        parses: what its language's parser says of both together (`dist_lm.sandbox.syntax`).
     """
     asked, used = set(NAME.findall(prompt)), set(NAME.findall(completion))
     words = WORD.findall(completion)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from dist_lm.config import SourceConfig
+from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.sources.bash import read_bash
 from dist_lm.data.sources.candidate import Candidate
 from dist_lm.data.sources.english import read_english

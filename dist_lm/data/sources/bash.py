@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from dist_lm.config import SourceConfig
+from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.sources.candidate import Candidate, read_file_document
 from dist_lm.document import Document
 

@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_lm.config import SourceConfig
+from dist_lm.config.corpus import SourceConfig
 from dist_lm.document import Document
 
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from dist_lm.config import SourceConfig
+from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.sources.candidate import Candidate, Rejected, read_text, text_hash
 from dist_lm.data.sources.python import TOPICS, python_files, standard_library
 from dist_lm.document import Document

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dist_lm.config import SourceConfig
+from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.sources.candidate import Candidate, Rejected, text_hash
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError

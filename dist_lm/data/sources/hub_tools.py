@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dist_lm.chat.documents import write_conversation
 from dist_lm.chat.messages import Conversation
-from dist_lm.config import SourceConfig
+from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.sources.candidate import Candidate, Rejected, text_hash
 from dist_lm.data.sources.hub import hub_rows, licence_of, resumed
 from dist_lm.document import Document
@@ -23,7 +23,7 @@ def read_hub_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     Raises ConfigError without the `datasets` package or for a column that is not there, ArtefactError where
     the data set cannot be read.
     """
-    from dist_lm.tool_data.xlam import conversation_of_row
+    from dist_lm.tools.data.xlam import conversation_of_row
 
     if not source.dataset:
         raise ConfigError("corpus source with reader=hub_tools: dataset is empty: expected an id or a local path")

@@ -5,7 +5,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from dist_lm.config import SourceConfig
+from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.sources.candidate import Candidate, read_file_document
 
 # Not the standard library itself, or text made to test parsers rather than to be read.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dist_lm.chat.ranking import Ranking
 from dist_lm.chat.ranking_documents import write_prompt, write_ranking
-from dist_lm.config import SourceConfig
+from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.rankings.local import read_rankings
 from dist_lm.data.rankings.rows import (
     Row,

@@ -9,7 +9,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 
-from dist_lm.config import SourceConfig
+from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.sources.candidate import Candidate, Rejected, text_hash
 from dist_lm.data.sources.sql_analyses import ANALYSES
 from dist_lm.data.sources.sql_queries import QUERIES

@@ -1,15 +1,15 @@
-"""Generated conversations (`dist_lm.tool_data`): drills, and calls of tools, in val other ones than in train."""
+"""Generated conversations (`dist_lm.tools.data`): drills, and calls of tools, in val other ones than in train."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dist_lm.chat.documents import write_conversation
-from dist_lm.config import SourceConfig
+from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.sources.candidate import Candidate
 from dist_lm.document import Document
 
 if TYPE_CHECKING:
-    from dist_lm.tool_data.examples import Example
+    from dist_lm.tools.data.examples import Example
 
 DEFAULT_DOCUMENTS = 20_000
 DEFAULT_DRILLS = 8_000
@@ -20,7 +20,7 @@ def read_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
 
     The language of a document is that of the source and the kind of the example: `tools_parallel`.
     """
-    from dist_lm.tool_data.examples import examples
+    from dist_lm.tools.data.examples import examples
 
     for number, example in enumerate(examples(seed, source.limit or DEFAULT_DOCUMENTS)):
         yield _document(source, example, f"generated:tools:seed={seed}:{number}")
@@ -28,7 +28,7 @@ def read_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
 
 def read_drills(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """`source.limit` conversations (0: `DEFAULT_DRILLS`) of one subject, `source.subset`; number i as above."""
-    from dist_lm.tool_data.examples import drill_example
+    from dist_lm.tools.data.examples import drill_example
 
     subject = source.subset or "copying"
     for number in range(source.limit or DEFAULT_DRILLS):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from dist_lm.config import TrackingConfig
+from dist_lm.config.tracking import TrackingConfig
 from dist_lm.errors import ConfigError, UserError
 from dist_lm.tracking.dashboard.fixed_ids import replace_view
 from dist_lm.tracking.dashboard.layout import Board

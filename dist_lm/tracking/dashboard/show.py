@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_lm.errors import ArtefactError
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.dashboard.layout import Board
 from dist_lm.tracking.readable import counted

@@ -7,7 +7,7 @@ import pytest
 
 from dist_lm.chat.ranking import Judgement
 from dist_lm.chat.ranking_documents import read_ranking
-from dist_lm.config import CorpusConfig, SourceConfig
+from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.corpus import IngestReport, read_corpus
 from dist_lm.data.sources.candidate import Candidate, Rejected
 from dist_lm.data.sources.rankings import read_hub_rankings, read_local_rankings

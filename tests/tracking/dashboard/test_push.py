@@ -17,7 +17,7 @@ from tests.wandb_server import WandbServer
 
 TWICE = """
 import os, sys
-from dist_lm.entry_point import run_program
+from dist_lm.launcher.entry_point import run_program
 from dist_lm.tracking.dashboard.layout import boards
 from dist_lm.tracking.dashboard.push import push
 for _ in range(2):

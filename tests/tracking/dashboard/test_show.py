@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dist_lm.errors import ArtefactError
-from dist_lm.run_directory import RunDirectory
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking import console
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.dashboard.layout import board_of, boards

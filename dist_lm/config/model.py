@@ -1,0 +1,62 @@
+"""The conf group `model`: the shape of the transformer."""
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from dist_lm.errors import require
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the decoder-only transformer."""
+
+    name: str = MISSING
+    d_model: int = MISSING  # width of the residual stream
+    n_layers: int = MISSING
+    n_heads: int = MISSING  # query heads; must divide d_model
+    n_kv_heads: int | None = None  # key/value heads (grouped-query attention); none: as many as n_heads
+    d_ff: int = MISSING  # hidden width of the feed-forward network
+    max_seq_len: int = MISSING  # tokens; longest sequence trained on or generated
+    vocab_size: int = MISSING  # pieces of the tokenizer
+    norm: str = "layernorm"  # layernorm | rmsnorm
+    norm_eps: float = 1e-5
+    ffn: str = "gelu"  # gelu | swiglu
+    bias: bool = True  # biases in linear layers (and in layernorm)
+    tie_embeddings: bool = False  # the output head shares the embedding's weight
+    head: str = "tokens"  # tokens (logits of the next one) | scalar (a score a token: reward and value models)
+    rope_base: float = 10000.0
+    qk_norm: bool = False  # attention compares directions of queries and keys, not lengths: a learned gain a head
+    init_std: float = 0.02
+
+    @property
+    def d_head(self) -> int:
+        return self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    def __post_init__(self) -> None:
+        for key in ("d_model", "n_layers", "n_heads", "d_ff", "max_seq_len", "vocab_size"):
+            require(getattr(self, key) > 0, f"model.{key}", getattr(self, key), "a positive integer")
+        divisors = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0 and self.d_model // n % 2 == 0]
+        near = sorted(divisors, key=lambda n: abs(n - self.n_heads))[:6]
+        require(
+            self.n_heads in divisors,
+            "model.n_heads",
+            self.n_heads,
+            f"a divisor of model.d_model={self.d_model} with an even head width, such as {sorted(near)}",
+        )
+        require(
+            self.kv_heads > 0 and self.n_heads % self.kv_heads == 0,
+            "model.n_kv_heads",
+            self.n_kv_heads,
+            f"a divisor of model.n_heads={self.n_heads}",
+        )
+        require(self.vocab_size <= 65536, "model.vocab_size", self.vocab_size, "at most 65536 (tokens are uint16)")
+        for key in ("norm_eps", "rope_base", "init_std"):
+            require(getattr(self, key) > 0, f"model.{key}", getattr(self, key), "a positive number")
+        require(self.norm in ("layernorm", "rmsnorm"), "model.norm", self.norm, "layernorm or rmsnorm")
+        require(self.ffn in ("gelu", "swiglu"), "model.ffn", self.ffn, "gelu or swiglu")
+        require(self.head in ("tokens", "scalar"), "model.head", self.head, "tokens or scalar")

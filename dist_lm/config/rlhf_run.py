@@ -1,0 +1,158 @@
+"""The whole configuration where the stage is `rlhf`: iterations are its steps, prompts its corpus."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from dist_lm.config.corpus import SourceConfig
+from dist_lm.config.model import ModelConfig
+from dist_lm.config.pool import RolloutPoolConfig
+from dist_lm.config.rlhf import RlhfConfig
+from dist_lm.config.root import Config
+from dist_lm.config.stage import check_shares
+from dist_lm.errors import ArtefactError, require
+from dist_lm.storage.run_directory import WorkDirectory
+
+AUTO = "auto"
+
+
+@dataclass
+class RlhfRunGroup(RlhfConfig):
+    """An iteration (`RlhfConfig`), and what a run of them needs around it."""
+
+    # file or glob of prompts (.jsonl or .txt, a request a line); none: the beginnings of stage.corpus' documents, up to
+    # where the assistant's turn is
+    prompts_from: str = ""
+    held_out_from: str = ""  # the same for held-out prompts; none: those of prompts_from that a hash keeps out, or val
+    reward_model: str = AUTO  # run of stage reward; auto: the one under the same run_id
+    held_out_prompts: int = 64  # for the win rate before the first iteration and after the last; 0: it is not measured
+    table_rollouts: int = 16  # that samples/step_N.jsonl shows, every stage.eval_every iterations
+    # with rlhf.pretrain_coefficient above 0: text whose next-token loss is added to the policy's in every update
+    pretrain_corpus: str = "code"
+    pretrain_mix: dict[str, float] = field(default_factory=dict)  # share of its sequences from other corpora, by name
+    pretrain_sequences: int = 16  # an update, over all ranks
+    pretrain_seq_len: int = 256  # tokens
+    pool: RolloutPoolConfig = field(default_factory=RolloutPoolConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # a part of no weight is none: so a command can take away what a file of conf/ gives
+        self.rewards = {name: part for name, part in self.rewards.items() if part.weight}
+        for key in ("held_out_prompts", "table_rollouts"):
+            require(getattr(self, key) >= 0, f"rlhf.{key}", getattr(self, key), "0 or a positive integer")
+        require(bool(self.rewards), "rlhf.rewards", self.rewards, "at least one part")
+        require(bool(self.reward_model), "rlhf.reward_model", self.reward_model, "auto, or the path of a run")
+        for key in ("pretrain_sequences", "pretrain_seq_len"):
+            require(getattr(self, key) > 0, f"rlhf.{key}", getattr(self, key), "a positive integer")
+        check_shares("rlhf.pretrain_mix", self.pretrain_mix, own="rlhf.pretrain_corpus")
+
+    @property
+    def asks_reward_model(self) -> bool:
+        """Whether a part of the reward is the reward model's score."""
+        return any(part.kind == "reward_model" for part in self.rewards.values())
+
+    @property
+    def pretrain_streams(self) -> tuple[str, ...]:
+        """The corpora of the pretraining text: none where it has no weight."""
+        return (self.pretrain_corpus, *sorted(self.pretrain_mix)) if self.pretrain_coefficient else ()
+
+
+@dataclass
+class RlhfRunConfig(Config):
+    """The whole configuration where the stage is `rlhf`."""
+
+    rlhf: RlhfRunGroup = MISSING
+
+    @property
+    def pool(self) -> RolloutPoolConfig:
+        return self.rlhf.pool
+
+    @property
+    def takes_sequences(self) -> bool:
+        return False
+
+    @property
+    def sequence_keys(self) -> tuple[str, str] | None:
+        return ("rlhf.pretrain_sequences", "rlhf.pretrain_seq_len") if self.rlhf.pretrain_coefficient else None
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        prompts = () if self.rlhf.prompts_from else self.stage.streams
+        return tuple(dict.fromkeys((*prompts, *self.rlhf.pretrain_streams)))
+
+    @property
+    def trained_models(self) -> int:
+        return 2
+
+    @property
+    def not_needed(self) -> tuple[str, ...]:
+        needed = {"shards" if name not in self.ranked_corpora else "rankings" for name in self.streams}
+        if self.rlhf.asks_reward_model and self.rlhf.reward_model == AUTO:
+            needed.add("reward")
+        return tuple(name for name in ("shards", "rankings", "reward") if name not in needed)
+
+    @property
+    def ranked_corpora(self) -> frozenset[str]:
+        """The corpora of rankings, whose rows are no text to go on with."""
+        ranked = (name for name, parts in self.corpus.corpora.items() if any(_is_ranked(part) for part in parts))
+        return frozenset(ranked)
+
+    def check_stage(self) -> None:
+        super().check_stage()
+        longest, new = self.model.max_seq_len, self.rlhf.max_new_tokens
+        require(new < longest, "rlhf.max_new_tokens", new, f"less than model.max_seq_len={longest}")
+        require(
+            self.rlhf.pool.cache_tokens >= longest,
+            "rlhf.pool.cache_tokens",
+            self.rlhf.pool.cache_tokens,
+            f"at least model.max_seq_len={longest}",
+        )
+        mixed = [name for name in self.stage.streams if name != self.stage.corpus]
+        accepted = "none: prompts are of stage.corpus alone (rlhf.pretrain_mix is of the pretraining text)"
+        require(not mixed, "stage.mix and stage.lead", ", ".join(mixed), accepted)
+        self._check_pretraining()
+
+    def _check_pretraining(self) -> None:
+        """Refuse pretraining text that is none, or does not fit the model."""
+        group, longest = self.rlhf, self.model.max_seq_len
+        if not group.pretrain_coefficient:
+            return
+        texts = [name for name in self.corpus.corpora if name not in self.ranked_corpora]
+        listed = ", ".join(texts)
+        accepted = f"a text of corpus={self.corpus.name}: {listed}"
+        require(group.pretrain_corpus in texts, "rlhf.pretrain_corpus", group.pretrain_corpus, accepted)
+        accepted = f"texts of corpus={self.corpus.name} beside rlhf.pretrain_corpus={group.pretrain_corpus}: {listed}"
+        for name in group.pretrain_mix:
+            require(name in {*texts} - {group.pretrain_corpus}, "rlhf.pretrain_mix", name, accepted)
+        accepted = f"at most model.max_seq_len={longest}"
+        require(group.pretrain_seq_len <= longest, "rlhf.pretrain_seq_len", group.pretrain_seq_len, accepted)
+
+
+def _is_ranked(source: SourceConfig) -> bool:
+    return source.reader.endswith("rankings")
+
+
+def check_reward_model(config: RlhfRunConfig, shape: ModelConfig) -> None:
+    """Refuse a model that cannot be rlhf.reward_model.
+
+    Raises:
+        ArtefactError: names the run.
+    """
+    if shape.head != "scalar" or shape.vocab_size != config.model.vocab_size:
+        raise ArtefactError(
+            f"rlhf.reward_model={config.rlhf.reward_model}: its model has model.head={shape.head} and "
+            f"{shape.vocab_size} tokens; expected a run of stage reward with this tokenizer"
+        )
+
+
+def with_reward_run(config: RlhfRunConfig) -> RlhfRunConfig:
+    """`config` with rlhf.reward_model as an absolute path; empty where no part of the reward asks it."""
+    found = config.rlhf.reward_model
+    if not config.rlhf.asks_reward_model:
+        found = "none"
+    elif found == AUTO:
+        found = str(WorkDirectory(Path(config.work_dir).resolve()).run("reward", config.run_id).path)
+    else:
+        found = str(Path(found).expanduser().resolve())
+    return replace(config, rlhf=replace(config.rlhf, reward_model=found))

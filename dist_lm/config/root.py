@@ -1,0 +1,121 @@
+"""The whole resolved configuration.
+
+`conf/*.yaml` gives the values, the dataclasses of this package give the types: an unknown key or a value of the wrong
+type is refused when the configuration is composed, a value out of bounds or a combination that cannot run when it
+becomes an object. The launcher composes once; ranks read the resolved file from the run directory.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from dist_lm.config.cluster import ClusterConfig
+from dist_lm.config.corpus import CorpusConfig, TokenizerConfig
+from dist_lm.config.hardware import HardwareConfig
+from dist_lm.config.model import ModelConfig
+from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.pool import RolloutPoolConfig
+from dist_lm.config.stage import StageConfig
+from dist_lm.config.tracking import TrackingConfig
+from dist_lm.errors import ConfigError, require
+
+
+@dataclass
+class Config:
+    """The whole resolved configuration."""
+
+    seed: int = 0
+    work_dir: str = "work"
+    run_id: str = "default"
+    device: str = "auto"  # auto | cpu | cuda
+    prerequisites: str = "build"  # build what is missing | fail and name the command
+    dry_run: bool = False
+    model: ModelConfig = MISSING
+    parallel: ParallelConfig = MISSING
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    stage: StageConfig = MISSING
+    corpus: CorpusConfig = MISSING
+    tokenizer: TokenizerConfig = MISSING
+    cluster: ClusterConfig = MISSING
+    tracking: TrackingConfig = MISSING
+
+    def __post_init__(self) -> None:
+        require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
+        require(self.prerequisites in ("build", "fail"), "prerequisites", self.prerequisites, "build or fail")
+        require(
+            bool(self.run_id) and Path(self.run_id).name == self.run_id and not self.run_id.startswith("."),
+            "run_id",
+            self.run_id,
+            "a plain name (it becomes a folder)",
+        )
+        require(
+            self.tokenizer.vocab_size == self.model.vocab_size,
+            "tokenizer.vocab_size",
+            self.tokenizer.vocab_size,
+            f"model.vocab_size={self.model.vocab_size}, which it follows: set that one",
+        )
+        self.check_stage()
+
+    @property
+    def pool(self) -> RolloutPoolConfig | None:
+        """Of the actors that a rank drives, where the stage has any."""
+        return None
+
+    @property
+    def takes_sequences(self) -> bool:
+        """Whether a step is stage.global_batch sequences of stage.seq_len tokens."""
+        return True
+
+    @property
+    def sequence_keys(self) -> tuple[str, str] | None:
+        """(how many sequences an update takes over all ranks, tokens of one): the keys that say so, where it does."""
+        return "stage.global_batch", "stage.seq_len"
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The corpora that it reads."""
+        return self.stage.streams
+
+    @property
+    def trained_models(self) -> int:
+        """That a checkpoint holds, of the size of `model`."""
+        return 1
+
+    @property
+    def not_needed(self) -> tuple[str, ...]:
+        """Stages that this one needs by default, but not as it is configured."""
+        return ()
+
+    def check_stage(self) -> None:
+        """Refuse keys of the stage that do not go with other groups."""
+        require(
+            self.stage.corpus in ("", *self.corpus.corpora),
+            "stage.corpus",
+            self.stage.corpus,
+            f"one of the corpora of corpus={self.corpus.name}: {', '.join(self.corpus.corpora)}",
+        )
+        own = self.stage.corpus
+        others = [name for name in self.corpus.corpora if own and name != own]
+        accepted = f"corpora of corpus={self.corpus.name} beside stage.corpus={own}: {', '.join(others)}"
+        for name, share in (self.stage.mix or {}).items():
+            if name not in self.corpus.corpora:
+                raise ConfigError(f"stage.mix={{{name}: {share:g}}}: there is no corpus {name}; expected {accepted}")
+            require(name in others, "stage.mix", name, accepted)
+        free = {*others} - {*(self.stage.mix or {})}
+        for lead in self.stage.lead:
+            require(
+                lead.corpus in free,
+                "stage.lead: corpus",
+                lead.corpus,
+                f"a corpus of corpus={self.corpus.name} that is neither stage.corpus={own} nor in stage.mix, each once",
+            )
+            free.remove(lead.corpus)
+        for name in self.stage.corpora or []:
+            require(name in self.corpus.corpora, "stage.corpora", name, f"some of {', '.join(self.corpus.corpora)}")
+        require(
+            self.stage.seq_len <= self.model.max_seq_len,
+            "stage.seq_len",
+            self.stage.seq_len,
+            f"at most model.max_seq_len={self.model.max_seq_len}",
+        )

@@ -1,0 +1,155 @@
+"""The configuration of a stage: what it reads, how it is optimised, and what it asks before and after."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from dist_lm.config.reward import RankingSamplesConfig, RewardConfig
+from dist_lm.errors import require
+
+
+def check_shares(key: str, shares: Mapping[str, float], own: str) -> None:
+    """Refuse shares of other corpora that are none, or leave nothing to the corpus that `own` names."""
+    for name, share in shares.items():
+        accepted = "above 0 and below 1, in whole per cent, such as 0.15"
+        whole = 0 < share < 1 and abs(share * 100 - round(share * 100)) < 1e-9
+        require(whole, f"{key}.{name}", share, accepted)
+    total = sum(shares.values())
+    require(round(total, 9) < 1, key, f"{total:g} in all", f"below 1, so that {own} has a share")
+
+
+@dataclass
+class SamplingConfig:
+    """What is generated from the model at the end of a stage, and how."""
+
+    prompts: dict[str, list[str]] = field(default_factory=dict)  # language -> prompts
+    samples_per_prompt: int = 4
+    max_new_tokens: int = 128
+    temperature: float = 0.7  # 0: greedy
+    top_k: int = 50  # 0: off
+    top_p: float = 0.95  # 1: off
+
+    def __post_init__(self) -> None:
+        require(self.samples_per_prompt >= 0, "stage.sampling.samples_per_prompt", self.samples_per_prompt, ">= 0")
+        require(
+            self.max_new_tokens > 0,
+            "stage.sampling.max_new_tokens",
+            self.max_new_tokens,
+            "a positive integer",
+        )
+        require(self.temperature >= 0, "stage.sampling.temperature", self.temperature, ">= 0 (0 is greedy)")
+        require(self.top_k >= 0, "stage.sampling.top_k", self.top_k, ">= 0 (0 is off)")
+        require(0 < self.top_p <= 1, "stage.sampling.top_p", self.top_p, "in (0, 1]")
+
+
+@dataclass
+class QuestionsConfig:
+    """How stage tools asks the model about held-out conversations, before its first step and after its last."""
+
+    per_kind: int = 200  # questions of a kind of conversation, at most; 0: none are asked
+    max_new_tokens: int = 256  # of an answer
+
+    def __post_init__(self) -> None:
+        require(self.per_kind >= 0, "stage.questions.per_kind", self.per_kind, ">= 0")
+        require(self.max_new_tokens > 0, "stage.questions.max_new_tokens", self.max_new_tokens, "a positive integer")
+
+
+@dataclass
+class LeadConfig:
+    """A corpus that stands in for the stage's own for some of its first steps: what is to be learned first."""
+
+    corpus: str = MISSING
+    steps: int = MISSING
+    lr_ratio: float = 1.0  # its learning rates / those of the stage: to begin looking back takes higher ones
+
+    def __post_init__(self) -> None:
+        require(0 < self.lr_ratio < math.inf, "stage.lead: lr_ratio", self.lr_ratio, "a positive number")
+        require(self.steps > 0, "stage.lead: steps", self.steps, "a positive integer")
+
+
+def leads_as_written(lead: Any) -> list[Any]:
+    """`stage.lead` of a configuration file: up to version 0.1 one mapping, with 0 steps for none."""
+    if isinstance(lead, Mapping):
+        return [lead] if lead["steps"] else []
+    return list(lead or ())
+
+
+@dataclass
+class MuonConfig:
+    """Muon for the matrices inside blocks; embedding, head, norms and biases stay with AdamW."""
+
+    lr: float = 0.0  # peak learning rate of these matrices, about 0.02; 0: off
+    momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        require(0 <= self.lr < math.inf, "stage.muon.lr", self.lr, ">= 0 (0 is off)")
+        require(0 <= self.momentum < 1, "stage.muon.momentum", self.momentum, "in [0, 1)")
+
+
+@dataclass
+class StageConfig:
+    """One stage: what it reads, and how it is optimised."""
+
+    name: str = MISSING
+    corpus: str = ""  # name under work/corpora that it streams
+    mix: dict[str, float] | None = field(default_factory=dict)  # share of the sequences from other corpora, by name
+    lead: list[LeadConfig] = field(default_factory=list)  # one after the other, from the first step on
+    corpora: list[str] | None = None  # shards, rankings: the corpora to build; null: all
+    init_from: str = "auto"  # auto (the stage before) | none | a checkpoint or run directory
+    steps: int = 1000  # optimizer steps
+    seq_len: int = 256  # tokens
+    global_batch: int = 16  # sequences a step over all ranks
+    micro_batch: int = 8  # sequences a rank takes through the model at once
+    lr: float = 1e-4  # peak learning rate
+    min_lr_ratio: float = 0.1  # final learning rate / peak
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0  # weight of the squared log-normaliser of the logits; 0: off
+    dropout: float = 0.0
+    grad_clip: float = 1.0  # largest global gradient norm; 0: off
+    max_nonfinite_steps: int = 10  # consecutive steps with NaN/inf gradients before the run stops
+    document_mask: bool = True  # attention stays inside a document
+    reset_positions: bool = True  # positions start at 0 in each document
+    checkpoint_every: int = 500  # steps; 0: only at the end
+    checkpoint_async: bool = True  # write checkpoints beside training, from a copy in host memory, one at a time
+    keep_checkpoints: int = 3  # newest ones kept; BEST is always kept
+    eval_every: int = 500  # steps; 0: only at the end
+    eval_at_start: bool = False  # evaluate before the first step too, with all of val
+    eval_sequences: int = 256  # val sequences in an evaluation on the way; 0: all. The last one always takes all
+    log_every: int = 1  # steps
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    samples: RankingSamplesConfig = field(default_factory=RankingSamplesConfig)
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "seq_len", "global_batch", "micro_batch", "log_every", "max_nonfinite_steps"):
+            require(getattr(self, key) > 0, f"stage.{key}", getattr(self, key), "a positive integer")
+        for key in ("warmup_steps", "checkpoint_every", "eval_every", "eval_sequences"):
+            require(getattr(self, key) >= 0, f"stage.{key}", getattr(self, key), "0 or a positive integer")
+        require(self.keep_checkpoints > 0, "stage.keep_checkpoints", self.keep_checkpoints, "a positive integer")
+        require(0 < self.lr < math.inf, "stage.lr", self.lr, "a positive number")
+        require(0 <= self.min_lr_ratio <= 1, "stage.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
+        require(0 <= self.dropout < 1, "stage.dropout", self.dropout, "in [0, 1)")
+        require(0 <= self.label_smoothing < 1, "stage.label_smoothing", self.label_smoothing, "in [0, 1)")
+        require(self.z_loss >= 0, "stage.z_loss", self.z_loss, ">= 0 (0 is off)")
+        for key in ("beta1", "beta2"):
+            require(0 <= getattr(self, key) < 1, f"stage.{key}", getattr(self, key), "in [0, 1)")
+        require(self.adam_eps > 0, "stage.adam_eps", self.adam_eps, "a positive number")
+        require(self.grad_clip >= 0, "stage.grad_clip", self.grad_clip, ">= 0 (0 is off)")
+        require(self.weight_decay >= 0, "stage.weight_decay", self.weight_decay, ">= 0")
+        check_shares("stage.mix", self.mix or {}, own="stage.corpus")
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The corpora that it trains on: its own, those in its mix, those that lead."""
+        leading = (lead.corpus for lead in self.lead)
+        return tuple(name for name in (self.corpus, *sorted(self.mix or {}), *leading) if name)

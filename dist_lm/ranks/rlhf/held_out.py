@@ -1,0 +1,98 @@
+"""Win rate on held-out prompts: how often the policy's answer scores more than one that the reference gave.
+
+Both answer at the sampling temperature, with random numbers of their own: before the first iteration, when they are the
+same model, it is about a half.
+
+Dimensions: B rollouts.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dist_lm.config.rlhf_run import RlhfRunConfig
+from dist_lm.generation.params import SamplingParams
+from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.values import whole_weights
+from dist_lm.ranks.start import RankStart
+from dist_lm.rlhf.forwards import add_up, dealing, end_scores
+from dist_lm.rlhf.learner import RolloutSupply
+from dist_lm.rlhf.models import RlhfModels
+from dist_lm.rlhf.reward_scale import RewardScale
+from dist_lm.rlhf.rewards import rules_of, total_score
+from dist_lm.rlhf.rollouts import Rollouts, requests_of, rollouts_of
+from dist_lm.rlhf.sharing import share_judged
+from dist_lm.training.forward import BoundModel
+
+POLICY_SEED, REFERENCE_SEED = 1, 2  # beside the run's
+POLICY_VERSION, REFERENCE_VERSION = -2, -3  # of their weights, which no iteration made: a pool goes by versions
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Prompts that are never trained on, on every rank, and how answers to them are compared."""
+
+    config: RlhfRunConfig
+    start: RankStart
+    models: RlhfModels
+    supply: RolloutSupply | None  # on the first rank
+    prompts: Sequence[Sequence[int]]
+    alive: Callable[[], None]
+
+    def compare(self, scale: RewardScale | None) -> dict[str, float]:
+        """`rlhf/win_rate` (ties count half) and `rlhf/held_out_score`; nothing without prompts (collective).
+
+        Args:
+            scale: of the reward model's scores.
+        """
+        if not self.prompts:
+            return {}
+        reference = self.models.reference or self.models.policy.model
+        own = self._scores(self.models.policy.model, POLICY_VERSION, POLICY_SEED, scale)
+        other = self._scores(reference, REFERENCE_VERSION, REFERENCE_SEED, scale)
+        wins = (own > other).double() + (own == other).double() / 2
+        return {
+            "rlhf/win_rate": float(wins.mean()),
+            "rlhf/held_out_score": float(own.double().mean()),
+            "rlhf/held_out_score_reference": float(other.double().mean()),
+            "rlhf/held_out": float(len(self.prompts)),
+        }
+
+    def _scores(self, model: Transformer, version: int, seed: int, scale: RewardScale | None) -> torch.Tensor:
+        """What answers of `model` are worth, (B,)."""
+        group = self.config.rlhf
+        weights = whole_weights(model, model.config, torch.float32)
+        rules = rules_of(group.rewards)
+        rollouts = None
+        if self.supply:
+            copies = {name: np.array(value.cpu().numpy()) for name, value in weights.items()}
+            self.supply.source.load_weights(copies, version)
+            rollouts = self._answers(self.supply, seed)
+        rollouts, parts = share_judged(rollouts, rules, self.supply.decode if self.supply else None)
+        if self.models.reward:
+            raw_B = self._ask_reward_model(self.models.reward, rollouts)
+            own = [name for name, part in group.rewards.items() if part.kind == "reward_model"]
+            parts |= dict.fromkeys(own, scale(raw_B) if scale else raw_B)
+        whole_B = torch.from_numpy(rollouts.whole)
+        return total_score(parts, group.rewards, whole_B, group.missing_eos_penalty)
+
+    def _answers(self, supply: RolloutSupply, seed: int) -> Rollouts:
+        group = self.config.rlhf
+        params = SamplingParams(
+            max_new_tokens=group.max_new_tokens,
+            temperature=group.temperature,
+            stop_tokens=supply.stop_tokens,
+            ignore_eot=group.ignore_eot,
+        )
+        requests = requests_of(self.prompts, 0, 1, params, self.config.seed + seed)
+        return rollouts_of(requests, supply.source.generate(requests))
+
+    def _ask_reward_model(self, reward: Transformer, rollouts: Rollouts) -> torch.Tensor:
+        mesh, device = self.start.mesh, self.start.world.device
+        shares = dealing(mesh, self.config.parallel, self.config.rlhf.micro_batch_tokens)
+        chunk_bytes = self.config.parallel.loss_chunk_mib << 20
+        bound = BoundModel(reward, document_mask=True, chunk_bytes=chunk_bytes)
+        scores = end_scores(bound, rollouts, shares, device, self.alive)
+        return add_up([scores], mesh.get_local_rank("tp") == 0)[0].cpu()

@@ -1,0 +1,134 @@
+"""The models of a run of stage `rlhf`, from the checkpoints that it starts or goes on from."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+
+from dist_lm.config.model import ModelConfig
+from dist_lm.config.rlhf_run import RlhfRunConfig, RlhfRunGroup, check_reward_model
+from dist_lm.errors import ArtefactError
+from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.sharding import build_model
+from dist_lm.ranks.start import RankStart
+from dist_lm.rlhf.algorithm import Algorithm
+from dist_lm.rlhf.kl import KlController
+from dist_lm.rlhf.models import RlhfModels, frozen, scalar_config, start_critic, trained_critic, trained_policy
+from dist_lm.rlhf.reward_model import read_normaliser
+from dist_lm.rlhf.reward_scale import RewardScale
+from dist_lm.rlhf.state import RlhfState
+from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.training import checkpoint, checkpoint_files
+from dist_lm.training.checkpoint import Companion
+from dist_lm.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+VALUE = "value."  # what names of the critic's tensors begin with
+STATE, PENDING = "rlhf.json", "pending.safetensors"  # what a checkpoint has of the stage's own
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Models, filled, and where the run stands."""
+
+    models: RlhfModels
+    state: RlhfState
+    tokens: int  # drawn and trained on so far
+
+    @property
+    def companions(self) -> tuple[Companion, ...]:
+        """What a checkpoint holds beside the policy."""
+        critic = self.models.critic
+        return (Companion(VALUE, critic.model, critic.optimizer, critic.model.config),) if critic else ()
+
+
+def begin(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorithm: Algorithm) -> Begun:
+    """Models from the run's newest intact checkpoint, else policy and critic from where they start (collective).
+
+    Raises:
+        ArtefactError: a checkpoint is missing, damaged, or another model's.
+    """
+    own = checkpoint.newest_intact(run.checkpoints, start.world)
+    origin = None if config.stage.init_from == "none" else Path(config.stage.init_from)
+    reference = frozen(_model(config.model, config, start))
+    policy = trained_policy(_model(config.model, config, start), config.rlhf)
+    if origin:
+        origin = checkpoint.find_intact(origin, start.world)
+        checkpoint.load(origin, reference, None, config.model)
+    reward = _reward_model(config, start)
+    shape = scalar_config(config.model)
+    critic = trained_critic(_model(shape, config, start), config.rlhf) if algorithm.has_critic else None
+    begun = Begun(RlhfModels(policy, critic, reference, reward), first_state(config.rlhf), 0)
+    if own:
+        log.info("continuing from %s", own)
+        state = checkpoint.load(own, policy.model, policy.optimizer, config.model, begun.companions)
+        return Begun(begun.models, read_state(own), state.tokens)
+    if origin:
+        checkpoint.load(origin, policy.model, None, config.model)
+        log.info("starting from the weights of %s", origin)
+    if critic:
+        start_critic(critic.model, _trunk(reward, policy.model, shape), config.rlhf.value_head)
+    return begun
+
+
+def first_state(group: RlhfRunGroup) -> RlhfState:
+    """Before the first iteration: the scale of the reward model's scores is the one that stage reward measured.
+
+    Raises:
+        ArtefactError: the reward model's run is not finished.
+    """
+    scale = None
+    if group.asks_reward_model and group.normalise_reward:
+        measured = read_normaliser(RunDirectory(Path(group.reward_model)))
+        scale = RewardScale(measured.mean, measured.std)
+    return RlhfState(KlController(group.kl_coefficient, group.kl_target, group.kl_horizon), reward_scale=scale)
+
+
+def saved_files(state: RlhfState) -> dict[str, bytes]:
+    """What a checkpoint has of the stage's own, by file name."""
+    return {STATE: json.dumps(state.to_dict(), indent=1).encode(), PENDING: save_arrays(dict(state.arrays()))}
+
+
+def train_state(state: RlhfState, tokens: int) -> TrainState:
+    """The counters that every checkpoint has: a step is an iteration, a position a prompt."""
+    return TrainState(step=state.iteration, tokens=tokens, position=state.prompt_position)
+
+
+def read_state(directory: Path) -> RlhfState:
+    """What `saved_files` kept.
+
+    Raises:
+        ArtefactError: it is not there, or not that.
+    """
+    try:
+        values: dict[str, Any] = json.loads(checkpoint_files.read_attached(directory, STATE))
+        return RlhfState.from_dict(values, load_arrays(checkpoint_files.read_attached(directory, PENDING)))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(f"checkpoint {directory}: {STATE} is not what stage rlhf writes ({error})") from error
+
+
+def _model(shape: ModelConfig, config: RlhfRunConfig, start: RankStart) -> Transformer:
+    return build_model(shape, config.parallel, start.mesh, start.world.device, config.seed)
+
+
+def _reward_model(config: RlhfRunConfig, start: RankStart) -> Transformer | None:
+    if not config.rlhf.asks_reward_model:
+        return None
+    found = checkpoint.find_intact(Path(config.rlhf.reward_model), start.world)
+    shape = ModelConfig(**checkpoint_files.read_state(found)[1])
+    check_reward_model(config, shape)
+    model = _model(shape, config, start)
+    checkpoint.load(found, model, None, shape)
+    return frozen(model)
+
+
+def _trunk(reward: Transformer | None, policy: Transformer, shape: ModelConfig) -> Transformer:
+    """What a critic begins as: the reward model, or the policy where that has another shape."""
+    parts = ("d_model", "n_layers", "n_heads", "kv_heads", "d_ff", "ffn", "norm", "bias", "vocab_size")
+    alike = reward and all(getattr(reward.config, part) == getattr(shape, part) for part in parts)
+    return reward if reward and alike else policy

@@ -1,0 +1,96 @@
+"""Files that survive a crash: written beside their final name, flushed to disk, then renamed over it."""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dist_lm.errors import ArtefactError
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make the names inside `directory` durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: Path) -> None:
+    """Make the contents of `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` in one step: a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # several nodes may write at once
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace `path` in one step, without waiting for the disk: for what is out of date in a moment."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` for text, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_bytes` for a JSON value, indented and with sorted keys."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file holds; nothing if it is missing or holds no object.
+
+    Raises:
+        ArtefactError: it is damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ArtefactError(f"{path}: no JSON ({error}); move it away to go on without it") from error
+    return value if isinstance(value, dict) else {}
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_lines(path: Path) -> Iterator[Any]:
+    """The value of every line that is not blank.
+
+    `str.splitlines` would cut inside a text that holds U+2028, U+2029 or U+0085, which JSON leaves as they are.
+
+    Raises:
+        ValueError: a line is no JSON, or no UTF-8.
+    """
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for line in file:
+            if line.strip():
+                yield json.loads(line)

@@ -1,0 +1,139 @@
+"""Processes on one machine: found by a mark in their environment, surely ended.
+
+torchrun gives every rank a session of its own, so no process group holds them together. What an agent starts
+carries a mark in its environment instead, which children inherit and which no reparenting takes away.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+MARK = "DIST_LM_GANG"  # environment variable
+POLL_S = 0.05
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def marked(mark: str, variable: str = MARK) -> list[psutil.Process]:
+    """The living processes that carry `mark` in an environment variable, this one excepted."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and is_alive(process) and process.environ().get(variable) == mark:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # gone meanwhile, or of another user: not ours
+            continue
+    return found
+
+
+def users_of(directory: Path) -> list[psutil.Process]:
+    """The living processes that have a file open below `directory`, this one excepted."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and any(
+                directory in Path(file.path).parents for file in process.open_files()
+            ):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # gone meanwhile, or of another user: not ours
+            continue
+    return found
+
+
+def title(process: psutil.Process) -> str:
+    """What a process calls itself (the beginning of its command line); empty if it is gone."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs: a zombie that nobody has waited for does not."""
+    try:
+        return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def state(process: psutil.Process) -> str:
+    """The state of a process in the kernel's letter (T stopped, D waiting for a device); empty if it is gone."""
+    try:
+        status = process.status()
+    except psutil.NoSuchProcess:
+        return ""
+    return {psutil.STATUS_STOPPED: "T", psutil.STATUS_TRACING_STOP: "T", psutil.STATUS_DISK_SLEEP: "D"}.get(status, "R")
+
+
+def catches(process: psutil.Process, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal yet (the default of SIGUSR1 is to end it)."""
+    if sys.platform != "linux":
+        return True
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+def send(process: psutil.Process, number: signal.Signals) -> None:
+    """Send a signal to a process that may have ended."""
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return
+
+
+def end(find: Callable[[], list[psutil.Process]], grace_s: float, kill_s: float = 10.0) -> list[int]:
+    """End every process that `find` finds: SIGTERM, then SIGKILL to those that are there after `grace_s`.
+
+    Returns:
+        The ids of processes that are still there `kill_s` after the first SIGKILL (in the kernel's hands).
+    """
+    asked: set[int] = set()
+    deadline = time.monotonic() + grace_s
+    while (left := find()) and time.monotonic() < deadline:
+        for process in left:
+            if process.pid not in asked:
+                asked.add(process.pid)
+                send(process, signal.SIGTERM)
+        time.sleep(POLL_S)
+    deadline = time.monotonic() + kill_s
+    while (left := find()) and time.monotonic() < deadline:
+        for process in left:
+            send(process, signal.SIGKILL)
+        time.sleep(POLL_S)
+    return [process.pid for process in left]
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def free_port(address: str) -> int:
+    """A TCP port of `address` that nothing listens on now."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as server:
+        server.bind((address, 0))
+        return server.getsockname()[1]
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Have the kernel kill this process (SIGKILL) when its parent ends; does nothing where that is not Linux.
+
+    Args:
+        parent: process id that started this one; if it has gone already, this process ends at once.
+    """
+    if sys.platform != "linux":
+        return
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)

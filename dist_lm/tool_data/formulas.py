@@ -1,7 +1,0 @@
-"""All formulas and services."""
-
-from dist_lm.tool_data.formulas_numbers import NUMBERS
-from dist_lm.tool_data.formulas_services import SERVICES
-from dist_lm.tool_data.formulas_words import WORDS
-
-FORMULAS = (*NUMBERS, *WORDS, *SERVICES)

@@ -1,0 +1,301 @@
+"""The kinds of conversations: what happens in each, from the request to the answer.
+
+An episode takes the tools it needs from the scene and returns its turns. Results are what the tools really return.
+"""
+
+import random
+from collections.abc import Callable
+
+from dist_lm.chat.messages import Call, Json, Message
+from dist_lm.tools.data import ladder
+from dist_lm.tools.data.actions import BY_KEY
+from dist_lm.tools.data.answers import answer, nothing_fits, question_back, shown
+from dist_lm.tools.data.catalogue import Topic
+from dist_lm.tools.data.choice import Scene, call_of, record_of, with_record
+from dist_lm.tools.data.drills import drill, recall
+from dist_lm.tools.data.execution import ToolFailure
+from dist_lm.tools.data.phrasing import Given, describe, instruction, piece, request
+from dist_lm.tools.data.specification import Specification, without_arguments
+
+Turns = list[Message]
+ROUND = 4  # turns of a request that takes one call
+FURTHER_ROUNDS = (0, 0, 1, 1, 2, 3)
+IN_SESSION = 6  # requests to the same tools, at most
+RECALLED = 0.4  # of drills are about which word
+MOST_CHOICES = 5  # tools, and requests for them, where one has to be chosen and nothing else
+MOST_FILLED = 3  # requests of which only the arguments are asked
+DONE = ("Done.", "Ready.", "Yes.")
+
+
+def single(scene: Scene) -> Turns:
+    """Requests that take one call each: a schema is dear in tokens, so it mostly serves for more than one."""
+    rng = scene.rng
+    first = scene.take()
+    turns = _asked_and_done(scene, first)
+    for _ in range(rng.choice(FURTHER_ROUNDS)):
+        if rng.random() < 0.4 and len(scene.tools) < 2 and scene.has(_about(first.thing)):
+            tool = scene.take(_about(first.thing))
+        else:
+            tool = rng.choice(scene.tools)
+        turns += _asked_and_done(scene, tool)
+    return turns
+
+
+def session(scene: Scene) -> Turns:
+    """Request after request to the same tools: each says anew which one it is for."""
+    for _ in range(scene.rng.randint(2, 4)):
+        _take_one_more(scene)
+    return [turn for _ in range(IN_SESSION) for turn in _asked_and_done(scene, scene.rng.choice(scene.tools))]
+
+
+def parallel(scene: Scene) -> Turns:
+    """One request, two or three calls that do not need each other."""
+    rng = scene.rng
+    first = scene.take()
+    same = rng.random() < 0.6
+    tools = [first] * rng.choice([2, 2, 3]) if same else [first, scene.take()]
+    given = [scene.arguments(tool) for tool in tools]
+    parts = [instruction(tool, values, rng) for tool, values in zip(tools, given, strict=True)]
+    between = rng.choice([", and ", "; ", ", also ", " and ", ". "])
+    text = between.join(part if between != ". " else _upper(part) for part in parts)
+    calls = tuple(call_of(tool, values) for tool, values in zip(tools, given, strict=True))
+    results = tuple(scene.world.execute(tool, call) for tool, call in zip(tools, calls, strict=True))
+    answers = [
+        answer(tool, record_of(tool, values), result, rng)
+        for tool, values, result in zip(tools, given, results, strict=True)
+    ]
+    return [
+        Message("user", _upper(f"{rng.choice(['', '', 'please '])}{text}{rng.choice(['.', '.', ''])}")),
+        Message("assistant", calls=calls),
+        Message("tool", results=results),
+        Message("assistant", " ".join(answers)),
+    ]
+
+
+def sequential(scene: Scene) -> Turns:
+    """A call that finds or makes a record, and one that does something with it."""
+    rng = scene.rng
+    first = scene.take(lambda topic: topic.action in ("create", "search", "newest"))
+    circle = BY_KEY[first.action].circle
+    second = scene.take(
+        lambda topic: topic.thing == first.thing and _takes_id(topic) and BY_KEY[topic.action].circle == circle
+    )
+    given = scene.arguments(first)
+    shelf = scene.world.records.get(first.thing, {})
+    for key in list(shelf)[:-1]:  # one record only fits
+        del shelf[key]
+    scene.world.busy.clear()
+    later = scene.arguments(second, without=[parameter.name for parameter in second.parameters if _is_id(parameter)])
+    then = rng.choice([" and ", ", then ", " and then ", ". Then "])
+    text = instruction(first, given, rng) + then + instruction(second, later, rng, it=rng.choice(["it", "it", "that"]))
+    result = scene.world.execute(first, call_of(first, given))
+    record_id = result["ids"][0] if first.action == "search" else result["id"]
+    later = with_record(second, later, record_id)
+    return [
+        Message("user", _upper(f"{text}{rng.choice(['.', '.', ''])}")),
+        Message("assistant", calls=(call_of(first, given),)),
+        Message("tool", results=(result,)),
+        *_done(scene, second, later),
+    ]
+
+
+def irrelevant(scene: Scene) -> Turns:
+    """A request that none of the tools serves."""
+    rng = scene.rng
+    wanted = scene.take()
+    text = request(wanted, scene.arguments(wanted), rng)
+    scene.tools.remove(wanted)
+    scene.hidden.add((wanted.thing, wanted.action))
+    if rng.random() < 0.5 and scene.has(_about(wanted.thing)):
+        scene.take(_about(wanted.thing))
+    else:
+        scene.take()
+    return [Message("user", text), Message("assistant", nothing_fits(rng))]
+
+
+def missing(scene: Scene) -> Turns:
+    """A request without an argument that the tool must have: asked for, given, done."""
+    rng = scene.rng
+    tool = scene.take()
+    left_out = rng.choice([parameter for parameter in tool.parameters if parameter.required])
+    given = scene.arguments(tool)
+    value = given[left_out]
+    short = {parameter: other for parameter, other in given.items() if parameter != left_out}
+    reply = rng.choice(
+        [value.said, f"The {left_out.name} is {value.said}.", piece(left_out, value, True, rng), value.said]
+    )
+    if left_out.kind == "flag":
+        reply = f"{left_out.name}: {value.said}"
+    return [
+        Message("user", request(tool, short, rng)),
+        Message("assistant", question_back([left_out], tool, rng)),
+        Message("user", _upper(reply.removeprefix(": ")) if rng.random() < 0.5 and reply != value.said else reply),
+        *_done(scene, tool, given),
+    ]
+
+
+def recovery(scene: Scene) -> Turns:
+    """A call that fails, and the one that helps."""
+    rng = scene.rng
+    if rng.random() < 0.35:
+        tool = scene.take()
+        given = scene.arguments(tool)
+        scene.world.busy.add(tool.tool.name)
+        return [Message("user", request(tool, given, rng)), *_failed(scene, tool, given), *_done(scene, tool, given)]
+    tool = scene.take(_takes_id)
+    given = scene.arguments(tool)
+    right = record_of(tool, given)
+    assert right is not None
+    wrong = _slip(right, scene.world.records[tool.thing], rng)
+    mistaken = with_record(tool, given, wrong)
+    return [
+        Message("user", request(tool, mistaken, rng)),
+        *_failed(scene, tool, mistaken),
+        *_done(scene, tool, given),
+    ]
+
+
+def plain_answer(scene: Scene) -> Turns:
+    """A question that the result before answers, or no question at all."""
+    rng = scene.rng
+    if rng.random() < 0.25:
+        turns = _asked_and_done(scene, scene.take())
+        thanks = rng.choice(["Thanks!", "Thank you.", "Great, thanks.", "Perfect."])
+        return [*turns, Message("user", thanks), Message("assistant", rng.choice(["You are welcome.", "Gladly."]))]
+    if rng.random() < 0.2:
+        tool = scene.take()
+        text = rng.choice(["What can you do?", "How can you help me?", "What are your tools for?"])
+        return [Message("user", text), Message("assistant", f"I can {describe(tool, rng)}.")]
+    tool = scene.take(lambda topic: topic.action == "lookup")
+    turns = _asked_and_done(scene, tool)
+    result: dict[str, Json] = turns[2].results[0]
+    name = rng.choice(list(result))
+    words = name.replace("_", " ")
+    text = rng.choice(["What is its {}?", "And the {}?", "What was the {} again?", "Tell me the {} once more."])
+    return [*turns, Message("user", text.format(words)), Message("assistant", f"The {words} is {shown(result[name])}.")]
+
+
+def invented(scene: Scene) -> Turns:
+    """Requests for tools of a domain that nobody knows."""
+    return scene.rng.choice((single, single, parallel))(scene)
+
+
+def copying(scene: Scene) -> Turns:
+    """Values out of the request, without tools."""
+    return recall(scene.rng) if scene.rng.random() < RECALLED else drill(scene.rng)
+
+
+def choosing(scene: Scene) -> Turns:
+    """Request after request to tools without arguments: only which one serves has to be found.
+
+    In conversations with tools few of the tokens that are learned say which one is called, and a small model guesses
+    them long after it has learned all the others.
+    """
+    rng = scene.rng
+    for _ in range(rng.randint(2, MOST_CHOICES)):
+        _take_one_more(scene)
+    turns: Turns = []
+    for tool in rng.choices(scene.tools, k=rng.randint(2, MOST_CHOICES)):
+        text = request(tool, scene.arguments(tool), rng)
+        turns += [Message("user", text), *_called(Call(tool.tool.name, {}), {}), Message("assistant", rng.choice(DONE))]
+    scene.tools = [without_arguments(tool) for tool in scene.tools]
+    return turns
+
+
+def filling(scene: Scene) -> Turns:
+    """Request after request to one tool, of which nothing is asked but its arguments.
+
+    Which value belongs to which argument, and which were not given, is all that these turns say.
+    """
+    tool = scene.take()
+    while len(tool.parameters) < 2:
+        scene.tools.clear()
+        tool = scene.take()
+    schema = tool.tool.parameters
+    turns = [ladder.form_of(schema, scene.rng)]
+    for _ in range(scene.rng.randint(1, MOST_FILLED)):
+        given = scene.arguments(tool)
+        filled = ladder.filled_in(call_of(tool, given).arguments, schema)
+        turns += [Message("user", request(tool, given, scene.rng)), filled]
+    scene.tools.clear()
+    return turns
+
+
+def slots(scene: Scene) -> Turns:
+    """The same with made-up arguments, said barely."""
+    return ladder.slots(scene.rng)
+
+
+KINDS: dict[str, tuple[float, Callable[[Scene], Turns]]] = {  # with their shares
+    "single": (0.22, single),
+    "session": (0.13, session),
+    "parallel": (0.06, parallel),
+    "sequential": (0.05, sequential),
+    "irrelevant": (0.05, irrelevant),
+    "missing": (0.04, missing),
+    "recovery": (0.03, recovery),
+    "answer": (0.03, plain_answer),
+    "invented": (0.11, invented),
+    "copying": (0.02, copying),
+    "choosing": (0.08, choosing),
+    "slots": (0.10, slots),
+    "filling": (0.08, filling),
+}
+
+
+def _asked_and_done(scene: Scene, tool: Specification) -> Turns:
+    given = scene.arguments(tool)
+    return [Message("user", request(tool, given, scene.rng)), *_done(scene, tool, given)]
+
+
+def _done(scene: Scene, tool: Specification, given: Given) -> Turns:
+    """The call, its result, and the answer."""
+    call = call_of(tool, given)
+    result = scene.world.execute(tool, call)
+    return [*_called(call, result), Message("assistant", answer(tool, record_of(tool, given), result, scene.rng))]
+
+
+def _failed(scene: Scene, tool: Specification, given: Given) -> Turns:
+    """The call, and the error that comes of it."""
+    call = call_of(tool, given)
+    try:
+        scene.world.execute(tool, call)
+    except ToolFailure as failure:
+        return _called(call, {"error": str(failure)})
+    raise AssertionError(f"{call} was to fail")
+
+
+def _called(call: Call, result: Json) -> Turns:
+    return [Message("assistant", calls=(call,)), Message("tool", results=(result,))]
+
+
+def _slip(right: str, known: dict[str, dict[str, Json]], rng: random.Random) -> str:
+    """`right` with two neighbours exchanged, as a hasty hand writes it."""
+    places = [place for place in range(len(right) - 1) if right[place] != right[place + 1]]
+    place = rng.choice([place for place in places if right[place : place + 2].isalnum()] or places)
+    wrong = right[:place] + right[place + 1] + right[place] + right[place + 2 :]
+    return wrong if wrong not in known else f"{right}0"
+
+
+def _take_one_more(scene: Scene) -> None:
+    """A tool, often for the same thing as the first: then only what it does tells them apart."""
+    if scene.tools and scene.rng.random() < 0.4 and scene.has(_about(scene.tools[0].thing)):
+        scene.take(_about(scene.tools[0].thing))
+    else:
+        scene.take()
+
+
+def _about(thing: str) -> Callable[[Topic], bool]:
+    return lambda topic: topic.thing == thing
+
+
+def _takes_id(topic: Topic) -> bool:
+    return topic.family == "record" and BY_KEY[topic.action].takes_id
+
+
+def _is_id(parameter: object) -> bool:
+    return getattr(parameter, "kind", "") == "record"
+
+
+def _upper(text: str) -> str:
+    return text[0].upper() + text[1:]

@@ -1,0 +1,332 @@
+"""Kinds of arguments: the JSON schema of each, and values drawn from sets so large that none can be learned by heart.
+
+A value comes with the way a person says it: a date may be `3 May 2024` in a request and is `2024-05-03` in the call.
+"""
+
+import datetime
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dist_lm.chat.messages import Json
+from dist_lm.tools.data.words import words
+
+MONTHS = (
+    *("January", "February", "March", "April", "May", "June", "July", "August"),
+    *("September", "October", "November", "December"),
+)
+SMALL_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+CODE_LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
+HOSTS = ("com", "org", "net", "io", "dev")
+
+
+@dataclass(frozen=True)
+class Value:
+    """An argument, and how a request says it."""
+
+    json: Json
+    said: str
+
+
+Draw = Callable[[random.Random], Value]
+
+
+def schema_of(kind: str) -> dict[str, Json]:
+    """The JSON schema of values of `kind` (without description and default)."""
+    name, _, options = kind.partition(" ")
+    if name == "one_of":
+        return {"type": "string", "enum": options.split("/")}
+    return dict(_KINDS[name][0])
+
+
+def draw(kind: str, rng: random.Random) -> Value:
+    """A value of `kind`."""
+    name, _, options = kind.partition(" ")
+    if name == "one_of":
+        picked = rng.choice(options.split("/"))
+        return Value(picked, picked)
+    return _KINDS[name][1](rng)
+
+
+def plural_kind(kind: str) -> bool:
+    """Whether a value is a list or an object, which a request spells out after the argument's name."""
+    return kind in ("words", "people", "codes", "numbers", "address", "size")
+
+
+def quoted(text: str, rng: random.Random) -> str:
+    """`text` as a request marks it: in double or single quotes."""
+    mark = "'" if rng.random() < 0.3 and "'" not in text else '"'
+    return f"{mark}{text}{mark}"
+
+
+def made_up_name(rng: random.Random) -> str:
+    """A name nobody has."""
+    return "".join(rng.choice(words("syllable")) for _ in range(rng.randint(2, 3))).capitalize()
+
+
+def phrase(rng: random.Random) -> str:
+    """A few words, such as a title."""
+    noun, other = rng.sample(words("noun"), 2)
+    adjective = rng.choice(words("adjective"))
+    verb = rng.choice(words("verb"))
+    return rng.choice(
+        [
+            f"{adjective} {noun}",
+            f"{noun} {other}",
+            f"{adjective} {noun} {other}",
+            f"{verb} the {noun}",
+            f"{verb} the {adjective} {noun}",
+            f"{noun} of the {other}",
+            f"{noun} {rng.randint(1, 999)}",
+        ]
+    )
+
+
+def sentence(rng: random.Random) -> str:
+    """Some words of free text, such as a note; no grammar, so only what was said can be repeated."""
+    pools = [words("noun"), words("common"), words("verb"), words("common"), words("city"), words("given")]
+    return " ".join(rng.choice(rng.choice(pools)) for _ in range(rng.randint(3, 9)))
+
+
+def code(rng: random.Random) -> str:
+    """The number of a record, such as `AB-4821`."""
+    letters = "".join(rng.choice(CODE_LETTERS) for _ in range(rng.randint(1, 3)))
+    digits = "".join(rng.choice("0123456789") for _ in range(rng.randint(2, 5)))
+    return rng.choice([f"{letters}-{digits}", f"{letters}{digits}", f"{letters.lower()}_{digits}"])
+
+
+def _person(rng: random.Random) -> Value:
+    given = rng.choice(words("given")) if rng.random() < 0.8 else made_up_name(rng)
+    family = rng.choice(words("family")) if rng.random() < 0.7 else made_up_name(rng)
+    return _name(f"{given} {family}", rng)
+
+
+def _name(text: str, rng: random.Random) -> Value:
+    return Value(text, quoted(text, rng) if rng.random() < 0.3 else text)
+
+
+def _given(rng: random.Random) -> Value:
+    return _name(rng.choice(words("given")) if rng.random() < 0.6 else made_up_name(rng), rng)
+
+
+def _city(rng: random.Random) -> Value:
+    return _name(rng.choice(words("city")) if rng.random() < 0.8 else made_up_name(rng), rng)
+
+
+def _company(rng: random.Random) -> Value:
+    return _name(f"{made_up_name(rng)} {rng.choice(words('suffix'))}", rng)
+
+
+def _product(rng: random.Random) -> Value:
+    text = f"{rng.choice(words('adjective'))} {rng.choice(words('noun'))}"
+    return Value(text, quoted(text, rng) if rng.random() < 0.7 else text)
+
+
+def _title(rng: random.Random) -> Value:
+    text = phrase(rng)
+    text = text.capitalize() if rng.random() < 0.4 else text
+    return Value(text, quoted(text, rng))
+
+
+def _text(rng: random.Random) -> Value:
+    text = sentence(rng) if rng.random() < 0.7 else phrase(rng)
+    text = _upper(text) + rng.choice(["", ".", "!"]) if rng.random() < 0.3 else text
+    return Value(text, quoted(text, rng))
+
+
+def _word(rng: random.Random) -> Value:
+    text = rng.choice(words("common")) if rng.random() < 0.7 else made_up_name(rng).lower()
+    return Value(text, quoted(text, rng) if rng.random() < 0.5 else text)
+
+
+def _code(rng: random.Random) -> Value:
+    text = code(rng)
+    return Value(text, quoted(text, rng) if rng.random() < 0.25 else text)
+
+
+def _email(rng: random.Random) -> Value:
+    user = rng.choice(words("given")).lower() if rng.random() < 0.6 else made_up_name(rng).lower()
+    user += rng.choice(["", "", f".{rng.choice(words('family')).lower()}", str(rng.randint(1, 99))])
+    return _same(f"{user}@{_domain(rng)}")
+
+
+def _domain(rng: random.Random) -> str:
+    name = rng.choice(words("noun")) if rng.random() < 0.5 else made_up_name(rng).lower()
+    return f"{name}.{rng.choice(HOSTS)}"
+
+
+def _handle(rng: random.Random) -> Value:
+    return _same(f"{rng.choice(words('noun'))}_{rng.choice(words('noun'))}{rng.choice(['', str(rng.randint(1, 999))])}")
+
+
+def _host(rng: random.Random) -> Value:
+    if rng.random() < 0.5:
+        return _same(".".join(str(rng.randint(1, 254)) for _ in range(4)))
+    return _same(f"{rng.choice(words('noun'))}{rng.randint(1, 99)}.{_domain(rng)}")
+
+
+def _url(rng: random.Random) -> Value:
+    return _same(f"https://{_domain(rng)}/{rng.choice(words('noun'))}{rng.choice(['', f'/{rng.randint(1, 9999)}'])}")
+
+
+def _path(rng: random.Random) -> Value:
+    parts = [rng.choice(words("noun")) for _ in range(rng.randint(1, 3))]
+    return _same(f"/{'/'.join(parts)}{rng.choice(['', f'_{rng.randint(1, 99)}', '.txt', '.csv'])}")
+
+
+def _phone(rng: random.Random) -> Value:
+    return _same(f"+{rng.randint(1, 98)} {rng.randint(100, 999)} {rng.randint(1000, 99999)}")
+
+
+def _version(rng: random.Random) -> Value:
+    return _same(f"{rng.randint(0, 12)}.{rng.randint(0, 30)}.{rng.randint(0, 30)}")
+
+
+def _date(rng: random.Random) -> Value:
+    day = datetime.date(2019, 1, 1) + datetime.timedelta(days=rng.randrange(365 * 9))
+    said = day.isoformat()
+    if rng.random() < 0.25:
+        month = MONTHS[day.month - 1]
+        said = rng.choice([f"{day.day} {month} {day.year}", f"{month} {day.day}, {day.year}"])
+    return Value(day.isoformat(), said)
+
+
+def _clock(rng: random.Random) -> Value:
+    return _same(f"{rng.randrange(24):02}:{rng.choice([0, 0, 15, 30, 45, rng.randrange(60)]):02}")
+
+
+def _integer(low: int, high: int, rng: random.Random) -> Value:
+    number = rng.randint(low, high)
+    if number <= 10 and rng.random() < 0.15:
+        return Value(number, SMALL_NUMBERS[number])
+    return Value(number, str(number))
+
+
+def _decimal(rng: random.Random) -> Value:
+    number = round(rng.uniform(0.1, rng.choice([10, 100, 500])), rng.choice([1, 1, 2]))
+    return Value(number, str(number))
+
+
+def _money(rng: random.Random) -> Value:
+    number = rng.choice([rng.randint(5, 999), rng.randint(10, 99) * 100, round(rng.uniform(1, 900), 2)])
+    return Value(number, str(number))
+
+
+def _listed(items: list[str], rng: random.Random) -> str:
+    """Items of a list as a request names them."""
+    if rng.random() < 0.4:
+        return ", ".join(f'"{item}"' for item in items)
+    return ", ".join(items[:-1]) + f" and {items[-1]}" if len(items) > 1 and rng.random() < 0.5 else ", ".join(items)
+
+
+def _words(rng: random.Random) -> Value:
+    items = rng.sample(words("common"), rng.randint(1, 3))
+    return Value(items, _listed(items, rng))
+
+
+def _people(rng: random.Random) -> Value:
+    items = rng.sample(words("given"), rng.randint(1, 3))
+    return Value(items, _listed(items, rng))
+
+
+def _numbers(rng: random.Random) -> Value:
+    high = rng.choice([20, 100, 1000])
+    items = [rng.randint(1, high) for _ in range(rng.randint(3, 8))]
+    return Value(items, ", ".join(map(str, items)))
+
+
+def _codes(rng: random.Random) -> Value:
+    items = [code(rng) for _ in range(rng.randint(2, 6))]
+    return Value(items, _listed(items, rng))
+
+
+def _address(rng: random.Random) -> Value:
+    street = f"{rng.randint(1, 250)} {rng.choice(words('street'))}"
+    city = rng.choice(words("city"))
+    return Value({"street": street, "city": city}, f"{street}, {city}")
+
+
+def _size(rng: random.Random) -> Value:
+    numbers = [rng.randint(2, 200) for _ in range(3)]
+    return Value(dict(zip(("length", "width", "height"), numbers, strict=True)), "{} x {} x {}".format(*numbers))
+
+
+def _from_list(name: str) -> Draw:
+    return lambda rng: _name(rng.choice(words(name)), rng)
+
+
+def _in_range(low: int, high: int) -> Draw:
+    return lambda rng: _integer(low, high, rng)
+
+
+def _flag(rng: random.Random) -> Value:
+    value = rng.random() < 0.6
+    return Value(value, "yes" if value else "no")
+
+
+def _upper(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _same(text: str) -> Value:
+    return Value(text, text)
+
+
+_STRING: dict[str, Json] = {"type": "string"}
+_WHOLE: dict[str, Json] = {"type": "integer"}
+_NUMBER: dict[str, Json] = {"type": "number"}
+_KINDS: dict[str, tuple[dict[str, Json], Draw]] = {
+    "person": (_STRING, _person),
+    "given": (_STRING, _given),
+    "city": (_STRING, _city),
+    "country": (_STRING, _from_list("country")),
+    "language": (_STRING, _from_list("language")),
+    "company": (_STRING, _company),
+    "product": (_STRING, _product),
+    "title": (_STRING, _title),
+    "text": (_STRING, _text),
+    "word": (_STRING, _word),
+    "code": (_STRING, _code),
+    "email": (_STRING, _email),
+    "handle": (_STRING, _handle),
+    "host": (_STRING, _host),
+    "url": (_STRING, _url),
+    "path": (_STRING, _path),
+    "phone": (_STRING, _phone),
+    "version": (_STRING, _version),
+    "date": ({"type": "string", "format": "date"}, _date),
+    "record": (_STRING, _code),
+    "clock": (_STRING, _clock),
+    "sides": (_WHOLE, _in_range(3, 24)),
+    "kilograms": (_WHOLE, _in_range(38, 140)),
+    "centimeters": (_WHOLE, _in_range(120, 210)),
+    "few": (_WHOLE, _in_range(1, 12)),
+    "amount": (_WHOLE, _in_range(2, 5000)),
+    "minutes": (_WHOLE, lambda rng: _integer(1, 48, rng) if rng.random() < 0.3 else _integer(10, 240, rng)),
+    "percent": (_WHOLE, _in_range(1, 100)),
+    "rating": (_WHOLE, _in_range(1, 5)),
+    "year": (_WHOLE, _in_range(1950, 2030)),
+    "decimal": (_NUMBER, _decimal),
+    "money": (_NUMBER, _money),
+    "flag": ({"type": "boolean"}, _flag),
+    "words": ({"type": "array", "items": {"type": "string"}}, _words),
+    "people": ({"type": "array", "items": {"type": "string"}}, _people),
+    "codes": ({"type": "array", "items": {"type": "string"}}, _codes),
+    "numbers": ({"type": "array", "items": {"type": "number"}}, _numbers),
+    "address": (
+        {
+            "type": "object",
+            "properties": {"street": {"type": "string"}, "city": {"type": "string"}},
+            "required": ["street", "city"],
+        },
+        _address,
+    ),
+    "size": (
+        {
+            "type": "object",
+            "properties": {"length": _WHOLE, "width": _WHOLE, "height": _WHOLE},
+            "required": ["length", "width", "height"],
+        },
+        _size,
+    ),
+}

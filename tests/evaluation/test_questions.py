@@ -1,0 +1,70 @@
+"""Which turns are asked, and that they come back from the shards as they went in."""
+
+import pytest
+
+from dist_lm.chat.messages import Call, Conversation, Message, Tool
+from dist_lm.chat.template import parse, parse_turn
+from dist_lm.data.mapped import MappedCorpus
+from dist_lm.evaluation.questions import asked, choose, questions_of, shown
+from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tools.data.examples import examples
+
+USER, CALLS = Message("user", "?"), Message("assistant", calls=(Call("a"),))
+DONE, WORDS = Message("tool", results=(1,)), Message("assistant", "One.")
+TOOLS = (Tool("a", "", {"type": "object"}),)
+ROUND = (USER, CALLS, DONE, WORDS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "turns", "places"),
+    [
+        ("single", ROUND * 2, [1]),
+        ("parallel", ROUND, [1]),
+        ("sequential", (USER, CALLS, DONE, CALLS, DONE, WORDS), [1, 3]),
+        ("irrelevant", (USER, WORDS), [1]),
+        ("missing", (USER, WORDS, *ROUND), [1, 3]),
+        ("recovery", (USER, CALLS, DONE, CALLS, DONE, WORDS), [3]),
+        ("answer", (*ROUND, USER, WORDS), [5]),
+        ("other", (*ROUND, *ROUND), [1, 5]),
+    ],
+)
+def test_decisions_are_asked_and_results_in_words_are_not(kind, turns, places):
+    found = questions_of(Conversation(turns, TOOLS), kind)
+    assert [len(question.asked.messages) for question in found] == places
+    assert [question.expected for question in found] == [turns[place] for place in places]
+
+
+@pytest.mark.parametrize("tools", [(), (Tool("a", "", {"type": "string"}),), (Tool("b", "", {"type": "object"}),)])
+def test_nothing_is_asked_where_calls_cannot_be_checked(tools):
+    assert questions_of(Conversation(ROUND, tools), "single") == []
+
+
+def test_every_generated_conversation_with_tools_has_questions_but_drills():
+    for one in examples(0, 60):
+        found = questions_of(one.conversation, one.kind)
+        assert bool(found) == (bool(one.conversation.tools) and one.kind != "choosing"), one
+        assert all(question.kind == one.kind for question in found)
+
+
+def test_questions_come_from_the_tokens_of_val_alone(tiny_work):
+    tokenizer = Tokenizer.load(tiny_work.tokenizer_model)
+    corpus = MappedCorpus.open(tiny_work.corpus("tools"), "val")
+    found = choose(corpus, tokenizer, per_kind=5, context=256)
+    assert found == choose(corpus, tokenizer, per_kind=5, context=256)
+    assert [one.question.kind for one in found] == ["single"] * 5  # those without tools are no questions
+    for one in found:
+        assert parse(one.prompt[:-1], tokenizer) == one.question.asked
+        assert parse_turn(one.expected, tokenizer, one.question.asked.tools) == one.question.expected
+    longest = max(len(one.prompt) + len(one.expected) for one in found)
+    assert choose(corpus, tokenizer, per_kind=0, context=256) == []
+    short = choose(corpus, tokenizer, per_kind=5, context=longest - 1)
+    assert all(len(one.prompt) + len(one.expected) < longest for one in short)
+
+
+def test_marks_are_shown_by_their_names(tiny_work):
+    tokenizer = Tokenizer.load(tiny_work.tokenizer_model)
+    (one,) = asked(questions_of(Conversation((Message("user", "Bergen?"), CALLS), TOOLS), "single"), tokenizer)
+    assert shown(one.prompt, tokenizer).endswith("<|user|>Bergen?<|end|><|assistant|>")
+    expected = shown(one.expected, tokenizer)
+    assert expected.startswith('<|tool_call|>{" name": "')
+    assert expected.endswith('a", " arguments": {}}<|/tool_call|><|end|>')

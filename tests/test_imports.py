@@ -1,0 +1,69 @@
+"""Imports go down the list of packages only, and the launcher's own process stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dist_lm
+
+ROOT = Path(dist_lm.__file__).parent
+PACKAGES = (
+    ("launch", "__main__", "bench"),
+    ("launcher",),
+    ("train", "dry_run", "ranks", "demo"),
+    ("report",),
+    ("cluster",),
+    ("stages",),
+    ("rlhf",),
+    ("evaluation",),
+    ("generation",),
+    ("training",),
+    ("parallel",),
+    ("model",),
+    ("data",),
+    ("tools",),
+    ("sandbox",),
+    ("chat",),
+    ("tokenizer", "interop"),
+    ("tracking",),
+    ("config",),
+    ("storage",),
+    ("errors", "document", "__init__"),
+)
+LEVEL = {name: depth for depth, names in enumerate(PACKAGES) for name in names}
+
+
+def package_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return {name for name in found if name == "dist_lm" or name.startswith("dist_lm.")}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_package_knows_no_package_above_it(path):
+    own = package_of(".".join(("dist_lm", *path.relative_to(ROOT).with_suffix("").parts)))
+    assert own in LEVEL, f"{own} is not in the list of packages"
+    for name in imports_of(path):
+        if name == "dist_lm":
+            continue
+        other = package_of(name)
+        assert LEVEL[other] >= LEVEL[own], f"{path.name} ({own}) imports {name} from above"
+
+
+def test_the_launcher_starts_without_torch_ray_and_wandb():
+    heavy = ("torch", "ray", "wandb")
+    code = f"import sys, dist_lm.launch, dist_lm.__main__; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
