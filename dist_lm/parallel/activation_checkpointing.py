@@ -6,7 +6,7 @@
     full        only the input of the block is kept
 
 torch's own, not fairscale's `checkpoint_wrapper`: the same gradients in the same time, it stops recomputing at the last
-tensor that is needed, and one mechanism does both (figures in docs/log.md; `bench checkpointing`).
+tensor that is needed, and one mechanism does both (figures in docs/decisions.md; `bench checkpointing`).
 """
 
 from collections.abc import Callable

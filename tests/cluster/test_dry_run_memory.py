@@ -1,6 +1,6 @@
 """What a dry run says a rank holds, against what the kernel says a rank held in a real step.
 
-The width of `medium` at two layers; the whole of it takes minutes, see docs/log.md.
+The width of `medium` at two layers; the whole of it takes minutes, see docs/decisions.md.
 """
 
 import json
