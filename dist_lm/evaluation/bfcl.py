@@ -1,23 +1,31 @@
-"""`python -m dist_lm tools bfcl RUN`: a model on the questions of the Berkeley Function Calling Leaderboard."""
+"""`python -m dist_lm tools bfcl RUN`: score a model on the single-turn questions of the Berkeley Function Calling
+Leaderboard (BFCL).
+
+Calls are scored by BFCL's rules for Python (`bfcl_eval/eval_checker/ast_eval/ast_checker.py`, Apache-2.0), quirks
+included. An answer lists the accepted values of each argument, and "" among them if the argument may be left out. An
+integer is accepted as a float, but not inside a list. A value may have the type of the accepted values instead of the
+declared type (BFCL calls such a value a variable), and is then compared unchanged.
+"""
 
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from dist_lm.chat.compare import standard_text
 from dist_lm.chat.errors import ChatError
-from dist_lm.chat.messages import Message
+from dist_lm.chat.messages import Call, Json, Message
 from dist_lm.chat.template import END, prompt
 from dist_lm.errors import ArtefactError, require
-from dist_lm.evaluation.bfcl_check import right_calls
-from dist_lm.evaluation.bfcl_data import BfclQuestion, find_data, read_questions
-from dist_lm.evaluation.questions import shown
-from dist_lm.evaluation.score import read_answer
+from dist_lm.evaluation.bfcl_questions import BfclAnswer, BfclQuestion, find_data, read_questions
+from dist_lm.evaluation.tool_questions import shown
+from dist_lm.evaluation.tool_score import read_answer
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.flash_pages import PAGE_TOKENS
 from dist_lm.generation.load import LoadedModel, load_model
@@ -27,30 +35,42 @@ from dist_lm.parallel.mesh import option_device
 from dist_lm.storage import durable
 
 MAX_NEW_TOKENS = 512
-SEQUENCES = 32  # for whose whole context there is room, of short contexts
-FEW_TURNS = 0.1  # share of the questions asked below which a model has not learned the format
-CACHE_TOKENS = 65536  # at most, where the context is less
+SEQUENCES = 32  # the cache holds this many whole contexts, up to CACHE_TOKENS
+CACHE_TOKENS = 65536
+FEW_TURNS = 0.1  # a smaller share of parsed turns means that the model has not learned the format
+PYTHON_TYPES: dict[str, type] = {  # BFCL's type name -> type of a value
+    "string": str,
+    "any": str,
+    "integer": int,
+    "float": float,
+    "number": float,
+    "boolean": bool,
+    "array": list,
+    "tuple": list,
+    "dict": dict,
+}
+LISTS = ("array", "tuple")
 
 
 @dataclass(frozen=True)
 class BfclResult:
-    """What came of one question."""
+    """The result of one question."""
 
     question: BfclQuestion
     right: bool
     is_turn: bool
-    found: str  # what the model wrote; empty where it was not asked
+    found: str  # the text the model wrote; empty if the question was not asked
     note: str = ""  # why it was not asked
 
 
 def evaluate(path: Path, tokenizer: Path | None, limit: int, json_file: Path | None, device: str) -> None:
-    """What the verb does.
+    """Run the verb.
 
     Raises:
-        UserError: names the option, the missing package, or what is wrong with the checkpoint.
+        UserError: names the option, the missing package or the fault of the checkpoint.
     """
     require(limit >= 0, "--limit", limit, "0 (all) or a positive integer")
-    if json_file:  # not found out after an hour of answers
+    if json_file:  # checked before the model spends an hour on answers
         require(
             json_file.parent.is_dir() and not json_file.is_dir(), "--json", json_file, "a file in a folder that exists"
         )
@@ -66,7 +86,7 @@ def evaluate(path: Path, tokenizer: Path | None, limit: int, json_file: Path | N
 def answer(
     questions: Sequence[BfclQuestion], loaded: LoadedModel, device: torch.device, progress: Console
 ) -> list[BfclResult]:
-    """Greedy answers to all questions, in their order, and whether they are right."""
+    """Answer all questions greedily and score the answers. Results are in the order of the questions."""
     tokenizer, context = loaded.tokenizer, loaded.config.max_seq_len
     notes: dict[int, str] = {}
     page = PAGE_TOKENS if device.type == "cuda" else EngineOptions.page_tokens
@@ -84,10 +104,10 @@ def answer(
         try:
             tokens = prompt(question.asked, tokenizer)
         except ChatError as error:
-            notes[number] = f"no conversation: {error}"
+            notes[number] = f"not a valid conversation: {error}"
             continue
         if len(tokens) >= context:
-            notes[number] = f"{len(tokens)} tokens, the model takes {context}"
+            notes[number] = f"{len(tokens)} tokens, but the model's context is {context}"
         else:
             engine.submit(Request(str(number), tokens, params))
     found = {number: BfclResult(questions[number], False, False, "", note) for number, note in notes.items()}
@@ -102,10 +122,10 @@ def answer(
 
 
 def _answers(engine: Engine) -> Iterator[Answer]:
-    """As they are done.
+    """Yield answers as they finish.
 
     Raises:
-        ArtefactError: the model's numbers are none.
+        ArtefactError: the model's logits are not numbers.
     """
     while engine.busy:
         for done in engine.step():
@@ -115,7 +135,7 @@ def _answers(engine: Engine) -> Iterator[Answer]:
 
 
 def is_right(turn: Message | None, question: BfclQuestion) -> bool:
-    """Whether a turn is right; None: it does not parse, which counts as no call, as on the leaderboard."""
+    """Score a turn; one that does not parse (None) counts as a turn without calls, as on the leaderboard."""
     calls = turn.calls if turn else ()
     if question.category.endswith("irrelevance"):
         return not calls
@@ -124,8 +144,97 @@ def is_right(turn: Message | None, question: BfclQuestion) -> bool:
     return right_calls(calls, question.answers, question.functions)
 
 
+def right_calls(calls: Sequence[Call], answers: Sequence[BfclAnswer], functions: Sequence[dict[str, Any]]) -> bool:
+    """Whether the calls match `answers` one to one, in any order. `functions`: BFCL's descriptions."""
+    if len(calls) != len(answers):
+        return False
+    described = {function["name"]: function for function in functions}
+    left = list(calls)
+    for answer in answers:
+        ((name, allowed),) = answer.items()
+        same = next(
+            (place for place, call in enumerate(left) if right_call(call, name, allowed, described[name])), None
+        )
+        if same is None:
+            return False
+        left.pop(same)
+    return True
+
+
+def right_call(call: Call, name: str, allowed: dict[str, list[Json]], function: dict[str, Any]) -> bool:
+    """Whether a call names the function `name` and its arguments are accepted."""
+    described = function["parameters"].get("properties", {})
+    given = call.arguments
+    if call.name != name or any(key not in given for key in function["parameters"].get("required", [])):
+        return False
+    for key, value in given.items():
+        if key not in described or key not in allowed or not _right_value(value, allowed[key], described[key]):
+            return False
+    return all(key in given or "" in values for key, values in allowed.items())
+
+
+def _right_value(value: Json, allowed: list[Json], described: dict[str, Any]) -> bool:
+    kind = PYTHON_TYPES[described["type"]]
+    inner = PYTHON_TYPES[described["items"]["type"]] if described["type"] in LISTS else None
+    if described["type"] == "float" and type(value) is int:
+        value = float(value)
+    type_of_answers = _type_of(allowed)
+    is_variable = type_of_answers not in (None, kind)
+    if not (type(value) is kind and (inner is None or _items_fit(value, allowed, inner))):
+        if type(value) is not type_of_answers:
+            return False
+        is_variable = True
+    if is_variable:
+        return value in allowed
+    if kind is dict:
+        return any(_right_object(value, one) for one in allowed)
+    if kind is list and inner is dict:
+        return any(_right_objects(value, one) for one in allowed)
+    if kind is str:
+        return standard_text(value) in [standard_text(one) for one in allowed if isinstance(one, str)]
+    if kind is list:
+        return _standard_items(value) in [_standard_items(list(one)) for one in allowed]
+    return value in allowed
+
+
+def _type_of(allowed: list[Json]) -> type | None:
+    return next((type(one) for one in allowed if one != ""), None)
+
+
+def _items_fit(value: list[Json], allowed: list[Json], inner: type) -> bool:
+    """Whether, for some accepted list, each item has the declared type or the type of that list's items."""
+    return any(
+        not isinstance(one, list) or all(type(item) is inner or type(item) is _type_of(one) for item in value)
+        for one in allowed
+    )
+
+
+def _right_object(value: dict[str, Json], allowed: Json) -> bool:
+    """`allowed`: {key: accepted values}, "" among them if the key may be left out."""
+    if not isinstance(allowed, dict):
+        return False
+    for key, part in value.items():
+        if key not in allowed or _standard(part) not in [_standard(one) for one in allowed[key]]:
+            return False
+    return all(key in value or "" in values for key, values in allowed.items())
+
+
+def _right_objects(value: list[Json], allowed: Json) -> bool:
+    if not isinstance(allowed, list) or len(value) != len(allowed):
+        return False
+    return all(_right_object(one, other) for one, other in zip(value, allowed, strict=True))
+
+
+def _standard_items(items: list[Json]) -> list[Json]:
+    return [_standard(item) for item in items]
+
+
+def _standard(value: Json) -> Json:
+    return standard_text(value) if isinstance(value, str) else value
+
+
 def print_table(name: str, results: Sequence[BfclResult], console: Console) -> None:
-    """A row a category; what to do about a model that writes hardly any turn; an example of what was not asked."""
+    """Print a row for each category, and advice if few answers parse or questions were skipped."""
     table = Table(title=f"BFCL, one turn, Python: {name}", title_justify="left")
     table.add_column("category")
     for column in ("questions", "right", "%", "turns, %", "not asked"):
@@ -140,7 +249,7 @@ def print_table(name: str, results: Sequence[BfclResult], console: Console) -> N
     asked, turns = sum(not one.note for one in results), sum(one.is_turn for one in results)
     if turns < FEW_TURNS * asked:
         console.print(
-            f"{turns:,} of {asked:,} answers are whole turns: this model does not write calls in that format yet: "
+            f"{turns:,} of {asked:,} answers are whole turns: this model has not learned the call format; "
             "train it with stage=tools, or for more stage.steps",
             soft_wrap=True,
         )

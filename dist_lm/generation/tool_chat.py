@@ -1,4 +1,4 @@
-"""A conversation with a model that may call a person's own functions (`dist_lm.tools.use`)."""
+"""A conversation in which the model may call functions of a user's file (`dist_lm.tools.use`)."""
 
 import json
 import time
@@ -14,24 +14,24 @@ from dist_lm.generation.session import Outcome, Session, Settings
 from dist_lm.tools.use.loop import Ending, Exchange, converse
 from dist_lm.tools.use.toolbox import Limits, Toolbox
 
-LONGEST = 300  # characters of a call or a result that are shown
-UNTAUGHT = ("language", "code")  # stages before the one that teaches calls
-CUT_OFF = ("length", "context")  # how a turn of the model finishes that it did not close itself
+LONGEST = 300  # characters shown of a call or a result
+UNTAUGHT = ("language", "code")  # stages that do not teach calls
+CUT_OFF = ("length", "context")  # the turn ended before the model closed it
 ENDINGS: dict[Ending, str] = {
     "answered": "answered",
     "rounds": "no answer after --max-rounds",
-    "refused": "no answer: it repeats calls that are refused",
-    "no turn": "it wrote no turn of a conversation",
+    "refused": "no answer: the model repeats refused calls",
+    "no turn": "the model's output is not a turn",
     "stopped": "stopped",
 }
 
 
 @dataclass(frozen=True)
 class ToolOptions:
-    """What --tools and its companions say."""
+    """Values of --tools and its related options."""
 
     file: Path
-    max_rounds: int = 8  # turns with calls that are run for one request
+    max_rounds: int = 8  # turns with calls per request, at most
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -40,10 +40,10 @@ class ToolOptions:
 
 @dataclass(frozen=True)
 class ChatOutcome:
-    """What came of one thing that a person said."""
+    """The result of one request."""
 
     exchange: Exchange
-    outcomes: tuple[Outcome, ...]  # of each turn of the model
+    outcomes: tuple[Outcome, ...]  # one for each turn of the model
     seconds: float
 
     @property
@@ -64,18 +64,18 @@ class ChatOutcome:
 
 
 class ToolChat:
-    """What was said so far. A request that comes to no answer is taken back, so that the next one can be made."""
+    """The conversation so far. A request without an answer is removed, so that the next request can follow."""
 
     def __init__(self, session: Session, toolbox: Toolbox, max_rounds: int) -> None:
         self._session, self._toolbox, self._max_rounds = session, toolbox, max_rounds
         self._said = self._before = Conversation((), toolbox.tools)
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Start a new conversation."""
         self._said = self._before = Conversation((), self._toolbox.tools)
 
     def take_back(self) -> None:
-        """Forget the last request and all that came of it."""
+        """Remove the last request and everything that followed."""
         self._said = self._before
 
     def answer(
@@ -86,20 +86,20 @@ class ToolChat:
         on_note: Callable[[str], None],
         interrupted: Callable[[], bool] = lambda: False,
     ) -> ChatOutcome:
-        """Say `text`, and let the model call and answer.
+        """Send `text` as the user's turn, run the model's calls, and return after its answer.
 
         Args:
-            on_text: called with the model's words as they come.
-            on_note: called with a line for each call and each result.
+            on_text: called with each piece of the model's text, calls excluded.
+            on_note: called with one line for each call and each result.
 
         Raises:
-            UserError: the request is empty or no Unicode, or leaves no room in the context; nothing of it is kept.
+            UserError: the request is empty, is not valid Unicode or fills the context; the conversation is unchanged.
         """
         if not text.strip():
-            raise UserError("the request is empty: say what the model is to do")
+            raise UserError("the request is empty: type what the model should do")
         outcomes: list[Outcome] = []
         asked = replace(self._said, messages=(*self._said.messages, Message("user", text)))
-        prompt(asked, self._session.tokenizer)  # what is wrong with the request is not the model's turn
+        prompt(asked, self._session.tokenizer)  # raises for a bad request before the model is asked
 
         def ask(conversation: Conversation) -> Message | None:
             outcomes.append(self._turn(conversation, settings, on_text, interrupted))
@@ -133,9 +133,9 @@ class ToolChat:
         tokens, context = prompt(conversation, session.tokenizer), session.config.max_seq_len
         if len(tokens) >= context:
             if len(conversation.messages) > 1:
-                what, way_out = "conversation has", "/new begins another, --tool-characters cuts results"
+                what, way_out = "conversation has", "/new starts another one, --tool-characters shortens results"
             else:
-                what, way_out = "request and the tools have", "offer fewer functions, or say less"
+                what, way_out = "request and the tools have", "offer fewer functions or shorten the request"
             raise UserError(
                 f"the {what} {len(tokens):,} tokens, and the model's context is {context:,} (model.max_seq_len): "
                 f"{way_out}"
@@ -156,14 +156,14 @@ class ToolChat:
 
 
 def warning_of(stage: str | None) -> str | None:
-    """What to say of a model that was trained by `stage`."""
+    """A warning for a model of a stage that does not teach calls; otherwise None."""
     if stage not in UNTAUGHT:
         return None
-    return f"this is a model of stage {stage}, which teaches no calls: expect nonsense until stage=tools"
+    return f"this model was trained by stage={stage}, which does not teach calls: train it with stage=tools first"
 
 
 def shown_call(call: Call) -> str:
-    """`weather(city="Oslo", days=3)`."""
+    """A call in one line: `weather(city="Oslo", days=3)`."""
     return _short(f"{call.name}({', '.join(f'{name}={_json(value)}' for name, value in call.arguments.items())})")
 
 

@@ -14,10 +14,9 @@ from dist_lm.chat.messages import Call, Message
 from dist_lm.chat.schema import check_tool, problems
 from dist_lm.data.corpus import READERS
 from dist_lm.errors import ArtefactError
-from dist_lm.evaluation import bfcl_data
+from dist_lm.evaluation import bfcl_questions
 from dist_lm.evaluation.bfcl import BfclResult, is_right, print_table
-from dist_lm.evaluation.bfcl_data import BfclQuestion, read_questions
-from dist_lm.evaluation.bfcl_schema import schema_of
+from dist_lm.evaluation.bfcl_questions import BfclQuestion, read_questions, schema_of
 from tests.training_run import linked, write_untrained
 
 AREA = {
@@ -216,7 +215,7 @@ def test_a_file_that_cannot_be_written_is_found_before_anything_is_asked(monkeyp
 
 def test_another_layout_of_the_data_is_named(package):
     (package / "BFCL_v4_irrelevance.json").write_text('{"id": "irrelevance_0", "question": "?", "function": []}\n')
-    with pytest.raises(ArtefactError, match="question irrelevance_0: not as this version"):
+    with pytest.raises(ArtefactError, match="question irrelevance_0: unknown layout"):
         read_questions(package)
     with pytest.raises(ArtefactError, match="no questions of simple"):
         read_questions(package.parent)
@@ -224,9 +223,10 @@ def test_another_layout_of_the_data_is_named(package):
 
 def test_nothing_that_makes_training_data_reads_them():
     assert not any("bfcl" in reader for reader in READERS)
-    package = Path(bfcl_data.__file__).parents[1]
-    for room in ("data", "tool_data", "tokenizer"):
-        for path in (package / room).rglob("*.py"):
-            text = path.read_text()
-            assert "bfcl_eval" not in text, path
-            assert "tool_evaluation" not in text, path
+    root = Path(bfcl_questions.__file__).parents[1]
+    files = [file for package in ("data", "tools", "tokenizer") for file in (root / package).rglob("*.py")]
+    assert len(files) > 10
+    for file in files:
+        text = file.read_text()
+        assert "bfcl_eval" not in text, file
+        assert "dist_lm.evaluation" not in text, file

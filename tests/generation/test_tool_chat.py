@@ -123,7 +123,7 @@ def test_a_conversation_goes_on_until_it_is_forgotten(scripted, toolbox):
 def test_a_request_without_an_answer_is_taken_back(scripted, toolbox):
     session = scripted([5, 6], CALLS, CALLS, CALLS, WORDS)
     screen = talk(session, toolbox, "one", "two", "three")
-    assert "it wrote no turn of a conversation (token" in screen
+    assert "the model's output is not a turn (token" in screen
     assert "no answer after --max-rounds" in screen
     assert [turn.content for turn in session.asked[-1].messages] == ["three"]
 
@@ -134,7 +134,7 @@ def test_calls_that_are_refused_again_end_a_request_with_a_line(scripted, toolbo
     output = StringIO()
     chat = ToolChat(session, toolbox, max_rounds=8)
     outcome = chat.answer("one", SETTINGS, output.write, lambda line: None)
-    assert "no answer: it repeats calls that are refused" in str(outcome)
+    assert "no answer: the model repeats refused calls" in str(outcome)
     assert len(session.script) == 1
 
 
@@ -150,7 +150,7 @@ def test_an_answer_that_is_cut_off_says_so(scripted, toolbox):
     session.finish = "length"
     screen = " ".join(talk(session, toolbox, "one", "two").split())
     assert "answered, cut off: max_new_tokens reached, seed 3" in screen
-    assert "it wrote no turn" in screen
+    assert "output is not a turn" in screen
     assert screen.count("cut off: max_new_tokens reached") == 2
 
 
@@ -203,7 +203,7 @@ def test_in_one_go_the_answer_alone_goes_to_standard_output(verb):
     code, out, errors = verb(script=[ONE, WORDS])
     assert (code, out) == (0, "It is 3 and 7.")
     lines = errors.splitlines()
-    assert lines[0].startswith("this is a model of stage code, which teaches no calls")
+    assert lines[0].startswith("this model was trained by stage=code, which does not teach calls")
     assert lines[1:3] == ["-> add(x=2)", "<- 3"]
     assert lines[3].startswith("code/small/step_00000020: 2 turns, ")
 
@@ -238,4 +238,4 @@ def test_a_file_that_is_not_there_is_found_before_the_model_is_read(verb, tmp_pa
 def test_only_models_that_learned_calls_come_without_a_warning():
     assert warning_of("tools") is None
     assert warning_of(None) is None
-    assert "stage language" in str(warning_of("language"))
+    assert "stage=language" in str(warning_of("language"))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dist_lm.cluster.journal import Journal, read_events
-from dist_lm.evaluation.bfcl_data import _lines
+from dist_lm.evaluation.bfcl_questions import _lines
 from dist_lm.storage.durable import json_lines
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.metrics import follow, last_metrics, read_metrics

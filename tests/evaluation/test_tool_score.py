@@ -4,7 +4,7 @@ import pytest
 
 from dist_lm.chat.messages import Call, Conversation, Message, Tool
 from dist_lm.chat.template import END, prompt, render
-from dist_lm.evaluation.score import calls_made, figures, judge, read_answer
+from dist_lm.evaluation.tool_score import calls_made, figures, judge, read_answer
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 TOOLS = (

@@ -1,6 +1,7 @@
-"""The questions of the Berkeley Function Calling Leaderboard, read from the package `bfcl-eval` where it is installed.
+"""Questions of the Berkeley Function Calling Leaderboard (BFCL), read from the installed package `bfcl-eval`.
 
-They are for evaluation only. Nothing that makes training data knows of this file.
+Function descriptions become tools with a JSON schema. The questions are for evaluation only: no code that makes
+training data imports this module.
 """
 
 import importlib.util
@@ -10,18 +11,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_lm.chat.messages import Conversation, Message
+from dist_lm.chat.messages import Conversation, Json, Message, Tool
 from dist_lm.errors import ArtefactError
-from dist_lm.evaluation.bfcl_check import Answer
-from dist_lm.evaluation.bfcl_schema import tool_of
 from dist_lm.storage.durable import json_lines
 
 PACKAGE, MODULE = "bfcl-eval", "bfcl_eval"
-CATEGORIES = (  # of one turn, in Python
+CATEGORIES = (  # single-turn, Python
     *("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance"),
     *("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple", "live_irrelevance", "live_relevance"),
 )
-WITHOUT_ANSWERS = ("irrelevance", "live_irrelevance", "live_relevance")  # only whether there is a call
+WITHOUT_ANSWERS = ("irrelevance", "live_irrelevance", "live_relevance")  # scored only by whether there is a call
+JSON_TYPES = {  # BFCL's type name -> JSON schema's; as in `bfcl_eval/constants/type_mappings.py`
+    "integer": "integer",
+    "number": "number",
+    "float": "number",
+    "double": "number",
+    "string": "string",
+    "any": "string",
+    "boolean": "boolean",
+    "bool": "boolean",
+    "array": "array",
+    "list": "array",
+    "tuple": "array",
+    "dict": "object",
+    "object": "object",
+}
+NOT_SCHEMA = ("optional",)  # keys of BFCL that JSON schema does not have
+
+BfclAnswer = dict[str, dict[str, list[Json]]]
+"""{function name: {argument: accepted values}}."""
 
 
 @dataclass(frozen=True)
@@ -31,19 +49,19 @@ class BfclQuestion:
     id: str
     category: str
     asked: Conversation
-    functions: tuple[dict[str, Any], ...]  # as the leaderboard describes them
-    answers: tuple[Answer, ...]  # the calls that are right; none in categories without answers
+    functions: tuple[dict[str, Any], ...]  # BFCL's own descriptions
+    answers: tuple[BfclAnswer, ...]  # the expected calls; empty in `WITHOUT_ANSWERS`
 
 
 def find_data() -> Path:
-    """The folder of the data.
+    """The data folder of `bfcl-eval`.
 
     Raises:
         ArtefactError: the package is not installed, or has no such folder.
     """
     spec = importlib.util.find_spec(MODULE)
     if spec is None or not spec.submodule_search_locations:
-        # its requirements are a hundred packages, of which the data needs none
+        # --no-deps: the package requires a hundred others, and its data needs none
         raise ArtefactError(f"{PACKAGE} is not installed: `pip install --no-deps {PACKAGE}` brings its questions")
     data = Path(spec.submodule_search_locations[0]) / "data"
     if not data.is_dir():
@@ -54,14 +72,14 @@ def find_data() -> Path:
 
 
 def read_questions(data: Path, categories: Sequence[str] = CATEGORIES, limit: int = 0) -> list[BfclQuestion]:
-    """The questions in the folder `data`, of each category that is there the first `limit` (0: all).
+    """The first `limit` questions (0: all) of each category that exists in the folder `data`.
 
     Raises:
-        ArtefactError: none of the categories is there, or a file is not as expected.
+        ArtefactError: no category exists, or a file has an unknown layout.
     """
     questions: list[BfclQuestion] = []
     for category in categories:
-        file = _file(data, category)
+        file = _newest_file(data, category)
         if file is not None:
             questions += _read(file, category, limit)
     if not questions:
@@ -69,8 +87,7 @@ def read_questions(data: Path, categories: Sequence[str] = CATEGORIES, limit: in
     return questions
 
 
-def _file(folder: Path, category: str) -> Path | None:
-    """The newest version of a category's file."""
+def _newest_file(folder: Path, category: str) -> Path | None:
     found = [re.fullmatch(rf"BFCL_v(\d+)_{category}\.json", path.name) for path in folder.glob("BFCL_v*.json")]
     newest = max((match for match in found if match), default=None, key=lambda match: int(match[1]))
     return folder / newest[0] if newest else None
@@ -97,7 +114,7 @@ def _read(file: Path, category: str, limit: int) -> list[BfclQuestion]:
         except (KeyError, IndexError, TypeError, ValueError) as error:
             name = line.get("id") if isinstance(line, dict) else line
             raise ArtefactError(
-                f"{file}: question {name}: not as this version of dist_lm knows {PACKAGE} "
+                f"{file}: question {name}: unknown layout, not that of the known versions of {PACKAGE} "
                 f"({type(error).__name__}: {error})"
             ) from error
     return questions
@@ -111,7 +128,7 @@ def _lines(file: Path) -> list[Any]:
 
 
 def _distinct(functions: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
-    """One function of each name."""
+    """The first function of each name."""
     by_name: dict[str, dict[str, Any]] = {}
     for function in functions:
         by_name.setdefault(function["name"], function)
@@ -119,13 +136,43 @@ def _distinct(functions: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], ...]
 
 
 def _messages(said: Iterable[dict[str, str]]) -> tuple[Message, ...]:
-    """The turns; what one role says in a row is one turn, and of the assistant there is text only."""
+    """The turns; consecutive messages of one role become one turn."""
     turns: list[Message] = []
     for one in said:
         role, content = one["role"], one["content"]
         if role not in ("system", "user", "assistant"):
-            raise ValueError(f"a turn of {role}")
+            raise ValueError(f"role {role!r} is not known: expected system, user or assistant")
         if turns and turns[-1].role == role:
             content = f"{turns.pop().content}\n{content}"
         turns.append(Message(role, content))  # type: ignore[arg-type]
     return tuple(turns)
+
+
+def tool_of(function: dict[str, Any]) -> Tool:
+    """Convert a function description of BFCL.
+
+    Raises:
+        ValueError: it uses an unknown type.
+    """
+    parameters = schema_of(function["parameters"])
+    parameters.setdefault("properties", {})
+    return Tool(function["name"], function.get("description", ""), parameters)
+
+
+def schema_of(described: dict[str, Any]) -> dict[str, Json]:
+    """Convert a part of a description to JSON schema."""
+    schema: dict[str, Json] = {}
+    for key, value in described.items():
+        if key in NOT_SCHEMA:
+            continue
+        if key == "type":
+            if not isinstance(value, str) or value not in JSON_TYPES:
+                raise ValueError(f"the type {value!r} is not known: expected one of {', '.join(JSON_TYPES)}")
+            schema[key] = JSON_TYPES[value]
+        elif key == "properties" and isinstance(value, dict):
+            schema[key] = {name: schema_of(part) for name, part in value.items()}
+        elif key in ("items", "additionalProperties") and isinstance(value, dict):
+            schema[key] = schema_of(value)
+        else:
+            schema[key] = value
+    return schema

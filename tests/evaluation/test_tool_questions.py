@@ -5,7 +5,7 @@ import pytest
 from dist_lm.chat.messages import Call, Conversation, Message, Tool
 from dist_lm.chat.template import parse, parse_turn
 from dist_lm.data.mapped import MappedCorpus
-from dist_lm.evaluation.questions import asked, choose, questions_of, shown
+from dist_lm.evaluation.tool_questions import asked, choose, questions_of, shown
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tools.data.examples import examples
 

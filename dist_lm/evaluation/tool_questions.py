@@ -1,7 +1,7 @@
-"""What a model is asked about conversations: the turns in which it decides whether to call, and what.
+"""Questions about tool use: turns of held-out conversations in which the assistant decides whether and what to call.
 
-A turn is one in which the assistant decides when it calls, or when it answers a person. Turns that put a result in
-words are not asked: there is no one right answer.
+A turn is asked if it contains calls or answers the user. A turn that puts tool results into words is not asked, because
+many wordings are correct.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,33 +14,32 @@ from dist_lm.chat.template import parse, prompt, render
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
-# of those kinds one turn only: the first, before which no call of the tool can be seen; or the last, which the kind is
-# about (the call after an error, the answer that needs no call). Of all others every turn.
-FIRST = ("single", "parallel", "hub")
-LAST = ("recovery", "answer")
-NONE = ("choosing",)  # no call there has arguments
+# Conversations of these kinds give one question; all others give one for every decision.
+FIRST = ("single", "parallel", "hub")  # the first decision: no earlier call shows how to use the tool
+LAST = ("recovery", "answer")  # the last one, which the kind is about (the call after an error, the answer without one)
+NONE = ("choosing",)  # no question: the calls of this kind have no arguments
 
 
 @dataclass(frozen=True)
 class Question:
-    """A turn of the assistant."""
+    """A turn that the assistant has to write."""
 
     kind: str  # of the conversation: single, parallel, ...
-    asked: Conversation  # all that was said before
+    asked: Conversation  # the messages before the turn
     expected: Message
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A question in tokens."""
+    """A question as token ids."""
 
     question: Question
     prompt: list[int]
-    expected: list[int]  # the turn, with the mark that ends it
+    expected: list[int]  # the expected turn, with the mark that ends it
 
 
 def questions_of(conversation: Conversation, kind: str) -> list[Question]:
-    """The turns of a conversation that are asked: none without tools, of drills, or where calls cannot be checked."""
+    """The questions of one conversation; none if it has no tools or its calls cannot be checked."""
     if not conversation.tools or kind in NONE or not _can_be_checked(conversation):
         return []
     messages = conversation.messages
@@ -61,11 +60,11 @@ def questions_of(conversation: Conversation, kind: str) -> list[Question]:
 
 
 def choose(corpus: MappedCorpus, tokenizer: Tokenizer, per_kind: int, context: int, own: str = "tools_") -> list[Asked]:
-    """The questions about a corpus, the same at every call: of each kind the first `per_kind`, by kind.
+    """The first `per_kind` questions of each kind in a corpus, sorted by kind; every call returns the same ones.
 
     Args:
-        context: tokens that a model takes; a question that leaves no room for its answer is passed over.
-        own: what the languages of the corpus begin with; the rest is the kind.
+        context: the model's maximum sequence length; a question is skipped if prompt and expected turn exceed it.
+        own: the prefix of the corpus's language names; the rest of a name is the kind.
     """
     chosen: dict[str, list[Asked]] = {}
     kinds = [name.removeprefix(own) for name in corpus.languages]
@@ -79,7 +78,7 @@ def choose(corpus: MappedCorpus, tokenizer: Tokenizer, per_kind: int, context: i
 
 
 def asked(questions: Iterable[Question], tokenizer: Tokenizer) -> list[Asked]:
-    """Questions as a model gets them."""
+    """Tokenize questions."""
     found = []
     for question in questions:
         begin = prompt(question.asked, tokenizer)
@@ -89,7 +88,7 @@ def asked(questions: Iterable[Question], tokenizer: Tokenizer) -> list[Asked]:
 
 
 def shown(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
-    """Tokens as people read them, marks by their names."""
+    """Decode tokens for people, with the names of reserved tokens."""
     special = {number: name for name, number in tokenizer.special_ids.items()}
     parts, text = [], list[int]()
     for token in tokens:

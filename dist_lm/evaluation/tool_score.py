@@ -1,4 +1,4 @@
-"""What an answer is worth: one turn against the turn that was expected, then figures over many. Pure.
+"""Scores of tool use: compare one turn with the expected one, then compute shares over many. Pure functions.
 
 Calls are compared as the Berkeley Function Calling Leaderboard compares them (`chat.compare`).
 """
@@ -16,19 +16,19 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found of one turn."""
+    """The result for one turn."""
 
-    wanted: int  # calls that were expected
-    is_turn: bool  # a turn by the template, ended by itself
-    called: bool  # with a call
-    valid: bool  # and every call is of a tool that is offered, with arguments that fit its schema
-    names: bool  # as many calls as expected, of the same tools
-    right: int  # expected calls that were made, with the same arguments
-    exact: bool  # the calls are those expected, no more and no less; without any, where none was
+    wanted: int  # number of expected calls
+    is_turn: bool  # the tokens parse as a turn, and the model ended it
+    called: bool  # the turn contains a call
+    valid: bool  # it contains calls, and all of them name an offered tool and fit its schema
+    names: bool  # it calls the expected tools, each as often as expected
+    right: int  # number of expected calls that were made with the expected arguments
+    exact: bool  # the calls equal the expected ones; if none is expected, there is none
 
     @property
     def parses(self) -> bool:
-        """A turn, with a call where one was expected."""
+        """A turn, with a call if one was expected."""
         return self.is_turn and (self.called or not self.wanted)
 
     @property
@@ -38,7 +38,14 @@ class Verdict:
 
 
 def read_answer(tokens: Sequence[int], ended: bool, tokenizer: Tokenizer, tools: Sequence[Tool]) -> Message | None:
-    """The turn that a model wrote who was offered `tools`; None: it is none, or was cut off (`ended` is False)."""
+    """Parse the turn a model wrote when offered `tools`.
+
+    Args:
+        ended: the model wrote the end of its turn, so that the turn was not cut off.
+
+    Returns:
+        The turn, or None if it was cut off or does not parse.
+    """
     if not ended:
         return None
     try:
@@ -48,7 +55,7 @@ def read_answer(tokens: Sequence[int], ended: bool, tokenizer: Tokenizer, tools:
 
 
 def judge(found: Message | None, expected: Message, tools: Sequence[Tool]) -> Verdict:
-    """Hold a turn (None: it does not parse) against the one expected; `tools`: those that were offered."""
+    """Compare a turn (None: it does not parse) with the expected one, given the offered tools."""
     calls = found.calls if found else ()
     wanted = expected.calls
     return Verdict(
@@ -63,7 +70,7 @@ def judge(found: Message | None, expected: Message, tools: Sequence[Tool]) -> Ve
 
 
 def calls_made(found: Sequence[Call], expected: Sequence[Call], tools: Sequence[Tool]) -> int:
-    """How many of the expected calls were made; each one found stands for one expected."""
+    """Number of expected calls that were made; one call found matches at most one expected call."""
     by_name = {tool.name: tool for tool in tools}
     left = list(found)
     for call in expected:
@@ -74,26 +81,24 @@ def calls_made(found: Sequence[Call], expected: Sequence[Call], tools: Sequence[
 
 
 def figures(verdicts: Iterable[tuple[str, Verdict]]) -> dict[str, float]:
-    """`tools/NAME` over all (kind, verdict), and `tools/NAME_KIND` over each kind; a share of nothing is left out.
+    """Metrics of all (kind, verdict) pairs: `tools/NAME` over all, `tools/NAME_KIND` for each kind.
 
-    Where a call was expected (shares of turns; `args_exact` of the calls expected):
-        parses, valid_call, name_exact, args_exact, call_exact, false_refusals; parallel_exact where several were
-    Where none was:
-        irrelevance: answered in words
+    Over turns with an expected call: parses, valid_call, name_exact, call_exact, false_refusals (shares of turns),
+    args_exact (share of expected calls), and parallel_exact over turns with several expected calls.
+    Over the other turns: irrelevance, the share answered in words. A share of nothing is left out.
     """
     by_kind: dict[str, list[Verdict]] = {}
     for kind, verdict in verdicts:
         by_kind.setdefault(kind, []).append(verdict)
     everything = [verdict for found in by_kind.values() for verdict in found]
-    found = {f"tools/{name}": share for name, share in shares(everything).items()}
+    found = {f"tools/{name}": share for name, share in _shares(everything).items()}
     for kind, part in sorted(by_kind.items()):
-        of_kind = {name: share for name, share in shares(part).items() if name != "parallel_exact"}
+        of_kind = {name: share for name, share in _shares(part).items() if name != "parallel_exact"}
         found |= {f"tools/{name}_{kind}": share for name, share in of_kind.items()}
     return found
 
 
-def shares(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """The figures of `figures`, by their plain names."""
+def _shares(verdicts: Sequence[Verdict]) -> dict[str, float]:
     calling = [verdict for verdict in verdicts if verdict.wanted]
     several = [verdict for verdict in calling if verdict.wanted > 1]
     words = [verdict for verdict in verdicts if not verdict.wanted]
