@@ -40,7 +40,6 @@ SETTINGS = (
     "stage.sampling.samples_per_prompt=1",
     "stage.sampling.max_new_tokens=4",
     "stage.questions.per_kind=4",
-    "stage.lead=[]",  # there are no corpora of drills
 )
 TIMED = ("time", "timing/", "perf/", "checkpoint/", "rollout/tokens_per_s")
 

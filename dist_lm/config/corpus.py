@@ -9,9 +9,6 @@ from dist_lm.errors import require
 
 SPLITS = ("train", "val")
 
-# subjects, in the order in which one helps with the next
-DRILLS = ("copying", "lists", "wishes", "choosing", "slots", "filling")
-
 
 @dataclass
 class SourceConfig:
@@ -25,7 +22,7 @@ class SourceConfig:
     limit: int = 0  # documents; 0: all
     dataset: str = ""  # hub...: dataset id, or a local folder or file with the same columns; rankings: file or glob
     revision: str = "main"  # hub
-    subset: str | None = None  # hub: configuration name of the data set; drills: one of DRILLS (null: copying)
+    subset: str | None = None  # hub: configuration name of the data set
     data_dir: str | None = None  # hub: folder inside the data set
     split: str = "train"  # hub: split of the data set (train/val is ours, by document hash)
     column: str = "text"  # hub: the column that holds the document
@@ -39,12 +36,6 @@ class SourceConfig:
             f"corpus source {self.reader}: dataset",
             "(an address with a password)",
             "an address without one (give a token in HF_TOKEN); the configuration is written to disk",
-        )
-        require(
-            self.reader != "drills" or self.subset in (None, *DRILLS),
-            "corpus source drills: subset",
-            self.subset,
-            ", ".join(DRILLS),
         )
         require(
             self.limit >= 0,

@@ -6,7 +6,6 @@ from omegaconf import OmegaConf
 
 from dist_lm.config.generate import schema_of
 from dist_lm.config.root import Config
-from dist_lm.config.stage import leads_as_written
 from dist_lm.storage import durable
 
 
@@ -18,8 +17,6 @@ def save_config(config: Config, path: Path) -> None:
 def load_config(path: Path) -> Config:
     """Read what `save_config` wrote; types and bounds are checked again."""
     loaded = OmegaConf.load(path)
-    if "lead" in loaded.stage:
-        loaded.stage.lead = leads_as_written(loaded.stage.lead)
     merged = OmegaConf.merge(OmegaConf.structured(schema_of(loaded.stage.name)), loaded)
     config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)

@@ -102,15 +102,6 @@ class Config:
             if name not in self.corpus.corpora:
                 raise ConfigError(f"stage.mix={{{name}: {share:g}}}: there is no corpus {name}; expected {accepted}")
             require(name in others, "stage.mix", name, accepted)
-        free = {*others} - {*(self.stage.mix or {})}
-        for lead in self.stage.lead:
-            require(
-                lead.corpus in free,
-                "stage.lead: corpus",
-                lead.corpus,
-                f"a corpus of corpus={self.corpus.name} that is neither stage.corpus={own} nor in stage.mix, each once",
-            )
-            free.remove(lead.corpus)
         for name in self.stage.corpora or []:
             require(name in self.corpus.corpora, "stage.corpora", name, f"some of {', '.join(self.corpus.corpora)}")
         require(

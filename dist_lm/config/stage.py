@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from omegaconf import MISSING
 
@@ -58,26 +57,6 @@ class QuestionsConfig:
 
 
 @dataclass
-class LeadConfig:
-    """A corpus that stands in for the stage's own for some of its first steps: what is to be learned first."""
-
-    corpus: str = MISSING
-    steps: int = MISSING
-    lr_ratio: float = 1.0  # its learning rates / those of the stage: to begin looking back takes higher ones
-
-    def __post_init__(self) -> None:
-        require(0 < self.lr_ratio < math.inf, "stage.lead: lr_ratio", self.lr_ratio, "a positive number")
-        require(self.steps > 0, "stage.lead: steps", self.steps, "a positive integer")
-
-
-def leads_as_written(lead: Any) -> list[Any]:
-    """`stage.lead` of a configuration file: up to version 0.1 one mapping, with 0 steps for none."""
-    if isinstance(lead, Mapping):
-        return [lead] if lead["steps"] else []
-    return list(lead or ())
-
-
-@dataclass
 class MuonConfig:
     """Muon for the matrices inside blocks; embedding, head, norms and biases stay with AdamW."""
 
@@ -96,7 +75,6 @@ class StageConfig:
     name: str = MISSING
     corpus: str = ""  # name under work/corpora that it streams
     mix: dict[str, float] | None = field(default_factory=dict)  # share of the sequences from other corpora, by name
-    lead: list[LeadConfig] = field(default_factory=list)  # one after the other, from the first step on
     corpora: list[str] | None = None  # shards, rankings: the corpora to build; null: all
     init_from: str = "auto"  # auto (the stage before) | none | a checkpoint or run directory
     steps: int = 1000  # optimizer steps
@@ -150,6 +128,5 @@ class StageConfig:
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """The corpora that it trains on: its own, those in its mix, those that lead."""
-        leading = (lead.corpus for lead in self.lead)
-        return tuple(name for name in (self.corpus, *sorted(self.mix or {}), *leading) if name)
+        """The corpora that the stage trains on: its own, then those in its mix."""
+        return tuple(name for name in (self.corpus, *sorted(self.mix or {})) if name)

@@ -2,12 +2,10 @@
 number within it.
 
 Every block of 100 sequences holds each corpus by its exact share, in an order of its own. So the state of a stream is
-still one integer, and how a step is cut into ranks and micro-batches changes nothing. For the first sequences other
-corpora, one after the other, may stand in for the stage's own.
+still one integer, and how a step is cut into ranks and micro-batches changes nothing.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import numpy as np
 
@@ -20,21 +18,14 @@ _MIX = 6  # what is shuffled; 1 to 5 are those of `order` and `packing`
 class Mix:
     """Corpus 0 is the stage's own and takes what the others leave."""
 
-    def __init__(self, shares: Sequence[float], seed: int, leads: Sequence[int] = ()) -> None:
-        """See above.
-
-        Args:
-            shares: of corpora 1, 2, ...; whole per cent, with a sum below 1.
-            leads: of each corpus after these, how many sequences, of all corpora, it stands in for corpus 0.
-        """
+    def __init__(self, shares: Sequence[float], seed: int) -> None:
+        """`shares`: those of corpora 1, 2, ...; whole per cent, with a sum below 1."""
         others = [round(share * BLOCK) for share in shares]
         self._counts = np.array([BLOCK - sum(others), *others])
         assert self._counts.min() > 0, shares
         self._seed = seed
         self._block = -1
         self._corpora = self._places = np.empty(0, np.int64)
-        self._ends = list(accumulate(leads))
-        self._own_before_end = [self._own_before(end) for end in self._ends]
 
     def place(self, number: int) -> tuple[int, int]:
         """(corpus, number within it) of global sequence `number`; a corpus is read in its order, without a gap."""
@@ -42,21 +33,7 @@ class Mix:
         if block != self._block:
             self._shuffle(block)
         corpus = int(self._corpora[i])
-        place = block * int(self._counts[corpus]) + int(self._places[i])
-        if corpus or not self._ends:
-            return corpus, place
-        before = 0
-        for which, (end, own_before_end) in enumerate(zip(self._ends, self._own_before_end, strict=True)):
-            if number < end:
-                return len(self._counts) + which, place - before
-            before = own_before_end
-        return 0, place - before
-
-    def _own_before(self, number: int) -> int:
-        """Sequences of corpus 0 before `number`."""
-        block, i = divmod(number, BLOCK)
-        self._shuffle(block)
-        return block * int(self._counts[0]) + int((self._corpora[:i] == 0).sum())
+        return corpus, block * int(self._counts[corpus]) + int(self._places[i])
 
     def _shuffle(self, block: int) -> None:
         """The corpus of each sequence of a block, and how many of that corpus come before it there."""

@@ -5,7 +5,7 @@ data-parallel rank its contiguous part, so the integer is enough to go on at any
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -128,24 +128,24 @@ class SequenceStream(StepStream):
         reset_positions: bool = True,
         pad_id: int = 0,
         mix: Mapping[MappedCorpus, float] | None = None,
-        leads: Sequence[tuple[MappedCorpus, int]] = (),
         pin_memory: bool = False,
         prefetch: int = 2,
         seq_len_key: str = SEQ_LEN,
     ) -> None:
-        """`mix`: other corpora with their shares of all sequences, `leads`: those that stand in for the first, one
-        after the other, each for so many sequences of the stream (`data.mix`). `seq_len_key`: the key that `seq_len`
-        is from, for errors. Else as `StepStream`.
+        """Open the stream; arguments that are not listed are those of `StepStream`.
+
+        Args:
+            mix: other corpora with their shares of all sequences (`data.mix`).
+            seq_len_key: the configuration key that `seq_len` comes from, for errors.
 
         Raises `ConfigError` for a batch that does not divide over the ranks, `ArtefactError` for a corpus that fills no
         sequence.
         """
         shares = mix or {}
-        leading = [one for one, _ in leads]
         # the stage's own first
-        self.corpora = [CorpusSequences(one, seed, seq_len, seq_len_key) for one in (corpus, *shares, *leading)]
+        self.corpora = [CorpusSequences(one, seed, seq_len, seq_len_key) for one in (corpus, *shares)]
         self.n_sequences = self.corpora[0].n_sequences  # an epoch
-        self._mix = Mix(list(shares.values()), seed, [sequences for _, sequences in leads])
+        self._mix = Mix(list(shares.values()), seed)
         self._seq_len = seq_len
         self._document_mask, self._reset_positions = document_mask, reset_positions
         packing = self.corpora[0].packing

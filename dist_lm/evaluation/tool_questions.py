@@ -17,7 +17,6 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 # Conversations of these kinds give one question; all others give one for every decision.
 FIRST = ("single", "parallel", "hub")  # the first decision: no earlier call shows how to use the tool
 LAST = ("recovery", "answer")  # the last one, which the kind is about (the call after an error, the answer without one)
-NONE = ("choosing",)  # no question: the calls of this kind have no arguments
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Asked:
 
 def questions_of(conversation: Conversation, kind: str) -> list[Question]:
     """The questions of one conversation; none if it has no tools or its calls cannot be checked."""
-    if not conversation.tools or kind in NONE or not _can_be_checked(conversation):
+    if not conversation.tools or not _can_be_checked(conversation):
         return []
     messages = conversation.messages
     places = [

@@ -141,8 +141,7 @@ def refuse_rankings(config: Config) -> None:
     """
     stage = config.stage
     mixed = [("stage.mix", name) for name in stage.mix or {}]
-    leading = [("stage.lead", lead.corpus) for lead in stage.lead]
-    for key, name in (("stage.corpus", stage.corpus), *mixed, *leading):
+    for key, name in (("stage.corpus", stage.corpus), *mixed):
         if name and form_of(config.corpus, name) == "ranking":
             raise ConfigError(f"{key}={name}: expected texts or conversations; stage=reward learns from rankings")
 

@@ -78,7 +78,6 @@ def open_stream(opening: Opening) -> SequenceStream:
         reset_positions=stage.reset_positions,
         pad_id=opening.tokenizer.pad_id,
         mix={corpora[name]: share for name, share in sorted((stage.mix or {}).items())},
-        leads=[(corpora[lead.corpus], lead.steps * stage.global_batch) for lead in stage.lead],
         pin_memory=opening.world.device.type == "cuda",
     )
 

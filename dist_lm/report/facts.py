@@ -8,7 +8,6 @@ from typing import Any, Literal
 import numpy as np
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.stage import leads_as_written
 from dist_lm.data.manifest import Manifest
 from dist_lm.parallel.layout import Layout
 
@@ -80,9 +79,9 @@ class RunFacts:
 
     @property
     def corpora(self) -> frozenset[str]:
-        """That it reads, by name: its own, those in its mix, those that lead, the pretraining text of stage rlhf."""
+        """The corpora the run reads, by name: its own, those in its mix, the pretraining text of stage rlhf."""
         stage, rlhf = self.config.get("stage", {}), self.config.get("rlhf") or {}
-        names = {*(stage.get("mix") or {}), *(lead["corpus"] for lead in leads_as_written(stage.get("lead")))}
+        names = {*(stage.get("mix") or {})}
         if self.stage == "rlhf" and rlhf.get("pretrain_coefficient"):
             names |= {rlhf.get("pretrain_corpus"), *(rlhf.get("pretrain_mix") or {})}
         if not (self.stage == "rlhf" and rlhf.get("prompts_from")):

@@ -11,7 +11,7 @@ from dist_lm.config.root import Config
 from dist_lm.data.corpus import form_of, text_corpora
 from dist_lm.tools.data.examples import REVISION
 
-GENERATED = ("tools", "drills")  # readers of what `dist_lm.tools.data` makes
+GENERATED = ("tools",)  # readers of what `dist_lm.tools.data` makes
 SAMPLED = "synthetic_rankings"  # reader whose documents a model wrote
 DRAWN = ("sql", *GENERATED, SAMPLED)  # readers whose documents depend on the seed
 LATER_KEYS = ("rows", "only")  # of a source: left out where they say nothing, as corpora from before them have none

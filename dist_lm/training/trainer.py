@@ -26,7 +26,7 @@ from dist_lm.training.heartbeat import Heartbeat, Phase
 from dist_lm.training.laps import Laps
 from dist_lm.training.objective import LossModel, Objective
 from dist_lm.training.optimizer import set_learning_rate
-from dist_lm.training.schedule import stage_rate
+from dist_lm.training.schedule import learning_rate
 from dist_lm.training.state import TrainState
 from dist_lm.training.step import StepResult, train_step
 from dist_lm.training.step_meter import StepMeter
@@ -80,7 +80,13 @@ class Trainer:
         with self._saver() as saver:
             while state.step < stage.steps:
                 meter.begin(self.is_detailed(state.step + 1))
-                rate = stage_rate(stage, state.step)
+                rate = learning_rate(
+                    state.step,
+                    peak=stage.lr,
+                    warmup_steps=stage.warmup_steps,
+                    steps=stage.steps,
+                    min_ratio=stage.min_lr_ratio,
+                )
                 self.heartbeat.beat(Phase.DATA, state.step)
                 data = next(self.stream)
                 meter.data_came()

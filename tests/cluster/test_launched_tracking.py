@@ -41,7 +41,6 @@ SETTINGS = (
     ),
     *(f"stages.{stage}.eval_every=2" for stage in (*SAMPLED, "tools", "reward")),
     *(f"stages.{stage}.seq_len=256" for stage in ("tools", "reward")),
-    "stages.tools.lead=[]",
     "stages.tools.questions.per_kind=2",
     "stages.rankings.samples.most=4",
     "stages.rankings.samples.max_new_tokens=8",

@@ -88,7 +88,7 @@ def test_one_command_trains_all_stages_and_shows_what_was_forgotten(tiny_work, t
     settings += [
         f"{prefix}.{key}" for prefix in prefixes[1:] for key in ("seq_len=32", "sampling.samples_per_prompt=0")
     ]
-    command = ["stage=pipeline", *TINY, *settings, "stage.seq_len=200", "stage.lead=[]", f"work_dir={work.path}"]
+    command = ["stage=pipeline", *TINY, *settings, "stage.seq_len=200", f"work_dir={work.path}"]
     done = subprocess.run(
         [sys.executable, "-m", "dist_lm.launch", *command],
         capture_output=True,

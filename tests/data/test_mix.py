@@ -42,22 +42,3 @@ def test_blocks_and_seeds_differ():
 
 def test_without_others_the_numbers_are_those_of_the_corpus():
     assert [Mix([], 3).place(number) for number in (0, 7, 250)] == [(0, 0), (0, 7), (0, 250)]
-
-
-@given(PER_CENT, st.integers(0, 2**32), st.lists(st.integers(0, 150), max_size=3))
-def test_what_leads_takes_the_first_sequences_of_the_stages_own_corpus_in_turn(per_cent, seed, leads):
-    shares = [n / 100 for n in per_cent]
-    plain, led = Mix(shares, seed), Mix(shares, seed, leads)
-    first, total = len(shares) + 1, sum(leads)
-    turns = [first + which for which, count in enumerate(leads) for _ in range(count)]
-    found = {which: [] for which in range(first + len(leads))}
-    for number in range(550):
-        which, place = led.place(number)
-        found[which].append(place)
-        as_before = plain.place(number)
-        if as_before[0]:
-            assert (which, place) == as_before
-        else:
-            assert which == (turns[number] if number < total else 0)
-    for places in found.values():  # each in its order, without a gap
-        assert places == list(range(len(places)))

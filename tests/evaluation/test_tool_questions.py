@@ -39,10 +39,10 @@ def test_nothing_is_asked_where_calls_cannot_be_checked(tools):
     assert questions_of(Conversation(ROUND, tools), "single") == []
 
 
-def test_every_generated_conversation_with_tools_has_questions_but_drills():
+def test_every_generated_conversation_with_tools_has_questions():
     for one in examples(0, 60):
         found = questions_of(one.conversation, one.kind)
-        assert bool(found) == (bool(one.conversation.tools) and one.kind != "choosing"), one
+        assert bool(found) == bool(one.conversation.tools), one
         assert all(question.kind == one.kind for question in found)
 
 

@@ -7,7 +7,6 @@ import pytest
 from dist_lm.config.file import load_config, save_config
 from dist_lm.config.rlhf_run import RlhfRunConfig
 from dist_lm.config.root import Config
-from dist_lm.config.stage import LeadConfig, leads_as_written
 from dist_lm.errors import ConfigError
 from dist_lm.launcher.compose import choices, compose_config, overrides_of, target_stage
 
@@ -64,21 +63,8 @@ def test_the_large_stages_have_the_listed_peak_rates(stage, lr):
         ("stage.mix={language: 0}", ["stage.mix.language=0", "above 0"]),
         ("stage.mix={language: 0.125}", ["stage.mix.language=0.125", "whole per cent"]),
         ("stage.mix={language: 0.6, tools: 0.4}", ["stage.mix=1 in all", "below 1"]),
-        ("stage.lead.steps=10", ["stage.lead.steps=10", "stage.lead=[{corpus: ..., steps: ..., lr_ratio: ...}, ...]"]),
-        ("stage.lead={corpus: language, steps: 1}", ["stage.lead", "[{corpus: ..., steps: ..., lr_ratio: ...}, ...]"]),
-        ("stage.lead=[language]", ["stage.lead[0]=language", "expected"]),
-        ("stage.lead=[{steps: 10}]", ["stage.lead", "corpus"]),
-        ("stage.lead=[{corpus: language}]", ["stage.lead", "steps"]),
-        ("stage.lead=[{corpus: language, steps: 0}]", ["stage.lead: steps=0", "a positive integer"]),
-        ("stage.lead=[{corpus: language, steps: 1, lr_ratio: 0}]", ["stage.lead: lr_ratio=0", "a positive number"]),
-        ("stage.lead=[{corpus: language, steps: 1, lr_ratio: inf}]", ["stage.lead: lr_ratio", "a positive number"]),
         ("stage.lr=inf", ["stage.lr", "a positive number"]),
         ("stage.muon.lr=inf", ["stage.muon.lr"]),
-        ("stage.lead=[{corpus: novels, steps: 1}]", ["stage.lead: corpus=novels", "neither stage.corpus"]),
-        (
-            "stage.lead=[{corpus: language, steps: 1}, {corpus: language, steps: 2}]",
-            ["stage.lead: corpus=language", "each once"],
-        ),
         ("stage.mix={language: a lot}", ["stage.mix.language", "a lot"]),
         ("stage.corpora=[novels]", ["stage.corpora=novels", "language, code, tools"]),
         ("+new=1", ["+new=1", "cannot be added"]),
@@ -165,25 +151,3 @@ def test_a_saved_configuration_reads_back_equal(tmp_path):
     assert load_config(tmp_path / "config.yaml") == config
     assert isinstance(config, Config)
     assert dataclasses.asdict(config)["stage"]["sampling"]["prompts"]
-
-
-@pytest.mark.parametrize(
-    ("written", "leads"),
-    [
-        ("{corpus: '', steps: 0, lr_ratio: 1.0}", []),
-        ("{corpus: language, steps: 7, lr_ratio: 2.0}", [LeadConfig("language", 7, 2.0)]),
-    ],
-)
-def test_a_run_that_was_begun_when_a_stage_had_one_lead_at_most_is_read(tmp_path, written, leads):
-    path = tmp_path / "config.yaml"
-    save_config(compose_config(["stage=code"]), path)
-    text = path.read_text()
-    assert text.count("  lead: []\n") == 1
-    path.write_text(text.replace("  lead: []\n", f"  lead: {written}\n"))
-    assert load_config(path).stage.lead == leads
-
-
-def test_leads_are_read_from_a_file_whatever_it_says_of_them():
-    one = {"corpus": "language", "steps": 7, "lr_ratio": 2.0}
-    assert leads_as_written(None) == leads_as_written([]) == leads_as_written(one | {"steps": 0}) == []
-    assert leads_as_written(one) == leads_as_written([one]) == [one]

@@ -72,9 +72,7 @@ def test_shards_are_those_that_the_stages_read(work):
     assert actions(plan_of(work))["shards"] is Action.READY
     plan = plan_of(work, "stage.seq_len=200", target="tools")
     assert actions(plan)["shards"] is Action.BUILD
-    assert next(stage.detail for stage in plan.stages if stage.info.name == "shards").startswith(
-        "corpora tools, copying, lists, wishes, choosing, slots, filling ("
-    )
+    assert next(stage.detail for stage in plan.stages if stage.info.name == "shards").startswith("corpora tools (")
     assert actions(plan_of(work, target="shards"))["shards"] is Action.BUILD
     mixed = plan_of(work, "stage.mix={tools: 0.1}")
     assert actions(mixed)["shards"] is Action.BUILD
@@ -287,7 +285,7 @@ def test_texts_are_no_prompts_of_rlhf(work):
     with pytest.raises(
         ConfigError,
         match=r"^stage\.corpus=code: expected conversations or rankings, .* "
-        r"\(tools, copying, lists, wishes, choosing, slots, filling, rankings\); or give rlhf",
+        r"\(tools, rankings\); or give rlhf",
     ):
         plan_of(work, *IN_256, "stage.corpus=code", target="rlhf")
     prompts = work.path / "prompts.txt"
@@ -325,7 +323,7 @@ def test_pretraining_text_of_rlhf_is_built_where_it_has_a_weight(work):
         (("rlhf.pretrain_mix={language: 1.5}",), r"rlhf\.pretrain_mix\.language=1\.5: expected above 0 and below 1"),
         (("rlhf.pretrain_seq_len=257",), r"rlhf\.pretrain_seq_len=257: expected at most model\.max_seq_len=256"),
         (("rlhf.pretrain_sequences=0",), r"rlhf\.pretrain_sequences=0: expected a positive integer"),
-        (("stage.mix={code: 0.2}",), r"stage\.mix and stage\.lead=code: expected none"),
+        (("stage.mix={code: 0.2}",), r"stage\.mix=code: expected none"),
     ],
 )
 def test_pretraining_text_that_is_none_is_refused(work, overrides, message):
@@ -334,11 +332,9 @@ def test_pretraining_text_that_is_none_is_refused(work, overrides, message):
         plan_of(work, *IN_256, *given, *overrides, target="rlhf")
 
 
-@pytest.mark.parametrize(
-    "given", ["stage.corpus=rankings", "stage.mix={rankings: 0.1}", "stage.lead=[{corpus: rankings, steps: 1}]"]
-)
+@pytest.mark.parametrize("given", ["stage.corpus=rankings", "stage.mix={rankings: 0.1}"])
 def test_rankings_are_no_text_to_predict(work, given):
-    with pytest.raises(ConfigError, match=r"^stage\.(corpus|mix|lead)=rankings: expected texts or conversations"):
+    with pytest.raises(ConfigError, match=r"^stage\.(corpus|mix)=rankings: expected texts or conversations"):
         plan_of(work, given, target="code")
 
 

@@ -303,7 +303,6 @@ def test_what_a_rank_holds_is_what_its_optimizer_keeps(tmp_path, muon, moments):
     [
         ("language", [], ["language"]),
         ("code", ["stage.mix={tools: 0.2}"], ["code", "tools"]),
-        ("code", ["stage.lead=[{corpus: language, steps: 5}]"], ["code", "language"]),
         (
             "rlhf",
             ["stage.corpus=tools", "rlhf.pretrain_coefficient=0.1", "rlhf.pretrain_corpus=code"],

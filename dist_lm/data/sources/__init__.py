@@ -11,7 +11,7 @@ from dist_lm.data.sources.hub_tools import read_hub_tools
 from dist_lm.data.sources.python import read_python
 from dist_lm.data.sources.rankings import read_hub_rankings, read_local_rankings, read_synthetic_rankings
 from dist_lm.data.sources.sql import read_sql
-from dist_lm.data.sources.tools import read_drills, read_tools
+from dist_lm.data.sources.tools import read_tools
 from dist_lm.document import Form
 
 READERS: dict[str, Callable[[SourceConfig, int], Iterator[Candidate]]] = {
@@ -21,7 +21,6 @@ READERS: dict[str, Callable[[SourceConfig, int], Iterator[Candidate]]] = {
     "sql": read_sql,
     "hub": read_hub,
     "tools": read_tools,
-    "drills": read_drills,
     "hub_tools": read_hub_tools,
     "rankings": read_local_rankings,
     "hub_rankings": read_hub_rankings,
@@ -29,7 +28,6 @@ READERS: dict[str, Callable[[SourceConfig, int], Iterator[Candidate]]] = {
 }
 _NOT_TEXT: dict[str, Form] = {
     "tools": "conversation",
-    "drills": "conversation",
     "hub_tools": "conversation",
     "rankings": "ranking",
     "hub_rankings": "ranking",

@@ -1,4 +1,4 @@
-"""Generated conversations (`dist_lm.tools.data`): drills, and calls of tools, in val other ones than in train."""
+"""Generated conversations with tools (`dist_lm.tools.data`); val has other tools than train."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from dist_lm.tools.data.examples import Example
 
 DEFAULT_DOCUMENTS = 20_000
-DEFAULT_DRILLS = 8_000
 
 
 def read_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
@@ -24,15 +23,6 @@ def read_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
 
     for number, example in enumerate(examples(seed, source.limit or DEFAULT_DOCUMENTS)):
         yield _document(source, example, f"generated:tools:seed={seed}:{number}")
-
-
-def read_drills(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """`source.limit` conversations (0: `DEFAULT_DRILLS`) of one subject, `source.subset`; number i as above."""
-    from dist_lm.tools.data.examples import drill_example
-
-    subject = source.subset or "copying"
-    for number in range(source.limit or DEFAULT_DRILLS):
-        yield _document(source, drill_example(seed, number, subject), f"generated:{subject}:seed={seed}:{number}")
 
 
 def _document(source: SourceConfig, example: "Example", origin: str) -> Document:

@@ -7,24 +7,18 @@ import random
 from collections.abc import Callable
 
 from dist_lm.chat.messages import Call, Json, Message
-from dist_lm.tools.data import ladder
 from dist_lm.tools.data.actions import BY_KEY
 from dist_lm.tools.data.answers import answer, nothing_fits, question_back, shown
 from dist_lm.tools.data.catalogue import Topic
 from dist_lm.tools.data.choice import Scene, call_of, record_of, with_record
-from dist_lm.tools.data.drills import drill, recall
 from dist_lm.tools.data.execution import ToolFailure
 from dist_lm.tools.data.phrasing import Given, describe, instruction, piece, request
-from dist_lm.tools.data.specification import Specification, without_arguments
+from dist_lm.tools.data.specification import Specification
 
 Turns = list[Message]
 ROUND = 4  # turns of a request that takes one call
 FURTHER_ROUNDS = (0, 0, 1, 1, 2, 3)
 IN_SESSION = 6  # requests to the same tools, at most
-RECALLED = 0.4  # of drills are about which word
-MOST_CHOICES = 5  # tools, and requests for them, where one has to be chosen and nothing else
-MOST_FILLED = 3  # requests of which only the arguments are asked
-DONE = ("Done.", "Ready.", "Yes.")
 
 
 def single(scene: Scene) -> Turns:
@@ -180,66 +174,16 @@ def invented(scene: Scene) -> Turns:
     return scene.rng.choice((single, single, parallel))(scene)
 
 
-def copying(scene: Scene) -> Turns:
-    """Values out of the request, without tools."""
-    return recall(scene.rng) if scene.rng.random() < RECALLED else drill(scene.rng)
-
-
-def choosing(scene: Scene) -> Turns:
-    """Request after request to tools without arguments: only which one serves has to be found.
-
-    In conversations with tools few of the tokens that are learned say which one is called, and a small model guesses
-    them long after it has learned all the others.
-    """
-    rng = scene.rng
-    for _ in range(rng.randint(2, MOST_CHOICES)):
-        _take_one_more(scene)
-    turns: Turns = []
-    for tool in rng.choices(scene.tools, k=rng.randint(2, MOST_CHOICES)):
-        text = request(tool, scene.arguments(tool), rng)
-        turns += [Message("user", text), *_called(Call(tool.tool.name, {}), {}), Message("assistant", rng.choice(DONE))]
-    scene.tools = [without_arguments(tool) for tool in scene.tools]
-    return turns
-
-
-def filling(scene: Scene) -> Turns:
-    """Request after request to one tool, of which nothing is asked but its arguments.
-
-    Which value belongs to which argument, and which were not given, is all that these turns say.
-    """
-    tool = scene.take()
-    while len(tool.parameters) < 2:
-        scene.tools.clear()
-        tool = scene.take()
-    schema = tool.tool.parameters
-    turns = [ladder.form_of(schema, scene.rng)]
-    for _ in range(scene.rng.randint(1, MOST_FILLED)):
-        given = scene.arguments(tool)
-        filled = ladder.filled_in(call_of(tool, given).arguments, schema)
-        turns += [Message("user", request(tool, given, scene.rng)), filled]
-    scene.tools.clear()
-    return turns
-
-
-def slots(scene: Scene) -> Turns:
-    """The same with made-up arguments, said barely."""
-    return ladder.slots(scene.rng)
-
-
 KINDS: dict[str, tuple[float, Callable[[Scene], Turns]]] = {  # with their shares
-    "single": (0.22, single),
-    "session": (0.13, session),
-    "parallel": (0.06, parallel),
-    "sequential": (0.05, sequential),
-    "irrelevant": (0.05, irrelevant),
-    "missing": (0.04, missing),
-    "recovery": (0.03, recovery),
-    "answer": (0.03, plain_answer),
-    "invented": (0.11, invented),
-    "copying": (0.02, copying),
-    "choosing": (0.08, choosing),
-    "slots": (0.10, slots),
-    "filling": (0.08, filling),
+    "single": (0.30, single),
+    "session": (0.18, session),
+    "parallel": (0.09, parallel),
+    "sequential": (0.07, sequential),
+    "irrelevant": (0.07, irrelevant),
+    "missing": (0.06, missing),
+    "recovery": (0.04, recovery),
+    "answer": (0.04, plain_answer),
+    "invented": (0.15, invented),
 }
 
 

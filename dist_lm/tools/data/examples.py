@@ -6,31 +6,22 @@
 of val examples, and their names, are in no train example.
 """
 
-import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.tools.data.catalogue import SHELVES, group_of, invented_topics, shelf_topics
 from dist_lm.tools.data.choice import Scene
-from dist_lm.tools.data.drills import echo, one_turn, recall
 from dist_lm.tools.data.episodes import KINDS, ROUND
 from dist_lm.tools.data.execution import World
-from dist_lm.tools.data.ladder import lists, slots, wishes
 from dist_lm.tools.data.specification import Specification
 
-REVISION = 7  # one more with every change to what is generated: corpora of another are refused
+REVISION = 8  # one more with every change to what is generated: corpora of another are refused
 LONGEST = (650, 800, 900, 900)  # characters of all JSON and text, one of these: 900 are at most 410 tokens of 4,096
-RECALLED = 0.35  # of the drills of copying are words looked up, not said again
-STILL = 0.25  # of the drills of a subject are of an earlier one, which is forgotten without
-EARLIER = {"slots": ("choosing",), "filling": ("choosing", "slots")}  # of all others it is copying
-DECIDING = ("session", "choosing")  # kinds with request after request to the same tools
-LONG = ("slots", "filling", *DECIDING)  # kinds that may be LONGEST_SESSION
-WITHOUT_OTHERS = ("copying", *LONG)  # kinds that have no tools but what they need
-INVENTED = {"invented": 1.0, "session": 0.3, "choosing": 0.3, "filling": 0.5}  # of a kind are about what nobody knows
-LONGEST_SESSION = 1800  # characters
+INVENTED = {"invented": 1.0, "session": 0.3}  # share of a kind that is about invented domains
+LONGEST_SESSION = 1800  # characters of a session
 OTHER_TOOLS = (0, 1, 1, 1, 2, 2, 3)  # beside those that are needed
 MOST_TOOLS = 4
 SYSTEM = (
@@ -64,29 +55,6 @@ def example(seed: int, number: int) -> Example:
     return _made(kind, shelf, rng)
 
 
-def drill_example(seed: int, number: int, subject: str = "copying") -> Example:
-    """A conversation of a stream of its own, which leads the stage; `subject`: of `config.DRILLS`."""
-    name = f"drill {subject} {seed} {number}"
-    rng = random.Random(name)  # noqa: S311  (text, not secrets)
-    kind = rng.choice(EARLIER.get(subject, ("copying",))) if rng.random() < STILL else subject
-    if kind not in WITHOUT_TOOLS:
-        return _made(kind, rng.randrange(SHELVES), rng)
-    # its group is its own, because it has no tools
-    return Example(Conversation(tuple(WITHOUT_TOOLS[kind](rng))), kind, hashlib.sha256(name.encode()).hexdigest(), ())
-
-
-def _copying(rng: random.Random) -> list[Message]:
-    return recall(rng) if rng.random() < RECALLED else one_turn(*echo(rng))
-
-
-WITHOUT_TOOLS: dict[str, Callable[[random.Random], list[Message]]] = {
-    "copying": _copying,
-    "lists": lists,
-    "wishes": wishes,
-    "slots": slots,
-}
-
-
 def _made(kind: str, shelf: int, rng: random.Random) -> Example:
     while True:
         found = _attempt(kind, shelf, rng)
@@ -102,13 +70,13 @@ def _attempt(kind: str, shelf: int, rng: random.Random) -> Example | None:
     if len({tool.tool.name for tool in scene.tools}) < len(scene.tools):
         return None
     needed = len(scene.tools)
-    if kind not in WITHOUT_OTHERS:
+    if kind != "session":
         scene.add_others(max(0, min(rng.choice(OTHER_TOOLS), MOST_TOOLS - needed)))
     if turns[0].role != "system" and rng.random() < 0.12:
         turns = [Message("system", rng.choice(SYSTEM)), *turns]
-    longest = LONGEST_SESSION if kind in LONG else rng.choice(LONGEST)
+    longest = LONGEST_SESSION if kind == "session" else rng.choice(LONGEST)
     while _characters(scene.tools, turns) > longest:
-        rounds = [turn.role for turn in turns].count("user") if kind in ("single", "invented", *DECIDING) else 1
+        rounds = [turn.role for turn in turns].count("user") if kind in ("single", "invented", "session") else 1
         if rounds > 1 and (len(scene.tools) == needed or rng.random() < 0.8):
             turns = turns[:-ROUND]
         elif len(scene.tools) > needed:

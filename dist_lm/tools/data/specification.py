@@ -1,7 +1,7 @@
 """A tool as the generator knows it: beside its schema, what it means and how requests may speak of it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from dist_lm.chat.messages import Json, Tool
 from dist_lm.tools.data.values import Value, schema_of
@@ -50,11 +50,6 @@ class Specification:
         return next((parameter for parameter in self.parameters if parameter.kind == "record"), None)
 
 
-def without_arguments(specification: Specification) -> Specification:
-    """The same tool, as if it took none."""
-    return replace(specification, tool=replace(specification.tool, parameters={"type": "object"}), parameters=())
-
-
 def schema_with(parameters: tuple[Parameter, ...]) -> dict[str, Json]:
     """The JSON schema of the arguments of a tool."""
     properties: dict[str, Json] = {}
@@ -71,15 +66,6 @@ def schema_with(parameters: tuple[Parameter, ...]) -> dict[str, Json]:
             inner["properties"][parameter.key] = parameter.schema
             inner["required"] += [parameter.key] * parameter.required
     return {"type": "object", "properties": properties, "required": required}
-
-
-def sketch_of(schema: Json) -> Json:
-    """`{"city": "string", "side": ["left", "right"]}`: a schema in few words."""
-    if "properties" in schema:
-        return {name: sketch_of(inner) for name, inner in schema["properties"].items()}
-    if "items" in schema:
-        return [sketch_of(schema["items"])]
-    return schema.get("enum", schema["type"])
 
 
 def arguments_of(parameters: tuple[Parameter, ...], given: Mapping[Parameter, Value]) -> dict[str, Json]:
