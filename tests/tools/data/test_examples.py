@@ -13,7 +13,7 @@ from dist_lm.chat.documents import write_conversation
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.rules import check_conversation
 from dist_lm.chat.schema import check_tool, problems
-from dist_lm.tools.data.catalogue import SHELVES, group_of, shelf_topics
+from dist_lm.tools.data.catalogue import SHELVES, shelf_topics
 from dist_lm.tools.data.choice import Scene
 from dist_lm.tools.data.episodes import KINDS
 from dist_lm.tools.data.examples import LONGEST, LONGEST_SESSION, REVISION, Example, example, examples
