@@ -1,7 +1,7 @@
 """README and docs/*.md: each shell line can be typed, named files, keys and links exist, snippets of Python run.
 
-Shell lines are those of code blocks and of code spans in the text. Nothing is started: launcher lines are composed, verbs
-and their options are parsed, scripts and modules are looked up. Words in capitals (RUN, PATH, NODES) stand for a value.
+Shell lines are those of code blocks and of code spans in the text. Nothing is started: launcher lines are composed, and
+verbs and their options parsed, scripts and modules looked up. Words in capitals (RUN, PATH, NODES) stand for a value.
 """
 
 import importlib
