@@ -21,7 +21,7 @@ from dist_lm.data.batch import Batch, RankedPlaces
 from dist_lm.model.initialise import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
-from dist_lm.rlhf.reward_objective import choices_of_people
+from dist_lm.rlhf.reward_model import choices_of_people
 from dist_lm.training.forward import BoundModel
 
 TREE, ROWS, PACKED, PLAIN = "one tree", "apart, a row each", "apart, packed", "as many tokens, causal"

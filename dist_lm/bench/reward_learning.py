@@ -31,8 +31,7 @@ from dist_lm.document import TokenizedDocument, Verdict
 from dist_lm.launcher.compose import compose_config
 from dist_lm.model.initialise import initialise
 from dist_lm.model.transformer import Transformer
-from dist_lm.rlhf.reward_evaluation import beside_verdicts, reward_metrics, scores_of_rankings
-from dist_lm.rlhf.reward_objective import choices_of_people
+from dist_lm.rlhf.reward_model import beside_verdicts, choices_of_people, reward_metrics, scores_of_rankings
 from dist_lm.training.forward import BoundModel
 from dist_lm.training.optimizer import build_optimizer, set_learning_rate
 from dist_lm.training.schedule import learning_rate

@@ -1,8 +1,7 @@
 """Our PPO on the toy of `bench rlhf`: the learner of stage rlhf, fed by whatever source of rollouts."""
 
-from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,21 +10,25 @@ from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.rlhf import RewardPartConfig, RlhfConfig
 from dist_lm.config.root import Config
 from dist_lm.generation.engine import Engine, EngineOptions
-from dist_lm.generation.request import Answer, Request
 from dist_lm.model.initialise import initial_value
 from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
-from dist_lm.rlhf.beside import own_threads
-from dist_lm.rlhf.kl import KlController
 from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
-from dist_lm.rlhf.models import RlhfModels, frozen, scalar_config, start_critic, trained_critic, trained_policy
+from dist_lm.rlhf.models import (
+    RlhfModels,
+    frozen,
+    own_threads,
+    scalar_config,
+    start_critic,
+    trained_critic,
+    trained_policy,
+)
 from dist_lm.rlhf.ppo import Ppo
-from dist_lm.rlhf.prompts import ShuffledPrompts
-from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource
-from dist_lm.rlhf.state import RlhfState
+from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource, ShuffledPrompts
+from dist_lm.rlhf.state import KlController, RlhfState
 
 PROMPTS, PROMPT = 64, 9  # of an iteration; tokens of each, with the one that begins a document
 EPOCHS = 4
@@ -41,22 +44,6 @@ def made_up_prompts(config: Config) -> torch.Tensor:
     token_BP = torch.randint(2, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(7))
     token_BP[:, 0] = 0
     return token_BP
-
-
-@dataclass
-class _Shared:
-    """A source that the learner does not close: the next run asks it again."""
-
-    source: RolloutSource
-
-    def load_weights(self, weights: Mapping[str, np.ndarray], version: int) -> None:
-        self.source.load_weights(weights, version)
-
-    def generate(self, requests: Sequence[Request]) -> list[Answer]:
-        return self.source.generate(requests)
-
-    def close(self) -> None:
-        """Nothing."""
 
 
 class ToyPpo:
@@ -81,7 +68,7 @@ class ToyPpo:
         )
         prompts = made_up_prompts(config).tolist()
         own = source or EngineRollouts(_engine(config))
-        self._supply = RolloutSupply(_Shared(own), ShuffledPrompts(prompts, config.seed), lambda tokens: "")
+        self._supply = RolloutSupply(own, ShuffledPrompts(prompts, config.seed), lambda tokens: "")
         self._state = RlhfState(KlController(KL_COEFFICIENT))
 
     def run(self) -> float:

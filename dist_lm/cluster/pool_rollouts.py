@@ -38,9 +38,6 @@ class PoolRollouts:
             answers.append(result)
         return answers
 
-    def close(self) -> None:
-        """Nothing: the pool is used again."""
-
 
 @contextmanager
 def pool_rollouts(

@@ -1,8 +1,9 @@
-"""The loop: prompts, rollouts, rewards, updates, new weights for who draws. It knows no algorithm and no layout.
+"""The RLHF loop: prompts, rollouts, rewards, updates, new weights for generation. It depends on no algorithm or layout.
 
-take rollouts (first rank) -> share -> ask frozen weights -> prepare -> passes of updates -> push weights
+take rollouts (first rank) -> share -> forward passes of all models -> prepare -> passes of updates -> push weights
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,20 +17,16 @@ from dist_lm.errors import ConfigError
 from dist_lm.generation.params import SamplingParams
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.values import whole_weights
-from dist_lm.rlhf.algorithm import Algorithm
-from dist_lm.rlhf.beside import Beside, one_after_other
-from dist_lm.rlhf.collect import REWARD_MODEL, Collected, Collector
-from dist_lm.rlhf.forwards import dealing
-from dist_lm.rlhf.metrics import Clock, iteration_metrics
-from dist_lm.rlhf.models import RlhfModels
-from dist_lm.rlhf.packed_rollouts import Dealing, minibatches, rollout_batches
-from dist_lm.rlhf.prompts import PromptOrder
-from dist_lm.rlhf.rewards import Decode, Rule, rules_of
-from dist_lm.rlhf.rollouts import Rollouts, RolloutSource, requests_of, rollouts_of
+from dist_lm.rlhf.algorithm import Algorithm, Prepared
+from dist_lm.rlhf.experience import Collected, collect
+from dist_lm.rlhf.models import Beside, Execution, RlhfModels, dealing, one_after_other
+from dist_lm.rlhf.packed_rollouts import Passes
+from dist_lm.rlhf.policy_gradient import k1, mean_and_std
+from dist_lm.rlhf.rewards import REWARD_MODEL, Decode, Rule, rules_of, share_judged
+from dist_lm.rlhf.rollouts import PromptOrder, Rollouts, RolloutSource, requests_of, rollouts_of
 from dist_lm.rlhf.schedule import RolloutSchedule, Weights, is_drawn_by
-from dist_lm.rlhf.sharing import share_judged
 from dist_lm.rlhf.state import RlhfState
-from dist_lm.rlhf.update import Minibatch, Pretraining, Updater, Updates
+from dist_lm.rlhf.update import Pretraining, Updater, Updates
 from dist_lm.training.optimizer import set_learning_rate
 from dist_lm.training.schedule import learning_rate
 from dist_lm.training.stop import StopRequest
@@ -38,29 +35,46 @@ from dist_lm.training.trainer import is_due
 
 @dataclass(frozen=True)
 class IterationReport:
-    """What an iteration did, the same on every rank."""
+    """Results of an iteration, the same on every rank."""
 
-    iteration: int  # how many are done now
+    iteration: int  # number of finished iterations
     metrics: Mapping[str, float]
-    updates: Sequence[Mapping[str, float]]  # metrics of each update, without group
+    updates: Sequence[Mapping[str, float]]  # metrics of each update, without the `rlhf/` group
     rollouts: Rollouts
-    part_B: Mapping[str, torch.Tensor]  # scores of the parts of the reward
-    score_B: torch.Tensor  # their weighted sum, with the penalty
+    part_B: Mapping[str, torch.Tensor]  # scores of the reward parts
+    score_B: torch.Tensor  # their weighted sum, penalty included
 
 
 @dataclass(frozen=True)
 class RolloutSupply:
-    """What the first rank has and no other: prompts, who draws their completions, and texts for rules."""
+    """What only the first rank has: prompts, the source of completions, and the decoder for rules."""
 
     source: RolloutSource
     prompts: PromptOrder
-    decode: Decode  # tokens to text
-    stop_tokens: tuple[int, ...] = ()  # that end a completion, beside end-of-text
+    decode: Decode
+    stop_tokens: tuple[int, ...] = ()  # that end a completion, besides end-of-text
+
+    def draw(
+        self, prompts: Sequence[Sequence[int]], position: int, samples: int, config: RlhfConfig, seed: int
+    ) -> Rollouts:
+        """`samples` completions of each prompt.
+
+        Args:
+            position: of the first prompt in the order of prompts.
+        """
+        params = SamplingParams(
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            stop_tokens=self.stop_tokens,
+            ignore_eot=config.ignore_eot,
+        )
+        requests = requests_of(prompts, position, samples, params, seed)
+        return rollouts_of(requests, self.source.generate(requests))
 
 
 @dataclass(frozen=True)
 class Learner:
-    """The parts of a run on one rank."""
+    """The parts of an RLHF run on one rank."""
 
     config: RlhfConfig
     seed: int
@@ -73,10 +87,10 @@ class Learner:
     supply: RolloutSupply | None  # on the first rank
     pretraining: Pretraining | None = None
     save_every: int = 0  # iterations; 0: only at the end
-    save: Callable[[RlhfState], None] = lambda state: None  # on every rank; pending rollouts are the first one's
+    save: Callable[[RlhfState], None] = lambda state: None  # on every rank; only the first has pending rollouts
     report: Callable[[IterationReport], None] = lambda report: None  # on every rank
-    alive: Callable[[], None] = lambda: None  # called as it gets on, from any thread
-    beside: Beside = one_after_other  # how it does what belongs to the policy, and what belongs to the critic
+    alive: Callable[[], None] = lambda: None  # called on progress, from any thread
+    beside: Beside = one_after_other  # how the work of policy and critic is run
     stop: StopRequest = field(default_factory=StopRequest)
 
     def __post_init__(self) -> None:
@@ -90,69 +104,68 @@ class Learner:
         if self.config.pretrain_coefficient and self.pretraining is None:
             coefficient = self.config.pretrain_coefficient
             raise ConfigError(f"rlhf.pretrain_coefficient={coefficient}: expected 0 without pretraining text")
-        assert self.algorithm.has_critic == (self.models.critic is not None), "a critic where the algorithm has one"
+        assert self.algorithm.has_critic == (self.models.critic is not None), "a critic if the algorithm has one"
         assert self.world.is_first == (self.supply is not None), "rollouts come from the first rank"
 
     def run(self, state: RlhfState) -> RlhfState:
-        """From `state` to the last iteration, or to the one after which a stop was agreed on (collective).
+        """From `state` to the last iteration, or to the one after which the ranks agreed to stop (collective).
 
         Raises:
             NonFiniteGradientsError: after rlhf.max_nonfinite_updates skipped updates in a row.
         """
-        rules = rules_of(self.config.rewards)
-        weights = self._weights()
+        rules, weights = rules_of(self.config.rewards), self._weights()
         if self.supply is None:
             return self._loop(state, rules, None)
-        with self._schedule(self.supply, state) as schedule:
+        config, supply, start = self.config, self.supply, state
+
+        def draw(iteration: int) -> Rollouts:
+            position = start.prompt_position + (iteration - start.iteration) * config.prompts
+            return supply.draw(supply.prompts(position, config.prompts), position, config.samples, config, self.seed)
+
+        schedule = RolloutSchedule(supply.source, draw, staleness=config.max_staleness, iterations=self.iterations)
+        with schedule:
             schedule.begin(state.version, weights, state.pending)
             return self._loop(state, rules, schedule)
 
-    def _schedule(self, supply: RolloutSupply, start: RlhfState) -> RolloutSchedule:
-        config = self.config
-        params = SamplingParams(
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            stop_tokens=supply.stop_tokens,
-            ignore_eot=config.ignore_eot,
-        )
-
-        def draw(source: RolloutSource, iteration: int) -> Rollouts:
-            position = start.prompt_position + (iteration - start.iteration) * config.prompts
-            prompts = supply.prompts(position, config.prompts)
-            requests = requests_of(prompts, position, config.samples, params, self.seed)
-            return rollouts_of(requests, source.generate(requests))
-
-        return RolloutSchedule(supply.source, draw, staleness=config.max_staleness, iterations=self.iterations)
-
     def _loop(self, state: RlhfState, rules: Mapping[str, Rule], schedule: RolloutSchedule | None) -> RlhfState:
+        run = self._execution()
+        updater = Updater(run, self.algorithm, self.stop, self.pretraining)
         while state.iteration < self.iterations:
-            state, stopping = self._iteration(replace(state, pending={}), rules, schedule)
+            state, stopping = self._iteration(replace(state, pending={}), run, updater, rules, schedule)
             last = state.iteration == self.iterations or stopping
             if last or is_due(state.iteration, self.save_every):
-                ahead = schedule.ahead(state.version) if schedule else {}
-                state = replace(state, pending=ahead)
+                state = replace(state, pending=schedule.ahead(state.version) if schedule else {})
                 self.save(state)
             if stopping:
                 break
         return state
 
     def _iteration(
-        self, state: RlhfState, rules: Mapping[str, Rule], schedule: RolloutSchedule | None
+        self,
+        state: RlhfState,
+        run: Execution,
+        updater: Updater,
+        rules: Mapping[str, Rule],
+        schedule: RolloutSchedule | None,
     ) -> tuple[RlhfState, bool]:
-        clock = Clock()
+        """One iteration: the state after it, and whether a stop was requested."""
+        clock = _Clock()
         self.alive()
-        rollouts, rule_score_B, drawing_s = self._take(state.iteration, rules, schedule)
+        drawn = schedule.take(state.iteration) if schedule else None
+        decode = self.supply.decode if self.supply else None
+        rollouts, rule_score_B = share_judged(drawn.rollouts if drawn else None, rules, decode)
         clock.lap("rollout")
-        passes = _Passes(rollouts, self.seed, state.iteration, self.config, self._dealing(), self.world.device)
+        order = {"seed": self.seed, "iteration": state.iteration, "parts": self.config.minibatches}
+        passes = Passes(rollouts, run.dealing, run.device, **order)
         first = [batch for minibatch in passes(0) for batch in minibatch.batches]
-        collected = self._collector()(rollouts, rule_score_B, first, state.reward_scale)
+        collected = collect(run, rollouts, rule_score_B, first, state.reward_scale)
         prepared = self.algorithm.prepare(collected.experience, state.kl.coefficient)
         clock.lap("forward")
         self._set_learning_rates(state.iteration)
-        updates = self._updater()(state, prepared.tokens, passes)
+        updates = updater(state, prepared.tokens, passes)
         clock.lap("update")
-        metrics = iteration_metrics(state, rollouts, collected, prepared, updates, drawing_s)
-        state = self._advanced(updates, collected, metrics)
+        metrics = iteration_metrics(state, rollouts, collected, prepared, updates, drawn.seconds if drawn else 0.0)
+        state = self._advanced(updates.state, collected, metrics)
         if is_drawn_by(state.version, self.config.max_staleness, self.iterations):
             weights = self._weights()
             if schedule:
@@ -163,19 +176,8 @@ class Learner:
         self.report(IterationReport(state.iteration, own, updates.metrics, rollouts, parts, score_B))
         return state, updates.stop_requested
 
-    def _take(
-        self, iteration: int, rules: Mapping[str, Rule], schedule: RolloutSchedule | None
-    ) -> tuple[Rollouts, dict[str, torch.Tensor], float]:
-        """The rollouts of an iteration, their scores under the rules, and (first rank) how long drawing took."""
-        rollouts, seconds = None, 0.0
-        if schedule:
-            drawn = schedule.take(iteration)
-            rollouts, seconds = drawn.rollouts, drawn.seconds
-        rollouts, parts = share_judged(rollouts, rules, self.supply.decode if self.supply else None)
-        return rollouts, parts, seconds
-
-    def _advanced(self, updates: Updates, collected: Collected, metrics: Mapping[str, float]) -> RlhfState:
-        state, reward = updates.state, metrics["rlhf/reward_mean"]
+    def _advanced(self, state: RlhfState, collected: Collected, metrics: Mapping[str, float]) -> RlhfState:
+        reward = metrics["rlhf/reward_mean"]
         better = state.best_reward is None or reward > state.best_reward
         return replace(
             state,
@@ -188,7 +190,7 @@ class Learner:
         )
 
     def _weights(self) -> Weights:
-        """The policy's, as nobody will change them (collective)."""
+        """A copy of the policy's weights on the first rank, empty on the others (collective)."""
         model = self.models.policy.model
         whole = whole_weights(model, model.config, torch.float32)
         return {name: np.array(value.cpu().numpy()) for name, value in whole.items()} if self.supply else {}
@@ -206,69 +208,81 @@ class Learner:
                 )
                 set_learning_rate(trained.optimizer, rate)
 
-    def _dealing(self) -> Dealing:
-        return dealing(self.mesh, self.parallel, self.config.micro_batch_tokens)
-
-    def _collector(self) -> Collector:
-        return Collector(
+    def _execution(self) -> Execution:
+        return Execution(
             config=self.config,
             models=self.models,
-            chunk_bytes=self._chunk_bytes,
-            counts=self._counts,
-            dealing=self._dealing(),
             device=self.world.device,
-            alive=self.alive,
-            beside=self.beside,
-        )
-
-    def _updater(self) -> Updater:
-        return Updater(
-            config=self.config,
-            algorithm=self.algorithm,
-            models=self.models,
-            chunk_bytes=self._chunk_bytes,
-            counts=self._counts,
+            dealing=dealing(self.mesh, self.parallel, self.config.micro_batch_tokens),
+            chunk_bytes=self.parallel.loss_chunk_mib << 20,
+            counts=self.mesh.get_local_rank("tp") == 0,
             reduce_every_micro_batch=self.parallel.reduce_every_micro_batch,
-            stop=self.stop,
-            pretraining=self.pretraining,
             alive=self.alive,
             beside=self.beside,
         )
 
-    @property
-    def _chunk_bytes(self) -> int:
-        return self.parallel.loss_chunk_mib << 20
 
-    @property
-    def _counts(self) -> bool:
-        return self.mesh.get_local_rank("tp") == 0
+# --- metrics ---
 
 
-@dataclass(frozen=True)
-class _Passes:
-    """The passes over an iteration's rollouts. The first one is kept, as its batches are used again."""
+class _Clock:
+    """Seconds of consecutive phases, by name."""
 
-    rollouts: Rollouts
-    seed: int
-    iteration: int
-    config: RlhfConfig
-    dealing: Dealing
-    device: torch.device
-    kept: dict[int, list[Minibatch]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._started = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
 
-    def __call__(self, number: int) -> list[Minibatch]:
-        if self.config.minibatches == 1:
-            number = 0  # all of them together are the same in every pass
-        if number in self.kept:
-            return self.kept[number]
-        parts = minibatches(self.seed, self.iteration, number, len(self.rollouts), self.config.minibatches)
-        made = [
-            Minibatch(
-                [batch.to(self.device) for batch in rollout_batches(self.rollouts, part, self.dealing)],
-                int(self.rollouts.new_tokens_B[part].sum()),
-            )
-            for part in parts
-        ]
-        if number == 0:
-            self.kept[0] = made
-        return made
+    def lap(self, name: str) -> None:
+        """End the phase `name`."""
+        now = time.perf_counter()
+        self._laps[name] = now - self._last
+        self._last = now
+
+    def metrics(self) -> dict[str, float]:
+        """`timing/NAME_s` of each phase, and `timing/iteration_s`."""
+        laps = {f"timing/{name}_s": seconds for name, seconds in self._laps.items()}
+        return laps | {"timing/iteration_s": self._last - self._started}
+
+
+def iteration_metrics(
+    state: RlhfState,
+    rollouts: Rollouts,
+    collected: Collected,
+    prepared: Prepared,
+    updates: Updates,
+    drawing_s: float,
+) -> dict[str, float]:
+    """Metrics of an iteration, without the clock's. Names follow TRL and OpenRLHF where the meaning is the same.
+
+    Args:
+        state: before the iteration.
+        drawing_s: seconds that drawing took; 0: unknown.
+    """
+    experience, mask_BT = collected.experience, collected.experience.mask_BT
+    score = float(experience.score_B.double().mean())
+    metrics = {
+        "rlhf/score_mean": score,
+        "rlhf/reward_mean": score,
+        "rlhf/entropy": float(mean_and_std(collected.entropy_BT, mask_BT)[0]),
+        "rlhf/truncated_rate": 1 - float(rollouts.whole.mean()),
+        "rlhf/new_tokens_mean": float(rollouts.new_tokens_B.mean()),
+        "rlhf/updates": float(len(updates.metrics)),
+        "rollout/staleness": float((state.version - rollouts.version_B).mean()),
+    }
+    if experience.reference_logprob_BT is not None:
+        kl_BT = k1(experience.logprob_BT, experience.reference_logprob_BT) * mask_BT
+        kl = float(kl_BT.double().sum() / len(rollouts))
+        metrics |= {
+            "rlhf/kl": kl,  # nats per sequence
+            "rlhf/kl_coefficient": state.kl.coefficient,
+            "rlhf/reward_mean": score - state.kl.coefficient * kl,
+        }
+    gap_BT = (experience.logprob_BT - collected.engine_logprob_BT).abs() * mask_BT
+    metrics["rollout/logprob_gap"] = float(gap_BT.max())
+    if drawing_s:
+        metrics["rollout/tokens_per_s"] = float(rollouts.new_tokens_B.sum()) / drawing_s
+    metrics |= {f"rlhf/part_{name}": float(score_B.double().mean()) for name, score_B in collected.part_B.items()}
+    metrics |= {f"rlhf/{name}": value for name, value in prepared.metrics.items()}
+    for name in updates.metrics[0]:
+        metrics[f"rlhf/{name}"] = sum(update[name] for update in updates.metrics) / len(updates.metrics)
+    return metrics

@@ -1,22 +1,34 @@
-"""The models of reinforcement learning on one mesh: what is trained, and what is frozen.
+"""The four models of RLHF, and how one rank runs them.
 
-All are made by `parallel.sharding.build_model`; who does so fills policy, reference and reward model from checkpoints,
-and a new critic from one of them. None has dropout: nothing here binds it.
+The rank program builds all of them with `parallel.sharding.build_model` on one mesh and loads their weights. None has
+dropout: nothing here gives a forward pass a dropout key.
 """
 
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from dist_lm.config.model import ModelConfig
+from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.errors import ConfigError
 from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.mesh import World, data_mesh
 from dist_lm.parallel.padding import shard_of
 from dist_lm.parallel.sharding import reshard
+from dist_lm.rlhf.packed_rollouts import Dealing
+from dist_lm.training.forward import BoundModel
 from dist_lm.training.optimizer import ShardedAdamW, build_optimizer
 
 SCALAR_HEAD = "scalar_head."
+
+First = TypeVar("First")
+Second = TypeVar("Second")
 
 
 @dataclass(frozen=True)
@@ -29,16 +41,16 @@ class Trained:
 
 @dataclass(frozen=True)
 class RlhfModels:
-    """Policy and critic are trained; reference and reward model are not."""
+    """Policy and critic are trained; reference and reward model are frozen."""
 
     policy: Trained
-    critic: Trained | None = None  # of a scalar head; None: the algorithm has none
-    reference: Transformer | None = None  # None: the policy may go anywhere
-    reward: Transformer | None = None  # of a scalar head; None: rewards are rules
+    critic: Trained | None = None  # with a scalar head; None: the algorithm has no critic
+    reference: Transformer | None = None  # None: no KL penalty
+    reward: Transformer | None = None  # with a scalar head; None: all reward parts are rules
 
 
 def scalar_config(model: ModelConfig) -> ModelConfig:
-    """The shape of a critic of this policy's."""
+    """The configuration of a critic or reward model with the policy's trunk."""
     return replace(model, head="scalar")
 
 
@@ -53,19 +65,19 @@ def trained_critic(model: Transformer, config: RlhfConfig) -> Trained:
 
 
 def frozen(model: Transformer) -> Transformer:
-    """The same model, which gets no gradients."""
+    """The same model, without gradients."""
     return model.requires_grad_(False)
 
 
 @torch.no_grad()
 def start_critic(critic: Transformer, source: Transformer, head: str) -> None:
-    """Give a critic the trunk of another model of its shape and layout: a reward model's, or the policy's.
+    """Copy the trunk of the reward model or of the policy, of the same shape and layout, into a critic.
 
     Args:
-        head: zero (it expects nothing: Huang et al. 2024, detail 6) | reward_model (that of `source`).
+        head: zero (all values start at 0: Huang et al. 2024, detail 6) | reward_model (the head of `source`).
 
     Raises:
-        ConfigError: `source` has no such head, or is another model.
+        ConfigError: `source` has no such head, or has another shape.
     """
     for model in (critic, source):
         reshard(model)
@@ -77,8 +89,80 @@ def start_critic(critic: Transformer, source: Transformer, head: str) -> None:
             raise ConfigError("rlhf.value_head=reward_model: expected zero, as there is no reward model")
         elif given[name].shape != parameter.shape:
             raise ConfigError(
-                f"a critic of shape {tuple(parameter.shape)} at {name} cannot begin as a model of shape "
-                f"{tuple(given[name].shape)}: reward model and policy have to be of one shape"
+                f"a critic whose {name} has shape {tuple(parameter.shape)} cannot start from a model where it has "
+                f"shape {tuple(given[name].shape)}: reward model and policy must have the same shape"
             )
         else:
             shard_of(parameter).copy_(shard_of(given[name]))
+
+
+# --- how a rank runs them ---
+
+
+class Beside(Protocol):
+    """Runs two independent functions and returns both results."""
+
+    def __call__(self, first: Callable[[], First], second: Callable[[], Second]) -> tuple[First, Second]: ...
+
+
+def one_after_other(first: Callable[[], First], second: Callable[[], Second]) -> tuple[First, Second]:
+    """`first`, then `second`."""
+    return first(), second()
+
+
+@contextmanager
+def own_threads(world: World) -> Iterator[Beside]:
+    """Runs policy and critic at the same time, each on half of the threads, if this is the only rank, on a CPU.
+
+    Two small models on one thread each are faster than each of them in turn on two threads. Several ranks run one after
+    the other, because both models would communicate at the same time; so does a GPU, which serialises them anyway.
+
+    If both functions fail, the error of the first is raised, with a note about the second.
+    """
+    threads = torch.get_num_threads()
+    if world.size > 1 or world.device.type != "cpu" or threads < 2:
+        yield one_after_other
+        return
+    with ThreadPoolExecutor(1, "beside") as other:
+
+        def beside(first: Callable[[], First], second: Callable[[], Second]) -> tuple[First, Second]:
+            torch.set_num_threads(threads // 2)  # of both
+            later = other.submit(second)
+            try:
+                found = first()
+            except BaseException as error:
+                if also := later.exception():
+                    error.add_note(f"the function beside it failed too: {also!r}")
+                raise
+            finally:
+                wait([later])  # the second function has ended before an error of the first propagates
+                torch.set_num_threads(threads)
+            return found, later.result()
+
+        yield beside
+
+
+@dataclass(frozen=True)
+class Execution:
+    """The models of a run as one rank runs them."""
+
+    config: RlhfConfig
+    models: RlhfModels
+    device: torch.device
+    dealing: Dealing
+    chunk_bytes: int  # largest block of fp32 logits; 0: no limit
+    counts: bool  # this rank's sums count; of the ranks that see the same rollouts, one counts
+    reduce_every_micro_batch: bool
+    alive: Callable[[], None]  # called before every forward pass and update, from any thread
+    beside: Beside
+
+    def bound(self, model: Transformer) -> BoundModel:
+        """The model as objectives see it."""
+        return BoundModel(model, document_mask=True, chunk_bytes=self.chunk_bytes)
+
+
+def dealing(mesh: DeviceMesh, parallel: ParallelConfig, micro_batch_tokens: int) -> Dealing:
+    """How this rank's mesh divides rollouts among its ranks."""
+    ranks = data_mesh(mesh)
+    multiple = mesh["tp"].size() if parallel.sp else 1
+    return Dealing(micro_batch_tokens, ranks.get_local_rank(), ranks.size(), multiple)

@@ -1,17 +1,16 @@
-"""Rollouts as micro-batches: packed into rows, several to a row, dealt to data-parallel ranks. Pure.
+"""Rollouts as micro-batches: packed into rows, several to a row, and dealt to the data-parallel ranks. Pure functions.
 
-How rollouts are packed depends on which of them are to be seen together, on their lengths and on the number of ranks,
-not on how they were drawn. Every rank has as many micro-batches of the same shapes; one for which no rollout is left
-computes rows of nothing.
+The packing depends on which rollouts go together, on their lengths and on the number of ranks, not on how they were
+drawn. Every rank gets the same number of micro-batches with the same shapes; a rank without rollouts gets padding.
 
-Log-probabilities and values are asked of what stands before a drawn token, so their rows do without the last token of
-each rollout. A score is asked behind it: of rows of whole rollouts.
+Log-probabilities and values are read at the token before each completion token, so rows for them omit the last token of
+each rollout. Scores are read at the last token, so rows for them hold whole rollouts.
 
-Dimensions: B rollouts in all, T tokens of their longest completion, S of them in a batch, N their drawn tokens.
+Dimensions: B rollouts in all, T tokens of the longest completion, S rollouts of a batch, N their completion tokens.
 """
 
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +25,9 @@ _UPDATES = 7  # what is shuffled; smaller numbers are those of the data room and
 
 @dataclass(frozen=True, slots=True)
 class RolloutBatch(Batch):
-    """Rollouts in rows, without the last token of each. `counted_N` are the places whose targets are drawn tokens."""
+    """Rollouts in rows, each without its last token. `counted_N` are the places whose targets are completion tokens."""
 
-    drawn_N: torch.Tensor = field(kw_only=True)  # int64; of each of them its place in a flattened (B, T)
+    drawn_N: torch.Tensor = field(kw_only=True)  # int64; place of each completion token in a flattened (B, T)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,42 +35,82 @@ class WholeBatch(Batch):
     """Whole rollouts in rows, without targets."""
 
     end_S: torch.Tensor = field(kw_only=True)  # int64; places of the last tokens in the flattened batch
-    rollout_S: torch.Tensor = field(kw_only=True)  # int64; which rollouts these end
+    rollout_S: torch.Tensor = field(kw_only=True)  # int64; number of the rollout of each last token
 
 
 @dataclass(frozen=True)
 class Dealing:
-    """How rollouts are shared out."""
+    """How rollouts are divided into micro-batches and among ranks."""
 
-    micro_batch_tokens: int  # of a micro-batch, at most (but one row)
+    micro_batch_tokens: int  # of a micro-batch, at most (but at least one row)
     dp_rank: int = 0
     dp_size: int = 1
-    multiple: int = 1  # of which the width of a row has to be one
+    multiple: int = 1  # the width of a row is a multiple of this
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """The rollouts of one update."""
+
+    batches: list[RolloutBatch]  # this rank's, on the models' device
+    tokens: int  # completion tokens over all ranks
+
+
+class Passes:
+    """The passes over an iteration's rollouts: pass number -> its minibatches in order.
+
+    The first pass is kept, because the forward passes before the first update use its batches too.
+    """
+
+    def __init__(
+        self, rollouts: Rollouts, dealing: Dealing, device: torch.device, *, seed: int, iteration: int, parts: int
+    ) -> None:
+        """
+        Args:
+            parts: minibatches of a pass.
+        """
+        self._rollouts, self._dealing, self._device = rollouts, dealing, device
+        self._order, self._parts = (seed, iteration), parts
+        self._first: list[Minibatch] = []
+
+    def __call__(self, number: int) -> list[Minibatch]:
+        if self._first and (number == 0 or self._parts == 1):
+            return self._first  # one minibatch of all rollouts is the same in every pass
+        made = [
+            Minibatch(
+                [batch.to(self._device) for batch in rollout_batches(self._rollouts, part, self._dealing)],
+                int(self._rollouts.new_tokens_B[part].sum()),
+            )
+            for part in minibatches(*self._order, number, len(self._rollouts), self._parts)
+        ]
+        if not self._first:
+            self._first = made
+        return made
 
 
 def completion_mask(rollouts: Rollouts) -> np.ndarray:
-    """(B, T) bool: where a completion has a token, left-aligned."""
+    """(B, T) bool: True on the tokens of each completion, left-aligned."""
     longest = int(rollouts.new_tokens_B.max())
     return np.arange(longest) < rollouts.new_tokens_B[:, None]
 
 
 def minibatches(seed: int, iteration: int, epoch: int, n_rollouts: int, n_parts: int) -> list[np.ndarray]:
-    """Which rollouts are seen together in each update of a pass: disjoint parts of all, in an order of the epoch's."""
+    """Numbers of the rollouts of each update of a pass: disjoint parts of all rollouts, reshuffled every pass."""
     order = permutation(n_rollouts, key(_UPDATES, seed, iteration, epoch))
     return np.array_split(order, n_parts)
 
 
 def rollout_batches(rollouts: Rollouts, chosen_S: np.ndarray, dealing: Dealing) -> list[RolloutBatch]:
-    """A rank's micro-batches of the rollouts `chosen_S`, for what is asked before their drawn tokens.
+    """A rank's micro-batches of the rollouts `chosen_S`, each without its last token.
 
-    Rows are as wide as the longest of all rollouts, so that few shapes come up.
+    Rows are as wide as the longest of all rollouts, so that few different shapes occur.
     """
     rows, turns = _dealt(rollouts, chosen_S, dealing, rollouts.prompt_tokens_B + rollouts.new_tokens_B - 1)
     return [rows.batch(begin, end) for begin, end in turns]
 
 
 def whole_batches(rollouts: Rollouts, dealing: Dealing) -> list[WholeBatch]:
-    """A rank's micro-batches of all rollouts, for what is asked behind them."""
+    """A rank's micro-batches of all rollouts, last tokens included."""
     every_S = np.arange(len(rollouts))
     rows, turns = _dealt(rollouts, every_S, dealing, rollouts.prompt_tokens_B + rollouts.new_tokens_B)
     return [rows.whole_batch(begin, end) for begin, end in turns]
@@ -80,28 +119,19 @@ def whole_batches(rollouts: Rollouts, dealing: Dealing) -> list[WholeBatch]:
 def _dealt(
     rollouts: Rollouts, chosen_S: np.ndarray, dealing: Dealing, length_B: np.ndarray
 ) -> tuple["_Placed", list[tuple[int, int]]]:
-    """This rank's rows of the first `length_B` tokens of rollouts, and (first row, row behind) of each micro-batch."""
+    """This rank's rows of the first `length_B` tokens of each rollout, and (begin row, end row) of each micro-batch."""
     width = -(-int(length_B.max()) // dealing.multiple) * dealing.multiple
     chosen_S = longest_first(np.sort(chosen_S), length_B)
     row_S = best_fit_decreasing(length_B[chosen_S], width)
-    rows = -(-(int(row_S.max()) + 1) // dealing.dp_size)  # of each rank
+    rows = -(-(int(row_S.max()) + 1) // dealing.dp_size)  # per rank
     at_a_time = max(1, dealing.micro_batch_tokens // width)
     own = row_S % dealing.dp_size == dealing.dp_rank
     placed = _Placed(rollouts, chosen_S[own], row_S[own] // dealing.dp_size, width, rows, length_B)
     return placed, [(begin, min(begin + at_a_time, rows)) for begin in range(0, rows, at_a_time)]
 
 
-class _Tokens(TypedDict):
-    """What rows are, whatever is asked of them."""
-
-    tokens_BT: torch.Tensor
-    document_BT: torch.Tensor
-    position_BT: torch.Tensor
-    sequence_B: torch.Tensor
-
-
 class _Placed:
-    """A rank's rows as one grid."""
+    """A rank's rows as one grid of tokens."""
 
     def __init__(
         self,
@@ -118,7 +148,7 @@ class _Placed:
         length_S = length_B[number_S]
         longest = int(rollouts.new_tokens_B.max())
         begins_row_S = np.diff(row_S, prepend=-1) > 0
-        # where a rollout begins in its row: what is before it, less what is before its row
+        # start of a rollout in its row: the tokens before it, minus the tokens before its row
         before_S = np.cumsum(length_S) - length_S
         begin_S = row_S * width + before_S - before_S[begins_row_S][np.cumsum(begins_row_S) - 1]
         document_S = np.arange(len(row_S)) - np.flatnonzero(begins_row_S)[np.cumsum(begins_row_S) - 1]
@@ -129,7 +159,7 @@ class _Placed:
         self.tokens = np.zeros(rows * width, np.int64)
         self.targets = np.zeros(rows * width, np.int64)
         self.mask = np.zeros(rows * width, np.float32)
-        self.document = np.full(rows * width, len(number_S), np.int64)  # padding is a document of its own
+        self.document = np.full(rows * width, len(number_S), np.int64)  # padding is a separate document
         self.position = np.zeros(rows * width, np.int64)
         within = _ranges(length_S)
         place = np.repeat(begin_S, length_S) + within
@@ -137,7 +167,7 @@ class _Placed:
         self.document[place] = np.repeat(document_S, length_S)
         self.position[place] = within
         new_within = _ranges(new_S)
-        # the token before a drawn one is where it is predicted
+        # a completion token is predicted at the token before it
         self.counted = np.repeat(begin_S + prompt_S - 1, new_S) + new_within
         self.targets[self.counted] = rollouts.tokens_N[np.repeat(source_S + prompt_S, new_S) + new_within]
         self.mask[self.counted] = 1
@@ -145,7 +175,7 @@ class _Placed:
         self.end, self.number = begin_S + length_S - 1, number_S
 
     def batch(self, begin_row: int, end_row: int) -> RolloutBatch:
-        """Rows `begin_row` to `end_row` - 1."""
+        """Rows `begin_row` to `end_row` - 1, with targets."""
         begin = begin_row * self.width
         counted = (self.counted >= begin) & (self.counted < end_row * self.width)
         return RolloutBatch(
@@ -157,7 +187,7 @@ class _Placed:
         )
 
     def whole_batch(self, begin_row: int, end_row: int) -> WholeBatch:
-        """The same of rollouts that are there with their last tokens."""
+        """Rows `begin_row` to `end_row` - 1, with the places of last tokens."""
         begin = begin_row * self.width
         ends = (self.end >= begin) & (self.end < end_row * self.width)
         tokens = self._tokens(begin_row, end_row)
@@ -169,7 +199,7 @@ class _Placed:
             rollout_S=torch.from_numpy(self.number[ends]),
         )
 
-    def _tokens(self, begin_row: int, end_row: int) -> _Tokens:
+    def _tokens(self, begin_row: int, end_row: int) -> dict[str, Any]:
         return {
             "tokens_BT": self._grid(self.tokens, begin_row, end_row),
             "document_BT": self._grid(self.document, begin_row, end_row),
@@ -182,6 +212,6 @@ class _Placed:
 
 
 def _ranges(length_S: np.ndarray) -> np.ndarray:
-    """0 to length - 1 for each length, end to end."""
+    """0 to length - 1 for each length, concatenated."""
     total = int(length_S.sum())
     return np.arange(total) - np.repeat(np.cumsum(length_S) - length_S, length_S)

@@ -1,74 +1,107 @@
-"""A trained reward model from outside: scores of texts, and what makes them comparable.
+"""The reward model: its objective on rankings, its evaluation on held-out rankings, and the scores of texts.
 
-Scores have no zero and no unit: only differences are learned. So stage reward measures their mean and standard
-deviation on samples of the policy that it started from, and whoever uses them takes these off (Stiennon et al. 2020).
+Scores have no zero and no unit, because a likelihood of rankings sees only differences. So stage reward measures mean
+and standard deviation of the scores of the reference policy's samples, and users of the scores normalise by them
+(Stiennon et al. 2020).
 
-Dimensions: B sequences, T tokens.
+Dimensions: B sequences, T tokens, P rankings, K completions of a ranking, N judgements between two completions.
 """
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
+from dist_lm.data.batch import Batch
+from dist_lm.data.rankings.assemble import PlacedRanking
+from dist_lm.data.rankings.mapped import MappedRankings
 from dist_lm.errors import ArtefactError
 from dist_lm.model.transformer import Transformer
+from dist_lm.rlhf.rankings import agreement, calibration_error, choices, pair_losses, ranking_losses, right_choices
 from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.training.objective import LossModel, LossSum
 
 Scores = TypeVar("Scores", float, np.ndarray, torch.Tensor)
-KEY = "normaliser"  # in result.json
+KEY = "normaliser"  # of the reward scale in result.json
+SMALLEST_STD = 1e-6  # avoids a division by 0 where all scores are equal
+
+
+def choices_of_people(model: LossModel, batch: Batch) -> LossSum:
+    """Negative log-likelihood of all choices of a batch of rankings, in nats, and their number. An `Objective`.
+
+    A ranking of K completions is K - 1 choices (Plackett and Luce), a judgement is one (Bradley and Terry). The trainer
+    divides by the global count, so every choice has the same weight, whatever ranking it belongs to. `train/accuracy`:
+    share of choices whose score is above those of all worse completions.
+    """
+    ranked = batch.ranked
+    assert ranked is not None, "a batch of rankings"
+    score_N = model.scores(batch, learns_offset=False).flatten()  # only differences have a likelihood
+    score_PK = score_N[ranked.place_PK]
+    better_N, worse_N = score_N[ranked.better_N], score_N[ranked.worse_N]
+    losses_PK = ranking_losses(score_PK, ranked.rank_PK, ranked.there_PK)
+    losses_N = pair_losses(better_N, worse_N, ranked.margin_N)
+    count = choices(ranked.there_PK).sum() + len(ranked.margin_N)
+    with torch.no_grad():
+        right = right_choices(score_PK, ranked.rank_PK, ranked.there_PK) + (better_N > worse_N).sum()
+    return LossSum(
+        total=losses_PK.sum() + losses_N.sum(), count=count.float(), metrics={"train/accuracy": right.float()}
+    )
+
+
+# --- the scale of scores ---
 
 
 @dataclass(frozen=True)
-class Normaliser:
-    """Mean and standard deviation of the scores of the reference policy's samples."""
+class RewardScale:
+    """Maps scores of the reference policy's samples to mean 0 and standard deviation 1."""
 
     mean: float
     std: float
 
+    @classmethod
+    def of(cls, score_B: torch.Tensor) -> "RewardScale":
+        """Mean and population standard deviation of `score_B`."""
+        score_B = score_B.double()
+        return cls(float(score_B.mean()), float(score_B.std(unbiased=False)))
+
     def __call__(self, scores: Scores) -> Scores:
-        """Scores with mean 0 and standard deviation 1 on those samples."""
-        return (scores - self.mean) / self.std
+        """Normalised scores."""
+        return (scores - self.mean) / max(self.std, SMALLEST_STD)
 
 
-def normaliser_of(scores: Sequence[float]) -> Normaliser:
-    """What takes `scores` to mean 0 and standard deviation 1 (over all of them: no degree of freedom is taken off)."""
-    values = np.asarray(scores, np.float64)
-    return Normaliser(float(values.mean()), float(values.std()))
-
-
-def read_normaliser(run: RunDirectory) -> Normaliser:
-    """The normaliser of a finished run of stage reward.
+def read_reward_scale(run: RunDirectory) -> RewardScale:
+    """The scale that a finished run of stage reward measured.
 
     Raises:
-        ArtefactError: the run is not finished, is of another stage, or its scores were all the same.
+        ArtefactError: the run is not finished, is of another stage, or gave every sample the same score.
     """
     if not run.result.is_file():
         raise ArtefactError(f"{run.path} is not finished (no {run.result.name}): run stage=reward to its end")
     found = json.loads(run.result.read_text()).get(KEY)
     if found is None:
         raise ArtefactError(f"{run.result} has no {KEY}: expected a run of stage=reward")
-    normaliser = Normaliser(float(found["mean"]), float(found["std"]))
-    if not (math.isfinite(normaliser.mean) and math.isfinite(normaliser.std) and normaliser.std > 0):
+    scale = RewardScale(float(found["mean"]), float(found["std"]))
+    if not (math.isfinite(scale.mean) and math.isfinite(scale.std) and scale.std > 0):
         raise ArtefactError(
-            f"{run.result}: {KEY} has mean={normaliser.mean} std={normaliser.std}: a reward model that gives every "
-            "sample the same score teaches nothing; train it again (stage.lr, stage.steps) under another run_id"
+            f"{run.result}: {KEY} has mean={scale.mean} std={scale.std}: a reward model that gives every sample the "
+            "same score teaches nothing; train it again (stage.lr, stage.steps) under another run_id"
         )
-    return normaliser
+    return scale
 
 
 @torch.no_grad()
 def last_token_scores(model: Transformer, sequences: Sequence[Sequence[int]], batch: int = 16) -> np.ndarray:
-    """The score of each sequence at its last real token, (len(sequences),) float32.
+    """The score of each sequence at its last token, (len(sequences),) float32.
 
     Args:
         model: with a scalar head.
-        sequences: tokens of a prompt with its completion; none is empty.
-        batch: sequences taken through the model at a time; those of like length go together.
+        sequences: tokens of a prompt and its completion, none empty.
+        batch: sequences per forward pass; sequences of similar length go together.
     """
     scores = np.zeros(len(sequences), np.float32)
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
@@ -79,7 +112,105 @@ def last_token_scores(model: Transformer, sequences: Sequence[Sequence[int]], ba
         tokens_BT = torch.zeros(len(chosen), int(lengths.max()), dtype=torch.int64)
         for b, number in enumerate(chosen):
             tokens_BT[b, : len(sequences[number])] = torch.tensor(sequences[number])
-        # causal attention: what fills a row stands behind its last token and is not seen
+        # attention is causal, so the padding after the last token does not change its score
         score_BT = model.scores(tokens_BT.to(device)).view(tokens_BT.shape).cpu()
         scores[chosen] = score_BT[torch.arange(len(chosen)), lengths - 1].numpy()
     return scores
+
+
+# --- evaluation on held-out rankings ---
+
+
+@dataclass(frozen=True)
+class ScoredRanking:
+    """Scores of the completions of a ranking, or of the two completions of a judgement."""
+
+    source: str
+    scores: np.ndarray  # (K,) float32
+    ranks: np.ndarray  # (K,) the smallest is the best
+    margin: float | None  # of a judgement; None: a ranking
+
+
+@torch.no_grad()
+def scores_of_rankings(
+    model: LossModel,
+    batches: Iterable[tuple[Batch, Sequence[PlacedRanking]]],
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+    alive: Callable[[], None] = lambda: None,
+) -> dict[int, np.ndarray]:
+    """Scores of the completions of each ranking, (K,) float32 by ranking number, the same on every rank (collective).
+
+    Args:
+        group: the ranks that hold other rankings than this one.
+        alive: called after every batch.
+    """
+    own: dict[int, np.ndarray] = {}
+    for batch, placed in batches:
+        score_N = model.scores(batch.to(device)).flatten().float().cpu().numpy()
+        own |= {one.document: score_N[one.places] for one in placed}
+        alive()
+    gathered: list[dict[int, np.ndarray]] = [{}] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, own, group=group)
+    found = {number: scores for part in gathered for number, scores in part.items()}
+    return dict(sorted(found.items()))
+
+
+def beside_verdicts(rankings: MappedRankings, scores: Mapping[int, np.ndarray]) -> list[ScoredRanking]:
+    """Scores by ranking number, joined with the ranks or judgements; each judgement becomes a ranking of two."""
+    found, pair = [], np.array([0, 1], np.uint8)
+    for number, own in scores.items():
+        source, verdict = rankings.source(number), rankings.verdict(number)
+        if len(verdict.ranks):
+            found.append(ScoredRanking(source, own, verdict.ranks, None))
+            continue
+        for places, margin in zip(verdict.judgements.astype(np.int64), verdict.margins, strict=True):
+            found.append(ScoredRanking(source, own[places], pair, float(margin)))
+    return found
+
+
+def reward_metrics(scored: Sequence[ScoredRanking]) -> dict[str, float]:
+    """`val/loss` (nats per choice) and `reward/{accuracy,kendall_tau,top1,calibration_error}`, over all rankings,
+    by source (`..._SOURCE`) and the latter also by number of completions (`..._kK`)."""
+    metrics = {"val/loss": mean_loss(scored)} | _figures(scored, "")
+    for source in sorted({one.source for one in scored}):
+        part = [one for one in scored if one.source == source]
+        metrics |= {f"val/loss_{source}": mean_loss(part)} | _figures(part, f"_{source}")
+    for k in sorted({len(one.scores) for one in scored}):
+        metrics |= _figures([one for one in scored if len(one.scores) == k], f"_k{k}")
+    return metrics
+
+
+def mean_loss(scored: Sequence[ScoredRanking]) -> float:
+    """Mean negative log-likelihood of a choice in nats: the training loss without label noise."""
+    ranked = [one for one in scored if one.margin is None]
+    judged = [one for one in scored if one.margin is not None]
+    total, count = 0.0, float(len(judged))
+    if ranked:
+        score_PK, rank_PK, there_PK = _padded(ranked)
+        total += float(ranking_losses(score_PK, rank_PK, there_PK).double().sum())
+        count += float(choices(there_PK).sum())
+    if judged:
+        score_P2, _, _ = _padded(judged)
+        margin_P = torch.tensor([one.margin for one in judged])
+        total += float(pair_losses(score_P2[:, 0], score_P2[:, 1], margin_P).double().sum())
+    return total / count
+
+
+def _figures(scored: Sequence[ScoredRanking], suffix: str) -> dict[str, float]:
+    tensors = _padded(scored)
+    found = agreement(*tensors) | {"calibration_error": calibration_error(*tensors)}
+    return {f"reward/{name}{suffix}": value for name, value in found.items()}
+
+
+def _padded(scored: Sequence[ScoredRanking]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(score_PK, rank_PK, there_PK)."""
+    shape = (len(scored), max(len(one.scores) for one in scored))
+    score_PK, rank_PK = torch.zeros(shape), torch.zeros(shape, dtype=torch.int64)
+    there_PK = torch.zeros(shape, dtype=torch.bool)
+    for p, one in enumerate(scored):
+        k = len(one.scores)
+        score_PK[p, :k] = torch.from_numpy(one.scores)
+        rank_PK[p, :k] = torch.from_numpy(one.ranks.astype(np.int64))
+        there_PK[p, :k] = True
+    return score_PK, rank_PK, there_PK

@@ -1,15 +1,18 @@
-"""What a completion is worth: rules over its text, a reward model's score, and their weighted sum.
+"""The reward of a completion: rules over its text, a reward model's score, and their weighted sum.
 
-Nothing here runs what a model wrote: code is parsed.
+Rules run on the first rank, which holds the rollouts; `share_judged` then gives every rank the rollouts and their rule
+scores. No rule executes what a model wrote: code is only parsed.
 
-Dimensions: B rollouts.
+Dimensions: B rollouts, R rules.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+import torch.distributed as dist
 
 from dist_lm.config.dotted_path import imported_function
 from dist_lm.config.rlhf import RewardPartConfig
@@ -18,10 +21,13 @@ from dist_lm.rlhf.rollouts import Rollouts
 from dist_lm.sandbox.syntax import parses, parses_continued, whole_lines
 
 Decode = Callable[[Sequence[int]], str]
+"""Tokens to text; special tokens give no text."""
+REWARD_MODEL = "reward_model"  # the kind of part that is no rule
+_FIRST = 0  # the rank that holds the rollouts
 
 
 class RewardError(UserError):
-    """A rule that gave no number."""
+    """A reward function failed or returned no finite number."""
 
 
 @dataclass(frozen=True)
@@ -31,19 +37,19 @@ class Judged:
     prompt: str
     completion: str
     new_tokens: int
-    whole: bool  # it has an end of its own
+    whole: bool  # it ended by a stop token and was not cut off
 
 
 Rule = Callable[[Judged], float]
 
 
 def length_rule(target: int) -> Rule:
-    """1 at `target` tokens, falling to 0 at none and at twice as many."""
+    """1 at `target` tokens, falling linearly to 0 at no tokens and at twice as many."""
     return lambda judged: max(0.0, 1 - abs(judged.new_tokens - target) / target)
 
 
 def parses_rule(language: str, of: str) -> Rule:
-    """1 where the text parses, without its last line if it was cut off in it.
+    """1 if the text parses, else 0. The last line of a completion that was cut off does not count.
 
     Args:
         of: document (prompt and completion as one text) | completion.
@@ -58,11 +64,11 @@ def parses_rule(language: str, of: str) -> Rule:
 
 
 def function_rule(path: str, key: str) -> Rule:
-    """A person's own function of prompt text and completion text.
+    """A user's function of prompt text and completion text.
 
     Args:
         path: 'package.module:name'.
-        key: what names it, for messages.
+        key: the config key, for messages.
 
     Raises:
         ConfigError: there is no such function.
@@ -72,25 +78,25 @@ def function_rule(path: str, key: str) -> Rule:
     def rule(judged: Judged) -> float:
         try:
             value = function(judged.prompt, judged.completion)
-        except Exception as error:  # whatever it is, it comes again with the same completion
+        except Exception as error:  # any error of the function would come again with the same completion
             raise RewardError(
                 f"{key}={path} failed ({type(error).__name__}: {error}) on prompt {judged.prompt!r}, "
                 f"completion {judged.completion!r}"
             ) from error
         if not isinstance(value, int | float) or not math.isfinite(value):
-            raise RewardError(f"{key}={path} gave {value!r} for a completion; expected a finite number")
+            raise RewardError(f"{key}={path} returned {value!r} for a completion; expected a finite number")
         return float(value)
 
     return rule
 
 
 def rules_of(parts: Mapping[str, RewardPartConfig]) -> dict[str, Rule]:
-    """The parts that are rules, by name.
+    """The reward parts that are rules, by name.
 
     Raises:
-        ConfigError: a function cannot be imported, or there is no parser for a language here.
+        ConfigError: a function cannot be imported, or this machine has no parser for a language.
     """
-    return {name: _rule(name, part) for name, part in parts.items() if part.kind != "reward_model"}
+    return {name: _rule(name, part) for name, part in parts.items() if part.kind != REWARD_MODEL}
 
 
 def _rule(name: str, part: RewardPartConfig) -> Rule:
@@ -104,11 +110,7 @@ def _rule(name: str, part: RewardPartConfig) -> Rule:
 
 
 def judge(rollouts: Rollouts, rules: Mapping[str, Rule], decode: Decode) -> dict[str, list[float]]:
-    """The score of every rollout under every rule.
-
-    Args:
-        decode: tokens to text; special tokens give none.
-    """
+    """The score of every rollout under every rule."""
     if not rules:
         return {}
     judged = [
@@ -124,8 +126,41 @@ def total_score(
     whole_B: torch.Tensor,
     missing_eos_penalty: float,
 ) -> torch.Tensor:
-    """The weighted sum of the parts, (B,) fp32; of a completion that was cut off less the penalty."""
+    """The weighted sum of the parts, (B,) fp32, minus the penalty for completions that were cut off."""
     total_B = -missing_eos_penalty * (~whole_B).float()
     for name, part in parts.items():
         total_B = total_B + part.weight * score_of_part[name].float()
     return total_B
+
+
+def share_judged(
+    rollouts: Rollouts | None, rules: Mapping[str, Rule], decode: Decode | None
+) -> tuple[Rollouts, dict[str, torch.Tensor]]:
+    """The first rank's rollouts on every rank, and their fp32 scores (B,) under each rule (collective).
+
+    Two broadcasts of plain tensors, integers and fp64; nothing is pickled.
+
+    Args:
+        rollouts, decode: None on all other ranks.
+    """
+    names = list(Rollouts.__dataclass_fields__)
+    own = rollouts.arrays() if rollouts is not None else {}
+    sizes = torch.tensor([len(own[name]) if own else 0 for name in names])
+    dist.broadcast(sizes, _FIRST)
+    size = dict(zip(names, sizes.tolist(), strict=True))
+    integer_names = [name for name in names if name != "logprobs_M"]
+    integers = torch.zeros(sum(size[name] for name in integer_names), dtype=torch.int64)
+    reals = torch.zeros(size["logprobs_M"] + len(rules) * size["sample_B"], dtype=torch.float64)
+    if rollouts is not None and decode is not None:
+        judged = judge(rollouts, rules, decode)
+        scores = [np.array(judged[name], np.float64) for name in rules]
+        integers.copy_(torch.from_numpy(np.concatenate([own[name] for name in integer_names])))
+        reals.copy_(torch.from_numpy(np.concatenate([own["logprobs_M"].astype(np.float64), *scores])))
+    dist.broadcast(integers, _FIRST)
+    dist.broadcast(reals, _FIRST)
+    arrays = dict(zip(integer_names, integers.split([size[name] for name in integer_names]), strict=True))
+    logprobs, scores = reals.split([size["logprobs_M"], len(rules) * size["sample_B"]])
+    shared = Rollouts(
+        **{name: value.numpy() for name, value in arrays.items()}, logprobs_M=logprobs.numpy().astype(np.float32)
+    )
+    return shared, dict(zip(rules, scores.view(len(rules), len(shared)).float(), strict=True))

@@ -1,15 +1,17 @@
-"""Completions that the policy drew, and where they come from.
+"""Rollouts: the order of prompts, the requests for completions, and completions as arrays.
 
-Dimensions: B rollouts, N their tokens end to end, M the tokens of their completions end to end.
+Dimensions: B rollouts, N their tokens (prompts and completions) concatenated, M the tokens of completions concatenated.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from dist_lm.data.order import key, permutation
+from dist_lm.errors import ArtefactError
 from dist_lm.generation.engine import Engine
 from dist_lm.generation.params import SamplingParams
 from dist_lm.generation.request import Answer, FinishReason, Refusal, Request, RequestError
@@ -17,36 +19,56 @@ from dist_lm.model.counter_hash import hash_words, signed
 
 FINISHES: tuple[FinishReason, ...] = ("eot", "stop", "length", "context", "cancelled")
 WHOLE = ("eot", "stop")
-"""The reasons with which a completion has an end of its own."""
+"""Finish reasons of a completion that was not cut off."""
 
-_SEED = 0x726F6C6C  # keeps these seeds apart from those of other things that are keyed by seed and position
+_PROMPTS = 6  # what is shuffled; smaller numbers are those of the data room
+_SEED = 0x726F6C6C  # keeps sampling seeds apart from other values keyed by seed and position
+
+PromptOrder = Callable[[int, int], list[Sequence[int]]]
+"""(first position, count) -> the tokens of those prompts."""
+
+
+@dataclass(frozen=True)
+class ShuffledPrompts:
+    """Prompts of all iterations, reshuffled every epoch: a pure function of seed and position. A `PromptOrder`."""
+
+    prompts: Sequence[Sequence[int]]  # token ids; a prompt that begins a document begins with end-of-text
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ArtefactError("there are no prompts to draw completions for")
+
+    def __call__(self, position: int, count: int) -> list[Sequence[int]]:
+        found: list[Sequence[int]] = []
+        while len(found) < count:
+            epoch, begin = divmod(position + len(found), len(self.prompts))
+            order = permutation(len(self.prompts), key(_PROMPTS, self.seed, epoch))
+            found += [self.prompts[int(i)] for i in order[begin : begin + count - len(found)]]
+        return found
 
 
 class RolloutSource(Protocol):
-    """Who draws completions. On the first rank; the others are told what it drew."""
+    """Draws completions, on the first rank. Whoever opens a source closes it."""
 
     def load_weights(self, weights: Mapping[str, np.ndarray], version: int) -> None:
-        """Go on with other weights, by the names of the policy's parameters, fp32.
+        """Continue with other weights: fp32, by the names of the policy's parameters.
 
-        They may be read after this returns and are not changed by anybody.
+        The arrays may be read after this call returns; nobody changes them.
         """
         ...
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
-        """All answers, in the order of the requests, then of their index.
+        """All answers, in the order of the requests, then of the answer's index.
 
         Raises:
-            RequestError: one of them cannot be answered.
+            RequestError: a request cannot be answered.
         """
-        ...
-
-    def close(self) -> None:
-        """End what it started."""
         ...
 
 
 class EngineRollouts:
-    """One engine in this process."""
+    """A `RolloutSource` over one engine in this process."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -64,36 +86,33 @@ class EngineRollouts:
             found[result.request, result.index] = result
         return [found[request.id, index] for request in requests for index in range(request.n)]
 
-    def close(self) -> None:
-        self.engine.close()
-
 
 @dataclass(frozen=True)
 class Rollout:
-    """One completion."""
+    """One completion of a prompt."""
 
     prompt: np.ndarray  # int64 tokens
-    completion: np.ndarray  # int64 tokens, with the one that ended it
-    logprobs: np.ndarray  # fp32, nats: of each token of the completion, under the distribution it was drawn from
+    completion: np.ndarray  # int64 tokens, the stop token included
+    logprobs: np.ndarray  # fp32, nats: of each completion token under the distribution it was drawn from
     finish: FinishReason
     version: int  # of the weights that drew it
     position: int  # of its prompt in the order of prompts
-    sample: int  # among the completions of its prompt
+    sample: int  # number among the completions of its prompt
 
     @property
     def whole(self) -> bool:
-        """Whether it has an end of its own: it was not cut off."""
+        """Whether it ended by a stop token and was not cut off."""
         return self.finish in WHOLE
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Many rollouts as a few arrays, as they are sent, kept in a checkpoint and computed with."""
+    """Many rollouts as a few arrays: the form in which they are sent, checkpointed and computed with."""
 
     tokens_N: np.ndarray  # int64; a prompt, its completion, the next prompt, ...
     logprobs_M: np.ndarray  # fp32
-    prompt_tokens_B: np.ndarray  # int64; how many of each
-    new_tokens_B: np.ndarray  # int64; at least 1
+    prompt_tokens_B: np.ndarray  # int64; tokens of each prompt
+    new_tokens_B: np.ndarray  # int64; tokens of each completion, at least 1
     finish_B: np.ndarray  # int64; index in FINISHES
     version_B: np.ndarray  # int64
     position_B: np.ndarray  # int64
@@ -121,26 +140,24 @@ class Rollouts:
 
     @property
     def whole(self) -> np.ndarray:
-        """(B,) bool: which have an end of their own."""
+        """(B,) bool: which rollouts ended by a stop token."""
         return np.isin(self.finish_B, [FINISHES.index(reason) for reason in WHOLE])
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All of it by name; `Rollouts(**arrays)` is the way back."""
+        """All arrays by name; `Rollouts(**arrays)` is the inverse."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def requests_of(
     prompts: Sequence[Sequence[int]], first_position: int, samples: int, params: SamplingParams, seed: int
 ) -> list[Request]:
-    """What is asked of a source: answers hang on (seed, position of the prompt, sample) and the weights alone.
+    """Requests whose answers depend only on the weights and on (seed, position of the prompt, sample).
 
     Args:
-        first_position: of `prompts[0]` in the order of prompts.
-        params: without filters: under a truncated distribution the divergence from the reference may be negative.
+        first_position: position of `prompts[0]` in the order of prompts.
+        params: without filters, because truncated distributions make the KL from the reference negative.
     """
-    assert params.top_k == 0, params
-    assert params.top_p == 1, params
-    assert params.min_p == 0, params
+    assert (params.top_k, params.top_p, params.min_p) == (0, 1, 0), params
     return [
         Request(str(position), prompt, params, signed(hash_words(seed, _SEED, position)), samples)
         for position, prompt in enumerate(prompts, first_position)
@@ -148,7 +165,7 @@ def requests_of(
 
 
 def rollouts_of(requests: Sequence[Request], answers: Sequence[Answer]) -> Rollouts:
-    """What was answered to `requests_of`."""
+    """The answers to `requests_of` as arrays."""
     prompts = {request.id: request.prompt for request in requests}
     assert [answer.request for answer in answers] == [r.id for r in requests for _ in range(r.n)], "order of answers"
 

@@ -1,38 +1,53 @@
-"""Where reinforcement learning stands: with both models and their optimizers it is all that a checkpoint holds."""
+"""State of an RLHF run: with both models and their optimizers, the complete content of a checkpoint."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from dist_lm.rlhf.kl import KlController
-from dist_lm.rlhf.reward_scale import RewardScale
+from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rollouts import Rollouts
 
 
 @dataclass(frozen=True)
+class KlController:
+    """The weight of the KL in the reward, fixed or adaptive (Ziegler et al. 2019, section 2.2). A value."""
+
+    coefficient: float
+    target: float | None = None  # nats per sequence; None: the coefficient is fixed
+    horizon: int = 10_000  # sequences within which the coefficient changes by at most about 20 %
+
+    def after(self, kl: float, sequences: int) -> "KlController":
+        """The controller after `sequences` rollouts with mean KL `kl` (nats per sequence)."""
+        if self.target is None:
+            return self
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        return replace(self, coefficient=self.coefficient * (1 + error * sequences / self.horizon))
+
+
+@dataclass(frozen=True)
 class RlhfState:
-    """Counters after the last finished iteration, and what was drawn ahead of the next ones. A value."""
+    """Counters after the last finished iteration, and rollouts drawn ahead for the next ones. A value."""
 
     kl: KlController
-    iteration: int = 0  # iterations done; also the version of the policy's weights
-    prompt_position: int = 0  # prompts that these have used
-    policy_updates: int = 0  # optimizer steps, those skipped for NaN/inf gradients with them
+    iteration: int = 0  # finished iterations; also the version of the policy's weights
+    prompt_position: int = 0  # prompts used so far
+    policy_updates: int = 0  # optimizer steps, including those skipped for NaN/inf gradients
     value_updates: int = 0
-    nonfinite_updates: int = 0  # consecutive ones skipped
-    reward_scale: RewardScale | None = None  # None: not known before the first iteration
+    nonfinite_updates: int = 0  # consecutive skipped updates
+    reward_scale: RewardScale | None = None  # None: not measured yet
     best_reward: float | None = None  # largest rlhf/reward_mean of an iteration
     best_iteration: int = 0
     pending: Mapping[int, Rollouts] = field(default_factory=dict)  # by iteration: drawn, not trained on yet
 
     @property
     def version(self) -> int:
-        """Of the policy's weights."""
+        """Version of the policy's weights."""
         return self.iteration
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the pending rollouts, ready for JSON."""
+        """All fields except the pending rollouts, as JSON values."""
         values = {name: value for name, value in vars(self).items() if name != "pending"}
         scale = asdict(self.reward_scale) if self.reward_scale else None
         return values | {"kl": asdict(self.kl), "reward_scale": scale}
@@ -47,7 +62,7 @@ class RlhfState:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> "RlhfState":
-        """The way back from `to_dict` and `arrays`."""
+        """The inverse of `to_dict` and `arrays`."""
         pending: dict[int, dict[str, np.ndarray]] = {}
         for key, value in arrays.items():
             iteration, _, name = key.partition(".")

@@ -1,6 +1,6 @@
 """The updates of an iteration: passes over its rollouts in minibatches, each a step of policy and critic.
 
-Dimensions: B rollouts, T tokens of the longest completion, N drawn tokens of a micro-batch.
+Dimensions: B rollouts, T tokens of the longest completion, N completion tokens of a micro-batch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +12,9 @@ import torch.distributed as dist
 from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.data.batch import Batch
 from dist_lm.rlhf.algorithm import Algorithm, DrawnTokens
-from dist_lm.rlhf.beside import Beside, one_after_other
-from dist_lm.rlhf.models import RlhfModels, Trained
-from dist_lm.rlhf.packed_rollouts import RolloutBatch
+from dist_lm.rlhf.models import Execution, Trained
+from dist_lm.rlhf.packed_rollouts import Minibatch, Passes, RolloutBatch
 from dist_lm.rlhf.state import RlhfState
-from dist_lm.training.forward import BoundModel
 from dist_lm.training.loss import next_token
 from dist_lm.training.objective import LossModel, LossSum, Objective
 from dist_lm.training.step import StepResult, train_step
@@ -24,41 +22,28 @@ from dist_lm.training.stop import StopRequest
 from dist_lm.training.trainer import NonFiniteGradientsError
 
 Columns = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Minibatch:
-    """What is seen together in one update."""
-
-    batches: Sequence[RolloutBatch]  # this rank's, on the models' device
-    tokens: int  # drawn tokens over all ranks
-
-
-Passes = Callable[[int], Sequence[Minibatch]]
-"""(number of a pass) -> its minibatches, in their order."""
 Pretraining = Callable[[int], Sequence[Batch]]
-"""(number of an update since the start of the run) -> this rank's micro-batches of text, on the models' device."""
+"""(number of the update since the start of the run) -> this rank's micro-batches of text, on the models' device."""
 
 
 @dataclass(frozen=True)
 class Updates:
-    """What the updates of an iteration did, the same on every rank."""
+    """Results of the updates of an iteration, the same on every rank."""
 
     state: RlhfState
-    metrics: Sequence[Mapping[str, float]]  # of each update: means over its tokens before it was made
+    metrics: Sequence[Mapping[str, float]]  # of each update: means over its tokens, before the update
     stop_requested: bool
-    ended_by_kl: bool
 
 
 def policy_objective(
     algorithm: Algorithm, columns: Columns, config: RlhfConfig, pretraining_share: float = 0.0
 ) -> Objective:
-    """The policy's loss on rollouts, and the next-token loss on batches that are none (PPO-ptx: Ouyang et al. 2022,
-    equation 2).
+    """The policy loss on rollouts, and the next-token loss on batches of text (PPO-ptx: Ouyang et al. 2022, eq. 2).
 
     Args:
         columns: (B, T) each.
-        pretraining_share: drawn tokens for each pretraining token: a step divides by the former, and so both are means.
+        pretraining_share: completion tokens / text tokens of the update. The step divides all losses by the completion
+            tokens, so this factor makes the text loss a mean over the text tokens.
     """
     flat = {name: column.flatten() for name, column in columns.items()}
     longest = next(iter(columns.values())).shape[1]
@@ -94,99 +79,87 @@ def critic_objective(algorithm: Algorithm, columns: Columns) -> Objective:
     return objective
 
 
-def counted_over_ranks(batches: Sequence[Batch], counts: bool) -> float:
-    """Targets that count in the batches of all ranks (collective)."""
+@dataclass(frozen=True)
+class Updater:
+    """Updates policy and critic on one rank."""
+
+    run: Execution
+    algorithm: Algorithm
+    stop: StopRequest
+    pretraining: Pretraining | None = None
+
+    def __call__(self, state: RlhfState, columns: Columns, passes: Passes) -> Updates:
+        """All passes over an iteration's rollouts, or fewer if rlhf.stop_kl ends them (collective).
+
+        Raises:
+            NonFiniteGradientsError: after rlhf.max_nonfinite_updates skipped updates in a row.
+        """
+        config, done, stopping = self.run.config, [], False
+        for number in range(config.epochs):
+            for minibatch in passes(number):
+                self.run.alive()
+                results = self._steps(state, columns, minibatch)
+                state = _counted(state, results)
+                self._check_finite(state)
+                stopping = stopping or any(result.stop_requested for result in results)
+                done.append(results[0].metrics | {"policy_grad_norm": results[0].grad_norm})
+                for critic in results[1:]:
+                    done[-1] |= critic.metrics | {"value_grad_norm": critic.grad_norm}
+                if config.stop_kl and done[-1]["approx_kl"] > config.stop_kl:
+                    return Updates(state, done, stopping)
+        return Updates(state, done, stopping)
+
+    def _steps(self, state: RlhfState, columns: Columns, minibatch: Minibatch) -> Sequence[StepResult]:
+        """A step of the policy, and of the critic if there is one."""
+        models, config = self.run.models, self.run.config
+
+        def policy_step() -> StepResult:
+            batches: list[Batch] = list(minibatch.batches)
+            share = 0.0
+            if self.pretraining and config.pretrain_coefficient:
+                texts = self.pretraining(state.policy_updates)
+                share = minibatch.tokens / max(_targets_of_all_ranks(texts, self.run.counts), 1.0)
+                batches += texts
+            return self._step(models.policy, policy_objective(self.algorithm, columns, config, share), batches)
+
+        if not models.critic:
+            return [policy_step()]
+        critic, objective = models.critic, critic_objective(self.algorithm, columns)
+        return self.run.beside(policy_step, lambda: self._step(critic, objective, minibatch.batches))
+
+    def _step(self, trained: Trained, objective: Objective, batches: Sequence[Batch]) -> StepResult:
+        return train_step(
+            trained.model,
+            trained.optimizer,
+            self.run.bound(trained.model),
+            objective,
+            batches,
+            grad_clip=self.run.config.grad_clip,
+            counts=self.run.counts,
+            stop=self.stop,
+            reduce_every_micro_batch=self.run.reduce_every_micro_batch,
+        )
+
+    def _check_finite(self, state: RlhfState) -> None:
+        config = self.run.config
+        if state.nonfinite_updates >= config.max_nonfinite_updates:
+            raise NonFiniteGradientsError(
+                f"gradients were NaN or infinite in {state.nonfinite_updates} updates in a row, in iteration "
+                f"{state.iteration} (rlhf.max_nonfinite_updates={config.max_nonfinite_updates}): lower "
+                f"rlhf.lr={config.lr:g} and rlhf.value_lr={config.value_lr:g}, or look for an unbounded reward"
+            )
+
+
+def _targets_of_all_ranks(batches: Sequence[Batch], counts: bool) -> float:
+    """Number of targets in the loss masks of all ranks (collective)."""
     own = sum(float(batch.loss_mask_BT.sum()) for batch in batches) if counts else 0.0
     total = torch.tensor(own, dtype=torch.float64, device=batches[0].tokens_BT.device)
     dist.all_reduce(total)
     return float(total)
 
 
-@dataclass(frozen=True)
-class Updater:
-    """How this rank updates policy and critic."""
-
-    config: RlhfConfig
-    algorithm: Algorithm
-    models: RlhfModels
-    chunk_bytes: int  # largest block of fp32 logits; 0: no limit
-    counts: bool  # of the ranks that see the same rollouts, this is the one whose sums count
-    reduce_every_micro_batch: bool
-    stop: StopRequest
-    pretraining: Pretraining | None = None
-    alive: Callable[[], None] = lambda: None  # called before every update
-    beside: Beside = one_after_other  # how policy and critic are updated
-
-    def __call__(self, state: RlhfState, columns: Columns, passes: Passes) -> Updates:
-        """All passes over an iteration's rollouts, or as many as `rlhf.stop_kl` leaves (collective).
-
-        Raises:
-            NonFiniteGradientsError: after rlhf.max_nonfinite_updates skipped updates in a row.
-        """
-        done: list[dict[str, float]] = []
-        stopping = False
-        for number in range(self.config.epochs):
-            for minibatch in passes(number):
-                self.alive()
-                results = self._steps(state, columns, minibatch)
-                state = _counted(state, results)
-                self._check_finite(state)
-                stopping = stopping or any(result.stop_requested for result in results)
-                done.append(results[0].metrics | {"policy_grad_norm": results[0].grad_norm})
-                if self.models.critic:
-                    done[-1] |= results[1].metrics | {"value_grad_norm": results[1].grad_norm}
-                if self.config.stop_kl and done[-1]["approx_kl"] > self.config.stop_kl:
-                    return Updates(state, done, stopping, ended_by_kl=True)
-        return Updates(state, done, stopping, ended_by_kl=False)
-
-    def _steps(self, state: RlhfState, columns: Columns, minibatch: Minibatch) -> Sequence[StepResult]:
-        """Of the policy, and of the critic where there is one."""
-        critic = self.models.critic
-        if not critic:
-            return [self._policy_step(state, columns, minibatch)]
-        return self.beside(
-            lambda: self._policy_step(state, columns, minibatch),
-            lambda: self._critic_step(critic, columns, minibatch),
-        )
-
-    def _policy_step(self, state: RlhfState, columns: Columns, minibatch: Minibatch) -> StepResult:
-        batches: list[Batch] = list(minibatch.batches)
-        share = 0.0
-        if self.pretraining and self.config.pretrain_coefficient:
-            texts = self.pretraining(state.policy_updates)
-            share = minibatch.tokens / max(counted_over_ranks(texts, self.counts), 1.0)
-            batches += texts
-        objective = policy_objective(self.algorithm, columns, self.config, share)
-        return self._step(self.models.policy, objective, batches)
-
-    def _critic_step(self, critic: Trained, columns: Columns, minibatch: Minibatch) -> StepResult:
-        return self._step(critic, critic_objective(self.algorithm, columns), minibatch.batches)
-
-    def _step(self, trained: Trained, objective: Objective, batches: Sequence[Batch]) -> StepResult:
-        return train_step(
-            trained.model,
-            trained.optimizer,
-            BoundModel(trained.model, document_mask=True, chunk_bytes=self.chunk_bytes),
-            objective,
-            batches,
-            grad_clip=self.config.grad_clip,
-            counts=self.counts,
-            stop=self.stop,
-            reduce_every_micro_batch=self.reduce_every_micro_batch,
-        )
-
-    def _check_finite(self, state: RlhfState) -> None:
-        if state.nonfinite_updates >= self.config.max_nonfinite_updates:
-            raise NonFiniteGradientsError(
-                f"gradients were NaN or infinite in {state.nonfinite_updates} updates in a row, in iteration "
-                f"{state.iteration} (rlhf.max_nonfinite_updates={self.config.max_nonfinite_updates}): lower "
-                f"rlhf.lr={self.config.lr:g} and rlhf.value_lr={self.config.value_lr:g}, or look for a reward that is "
-                "not bounded"
-            )
-
-
 def _counted(state: RlhfState, results: Sequence[StepResult]) -> RlhfState:
-    """The state after an update of the policy, and perhaps one of the critic."""
+    """The state after one update."""
     return replace(
         state,
         policy_updates=state.policy_updates + 1,

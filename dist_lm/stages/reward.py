@@ -27,9 +27,15 @@ from dist_lm.generation.params import SamplingParams
 from dist_lm.generation.request import Request
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.sharding import generation_dtype
-from dist_lm.rlhf.reward_evaluation import beside_verdicts, reward_metrics, scores_of_rankings
-from dist_lm.rlhf.reward_model import KEY, last_token_scores, normaliser_of
-from dist_lm.rlhf.reward_objective import choices_of_people
+from dist_lm.rlhf.reward_model import (
+    KEY,
+    RewardScale,
+    beside_verdicts,
+    choices_of_people,
+    last_token_scores,
+    reward_metrics,
+    scores_of_rankings,
+)
 from dist_lm.stages.sampling import answer_all
 from dist_lm.stages.training_stage import Closing, Opening, StageData, TrainingStage
 from dist_lm.training import checkpoint_files
@@ -102,7 +108,7 @@ def close(closing: Closing) -> dict[str, float]:
     scores = np.zeros(len(sequences), np.float32)
     for rank, part in enumerate(gathered):
         scores[rank :: closing.world.size] = part
-    found = normaliser_of(scores.tolist())
+    found = RewardScale.of(torch.from_numpy(scores))
     return {"reward/score_mean": found.mean, "reward/score_std": found.std, "reward/scored": float(len(sequences))}
 
 
@@ -158,7 +164,7 @@ def completions_of(rankings: MappedRankings, longest: int) -> list[list[int]]:
 
 
 def result(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What `read_normaliser` reads."""
+    """What `read_reward_scale` reads."""
     return {KEY: {"mean": metrics["reward/score_mean"], "std": metrics["reward/score_std"]}}
 
 

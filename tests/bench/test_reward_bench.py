@@ -7,7 +7,7 @@ from dist_lm.bench import reward
 from dist_lm.bench.case import configurations
 from dist_lm.model.initialise import initialise
 from dist_lm.model.transformer import Transformer
-from dist_lm.rlhf.reward_objective import choices_of_people
+from dist_lm.rlhf.reward_model import choices_of_people
 from dist_lm.training.forward import BoundModel
 
 TINY = (

@@ -13,7 +13,7 @@ from dist_lm.data.manifest import write_manifest
 from dist_lm.data.shard_writer import ShardWriter
 from dist_lm.document import Document
 from dist_lm.launcher.compose import compose_config
-from dist_lm.rlhf.reward_model import read_normaliser
+from dist_lm.rlhf.reward_model import read_reward_scale
 from dist_lm.stages.artefact import corpus_fingerprint, digest
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
@@ -117,7 +117,7 @@ def test_it_starts_from_all_weights_but_the_head(work: WorkDirectory, tmp_path: 
 
 
 def test_the_normaliser_is_that_of_samples_of_the_first_model(reference: RunDirectory) -> None:
-    normaliser, metrics = read_normaliser(reference), numbers(reference)[STEPS]
+    normaliser, metrics = read_reward_scale(reference), numbers(reference)[STEPS]
     assert (normaliser.mean, normaliser.std) == (metrics["reward/score_mean"], metrics["reward/score_std"])
     assert metrics["reward/scored"] == 4
     assert normaliser.std > 0

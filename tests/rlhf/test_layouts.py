@@ -14,8 +14,7 @@ from dist_lm.parallel.mesh import World
 from dist_lm.ranks.rlhf.pretraining import PretrainingText
 from dist_lm.rlhf.rollouts import EngineRollouts
 from tests.parallel.ranks import RankGroups
-from tests.rlhf.text import write_text
-from tests.rlhf.toy import LENGTH, MODEL, engine_of, toy
+from tests.rlhf.toy import LENGTH, MODEL, engine_of, toy, write_text
 
 SHAPE = replace(MODEL, d_model=40, n_heads=5, d_ff=72)
 CONFIG = replace(

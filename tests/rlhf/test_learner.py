@@ -13,13 +13,12 @@ from dist_lm.errors import ConfigError
 from dist_lm.generation.request import Answer, Request
 from dist_lm.rlhf.models import scalar_config, start_critic
 from dist_lm.rlhf.ppo import Ppo
-from dist_lm.rlhf.reward_scale import RewardScale
+from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rollouts import EngineRollouts
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.training.stop import StopRequest
 from dist_lm.training.trainer import NonFiniteGradientsError
-from tests.rlhf.group_mean import GroupMean
-from tests.rlhf.toy import LENGTH, MODEL, TOKENS, Toy, engine_of, tensors_of, weights_of
+from tests.rlhf.toy import LENGTH, MODEL, TOKENS, GroupMean, Toy, engine_of, tensors_of, weights_of
 from tests.rlhf.toy import toy as plain_toy
 
 pytestmark = pytest.mark.usefixtures("one_rank")

@@ -1,50 +1,87 @@
-"""What a run of stage rlhf begins with."""
+"""Two pieces of work side by side: the same results, and the same numbers as one after the other."""
 
-import json
-from pathlib import Path
+import threading
+from dataclasses import replace
 
 import pytest
+import torch
 
 from dist_lm.config.rlhf import RewardPartConfig
-from dist_lm.config.rlhf_run import RlhfRunGroup
-from dist_lm.errors import ArtefactError
-from dist_lm.ranks.rlhf.models import first_state
-from dist_lm.rlhf.kl import KlController
-from dist_lm.rlhf.reward_scale import RewardScale
-from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.parallel.mesh import World
+from dist_lm.rlhf.models import Beside, one_after_other, own_threads
+from tests.rlhf.toy import LENGTH, Toy, tensors_of, toy
 
-MODEL = RewardPartConfig(kind="reward_model")
-RULE = RewardPartConfig(kind="length", target=8)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def reward(tmp_path: Path) -> RunDirectory:
-    """A finished run of stage reward, as far as others read it."""
-    run = RunDirectory(tmp_path)
-    run.result.write_text(json.dumps({"normaliser": {"mean": 2.0, "std": 4.0}}))
-    return run
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
-def group(reward: RunDirectory, **changes) -> RlhfRunGroup:
-    return RlhfRunGroup(**{"reward_model": str(reward.path), "rewards": {"a": MODEL, "b": RULE}} | changes)
+def test_both_run_at_once_each_on_its_half_of_the_threads(two_threads):
+    meeting = threading.Barrier(2, timeout=60)
+
+    def threads() -> tuple[str, int]:
+        meeting.wait()
+        return threading.current_thread().name, torch.get_num_threads()
+
+    with own_threads(World(rank=0, local_rank=0, size=1, device=CPU)) as beside:
+        for _ in range(3):
+            (one, its), (other, others) = beside(threads, threads)
+            assert one != other
+            assert its == others == 1
+            assert torch.get_num_threads() == 2
 
 
-def test_scores_are_scaled_by_what_stage_reward_measured(reward):
-    scale = first_state(group(reward)).reward_scale
-    assert scale == RewardScale(2.0, 4.0)
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_rank_among_others_and_one_with_one_thread_do_one_after_the_other(size, two_threads):
+    torch.set_num_threads(size)
+    with own_threads(World(rank=0, local_rank=0, size=size, device=CPU)) as beside:
+        assert beside is one_after_other
+    order: list[int] = []
+    assert one_after_other(lambda: order.append(1), lambda: order.append(2)) == (None, None)
+    assert order == [1, 2]
 
 
-def test_there_is_no_scale_where_none_is_asked_for(reward):
-    assert first_state(group(reward, normalise_reward=False)).reward_scale is None
-    assert first_state(group(reward, rewards={"b": RULE})).reward_scale is None
+@pytest.mark.parametrize("failing", [(True, False), (False, True), (True, True)])
+def test_an_error_of_either_comes_out_when_both_have_ended(failing, two_threads):
+    ended = []
+
+    def work(name: str, fails: bool) -> None:
+        ended.append(name)
+        if fails:
+            raise ValueError(name)
+
+    with own_threads(World(rank=0, local_rank=0, size=1, device=CPU)) as beside:
+        with pytest.raises(ValueError, match="first" if failing[0] else "second") as caught:
+            beside(lambda: work("first", failing[0]), lambda: work("second", failing[1]))
+        assert str(caught.value) == ("first" if failing[0] else "second")
+        assert getattr(caught.value, "__notes__", []) == [
+            "the function beside it failed too: ValueError('second')"
+        ] * all(failing)
+        assert sorted(ended) == ["first", "second"]
+        assert torch.get_num_threads() == 2
 
 
-def test_a_reward_model_that_is_not_finished_is_refused(reward):
-    reward.result.unlink()
-    with pytest.raises(ArtefactError, match="run stage=reward to its end"):
-        first_state(group(reward))
+@pytest.mark.usefixtures("one_rank")
+def test_policy_and_critic_at_once_learn_what_they_learn_one_after_the_other(two_threads):
+    rewards = {"length": RewardPartConfig(kind="length", target=4), "model": RewardPartConfig(kind="reward_model")}
+    config = replace(LENGTH, prompts=12, max_new_tokens=8, epochs=2, minibatches=2, rewards=rewards)
 
+    def learned(**options: Beside) -> Toy:
+        made = toy(config, 2, reward_model=True, **options)
+        made.run()
+        return made
 
-def test_the_kl_controller_is_that_of_the_configuration(reward):
-    made = group(reward, kl_coefficient=0.3, kl_target=5.0, kl_horizon=77)
-    assert first_state(made).kl == KlController(0.3, 5.0, 77)
+    plain = learned()
+    with own_threads(World(rank=0, local_rank=0, size=1, device=CPU)) as beside:
+        at_once, again = learned(beside=beside), learned(beside=beside)
+    for one, other in zip(plain.reports, at_once.reports, strict=True):
+        untimed = {name: value for name, value in one.metrics.items() if name.startswith("rlhf/")}
+        assert untimed == pytest.approx({name: other.metrics[name] for name in untimed}, abs=1e-5)
+    for name, value in tensors_of(at_once).items():
+        assert torch.equal(value, tensors_of(again)[name]), name

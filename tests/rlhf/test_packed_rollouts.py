@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from dist_lm.rlhf.forwards import OwnShare, end_scores
+from dist_lm.rlhf.experience import end_scores, token_logprobs, token_values
 from dist_lm.rlhf.packed_rollouts import Dealing, completion_mask, minibatches, rollout_batches, whole_batches
 from dist_lm.training.forward import BoundModel
 from tests.model.small_models import small_config, small_model
-from tests.rlhf.drawn import rollouts_with
+from tests.rlhf.toy import rollouts_with
 
 ROLLOUTS = rollouts_with([3, 1, 5, 2, 4, 1, 2], [4, 9, 1, 6, 6, 2, 3])
 ALL = np.arange(len(ROLLOUTS))
@@ -38,16 +38,14 @@ def padded(rows: list[torch.Tensor]) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def share(dealing: Dealing, chosen: np.ndarray = ALL) -> OwnShare:
-    mask = completion_mask(ROLLOUTS)
-    return OwnShare(rollout_batches(ROLLOUTS, chosen, dealing), *mask.shape)
+SHAPE = tuple(completion_mask(ROLLOUTS).shape)
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [1, 25, 1000])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_and_entropies_are_those_of_each_rollout_alone(micro_batch_tokens, temperature):
     bound = bound_model()
-    found = share(Dealing(micro_batch_tokens)).logprobs(bound, temperature)
+    found = token_logprobs(bound, rollout_batches(ROLLOUTS, ALL, Dealing(micro_batch_tokens)), SHAPE, temperature)
     expected = alone(bound, temperature=temperature)
     for part in range(2):
         torch.testing.assert_close(found[part], padded([row[part] for row in expected]), rtol=1e-5, atol=1e-5)
@@ -55,18 +53,18 @@ def test_logprobs_and_entropies_are_those_of_each_rollout_alone(micro_batch_toke
 
 def test_values_are_of_what_stands_before_a_token_and_a_score_is_of_the_last_real_one():
     bound = bound_model(head="scalar")
-    own = share(Dealing(30))
     rows = alone(bound)
     new = ROLLOUTS.new_tokens_B.tolist()
     before = [row[-n - 1 : -1] for row, n in zip(rows, new, strict=True)]
-    torch.testing.assert_close(own.values(bound), padded(before), rtol=1e-5, atol=1e-5)
+    values = token_values(bound, rollout_batches(ROLLOUTS, ALL, Dealing(30)), SHAPE)
+    torch.testing.assert_close(values, padded(before), rtol=1e-5, atol=1e-5)
     scores = end_scores(bound, ROLLOUTS, Dealing(30), torch.device("cpu"))
     torch.testing.assert_close(scores, torch.stack([row[-1] for row in rows]), rtol=1e-5, atol=1e-5)
 
 
 def test_ranks_have_the_same_shapes_and_together_all_rollouts_once():
     bound = bound_model()
-    whole, _ = share(Dealing(30)).logprobs(bound, 1.0)
+    whole, _ = token_logprobs(bound, rollout_batches(ROLLOUTS, ALL, Dealing(30)), SHAPE, 1.0)
     for ranks in (2, 3, 9):
         dealt = [rollout_batches(ROLLOUTS, ALL, Dealing(30, rank, ranks)) for rank in range(ranks)]
         shapes = [[batch.tokens_BT.shape for batch in batches] for batches in dealt]
@@ -74,7 +72,7 @@ def test_ranks_have_the_same_shapes_and_together_all_rollouts_once():
         whole_rows = [whole_batches(ROLLOUTS, Dealing(30, rank, ranks)) for rank in range(ranks)]
         ends = torch.cat([batch.rollout_S for batches in whole_rows for batch in batches])
         assert sorted(ends.tolist()) == ALL.tolist()
-        parts = [share(Dealing(30, rank, ranks)).logprobs(bound, 1.0)[0] for rank in range(ranks)]
+        parts = [token_logprobs(bound, batches, SHAPE, 1.0)[0] for batches in dealt]
         torch.testing.assert_close(torch.stack(parts).sum(0), whole, rtol=1e-5, atol=1e-6)
 
 

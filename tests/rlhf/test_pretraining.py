@@ -17,8 +17,7 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.padding import shard_of
 from dist_lm.ranks.rlhf.pretraining import PretrainingText
 from dist_lm.rlhf.state import RlhfState
-from tests.rlhf.text import write_text
-from tests.rlhf.toy import LENGTH, MODEL, VOCABULARY, Toy, tensors_of, toy, weights_of
+from tests.rlhf.toy import LENGTH, MODEL, VOCABULARY, Toy, tensors_of, toy, weights_of, write_text
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

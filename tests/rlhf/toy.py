@@ -1,29 +1,35 @@
-"""A policy of two layers that learns in seconds, with all the parts of a run, on the ranks of a process group."""
+"""A policy of two layers that learns in seconds, a second algorithm, hand-made rollouts, and a corpus of text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.rlhf import RewardPartConfig, RlhfConfig
+from dist_lm.document import TokenizedDocument
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
 from dist_lm.parallel.values import whole_weights
-from dist_lm.rlhf.algorithm import Algorithm
-from dist_lm.rlhf.kl import KlController
+from dist_lm.rlhf.algorithm import Algorithm, DrawnTokens, Experience, Prepared
 from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
 from dist_lm.rlhf.models import RlhfModels, frozen, scalar_config, start_critic, trained_critic, trained_policy
 from dist_lm.rlhf.ppo import Ppo
-from dist_lm.rlhf.prompts import ShuffledPrompts
-from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource
-from dist_lm.rlhf.state import RlhfState
+from dist_lm.rlhf.rollouts import FINISHES, EngineRollouts, Rollouts, RolloutSource, ShuffledPrompts
+from dist_lm.rlhf.state import KlController, RlhfState
+from dist_lm.training.objective import LossSum
 from dist_lm.training.optimizer import named_state
+from tests.data.synthetic_corpus import write
+
+# --- a policy of two layers that learns in seconds, with all the parts of a run, on the ranks of a process group ---
+
 
 VOCABULARY = 64
 EOT = 0
@@ -153,3 +159,70 @@ def tensors_of(made: Toy) -> dict[str, torch.Tensor]:
             *named_state(trained.model, trained.optimizer),
         ]
     }
+
+
+# --- another algorithm: a completion against the mean of the others of its prompt (kool et al. 2019) ---
+
+
+class GroupMean:
+    """An `Algorithm` with neither critic nor clip."""
+
+    has_critic = False
+    uses_entropy = False
+
+    def prepare(self, experience: Experience, kl_coefficient: float) -> Prepared:
+        same_BB = (experience.prompt_B[:, None] == experience.prompt_B[None]).float()
+        others_B = same_BB.sum(1) - 1
+        baseline_B = (same_BB @ experience.score_B - experience.score_B) / others_B
+        advantage_BT = (experience.score_B - baseline_B)[:, None] * experience.mask_BT
+        return Prepared(
+            {"advantage": advantage_BT, "old": experience.logprob_BT}, {"others_mean": float(others_B.mean())}
+        )
+
+    def policy_loss(self, drawn: DrawnTokens) -> LossSum:
+        gain = (drawn.logprob_N * drawn.columns["advantage"]).sum()
+        moved = (drawn.columns["old"] - drawn.logprob_N).detach().sum()
+        return LossSum(-gain, torch.tensor(float(len(drawn.logprob_N))), {"approx_kl": moved})
+
+    def value_loss(self, value_N: torch.Tensor, columns: Mapping[str, torch.Tensor]) -> LossSum:
+        raise NotImplementedError
+
+
+# --- rollouts made by hand ---
+
+
+def rollouts_with(
+    prompt_tokens: list[int],
+    new_tokens: list[int],
+    *,
+    finishes: list[str] | None = None,
+    positions: list[int] | None = None,
+    vocabulary: int = 64,
+    version: int = 0,
+    seed: int = 0,
+) -> Rollouts:
+    """Random tokens of these lengths."""
+    generator = np.random.default_rng(seed)
+    n = len(prompt_tokens)
+    return Rollouts(
+        tokens_N=generator.integers(1, vocabulary, sum(prompt_tokens) + sum(new_tokens)),
+        logprobs_M=-generator.random(sum(new_tokens), np.float32),
+        prompt_tokens_B=np.array(prompt_tokens),
+        new_tokens_B=np.array(new_tokens),
+        finish_B=np.array([FINISHES.index(reason) for reason in finishes or ["eot"] * n]),  # type: ignore[arg-type]
+        version_B=np.full(n, version),
+        position_B=np.array(positions or range(n)),
+        sample_B=np.zeros(n, np.int64),
+    )
+
+
+# --- text of the toy's vocabulary, to be learned beside the rollouts ---
+
+
+def write_text(directory: Path) -> Path:
+    """A corpus of documents of 5 to 24 tokens, each of which counts upwards."""
+    made = []
+    for i in range(60):
+        tokens = [EOT, *(1 + (7 * i + k) % (VOCABULARY - 1) for k in range(4 + i % 20))]
+        made.append(TokenizedDocument(np.array(tokens, np.uint16), len(tokens), "python", f"/text/{i}", "none", None))
+    return write(directory, made)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from dist_lm.rlhf.reward_model import read_normaliser
+from dist_lm.rlhf.reward_model import read_reward_scale
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from tests.conftest import TINY
 from tests.slurm.batch_job import BatchJob
@@ -67,7 +67,7 @@ def test_two_nodes_train_a_reward_model_and_a_policy(slurm: RealSlurm, trained: 
     result = json.loads(job.run.result.read_text())
     assert (result["steps"], result["ranks"], result["prompts"]) == (ITERATIONS, 2, PROMPTS * ITERATIONS)
     assert {"rlhf/part_preference", "rlhf/win_rate", "rlhf/pretrain_loss"} <= result["metrics"].keys()
-    measured = read_normaliser(trained.run("reward", "default"))
+    measured = read_reward_scale(trained.run("reward", "default"))
     state = json.loads((job.run.checkpoints / result["checkpoint"] / "stage" / "rlhf.json").read_text())
     assert state["reward_scale"] == {"mean": measured.mean, "std": measured.std}
     assert "wins against the reference" in job.log

@@ -13,17 +13,15 @@ import numpy as np
 import torch
 
 from dist_lm.config.rlhf_run import RlhfRunConfig
-from dist_lm.generation.params import SamplingParams
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.values import whole_weights
 from dist_lm.ranks.start import RankStart
-from dist_lm.rlhf.forwards import add_up, dealing, end_scores
+from dist_lm.rlhf.experience import add_up, end_scores
 from dist_lm.rlhf.learner import RolloutSupply
-from dist_lm.rlhf.models import RlhfModels
-from dist_lm.rlhf.reward_scale import RewardScale
-from dist_lm.rlhf.rewards import rules_of, total_score
-from dist_lm.rlhf.rollouts import Rollouts, requests_of, rollouts_of
-from dist_lm.rlhf.sharing import share_judged
+from dist_lm.rlhf.models import RlhfModels, dealing
+from dist_lm.rlhf.reward_model import RewardScale
+from dist_lm.rlhf.rewards import rules_of, share_judged, total_score
+from dist_lm.rlhf.rollouts import Rollouts
 from dist_lm.training.forward import BoundModel
 
 POLICY_SEED, REFERENCE_SEED = 1, 2  # beside the run's
@@ -69,7 +67,7 @@ class HeldOut:
         if self.supply:
             copies = {name: np.array(value.cpu().numpy()) for name, value in weights.items()}
             self.supply.source.load_weights(copies, version)
-            rollouts = self._answers(self.supply, seed)
+            rollouts = self.supply.draw(self.prompts, 0, 1, group, self.config.seed + seed)
         rollouts, parts = share_judged(rollouts, rules, self.supply.decode if self.supply else None)
         if self.models.reward:
             raw_B = self._ask_reward_model(self.models.reward, rollouts)
@@ -77,17 +75,6 @@ class HeldOut:
             parts |= dict.fromkeys(own, scale(raw_B) if scale else raw_B)
         whole_B = torch.from_numpy(rollouts.whole)
         return total_score(parts, group.rewards, whole_B, group.missing_eos_penalty)
-
-    def _answers(self, supply: RolloutSupply, seed: int) -> Rollouts:
-        group = self.config.rlhf
-        params = SamplingParams(
-            max_new_tokens=group.max_new_tokens,
-            temperature=group.temperature,
-            stop_tokens=supply.stop_tokens,
-            ignore_eot=group.ignore_eot,
-        )
-        requests = requests_of(self.prompts, 0, 1, params, self.config.seed + seed)
-        return rollouts_of(requests, supply.source.generate(requests))
 
     def _ask_reward_model(self, reward: Transformer, rollouts: Rollouts) -> torch.Tensor:
         mesh, device = self.start.mesh, self.start.world.device

@@ -16,11 +16,9 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.sharding import build_model
 from dist_lm.ranks.start import RankStart
 from dist_lm.rlhf.algorithm import Algorithm
-from dist_lm.rlhf.kl import KlController
 from dist_lm.rlhf.models import RlhfModels, frozen, scalar_config, start_critic, trained_critic, trained_policy
-from dist_lm.rlhf.reward_model import read_normaliser
-from dist_lm.rlhf.reward_scale import RewardScale
-from dist_lm.rlhf.state import RlhfState
+from dist_lm.rlhf.reward_model import read_reward_scale
+from dist_lm.rlhf.state import KlController, RlhfState
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.training import checkpoint, checkpoint_files
 from dist_lm.training.checkpoint import Companion
@@ -84,8 +82,7 @@ def first_state(group: RlhfRunGroup) -> RlhfState:
     """
     scale = None
     if group.asks_reward_model and group.normalise_reward:
-        measured = read_normaliser(RunDirectory(Path(group.reward_model)))
-        scale = RewardScale(measured.mean, measured.std)
+        scale = read_reward_scale(RunDirectory(Path(group.reward_model)))
     return RlhfState(KlController(group.kl_coefficient, group.kl_target, group.kl_horizon), reward_scale=scale)
 
 

@@ -29,10 +29,10 @@ from dist_lm.ranks.rlhf.report import Reporter
 from dist_lm.ranks.rlhf.saving import Saving
 from dist_lm.ranks.rlhf.source import rollout_source
 from dist_lm.ranks.start import RankStart, started
-from dist_lm.rlhf.beside import own_threads
 from dist_lm.rlhf.learner import Learner, RolloutSupply
+from dist_lm.rlhf.models import own_threads
 from dist_lm.rlhf.ppo import Ppo
-from dist_lm.rlhf.prompts import ShuffledPrompts
+from dist_lm.rlhf.rollouts import ShuffledPrompts
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.stages.rlhf import read_all
 from dist_lm.storage.run_directory import RunDirectory

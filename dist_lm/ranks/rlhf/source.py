@@ -48,7 +48,7 @@ def rollout_source(
         return
     if config.pool.actors:
         log.warning("rlhf.pool.actors=%d: there is no Ray here; this process generates", config.pool.actors)
-    yield _Kept(_engine(config, tokenizer, weights, device))
+    yield _engine(config, tokenizer, weights, device)
 
 
 @contextmanager
@@ -98,13 +98,3 @@ def _engine(
 def _options(config: RlhfRunConfig) -> EngineOptions:
     pool = config.pool
     return EngineOptions(cache_tokens=pool.cache_tokens, page_tokens=pool.page_tokens, max_sequences=pool.max_sequences)
-
-
-class _Kept(EngineRollouts):
-    """An engine that is asked again when the learner has closed it."""
-
-    def __init__(self, own: EngineRollouts) -> None:
-        super().__init__(own.engine)
-
-    def close(self) -> None:
-        """Nothing: the process ends with it."""

@@ -1,14 +1,14 @@
-"""The state survives the way through JSON and arrays; so do rollouts the way to other ranks."""
+"""State survives JSON and arrays; the KL controller steers."""
 
 import json
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
-from dist_lm.rlhf.kl import KlController
-from dist_lm.rlhf.reward_scale import RewardScale
-from dist_lm.rlhf.state import RlhfState
-from tests.rlhf.drawn import rollouts_with
+from dist_lm.rlhf.reward_model import RewardScale
+from dist_lm.rlhf.state import KlController, RlhfState
+from tests.rlhf.toy import rollouts_with
 
 STATE = RlhfState(
     KlController(0.1, 6.0, 1000),
@@ -40,3 +40,12 @@ def test_pending_rollouts_come_back_to_the_bit():
     for iteration, rollouts in pending.items():
         for name, value in rollouts.arrays().items():
             assert np.array_equal(found[iteration].arrays()[name], value), name
+
+
+def test_an_adaptive_coefficient_goes_after_its_target_and_a_fixed_one_stays():
+    assert KlController(0.1).after(kl=50.0, sequences=1000) == KlController(0.1)
+    held = KlController(0.1, target=6.0, horizon=1000)
+    assert held.after(6.0, 100).coefficient == pytest.approx(0.1)
+    assert held.after(60.0, 100).coefficient == pytest.approx(0.1 * 1.02)  # the error is clipped to 0.2
+    assert held.after(0.0, 100).coefficient == pytest.approx(0.1 * 0.98)
+    assert held.after(6.6, 100).coefficient == pytest.approx(0.1 * 1.01)

@@ -1,0 +1,153 @@
+"""Arithmetic shared by policy-gradient algorithms: KL estimates, token rewards, advantages and clipped losses.
+
+All functions are pure. Functions over (B, T) take left-aligned completions: `mask_BT` is 1 on the tokens of a
+completion and 0 on the padding after it. Functions over N take the completion tokens of a micro-batch, without padding.
+
+Dimensions: B completions, T tokens of the longest completion, N completion tokens of a micro-batch.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from dist_lm.training.objective import LossSum
+
+# --- estimates of KL(policy || reference) per token (Schulman 2020, 'Approximating KL divergence') ---
+
+
+def k1(policy_BT: torch.Tensor, reference_BT: torch.Tensor) -> torch.Tensor:
+    """Log-ratio of the sampled tokens: unbiased, may be negative."""
+    return policy_BT - reference_BT
+
+
+def k2(policy_BT: torch.Tensor, reference_BT: torch.Tensor) -> torch.Tensor:
+    """Half the squared log-ratio: biased, low variance, never negative."""
+    return (policy_BT - reference_BT).square() / 2
+
+
+def k3(policy_BT: torch.Tensor, reference_BT: torch.Tensor) -> torch.Tensor:
+    """Unbiased and never negative."""
+    log_ratio_BT = reference_BT - policy_BT
+    return log_ratio_BT.expm1() - log_ratio_BT
+
+
+ESTIMATES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+"""By the names that rlhf.kl_estimate accepts: (log-probabilities of the policy, of the reference) -> nats per token."""
+
+
+# --- rewards and advantages ---
+
+
+def token_rewards(
+    score_B: torch.Tensor, kl_BT: torch.Tensor, mask_BT: torch.Tensor, kl_coefficient: float
+) -> torch.Tensor:
+    """Score at the last token of each completion, minus the weighted KL of every token (Ouyang et al. 2022, eq. 2)."""
+    reward_BT = -kl_coefficient * kl_BT * mask_BT
+    last_B1 = (mask_BT.sum(1, keepdim=True) - 1).long()
+    return reward_BT.scatter_add(1, last_B1, score_B[:, None].to(reward_BT.dtype))
+
+
+def generalised_advantages(
+    reward_BT: torch.Tensor, value_BT: torch.Tensor, mask_BT: torch.Tensor, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(advantages, returns), (B, T) each, 0 on padding: GAE (Schulman et al. 2016, eq. 16).
+
+    Args:
+        value_BT: the critic's value before each token; the value after the last token is 0.
+    """
+    advantage = torch.zeros_like(reward_BT[:, 0])
+    next_value = torch.zeros_like(advantage)
+    backwards = []
+    for t in reversed(range(reward_BT.shape[1])):
+        there = mask_BT[:, t]
+        residual = reward_BT[:, t] + gamma * next_value - value_BT[:, t]
+        advantage = (residual + gamma * lam * advantage) * there
+        next_value = value_BT[:, t] * there
+        backwards.append(advantage)
+    advantage_BT = torch.stack(backwards[::-1], dim=1)
+    return advantage_BT, (advantage_BT + value_BT) * mask_BT
+
+
+def mean_and_std(value_BT: torch.Tensor, mask_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and population standard deviation of the values where `mask_BT` is 1, in fp64."""
+    count = mask_BT.double().sum().clamp(min=1)
+    kept_BT = value_BT.double() * mask_BT
+    mean = kept_BT.sum() / count
+    variance = (kept_BT * value_BT.double()).sum() / count - mean.square()
+    return mean, variance.clamp(min=0).sqrt()
+
+
+def whiten(value_BT: torch.Tensor, mask_BT: torch.Tensor, *, shift: bool = True, eps: float = 1e-8) -> torch.Tensor:
+    """Scale values to standard deviation 1 over all tokens of the batch, and to mean 0 if `shift`; 0 on padding."""
+    mean, std = mean_and_std(value_BT, mask_BT)
+    scaled_BT = (value_BT - mean) / (std + eps)
+    scaled_BT = scaled_BT if shift else scaled_BT + mean
+    return (scaled_BT * mask_BT).to(value_BT.dtype)
+
+
+def explained_variance(value_BT: torch.Tensor, return_BT: torch.Tensor, mask_BT: torch.Tensor) -> float:
+    """1 - Var(return - value) / Var(return): 1 for a perfect critic, 0 for a constant one or for constant returns."""
+    _, of_return = mean_and_std(return_BT, mask_BT)
+    _, of_error = mean_and_std(return_BT - value_BT, mask_BT)
+    return float(1 - (of_error / of_return).square()) if of_return > 0 else 0.0
+
+
+# --- losses: sums over tokens; the learner divides by the tokens of the minibatch ---
+
+
+def clipped_policy_loss(
+    logprob_N: torch.Tensor,
+    old_logprob_N: torch.Tensor,
+    advantage_N: torch.Tensor,
+    clip: float,
+    weight_N: torch.Tensor | None = None,
+) -> LossSum:
+    """The clipped surrogate of PPO (Schulman et al. 2017, eq. 7), negated.
+
+    Metrics: `policy_loss`, `ratio_mean` (probability now / probability before the first update), `clip_frac` (tokens
+    whose gradient the clip removed), `approx_kl` (k3 of the policy before the first update against the policy now).
+
+    Args:
+        old_logprob_N: by the trainer's weights before the first update of the iteration.
+        weight_N: weight of each token; see `truncated_importance`.
+    """
+    log_ratio_N = logprob_N - old_logprob_N
+    ratio_N = log_ratio_N.exp()
+    plain_N = ratio_N * advantage_N
+    clipped_N = ratio_N.clamp(1 - clip, 1 + clip) * advantage_N
+    gain_N = torch.minimum(plain_N, clipped_N)
+    gain_N = gain_N if weight_N is None else gain_N * weight_N
+    total = -gain_N.sum()
+    metrics = {
+        "policy_loss": total.detach(),
+        "ratio_mean": ratio_N.sum().detach(),
+        "clip_frac": (clipped_N < plain_N).sum().float(),
+        "approx_kl": (ratio_N - 1 - log_ratio_N).sum().detach(),
+    }
+    return LossSum(total, torch.ones_like(logprob_N).sum(), metrics)
+
+
+def clipped_value_loss(
+    value_N: torch.Tensor, old_value_N: torch.Tensor, return_N: torch.Tensor, clip: float
+) -> LossSum:
+    """Half the squared error, where a move of more than `clip` from the old value lowers the loss no further.
+
+    Metrics: `value_loss`, `value_clip_frac` (tokens whose gradient the clip removed).
+    """
+    moved_N = value_N - old_value_N
+    clipped_value_N = old_value_N + moved_N.clamp(-clip, clip)
+    plain_N, clipped_N = (value_N - return_N).square(), (clipped_value_N - return_N).square()
+    total = torch.maximum(plain_N, clipped_N).sum() / 2
+    # within the clip both are equal up to rounding, so the comparison of the losses alone is not enough
+    cut_off_N = (clipped_N > plain_N) & (moved_N.abs() > clip)
+    metrics = {"value_loss": total.detach(), "value_clip_frac": cut_off_N.sum().float()}
+    return LossSum(total, torch.ones_like(value_N).sum(), metrics)
+
+
+def truncated_importance(trainer_BT: torch.Tensor, engine_BT: torch.Tensor, largest: float) -> torch.Tensor:
+    """The ratio of trainer to engine probability of each token, at most `largest`, without gradient.
+
+    Corrects for rollouts of older weights and for rounding differences between engine and trainer (Espeholt et al.
+    2018, section 4.1, truncated above only).
+    """
+    return (trainer_BT - engine_BT).detach().exp().clamp(max=largest)

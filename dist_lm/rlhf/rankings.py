@@ -1,0 +1,121 @@
+"""Rankings under scores: their likelihood (Plackett-Luce) and how well the scores agree with them.
+
+A ranking is a sequence of choices: the best completion of all, then the best of the rest, and so on, each chosen with
+probability `exp(score) / sum of exp(scores of the remaining completions)` (Luce 1959; Plackett 1975). For two
+completions this is the model of Bradley and Terry (1952). Tied completions are chosen in an unknown order: for the j-th
+choice among m tied ones, each of them counts in the denominator with weight (1 - j / m) (Efron 1977, for tied survival
+times).
+
+Dimensions: P prompts, K completions of a prompt. `there_PK` is bool: False where a prompt has fewer than K completions.
+`rank_PK` holds integers: the smallest is the best, equal ones are ties; only their order matters.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the name the field uses
+
+BINS = 10  # of the calibration error: (0.5, 0.55], ... (0.95, 1]
+
+# --- likelihood ---
+
+
+def ranking_losses(score_PK: torch.Tensor, rank_PK: torch.Tensor, there_PK: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of every choice of a ranking, in nats, fp32, (P, K).
+
+    The last choice has no alternative and costs 0: a prompt with K completions has K - 1 choices (`choices`). Scores of
+    missing completions affect neither losses nor gradients, whatever their value.
+    """
+    score_PK = score_PK.float()
+    worse_PKK = (rank_PK[:, None, :] > rank_PK[:, :, None]) & there_PK[:, None, :]
+    tied_PKK = (rank_PK[:, None, :] == rank_PK[:, :, None]) & there_PK[:, None, :]
+    before_PK = tied_PKK.tril(-1).sum(-1)  # tied completions that stand before this one
+    left_PK = 1 - before_PK / tied_PKK.sum(-1).clamp(min=1)
+    weight_PKK = worse_PKK + tied_PKK * left_PK[:, :, None]
+    weight_PKK = weight_PKK.where(there_PK[:, :, None], torch.eye(score_PK.shape[1], device=score_PK.device))
+    safe_PK = score_PK.where(there_PK, 0.0)  # a missing score may be NaN, and 0 * NaN is NaN
+    rest_PK = torch.logsumexp(safe_PK[:, None, :] + weight_PKK.log(), dim=-1)
+    return (rest_PK - safe_PK) * there_PK
+
+
+def choices(there_PK: torch.Tensor) -> torch.Tensor:
+    """Number of choices of every prompt, one fewer than its completions, (P,) int64."""
+    return (there_PK.sum(-1) - 1).clamp(min=0)
+
+
+def pair_losses(winner_N: torch.Tensor, loser_N: torch.Tensor, margin_N: torch.Tensor | None = None) -> torch.Tensor:
+    """Negative log-likelihood of judgements between two completions, in nats, fp32, (N,): Bradley and Terry.
+
+    Args:
+        margin_N: least difference by which the winner's score should be larger (Touvron et al. 2023, eq. 2).
+    """
+    lead_N = winner_N.float() - loser_N.float()
+    return -F.logsigmoid(lead_N if margin_N is None else lead_N - margin_N)
+
+
+def right_choices(score_PK: torch.Tensor, rank_PK: torch.Tensor, there_PK: torch.Tensor) -> torch.Tensor:
+    """Number of choices, of the K - 1 of each ranking, whose score is above those of all worse completions, scalar."""
+    worse_PKK = (rank_PK[:, None, :] > rank_PK[:, :, None]) & there_PK[:, None, :]
+    tied_PKK = (rank_PK[:, None, :] == rank_PK[:, :, None]) & there_PK[:, None, :]
+    left_PK = worse_PKK.sum(-1) + tied_PKK.triu(1).sum(-1)  # remaining after this choice; ties in order of position
+    best_PK = score_PK[:, None, :].masked_fill(~worse_PKK, -torch.inf).amax(-1)
+    return ((score_PK > best_PK) & there_PK & (left_PK > 0)).sum()
+
+
+# --- agreement ---
+
+
+def agreement(score_PK: torch.Tensor, rank_PK: torch.Tensor, there_PK: torch.Tensor) -> dict[str, float]:
+    """Agreement of scores with ranks over the completions that exist; empty if all of them are tied.
+
+    `accuracy`: share of the untied pairs whose better completion has the larger score; equal scores count half.
+    `kendall_tau`: tau-b (Kendall 1945), mean over the prompts whose completions are not all tied.
+    `top1`: share of these prompts where one of the best completions has the largest score.
+    """
+    lead_PKK, judged_PKK = _pairs(score_PK, rank_PK, there_PK)
+    order_PKK = (rank_PK[:, None, :] - rank_PK[:, :, None]).sign()  # 1 where the first completion is better
+    agree_PKK = lead_PKK.sign() * order_PKK
+    both_PKK = there_PK[:, :, None] & there_PK[:, None, :] & _upper(score_PK.shape[1], score_PK.device)
+    ranked_P = judged_PKK.flatten(1).any(1)
+    # ties on either side leave the denominator of tau-b
+    untied_P = (both_PKK & (lead_PKK != 0)).flatten(1).sum(1)
+    tau_P = (agree_PKK * judged_PKK).flatten(1).sum(1) / (untied_P * judged_PKK.flatten(1).sum(1)).sqrt().clamp(min=1)
+    best_P = rank_PK.masked_fill(~there_PK, torch.iinfo(rank_PK.dtype).max).amin(1)
+    chosen_P = score_PK.masked_fill(~there_PK, -torch.inf).argmax(1)
+    hit_P = rank_PK.gather(1, chosen_P[:, None])[:, 0] == best_P
+    pairs, ranked = float(judged_PKK.sum()), float(ranked_P.sum())
+    if not pairs:
+        return {}
+    return {
+        "accuracy": float(((agree_PKK + 1) / 2 * judged_PKK).sum()) / pairs,
+        "kendall_tau": float((tau_P * ranked_P).sum()) / ranked,
+        "top1": float((hit_P & ranked_P).sum()) / ranked,
+    }
+
+
+def calibration_error(score_PK: torch.Tensor, rank_PK: torch.Tensor, there_PK: torch.Tensor) -> float:
+    """Expected calibration error of the pair probabilities, in [0, 0.5] (Guo et al. 2017, eq. 3); 0 without pairs.
+
+    For each pair: the probability that the completion with the larger score is better, against how often it is, in
+    `BINS` bins weighted by their number of pairs.
+    """
+    lead_PKK, judged_PKK = _pairs(score_PK, rank_PK, there_PK)
+    order_PKK = (rank_PK[:, None, :] - rank_PK[:, :, None]).sign()
+    sure_N = lead_PKK.abs().sigmoid()[judged_PKK]
+    right_N = (lead_PKK.sign() * order_PKK)[judged_PKK].add(1).div(2)
+    if not len(sure_N):
+        return 0.0
+    bin_N = ((sure_N - 0.5) * 2 * BINS).long().clamp(max=BINS - 1)
+    gap = torch.zeros(BINS, dtype=torch.float64).index_add(0, bin_N.cpu(), (sure_N - right_N).double().cpu())
+    return float(gap.abs().sum() / len(sure_N))
+
+
+def _pairs(score_PK: torch.Tensor, rank_PK: torch.Tensor, there_PK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(P, K, K) each: score of the first minus score of the second; pairs that exist and are not tied, each once."""
+    safe_PK = score_PK.float().where(there_PK, 0.0)
+    lead_PKK = safe_PK[:, :, None] - safe_PK[:, None, :]
+    there_PKK = there_PK[:, :, None] & there_PK[:, None, :]
+    judged_PKK = there_PKK & (rank_PK[:, :, None] != rank_PK[:, None, :]) & _upper(score_PK.shape[1], score_PK.device)
+    return lead_PKK, judged_PKK
+
+
+def _upper(n: int, device: torch.device) -> torch.Tensor:
+    return torch.ones(n, n, dtype=torch.bool, device=device).triu(1)
