@@ -19,8 +19,7 @@ from dist_lm.bench.trial import Trial
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import Config
 from dist_lm.generation.engine import Engine, EngineOptions
-from dist_lm.generation.params import SamplingParams
-from dist_lm.generation.request import Answer, Request
+from dist_lm.generation.request import Answer, Request, SamplingParams
 from dist_lm.model.initialise import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World

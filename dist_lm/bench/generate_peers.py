@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from dist_lm.generation.params import SamplingParams
+from dist_lm.generation.request import SamplingParams
 from dist_lm.interop.gpt_neox import save_gpt_neox, to_gpt_neox
 from dist_lm.model.transformer import Transformer
 

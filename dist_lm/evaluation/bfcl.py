@@ -29,8 +29,7 @@ from dist_lm.evaluation.tool_score import read_answer
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.flash_pages import PAGE_TOKENS
 from dist_lm.generation.load import LoadedModel, load_model
-from dist_lm.generation.params import SamplingParams
-from dist_lm.generation.request import Answer, Request
+from dist_lm.generation.request import Answer, Request, SamplingParams
 from dist_lm.parallel.mesh import option_device
 from dist_lm.storage import durable
 

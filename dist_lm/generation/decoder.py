@@ -1,6 +1,7 @@
-"""The transformer as an engine runs it: the arithmetic of `dist_lm.model`, over keys and values in pages.
+"""The transformer as the engine runs it: the arithmetic of `dist_lm.model` over a paged KV cache.
 
-Weights are laid out once, by device; a step is a lean loop over plain tensors. Parity with the model is a test.
+Weights are laid out once for their device, and a step is a short loop over plain tensors. A test holds parity with the
+model.
 
 Dimensions: N tokens, B sequences, D d_model, V vocabulary, H query heads, G key/value heads, K d_head.
 """
@@ -15,56 +16,56 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError
-from dist_lm.generation.decode_graphs import DecodeGraphs
-from dist_lm.generation.flash_pages import FlashPages, FlashPlan
+from dist_lm.generation.flash_pages import PAGE_TOKENS, DecodeGraphs, FlashPages, FlashPlan
 from dist_lm.generation.linear import VECTOR, Linear, build_linear
-from dist_lm.generation.paged_cache import PagedCache, Piece, Plan
-from dist_lm.generation.pages import pages_for
-from dist_lm.generation.parallel_region import build_embedding, gathering, leaving
-from dist_lm.generation.shard import Share, share_of
+from dist_lm.generation.paged_cache import HeadShape, PagedCache, Piece, Plan, pages_for
+from dist_lm.generation.plain_pages import PlainPages
+from dist_lm.generation.shard import Share, build_embedding, gathering, leaving, share_of
 from dist_lm.model.attention import directions
 from dist_lm.model.feed_forward import activate
+from dist_lm.model.kernels import packs_documents
 from dist_lm.model.rope import RopeTables, rope_tables, rotate
 from dist_lm.model.size import parameter_shapes
 from dist_lm.parallel.tensor_axis import TensorAxis
 
 Norm = Callable[[torch.Tensor], torch.Tensor]
-LookUp = Callable[[str], torch.Tensor]  # a parameter by its name, on the device
+LookUp = Callable[[str], torch.Tensor]  # the parameter of a name, on the device
 
 
 @dataclass(frozen=True)
 class _Layer:
     attention_norm: Norm
-    heads: Linear  # queries, keys and values of all heads, one after the other
+    heads: Linear  # queries, keys and values of all heads, concatenated
     head_gain: torch.Tensor | None  # (H + G, 1), of queries and keys whose lengths do not count
     output: Linear
     feed_forward_norm: Norm
-    up: Linear  # and its activation; of a gated network: gate, then up, without
+    up: Linear  # with its activation; of a gated network: gate and up concatenated, without activation
     down: Linear
 
 
 class Decoder:
-    """A model and its cache: a `Runner` alone, or one rank's part of a model that several share."""
+    """A model and its cache: a whole model, or one rank's part of it."""
 
     def __init__(
         self,
         config: ModelConfig,
-        cache: PagedCache,
+        n_pages: int,
         page_size: int,
         dtype: torch.dtype,
         device: torch.device,
         share: Share | None = None,
         axis: TensorAxis | None = None,
     ) -> None:
-        """Without weights; `load` gives it some.
+        """Build the cache; `load` sets the weights.
 
         Args:
-            share: what it computes; by default all.
-            axis: the ranks that compute the rest, all of them the same steps at the same time.
+            page_size: tokens of a page.
+            share: the part that is computed here; by default the whole model.
+            axis: the ranks that compute the other parts; all of them run the same steps.
         """
         self.config = config
         self.share, self.axis = share or share_of(config), axis
-        self.cache = cache
+        self.cache = cache = build_cache(self.share, n_pages, page_size, dtype, device)
         self._page_size = page_size
         self._dtype, self._device = dtype, device
         position_1T = torch.arange(config.max_seq_len, device=device)[None]
@@ -72,11 +73,13 @@ class Decoder:
         self._cos, self._sin = (table[0, :, 0] for table in tables)
         self._layers: list[_Layer] = []
         self._graphs: DecodeGraphs | None = None
-        if isinstance(cache, FlashPages) and device.type == "cuda" and axis is None:  # with messages: step by step
+        if (
+            isinstance(cache, FlashPages) and device.type == "cuda" and axis is None
+        ):  # steps with collectives run eagerly
             self._graphs = DecodeGraphs(self._decode, cache, pages_for(config.max_seq_len, page_size))
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Take over the weights of a model, by the names of its parameters; the old ones go.
+        """Replace the weights, given by parameter name.
 
         Raises:
             ArtefactError: names the parameter that is missing or has another shape.
@@ -85,13 +88,13 @@ class Decoder:
         self.build(lambda name: weights[name].detach().to(self._device, self._dtype))
 
     def build(self, look_up: LookUp) -> None:
-        """Lay out the weights of its share.
+        """Lay out the weights of this share.
 
         Args:
-            look_up: called once for each parameter, in the same order on every rank; may take a message.
+            look_up: called once for each parameter, in the same order on every rank; it may receive from another rank.
         """
         config, axis = self.config, self.axis
-        self._layers = []  # the old ones go first: there is not always room for both
+        self._layers = []  # free the old weights first: both may not fit in memory
         if self._graphs is not None:
             self._graphs.forget()
         embedding = look_up("embedding.weight")
@@ -103,7 +106,7 @@ class Decoder:
         self._head = gathering(head, axis, config.vocab_size) if axis else head
 
     def prefill(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        """Compute and cache pieces of sequences; fp32 logits (pieces, V) behind the last token of each."""
+        """Compute and cache pieces. Returns fp32 logits (pieces, V) after the last token of each."""
         tokens = [token for piece in pieces for token in piece.tokens]
         positions = [piece.start + i for piece in pieces for i in range(len(piece.tokens))]
         written = [
@@ -126,7 +129,7 @@ class Decoder:
         return self._logits(x_ND[last])
 
     def decode(self, token_B: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """Compute and cache one token a sequence; fp32 logits (B, V) behind it, to be read before the next step."""
+        """Compute and cache one token per sequence. Returns fp32 logits (B, V); the next step may overwrite them."""
         if self._graphs is not None and isinstance(plan, FlashPlan):
             return self._graphs(token_B, plan)
         return self._decode(token_B, plan)
@@ -141,33 +144,33 @@ class Decoder:
         return self._logits(self._hidden(token_B, plan.position_B, attend))
 
     def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> Plan:
-        """See `Runner`."""
+        """Plan a decode step: sequence b holds `pages[b]` and adds a token at `positions[b]`."""
         return self.cache.plan(pages, positions)
 
     def copy_page(self, source: int, target: int) -> None:
-        """See `Runner`."""
+        """Copy one page to another, in all layers."""
         self.cache.copy_page(source, target)
 
     def clear(self, pages: Sequence[int]) -> None:
-        """See `Runner`."""
+        """Write zeros, so that no nan stays behind for the next holder."""
         self.cache.clear(pages)
 
     def save(self, pages: Sequence[int]) -> Any:
-        """See `Runner`."""
+        """Copy the content of pages to host memory, for `restore` or `forget`."""
         return self.cache.save(pages)
 
     def restore(self, pages: Sequence[int], content: Any) -> None:
-        """See `Runner`."""
+        """Write content that `save` returned to as many pages."""
         self.cache.restore(pages, content)
 
     def forget(self, content: Any) -> None:
-        """See `Runner`."""
+        """Drop content that `save` returned. Nothing to do here; `ShardedDecoder` tells the other ranks."""
 
     def check(self) -> None:
-        """See `Runner`."""
+        """Raise if the last results may be wrong. Nothing to do here; see `ShardedDecoder`."""
 
     def close(self) -> None:
-        """See `Runner`."""
+        """End other processes of the model. Nothing to do here; see `ShardedDecoder`."""
 
     def _hidden(self, token_N: torch.Tensor, position_N: torch.Tensor, attend: Callable[..., torch.Tensor]):
         config, share = self.config, self.share
@@ -192,8 +195,15 @@ class Decoder:
         return self._head(self._final_norm(x_ND)).float()
 
 
+def build_cache(shape: HeadShape, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> PagedCache:
+    """The cache of the flash kernel if that accepts device, dtype, heads and pages, otherwise `PlainPages`."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    flash = packs_documents(device.type, half, shape.d_head) and page_size % PAGE_TOKENS == 0
+    return (FlashPages if flash else PlainPages)(shape, n_pages, page_size, dtype, device)
+
+
 def check_weights(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse weights, by name and shape, that are not those of a model.
+    """Check that a model has weights of these names and shapes.
 
     Raises:
         ArtefactError: names the parameter that is missing or has another shape.
@@ -203,7 +213,9 @@ def check_weights(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> 
         if name not in found:
             raise ArtefactError(f"weights: {name} is missing; expected {len(shapes)} parameters of this model")
         if found[name] != shape:
-            raise ArtefactError(f"weights: {name} has shape {found[name]}, expected {shape}: another model's?")
+            raise ArtefactError(
+                f"weights: {name} has shape {found[name]}, expected {shape}: these may be weights of another model"
+            )
 
 
 def _norm(config: ModelConfig, look_up: LookUp, name: str) -> Norm:
@@ -222,7 +234,7 @@ def _layer(config: ModelConfig, share: Share, axis: TensorAxis | None, look_up: 
         return look_up(prefix + name) if config.bias else None
 
     query, key, heads_value, output = weights(*(f"attention.{n}" for n in ("query", "key", "value", "output")))
-    scale, head_gain = config.d_head**-0.5, None  # of the scores, here once for all
+    scale, head_gain = config.d_head**-0.5, None  # the scores' scale, multiplied into the query weights
     if config.qk_norm:
         (gain_H,) = weights("attention.query_gain")
         head_gain = torch.cat([gain_H * scale, gain_H.new_ones(share.kv_heads)])[:, None]
@@ -233,14 +245,14 @@ def _layer(config: ModelConfig, share: Share, axis: TensorAxis | None, look_up: 
         query_bias, *others = weights("attention.query_bias", "attention.key_bias", "attention.value_bias")
         of_heads_bias = torch.cat([one.flatten() for one in (query_bias * scale, *others)])
     gated = ("gate", "up") if config.ffn == "swiglu" else ("up",)
-    room = -share.units.held % VECTOR  # hidden units that are 0, and stay so
-    up = torch.cat([F.pad(one, (0, 0, 0, room)) for one in weights(*(f"feed_forward.{n}.weight" for n in gated))])
+    padding = -share.units.held % VECTOR  # hidden units that stay 0
+    up = torch.cat([F.pad(one, (0, 0, 0, padding)) for one in weights(*(f"feed_forward.{n}.weight" for n in gated))])
     up_bias = None
     if config.bias:
-        up_bias = torch.cat([F.pad(one, (0, room)) for one in weights(*(f"feed_forward.{n}.bias" for n in gated))])
+        up_bias = torch.cat([F.pad(one, (0, padding)) for one in weights(*(f"feed_forward.{n}.bias" for n in gated))])
     (down,) = weights("feed_forward.down.weight")
     to_residual = build_linear(output.flatten(0, 1).t().contiguous(), bias("attention.output_bias"))
-    from_units = build_linear(F.pad(down, (0, room)), bias("feed_forward.down.bias"))
+    from_units = build_linear(F.pad(down, (0, padding)), bias("feed_forward.down.bias"))
     return _Layer(
         attention_norm=_norm(config, look_up, f"{prefix}attention_norm"),
         heads=build_linear(of_heads, of_heads_bias),

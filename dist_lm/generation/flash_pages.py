@@ -1,21 +1,32 @@
-"""Keys and values in pages for the flash kernel, which follows a table of pages itself (CUDA, bf16 or fp16).
+"""The paged cache for the flash kernel (CUDA, bf16 or fp16), and decode steps over it as CUDA graphs.
 
-The kernel does not split a sequence among blocks, so that attention gives a sequence the same bits in any batch.
+The kernel follows a table of pages. It does not split a sequence among thread blocks (`num_splits=1`), so attention
+gives a sequence the same bits in any batch.
 
-Dimensions: N tokens, B sequences, P pages of the longest one, H query heads, G key/value heads, K d_head.
+A decode step launches hundreds of small kernels, which would wait for Python; a graph launches them as one. A graph has
+fixed tensors and a fixed number of sequences. One graph is captured for each of a few sizes when first needed. A step
+takes the smallest graph that fits and fills it with sequences that write to a spare page.
+
+Dimensions: N tokens, B sequences, P pages of the longest sequence, H query heads, G key/value heads, K d_head,
+V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from dist_lm.generation.paged_cache import HeadShape, PageStore, Piece
-from dist_lm.generation.pages import pages_for
+from dist_lm.generation.paged_cache import HeadShape, PagedCache, Piece, pages_for
 
-PAGE_TOKENS = 256  # the kernel takes multiples
+PAGE_TOKENS = 256  # the kernel accepts multiples of it
+DENSE, STRIDE = 8, 8  # graph sizes: powers of two up to DENSE, then multiples of STRIDE
+WARM_UP = 2  # steps before a capture, in which libraries choose kernels and allocate memory
+
+Step = Callable[[], torch.Tensor]
+Capture = Callable[[Step], tuple[Callable[[], None], torch.Tensor]]
+"""Records a step. Returns a function that replays it, and the tensor that holds the result afterwards."""
 
 
 @dataclass
@@ -24,29 +35,27 @@ class FlashPlan:
 
     position_B: torch.Tensor
     written_B: torch.Tensor
-    length_B: torch.Tensor  # int32; of each sequence with its new token
-    begin_B: torch.Tensor  # int32 (B + 1,); of each sequence's queries
+    length_B: torch.Tensor  # int32, tokens of each sequence, including the new one
+    begin_B: torch.Tensor  # int32 (B + 1,), where each sequence's queries begin
     page_BP: torch.Tensor  # int32
 
     def advance(self) -> None:
-        """See `Plan`."""
         for moved in (self.position_B, self.written_B, self.length_B):
             moved += 1
 
 
-class FlashPages(PageStore):
-    """The cache of all layers."""
+class FlashPages(PagedCache):
+    """The cache. Its last page is spare: no sequence holds it."""
 
     def __init__(
         self, shape: HeadShape, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__((shape.n_layers, n_pages + 1, page_size, shape.kv_heads, shape.d_head), dtype, device)
         self.page_size = page_size
-        self.spare_page = n_pages  # no sequence's
+        self.spare_page = n_pages
         self._grouped = shape.kv_heads != shape.n_heads
 
     def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> FlashPlan:
-        """See `PagedCache`."""
         device, size = self.key.device, self.page_size
         last = [own[position // size] for own, position in zip(pages, positions, strict=True)]
         position_B = torch.tensor(positions, device=device)
@@ -59,16 +68,13 @@ class FlashPages(PageStore):
         )
 
     def places(self, written_N: torch.Tensor) -> torch.Tensor:
-        """See `PagedCache`."""
         return written_N
 
     def write(self, layer: int, place_X: torch.Tensor, key_NGK: torch.Tensor, value_NGK: torch.Tensor) -> None:
-        """See `PagedCache`."""
         for cache, new in ((self.key, key_NGK), (self.value, value_NGK)):
             cache[layer].flatten(0, 1).index_copy_(0, place_X, new)
 
     def decode(self, layer: int, q_BHK: torch.Tensor, plan: FlashPlan) -> torch.Tensor:
-        """See `PagedCache`."""
         return self._attend(layer, q_BHK, plan.begin_B, 1, plan.length_B, plan.page_BP)
 
     def prefill(
@@ -79,7 +85,6 @@ class FlashPages(PageStore):
         value_NGK: torch.Tensor,
         pieces: Sequence[Piece],
     ) -> torch.Tensor:
-        """See `PagedCache`."""
         device, counts = self.key.device, [len(piece.tokens) for piece in pieces]
         lengths = [piece.start + count for piece, count in zip(pieces, counts, strict=True)]
         begin = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
@@ -119,3 +124,107 @@ class FlashPages(PageStore):
         longest = max(counts)
         rows = [[*own[:count], *[0] * (longest - count)] for own, count in zip(pages, counts, strict=True)]
         return torch.tensor(rows, dtype=torch.int32, device=self.key.device)
+
+
+@dataclass
+class _Graph:
+    token_B: torch.Tensor
+    plan: FlashPlan
+    logits_BV: torch.Tensor
+    replay: Callable[[], None]
+    filled: int = 0  # sequences in the step before; the other rows write to the spare page
+
+
+class DecodeGraphs:
+    """Replays the decode steps of one decoder."""
+
+    def __init__(
+        self,
+        step: Callable[[torch.Tensor, FlashPlan], torch.Tensor],
+        cache: FlashPages,
+        n_pages: int,
+        capture: Capture | None = None,
+    ) -> None:
+        """
+        Args:
+            step: computes fp32 logits (B, V) of one token per sequence, see `Decoder.decode`.
+            n_pages: pages of the longest possible sequence.
+            capture: records a step; by default as a CUDA graph.
+        """
+        self._step, self._cache, self._n_pages = step, cache, n_pages
+        self._capture = capture or CudaCapture()
+        self._graphs: dict[int, _Graph] = {}
+
+    def forget(self) -> None:
+        """Drop all graphs, because they hold the old weights."""
+        self._graphs.clear()
+
+    def __call__(self, token_B: torch.Tensor, plan: FlashPlan) -> torch.Tensor:
+        """Logits (B, V); the next step overwrites them."""
+        n_rows = len(token_B)
+        size = graph_size(n_rows)
+        if size not in self._graphs:
+            self._graphs[size] = self._build(size)
+        graph = self._graphs[size]
+        if graph.filled > n_rows:
+            self._spare(graph.token_B, graph.plan, slice(n_rows, graph.filled))
+        graph.filled = n_rows
+        graph.token_B[:n_rows] = token_B
+        graph.plan.position_B[:n_rows] = plan.position_B
+        graph.plan.written_B[:n_rows] = plan.written_B
+        graph.plan.length_B[:n_rows] = plan.length_B
+        graph.plan.page_BP[:n_rows, : plan.page_BP.shape[1]] = plan.page_BP
+        graph.replay()
+        return graph.logits_BV[:n_rows]
+
+    def _build(self, size: int) -> _Graph:
+        device = self._cache.key.device
+
+        def integers(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        token_B = integers(torch.int64, size)
+        plan = FlashPlan(
+            position_B=integers(torch.int64, size),
+            written_B=integers(torch.int64, size),
+            length_B=integers(torch.int32, size),
+            begin_B=torch.arange(size + 1, dtype=torch.int32, device=device),
+            page_BP=integers(torch.int32, size, self._n_pages),
+        )
+        self._spare(token_B, plan, slice(None))
+        replay, logits_BV = self._capture(lambda: self._step(token_B, plan))
+        return _Graph(token_B, plan, logits_BV, replay)
+
+    def _spare(self, token_B: torch.Tensor, plan: FlashPlan, rows: slice) -> None:
+        """Fill rows that have no sequence."""
+        token_B[rows] = 0
+        plan.position_B[rows] = 0
+        plan.written_B[rows] = self._cache.spare_page * self._cache.page_size
+        plan.length_B[rows] = 1
+        plan.page_BP[rows] = self._cache.spare_page
+
+
+def graph_size(n_rows: int) -> int:
+    """Size of the graph for `n_rows` sequences."""
+    if n_rows <= DENSE:
+        return 1 << (n_rows - 1).bit_length()
+    return -(-n_rows // STRIDE) * STRIDE
+
+
+class CudaCapture:
+    """Records steps as CUDA graphs. They share one memory pool, because they never run at the same time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Step) -> tuple[Callable[[], None], torch.Tensor]:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = step()
+        return graph.replay, result

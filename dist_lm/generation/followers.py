@@ -1,9 +1,8 @@
-"""The processes that share a model with this one: started, told what to do, watched and ended.
+"""The processes of ranks 1 to tp - 1 of a model: start them, send them commands, watch them and end them.
 
-They are children of this process on the same machine, one a rank from 1 on (rank 0 is this process, which leads). Each
-has a socket of its own, over which commands come as JSON, and nothing goes back but that it is ready. Nobody outlives
-anybody: a follower ends when its socket closes, and by the kernel's hand when this process dies; when a follower dies
-the others are ended, and who leads is told by an error.
+They are children of this process, which is rank 0. Each has a socket that carries commands as JSON; its only reply is
+that it is ready. No process outlives the others: a follower ends when its socket closes, and the kernel kills it when
+this process dies. When a follower dies, the other followers are killed and this process gets a `RankLostError`.
 """
 
 import json
@@ -23,15 +22,15 @@ from typing import IO
 
 import dist_lm
 
-READY_S = 180.0  # until all followers have started (they import torch, and CUDA where there is any)
-END_S = 10.0  # for a follower that should end
-NOTICE_S = 5.0  # from an error in a message between ranks until it is known which one has died
-WORDS = 2000  # bytes of what a follower wrote last
-PROGRAM = "dist_lm.generation.follower"
+READY_S = 180.0  # for all followers to start (they import torch and initialise CUDA)
+END_S = 10.0  # for a follower to end by itself
+NOTICE_S = 5.0  # from a failed collective until the watcher knows which rank died
+WORDS = 2000  # bytes of a follower's last output that an error shows
+PROGRAM = "dist_lm.generation.sharded"
 
 
 class RankLostError(RuntimeError):
-    """A process that shares a model has ended, so the model is of no use any more; the message says which and why."""
+    """Another process of the model has ended, so the model cannot be used any more; the message says why."""
 
 
 @dataclass
@@ -39,7 +38,7 @@ class _Follower:
     rank: int
     process: subprocess.Popen[bytes]
     connection: Connection
-    output: IO[bytes]  # of standard output and error; without a name, so that nothing is left of it
+    output: IO[bytes]  # standard output and error, in a file without a name that leaves nothing behind
 
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.process.pid})"
@@ -50,17 +49,17 @@ class _Follower:
 
 
 class Followers:
-    """Ranks 1 to tp - 1. The thread that starts them has to live as long as they are needed (see `lifeline.py`)."""
+    """Ranks 1 to tp - 1. The kernel kills them when the thread that started them ends (`die_with_parent`)."""
 
     def __init__(self, tp: int, setup: dict[str, object], on_loss: Callable[[], None]) -> None:
-        """Start them.
+        """Start the processes and wait until they are ready.
 
         Args:
-            setup: the first message to each.
-            on_loss: called, in another thread, when one has died.
+            setup: the first message to each follower.
+            on_loss: called in another thread when a follower has died.
 
         Raises:
-            RankLostError: one has died, or they have not started in time.
+            RankLostError: a follower has died, or has not started in time.
         """
         self._on_loss = on_loss
         self._ending = False
@@ -80,10 +79,10 @@ class Followers:
             raise
 
     def tell(self, command: object) -> None:
-        """Send a command to all: anything of plain values.
+        """Send a command, made of JSON values, to all followers.
 
         Raises:
-            RankLostError: one has died.
+            RankLostError: a follower has died.
         """
         message = json.dumps(command).encode()
         try:
@@ -94,23 +93,17 @@ class Followers:
             raise
 
     def check(self) -> None:
-        """
-        Raises:
-            RankLostError: a follower has died.
-        """
+        """Raise `RankLostError` if a follower has died or the model was abandoned."""
         if self._failure:
             raise RankLostError(self._failure)
 
     def explain(self, error: BaseException) -> None:
-        """
-        Raises:
-            RankLostError: `error` came of a follower's death.
-        """
+        """Raise `RankLostError` if a follower's death caused `error`."""
         if self._failed.wait(NOTICE_S):
             raise RankLostError(self._failure) from error
 
     def abandon(self, reason: str) -> None:
-        """End them now, as they are not where this process is any more; `check` refuses from here on."""
+        """Kill the followers, because they are not at the same step any more; from now on `check` raises."""
         with self._lock:
             if self._failure or self._ending:
                 return
@@ -119,7 +112,7 @@ class Followers:
         self._kill()
 
     def end(self) -> None:
-        """End them, and wait until they are gone."""
+        """End the followers and wait for their exit."""
         with self._lock:
             self._ending = True
         if self._failure:
@@ -140,11 +133,11 @@ class Followers:
         with self._lock:
             if self._ending or self._failure:
                 return
-            ended = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            words = follower.last_words() or "it wrote nothing"
-            # the last line says it all: some who show errors show no more
+            ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            words = follower.last_words() or "no output"
+            # the last line at the end: some callers show only the last line of an error
             before = f"{words}\n" if "\n" in words else ""
-            name = f"{follower} of {len(self._followers) + 1}, which share the model,"
+            name = f"{follower} of {len(self._followers) + 1} ranks"
             self._failure = f"{before}{name} {ended}: {words.splitlines()[-1]}"
         self._failed.set()
         self._kill()
@@ -179,13 +172,13 @@ def _start(rank: int) -> _Follower:
     paths: Sequence[str] = (str(Path(dist_lm.__file__).parents[1]), os.environ.get("PYTHONPATH", ""))
     with theirs:
         process = subprocess.Popen(
-            # -P: a file beside which this process was started is no module of ours
+            # -P: do not import files of the working directory
             [sys.executable, "-P", "-m", PROGRAM, str(theirs.fileno()), str(rank), str(os.getpid())],
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)},
-            start_new_session=True,  # Ctrl-C is for who leads
+            start_new_session=True,  # Ctrl-C reaches rank 0 only
         )
     return _Follower(rank, process, Connection(ours.detach()), output)

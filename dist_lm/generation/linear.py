@@ -1,9 +1,9 @@
-"""Linear layers for decoding: the same bits for a row whatever other rows there are, and fast for few rows.
+"""Linear layers for decoding: fast for few rows, and a row gets the same bits in any batch.
 
-On CPU in fp32 weights are laid out once for oneDNN, which halves the time of a matrix product with few rows. From two
-rows on it gives a row the same bits whatever their number. One row alone can take a kernel that adds in another order:
-then the inputs are cut into parts that do not. What follows a product (a sum, an activation) is done by its kernel,
-while the numbers are at hand. Elsewhere it is `F.linear`.
+On the CPU in fp32, weights are packed once for oneDNN, which halves the time of a product with few rows. With two or
+more rows, oneDNN gives a row the same bits for any number of rows. A single row may take a kernel that adds in another
+order; then the inputs are split into parts for which it does not. The kernel of the product also adds the residual and
+applies the activation. On other devices and dtypes a layer is `F.linear`.
 
 Dimensions: M rows, D inputs, N outputs.
 """
@@ -15,24 +15,20 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
-TYPICAL_ROWS = 32  # that the layout is made for; it works for any
-VECTOR = 32  # numbers: rows of hidden units are padded to a multiple, so that the tail of a loop falls into none
-PARTS = (1, 2, 4, 8)  # of the inputs that are tried
-_NO_ACTIVATION, _GELU = ("none", [], ""), ("gelu", [], "none")  # "none": not the approximation by tanh
+TYPICAL_ROWS = 32  # the packed layout is chosen for this many rows and works for any number
+VECTOR = 32  # rows of hidden units are padded to a multiple, so that no kernel loop has a tail
+PARTS = (1, 2, 4, 8)  # numbers of parts that are tried
+_NO_ACTIVATION, _GELU = ("none", [], ""), ("gelu", [], "none")  # "none": the exact GELU, not the tanh approximation
 
 
 class Linear(Protocol):
     def __call__(self, x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
-        """`x @ weight^T + bias`, plus `added_MN`: (M, N)."""
+        """`x @ weight^T + bias + added_MN`, (M, N)."""
         ...
 
 
 def build_linear(weight_ND: torch.Tensor, bias_N: torch.Tensor | None, *, gelu: bool = False) -> Linear:
-    """A layer with the weight laid out for the device it is on.
-
-    Args:
-        gelu: apply the exact GELU to what comes out.
-    """
+    """A layer with its weight laid out for the weight's device. `gelu`: apply the exact GELU to the output."""
     if _packs(weight_ND):
         return _packed(weight_ND, bias_N, gelu)
 
@@ -65,7 +61,7 @@ def _packed(weight_ND: torch.Tensor, bias_N: torch.Tensor | None, gelu: bool) ->
 
 
 class _Packed:
-    """Parts of the inputs, each with its share of the weight, added up in order."""
+    """Products of parts of the inputs with their parts of the weight, added in order."""
 
     def __init__(self, parts: Sequence[torch.Tensor], bias_N: torch.Tensor | None, gelu: bool) -> None:
         reorder = torch.ops.mkldnn._reorder_linear_weight
@@ -76,7 +72,6 @@ class _Packed:
         self._width = parts[0].shape[1]
 
     def __call__(self, x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
-        """See `Linear`."""
         product = torch.ops.mkldnn._linear_pointwise
         if added_MN is None and not self._others:
             return product(x_MD, self._first, self._bias, *self._activation)
@@ -92,9 +87,9 @@ class _Packed:
 
 @cache
 def _parts_that_round_alike(n_outputs: int, width: int, biased: bool, gelu: bool, threads: int) -> int:
-    """Of how few parts one row alone gets the bits that it gets beside others; 0: of none.
+    """The smallest number of parts with which a single row gets the same bits as in a batch; 0: none does.
 
-    A matter of shapes, not of weights: new weights do not ask again.
+    The result depends on shapes and not on the weights, so it is cached for new weights.
     """
     generator = torch.Generator().manual_seed(1)
     weight_ND = torch.randn(n_outputs, width, generator=generator)
@@ -108,7 +103,7 @@ def _parts_that_round_alike(n_outputs: int, width: int, biased: bool, gelu: bool
 
 
 def _rounds_alike(linear: Linear, n_outputs: int, width: int) -> bool:
-    """Whether one row alone gets the bits that it gets beside others: not where another kernel takes it."""
+    """Whether a single row gets the same bits as in a batch."""
     generator = torch.Generator().manual_seed(0)
     x_MD, added_MN = (torch.randn(4, n, generator=generator) for n in (width, n_outputs))
     return all(

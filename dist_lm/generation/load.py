@@ -1,51 +1,60 @@
-"""A trained model in one process: from a run or a checkpoint, whatever layout wrote it, without process groups."""
+"""What generation reads from a run: the model of a checkpoint of any layout, its tokenizer, and openings of documents.
 
-from dataclasses import dataclass
+One process reads whole tensors; no process group is needed.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
 from dist_lm.config.model import ModelConfig
+from dist_lm.data.manifest import manifest_path, read_manifest
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import model_weights
 
-DEPTH = 3  # of a run in its work directory
+DEPTH = 3  # of a run below its work directory (runs/STAGE/RUN_ID)
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """All that it takes to answer."""
+    """A model and its tokenizer."""
 
-    name: str  # of the checkpoint, with its run: `code/default/step_00000400`
+    name: str  # of run and checkpoint: `code/default/step_00000400`
     config: ModelConfig
-    weights: dict[str, torch.Tensor]  # by the names of the model's parameters, in host memory
+    weights: dict[str, torch.Tensor]  # by parameter name, in host memory
     tokenizer: Tokenizer
-    run: RunDirectory | None  # the checkpoint's, where it lies in one
+    run: RunDirectory | None  # None if the checkpoint is outside a run
 
 
 def load_model(path: Path, tokenizer: Path | None = None) -> LoadedModel:
-    """The model of the checkpoint that `path` names: a run, a folder of checkpoints, or one of them.
+    """Load a model.
 
     Args:
-        tokenizer: its file or folder; by default that of the work directory in which the run lies.
+        path: a run, a folder of checkpoints, or a checkpoint.
+        tokenizer: file or folder of the tokenizer; by default that of the run's work directory.
 
     Raises:
-        ArtefactError: checkpoint or tokenizer are missing, damaged, or do not belong together.
+        ArtefactError: checkpoint or tokenizer is missing or damaged, or they do not fit.
     """
     checkpoint = files.require_intact(files.find_checkpoint(path))
     config = _model_config(checkpoint)
     run = _run_of(checkpoint)
     if config.head != "tokens":
-        raise ArtefactError(f"checkpoint {checkpoint}: its model gives scores (model.head={config.head}), no text")
+        raise ArtefactError(
+            f"checkpoint {checkpoint}: its model computes scores and not text (model.head={config.head})"
+        )
     found = _tokenizer(checkpoint, tokenizer, run)
     if found.vocab_size != config.vocab_size:
         raise ArtefactError(
             f"checkpoint {checkpoint}: its model knows {config.vocab_size} tokens, the tokenizer has "
-            f"{found.vocab_size}: name the one that it was trained with by --tokenizer=PATH"
+            f"{found.vocab_size}: give the tokenizer it was trained with by --tokenizer=PATH"
         )
     weights = {name: torch.from_numpy(value) for name, value in model_weights(checkpoint).items()}
     name = "/".join((*run.path.parts[-2:], checkpoint.name)) if run else str(checkpoint)
@@ -58,12 +67,12 @@ def _model_config(checkpoint: Path) -> ModelConfig:
     try:
         return ModelConfig(**values)
     except (TypeError, UserError) as error:
-        raise ArtefactError(f"checkpoint {checkpoint}: {files.STATE} describes no model of ours ({error})") from error
+        raise ArtefactError(f"checkpoint {checkpoint}: {files.STATE} does not describe a model ({error})") from error
 
 
 def _run_of(checkpoint: Path) -> RunDirectory | None:
-    """The run that a checkpoint lies in."""
-    places = [checkpoint.absolute(), checkpoint.resolve()]  # a run, or the folder of all runs, may be a link
+    """The run that contains a checkpoint."""
+    places = [checkpoint.absolute(), checkpoint.resolve()]  # the run or a folder above it may be a link
     runs = [
         RunDirectory(place.parents[1])
         for place in places
@@ -81,9 +90,58 @@ def _tokenizer(checkpoint: Path, named: Path | None, run: RunDirectory | None) -
         return Tokenizer.load(file)
     if run is None:
         raise ArtefactError(
-            f"checkpoint {checkpoint}: it lies in no run, so its tokenizer is not known: give --tokenizer=PATH"
+            f"checkpoint {checkpoint}: it lies in no run, so its tokenizer is unknown: give --tokenizer=PATH"
         )
     path = run.work.tokenizer_model
     if not path.is_file():
         raise ArtefactError(f"{path}: no tokenizer there: give the run's own by --tokenizer=PATH")
     return Tokenizer.load(path)
+
+
+@dataclass(frozen=True)
+class Openings:
+    """Typical beginnings of documents: the prompts of a run's samples (`stage.sampling.prompts`)."""
+
+    prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by language
+    corpus: str = ""
+    languages: Sequence[str] = ()  # of the corpus
+
+    def of(self, language: str) -> Sequence[str]:
+        """The openings of a language, at least one.
+
+        Raises:
+            UserError: there is none; the message names the languages with openings.
+        """
+        if prompts := self.prompts.get(language):
+            return prompts
+        others = ", ".join(name for name, prompts in self.prompts.items() if prompts)
+        way_out = f"use one of {others}, or type" if others else "type"
+        raise UserError(f"/lang {language}: the run has no opening of that language; {way_out} a beginning yourself")
+
+    def __str__(self) -> str:
+        known = ", ".join(name for name, prompts in self.prompts.items() if prompts)
+        said = f"openings for {known}" if known else "this run has no openings"
+        if self.languages:
+            said += f" (corpus {self.corpus} holds {', '.join(self.languages)})"
+        return said
+
+
+def read_openings(run: RunDirectory | None) -> Openings:
+    """The openings of a run; none without a run.
+
+    Raises:
+        ArtefactError: the run's configuration cannot be read.
+    """
+    if run is None:
+        return Openings()
+    try:
+        config: Any = OmegaConf.load(run.config)
+        prompts = OmegaConf.select(config, "stage.sampling.prompts") or {}
+        corpus = OmegaConf.select(config, "stage.corpus") or ""
+        found = {str(language): [str(prompt) for prompt in several] for language, several in prompts.items()}
+    except Exception as error:  # YAML and OmegaConf raise many types
+        raise ArtefactError(f"{run.config}: cannot be read ({' '.join(str(error).split())})") from error
+    languages: Sequence[str] = ()
+    if corpus and manifest_path(run.work.corpus(corpus)).is_file():  # a copied run may lack its corpus
+        languages = sorted(read_manifest(run.work.corpus(corpus)).splits["train"].languages)
+    return Openings(found, corpus, languages)

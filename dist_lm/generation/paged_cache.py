@@ -1,29 +1,80 @@
-"""What a decoder asks of a cache in pages, whatever reads it; and the piece of a prompt.
+"""The paged KV cache: which sequence holds which page, and what the two implementations have in common.
+
+A page holds keys and values of a fixed number of tokens in every layer. Several sequences may hold one page while none
+of them writes to it. `PagePool` counts pages without tensors; `PagedCache` holds the tensors, and `plain_pages.py` and
+`flash_pages.py` implement attention over them.
 
 Dimensions: N tokens, B sequences, H query heads, G key/value heads, K d_head.
 """
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 
+class PagePool:
+    """Pages 0 to n - 1, each held by any number of sequences. The lowest free page is taken first, which keeps the
+    pages in use close together."""
+
+    def __init__(self, n_pages: int) -> None:
+        self._free = list(range(n_pages))
+        self._holders = [0] * n_pages
+        self.changes = 0  # grows whenever a page is taken, shared or given back
+
+    @property
+    def n_free(self) -> int:
+        return len(self._free)
+
+    def holders(self, page: int) -> int:
+        """Number of sequences that hold a page."""
+        return self._holders[page]
+
+    def take(self) -> int:
+        """Take a free page, which then has one holder; `n_free` must not be 0."""
+        self.changes += 1
+        page = heapq.heappop(self._free)
+        self._holders[page] = 1
+        return page
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Add one holder to each of these pages."""
+        self.changes += 1
+        for page in pages:
+            assert self._holders[page] > 0
+            self._holders[page] += 1
+
+    def give_back(self, pages: Iterable[int]) -> None:
+        """Remove one holder from each of these pages; a page without holders is free."""
+        self.changes += 1
+        for page in pages:
+            assert self._holders[page] > 0
+            self._holders[page] -= 1
+            if self._holders[page] == 0:
+                heapq.heappush(self._free, page)
+
+
+def pages_for(n_tokens: int, page_size: int) -> int:
+    """Number of pages that hold `n_tokens`."""
+    return -(-n_tokens // page_size)
+
+
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of one sequence's tokens, to be computed and cached at once.
+    """Consecutive tokens of one sequence, computed and cached in one step.
 
-    Where a sequence is cut depends on the sequence alone, so that what a token gets does not depend on other work.
+    Piece boundaries depend on the sequence alone, so that a result does not depend on other requests.
     """
 
     tokens: Sequence[int]
-    start: int  # position of the first
-    pages: Sequence[int]  # that hold positions 0 to the last one's
+    start: int  # position of the first token
+    pages: Sequence[int]  # hold all positions from 0 to that of the last token
 
 
 class HeadShape(Protocol):
-    """The numbers a cache is made for: of a whole model, or of what one of several ranks computes."""
+    """The sizes a cache is built for: a `ModelConfig`, or the `Share` of one rank."""
 
     @property
     def n_layers(self) -> int: ...
@@ -36,34 +87,38 @@ class HeadShape(Protocol):
 
 
 class Plan(Protocol):
-    """One new token for every sequence of a batch: what is the same in every layer."""
+    """The part of a decode step (one new token for every sequence) that is the same in all layers."""
 
-    position_B: torch.Tensor  # int64; of the new token
-    written_B: torch.Tensor  # int64; page * page_size + offset
+    position_B: torch.Tensor  # int64, of the new token
+    written_B: torch.Tensor  # int64, page * page_size + offset of the new token
 
     def advance(self) -> None:
-        """To the next position of every sequence, none of which begins a new page."""
+        """Move every sequence to its next position; allowed only if that position is in the same page."""
         ...
 
 
-class PagedCache(Protocol):
-    """Keys and values of all layers. Queries come scaled."""
+class PagedCache:
+    """Keys and values of all layers: two tensors (L, pages, ...). Queries arrive scaled."""
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self.key = torch.zeros(*shape, dtype=dtype, device=device)
+        self.value = torch.zeros(*shape, dtype=dtype, device=device)
 
     def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> Plan:
-        """Of a step that adds a token at `positions` of sequences that hold `pages`."""
-        ...
+        """Plan a decode step: sequence b holds `pages[b]` and adds a token at `positions[b]`."""
+        raise NotImplementedError
 
     def places(self, written_N: torch.Tensor) -> torch.Tensor:
-        """Where `write` puts tokens at page * page_size + offset: the same in every layer."""
-        ...
+        """The index that `write` takes for tokens at page * page_size + offset; the same in all layers."""
+        raise NotImplementedError
 
     def write(self, layer: int, place_X: torch.Tensor, key_NGK: torch.Tensor, value_NGK: torch.Tensor) -> None:
         """Store keys and values of N tokens."""
-        ...
+        raise NotImplementedError
 
     def decode(self, layer: int, q_BHK: torch.Tensor, plan: Any) -> torch.Tensor:
-        """Attention (B, H, K) of one new token a sequence, whose own key and value are written already."""
-        ...
+        """Attention (B, H, K) of one new token per sequence, after its key and value were written."""
+        raise NotImplementedError
 
     def prefill(
         self,
@@ -73,48 +128,24 @@ class PagedCache(Protocol):
         value_NGK: torch.Tensor,
         pieces: Sequence[Piece],
     ) -> torch.Tensor:
-        """Attention (N, H, K) of pieces that lie one behind the other, whose keys and values are written already."""
-        ...
+        """Attention (N, H, K) of concatenated pieces, after their keys and values were written."""
+        raise NotImplementedError
 
     def clear(self, pages: Sequence[int]) -> None:
-        """Zeros in place of what may not be a number, and would spread."""
-        ...
-
-    def copy_page(self, source: int, target: int) -> None:
-        """One page's content to another one, in all layers."""
-        ...
-
-    def save(self, pages: Sequence[int]) -> Any:
-        """The content of some pages in the host's memory, to be put back with `restore`."""
-        ...
-
-    def restore(self, pages: Sequence[int], content: Any) -> None:
-        """Put back what `save` gave, into as many pages."""
-        ...
-
-
-class PageStore:
-    """The tensors of a cache, (L, pages, ...) each for keys and values, and what can be done with whole pages."""
-
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        self.key = torch.zeros(*shape, dtype=dtype, device=device)
-        self.value = torch.zeros(*shape, dtype=dtype, device=device)
-
-    def clear(self, pages: Sequence[int]) -> None:
-        """See `PagedCache`."""
+        """Write zeros, so that no nan stays behind for the next holder."""
         self.key[:, pages] = 0
         self.value[:, pages] = 0
 
     def copy_page(self, source: int, target: int) -> None:
-        """See `PagedCache`."""
+        """Copy one page to another, in all layers."""
         self.key[:, target] = self.key[:, source]
         self.value[:, target] = self.value[:, source]
 
     def save(self, pages: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `PagedCache`."""
+        """Copy the content of pages to host memory."""
         return self.key[:, pages].cpu(), self.value[:, pages].cpu()
 
     def restore(self, pages: Sequence[int], content: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """See `PagedCache`."""
+        """Write content that `save` returned to as many pages."""
         key, value = content
         self.key[:, pages], self.value[:, pages] = key.to(self.key.device), value.to(self.value.device)

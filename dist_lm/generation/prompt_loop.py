@@ -1,40 +1,167 @@
-"""A person and a model at a terminal: prompts in, answers out, settings in between."""
+"""The conversation at a terminal: lines are prompts or commands (`/word`), answers are shown while they are generated.
 
+Commands are parsed to values without effects; `PromptLoop` executes them.
+"""
+
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from rich.console import Console
 from rich.text import Text
 
-from dist_lm.errors import UserError
-from dist_lm.generation.commands import (
-    HELP,
-    KEYS,
-    SEED_LIMIT,
-    Change,
-    Do,
-    Tell,
-    carries_on,
-    is_command,
-    parse_command,
-    value_of,
-)
-from dist_lm.generation.openings import Openings
+from dist_lm.errors import ConfigError, UserError, require
+from dist_lm.generation.load import Openings
 from dist_lm.generation.session import Session, Settings
 from dist_lm.generation.tool_chat import ToolChat
 
-FIRST, MORE = "> ", ". "  # before the first line of a prompt, and before the others
+HELP = r"""Type the beginning of a text and press Enter; the model continues it.
+  \ at the end of a line        continue the prompt on the next line (\\: a single \ and no new line)
+  pasted lines                  form one prompt
+  Ctrl-C                        ends the answer; at the prompt, discards what you typed
+  Ctrl-D, /quit, /exit          leave
+
+  /temperature 0.7              randomness of the draw; 0: always the most likely token
+  /top_k 50                     draw only from the k most likely tokens; 0: off
+  /top_p 0.95                   draw only from the smallest set with this much probability; 1: off
+  /min_p 0.05                   draw only from tokens with this share of the top token's probability; 0: off
+  /repetition_penalty 1.1       make tokens that occurred less likely; 1: off
+  /max_new_tokens 200           maximum length of an answer
+  /stop TEXT                    add a text that ends an answer (\n \t \\ as in a string); /stop off: remove all
+  /seed 7                       seed of the next answer; each further answer adds 1
+
+  /lang python                  begin the prompt with a typical opening of that language; again: the next opening;
+                                /lang alone: the languages
+  /again                        answer the last prompt again with the next seed
+  /new                          with --tools: start a new conversation
+  /show                         show all settings
+  /help                         show this text
+A setting without a value shows its value."""
+
+LIMIT = 1 << 31  # exclusive bound of whole numbers
+SEED_LIMIT = 1 << 63
+NO_STOP = "off"
+Action = Literal["show", "again", "new", "help", "lang", "quit"]
+ACTIONS: dict[str, Action] = {
+    **{"show": "show", "again": "again", "new": "new", "help": "help", "lang": "lang"},
+    **{"quit": "quit", "exit": "quit"},
+}
+NUMBERS: dict[str, Callable[[str], float]] = {
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "min_p": float,
+    "repetition_penalty": float,
+    "max_new_tokens": int,
+}
+KEYS = (*NUMBERS, "stop", "seed")
+FIRST, MORE = "> ", ". "  # shown before the first line of a prompt, and before further lines
 
 ReadLine = Callable[[str, str], str]
-"""(what to show before it, text that is typed already) -> a line. EOFError: Ctrl-D; KeyboardInterrupt: Ctrl-C."""
+"""(text before the cursor, text already typed) -> a line. Raises EOFError at Ctrl-D, KeyboardInterrupt at Ctrl-C."""
 
 Interrupts = Callable[[], AbstractContextManager[Callable[[], bool]]]
-"""While the context lasts: whether Ctrl-C was pressed in it."""
+"""A context in which Ctrl-C does not raise; its value tells whether Ctrl-C was pressed."""
+
+
+@dataclass(frozen=True)
+class Do:
+    """Execute an action."""
+
+    action: Action
+    argument: str = ""
+
+
+@dataclass(frozen=True)
+class Tell:
+    """Show a setting."""
+
+    key: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """Replace the settings, in which `key` has a new value."""
+
+    key: str
+    settings: Settings
+
+
+Command = Do | Tell | Change
+
+
+def is_command(line: str) -> bool:
+    """Whether a line is `/word`, alone or followed by an argument; paths and `//` comments are not."""
+    return re.fullmatch(r"/[A-Za-z_]+(\s.*)?", line, re.DOTALL) is not None
+
+
+def parse_command(line: str, settings: Settings) -> Command:
+    """Parse a line for which `is_command` holds.
+
+    Raises:
+        UserError: the command is unknown, or its value is not accepted.
+    """
+    word, _, rest = line[1:].partition(" ")
+    name, argument = word.strip(), rest.strip()
+    if name in ACTIONS:
+        if argument and name != "lang":
+            raise UserError(f"/{name} takes no value, found {argument!r}")
+        return Do(ACTIONS[name], argument)
+    if name not in KEYS:
+        raise UserError(f"/{name}: no such command; /help lists all commands")
+    if not argument:
+        return Tell(name)
+    if name == "stop":
+        stop = () if argument == NO_STOP else (*settings.params.stop, unescape(rest))
+        return Change(name, replace(settings, params=replace(settings.params, stop=stop)))
+    read = NUMBERS.get(name, int)
+    try:
+        value = read(argument)
+    except (ValueError, OverflowError):
+        raise ConfigError(f"{name}={argument}: expected a {'whole number' if read is int else 'number'}") from None
+    if read is int:
+        check_whole(name, int(value))
+    if name == "seed":
+        return Change(name, replace(settings, seed=int(value)))
+    return Change(name, replace(settings, params=replace(settings.params, **{name: value})))
+
+
+def check_whole(key: str, value: int) -> None:
+    """Check that a whole number fits a tensor.
+
+    Raises:
+        ConfigError: names `key`.
+    """
+    limit = SEED_LIMIT if key == "seed" else LIMIT
+    require(-limit <= value < limit, key, value, f"a whole number below {limit:,}")
+
+
+def unescape(text: str) -> str:
+    r"""Replace `\n`, `\t` and `\\` by the characters they stand for; any other backslash stays."""
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], text)
+
+
+def value_of(settings: Settings, key: str) -> str:
+    """The value of a setting as text."""
+    if key == "seed":
+        return str(settings.seed)
+    if key == "stop":
+        return " ".join(repr(stop) for stop in settings.params.stop) or "none"
+    return f"{getattr(settings.params, key):.12g}"
+
+
+def carries_on(line: str) -> tuple[str, bool]:
+    r"""(the line without escapes, whether the prompt continues on the next line): `\` at the end continues, `\\` is a
+    single `\`."""
+    kept = line.rstrip("\\")
+    backslashes = len(line) - len(kept)
+    return kept + "\\" * (backslashes // 2), backslashes % 2 == 1
 
 
 class PromptLoop:
-    """Reads lines until the person leaves."""
+    """Reads and answers lines until the user leaves."""
 
     def __init__(
         self,
@@ -46,7 +173,7 @@ class PromptLoop:
         interrupts: Interrupts,
         chat: ToolChat | None = None,
     ) -> None:
-        """`chat`: what prompts are said to; without it each is the beginning of a text."""
+        """`chat`: answers prompts as requests; without it each prompt is the beginning of a text."""
         self.settings = settings
         self._session = session
         self._openings = openings
@@ -54,18 +181,18 @@ class PromptLoop:
         self._read_line = read_line
         self._interrupts = interrupts
         self._chat = chat
-        self._opening = ""  # the prompt begins with it
-        self._offered: dict[str, int] = {}  # openings of a language so far
+        self._opening = ""  # the beginning of the next prompt
+        self._offered: dict[str, int] = {}  # number of openings offered so far, by language
         self._last: str | None = None
 
     def run(self) -> None:
-        """Until Ctrl-D or /quit."""
-        self._say(f"{self._session.name}; /help says how to go on, Ctrl-D leaves")
+        """Run until Ctrl-D or /quit."""
+        self._say(f"{self._session.name}; /help lists the commands, Ctrl-D leaves")
         while True:
             try:
                 line = self._read()
                 if is_command(line):
-                    self._obey(line)
+                    self._execute(line)
                 elif line:
                     self._last = line
                     self._answer(line)
@@ -79,7 +206,7 @@ class PromptLoop:
                 return
 
     def _read(self) -> str:
-        """A command, or a whole prompt: the opening and what is typed behind it."""
+        """A command, or a whole prompt: the opening followed by what the user typed."""
         *whole, begun = self._opening.split("\n")
         for number, line in enumerate(whole):
             self._write(visible((MORE if number else FIRST) + line) + "\n")
@@ -93,9 +220,8 @@ class PromptLoop:
         self._opening = ""
         return "\n".join([*lines, line])
 
-    def _obey(self, line: str) -> None:
-        command = parse_command(line, self.settings)
-        match command:
+    def _execute(self, line: str) -> None:
+        match parse_command(line, self.settings):
             case Do("show"):
                 self._show()
             case Do("again"):
@@ -103,9 +229,10 @@ class PromptLoop:
             case Do("quit"):
                 raise EOFError
             case Do("new"):
-                self._forget()
+                self._new()
             case Do("help"):
-                self._help()
+                for help_line in HELP.splitlines():
+                    self._say(help_line)
             case Do("lang", language):
                 self._begin_with(language)
             case Tell(key):
@@ -120,10 +247,6 @@ class PromptLoop:
             self._say(f"{key:{width}}  {value_of(self.settings, key)}")
         self._say(f"{'model':{width}}  {self._session.name}, context of {self._session.config.max_seq_len:,} tokens")
 
-    def _help(self) -> None:
-        for line in HELP.splitlines():
-            self._say(line)
-
     def _again(self) -> None:
         if self._last is None:
             raise UserError("/again: there is no prompt yet")
@@ -131,12 +254,12 @@ class PromptLoop:
             self._chat.take_back()
         self._answer(self._last)
 
-    def _forget(self) -> None:
+    def _new(self) -> None:
         if self._chat is None:
-            raise UserError("/new: without --tools every prompt stands for itself")
+            raise UserError("/new: needs --tools; without it every prompt is a new text")
         self._chat.forget()
         self._last = None
-        self._say("what was said is forgotten")
+        self._say("new conversation")
 
     def _begin_with(self, language: str) -> None:
         openings = self._openings()
@@ -148,7 +271,7 @@ class PromptLoop:
         self._offered[language] = number + 1
         self._opening = several[number]
         which = f" ({number + 1} of {len(several)})" if len(several) > 1 else ""
-        self._say(f"opening of {language}{which}: type on, or press Enter; Ctrl-C drops it")
+        self._say(f"opening of {language}{which}: continue it or press Enter; Ctrl-C discards it")
 
     def _answer(self, prompt: str) -> None:
         end = "\n"
@@ -182,7 +305,7 @@ class PromptLoop:
         self.settings = replace(self.settings, seed=after if after < SEED_LIMIT else 0)
 
     def _write(self, text: str) -> None:
-        """As it is: the console would make spaces of tabs."""
+        """Write text unchanged; the console would replace tabs by spaces."""
         self._console.file.write(text)
         self._console.file.flush()
 
@@ -191,15 +314,15 @@ class PromptLoop:
 
 
 def visible(text: str) -> str:
-    """Text that a terminal shows and does not obey: control characters as pictures, but for newline and tab."""
-    return "".join(_picture(ord(character)) if _is_control(character) else character for character in text)
+    """Replace control characters, except newline and tab, by visible symbols, so that a terminal does not obey them."""
+    return "".join(_symbol(ord(character)) if _is_control(character) else character for character in text)
 
 
 def _is_control(character: str) -> bool:
     return character not in "\n\t" and (character < " " or "\x7f" <= character <= "\x9f")
 
 
-def _picture(code: int) -> str:
+def _symbol(code: int) -> str:
     if code < 0x20:
         return chr(0x2400 + code)
     return "\u2421" if code == 0x7F else "\ufffd"

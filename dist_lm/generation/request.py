@@ -1,20 +1,67 @@
-"""What goes into an engine and what comes out."""
+"""Requests and answers, and the sequence that leads from one to the other.
 
-from collections.abc import Callable, Sequence
+`SamplingParams` says how tokens are drawn and `Request` adds a prompt. `Sequence` collects tokens and text while the
+engine runs. `Answer` or `Refusal` is the result.
+"""
+
+import codecs
+import math
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal
 
-from dist_lm.errors import UserError
-from dist_lm.generation.params import SamplingParams
+from dist_lm.errors import UserError, require
+from dist_lm.model.counter_hash import hash_words, signed
 
 OnText = Callable[[str, int, int, str], None]
-"""(request id, index of the answer, token, text that can be shown now)."""
+"""(request id, index of the answer, token, text that is now final)."""
 
 FinishReason = Literal["eot", "stop", "length", "context", "cancelled"]
 
 
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn, and how many.
+
+    Applied in this order: repetition penalty, logit bias, temperature, then top-k, top-p and min-p, of which a token
+    must pass all three.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0  # 0: greedy, the largest logit; filters are ignored
+    top_k: int = 0  # keep the k most likely tokens (and ties with the last one); 0: off
+    top_p: float = 1.0  # keep the smallest set with this much probability (Holtzman et al. 2020); 1: off
+    min_p: float = 0.0  # keep tokens with this share of the top token's probability (Nguyen et al. 2024); 0: off
+    repetition_penalty: float = 1.0  # > 1: tokens of prompt and answer become less likely (Keskar et al. 2019); 1: off
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> added to its logit; -inf forbids it
+    stop: tuple[str, ...] = ()  # texts that end the answer and are not part of it
+    stop_tokens: tuple[int, ...] = ()  # end the answer, as end-of-text does
+    ignore_eot: bool = False  # end-of-text does not end the answer
+
+    def __post_init__(self) -> None:
+        for key, holds, accepted in (
+            ("max_new_tokens", self.max_new_tokens > 0, "a positive integer"),
+            ("temperature", 0 <= self.temperature < math.inf, "a number >= 0 (0 is greedy)"),
+            ("top_k", self.top_k >= 0, ">= 0 (0 is off)"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1] (0 is off)"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number > 0 (1 is off)"),
+        ):
+            require(holds, key, getattr(self, key), accepted)
+        require(all(self.stop), "stop", list(self.stop), "texts that are not empty")
+        for token, bias in self.logit_bias.items():
+            require(not math.isnan(bias) and bias < math.inf, f"logit_bias[{token}]", bias, "a number, or -inf")
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether single logits change before the temperature applies."""
+        return self.repetition_penalty != 1 or bool(self.logit_bias)
+
+
 class RequestError(UserError):
-    """A request that cannot be done; others are not harmed. `request`: its id; `reason`: why."""
+    """A request that cannot be answered; other requests are not affected. `request`: its id; `reason`: the cause."""
 
     def __init__(self, request: str, message: str) -> None:
         super().__init__(f"request {request}: {message}")
@@ -24,14 +71,14 @@ class RequestError(UserError):
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, and how it is to be gone on with."""
+    """A prompt and how to continue it."""
 
     id: str
-    prompt: Sequence[int]  # token ids; begins with end-of-text where a document begins
+    prompt: SequenceOf[int]  # token ids; the first is end-of-text if the prompt begins a document
     params: SamplingParams = field(default_factory=SamplingParams)
-    seed: int = 0  # the answers are a function of prompt, params and seed
-    n: int = 1  # answers, which share the prompt's place in the cache
-    truncate: Literal["refuse", "left"] = "refuse"  # a prompt that leaves no room in the context
+    seed: int = 0  # answers are a function of prompt, params and seed
+    n: int = 1  # number of answers; they share the prompt's pages in the cache
+    truncate: Literal["refuse", "left"] = "refuse"  # what happens to a prompt that fills the context
 
 
 @dataclass(frozen=True)
@@ -39,12 +86,12 @@ class Answer:
     """One answer to a request."""
 
     request: str
-    index: int  # among the request's answers
+    index: int  # 0 to n - 1
     prompt_tokens: int
-    tokens: tuple[int, ...]  # all that were drawn, with the one that ended it
-    text: str  # without the stop text; empty where the engine has no vocabulary
-    logprobs: tuple[float, ...]  # of each token, nats: under the distribution it was drawn from
-    raw_logprobs: tuple[float, ...]  # under the model's own
+    tokens: tuple[int, ...]  # all drawn tokens, including the one that ended the answer
+    text: str  # without the stop text; empty if the engine has no vocabulary
+    logprobs: tuple[float, ...]  # nats, of each token under the distribution it was drawn from
+    raw_logprobs: tuple[float, ...]  # nats, of each token under the model's distribution
     finish: FinishReason
     seed: int
     version: int  # of the weights
@@ -52,7 +99,113 @@ class Answer:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A request that came to nothing, found while it ran."""
+    """A request that failed while it ran."""
 
     request: str
     error: str
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One answer in progress: the tokens of prompt and answer, and the cache pages that hold their keys and values."""
+
+    request: Request
+    index: int  # of the answer
+    tokens: list[int]
+    n_prompt: int
+    stream: "TextStream | None"
+    on_text: OnText | None = None
+    pages: list[int] = field(default_factory=list)
+    cached: int = 0  # tokens whose keys and values are in the pages
+    logprobs: list[float] = field(default_factory=list)
+    raw_logprobs: list[float] = field(default_factory=list)
+    saved: Any = None  # content of the pages while the sequence is set aside
+    finish: FinishReason | None = None
+
+    @cached_property
+    def seed(self) -> int:
+        """The answer's own seed, int64."""
+        return signed(hash_words(self.request.seed, self.index))
+
+    @property
+    def n_new(self) -> int:
+        return len(self.tokens) - self.n_prompt
+
+    def add(self, token: int, logprob: float, raw_logprob: float, eot_id: int, context: int) -> str:
+        """Append a token, set `finish` if it is the last one, and return the text that became final."""
+        params = self.request.params
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.raw_logprobs.append(raw_logprob)
+        text = self.stream.add(token) if self.stream else ""
+        if token == eot_id and not params.ignore_eot:
+            self.finish = "eot"
+        elif token in params.stop_tokens or (self.stream and self.stream.stopped):
+            self.finish = "stop"
+        elif self.n_new == params.max_new_tokens:
+            self.finish = "length"
+        elif len(self.tokens) == context:
+            self.finish = "context"
+        if self.finish and self.stream:
+            text += self.stream.finish()
+        return text
+
+    def answer(self, version: int) -> Answer:
+        """The finished answer."""
+        assert self.finish
+        return Answer(
+            request=self.request.id,
+            index=self.index,
+            prompt_tokens=self.n_prompt,
+            tokens=tuple(self.tokens[self.n_prompt :]),
+            text=self.stream.text if self.stream else "",
+            logprobs=tuple(self.logprobs),
+            raw_logprobs=tuple(self.raw_logprobs),
+            finish=self.finish,
+            seed=self.seed,
+            version=version,
+        )
+
+
+class TextStream:
+    """Decodes tokens to text one by one. Incomplete characters and possible stop texts are held back."""
+
+    def __init__(self, vocabulary: SequenceOf[bytes], stops: SequenceOf[str]) -> None:
+        """`vocabulary`: the bytes of every token; `stops`: texts that end the answer."""
+        self._vocabulary = vocabulary
+        self._stops = stops
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._longest = max((len(stop) for stop in stops), default=0)
+        self._given = 0  # characters returned so far
+        self.text = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """Append a token. Returns the text that became final: no later stop text can remove it."""
+        if self.stopped:
+            return ""
+        before = len(self.text)
+        self.text += self._decoder.decode(self._vocabulary[token])
+        begin = max(0, before - self._longest + 1)
+        found = [at for stop in self._stops if (at := self.text.find(stop, begin)) >= 0]
+        if found:
+            self.stopped = True
+            self.text = self.text[: min(found)]
+        return self._give(len(self.text) if self.stopped else len(self.text) - self._held_back())
+
+    def finish(self) -> str:
+        """The text held back so far; no more tokens follow."""
+        if not self.stopped:
+            self.text += self._decoder.decode(b"", final=True)
+        return self._give(len(self.text))
+
+    def _give(self, upto: int) -> str:
+        new, self._given = self.text[self._given : upto], max(self._given, upto)
+        return new
+
+    def _held_back(self) -> int:
+        """Characters at the end that may begin a stop text."""
+        return max(
+            (length for stop in self._stops for length in range(1, len(stop)) if self.text.endswith(stop[:length])),
+            default=0,
+        )

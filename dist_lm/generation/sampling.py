@@ -1,10 +1,10 @@
-"""From logits to tokens: pure functions. What a row gets depends on the row alone, to the last bit.
+"""From logits to tokens: pure functions. The result of a row depends on that row alone, to the last bit.
 
-A token is drawn by one number u in (0, 1), a function of the request's seed and the token's position: it is the first
-one, in the order of the vocabulary, at which the cumulative probability exceeds u.
+One number u in (0, 1), a function of the answer's seed and the token's position, draws a token: the first one, in the
+order of the vocabulary, at which the cumulative probability exceeds u.
 
-Filters do not sort the vocabulary: the few likeliest tokens are taken out first, and only where they do not show what
-the filters keep is the whole row looked at.
+Filters do not sort the vocabulary. A few candidates with the largest logits are extracted first; only if they do not
+determine what the filters keep are more extracted, and in the end the whole row.
 
 Dimensions: B rows, V vocabulary, M candidates, C chunks of W tokens.
 """
@@ -16,44 +16,41 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
-from dist_lm.generation.params import SamplingParams
+from dist_lm.generation.request import SamplingParams
 from dist_lm.model.counter_hash import hash_words
 
 CHUNK = 128  # tokens
-FEW = 1024  # numbers of which the largest are found fast
+FEW = 1024  # `largest` splits a row into at most this many chunks
 UNIFORM_BITS = 48
-# candidates taken from a row: one of these, by the row's own parameters
-CANDIDATES = (64, 256, 1024, 4096)
-NUCLEUS_CANDIDATES = 256  # where no top-k says how many there can be
+COLDEST = 1e-20  # smallest temperature: logits divided by less may not fit fp32
+GREEDY, UNFILTERED, ALL = 0, -1, 1 << 31  # special values of `Group.candidates`; a row shorter than ALL is sorted
+CANDIDATES = (64, 256, 1024, 4096)  # possible numbers of candidates; a row's parameters choose one
+NUCLEUS_CANDIDATES = 256  # at least, if no top-k bounds their number
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One token a row."""
+    """One token for each row."""
 
     token_B: torch.Tensor  # int64
-    logprob_B: torch.Tensor  # fp32, nats: under the distribution it was drawn from (greedy: 0)
-    raw_logprob_B: torch.Tensor  # fp32, nats: under the model's own, softmax(logits); nan where that is no distribution
+    logprob_B: torch.Tensor  # fp32, nats, under the distribution it was drawn from (greedy: 0)
+    raw_logprob_B: torch.Tensor  # fp32, nats, under softmax(logits); nan if logits are not finite numbers
 
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that are drawn in the same way."""
+    """Rows drawn by the same method."""
 
     rows: torch.Tensor | None  # int64 indices; None: all rows
-    candidates: int  # 0: greedy, -1: no filter, otherwise how many are taken out first (more than V: all)
+    candidates: int  # number of candidates (V or more: sort the row), or GREEDY or UNFILTERED
     temperature_B1: torch.Tensor
-    top_k_B1: torch.Tensor  # int64; the largest number where it is off
+    top_k_B1: torch.Tensor  # int64; ALL if off
     top_p_B1: torch.Tensor
     log_min_p_B1: torch.Tensor
 
 
-COLDEST = 1e-20  # a quotient by less may not fit fp32
-GREEDY, UNFILTERED, ALL = 0, -1, 1 << 31
-
-
 def group_rows(params: Sequence[SamplingParams], device: torch.device) -> list[Group]:
-    """The rows of a batch, by how they are drawn."""
+    """Group the rows of a batch by the method of drawing."""
     members: dict[int, list[int]] = {}
     for row, one in enumerate(params):
         members.setdefault(_candidates(one), []).append(row)
@@ -87,7 +84,7 @@ def _candidates(params: SamplingParams) -> int:
 
 
 def uniform(seed_B: torch.Tensor, position_B: torch.Tensor) -> torch.Tensor:
-    """Numbers in (0, 1), fp64: a function of (seed, position) alone; both int64."""
+    """Numbers in (0, 1), fp64, as a function of (seed, position), both int64."""
     bits_B = hash_words(seed_B, position_B) & ((1 << UNIFORM_BITS) - 1)
     return (bits_B.double() + 0.5) / (1 << UNIFORM_BITS)
 
@@ -95,13 +92,13 @@ def uniform(seed_B: torch.Tensor, position_B: torch.Tensor) -> torch.Tensor:
 def sample(
     logits_BV: torch.Tensor, groups: Sequence[Group], uniform_B: torch.Tensor, adjusted_BV: torch.Tensor | None = None
 ) -> Choice:
-    """One token a row.
+    """Draw one token for each row.
 
     Args:
-        logits_BV: fp32; the model's.
-        groups: of these rows.
-        uniform_B: of each row.
-        adjusted_BV: what is drawn from, where that is something else: see `adjust`.
+        logits_BV: fp32, of the model.
+        groups: see `group_rows`.
+        uniform_B: see `uniform`.
+        adjusted_BV: logits to draw from instead, see `adjust`.
     """
     drawn_BV = logits_BV if adjusted_BV is None else adjusted_BV
     token_B = torch.empty(len(logits_BV), dtype=torch.int64, device=logits_BV.device)
@@ -118,7 +115,7 @@ def adjust(logits_V: torch.Tensor, params: SamplingParams, seen: Collection[int]
     """Apply repetition penalty and logit bias to one row, in place.
 
     Args:
-        seen: tokens of prompt and answer so far.
+        seen: tokens of the prompt and the answer so far.
     """
     if params.repetition_penalty != 1 and seen:
         id_S = torch.tensor(sorted(seen), device=logits_V.device)
@@ -131,12 +128,12 @@ def adjust(logits_V: torch.Tensor, params: SamplingParams, seen: Collection[int]
 
 
 def token_logprobs(logits_BV: torch.Tensor, token_B: torch.Tensor) -> torch.Tensor:
-    """log softmax(logits) at one token a row, fp32."""
+    """log softmax(logits) at one token of each row, fp32."""
     return logits_BV.gather(1, token_B[:, None])[:, 0] - log_normaliser(logits_BV)[:, 0]
 
 
 def log_normaliser(x_BV: torch.Tensor) -> torch.Tensor:
-    """logsumexp (B, 1) of each row, by way of the softmax, whose kernel is twice as fast and whose largest is no 0."""
+    """logsumexp (B, 1) of each row, computed from softmax: its kernel is twice as fast, and its maximum is never 0."""
     return x_BV.amax(dim=-1, keepdim=True) - x_BV.softmax(dim=-1).amax(dim=-1, keepdim=True).log()
 
 
@@ -152,7 +149,7 @@ def _draw(logits_BV: torch.Tensor, group: Group, uniform_B: torch.Tensor) -> tup
 
 
 def _draw_unfiltered(x_BV: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """By the cumulative sums of chunks first, then of the tokens of one chunk."""
+    """Find the chunk by cumulative sums of chunks, then the token by cumulative sums inside it."""
     n_tokens = x_BV.shape[-1]
     p_BV = x_BV.softmax(dim=-1)
     if n_tokens % CHUNK:
@@ -166,19 +163,19 @@ def _draw_unfiltered(x_BV: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch
     upto_BW = inside_BW.cumsum(dim=-1)
     share_B1 = 1 - (upto_BC.gather(1, chunk_B1) - target_B1) / chunk_BC.gather(1, chunk_B1)
     place_B1 = _first_above(upto_BW, share_B1 * upto_BW[:, -1:])
-    token_B = (chunk_B1 * CHUNK + place_B1)[:, 0].clamp_(max=n_tokens - 1)  # beyond only where logits are nan
+    token_B = (chunk_B1 * CHUNK + place_B1)[:, 0].clamp_(max=n_tokens - 1)  # out of range only if logits are nan
     return token_B, inside_BW.gather(1, place_B1)[:, 0].log().float()
 
 
 def _chunks(x_BCW: torch.Tensor, chunk_Bk: torch.Tensor) -> torch.Tensor:
-    """Chosen chunks of each row, (B, k, W)."""
+    """The chosen chunks of each row, (B, k, W)."""
     n_rows, n_chunks, width = x_BCW.shape
     first_B1 = torch.arange(0, n_rows * n_chunks, n_chunks, device=x_BCW.device)[:, None]
     return x_BCW.reshape(-1, width).index_select(0, (chunk_Bk + first_B1).flatten()).view(n_rows, -1, width)
 
 
 def _first_above(upto: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Index (B, 1) of the first cumulative sum above the target; rounding never leads past the last one that grew."""
+    """Index (B, 1) of the first cumulative sum above the target, at most that of the last one with any weight."""
     last = (upto < upto[:, -1:]).sum(dim=-1, keepdim=True)
     return torch.minimum(torch.searchsorted(upto, target, right=True), last)
 
@@ -190,7 +187,7 @@ def _draw_candidates(
     x_BM = logit_BM / group.temperature_B1
     place_M = torch.arange(group.candidates, device=x_BM.device)
     in_top_k_BM = place_M < group.top_k_B1
-    bounded_B1 = group.top_k_B1 < group.candidates  # the candidates hold all that top-k keeps, and one more
+    bounded_B1 = group.top_k_B1 < group.candidates  # the candidates include all that top-k keeps, and one more
     if bool(bounded_B1.all()):
         norm_B1 = x_BM.masked_fill(~in_top_k_BM, -math.inf).logsumexp(-1, keepdim=True)
     else:
@@ -200,13 +197,13 @@ def _draw_candidates(
         )
     p_BM = (x_BM - norm_B1).exp()
     keep_BM = _kept(x_BM, p_BM, in_top_k_BM, group)
-    # a candidate that ties with one that is kept, or the last one, may stand for tokens that were not looked at
+    # unclear: all candidates are kept, or the first dropped one ties with the last kept one: more tokens may be kept
     n_kept_B1 = keep_BM.sum(dim=-1, keepdim=True)
     next_B1 = n_kept_B1.clamp(max=group.candidates - 1)
     ties_B1 = x_BM.gather(1, next_B1) == x_BM.gather(1, next_B1 - 1)
     unclear_B = ((n_kept_B1 == group.candidates) | (ties_B1 & (n_kept_B1 > 0)))[:, 0]
 
-    # in the order of the vocabulary: two tokens that change places by rounding do not change the draw
+    # in the order of the vocabulary: two tokens that rounding swaps do not change the draw
     id_BM, order_BM = id_BM.sort(dim=-1)
     weight_BM = (p_BM * keep_BM).gather(1, order_BM).double()
     upto_BM = weight_BM.cumsum(dim=-1)
@@ -220,23 +217,23 @@ def _draw_candidates(
 
 
 def _with_more(group: Group, rows: torch.Tensor) -> Group:
-    """Some rows of a group, with more candidates."""
+    """Rows of a group, with the next larger number of candidates."""
     columns = (group.temperature_B1, group.top_k_B1, group.top_p_B1, group.log_min_p_B1)
     more = next((most for most in CANDIDATES if most > group.candidates), ALL)
     return Group(None, more, *(column[rows] for column in columns))
 
 
 def _kept(x_BM: torch.Tensor, p_BM: torch.Tensor, in_top_k_BM: torch.Tensor, group: Group) -> torch.Tensor:
-    """Which of the tokens, likeliest first, pass top-k, top-p and min-p; the first always does."""
+    """Mask of tokens, most likely first, that pass top-k, top-p and min-p; the first one always passes."""
     before_BM = p_BM.cumsum(dim=-1) - p_BM
-    in_top_p_BM = (before_BM < group.top_p_B1) | (group.top_p_B1 == 1)  # rounding must not drop the last ones
+    in_top_p_BM = (before_BM < group.top_p_B1) | (group.top_p_B1 == 1)  # rounding must not drop the last tokens
     keep_BM = in_top_k_BM & in_top_p_BM & (x_BM >= x_BM[:, :1] + group.log_min_p_B1)
     keep_BM[:, 0] = True
     return keep_BM
 
 
 def filtered(x_BV: torch.Tensor, group: Group) -> torch.Tensor:
-    """Tempered logits with what the filters of each row drop at -inf: the definition, by a sort of the whole row."""
+    """Tempered logits with dropped tokens at -inf, by sorting whole rows: the definition of the filters."""
     descending_BV, id_BV = x_BV.sort(dim=-1, descending=True, stable=True)
     smallest_B1 = descending_BV.gather(1, group.top_k_B1.clamp(max=x_BV.shape[-1]) - 1)
     in_top_k_BV = descending_BV >= smallest_B1  # ties stay
@@ -246,9 +243,9 @@ def filtered(x_BV: torch.Tensor, group: Group) -> torch.Tensor:
 
 
 def largest(x_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest values of each row and where they are, both (B, k), largest first, of equal ones the first first.
+    """The k largest values of each row and their indices, both (B, k), sorted by value, ties by index.
 
-    The k chunks with the largest maxima hold them: most of a row is read only once. What is left is cut up again.
+    They are in the k chunks with the largest maxima, so most of a row is read once. Those chunks are split again.
     """
     value_Bk, id_Bk = _largest(x_BV, k)
     id_Bk, order_Bk = id_Bk.sort(dim=-1)
@@ -265,7 +262,7 @@ def _largest(x_BV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     if n_tokens % width:
         x_BV = F.pad(x_BV, (0, -n_tokens % width), value=-math.inf)
     x_BCW = x_BV.unflatten(-1, (-1, width))
-    # in their order, so that of equal values the same ones are found on every level
+    # in index order, so that every level finds the same ones among equal values
     chunk_Bk = x_BCW.amax(dim=-1).topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
     value_Bk, place_Bk = _largest(_chunks(x_BCW, chunk_Bk).flatten(1), k)
     return value_Bk, chunk_Bk.gather(1, place_Bk // width) * width + place_Bk % width

@@ -1,4 +1,4 @@
-"""One model that goes on with texts, one request at a time, shown as they come."""
+"""One model that continues texts: one request at a time, its text passed on while it is generated."""
 
 import time
 from collections import Counter
@@ -11,12 +11,11 @@ from dist_lm.errors import UserError
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.flash_pages import PAGE_TOKENS
 from dist_lm.generation.load import LoadedModel
-from dist_lm.generation.pages import pages_for
-from dist_lm.generation.params import SamplingParams
-from dist_lm.generation.request import Answer, FinishReason, Refusal, Request
+from dist_lm.generation.paged_cache import pages_for
+from dist_lm.generation.request import Answer, FinishReason, Refusal, Request, SamplingParams
 from dist_lm.tokenizer.unicode import utf8
 
-CACHE_TOKENS = 16384  # of all answers to a request; more of them take turns
+CACHE_TOKENS = 16384  # of all answers to a request, at most; answers beyond it wait
 ENDINGS: dict[FinishReason, str] = {
     "eot": "end of text",
     "stop": "stop text",
@@ -28,7 +27,7 @@ ENDINGS: dict[FinishReason, str] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How the next prompt is answered."""
+    """Settings of the next answer."""
 
     params: SamplingParams
     seed: int
@@ -36,9 +35,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a request."""
+    """The result of a request."""
 
-    answers: tuple[Answer, ...]  # as they ended
+    answers: tuple[Answer, ...]  # in the order in which they ended
     seconds: float
     seed: int
 
@@ -47,7 +46,7 @@ class Outcome:
         return any(answer.finish == "cancelled" for answer in self.answers)
 
     def __str__(self) -> str:
-        """`16 tokens, 210 tokens/s, end of text, seed 7`; of several answers, how many ended in which way."""
+        """`16 tokens, 210 tokens/s, end of text, seed 7`; with several answers, the number of each ending."""
         tokens = sum(len(answer.tokens) for answer in self.answers)
         ways = Counter(ENDINGS[answer.finish] for answer in self.answers)
         several = len(self.answers) > 1
@@ -55,25 +54,25 @@ class Outcome:
         facts = [f"{len(self.answers)} answers"] if several else []
         if tokens:
             facts += [f"{tokens:,} token{'' if tokens == 1 else 's'}", f"{tokens / self.seconds:,.0f} tokens/s"]
-        else:  # Ctrl-C while the prompt was read
+        else:  # Ctrl-C while the prompt was computed
             ended = "stopped before the first token"
         return ", ".join([*facts, ended, f"seed {self.seed}"])
 
 
 class Session:
-    """An engine and the tokenizer of its model."""
+    """An engine with its tokenizer."""
 
     def __init__(
         self, loaded: LoadedModel, dtype: torch.dtype, device: torch.device, answers: int = 1, tp: int = 1
     ) -> None:
         """
         Args:
-            answers: to one request, at most.
+            answers: maximum number of answers to one request.
             tp: devices that share the model.
         """
         self.name, self.tokenizer, self.config = loaded.name, loaded.tokenizer, loaded.config
         page = PAGE_TOKENS if device.type == "cuda" else EngineOptions.page_tokens
-        # whole pages, one of them an answer's own where it shares the others with the rest
+        # one page more than the context, because answers copy the last page they share
         longest = (pages_for(self.config.max_seq_len, page) + 1) * page
         self._engine = Engine(
             loaded.config,
@@ -88,17 +87,17 @@ class Session:
         self._requests = 0
 
     def close(self) -> None:
-        """End what shares the model."""
+        """End the other processes of the model, if any."""
         self._engine.close()
 
     def tokens(self, text: str, name: str = "the prompt") -> list[int]:
-        """A prompt as the beginning of a document.
+        """Tokenize a text as the beginning of a document.
 
         Args:
-            name: what messages call it.
+            name: what errors call the text.
 
         Raises:
-            UserError: it is no Unicode, or leaves no room in the context.
+            UserError: the text is not valid Unicode, or fills the context.
         """
         utf8(text, name)
         tokens = [self.tokenizer.eot_id, *self.tokenizer.encode(text)]
@@ -106,7 +105,7 @@ class Session:
         if len(tokens) >= context:
             raise UserError(
                 f"{name} has {len(tokens):,} tokens and the model's context is {context:,} "
-                "(model.max_seq_len), which leaves no room for an answer: shorten it"
+                "(model.max_seq_len), which leaves no space for an answer: shorten it"
             )
         return tokens
 
@@ -120,16 +119,16 @@ class Session:
         interrupted: Callable[[], bool] = lambda: False,
         on_token: Callable[[int], None] = lambda token: None,
     ) -> Outcome:
-        """Go on with `prompt`, `n` times.
+        """Continue `prompt` `n` times.
 
         Args:
-            on_text: called with (index of the answer, new text of it) as it comes.
-            on_answer: called with the index of an answer that is whole.
-            interrupted: looked at before every token; once it says so, answers end.
+            on_text: called with (index of the answer, new text).
+            on_answer: called with the index of a finished answer.
+            interrupted: called before every step; answers end when it returns True.
             on_token: called with each token, before its text.
 
         Raises:
-            UserError: the request came to nothing.
+            UserError: the engine refused the request.
         """
         self._requests += 1
         request = Request(str(self._requests), prompt, settings.params, settings.seed, n)
@@ -153,7 +152,7 @@ class Session:
                 if isinstance(done, Refusal):
                     refusals.append(done)
                     continue
-                show(done.index, done.text[shown[done.index] :])  # what waited for the rest of a stop text
+                show(done.index, done.text[shown[done.index] :])  # text that was held back as a possible stop text
                 answers.append(done)
                 on_answer(done.index)
         if refusals:

@@ -1,39 +1,45 @@
-"""What one of several ranks holds of a model that generates, and how it is cut out of whole weights.
+"""One rank's part of a model that several ranks share: how it is cut from whole weights, and where ranks communicate.
 
-The same parts as in training (`dist_lm.parallel.placement`): each rank takes some heads, some hidden units, some of the
-vocabulary, with zeros after the last one so that every rank holds as many. Two things are simpler, as nothing is
-trained: biases that are added after the parts are summed lie on the first rank, with zeros on the others, and
-where key heads are read by unequally many query heads of a rank, it holds one key head for each query head.
+The parts are those of training (`dist_lm.parallel.placement`): each rank holds some heads, some hidden units and some
+of the vocabulary, padded with zeros so that all ranks hold equally many. Two things are simpler than in training,
+because no weight changes: a bias that is added after ranks sum their outputs is held by rank 0 alone, with zeros on the
+others; and if the query heads of a rank read key heads unequally, the rank holds one key head for each query head.
+
+Dimensions: M rows, D d_model, V vocabulary, U vocabulary entries of a rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import require
+from dist_lm.generation.linear import Linear
 from dist_lm.model.size import Shape, parameter_shapes
 from dist_lm.parallel.layout import Layout, misfit
 from dist_lm.parallel.placement import Slice, keys_of, keys_read, shards_key_heads, slice_of
+from dist_lm.parallel.tensor_axis import TensorAxis
 
+LEADER = 0  # the rank that chooses tokens
 SUMMED_BIASES = ("attention.output_bias", "feed_forward.down.bias")
 CUT_INPUTS = "feed_forward.down.weight"
 
 
 @dataclass(frozen=True)
 class Share:
-    """What a rank computes in every layer, padding included; a cache is built for it as for a whole model."""
+    """What a rank computes in every layer, padding included. Also the `HeadShape` of its cache."""
 
     rank: int
     n_layers: int
     d_head: int
     heads: Slice
     kv_heads: int
-    read: tuple[int, ...]  # the model's key heads that it holds, in this order; zeros after the last one
-    units: Slice  # of the feed-forward network
-    pieces: Slice  # of the vocabulary
+    read: tuple[int, ...]  # the key heads it holds, in this order, then zeros up to kv_heads
+    units: Slice  # hidden units of the feed-forward network
+    pieces: Slice  # vocabulary entries
 
     @property
     def n_heads(self) -> int:
@@ -41,7 +47,7 @@ class Share:
 
 
 def share_of(config: ModelConfig, tp: int = 1, rank: int = 0) -> Share:
-    """The share of one of `tp` ranks."""
+    """The share of rank `rank` of `tp`."""
     keys, queries = keys_of(config, tp, rank)
     read = keys_read(config, tp, rank) if queries else range(keys.start, keys.stop)
     return Share(
@@ -57,13 +63,13 @@ def share_of(config: ModelConfig, tp: int = 1, rank: int = 0) -> Share:
 
 
 def check_tp(config: ModelConfig, tp: int, devices: int | None, key: str = "tp") -> None:
-    """Refuse a number of ranks that a model cannot be cut into, or for which there are not enough GPUs.
+    """Check that a model can be cut into `tp` parts and that there are enough GPUs.
 
     Args:
-        devices: GPUs of the node; None: ranks compute on the CPU, and there may be any number.
+        devices: GPUs of the node; None: ranks compute on the CPU, in any number.
 
     Raises:
-        ConfigError: names `key`.
+        ConfigError: names `key`, the value and what is accepted.
     """
     require(tp > 0, key, tp, "a positive integer")
     reason = misfit(Layout(1, 1, tp), config)
@@ -72,7 +78,7 @@ def check_tp(config: ModelConfig, tp: int, devices: int | None, key: str = "tp")
 
 
 def cut(name: str, value: torch.Tensor, share: Share) -> torch.Tensor:
-    """A rank's part of the parameter `name`; a view where it can be one."""
+    """A rank's part of the parameter `name`, as a view if possible."""
     kind = name.split(".", 2)[2] if name.startswith("blocks.") else name
     if kind in ("attention.query", "attention.query_bias", "attention.query_gain", "attention.output"):
         return _slice(value, share.heads)
@@ -91,7 +97,7 @@ def cut(name: str, value: torch.Tensor, share: Share) -> torch.Tensor:
 
 
 def part_shapes(config: ModelConfig, share: Share) -> dict[str, Shape]:
-    """The shape of a rank's part of every parameter, by name."""
+    """Shapes of a rank's parts of all parameters, by name."""
     whole = {name: torch.empty(shape, device="meta") for name, shape in parameter_shapes(config).items()}
     return {name: tuple(cut(name, value, share).shape) for name, value in whole.items()}
 
@@ -107,3 +113,49 @@ def _rows(value: torch.Tensor, rows: Sequence[int], held: int) -> torch.Tensor:
 def _padded(rows: torch.Tensor, held: int) -> torch.Tensor:
     missing = held - len(rows)
     return F.pad(rows, (*[0] * (2 * rows.dim() - 1), missing)) if missing else rows
+
+
+def build_embedding(
+    weight_UD: torch.Tensor, pieces: Slice, axis: TensorAxis | None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The embedding: tokens (M,) to vectors (M, D), summed over ranks."""
+    if axis is None:
+        whole_VD = weight_UD.clone()
+        return lambda token_M: F.embedding(token_M, whole_VD)
+    # tokens of other ranks take a row of zeros; multiplying by 0 instead would let nan through
+    held_UD = F.pad(weight_UD, (0, 0, 0, 1))
+
+    def embed(token_M: torch.Tensor) -> torch.Tensor:
+        axis.check_current()  # a forward pass begins here
+        row_M = token_M - pieces.start
+        held_M = (row_M >= 0) & (row_M < pieces.real)
+        return axis.leave(F.embedding(row_M.where(held_M, pieces.held), held_UD))
+
+    return embed
+
+
+def leaving(linear: Linear, axis: TensorAxis) -> Linear:
+    """A linear layer over this rank's part of the inputs; every rank gets the sum over ranks."""
+
+    def summed(x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
+        y_MN = axis.leave(linear(x_MD))
+        return y_MN if added_MN is None else added_MN + y_MN
+
+    return summed
+
+
+def gathering(linear: Linear, axis: TensorAxis, vocabulary: int) -> Linear:
+    """The head: the leader gets all logits (M, V), every other rank its own (M, U)."""
+    real = [slice_of(vocabulary, axis.size, rank).real for rank in range(axis.size)]
+
+    def gathered(x_MD: torch.Tensor, added_MN: torch.Tensor | None = None) -> torch.Tensor:
+        assert added_MN is None
+        part_MU = linear(x_MD)
+        if axis.rank != LEADER:
+            dist.gather(part_MU, group=axis.group, group_dst=LEADER)
+            return part_MU
+        parts = list(part_MU.new_empty(axis.size, *part_MU.shape).unbind())
+        dist.gather(part_MU, parts, group=axis.group, group_dst=LEADER)
+        return torch.cat([part[:, :n] for part, n in zip(parts, real, strict=True)], dim=1)
+
+    return gathered

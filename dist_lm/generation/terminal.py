@@ -1,4 +1,4 @@
-"""`python -m dist_lm generate`: one prompt in one go, or a conversation at a terminal."""
+"""`python -m dist_lm generate`: answer one prompt, or hold a conversation at a terminal."""
 
 import os
 import readline
@@ -6,7 +6,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -17,11 +17,9 @@ from rich.console import Console
 from rich.text import Text
 
 from dist_lm.errors import ConfigError, UserError, require
-from dist_lm.generation.commands import check_whole, unescape
-from dist_lm.generation.load import load_model
-from dist_lm.generation.openings import read_openings
-from dist_lm.generation.params import SamplingParams
-from dist_lm.generation.prompt_loop import PromptLoop, visible
+from dist_lm.generation.load import load_model, read_openings
+from dist_lm.generation.prompt_loop import PromptLoop, check_whole, unescape, visible
+from dist_lm.generation.request import SamplingParams
 from dist_lm.generation.session import Session, Settings
 from dist_lm.generation.shard import check_tp
 from dist_lm.generation.tool_chat import ToolChat, ToolOptions, warning_of
@@ -29,9 +27,9 @@ from dist_lm.parallel.mesh import option_device
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tools.use.toolbox import Toolbox
 
-NO_ANSWER = 1  # the exit code where a model with tools comes to none
-STOPPED = 130  # the exit code after Ctrl-C
-SEEDS = 1_000_000  # of which one is taken where none is given: short enough to be typed again
+NO_ANSWER = 1  # exit code if a model with tools gives no answer
+STOPPED = 130  # exit code after Ctrl-C
+SEEDS = 1_000_000  # without --seed one of these is drawn; short enough to type again
 
 
 def generate(
@@ -46,35 +44,40 @@ def generate(
     tp: int = 1,
     tools: ToolOptions | None = None,
 ) -> int:
-    """What the verb does, with its options; `values` are those of `SamplingParams`. Returns the exit code.
+    """Run the verb. Returns the exit code.
 
     Args:
-        tools: functions that the model may call; with them a prompt is a request, not the beginning of a text.
+        path: a run, a folder of checkpoints, or a checkpoint.
+        prompt: None: standard input, or a conversation if that is a terminal.
+        values: fields of `SamplingParams`.
+        n: number of answers.
+        tp: devices that share the model.
+        tools: functions the model may call; the prompt then is a request and not the beginning of a text.
 
     Raises:
-        UserError: names the option, or what is wrong with the checkpoint.
+        UserError: names the option or the fault of the checkpoint.
     """
     chosen = option_device(device)
     require(tp > 0, "--tp", tp, "a positive integer")
     talks = prompt is None and sys.stdin.isatty()
     settings = _settings(values, stop, seed, n)
     if talks and n != 1:
-        raise ConfigError(f"--n={n}: several answers are for --prompt; at the terminal there is /again")
+        raise ConfigError(f"--n={n}: several answers need --prompt; in a conversation use /again")
     if tools and n != 1:
-        raise ConfigError(f"--n={n}: with --tools there is one answer")
+        raise ConfigError(f"--n={n}: --tools gives one answer")
     if talks and not sys.stdout.isatty():
-        raise ConfigError("--prompt is missing: it is needed where the output is no terminal")
+        raise ConfigError("--prompt is missing: it is required if the output is not a terminal")
     name = "--prompt"
     if prompt is not None:
         _check_argument(name, prompt)
     elif not talks:
         prompt, name = _standard_input(), "standard input"
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that knows few characters
+        sys.stdout.reconfigure(errors="replace")  # for terminals with a small character set
     errors = Console(stderr=True, highlight=False)
     with ExitStack() as stack:
         toolbox = stack.enter_context(Toolbox(tools.file, tools.limits)) if tools else None
-        with errors.status("loading ...") if errors.is_terminal else _nothing():
+        with errors.status("loading ...") if errors.is_terminal else nullcontext():
             session, run = _load(path, tokenizer, chosen, n, tp)
             stack.enter_context(closing(session))
         chat = ToolChat(session, toolbox, tools.max_rounds) if tools and toolbox else None
@@ -95,9 +98,9 @@ def _load(
 ) -> tuple[Session, RunDirectory | None]:
     loaded = load_model(path, tokenizer)
     check_tp(loaded.config, tp, torch.cuda.device_count() if device.type == "cuda" else None, "--tp")
-    if tp > 1:  # all processes share the cores
+    if tp > 1:  # the processes share the cores
         torch.set_num_threads(max(1, torch.get_num_threads() // tp))
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # what models compute in, in training
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # as in training
     return Session(loaded, dtype, device, answers, tp), loaded.run
 
 
@@ -119,25 +122,25 @@ def _settings(values: Mapping[str, object], stop: list[str], seed: int | None, n
 
 
 def _standard_input() -> str:
-    content = sys.stdin.buffer.read()  # as it is: not even ends of lines are changed
+    content = sys.stdin.buffer.read()  # bytes, so that line ends stay as they are
     if not content:
-        raise ConfigError("--prompt is missing, and nothing comes from standard input")
+        raise ConfigError("--prompt is missing, and standard input is empty")
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"standard input: the prompt is no UTF-8 at byte {error.start}") from None
+        raise UserError(f"standard input: the prompt is not UTF-8 at byte {error.start}") from None
 
 
 def _check_argument(option: str, text: str) -> None:
-    """Refuse bytes that are no text: Python hides them in lone surrogates.
+    """Check that an argument is text; Python turns other bytes into lone surrogates.
 
     Raises:
-        UserError: names the option and the place.
+        UserError: names the option and the byte.
     """
     try:
         os.fsencode(text).decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{option}: the text is no UTF-8 at byte {error.start}") from None
+        raise UserError(f"{option}: the text is not UTF-8 at byte {error.start}") from None
 
 
 def _one_shot(session: Session, prompt: list[int], settings: Settings, n: int, output: TextIO, errors: Console) -> int:
@@ -165,10 +168,10 @@ def _one_request(
 
 
 class Shown:
-    """Answers one after the other: the first that is not whole as it comes, those behind it when it is their turn.
+    """Writes answers in order: the first unfinished answer while it is generated, later answers when their turn comes.
 
-    A single one is written as it is; each of several behind a line that counts them. On a terminal control characters
-    are shown, not sent, and a last line has an end.
+    A single answer is written unchanged. Several answers each follow a numbered line. On a terminal, control characters
+    are replaced by symbols and the last line ends with a newline.
     """
 
     def __init__(self, output: TextIO, n: int) -> None:
@@ -181,13 +184,13 @@ class Shown:
         self._head()
 
     def text(self, index: int, text: str) -> None:
-        """More of an answer."""
+        """Add text to an answer."""
         self._waiting[index] += text
         if index == self._turn:
             self._write()
 
     def end(self, index: int) -> None:
-        """An answer is whole."""
+        """Mark an answer as finished."""
         self._ended[index] = True
         while self._turn < self._n and self._ended[self._turn]:
             if self._last != "\n" and (self._n > 1 or self._on_terminal):
@@ -213,7 +216,7 @@ class Shown:
 
 
 def read_line(before: str, typed: str) -> str:
-    """A line from the terminal, with `typed` in it to begin with; earlier ones are an arrow key away."""
+    """Read a line that starts with `typed`; arrow keys recall earlier lines."""
     readline.set_startup_hook(lambda: readline.insert_text(typed))
     try:
         return input(before)
@@ -223,7 +226,7 @@ def read_line(before: str, typed: str) -> str:
 
 @contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C is noted, not obeyed: work ends where it can be ended in good order."""
+    """Replace the effect of Ctrl-C: the value tells whether it was pressed, so that work can end in good order."""
     pressed = False
 
     def press(number: int, frame: FrameType | None) -> None:
@@ -235,8 +238,3 @@ def interrupts() -> Iterator[Callable[[], bool]]:
         yield lambda: pressed
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

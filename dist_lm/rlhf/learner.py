@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.errors import ConfigError
-from dist_lm.generation.params import SamplingParams
+from dist_lm.generation.request import SamplingParams
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.values import whole_weights
 from dist_lm.rlhf.algorithm import Algorithm, Prepared

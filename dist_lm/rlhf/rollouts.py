@@ -13,8 +13,7 @@ import torch
 from dist_lm.data.order import key, permutation
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.engine import Engine
-from dist_lm.generation.params import SamplingParams
-from dist_lm.generation.request import Answer, FinishReason, Refusal, Request, RequestError
+from dist_lm.generation.request import Answer, FinishReason, Refusal, Request, RequestError, SamplingParams
 from dist_lm.model.counter_hash import hash_words, signed
 
 FINISHES: tuple[FinishReason, ...] = ("eot", "stop", "length", "context", "cancelled")

@@ -14,7 +14,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.data.prompts import survey
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.generation.engine import EngineOptions
-from dist_lm.generation.params import SamplingParams
+from dist_lm.generation.request import SamplingParams
 from dist_lm.generation.shard import check_tp
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer

@@ -26,8 +26,7 @@ from dist_lm.data.sources.rankings import ranking_document
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.load import LoadedModel, load_model
-from dist_lm.generation.params import SamplingParams
-from dist_lm.generation.request import Answer, Request
+from dist_lm.generation.request import Answer, Request, SamplingParams
 from dist_lm.sandbox.syntax import PARSERS, parses_continued
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer

@@ -23,8 +23,7 @@ from dist_lm.data.rankings.mapped import MappedRankings
 from dist_lm.data.rankings.stream import Lessons, RankingBatches, RankingStream, note_of_long_rankings
 from dist_lm.errors import require
 from dist_lm.generation.load import load_model
-from dist_lm.generation.params import SamplingParams
-from dist_lm.generation.request import Request
+from dist_lm.generation.request import Request, SamplingParams
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.sharding import generation_dtype
 from dist_lm.rlhf.reward_model import (

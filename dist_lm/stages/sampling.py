@@ -7,8 +7,7 @@ import torch.distributed as dist
 
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.engine import Engine, EngineOptions
-from dist_lm.generation.params import SamplingParams
-from dist_lm.generation.request import Answer, Request
+from dist_lm.generation.request import Answer, Request, SamplingParams
 from dist_lm.model.transformer import Transformer
 from dist_lm.stages.training_stage import Closing
 from dist_lm.storage import durable

@@ -11,8 +11,7 @@ from dist_lm.chat.template import END
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.evaluation.tool_questions import Asked, choose, shown
 from dist_lm.evaluation.tool_score import Verdict, figures, judge, read_answer
-from dist_lm.generation.params import SamplingParams
-from dist_lm.generation.request import Answer, Request
+from dist_lm.generation.request import Answer, Request, SamplingParams
 from dist_lm.stages.sampling import answer_all
 from dist_lm.stages.training_stage import Closing, TrainingStage
 from dist_lm.storage import durable

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from dist_lm.cluster.pool_ledger import LONELY_DEATHS, SUSPECT_DEATHS, Depth, Ledger
 from dist_lm.cluster.pool_places import AS_MANY, missing_places
 from dist_lm.cluster.ray_cluster import Node
-from dist_lm.generation.params import SamplingParams
-from dist_lm.generation.request import Answer, Refusal, Request
+from dist_lm.generation.request import Answer, Refusal, Request, SamplingParams
 
 DEPTH = Depth(answers=8, tokens=200)
 

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.generation.engine import Engine, EngineOptions
-from dist_lm.generation.params import SamplingParams
-from dist_lm.generation.request import Answer, Refusal, Request, RequestError
+from dist_lm.generation.request import Answer, Refusal, Request, RequestError, SamplingParams
 from dist_lm.generation.sampling import adjust, group_rows, sample, uniform
 from dist_lm.model.counter_hash import hash_words, signed
 from dist_lm.model.initialise import initialise
@@ -200,9 +199,9 @@ def test_sequences_are_set_aside_and_pages_shared_where_the_cache_is_small(model
 def test_a_prompt_is_computed_once_for_all_its_answers_and_each_token_once(model, monkeypatch):
     engine = engine_of(model, replace(SMALL, piece_tokens=8, max_sequences=8))
     computed: list[int] = []
-    hidden = engine._runner._hidden
+    hidden = engine._decoder._hidden
     monkeypatch.setattr(
-        engine._runner, "_hidden", lambda tokens, *rest: (computed.append(len(tokens)), hidden(tokens, *rest))[1]
+        engine._decoder, "_hidden", lambda tokens, *rest: (computed.append(len(tokens)), hidden(tokens, *rest))[1]
     )
     engine.submit(Request("a", [5] * 30, SamplingParams(max_new_tokens=6, ignore_eot=True), n=8))
     assert len(engine.run()) == 8

@@ -5,13 +5,12 @@ import random
 import pytest
 import torch
 
+from dist_lm.generation import decoder as decoder_module
 from dist_lm.generation import engine as engine_module
 from dist_lm.generation import flash_pages
-from dist_lm.generation.cache_choice import build_cache
-from dist_lm.generation.decode_graphs import DecodeGraphs, graph_size
-from dist_lm.generation.decoder import Decoder
-from dist_lm.generation.flash_pages import FlashPages
-from dist_lm.generation.pages import pages_for
+from dist_lm.generation.decoder import Decoder, build_cache
+from dist_lm.generation.flash_pages import DecodeGraphs, FlashPages, graph_size
+from dist_lm.generation.paged_cache import pages_for
 from dist_lm.generation.plain_pages import PlainPages
 from tests.generation.test_engine import CONFIG, GROUPED, model_of, requests_of_all_kinds, run_schedule
 
@@ -44,11 +43,7 @@ def varlen_attn(
 def flash(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines take the kernel's cache."""
     monkeypatch.setattr(flash_pages, "varlen_attn", varlen_attn)
-    monkeypatch.setattr(
-        engine_module,
-        "build_cache",
-        FlashPages,
-    )
+    monkeypatch.setattr(decoder_module, "build_cache", FlashPages)
 
 
 @pytest.mark.usefixtures("flash")
@@ -81,10 +76,10 @@ def test_replayed_steps_give_what_a_plain_forward_gives(monkeypatch):
     graphs, recorded = [], Recorded()
 
     class WithGraphs(Decoder):
-        def __init__(self, config, cache, page_size, dtype, device):
-            super().__init__(config, cache, page_size, dtype, device)
+        def __init__(self, config, n_pages, page_size, dtype, device):
+            super().__init__(config, n_pages, page_size, dtype, device)
             longest = pages_for(config.max_seq_len, page_size)
-            self._graphs = DecodeGraphs(self._decode, cache, longest, recorded)
+            self._graphs = DecodeGraphs(self._decode, self.cache, longest, recorded)
             graphs.append(self._graphs)
 
     monkeypatch.setattr(engine_module, "Decoder", WithGraphs)

@@ -11,7 +11,7 @@ import torch
 
 from dist_lm import __main__ as program
 from dist_lm.generation.load import load_model
-from dist_lm.generation.params import SamplingParams
+from dist_lm.generation.request import SamplingParams
 from dist_lm.generation.session import Session, Settings
 from dist_lm.generation.terminal import STOPPED, Shown
 
@@ -139,15 +139,15 @@ def test_ctrl_c_ends_the_answer_in_good_order(small_run, expected, monkeypatch, 
         (("--prompt", "x", "--repetition-penalty", "0"), b"", "error: --repetition-penalty=0.0"),
         (("--prompt", "x", "--top-k", str(10**20)), b"", "error: --top-k="),
         (("--prompt", "x", "--stop", ""), b"", "error: --stop='': expected a text that is not empty"),
-        (("--prompt", "x", "--stop", "ab\udcff"), b"", "error: --stop: the text is no UTF-8 at byte 2"),
+        (("--prompt", "x", "--stop", "ab\udcff"), b"", "error: --stop: the text is not UTF-8 at byte 2"),
         (("--prompt", "x", "--n", "0"), b"", "error: --n=0: expected a positive integer"),
         (("--prompt", "x", "--seed", str(1 << 63)), b"", "error: --seed="),
         (("--prompt", "x", "--device", "tpu"), b"", "error: --device=tpu: expected auto, cpu or cuda"),
         (("--prompt", "x", "--tokenizer", "nowhere"), b"", "error: --tokenizer=nowhere: no tokenizer there"),
         (("--prompt", "x " * 300), b"", "error: --prompt has 601 tokens"),
-        (("--prompt", "é\udcff"), b"", "error: --prompt: the text is no UTF-8 at byte 2"),
-        ((), b"", "error: --prompt is missing, and nothing comes from standard input"),
-        ((), b"\xff", "error: standard input: the prompt is no UTF-8 at byte 0"),
+        (("--prompt", "é\udcff"), b"", "error: --prompt: the text is not UTF-8 at byte 2"),
+        ((), b"", "error: --prompt is missing, and standard input is empty"),
+        ((), b"\xff", "error: standard input: the prompt is not UTF-8 at byte 0"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line_and_exit_2(small_run, monkeypatch, capsys, words, stdin, message):

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from dist_lm.errors import ArtefactError
-from dist_lm.generation.load import load_model
-from dist_lm.generation.openings import Openings, read_openings
+from dist_lm.generation.load import Openings, load_model, read_openings
 from dist_lm.training import checkpoint_files
 
 
@@ -81,10 +80,10 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(own_run, spoil, words):
 def test_openings_are_the_prompts_that_the_stage_samples_from(small_run, own_run):
     openings = read_openings(small_run)
     assert openings.of("bash")[0].startswith("#!/bin/bash\n")
-    with pytest.raises(ValueError, match=r"/lang cobol: .*no opening.*takes bash, python, sql"):
+    with pytest.raises(ValueError, match=r"/lang cobol: .*no opening.*use one of bash, python, sql"):
         openings.of("cobol")
     (own_run.work.path / "corpora").unlink()
-    assert str(read_openings(own_run)) == "there are openings for bash, python, sql"
+    assert str(read_openings(own_run)) == "openings for bash, python, sql"
     own_run.config.write_text("stage: [")
     with pytest.raises(ArtefactError, match=r"config\.yaml: cannot be read"):
         read_openings(own_run)

@@ -1,17 +1,34 @@
-"""A conversation, with a script in place of the person."""
+"""Lines of a terminal: commands as values, and the conversation with a script in place of the user."""
 
+import re
 import signal
 from collections.abc import Sequence
+from dataclasses import replace
 from io import StringIO
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from dist_lm.errors import UserError
-from dist_lm.generation.openings import Openings
-from dist_lm.generation.params import SamplingParams
-from dist_lm.generation.prompt_loop import PromptLoop, visible
-from dist_lm.generation.request import Answer
+from dist_lm.generation.load import Openings
+from dist_lm.generation.prompt_loop import (
+    ACTIONS,
+    HELP,
+    KEYS,
+    Change,
+    Do,
+    PromptLoop,
+    Tell,
+    carries_on,
+    is_command,
+    parse_command,
+    unescape,
+    value_of,
+    visible,
+)
+from dist_lm.generation.request import Answer, SamplingParams
 from dist_lm.generation.session import Outcome, Session, Settings
 from dist_lm.generation.terminal import interrupts
 
@@ -106,7 +123,7 @@ def test_settings_are_shown(session):
     assert "temperature         1" in lines
     assert r"stop                '\n'" in lines
     assert "top_k 0" in lines
-    assert lines[-2].startswith("there are openings for sql (corpus code holds bash, sql)")
+    assert lines[-2].startswith("openings for sql (corpus code holds bash, sql)")
 
 
 class PressesCtrlC(StringIO):
@@ -153,11 +170,116 @@ def test_an_answer_that_was_stopped_before_it_began_has_no_speed():
 
 
 def test_a_language_without_an_opening_is_refused_with_the_way_out():
-    with pytest.raises(UserError, match=r"^/lang cobol: the run names no opening of that language; /lang takes sql;"):
+    with pytest.raises(
+        UserError,
+        match=r"^/lang cobol: .* has no opening of that language; use one of sql, or type a beginning",
+    ):
         OPENINGS.of("cobol")
-    with pytest.raises(UserError, match=r"; nor of any other: type a beginning yourself$"):
+    with pytest.raises(UserError, match=r"that language; type a beginning yourself$"):
         Openings().of("cobol")
 
 
 def test_a_terminal_is_told_nothing_but_text():
     assert visible("a\x1b[2J\r\x7f\x9b\0é\n\tb") == "a␛[2J␍␡\ufffd␀é\n\tb"
+
+
+DEFAULTS = Settings(SamplingParams(), seed=3)
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "value"),
+    [
+        ("/temperature 0.7", "temperature", 0.7),
+        ("/temperature   0", "temperature", 0),
+        ("/top_k 5 ", "top_k", 5),
+        ("/top_p 0.5", "top_p", 0.5),
+        ("/min_p .05", "min_p", 0.05),
+        ("/repetition_penalty 1.2", "repetition_penalty", 1.2),
+        ("/max_new_tokens 7", "max_new_tokens", 7),
+        ("/stop  a\\n", "stop", (" a\n",)),
+    ],
+)
+def test_a_setting_changes_and_the_others_stay(line, key, value):
+    assert parse_command(line, DEFAULTS) == Change(
+        key, replace(DEFAULTS, params=replace(DEFAULTS.params, **{key: value}))
+    )
+
+
+def test_stop_texts_add_up_and_go_together():
+    first = parse_command("/stop a", DEFAULTS)
+    assert isinstance(first, Change)
+    second = parse_command("/stop b c", first.settings)
+    assert isinstance(second, Change)
+    assert second.settings.params.stop == ("a", "b c")
+    assert parse_command("/stop", second.settings) == Tell("stop")
+    assert parse_command("/stop off", second.settings) == Change("stop", DEFAULTS)
+    assert (value_of(DEFAULTS, "stop"), value_of(second.settings, "stop")) == ("none", "'a' 'b c'")
+
+
+def test_a_setting_alone_is_shown_and_actions_are_done():
+    assert parse_command("/top_p", DEFAULTS) == Tell("top_p")
+    assert parse_command("/seed -4", DEFAULTS) == Change("seed", replace(DEFAULTS, seed=-4))
+    assert parse_command("/lang  python ", DEFAULTS) == Do("lang", "python")
+    assert [parse_command(line, DEFAULTS) for line in ("/show", "/again ", "/help", "/lang")] == [
+        Do("show"),
+        Do("again"),
+        Do("help"),
+        Do("lang"),
+    ]
+    assert [parse_command(line, DEFAULTS) for line in ("/quit", "/exit")] == [Do("quit")] * 2
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("/temprature 1", "/temprature: no such command; /help"),
+        ("/temperature warm", "temperature=warm: expected a number"),
+        ("/temperature -1", r"temperature=-1\.0: expected a number >= 0"),
+        ("/temperature nan", "temperature=nan"),
+        ("/top_k 1.5", r"top_k=1\.5: expected a whole number"),
+        ("/top_k 99999999999999999999", "top_k=.*below"),
+        ("/top_p 0", r"top_p=0\.0: expected in \(0, 1\]"),
+        ("/max_new_tokens 0", "max_new_tokens=0: expected a positive integer"),
+        ("/seed 9223372036854775808", "seed=9223372036854775808"),
+        ("/again twice", "/again takes no value, found 'twice'"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(line, words):
+    with pytest.raises(UserError, match=words) as refusal:
+        parse_command(line, DEFAULTS)
+    assert "\n" not in str(refusal.value)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from(["", "/", *(f"/{key} " for key in KEYS)]), st.text(max_size=20))
+def test_no_line_does_harm(begin, rest):
+    line = begin + rest
+    if not is_command(line):
+        return
+    try:
+        command = parse_command(line, DEFAULTS)
+    except UserError:
+        return
+    assert isinstance(command, Do | Tell | Change)
+
+
+@pytest.mark.parametrize("line", ["/usr/bin/env", "// a comment", "/* a comment */", "/", " /help", "a /help", ""])
+def test_text_that_begins_with_a_slash_can_be_a_prompt(line):
+    assert not is_command(line)
+
+
+def test_the_help_names_every_setting():
+    assert all(re.search(rf"/{key}\b", HELP) for key in (*KEYS, *ACTIONS))
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [("a", ("a", False)), ("a\\", ("a", True)), ("a\\\\", ("a\\", False)), ("\\\\\\", ("\\", True)), ("", ("", False))],
+)
+def test_a_backslash_at_the_end_carries_on_and_two_are_one(line, meant):
+    assert carries_on(line) == meant
+
+
+def test_escapes_stand_for_what_cannot_be_typed():
+    assert unescape(r"\n\n") == "\n\n"
+    assert unescape(r"\\n\t\d é") == "\\n\t\\d é"

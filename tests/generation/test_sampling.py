@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dist_lm.errors import ConfigError
-from dist_lm.generation.params import SamplingParams
+from dist_lm.generation.request import SamplingParams
 from dist_lm.generation.sampling import Choice, adjust, group_rows, largest, sample, uniform
 
 CPU = torch.device("cpu")

@@ -19,8 +19,7 @@ from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.generation import followers as followers_module
 from dist_lm.generation.engine import Engine
 from dist_lm.generation.followers import RankLostError
-from dist_lm.generation.params import SamplingParams
-from dist_lm.generation.request import Answer, Refusal, Request
+from dist_lm.generation.request import Answer, Refusal, Request, SamplingParams
 from dist_lm.model.transformer import Transformer
 from tests.generation.test_engine import (
     CONFIG,
@@ -108,8 +107,8 @@ def check_schedule(engine: Engine, model: Transformer, requests: list[Request], 
 
 def test_a_schedule_gives_what_a_plain_forward_gives_and_others_keep_nothing(engine, model, monkeypatch):
     told: list[str] = []
-    tell = engine._runner._followers.tell
-    monkeypatch.setattr(engine._runner._followers, "tell", lambda command: (told.append(command[0]), tell(command)))
+    tell = engine._decoder._followers.tell
+    monkeypatch.setattr(engine._decoder._followers, "tell", lambda command: (told.append(command[0]), tell(command)))
     check_schedule(engine, model, requests_of_all_kinds(), seed=2)
     assert told.count("save") > 1
     assert told.count("copy_page") > 3
@@ -206,7 +205,7 @@ def test_a_rank_that_dies_is_named_and_the_others_end(model, engine):
     killer = threading.Timer(0.5, children[0].kill)
     killer.start()
     started = time.monotonic()
-    with pytest.raises(RankLostError, match=rf"rank 1 \(process {children[0].pid}\) of 2.*ended by SIGKILL"):
+    with pytest.raises(RankLostError, match=rf"rank 1 \(process {children[0].pid}\) of 2.*killed by SIGKILL"):
         engine.run()
     assert time.monotonic() - started < DEADLINE_S
     killer.join()
@@ -218,7 +217,7 @@ def test_a_rank_that_dies_is_named_and_the_others_end(model, engine):
 @pytest.mark.heavy
 def test_a_rank_that_fails_shows_what_it_wrote(model):
     with sharded(model, 3) as engine:
-        engine._runner._followers.tell(["nonsense"])
+        engine._decoder._followers.tell(["nonsense"])
         engine.submit(FOREVER)
         words = r"Traceback[\s\S]*\nrank [12] \(.*exit code 1: AssertionError: nonsense"
         with pytest.raises(RankLostError, match=words):

@@ -13,13 +13,11 @@ from dist_lm.chat.messages import Call, Conversation, Message
 from dist_lm.chat.template import parse, prompt, render
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import UserError
-from dist_lm.generation.openings import Openings
-from dist_lm.generation.params import SamplingParams
+from dist_lm.generation.load import Openings
 from dist_lm.generation.prompt_loop import PromptLoop
-from dist_lm.generation.request import Answer, FinishReason
+from dist_lm.generation.request import Answer, FinishReason, SamplingParams, TextStream
 from dist_lm.generation.session import Outcome, Session, Settings
 from dist_lm.generation.terminal import NO_ANSWER, interrupts
-from dist_lm.generation.text import TextStream
 from dist_lm.generation.tool_chat import ToolChat, warning_of
 from dist_lm.launcher.compose import compose_config
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -175,7 +173,7 @@ def test_new_is_for_conversations(session):
         return script.pop()
 
     PromptLoop(session, SETTINGS, lambda: Openings({}, "", []), console, read, interrupts).run()
-    assert "/new: without --tools every prompt stands for itself" in output.getvalue()
+    assert "/new: needs --tools; without it every prompt is a new text" in output.getvalue()
 
 
 @pytest.fixture
@@ -219,7 +217,7 @@ def test_no_answer_is_exit_code_1(verb):
     [
         (("--max-rounds", "0"), "error: --max-rounds=0: expected a positive integer"),
         (("--tool-seconds", "-1"), "error: --tool-seconds=-1.0: expected a positive number"),
-        (("--n", "2"), "error: --n=2: with --tools there is one answer"),
+        (("--n", "2"), "error: --n=2: --tools gives one answer"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line_and_exit_2(verb, words, message):

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 import pytest
 
-from dist_lm.generation.params import SamplingParams
+from dist_lm.generation.request import SamplingParams
 from dist_lm.rlhf.rollouts import requests_of
 from dist_lm.rlhf.schedule import RolloutSchedule, is_drawn_by
 from tests.rlhf.toy import rollouts_with

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_lm.generation.text import TextStream
+from dist_lm.generation.request import TextStream
 
 VOCABULARY = [bytes([byte]) for byte in range(256)]
 
