@@ -1,7 +1,7 @@
-"""What runs on each node: looks at the node, starts torchrun for its ranks, watches, interrupts, ends it.
+"""The agent of a node: measures the node, starts torchrun for its ranks, watches, interrupts and ends them.
 
-A plain class; the gang makes a Ray actor of it. Calls come one at a time, in the actor's main thread: the
-kernel binds a child's life to the thread that started it.
+A plain class; the gang makes it a Ray actor. Its calls run one after another in the actor's main thread, because the
+kernel ties the life of a child (PR_SET_PDEATHSIG) to the thread that started it.
 """
 
 import json
@@ -15,23 +15,21 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from dist_lm.cluster import link
+from dist_lm.cluster import node_facts
 from dist_lm.cluster.heartbeat import VARIABLE, HeartbeatBoard, Pulse
-from dist_lm.cluster.node_facts import NodeFacts, examine
-from dist_lm.cluster.node_usage import NodeUsage, UsageMeter
-from dist_lm.cluster.rank_environment import interface_of, rank_environment
-from dist_lm.cluster.ray_access import access_variables
+from dist_lm.cluster.node_facts import LinkServer, NodeFacts, NodeUsage, UsageMeter
+from dist_lm.cluster.ray_cluster import access_variables
+from dist_lm.cluster.torchrun import interface_of, rank_environment
 from dist_lm.storage import process
 from dist_lm.storage.run_directory import RunDirectory
 
-# when a rank fails torchrun asks the others on its node to leave; on NCCL they wait in a collective and do not hear it
+# after a failure torchrun asks the other ranks of its node to leave; a rank in an NCCL collective does not react
 PEERS_LEAVE_S = 5
-QUIET_S = 2.0  # a rank that has not been heard of for so long has the state of its process looked at
-STACKS_SIGNAL = signal.SIGUSR2  # a rank writes the stacks of its threads to its log
+QUIET_S = 2.0  # after this silence of a rank, the state of its process is read too
+STACKS_SIGNAL = signal.SIGUSR2  # makes a rank write the stacks of its threads to its log
 PY_SPY_S = 20.0  # for all ranks of a node
 
 
@@ -46,14 +44,14 @@ class Assignment:
     arguments: tuple[str, ...]
     master_address: str
     master_port: int
-    address: str  # of this node, as the others know it
+    address: str  # of this node, for the others
     device: str  # cpu | cuda
     run: RunDirectory
     mark: str
-    directory: Path  # working directory, where it exists on the node
-    environment: Mapping[str, str] = field(default_factory=dict)  # over what the node has
+    directory: Path  # working directory, if it exists on the node
+    environment: Mapping[str, str] = field(default_factory=dict)  # overrides the node's
     core_users: int = 0  # processes that share the node's cores; 0: its ranks alone
-    drives_actors: tuple[str, ...] = ()  # the first rank may join Ray: addresses of all nodes of the gang
+    drives_actors: tuple[str, ...] = ()  # addresses of all nodes of the gang, if rank 0 may join Ray
 
     @property
     def first_rank(self) -> int:
@@ -62,16 +60,16 @@ class Assignment:
 
 @dataclass(frozen=True)
 class RankExit:
-    """A rank that ended badly, as torchrun saw it."""
+    """A failed rank, as torchrun reports it."""
 
     rank: int
-    exit_code: int  # negative: the number of a signal
+    exit_code: int  # negative: a signal number
     time: float  # seconds since 1970
 
 
 @dataclass(frozen=True)
 class NodeReport:
-    """How torchrun on one node stands; `exit_code` is None while it runs."""
+    """State of torchrun on one node; `exit_code` is None while it runs."""
 
     exit_code: int | None
     exits: tuple[RankExit, ...] = ()
@@ -84,32 +82,32 @@ class NodeAgent:
 
     def __init__(self) -> None:
         self._torchrun: subprocess.Popen[bytes] | None = None
-        self._report = -1  # read end of the pipe that torchrun's report comes through
+        self._report = -1  # read end of the pipe for torchrun's report
         self._assignment: Assignment | None = None
         self._interrupt = False
         self._interrupted: set[int] = set()
         self._board: HeartbeatBoard | None = None
-        self._links: link.LinkServer | None = None
+        self._links: LinkServer | None = None
         self._meter = UsageMeter()
 
     def ready(self) -> None:
-        """Answers as soon as the agent is there."""
+        """Returns once the agent has started."""
 
     def examine(self, directory: Path, mark: str) -> NodeFacts:
-        """What this node is like; see `node_facts.examine`."""
-        return examine(directory, mark)
+        """See `node_facts.examine`."""
+        return node_facts.examine(directory, mark)
 
     def listen(self, address: str) -> tuple[int, bytes]:
-        """(port, secret) at which other nodes can try their link to this one, until `launch` or `stop`."""
-        self._links = link.LinkServer(address)
+        """(port, secret) for `measure_link` of other nodes, until `launch` or `stop`."""
+        self._links = LinkServer(address)
         return self._links.port, self._links.secret
 
-    def try_link(self, address: str, port: int, secret: bytes, n_bytes: int) -> float | str:
-        """Send to another node: bytes per second, or why it cannot be reached."""
-        return link.send(address, port, secret, n_bytes)
+    def measure_link(self, address: str, port: int, secret: bytes, n_bytes: int) -> float | str:
+        """See `node_facts.send`."""
+        return node_facts.send(address, port, secret, n_bytes)
 
     def free_port(self, address: str) -> int:
-        """A TCP port of `address` for the ranks to meet at."""
+        """A free TCP port of `address` for the rendezvous of the ranks."""
         return process.free_port(address)
 
     def launch(self, assignment: Assignment) -> None:
@@ -130,7 +128,10 @@ class NodeAgent:
             given=assignment.environment,
         )
         if assignment.drives_actors and assignment.node == 0:
-            environment |= access_variables(os.environ, _ray_address(), assignment.drives_actors)
+            import ray
+
+            head = ray.get_runtime_context().gcs_address
+            environment |= access_variables(os.environ, head, assignment.drives_actors)
         with assignment.run.node_log(assignment.node).open("ab") as log:
             self._torchrun = subprocess.Popen(
                 [*command, *torchrun_arguments(assignment)],
@@ -145,22 +146,22 @@ class NodeAgent:
         os.close(write_end)
 
     def poll(self) -> NodeReport:
-        """How it stands; a pending interrupt goes to ranks that have become ready for it."""
+        """The present state. A pending interrupt is sent to ranks that have become ready for it."""
         assert self._torchrun is not None
         exit_code = self._torchrun.poll()
         if exit_code is None:
             if self._interrupt:
-                self._deliver_interrupt()
+                self._send_interrupt()
             return NodeReport(None, pulses=self._pulses(), usage=self._meter.read())
         return NodeReport(exit_code, self._read_report() if exit_code else ())
 
     def interrupt(self) -> None:
-        """Ask the ranks (SIGUSR1) to write a checkpoint and leave; one still starting is asked in `poll`."""
+        """Ask the ranks (SIGUSR1) to write a checkpoint and leave; `poll` asks ranks that are still starting."""
         self._interrupt = True
-        self._deliver_interrupt()
+        self._send_interrupt()
 
     def dump_stacks(self) -> None:
-        """Have every rank write the stacks of its threads to its log; with py-spy installed, its C++ frames too."""
+        """Have every rank write the stacks of its threads to its log; C++ frames need py-spy."""
         assert self._assignment is not None
         ranks = self._ranks()
         for rank in ranks.values():
@@ -173,21 +174,21 @@ class NodeAgent:
                 return
             with self._assignment.run.rank_log(self._assignment.first_rank + local).open("ab") as log:
                 command = [spy, "dump", "--nonblocking", "--native", "--pid", str(rank.pid)]
-                with suppress(subprocess.TimeoutExpired):  # one that waits for a device cannot be looked at
+                with suppress(subprocess.TimeoutExpired):  # a process that waits for a device cannot be read
                     subprocess.run(command, stdout=log, stderr=log, timeout=left_s, check=False)
 
     def stop(self, grace_s: float) -> list[int]:
-        """End all that `launch` started: SIGTERM, then SIGKILL after `grace_s`; the ids of what is left."""
+        """End everything that `launch` started: SIGTERM, SIGKILL after `grace_s`. Returns ids of remaining processes."""
         self._close_links()
         if self._assignment is None:
             return []
         mark = self._assignment.mark
         left = process.end(lambda: process.marked(mark), grace_s)
         if self._torchrun is not None:
-            self._torchrun.poll()  # takes it from the process table
+            self._torchrun.poll()  # reaps the zombie
         return left
 
-    def _deliver_interrupt(self) -> None:
+    def _send_interrupt(self) -> None:
         for rank in self._ranks().values():
             if rank.pid not in self._interrupted and process.catches(rank, signal.SIGUSR1):
                 self._interrupted.add(rank.pid)
@@ -203,7 +204,7 @@ class NodeAgent:
         return pulses
 
     def _ranks(self) -> dict[int, psutil.Process]:
-        """The processes of the ranks that are there, by local rank."""
+        """The living processes of the ranks, by local rank."""
         assert self._torchrun is not None
         found = {}
         try:
@@ -227,14 +228,13 @@ class NodeAgent:
         with os.fdopen(self._report, "rb") as pipe:
             content = pipe.read()
         self._report = -1
-        failures: list[dict[str, Any]] = json.loads(content) if content else []
-        return tuple(RankExit(**failure) for failure in failures)
+        return tuple(RankExit(**failure) for failure in json.loads(content or "[]"))
 
 
 def torchrun_arguments(assignment: Assignment) -> list[str]:
     """torchrun's command line for one node.
 
-    The rendezvous is static: ranks follow the order of the nodes, and it is 0.6 s faster than c10d's.
+    The static rendezvous numbers ranks in the order of the nodes and is 0.6 s faster than c10d's.
     """
     return [
         *("--nnodes", str(assignment.nodes), "--node-rank", str(assignment.node)),
@@ -243,10 +243,3 @@ def torchrun_arguments(assignment: Assignment) -> list[str]:
         *("--master-addr", assignment.master_address, "--master-port", str(assignment.master_port)),
         *("-m", assignment.module, *assignment.arguments),
     ]
-
-
-def _ray_address() -> str:
-    """The head, as this node knows it."""
-    import ray
-
-    return ray.get_runtime_context().gcs_address

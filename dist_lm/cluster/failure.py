@@ -1,4 +1,4 @@
-"""Why a gang failed: the first rank that went wrong by itself, told apart from those that only lost it."""
+"""Why a gang failed: the first rank that failed by itself, told apart from ranks that failed because it was gone."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 from dist_lm.cluster.agent import RankExit
 from dist_lm.storage.run_directory import RunDirectory
 
-# what a healthy rank sees when another one is gone, in the words of gloo, NCCL and the TCP store
+# messages of gloo, NCCL and the TCP store on a healthy rank whose peer is gone
 _ECHO = re.compile(
     r"connection (was )?(closed|reset|refused)|closed by peer|broken pipe|connectFullMesh|failed to connect"
     r"|socket (timeout|closed)|remote process exited|NCCL (communicator|error)|DistNetworkError"
@@ -19,20 +19,21 @@ _ECHO = re.compile(
 )
 
 NODE_LOST = "node lost"
-SILENT = "it does not answer"  # why a node counts as lost, where nothing better is known
+SILENT = "it does not answer"  # why a node counts as lost if nothing better is known
+LOG_TAIL = 20  # lines
 
 
 @dataclass(eq=False)
-class GangFailure(RuntimeError):  # noqa: N818 - the noun of the architecture
+class GangFailure(RuntimeError):  # noqa: N818 - a noun of the architecture
     """A gang ended without success; `str` of it is one line."""
 
-    node: int | None  # None: it cannot be told which
+    node: int | None  # None: unknown
     rank: int | None  # None: the node itself
     type: str  # of the exception, or `killed`, `exit`, `hung`, `node lost`
     message: str
-    log: Path  # where to read on
+    log: Path  # the log with the details
     traceback: str = ""
-    user_error: bool = False  # the message is all a person needs
+    user_error: bool = False  # the message tells the user everything
     host: str = ""  # name of the node
     gpu: int | None = None  # of the rank, on its node
 
@@ -45,12 +46,12 @@ class GangFailure(RuntimeError):  # noqa: N818 - the noun of the architecture
 
 
 class PoolFailure(RuntimeError):  # noqa: N818 - as GangFailure
-    """Actors of a pool died again and again without an answer in between; `str` of it is one line."""
+    """Actors of a pool died repeatedly without an answer in between; `str` of it is one line."""
 
 
 @dataclass(frozen=True)
 class Crowd:
-    """The ranks of a gang, by number: which node each is on, and which GPU it has."""
+    """The ranks of a gang: node and GPU of each."""
 
     hosts: Sequence[str]
     ranks_per_node: int
@@ -71,7 +72,7 @@ class Crowd:
 
 @dataclass(frozen=True)
 class RankFailure:
-    """The record that a rank leaves of the exception that ended it; time in seconds since 1970."""
+    """The record that a rank writes of the exception that ended it; time in seconds since 1970."""
 
     rank: int
     time: float
@@ -82,7 +83,7 @@ class RankFailure:
 
     @property
     def is_echo(self) -> bool:
-        """Whether it looks like the loss of another rank."""
+        """Whether the exception looks like the loss of another rank."""
         return not self.user_error and bool(_ECHO.search(f"{self.type}: {self.message}"))
 
 
@@ -93,22 +94,21 @@ def read_failures(run: RunDirectory, world_size: int) -> list[RankFailure]:
         path = run.rank_failure(rank)
         if path.exists():
             record = json.loads(path.read_text())
-            record = {name: record[name] for name in RankFailure.__dataclass_fields__}
-            failures.append(RankFailure(**record))
+            failures.append(RankFailure(**{name: record[name] for name in RankFailure.__dataclass_fields__}))
     return failures
 
 
 def clear_failures(run: RunDirectory) -> None:
-    """Take away the records of an earlier attempt, which may have had more ranks."""
+    """Remove the records of an earlier attempt, which may have had more ranks."""
     for record in run.rank_failures():
         record.unlink(missing_ok=True)
 
 
 def root_cause(failures: Iterable[RankFailure], exits: Sequence[RankExit]) -> RankFailure | RankExit | None:
-    """The earliest failure that has its cause in itself.
+    """The earliest failure that is not the consequence of another one.
 
-    An exception that is no echo of another rank's end comes first; then a rank killed by a signal that left
-    no record (SIGTERM is torchrun's own); then one that left with an exit code; then the earliest echo.
+    In this order: an exception that is no echo of another rank's end; a rank killed by a signal without a record
+    (except SIGTERM, which torchrun sends); a rank that left with an exit code; the earliest echo.
     """
     by_time = sorted(failures, key=lambda failure: failure.time)
     recorded = {failure.rank for failure in by_time}
@@ -120,16 +120,16 @@ def root_cause(failures: Iterable[RankFailure], exits: Sequence[RankExit]) -> Ra
 
 
 def may_be_echo(cause: RankFailure | RankExit) -> bool:
-    """Whether it is what a rank does that has lost another one; NCCL's watchdog aborts it without a word."""
+    """Whether the loss of another rank may have caused it; NCCL's watchdog aborts a rank without a record."""
     return cause.is_echo if isinstance(cause, RankFailure) else cause.exit_code == -signal.SIGABRT
 
 
 def describe_exit(exit_code: int) -> tuple[str, str]:
-    """(type, message) of a process that left nothing but an exit code."""
+    """(type, message) of a process that left only an exit code."""
     if exit_code >= 0:
         return "exit", f"left with exit code {exit_code}"
     name = signal.Signals(-exit_code).name
-    hint = "; out of memory is the usual reason" if name == "SIGKILL" else ""
+    hint = "; the usual reason is lack of memory" if name == "SIGKILL" else ""
     return "killed", f"killed by {name}{hint}"
 
 
@@ -140,19 +140,18 @@ def explain(
     lost: Mapping[int, str],
     exit_codes: Sequence[int | None],
 ) -> GangFailure:
-    """The failure of a gang, from all that is known when it is over.
+    """The failure of a gang, from everything known at its end.
 
     Args:
-        exits: ranks that ended badly, as torchrun saw them.
-        lost: nodes that are gone, and why.
+        exits: failed ranks, as torchrun reports them.
+        lost: lost nodes, with the reason.
         exit_codes: of torchrun, by node; None while it runs.
     """
     cause = root_cause(read_failures(run, crowd.size), exits)
     if lost and (cause is None or may_be_echo(cause)):
-        # one that only fell silent may have died of the loss of another
+        # a silent node comes last: it may have failed because another one was lost
         node = min(lost, key=lambda node: (lost[node] == SILENT, node))
-        reason = lost[node]
-        return GangFailure(node, None, NODE_LOST, reason, run.node_log(node), host=crowd.hosts[node])
+        return GangFailure(node, None, NODE_LOST, lost[node], run.node_log(node), host=crowd.hosts[node])
     if isinstance(cause, RankFailure):
         log = run.rank_log(cause.rank)
         return crowd.failure_of(cause.rank, cause.type, cause.message, log, cause.traceback, cause.user_error)
@@ -163,8 +162,5 @@ def explain(
     node, code = next((node, code) for node, code in enumerate(exit_codes) if code)
     kind, message = describe_exit(code or 0)
     log = run.node_log(node)
-    return GangFailure(node, None, kind, f"torchrun {message}", log, traceback=_tail(log), host=crowd.hosts[node])
-
-
-def _tail(path: Path, lines: int = 20) -> str:
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL:]) if log.exists() else ""
+    return GangFailure(node, None, kind, f"torchrun {message}", log, traceback=tail, host=crowd.hosts[node])

@@ -1,4 +1,4 @@
-"""The ranks of a run, started, watched and ended together: torchrun on every node of a Ray placement group.
+"""A gang: the ranks of a run, started, watched and ended together by torchrun on each node of a placement group.
 
 Every node must see the run directory. Ranks are numbered by node: rank r runs on node r // ranks_per_node.
 """
@@ -13,18 +13,17 @@ from typing import Any, Literal, cast
 
 from dist_lm.cluster.agent import Assignment, NodeReport, RankExit
 from dist_lm.cluster.failure import SILENT, Crowd, GangFailure, clear_failures, explain
-from dist_lm.cluster.hang import Hang, Patience, find_hang
-from dist_lm.cluster.heartbeat import Pulse
-from dist_lm.cluster.node_usage import NodeUsage
-from dist_lm.cluster.ray_errors import first_line
+from dist_lm.cluster.heartbeat import Hang, Patience, Pulse, find_hang
+from dist_lm.cluster.node_facts import NodeUsage
+from dist_lm.cluster.ray_cluster import first_line
 from dist_lm.cluster.recruit import Crew
 from dist_lm.storage.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
-ANSWER_S = 1.0  # how long `poll` waits for agents; they answer in milliseconds
-SETTLE_S = 3.0  # and once a rank has failed, before silence counts as the loss of a node
-LOST_S = 30.0  # an agent that cannot be reached for so long is lost
+ANSWER_S = 1.0  # wait of `poll` for the agents, which answer in milliseconds
+SETTLE_S = 3.0  # the same after a failure, before a silent node counts as lost
+LOST_S = 30.0  # an agent that is unreachable for this long is lost
 STOP_GRACE_S = 5.0  # between SIGTERM and SIGKILL
 START_S = 60.0  # for all agents to start torchrun
 STACKS_S = 30.0  # for all ranks to write their stacks
@@ -33,10 +32,10 @@ PATIENCE = Patience(steps=20.0, least_s=120.0, otherwise_s=1800.0)
 
 @dataclass(frozen=True)
 class GangStatus:
-    """How a gang stands.
+    """State of a gang.
 
-    `finished` says only that every rank left with exit code 0: a run that is done also has its result, one
-    that was interrupted has not. `stopped`: by a call of `stop` before it was over.
+    `finished` means only that every rank left with exit code 0: a completed run has a result file, an interrupted one
+    has none. `stopped`: `stop` was called before the end.
     """
 
     state: Literal["running", "finished", "failed", "stopped"]
@@ -44,25 +43,25 @@ class GangStatus:
 
 
 class _Member:
-    """One node of the gang, as the driver knows it."""
+    """The driver's view of one node of the gang."""
 
     def __init__(self, agent: Any, host: str) -> None:
         self.agent = agent
         self.host = host
         self.report = NodeReport(None)
         self.reported_at = time.monotonic()
-        self.lost: str | None = None  # why, once it is
-        self.silent_since: float | None = None  # monotonic seconds; None: it answered last time
+        self.lost: str | None = None  # the reason, once the node is lost
+        self.silent_since: float | None = None  # monotonic seconds; None: the last question was answered
         self._question: Any = None
 
     def ask(self) -> Any:
-        """A Ray reference to the node's next report; the one before, if it is still open."""
+        """A Ray reference to the node's next report, or to the one that is still open."""
         if self._question is None:
             self._question = self.agent.poll.remote()
         return self._question
 
     def take(self, answered: bool) -> None:
-        """Take in what became of the question."""
+        """Record the answer to the question, or its absence."""
         import ray
         from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
 
@@ -83,13 +82,13 @@ class _Member:
             self.lost = f"not reached for {LOST_S:.0f} s: {reason}"
 
     def pulses(self) -> tuple[Pulse, ...]:
-        """What its ranks were last heard doing, as old as that is now."""
+        """The last heartbeats of its ranks, with their present age."""
         since = time.monotonic() - self.reported_at
         return tuple(replace(pulse, age_s=pulse.age_s + since) for pulse in self.report.pulses)
 
 
 class Gang:
-    """Ranks that live and die together. Use it as a context manager: leaving the block stops it."""
+    """Ranks that live and die together. As a context manager it stops them at the end of the block."""
 
     def __init__(self, run: RunDirectory, crowd: Crowd, crew: Crew, patience: Patience) -> None:
         """See `start`."""
@@ -117,15 +116,18 @@ class Gang:
         core_users: int = 0,
         drives_actors: bool = False,
     ) -> "Gang":
-        """Start `ranks_per_node` times `python -m module` on every node of a crew, which is the gang's from here on.
+        """Start `ranks_per_node` times `python -m module` on every node of a crew, which now belongs to the gang.
 
         Args:
             device: cpu or cuda; a CUDA rank gets a GPU of its own.
-            patience: how long the ranks may be silent.
-            arguments: of the module; none: the path of the run directory.
-            env: environment variables of the ranks, over those of the nodes (without the nodes' secrets).
-            core_users: processes that share the cores of a node, where there are others beside its ranks.
-            drives_actors: the first rank is told how to join Ray (`ray_access`).
+            patience: longest silence of the ranks.
+            arguments: of the module; None: the path of the run directory.
+            env: environment variables of the ranks; override those of the nodes (without the nodes' secrets).
+            core_users: processes that share the cores of a node, if there are others beside its ranks.
+            drives_actors: let rank 0 join Ray (`ray_cluster.RayAccess`).
+
+        Raises:
+            GangFailure: torchrun did not start on a node; the gang is stopped.
         """
         import ray
         from ray.exceptions import RayError
@@ -160,8 +162,7 @@ class Gang:
                 for node, agent in enumerate(agents)
             ]
         except RayError as error:
-            gang.stop()
-            raise GangFailure(0, None, "start", first_line(error), run.node_log(0), host=crew.hosts[0]) from error
+            raise gang._end(gang._not_started(0, first_line(error))) from error
         except BaseException:
             gang.stop()
             raise
@@ -169,17 +170,17 @@ class Gang:
         return gang
 
     def poll(self) -> GangStatus:
-        """How it stands now, within about a second. The first failure stops the whole gang."""
+        """The present state, within about a second. The first failure stops the whole gang."""
         if self._status.state != "running":
             return self._status
         self._ask(self._running())
         if any(member.lost or member.report.exit_code for member in self._members):
-            self._ask(self._running(), SETTLE_S)  # is one of them the peer that the others miss?
+            self._ask(self._running(), SETTLE_S)  # another node may be the cause: give it time to answer
             self._status = GangStatus("failed", self._end(self._explain()))
         elif all(member.report.exit_code == 0 for member in self._members):
             self._status = GangStatus("finished")
         else:
-            # seen twice, with an answer of the agents between: this process itself may have stood still
+            # two polls in a row, with answers of the agents in between: this process itself may have been suspended
             hang = find_hang(self.pulses(), self._patience)
             if hang and self._seemed_hung:
                 self._status = GangStatus("failed", self._end_hang(hang))
@@ -187,18 +188,18 @@ class Gang:
         return self._status
 
     def pulses(self) -> tuple[Pulse, ...]:
-        """What the ranks that run were last heard doing."""
+        """The last heartbeats of the running ranks."""
         return tuple(pulse for member in self._running() for pulse in member.pulses())
 
     def usages(self) -> dict[str, NodeUsage]:
-        """How busy the nodes are whose ranks run, by host; a node that has not said yet is not among them."""
+        """Usage of the nodes with running ranks, by host; nodes without a measurement are missing."""
         return {member.host: member.report.usage for member in self._running() if member.report.usage}
 
     def wait(self, on_poll: Callable[[], None] | None = None, interval_s: float = 0.2) -> GangStatus:
-        """Poll until it is over.
+        """Poll until the gang has ended.
 
         Args:
-            on_poll: called after every poll while it runs.
+            on_poll: called after every poll while the gang runs.
         """
         while (status := self.poll()).state == "running":
             if on_poll:
@@ -207,14 +208,14 @@ class Gang:
         return status
 
     def interrupt(self) -> None:
-        """Ask every rank to write a checkpoint and leave; go on polling to see it happen."""
+        """Ask every rank to write a checkpoint and leave; keep polling until they have left."""
         self._call(lambda agent: agent.interrupt.remote(), timeout_s=5.0)
 
     def stop(self) -> None:
-        """End everything that was started, now; a second call does nothing.
+        """End everything that was started; a second call does nothing.
 
         Raises:
-            RuntimeError: processes are left on a node even after SIGKILL.
+            RuntimeError: processes remain on a node even after SIGKILL.
         """
         if self._stopped:
             return
@@ -235,15 +236,10 @@ class Gang:
     def __exit__(self, *exception: object) -> None:
         try:
             self.stop()
-        except RuntimeError as stuck:  # what came of the run is on disk, whatever the kernel still holds
+        except RuntimeError as stuck:  # the run's results are on disk all the same
             log.warning("%s", stuck)
 
     def _await_start(self, launched: Sequence[Any]) -> None:
-        """Wait until every agent has started torchrun.
-
-        Raises:
-            GangFailure: one did not; the gang is stopped.
-        """
         import ray
         from ray.exceptions import RayError
 
@@ -252,19 +248,16 @@ class Gang:
         except BaseException:
             self.stop()
             raise
-        failures = []
         for node, reference in enumerate(launched):
             if reference not in answered:
-                failures.append((node, f"torchrun not started within {START_S:.0f} s"))
-                continue
+                raise self._end(self._not_started(node, f"torchrun did not start within {START_S:.0f} s"))
             try:
                 ray.get(reference)
             except RayError as error:
-                failures.append((node, first_line(error)))
-        if failures:
-            node, reason = failures[0]
-            host, log_path = self._members[node].host, self._run.node_log(node)
-            raise self._end(GangFailure(node, None, "start", reason, log_path, host=host))
+                raise self._end(self._not_started(node, first_line(error))) from error
+
+    def _not_started(self, node: int, reason: str) -> GangFailure:
+        return GangFailure(node, None, "start", reason, self._run.node_log(node), host=self._members[node].host)
 
     def _running(self) -> list[_Member]:
         return [member for member in self._members if member.lost is None and member.report.exit_code is None]
@@ -280,7 +273,7 @@ class Gang:
             member.take(question in answered)
 
     def _call(self, ask: Callable[[Any], Any], timeout_s: float) -> dict[int, Any]:
-        """Ask all agents that are there; the answers of those that give one in time, by node."""
+        """Ask the agents of all nodes that are not lost; returns the answers within `timeout_s`, by node."""
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
@@ -292,7 +285,7 @@ class Gang:
         for question in answered:
             try:
                 answers[questions[question]] = ray.get(question)
-            except RayActorError:  # the agent is gone, and what it started with it: the kernel sees to that
+            except RayActorError:  # the agent is gone, and the kernel has ended its processes
                 continue
             except RayTaskError as error:
                 log.warning("node %s: %s", self._members[questions[question]].host, first_line(error))
@@ -308,10 +301,9 @@ class Gang:
     def _end_hang(self, hang: Hang) -> GangFailure:
         self._call(lambda agent: agent.dump_stacks.remote(), STACKS_S)
         message = f"{hang.message}; the logs of all ranks hold their stacks"
-        rank = hang.rank
-        if rank is None:
+        if hang.rank is None:
             return self._end(GangFailure(None, None, "hung", message, self._run.logs))
-        return self._end(self._crowd.failure_of(rank, "hung", message, self._run.rank_log(rank)))
+        return self._end(self._crowd.failure_of(hang.rank, "hung", message, self._run.rank_log(hang.rank)))
 
     def _explain(self) -> GangFailure:
         exits: list[RankExit] = [rank for member in self._members for rank in member.report.exits]

@@ -1,7 +1,7 @@
-"""Heartbeats of the ranks of one node: a few words of memory that ranks write and their agent reads.
+"""Heartbeats of ranks, and the hang that they show.
 
-No message is sent and no file system is asked, so a step pays nothing for it. The memory belongs to the agent and is
-gone with it.
+A rank writes a few words of memory that it shares with the agent of its node, so a heartbeat costs neither a message
+nor a file access. The memory belongs to the agent and ends with it.
 """
 
 import mmap
@@ -11,52 +11,52 @@ import struct
 import tempfile
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dist_lm.training.heartbeat import Heartbeat, Phase, Unheard
 
-VARIABLE = "DIST_LM_HEARTBEAT"  # environment variable: where the memory of the node's ranks is
-_SLOT = struct.Struct("@qqdd")  # phase, completed steps, time of the beat and median step (s, monotonic clock)
+VARIABLE = "DIST_LM_HEARTBEAT"  # environment variable of a rank: path of the shared memory
+_SLOT = struct.Struct("@qqdd")  # phase, completed steps, time of the beat, median step time (s, monotonic clock)
 _STEPS_REMEMBERED = 64
-INSIDE = (Phase.GENERATING, Phase.STEP)  # what comes after the data of a step belongs to it
+INSIDE = (Phase.GENERATING, Phase.STEP)  # phases that belong to the step begun by DATA
 
 
 @dataclass(frozen=True)
 class Pulse:
-    """What a rank was last heard doing."""
+    """The last heartbeat of a rank."""
 
     rank: int
     phase: Phase
     step: int  # completed steps
-    age_s: float  # since it said so
+    age_s: float
     median_step_s: float  # of its last steps; 0: none yet
-    state: str = ""  # of its process, in the kernel's letters: T stopped, D waiting for a device
+    state: str = ""  # of its process, if known, in the kernel's letters: T stopped, D waiting for a device
 
 
 class HeartbeatBoard:
-    """The agent's side: the memory, and what is written in it."""
+    """The agent's side of the shared memory."""
 
     def __init__(self, ranks: int) -> None:
-        """Room for `ranks` local ranks."""
+        """Create one slot for each of `ranks` local ranks."""
         self._ranks = ranks
         if hasattr(os, "memfd_create"):
             self._file = os.fdopen(os.memfd_create("dist_lm-heartbeat"), "r+b")
             self.path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
         else:
-            self._file = tempfile.NamedTemporaryFile(prefix="dlm-heartbeat-")  # noqa: SIM115 - kept while the ranks run
+            self._file = tempfile.NamedTemporaryFile(prefix="dlm-heartbeat-")  # noqa: SIM115 - open while ranks run
             self.path = self._file.name
         self._file.truncate(_SLOT.size * ranks)
         self._memory = mmap.mmap(self._file.fileno(), _SLOT.size * ranks)
         self._started = time.monotonic()
 
     def read(self, first_rank: int, states: Mapping[int, str]) -> tuple[Pulse, ...]:
-        """The pulse of every rank.
+        """The pulse of every local rank.
 
         Args:
             first_rank: global number of local rank 0.
-            states: process states by local rank, where they are known.
+            states: known process states, by local rank.
         """
         now, pulses = time.monotonic(), []
         for local in range(self._ranks):
@@ -67,7 +67,7 @@ class HeartbeatBoard:
 
 
 class RankHeartbeat:
-    """The rank's side: one slot of the memory."""
+    """The rank's side: one slot of the shared memory."""
 
     def __init__(self, path: Path, local_rank: int) -> None:
         """Write to the slot of `local_rank`."""
@@ -78,18 +78,71 @@ class RankHeartbeat:
         self._durations: deque[float] = deque(maxlen=_STEPS_REMEMBERED)
 
     def beat(self, phase: Phase, step: int) -> None:
-        """See `Heartbeat`; a step lasts from waiting for its data to whatever follows it."""
+        """See `Heartbeat`. A step lasts from phase DATA to the next phase outside `INSIDE`."""
         now = time.monotonic()
         if phase is Phase.DATA or (phase not in INSIDE and self._step_began is not None):
             if self._step_began is not None:
                 self._durations.append(now - self._step_began)
             self._step_began = now if phase is Phase.DATA else None
         median = statistics.median(self._durations) if self._durations else 0.0
-        # not pack_into, which clears the slot first: a reader would take that for a rank that never beat
+        # pack_into clears the slot first, which a reader would take for a rank without any heartbeat
         self._memory[self._offset : self._offset + _SLOT.size] = _SLOT.pack(phase, step, now, median)
 
 
 def own_heartbeat(environ: Mapping[str, str]) -> Heartbeat:
-    """The heartbeat of this process, as the agent that started it arranged; unheard without one."""
+    """The heartbeat that the agent set up for this process, or `Unheard` without an agent."""
     path = environ.get(VARIABLE)
     return RankHeartbeat(Path(path), int(environ["LOCAL_RANK"])) if path else Unheard()
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Longest silence of all ranks before the gang counts as hung."""
+
+    steps: float  # in a training step: this many times the median step time,
+    least_s: float  # but at least this long
+    otherwise_s: float  # in other phases, and in the first step, which may compile
+
+    def limit_s(self, pulse: Pulse) -> float:
+        """The limit in seconds for a gang whose newest heartbeat is `pulse`."""
+        if pulse.phase in (Phase.DATA, Phase.STEP) and pulse.median_step_s > 0:
+            return max(self.least_s, self.steps * pulse.median_step_s)
+        return self.otherwise_s
+
+
+@dataclass(frozen=True)
+class Hang:
+    """A gang that makes no progress."""
+
+    rank: int | None  # the rank that the others wait for, if it can be told
+    message: str
+
+
+def find_hang(pulses: Sequence[Pulse], patience: Patience) -> Hang | None:
+    """The hang that the pulses of all ranks show; None if there is none.
+
+    Ranks move in step, so one rank that stands still stops all others. Therefore the newest heartbeat of any rank
+    counts. The rank to blame is one whose process is stopped, or else the one behind all others.
+    """
+    if not pulses:
+        return None
+    last = min(pulses, key=lambda pulse: pulse.age_s)
+    limit = patience.limit_s(last)
+    if last.age_s <= limit:
+        return None
+    usual = f", a step takes {last.median_step_s:.2g} s" if last.median_step_s else ""
+    text = f"no heartbeat of any rank for {last.age_s:.0f} s (limit {limit:.0f} s{usual})"
+    blamed = _blamed(pulses)
+    if blamed is None:
+        return Hang(None, f"{text}; all ranks are {last.phase.words} at step {last.step}")
+    how = " and its process is stopped" if blamed.state == "T" else ""
+    return Hang(blamed.rank, f"{text}; it is {blamed.phase.words} at step {blamed.step}{how}, the others wait for it")
+
+
+def _blamed(pulses: Sequence[Pulse]) -> Pulse | None:
+    stopped = [pulse for pulse in pulses if pulse.state == "T"]
+    if stopped:
+        return stopped[0]
+    behind = min((pulse.step, pulse.phase) for pulse in pulses)
+    last = [pulse for pulse in pulses if (pulse.step, pulse.phase) == behind]
+    return last[0] if len(last) < len(pulses) and len(last) <= max(1, len(pulses) // 2) else None

@@ -1,47 +1,74 @@
-"""Nodes looked at before ranks are started: what each says about itself, and whether they reach each other."""
+"""Inspection of nodes before ranks start: each node's facts are compared with the driver's, and all links are timed."""
 
 import secrets
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_lm.cluster.node_checks import Demands, Trip, complaints, is_hopeless, rounds, slow, unreachable
-from dist_lm.cluster.node_facts import NodeFacts, examine
-from dist_lm.cluster.placement import Placement
-from dist_lm.cluster.ray_errors import last_line
+from dist_lm.cluster.node_facts import GIB, NodeFacts, examine
+from dist_lm.cluster.ray_cluster import Node, last_line
 
-ANSWER_S = 60.0  # reading all sources from a busy network file system takes a while
-ROUND_S = 30.0
+ANSWER_S = 60.0  # a node reads all sources of dist_lm, perhaps from a busy network file system
+ROUND_S = 30.0  # one round of links
+FAILURES_ENOUGH = 2
+
+Links = Mapping[tuple[int, int], float | str]
+"""By (sending node, receiving node): bytes per second, or why nothing arrived."""
+
+
+@dataclass(frozen=True)
+class Demands:
+    """Requirements of a gang on its nodes."""
+
+    gpus: int  # at least
+    free_bytes: int  # in the run directory: a checkpoint and its successor
+    temporary_bytes: int  # for temporary files
+    clock_skew_s: float  # largest difference to the driver's clock
+    link_ratio: float  # a link below this share of the median rate is slow
+
+
+@dataclass(frozen=True)
+class Trip:
+    """When a question was sent to a node and answered, by the driver's clock, in seconds since 1970."""
+
+    sent: float
+    answered: float
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was found, by place in the gang."""
+    """Results by node of the gang (0, 1, ...)."""
 
     hosts: Sequence[str]
-    unfit: dict[int, str]  # must not be used, and why
-    slow: dict[int, str]  # should not be used where there is another
+    unfit: dict[int, str]  # nodes that must not be used, with the reason
+    slow: dict[int, str]  # nodes to replace if others are free, with the reason
     rates: Sequence[float]  # of all links, bytes per second
 
 
 def inspect(
-    placement: Placement, directory: Path, demands: Demands, link_bytes: int, wanted: Callable[[], bool]
+    agents: Sequence[Any],
+    nodes: Sequence[Node],
+    directory: Path,
+    demands: Demands,
+    link_bytes: int,
+    wanted: Callable[[], bool],
 ) -> Inspection | None:
-    """Look at the nodes of a placement.
+    """Inspect nodes through their agents.
 
     Args:
         directory: of the run; every node must see it.
-        link_bytes: sent over every link; 0: links are not tried.
-        wanted: asked between links; None is returned once it says no.
+        link_bytes: sent over every link; 0: links are not measured.
+        wanted: asked between rounds of links; if it returns False the result is None.
     """
     mark = directory / f".seen-{secrets.token_hex(8)}"
     mark.touch()
     try:
         driver = examine(directory, mark.name)
         sent = time.time()
-        answers = _ask([agent.examine.remote(directory, mark.name) for agent in placement.agents], ANSWER_S)
+        answers = _ask([agent.examine.remote(directory, mark.name) for agent in agents], ANSWER_S)
     finally:
         mark.unlink(missing_ok=True)
     unfit, hosts = {}, []
@@ -52,10 +79,11 @@ def inspect(
             if found:
                 unfit[node] = "; ".join(found)
         else:
-            hosts.append(placement.nodes[node].address)
+            hosts.append(nodes[node].address)
             unfit[node] = str(answer)
     fit = [node for node in range(len(hosts)) if node not in unfit]
-    links = _try_links(placement, fit, link_bytes, wanted) if link_bytes else {}
+    addresses = [node.address for node in nodes]
+    links = _measure_links(agents, addresses, fit, link_bytes, wanted) if link_bytes and len(fit) > 1 else {}
     if not wanted():
         return None
     unfit |= unreachable(links)
@@ -63,12 +91,88 @@ def inspect(
     return Inspection(hosts, unfit, slow(links, demands.link_ratio), rates)
 
 
-def _try_links(
-    placement: Placement, nodes: Sequence[int], n_bytes: int, wanted: Callable[[], bool]
-) -> dict[tuple[int, int], float | str]:
-    if len(nodes) < 2:
-        return {}
-    agents, addresses = placement.agents, [node.address for node in placement.nodes]
+def complaints(facts: NodeFacts, driver: NodeFacts, demands: Demands, trip: Trip, directory: str) -> list[str]:
+    """Why a node must not run ranks; empty if it may.
+
+    Args:
+        driver: facts of the machine that starts the gang.
+        directory: of the run.
+    """
+    found = []
+    if not facts.sees_directory:
+        found.append(
+            f"work_dir: does not see {directory} as the launcher does; it must be on a file system that all nodes share"
+        )
+    if facts.code != driver.code:
+        found.append(
+            f"its dist_lm has other sources ({facts.code}, this launch has {driver.code}); if a file was edited since "
+            "the launch began, launch again"
+        )
+    for name, version in driver.packages.items():
+        if facts.packages.get(name) != version:
+            found.append(f"{name} {facts.packages.get(name, 'is missing')} instead of {version}")
+    if facts.gpus < demands.gpus:
+        found.append(f"{facts.gpus} GPUs, {demands.gpus} are needed")
+    for path, free in facts.free_bytes.items():
+        needed = demands.free_bytes if path == directory else demands.temporary_bytes
+        if free < needed:
+            found.append(f"{path}: {free / GIB:.1f} GiB free, {needed / GIB:.1f} GiB are needed (cluster.min_free_gib)")
+    early, late = trip.sent - demands.clock_skew_s, trip.answered + demands.clock_skew_s
+    if not early <= facts.time <= late:
+        skew = facts.time - (trip.sent + trip.answered) / 2
+        found.append(f"its clock is {skew:+.1f} s off (cluster.max_clock_skew_s={demands.clock_skew_s:g})")
+    return found
+
+
+def unreachable(links: Links) -> dict[int, str]:
+    """The fewest nodes whose removal leaves only working links, with the reason for each (greedy)."""
+    broken = {pair: reason for pair, reason in links.items() if isinstance(reason, str)}
+    found: dict[int, str] = {}
+    while broken:
+        nodes = sorted({node for pair in broken for node in pair})
+        # of equal nodes the later one: the ranks meet at node 0
+        worst = max(nodes, key=lambda node: (sum(node in pair for pair in broken), node))
+        peers = sorted({other for pair in broken if worst in pair for other in pair} - {worst})
+        reason = next(reason for pair, reason in broken.items() if worst in pair)
+        found[worst] = f"no connection with {len(peers)} other nodes ({reason})"
+        broken = {pair: reason for pair, reason in broken.items() if worst not in pair}
+    return found
+
+
+def is_hopeless(node: int, links: Links) -> bool:
+    """Whether a node has no working link yet but `FAILURES_ENOUGH` broken ones to nodes with working links.
+
+    Its remaining links need no measurement, each of which would take a timeout.
+    """
+    reached = {end for pair, result in links.items() if not isinstance(result, str) for end in pair}
+    peers = {other for pair in links if node in pair for other in pair} - {node}
+    return node not in reached and len(peers & reached) >= FAILURES_ENOUGH
+
+
+def slow(links: Links, ratio: float) -> dict[int, str]:
+    """Nodes whose median rate, sending or receiving, is below `ratio` of the median of all links."""
+    rates = {pair: rate for pair, rate in links.items() if not isinstance(rate, str)}
+    nodes = sorted({node for pair in rates for node in pair})
+    if len(nodes) < 3:
+        return {}  # two nodes share their links, so neither can be blamed
+    usual = statistics.median(rates.values())
+    found = {}
+    for node in nodes:
+        for end, direction in ((0, "sends"), (1, "receives")):
+            own = statistics.median(rate for pair, rate in rates.items() if pair[end] == node)
+            if own < ratio * usual:
+                found[node] = f"{direction} {own / 1e6:,.0f} MB/s, the median is {usual / 1e6:,.0f}"
+    return found
+
+
+def rounds(nodes: int) -> list[Sequence[tuple[int, int]]]:
+    """Every ordered pair of nodes once, in rounds in which each node sends to one node and receives from one."""
+    return [[(node, (node + distance) % nodes) for node in range(nodes)] for distance in range(1, nodes)]
+
+
+def _measure_links(
+    agents: Sequence[Any], addresses: Sequence[str], nodes: Sequence[int], n_bytes: int, wanted: Callable[[], bool]
+) -> Links:
     servers = _ask([agents[node].listen.remote(addresses[node]) for node in nodes], ROUND_S)
     links: dict[tuple[int, int], float | str] = {}
     for pairs in rounds(len(nodes)):
@@ -82,16 +186,16 @@ def _try_links(
                 continue
             server, _ = servers[target]
             if isinstance(server, str):
-                links[here, there] = f"{addresses[there]} cannot be listened at: {server}"
+                links[here, there] = f"cannot listen at {addresses[there]}: {server}"
                 continue
             asked.append((here, there))
-            questions.append(agents[here].try_link.remote(addresses[there], *server, n_bytes))
+            questions.append(agents[here].measure_link.remote(addresses[there], *server, n_bytes))
         links |= {pair: answer for pair, (answer, _) in zip(asked, _ask(questions, ROUND_S), strict=True)}
     return links
 
 
 def _ask(questions: Sequence[Any], timeout_s: float) -> list[tuple[Any, float]]:
-    """(answer, when it was there in seconds since 1970) of every question; text where there is none: why."""
+    """(answer, time of arrival in seconds since 1970) of every question; a text says why there is no answer."""
     import ray
     from ray.exceptions import RayError
 

@@ -1,10 +1,10 @@
-"""What happened to the gangs of a run, an event a line, and how the present one stands: for people and for tests.
+"""The journal of a run: one line for each event of its gangs, and a snapshot of the ranks that run now.
 
-events.jsonl: `time` (seconds since 1970), `event`, and what belongs to it:
-  started    attempt, nodes [{host, address}], ranks_per_node, device, layout, step (it continues from),
-             slowest_link_mb_per_s (between two nodes, as tried before the start; null: not tried)
+events.jsonl: `time` (seconds since 1970), `event`, and the fields of the event:
+  started    attempt, nodes [{host, address}], ranks_per_node, device, layout, step (of the checkpoint it continues),
+             slowest_link_mb_per_s (measured between two nodes before the start; null: not measured)
   failed     error (one line), type, rank, host, restarts_left
-  growing    nodes (it will have)
+  growing    nodes (of the next attempt)
   stopped    signal
   finished   steps
 """
@@ -29,7 +29,7 @@ LIVE_EVERY_S = 2.0
 
 
 class Journal:
-    """Writes the events of a run, and what its ranks are doing."""
+    """Writes the events of a run and the state of its ranks."""
 
     def __init__(self, run: RunDirectory) -> None:
         """Append to the events of `run`."""
@@ -37,7 +37,7 @@ class Journal:
         self._live_at = 0.0
 
     def write(self, event: str, **values: Any) -> None:
-        """Append one event, in a line of its own also behind half a line that a killed launcher left."""
+        """Append one event. If a killed launcher left an incomplete line, the event starts a new line."""
         line = json.dumps({"time": time.time(), "event": event, **values}).encode()
         with self._run.events.open("a+b") as file:
             if file.tell():
@@ -46,22 +46,22 @@ class Journal:
             file.write(line + b"\n")
 
     def live(self, pulses: Sequence[Pulse]) -> None:
-        """Note what ranks were last heard doing; often enough is every few seconds."""
+        """Write the last heartbeats of the ranks, at most once in `LIVE_EVERY_S`."""
         if time.monotonic() - self._live_at < LIVE_EVERY_S:
             return
         self._live_at = time.monotonic()
         ranks = [asdict(pulse) | {"phase": pulse.phase.words} for pulse in pulses]
         try:
             durable.replace_text(self._run.live, json.dumps({"time": time.time(), "ranks": ranks}) + "\n")
-        except OSError as error:  # for people to look at: no reason to end ranks that train
-            log.warning("%s could not be written: %s", self._run.live, error)
+        except OSError as error:  # only people read it: no reason to end training
+            log.warning("could not write %s: %s", self._run.live, error)
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """The events of a run, in order; half a line that a killed launcher left is passed over.
+    """The events of a run in order, without lines that a killed launcher left incomplete.
 
     Raises:
-        ArtefactError: a whole line is no event.
+        ArtefactError: a complete line is no event.
     """
     if not path.exists():
         return
@@ -71,7 +71,9 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
         except ValueError:
             continue
         if not _is_event(event):
-            raise ArtefactError(f"{path}:{number}: not an event: {line[:80]!r}; move the file away to go on without it")
+            raise ArtefactError(
+                f"{path}:{number}: not an event: {line[:80]!r}; move the file away to continue without it"
+            )
         yield event
 
 

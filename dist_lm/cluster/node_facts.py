@@ -1,37 +1,45 @@
-"""What a node says about itself before ranks are started on it."""
+"""Measurements of a node by the agent that runs on it: facts before ranks start, links to other nodes, usage."""
 
 import hashlib
 import importlib.metadata
 import os
 import platform
 import re
+import secrets
 import shutil
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 import dist_lm
-from dist_lm.cluster.ranks import local_gpus
+
+GIB = 1 << 30
+SEEN_S = 5.0  # a network file system may show a new file with a delay
+LINK_TIMEOUT_S = 10.0
+USAGE_EVERY_S = 5.0
+_CHUNK = bytes(1 << 20)
 
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """One node, as it sees itself."""
+    """Facts about one node, measured on it."""
 
-    host: str  # its name, in Slurm's words where there is Slurm
-    time: float  # seconds since 1970, by its own clock
-    sees_directory: bool  # the run directory is there, and it is the one the driver means
-    free_bytes: Mapping[str, int]  # by directory: of the run, and of temporary files
+    host: str
+    time: float  # seconds since 1970, by the node's clock
+    sees_directory: bool  # the driver's run directory is visible
+    free_bytes: Mapping[str, int]  # by directory: the run's, and the one of temporary files
     gpus: int
     code: str  # hash of the sources of dist_lm
-    packages: Mapping[str, str]  # version of Python and of the packages dist_lm needs
-
-
-SEEN_S = 5.0  # a network file system may take a moment to show a new file
+    packages: Mapping[str, str]  # versions of Python and of the packages that dist_lm requires
 
 
 def examine(directory: Path, mark: str) -> NodeFacts:
@@ -39,17 +47,18 @@ def examine(directory: Path, mark: str) -> NodeFacts:
 
     Args:
         directory: of the run.
-        mark: name of a file that the driver has put there; another disk may have a directory of the same name.
+        mark: name of a file that the driver has just created in it, which tells it from another disk's directory of
+            the same name.
     """
     deadline = time.monotonic() + SEEN_S
     while not (sees := (directory / mark).exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    here = [path for path in (directory, Path(tempfile.gettempdir())) if path.is_dir()]
+    present = [path for path in (directory, Path(tempfile.gettempdir())) if path.is_dir()]
     return NodeFacts(
         host=host_name(),
         time=time.time(),
         sees_directory=sees,
-        free_bytes={str(path): shutil.disk_usage(path).free for path in here},
+        free_bytes={str(path): shutil.disk_usage(path).free for path in present},
         gpus=local_gpus(),
         code=code_hash(),
         packages=package_versions(),
@@ -57,13 +66,18 @@ def examine(directory: Path, mark: str) -> NodeFacts:
 
 
 def host_name() -> str:
-    """The name of this node: Slurm's, else the host's."""
+    """Slurm's name of this node, or else the host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def local_gpus() -> int:
+    """NVIDIA GPUs of this machine, counted by the driver's device files."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 @cache
 def code_hash() -> str:
-    """A hash of every source file of dist_lm as it is installed here."""
+    """A hash of every source file of the installed dist_lm."""
     root = Path(dist_lm.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -73,10 +87,145 @@ def code_hash() -> str:
 
 @cache
 def package_versions() -> dict[str, str]:
-    """Version of Python and of every package that dist_lm needs, by name."""
+    """Versions of Python and of every package that dist_lm requires, by name."""
     found = {"python": platform.python_version()}
     for requirement in importlib.metadata.requires("dist_lm") or []:
         if "extra ==" not in requirement:
             name = re.split(r"[^A-Za-z0-9._-]", requirement)[0]
             found[name] = importlib.metadata.version(name)
     return found
+
+
+class LinkServer:
+    """Receives bytes from nodes that know its secret; connections without the secret are closed."""
+
+    def __init__(self, address: str) -> None:
+        """Listen on a free port of `address`."""
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._socket = socket.create_server((address, 0), family=family)
+        self.port: int = self._socket.getsockname()[1]
+        self.secret = secrets.token_bytes(32)
+        threading.Thread(target=self._serve, name="links", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop listening."""
+        with suppress(OSError):  # not every system can shut down a listening socket
+            self._socket.shutdown(socket.SHUT_RDWR)  # closing alone does not wake the thread in `accept`
+        self._socket.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                peer, _ = self._socket.accept()
+            except OSError:  # closed
+                return
+            threading.Thread(target=self._receive, args=(peer,), name="link", daemon=True).start()
+
+    def _receive(self, peer: socket.socket) -> None:
+        peer.settimeout(LINK_TIMEOUT_S)
+        try:
+            with peer, peer.makefile("rb") as stream:
+                if not secrets.compare_digest(stream.read(len(self.secret)), self.secret):
+                    return
+                left = int.from_bytes(stream.read(8), "big")
+                while left > 0:
+                    left -= len(stream.read(min(left, len(_CHUNK))) or b"\0" * left)
+                peer.sendall(b"\1")
+        except OSError:  # reported by the sender
+            return
+
+
+def send(address: str, port: int, secret: bytes, n_bytes: int) -> float | str:
+    """Send `n_bytes` to a `LinkServer`; returns bytes per second, or why there is no connection."""
+    content = memoryview(_CHUNK)
+    try:
+        with socket.create_connection((address, port), timeout=LINK_TIMEOUT_S) as link:
+            started = time.perf_counter()
+            link.sendall(secret + n_bytes.to_bytes(8, "big"))
+            left = n_bytes
+            while left > 0:
+                link.sendall(content[: min(left, len(content))])
+                left -= len(content)
+            if link.recv(1) != b"\1":
+                return f"{address}:{port} closed the connection"
+            return n_bytes / (time.perf_counter() - started)
+    except OSError as error:
+        return f"{address}:{port}: {error.strerror or error}"
+
+
+@dataclass(frozen=True)
+class GpuUsage:
+    """Usage of one GPU by all processes."""
+
+    index: int  # the driver's
+    busy_percent: float
+    memory_gib: float
+
+
+@dataclass(frozen=True)
+class NodeUsage:
+    """Usage of a node by all processes."""
+
+    cpu_percent: float  # all cores together, since the previous measurement
+    memory_percent: float
+    memory_gib: float
+    gpus: tuple[GpuUsage, ...] = ()  # empty without the package `nvidia-ml-py` or without a driver
+
+
+class UsageMeter:
+    """Measures the usage of its node, at most once in `USAGE_EVERY_S`."""
+
+    def __init__(self) -> None:
+        psutil.cpu_percent()  # starts its interval: the first value is meaningless
+        self._at = time.monotonic()
+        self._usage: NodeUsage | None = None
+        self._nvml = _nvml()
+
+    def read(self) -> NodeUsage | None:
+        """The newest measurement; None until `USAGE_EVERY_S` have passed."""
+        if time.monotonic() - self._at >= USAGE_EVERY_S:
+            self._at = time.monotonic()
+            memory = psutil.virtual_memory()
+            used = memory.total - memory.available
+            self._usage = NodeUsage(psutil.cpu_percent(), memory.percent, used / GIB, self._gpus())
+        return self._usage
+
+    def _gpus(self) -> tuple[GpuUsage, ...]:
+        if self._nvml is None:
+            return ()
+        found = []
+        for index in range(self._nvml.nvmlDeviceGetCount()):
+            try:
+                gpu = self._nvml.nvmlDeviceGetHandleByIndex(index)
+                memory = self._nvml.nvmlDeviceGetMemoryInfo(gpu).used
+                busy = self._nvml.nvmlDeviceGetUtilizationRates(gpu).gpu
+            except self._nvml.NVMLError:  # a lost GPU, which fails the ranks, or one without these counters
+                continue
+            found.append(GpuUsage(index, float(busy), memory / GIB))
+        return tuple(found)
+
+
+def usage_metrics(usages: Mapping[str, NodeUsage]) -> dict[str, float]:
+    """Usage by host as metrics, with the names of the metrics registry."""
+    metrics: dict[str, float] = {}
+    for host, usage in usages.items():
+        metrics[f"system/cpu_percent_{host}"] = usage.cpu_percent
+        metrics[f"system/memory_percent_{host}"] = usage.memory_percent
+        metrics[f"system/memory_gib_{host}"] = usage.memory_gib
+        for gpu in usage.gpus:
+            metrics[f"system/gpu_percent_{host}.{gpu.index}"] = gpu.busy_percent
+            metrics[f"system/gpu_memory_gib_{host}.{gpu.index}"] = gpu.memory_gib
+    return metrics
+
+
+def _nvml() -> Any:
+    """NVIDIA's library, initialised; None without the library or without a driver."""
+    try:
+        import pynvml  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    return pynvml

@@ -1,52 +1,50 @@
-"""Many engines behind one `generate`: Ray actors on the nodes of a cluster, replaced when they die.
+"""A pool: many engines behind one `generate` call, in Ray actors that are replaced when they die.
 
     with Pool.start(cluster, spec, weights, version=1) as pool:
         for result in pool.generate(requests): ...
 
-Requests are pulled as there is room for them, so their number does not matter. What a request gets is a function of
-prompt, params, seed and weights: an answer that is computed again elsewhere is the same one.
+Requests are read as engines can take them, so there may be any number. An answer is a function of prompt, params, seed
+and weights: if it is computed again on another actor, it is the same.
 """
 
 import logging
 import math
 import secrets
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from dist_lm.cluster.allocation import Reserved, Site, cores_of, missing_places
 from dist_lm.cluster.failure import PoolFailure
-from dist_lm.cluster.placement import NoNodesError
-from dist_lm.cluster.pool_actor import EngineSpec
+from dist_lm.cluster.pool_actor import EngineSpec, Member, MemberLostError, Weights
 from dist_lm.cluster.pool_ledger import Depth, Ledger, Result
-from dist_lm.cluster.pool_member import Member, MemberLostError, Weights
-from dist_lm.cluster.pool_places import AS_MANY, cores_of, missing_places
-from dist_lm.cluster.pool_site import Site
 from dist_lm.cluster.ray_cluster import Node, RayCluster
-from dist_lm.cluster.reservations import reserved_by_others
+from dist_lm.cluster.recruit import NoNodesError
 from dist_lm.config.model import ModelConfig
+from dist_lm.config.pool import AS_MANY
 from dist_lm.generation.decoder import check_weights
-from dist_lm.generation.request import Request
+from dist_lm.generation.request import Answer, Refusal, Request, RequestError
 from dist_lm.generation.shard import check_tp
 
 log = logging.getLogger(__name__)
 
-SLICE_S = 0.5  # between looks at whether the caller still wants to wait
-LOOK_EVERY_S = 2.0  # at which nodes there are
-OTHERS_S = 5.0  # for the rest of the actors at the start, once the first one is there
-ENGINEFULS = 2  # with an actor at a time: what it works on, and as much that waits for room
-WINDOW_ENGINEFULS = 8  # of all actors of the start together: on their way, where results are wanted in order
+SLICE_S = 0.5  # between two calls of `wanted`
+LOOK_EVERY_S = 2.0  # between two queries of the living nodes
+OTHERS_S = 5.0  # wait for the other actors at the start, once the first one is up
+ENGINEFULS = 2  # work sent to an actor, in engine capacities: one in progress, one waiting
+WINDOW_ENGINEFULS = 8  # default window of ordered results, in capacities of all actors together
 
 ANYWHERE = Site()
 
 
 class ActorsLostError(NoNodesError):
-    """No actor is left, and there was no place for another in time."""
+    """No actor is left, and no place for another one became free in time."""
 
 
 class Pool:
-    """Generation actors behind one `generate` call. Use it as a context manager: leaving the block ends them."""
+    """Generation actors behind one `generate` call. As a context manager it ends them at the end of the block."""
 
     def __init__(
         self,
@@ -61,11 +59,11 @@ class Pool:
         """See `start`."""
         self._cluster, self._spec, self._weights, self._actors = cluster, spec, weights, actors
         self._wanted, self._warn, self._site = wanted, warn, site
-        self._name = f"pool-{secrets.token_hex(8)}"  # of its reservations
-        self._members: dict[int, Member] = {}  # by a number of their own
+        self._name = f"pool-{secrets.token_hex(8)}"  # prefix of the names of its reservations
+        self._members: dict[int, Member] = {}  # by number, the ledger's lane
         self._next_member = 0
         self._looked_at = -math.inf
-        self._failures = 0  # deaths of actors in a row, without an answer in between
+        self._failures = 0  # deaths of actors since the last answer
         self._without_since = time.monotonic()  # since when no actor is up
         self._ledger: Ledger | None = None
 
@@ -82,22 +80,22 @@ class Pool:
         warn: Callable[[str], None] = log.warning,
         site: Site = ANYWHERE,
     ) -> "Pool":
-        """Start actors, and wait for them; of several, for the first one and a moment longer.
+        """Start actors and wait for the first one, and `OTHERS_S` for the others.
 
         Args:
-            cluster: connected; cluster.nodes is the most nodes that are used.
+            cluster: its cluster.nodes limits the number of nodes used.
             spec: of the engines.
             weights: float arrays by the names of the model's parameters.
             version: of these weights.
-            actors: how many; -1: one for each spec.tp GPUs of a node, or one a node without.
-            wanted: asked while waiting; once it says no, the pool stops without an error.
-            warn: told of actors and nodes that are lost.
-            site: which part of the cluster it may use.
+            actors: how many; -1: one for each spec.tp GPUs of a node, or one per node without GPUs.
+            wanted: asked while waiting; if it returns False the pool stops without an error.
+            warn: receives a line for each lost actor or node.
+            site: the part of the cluster that it may use.
 
         Raises:
-            ActorsLostError: there is no free place within cluster.start_timeout_s.
-            PoolFailure: actors die at their start.
-            UserError: the weights are not this model's, or no node has GPUs for an engine.
+            ActorsLostError: no free place within cluster.start_timeout_s.
+            PoolFailure: actors die while they start.
+            UserError: the weights do not fit the model, or no node has enough GPUs for an engine.
         """
         check_tp(spec.model, spec.tp, _most_gpus(cluster) if spec.gpus else None, "parallel.tp")
         pool = cls(cluster, spec, _put(spec.model, weights, version), actors, wanted, warn, site)
@@ -114,14 +112,14 @@ class Pool:
         return [member for member in self._members.values() if member.is_up]
 
     def load_weights(self, weights: Mapping[str, np.ndarray], version: int) -> None:
-        """Go on with other weights, in all actors, also in those that come later.
+        """Use other weights from now on, in all present and future actors.
 
         Raises:
-            RuntimeError: a `generate` is under way.
-            UserError: not the weights of this model.
+            RuntimeError: a `generate` call is under way.
+            UserError: the weights do not fit the model.
         """
         if self._ledger:
-            raise RuntimeError("weights cannot change while requests are under way: finish or close `generate` first")
+            raise RuntimeError("weights cannot change during `generate`: finish or close it first")
         self._weights = _put(self._spec.model, weights, version)
         while self._wanted():
             self._tend()
@@ -132,18 +130,18 @@ class Pool:
     def generate(
         self, requests: Iterable[Request], in_order: bool = False, window: int | None = None
     ) -> Iterator[Result]:
-        """Every answer to every request, or a refusal in their place; as they are done, those of a request together.
+        """All answers to every request, or one refusal; the results of a request come together, once complete.
 
         Args:
             in_order: in the order of the requests.
-            window: requests on their way at most, where they are in order; what is done waits for those before it.
+            window: most requests on their way if results are in order; a result waits for those before it.
 
         Raises:
-            ActorsLostError: no actor is left, and there was no place for another within cluster.node_wait_s.
-            PoolFailure: actors died cluster.max_restarts times (of each of them) without an answer in between.
+            ActorsLostError: no actor is left, and no place for another one within cluster.node_wait_s.
+            PoolFailure: (cluster.max_restarts + 1) deaths per actor without an answer in between.
         """
         if self._ledger:
-            raise RuntimeError("one generate at a time: finish or close the other one first")
+            raise RuntimeError("one `generate` at a time: finish or close the other one first")
         options = self._spec.options
         depth = Depth(ENGINEFULS * options.max_sequences, ENGINEFULS * options.cache_tokens)
         window = window or WINDOW_ENGINEFULS * options.max_sequences * max(1, len(self._members))
@@ -153,7 +151,7 @@ class Pool:
                 self._tend()
                 self._hand_out(ledger)
                 yield from ledger.release()
-                self._hand_out(ledger)  # what was released has made room, or there is nothing left to ask for
+                self._hand_out(ledger)  # the released results allow more requests
                 if not ledger.is_over:
                     self._wait()
         finally:
@@ -163,7 +161,7 @@ class Pool:
                     member.drop_all()
 
     def close(self) -> None:
-        """End all actors and give their places back."""
+        """End all actors and free their places."""
         for member in self._members.values():
             member.release()
         self._members.clear()
@@ -186,10 +184,10 @@ class Pool:
             self._wait()
 
     def _tend(self, patience_s: float | None = None) -> None:
-        """Take in what actors have said; start those that are missing.
+        """Collect reports, replace lost actors, and start missing ones.
 
         Args:
-            patience_s: how long there may be no actor; None: cluster.node_wait_s.
+            patience_s: longest time without any actor; None: cluster.node_wait_s.
         """
         config = self._cluster.config
         for number, member in list(self._members.items()):
@@ -211,11 +209,11 @@ class Pool:
             raise ActorsLostError(
                 f"cluster: no place for a generation actor within {patience_s:g} s: the Ray cluster at "
                 f"{self._cluster.address} has {len(self._cluster.nodes())} nodes; an actor takes one CPU"
-                f"{gpus}; the same command continues when there is one"
+                f"{gpus}; the same command continues once a place is free"
             )
 
     def _look_at_nodes(self) -> None:
-        """Places on nodes that have come, and none on those that have gone."""
+        """Reserve places on new nodes, and drop those on nodes that are gone."""
         if time.monotonic() - self._looked_at < LOOK_EVERY_S:
             return
         self._looked_at = time.monotonic()
@@ -223,11 +221,11 @@ class Pool:
         alive = {node.id for node in nodes}
         for number, member in list(self._members.items()):
             if member.node.id not in alive:
-                self._warn(f"generation: node {member.node.address} is gone; going on without it")
+                self._warn(f"generation: node {member.node.address} is gone; continuing without it")
                 self._leave(number, blamed=False)
                 self._members.pop(number).release()
         taken = Counter(member.node.id for member in self._members.values())
-        reserved = reserved_by_others(self._name) if self._site.among_others else {}
+        reserved = _reserved_by_others(self._name) if self._site.among_others else {}
         whole = {node.id: node for node in nodes}
         for node in missing_places(
             self._site.nodes(nodes, reserved), taken, self._actors, config.nodes, self._reserved_gpus
@@ -240,7 +238,7 @@ class Pool:
 
     @property
     def _reserved_gpus(self) -> int:
-        """Of an actor, by Ray."""
+        """GPUs that Ray reserves for an actor."""
         return 0 if self._site.shares_gpus else self._spec.gpus
 
     def _member_on(self, node: Node, ordinal: int) -> Member:
@@ -254,14 +252,14 @@ class Pool:
         )
 
     def _replace(self, number: int, reason: str) -> None:
-        """Another actor in the place of one that was lost."""
+        """Start another actor in the place of a lost one."""
         member = self._members[number]
         self._failures += 1
         self._leave(number, blamed=member.is_up)
         most = (self._cluster.config.max_restarts + 1) * max(1, len(self._members))
         if self._failures >= most:
             raise PoolFailure(f"generation: {self._failures} actors died without an answer in between; last {reason}")
-        self._warn(f"generation: {reason}; another one takes its place")
+        self._warn(f"generation: {reason}; starting another one in its place")
         member.end()
         member.start(self._weights)
 
@@ -283,7 +281,7 @@ class Pool:
                 member.work(ledger.send(number))
 
     def _wait(self) -> None:
-        """Until an actor has something to say, or a moment has passed."""
+        """Wait until a call ends, at most `SLICE_S`."""
         import ray
 
         calls = [call for member in self._members.values() if (call := member.open_call) is not None]
@@ -293,8 +291,51 @@ class Pool:
             time.sleep(SLICE_S)
 
 
+class PoolRollouts:
+    """A `rlhf.rollouts.RolloutSource` over a pool that others close. One call at a time, from any thread."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+
+    def load_weights(self, weights: Mapping[str, np.ndarray], version: int) -> None:
+        """See `Pool.load_weights`."""
+        self.pool.load_weights(weights, version)
+
+    def generate(self, requests: Sequence[Request]) -> list[Answer]:
+        """All answers, in the order of the requests, then of their index.
+
+        Raises:
+            RequestError: a request was refused.
+            ActorsLostError, PoolFailure: see `Pool.generate`.
+        """
+        answers = []
+        for result in self.pool.generate(requests, in_order=True, window=len(requests)):
+            if isinstance(result, Refusal):
+                raise RequestError(result.request, result.error)
+            answers.append(result)
+        return answers
+
+    def close(self) -> None:
+        """Nothing: the pool is used again."""
+
+
+def _reserved_by_others(prefix: str) -> dict[str, Reserved]:
+    """Resources held by placement groups whose names do not begin with `prefix`, by node id."""
+    from ray.util import placement_group_table
+
+    cpus: dict[str, float] = defaultdict(float)
+    gpus: dict[str, float] = defaultdict(float)
+    for group in placement_group_table().values():
+        if group["state"] != "CREATED" or group["name"].startswith(prefix):
+            continue
+        for bundle, node in group["bundles_to_node_id"].items():
+            cpus[node] += group["bundles"][bundle].get("CPU", 0)
+            gpus[node] += group["bundles"][bundle].get("GPU", 0)
+    return {node: Reserved(int(cpus[node]), int(gpus[node])) for node in cpus}
+
+
 def _most_gpus(cluster: RayCluster) -> int | None:
-    """Of a node; None where there is no node with any, for which the pool waits."""
+    """The most GPUs of a node; None if no node has any yet, for which the pool waits."""
     return max((node.gpus for node in cluster.nodes()), default=0) or None
 
 

@@ -1,24 +1,27 @@
-"""What runs in each actor of a pool: an engine, worked in slices.
+"""One actor of a pool: `PoolActor` runs an engine in slices of work, `Member` drives it from the pool's process.
 
-A plain class; the pool makes a Ray actor of it. A call brings new requests and takes away what is done, so there is one
-message for many tokens. It opens no port and dies with its node's Ray.
+`PoolActor` is a plain class that `Member` makes a Ray actor. One call brings new requests and returns finished answers,
+so a message carries many tokens. The actor opens no port and dies with its node's Ray.
 """
 
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 
+from dist_lm.cluster.ray_cluster import Node, first_line, last_line
 from dist_lm.config.model import ModelConfig
+from dist_lm.errors import UserError
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.request import Answer, Refusal, Request, RequestError
 from dist_lm.storage.process import die_with_parent
 
-LEAST_S, MOST_S = 0.2, 0.5  # of work in a call: until something is done, and in any case
+LEAST_S, MOST_S = 0.2, 0.5  # duration of a slice: at least until something is done, and at most
 
 
 @dataclass(frozen=True)
@@ -28,20 +31,20 @@ class EngineSpec:
     model: ModelConfig
     options: EngineOptions
     eot_id: int
-    vocabulary: tuple[bytes, ...] | None = None  # bytes of every token, for texts
+    vocabulary: tuple[bytes, ...] | None = None  # bytes of every token; without it answers have no text
     dtype: torch.dtype = torch.float32
     device: str = "cpu"  # cpu | cuda
     tp: int = 1  # devices that share the model
 
     @property
     def gpus(self) -> int:
-        """That an actor takes; 0: it computes on the CPU."""
+        """GPUs of an actor; 0: it computes on the CPU."""
         return self.tp if self.device == "cuda" else 0
 
 
 @dataclass(frozen=True)
 class WorkReport:
-    """What came of a slice of work."""
+    """Result of a slice of work."""
 
     done: list[Answer | Refusal]
     tokens_in_flight: int
@@ -51,27 +54,27 @@ class PoolActor:
     """One engine."""
 
     def __init__(self, spec: EngineSpec, threads: int, devices: tuple[int, ...] = ()) -> None:
-        """Weights come with `load`.
+        """The engine is built by `load`.
 
         Args:
-            threads: that torch computes with, where the node's environment does not say it (OMP_NUM_THREADS).
-            devices: GPUs of the node that are its own; none: those that Ray has given it.
+            threads: of torch, unless the node's environment sets OMP_NUM_THREADS.
+            devices: GPUs of the node to use; empty: those that Ray assigned.
         """
         die_with_parent()
-        if devices:  # CUDA looks at it when it is first used
+        if devices:  # CUDA reads the variable at its first use
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
-        given = psutil.Process().environ().get("OMP_NUM_THREADS", "")  # as it began: Ray sets it to 1 later
+        given = psutil.Process().environ().get("OMP_NUM_THREADS", "")  # at the start of the process: Ray sets it to 1
         threads = int(given) if given.isdigit() and int(given) else threads
-        torch.set_num_threads(max(1, threads // spec.tp))  # each process that shares the model takes as many
+        torch.set_num_threads(max(1, threads // spec.tp))  # divided among the processes that share the model
         self._spec = spec
         self._engine: Engine | None = None
-        self._known: set[str] = set()  # requests under way
+        self._known: set[str] = set()  # ids of requests under way
 
     def load(self, weights: Mapping[str, np.ndarray], version: int) -> int:
-        """Go on with these weights; returns the id of this process.
+        """Use these weights from now on; returns the id of this process.
 
         Args:
-            weights: views of Ray's object store, which torch must not write to: copied.
+            weights: views of Ray's object store, which torch must not write to; copied.
         """
         spec = self._spec
         tensors = {name: torch.from_numpy(value.copy()) for name, value in weights.items()}
@@ -92,7 +95,7 @@ class PoolActor:
         return os.getpid()
 
     def work(self, requests: Sequence[Request]) -> WorkReport:
-        """Take in requests and work for a moment. One that cannot be done comes back as a refusal."""
+        """Accept requests and work for one slice. A request that the engine rejects is returned as a refusal."""
         engine = self._engine
         assert engine
         done: list[Answer | Refusal] = []
@@ -112,9 +115,165 @@ class PoolActor:
         return WorkReport(done, engine.tokens_in_flight)
 
     def drop_all(self) -> None:
-        """Forget every request: nobody waits for it any more."""
+        """Cancel every request."""
         assert self._engine
         for request in self._known:
             self._engine.cancel(request)
         self._engine.run()
         self._known.clear()
+
+
+class MemberLostError(Exception):
+    """An actor has died or does not answer; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights in Ray's object store, stored once for all actors."""
+
+    reference: Any
+    version: int
+
+
+class Member:
+    """An actor on its reserved place. Ray starts the actor as soon as the place is free."""
+
+    def __init__(
+        self, spec: EngineSpec, node: Node, *, cores: int, gpus: int, devices: tuple[int, ...], name: str
+    ) -> None:
+        """Reserve a place on `node`; its bundle takes one CPU, as that of an agent does.
+
+        Args:
+            cores: that the actor computes with.
+            gpus: that Ray assigns.
+            devices: GPUs of the node to use instead, without a reservation.
+            name: of the reservation.
+        """
+        from ray.util import placement_group
+
+        self.node = node
+        self.pid = 0  # of the actor's process, once known
+        self.version: int | None = None  # of its weights, once loaded
+        self._spec, self._cores, self._gpus, self._devices = spec, cores, gpus, devices
+        self._group = placement_group(
+            [{"CPU": 1.0} | ({"GPU": float(gpus)} if gpus else {})],
+            strategy="SPREAD",
+            name=name,
+            bundle_label_selector=[{"ray.io/node-id": node.id}],
+        )
+        self._actor: Any = None
+        self._loading: tuple[Any, int] | None = None  # the open `load` call, and its version
+        self._working: tuple[Any, float] | None = None  # the open `work` call, and its start
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it accepts work. Newer weights may still be loading: calls run in order."""
+        return self.is_up and self._working is None
+
+    @property
+    def next_version(self) -> int | None:
+        """Version of the weights at the next `work` call."""
+        return self._loading[1] if self._loading else self.version
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it has weights, old or new."""
+        return self.version is not None
+
+    @property
+    def open_call(self) -> Any:
+        """The Ray reference of the call that ends next; None without one."""
+        call = self._loading or self._working
+        return call[0] if call else None
+
+    def start(self, weights: Weights) -> None:
+        """Start an actor, for the first time or in place of a dead one."""
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        remote = ray.remote(num_cpus=1, num_gpus=self._gpus, max_restarts=0, max_task_retries=0)(PoolActor)
+        strategy = PlacementGroupSchedulingStrategy(placement_group=self._group, placement_group_bundle_index=0)
+        self._actor = remote.options(scheduling_strategy=strategy).remote(self._spec, self._cores, self._devices)
+        self.version = self._working = None
+        self.load(weights)
+
+    def load(self, weights: Weights) -> None:
+        """Begin to load other weights."""
+        assert self._working is None
+        self._loading = (self._actor.load.remote(weights.reference, weights.version), weights.version)
+
+    def work(self, requests: list[Request]) -> None:
+        """Begin a slice of work with new requests."""
+        assert self.is_ready
+        self._working = (self._actor.work.remote(requests), time.monotonic())
+
+    def take(self, patience_s: float) -> WorkReport | None:
+        """Collect finished calls: a report if a slice of work has ended, else None.
+
+        Args:
+            patience_s: longest time for a slice of work.
+
+        Raises:
+            MemberLostError: the actor is gone.
+            UserError: the actor rejected the weights.
+        """
+        if self._loading:
+            pid = self._result(self._loading[0])
+            if pid is None:
+                return None
+            self.pid, self.version = pid, self._loading[1]
+            self._loading = None
+            if self._working:  # it begins now
+                self._working = (self._working[0], time.monotonic())
+        if not self._working:
+            return None
+        report: WorkReport | None = self._result(self._working[0])
+        if report is not None:
+            self._working = None
+        elif time.monotonic() - self._working[1] > patience_s:
+            raise MemberLostError(f"{self}: no answer for {patience_s:.0f} s")
+        return report
+
+    def drop_all(self) -> None:
+        """Cancel all requests, and ignore the report of the open call."""
+        self._working = None
+        if self.is_up:
+            self._actor.drop_all.remote()
+
+    def end(self) -> None:
+        """End the actor and keep its place."""
+        import ray
+        from ray.exceptions import RayError
+
+        self.version = self._loading = self._working = None
+        try:
+            ray.kill(self._actor)
+        except RayError:  # it is already dead
+            return
+
+    def release(self) -> None:
+        """End the actor and free its place."""
+        from ray.util import remove_placement_group
+
+        if self._actor is not None:
+            self.end()
+        remove_placement_group(self._group)
+
+    def __str__(self) -> str:
+        return f"actor {self.pid or '(starting)'} on {self.node.address}"
+
+    def _result(self, call: Any) -> Any:
+        """The result of a call; None while it runs."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        if not ray.wait([call], timeout=0)[0]:
+            return None
+        try:
+            return ray.get(call)
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from error
+            raise MemberLostError(f"{self}: {last_line(error)}") from error
+        except RayError as error:  # it died, or the node that held the weights did
+            raise MemberLostError(f"{self}: {first_line(error)}") from error

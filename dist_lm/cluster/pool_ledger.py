@@ -1,9 +1,10 @@
-"""Who works on which request: dealt by tokens in flight, given out again when an actor dies, handed over once.
+"""The ledger of a pool: which actor works on which request. Pure data, no effects.
 
-Values only, no effects. A lane is an actor's place in here. A request is over when all its answers are there, and what
-came of a part of it is forgotten with the actor that it came from: so nothing is lost and nothing comes twice.
+Requests are dealt by tokens in flight, dealt again when their actor dies, and their results released once. A lane
+stands for one actor. A request is complete when all its answers are there; if its actor dies before, its partial
+answers are dropped. So no result is lost or released twice.
 
-    requests -> lane: unsent -> sent -> over -> results
+    requests -> lane: unsent -> sent -> complete -> results
        ^                 |
        '---- again <-----'  its actor died
 """
@@ -14,33 +15,33 @@ from dataclasses import dataclass, field, replace
 
 from dist_lm.generation.request import Answer, Refusal, Request
 
-SUSPECT_DEATHS = 4  # a request that was with so many actors when they died is tried without others
-LONELY_DEATHS = 3  # and refused when so many have died of it alone
+SUSPECT_DEATHS = 4  # a request is suspect after the deaths of this many actors that worked on it; it then runs alone
+LONELY_DEATHS = 3  # a suspect is refused after this many deaths of actors that worked on it alone
 
 Result = Answer | Refusal
 
 
 @dataclass(frozen=True)
 class Depth:
-    """How much work lies with one actor at a time."""
+    """Most work assigned to one actor at a time."""
 
     answers: int
-    tokens: int  # of prompts and answers yet to come, at most
+    tokens: int  # upper bound of the tokens of prompts and outstanding answers
 
 
 @dataclass(eq=False)
 class Ticket:
     """One request on its way."""
 
-    number: int  # among all; the actors know it by this
+    number: int  # unique; the id that actors see
     request: Request
-    answers: dict[int, Answer] = field(default_factory=dict)  # by index, since it was dealt last
+    answers: dict[int, Answer] = field(default_factory=dict)  # by index, since it was last dealt
     deaths: int = 0
     lonely_deaths: int = 0
 
     @property
     def tokens(self) -> int:
-        """What it takes, at most."""
+        """Upper bound of its tokens."""
         return len(self.request.prompt) + self.request.n * self.request.params.max_new_tokens
 
     @property
@@ -50,11 +51,11 @@ class Ticket:
 
 @dataclass(eq=False)
 class Lane:
-    """What one actor has to do."""
+    """The work of one actor."""
 
     unsent: dict[int, Ticket] = field(default_factory=dict)  # by number
     sent: dict[int, Ticket] = field(default_factory=dict)
-    reported: int = 0  # tokens in flight, as the actor said last, and of what was sent since
+    reported: int = 0  # tokens in flight: the actor's last report, plus the requests sent since
 
     @property
     def load(self) -> int:
@@ -62,11 +63,11 @@ class Lane:
 
     @property
     def tickets(self) -> list[Ticket]:
-        """In the order they were dealt."""
+        """In the order in which they were dealt."""
         return [*self.sent.values(), *self.unsent.values()]
 
-    def has_room_for(self, ticket: Ticket, depth: Depth) -> bool:
-        """Anything fits where nothing is."""
+    def fits(self, ticket: Ticket, depth: Depth) -> bool:
+        """Whether the actor can take another ticket; an idle actor takes any."""
         tickets = self.tickets
         answers = sum(one.request.n - len(one.answers) for one in tickets)
         fits = answers + ticket.request.n <= depth.answers and self.load + ticket.tokens <= depth.tokens
@@ -74,21 +75,21 @@ class Lane:
 
 
 class Ledger:
-    """All requests of one call, of which only those are held that are on their way."""
+    """All requests of one call. Only requests on their way are held in memory."""
 
     def __init__(self, requests: Iterator[Request], depth: Depth, window: int | None = None) -> None:
-        """`window`: results come in the order of requests, of which so many are on their way at most."""
+        """With `window`, results are released in the order of requests, and at most `window` requests are on their way."""
         self._requests = requests
         self._depth = depth
         self._window = window
         self._lanes: dict[int, Lane] = {}
-        self._next: Ticket | None = None  # taken from the requests, not yet dealt
+        self._next: Ticket | None = None  # read from the requests, not yet dealt
         self._pulled = 0
         self._all_pulled = False
         self._again: deque[Ticket] = deque()
         self._suspects: deque[Ticket] = deque()
-        self._lonely: int | None = None  # the lane that is kept for a suspect
-        self._over: dict[int, Sequence[Result]] = {}  # results by number of the request, in the order they came
+        self._lonely: int | None = None  # the lane reserved for a suspect
+        self._over: dict[int, Sequence[Result]] = {}  # results by ticket number, in the order of completion
         self._released = 0
 
     @property
@@ -101,11 +102,11 @@ class Ledger:
         return frozenset(self._lanes)
 
     def join(self, lane: int) -> None:
-        """An actor is there."""
+        """Add an actor."""
         self._lanes[lane] = Lane()
 
     def leave(self, lane: int, blamed: bool = True) -> None:
-        """An actor is gone; its requests are dealt again, before others. `blamed`: it died of what it did, perhaps."""
+        """Remove an actor; its requests are dealt again before others. `blamed`: its work may have killed it."""
         tickets = self._lanes.pop(lane).tickets
         alone = lane == self._lonely and len(tickets) == 1 and tickets[0].is_suspect
         self._lonely = None if lane == self._lonely else self._lonely
@@ -114,7 +115,7 @@ class Ledger:
             ticket.deaths += blamed
             ticket.lonely_deaths += blamed and alone
             if ticket.lonely_deaths >= LONELY_DEATHS:
-                reason = f"every one of {ticket.deaths} actors that worked on it died, {LONELY_DEATHS} of it alone"
+                reason = f"{ticket.deaths} actors died while they worked on it, {LONELY_DEATHS} of it alone"
                 self._over[ticket.number] = [Refusal(ticket.request.id, reason)]
             elif ticket.is_suspect:
                 self._suspects.appendleft(ticket)
@@ -122,19 +123,19 @@ class Ledger:
                 self._again.appendleft(ticket)
 
     def deal(self) -> None:
-        """Give every lane work, the one with the fewest tokens first, as long as one has room."""
+        """Assign requests to lanes, always to the one with the fewest tokens, until no lane can take more."""
         self._deal_suspects()
         open_lanes = [lane for number, lane in self._lanes.items() if number != self._lonely]
         while open_lanes and (ticket := self._peek()):
             lane = min(open_lanes, key=lambda lane: lane.load)
-            if lane.has_room_for(ticket, self._depth):
+            if lane.fits(ticket, self._depth):
                 self._take()
                 lane.unsent[ticket.number] = ticket
             else:
                 open_lanes.remove(lane)
 
     def send(self, lane: int) -> list[Request]:
-        """What the actor has to be told of now; its ids are the ledger's own."""
+        """The requests to send to the actor now; their ids are ticket numbers."""
         found = self._lanes[lane]
         requests = [replace(ticket.request, id=str(ticket.number)) for ticket in found.unsent.values()]
         found.reported = found.load
@@ -143,11 +144,15 @@ class Ledger:
         return requests
 
     def has_work(self, lane: int) -> bool:
-        """Whether the actor has anything to do."""
+        """Whether the actor has a request to work on."""
         return bool(self._lanes[lane].tickets)
 
     def report(self, lane: int, results: Sequence[Result], tokens: int) -> int:
-        """Take in what an actor has done; `tokens`: what it has in flight. Returns how many requests are over now."""
+        """Record an actor's results; returns how many requests they complete.
+
+        Args:
+            tokens: in flight on the actor.
+        """
         found, over = self._lanes[lane], 0
         found.reported = tokens
         for result in results:
@@ -165,7 +170,7 @@ class Ledger:
         return over
 
     def release(self) -> Iterator[Result]:
-        """Results that can be handed over, each once."""
+        """The results that are due, each once."""
         while self._over:
             number = self._released if self._window else next(iter(self._over))
             if number not in self._over:
@@ -184,7 +189,7 @@ class Ledger:
             lane.unsent[ticket.number] = ticket
 
     def _peek(self) -> Ticket | None:
-        """The next request to deal; None if there is none, or the window is full."""
+        """The next request to deal; None if there is none or the window is full."""
         if self._again:
             return self._again[0]
         if self._next is None and not self._all_pulled:

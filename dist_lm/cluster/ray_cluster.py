@@ -1,16 +1,42 @@
-"""The Ray cluster that a launch works on: a private one on this machine, or one that runs already.
+"""Connections to Ray: a private cluster on this machine, one that already runs, or the one that started this rank.
 
-Ray without a token lets anyone who reaches its port run code, so there is always one. Ray is imported inside
-functions: a launch that needs no cluster does not pay for it.
+Ray without a token lets anyone who reaches its port run code, so every connection uses a token. Ray is imported
+inside functions, because a launch that needs no cluster should not pay for the import.
 """
 
-from collections.abc import Iterator
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from dist_lm.cluster.ray_join import joined_ray
-from dist_lm.cluster.ray_private import private_ray
 from dist_lm.config.cluster import ClusterConfig
+from dist_lm.errors import UserError
+
+RANK_ACCESS = "DIST_LM_RAY"  # environment variable of a rank that may join Ray
+PATH, TOKEN = "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN"  # Ray's own names
+RAY_ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # by default Ray lowers the priority of actors; ranks and engines need the normal one
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # keep CUDA_VISIBLE_DEVICES of a process that reserves no GPU
+}
+CHANGED_BY_RAY = ("RAY_CLIENT_MODE", "PYTHONBREAKPOINT")  # while it is connected
+# Ray replaces 127.0.0.1 by the host's own address and keeps other loopback addresses, which exist on Linux only
+LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
+PRIVATE_END_S = 30.0
+
+
+class ClusterError(UserError):
+    """The cluster cannot be reached, refuses the connection, or lacks the requested nodes."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +51,15 @@ class Node:
 
 @dataclass(frozen=True)
 class RayCluster:
-    """A connection to Ray; `ray` calls of this process go there while it is open."""
+    """An open connection to Ray; the `ray` calls of this process use it."""
 
     address: str  # host:port of the head
     config: ClusterConfig
 
     def nodes(self) -> list[Node]:
-        """The nodes that are alive, in the order of their addresses."""
+        """The living nodes, ordered by address."""
         import ray
 
-        alive = [node for node in ray.nodes() if node["Alive"]]
         nodes = [
             Node(
                 id=node["NodeID"],
@@ -42,19 +67,248 @@ class RayCluster:
                 cpus=int(node["Resources"].get("CPU", 0)),
                 gpus=int(node["Resources"].get("GPU", 0)),
             )
-            for node in alive
+            for node in ray.nodes()
+            if node["Alive"]
         ]
         return sorted(nodes, key=lambda node: (node.address, node.id))
 
 
 @contextmanager
 def connect(config: ClusterConfig) -> Iterator[RayCluster]:
-    """Start a private Ray here (`cluster=local`) or join one (`cluster=ray`), for the time of the block.
+    """Start a private Ray on this machine (`cluster=local`) or join a running one (`cluster=ray`) for the block.
 
-    One at a time in a process. The environment is as before when the block is left.
+    A process holds one connection at a time. Leaving the block restores the environment.
 
     Raises:
-        ClusterError: nothing answers at cluster.address within cluster.connect_timeout_s, or it refuses us.
+        ClusterError: no head answers at cluster.address within cluster.connect_timeout_s, or the head refuses.
     """
-    with private_ray(config) if config.name == "local" else joined_ray(config) as address:
+    with _private(config) if config.name == "local" else _joined(config) as address:
         yield RayCluster(address, config)
+
+
+@dataclass(frozen=True)
+class RayAccess:
+    """How a rank joins the cluster of its agent: the head's address and its token (a file, or else the token)."""
+
+    address: str  # host:port of the head
+    token_path: str | None
+    token: str | None
+    nodes: tuple[str, ...]  # addresses of the nodes that run ranks
+
+
+def access_variables(environ: Mapping[str, str], address: str, nodes: Sequence[str]) -> dict[str, str]:
+    """Environment variables that let a rank join. An agent sets them only if the stage drives actors from a rank.
+
+    Args:
+        environ: the agent's own.
+        address: of the head, host:port.
+        nodes: addresses of the nodes that run ranks.
+    """
+    path = environ.get(PATH)
+    token = None if path else environ.get(TOKEN)
+    return {RANK_ACCESS: json.dumps(asdict(RayAccess(address, path, token, tuple(nodes))))}
+
+
+def own_access(environ: Mapping[str, str]) -> RayAccess | None:
+    """The access that the agent gave this rank; None without an agent, or if the stage drives no actors."""
+    if RANK_ACCESS not in environ:
+        return None
+    values = json.loads(environ[RANK_ACCESS])
+    return RayAccess(**values | {"nodes": tuple(values["nodes"])})
+
+
+@contextmanager
+def joined_by(access: RayAccess, config: ClusterConfig) -> Iterator[RayCluster]:
+    """Join the cluster of `access` as a driver for the block.
+
+    Args:
+        config: its timeouts and limits apply.
+
+    Raises:
+        ClusterError: the head does not answer within cluster.connect_timeout_s, or refuses.
+    """
+    own = replace(config, name="ray", address=access.address, token_path=access.token_path)
+    # the variables that Ray set in the agent's process are wrong for a driver
+    inherited = tuple(name for name in os.environ if name.startswith("RAY_"))
+    with _environment({TOKEN: access.token} if access.token else {}, inherited), _joined(own) as address:
+        yield RayCluster(address, own)
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of a Ray error; for the death of an actor that is the reason."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def last_line(error: BaseException) -> str:
+    """The last non-empty line of a Ray error; for a failed task that is the exception."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+
+
+def check_token_file(key: str, path: str) -> None:
+    """Refuse a token file that is missing, empty or readable by others.
+
+    Args:
+        key: setting that `path` comes from, for the message.
+
+    Raises:
+        ClusterError: names key, path and remedy, never the token.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ClusterError(f"{key}={path}: no such file; it must hold the token of the Ray cluster (mode 0600)")
+    if file.stat().st_size == 0:
+        raise ClusterError(f"{key}={path}: the file is empty; write the token of the Ray cluster into it")
+    mode = file.stat().st_mode & 0o777
+    if mode & 0o077:
+        raise ClusterError(f"{key}={path}: mode {mode:04o} lets others read the token: `chmod 600 {path}`")
+
+
+@contextmanager
+def _private(config: ClusterConfig) -> Iterator[str]:
+    """Run a Ray head of our own on this machine for the block; yields its address, host:port."""
+    if config.nodes != 1:
+        raise ClusterError(
+            f"cluster.nodes={config.nodes}: cluster=local is this machine alone; use 1, "
+            "or cluster=ray cluster.address=HOST:PORT"
+        )
+    node = subprocess.Popen(
+        [sys.executable, "-m", "dist_lm.cluster.ray_node", "private", LOOPBACK],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,  # signals to the launch's process group must not reach it
+    )
+    assert node.stdout is not None
+    assert node.stdin is not None
+    try:
+        answer = node.stdout.readline()
+        if not answer:
+            raise ClusterError("cluster=local: Ray did not start on this machine; the lines above give the reason")
+        with _joined(replace(config, name="ray", **json.loads(answer))) as address:
+            yield address
+    finally:
+        node.stdin.close()
+        node.wait(timeout=PRIVATE_END_S)
+
+
+@contextmanager
+def _joined(config: ClusterConfig) -> Iterator[str]:
+    """Join the Ray cluster at cluster.address as a driver for the block; yields its address, host:port."""
+    assert config.address is not None  # ClusterConfig refuses it
+    host = _wait_for_port(config.address, config.connect_timeout_s)
+    changes = RAY_ENVIRONMENT | {"RAY_NUM_REDIS_GET_RETRIES": "2"}  # by default Ray retries a refused token 20 times
+    changes |= {PATH: config.token_path} if config.token_path else {}
+    with _environment(changes, (TOKEN,) if config.token_path else ()):
+        _check_token(config)
+        ray = _import_ray()  # outside the timeout: on a cold network file system the import takes longer
+
+        def init() -> None:
+            # Ray assigns a driver to the node of its address, which is ambiguous on loopback addresses
+            own = {"_node_ip_address": host} if host.startswith("127.") else {}
+            ray.init(address=config.address, log_to_driver=False, logging_level="ERROR", **own)
+
+        try:
+            _within(config.connect_timeout_s, init)
+        except TimeoutError:
+            raise ClusterError(
+                f"cluster.address={config.address}: the port answers, but the connection was not accepted within "
+                f"{config.connect_timeout_s:.0f} s; check that it is a Ray head of this version and that "
+                "cluster.token_path is its token, or on a busy machine wait longer: "
+                f"cluster.connect_timeout_s={3 * config.connect_timeout_s:.0f}"
+            ) from None
+        except Exception as error:
+            raise ClusterError(f"cluster.address={config.address}: {_refusal(error)}") from error
+        try:
+            yield config.address
+        finally:
+            ray.shutdown()
+
+
+def _wait_for_port(address: str, timeout_s: float) -> str:
+    """Wait until host:port accepts a connection; returns the host."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ClusterError(f"cluster.address={address}: expected HOST:PORT")
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=min(2.0, timeout_s)).close()
+            return host
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise ClusterError(
+                    f"cluster.address={address}: no Ray head answers there (waited {timeout_s:.0f} s: "
+                    f"{error.strerror or error}); start one there, or use cluster=local"
+                ) from None
+        time.sleep(0.2)
+
+
+def _check_token(config: ClusterConfig) -> None:
+    path = os.environ.get(PATH)
+    if path is None:
+        if TOKEN in os.environ:
+            return
+        path = str(Path.home() / ".ray" / "auth_token")  # Ray's default
+    check_token_file("cluster.token_path" if config.token_path else PATH, path)
+
+
+def _refusal(error: BaseException) -> str:
+    """Why Ray refused the connection, in one line."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    if any("Authentication" in type(link).__name__ or "InvalidAuthToken" in str(link) for link in chain):
+        return f"the Ray head refuses our token; cluster.token_path (or {PATH}) must hold the head's own"
+    return f"Ray refused the connection: {first_line(error)}"
+
+
+def _import_ray() -> Any:
+    """Ray, using the authentication that the environment specifies now."""
+    import ray
+
+    # Ray reads mode and token when it is imported and has no public call to read them again
+    raylet = importlib.import_module("ray._raylet")
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+    return ray
+
+
+@contextmanager
+def _environment(changes: Mapping[str, str], removed: tuple[str, ...]) -> Iterator[None]:
+    """Change the environment of this process and its future children for the block."""
+    before = {name: os.environ.get(name) for name in (*changes, *removed, *CHANGED_BY_RAY)}
+    os.environ.update(changes)
+    for name in removed:
+        os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _within(seconds: float, call: Callable[[], None]) -> None:
+    """Run `call` in a thread, wait at most `seconds`, and raise its exception here.
+
+    Raises:
+        TimeoutError: the call has not returned; its thread keeps running.
+    """
+    outcome: list[BaseException | None] = []
+
+    def work() -> None:
+        try:
+            call()
+        except BaseException as error:  # raised again by the caller
+            outcome.append(error)
+        else:
+            outcome.append(None)
+
+    thread = threading.Thread(target=work, name="ray-init", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError
+    if outcome[0] is not None:
+        raise outcome[0]

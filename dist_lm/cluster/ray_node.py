@@ -1,54 +1,138 @@
-"""One Ray node as a program in the foreground, for schedulers and terminals; nothing of it is left when it ends.
+"""One Ray node as a program in the foreground, for schedulers and terminals. It ends without leaving anything behind.
 
     python -m dist_lm.cluster.ray_node head --address IP:PORT [--cpus N] [--gpus N]
     python -m dist_lm.cluster.ray_node worker --head IP:PORT [--ip IP | --interface NAME] [--wait-s S] [--cpus ...]
 
-RAY_AUTH_TOKEN_PATH names the file with the token (mode 0600). TERM and INT stop the node. A worker whose Ray dies
+RAY_AUTH_TOKEN_PATH names the token file (mode 0600). TERM and INT stop the node. If Ray dies on a worker, the worker
 joins again as long as the head answers.
 
-Exit codes: 0 stopped by TERM or INT, and Ray was well until then; 1 Ray died, or the head is gone; 2 something the
-user can mend (one line says what).
+Exit codes: 0 stopped by TERM or INT while Ray was well; 1 Ray died or the head is gone; 2 an error that the user can
+correct, printed in one line.
+
+A third form, `private IP`, is internal: the head of `cluster=local`.
 """
 
 import argparse
+import json
 import os
+import secrets
 import signal
-import subprocess
+import socket
 import sys
+import threading
 import time
-from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import IO
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import psutil
 
-from dist_lm.cluster import node_directory
-from dist_lm.cluster.node_address import HeadAddress, address_of_interface, own_address
-from dist_lm.cluster.rank_environment import PATIENCE
-from dist_lm.cluster.ray_environment import ENVIRONMENT, ClusterError
-from dist_lm.cluster.ray_token import check_token_file
+from dist_lm.cluster.ray_cluster import PATH, TOKEN, ClusterError, check_token_file
+from dist_lm.cluster.ray_processes import RayProcesses, head_arguments, node_directory, say, sweep
 from dist_lm.errors import UserError
 from dist_lm.storage import process
 
 POLL_S = 0.2
 WAIT_S = 300.0  # for the head
-SAME_SIGNAL_S = 0.5  # a scheduler sends TERM to Ray's processes too, which may be faster than we
-HEALTHY_S = 60.0  # Ray that has run so long has not failed at its start
+CONNECT_S = 2.0
+SAME_SIGNAL_S = 0.5  # a scheduler sends TERM to Ray's processes too, and Ray may react first
+HEALTHY_S = 60.0  # a Ray that dies later than this has not failed to start
 MAX_FAILURES = 5  # in a row, each within HEALTHY_S
 HEAD_CHECK_S = 1.0
-HEAD_GONE_S = 5.0  # refused connections for so long: the head is not coming back, Ray alone would wait a minute
-HEAD_PROCESSES = ("gcs_server", "raylet")
-WORKER_PROCESSES = ("raylet",)
-LOG_TAIL = 15  # lines
+HEAD_GONE_S = 5.0  # connections refused for this long mean that the head is gone; Ray itself waits a minute
+PRIVATE_GRACE_S = 0.3  # a private Ray is unused by the time it is told to end
+REPLACED_BY_RAY = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class HeadAddress:
+    """Where a Ray head listens."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, option: str, text: str) -> "HeadAddress":
+        """Parse `IP:PORT`.
+
+        Raises:
+            ClusterError: names the option.
+        """
+        host, _, port = text.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ClusterError(f"{option}={text}: expected IP:PORT")
+        if host == REPLACED_BY_RAY:
+            raise ClusterError(
+                f"{option}={text}: Ray replaces {host} by another address of the machine; give the machine's address "
+                "in its network, or another loopback address such as 127.0.1.1"
+            )
+        return cls(host, int(port))
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    def error(self) -> OSError | None:
+        """Why no connection is possible now; None if it is."""
+        try:
+            socket.create_connection((self.host, self.port), timeout=CONNECT_S).close()
+        except OSError as error:
+            return error
+        return None
+
+    def check_free(self) -> None:
+        """Refuse an address that a head could not listen on.
+
+        Raises:
+            ClusterError: the port is taken, or the address belongs to another machine.
+        """
+        with socket.socket() as server:
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore connections that are closing
+            try:
+                server.bind((self.host, self.port))
+            except OSError as error:
+                raise ClusterError(
+                    f"--address={self}: cannot listen on port {self.port} ({error.strerror}); give an address of "
+                    "this machine and a free port below 10000"
+                ) from None
+
+
+def own_address(head: HeadAddress, environ: Mapping[str, str] = os.environ) -> str:
+    """The address of this node in the network that leads to the head.
+
+    If the head has a loopback address, all nodes are on one machine; then it is the address of SLURMD_NODENAME or of
+    the host name.
+
+    Raises:
+        ClusterError: the name has no address, or there is no route to the head.
+    """
+    if head.host.startswith("127."):
+        name = environ.get("SLURMD_NODENAME") or socket.gethostname()
+        try:
+            return socket.gethostbyname(name)
+        except OSError as error:
+            raise ClusterError(f"node {name}: no address for this name ({error.strerror}); give --ip") from None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as route:
+        try:
+            route.connect((head.host, head.port))  # selects the route, sends nothing
+        except OSError as error:
+            raise ClusterError(f"--head={head}: no route to it ({error.strerror})") from None
+        return route.getsockname()[0]
+
+
+def address_of_interface(name: str) -> str:
+    """The IPv4 address of a network interface of this machine."""
+    interfaces = psutil.net_if_addrs()
+    found = [entry.address for entry in interfaces.get(name, []) if entry.family == socket.AF_INET]
+    if not found:
+        raise ClusterError(f"--interface={name}: no IPv4 address; this machine has {', '.join(sorted(interfaces))}")
+    return found[0]
 
 
 class Stop:
-    """Whether TERM or INT has come, and what had died before it.
+    """Stop flag, set by TERM and INT, and the processes of Ray that had died before.
 
-    Later is too late to look: a scheduler sends TERM to every process of a job step, Ray's included. Not looking at
-    all would pass off as well a Ray that died a moment before, whose driver may have left with exit code 0.
+    The signal handler itself checks Ray: a scheduler sends TERM to every process of a job step, so later all of Ray is
+    dead. Without the check, a Ray that died just before TERM would count as well, although its driver may have left
+    with exit code 0.
     """
 
     def __init__(self) -> None:
@@ -57,7 +141,7 @@ class Stop:
         self.death: str | None = None
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note)
-        # inherited by Ray, which USR1 would kill: a scheduler may send it to every process of a job
+        # Ray inherits this and would die of USR1, which a scheduler may send to every process of a job
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def _note(self, number: int, frame: object) -> None:
@@ -66,84 +150,57 @@ class Stop:
         self.requested = True
 
     def pause(self, seconds: float) -> None:
-        """Sleep, but not past a stop."""
+        """Sleep until the time has passed or a stop is requested."""
         deadline = time.monotonic() + seconds
         while not self.requested and time.monotonic() < deadline:
             time.sleep(POLL_S)
 
 
-class RayProcesses:
-    """`ray start --block` and the processes below it that must live."""
-
-    def __init__(
-        self, directory: Path, names: Sequence[str], arguments: Sequence[str], output: IO[bytes] | None = None
-    ) -> None:
-        """Start Ray with its files in `directory`.
-
-        Args:
-            names: of the processes that must live.
-            arguments: of `ray start`.
-            output: where it prints; None: where this process does.
-        """
-        self._names = names
-        self._seen: dict[str, psutil.Process] = {}
-        self._temporary = directory / "ray"
-        files = directory / "tmp"  # what ranks leave behind when they are killed goes with the directory
-        files.mkdir()
-        self._start = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "dist_lm.cluster.ray_start", str(os.getpid()), "--block"),
-                *("--disable-usage-stats", "--include-log-monitor=false", f"--temp-dir={self._temporary}"),
-                *arguments,
-            ],
-            env=PATIENCE | os.environ | ENVIRONMENT | {node_directory.MARK: directory.name, "TMPDIR": str(files)},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-
-    def death(self) -> str | None:
-        """What died, for people; None while Ray is well."""
-        code = self._start.poll()
-        if code is not None:
-            return f"`ray start` left with exit code {code}"
-        if len(self._seen) < len(self._names):
-            with suppress(psutil.NoSuchProcess):
-                children = psutil.Process(self._start.pid).children()
-                found = {child.name(): child for child in children if child.name() in self._names}
-                self._seen = self._seen | found  # a new one: a signal may come while the old one is read
-        return next((f"{name} died" for name, seen in self._seen.items() if not process.is_alive(seen)), None)
-
-    def print_log(self) -> None:
-        """The last lines of the logs, which go with the directory."""
-        for name in ("gcs_server.out", "raylet.out", "raylet.err"):
-            log = self._temporary / "session_latest" / "logs" / name
-            if log.exists():
-                with log.open(errors="replace") as lines:
-                    say(f"the end of {name}:", *deque((line.rstrip() for line in lines), LOG_TAIL))
-
-
 def run_head(address: HeadAddress, resources: Sequence[str], stop: Stop) -> int:
-    """Be the head until it is stopped or dies. Returns the exit code."""
+    """Run the head until it is stopped or Ray dies; returns the exit code."""
     address.check_free()
-    with node_directory.node_directory() as directory:
-        ray = RayProcesses(directory, HEAD_PROCESSES, head_arguments(address.host, address.port, resources))
+    with node_directory() as directory:
+        ray = RayProcesses(directory, head_arguments(address.host, address.port, resources))
         stop.watched = ray
         death = None
         while not stop.requested and death is None:
             time.sleep(POLL_S)
             death = ray.death()
-        return report(stop.death if stop.requested else death, ray)
+        return ray.report(stop.death if stop.requested else death)
 
 
-def head_arguments(host: str, port: int, resources: Sequence[str]) -> list[str]:
-    """Those of `ray start` for a head."""
-    return ["--head", f"--node-ip-address={host}", f"--port={port}", "--include-dashboard=false", *resources]
+def run_private(host: str) -> int:
+    """Run a head that only the process which started it can use, until standard input is closed.
+
+    It chooses a free port and a token, and prints `{"address", "token_path"}` as one line of JSON. Standard input also
+    closes if the starting process is killed. Signals are ignored, so that a launch can write a checkpoint first.
+    Returns exit code 1 if Ray died.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which Ray would inherit: TERM would not end it
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    sweep()
+    closed = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.buffer.read(), closed.set()), name="stdin", daemon=True).start()
+    with node_directory(PRIVATE_GRACE_S) as directory:
+        token = directory / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        os.environ[PATH] = str(token)
+        port = process.free_port(host)
+        arguments = head_arguments(host, port, [f"--num-cpus={process.cores()}"])
+        with (directory / "ray_start.log").open("wb") as output:
+            ray = RayProcesses(directory, arguments, output)
+        print(json.dumps({"address": f"{host}:{port}", "token_path": str(token)}), flush=True)
+        while not closed.is_set() and ray.death() is None:
+            time.sleep(POLL_S)
+        code = ray.report(ray.death())
+        closed.wait()  # keep the logs until the launch, whose calls to Ray fail, has left
+    return code
 
 
 def run_worker(head: HeadAddress, ip: str, wait_s: float, resources: Sequence[str], stop: Stop) -> int:
-    """Be a worker until it is stopped or the head is gone; join again when Ray dies. Returns the exit code."""
+    """Run a worker until it is stopped or the head is gone, joining again if Ray dies; returns the exit code."""
     failures, joined = 0, False
     while True:
         try:
@@ -151,7 +208,7 @@ def run_worker(head: HeadAddress, ip: str, wait_s: float, resources: Sequence[st
         except ClusterError as error:
             if not joined:
                 raise
-            raise SystemExit(f"error: {error}") from error  # it was right once: nothing to mend here
+            raise SystemExit(f"error: {error}") from error  # exit code 1: the address was right, the head is gone
         joined = True
         if stop.requested:
             return 0
@@ -168,9 +225,9 @@ def run_worker(head: HeadAddress, ip: str, wait_s: float, resources: Sequence[st
 
 
 def run_worker_once(head: HeadAddress, ip: str, resources: Sequence[str], stop: Stop) -> str | None:
-    """Join the head and stay. Returns what died; None: we were asked to stop."""
-    with node_directory.node_directory() as directory:
-        ray = RayProcesses(directory, WORKER_PROCESSES, [f"--address={head}", f"--node-ip-address={ip}", *resources])
+    """Join the head and stay; returns what died, or None after a stop."""
+    with node_directory() as directory:
+        ray = RayProcesses(directory, [f"--address={head}", f"--node-ip-address={ip}", *resources])
         check_at = time.monotonic() + HEAD_CHECK_S
         refused_since: float | None = None
         while not stop.requested:
@@ -178,7 +235,7 @@ def run_worker_once(head: HeadAddress, ip: str, resources: Sequence[str], stop: 
                 stop.pause(SAME_SIGNAL_S)
                 if stop.requested:
                     return None
-                report(death, ray)
+                ray.report(death)
                 return death
             now = time.monotonic()
             if now >= check_at:
@@ -192,10 +249,10 @@ def run_worker_once(head: HeadAddress, ip: str, resources: Sequence[str], stop: 
 
 
 def wait_for_head(head: HeadAddress, wait_s: float, stop: Stop) -> None:
-    """Wait until the head answers: `ray start` would hang without it.
+    """Wait until the head answers: without a head `ray start` would hang.
 
     Raises:
-        ClusterError: it does not within `wait_s`.
+        ClusterError: the head does not answer within `wait_s`.
     """
     deadline = time.monotonic() + wait_s
     while not stop.requested and (error := head.error()):
@@ -207,59 +264,48 @@ def wait_for_head(head: HeadAddress, wait_s: float, stop: Stop) -> None:
         stop.pause(0.5)
 
 
-def report(death: str | None, ray: RayProcesses) -> int:
-    """Say what died and why; the exit code."""
-    if death is None:
-        return 0
-    say(f"{death}; every process of this node ends")
-    ray.print_log()
-    return 1
-
-
-def say(*lines: str) -> None:
-    """Print lines to standard error, with the time."""
-    print(time.strftime("%H:%M:%S ray_node:"), "\n  ".join(lines), file=sys.stderr, flush=True)
-
-
 def check_token() -> None:
-    """Refuse to start a Ray that lets everybody in.
+    """Refuse to start a Ray without a token.
 
     Raises:
-        ClusterError: RAY_AUTH_TOKEN_PATH is not set, or its file is not fit.
+        ClusterError: RAY_AUTH_TOKEN_PATH is not set, or its file is refused.
     """
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = os.environ.get(PATH)
     if not path:
-        raise ClusterError("RAY_AUTH_TOKEN_PATH: not set; it names the file with the cluster's token (mode 0600)")
-    os.environ.pop("RAY_AUTH_TOKEN", None)  # Ray would prefer it
-    check_token_file("RAY_AUTH_TOKEN_PATH", path)
+        raise ClusterError(f"{PATH}: not set; it must name the file with the cluster's token (mode 0600)")
+    os.environ.pop(TOKEN, None)  # Ray would prefer it to the file
+    check_token_file(PATH, path)
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m dist_lm.cluster.ray_node", description="One Ray node in the foreground."
     )
-    kinds = parser.add_subparsers(dest="kind", required=True)
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="head|worker")
     head = kinds.add_parser("head", help="start a cluster")
-    head.add_argument("--address", required=True, metavar="IP:PORT", help="to listen on")
+    head.add_argument("--address", required=True, metavar="IP:PORT", help="address to listen on")
     worker = kinds.add_parser("worker", help="join a cluster")
     worker.add_argument("--head", required=True, metavar="IP:PORT", help="where the head listens")
     own = worker.add_mutually_exclusive_group()
     own.add_argument("--ip", help="address of this node (default: that of the route to the head)")
-    own.add_argument("--interface", metavar="NAME", help="network interface whose address it is")
+    own.add_argument("--interface", metavar="NAME", help="network interface whose address this node uses")
     worker.add_argument("--wait-s", type=float, default=WAIT_S, help="longest wait for the head (default: %(default)g)")
     for kind in (head, worker):
         kind.add_argument("--cpus", type=int, help="CPUs to offer (default: those this process may use)")
         kind.add_argument("--gpus", type=int, help="GPUs to offer (default: those Ray finds)")
+    kinds.add_parser("private").add_argument("ip")
     return parser.parse_args()
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the node that the command line describes. Returns the exit code."""
+    """Run the node that the command line describes; returns the exit code."""
+    if options.kind == "private":
+        return run_private(options.ip)
     stop = Stop()
     check_token()
-    for directory in node_directory.sweep():
-        say(f"cleared away {directory}, left by a node that was killed")
+    for directory in sweep():
+        say(f"removed {directory}, left by a node that was killed")
     resources = [f"--num-cpus={options.cpus if options.cpus is not None else process.cores()}"]
     if options.gpus is not None:
         resources.append(f"--num-gpus={options.gpus}")

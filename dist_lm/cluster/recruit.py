@@ -1,28 +1,61 @@
-"""Finding nodes fit to run ranks: placed, looked at, and without the bad ones where there are others."""
+"""Recruitment of nodes for a gang: reserve them, start an agent on each, inspect them, and replace unfit ones."""
 
+import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dist_lm.cluster.inspection import Inspection, inspect
-from dist_lm.cluster.node_checks import Demands
-from dist_lm.cluster.placement import AgentStartError, NoNodesError, Placement, place
-from dist_lm.cluster.ray_cluster import Node, RayCluster
-from dist_lm.cluster.ray_environment import ClusterError
+from dist_lm.cluster.agent import NodeAgent
+from dist_lm.cluster.inspection import Demands, Inspection, inspect
+from dist_lm.cluster.ray_cluster import ClusterError, Node, RayCluster, last_line
 
-SPARE_S = 10.0  # how long others are waited for in place of a slow node
-STARTS = 3  # how often agents are started before their failure is believed
+log = logging.getLogger(__name__)
+
+SLICE_S = 0.5  # between two calls of `wanted`
+SPARE_S = 10.0  # wait for a node in place of a slow one
+STARTS = 3  # attempts at starting agents
+
+
+class NoNodesError(ClusterError):
+    """The cluster does not have that many free nodes now."""
+
+
+class AgentStartError(ClusterError):
+    """An agent did not start on its node, which lacks packages or has just died."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A reservation with one agent on each node, ordered by the nodes' addresses."""
+
+    group: Any
+    agents: Sequence[Any]
+    nodes: Sequence[Node]
+
+    def release(self) -> None:
+        """End the agents and free the nodes."""
+        import ray
+        from ray.exceptions import RayError
+        from ray.util import remove_placement_group
+
+        for agent in self.agents:
+            try:
+                ray.kill(agent)
+            except RayError as error:  # removing the group ends it too
+                log.warning("could not end an agent: %s", error)
+        remove_placement_group(self.group)
 
 
 @dataclass(frozen=True)
 class Crew:
-    """Nodes that are ready to run ranks; agents wait on them."""
+    """Nodes that are ready to run ranks, with an agent on each."""
 
     placement: Placement
     hosts: tuple[str, ...]
     link_rates: tuple[float, ...]  # bytes per second
-    left_out: frozenset[str] = frozenset()  # unfit nodes, by Ray's id
+    left_out: frozenset[str] = frozenset()  # Ray's ids of unfit nodes
 
 
 def recruit(
@@ -37,22 +70,22 @@ def recruit(
     wanted: Callable[[], bool] = lambda: True,
     warn: Callable[[str], None] = lambda text: None,
 ) -> Crew | None:
-    """`nodes` nodes that pass inspection. A bad one is named, and left out when another can take its place.
+    """Find `nodes` nodes that pass inspection. An unfit node is named, and left out if another can replace it.
 
     Args:
         directory: of the run.
-        avoid: addresses of nodes that are taken only where there are not enough others.
-        wanted: asked while waiting; None is returned once it says no.
-        warn: told about nodes that are left out.
+        avoid: addresses of nodes to use only if there are not enough others.
+        wanted: asked while waiting; if it returns False the result is None.
+        warn: receives a line for each node that is left out.
 
     Raises:
-        NoNodesError: not so many nodes within `timeout_s`.
-        ClusterError: so many nodes are there, but not so many are fit.
+        NoNodesError: fewer free nodes within `timeout_s`.
+        ClusterError: enough nodes, but too few that are fit.
     """
     deadline = time.monotonic() + timeout_s
-    left_out: dict[str, str] = {}  # by Ray's id of the node: what is wrong with it
-    slow_ones: set[str] = set()  # of them, those that will do if there are no others
-    tolerated: set[str] = set()  # those of which that has turned out
+    left_out: dict[str, str] = {}  # reason by Ray's node id
+    slow_ones: set[str] = set()  # nodes in `left_out` that are slow but usable
+    tolerated: set[str] = set()  # slow nodes that are used because no other is free
     starts = 0
     while True:
         alive = cluster.nodes()
@@ -66,7 +99,7 @@ def recruit(
         try:
             placement = place(cluster, nodes, gpus_per_node, without=without, timeout_s=left_s, wanted=wanted)
         except NoNodesError as error:
-            if slow_ones:  # the others are busy: better slow than not at all
+            if slow_ones:
                 tolerated |= slow_ones
                 left_out = {id_: reason for id_, reason in left_out.items() if id_ not in slow_ones}
                 slow_ones = set()
@@ -75,15 +108,16 @@ def recruit(
                 raise ClusterError(f"cluster.nodes={nodes}: {'; '.join(left_out.values())}") from error
             raise
         except AgentStartError as error:
-            starts += 1  # the first time the node may have died just then, which Ray will notice
+            starts += 1  # the node may just have died, which Ray notices after a while
             if starts == STARTS or time.monotonic() > deadline:
                 raise
             warn(f"{error}; trying again")
             continue
         if placement is None:
             return None
+        link_bytes = cluster.config.link_check_mib << 20
         try:
-            found = inspect(placement, directory, demands, cluster.config.link_check_mib << 20, wanted)
+            found = inspect(placement.agents, placement.nodes, directory, demands, link_bytes, wanted)
         except BaseException:
             placement.release()
             raise
@@ -110,11 +144,11 @@ def recruit(
 
 
 def sift(found: Inspection, spare: int, tolerated: Collection[int]) -> tuple[dict[int, str], dict[int, str]]:
-    """(nodes to leave out, slow ones to keep) by place in the gang, and why.
+    """(nodes to leave out, slow nodes to keep), each with the reason, by node of the gang.
 
     Args:
-        spare: nodes that could take their places, at most.
-        tolerated: slow nodes that are kept in any case.
+        spare: largest number of nodes that could replace others.
+        tolerated: slow nodes to keep in any case.
     """
     bad, kept = dict(found.unfit), {}
     for node, reason in found.slow.items():
@@ -125,6 +159,98 @@ def sift(found: Inspection, spare: int, tolerated: Collection[int]) -> tuple[dic
         else:
             kept[node] = reason
     return bad, kept
+
+
+def place(
+    cluster: RayCluster,
+    nodes: int,
+    gpus_per_node: int,
+    *,
+    without: Collection[str],
+    timeout_s: float,
+    wanted: Callable[[], bool],
+) -> Placement | None:
+    """Reserve `nodes` nodes and start an agent on each.
+
+    A bundle takes one CPU only: the ranks use all cores of their node, and the CPU just keeps two gangs apart.
+
+    Args:
+        gpus_per_node: GPUs to reserve on each node.
+        without: ids of nodes that must not be used.
+        timeout_s: until the nodes are free; the agents may take cluster.start_timeout_s more to start.
+        wanted: asked while waiting; if it returns False the result is None.
+
+    Raises:
+        NoNodesError: fewer free nodes within `timeout_s`.
+        AgentStartError: an agent did not start on its node.
+    """
+    import ray
+    from ray.exceptions import RayError
+    from ray.util import placement_group, placement_group_table
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    bundle = {"CPU": 1.0} | ({"GPU": float(gpus_per_node)} if gpus_per_node else {})
+    selector = {"ray.io/node-id": f"!in({','.join(sorted(without))})"} if without else {}
+    group = placement_group([bundle] * nodes, strategy="STRICT_SPREAD", bundle_label_selector=[selector] * nodes)
+    remote = ray.remote(num_cpus=1, num_gpus=gpus_per_node, max_restarts=0, max_task_retries=0)(NodeAgent)
+    agents = [
+        remote.options(
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group=group, placement_group_bundle_index=node
+            )
+        ).remote()
+        for node in range(nodes)
+    ]
+    placement = Placement(group, agents, ())
+    try:
+        reserved = _wait([group.ready()], timeout_s, wanted)
+        if reserved is False:
+            raise NoNodesError(_shortage(cluster, nodes, bundle, len(without), timeout_s))
+        up = [agent.ready.remote() for agent in agents]
+        started = reserved and _wait(up, cluster.config.start_timeout_s, wanted)
+        if started is None:
+            placement.release()
+            return None
+        if not started:
+            raise AgentStartError(
+                f"cluster: agents did not start within cluster.start_timeout_s={cluster.config.start_timeout_s:g} s"
+            )
+        ray.get(up)
+        places = placement_group_table(group)["bundles_to_node_id"]
+        known = {node.id: node for node in cluster.nodes()}
+        by_address = sorted(range(nodes), key=lambda i: (known[places[i]].address, places[i]))
+    except (RayError, KeyError) as error:  # KeyError: a node has just died
+        placement.release()
+        raise AgentStartError(
+            f"cluster: an agent did not start on a node of {cluster.address} ({last_line(error)}); every node needs "
+            "the same dist_lm and packages as this one"
+        ) from error
+    except BaseException:
+        placement.release()
+        raise
+    return Placement(group, [agents[i] for i in by_address], [known[places[i]] for i in by_address])
+
+
+def _wait(references: Sequence[Any], timeout_s: float, wanted: Callable[[], bool]) -> bool | None:
+    """Whether all `references` are ready within `timeout_s`; None if `wanted` returned False."""
+    import ray
+
+    deadline = time.monotonic() + timeout_s
+    while len(ray.wait(list(references), num_returns=len(references), timeout=SLICE_S)[0]) < len(references):
+        if not wanted():
+            return None
+        if time.monotonic() > deadline:
+            return False
+    return True
+
+
+def _shortage(cluster: RayCluster, nodes: int, bundle: dict[str, float], rejected: int, timeout_s: float) -> str:
+    found = cluster.nodes()
+    out = f", {rejected} nodes left out" if rejected else ""
+    return (
+        f"cluster.nodes={nodes}: not free within {timeout_s:.0f} s: the Ray cluster at {cluster.address} has "
+        f"{len(found)} nodes{out} and {sum(node.gpus for node in found)} GPUs; each node must have {bundle} free"
+    )
 
 
 def _name(host: str, node: Node) -> str:

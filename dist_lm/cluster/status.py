@@ -1,10 +1,15 @@
-"""How the commands and runs of a work directory stand, from the files they keep: while they run and afterwards."""
+"""Status of a work directory, read from its files: the newest command, its stages, its run, nodes and last error."""
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from dist_lm.cluster.journal import read_events
 from dist_lm.errors import ArtefactError
@@ -12,7 +17,25 @@ from dist_lm.storage import durable
 from dist_lm.storage.lock import is_locked
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import last_metrics
+from dist_lm.tracking.readable import duration, four_digits, percent, three_decimals
 from dist_lm.training import checkpoint_files
+
+
+WORDS = {
+    "running": ("running", "bold green"),
+    "lost": ("its launcher is gone: the same command continues", "bold red"),
+    "done": ("done", "green"),
+    "failed": ("failed", "bold red"),
+    "stopped": ("stopped: the same command continues", "yellow"),
+}
+COLOURS = {
+    "done": "green",
+    "running": "bold green",
+    "failed": "bold red",
+    "stopped": "yellow",
+    "waiting": "dim",
+    "lost": "bold red",
+}
 
 
 @dataclass(frozen=True)
@@ -20,16 +43,16 @@ class RunStatus:
     """One run of a training stage."""
 
     path: str
-    held: bool  # a launcher has it in hand
+    held: bool  # a launcher works on it
     step: int
-    steps: int | None  # that it will have
-    metrics: dict[str, float]  # the newest of each
+    steps: int | None  # configured
+    metrics: dict[str, float]  # newest value of each
     attempt: dict[str, Any]  # the newest `started` event
     restarts: int
     last_error: str
     last_error_at: float  # seconds since 1970
-    ranks: list[dict[str, Any]]  # what they were last heard doing
-    heard_at: float  # seconds since 1970; 0: never
+    ranks: list[dict[str, Any]]  # their last heartbeats
+    heard_at: float  # time of the heartbeats, seconds since 1970; 0: never
     links: dict[str, float]
     checkpoint: str
     finished: bool
@@ -37,23 +60,23 @@ class RunStatus:
 
 @dataclass(frozen=True)
 class PipelineStatus:
-    """The newest command on a work directory, and the run it is at."""
+    """The newest command on a work directory, and its current run."""
 
     name: str  # target stage and run_id
-    state: str  # running | lost | done | failed | stopped; lost: it should run, and does not
+    state: str  # running | lost | done | failed | stopped; lost: its launcher was killed
     facts: dict[str, Any]
     run: RunStatus | None
     others: list[str] = field(default_factory=list)  # other pipelines in the work directory: name and state
 
 
 def read_status(work_dir: Path, run_id: str | None = None) -> PipelineStatus:
-    """The status of the command that was started last.
+    """The status of the newest command.
 
     Args:
-        run_id: of the command; None: any.
+        run_id: of the command; None: of any command.
 
     Raises:
-        ArtefactError: no command was started on this work directory.
+        ArtefactError: no such command was started on this work directory.
     """
     work = WorkDirectory(work_dir)
     found = [(path.stem, durable.read_json(path)) for path in work.pipelines()]
@@ -67,7 +90,7 @@ def read_status(work_dir: Path, run_id: str | None = None) -> PipelineStatus:
     present = [directory for directory in directories if directory.config.exists()]
     run = read_run(present[-1]) if present else None
     state = _state(work, name, facts)
-    if run and run.heard_at < facts["started"]:  # what ranks of an earlier command did last
+    if run and run.heard_at < facts["started"]:  # heartbeats of an earlier command
         run = replace(run, ranks=[])
     if state == "lost":
         facts["stages"] = [{**one, "state": "lost"} if one["state"] == "running" else one for one in facts["stages"]]
@@ -108,12 +131,12 @@ def read_run(run: RunDirectory) -> RunStatus:
 
 
 def as_json(status: PipelineStatus) -> str:
-    """All of it, for programs."""
+    """The status as JSON, for programs."""
     return json.dumps(asdict(status), indent=2, sort_keys=True)
 
 
 def node_rows(run: RunStatus, now: float) -> list[tuple[str, ...]]:
-    """A row for each node of the newest attempt: node, host, address, ranks, step, doing, heard.
+    """A row for each node of the newest attempt: node, host, address, ranks, step, state, age of the heartbeat.
 
     Args:
         now: seconds since 1970.
@@ -129,7 +152,7 @@ def node_rows(run: RunStatus, now: float) -> list[tuple[str, ...]]:
 
 
 def _doing(ranks: Sequence[dict[str, Any]], run: RunStatus, now: float) -> tuple[str, str, str]:
-    """Step, what the slowest rank of a node does, and how long ago it said so."""
+    """Step, state and age of the oldest heartbeat of a node's ranks."""
     if not run.held or not ranks:
         return "", "ended" if not run.held else "starting", ""
     slowest = max(ranks, key=lambda rank: rank["age_s"])
@@ -142,3 +165,78 @@ def _steps_of(run: RunDirectory) -> int | None:
     from dist_lm.config.file import load_config
 
     return getattr(load_config(run.config).stage, "steps", None) if run.config.exists() else None
+
+
+def print_status(status: PipelineStatus, console: Console) -> None:
+    """Print the stages, the run, its nodes and the last error."""
+    now = time.time()
+    facts, (words, style) = status.facts, WORDS[status.state]
+    until = now if status.state == "running" else facts["updated"]
+    job = f", job {facts['job']}" if facts["job"] else ""
+    console.print(Text.assemble((status.name, "bold"), ": ", (words, style)))
+    console.print(
+        Text(
+            f"on {facts['host']} (process {facts['process']}{job}), "
+            f"{duration(until - facts['started'])} since {_clock(facts['started'])}",
+            style="dim",
+        )
+    )
+    stages = Table(box=None, pad_edge=False)
+    for column in ("stage", "state", ""):
+        stages.add_column(column)
+    for stage in facts["stages"]:
+        stages.add_row(stage["name"], Text(stage["state"], style=COLOURS[stage["state"]]), Text(stage["detail"]))
+    console.print(stages)
+    if facts["error"]:
+        console.print(Text.assemble(("error: ", "bold red"), facts["error"]), soft_wrap=True)
+    if status.run:
+        console.print()
+        _print_run(status.run, console, now)
+    if status.others:
+        console.print(Text(f"also here: {', '.join(status.others)}", style="dim"), soft_wrap=True)
+
+
+def _print_run(run: RunStatus, console: Console, now: float) -> None:
+    console.print(Text(run.path, style="bold"), soft_wrap=True)
+    console.print(Text(_progress(run)), soft_wrap=True)
+    if run.attempt:
+        n_nodes, per_node = len(run.attempt["nodes"]), run.attempt["ranks_per_node"]
+        nodes = f"{n_nodes} node" if n_nodes == 1 else f"{n_nodes} nodes"
+        speed = f", first all-reduce {run.links['bus_gb_per_s']:.2f} GB/s" if run.links.get("bus_gb_per_s") else ""
+        slowest = run.attempt.get("slowest_link_mb_per_s")
+        speed += f", slowest link {slowest:,} MB/s" if slowest else ""
+        console.print(
+            Text(
+                f"{nodes} x {per_node} ranks on {run.attempt['device']}, {run.attempt['layout']}, "
+                f"from step {run.attempt['step']:,}; restarts after failures: {run.restarts}{speed}"
+            ),
+            soft_wrap=True,
+        )
+        table = Table(box=None, pad_edge=False)
+        for column in ("node", "host", "address", "ranks", "step", "state", "heard"):
+            table.add_column(column)
+        for row in node_rows(run, now):
+            table.add_row(*(Text(cell) for cell in row))
+        console.print(table)
+    if run.last_error:
+        at = f"last error, {duration(now - run.last_error_at)} ago: "
+        console.print(Text.assemble((at, "yellow"), run.last_error), soft_wrap=True)
+
+
+def _progress(run: RunStatus) -> str:
+    of = f"/{run.steps:,}" if run.steps else ""
+    parts = [f"step {run.step:,}{of}"]
+    for name, words, form in (
+        ("train/loss", "loss {}", three_decimals),
+        ("val/bits_per_byte", "val {} bits/byte", three_decimals),
+        ("perf/tokens_per_s", "{} tokens/s", four_digits),
+        ("perf/mfu", "MFU {}", percent),
+    ):
+        if name in run.metrics:
+            parts.append(words.format(form(run.metrics[name])))
+    parts.append(f"newest checkpoint {run.checkpoint or 'none yet'}")
+    return "  ".join(parts)
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))

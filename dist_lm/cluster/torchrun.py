@@ -1,29 +1,103 @@
-"""torchrun as an agent starts it: `python -m dist_lm.cluster.torchrun PARENT REPORT_FD ARGUMENTS...`.
+"""torchrun on one node: the environment of torchrun and its ranks, and the program that an agent starts.
 
-It is torchrun's own program with two things around it: it dies with the process PARENT, and when ranks fail
-it writes which ones to the file descriptor REPORT_FD as JSON, a list of `{rank, exit_code, time}` (a negative
-exit code is the number of a signal; time in seconds since 1970).
+`python -m dist_lm.cluster.torchrun PARENT REPORT_FD ARGUMENTS...` is torchrun with two additions: it dies with the
+process PARENT, and if ranks fail it writes a JSON list of `{rank, exit_code, time}` to the file descriptor REPORT_FD
+(a negative exit code is a signal number; time in seconds since 1970).
 """
 
+import ipaddress
 import json
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 
-from dist_lm.storage.process import die_with_parent
+import psutil
+
+from dist_lm.storage import process
+from dist_lm.tracking.redact import without_secrets
+
+# By default glibc returns large blocks to the kernel and faults them in again at every step: 20 % of the step time of a
+# small model. Blocks of 64 MiB and more are still returned: keeping them fragments the heap of a larger model and saves
+# no time.
+CPU_ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
+# By default OpenMP threads spin for about 20 ms after each parallel loop, on cores that another process needs (a
+# learner's cores while its actors generate, and theirs while it updates). This count means about 2 ms.
+OPENMP_SPIN = {"GOMP_SPINCOUNT": "30000"}
+LOOPBACK = "lo"
+CUDA = {
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    "NCCL_DEBUG": "WARN",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # collectives kept per rank, written when one of them times out
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+}
+
+
+def rank_environment(
+    environ: Mapping[str, str],
+    *,
+    mark: str,
+    logs: Path,
+    device: str,
+    cores_per_rank: int,
+    interface: str | None,
+    given: Mapping[str, str],
+) -> dict[str, str]:
+    """The environment of torchrun and the ranks of a node: `environ` without secrets, and our settings.
+
+    The user's own settings of OpenMP, gloo, NCCL and CUDA are kept.
+
+    Args:
+        mark: of the gang; its processes are found by it.
+        logs: folder of the run's logs.
+        interface: network interface for messages between ranks; None: gloo and NCCL choose.
+        given: overrides everything else.
+    """
+    ours = {
+        process.MARK: mark,
+        "OMP_NUM_THREADS": str(max(1, cores_per_rank)),  # replaces the value that Ray set for the agent
+        "PYTHONUNBUFFERED": "1",
+    }
+    defaults = dict(OPENMP_SPIN)
+    if device == "cuda":
+        defaults |= CUDA | {"TORCH_FR_DUMP_TEMP_FILE": str(logs / "nccl_trace_rank_")}
+    if device == "cpu":
+        ours |= CPU_ALLOCATOR
+    if interface:
+        # without it gloo resolves this host's name, which may fail or give 127.0.1.1
+        defaults["GLOO_SOCKET_IFNAME"] = interface
+        if interface != LOOPBACK:
+            # TCP only: NCCL still uses every InfiniBand port
+            defaults["NCCL_SOCKET_IFNAME"] = f"={interface}"
+    return defaults | without_secrets(environ) | ours | dict(given)
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has an address; None if no interface lists it."""
+    if sys.platform != "linux":
+        return None
+    if ipaddress.ip_address(address).is_loopback:
+        return LOOPBACK  # it has all of 127.0.0.0/8 but lists one address
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, found in interfaces if address in [entry.address for entry in found]), None)
 
 
 def main() -> None:
-    """Run torchrun to its end; exit code 1 if a rank failed."""
+    """Run torchrun; exit code 1 if a rank failed."""
     parent, report = int(sys.argv[1]), int(sys.argv[2])
-    die_with_parent(parent)
+    process.die_with_parent(parent)
 
-    # a second and more of torch that only this process pays for
+    # imported here because it takes more than a second and only this process needs it
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     try:
-        # torchrun would leave a folder of its own behind
+        # torchrun leaves its log folder behind
         with tempfile.TemporaryDirectory(prefix="dlm-torchrun-") as logs:
             torchrun(["--log-dir", logs, *sys.argv[3:]])
     except ChildFailedError as error:

@@ -1,0 +1,210 @@
+"""Allocation of the nodes of a cluster to ranks and to generation actors. Pure functions.
+
+Ray counts one CPU for the agent of a node's ranks and one for each actor. The cores that ranks and actors compute with
+are a separate matter: `core_users` divides them.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from dist_lm.cluster.ray_cluster import Node
+from dist_lm.config.cluster import ClusterConfig
+from dist_lm.config.pool import AS_MANY, SHARED, RolloutPoolConfig
+from dist_lm.errors import ConfigError
+
+CPU_RANKS = 2  # they run every code path of several ranks; more would only divide the same cores
+WITHOUT_POOL = "rlhf.pool.actors=0 generates in the process of the first rank"
+
+
+def ranks_per_node(config: ClusterConfig, gpus: int) -> int:
+    """cluster.ranks_per_node; -1 means one rank for each GPU, or without GPUs 2 ranks (1 on a single core).
+
+    Args:
+        gpus: of a node.
+    """
+    if config.ranks_per_node != -1:
+        return config.ranks_per_node
+    return gpus or min(CPU_RANKS, os.cpu_count() or 1)
+
+
+def ranks_beside(pool: RolloutPoolConfig, config: ClusterConfig, nodes: Sequence[Node], gpus: int) -> int:
+    """Ranks per node beside a pool: cluster.ranks_per_node, or if that is -1 as many as the pool leaves resources for.
+
+    Args:
+        nodes: of the whole cluster.
+        gpus: of a node, for ranks; 0: the ranks compute on CPUs.
+
+    Raises:
+        ConfigError: ranks and actors together do not fit; names the keys.
+    """
+    if not pool.actors:
+        return ranks_per_node(config, gpus)
+    spare = max(0, len(nodes) - config.nodes)  # nodes without ranks
+    actors = actors_in_all(pool, config.nodes, gpus)
+    cpus = sum(node.cpus for node in nodes)
+    if cpus - config.nodes < actors:
+        raise ConfigError(
+            f"rlhf.pool.actors={actors}: the cluster's {len(nodes)} nodes have {cpus} CPUs; the agents of the ranks "
+            f"take {config.nodes} and each actor one: use fewer actors; {WITHOUT_POOL}"
+        )
+    if pool.placement == SHARED:
+        return ranks_per_node(config, gpus)
+    if not gpus:
+        cores = min((node.cpus for node in nodes), default=1)
+        left = cores if spare else cores - _actors_per_node(pool, config.nodes)
+        return config.ranks_per_node if config.ranks_per_node != -1 else max(1, min(CPU_RANKS, left))
+    if config.ranks_per_node != -1:
+        ranks = config.ranks_per_node
+    elif spare * (gpus // pool.tp) >= pool.actors:
+        ranks = gpus
+    else:
+        ranks = gpus - _actors_per_node(pool, config.nodes) * pool.tp
+    engines = config.nodes * (max(0, gpus - ranks) // pool.tp) + spare * (gpus // pool.tp)
+    if ranks < 1 or engines < pool.actors:
+        raise ConfigError(
+            f"rlhf.pool.actors={pool.actors}: {len(nodes)} nodes of {gpus} GPUs cannot hold so many engines of "
+            f"{pool.tp} GPUs beside the ranks (cluster.nodes={config.nodes}, "
+            f"cluster.ranks_per_node={config.ranks_per_node}): use fewer actors or ranks, or "
+            f"rlhf.pool.placement=shared; {WITHOUT_POOL}"
+        )
+    return ranks
+
+
+def actors_in_all(pool: RolloutPoolConfig, nodes: int, gpus: int) -> int:
+    """rlhf.pool.actors; -1 means one actor for each rlhf.pool.tp GPUs of the ranks' nodes, and at least one per node.
+
+    Args:
+        nodes: with ranks.
+        gpus: used by the ranks of a node.
+    """
+    return nodes * max(1, gpus // pool.tp) if pool.actors == AS_MANY else pool.actors
+
+
+def core_users(pool: RolloutPoolConfig, nodes: int, ranks: int, gpus: int) -> int:
+    """Processes among which the cores of a node are divided; 0: ranks and actors use all cores in turns.
+
+    Args:
+        nodes: with ranks.
+        ranks: of a node.
+        gpus: used by the ranks of a node; with GPUs the cores need not be divided.
+    """
+    if not pool.actors or pool.placement == SHARED or gpus:
+        return 0
+    return ranks + _actors_per_node(pool, nodes)
+
+
+def _actors_per_node(pool: RolloutPoolConfig, nodes: int) -> int:
+    """The most actors of one node, if they are spread over `nodes` nodes."""
+    return -(-pool.actors // nodes)
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """Resources of a node that others have reserved."""
+
+    cpus: int = 0
+    gpus: int = 0
+
+
+@dataclass(frozen=True)
+class Site:
+    """The part of a cluster that a pool may use. By default all of it, once others have left."""
+
+    among_others: bool = False  # use only what is not reserved, because the others stay as long as the pool does
+    addresses: frozenset[str] = frozenset()  # use only these nodes; empty: all
+    shares_gpus: bool = False  # use GPUs that others have reserved, in turns with them
+    core_users: int = 0  # processes that share the cores of a node; 0: the pool's actors alone
+
+    def nodes(self, alive: Sequence[Node], reserved: Mapping[str, Reserved]) -> list[Node]:
+        """The usable nodes, each with its usable resources.
+
+        Args:
+            reserved: by others, by node id.
+        """
+        found = [node for node in alive if not self.addresses or node.address in self.addresses]
+        if not self.among_others:
+            return found
+        return [self._rest(node, reserved.get(node.id, Reserved())) for node in found]
+
+    def cores(self, node: Node, cores_of_pool: int) -> int:
+        """CPU cores of an actor on `node`.
+
+        Args:
+            node: with all its resources.
+            cores_of_pool: cores of an actor if the pool were alone.
+        """
+        return max(1, node.cpus // self.core_users) if self.core_users else cores_of_pool
+
+    def devices(self, node: Node, gpus: int, ordinal: int) -> tuple[int, ...]:
+        """GPUs of the `ordinal`-th actor of `node` if Ray assigns none; counted from the last GPU backwards.
+
+        Args:
+            gpus: of an actor.
+        """
+        if not self.shares_gpus or not gpus:
+            return ()
+        groups = max(1, node.gpus // gpus)
+        first = (groups - 1 - ordinal % groups) * gpus
+        return tuple(range(first, first + gpus))
+
+    def _rest(self, node: Node, others: Reserved) -> Node:
+        gpus = node.gpus if self.shares_gpus else max(0, node.gpus - others.gpus)
+        return replace(node, cpus=max(0, node.cpus - others.cpus), gpus=gpus)
+
+
+def site_of(pool: RolloutPoolConfig, addresses: Sequence[str], ranks: int, device: str) -> Site:
+    """The site of a pool beside ranks.
+
+    Args:
+        addresses: of the nodes with ranks.
+        ranks: of a node.
+        device: cpu or cuda.
+    """
+    users = core_users(pool, len(addresses), ranks, gpus=ranks if device == "cuda" else 0)
+    if pool.placement == SHARED:
+        return Site(among_others=True, addresses=frozenset(addresses), shares_gpus=device == "cuda")
+    return Site(among_others=True, core_users=users)
+
+
+def missing_places(
+    nodes: Sequence[Node], taken: Mapping[str, int], wanted: int, most_nodes: int, gpus: int
+) -> list[Node]:
+    """A node for every actor that is missing: each time the one with the fewest actors that can hold another.
+
+    Args:
+        nodes: alive.
+        taken: actors by node id.
+        wanted: actors of the pool, or `AS_MANY`.
+        most_nodes: most nodes that the pool may use.
+        gpus: of an actor, all on one node; 0: an actor takes a CPU.
+    """
+    used = [node for node in nodes if taken.get(node.id)]
+    able = [node for node in nodes if not taken.get(node.id) and _capacity(node, wanted, gpus)]
+    chosen = [*used, *able[: max(0, most_nodes - len(used))]]
+    count = Counter({node.id: taken.get(node.id, 0) for node in chosen})
+    total = sum(_capacity(node, wanted, gpus) for node in chosen) if wanted == AS_MANY else wanted
+    places = []
+    while sum(count.values()) < total:
+        free = [node for node in chosen if count[node.id] < _capacity(node, wanted, gpus)]
+        if not free:
+            break
+        node = min(free, key=lambda node: count[node.id])
+        count[node.id] += 1
+        places.append(node)
+    return places
+
+
+def cores_of(node: Node, wanted: int, most_nodes: int, gpus: int) -> int:
+    """CPU cores of an actor on `node` if the pool is alone there; for the arguments see `missing_places`."""
+    if wanted == AS_MANY:
+        return max(1, node.cpus // (node.gpus // gpus if gpus else 1))
+    per_node = -(-wanted // most_nodes)
+    return max(1, node.cpus // max(1, min(per_node, node.gpus // gpus if gpus else node.cpus)))
+
+
+def _capacity(node: Node, wanted: int, gpus: int) -> int:
+    if gpus:
+        return node.gpus // gpus
+    return min(1, node.cpus) if wanted == AS_MANY else node.cpus
