@@ -175,7 +175,7 @@ def cluster_status(
         return
     from rich.console import Console
 
-    from dist_lm.cluster.status_view import print_status
+    from dist_lm.cluster.status import print_status
 
     print_status(status, Console())
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dist_lm.cluster.pool_room import ranks_beside
-from dist_lm.cluster.ranks import local_gpus, ranks_per_node
+from dist_lm.cluster.allocation import ranks_beside, ranks_per_node
+from dist_lm.cluster.node_facts import local_gpus
 from dist_lm.cluster.ray_cluster import Node
 from dist_lm.config.generate import schema_of
 from dist_lm.config.root import Config
@@ -207,7 +207,7 @@ def ranks_here(config: Config) -> int:
 def carry_out(plan: Plan, console: Console) -> int:
     """Run the missing stages of a plan in order. Returns the exit code."""
     from dist_lm.cluster.failure import GangFailure, PoolFailure
-    from dist_lm.cluster.placement import NoNodesError
+    from dist_lm.cluster.recruit import NoNodesError
     from dist_lm.launcher.interrupt import Stopped, stopped_by_signals
     from dist_lm.launcher.muster import NodesLostError
     from dist_lm.launcher.outcome import print_outcome

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm.bench.case import CrewSize
-from dist_lm.cluster.rank_environment import CPU_ALLOCATOR, PATIENCE
+from dist_lm.cluster.torchrun import CPU_ALLOCATOR, OPENMP_SPIN
 from dist_lm.errors import UserError
 from dist_lm.storage.process import free_port
 from dist_lm.tracking.redact import without_secrets
@@ -121,7 +121,7 @@ def _environment(size: CrewSize, rank: int, port: str, device: str) -> dict[str,
     }
     if sys.platform == "linux":
         ours["GLOO_SOCKET_IFNAME"] = "lo"
-    return PATIENCE | without_secrets(os.environ) | ours | (CPU_ALLOCATOR if device == "cpu" else {})
+    return OPENMP_SPIN | without_secrets(os.environ) | ours | (CPU_ALLOCATOR if device == "cpu" else {})
 
 
 class Crews:

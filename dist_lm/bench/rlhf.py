@@ -30,9 +30,8 @@ from dist_lm.bench.rlhf_toy import (
     with_length,
 )
 from dist_lm.bench.trial import Trial
-from dist_lm.cluster.pool import Pool
+from dist_lm.cluster.pool import Pool, PoolRollouts
 from dist_lm.cluster.pool_actor import EngineSpec
-from dist_lm.cluster.pool_rollouts import PoolRollouts
 from dist_lm.cluster.ray_cluster import connect
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.config.root import Config

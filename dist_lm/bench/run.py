@@ -15,7 +15,7 @@ from dist_lm.bench.case import Case, CrewSize
 from dist_lm.bench.crew import crews
 from dist_lm.bench.record import Record, records_of, table_of
 from dist_lm.bench.rounds import seconds_per_step
-from dist_lm.cluster.ranks import local_gpus
+from dist_lm.cluster.node_facts import local_gpus
 from dist_lm.config.file import save_config
 from dist_lm.errors import ConfigError, UserError
 from dist_lm.storage.process import cores

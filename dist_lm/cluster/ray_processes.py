@@ -40,9 +40,7 @@ GRACE_S = 2.5  # a scheduler may send SIGKILL to everything 5 s after SIGTERM
 class RayProcesses:
     """`ray start --block` and its child processes that must live."""
 
-    def __init__(
-        self, directory: Path, arguments: Sequence[str], output: IO[bytes] | None = None
-    ) -> None:
+    def __init__(self, directory: Path, arguments: Sequence[str], output: IO[bytes] | None = None) -> None:
         """Start Ray with its files in `directory`.
 
         Args:
@@ -60,8 +58,7 @@ class RayProcesses:
                 *("--disable-usage-stats", "--include-log-monitor=false", f"--temp-dir={self._temporary}"),
                 *arguments,
             ],
-            env=OPENMP_SPIN | os.environ | RAY_ENVIRONMENT
-            | {MARK: directory.name, "TMPDIR": str(files)},
+            env=OPENMP_SPIN | os.environ | RAY_ENVIRONMENT | {MARK: directory.name, "TMPDIR": str(files)},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -20,7 +20,6 @@ from dist_lm.tracking.metrics import last_metrics
 from dist_lm.tracking.readable import duration, four_digits, percent, three_decimals
 from dist_lm.training import checkpoint_files
 
-
 WORDS = {
     "running": ("running", "bold green"),
     "lost": ("its launcher is gone: the same command continues", "bold red"),

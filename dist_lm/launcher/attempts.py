@@ -3,11 +3,11 @@
 import time
 from dataclasses import dataclass
 
+from dist_lm.cluster.allocation import core_users
 from dist_lm.cluster.failure import GangFailure
 from dist_lm.cluster.gang import Gang, GangStatus
-from dist_lm.cluster.hang import Patience
+from dist_lm.cluster.heartbeat import Patience
 from dist_lm.cluster.journal import Journal
-from dist_lm.cluster.pool_room import core_users
 from dist_lm.cluster.recruit import Crew
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.config.file import save_config

@@ -5,9 +5,8 @@ import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from dist_lm.cluster.node_checks import Demands
-from dist_lm.cluster.ray_cluster import RayCluster
-from dist_lm.cluster.ray_environment import ClusterError
+from dist_lm.cluster.inspection import Demands
+from dist_lm.cluster.ray_cluster import ClusterError, RayCluster
 from dist_lm.cluster.recruit import Crew, recruit
 from dist_lm.config.root import Config
 from dist_lm.launcher.interrupt import Interrupt

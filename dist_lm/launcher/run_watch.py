@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 
 from dist_lm.cluster.failure import GangFailure
 from dist_lm.cluster.heartbeat import Pulse
-from dist_lm.cluster.node_usage import NodeUsage
+from dist_lm.cluster.node_facts import NodeUsage
 from dist_lm.config.root import Config
 from dist_lm.launcher.wandb_copy import WandbCopy, start_wandb
 from dist_lm.storage.run_directory import RunDirectory

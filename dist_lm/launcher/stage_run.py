@@ -4,10 +4,9 @@ import statistics
 from contextlib import ExitStack
 from dataclasses import replace
 
+from dist_lm.cluster.allocation import ranks_beside, ranks_per_node
 from dist_lm.cluster.failure import NODE_LOST, GangFailure
 from dist_lm.cluster.gang import GangStatus
-from dist_lm.cluster.pool_room import ranks_beside
-from dist_lm.cluster.ranks import ranks_per_node
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.config.file import save_config

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from dist_lm.cluster.failure import GangFailure
-from dist_lm.cluster.node_usage import NodeUsage, usage_metrics
+from dist_lm.cluster.node_facts import NodeUsage, usage_metrics
 from dist_lm.config.root import Config
 from dist_lm.launcher.git import git_commit
 from dist_lm.storage.run_directory import RunDirectory

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_lm.cluster.hang import Patience, find_hang
-from dist_lm.cluster.heartbeat import Pulse
+from dist_lm.cluster.heartbeat import Patience, Pulse, find_hang
 from dist_lm.training.heartbeat import Phase
 
 PATIENCE = Patience(steps=20.0, least_s=10.0, otherwise_s=1000.0)

@@ -109,7 +109,7 @@ def test_ranks_that_hang_are_found_their_stacks_logged_and_the_run_goes_on(undis
     code, _, err = finish(process)
     assert code == 0, err
     assert f"rank {number} on node 0" in err
-    assert "hung: no sign of life" in err
+    assert "hung: no heartbeat" in err
     assert "its process is stopped" in err
     assert "most recent call first" in run.rank_log(1 - number).read_text()
     assert numbers(run) == numbers(undisturbed.run("code", "default"))

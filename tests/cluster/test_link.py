@@ -2,7 +2,7 @@
 
 import socket
 
-from dist_lm.cluster.link import LinkServer, send
+from dist_lm.cluster.node_facts import LinkServer, send
 
 
 def test_a_link_is_measured_and_strangers_are_hung_up_on():

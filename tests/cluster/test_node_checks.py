@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_lm.cluster.node_checks import Demands, Trip, complaints, is_hopeless, rounds, slow, unreachable
+from dist_lm.cluster.inspection import Demands, Trip, complaints, is_hopeless, rounds, slow, unreachable
 from dist_lm.cluster.node_facts import NodeFacts, examine
 
 GIB = 1 << 30
@@ -98,6 +98,6 @@ def test_one_broken_direction_is_enough_to_leave_one_node_out():
 
 def test_a_node_with_a_slow_link_is_named_with_its_direction():
     links = {(a, b): 1e8 if b == 2 else 1e9 for a in range(4) for b in range(4) if a != b}
-    assert slow(links, 0.25) == {2: "receives 100 MB/s where 1,000 is usual"}
+    assert slow(links, 0.25) == {2: "receives 100 MB/s, the median is 1,000"}
     assert slow(links, 0.01) == {}
     assert slow({(0, 1): 1e9, (1, 0): 1e3}, 0.25) == {}

@@ -1,20 +1,20 @@
 """A node says how busy it is under names of the registry."""
 
-from dist_lm.cluster import node_usage
-from dist_lm.cluster.node_usage import GpuUsage, NodeUsage, UsageMeter, usage_metrics
+from dist_lm.cluster import node_facts
+from dist_lm.cluster.node_facts import GpuUsage, NodeUsage, UsageMeter, usage_metrics
 from dist_lm.tracking.registry import metric_of
 
 
 def test_a_meter_looks_now_and_then(monkeypatch) -> None:
     meter = UsageMeter()
     assert meter.read() is None
-    monkeypatch.setattr(node_usage, "EVERY_S", 0.0)
+    monkeypatch.setattr(node_facts, "USAGE_EVERY_S", 0.0)
     usage = meter.read()
     assert usage is not None
     assert 0 <= usage.cpu_percent <= 100
     assert 0 < usage.memory_percent < 100
     assert usage.memory_gib > 0
-    monkeypatch.setattr(node_usage, "EVERY_S", 1e9)
+    monkeypatch.setattr(node_facts, "USAGE_EVERY_S", 1e9)
     assert meter.read() is usage
 
 

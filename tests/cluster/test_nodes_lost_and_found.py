@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from dist_lm.cluster.journal import read_events
-from dist_lm.cluster.ray_cluster import connect
-from dist_lm.cluster.ray_environment import ClusterError
+from dist_lm.cluster.ray_cluster import ClusterError, connect
 from dist_lm.storage.run_directory import RunDirectory
 from tests.cluster.launched import CODE_STEPS, finish, follow_on, ranks_on, start, wait_until
 from tests.cluster.loopback_ray import loopback_ray

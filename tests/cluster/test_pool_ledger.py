@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dist_lm.cluster.allocation import AS_MANY, missing_places
 from dist_lm.cluster.pool_ledger import LONELY_DEATHS, SUSPECT_DEATHS, Depth, Ledger
-from dist_lm.cluster.pool_places import AS_MANY, missing_places
 from dist_lm.cluster.ray_cluster import Node
 from dist_lm.generation.request import Answer, Refusal, Request, SamplingParams
 

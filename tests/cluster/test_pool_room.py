@@ -2,9 +2,7 @@
 
 import pytest
 
-from dist_lm.cluster.pool_places import missing_places
-from dist_lm.cluster.pool_room import actors_in_all, core_users, ranks_beside, site_of
-from dist_lm.cluster.pool_site import Reserved, Site
+from dist_lm.cluster.allocation import Reserved, Site, actors_in_all, core_users, missing_places, ranks_beside, site_of
 from dist_lm.cluster.ray_cluster import Node
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.config.pool import RolloutPoolConfig

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dist_lm.cluster.rank_environment import rank_environment
+from dist_lm.cluster.torchrun import rank_environment
 
 
 def environment_of(environ: dict[str, str], **given: str) -> dict[str, str]:

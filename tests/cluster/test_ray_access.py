@@ -2,7 +2,7 @@
 
 import json
 
-from dist_lm.cluster.ray_access import VARIABLE, RayAccess, access_variables, own_access
+from dist_lm.cluster.ray_cluster import VARIABLE, RayAccess, access_variables, own_access
 
 
 def test_a_rank_reads_what_its_agent_wrote():

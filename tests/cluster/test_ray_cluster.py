@@ -10,9 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dist_lm.cluster.ranks import ranks_per_node
-from dist_lm.cluster.ray_cluster import connect
-from dist_lm.cluster.ray_environment import ClusterError
+from dist_lm.cluster.allocation import ranks_per_node
+from dist_lm.cluster.ray_cluster import ClusterError, connect
 from dist_lm.config.cluster import ClusterConfig
 from tests.cluster.waiting import eventually
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dist_lm.cluster import node_directory
-from dist_lm.cluster.node_address import HeadAddress, own_address
-from dist_lm.cluster.ray_environment import ClusterError
+from dist_lm.cluster.ray_cluster import ClusterError
+from dist_lm.cluster.ray_node import HeadAddress, own_address
+from dist_lm.cluster.ray_processes import PREFIX
 from dist_lm.storage import process
 from tests.cluster.waiting import eventually
 
@@ -95,7 +95,7 @@ def living(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 def workers_in(directory: Path) -> set[str]:
-    return {found.name for found in directory.glob(f"{node_directory.PREFIX}*")}
+    return {found.name for found in directory.glob(f"{PREFIX}*")}
 
 
 def test_a_head_and_a_worker_that_comes_back(temporary: Path, token: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_head_and_a_worker_that_comes_back(temporary: Path, token: Path) -> No
 
         taken = Node("head", f"--address={head}", temporary=temporary, token=token).finish()
         assert taken[0] == 2
-        assert f"error: --address={head}: port {head.port} cannot be listened on" in taken[1]
+        assert f"error: --address={head}: cannot listen on port {head.port}" in taken[1]
 
         with running("worker", f"--head={head}", f"--ip={WORKER}", temporary=temporary, token=token) as second:
             raylet = eventually("the worker is up", lambda: second.named("raylet"))
@@ -140,7 +140,7 @@ def test_the_next_node_clears_away_one_that_was_killed(temporary: Path, token: P
             assert killed.isdisjoint(workers_in(temporary))
             code, output = second.stop()
             assert code == 0
-            assert f"cleared away {temporary}/{killed.pop()}" in output
+            assert f"removed {temporary}/{killed.pop()}" in output
 
 
 def test_a_dead_raylet_ends_the_head(temporary: Path, token: Path) -> None:

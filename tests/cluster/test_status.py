@@ -8,8 +8,7 @@ from rich.console import Console
 
 from dist_lm.cluster.heartbeat import Pulse
 from dist_lm.cluster.journal import Journal, read_events
-from dist_lm.cluster.status import as_json, read_status
-from dist_lm.cluster.status_view import print_status
+from dist_lm.cluster.status import as_json, print_status, read_status
 from dist_lm.config.file import save_config
 from dist_lm.errors import ArtefactError
 from dist_lm.launcher.compose import compose_config
@@ -98,7 +97,7 @@ def test_a_command_whose_process_is_gone_is_lost(tmp_path):
     with queue_of(plan_in(work), ["launch"], job=None) as pipeline:
         pipeline.begin("language")
     assert read_status(tmp_path).state == "lost"
-    assert "nobody is at it: the same command continues" in shown(work)
+    assert "its launcher is gone: the same command continues" in shown(work)
 
 
 def test_the_newest_command_is_shown_and_others_are_named(tmp_path):

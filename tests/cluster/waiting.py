@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from dist_lm.cluster.node_checks import Demands
+from dist_lm.cluster.inspection import Demands
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.cluster.recruit import Crew, recruit
 from dist_lm.storage.process import is_alive

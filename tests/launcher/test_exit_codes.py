@@ -9,7 +9,7 @@ import pytest
 
 from dist_lm import launch
 from dist_lm.cluster.failure import GangFailure
-from dist_lm.cluster.placement import NoNodesError
+from dist_lm.cluster.recruit import NoNodesError
 from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.muster import NodesLostError
 from dist_lm.launcher.plan import Plan, make_plan

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.cluster.placement import Placement
 from dist_lm.cluster.ray_cluster import Node
-from dist_lm.cluster.recruit import Crew
+from dist_lm.cluster.recruit import Crew, Placement
 from dist_lm.launcher import muster as muster_module
 from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.interrupt import Interrupt

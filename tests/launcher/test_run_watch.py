@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dist_lm.cluster.failure import GangFailure
-from dist_lm.cluster.node_usage import NodeUsage
+from dist_lm.cluster.node_facts import NodeUsage
 from dist_lm.launcher import wandb_copy
 from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.run_watch import RunWatch, watching

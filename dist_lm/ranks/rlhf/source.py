@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from dist_lm.cluster.allocation import WITHOUT_POOL, Site, actors_in_all, site_of
+from dist_lm.cluster.pool import ActorsLostError, Pool, PoolRollouts
 from dist_lm.cluster.pool_actor import EngineSpec
-from dist_lm.cluster.pool_rollouts import pool_rollouts
-from dist_lm.cluster.pool_room import actors_in_all, site_of
-from dist_lm.cluster.ray_access import RayAccess, joined_by, own_access
+from dist_lm.cluster.ray_cluster import RayAccess, RayCluster, joined_by, own_access
 from dist_lm.config.rlhf_run import RlhfRunConfig
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.parallel.sharding import compute_dtype
@@ -69,20 +69,40 @@ def _pool(
         device=device.type,
         tp=pool.tp,
     )
+    actors = actors_in_all(pool, len(access.nodes), ranks if device.type == "cuda" else 0)
     with (
         joined_by(access, replace(config.cluster, nodes=EVERY_NODE)) as cluster,
-        pool_rollouts(
-            cluster,
-            spec,
-            weights,
-            actors=actors_in_all(pool, len(access.nodes), ranks if device.type == "cuda" else 0),
-            site=site_of(pool, access.nodes, ranks, device.type),
-            alive=alive,
-            warn=log.warning,
-        ) as source,
+        _started(cluster, spec, weights, actors, site_of(pool, access.nodes, ranks, device.type), alive) as started,
     ):
-        log.info("%d rollout actors: %s", len(source.pool.members), ", ".join(map(str, source.pool.members)))
-        yield source
+        log.info("%d rollout actors: %s", len(started.members), ", ".join(map(str, started.members)))
+        yield PoolRollouts(started)
+
+
+def _started(
+    cluster: RayCluster,
+    spec: EngineSpec,
+    weights: Mapping[str, np.ndarray],
+    actors: int,
+    site: Site,
+    alive: Callable[[], None],
+) -> Pool:
+    """A pool beside the ranks; it calls `alive` at least twice a second while it works.
+
+    Raises:
+        ActorsLostError: no place for an actor; the message names the keys to change.
+    """
+
+    def wanted() -> bool:
+        alive()
+        return True
+
+    try:
+        return Pool.start(cluster, spec, weights, version=-1, actors=actors, wanted=wanted, warn=log.warning, site=site)
+    except ActorsLostError as error:
+        raise ActorsLostError(
+            f"rlhf.pool.actors={actors}: {error}; leave resources for it (fewer cluster.ranks_per_node, or "
+            f"rlhf.pool.placement=shared), or do without: {WITHOUT_POOL}"
+        ) from error
 
 
 def _engine(
