@@ -178,7 +178,7 @@ class NodeAgent:
                     subprocess.run(command, stdout=log, stderr=log, timeout=left_s, check=False)
 
     def stop(self, grace_s: float) -> list[int]:
-        """End everything that `launch` started: SIGTERM, SIGKILL after `grace_s`. Returns ids of remaining processes."""
+        """End everything that `launch` started: SIGTERM, SIGKILL after `grace_s`; returns ids of what remains."""
         self._close_links()
         if self._assignment is None:
             return []

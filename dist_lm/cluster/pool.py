@@ -315,9 +315,6 @@ class PoolRollouts:
             answers.append(result)
         return answers
 
-    def close(self) -> None:
-        """Nothing: the pool is used again."""
-
 
 def _reserved_by_others(prefix: str) -> dict[str, Reserved]:
     """Resources held by placement groups whose names do not begin with `prefix`, by node id."""

@@ -78,7 +78,7 @@ class Ledger:
     """All requests of one call. Only requests on their way are held in memory."""
 
     def __init__(self, requests: Iterator[Request], depth: Depth, window: int | None = None) -> None:
-        """With `window`, results are released in the order of requests, and at most `window` requests are on their way."""
+        """With `window` results are released in the order of requests, with at most `window` requests on their way."""
         self._requests = requests
         self._depth = depth
         self._window = window

@@ -3,13 +3,10 @@
 import random
 from collections import Counter
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_lm.cluster.allocation import AS_MANY, missing_places
 from dist_lm.cluster.pool_ledger import LONELY_DEATHS, SUSPECT_DEATHS, Depth, Ledger
-from dist_lm.cluster.ray_cluster import Node
 from dist_lm.generation.request import Answer, Refusal, Request, SamplingParams
 
 DEPTH = Depth(answers=8, tokens=200)
@@ -109,25 +106,3 @@ def test_a_request_that_actors_die_of_is_refused_and_no_other():
     assert [result.request for result in results if isinstance(result, Refusal)] == ["r7"]
     assert Counter(result.request for result in results) == Counter(request.id for request in requests)
     assert lane == SUSPECT_DEATHS + LONELY_DEATHS
-
-
-@pytest.mark.parametrize(
-    ("wanted", "most_nodes", "gpus", "taken", "expected"),
-    [
-        (AS_MANY, 9, 1, {}, {"a": 2, "b": 4}),
-        (AS_MANY, 9, 2, {}, {"a": 1, "b": 2}),
-        (AS_MANY, 9, 3, {}, {"b": 1}),
-        (AS_MANY, 9, 5, {}, {}),
-        (AS_MANY, 9, 0, {}, {"a": 1, "b": 1, "c": 1}),
-        (AS_MANY, 9, 1, {"a": 2, "b": 1}, {"b": 3}),
-        (3, 9, 1, {}, {"a": 2, "b": 1}),
-        (3, 9, 0, {"c": 2}, {"a": 1}),
-        (5, 1, 0, {}, {"a": 4}),  # no more than cores
-        (AS_MANY, 1, 1, {"b": 3}, {"b": 1}),  # nodes in use first
-        (AS_MANY, 2, 0, {"c": 1}, {"a": 1}),
-    ],
-)
-def test_actors_are_spread_over_nodes(wanted, most_nodes, gpus, taken, expected):
-    nodes = [Node("a", "1", 4, 2), Node("b", "2", 8, 4), Node("c", "3", 4, 0)]
-    places = missing_places(nodes, taken, wanted, most_nodes, gpus)
-    assert Counter(node.id for node in places) == expected

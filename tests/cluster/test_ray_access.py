@@ -2,12 +2,12 @@
 
 import json
 
-from dist_lm.cluster.ray_cluster import VARIABLE, RayAccess, access_variables, own_access
+from dist_lm.cluster.ray_cluster import RANK_ACCESS, RayAccess, access_variables, own_access
 
 
 def test_a_rank_reads_what_its_agent_wrote():
     environ = access_variables({"RAY_AUTH_TOKEN_PATH": "/run/token", "HOME": "/root"}, "10.0.0.1:6379", ["10.0.0.1"])
-    assert environ.keys() == {VARIABLE}
+    assert environ.keys() == {RANK_ACCESS}
     assert own_access(environ) == RayAccess("10.0.0.1:6379", "/run/token", None, ("10.0.0.1",))
     assert own_access({"HOME": "/root"}) is None
 

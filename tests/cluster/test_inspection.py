@@ -36,7 +36,7 @@ def test_a_good_node_passes():
     ("changes", "words"),
     [
         ({"sees_directory": False}, "does not see /run"),
-        ({"code": "abd"}, "other sources (abd, those of this launch abc;"),
+        ({"code": "abd"}, "other sources (abd, this launch has abc);"),
         ({"packages": {"python": "3.11.2", "torch": "2.12.0"}}, "torch 2.12.0 instead of 2.13.0"),
         ({"packages": {"python": "3.11.2"}}, "torch is missing instead of 2.13.0"),
         ({"gpus": 7}, "7 GPUs, 8 are needed"),

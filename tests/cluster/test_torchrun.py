@@ -1,4 +1,4 @@
-"""What ranks find in their environment."""
+"""The environment of the ranks."""
 
 from pathlib import Path
 

@@ -1,11 +1,13 @@
-"""How ranks and actors share the nodes of a cluster: what is left for whom, and refusals that name the way out."""
+"""How ranks and actors share the nodes of a cluster, and refusals that name a remedy."""
+
+from collections import Counter
 
 import pytest
 
 from dist_lm.cluster.allocation import Reserved, Site, actors_in_all, core_users, missing_places, ranks_beside, site_of
 from dist_lm.cluster.ray_cluster import Node
 from dist_lm.config.cluster import ClusterConfig
-from dist_lm.config.pool import RolloutPoolConfig
+from dist_lm.config.pool import AS_MANY, RolloutPoolConfig
 from dist_lm.errors import ConfigError
 
 
@@ -87,3 +89,25 @@ def test_actors_that_share_gpus_go_to_the_gangs_nodes_each_to_others():
     assert [site.devices(found[1], 1, ordinal) for ordinal in range(5)] == [(3,), (2,), (1,), (0,), (3,)]
     assert [site.devices(found[1], 2, ordinal) for ordinal in range(2)] == [(2, 3), (0, 1)]
     assert Site().devices(found[1], 1, 0) == ()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "most_nodes", "gpus", "taken", "expected"),
+    [
+        (AS_MANY, 9, 1, {}, {"a": 2, "b": 4}),
+        (AS_MANY, 9, 2, {}, {"a": 1, "b": 2}),
+        (AS_MANY, 9, 3, {}, {"b": 1}),
+        (AS_MANY, 9, 5, {}, {}),
+        (AS_MANY, 9, 0, {}, {"a": 1, "b": 1, "c": 1}),
+        (AS_MANY, 9, 1, {"a": 2, "b": 1}, {"b": 3}),
+        (3, 9, 1, {}, {"a": 2, "b": 1}),
+        (3, 9, 0, {"c": 2}, {"a": 1}),
+        (5, 1, 0, {}, {"a": 4}),  # no more than cores
+        (AS_MANY, 1, 1, {"b": 3}, {"b": 1}),  # nodes in use first
+        (AS_MANY, 2, 0, {"c": 1}, {"a": 1}),
+    ],
+)
+def test_actors_are_spread_over_nodes(wanted, most_nodes, gpus, taken, expected):
+    found = [Node("a", "1", 4, 2), Node("b", "2", 8, 4), Node("c", "3", 4, 0)]
+    places = missing_places(found, taken, wanted, most_nodes, gpus)
+    assert Counter(node.id for node in places) == expected
