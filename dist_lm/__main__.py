@@ -59,7 +59,7 @@ def metrics(
     stage: Annotated[str | None, typer.Option(help="Only what runs of this stage write.")] = None,
 ) -> None:
     """Print every metric: name, unit, which way is good, stages, meaning (docs/metrics.md is made by this)."""
-    from dist_lm.tracking.metrics_page import page
+    from dist_lm.tracking.registry import page
 
     print(page(stage), end="")
 
@@ -153,7 +153,7 @@ def report(
     ] = None,
 ) -> None:
     """Write one HTML file: curves, samples, layout, data, timeline, hardware, configuration (docs/report.md)."""
-    from dist_lm.report.write import write_report
+    from dist_lm.report.page import write_report
     from dist_lm.tracking.readable import gib
 
     path, size = write_report(runs, output, run_id)
@@ -211,8 +211,8 @@ def dashboard_push(
     """Save a view a stage, and an overview, in a project of wandb; the ones of the last push are renewed."""
     import os
 
-    from dist_lm.tracking.dashboard.layout import boards_named
-    from dist_lm.tracking.dashboard.push import push
+    from dist_lm.tracking.dashboard import boards_named
+    from dist_lm.tracking.dashboard_push import push
 
     push(boards_named(board), entity, project, os.environ, print)
 
@@ -228,8 +228,8 @@ def dashboard_show(
     from dist_lm.errors import require
     from dist_lm.storage.run_directory import RunDirectory
     from dist_lm.tracking.console import Console
-    from dist_lm.tracking.dashboard.layout import boards_named
-    from dist_lm.tracking.dashboard.show import open_in_leet, print_boards
+    from dist_lm.tracking.dashboard import boards_named
+    from dist_lm.tracking.dashboard_show import open_in_leet, print_boards
 
     if offline is not None:
         require(board is None, "board", board, "no name of a view beside --offline, which shows all curves of a run")

@@ -161,8 +161,7 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 def check_and_describe(plan: Plan, console: Console) -> None:
     """The dry run: what a step of every training stage holds, sends and takes, played without values."""
-    from dist_lm.dry_run.play import play_ranks
-    from dist_lm.dry_run.report import rows, summary
+    from dist_lm.dry_run.play import play_ranks, rows, summary
     from dist_lm.launcher.layout_choice import on_nodes_of, with_layout
     from dist_lm.parallel.layout import resolve_layout
 

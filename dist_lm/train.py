@@ -25,7 +25,7 @@ from dist_lm.stages.registry import STAGES
 from dist_lm.storage import durable
 from dist_lm.storage.process import die_with_parent
 from dist_lm.storage.run_directory import RunDirectory
-from dist_lm.tracking.rank_warnings import write_warnings
+from dist_lm.tracking.metrics import write_warnings
 from dist_lm.tracking.redact import redact_text
 from dist_lm.training.stop import StopRequest
 

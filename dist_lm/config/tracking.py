@@ -1,4 +1,4 @@
-"""The conf group `tracking`: who is told about the metrics, besides metrics.jsonl."""
+"""The conf group `tracking`: where metrics go besides metrics.jsonl."""
 
 from dataclasses import dataclass, field
 
@@ -9,14 +9,14 @@ from dist_lm.errors import require
 
 @dataclass
 class TrackingConfig:
-    """Who is told about the metrics, besides metrics.jsonl."""
+    """Where metrics go besides metrics.jsonl."""
 
     name: str = MISSING  # wandb | none
     project: str = "dist_lm"
     entity: str | None = None
-    mode: str = "auto"  # auto (online with a key, else offline) | online | offline
+    mode: str = "auto"  # auto (online with a login, else offline) | online | offline
     tags: list[str] = field(default_factory=list)
-    finish_s: float = 30.0  # online: how long the end of a run waits for a server that answers
+    finish_s: float = 30.0  # online: longest wait, s, at the end of a run for a server that answers
 
     def __post_init__(self) -> None:
         require(self.finish_s >= 0, "tracking.finish_s", self.finish_s, ">= 0 seconds")

@@ -1,18 +1,24 @@
-"""Every operation of a real or a fake step, shown to those that count.
+"""Counts what the operations of a step do, real or fake: bytes alive, arithmetic, memory traffic, messages.
 
-Three things are not what they seem. An operation on DTensors comes again for the local tensors, and only that is
-counted. To learn the shape of its result, DTensor plays it once on tensors of the whole shape, which have no memory:
-not counted (they made the optimizer of a large model look 60 times its size). And FSDP2 frees and takes memory by
-resizing storages, which is no operation.
+`Watch` shows every operation to observers; `LiveMemory` and `WorkCounter` are observers.
 """
 
-from typing import Any, Protocol
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from dist_lm.config.hardware import HardwareConfig
+from dist_lm.dry_run.work import WORLD, Work
 
 ANSWER = 2.0
 """What a fake step reads where it asks a tensor for its value: as a gradient norm it is finite, and clipped to 1."""
@@ -79,3 +85,169 @@ class Watch(TorchDispatchMode):
             for observer in self._observers:
                 observer.after(func, args, kwargs, result)
         return result
+
+
+COPIED_BY_GLOO = ("all_gather", "reduce_scatter")
+
+
+class LiveMemory:
+    """An observer of `Watch`. What an operation takes and frees inside is not seen."""
+
+    def __init__(self, gloo: bool) -> None:
+        self.live = 0  # bytes now
+        self.peak = 0  # most bytes so far
+        self._gloo = gloo
+        self._sizes: dict[int, int] = {}  # by id of the storage
+        self._references: dict[int, weakref.ref] = {}
+
+    def after(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
+                self.resized(leaf.untyped_storage())
+        if self._gloo and (collective := collective_of(func, args, result)) and collective.kind in COPIED_BY_GLOO:
+            self.peak = max(self.peak, self.live + collective.size)
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        before = self._sizes.get(key)
+        if before is None:
+            self._references[key] = weakref.ref(storage, lambda _, key=key: self._drop(key))
+        if size != before:
+            self._sizes[key] = size
+            self.live += size - (before or 0)
+            self.peak = max(self.peak, self.live)
+
+    def reset_peak(self) -> None:
+        """Forget earlier peaks."""
+        self.peak = self.live
+
+    def _drop(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+        del self._references[key]
+
+
+aten = torch.ops.aten
+FREE = (  # memory without values, and waiting for a message that is counted itself
+    *(aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default),
+    torch.ops._c10d_functional.wait_tensor.default,
+)
+
+
+class WorkCounter:
+    """An observer of `Watch` that counts the work of every part of a step; a new part begins with `next_part`."""
+
+    def __init__(self, hardware: HardwareConfig, axes: Mapping[str, str]) -> None:
+        """
+        Args:
+            axes: name of a process group -> axis of the mesh.
+        """
+        self.parts = [Work()]
+        self._hardware = hardware
+        self._axes = axes
+
+    def next_part(self) -> None:
+        """Count what comes apart from what was."""
+        self.parts.append(Work())
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Costs nothing."""
+
+    def after(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        if collective := collective_of(func, args, result):
+            axis = self._axes.get(collective.group, WORLD)
+            self.parts[-1].collective(collective.kind, axis, collective.ranks, collective.size)
+        else:
+            self._operation(func, args, kwargs, result)
+
+    def _operation(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        inputs, outputs = _tensors((args, kwargs)), _tensors(result)
+        if _is_free(func, outputs):
+            return
+        if func._schema.is_mutable and not outputs:  # foreach and fused operations write to their arguments
+            outputs = _written(func, args, kwargs)
+        flops = _flops(func._overloadpacket, args, kwargs, result)
+        half = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in inputs)
+        moved = sum(map(_bytes, inputs)) + sum(map(_bytes, outputs))
+        self.parts[-1].operation(flops, moved, self._hardware, half)
+
+
+def _is_free(func: Any, outputs: list[torch.Tensor]) -> bool:
+    """Whether nothing is computed: the result is another look at an argument, or memory without values."""
+    if func in FREE:
+        return True
+    if func._schema.is_mutable:
+        return False
+    return not outputs or all(r.alias_info is not None for r in func._schema.returns)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The arguments that `func` writes to."""
+    given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    names = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return _tensors([given[name] for name in names if name in given])
+
+
+def _flops(packet: Any, args: Any, kwargs: Any, result: Any) -> float:
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+        return sdpa_flop_count(*(tensor.shape for tensor in args[:3]))
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4]))
+    return flop_registry[packet](*args, **kwargs, out_val=result) if packet in flop_registry else 0
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+RESULT = -1  # instead of the position of an argument
+c10d, functional = torch.ops.c10d, torch.ops._c10d_functional
+
+# operator -> (kind, position of the whole tensor: what is gathered, or what is not yet scattered)
+COLLECTIVES: Mapping[Any, tuple[str, int]] = {
+    c10d._allgather_base_: ("all_gather", 0),
+    c10d.allgather_: ("all_gather", 0),
+    c10d.allgather_into_tensor_coalesced_: ("all_gather", 0),
+    c10d._reduce_scatter_base_: ("reduce_scatter", 1),
+    c10d.reduce_scatter_tensor_coalesced_: ("reduce_scatter", 1),
+    c10d.alltoall_base_: ("all_to_all", 1),
+    c10d.send: ("send", 0),  # what is received is sent by another rank
+    c10d.allreduce_: ("all_reduce", 0),
+    c10d.allreduce_coalesced_: ("all_reduce", 0),
+    c10d.broadcast_: ("broadcast", 0),
+    functional.all_gather_into_tensor: ("all_gather", RESULT),
+    functional.reduce_scatter_tensor: ("reduce_scatter", 0),
+    functional.all_reduce: ("all_reduce", 0),
+    functional.all_reduce_: ("all_reduce", 0),
+    functional.broadcast: ("broadcast", 0),
+}
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One call."""
+
+    kind: str  # all_gather | reduce_scatter | all_to_all | send | all_reduce | broadcast
+    group: str  # name of the process group
+    ranks: int  # of the group
+    size: int  # bytes of the whole tensor
+
+
+def collective_of(func: Any, args: Any, result: Any) -> Collective | None:
+    """What `func(*args)` was, if it was a collective."""
+    if func._overloadpacket not in COLLECTIVES:
+        return None
+    kind, position = COLLECTIVES[func._overloadpacket]
+    whole = result if position == RESULT else args[position]
+    tensors = [leaf for leaf in tree_leaves(whole) if isinstance(leaf, torch.Tensor)]
+    group = next((a for a in reversed(args) if isinstance(a, str)), None) or _group_of(args)
+    ranks = dist.distributed_c10d._resolve_process_group(cast(Any, group)).size()
+    return Collective(kind, group, ranks, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+
+def _group_of(args: Any) -> str:
+    scripts = [a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())]
+    return dist.ProcessGroup.unbox(scripts[0]).group_name

@@ -17,7 +17,7 @@ from dist_lm.launcher.muster import Muster
 from dist_lm.launcher.run_watch import RunWatch
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.storage.run_directory import RunDirectory
-from dist_lm.tracking.live.training_state import GangFacts
+from dist_lm.tracking.live_state import GangFacts
 from dist_lm.training import checkpoint_files
 
 POLL_S = 0.2

@@ -11,10 +11,9 @@ from dist_lm.config.root import Config
 from dist_lm.launcher.wandb_copy import WandbCopy, start_wandb
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
-from dist_lm.tracking.live.training_state import GangFacts, RankPulse
-from dist_lm.tracking.metrics import follow
+from dist_lm.tracking.live_state import GangFacts, RankPulse
+from dist_lm.tracking.metrics import WarningFollower, follow
 from dist_lm.tracking.progress import TrainingProgress
-from dist_lm.tracking.rank_warnings import WarningFollower
 from dist_lm.training import checkpoint_files
 
 RANKS_EVERY_S = 0.5

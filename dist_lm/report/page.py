@@ -1,23 +1,50 @@
-"""From facts to the one HTML file: escaped by the template engine, nothing loaded from anywhere, no script but ours."""
+"""`python -m dist_lm report`: one HTML file that loads nothing and runs no script but ours."""
 
 import base64
 import hashlib
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from dist_lm.errors import ArtefactError
 from dist_lm.report.charts import Chart, as_data, charts_of, still_values
-from dist_lm.report.config_diff import differences, flat, from_defaults
+from dist_lm.report.conditions import differences, flat, from_defaults, hardware_of
 from dist_lm.report.facts import Facts
-from dist_lm.report.hardware import hardware_of
-from dist_lm.report.layout_panels import panels
+from dist_lm.report.layout import panels
 from dist_lm.report.mixture import corpus_rows, mixtures, tokenizer_words
-from dist_lm.report.overview import card_of
-from dist_lm.report.samples import sample_of
+from dist_lm.report.overview import card_of, sample_of
+from dist_lm.report.read import read_facts, require_paths
 from dist_lm.report.timeline import timeline_of
+from dist_lm.storage import durable
 from dist_lm.tracking.readable import counted
+
+FILE = "report.html"
+
+
+def write_report(paths: Sequence[Path], output: Path | None, run_id: str | None) -> tuple[Path, int]:
+    """Write the report of `paths`.
+
+    Args:
+        output: the file; None: `report.html` in the one directory that `paths` names, or in the current one.
+        run_id: of a work directory's pipeline; None: the newest.
+
+    Returns:
+        The file and its size in bytes.
+
+    Raises:
+        ArtefactError: there is nothing to report on, or the file cannot lie where it should.
+    """
+    require_paths(paths, run_id)
+    output = output or (paths[0] / FILE if len(paths) == 1 else Path(FILE))
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise ArtefactError(f"--output {output}: give a file in a directory that is there, such as {FILE}")
+    page = render(read_facts(paths, run_id), made=time.strftime("%Y-%m-%d %H:%M"))
+    durable.write_text(output, page)
+    return output, output.stat().st_size
+
 
 HERE = Path(__file__).parent
 SAMPLES = 80  # of all runs of a report

@@ -1,4 +1,4 @@
-"""What people should be told of a run at once, found in its metrics and in their absence. No effects here."""
+"""Alerts for people, derived from the metrics of a run and from their absence. Pure: `wandb_run` sends them."""
 
 import statistics
 from collections import deque
@@ -8,15 +8,15 @@ from typing import Any, Literal
 
 from dist_lm.tracking.readable import four_digits
 
-QUIET_S = 300.0  # the same thing is said once in so long
-FIRST_LINE_S = 1800.0  # before the first step: start, compilation
-STALLED_STEPS = 20  # a step that takes so many times the usual is no step
+QUIET_S = 300.0  # at least this long between two alerts of the same kind
+FIRST_LINE_S = 1800.0  # allowed before the first step: start, compilation
+STALLED_STEPS = 20  # a run is stalled after this many times the usual interval
 INTERVALS = 64
 COUNTERS = {
-    "train/loss_spikes": ("loss spike", "train/loss is far above what it was"),
-    "train/skipped_steps": ("NaN", "gradients were NaN or infinite: the step changed nothing"),
+    "train/loss_spikes": ("loss spike", "train/loss is far above its recent mean"),
+    "train/skipped_steps": ("NaN", "gradients were NaN or infinite, the step was skipped"),
 }
-SAID_AT_END = ("val/loss", "train/loss", "rlhf/reward_mean", "generate/answers")
+RESULTS = ("val/loss", "train/loss", "rlhf/reward_mean", "generate/answers")
 FINITE = ("train/loss", "train/grad_norm")
 
 
@@ -30,13 +30,13 @@ class Alert:
 
 
 def finished(name: str, metrics: dict[str, float]) -> Alert:
-    """The run has come to its end."""
-    shown = (f"{key} {four_digits(metrics[key])}" for key in SAID_AT_END if key in metrics)
+    """The run is complete."""
+    shown = (f"{key} {four_digits(metrics[key])}" for key in RESULTS if key in metrics)
     return Alert(f"{name} finished", ", ".join(shown) or "all steps are done", "INFO")
 
 
 def failed(name: str, error: str, again: bool) -> Alert:
-    """A gang failed; `again`: another one is started."""
+    """A gang failed; `again`: another attempt follows."""
     if again:
         return Alert(f"{name} restarts", error, "WARN")
     return Alert(f"{name} failed", error, "ERROR")
@@ -55,7 +55,7 @@ class AlertWatch:
         self._any = False
 
     def line(self, line: Mapping[str, Any], now: float) -> list[Alert]:
-        """What a line of the metrics file gives cause for; counters that went back (a resumed run) give none."""
+        """Alerts for a line of the metrics file; a counter that decreased (a resumed run) gives none."""
         if self._any:
             self._intervals.append(now - self._line_at)
         self._line_at, self._any = now, True
@@ -73,7 +73,7 @@ class AlertWatch:
         return found
 
     def tick(self, now: float) -> list[Alert]:
-        """What the absence of lines gives cause for."""
+        """Alerts for the absence of lines."""
         usual = statistics.median(self._intervals) if self._intervals else 0.0
         patience = max(QUIET_S, STALLED_STEPS * usual) if self._any else FIRST_LINE_S
         silent = now - self._line_at

@@ -1,8 +1,8 @@
-"""What people see: tables, one progress display, warnings and errors in one line.
+"""Output for people: tables, progress, and warnings and errors as single lines.
 
-On a terminal there is one live view, below everything else that is printed; elsewhere (a file, a batch job,
-TERM=dumb) work shows as a plain line about every ten seconds. Results go to standard output, warnings and errors
-to standard error. Colour follows the terminal and NO_COLOR.
+On a terminal one live view shows the progress, below everything else that is printed. Elsewhere (a file, a batch job,
+TERM=dumb) progress is a plain line about every ten seconds. Results go to standard output, warnings and errors to
+standard error. Colour follows the terminal and NO_COLOR.
 """
 
 import sys
@@ -19,21 +19,20 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from dist_lm.tracking.live.live_view import LiveView
-from dist_lm.tracking.live.state import LiveState, StageLine, StageState, Work
-from dist_lm.tracking.live.training_state import TrainingState
+from dist_lm.tracking.live_state import LiveState, StageLine, StageState, TrainingState, Work
+from dist_lm.tracking.live_terminal import LiveView
 from dist_lm.tracking.progress import Count, Display, GenerationProgress, PlainDisplay, TrainingProgress, ViewDisplay
 from dist_lm.tracking.redact import redact_text
 
-FILE_WIDTH = 160  # columns of what is no terminal: nothing folds it
+FILE_WIDTH = 160  # columns of output that is not a terminal
 ENDLESS = 100_000
-NARROW = 90  # columns: with fewer, folded cells are hard to read
-GAP = 2  # columns between those of a table
-FRAME = 4  # columns of a panel beside what is in it
+NARROW = 90  # on fewer columns folded cells are hard to read
+GAP = 2  # characters between two columns of a table
+FRAME = 4  # columns of a panel's frame
 
 
 class Console:
-    """Where everything for people is printed."""
+    """Prints everything for people."""
 
     def __init__(
         self,
@@ -42,12 +41,11 @@ class Console:
         live: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Print to two streams.
-
+        """
         Args:
-            output: standard output if None.
-            errors: standard error if None.
-            live: a view that is redrawn, or plain lines; None: whether `output` is a terminal that can.
+            output: None: standard output.
+            errors: None: standard error.
+            live: a live view, or plain lines; None: live if `output` is a terminal that can.
             clock: seconds; paces plain lines.
         """
         self._out, self._err = _printer(output or sys.stdout), _printer(errors or sys.stderr)
@@ -57,7 +55,7 @@ class Console:
         self._view: LiveView | None = None
 
     def line(self, text: str) -> None:
-        """Print one line of text as it is."""
+        """Print one line of text."""
         with self._above(self._out):
             self._out.print(Text(text))
 
@@ -75,7 +73,7 @@ class Console:
             self._err.print(Text.assemble(("error: ", "bold red"), redact_text(" ".join(text.split()))))
 
     def details(self, text: str) -> None:
-        """Print text of several lines, such as a traceback, to standard error as it is."""
+        """Print text of several lines, such as a traceback, to standard error."""
         with self._above(self._err):
             self._err.print(Text(redact_text(text.rstrip("\n"))))
 
@@ -90,9 +88,8 @@ class Console:
         """Print a table of plain text.
 
         Args:
-            below: columns whose cells go below their row where the table is wider than a narrow terminal, or has words
-                that would have to be broken.
-            under: the column that these lines begin under; the first if empty.
+            below: columns whose cells are printed below their row where the table does not fit the terminal.
+            under: the column under which these lines begin; empty: the first.
         """
         listed = [tuple(row) for row in rows]
         width = self._out.width
@@ -105,7 +102,7 @@ class Console:
         for row in listed:
             table.add_row(*(Text(cell) for cell in row))
         with self._above(self._out):
-            # not the table's own title, which is folded to the table's width; a terminal's line ends between words
+            # printed apart, because rich folds a table's title to the width of the table
             self._out.print(Text(title, style="bold"), soft_wrap=not self._out.is_terminal)
             if fits or not below or (whole and width >= NARROW):
                 self._out.print(table, soft_wrap=False)
@@ -113,11 +110,11 @@ class Console:
                 self._out.print(*_with_rows_below(columns, listed, below, under, width), sep="\n")
 
     def plan(self, title: str, stages: Iterable[tuple[str, str, str]]) -> None:
-        """Print a plan: (stage, what is done about it, detail) a row."""
+        """Print a plan, one row a stage: (stage, action, detail)."""
         self.table(title, ("stage", "plan", ""), stages)
 
     def summary(self, title: str, entries: Mapping[str, str]) -> None:
-        """Print a panel of names and values; without its frame where that would cut a value, which may be a path."""
+        """Print a panel of names and values; without a frame where the frame would fold a value, such as a path."""
         grid = Table.grid(padding=(0, 2))
         for name, value in entries.items():
             grid.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
@@ -133,7 +130,7 @@ class Console:
 
     @contextmanager
     def pipeline(self, title: str, stages: Iterable[tuple[str, StageState, str]]) -> Iterator[None]:
-        """Show the stages of a pipeline, (name, state, detail) each, and in the block all work in the same view."""
+        """Show the stages of a pipeline as (name, state, detail); work in the block is shown in the same view."""
         if not self._live:
             yield
             return
@@ -142,7 +139,7 @@ class Console:
             yield
 
     def stage(self, name: str, state: Literal["running", "done"], detail: str = "") -> None:
-        """Say of a stage of the pipeline that it begins, or that it is done and what it left."""
+        """Mark a stage of the pipeline as running, or as done with its result."""
         if self._view:
             with self._view.lock:
                 if state == "running":
@@ -152,7 +149,7 @@ class Console:
 
     @contextmanager
     def counting(self, label: str, unit: str, total: int | None = None) -> Iterator[Count]:
-        """Show how much of some work is done; its end is one line that stays."""
+        """Show the progress of counted work; at the end one line stays."""
         with self._progress(label, total) as display:
             count = Count(display, unit, self._clock)
             yield count
@@ -160,7 +157,7 @@ class Console:
 
     @contextmanager
     def waiting(self, label: str) -> Iterator[None]:
-        """Show that something is going on whose progress is not known; its end is one line that stays."""
+        """Show work whose progress is unknown; at the end one line stays."""
         started = self._clock()
         with self._progress(label, None) as display:
             display.show(0, "")
@@ -169,10 +166,10 @@ class Console:
 
     @contextmanager
     def training(self, label: str, steps: int, since: float = 0.0) -> Iterator[TrainingProgress]:
-        """Show a training stage of `steps` steps, fed with lines of its metrics file.
+        """Show a training stage of `steps` steps; feed it with lines of the metrics file.
 
         Args:
-            since: seconds since 1970; lines written before are of an earlier attempt.
+            since: seconds since 1970; lines with an earlier time belong to an earlier attempt.
         """
         state = TrainingState(steps, since)
         with self._progress(label, steps, state) as display:
@@ -182,7 +179,7 @@ class Console:
 
     @contextmanager
     def generating(self, label: str, prompts: int) -> Iterator[GenerationProgress]:
-        """Show how many of some prompts are answered, and how fast."""
+        """Show the number of answered prompts and the speed."""
         with self._progress(label, prompts) as display:
             progress = GenerationProgress(display, prompts, self._clock)
             yield progress
@@ -196,7 +193,7 @@ class Console:
         if self._view is None:
             with self._viewing(LiveState(self._clock())), self._progress(label, total, training) as display:
                 yield display
-            if isinstance(display, ViewDisplay) and display.end:  # of a view of its own this stays
+            if isinstance(display, ViewDisplay) and display.end:  # the view is gone, its last line stays
                 self.line(f"{label}: {display.end}")
             return
         view, work = self._view, Work(label, total, self._clock(), training=training)
@@ -219,7 +216,7 @@ class Console:
                 self._view = None
 
     def _above(self, stream: RichConsole) -> AbstractContextManager[None]:
-        """Where a stream shares the terminal with the view, print in this block."""
+        """A block in which to print to a stream that may share the terminal with the view."""
         shares = self._view is not None and stream.file.isatty()
         return self._view.above() if self._view and (shares or stream is self._out) else nullcontext()
 
@@ -232,7 +229,7 @@ def _printer(file: TextIO) -> RichConsole:
 
 
 def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[int]:
-    """Of the columns of a table: no less than their longest words, and so much more as there is room for."""
+    """Widths of the columns of a table: as wide as fits `width`, at least as wide as the longest word."""
     cells = list(zip(columns, *rows, strict=True))
     words = [max(cell_len(word) for cell in column for word in ("", *cell.split())) for column in cells]
     found = [max(map(cell_len, column)) for column in cells]
@@ -248,7 +245,7 @@ def _table_width(widths: Sequence[int]) -> int:
 def _with_rows_below(
     columns: Sequence[str], rows: Sequence[Sequence[str]], below: Collection[str], under: str, width: int
 ) -> Iterator[Text]:
-    """A table for a narrow terminal: some columns in line, the cells of others below their row; words stay whole."""
+    """A table for a narrow terminal: cells of the columns `below` follow their row; words stay whole."""
     short = [place for place, column in enumerate(columns) if column not in below]
     in_line = [[row[place] for place in short] for row in (columns, *rows)]
     widths = _widths(in_line[0], in_line[1:], width)

@@ -1,11 +1,12 @@
-"""The metrics file of a run: a JSON object a line: `step`, `time` (seconds since 1970), and metrics by their names in
-`tracking.registry`.
+"""The files that rank 0 writes for other programs: metrics.jsonl and its warnings.
 
-A step may have several lines (its own, then what a checkpoint after it cost); a reader merges them. JSON has
-no NaN and no infinity: a metric that is not finite is written as null and read back as None.
+metrics.jsonl has a JSON object a line: `step`, `time` (seconds since 1970), and metrics by their names in
+`tracking.registry`. A step may have several lines (its own, then one for a checkpoint); readers merge them. JSON has
+neither NaN nor infinity: such a value is written as null and read as None.
 """
 
 import json
+import logging
 import math
 import os
 import time
@@ -23,10 +24,10 @@ MetricsLine = dict[str, Any]
 
 
 class MetricsWriter:
-    """Appends to a metrics file; a line is handed to the operating system before `write` returns."""
+    """Appends to a metrics file; each line has reached the operating system when `write` returns."""
 
     def __init__(self, path: Path) -> None:
-        """Open `path` for appending; half a line that a killed writer left at its end is cut off."""
+        """Open `path` for appending; an incomplete last line of a killed writer is cut off."""
         self._path = path
         if path.exists():
             _cut_torn_line(path)
@@ -36,10 +37,10 @@ class MetricsWriter:
         """Append one line.
 
         Args:
-            at: seconds since 1970; now if None.
+            at: seconds since 1970; None: now.
 
         Raises:
-            UnknownMetricError: a name that is not in `tracking.registry`.
+            UnknownMetricError: a name is not in the registry.
         """
         for name in metrics:
             metric_of(name)
@@ -49,10 +50,10 @@ class MetricsWriter:
         self._file.flush()
 
     def truncate_after(self, step: int) -> None:
-        """Drop the lines beyond `step`, in one durable replacement: a resumed run writes them again.
+        """Drop the lines after `step` in one durable replacement: a resumed run writes them again.
 
         Raises:
-            ArtefactError: a line that is not the last one is damaged.
+            ArtefactError: a line before the last one is damaged.
         """
         kept = [line for line in read_metrics(self._path) if line["step"] <= step]
         self._file.close()
@@ -71,7 +72,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> Iterator[MetricsLine]:
-    """Every complete line of a metrics file, in order; half a line at its end is left out.
+    """Every complete line of a metrics file, in order.
 
     Raises:
         ArtefactError: a complete line is no metrics line.
@@ -83,7 +84,7 @@ def read_metrics(path: Path) -> Iterator[MetricsLine]:
 
 
 def last_metrics(path: Path) -> MetricsLine:
-    """The newest value of every metric among the last lines of a metrics file; empty without one."""
+    """The newest value of every metric in the last 64 KiB of a metrics file; empty if there is no file."""
     if not path.exists():
         return {}
     with path.open("rb") as file:
@@ -99,7 +100,7 @@ def last_metrics(path: Path) -> MetricsLine:
 
 
 class MetricsFollower:
-    """New lines of a metrics file that another process writes; see `follow`."""
+    """Reads new lines of a metrics file that another process writes; see `follow`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -107,10 +108,10 @@ class MetricsFollower:
         self._offset = 0
 
     def poll(self) -> list[MetricsLine]:
-        """The complete lines that came since the last call; none while there is no file.
+        """The complete lines since the last call; none while there is no file.
 
-        A file that was replaced or has become shorter (a run that resumes takes lines back) is read from its
-        start again: a caller goes by `step`, not by the number of lines.
+        A file that was replaced or became shorter (a resumed run drops lines) is read again from its start: callers
+        must go by `step`, not by the number of lines.
 
         Raises:
             ArtefactError: a complete line is no metrics line.
@@ -130,7 +131,7 @@ class MetricsFollower:
 
 
 def follow(path: Path) -> MetricsFollower:
-    """Follow a metrics file that may not exist yet; the first `poll` gives what is already there."""
+    """Follow a metrics file that may not exist yet; the first `poll` returns the existing lines."""
     return MetricsFollower(path)
 
 
@@ -140,7 +141,7 @@ def _parse(raw: bytes, where: str) -> MetricsLine:
     except ValueError:
         line = None
     if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-        raise ArtefactError(f"{where}: not a metrics line: {raw[:80]!r}; move the file away to go on without it")
+        raise ArtefactError(f"{where}: not a metrics line: {raw[:80]!r}; move the file away to continue without it")
     return line
 
 
@@ -149,3 +150,34 @@ def _cut_torn_line(path: Path) -> None:
     complete = content.rfind(b"\n") + 1
     if complete < len(content):
         os.truncate(path, complete)
+
+
+def write_warnings(path: Path, package: str) -> None:
+    """Append the warnings that this process logs under `package` to `path`, one line each."""
+    handler = logging.FileHandler(path)
+    handler.addFilter(lambda record: record.levelno == logging.WARNING)
+    handler.setFormatter(_OneLine("%(message)s"))
+    logging.getLogger(package).addHandler(handler)
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return " ".join(super().format(record).split())
+
+
+class WarningFollower:
+    """Reads the lines that are appended to a file after the follower was created."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = path.stat().st_size if path.exists() else 0
+
+    def poll(self) -> list[str]:
+        """The complete lines since the last call."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            complete, newline, _ = file.read().rpartition(b"\n")
+        self._offset += len(complete) + len(newline)
+        return complete.decode(errors="replace").split("\n") if newline else []

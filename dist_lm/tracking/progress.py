@@ -1,4 +1,4 @@
-"""How far some work has come, and the two ways it is shown: in the live view, or in plain lines now and then."""
+"""Progress of work, shown in the live view or as plain lines."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -6,29 +6,28 @@ from typing import Any, Protocol, TypeVar
 from rich.console import Console
 from rich.text import Text
 
-from dist_lm.tracking.live.state import TextOrCall, Work
-from dist_lm.tracking.live.training_state import FIGURES, GangFacts, RankPulse, TrainingState
+from dist_lm.tracking.live_state import FIGURES, GangFacts, RankPulse, TextOrCall, TrainingState, Work
 from dist_lm.tracking.readable import duration, four_digits
 
 Item = TypeVar("Item")
 PLAIN_INTERVAL_S = 10.0
-PLAIN_SHARE = 0.1  # of the work: a plain line comes after so much of it, if that is sooner
+PLAIN_SHARE = 0.1  # a plain line is also due after this share of the work
 
 
 class Display(Protocol):
-    """One piece of work on its way."""
+    """Shows one piece of work."""
 
     def show(self, done: int, text: TextOrCall) -> None:
-        """Show it, unless it was shown a moment ago."""
+        """Show the progress, unless it was shown a moment ago."""
         ...
 
     def done(self, text: str) -> None:
-        """Say how it ended."""
+        """Show the result."""
         ...
 
 
 class ViewDisplay:
-    """Work in a live view, which draws it when it is time."""
+    """Work in a live view, which draws it at its own pace."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
@@ -42,20 +41,20 @@ class ViewDisplay:
 
 
 class PlainDisplay:
-    """A line about every ten seconds or tenth of the work, whichever comes first."""
+    """A line about every ten seconds, or every tenth of the work if that is sooner."""
 
     def __init__(self, console: Console, label: str, total: int | None, clock: Callable[[], float]) -> None:
         self._console = console
         self._label = label
         self._total = total
         self._clock = clock
-        self._shown: tuple[int, float] | None = None  # done and time at the last line
-        self._printed: int | None = None  # done at the last line that was printed
+        self._shown: tuple[int, float] | None = None  # count and time of the last line
+        self._printed: int | None = None  # count of the last printed line
         self._latest = 0
 
     def show(self, done: int, text: TextOrCall) -> None:
         now, self._latest = self._clock(), done
-        if done == self._total:  # the line that stays says it
+        if done == self._total:  # `done` prints the last line
             return
         if self._shown is not None:
             share = (done - self._shown[0]) / self._total if self._total else 0.0
@@ -84,12 +83,12 @@ class Count:
         self.done = 0
 
     def advance(self, by: int = 1) -> None:
-        """Say that `by` more units are done."""
+        """Count `by` more units."""
         self.done += by
         self._display.show(self.done, self.text)
 
     def each(self, item: Item) -> Item:
-        """Count one and give it back."""
+        """Count one item and return it."""
         self.advance()
         return item
 
@@ -101,7 +100,7 @@ class Count:
 
 
 class TrainingProgress:
-    """A training stage under way; see `Console.training`."""
+    """A training stage; see `Console.training`."""
 
     def __init__(self, display: Display, state: TrainingState, clock: Callable[[], float]) -> None:
         self._display = display
@@ -109,31 +108,27 @@ class TrainingProgress:
         self._clock = clock
 
     def update(self, line: Mapping[str, Any]) -> None:
-        """Take in one line of the metrics file; one of an earlier attempt is neither shown nor timed."""
+        """Take in one line of the metrics file; lines of an earlier attempt are neither shown nor timed."""
         if self._state.take(line):
             self._display.show(self._state.step, self.text)
 
     def attempt(self, gang: GangFacts) -> None:
-        """Another gang begins."""
+        """Begin another attempt."""
         self._state.start(gang)
 
     def heard(self, ranks: Sequence[RankPulse]) -> None:
-        """What the ranks were last heard doing."""
+        """Take in the last heartbeats of the ranks."""
         self._state.hear(ranks, self._clock())
 
     def saved(self, step: int, just_now: bool) -> None:
-        """The newest checkpoint is that of `step`; 0: there is none."""
+        """Take in the step of the newest checkpoint; 0: none."""
         self._state.save(step, self._clock() if just_now else None)
 
     def text(self) -> str:
-        """Step, loss, speed and the time left."""
+        """Step, figures (with their step where they are older), time left."""
         state = self._state
         parts = [f"step {state.step:,}/{state.steps:,}"]
-        parts += [
-            figure.plain.format(figure.form(state.values[figure.metric]))
-            for figure in FIGURES
-            if figure.plain and figure.metric in state.values
-        ]
+        parts += filter(None, (state.shown(one.metric, one.plain, one.form) for one in FIGURES if one.plain))
         left = state.seconds_left()
         if left is not None:
             parts.append(f"{duration(left)} left")
@@ -141,18 +136,18 @@ class TrainingProgress:
 
 
 class GenerationProgress:
-    """Prompts that are answered; see `Console.generating`."""
+    """Generation of answers; see `Console.generating`."""
 
     def __init__(self, display: Display, prompts: int, clock: Callable[[], float]) -> None:
         self._display = display
         self._prompts = prompts
         self._clock = clock
         self._began = clock()
-        self._first: tuple[int, int] | None = None  # prompts and tokens that were there at the beginning
+        self._first: tuple[int, int] | None = None  # prompts and tokens at the first update
         self._done = (0, 0)
 
     def update(self, prompts: int, tokens: int) -> None:
-        """Say how many prompts are answered, with how many tokens, by earlier commands too."""
+        """Take in the totals of answered prompts and tokens, earlier commands included."""
         self._done = (prompts, tokens)
         if self._first is None:
             self._first = self._done
@@ -160,7 +155,7 @@ class GenerationProgress:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of this command."""
+        """Throughput of this command."""
         elapsed = self._clock() - self._began
         return (self._done[1] - self._first[1]) / elapsed if self._first and elapsed > 0 else 0.0
 

@@ -1,4 +1,4 @@
-"""Numbers for people, in one way everywhere: at the terminal, in reports, in messages."""
+"""Numbers formatted for people: at the terminal, in reports, in messages."""
 
 
 def gib(size: float) -> str:
@@ -39,7 +39,7 @@ def duration(seconds: float) -> str:
 
 
 def four_digits(value: float) -> str:
-    """What was measured: `0.0772`, `2.314`, `9,412`, `1.23 M`; below a thousandth `1.20e-05`. page.js does the same."""
+    """A measured value: `0.0772`, `2.314`, `9,412`, `1.23 M`, `1.20e-05`. report/page.js does the same."""
     if value and abs(value) < 1e-3:
         return f"{value:.2e}"
     if abs(value) < 100:
@@ -48,7 +48,7 @@ def four_digits(value: float) -> str:
 
 
 def three_decimals(value: float) -> str:
-    """A loss or a score that is watched or stands beside another: `2.000`."""
+    """A loss or a score that is compared with others: `2.000`."""
     return f"{value:.3f}"
 
 

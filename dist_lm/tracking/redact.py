@@ -1,4 +1,4 @@
-"""Secrets taken out of what is recorded or handed on: configuration, command line, environment."""
+"""Removes secrets from configurations, command lines and environments before they are recorded or passed on."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -25,26 +25,26 @@ _URL_CREDENTIALS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30}://)[^/\s
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether something of this name is a secret: its last word is `token`, `key`, `password` and the like.
+    """Whether the last word of a name is `token`, `key`, `password` or another word for a secret.
 
-    `hf_token` is, `max_new_tokens`, `key_size`, `token_path` and `bytes_per_token` are not. Words are divided by
-    punctuation or by capitals.
+    `hf_token` is a secret name; `max_new_tokens`, `key_size`, `token_path` and `bytes_per_token` are not. Words are
+    separated by punctuation or by capitals.
     """
     words = [word for word in _WORD.findall(name.rpartition(".")[2]) if not word.isdigit()]
     last = [word.lower() for word in words[-2:]]
-    if last == ["key", "id"]:  # of a pair, as AWS has it
+    if last == ["key", "id"]:  # AWS_ACCESS_KEY_ID
         return True
     measured = last[:1] == ["per"] and len(last) == 2
     return name.startswith(_SECRET_PREFIXES) or (bool(words) and words[-1].lower() in _SECRET_WORDS and not measured)
 
 
 def redact_text(text: str) -> str:
-    """`text` without the user and password in any URL in it."""
+    """`text` with user and password removed from every URL."""
     return _URL_CREDENTIALS.sub(rf"\g<scheme>{REDACTED}@", text) if "://" in text else text
 
 
 def redact(value: Any) -> Any:
-    """A copy of a tree of mappings and sequences without its secrets: by the name of a key, or in URLs."""
+    """A copy of a tree of mappings and sequences; secrets, recognised by key or in URLs, are replaced by `***`."""
     if isinstance(value, Mapping):
         return {key: _redact_named(str(key), item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -53,7 +53,7 @@ def redact(value: Any) -> Any:
 
 
 def redact_command(arguments: Sequence[str]) -> list[str]:
-    """A command line without the values of `secret=VALUE`, `--secret=VALUE` and `--secret VALUE`."""
+    """A command line with the values of `secret=VALUE`, `--secret=VALUE` and `--secret VALUE` replaced by `***`."""
     safe = []
     hide_next = False
     for argument in arguments:
@@ -69,9 +69,9 @@ def redact_command(arguments: Sequence[str]) -> list[str]:
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of an environment that may be handed to a process that needs no secret.
+    """An environment without secrets, for processes that need none.
 
-    Addresses with a password go too, but for those of proxies, without which nothing may be reached.
+    URLs with a password are removed as well, except those of proxies, which may be required for network access.
     """
     return {
         name: value

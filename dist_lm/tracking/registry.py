@@ -1,26 +1,356 @@
-"""Every metric that there is: logging, dashboards, reports and docs/metrics.md are made from this list.
+"""The registry of metrics: name, unit, meaning, direction and stages of every metric.
 
-A name that is not here cannot be written to a metrics file. To add one, add it to the table in `metric_tables/` that it
-belongs to.
+Logging, dashboards, reports and docs/metrics.md are generated from it. A metrics file accepts only these names; to add
+a metric, add a row here.
 """
 
 import difflib
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
-from dist_lm.errors import UserError
-from dist_lm.tracking.metric import Metric
-from dist_lm.tracking.metric_tables.generation import GENERATION
-from dist_lm.tracking.metric_tables.held_out import HELD_OUT
-from dist_lm.tracking.metric_tables.reinforcement import REINFORCEMENT
-from dist_lm.tracking.metric_tables.system import SYSTEM
-from dist_lm.tracking.metric_tables.training import TRAINING
+from dist_lm.errors import ConfigError, UserError
 
-__all__ = ["METRICS", "Metric", "UnknownMetricError", "metric_of", "metrics_of"]
+Better = Literal["lower", "higher", ""]
+"""The direction that is an improvement; empty: neither."""
+Row = tuple[str, str, Better, str]
+"""Name, unit, direction, meaning."""
 
-METRICS: tuple[Metric, ...] = (*TRAINING, *HELD_OUT, *REINFORCEMENT, *GENERATION, *SYSTEM)
+TEXT_STAGES = ("language", "code", "tools")
+"""Stages that predict tokens of text."""
+LOOP_STAGES = (*TEXT_STAGES, "reward")
+"""Stages that run the trainer's loop."""
+TRAINING_STAGES = (*LOOP_STAGES, "rlhf")
+"""Every stage that trains."""
+MEASURED_STAGES = (*TRAINING_STAGES, "generate")
+"""Every stage that writes metrics."""
+REWARD, RLHF = ("reward",), ("rlhf",)
 
-SLOTS = {"completions": r"\d+"}  # what may stand for a slot; any other: anything
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric, or a family of metrics: a name with one `{slot}`.
+
+    A slot stands for one or more characters; the slot `{completions}` stands for digits.
+    """
+
+    name: str
+    unit: str  # "nats/token", "tokens/s", "s", "GiB"; "" for a ratio or a score
+    meaning: str  # one sentence for people
+    better: Better
+    stages: tuple[str, ...]
+    group: str  # section of a dashboard and of docs/metrics.md
+    only: str = ""  # condition under which a run of these stages has the metric; empty: always
+
+    @property
+    def slot(self) -> str:
+        """The name of the variable part of a family; empty for a single metric."""
+        return self.name.partition("{")[2].partition("}")[0]
+
+    @property
+    def stem(self) -> str:
+        """The name without slot: `reward/top1` for `reward/top1_{source}` and for `reward/top1_k{completions}`."""
+        before = self.name.partition("{")[0]
+        return before[: before.rindex("_")] if self.slot else before
+
+
+def _table(
+    group: str, stages: tuple[str, ...], *rows: Row, only: str = "", parts: Sequence[tuple[str, str]] = ()
+) -> tuple[Metric, ...]:
+    """Metrics of one group and the same stages; `parts` adds to each metric its families: (suffix, words)."""
+    metrics = []
+    for name, unit, better, meaning in rows:
+        metrics.append(Metric(name, unit, meaning, better, stages, group, only))
+        metrics += [
+            Metric(name + suffix, unit, f"{meaning.removesuffix('.')}, {words}.", better, stages, group, only)
+            for suffix, words in parts
+        ]
+    return tuple(metrics)
+
+
+LEARNING = (
+    *_table(
+        "loss",
+        LOOP_STAGES,
+        ("train/loss", "nats/target", "lower", "Training loss of the global batch, label smoothing included."),
+        ("train/loss_spikes", "steps", "lower", "Steps so far with a loss 6 standard deviations above the mean."),
+    ),
+    *_table(
+        "loss",
+        REWARD,
+        ("train/accuracy", "", "higher", "Share of choices in which the preferred answer scores highest."),
+    ),
+    *_table("loss", TRAINING_STAGES, ("train/tokens", "tokens", "", "Tokens trained on so far (reward: choices).")),
+    *_table(
+        "optimizer",
+        LOOP_STAGES,
+        ("train/grad_norm", "", "", "L2 norm of the gradient before clipping."),
+        parts=[("_{group}", "for one group of parameters")],
+    ),
+    *_table(
+        "optimizer",
+        LOOP_STAGES,
+        ("train/update_ratio", "", "", "L2 norm of the update divided by that of the parameters."),
+        ("train/lr", "", "", "Learning rate."),
+        ("train/skipped_steps", "steps", "lower", "Steps so far skipped because of NaN or infinite gradients."),
+    ),
+)
+
+SPEED = (
+    *_table(
+        "throughput",
+        TRAINING_STAGES,
+        ("perf/tokens_per_s", "tokens/s", "higher", "Throughput of all ranks, padding excluded."),
+        ("perf/tokens_per_s_per_rank", "tokens/s", "higher", "Throughput divided by the number of ranks."),
+    ),
+    *_table(
+        "throughput",
+        LOOP_STAGES,
+        (
+            "perf/mfu",
+            "",
+            "higher",
+            "Model FLOP/s (padding included, recomputation excluded) divided by the peak of all ranks (data sheet, or "
+            "measured).",
+        ),
+    ),
+    *_table("throughput", RLHF, ("perf/samples_per_s", "samples/s", "higher", "Rollouts a second of an iteration.")),
+    *_table(
+        "throughput",
+        TEXT_STAGES,
+        ("perf/bytes_per_token", "bytes/token", "higher", "UTF-8 bytes of text a token of the training corpora."),
+    ),
+    *_table(
+        "throughput",
+        TRAINING_STAGES,
+        ("perf/eta_s", "s", "lower", "Estimated time to the last step, evaluations and checkpoints included."),
+        only="from the second step of an attempt",
+    ),
+    *_table(
+        "memory",
+        TRAINING_STAGES,
+        ("perf/memory_gib", "GiB", "lower", "Peak memory of rank 0: GPU, or resident on CPU."),
+    ),
+)
+
+TIME = (
+    *_table(
+        "time",
+        TRAINING_STAGES,
+        ("perf/step_s", "s", "lower", "Time of a step, data included (rlhf: of an iteration)."),
+        ("checkpoint/stall_s", "s", "lower", "Time that training waited for a checkpoint."),
+    ),
+    *_table(
+        "time",
+        LOOP_STAGES,
+        ("perf/data_wait_s", "s", "lower", "Time of a step that rank 0 waited for its batch."),
+        ("perf/forward_s", "s", "lower", "Forward passes of rank 0, FSDP and tensor-parallel messages included."),
+        ("perf/backward_s", "s", "lower", "Backward passes of rank 0, recomputation and messages included."),
+        ("perf/optimizer_s", "s", "lower", "Gradient norms, clipping and optimizer on rank 0."),
+        ("perf/communication_s", "s", "lower", "Time that rank 0 waited in the all-reduce of loss and counts."),
+        (
+            "perf/straggler_ratio",
+            "",
+            "lower",
+            "Work time of the slowest rank (GPU: data and optimizer only) divided by the median.",
+        ),
+        ("perf/slowest_rank", "", "", "The rank with the longest work time."),
+    ),
+    *_table(
+        "time",
+        RLHF,
+        ("timing/rollout_s", "s", "lower", "Waiting for rollouts and their rule-based rewards."),
+        ("timing/forward_s", "s", "lower", "Forward passes of reward model, reference, policy and critic."),
+        ("timing/update_s", "s", "lower", "Policy and critic updates."),
+        ("timing/push_s", "s", "lower", "Sending new weights to the generation engines."),
+        ("timing/iteration_s", "s", "lower", "The whole iteration, without the report."),
+    ),
+)
+
+PART = ("_{corpus}", "for one language, mixed corpus or source of rankings")
+HELD_OUT = (
+    *_table(
+        "held-out",
+        LOOP_STAGES,
+        ("val/loss", "nats/target", "lower", "Held-out loss a token (reward: a choice)."),
+        parts=[PART],
+    ),
+    *_table(
+        "held-out",
+        TEXT_STAGES,
+        ("val/bits_per_byte", "bits/byte", "lower", "Held-out loss a byte of text; comparable between tokenizers."),
+        parts=[PART],
+    ),
+    *_table(
+        "held-out",
+        RLHF,
+        ("rlhf/win_rate", "", "higher", "Share of prompts whose answer scores above the reference's; ties count half."),
+        ("rlhf/held_out_score", "", "higher", "Mean score of the policy's answers."),
+        ("rlhf/held_out_score_reference", "", "", "Mean score of the reference's answers."),
+        ("rlhf/held_out", "prompts", "", "Held-out prompts behind these figures."),
+        only="with held-out prompts",
+    ),
+    *_table(
+        "code",
+        ("code",),
+        ("code/parses_{language}", "", "higher", "Share of samples, prompt included, that parse."),
+        only="with a parser for the language",
+    ),
+    *_table(
+        "tools",
+        ("tools",),
+        ("tools/parses", "", "higher", "Share of turns with a call that parses."),
+        ("tools/valid_call", "", "higher", "Share of turns whose calls all match an offered schema."),
+        ("tools/name_exact", "", "higher", "Share of turns that call exactly the expected tools."),
+        ("tools/args_exact", "", "higher", "Share of expected calls made with equal arguments."),
+        ("tools/call_exact", "", "higher", "Share of turns with exactly the expected calls."),
+        ("tools/false_refusals", "", "lower", "Share of turns answered in words."),
+        only="over questions that expect a call",
+        parts=[("_{kind}", "for one kind of conversation")],
+    ),
+    *_table(
+        "tools",
+        ("tools",),
+        ("tools/parallel_exact", "", "higher", "Share of turns with exactly the expected calls."),
+        only="over questions that expect several calls",
+    ),
+    *_table(
+        "tools",
+        ("tools",),
+        ("tools/irrelevance", "", "higher", "Share of turns answered in words."),
+        only="over questions that expect no call",
+        parts=[("_{kind}", "for one kind of conversation")],
+    ),
+)
+
+REINFORCEMENT = (
+    *_table(
+        "reward",
+        REWARD,
+        ("reward/accuracy", "", "higher", "Share of held-out pairs scored in the right order."),
+        ("reward/kendall_tau", "", "higher", "Mean Kendall's tau-b of scores and ranks over held-out rankings."),
+        ("reward/top1", "", "higher", "Share of held-out rankings whose best answer scores highest."),
+        (
+            "reward/calibration_error",
+            "",
+            "lower",
+            "Difference of predicted and observed pair probabilities (0 to 0.5).",
+        ),
+        parts=[("_{source}", "for one source"), ("_k{completions}", "for one number of completions")],
+    ),
+    *_table(
+        "reward",
+        REWARD,
+        ("reward/score_mean", "", "", "Mean score of answers of the initial model."),
+        ("reward/score_std", "", "", "Standard deviation of these scores."),
+        ("reward/scored", "samples", "", "Answers behind both figures."),
+    ),
+    *_table(
+        "rlhf",
+        RLHF,
+        ("rlhf/reward_mean", "", "higher", "Mean score of rollouts minus the KL penalty."),
+        ("rlhf/score_mean", "", "higher", "Mean weighted sum of the reward parts."),
+        ("rlhf/part_{part}", "", "higher", "Mean score of one reward part."),
+    ),
+    *_table(
+        "rlhf",
+        RLHF,
+        ("rlhf/kl", "nats/rollout", "", "KL divergence of the policy from the reference, estimated on rollouts."),
+        ("rlhf/kl_coefficient", "", "", "Penalty a nat of KL divergence."),
+        only="with a reference (rlhf.kl_coefficient > 0)",
+    ),
+    *_table(
+        "rlhf",
+        RLHF,
+        ("rlhf/entropy", "nats/token", "", "Entropy of the sampling distribution."),
+        ("rlhf/new_tokens_mean", "tokens", "", "Mean length of a rollout."),
+        ("rlhf/truncated_rate", "", "lower", "Share of rollouts cut off by the length limit."),
+        ("rollout/logprob_gap", "nats", "lower", "Largest log-probability difference between engine and trainer."),
+    ),
+    *_table(
+        "updates",
+        RLHF,
+        ("rlhf/updates", "updates", "", "Policy updates in the iteration."),
+        ("rlhf/policy_loss", "", "", "Policy loss a token, mean over updates."),
+        ("rlhf/policy_grad_norm", "", "", "L2 norm of the policy gradient before clipping, mean over updates."),
+        ("rlhf/ratio_mean", "", "", "Mean probability ratio to the policy before the first update."),
+        ("rlhf/clip_frac", "", "", "Share of tokens whose ratio was clipped."),
+        ("rlhf/approx_kl", "nats/token", "", "KL divergence from the policy before the first update."),
+    ),
+    *_table(
+        "updates",
+        RLHF,
+        ("rlhf/pretrain_loss", "nats/token", "lower", "Loss on pretraining text, mean over updates."),
+        only="with pretraining text among the updates",
+    ),
+    *_table(
+        "updates",
+        RLHF,
+        ("rlhf/value_loss", "", "lower", "Critic loss a token."),
+        ("rlhf/value_grad_norm", "", "", "L2 norm of the critic gradient before clipping, mean over updates."),
+        ("rlhf/value_clip_frac", "", "", "Share of tokens whose value was clipped."),
+        ("rlhf/value_explained_var", "", "higher", "Share of the return variance that the critic explains."),
+        ("rlhf/value_mean", "", "", "Mean predicted value."),
+        ("rlhf/return_mean", "", "", "Mean return of a token."),
+        only="with a critic",
+    ),
+    *_table(
+        "throughput",
+        RLHF,
+        ("rollout/tokens_per_s", "tokens/s", "higher", "Sampled tokens a second of generation."),
+        only="for rollouts of this attempt",
+    ),
+    *_table(
+        "throughput",
+        RLHF,
+        ("rollout/staleness", "iterations", "lower", "Age of the sampling weights relative to the policy."),
+    ),
+)
+
+GENERATION = (
+    *_table(
+        "generate",
+        ("generate",),
+        ("generate/prompts", "prompts", "", "Prompts answered or refused so far, earlier commands included."),
+        ("generate/answers", "answers", "", "Answers so far."),
+        ("generate/refused", "prompts", "lower", "Prompts refused so far."),
+        ("generate/tokens", "tokens", "", "Tokens of all answers so far."),
+        ("generate/tokens_per_s", "tokens/s", "higher", "Tokens of finished answers a second since the last line."),
+        ("generate/prompts_per_s", "prompts/s", "higher", "Finished prompts a second since the last line."),
+        ("generate/engines", "engines", "higher", "Engines that run."),
+    ),
+    *_table(
+        "generate",
+        ("generate",),
+        ("generate/new_tokens_mean", "tokens", "", "Mean length of an answer."),
+        ("generate/eta_s", "s", "lower", "Estimated time to the last prompt."),
+        only="after the first answer",
+    ),
+)
+
+# load of the nodes: sent to wandb only, because it belongs to no step
+SYSTEM = (
+    *_table(
+        "system",
+        TRAINING_STAGES,
+        ("system/cpu_percent_{node}", "%", "", "Load of all cores of a node, by any process."),
+        ("system/memory_percent_{node}", "%", "", "Share of a node's memory in use."),
+        ("system/memory_gib_{node}", "GiB", "", "Memory of a node in use."),
+        only="in wandb",
+    ),
+    *_table(
+        "system",
+        TRAINING_STAGES,
+        ("system/gpu_percent_{gpu}", "%", "higher", "Share of time that a GPU (HOST.NUMBER) was busy."),
+        ("system/gpu_memory_gib_{gpu}", "GiB", "", "Memory of a GPU (HOST.NUMBER) in use."),
+        only="in wandb, with nvidia-ml-py on the nodes",
+    ),
+)
+
+METRICS: tuple[Metric, ...] = (*LEARNING, *SPEED, *TIME, *HELD_OUT, *REINFORCEMENT, *GENERATION, *SYSTEM)
+SLOTS = {"completions": r"\d+"}  # what a slot matches; any other slot: one or more characters
 
 
 class UnknownMetricError(UserError):
@@ -29,24 +359,24 @@ class UnknownMetricError(UserError):
 
 @cache
 def metric_of(name: str) -> Metric:
-    """The metric or family that a name in a metrics file is of.
+    """The metric or family of a name in a metrics file.
 
-    An exact name goes before a family; of several families the one that says most of the name.
+    A single metric goes before a family; of several matching families the longest name wins.
 
     Raises:
-        UnknownMetricError: names the nearest one that there is.
+        UnknownMetricError: the name is not in the registry; the message gives the nearest one.
     """
     for metric in _singles_then_families():
         if _pattern(metric).fullmatch(name):
             return metric
     nearest = difflib.get_close_matches(name, [metric.name for metric in METRICS], n=1, cutoff=0)[0]
     raise UnknownMetricError(
-        f"metric {name}: not in the registry, the nearest is {nearest}; add it to dist_lm/tracking/metric_tables"
+        f"metric {name}: not in the registry, the nearest is {nearest}; add it to dist_lm/tracking/registry.py"
     )
 
 
 def metrics_of(stage: str) -> tuple[Metric, ...]:
-    """The metrics that runs of a stage write, in the order of the registry; none of an unknown stage."""
+    """The metrics that runs of a stage write, in the order of the registry; empty for an unknown stage."""
     return tuple(metric for metric in METRICS if stage in metric.stages)
 
 
@@ -64,3 +394,52 @@ def _pattern(metric: Metric) -> re.Pattern[str]:
     if not metric.slot:
         return re.compile(re.escape(before))
     return re.compile(re.escape(before) + SLOTS.get(metric.slot, ".+") + re.escape(rest.partition("}")[2]))
+
+
+HEAD = """# Metrics
+
+Generated from `dist_lm/tracking/registry.py` by `python -m dist_lm metrics > docs/metrics.md`; do not edit.
+
+`metrics.jsonl`, wandb, dashboards and reports use these names only. `{slot}` stands for a language, a corpus or a kind.
+A line is written every `stage.log_every` steps (stage generate: about every ten seconds, and a step is a prompt).
+Losses and norms are those of the last step; times and speeds are means since the previous line.
+`train/update_ratio`, `perf/straggler_ratio` and `perf/slowest_rank` are on every tenth step and the last line only.
+↓ and ↑ say which direction is better. "text" stands for the stages language, code and tools.
+"""
+ARROWS = {"lower": "↓", "higher": "↑", "": ""}
+
+
+def page(stage: str | None = None) -> str:
+    """docs/metrics.md: a Markdown table for each group of metrics.
+
+    Args:
+        stage: only the metrics of this stage.
+
+    Raises:
+        ConfigError: the stage writes no metrics.
+    """
+    metrics = METRICS if stage is None else metrics_of(stage)
+    if not metrics:
+        raise ConfigError(f"--stage {stage}: expected one of {', '.join(MEASURED_STAGES)}")
+    groups = dict.fromkeys(metric.group for metric in metrics)
+    tables = [_markdown(group, [metric for metric in metrics if metric.group == group]) for group in groups]
+    return "\n".join([HEAD, *tables])
+
+
+def _markdown(group: str, metrics: list[Metric]) -> str:
+    """The table of a group; the families of a metric share its row."""
+    rows: dict[str, list[Metric]] = {}
+    single = {metric.name for metric in metrics if not metric.slot}
+    for metric in metrics:
+        rows.setdefault(metric.stem if metric.stem in single else metric.name, []).append(metric)
+    text = "".join(_row(members) for members in rows.values())
+    return f"## {group}\n\n| name | unit | stages | meaning |\n|---|---|---|---|\n{text}"
+
+
+def _row(metrics: list[Metric]) -> str:
+    names = ", ".join(f"`{metric.name}`" for metric in metrics)
+    first = metrics[0]
+    stages = ", ".join(first.stages).replace(", ".join(TEXT_STAGES), "text")
+    meaning = f"{first.meaning.removesuffix('.')}, {first.only}." if first.only else first.meaning
+    unit = f"{first.unit} {ARROWS[first.better]}".strip()
+    return f"| {names} | {unit} | {stages} | {meaning} |\n"

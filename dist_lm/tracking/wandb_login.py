@@ -1,4 +1,4 @@
-"""Whether wandb is online, and what environment its processes get."""
+"""wandb's login: whether runs are sent, and the environment of wandb's processes."""
 
 import netrc
 from collections.abc import Mapping
@@ -10,15 +10,15 @@ from dist_lm.errors import ConfigError
 from dist_lm.tracking.redact import without_secrets
 
 LOGIN = ("WANDB_API_KEY", "WANDB_BASE_URL")
-# what would have a say in which run it is, and where it is kept: that is ours to say
+# these would override the identity and the folder of the run
 OURS = ("WANDB_MODE", "WANDB_RESUME", "WANDB_RUN_ID", "WANDB_DIR", "WANDB_NAME", "WANDB_RUN_GROUP", "WANDB_SERVICE")
 
 
 def wandb_mode(tracking: TrackingConfig, environ: Mapping[str, str]) -> str:
-    """`online`, `offline` or `disabled`: what tracking.mode and the login on this machine come to.
+    """`online`, `offline` or `disabled`, from tracking.mode and the login of this machine.
 
-    `auto` follows WANDB_MODE if that is offline or disabled; else it is online with WANDB_API_KEY or a netrc
-    entry for wandb's host, and offline without.
+    `auto` follows WANDB_MODE=offline and disabled; otherwise it is online with WANDB_API_KEY or a netrc entry for
+    wandb's host, and offline without.
 
     Raises:
         ConfigError: tracking.mode=online without a login (wandb would ask for a key and wait).
@@ -40,13 +40,13 @@ def wandb_mode(tracking: TrackingConfig, environ: Mapping[str, str]) -> str:
 
 
 def wandb_environment(environ: Mapping[str, str], online: bool) -> dict[str, str]:
-    """What the processes of wandb are started with: no secret, but the login where it is online."""
+    """The environment of wandb's processes: no secret, except the login where runs are sent."""
     kept = {name: value for name, value in without_secrets(environ).items() if name not in OURS}
     return kept | {name: environ[name] for name in LOGIN if online and name in environ}
 
 
 def base_url(environ: Mapping[str, str]) -> str:
-    """Where wandb's server is."""
+    """The address of wandb's server."""
     return environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
 
 
@@ -57,4 +57,4 @@ def _netrc_login(environ: Mapping[str, str]) -> bool:
     try:
         return netrc.netrc(str(file)).authenticators(urlparse(base_url(environ)).hostname or "") is not None
     except netrc.NetrcParseError:
-        return False  # wandb could not read it either
+        return False  # wandb cannot read it either

@@ -1,7 +1,7 @@
-"""The wandb copy of a run, as the launcher has it: all is handed to a process of its own, and nothing waited for.
+"""The wandb copy of a run, seen from the launcher: everything is handed to a separate process, nothing is waited for.
 
-It is a copy: metrics.jsonl has everything, so wandb failing is reported once and never ends a run. Ranks know nothing
-of wandb. The process (`wandb_process`) writes wandb's files in the run directory and, with a login, sends them on.
+metrics.jsonl has every metric, so a failure of wandb is reported once and never ends a run. Ranks do not use wandb. The
+process (`wandb_process`) writes wandb's files into the run directory and sends them where there is a login.
 """
 
 import json
@@ -20,22 +20,23 @@ from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.alerts import Alert
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.redact import redact, redact_command, redact_text
-from dist_lm.tracking.sample_table import table_name
 from dist_lm.tracking.wandb_login import wandb_environment, wandb_mode
 
 IDENTITY = "identity.json"  # in the run's wandb folder: {id}
 DIRTY = "-dirty"
+SAMPLES, SAMPLES_OF = "samples/generations", {"tools": "samples/tool_calls", "rlhf": "samples/rollouts"}
+"""Name of the table of samples: the usual one, and those of single stages."""
 Outcome = Literal["finished", "failed", "stopped"]
-"""How an attempt at a run ended; one that was stopped will be continued."""
+"""How an attempt ended; a stopped run will continue."""
 
 
 class WandbRun:
-    """One wandb run that grows with a run directory, over all its attempts."""
+    """The wandb run of a run directory, the same one over all attempts."""
 
     def __init__(
         self, run: RunDirectory, console: Console, init: dict[str, Any], environ: Mapping[str, str], finish_s: float
     ) -> None:
-        """Take up the run's wandb identity and start the process; see `start`."""
+        """Read or create the identity of the wandb run and start the process; see `start`."""
         self._console = console
         self._directory = run.wandb
         self._job_type: str = init["job_type"]
@@ -51,7 +52,7 @@ class WandbRun:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=wandb_environment(environ, init["mode"] == "online"),
-                start_new_session=True,  # Ctrl-C is for the launcher, who says here when it is over
+                start_new_session=True,  # Ctrl-C must reach the launcher only, which then calls `finish`
             )
         self._orders.put(start)
         self._threads = [
@@ -75,19 +76,19 @@ class WandbRun:
         environ: Mapping[str, str],
         console: Console,
     ) -> "WandbRun | None":
-        """Start or take up the wandb run of a run directory; returns at once.
+        """Start or continue the wandb run of a run directory; returns at once.
 
         Args:
-            config: recorded without its secrets.
+            config: recorded without secrets.
             job_type: the stage.
             group: the run_id, shared by the stages of one pipeline.
-            git_commit: with `-dirty` at its end where files were changed; what was changed is not recorded.
-            command: the command line, recorded without its secrets.
-            environ: where a key and wandb's own settings are looked up.
-            console: where a failure of wandb is reported.
+            git_commit: ends with `-dirty` if files were changed; the changes are not recorded.
+            command: the command line, recorded without secrets.
+            environ: holds the login and wandb's own settings.
+            console: prints failures of wandb.
 
         Returns:
-            None if tracking is `none`, or disabled through WANDB_MODE.
+            None with tracking=none, or WANDB_MODE=disabled.
 
         Raises:
             ConfigError: tracking.mode=online without a login.
@@ -112,20 +113,20 @@ class WandbRun:
         return cls(run, console, init, environ, tracking.finish_s)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Hand over the metrics of a step; steps that were logged before are skipped.
+        """Record the metrics of a step; steps that were recorded before are skipped.
 
-        `step`, `time` and values that are None (not finite) may be among `metrics` and are left out.
+        `step`, `time` and values that are None (not finite) are left out.
         """
         values = {name: value for name, value in metrics.items() if name not in ("step", "time") and value is not None}
         self._orders.put({"order": "metrics", "step": step, "values": values})
 
     def beside(self, values: Mapping[str, float]) -> None:
-        """Hand over what belongs to no step, such as how busy the nodes are: it is put to the newest one."""
+        """Record values without a step, such as the load of nodes, at the newest step."""
         self._orders.put({"order": "beside", "values": dict(values)})
 
     def samples(self, path: Path, step: int) -> None:
-        """Show a file of JSON lines as a table."""
-        name = table_name(self._job_type)
+        """Record a file of JSON lines as a table."""
+        name = SAMPLES_OF.get(self._job_type, SAMPLES)
         self._orders.put({"order": "samples", "key": path.name, "path": str(path), "step": step, "name": name})
 
     def link(
@@ -137,26 +138,26 @@ class WandbRun:
         metadata: Mapping[str, Any],
         aliases: Sequence[str] = (),
     ) -> None:
-        """Record files as an artifact by reference: their hashes and where they are; they are never uploaded.
+        """Record files as an artifact by reference (path and hash); they are never uploaded.
 
         Args:
-            key: tells what has been linked already, also by an earlier attempt.
-            name: of the artifact, whose versions follow each other.
-            kind: wandb's type of it: tokenizer, dataset, model.
-            metadata: recorded without its secrets.
+            key: a key that was linked before, also by an earlier attempt, is skipped.
+            name: of the artifact.
+            kind: wandb's type of the artifact: tokenizer, dataset, model.
+            metadata: recorded without secrets.
         """
         order = {"order": "link", "key": key, "name": name, "kind": kind, "aliases": list(aliases)}
         self._orders.put(order | {"files": [str(file.resolve()) for file in files], "metadata": redact(metadata)})
 
     def alert(self, alert: Alert) -> None:
-        """Have wandb tell people."""
+        """Send an alert through wandb."""
         text = redact_text(alert.text)
         self._orders.put({"order": "alert", "title": alert.title, "text": text, "level": alert.level})
 
     def finish(self, outcome: Outcome, grace_s: float = 60.0) -> None:
-        """Let wandb write what it has, and send what a server that answers takes within tracking.finish_s.
+        """End the recording; waits at most tracking.finish_s for a server that answers.
 
-        A process that does not end within `grace_s` more is left behind, with a warning.
+        A process that has not ended `grace_s` later is left behind, with a warning.
         """
         timeout_s = self._finish_s + grace_s
         self._orders.put({"order": "finish", "outcome": outcome})
@@ -166,14 +167,14 @@ class WandbRun:
         except subprocess.TimeoutExpired:
             self._console.warning(
                 f"wandb is still busy after {timeout_s:.0f} s and is left behind; metrics.jsonl has every "
-                f"metric, and `wandb sync` sends what is in {self._directory}"
+                f"metric; to send the rest: wandb sync {self._directory}"
             )
             return
         for thread in self._threads:
             thread.join(timeout_s)
 
     def _feed(self) -> None:
-        """Hand the process its orders; it may be slow, or gone."""
+        """Write the orders to the process, which may be slow or gone."""
         assert self._process.stdin is not None
         try:
             with self._process.stdin as pipe:
@@ -182,14 +183,14 @@ class WandbRun:
                     pipe.flush()
         except BrokenPipeError:
             code = self._process.wait()
-            if code:  # else it has said itself why it stopped
+            if code:  # with code 0 the process has reported the reason itself
                 self._console.warning(
                     f"wandb stopped (its process ended with exit code {code}, see {self._directory / 'process.log'}); "
                     "the run goes on, and metrics.jsonl has every metric"
                 )
 
     def _listen(self) -> None:
-        """Pass on what the process has to say to people."""
+        """Print the messages of the process."""
         assert self._process.stdout is not None
         with self._process.stdout as pipe:
             for line in pipe:

@@ -1,7 +1,7 @@
-"""Sends wandb's files to its server while they grow, for as long as the server takes them.
+"""Sends wandb's files to its server while they grow.
 
-The sending is wandb's own (`wandb beta sync --live`): it goes by the files, so it may begin late, wait for a server
-that is away, or be ended at any moment; what has not been sent is still in the files.
+wandb's own `wandb beta sync --live` sends the files, so sending may begin late, wait for an absent server or be killed
+at any moment: unsent rows are still in the files.
 """
 
 import subprocess
@@ -19,9 +19,9 @@ import psutil
 from dist_lm.storage.process import die_with_parent
 from dist_lm.tracking.wandb_login import base_url
 
-RETRY_S = (5.0, 60.0)  # between attempts that got nothing through: at first, at most
+RETRY_S = (5.0, 60.0)  # first and longest wait after an attempt that sent nothing
 PROBE_S = 1.0
-# the client waits for a server that is away for as long as the run lasts, and looks again soon
+# the client keeps trying an absent server, at short intervals, for as long as the run lasts
 PATIENT = {
     f"WANDB_X_{part}_{name}": value
     for part in ("FILE_STREAM", "FILE_TRANSFER", "GRAPHQL")
@@ -30,12 +30,12 @@ PATIENT = {
 
 
 def marker_of(log: Path) -> Path:
-    """What wandb leaves beside a file that has been sent."""
+    """The file that wandb writes beside a sent file."""
     return log.with_name(f"{log.name}.synced")
 
 
 class Uploader:
-    """Sends what earlier attempts left, then the file that grows, in a thread of its own."""
+    """A thread that sends the files of earlier attempts, then the growing one."""
 
     def __init__(
         self,
@@ -44,13 +44,12 @@ class Uploader:
         say: Callable[[str, str], None],
         retry_s: float = RETRY_S[0],
     ) -> None:
-        """Begin.
-
+        """
         Args:
             logs: wandb's files of the run, oldest first; the last one is being written.
             environ: with a login.
             say: gets (warning or line, text) for people.
-            retry_s: before the second attempt.
+            retry_s: wait before the second attempt.
         """
         *earlier, self._growing = logs
         self._earlier = [log for log in earlier if not marker_of(log).exists()]
@@ -63,7 +62,7 @@ class Uploader:
         self._thread.start()
 
     def finish(self, patience_s: float) -> bool:
-        """Wait for the rest while the server answers, for `patience_s` at most; whether everything has been sent."""
+        """Wait at most `patience_s` while the server answers. Returns whether everything has been sent."""
         deadline, missed = time.monotonic() + patience_s, 0
         while self._thread.is_alive() and time.monotonic() < deadline and missed < 2:
             self._thread.join(PROBE_S)
@@ -76,7 +75,7 @@ class Uploader:
         return not self.left()
 
     def left(self) -> list[Path]:
-        """The files that have not been sent, or not whole."""
+        """The files that have not been sent completely."""
         return [log for log in (*self._earlier, self._growing) if not marker_of(log).exists()]
 
     def _work(self) -> None:
@@ -90,16 +89,19 @@ class Uploader:
             begun = self._send(logs, live)
             if all(marker_of(log).exists() for log in logs):
                 return True
-            if begun:  # trying again would send what has been taken a second time
+            if begun:  # a second attempt would send the accepted rows again
                 if not self._over.is_set():
-                    self._say("warning", f"wandb's server refuses {logs[-1]}; `wandb sync` can try again later")
+                    self._say(
+                        "warning",
+                        f"wandb's server refuses {logs[-1]}; to try again later: wandb sync {logs[-1].parent.parent}",
+                    )
                 return False
             self._over.wait(wait_s)
             wait_s = min(2 * wait_s, RETRY_S[1])
         return False
 
     def _send(self, logs: list[Path], live: bool) -> bool:
-        """Run wandb's sync once; whether the server took something."""
+        """Run wandb's sync once. Returns whether the server accepted anything."""
         command = [
             sys.executable,
             "-m",
@@ -121,7 +123,7 @@ class Uploader:
             env=self._environ,
         ) as self._sync:
             assert self._sync.stdout is not None
-            if self._over.is_set():  # `finish` did not see it
+            if self._over.is_set():  # `finish` ran before the process existed
                 end_tree(self._sync)
             for line in self._sync.stdout:
                 if "View run" in line and not begun:
@@ -129,13 +131,13 @@ class Uploader:
                     self._say("line", f"wandb: {line.rpartition(' at ')[2].strip()}")
                 failed = failed or "ERROR" in line
         if failed or self._sync.returncode:
-            for log in logs:  # wandb marks a file as sent also when it gave up in the middle of it
+            for log in logs:  # wandb marks a file as sent even if it gave up half way
                 marker_of(log).unlink(missing_ok=True)
         return begun
 
 
 def answers(environ: Mapping[str, str]) -> bool:
-    """Whether wandb's server answers in good time."""
+    """Whether wandb's server answers within `PROBE_S`."""
     request = urllib.request.Request(base_url(environ), method="GET")  # noqa: S310 - the user's own address
     try:
         with urllib.request.urlopen(request, timeout=PROBE_S):  # noqa: S310
@@ -147,8 +149,8 @@ def answers(environ: Mapping[str, str]) -> bool:
 
 
 def end_tree(process: subprocess.Popen[str]) -> None:
-    """Kill a process and what it has started."""
-    with suppress(psutil.NoSuchProcess):  # it has just ended
+    """Kill a process and its children."""
+    with suppress(psutil.NoSuchProcess):  # has just ended
         root = psutil.Process(process.pid)
         for one in (root, *root.children(recursive=True)):
             with suppress(psutil.NoSuchProcess):
@@ -156,7 +158,7 @@ def end_tree(process: subprocess.Popen[str]) -> None:
 
 
 def main(parent: str, *arguments: str) -> None:
-    """wandb's own command line, for as long as the process lives that asked for it."""
+    """wandb's own command line, killed with its parent process."""
     die_with_parent(int(parent))
     from wandb.cli.cli import cli
 

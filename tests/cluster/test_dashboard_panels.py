@@ -9,7 +9,7 @@ from dist_lm.launcher.generation_run import run_generation
 from dist_lm.launcher.interrupt import Interrupt
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
-from dist_lm.tracking.dashboard.layout import board_of
+from dist_lm.tracking.dashboard import board_of
 from dist_lm.tracking.metrics import read_metrics
 from dist_lm.tracking.wandb_run import WandbRun
 from tests.cluster.test_generation_run import Screen, cluster, plan_of, trained, write_prompts  # noqa: F401 - fixtures
@@ -17,8 +17,8 @@ from tests.cluster.test_reward_run import SETTINGS as REWARD_SETTINGS
 from tests.cluster.test_reward_run import work as ranked_work  # noqa: F401 - a fixture
 from tests.cluster.test_rlhf_run import reference as rlhf_run  # noqa: F401 - a fixture
 from tests.cluster.test_rlhf_run import started_work  # noqa: F401 - a fixture
+from tests.tracking.wandb_files import assert_every_metric, history_names
 from tests.training_run import linked, prepare, train
-from tests.wandb_files import assert_every_metric, history_names
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.report.write import write_report
+from dist_lm.report.page import write_report
 from dist_lm.storage.run_directory import WorkDirectory
-from dist_lm.tracking.metric import MEASURED_STAGES
 from dist_lm.tracking.metrics import read_metrics
+from dist_lm.tracking.registry import MEASURED_STAGES
 from tests.conftest import TINY
-from tests.wandb_files import assert_every_metric, history_names
-from tests.wandb_server import WandbServer
+from tests.tracking.wandb_files import assert_every_metric, history_names
+from tests.tracking.wandb_server import WandbServer
 
 pytestmark = [pytest.mark.cluster, pytest.mark.bars, pytest.mark.timeout(1800)]
 DEADLINE_S = 1200

@@ -6,8 +6,7 @@ import pytest
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.parallel import ParallelConfig
-from dist_lm.dry_run.live_memory import LiveMemory
-from dist_lm.dry_run.watch import Watch
+from dist_lm.dry_run.watch import LiveMemory, Watch
 from dist_lm.model.size import parameter_shapes
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh

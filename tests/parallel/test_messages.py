@@ -4,8 +4,7 @@ import pytest
 
 from dist_lm.config.hardware import HardwareConfig
 from dist_lm.config.parallel import ParallelConfig
-from dist_lm.dry_run.step_meter import StepMeter
-from dist_lm.dry_run.watch import Watch
+from dist_lm.dry_run.watch import Watch, WorkCounter
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
@@ -21,10 +20,10 @@ def messages(world: World, parallel: ParallelConfig) -> int:
     """Collectives on the tp axis in one forward and backward pass."""
     mesh = build_mesh(resolve_layout(parallel, MODEL, world.size), world.device)
     model, batch = build_model(MODEL, parallel, mesh, world.device, SEED), batch_of(MODEL, 0)
-    meter = StepMeter(HardwareConfig(), {mesh.get_group("tp").group_name: "tp"})
-    with Watch(meter):
+    counter = WorkCounter(HardwareConfig(), {mesh.get_group("tp").group_name: "tp"})
+    with Watch(counter):
         BoundModel(model, True, 0, dropout_key(0, batch.sequence_B)).token_losses(batch).sum().backward()
-    return meter.parts[-1].messages["tp"]
+    return counter.parts[-1].messages["tp"]
 
 
 @pytest.mark.parametrize("layout", ["1x1x2", "1x1x2+sp"])

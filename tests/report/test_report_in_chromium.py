@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dist_lm.report.charts import COLOURS
-from dist_lm.report.write import write_report
+from dist_lm.report.page import write_report
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.readable import four_digits
 from tests.report.made_runs import make_corpora, make_pipeline, make_run, write_lines

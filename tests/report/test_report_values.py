@@ -13,18 +13,15 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.placement import placements
-from dist_lm.report.charts import charts_of, still_values
-from dist_lm.report.config_diff import differences, from_defaults
-from dist_lm.report.downsample import downsample, trend_of
+from dist_lm.report.charts import charts_of, downsample, still_values, trend_of
+from dist_lm.report.conditions import differences, from_defaults
 from dist_lm.report.facts import Series
-from dist_lm.report.layout_picture import kinds, mesh_picture, parameter_picture
+from dist_lm.report.layout import kinds, mesh_picture, parameter_picture, rank_memory
 from dist_lm.report.mixture import COLOURS, mixtures
 from dist_lm.report.overview import card_of
-from dist_lm.report.rank_memory import rank_memory
-from dist_lm.report.read_run import read_run, read_series
-from dist_lm.report.read_work import read_facts
+from dist_lm.report.page import write_report
+from dist_lm.report.read import read_facts, read_run, read_series
 from dist_lm.report.timeline import timeline_of
-from dist_lm.report.write import write_report
 from dist_lm.storage.run_directory import WorkDirectory
 from tests.report.made_runs import HOSTILE, STAGES, make_corpora, make_pipeline, make_run, write_lines
 

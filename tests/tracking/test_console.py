@@ -56,6 +56,14 @@ def test_training_shows_loss_speed_and_time_left() -> None:
     assert last == "code: step 50/100  loss 3.000  12,346 tokens/s  1:40 min left"
 
 
+def test_a_plain_line_gives_the_step_of_an_older_value() -> None:
+    screen = Screen()
+    with screen.console.training("code", steps=100) as progress:
+        progress.update({"step": 40, "time": 40.0, "train/loss": 3.0, "val/bits_per_byte": 2.5})
+        progress.update({"step": 50, "time": 50.0, "train/loss": 2.0})
+    assert screen.lines()[-1] == "code: step 50/100  loss 2.000  val 2.500 bits/byte @ 40  50 s left"
+
+
 def test_what_an_earlier_attempt_wrote_is_neither_shown_nor_timed() -> None:
     screen = Screen()
     with screen.console.training("code", steps=100, since=1000.0) as progress:

@@ -1,13 +1,14 @@
-"""The metrics file: valid JSON whatever happens, whole lines only, taken back and followed across a resume."""
+"""The metrics file and the warnings of rank 0: valid JSON, complete lines only, followed across a resume."""
 
 import json
+import logging
 import os
 from pathlib import Path
 
 import pytest
 
 from dist_lm.errors import ArtefactError
-from dist_lm.tracking.metrics import MetricsWriter, follow, read_metrics
+from dist_lm.tracking.metrics import MetricsWriter, WarningFollower, follow, read_metrics, write_warnings
 from dist_lm.tracking.registry import UnknownMetricError
 
 
@@ -98,3 +99,19 @@ def test_follow_starts_again_with_a_file_that_was_replaced_or_cut(path: Path) ->
     os.truncate(path, 0)
     write(path, 7)
     assert [line["step"] for line in follower.poll()] == [7]
+
+
+def test_warnings_come_once_in_one_line_and_errors_do_not(tmp_path: Path) -> None:
+    path, log = tmp_path / "warnings.log", logging.getLogger("some_package.part")
+    path.write_text("of an earlier attempt\n")
+    follower = WarningFollower(path)
+    write_warnings(path, "some_package")
+    assert follower.poll() == []
+    log.warning("checkpoint %s is\ndamaged", "step_1")
+    log.error("the end")
+    log.info("nothing")
+    logging.getLogger("another_package").warning("not ours")
+    assert follower.poll() == ["checkpoint step_1 is damaged"]
+    assert follower.poll() == []
+    assert WarningFollower(tmp_path / "none").poll() == []
+    logging.getLogger("some_package").handlers.clear()

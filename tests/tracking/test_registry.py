@@ -1,9 +1,12 @@
-"""The registry: every name once, families found, unknown names refused with the nearest one that there is."""
+"""The registry: unique names, families, unknown names refused; docs/metrics.md is generated from it."""
+
+import re
 
 import pytest
 
+from dist_lm.errors import ConfigError
 from dist_lm.stages.registry import STAGES
-from dist_lm.tracking.registry import METRICS, UnknownMetricError, metric_of, metrics_of
+from dist_lm.tracking.registry import METRICS, UnknownMetricError, metric_of, metrics_of, page
 
 
 def test_every_name_is_there_once_and_is_of_stages_that_there_are():
@@ -70,3 +73,17 @@ def test_contracts_do_not_drift():
         ("rlhf", "rollout/tokens_per_s"),
     ):
         assert metric_of(name) in metrics_of(stage)
+
+
+def test_every_metric_is_on_the_page_once():
+    cells = [line.split(" | ")[0] for line in page().splitlines() if line.startswith("| `")]
+    names = [name for cell in cells for name in re.findall("`([^`]+)`", cell)]
+    assert sorted(names) == sorted(metric.name for metric in METRICS)
+
+
+def test_a_stage_has_its_own_page_and_an_unknown_one_is_refused():
+    rows = [line for line in page("reward").splitlines() if line.startswith("| `")]
+    assert any("reward/kendall_tau" in row for row in rows)
+    assert not any("code/" in row or "rlhf/" in row for row in rows)
+    with pytest.raises(ConfigError, match=r"--stage shards: expected one of language, code"):
+        page("shards")

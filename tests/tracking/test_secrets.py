@@ -12,7 +12,7 @@ from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.alerts import failed
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.wandb_run import WandbRun
-from tests.wandb_server import WandbServer
+from tests.tracking.wandb_server import WandbServer
 
 WAIT_S = 240.0
 

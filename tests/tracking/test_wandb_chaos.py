@@ -18,7 +18,7 @@ from dist_lm.config.tracking import TrackingConfig
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.wandb_run import WandbRun
-from tests.wandb_server import WandbServer
+from tests.tracking.wandb_server import WandbServer
 
 STEPS, STEP_S = 800, 0.05
 

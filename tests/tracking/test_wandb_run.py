@@ -1,4 +1,4 @@
-"""wandb gets the metrics under their names, once, without secrets; its failure does not touch the run."""
+"""wandb gets every metric once, under its name and without secrets; a failure of wandb does not touch the run."""
 
 import io
 import json
@@ -20,8 +20,9 @@ from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.alerts import Alert
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.wandb_login import wandb_environment, wandb_mode
+from dist_lm.tracking.wandb_process import CHARACTERS, ROWS, table_of
 from dist_lm.tracking.wandb_run import WandbRun
-from tests.wandb_server import WandbServer
+from tests.tracking.wandb_server import WandbServer
 
 DEADLINE_S = 240.0  # a machine may be busy
 pytestmark = pytest.mark.timeout(900)
@@ -267,3 +268,17 @@ def test_the_process_gets_the_login_alone_and_only_to_send() -> None:
     environ = {"PATH": "/bin", "WANDB_API_KEY": "k", "HF_TOKEN": "t", "WANDB_RUN_ID": "other", "WANDB_MODE": "online"}
     assert wandb_environment(environ, online=False) == {"PATH": "/bin"}
     assert wandb_environment(environ, online=True) == {"PATH": "/bin", "WANDB_API_KEY": "k"}
+
+
+def test_rows_have_the_columns_of_all() -> None:
+    columns, rows = table_of([{"prompt": "a", "right": True}, {"prompt": "b", "parts": {"x": 1}}])
+    assert columns == ["prompt", "right", "parts"]
+    assert rows == [["a", True, None], ["b", None, '{"x": 1}']]
+
+
+def test_size_is_bounded_and_urls_lose_their_passwords() -> None:
+    columns, rows = table_of({"text": "x" * 2 * CHARACTERS} for _ in range(2 * ROWS))
+    assert (columns, len(rows)) == (["text"], ROWS)
+    assert len(rows[0][0]) < CHARACTERS + 50
+    assert table_of([{"text": "https://me:sesame@host/"}])[1] == [["https://***@host/"]]
+    assert table_of([]) == ([], [])

@@ -1,0 +1,140 @@
+"""What a run ran on and with: hardware, and how configurations differ. Pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from typing import Any, get_type_hints
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from dist_lm.config.generate import schema_of
+from dist_lm.report.facts import RunFacts
+from dist_lm.tracking.readable import four_digits, gib, percent
+
+UNKNOWN = "–"
+COLUMNS = (
+    "Device",
+    "Nodes",
+    "Ranks",
+    "Layout",
+    "Peak memory a rank",
+    "Tokens/s, median",
+    "MFU, median",
+    "First all-reduce",
+    "Planned for",
+)
+NAMED = 3  # hosts in a cell
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A table: a row a run."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+
+
+def hardware_of(runs: Sequence[RunFacts]) -> Hardware:
+    """A row for each run; a column that is unknown of all is left out."""
+    cells = [(run.label, _cells(run)) for run in runs]
+    kept = [number for number in range(len(COLUMNS)) if any(row[number] != UNKNOWN for _, row in cells)]
+    return Hardware(
+        tuple(COLUMNS[number] for number in kept),
+        tuple((label, tuple(row[number] for number in kept)) for label, row in cells),
+    )
+
+
+def _cells(run: RunFacts) -> tuple[str, ...]:
+    attempt, planned = run.attempt, run.config.get("hardware", {})
+    hosts = [str(node.get("host", "")) for node in attempt.get("nodes", [])]
+    more = f" and {len(hosts) - NAMED} more" if len(hosts) > NAMED else ""
+    nodes = f"{len(hosts)} ({', '.join(dict.fromkeys(hosts[:NAMED]))}{more})" if hosts else UNKNOWN
+    ranks = len(hosts) * int(attempt.get("ranks_per_node", 0)) or run.result.get("ranks")
+    bus = run.links.get("bus_gb_per_s")
+    memory, speed, mfu = (_of(run, name) for name in ("perf/memory_gib", "perf/tokens_per_s", "perf/mfu"))
+    return (
+        str(attempt.get("device") or run.config.get("device") or UNKNOWN),
+        nodes,
+        f"{ranks:,}" if ranks else UNKNOWN,
+        str(run.layout) if run.layout else UNKNOWN,
+        gib(memory[1] * 2**30) if memory else UNKNOWN,
+        four_digits(speed[0]) if speed else UNKNOWN,
+        percent(mfu[0]) if mfu else UNKNOWN,
+        f"{bus:.2f} GB/s" if bus else UNKNOWN,
+        f"hardware={planned['name']}: {planned['memory_gib']:g} GiB, {planned['bf16_tflops']:g} TFLOP/s in bf16"
+        if {"name", "memory_gib", "bf16_tflops"} <= planned.keys()
+        else UNKNOWN,
+    )
+
+
+def _of(run: RunFacts, name: str) -> tuple[float, float] | None:
+    """(median, largest) of a metric."""
+    series = run.series.get(name)
+    finite = series.values[np.isfinite(series.values)] if series else np.zeros(0)
+    return (float(np.median(finite)), float(finite.max())) if len(finite) else None
+
+
+ABSENT = "–"
+OPEN = "???"  # what OmegaConf calls a value that is missing
+NAMES = ("run_id", "work_dir")  # differ by their nature, or are in every heading
+
+
+@dataclass(frozen=True)
+class Row:
+    """A key, and what it is in each column; `same`: whether the values are equal."""
+
+    key: str
+    values: tuple[str, ...]
+
+    @property
+    def same(self) -> bool:
+        return len(set(self.values)) == 1
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted keys and their values as text; lists are one value."""
+    if isinstance(value, Mapping) and value:
+        found: dict[str, str] = {}
+        for key, item in value.items():
+            found |= flat(item, f"{prefix}.{key}" if prefix else str(key))
+        return found
+    return {prefix: as_text(value)}
+
+
+def as_text(value: Any) -> str:
+    """As it would be written on the command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    return str(value)
+
+
+def differences(configs: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The keys that are not the same in all of several configurations, in the order of the first."""
+    columns = [flat(config) for config in configs]
+    keys = dict.fromkeys(key for column in columns for key in column if key not in NAMES)
+    rows = [Row(key, tuple(column.get(key, ABSENT) for column in columns)) for key in keys]
+    return [row for row in rows if not row.same]
+
+
+def from_defaults(config: Mapping[str, Any]) -> list[Row]:
+    """(key, default, value) of what a configuration sets otherwise than the code, where that does not leave it open."""
+    defaults = defaults_of(schema_of(str(config.get("stage", {}).get("name", ""))))
+    rows = []
+    for key, value in flat(config).items():
+        default = defaults.get(key, OPEN)
+        if value != default != OPEN and key not in NAMES:
+            rows.append(Row(key, (default, value)))
+    return rows
+
+
+def defaults_of(schema: type) -> dict[str, str]:
+    """What the code gives each key of a configuration; `OPEN` where it gives none."""
+    found = flat(OmegaConf.to_container(OmegaConf.structured(schema)))
+    for name, group in get_type_hints(schema).items():
+        if is_dataclass(group):
+            found |= flat(OmegaConf.to_container(OmegaConf.structured(group)), name)
+    return found

@@ -1,0 +1,389 @@
+"""The layout of a run: which rank holds which part of the model, as pictures (SVG), and the memory of a rank. Pure.
+
+Colours are CSS classes; the style sheet of the page defines them for light and dark.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from dist_lm.config.model import ModelConfig
+from dist_lm.model.size import parameter_count
+from dist_lm.parallel.layout import Layout
+from dist_lm.parallel.placement import Placement, placements
+from dist_lm.report.facts import RunFacts
+from dist_lm.tracking.readable import counted, gib, readable_count
+from dist_lm.tracking.registry import LOOP_STAGES
+from dist_lm.training.parameter_groups import is_matrix
+
+ELEMENT_BYTES = 4  # parameters, gradients and moments are kept in fp32; computing in bf16 casts what is gathered
+MEMORY = "perf/memory_gib"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a bar; `start` and `width` are per cent."""
+
+    label: str
+    size: str
+    start: float
+    width: float
+    colour: int
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """A bar, and words on what is not in it."""
+
+    parts: tuple[Part, ...]
+    total: str
+    words: str
+
+
+def rank_memory(model: ModelConfig, layout: Layout, runs: Sequence[RunFacts]) -> RankMemory:
+    """Of runs that share model and layout. Of stage rlhf alone, the policy's weights are shown."""
+    looped = [run for run in runs if run.stage in LOOP_STAGES]
+    muon = all(_has_muon(run.config.get("stage", {})) for run in looped)
+    sizes = {"weights": _elements(model, layout, lambda _: 1)}
+    if looped:
+        sizes["gradients"] = sizes["weights"]
+        sizes["moments of the optimizer"] = _elements(model, layout, lambda name: 1 if muon and is_matrix(name) else 2)
+    total, start, parts = sum(sizes.values()), 0.0, []
+    for colour, (label, elements) in enumerate(sizes.items()):
+        width = 100 * elements / total
+        parts.append(Part(label, gib(elements * ELEMENT_BYTES), start, width, colour))
+        start += width
+    peaks = [peak for run in looped or runs if (peak := _peak(run)) is not None]
+    words = [small_words(model, layout)]
+    if others := [run.label for run in runs if run.stage not in LOOP_STAGES]:
+        words.append(f"Of {', '.join(others)} this is the policy; critic, reference and reward model come on top.")
+    if peaks:
+        words.insert(
+            0, f"Measured at most: {gib(max(peaks) * 2**30)}, with activations, messages and the program itself."
+        )
+    return RankMemory(
+        tuple(parts),
+        f"{gib(total * ELEMENT_BYTES)} of {'model and optimizer' if looped else 'weights'}",
+        " ".join(words),
+    )
+
+
+def small_words(model: ModelConfig, layout: Layout) -> str:
+    """What is not drawn: norms and biases."""
+    small = {
+        name: placement
+        for name, placement in placements(model, layout).items()
+        if len(placement.logical) < 2 or name.endswith("_bias")
+    }
+    whole = sum(math.prod(placement.logical) for placement in small.values())
+    held = sum(math.prod(placement.local(layout)) for placement in small.values())
+    return (
+        f"Not drawn: {counted(len(small), 'norm')} and biases of {readable_count(whole)} elements in all, "
+        f"of which a rank holds {readable_count(held)}."
+    )
+
+
+def _elements(model: ModelConfig, layout: Layout, times: Any) -> int:
+    return sum(
+        times(name) * math.prod(placement.local(layout)) for name, placement in placements(model, layout).items()
+    )
+
+
+def _has_muon(stage: Mapping[str, Any]) -> bool:
+    return float((stage.get("muon") or {}).get("lr") or 0) > 0
+
+
+def _peak(run: RunFacts) -> float | None:
+    series = run.series.get(MEMORY)
+    finite = [value for value in series.values.tolist() if math.isfinite(value)] if series else []
+    return max(finite, default=None)
+
+
+@dataclass(frozen=True)
+class DrawnKind:
+    """How one kind of parameter is cut."""
+
+    name: str
+    picture: Markup
+    facts: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One layout of one model."""
+
+    label: str
+    words: str
+    mesh: Markup
+    kinds: tuple[DrawnKind, ...]
+    memory: RankMemory
+
+
+def panels(runs: Sequence[RunFacts]) -> list[Panel]:
+    """A panel for every layout that is known, with the runs that had it."""
+    together: dict[tuple, list[RunFacts]] = {}
+    for run in runs:
+        if run.model and run.layout:
+            hosts = tuple(str(node.get("host")) for node in run.attempt.get("nodes", []))
+            together.setdefault((str(run.model), run.layout, hosts), []).append(run)
+    return [_panel(members) for members in together.values()]
+
+
+def _panel(runs: Sequence[RunFacts]) -> Panel:
+    model, layout = runs[0].model, runs[0].layout
+    assert model
+    assert layout
+    drawn = [
+        DrawnKind(kind.name, parameter_picture(kind, layout), facts_of(kind, layout, ELEMENT_BYTES))
+        for kind in kinds(model, layout)
+    ]
+    labels = ", ".join(run.label for run in runs)
+    mesh = mesh_picture(layout, runs[0].attempt)
+    return Panel(labels, _sentences(model, layout), mesh, tuple(drawn), rank_memory(model, layout, runs))
+
+
+def _sentences(model: ModelConfig, layout: Layout) -> str:
+    total, held = parameter_count(model), held_elements(model, layout)
+    parts = [
+        f"{layout} on {counted(layout.world_size, 'rank')}.",
+        f"Of {readable_count(total)} parameters a rank holds {readable_count(held)}.",
+    ]
+    if layout.dp_replicate > 1:
+        parts.append(f"Each of the {layout.dp_replicate} replicas holds the whole model.")
+    if layout.dp_shard * layout.tp > MOST_RANKS or layout.dp_replicate > MOST_REPLICAS:
+        parts.append("Not every rank is drawn; the others go on alike.")
+    parts.append(
+        "A column is a shard (dp_shard), a row a tensor-parallel rank, a colour a node."
+        if layout.world_size > 1
+        else ""
+    )
+    return " ".join(part for part in parts if part)
+
+
+MOST_RANKS = 256  # cells that are drawn of one replica
+MOST_REPLICAS = 8
+NODE_COLOURS = 6
+CELL, LARGE_CELL, GAP = 18, 64, 4
+PICTURE = 132  # a side of the picture of a parameter, at most
+DRAWN = 16  # parts of a parameter along a side; the rest is one area
+LETTER = 7  # width
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Parameters that are cut alike."""
+
+    name: str
+    count: int  # of them in the model
+    placement: Placement
+
+    def share(self, layout: Layout) -> int:
+        """Elements of all of them that the fullest rank holds."""
+        return self.count * math.prod(self.placement.local(layout))
+
+    @property
+    def elements(self) -> int:
+        return self.count * math.prod(self.placement.logical)
+
+
+def kinds(model: ModelConfig, layout: Layout) -> list[Kind]:
+    """The matrices of a model, those that are cut alike together; norms and biases are left out, for they are small."""
+    by_name: dict[str, list[Placement]] = {}
+    for name, placement in placements(model, layout).items():
+        parts = name.split(".")
+        by_name.setdefault(".".join(parts[2:]) if parts[0] == "blocks" else name, []).append(placement)
+    alike: dict[Placement, list[str]] = {}
+    for name, members in by_name.items():
+        if len(members[0].logical) > 1 and not name.endswith("_bias"):
+            alike.setdefault(members[0], []).append(name)
+    found = [
+        Kind(_joined([name.removesuffix(".weight") for name in names]), sum(len(by_name[name]) for name in names), of)
+        for of, names in alike.items()
+    ]
+    return sorted(found, key=lambda kind: -kind.elements)
+
+
+def _joined(names: list[str]) -> str:
+    """`attention.query, key, value`: what names begin with is said once."""
+    first = names[0].rpartition(".")[0]
+    rest = [name.removeprefix(f"{first}.") if first else name for name in names[1:]]
+    return ", ".join([names[0], *rest])
+
+
+def held_elements(model: ModelConfig, layout: Layout) -> int:
+    """Elements of parameters that the fullest rank holds, everything counted."""
+    return sum(math.prod(placement.local(layout)) for placement in placements(model, layout).values())
+
+
+def rank_of(layout: Layout, replica: int, shard: int, tp: int) -> int:
+    """The rank at a place of the mesh."""
+    return (replica * layout.dp_shard + shard) * layout.tp + tp
+
+
+def mesh_picture(layout: Layout, attempt: Mapping[str, Any]) -> Markup:
+    """A cell a rank: columns are dp_shard, rows are tp, blocks are replicas, colours are nodes."""
+    per_node = max(1, int(attempt.get("ranks_per_node", layout.world_size)))
+    hosts = [str(node.get("host", "")) for node in attempt.get("nodes", [])]
+    shards = min(layout.dp_shard, max(1, MOST_RANKS // layout.tp))
+    tps = min(layout.tp, MOST_RANKS)
+    replicas = min(layout.dp_replicate, MOST_REPLICAS, max(1, 4 * MOST_RANKS // (shards * tps)))
+    cell = LARGE_CELL if shards * replicas <= 8 and tps <= 8 else CELL if shards * tps > 64 else 34
+    block = shards * (cell + GAP)
+    per_row = max(1, min(replicas, 720 // (block + 24)))
+    head_x, head_y, label = 44, 20, layout.dp_replicate > 1
+    row_height = tps * (cell + GAP) + head_y + (18 if label else 0)
+    width = head_x + per_row * (block + 24) - 24
+    height = math.ceil(replicas / per_row) * row_height
+    parts = []
+    for replica in range(replicas):
+        left = head_x + replica % per_row * (block + 24)
+        top = replica // per_row * row_height + head_y + (18 if label else 0)
+        if label:
+            parts.append(f'<text class="strong" x="{left}" y="{top - 22}">replica {replica}</text>')
+        for shard in range(shards):
+            if cell > CELL or shard % 8 == 0:
+                middle = left + shard * (cell + GAP) + cell / 2
+                parts.append(
+                    f'<text class="mid" x="{middle:g}" y="{top - 6}">{"s" if cell > CELL else ""}{shard}</text>'
+                )
+            for tp in range(tps):
+                x, y = left + shard * (cell + GAP), top + tp * (cell + GAP)
+                parts.append(_cell(rank_of(layout, replica, shard, tp), x, y, cell, per_node, hosts))
+    for row in range(math.ceil(replicas / per_row)):
+        for tp in range(tps):
+            y = row * row_height + head_y + (18 if label else 0) + tp * (cell + GAP) + cell / 2 + 4
+            parts.append(f'<text class="end" x="{head_x - 8}" y="{y:g}">tp {tp}</text>')
+    return _svg(width, height, "ranks", "".join(parts))
+
+
+def _cell(rank: int, x: float, y: float, size: int, per_node: int, hosts: list[str]) -> str:
+    node = rank // per_node
+    host = f" on {hosts[node]}" if node < len(hosts) else ""
+    title = escape(f"rank {rank}, node {node}{host}")
+    text = f'<text class="mid cell" x="{x + size / 2:g}" y="{y + size / 2 + 4:g}">{rank}</text>' if size > CELL else ""
+    return (
+        f'<g><title>{title}</title><rect class="node{node % NODE_COLOURS}" x="{x:g}" y="{y:g}" width="{size}" '
+        f'height="{size}" rx="4"/>{text}</g>'
+    )
+
+
+def parameter_picture(kind: Kind, layout: Layout) -> Markup:
+    """One parameter as a rectangle in its proportions, cut as it is; padding is hatched, the part of rank 0 is full."""
+    placement = kind.placement
+    shape, axes = _as_matrix(placement)
+    height, width = _proportions(shape)
+    rows = _cuts(axes[0], placement, layout)
+    columns = _cuts(axes[1], placement, layout)
+    parts = []
+    for row in range(rows):
+        for column in range(columns):
+            if row >= DRAWN or column >= DRAWN:
+                continue
+            x, y = column * width / columns, row * height / rows
+            own = " own" if row == 0 and column == 0 else ""
+            ranks = _holders(layout, placement, axes, row, column)
+            parts.append(
+                f'<g><title>{escape(_words(ranks))}</title><rect class="part{own}" x="{x:.2f}" y="{y:.2f}" '
+                f'width="{width / columns:.2f}" height="{height / rows:.2f}"/>'
+            )
+            label = _short(ranks)
+            if width / columns > 6 + LETTER * len(label) and height / rows > 14:
+                middle, line = x + width / columns / 2, y + height / rows / 2 + 4
+                parts.append(f'<text class="mid{own}" x="{middle:.1f}" y="{line:.1f}">{escape(label)}</text>')
+            parts.append("</g>")
+    parts.append(_padding(placement, axes, width, height))
+    if rows > DRAWN or columns > DRAWN:
+        x, y = min(1, DRAWN / columns) * width, min(1, DRAWN / rows) * height
+        parts.append(f'<path class="rest" d="M{x:.1f} 0H{width:.1f}V{height:.1f}H0V{y:.1f}H{x:.1f}Z"/>')
+    return _svg(width, height, "parameter", "".join(parts))
+
+
+def facts_of(kind: Kind, layout: Layout, element_bytes: int) -> dict[str, str]:
+    """What stands beside the picture of a kind."""
+    placement = kind.placement
+    cuts = []
+    if placement.tp_dim is not None and layout.tp > 1:
+        padded, size = placement.padded[placement.tp_dim], placement.logical[placement.tp_dim]
+        more = f" (padded from {size:,} to {padded:,})" if padded != size else ""
+        cuts.append(f"dim {placement.tp_dim} by tp\u00a0{layout.tp}{more}")
+    if layout.dp_shard > 1:
+        cuts.append(f"dim {placement.fsdp_dim} by dp_shard\u00a0{layout.dp_shard}")
+    return {
+        "shape": (f"{kind.count} of " if kind.count > 1 else "")
+        + " × ".join(f"{size:,}" for size in placement.logical),
+        "elements": f"{readable_count(kind.elements)} in all",
+        "cut": ", ".join(cuts) or "whole on every rank",
+        "held": gib(kind.share(layout) * element_bytes),
+    }
+
+
+def _as_matrix(placement: Placement) -> tuple[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]]:
+    """A parameter as (rows, columns), and which of its dimensions each stands for: heads and their width are rows."""
+    shape = placement.padded
+    if len(shape) == 3:
+        return (shape[0] * shape[1], shape[2]), ((0, 1), (2,))
+    return (shape[0], shape[1]), ((0,), (1,))
+
+
+def _proportions(shape: tuple[int, int]) -> tuple[float, float]:
+    ratio = min(4.0, max(0.25, shape[0] / shape[1]))  # a long one would be a line
+    return (PICTURE, PICTURE / ratio) if ratio > 1 else (PICTURE * ratio, PICTURE)
+
+
+def _cuts(dims: tuple[int, ...], placement: Placement, layout: Layout) -> int:
+    by_tp = layout.tp if placement.tp_dim in dims else 1
+    return by_tp * (layout.dp_shard if placement.fsdp_dim in dims else 1)
+
+
+def _holders(
+    layout: Layout, placement: Placement, axes: tuple[tuple[int, ...], tuple[int, ...]], row: int, column: int
+) -> list[int]:
+    """The ranks that hold one part."""
+    at = {0: row, 1: column}
+    axis_of = {dim: number for number, dims in enumerate(axes) for dim in dims}
+    tps = range(layout.tp) if placement.tp_dim is None or layout.tp == 1 else [at[axis_of[placement.tp_dim]]]
+    shard = at[axis_of[placement.fsdp_dim]] if layout.dp_shard > 1 else 0
+    return [rank_of(layout, replica, shard, tp) for replica in range(layout.dp_replicate) for tp in tps]
+
+
+def _padding(placement: Placement, axes: tuple[tuple[int, ...], tuple[int, ...]], width: float, height: float) -> str:
+    if placement.tp_dim is None or placement.padded == placement.logical:
+        return ""
+    real = placement.logical[placement.tp_dim] / placement.padded[placement.tp_dim]
+    x, y = (0.0, height * real) if placement.tp_dim in axes[0] else (width * real, 0.0)
+    return f'<rect class="padding" x="{x:.2f}" y="{y:.2f}" width="{width - x:.2f}" height="{height - y:.2f}"/>'
+
+
+def _words(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {_listed(ranks)}"
+
+
+def _short(ranks: list[int]) -> str:
+    return _listed(ranks) if len(ranks) <= 3 else f"{ranks[0]}, {ranks[1]} …"
+
+
+def _listed(ranks: list[int]) -> str:
+    return (
+        ", ".join(_runs(ranks)) if len(ranks) <= 24 else f"{', '.join(map(str, ranks[:24]))} and {len(ranks) - 24} more"
+    )
+
+
+def _runs(ranks: list[int]) -> Iterator[str]:
+    """Consecutive numbers as `0-3`."""
+    start = 0
+    for stop in range(1, len(ranks) + 1):
+        if stop == len(ranks) or ranks[stop] != ranks[stop - 1] + 1:
+            first, last = ranks[start], ranks[stop - 1]
+            yield str(first) if first == last else f"{first}-{last}" if last > first + 1 else f"{first}, {last}"
+            start = stop
+
+
+def _svg(width: float, height: float, kind: str, content: str) -> Markup:
+    # every value in `content` is a number, or escaped where it was put in
+    return Markup(  # noqa: S704
+        f'<svg class="{kind}" width="{width + 2:.0f}" height="{height + 2:.0f}" '
+        f'viewBox="-1 -1 {width + 2:.0f} {height + 2:.0f}" role="img">{content}</svg>'
+    )

@@ -1,0 +1,275 @@
+"""What the live view shows, as values: the stages of a pipeline, work in progress, a training stage, the last warning.
+
+The launcher feeds it with lines of the metrics file and with heartbeats of the ranks; `live_view` draws it.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+from dist_lm.tracking.readable import four_digits, percent, three_decimals
+
+LIMIT = 256  # points kept of a series: more than a terminal has columns
+StageState = Literal["waiting", "running", "done"]
+TextOrCall = str | Callable[[], str]
+"""Progress text, or a function that makes it: called only when the text is drawn."""
+
+
+class Series:
+    """All values of a metric as at most `LIMIT` means of equally many neighbours: constant memory for any run."""
+
+    def __init__(self) -> None:
+        self._points: list[float] = []
+        self._stretch = 1  # values behind a point
+        self._sum, self._count = 0.0, 0  # of the point that is not complete
+        self.first: float | None = None
+        self.count = 0  # values added
+
+    def add(self, value: float) -> None:
+        """Append a finite value."""
+        if self.first is None:
+            self.first = value
+        self.count += 1
+        self._sum, self._count = self._sum + value, self._count + 1
+        if self._count < self._stretch:
+            return
+        self._points.append(self._sum / self._count)
+        self._sum, self._count = 0.0, 0
+        if len(self._points) == LIMIT:
+            self._points = shrunk(self._points, LIMIT // 2)
+            self._stretch *= 2
+
+    def points(self) -> list[float]:
+        """The means, the incomplete last one included."""
+        return self._points + ([self._sum / self._count] if self._count else [])
+
+
+def shrunk(values: Sequence[float], width: int) -> list[float]:
+    """At most `width` means of neighbouring values."""
+    n = len(values)
+    if n <= width:
+        return list(values)
+    cuts = [place * n // width for place in range(width + 1)]
+    return [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A metric with a row of its own in the live view."""
+
+    metric: str
+    label: str  # first word of the row
+    form: Callable[[float], str]
+    unit: str = ""
+    from_zero: bool = False  # the curve starts at zero, not at its minimum
+    plain: str = ""  # words of a plain progress line; empty: left out
+    importance: int = 3  # 0: the last row to go on a small terminal
+
+
+FIGURES = (
+    Figure("train/loss", "loss", three_decimals, plain="loss {}", importance=0),
+    Figure("val/bits_per_byte", "val", three_decimals, "bits/byte", plain="val {} bits/byte", importance=2),
+    Figure("reward/accuracy", "accuracy", percent, "held out", plain="val accuracy {}", importance=2),
+    Figure("tools/call_exact", "calls", percent, "exact"),
+    Figure("rlhf/reward_mean", "reward", three_decimals, plain="reward {}", importance=0),
+    Figure("rlhf/kl", "kl", three_decimals, "nats", from_zero=True, plain="kl {}"),
+    Figure("rlhf/win_rate", "wins", percent, "held out"),
+    Figure("perf/tokens_per_s", "speed", four_digits, "tokens/s", from_zero=True, plain="{} tokens/s", importance=1),
+    Figure("train/lr", "lr", four_digits, from_zero=True, importance=9),
+)
+"""Rows of a training stage, in this order, each where the stage has the metric."""
+
+HEADLINES = (
+    ("rlhf/win_rate", "wins {}", percent),
+    ("rlhf/reward_mean", "reward {}", three_decimals),
+    ("reward/accuracy", "accuracy {}", percent),
+    ("tools/call_exact", "calls {} exact", percent),
+    ("val/bits_per_byte", "val {} bits/byte", three_decimals),
+    ("val/loss", "val loss {}", three_decimals),
+    ("train/loss", "loss {}", three_decimals),
+)
+"""The result of a finished stage: the first metric that it has."""
+
+
+@dataclass(frozen=True)
+class GangFacts:
+    """The ranks of an attempt and their nodes."""
+
+    hosts: tuple[str, ...]  # one a node
+    ranks_per_node: int
+    device: str
+    layout: str
+    attempt: int = 1
+
+
+@dataclass(frozen=True)
+class RankPulse:
+    """The last heartbeat of a rank."""
+
+    rank: int
+    step: int  # completed steps
+    doing: str
+    age_s: float  # age of the heartbeat when it was read
+
+
+@dataclass
+class TrainingState:
+    """The progress of a training stage."""
+
+    steps: int
+    since: float = 0.0  # seconds since 1970: lines with an earlier time belong to an earlier attempt
+    step: int = 0
+    newest: dict[str, tuple[float, int]] = field(default_factory=dict)  # last finite value of each metric, its step
+    series: dict[str, Series] = field(default_factory=dict)  # of the figures
+    gang: GangFacts | None = None
+    ranks: tuple[RankPulse, ...] = ()
+    ranks_at: float = 0.0  # time of the last `hear`, by the clock of the view
+    saved: tuple[int, float | None] | None = None  # step of the newest checkpoint, and its time by the same clock
+    best: tuple[int, float] | None = None  # step and val/loss
+    _time: float = 0.0
+    _first: tuple[int, float] | None = None  # step and time (s) of the first line of this attempt
+
+    def take(self, line: Mapping[str, Any]) -> bool:
+        """Take in one line of the metrics file. Returns False for a line of an earlier attempt, which is not timed."""
+        step, at = line["step"], line.get("time", self._time)
+        if step < self.step:  # a resumed run has cut the file, which is read again from its start
+            self.newest, self.series, self.best = {}, {}, None
+        earlier = at < self.since
+        if earlier:
+            self._first = None
+        elif self._first is None or step < self.step:
+            self._first = (step, at)
+        self.step, self._time = step, at
+        finite = {
+            name: value for name, value in line.items() if isinstance(value, int | float) and math.isfinite(value)
+        }
+        self.newest.update({name: (value, step) for name, value in finite.items()})
+        for figure in FIGURES:
+            if figure.metric in finite:
+                self.series.setdefault(figure.metric, Series()).add(finite[figure.metric])
+        loss = finite.get("val/loss")
+        if loss is not None and (self.best is None or loss < self.best[1]):
+            self.best = (step, loss)
+        return not earlier
+
+    def shown(self, metric: str, words: str, form: Callable[[float], str]) -> str:
+        """The newest value of a metric in `words`; a value of an earlier step is shown with it: `val 3.421 @ 400`.
+
+        Empty where the metric has no value.
+        """
+        if metric not in self.newest:
+            return ""
+        value, step = self.newest[metric]
+        text = words.format(form(value))
+        return text if step == self.step else f"{text} @ {step:,}"
+
+    def hear(self, ranks: Sequence[RankPulse], now: float) -> None:
+        """Take in the heartbeats of all ranks."""
+        self.ranks, self.ranks_at = tuple(ranks), now
+
+    def save(self, step: int, at: float | None) -> None:
+        """Take in the step of the newest checkpoint (0: none) and its time (None: unknown)."""
+        if step and (self.saved is None or self.saved[0] != step):
+            self.saved = (step, at)
+
+    def start(self, gang: GangFacts) -> None:
+        """Begin another attempt."""
+        self.gang, self.ranks = gang, ()
+
+    def seconds_left(self) -> float | None:
+        """Estimate from the mean step time of this attempt; None: not known yet, or finished."""
+        if self._first is None or self.step <= self._first[0] or self.step >= self.steps:
+            return None
+        a_step = (self._time - self._first[1]) / (self.step - self._first[0])
+        return a_step * (self.steps - self.step)
+
+    def headline(self) -> str:
+        """The result of the stage in a few words."""
+        return next(filter(None, (self.shown(name, words, form) for name, words, form in HEADLINES)), "")
+
+
+@dataclass
+class Work:
+    """One piece of work in progress, counted or not."""
+
+    label: str
+    total: int | None
+    began: float  # by the clock of the view, s
+    done: int = 0
+    text: TextOrCall = ""
+    training: TrainingState | None = None
+
+    def words(self) -> str:
+        """The progress text."""
+        return self.text if isinstance(self.text, str) else self.text()
+
+
+@dataclass
+class StageLine:
+    """A stage of the pipeline."""
+
+    name: str
+    state: StageState
+    detail: str  # the plan before the stage runs, its result afterwards
+    began: float | None = None
+    ended: float | None = None
+
+
+@dataclass
+class LiveState:
+    """Everything that the live view shows. Times are of one clock, in seconds."""
+
+    began: float
+    title: str = ""
+    stages: list[StageLine] = field(default_factory=list)
+    works: list[Work] = field(default_factory=list)  # in progress, the innermost last
+    over: list[str] = field(default_factory=list)  # finished works of the running stage
+    warning: str = ""
+    warnings: int = 0
+    warned_at: float = 0.0
+
+    def begin(self, name: str, now: float) -> None:
+        """Mark a stage as running."""
+        stage = self._stage(name)
+        stage.state, stage.began, self.over = "running", now, []
+
+    def done(self, name: str, now: float, detail: str = "") -> None:
+        """Mark a stage as done; without `detail` the result of its last work stays."""
+        stage = self._stage(name)
+        stage.state, stage.ended = "done", now
+        stage.detail = detail or stage.detail
+
+    def open(self, work: Work) -> None:
+        """Begin a piece of work."""
+        self.works.append(work)
+
+    def close(self, work: Work, text: str | None) -> None:
+        """End a piece of work; `text` is its result, None if it failed."""
+        self.works.remove(work)
+        running = self.running
+        if text is None or running is None:
+            return
+        if work.training:
+            running.detail = work.training.headline() or text
+        else:
+            self.over.append(f"{work.label}: {text}")
+            running.detail = self.over[-1]
+
+    def warn(self, text: str, now: float) -> None:
+        """Keep the newest warning and count them."""
+        self.warning, self.warnings, self.warned_at = text, self.warnings + 1, now
+
+    @property
+    def running(self) -> StageLine | None:
+        """The running stage."""
+        return next((stage for stage in self.stages if stage.state == "running"), None)
+
+    @property
+    def training(self) -> TrainingState | None:
+        """The training in progress."""
+        return next((work.training for work in reversed(self.works) if work.training), None)
+
+    def _stage(self, name: str) -> StageLine:
+        return next(stage for stage in self.stages if stage.name == name)

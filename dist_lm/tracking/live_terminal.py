@@ -1,0 +1,169 @@
+"""The live view on a terminal: a thread draws it four times a second, below everything else that is printed.
+
+While nothing is written the cursor rests at the end of the last line. A line never fills the last column, and a frame
+overwrites the one before, so nothing flickers.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import IO, TextIO, cast
+
+from rich.console import Console
+from rich.text import Text
+
+from dist_lm.tracking.live_drawing import glyphs_for
+from dist_lm.tracking.live_state import LiveState
+from dist_lm.tracking.live_view import view_lines
+
+DRAW_S = 0.25
+HIDE, SHOW = "\x1b[?25l", "\x1b[?25h"
+TO_END_OF_LINE, TO_END_OF_SCREEN = "\x1b[K", "\x1b[J"
+BEGIN, END = "\x1b[?2026h", "\x1b[?2026l"  # a frame that is shown at once; terminals that do not know them ignore them
+
+
+class LiveView:
+    """A context manager that draws a `LiveState`; hold `lock` to change the state."""
+
+    def __init__(self, console: Console, state: LiveState, clock: Callable[[], float] = time.monotonic) -> None:
+        """
+        Args:
+            console: rich's console of the terminal.
+            clock: the clock of the state, s.
+        """
+        self.lock = threading.RLock()  # a signal handler may print while this thread draws
+        self.state = state
+        self.clock = clock
+        self._console = console
+        self._glyphs = glyphs_for(console.encoding)
+        self._region = Region(console.file)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="live view", daemon=True)
+        self._guarded: list[tuple[str, TextIO]] = []
+
+    def __enter__(self) -> "LiveView":
+        for name in ("stdout", "stderr"):
+            stream: TextIO = getattr(sys, name)
+            if stream.isatty():
+                self._guarded.append((name, stream))
+                setattr(sys, name, Above(stream, self))
+        self.draw()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        try:
+            self._thread.join()
+        finally:  # a second Ctrl-C may interrupt the join
+            for name, stream in self._guarded:
+                cast(Above, getattr(sys, name)).finish()
+                setattr(sys, name, stream)
+            with self.lock:
+                self._region.erase(self._console.size.width)
+
+    def draw(self) -> None:
+        """Draw the current state."""
+        with self.lock:
+            if self._over.is_set():
+                return
+            width, height = self._console.size
+            # one row stays free for the command line, or for the last message
+            lines = view_lines(self.state, self.clock(), width - 1, height - 1, self._glyphs)
+            self._region.draw([self._escaped(line) for line in lines], [line.cell_len for line in lines], width)
+
+    @contextmanager
+    def above(self) -> Iterator[None]:
+        """Whole lines that are printed in the block stay above the view."""
+        with self.lock:
+            self._region.erase(self._console.size.width)
+            try:
+                yield
+            finally:
+                self.draw()
+
+    def _escaped(self, line: Text) -> str:
+        with self._console.capture() as captured:
+            self._console.print(line, end="", soft_wrap=True)
+        return captured.get()
+
+    def _work(self) -> None:
+        while not self._over.wait(DRAW_S):
+            try:
+                self.draw()
+            except OSError:  # the terminal is gone: the work goes on without a view
+                return
+
+
+class Above:
+    """A standard stream whose complete lines are printed above a view."""
+
+    def __init__(self, stream: TextIO, view: LiveView) -> None:
+        self._stream = stream
+        self._view = view
+        self._line = ""
+
+    def write(self, text: str) -> int:
+        """Print the lines that `text` completes and keep the rest."""
+        whole, newline, self._line = (self._line + text).rpartition("\n")
+        if newline:
+            with self._view.above():
+                self._stream.write(whole + newline)
+                self._stream.flush()
+        return len(text)
+
+    def finish(self) -> None:
+        """Print an incomplete last line."""
+        if self._line:
+            self.write("\n")
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+
+class Region:
+    """The last lines of a terminal, redrawn in place."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+        self._widths: list[int] = []  # cells of the drawn lines
+        self._columns = 0  # of the terminal when they were drawn
+        self._last: list[str] | None = None
+
+    def draw(self, lines: Sequence[str], widths: Sequence[int], columns: int) -> None:
+        """Replace the drawn lines.
+
+        Args:
+            lines: with their escape sequences.
+            widths: cells of each line.
+            columns: of the terminal now; it has folded lines that were drawn for more columns.
+        """
+        if self._last == list(lines) and columns == self._columns:
+            return
+        text = [BEGIN, HIDE, self._to_top(columns)]
+        if columns < self._columns:
+            text.append(TO_END_OF_SCREEN)
+        text.append("\r\n".join(f"{line}{TO_END_OF_LINE}" for line in lines))
+        text.append(f"{TO_END_OF_SCREEN}{END}")
+        self._write("".join(text))
+        self._widths, self._columns, self._last = list(widths), columns, list(lines)
+
+    def erase(self, columns: int) -> None:
+        """Remove the lines and show the cursor where the first one began."""
+        if self._last is None:
+            return
+        self._write(f"{BEGIN}{self._to_top(columns)}{TO_END_OF_SCREEN}{SHOW}{END}")
+        self._widths, self._last = [], None
+
+    def _to_top(self, columns: int) -> str:
+        rows = sum(max(1, -(-width // max(1, columns))) for width in self._widths)
+        return "\r" + (f"\x1b[{rows - 1}A" if rows > 1 else "")
+
+    def _write(self, text: str) -> None:
+        self._file.write(text)
+        self._file.flush()

@@ -1,0 +1,64 @@
+"""Boards follow from the registry: every metric is in one panel of its stage, and no panel shows another stage's."""
+
+from collections import Counter
+
+import pytest
+
+from dist_lm.errors import ConfigError
+from dist_lm.tracking.dashboard import BOARDS, LOGARITHMIC, OVERVIEW, TOGETHER, board_of, boards, boards_named
+from dist_lm.tracking.registry import MEASURED_STAGES, METRICS, metric_of, metrics_of
+
+
+def example(name: str) -> str:
+    """A name of a family, as a metrics file may hold it."""
+    return name.replace("{completions}", "4").replace("{", "some_").replace("}", "")
+
+
+@pytest.mark.parametrize("stage", MEASURED_STAGES)
+def test_every_metric_of_a_stage_is_in_exactly_one_panel(stage: str) -> None:
+    board = board_of(stage)
+    for metric in metrics_of(stage):
+        name = example(metric.name)
+        assert metric_of(name) == metric
+        assert [panel.title for panel in board.panels if panel.shows(name)] != [], name
+        assert len([panel for panel in board.panels if panel.shows(name)]) == 1, name
+
+
+@pytest.mark.parametrize("name", BOARDS)
+def test_panels_show_nothing_that_is_not_in_the_registry(name: str) -> None:
+    board = board_of(name)
+    expected = [metric for metric in METRICS if not board.stage or board.stage in metric.stages]
+    for panel in board.panels:
+        assert panel.metrics
+        assert all(metric in expected for metric in panel.metrics)
+        assert all(metric_of(plotted) in panel.metrics for plotted in panel.names)
+    titles = Counter(panel.title for panel in board.panels)
+    assert max(titles.values()) == 1
+
+
+def test_what_belongs_together_and_what_is_logarithmic_exists() -> None:
+    names = {metric.name for metric in METRICS}
+    assert names >= {name for group in TOGETHER.values() for name in group}
+    assert names >= set(LOGARITHMIC)
+    code = {panel.title: panel for panel in board_of("code").panels}
+    assert code["Loss, trained and held out"].names == ("train/loss", "val/loss")
+    assert code["Loss, trained and held out"].unit == "nats/target"
+    assert code["train/grad_norm"].logarithmic
+    assert not code["train/lr"].logarithmic
+
+
+def test_loss_comes_first_and_speed_last() -> None:
+    assert [section.name for section in board_of("code").sections][:3] == ["loss", "held-out", "code"]
+    assert [section.name for section in board_of("rlhf").sections][-2:] == ["time", "system"]
+
+
+def test_the_overview_has_every_stage() -> None:
+    shown = {stage for panel in board_of(OVERVIEW).panels for metric in panel.metrics for stage in metric.stages}
+    assert shown == set(MEASURED_STAGES)
+    assert [board.name for board in boards()] == [OVERVIEW, *MEASURED_STAGES]
+
+
+def test_a_board_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ConfigError, match="board=tokenizer: expected overview, language"):
+        boards_named("tokenizer")
+    assert boards_named("code") == (board_of("code"),)
