@@ -6,6 +6,7 @@ verbs and their options parsed, scripts and modules looked up. Words in capitals
 
 import importlib
 import importlib.util
+import pkgutil
 import re
 import shlex
 from collections.abc import Callable, Iterator
@@ -262,6 +263,23 @@ def anchors(page: Path) -> set[str]:
 def configurations() -> tuple[Config, ...]:
     needed = {"generate": ("stage.prompts=prompts.jsonl",)}
     return tuple(compose_config([f"stage={stage}", *needed.get(stage, ())]) for stage in choices("stage"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_dotted_names_of_a_page_exist(page: Path):
+    spans = SPAN.findall(BLOCK.sub("", text_of(page)))
+    names = [span for span in spans if re.fullmatch(r"dist_lm(\.\w+)+", span) and span != "dist_lm.stages"]
+    missing = [name for name in names if not found(name)]
+    assert not missing, f"{page.name} names what is not there: {', '.join(missing)}"
+
+
+def found(name: str) -> bool:
+    """Whether a dotted name is a module, or something in one."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
