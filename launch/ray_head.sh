@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The head of a Ray cluster of your own machines, without Slurm: run it on one of them, then launch/ray_worker.sh on
-# each of the others. It stays in the foreground; Ctrl-C ends Ray on this machine, and the workers follow.
+# Start the head of a Ray cluster of your own machines, without Slurm: run it on one machine, then
+# launch/ray_worker.sh on each of the others. It stays in the foreground. Ctrl-C ends Ray here, then the workers leave.
 #
 #   bash launch/ray_head.sh IP[:PORT] [--cpus N] [--gpus N]      IP: this machine's address in the cluster's network
 #
-# 1. An environment: .venv in this checkout. Every machine needs the same checkout and sees the same work directory.
-# 2. A token, made once in $DIST_LM_TOKEN (default: ~/.dist_lm/ray_token, mode 0600). Whoever holds it runs code on
-#    the cluster. Where home is not shared, copy the file to the other machines yourself (scp -p).
-# 3. The commands for the other machines and for the launch are printed, and Ray starts.
+# 1. Creates an environment: .venv in this checkout. All machines need the same checkout and work directory.
+# 2. Creates a token once in $DIST_LM_TOKEN (default: ~/.dist_lm/ray_token, mode 0600). Whoever has the token can run
+#    code on the cluster. If the home directory is not shared, copy the file to the other machines (scp -p).
+# 3. Prints the commands for the other machines and for the launch, and starts Ray.
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# One more machine for the Ray cluster that launch/ray_head.sh has started. It stays in the foreground; Ctrl-C ends
-# Ray on this machine. It joins again if Ray dies here, and leaves when the head is gone.
+# Add this machine to the Ray cluster that launch/ray_head.sh has started. It stays in the foreground. Ctrl-C ends Ray
+# here. If Ray dies here, the machine joins again; if the head is gone, the script ends.
 #
 #   bash launch/ray_worker.sh HEAD_IP[:PORT] [--ip IP | --interface NAME] [--wait-s S] [--cpus N] [--gpus N]
 #
-# 1. An environment: .venv in this checkout.
-# 2. The head's token in $DIST_LM_TOKEN (default: ~/.dist_lm/ray_token, mode 0600).
+# 1. Creates an environment: .venv in this checkout.
+# 2. Reads the head's token from $DIST_LM_TOKEN (default: ~/.dist_lm/ray_token, mode 0600).
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"

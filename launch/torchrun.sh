@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The ranks of a prepared run by torchrun alone, without Ray and without the launcher: for debuggers, profilers and
-# schedulers that start one command a node. The run directory must hold config.yaml, as the launcher writes it.
+# Run the ranks of a prepared run by torchrun alone, without Ray and the launcher: for debuggers, profilers, and
+# schedulers that start one command per node. The run directory must contain the config.yaml that the launcher wrote.
 #
 #   bash launch/torchrun.sh RUN_DIR [torchrun option ...]        e.g.  work/runs/code/default --nproc-per-node 2
 #
-# On several nodes, the same command on each of them with
-#   NNODES        how many nodes (default: 1)
-#   NODE_RANK     which one this is, from 0
-#   MASTER_ADDR   address of node 0 that the others reach
+# On several nodes run the same command on each of them, with
+#   NNODES        number of nodes (default: 1)
+#   NODE_RANK     number of this node, from 0
+#   MASTER_ADDR   address of node 0 that the other nodes can reach
 #   MASTER_PORT   a free port there (default: 29500)
-# Nothing restarts by itself (--max-restarts 0): the same command continues from the newest checkpoint.
+# A failed rank is not restarted (--max-restarts 0): the same command continues from the newest checkpoint.
 set -euo pipefail
 here=$PWD
 # shellcheck source=SCRIPTDIR/env.sh
@@ -24,7 +24,7 @@ fi
 shift
 nodes=${NNODES:-1}
 if [ "$nodes" -gt 1 ]; then
-  : "${NODE_RANK:?NNODES=$nodes needs NODE_RANK: which of the nodes this is, from 0}"
+  : "${NODE_RANK:?NNODES=$nodes needs NODE_RANK: the number of this node, from 0}"
   : "${MASTER_ADDR:?NNODES=$nodes needs MASTER_ADDR: the address of node 0}"
 fi
 exec python -m torch.distributed.run \

@@ -1,50 +1,50 @@
 # shellcheck shell=bash
 # Sourced by the batch scripts: the life of a job. It runs on the first node, starts a Ray of its own as job steps, runs
-# `python -m dist_lm.launch` as a driver of it, and decides what to do when something ends.
+# `python -m dist_lm.launch` as a driver of that Ray, and decides what to do when something ends.
 #
-#   the driver is done                        the job is COMPLETED; if Ray was not well at the end, after a second start
-#   the driver refuses (2) or gives up (1)    the job is FAILED; the log's last lines say why
+#   the driver has finished                   the job is COMPLETED (after a second start if Ray was not well at the end)
+#   the driver refuses (2) or gives up (1)    the job is FAILED; the last lines of the log say why
 #   nodes are missing (75)                    requeue
-#   the driver or the head's Ray is killed    Ray and driver are started again, and continue from the last checkpoint
-#   a worker node dies                        a replacement job joins when a node is free (slurm/replacement.sh);
-#                                             the driver goes on with what there is
+#   the driver or Ray on the head is killed   Ray and driver start again and continue from the last checkpoint
+#   a worker node dies                        a replacement job joins when a node is free (slurm/ray.sh); meanwhile the
+#                                             driver continues with the remaining nodes
 #   this node dies                            Slurm requeues the job
-#   USR1 (before the time limit: --signal)     checkpoint, clean-up, requeue
+#   USR1 (before the time limit: --signal)    checkpoint, clean-up, requeue
 #   TERM (scancel, shutdown)                  clean-up at once
 #
-# work_dir must be on a file system that all nodes share. In work_dir/slurm/JOBID:
+# Nothing is written outside work_dir, which must be on a file system that all nodes share. In work_dir/slurm/JOBID:
 #   batch.log      this script and the driver, all restarts
-#   node_NAME.log  Ray on one node; ranks write theirs below work_dir/runs
+#   node_NAME.log  Ray on one node; ranks write their logs below work_dir/runs
 #   token          of the job's Ray, mode 0600, while it runs
+#
+# Optional environment variables, read at submission:
+#   DIST_LM_VENV        Python environment that all nodes see (default: .venv in the checkout)
+#   DIST_LM_MODULES     environment modules to load first, e.g. "cuda/13.0 gcc"
+#   DIST_LM_CONTAINER   image for every step, by pyxis, instead of DIST_LM_VENV; DIST_LM_MOUNTS: additional mounts
+#   DIST_LM_INTERFACE   network interface of the nodes to use, e.g. ib0
+#   DIST_LM_ROOT        the checkout, if Slurm does not tell where the batch script came from
 
 : "${root:?}"
-if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then # empty arrays are unset to an older one
-  echo "error: bash $BASH_VERSION on ${SLURMD_NODENAME:-this node} is too old: $root/slurm needs bash 4.4" >&2
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then # older ones treat empty arrays as unset
+  echo "error: bash $BASH_VERSION on ${SLURMD_NODENAME:-this node} is too old: $root/slurm needs bash 4.4" |
+    tee -a "$SLURM_SUBMIT_DIR/slurm-$SLURM_JOB_ID.out" >&2
   exit 2
 fi
-# shellcheck source=SCRIPTDIR/arguments.sh
-. "$root/slurm/arguments.sh"
-# shellcheck source=SCRIPTDIR/environment.sh
-. "$root/slurm/environment.sh"
-# shellcheck source=SCRIPTDIR/ray_steps.sh
-. "$root/slurm/ray_steps.sh"
-# shellcheck source=SCRIPTDIR/replacement.sh
-. "$root/slurm/replacement.sh"
+# shellcheck source=SCRIPTDIR/setup.sh
+. "$root/slurm/setup.sh"
+# shellcheck source=SCRIPTDIR/ray.sh
+. "$root/slurm/ray.sh"
 
-most_failures=5   # starts in a row that end badly and without progress
-checkpoint_wait=75 # seconds for the driver to leave after USR1, where Slurm does not say when the job must end
+most_failures=5    # starts in a row that fail without progress
+checkpoint_wait=75 # seconds for the driver to leave after USR1, if Slurm does not tell when the job must end
 checkpoint_most=900
 checkpoint_until=0 # SECONDS
-term_wait=2       # and after TERM: Slurm may kill everything 5 s after it
-stop=             # USR1 or TERM, once it has come
-stop_at=0         # SECONDS when it came
-driver=           # process id of the driver while it runs
-outcome=          # of a start: an exit code of the job, `lost` or `requeue`
-code_before=none  # of the driver at the start before this one; none: it was not started
-
-say() {
-  printf '%(%F %T)T slurm: %s\n' -1 "$*" || true # a full disk must not end the job here
-}
+term_wait=2        # seconds for the driver to leave after TERM: Slurm may kill everything 5 s after TERM
+stop=              # USR1 or TERM, once received
+stop_at=0          # SECONDS when it was received
+driver=            # process id of the driver while it runs
+outcome=           # of a start: an exit code of the job, `lost` or `requeue`
+code_before=none   # exit code of the driver at the previous start; none: it was not started
 
 running() { # PID
   [ -n "$1" ] && kill -0 "$1" 2>/dev/null
@@ -55,7 +55,8 @@ pause() { # SECONDS; a signal ends it
   wait "$!" || true
 }
 
-run_job() { # DEFAULT ... -- ARGUMENT ...
+run_job() { # DEFAULT ... -- ARGUMENT ...; does not return
+  open_early_log
   read_arguments "$@"
   open_log
   trap clean_up EXIT
@@ -76,14 +77,14 @@ run_job() { # DEFAULT ... -- ARGUMENT ...
     esac
     if [ "$(progress)" = "$before" ]; then failures=$((failures + 1)); else failures=0; fi
     if [ "$failures" -ge "$most_failures" ]; then
-      say "error: ended badly $failures times in a row without a new checkpoint; see above and $job_dir/node_$head.log"
+      say "error: $failures starts in a row failed without a new checkpoint; see above and $job_dir/node_$head.log"
       exit 1
     fi
-    say "starting again (without progress: $failures of at most $most_failures in a row)"
+    say "starting again (failures without progress: $failures in a row, at most $most_failures)"
   done
 }
 
-# One start of Ray and the driver; sets `outcome`.
+# One start of Ray and of the driver; sets `outcome`.
 run_once() {
   if ! start_ray; then
     stop_ray
@@ -93,7 +94,7 @@ run_once() {
   "${on_head[@]}" ${on_head[0]:+--job-name=driver} python -m dist_lm.launch "${launch_arguments[@]}" \
     cluster=ray "cluster.address=$head_address" "cluster.token_path=$token" </dev/null &
   driver=$!
-  if [ -n "$stop" ]; then tell_driver "$stop"; fi # it came before there was a driver
+  if [ -n "$stop" ]; then tell_driver "$stop"; fi # received before the driver was started
   while running "$driver"; do
     if [ "$stop" = USR1 ] && [ "$SECONDS" -gt "$checkpoint_until" ]; then
       say "the driver has not left within $((SECONDS - stop_at)) s of USR1"
@@ -112,37 +113,37 @@ run_once() {
   wait "$driver" || code=$?
   driver=
   if running "$head_step"; then head_ran=yes; fi
-  [ "$code" -le 128 ] || [ -n "$stop" ] || pause 1 # the signal may have come to the driver first
+  [ "$code" -le 128 ] || [ -n "$stop" ] || pause 1 # the same signal may reach the driver first
   stop_ray
-  # a head that had to be killed says nothing against its Ray: only its clean-up was slow
+  # a head that had to be killed was well until then: only its clean-up was slow
   case $head_ran:$head_code in yes:0 | yes:killed) head_well=yes ;; esac
   judge "$code" "$head_well"
 }
 
-judge() { # DRIVER_CODE HEAD_WELL; says and sets `outcome`
+judge() { # DRIVER_CODE HEAD_WELL; sets and logs `outcome`
   outcome=$(outcome_of "$stop" "$1" "$2" "$code_before")
   say "exit code of the driver: $1${stop:+, after $stop}; of Ray on the head: ${head_code:-none} (well: $2); so: $outcome"
   code_before=$1
 }
 
-# What follows from a start.
-#   STOP         USR1, TERM or nothing
-#   DRIVER_CODE  none: it was not started
-#   HEAD_WELL    yes: Ray on the head was well until it was stopped; no
-#   CODE_BEFORE  of the driver at the start before
+# The consequence of a start.
+#   STOP         USR1, TERM or empty
+#   DRIVER_CODE  exit code; none: the driver was not started
+#   HEAD_WELL    yes if Ray on the head was well until it was stopped, or no
+#   CODE_BEFORE  exit code of the driver at the previous start
 outcome_of() { # STOP DRIVER_CODE HEAD_WELL CODE_BEFORE
   if [ "$1" = TERM ]; then
     echo 143
   elif [ "$1" = USR1 ] && [ "$2" != 0 ] && [ "$2" != 2 ]; then
     echo requeue
   elif [ "$3" = no ] && [ "$2 $4" != "0 0" ]; then
-    # a driver whose Ray dies may even leave with 0; it is believed when a second start finds everything there
+    # a driver whose Ray dies may leave with 0; a second start that finds everything complete confirms it
     echo lost
   else
     case $2 in
     0 | 1 | 2 | 130 | 143) echo "$2" ;;
-    75) echo requeue ;;  # nodes are missing: Slurm knows when there are enough again
-    138) echo requeue ;; # somebody sent USR1 to the driver itself
+    75) echo requeue ;;  # nodes are missing: Slurm starts the job when it has enough again
+    138) echo requeue ;; # USR1 was sent to the driver itself
     *) echo lost ;;
     esac
   fi
@@ -158,13 +159,13 @@ request_stop() { # USR1 or TERM; a trap
   tell_driver "$1"
 }
 
-# Until the time limit; nothing where Slurm does not say, or has put it off: what it said at the start is past then.
+# Seconds until the time limit; nothing if Slurm does not tell, or if it extended the limit that it told at the start.
 seconds_left() {
   local left=$((${SLURM_JOB_END_TIME:-0} - $(printf '%(%s)T' -1)))
   if [ "$left" -gt 0 ]; then echo "$left"; fi
 }
 
-# What is left until the time limit, but for the clean-up.
+# Seconds until the time limit, less those of the clean-up.
 seconds_for_a_checkpoint() {
   local left
   left=$(seconds_left)
@@ -175,7 +176,7 @@ seconds_for_a_checkpoint() {
 }
 
 tell_driver() { # USR1 or TERM: write a checkpoint and leave
-  # srun would not pass TERM on but kill
+  # srun does not forward TERM but kills its step
   if [ "${#on_head[@]}" -gt 0 ]; then set -- USR1; fi
   if running "$driver"; then kill -s "$1" "$driver" 2>/dev/null || true; fi
 }
@@ -183,20 +184,20 @@ tell_driver() { # USR1 or TERM: write a checkpoint and leave
 end_driver() { # SECONDS between TERM and KILL
   tell_driver TERM
   if ended_within "$1" "$driver"; then return 0; fi
-  # in a container it is a step, which would outlive its srun
+  # in a container the driver is a step, which would outlive its srun
   if [ "${#on_head[@]}" -gt 0 ]; then signal_steps KILL driver; fi
   signal_processes KILL "$driver"
 }
 
 requeue() {
   clean_up
-  if [ "$stop" = TERM ]; then exit 143; fi # scancel came meanwhile
+  if [ "$stop" = TERM ]; then exit 143; fi # scancel was called meanwhile
   if [ -e "$job_dir/progress" ] && [ "$(progress)" = "$(<"$job_dir/progress")" ]; then
-    say "error: not requeued: no new checkpoint since the last requeue; does a start fit into the time limit?"
+    say "error: not requeued: no new checkpoint since the last requeue; check that the time limit is long enough for one"
     exit 1
   fi
   progress >"$job_dir/progress"
-  say "requeued; it continues from the last checkpoint"
+  say "requeued; the job continues from the last checkpoint"
   if ! scontrol requeue "$SLURM_JOB_ID"; then
     say "error: Slurm does not requeue this job; the same sbatch command continues from the last checkpoint"
     exit 1
@@ -204,7 +205,7 @@ requeue() {
   exit 0
 }
 
-# May be called twice. In the trap of a failure a `return` without a number returns that failure, and ends it there.
+# May be called twice. Must not use `return` without a number, which in the trap of a failure returns that failure.
 clean_up() {
   trap - EXIT
   rm -f "$token" || true
@@ -214,7 +215,7 @@ clean_up() {
   say "cleaned up"
 }
 
-# What has been achieved, as text that changes with every checkpoint, file of samples and finished stage.
+# Progress so far, as text that changes with every checkpoint, file of samples and finished stage.
 progress() {
   local file
   for file in "$work_dir"/runs/*/*/checkpoints/LATEST "$work_dir"/runs/*/*/result.json \

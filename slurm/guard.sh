@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Runs as a job step on every worker node, outside any container: when the head's node is lost, and the batch script with
-# it, somebody else has to hand the job back to Slurm. (With --no-kill Slurm keeps a job of which a node is left, also
-# when it is not the node of the batch script.)
+# A job step on every worker node, outside any container: if the head node is lost, and with it the batch script, the
+# guard requeues the job. (With --no-kill Slurm keeps a job as long as one node lives, even without its batch script.)
 #
 #   bash slurm/guard.sh HEAD_NODE HEAD_IP:PORT
 set -euo pipefail
@@ -21,9 +20,9 @@ trap 'exit 0' TERM INT
 while :; do
   sleep "$every" &
   wait "$!"
-  # Slurm is asked only when the head does not answer: it may be starting, or have ended while its node is well
+  # ask Slurm only if the head does not answer, which also happens while Ray starts or after it ended on a healthy node
   if ! answers && is_down; then
-    printf '%(%F %T)T slurm: the head node %s is down: handing the job back to Slurm\n' -1 "$node"
-    scontrol requeue "$SLURM_JOB_ID" || true # another node may have been faster
+    printf '%(%F %T)T slurm: the head node %s is down: requeueing the job\n' -1 "$node"
+    scontrol requeue "$SLURM_JOB_ID" || true # the guard of another node may have been faster
   fi
 done

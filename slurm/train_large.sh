@@ -1,19 +1,13 @@
 #!/usr/bin/env bash
-# A large model, from raw text to samples, on the nodes of a Slurm job.
+# Train a large model on the nodes of a Slurm job, from raw text to samples.
 #
 #   sbatch [--nodes=N] [--gpus-per-node=G] [--time=T] slurm/train_large.sh [key=value ...]
 #
-# Arguments go to `python -m dist_lm.launch`, after stage=pipeline model=large cluster.nodes=(those of the job)
-# work_dir=work (below the directory of submission). The same command after a failure continues.
+# Arguments go to `python -m dist_lm.launch`. Defaults: stage=pipeline model=large cluster.nodes=(nodes of the job)
+# work_dir=work (below the directory of submission). After a failure the same command continues.
 #
-# Nothing is written outside work_dir; slurm/common.sh says what lies where, what is survived, and how. Variables of the
-# environment at submission (all optional):
-#   DIST_LM_VENV        Python environment that all nodes see (default: .venv in the checkout)
-#   DIST_LM_MODULES     environment modules to load first, e.g. "cuda/13.0 gcc"
-#   DIST_LM_CONTAINER   image for every step, by pyxis, in place of DIST_LM_VENV; DIST_LM_MOUNTS: mounts to add
-#   DIST_LM_INTERFACE   network interface of the nodes to use, e.g. ib0
-#   DIST_LM_ROOT        the checkout, where Slurm does not say where this script came from
-# Options below are defaults: those on sbatch's command line win.
+# slurm/common.sh lists the files of a job, its environment variables, and the failures that it survives. The options
+# below are defaults: those on sbatch's command line win.
 #SBATCH --job-name=dist_lm_train
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -26,25 +20,15 @@
 #SBATCH --output=/dev/null
 set -euo pipefail
 : "${SLURM_JOB_ID:?this is a batch script: sbatch slurm/train_large.sh}"
-# until the log in work_dir is open, an error must not vanish
-for early_log in "$SLURM_SUBMIT_DIR" "$HOME" "${TMPDIR:-/tmp}"; do
-  early_log=$early_log/slurm-$SLURM_JOB_ID.out
-  if { : >>"$early_log"; } 2>/dev/null; then
-    exec >>"$early_log" 2>&1
-    break
+# sbatch runs a copy of this file: the path of the original leads to the checkout
+script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p') || true
+for root in "${DIST_LM_ROOT:-}" "${script%/slurm/*}" "$SLURM_SUBMIT_DIR"; do
+  if [ -f "$root/slurm/common.sh" ]; then
+    # shellcheck source=SCRIPTDIR/common.sh
+    . "$root/slurm/common.sh"
+    run_job stage=pipeline model=large -- "$@"
   fi
 done
-
-# sbatch runs a copy of this file: the checkout is where the original lies
-script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')
-for root in "${DIST_LM_ROOT:-}" "${script%/slurm/*}" "$SLURM_SUBMIT_DIR"; do
-  [ -f "$root/slurm/common.sh" ] && break
-done
-if [ ! -f "$root/slurm/common.sh" ]; then
-  echo "error: no checkout of dist_lm at $root; set DIST_LM_ROOT to it before sbatch" >&2
-  exit 2
-fi
-# shellcheck source=SCRIPTDIR/common.sh
-. "$root/slurm/common.sh"
-
-run_job stage=pipeline model=large -- "$@"
+echo "error: no checkout of dist_lm at $root; set DIST_LM_ROOT to it before sbatch" |
+  tee -a "$SLURM_SUBMIT_DIR/slurm-$SLURM_JOB_ID.out" "$HOME/slurm-$SLURM_JOB_ID.out"
+exit 2

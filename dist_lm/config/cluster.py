@@ -1,4 +1,4 @@
-"""The conf group `cluster`: where ranks run, how long is waited for what, and what is done when something dies."""
+"""The conf group `cluster`: where ranks run, timeouts, and what happens after failures."""
 
 from dataclasses import dataclass
 
@@ -11,25 +11,27 @@ from dist_lm.errors import require
 class ClusterConfig:
     """Where the ranks run."""
 
-    name: str = MISSING  # local (start Ray here) | ray (join one that runs)
+    name: str = MISSING  # local (start Ray on this machine) | ray (join a running cluster)
     nodes: int = 1
-    ranks_per_node: int = -1  # -1: one a GPU; without GPUs 2, or 1 on a single core
+    ranks_per_node: int = -1  # -1: one for each GPU; without GPUs 2, or 1 on a single core
     address: str | None = None  # host:port of a running Ray head, for name=ray
-    token_path: str | None = None  # file with the Ray token (mode 0600), for name=ray; none: RAY_AUTH_TOKEN_PATH
+    token_path: str | None = None  # file with the Ray token (mode 0600), for name=ray; null: RAY_AUTH_TOKEN_PATH
     connect_timeout_s: float = 20.0
-    start_timeout_s: float = 120.0  # from asking for nodes to all agents ready
-    stop_timeout_s: float = 120.0  # from the request to stop to the last rank gone (a checkpoint fits in between)
-    min_nodes: int = -1  # a run that has lost nodes goes on with so many; -1: with cluster.nodes only
-    node_wait_s: float = 60.0  # lost nodes, or others in their place, are waited for so long before the run shrinks
-    grow_after_s: float = 30.0  # a shrunk run takes in a node that has been there for so long
-    max_restarts: int = 3  # restarts after failures in a row without a new checkpoint in between; 0: never restart
-    hang_steps: float = 20.0  # ranks silent for so many median steps are hung: stacks are logged, then a restart
-    hang_min_s: float = 120.0  # but not before so long
-    hang_otherwise_s: float = 1800.0  # and so long at the start, in the first step, in evaluations and saves
-    min_free_gib: float = 1.0  # disk that a node must have free for temporary files; for the run, over a checkpoint
-    max_clock_skew_s: float = 5.0  # between a node and the launcher
-    link_check_mib: int = 4  # sent between every two nodes before a start; 0: links are not tried
-    min_link_ratio: float = 0.25  # a node whose links are slower than this share of the usual is left out for a spare
+    start_timeout_s: float = 120.0  # from the request for nodes until all agents are ready
+    stop_timeout_s: float = 120.0  # from the request to stop until the last rank has left, including a checkpoint
+    min_nodes: int = -1  # a run that has lost nodes continues with at least this many; -1: cluster.nodes
+    node_wait_s: float = 60.0  # wait for replacements of lost nodes before the run shrinks
+    grow_after_s: float = 30.0  # a shrunk run takes in a node that has been available for this long
+    max_restarts: int = 3  # in a row, after failures without a new checkpoint in between; 0: never restart
+    hang_steps: float = 20.0  # ranks without heartbeat for this many median steps are hung: log stacks, restart
+    hang_min_s: float = 120.0  # but at least this long
+    hang_otherwise_s: float = 1800.0  # the same at the start, in the first step, in evaluations and saves
+    min_free_gib: float = (
+        1.0  # free disk space of a node for temporary files; the run directory needs a checkpoint more
+    )
+    max_clock_skew_s: float = 5.0  # between the clocks of a node and the launcher
+    link_check_mib: int = 4  # sent between every two nodes before a start; 0: links are not measured
+    min_link_ratio: float = 0.25  # a node with links slower than this share of the median is replaced if possible
 
     def __post_init__(self) -> None:
         require(self.name in ("local", "ray"), "cluster.name", self.name, "local or ray")
@@ -38,13 +40,13 @@ class ClusterConfig:
             self.ranks_per_node == -1 or self.ranks_per_node > 0,
             "cluster.ranks_per_node",
             self.ranks_per_node,
-            "a positive integer, or -1 for one a GPU",
+            "a positive integer, or -1 for one for each GPU",
         )
         require(
             self.min_nodes == -1 or 0 < self.min_nodes <= self.nodes,
             "cluster.min_nodes",
             self.min_nodes,
-            f"1 to cluster.nodes={self.nodes}, or -1 for as many",
+            f"1 to cluster.nodes={self.nodes}, or -1 for cluster.nodes",
         )
         for key in (
             "connect_timeout_s",

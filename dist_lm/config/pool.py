@@ -1,4 +1,4 @@
-"""Keys of a pool of generation actors that works beside the ranks of a stage."""
+"""Keys of a pool of generation actors beside the ranks of a stage."""
 
 from dataclasses import dataclass
 
@@ -10,18 +10,18 @@ AS_MANY = -1
 
 @dataclass
 class RolloutPoolConfig:
-    """Where rollouts are drawn, and how large the engines are."""
+    """Number, placement and size of the engines that generate rollouts."""
 
-    # engines, each in a Ray actor of its own; 0: one engine in the process of the first rank; -1, where placement is
-    # shared: one for each `tp` GPUs of the ranks, or one a node without GPUs
+    # engines, each in its own Ray actor; 0: one engine in the process of the first rank; -1, with placement shared: one
+    # for each `tp` GPUs of the ranks, or one per node without GPUs
     actors: int = 1
-    # disjoint: actors have GPUs of their own, or without GPUs a share of the cores; shared: GPUs and cores are those of
-    # the ranks, in turns
+    # disjoint: actors have their own GPUs, or without GPUs a share of the cores; shared: actors and ranks use the same
+    # GPUs and cores in turns
     placement: str = DISJOINT
     tp: int = 1  # GPUs that share the model of an engine
-    cache_tokens: int = 16384  # of all sequences of an engine together
+    cache_tokens: int = 16384  # KV cache of an engine, all sequences together
     page_tokens: int = 64
-    max_sequences: int = 64  # that an engine runs at a time
+    max_sequences: int = 64  # at a time in an engine
 
     def __post_init__(self) -> None:
         accepted = "0 (the first rank generates), a positive integer, or -1 with rlhf.pool.placement=shared"

@@ -1,4 +1,4 @@
-"""Files that survive a crash: written beside their final name, flushed to disk, then renamed over it."""
+"""Files that survive a crash: written under a temporary name, flushed to disk, then renamed."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from dist_lm.errors import ArtefactError
 
 
 def fsync_directory(directory: Path) -> None:
-    """Make the names inside `directory` durable."""
+    """Flush the entries of `directory` to disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -21,7 +21,7 @@ def fsync_directory(directory: Path) -> None:
 
 
 def fsync_file(path: Path) -> None:
-    """Make the contents of `path` durable."""
+    """Flush the contents of `path` to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -30,7 +30,7 @@ def fsync_file(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` in one step: a reader sees the old file or the new one, never a part."""
+    """Replace `path` by `content` atomically: a reader sees the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # several nodes may write at once
     try:
         with temporary.open("wb") as file:
@@ -44,7 +44,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace `path` in one step, without waiting for the disk: for what is out of date in a moment."""
+    """Replace `path` atomically without flushing to disk: for files that are rewritten every few seconds."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.write_text(text)
@@ -64,15 +64,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a file holds; nothing if it is missing or holds no object.
+    """The JSON object in a file; an empty one if the file is missing or holds another value.
 
     Raises:
-        ArtefactError: it is damaged.
+        ArtefactError: the file is no JSON.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except ValueError as error:
-        raise ArtefactError(f"{path}: no JSON ({error}); move it away to go on without it") from error
+        raise ArtefactError(f"{path}: no JSON ({error}); move it away to continue without it") from error
     return value if isinstance(value, dict) else {}
 
 
@@ -85,10 +85,11 @@ def sha256_of(path: Path) -> str:
 def json_lines(path: Path) -> Iterator[Any]:
     """The value of every line that is not blank.
 
-    `str.splitlines` would cut inside a text that holds U+2028, U+2029 or U+0085, which JSON leaves as they are.
+    Lines end with a newline only: `str.splitlines` would also split at U+2028, U+2029 and U+0085, which JSON permits in
+    strings.
 
     Raises:
-        ValueError: a line is no JSON, or no UTF-8.
+        ValueError: a line is no JSON or no UTF-8.
     """
     with path.open(encoding="utf-8", newline="\n") as file:
         for line in file:

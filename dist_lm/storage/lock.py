@@ -1,4 +1,4 @@
-"""One writer a run: the lock goes with the process that holds it, however that ends."""
+"""File locks: one writer per run. The operating system releases a lock when its process ends."""
 
 import errno
 import fcntl
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dist_lm.errors import ArtefactError
 
-OWN_JOB_S = 120.0  # a network file system notices only after a while that a node is gone, and its locks with it
+OWN_JOB_S = 120.0  # a network file system releases the locks of a lost node with a delay
 _POLL_S = 0.2
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -27,18 +27,19 @@ def locked(
     on_wait: Callable[[str], None] = lambda owner: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[None]:
-    """Hold `path` as a lock file for the time of the block; it names its owner and stays behind, unlocked.
+    """Hold the lock file `path` for the block. The file names its owner; it is not removed.
 
     Args:
-        what: is locked, for people; the folder of `path` by default.
-        job: of the batch system, that this process belongs to. An owner of the same job is an earlier start of it, on
-            its way out: it is waited for.
-        wait_s: how long any owner is waited for.
-        on_wait: told once who is waited for.
-        stopped: asked while waiting; nobody is waited for any longer once it says yes.
+        what: name of the locked thing in messages; the folder of `path` by default.
+        job: batch job of this process. An owner of the same job is an earlier start that is about to end, so it is
+            waited for.
+        wait_s: longest wait for any owner.
+        on_wait: called once with the owner.
+        stopped: asked while waiting; if it returns True the wait ends with the error below.
 
     Raises:
-        ArtefactError: another process holds it (the message names host and process), or the file system has no locks.
+        ArtefactError: another process holds the lock (the message names host and process), or the file system has no
+            locks.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -64,15 +65,15 @@ def locked(
 
 
 def owner_of(path: Path) -> str:
-    """Who took a lock file last; empty if nobody did."""
+    """The last owner of a lock file; empty without one."""
     return path.read_text(errors="replace").strip() if path.exists() else ""
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds a lock file now."""
+    """Whether a process holds the lock now."""
     if not path.exists():
         return False
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # it may be a colleague's
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # read-only: it may belong to another user
     try:
         return not _taken(descriptor, path)
     finally:
@@ -88,7 +89,7 @@ def _taken(descriptor: int, path: Path) -> bool:
         if error.errno not in _UNSUPPORTED:
             raise
         raise ArtefactError(
-            f"{path}: this file system has no file locks ({error.strerror}), which keep two runs apart: "
-            "choose a work_dir on one that has, or have it mounted with them"
+            f"{path}: this file system has no file locks ({error.strerror}), which keep two launches "
+            "apart: choose a work_dir on another file system, or mount this one with locks"
         ) from error
     return True

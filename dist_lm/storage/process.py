@@ -1,7 +1,7 @@
-"""Processes on one machine: found by a mark in their environment, surely ended.
+"""Processes on one machine: found by a mark in their environment, and ended reliably.
 
-torchrun gives every rank a session of its own, so no process group holds them together. What an agent starts
-carries a mark in its environment instead, which children inherit and which no reparenting takes away.
+torchrun gives every rank its own session, so the ranks share no process group. Instead, the processes that an agent
+starts carry a mark in their environment, which children inherit and keep when they are reparented.
 """
 
 import ctypes
@@ -21,19 +21,19 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def marked(mark: str, variable: str = MARK) -> list[psutil.Process]:
-    """The living processes that carry `mark` in an environment variable, this one excepted."""
+    """The living processes with `mark` in an environment variable, except this one."""
     found = []
     for process in psutil.process_iter():
         try:
             if process.pid != os.getpid() and is_alive(process) and process.environ().get(variable) == mark:
                 found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):  # gone meanwhile, or of another user: not ours
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended, or belongs to another user
             continue
     return found
 
 
 def users_of(directory: Path) -> list[psutil.Process]:
-    """The living processes that have a file open below `directory`, this one excepted."""
+    """The living processes with an open file below `directory`, except this one."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -41,13 +41,13 @@ def users_of(directory: Path) -> list[psutil.Process]:
                 directory in Path(file.path).parents for file in process.open_files()
             ):
                 found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):  # gone meanwhile, or of another user: not ours
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended, or belongs to another user
             continue
     return found
 
 
 def title(process: psutil.Process) -> str:
-    """What a process calls itself (the beginning of its command line); empty if it is gone."""
+    """The command line of a process, which it may have overwritten; empty if it has ended."""
     try:
         return " ".join(process.cmdline())
     except psutil.NoSuchProcess:
@@ -55,7 +55,7 @@ def title(process: psutil.Process) -> str:
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Whether it runs: a zombie that nobody has waited for does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
@@ -63,7 +63,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def state(process: psutil.Process) -> str:
-    """The state of a process in the kernel's letter (T stopped, D waiting for a device); empty if it is gone."""
+    """The kernel's letter for the state (T stopped, D waiting for a device, R any other); empty if it has ended."""
     try:
         status = process.status()
     except psutil.NoSuchProcess:
@@ -72,7 +72,7 @@ def state(process: psutil.Process) -> str:
 
 
 def catches(process: psutil.Process, number: signal.Signals) -> bool:
-    """Whether a process has a handler for a signal yet (the default of SIGUSR1 is to end it)."""
+    """Whether a process has installed a handler for a signal (by default SIGUSR1 would end it)."""
     if sys.platform != "linux":
         return True
     try:
@@ -84,7 +84,7 @@ def catches(process: psutil.Process, number: signal.Signals) -> bool:
 
 
 def send(process: psutil.Process, number: signal.Signals) -> None:
-    """Send a signal to a process that may have ended."""
+    """Send a signal to a process, which may have ended."""
     try:
         process.send_signal(number)
     except psutil.NoSuchProcess:
@@ -92,10 +92,10 @@ def send(process: psutil.Process, number: signal.Signals) -> None:
 
 
 def end(find: Callable[[], list[psutil.Process]], grace_s: float, kill_s: float = 10.0) -> list[int]:
-    """End every process that `find` finds: SIGTERM, then SIGKILL to those that are there after `grace_s`.
+    """End every process that `find` returns: SIGTERM, then SIGKILL to those left after `grace_s`.
 
     Returns:
-        The ids of processes that are still there `kill_s` after the first SIGKILL (in the kernel's hands).
+        The ids of processes left `kill_s` after the first SIGKILL (blocked in the kernel).
     """
     asked: set[int] = set()
     deadline = time.monotonic() + grace_s
@@ -119,17 +119,17 @@ def cores() -> int:
 
 
 def free_port(address: str) -> int:
-    """A TCP port of `address` that nothing listens on now."""
+    """A TCP port of `address` that is free now."""
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as server:
         server.bind((address, 0))
         return server.getsockname()[1]
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process (SIGKILL) when its parent ends; does nothing where that is not Linux.
+    """Have the kernel kill this process (SIGKILL) when its parent ends. Does nothing on systems other than Linux.
 
     Args:
-        parent: process id that started this one; if it has gone already, this process ends at once.
+        parent: expected process id of the parent; if it has already ended, this process ends at once.
     """
     if sys.platform != "linux":
         return

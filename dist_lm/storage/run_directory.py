@@ -1,4 +1,4 @@
-"""Every path under the work directory, and the only code that knows their names.
+"""Paths below the work directory. No other code knows their names.
 
 work/
   tokenizer/{tokenizer.model,report.json}
@@ -17,7 +17,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class WorkDirectory:
-    """What all runs share: the tokenizer, the corpora, and where runs are kept."""
+    """The tokenizer and corpora that all runs share, and the directories of the runs."""
 
     path: Path
 
@@ -45,7 +45,7 @@ class WorkDirectory:
         return self.corpus(name) / "manifest.json"
 
     def pipeline(self, stage: str, run_id: str) -> Path:
-        """JSON: how the last command that asked for `stage` under `run_id` stands, stage by stage."""
+        """JSON: status of the last command for `stage` and `run_id`, stage by stage."""
         return self.path / "pipelines" / f"{stage}-{run_id}.json"
 
     def pipeline_lock(self, name: str) -> Path:
@@ -53,11 +53,11 @@ class WorkDirectory:
         return self.path / "pipelines" / f".{name}.lock"
 
     def pipelines(self) -> list[Path]:
-        """The pipelines that are there, the one written last at the end."""
+        """The existing pipeline files, newest last."""
         return sorted((self.path / "pipelines").glob("*.json"), key=lambda path: path.stat().st_mtime)
 
     def runs(self, stage: str) -> list["RunDirectory"]:
-        """The runs of a stage that are there, by name."""
+        """The existing runs of a stage, ordered by name."""
         return [RunDirectory(path) for path in sorted((self.path / "runs" / stage).glob("[!.]*")) if path.is_dir()]
 
     def run(self, stage: str, run_id: str) -> "RunDirectory":
@@ -72,7 +72,7 @@ class RunDirectory:
 
     @property
     def work(self) -> WorkDirectory:
-        """The work directory this run lies in (`work/runs/STAGE/RUN_ID`)."""
+        """The work directory that contains this run (`work/runs/STAGE/RUN_ID`)."""
         return WorkDirectory(self.path.parents[2])
 
     @property
@@ -87,17 +87,17 @@ class RunDirectory:
 
     @property
     def result(self) -> Path:
-        """The success marker: written last, only at a true end."""
+        """The success marker: written last, and only if the run is complete."""
         return self.path / "result.json"
 
     @property
     def launch_lock(self) -> Path:
-        """Held by the launcher that runs it."""
+        """Held by the launcher of the run."""
         return self.path / ".launch.lock"
 
     @property
     def rank_lock(self) -> Path:
-        """Held by rank 0, whoever started it."""
+        """Held by rank 0, with or without a launcher."""
         return self.path / ".ranks.lock"
 
     @property
@@ -109,12 +109,12 @@ class RunDirectory:
         return self.path / "logs"
 
     def rank_log(self, rank: int) -> Path:
-        """Everything rank `rank` printed, all attempts."""
+        """Output of rank `rank`, all attempts."""
         return self.logs / f"rank_{rank:05d}.log"
 
     @property
     def warnings(self) -> Path:
-        """What the first rank warned of, a line each, all attempts: the launcher shows it."""
+        """Warnings of rank 0, one per line, all attempts; the launcher shows them."""
         return self.logs / "warnings.log"
 
     def rank_failure(self, rank: int) -> Path:
@@ -122,11 +122,11 @@ class RunDirectory:
         return self.logs / f"failure_{rank:05d}.json"
 
     def rank_failures(self) -> list[Path]:
-        """The records of failed ranks that are there."""
+        """The existing records of failed ranks."""
         return sorted(self.logs.glob("failure_*.json"))
 
     def node_log(self, node: int) -> Path:
-        """What torchrun itself printed on node `node`, and ranks before they had a log of their own."""
+        """Output of torchrun on node `node`, and of its ranks until they open their own logs."""
         return self.logs / f"node_{node:05d}.log"
 
     @property
@@ -141,7 +141,7 @@ class RunDirectory:
 
     @property
     def live(self) -> Path:
-        """JSON, written anew every few seconds by the launcher: nodes, ranks, and what they were last heard doing."""
+        """JSON, replaced every few seconds by the launcher: the last heartbeat of every rank."""
         return self.logs / "live.json"
 
     @property
@@ -149,7 +149,7 @@ class RunDirectory:
         return self.path / "samples"
 
     def samples_part(self, part: int) -> Path:
-        """What stage `generate` made of one block of prompts, a JSON object a line; it is there when it is whole."""
+        """Answers of stage `generate` to one block of prompts, a JSON object per line; exists once complete."""
         return self.samples / f"part-{part:05d}.jsonl"
 
     @property
@@ -167,6 +167,6 @@ class RunDirectory:
         return self.path / "wandb"
 
     def create(self) -> None:
-        """Make the directories of the run; existing ones are kept."""
+        """Create the directories of the run that do not exist."""
         for directory in (self.path, self.checkpoints, self.logs, self.samples):
             directory.mkdir(parents=True, exist_ok=True)

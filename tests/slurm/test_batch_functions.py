@@ -224,7 +224,7 @@ def test_a_link_that_comes_back_in_the_place_of_the_token(shell: BatchShell, tar
     # start_ray is called in a condition, where bash does not stop at a failure by itself
     done = shell.try_to(f"ln -s {target} $token; rm() {{ :; }}; if ! make_token; then :; fi")
     assert done.returncode == 2
-    assert f"error: {shell.token}: cannot be made anew on n1" in done.stdout
+    assert f"error: {shell.token}: cannot be created on n1" in done.stdout
     assert (shell.job_directory / "victim").read_text() == "untouched"
     assert not (shell.job_directory / "nothing").exists()
 
@@ -299,6 +299,24 @@ def test_a_job_is_requeued_again_only_after_progress(shell: BatchShell) -> None:
     assert shell.try_to("requeue").returncode == 0
     assert shell.try_to("requeue").returncode == 1
     assert shell.calls("scontrol") == ["requeue 7"] * 3
+
+
+@pytest.mark.parametrize("name", ["train_large", "rlhf_large", "generate"])
+def test_a_job_without_a_checkout_says_so_where_it_was_submitted(shell: BatchShell, name: str) -> None:
+    shell.stub("scontrol", "exit 1")
+    script = (CHECKOUT / "slurm" / f"{name}.sh").read_text()
+    home = shell.directory / "home"
+    home.mkdir()
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env=shell.environ | {"HOME": str(home)},
+        capture_output=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 2
+    for directory in (shell.directory, home):
+        assert "no checkout of dist_lm" in (directory / "slurm-7.out").read_text()
 
 
 @pytest.mark.parametrize(("version", "refused"), [("3 2", True), ("4 3", True), ("4 4", False), ("5 0", False)])
