@@ -1,4 +1,4 @@
-"""`parallel=auto`: the layout whose estimated step is the fastest of those that fit. No torch."""
+"""`parallel=auto`: of the layouts that fit the memory, the one with the fastest estimated step. No torch here."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from dist_lm.parallel.layout import AXES, Layout, check_batch, layouts_of
 from dist_lm.tracking.readable import gib, span
 
 USABLE = 0.85
-"""Share of a device's memory to plan for: the rest is for the driver, fragments, and what the estimate misses."""
+"""Usable share of a device's memory; the rest is for the driver, fragmentation and errors of the estimate."""
 
 SHOWN = 6
 
@@ -24,32 +24,32 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to lay a run out."""
+    """A layout with its estimates."""
 
     parallel: ParallelConfig
     layout: Layout
-    memory: int  # bytes at the peak
-    seconds: float  # of a step
+    memory: int  # peak, bytes
+    seconds: float  # a step
 
     def fits(self, memory_gib: float) -> bool:
         return self.memory <= USABLE * memory_gib * 2**30
 
 
 def candidates(config: Config, world_size: int) -> list[Candidate]:
-    """Everything that can be tried, the fastest first; of equally fast ones the plainest.
+    """Every possible layout, fastest first; equally fast ones in order of simplicity.
 
     Raises:
-        ConfigError: no layout of so many ranks fits the model and the batch, or parameters are offloaded.
+        ConfigError: no layout of this many ranks fits the model and the batch, or parameters are offloaded.
     """
     if offloads(config):
         raise ConfigError(
-            "parallel.auto=true: expected parallel.cpu_offload=false, the time that offloading takes is not estimated; "
-            "or give the axes yourself"
+            "parallel.auto=true: expected parallel.cpu_offload=false, because the time of offloading is not estimated; "
+            "or set parallel.dp_replicate, dp_shard and tp yourself"
         )
     found, fixed = [], {axis: getattr(config.parallel, axis) for axis in AXES}
     for layout in layouts_of(config.model, world_size):
         if layout.tp > config.hardware.devices_per_node:
-            continue  # every layer would wait for the network
+            continue  # tensor parallelism between nodes is slow
         if any(asked not in (-1, getattr(layout, axis)) for axis, asked in fixed.items()):
             continue
         for parallel in _variants(config, layout):
@@ -70,16 +70,16 @@ def _nothing_to_try(config: Config, world_size: int, fixed: dict[str, int]) -> C
     ways = [f"give a multiple of {world_size}", "or fewer ranks", *(["or leave the axes open (-1)"] if fixed else [])]
     batch_key = config.sequence_keys[0] if config.sequence_keys else "stage.global_batch"
     return ConfigError(
-        f"{given}: no layout of {world_size} ranks can share {batch_key}={attrgetter(batch_key)(config)}: "
+        f"{given}: no layout of {world_size} ranks divides {batch_key}={attrgetter(batch_key)(config)}: "
         f"{', '.join(ways)}"
     )
 
 
 def best(config: Config, found: list[Candidate]) -> Candidate:
-    """The first that fits.
+    """The fastest candidate that fits the memory.
 
     Raises:
-        ConfigError: none does.
+        ConfigError: none fits.
     """
     memory_gib = config.hardware.memory_gib
     for candidate in found:
@@ -89,13 +89,13 @@ def best(config: Config, found: list[Candidate]) -> Candidate:
     micro_batch = config.stage.micro_batch
     lower = f"lower stage.micro_batch={micro_batch}" if micro_batch > 1 else "shorten stage.seq_len"
     raise ConfigError(
-        f"parallel.auto=true: no layout fits {USABLE:.0%} of hardware.memory_gib={memory_gib:g}; the smallest takes "
+        f"parallel.auto=true: no layout fits {USABLE:.0%} of hardware.memory_gib={memory_gib:g}; the smallest needs "
         f"{gib(least.memory)} ({describe(least)}): {lower}, or use more ranks"
     )
 
 
 def table(config: Config, found: list[Candidate]) -> list[tuple[str, str, str, str]]:
-    """(layout, step, memory, verdict) of the fastest candidates and the chosen one, one a mesh."""
+    """(layout, step, memory, verdict) of the chosen candidate and the fastest others, one for each mesh."""
     chosen, rows, seen = best(config, found), [], set()
     for candidate in found:
         if candidate is not chosen and (candidate.layout in seen or candidate.layout == chosen.layout):
@@ -116,7 +116,7 @@ def table(config: Config, found: list[Candidate]) -> list[tuple[str, str, str, s
 
 
 def describe(candidate: Candidate) -> str:
-    """What the candidate sets, for people."""
+    """The settings of a candidate, for people."""
     parallel = candidate.parallel
     extras = [
         *(["sp"] if parallel.sp else []),
@@ -132,7 +132,7 @@ def describe(candidate: Candidate) -> str:
 
 
 def _variants(config: Config, layout: Layout) -> Iterator[ParallelConfig]:
-    """The plainest first. What `config.parallel` sets stays: the choice is among what it leaves at its default."""
+    """All settings for a layout, simplest first; keys that `config.parallel` sets explicitly are kept."""
     given = config.parallel
     if given.sp and layout.tp == 1:
         return
@@ -157,5 +157,5 @@ def _variants(config: Config, layout: Layout) -> Iterator[ParallelConfig]:
 
 
 def _open(given: Value, default: Value, choices: tuple[Value, ...]) -> tuple[Value, ...]:
-    """`choices`, if the configuration leaves a key at its default; else what it says."""
+    """`choices` for a key at its default, else the configured value."""
     return choices if given == default else (given,)

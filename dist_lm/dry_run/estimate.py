@@ -1,6 +1,6 @@
-"""What a step of one rank holds and costs, by arithmetic: rough, but thousands of layouts a second. No torch.
+"""Estimates memory and work of a step by arithmetic: rough, but thousands of layouts a second. No torch here.
 
-`parallel=auto` compares layouts with it; the dry run then plays the step it chose. Tests hold the two together.
+`parallel=auto` compares layouts by these estimates; tests compare them with played steps.
 
 Dimensions: B sequences and T tokens of a micro-batch, D d_model, H K attention width and F d_ff of this rank.
 """
@@ -15,27 +15,27 @@ from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.placement import blocks_per_unit, one_block, reshards, slice_of
 
 FP32_BYTES = 4
-ELEMENTWISE_PASSES = 6  # over what a block makes, by its operations that are no products
-# by whether the vocabulary is spread over ranks: passes over a block of fp32 logits, and the most bytes a logit takes
+ELEMENTWISE_PASSES = 6  # of elementwise operations over the activations of a block
+# without and with a sharded vocabulary: passes over a block of fp32 logits, and peak bytes for each logit
 LOSS_PASSES = (10, 25)
 LOSS_BYTES = (10.5, 15)
-SLICE_PASSES = 6  # times a tensor-parallel rank reads or writes its part of a weight beside the products
-OPTIMIZER_PASSES = 9  # times a step reads or writes each fp32 shard: scale and norm of gradients, AdamW
+SLICE_PASSES = 6  # over the weights of a tensor-parallel rank, matrix products excluded
+OPTIMIZER_PASSES = 9  # over each fp32 shard: scaling and norm of gradients, AdamW
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """The sizes an estimate hangs on."""
+    """The sizes behind an estimate; a tensor-parallel rank's part where a tensor is sharded by tp."""
 
     own: int  # elements of this rank's shards
-    blocks: int  # of all blocks, a tensor-parallel rank's part
-    outside: int  # of embedding, head and final norm, a tensor-parallel rank's part
-    gathered_blocks: int  # of all blocks as FSDP gathers them: with padding
+    blocks: int  # elements of all blocks
+    outside: int  # elements of embedding, head and final norm
+    gathered_blocks: int  # elements of all blocks as FSDP gathers them, padding included
     gathered_outside: int
-    head: int  # the output head alone
+    head: int  # elements of the output head
     n_layers: int
-    units: int  # groups of blocks that FSDP gathers at once
-    resharded: bool  # and frees until the backward pass
+    units: int  # groups of blocks that FSDP gathers together
+    resharded: bool  # FSDP frees gathered blocks until the backward pass
     tokens: int  # of a micro-batch
     micro_batches: int
     width: int  # D
@@ -46,35 +46,35 @@ class Shapes:
 
 
 def is_half(config: Config) -> bool:
-    """Whether the forward and backward pass computes in bf16 on `config.hardware`."""
+    """Whether forward and backward pass compute in bf16 on `config.hardware`."""
     dtype = config.parallel.compute_dtype
     return dtype == "bf16" or (dtype in ("auto", "fastest") and config.hardware.device == "cuda")
 
 
 def element_bytes(config: Config) -> int:
-    """Of a number in the forward and backward pass."""
+    """Bytes of a number in the forward and backward pass."""
     return 2 if is_half(config) else FP32_BYTES
 
 
 def micro_batches_of(config: Config, layout: Layout) -> tuple[int, int]:
-    """(micro-batches a rank takes in a step, sequences in the largest)."""
+    """(micro-batches of a rank in a step, sequences of the largest one)."""
     sequences = max(1, config.stage.global_batch // layout.dp)
     size = min(config.stage.micro_batch, sequences)
     return -(-sequences // size), size
 
 
 def offloads(config: Config) -> bool:
-    """Whether parameters, gradients and optimizer state lie in other memory than that of the device."""
+    """Whether parameters, gradients and optimizer state are in host memory."""
     return config.parallel.cpu_offload and config.hardware.device == "cuda"
 
 
 def gradients_add_up(config: Config, layout: Layout) -> bool:
-    """Whether a rank holds whole gradients from one micro-batch to the next, not shards."""
+    """Whether a rank keeps whole gradients between micro-batches, not shards."""
     return micro_batches_of(config, layout)[0] > 1 and not config.parallel.reduce_every_micro_batch
 
 
 def shapes_of(config: Config, layout: Layout) -> Shapes:
-    """The sizes of `config` on the rank of `layout` that has most."""
+    """The sizes of `config` on the fullest rank of `layout`."""
     model, size = config.model, element_bytes(config)
     block, outside = one_block(model, layout)
     micro_batches, sequences = micro_batches_of(config, layout)
@@ -100,7 +100,7 @@ def shapes_of(config: Config, layout: Layout) -> Shapes:
 
 
 def estimate_memory(config: Config, layout: Layout) -> StepMemory:
-    """Bytes of tensors on the rank of `layout` that holds most; with parallel.cpu_offload apart in host memory."""
+    """Bytes of tensors on the fullest rank of `layout`; with parallel.cpu_offload those in host memory apart."""
     parallel, shapes = config.parallel, shapes_of(config, layout)
     size = element_bytes(config)
     sharded = layout.dp > 1 or size != FP32_BYTES
@@ -111,15 +111,15 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
         in_blocks = shapes.gathered_blocks * (min(1, 2 / shapes.units) if shapes.resharded else 1)
         gathered = size * (shapes.gathered_outside + in_blocks)
     made, kept = _block_activations(config, layout, shapes, size)
-    block = 0.0 if parallel.activation_checkpointing == "none" else made  # made again, one block at a time
+    block = 0.0 if parallel.activation_checkpointing == "none" else made  # recomputed, one block at a time
     chunk = _chunk(config, shapes)
     loss = chunk * shapes.vocabulary * LOSS_BYTES[layout.tp > 1]
     apart = documents_apart(config.hardware.device, is_half(config), config.model.d_head)
     mask = 0 if apart or not config.stage.document_mask else config.stage.seq_len * size
     residual = 4 * size * shapes.tokens * shapes.width + mask * shapes.tokens
-    # the peak is at the turn from forward to backward, or where the gradients of the root are reduced at the end
+    # the peak is between forward and backward pass, or at the end where the gradients of the root are reduced
     turn = gathered + shapes.n_layers * kept + max(loss, block) + residual
-    copies = 1 if config.hardware.device == "cuda" else 2  # an exchange over gloo takes one more
+    copies = 1 if config.hardware.device == "cuda" else 2  # gloo needs one more
     end = FP32_BYTES * shapes.gathered_outside * copies + gathered + block + residual if sharded else 0.0
     memory = StepMemory(
         parameters=FP32_BYTES * shapes.own,
@@ -131,10 +131,10 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
 
 
 def _block_activations(config: Config, layout: Layout, shapes: Shapes, size: int) -> tuple[float, float]:
-    """Bytes that (one block makes for its backward pass, it keeps until then)."""
+    """Bytes of activations of one block: (needed by its backward pass, kept until then)."""
     parallel = config.parallel
     residual = shapes.width / (layout.tp if parallel.sp else 1)  # inputs of both norms
-    normed = shapes.width if parallel.sp else residual  # gathered, they are whole
+    normed = shapes.width if parallel.sp else residual  # gathered again with sp
     made = 2 * residual + 2 * normed + 5 * shapes.attention + shapes.kept_hidden * shapes.hidden
     if config.stage.dropout:
         made += 2 * residual * (1 + 1 / size)
@@ -148,12 +148,12 @@ def _block_activations(config: Config, layout: Layout, shapes: Shapes, size: int
 
 
 def _chunk(config: Config, shapes: Shapes) -> int:
-    """Tokens whose logits exist at once."""
+    """Tokens whose logits exist at the same time."""
     return min(shapes.tokens, max(1, (config.parallel.loss_chunk_mib << 20) // (FP32_BYTES * shapes.vocabulary)))
 
 
 def estimate_work(config: Config, layout: Layout) -> Work:
-    """The work of a step on the rank of `layout` that has most."""
+    """The work of a step on the fullest rank of `layout`."""
     parallel, shapes, hardware = config.parallel, shapes_of(config, layout), config.hardware
     half = is_half(config)
     size = element_bytes(config)
@@ -191,11 +191,11 @@ def _messages_of_micro_batch(work: Work, config: Config, layout: Layout, shapes:
         work, "all_gather", "dp_shard", layout.dp_shard, gathers * size * shapes.gathered_blocks, gathers * shapes.units
     )
     _spread(work, "all_gather", "dp_shard", layout.dp_shard, size * shapes.gathered_outside, 1)
-    if layout.dp > 1:  # copied out of the gathered buffer
+    if layout.dp > 1:  # copies out of the gathered buffer
         copies = 2 * size * (gathers * shapes.gathered_blocks + shapes.gathered_outside)
         work.operation(0, copies, config.hardware, size != FP32_BYTES)
     stream = size * shapes.tokens * shapes.width
-    # two regions a block, forward and backward; the embedding, and the input of the head; again where all is recomputed
+    # two regions a block, forward and backward; embedding and input of the head; two more with full recomputation
     regions = layers * (4 + (2 if parallel.activation_checkpointing == "full" else 0)) + 2
     if parallel.sp:
         work.collective("all_gather", "tp", layout.tp, stream, regions)

@@ -19,12 +19,12 @@ from dist_lm.parallel.layout import AXES, Layout
 from dist_lm.parallel.placement import slice_of
 from dist_lm.tracking.readable import duration, four_digits, gib, percent, readable_count, span
 
-AT_ONCE = 2  # processes; each takes about 0.4 GiB
+AT_ONCE = 2  # processes of about 0.4 GiB each
 
 
 @dataclass(frozen=True)
 class RankReport:
-    """A step of one rank."""
+    """The memory and work of a step on one rank."""
 
     rank: int
     memory: StepMemory
@@ -32,10 +32,10 @@ class RankReport:
 
 
 def play_ranks(config: Config, layout: Layout) -> list[RankReport]:
-    """Play the ranks that differ most.
+    """Play a step on the ranks that differ most.
 
     Raises:
-        RuntimeError: a step cannot be played; with what the process said.
+        RuntimeError: a step failed; with the error output of its process.
     """
     with tempfile.TemporaryDirectory(prefix="dlm-dry-run-") as directory, ThreadPoolExecutor(AT_ONCE) as pool:
         path = Path(directory) / "config.yaml"
@@ -44,7 +44,7 @@ def play_ranks(config: Config, layout: Layout) -> list[RankReport]:
 
 
 def ranks_to_play(config: Config, layout: Layout) -> list[int]:
-    """The first rank, the last, and the first whose part of the heads is filled up with zeros."""
+    """The first rank, the last rank, and the first rank with padded heads."""
     parts = [slice_of(config.model.n_heads, layout.tp, rank) for rank in range(layout.tp)]
     padded = [rank for rank, part in enumerate(parts) if part.real < part.held]
     return sorted({0, *padded[:1], layout.world_size - 1})
@@ -53,7 +53,7 @@ def ranks_to_play(config: Config, layout: Layout) -> list[int]:
 def _play(config: Path, rank: int, world_size: int) -> RankReport:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "dist_lm.dry_run.rehearsal", str(config), str(rank), str(world_size)],
-        # one thread: nothing is computed
+        # one thread, because nothing is computed
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -67,7 +67,7 @@ def _play(config: Path, rank: int, world_size: int) -> RankReport:
 
 
 def rows(config: Config, layout: Layout, reports: list[RankReport]) -> list[list[str]]:
-    """(what, its value on each played rank) for people."""
+    """(name, value on each played rank), for people."""
 
     def row(name: str, value) -> list[str]:
         return [name, *(value(report) for report in reports)]
@@ -83,19 +83,19 @@ def rows(config: Config, layout: Layout, reports: list[RankReport]) -> list[list
         row("peak of tensors", lambda r: gib(r.memory.peak)),
     ]
     if config.hardware.device == "cpu":
-        table.append(row("resident then, about", lambda r: gib(resident(r.memory, config.hardware))))
+        table.append(row("resident memory, about", lambda r: gib(resident(r.memory, config.hardware))))
     for axis in (*AXES, WORLD):
         if any(report.work.messages[axis] for report in reports):
             table.append(row(f"sent, {axis}", lambda r, a=axis: f"{gib(r.work.sent[a])} ({r.work.messages[a]:,})"))
     return [
         *table,
-        row("computed", lambda r: f"{four_digits(r.work.flops / 1e12)} TFLOP"),
+        row("FLOPs of the step", lambda r: f"{four_digits(r.work.flops / 1e12)} TFLOP"),
         row("step, estimated", lambda r: "-" if offload else span(step_seconds(r.work, layout, config.hardware))),
     ]
 
 
 def summary(config: Config, layout: Layout, reports: list[RankReport]) -> dict[str, str]:
-    """What holds for the run as a whole, for people."""
+    """The figures of the whole run, for people."""
     hardware, stage = config.hardware, config.stage
     count = parameter_count(config.model)
     micro_batches, size = micro_batches_of(config, layout)

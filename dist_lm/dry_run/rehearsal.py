@@ -41,27 +41,27 @@ from dist_lm.training.state import TrainState
 from dist_lm.training.stop import StopRequest
 from dist_lm.training.trainer import Trainer
 
-PLAYED = 2  # micro-batches: all but the last one do the same
+PLAYED = 2  # micro-batches: all but the last one do the same work
 
 
 def main() -> None:
-    """Play one rank and print its report."""
+    """Play one rank and print the result."""
     path, rank, world_size = sys.argv[1:]
-    gc.freeze()  # the modules: half a million objects that a collection need not look at
+    gc.freeze()  # excludes half a million objects of imported modules from collections
     memory, work = play(load_config(Path(path)), int(rank), int(world_size))
     print(json.dumps({"memory": asdict(memory), "work": vars(work)}))
 
 
 def play(config: Config, rank: int, world_size: int) -> tuple[StepMemory, Work]:
-    """One step of `rank` of `world_size`."""
-    cpu = torch.device("cpu")  # the fake tensors of a GPU would need its driver
+    """A step of `rank` on fake tensors."""
+    cpu = torch.device("cpu")  # fake CUDA tensors would need a driver
     layout = resolve_layout(config.parallel, config.model, world_size)
     micro_batches, size = micro_batches_of(config, layout)
     offload, config = offloads(config), as_played(config, size)
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
     mesh = build_mesh(layout, cpu)
     counter = WorkCounter(config.hardware, {mesh.get_group(axis).group_name: axis for axis in AXES})
-    # the mesh looks at its values: it is laid out before there are only fake ones
+    # built outside the fake mode, because DeviceMesh reads the values of its tensors
     model = arrange_model(config.model, config.parallel, mesh, cpu, exchange=config.hardware.device == "cpu")
     memory = LiveMemory(gloo=config.hardware.device == "cpu")
     with FakeTensorMode(allow_non_fake_inputs=True), Watch(memory, counter):
@@ -81,15 +81,15 @@ def play(config: Config, rank: int, world_size: int) -> tuple[StepMemory, Work]:
 
 
 def as_played(config: Config, sequences: int) -> Config:
-    """Micro-batches of `sequences`, and what a GPU would do, where a fake step on the CPU has to be told."""
+    """The configuration of a fake step on the CPU that does what the planned hardware would do."""
     parallel, stage = config.parallel, config.stage
     stage = replace(stage, micro_batch=sequences)
     if config.hardware.device == "cuda" and parallel.compute_dtype in ("auto", "fastest"):
         parallel = replace(parallel, compute_dtype="bf16")
     if documents_apart(config.hardware.device, is_half(config), config.model.d_head):
-        # they keep what causal attention keeps, where fake tensors, which have no boundaries, take a mask
+        # packed attention keeps what causal attention keeps; fake tensors have no boundaries and would use a mask
         stage = replace(stage, document_mask=False)
-    # offloaded: the same tensors, and the report says where they are
+    # offloading keeps the same tensors, only elsewhere: `play` accounts for it
     return replace(config, stage=stage, parallel=replace(parallel, compile="never", cpu_offload=False))
 
 
@@ -104,10 +104,10 @@ def rehearse(
     memory: LiveMemory,
     on_micro_batch: Callable[[], None] = lambda: None,
 ) -> StepMemory:
-    """Take one step on `micro_batches` (collective, unless the process group is fake).
+    """Take one step on `micro_batches` and return its memory (collective, unless the process group is fake).
 
     Args:
-        memory: it has watched since before the model had memory.
+        memory: has observed the allocation of the model too.
         on_micro_batch: called before each micro-batch.
     """
     held: list[int] = []
@@ -144,7 +144,7 @@ def rehearse(
 
 
 def random_batch(config: Config) -> Batch:
-    """A micro-batch of one document a sequence."""
+    """A micro-batch of random tokens with one document a sequence."""
     stage = config.stage
     shape = (stage.micro_batch, stage.seq_len)
     tokens_BT = torch.randint(0, config.model.vocab_size, shape)

@@ -21,23 +21,55 @@ from dist_lm.config.hardware import HardwareConfig
 from dist_lm.dry_run.work import WORLD, Work
 
 ANSWER = 2.0
-"""What a fake step reads where it asks a tensor for its value: as a gradient norm it is finite, and clipped to 1."""
+"""The value of every fake tensor that a step reads: a gradient norm that is finite and clipped to 1."""
+COPIED_BY_GLOO = ("all_gather", "reduce_scatter")
+aten = torch.ops.aten
+FREE = (  # allocations, and waits for a message that is counted on its own
+    *(aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default),
+    torch.ops._c10d_functional.wait_tensor.default,
+)
+RESULT = -1  # the whole tensor is the result, not an argument
+c10d, functional = torch.ops.c10d, torch.ops._c10d_functional
+
+# operator -> (kind, argument that holds the whole tensor: the gathered one, or the one to be scattered)
+COLLECTIVES: Mapping[Any, tuple[str, int]] = {
+    c10d._allgather_base_: ("all_gather", 0),
+    c10d.allgather_: ("all_gather", 0),
+    c10d.allgather_into_tensor_coalesced_: ("all_gather", 0),
+    c10d._reduce_scatter_base_: ("reduce_scatter", 1),
+    c10d.reduce_scatter_tensor_coalesced_: ("reduce_scatter", 1),
+    c10d.alltoall_base_: ("all_to_all", 1),
+    c10d.send: ("send", 0),  # received bytes are counted at the sender
+    c10d.allreduce_: ("all_reduce", 0),
+    c10d.allreduce_coalesced_: ("all_reduce", 0),
+    c10d.broadcast_: ("broadcast", 0),
+    functional.all_gather_into_tensor: ("all_gather", RESULT),
+    functional.reduce_scatter_tensor: ("reduce_scatter", 0),
+    functional.all_reduce: ("all_reduce", 0),
+    functional.all_reduce_: ("all_reduce", 0),
+    functional.broadcast: ("broadcast", 0),
+}
 
 
 class Observer(Protocol):
-    """Someone who counts."""
+    """Counts operations."""
 
     def after(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """An operation has run."""
+        """Called after an operation."""
         ...
 
     def resized(self, storage: torch.UntypedStorage) -> None:
-        """A storage has another size."""
+        """Called after a storage was resized."""
         ...
 
 
 class Watch(TorchDispatchMode):
-    """Show observers what happens inside the block."""
+    """A context manager that shows every operation in the block to observers.
+
+    An operation on DTensors is counted once, for the local tensors. To learn the shape of the result, DTensor also runs
+    it on meta tensors of the whole shape; these are not counted (they inflated the optimizer of a large model 60 times).
+    FSDP2 frees and allocates memory by resizing storages, which is not an operation.
+    """
 
     def __init__(self, *observers: Observer) -> None:
         super().__init__()
@@ -75,7 +107,7 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         fake = bool(args) and isinstance(args[0], FakeTensor)
         if fake and func is torch.ops.prim.device.default:
-            return args[0].fake_device  # two of three calls
+            return args[0].fake_device  # a shortcut: two of three calls
         if fake and func is torch.ops.aten._local_scalar_dense.default:
             return ANSWER if args[0].is_floating_point() else round(ANSWER)
         if any(issubclass(kind, DTensor) for kind in types):
@@ -87,11 +119,12 @@ class Watch(TorchDispatchMode):
         return result
 
 
-COPIED_BY_GLOO = ("all_gather", "reduce_scatter")
-
-
 class LiveMemory:
-    """An observer of `Watch`. What an operation takes and frees inside is not seen."""
+    """An observer of `Watch` that counts the bytes of live tensors.
+
+    A storage counts from the first operation that shows it until it is freed. Memory that an operation allocates and
+    frees inside is not seen, except one case: gloo's gather and scatter copy the whole tensor (NCCL's do not).
+    """
 
     def __init__(self, gloo: bool) -> None:
         self.live = 0  # bytes now
@@ -101,9 +134,9 @@ class LiveMemory:
         self._references: dict[int, weakref.ref] = {}
 
     def after(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
-                self.resized(leaf.untyped_storage())
+        for tensor in _tensors(result):
+            if tensor.device.type != "meta":
+                self.resized(tensor.untyped_storage())
         if self._gloo and (collective := collective_of(func, args, result)) and collective.kind in COPIED_BY_GLOO:
             self.peak = max(self.peak, self.live + collective.size)
 
@@ -118,7 +151,7 @@ class LiveMemory:
             self.peak = max(self.peak, self.live)
 
     def reset_peak(self) -> None:
-        """Forget earlier peaks."""
+        """Begin a new peak."""
         self.peak = self.live
 
     def _drop(self, key: int) -> None:
@@ -126,31 +159,24 @@ class LiveMemory:
         del self._references[key]
 
 
-aten = torch.ops.aten
-FREE = (  # memory without values, and waiting for a message that is counted itself
-    *(aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default),
-    torch.ops._c10d_functional.wait_tensor.default,
-)
-
-
 class WorkCounter:
-    """An observer of `Watch` that counts the work of every part of a step; a new part begins with `next_part`."""
+    """An observer of `Watch` that counts work, by parts of a step."""
 
     def __init__(self, hardware: HardwareConfig, axes: Mapping[str, str]) -> None:
         """
         Args:
-            axes: name of a process group -> axis of the mesh.
+            axes: axis of the mesh by name of its process group.
         """
         self.parts = [Work()]
         self._hardware = hardware
         self._axes = axes
 
     def next_part(self) -> None:
-        """Count what comes apart from what was."""
+        """Begin a new part."""
         self.parts.append(Work())
 
     def resized(self, storage: torch.UntypedStorage) -> None:
-        """Costs nothing."""
+        """A resize costs nothing."""
 
     def after(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         if collective := collective_of(func, args, result):
@@ -163,7 +189,7 @@ class WorkCounter:
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
         if _is_free(func, outputs):
             return
-        if func._schema.is_mutable and not outputs:  # foreach and fused operations write to their arguments
+        if func._schema.is_mutable and not outputs:  # foreach and fused operations
             outputs = _written(func, args, kwargs)
         flops = _flops(func._overloadpacket, args, kwargs, result)
         half = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in inputs)
@@ -171,8 +197,34 @@ class WorkCounter:
         self.parts[-1].operation(flops, moved, self._hardware, half)
 
 
+@dataclass(frozen=True)
+class Collective:
+    """One call of a collective."""
+
+    kind: str  # all_gather | reduce_scatter | all_to_all | send | all_reduce | broadcast
+    group: str  # name of the process group
+    ranks: int  # of the group
+    size: int  # bytes of the whole tensor
+
+
+def collective_of(func: Any, args: Any, result: Any) -> Collective | None:
+    """The collective that `func(*args)` was; None for any other operation."""
+    if func._overloadpacket not in COLLECTIVES:
+        return None
+    kind, position = COLLECTIVES[func._overloadpacket]
+    whole = result if position == RESULT else args[position]
+    group = next((a for a in reversed(args) if isinstance(a, str)), None) or _group_of(args)
+    ranks = dist.distributed_c10d._resolve_process_group(cast(Any, group)).size()
+    return Collective(kind, group, ranks, sum(map(_bytes, _tensors(whole))))
+
+
+def _group_of(args: Any) -> str:
+    scripts = [a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())]
+    return dist.ProcessGroup.unbox(scripts[0]).group_name
+
+
 def _is_free(func: Any, outputs: list[torch.Tensor]) -> bool:
-    """Whether nothing is computed: the result is another look at an argument, or memory without values."""
+    """Whether nothing is computed: the result is a view, or memory without values."""
     if func in FREE:
         return True
     if func._schema.is_mutable:
@@ -201,53 +253,3 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-RESULT = -1  # instead of the position of an argument
-c10d, functional = torch.ops.c10d, torch.ops._c10d_functional
-
-# operator -> (kind, position of the whole tensor: what is gathered, or what is not yet scattered)
-COLLECTIVES: Mapping[Any, tuple[str, int]] = {
-    c10d._allgather_base_: ("all_gather", 0),
-    c10d.allgather_: ("all_gather", 0),
-    c10d.allgather_into_tensor_coalesced_: ("all_gather", 0),
-    c10d._reduce_scatter_base_: ("reduce_scatter", 1),
-    c10d.reduce_scatter_tensor_coalesced_: ("reduce_scatter", 1),
-    c10d.alltoall_base_: ("all_to_all", 1),
-    c10d.send: ("send", 0),  # what is received is sent by another rank
-    c10d.allreduce_: ("all_reduce", 0),
-    c10d.allreduce_coalesced_: ("all_reduce", 0),
-    c10d.broadcast_: ("broadcast", 0),
-    functional.all_gather_into_tensor: ("all_gather", RESULT),
-    functional.reduce_scatter_tensor: ("reduce_scatter", 0),
-    functional.all_reduce: ("all_reduce", 0),
-    functional.all_reduce_: ("all_reduce", 0),
-    functional.broadcast: ("broadcast", 0),
-}
-
-
-@dataclass(frozen=True)
-class Collective:
-    """One call."""
-
-    kind: str  # all_gather | reduce_scatter | all_to_all | send | all_reduce | broadcast
-    group: str  # name of the process group
-    ranks: int  # of the group
-    size: int  # bytes of the whole tensor
-
-
-def collective_of(func: Any, args: Any, result: Any) -> Collective | None:
-    """What `func(*args)` was, if it was a collective."""
-    if func._overloadpacket not in COLLECTIVES:
-        return None
-    kind, position = COLLECTIVES[func._overloadpacket]
-    whole = result if position == RESULT else args[position]
-    tensors = [leaf for leaf in tree_leaves(whole) if isinstance(leaf, torch.Tensor)]
-    group = next((a for a in reversed(args) if isinstance(a, str)), None) or _group_of(args)
-    ranks = dist.distributed_c10d._resolve_process_group(cast(Any, group)).size()
-    return Collective(kind, group, ranks, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
-
-
-def _group_of(args: Any) -> str:
-    scripts = [a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type())]
-    return dist.ProcessGroup.unbox(scripts[0]).group_name

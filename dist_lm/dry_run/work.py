@@ -1,8 +1,8 @@
-"""What a step asks of one rank, as numbers, and the time that takes on a machine that is not here. No torch.
+"""Memory and work of a step on one rank, and the time that the work takes on planned hardware. No torch here.
 
-The time is a model, not a measurement: an operation takes as long as its arithmetic or its memory traffic, whichever is
-longer (Williams et al. 2009, the roofline); a collective takes what a ring sends over its slowest link, and a latency
-for each of log2(n) hops. Messages of tensor parallelism are waited for. Those of the data axes run beside computation.
+The time is a model, not a measurement. An operation takes as long as its arithmetic or its memory traffic, whichever is
+longer (roofline, Williams et al. 2009). A collective takes the transfer of a ring over its slowest link plus a latency
+for each of log2(n) hops. Messages of tensor parallelism are waited for; those of the data axes overlap computation.
 """
 
 import math
@@ -14,10 +14,10 @@ from dist_lm.config.hardware import HardwareConfig
 from dist_lm.parallel.layout import AXES, Layout
 
 CPU_RESIDENT = 1.14
-"""Resident memory of a CPU rank by byte of tensors: the allocator keeps what is freed (measured: 1.10 to 1.19)."""
+"""Resident bytes of a CPU rank for each byte of tensors: the allocator keeps freed blocks (measured: 1.10 to 1.19)."""
 
 WORLD = "world"
-"""The axis of messages between all ranks: a few numbers a step."""
+"""The axis of messages between all ranks (a few numbers a step)."""
 
 SENT_PER_BYTE: dict[str, Callable[[int], float]] = {
     "all_gather": lambda n: (n - 1) / n,  # of the gathered tensor
@@ -27,29 +27,29 @@ SENT_PER_BYTE: dict[str, Callable[[int], float]] = {
     "all_reduce": lambda n: 2 * (n - 1) / n,
     "broadcast": lambda n: (n - 1) / n,
 }
-"""Bytes a rank sends, and as many it receives, for each byte of the whole tensor, in a ring of n."""
+"""Bytes that a rank sends (and receives) for each byte of the whole tensor, in a ring of n ranks."""
 
 
 @dataclass(frozen=True)
 class StepMemory:
     """Bytes of tensors on one rank."""
 
-    parameters: int  # its shards of the fp32 master weights
-    gradients: int  # while micro-batches add up, or of the last one: whichever is more
-    optimizer: int  # its shards of both moments
-    activations: int  # what the peak holds beside those three: activations, gathered parameters, buffers of messages
-    host: int = 0  # of the first three, what lies in host memory
+    parameters: int  # shards of the fp32 master weights
+    gradients: int  # accumulated, or of the last micro-batch: the larger
+    optimizer: int  # shards of both moments
+    activations: int  # the rest of the peak: activations, gathered parameters, message buffers
+    host: int = 0  # part of the first three in host memory
 
     @property
     def peak(self) -> int:
-        """Of the device."""
+        """Peak of the device, bytes."""
         return self.parameters + self.gradients + self.optimizer + self.activations - self.host
 
     def offloaded(self, adds_up: bool) -> "StepMemory":
         """The same step under parallel.cpu_offload.
 
         Args:
-            adds_up: whole gradients add up over micro-batches: on the device.
+            adds_up: whole gradients accumulate on the device.
         """
         host = self.parameters + self.optimizer + (0 if adds_up else self.gradients)
         return replace(self, host=host)
@@ -57,12 +57,12 @@ class StepMemory:
 
 @dataclass
 class Work:
-    """Work of one rank; a sum of parts."""
+    """Work of one rank; parts can be added."""
 
     flops: float = 0.0
-    device_s: float = 0.0  # seconds of its device by the roofline, messages apart
-    sent: Counter[str] = field(default_factory=Counter)  # axis -> bytes sent, and as many received
-    messages: Counter[str] = field(default_factory=Counter)  # axis -> collectives
+    device_s: float = 0.0  # device time by the roofline, messages excluded
+    sent: Counter[str] = field(default_factory=Counter)  # bytes by axis
+    messages: Counter[str] = field(default_factory=Counter)  # collectives by axis
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
@@ -84,33 +84,33 @@ class Work:
         """Add one operation.
 
         Args:
-            moved: bytes it reads and writes.
-            half: its inputs are bf16, not fp32.
+            moved: bytes read and written.
+            half: inputs are bf16, not fp32.
         """
         self.flops += flops
         self.device_s += max(flops / matmul_flops(hardware, half), moved / (hardware.memory_gb_s * 1e9))
 
     def collective(self, kind: str, axis: str, ranks: int, size: int, times: int = 1) -> None:
-        """Add collectives over `ranks` ranks, each on a whole tensor of `size` bytes; one rank sends nothing."""
+        """Add `times` collectives over `ranks` ranks on a whole tensor of `size` bytes."""
         if ranks > 1:
             self.sent[axis] += round(SENT_PER_BYTE[kind](ranks) * size) * times
             self.messages[axis] += times
 
 
 def matmul_flops(hardware: HardwareConfig, half: bool) -> float:
-    """FLOP/s that large matrix products reach."""
+    """Attainable FLOP/s of large matrix products."""
     return hardware.attainable * (hardware.bf16_tflops if half else hardware.fp32_tflops) * 1e12
 
 
 def message_seconds(work: Work, axis: str, layout: Layout, hardware: HardwareConfig) -> float:
-    """Seconds that the messages of one axis take, one after the other."""
+    """Seconds of all messages of one axis, one after the other."""
     if not work.messages[axis]:
         return 0.0
     ranks, stride = _extent(axis, layout)
-    in_node = max(1, min(ranks, hardware.devices_per_node // stride))  # of a group, on one node
+    in_node = max(1, min(ranks, hardware.devices_per_node // stride))  # ranks of a group on one node
     crosses = in_node < ranks
     latency_us = hardware.inter_node_us if crosses else hardware.intra_node_us
-    # a ring through a node leaves it once, over the links of all its members
+    # a ring leaves each node once, over the links of all its members
     rate = hardware.intra_node_gb_s
     if crosses:
         rate = min(rate, hardware.inter_node_gb_s * in_node)
@@ -119,7 +119,7 @@ def message_seconds(work: Work, axis: str, layout: Layout, hardware: HardwareCon
 
 
 def resident(memory: StepMemory, hardware: HardwareConfig) -> int:
-    """Bytes that the peak takes from the device, the allocator's own share on a CPU included."""
+    """Peak bytes of the device, the overhead of the allocator on CPU included."""
     return round(memory.peak * (CPU_RESIDENT if hardware.device == "cpu" else 1))
 
 
@@ -131,7 +131,7 @@ def step_seconds(work: Work, layout: Layout, hardware: HardwareConfig) -> float:
 
 
 def _extent(axis: str, layout: Layout) -> tuple[int, int]:
-    """(ranks of a group of `axis`, distance between neighbours in it)."""
+    """(ranks of a group of `axis`, distance between neighbouring ranks)."""
     if axis == WORLD:
         return layout.world_size, 1
     sizes = (layout.dp_replicate, layout.dp_shard, layout.tp)

@@ -1,1 +1,1 @@
-"""`python -m dist_lm report RUN...`: one HTML file of what runs left behind. Files are read, no more."""
+"""`python -m dist_lm report RUN...`: one HTML file about runs, made from their files. Runs are only read."""

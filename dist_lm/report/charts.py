@@ -16,24 +16,24 @@ from dist_lm.report.facts import RunFacts, Series
 from dist_lm.tracking.readable import four_digits
 from dist_lm.tracking.registry import Metric, UnknownMetricError, metric_of
 
-HEAD = 64  # values at the start that are kept as they are
-TREND_FROM = 100  # values: fewer are seen at a glance
+HEAD = 64  # first values, all kept
+TREND_FROM = 100  # values: shorter curves need no trend
 TREND_POINTS = 120
-WINDOW = 1 / 40  # of all values, that a point of the trend is the mean of
+WINDOW = 1 / 40  # share of all values behind a point of the trend
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What is drawn of a series."""
+    """The drawn points of a series."""
 
     points: Series
-    trend: Series | None  # means over a window around each step; None: too few values, or they do not jitter
-    measured: int  # values there were
-    not_finite: int  # of them
+    trend: Series | None  # windowed means; None: a short or a smooth series
+    measured: int  # values in the series
+    not_finite: int  # NaN and infinite values among them
 
 
 def curve_of(series: Series, most: int) -> Curve:
-    """A series as at most about `most` points, and its trend."""
+    """A series as about `most` points or fewer, and its trend."""
     return Curve(
         points=downsample(series, most),
         trend=trend_of(series, min(TREND_POINTS, most // 2)),
@@ -43,9 +43,9 @@ def curve_of(series: Series, most: int) -> Curve:
 
 
 def downsample(series: Series, most: int) -> Series:
-    """At most `most` points (but never fewer than 8): all, or head, last, minimum and maximum of each stretch.
+    """At most `most` points (at least 8): the first values, the last one, minimum and maximum of each stretch.
 
-    A stretch without a finite value keeps one of its points, which is a gap in the curve.
+    A stretch without a finite value keeps one point, which is drawn as a gap.
     """
     count = len(series.steps)
     most = max(8, most)
@@ -69,28 +69,28 @@ def downsample(series: Series, most: int) -> Series:
 
 
 def trend_of(series: Series, points: int = TREND_POINTS) -> Series | None:
-    """Means of about `WINDOW` of all values around steps that are evenly spread, from all values, not only the drawn.
+    """Means over a window of `WINDOW` of all values around evenly spread steps.
 
-    None for short series and for those that run smoothly (a learning rate), whose trend would be the curve again.
+    None for short series and for smooth ones such as a learning rate, whose trend would equal the curve.
     """
     finite = np.isfinite(series.values)
     steps, values = series.steps[finite], series.values[finite]
     if len(values) < TREND_FROM:
         return None
     changes = np.abs(np.diff(values))
-    if changes.sum() < 3 * (values.max() - values.min()):  # it goes up and down no more than a few times
+    if changes.sum() < 3 * (values.max() - values.min()):  # hardly any ups and downs
         return None
     half = max(2, int(len(values) * WINDOW / 2))
     sums = np.concatenate([[0.0], np.cumsum(values)])
     centres = np.unique(np.linspace(0, len(values) - 1, points).astype(np.int64))
-    reach = np.minimum(half, np.minimum(centres, len(values) - 1 - centres))  # even on both sides, also at the ends
+    reach = np.minimum(half, np.minimum(centres, len(values) - 1 - centres))  # symmetric, also at both ends
     low, high = centres - reach, centres + reach + 1
     return Series(steps[centres], (sums[high] - sums[low]) / (high - low))
 
 
-POINTS = 100_000  # of all curves of a report, and half as many of trends: what keeps the file small
+POINTS = 100_000  # of all curves of a report; bounds the size of the file
 MOST_POINTS = 1000  # of one curve: more than a screen has columns
-KNOTS = 200  # of the lines that turn steps into tokens and hours
+KNOTS = 200  # of the lines that map steps to tokens and hours
 TOKENS = "train/tokens"
 HEADLINES = (
     "train/loss",
@@ -108,15 +108,15 @@ HEADLINES = (
     "generate/new_tokens_mean",
 )
 COLOURS = 8
-SHOWN_FIRST = 4  # charts of a stage that are open when the page is
+SHOWN_FIRST = 4  # charts of a stage that are visible at first
 
 
 @dataclass(frozen=True)
 class Line:
     """One curve of a chart."""
 
-    run: int  # its place among the runs of the report
-    label: str  # of the run, or what stands for the slot of a family
+    run: int  # index of the run in the report
+    label: str  # of the run, or the value of a family's slot
     colour: int
     curve: Curve
 
@@ -131,30 +131,30 @@ class Chart:
 
     @property
     def positive(self) -> bool:
-        """Whether a logarithmic axis can show all of it."""
+        """Whether all values are positive, as a logarithmic axis needs."""
         return all(np.nanmin(line.curve.points.values, initial=np.inf) > 0 for line in self.lines)
 
     @property
     def moves(self) -> bool:
-        """Whether there is a curve to see: two different values of one line, or a value that was not finite."""
+        """Whether a line has two different values."""
         return any(
             len(line.curve.points.values) > 1 and len(np.unique(line.curve.points.values)) > 1 for line in self.lines
         )
 
     @property
     def drawable(self) -> bool:
-        """Whether there is a finite value."""
+        """Whether any value is finite."""
         return any(np.isfinite(line.curve.points.values).any() for line in self.lines)
 
 
 @dataclass(frozen=True)
 class StageCharts:
-    """The charts of a stage: a few to look at first, and the others by group; and what makes no curve."""
+    """The charts of a stage: the main ones, the others by group, and metrics without a curve."""
 
     stage: str
     first: tuple[Chart, ...]
     groups: Mapping[str, tuple[Chart, ...]]
-    still: tuple[Chart, ...]  # measured once, or the same all the time
+    still: tuple[Chart, ...]  # measured once, or constant
 
     @property
     def charts(self) -> list[Chart]:
@@ -162,7 +162,7 @@ class StageCharts:
 
 
 def known(name: str) -> Metric:
-    """What the list says of a metric; one that is not in it (of another version) is shown by its name alone."""
+    """The registry's metric of a name; a metric of another version has a name only."""
     try:
         return metric_of(name)
     except UnknownMetricError:
@@ -170,7 +170,7 @@ def known(name: str) -> Metric:
 
 
 def charts_of(stages: Mapping[str, Sequence[RunFacts]], runs: Sequence[RunFacts]) -> list[StageCharts]:
-    """The charts of every stage, with as many points as the report has room for."""
+    """The charts of every stage, with as many points as the size of the report allows."""
     curves = sum(len(run.series) for run in runs)
     most = int(np.clip(POINTS / max(1, curves), 40, MOST_POINTS))
     place = {id(run): number for number, run in enumerate(runs)}
@@ -190,9 +190,9 @@ def _stage(stage: str, runs: Sequence[RunFacts], place: Mapping[int, int], most:
             Line(place[id(run)], _label(run, title, name, runs), colour, curve_of(run.series[name], most))
             for colour, (run, name) in enumerate((run, name) for run in runs for name in members if name in run.series)
         ]
-        if len(lines) == 2 and len(runs) == 1 and same(lines[0].curve, lines[1].curve):  # all of it is of one kind
+        if len(lines) == 2 and len(runs) == 1 and same(lines[0].curve, lines[1].curve):  # the part is the whole
             lines = lines[:1]
-        if len(runs) > 1:  # a colour is a run, in every chart of the stage
+        if len(runs) > 1:  # a run has the same colour in every chart
             order = {place[id(run)]: colour for colour, run in enumerate(runs)}
             lines = [replace(line, colour=order[line.run]) for line in lines]
         charts.append(Chart(title, metric, tuple(lines)))
@@ -209,14 +209,14 @@ def _stage(stage: str, runs: Sequence[RunFacts], place: Mapping[int, int], most:
 
 
 def same(one: Curve, other: Curve) -> bool:
-    """Whether two curves are drawn alike."""
+    """Whether two curves have equal points."""
     return np.array_equal(one.points.steps, other.points.steps) and np.array_equal(
         one.points.values, other.points.values, equal_nan=True
     )
 
 
 def family(metric: Metric) -> str:
-    """The chart of a metric: `val/loss_{corpus}` is drawn with `val/loss`."""
+    """The chart of a metric: `val/loss_{corpus}` shares that of `val/loss`."""
     return metric.name.partition("{")[0].rstrip("_/") if metric.slot else metric.name
 
 
@@ -228,16 +228,16 @@ def _label(run: RunFacts, title: str, name: str, runs: Sequence[RunFacts]) -> st
 
 @dataclass(frozen=True)
 class Still:
-    """A value of a chart without a curve."""
+    """The value of a metric without a curve."""
 
     label: str
     colour: int
     value: str
-    when: str  # the step, where it was measured once
+    when: str  # the step of a single measurement
 
 
 def still_values(chart: Chart) -> list[Still]:
-    """The lines of a chart without a curve, as words."""
+    """The values of a chart without a curve."""
     found = []
     for line in chart.lines:
         points = line.curve.points
@@ -252,14 +252,14 @@ def still_values(chart: Chart) -> list[Still]:
 
 
 class Numbers:
-    """Lists of steps, kept once however many curves share them."""
+    """Lists of steps; curves with the same steps share a list."""
 
     def __init__(self) -> None:
         self.lists: list[list[float | None]] = []
         self._place: dict[bytes, int] = {}
 
     def keep(self, numbers: np.ndarray) -> int:
-        """The place of this list."""
+        """Add a list and return its index."""
         key = numbers.tobytes()
         if key not in self._place:
             self._place[key] = len(self.lists)
@@ -268,7 +268,7 @@ class Numbers:
 
 
 def as_data(stages: Sequence[StageCharts], runs: Sequence[RunFacts]) -> dict[str, Any]:
-    """What the page draws from, ready for JSON: `charts`, `steps` (lists that curves share), `runs` (their axes)."""
+    """The data of the page's script, ready for JSON: `charts`, `steps` (shared lists), `runs` (their axes)."""
     numbers = Numbers()
     charts = [
         {
@@ -297,7 +297,7 @@ def _line(line: Line, numbers: Numbers) -> dict[str, Any]:
 
 
 def _axes(run: RunFacts) -> dict[str, Any]:
-    """Knots of the lines from step to tokens, and to hours since the run began."""
+    """Knots of the maps from step to tokens and to hours since the run began."""
     began = run.clock.values[0] if len(run.clock.values) else 0.0
     hours = Series(run.clock.steps, np.maximum.accumulate(run.clock.values - began) / 3600)
     return {"tokens": _knots(run.series.get(TOKENS)), "hours": _knots(hours)}
@@ -311,6 +311,6 @@ def _knots(series: Series | None) -> dict[str, list] | None:
 
 
 def _rounded(values: np.ndarray, digits: int = 6) -> list[float | None]:
-    """Six digits are more than a screen shows; a value that is not finite is a gap."""
+    """Six digits, more than a screen can show; None (a gap) for a value that is not finite."""
     shown = (float(f"{value:.{digits}g}") if np.isfinite(value) else None for value in values.tolist())
     return [int(value) if value is not None and value.is_integer() else value for value in shown]

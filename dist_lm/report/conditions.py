@@ -23,7 +23,7 @@ COLUMNS = (
     "First all-reduce",
     "Planned for",
 )
-NAMED = 3  # hosts in a cell
+NAMED = 3  # hosts named in a cell
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Hardware:
 
 
 def hardware_of(runs: Sequence[RunFacts]) -> Hardware:
-    """A row for each run; a column that is unknown of all is left out."""
+    """A row for each run; columns that are unknown for all runs are left out."""
     cells = [(run.label, _cells(run)) for run in runs]
     kept = [number for number in range(len(COLUMNS)) if any(row[number] != UNKNOWN for _, row in cells)]
     return Hardware(
@@ -75,13 +75,13 @@ def _of(run: RunFacts, name: str) -> tuple[float, float] | None:
 
 
 ABSENT = "–"
-OPEN = "???"  # what OmegaConf calls a value that is missing
-NAMES = ("run_id", "work_dir")  # differ by their nature, or are in every heading
+OPEN = "???"  # OmegaConf's missing value
+NAMES = ("run_id", "work_dir")  # always differ
 
 
 @dataclass(frozen=True)
 class Row:
-    """A key, and what it is in each column; `same`: whether the values are equal."""
+    """A key and its value in each column."""
 
     key: str
     values: tuple[str, ...]
@@ -92,7 +92,7 @@ class Row:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, str]:
-    """Dotted keys and their values as text; lists are one value."""
+    """Dotted keys and values as text; a list is one value."""
     if isinstance(value, Mapping) and value:
         found: dict[str, str] = {}
         for key, item in value.items():
@@ -102,7 +102,7 @@ def flat(value: Any, prefix: str = "") -> dict[str, str]:
 
 
 def as_text(value: Any) -> str:
-    """As it would be written on the command line."""
+    """A value as on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -113,7 +113,7 @@ def as_text(value: Any) -> str:
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """The keys that are not the same in all of several configurations, in the order of the first."""
+    """The keys whose values differ between configurations, in the order of the first one."""
     columns = [flat(config) for config in configs]
     keys = dict.fromkeys(key for column in columns for key in column if key not in NAMES)
     rows = [Row(key, tuple(column.get(key, ABSENT) for column in columns)) for key in keys]
@@ -121,7 +121,7 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def from_defaults(config: Mapping[str, Any]) -> list[Row]:
-    """(key, default, value) of what a configuration sets otherwise than the code, where that does not leave it open."""
+    """(key, default, value) of the keys whose value differs from the default in the code."""
     defaults = defaults_of(schema_of(str(config.get("stage", {}).get("name", ""))))
     rows = []
     for key, value in flat(config).items():
@@ -132,7 +132,7 @@ def from_defaults(config: Mapping[str, Any]) -> list[Row]:
 
 
 def defaults_of(schema: type) -> dict[str, str]:
-    """What the code gives each key of a configuration; `OPEN` where it gives none."""
+    """The default of each key in the code; `OPEN` without one."""
     found = flat(OmegaConf.to_container(OmegaConf.structured(schema)))
     for name, group in get_type_hints(schema).items():
         if is_dataclass(group):

@@ -1,4 +1,4 @@
-"""What a report is made of, as values."""
+"""The content of a report, as values."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ State = Literal["finished", "running", "unfinished"]
 
 @dataclass(frozen=True)
 class Series:
-    """One metric of one run: a value a step, by rising step."""
+    """One metric of one run: a value for each step, in order of steps."""
 
     steps: np.ndarray  # int64
     values: np.ndarray  # float64; NaN where the value was not finite
@@ -24,22 +24,22 @@ class Series:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that was written."""
+    """A checkpoint that was written."""
 
     step: int
     time: float  # seconds since 1970
     marks: str = ""  # "newest", "best", both, or neither; "gone": not kept
-    stall_s: float | None = None  # that training stood still for it
+    stall_s: float | None = None  # how long training waited for it
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What a run wrote of the model, from its newest file."""
+    """Samples of the model, from the newest file of a run."""
 
-    source: str = ""  # name of that file
-    rows: tuple[Mapping[str, Any], ...] = ()  # of many, the first ones
+    source: str = ""  # name of the file
+    rows: tuple[Mapping[str, Any], ...] = ()  # a selection
     total: int = 0  # rows of the file
-    files: int = 0  # there are
+    files: int = 0  # files of the run
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ class RunFacts:
     """One run of a training stage, or of stage `generate`."""
 
     path: Path
-    label: str  # what it is called in the report: no two runs have the same
+    label: str  # unique in the report
     stage: str
     run_id: str
     state: State
-    config: Mapping[str, Any]  # without its secrets
-    model: ModelConfig | None  # None: the configuration is of another version
+    config: Mapping[str, Any]  # without secrets
+    model: ModelConfig | None  # None: written by another version
     layout: Layout | None  # of the newest attempt
     series: Mapping[str, Series]
     clock: Series  # seconds since 1970 by step
@@ -69,22 +69,22 @@ class RunFacts:
 
     @property
     def step(self) -> int:
-        """The newest step that was measured."""
+        """The newest measured step."""
         return int(self.clock.steps[-1]) if len(self.clock.steps) else 0
 
     @property
     def steps(self) -> int | None:
-        """That it shall have."""
+        """The planned number of steps."""
         return self.config.get("stage", {}).get("steps")
 
     @property
     def corpora(self) -> frozenset[str]:
-        """The corpora the run reads, by name: its own, those in its mix, the pretraining text of stage rlhf."""
+        """The corpora the run reads, by name: its own, its mix, its pretraining text."""
         stage, rlhf = self.config.get("stage", {}), self.config.get("rlhf") or {}
         names = {*(stage.get("mix") or {})}
-        if self.stage == "rlhf" and rlhf.get("pretrain_coefficient"):
+        if rlhf.get("pretrain_coefficient"):
             names |= {rlhf.get("pretrain_corpus"), *(rlhf.get("pretrain_mix") or {})}
-        if not (self.stage == "rlhf" and rlhf.get("prompts_from")):
+        if not rlhf.get("prompts_from"):
             names.add(stage.get("corpus"))
         return frozenset(str(name) for name in names if name)
 
@@ -97,24 +97,24 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class WorkFacts:
-    """What the runs of a work directory share."""
+    """The files that runs of a work directory share."""
 
     path: Path
-    corpora: Mapping[str, Manifest]  # that the runs of the report read
+    corpora: Mapping[str, Manifest]  # those that the runs read
     tokenizer: Mapping[str, Any]  # report.json
-    pipeline: Mapping[str, Any]  # the command that is reported on; empty: runs were named one by one
+    pipeline: Mapping[str, Any]  # the reported command; empty: runs were named one by one
 
 
 @dataclass(frozen=True)
 class Facts:
-    """All that one report shows."""
+    """Everything that a report shows."""
 
     title: str
     runs: tuple[RunFacts, ...]
     works: tuple[WorkFacts, ...] = field(default=())
 
     def by_stage(self) -> dict[str, list[RunFacts]]:
-        """Runs in their order, by stage, in the order of its first run."""
+        """Runs by stage, in their order."""
         stages: dict[str, list[RunFacts]] = {}
         for run in self.runs:
             stages.setdefault(run.stage, []).append(run)

@@ -19,7 +19,7 @@ from dist_lm.tracking.readable import counted, gib, readable_count
 from dist_lm.tracking.registry import LOOP_STAGES
 from dist_lm.training.parameter_groups import is_matrix
 
-ELEMENT_BYTES = 4  # parameters, gradients and moments are kept in fp32; computing in bf16 casts what is gathered
+ELEMENT_BYTES = 4  # parameters, gradients and moments are fp32; bf16 computation casts gathered parameters
 MEMORY = "perf/memory_gib"
 
 
@@ -36,7 +36,7 @@ class Part:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """A bar, and words on what is not in it."""
+    """A bar, and words on memory outside the bar."""
 
     parts: tuple[Part, ...]
     total: str
@@ -44,7 +44,7 @@ class RankMemory:
 
 
 def rank_memory(model: ModelConfig, layout: Layout, runs: Sequence[RunFacts]) -> RankMemory:
-    """Of runs that share model and layout. Of stage rlhf alone, the policy's weights are shown."""
+    """The memory of runs that share model and layout; of runs outside the trainer's loop the policy's weights only."""
     looped = [run for run in runs if run.stage in LOOP_STAGES]
     muon = all(_has_muon(run.config.get("stage", {})) for run in looped)
     sizes = {"weights": _elements(model, layout, lambda _: 1)}
@@ -59,10 +59,10 @@ def rank_memory(model: ModelConfig, layout: Layout, runs: Sequence[RunFacts]) ->
     peaks = [peak for run in looped or runs if (peak := _peak(run)) is not None]
     words = [small_words(model, layout)]
     if others := [run.label for run in runs if run.stage not in LOOP_STAGES]:
-        words.append(f"Of {', '.join(others)} this is the policy; critic, reference and reward model come on top.")
+        words.append(f"{', '.join(others)}: the policy only; critic, reference and reward model come on top.")
     if peaks:
         words.insert(
-            0, f"Measured at most: {gib(max(peaks) * 2**30)}, with activations, messages and the program itself."
+            0, f"Measured at most: {gib(max(peaks) * 2**30)}, including activations, messages and the program itself."
         )
     return RankMemory(
         tuple(parts),
@@ -72,7 +72,7 @@ def rank_memory(model: ModelConfig, layout: Layout, runs: Sequence[RunFacts]) ->
 
 
 def small_words(model: ModelConfig, layout: Layout) -> str:
-    """What is not drawn: norms and biases."""
+    """Words on norms and biases, which are not drawn."""
     small = {
         name: placement
         for name, placement in placements(model, layout).items()
@@ -104,7 +104,7 @@ def _peak(run: RunFacts) -> float | None:
 
 @dataclass(frozen=True)
 class DrawnKind:
-    """How one kind of parameter is cut."""
+    """A kind of parameter and its shards."""
 
     name: str
     picture: Markup
@@ -113,7 +113,7 @@ class DrawnKind:
 
 @dataclass(frozen=True)
 class Panel:
-    """One layout of one model."""
+    """A layout of a model."""
 
     label: str
     words: str
@@ -123,7 +123,7 @@ class Panel:
 
 
 def panels(runs: Sequence[RunFacts]) -> list[Panel]:
-    """A panel for every layout that is known, with the runs that had it."""
+    """A panel for every known layout, with its runs."""
     together: dict[tuple, list[RunFacts]] = {}
     for run in runs:
         if run.model and run.layout:
@@ -154,7 +154,7 @@ def _sentences(model: ModelConfig, layout: Layout) -> str:
     if layout.dp_replicate > 1:
         parts.append(f"Each of the {layout.dp_replicate} replicas holds the whole model.")
     if layout.dp_shard * layout.tp > MOST_RANKS or layout.dp_replicate > MOST_REPLICAS:
-        parts.append("Not every rank is drawn; the others go on alike.")
+        parts.append("Not every rank is drawn; the others follow the same pattern.")
     parts.append(
         "A column is a shard (dp_shard), a row a tensor-parallel rank, a colour a node."
         if layout.world_size > 1
@@ -163,25 +163,25 @@ def _sentences(model: ModelConfig, layout: Layout) -> str:
     return " ".join(part for part in parts if part)
 
 
-MOST_RANKS = 256  # cells that are drawn of one replica
+MOST_RANKS = 256  # cells drawn for one replica
 MOST_REPLICAS = 8
 NODE_COLOURS = 6
 CELL, LARGE_CELL, GAP = 18, 64, 4
-PICTURE = 132  # a side of the picture of a parameter, at most
-DRAWN = 16  # parts of a parameter along a side; the rest is one area
-LETTER = 7  # width
+PICTURE = 132  # longest side of the picture of a parameter
+DRAWN = 16  # shards drawn along a side; the rest is one area
+LETTER = 7  # width of a character
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Parameters that are cut alike."""
+    """Parameters with the same placement."""
 
     name: str
-    count: int  # of them in the model
+    count: int  # in the model
     placement: Placement
 
     def share(self, layout: Layout) -> int:
-        """Elements of all of them that the fullest rank holds."""
+        """Elements of this kind on the fullest rank."""
         return self.count * math.prod(self.placement.local(layout))
 
     @property
@@ -190,7 +190,7 @@ class Kind:
 
 
 def kinds(model: ModelConfig, layout: Layout) -> list[Kind]:
-    """The matrices of a model, those that are cut alike together; norms and biases are left out, for they are small."""
+    """The matrices of a model, grouped by placement; norms and biases are small and left out."""
     by_name: dict[str, list[Placement]] = {}
     for name, placement in placements(model, layout).items():
         parts = name.split(".")
@@ -207,24 +207,24 @@ def kinds(model: ModelConfig, layout: Layout) -> list[Kind]:
 
 
 def _joined(names: list[str]) -> str:
-    """`attention.query, key, value`: what names begin with is said once."""
+    """Names with a common prefix written once: `attention.query, key, value`."""
     first = names[0].rpartition(".")[0]
     rest = [name.removeprefix(f"{first}.") if first else name for name in names[1:]]
     return ", ".join([names[0], *rest])
 
 
 def held_elements(model: ModelConfig, layout: Layout) -> int:
-    """Elements of parameters that the fullest rank holds, everything counted."""
+    """Elements of all parameters on the fullest rank."""
     return sum(math.prod(placement.local(layout)) for placement in placements(model, layout).values())
 
 
 def rank_of(layout: Layout, replica: int, shard: int, tp: int) -> int:
-    """The rank at a place of the mesh."""
+    """The rank at a position of the mesh."""
     return (replica * layout.dp_shard + shard) * layout.tp + tp
 
 
 def mesh_picture(layout: Layout, attempt: Mapping[str, Any]) -> Markup:
-    """A cell a rank: columns are dp_shard, rows are tp, blocks are replicas, colours are nodes."""
+    """The mesh with a cell for each rank: columns are dp_shard, rows tp, blocks replicas, colours nodes."""
     per_node = max(1, int(attempt.get("ranks_per_node", layout.world_size)))
     hosts = [str(node.get("host", "")) for node in attempt.get("nodes", [])]
     shards = min(layout.dp_shard, max(1, MOST_RANKS // layout.tp))
@@ -271,7 +271,7 @@ def _cell(rank: int, x: float, y: float, size: int, per_node: int, hosts: list[s
 
 
 def parameter_picture(kind: Kind, layout: Layout) -> Markup:
-    """One parameter as a rectangle in its proportions, cut as it is; padding is hatched, the part of rank 0 is full."""
+    """A parameter as a rectangle divided into its shards; padding is hatched, the shard of rank 0 is filled."""
     placement = kind.placement
     shape, axes = _as_matrix(placement)
     height, width = _proportions(shape)
@@ -302,7 +302,7 @@ def parameter_picture(kind: Kind, layout: Layout) -> Markup:
 
 
 def facts_of(kind: Kind, layout: Layout, element_bytes: int) -> dict[str, str]:
-    """What stands beside the picture of a kind."""
+    """The text beside the picture of a kind."""
     placement = kind.placement
     cuts = []
     if placement.tp_dim is not None and layout.tp > 1:
@@ -321,7 +321,7 @@ def facts_of(kind: Kind, layout: Layout, element_bytes: int) -> dict[str, str]:
 
 
 def _as_matrix(placement: Placement) -> tuple[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]]:
-    """A parameter as (rows, columns), and which of its dimensions each stands for: heads and their width are rows."""
+    """A parameter as (rows, columns), and the dimensions behind each: heads and their width are rows."""
     shape = placement.padded
     if len(shape) == 3:
         return (shape[0] * shape[1], shape[2]), ((0, 1), (2,))
@@ -329,7 +329,7 @@ def _as_matrix(placement: Placement) -> tuple[tuple[int, int], tuple[tuple[int, 
 
 
 def _proportions(shape: tuple[int, int]) -> tuple[float, float]:
-    ratio = min(4.0, max(0.25, shape[0] / shape[1]))  # a long one would be a line
+    ratio = min(4.0, max(0.25, shape[0] / shape[1]))  # a long rectangle would look like a line
     return (PICTURE, PICTURE / ratio) if ratio > 1 else (PICTURE * ratio, PICTURE)
 
 
@@ -341,7 +341,7 @@ def _cuts(dims: tuple[int, ...], placement: Placement, layout: Layout) -> int:
 def _holders(
     layout: Layout, placement: Placement, axes: tuple[tuple[int, ...], tuple[int, ...]], row: int, column: int
 ) -> list[int]:
-    """The ranks that hold one part."""
+    """The ranks that hold one shard."""
     at = {0: row, 1: column}
     axis_of = {dim: number for number, dims in enumerate(axes) for dim in dims}
     tps = range(layout.tp) if placement.tp_dim is None or layout.tp == 1 else [at[axis_of[placement.tp_dim]]]
@@ -372,7 +372,7 @@ def _listed(ranks: list[int]) -> str:
 
 
 def _runs(ranks: list[int]) -> Iterator[str]:
-    """Consecutive numbers as `0-3`."""
+    """Ranges of consecutive numbers, such as `0-3`."""
     start = 0
     for stop in range(1, len(ranks) + 1):
         if stop == len(ranks) or ranks[stop] != ranks[stop - 1] + 1:
@@ -382,7 +382,7 @@ def _runs(ranks: list[int]) -> Iterator[str]:
 
 
 def _svg(width: float, height: float, kind: str, content: str) -> Markup:
-    # every value in `content` is a number, or escaped where it was put in
+    # every value in `content` is a number, or was escaped
     return Markup(  # noqa: S704
         f'<svg class="{kind}" width="{width + 2:.0f}" height="{height + 2:.0f}" '
         f'viewBox="-1 -1 {width + 2:.0f} {height + 2:.0f}" role="img">{content}</svg>'

@@ -1,4 +1,4 @@
-"""What a model was trained on: shares of corpora and languages, counts, sources, the tokenizer. Pure."""
+"""The training data of runs: shares of corpora and languages, counts, the tokenizer. Pure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What one run reads."""
+    """The training data of one run."""
 
     label: str
     shares: tuple[Share, ...]
@@ -45,7 +45,7 @@ class CorpusRow:
 
 
 def mixtures(runs: Sequence[RunFacts], works: Sequence[WorkFacts]) -> list[Mixture]:
-    """A bar for each run whose corpora are there: languages, weighed with the share of their corpus in a step."""
+    """A bar for each run whose corpora exist: its languages, weighted by the share of their corpus."""
     work_of = {work.path: work for work in works}
     colours: dict[str, int] = {}
     found = []
@@ -85,7 +85,7 @@ def corpus_rows(work: WorkFacts) -> list[CorpusRow]:
 
 
 def tokenizer_words(report: Mapping[str, Any]) -> str:
-    """The tokenizer in a line; empty without a report."""
+    """The tokenizer in one line; empty without a report."""
     if not report:
         return ""
     by = ", ".join(f"{name} {facts['bytes_per_token']:.2f}" for name, facts in report.get("languages", {}).items())
@@ -93,7 +93,7 @@ def tokenizer_words(report: Mapping[str, Any]) -> str:
 
 
 def _parts(name: str, share: float, manifest: Manifest | None) -> list[tuple[str, float, str]]:
-    """(language, share, words) of one corpus; its tokens are taken evenly, so languages weigh as many as they have."""
+    """(language, share, words) of one corpus; a language's share is that of its tokens, which are sampled evenly."""
     train = manifest.splits.get("train") if manifest else None
     total = train.counts.tokens if train else 0
     if not train or not total:
@@ -105,7 +105,7 @@ def _parts(name: str, share: float, manifest: Manifest | None) -> list[tuple[str
 
 
 def _merged(parts: Sequence[tuple[str, float, str]]) -> list[tuple[str, float, str]]:
-    """A language that several corpora have, once."""
+    """The parts with equal languages of several corpora joined."""
     together: dict[str, tuple[float, list[str]]] = {}
     for label, share, words in parts:
         before, said = together.get(label, (0.0, []))
@@ -114,7 +114,7 @@ def _merged(parts: Sequence[tuple[str, float, str]]) -> list[tuple[str, float, s
 
 
 def _bar(parts: Sequence[tuple[str, float, str]], colours: dict[str, int]) -> list[Share]:
-    """A colour a language, the same in all bars where it can be; of more than `COLOURS` the smallest share the last."""
+    """A colour for each language, the same in all bars if possible; beyond `COLOURS` the smallest parts share one."""
     named, others = _few(parts)
     free = set(range(COLOURS - bool(others)))
     chosen: dict[str, int] = {}
@@ -134,7 +134,7 @@ def _bar(parts: Sequence[tuple[str, float, str]], colours: dict[str, int]) -> li
 def _few(
     parts: Sequence[tuple[str, float, str]],
 ) -> tuple[Sequence[tuple[str, float, str]], list[tuple[str, float, str]]]:
-    """Parts with a colour of their own, and the others, where there are too many for that, as one."""
+    """The parts with a colour of their own, and the remaining small ones joined to one."""
     if len(parts) <= COLOURS:
         return parts, []
     small = sorted(parts, key=lambda part: -part[1])[COLOURS - 1 :]

@@ -10,7 +10,7 @@ from dist_lm.report.charts import known
 from dist_lm.report.facts import RunFacts
 from dist_lm.tracking.readable import counted, duration, four_digits, readable_count
 
-FIGURES = (  # the first four that a run has
+FIGURES = (  # a card shows the first four that the run has
     "tools/call_exact",
     "reward/accuracy",
     "rlhf/win_rate",
@@ -31,17 +31,18 @@ SHOWN = 4
 
 @dataclass(frozen=True)
 class Entry:
-    """A figure, and what it was at first; `before` is empty where that says nothing."""
+    """The newest value of a metric."""
 
     name: str
     value: str
     unit: str
-    before: str
+    before: str  # the first value; empty where the comparison says nothing
+    at: str  # the step of the value; empty for the newest step of the run
 
 
 @dataclass(frozen=True)
 class Card:
-    """One run."""
+    """A run in the overview."""
 
     label: str
     stage: str
@@ -61,10 +62,12 @@ def _entry(run: RunFacts, name: str) -> Entry | None:
     if value is None:
         return None
     metric = known(name)
-    values = run.series[name].values
-    first = values[np.isfinite(values)][0]
-    learned = metric.better and not name.startswith("perf/") and len(values) > 1
-    return Entry(name, four_digits(value), metric.unit, four_digits(float(first)) if learned else "")
+    series = run.series[name]
+    finite = np.flatnonzero(np.isfinite(series.values))
+    learned = metric.better and not name.startswith("perf/") and len(series.values) > 1
+    before = four_digits(float(series.values[finite[0]])) if learned else ""
+    step = int(series.steps[finite[-1]])
+    return Entry(name, four_digits(value), metric.unit, before, f"{step:,}" if step < run.step else "")
 
 
 def _words(run: RunFacts) -> str:
@@ -95,7 +98,7 @@ KNOWN = (*VERDICTS, *BEGINNING, *ANSWERS, "kind", "language", "expected", "check
 
 @dataclass(frozen=True)
 class Sample:
-    """One card of the page."""
+    """A sample on the page."""
 
     kind: str
     verdict: Literal["good", "bad", ""]
@@ -107,7 +110,7 @@ class Sample:
 
 
 def sample_of(row: Mapping[str, Any]) -> Sample:
-    """A row of a file of samples, whichever stage wrote it."""
+    """A row of a file of samples, of any stage."""
     judged = [key for key in VERDICTS if isinstance(row.get(key), bool)]
     verdict, words = "", ""
     if judged:
@@ -143,7 +146,7 @@ def _facts(row: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _cut(text: str, tail: bool = False) -> str:
-    """The beginning of a long text, or its end, with a word on what is missing."""
+    """The beginning or the end of a long text, with the number of missing characters."""
     if len(text) <= LONGEST:
         return text
     more = len(text) - LONGEST

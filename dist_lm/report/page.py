@@ -28,33 +28,33 @@ def write_report(paths: Sequence[Path], output: Path | None, run_id: str | None)
     """Write the report of `paths`.
 
     Args:
-        output: the file; None: `report.html` in the one directory that `paths` names, or in the current one.
-        run_id: of a work directory's pipeline; None: the newest.
+        output: the file; None: `report.html` in the only directory of `paths`, else in the current directory.
+        run_id: of a command in a work directory; None: the newest one.
 
     Returns:
         The file and its size in bytes.
 
     Raises:
-        ArtefactError: there is nothing to report on, or the file cannot lie where it should.
+        ArtefactError: nothing to report on, or the directory of the output does not exist.
     """
     require_paths(paths, run_id)
     output = output or (paths[0] / FILE if len(paths) == 1 else Path(FILE))
     if output.is_dir() or not output.absolute().parent.is_dir():
-        raise ArtefactError(f"--output {output}: give a file in a directory that is there, such as {FILE}")
+        raise ArtefactError(f"--output {output}: give a file in an existing directory, such as {FILE}")
     page = render(read_facts(paths, run_id), made=time.strftime("%Y-%m-%d %H:%M"))
     durable.write_text(output, page)
     return output, output.stat().st_size
 
 
 HERE = Path(__file__).parent
-SAMPLES = 80  # of all runs of a report
+SAMPLES = 80  # of all runs together
 
 
 def render(facts: Facts, made: str) -> str:
-    """The page.
+    """The page as HTML.
 
     Args:
-        made: when, for people.
+        made: date and time, for people.
     """
     by_stage = facts.by_stage()
     shown = max(2, SAMPLES // max(1, len(facts.runs)))
@@ -75,7 +75,7 @@ def render(facts: Facts, made: str) -> str:
         style=style,
         library=library,
         script=script,
-        data=Markup(data),  # noqa: S704  `tojson` has escaped what could end the element
+        data=Markup(data),  # noqa: S704  `tojson` has escaped everything that could end the element
         sections=_sections(list(by_stage)),
         stages=stages,
         cards=[card_of(run) for run in facts.runs],
@@ -98,7 +98,7 @@ def render(facts: Facts, made: str) -> str:
 
 
 def notes_of(chart: Chart) -> list[str]:
-    """What has to be said for a chart to be honest."""
+    """Notes below a chart: values that are not drawn, values that are not finite."""
     notes = []
     thinned = [line.curve for line in chart.lines if len(line.curve.points.steps) < line.curve.measured]
     if thinned:
@@ -114,7 +114,7 @@ def notes_of(chart: Chart) -> list[str]:
 
 
 def policy(style: str, scripts: Sequence[str]) -> str:
-    """A Content-Security-Policy that lets run what is in the page, and lets nothing be loaded or sent."""
+    """A Content-Security-Policy that allows the scripts of the page only, and no loading or sending."""
     allowed = " ".join(_hash(script) for script in scripts)
     return (
         f"default-src 'none'; script-src {allowed}; style-src {_hash(style)}; img-src data:; "
@@ -127,7 +127,7 @@ def _hash(text: str) -> str:
 
 
 def _inline(name: str) -> Markup:
-    """A file of ours that goes into the page as it is."""
+    """A file of this package for verbatim inclusion in the page."""
     text = (HERE / name).read_text(encoding="utf-8")
     assert not any(end in text for end in ("</script", "</style")), name
     return Markup(text)  # noqa: S704

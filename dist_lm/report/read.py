@@ -33,13 +33,13 @@ EXPECTED = "give a run (work/runs/STAGE/RUN_ID), all runs of a stage (work/runs/
 
 
 def read_facts(paths: Sequence[Path], run_id: str | None = None) -> Facts:
-    """Read everything that `paths` name.
+    """Read the runs that `paths` name.
 
     Args:
-        run_id: of a work directory's pipeline; None: the one written last.
+        run_id: of a command in a work directory; None: the newest one.
 
     Raises:
-        ArtefactError: a path is none of what can be reported on, or a file in it is damaged.
+        ArtefactError: a path cannot be reported on, or one of its files is damaged.
     """
     runs: list[RunDirectory] = []
     pipelines: dict[Path, dict[str, Any]] = {}
@@ -66,20 +66,22 @@ def read_facts(paths: Sequence[Path], run_id: str | None = None) -> Facts:
 
 
 def require_paths(paths: Sequence[Path], run_id: str | None) -> None:
-    """Refuse what is not there, and a run id that nothing would heed, before anything is read.
+    """Check the arguments before anything is read.
 
     Raises:
-        ArtefactError: a path is no directory, or `run_id` was given without a work directory.
+        ArtefactError: a path is not a directory, or `run_id` was given without a work directory.
     """
     for path in paths:
         if not path.is_dir():
-            raise ArtefactError(f"{path}: {'no directory' if path.exists() else 'does not exist'}; {EXPECTED}")
+            raise ArtefactError(f"{path}: {'not a directory' if path.exists() else 'does not exist'}; {EXPECTED}")
     if run_id is not None and not any(_work_of(path.resolve()) for path in paths):
-        raise ArtefactError(f"--run-id {run_id}: chooses a command of a work directory; name one, or leave it out")
+        raise ArtefactError(
+            f"--run-id {run_id}: selects a command of a work directory; give one, or leave --run-id out"
+        )
 
 
 def labels(runs: Sequence[RunDirectory]) -> list[str]:
-    """What to call runs: `code`, `second`, `code/second` or `work/code/second`: as much as tells them apart."""
+    """Names of runs, as short as they stay unique: `second`, `code`, `code/second` or `work/code/second`."""
     forms = (
         [run.path.name for run in runs],
         [run.path.parent.name for run in runs],
@@ -93,7 +95,7 @@ def labels(runs: Sequence[RunDirectory]) -> list[str]:
 
 
 def _work_of(path: Path) -> WorkDirectory | None:
-    """The work directory that `path` is, or whose `runs` it is."""
+    """The work directory `path`, or the parent of the `runs` folder `path`; None for anything else."""
     if path.name == "runs" and path.is_dir():
         path = path.parent
     is_work = any((path / name).is_dir() for name in ("runs", "pipelines")) and not (path / "config.yaml").exists()
@@ -110,7 +112,7 @@ def _named(path: Path) -> list[RunDirectory]:
 
 
 def _pipeline(work: WorkDirectory, run_id: str | None) -> dict[str, Any]:
-    """The command that was given last, of any stage, under `run_id`."""
+    """The newest command, of any stage, with `run_id`."""
     found = [durable.read_json(path) for path in work.pipelines()]
     chosen = [facts for facts in found if run_id in (None, facts["run_id"])]
     if not chosen:
@@ -154,13 +156,13 @@ STALL = "checkpoint/stall_s"
 
 
 def read_run(run: RunDirectory, label: str) -> RunFacts:
-    """Everything the report shows of one run.
+    """Read one run.
 
     Raises:
-        ArtefactError: there is no run, or a file of it is damaged.
+        ArtefactError: not a run, or one of its files is damaged.
     """
     if not run.config.is_file():
-        raise ArtefactError(f"{run.path}: no run (it has no {run.config.name}); give work/runs/STAGE/RUN_ID")
+        raise ArtefactError(f"{run.path}: not a run, it has no {run.config.name}; give work/runs/STAGE/RUN_ID")
     config = _config(run.config)
     events = tuple(_safe(event) for event in read_events(run.events))
     series, clock = read_series(run.metrics)
@@ -184,7 +186,7 @@ def read_run(run: RunDirectory, label: str) -> RunFacts:
 
 
 def read_series(path: Path) -> tuple[dict[str, Series], Series]:
-    """Every metric of a metrics file by name, and the time of every step; 16 bytes a value are held.
+    """Every metric of a metrics file by name, and the time of every step; needs 16 bytes a value.
 
     Raises:
         ArtefactError: a line is damaged.
@@ -205,7 +207,7 @@ def read_series(path: Path) -> tuple[dict[str, Series], Series]:
 
 
 def _by_step(steps: np.ndarray, values: np.ndarray) -> Series:
-    """By rising step; of several values of a step the one that was written last."""
+    """In order of steps; of several values of a step the last one written."""
     order = np.argsort(steps, kind="stable")
     steps, values = steps[order], values[order]
     last = np.append(steps[1:] != steps[:-1], True) if len(steps) else np.zeros(0, bool)
@@ -225,12 +227,12 @@ def _config(path: Path) -> dict[str, Any]:
 def _model(config: Mapping[str, Any]) -> ModelConfig | None:
     try:
         return ModelConfig(**config["model"])
-    except (KeyError, TypeError, ValueError):  # written by another version: the report has no picture of it
+    except (KeyError, TypeError, ValueError):  # written by another version: no picture of its layout
         return None
 
 
 def _layout(events: tuple[Mapping[str, Any], ...]) -> Layout | None:
-    """Of the newest attempt, which may differ from what the configuration asks for (a node was lost or found)."""
+    """The layout of the newest attempt, which differs from the configured one after a node was lost or added."""
     for event in reversed(events):
         if event["event"] == "started":
             pairs = dict(part.split("=", 1) for part in str(event.get("layout", "")).split())
@@ -245,7 +247,7 @@ def _state(run: RunDirectory) -> State:
 
 
 def _checkpoints(run: RunDirectory, stalls: Series | None, clock: Series) -> Iterator[Checkpoint]:
-    """Those that are there, and those that are known from the metrics only."""
+    """Existing checkpoints, and deleted ones that are known from the metrics."""
     marks: dict[str, list[str]] = {}
     for pointer, mark in ((checkpoint_files.LATEST, "newest"), (checkpoint_files.BEST, "best")):
         if target := checkpoint_files.read_pointer(run.checkpoints, pointer):
@@ -265,16 +267,16 @@ def _samples(run: RunDirectory) -> Samples:
     files = sorted(run.samples.glob("step_*.jsonl")) or sorted(run.samples.glob("part-*.jsonl"))
     if not files:
         return Samples()
-    newest = files[-1] if files[-1].name.startswith("step_") else files[0]  # parts are all of one model
+    newest = files[-1] if files[-1].name.startswith("step_") else files[0]  # all parts are of one model
     try:
         rows = [dict(row) for row in islice(json_lines(newest), 1 << 16)]
     except (ValueError, TypeError) as error:
-        raise ArtefactError(f"{newest}: not a file of samples ({error}); move it away to go on without it") from error
+        raise ArtefactError(f"{newest}: not a file of samples ({error}); move it away to go on") from error
     return Samples(newest.name, tuple(_spread(rows)), len(rows), len(files))
 
 
 def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A few of many rows, some of each kind or language, in their order."""
+    """A selection of rows, some of each kind or language, in their order."""
     kinds: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
         kinds.setdefault(str(row.get("kind") or row.get("language") or ""), []).append(number)

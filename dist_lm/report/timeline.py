@@ -1,4 +1,4 @@
-"""What happened when: attempts, failures, checkpoints, as spans and marks on an axis of time. Pure."""
+"""Attempts, failures and checkpoints as spans and marks on an axis of time. Pure."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any, Literal
 from dist_lm.report.facts import RunFacts
 from dist_lm.tracking.readable import counted, duration, span
 
-MOST_MARKS = 400  # checkpoints that are drawn of one run
+MOST_MARKS = 400  # checkpoints drawn for one run
 STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 43200, 86400)
 
 Kind = Literal["attempt", "failed", "checkpoint", "best", "stopped", "growing", "finished"]
@@ -34,10 +34,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Lane:
-    """A run."""
+    """A run on the axis."""
 
     label: str
-    words: str  # how long, how often it was started again
+    words: str  # duration, failures, checkpoints
     items: tuple[Item, ...]
 
 
@@ -53,17 +53,17 @@ class Event:
 
 @dataclass(frozen=True)
 class Timeline:
-    """All runs on one axis, which begins with the first of them."""
+    """All runs on one axis, which begins with the earliest one."""
 
     lanes: tuple[Lane, ...]
     ticks: tuple[tuple[str, str], ...]  # (position, words)
     events: tuple[Event, ...]
     began: str
-    left_out: int  # checkpoints that are not drawn
+    left_out: int  # checkpoints not drawn
 
 
 def timeline_of(runs: Sequence[RunFacts]) -> Timeline | None:
-    """The timeline of runs; None where nothing has a time."""
+    """The timeline of runs; None if no run has a time."""
     ranges = {run.label: _range(run) for run in runs}
     known = [times for times in ranges.values() if times]
     if not known:
@@ -99,7 +99,7 @@ def timeline_of(runs: Sequence[RunFacts]) -> Timeline | None:
 
 
 def attempts(run: RunFacts) -> list[tuple[float, float, str]]:
-    """(start, end, words) of each attempt; without a journal the whole run, as its metrics tell."""
+    """(start, end, words) of each attempt; without a journal the whole run, from its metrics."""
     times = _range(run)
     found: list[tuple[float, float, str]] = []
     open_at: Mapping[str, Any] | None = None
@@ -171,8 +171,8 @@ def _events(runs: Sequence[RunFacts], start: float) -> list[Event]:
     found = [(event["time"], run.label, event["event"], _words(event)) for run in runs for event in run.events]
     for run in runs:
         for point in run.checkpoints:
-            if point.stall_s is not None and point.stall_s >= 1:  # training stood still for it
-                words = f"step {point.step:,}: training stood still for {span(point.stall_s)}"
+            if point.stall_s is not None and point.stall_s >= 1:  # shorter stalls do not matter
+                words = f"step {point.step:,}: training waited {span(point.stall_s)}"
                 found.append((point.time, run.label, "checkpoint", words))
     found.sort(key=lambda row: row[0])
     return [Event(f"+{duration(at - start)}", label, kind, words) for at, label, kind, words in found]

@@ -142,9 +142,9 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, work):
         write_report([work.path], tmp_path / "absent" / "report.html", None)
     with pytest.raises(ArtefactError, match="absent: does not exist; give a run"):
         write_report([tmp_path / "absent"], None, None)
-    with pytest.raises(ArtefactError, match=r"config.yaml: no directory; give a run"):
+    with pytest.raises(ArtefactError, match=r"config.yaml: not a directory; give a run"):
         write_report([work.run("code", "default").config], None, None)
-    with pytest.raises(ArtefactError, match="--run-id other: chooses a command of a work directory"):
+    with pytest.raises(ArtefactError, match="--run-id other: selects a command of a work directory"):
         write_report([work.run("code", "default").path], tmp_path / "report.html", "other")
 
 
@@ -177,7 +177,7 @@ def test_what_a_stage_is_for_comes_first(tmp_path):
     write_lines(run.metrics, [*map(json.loads, run.metrics.read_text().splitlines()), *measured])
     facts = read_run(run, "default")
     first = card_of(facts).figures[0]
-    assert (first.name, first.value, first.before) == ("rlhf/win_rate", "0.7", "0.5")
+    assert (first.name, first.value, first.before, first.at) == ("rlhf/win_rate", "0.7", "0.5", "")
     assert charts_of({"rlhf": [facts]}, [facts])[0].first[0].name == "rlhf/win_rate"
 
 
@@ -276,7 +276,7 @@ def test_what_makes_no_curve_is_said_in_words(work, tmp_path):
     values = next(still_values(chart) for chart in charts.still if chart.name == "val/loss")
     assert [(one.label, one.value, one.when) for one in values] == [("all", "2.5", "step 8"), ("sql", "2.25", "step 8")]
     page = write_report([run.path], None, None)[0].read_text(encoding="utf-8")
-    assert "2 metrics, measured once or the same all the time" in page
+    assert "2 metrics, measured once or constant" in page
 
 
 @pytest.mark.parametrize(("muon", "moments"), [("0", 2), ("0.02", 1)])
