@@ -268,7 +268,7 @@ def checkpoint_consolidate(
     optimizer: Annotated[bool, typer.Option("--optimizer", help="The optimizer's tensors too.")] = False,
 ) -> None:
     """Write the whole tensors of the model to one safetensors file."""
-    from dist_lm.training.checkpoint_consolidate import consolidate
+    from dist_lm.training.checkpoint_tensors import consolidate
 
     count = consolidate(path, output, with_optimizer=optimizer)
     print(f"{output}: {count:,} tensors, {output.stat().st_size:,} bytes")

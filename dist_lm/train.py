@@ -27,7 +27,7 @@ from dist_lm.storage.process import die_with_parent
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.metrics import write_warnings
 from dist_lm.tracking.redact import redact_text
-from dist_lm.training.stop import StopRequest
+from dist_lm.training.heartbeat import StopRequest
 
 log = logging.getLogger("dist_lm.train")
 

@@ -20,19 +20,17 @@ from dist_lm.bench.trial import Trial, made_up_batch
 from dist_lm.config.root import Config
 from dist_lm.data.stream import StepData, StepStream
 from dist_lm.model.size import flops_per_token
-from dist_lm.parallel.gradients import squared_norms
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
+from dist_lm.parallel.values import squared_norms
 from dist_lm.tracking.metrics import MetricsWriter
-from dist_lm.training.eta import Eta
-from dist_lm.training.heartbeat import Unheard
-from dist_lm.training.loss import next_token
+from dist_lm.training.heartbeat import StopRequest, Unheard
+from dist_lm.training.objective import next_token
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
 from dist_lm.training.step import StepResult, gradients_by_group
 from dist_lm.training.step_meter import PARTS, StepMeter
-from dist_lm.training.stop import StopRequest
 from dist_lm.training.trainer import Trainer, advance
 
 MEASURED, BARE = "measured", "bare"
@@ -88,7 +86,7 @@ class MeasuredTraining:
             optimizer=build_optimizer(model, stage),
             objective=next_token(),
             stream=cast(StepStream, iter(())),
-            evaluate=lambda bound, everything, alive: {},
+            evaluate=lambda model, everything, alive: {},
             checkpoints=Path(),
             metrics=None,
             stop=StopRequest(),
@@ -99,7 +97,7 @@ class MeasuredTraining:
         )
         batch = made_up_batch(config, slice(None), world.device)
         self._data = StepData(0, [batch], batch.tokens_BT.numel())
-        self._meter, self._eta = StepMeter(world, self._trainer.optimizer), Eta(stage.steps)
+        self._meter = StepMeter(world, self._trainer.optimizer, stage.steps)
         self._clock = time.perf_counter if world.device.type == "cuda" else time.thread_time
         self._state = TrainState()
 
@@ -159,10 +157,8 @@ class MeasuredTraining:
 
     def _write(self, result: StepResult) -> None:
         self._state = advance(self._state, result, 0)
-        self._meter.end(result.tokens)
-        left_s = self._eta.after(self._state.step)
-        rate = self._trainer.config.stage.lr
-        line = self._trainer.metrics_of(self._state, result, rate, self._meter, left_s)
+        self._meter.end(self._state.step, result.tokens)
+        line = self._trainer.metrics_of(self._state, result, self._trainer.config.stage.lr, self._meter)
         self.writer.write(self._state.step, line)
 
     def _seconds(self, work: Callable[[], object]) -> float:

@@ -22,7 +22,6 @@ from dist_lm.model.initialise import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.reward_model import choices_of_people
-from dist_lm.training.forward import BoundModel
 
 TREE, ROWS, PACKED, PLAIN = "one tree", "apart, a row each", "apart, packed", "as many tokens, causal"
 PROMPT_SHARE = 0.5  # of the tree
@@ -56,7 +55,7 @@ def build(way: str, config: Config, world: World) -> Trial:
     initialise(model, config.seed)
     training = OwnTraining(model.to(world.device), config, slice(None), world)
     training.objective = choices_of_people
-    training.bound = BoundModel(training.model, document_mask=way in (TREE, PACKED), chunk_bytes=0)
+    training.model.document_mask = way in (TREE, PACKED)
     training.batches = [batch_of(way, config).to(world.device)]
     return Trial(training.step)
 

@@ -32,11 +32,9 @@ from dist_lm.launcher.compose import compose_config
 from dist_lm.model.initialise import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.reward_model import beside_verdicts, choices_of_people, reward_metrics, scores_of_rankings
-from dist_lm.training.forward import BoundModel
-from dist_lm.training.optimizer import build_optimizer, set_learning_rate
-from dist_lm.training.schedule import learning_rate
-from dist_lm.training.step import train_step
-from dist_lm.training.stop import StopRequest
+from dist_lm.training.heartbeat import StopRequest
+from dist_lm.training.optimizer import build_optimizer, learning_rate, set_learning_rate
+from dist_lm.training.step import accumulate_gradients, update
 
 WAYS = ("rankings", "pairs", "one_pair")
 SETTINGS = (
@@ -105,7 +103,7 @@ def train(config: Config, directory: Path, learn_from: str, steps: int) -> dict[
     train_split, val = (MappedRankings.open(directory, split) for split in ("train", "val"))
     model = Transformer(config.model)
     initialise(model, seed)
-    optimizer, bound = build_optimizer(model, stage), BoundModel(model, document_mask=True, chunk_bytes=0)
+    optimizer = build_optimizer(model, stage)
     batch: dict[str, Any] = {
         "seq_len": stage.seq_len,
         "micro_batch": stage.global_batch,
@@ -120,17 +118,9 @@ def train(config: Config, directory: Path, learn_from: str, steps: int) -> dict[
                 step, peak=stage.lr, warmup_steps=stage.warmup_steps, steps=steps, min_ratio=stage.min_lr_ratio
             )
             set_learning_rate(optimizer, rate)
-            train_step(
-                model,
-                optimizer,
-                bound,
-                choices_of_people,
-                next(stream).micro_batches,
-                grad_clip=stage.grad_clip,
-                counts=True,
-                stop=StopRequest(),
-            )
-    scores = scores_of_rankings(bound, RankingBatches.of(val, **batch), torch.device("cpu"), None)
+            sums = accumulate_gradients(model, choices_of_people, next(stream).micro_batches)
+            update(model, optimizer, sums, grad_clip=stage.grad_clip, counts=True, stop=StopRequest())
+    scores = scores_of_rankings(model, RankingBatches.of(val, **batch), torch.device("cpu"), None)
     return reward_metrics(beside_verdicts(val, scores))
 
 

@@ -17,11 +17,10 @@ from dist_lm.data.batch import Batch
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.sharding import layout_of
-from dist_lm.training.forward import BoundModel
-from dist_lm.training.loss import next_token
+from dist_lm.training.heartbeat import StopRequest
+from dist_lm.training.objective import next_token
 from dist_lm.training.optimizer import build_optimizer
-from dist_lm.training.step import accumulate_gradients, train_step
-from dist_lm.training.stop import StopRequest
+from dist_lm.training.step import accumulate_gradients, update
 
 MIB = 2**20
 
@@ -66,28 +65,21 @@ class OwnTraining:
     def __init__(self, model: Transformer, config: Config, rows: slice, world: World) -> None:
         self.model = model
         self.optimizer = build_optimizer(model, config.stage)
-        self.bound = BoundModel(model, config.stage.document_mask, config.parallel.loss_chunk_mib << 20)
+        model.document_mask = config.stage.document_mask
         self.objective = next_token()
         self.batches = [made_up_batch(config, rows, world.device)]
         self.grad_clip = config.stage.grad_clip
 
     def step(self) -> float:
         """The step of training, clipping and bookkeeping included, where every rank has data of its own; its loss."""
-        return train_step(
-            self.model,
-            self.optimizer,
-            self.bound,
-            self.objective,
-            self.batches,
-            grad_clip=self.grad_clip,
-            counts=True,
-            stop=StopRequest(),
-        ).loss
+        sums = accumulate_gradients(self.model, self.objective, self.batches)
+        stop = StopRequest()
+        return update(self.model, self.optimizer, sums, grad_clip=self.grad_clip, counts=True, stop=stop).loss
 
     def forward_backward(self) -> float:
         """Gradients of the summed loss, reduced over ranks; the mean loss of this rank's rows."""
-        sums, _ = accumulate_gradients(self.model, self.bound, self.objective, self.batches)
-        total, count = sums.tolist()
+        sums = accumulate_gradients(self.model, self.objective, self.batches)
+        total, count = sums.total_count.tolist()
         return total / count
 
     def bare_step(self) -> float:

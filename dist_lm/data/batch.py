@@ -48,6 +48,19 @@ class Batch:
     branch_BT: torch.Tensor | None = None  # int64; 0 in the trunk of a document, other numbers in branches behind it
     ranked: RankedPlaces | None = None  # of rankings
 
+    @classmethod
+    def plain(cls, tokens_BT: torch.Tensor, targets_BT: torch.Tensor | None = None) -> Self:
+        """A batch with one document per sequence, in which all targets count; None: the next token, the first behind
+        the last."""
+        return cls(
+            tokens_BT=tokens_BT,
+            targets_BT=tokens_BT.roll(-1, 1) if targets_BT is None else targets_BT,
+            loss_mask_BT=torch.ones(tokens_BT.shape, device=tokens_BT.device),
+            document_BT=torch.zeros_like(tokens_BT),
+            position_BT=torch.arange(tokens_BT.shape[1], device=tokens_BT.device).expand_as(tokens_BT),
+            sequence_B=torch.arange(len(tokens_BT), device=tokens_BT.device),
+        )
+
     def to(self, device: torch.device) -> Self:
         """The same batch on `device` (asynchronously from pinned memory)."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))

@@ -27,18 +27,17 @@ from dist_lm.data.stream import StepData, StepStream
 from dist_lm.dry_run.estimate import gradients_add_up, is_half, micro_batches_of, offloads
 from dist_lm.dry_run.watch import LiveMemory, Watch, WorkCounter
 from dist_lm.dry_run.work import StepMemory, Work
-from dist_lm.model.kernels import documents_apart
+from dist_lm.model.size import documents_apart
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import AXES, resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
-from dist_lm.parallel.padding import shard_of
 from dist_lm.parallel.sharding import arrange_model, materialise
+from dist_lm.parallel.values import shard_of
 from dist_lm.stages.registry import training_stage
-from dist_lm.training.heartbeat import Unheard
-from dist_lm.training.objective import LossModel, LossSum, Objective
+from dist_lm.training.heartbeat import StopRequest, Unheard
+from dist_lm.training.objective import LossSum, Objective
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
-from dist_lm.training.stop import StopRequest
 from dist_lm.training.trainer import Trainer
 
 PLAYED = 2  # micro-batches: all but the last one do the same work
@@ -112,7 +111,7 @@ def rehearse(
     """
     held: list[int] = []
 
-    def watched(model: LossModel, batch: Batch) -> LossSum:
+    def watched(model: Transformer, batch: Batch) -> LossSum:
         held.append(memory.live)
         on_micro_batch()
         return objective(model, batch)
@@ -126,7 +125,7 @@ def rehearse(
         optimizer=optimizer,
         objective=watched,
         stream=cast(StepStream, iter(())),
-        evaluate=lambda bound, everything, alive: {},
+        evaluate=lambda model, everything, alive: {},
         heartbeat=Unheard(),
         checkpoints=Path(),
         metrics=None,
@@ -148,14 +147,7 @@ def random_batch(config: Config) -> Batch:
     stage = config.stage
     shape = (stage.micro_batch, stage.seq_len)
     tokens_BT = torch.randint(0, config.model.vocab_size, shape)
-    return Batch(
-        tokens_BT=tokens_BT,
-        targets_BT=torch.randint(0, config.model.vocab_size, shape),
-        loss_mask_BT=torch.ones(shape),
-        document_BT=torch.zeros_like(tokens_BT),
-        position_BT=torch.arange(stage.seq_len).repeat(stage.micro_batch, 1),
-        sequence_B=torch.arange(stage.micro_batch),
-    )
+    return Batch.plain(tokens_BT, torch.randint(0, config.model.vocab_size, shape))
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -21,11 +21,8 @@ from dist_lm.generation.linear import VECTOR, Linear, build_linear
 from dist_lm.generation.paged_cache import HeadShape, PagedCache, Piece, Plan, pages_for
 from dist_lm.generation.plain_pages import PlainPages
 from dist_lm.generation.shard import Share, build_embedding, gathering, leaving, share_of
-from dist_lm.model.attention import directions
-from dist_lm.model.feed_forward import activate
-from dist_lm.model.kernels import packs_documents
-from dist_lm.model.rope import RopeTables, rope_tables, rotate
-from dist_lm.model.size import parameter_shapes
+from dist_lm.model.layers import RopeTables, activate, normalise_heads, rope_tables, rotate
+from dist_lm.model.size import packs_documents, parameter_shapes
 from dist_lm.parallel.tensor_axis import TensorAxis
 
 Norm = Callable[[torch.Tensor], torch.Tensor]
@@ -36,7 +33,7 @@ LookUp = Callable[[str], torch.Tensor]  # the parameter of a name, on the device
 class _Layer:
     attention_norm: Norm
     heads: Linear  # queries, keys and values of all heads, concatenated
-    head_gain: torch.Tensor | None  # (H + G, 1), of queries and keys whose lengths do not count
+    head_norm: torch.Tensor | None  # (H + G, K); weights of the norms of queries and keys
     output: Linear
     feed_forward_norm: Norm
     up: Linear  # with its activation; of a gated network: gate and up concatenated, without activation
@@ -179,8 +176,8 @@ class Decoder:
         for number, layer in enumerate(self._layers):
             heads_NHK = layer.heads(layer.attention_norm(x_ND)).unflatten(-1, (-1, config.d_head))
             turned_NHK, value_NGK = heads_NHK.split([share.n_heads + share.kv_heads, share.kv_heads], dim=1)
-            if layer.head_gain is not None:
-                turned_NHK = directions(turned_NHK, config.norm_eps) * layer.head_gain
+            if layer.head_norm is not None:
+                turned_NHK = normalise_heads(turned_NHK, layer.head_norm, config.norm_eps)
             q_NHK, key_NGK = rotate(turned_NHK, rope).split([share.n_heads, share.kv_heads], dim=1)
             o_NHK = attend(number, q_NHK, key_NGK, value_NGK)
             x_ND = layer.output(o_NHK.flatten(1), x_ND)
@@ -234,10 +231,10 @@ def _layer(config: ModelConfig, share: Share, axis: TensorAxis | None, look_up: 
         return look_up(prefix + name) if config.bias else None
 
     query, key, heads_value, output = weights(*(f"attention.{n}" for n in ("query", "key", "value", "output")))
-    scale, head_gain = config.d_head**-0.5, None  # the scores' scale, multiplied into the query weights
+    scale, head_norm = config.d_head**-0.5, None  # the scores' scale, multiplied into the query weights
     if config.qk_norm:
-        (gain_H,) = weights("attention.query_gain")
-        head_gain = torch.cat([gain_H * scale, gain_H.new_ones(share.kv_heads)])[:, None]
+        query_norm_K, key_norm_K = weights("attention.query_norm.weight", "attention.key_norm.weight")
+        head_norm = torch.cat([(query_norm_K * scale).expand(share.n_heads, -1), key_norm_K.expand(share.kv_heads, -1)])
         scale = 1.0
     of_heads = torch.cat([one.flatten(0, 1) for one in (query * scale, key, heads_value)])
     of_heads_bias = None
@@ -256,7 +253,7 @@ def _layer(config: ModelConfig, share: Share, axis: TensorAxis | None, look_up: 
     return _Layer(
         attention_norm=_norm(config, look_up, f"{prefix}attention_norm"),
         heads=build_linear(of_heads, of_heads_bias),
-        head_gain=head_gain,
+        head_norm=head_norm,
         output=leaving(to_residual, axis) if axis else to_residual,
         feed_forward_norm=_norm(config, look_up, f"{prefix}feed_forward_norm"),
         up=build_linear(up, up_bias, gelu=config.ffn == "gelu"),

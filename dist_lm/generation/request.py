@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from dist_lm.errors import UserError, require
-from dist_lm.model.counter_hash import hash_words, signed
+from dist_lm.model.keyed_random import hash_words, signed
 
 OnText = Callable[[str, int, int, str], None]
 """(request id, index of the answer, token, text that is now final)."""

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
 from dist_lm.generation.request import SamplingParams
-from dist_lm.model.counter_hash import hash_words
+from dist_lm.model.keyed_random import hash_words
 
 CHUNK = 128  # tokens
 FEW = 1024  # `largest` splits a row into at most this many chunks

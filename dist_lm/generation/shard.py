@@ -80,7 +80,7 @@ def check_tp(config: ModelConfig, tp: int, devices: int | None, key: str = "tp")
 def cut(name: str, value: torch.Tensor, share: Share) -> torch.Tensor:
     """A rank's part of the parameter `name`, as a view if possible."""
     kind = name.split(".", 2)[2] if name.startswith("blocks.") else name
-    if kind in ("attention.query", "attention.query_bias", "attention.query_gain", "attention.output"):
+    if kind in ("attention.query", "attention.query_bias", "attention.output"):
         return _slice(value, share.heads)
     if kind in ("attention.key", "attention.key_bias", "attention.value", "attention.value_bias"):
         return _rows(value, share.read, share.kv_heads)

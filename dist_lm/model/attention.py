@@ -14,38 +14,38 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.varlen import varlen_attn
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.model.kernels import packs_documents
-from dist_lm.model.rope import RopeTables, rotate
+from dist_lm.model.layers import HeadNorm, RopeTables, rotate
+from dist_lm.model.size import packs_documents
 
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which keys a query sees: built once a forward, shared by all layers.
+    """Which keys a query sees; built once per forward pass, shared by all layers.
 
-    With neither field set: the tokens up to its own, as many keys as queries.
+    With neither field set, attention is causal: as many keys as queries, each query sees the tokens up to its own.
     """
 
     bias_BTS: torch.Tensor | None = None  # 0 where visible, -inf elsewhere; dtype of the queries
-    boundary: torch.Tensor | None = None  # int32; where documents start in the N tokens, then N
+    boundary: torch.Tensor | None = None  # int32; offsets in the N tokens where documents start, then N
 
 
 CAUSAL = Visibility()
-# a call a document is slower on a CPU than a mask where documents are short, or rows are: a mask is looked at for every
-# pair of tokens of a row
-WORTH_A_CALL = 8  # tokens of a document, on average
-PAIRS_WORTH_A_CALL = 2048  # pairs of tokens of a row, a document
+# On a CPU, one call per document is slower than a mask if documents are short or rows are short: a mask costs one
+# operation for every pair of tokens of a row.
+WORTH_A_CALL = 8  # tokens per document, on average
+PAIRS_WORTH_A_CALL = 2048  # pairs of tokens per document
 
 
 def within_documents(
     document_BT: torch.Tensor, dtype: torch.dtype, d_head: int, branch_BT: torch.Tensor | None = None
 ) -> Visibility:
-    """A token sees the tokens of its own document up to itself.
+    """Causal attention inside each document.
 
     Args:
-        document_BT: a number that is the same in one document and differs between neighbours.
-        dtype: of queries and keys.
-        branch_BT: 0 in the trunk of a document, another number in each branch behind it: branches see the trunk and
-            themselves, not each other.
+        document_BT: equal inside a document, different between neighbouring documents.
+        dtype: dtype of queries and keys.
+        branch_BT: 0 in the trunk of a document, 1, 2, ... in the branches after it. A branch sees the trunk and itself,
+            not other branches.
     """
     if branch_BT is not None:
         same = document_BT[:, :, None] == document_BT[:, None, :]
@@ -53,7 +53,7 @@ def within_documents(
         return _masked(same & seen & _causal(document_BT), dtype)
     if packs_documents(document_BT.device.type, dtype in (torch.bfloat16, torch.float16), d_head):
         return Visibility(boundary=document_boundaries(document_BT))
-    if document_BT.device.type == "cpu" and not isinstance(document_BT, FakeTensor):  # a dry run has no values to see
+    if document_BT.device.type == "cpu" and not isinstance(document_BT, FakeTensor):  # fake tensors have no values
         boundary = document_boundaries(document_BT)
         if _is_worth_calls(boundary.diff(), document_BT.shape[1]):
             return Visibility(boundary=boundary)
@@ -61,10 +61,15 @@ def within_documents(
 
 
 def _is_worth_calls(lengths: torch.Tensor, width: int) -> bool:
-    """Whether a CPU takes documents of these lengths, in rows of `width` tokens, apart."""
+    """Whether one call per document is faster on a CPU than a mask.
+
+    Args:
+        lengths: tokens of each document.
+        width: tokens of a row.
+    """
     n_tokens, n_documents = int(lengths.sum()), len(lengths)
     if n_documents * int(lengths[0]) == n_tokens and bool((lengths == lengths[0]).all()):
-        return True  # in one call
+        return True  # equal lengths take a single call
     longest_mask = n_documents * PAIRS_WORTH_A_CALL
     return n_tokens >= WORTH_A_CALL * n_documents and n_tokens * width > longest_mask
 
@@ -75,13 +80,13 @@ def _causal(like_BT: torch.Tensor) -> torch.Tensor:
 
 
 def _masked(visible_BTS: torch.Tensor, dtype: torch.dtype) -> Visibility:
-    # additive, because SDPA would turn a boolean mask into this in every layer
+    # additive: SDPA converts a boolean mask to an additive one in every layer
     bias = torch.zeros(visible_BTS.shape, dtype=dtype, device=visible_BTS.device)
     return Visibility(bias_BTS=bias.masked_fill_(~visible_BTS, float("-inf")))
 
 
 def document_boundaries(document_BT: torch.Tensor) -> torch.Tensor:
-    """Offsets (documents + 1,) int32 of the documents in the flattened batch; a row starts a new one."""
+    """Offsets of the documents in the flattened batch, int32, (documents + 1,); every row starts a document."""
     starts_BT = torch.ones_like(document_BT, dtype=torch.bool)
     starts_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
     offsets = starts_BT.flatten().nonzero().flatten()
@@ -130,8 +135,10 @@ def variable_length(
 def one_by_one(
     q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor, boundary: torch.Tensor, longest: int
 ) -> torch.Tensor:
-    """The same, a document a call: nothing is computed of tokens that do not see each other. Where all are of one
-    length, they are rows of a single call. In fp32: products of bf16 are compiled for every new length."""
+    """`variable_length` with one call per document, or a single call if all documents have one length.
+
+    It computes in fp32: bf16 kernels are compiled for every new length.
+    """
     lengths, dtype = boundary.diff().tolist(), q_NHK.dtype
     wide = torch.promote_types(dtype, torch.float32)
     q_NHK, k_NGK, v_NGK = q_NHK.to(wide), k_NGK.to(wide), v_NGK.to(wide)
@@ -149,24 +156,21 @@ def one_by_one(
     return torch.cat(outputs, dim=1).transpose(0, 1).to(dtype)
 
 
-# as many calls as there are documents, which a compiled block must not take for a constant
+# the number of calls varies with the batch, so the compiler must not specialise on it
 ONE_BY_ONE = cast(Callable[..., torch.Tensor], torch.compiler.disable(one_by_one))
 
 
 class Attention(nn.Module):
-    """Weights are (heads, d_head, d_model), so that a slice of heads is a slice of dim 0."""
+    """Multi-head attention; weights are (heads, d_head, d_model), so a slice of heads is a slice of dim 0."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.layer = layer
         query_shape = (config.n_heads, config.d_head, config.d_model)
         key_shape = (config.kv_heads, config.d_head, config.d_model)
         self.query = nn.Parameter(torch.empty(query_shape))
         self.key = nn.Parameter(torch.empty(key_shape))
         self.value = nn.Parameter(torch.empty(key_shape))
         self.output = nn.Parameter(torch.empty(query_shape))
-        self.query_gain = nn.Parameter(torch.empty(config.n_heads)) if config.qk_norm else None
-        self.norm_eps = config.norm_eps
 
         def bias(*shape: int) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(shape)) if config.bias else None
@@ -175,6 +179,8 @@ class Attention(nn.Module):
         self.key_bias = bias(*key_shape[:2])
         self.value_bias = bias(*key_shape[:2])
         self.output_bias = bias(config.d_model)
+        self.query_norm = HeadNorm(config) if config.qk_norm else None
+        self.key_norm = HeadNorm(config) if config.qk_norm else None
 
     def forward(
         self,
@@ -186,27 +192,10 @@ class Attention(nn.Module):
         q_BTHK = to_heads(x_BTD, self.query, self.query_bias)
         k_BSGK = to_heads(x_BTD, self.key, self.key_bias)
         v_BSGK = to_heads(x_BTD, self.value, self.value_bias)
-        if self.query_gain is not None:
-            q_BTHK, k_BSGK = self.by_direction(q_BTHK, k_BSGK, self.query_gain)
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BTHK, k_BSGK = self.query_norm(q_BTHK), self.key_norm(k_BSGK)
         o_BTHK = attend(rotate(q_BTHK, rope), rotate(k_BSGK, rope), v_BSGK, visibility)
         return from_heads(o_BTHK, self.output, self.output_bias)
-
-    def by_direction(
-        self, q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, gain_H: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and keys as `model.qk_norm` compares them."""
-        return directions(q_BTHK, self.norm_eps) * gain_H[:, None], directions(k_BSGK, self.norm_eps)
-
-
-def directions(x_BTHK: torch.Tensor, eps: float) -> torch.Tensor:
-    """Every head's vector with a mean square of 1: what `model.qk_norm` makes of queries and keys (Henry et al. 2020,
-    "Query-key normalization for transformers"), in front of the rotation, which keeps lengths."""
-    if x_BTHK.is_cuda:
-        return F.rms_norm(x_BTHK, x_BTHK.shape[-1:], eps=eps)
-    # the same in fewer passes: on a CPU that takes 60 % of the time, forward and backward
-    wide = torch.promote_types(x_BTHK.dtype, torch.float32)
-    length_BTH1 = torch.linalg.vector_norm(x_BTHK, dim=-1, keepdim=True, dtype=wide)
-    return x_BTHK * torch.rsqrt(length_BTH1.square() / x_BTHK.shape[-1] + eps).to(x_BTHK.dtype)
 
 
 def to_heads(x_BTD: torch.Tensor, weight_HKD: torch.Tensor, bias_HK: torch.Tensor | None) -> torch.Tensor:

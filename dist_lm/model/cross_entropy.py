@@ -1,9 +1,10 @@
-"""Next-token cross-entropy, over as many logits at a time as memory allows.
+"""Next-token cross-entropy and log-probabilities, in chunks of logits that fit into memory.
 
 Dimensions: N tokens, D d_model, V vocabulary.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
@@ -11,7 +12,14 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 FP32_BYTES = 4
 
 Losses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(logits (N, V), targets (N,) int64) -> (N,) or (N, ...) fp32, each row from its own logits."""
+"""(logits (N, V), targets (N,) int64) -> fp32 (N,) or (N, ...); each row depends on its own logits alone."""
+
+
+class Logprobs(NamedTuple):
+    """Sampled tokens and their distributions, in nats, fp32."""
+
+    logprob_BT: torch.Tensor  # of the targets
+    entropy_BT: torch.Tensor  # of the whole distribution
 
 
 def token_losses(
@@ -20,8 +28,8 @@ def token_losses(
     """Cross-entropy of every token in nats, fp32, (N,).
 
     Args:
-        label_smoothing: as in Szegedy et al. 2016, section 7: the target distribution is `(1 - a) * one_hot + a / V`.
-        z_loss: adds `z_loss * log(Z)^2` with Z the sum of the exponentials (Chowdhery et al. 2022, section 5).
+        label_smoothing: the target distribution is `(1 - a) * one_hot + a / V` (Szegedy et al. 2016, section 7).
+        z_loss: adds `z_loss * log(Z)^2`, Z the sum of the exponentials (Chowdhery et al. 2022, section 5).
     """
     logits_NV = logits_NV.float()
     losses_N = F.cross_entropy(logits_NV, targets_N, reduction="none", label_smoothing=label_smoothing)
@@ -31,10 +39,10 @@ def token_losses(
 def logprobs_and_entropy(
     logits_NV: torch.Tensor, targets_N: torch.Tensor, temperature: float, entropy_gradient: bool
 ) -> torch.Tensor:
-    """What sampling at `temperature` draws from: log-probability of each target, and entropy; nats, fp32, (N, 2).
+    """Log-probability of each target, and entropy, of the distribution sampled at `temperature`; nats, fp32, (N, 2).
 
     Args:
-        entropy_gradient: whether the entropy has one; the log-probability always does.
+        entropy_gradient: whether the entropy has a gradient; the log-probability always has one.
     """
     x_NV = logits_NV.float() / temperature
     log_z_N = x_NV.logsumexp(-1)
@@ -47,10 +55,10 @@ def logprobs_and_entropy(
 def losses_in_chunks(
     x_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, losses: Losses, chunk_bytes: int
 ) -> torch.Tensor:
-    """`losses(x @ weight^T, targets)` with no more than `chunk_bytes` of fp32 logits at once (0: no limit).
+    """`losses(x @ weight^T, targets)` with at most `chunk_bytes` of fp32 logits at once (0: no limit).
 
-    More than one chunk means that the backward pass computes the logits of each again, one chunk after the other, and
-    adds up what they give for the weight in fp32.
+    With more than one chunk, the backward pass computes the logits of each chunk again and adds up the gradients of the
+    weight in fp32.
     """
     step = max(1, chunk_bytes // (FP32_BYTES * weight_VD.shape[0])) if chunk_bytes else len(x_ND)
     if len(x_ND) <= step:
@@ -61,7 +69,7 @@ def losses_in_chunks(
 
 
 class _LossesInChunks(torch.autograd.Function):
-    """Not `checkpoint` around each chunk: autograd would add up the gradients of a bf16 weight in bf16."""
+    """`checkpoint` around each chunk would not do: autograd adds up the gradients of a bf16 weight in bf16."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,7 @@
-"""How large a model is, in plain Python: nothing is allocated and torch is not imported."""
+"""A model in numbers: parameter shapes, FLOPs, groups of parameters, attention kernels.
+
+Plain Python: nothing is allocated and torch is not imported, so the launcher, the dry run and the report use it too.
+"""
 
 import math
 
@@ -6,9 +9,16 @@ from dist_lm.config.model import ModelConfig
 
 Shape = tuple[int, ...]
 
+FLASH_MULTIPLE, FLASH_LARGEST = 8, 256  # values of d_head that the flash kernel accepts: multiples of 8 up to 256
+MATRICES = (
+    *("attention.query", "attention.key", "attention.value", "attention.output"),
+    *("feed_forward.up.weight", "feed_forward.down.weight"),
+)
+GROUPS = ("embedding", "attention", "feed_forward", "norm", "head")
+
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Logical shape of every parameter by name, in the order of `Transformer(config).named_parameters()`."""
+    """Logical shape of every parameter, by name, in the order of `Transformer(config).named_parameters()`."""
     shapes: dict[str, Shape] = {"embedding.weight": (config.vocab_size, config.d_model)}
     for layer in range(config.n_layers):
         shapes |= {f"blocks.{layer}.{name}": shape for name, shape in _block_shapes(config).items()}
@@ -21,21 +31,58 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """All parameters; a tied embedding counts once."""
+    """Number of parameters; a tied embedding counts once."""
     return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
-    """Floating-point operations of a forward and backward pass, a token, at sequences of `seq_len`.
+    """Floating-point operations per token of a forward and backward pass over sequences of `seq_len`.
 
-    PaLM (Chowdhery et al. 2022), appendix B: `6 N + 12 L H Q T`, attention counted in full although half is
-    masked. N leaves out an embedding that is only looked up (an untied one, or one under a scalar head): it multiplies
-    nothing.
+    PaLM (Chowdhery et al. 2022), appendix B: `6 N + 12 L H Q T`, with attention counted in full although half is
+    masked. N excludes an embedding that is only looked up (untied, or with a scalar head).
     """
     multiplied_embedding = config.tie_embeddings and config.head == "tokens"
     looked_up = 0 if multiplied_embedding else config.vocab_size * config.d_model
     multiplied = parameter_count(config) - looked_up
     return 6 * multiplied + 12 * config.n_layers * config.n_heads * config.d_head * seq_len
+
+
+def group_of(name: str) -> str:
+    """The entry of `GROUPS` that the gradient norm of a parameter is reported under; a tied head belongs to embedding.
+
+    Raises:
+        ValueError: no model of ours has a parameter of this name.
+    """
+    for part in name.split("."):
+        if part in GROUPS:
+            return part
+        if part.endswith(("norm", "head")):
+            return part.rpartition("_")[2]
+    raise ValueError(f"parameter {name}: expected a name in one of the groups {', '.join(GROUPS)}")
+
+
+def is_matrix(name: str) -> bool:
+    """Whether Muon can step the parameter: whether it is a matrix inside a block."""
+    return name.endswith(MATRICES)
+
+
+def packs_documents(device_type: str, half: bool, d_head: int) -> bool:
+    """Whether packed documents go to the variable-length flash kernel, whose cost falls with their length, and not to a
+    masked kernel.
+
+    Args:
+        device_type: cuda | cpu.
+        half: queries and keys are bf16 (or fp16).
+    """
+    return device_type == "cuda" and half and d_head % FLASH_MULTIPLE == 0 and d_head <= FLASH_LARGEST
+
+
+def documents_apart(device_type: str, half: bool, d_head: int) -> bool:
+    """Whether documents are computed separately, by that kernel or in one call each on a CPU, so no mask is stored.
+
+    Arguments are those of `packs_documents`.
+    """
+    return device_type == "cpu" or packs_documents(device_type, half, d_head)
 
 
 def _norm_shapes(config: ModelConfig, name: str) -> dict[str, Shape]:
@@ -56,12 +103,12 @@ def _attention_shapes(config: ModelConfig) -> dict[str, Shape]:
     query: Shape = (config.n_heads, config.d_head, config.d_model)
     key: Shape = (config.kv_heads, config.d_head, config.d_model)
     weights: dict[str, Shape] = {"query": query, "key": key, "value": key, "output": query}
+    if config.bias:
+        weights |= {f"{name}_bias": weights[name][:2] for name in ("query", "key", "value")}
+        weights["output_bias"] = (config.d_model,)
     if config.qk_norm:
-        weights["query_gain"] = (config.n_heads,)
-    if not config.bias:
-        return weights
-    biases: dict[str, Shape] = {f"{name}_bias": weights[name][:2] for name in ("query", "key", "value")}
-    return weights | biases | {"output_bias": (config.d_model,)}
+        weights |= {"query_norm.weight": (config.d_head,), "key_norm.weight": (config.d_head,)}
+    return weights
 
 
 def _feed_forward_shapes(config: ModelConfig) -> dict[str, Shape]:

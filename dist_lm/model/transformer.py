@@ -1,24 +1,26 @@
-"""The decoder-only transformer, in plain PyTorch: it knows nothing of ranks.
+"""The decoder-only transformer, in plain PyTorch without any idea of ranks.
 
     tokens -> embedding -> n_layers x Block -> norm -> head -> logits (or a score)
     Block:  x += attention(norm(x));  x += feed_forward(norm(x))          (pre-LN, Radford et al. 2019)
 
-A new model is uninitialised (build it on the meta device if it is large); `dist_lm.model.initialise` gives
-the values.
+A new model has no values: build it on the meta device if it is large, and fill it with `dist_lm.model.initialise`.
 
 Dimensions: B sequences, T tokens, D d_model, V vocabulary.
 """
 
-from typing import Any
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 from torch import nn
 
 from dist_lm.config.model import ModelConfig
+from dist_lm.data.batch import Batch
+from dist_lm.model import cross_entropy
 from dist_lm.model.attention import CAUSAL, Attention, Visibility, within_documents
-from dist_lm.model.cross_entropy import Losses, logprobs_and_entropy, losses_in_chunks, token_losses
-from dist_lm.model.dropout import (
+from dist_lm.model.cross_entropy import Logprobs, losses_in_chunks
+from dist_lm.model.keyed_random import (
     EMBEDDING_SITE,
     DropoutKey,
     SiteDropout,
@@ -26,18 +28,16 @@ from dist_lm.model.dropout import (
     dropout_sites,
     residual_site,
 )
-from dist_lm.model.feed_forward import FeedForward
-from dist_lm.model.norm import build_norm
-from dist_lm.model.rope import RopeTables, rope_tables
+from dist_lm.model.layers import FeedForward, RopeTables, build_norm, rope_tables
 
 
 class Block(nn.Module):
     """One layer: attention, then the feed-forward network, each on the normalised residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention_norm = build_norm(config)
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config)
         self.feed_forward_norm = build_norm(config)
         self.feed_forward = FeedForward(config)
 
@@ -49,31 +49,38 @@ class Block(nn.Module):
         dropout: tuple[SiteDropout | None, SiteDropout | None] = (None, None),
         kept_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The stream behind the layer.
+        """The residual stream after the layer, (B, T, D).
 
         Args:
-            kept_N: int64; the tokens, in the flattened batch, that anybody reads behind it: (1, N, D) is returned, and
-                the others, which are only attended to, do without the feed-forward network. None: all.
+            kept_N: int64; places in the flattened batch of the tokens whose output is needed. Then the result is
+                (1, N, D), and the feed-forward network skips the other tokens, which are only attended to. None: all.
         """
         a_BTD = self.attention(self.attention_norm(x_BTD), rope, visibility)
         x_BTD = x_BTD + apply_dropout(a_BTD, dropout[0])
         if kept_N is not None:
-            assert dropout[1] is None, "dropout goes by the place of a token"
+            assert dropout[1] is None, "dropout depends on the place of a token"
             x_BTD = x_BTD.flatten(0, 1).index_select(0, kept_N)[None]
         f_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
         return x_BTD + apply_dropout(f_BTD, dropout[1])
 
 
 class Transformer(nn.Module):
-    """Next-token logits for sequences of tokens."""
+    """The model as stages, objectives and evaluators see it.
+
+    They ask for `token_losses`, `logprobs` or `scores` of a batch, because no rank may ever hold all logits. The three
+    attributes below are set by whoever builds or trains the model.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.document_mask = True  # attention over a batch stays inside documents
+        self.chunk_bytes = 0  # largest block of fp32 logits; 0: no limit
+        self.dropout: DropoutKey | None = None  # dropout over a batch, with the sequence numbers of the batch
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.final_norm = build_norm(config)
-        # tied: the head reads the embedding's weight, so there is no second parameter to keep in step
+        # a tied head reads the weight of the embedding and has no parameter
         scalar, own_head = config.head == "scalar", not config.tie_embeddings and config.head == "tokens"
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False) if own_head else None
         self.scalar_head = nn.Linear(config.d_model, 1) if scalar else None
@@ -90,9 +97,9 @@ class Transformer(nn.Module):
 
         Args:
             tokens_BT: int64.
-            document_BT: attention stays inside one number; none: all earlier tokens are visible.
-            position_BT: int64, for RoPE; none: 0 to T - 1.
-            dropout: none: no dropout. It does not hang on train() and eval().
+            document_BT: attention stays inside equal numbers; None: all earlier tokens are visible.
+            position_BT: int64, for RoPE; None: 0 to T - 1.
+            dropout: None: no dropout. Independent of train() and eval().
         """
         return self.head(self.hidden(tokens_BT, document_BT=document_BT, position_BT=position_BT, dropout=dropout))
 
@@ -106,11 +113,11 @@ class Transformer(nn.Module):
         dropout: DropoutKey | None = None,
         kept_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The normalised residual stream (B, T, D) that `head` makes logits of; arguments as in `forward`.
+        """The normalised residual stream (B, T, D), the input of `head`. Arguments as in `forward`.
 
         Args:
             branch_BT: see `within_documents`; only with `document_BT`.
-            kept_N: see `Block.forward`, of the last layer; not with dropout.
+            kept_N: see `Block.forward`, for the last layer; not with dropout.
         """
         x_BTD = self.embedding(tokens_BT)
         if position_BT is None:
@@ -128,166 +135,108 @@ class Transformer(nn.Module):
         return self.final_norm(x_BTD)
 
     def head(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Logits (..., V) of the output of `hidden`."""
+        """Logits (..., V) from the output of `hidden`."""
         return F.linear(x_BTD, self.head_weight)
 
-    def token_losses(
-        self,
-        tokens_BT: torch.Tensor,
-        targets_BT: torch.Tensor,
-        *,
-        document_BT: torch.Tensor | None = None,
-        position_BT: torch.Tensor | None = None,
-        dropout: DropoutKey | None = None,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        chunk_bytes: int = 0,
-        counted_N: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Cross-entropy of every token in nats, fp32, (B * T,).
+    def token_losses(self, batch: Batch, label_smoothing: float = 0.0, z_loss: float = 0.0) -> torch.Tensor:
+        """Cross-entropy of every target in nats, fp32, (B, T); 0 where `batch.counted_N` leaves a token out.
 
-        Arguments are those of `forward` and of `cross_entropy.token_losses`.
+        Arguments are those of `cross_entropy.token_losses`.
+        """
+        x_ND = self._head_input(batch, batch.counted_N)
+        losses = partial(self.losses_of_logits, label_smoothing=label_smoothing, z_loss=z_loss)
+        targets_N = _chosen(batch.targets_BT.flatten(), batch.counted_N)
+        losses_N = losses_in_chunks(x_ND, self.head_weight, targets_N, losses, self.chunk_bytes)
+        return _spread(losses_N, batch.counted_N, batch)
+
+    def logprobs(self, batch: Batch, temperature: float, entropy_gradient: bool = False) -> Logprobs:
+        """Log-probability and entropy of every target if it is sampled at `temperature`; 0 where `batch.counted_N`
+        leaves a token out.
 
         Args:
-            chunk_bytes: the largest block of logits in fp32; the tokens go through the head in as many parts as that
-                takes. 0: all at once.
-            counted_N: int64; the tokens, in the flattened batch, whose losses are wanted: no logits are computed of the
-                others, whose losses are 0. None: all.
+            entropy_gradient: whether the entropy has a gradient.
         """
-        x_ND = self._read_of(counted_N, tokens_BT, document_BT=document_BT, position_BT=position_BT, dropout=dropout)
+        x_ND = self._head_input(batch, batch.counted_N)
+        both = partial(self.logprobs_of_logits, temperature=temperature, entropy_gradient=entropy_gradient)
+        targets_N = _chosen(batch.targets_BT.flatten(), batch.counted_N)
+        both_N2 = losses_in_chunks(x_ND, self.head_weight, targets_N, both, self.chunk_bytes)
+        return Logprobs(*(_spread(column_N, batch.counted_N, batch) for column_N in both_N2.unbind(-1)))
 
-        def losses(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-            return self.losses_of_logits(logits_NV, targets_N, label_smoothing, z_loss)
-
-        return self._in_chunks(x_ND, targets_BT, losses, chunk_bytes, counted_N)
-
-    def logprobs_and_entropy(
-        self,
-        tokens_BT: torch.Tensor,
-        targets_BT: torch.Tensor,
-        *,
-        temperature: float,
-        entropy_gradient: bool,
-        document_BT: torch.Tensor | None = None,
-        position_BT: torch.Tensor | None = None,
-        chunk_bytes: int = 0,
-        counted_N: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Log-probability of every target and entropy of what it was drawn from, nats, fp32, (B * T, 2).
-
-        Arguments are those of `token_losses` and of `cross_entropy.logprobs_and_entropy`; no dropout.
-        """
-        x_ND = self._read_of(counted_N, tokens_BT, document_BT=document_BT, position_BT=position_BT)
-
-        def of_logits(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-            return self.logprobs_and_entropy_of_logits(logits_NV, targets_N, temperature, entropy_gradient)
-
-        return self._in_chunks(x_ND, targets_BT, of_logits, chunk_bytes, counted_N)
-
-    def _read_of(self, counted_N: torch.Tensor | None, tokens_BT: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        """What the head reads of these tokens (none: of all), (N, D); `arguments` are those of `hidden`."""
-        if counted_N is None or not self.holds_all_tokens or arguments.get("dropout"):
-            x_ND = self.head_input(self.hidden(tokens_BT, **arguments)).flatten(0, 1)
-            return x_ND if counted_N is None else x_ND[counted_N]
-        return self.head_input(self.hidden(tokens_BT, kept_N=counted_N, **arguments)).flatten(0, 1)
-
-    def _in_chunks(
-        self,
-        x_ND: torch.Tensor,
-        targets_BT: torch.Tensor,
-        losses: Losses,
-        chunk_bytes: int,
-        counted_N: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """`losses` of the logits, (B * T, ...); 0 where `counted_N` leaves a token out.
+    def scores(self, batch: Batch, read_N: torch.Tensor | None = None, learns_offset: bool = True) -> torch.Tensor:
+        """A score of the text up to each token, fp32, (B, T); only with `model.head=scalar`.
 
         Args:
-            x_ND: of the tokens in `counted_N`.
-        """
-        targets_N = targets_BT.flatten()
-        if counted_N is None:
-            return losses_in_chunks(x_ND, self.head_weight, targets_N, losses, chunk_bytes)
-        of_these = losses_in_chunks(x_ND, self.head_weight, targets_N[counted_N], losses, chunk_bytes)
-        return _spread(of_these, counted_N, len(targets_N))
-
-    def scores(
-        self,
-        tokens_BT: torch.Tensor,
-        *,
-        document_BT: torch.Tensor | None = None,
-        position_BT: torch.Tensor | None = None,
-        branch_BT: torch.Tensor | None = None,
-        dropout: DropoutKey | None = None,
-        counted_N: torch.Tensor | None = None,
-        learns_offset: bool = True,
-    ) -> torch.Tensor:
-        """A score for every token, of what is read up to it, fp32, (B * T,): where `model.head` is scalar.
-
-        Arguments are those of `hidden`.
-
-        Args:
-            counted_N: int64; the tokens, in the flattened batch, whose scores are wanted; others have 0. None: all.
-            learns_offset: whether the head's bias has a gradient; otherwise it is exactly 0. Where only differences of
-                scores matter it would be rounding, and Adam makes whole steps of that.
+            read_N: int64; places of the wanted tokens in the flattened batch; other tokens have score 0. None: all.
+            learns_offset: False: the gradient of the head's bias is exactly 0. If the loss depends only on differences
+                of scores, that gradient would be rounding, and Adam turns rounding into full steps.
         """
         assert self.scalar_head is not None, "model.head=tokens has no scores"
-        x_ND = self._read_of(
-            counted_N,
-            tokens_BT,
-            document_BT=document_BT,
-            position_BT=position_BT,
-            branch_BT=branch_BT,
-            dropout=dropout,
-        ).float()
+        x_ND = self._head_input(batch, read_N, branch_BT=batch.branch_BT).float()
         weight_D, bias_1 = self.scalar_weights
         bias_1 = bias_1 if learns_offset else bias_1.detach() + 0 * bias_1
         score_N = self.sum_of_parts(x_ND @ weight_D.float()) + bias_1.float()
-        return score_N if counted_N is None else _spread(score_N, counted_N, tokens_BT.numel())
+        return _spread(score_N, read_N, batch)
 
-    # what a model whose layers are spread over ranks does otherwise
+    def _head_input(
+        self, batch: Batch, chosen_N: torch.Tensor | None, branch_BT: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The input of the head at the chosen tokens (None: at all tokens), (N, D)."""
+        # the last feed-forward network skips the other tokens, where this rank has all tokens and dropout has no places
+        early = chosen_N is not None and self.holds_all_tokens and self.dropout is None
+        x_BTD = self.hidden(
+            batch.tokens_BT,
+            document_BT=batch.document_BT if self.document_mask else None,
+            position_BT=batch.position_BT,
+            branch_BT=branch_BT if self.document_mask else None,
+            dropout=replace(self.dropout, sequence_B=batch.sequence_B) if self.dropout else None,
+            kept_N=chosen_N if early else None,
+        )
+        x_ND = self.head_input(x_BTD).flatten(0, 1)
+        return x_ND if early else _chosen(x_ND, chosen_N)
+
+    # A model whose layers are shared by several ranks overrides these.
+
+    losses_of_logits = staticmethod(cross_entropy.token_losses)  # logits are products with `head_weight`
+    logprobs_of_logits = staticmethod(cross_entropy.logprobs_and_entropy)
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """(V, D)."""
+        """Weight of the head of tokens, (V, D)."""
         assert self.scalar_head is None, "model.head=scalar has no logits"
         return self.embedding.weight if self.lm_head is None else self.lm_head.weight
 
     @property
     def scalar_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(D,) and (1,)."""
+        """Weight (D,) and bias (1,) of the scalar head."""
         assert self.scalar_head is not None
         return self.scalar_head.weight[0], self.scalar_head.bias
 
     @property
     def holds_all_tokens(self) -> bool:
-        """Whether the residual stream has every token of a sequence here."""
+        """Whether the residual stream of this rank has all tokens of a sequence."""
         return True
 
     def sum_of_parts(self, part: torch.Tensor) -> torch.Tensor:
-        """Over the ranks that share a layer."""
+        """The sum over the ranks that share a layer."""
         return part
 
     def head_input(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """The output of `hidden` as `head_weight` multiplies it."""
+        """The output of `hidden`, ready for the product with `head_weight`."""
         return x_BTD
 
-    def losses_of_logits(
-        self, logits_NV: torch.Tensor, targets_N: torch.Tensor, label_smoothing: float, z_loss: float
-    ) -> torch.Tensor:
-        """Cross-entropy of the products with `head_weight`, fp32, (N,)."""
-        return token_losses(logits_NV, targets_N, label_smoothing, z_loss)
-
-    def logprobs_and_entropy_of_logits(
-        self, logits_NV: torch.Tensor, targets_N: torch.Tensor, temperature: float, entropy_gradient: bool
-    ) -> torch.Tensor:
-        """Of the products with `head_weight`, fp32, (N, 2)."""
-        return logprobs_and_entropy(logits_NV, targets_N, temperature, entropy_gradient)
-
     def first_token(self, n_tokens: int) -> int:
-        """Index of the first token that the residual stream holds, in sequences of `n_tokens`."""
+        """Index of the first token in the residual stream of this rank, for sequences of `n_tokens`."""
         return 0
 
 
-def _spread(value_N: torch.Tensor, place_N: torch.Tensor, size: int) -> torch.Tensor:
-    """Values at their places among `size`, (size, ...), and zeros."""
-    return value_N.new_zeros(size, *value_N.shape[1:]).index_put((place_N,), value_N)
+def _chosen(value_N: torch.Tensor, chosen_N: torch.Tensor | None) -> torch.Tensor:
+    return value_N if chosen_N is None else value_N[chosen_N]
+
+
+def _spread(value_N: torch.Tensor, chosen_N: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+    """Values of the chosen tokens at their places in the batch, (B, T), and 0 elsewhere."""
+    shape = batch.tokens_BT.shape
+    if chosen_N is None:
+        return value_N.view(shape).clone()  # FSDP's hooks do not work on views
+    zeros_N = value_N.new_zeros(shape.numel())
+    return zeros_N.index_put((chosen_N,), value_N).view(shape).clone()

@@ -1,8 +1,9 @@
-"""Process group, device and device mesh: chosen here and nowhere else."""
+"""Process groups, devices and meshes, and the first message over them. Nothing else chooses a device or a backend."""
 
 import gc
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from dist_lm.parallel.tensor_axis import TensorAxis
 
 DATA_AXES = ("dp_replicate", "dp_shard")
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+LINK_BYTES = 4 << 20  # of the all-reduce that is timed
+LINK_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,10 @@ class World:
 
 
 def choose_device(device: str, local_rank: int) -> torch.device:
-    """The device of this rank: its GPU when there is one (or `device` asks for it), else the CPU.
+    """The device of this rank: its GPU if there is one or `device` asks for one, else the CPU.
 
     Raises:
-        ConfigError: `device=cuda` and no such GPU.
+        ConfigError: this rank should have a GPU and the node has too few.
     """
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -52,7 +55,7 @@ def choose_device(device: str, local_rank: int) -> torch.device:
 
 
 def option_device(device: str) -> torch.device:
-    """What `--device` of a verb asks for, in a process alone on its machine.
+    """The device that the option `--device` of a verb names, for a single process.
 
     Raises:
         ConfigError: names the option.
@@ -64,15 +67,15 @@ def option_device(device: str) -> torch.device:
 
 @contextmanager
 def process_group(device: str, timeout_s: float = 600.0) -> Iterator[World]:
-    """Join the ranks that torchrun started and leave them in good order.
+    """Join the process group of the ranks that torchrun started, and leave it cleanly.
 
-    NCCL moves tensors on CUDA, gloo those in host memory.
+    NCCL moves tensors on CUDA, gloo moves tensors in host memory.
 
-    A gloo process that ends with live collectives may abort after its work is done, so a clean exit meets the other
-    ranks once more. After an exception it does not wait for anybody.
+    A gloo process that ends with live collectives may abort after its work is done, so a clean exit has a last barrier.
+    After an exception there is no barrier.
 
     Args:
-        timeout_s: how long a collective waits for other ranks.
+        timeout_s: time that a collective waits for other ranks.
     """
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     chosen = choose_device(device, local_rank)
@@ -90,17 +93,17 @@ def process_group(device: str, timeout_s: float = 600.0) -> Iterator[World]:
 
 
 def _backends(device: torch.device) -> str:
-    # gloo beside NCCL: checkpoints are written, and offloaded gradients measured, from host memory
+    # gloo beside NCCL: checkpoints and the norms of offloaded gradients use host memory
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def join_ranks(device: torch.device, store: dist.Store, rank: int, size: int, timeout_s: float) -> TensorAxis:
-    """Join the ranks that share one model on this machine; whoever started them gave them a `store`.
+    """Join the ranks that share one model on this machine through a given `store`.
 
-    Messages of the host stay on the loopback interface.
+    Messages stay on the loopback interface.
 
     Args:
-        timeout_s: how long others are waited for, here and in each collective.
+        timeout_s: time to wait for other ranks, here and in each collective.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -122,7 +125,7 @@ def join_ranks(device: torch.device, store: dist.Store, rank: int, size: int, ti
                 del os.environ[name]
             else:
                 os.environ[name] = value
-    dist.barrier()  # behind it nobody needs the store to find others any more
+    dist.barrier()  # after it no rank needs the store to find the others
     group = dist.group.WORLD
     assert group
     initialize._MODEL_PARALLEL_GROUP = group  # as in `build_mesh`
@@ -130,29 +133,60 @@ def join_ranks(device: torch.device, store: dist.Store, rank: int, size: int, ti
 
 
 def leave_ranks(device: torch.device) -> None:
-    """Give up the group of `join_ranks`, whatever the others do; a collective that is stuck in NCCL ends."""
+    """Leave the group of `join_ranks` without waiting for the other ranks; a collective that is stuck in NCCL ends."""
     initialize._MODEL_PARALLEL_GROUP = None
     if not dist.is_initialized():
         return
     if device.type == "cuda":
-        dist.distributed_c10d._abort_process_group()  # NCCL's orderly way waits for all ranks
+        dist.distributed_c10d._abort_process_group()  # destroy_process_group of NCCL waits for all ranks
     else:
         dist.destroy_process_group()
 
 
 def build_mesh(layout: Layout, device: torch.device) -> DeviceMesh:
-    """The mesh (dp_replicate, dp_shard, tp) over all ranks; its tp groups are those of fairscale's regions too."""
+    """The mesh (dp_replicate, dp_shard, tp) over all ranks; fairscale's regions use its tp groups."""
     mesh = init_device_mesh(
         device.type,
         (layout.dp_replicate, layout.dp_shard, layout.tp),
         mesh_dim_names=(*DATA_AXES, "tp"),
     )
-    # fairscale knows one group a process (`TensorAxis.check_current`); its `initialize_model_parallel` would make a
+    # fairscale has one group per process (`TensorAxis.check_current`); its `initialize_model_parallel` would create a
     # second communicator for every group of the mesh
     initialize._MODEL_PARALLEL_GROUP = mesh.get_group("tp")
     return mesh
 
 
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """Both dp axes as one: the ranks that see different data and share gradients."""
+    """Both dp axes as one axis: the ranks that see different data and share gradients."""
     return mesh[DATA_AXES]._flatten("dp")
+
+
+@dataclass(frozen=True)
+class LinkSpeed:
+    """Time of an all-reduce over all ranks."""
+
+    ranks: int
+    bytes: int
+    seconds: float  # best of LINK_ROUNDS
+    bus_gb_per_s: float  # bytes that a rank sends and receives per second: 2 (n - 1) / n * bytes (as in nccl-tests)
+
+
+def measure_all_reduce(world: World) -> LinkSpeed:
+    """Time an all-reduce of LINK_BYTES (collective): the largest time of any rank.
+
+    It is the first collective of a run: it shows that all ranks reach each other over the network that training uses.
+    """
+    values = torch.ones(LINK_BYTES // 4, dtype=torch.float32, device=world.device)
+    times = []
+    for _ in range(1 + LINK_ROUNDS):  # the first round sets up connections
+        dist.barrier()
+        started = time.perf_counter()
+        dist.all_reduce(values)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+        times.append(time.perf_counter() - started)
+    seconds = torch.tensor([min(times[1:])], dtype=torch.float64, device=world.device)
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    slowest = float(seconds)
+    sent = 2 * (world.size - 1) / world.size * LINK_BYTES
+    return LinkSpeed(world.size, LINK_BYTES, slowest, sent / slowest / 1e9)

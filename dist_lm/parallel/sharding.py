@@ -1,11 +1,22 @@
 """A model on a mesh: tensor parallelism, activation checkpointing, compiled blocks, FSDP2.
 
-The model is laid out on the meta device, gets memory for its shards alone, and then its values (`values.fill`).
+The model is arranged on the meta device, gets memory for its shards alone, and then its values (`values.fill`).
 
-The order is not free: tensor parallelism replaces modules, so it comes first; recomputation has to happen inside the
-hooks of FSDP, which gather parameters.
+The order matters: tensor parallelism replaces modules, so it comes first. FSDP comes last, because recomputation must
+happen inside its hooks, which gather parameters.
+
+Activation checkpointing has three modes:
+
+    none        keeps all activations
+    selective   keeps outputs of matrix products, attention and collectives; computes norms, activations, RoPE and
+                dropout again (Korthikanti et al. 2022, section 5)
+    full        keeps the input of each block
+
+It is torch's own and not fairscale's `checkpoint_wrapper`: the gradients and the time are the same, recomputation stops
+at the last tensor that is needed, and one mechanism does both modes (`bench checkpointing`).
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -20,12 +31,12 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.model.initialise import initial_value
 from dist_lm.model.transformer import Transformer
-from dist_lm.parallel.activation_checkpointing import wrap_blocks
 from dist_lm.parallel.gloo import exchange_messages
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.placement import Placement, blocks_per_unit, partial_gradients, placements, reshards
@@ -33,27 +44,42 @@ from dist_lm.parallel.tensor_axis import TensorAxis
 from dist_lm.parallel.tensor_parallel import TensorParallelTransformer
 from dist_lm.parallel.values import fill
 
-FORWARD_METHODS = ("token_losses", "logprobs_and_entropy", "scores")
-"""What is called on a model instead of `forward`: FSDP gathers the root's parameters around these too. One that calls
-another would free them in between, to be gathered a second time."""
+FORWARD_METHODS = ("token_losses", "logprobs", "scores")
+"""Methods that are called on a model instead of `forward`: FSDP gathers the parameters of the root around them. They
+must not call each other, which would free and gather these parameters once more."""
+
+KEPT = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "torch_attn::_varlen_attn",
+    "_c10d_functional::all_reduce",
+    "_c10d_functional::all_gather_into_tensor",
+    "_c10d_functional::reduce_scatter_tensor",
+    "_c10d_functional::wait_tensor",
+)
 
 
 def compute_dtype(parallel: ParallelConfig, device: torch.device) -> torch.dtype:
-    """The dtype of the forward and backward pass; master weights and reductions stay fp32."""
+    """Dtype of the forward and backward pass; master weights and reductions are always fp32."""
     wanted = parallel.compute_dtype
     half = device.type == "cuda" or (wanted == "fastest" and multiplies_bf16())
     return torch.bfloat16 if wanted == "bf16" or (wanted in ("auto", "fastest") and half) else torch.float32
 
 
 def generation_dtype(parallel: ParallelConfig, device: torch.device) -> torch.dtype:
-    """The dtype of whole copies that answer and are sampled from: with `fastest`, fp32 on every CPU, where products of
-    ever new shapes take longer in bf16."""
+    """Dtype of whole copies that generate: with `fastest`, fp32 on every CPU, where bf16 kernels are compiled for every
+    new shape."""
     asked = "auto" if parallel.compute_dtype == "fastest" else parallel.compute_dtype
     return compute_dtype(replace(parallel, compute_dtype=asked), device)
 
 
 def multiplies_bf16() -> bool:
-    """Whether this CPU multiplies bf16 itself (AMX or AVX512-BF16); others are slower in it than in fp32."""
+    """Whether this CPU has bf16 instructions (AMX or AVX512-BF16); other CPUs are slower in bf16 than in fp32."""
     has = torch.cpu.get_capabilities()
     return bool(has.get("amx_bf16") or has.get("avx512_bf16"))
 
@@ -63,7 +89,8 @@ def build_model(
 ) -> Transformer:
     """An initialised model on `mesh`.
 
-    Gradients are summed over ranks, not averaged: the trainer divides by the global token count.
+    Gradients are summed over ranks, not averaged: the trainer divides by the global token count. The loss computes at
+    most `parallel.loss_chunk_mib` of logits at once.
     """
     model = arrange_model(model_config, parallel, mesh, device, exchange=device.type == "cpu")
     materialise(model, parallel, device)
@@ -77,8 +104,8 @@ def arrange_model(
     """The model on the meta device, every parameter with its placement on `mesh`.
 
     Args:
-        device: where it will run.
-        exchange: FSDP sends its messages as gloo likes them.
+        device: the device it will run on.
+        exchange: whether FSDP sends its messages by exchange (`gloo`).
     """
     layout = layout_of(mesh)
     where = placements(model_config, layout)
@@ -87,6 +114,7 @@ def arrange_model(
             model = _tensor_parallel(model_config, parallel, mesh, layout, where)
         else:
             model = Transformer(model_config)
+    model.chunk_bytes = parallel.loss_chunk_mib << 20
     compiled = parallel.compile == "always" or (parallel.compile == "auto" and device.type == "cuda")
     wrap_blocks(model, parallel.activation_checkpointing, compiled)
     dtype = compute_dtype(parallel, device)
@@ -95,8 +123,43 @@ def arrange_model(
     return model
 
 
+def wrap_blocks(model: Transformer, mode: str, compiled: bool) -> None:
+    """Checkpoint and compile the forward of every block; parameter names do not change.
+
+    The compiler must see a selective policy, so it compiles the checkpointed forward. Full checkpointing calls the
+    compiled forward again.
+    """
+    for block in model.blocks:
+        forward = block.forward
+        if compiled and mode != "selective":
+            forward = torch.compile(forward)
+        if mode != "none":
+            forward = _checkpointed(forward, selective=mode == "selective")
+        if compiled and mode == "selective":
+            forward = torch.compile(forward)
+        block.forward = forward
+
+
+def _checkpointed(forward: Callable[..., torch.Tensor], selective: bool) -> Callable[..., torch.Tensor]:
+    options = {"context_fn": _selective_contexts} if selective else {}
+
+    def checkpointed(*args, **kwargs) -> torch.Tensor:  # not a partial: the compiler skips partials silently
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **options, **kwargs)
+
+    return checkpointed
+
+
+def _selective_contexts():
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    kept = isinstance(operator, torch._ops.OpOverload) and operator.name().partition(".")[0] in KEPT
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def layout_of(mesh: DeviceMesh) -> Layout:
-    """The numbers of a mesh."""
+    """The layout of a mesh."""
     return Layout(*(mesh[name].size() for name in ("dp_replicate", "dp_shard", "tp")))
 
 
@@ -123,7 +186,7 @@ def _on_tp_axis(place: Placement, mesh: DeviceMesh) -> DTensor:
     if place.tp_dim is not None:
         shape[place.tp_dim] //= mesh.size()
     placement = Replicate() if place.tp_dim is None else Shard(place.tp_dim)
-    # every rank's shard has the same shape, so torch works out the padded shape of the whole
+    # all shards have one shape, so torch derives the padded shape of the whole tensor
     return DTensor.from_local(torch.empty(shape), mesh, [placement], run_check=False)
 
 
@@ -165,7 +228,7 @@ def _fully_shard(
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction with a factor
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no reduction with a factor but the sum
             if exchange:
                 exchange_messages(module)
     for method in FORWARD_METHODS:
@@ -173,13 +236,15 @@ def _fully_shard(
 
 
 def materialise(model: nn.Module, parallel: ParallelConfig, device: torch.device) -> None:
-    """Give a model on the meta device memory: on `device`, or in host memory where it is offloaded."""
+    """Allocate the parameters of a model on the meta device: on `device`, or in host memory if they are offloaded."""
     model.to_empty(device="cpu" if parallel.cpu_offload else device)
 
 
 def reshard(model: nn.Module) -> None:
-    """Free parameters that FSDP gathered: a forward without backward leaves them so, as other tensors than those that
-    the optimizer knows."""
+    """Free the parameters that FSDP gathered in a forward pass without a backward pass.
+
+    Otherwise `named_parameters` gives gathered tensors, not the shards that the optimizer and checkpoints use.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,23 +1,24 @@
-"""The transformer over tensor-parallel ranks: each takes some heads, some hidden units, some of the vocabulary.
+"""The transformer over tensor-parallel ranks: each rank has some heads, some hidden units and some of the vocabulary.
 
-Parameters are DTensors on the tp axis, with zeros after the last head (hidden unit, piece) so that every rank holds as
-many; a module computes with its shard, and what is padded never reaches a result: it keeps a gradient of zero and stays
-zero. The modules have the parameter names of the plain ones.
+Parameters are DTensors on the tp axis. Zeros after the last head (hidden unit, piece) make all shards equally large. A
+module computes with its local shard. Padding never reaches a result, so its gradient is zero and it stays zero. The
+parameter names are those of the plain model.
 
-Dimensions: B sequences, T tokens, D d_model, H query heads, G key/value heads, K d_head, F d_ff (all of this rank).
+The loss needs one small message: no rank sees the logits of another.
+
+Dimensions: B sequences, T tokens, N = B * T, D d_model, V pieces, H query heads, G key/value heads, K d_head, F d_ff
+(V, H, G and F are those of this rank).
 """
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
+from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
 from torch import nn
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.model.attention import Attention, Visibility, attend, from_heads, to_heads
-from dist_lm.model.feed_forward import FeedForward, activate
-from dist_lm.model.norm import build_norm
-from dist_lm.model.rope import RopeTables, rotate
+from dist_lm.model.layers import FeedForward, HeadNorm, RopeTables, activate, build_norm, normalise_heads, rotate
 from dist_lm.model.transformer import Transformer
-from dist_lm.parallel.cross_entropy import vocab_parallel_logprobs_and_entropy, vocab_parallel_losses
 from dist_lm.parallel.placement import Slice, keys_of, slice_of
 from dist_lm.parallel.tensor_axis import TensorAxis, local
 
@@ -28,15 +29,15 @@ class TensorParallelTransformer(Transformer):
     def __init__(self, config: ModelConfig, axis: TensorAxis, partial: list[str]) -> None:
         """
         Args:
-            partial: names of the parameters whose gradients have to be summed over the axis.
+            partial: names of the parameters whose gradients must be summed over the axis.
         """
         super().__init__(config)
         self.axis = axis
         self.partial = partial
         self.pieces = slice_of(config.vocab_size, axis.size, axis.rank)
         self.embedding = VocabParallelEmbedding(config, axis)
-        for layer, block in enumerate(self.blocks):
-            block.attention = HeadParallelAttention(config, layer, axis)
+        for block in self.blocks:
+            block.attention = HeadParallelAttention(config, axis)
             block.feed_forward = WidthParallelFeedForward(config, axis)
             block.attention_norm = ReplicatedNorm(config)
             block.feed_forward_norm = ReplicatedNorm(config)
@@ -47,7 +48,7 @@ class TensorParallelTransformer(Transformer):
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """This rank's pieces, padding included: ranks that count chunks of the loss have to count alike."""
+        """This rank's pieces, with padding: all ranks must cut the loss into the same number of chunks."""
         return local(super().head_weight)
 
     def head_input(self, x_BTD: torch.Tensor) -> torch.Tensor:
@@ -55,7 +56,7 @@ class TensorParallelTransformer(Transformer):
 
     @property
     def scalar_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The only row is the first rank's; of the others, which hold padding, nothing is taken."""
+        """The first rank has the only row; the rows of the other ranks are padding and are left out."""
         assert self.scalar_head is not None
         rows = slice_of(1, self.axis.size, self.axis.rank).real
         return local(self.scalar_head.weight)[:rows].sum(0), local(self.scalar_head.bias)
@@ -68,14 +69,14 @@ class TensorParallelTransformer(Transformer):
         return self.axis.sum(part)
 
     def losses_of_logits(
-        self, logits_NV: torch.Tensor, targets_N: torch.Tensor, label_smoothing: float, z_loss: float
+        self, logits_NV: torch.Tensor, targets_N: torch.Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0
     ) -> torch.Tensor:
         own_NV = logits_NV[:, : self.pieces.real]
         return vocab_parallel_losses(
             own_NV, targets_N, self.pieces, self.config.vocab_size, self.axis, label_smoothing, z_loss
         )
 
-    def logprobs_and_entropy_of_logits(
+    def logprobs_of_logits(
         self, logits_NV: torch.Tensor, targets_N: torch.Tensor, temperature: float, entropy_gradient: bool
     ) -> torch.Tensor:
         own_NV = logits_NV[:, : self.pieces.real]
@@ -96,7 +97,7 @@ class VocabParallelEmbedding(nn.Embedding):
         self.pieces = slice_of(config.vocab_size, axis.size, axis.rank)
 
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        self.axis.check_current()  # here a forward pass begins
+        self.axis.check_current()  # every forward pass begins here
         row_BT = tokens_BT - self.pieces.start
         held_BT = (row_BT >= 0) & (row_BT < self.pieces.real)
         part_BTD = F.embedding(row_BT.where(held_BT, 0), local(self.weight))
@@ -104,7 +105,7 @@ class VocabParallelEmbedding(nn.Embedding):
 
 
 class ReplicatedNorm(nn.Module):
-    """The norm of the model, with weights that all ranks hold."""
+    """`build_norm` with the same weights on all ranks."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -121,14 +122,23 @@ class ReplicatedNorm(nn.Module):
         )
 
 
+class ReplicatedHeadNorm(HeadNorm):
+    """`HeadNorm` with the same weight on all ranks; each rank applies it to its own heads."""
+
+    def forward(self, x_BTHK: torch.Tensor) -> torch.Tensor:
+        return normalise_heads(x_BTHK, local(self.weight), self.norm_eps)
+
+
 class HeadParallelAttention(Attention):
     """Each rank attends with its query heads."""
 
-    def __init__(self, config: ModelConfig, layer: int, axis: TensorAxis) -> None:
-        super().__init__(config, layer)
+    def __init__(self, config: ModelConfig, axis: TensorAxis) -> None:
+        super().__init__(config)
         self.axis = axis
         self.heads = slice_of(config.n_heads, axis.size, axis.rank)
         self.keys, self.queries_of_key = keys_of(config, axis.size, axis.rank)
+        if config.qk_norm:
+            self.query_norm, self.key_norm = ReplicatedHeadNorm(config), ReplicatedHeadNorm(config)
 
     def forward(
         self,
@@ -140,8 +150,8 @@ class HeadParallelAttention(Attention):
         q_BTHK = to_heads(x_BTD, local(self.query), bias_of(self.query_bias, self.heads))
         k_BSGK = to_heads(x_BTD, self._key_rows(self.key), bias_of(self.key_bias, self.keys))
         v_BSGK = to_heads(x_BTD, self._key_rows(self.value), bias_of(self.value_bias, self.keys))
-        if self.query_gain is not None:
-            q_BTHK, k_BSGK = self.by_direction(q_BTHK, k_BSGK, part_of(self.query_gain, self.heads))
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BTHK, k_BSGK = self.query_norm(q_BTHK), self.key_norm(k_BSGK)
         k_BSGK = rotate(k_BSGK, rope)
         if self.queries_of_key:
             k_BSGK, v_BSGK = (_repeated(heads, self.queries_of_key) for heads in (k_BSGK, v_BSGK))
@@ -151,7 +161,7 @@ class HeadParallelAttention(Attention):
         return with_bias(self.axis.leave(part_BTD), self.output_bias)
 
     def _key_rows(self, weight: torch.Tensor) -> torch.Tensor:
-        """This rank's key (or value) heads (G, K, D): its shard, or, where all ranks hold all, those it reads."""
+        """This rank's key (or value) heads (G, K, D): its shard, or the heads it reads if all ranks hold all heads."""
         held = local(weight)
         return held if held.shape[0] == self.keys.held else held[self.keys.start : self.keys.stop]
 
@@ -182,17 +192,77 @@ def _repeated(heads_BSGK: torch.Tensor, times: list[int]) -> torch.Tensor:
 
 
 def bias_of(bias: torch.Tensor | None, part: Slice) -> torch.Tensor | None:
-    """A rank's rows of a bias (heads, K) that all ranks hold, zeros for padded heads."""
-    return None if bias is None else part_of(bias, part)
-
-
-def part_of(value: torch.Tensor, part: Slice) -> torch.Tensor:
-    """A rank's rows of what all ranks hold, zeros for padded ones."""
-    rows = local(value)[part.start : part.stop]
+    """This rank's rows of a replicated bias (heads, K), with zeros for padded heads."""
+    if bias is None:
+        return None
     missing = part.held - part.real
-    return F.pad(rows, (*[0] * (2 * rows.dim() - 1), missing)) if missing else rows
+    rows = local(bias)[part.start : part.stop]
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
 def with_bias(x_BTD: torch.Tensor, bias_D: torch.Tensor | None) -> torch.Tensor:
-    """Added after the parts are summed, so once."""
+    """`x + bias`, after the sum over ranks, so that the bias counts once."""
     return x_BTD if bias_D is None else x_BTD + local(bias_D)
+
+
+def vocab_parallel_losses(
+    logits_NV: torch.Tensor,
+    targets_N: torch.Tensor,
+    pieces: Slice,
+    vocab_size: int,
+    axis: TensorAxis,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> torch.Tensor:
+    """`model.cross_entropy.token_losses` of the whole logits: (N,) fp32, the same on every rank (collective).
+
+    `loss = log Z - (1 - a) * logit[target] - a * mean(logits) + z_loss * log(Z)^2`. Each rank contributes its part of
+    the sum of exponentials Z (as a logarithm), of the target's logit and of the mean.
+
+    Args:
+        logits_NV: logits of this rank's pieces, without padding.
+    """
+    logits_NV = logits_NV.float()
+    row_N = targets_N - pieces.start
+    held_N = (row_N >= 0) & (row_N < pieces.real)
+    target_N = logits_NV.gather(-1, row_N.where(held_N, 0)[:, None]).squeeze(-1) * held_N
+    parts = [logits_NV.logsumexp(-1), target_N]
+    if label_smoothing:
+        parts.append(logits_NV.sum(-1) / vocab_size)
+    # (part, N) of every rank, in the order of ranks
+    gathered = gather_from_model_parallel_region(torch.stack(parts)).unflatten(-1, (axis.size, -1))
+    log_z_N = gathered[0].logsumexp(0)
+    losses_N = log_z_N - (1 - label_smoothing) * gathered[1].sum(0)
+    if label_smoothing:
+        losses_N = losses_N - label_smoothing * gathered[2].sum(0)
+    return losses_N + z_loss * log_z_N.square() if z_loss else losses_N
+
+
+def vocab_parallel_logprobs_and_entropy(
+    logits_NV: torch.Tensor,
+    targets_N: torch.Tensor,
+    pieces: Slice,
+    axis: TensorAxis,
+    temperature: float,
+    entropy_gradient: bool,
+) -> torch.Tensor:
+    """`model.cross_entropy.logprobs_and_entropy` of the whole logits: (N, 2) fp32, the same on every rank (collective).
+
+    `entropy = log Z - sum of p * logit`. Each rank contributes the mean logit under the distribution of its own pieces.
+
+    Args:
+        logits_NV: logits of this rank's pieces, without padding.
+    """
+    x_NV = logits_NV.float() / temperature
+    row_N = targets_N - pieces.start
+    held_N = (row_N >= 0) & (row_N < pieces.real)
+    target_N = x_NV.gather(-1, row_N.where(held_N, 0)[:, None]).squeeze(-1) * held_N
+    own_NV = x_NV if entropy_gradient else x_NV.detach()
+    mean_N = (own_NV.softmax(-1) * own_NV).sum(-1)
+    parts = torch.stack([x_NV.logsumexp(-1), target_N, mean_N])
+    gathered = gather_from_model_parallel_region(parts).unflatten(-1, (axis.size, -1))
+    log_z_N = gathered[0].logsumexp(0)
+    log_z_RN = gathered[0] if entropy_gradient else gathered[0].detach()
+    share_RN = log_z_RN.softmax(0)  # probability of the pieces of each rank
+    entropy_N = log_z_RN.logsumexp(0) - (share_RN * gathered[2]).sum(0)
+    return torch.stack([gathered[1].sum(0) - log_z_N, entropy_N], dim=-1)

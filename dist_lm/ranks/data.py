@@ -12,12 +12,12 @@ from dist_lm.data.manifest import read_manifest
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.sequences import note_of_left_out
 from dist_lm.data.stream import SequenceStream
+from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.stages.training_stage import Opening, StageData
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
-from dist_lm.training.evaluation import loss_metrics, mixed_metrics, summed_losses
-from dist_lm.training.objective import LossModel
+from dist_lm.training.objective import loss_metrics, mixed_metrics, summed_losses
 from dist_lm.training.trainer import Evaluate
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def evaluator(opening: Opening) -> Evaluate:
             pad_id=opening.tokenizer.pad_id,
         )
 
-    def evaluate(model: LossModel, everything: bool, alive: Callable[[], None]) -> dict[str, float]:
+    def evaluate(model: Transformer, everything: bool, alive: Callable[[], None]) -> dict[str, float]:
         metrics = {}
         for name, corpus in opened.items():
             batches = batches_of(corpus, everything)

@@ -29,11 +29,10 @@ from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.training import checkpoint
-from dist_lm.training.hardware import matmul_flops
-from dist_lm.training.heartbeat import Heartbeat, Phase
+from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
-from dist_lm.training.stop import StopRequest
+from dist_lm.training.step_meter import matmul_flops
 from dist_lm.training.trainer import Trainer
 
 log = logging.getLogger(__name__)

@@ -9,14 +9,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dist_lm.config.root import Config
 from dist_lm.parallel.layout import Layout, check_batch, resolve_layout
-from dist_lm.parallel.link_speed import measure_all_reduce
-from dist_lm.parallel.mesh import World, build_mesh, process_group
+from dist_lm.parallel.mesh import World, build_mesh, measure_all_reduce, process_group
 from dist_lm.storage import durable
 from dist_lm.storage.lock import OWN_JOB_S, locked
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
-from dist_lm.training.heartbeat import Heartbeat, Phase
-from dist_lm.training.stop import StopRequest
+from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
 
 log = logging.getLogger(__name__)
 

@@ -11,13 +11,12 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.model.size import parameter_count
+from dist_lm.model.size import is_matrix, parameter_count
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.placement import Placement, placements
 from dist_lm.report.facts import RunFacts
 from dist_lm.tracking.readable import counted, gib, readable_count
 from dist_lm.tracking.registry import LOOP_STAGES
-from dist_lm.training.parameter_groups import is_matrix
 
 ELEMENT_BYTES = 4  # parameters, gradients and moments are fp32; bf16 computation casts gathered parameters
 MEMORY = "perf/memory_gib"

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dist_lm.data.batch import Batch
+from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.sharding import reshard
 from dist_lm.rlhf.algorithm import Experience
 from dist_lm.rlhf.models import Execution
@@ -21,7 +22,6 @@ from dist_lm.rlhf.policy_gradient import truncated_importance
 from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rewards import REWARD_MODEL, total_score
 from dist_lm.rlhf.rollouts import Rollouts
-from dist_lm.training.forward import BoundModel
 
 SomeBatch = TypeVar("SomeBatch", bound=Batch)
 
@@ -88,19 +88,18 @@ def _forward_passes(
 
     def of_tokens() -> dict[str, torch.Tensor]:
         found = {}
-        policy = run.bound(models.policy.model)
+        policy = models.policy.model
         found["logprob"], found["entropy"] = token_logprobs(policy, _each(batches, run.alive), shape, temperature)
         if models.reference:
-            reference = run.bound(models.reference)
-            found["reference"], _ = token_logprobs(reference, _each(batches, run.alive), shape, temperature)
+            found["reference"], _ = token_logprobs(models.reference, _each(batches, run.alive), shape, temperature)
         return found
 
     def of_scores() -> dict[str, torch.Tensor]:
         found = {}
         if models.critic:
-            found["value"] = token_values(run.bound(models.critic.model), _each(batches, run.alive), shape)
+            found["value"] = token_values(models.critic.model, _each(batches, run.alive), shape)
         if models.reward:
-            found["score"] = end_scores(run.bound(models.reward), rollouts, run.dealing, run.device, run.alive)
+            found["score"] = end_scores(models.reward, rollouts, run.dealing, run.device, run.alive)
         return found
 
     tokens, scores = run.beside(of_tokens, of_scores)
@@ -116,32 +115,32 @@ def _each(batches: Iterable[SomeBatch], alive: Callable[[], None]) -> Iterator[S
 
 @torch.no_grad()
 def token_logprobs(
-    bound: BoundModel, batches: Iterable[RolloutBatch], shape: tuple[int, int], temperature: float
+    model: Transformer, batches: Iterable[RolloutBatch], shape: tuple[int, int], temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability and entropy of the completion tokens in `batches`, fp32 (B, T) each; 0 for other rollouts."""
-    device = bound.model.embedding.weight.device
+    device = model.embedding.weight.device
     logprob_BT, entropy_BT = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
     for batch in batches:
-        found = bound.logprobs(batch, temperature)
+        found = model.logprobs(batch, temperature)
         for into, values in ((logprob_BT, found.logprob_BT), (entropy_BT, found.entropy_BT)):
             into.view(-1)[batch.drawn_N] = values.flatten()[batch.counted_N]
-    reshard(bound.model)
+    reshard(model)
     return logprob_BT, entropy_BT
 
 
 @torch.no_grad()
-def token_values(bound: BoundModel, batches: Iterable[RolloutBatch], shape: tuple[int, int]) -> torch.Tensor:
+def token_values(model: Transformer, batches: Iterable[RolloutBatch], shape: tuple[int, int]) -> torch.Tensor:
     """The critic's value before each completion token in `batches`, fp32 (B, T); 0 for other rollouts."""
-    value_BT = torch.zeros(shape, device=bound.model.embedding.weight.device)
+    value_BT = torch.zeros(shape, device=model.embedding.weight.device)
     for batch in batches:
-        value_BT.view(-1)[batch.drawn_N] = bound.scores(batch, batch.counted_N).flatten()[batch.counted_N]
-    reshard(bound.model)
+        value_BT.view(-1)[batch.drawn_N] = model.scores(batch, batch.counted_N).flatten()[batch.counted_N]
+    reshard(model)
     return value_BT
 
 
 @torch.no_grad()
 def end_scores(
-    bound: BoundModel,
+    model: Transformer,
     rollouts: Rollouts,
     shares: Dealing,
     device: torch.device,
@@ -156,8 +155,8 @@ def end_scores(
     score_B = torch.zeros(len(rollouts), device=device)
     for whole in _each(whole_batches(rollouts, shares), alive):
         batch = whole.to(device)
-        score_B[batch.rollout_S] = bound.scores(batch, batch.end_S).flatten()[batch.end_S]
-    reshard(bound.model)
+        score_B[batch.rollout_S] = model.scores(batch, batch.end_S).flatten()[batch.end_S]
+    reshard(model)
     return score_B
 
 

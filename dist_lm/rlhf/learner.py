@@ -27,9 +27,8 @@ from dist_lm.rlhf.rollouts import PromptOrder, Rollouts, RolloutSource, requests
 from dist_lm.rlhf.schedule import RolloutSchedule, Weights, is_drawn_by
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.rlhf.update import Pretraining, Updater, Updates
-from dist_lm.training.optimizer import set_learning_rate
-from dist_lm.training.schedule import learning_rate
-from dist_lm.training.stop import StopRequest
+from dist_lm.training.heartbeat import StopRequest
+from dist_lm.training.optimizer import learning_rate, set_learning_rate
 from dist_lm.training.trainer import is_due
 
 
@@ -214,7 +213,6 @@ class Learner:
             models=self.models,
             device=self.world.device,
             dealing=dealing(self.mesh, self.parallel, self.config.micro_batch_tokens),
-            chunk_bytes=self.parallel.loss_chunk_mib << 20,
             counts=self.mesh.get_local_rank("tp") == 0,
             reduce_every_micro_batch=self.parallel.reduce_every_micro_batch,
             alive=self.alive,

@@ -19,10 +19,9 @@ from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.errors import ConfigError
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World, data_mesh
-from dist_lm.parallel.padding import shard_of
 from dist_lm.parallel.sharding import reshard
+from dist_lm.parallel.values import shard_of
 from dist_lm.rlhf.packed_rollouts import Dealing
-from dist_lm.training.forward import BoundModel
 from dist_lm.training.optimizer import ShardedAdamW, build_optimizer
 
 SCALAR_HEAD = "scalar_head."
@@ -150,15 +149,10 @@ class Execution:
     models: RlhfModels
     device: torch.device
     dealing: Dealing
-    chunk_bytes: int  # largest block of fp32 logits; 0: no limit
     counts: bool  # this rank's sums count; of the ranks that see the same rollouts, one counts
     reduce_every_micro_batch: bool
     alive: Callable[[], None]  # called before every forward pass and update, from any thread
     beside: Beside
-
-    def bound(self, model: Transformer) -> BoundModel:
-        """The model as objectives see it."""
-        return BoundModel(model, document_mask=True, chunk_bytes=self.chunk_bytes)
 
 
 def dealing(mesh: DeviceMesh, parallel: ParallelConfig, micro_batch_tokens: int) -> Dealing:

@@ -24,14 +24,14 @@ from dist_lm.errors import ArtefactError
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.rankings import agreement, calibration_error, choices, pair_losses, ranking_losses, right_choices
 from dist_lm.storage.run_directory import RunDirectory
-from dist_lm.training.objective import LossModel, LossSum
+from dist_lm.training.objective import LossSum
 
 Scores = TypeVar("Scores", float, np.ndarray, torch.Tensor)
 KEY = "normaliser"  # of the reward scale in result.json
 SMALLEST_STD = 1e-6  # avoids a division by 0 where all scores are equal
 
 
-def choices_of_people(model: LossModel, batch: Batch) -> LossSum:
+def choices_of_people(model: Transformer, batch: Batch) -> LossSum:
     """Negative log-likelihood of all choices of a batch of rankings, in nats, and their number. An `Objective`.
 
     A ranking of K completions is K - 1 choices (Plackett and Luce), a judgement is one (Bradley and Terry). The trainer
@@ -113,7 +113,7 @@ def last_token_scores(model: Transformer, sequences: Sequence[Sequence[int]], ba
         for b, number in enumerate(chosen):
             tokens_BT[b, : len(sequences[number])] = torch.tensor(sequences[number])
         # attention is causal, so the padding after the last token does not change its score
-        score_BT = model.scores(tokens_BT.to(device)).view(tokens_BT.shape).cpu()
+        score_BT = model.scores(Batch.plain(tokens_BT.to(device))).cpu()
         scores[chosen] = score_BT[torch.arange(len(chosen)), lengths - 1].numpy()
     return scores
 
@@ -133,7 +133,7 @@ class ScoredRanking:
 
 @torch.no_grad()
 def scores_of_rankings(
-    model: LossModel,
+    model: Transformer,
     batches: Iterable[tuple[Batch, Sequence[PlacedRanking]]],
     device: torch.device,
     group: dist.ProcessGroup | None,

@@ -14,7 +14,7 @@ from dist_lm.data.order import key, permutation
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.engine import Engine
 from dist_lm.generation.request import Answer, FinishReason, Refusal, Request, RequestError, SamplingParams
-from dist_lm.model.counter_hash import hash_words, signed
+from dist_lm.model.keyed_random import hash_words, signed
 
 FINISHES: tuple[FinishReason, ...] = ("eot", "stop", "length", "context", "cancelled")
 WHOLE = ("eot", "stop")

@@ -11,14 +11,14 @@ import torch.distributed as dist
 
 from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.data.batch import Batch
+from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.algorithm import Algorithm, DrawnTokens
 from dist_lm.rlhf.models import Execution, Trained
 from dist_lm.rlhf.packed_rollouts import Minibatch, Passes, RolloutBatch
 from dist_lm.rlhf.state import RlhfState
-from dist_lm.training.loss import next_token
-from dist_lm.training.objective import LossModel, LossSum, Objective
-from dist_lm.training.step import StepResult, train_step
-from dist_lm.training.stop import StopRequest
+from dist_lm.training.heartbeat import StopRequest
+from dist_lm.training.objective import LossSum, Objective, next_token
+from dist_lm.training.step import StepResult, accumulate_gradients, update
 from dist_lm.training.trainer import NonFiniteGradientsError
 
 Columns = Mapping[str, torch.Tensor]
@@ -49,7 +49,7 @@ def policy_objective(
     longest = next(iter(columns.values())).shape[1]
     plain = next_token()
 
-    def objective(model: LossModel, batch: Batch) -> LossSum:
+    def objective(model: Transformer, batch: Batch) -> LossSum:
         if not isinstance(batch, RolloutBatch):
             loss = plain(model, batch)
             total = loss.total * pretraining_share
@@ -71,7 +71,7 @@ def critic_objective(algorithm: Algorithm, columns: Columns) -> Objective:
     """The critic's loss on rollouts; `columns` (B, T) each."""
     flat = {name: column.flatten() for name, column in columns.items()}
 
-    def objective(model: LossModel, batch: Batch) -> LossSum:
+    def objective(model: Transformer, batch: Batch) -> LossSum:
         assert isinstance(batch, RolloutBatch)
         value_N = model.scores(batch, batch.counted_N).flatten()[batch.counted_N]
         return algorithm.value_loss(value_N, {name: column[batch.drawn_N] for name, column in flat.items()})
@@ -128,17 +128,9 @@ class Updater:
         return self.run.beside(policy_step, lambda: self._step(critic, objective, minibatch.batches))
 
     def _step(self, trained: Trained, objective: Objective, batches: Sequence[Batch]) -> StepResult:
-        return train_step(
-            trained.model,
-            trained.optimizer,
-            self.run.bound(trained.model),
-            objective,
-            batches,
-            grad_clip=self.run.config.grad_clip,
-            counts=self.run.counts,
-            stop=self.stop,
-            reduce_every_micro_batch=self.run.reduce_every_micro_batch,
-        )
+        run, model = self.run, trained.model
+        sums = accumulate_gradients(model, objective, batches, run.reduce_every_micro_batch)
+        return update(model, trained.optimizer, sums, grad_clip=run.config.grad_clip, counts=run.counts, stop=self.stop)
 
     def _check_finite(self, state: RlhfState) -> None:
         config = self.run.config

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from dist_lm.sandbox.syntax import parses_continued
 from dist_lm.stages.sampling import Sample, keep_samples, sample_prompts
 from dist_lm.stages.training_stage import Closing, TrainingStage
-from dist_lm.training.loss import next_token
+from dist_lm.training.objective import next_token
 
 
 def close(closing: Closing) -> dict[str, float]:

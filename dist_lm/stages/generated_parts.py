@@ -16,7 +16,7 @@ import numpy as np
 from dist_lm.config.generate import GenerateRunConfig
 from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
 from dist_lm.generation.request import Answer, Refusal, Request
-from dist_lm.model.counter_hash import hash_words, signed
+from dist_lm.model.keyed_random import hash_words, signed
 from dist_lm.stages.generate import check_inputs, label_of, options_of, params_of
 from dist_lm.storage import durable
 from dist_lm.storage.durable import json_lines

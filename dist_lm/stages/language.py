@@ -2,7 +2,7 @@
 
 from dist_lm.stages.sampling import keep_samples, sample_prompts
 from dist_lm.stages.training_stage import Closing, TrainingStage
-from dist_lm.training.loss import next_token
+from dist_lm.training.objective import next_token
 
 
 def close(closing: Closing) -> dict[str, float]:

@@ -38,7 +38,6 @@ from dist_lm.rlhf.reward_model import (
 from dist_lm.stages.sampling import answer_all
 from dist_lm.stages.training_stage import Closing, Opening, StageData, TrainingStage
 from dist_lm.training import checkpoint_files
-from dist_lm.training.objective import LossModel
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ def open_data(opening: Opening) -> StageData:
         pin_memory=opening.world.device.type == "cuda",
     )
 
-    def evaluate(model: LossModel, everything: bool, alive: Callable[[], None]) -> dict[str, float]:
+    def evaluate(model: Transformer, everything: bool, alive: Callable[[], None]) -> dict[str, float]:
         batches = RankingBatches.of(
             val,
             seq_len=stage.seq_len,

@@ -15,7 +15,7 @@ from dist_lm.generation.request import Answer, Request, SamplingParams
 from dist_lm.stages.sampling import answer_all
 from dist_lm.stages.training_stage import Closing, TrainingStage
 from dist_lm.storage import durable
-from dist_lm.training.loss import next_token
+from dist_lm.training.objective import next_token
 
 ROOM = 32  # tokens of an answer beyond twice those of the right one
 

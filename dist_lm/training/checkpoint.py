@@ -22,7 +22,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.model.size import parameter_shapes
 from dist_lm.parallel.mesh import World
-from dist_lm.parallel.padding import logical, shard_of
+from dist_lm.parallel.values import logical, shard_of
 from dist_lm.storage import durable
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.optimizer import named_state

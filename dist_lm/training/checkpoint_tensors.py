@@ -1,12 +1,13 @@
-"""Which tensors a checkpoint holds, and where: from the headers of its files. No torch, no process group.
+"""The tensors of a checkpoint without torch and without a process group: found by headers, read, written to one file.
 
-A file of tensors is safetensors: 8 bytes with the length of a JSON header, the header, then the numbers. Beside name,
-dtype and shape of each part the header has where in the whole tensor the part belongs (an entry of torch's distributed
-checkpoint).
+The files are safetensors: 8 bytes with the length of a JSON header, the header, then the numbers. The header has name,
+dtype and shape of every part, and its place in the whole tensor (an entry of torch's distributed checkpoint).
 """
 
 import json
 import math
+import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,30 +16,32 @@ import numpy as np
 
 from dist_lm.errors import ArtefactError
 from dist_lm.model.size import Shape
+from dist_lm.storage import durable
 from dist_lm.training import checkpoint_files as files
 
-LENGTH_BYTES = 8  # of the header's length, little-endian
-NUMPY = {"F16": np.float16, "F32": np.float32, "F64": np.float64}  # by safetensors' names
+LENGTH_BYTES = 8  # of the field with the length of the header, little-endian
+ALIGNMENT = 8  # bytes; the numbers start at a multiple, so that they can be mapped
+NUMPY = {"F16": np.float16, "F32": np.float32, "F64": np.float64}  # by names of safetensors
 METADATA, PLACES = "__metadata__", "DCP_SHARDING_INFO"
 
 
 @dataclass(frozen=True)
 class Part:
-    """A box of a tensor, in one file."""
+    """A box of a tensor in one file."""
 
     file: Path
-    start: int  # byte in the file
+    start: int  # byte offset in the file
     item_bytes: int
-    offsets: Shape  # of its first entry in the whole tensor
+    offsets: Shape  # indices of its first entry in the whole tensor
     shape: Shape
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A whole tensor, with logical shape."""
+    """A whole tensor of logical shape."""
 
     name: str
-    dtype: str  # as safetensors calls it: F32
+    dtype: str  # name of safetensors, such as F32
     shape: Shape
     parts: tuple[Part, ...]
 
@@ -51,8 +54,8 @@ class StoredTensor:
         return self.elements * self.parts[0].item_bytes
 
     def read(self) -> np.ndarray:
-        """The bytes of the whole tensor, row by row: (bytes,) uint8, in memory."""
-        # entries of so many bytes, whatever they mean: numpy knows no bfloat16
+        """The bytes of the whole tensor in row-major order: (bytes,) uint8."""
+        # opaque entries of the right size: numpy has no bfloat16
         whole = np.empty(self.shape, np.dtype(f"V{self.parts[0].item_bytes}"))
         for part in self.parts:
             box = tuple(slice(start, start + size) for start, size in zip(part.offsets, part.shape, strict=True))
@@ -61,10 +64,10 @@ class StoredTensor:
 
 
 def model_weights(directory: Path) -> dict[str, np.ndarray]:
-    """The parameters of a checkpoint by the names that the model gives them, fp32.
+    """The parameters of a checkpoint, by their names in the model, fp32.
 
     Raises:
-        ArtefactError: a file cannot be read, or a tensor lacks a part of it.
+        ArtefactError: a file cannot be read, or a part of a tensor is missing.
     """
     return {
         name.removeprefix(files.MODEL): _fp32(tensor)
@@ -75,16 +78,16 @@ def model_weights(directory: Path) -> dict[str, np.ndarray]:
 
 def _fp32(tensor: StoredTensor) -> np.ndarray:
     content = tensor.read()
-    if tensor.dtype == "BF16":  # the upper half of an fp32
+    if tensor.dtype == "BF16":  # the upper half of the bits of an fp32
         return (content.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
     return content.view(NUMPY[tensor.dtype]).reshape(tensor.shape).astype(np.float32, copy=False)
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint by name, in the order of their names.
+    """The tensors of a checkpoint by name, sorted by name.
 
     Raises:
-        ArtefactError: a file cannot be read, or a tensor lacks a part of it.
+        ArtefactError: a file cannot be read, or a part of a tensor is missing.
     """
     dtypes: dict[str, str] = {}
     parts: dict[str, list[Part]] = {}
@@ -94,20 +97,20 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
             places = json.loads(header.pop(METADATA)[PLACES])
             for name, entry in header.items():
                 shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
-                if size := math.prod(shape):  # a rank may have nothing but padding
+                if size := math.prod(shape):  # a rank may hold padding alone
                     offsets = tuple(places[name]["saved_offsets"])
                     parts.setdefault(name, []).append(Part(file, start + first, (last - first) // size, offsets, shape))
                     dtypes[name] = entry["dtype"]
         except (KeyError, TypeError, ValueError) as error:
-            raise ArtefactError(f"{file}: its header is not that of a checkpoint ({error!r})") from error
+            raise ArtefactError(f"{file}: the header is not that of a checkpoint ({error!r})") from error
     return {name: _whole(directory, name, dtypes[name], parts[name]) for name in sorted(parts)}
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """(the header of a safetensors file, the byte at which the numbers begin).
+    """(header of a safetensors file, byte offset of the numbers).
 
     Raises:
-        ArtefactError: it is not such a file.
+        ArtefactError: `file` is no safetensors file.
     """
     try:
         with file.open("rb") as opened:
@@ -125,7 +128,63 @@ def _whole(directory: Path, name: str, dtype: str, parts: list[Part]) -> StoredT
     found = sum(math.prod(part.shape) for part in parts)
     if found != tensor.elements:
         raise ArtefactError(
-            f"checkpoint {directory}: {name} has {found:,} of {tensor.elements:,} elements; a file with tensors is "
-            "missing, or one is there that is not part of it"
+            f"checkpoint {directory}: {name} has {found:,} of {tensor.elements:,} elements; a file of tensors is "
+            "missing, or a file is there that does not belong to the checkpoint"
         )
     return tensor
+
+
+def consolidate(path: Path, output: Path, with_optimizer: bool = False) -> int:
+    """Write the model of the checkpoint at `path` to the single file `output`; returns the number of tensors.
+
+    Parameters have their names in the model, moments are `optimizer.PARAMETER.exp_avg`. One tensor is in memory at a
+    time. `output` appears when it is complete.
+
+    Raises:
+        ArtefactError: `output` exists or cannot be written, or the checkpoint is damaged.
+    """
+    if output.suffix != files.TENSORS:
+        raise ArtefactError(f"--output={output}: expected a name that ends in {files.TENSORS}")
+    if output.exists():
+        raise ArtefactError(f"--output={output}: the file exists; name another file or remove it first")
+    if not output.parent.is_dir():
+        raise ArtefactError(f"--output={output}: the folder {output.parent} does not exist; create it first")
+    directory = files.require_intact(files.find_checkpoint(path))
+    tensors = {}
+    for name, tensor in stored_tensors(directory).items():
+        if name.startswith(files.MODEL):
+            tensors[name.removeprefix(files.MODEL)] = tensor
+        elif with_optimizer and name.startswith(files.OPTIMIZER):
+            tensors[name] = tensor
+    state, model = files.read_state(directory)
+    metadata = {"format": "pt", "step": str(state.step), "tokens": str(state.tokens), "model": json.dumps(model)}
+    temporary = output.with_name(f".{output.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        _write(temporary, tensors, metadata)
+        temporary.rename(output)
+        durable.fsync_directory(output.parent)
+    except OSError as error:
+        raise ArtefactError(
+            f"--output={output}: could not be written ({error}); free space or name another file"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(tensors)
+
+
+def _write(path: Path, tensors: dict[str, StoredTensor], metadata: dict[str, str]) -> None:
+    header: dict[str, object] = {METADATA: metadata}
+    end = 0
+    for name, tensor in tensors.items():
+        offsets = [end, end + tensor.bytes]
+        header[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+        end = offsets[1]
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % ALIGNMENT)
+    with path.open("xb") as file:
+        file.write(len(encoded).to_bytes(LENGTH_BYTES, "little"))
+        file.write(encoded)
+        for tensor in tensors.values():
+            file.write(tensor.read().data)
+        file.flush()
+        os.fsync(file.fileno())

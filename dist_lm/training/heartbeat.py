@@ -1,25 +1,33 @@
-"""A rank's sign of life: what it is doing, said again whenever it gets on."""
+"""Signals between a rank and its watchers: the rank reports its phase, and is asked to stop."""
 
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
 
-class Phase(IntEnum):
-    """What a rank is doing, in the order of a step."""
+@dataclass
+class StopRequest:
+    """Stop flag, set by the signal handlers; all ranks agree on it at the next step boundary."""
 
-    STARTING = 0  # reading the configuration, meeting the other ranks
-    LINKS = 1  # the first collectives
-    LOADING = 2  # building the model, reading a checkpoint
-    DATA = 3  # waiting for the batch of a step
-    GENERATING = 4  # the answers that a step learns from are being written
+    requested: bool = False
+
+
+class Phase(IntEnum):
+    """Phase of a rank, in the order of a step."""
+
+    STARTING = 0  # reads the configuration, joins the process group
+    LINKS = 1  # first collectives
+    LOADING = 2  # builds the model, reads a checkpoint
+    DATA = 3  # waits for the batch of a step
+    GENERATING = 4  # the pool generates the rollouts of a step
     STEP = 5  # forward, backward, update
     EVALUATING = 6
     SAVING = 7
-    CLOSING = 8  # the report at the end of a stage
+    CLOSING = 8  # work at the end of a stage
 
     @property
     def words(self) -> str:
-        """What the rank is doing, for people."""
+        """The phase for people, after 'rank N is'."""
         return {
             Phase.STARTING: "starting",
             Phase.LINKS: "in its first collective",
@@ -34,14 +42,14 @@ class Phase(IntEnum):
 
 
 class Heartbeat(Protocol):
-    """Where a rank says that it gets on."""
+    """Receiver of the progress of a rank."""
 
     def beat(self, phase: Phase, step: int) -> None:
-        """`step`: completed steps."""
+        """Report the phase; `step`: completed steps."""
 
 
 class Unheard:
-    """The heartbeat of a rank that nobody watches."""
+    """The heartbeat of a rank without a watcher."""
 
     def beat(self, phase: Phase, step: int) -> None:
-        """Nothing."""
+        """Do nothing."""

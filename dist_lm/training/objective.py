@@ -1,49 +1,26 @@
-"""What a stage optimises: a function from a model and a batch to a sum and a count.
+"""Objectives: functions from a model and a batch to a sum and a count; next-token loss, trained on and evaluated.
 
-The trainer divides by the count over all micro-batches and ranks, so no objective knows how a batch was cut.
+The trainer divides the sum by the count over all micro-batches and ranks, so no objective knows how a batch was cut.
+
+Dimensions: B sequences, T tokens.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 
 from dist_lm.data.batch import Batch
-
-
-@dataclass(frozen=True)
-class Logprobs:
-    """What tokens were drawn from, in nats, fp32."""
-
-    logprob_BT: torch.Tensor  # of the targets
-    entropy_BT: torch.Tensor  # of the whole distribution
-
-
-class LossModel(Protocol):
-    """A model as an objective sees it. Logits are not part of it: no rank may ever hold all of them."""
-
-    def token_losses(self, batch: Batch, label_smoothing: float = 0.0, z_loss: float = 0.0) -> torch.Tensor:
-        """Cross-entropy of every token in nats, fp32, (B, T); of one that does not count it may be 0."""
-        ...
-
-    def logprobs(self, batch: Batch, temperature: float, entropy_gradient: bool = False) -> Logprobs:
-        """Of every target when it is drawn at `temperature`; 0 where `counted_N` leaves it out."""
-        ...
-
-    def scores(self, batch: Batch, read_N: torch.Tensor | None = None, learns_offset: bool = True) -> torch.Tensor:
-        """A score of what is read up to each token, fp32, (B, T): of a model with a scalar head.
-
-        Args:
-            read_N: the tokens, in the flattened batch, whose scores are wanted; others may have 0. None: all.
-            learns_offset: whether the head's bias has a gradient, or one of exactly 0.
-        """
-        ...
+from dist_lm.data.evaluation_batches import EvaluationBatch
+from dist_lm.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
 class LossSum:
-    """A loss before its division: `total / count` is the mean, over any split of the batch."""
+    """A loss before its division: `total / count` is the mean, however the batch is split."""
 
     total: torch.Tensor  # scalar fp32, with gradient
     count: torch.Tensor  # scalar fp32
@@ -51,4 +28,71 @@ class LossSum:
 
 
 class Objective(Protocol):
-    def __call__(self, model: LossModel, batch: Batch) -> LossSum: ...
+    def __call__(self, model: Transformer, batch: Batch) -> LossSum: ...
+
+
+def next_token(label_smoothing: float = 0.0, z_loss: float = 0.0) -> Objective:
+    """Mean cross-entropy over the tokens whose loss mask is 1."""
+
+    def objective(model: Transformer, batch: Batch) -> LossSum:
+        losses_BT = model.token_losses(batch, label_smoothing, z_loss)
+        return LossSum(total=(losses_BT * batch.loss_mask_BT).sum(), count=batch.loss_mask_BT.sum())
+
+    return objective
+
+
+@torch.no_grad()
+def summed_losses(
+    model: Transformer,
+    batches: Iterable[EvaluationBatch],
+    n_languages: int,
+    device: torch.device,
+    group: dist.ProcessGroup | None,
+    alive: Callable[[], None] = lambda: None,
+) -> torch.Tensor:
+    """Loss on held-out documents, summed over all ranks (collective).
+
+    Args:
+        alive: called after every batch.
+
+    Returns:
+        (n_languages, 2) float64: nats and predicted tokens of each language.
+    """
+    sums = torch.zeros(n_languages, 2, dtype=torch.float64, device=device)
+    for evaluation in batches:
+        batch = evaluation.batch.to(device)
+        language = evaluation.language_BT.to(device).flatten()
+        losses = model.token_losses(batch).flatten().double()
+        counted = language >= 0
+        pairs = torch.stack([losses, torch.ones_like(losses)], dim=1)
+        sums.index_add_(0, language[counted], pairs[counted])
+        alive()
+    dist.all_reduce(sums, group=group)
+    return sums
+
+
+def loss_metrics(
+    sums: Sequence[tuple[float, float]], languages: Sequence[str], n_bytes: Mapping[str, float]
+) -> dict[str, float]:
+    """`val/loss` (nats per token) and `val/bits_per_byte`, in total and by language.
+
+    Bits per byte = nats / ln 2 / UTF-8 bytes of the text. The nats include the end-of-text tokens.
+    """
+    metrics: dict[str, float] = {}
+    nats, tokens = (sum(column) for column in zip(*sums, strict=True))
+    metrics["val/loss"] = nats / tokens
+    metrics["val/bits_per_byte"] = nats / math.log(2) / sum(n_bytes.values())
+    for (language_nats, language_tokens), language in zip(sums, languages, strict=True):
+        if language_tokens:
+            metrics[f"val/loss_{language}"] = language_nats / language_tokens
+            metrics[f"val/bits_per_byte_{language}"] = language_nats / math.log(2) / n_bytes[language]
+    return metrics
+
+
+def mixed_metrics(sums: Sequence[tuple[float, float]], corpus: str, n_bytes: Mapping[str, float]) -> dict[str, float]:
+    """`val/loss_CORPUS` and `val/bits_per_byte_CORPUS` of a corpus that is mixed into the data of a stage."""
+    nats, tokens = (sum(column) for column in zip(*sums, strict=True))
+    return {
+        f"val/loss_{corpus}": nats / tokens,
+        f"val/bits_per_byte_{corpus}": nats / math.log(2) / sum(n_bytes.values()),
+    }

@@ -1,5 +1,6 @@
-"""AdamW, with decay on matrices only, or Muon for the matrices inside blocks; their state by parameter name."""
+"""The optimizer and its schedule: AdamW with decay on matrices only, Muon for the matrices inside blocks if asked."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -7,20 +8,20 @@ import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
-from dist_lm.parallel.padding import shard_of
+from dist_lm.model.size import is_matrix
+from dist_lm.parallel.values import shard_of
 from dist_lm.training.muon import orthogonal_steps
-from dist_lm.training.parameter_groups import is_matrix
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def is_decayed(name: str) -> bool:
-    """Whether weight decay applies to the parameter: not to norms, gains, biases and embeddings."""
-    return not any(part in name for part in ("norm", "gain", "bias", "embed"))
+    """Whether weight decay applies to the parameter: not to norms, biases and embeddings."""
+    return not any(part in name for part in ("norm", "bias", "embed"))
 
 
 class AdamWSettings(Protocol):
-    """The part of a stage's configuration that its optimizer is made by."""
+    """The settings of AdamW: a stage has them, and RLHF has some for each of its models."""
 
     @property
     def lr(self) -> float: ...
@@ -35,7 +36,7 @@ class AdamWSettings(Protocol):
 
 
 class MuonSettings(Protocol):
-    """How the matrices inside blocks are stepped."""
+    """The settings of Muon."""
 
     @property
     def lr(self) -> float: ...
@@ -44,15 +45,15 @@ class MuonSettings(Protocol):
 
 
 class ShardedAdamW(torch.optim.AdamW):
-    """AdamW, or Muon for a group with a `momentum`, that steps on this rank's shards.
+    """AdamW, and Muon for groups with a `momentum`, on the shards of this rank.
 
-    It works element by element, so they are all there is to see; DTensors would cost a decision about the sharding of
-    every parameter: seconds at the first step of a large model.
+    AdamW works element by element, so shards are enough. With DTensors, torch would decide on the sharding of every
+    parameter, which takes seconds at the first step of a large model.
     """
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """One step on the parameters that have a gradient."""
+        """Step the parameters that have a gradient."""
         assert closure is None
         for group in self.param_groups:
             if "momentum" in group:
@@ -85,19 +86,17 @@ class ShardedAdamW(torch.optim.AdamW):
             state, gradient = self.state[parameter], shard_of(parameter.grad)
             state["step"] += 1
             average = shard_of(state["exp_avg"]).lerp_(gradient, 1 - group["momentum"])
-            directions.append(gradient.lerp(average, group["momentum"]))  # Nesterov's look ahead
-        decay = group["lr"] / group["lr_ratio"] * group["weight_decay"]  # as much as AdamW's
+            directions.append(gradient.lerp(average, group["momentum"]))  # Nesterov
+        decay = group["lr"] / group["lr_ratio"] * group["weight_decay"]  # the decay of AdamW
         for parameter, step in orthogonal_steps(parameters, directions):
             shard_of(parameter).mul_(1 - decay).sub_(step, alpha=group["lr"])
 
 
 def build_optimizer(model: nn.Module, settings: AdamWSettings, muon: MuonSettings | None = None) -> ShardedAdamW:
-    """AdamW (Loshchilov & Hutter 2019) whose moments exist from the start.
-
-    They are created here and not at the first step, so that a checkpoint always has the same keys.
+    """AdamW (Loshchilov & Hutter 2019) with moments from the start, so that every checkpoint has the same keys.
 
     Args:
-        muon: how matrices inside blocks are stepped; None, or a rate of 0: as all others.
+        muon: for the matrices inside blocks; None or a rate of 0: AdamW for all parameters.
     """
     orthogonal = muon is not None and muon.lr > 0
     named = list(model.named_parameters())
@@ -119,7 +118,7 @@ def build_optimizer(model: nn.Module, settings: AdamWSettings, muon: MuonSetting
         eps=settings.adam_eps,
     )
     for _, parameter in named:
-        # a fused step counts on the parameter's own device
+        # the fused kernel needs the step on the device of the parameter
         step = torch.zeros((), dtype=torch.float32, device=parameter.device)
         moments = MOMENTS[:1] if any(parameter is matrix for matrix in matrices) else MOMENTS
         optimizer.state[parameter] = {"step": step} | {key: torch.zeros_like(parameter) for key in moments}
@@ -127,7 +126,7 @@ def build_optimizer(model: nn.Module, settings: AdamWSettings, muon: MuonSetting
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the optimizer as (`PARAMETER.exp_avg`, tensor): what a checkpoint holds of it."""
+    """All tensors of the optimizer, as a checkpoint names them: (`PARAMETER.exp_avg`, tensor)."""
     for name, parameter in model.named_parameters():
         assert parameter in optimizer.state, f"{name} is not the tensor that the optimizer was built with"
         for key, value in optimizer.state[parameter].items():
@@ -135,6 +134,18 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Use `rate` for the next step, and for Muon what is in proportion."""
+    """Set the rate of AdamW to `rate`, and the rate of Muon in proportion."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_ratio", 1.0)
+
+
+def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int, min_ratio: float) -> float:
+    """Linear warm-up to `peak`, then a cosine to `min_ratio * peak` at the last step (Loshchilov & Hutter 2017, eq. 5).
+
+    Args:
+        step: 0-based optimizer step; the rate of step 0 is above zero.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, steps - 1 - warmup_steps))
+    return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))

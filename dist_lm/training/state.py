@@ -1,10 +1,42 @@
-"""Where a run stands. With model and optimizer it is all that a checkpoint holds: randomness is keyed, not stored."""
+"""State of a training run. A checkpoint holds it beside model and optimizer; randomness is keyed, not stored."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dist_lm.training.loss_trend import LossTrend
+WINDOW = 128  # steps of the loss trend
+SEEN_ENOUGH = 32  # steps before the first loss that can be a spike
+DEVIATIONS = 6.0  # standard deviations above the mean that make a loss a spike
+
+
+@dataclass(frozen=True)
+class LossTrend:
+    """Mean and variance of recent losses: of the first `WINDOW` losses, then exponential with factor 1 - 1/WINDOW.
+
+    A value of three numbers in the checkpoint, so a resumed run finds the same spikes.
+    """
+
+    seen: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether a loss lies more than `DEVIATIONS` standard deviations above the mean.
+
+        Never before `SEEN_ENOUGH` losses, and never for a loss that is not finite: its step counts as skipped.
+        """
+        if self.seen < SEEN_ENOUGH or not math.isfinite(loss):
+            return False
+        return loss > self.mean + DEVIATIONS * math.sqrt(self.variance)
+
+    def after(self, loss: float) -> "LossTrend":
+        """The trend with one more loss (West 1979, incremental mean and variance); ignores non-finite losses."""
+        if not math.isfinite(loss):
+            return self
+        weight = 1 / min(self.seen + 1, WINDOW)
+        off = loss - self.mean
+        return LossTrend(self.seen + 1, self.mean + weight * off, (1 - weight) * (self.variance + weight * off * off))
 
 
 @dataclass(frozen=True)
@@ -16,17 +48,17 @@ class TrainState:
     position: int = 0  # sequences consumed: the state of the stream
     nonfinite_steps: int = 0  # consecutive steps skipped for NaN/inf gradients
     skipped_steps: int = 0  # all steps skipped
-    loss_spikes: int = 0  # all steps whose loss stood out
+    loss_spikes: int = 0  # all steps whose loss was a spike
     loss_trend: LossTrend = field(default_factory=LossTrend)
-    best_val_loss: float | None = None  # lowest of those checkpoints that were evaluated, on stage.eval_sequences
+    best_val_loss: float | None = None  # lowest of the evaluated checkpoints, on stage.eval_sequences sequences
     best_step: int = 0
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TrainState":
-        """What `dataclasses.asdict` made of a state; what an older one lacks begins anew.
+        """The inverse of `dataclasses.asdict`; fields that are missing in `values` get their defaults.
 
         Raises:
-            TypeError: a name that no state has.
+            TypeError: `values` has an unknown field.
         """
         known: dict[str, Any] = dict(values)
         known["loss_trend"] = LossTrend(**values.get("loss_trend", {}))

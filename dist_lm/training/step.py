@@ -1,7 +1,7 @@
-"""One optimizer step over the micro-batches of a global batch.
+"""One optimizer step over the micro-batches of a global batch: accumulate gradients, then update.
 
-Every objective returns a sum and a count. Gradients of the sums are added over micro-batches and ranks, then divided
-once by the global count: the result does not depend on how the batch was cut.
+An objective returns a sum and a count. Gradients of the sums are added over micro-batches and ranks, then divided once
+by the global count, so the result does not depend on how the batch was cut.
 """
 
 import math
@@ -14,51 +14,58 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from dist_lm.data.batch import Batch
-from dist_lm.parallel.gradients import reduce_partial_gradients, squared_norms
-from dist_lm.parallel.padding import shard_of
-from dist_lm.training.laps import Laps
-from dist_lm.training.objective import LossModel, Objective
-from dist_lm.training.parameter_groups import group_of
-from dist_lm.training.stop import StopRequest
+from dist_lm.model.size import group_of
+from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.values import reduce_partial_gradients, shard_of, squared_norms
+from dist_lm.training.heartbeat import StopRequest
+from dist_lm.training.objective import Objective
+from dist_lm.training.step_meter import Laps
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over this rank's micro-batches; their gradients are in the model, reduced over ranks but not divided."""
+
+    total_count: torch.Tensor  # (2,) float64: loss total, count
+    metrics: dict[str, torch.Tensor]  # of the objective
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, the same on every rank."""
+    """Outcome of a step, the same on every rank."""
 
     loss: float  # mean over the counted tokens of the global batch
     count: float  # counted tokens of the global batch
     grad_norm: float  # global L2 norm before clipping
-    applied: bool  # False: gradients were not finite and the parameters are as before
+    applied: bool  # False: gradients were not finite and the parameters did not change
     stop_requested: bool  # some rank was asked to stop
-    metrics: dict[str, float]  # the objective's own, divided by the count
-    tokens: int  # what the ranks said of their micro-batches, added up
-    grad_norms: Mapping[str, float]  # as `grad_norm`, by group of parameters; empty where nothing is timed
+    metrics: dict[str, float]  # of the objective, divided by the count
+    tokens: int  # tokens of all ranks, as they reported them
+    grad_norms: Mapping[str, float]  # `grad_norm` by group of parameters; empty without laps
 
 
 def accumulate_gradients(
-    model: nn.Module,
-    bound: LossModel,
+    model: Transformer,
     objective: Objective,
     micro_batches: Sequence[Batch],
     reduce_every_micro_batch: bool = False,
     laps: Laps | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Forward and backward of every micro-batch; gradients are reduced over ranks in the last one.
+) -> Sums:
+    """Forward and backward pass of every micro-batch; the last one reduces gradients over ranks (collective).
 
     Args:
-        bound: `model` as the objective sees it.
-        reduce_every_micro_batch: reduce in all of them: more is sent, and less is held.
-
-    Returns:
-        this rank's sums: ((2,) float64 with loss total and count, the objective's metrics).
+        reduce_every_micro_batch: reduce in every micro-batch, which sends more and holds less.
+        laps: gets `forward`, `backward` and `communication` (only the waiting here: messages inside the passes count as
+            the passes).
     """
+    if laps:
+        laps.start()
     sums = torch.zeros(2, dtype=torch.float64, device=micro_batches[0].tokens_BT.device)
     metrics: dict[str, torch.Tensor] = {}
     for index, batch in enumerate(micro_batches):
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(reduce_every_micro_batch or index == len(micro_batches) - 1)
-        loss = objective(bound, batch)
+        loss = objective(model, batch)
         _lap(laps, "forward")
         loss.total.backward()
         sums += torch.stack([loss.total.detach(), loss.count]).double()
@@ -67,44 +74,38 @@ def accumulate_gradients(
         _lap(laps, "backward")
     reduce_partial_gradients(model)
     _lap(laps, "communication")
-    return sums, metrics
+    return Sums(sums, metrics)
 
 
-def train_step(
+def update(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    bound: LossModel,
-    objective: Objective,
-    micro_batches: Sequence[Batch],
+    sums: Sums,
     *,
     grad_clip: float,
     counts: bool,
     stop: StopRequest,
-    reduce_every_micro_batch: bool = False,
     tokens: int = 0,
     laps: Laps | None = None,
 ) -> StepResult:
-    """Accumulate, reduce, clip, step (collective). Non-finite gradients leave parameters and moments untouched.
+    """Divide the accumulated gradients, clip them, and step the optimizer (collective).
+
+    Gradients that are not finite leave parameters and moments unchanged.
 
     Args:
-        counts: whether this rank's sums are added up: on one of the ranks that see the same data.
-        stop: looked at after the backward, so that a long step (the first may compile) is not followed by another.
-        tokens: of this rank's micro-batches, for the record.
-        laps: told of `forward`, `backward`, `communication` (what is waited for here; those in the passes are theirs)
-            and `optimizer`. Given on every rank or on none.
+        counts: whether this rank's sums count: True on one of the ranks that see the same data.
+        stop: read here, after the backward pass, so that no step starts after a long one (the first may compile).
+        tokens: tokens of this rank's micro-batches, for `StepResult.tokens`.
+        laps: gets `communication` and `optimizer`; given on every rank or on none.
     """
-    if laps:
-        laps.start()
-    sums, own_metrics = accumulate_gradients(
-        model, bound, objective, micro_batches, reduce_every_micro_batch, laps=laps
-    )
-    names = sorted(own_metrics)
+    names = sorted(sums.metrics)
     groups = gradients_by_group(model) if laps else {"": _gradients(model)}
-    squares = squared_norms(list(groups.values())).to(sums.device)
-    said = torch.tensor([tokens], dtype=torch.float64, device=sums.device)
-    own = torch.cat([said, sums, *(own_metrics[name].double().reshape(1) for name in names)])
-    stops = torch.tensor([float(stop.requested)], dtype=torch.float64, device=sums.device)
-    # all that ranks have to agree on, in one message
+    device = sums.total_count.device
+    squares = squared_norms(list(groups.values())).to(device)
+    said = torch.tensor([tokens], dtype=torch.float64, device=device)
+    own = torch.cat([said, sums.total_count, *(sums.metrics[name].double().reshape(1) for name in names)])
+    stops = torch.tensor([float(stop.requested)], dtype=torch.float64, device=device)
+    # everything that ranks must agree on, in one message
     shared = torch.cat([stops, squares, own if counts else torch.zeros_like(own)])
     _lap(laps, "optimizer")
     dist.all_reduce(shared)
@@ -138,8 +139,7 @@ def _gradients(model: nn.Module) -> list[torch.Tensor]:
 
 
 def gradients_by_group(model: nn.Module) -> dict[str, list[torch.Tensor]]:
-    """The gradients that there are, by group of parameters: the same groups on every rank, as all parameters take part
-    in every step."""
+    """Gradients by group of parameters; every rank has the same groups, as every step uses all parameters."""
     groups: dict[str, list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:

@@ -1,4 +1,4 @@
-"""The loop: data, step, evaluation, checkpoint, metrics. It knows no stage and no layout."""
+"""The training loop: data, step, evaluation, checkpoint, metrics. It depends on no stage and no layout."""
 
 import logging
 import math
@@ -13,31 +13,26 @@ import torch
 from dist_lm.config.root import Config
 from dist_lm.data.stream import StepData, StepStream
 from dist_lm.errors import UserError
-from dist_lm.model.dropout import DropoutKey
+from dist_lm.model.keyed_random import DropoutKey
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.sharding import reshard
 from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.training import checkpoint_files
 from dist_lm.training.checkpoint_saver import CheckpointSaver
-from dist_lm.training.eta import Eta
-from dist_lm.training.forward import BoundModel
-from dist_lm.training.heartbeat import Heartbeat, Phase
-from dist_lm.training.laps import Laps
-from dist_lm.training.objective import LossModel, Objective
-from dist_lm.training.optimizer import set_learning_rate
-from dist_lm.training.schedule import learning_rate
+from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
+from dist_lm.training.objective import Objective
+from dist_lm.training.optimizer import learning_rate, set_learning_rate
 from dist_lm.training.state import TrainState
-from dist_lm.training.step import StepResult, train_step
-from dist_lm.training.step_meter import StepMeter
-from dist_lm.training.stop import StopRequest
+from dist_lm.training.step import StepResult, accumulate_gradients, update
+from dist_lm.training.step_meter import Laps, StepMeter
 
 log = logging.getLogger(__name__)
 
-DETAILED_EVERY = 10  # steps, at least
+DETAILED_EVERY = 10  # steps; at least so many between lines with details
 
-Evaluate = Callable[[LossModel, bool, Callable[[], None]], dict[str, float]]
-"""(model, whether to take all held-out data, called as it gets on) -> metrics, the same on every rank."""
+Evaluate = Callable[[Transformer, bool, Callable[[], None]], dict[str, float]]
+"""(model, whether to use all held-out data, a function to call after every batch) -> metrics, equal on all ranks."""
 
 
 class NonFiniteGradientsError(UserError):
@@ -50,7 +45,7 @@ class Trainer:
 
     config: Config
     world: World
-    counts_once: bool  # of the ranks that see the same data, this is the one whose sums count
+    counts_once: bool  # whether this rank's sums count: True on one of the ranks that see the same data
     model: Transformer
     optimizer: torch.optim.Optimizer
     objective: Objective
@@ -64,19 +59,22 @@ class Trainer:
     peak_flops: float  # of all ranks together; 0: unknown
     bytes_per_token: float = 0.0  # of the training text; 0: unknown
 
+    def __post_init__(self) -> None:
+        self.model.document_mask = self.config.stage.document_mask
+
     def run(self, state: TrainState) -> TrainState:
-        """Train from `state` to the last step, or to the step at which a stop was agreed on.
+        """Train from `state` to the last step, or to the step at which all ranks agreed to stop.
 
         Raises:
             NonFiniteGradientsError: after stage.max_nonfinite_steps skipped steps in a row.
-            CheckpointWriteError: a checkpoint could not be written; known when the next is due, or at the end.
+            CheckpointWriteError: a checkpoint could not be written; raised when the next one is due, or at the end.
         """
         stage = self.config.stage
         if stage.eval_at_start and state.step == 0:
             line = self._evaluate(0, everything=True)
             if self.metrics:
                 self.metrics.write(0, line)
-        meter, eta = StepMeter(self.world, self.optimizer), Eta(stage.steps)
+        meter = StepMeter(self.world, self.optimizer, stage.steps)
         with self._saver() as saver:
             while state.step < stage.steps:
                 meter.begin(self.is_detailed(state.step + 1))
@@ -93,16 +91,15 @@ class Trainer:
                 self.heartbeat.beat(Phase.STEP, state.step)
                 result = self.step(state, data, rate, meter.laps)
                 state = advance(state, result, data.position)
-                meter.end(result.tokens)
-                left_s = eta.after(state.step)
+                meter.end(state.step, result.tokens)
                 last = state.step == stage.steps
                 score = None
                 evaluated = last or is_due(state.step, stage.eval_every)
                 written = evaluated or is_due(state.step, stage.log_every)
-                line = self.metrics_of(state, result, rate, meter, left_s) if written else {}
+                line = self.metrics_of(state, result, rate, meter) if written else {}
                 if evaluated:
                     line |= self._evaluate(state.step, last)
-                    # on the way and at the end by the same sequences
+                    # the score of every checkpoint is on the same sequences, that of the last one too
                     score = self._evaluate(state.step, False)["val/loss"] if last else line["val/loss"]
                 if self.metrics and written:
                     self.metrics.write(state.step, line)
@@ -111,56 +108,41 @@ class Trainer:
                 if final or is_due(state.step, stage.checkpoint_every):
                     state = self._save(saver, state, score, final)
                 if result.stop_requested:
-                    log.info("stopped at step %d as asked; the checkpoint is written", state.step)
+                    log.info("stopped at step %d as requested; the checkpoint is written", state.step)
                     break
         return state
-
-    def bound(self, dropout: DropoutKey | None) -> BoundModel:
-        """The model as objectives and evaluators see it."""
-        return BoundModel(
-            self.model,
-            document_mask=self.config.stage.document_mask,
-            chunk_bytes=self.config.parallel.loss_chunk_mib << 20,
-            dropout=dropout,
-        )
 
     def _evaluate(self, step: int, everything: bool) -> dict[str, float]:
         def alive() -> None:
             self.heartbeat.beat(Phase.EVALUATING, step)
 
         alive()
-        metrics = self.evaluate(self.bound(None), everything, alive)
-        reshard(self.model)  # a checkpoint would take gathered parameters for other tensors
+        metrics = self.evaluate(self.model, everything, alive)
+        reshard(self.model)  # a checkpoint needs the shards
         return metrics
 
     def step(self, state: TrainState, data: StepData, rate: float, laps: Laps | None = None) -> StepResult:
         """One optimizer step at learning rate `rate` (collective)."""
-        stage, device = self.config.stage, self.world.device
+        stage, model = self.config.stage, self.model
+        batches = [batch.to(self.world.device) for batch in data.micro_batches]
         set_learning_rate(self.optimizer, rate)
-        key = DropoutKey(
-            rate=stage.dropout,
-            seed=self.config.seed,
-            step=state.step,
-            sequence_B=torch.empty(0, dtype=torch.int64),
-        )
-        return train_step(
-            self.model,
+        model.dropout = DropoutKey(stage.dropout, self.config.seed, state.step) if stage.dropout else None
+        every = self.config.parallel.reduce_every_micro_batch
+        sums = accumulate_gradients(model, self.objective, batches, every, laps)
+        model.dropout = None
+        return update(
+            model,
             self.optimizer,
-            self.bound(key if stage.dropout else None),
-            self.objective,
-            [batch.to(device) for batch in data.micro_batches],
+            sums,
             grad_clip=stage.grad_clip,
             counts=self.counts_once,
-            reduce_every_micro_batch=self.config.parallel.reduce_every_micro_batch,
             stop=self.stop,
             tokens=data.tokens,
             laps=laps,
         )
 
-    def metrics_of(
-        self, state: TrainState, result: StepResult, rate: float, meter: StepMeter, left_s: float | None
-    ) -> dict[str, float]:
-        """What is written of a step (collective)."""
+    def metrics_of(self, state: TrainState, result: StepResult, rate: float, meter: StepMeter) -> dict[str, float]:
+        """The line of metrics of a step (collective)."""
         stage = self.config.stage
         line = {
             "train/loss": result.loss,
@@ -178,14 +160,12 @@ class Trainer:
             line["perf/mfu"] = flops / line["perf/step_s"] / self.peak_flops
         if self.bytes_per_token:
             line["perf/bytes_per_token"] = self.bytes_per_token
-        if left_s is not None:
-            line["perf/eta_s"] = left_s
         if self.is_detailed(state.step):
             line |= meter.details()
         return line
 
     def is_detailed(self, step: int) -> bool:
-        """Whether the line of a step has the metrics that cost a pass over the parameters."""
+        """Whether the line of `step` has the metrics that cost a pass over the parameters."""
         return step == self.config.stage.steps or is_due(step, detailed_every(self.config.stage.log_every))
 
     def _check_finite(self, state: TrainState, saver: CheckpointSaver) -> None:
@@ -224,7 +204,7 @@ class Trainer:
 
 
 def advance(state: TrainState, result: StepResult, position: int) -> TrainState:
-    """The state after a step; a skipped step consumes its data all the same."""
+    """The state after a step; a skipped step also consumes its data."""
     return replace(
         state,
         step=state.step + 1,
@@ -238,17 +218,17 @@ def advance(state: TrainState, result: StepResult, position: int) -> TrainState:
 
 
 def detailed_every(log_every: int) -> int:
-    """Steps between lines with details: a multiple of `log_every`, so that there is a line."""
+    """Steps between lines with details: a multiple of `log_every`, because only those steps write a line."""
     return log_every * math.ceil(DETAILED_EVERY / log_every)
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether something done every `every` steps (0: never) falls on `step`."""
+    """Whether `step` is a multiple of `every` (0: never)."""
     return every > 0 and step % every == 0
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this rank has held: allocated on the GPU, or resident on the CPU."""
+    """Peak memory of this rank: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -8,7 +8,6 @@ from dist_lm.bench.case import configurations
 from dist_lm.model.initialise import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.reward_model import choices_of_people
-from dist_lm.training.forward import BoundModel
 
 TINY = (
     "model=nano",
@@ -60,8 +59,8 @@ def test_the_ways_compute_the_same_loss(config):
 def first_loss(way, config) -> float:
     model = Transformer(config.model)
     initialise(model, 0)
-    bound = BoundModel(model, document_mask=way in (reward.TREE, reward.PACKED), chunk_bytes=0)
+    model.document_mask = way in (reward.TREE, reward.PACKED)
     with torch.no_grad():
-        loss = choices_of_people(bound, reward.batch_of(way, config))
+        loss = choices_of_people(model, reward.batch_of(way, config))
     assert loss.count == 4
     return float(loss.total / loss.count)

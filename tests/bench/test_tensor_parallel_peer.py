@@ -51,7 +51,7 @@ def test_it_has_the_weights_and_the_losses_of_our_model(overrides):
     batch = made_up_batch(config, slice(None), torch.device("cpu"))
     logits_BTV = theirs(batch)
     losses_BT = F.cross_entropy(logits_BTV.flatten(0, 1), batch.targets_BT.flatten(), reduction="none")
-    own_BT = ours.token_losses(batch.tokens_BT, batch.targets_BT)
+    own_BT = ours.token_losses(batch)
     torch.testing.assert_close(losses_BT.view_as(own_BT), own_BT, rtol=1e-5, atol=1e-6)
 
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.parallel.mesh import World
-from dist_lm.parallel.padding import logical
+from dist_lm.parallel.values import logical
 from dist_lm.training import checkpoint, checkpoint_files
 from dist_lm.training.checkpoint_tensors import stored_tensors
 from dist_lm.training.state import TrainState

@@ -160,7 +160,7 @@ def test_consolidate_refuses_what_would_lose_or_spread_something(run, tmp_path, 
     assert call(monkeypatch, "consolidate", run, "--output", tmp_path / "model.bin") == 2
     assert "expected a name that ends in .safetensors" in capsys.readouterr().err
     assert call(monkeypatch, "consolidate", run, "--output", tmp_path / "none" / "a.safetensors") == 2
-    assert "there is no folder" in capsys.readouterr().err
+    assert "does not exist; create it first" in capsys.readouterr().err
     next(step_of(run).glob("shard-*")).unlink()
     assert call(monkeypatch, "consolidate", run, "--output", tmp_path / "a.safetensors") == 2
     assert "is missing" in capsys.readouterr().err

@@ -5,8 +5,8 @@ The model has nano's width for 25 heads, with few layers and pieces.
 
 import pytest
 
+from dist_lm.model.size import GROUPS
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
-from dist_lm.training.parameter_groups import GROUPS
 from tests.training_run import STEPS, copy_until, linked, numbers, prepare, tolerance, train
 
 pytestmark = [pytest.mark.cluster, pytest.mark.heavy]

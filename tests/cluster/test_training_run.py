@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 
 from dist_lm.config.corpus import TokenizerConfig
+from dist_lm.model.size import GROUPS
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.train import train_tokenizer
 from dist_lm.tracking.metrics import read_metrics
 from dist_lm.training import checkpoint_files
-from dist_lm.training.parameter_groups import GROUPS
 from tests.conftest import VOCAB_SIZE, texts
 from tests.forked_run import run_forked
 from tests.training_run import (

@@ -9,7 +9,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ConfigError
 from dist_lm.generation.shard import check_tp, cut, part_shapes, share_of
 from dist_lm.model.attention import CAUSAL, attend, from_heads, to_heads
-from dist_lm.model.feed_forward import activate
+from dist_lm.model.layers import activate
 from dist_lm.model.size import parameter_shapes
 
 ODD = ModelConfig(name="odd", d_model=50, n_layers=1, n_heads=25, d_ff=72, max_seq_len=8, vocab_size=61)

@@ -8,7 +8,7 @@ import torch
 
 from dist_lm.model import attention
 from dist_lm.model.attention import CAUSAL, attend, document_boundaries, within_documents
-from dist_lm.model.kernels import documents_apart, packs_documents
+from dist_lm.model.size import documents_apart, packs_documents
 
 
 def by_definition(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible_BTT: torch.Tensor) -> torch.Tensor:

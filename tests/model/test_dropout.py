@@ -9,13 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dist_lm.model.counter_hash import hash_grid, hash_words
-from dist_lm.model.dropout import (
+from dist_lm.model.keyed_random import (
     EMBEDDING_SITE,
     DropoutKey,
     SiteDropout,
     apply_dropout,
     dropout_sites,
+    hash_grid,
+    hash_words,
     keep_mask,
     residual_site,
 )

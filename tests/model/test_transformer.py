@@ -4,15 +4,17 @@ Dimensions: B sequences, T tokens.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from small_models import small_config, small_model, small_tokens
 
 from dist_lm.config.model import ModelConfig
+from dist_lm.data.batch import Batch
 from dist_lm.model.attention import CAUSAL
-from dist_lm.model.dropout import DropoutKey
-from dist_lm.model.rope import rope_tables
+from dist_lm.model.keyed_random import DropoutKey
+from dist_lm.model.layers import rope_tables
 from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
 
@@ -83,20 +85,24 @@ def test_lengths_of_queries_and_keys_count_only_without_qk_norm() -> None:
         assert close(model(tokens), expected) is qk_norm
 
 
-def test_attention_over_directions_is_that_of_the_formula() -> None:
-    """gain * cosine (Henry et al. 2020), by hand, of one head in front of any rotation (at position 0)."""
-    config = small_config(qk_norm=True, n_layers=1, norm_eps=1e-9)
+def test_normalised_queries_and_keys_are_those_of_the_formula() -> None:
+    """RMSNorm over d_head with one weight for all heads (Qwen3), written out, at position 0 where nothing rotates."""
+    config = small_config(qk_norm=True, n_layers=1)
     attention, T = small_model(config).blocks[0].attention, 6
+    for norm in (attention.query_norm, attention.key_norm):
+        torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
     x_BTD = torch.randn(1, T, config.d_model, generator=torch.Generator().manual_seed(0))
     at_start = rope_tables(torch.zeros(1, T, dtype=torch.int64), config.d_head, config.rope_base, torch.float32)
     q_HTK, k_HTK, v_HTK = (
         torch.einsum("td,hkd->htk", x_BTD[0], getattr(attention, name)) + getattr(attention, f"{name}_bias")[:, None]
         for name in ("query", "key", "value")
     )
-    cosine_HTS = torch.nn.functional.cosine_similarity(q_HTK[:, :, None], k_HTK[:, None], dim=-1)
-    largest_H = attention.query_gain * math.sqrt(config.d_head)
+    q_HTK, k_HTK = (
+        x_HTK / (x_HTK.square().mean(-1, keepdim=True) + config.norm_eps).sqrt() * norm.weight
+        for x_HTK, norm in ((q_HTK, attention.query_norm), (k_HTK, attention.key_norm))
+    )
     seen = torch.ones(T, T, dtype=torch.bool).tril()
-    score_HTS = (largest_H[:, None, None] * cosine_HTS).masked_fill(~seen, -math.inf)
+    score_HTS = (q_HTK @ k_HTK.mT / math.sqrt(config.d_head)).masked_fill(~seen, -math.inf)
     o_TD = torch.einsum("hts,hsk,hkd->td", score_HTS.softmax(-1), v_HTK, attention.output) + attention.output_bias
     assert close(attention(x_BTD, at_start, CAUSAL)[0], o_TD)
 
@@ -108,8 +114,7 @@ def test_zero_heads_change_nothing(qk_norm: bool) -> None:
     model, tokens = small_model(config), small_tokens(config, 2, 9)
     expected = model(tokens)
     for block in model.blocks:
-        gain = ("query_gain",) if qk_norm else ()
-        for name in ("query", "key", "value", "output", "query_bias", "key_bias", "value_bias", *gain):
+        for name in ("query", "key", "value", "output", "query_bias", "key_bias", "value_bias"):
             weight = getattr(block.attention, name)
             padded = torch.cat([weight, torch.zeros_like(weight[:1])])
             setattr(block.attention, name, torch.nn.Parameter(padded))
@@ -184,12 +189,12 @@ def test_branches_behind_one_trunk_score_as_each_would_alone(changes: dict) -> N
     config = small_config(head="scalar", **changes)
     model, branches = small_model(config), [4, 1, 7]
     tokens, branch, position = tree(config, 6, branches)
-    document = torch.zeros_like(tokens)
-    together = model.scores(tokens, document_BT=document, position_BT=position, branch_BT=branch)
+    batch = replace(Batch.plain(tokens), position_BT=position, branch_BT=branch)
+    together = model.scores(batch)[0]
     assert together.dtype == torch.float32
     begin = 6
     for length in branches:
-        alone = model.scores(torch.cat([tokens[:, :6], tokens[:, begin : begin + length]], dim=1))
+        alone = model.scores(Batch.plain(torch.cat([tokens[:, :6], tokens[:, begin : begin + length]], dim=1)))[0]
         torch.testing.assert_close(together[begin : begin + length], alone[6:], rtol=0, atol=1e-5)
         torch.testing.assert_close(together[:6], alone[:6], rtol=0, atol=1e-5)
         begin += length
@@ -208,11 +213,12 @@ def test_a_scalar_head_takes_the_place_of_the_head_of_tokens() -> None:
 def test_losses_of_the_tokens_that_count_are_those_of_all(config: ModelConfig, chunk_bytes: int) -> None:
     model, tokens = small_model(config), small_tokens(config, 3, 9)
     mask = (torch.rand(3, 8, generator=torch.Generator().manual_seed(0)) < 0.4).float()
+    model.chunk_bytes = chunk_bytes
     gradients = []
     for counted in (None, mask.flatten().nonzero().flatten(), torch.empty(0, dtype=torch.long)):
         model.zero_grad()
-        losses = model.token_losses(tokens[:, :-1], tokens[:, 1:], chunk_bytes=chunk_bytes, counted_N=counted)
-        (losses * mask.flatten()).sum().backward()
+        batch = replace(Batch.plain(tokens[:, :-1], tokens[:, 1:]), counted_N=counted)
+        (model.token_losses(batch) * mask).sum().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
     for whole, chosen in zip(*gradients[:2], strict=True):
         torch.testing.assert_close(chosen, whole, rtol=1e-4, atol=1e-5)
@@ -228,11 +234,10 @@ def test_tokens_that_are_only_attended_to_skip_the_last_feed_forward_and_change_
     model.blocks[-1].feed_forward.register_forward_hook(lambda *call: rows.append(call[2][..., 0].numel()))
 
     def ask(counted: torch.Tensor | None) -> torch.Tensor:
+        batch = replace(Batch.plain(tokens), document_BT=document, counted_N=counted)
         if what == "scores":
-            return model.scores(tokens, document_BT=document, counted_N=counted)
-        targets = tokens.roll(-1, 1)
-        arguments = {"temperature": 0.7, "entropy_gradient": True, "document_BT": document, "counted_N": counted}
-        return model.logprobs_and_entropy(tokens, targets, **arguments)
+            return model.scores(batch, counted).flatten()
+        return torch.stack(model.logprobs(batch, 0.7, entropy_gradient=True), dim=-1).flatten(0, 1)
 
     gradients = []
     for counted in (None, torch.tensor([1, 2, 9, 17, 26]), torch.empty(0, dtype=torch.long)):

@@ -16,11 +16,10 @@ from dist_lm.parallel.mesh import World, build_mesh, data_mesh
 from dist_lm.parallel.sharding import build_model
 from dist_lm.parallel.values import fill, unsharded_copy
 from dist_lm.training import checkpoint
-from dist_lm.training.forward import BoundModel
+from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
-from dist_lm.training.step import train_step
-from dist_lm.training.stop import StopRequest
+from dist_lm.training.step import accumulate_gradients, update
 from tests.parallel.training_task import (
     SEED,
     STAGE,
@@ -68,6 +67,7 @@ def rank_steps(
     mesh = build_mesh(resolve_layout(parallel, model_config, world.size), world.device)
     ranks, shapes = data_mesh(mesh), parameter_shapes(model_config)
     model = build_model(model_config, parallel, mesh, world.device, SEED)
+    model.chunk_bytes = chunk_bytes
     optimizer = build_optimizer(model, STAGE, muon)
     outcome = MeshTrajectory()
     if load is None:
@@ -76,22 +76,16 @@ def rank_steps(
         assert checkpoint.load(load, model, optimizer, model_config).step == steps.start
         outcome.start = logical_arrays(parameters_and_moments(model, optimizer), shapes)
     last: Tensors = {}
-    # train_step has divided and clipped the gradients by then, and drops them after
+    # `update` has divided and clipped the gradients by then, and drops them after
     optimizer.register_step_pre_hook(lambda *_: last.update(gradients(model)))
     for step in steps:
         own = rows(batch_of(model_config, step), slice(ranks.get_local_rank(), None, ranks.size()))
         half = len(own.sequence_B) // 2
-        result = train_step(
-            model,
-            optimizer,
-            BoundModel(model, True, chunk_bytes, dropout_key(step, own.sequence_B)),
-            objective_of(model_config),
-            [rows(own, slice(half)), rows(own, slice(half, None))],
-            grad_clip=STAGE.grad_clip,
-            counts=mesh.get_local_rank("tp") == 0,
-            stop=StopRequest(),
-            reduce_every_micro_batch=parallel.reduce_every_micro_batch,
-        )
+        model.dropout = dropout_key(step)
+        micro_batches = [rows(own, slice(half)), rows(own, slice(half, None))]
+        sums = accumulate_gradients(model, objective_of(model_config), micro_batches, parallel.reduce_every_micro_batch)
+        counts = mesh.get_local_rank("tp") == 0
+        result = update(model, optimizer, sums, grad_clip=STAGE.grad_clip, counts=counts, stop=StopRequest())
         outcome.losses.append(result.loss)
         outcome.norms.append(result.grad_norm)
     if save is not None:

@@ -10,8 +10,8 @@ from dist_lm.dry_run.watch import LiveMemory, Watch
 from dist_lm.model.size import parameter_shapes
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
-from dist_lm.parallel.padding import shard_of
 from dist_lm.parallel.sharding import build_model
+from dist_lm.parallel.values import shard_of
 from tests.parallel.parity_cases import layout_of, parallel_of
 from tests.parallel.ranks import RankGroups
 

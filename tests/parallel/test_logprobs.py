@@ -9,11 +9,10 @@ from dist_lm.config.parallel import ParallelConfig
 from dist_lm.data.batch import Batch
 from dist_lm.model.initialise import initialise
 from dist_lm.model.transformer import Transformer
-from dist_lm.parallel.gradients import reduce_partial_gradients
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
-from dist_lm.training.forward import BoundModel
+from dist_lm.parallel.values import reduce_partial_gradients
 from tests.parallel.ranks import RankGroups
 from tests.parallel.training_task import whole
 
@@ -31,12 +30,12 @@ def batch() -> Batch:
     return Batch(tokens, tokens.roll(-1, 1), torch.ones(3, 12), document, position, torch.arange(3), counted)
 
 
-def outcome(bound: BoundModel, parameters: dict, entropy_gradient: bool) -> dict[str, np.ndarray]:
-    found = bound.logprobs(batch(), TEMPERATURE, entropy_gradient)
+def outcome(model: Transformer, entropy_gradient: bool) -> dict[str, np.ndarray]:
+    found = model.logprobs(batch(), TEMPERATURE, entropy_gradient)
     weight = torch.linspace(-1, 1, 36).view(3, 12)
     (weight * found.logprob_BT + (0.3 * found.entropy_BT.square() if entropy_gradient else 0)).sum().backward()
-    reduce_partial_gradients(bound.model)
-    gradients = {name: whole(p.grad) for name, p in parameters.items() if p.grad is not None}
+    reduce_partial_gradients(model)
+    gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
     cut = {name: value[tuple(slice(n) for n in shape)] for name, value in gradients.items()
            for shape in [dict(Transformer(MODEL).named_parameters())[name].shape]}  # fmt: skip
     values = {"logprob": found.logprob_BT.detach(), "entropy": found.entropy_BT.detach()} | cut
@@ -47,7 +46,8 @@ def on_ranks(world: World, tp: int, chunk_bytes: int, entropy_gradient: bool) ->
     parallel = ParallelConfig(tp=tp)
     mesh = build_mesh(resolve_layout(parallel, MODEL, world.size), world.device)
     model = build_model(MODEL, parallel, mesh, world.device, SEED)
-    return outcome(BoundModel(model, True, chunk_bytes), dict(model.named_parameters()), entropy_gradient)
+    model.chunk_bytes = chunk_bytes
+    return outcome(model, entropy_gradient)
 
 
 @pytest.mark.parametrize("entropy_gradient", [False, True])
@@ -56,7 +56,7 @@ def test_they_are_those_of_one_process(ranks: RankGroups, size: int, tp: int, ch
     found = ranks.run(size, on_ranks, tp, chunk_bytes, entropy_gradient)
     model = Transformer(MODEL)
     initialise(model, SEED)
-    expected = outcome(BoundModel(model, True, 0), dict(model.named_parameters()), entropy_gradient)
+    expected = outcome(model, entropy_gradient)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=2e-5, err_msg=name)

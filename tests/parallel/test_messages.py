@@ -8,7 +8,6 @@ from dist_lm.dry_run.watch import Watch, WorkCounter
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
-from dist_lm.training.forward import BoundModel
 from tests.parallel.parity_cases import model_of, parallel_of
 from tests.parallel.ranks import RankGroups
 from tests.parallel.training_task import SEED, batch_of, dropout_key
@@ -20,9 +19,10 @@ def messages(world: World, parallel: ParallelConfig) -> int:
     """Collectives on the tp axis in one forward and backward pass."""
     mesh = build_mesh(resolve_layout(parallel, MODEL, world.size), world.device)
     model, batch = build_model(MODEL, parallel, mesh, world.device, SEED), batch_of(MODEL, 0)
+    model.dropout = dropout_key(0)
     counter = WorkCounter(HardwareConfig(), {mesh.get_group("tp").group_name: "tp"})
     with Watch(counter):
-        BoundModel(model, True, 0, dropout_key(0, batch.sequence_B)).token_losses(batch).sum().backward()
+        model.token_losses(batch).sum().backward()
     return counter.parts[-1].messages["tp"]
 
 

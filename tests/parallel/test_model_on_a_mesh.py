@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.model.initialise import initial_value
@@ -17,7 +16,7 @@ from tests.parallel.on_a_mesh import MeshTrajectory, compiled_graphs, forget_gra
 from tests.parallel.one_process import entries_off, error, expected_of
 from tests.parallel.parity_cases import layout_of, model_of, parallel_of
 from tests.parallel.ranks import RankGroups
-from tests.parallel.training_task import SEED
+from tests.parallel.training_task import SEED, batch_of
 
 MODEL = model_of((25, 25))
 BF16 = 0.03  # of the gradient; an entry of bf16 has 8 bits
@@ -77,7 +76,7 @@ def steps_after_another_mesh(world: World, model: ModelConfig) -> str:
     built = build_model(model, parallel_of("1x2x2"), first, world.device, SEED)
     build_mesh(Layout(1, 1, 4), world.device)
     try:
-        built.token_losses(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))
+        built.token_losses(batch_of(model, 0))
     except RuntimeError as error:
         return str(error)
     return ""

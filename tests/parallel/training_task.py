@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.stage import StageConfig
 from dist_lm.data.batch import Batch
-from dist_lm.model.dropout import DropoutKey
 from dist_lm.model.initialise import initial_value
-from dist_lm.training.loss import next_token
-from dist_lm.training.objective import LossModel, LossSum, Objective
+from dist_lm.model.keyed_random import DropoutKey
+from dist_lm.model.transformer import Transformer
+from dist_lm.training.objective import LossSum, Objective, next_token
 from dist_lm.training.optimizer import MOMENTS, named_state
 
 SEED = 7
@@ -88,14 +88,14 @@ def objective_of(model: ModelConfig) -> Objective:
     if model.head == "tokens":
         return next_token(STAGE.label_smoothing, STAGE.z_loss)
 
-    def squares(model: LossModel, batch: Batch) -> LossSum:
+    def squares(model: Transformer, batch: Batch) -> LossSum:
         miss_BT = model.scores(batch) - batch.targets_BT / VOCABULARY
         return LossSum((miss_BT.square() * batch.loss_mask_BT).sum(), batch.loss_mask_BT.sum())
 
     return squares
 
 
-def dropout_key(step: int, sequence_B: torch.Tensor) -> DropoutKey:
+def dropout_key(step: int, sequence_B: torch.Tensor | None = None) -> DropoutKey:
     return DropoutKey(rate=STAGE.dropout, seed=SEED, step=step, sequence_B=sequence_B)
 
 

@@ -16,7 +16,7 @@ from dist_lm.rlhf.ppo import Ppo
 from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rollouts import EngineRollouts
 from dist_lm.rlhf.state import RlhfState
-from dist_lm.training.stop import StopRequest
+from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.trainer import NonFiniteGradientsError
 from tests.rlhf.toy import LENGTH, MODEL, TOKENS, GroupMean, Toy, engine_of, tensors_of, weights_of
 from tests.rlhf.toy import toy as plain_toy

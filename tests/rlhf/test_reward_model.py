@@ -26,7 +26,6 @@ from dist_lm.rlhf.reward_model import (
     reward_metrics,
 )
 from dist_lm.storage.run_directory import RunDirectory
-from dist_lm.training.forward import BoundModel
 from dist_lm.training.optimizer import build_optimizer, named_state
 from tests.data.rankings.made_rankings import corpus_of, random_rankings
 
@@ -110,7 +109,7 @@ def test_packed_trees_score_as_separate_forwards(model: Transformer, rankings: M
     with stream_of(rankings) as stream, torch.no_grad():
         batch = next(stream).micro_batches[0]
         assert batch.ranked is not None
-        score_PK = BoundModel(model, True, 0).scores(batch).flatten()[batch.ranked.place_PK]
+        score_PK = model.scores(batch).flatten()[batch.ranked.place_PK]
     known = {}
     for number in range(rankings.corpus.n_documents):
         verdict = rankings.verdict(number)
@@ -144,7 +143,7 @@ def test_the_loss_is_that_of_all_choices_and_does_not_depend_on_the_cut(
     rows = stream_of(rankings)._packing.n_rows
     for micro_batch in (1, rows):
         with stream_of(rankings, global_batch=rows, micro_batch=micro_batch) as stream, torch.no_grad():
-            sums = [choices_of_people(BoundModel(model, True, 0), batch) for batch in next(stream).micro_batches]
+            sums = [choices_of_people(model, batch) for batch in next(stream).micro_batches]
         assert sum(float(one.count) for one in sums) == count
         assert sum(float(one.total) for one in sums) == pytest.approx(total, rel=1e-5)
         right = sum(float(one.metrics["train/accuracy"]) for one in sums)
@@ -162,7 +161,7 @@ def test_a_batch_of_judgements_alone_or_of_ranks_alone_has_a_gradient(
     no_pairs = replace(ranked, **{name: getattr(ranked, name)[:0] for name in ("better_N", "worse_N", "margin_N")})
     for part in (no_ranks, no_pairs):
         model.zero_grad()
-        loss = choices_of_people(BoundModel(model, True, 0), replace(batch, ranked=part))
+        loss = choices_of_people(model, replace(batch, ranked=part))
         loss.total.backward()
         assert loss.count > 0
         assert model.scalar_head is not None
@@ -176,7 +175,7 @@ def test_the_heads_bias_which_no_choice_hangs_on_is_not_trained(model: Transform
     optimizer = build_optimizer(model, RlhfConfig(lr=1e-2))
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     with stream_of(rankings) as stream:
-        choices_of_people(BoundModel(model, True, 0), next(stream).micro_batches[0]).total.backward()
+        choices_of_people(model, next(stream).micro_batches[0]).total.backward()
     assert model.scalar_head is not None
     assert model.scalar_head.bias.grad is not None  # every parameter takes part in every step
     assert float(model.scalar_head.bias.grad) == 0

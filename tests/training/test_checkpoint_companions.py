@@ -15,9 +15,8 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.training import checkpoint, checkpoint_files
 from dist_lm.training.checkpoint import Companion
-from dist_lm.training.checkpoint_consolidate import consolidate
 from dist_lm.training.checkpoint_inspect import group_of
-from dist_lm.training.checkpoint_tensors import model_weights
+from dist_lm.training.checkpoint_tensors import consolidate, model_weights
 from dist_lm.training.optimizer import ShardedAdamW, build_optimizer
 from dist_lm.training.state import TrainState
 from tests.model.small_models import small_config

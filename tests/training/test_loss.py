@@ -7,8 +7,7 @@ import torch
 
 from dist_lm.data.batch import Batch
 from dist_lm.data.gzip_baseline import gzip_bits_per_byte
-from dist_lm.training.evaluation import loss_metrics
-from dist_lm.training.loss import next_token
+from dist_lm.training.objective import loss_metrics, next_token
 
 
 def test_masked_tokens_neither_count_nor_learn():

@@ -7,8 +7,7 @@ from dataclasses import asdict
 
 import pytest
 
-from dist_lm.training.loss_trend import SEEN_ENOUGH, WINDOW, LossTrend
-from dist_lm.training.state import TrainState
+from dist_lm.training.state import SEEN_ENOUGH, WINDOW, LossTrend, TrainState
 
 
 def losses(count: int) -> list[float]:

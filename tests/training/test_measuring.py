@@ -8,20 +8,15 @@ import torch.distributed as dist
 
 from dist_lm.config.stage import StageConfig
 from dist_lm.launcher.compose import compose_config
-from dist_lm.model.size import parameter_shapes
+from dist_lm.model.size import GROUPS, group_of, parameter_shapes
 from dist_lm.parallel.mesh import World
 from dist_lm.tracking.registry import metric_of
-from dist_lm.training.eta import Eta
-from dist_lm.training.laps import WallLaps
-from dist_lm.training.loss import next_token
+from dist_lm.training.heartbeat import StopRequest
+from dist_lm.training.objective import next_token
 from dist_lm.training.optimizer import build_optimizer
-from dist_lm.training.own_work import slowest_of, working_s
-from dist_lm.training.parameter_groups import GROUPS, group_of
-from dist_lm.training.step import train_step
-from dist_lm.training.step_meter import PARTS, StepMeter
-from dist_lm.training.stop import StopRequest
+from dist_lm.training.step import accumulate_gradients, update
+from dist_lm.training.step_meter import PARTS, Eta, StepMeter, UpdateSize, WallLaps, slowest_of, working_s
 from dist_lm.training.trainer import DETAILED_EVERY, detailed_every, is_due
-from dist_lm.training.update_size import UpdateSize
 from tests.training.test_step import Toy, batch_of
 
 BATCH = batch_of(slice(0, 8))
@@ -35,9 +30,8 @@ def one_rank():
 
 
 def step(model, optimizer, laps=None):
-    return train_step(
-        model, optimizer, model, next_token(), [BATCH], grad_clip=1.0, counts=True, stop=StopRequest(), laps=laps
-    )
+    sums = accumulate_gradients(model, next_token(), [BATCH], laps=laps)
+    return update(model, optimizer, sums, grad_clip=1.0, counts=True, stop=StopRequest(), laps=laps)
 
 
 def optimizer_of(model):
@@ -123,13 +117,13 @@ def test_the_parts_of_a_step_add_up_to_no_more_than_the_step():
 def test_a_line_has_means_since_the_one_before():
     model, world = Toy(), World(0, 1, 0, torch.device("cpu"))
     optimizer = optimizer_of(model)
-    meter = StepMeter(world, optimizer)
-    for steps in (2, 1):
-        for number in range(steps):
-            meter.begin(detailed=number == steps - 1)
+    meter = StepMeter(world, optimizer, 9)
+    for steps in ((1, 2), (3,)):
+        for number in steps:
+            meter.begin(detailed=number == steps[-1])
             meter.data_came()
             step(model, optimizer, meter.laps)
-            meter.end(100)
+            meter.end(number, 100)
         line = meter.line() | meter.details()
         assert line["perf/tokens_per_s"] == pytest.approx(100 / line["perf/step_s"])
         parts = line["perf/data_wait_s"] + sum(line[f"perf/{part}_s"] for part in PARTS)

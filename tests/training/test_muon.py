@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from dist_lm.config.stage import MuonConfig, StageConfig
+from dist_lm.model.size import is_matrix
 from dist_lm.training import muon
 from dist_lm.training.muon import (
     ITERATIONS,
@@ -15,7 +16,6 @@ from dist_lm.training.muon import (
     orthogonal_steps,
 )
 from dist_lm.training.optimizer import build_optimizer, named_state, set_learning_rate
-from dist_lm.training.parameter_groups import is_matrix
 from tests.model.small_models import small_config, small_model
 
 STAGE = StageConfig(name="test", lr=1e-3, weight_decay=0.0, muon=MuonConfig(lr=0.02))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_lm.training.schedule import learning_rate
+from dist_lm.training.optimizer import learning_rate
 
 PLAN = {"peak": 1e-3, "warmup_steps": 10, "steps": 100, "min_ratio": 0.1}
 

@@ -8,11 +8,10 @@ from torch import nn
 from dist_lm.config.stage import StageConfig
 from dist_lm.data.batch import Batch
 from dist_lm.model.cross_entropy import token_losses
-from dist_lm.training.loss import next_token
-from dist_lm.training.objective import LossSum
+from dist_lm.training.heartbeat import StopRequest
+from dist_lm.training.objective import LossSum, next_token
 from dist_lm.training.optimizer import build_optimizer, is_decayed, named_state
-from dist_lm.training.step import train_step
-from dist_lm.training.stop import StopRequest
+from dist_lm.training.step import accumulate_gradients, update
 
 VOCAB = 11
 
@@ -50,16 +49,8 @@ def batch_of(rows: slice) -> Batch:
 
 
 def step(model, optimizer, batches, objective=None, grad_clip=1.0):
-    return train_step(
-        model,
-        optimizer,
-        model,
-        objective or next_token(0.1),
-        batches,
-        grad_clip=grad_clip,
-        counts=True,
-        stop=StopRequest(),
-    )
+    sums = accumulate_gradients(model, objective or next_token(0.1), batches)
+    return update(model, optimizer, sums, grad_clip=grad_clip, counts=True, stop=StopRequest())
 
 
 def optimizer_of(model):
@@ -114,5 +105,5 @@ def test_decay_is_for_matrices_only():
     names = ["blocks.0.attention.query", "blocks.0.feed_forward.up.weight", "lm_head.weight"]
     assert all(is_decayed(name) for name in names)
     spared = ["embedding.weight", "final_norm.weight", "blocks.0.attention_norm.bias"]
-    spared += ["blocks.0.attention.query_bias", "blocks.0.attention.query_gain"]
+    spared += ["blocks.0.attention.query_bias", "blocks.0.attention.query_norm.weight"]
     assert not any(is_decayed(name) for name in spared)

@@ -22,7 +22,6 @@ from dist_lm.rlhf.models import RlhfModels, dealing
 from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rewards import rules_of, share_judged, total_score
 from dist_lm.rlhf.rollouts import Rollouts
-from dist_lm.training.forward import BoundModel
 
 POLICY_SEED, REFERENCE_SEED = 1, 2  # beside the run's
 POLICY_VERSION, REFERENCE_VERSION = -2, -3  # of their weights, which no iteration made: a pool goes by versions
@@ -79,7 +78,5 @@ class HeldOut:
     def _ask_reward_model(self, reward: Transformer, rollouts: Rollouts) -> torch.Tensor:
         mesh, device = self.start.mesh, self.start.world.device
         shares = dealing(mesh, self.config.parallel, self.config.rlhf.micro_batch_tokens)
-        chunk_bytes = self.config.parallel.loss_chunk_mib << 20
-        bound = BoundModel(reward, document_mask=True, chunk_bytes=chunk_bytes)
-        scores = end_scores(bound, rollouts, shares, device, self.alive)
+        scores = end_scores(reward, rollouts, shares, device, self.alive)
         return add_up([scores], mesh.get_local_rank("tp") == 0)[0].cpu()

@@ -37,8 +37,7 @@ from dist_lm.rlhf.state import RlhfState
 from dist_lm.stages.rlhf import read_all
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.training.checkpoint_saver import CheckpointSaver
-from dist_lm.training.heartbeat import Heartbeat, Phase
-from dist_lm.training.stop import StopRequest
+from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
 
 log = logging.getLogger(__name__)
 

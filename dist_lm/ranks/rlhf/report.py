@@ -11,8 +11,8 @@ from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.metrics import MetricsWriter
-from dist_lm.training.eta import Eta
 from dist_lm.training.heartbeat import Heartbeat, Phase
+from dist_lm.training.step_meter import Eta
 from dist_lm.training.trainer import is_due, peak_memory_gib
 
 

@@ -1,0 +1,165 @@
+"""Randomness as a pure function of counters: a hash, and the dropout that is drawn with it.
+
+There is no generator and no state. Whether dropout keeps an element depends on (seed, step, sequence number, site,
+token index, channel) alone. Any rank can compute any slice, so the numbers do not depend on the layout, and a resumed
+run draws what the uninterrupted run would have drawn.
+
+Dropout applies to the embeddings and to the two residual branches of each block, not to attention probabilities: fused
+attention kernels draw those from a generator of their own, in an order that depends on the layout, and models of this
+family are trained without it.
+
+The 64-bit mixer is the finaliser of SplitMix64 (Steele, Lea, Flood 2014). The 32-bit mixer is a round of MurmurHash3's
+finaliser (Appleby 2011). All arithmetic wraps.
+
+Dimensions: B sequences, T tokens, D channels.
+"""
+
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+
+EMBEDDING_SITE = 0
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+_WORD = (1 << 64) - 1
+
+_ROUND_1 = 0x85EBCA6B - (1 << 32)
+_ROUND_2 = 0xC2B2AE35 - (1 << 32)
+
+
+def signed(word: int) -> int:
+    """The int64 with the same 64 bits."""
+    word &= _WORD
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift of int64 (the operator shifts arithmetically)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: int | torch.Tensor) -> int | torch.Tensor:
+    if isinstance(x, int):
+        x &= _WORD
+        x = ((x ^ (x >> 30)) * _MIX_1) & _WORD
+        x = ((x ^ (x >> 27)) * _MIX_2) & _WORD
+        return x ^ (x >> 31)
+    x = (x ^ _shifted(x, 30)) * signed(_MIX_1)
+    x = (x ^ _shifted(x, 27)) * signed(_MIX_2)
+    return x ^ _shifted(x, 31)
+
+
+@overload
+def hash_words(*words: int) -> int: ...
+@overload
+def hash_words(*words: int | torch.Tensor, state: int | torch.Tensor = 0) -> torch.Tensor: ...
+def hash_words(*words: int | torch.Tensor, state: int | torch.Tensor = 0) -> int | torch.Tensor:
+    """64 random bits from a sequence of words: ints, or int64 tensors that broadcast.
+
+    Ints cost nothing if they come first. A tensor of one value gives the same bits as the int.
+
+    Args:
+        state: hash of the words before these.
+
+    Returns:
+        int64 tensor, or an int in [0, 2^64) if all words are ints.
+    """
+    for word in words:
+        if isinstance(state, int) and isinstance(word, torch.Tensor):
+            state = _mix(signed(state + _GOLDEN) ^ word)
+        elif isinstance(state, int):
+            assert isinstance(word, int)
+            state = _mix((state + _GOLDEN) ^ (word & _WORD))
+        else:
+            state = _mix((state + signed(_GOLDEN)) ^ (signed(word) if isinstance(word, int) else word))
+    return state
+
+
+def hash_grid(row: torch.Tensor, column_C: torch.Tensor) -> torch.Tensor:
+    """32 random bits for every pair of a row and a column, from one hash per row and one per column.
+
+    Six cheap passes touch the whole grid; the expensive mixing happens in the hashes of rows and columns.
+
+    Args:
+        row: int64 hashes of any shape (...).
+        column_C: int64 hashes.
+
+    Returns:
+        int32 (..., C), uniform over all int32.
+    """
+    low, high = row.unsqueeze(-1).view(torch.int32).split(1, dim=-1)
+    x = low ^ column_C.to(torch.int32)
+    x = torch.add(high, x, alpha=_ROUND_1)
+    # An arithmetic shift saves a pass: x and ~x share a hash, and the result stays uniform.
+    x.bitwise_xor_(x >> 15)
+    return x.mul_(_ROUND_2)
+
+
+def residual_site(layer: int, branch: int) -> int:
+    """Number of the site of a residual branch: branch 0 is attention, branch 1 the feed-forward network."""
+    return 1 + 2 * layer + branch
+
+
+@dataclass(frozen=True)
+class DropoutKey:
+    """What the dropout of one forward pass depends on."""
+
+    rate: float  # probability that an element is dropped, in [0, 1)
+    seed: int
+    step: int  # optimizer step
+    sequence_B: torch.Tensor | None = None  # int64; global sequence numbers; None until the batch is known
+
+
+@dataclass(frozen=True)
+class SiteDropout:
+    """Dropout at one site. Values that change with the step or the layer are tensors, so one compiled block serves all
+    steps and layers."""
+
+    rate: float
+    state: torch.Tensor  # int64 scalar; the hash of (seed, step, site)
+    channel_D: torch.Tensor  # int64; hashes of the channels
+    sequence_B: torch.Tensor
+    first_token: int
+
+
+def dropout_sites(
+    key: DropoutKey | None, n_layers: int, d_model: int, first_token: int = 0
+) -> list[SiteDropout | None]:
+    """All sites of a model, by number; None without dropout.
+
+    Args:
+        first_token: index, in its sequence, of the first token of the input.
+    """
+    count = residual_site(n_layers, 0)
+    if key is None or key.rate == 0:
+        return [None] * count
+    assert key.sequence_B is not None
+    device = key.sequence_B.device
+    state_S = torch.tensor([signed(hash_words(key.seed, key.step, site)) for site in range(count)], device=device)
+    channel_D = hash_words(key.seed, torch.arange(d_model, device=device))
+    return [SiteDropout(key.rate, state, channel_D, key.sequence_B, first_token) for state in state_S]
+
+
+def apply_dropout(x_BTD: torch.Tensor, site: SiteDropout | None) -> torch.Tensor:
+    """`x` with dropped elements 0 and the others scaled by `1 / (1 - rate)`; `x` itself without a site."""
+    if site is None:
+        return x_BTD
+    token_T = torch.arange(site.first_token, site.first_token + x_BTD.shape[1], device=x_BTD.device)
+    return x_BTD * keep_mask(site, token_T) * (1 / (1 - site.rate))
+
+
+def keep_mask(site: SiteDropout, token_T: torch.Tensor) -> torch.Tensor:
+    """Mask of the elements that are kept.
+
+    Args:
+        token_T: int64; indices of the tokens in their sequence.
+
+    Returns:
+        bool (B, T, D), True with probability `1 - rate` (to 2^-32).
+    """
+    row_BT = hash_words(site.sequence_B[:, None], token_T[None, :], state=site.state)
+    threshold = round(site.rate * (1 << 32)) - (1 << 31)
+    return hash_grid(row_BT, site.channel_D) >= threshold
