@@ -11,9 +11,10 @@ import dist_lm
 
 ROOT = Path(dist_lm.__file__).parent
 PACKAGES = (
+    ("demo",),  # named from conf by import path
     ("launch", "__main__", "bench"),
     ("launcher",),
-    ("train", "dry_run", "ranks", "demo"),
+    ("train", "dry_run", "ranks"),
     ("report",),
     ("cluster",),
     ("stages",),

@@ -12,15 +12,20 @@ SPLITS = ("train", "val")
 
 @dataclass
 class SourceConfig:
-    """Where documents of one language come from."""
+    """One source of a corpus: the reader, and the settings that the reader takes.
 
-    # english | python | bash | sql | tools (made on this machine) | hub | hub_tools | rankings (one's own files) |
-    # hub_rankings | synthetic_rankings (samples of the model, by rules)
+    `data/sources/reader.py` says what a reader is; a reader of your own may use any of these settings.
+    """
+
+    # hub | hub_tools | hub_rankings | rankings (files of your own) | tools (generated) | synthetic_rankings (samples of
+    # the model, ranked by rules) | the import path of a function: my_package.my_module:read_notes
     reader: str = MISSING
-    language: str = MISSING  # english | python | bash | sql | tools; of rankings the name that figures have
+    language: str = MISSING  # the name that metrics have; english, python, bash and sql have rules of their own
     licence: str = ""
     limit: int = 0  # documents; 0: all
-    dataset: str = ""  # hub...: dataset id, or a local folder or file with the same columns; rankings: file or glob
+    dataset: str = (
+        ""  # hub...: id of the data set, or a local folder or file with the same columns; rankings: file or glob
+    )
     revision: str = "main"  # hub
     subset: str | None = None  # hub: configuration name of the data set
     data_dir: str | None = None  # hub: folder inside the data set
@@ -54,7 +59,7 @@ def _source(item: Any) -> SourceConfig:
 
 @dataclass
 class CorpusConfig:
-    """The documents of every corpus, by corpus name."""
+    """The sources of every corpus, by corpus name."""
 
     name: str = MISSING  # local | hub
     corpora: dict[str, list[SourceConfig]] = field(default_factory=dict)

@@ -1,52 +1,57 @@
-"""From sources to a corpus: documents without duplicates, each in train or val, and a report of the rest.
+"""From sources to a corpus: documents without duplicates, each in train or val, and a report on everything read.
 
-A document is in val because of the hash of its group, never because of its place or of the seed. So every
-corpus puts a text on the same side, and one that grows keeps its sides. A val document that can mostly be
-read in train documents of any corpus of this machine is dropped.
+The hash of a document's group decides between train and val; the document's position and the seed do not. So every
+corpus puts a text on the same side, and a corpus that grows keeps its sides. A val document that train documents of
+any corpus of this machine mostly contain is dropped.
 
-A corpus holds texts, or conversations, or rankings. Conversations are all made from the same few forms, so sharing
-words says nothing: what keeps val apart is their group, the tools they are about. That of a ranking is its prompt.
+A corpus holds texts, or conversations, or rankings. Conversations share their forms, so shared words say nothing
+about leakage: their group is the tools that they are about, and the group of a ranking is its prompt.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, get_args
 
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
-from dist_lm.data.overlap import seen_texts
-from dist_lm.data.sources import FORMS, READERS
-from dist_lm.data.sources.candidate import Candidate, Rejected, text_hash
+from dist_lm.config.dotted_path import imported_function
+from dist_lm.data.sources.hub import read_hub
+from dist_lm.data.sources.rankings import read_hub_rankings, read_local_rankings, read_synthetic_rankings
+from dist_lm.data.sources.reader import Candidate, Reader, Rejected, Traits, text_hash, traits_of
+from dist_lm.data.sources.tools import read_hub_tools, read_tools
 from dist_lm.document import Document, Form
 from dist_lm.errors import ArtefactError, ConfigError
 
+READERS: dict[str, Reader] = {
+    "hub": read_hub,
+    "tools": read_tools,
+    "hub_tools": read_hub_tools,
+    "rankings": read_local_rankings,
+    "hub_rankings": read_hub_rankings,
+    "synthetic_rankings": read_synthetic_rankings,
+}
 EXAMPLES = 20  # sources named in a report
+WINDOW = 8  # words
+MAX_SHARE = 0.5  # of the windows of a val text may be in train texts
 
 
 @dataclass
 class LanguageReport:
     """What became of everything that was read in one language, in documents unless said."""
 
-    seen: int = 0  # kept and all the others
+    seen: int = 0  # kept and dropped
     kept: int = 0
-    duplicate: int = 0  # the same text came before
-    empty: int = 0
-    invalid_utf8: int = 0
-    too_long: int = 0  # more than `max_document_bytes`
-    overlapping: int = 0  # would be val, but train holds most of it
-    unreadable: int = 0  # the file may not be read
-    unparsable: int = 0  # a Python file whose docstrings cannot be found
-    invalid_sql: int = 0  # generated, but refused by the SQLite of this machine
-    invalid_calls: int = 0  # a row of a data set that makes no conversation
-    no_ranking: int = 0  # a row of a data set, or samples, that hold no comparison
+    # reason -> documents: duplicate, empty, too_long (`max_document_bytes`), overlapping (a val document that train
+    # documents contain), and the reasons of readers
+    dropped: dict[str, int] = field(default_factory=dict)
     documents: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
     bytes: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})  # UTF-8
 
 
 @dataclass
 class IngestReport:
-    """The same for every language, and the first sources that gave nothing, with the reason."""
+    """The counts of every language, and the first sources that were dropped, with the reason."""
 
     languages: dict[str, LanguageReport] = field(default_factory=dict)
     rejected: list[str] = field(default_factory=list)
@@ -55,14 +60,15 @@ class IngestReport:
         return self.languages.setdefault(name, LanguageReport())
 
     def reject(self, language: str, source: str, reason: str) -> None:
-        """Count one thing read that is not kept. `reason` is the name of a counter."""
+        """Count one item that is dropped."""
         counts = self.language(language)
         counts.seen += 1
-        setattr(counts, reason, getattr(counts, reason) + 1)
+        counts.dropped[reason] = counts.dropped.get(reason, 0) + 1
         if reason not in ("duplicate", "empty") and len(self.rejected) < EXAMPLES:
             self.rejected.append(f"{source}: {reason}")
 
     def keep(self, document: Document, split: str, n_bytes: int) -> None:
+        """Count one document that is kept."""
         counts = self.language(document.language)
         counts.seen += 1
         counts.kept += 1
@@ -79,14 +85,14 @@ class LocalText:
     """Everything that the sources of text on this machine gave, for all corpora at once."""
 
     candidates: dict[str, list[Candidate]]  # by the `repr` of their source
-    leaked: set[str]  # hashes of texts that would be val while train documents hold most of them
+    leaked: set[str]  # hashes of val texts that train documents contain
 
     @classmethod
     def read(cls, config: CorpusConfig, seed: int) -> "LocalText":
-        """Read every source of every corpus of texts once, but not those of the hub: they are streamed."""
+        """Read every source of every corpus of texts once, apart from streamed ones."""
         sources = [source for name in text_corpora(config) for source in corpus_sources(config, name)]
-        local = {repr(source): source for source in sources if source.reader != "hub"}
-        candidates = {key: list(READERS[source.reader](source, seed)) for key, source in local.items()}
+        local = {repr(source): source for source in sources if not source_traits(source).streamed}
+        candidates = {key: list(reader_of(source)(source, seed)) for key, source in local.items()}
         sides: dict[str, list[str]] = {"train": [], "val": []}
         for candidate in chain.from_iterable(candidates.values()):
             if isinstance(candidate, Document):
@@ -100,12 +106,15 @@ def read_corpus(
 ) -> Iterator[tuple[str, Document]]:
     """`(split, document)` of every document of a corpus, source by source; `split` is train or val.
 
-    `seed` decides the text of generated sources and nothing else. `local`: what `LocalText.read` gave for the
-    same config and seed, to read once for several corpora. Of a kept text 16 bytes of hash stay in memory, to
-    find duplicates.
+    16 bytes of hash of every kept text stay in memory, to find duplicates.
 
-    Raises ConfigError for a corpus or reader that does not exist, ArtefactError for a source that gives no
-    document, or a corpus without a val document.
+    Args:
+        seed: decides the text of generated sources and nothing else.
+        local: what `LocalText.read` gave for the same config and seed, to read once for several corpora.
+
+    Raises:
+        ConfigError: the corpus or a reader does not exist, or a reader yields something else than documents.
+        ArtefactError: a source gives no document, or no document is held out for val.
     """
     sources = corpus_sources(config, corpus_name)
     local = local or LocalText.read(config, seed)
@@ -113,10 +122,10 @@ def read_corpus(
     splits: Counter[str] = Counter()
     for source in sources:
         known = local.candidates.get(repr(source))
-        candidates = READERS[source.reader](source, seed) if known is None else iter(known)
+        candidates = reader_of(source)(source, seed) if known is None else iter(known)
         n_source = 0
         for candidate in candidates:
-            accepted = _accept(candidate, config, texts, local.leaked, report)
+            accepted = _accept(_checked(candidate, source), config, texts, local.leaked, report)
             if accepted is None:
                 continue
             yield accepted
@@ -125,7 +134,11 @@ def read_corpus(
             if n_source == source.limit:
                 break
         if n_source == 0:
-            raise ArtefactError(_nothing(config, corpus_name, source))
+            dataset = f" of dataset={source.dataset}" if source.dataset else ""
+            raise ArtefactError(
+                f"corpus {corpus_name}: reader={source.reader} gave no document{dataset}: "
+                f"{source_traits(source).advice} (corpus={config.name})"
+            )
     if not splits["val"]:
         raise ArtefactError(
             f"corpus {corpus_name}: none of its {splits.total()} documents is held out at "
@@ -134,18 +147,17 @@ def read_corpus(
 
 
 def corpus_sources(config: CorpusConfig, corpus_name: str) -> list[SourceConfig]:
-    """The sources of one corpus, checked."""
+    """The sources of one corpus.
+
+    Raises:
+        ConfigError: there is no such corpus or reader, or the readers give documents of several forms.
+    """
     sources = config.corpora.get(corpus_name)
     if not sources:
         there = ", ".join(sorted(config.corpora)) or "none"
         problem = "has no sources" if corpus_name in config.corpora else "does not exist"
         raise ConfigError(f"corpus {corpus_name} {problem} in corpus={config.name}: the corpora there are {there}")
-    for source in sources:
-        if source.reader not in READERS:
-            raise ConfigError(
-                f"corpus {corpus_name}: reader={source.reader}: expected one of {', '.join(sorted(READERS))}"
-            )
-    found = {FORMS[source.reader] for source in sources}
+    found = {source_traits(source).form for source in sources}
     forms = [form for form in get_args(Form) if form in found]
     if len(forms) > 1:
         raise ConfigError(
@@ -155,9 +167,30 @@ def corpus_sources(config: CorpusConfig, corpus_name: str) -> list[SourceConfig]
     return list(sources)
 
 
+def reader_of(source: SourceConfig) -> Reader:
+    """The function that `source.reader` names.
+
+    Raises:
+        ConfigError: there is no reader of this name, or the import path does not lead to a function.
+    """
+    if ":" in source.reader:
+        return imported_function(source.reader, "corpus source: reader")
+    if source.reader not in READERS:
+        raise ConfigError(
+            f"corpus source: reader={source.reader}: expected one of {', '.join(sorted(READERS))}, or the import path "
+            "of a function such as my_package.my_module:read_notes"
+        )
+    return READERS[source.reader]
+
+
+def source_traits(source: SourceConfig) -> Traits:
+    """The traits of the reader that `source` names."""
+    return traits_of(reader_of(source))
+
+
 def form_of(config: CorpusConfig, corpus_name: str) -> Form:
     """What the documents of a corpus are."""
-    return FORMS[corpus_sources(config, corpus_name)[0].reader]
+    return source_traits(corpus_sources(config, corpus_name)[0]).form
 
 
 def corpora_of_form(config: CorpusConfig, form: Form) -> list[str]:
@@ -166,7 +199,7 @@ def corpora_of_form(config: CorpusConfig, form: Form) -> list[str]:
 
 
 def text_corpora(config: CorpusConfig) -> list[str]:
-    """The names of the corpora that are made of texts: what the tokenizer is trained on."""
+    """The names of the corpora of texts: the tokenizer is trained on them."""
     return corpora_of_form(config, "text")
 
 
@@ -175,58 +208,61 @@ def split_of(group: str, val_fraction: float) -> str:
     return "val" if int(group[:16], 16) / 2**64 < val_fraction else "train"
 
 
+def seen_texts(held_out: Sequence[str], trained: Iterable[str]) -> set[int]:
+    """Indices of the texts in `held_out` of which `trained` contains more than half, whatever the indentation.
+
+    A text counts by its windows of eight words. A text that stands whole inside a trained text is always found: at
+    most its first and last window, whose outer words may be cut, do not match. A text below 16 words is too short for
+    windows and is searched letter by letter.
+    """
+    windows = [list(_windows(text)) for text in held_out]
+    wanted = set(chain.from_iterable(windows))
+    short = {i: text.strip() for i, text in enumerate(held_out) if len(text.split()) < 2 * WINDOW}
+    found: set[tuple[str, ...]] = set()
+    inside: set[int] = set()
+    for text in trained:
+        found |= wanted.intersection(_windows(text))
+        inside |= {i for i, part in short.items() if part in text}
+    return inside | {i for i, own in enumerate(windows) if sum(w in found for w in own) > MAX_SHARE * len(own)}
+
+
+def _windows(text: str) -> Iterable[tuple[str, ...]]:
+    words = text.split()
+    return zip(*(islice(words, start, None) for start in range(WINDOW)), strict=False)
+
+
+def _checked(candidate: object, source: SourceConfig) -> Candidate:
+    """What a reader yielded, if it is a document of the reader's form."""
+    form = source_traits(source).form
+    if isinstance(candidate, Rejected) or (isinstance(candidate, Document) and candidate.form == form):
+        return candidate
+    found = f"a {candidate.form}" if isinstance(candidate, Document) else f"a value of type {type(candidate).__name__}"
+    raise ConfigError(
+        f"corpus source: reader={source.reader} yielded {found}: expected Document(form={form!r}) or Rejected"
+    )
+
+
 def _accept(
     candidate: Candidate, config: CorpusConfig, texts: set[bytes], leaked: set[str], report: IngestReport
 ) -> tuple[str, Document] | None:
-    """`(split, document)`, or None for what is not kept; counted either way. `texts`: hashes of the kept."""
+    """`(split, document)`, or None for a dropped item; both are counted. `texts`: hashes of the kept texts."""
     if isinstance(candidate, Rejected):
         report.reject(candidate.language, candidate.source, candidate.reason)
         return None
-    text, language = candidate.text, candidate.language
-    n_bytes = len(text.encode())
-    if not text.strip():
-        report.reject(language, candidate.source, "empty")
-        return None
-    if n_bytes > config.max_document_bytes:
-        report.reject(language, candidate.source, "too_long")
-        return None
-    name = text_hash(text)
+    n_bytes = len(candidate.text.encode())
+    name = text_hash(candidate.text)
     key = bytes.fromhex(name)[:16]
-    if key in texts:
-        report.reject(language, candidate.source, "duplicate")
-        return None
     split = split_of(candidate.group, config.val_fraction)
-    if split == "val" and name in leaked:
-        report.reject(language, candidate.source, "overlapping")
-        return None
+    dropped = {
+        "empty": not candidate.text.strip(),
+        "too_long": n_bytes > config.max_document_bytes,
+        "duplicate": key in texts,
+        "overlapping": split == "val" and name in leaked,
+    }
+    for reason, applies in dropped.items():
+        if applies:
+            report.reject(candidate.language, candidate.source, reason)
+            return None
     texts.add(key)  # not before: the same text may come again, in a group that train keeps
     report.keep(candidate, split, n_bytes)
     return split, candidate
-
-
-def _nothing(config: CorpusConfig, corpus_name: str, source: SourceConfig) -> str:
-    """Why a source without documents stops the run, and the way out."""
-    if source.reader in ("hub_rankings", "rankings"):
-        return (
-            f"corpus {corpus_name}: no row of dataset={source.dataset} makes a ranking: check dataset, and of a "
-            f"hub's also split and rows, in corpus.corpora.{corpus_name}"
-        )
-    if source.reader == "synthetic_rankings":
-        return (
-            f"corpus {corpus_name}: no two samples of the model differ by the rules of reader=synthetic_rankings: "
-            "train the stage before for longer, or take another source of rankings"
-        )
-    if source.reader == "hub_tools":
-        return (
-            f"corpus {corpus_name}: no row of dataset={source.dataset} makes a conversation: check dataset and split "
-            f"in conf/corpus/{config.name}.yaml"
-        )
-    if source.reader == "hub":
-        return (
-            f"corpus {corpus_name}: no document in column={source.column} of dataset={source.dataset}: check "
-            f"dataset, split and column in conf/corpus/{config.name}.yaml"
-        )
-    return (
-        f"corpus {corpus_name}: reader={source.reader} found no document on this machine: remove that source "
-        f"from conf/corpus/{config.name}.yaml, or take the data sets of corpus=hub"
-    )

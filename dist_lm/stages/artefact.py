@@ -8,12 +8,9 @@ from typing import Any
 from dist_lm.chat.template import LAYOUT
 from dist_lm.config.corpus import CorpusConfig
 from dist_lm.config.root import Config
-from dist_lm.data.corpus import form_of, text_corpora
-from dist_lm.tools.data.examples import REVISION
+from dist_lm.data.corpus import form_of, source_traits, text_corpora
 
-GENERATED = ("tools",)  # readers of what `dist_lm.tools.data` makes
 SAMPLED = "synthetic_rankings"  # reader whose documents a model wrote
-DRAWN = ("sql", *GENERATED, SAMPLED)  # readers whose documents depend on the seed
 LATER_KEYS = ("rows", "only")  # of a source: left out where they say nothing, as corpora from before them have none
 
 
@@ -37,9 +34,7 @@ def corpus_fingerprint(config: Config, name: str) -> dict[str, Any]:
     """What the documents of one corpus and their tokens depend on. Conversations and rankings stand for themselves."""
     if form_of(config.corpus, name) == "text":
         return text_fingerprint(config)
-    found = _fingerprint(config, [name]) | {"layout": LAYOUT}
-    generated = any(source.reader in GENERATED for source in config.corpus.corpora[name])
-    return found | {"generator": REVISION} if generated else found
+    return _fingerprint(config, [name]) | {"layout": LAYOUT}
 
 
 def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
@@ -51,9 +46,13 @@ def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
         for key in LATER_KEYS:
             if not source[key]:
                 del source[key]
-    drawn = any(source.reader in DRAWN for sources in chosen.corpora.values() for source in sources)
-    found = {"seed": config.seed if drawn else None, "corpus": corpus}
-    if any(source.reader == SAMPLED for sources in chosen.corpora.values() for source in sources):
+    readers = {source.reader: source_traits(source) for sources in chosen.corpora.values() for source in sources}
+    found: dict[str, Any] = {
+        "seed": config.seed if any(traits.seeded for traits in readers.values()) else None,
+        "revisions": {name: traits.revision for name, traits in readers.items()},
+        "corpus": corpus,
+    }
+    if SAMPLED in readers:
         found |= {"samples": asdict(config.stage.samples), "prompts": config.stage.corpus}
     return found
 

@@ -21,8 +21,8 @@ from dist_lm.data.evaluation_batches import spread
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.order import key
 from dist_lm.data.rankings.rules import marks_of
-from dist_lm.data.sources.candidate import Candidate, Rejected
 from dist_lm.data.sources.rankings import ranking_document
+from dist_lm.data.sources.reader import Candidate, Rejected
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.load import LoadedModel, load_model

@@ -67,7 +67,7 @@ def test_the_corpus_counts_what_rows_cannot_give(tmp_path):
     report = IngestReport()
     kept = list(read_corpus(CorpusConfig("hub", {"language": [source]}, 0.2), "language", 0, report))
     counts = report.languages["english"]
-    assert (counts.seen, counts.kept, counts.empty, counts.duplicate) == (33, 30, 2, 1)
+    assert (counts.seen, counts.kept, counts.dropped) == (33, 30, {"empty": 2, "duplicate": 1})
     assert [d.text for _, d in kept] == STORIES
     assert {split for split, _ in kept} == {"train", "val"}
 

@@ -8,8 +8,8 @@ import pytest
 from dist_lm.chat.documents import read_conversation
 from dist_lm.chat.messages import Call
 from dist_lm.config.corpus import SourceConfig
-from dist_lm.data.sources.candidate import Rejected
-from dist_lm.data.sources.hub_tools import read_hub_tools
+from dist_lm.data.sources.reader import Rejected
+from dist_lm.data.sources.tools import read_hub_tools
 from dist_lm.document import Document
 from dist_lm.errors import ConfigError
 

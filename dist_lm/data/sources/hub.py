@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm.config.corpus import SourceConfig
-from dist_lm.data.sources.candidate import Candidate, Rejected, text_hash
+from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 
@@ -26,16 +26,15 @@ Row = dict[str, Any]
 RowsFrom = Callable[[int], Iterable[Row]]  # opens the data set at a row
 
 
+@reader(streamed=True, advice="check dataset, split and column; no row has text in that column")
 def read_hub(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Every row of `source.dataset` as a document, in the order of the data set. `seed` is not used.
 
-    Raises ConfigError without the `datasets` package or for a column that is not there, ArtefactError where
-    the data set cannot be read.
+    Raises:
+        ConfigError: the `datasets` package or the column is missing.
+        ArtefactError: the data set cannot be read.
     """
-    if not source.dataset:
-        raise ConfigError("corpus source with reader=hub: dataset is empty: expected a data set id or a local path")
-    is_local = Path(source.dataset).expanduser().exists()
-    origin = source.dataset if is_local else f"{source.dataset}@{source.revision}"
+    origin = origin_of(source)
     for number, row in resumed(hub_rows(source), origin):
         if source.column not in row:
             raise ConfigError(
@@ -43,6 +42,20 @@ def read_hub(source: SourceConfig, seed: int) -> Iterator[Candidate]:
                 f"the columns there are {', '.join(sorted(row))}"
             )
         yield _candidate(row, source, f"{origin}:{number}")
+
+
+def origin_of(source: SourceConfig) -> str:
+    """The data set of a source: its local path, or its id and revision.
+
+    Raises:
+        ConfigError: the source names none.
+    """
+    if not source.dataset:
+        raise ConfigError(
+            f"corpus source with reader={source.reader}: dataset is empty: expected a data set id or a local path"
+        )
+    is_local = Path(source.dataset).expanduser().exists()
+    return source.dataset if is_local else f"{source.dataset}@{source.revision}"
 
 
 def hub_rows(source: SourceConfig) -> RowsFrom:

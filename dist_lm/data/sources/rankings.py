@@ -18,8 +18,8 @@ from dist_lm.data.rankings.rows import (
     oasst_rankings,
     ultrafeedback_ranking,
 )
-from dist_lm.data.sources.candidate import Candidate, Rejected, text_hash
-from dist_lm.data.sources.hub import hub_rows, licence_of, resumed
+from dist_lm.data.sources.hub import hub_rows, licence_of, origin_of, resumed
+from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError, UserError
 
@@ -31,6 +31,7 @@ BY_ROW: dict[str, Callable[[Row], Ranking | None]] = {
 OASST = "oasst1"  # its rankings lie over several rows
 
 
+@reader(form="ranking", advice="check dataset; no line makes a ranking")
 def read_local_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Every ranking of the files that `source.dataset` names: a file of JSON lines, or a glob. `seed` is not used.
 
@@ -51,6 +52,7 @@ def read_local_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
                 yield ranking_document(ranking, source.language, f"{file}:{number}", source.licence)
 
 
+@reader(form="ranking", advice="check dataset, split and rows; no row makes a ranking")
 def read_hub_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Every ranking of a data set, in its order. `seed` is not used.
 
@@ -59,8 +61,7 @@ def read_hub_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
         ArtefactError: the data set cannot be read.
     """
     kind = rows_of(source)
-    is_local = Path(source.dataset).expanduser().exists()
-    origin = source.dataset if is_local else f"{source.dataset}@{source.revision}"
+    origin = origin_of(source)
     rows = resumed(hub_rows(source), origin)
     try:
         if kind == OASST:
@@ -75,6 +76,11 @@ def read_hub_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
         ) from error
 
 
+@reader(
+    form="ranking",
+    seeded=True,
+    advice="train the stage before for longer, or take another source; no two samples of the model differ by the rules",
+)
 def read_synthetic_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Refused: these are made by stage rankings, which has a model to make them with."""
     raise ConfigError(

@@ -1,36 +1,74 @@
-"""Generated conversations with tools (`dist_lm.tools.data`); val has other tools than train."""
+"""Conversations with tools: generated ones (`dist_lm.tools.data`), and rows of a hub data set in xLAM's format.
+
+Both are split by tool: the tools of val conversations appear in no train conversation.
+"""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from dist_lm.chat.documents import write_conversation
+from dist_lm.chat.messages import Conversation
 from dist_lm.config.corpus import SourceConfig
-from dist_lm.data.sources.candidate import Candidate
+from dist_lm.data.sources.hub import hub_rows, licence_of, origin_of, resumed
+from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
 from dist_lm.document import Document
-
-if TYPE_CHECKING:
-    from dist_lm.tools.data.examples import Example
+from dist_lm.errors import ConfigError, UserError
+from dist_lm.tools.data.examples import REVISION, examples
+from dist_lm.tools.data.xlam import conversation_of_row
 
 DEFAULT_DOCUMENTS = 20_000
+COLUMNS = ("query", "tools", "answers")
 
 
+@reader(form="conversation", seeded=True, revision=REVISION)
 def read_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """`source.limit` conversations (0: `DEFAULT_DOCUMENTS`); number i depends on `(seed, i)` alone.
+    """`source.limit` generated conversations (0: `DEFAULT_DOCUMENTS`); number i depends on `(seed, i)` alone.
 
     The language of a document is that of the source and the kind of the example: `tools_parallel`.
     """
-    from dist_lm.tools.data.examples import examples
-
     for number, example in enumerate(examples(seed, source.limit or DEFAULT_DOCUMENTS)):
-        yield _document(source, example, f"generated:tools:seed={seed}:{number}")
+        yield Document(
+            text=write_conversation(example.conversation),
+            language=f"{source.language}_{example.kind}",
+            source=f"generated:tools:seed={seed}:{number}",
+            licence=source.licence,
+            group=example.group,
+            form="conversation",
+        )
 
 
-def _document(source: SourceConfig, example: "Example", origin: str) -> Document:
-    return Document(
-        text=write_conversation(example.conversation),
-        language=f"{source.language}_{example.kind}",
-        source=origin,
-        licence=source.licence,
-        group=example.group,
-        form="conversation",
-    )
+@reader(form="conversation", advice="check dataset and split; no row makes a conversation")
+def read_hub_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
+    """Every row of `source.dataset` as a conversation, in the order of the data set. `seed` is not used.
+
+    Raises:
+        ConfigError: the `datasets` package or a column is missing.
+        ArtefactError: the data set cannot be read.
+    """
+    origin = origin_of(source)
+    for number, row in resumed(hub_rows(source), origin):
+        if missing := [column for column in COLUMNS if column not in row]:
+            raise ConfigError(
+                f"corpus source {source.dataset}: no column {', '.join(missing)}: reader=hub_tools takes query, tools "
+                f"and answers; the columns there are {', '.join(sorted(row))}"
+            )
+        name = f"{origin}:{number}"
+        try:
+            conversation = conversation_of_row(row)
+            text = write_conversation(conversation)
+        except UserError:
+            yield Rejected(source.language, name, "invalid_calls")
+            continue
+        yield Document(
+            text=text,
+            language=f"{source.language}_hub",
+            source=name,
+            licence=licence_of(row, source),
+            group=text_hash(" ".join(_tools_of(conversation))),
+            form="conversation",
+        )
+
+
+def _tools_of(conversation: Conversation) -> list[str]:
+    """The names of the tools that are called, in alphabetical order; without a call, of all tools."""
+    called = {call.name for message in conversation.messages for call in message.calls}
+    return sorted(called or {tool.name for tool in conversation.tools})

@@ -1,14 +1,13 @@
 """Statements about a schema that ask for rows: filters, joins, subqueries, sets, text functions, views.
 
-Each function returns `(what it asks, in words; the statement)`, or None where the schema does not fit.
+Each function returns `(what it does in words, SQL)`, or None if the schema has no table or column for it.
 """
 
 from collections.abc import Callable
 
-from dist_lm.data.sources.sql_analyses import by_period, group_by_value, totals_of_children
-from dist_lm.data.sources.sql_scene import Scene, Statement, spoken
-from dist_lm.data.sources.sql_schema import TEXTS, singular
-from dist_lm.data.sources.sql_style import Clause
+from dist_lm.demo.sql_analyses import by_period, group_by_value, totals_of_children
+from dist_lm.demo.sql_scene import Clause, Scene, Statement, spoken
+from dist_lm.demo.sql_schema import TEXTS, singular
 
 
 def plain(scene: Scene) -> Statement | None:

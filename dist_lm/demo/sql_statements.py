@@ -1,21 +1,20 @@
 """Statements about a schema that make the tables and their rows, and change them.
 
-Each function returns `(what it does, in words; the statement)`, or None where the schema does not fit.
+Each function returns `(what it does in words, SQL)`, or None if the schema has no table or column for it.
 """
 
 # ruff: noqa: S608  (this SQL is text to learn from: nothing in it comes from a user)
 
 from collections.abc import Callable
 
-from dist_lm.data.sources.sql_scene import Scene, Statement, spoken
-from dist_lm.data.sources.sql_schema import (
+from dist_lm.demo.sql_scene import Clause, Scene, Statement, spoken
+from dist_lm.demo.sql_schema import (
     QUANTITIES,
     Table,
     literal,
     quoted,
     singular,
 )
-from dist_lm.data.sources.sql_style import Clause
 
 
 def create_table(scene: Scene, table: Table) -> str:

@@ -1,15 +1,14 @@
 """Statements about a schema that count and measure: groups, windows, table expressions, bands, periods.
 
-Each function returns `(what it asks, in words; the statement)`, or None where the schema does not fit.
+Each function returns `(what it does in words, SQL)`, or None if the schema has no table or column for it.
 """
 
 # ruff: noqa: S608  (this SQL is text to learn from: nothing in it comes from a user)
 
 from collections.abc import Callable
 
-from dist_lm.data.sources.sql_scene import Scene, Statement, spoken
-from dist_lm.data.sources.sql_schema import DATES, QUANTITIES, singular
-from dist_lm.data.sources.sql_style import Clause
+from dist_lm.demo.sql_scene import Clause, Scene, Statement, spoken
+from dist_lm.demo.sql_schema import DATES, QUANTITIES, singular
 
 AGGREGATES = [("SUM", "total"), ("AVG", "average"), ("MIN", "lowest"), ("MAX", "highest")]
 

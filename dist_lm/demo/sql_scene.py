@@ -1,0 +1,217 @@
+"""What generated SQL is written about, and how: picks of tables, columns and conditions, in the style of one author."""
+
+import random
+import re
+from dataclasses import dataclass
+
+from dist_lm.demo.sql_schema import DATES, NUMBERS, TEXTS, Column, Table, literal, quoted
+
+Statement = tuple[str, str]  # what it does in words, SQL
+Clause = tuple[str, list[str], str]  # keyword, items, what stands between the items
+FUNCTIONS = {
+    *("AVG", "COUNT", "LAG", "MAX", "MIN", "RANK", "ROW_NUMBER", "SUM"),
+    *("COALESCE", "DATE", "LENGTH", "LOWER", "REPLACE", "ROUND", "STRFTIME", "SUBSTR", "TRIM", "UPPER"),
+}
+# Literals and comments keep their letters; only words written in capitals are keywords.
+TOKEN = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|--[^\n]*|/\*.*?\*/|\b[A-Z][A-Z_]+\b", re.S)
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """The habits of one author, the same through a whole document."""
+
+    keywords: str  # upper | lower | mixed (functions in small letters)
+    layout: str  # line | clauses | lists | leading (comma)
+    indent: str
+    alias: str  # as | bare | none (whole table names)
+    comments: str  # line | block | none
+    key: str  # how a primary key is declared
+    types: dict[str, str]  # kind of column -> SQL type
+    named_constraints: bool
+    not_null: bool
+    final_semicolon_line: bool
+
+    @classmethod
+    def random(cls, rng: random.Random) -> "Style":
+        text = rng.choice(["TEXT", "VARCHAR(255)", "VARCHAR(100)", "TEXT"])
+        types: dict[str, str] = dict.fromkeys(sorted(TEXTS | {"choice"}), text)
+        if text == "VARCHAR(255)":
+            types |= {
+                "note": "TEXT",
+                "phone": "VARCHAR(30)",
+                "choice": "VARCHAR(20)",
+                "country": "VARCHAR(80)",
+            }
+        types |= {
+            "code": rng.choice(["TEXT", "CHAR(12)", "VARCHAR(20)"]),
+            "int": rng.choice(["INTEGER", "INT", "INTEGER", "BIGINT"]),
+            "year": rng.choice(["INTEGER", "SMALLINT"]),
+            "money": rng.choice(["REAL", "NUMERIC(10, 2)", "DECIMAL(12, 2)"]),
+            "flag": rng.choice(["BOOLEAN", "INTEGER"]),
+            "date": rng.choice(["DATE", "TEXT", "DATE"]),
+            "moment": rng.choice(["TIMESTAMP", "DATETIME", "TEXT"]),
+        }
+        types |= dict.fromkeys(["ratio", "measure", "coordinate"], rng.choice(["REAL", "DOUBLE PRECISION", "FLOAT"]))
+        return cls(
+            keywords=rng.choice(["upper", "upper", "lower", "mixed"]),
+            layout=rng.choice(["line", "clauses", "clauses", "lists", "lists", "leading"]),
+            indent=rng.choice(["  ", "    ", "    ", "\t"]),
+            alias=rng.choice(["as", "bare", "bare", "none"]),
+            comments=rng.choice(["line", "line", "block", "none"]),
+            key=rng.choice(
+                ["INTEGER PRIMARY KEY", "INTEGER PRIMARY KEY AUTOINCREMENT", "INTEGER NOT NULL PRIMARY KEY"]
+            ),
+            types=types,
+            named_constraints=rng.random() < 0.3,
+            not_null=rng.random() < 0.6,
+            final_semicolon_line=rng.random() < 0.1,
+        )
+
+    def render(self, clauses: list[Clause]) -> str:
+        """The clauses of a statement, without its semicolon."""
+        flat = self.flat(clauses)
+        if self.layout == "line" or len(flat) < 50:
+            return flat
+        return "\n".join(self._clause(*clause) for clause in clauses)
+
+    def flat(self, clauses: list[Clause]) -> str:
+        """The clauses on one line."""
+        return " ".join(f"{keyword} {separator.join(items)}".strip() for keyword, items, separator in clauses)
+
+    def block(self, clauses: list[Clause]) -> str:
+        """A subquery with its parentheses."""
+        text = self.render(clauses)
+        return f"({text})" if "\n" not in text else f"(\n{self.indented(text)}\n)"
+
+    def indented(self, text: str) -> str:
+        return "\n".join(self.indent + line if line else line for line in text.split("\n"))
+
+    def comment(self, text: str) -> str:
+        """A comment line before a statement; empty for an author without comments."""
+        if self.comments == "none":
+            return ""
+        return f"/* {text} */\n" if self.comments == "block" else f"-- {text}\n"
+
+    def finish(self, text: str) -> str:
+        """Write keywords in this author's letters, and end the statement."""
+
+        def recase(match: re.Match[str]) -> str:
+            token = match.group()
+            if not token[0].isupper() or self.keywords == "upper":
+                return token
+            call = token in FUNCTIONS and match.string.startswith("(", match.end())
+            return token.lower() if self.keywords == "lower" or call else token
+
+        return TOKEN.sub(recase, text) + ("\n;" if self.final_semicolon_line else ";")
+
+    def _clause(self, keyword: str, items: list[str], separator: str) -> str:
+        if len(items) < 2 or self.layout == "clauses":
+            return f"{keyword} {separator.join(items)}".strip()
+        if separator == " AND ":
+            return f"{keyword} " + f"\n{self.indent}AND ".join(items)
+        if separator != ", ":
+            return f"{keyword} {separator.join(items)}".strip()
+        if self.layout == "leading":
+            return f"{keyword} {items[0]}" + "".join(f"\n{self.indent}, {item}" for item in items[1:])
+        return f"{keyword}\n" + ",\n".join(self.indented(item) for item in items)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The schema that statements are about, and the style of their author."""
+
+    rng: random.Random
+    tables: list[Table]
+    style: Style
+
+    def table(self, name: str) -> Table:
+        return next(table for table in self.tables if table.name == name)
+
+    def relation(self) -> tuple[Table, str, Table] | None:
+        """`(child, foreign key column, parent)` of two different tables."""
+        relations = [
+            (child, column, self.table(parent))
+            for child in self.tables
+            for column, parent in child.parents
+            if parent != child.name
+        ]
+        return self.rng.choice(relations) if relations else None
+
+    def table_with(self, kinds: set[str]) -> tuple[Table, Column] | None:
+        """A table and one of its columns of these kinds."""
+        pairs = [(table, column) for table in self.tables for column in table.of(kinds)]
+        return self.rng.choice(pairs) if pairs else None
+
+    def alias(self, table: Table) -> str:
+        """How columns of `table` are prefixed in a join."""
+        if self.style.alias == "none":
+            return table.name
+        for short in (_initials, _beginning):
+            others = [short(other.name) for other in self.tables if other.name != table.name]
+            if short(table.name) not in others:
+                return short(table.name)
+        return table.name
+
+    def named(self, table: Table) -> str:
+        """`table` in a FROM clause, with its alias."""
+        if self.style.alias == "none":
+            return table.name
+        return f"{table.name} {'AS ' if self.style.alias == 'as' else ''}{self.alias(table)}"
+
+    def some(self, table: Table, at_most: int, prefix: str = "") -> list[str]:
+        """Names of some columns, in the order of the table."""
+        names = [column.name for column in table.columns]
+        count = self.rng.randint(1, min(at_most, len(names)))
+        return [prefix + names[i] for i in sorted(self.rng.sample(range(len(names)), count))]
+
+    def predicate(self, table: Table, prefix: str = "") -> tuple[str, str]:
+        """`(condition, the condition in words)` on one column."""
+        rng = self.rng
+        column = rng.choice(table.columns)
+        name, words = prefix + column.name, column.name.replace("_", " ")
+        value = literal(rng, column)
+        if column.nullable and rng.random() < 0.5:
+            negated = rng.random() < 0.5
+            return f"{name} IS {'NOT ' if negated else ''}NULL", f"{'with' if negated else 'without'} {words}"
+        if column.kind == "flag":
+            return f"{name} = {value}", f"where {words} is {'true' if value == '1' else 'false'}"
+        if column.kind in NUMBERS:
+            if rng.random() < 0.25:
+                low, high = sorted((value, literal(rng, column)), key=float)
+                return f"{name} BETWEEN {low} AND {high}", f"with {words} from {low} to {high}"
+            operator, spoken = rng.choice([(">", "above"), (">=", "at least"), ("<", "below"), ("<=", "at most")])
+            return f"{name} {operator} {value}", f"with {words} {spoken} {value}"
+        if column.kind in DATES:
+            operator, spoken = rng.choice([(">=", "since"), ("<", "before"), (">", "after")])
+            return f"{name} {operator} {value}", f"with {words} {spoken} {value.strip(chr(39))}"
+        if column.kind == "choice":
+            options = column.arguments[0].split("|")
+            picked = rng.sample(options, rng.randint(1, min(3, len(options))))
+            if len(picked) > 1:
+                return (
+                    f"{name} IN ({', '.join(map(quoted, picked))})",
+                    f"whose {words} is {' or '.join(picked)}",
+                )
+            operator = rng.choice(["=", "=", "<>"])
+            return (
+                f"{name} {operator} {quoted(picked[0])}",
+                f"whose {words} is {'' if operator == '=' else 'not '}{picked[0]}",
+            )
+        if rng.random() < 0.5:
+            part = value.strip("'").split(" ")[-1].replace("'", "")[:4]
+            pattern = rng.choice([f"{part}%", f"%{part}%", f"%{part}"])
+            return f"{name} LIKE {quoted(pattern)}", f"whose {words} looks like {part}"
+        return f"{name} = {value}", f"whose {words} is {value.strip(chr(39))}"
+
+
+def _initials(name: str) -> str:
+    return "".join(part[0] for part in name.split("_"))
+
+
+def _beginning(name: str) -> str:
+    return name[:3].strip("_")
+
+
+def spoken(name: str) -> str:
+    """A name in words."""
+    return name.replace("_", " ")
