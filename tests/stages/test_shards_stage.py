@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,10 +11,10 @@ from dist_lm.chat.documents import read_conversation
 from dist_lm.chat.template import parse, render
 from dist_lm.config.corpus import SPLITS, SourceConfig
 from dist_lm.config.root import Config
-from dist_lm.data.corpus import IngestReport, read_corpus
+from dist_lm.data.corpus import READERS, IngestReport, read_corpus
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.mapped import MappedCorpus
-from dist_lm.data.sources import READERS
+from dist_lm.data.sources.reader import reader, traits_of
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.compose import compose_config
@@ -31,6 +31,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> list[Document]:
     """What reader=tools gives; the group of every fifth is one of val."""
     made = [replace(one, group=f"{1 + (i % 5 > 0) * 2**63:016x}") for i, one in enumerate(conversations(50))]
 
+    @reader(**asdict(traits_of(READERS["tools"])))
     def read(source: SourceConfig, seed: int) -> Iterator[Document]:
         yield from made
 
@@ -42,14 +43,29 @@ def config_for(work: WorkDirectory, *overrides: str) -> Config:
     return compose_config(["stage=shards", *TINY, "tokenizer.workers=1", f"work_dir={work.path}", *overrides])
 
 
-@pytest.mark.parametrize("number", ["LAYOUT", "REVISION"])
-def test_conversations_of_another_layout_or_generator_are_refused(work, few, monkeypatch, number):
+def test_conversations_of_another_layout_are_refused(work, few, monkeypatch):
     config = config_for(work)
     shards.check_corpus(config, "tools")
-    monkeypatch.setattr(artefact, number, 0)
+    monkeypatch.setattr(artefact, "LAYOUT", 0)
     with pytest.raises(ArtefactError, match="another version of dist_lm"):
         shards.check_corpus(config, "tools")
     shards.check_corpus(config, "code")
+
+
+def test_documents_of_another_revision_of_their_reader_are_refused(work, few, monkeypatch):
+    config = config_for(work)
+    read = READERS["tools"]
+    monkeypatch.setattr(read, "traits", replace(traits_of(read), revision=0))
+    with pytest.raises(ArtefactError, match="another version of dist_lm"):
+        shards.check_corpus(config, "tools")
+
+
+@pytest.mark.parametrize(("function", "depends"), [("read_numbers", False), ("read_seeded", True)])
+def test_a_corpus_depends_on_the_seed_if_its_reader_says_so(work, function, depends):
+    config = config_for(work).corpus
+    own = SourceConfig(f"tests.data.own_readers:{function}", "english")
+    config = replace(config_for(work), corpus=replace(config, corpora={"own": [own]}))
+    assert (corpus_fingerprint(config, "own") != corpus_fingerprint(replace(config, seed=3), "own")) == depends
 
 
 def test_conversations_come_back_with_their_mask_in_the_split_of_their_group(work, few):
@@ -97,5 +113,7 @@ def test_conversations_change_nothing_about_the_texts_beside_them(work):
 def test_a_corpus_of_texts_and_conversations_is_refused(work):
     config = config_for(work).corpus
     mixed = replace(config, corpora={"both": [config.corpora["tools"][0], config.corpora["language"][0]]})
-    with pytest.raises(ConfigError, match="corpus both: readers tools, english give texts and conversations"):
+    with pytest.raises(
+        ConfigError, match="corpus both: readers tools, dist_lm\.demo\.wheels:read_english give texts and conversations"
+    ):
         next(read_corpus(mixed, "both", 0, IngestReport()))
