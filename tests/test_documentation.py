@@ -168,7 +168,7 @@ def check_batch(arguments: list[str]) -> None:
 def launcher_defaults(script: str) -> list[str]:
     """The arguments for the launcher that a script itself gives."""
     started = re.search(
-        r"^(?:run_job|exec python -m dist_lm\.launch) (.*?)(?: --)? \"\$@\"$", text_of(ROOT / script), re.M
+        r"^ *(?:run_job|exec python -m dist_lm\.launch) (.*?)(?: --)? \"\$@\"$", text_of(ROOT / script), re.M
     )
     assert started, f"{script}: starts no launcher"
     return started[1].split()
