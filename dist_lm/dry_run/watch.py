@@ -67,7 +67,7 @@ class Watch(TorchDispatchMode):
     """A context manager that shows every operation in the block to observers.
 
     An operation on DTensors is counted once, for the local tensors. To learn the shape of the result, DTensor also runs
-    it on meta tensors of the whole shape; these are not counted (they inflated the optimizer of a large model 60 times).
+    it on meta tensors of the whole shape; these are not counted (they made a large optimizer look 60 times its size).
     FSDP2 frees and allocates memory by resizing storages, which is not an operation.
     """
 
