@@ -28,7 +28,6 @@ TINY = (
     "model.d_model=40",
     "model.n_layers=2",
     "model.n_heads=5",  # divides by no number of ranks
-    "model.qk_norm=false",  # of heads so narrow it rounds more than layouts are held to
     "model.d_ff=80",
     "model.max_seq_len=256",
     "stage.seq_len=32",

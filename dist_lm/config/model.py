@@ -26,7 +26,7 @@ class ModelConfig:
     tie_embeddings: bool = False  # the output head shares the embedding's weight
     head: str = "tokens"  # tokens (logits of the next one) | scalar (a score a token: reward and value models)
     rope_base: float = 10000.0
-    qk_norm: bool = False  # attention compares directions of queries and keys, not lengths: a learned gain a head
+    qk_norm: bool = False  # RMSNorm over d_head of queries and keys before RoPE, one weight for all heads (as Qwen3)
     init_std: float = 0.02
 
     @property

@@ -115,7 +115,7 @@ def starts_from_policy(init_from: str) -> bool:
     if init_from == "none":
         return False
     start = checkpoint_files.find_checkpoint(Path(init_from))
-    return checkpoint_files.head_of(checkpoint_files.read_state(start)[1]) == "tokens"
+    return checkpoint_files.read_state(start)[1]["head"] == "tokens"
 
 
 def policy_samples(closing: Closing, val: MappedRankings) -> list[list[int]]:

@@ -1,7 +1,7 @@
-"""Saving and loading tensors: every rank its own shards, as safetensors through torch's distributed checkpoint.
+"""Saving and loading tensors: every rank writes its shards as safetensors, through torch's distributed checkpoint.
 
-Tensors have their logical shapes, without what tensor parallelism pads, so any layout loads what any other saved.
-Nothing is pickled.
+Tensors have logical shapes, without the padding of tensor parallelism, so a checkpoint loads at any layout. Nothing is
+pickled.
 """
 
 import logging
@@ -30,34 +30,33 @@ from dist_lm.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
-FILE_BYTES = 1 << 30  # of one file, about: it is put together in memory before it is written
-
+FILE_BYTES = 1 << 30  # approximate size of one file, which is assembled in memory before it is written
 
 Found = TypeVar("Found")
 
 
 class CheckpointWriteError(UserError):
-    """A checkpoint could not be written; the ones before are untouched."""
+    """A checkpoint could not be written; earlier checkpoints are intact."""
 
 
 @dataclass(frozen=True)
 class Companion:
-    """A model that is trained beside the one that a checkpoint is named after: a critic."""
+    """A second model in the same checkpoint: the critic beside the policy."""
 
-    prefix: str  # before the names of its tensors: `value.`
+    prefix: str  # of the names of its tensors: `value.`
     model: nn.Module
     optimizer: torch.optim.Optimizer
     config: ModelConfig
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """As `tensors_of`."""
+        """`tensors_of` this model."""
         return tensors_of(self.model, self.optimizer, self.config, self.prefix)
 
 
 def tensors_of(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, model_config: ModelConfig, prefix: str = ""
 ) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint by its name there, of logical shape; loading writes into these very tensors."""
+    """All tensors by their names in a checkpoint, of logical shape; loading writes into these tensors."""
     shapes = parameter_shapes(model_config)
     tensors = {
         f"{prefix}{files.MODEL}{name}": logical(parameter.detach(), shapes[name])
@@ -79,15 +78,15 @@ def write(
     keep: int = 0,
     attached: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Path:
-    """Write `tensors` as the checkpoint of `state.step`, point LATEST and BEST, drop old ones (collective).
+    """Write `tensors` as the checkpoint of `state.step`, update LATEST and BEST, remove old checkpoints (collective).
 
     Args:
-        group: all ranks, with a CPU backend; none: the default group.
-        keep: newest checkpoints kept; 0: all.
-        attached: files of the stage's own by name, with their contents; the first rank's are written.
+        group: all ranks, with a CPU backend; None: the default group.
+        keep: number of newest checkpoints to keep; 0: all.
+        attached: files of the stage, by name; those of the first rank are written.
 
     Raises:
-        CheckpointWriteError: on every rank, when any rank could not write.
+        CheckpointWriteError: on every rank, if any rank could not write.
     """
     target = checkpoints / files.step_name(state.step)
     temporary = checkpoints / f".{target.name}"
@@ -108,15 +107,15 @@ def write(
         if world.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
         previous = files.read_pointer(checkpoints, files.LATEST)
-        kept = f"{previous.name} is intact" if previous else "there was none before it"
+        kept = f"{previous.name} is intact" if previous else "there is no earlier checkpoint"
         raise CheckpointWriteError(
-            f"checkpoint {target} could not be written ({outcome[0]}); {kept}: free space or mend the folder, "
+            f"checkpoint {target} could not be written ({outcome[0]}); {kept}: free space or repair the folder, "
             "then run the same command again"
         )
     if world.is_first:
         try:
             files.tidy(checkpoints, state, keep)
-        except OSError as error:  # the checkpoint itself is whole
+        except OSError as error:  # the checkpoint itself is intact
             log.warning("BEST of %s could not be written (%s)", checkpoints, error)
     return target
 
@@ -124,7 +123,7 @@ def write(
 def _write_own_files(
     directory: Path, tensors: dict[str, torch.Tensor], rank: int, group: dist.ProcessGroup | None
 ) -> tuple[dict[str, str], str | None]:
-    """This rank's shards, durable (collective): SHA-256 by file name, and why it could not, if so."""
+    """Write this rank's shards and make them durable (collective): SHA-256 by file name, and the error if it failed."""
     try:
         writer = dcp.HuggingFaceStorageWriter(
             str(directory), fqn_to_index_mapping=file_numbers(tensors, FILE_BYTES), save_distributed=True
@@ -141,9 +140,9 @@ def _write_own_files(
 
 
 def file_numbers(tensors: dict[str, torch.Tensor], file_bytes: int) -> dict[str, int]:
-    """Which file of a rank each tensor goes to, from 1: a new one when this rank's shards fill `file_bytes`.
+    """Number of the file, from 1, that each tensor goes to: a new file starts when the shards fill `file_bytes`.
 
-    torch takes the first rank's answer for all of them: it holds at least as much of every tensor as any other.
+    torch uses the numbers of the first rank for all ranks; its shards are at least as large as those of other ranks.
     """
     numbers, written = {}, 0
     for name, tensor in tensors.items():
@@ -164,7 +163,7 @@ def _finish(
     files.write_state(temporary, state, asdict(config))
     digests[files.STATE] = durable.sha256_of(temporary / files.STATE)
     files.write_manifest(temporary, digests)
-    if target.exists():  # the same step saved again after a damaged checkpoint was passed over
+    if target.exists():  # a damaged checkpoint of this step was skipped, and the step is saved again
         shutil.rmtree(target)
     temporary.rename(target)
     durable.fsync_directory(target.parent)
@@ -181,10 +180,10 @@ def load(
     """Fill `model` (and `optimizer`, unless None) from a checkpoint written at any layout (collective).
 
     Args:
-        companions: filled too.
+        companions: more models to fill.
 
     Raises:
-        ArtefactError: it belongs to another model; the message names the keys that differ.
+        ArtefactError: the checkpoint belongs to another model; the message names the keys that differ.
     """
     state, saved_model = files.read_state(checkpoint)
     files.check_same_model(checkpoint, saved_model, model_config)
@@ -198,9 +197,9 @@ def load(
 
 
 def load_weights(checkpoint: Path, model: nn.Module, model_config: ModelConfig) -> None:
-    """Fill the parameters of `model` from a checkpoint that it starts from (collective).
+    """Fill the parameters of `model` from the checkpoint it starts from (collective).
 
-    A model of scores may start from one of tokens: it takes all weights but the head's, and its own head stays.
+    A model with a scalar head may start from one with a token head: then its own head keeps its initial values.
 
     Raises:
         ArtefactError: the checkpoint belongs to another model; the message names the keys that differ.
@@ -208,7 +207,7 @@ def load_weights(checkpoint: Path, model: nn.Module, model_config: ModelConfig) 
     saved_model = files.read_state(checkpoint)[1]
     files.check_start(checkpoint, saved_model, model_config)
     tensors = tensors_of(model, None, model_config)
-    if files.head_of(saved_model) != model_config.head:
+    if saved_model["head"] != model_config.head:
         tensors = {
             name: tensor for name, tensor in tensors.items() if not name.startswith(f"{files.MODEL}scalar_head.")
         }
@@ -216,10 +215,10 @@ def load_weights(checkpoint: Path, model: nn.Module, model_config: ModelConfig) 
 
 
 def read(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Fill `tensors`, each from the parts of it that any layout wrote (collective).
+    """Fill `tensors` from the parts that any layout wrote (collective).
 
     Raises:
-        ArtefactError: one is not there, or has another shape there.
+        ArtefactError: a tensor is missing in the checkpoint or has another shape there.
     """
     try:
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint)))
@@ -229,37 +228,38 @@ def read(checkpoint: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def newest_intact(checkpoints: Path, world: World) -> Path | None:
-    """The checkpoint to continue from, the same on every rank: the newest that is whole (collective).
+    """The newest intact checkpoint, the same on every rank (collective).
 
     Raises:
-        ArtefactError: on every rank, when there are checkpoints and all are damaged.
+        ArtefactError: on every rank, if all checkpoints are damaged.
     """
     found = _as_on_first_rank(lambda: files.steps_in(checkpoints), world)
     return files.newest_intact(found, lambda checkpoint: _damage_seen(checkpoint, world))
 
 
 def find_intact(path: Path, world: World) -> Path:
-    """The checkpoint that `path` names, verified (collective).
+    """The checkpoint that `path` names, after verifying it (collective).
 
     Raises:
-        ArtefactError: on every rank, when there is none or it is damaged.
+        ArtefactError: on every rank, if there is no checkpoint or it is damaged.
     """
     found = _as_on_first_rank(lambda: files.find_checkpoint(path), world)
     return files.require_intact(found, lambda checkpoint: _damage_seen(checkpoint, world))
 
 
 def _damage_seen(checkpoint: Path, world: World) -> str | None:
-    """The first damage that a rank sees; each reads a share of the files (collective)."""
+    """The first damage that any rank finds; each rank reads a share of the files (collective)."""
     seen: list[str | None] = [None] * world.size
     dist.all_gather_object(seen, files.first_damage(checkpoint, share=(world.rank, world.size)))
     return next((damage for damage in seen if damage), None)
 
 
 def _as_on_first_rank(look: Callable[[], Found], world: World) -> Found:
-    """What `look` finds on the first rank: others may see an older state of a network file system (collective).
+    """The result of `look` on the first rank, because other ranks may see an older state of a network file system
+    (collective).
 
     Raises:
-        ArtefactError: on every rank, what `look` raised.
+        ArtefactError: on every rank, the error that `look` raised.
     """
     answer: list = [None, None]
     if world.is_first:

@@ -1,12 +1,12 @@
-"""A checkpoint as files: names, manifest, pointers, retention. No tensors here.
+"""A checkpoint as files: names, format, manifest, pointers, retention. No tensors here.
 
     checkpoints/
-      step_00000100/  shard-*.safetensors  state.json  stage/... (what a stage attaches)
-                      manifest.json (last: sizes and SHA-256 of the others)
-      LATEST BEST     the name of one of them
+      step_00000100/  shard-*.safetensors  state.json  stage/... (files of the stage)
+                      manifest.json (written last: size and SHA-256 of the other files)
+      LATEST BEST     each holds the name of one checkpoint
 
-A checkpoint is written under a name that starts with a dot, made durable, renamed, then pointed at: what has a plain
-name is whole, and what is damaged later is found by its manifest.
+A checkpoint is written under a name that starts with a dot, made durable, renamed, and then pointed at. So a plain name
+means a whole checkpoint, and the manifest reveals later damage.
 """
 
 import json
@@ -26,10 +26,10 @@ log = logging.getLogger(__name__)
 
 LATEST, BEST = "LATEST", "BEST"
 STATE, MANIFEST = "state.json", "manifest.json"
-STAGE = "stage"  # folder of what a stage attaches: apart, for files with tensors are read as parts of the models
-TENSORS = ".safetensors"  # what a file with tensors ends in
-MODEL, OPTIMIZER = "model.", "optimizer."  # what names of tensors begin with
-FORMAT = 1
+STAGE = "stage"  # folder for files of the stage, separate from the files of tensors, which are read as parts of models
+TENSORS = ".safetensors"  # suffix of a file of tensors
+MODEL, OPTIMIZER = "model.", "optimizer."  # prefixes of tensor names
+FORMAT = 2  # 2: norms of queries and keys as in Qwen3, conversations as ChatML
 
 
 def step_name(step: int) -> str:
@@ -37,23 +37,23 @@ def step_name(step: int) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
+    """The step in the name of a checkpoint."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def newest_step(checkpoints: Path) -> int:
-    """The step of the newest checkpoint of a run; 0 without one."""
+    """The step of the newest checkpoint of a run; 0 if there is none."""
     latest = read_pointer(checkpoints, LATEST)
     return step_of(latest) if latest else 0
 
 
 def steps_in(checkpoints: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
+    """The complete checkpoints of a run, oldest first."""
     return sorted(path for path in checkpoints.glob("step_*") if path.is_dir())
 
 
 def read_pointer(checkpoints: Path, name: str) -> Path | None:
-    """The checkpoint that LATEST or BEST points at, if there is one."""
+    """The checkpoint that the pointer `name` (LATEST or BEST) names, if it exists."""
     pointer = checkpoints / name
     if not pointer.exists():
         return None
@@ -66,21 +66,31 @@ def write_pointer(checkpoints: Path, name: str, target: Path) -> None:
 
 
 def write_state(directory: Path, state: TrainState, model: dict[str, Any]) -> None:
-    """Record where the run stands and which model the tensors belong to."""
+    """Record the state of the run and the configuration of the model."""
     durable.write_json(directory / STATE, {"format": FORMAT, "state": asdict(state), "model": model})
 
 
 def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:
-    """What `write_state` wrote: (state, model configuration)."""
+    """(state, model configuration), as `write_state` wrote them.
+
+    Raises:
+        ArtefactError: the file cannot be read, or the checkpoint has another format.
+    """
     try:
         content = json.loads((directory / STATE).read_text())
-        return TrainState.from_json(content["state"]), content["model"]
+        found = content["format"]
+        if found == FORMAT:
+            return TrainState.from_json(content["state"]), content["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtefactError(f"checkpoint {directory}: {STATE} cannot be read ({error})") from error
+    raise ArtefactError(
+        f"checkpoint {directory}: format {found}, expected {FORMAT}: another version of dist_lm wrote it; train this "
+        "model again under another run_id or work_dir, or load it with that version"
+    )
 
 
 def attach(directory: Path, contents: Mapping[str, bytes]) -> dict[str, str]:
-    """Write files of the stage's own, durably; SHA-256 by name, for the manifest."""
+    """Write files of the stage and make them durable; returns SHA-256 by name, for the manifest."""
     digests = {}
     if contents:
         (directory / STAGE).mkdir()
@@ -95,10 +105,10 @@ def attach(directory: Path, contents: Mapping[str, bytes]) -> dict[str, str]:
 
 
 def read_attached(directory: Path, name: str) -> bytes:
-    """What a stage attached under `name`.
+    """The file that the stage attached under `name`.
 
     Raises:
-        ArtefactError: it is not there.
+        ArtefactError: the file is missing.
     """
     try:
         return (directory / STAGE / name).read_bytes()
@@ -107,13 +117,13 @@ def read_attached(directory: Path, name: str) -> bytes:
 
 
 def write_manifest(directory: Path, sha256: dict[str, str]) -> None:
-    """Record size and checksum of every file; `sha256` maps file name to digest."""
+    """Record size and SHA-256 of every file; `sha256` maps file name to digest."""
     files = {name: {"sha256": digest, "bytes": (directory / name).stat().st_size} for name, digest in sha256.items()}
     durable.write_json(directory / MANIFEST, files)
 
 
 def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
-    """What `write_manifest` wrote: `{sha256, bytes}` by file name."""
+    """`{sha256, bytes}` by file name, as `write_manifest` wrote them."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
         return {name: {"sha256": str(file["sha256"]), "bytes": int(file["bytes"])} for name, file in manifest.items()}
@@ -122,13 +132,13 @@ def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def damage(directory: Path, contents: bool = True, share: tuple[int, int] = (0, 1)) -> Iterator[str]:
-    """Compare every file of a checkpoint with the manifest, and name what is missing, changed or foreign.
+    """Compare the files of a checkpoint with its manifest; yields a phrase for each missing, changed or foreign file.
 
-    A foreign file counts if it ends in `.safetensors`: tensors are read from all files that do.
+    A foreign file counts if it ends in `.safetensors`, because tensors are read from all such files.
 
     Args:
-        contents: read them too, not only their sizes.
-        share: (i, n): look at every n-th file alone, beginning with the i-th.
+        contents: compare contents too, not only sizes.
+        share: (i, n): check every n-th file, starting at the i-th.
 
     Raises:
         ArtefactError: the manifest cannot be read.
@@ -139,7 +149,7 @@ def damage(directory: Path, contents: bool = True, share: tuple[int, int] = (0, 
             yield f"{name} {reason}"
     for path in sorted(directory.glob(f"*{TENSORS}")):
         if path.name not in manifest:
-            yield f"{path.name} is not part of it (not in {MANIFEST})"
+            yield f"{path.name} does not belong to it (not in {MANIFEST})"
 
 
 def _damage_of_file(path: Path, expected: dict[str, Any], contents: bool) -> str | None:
@@ -156,17 +166,17 @@ def _damage_of_file(path: Path, expected: dict[str, Any], contents: bool) -> str
 
 
 def verify(directory: Path, contents: bool = True) -> None:
-    """Refuse a checkpoint with `damage`.
+    """Refuse a damaged checkpoint.
 
     Raises:
-        ArtefactError: names the first file that is missing, cut short, changed or foreign.
+        ArtefactError: names the first missing, truncated, changed or foreign file.
     """
     if found := first_damage(directory, contents):
         raise ArtefactError(found)
 
 
 def first_damage(directory: Path, contents: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
-    """The first `damage` of a checkpoint in a sentence, or None when it is whole."""
+    """The first damage of a checkpoint as a sentence; None if it is intact."""
     try:
         return next((f"checkpoint {directory}: {found}" for found in damage(directory, contents, share)), None)
     except ArtefactError as error:
@@ -174,10 +184,10 @@ def first_damage(directory: Path, contents: bool = True, share: tuple[int, int] 
 
 
 def newest_intact(checkpoints: Sequence[Path], damage_of: Callable[[Path], str | None] = first_damage) -> Path | None:
-    """The one of `checkpoints` (oldest first) to continue from: the newest that is whole. Damage is reported, loudly.
+    """The newest intact checkpoint of `checkpoints` (oldest first); logs a warning for every damaged one it skips.
 
     Raises:
-        ArtefactError: there are checkpoints and every one is damaged.
+        ArtefactError: all checkpoints are damaged.
     """
     newest_damage = None
     for directory in reversed(checkpoints):
@@ -185,18 +195,18 @@ def newest_intact(checkpoints: Sequence[Path], damage_of: Callable[[Path], str |
         if found is None:
             return directory
         newest_damage = newest_damage or found
-        log.warning("%s; using the one before", found)
+        log.warning("%s; using the checkpoint before it", found)
     if newest_damage:
         raise ArtefactError(
-            f"no intact checkpoint in {checkpoints[0].parent}: {newest_damage}; remove the run directory to start anew"
+            f"no intact checkpoint in {checkpoints[0].parent}: {newest_damage}; remove the run directory to start again"
         )
     return None
 
 
 def tidy(checkpoints: Path, state: TrainState, keep: int) -> None:
-    """Once `state` is saved: point BEST at what it says (a kill may have come before the pointer), then `prune`.
+    """After saving `state`: point BEST at the best step of `state`, then `prune`.
 
-    Later checkpoints go first: the run went back behind them because they were damaged, and takes those steps again.
+    Checkpoints of later steps are removed first: they were damaged, so the run went back and repeats their steps.
     """
     for directory in steps_in(checkpoints):
         if directory.name > step_name(state.step):
@@ -208,7 +218,7 @@ def tidy(checkpoints: Path, state: TrainState, keep: int) -> None:
 
 
 def prune(checkpoints: Path, keep: int) -> None:
-    """Remove all but BEST and the newest `keep` checkpoints (0: all), and what a killed save left behind."""
+    """Remove all checkpoints but BEST and the newest `keep` (0: keep all), and the leftovers of killed saves."""
     best = read_pointer(checkpoints, BEST)
     for directory in steps_in(checkpoints)[:-keep] if keep else []:
         if directory != best:
@@ -218,18 +228,18 @@ def prune(checkpoints: Path, keep: int) -> None:
 
 
 def _remove(directory: Path) -> None:
-    """Remove a checkpoint that is no longer wanted; one that a network file system still holds open may stay."""
+    """Remove a checkpoint; one that a network file system still holds open may stay."""
     try:
         shutil.rmtree(directory)
     except OSError as error:
-        log.warning("checkpoint %s could not be removed (%s); it can be deleted by hand", directory, error)
+        log.warning("checkpoint %s could not be removed (%s); delete it by hand", directory, error)
 
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that a user names: a step directory, a `checkpoints` folder, or a run directory.
 
     Raises:
-        ArtefactError: there is none.
+        ArtefactError: there is no checkpoint.
     """
     if any((path / name).is_file() for name in (STATE, MANIFEST)):
         return path
@@ -241,30 +251,26 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def require_intact(checkpoint: Path, damage_of: Callable[[Path], str | None] = first_damage) -> Path:
-    """`checkpoint`, with every file verified.
+    """`checkpoint`, after verifying all of its files.
 
     Raises:
-        ArtefactError: it is damaged; the message names others beside it.
+        ArtefactError: it is damaged; the message names the other checkpoints of the run.
     """
     if found := damage_of(checkpoint):
         others = [step.name for step in steps_in(checkpoint.parent) if step != checkpoint]
-        raise ArtefactError(f"{found}; others beside it: {', '.join(others) or 'none'}")
+        raise ArtefactError(f"{found}; other checkpoints of the run: {', '.join(others) or 'none'}")
     return checkpoint
 
 
-def head_of(saved: dict[str, Any]) -> str:
-    """What the model of a checkpoint gives: checkpoints from before there was another head do not say."""
-    return saved.get("head", "tokens")
-
-
 def check_start(checkpoint: Path, saved: dict[str, Any], model_config: ModelConfig) -> None:
-    """Refuse a checkpoint that a model cannot start from. One of scores may start from one of tokens.
+    """Refuse a checkpoint that a model cannot start from. A model with a scalar head may start from one with a token
+    head.
 
     Raises:
         ArtefactError: names every key that differs, with both values.
     """
-    new_head = model_config.head == "scalar" and head_of(saved) == "tokens"
-    # a model of scores has no head of tokens, so it is all the same whether that was tied
+    new_head = model_config.head == "scalar" and saved["head"] == "tokens"
+    # without a token head, it does not matter whether the token head was tied
     check_same_model(checkpoint, saved, model_config, but=("head", "tie_embeddings") if new_head else ())
 
 
@@ -272,7 +278,7 @@ def check_same_model(
     checkpoint: Path,
     saved: dict[str, Any],
     model_config: ModelConfig,
-    way_out: str = "use the same model, or stage.init_from=none to start anew",
+    way_out: str = "use the same model, or stage.init_from=none to start from new weights",
     but: Sequence[str] = (),
 ) -> None:
     """Refuse a checkpoint whose model has other shapes or arithmetic.
@@ -284,9 +290,8 @@ def check_same_model(
         ArtefactError: names every key that differs, with both values.
     """
     own = asdict(model_config)
-    # none means as many as query heads
+    # None means one key/value head per query head
     own, saved = ({**model, "n_kv_heads": model.get("n_kv_heads") or model.get("n_heads")} for model in (own, saved))
-    saved = {**saved, "head": head_of(saved)}
     ignored = {"name", "init_std", "max_seq_len", *but}
     different = [
         f"model.{key}={own[key]} (checkpoint: {saved.get(key)})"

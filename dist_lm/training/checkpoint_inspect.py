@@ -1,4 +1,4 @@
-"""What is in a checkpoint, for people: `python -m dist_lm checkpoint inspect PATH`."""
+"""`python -m dist_lm checkpoint inspect PATH`: a summary of a checkpoint."""
 
 import re
 from collections import Counter
@@ -16,10 +16,10 @@ from dist_lm.training.checkpoint_tensors import StoredTensor, stored_tensors
 
 
 def print_checkpoint(path: Path, console: Console) -> None:
-    """Step, model, tensors and files of the checkpoint at `path`, from headers alone: no tensor is read.
+    """Print step, model, tensors and files of the checkpoint at `path`; reads headers, not tensors.
 
     Raises:
-        ArtefactError: there is none, or a file of it is missing, cut short or foreign.
+        ArtefactError: there is no checkpoint, or a file is missing, truncated or foreign.
     """
     directory = files.find_checkpoint(path)
     files.verify(directory, contents=False)
@@ -41,13 +41,13 @@ def print_checkpoint(path: Path, console: Console) -> None:
 
 
 def pointers(directory: Path) -> list[str]:
-    """Which of LATEST and BEST name this checkpoint."""
+    """The pointers, LATEST and BEST, that name this checkpoint."""
     names = (files.LATEST, files.BEST)
     return [name for name in names if files.read_pointer(directory.parent, name) == directory]
 
 
 def group_of(name: str) -> str:
-    """The row of a tensor: layers are taken together, and all of an optimizer's tensors of one kind."""
+    """The row of a tensor in the table: one row for all layers, and one for each kind of optimizer tensor."""
     if found := re.match(rf"(\w+\.)?{re.escape(files.OPTIMIZER)}", name):
         return f"{found.group()}*.{name.rpartition('.')[2]}"
     return re.sub(r"\.\d+\.", ".*.", name)
@@ -58,7 +58,7 @@ def _tensor_table(tensors: Iterable[StoredTensor]) -> Table:
     for tensor in tensors:
         groups.setdefault(group_of(tensor.name), []).append(tensor)
     table = Table(title="Tensors", title_justify="left")
-    table.add_column("tensors", overflow="fold", no_wrap=True)  # a name that is cut off is the name of several
+    table.add_column("tensors", overflow="fold", no_wrap=True)  # a truncated name would be ambiguous
     table.add_column("count", justify="right")
     for name in ("shape", "dtype"):
         table.add_column(name)

@@ -1,7 +1,7 @@
-"""Saving while training goes on: a copy in host memory, and one thread that writes it.
+"""Saving while training continues: a copy in host memory, and a thread that writes it.
 
-At most one save is in flight: the next one waits for it, so a crash loses less than two intervals. All ranks learn of a
-failure, when they next save or wait.
+One save is in flight at most. The next save waits for it, so a crash loses less than two intervals. All ranks learn of
+a failure at their next save or wait.
 """
 
 import logging
@@ -26,14 +26,14 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointSaver:
-    """Writes the checkpoints of a run, from `with` to its end; a clean end waits for the last one.
+    """Context manager that writes the checkpoints of a run; a clean exit waits for the last one.
 
-    Beside training it takes host memory for a copy of what this rank holds of parameters and moments, kept from save
-    to save (on CUDA it is pinned, which takes time), and while it writes about `checkpoint.FILE_BYTES` more.
+    Beside training it needs host memory for a copy of this rank's parameters and moments, which is kept between saves
+    (pinned on CUDA), and about `checkpoint.FILE_BYTES` more while it writes.
 
     Args:
         beside_training: False: `save` returns when the checkpoint is written.
-        keep: newest checkpoints kept.
+        keep: number of newest checkpoints to keep.
     """
 
     def __init__(
@@ -44,9 +44,9 @@ class CheckpointSaver:
         self.world = world
         self.keep = keep
         self.beside_training = beside_training
-        # of its own: the thread's messages must not mix with those of training
+        # a group of its own: messages of the thread must not mix with those of training
         group = dist.new_group(backend="gloo")
-        assert isinstance(group, dist.ProcessGroup), "all ranks are in it"
+        assert isinstance(group, dist.ProcessGroup)
         self.group = group
         on_gpu = world.device.type == "cuda"
         self.stager = DefaultStager(
@@ -57,7 +57,7 @@ class CheckpointSaver:
                 use_non_blocking_copy=on_gpu,
             )
         )
-        # a thread starts on GPU 0, whatever the rank's own is
+        # a new thread starts on GPU 0, whatever the GPU of the rank is
         start = {"initializer": torch.cuda.set_device, "initargs": (world.device,)} if on_gpu else {}
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint", **start)
         self.in_flight: Future[Path] | None = None
@@ -70,7 +70,7 @@ class CheckpointSaver:
     ) -> None:
         if error is None:
             self.wait()
-        # after a failure other ranks may be gone, and a save that needs them never ends
+        # after a failure other ranks may be gone, and a save that waits for them never ends
         self.thread.shutdown(wait=error is None)
         self.stager.close()
 
@@ -82,15 +82,14 @@ class CheckpointSaver:
         companions: Sequence[Companion] = (),
         attached: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
-        """Save `state` and the tensors as they are now (collective), after the save before is done.
+        """Save `state` and the present values of the tensors (collective), after the save before is complete.
 
         Args:
-            companions: models that are saved with it.
-            attached: files of the stage's own; the first rank's are written.
+            companions: more models for the same checkpoint.
+            attached: files of the stage, by name; those of the first rank are written.
 
         Raises:
-            CheckpointWriteError: on every rank, when the save before could not be written (or this one, if not beside
-                training).
+            CheckpointWriteError: on every rank, if the save before failed (or this save, if not beside training).
         """
         self.wait()
         tensors = checkpoint.tensors_of(model, optimizer, self.model_config)
@@ -98,16 +97,16 @@ class CheckpointSaver:
             tensors |= companion.tensors()
         if self.beside_training:
             tensors = self.stager.stage(tensors)
-            assert isinstance(tensors, dict), "staged at once"
+            assert isinstance(tensors, dict)
         self.in_flight = self.thread.submit(self._write, tensors, state, attached)
         if not self.beside_training:
             self.wait()
 
     def wait(self) -> None:
-        """Until the save in flight is done (collective).
+        """Wait until the save in flight is complete (collective).
 
         Raises:
-            CheckpointWriteError: on every rank, when it could not be written.
+            CheckpointWriteError: on every rank, if it failed.
         """
         in_flight, self.in_flight = self.in_flight, None
         if in_flight is not None:
