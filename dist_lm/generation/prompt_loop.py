@@ -75,21 +75,11 @@ class Do:
 
 
 @dataclass(frozen=True)
-class Tell:
-    """Show a setting."""
-
-    key: str
-
-
-@dataclass(frozen=True)
 class Change:
-    """Replace the settings, in which `key` has a new value."""
+    """Replace the settings and show the setting `key`; without a new value they are equal to the old ones."""
 
     key: str
     settings: Settings
-
-
-Command = Do | Tell | Change
 
 
 def is_command(line: str) -> bool:
@@ -97,7 +87,7 @@ def is_command(line: str) -> bool:
     return re.fullmatch(r"/[A-Za-z_]+(\s.*)?", line, re.DOTALL) is not None
 
 
-def parse_command(line: str, settings: Settings) -> Command:
+def parse_command(line: str, settings: Settings) -> Do | Change:
     """Parse a line for which `is_command` holds.
 
     Raises:
@@ -112,7 +102,7 @@ def parse_command(line: str, settings: Settings) -> Command:
     if name not in KEYS:
         raise UserError(f"/{name}: no such command; /help lists all commands")
     if not argument:
-        return Tell(name)
+        return Change(name, settings)
     if name == "stop":
         stop = () if argument == NO_STOP else (*settings.params.stop, unescape(rest))
         return Change(name, replace(settings, params=replace(settings.params, stop=stop)))
@@ -231,12 +221,9 @@ class PromptLoop:
             case Do("new"):
                 self._new()
             case Do("help"):
-                for help_line in HELP.splitlines():
-                    self._say(help_line)
+                self._say(HELP)
             case Do("lang", language):
                 self._begin_with(language)
-            case Tell(key):
-                self._say(f"{key} {value_of(self.settings, key)}")
             case Change(key, settings):
                 self.settings = settings
                 self._say(f"{key} {value_of(self.settings, key)}")

@@ -1,10 +1,11 @@
 """A model on several devices of one node: rank 0 leads inside the engine's process, the other ranks follow.
 
-`ShardedDecoder` sends every command to the followers and then executes it too, so all ranks meet in the collectives of
-`shard.py`. Only rank 0 has whole logits, and it alone chooses tokens. `Follower` executes the same commands in order,
-so ranks cannot disagree about what is computed. Its process, started by `followers.py`, is `python -m
-dist_lm.generation.sharded SOCKET RANK PARENT`; it ends when its socket closes, even inside a collective that never
-completes.
+`ShardedDecoder` sends every command to the followers and then executes it on rank 0, so all ranks meet in the
+collectives of `shard.py`. Ranks execute the same commands in the same order and cannot disagree about what is computed.
+Only rank 0 has whole logits, and it alone chooses tokens.
+
+`followers.py` starts each follower as `python -m dist_lm.generation.sharded SOCKET RANK PARENT`. A follower ends when
+its socket closes, even inside a collective that never completes.
 """
 
 import json
@@ -16,7 +17,7 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import count
 from multiprocessing.connection import Connection
@@ -89,7 +90,8 @@ class ShardedDecoder:
                 self._axis = join_ranks(device, dist.FileStore(store, tp), LEADER, tp, TIMEOUT_S)
             if not gpu:  # NCCL keeps reading the file
                 place.cleanup()
-            self._decoder = Decoder(config, n_pages, page_size, dtype, device, self._shares[LEADER], self._axis)
+            decoder = Decoder(config, n_pages, page_size, dtype, device, self._shares[LEADER], self._axis)
+            self._rank = Rank(decoder, device)
         except BaseException:
             self.close()
             raise
@@ -105,44 +107,36 @@ class ShardedDecoder:
             return cut(name, whole, self._shares[LEADER]).contiguous()
 
         with self._in_step("load"):
-            self._decoder.build(hand_out)
+            self._rank.decoder.build(hand_out)
 
     def prefill(self, pieces: Sequence[Piece]) -> torch.Tensor:
-        told = [(list(piece.tokens), piece.start, list(piece.pages)) for piece in pieces]
-        with self._in_step("prefill", told):
-            return self._decoder.prefill(pieces)
+        return self._execute("prefill", [(list(piece.tokens), piece.start, list(piece.pages)) for piece in pieces])
 
     def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> Plan:
-        with self._in_step("plan", [list(own) for own in pages], list(positions)):
-            return SharedPlan(self._decoder.plan(pages, positions), lambda: self._in_step("advance"))
+        """See `Decoder`. Replaces the plan before."""
+        own = self._execute("plan", [list(pages_of_one) for pages_of_one in pages], list(positions))
+        return SharedPlan(own.position_B, own.written_B, lambda: self._execute("advance"))
 
     def decode(self, token_B: torch.Tensor, plan: Plan) -> torch.Tensor:
-        assert isinstance(plan, SharedPlan)
-        with self._in_step("decode", token_B.tolist()):
-            return self._decoder.decode(token_B, plan.own)
+        return self._execute("decode", token_B.tolist())
 
     def copy_page(self, source: int, target: int) -> None:
-        with self._in_step("copy_page", source, target):
-            self._decoder.copy_page(source, target)
+        self._execute("copy_page", source, target)
 
     def clear(self, pages: Sequence[int]) -> None:
-        with self._in_step("clear", list(pages)):
-            self._decoder.clear(pages)
+        self._execute("clear", list(pages))
 
-    def save(self, pages: Sequence[int]) -> "Saved":
-        """See `Decoder`. Each rank keeps its own part."""
+    def save(self, pages: Sequence[int]) -> int:
+        """See `Decoder`. Each rank keeps its own part under the returned number."""
         ticket = next(self._tickets)
-        with self._in_step("save", ticket, list(pages)):
-            return Saved(ticket, self._decoder.save(pages))
+        self._execute("save", ticket, list(pages))
+        return ticket
 
-    def restore(self, pages: Sequence[int], content: "Saved") -> None:
-        with self._in_step("restore", content.ticket, list(pages)):
-            self._decoder.restore(pages, content.own)
+    def restore(self, pages: Sequence[int], content: int) -> None:
+        self._execute("restore", content, list(pages))
 
-    def forget(self, content: "Saved") -> None:
-        """Tell the followers to drop content that `save` returned."""
-        with self._in_step("forget", content.ticket):
-            pass
+    def forget(self, content: int) -> None:
+        self._execute("forget", content)
 
     def check(self) -> None:
         """Raise `RankLostError` if a follower has ended, so that the last results may be wrong."""
@@ -152,9 +146,14 @@ class ShardedDecoder:
         """End the followers."""
         self._end()
 
+    def _execute(self, command: str, *arguments: Any) -> Any:
+        """Execute a command on all ranks. Returns the result of rank 0."""
+        with self._in_step(command, *arguments):
+            return getattr(self._rank, command)(*arguments)
+
     @contextmanager
     def _in_step(self, *command: object) -> Iterator[None]:
-        """Send a command to the followers before this rank executes it. After an exception in between, ranks are at
+        """Send a command to the followers before rank 0 executes it. After an exception in between, ranks are at
         different places, so the model is abandoned."""
         self._followers.check()
         try:
@@ -172,24 +171,13 @@ class ShardedDecoder:
             raise
 
 
-@dataclass(frozen=True)
-class Saved:
-    """Saved content of pages: this rank's, and the number under which followers keep theirs."""
-
-    ticket: int
-    own: Any
-
-
+@dataclass
 class SharedPlan:
     """A `Plan` that advances on all ranks."""
 
-    def __init__(self, own: Plan, in_step: Callable[[], AbstractContextManager[None]]) -> None:
-        self.own, self._in_step = own, in_step
-        self.position_B, self.written_B = own.position_B, own.written_B
-
-    def advance(self) -> None:
-        with self._in_step():
-            self.own.advance()
+    position_B: torch.Tensor
+    written_B: torch.Tensor
+    advance: Callable[[], None]
 
 
 def _unblock(device: torch.device) -> None:
@@ -204,21 +192,60 @@ def _end(followers: Followers, device: torch.device, place: tempfile.TemporaryDi
     place.cleanup()
 
 
-class Follower:
-    """A rank other than 0. Every method in `COMMANDS` executes one command."""
+class Rank:
+    """One rank between two commands. Each method in `COMMANDS` executes one; its arguments are JSON values."""
+
+    def __init__(self, decoder: Decoder, device: torch.device) -> None:
+        self.decoder = decoder
+        self._device = device
+        self._plan: Plan | None = None
+        self._saved: dict[int, Any] = {}
+
+    def prefill(self, pieces: list[tuple[list[int], int, list[int]]]) -> torch.Tensor:
+        return self.decoder.prefill([Piece(*piece) for piece in pieces])
+
+    def plan(self, pages: list[list[int]], positions: list[int]) -> Plan:
+        """Set the plan of all decode steps until the next plan."""
+        self._plan = self.decoder.plan(pages, positions)
+        return self._plan
+
+    def advance(self) -> None:
+        assert self._plan
+        self._plan.advance()
+
+    def decode(self, tokens: list[int]) -> torch.Tensor:
+        assert self._plan
+        return self.decoder.decode(torch.tensor(tokens, device=self._device), self._plan)
+
+    def copy_page(self, source: int, target: int) -> None:
+        self.decoder.copy_page(source, target)
+
+    def clear(self, pages: list[int]) -> None:
+        self.decoder.clear(pages)
+
+    def save(self, ticket: int, pages: list[int]) -> None:
+        self._saved[ticket] = self.decoder.save(pages)
+
+    def restore(self, ticket: int, pages: list[int]) -> None:
+        self.decoder.restore(pages, self._saved.pop(ticket))
+
+    def forget(self, ticket: int) -> None:
+        del self._saved[ticket]
+
+
+class Follower(Rank):
+    """A rank other than 0, which receives its weights from rank 0."""
 
     def __init__(self, setup: dict[str, Any], rank: int) -> None:
         """Join the other ranks."""
         config, tp, dtype = ModelConfig(**setup["model"]), setup["tp"], getattr(torch, setup["dtype"])
         torch.set_num_threads(setup["threads"])
-        self._device = torch.device(setup["device"], rank) if setup["device"] == "cuda" else torch.device("cpu")
+        device = torch.device(setup["device"], rank) if setup["device"] == "cuda" else torch.device("cpu")
         share = share_of(config, tp, rank)
         self._shapes, self._dtype = part_shapes(config, share), dtype
-        self._axis = join_ranks(self._device, dist.FileStore(setup["store"], tp), rank, tp, setup["timeout_s"])
+        self._axis = join_ranks(device, dist.FileStore(setup["store"], tp), rank, tp, setup["timeout_s"])
         sizes = setup["n_pages"], setup["page_size"]
-        self._decoder = Decoder(config, *sizes, dtype, self._device, share, self._axis)
-        self._plan: Plan | None = None
-        self._saved: dict[int, Any] = {}
+        super().__init__(Decoder(config, *sizes, dtype, device, share, self._axis), device)
 
     def load(self) -> None:
         """Receive this rank's part of every parameter, in the order in which `Decoder.build` asks for them."""
@@ -228,37 +255,7 @@ class Follower:
             dist.recv(part, group=self._axis.group, group_src=LEADER)
             return part
 
-        self._decoder.build(receive)
-
-    def prefill(self, pieces: list[tuple[list[int], int, list[int]]]) -> None:
-        self._decoder.prefill([Piece(*piece) for piece in pieces])
-
-    def plan(self, pages: list[list[int]], positions: list[int]) -> None:
-        """Set the plan of all decode steps until the next plan."""
-        self._plan = self._decoder.plan(pages, positions)
-
-    def advance(self) -> None:
-        assert self._plan
-        self._plan.advance()
-
-    def decode(self, tokens: list[int]) -> None:
-        assert self._plan
-        self._decoder.decode(torch.tensor(tokens, device=self._device), self._plan)
-
-    def copy_page(self, source: int, target: int) -> None:
-        self._decoder.copy_page(source, target)
-
-    def clear(self, pages: list[int]) -> None:
-        self._decoder.clear(pages)
-
-    def save(self, ticket: int, pages: list[int]) -> None:
-        self._saved[ticket] = self._decoder.save(pages)
-
-    def restore(self, ticket: int, pages: list[int]) -> None:
-        self._decoder.restore(pages, self._saved.pop(ticket))
-
-    def forget(self, ticket: int) -> None:
-        del self._saved[ticket]
+        self.decoder.build(receive)
 
 
 COMMANDS = ("load", "prefill", "plan", "advance", "decode", "copy_page", "clear", "save", "restore", "forget")

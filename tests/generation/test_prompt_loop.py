@@ -20,7 +20,6 @@ from dist_lm.generation.prompt_loop import (
     Change,
     Do,
     PromptLoop,
-    Tell,
     carries_on,
     is_command,
     parse_command,
@@ -211,13 +210,13 @@ def test_stop_texts_add_up_and_go_together():
     second = parse_command("/stop b c", first.settings)
     assert isinstance(second, Change)
     assert second.settings.params.stop == ("a", "b c")
-    assert parse_command("/stop", second.settings) == Tell("stop")
+    assert parse_command("/stop", second.settings) == Change("stop", second.settings)
     assert parse_command("/stop off", second.settings) == Change("stop", DEFAULTS)
     assert (value_of(DEFAULTS, "stop"), value_of(second.settings, "stop")) == ("none", "'a' 'b c'")
 
 
 def test_a_setting_alone_is_shown_and_actions_are_done():
-    assert parse_command("/top_p", DEFAULTS) == Tell("top_p")
+    assert parse_command("/top_p", DEFAULTS) == Change("top_p", DEFAULTS)
     assert parse_command("/seed -4", DEFAULTS) == Change("seed", replace(DEFAULTS, seed=-4))
     assert parse_command("/lang  python ", DEFAULTS) == Do("lang", "python")
     assert [parse_command(line, DEFAULTS) for line in ("/show", "/again ", "/help", "/lang")] == [
@@ -260,7 +259,7 @@ def test_no_line_does_harm(begin, rest):
         command = parse_command(line, DEFAULTS)
     except UserError:
         return
-    assert isinstance(command, Do | Tell | Change)
+    assert isinstance(command, Do | Change)
 
 
 @pytest.mark.parametrize("line", ["/usr/bin/env", "// a comment", "/* a comment */", "/", " /help", "a /help", ""])
