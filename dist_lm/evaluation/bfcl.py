@@ -26,10 +26,10 @@ from dist_lm.errors import ArtefactError, require
 from dist_lm.evaluation.bfcl_questions import BfclAnswer, BfclQuestion, find_data, read_questions
 from dist_lm.evaluation.tool_questions import shown
 from dist_lm.evaluation.tool_score import read_answer
-from dist_lm.generation.engine import Engine, EngineOptions
-from dist_lm.generation.flash_pages import PAGE_TOKENS
+from dist_lm.generation.engine import Engine
 from dist_lm.generation.load import LoadedModel, load_model
 from dist_lm.generation.request import Answer, Request, SamplingParams
+from dist_lm.generation.session import build_engine
 from dist_lm.parallel.mesh import option_device
 from dist_lm.storage import durable
 
@@ -88,16 +88,7 @@ def answer(
     """Answer all questions greedily and score the answers. Results are in the order of the questions."""
     tokenizer, context = loaded.tokenizer, loaded.config.max_seq_len
     notes: dict[int, str] = {}
-    page = PAGE_TOKENS if device.type == "cuda" else EngineOptions.page_tokens
-    longest = -(-context // page) * page
-    engine = Engine(
-        loaded.config,
-        loaded.weights,
-        eot_id=tokenizer.eot_id,
-        options=EngineOptions(max(longest, min(CACHE_TOKENS, SEQUENCES * longest)), page),
-        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-        device=device,
-    )
+    engine = build_engine(loaded, device, SEQUENCES, CACHE_TOKENS)
     params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS, temperature=0, stop_tokens=(tokenizer.special_ids[END],))
     for number, question in enumerate(questions):
         try:
@@ -192,7 +183,7 @@ def _right_value(value: Json, allowed: list[Json], described: dict[str, Any]) ->
     if kind is str:
         return standard_text(value) in [standard_text(one) for one in allowed if isinstance(one, str)]
     if kind is list:
-        return _standard_items(value) in [_standard_items(list(one)) for one in allowed]
+        return list(map(_standard, value)) in [list(map(_standard, one)) for one in allowed]
     return value in allowed
 
 
@@ -222,10 +213,6 @@ def _right_objects(value: list[Json], allowed: Json) -> bool:
     if not isinstance(allowed, list) or len(value) != len(allowed):
         return False
     return all(_right_object(one, other) for one, other in zip(value, allowed, strict=True))
-
-
-def _standard_items(items: list[Json]) -> list[Json]:
-    return [_standard(item) for item in items]
 
 
 def _standard(value: Json) -> Json:

@@ -14,7 +14,7 @@ fp32 to the last bit: see `linear.py`, `plain_pages.py` and `sampling.py`).
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -143,7 +143,12 @@ class Engine:
         Raises:
             RequestError: the request cannot be answered; the message names the field.
         """
-        self._waiting.append(self._sequences(self._checked(request), on_text))
+        request = self._checked(request)
+        group = [Running(request, index, on_text) for index in range(request.n)]
+        if self._vocabulary is not None:
+            for sequence in group:
+                sequence.stream = TextStream(self._vocabulary, request.params.stop)
+        self._waiting.append(group)
 
     def cancel(self, request: str) -> None:
         """End a request now; its answers finish as `cancelled`."""
@@ -216,16 +221,7 @@ class Engine:
                 f"prompt and max_new_tokens={params.max_new_tokens} take {longest} tokens of a cache of "
                 f"cache_tokens={self.options.cache_tokens}: lower max_new_tokens or raise cache_tokens"
             )
-        return Request(request.id, prompt, params, request.seed, request.n, request.truncate)
-
-    def _sequences(self, request: Request, on_text: OnText | None) -> list[Running]:
-        def stream() -> TextStream | None:
-            return None if self._vocabulary is None else TextStream(self._vocabulary, request.params.stop)
-
-        n_prompt = len(request.prompt)
-        return [
-            Running(request, index, list(request.prompt), n_prompt, stream(), on_text) for index in range(request.n)
-        ]
+        return replace(request, prompt=prompt)
 
     def _bring_back(self) -> None:
         """Resume sequences that were set aside, oldest first, while pages are free for them and their next token."""

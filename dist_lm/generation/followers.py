@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO
 
@@ -144,22 +144,16 @@ class Followers:
         self._on_loss()
 
     def _await_ready(self) -> None:
-        missing: list[Connection] = [follower.connection for follower in self._followers]
         deadline = time.monotonic() + READY_S
-        while missing:
-            ready = wait(missing, max(0.0, deadline - time.monotonic()))
-            if not ready:
-                late = [str(one) for one in self._followers if one.connection in missing]
-                self.abandon(f"{', '.join(late)} did not start within {READY_S:.0f} s")
-                self.check()
-            for connection in ready:
-                assert isinstance(connection, Connection)
-                try:
-                    connection.recv_bytes()
-                except (EOFError, OSError) as error:
-                    self.explain(error)
-                    raise
-                missing.remove(connection)
+        for follower in self._followers:
+            try:
+                if not follower.connection.poll(max(0.0, deadline - time.monotonic())):
+                    self.abandon(f"{follower} did not start within {READY_S:.0f} s")
+                    self.check()
+                follower.connection.recv_bytes()
+            except (EOFError, OSError) as error:
+                self.explain(error)
+                raise
 
     def _kill(self) -> None:
         for follower in self._followers:

@@ -111,16 +111,19 @@ class Sequence:
 
     request: Request
     index: int  # of the answer
-    tokens: list[int]
-    n_prompt: int
-    stream: "TextStream | None"
-    on_text: OnText | None = None
+    on_text: OnText | None
+    stream: "TextStream | None" = None  # set if the engine has a vocabulary
+    tokens: list[int] = field(init=False)
     pages: list[int] = field(default_factory=list)
     cached: int = 0  # tokens whose keys and values are in the pages
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
     saved: Any = None  # content of the pages while the sequence is set aside
     finish: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+        self.n_prompt = len(self.tokens)
 
     @cached_property
     def seed(self) -> int:

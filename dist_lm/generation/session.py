@@ -59,31 +59,38 @@ class Outcome:
         return ", ".join([*facts, ended, f"seed {self.seed}"])
 
 
+def build_engine(
+    loaded: LoadedModel, device: torch.device, answers: int, cache_tokens: int = CACHE_TOKENS, tp: int = 1
+) -> Engine:
+    """An engine for up to `answers` whole contexts at a time, in fp32 on the CPU and bf16 on a GPU, as in training.
+
+    Args:
+        cache_tokens: upper bound of the cache, unless a single context is longer.
+        tp: devices that share the model.
+    """
+    gpu = device.type == "cuda"
+    page = PAGE_TOKENS if gpu else EngineOptions.page_tokens
+    # one page more than the context, because answers copy the last page they share
+    longest = (pages_for(loaded.config.max_seq_len, page) + 1) * page
+    return Engine(
+        loaded.config,
+        loaded.weights,
+        eot_id=loaded.tokenizer.eot_id,
+        vocabulary=loaded.tokenizer.vocabulary(),
+        options=EngineOptions(max(longest, min(cache_tokens, answers * longest)), page),
+        dtype=torch.bfloat16 if gpu else torch.float32,
+        device=device,
+        tp=tp,
+    )
+
+
 class Session:
     """An engine with its tokenizer."""
 
-    def __init__(
-        self, loaded: LoadedModel, dtype: torch.dtype, device: torch.device, answers: int = 1, tp: int = 1
-    ) -> None:
-        """
-        Args:
-            answers: maximum number of answers to one request.
-            tp: devices that share the model.
-        """
+    def __init__(self, loaded: LoadedModel, device: torch.device, answers: int = 1, tp: int = 1) -> None:
+        """`answers`: maximum number of answers to one request; `tp`: devices that share the model."""
         self.name, self.tokenizer, self.config = loaded.name, loaded.tokenizer, loaded.config
-        page = PAGE_TOKENS if device.type == "cuda" else EngineOptions.page_tokens
-        # one page more than the context, because answers copy the last page they share
-        longest = (pages_for(self.config.max_seq_len, page) + 1) * page
-        self._engine = Engine(
-            loaded.config,
-            loaded.weights,
-            eot_id=loaded.tokenizer.eot_id,
-            vocabulary=loaded.tokenizer.vocabulary(),
-            options=EngineOptions(max(longest, min(CACHE_TOKENS, answers * longest)), page),
-            dtype=dtype,
-            device=device,
-            tp=tp,
-        )
+        self._engine = build_engine(loaded, device, answers, tp=tp)
         self._requests = 0
 
     def close(self) -> None:

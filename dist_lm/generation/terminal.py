@@ -100,8 +100,7 @@ def _load(
     check_tp(loaded.config, tp, torch.cuda.device_count() if device.type == "cuda" else None, "--tp")
     if tp > 1:  # the processes share the cores
         torch.set_num_threads(max(1, torch.get_num_threads() // tp))
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # as in training
-    return Session(loaded, dtype, device, answers, tp), loaded.run
+    return Session(loaded, device, answers, tp), loaded.run
 
 
 def _settings(values: Mapping[str, object], stop: list[str], seed: int | None, n: int) -> Settings:

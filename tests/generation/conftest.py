@@ -63,4 +63,4 @@ def own_run(small_run: RunDirectory, tmp_path: Path) -> RunDirectory:
 def session(small_model: Transformer, tiny_work: WorkDirectory) -> Session:
     tokenizer = Tokenizer.load(tiny_work.tokenizer_model)
     loaded = LoadedModel("small", small_model.config, dict(small_model.named_parameters()), tokenizer, run=None)
-    return Session(loaded, torch.float32, torch.device("cpu"), answers=3)
+    return Session(loaded, torch.device("cpu"), answers=3)

@@ -22,7 +22,7 @@ OPTIONS = ("--max-new-tokens", "20", "--seed", "11", "--temperature", "0.8", "--
 @pytest.fixture(scope="module")
 def expected(small_run) -> list[str]:
     """The texts of three answers."""
-    session = Session(load_model(small_run.path), torch.float32, torch.device("cpu"), answers=3)
+    session = Session(load_model(small_run.path), torch.device("cpu"), answers=3)
     texts = ["", "", ""]
 
     def show(index: int, text: str) -> None:
