@@ -1,13 +1,22 @@
-"""What a benchmark compares, as values."""
+"""Values of a benchmark: the cases it compares, and the records it writes.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+A record is one JSON object per line for programs and one row of a table for people.
+"""
+
+import importlib
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from dist_lm.config.root import Config
 from dist_lm.launcher.compose import compose_config
 
 TOKENS_A_SECOND = "tokens/s"
-# randomness and regularisation off, so that the losses of what is compared can be compared
+# no randomness and no regularisation, so that the losses of the ways can be compared
 BASE = (
     "stage=language",
     "tracking=none",
@@ -20,8 +29,8 @@ BASE = (
 
 
 @dataclass(frozen=True)
-class CrewSize:
-    """Processes that run one way of doing the work; ways with the same size share the same processes."""
+class GroupSize:
+    """Size of a group of rank processes. Ways of the same size share the same processes."""
 
     ranks: int
     threads: int = 1  # of each rank, on the CPU
@@ -29,13 +38,13 @@ class CrewSize:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row of the table: a way, and what it is measured against."""
+    """One row of the table: a way, and the ways it is measured against."""
 
     own: str
     peer: str | None = None  # a way
-    peer_name: str = ""  # for people; where `peer` is None but a name is given, that is why there is none
-    ceiling: str | None = None  # a way that nothing of this kind can beat
-    fact: str | None = None  # compare this fact of the trials, in its own unit; none: tokens/s
+    peer_name: str = ""  # for people; with `peer` None it names the peer and says why it cannot run
+    ceiling: str | None = None  # a way that does strictly less work
+    fact: str | None = None  # compare this fact of the trials, in its own unit; None: compare speed
 
 
 @dataclass(frozen=True)
@@ -44,21 +53,36 @@ class Case:
 
     name: str
     config: Config
-    ways: Mapping[str, CrewSize]
+    ways: Mapping[str, GroupSize]
     comparisons: Sequence[Comparison]
-    same_losses: frozenset[str]  # ways that have to show the same loss in the first steps
+    same_losses: frozenset[str]  # ways whose losses in the first steps must be equal
     rounds: int = 15
-    amount: int = 0  # of `unit` that a step does, without the `/s`; 0: its tokens
+    amount: int = 0  # work of a step, in `unit` without the `/s`; 0: its tokens
     unit: str = TOKENS_A_SECOND
 
     @property
     def a_step(self) -> int:
-        """What a step does, in `unit` times a second."""
+        """Work of a step: divided by its seconds it gives `unit`."""
         return self.amount or self.config.stage.global_batch * self.config.stage.seq_len
 
 
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark: its cases, and the program that builds one way of a case in each rank."""
+
+    cases: Callable[[Sequence[str], bool], list[Case]]  # (overrides of a user, quick)
+    build: Callable  # (way, config, world) -> Trial
+
+
+def benchmark_at(place: str) -> Benchmark:
+    """The benchmark at 'package.module' (the module's own `cases` and `build`) or 'package.module:OBJECT'."""
+    module, _, name = place.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, name) if name else found  # type: ignore[return-value]
+
+
 def configurations(shapes: Sequence[Sequence[str]], overrides: Sequence[str], quick: bool) -> list[Config]:
-    """Composed with `overrides` where a user gives them, else with each of `shapes` (the first alone, if `quick`)."""
+    """One configuration of the user's `overrides` if there are any, else one of each shape (`quick`: of the first)."""
     chosen = [overrides] if overrides else shapes[:1] if quick else shapes
     return [compose_config([*BASE, *one]) for one in chosen]
 
@@ -68,3 +92,101 @@ def describe(config: Config) -> str:
     model, stage = config.model, config.stage
     heads = f"{model.n_heads}/{model.kv_heads}" if model.kv_heads != model.n_heads else f"{model.n_heads}"
     return f"{model.name} {model.d_model} wide {heads} heads {stage.global_batch}x{stage.seq_len}"
+
+
+# --- records ---
+
+
+@dataclass(frozen=True)
+class Record:
+    """The result of one comparison. A peer without a value could not run; its name says why."""
+
+    bench: str
+    case: str
+    value: float  # median over the rounds
+    unit: str
+    peer: str | None
+    peer_value: float | None
+    ratio: float | None  # value / peer_value
+    ceiling: float | None
+    ceiling_fraction: float | None  # value / ceiling
+    rounds: int
+    spread: float  # interquartile range of the value / its median
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+
+def records_of(
+    bench: str, case: Case, seconds: Mapping[str, Sequence[float]], facts: Mapping[str, Mapping[str, float]]
+) -> list[Record]:
+    """The records of a case.
+
+    Args:
+        seconds: of a step: way -> one value per round.
+        facts: of the trials: way -> name -> value. The last word of a name is its unit: `peak MiB`.
+    """
+    return [_record(bench, case, comparison, seconds, facts) for comparison in case.comparisons]
+
+
+def _record(
+    bench: str,
+    case: Case,
+    comparison: Comparison,
+    seconds: Mapping[str, Sequence[float]],
+    facts: Mapping[str, Mapping[str, float]],
+) -> Record:
+    measured, _, unit = (comparison.fact or f"speed {case.unit}").rpartition(" ")
+
+    def value_of(way: str) -> float:
+        if comparison.fact:
+            return facts[way][comparison.fact]
+        return case.a_step / statistics.median(seconds[way])
+
+    value = value_of(comparison.own)
+    peer = value_of(comparison.peer) if comparison.peer else None
+    ceiling = value_of(comparison.ceiling) if comparison.ceiling else None
+    return Record(
+        bench=bench,
+        case=f"{case.name}: {comparison.own}" + (f", {measured}" if comparison.fact else ""),
+        value=value,
+        unit=unit,
+        peer=comparison.peer_name or comparison.peer,
+        peer_value=peer,
+        ratio=None if peer is None else value / peer,
+        ceiling=ceiling,
+        ceiling_fraction=None if ceiling is None else value / ceiling,
+        rounds=1 if comparison.fact else len(seconds[comparison.own]),
+        spread=0.0 if comparison.fact else spread(seconds[comparison.own]),
+    )
+
+
+def spread(values: Sequence[float]) -> float:
+    """Interquartile range / median; 0 for one value."""
+    if len(values) < 2:
+        return 0.0
+    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    return (upper - lower) / median
+
+
+def table_of(title: str, records: Iterable[Record]) -> Table:
+    """The records as a table for people."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.add_column("case")
+    for column in ("value", "peer", "ratio", "ceiling", "spread"):
+        # keeps the longest word of a peer's name on one line
+        table.add_column(column, justify="right", overflow="fold", min_width=18 if column == "peer" else None)
+    for record in records:
+        table.add_row(
+            record.case,
+            f"{_number(record.value)} {record.unit}",
+            f"{_number(record.peer_value)} {record.peer}" if record.peer else "-",
+            "-" if record.ratio is None else f"{record.ratio:.2f}",
+            "-" if record.ceiling is None else f"{_number(record.ceiling)} ({record.ceiling_fraction:.0%})",
+            f"{record.spread:.0%}",
+        )
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.{1 if value < 1000 else 0}f}"

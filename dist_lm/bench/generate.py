@@ -1,7 +1,7 @@
-"""New tokens a second: our engine against the generation of other libraries, on one thread, from the same weights.
+"""New tokens per second: our engine against the generation of other libraries, on one thread, from the same weights.
 
-Every prompt has 64 tokens of made-up text; tokens are drawn at temperature 1 from the 50 likeliest within 95 % of the
-probability. A peer that is not installed is named without a figure.
+Every prompt has 64 random tokens; sampling uses temperature 1, top-k 50 and top-p 0.95. A peer that is not installed is
+listed without a figure.
 
 Dimensions: B sequences, T tokens, D d_model.
 """
@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
-from dist_lm.bench.case import Case, Comparison, CrewSize, configurations
+from dist_lm.bench.case import Case, Comparison, GroupSize, configurations
 from dist_lm.bench.generate_peers import LitGpt, NanoChat, OnOurWeights, Peer, Transformers
-from dist_lm.bench.trial import Trial
+from dist_lm.bench.rank import Trial
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import Config
 from dist_lm.generation.engine import Engine, EngineOptions
@@ -30,23 +30,23 @@ ONE, EIGHT = "one answer", "eight answers"
 
 PROMPT = 64
 SAMPLING = SamplingParams(temperature=1.0, top_k=50, top_p=0.95, ignore_eot=True)
-GREEDY_TOKENS = 16  # that ways with the same weights are compared by
-SHORTEST, LONGEST = 16, 512  # new tokens, where requests are of mixed lengths
-PADDED_BATCH = 32  # of a peer that has to be given batches
+GREEDY_TOKENS = 16  # whose log-probability must agree between ways with the same weights
+SHORTEST, LONGEST = 16, 512  # new tokens of requests of mixed lengths
+PADDED_BATCH = 32  # of peers, which need padded batches
 LONG_PROMPT = 400
 ROUNDS = 5
 
 SMALLER = ("model.d_model=256", "model.n_layers=6", "model.n_heads=4", "model.d_ff=1024")
 LARGER = ("model.d_model=512", "model.n_layers=8", "model.n_heads=8", "model.d_ff=2048")
 SHAPE = (
-    *("model=nano", "model.n_heads=5", "model.qk_norm=false"),  # that peers have too
+    *("model=nano", "model.n_heads=5", "model.qk_norm=false"),  # the peers have this shape too
     *("model.vocab_size=32000", "model.max_seq_len=1024", "model.tie_embeddings=false"),
 )
 MIXED, PREFILL = "mixed lengths", "prefill"
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """Batches of 1, 8 and 32 of two sizes, 64 requests of mixed lengths, and answers that share a prompt.
+    """Batches of 1, 8 and 32 for two model sizes, 64 requests of mixed lengths, and answers that share a prompt.
 
     With overrides: one batch of stage.global_batch prompts with stage.seq_len new tokens.
     """
@@ -68,20 +68,20 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 
 def batch_case(config: Config) -> Case:
-    """As many prompts at once as stage.global_batch, with stage.seq_len new tokens each."""
+    """stage.global_batch prompts at once, stage.seq_len new tokens each."""
     batch, new = config.stage.global_batch, config.stage.seq_len
     return _against_peers(f"{_shape(config.model)}, batch {batch}, {PROMPT} + {new} tokens", config, list(PEERS))
 
 
 def mixed_case(config: Config) -> Case:
-    """Requests that want from SHORTEST to LONGEST new tokens; peers pad batches of PADDED_BATCH."""
+    """Requests for SHORTEST to LONGEST new tokens; peers pad batches of PADDED_BATCH."""
     name = f"{_shape(config.model)}, {config.stage.global_batch} {MIXED}, {SHORTEST} to {LONGEST} new"
     return _against_peers(name, config, ["transformers"])
 
 
 def prefill_case(config: Config) -> Case:
-    """The first tokens of eight answers to one prompt, against that of one answer; in prompt tokens a second."""
-    crew = CrewSize(1)
+    """First tokens of eight answers to one prompt, against one answer; in prompt tokens per second."""
+    crew = GroupSize(1)
     return Case(
         name=f"{_shape(config.model)}, {PREFILL} of {LONG_PROMPT} tokens",
         config=config,
@@ -97,7 +97,7 @@ def _shape(model: ModelConfig) -> str:
 
 
 def _against_peers(name: str, config: Config, peers: Sequence[str]) -> Case:
-    crew = CrewSize(1)
+    crew = GroupSize(1)
     absent = {peer: reason for peer in peers if (reason := _why_not(PEERS[peer], config.stage.global_batch))}
     there = [peer for peer in peers if peer not in absent]
     comparisons = [
@@ -160,7 +160,7 @@ def made_up_prompts(config: Config) -> torch.Tensor:
 
 
 def new_tokens(config: Config) -> list[int]:
-    """How many each request wants: all the same, or evenly from SHORTEST to LONGEST in an order that is no order."""
+    """New tokens of each request: all the same, or evenly spaced from SHORTEST to LONGEST and shuffled."""
     batch, mean = config.stage.global_batch, config.stage.seq_len
     if mean != (SHORTEST + LONGEST) // 2:
         return [mean] * batch
@@ -197,7 +197,7 @@ def _first_tokens(engine: Engine, prompt: list[int], n: int) -> float:
 
 @torch.inference_mode()
 def _in_batches(peer: Peer, prompts: torch.Tensor, lengths: Sequence[int]) -> float:
-    """Padded batches: each runs until its longest answer is there."""
+    """Padded batches: each runs until its longest answer is complete."""
     for begin in range(0, len(prompts), PADDED_BATCH):
         own = slice(begin, begin + PADDED_BATCH)
         peer.generate(prompts[own], max(lengths[own]))
@@ -205,7 +205,7 @@ def _in_batches(peer: Peer, prompts: torch.Tensor, lengths: Sequence[int]) -> fl
 
 
 def _linear_layers(model: Transformer, lengths: Sequence[int]) -> Callable[[], float]:
-    """The matrix products of all new tokens and nothing else: what eager PyTorch cannot go below."""
+    """The matrix products of all new tokens and nothing else: the lower bound for eager PyTorch."""
     config = model.config
     weights = [value.flatten(0, -2) if value.ndim == 3 else value for value in model.parameters() if value.ndim > 1]
     weights = [weight for weight in weights if weight.data_ptr() != model.embedding.weight.data_ptr()]

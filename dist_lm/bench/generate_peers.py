@@ -1,4 +1,4 @@
-"""Other libraries' generation, each as it is meant to be called, on our weights where its model can hold them.
+"""Generation by other libraries, each called as its documentation says, on our weights if its model can hold them.
 
 Dimensions: B sequences, T tokens.
 """
@@ -20,11 +20,11 @@ class Peer(ABC):
     """A library that generates."""
 
     package: ClassVar[str]
-    batches: ClassVar[bool]  # it takes more than one prompt at a time
+    batches: ClassVar[bool]  # whether it accepts more than one prompt at a time
 
     @abstractmethod
     def __init__(self, model: Transformer, params: SamplingParams) -> None:
-        """Take over the weights of `model`, to sample as `params` say."""
+        """Copy the weights of `model`; sample by `params`."""
 
     @abstractmethod
     def generate(self, prompt_BT: torch.Tensor, n_new: int) -> None:
@@ -32,11 +32,11 @@ class Peer(ABC):
 
 
 class OnOurWeights(Peer):
-    """One whose model computes what ours does."""
+    """A peer whose model computes the same function as ours."""
 
     @abstractmethod
     def greedy_logprob(self, prompt_BT: torch.Tensor, n_new: int) -> float:
-        """Mean log-probability of the tokens that greedy decoding gives, nats."""
+        """Mean log-probability of the tokens of greedy decoding, nats."""
 
 
 class Transformers(OnOurWeights):
@@ -134,7 +134,7 @@ class LitGpt(OnOurWeights):
 class NanoChat(Peer):
     """The engine of nanochat (https://github.com/karpathy/nanochat) on a model of its own of the same shape.
 
-    It samples with top-k alone, and all sequences of a batch continue one prompt.
+    It samples with top-k only, and all sequences of a batch continue one prompt.
     """
 
     package: ClassVar[str] = "nanochat"
@@ -170,7 +170,7 @@ class NanoChat(Peer):
 
 
 class _NoTools:
-    """A tokenizer whose special tokens never come: nanochat's engine looks for calls of a calculator."""
+    """A tokenizer whose special tokens never occur, because nanochat's engine looks for calculator calls."""
 
     def encode_special(self, text: str) -> int:
         return -1

@@ -1,9 +1,8 @@
-"""What measuring costs: the step of training with all that is measured of it and written, against the bare step, in one
-process.
+"""Cost of measuring: a training step with all its metrics, against the bare step, in one process.
 
-The ratio of both is no better than the machine is quiet. So the figure `cost %` is taken too: what measuring takes by
-itself, in seconds of this thread on a core (of a GPU's host: on the wall), in per cent of a bare step in the same
-seconds. A neighbour changes neither.
+The ratio of both times depends on how quiet the machine is. So the benchmark also reports `cost %`: thread seconds of
+measuring alone (on the host of a GPU: wall seconds), in per cent of a bare step in the same unit. Other processes
+change neither.
 """
 
 import math
@@ -15,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from dist_lm.bench.case import Case, Comparison, CrewSize, configurations, describe
-from dist_lm.bench.trial import Trial, made_up_batch
+from dist_lm.bench.case import Case, Comparison, GroupSize, configurations, describe
+from dist_lm.bench.rank import Trial, made_up_batch
 from dist_lm.config.root import Config
 from dist_lm.data.stream import StepData, StepStream
 from dist_lm.model.size import flops_per_token
@@ -43,8 +42,8 @@ SHAPES = (
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """The shapes above, or the one that `overrides` give."""
-    crew = CrewSize(1)
+    """The shapes above, or the one of `overrides`."""
+    crew = GroupSize(1)
     return [
         Case(
             name=describe(config),
@@ -59,7 +58,7 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 
 def build(way: str, config: Config, world: World) -> Trial:
-    """The one rank's part of one way."""
+    """One way, in one process."""
     training = MeasuredTraining(config, world)
     if way == BARE:
         return Trial(lambda: training.step().loss)
@@ -67,12 +66,12 @@ def build(way: str, config: Config, world: World) -> Trial:
 
 
 class MeasuredTraining:
-    """The trainer on one made-up batch, by its steps and by its lines."""
+    """The trainer on one made-up batch: its steps and its lines of metrics."""
 
     def __init__(
         self, config: Config, world: World, writer_at: Callable[[Path], MetricsWriter] = MetricsWriter
     ) -> None:
-        """Build model and optimizer, and a directory for the file of metrics, which goes with this object."""
+        """Build model and optimizer, and a temporary directory for the metrics file, removed with this object."""
         model = build_model(config.model, config.parallel, build_mesh(Layout(1, 1, 1), world.device), world.device, 0)
         stage = config.stage
         self._directory = tempfile.TemporaryDirectory(prefix="dlm-bench-")
@@ -106,7 +105,7 @@ class MeasuredTraining:
         return self._trainer.step(self._state, self._data, self._trainer.config.stage.lr)
 
     def measured_step(self) -> float:
-        """The step, what is measured of it, and its line in the file; its loss."""
+        """The step, its metrics and their line in the file; returns its loss."""
         self._meter.begin(self._trainer.is_detailed(self._state.step + 1))
         self._meter.data_came()
         result = self._trainer.step(self._state, self._data, self._trainer.config.stage.lr, self._meter.laps)
@@ -114,7 +113,7 @@ class MeasuredTraining:
         return result.loss
 
     def cost(self) -> float:
-        """What measuring takes, in per cent of a bare step."""
+        """Time of measuring, in per cent of a bare step."""
         steps = [self._seconds(self.step) for _ in range(TIMED_STEPS)]
         result = self.step()
         by_group = {name: 1.0 for name in gradients_by_group(self._trainer.model)}
@@ -135,7 +134,7 @@ class MeasuredTraining:
         return 100 * (lines + self._groups_s()) / statistics.median(steps)
 
     def _groups_s(self) -> float:
-        """What it takes more to look at gradients by group than all together."""
+        """Extra time of gradient norms by group over one global norm, s."""
         model = self._trainer.model
         for parameter in model.parameters():
             parameter.grad = parameter.detach()
@@ -151,7 +150,7 @@ class MeasuredTraining:
         return max(0.0, math.fsum(more) / len(more))
 
     def _optimizer_hooks(self) -> None:
-        """What is hung before the optimizer's step, without the step."""
+        """The hooks before the optimizer's step, without the step."""
         for hook in self._trainer.optimizer._optimizer_step_pre_hooks.values():
             hook(self._trainer.optimizer, (), {})
 

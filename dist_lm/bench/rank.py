@@ -1,37 +1,136 @@
-"""The program of one rank of a benchmark: `python -m dist_lm.bench.rank PARENT MODULE DEVICE`.
+"""One rank of a benchmark: the trials it times, and its program `python -m dist_lm.bench.rank PARENT PLACE DEVICE`.
 
-It reads requests from standard input until that is closed, a JSON object a line, and answers each with one:
+A trial is one way of a case: a training step on made-up tokens. The program reads requests from standard input until
+that is closed, one JSON object per line, and writes one answer for each:
 
-    {"do": "build", "way": W, "config": PATH}  builds a way, does its first steps  -> {"losses": [...], "facts": {...}}
+    {"do": "build", "way": W, "config": PATH}  builds a way, runs its first steps  -> {"losses": [...], "facts": {...}}
     {"do": "time", "way": W, "steps": N}       times N training steps              -> {"seconds": S}
     {"do": "forget"}                           frees what was built                -> {}
+
+Dimensions: B sequences, T tokens.
 """
 
 import gc
-import importlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
-from dist_lm.bench.trial import Trial
+from dist_lm.bench.case import benchmark_at
 from dist_lm.config.file import load_config
 from dist_lm.config.root import Config
+from dist_lm.data.batch import Batch
+from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World, process_group
+from dist_lm.parallel.sharding import layout_of
 from dist_lm.storage.process import die_with_parent
+from dist_lm.training.heartbeat import StopRequest
+from dist_lm.training.objective import next_token
+from dist_lm.training.optimizer import build_optimizer
+from dist_lm.training.step import accumulate_gradients, update
 
-FIRST_STEPS = 3  # their losses show whether gradients and optimizer agree too
+MIB = 2**20
+FIRST_STEPS = 3  # their losses also compare gradients and optimizer
 
-Build = Callable[[str, Config, World], Trial]
+
+@dataclass(frozen=True)
+class Trial:
+    """What a rank times, and what it reports without timing."""
+
+    step: Callable[[], float]  # one training step; returns its loss
+    facts: Callable[[], dict[str, float]] = dict  # called once after the first steps; names end with their unit
+    clock: Callable[[], float] = time.perf_counter  # seconds, by which steps are timed
+    losses: Callable[[], list[float]] | None = None  # compared with other ways; None: those of the first steps
 
 
-def serve(requests: Iterable[str], build: Build, world: World) -> Iterable[dict[str, Any]]:
-    """The answers to `requests` (collective: every rank gets the same)."""
+def made_up_batch(config: Config, rows: slice, device: torch.device) -> Batch:
+    """Rows of a global batch of random tokens, the same at every call; all targets count."""
+    stage, generator = config.stage, torch.Generator().manual_seed(config.seed)
+    shape = (stage.global_batch, stage.seq_len + 1)
+    tokens = torch.randint(0, config.model.vocab_size, shape, generator=generator)[rows]
+    position_BT = torch.arange(stage.seq_len).expand(len(tokens), -1)
+    return Batch(
+        tokens_BT=tokens[:, :-1].contiguous(),
+        targets_BT=tokens[:, 1:].contiguous(),
+        loss_mask_BT=torch.ones(position_BT.shape),
+        document_BT=torch.zeros_like(position_BT),
+        position_BT=position_BT,
+        sequence_B=torch.arange(stage.global_batch)[rows],
+    ).to(device)
+
+
+def own_rows(config: Config, mesh: DeviceMesh) -> slice:
+    """The rows of the global batch of this rank's data-parallel coordinate."""
+    layout = layout_of(mesh)
+    index = mesh.get_local_rank("dp_replicate") * layout.dp_shard + mesh.get_local_rank("dp_shard")
+    size = config.stage.global_batch // layout.dp
+    return slice(index * size, (index + 1) * size)
+
+
+class OwnTraining:
+    """Our model with our optimizer on rows of the made-up batch."""
+
+    def __init__(self, model: Transformer, config: Config, rows: slice, world: World) -> None:
+        self.model = model
+        self.optimizer = build_optimizer(model, config.stage)
+        model.document_mask = config.stage.document_mask
+        self.objective = next_token()
+        self.batches = [made_up_batch(config, rows, world.device)]
+        self.grad_clip = config.stage.grad_clip
+
+    def step(self) -> float:
+        """A whole training step, with clipping and bookkeeping, if every rank has its own data; returns its loss."""
+        sums = accumulate_gradients(self.model, self.objective, self.batches)
+        stop = StopRequest()
+        return update(self.model, self.optimizer, sums, grad_clip=self.grad_clip, counts=True, stop=stop).loss
+
+    def forward_backward(self) -> float:
+        """Gradients of the summed loss, reduced over ranks; returns the mean loss of this rank's rows."""
+        sums = accumulate_gradients(self.model, self.objective, self.batches)
+        total, count = sums.total_count.tolist()
+        return total / count
+
+    def bare_step(self) -> float:
+        """Forward, backward and AdamW, nothing else; returns the mean loss of this rank's rows."""
+        loss = self.forward_backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+
+def peak_mib(run: Callable[[], object], device: torch.device) -> float:
+    """Peak memory of the tensors that `run` allocates, beyond those that exist before, MiB."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return (torch.cuda.max_memory_allocated(device) - before) / MIB
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    results = profile.profiler.kineto_results if profile.profiler else None
+    assert results is not None
+    events: list[Any] = [event for event in results.events() if event.name() == "[memory]"]
+    held = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held, default=0) / MIB
+
+
+# --- the program ---
+
+
+def serve(
+    requests: Iterable[str], build: Callable[[str, Config, World], Trial], world: World
+) -> Iterable[dict[str, Any]]:
+    """The answers to `requests` (collective: every rank gets the same requests)."""
     trials: dict[str, Trial] = {}
     for line in requests:
         request = json.loads(line)
@@ -50,7 +149,7 @@ def serve(requests: Iterable[str], build: Build, world: World) -> Iterable[dict[
 
 
 def seconds_of(trial: Trial, steps: int, world: World) -> float:
-    """How long `steps` steps take, from when all ranks are ready."""
+    """Seconds of `steps` steps, from the moment when all ranks are ready."""
     dist.barrier()
     started = trial.clock()
     for _ in range(steps):
@@ -62,11 +161,11 @@ def seconds_of(trial: Trial, steps: int, world: World) -> float:
 
 def main() -> None:
     """Serve until standard input ends."""
-    parent, module, device = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    parent, place, device = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     die_with_parent(parent)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
-    build: Build = importlib.import_module(module).build
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # prints of libraries must not mix with answers
+    build = benchmark_at(place).build
     with process_group(device) as world:
         for answer in serve(sys.stdin, build, world):
             print(json.dumps(answer), file=answers, flush=True)

@@ -1,9 +1,9 @@
-"""A step of training a reward model: all completions of a prompt in one tree, or each with the prompt in front of it.
+"""A training step of a reward model: all completions of a prompt in one tree, or each with its own copy of the prompt.
 
-Every way computes the same loss (the first steps are compared). Apart, a prompt is read again for every completion: as
-rows of one completion each, which is how others do it, with no padding here because all are of one length; and packed
-behind each other. Ceiling: as many tokens as the tree has, with plain causal attention and no mask. Speed is in tokens
-of the tree a second for all of them, so a ratio is one of times.
+Every way computes the same loss (the first steps are compared). Without the tree the prompt is read again for every
+completion: in rows of one completion each, as other libraries do it (here without padding, because all have one
+length), and packed one after the other. Ceiling: as many tokens as the tree has, with plain causal attention and no
+mask. Speed is in tokens of the tree per second for all ways, so a ratio is a ratio of times.
 
 Dimensions: B prompts (and sequences of the tree), T tokens, K completions of a prompt.
 """
@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from dist_lm.bench.case import Case, Comparison, CrewSize, configurations
-from dist_lm.bench.trial import OwnTraining, Trial
+from dist_lm.bench.case import Case, Comparison, GroupSize, configurations
+from dist_lm.bench.rank import OwnTraining, Trial
 from dist_lm.chat.ranking_tokens import branch_ends, branch_positions
 from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch, RankedPlaces
@@ -31,12 +31,12 @@ ROUNDS = 9
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """Four, eight and two completions (stage.samples.most) behind a prompt that is half of stage.seq_len."""
+    """Four, eight and two completions (stage.samples.most) of a prompt that fills half of stage.seq_len."""
     return [_case(config) for config in configurations(SHAPES, overrides, quick)]
 
 
 def _case(config: Config) -> Case:
-    crew, prompt = CrewSize(1), prompt_tokens(config)
+    crew, prompt = GroupSize(1), prompt_tokens(config)
     own = completion_tokens(config)
     name = f"{config.model.name}, {config.stage.global_batch} prompts of {prompt}, {len(own)} completions of {own[0]}"
     return Case(
@@ -68,13 +68,13 @@ def prompt_tokens(config: Config) -> int:
 
 
 def completion_tokens(config: Config) -> list[int]:
-    """Tokens of each completion: all the same, so that rows of one each need no padding."""
+    """Tokens of each completion: all the same, so that rows of one completion need no padding."""
     k = config.stage.samples.most
     return [(config.stage.seq_len - prompt_tokens(config)) // k] * k
 
 
 def batch_of(way: str, config: Config) -> Batch:
-    """The same prompts and completions, laid out as `way` needs them; completion k of a prompt has rank k."""
+    """The same prompts and completions in the layout of `way`; completion k of a prompt has rank k."""
     n_prompts, t = config.stage.global_batch, config.stage.seq_len
     draw = torch.Generator().manual_seed(config.seed)
     tokens_BT = torch.randint(2, config.model.vocab_size, (n_prompts, t), generator=draw)

@@ -1,20 +1,18 @@
-"""What a reward model learns from rankings whose true utilities are known: `python -m dist_lm.bench.reward_learning`.
+"""Reward models trained on rankings with known utilities: `python -m dist_lm.bench.reward_learning`.
 
-Completions are random tokens; the utility of one is a hidden weight a token, summed. A ranking is in the order of
-utility plus Gumbel noise, which is exactly what the Plackett-Luce model assumes (Yellott 1977). Held out are prompts
-whose ranking has no noise: Kendall's tau is measured against the true order.
+Completions are random tokens; the utility of a completion is the sum of hidden weights of its tokens. A training
+ranking is the order of utility plus Gumbel noise, exactly the assumption of the Plackett-Luce model (Yellott 1977).
+Held-out rankings have no noise: Kendall's tau is measured against the true order.
 
-The same rankings are learned whole, by as many pairs drawn from each as it has choices (K - 1), and by one pair each:
-same model, same first weights, same batches, same steps.
+The same rankings are learned in three ways: whole, by K - 1 pairs drawn from each, and by one pair from each. Model,
+initial weights, batches and steps are the same. Each training prints one JSON line.
 """
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +38,7 @@ WAYS = ("rankings", "pairs", "one_pair")
 SETTINGS = (
     "stage=reward",
     "model=nano",
-    "model.vocab_size=512",  # of which the texts use VOCABULARY
+    "model.vocab_size=512",  # the texts use VOCABULARY of them
     "tracking=none",
     "parallel.compute_dtype=fp32",
     "stage.seq_len=256",
@@ -48,25 +46,15 @@ SETTINGS = (
     "stage.warmup_steps=20",
     "stage.lr=2e-3",
 )
-VOCABULARY = 48  # tokens of the made-up texts, from 1
+VOCABULARY = 48  # token ids of the texts, from 1
 LENGTH = 6  # tokens of a completion
 SCALE = 2.0  # standard deviation of a utility; that of the noise is 1.28
 FEWEST, MOST = 2, 8  # completions
 HELD_OUT = 200
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What one training came to, on held-out prompts in their true order."""
-
-    seed: int
-    learn_from: str
-    metrics: dict[str, float]
-    seconds: float
-
-
 def made_rankings(count: int, seed: int, noisy: bool, weight_V: np.ndarray) -> list[TokenizedDocument]:
-    """Rankings of 2 to 8 completions of `LENGTH` tokens behind prompts of 2 to 5 tokens."""
+    """Rankings of 2 to 8 completions of `LENGTH` tokens, after prompts of 2 to 5 tokens."""
     draw = np.random.default_rng([seed, int(noisy)])
     made = []
     for number in range(count):
@@ -88,7 +76,7 @@ def made_rankings(count: int, seed: int, noisy: bool, weight_V: np.ndarray) -> l
 
 def write_corpus(directory: Path, count: int, seed: int) -> None:
     """Shards of `count` noisy rankings in train and `HELD_OUT` true ones in val."""
-    # so that a sum of LENGTH of them has the deviation SCALE
+    # a sum of LENGTH of them has standard deviation SCALE
     weight_V = np.random.default_rng([seed, 9]).normal(0, SCALE / np.sqrt(LENGTH), VOCABULARY + 1)
     for split, noisy, n in (("train", True, count), ("val", False, HELD_OUT)):
         with ShardWriter(directory, split, documents_per_member=256, shard_tokens=1_000_000) as writer:
@@ -98,7 +86,7 @@ def write_corpus(directory: Path, count: int, seed: int) -> None:
 
 
 def train(config: Config, directory: Path, learn_from: str, steps: int) -> dict[str, float]:
-    """The figures on val after `steps` steps on train. One process, which has a process group."""
+    """Metrics on val after `steps` steps on train. One process, with a process group."""
     stage, seed = config.stage, config.seed
     train_split, val = (MappedRankings.open(directory, split) for split in ("train", "val"))
     model = Transformer(config.model)
@@ -124,9 +112,9 @@ def train(config: Config, directory: Path, learn_from: str, steps: int) -> dict[
     return reward_metrics(beside_verdicts(val, scores))
 
 
-def compare(seeds: Sequence[int], ways: Sequence[str], rankings: int, steps: int) -> list[Outcome]:
-    """Every way on the rankings of every seed; each outcome is printed as it comes, a line of JSON."""
-    outcomes = []
+def compare(seeds: Sequence[int], ways: Sequence[str], rankings: int, steps: int) -> dict[tuple[int, str], float]:
+    """Kendall's tau on held-out rankings by seed and way; prints a JSON line with all metrics per training."""
+    taus = {}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         for seed in seeds:
@@ -135,33 +123,23 @@ def compare(seeds: Sequence[int], ways: Sequence[str], rankings: int, steps: int
                 for way in ways:
                     started = time.perf_counter()
                     metrics = train(compose_config([*SETTINGS, f"seed={seed}"]), Path(directory), way, steps)
-                    outcomes.append(Outcome(seed, way, metrics, time.perf_counter() - started))
-                    print(json.dumps(vars(outcomes[-1])), flush=True)
+                    taus[seed, way] = metrics["reward/kendall_tau"]
+                    line = {"seed": seed, "learn_from": way, "seconds": time.perf_counter() - started}
+                    print(json.dumps(line | metrics), flush=True)
     finally:
         dist.destroy_process_group()
-    return outcomes
-
-
-def table(outcomes: Sequence[Outcome]) -> str:
-    """Kendall's tau by seed and way, in Markdown."""
-    seeds, ways = (list(dict.fromkeys(getattr(one, name) for one in outcomes)) for name in ("seed", "learn_from"))
-    lines = ["| tau on held-out prompts | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean |"]
-    lines.append("| --- |" + " --- |" * (len(seeds) + 1))
-    for way in ways:
-        taus = [one.metrics["reward/kendall_tau"] for one in outcomes if one.learn_from == way]
-        lines.append(f"| {way} | " + " | ".join(f"{tau:.3f}" for tau in [*taus, statistics.mean(taus)]) + " |")
-    return "\n".join(lines)
+    return taus
 
 
 def main() -> None:
-    """Compare, and print the table."""
+    """Compare the ways on the seeds of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--rankings", type=int, default=6000, help="in train")
+    parser.add_argument("--rankings", type=int, default=6000, help="number of training rankings")
     parser.add_argument("--steps", type=int, default=300)
     chosen = parser.parse_args()
-    print(table(compare(chosen.seeds, chosen.ways, chosen.rankings, chosen.steps)))
+    compare(chosen.seeds, chosen.ways, chosen.rankings, chosen.steps)
 
 
 if __name__ == "__main__":

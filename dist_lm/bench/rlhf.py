@@ -1,11 +1,12 @@
-"""Rollouts a second that PPO takes in: our learner with its pool of Ray actors, against TRL and a bare loop.
+"""Rollouts per second of PPO: our learner with its pool of Ray actors, against TRL and a bare loop.
 
-A toy of two layers; every way draws 64 completions of 16 tokens with the policy, asks a frozen reference and a reward
-model of the policy's shape, and makes four passes of updates of policy and critic. Peers are not installed by default:
-one that is missing is named without a figure.
+The model is a toy of two layers. Every way draws 64 completions of 16 tokens, runs a frozen reference and a reward
+model of the policy's shape, and makes four passes of updates of policy and critic. Peers are not installed by default;
+a missing one is listed without a figure.
 
-The second case: drawing beside the updates (rlhf.max_staleness=1), learner and actor on a core each, against drawing
-first and updating then, where both take equally long: one pass of updates, and completions as long as that takes.
+The second case compares generation during updates (rlhf.max_staleness=1), with a core each for learner and actor,
+against generation and updates in turn. It makes one pass of updates, and its completions have the length with which
+generation and updates take equally long.
 """
 
 import importlib.util
@@ -18,18 +19,20 @@ from dataclasses import replace
 import psutil
 import torch
 
-from dist_lm.bench.case import Case, Comparison, CrewSize, configurations
-from dist_lm.bench.rlhf_peers import BareLoop, Peer, Trl
-from dist_lm.bench.rlhf_toy import (
+from dist_lm.bench.case import Case, Comparison, GroupSize, configurations
+from dist_lm.bench.rank import Trial
+from dist_lm.bench.rlhf_loops import (
     BALANCED_EPOCHS,
     ITERATIONS,
     PROMPTS,
+    BareLoop,
+    Peer,
     ToyPpo,
+    Trl,
     balanced_tokens,
     made_up_prompts,
     with_length,
 )
-from dist_lm.bench.trial import Trial
 from dist_lm.cluster.pool import Pool, PoolRollouts
 from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.ray_cluster import connect
@@ -45,22 +48,22 @@ SHAPE = (
     *("model.max_seq_len=128", "model.tie_embeddings=false", "model.init_std=0.05", "model.qk_norm=false"),
     *(f"stage.global_batch={PROMPTS}", "stage.seq_len=16"),
 )
-VOCABULARY = 64  # fewer than a tokenizer may have: there is none here
+VOCABULARY = 64  # smaller than any tokenizer's; the toy has no tokenizer
 THREADS = 2
 ROUNDS = 7
 SAMPLES = "samples/s"
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """Against peers, then drawing beside updates; with overrides the first one with another model or batch."""
+    """Against peers, then generation during updates; with overrides the first case with another model or batch."""
     config = configurations([(*SHAPE, *overrides)], (), quick)[0]
     found = [peers_case(config)]
     return found if overrides or quick else [*found, staleness_case(config)]
 
 
 def peers_case(config: Config) -> Case:
-    """Every way on two threads, in turns."""
-    crew = CrewSize(1, THREADS)
+    """Every way on two threads."""
+    crew = GroupSize(1, THREADS)
     absent = {name: reason for name, peer in PEERS.items() if (reason := _why_not(peer))}
     model, stage = config.model, config.stage
     return Case(
@@ -84,8 +87,8 @@ def peers_case(config: Config) -> Case:
 
 
 def staleness_case(config: Config) -> Case:
-    """A core for the learner, a core for the actor."""
-    crew = CrewSize(1, 1)
+    """Generation during updates against both in turn."""
+    crew = GroupSize(1, 1)
     return Case(
         name="drawing and updates of equal length, a core each",
         config=config,
@@ -107,7 +110,7 @@ def _why_not(peer: type[Peer]) -> str | None:
 
 
 class Worker:
-    """What the ways of one process share: a pool of one actor, and the length of completions that balances them."""
+    """Shared by the ways of one process: a pool of one actor, and the completion length of the second case."""
 
     def __init__(self) -> None:
         self._ends_with_process = ExitStack()
@@ -115,7 +118,7 @@ class Worker:
         self._new_tokens = 0
 
     def source(self, config: Config) -> PoolRollouts:
-        """The pool, started at first use; its actor has as many threads as this process."""
+        """The pool, started on first use; its actor has as many threads as this process."""
         if self._source is None:
             keep = self._ends_with_process.enter_context
             cluster = keep(connect(ClusterConfig(name="local", connect_timeout_s=120.0)))
@@ -124,7 +127,7 @@ class Worker:
         return self._source
 
     def balanced(self, config: Config, world: World) -> Config:
-        """`config` with completions of a length with which drawing and updating take equally long, a core each."""
+        """`config` with the completion length with which generation and updates take equally long, on a core each."""
         source = self.source(config)
         if not self._new_tokens:
             _pin(source)
@@ -132,12 +135,12 @@ class Worker:
         return with_length(config, self._new_tokens)
 
 
-WORKER = Worker()  # of this process: it builds all ways that have its size
+WORKER = Worker()  # one per process, because a process builds all ways of its size
 
 
 def build(way: str, config: Config, world: World) -> Trial:
-    """One way of doing some iterations, in one process."""
-    config = copy(config)  # `replace` would hold it to a tokenizer
+    """One way of running `ITERATIONS` iterations, in one process."""
+    config = copy(config)  # `replace` would check it against a tokenizer
     config.model = replace(config.model, vocab_size=VOCABULARY)
     if way in PEERS:
         peer = PEERS[way](config, made_up_prompts(config))
@@ -154,7 +157,7 @@ def build(way: str, config: Config, world: World) -> Trial:
 
 
 def _pin(source: PoolRollouts) -> None:
-    """This process on the first of its cores, the actor on the last."""
+    """Pin this process to its first core and the actor to the last."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if len(cores) > 1:
         (member,) = source.pool.members

@@ -1,6 +1,9 @@
-"""`python -m dist_lm bench NAME`: build the ways of every case, check that they compute the same, time them in turn."""
+"""`python -m dist_lm bench NAME`: build the ways of every case, check that their losses agree, time them in turn.
 
-import importlib
+Timing goes in rounds. Every way runs once per round, so that a busy minute of the machine slows all ways alike.
+"""
+
+import math
 import platform
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -11,52 +14,62 @@ from typing import IO, Any
 import torch
 from rich.console import Console
 
-from dist_lm.bench.case import Case, CrewSize
-from dist_lm.bench.crew import crews
-from dist_lm.bench.record import Record, records_of, table_of
-from dist_lm.bench.rounds import seconds_per_step
+from dist_lm.bench.case import Case, GroupSize, Record, benchmark_at, records_of, table_of
+from dist_lm.bench.rank_groups import rank_groups
 from dist_lm.cluster.node_facts import local_gpus
 from dist_lm.config.file import save_config
 from dist_lm.errors import ConfigError, UserError
 from dist_lm.storage.process import cores
 
-NAMES = ("tp", "fsdp", "checkpointing", "compile", "generate", "reward", "rlhf", "metrics", "tracking")
+BENCHMARKS = {
+    "tp": "dist_lm.bench.tp",
+    "fsdp": "dist_lm.bench.training:FSDP",
+    "checkpointing": "dist_lm.bench.training:CHECKPOINTING",
+    "compile": "dist_lm.bench.training:COMPILE",
+    "generate": "dist_lm.bench.generate",
+    "reward": "dist_lm.bench.reward",
+    "rlhf": "dist_lm.bench.rlhf",
+    "metrics": "dist_lm.bench.metrics",
+    "tracking": "dist_lm.bench.tracking",
+}
+"""Name -> module, or module:object, with `cases` and `build` as in `case.Benchmark`."""
+ROUND_S = 0.5
+LONGEST_ROUND = 50  # steps
 QUICK_ROUNDS = 3
 QUICK_ROUND_S = 0.1
 SAME_LOSS = 1e-4  # relative, over the first steps in fp32
 
-Ask = Callable[[CrewSize, Mapping[str, Any]], list[dict[str, Any]]]
-"""(crew, request) -> the answer of each of its ranks."""
+Ask = Callable[[GroupSize, Mapping[str, Any]], list[dict[str, Any]]]
+"""(group of ranks, request) -> the answer of each rank."""
 
 
 class NotTheSameError(UserError):
-    """Two ways that should compute the same show different losses, so their times say nothing."""
+    """Two ways of the same computation have different losses, so their times are not comparable."""
 
 
 def run_benchmark(
     name: str, overrides: Sequence[str], console: Console, *, quick: bool, json_file: Path | None
 ) -> list[Record]:
-    """Run one benchmark and show it; a line of JSON a record goes to `json_file` as soon as a case is done.
+    """Run one benchmark and print its table; each record goes to `json_file` as soon as its case is done.
 
     Raises:
-        ConfigError: no such benchmark, or overrides that cannot run.
-        RankFailedError, NotTheSameError: see there.
+        ConfigError: unknown benchmark, or overrides that cannot run.
+        RankFailedError: a rank process failed.
+        NotTheSameError: two ways computed different losses.
     """
-    if name not in NAMES:
-        raise ConfigError(f"bench {name}: expected one of {', '.join(NAMES)}")
-    module = f"dist_lm.bench.{name}"
-    benchmark = importlib.import_module(module)
-    planned: list[Case] = benchmark.cases(overrides, quick)
+    if name not in BENCHMARKS:
+        raise ConfigError(f"bench {name}: expected one of {', '.join(BENCHMARKS)}")
+    planned: list[Case] = benchmark_at(BENCHMARKS[name]).cases(overrides, quick)
     device = _device(planned)
     records: list[Record] = []
     with ExitStack() as stack:
         file = stack.enter_context(json_file.open("w")) if json_file else None
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dlm-bench-")))
-        running = stack.enter_context(crews(module, device, work))
+        running = stack.enter_context(rank_groups(BENCHMARKS[name], device, work))
         status = stack.enter_context(console.status(""))
         for case in planned:
             status.update(f"{name}: {case.name}")
-            own = run_case(name, case, lambda crew, request: running[crew].ask(request), work, quick=quick)
+            own = run_case(name, case, lambda size, request: running[size].ask(request), work, quick=quick)
             _write(own, file)
             records += own
     rounds = QUICK_ROUNDS if quick else max(case.rounds for case in planned)
@@ -68,7 +81,7 @@ def run_case(name: str, case: Case, ask: Ask, work: Path, *, quick: bool) -> lis
     """Build every way of a case, check their losses, time them, free them."""
     path = work / "config.yaml"
     save_config(case.config, path)
-    built = {way: ask(crew, {"do": "build", "way": way, "config": str(path)})[0] for way, crew in case.ways.items()}
+    built = {way: ask(size, {"do": "build", "way": way, "config": str(path)})[0] for way, size in case.ways.items()}
     if case.same_losses:
         check_same({way: built[way]["losses"] for way in case.ways if way in case.same_losses})
 
@@ -79,8 +92,8 @@ def run_case(name: str, case: Case, ask: Ask, work: Path, *, quick: bool) -> lis
         seconds = seconds_per_step(list(case.ways), QUICK_ROUNDS, time_steps, QUICK_ROUND_S)
     else:
         seconds = seconds_per_step(list(case.ways), case.rounds, time_steps)
-    for crew in sorted(set(case.ways.values()), key=repr):
-        ask(crew, {"do": "forget"})
+    for size in sorted(set(case.ways.values()), key=repr):
+        ask(size, {"do": "forget"})
     return records_of(name, case, seconds, {way: built[way]["facts"] for way in case.ways})
 
 
@@ -99,6 +112,29 @@ def check_same(losses: Mapping[str, Sequence[float]]) -> None:
                 )
 
 
+def order_of_round(ways: Sequence[str], index: int) -> list[str]:
+    """The ways, rotated by one each round, so that no way always starts with the caches of the same other way."""
+    shift = index % len(ways)
+    return [*ways[shift:], *ways[:shift]]
+
+
+def seconds_per_step(
+    ways: Sequence[str], rounds: int, time_steps: Callable[[str, int], float], round_s: float = ROUND_S
+) -> dict[str, list[float]]:
+    """Seconds of a step of each way, one value per round.
+
+    Args:
+        time_steps: (way, steps) -> seconds those steps took.
+        round_s: seconds that a way should take in a round; sets its number of steps.
+    """
+    steps = {way: min(LONGEST_ROUND, max(1, math.ceil(round_s / time_steps(way, 1)))) for way in ways}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for index in range(rounds):
+        for way in order_of_round(ways, index):
+            seconds[way].append(time_steps(way, steps[way]) / steps[way])
+    return seconds
+
+
 def _write(records: Sequence[Record], file: IO[str] | None) -> None:
     if file is not None:
         file.writelines(record.to_json() + "\n" for record in records)
@@ -106,8 +142,8 @@ def _write(records: Sequence[Record], file: IO[str] | None) -> None:
 
 
 def _device(planned: Sequence[Case]) -> str:
-    """`device` of the configuration; `auto`: GPUs where there is one for every rank, else the CPU."""
-    asked, ranks = planned[0].config.device, max(crew.ranks for case in planned for crew in case.ways.values())
+    """`device` of the configuration; `auto`: GPUs if there is one for every rank, else the CPU."""
+    asked, ranks = planned[0].config.device, max(size.ranks for case in planned for size in case.ways.values())
     if asked != "auto":
         return asked
     return "cuda" if torch.cuda.is_available() and local_gpus() >= ranks else "cpu"

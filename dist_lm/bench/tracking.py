@@ -1,9 +1,9 @@
-"""What it costs a run to be followed by wandb, with a server that stalls, fails and hangs up for all of it.
+"""Cost of wandb tracking for a training run, offline and with a server that stalls, fails and closes connections.
 
-Wall time would say how busy the machine is. So a step is timed by what a neighbour cannot change: the processor
-seconds of the rank, and the seconds that it stood still to write its line of metrics. The rank has a core to itself,
-whatever follows it another one; the ways take turns in rounds. What is left is what the launcher's side takes of its
-core, and the wait at the end, which does not grow with the run.
+Wall time depends on how busy the machine is. So a step is timed by values that other processes do not change: the CPU
+seconds of the rank, and the seconds that it was blocked while writing its line of metrics. The rank and its follower
+each get a core, if there are two; the ways take turns in rounds. The facts report the CPU share of the launcher's side
+and the wait at the end of a run, which does not grow with the run.
 """
 
 import json
@@ -16,25 +16,25 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from dist_lm.bench.case import Case, Comparison, CrewSize, configurations, describe
+from dist_lm.bench.case import Case, Comparison, GroupSize, configurations, describe
 from dist_lm.bench.metrics import MeasuredTraining
+from dist_lm.bench.rank import Trial
 from dist_lm.bench.tracking_follower import NOBODY, OFFLINE, TROUBLE
-from dist_lm.bench.trial import Trial
 from dist_lm.config.root import Config
 from dist_lm.parallel.mesh import World
 from dist_lm.tracking.metrics import MetricsWriter
 
 SIDE, WAIT = "launcher's side at 20 lines/s, of its core %", "wait at the end s"
 WORK = "wait at the end, on a core s"
-LOOK_S, IDLE = 2.0, 0.1  # of a core: less is idle
-GRACE_S = 30.0  # for a follower to end
-LINES, LINE_S = 300, 0.05  # of the run whose end is waited for
+LOOK_S, IDLE = 2.0, 0.1  # share of a core below which a process counts as idle
+GRACE_S = 30.0  # for a follower to exit
+LINES, LINE_S = 300, 0.05  # of the run in `of_a_run`
 SHAPES = (("model=nano", "stage.global_batch=4", "stage.seq_len=256"),)
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     """One model, followed by nobody, by wandb offline, and by wandb with a server in trouble."""
-    crew = CrewSize(1)
+    crew = GroupSize(1)
     followed = (OFFLINE, TROUBLE)
     return [
         Case(
@@ -53,7 +53,7 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 
 def build(way: str, config: Config, world: World) -> Trial:
-    """The rank's part of one way, and who follows it."""
+    """One way in one process, with its follower."""
     first, last = _cores()
     _pin(0, first)
     training = FollowedTraining(config, world)
@@ -64,7 +64,7 @@ def build(way: str, config: Config, world: World) -> Trial:
 
 
 class CountedWriter(MetricsWriter):
-    """Counts the seconds that its caller stood still."""
+    """Counts the seconds that its caller was blocked."""
 
     waited_s = 0.0
 
@@ -75,7 +75,7 @@ class CountedWriter(MetricsWriter):
 
 
 class FollowedTraining(MeasuredTraining):
-    """The trainer on one made-up batch, and who follows its lines."""
+    """The trainer on one made-up batch, and the follower of its metrics."""
 
     follower: "Follower | None" = None
 
@@ -83,25 +83,25 @@ class FollowedTraining(MeasuredTraining):
         super().__init__(config, world, CountedWriter)
 
     def __del__(self) -> None:
-        self.follower = None  # before the directory goes that it looks into
+        self.follower = None  # before the directory that it reads is removed
 
     def clock(self) -> float:
-        """What the rank has worked and waited so far, s."""
+        """CPU seconds and blocked seconds of the rank so far."""
         assert isinstance(self.writer, CountedWriter)
         return time.process_time() + self.writer.waited_s
 
 
 class Follower:
-    """A launcher's part, in a process and on a core of its own: follows a metrics file, and has wandb do so."""
+    """The launcher's side in a process and on a core of its own: it follows a metrics file and feeds wandb."""
 
     def __init__(self, directory: Path, way: str, core: int | None) -> None:
-        """Begin; it ends with this object, or with this process."""
+        """Start it; it ends with this object, or with this process."""
         command = [sys.executable, "-m", "dist_lm.bench.tracking_follower", str(os.getpid()), str(directory), way]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         _pin(self._process.pid, core)
 
     def ask(self, word: str) -> dict[str, float]:
-        """`cost`: {lines, cpu_s} so far. `finish`: {wait_s, cpu_s} of the end, when wandb has ended."""
+        """`cost`: {lines, cpu_s} so far. `finish`: {wait_s, cpu_s} of the end, after wandb has ended."""
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(f"{word}\n")
@@ -119,13 +119,13 @@ class Follower:
 
 
 def of_a_run(way: str, core: int | None) -> dict[str, float]:
-    """A run of a few seconds, to its end: processor time of who follows it, and the wait for them."""
+    """A run of a few seconds, to its end: CPU time of its follower, and the wait for it."""
     with tempfile.TemporaryDirectory(prefix="dlm-bench-") as directory:
         path = Path(directory)
         with MetricsWriter(path / "metrics.jsonl") as writer:
             follower = Follower(path, way, core)
             _write_lines(writer, 1, LINES // 10)
-            _settle(follower, path)  # what starts at first is no part of a run's cost
+            _settle(follower, path)  # start-up is not part of the cost per line
             before = follower.ask("cost")
             _write_lines(writer, 1 + LINES // 10, LINES)
             after = _all_seen(follower, LINES)
@@ -144,7 +144,7 @@ def _write_lines(writer: MetricsWriter, first: int, last: int) -> None:
 
 
 def _settle(follower: Follower, directory: Path) -> None:
-    """Until wandb has its file, and does no more than look now and then."""
+    """Wait until wandb has its file and is idle."""
     before = follower.ask("cost")["cpu_s"]
     while True:
         time.sleep(LOOK_S)
@@ -162,7 +162,7 @@ def _all_seen(follower: Follower, lines: int) -> dict[str, float]:
 
 @cache
 def _cores() -> tuple[int | None, int | None]:
-    """A core for the rank and one for those that follow it; None where there is only one, or it cannot be chosen."""
+    """Cores for the rank and for its follower; None if there is only one, or it cannot be chosen."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     return (cores[0], cores[-1]) if len(cores) > 1 else (None, None)
 

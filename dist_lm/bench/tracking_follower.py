@@ -1,7 +1,7 @@
-"""The launcher's part of `bench tracking`: `python -m dist_lm.bench.tracking_follower PARENT DIRECTORY WAY`.
+"""The launcher's side of `bench tracking`: `python -m dist_lm.bench.tracking_follower PARENT DIRECTORY WAY`.
 
-It follows DIRECTORY/metrics.jsonl and hands every line to wandb, as a launcher does, and answers words on standard
-input.
+It follows DIRECTORY/metrics.jsonl, gives every line to wandb as a launcher does, and answers the words `cost` and
+`finish` on standard input.
 """
 
 import json
@@ -34,8 +34,8 @@ ERRORS = (500, 502, 503)
 
 @contextmanager
 def troubled_server() -> Iterator[str]:
-    """The address of a server that at each request stalls, fails or hangs up."""
-    chance = random.Random(0)  # noqa: S311 - which trouble comes next is no secret
+    """The address of a server that stalls, fails or closes the connection at every request."""
+    chance = random.Random(0)  # noqa: S311 - not used for security
 
     class Trouble(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -51,7 +51,7 @@ def troubled_server() -> Iterator[str]:
         do_GET = do_PUT = do_POST
 
         def log_message(self, format: str, *arguments: object) -> None:
-            """Say nothing."""
+            """No output."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Trouble)
     server.daemon_threads = True
@@ -63,7 +63,7 @@ def troubled_server() -> Iterator[str]:
 
 
 def cpu_s() -> float:
-    """Processor seconds of this process and all that it has started."""
+    """CPU seconds of this process and its descendants."""
     own = psutil.Process()
     total = 0.0
     for process in (own, *own.children(recursive=True)):
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def serve(wandb: WandbRun, run: RunDirectory) -> None:
-    """Hand lines over, and answer `cost` and `finish`."""
+    """Give lines to wandb, and answer `cost` and `finish`."""
     lines, seen = follow(run.metrics), 0
     with selectors.DefaultSelector() as asked:
         asked.register(sys.stdin, selectors.EVENT_READ)

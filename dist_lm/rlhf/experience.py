@@ -54,7 +54,7 @@ def collect(
     """
     config = run.config
     mask_BT = torch.from_numpy(completion_mask(rollouts)).to(run.device)
-    found = _forward_passes(run, rollouts, batches, tuple(mask_BT.shape))
+    found = _forward_passes(run, rollouts, batches, (len(rollouts), mask_BT.shape[1]))
     engine_BT = torch.zeros(mask_BT.shape, device=run.device)
     engine_BT[mask_BT] = torch.from_numpy(rollouts.logprobs_M).to(run.device)
     part_B = {name: score.to(run.device) for name, score in rule_score_B.items()}

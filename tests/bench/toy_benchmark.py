@@ -1,10 +1,10 @@
-"""A benchmark of nothing: `build` for the ranks of a crew, with ways that misbehave."""
+"""A benchmark of nothing: `build` for the ranks of a group, with ways that misbehave."""
 
 import sys
 
 import torch.distributed as dist
 
-from dist_lm.bench.trial import Trial
+from dist_lm.bench.rank import Trial
 
 
 def build(way, config, world):

@@ -1,14 +1,52 @@
-"""Records: the keys that other programs read, what their numbers mean, and the table."""
+"""Rounds and records of a benchmark."""
 
 import io
 import json
+from collections import Counter
 
 import pytest
 from rich.console import Console
 
-from dist_lm.bench.case import Case, Comparison, CrewSize
-from dist_lm.bench.record import records_of, table_of
+from dist_lm.bench.case import Case, Comparison, GroupSize, records_of, spread, table_of
+from dist_lm.bench.run import LONGEST_ROUND, order_of_round, seconds_per_step
 from dist_lm.launcher.compose import compose_config
+
+# --- rounds: every way once in each, none always first, and as many steps as fill the time ---
+
+
+WAYS = ["a", "b", "c"]
+
+
+def test_every_way_takes_every_place_equally_often():
+    rounds = [order_of_round(WAYS, index) for index in range(2 * len(WAYS))]
+    assert all(sorted(order) == WAYS for order in rounds)
+    for place in range(len(WAYS)):
+        assert Counter(order[place] for order in rounds) == dict.fromkeys(WAYS, 2)
+
+
+def test_ways_are_interleaved_and_a_figure_is_a_step():
+    speed = {"a": 0.1, "b": 0.003, "c": 9.0}
+    calls = []
+
+    def time_steps(way: str, steps: int) -> float:
+        calls.append((way, steps))
+        return speed[way] * steps
+
+    seconds = seconds_per_step(WAYS, 4, time_steps, round_s=0.5)
+    assert seconds == {way: pytest.approx([speed[way]] * 4) for way in WAYS}
+    timed = calls[len(WAYS) :]
+    assert [way for way, _ in timed] == [way for index in range(4) for way in order_of_round(WAYS, index)]
+    assert dict(timed) == {"a": 5, "b": LONGEST_ROUND, "c": 1}
+
+
+def test_spread_is_that_of_the_middle_half():
+    assert spread([2.0]) == 0
+    assert spread([3.0] * 5) == 0
+    assert spread([1.0, 2.0, 3.0, 4.0, 100.0]) == pytest.approx(2 / 3)
+
+
+# --- records: the keys that other programs read, what their numbers mean, and the table ---
+
 
 KEYS = (
     *("bench", "case", "value", "unit", "peer", "peer_value", "ratio"),
@@ -20,7 +58,7 @@ FACTS = {"ours": {"peak MiB": 3.0}, "theirs": {"peak MiB": 4.0}, "bound": {}}
 
 def records(*comparisons: Comparison):
     config = compose_config(["stage=language", "model=nano", "stage.global_batch=2", "stage.seq_len=50"])
-    case = Case("toy", config, dict.fromkeys(SECONDS, CrewSize(1)), comparisons, frozenset())
+    case = Case("toy", config, dict.fromkeys(SECONDS, GroupSize(1)), comparisons, frozenset())
     return records_of("test", case, SECONDS, FACTS)
 
 

@@ -1,4 +1,4 @@
-"""Crews: every rank answers, what fails is reported in its own words, and nothing is left running."""
+"""Rank groups: every rank answers, a failure is reported in its own words, and no process is left."""
 
 import os
 import signal
@@ -10,13 +10,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dist_lm.bench.case import Case, Comparison, CrewSize
-from dist_lm.bench.crew import RankFailedError, crews
+from dist_lm.bench.case import Case, Comparison, GroupSize
+from dist_lm.bench.rank_groups import RankFailedError, rank_groups
 from dist_lm.bench.run import NotTheSameError, check_same, run_case
 from dist_lm.launcher.compose import compose_config
 from dist_lm.storage.process import is_alive
 
-PAIR = CrewSize(2)
+PAIR = GroupSize(2)
 CONFIG = compose_config(["stage=language", "model=nano"])
 
 
@@ -24,9 +24,9 @@ CONFIG = compose_config(["stage=language", "model=nano"])
 def toy(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-        with crews("toy_benchmark", "cpu", tmp_path_factory.mktemp("toy")) as running:
+        with rank_groups("toy_benchmark", "cpu", tmp_path_factory.mktemp("toy")) as running:
             yield running
-    assert not [rank.pid for crew in running.all() for rank in crew.ranks if rank.poll() is None]
+    assert not [rank.pid for group in running.values() for rank in group.ranks if rank.poll() is None]
 
 
 def case_of(*ways: str, same: tuple[str, ...] = ()) -> Case:
@@ -35,9 +35,9 @@ def case_of(*ways: str, same: tuple[str, ...] = ()) -> Case:
 
 
 def test_a_case_is_built_timed_and_reported(toy, tmp_path):
-    def ask(crew, request):
-        answers = toy[crew].ask(request)
-        assert len(answers) == crew.ranks
+    def ask(size, request):
+        answers = toy[size].ask(request)
+        assert len(answers) == size.ranks
         return answers
 
     speed, size = run_case("toy", case_of("prints", "silent", same=("prints", "silent")), ask, tmp_path, quick=True)
@@ -47,9 +47,9 @@ def test_a_case_is_built_timed_and_reported(toy, tmp_path):
         run_case("toy", case_of("prints", "other", same=("prints", "other")), ask, tmp_path, quick=True)
 
 
-def test_a_rank_that_ends_is_reported_with_the_end_of_its_log(toy, tmp_path):  # the last to ask: its crew is gone
+def test_a_rank_that_ends_is_reported_with_the_end_of_its_log(toy, tmp_path):  # the last test: its group ends
     with pytest.raises(RankFailedError, match=r"(?s)rank 1 .*exit code 1.*the reason, in its own words"):
-        run_case("toy", case_of("fails"), lambda crew, request: toy[crew].ask(request), tmp_path, quick=True)
+        run_case("toy", case_of("fails"), lambda size, request: toy[size].ask(request), tmp_path, quick=True)
 
 
 def test_losses_that_are_not_finite_are_not_the_same():

@@ -1,6 +1,6 @@
-"""Processes that a benchmark asks for work: started once, idle in a read while another crew is timed, surely ended.
+"""Groups of rank processes of a benchmark: started once, blocked in a read while another group is timed, always ended.
 
-A request and its answers are JSON lines on standard input and output of every rank (`dist_lm.bench.rank`).
+Requests and answers are JSON lines on standard input and output of every rank (`dist_lm.bench.rank`).
 """
 
 import json
@@ -13,25 +13,25 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from dist_lm.bench.case import CrewSize
+from dist_lm.bench.case import GroupSize
 from dist_lm.cluster.torchrun import CPU_ALLOCATOR, OPENMP_SPIN
 from dist_lm.errors import UserError
 from dist_lm.storage.process import free_port
 from dist_lm.tracking.redact import without_secrets
 
 LOOPBACK = "127.0.0.1"
-GRACE_S = 10.0  # for ranks that were asked to leave
-SHOWN_LINES = 15  # of the log of a rank that failed
+GRACE_S = 10.0  # for ranks to exit after their input has ended
+SHOWN_LINES = 15  # of the log of a failed rank
 
 
 class RankFailedError(UserError):
-    """A rank of a benchmark ended before its work was done; the message has the end of its log."""
+    """A rank of a benchmark exited early; the message has the end of its log."""
 
 
-class Crew:
-    """The ranks of one size, which have joined one process group."""
+class RankGroup:
+    """The rank processes of one size, in one process group."""
 
-    def __init__(self, size: CrewSize, module: str, device: str, logs: Path) -> None:
+    def __init__(self, size: GroupSize, benchmark: str, device: str, logs: Path) -> None:
         port = str(free_port(LOOPBACK))
         self.ranks: list[subprocess.Popen[bytes]] = []
         self.logs = [logs / f"{size.ranks}x{size.threads}_rank_{rank}.log" for rank in range(size.ranks)]
@@ -39,21 +39,21 @@ class Crew:
             with path.open("wb") as log:
                 self.ranks.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "dist_lm.bench.rank", str(os.getpid()), module, device],
+                        [sys.executable, "-m", "dist_lm.bench.rank", str(os.getpid()), benchmark, device],
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
                         stderr=log,
                         env=_environment(size, rank, port, device),
-                        start_new_session=True,  # a Ctrl-C in the terminal is for the one that ends them
+                        start_new_session=True,  # a Ctrl-C goes to the parent, which ends them
                     )
                 )
         self._unread = [b""] * size.ranks
 
     def ask(self, request: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The answer of every rank, in their order.
+        """The answers of all ranks, in rank order.
 
         Raises:
-            RankFailedError: one of them ended instead.
+            RankFailedError: a rank exited instead.
         """
         line = json.dumps(request).encode() + b"\n"
         for rank, process in enumerate(self.ranks):
@@ -66,7 +66,7 @@ class Crew:
         return [json.loads(answer) for answer in self._answers()]
 
     def end(self) -> None:
-        """Let the ranks leave; kill those that do not."""
+        """Let the ranks exit; kill those that do not."""
         for process in self.ranks:
             assert process.stdin is not None
             process.stdin.close()
@@ -77,14 +77,14 @@ class Crew:
                 process.kill()
 
     def kill(self) -> None:
-        """End the ranks at once: one of them waits for another in vain, or somebody pressed Ctrl-C."""
+        """End the ranks at once: after a failure of one of them, or Ctrl-C."""
         for process in self.ranks:
             process.kill()
         for process in self.ranks:
             process.wait()
 
     def _answers(self) -> list[bytes]:
-        """A line of every rank, read as they come: whoever ends first is the one to report."""
+        """A line of every rank, read as they arrive, so that the first rank to exit is the one reported."""
         with selectors.DefaultSelector() as ready:
             for rank, process in enumerate(self.ranks):
                 assert process.stdout is not None
@@ -110,7 +110,7 @@ class Crew:
         return RankFailedError("\n".join([f"rank {rank} of the benchmark ended (exit code {code}):", *end]))
 
 
-def _environment(size: CrewSize, rank: int, port: str, device: str) -> dict[str, str]:
+def _environment(size: GroupSize, rank: int, port: str, device: str) -> dict[str, str]:
     ours = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -124,28 +124,28 @@ def _environment(size: CrewSize, rank: int, port: str, device: str) -> dict[str,
     return OPENMP_SPIN | without_secrets(os.environ) | ours | (CPU_ALLOCATOR if device == "cpu" else {})
 
 
-class Crews:
-    """The crews of a benchmark by size, each started when it is first asked for."""
+class RankGroups(dict[GroupSize, RankGroup]):
+    """Groups by size, each started on first use."""
 
-    def __init__(self, module: str, device: str, logs: Path) -> None:
-        self._start = lambda size: Crew(size, module, device, logs)
-        self._crews: dict[CrewSize, Crew] = {}
+    def __init__(self, benchmark: str, device: str, logs: Path) -> None:
+        super().__init__()
+        self._start = lambda size: RankGroup(size, benchmark, device, logs)
 
-    def __getitem__(self, size: CrewSize) -> Crew:
-        if size not in self._crews:
-            self._crews[size] = self._start(size)
-        return self._crews[size]
-
-    def all(self) -> list[Crew]:
-        return list(self._crews.values())
+    def __missing__(self, size: GroupSize) -> RankGroup:
+        self[size] = self._start(size)
+        return self[size]
 
 
 @contextmanager
-def crews(module: str, device: str, logs: Path) -> Iterator[Crews]:
-    """Crews that are gone after the block, however it ends."""
-    running = Crews(module, device, logs)
+def rank_groups(benchmark: str, device: str, logs: Path) -> Iterator[RankGroups]:
+    """Groups whose processes have ended after the block, also after an error.
+
+    Args:
+        benchmark: module, or module:object, with `build`.
+    """
+    running = RankGroups(benchmark, device, logs)
     with ExitStack() as ending:
-        ending.callback(lambda: [crew.kill() for crew in running.all()])
+        ending.callback(lambda: [group.kill() for group in running.values()])
         yield running
-        for crew in running.all():
-            crew.end()
+        for group in running.values():
+            group.end()

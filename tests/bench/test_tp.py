@@ -9,10 +9,9 @@ import torch.nn.functional as F  # noqa: N812
 from typer.testing import CliRunner
 
 from dist_lm.__main__ import app
-from dist_lm.bench import tensor_parallel_peer as peer
 from dist_lm.bench import tp
 from dist_lm.bench.case import configurations
-from dist_lm.bench.trial import made_up_batch
+from dist_lm.bench.rank import made_up_batch
 from dist_lm.config.model import ModelConfig
 from dist_lm.model.initialise import initialise
 from dist_lm.model.size import parameter_count
@@ -44,9 +43,9 @@ def tiny(*overrides: str):
 )
 def test_it_has_the_weights_and_the_losses_of_our_model(overrides):
     config = tiny(*overrides)
-    ours, theirs = Transformer(config.model), peer.PeerTransformer(config.model)
+    ours, theirs = Transformer(config.model), tp.PeerTransformer(config.model)
     initialise(ours, config.seed)
-    peer.fill(theirs, config.seed)
+    tp.fill(theirs, config.seed)
     assert sum(p.numel() for p in theirs.parameters()) == parameter_count(config.model)
     batch = made_up_batch(config, slice(None), torch.device("cpu"))
     logits_BTV = theirs(batch)
@@ -57,11 +56,11 @@ def test_it_has_the_weights_and_the_losses_of_our_model(overrides):
 
 def test_a_model_that_torch_cannot_cut_has_no_peer_and_says_why():
     model = ModelConfig("odd", d_model=50, n_layers=1, n_heads=25, d_ff=33, max_seq_len=8, vocab_size=64)
-    assert peer.misfit(model, 2) == "n_heads=25, d_ff=33: no multiple of tp=2"
+    assert tp.misfit(model, 2) == "n_heads=25, d_ff=33: not divisible by tp=2"
     even = replace(model, d_model=48, n_heads=4, d_ff=32)
-    assert peer.misfit(even, 2) == ""
-    assert peer.misfit(replace(even, tie_embeddings=True), 2) == "the peer has no tied embedding"
-    assert peer.misfit(replace(even, qk_norm=True), 2) == "the peer has no norm of queries and keys"
+    assert tp.misfit(even, 2) == ""
+    assert tp.misfit(replace(even, tie_embeddings=True), 2) == "the peer has no tied embedding"
+    assert tp.misfit(replace(even, qk_norm=True), 2) == "the peer has no norm of queries and keys"
     (comparison,) = tp.cases([*TINY, *WORKLOAD, "model.d_model=50", "model.n_heads=25"], quick=True)[0].comparisons
     assert comparison.peer is None
     assert "n_heads=25" in comparison.peer_name
@@ -75,6 +74,6 @@ def test_the_verb_runs_it(tmp_path):
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0
     (line,) = [json.loads(text) for text in file.read_text().splitlines()]
-    assert (line["bench"], line["peer"], line["rounds"]) == ("tp", peer.NAME, 3)
+    assert (line["bench"], line["peer"], line["rounds"]) == ("tp", tp.PEER, 3)
     assert line["ratio"] == line["value"] / line["peer_value"]
     assert "ratio" in done.output

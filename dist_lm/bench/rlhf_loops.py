@@ -1,4 +1,6 @@
-"""PPO of others on the toy of `bench rlhf`, with models of the same shape: policy, critic, reference, reward model.
+"""PPO loops on the toy of `bench rlhf`: our learner, TRL's trainer, and a bare loop over transformers.
+
+All train a policy and a critic against a frozen reference and a frozen reward model, four models of the same shape.
 
 Dimensions: B completions, P tokens of a prompt, T new tokens, V vocabulary.
 """
@@ -6,30 +8,178 @@ Dimensions: B completions, P tokens of a prompt, T new tokens, V vocabulary.
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
-from dist_lm.bench.rlhf_toy import EPOCHS, ITERATIONS, KL_COEFFICIENT, RATE
+from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.rlhf import RewardPartConfig, RlhfConfig
 from dist_lm.config.root import Config
+from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.interop.gpt_neox import save_gpt_neox
-from dist_lm.model.initialise import initialise
+from dist_lm.model.initialise import initial_value, initialise
+from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.layout import resolve_layout
+from dist_lm.parallel.mesh import World, build_mesh
+from dist_lm.parallel.sharding import build_model
+from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
+from dist_lm.rlhf.models import (
+    RlhfModels,
+    frozen,
+    own_threads,
+    scalar_config,
+    start_critic,
+    trained_critic,
+    trained_policy,
+)
+from dist_lm.rlhf.ppo import Ppo
+from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource, ShuffledPrompts
+from dist_lm.rlhf.state import KlController, RlhfState
 
+PROMPTS, PROMPT = 64, 9  # prompts of an iteration; tokens of each, with the end-of-text token at its start
+EPOCHS = 4
+BALANCED_EPOCHS, BALANCE_STEP = 1, 16  # of the second case: passes, and distance of the completion lengths it tries
+ITERATIONS = 5  # timed together, because generation ahead crosses iterations
+RATE = 1e-4
+KL_COEFFICIENT = 0.05
 GAMMA, LAM, CLIP = 1.0, 0.95, 0.2
 END, PAD = 0, 1
 
 
+def made_up_prompts(config: Config) -> torch.Tensor:
+    """(prompts, tokens), the same at every call: end-of-text, then ordinary tokens."""
+    shape = (config.stage.global_batch, PROMPT)
+    token_BP = torch.randint(2, config.model.vocab_size, shape, generator=torch.Generator().manual_seed(7))
+    token_BP[:, 0] = 0
+    return token_BP
+
+
+class ToyPpo:
+    """Our PPO, some iterations per run; each run continues the previous one."""
+
+    def __init__(
+        self, config: Config, world: World, source: RolloutSource | None, staleness: int = 0, epochs: int = EPOCHS
+    ) -> None:
+        """`source`: None for an engine in this process."""
+        self.drawing_s = self.iteration_s = 0.0  # of the last run
+        self._config, self._rlhf = config, rlhf_config(config, staleness, epochs)
+        shape, parallel = config.model, ParallelConfig(compute_dtype="fp32")
+        self._world, self._parallel = world, parallel
+        self._mesh = build_mesh(resolve_layout(parallel, shape, world.size), world.device)
+        policy, reference = (build_model(shape, parallel, self._mesh, world.device, config.seed) for _ in range(2))
+        critic, reward = (
+            build_model(scalar_config(shape), parallel, self._mesh, world.device, config.seed + 1) for _ in range(2)
+        )
+        start_critic(critic, reward, "zero")
+        self._models = RlhfModels(
+            trained_policy(policy, self._rlhf), trained_critic(critic, self._rlhf), frozen(reference), frozen(reward)
+        )
+        prompts = made_up_prompts(config).tolist()
+        own = source or EngineRollouts(_engine(config))
+        self._supply = RolloutSupply(own, ShuffledPrompts(prompts, config.seed), lambda tokens: "")
+        self._state = RlhfState(KlController(KL_COEFFICIENT))
+
+    def run(self) -> float:
+        """`ITERATIONS` more; returns the last reward."""
+        end = self._state.iteration + ITERATIONS
+        reports: list[IterationReport] = []
+        learner = Learner(
+            config=self._rlhf,
+            seed=self._config.seed,
+            iterations=end,
+            world=self._world,
+            mesh=self._mesh,
+            parallel=self._parallel,
+            models=self._models,
+            algorithm=Ppo(self._rlhf),
+            supply=self._supply,
+            report=reports.append,
+        )
+        with own_threads(self._world) as beside:
+            self._state = replace(learner, beside=beside).run(self._state)
+        self.drawing_s = sum(report.metrics["timing/rollout_s"] for report in reports)
+        self.iteration_s = sum(report.metrics["timing/iteration_s"] for report in reports)
+        return reports[-1].metrics["rlhf/reward_mean"]
+
+    @staticmethod
+    def options(config: Config) -> EngineOptions:
+        """An engine that holds all prompts of an iteration at once."""
+        batch, page = config.stage.global_batch, 32
+        return EngineOptions(cache_tokens=batch * config.model.max_seq_len, page_tokens=page, max_sequences=batch)
+
+    @staticmethod
+    def weights(config: Config) -> dict[str, np.ndarray]:
+        """Initial weights of the policy."""
+        shapes = parameter_shapes(config.model)
+        return {name: initial_value(name, shape, config.model, config.seed).numpy() for name, shape in shapes.items()}
+
+
+def rlhf_config(config: Config, staleness: int, epochs: int) -> RlhfConfig:
+    """PPO as the peers run it: no minibatches, the reward model's score, completions of one length."""
+    return RlhfConfig(
+        prompts=config.stage.global_batch,
+        max_new_tokens=config.stage.seq_len,
+        ignore_eot=True,
+        epochs=epochs,
+        lr=RATE,
+        value_lr=RATE,
+        kl_coefficient=KL_COEFFICIENT,
+        max_staleness=staleness,
+        importance_cap=2.0 if staleness else 0.0,
+        rewards={"reward": RewardPartConfig(kind="reward_model")},
+        normalise_reward=False,
+        missing_eos_penalty=0.0,
+    )
+
+
+def balanced_tokens(config: Config, world: World, source: RolloutSource) -> int:
+    """Completion length with which generation takes about half of an iteration of one pass.
+
+    Longer completions make the share of generation larger, because prompts are computed in one forward pass.
+    """
+    longest = config.model.max_seq_len - PROMPT
+    best, least = config.stage.seq_len, float("inf")
+    for new_tokens in range(config.stage.seq_len, longest, BALANCE_STEP):
+        toy = ToyPpo(with_length(config, new_tokens), world, source, epochs=BALANCED_EPOCHS)
+        toy.run()
+        toy.run()
+        imbalance = abs(toy.drawing_s / toy.iteration_s - 0.5)
+        if imbalance < least:
+            best, least = new_tokens, imbalance
+        if toy.drawing_s >= 0.5 * toy.iteration_s:
+            break
+    return best
+
+
+def with_length(config: Config, new_tokens: int) -> Config:
+    """The same configuration with completions of `new_tokens` tokens."""
+    own = copy(config)  # `replace` would check it against a tokenizer
+    own.stage = replace(config.stage, seq_len=new_tokens)
+    return own
+
+
+def _engine(config: Config) -> Engine:
+    weights = {name: value for name, value in Transformer(config.model).state_dict().items()}
+    return Engine(config.model, weights, eot_id=0, options=ToyPpo.options(config))
+
+
+# --- peers ---
+
+
 class Peer(ABC):
-    """Another PPO."""
+    """A PPO loop of another library."""
 
     packages: ClassVar[Sequence[str]]
 
     @abstractmethod
     def __init__(self, config: Config, prompt_BP: torch.Tensor) -> None:
-        """Make the models and all else that is not timed."""
+        """Build the models and everything else that is not timed."""
 
     @abstractmethod
     def run(self) -> float:
@@ -37,7 +187,7 @@ class Peer(ABC):
 
 
 class Trl(Peer):
-    """`PPOTrainer` of TRL, which has it among its experiments up to 1.12."""
+    """`PPOTrainer` of TRL (in `trl.experimental` up to version 1.12)."""
 
     packages: ClassVar[Sequence[str]] = ("trl", "accelerate", "transformers")
 
@@ -84,7 +234,7 @@ class Trl(Peer):
 
 
 class BareLoop(Peer):
-    """PPO in the fewest lines over `generate` of transformers: what a person writes who needs nothing else."""
+    """A minimal PPO loop over `generate` of transformers."""
 
     packages: ClassVar[Sequence[str]] = ("transformers",)
 
@@ -177,7 +327,7 @@ def _scored(config: Config) -> Any:
 
 
 def _tokenizer(config: Config) -> Any:
-    """A word a token: TRL wants a tokenizer to pad with."""
+    """One word per token: TRL needs a tokenizer for padding."""
     transformers, tokenizers = import_module("transformers"), import_module("tokenizers")
     words = {f"t{number}": number for number in range(config.model.vocab_size)}
     own = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=f"t{END}"))

@@ -1,0 +1,129 @@
+"""Benchmarks of the training step: FSDP, activation checkpointing and torch.compile, each against its alternatives.
+
+FSDP: two ranks of one thread against one process with two threads, on the same global batch. Ceiling: two ranks that
+each train a whole model on their half of the batch and send no gradients. (On CUDA: two GPUs against one.)
+
+CHECKPOINTING: `parallel.activation_checkpointing` none, selective and full under FSDP on two ranks, and fairscale's
+`checkpoint_wrapper` in place of full, which recomputes whole blocks too: step time, and the peak memory of forward and
+backward beyond parameters and optimizer state.
+
+COMPILE: torch.compile of each block against eager, in one process with all cores. (On CUDA: on one GPU.)
+"""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from fairscale.nn.checkpoint import checkpoint_wrapper
+
+from dist_lm.bench.case import Benchmark, Case, Comparison, GroupSize, configurations, describe
+from dist_lm.bench.rank import OwnTraining, Trial, own_rows, peak_mib
+from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.root import Config
+from dist_lm.errors import UserError
+from dist_lm.model.initialise import initialise
+from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.layout import Layout
+from dist_lm.parallel.mesh import World, build_mesh
+from dist_lm.parallel.sharding import build_model
+from dist_lm.storage.process import cores
+
+RANKS = 2
+PAIR = GroupSize(RANKS)
+NANO, TINY = ("model=nano",), ("model=tiny", "model.vocab_size=4096")
+WIDE = ("model=tiny", "model.d_model=512", "model.d_ff=2048", "model.n_heads=8", "model.vocab_size=4096")
+
+FSDP_WAY, ONE, ALONE = "fsdp", "one process", "each alone"
+NONE, SELECTIVE, FULL, FAIRSCALE = "none", "selective", "full", "full by fairscale"
+PEAK = "peak MiB"
+COMPILED, EAGER = "compiled", "eager"
+
+
+def _batch(sequences: int, tokens: int) -> tuple[str, ...]:
+    return (f"stage.global_batch={sequences}", f"stage.seq_len={tokens}")
+
+
+def _case(config: Config, ways: Mapping[str, GroupSize], comparisons: Sequence[Comparison], *others: str) -> Case:
+    """`others`: ways that compute something else."""
+    return Case(describe(config), config, ways, comparisons, frozenset(ways) - set(others))
+
+
+def _training(config: Config, world: World, parallel: ParallelConfig | None = None) -> OwnTraining:
+    """Our training step, sharded over all ranks by FSDP."""
+    mesh = build_mesh(Layout(1, world.size, 1), world.device)
+    model = build_model(config.model, parallel or config.parallel, mesh, world.device, config.seed)
+    return OwnTraining(model, config, own_rows(config, mesh), world)
+
+
+# --- FSDP ---
+
+
+def _fsdp_cases(overrides: Sequence[str], quick: bool) -> list[Case]:
+    ways = {FSDP_WAY: PAIR, ONE: GroupSize(1, threads=RANKS), ALONE: PAIR}
+    rows = [Comparison(own=FSDP_WAY, peer=ONE, peer_name=f"one process, {RANKS} threads", ceiling=ALONE)]
+    shapes = [(*size, *_batch(4, 512)) for size in (NANO, TINY)]
+    return [_case(config, ways, rows, ALONE) for config in configurations(shapes, overrides, quick)]
+
+
+def _build_fsdp(way: str, config: Config, world: World) -> Trial:
+    if way != ALONE:
+        return Trial(_training(config, world).step)
+    mesh = build_mesh(Layout(1, world.size, 1), world.device)
+    model = Transformer(config.model)
+    initialise(model, config.seed)
+    return Trial(OwnTraining(model.to(world.device, torch.float32), config, own_rows(config, mesh), world).step)
+
+
+FSDP = Benchmark(_fsdp_cases, _build_fsdp)
+
+
+# --- activation checkpointing ---
+
+
+def _checkpointing_cases(overrides: Sequence[str], quick: bool) -> list[Case]:
+    ways: dict[str, GroupSize] = dict.fromkeys((NONE, SELECTIVE, FULL, FAIRSCALE), PAIR)
+    pairs = ((SELECTIVE, NONE), (FULL, NONE), (FULL, FAIRSCALE))
+    rows = [Comparison(own=own, peer=peer, fact=fact) for fact in (None, PEAK) for own, peer in pairs]
+    shapes = [(*NANO, *_batch(8, 256)), (*TINY, *_batch(8, 256)), (*WIDE, *_batch(4, 256))]
+    return [_case(config, ways, rows) for config in configurations(shapes, overrides, quick)]
+
+
+def _build_checkpointing(way: str, config: Config, world: World) -> Trial:
+    method = NONE if way == FAIRSCALE else way
+    training = _training(config, world, replace(config.parallel, activation_checkpointing=method))
+    if way == FAIRSCALE:
+        for block in training.model.blocks:
+            checkpoint_wrapper(block)  # FSDP hooks around `forward`, so the model may be sharded first
+
+    def facts() -> dict[str, float]:
+        peak = peak_mib(training.forward_backward, world.device)
+        training.optimizer.zero_grad(set_to_none=True)
+        return {PEAK: peak}
+
+    return Trial(training.step, facts)
+
+
+CHECKPOINTING = Benchmark(_checkpointing_cases, _build_checkpointing)
+
+
+# --- torch.compile ---
+
+
+def _compile_cases(overrides: Sequence[str], quick: bool) -> list[Case]:
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        raise UserError(f"torch.compile needs a C++ compiler and {compiler} is not there: install g++, or set CXX")
+    ways: dict[str, GroupSize] = dict.fromkeys((COMPILED, EAGER), GroupSize(1, threads=cores()))
+    rows = [Comparison(own=COMPILED, peer=EAGER)]
+    shapes = [(*NANO, *_batch(8, 256)), (*TINY, *_batch(4, 512))]
+    return [_case(config, ways, rows) for config in configurations(shapes, overrides, quick)]
+
+
+def _build_compile(way: str, config: Config, world: World) -> Trial:
+    mode = "always" if way == COMPILED else "never"
+    return Trial(_training(config, world, replace(config.parallel, compile=mode)).step)
+
+
+COMPILE = Benchmark(_compile_cases, _build_compile)
