@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from dist_lm.config.root import Config
 from dist_lm.data.manifest import write_manifest
-from dist_lm.data.rankings.mapped import MappedRankings
+from dist_lm.data.rankings.shards import MappedRankings
 from dist_lm.data.rankings.stream import Lessons, RankingBatches, RankingStream
 from dist_lm.data.shard_writer import ShardWriter
 from dist_lm.document import TokenizedDocument, Verdict

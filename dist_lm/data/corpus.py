@@ -17,7 +17,8 @@ from typing import Any, get_args
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.config.dotted_path import imported_function
 from dist_lm.data.sources.hub import read_hub
-from dist_lm.data.sources.rankings import read_hub_rankings, read_local_rankings, read_synthetic_rankings
+from dist_lm.data.sources.hub_rankings import read_hub_rankings
+from dist_lm.data.sources.rankings import read_local_rankings, read_synthetic_rankings
 from dist_lm.data.sources.reader import Candidate, Reader, Rejected, Traits, text_hash, traits_of
 from dist_lm.data.sources.tools import read_hub_tools, read_tools
 from dist_lm.document import Document, Form

@@ -7,14 +7,14 @@ corpus of N tokens has N targets, each counted once: for every document its text
 Dimensions: B sequences, T tokens.
 """
 
-from collections.abc import Iterator
+import gzip
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from dist_lm.data.assemble import Row, assemble
-from dist_lm.data.batch import Batch
+from dist_lm.data.batch import Batch, Row, assemble
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.order import Concatenation, DocumentSlice
 from dist_lm.data.packing import Packing
@@ -144,6 +144,23 @@ def evaluation_batches(
 def spread(n: int, limit: int) -> np.ndarray:
     """`limit` of the numbers 0 .. n-1 at even distances; all of them if `limit` is 0 or not less than n."""
     return np.arange(n) if limit == 0 or limit >= n else np.arange(limit) * n // limit
+
+
+def gzip_bits_per_byte(documents: Iterable[tuple[str, bytes]]) -> dict[str, float]:
+    """What `gzip -9` takes for each document, in bits per byte of text: the baseline of val/bits_per_byte.
+
+    Keys: `all` and each language.
+
+    Args:
+        documents: (language, UTF-8 text) of each document.
+    """
+    sums: dict[str, tuple[int, int]] = {}
+    for language, text in documents:
+        compressed = len(gzip.compress(text, compresslevel=9, mtime=0))
+        for key in ("all", language):
+            bits, size = sums.get(key, (0, 0))
+            sums[key] = (bits + 8 * compressed, size + len(text))
+    return {key: bits / size for key, (bits, size) in sums.items() if size}
 
 
 def _counted_targets(corpus: MappedCorpus, slices: list[DocumentSlice]) -> np.ndarray:

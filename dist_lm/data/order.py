@@ -1,22 +1,15 @@
 """The order of data: a pure function from (seed, epoch, document lengths, sequence length) to document
 slices.
 
-Documents are shuffled, laid end to end, and cut into sequences without regard to where they end, so no token
-is lost. The sequences are then visited in a second shuffled order: the parts of one long document do not meet
-in a batch.
-
-Both shuffles sort the numbers 0, 1, ... by the outputs of SplitMix64 (Steele, Lea and Flood, 'Fast
-splittable pseudorandom number generators', OOPSLA 2014). Its outputs are a bijection of its counter, so there
-are no ties, and the order depends on no library's generator or sorting algorithm.
+Documents are shuffled, laid end to end, and cut into sequences wherever a sequence is full, so no token is lost. The
+sequences are then visited in a second shuffled order, so that the parts of one long document do not meet in a batch.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-_WORD = 2**64
-_GAMMA = 0x9E3779B97F4A7C15
-_DOCUMENTS, _SEQUENCES = 1, 2  # what is shuffled: keeps the two orders of an epoch independent
+from dist_lm.data.keys import Shuffle, key, permutation
 
 
 class DocumentSlice(NamedTuple):
@@ -64,9 +57,9 @@ class EpochOrder:
     def __init__(self, lengths: np.ndarray, seed: int, epoch: int, seq_len: int) -> None:
         """`lengths`: (documents,) tokens."""
         self.seq_len = seq_len
-        self._row = Concatenation(lengths, permutation(len(lengths), key(_DOCUMENTS, seed, epoch)))
+        self._row = Concatenation(lengths, permutation(len(lengths), key(Shuffle.TEXT_DOCUMENTS, seed, epoch)))
         self.n_sequences = sequences_an_epoch(self._row.n_tokens, seq_len)
-        self._pieces = permutation(self.n_sequences, key(_SEQUENCES, seed, epoch))
+        self._pieces = permutation(self.n_sequences, key(Shuffle.TEXT_SEQUENCES, seed, epoch))
 
     def sequence(self, i: int) -> list[DocumentSlice]:
         """The slices of the i-th sequence visited: `seq_len + 1` tokens in all."""
@@ -77,29 +70,3 @@ class EpochOrder:
 def sequences_an_epoch(n_tokens: int, seq_len: int) -> int:
     """How many sequences can be cut from `n_tokens`: the last needs one more token as its last target."""
     return max(0, n_tokens - 1) // seq_len
-
-
-def permutation(n: int, seed: int) -> np.ndarray:
-    """The numbers 0 .. n-1, sorted by the outputs of SplitMix64 from `seed`: (n,) int64."""
-    return np.argsort(splitmix64(seed, n))
-
-
-def splitmix64(seed: int, n: int) -> np.ndarray:
-    """The first n outputs of SplitMix64 from `seed`: (n,) uint64."""
-    state = np.arange(1, n + 1, dtype=np.uint64)
-    state *= np.uint64(_GAMMA)
-    state += np.uint64(seed % _WORD)
-    state ^= state >> np.uint64(30)
-    state *= np.uint64(0xBF58476D1CE4E5B9)
-    state ^= state >> np.uint64(27)
-    state *= np.uint64(0x94D049BB133111EB)
-    state ^= state >> np.uint64(31)
-    return state
-
-
-def key(*words: int) -> int:
-    """One 64-bit key of several integers, each of them and their order mattering."""
-    value = 0
-    for word in words:
-        value = int(splitmix64((value + word) % _WORD, 1)[0])
-    return value

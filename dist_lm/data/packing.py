@@ -9,9 +9,8 @@ shuffled anew in every epoch.
 
 import numpy as np
 
-from dist_lm.data.order import DocumentSlice, key, permutation, splitmix64
-
-_DOCUMENTS, _ROWS, _INSIDE = 3, 4, 5  # what is shuffled; 1 and 2 are those of `order`
+from dist_lm.data.keys import Shuffle, key, permutation, splitmix64
+from dist_lm.data.order import DocumentSlice
 
 
 class Packing:
@@ -66,11 +65,11 @@ class PackedEpoch:
         self._packing = packing
         self.n_sequences = packing.n_rows
         n = len(packing.documents)
-        shuffled = packing.documents[permutation(n, key(_DOCUMENTS, seed, epoch))]
+        shuffled = packing.documents[permutation(n, key(Shuffle.PACKED_DOCUMENTS, seed, epoch))]
         documents = longest_first(shuffled, packing.lengths)  # those of one length have changed places
-        inside = np.lexsort((splitmix64(key(_INSIDE, seed, epoch), n), packing.row_of_place))
+        inside = np.lexsort((splitmix64(key(Shuffle.PACKED_INSIDE, seed, epoch), n), packing.row_of_place))
         self._in_rows = documents[inside]
-        self._rows = permutation(packing.n_rows, key(_ROWS, seed, epoch))
+        self._rows = permutation(packing.n_rows, key(Shuffle.PACKED_ROWS, seed, epoch))
 
     def sequence(self, i: int) -> list[DocumentSlice]:
         """The i-th row visited: whole documents of `seq_len + 1` tokens in all, or fewer."""

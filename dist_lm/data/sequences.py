@@ -1,23 +1,56 @@
-"""The training sequences of one corpus, numbered 0, 1, 2, ... over all epochs."""
+"""Training sequences by number: those of one corpus over all epochs, and how several corpora are mixed into one stream.
 
-from dist_lm.data.epochs import Epochs
+Both are pure functions of the number, so the state of a stream is one integer, and how a step is cut into ranks and
+micro-batches changes nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from dist_lm.data.keys import Shuffle, key, permutation
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.order import DocumentSlice, EpochOrder, sequences_an_epoch
 from dist_lm.data.packing import PackedEpoch, Packing
 from dist_lm.errors import ArtefactError
 
 SEQ_LEN = "stage.seq_len"
+KEPT = 2  # orders of epochs: sequences are asked for in rising numbers
+BLOCK = 100  # sequences; shares are whole per cent
+
+Order = TypeVar("Order")
+
+
+class Epochs(Generic[Order]):
+    """The orders of the epochs that are being read. Every epoch has `n_sequences`, numbered over all epochs."""
+
+    def __init__(self, n_sequences: int, order: Callable[[int], Order]) -> None:
+        """`order`: gives the order of an epoch."""
+        self._n_sequences, self._order = n_sequences, order
+        self._kept: dict[int, Order] = {}
+
+    def place(self, number: int) -> tuple[Order, int]:
+        """The order that holds sequence `number`, and the number inside the epoch."""
+        epoch, i = divmod(number, self._n_sequences)
+        if epoch not in self._kept:
+            self._kept[epoch] = self._order(epoch)
+            while len(self._kept) > KEPT:
+                del self._kept[next(iter(self._kept))]
+        return self._kept[epoch], i
 
 
 class CorpusSequences:
-    """Text is cut from one row of tokens, of which none is lost; conversations, the documents of a corpus with a loss
-    mask, are packed and never cut.
+    """The sequences of one corpus, numbered 0, 1, 2, ... over all epochs.
+
+    Text is cut from one row of tokens, and no token is lost. Conversations (a corpus with a loss mask) stay whole.
     """
 
     def __init__(self, corpus: MappedCorpus, seed: int, seq_len: int, seq_len_key: str = SEQ_LEN) -> None:
-        """`seq_len_key`: the key that `seq_len` is from.
+        """`seq_len_key`: the configuration key that `seq_len` comes from, for errors.
 
-        Raises `ArtefactError` for a corpus that fills no sequence.
+        Raises:
+            ArtefactError: the corpus does not fill a sequence.
         """
         self.corpus = corpus
         self._seed, self._seq_len = seed, seq_len
@@ -41,6 +74,38 @@ class CorpusSequences:
         if self.packing:
             return PackedEpoch(self.packing, self._seed, epoch)
         return EpochOrder(self.corpus.lengths, self._seed, epoch, self._seq_len)
+
+
+class Mix:
+    """Sequences of several corpora in one stream. Corpus 0 is the stage's own and takes what the others leave.
+
+    Every block of 100 sequences holds each corpus by its exact share, in an order of its own.
+    """
+
+    def __init__(self, shares: Sequence[float], seed: int) -> None:
+        """`shares`: those of corpora 1, 2, ...; whole per cent, with a sum below 1."""
+        others = [round(share * BLOCK) for share in shares]
+        self._counts = np.array([BLOCK - sum(others), *others])
+        assert self._counts.min() > 0, shares
+        self._seed = seed
+        self._block = -1
+        self._corpora = self._places = np.empty(0, np.int64)
+
+    def place(self, number: int) -> tuple[int, int]:
+        """(corpus, number within it) of global sequence `number`; a corpus is read in its order, without a gap."""
+        block, i = divmod(number, BLOCK)
+        if block != self._block:
+            self._shuffle(block)
+        corpus = int(self._corpora[i])
+        return corpus, block * int(self._counts[corpus]) + int(self._places[i])
+
+    def _shuffle(self, block: int) -> None:
+        """The corpus of each sequence of a block, and how many of that corpus come before it there."""
+        corpora = np.repeat(np.arange(len(self._counts)), self._counts)
+        self._corpora = corpora[permutation(BLOCK, key(Shuffle.MIX, self._seed, block))]
+        same = self._corpora[:, None] == self._corpora[None, :]
+        self._places = np.tril(same, -1).sum(1)
+        self._block = block
 
 
 def packed(corpus: MappedCorpus, seq_len: int, seq_len_key: str = SEQ_LEN) -> Packing:

@@ -23,7 +23,7 @@ import numpy as np
 
 from dist_lm.data.index import build_index, index_path, save_index
 from dist_lm.data.manifest import manifest_path
-from dist_lm.data.rankings.arrays import member_parts
+from dist_lm.data.rankings.shards import member_parts
 from dist_lm.document import TokenizedDocument
 from dist_lm.storage import durable
 

@@ -14,11 +14,9 @@ from typing import Self
 
 import torch
 
-from dist_lm.data.assemble import Row, assemble
-from dist_lm.data.batch import Batch
+from dist_lm.data.batch import Batch, Row, assemble
 from dist_lm.data.mapped import MappedCorpus
-from dist_lm.data.mix import Mix
-from dist_lm.data.sequences import SEQ_LEN, CorpusSequences
+from dist_lm.data.sequences import SEQ_LEN, CorpusSequences, Mix
 from dist_lm.errors import ConfigError
 
 
@@ -135,7 +133,7 @@ class SequenceStream(StepStream):
         """Open the stream; arguments that are not listed are those of `StepStream`.
 
         Args:
-            mix: other corpora with their shares of all sequences (`data.mix`).
+            mix: other corpora with their shares of all sequences (`sequences.Mix`).
             seq_len_key: the configuration key that `seq_len` comes from, for errors.
 
         Raises `ConfigError` for a batch that does not divide over the ranks, `ArtefactError` for a corpus that fills no

@@ -12,7 +12,7 @@ import torch
 
 from dist_lm.config.file import load_config
 from dist_lm.config.root import Config
-from dist_lm.data.gzip_baseline import gzip_bits_per_byte
+from dist_lm.data.evaluation_batches import gzip_bits_per_byte
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.errors import ArtefactError
 from dist_lm.model.size import flops_per_token

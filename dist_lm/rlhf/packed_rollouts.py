@@ -16,11 +16,9 @@ import numpy as np
 import torch
 
 from dist_lm.data.batch import Batch
-from dist_lm.data.order import key, permutation
+from dist_lm.data.keys import Shuffle, key, permutation
 from dist_lm.data.packing import best_fit_decreasing, longest_first
 from dist_lm.rlhf.rollouts import Rollouts
-
-_UPDATES = 7  # what is shuffled; smaller numbers are those of the data room and of the prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +94,7 @@ def completion_mask(rollouts: Rollouts) -> np.ndarray:
 
 def minibatches(seed: int, iteration: int, epoch: int, n_rollouts: int, n_parts: int) -> list[np.ndarray]:
     """Numbers of the rollouts of each update of a pass: disjoint parts of all rollouts, reshuffled every pass."""
-    order = permutation(n_rollouts, key(_UPDATES, seed, iteration, epoch))
+    order = permutation(n_rollouts, key(Shuffle.UPDATES, seed, iteration, epoch))
     return np.array_split(order, n_parts)
 
 

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 
 from dist_lm.data.batch import Batch
-from dist_lm.data.rankings.assemble import PlacedRanking
-from dist_lm.data.rankings.mapped import MappedRankings
+from dist_lm.data.rankings.shards import MappedRankings
+from dist_lm.data.rankings.stream import PlacedRanking
 from dist_lm.errors import ArtefactError
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.rankings import agreement, calibration_error, choices, pair_losses, ranking_losses, right_choices

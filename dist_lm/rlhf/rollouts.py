@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from dist_lm.data.order import key, permutation
+from dist_lm.data.keys import Shuffle, key, permutation
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.engine import Engine
 from dist_lm.generation.request import Answer, FinishReason, Refusal, Request, RequestError, SamplingParams
@@ -20,7 +20,6 @@ FINISHES: tuple[FinishReason, ...] = ("eot", "stop", "length", "context", "cance
 WHOLE = ("eot", "stop")
 """Finish reasons of a completion that was not cut off."""
 
-_PROMPTS = 6  # what is shuffled; smaller numbers are those of the data room
 _SEED = 0x726F6C6C  # keeps sampling seeds apart from other values keyed by seed and position
 
 PromptOrder = Callable[[int, int], list[Sequence[int]]]
@@ -42,7 +41,7 @@ class ShuffledPrompts:
         found: list[Sequence[int]] = []
         while len(found) < count:
             epoch, begin = divmod(position + len(found), len(self.prompts))
-            order = permutation(len(self.prompts), key(_PROMPTS, self.seed, epoch))
+            order = permutation(len(self.prompts), key(Shuffle.PROMPTS, self.seed, epoch))
             found += [self.prompts[int(i)] for i in order[begin : begin + count - len(found)]]
         return found
 

@@ -18,8 +18,8 @@ from dist_lm.config.corpus import SourceConfig
 from dist_lm.config.reward import RankingSamplesConfig
 from dist_lm.config.root import Config
 from dist_lm.data.evaluation_batches import spread
+from dist_lm.data.keys import Shuffle, key
 from dist_lm.data.mapped import MappedCorpus
-from dist_lm.data.order import key
 from dist_lm.data.rankings.rules import marks_of
 from dist_lm.data.sources.rankings import ranking_document
 from dist_lm.data.sources.reader import Candidate, Rejected
@@ -36,7 +36,6 @@ DEFAULT_RANKINGS = 300
 CACHE_TOKENS = 16384
 LONGEST_OPENING = 200  # characters
 MOST_LINES = 4  # of an opening
-_SAMPLES, _LINES = 9, 10  # what is random; 1 to 8 are those of `data`
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def openings(corpus: MappedCorpus, tokenizer: Tokenizer, limit: int, seed: int) 
         language = corpus.languages[corpus.language_codes[number]]
         # at least a character a token, about: this many hold the opening
         head = tokenizer.decode(corpus.tokens(number, 1, min(int(corpus.lengths[number]), 1 + LONGEST_OPENING)))
-        lines = head.splitlines(keepends=True)[: 1 + key(_LINES, seed, number) % MOST_LINES]
+        lines = head.splitlines(keepends=True)[: 1 + key(Shuffle.SAMPLE_LINES, seed, number) % MOST_LINES]
         text = "".join(lines)[:LONGEST_OPENING]
         if text.strip():
             found.append(Opening(language, text, f"{corpus.directory.name}:{number}"))
@@ -138,7 +137,7 @@ def requests_of(
     number: int, opening: Opening, settings: RankingSamplesConfig, seed: int, tokenizer: Tokenizer
 ) -> list[Request]:
     """What the model is asked for an opening: to go on with it as text, and to answer it as a turn."""
-    word = key(_SAMPLES, seed, number)
+    word = key(Shuffle.SAMPLES, seed, number)
     total = settings.fewest + word % (settings.most - settings.fewest + 1)
     params = SamplingParams(
         max_new_tokens=settings.max_new_tokens,

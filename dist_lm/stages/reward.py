@@ -19,7 +19,7 @@ from dist_lm.config.corpus import SPLITS
 from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch, RankedPlaces
 from dist_lm.data.evaluation_batches import spread
-from dist_lm.data.rankings.mapped import MappedRankings
+from dist_lm.data.rankings.shards import MappedRankings
 from dist_lm.data.rankings.stream import Lessons, RankingBatches, RankingStream, note_of_long_rankings
 from dist_lm.errors import require
 from dist_lm.generation.load import load_model

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_lm.data.order import Concatenation, DocumentSlice, EpochOrder, permutation, splitmix64
+from dist_lm.data.keys import Shuffle, key, permutation, splitmix64
+from dist_lm.data.order import Concatenation, DocumentSlice, EpochOrder
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
@@ -86,3 +87,9 @@ def test_concatenation_skips_empty_documents() -> None:
     assert row.slices(0, 5) == [DocumentSlice(0, 0, 2), DocumentSlice(2, 0, 3)]
     assert row.slices(1, 3) == [DocumentSlice(0, 1, 2), DocumentSlice(2, 0, 1)]
     assert row.slices(5, 5) == []
+
+
+def test_no_two_shuffles_share_a_key():
+    assert len({shuffle.value for shuffle in Shuffle}) == len(list(Shuffle.__members__))
+    keys = [key(shuffle, seed, epoch) for shuffle in Shuffle for seed in range(3) for epoch in range(3)]
+    assert len(set(keys)) == len(keys)

@@ -10,7 +10,7 @@ import torch
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.rlhf import RlhfConfig
-from dist_lm.data.rankings.mapped import MappedRankings
+from dist_lm.data.rankings.shards import MappedRankings
 from dist_lm.data.rankings.stream import Lessons, RankingStream
 from dist_lm.errors import ArtefactError
 from dist_lm.model.initialise import initialise

@@ -7,7 +7,7 @@ import pytest
 from dist_lm.chat.ranking_documents import read_ranking
 from dist_lm.config.corpus import SPLITS, SourceConfig
 from dist_lm.config.root import Config
-from dist_lm.data.rankings.mapped import MappedRankings
+from dist_lm.data.rankings.shards import MappedRankings
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
 from dist_lm.launcher.compose import compose_config

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dist_lm.data.batch import Batch
-from dist_lm.data.gzip_baseline import gzip_bits_per_byte
+from dist_lm.data.evaluation_batches import gzip_bits_per_byte
 from dist_lm.training.objective import loss_metrics, next_token
 
 

@@ -1,23 +1,39 @@
-"""Rankings without end for training, and in a fixed order for evaluation.
+"""Batches of rankings: without end for training, in a fixed order for evaluation.
 
-Whole rankings are packed into sequences as conversations are (`data.packing`), so which share a row, and when it comes,
-is a pure function of (seed, epoch, index), and the state of the stream is one integer.
+Whole rankings are packed into sequences as conversations are (`data.packing`), so a row and its
+place are a pure function of (seed, epoch, index), and the state of the stream is one integer. What is learned from a
+verdict (its ranks, or pairs drawn from them, with label noise) is keyed by ranking and seed, not by epoch.
+
+Dimensions: B sequences, T tokens, P rankings, K completions of the largest, N judgements.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
+import torch
 
-from dist_lm.data.batch import Batch
-from dist_lm.data.epochs import Epochs
+from dist_lm.chat.ranking_tokens import branch_ends, branch_positions
+from dist_lm.data.batch import Batch, RankedPlaces
 from dist_lm.data.evaluation_batches import spread
+from dist_lm.data.keys import Shuffle, key, permutation, splitmix64
 from dist_lm.data.packing import PackedEpoch, Packing
-from dist_lm.data.rankings.assemble import PlacedRanking, assemble_rankings, ranked_places
-from dist_lm.data.rankings.lessons import lesson
-from dist_lm.data.rankings.mapped import MappedRankings
+from dist_lm.data.rankings.shards import MappedRankings
+from dist_lm.data.sequences import Epochs
 from dist_lm.data.stream import StepStream
+from dist_lm.document import Verdict
 from dist_lm.errors import ArtefactError
+
+ALL, PAIRS, ONE_PAIR = "rankings", "pairs", "one_pair"
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedRanking:
+    """A ranking in a batch."""
+
+    document: int  # number in its corpus
+    places: np.ndarray  # (K,) int64: of the completions' last tokens, in the flattened batch
 
 
 def packed_rankings(rankings: MappedRankings, seq_len: int) -> Packing:
@@ -51,7 +67,7 @@ def note_of_long_rankings(rankings: MappedRankings, seq_len: int) -> str:
 
 @dataclass(frozen=True)
 class Lessons:
-    """What is taken from every ranking; see `lessons.lesson`."""
+    """What is learned from every ranking; see `lesson`."""
 
     learn_from: str
     label_noise: float
@@ -155,3 +171,109 @@ class RankingBatches:
             yield assemble_rankings(
                 self.rankings, rows + [[]] * padding, numbers + [-1] * padding, self.seq_len, self.pad_id
             )
+
+
+def lesson(verdict: Verdict, learn_from: str, label_noise: float, seed: int, number: int) -> Verdict:
+    """What stage reward learns from a verdict.
+
+    Args:
+        learn_from: `rankings`: as it is. `pairs`: of K ranked completions K - 1 pairs, as many as a ranking has
+            choices. `one_pair`: one of them.
+        label_noise: see `noisy`.
+        number: of the ranking in its corpus.
+    """
+    verdict = noisy(verdict, label_noise, key(Shuffle.LABEL_NOISE, seed, number))
+    if learn_from == ALL or not len(verdict.ranks):
+        return verdict
+    count = 1 if learn_from == ONE_PAIR else len(verdict.ranks) - 1
+    return drawn_pairs(verdict, count, key(Shuffle.PAIRS, seed, number))
+
+
+def noisy(verdict: Verdict, share: float, word: int) -> Verdict:
+    """A verdict that errs: each judgement is turned round, and each two neighbouring ranks change places, with
+    probability `share`, from the best down."""
+    if not share:
+        return verdict
+    levels = np.unique(verdict.ranks)
+    wrong = splitmix64(word, max(len(levels) - 1, len(verdict.judgements))) < np.uint64(int(share * (2**64 - 1)))
+    judgements = np.where(wrong[: len(verdict.judgements), None], verdict.judgements[:, ::-1], verdict.judgements)
+    swapped = levels.copy()
+    for place in np.flatnonzero(wrong[: max(len(levels) - 1, 0)]):
+        swapped[[place, place + 1]] = swapped[[place + 1, place]]
+    # swapped[i] is the level that now stands at place i
+    ranks = np.argsort(swapped)[np.searchsorted(levels, verdict.ranks)] if len(levels) else verdict.ranks
+    return replace(verdict, ranks=ranks.astype(np.uint8), judgements=judgements)
+
+
+def drawn_pairs(verdict: Verdict, count: int, word: int) -> Verdict:
+    """`count` of the pairs that ranks tell apart (or all of them), as judgements without a margin."""
+    ranks = verdict.ranks.tolist()
+    pairs = [
+        (one, other) if ranks[one] < ranks[other] else (other, one)
+        for one, other in combinations(range(len(ranks)), 2)
+        if ranks[one] != ranks[other]
+    ]
+    chosen = np.array(pairs, np.uint8)[np.sort(permutation(len(pairs), word)[:count])]
+    return replace(verdict, ranks=np.zeros(0, np.uint8), judgements=chosen, margins=np.zeros(len(chosen), np.float32))
+
+
+def assemble_rankings(
+    rankings: MappedRankings, rows: Sequence[Sequence[int]], numbers: Sequence[int], seq_len: int, pad_id: int
+) -> tuple[Batch, list[PlacedRanking]]:
+    """One `Batch` of `len(rows)` sequences, and the places of its completions; `ranked_places` adds verdicts.
+
+    Args:
+        rows: the documents of each sequence, at most `seq_len` tokens in all; the rest is filled with `pad_id`, in a
+            document of its own.
+        numbers: the global sequence numbers.
+    """
+    shape = (len(rows), seq_len)
+    tokens = np.full(shape, pad_id, np.int64)
+    document = np.zeros(shape, np.int64)
+    branch = np.zeros(shape, np.int64)
+    position = np.zeros(shape, np.int64)
+    placed = []
+    for b, row in enumerate(rows):
+        begin = 0
+        for d, number in enumerate(row):
+            own = rankings.verdict(number).branch
+            end = begin + len(own)
+            tokens[b, begin:end] = rankings.tokens(number)
+            document[b, begin:end] = d
+            branch[b, begin:end] = own
+            position[b, begin:end] = branch_positions(own)
+            placed.append(PlacedRanking(number, b * seq_len + begin + branch_ends(own)))
+            begin = end
+        document[b, begin:] = len(row)
+        position[b, begin:] = np.arange(seq_len - begin)
+    tokens_BT = torch.from_numpy(tokens)
+    batch = Batch(
+        tokens_BT=tokens_BT,
+        targets_BT=torch.zeros_like(tokens_BT),  # nothing is predicted
+        loss_mask_BT=torch.zeros(shape),
+        document_BT=torch.from_numpy(document),
+        position_BT=torch.from_numpy(position),
+        sequence_B=torch.tensor(numbers, dtype=torch.int64),
+        branch_BT=torch.from_numpy(branch),
+    )
+    return batch, placed
+
+
+def ranked_places(placed: Sequence[PlacedRanking], verdicts: Sequence[Verdict]) -> RankedPlaces:
+    """The verdicts of a batch as tensors. `verdicts`: one a ranking."""
+    ranked = [(one.places, verdict.ranks) for one, verdict in zip(placed, verdicts, strict=True) if len(verdict.ranks)]
+    shape = (len(ranked), max((len(ranks) for _, ranks in ranked), default=2))
+    place, rank, there = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool)
+    for p, (places, ranks) in enumerate(ranked):
+        place[p, : len(ranks)], rank[p, : len(ranks)], there[p, : len(ranks)] = places, ranks, True
+    pairs = [one.places[verdict.judgements.astype(np.int64)] for one, verdict in zip(placed, verdicts, strict=True)]
+    pairs_N2 = np.concatenate([np.zeros((0, 2), np.int64), *pairs])
+    margins = np.concatenate([np.zeros(0, np.float32), *(verdict.margins for verdict in verdicts)])
+    return RankedPlaces(
+        place_PK=torch.from_numpy(place),
+        rank_PK=torch.from_numpy(rank),
+        there_PK=torch.from_numpy(there),
+        better_N=torch.from_numpy(pairs_N2[:, 0].copy()),
+        worse_N=torch.from_numpy(pairs_N2[:, 1].copy()),
+        margin_N=torch.from_numpy(margins),
+    )

@@ -1,34 +1,30 @@
-"""Rankings: of one's own files, and of public data sets of preferences (`data.rankings.rows` has what each row means).
+"""Rankings: files of your own, and samples of the model.
 
-The group of a ranking is its prompt, so all rankings of one prompt are on one side of the split.
+A file has one ranking a line:
+
+    {"prompt": "Name a colour.", "completions": ["Blue.", "7"], "ranks": [0, 1]}
+    {"prompt": [{"role": "user", "content": "..."}, ...], "completions": [...], "judgements": [[0, 1], [2, 1, 0.5]]}
+
+A judgement is `[better, worse]` or `[better, worse, margin]`; completions are named by their place in the list. The
+group of a ranking is its prompt, so all rankings of one prompt are on one side of the split.
 """
 
 import glob
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from dist_lm.chat.ranking import Ranking
+from dist_lm.chat.errors import ChatError
+from dist_lm.chat.messages import Conversation, Message
+from dist_lm.chat.ranking import Judgement, Ranking, check_ranking
 from dist_lm.chat.ranking_documents import write_prompt, write_ranking
 from dist_lm.config.corpus import SourceConfig
-from dist_lm.data.rankings.local import read_rankings
-from dist_lm.data.rankings.rows import (
-    Row,
-    helpsteer_ranking,
-    hh_ranking,
-    oasst_rankings,
-    ultrafeedback_ranking,
-)
-from dist_lm.data.sources.hub import hub_rows, licence_of, origin_of, resumed
 from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError, UserError
 
-BY_ROW: dict[str, Callable[[Row], Ranking | None]] = {
-    "hh-rlhf": hh_ranking,
-    "helpsteer3": helpsteer_ranking,
-    "ultrafeedback": ultrafeedback_ranking,
-}
-OASST = "oasst1"  # its rankings lie over several rows
+KEYS = {"prompt", "completions", "ranks", "judgements"}
 
 
 @reader(form="ranking", advice="check dataset; no line makes a ranking")
@@ -52,30 +48,6 @@ def read_local_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
                 yield ranking_document(ranking, source.language, f"{file}:{number}", source.licence)
 
 
-@reader(form="ranking", advice="check dataset, split and rows; no row makes a ranking")
-def read_hub_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Every ranking of a data set, in its order. `seed` is not used.
-
-    Raises:
-        ConfigError: without the `datasets` package, for rows of an unknown kind, or for a column that is not there.
-        ArtefactError: the data set cannot be read.
-    """
-    kind = rows_of(source)
-    origin = origin_of(source)
-    rows = resumed(hub_rows(source), origin)
-    try:
-        if kind == OASST:
-            yield from _oasst(rows, source, origin)
-        else:
-            for number, row in rows:
-                yield _candidate(BY_ROW[kind](row), row, source, f"{origin}:{number}", source.language)
-    except KeyError as error:
-        raise ConfigError(
-            f"corpus source {source.dataset}: no column {error}: rows={kind} is not what that data set has; expected "
-            f"one of {', '.join(sorted((*BY_ROW, OASST)))}"
-        ) from error
-
-
 @reader(
     form="ranking",
     seeded=True,
@@ -88,21 +60,6 @@ def read_synthetic_rankings(source: SourceConfig, seed: int) -> Iterator[Candida
     )
 
 
-def rows_of(source: SourceConfig) -> str:
-    """What the rows of a data set are: `source.rows`, else by its name.
-
-    Raises:
-        ConfigError: neither is known.
-    """
-    found = source.rows or Path(source.dataset).stem.lower()
-    if found not in (*BY_ROW, OASST):
-        raise ConfigError(
-            f"corpus source {source.dataset}: rows={source.rows or '(by its name)'}: expected one of "
-            f"{', '.join(sorted((*BY_ROW, OASST)))}"
-        )
-    return found
-
-
 def ranking_document(ranking: Ranking, language: str, name: str, licence: str) -> Candidate:
     """A ranking as a document; rejected where it holds what cannot be written."""
     try:
@@ -112,18 +69,68 @@ def ranking_document(ranking: Ranking, language: str, name: str, licence: str) -
     return Document(text, language, name, licence, group, form="ranking")
 
 
-def _oasst(rows: Iterable[tuple[int, Row]], source: SourceConfig, origin: str) -> Iterator[Candidate]:
-    """Of each language apart: `oasst1_en`. What the messages of a tree hold is found once all of them are read."""
-    languages = frozenset(source.only) if source.only else None
-    for number, (language, ranking) in enumerate(oasst_rankings((row for _, row in rows), languages)):
-        name = f"{origin}:ranking={number}"
-        yield ranking_document(ranking, f"{source.language}_{language}", name, source.licence)
+def read_rankings(lines: Iterable[str], name: str) -> Iterator[Ranking]:
+    """The rankings of the lines; blank ones are passed over.
+
+    Raises:
+        ArtefactError: one is none; the message names file, line and what was expected.
+    """
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield ranking_of(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ArtefactError(f"{name}, line {number}: no JSON ({error.msg} at character {error.pos})") from None
+            except ValueError as error:
+                raise ArtefactError(f"{name}, line {number}: {error}") from None
 
 
-def _candidate(ranking: Ranking | None, row: Row, source: SourceConfig, name: str, language: str) -> Candidate:
-    if ranking is None:
-        return Rejected(language, name, "no_ranking")
-    return ranking_document(ranking, language, name, licence_of(row, source))
+def ranking_of(value: Any) -> Ranking:
+    """A ranking of a line's JSON.
+
+    Raises:
+        ValueError: what is wrong.
+    """
+    if type(value) is not dict or not {"prompt", "completions"} <= value.keys() <= KEYS:
+        raise ChatError("expected an object of prompt, completions, and ranks or judgements")
+    completions, ranks = value["completions"], value.get("ranks", [])
+    if type(completions) is not list or not all(type(text) is str for text in completions):
+        raise ChatError("completions: expected a list of texts")
+    if type(ranks) is not list or not all(type(rank) is int for rank in ranks):
+        raise ChatError("ranks: expected a list of integers, the smallest of the best completion")
+    judgements = tuple(_judgement(item) for item in _list(value.get("judgements", []), "judgements"))
+    ranking = Ranking(_prompt(value["prompt"]), tuple(completions), tuple(ranks), judgements)
+    check_ranking(ranking)
+    return ranking
+
+
+def _prompt(value: Any) -> Conversation:
+    if type(value) not in (str, list):
+        raise ChatError("prompt: expected a text, or a list of turns with role and content")
+    turns = [{"role": "user", "content": value}] if type(value) is str else value
+    messages = []
+    for turn in turns:
+        if type(turn) is not dict or turn.keys() != {"role", "content"} or type(turn["content"]) is not str:
+            raise ChatError("prompt: expected a text, or a list of turns with role and content")
+        if turn["role"] not in ("system", "user", "assistant"):
+            raise ChatError(f"prompt: role={turn['role']!r}; expected system, user or assistant")
+        messages.append(Message(turn["role"], turn["content"]))
+    return Conversation(tuple(messages))
+
+
+def _judgement(value: Any) -> Judgement:
+    numbers = _list(value, "judgements")
+    if len(numbers) not in (2, 3) or not all(type(place) is int for place in numbers[:2]):
+        raise ChatError("judgements: expected [better, worse] or [better, worse, margin]")
+    if len(numbers) == 3 and type(numbers[2]) not in (int, float):
+        raise ChatError("judgements: margin: expected a number")
+    return Judgement(numbers[0], numbers[1], float(numbers[2]) if len(numbers) == 3 else None)
+
+
+def _list(value: Any, name: str) -> list:
+    if type(value) is not list:
+        raise ChatError(f"{name}: expected a list")
+    return value
 
 
 def _utf8(rankings: Iterator[Ranking], file: Path) -> Iterator[Ranking]:

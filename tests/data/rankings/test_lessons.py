@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dist_lm.data.rankings.lessons import drawn_pairs, lesson, noisy
+from dist_lm.data.rankings.stream import drawn_pairs, lesson, noisy
 from dist_lm.document import Verdict
 from tests.data.rankings.made_rankings import NONE
 

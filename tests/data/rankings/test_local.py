@@ -6,7 +6,7 @@ import pytest
 
 from dist_lm.chat.messages import Message
 from dist_lm.chat.ranking import Judgement
-from dist_lm.data.rankings.local import read_rankings
+from dist_lm.data.sources.rankings import read_rankings
 from dist_lm.errors import ArtefactError
 
 GOOD = {"prompt": "Q", "completions": ["a", "b"], "ranks": [0, 1]}

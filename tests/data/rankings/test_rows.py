@@ -2,7 +2,7 @@
 
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.ranking import Judgement, Ranking
-from dist_lm.data.rankings.rows import helpsteer_ranking, hh_ranking, oasst_rankings, ultrafeedback_ranking
+from dist_lm.data.sources.hub_rankings import helpsteer_ranking, hh_ranking, oasst_rankings, ultrafeedback_ranking
 
 
 def asked(*texts: str) -> Conversation:

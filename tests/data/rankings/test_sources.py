@@ -9,7 +9,8 @@ from dist_lm.chat.ranking import Judgement
 from dist_lm.chat.ranking_documents import read_ranking
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.corpus import IngestReport, read_corpus
-from dist_lm.data.sources.rankings import read_hub_rankings, read_local_rankings
+from dist_lm.data.sources.hub_rankings import read_hub_rankings
+from dist_lm.data.sources.rankings import read_local_rankings
 from dist_lm.data.sources.reader import Candidate, Rejected
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError

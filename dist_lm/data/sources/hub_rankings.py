@@ -1,21 +1,67 @@
-"""Rows of public data sets of preferences as rankings: pure functions, one a data set.
+"""Rankings from public data sets of preferences: one pure function from a row to a ranking for every data set.
 
-A row that holds no comparison (all answers tied, or only one) gives None.
+A row without a comparison (all answers tied, or only one answer) gives None and is counted.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from dist_lm.chat.errors import ChatError
 from dist_lm.chat.messages import Conversation, Message, Role
 from dist_lm.chat.ranking import MOST, Judgement, Ranking, check_ranking, ranks_of_scores
+from dist_lm.config.corpus import SourceConfig
+from dist_lm.data.sources.hub import hub_rows, licence_of, origin_of, resumed
+from dist_lm.data.sources.rankings import ranking_document
+from dist_lm.data.sources.reader import Candidate, Rejected, reader
+from dist_lm.errors import ConfigError
 
 Row = dict[str, Any]
 ROLES: dict[str, Role] = {"system": "system", "user": "user", "prompter": "user", "assistant": "assistant"}
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
+OASST = "oasst1"  # its rankings extend over several rows
+
+
+@reader(form="ranking", advice="check dataset, split and rows; no row makes a ranking")
+def read_hub_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
+    """Every ranking of a data set, in its order. `seed` is not used.
+
+    Raises:
+        ConfigError: without the `datasets` package, for rows of an unknown kind, or for a column that is not there.
+        ArtefactError: the data set cannot be read.
+    """
+    kind = rows_of(source)
+    origin = origin_of(source)
+    rows = resumed(hub_rows(source), origin)
+    try:
+        if kind == OASST:
+            yield from _oasst(rows, source, origin)
+        else:
+            for number, row in rows:
+                yield _candidate(BY_ROW[kind](row), row, source, f"{origin}:{number}", source.language)
+    except KeyError as error:
+        raise ConfigError(
+            f"corpus source {source.dataset}: no column {error}: rows={kind} is not what that data set has; expected "
+            f"one of {', '.join(sorted((*BY_ROW, OASST)))}"
+        ) from error
+
+
+def rows_of(source: SourceConfig) -> str:
+    """What the rows of a data set are: `source.rows`, else by its name.
+
+    Raises:
+        ConfigError: neither is known.
+    """
+    found = source.rows or Path(source.dataset).stem.lower()
+    if found not in (*BY_ROW, OASST):
+        raise ConfigError(
+            f"corpus source {source.dataset}: rows={source.rows or '(by its name)'}: expected one of "
+            f"{', '.join(sorted((*BY_ROW, OASST)))}"
+        )
+    return found
 
 
 def oasst_rankings(rows: Iterable[Row], languages: frozenset[str] | None = None) -> Iterator[tuple[str, Ranking]]:
@@ -67,6 +113,27 @@ def ultrafeedback_ranking(row: Row) -> Ranking | None:
     scored = [one for one in row["completions"] if one.get("overall_score") is not None]
     ranks = ranks_of_scores([float(one["overall_score"]) for one in scored])
     return _ranking([Message("user", row["instruction"])], [one["response"] for one in scored], ranks=ranks)
+
+
+BY_ROW: dict[str, Callable[[Row], Ranking | None]] = {
+    "hh-rlhf": hh_ranking,
+    "helpsteer3": helpsteer_ranking,
+    "ultrafeedback": ultrafeedback_ranking,
+}
+
+
+def _oasst(rows: Iterable[tuple[int, Row]], source: SourceConfig, origin: str) -> Iterator[Candidate]:
+    """Of each language apart: `oasst1_en`. What the messages of a tree hold is found once all of them are read."""
+    languages = frozenset(source.only) if source.only else None
+    for number, (language, ranking) in enumerate(oasst_rankings((row for _, row in rows), languages)):
+        name = f"{origin}:ranking={number}"
+        yield ranking_document(ranking, f"{source.language}_{language}", name, source.licence)
+
+
+def _candidate(ranking: Ranking | None, row: Row, source: SourceConfig, name: str, language: str) -> Candidate:
+    if ranking is None:
+        return Rejected(language, name, "no_ranking")
+    return ranking_document(ranking, language, name, licence_of(row, source))
 
 
 def _ranking(

@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_lm.data.mix import BLOCK, Mix
+from dist_lm.data.sequences import BLOCK, Mix
 
 PER_CENT = st.lists(st.integers(1, 30), max_size=3)
 

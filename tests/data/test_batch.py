@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dist_lm.data.assemble import COUNTED_MULTIPLE, _counted
+from dist_lm.data.batch import COUNTED_MULTIPLE, _counted
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.5, 0.8])

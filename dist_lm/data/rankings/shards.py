@@ -1,7 +1,17 @@
-"""A split of a corpus of rankings: its tokens mapped as of any corpus, and the verdict on every document."""
+"""Rankings in shards: the arrays of a member beside those of every document (`data.shard_writer`), and a mapped split.
+
+KEY.branch.npy       (tokens,) uint8         0 in the prompt, 1 to K in the completions
+KEY.completions.npy  (documents,) uint8      K
+KEY.ranks.npy        (sum of K,) uint8       the smallest is the best; zeros for a ranking with judgements
+KEY.judged.npy       (documents,) uint16     judgements; 0: the ranking has ranks
+KEY.judgements.npy   (judgements, 2) uint8   places of the better and the worse completion, from 0
+KEY.margins.npy      (judgements,) float32   0: no margin was given
+"""
 
 import io
 import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +20,61 @@ from numpy.lib import format as npy
 from dist_lm.data.index import BUILD_COMMAND, members
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.mapped import MappedCorpus
-from dist_lm.data.rankings.arrays import PARTS, VerdictArrays, joined
 from dist_lm.document import Verdict
 from dist_lm.errors import ArtefactError
 
+PARTS = tuple(f"{name}.npy" for name in ("branch", "completions", "ranks", "judged", "judgements", "margins"))
+
+
+@dataclass(frozen=True)
+class VerdictArrays:
+    """The arrays of one member, or of several members end to end."""
+
+    completions: np.ndarray
+    ranks: np.ndarray
+    judged: np.ndarray
+    judgements: np.ndarray
+    margins: np.ndarray
+
+    def __post_init__(self) -> None:
+        whole = (
+            len(self.completions) == len(self.judged)
+            and len(self.ranks) == self.completions.sum(dtype=np.int64)
+            and self.judgements.shape == (self.judged.sum(dtype=np.int64), 2)
+            and len(self.margins) == len(self.judgements)
+        )
+        if not whole:
+            raise ValueError("the arrays of its rankings have different lengths")
+
+
+def member_parts(verdicts: Sequence[Verdict]) -> dict[str, np.ndarray]:
+    """The arrays of a member that holds these rankings, by part."""
+    completions = [int(one.branch.max()) for one in verdicts]
+    ranks = [
+        one.ranks if len(one.ranks) else np.zeros(n, np.uint8) for one, n in zip(verdicts, completions, strict=True)
+    ]
+    arrays = (
+        np.concatenate([one.branch for one in verdicts]),
+        np.array(completions, np.uint8),
+        np.concatenate(ranks),
+        np.array([len(one.judgements) for one in verdicts], "<u2"),
+        np.concatenate([one.judgements for one in verdicts]),
+        np.concatenate([one.margins for one in verdicts]).astype("<f4", copy=False),
+    )
+    return dict(zip(PARTS, arrays, strict=True))
+
+
+def joined(members: Sequence[VerdictArrays]) -> VerdictArrays:
+    """The arrays of several members end to end."""
+    names = VerdictArrays.__dataclass_fields__
+    return VerdictArrays(**{name: np.concatenate([getattr(one, name) for one in members]) for name in names})
+
 
 class MappedRankings:
-    """The rankings of one split, numbered as `corpus` numbers its documents."""
+    """The rankings of one split: mapped tokens and a verdict on every document, numbered as in `corpus`."""
 
     def __init__(self, corpus: MappedCorpus, branch: np.ndarray, verdicts: VerdictArrays) -> None:
-        """Use `open`. `branch`: of all tokens of the split, one document behind the other."""
+        """Use `open`. `branch`: the branches of all tokens of the split."""
         self.corpus = corpus
         self.completions = verdicts.completions.astype(np.int64)  # (documents,) K
         self._branch = branch
@@ -33,7 +88,7 @@ class MappedRankings:
         """The rankings of a corpus.
 
         Raises:
-            ArtefactError: the corpus is missing or damaged, or holds something else.
+            ArtefactError: the corpus is missing or damaged, or holds no rankings.
         """
         corpus = MappedCorpus.open(directory, split)
         branches, verdicts = [], []
@@ -79,7 +134,7 @@ def _members(tar: Path) -> list[tuple[np.ndarray, VerdictArrays]]:
     with tar.open("rb") as file:
         for key, parts in members(tar):
             if missing := [part for part in PARTS if part not in parts]:
-                raise ArtefactError(f"{tar}: member {key} has no {missing[0]}: that is no corpus of rankings")
+                raise ArtefactError(f"{tar}: member {key} has no {missing[0]}: it holds no rankings")
             branch, *arrays = (_array(file, parts[part]) for part in PARTS)
             found.append((branch, VerdictArrays(*arrays)))
     return found
