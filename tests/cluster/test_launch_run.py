@@ -98,10 +98,17 @@ def test_a_launcher_killed_leaves_nothing_behind_and_the_same_command_continues(
 
 
 @pytest.mark.heavy
-def test_ranks_that_hang_are_found_their_stacks_logged_and_the_run_goes_on(undisturbed, tmp_path):
+def test_ranks_that_hang_are_found_their_stacks_logged_and_the_run_goes_on(undisturbed, shared_ray, tmp_path):
     work = follow_on(undisturbed, tmp_path)
     run = work.run("code", "default")
-    process = start(work, CODE_STEPS, "stage.checkpoint_every=5", "cluster.hang_min_s=3", "cluster.hang_steps=5")
+    process = start(
+        work,
+        CODE_STEPS,
+        "stage.checkpoint_every=5",
+        "cluster.hang_min_s=3",
+        "cluster.hang_steps=5",
+        *shared_ray.overrides(),
+    )
     wait_until((run.checkpoints / "LATEST").exists, process, "a checkpoint")
     hung = ranks_on(run)[-1]
     number = int(hung.environ()["RANK"])
@@ -116,10 +123,10 @@ def test_ranks_that_hang_are_found_their_stacks_logged_and_the_run_goes_on(undis
 
 
 @pytest.mark.heavy
-def test_a_run_that_fails_for_good_shows_why(undisturbed, tmp_path):
+def test_a_run_that_fails_for_good_shows_why(undisturbed, shared_ray, tmp_path):
     work = follow_on(undisturbed, tmp_path)
     run = work.run("code", "default")
-    process = start(work, CODE_STEPS, "cluster.max_restarts=0")
+    process = start(work, CODE_STEPS, "cluster.max_restarts=0", *shared_ray.overrides())
     wait_until(lambda: any(step >= 2 for step in steps_of(run)), process, "step 2")
     ranks_on(run)[-1].kill()
     code, _, err = finish(process)

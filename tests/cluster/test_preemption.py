@@ -22,10 +22,10 @@ COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on 
         pytest.param("compiling", ("parallel.compile=always",), marks=COMPILER),
     ],
 )
-def test_a_run_stopped_at_any_time_loses_no_step(undisturbed, tmp_path, when, overrides):
+def test_a_run_stopped_at_any_time_loses_no_step(undisturbed, shared_ray, tmp_path, when, overrides):
     work = follow_on(undisturbed, tmp_path)
     run = work.run("code", "default")
-    process = start(work, CODE_STEPS, *overrides)
+    process = start(work, CODE_STEPS, *overrides, *shared_ray.overrides())
     if when == "compiling":
         log = run.rank_log(0)
         wait_until(lambda: log.exists() and "from step 0" in log.read_text(), process, "the first step begins")
