@@ -32,7 +32,7 @@ export RAY_AUTH_TOKEN_PATH=$token
 cat <<TEXT
 On every other machine, with the same token file:
   DIST_LM_TOKEN=$token bash launch/ray_worker.sh $address
-To train, on any of them (NODES: how many machines):
+To train, on any machine (NODES: number of machines):
   python -m dist_lm.launch stage=code cluster=ray cluster.nodes=NODES \\
     cluster.address=$address cluster.token_path=$token work_dir=/a/shared/directory
 TEXT

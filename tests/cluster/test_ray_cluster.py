@@ -1,5 +1,6 @@
-"""Connecting to Ray: who is let in, what is refused in one line, and what is left afterwards."""
+"""Connecting to Ray: who is let in, refusals in one line, and what is left afterwards."""
 
+import json
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ import psutil
 import pytest
 
 from dist_lm.cluster.allocation import ranks_per_node
-from dist_lm.cluster.ray_cluster import ClusterError, connect
+from dist_lm.cluster.ray_cluster import RANK_ACCESS, ClusterError, RayAccess, access_variables, connect, own_access
 from dist_lm.config.cluster import ClusterConfig
 from tests.cluster.waiting import eventually
 
@@ -122,3 +123,18 @@ def test_local_is_one_machine() -> None:
         connect(ClusterConfig(name="local", nodes=2)),
     ):
         pass
+
+
+def test_a_rank_reads_what_its_agent_wrote():
+    environ = access_variables({"RAY_AUTH_TOKEN_PATH": "/run/token", "HOME": "/root"}, "10.0.0.1:6379", ["10.0.0.1"])
+    assert environ.keys() == {RANK_ACCESS}
+    assert own_access(environ) == RayAccess("10.0.0.1:6379", "/run/token", None, ("10.0.0.1",))
+    assert own_access({"HOME": "/root"}) is None
+
+
+def test_a_token_itself_is_handed_over_only_where_there_is_no_file():
+    both = {"RAY_AUTH_TOKEN_PATH": "/run/token", "RAY_AUTH_TOKEN": "sesame"}
+    assert "sesame" not in json.dumps(access_variables(both, "a:1", []))
+    access = own_access(access_variables({"RAY_AUTH_TOKEN": "sesame"}, "a:1", []))
+    assert access is not None
+    assert (access.token_path, access.token) == (None, "sesame")
