@@ -2,6 +2,10 @@
 
 import os
 import shutil
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,7 @@ import pytest
 from dist_lm.chat.documents import encode_document, write_conversation
 from dist_lm.chat.messages import Call, Conversation, Message, Tool
 from dist_lm.config.corpus import TokenizerConfig
+from dist_lm.config.root import Config
 from dist_lm.data.manifest import write_manifest
 from dist_lm.data.shard_writer import ShardWriter
 from dist_lm.document import Document
@@ -36,6 +41,18 @@ TINY = (
 )
 
 TOOL = Tool("to", "d", {"type": "object", "properties": {"x": {"type": "integer"}}})
+
+
+@cache
+def _composed(overrides: tuple[str, ...]) -> Config:
+    return compose_config(overrides)
+
+
+def composed(overrides: Sequence[str]) -> Config:
+    """`compose_config`, which takes 0.1 s of CPU, once for overrides that differ in their work_dir alone."""
+    rest = tuple(override for override in overrides if not override.startswith("work_dir="))
+    work_dirs = [override.partition("=")[2] for override in overrides if override not in rest]
+    return replace(deepcopy(_composed(rest)), work_dir=work_dirs[-1] if work_dirs else "work")
 
 
 def texts(language: str, count: int) -> list[Document]:
