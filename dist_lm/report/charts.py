@@ -20,6 +20,27 @@ HEAD = 64  # first values, all kept
 TREND_FROM = 100  # values: shorter curves need no trend
 TREND_POINTS = 120
 WINDOW = 1 / 40  # share of all values behind a point of the trend
+POINTS = 100_000  # of all curves of a report; bounds the size of the file
+MOST_POINTS = 1000  # of one curve: more than a screen has columns
+KNOTS = 200  # of the lines that map steps to tokens and hours
+TOKENS = "train/tokens"
+HEADLINES = (
+    "train/loss",
+    "val/bits_per_byte",
+    "tools/call_exact",
+    "reward/accuracy",
+    "rlhf/win_rate",
+    "rlhf/reward_mean",
+    "rlhf/kl",
+    "val/loss",
+    "perf/tokens_per_s",
+    "train/grad_norm",
+    "generate/tokens_per_s",
+    "generate/prompts",
+    "generate/new_tokens_mean",
+)
+COLOURS = 8
+SHOWN_FIRST = 4  # charts of a stage that are visible at first
 
 
 @dataclass(frozen=True)
@@ -86,29 +107,6 @@ def trend_of(series: Series, points: int = TREND_POINTS) -> Series | None:
     reach = np.minimum(half, np.minimum(centres, len(values) - 1 - centres))  # symmetric, also at both ends
     low, high = centres - reach, centres + reach + 1
     return Series(steps[centres], (sums[high] - sums[low]) / (high - low))
-
-
-POINTS = 100_000  # of all curves of a report; bounds the size of the file
-MOST_POINTS = 1000  # of one curve: more than a screen has columns
-KNOTS = 200  # of the lines that map steps to tokens and hours
-TOKENS = "train/tokens"
-HEADLINES = (
-    "train/loss",
-    "val/bits_per_byte",
-    "tools/call_exact",
-    "reward/accuracy",
-    "rlhf/win_rate",
-    "rlhf/reward_mean",
-    "rlhf/kl",
-    "val/loss",
-    "perf/tokens_per_s",
-    "train/grad_norm",
-    "generate/tokens_per_s",
-    "generate/prompts",
-    "generate/new_tokens_mean",
-)
-COLOURS = 8
-SHOWN_FIRST = 4  # charts of a stage that are visible at first
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dist_lm.config.generate import schema_of
 from dist_lm.report.facts import RunFacts
 from dist_lm.tracking.readable import four_digits, gib, percent
 
-UNKNOWN = "–"
+UNKNOWN = "–"  # also of a missing key
 COLUMNS = (
     "Device",
     "Nodes",
@@ -24,6 +24,8 @@ COLUMNS = (
     "Planned for",
 )
 NAMED = 3  # hosts named in a cell
+OPEN = "???"  # OmegaConf's missing value
+NAMES = ("run_id", "work_dir")  # always differ
 
 
 @dataclass(frozen=True)
@@ -51,32 +53,20 @@ def _cells(run: RunFacts) -> tuple[str, ...]:
     nodes = f"{len(hosts)} ({', '.join(dict.fromkeys(hosts[:NAMED]))}{more})" if hosts else UNKNOWN
     ranks = len(hosts) * int(attempt.get("ranks_per_node", 0)) or run.result.get("ranks")
     bus = run.links.get("bus_gb_per_s")
-    memory, speed, mfu = (_of(run, name) for name in ("perf/memory_gib", "perf/tokens_per_s", "perf/mfu"))
+    memory, speed, mfu = map(run.finite, ("perf/memory_gib", "perf/tokens_per_s", "perf/mfu"))
     return (
         str(attempt.get("device") or run.config.get("device") or UNKNOWN),
         nodes,
         f"{ranks:,}" if ranks else UNKNOWN,
         str(run.layout) if run.layout else UNKNOWN,
-        gib(memory[1] * 2**30) if memory else UNKNOWN,
-        four_digits(speed[0]) if speed else UNKNOWN,
-        percent(mfu[0]) if mfu else UNKNOWN,
+        gib(memory.max() * 2**30) if len(memory) else UNKNOWN,
+        four_digits(float(np.median(speed))) if len(speed) else UNKNOWN,
+        percent(float(np.median(mfu))) if len(mfu) else UNKNOWN,
         f"{bus:.2f} GB/s" if bus else UNKNOWN,
         f"hardware={planned['name']}: {planned['memory_gib']:g} GiB, {planned['bf16_tflops']:g} TFLOP/s in bf16"
         if {"name", "memory_gib", "bf16_tflops"} <= planned.keys()
         else UNKNOWN,
     )
-
-
-def _of(run: RunFacts, name: str) -> tuple[float, float] | None:
-    """(median, largest) of a metric."""
-    series = run.series.get(name)
-    finite = series.values[np.isfinite(series.values)] if series else np.zeros(0)
-    return (float(np.median(finite)), float(finite.max())) if len(finite) else None
-
-
-ABSENT = "–"
-OPEN = "???"  # OmegaConf's missing value
-NAMES = ("run_id", "work_dir")  # always differ
 
 
 @dataclass(frozen=True)
@@ -116,7 +106,7 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> list[Row]:
     """The keys whose values differ between configurations, in the order of the first one."""
     columns = [flat(config) for config in configs]
     keys = dict.fromkeys(key for column in columns for key in column if key not in NAMES)
-    rows = [Row(key, tuple(column.get(key, ABSENT) for column in columns)) for key in keys]
+    rows = [Row(key, tuple(column.get(key, UNKNOWN) for column in columns)) for key in keys]
     return [row for row in rows if not row.same]
 
 

@@ -88,11 +88,20 @@ class RunFacts:
             names.add(stage.get("corpus"))
         return frozenset(str(name) for name in names if name)
 
+    @property
+    def loops(self) -> bool:
+        """Whether the trainer's loop ran it: the rank holds the gradients and moments of one model."""
+        return "lr" in self.config.get("stage", {}) and "rlhf" not in self.config
+
     def last(self, name: str) -> float | None:
         """The newest finite value of a metric."""
-        series = self.series.get(name)
-        finite = series.values[np.isfinite(series.values)] if series else np.zeros(0)
+        finite = self.finite(name)
         return float(finite[-1]) if len(finite) else None
+
+    def finite(self, name: str) -> np.ndarray:
+        """The finite values of a metric; empty without any."""
+        series = self.series.get(name)
+        return series.values[np.isfinite(series.values)] if series else np.zeros(0)
 
 
 @dataclass(frozen=True)

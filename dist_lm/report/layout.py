@@ -16,10 +16,16 @@ from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.placement import Placement, placements
 from dist_lm.report.facts import RunFacts
 from dist_lm.tracking.readable import counted, gib, readable_count
-from dist_lm.tracking.registry import LOOP_STAGES
 
 ELEMENT_BYTES = 4  # parameters, gradients and moments are fp32; bf16 computation casts gathered parameters
 MEMORY = "perf/memory_gib"
+MOST_RANKS = 256  # cells drawn for one replica
+MOST_REPLICAS = 8
+NODE_COLOURS = 6
+CELL, LARGE_CELL, GAP = 18, 64, 4
+PICTURE = 132  # longest side of the picture of a parameter
+DRAWN = 16  # shards drawn along a side; the rest is one area
+LETTER = 7  # width of a character
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class RankMemory:
 
 def rank_memory(model: ModelConfig, layout: Layout, runs: Sequence[RunFacts]) -> RankMemory:
     """The memory of runs that share model and layout; of runs outside the trainer's loop the policy's weights only."""
-    looped = [run for run in runs if run.stage in LOOP_STAGES]
+    looped = [run for run in runs if run.loops]
     muon = all(_has_muon(run.config.get("stage", {})) for run in looped)
     sizes = {"weights": _elements(model, layout, lambda _: 1)}
     if looped:
@@ -55,9 +61,9 @@ def rank_memory(model: ModelConfig, layout: Layout, runs: Sequence[RunFacts]) ->
         width = 100 * elements / total
         parts.append(Part(label, gib(elements * ELEMENT_BYTES), start, width, colour))
         start += width
-    peaks = [peak for run in looped or runs if (peak := _peak(run)) is not None]
+    peaks = [run.finite(MEMORY).max() for run in looped or runs if len(run.finite(MEMORY))]
     words = [small_words(model, layout)]
-    if others := [run.label for run in runs if run.stage not in LOOP_STAGES]:
+    if others := [run.label for run in runs if not run.loops]:
         words.append(f"{', '.join(others)}: the policy only; critic, reference and reward model come on top.")
     if peaks:
         words.insert(
@@ -93,12 +99,6 @@ def _elements(model: ModelConfig, layout: Layout, times: Any) -> int:
 
 def _has_muon(stage: Mapping[str, Any]) -> bool:
     return float((stage.get("muon") or {}).get("lr") or 0) > 0
-
-
-def _peak(run: RunFacts) -> float | None:
-    series = run.series.get(MEMORY)
-    finite = [value for value in series.values.tolist() if math.isfinite(value)] if series else []
-    return max(finite, default=None)
 
 
 @dataclass(frozen=True)
@@ -160,15 +160,6 @@ def _sentences(model: ModelConfig, layout: Layout) -> str:
         else ""
     )
     return " ".join(part for part in parts if part)
-
-
-MOST_RANKS = 256  # cells drawn for one replica
-MOST_REPLICAS = 8
-NODE_COLOURS = 6
-CELL, LARGE_CELL, GAP = 18, 64, 4
-PICTURE = 132  # longest side of the picture of a parameter
-DRAWN = 16  # shards drawn along a side; the rest is one area
-LETTER = 7  # width of a character
 
 
 @dataclass(frozen=True)

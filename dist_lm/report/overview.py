@@ -27,6 +27,11 @@ FIGURES = (  # a card shows the first four that the run has
     "perf/memory_gib",
 )
 SHOWN = 4
+LONGEST = 1600  # characters of a text
+VERDICTS = ("right", "parses")
+BEGINNING = ("prompt",)
+ANSWERS = ("completion", "found", "text")
+KNOWN = (*VERDICTS, *BEGINNING, *ANSWERS, "kind", "language", "expected", "checkpoint", "id", "index")
 
 
 @dataclass(frozen=True)
@@ -87,13 +92,6 @@ def _words(run: RunFacts) -> str:
     elif len(run.clock.values) > 1:
         parts.append(duration(float(run.clock.values.max() - run.clock.values.min())))
     return " · ".join(part.replace(" ", "\u00a0") for part in parts)
-
-
-LONGEST = 1600  # characters of a text
-VERDICTS = ("right", "parses")
-BEGINNING = ("prompt",)
-ANSWERS = ("completion", "found", "text")
-KNOWN = (*VERDICTS, *BEGINNING, *ANSWERS, "kind", "language", "expected", "checkpoint", "id", "index")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from dist_lm.storage import durable
 from dist_lm.tracking.readable import counted
 
 FILE = "report.html"
+HERE = Path(__file__).parent
+SAMPLES = 80  # of all runs together
 
 
 def write_report(paths: Sequence[Path], output: Path | None, run_id: str | None) -> tuple[Path, int]:
@@ -44,10 +46,6 @@ def write_report(paths: Sequence[Path], output: Path | None, run_id: str | None)
     page = render(read_facts(paths, run_id), made=time.strftime("%Y-%m-%d %H:%M"))
     durable.write_text(output, page)
     return output, output.stat().st_size
-
-
-HERE = Path(__file__).parent
-SAMPLES = 80  # of all runs together
 
 
 def render(facts: Facts, made: str) -> str:

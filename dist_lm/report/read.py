@@ -30,6 +30,8 @@ from dist_lm.tracking.redact import redact, redact_command, redact_text
 from dist_lm.training import checkpoint_files
 
 EXPECTED = "give a run (work/runs/STAGE/RUN_ID), all runs of a stage (work/runs/STAGE), or a work directory"
+SHOWN_SAMPLES = 16
+STALL = "checkpoint/stall_s"
 
 
 def read_facts(paths: Sequence[Path], run_id: str | None = None) -> Facts:
@@ -149,10 +151,6 @@ def _read_work(work: WorkDirectory, pipeline: dict[str, Any], runs: Sequence[Run
     corpora: dict[str, Manifest] = {name: read_manifest(work.corpus(name)) for name in names}
     tokenizer = durable.read_json(work.tokenizer_report)
     return WorkFacts(work.path, corpora, tokenizer, pipeline)
-
-
-SHOWN_SAMPLES = 16
-STALL = "checkpoint/stall_s"
 
 
 def read_run(run: RunDirectory, label: str) -> RunFacts:

@@ -14,6 +14,7 @@ import pyte
 import pytest
 
 from dist_lm.tracking.console import Console
+from dist_lm.tracking.live_state import StageState
 from dist_lm.tracking.live_terminal import Region
 from tests.tracking.shown import WARNING
 
@@ -65,7 +66,11 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
     made.close()
 
 
-STAGES = [("shards", "done", "two corpora"), ("code", "waiting", "100 steps"), ("tools", "waiting", "50 steps")]
+STAGES: list[tuple[str, StageState, str]] = [
+    ("shards", "done", "two corpora"),
+    ("code", "waiting", "100 steps"),
+    ("tools", "waiting", "50 steps"),
+]
 
 
 def train(progress, upto: int) -> None:
