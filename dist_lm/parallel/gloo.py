@@ -1,8 +1,7 @@
-"""Messages over gloo by exchange: every rank sends each other rank its part and receives one from each.
+"""All-gather and reduce-scatter over gloo by exchange: every rank sends a part to every other rank, directly.
 
-gloo's own all-gather and reduce-scatter take longer: for the 10 MB of gradients of a small model 12.4 ms of CPU against
-5.1 on two ranks and 10.0 against 5.4 on four, for its parameters 5.4 against 3.9 and 5.5 against 3.8. An exchange sends
-as much, and adds in the order of ranks.
+It sends the same number of bytes as the collectives of gloo in less time: 5.1 ms of CPU instead of 12.4 for 10 MB of
+gradients on two ranks, 5.4 instead of 10.0 on four ranks. It adds in the order of ranks.
 """
 
 from collections.abc import Sequence
@@ -14,13 +13,13 @@ from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatt
 
 
 def exchange_messages(module: FSDPModule) -> None:
-    """Let `module` gather and reduce by exchange."""
+    """Make FSDP gather and reduce `module` by exchange."""
     module.set_custom_all_gather(ExchangeAllGather())
     module.set_custom_reduce_scatter(ExchangeReduceScatter())
 
 
 def gather_by_exchange(output: torch.Tensor, own: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """What each rank of `group` calls `own`, in their order, into `output`, of which `own` may be a part."""
+    """Gather `own` of every rank of `group` into `output`, in the order of ranks; `own` may be a part of `output`."""
     rank, parts = group.rank(), output.view(group.size(), -1)
     if parts[rank].data_ptr() != own.data_ptr():
         parts[rank].copy_(own.reshape(-1))
@@ -49,8 +48,7 @@ class ExchangeAllGather(_Buffers, AllGather):
         group: dist.ProcessGroup,
         async_op: bool = False,
     ) -> None:
-        """The `input_tensor` of each rank, in their order, into `output_tensor`, of which the input may be a part; done
-        on return, whatever `async_op`."""
+        """As `gather_by_exchange`; complete on return, for any `async_op`."""
         gather_by_exchange(output_tensor, input_tensor, group)
 
 
@@ -65,7 +63,7 @@ class ExchangeReduceScatter(_Buffers, ReduceScatter):
         op: object,
         async_op: bool = False,
     ) -> None:
-        """Sum `input_tensor` over ranks into the `output_tensor` of each; done on return, whatever `async_op`."""
+        """Sum `input_tensor` over ranks, each part on its own rank; complete on return, for any `async_op`."""
         assert op == dist.ReduceOp.SUM, f"{op} is not a sum"
         received = torch.empty_like(input_tensor)
         dist.all_to_all_single(received, input_tensor, group=group)

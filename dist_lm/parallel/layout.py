@@ -1,4 +1,4 @@
-"""The mesh as numbers: a value that can be computed, printed and compared without any process group."""
+"""The mesh as numbers: which layouts fit a model and a number of ranks, computed without any process group."""
 
 from dataclasses import dataclass
 from operator import attrgetter
@@ -10,12 +10,12 @@ from dist_lm.errors import ConfigError
 
 AXES = ("dp_replicate", "dp_shard", "tp")
 LISTED_LAYOUTS = 12  # in an error message
-HEAD_PADDING = 1.25  # attention weights gathered for each that is there: beyond this, replicas are better
+HEAD_PADDING = 1.25  # `head_padding` above which replicas are better than shards
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How many ranks each axis of the mesh has, outermost first."""
+    """Number of ranks on each axis of the mesh, outermost axis first."""
 
     dp_replicate: int
     dp_shard: int
@@ -23,7 +23,7 @@ class Layout:
 
     @property
     def dp(self) -> int:
-        """Ranks that see different data."""
+        """Number of ranks that see different data."""
         return self.dp_replicate * self.dp_shard
 
     @property
@@ -35,21 +35,21 @@ class Layout:
 
 
 def resolve_layout(parallel: ParallelConfig, model: ModelConfig, world_size: int) -> Layout:
-    """The layout that `parallel` asks for on `world_size` ranks, with -1 filled in so that it works.
+    """The layout that `parallel` asks for on `world_size` ranks, with values for -1 that fit.
 
-    With dp_replicate and dp_shard both open, dp_shard takes as many ranks as the model allows (with tensor parallelism
-    it has to divide d_model, without it is not to pad attention heads by much), and the rest are replicas.
+    If dp_replicate and dp_shard are both -1, dp_shard takes as many ranks as the model allows, and the rest are
+    replicas: with tensor parallelism dp_shard must divide d_model, without it `head_padding` must be small.
 
     Raises:
-        ConfigError: the axes do not multiply to the world, or the model cannot be cut that way; the message lists
+        ConfigError: the product of the axes is not `world_size`, or the model cannot be cut that way; the message lists
             layouts that fit.
     """
     asked = " ".join(f"parallel.{name}={getattr(parallel, name)}" for name in AXES)
     layout = _filled(parallel, model, world_size)
     if layout is None:
         raise ConfigError(
-            f"{asked}: does not make a world of {world_size} ranks (cluster.nodes x cluster.ranks_per_node); "
-            f"(dp_replicate, dp_shard, tp) that do: {_fitting(model, world_size)}"
+            f"{asked}: the product is not {world_size} ranks (cluster.nodes x cluster.ranks_per_node); "
+            f"(dp_replicate, dp_shard, tp) that fit: {_fitting(model, world_size)}"
         )
     reason = misfit(layout, model)
     if reason:
@@ -61,24 +61,24 @@ def resolve_layout(parallel: ParallelConfig, model: ModelConfig, world_size: int
 
 
 def misfit(layout: Layout, model: ModelConfig) -> str | None:
-    """Why `model` cannot be cut into `layout`, or None if it can."""
+    """The reason why `model` does not fit `layout`; None if it fits."""
     if layout.tp > model.n_heads:
         return f"tp={layout.tp} is more than model.n_heads={model.n_heads}"
     if -(-model.vocab_size // layout.tp) * (layout.tp - 1) >= model.vocab_size:
-        return f"tp={layout.tp} leaves a rank without a piece of model.vocab_size={model.vocab_size}"
+        return f"tp={layout.tp} leaves a rank without a part of model.vocab_size={model.vocab_size}"
     if layout.tp > 1 and model.d_model % layout.dp_shard:
         return (
-            f"with tensor parallelism dp_shard={layout.dp_shard} has to divide model.d_model={model.d_model} "
-            "(let dp_replicate take the rest)"
+            f"with tensor parallelism dp_shard={layout.dp_shard} must divide model.d_model={model.d_model} "
+            "(use dp_replicate for the rest)"
         )
     return None
 
 
 def head_padding(layout: Layout, model: ModelConfig) -> float:
-    """Elements of attention weights that FSDP gathers, padding included, for each element there is.
+    """Elements of attention weights that FSDP gathers, with padding, per element without padding.
 
-    FSDP cuts them along d_model; where dp_shard does not divide that, along the heads (it cuts unevenly on dimension 0
-    only): 25 heads over 128 ranks become 128.
+    FSDP cuts attention weights along d_model. If dp_shard does not divide d_model, it cuts along the heads, because it
+    cuts unevenly on dimension 0 only: 25 heads over 128 ranks are padded to 128.
     """
     if layout.tp > 1 or model.d_model % layout.dp_shard == 0:
         return 1.0
@@ -87,7 +87,7 @@ def head_padding(layout: Layout, model: ModelConfig) -> float:
 
 
 def layouts_of(model: ModelConfig, world_size: int) -> list[Layout]:
-    """Every layout of `world_size` ranks that cuts the model well, by rising tp, then rising dp_replicate."""
+    """All layouts of `world_size` ranks that fit the model with little padding, by tp, then by dp_replicate."""
     return [
         layout
         for tp in divisors(world_size)
@@ -97,10 +97,10 @@ def layouts_of(model: ModelConfig, world_size: int) -> list[Layout]:
 
 
 def check_batch(config: Config, layout: Layout) -> None:
-    """Refuse a global batch that the data-parallel ranks, or sequences that the tensor-parallel ones, cannot share.
+    """Refuse a global batch or a sequence length that the ranks cannot share equally.
 
     Raises:
-        ConfigError: names the key and the nearest values that work.
+        ConfigError: names the key and the nearest values that fit.
     """
     if config.sequence_keys is None:
         return
@@ -128,7 +128,7 @@ def _cuts_well(layout: Layout, model: ModelConfig) -> bool:
 
 
 def _filled(parallel: ParallelConfig, model: ModelConfig, world_size: int) -> Layout | None:
-    """The layout with every -1 replaced, or None where no whole number does."""
+    """The layout with all -1 replaced; None if no whole number fits."""
     axes = {name: getattr(parallel, name) for name in AXES}
     open_axes = [name for name in AXES if axes[name] == -1]
     if "tp" in open_axes and len(open_axes) > 1:

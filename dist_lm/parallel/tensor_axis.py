@@ -1,9 +1,9 @@
-"""The tensor-parallel axis as modules see it: where activations enter a parallel region, and where they leave it.
+"""The tensor-parallel axis as modules see it: activations enter a parallel region, and leave it.
 
-Without sequence parallelism every rank holds the whole residual stream: entering is free and its gradients are added
-up, leaving adds up the parts (Shoeybi et al. 2019, figure 3: fairscale's `f` and `g`). With it a rank holds
-1/tp of the tokens of each sequence: entering gathers them, leaving adds up the parts and keeps the own tokens
-(Korthikanti et al. 2022, figure 5).
+Without sequence parallelism every rank holds the whole residual stream. Entering is free and its backward pass sums
+gradients; leaving sums the parts of the ranks (Shoeybi et al. 2019, figure 3: `f` and `g`, from fairscale). With
+sequence parallelism a rank holds 1/tp of the tokens of each sequence. Entering gathers the tokens; leaving sums the
+parts and keeps the tokens of the rank (Korthikanti et al. 2022, figure 5).
 
 Dimensions: B sequences, T tokens (of a rank, under sequence parallelism), D d_model.
 """
@@ -33,28 +33,28 @@ class TensorAxis:
     size: int
     rank: int
     sp: bool  # sequence parallelism
-    functional: bool  # reduce into a new tensor, which selective checkpointing can keep, not in place
+    functional: bool  # sum into a new tensor, not in place, so that selective checkpointing can keep it
 
     def check_current(self) -> None:
-        """Refuse to compute where fairscale's regions would use another group.
+        """Check that the regions of fairscale use this group.
 
         Raises:
-            RuntimeError: a mesh with other tensor-parallel groups was built since.
+            RuntimeError: another mesh with other tensor-parallel groups was built since.
         """
         if get_model_parallel_group() is not self.group:
             raise RuntimeError(
-                "another mesh was built in this process since this model's: fairscale's regions know one "
-                "tensor-parallel group, so models of one process have to share a mesh"
+                "this process has built another mesh since it built the mesh of this model: fairscale has one "
+                "tensor-parallel group per process, so all models of a process must share a mesh"
             )
 
     def enter(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """The residual stream, whole, as input of this rank's part of a layer."""
+        """The whole residual stream, as input of this rank's part of a layer."""
         if self.sp:
             return wait_tensor(all_gather_single_autograd(x_BTD, TOKEN_DIM, self.group))
         return copy_to_model_parallel_region(x_BTD)
 
     def leave(self, part_BTD: torch.Tensor) -> torch.Tensor:
-        """The sum of the ranks' parts, as the residual stream holds it; `part_BTD` may be overwritten."""
+        """The sum of the parts of all ranks, as residual stream; may overwrite `part_BTD`."""
         if self.sp:
             return wait_tensor(reduce_scatter_single_autograd(part_BTD, "sum", TOKEN_DIM, self.group))
         if self.functional:
@@ -62,17 +62,17 @@ class TensorAxis:
         return reduce_from_model_parallel_region(part_BTD)
 
     def sum(self, part: torch.Tensor) -> torch.Tensor:
-        """The sum of the ranks' parts, the same on all of them, whose gradient is too."""
+        """The sum of the parts of all ranks. Every rank gets the same sum and must give it the same gradient."""
         return _SumOfParts.apply(part, self.group)
 
     def first_token(self, n_tokens: int) -> int:
-        """Index of the first token that the residual stream holds here, in sequences of `n_tokens`."""
+        """Index of the first token in the residual stream of this rank, for sequences of `n_tokens`."""
         assert not self.sp or n_tokens % self.size == 0, f"{n_tokens} tokens over {self.size} ranks"
         return self.rank * n_tokens // self.size if self.sp else 0
 
 
 class _SumOfParts(torch.autograd.Function):
-    """All-reduce, whose gradient is the same on every rank already."""
+    """All-reduce for a result whose gradient is the same on every rank."""
 
     @staticmethod
     def forward(ctx, part: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
@@ -84,15 +84,15 @@ class _SumOfParts(torch.autograd.Function):
 
 
 def local(parameter: torch.Tensor) -> torch.Tensor:
-    """This rank's shard, padding included; its gradient is a DTensor with the parameter's placements."""
+    """This rank's shard, with padding; its gradient is a DTensor with the placements of the parameter."""
     if not isinstance(parameter, DTensor):
         return parameter
-    # the compiler knows to_local
+    # the compiler supports to_local
     return parameter.to_local() if torch.compiler.is_compiling() else _Shard.apply(parameter)
 
 
 class _Shard(torch.autograd.Function):
-    """`DTensor.to_local` without its checks, which took a tenth of a step of a small model."""
+    """`DTensor.to_local` without its checks, which took 10 % of the step time of a small model."""
 
     @staticmethod
     def forward(ctx, parameter: DTensor) -> torch.Tensor:

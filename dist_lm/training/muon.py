@@ -1,7 +1,7 @@
-"""Muon: the momentum of a matrix made orthogonal, so that a step moves all its directions alike.
+"""Muon: the update of a matrix is its momentum made orthogonal, so a step moves all singular directions equally.
 
-Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks". For the matrices inside blocks only: what
-looks tokens up, norms and biases stay with AdamW.
+Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks". Muon steps the matrices inside blocks;
+AdamW steps embedding, head, norms and biases.
 
 Dimensions: N matrices of one shape, I rows, J columns.
 """
@@ -17,14 +17,14 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from dist_lm.parallel.gloo import gather_by_exchange
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at 0: singular values of 0.01 to 1 come to about 0.7 to 1.2
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at 0: singular values from 0.01 to 1 become about 0.7 to 1.2
 ITERATIONS = 5
 EPSILON = 1e-7
-STACK_BYTES = 256 << 20  # of whole matrices that are in memory at once
+STACK_BYTES = 256 << 20  # of whole matrices in memory at once
 
 
 def orthogonal(matrices_NIJ: torch.Tensor) -> torch.Tensor:
-    """Matrices with the singular vectors of these and singular values of about 1, (N, I, J); bf16 on a GPU."""
+    """Matrices with the same singular vectors and singular values of about 1, (N, I, J); computed in bf16 on a GPU."""
     x_NIJ = matrices_NIJ.bfloat16() if matrices_NIJ.is_cuda else matrices_NIJ
     tall = x_NIJ.shape[-2] > x_NIJ.shape[-1]
     x_NIJ = x_NIJ.mT if tall else x_NIJ
@@ -34,7 +34,7 @@ def orthogonal(matrices_NIJ: torch.Tensor) -> torch.Tensor:
 
 
 def newton_schulz(x_NIJ: torch.Tensor) -> torch.Tensor:
-    """x <- (a + b s + c s^2) x with s = x x^T, again and again."""
+    """Iterates x <- (a + b s + c s^2) x with s = x x^T."""
     a, b, c = NEWTON_SCHULZ
     for _ in range(ITERATIONS):
         square_NII = x_NIJ @ x_NIJ.mT
@@ -43,10 +43,11 @@ def newton_schulz(x_NIJ: torch.Tensor) -> torch.Tensor:
 
 
 def newton_schulz_of_squares(x_NIJ: torch.Tensor) -> torch.Tensor:
-    """The same polynomial, with x multiplied once: q = a + b s + c s^2 makes q s q of s, as all of them commute.
+    """The same iteration with a single product with x: q = a + b s + c s^2 turns s into q s q, because all of these
+    matrices commute.
 
-    Half the work where rows are four times as long as there are of them. It squares the condition of x, which fp32
-    bears and bf16 would not.
+    It takes half the work if J is four times I. It squares the condition number of x, which fp32 allows and bf16 does
+    not.
     """
     a, b, c = NEWTON_SCHULZ
     square_NII = x_NIJ @ x_NIJ.mT
@@ -67,14 +68,14 @@ def newton_schulz_of_squares(x_NIJ: torch.Tensor) -> torch.Tensor:
 def orthogonal_steps(
     parameters: Sequence[torch.Tensor], directions: Sequence[torch.Tensor]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Every parameter with its step: this rank's part of its whole direction, made orthogonal (collective).
+    """Every parameter with this rank's part of its step, the orthogonalised direction (collective).
 
-    Ranks gather whole matrices, deal them out, and give each other what came of theirs. Every head of attention has
-    matrices of its own.
+    Ranks gather whole matrices, each rank orthogonalises a share of them, and all exchange the results. Every attention
+    head has matrices of its own.
 
     Args:
-        parameters: DTensors, or plain ones where every rank holds all.
-        directions: what this rank holds of each direction.
+        parameters: DTensors, or plain tensors if every rank holds all of them.
+        directions: this rank's shard of every direction.
     """
     for together in _stacks(parameters):
         like = parameters[together[0]]
@@ -84,7 +85,7 @@ def orthogonal_steps(
 
 
 def _stacks(parameters: Sequence[torch.Tensor]) -> Iterator[list[int]]:
-    """Numbers of parameters of one shape, cut alike, so many that they fit into `STACK_BYTES`."""
+    """Indices of parameters with the same shape and placement, in groups of at most `STACK_BYTES`."""
     alike: dict[Any, list[int]] = {}
     for index, parameter in enumerate(parameters):
         cut = parameter.placements if isinstance(parameter, DTensor) else ()
@@ -95,7 +96,7 @@ def _stacks(parameters: Sequence[torch.Tensor]) -> Iterator[list[int]]:
 
 
 def _shared_out(stack_NIJ: torch.Tensor) -> torch.Tensor:
-    """`orthogonal` of a stack that all ranks have, each working on its share."""
+    """`orthogonal` of a stack that all ranks have; each rank computes a share."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return orthogonal(stack_NIJ)
     ranks, count = dist.get_world_size(), len(stack_NIJ)
@@ -115,12 +116,12 @@ def _shared_out(stack_NIJ: torch.Tensor) -> torch.Tensor:
 
 
 def _exchanges(group: dist.ProcessGroup) -> bool:
-    """Whether gloo moves tensors of the device that computes, and not NCCL, or nothing in a dry run."""
+    """Whether the group uses gloo, and neither NCCL nor the fake backend of a dry run."""
     return dist.get_backend(group) == dist.Backend.GLOO
 
 
 def _whole(parameter: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """The whole of which this rank holds `own`: N tensors cut as `parameter` is. Its padding is 0 and stays so."""
+    """The whole of N tensors with the placement of `parameter`, of which this rank holds `own`. Padding stays 0."""
     if not isinstance(parameter, DTensor):
         return own
     sharded = [axis for axis, placement in enumerate(parameter.placements) if not placement.is_replicate()]
@@ -139,7 +140,7 @@ def _whole(parameter: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 
 
 def _own_part(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of N whole tensors."""
+    """This rank's shard of N whole tensors, with the placement of `parameter`."""
     if not isinstance(parameter, DTensor):
         return whole
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)

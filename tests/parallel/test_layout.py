@@ -66,7 +66,7 @@ def test_axes_that_do_not_make_the_world_list_those_that_do(parallel, world):
         resolve_layout(parallel, NANO, world)
     message = str(refused.value)
     assert f"parallel.dp_shard={parallel.dp_shard}" in message
-    assert f"world of {world} ranks" in message
+    assert f"the product is not {world} ranks" in message
     for layout in layouts_of(NANO, world):
         assert f"({layout.dp_replicate}, {layout.dp_shard}, {layout.tp})" in message
 
@@ -74,7 +74,7 @@ def test_axes_that_do_not_make_the_world_list_those_that_do(parallel, world):
 def test_a_long_list_of_layouts_is_cut_and_counted():
     with pytest.raises(ConfigError) as refused:
         resolve_layout(asked(1, 1, 1), LARGE, 1024)
-    hidden = len(layouts_of(LARGE, 1024)) - str(refused.value).count("(", str(refused.value).index("that do:"))
+    hidden = len(layouts_of(LARGE, 1024)) - str(refused.value).count("(", str(refused.value).index("that fit:"))
     assert f"and {hidden} more" in str(refused.value)
 
 
@@ -92,7 +92,7 @@ def test_a_rank_without_any_piece_of_the_vocabulary_is_refused():
 
 def test_with_tensor_parallelism_shards_have_to_be_even():
     assert resolve_layout(asked(1, 3, 1), NANO, 3) == Layout(1, 3, 1)
-    with pytest.raises(ConfigError, match=r"dp_shard=3 has to divide model.d_model=160.*dp_replicate.*\(3, 1, 2\)"):
+    with pytest.raises(ConfigError, match=r"dp_shard=3 must divide model.d_model=160.*dp_replicate.*\(3, 1, 2\)"):
         resolve_layout(asked(1, 3, 2), NANO, 6)
 
 

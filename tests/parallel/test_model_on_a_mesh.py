@@ -83,4 +83,4 @@ def steps_after_another_mesh(world: World, model: ModelConfig) -> str:
 
 
 def test_two_tensor_parallel_layouts_in_one_process_are_refused_not_mixed_up(ranks: RankGroups):
-    assert "have to share a mesh" in ranks.run(4, steps_after_another_mesh, MODEL)
+    assert "must share a mesh" in ranks.run(4, steps_after_another_mesh, MODEL)
