@@ -16,7 +16,7 @@ class Document:
     of one prompt, so none leaks from train to val.
     """
 
-    text: str  # of a conversation or a ranking its JSON (`chat.documents`, `chat.ranking_documents`)
+    text: str  # of a conversation or a ranking its JSON (`chat.documents`)
     language: str  # of a conversation its kind; of a ranking its source
     source: str  # path or data set id and row
     licence: str

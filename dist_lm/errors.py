@@ -23,3 +23,18 @@ def require(condition: bool, key: str, value: Any, accepted: str) -> None:
     """Refuse `key=value` in one line that says what would be accepted."""
     if not condition:
         raise ConfigError(f"{key}={value}: expected {accepted}")
+
+
+def utf8(text: str, name: str) -> bytes:
+    """`text` in UTF-8.
+
+    Raises:
+        UserError: `text` holds a lone surrogate; the message gives its place in `name`.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{name}: character {error.start} is the lone surrogate U+{ord(text[error.start]):04X}, which "
+            "UTF-8 cannot hold: read the text strictly, or replace characters that are not Unicode"
+        ) from None

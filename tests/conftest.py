@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.chat.documents import encode_document, write_conversation
+from dist_lm.chat.documents import encode_document, read_conversation, write_conversation
 from dist_lm.chat.messages import Call, Conversation, Message, Tool
+from dist_lm.chat.template import layout
 from dist_lm.config.corpus import TokenizerConfig
 from dist_lm.config.root import Config
 from dist_lm.data.manifest import write_manifest
@@ -21,13 +22,13 @@ from dist_lm.launcher.compose import compose_config
 from dist_lm.stages.artefact import corpus_fingerprint, digest, text_fingerprint
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
-from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tokenizer.tokenizer import FORMAT, Tokenizer
 from dist_lm.tokenizer.train import train_tokenizer
 
 # two threads on two shared cores cost several times the time of one; processes that tests start inherit this
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-VOCAB_SIZE = 512
+VOCAB_SIZE = 640
 TINY = (
     f"model.vocab_size={VOCAB_SIZE}",
     "model.d_model=40",
@@ -90,22 +91,32 @@ def conversations(count: int) -> list[Document]:
     return made
 
 
+def layout_text(conversation: Conversation) -> str:
+    """A conversation without its marks, so that a small tokenizer knows the words of the layout."""
+    return "".join(part.text for part in layout(conversation) if not part.is_mark)
+
+
 @pytest.fixture(scope="session")
 def tiny_work(tmp_path_factory: pytest.TempPathFactory) -> WorkDirectory:
-    """work/tokenizer (512 pieces) and work/corpora/{language,code,tools}: do not write to it, copy it."""
+    """work/tokenizer (640 pieces) and work/corpora/{language,code,tools}: do not write to it, copy it."""
     work = WorkDirectory(tmp_path_factory.mktemp("tiny") / "work")
     work.tokenizer.mkdir(parents=True)
     corpora = {
         "language": texts("english", 400),
         "code": [d for language in ("python", "bash", "sql") for d in texts(language, 200)],
     }
-    everything = [document.text for documents in corpora.values() for document in documents]
+    corpora["tools"] = conversations(300)
+    everything = [
+        layout_text(read_conversation(document.text)) if document.form == "conversation" else document.text
+        for documents in corpora.values()
+        for document in documents
+    ]
     train_tokenizer(everything, work.tokenizer_model, TokenizerConfig(vocab_size=VOCAB_SIZE))
     tokenizer = Tokenizer.load(work.tokenizer_model)
     config = compose_config(["stage=code", *TINY])
     fingerprint = digest(text_fingerprint(config))
-    durable.write_json(work.tokenizer_report, {"vocab_size": VOCAB_SIZE, "bytes_per_token": 2.0, "text": fingerprint})
-    corpora["tools"] = conversations(300)
+    report = {"format": FORMAT, "vocab_size": VOCAB_SIZE, "bytes_per_token": 2.0, "text": fingerprint}
+    durable.write_json(work.tokenizer_report, report)
     for name, documents in corpora.items():
         directory = work.corpus(name)
         directory.mkdir(parents=True)

@@ -15,7 +15,7 @@ import torch
 
 from dist_lm.bench.case import Case, Comparison, GroupSize, configurations
 from dist_lm.bench.rank import OwnTraining, Trial
-from dist_lm.chat.ranking_tokens import branch_ends, branch_positions
+from dist_lm.chat.ranking import branch_ends, branch_positions
 from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch, RankedPlaces
 from dist_lm.model.initialise import initialise

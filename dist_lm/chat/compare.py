@@ -1,47 +1,45 @@
-"""Whether two calls ask for the same, the way the Berkeley Function Calling Leaderboard compares.
+"""Whether two calls ask for the same, by the rules of the Berkeley Function Calling Leaderboard.
 
-As its check of the abstract syntax tree (`bfcl-eval`, `ast_checker.py`) does: names of tools and arguments to the
-letter; arguments and keys in any order; text without regard to case, spaces and ``,./-_*^``, with one kind of quotes;
-lists in order; an integer passes for a number, not the other way round; a truth value is no number; an optional
-argument may be left out, or given, where its default is what the other call says. Where that check stops, at the
-second level of nesting, the same rules go on.
+The rules are those of its check of the syntax tree (`bfcl-eval`, `ast_checker.py`): names of tools and arguments are
+compared exactly; arguments and keys may have any order; text is compared without case, spaces and ``,./-_*^``, and with
+one kind of quotes; lists are compared in order; an integer passes for a number, but not the reverse; true is not 1; an
+optional argument may be left out, or given, if its default is the value of the other call. That check stops at the
+second level of nesting; here the same rules apply at every level.
 """
 
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from dist_lm.chat.errors import ChatError
-from dist_lm.chat.json_text import shown
-from dist_lm.chat.messages import Call, Json, Tool
+from dist_lm.chat.messages import Call, ChatError, Json, Tool, shown
 
 IGNORED = re.compile(r"[ ,./\-_*^]")
-NUMBER_TYPES = {"number", "float", "double"}  # the last two: how that leaderboard's own schemas say it
+NUMBER_TYPES = {"number", "float", "double"}  # the last two are types of the leaderboard's own schemas
 
 
 def same_call(found: Call, expected: Call, tool: Tool) -> bool:
-    """Whether `found` does what `expected` does. `tool`: the one that `expected` calls."""
+    """Whether `found` does what `expected` does. `tool`: the tool that `expected` calls."""
     return found.name == expected.name and same_value(found.arguments, expected.arguments, tool.parameters)
 
 
 def same_calls(found: Sequence[Call], expected: Sequence[Call], tools: Sequence[Tool]) -> bool:
-    """Whether the calls are the same in some order, each of them used once.
+    """Whether the calls are the same in some order, each used once.
 
     Raises:
-        ChatError: one of `expected` is of a tool that is not in `tools`.
+        ChatError: a call of `expected` names a tool that is not in `tools`.
     """
     if len(found) != len(expected):
         return False
     by_name = {tool.name: tool for tool in tools}
     for call in expected:
         if call.name not in by_name:
-            raise ChatError(f"expected a call of {shown(call.name)}: there is no such tool")
+            raise ChatError(f"an expected call names {shown(call.name)}: there is no such tool")
     fits = [[same_call(one, other, by_name[other.name]) for one in found] for other in expected]
     return _all_matched(fits)
 
 
 def same_value(found: Json, expected: Json, schema: Json) -> bool:
-    """Whether `found` passes for `expected`. `schema`: what both are values of; `{}` if it is unknown."""
+    """Whether `found` passes for `expected`. `schema`: the schema of both values; `{}` if it is unknown."""
     schema = schema if isinstance(schema, dict) else {}
     kind = type(expected)
     if kind is dict:
@@ -61,7 +59,7 @@ def same_value(found: Json, expected: Json, schema: Json) -> bool:
 
 
 def standard_text(text: str) -> str:
-    """`text` without what makes no difference: April 1, 2024 is april 1 2024."""
+    """`text` without the differences that are ignored: April 1, 2024 is april 1 2024."""
     return IGNORED.sub("", text).lower().replace("'", '"')
 
 
@@ -96,7 +94,7 @@ def _is_number(schema: dict[str, Any]) -> bool:
 
 
 def _all_matched(fits: Sequence[Sequence[bool]]) -> bool:
-    """Whether every row can have a column of its own that fits: augmenting paths (Kuhn 1955)."""
+    """Whether every row can be matched to a fitting column of its own: augmenting paths (Kuhn 1955)."""
     row_of: dict[int, int] = {}
 
     def place(row: int, tried: set[int]) -> bool:

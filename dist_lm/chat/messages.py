@@ -1,11 +1,18 @@
-"""A conversation as a value: who said what, which tools there are, what was called and what came of it."""
+"""A conversation as a value: its turns, its tools, the calls and their results; and the rules of a well-formed one."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dist_lm.errors import UserError, utf8
+
 Role = Literal["system", "user", "assistant", "tool"]
+ROLES = ("system", "user", "assistant", "tool")
 Json = Any
 """What `json.loads` returns: None, bool, int, float, str, list, or dict with str keys."""
+
+
+class ChatError(UserError):
+    """A conversation is not well formed, or tokens do not hold one. The message names the turn or the token."""
 
 
 @dataclass(frozen=True)
@@ -14,12 +21,12 @@ class Tool:
 
     name: str
     description: str
-    parameters: dict[str, Json]  # JSON schema of an object: its properties are the arguments
+    parameters: dict[str, Json]  # JSON schema of an object whose properties are the arguments
 
 
 @dataclass(frozen=True)
 class Call:
-    """The assistant asks for a tool."""
+    """The assistant calls a tool."""
 
     name: str
     arguments: dict[str, Json] = field(default_factory=dict)
@@ -31,13 +38,122 @@ class Message:
 
     role: Role
     content: str = ""
-    calls: tuple[Call, ...] = ()  # of the assistant: after its text, all of them before any result comes
-    results: tuple[Json, ...] = ()  # of the role tool: one a call of the turn before, in their order
+    calls: tuple[Call, ...] = ()  # role assistant: they follow the text, and no result comes between them
+    results: tuple[Json, ...] = ()  # role tool: one for each call of the turn before, in the same order
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in their order, beneath the tools that may be called in any of them."""
+    """Turns in their order, and the tools that every turn of the assistant may call."""
 
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
+
+
+def check_conversation(conversation: Conversation) -> None:
+    """Refuse a conversation that the template cannot lay out.
+
+    Raises:
+        ChatError: the message names the turn (from 0) and what was expected there.
+    """
+    check_tools(conversation.tools)
+    if type(conversation.messages) is not tuple:
+        raise ChatError(f"messages: a {type(conversation.messages).__name__}; expected a tuple")
+    before: Message | None = None
+    for number, message in enumerate(conversation.messages):
+        where = turn_name(number, message)
+        check_message(message, where)
+        expected = _next_roles(before)
+        if message.role not in expected:
+            after = f" after {before.role}{' with calls' if before.calls else ''}" if before else ""
+            raise ChatError(f"{where}: expected {' or '.join(expected)}{after}")
+        if message.role == "tool" and before is not None and len(message.results) != len(before.calls):
+            raise ChatError(f"{where}: {len(message.results)} results of {len(before.calls)} calls; expected as many")
+        before = message
+    if before is None or before.role == "system":
+        raise ChatError(f"turn {len(conversation.messages)}: missing; expected a turn of the user")
+
+
+def check_tools(tools: tuple[Tool, ...]) -> None:
+    """Refuse tools without a name, with the same name, or of the wrong type.
+
+    Raises:
+        ChatError: the message names the tool.
+    """
+    if type(tools) is not tuple:
+        raise ChatError(f"tools: a {type(tools).__name__}; expected a tuple")
+    names = set()
+    for number, tool in enumerate(tools):
+        if not isinstance(tool, Tool):
+            raise ChatError(f"tool {number}: a {type(tool).__name__}; expected a Tool")
+        if type(tool.name) is not str or not tool.name:
+            raise ChatError(f"tool {number}: no name")
+        if tool.name in names:
+            raise ChatError(f"tool {number}: another tool has the name {shown(tool.name)}")
+        if type(tool.description) is not str:
+            raise ChatError(f"tool {number}: the description is a {type(tool.description).__name__}; expected text")
+        if type(tool.parameters) is not dict:
+            raise ChatError(f"tool {number}: parameters is a {type(tool.parameters).__name__}; expected a JSON schema")
+        names.add(tool.name)
+
+
+def check_message(message: Message, where: str) -> None:
+    """Refuse a turn whose fields do not fit its role, whatever comes before and after the turn.
+
+    Raises:
+        ChatError: the message begins with `where`.
+    """
+    if not isinstance(message, Message) or message.role not in ROLES:
+        raise ChatError(f"{where}: expected a Message with one of the roles {', '.join(ROLES)}")
+    if type(message.content) is not str:
+        raise ChatError(f"{where}: content is a {type(message.content).__name__}; expected text")
+    check_text(message.content, where)
+    for name in ("calls", "results"):
+        if type(getattr(message, name)) is not tuple:
+            raise ChatError(f"{where}: {name} is a {type(getattr(message, name)).__name__}; expected a tuple")
+    if message.calls and message.role != "assistant":
+        raise ChatError(f"{where}: has calls; only the assistant calls tools")
+    if message.results and message.role != "tool":
+        raise ChatError(f"{where}: has results; only the role tool has results")
+    if message.role == "tool" and message.content:
+        raise ChatError(f"{where}: has text; expected results only")
+    if not (message.content or message.calls or message.results):
+        raise ChatError(f"{where}: is empty")
+    for number, call in enumerate(message.calls):
+        check_call(call, f"{where}, call {number}")
+
+
+def check_call(call: Call, where: str) -> None:
+    """Refuse a call without a name, or whose arguments are not an object."""
+    if not isinstance(call, Call) or type(call.name) is not str or not call.name:
+        raise ChatError(f"{where}: no name of a tool")
+    if type(call.arguments) is not dict:
+        raise ChatError(f"{where}: arguments is a {type(call.arguments).__name__}; expected an object")
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuse text with a lone surrogate; the message begins with `where`."""
+    try:
+        utf8(text, where)
+    except UserError as error:
+        raise ChatError(str(error)) from None
+
+
+def turn_name(number: int, message: Message) -> str:
+    """The name of a turn in error messages: `turn 3 (tool)`."""
+    return f"turn {number} ({getattr(message, 'role', type(message).__name__)})"
+
+
+def shown(value: Json) -> str:
+    """A text in quotes, cut to the length of an error message; the type of any other value."""
+    if type(value) is not str:
+        return f"a {type(value).__name__}"
+    return repr(value if len(value) <= 40 else value[:40] + "…")
+
+
+def _next_roles(before: Message | None) -> tuple[str, ...]:
+    if before is None:
+        return ("system", "user")
+    if before.role == "assistant":
+        return ("tool",) if before.calls else ("user",)
+    return ("user",) if before.role == "system" else ("assistant",)

@@ -1,45 +1,63 @@
-"""One prompt with several answers that somebody has judged: in an order, or two by two."""
+"""One prompt with several completions and a judgement of them, as a value and as a tree of tokens.
+
+    <|endoftext|> ... prompt ... assistant  completion 1 <|im_end|>  completion 2 <|im_end|>  ...
+    branch: 0 ................. 0  1 ................ 1  2 ................ 2
+
+A completion sees the prompt and itself (`model.attention.within_documents`), and its positions continue those of the
+prompt, so each completion is scored as if it alone followed the prompt. Its score is the one at its `<|im_end|>`, the
+last token of its branch.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dist_lm.chat.errors import ChatError
-from dist_lm.chat.messages import Conversation
-from dist_lm.chat.rules import check_conversation
+import numpy as np
 
-FEWEST, MOST = 2, 16  # answers
+from dist_lm.chat.messages import ChatError, Conversation, Message, check_conversation
+from dist_lm.chat.template import answer_tokens, prompt
+from dist_lm.tokenizer.tokenizer import Tokenizer
+
+FEWEST, MOST = 2, 16  # completions
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """One answer is better than another one."""
+    """One completion is better than another one."""
 
-    better: int  # place among the completions
+    better: int  # index of the completion
     worse: int
-    margin: float | None = None  # by how much, on a scale of whoever judged; larger is more
+    margin: float | None = None  # by how much, on the judge's own scale; larger is more
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Answers to a prompt with their ranks, or with judgements of pairs of them."""
+    """Completions of a prompt, with a rank for each or with judgements of pairs."""
 
-    prompt: Conversation  # it is the assistant's turn
+    prompt: Conversation  # ends where the assistant answers
     completions: tuple[str, ...]
-    ranks: tuple[int, ...] = ()  # one a completion; the smallest is the best, equal ones are ties. Empty: judgements
-    judgements: tuple[Judgement, ...] = ()
+    ranks: tuple[int, ...] = ()  # one for each completion; the smallest is the best, equal ranks are ties
+    judgements: tuple[Judgement, ...] = ()  # instead of ranks
+
+
+@dataclass(frozen=True)
+class RankingTokens:
+    """T tokens of a ranking with K completions."""
+
+    tokens: np.ndarray  # (T,) uint16
+    branch: np.ndarray  # (T,) uint8: 0 in the prompt, 1 to K in the completions
 
 
 def check_ranking(ranking: Ranking) -> None:
-    """Refuse what says nothing, or contradicts its own form.
+    """Refuse a ranking that orders nothing or contradicts itself.
 
     Raises:
-        ChatError: the message names what is wrong.
+        ChatError: the message names the field and its value.
     """
     n = len(ranking.completions)
     if not FEWEST <= n <= MOST:
         raise ChatError(f"{n} completions; expected {FEWEST} to {MOST}")
     if not ranking.prompt.messages or ranking.prompt.messages[-1].role not in ("user", "tool"):
-        raise ChatError("prompt: expected a last turn of user or tool, for the assistant to go on")
+        raise ChatError("prompt: expected a last turn of user or tool, which the assistant answers")
     try:
         check_conversation(ranking.prompt)
     except ChatError as error:
@@ -47,25 +65,25 @@ def check_ranking(ranking: Ranking) -> None:
     if empty := [place for place, text in enumerate(ranking.completions) if not text]:
         raise ChatError(f"completion {empty[0]}: empty")
     if ranking.ranks and ranking.judgements:
-        raise ChatError("ranks and judgements: expected one of the two, found both: take one out")
+        raise ChatError("ranks and judgements: expected one of the two, found both: remove one")
     if not ranking.ranks and not ranking.judgements:
         raise ChatError("ranks and judgements: expected one of the two, found none")
     if ranking.ranks and len(ranking.ranks) != n:
-        raise ChatError(f"{len(ranking.ranks)} ranks of {n} completions")
+        raise ChatError(f"{len(ranking.ranks)} ranks of {n} completions; expected as many")
     if len(set(ranking.ranks)) == 1:
         raise ChatError("all completions are tied: nothing to learn")
     for number, judgement in enumerate(ranking.judgements):
         if judgement.better == judgement.worse or not {judgement.better, judgement.worse} <= set(range(n)):
             raise ChatError(
                 f"judgement {number}: better={judgement.better} worse={judgement.worse}; "
-                f"expected two different places of 0 to {n - 1}"
+                f"expected two different indices from 0 to {n - 1}"
             )
         if judgement.margin is not None and not 0 <= judgement.margin < float("inf"):
             raise ChatError(f"judgement {number}: margin={judgement.margin}; expected a number of at least 0")
 
 
 def ranks_of_scores(scores: Sequence[float]) -> tuple[int, ...]:
-    """The largest score is rank 0; equal ones share a rank."""
+    """Ranks from 0 for the largest score; equal scores share a rank."""
     levels = sorted(set(scores), reverse=True)
     return tuple(levels.index(score) for score in scores)
 
@@ -74,3 +92,34 @@ def dense_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
     """The same order, counted from 0 without gaps."""
     levels = sorted(set(ranks))
     return tuple(levels.index(rank) for rank in ranks)
+
+
+def ranking_tokens(ranking: Ranking, tokenizer: Tokenizer) -> RankingTokens:
+    """The prompt once, then every completion as a branch.
+
+    Raises:
+        ChatError: the prompt or a completion is not well formed.
+    """
+    tokens = prompt(ranking.prompt, tokenizer)
+    branch = [0] * len(tokens)
+    for number, completion in enumerate(ranking.completions, start=1):
+        tokens += answer_tokens(Message("assistant", completion), tokenizer)
+        branch += [number] * (len(tokens) - len(branch))
+    return RankingTokens(np.array(tokens, np.uint16), np.array(branch, np.uint8))
+
+
+def branch_positions(branch_T: np.ndarray) -> np.ndarray:
+    """Positions for RoPE: counted through the prompt, then in every completion from the prompt's end, (T,) int64."""
+    position_T = np.arange(len(branch_T))
+    starts = np.flatnonzero(np.diff(branch_T, prepend=0))  # of the branches
+    if len(starts):
+        shift_T = np.zeros(len(branch_T), np.int64)
+        shift_T[starts] = np.diff(starts, prepend=starts[0])
+        position_T = position_T - np.cumsum(shift_T)
+    return position_T
+
+
+def branch_ends(branch_T: np.ndarray) -> np.ndarray:
+    """The index of the last token of each completion, (K,) int64."""
+    last_T = np.diff(branch_T, append=0) != 0
+    return np.flatnonzero(last_T & (branch_T > 0))

@@ -1,34 +1,56 @@
-"""Tools and calls held against the JSON schema of their arguments."""
+"""Tools and calls, checked against the JSON schema (2020-12) of their arguments.
+
+A schema comes with a tool, and a tool may come from anyone. Before it is used, a schema is reduced to what is safe to
+run: known keywords, references replaced by their targets, a bounded size. A reference to elsewhere could fetch, a
+reference to itself could recurse, and a regular expression could take exponential time: all three are refused.
+"""
 
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
+from urllib.parse import unquote
 
 from jsonschema import Draft202012Validator, SchemaError, ValidationError, validators
 from jsonschema.protocols import Validator
 
 from dist_lm.chat import json_text
-from dist_lm.chat.errors import ChatError
-from dist_lm.chat.json_text import shown
-from dist_lm.chat.messages import Call, Json, Tool
-from dist_lm.chat.plain_schema import SCHEMA_LISTS, plain_schema
-from dist_lm.chat.rules import check_call, check_tools
+from dist_lm.chat.messages import Call, ChatError, Json, Tool, check_call, check_tools, shown
 
 NAME = re.compile("[A-Za-z0-9_.-]{1,128}")
 LONGEST_SCHEMA = 50_000  # characters of a tool's parameters, in JSON
-CACHED = 4096  # schemas that stay ready to use
+CACHED = 4096  # validators that are kept
+DEEPEST_SCHEMA = 24  # schemas inside each other: jsonschema takes a dozen frames for each
+MOST_SCHEMAS = 2_000  # in one tool, references put in place
+
+SCHEMA_MAPS = ("properties", "dependentSchemas")
+SCHEMA_LISTS = ("anyOf", "allOf", "oneOf", "prefixItems")
+SCHEMAS = ("items", "additionalProperties", "propertyNames", "contains", "not", "if", "then", "else")
+ASSERTIONS = (
+    *("type", "enum", "const", "required", "dependentRequired", "minProperties", "maxProperties"),
+    *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength"),
+    *("minItems", "maxItems", "uniqueItems", "minContains", "maxContains"),
+)
+REFUSED = {
+    "pattern": "a regular expression can take forever: use enum, or say it in the description",
+    "patternProperties": "a regular expression can take forever: name the properties",
+    "unevaluatedProperties": "use additionalProperties",
+    "unevaluatedItems": "use items",
+    "$dynamicRef": "use $ref",
+    "$recursiveRef": "use $ref",
+}
 
 
 def check_tool(tool: Tool) -> None:
     """Refuse a tool whose calls could not be checked.
 
-    Its name is 1 to 128 of `A-Z a-z 0-9 _ . -`; its parameters are a valid JSON schema (2020-12) of an object, of at
-    most `LONGEST_SCHEMA` characters, within the bounds of `plain_schema`.
+    The name must be 1 to 128 of `A-Z a-z 0-9 _ . -`; the parameters must be a valid JSON schema of an object, of at
+    most `LONGEST_SCHEMA` characters and `MOST_SCHEMAS` schemas, at most `DEEPEST_SCHEMA` nested, without a keyword of
+    `REFUSED`.
 
     Raises:
-        ChatError: it is not so; the message names the tool and the place.
+        ChatError: the message names the tool and the place in its schema.
     """
     check_tools((tool,))
     if not NAME.fullmatch(tool.name):
@@ -37,13 +59,13 @@ def check_tool(tool: Tool) -> None:
 
 
 def problems(call: Call, tools: Sequence[Tool]) -> list[str]:
-    """What is wrong with `call`, a line each that names the argument; none: it can be executed.
+    """The problems of `call`, one line for each, with the name of the argument; empty if it can be executed.
 
-    An unknown tool, a missing argument, one that the tool does not have, a value of another type, outside an enum or
-    beyond a bound. An integer is what is written without a point: 1.0 is a number only.
+    Problems are an unknown tool, a missing argument, an argument that the tool does not have, and a value of another
+    type, outside an enum or beyond a bound. 1.0 is a number, not an integer.
 
     Raises:
-        ChatError: `call` is no call (see `rules.check_call`), or `check_tool` would refuse its tool.
+        ChatError: `check_call` refuses `call`, or `check_tool` its tool.
     """
     check_call(call, "call")
     json_text.write(call.arguments, f"call of {shown(call.name)}")
@@ -54,7 +76,7 @@ def problems(call: Call, tools: Sequence[Tool]) -> list[str]:
     try:
         found = [line for error in validator.iter_errors(call.arguments) for line in _lines(error)]
     except (ArithmeticError, RecursionError):
-        return ["the arguments are beyond what can be compared with the schema"]
+        return ["the arguments are too large to be compared with the schema"]
     return list(dict.fromkeys(found))
 
 
@@ -68,8 +90,8 @@ def _validator_of(tool: Tool) -> Validator:
 
 @lru_cache(CACHED)
 def _validator(text: str, where: str) -> Validator:
-    """What checks arguments against the schema `text`."""
-    schema = plain_schema(json_text.read(text, where), where)
+    """The validator of arguments for the schema `text`."""
+    schema = _Reduced(json_text.read(text, where), where).copy()
     if type(schema) is not dict or schema.get("type") != "object":
         raise ChatError(f'{where}: expected a schema of "type": "object"')
     try:
@@ -77,15 +99,92 @@ def _validator(text: str, where: str) -> Validator:
     except SchemaError as error:
         raise ChatError(f"{where}{_place(error.absolute_path, 'at')}: {_short(error.message)}") from None
     except (ArithmeticError, RecursionError):
-        raise ChatError(f"{where}: no schema that can be checked") from None
+        raise ChatError(f"{where}: the schema is too large to be checked") from None
     if not any(name in schema for name in (*SCHEMA_LISTS, "if")):
         schema.setdefault("properties", {})
-        schema.setdefault("additionalProperties", False)  # a function has the arguments it names
+        schema.setdefault("additionalProperties", False)  # a function has no other arguments
     return _Arguments(schema)
 
 
+class _Reduced:
+    """A schema, reduced to the keywords that assert something; valid for the same values.
+
+    References inside the schema (`#/$defs/...`) are replaced by their targets. Unknown keywords, titles, formats and
+    examples are left out: they refuse no value.
+    """
+
+    def __init__(self, root: Json, where: str) -> None:
+        self._root = root
+        self._where = where
+        self._count = 0
+
+    def copy(self) -> Json:
+        """The reduced schema.
+
+        Raises:
+            ChatError: it has a keyword of `REFUSED`, a reference to elsewhere or to itself, or exceeds `DEEPEST_SCHEMA`
+                or `MOST_SCHEMAS`; the message begins with `where`.
+        """
+        return self._part(self._root, (), 0)
+
+    def _part(self, schema: Json, inside: tuple[str, ...], depth: int) -> Json:
+        """A part of the root; `inside`: the references that led to it."""
+        self._count += 1
+        if self._count > MOST_SCHEMAS or depth > DEEPEST_SCHEMA:
+            raise ChatError(
+                f"{self._where}: expected at most {MOST_SCHEMAS} schemas, {DEEPEST_SCHEMA} nested "
+                "(a reference counts as its target)"
+            )
+        if type(schema) is not dict:
+            return schema  # true or false, or a value that the meta-schema refuses
+        for keyword, way_out in REFUSED.items():
+            if keyword in schema:
+                raise ChatError(f"{self._where}: {keyword} is not supported: {way_out}")
+        plain: dict[str, Any] = {name: schema[name] for name in ASSERTIONS if name in schema}
+        for name in SCHEMA_MAPS:
+            if name in schema:
+                plain[name] = schema[name]
+                if type(schema[name]) is dict:
+                    plain[name] = {key: self._part(part, inside, depth + 1) for key, part in schema[name].items()}
+        for name in SCHEMA_LISTS:
+            if name in schema:
+                plain[name] = schema[name]
+                if type(schema[name]) is list:
+                    plain[name] = [self._part(part, inside, depth + 1) for part in schema[name]]
+        for name in SCHEMAS:
+            if name in schema:
+                plain[name] = self._part(schema[name], inside, depth + 1)
+        if "$ref" in schema:
+            reference = schema["$ref"]
+            if reference in inside:
+                raise ChatError(f"{self._where}: $ref {shown(reference)} refers to itself; expected a finite schema")
+            target = self._part(self._named(reference), (*inside, reference), depth + 1)
+            if not plain:
+                return target
+            others = plain.get("allOf", [])
+            plain["allOf"] = [*others, target] if type(others) is list else others
+        return plain
+
+    def _named(self, reference: Json) -> Json:
+        """The part of the root at a JSON pointer (RFC 6901)."""
+        if type(reference) is not str or not reference.startswith("#/"):
+            raise ChatError(
+                f"{self._where}: $ref {shown(reference)}: expected a place in the same schema, such as #/$defs/name"
+            )
+        part = self._root
+        for step in unquote(reference[2:]).split("/"):
+            name = step.replace("~1", "/").replace("~0", "~")
+            if type(part) is dict and name in part:
+                part = part[name]
+            elif type(part) is list and re.fullmatch("[0-9]{1,6}", name) and int(name) < len(part):
+                part = part[int(name)]
+            else:
+                raise ChatError(f"{self._where}: $ref {shown(reference)}: there is no such place in the schema")
+        return part
+
+
 def _lines(error: ValidationError) -> Iterator[str]:
-    """The error in words; `required` and `additionalProperties` are about arguments inside the place they name."""
+    """The error as lines. `required` and `additionalProperties` name the object, not the argument: it is added."""
     path = list(error.absolute_path)
     value: Any = error.instance
     expected: Any = error.validator_value
@@ -138,7 +237,7 @@ def _is_integer(_checker: Any, value: Json) -> bool:
 
 
 def _unique(_validator: Any, wanted: bool, value: Json, _schema: Any) -> Iterator[ValidationError]:
-    """`uniqueItems` in time that grows with the list, where jsonschema compares all pairs."""
+    """`uniqueItems` in linear time; jsonschema compares all pairs."""
     if wanted and type(value) is list and len({json.dumps(item, sort_keys=True) for item in value}) < len(value):
         yield ValidationError("expected no value twice")
 

@@ -1,38 +1,62 @@
-"""A conversation as tokens, and tokens as a conversation: the only place that knows the layout (docs/chat.md).
+r"""The layout of a conversation, in tokens and as a chat template: ChatML turns with Hermes tool use, as in Qwen2.5.
 
     <|endoftext|>
-    <|system|> text <|tools|> JSON <|/tools|> <|end|>                 text or tools, or both; else left out
-    <|user|> text <|end|>
-    <|assistant|> text (<|tool_call|> JSON <|/tool_call|>)* <|end|>
-    <|tool|> (<|tool_result|> JSON <|/tool_result|>)+ <|end|>
+    <|im_start|>system\nTEXT\n\nINTRODUCTION<tools>\nTOOL\nTOOL\n</tools>INSTRUCTION<|im_end|>\n
+    <|im_start|>user\nTEXT<|im_end|>\n
+    <|im_start|>assistant\nTEXT\n<tool_call>\nCALL\n</tool_call>\n<tool_call>\nCALL\n</tool_call><|im_end|>\n
+    <|im_start|>user\n<tool_response>\nRESULT\n</tool_response><|im_end|>\n
+    <|im_start|>assistant\nTEXT<|im_end|>\n
 
-Marks are put in by their ids. Everything that a person, a tool or a schema says goes through `Tokenizer.encode`, which
-has no special id to give: whatever a text spells, it stays text. `parse(render(x).tokens)` is x.
+Marks are added by their ids. All other text goes through `Tokenizer.encode`, which never returns the id of a mark, so
+no text can forge one. In JSON, a `<` that begins a mark is written `\u003c`, because parsers that read text, such as
+vLLM's, end a call at the first `</tool_call>`. `dist_lm.chat.parse` reads the layout back.
 """
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from dist_lm.chat import json_text
-from dist_lm.chat.errors import ChatError
-from dist_lm.chat.messages import Call, Conversation, Json, Message, Tool
-from dist_lm.chat.nulls import with_nulls, without_nulls
-from dist_lm.chat.reader import Reader
-from dist_lm.chat.rules import check_conversation, check_message, turn_name
-from dist_lm.chat.user_text import spaced, unspaced
-from dist_lm.errors import UserError
-from dist_lm.tokenizer.symbols import END_OF_TEXT
+from dist_lm.chat.messages import (
+    ChatError,
+    Conversation,
+    Json,
+    Message,
+    Tool,
+    check_conversation,
+    check_message,
+    turn_name,
+)
+from dist_lm.tokenizer.symbols import (
+    CALL,
+    END,
+    END_CALL,
+    END_OF_TEXT,
+    END_RESPONSE,
+    END_TOOLS,
+    RESPONSE,
+    SPECIAL_TOKENS,
+    START,
+    TOOLS,
+)
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
-LAYOUT = 4  # one more with every change: corpora of another layout are refused
-SYSTEM, USER, ASSISTANT, TOOL, END = "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"
-TOOLS, END_TOOLS = "<|tools|>", "<|/tools|>"
-CALL, END_CALL = "<|tool_call|>", "<|/tool_call|>"
-RESULT, END_RESULT = "<|tool_result|>", "<|/tool_result|>"
-VALUE_END = re.compile(r'(?:(?<=")|(?<=\d ))(?=[,}\]])(?!, " arguments": \{)')  # what follows a value is apart from it
+FORMAT = 5  # of conversations in tokens. One more with every change: corpora of another format are refused
+
+# Around the tools. They explain the marks without spelling one, so that the text has none where no tool is meant.
+INTRODUCTION = "# Tools\n\nYou may call these functions. Each line describes one as JSON:\n"
+INSTRUCTION = '\n\nFor each call, write a JSON object with the keys "name" and "arguments" between the marks of a call.'
+
+
+@dataclass(frozen=True)
+class Part:
+    """A mark, or the text between two marks."""
+
+    text: str
+    is_mark: bool = False
+    is_answer: bool = False  # the assistant writes it, and the loss counts it
 
 
 @dataclass(frozen=True)
@@ -40,171 +64,196 @@ class Rendered:
     """A conversation in tokens."""
 
     tokens: np.ndarray  # (n,) uint16
-    loss_mask: np.ndarray  # (n,) uint8: 1 where the assistant writes, from behind <|assistant|> to <|end|>
+    loss_mask: np.ndarray  # (n,) uint8: 1 on what the assistant writes, up to and including <|im_end|>
 
 
 def render(conversation: Conversation, tokenizer: Tokenizer) -> Rendered:
-    """The tokens of `conversation`, every turn closed.
+    """The tokens of `conversation`, with every turn closed.
 
     Raises:
-        ChatError: it is not well formed, or holds what would not come back; the message names the turn.
+        ChatError: the conversation is not well formed, or JSON cannot hold a value; the message names the turn.
     """
-    check_conversation(conversation)
-    special = tokenizer.special_ids
-    tokens = [special[END_OF_TEXT]]
-    mask = [0]
-    messages = conversation.messages
-    if conversation.tools and messages[0].role != "system":
-        tokens += [special[SYSTEM], *_tool_list(conversation.tools, tokenizer), special[END]]
-        mask += [0] * (len(tokens) - len(mask))
-    for number, message in enumerate(messages):
-        where = turn_name(number, message)
-        body = _body(message, conversation.tools, where, tokenizer)
-        if message.role == "system" and conversation.tools:
-            body += _tool_list(conversation.tools, tokenizer)
-        tokens += [special[f"<|{message.role}|>"], *body, special[END]]
-        mask += [0, *[int(message.role == "assistant")] * (len(body) + 1)]
+    tokens, mask = list[int](), list[int]()
+    for part in layout(conversation):
+        tokens += _encoded([part], tokenizer)
+        mask += [int(part.is_answer)] * (len(tokens) - len(mask))
     return Rendered(np.array(tokens, np.uint16), np.array(mask, np.uint8))
 
 
 def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
-    """What a model is asked to continue: `conversation`, then the mark that opens the assistant's turn.
+    """The tokens that a model continues: `conversation`, then the beginning of the assistant's turn.
 
     Raises:
         ChatError: as `render`, or it is not the assistant's turn.
     """
-    tokens = render(conversation, tokenizer).tokens
+    parts = layout(conversation)
     last = conversation.messages[-1]
     if last.role not in ("user", "tool"):
         where = turn_name(len(conversation.messages) - 1, last)
-        raise ChatError(f"{where}: the last one; expected user or tool, for the assistant to go on")
-    return [*tokens.tolist(), tokenizer.special_ids[ASSISTANT]]
+        raise ChatError(f"{where}: is last; expected a last turn of user or tool, which the assistant answers")
+    return _encoded([*parts, *_opening("assistant")], tokenizer)
 
 
-def parse(ids: Iterable[int], tokenizer: Tokenizer) -> Conversation:
-    """The conversation that renders to `ids` (or to the same text in other tokens).
-
-    Raises:
-        ChatError: there is none; the message says what was expected, and at which token (from 0) or turn.
-    """
-    reader = Reader(ids, tokenizer)
-    messages: list[Message] = []
-    tools: tuple[Tool, ...] = ()
-    reader.expect(END_OF_TEXT)
-    if reader.take(SYSTEM):
-        text = reader.text()
-        if reader.take(TOOLS):
-            tools = _read_tools(reader)
-        if text or not tools:
-            messages.append(Message("system", text))
-        reader.expect(END)
-    while not reader.at_end():
-        role = reader.expect(USER, ASSISTANT, TOOL)
-        if role == USER:
-            messages.append(Message("user", unspaced(reader.text())))
-        elif role == ASSISTANT:
-            messages.append(_read_answer(reader, tools))
-        else:
-            messages.append(_read_results(reader))
-        reader.expect(END)
-    conversation = Conversation(tuple(messages), tools)
-    check_conversation(conversation)
-    return conversation
-
-
-def parse_turn(ids: Iterable[int], tokenizer: Tokenizer, tools: Sequence[Tool]) -> Message:
-    """What a model wrote behind `<|assistant|>`, with the final `<|end|>` or without.
-
-    Args:
-        tools: those of the conversation; their schemas say which null is none.
+def answer_tokens(message: Message, tokenizer: Tokenizer) -> list[int]:
+    """What the assistant writes after a `prompt`: its text and its calls, up to and including `<|im_end|>`.
 
     Raises:
-        ChatError: it is no turn; the message says what was expected, and at which token (from 0).
+        ChatError: `message` is not a turn of the assistant.
     """
-    reader = Reader(ids, tokenizer)
-    message = _read_answer(reader, tools)
-    if not reader.at_end():
-        reader.expect(END)
-    reader.expect_end()
     check_message(message, "the assistant's turn")
-    return message
+    return _encoded(_answer(message, "the assistant's turn"), tokenizer)
 
 
-def _body(message: Message, tools: Sequence[Tool], where: str, tokenizer: Tokenizer) -> list[int]:
-    """What stands between the marks of a turn."""
-    encode = _written if message.role == "assistant" else _text
-    content = spaced(message.content) if message.role == "user" else message.content
-    tokens = encode(content, where, tokenizer)
+def layout(conversation: Conversation) -> list[Part]:
+    """The parts of `conversation`; their texts, joined, are what `chat_template` renders.
+
+    Raises:
+        ChatError: as `render`.
+    """
+    check_conversation(conversation)
+    messages = conversation.messages
+    parts = [_mark(END_OF_TEXT)]
+    if conversation.tools or messages[0].role == "system":
+        parts += _system_turn(messages[0].content if messages[0].role == "system" else "", conversation.tools)
+    for number, message in enumerate(messages):
+        where = turn_name(number, message)
+        if message.role == "user":
+            parts += [_mark(START), Part(f"user\n{message.content}"), _mark(END), Part("\n")]
+        elif message.role == "assistant":
+            parts += [*_opening("assistant"), *_answer(message, where), Part("\n")]
+        elif message.role == "tool":
+            parts += [_mark(START), Part("user\n"), *_results(message.results, where), _mark(END), Part("\n")]
+    return parts
+
+
+def last_request(text: str) -> str:
+    """The last text of the user in a rendered conversation, for samples that people read."""
+    return text.rpartition(f"{START}user\n")[2].partition(END)[0]
+
+
+def chat_template() -> str:
+    """The same layout as a Jinja template, as `transformers.PreTrainedTokenizer.apply_chat_template` runs it.
+
+    Messages and tools have the form of OpenAI's API. The content of a message of role tool is JSON text or a value.
+    """
+    template = TEMPLATE
+    for name, value in {
+        "MARKS": json.dumps(SPECIAL_TOKENS),
+        "INTRODUCTION": json.dumps(INTRODUCTION),
+        "INSTRUCTION": json.dumps(INSTRUCTION),
+    }.items():
+        template = template.replace(name, value)
+    return template
+
+
+def _system_turn(text: str, tools: Sequence[Tool]) -> list[Part]:
+    parts = [_mark(START)]
+    if tools:
+        lines = [_json(_tool_value(tool), f"tool {number}") for number, tool in enumerate(tools)]
+        before = f"{text}\n\n{INTRODUCTION}" if text else INTRODUCTION
+        parts += [Part(f"system\n{before}"), _mark(TOOLS), Part("".join(f"\n{line}" for line in lines) + "\n")]
+        parts += [_mark(END_TOOLS), Part(INSTRUCTION)]
+    else:
+        parts.append(Part(f"system\n{text}"))
+    return [*parts, _mark(END), Part("\n")]
+
+
+def _tool_value(tool: Tool) -> Json:
+    function = {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
+    return {"type": "function", "function": function}
+
+
+def _answer(message: Message, where: str) -> list[Part]:
+    parts, text = list[Part](), message.content
     for number, call in enumerate(message.calls):
-        place = f"{where}, call {number}"
-        value = {"name": call.name, "arguments": with_nulls(call.arguments, _schema_of(call.name, tools), place)}
-        tokens += _json(CALL, value, END_CALL, place, tokenizer, encode)
-    for number, result in enumerate(message.results):
-        tokens += _json(RESULT, result, END_RESULT, f"{where}, result {number}", tokenizer)
+        if number or text:
+            parts.append(Part(f"{text}\n", is_answer=True))
+        value = _json({"name": call.name, "arguments": call.arguments}, f"{where}, call {number}")
+        parts += [_mark(CALL, True), Part(f"\n{value}\n", is_answer=True), _mark(END_CALL, True)]
+        text = ""
+    return [*parts, Part(text, is_answer=True), _mark(END, True)]
+
+
+def _results(results: Sequence[Json], where: str) -> list[Part]:
+    parts = list[Part]()
+    for number, result in enumerate(results):
+        value = _json(result, f"{where}, result {number}")
+        parts += [Part("\n")] if parts else []
+        parts += [_mark(RESPONSE), Part(f"\n{value}\n"), _mark(END_RESPONSE)]
+    return parts
+
+
+def _opening(role: str) -> list[Part]:
+    return [_mark(START), Part(f"{role}\n")]
+
+
+def _mark(name: str, is_answer: bool = False) -> Part:
+    return Part(name, is_mark=True, is_answer=is_answer)
+
+
+def _json(value: Json, where: str) -> str:
+    """`value` as JSON that spells no mark."""
+    text = json_text.write(value, where)
+    for mark in SPECIAL_TOKENS if "<" in text else ():
+        text = text.replace(mark, f"\\u003c{mark[1:]}")
+    return text
+
+
+def _encoded(parts: Iterable[Part], tokenizer: Tokenizer) -> list[int]:
+    tokens = list[int]()
+    for part in parts:
+        tokens += [tokenizer.special_ids[part.text]] if part.is_mark else tokenizer.encode(part.text)
     return tokens
 
 
-def _tool_list(tools: tuple[Tool, ...], tokenizer: Tokenizer) -> list[int]:
-    # what a tool does first: where its name begins, a reader knows whether it is the one
-    value = [{"description": tool.description, "name": tool.name, "parameters": tool.parameters} for tool in tools]
-    return _json(TOOLS, value, END_TOOLS, "tools", tokenizer)
-
-
-def _text(text: str, where: str, tokenizer: Tokenizer) -> list[int]:
-    try:
-        return tokenizer.encode(text)
-    except UserError as error:
-        raise ChatError(f"{where}: {error}") from None
-
-
-def _written(text: str, where: str, tokenizer: Tokenizer) -> list[int]:
-    """What the assistant writes: whether a value ends and what follows it are two tokens."""
-    return [token for part in VALUE_END.split(text) for token in _text(part, where, tokenizer)]
-
-
-def _json(
-    opening: str,
-    value: Json,
-    closing: str,
-    where: str,
-    tokenizer: Tokenizer,
-    encode: Callable[[str, str, Tokenizer], list[int]] = _text,
-) -> list[int]:
-    special = tokenizer.special_ids
-    return [special[opening], *encode(json_text.write(value, where), where, tokenizer), special[closing]]
-
-
-def _read_tools(reader: Reader) -> tuple[Tool, ...]:
-    at = reader.place
-    values = reader.json(END_TOOLS)
-    if type(values) is not list or not values:
-        raise ChatError(f"{at}: expected a list of tools")
-    for value in values:
-        if type(value) is not dict or value.keys() != {"description", "name", "parameters"}:
-            raise ChatError(f"{at}: expected tools of description, name and parameters, nothing else")
-    return tuple(Tool(value["name"], value["description"], value["parameters"]) for value in values)
-
-
-def _read_answer(reader: Reader, tools: Sequence[Tool]) -> Message:
-    text = reader.text()
-    calls = []
-    while reader.take(CALL):
-        at = reader.place
-        value = reader.json(END_CALL)
-        if type(value) is not dict or value.keys() != {"name", "arguments"}:
-            raise ChatError(f"{at}: expected an object of name and arguments, nothing else")
-        arguments = without_nulls(value["arguments"], _schema_of(value["name"], tools))
-        calls.append(Call(value["name"], arguments))
-    return Message("assistant", text, tuple(calls))
-
-
-def _schema_of(name: Json, tools: Sequence[Tool]) -> Json:
-    """What the arguments of a call are; None of an unknown tool."""
-    return next((tool.parameters for tool in tools if tool.name == name), None)
-
-
-def _read_results(reader: Reader) -> Message:
-    results = []
-    while reader.take(RESULT):
-        results.append(reader.json(END_RESULT))
-    return Message("tool", results=tuple(results))
+TEMPLATE = r"""
+{%- macro without_marks(text) %}
+    {%- set found = namespace(text=text) %}
+    {%- if '<' in text %}
+        {%- for mark in MARKS %}
+            {%- set found.text = found.text.replace(mark, '\\u003c' + mark[1:]) %}
+        {%- endfor %}
+    {%- endif %}
+    {{- found.text }}
+{%- endmacro %}
+{{- '<|endoftext|>' }}
+{%- set system = '' %}
+{%- if messages and messages[0].role == 'system' %}
+    {%- set system = messages[0].content %}
+{%- endif %}
+{%- if tools or system %}
+    {{- '<|im_start|>system\n' + system }}
+    {%- if tools %}
+        {{- ('\n\n' if system else '') + INTRODUCTION + '<tools>' }}
+        {%- for tool in tools %}
+            {{- '\n' + without_marks(tool | tojson) }}
+        {%- endfor %}
+        {{- '\n</tools>' + INSTRUCTION }}
+    {%- endif %}
+    {{- '<|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- '<|im_start|>assistant\n' + (message.content or '') }}
+        {%- for call in message.tool_calls or [] %}
+            {%- set call = call.function if call.function is defined else call %}
+            {{- '' if loop.first and not message.content else '\n' }}
+            {{- '<tool_call>\n{"name": ' + without_marks(call.name | tojson) + ', "arguments": ' }}
+            {{- without_marks(call.arguments if call.arguments is string else call.arguments | tojson) }}
+            {{- '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role == 'tool' %}
+        {{- '<|im_start|>user' if loop.first or messages[loop.index0 - 1].role != 'tool' else '' }}
+        {{- '\n<tool_response>\n' }}
+        {{- without_marks(message.content if message.content is string else message.content | tojson) }}
+        {{- '\n</tool_response>' }}
+        {{- '<|im_end|>\n' if loop.last or messages[loop.index0 + 1].role != 'tool' else '' }}
+    {%- elif message.role != 'system' or not loop.first %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+"""

@@ -17,7 +17,7 @@ from dist_lm.data.index import BUILD_COMMAND, ShardIndex, open_index
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 
-FORMAT = 1  # of manifest.json and the tars it names
+FORMAT = 2  # of manifest.json and the tars it names; 1: before special tokens had the names of ChatML
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise ArtefactError(f"corpus {directory} is unfinished (no {path.name}): build it with `{BUILD_COMMAND}`")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        if value["format"] != FORMAT:
-            raise ArtefactError(
-                f"{path}: format {value['format']}, expected {FORMAT}: build it again with `{BUILD_COMMAND}`"
-            )
+        _check_format(directory, value["format"])
         return Manifest(
             tokenizer_sha256=value["tokenizer_sha256"],
             corpus_fingerprint=value["corpus_fingerprint"],
@@ -114,6 +111,27 @@ def read_manifest(directory: Path) -> Manifest:
         raise ArtefactError(
             f"{path} is damaged ({type(error).__name__}: {error}): build it again with `{BUILD_COMMAND}`"
         ) from error
+
+
+def check_format(directory: Path) -> None:
+    """Refuse a corpus of another format. A folder without a readable manifest is not a corpus and passes.
+
+    Raises:
+        ArtefactError: names the folder, its format, and the way out.
+    """
+    try:
+        found = json.loads(manifest_path(directory).read_text(encoding="utf-8"))["format"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    _check_format(directory, found)
+
+
+def _check_format(directory: Path, found: Any) -> None:
+    if found != FORMAT:
+        raise ArtefactError(
+            f"{directory} is a corpus of format {found}, this version reads format {FORMAT}: use another work_dir, or "
+            f"remove that folder and build it again with `{BUILD_COMMAND}`"
+        )
 
 
 def verify(directory: Path, *, hashes: bool = True) -> dict[str, str]:

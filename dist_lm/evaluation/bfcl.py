@@ -19,9 +19,8 @@ from rich.progress import track
 from rich.table import Table
 
 from dist_lm.chat.compare import standard_text
-from dist_lm.chat.errors import ChatError
-from dist_lm.chat.messages import Call, Json, Message
-from dist_lm.chat.template import END, prompt
+from dist_lm.chat.messages import Call, ChatError, Json, Message
+from dist_lm.chat.template import prompt
 from dist_lm.errors import ArtefactError, require
 from dist_lm.evaluation.bfcl_questions import BfclAnswer, BfclQuestion, find_data, read_questions
 from dist_lm.evaluation.tool_questions import shown
@@ -32,6 +31,7 @@ from dist_lm.generation.request import Answer, Request, SamplingParams
 from dist_lm.generation.session import build_engine
 from dist_lm.parallel.mesh import option_device
 from dist_lm.storage import durable
+from dist_lm.tokenizer.symbols import END
 
 MAX_NEW_TOKENS = 512
 SEQUENCES = 32  # the cache holds this many whole contexts, up to CACHE_TOKENS
@@ -105,7 +105,7 @@ def answer(
     quiet = not progress.is_terminal
     for done in track(_answers(engine), "answering", left, console=progress, disable=quiet, transient=True):
         number = int(done.request)
-        turn = read_answer(done.tokens, done.finish == "stop", tokenizer, questions[number].asked.tools)
+        turn = read_answer(done.tokens, done.finish == "stop", tokenizer)
         text = shown(done.tokens, tokenizer)
         found[number] = BfclResult(questions[number], is_right(turn, questions[number]), turn is not None, text)
     return [found[number] for number in range(len(questions))]

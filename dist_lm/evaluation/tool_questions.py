@@ -7,10 +7,10 @@ many wordings are correct.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dist_lm.chat.errors import ChatError
-from dist_lm.chat.messages import Conversation, Message
+from dist_lm.chat.messages import ChatError, Conversation, Message
+from dist_lm.chat.parse import parse
 from dist_lm.chat.schema import check_tool
-from dist_lm.chat.template import parse, prompt, render
+from dist_lm.chat.template import answer_tokens, prompt
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
@@ -78,12 +78,10 @@ def choose(corpus: MappedCorpus, tokenizer: Tokenizer, per_kind: int, context: i
 
 def asked(questions: Iterable[Question], tokenizer: Tokenizer) -> list[Asked]:
     """Tokenize questions."""
-    found = []
-    for question in questions:
-        begin = prompt(question.asked, tokenizer)
-        whole = Conversation((*question.asked.messages, question.expected), question.asked.tools)
-        found.append(Asked(question, begin, render(whole, tokenizer).tokens[len(begin) :].tolist()))
-    return found
+    return [
+        Asked(question, prompt(question.asked, tokenizer), answer_tokens(question.expected, tokenizer))
+        for question in questions
+    ]
 
 
 def shown(tokens: Sequence[int], tokenizer: Tokenizer) -> str:

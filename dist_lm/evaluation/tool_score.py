@@ -7,10 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dist_lm.chat.compare import same_call, same_calls
-from dist_lm.chat.errors import ChatError
-from dist_lm.chat.messages import Call, Message, Tool
+from dist_lm.chat.messages import Call, ChatError, Message, Tool
+from dist_lm.chat.parse import parse_turn
 from dist_lm.chat.schema import problems
-from dist_lm.chat.template import parse_turn
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 
@@ -37,8 +36,8 @@ class Verdict:
         return self.is_turn and not self.called and self.wanted > 0
 
 
-def read_answer(tokens: Sequence[int], ended: bool, tokenizer: Tokenizer, tools: Sequence[Tool]) -> Message | None:
-    """Parse the turn a model wrote when offered `tools`.
+def read_answer(tokens: Sequence[int], ended: bool, tokenizer: Tokenizer) -> Message | None:
+    """Parse the turn that a model wrote.
 
     Args:
         ended: the model wrote the end of its turn, so that the turn was not cut off.
@@ -49,7 +48,7 @@ def read_answer(tokens: Sequence[int], ended: bool, tokenizer: Tokenizer, tools:
     if not ended:
         return None
     try:
-        return parse_turn(tokens, tokenizer, tools)
+        return parse_turn(tokens, tokenizer)
     except ChatError:
         return None
 

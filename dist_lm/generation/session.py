@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from dist_lm.errors import UserError
+from dist_lm.errors import UserError, utf8
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.flash_pages import PAGE_TOKENS
 from dist_lm.generation.load import LoadedModel
 from dist_lm.generation.paged_cache import pages_for
 from dist_lm.generation.request import Answer, FinishReason, Refusal, Request, SamplingParams
-from dist_lm.tokenizer.unicode import utf8
 
 CACHE_TOKENS = 16384  # of all answers to a request, at most; answers beyond it wait
 ENDINGS: dict[FinishReason, str] = {

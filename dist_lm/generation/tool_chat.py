@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dist_lm.chat.messages import Call, Conversation, Json, Message
-from dist_lm.chat.template import CALL, END, parse_turn, prompt
+from dist_lm.chat.parse import parse_turn
+from dist_lm.chat.template import prompt
 from dist_lm.errors import UserError, require
 from dist_lm.generation.session import ENDINGS as FINISHES
 from dist_lm.generation.session import Outcome, Session, Settings
+from dist_lm.tokenizer.symbols import CALL, END
 from dist_lm.tools.use.loop import Ending, Exchange, converse
 from dist_lm.tools.use.toolbox import Limits, Toolbox
 
@@ -106,7 +108,7 @@ class ToolChat:
             if outcomes[-1].stopped:
                 return None
             tokens = [token for token in outcomes[-1].answers[0].tokens if token != self._session.tokenizer.eot_id]
-            return parse_turn(tokens, self._session.tokenizer, conversation.tools)
+            return parse_turn(tokens, self._session.tokenizer)
 
         started = time.perf_counter()
         self._before = self._said

@@ -1,13 +1,13 @@
-"""Our SentencePiece model as a Hugging Face fast tokenizer with identical ids. Needs the extra `hf`.
+"""Our tokenizer as a Hugging Face folder with identical ids, and with the chat template. Needs the extra `hf`.
 
-Its pieces hold plain spaces, not U+2581, so a literal U+2581 is one more character without a piece and falls
-to its bytes, as it does in `dist_lm.tokenizer`. What a user of the folder should know:
+The pieces hold plain spaces, not U+2581, so a literal U+2581 is a character without a piece and becomes its bytes, as
+in `dist_lm.tokenizer`. What a user of the folder should know:
 
-- A call adds the end-of-text that opens every document: `tokenizer(text).input_ids` is what `encode_document`
-  gives; with `add_special_tokens=False` it is what `encode` gives.
-- Text that spells a special token stays text (`split_special_tokens` is on; ours has no other mode). Whoever
-  renders a conversation with special tokens in it passes `split_special_tokens=False`. A program that reads
-  `tokenizer.json` without its configuration must set `encode_special_tokens` for the same.
+- `tokenizer(text).input_ids` begins with end-of-text, as a document of ours does; with `add_special_tokens=False` it is
+  what `Tokenizer.encode` gives.
+- A text that spells a mark becomes that mark, as `apply_chat_template` needs. `split_special_tokens=True` turns this
+  off for the marks in `<|...|>`. `<tools>`, `<tool_call>` and `<tool_response>` are not special tokens, so that parsers
+  of decoded text see them, and are always read as marks. Only `dist_lm.chat` gives ids in which no text forges a mark.
 """
 
 from collections.abc import Iterator
@@ -17,16 +17,15 @@ import sentencepiece
 
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.storage import durable
+from dist_lm.tokenizer.symbols import SPACE
 
-SPACE = "\u2581"
 
-
-def save_hf_tokenizer(model_path: Path, folder: Path) -> None:
-    """Write `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json` into `folder`, for
-    `transformers.AutoTokenizer.from_pretrained(folder)`.
+def save_hf_tokenizer(model_path: Path, folder: Path, chat_template: str) -> None:
+    """Write `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja` into
+    `folder`, for `transformers.AutoTokenizer.from_pretrained(folder)`. `chat_template`: see `chat.template`.
 
     Raises:
-        ArtefactError: `model_path` is missing or is no SentencePiece model.
+        ArtefactError: `model_path` is missing or is not a SentencePiece model.
         UserError: the package `tokenizers` is not installed.
     """
     try:
@@ -38,6 +37,7 @@ def save_hf_tokenizer(model_path: Path, folder: Path) -> None:
     names |= {"pad_token": processor.pad_id(), "unk_token": processor.unk_id()}
     special = {name: processor.id_to_piece(number) for name, number in names.items()}
     durable.write_text(folder / "tokenizer.json", fast_tokenizer_json(processor))
+    durable.write_text(folder / "chat_template.jinja", chat_template)
     durable.write_json(folder / "special_tokens_map.json", special)
     durable.write_json(
         folder / "tokenizer_config.json",
@@ -45,7 +45,6 @@ def save_hf_tokenizer(model_path: Path, folder: Path) -> None:
         | {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
-            "split_special_tokens": True,
             "model_input_names": ["input_ids", "attention_mask"],
         },
     )
@@ -57,8 +56,8 @@ def fast_tokenizer_json(processor: sentencepiece.SentencePieceProcessor) -> str:
         from tokenizers import AddedToken, Tokenizer, decoders, models, processors
     except ImportError as error:
         raise UserError("a Hugging Face tokenizer needs the package tokenizers: pip install 'dist_lm[hf]'") from error
-    texts = [piece.replace(SPACE, " ") for piece in _pieces(processor)]
-    special, symbols, learned = _kinds(processor)
+    texts = [processor.id_to_piece(number).replace(SPACE, " ") for number in range(processor.get_piece_size())]
+    marks, symbols, learned = _kinds(processor)
     unknown, opening = texts[processor.unk_id()], texts[processor.eos_id()]
     tokenizer = Tokenizer(
         models.BPE(
@@ -68,10 +67,12 @@ def fast_tokenizer_json(processor: sentencepiece.SentencePieceProcessor) -> str:
             byte_fallback=True,
         )
     )
-    # what is to be normalised (here: left as it is) is looked for second, in all of the text that special tokens leave;
-    # in one search with them, a symbol that begins inside the spelling of one, as `>=` can, would be missed
+    # Tokens with `normalized` (normalisation changes nothing here) are looked for second, in the text between marks.
+    # In one search with the marks, a symbol that begins inside the spelling of a mark would be missed.
     tokenizer.add_tokens([AddedToken(texts[number], normalized=True, special=False) for number in symbols])
-    tokenizer.add_special_tokens([AddedToken(texts[number], normalized=False, special=True) for number in special])
+    for number in marks:
+        token = AddedToken(texts[number], normalized=False, special=texts[number].startswith("<|"))
+        (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{opening} $A",
@@ -81,14 +82,10 @@ def fast_tokenizer_json(processor: sentencepiece.SentencePieceProcessor) -> str:
     return tokenizer.to_str(pretty=True)
 
 
-def _pieces(processor: sentencepiece.SentencePieceProcessor) -> list[str]:
-    return [processor.id_to_piece(number) for number in range(processor.get_piece_size())]
-
-
 def _kinds(processor: sentencepiece.SentencePieceProcessor) -> tuple[list[int], range, range]:
     """Ids of special tokens, of user-defined symbols, and of learned pieces.
 
-    SentencePiece lays a vocabulary out as special tokens, symbols, 256 bytes, learned pieces (best first).
+    SentencePiece orders a vocabulary as special tokens, symbols, 256 bytes, learned pieces (best first).
     """
     numbers = range(processor.get_piece_size())
     special = [n for n in numbers if processor.is_control(n) or processor.is_unknown(n)]
@@ -97,7 +94,7 @@ def _kinds(processor: sentencepiece.SentencePieceProcessor) -> tuple[list[int], 
 
 
 def _merges(learned: list[str]) -> Iterator[tuple[str, str]]:
-    """Every pair of learned pieces that makes a learned piece, those that SentencePiece prefers first."""
+    """Every pair of learned pieces that makes a learned piece, in the order in which SentencePiece prefers them."""
     known = set(learned)
     for piece in learned:
         for cut in range(len(piece) - 1, 0, -1):

@@ -1,5 +1,6 @@
 """What stage `rlhf` ends with: reward and divergence, first and last, the win rate, rollouts, paths."""
 
+from dist_lm.chat.template import last_request
 from dist_lm.storage.durable import json_lines
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
@@ -45,8 +46,7 @@ def print_rollouts(run: RunDirectory, console: Console) -> None:
     for place in sorted({i * (len(rollouts) - 1) // (SHOWN - 1) for i in range(SHOWN)} if rollouts else set()):
         rollout = rollouts[place]
         console.line(f"--- reward {rollout['reward']:.3f}, {rollout['tokens']} tokens, {rollout['finish']}")
-        asked = rollout["prompt"].rpartition("<|user|>")[2].replace("<|end|><|assistant|>", "")
-        console.line(f"    {one_line(asked)}")
+        console.line(f"    {one_line(last_request(rollout['prompt']))}")
         console.line(f"    {one_line(rollout['completion'])}")
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+from dist_lm.chat.template import last_request
 from dist_lm.config.generate import GenerateRunConfig
 from dist_lm.launcher.plan import Plan, PlannedStage, run_of
 from dist_lm.launcher.reward_summary import print_agreement, reward_entries
@@ -9,6 +10,7 @@ from dist_lm.launcher.rlhf_summary import is_rlhf, print_rlhf
 from dist_lm.launcher.tools_summary import print_tools, tool_entries
 from dist_lm.storage.durable import json_lines
 from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.tokenizer.symbols import END
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.readable import change, counted, percent, three_decimals
 
@@ -122,11 +124,11 @@ def print_samples(run: RunDirectory, console: Console) -> None:
 
 
 def print_question(sample: dict, console: Console) -> None:
-    """What a person said last, and what the model made of it."""
-    asked = sample["prompt"].rpartition("<|user|>")[2].replace("<|end|>", " ").removesuffix("<|assistant|>").strip()
+    """The last request of the user, and the turn that the model wrote."""
     console.line(f"--- {sample['kind']}, {'right' if sample['right'] else 'wrong'}")
-    console.line(f"    {asked}")
-    console.line(f"    {sample['found'].removesuffix('<|end|>')}")
+    console.line(f"    {last_request(sample['prompt']).strip()}")
+    for line in sample["found"].removesuffix(END).splitlines():
+        console.line(f"    {line}")
 
 
 def entries(result: dict, stage: PlannedStage, run: RunDirectory) -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dist_lm.chat.template import LAYOUT
+from dist_lm.chat.template import FORMAT
 from dist_lm.config.corpus import CorpusConfig
 from dist_lm.config.root import Config
 from dist_lm.data.corpus import form_of, source_traits, text_corpora
@@ -34,7 +34,7 @@ def corpus_fingerprint(config: Config, name: str) -> dict[str, Any]:
     """What the documents of one corpus and their tokens depend on. Conversations and rankings stand for themselves."""
     if form_of(config.corpus, name) == "text":
         return text_fingerprint(config)
-    return _fingerprint(config, [name]) | {"layout": LAYOUT}
+    return _fingerprint(config, [name]) | {"format": FORMAT}
 
 
 def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:

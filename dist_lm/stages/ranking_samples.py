@@ -13,7 +13,7 @@ import torch
 
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.ranking import Ranking, ranks_of_scores
-from dist_lm.chat.template import END, prompt
+from dist_lm.chat.template import prompt
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.config.reward import RankingSamplesConfig
 from dist_lm.config.root import Config
@@ -29,6 +29,7 @@ from dist_lm.generation.load import LoadedModel, load_model
 from dist_lm.generation.request import Answer, Request, SamplingParams
 from dist_lm.sandbox.syntax import PARSERS, parses_continued
 from dist_lm.storage.run_directory import WorkDirectory
+from dist_lm.tokenizer.symbols import END
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
 

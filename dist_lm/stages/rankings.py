@@ -6,7 +6,7 @@ It comes behind the stage that reward models start from, because the samples of 
 
 from pathlib import Path
 
-from dist_lm.chat.ranking_documents import encode_ranking
+from dist_lm.chat.documents import encode_ranking
 from dist_lm.config.root import Config
 from dist_lm.data.corpus import LocalText, corpora_of_form, corpus_sources
 from dist_lm.data.manifest import read_manifest

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dist_lm.chat.template import END
 from dist_lm.config.corpus import SPLITS
 from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch, RankedPlaces
@@ -37,6 +36,7 @@ from dist_lm.rlhf.reward_model import (
 )
 from dist_lm.stages.sampling import answer_all
 from dist_lm.stages.training_stage import Closing, Opening, StageData, TrainingStage
+from dist_lm.tokenizer.symbols import END
 from dist_lm.training import checkpoint_files
 
 log = logging.getLogger(__name__)

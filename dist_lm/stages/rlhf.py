@@ -9,8 +9,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from dist_lm.chat.errors import ChatError
-from dist_lm.chat.messages import Conversation, Message
+from dist_lm.chat.messages import ChatError, Conversation, Message
 from dist_lm.chat.template import prompt as rendered
 from dist_lm.config.dotted_path import imported_function
 from dist_lm.config.rlhf_run import RlhfRunConfig, RlhfRunGroup

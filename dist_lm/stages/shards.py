@@ -9,7 +9,7 @@ from dist_lm.chat.documents import encode_document
 from dist_lm.config.corpus import SPLITS
 from dist_lm.config.root import Config
 from dist_lm.data.corpus import IngestReport, LocalText, form_of, read_corpus
-from dist_lm.data.manifest import read_manifest, write_manifest
+from dist_lm.data.manifest import check_format, read_manifest, write_manifest
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.shard_writer import ShardWriter
 from dist_lm.document import Document
@@ -58,9 +58,14 @@ def missing_corpora(config: Config) -> list[str]:
 
 
 def is_whole(directory: Path) -> bool:
-    """Whether a corpus can be opened and is what its manifest says."""
+    """Whether a corpus can be opened and matches its manifest.
+
+    Raises:
+        ArtefactError: it has another format.
+    """
     if not directory.is_dir():
         return False
+    check_format(directory)
     try:
         for split in SPLITS:
             MappedCorpus.open(directory, split)

@@ -12,9 +12,8 @@ from dist_lm.errors import ArtefactError
 from dist_lm.stages.artefact import Artefact, digest, text_fingerprint
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
-from dist_lm.tokenizer.report import tokenizer_report
-from dist_lm.tokenizer.tokenizer import Tokenizer
-from dist_lm.tokenizer.train import sample_by_language, train_tokenizer
+from dist_lm.tokenizer.tokenizer import FORMAT, Tokenizer
+from dist_lm.tokenizer.train import sample_by_language, tokenizer_report, train_tokenizer
 from dist_lm.tracking.console import Console
 
 REPORT_BYTES = 4_000_000  # of all languages together, for the report
@@ -24,12 +23,17 @@ def inspect(config: Config) -> Artefact:
     """What is in work/tokenizer.
 
     Raises:
-        ArtefactError: it was made from another text or with another vocabulary.
+        ArtefactError: it has another format, was trained on another text, or has another vocabulary.
     """
     work = WorkDirectory(Path(config.work_dir))
     if not (work.tokenizer_model.exists() and work.tokenizer_report.exists()):
         return Artefact(False, f"{config.tokenizer.vocab_size:,} pieces from corpus={config.corpus.name}")
     report = json.loads(work.tokenizer_report.read_text())
+    if (found := report.get("format", 1)) != FORMAT:
+        raise ArtefactError(
+            f"{work.tokenizer} holds a tokenizer of format {found}, this version reads format {FORMAT}: use another "
+            "work_dir, or remove that work_dir to build everything again"
+        )
     if report["vocab_size"] != config.tokenizer.vocab_size:
         raise ArtefactError(
             f"{work.tokenizer} holds {report['vocab_size']} pieces, tokenizer.vocab_size={config.tokenizer.vocab_size} "

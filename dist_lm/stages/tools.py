@@ -7,7 +7,6 @@ new to it.
 import json
 from collections.abc import Sequence
 
-from dist_lm.chat.template import END
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.evaluation.tool_questions import Asked, choose, shown
 from dist_lm.evaluation.tool_score import Verdict, figures, judge, read_answer
@@ -15,6 +14,7 @@ from dist_lm.generation.request import Answer, Request, SamplingParams
 from dist_lm.stages.sampling import answer_all
 from dist_lm.stages.training_stage import Closing, TrainingStage
 from dist_lm.storage import durable
+from dist_lm.tokenizer.symbols import END
 from dist_lm.training.objective import next_token
 
 ROOM = 32  # tokens of an answer beyond twice those of the right one
@@ -52,7 +52,7 @@ def requests_of(questions: Sequence[Asked], end_id: int, max_new_tokens: int) ->
 def verdict_of(one: Asked, answer: Answer, closing: Closing) -> Verdict:
     """What an answer is worth."""
     tools = one.question.asked.tools
-    found = read_answer(answer.tokens, answer.finish == "stop", closing.tokenizer, tools)
+    found = read_answer(answer.tokens, answer.finish == "stop", closing.tokenizer)
     return judge(found, one.question.expected, tools)
 
 

@@ -1,4 +1,4 @@
-"""Documents to tokens over several processes, in order."""
+"""Documents to tokens, in several processes, in order."""
 
 import multiprocessing
 import os
@@ -18,20 +18,21 @@ from dist_lm.errors import UserError
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 Encode = Callable[[Tokenizer, Document], TokenizedDocument]
-CHUNK_CHARACTERS = 500_000  # text sent to a process at a time: a tenth of a second of work
+CHUNK_CHARACTERS = 500_000  # sent to a process at a time: a tenth of a second of work
 CHUNK_DOCUMENTS = 2_000
-CHUNKS_IN_FLIGHT = 3  # for each process: one in work, one waiting, one being read
-CHUNKS_FOR_PROCESSES = 4  # less text than this is done before a process has started
+CHUNKS_IN_FLIGHT = 3  # for each process: one being encoded, one waiting, one being read
+CHUNKS_FOR_PROCESSES = 4  # fewer chunks are encoded sooner than a process starts
 
 
 def encode_documents(
     path: Path, documents: Iterable[Document], workers: int, encode: Encode = Tokenizer.encode_document
 ) -> Iterator[TokenizedDocument]:
-    """Every document tokenized by the model at `path`, in the order of `documents`.
+    """Every document, tokenized by the model at `path`, in the order of `documents`.
 
-    `workers`: processes; 0 is one a core, 1 encodes in this process, and so does any number when there is
-    little text. At most `CHUNKS_IN_FLIGHT` chunks a process are in memory, however slowly the result is read.
-    `encode`: a function of a module, so that processes find it.
+    Args:
+        workers: processes; 0 means one for each core, 1 encodes in this process. A little text is always encoded in
+            this process. At most `CHUNKS_IN_FLIGHT` chunks for each process are in memory.
+        encode: a function at the top of a module, so that the processes can import it.
 
     Raises:
         ArtefactError: there is no usable tokenizer at `path`.
@@ -51,7 +52,7 @@ def encode_documents(
 def _encode_in_processes(
     path: Path, chunks: Iterator[list[Document]], workers: int, encode: Encode
 ) -> Iterator[TokenizedDocument]:
-    # Spawned, not forked: the caller may have threads, and a fork copies the locks they hold.
+    # Spawned, not forked: a fork would copy the locks that threads of the caller hold.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
     waiting: deque[Future[list[TokenizedDocument]]] = deque()
@@ -64,14 +65,14 @@ def _encode_in_processes(
             yield from waiting.popleft().result()
     except BrokenProcessPool as error:
         raise UserError(
-            f"a process that tokenizes died (out of memory, or killed): set tokenizer.workers below {workers}"
+            f"a tokenizing process died (out of memory, or killed): set tokenizer.workers below {workers}"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _chunked(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Runs of documents of about `CHUNK_CHARACTERS`."""
+    """Lists of consecutive documents of about `CHUNK_CHARACTERS` together."""
     chunk: list[Document] = []
     characters = 0
     for document in documents:
@@ -85,18 +86,18 @@ def _chunked(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _encode_chunk(path: Path, chunk: list[Document], encode: Encode) -> list[TokenizedDocument]:
-    """Runs in a process of the pool."""
+    """The work of a process of the pool."""
     return [encode(_tokenizer(path), document) for document in chunk]
 
 
 @cache
 def _tokenizer(path: Path) -> Tokenizer:
-    """Loaded once a process of the pool, which lives no longer than one `encode_documents`."""
+    """Loaded once in each process of the pool, which ends with its `encode_documents`."""
     return Tokenizer.load(path)
 
 
 def _follow_parent() -> None:
-    """Leave Ctrl-C to the parent, and end when it is gone: a pool's process would wait for work forever."""
+    """Ignore Ctrl-C, which the parent handles, and end with the parent; otherwise the process would wait forever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

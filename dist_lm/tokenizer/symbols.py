@@ -1,28 +1,26 @@
-"""Pieces that are in every vocabulary whatever the text says: special tokens, symbols of code and JSON kept whole.
+"""Pieces of every vocabulary: special tokens, and symbols of code that are never split.
 
-Ids 0, 1, 2, ... are the special tokens in the order of `SPECIAL_TOKENS`, the same in every tokenizer. They
-are control symbols of SentencePiece: no text, not even one that spells their name, is ever encoded to them.
+Ids 0, 1, 2, ... are the special tokens in the order of `SPECIAL_TOKENS`, the same in every tokenizer. They are control
+symbols of SentencePiece: no text is ever encoded to one of them, not even text that spells its name.
 """
 
 END_OF_TEXT = "<|endoftext|>"  # opens every document, and ends a generation
 PAD = "<|pad|>"  # fills a batch; no document holds it
-UNKNOWN = "<|unknown|>"  # SentencePiece insists on one; byte pieces make it unreachable
+UNKNOWN = "<|unknown|>"  # SentencePiece requires one; byte pieces make it unreachable
+
+START, END = "<|im_start|>", "<|im_end|>"  # of a turn
+TOOLS, END_TOOLS = "<tools>", "</tools>"  # around the tools that may be called, in the system turn
+CALL, END_CALL = "<tool_call>", "</tool_call>"
+RESPONSE, END_RESPONSE = "<tool_response>", "</tool_response>"  # around the result of a call
+
+# Fill in the middle and repositories, with the names of Qwen2.5-Coder. No stage writes them yet.
+FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX = "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"
+REPOSITORY, FILE = "<|repo_name|>", "<|file_sep|>"
 
 SPECIAL_TOKENS = (
-    END_OF_TEXT,
-    PAD,
-    UNKNOWN,
-    "<|system|>",  # roles: each opens a turn
-    "<|user|>",
-    "<|assistant|>",
-    "<|tool|>",
-    "<|end|>",  # closes a turn
-    "<|tool_call|>",
-    "<|/tool_call|>",
-    "<|tool_result|>",
-    "<|/tool_result|>",
-    "<|tools|>",  # the list of tools that may be called
-    "<|/tools|>",
+    *(END_OF_TEXT, PAD, UNKNOWN, START, END),
+    *(TOOLS, END_TOOLS, CALL, END_CALL, RESPONSE, END_RESPONSE),
+    *(FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX, REPOSITORY, FILE),
     *(f"<|reserved_{n}|>" for n in range(16)),
 )
 
@@ -39,52 +37,21 @@ SHEBANGS = (
     "#!/usr/bin/python",
     "#!/usr/bin/python3",
 )
+INDENTS = (*("\n" + " " * width for width in range(2, 25, 2)), "\n\t", "\n\t\t", "\n\t\t\t")
 
-# A symbol is matched greedily wherever it occurs, so `--`, `**`, `//` and `##` are left to BPE: as symbols
-# they would cut rulers and URLs into pairs. Rulers of `=`, which `==` would cut, get their own lengths.
+# No symbols: `train_tokenizer` makes sure that they are learned. As symbols they would overlap (the end of `!=` begins
+# `==`), cut rulers such as `=====` into pairs, and part from the space before them.
 OPERATORS = (
     *("==", "!=", ">=", "<=", "===", "!==", "<>", "=~"),
     *("+=", "-=", "*=", "/=", "%=", "|=", "&=", "^=", "//=", "**=", "<<=", ">>="),
     *("->", "=>", ":=", "::", "++", "&&", "||", "<<", ">>"),
 )
-RULERS = ("=" * 4, "=" * 8, "=" * 16)
-
-INDENT_WIDTHS = (0, 2, 4, 6, 8, 12, 16, 20)  # spaces after a newline
-BLANK_LINE_WIDTHS = (0, 4, 8)  # spaces after an empty line
-
-# Tools, calls and results as `chat/json_text.py` spells them. No tokenizer learns from conversations, so these would be
-# two tokens in five of one with tools.
-JSON_TYPES = ("string", "integer", "number", "boolean")
-JSON_PUNCTUATION = (
-    *('{"', '": ', '": "', '": ["', '": {"', ', "', '", "', '["'),
-    *('"}', '"}}', "}}", '}, "', '"}, "', '"}}, "', '"]', '"]}', '"], "', '"]}, "'),
-    *('": true', '": false', '": null'),
-)
-CALL_FRAMES = ('{" name": "', '", " arguments": {"', '", " arguments": {}}')
-TOOL_FRAMES = (
-    *('[{" description": "', '}}}, {" description": "', '"]}}, {" description": "', '"]}}]', '", " name": "'),
-    *(
-        '", " parameters": {" type": " object", " properties": {"',
-        '", " parameters": {" type": " object", " properties": {}}',
-    ),
-)
-ARGUMENT_TYPES = tuple(f'": {{" type": " {name}"' for name in JSON_TYPES)
-ARGUMENT_FRAMES = (
-    *(f"{argument}{end}" for argument in ARGUMENT_TYPES for end in ("", "}", '}, "', '}}, " required": ["')),
-    *('": {" type": " object", " properties": {"', '": {" type": " array", " items": {" type": "'),
-    *(', " enum": ["', ', " format": "', ', " description": "', ', " default": ', ', " minimum": ', ', " maximum": '),
-    *('], " default": "', '}, " required": ["', '"]}}, " required": ["', '"}}, " required": ["'),
-)
 
 
 def user_defined_symbols() -> list[str]:
-    """The symbols kept whole, spaces written as U+2581 (a plain space would never match)."""
-    indents = [
-        *("\n" + " " * width for width in INDENT_WIDTHS),
-        *("\n\n" + " " * width for width in BLANK_LINE_WIDTHS),
-        *("\t", "\n\t", "\n\t\t"),
-    ]
-    spaced = [f" {operator}" for operator in OPERATORS]
-    json = [*JSON_PUNCTUATION, *CALL_FRAMES, *TOOL_FRAMES, *ARGUMENT_FRAMES]
-    symbols = [*SHEBANGS, *OPERATORS, *RULERS, *spaced, *indents, *json]
-    return [symbol.replace(" ", SPACE) for symbol in symbols]
+    """The symbols that are never split, with spaces written as U+2581 (a plain space would never match).
+
+    SentencePiece takes the longest symbol at each place, from left to right. Other engines take the longest symbol of
+    the whole text first. Both find the same symbols because no proper suffix of a symbol begins another symbol.
+    """
+    return [symbol.replace(" ", SPACE) for symbol in (*SHEBANGS, *INDENTS)]

@@ -8,19 +8,20 @@ import numpy as np
 import sentencepiece
 
 from dist_lm.document import Document, TokenizedDocument
-from dist_lm.errors import ArtefactError
+from dist_lm.errors import ArtefactError, utf8
 from dist_lm.tokenizer.symbols import END_OF_TEXT, PAD, SPACE, SPECIAL_TOKENS
-from dist_lm.tokenizer.unicode import utf8
+
+FORMAT = 2  # of the special tokens and symbols; recorded in the tokenizer's report. One more with every change
 
 
 class Tokenizer:
     """A trained SentencePiece model. `decode(encode(text)) == text` for any Unicode text."""
 
     def __init__(self, model: bytes, name: str) -> None:
-        """`model`: the content of a file that `train_tokenizer` wrote; `name`: where it is from.
+        """`model`: the content of a file that `train_tokenizer` wrote; `name`: its name in error messages.
 
         Raises:
-            ArtefactError: it is not such a model.
+            ArtefactError: it is not such a model, or has the special tokens of another format.
         """
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -34,12 +35,12 @@ class Tokenizer:
         first = [self._processor.id_to_piece(number) for number in range(min(len(SPECIAL_TOKENS), self.vocab_size))]
         if first != list(SPECIAL_TOKENS):
             raise ArtefactError(
-                f"{name} lacks the special tokens of dist_lm (its first pieces are {first[:4]}): "
-                "train one with stage=tokenizer"
+                f"{name} lacks the special tokens of dist_lm, format {FORMAT} (its first pieces are "
+                f"{', '.join(first[:4])}): use another work_dir, or remove that file and run stage=tokenizer"
             )
         self.eot_id = self.special_ids[END_OF_TEXT]
         self.pad_id = self.special_ids[PAD]
-        # SentencePiece reads a literal U+2581 as a space; its bytes come back as themselves.
+        # SentencePiece reads a literal U+2581 as a space, so it is encoded as its three bytes.
         self._literal_space_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
     @classmethod
@@ -47,7 +48,7 @@ class Tokenizer:
         """Read `path`.
 
         Raises:
-            ArtefactError: it is missing, damaged, or not a tokenizer of ours.
+            ArtefactError: it is missing, damaged, or not a tokenizer of this format.
         """
         try:
             model = path.read_bytes()
@@ -58,7 +59,7 @@ class Tokenizer:
         return cls(model, str(path))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; never a special token, whatever the text spells.
+        """Token ids of `text`, without any special token, even where the text spells one.
 
         Raises:
             UserError: `text` holds a lone surrogate.
@@ -67,11 +68,11 @@ class Tokenizer:
         return self._encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`. Special tokens stand for no text; bytes that are no UTF-8 come out as U+FFFD."""
+        """The text of `ids`. Special tokens have no text; bytes that are not UTF-8 become U+FFFD."""
         return self._processor.decode([int(number) for number in ids])
 
     def encode_document(self, document: Document) -> TokenizedDocument:
-        """The document behind the end-of-text that opens it.
+        """The document, with end-of-text before it.
 
         Raises:
             UserError: the text holds a lone surrogate; the message names the document's source.
@@ -86,19 +87,18 @@ class Tokenizer:
         )
 
     def pieces(self, ids: Iterable[int]) -> list[str]:
-        """Each token as people read it: its text, a byte as `<0x0D>`, a special token by its name."""
+        """Each token for people: its text, a byte as `<0x0D>`, a special token by its name."""
         return [self._processor.id_to_piece(int(number)).replace(SPACE, " ") for number in ids]
 
     def vocabulary(self) -> list[bytes]:
         """The bytes of every token, by id; a special token has none.
 
-        Those of `encode(text)`, joined, are `text` in UTF-8: with them it can be shown token by token, although a
-        character may be spread over several.
+        The bytes of `encode(text)`, joined, are `text` in UTF-8. One character may take several tokens.
         """
         return [self._bytes_of(number) for number in range(self.vocab_size)]
 
     def content(self, ids: Iterable[int]) -> bytes:
-        """The bytes of `ids`, joined: exact where `decode` puts U+FFFD. Special tokens have none."""
+        """The bytes of `ids`, joined; unlike `decode`, exact for bytes that are not UTF-8."""
         return b"".join(self._bytes_of(int(number)) for number in ids)
 
     def _bytes_of(self, number: int) -> bytes:

@@ -1,4 +1,4 @@
-"""What a tokenizer is trained on, and how: SentencePiece BPE for code and text."""
+"""Training of the tokenizer: SentencePiece BPE for code and text, and the report on how well it fits."""
 
 import hashlib
 import heapq
@@ -7,28 +7,40 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
 from dist_lm.config.corpus import TokenizerConfig
 from dist_lm.document import Document
-from dist_lm.errors import ConfigError, UserError
+from dist_lm.errors import ConfigError, UserError, utf8
 from dist_lm.storage import durable
-from dist_lm.tokenizer.symbols import END_OF_TEXT, PAD, SPECIAL_TOKENS, UNKNOWN, user_defined_symbols
-from dist_lm.tokenizer.unicode import utf8
+from dist_lm.tokenizer.symbols import END_OF_TEXT, OPERATORS, PAD, SPECIAL_TOKENS, UNKNOWN, user_defined_symbols
+from dist_lm.tokenizer.tokenizer import FORMAT, Tokenizer
 
 CHUNK_CHARACTERS = 4_000  # SentencePiece drops sentences longer than 65,536 bytes; a character has at most 4
+OPERATORS_EVERY = 5_000  # characters of text: as often the operators are added, so that BPE learns each one as a piece
 
-# Never learned from: U+2581 would pass for a space, NUL and U+2585 make SentencePiece drop the whole chunk.
+# Never learned from: U+2581 would pass for a space; NUL and U+2585 make SentencePiece drop the whole chunk.
 UNLEARNABLE = re.compile("[\0\u2581\u2585]")
+
+SAMPLES = {
+    "shebang": '#!/bin/bash\nset -euo pipefail\necho "$HOME"\n',
+    "comparison": "if a == b and c != d or e >= 10:\n",
+    "indentation": "def add(a, b):\n    if a:\n        return a + b\n\n    return None\n",
+    "tabs": "all:\n\tcc -o main main.c\n",
+    "sql": "SELECT name, COUNT(*) FROM users WHERE age >= 18 GROUP BY name;\n",
+    "english": "Once upon a time there was a little dog.",
+    "unicode": "naïve café 🙂 日本",
+}
 
 
 def sample_by_language(documents: Iterable[Document], limit_bytes: int) -> Iterator[Document]:
-    """At most `limit_bytes` of UTF-8 text, the same share of it for every language, in the order they came.
+    """At most `limit_bytes` of UTF-8 text, an equal share for every language, in the order of `documents`.
 
-    What a small language leaves of its share goes to the others. Inside a language documents are chosen by
-    hash, so that no part of a corpus is favoured. One pass, memory of about `limit_bytes`; one document is
-    always kept.
+    A language that has less than its share leaves the rest to the others. Within a language, documents are chosen by
+    hash, so that no part of a corpus is favoured. One pass, memory of about `limit_bytes`; at least one document is
+    kept.
 
     Raises:
         UserError: a document is not Unicode text.
@@ -92,17 +104,55 @@ def train_tokenizer(texts: Iterable[str], path: Path, config: TokenizerConfig) -
     durable.write_bytes(path, model.getvalue())
 
 
+def tokenizer_report(tokenizer: Tokenizer, documents: Iterable[Document]) -> dict[str, Any]:
+    """Figures over `documents`, ready for JSON.
+
+    `format`, `vocab_size`, `sha256`, `special_tokens` (name -> id), `bytes_per_token` (UTF-8 bytes; end-of-text is not
+    counted), `languages` (the same by language, with the amount of text), `samples` (name -> pieces).
+    """
+    documents_by, bytes_by, tokens_by = defaultdict(int), defaultdict(int), defaultdict(int)
+    for document in documents:
+        tokenized = tokenizer.encode_document(document)
+        documents_by[document.language] += 1
+        bytes_by[document.language] += tokenized.n_bytes
+        tokens_by[document.language] += len(tokenized.tokens) - 1
+    languages = {
+        language: {
+            "documents": documents_by[language],
+            "bytes": bytes_by[language],
+            "tokens": tokens_by[language],
+            "bytes_per_token": _ratio(bytes_by[language], tokens_by[language]),
+        }
+        for language in sorted(documents_by)
+    }
+    return {
+        "format": FORMAT,
+        "vocab_size": tokenizer.vocab_size,
+        "sha256": tokenizer.sha256,
+        "special_tokens": tokenizer.special_ids,
+        "bytes_per_token": _ratio(sum(bytes_by.values()), sum(tokens_by.values())),
+        "languages": languages,
+        "samples": {name: tokenizer.pieces(tokenizer.encode(text)) for name, text in SAMPLES.items()},
+    }
+
+
 def _chunks(texts: Iterable[str]) -> Iterator[str]:
-    """Pieces of at most `CHUNK_CHARACTERS`, newlines kept."""
+    """Parts of at most `CHUNK_CHARACTERS` with their newlines, then the operators, as often as the text is long."""
+    characters = 0
     for number, text in enumerate(texts):
         utf8(text, f"text {number}")
         for part in UNLEARNABLE.split(text):
             for start in range(0, len(part), CHUNK_CHARACTERS):
                 yield part[start : start + CHUNK_CHARACTERS]
+        characters += len(text)
+    between = "\n\t"  # a symbol: nothing is learned across it
+    operators = between.join(operator for plain in OPERATORS for operator in (plain, f" {plain}"))
+    for _ in range(characters // OPERATORS_EVERY):
+        yield operators
 
 
 def _raising_into(failure: list[BaseException], chunks: Iterator[str]) -> Iterator[str]:
-    """`chunks`, keeping what they raise: SentencePiece turns it into a RuntimeError that only quotes it."""
+    """`chunks`, recording the error they raise: SentencePiece replaces it by a RuntimeError that quotes it."""
     try:
         yield from chunks
     except Exception as error:
@@ -111,7 +161,7 @@ def _raising_into(failure: list[BaseException], chunks: Iterator[str]) -> Iterat
 
 
 def _explained(error: RuntimeError, config: TokenizerConfig) -> Exception:
-    """What SentencePiece refused, in the words of our configuration."""
+    """The refusal of SentencePiece, in the words of our configuration."""
     message = str(error)
     if "sentences_.empty()" in message:
         return UserError("the tokenizer has no text to train on: the train split of every corpus is empty")
@@ -122,3 +172,8 @@ def _explained(error: RuntimeError, config: TokenizerConfig) -> Exception:
     else:
         return error
     return ConfigError(f"tokenizer.vocab_size={config.vocab_size}: expected {accepted}")
+
+
+def _ratio(n_bytes: int, tokens: int) -> float:
+    """Bytes per token; 0 if there is no text."""
+    return n_bytes / tokens if tokens else 0.0

@@ -1,11 +1,13 @@
-"""Conversations of every shape, as strategies, and what makes two of them the same."""
+"""Conversations of every shape: as hypothesis strategies, from a seeded generator, and as OpenAI's API has them."""
 
-from collections.abc import Sequence
+import json
+from random import Random
 from typing import Any
 
 from hypothesis import strategies as st
 
 from dist_lm.chat.messages import Call, Conversation, Json, Message, Tool
+from tests.chat.hostile import hostile_text
 from tests.tokenizer.hard_texts import hard_text
 
 some_text = hard_text.filter(bool)
@@ -18,51 +20,13 @@ json_values: st.SearchStrategy[Json] = st.recursive(
     max_leaves=6,
 )
 json_objects = st.dictionaries(hard_text, json_values, max_size=3)
-TAKE_NULL: list[Json] = [{}, {"type": "null"}, {"type": ["string", "null"]}, {"enum": ["a", None]}]
-TAKE_NONE: list[Json] = [{"type": "string"}, {"type": ["integer", "string"]}, {"enum": ["a", "b"]}]
-schemas: st.SearchStrategy[Json] = st.recursive(
-    st.sampled_from([*TAKE_NULL, *TAKE_NONE]),
-    lambda inner: st.one_of(
-        st.builds(lambda items: {"type": "array", "items": items}, inner),
-        st.dictionaries(hard_text, inner, max_size=3).map(lambda parts: {"type": "object", "properties": parts}),
-    ),
-    max_leaves=6,
-)
-object_schemas = st.dictionaries(hard_text, schemas, max_size=4).map(
-    lambda parts: {"type": "object", "properties": parts}
-)
-parameters = st.one_of(object_schemas, json_objects)
-tools = st.lists(st.builds(Tool, some_text, hard_text, parameters), max_size=3, unique_by=lambda tool: tool.name)
-
-
-@st.composite
-def values_of(draw: Any, schema: Any) -> Json:
-    """What one of `schemas` may hold, valid or not: null only where it takes null, properties it does not know, too."""
-    if schema.get("type") == "array":
-        return draw(st.lists(values_of(schema["items"]), max_size=3))
-    if schema.get("type") == "object":
-        known = schema["properties"]
-        names = draw(st.lists(st.sampled_from(list(known)), unique=True)) if known else []
-        others = {name: value for name, value in draw(json_objects).items() if name not in known}
-        return others | {name: draw(values_of(known[name])) for name in names}
-    return draw(json_values if schema in TAKE_NULL else json_values.filter(lambda value: value is not None))
-
-
-@st.composite
-def calls(draw: Any, offered: Sequence[Tool]) -> Call:
-    """Of one of the tools, or of none."""
-    if offered and draw(st.booleans()):
-        tool = draw(st.sampled_from(offered))
-        if set(tool.parameters) == {"type", "properties"} and isinstance(tool.parameters["properties"], dict):
-            return Call(tool.name, draw(values_of(tool.parameters)))
-    name = draw(some_text.filter(lambda name: name not in {tool.name for tool in offered}))
-    return Call(name, draw(json_objects))
+tools = st.lists(st.builds(Tool, some_text, hard_text, json_objects), max_size=3, unique_by=lambda tool: tool.name)
+calls = st.builds(Call, some_text, json_objects)
 
 
 @st.composite
 def conversations(draw: Any) -> Conversation:
-    """What `render` accepts: any of the turns that may follow, a few times."""
-    offered = tuple(draw(tools))
+    """Any conversation that `render` accepts, with up to seven turns."""
     messages = [Message("system", draw(some_text))] if draw(st.booleans()) else []
     messages.append(Message("user", draw(some_text)))
     for _ in range(draw(st.integers(0, 5))):
@@ -74,11 +38,70 @@ def conversations(draw: Any) -> Conversation:
         elif before.role == "assistant":
             messages.append(Message("user", draw(some_text)))
         else:
-            asked = tuple(draw(st.lists(calls(offered), max_size=3)))
+            asked = tuple(draw(st.lists(calls, max_size=3)))
             messages.append(Message("assistant", draw(hard_text if asked else some_text), asked))
-    return Conversation(tuple(messages), offered)
+    return Conversation(tuple(messages), tuple(draw(tools)))
+
+
+def hostile_conversation(random: Random) -> Conversation:
+    """Any conversation that `render` accepts, of hostile texts: fast enough for ten thousand."""
+    messages = [Message("system", hostile_text(random))] if random.random() < 0.5 else []
+    messages.append(Message("user", hostile_text(random)))
+    for _ in range(random.randrange(6)):
+        before = messages[-1]
+        if before.calls:
+            messages.append(Message("tool", results=tuple(hostile_value(random) for _ in before.calls)))
+        elif before.role == "assistant":
+            messages.append(Message("user", hostile_text(random)))
+        else:
+            asked = tuple(Call(hostile_text(random), hostile_object(random)) for _ in range(random.randrange(4)))
+            text = "" if asked and random.random() < 0.5 else hostile_text(random)
+            messages.append(Message("assistant", text, asked))
+    names = {hostile_text(random) for _ in range(random.randrange(3))}
+    offered = (Tool(name, hostile_text(random), hostile_object(random)) for name in sorted(names))
+    return Conversation(tuple(messages), tuple(offered))
+
+
+def hostile_object(random: Random) -> dict[str, Json]:
+    return {hostile_text(random): hostile_value(random) for _ in range(random.randrange(3))}
+
+
+def hostile_value(random: Random, depth: int = 0) -> Json:
+    match random.randrange(8 if depth < 2 else 6):
+        case 0:
+            return random.choice((None, True, False))
+        case 1:
+            return random.randrange(-(10 ** random.randint(1, 300)), 10 ** random.randint(1, 300))
+        case 2:
+            return random.uniform(-1, 1) * 10.0 ** random.randint(-300, 300)
+        case 6:
+            return [hostile_value(random, depth + 1) for _ in range(random.randrange(4))]
+        case 7:
+            return {hostile_text(random): hostile_value(random, depth + 1) for _ in range(random.randrange(4))}
+        case _:
+            return hostile_text(random)
+
+
+def for_openai(conversation: Conversation) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(messages, tools) as OpenAI's API and `apply_chat_template` take them."""
+    messages = list[dict[str, Any]]()
+    for message in conversation.messages:
+        if message.role == "tool":
+            messages += [
+                {"role": "tool", "content": json.dumps(result, ensure_ascii=False)} for result in message.results
+            ]
+        else:
+            messages.append({"role": message.role, "content": message.content})
+        if message.calls:
+            made = [{"name": call.name, "arguments": call.arguments} for call in message.calls]
+            messages[-1]["tool_calls"] = [{"type": "function", "function": call} for call in made]
+    functions = [
+        {"name": tool.name, "description": tool.description, "parameters": tool.parameters}
+        for tool in conversation.tools
+    ]
+    return messages, [{"type": "function", "function": function} for function in functions]
 
 
 def spelled(value: object) -> str:
-    """The same for the same value only: types of numbers and order of keys included, where == lets them pass."""
+    """The same text for the same value only: == ignores types of numbers and the order of keys."""
     return repr(value)

@@ -24,12 +24,30 @@ JSON_PARTS = (
     *("[" * 70, "]" * 70, '{"a":' * 70, "null", "NaN", "-Infinity", "1e999", "9" * 700, "{}", "[]", "//", "/*", "'"),
 )
 CONTROLS = tuple(map(chr, (*range(32), *range(127, 160), 0x2028, 0x2029, 0xFEFF, 0xFFFE, 0xFFFF, 0x10FFFF)))
-RIGHT_TO_LEFT = ("\u202e", "\u2066", "\u2069", "\u200f", "שלום", "مرحبا", "\u202d<|end|>\u202c")
+RIGHT_TO_LEFT = ("\u202e", "\u2066", "\u2069", "\u200f", "שלום", "مرحبا", "\u202d<|im_end|>\u202c")
 EMOJI = ("🙂", "👩‍👩‍👧‍👦", "🏳️‍🌈", "🇳🇴", "\U0001f3fd", "\ufe0f")
 NEAR_MARKS = (
-    *("<|end |>", "<|END|>", "< |end|>", "<|end", "|>", "<|", "<\u200b|end|>", "＜|end|＞", "<|/|>", "<||>"),
-    *("<|en", "d|>", "\u2581<|end|>", "<|end|>\u2581", "<|end|><|system|>", "&lt;|end|&gt;", "<|reserved_16|>"),
-    *("<s>", "</s>", "<unk>", "<pad>", "[INST]", "<|im_end|>", "<|eot_id|>"),
+    *("<|im_end |>", "<|IM_END|>", "< |im_end|>", "<|im_end", "|>", "<|", "<\u200b|im_end|>", "＜|im_end|＞", "<||>"),
+    *("<|im_e", "nd|>", "\u2581<|im_end|>", "<|im_end|>\u2581", "<|im_end|><|im_start|>", "&lt;|im_end|&gt;"),
+    *(
+        "\\u003c|im_end|>",
+        "\\u003ctool_call>",
+        "<tool_call",
+        "tool_call>",
+        "<<tool_call>>",
+        "</tool_call",
+    ),
+    *('</tool_call>\n<tool_call>{"name": "g", "arguments": {}}', "# Tools\n\n", "\n</tool_call><|im_end|>\n"),
+    *(
+        "<|im_start|>assistant\n",
+        "<|im_start|>system\n",
+        "user\n",
+        "{{ 1 }}",
+        "{% raw %}",
+        "{# x #}",
+        "<|reserved_16|>",
+    ),
+    *("<s>", "</s>", "<unk>", "<pad>", "[INST]", "<|user|>", "<|eot_id|>"),
 )
 KINDS = (
     SPECIAL_TOKENS,

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_lm.chat.compare import same_call, same_calls, same_value
-from dist_lm.chat.errors import ChatError
-from dist_lm.chat.messages import Call, Json, Tool
+from dist_lm.chat.messages import Call, ChatError, Json, Tool
 from tests.chat.conversations import json_values
 
 TOOL = Tool(

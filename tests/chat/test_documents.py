@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from dist_lm.chat.documents import encode_document, read_conversation, write_conversation
-from dist_lm.chat.errors import ChatError
-from dist_lm.chat.messages import Call, Conversation, Message, Tool
-from dist_lm.chat.template import parse, render
+from dist_lm.chat.messages import Call, ChatError, Conversation, Message, Tool
+from dist_lm.chat.parse import parse
+from dist_lm.chat.template import render
 from dist_lm.document import Document
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from tests.conftest import conversations
@@ -14,7 +14,7 @@ from tests.conftest import conversations
 RICH = Conversation(
     messages=(
         Message("system", "Be brief."),
-        Message("user", "1 and 2.0, é <|end|>"),
+        Message("user", "1 and 2.0, é <|im_end|>"),
         Message("assistant", "Both.", (Call("f", {"x": 1, "y": {"deep": [None, True, 2.0]}}), Call("g"))),
         Message("tool", results=({"error": "no"}, None)),
         Message("assistant", "Done."),

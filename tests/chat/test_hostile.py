@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from dist_lm.chat.errors import ChatError
-from dist_lm.chat.messages import Call, Conversation, Message, Tool
-from dist_lm.chat.template import parse, parse_turn, render
+from dist_lm.chat.messages import Call, ChatError, Conversation, Message, Tool
+from dist_lm.chat.parse import parse, parse_turn
+from dist_lm.chat.template import render
 from dist_lm.tokenizer.symbols import SPECIAL_TOKENS
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from tests.chat.conversations import spelled
@@ -16,11 +16,10 @@ from tests.chat.hostile import hostile_text, mutated
 
 the_bar = pytest.param(10_000, marks=[pytest.mark.bars, pytest.mark.timeout(1800)])
 counts = pytest.mark.parametrize("count", [200, the_bar])
-MARKS = [
-    *("<|endoftext|>", "<|system|>", "<|tools|>", "<|/tools|>", "<|end|>", "<|user|>", "<|end|>", "<|assistant|>"),
-    *("<|tool_call|>", "<|/tool_call|>", "<|end|>", "<|tool|>", "<|tool_result|>", "<|/tool_result|>", "<|end|>"),
-    *("<|assistant|>", "<|end|>"),
-]
+START, END = "<|im_start|>", "<|im_end|>"
+CALL, RESPONSE = ("<tool_call>", "</tool_call>"), ("<tool_response>", "</tool_response>")
+MARKS = ["<|endoftext|>", START, "<tools>", "</tools>", END, START, END]  # system, user
+MARKS += [START, *CALL, END, START, *RESPONSE, END, START, END]  # assistant, tool, assistant
 
 
 def conversation_of(text: str) -> Conversation:
@@ -48,11 +47,6 @@ def test_no_text_is_ever_a_special_token_and_it_comes_back(tokenizer: Tokenizer,
         assert spelled(parse(ids, tokenizer)) == spelled(conversation)
 
 
-def turn(ids: list[int], tokenizer: Tokenizer) -> Message:
-    """What `parse_turn` reads where no tools are offered."""
-    return parse_turn(ids, tokenizer, ())
-
-
 def outcome(parser: Callable[..., Any], ids: list[int], tokenizer: Tokenizer) -> Any:
     """What is parsed; None: refused, in one line. Any other error ends the test."""
     said = ""
@@ -76,7 +70,7 @@ def test_damaged_tokens_are_a_conversation_or_refused(tokenizer: Tokenizer, coun
             parsed += 1
             assert spelled(parse(render(found, tokenizer).tokens, tokenizer)) == spelled(found)
         begin = random.randrange(len(damaged))
-        outcome(turn, damaged[begin:], tokenizer)
+        outcome(parse_turn, damaged[begin:], tokenizer)
     assert 0 < parsed < count
 
 
@@ -87,7 +81,7 @@ def test_random_tokens_are_a_turn_or_refused(tokenizer: Tokenizer, count: int) -
         most = (len(SPECIAL_TOKENS), tokenizer.vocab_size, tokenizer.vocab_size + 5)[number % 3]
         ids = [random.randrange(-1 if most > tokenizer.vocab_size else 0, most) for _ in range(random.randrange(60))]
         outcome(parse, [tokenizer.eot_id, *ids], tokenizer)
-        outcome(turn, ids, tokenizer)
+        outcome(parse_turn, ids, tokenizer)
 
 
 @counts
@@ -96,10 +90,10 @@ def test_hostile_json_in_the_right_place_is_a_call_or_refused(tokenizer: Tokeniz
     special = tokenizer.special_ids
     for _ in range(count):
         text = hostile_text(random)
-        ids = [special["<|tool_call|>"], *tokenizer.encode(text), special["<|/tool_call|>"]]
-        outcome(turn, ids, tokenizer)
+        ids = [special["<tool_call>"], *tokenizer.encode(text), special["</tool_call>"]]
+        outcome(parse_turn, ids, tokenizer)
         outcome(
-            turn,
+            parse_turn,
             [ids[0], *tokenizer.encode('{"name": "f", "arguments": {"x": ' + text + "}}"), ids[-1]],
             tokenizer,
         )

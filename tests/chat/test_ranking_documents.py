@@ -3,15 +3,13 @@
 import numpy as np
 import pytest
 
-from dist_lm.chat.errors import ChatError
-from dist_lm.chat.messages import Conversation, Message
-from dist_lm.chat.ranking import Judgement, Ranking
-from dist_lm.chat.ranking_documents import encode_ranking, read_ranking, write_prompt, write_ranking
-from dist_lm.chat.ranking_tokens import ranking_tokens
+from dist_lm.chat.documents import encode_ranking, read_ranking, write_prompt, write_ranking
+from dist_lm.chat.messages import ChatError, Conversation, Message
+from dist_lm.chat.ranking import Judgement, Ranking, ranking_tokens
 from dist_lm.document import Document
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
-PROMPT = Conversation((Message("user", "Name a <|end|> colour."),))
+PROMPT = Conversation((Message("user", "Name a <|im_end|> colour."),))
 RANKED = Ranking(PROMPT, (" Blue", '"7"\n', "no"), ranks=(1, 0, 1))
 JUDGED = Ranking(PROMPT, ("a", "b", "c"), judgements=(Judgement(0, 1), Judgement(2, 1, 0.5)))
 

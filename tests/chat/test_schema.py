@@ -7,10 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dist_lm.chat.errors import ChatError
-from dist_lm.chat.messages import Call, Json, Tool
-from dist_lm.chat.plain_schema import DEEPEST_SCHEMA
-from dist_lm.chat.schema import check_tool, problems
+from dist_lm.chat.messages import Call, ChatError, Json, Tool
+from dist_lm.chat.schema import DEEPEST_SCHEMA, check_tool, problems
 from tests.chat.conversations import json_objects, json_values
 
 BOOK = Tool(
@@ -106,11 +104,11 @@ DOUBLING = {f"d{i}": {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in ran
         (argument({"$ref": ["#/x"]}), "expected a place in the same schema"),
         (argument({"$dynamicRef": "http://127.0.0.1/x.json"}), "use $ref"),
         (argument({"$ref": "#/$defs/none"}), "there is no such place"),
-        (argument({"$ref": "#/properties/a"}), "leads to itself"),
+        (argument({"$ref": "#/properties/a"}), "refers to itself"),
         (argument({"$ref": "#/$defs/d0"}, **{"$defs": DOUBLING}), "expected at most"),
         (nested(DEEPEST_SCHEMA + 1), "expected at most"),
         (argument({"description": "x" * 60_000}), "characters; expected at most"),
-        (argument({"enum": [float("nan")]}), "nan is no JSON"),
+        (argument({"enum": [float("nan")]}), "nan is not JSON"),
     ],
 )
 def test_a_schema_that_is_wrong_or_could_harm_is_refused(
@@ -123,7 +121,7 @@ def test_a_schema_that_is_wrong_or_could_harm_is_refused(
         assert said in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["", "a b", "a/b", "é", "a" * 129, "a\n", "<|end|>"])
+@pytest.mark.parametrize("name", ["", "a b", "a/b", "é", "a" * 129, "a\n", "<|im_end|>"])
 def test_a_tool_has_a_plain_name(name: str) -> None:
     with pytest.raises(ChatError, match="name"):
         check_tool(Tool(name, "", {"type": "object"}))

@@ -1,6 +1,5 @@
 """Rendering and parsing are each other's inverse, the mask is the assistant's, and what is malformed is refused."""
 
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -8,11 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from dist_lm.chat import json_text
-from dist_lm.chat.errors import ChatError
-from dist_lm.chat.messages import Call, Conversation, Message, Tool
-from dist_lm.chat.template import ASSISTANT, END, SYSTEM, parse, parse_turn, prompt, render
-from dist_lm.tokenizer.symbols import ARGUMENT_FRAMES, CALL_FRAMES, JSON_TYPES, SPECIAL_TOKENS, TOOL_FRAMES
+from dist_lm.chat.messages import Call, ChatError, Conversation, Message, Tool
+from dist_lm.chat.parse import parse, parse_turn
+from dist_lm.chat.template import INSTRUCTION, INTRODUCTION, answer_tokens, prompt, render
+from dist_lm.tokenizer.symbols import END, SPECIAL_TOKENS, START
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from tests.chat.conversations import conversations, spelled
 
@@ -46,10 +44,12 @@ def test_a_turn_of_the_assistant_is_what_the_mask_shows_and_parses_alone(
     assert len(edges) == 2 * len(turns)
     for message, begin, end in zip(turns, edges[::2], edges[1::2], strict=True):
         ids = rendered.tokens[begin:end]
-        assert rendered.tokens[begin - 1] == tokenizer.special_ids[ASSISTANT]
+        opening = [tokenizer.special_ids[START], *tokenizer.encode("assistant\n")]
+        assert rendered.tokens[begin - len(opening) : begin].tolist() == opening
         assert ids[-1] == tokenizer.special_ids[END]
-        assert spelled(parse_turn(ids, tokenizer, conversation.tools)) == spelled(message)
-        assert spelled(parse_turn(ids[:-1].tolist(), tokenizer, conversation.tools)) == spelled(message)
+        assert ids.tolist() == answer_tokens(message, tokenizer)
+        assert spelled(parse_turn(ids, tokenizer)) == spelled(message)
+        assert spelled(parse_turn(ids[:-1].tolist(), tokenizer)) == spelled(message)
 
 
 @many
@@ -65,33 +65,50 @@ def test_a_prompt_and_the_turn_that_follows_are_the_conversation(
 
 
 def test_the_layout(tokenizer: Tokenizer) -> None:
-    rendered = render(FULL, tokenizer)
-    text = "".join(
-        SPECIAL_TOKENS[number] if number < len(SPECIAL_TOKENS) else tokenizer.content([number]).decode()
-        for number in rendered.tokens
+    schema = '{"type": "object", "properties": {"city": {"type": "string"}}}'
+    function = f'{{"name": "weather", "description": "Weather of a day.", "parameters": {schema}}}'
+    assert shown(render(FULL, tokenizer).tokens, tokenizer) == (
+        f"<|endoftext|><|im_start|>system\nBe brief.\n\n{INTRODUCTION}"
+        f'<tools>\n{{"type": "function", "function": {function}}}\n</tools>{INSTRUCTION}<|im_end|>\n'
+        "<|im_start|>user\nOslo?<|im_end|>\n<|im_start|>assistant\nLet me see.\n"
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Bergen"}}\n</tool_call><|im_end|>\n'
+        '<|im_start|>user\n<tool_response>\n{"sky": "clear"}\n</tool_response>\n'
+        '<tool_response>\n{"error": "no such city"}\n</tool_response><|im_end|>\n'
+        "<|im_start|>assistant\nClear.<|im_end|>\n"
     )
-    schema = '{" type": " object", " properties": {" city": {" type": " string"}}}'
-    assert text == (
-        "<|endoftext|><|system|>Be brief.<|tools|>"
-        f'[{{" description": " Weather of a day.", " name": " weather", " parameters": {schema}}}]<|/tools|><|end|>'
-        "<|user|>Oslo?<|end|><|assistant|>Let me see."
-        '<|tool_call|>{" name": " weather", " arguments": {" city": " Oslo"}}<|/tool_call|>'
-        '<|tool_call|>{" name": " weather", " arguments": {" city": " Bergen"}}<|/tool_call|><|end|>'
-        '<|tool|><|tool_result|>{" sky": " clear"}<|/tool_result|>'
-        '<|tool_result|>{" error": " no such city"}<|/tool_result|><|end|><|assistant|>Clear.<|end|>'
-    )
+
+
+def test_a_turn_without_text_begins_with_its_call(tokenizer: Tokenizer) -> None:
+    message = Message("assistant", calls=(Call("f"),))
+    found = shown(answer_tokens(message, tokenizer), tokenizer)
+    assert found == '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call><|im_end|>'
 
 
 def test_tools_without_a_text_of_the_system_open_its_turn(tokenizer: Tokenizer) -> None:
     conversation = Conversation((USER,), (WEATHER,))
     rendered = render(conversation, tokenizer)
-    assert rendered.tokens[1] == tokenizer.special_ids[SYSTEM]
+    assert shown(rendered.tokens, tokenizer).startswith(f"<|endoftext|><|im_start|>system\n{INTRODUCTION}<tools>")
     assert parse(rendered.tokens, tokenizer) == conversation
+
+
+@pytest.mark.parametrize("text", [INTRODUCTION, f"x\n\n{INTRODUCTION}", "\n\n", "x\n", INSTRUCTION])
+def test_a_system_text_that_looks_like_the_introduction_comes_back(tokenizer: Tokenizer, text: str) -> None:
+    for offered in ((), (WEATHER,)):
+        conversation = Conversation((Message("system", text), USER), offered)
+        assert parse(render(conversation, tokenizer).tokens, tokenizer) == conversation
 
 
 CYCLE: list[Any] = []
 CYCLE.append(CYCLE)
 NO_VALUE = (float("nan"), float("inf"), (1, 2), {1: 2}, {None: 1}, {"a": b""}, "\ud800", {"\udfff": 1}, 10**700, CYCLE)
+
+
+def shown(tokens: Any, tokenizer: Tokenizer) -> str:
+    """Tokens with marks by their names."""
+    return "".join(
+        tokenizer.pieces([n]).pop() if n < len(SPECIAL_TOKENS) else tokenizer.content([n]).decode() for n in tokens
+    )
 
 
 def turns(*messages: Any) -> Conversation:
@@ -137,7 +154,7 @@ def test_a_malformed_conversation_is_refused_by_its_turn(
 
 
 def test_only_where_the_assistant_goes_on_there_is_a_prompt(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ChatError, match=r"turn 4 \(assistant\): the last one"):
+    with pytest.raises(ChatError, match=r"turn 4 \(assistant\): is last"):
         prompt(FULL, tokenizer)
 
 
@@ -154,18 +171,35 @@ def ids_of(text: str, tokenizer: Tokenizer) -> list[int]:
     [
         ("", "token 0: expected <|endoftext|>, found the end"),
         ("hello", "token 0: expected <|endoftext|>, found text"),
-        ("<|endoftext|>hello", "token 1: expected <|user|> or"),
-        ("<|endoftext|><|user|>", "token 2: expected <|end|>, found the end"),
-        ("<|endoftext|><|user|><|end|>", "turn 0 (user): is empty"),
-        ("<|endoftext|><|system|><|end|><|user|>1<|end|>", "turn 0 (system): is empty"),
-        ("<|endoftext|><|system|><|tools|>[]<|/tools|><|end|>", "token 3: expected a list of tools"),
-        ("<|endoftext|><|system|><|tools|>[1]<|/tools|><|end|>", "token 3: expected tools of description"),
-        ("<|endoftext|><|user|><|tool_call|>", "token 2: expected <|end|>, found <|tool_call|>"),
-        ("<|endoftext|><|user|><|pad|><|end|>", "found <|pad|>"),
-        ("<|endoftext|><|user|><|reserved_3|><|end|>", "found <|reserved_3|>"),
-        ("<|endoftext|><|user|><|unknown|><|end|>", "found <|unknown|>"),
-        ("<|endoftext|><|user|>1<|end|><|tool|><|end|>", "turn 1 (tool)"),
-        ("<|endoftext|><|user|>1<|end|><|endoftext|>", "found <|endoftext|>"),
+        ("<|endoftext|>hello", "token 1: expected <|im_start|>, found text"),
+        ("<|endoftext|><|im_start|>", "token 2: expected system, user or assistant"),
+        ("<|endoftext|><|im_start|>user<|im_end|>", "token 2: expected system, user or assistant, and a line break"),
+        ("<|endoftext|><|im_start|>tool\nx<|im_end|>", "token 2: expected system, user or assistant"),
+        ("<|endoftext|><|im_start|>user\n", "expected <|im_end|>, found the end"),
+        ("<|endoftext|><|im_start|>user\nx<|im_end|>", "expected a line break"),
+        ("<|endoftext|><|im_start|>user\nx<|im_end|>\n\n", "expected a line break"),
+        ("<|endoftext|><|im_start|>user\n<|im_end|>\n", "turn 0 (user): is empty"),
+        ("<|endoftext|><|im_start|>system\n<|im_end|>\n", "turn 0 (system): is empty"),
+        ("<|endoftext|><|im_start|>system\nx<tools>\n1\n</tools>", "expected the introduction of the tools"),
+        (f"<|endoftext|><|im_start|>system\n{INTRODUCTION}<tools></tools>", "expected tools, each on a line"),
+        (f"<|endoftext|><|im_start|>system\n{INTRODUCTION}<tools>\n\n</tools>", "expected tools, each on a line"),
+        (f"<|endoftext|><|im_start|>system\n{INTRODUCTION}<tools>\n1\n</tools>", "expected a function of name"),
+        (f"<|endoftext|><|im_start|>system\n\n\n{INTRODUCTION}<tools>\n1\n</tools>", "expected the introduction"),
+        ("<|endoftext|><|im_start|>user\n<tool_call>", "expected <|im_end|>, found <tool_call>"),
+        ("<|endoftext|><|im_start|>user\nx<tool_response>\n1\n</tool_response>", "expected a text or results"),
+        ("<|endoftext|><|im_start|>user\n<tool_response>\n1\n</tool_response>x", "or <|im_end|>, found text"),
+        ("<|endoftext|><|im_start|>user\n<|pad|><|im_end|>\n", "found <|pad|>"),
+        ("<|endoftext|><|im_start|>user\n<|reserved_3|><|im_end|>\n", "found <|reserved_3|>"),
+        ("<|endoftext|><|im_start|>user\n<|fim_prefix|><|im_end|>\n", "found <|fim_prefix|>"),
+        (
+            "<|endoftext|><|im_start|>user\n1<|im_end|>\n<|im_start|>system\nx<|im_end|>\n",
+            "the system turn comes first",
+        ),
+        ("<|endoftext|><|im_start|>user\n1<|im_end|>\n<|endoftext|>", "found <|endoftext|>"),
+        (
+            "<|endoftext|><|im_start|>user\n1<|im_end|>\n<|im_start|>user\n<tool_response>\n1\n</tool_response><|im_end|>\n",
+            "turn 1 (tool)",
+        ),
     ],
 )
 def test_tokens_that_are_no_conversation_are_refused_by_their_place(
@@ -180,85 +214,37 @@ def test_tokens_that_are_no_conversation_are_refused_by_their_place(
     ("layout", "said"),
     [
         ("", "is empty"),
-        ("<|end|>", "is empty"),
-        ("x<|end|>y", "expected nothing more, found text"),
-        ("<|tool_call|>{", "expected <|/tool_call|>, found the end"),
-        ("<|tool_call|>{<|/tool_call|>", "token 1: no JSON"),
-        ("<|tool_call|>[]<|/tool_call|>", "token 1: expected an object of name and arguments"),
-        ('<|tool_call|>{"name": "f"}<|/tool_call|>', "expected an object of name and arguments"),
-        ('<|tool_call|>{"name": 1, "arguments": {}}<|/tool_call|>', "call 0: no name"),
-        ('<|tool_call|>{"name": "f", "arguments": [1]}<|/tool_call|>', "call 0: arguments is a list"),
-        ('<|tool_call|>{"name": "f", "arguments": {}}<|/tool_call|> x', "expected <|end|>, found text"),
-        ("<|tool_result|>1<|/tool_result|>", "found <|tool_result|>"),
+        ("<|im_end|>", "is empty"),
+        ("x<|im_end|>y", "expected nothing more, found text"),
+        ("<tool_call>{", "expected </tool_call>, found the end"),
+        ("<tool_call>{</tool_call>", "token 1: not JSON"),
+        ("<tool_call>[]</tool_call>", "token 1: expected an object of name and arguments"),
+        ('<tool_call>{"name": "f"}</tool_call>', "expected an object of name and arguments"),
+        ('<tool_call>{"name": 1, "arguments": {}}</tool_call>', "call 0: no name"),
+        ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "call 0: arguments is a list"),
+        ('<tool_call>{"name": "f", "arguments": {}}</tool_call> x', "expected <tool_call> or <|im_end|>, found text"),
+        ("<tool_response>1</tool_response>", "found <tool_response>"),
     ],
 )
 def test_a_turn_that_no_assistant_may_write_is_refused(tokenizer: Tokenizer, layout: str, said: str) -> None:
     with pytest.raises(ChatError) as refused:
-        parse_turn(ids_of(layout, tokenizer), tokenizer, ())
+        parse_turn(ids_of(layout, tokenizer), tokenizer)
     assert said in str(refused.value)
 
 
 @pytest.mark.parametrize("bad", [-1, 560, 2**70, 1.5, "7", None])
 def test_what_is_no_id_is_refused(tokenizer: Tokenizer, bad: Any) -> None:
     with pytest.raises(ChatError, match="token 0"):
-        parse_turn([bad], tokenizer, ())
+        parse_turn([bad], tokenizer)
 
 
 def test_bytes_that_are_no_text_are_refused(tokenizer: Tokenizer) -> None:
     half = tokenizer.encode("\U0010fffe")[:-1]
     assert len(half) == 3
     with pytest.raises(ChatError, match="tokens 0 to 2: expected text"):
-        parse_turn(half, tokenizer, ())
+        parse_turn(half, tokenizer)
 
 
 def test_json_may_be_spaced_in_any_way(tokenizer: Tokenizer) -> None:
-    ids = ids_of('<|tool_call|>\n{"arguments":{"a":[1,2.0]},\t"name":"f"} <|/tool_call|>', tokenizer)
-    assert spelled(parse_turn(ids, tokenizer, ()).calls) == spelled((Call("f", {"a": [1, 2.0]}),))
-
-
-def test_names_and_values_are_framed_by_one_token_each(tokenizer: Tokenizer) -> None:
-    properties = {"city": {"type": "string"}, "days": {"type": "integer"}}
-    parameters = {"type": "object", "properties": properties, "required": ["city"]}
-    asked = Message("assistant", calls=(Call("w", {"city": "x"}),))
-    results = Message("tool", results=(1,))
-    conversation = Conversation((USER, asked, results), (Tool("w", "v", parameters),))
-    pieces = [piece.replace("<0x22>", '"') for piece in tokenizer.pieces(render(conversation, tokenizer).tokens)]
-    frames = [piece for piece in pieces if '"' in piece]
-    of_tool = ['[{" description": "', '", " name": "', '", " parameters": {" type": " object", " properties": {"']
-    of_arguments = ['": {" type": " string"}, "', '": {" type": " integer"}}, " required": ["', '"]}}]']
-    of_call = ['{" name": "', '", " arguments": {"', '": "', '"', ', "', '": null']
-    assert frames == of_tool + of_arguments + of_call
-
-
-def test_what_follows_a_value_of_a_call_is_a_token_of_its_own(tokenizer: Tokenizer) -> None:
-    values = {"a": "x", "b": 12, "c": ["y", 1.5, "z"], "d": {"e": "w", "f": -3}, "g": True, "h": None, "i": 'a", "b'}
-    calls = (Call("f", values), Call("g", {}))
-    rendered = render(Conversation((USER, Message("assistant", 'A "word", 5 , or 6.', calls))), tokenizer)
-    pieces = [tokenizer.content([token]).decode(errors="replace") for token in rendered.tokens.tolist()]
-    assert '", " arguments": {"' in pieces
-    assert [piece for piece in pieces if re.search(r'["\d ][,}\]]', piece) and "arguments" not in piece] == []
-    text = tokenizer.content(rendered.tokens.tolist()).decode()
-    assert (
-        json_text.write({"name": "f", "arguments": values}, "") + json_text.write({"name": "g", "arguments": {}}, "")
-        in text
-    )
-
-
-def test_symbols_for_tools_are_spelled_as_tools_are() -> None:
-    """Otherwise nothing would ever be encoded to them."""
-    plain = [{"a": {"type": name}, "b": {"type": name}} for name in JSON_TYPES]
-    more = {"description": "d", "format": "e", "minimum": 0, "maximum": 1, "enum": ["a"], "default": "a"}
-    deep = {"type": "object", "properties": plain[0], "required": ["a"]}
-    lists = {"type": "array", "items": {"type": "string"}}
-    rich = {"a": deep, "b": {"type": "string", **more}, "c": {"type": "string", "default": "b"}}
-    properties = [*plain, rich, {"b": {"type": "string", "enum": ["a"]}}, {"c": lists}, {"d": deep}]
-    schemas: list[dict[str, Any]] = [
-        *({"type": "object", "properties": some, "required": ["a"]} for some in properties),
-        *({"type": "object", "properties": some} for some in ({}, *properties)),
-    ]
-    tools = json_text.write([{"description": "d", "name": "n", "parameters": schema} for schema in schemas], "")
-    calls = [json_text.write({"name": "n", "arguments": given}, "") for given in ({}, {"a": 1})]
-    one = json_text.write([{"description": "d", "name": "n", "parameters": schemas[0]}], "")
-    written = "\n".join([tools, one, *calls])
-    missing = [frame for frame in (*CALL_FRAMES, *TOOL_FRAMES, *ARGUMENT_FRAMES) if frame not in written]
-    assert missing == []
+    ids = ids_of('<tool_call>{"arguments":{"a":[1,2.0]},\t"name":"f"} \n</tool_call>\n', tokenizer)
+    assert spelled(parse_turn(ids, tokenizer).calls) == spelled((Call("f", {"a": [1, 2.0]}),))

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dist_lm.chat.documents import encode_ranking, write_ranking
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.ranking import Judgement, Ranking
-from dist_lm.chat.ranking_documents import encode_ranking, write_ranking
 from dist_lm.data.manifest import write_manifest
 from dist_lm.data.shard_writer import ShardWriter
 from dist_lm.document import Document

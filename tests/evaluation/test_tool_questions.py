@@ -3,9 +3,10 @@
 import pytest
 
 from dist_lm.chat.messages import Call, Conversation, Message, Tool
-from dist_lm.chat.template import parse, parse_turn
+from dist_lm.chat.parse import parse, parse_turn
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.evaluation.tool_questions import asked, choose, questions_of, shown
+from dist_lm.tokenizer.symbols import START
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tools.data.examples import examples
 
@@ -53,8 +54,10 @@ def test_questions_come_from_the_tokens_of_val_alone(tiny_work):
     assert found == choose(corpus, tokenizer, per_kind=5, context=256)
     assert [one.question.kind for one in found] == ["single"] * 5  # those without tools are no questions
     for one in found:
-        assert parse(one.prompt[:-1], tokenizer) == one.question.asked
-        assert parse_turn(one.expected, tokenizer, one.question.asked.tools) == one.question.expected
+        opening = [tokenizer.special_ids[START], *tokenizer.encode("assistant\n")]
+        assert one.prompt[-len(opening) :] == opening
+        assert parse(one.prompt[: -len(opening)], tokenizer) == one.question.asked
+        assert parse_turn(one.expected, tokenizer) == one.question.expected
     longest = max(len(one.prompt) + len(one.expected) for one in found)
     assert choose(corpus, tokenizer, per_kind=0, context=256) == []
     short = choose(corpus, tokenizer, per_kind=5, context=longest - 1)
@@ -64,7 +67,7 @@ def test_questions_come_from_the_tokens_of_val_alone(tiny_work):
 def test_marks_are_shown_by_their_names(tiny_work):
     tokenizer = Tokenizer.load(tiny_work.tokenizer_model)
     (one,) = asked(questions_of(Conversation((Message("user", "Bergen?"), CALLS), TOOLS), "single"), tokenizer)
-    assert shown(one.prompt, tokenizer).endswith("<|user|>Bergen?<|end|><|assistant|>")
+    assert shown(one.prompt, tokenizer).endswith("<|im_start|>user\nBergen?<|im_end|>\n<|im_start|>assistant\n")
     expected = shown(one.expected, tokenizer)
-    assert expected.startswith('<|tool_call|>{" name": "')
-    assert expected.endswith('a", " arguments": {}}<|/tool_call|><|end|>')
+    assert expected.startswith('<tool_call>\n{"name": "')
+    assert expected.endswith('a", "arguments": {}}\n</tool_call><|im_end|>')

@@ -2,9 +2,10 @@
 
 import pytest
 
-from dist_lm.chat.messages import Call, Conversation, Message, Tool
-from dist_lm.chat.template import END, prompt, render
+from dist_lm.chat.messages import Call, Message, Tool
+from dist_lm.chat.template import answer_tokens
 from dist_lm.evaluation.tool_score import calls_made, figures, judge, read_answer
+from dist_lm.tokenizer.symbols import END
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 TOOLS = (
@@ -77,10 +78,8 @@ def test_figures_are_shares_by_kind_and_in_all():
 @pytest.mark.parametrize("wanted", [ONE, TWO, WORDS])
 def test_an_answer_counts_only_when_it_is_a_turn_that_ended(tiny_work, wanted):
     tokenizer = Tokenizer.load(tiny_work.tokenizer_model)
-    asked = Conversation((Message("user", "?"),), TOOLS)
-    whole = render(Conversation((*asked.messages, wanted), TOOLS), tokenizer).tokens
-    tokens = whole[len(prompt(asked, tokenizer)) :].tolist()
+    tokens = answer_tokens(wanted, tokenizer)
     assert tokens[-1] == tokenizer.special_ids[END]
-    assert read_answer(tokens, True, tokenizer, TOOLS) == wanted
-    assert read_answer(tokens[:-1], False, tokenizer, TOOLS) is None
-    assert read_answer([*tokens[:-1], tokenizer.pad_id, tokens[-1]], True, tokenizer, TOOLS) is None
+    assert read_answer(tokens, True, tokenizer) == wanted
+    assert read_answer(tokens[:-1], False, tokenizer) is None
+    assert read_answer([*tokens[:-1], tokenizer.pad_id, tokens[-1]], True, tokenizer) is None

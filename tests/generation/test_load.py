@@ -65,7 +65,7 @@ def other_model(run):
     [
         (lambda run: shutil.rmtree(run.checkpoints), "no checkpoint there"),
         (flip_a_byte, "is damaged"),
-        (other_model, r"knows 600 tokens, the tokenizer has 512.*--tokenizer=PATH"),
+        (other_model, r"knows 600 tokens, the tokenizer has 640.*--tokenizer=PATH"),
         (lambda run: (run.work.path / "tokenizer").unlink(), r"no tokenizer there.*--tokenizer=PATH"),
     ],
     ids=["none", "damaged", "another", "tokenizer"],

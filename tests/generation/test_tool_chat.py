@@ -10,7 +10,8 @@ from rich.console import Console
 
 from dist_lm import __main__ as program
 from dist_lm.chat.messages import Call, Conversation, Message
-from dist_lm.chat.template import parse, prompt, render
+from dist_lm.chat.parse import parse
+from dist_lm.chat.template import answer_tokens
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import UserError
 from dist_lm.generation.load import Openings
@@ -20,6 +21,7 @@ from dist_lm.generation.session import Outcome, Session, Settings
 from dist_lm.generation.terminal import NO_ANSWER, interrupts
 from dist_lm.generation.tool_chat import ToolChat, warning_of
 from dist_lm.launcher.compose import compose_config
+from dist_lm.tokenizer.symbols import START
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tools.use.toolbox import Limits, Toolbox
 from tests.conftest import TINY
@@ -50,9 +52,11 @@ class Scripted(Session):
         interrupted: Callable[[], bool] = lambda: False,
         on_token: Callable[[int], None] = lambda token: None,
     ) -> Outcome:
-        self.asked.append(parse(prompt[:-1], self.tokenizer))
+        opening = [self.tokenizer.special_ids[START], *self.tokenizer.encode("assistant\n")]
+        assert prompt[-len(opening) :] == opening
+        self.asked.append(parse(prompt[: -len(opening)], self.tokenizer))
         turn = self.script.pop(0)
-        tokens = turn if isinstance(turn, list) else tokens_of(turn, self.tokenizer)
+        tokens = turn if isinstance(turn, list) else answer_tokens(turn, self.tokenizer)
         assert tokens[-1] in settings.params.stop_tokens or isinstance(turn, list)
         stream = TextStream(self.tokenizer.vocabulary(), ())
         for token in tokens:
@@ -61,12 +65,6 @@ class Scripted(Session):
                 on_text(0, text)
         done = Answer("1", 0, len(prompt), tuple(tokens), stream.text, (), (), self.finish, settings.seed, 0)
         return Outcome((done,), 0.1, settings.seed)
-
-
-def tokens_of(turn: Message, tokenizer: Tokenizer) -> list[int]:
-    asked = Conversation((Message("user", "?"),))
-    whole = render(Conversation((*asked.messages, turn)), tokenizer).tokens
-    return whole[len(prompt(asked, tokenizer)) :].tolist()
 
 
 @pytest.fixture(scope="module")

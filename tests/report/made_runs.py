@@ -148,7 +148,7 @@ def events(steps: int, layout: str, began: float, failures: int, finished: bool)
 def samples_of(stage: str) -> list[Mapping[str, Any]]:
     """Two rows, the second of which would do harm in a page that does not escape."""
     if stage == "tools":
-        row = {"kind": "one_call", "prompt": "<|user|>Add 1 and 2<|end|>", "expected": '{"name": "add"}'}
+        row = {"kind": "one_call", "prompt": "<|im_start|>user\nAdd 1 and 2<|im_end|>\n", "expected": '{"name": "add"}'}
         return [row | {"found": '{"name": "add"}', "right": True}, row | {"found": HOSTILE, "right": False}]
     if stage in ("reward",):
         return []

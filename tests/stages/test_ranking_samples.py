@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from dist_lm.chat.ranking_documents import read_ranking
+from dist_lm.chat.documents import read_ranking
 from dist_lm.config.corpus import SPLITS, SourceConfig
 from dist_lm.config.root import Config
 from dist_lm.data.rankings.shards import MappedRankings

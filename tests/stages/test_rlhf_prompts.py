@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.chat.template import ASSISTANT
 from dist_lm.config.rlhf_run import RlhfRunConfig
 from dist_lm.errors import ArtefactError
+from dist_lm.evaluation.tool_questions import shown
 from dist_lm.launcher.compose import compose_config
 from dist_lm.stages.rlhf import Prompts, read_all
 from dist_lm.storage.run_directory import WorkDirectory
@@ -33,8 +33,9 @@ def test_conversations_give_what_stands_before_the_assistants_first_turn(tiny_wo
     assert 0 < len(held_out) <= 32
     for prompt in [*train, *held_out]:
         assert prompt[0] == tokenizer.eot_id
-        assert prompt[-1] == tokenizer.special_ids[ASSISTANT]
-        assert list(prompt).count(tokenizer.special_ids[ASSISTANT]) == 1
+        text = shown(prompt, tokenizer)
+        assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+        assert text.count("<|im_start|>assistant\n") == 1
 
 
 def test_a_corpus_of_texts_has_no_prompts(tiny_work):

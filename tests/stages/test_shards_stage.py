@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dist_lm.chat.documents import read_conversation
-from dist_lm.chat.template import parse, render
+from dist_lm.chat.parse import parse
+from dist_lm.chat.template import render
 from dist_lm.config.corpus import SPLITS, SourceConfig
 from dist_lm.config.root import Config
 from dist_lm.data.corpus import READERS, IngestReport, read_corpus
@@ -46,7 +47,7 @@ def config_for(work: WorkDirectory, *overrides: str) -> Config:
 def test_conversations_of_another_layout_are_refused(work, few, monkeypatch):
     config = config_for(work)
     shards.check_corpus(config, "tools")
-    monkeypatch.setattr(artefact, "LAYOUT", 0)
+    monkeypatch.setattr(artefact, "FORMAT", 0)
     with pytest.raises(ArtefactError, match="another version of dist_lm"):
         shards.check_corpus(config, "tools")
     shards.check_corpus(config, "code")

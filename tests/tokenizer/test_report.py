@@ -5,8 +5,8 @@ import json
 import pytest
 
 from dist_lm.document import Document
-from dist_lm.tokenizer.report import SAMPLES, tokenizer_report
 from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tokenizer.train import SAMPLES, tokenizer_report
 
 
 def test_report_counts_bytes_and_tokens_by_language(tokenizer: Tokenizer) -> None:

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, UserError
-from dist_lm.tokenizer.symbols import OPERATORS, SHEBANGS, SPECIAL_TOKENS
+from dist_lm.tokenizer.symbols import INDENTS, OPERATORS, SHEBANGS, SPACE, SPECIAL_TOKENS, user_defined_symbols
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from tests.tokenizer.hard_texts import FRAGMENTS, hard_text
+from tests.tokenizer.stdlib_text import stdlib_texts
 
 
 @settings(max_examples=400, deadline=None)
@@ -39,9 +40,47 @@ def test_hard_fragments_come_back_alone_and_in_a_very_long_line(tokenizer: Token
         assert tokenizer.decode(tokenizer.encode(candidate)) == candidate
 
 
-@pytest.mark.parametrize("symbol", [*SHEBANGS, *OPERATORS, *(f" {o}" for o in OPERATORS), "\t", "\n        "])
-def test_symbols_of_code_are_one_token(tokenizer: Tokenizer, symbol: str) -> None:
-    assert tokenizer.pieces(tokenizer.encode(symbol)) == [symbol]
+@pytest.mark.parametrize("text", [*SHEBANGS, *INDENTS, *OPERATORS, *(f" {operator}" for operator in OPERATORS)])
+def test_shebangs_indents_and_operators_are_one_token(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.pieces(tokenizer.encode(text)) == [text]
+    assert text in tokenizer.pieces(tokenizer.encode(f"x{text}y"))
+
+
+def test_no_proper_suffix_of_a_symbol_begins_another_symbol() -> None:
+    """Otherwise the symbols found would depend on which symbol is looked for first."""
+    symbols = user_defined_symbols()
+    suffixes = [(one, one[cut:]) for one in symbols for cut in range(1, len(one))]
+    assert not [
+        (one, other) for one, suffix in suffixes for other in symbols if other != one and other.startswith(suffix)
+    ]
+
+
+def longest_first(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids as llama.cpp finds them: the longest symbols are cut out of the whole text first, then shorter ones."""
+    fragments: list[str | int] = [text]
+    for symbol in sorted((symbol.replace(SPACE, " ") for symbol in user_defined_symbols()), key=len, reverse=True):
+        (number,) = tokenizer.encode(symbol)
+        cut: list[str | int] = []
+        for fragment in fragments:
+            parts = fragment.split(symbol) if isinstance(fragment, str) else [fragment]
+            cut += [one for part in parts for one in (part, number)][:-1]
+        fragments = cut
+    return [
+        token
+        for fragment in fragments
+        for token in (tokenizer.encode(fragment) if isinstance(fragment, str) else [fragment])
+    ]
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.lists(st.sampled_from([*SHEBANGS, *INDENTS, *OPERATORS, "\n", " ", "\t", "x", "#!"])).map("".join))
+def test_engines_that_match_the_longest_symbol_first_give_the_same_ids(tokenizer: Tokenizer, text: str) -> None:
+    assert longest_first(text, tokenizer) == tokenizer.encode(text)
+
+
+def test_the_same_ids_over_real_code(tokenizer: Tokenizer) -> None:
+    for text in stdlib_texts()[:60]:
+        assert longest_first(text, tokenizer) == tokenizer.encode(text)
 
 
 def test_code_splits_into_meaningful_units(tokenizer: Tokenizer) -> None:

@@ -14,7 +14,7 @@ from itertools import combinations
 import numpy as np
 import torch
 
-from dist_lm.chat.ranking_tokens import branch_ends, branch_positions
+from dist_lm.chat.ranking import branch_ends, branch_positions
 from dist_lm.data.batch import Batch, RankedPlaces
 from dist_lm.data.evaluation_batches import spread
 from dist_lm.data.keys import Shuffle, key, permutation, splitmix64

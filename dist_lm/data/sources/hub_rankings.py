@@ -9,8 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from dist_lm.chat.errors import ChatError
-from dist_lm.chat.messages import Conversation, Message, Role
+from dist_lm.chat.messages import ChatError, Conversation, Message, Role
 from dist_lm.chat.ranking import MOST, Judgement, Ranking, check_ranking, ranks_of_scores
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.sources.hub import hub_rows, licence_of, origin_of, resumed

@@ -15,10 +15,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dist_lm.chat.errors import ChatError
-from dist_lm.chat.messages import Conversation, Message
+from dist_lm.chat.documents import write_prompt, write_ranking
+from dist_lm.chat.messages import ChatError, Conversation, Message
 from dist_lm.chat.ranking import Judgement, Ranking, check_ranking
-from dist_lm.chat.ranking_documents import write_prompt, write_ranking
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
 from dist_lm.document import Document

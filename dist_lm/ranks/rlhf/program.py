@@ -14,7 +14,6 @@ from functools import partial
 import numpy as np
 import torch
 
-from dist_lm.chat.template import END
 from dist_lm.config.file import load_config
 from dist_lm.config.rlhf_run import RlhfRunConfig
 from dist_lm.errors import ArtefactError
@@ -36,6 +35,7 @@ from dist_lm.rlhf.rollouts import ShuffledPrompts
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.stages.rlhf import read_all
 from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.tokenizer.symbols import END
 from dist_lm.training.checkpoint_saver import CheckpointSaver
 from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
 

@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass, field
 
 from dist_lm.config.rlhf_run import RlhfRunConfig
+from dist_lm.evaluation.tool_questions import shown
 from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.learner import IterationReport
 from dist_lm.storage import durable
@@ -75,8 +76,8 @@ class Reporter:
             if place in chosen:
                 line = {
                     "kind": "rollout",
-                    "prompt": "".join(self.tokenizer.pieces(rollout.prompt)),
-                    "completion": "".join(self.tokenizer.pieces(rollout.completion)),
+                    "prompt": shown(rollout.prompt, self.tokenizer),
+                    "completion": shown(rollout.completion, self.tokenizer),
                     "reward": float(report.score_B[place]),
                     "parts": {name: float(score_B[place]) for name, score_B in report.part_B.items()},
                     "tokens": len(rollout.completion),

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_lm.chat.messages import Call, Conversation, Json, Message, Tool
-from dist_lm.chat.nulls import without_nulls
 from dist_lm.errors import UserError
 
 TYPES: dict[str, dict[str, Json]] = {
@@ -56,9 +55,16 @@ def conversation_of_row(row: Mapping[str, Any]) -> Conversation:
     unknown = {call.name for call in calls} - schemas.keys()
     if unknown:
         raise RowError(f"answers: call {min(unknown)}, which is not among the tools")
-    calls = tuple(Call(call.name, without_nulls(call.arguments, schemas[call.name])) for call in calls)
+    calls = tuple(_without_nulls(call, schemas[call.name]) for call in calls)
     answer = Message("assistant", calls=calls) if calls else Message("assistant", NOTHING_FITS)
     return Conversation((Message("user", query), answer), tools)
+
+
+def _without_nulls(call: Call, schema: dict[str, Json]) -> Call:
+    """`call` without the nulls that stand for arguments that are not given: those whose type has no null."""
+    takes_null = {name for name, part in schema["properties"].items() if part.get("type", "null") == "null"}
+    given = {name: value for name, value in call.arguments.items() if value is not None or name in takes_null}
+    return Call(call.name, given)
 
 
 def schema_of_type(text: str) -> dict[str, Json]:

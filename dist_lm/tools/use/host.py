@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from pydantic_core import to_jsonable_python
 
 from dist_lm.chat import json_text
-from dist_lm.chat.errors import ChatError
+from dist_lm.chat.messages import ChatError
 from dist_lm.tools.use.signature import SignatureError, adapters, tool_of
 
 Function = Callable[..., Any]

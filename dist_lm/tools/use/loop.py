@@ -4,8 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from dist_lm.chat.errors import ChatError
-from dist_lm.chat.messages import Call, Conversation, Json, Message
+from dist_lm.chat.messages import Call, ChatError, Conversation, Json, Message
 from dist_lm.chat.schema import problems
 
 Ask = Callable[[Conversation], Message | None]

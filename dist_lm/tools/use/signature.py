@@ -13,8 +13,7 @@ from docstring_parser import parse
 from pydantic import PydanticUserError, TypeAdapter
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
-from dist_lm.chat.errors import ChatError
-from dist_lm.chat.messages import Json, Tool
+from dist_lm.chat.messages import ChatError, Json, Tool
 from dist_lm.chat.schema import check_tool
 from dist_lm.errors import UserError
 

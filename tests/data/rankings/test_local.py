@@ -47,7 +47,7 @@ def test_ranks_and_judgements():
         ({**GOOD, "prompt": [{"role": "assistant", "content": "b"}]}, "prompt: expected a last turn of user or tool"),
         (
             {**GOOD, "prompt": [{"role": "assistant", "content": "b"}, {"role": "user", "content": "a"}]},
-            r"prompt: turn 0 \(assistant\): expected system or user there",
+            r"prompt: turn 0 \(assistant\): expected system or user",
         ),
         ({**GOOD, "prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, "last turn"),
     ],

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from dist_lm.chat.ranking_tokens import branch_ends, branch_positions
+from dist_lm.chat.ranking import branch_ends, branch_positions
 from dist_lm.data.batch import Batch
 from dist_lm.data.rankings.shards import MappedRankings
 from dist_lm.data.rankings.stream import Lessons, RankingBatches, RankingStream, note_of_long_rankings

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from dist_lm.chat.documents import read_ranking
 from dist_lm.chat.ranking import Judgement
-from dist_lm.chat.ranking_documents import read_ranking
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.corpus import IngestReport, read_corpus
 from dist_lm.data.sources.hub_rankings import read_hub_rankings

@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from dist_lm.chat.messages import Call, Message
-from dist_lm.chat.rules import check_conversation
+from dist_lm.chat.messages import Call, Message, check_conversation
 from dist_lm.chat.schema import problems
 from dist_lm.tools.data.xlam import RowError, conversation_of_row, schema_of_type
 

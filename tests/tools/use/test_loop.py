@@ -2,9 +2,7 @@
 
 import pytest
 
-from dist_lm.chat.errors import ChatError
-from dist_lm.chat.messages import Call, Conversation, Message, Tool
-from dist_lm.chat.rules import check_conversation
+from dist_lm.chat.messages import Call, ChatError, Conversation, Message, Tool, check_conversation
 from dist_lm.tools.use.loop import converse
 
 TOOLS = (Tool("add", "", {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}),)

@@ -104,7 +104,7 @@ def test_arguments_come_as_their_types_and_results_as_json(box):
         (Call("fail", {"text": "x" * 500}), ("ValueError: " + "x" * 500)[:100]),
         (Call("leave", {"code": 7}), "SystemExit: 7"),
         (Call("die"), "die ended its own process (exit code 3)"),
-        (Call("not_json"), "the result: nan is no JSON"),
+        (Call("not_json"), "the result: nan is not JSON"),
         (Call("types", {"day": "May", "unit": "kg", "names": []}), "arguments: "),
         (Call("thing"), "PydanticSerializationError: "),
     ],

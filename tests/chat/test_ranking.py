@@ -3,27 +3,28 @@
 import numpy as np
 
 from dist_lm.chat.messages import Conversation, Message
-from dist_lm.chat.ranking import Ranking
-from dist_lm.chat.ranking_tokens import branch_ends, branch_positions, ranking_tokens
+from dist_lm.chat.ranking import Ranking, branch_ends, branch_positions, ranking_tokens
 from dist_lm.chat.template import render
+from dist_lm.tokenizer.symbols import END
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
-PROMPT = Conversation((Message("system", "Be brief."), Message("user", "Name <|end|> a colour.")))
+PROMPT = Conversation((Message("system", "Be brief."), Message("user", "Name <|im_end|> a colour.")))
 
 
 def test_every_branch_behind_the_prompt_is_the_conversation_with_that_answer(tokenizer: Tokenizer) -> None:
-    completions = ("Blue.", "Green, or <|end|>?", "7")
+    completions = ("Blue.", "Green, or <|im_end|>?", "7")
     found = ranking_tokens(Ranking(PROMPT, completions, (0, 1, 2)), tokenizer)
     trunk = found.tokens[found.branch == 0]
     positions, ends = branch_positions(found.branch), branch_ends(found.branch)
     assert len(ends) == 3
     for number, text in enumerate(completions, start=1):
         own = found.branch == number
-        alone = render(Conversation((*PROMPT.messages, Message("assistant", text))), tokenizer).tokens
+        whole = render(Conversation((*PROMPT.messages, Message("assistant", text))), tokenizer).tokens
+        alone = whole[: np.flatnonzero(whole == tokenizer.special_ids[END])[-1] + 1]  # without the line break
         assert np.array_equal(np.concatenate([trunk, found.tokens[own]]), alone)
         assert positions[own].tolist() == list(range(len(trunk), len(alone)))
         assert np.flatnonzero(own)[-1] == ends[number - 1]
-        assert found.tokens[ends[number - 1]] == tokenizer.special_ids["<|end|>"]
+        assert found.tokens[ends[number - 1]] == tokenizer.special_ids[END]
     assert positions[found.branch == 0].tolist() == list(range(len(trunk)))
 
 
