@@ -19,6 +19,8 @@ import pytest
 import typer.main
 
 from dist_lm.__main__ import app
+from dist_lm.bench.case import benchmark_at
+from dist_lm.bench.run import BENCHMARKS
 from dist_lm.config.file import save_config
 from dist_lm.config.root import Config
 from dist_lm.generation.request import Answer
@@ -138,7 +140,7 @@ def check_verb(arguments: list[str]) -> None:
     if arguments:
         command.make_context(name, list(arguments))
     if name == "bench" and arguments:
-        benchmark = importlib.import_module(f"dist_lm.bench.{arguments[0]}")
+        benchmark = benchmark_at(BENCHMARKS[arguments[0]])
         if overrides := [word for word in arguments[1:] if "=" in word and not word.startswith("-")]:
             benchmark.cases(overrides, True)
 

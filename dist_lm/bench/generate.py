@@ -81,11 +81,11 @@ def mixed_case(config: Config) -> Case:
 
 def prefill_case(config: Config) -> Case:
     """First tokens of eight answers to one prompt, against one answer; in prompt tokens per second."""
-    crew = GroupSize(1)
+    size = GroupSize(1)
     return Case(
         name=f"{_shape(config.model)}, {PREFILL} of {LONG_PROMPT} tokens",
         config=config,
-        ways={EIGHT: crew, ONE: crew},
+        ways={EIGHT: size, ONE: size},
         comparisons=(Comparison(own=EIGHT, peer=ONE),),
         same_losses=frozenset(),
         rounds=ROUNDS,
@@ -97,7 +97,7 @@ def _shape(model: ModelConfig) -> str:
 
 
 def _against_peers(name: str, config: Config, peers: Sequence[str]) -> Case:
-    crew = GroupSize(1)
+    size = GroupSize(1)
     absent = {peer: reason for peer in peers if (reason := _why_not(PEERS[peer], config.stage.global_batch))}
     there = [peer for peer in peers if peer not in absent]
     comparisons = [
@@ -112,7 +112,7 @@ def _against_peers(name: str, config: Config, peers: Sequence[str]) -> Case:
     return Case(
         name=name,
         config=config,
-        ways=dict.fromkeys([OURS, *there, CEILING], crew),
+        ways=dict.fromkeys([OURS, *there, CEILING], size),
         comparisons=comparisons,
         same_losses=frozenset({OURS, *(peer for peer in there if issubclass(PEERS[peer], OnOurWeights))}),
         rounds=ROUNDS,

@@ -43,12 +43,12 @@ SHAPES = (
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     """The shapes above, or the one of `overrides`."""
-    crew = GroupSize(1)
+    size = GroupSize(1)
     return [
         Case(
             name=describe(config),
             config=config,
-            ways={MEASURED: crew, BARE: crew},
+            ways={MEASURED: size, BARE: size},
             comparisons=(Comparison(own=MEASURED, peer=BARE), Comparison(own=MEASURED, fact=COST)),
             same_losses=frozenset({MEASURED, BARE}),
             rounds=40,

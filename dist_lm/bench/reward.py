@@ -36,13 +36,13 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 
 def _case(config: Config) -> Case:
-    crew, prompt = GroupSize(1), prompt_tokens(config)
+    size, prompt = GroupSize(1), prompt_tokens(config)
     own = completion_tokens(config)
     name = f"{config.model.name}, {config.stage.global_batch} prompts of {prompt}, {len(own)} completions of {own[0]}"
     return Case(
         name=name,
         config=config,
-        ways=dict.fromkeys((TREE, ROWS, PACKED, PLAIN), crew),
+        ways=dict.fromkeys((TREE, ROWS, PACKED, PLAIN), size),
         comparisons=[Comparison(own=TREE, peer=peer, ceiling=PLAIN) for peer in (ROWS, PACKED)],
         same_losses=frozenset({TREE, ROWS, PACKED}),
         rounds=ROUNDS,

@@ -63,13 +63,13 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 def peers_case(config: Config) -> Case:
     """Every way on two threads."""
-    crew = GroupSize(1, THREADS)
+    size = GroupSize(1, THREADS)
     absent = {name: reason for name, peer in PEERS.items() if (reason := _why_not(peer))}
     model, stage = config.model, config.stage
     return Case(
         name=f"PPO, {model.d_model} x {model.n_layers} layers, {stage.global_batch} x {stage.seq_len} new tokens",
         config=config,
-        ways=dict.fromkeys([OURS, ONE_PROCESS, *(name for name in PEERS if name not in absent)], crew),
+        ways=dict.fromkeys([OURS, ONE_PROCESS, *(name for name in PEERS if name not in absent)], size),
         comparisons=[
             Comparison(
                 own=OURS,
@@ -88,11 +88,11 @@ def peers_case(config: Config) -> Case:
 
 def staleness_case(config: Config) -> Case:
     """Generation during updates against both in turn."""
-    crew = GroupSize(1, 1)
+    size = GroupSize(1, 1)
     return Case(
         name="drawing and updates of equal length, a core each",
         config=config,
-        ways={TOGETHER: crew, IN_TURNS: crew},
+        ways={TOGETHER: size, IN_TURNS: size},
         comparisons=[
             Comparison(own=TOGETHER, peer=IN_TURNS),
             Comparison(own=IN_TURNS, peer_name="-", fact="drawing share_of_time"),

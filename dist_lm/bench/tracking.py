@@ -34,13 +34,13 @@ SHAPES = (("model=nano", "stage.global_batch=4", "stage.seq_len=256"),)
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     """One model, followed by nobody, by wandb offline, and by wandb with a server in trouble."""
-    crew = GroupSize(1)
+    size = GroupSize(1)
     followed = (OFFLINE, TROUBLE)
     return [
         Case(
             name=f"{describe(config)}, a line a step",
             config=config,
-            ways=dict.fromkeys((NOBODY, *followed), crew),
+            ways=dict.fromkeys((NOBODY, *followed), size),
             comparisons=[
                 *(Comparison(own=way, peer=NOBODY) for way in followed),
                 *(Comparison(own=way, fact=fact) for fact in (SIDE, WAIT, WORK) for way in followed),
