@@ -12,12 +12,12 @@ from dist_lm.launcher.compose import compose_config, overrides_of
 from dist_lm.launcher.plan import Action, differing_keys, in_order, make_plan
 from dist_lm.training import checkpoint_files
 from dist_lm.training.state import TrainState
-from tests.conftest import TINY
+from tests.conftest import TINY, composed
 
 
 def plan_of(work, *overrides, target="code"):
     command = [f"stage={target}", *TINY, f"work_dir={work.path}", *overrides]
-    return make_plan(target, lambda stage: compose_config(overrides_of(stage, target, command)))
+    return make_plan(target, lambda stage: composed(overrides_of(stage, target, command)))
 
 
 def actions(plan):
@@ -25,7 +25,7 @@ def actions(plan):
 
 
 def make_run(work, stage, *overrides, done=False, checkpoint=False):
-    config = compose_config([f"stage={stage}", *TINY, f"work_dir={work.path}", *overrides])
+    config = composed([f"stage={stage}", *TINY, f"work_dir={work.path}", *overrides])
     run = work.run(stage, config.run_id)
     run.create()
     plan = plan_of(work, *overrides, target=stage)
@@ -102,7 +102,7 @@ def test_prerequisites_fail_names_the_commands(work):
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [("stage.lr=0.5", "stage.lr=0.5 (was 0.003)"), ("seed=3", "seed"), ("stage.dropout=0.5", "stage.dropout=0.5")],
+    [("stage.lr=0.5", "stage.lr=0.5 (was 0.03)"), ("seed=3", "seed"), ("stage.dropout=0.5", "stage.dropout=0.5")],
 )
 def test_a_run_with_other_settings_is_not_continued(work, change, words):
     make_run(work, "language", checkpoint=True)
