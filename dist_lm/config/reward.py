@@ -1,4 +1,4 @@
-"""What stages rankings and reward have in their configuration beside what every stage has, with units and bounds."""
+"""Configuration of the stages rankings and reward beside the keys of every stage."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from dist_lm.errors import require
 
 @dataclass
 class RewardConfig:
-    """What stage reward learns from a ranking, and what its scores are measured on at its end."""
+    """How stage reward learns from rankings, and the samples that measure its scale of scores."""
 
-    # rankings: every one whole | pairs: of K completions K - 1 pairs, drawn once | one_pair: one of these
+    # rankings: whole | pairs: K - 1 pairs of K completions, drawn once | one_pair: one of these
     learn_from: str = "rankings"
-    label_noise: float = 0.0  # share of neighbouring ranks, and of judgements, that are swapped in train
-    normaliser_prompts: int = 256  # of val, which the reference policy answers; 0: the completions of val are scored
-    normaliser_new_tokens: int = 128  # of an answer, at most
+    label_noise: float = 0.0  # share of neighbouring ranks, and of judgements, swapped in train
+    normaliser_prompts: int = 256  # prompts of val that the reference policy answers; 0: score the completions of val
+    normaliser_new_tokens: int = 128  # length limit of an answer
 
     def __post_init__(self) -> None:
         require(
@@ -31,9 +31,9 @@ class RewardConfig:
 
 @dataclass
 class RankingSamplesConfig:
-    """The samples that stage rankings asks a model for, to be ranked by rules (reader=synthetic_rankings)."""
+    """Samples that stage rankings draws from a model and ranks by rules (reader=synthetic_rankings)."""
 
-    fewest: int = 4  # samples of a prompt, drawn evenly from fewest to most
+    fewest: int = 4  # samples per prompt, uniform from fewest to most
     most: int = 8
     max_new_tokens: int = 48
     temperature: float = 0.9

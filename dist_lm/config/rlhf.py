@@ -1,4 +1,4 @@
-"""The conf group `rlhf`: what rollouts are drawn, how they are judged, and how the policy is updated."""
+"""The conf group `rlhf`: rollouts, rewards and updates of an iteration."""
 
 import math
 from dataclasses import dataclass, field
@@ -17,13 +17,13 @@ class RewardPartConfig:
 
     kind: str = ""  # reward_model | length | parses | function
     weight: float = 1.0  # in the sum of all parts
-    target: int = 0  # length: tokens of a completion that earn 1; it falls to 0 at none and at twice as many
-    language: str = "python"  # parses: python | bash | sql; 1 if the text does, else 0
+    target: int = 0  # length: tokens of a completion with reward 1; the reward falls to 0 at 0 and at twice as many
+    language: str = "python"  # parses: python | bash | sql; 1 if the text parses, else 0
     of: str = "document"  # parses: document (prompt and completion as one text) | completion
     function: str = ""  # function: 'package.module:name', called as name(prompt text, completion text) -> float
 
     def check(self, key: str) -> None:
-        """Refuse what is out of bounds; `key` is where this stands."""
+        """Refuse values out of bounds; `key` is the config key of this part."""
         require(self.kind in REWARD_KINDS, f"{key}.kind", self.kind, ", ".join(REWARD_KINDS))
         require(math.isfinite(self.weight), f"{key}.weight", self.weight, "a finite number")
         if self.kind == "length":
@@ -39,24 +39,24 @@ class RewardPartConfig:
 
 @dataclass
 class RlhfConfig:
-    """An iteration: rollouts of a batch of prompts, their rewards, then `epochs` passes of updates over them."""
+    """An iteration: rollouts for a batch of prompts, their rewards, then `epochs` passes of updates over them."""
 
     name: str = "ppo"
     algorithm: str = "ppo"
     # rollouts
-    prompts: int = 64  # of an iteration
-    samples: int = 1  # rollouts of each prompt
+    prompts: int = 64  # per iteration
+    samples: int = 1  # rollouts per prompt
     max_new_tokens: int = 128
-    temperature: float = 1.0  # logits are divided by it wherever log-probabilities are computed, not in sampling alone
-    ignore_eot: bool = False  # end-of-text is a token like others: all completions have max_new_tokens
-    max_staleness: int = 0  # versions that the weights of a rollout may be behind; 0: generate, then train
-    importance_cap: float = 2.0  # tokens weigh as much as the trainer finds them likelier than the engine, up to this
+    temperature: float = 1.0  # divides the logits in sampling and in every log-probability pass
+    ignore_eot: bool = False  # end-of-text does not end a completion: all have max_new_tokens
+    max_staleness: int = 0  # largest age of a rollout's weights in iterations; 0: generate, then train
+    importance_cap: float = 2.0  # largest ratio of trainer to engine probability that weighs a token; 0: off
     # updates
-    epochs: int = 4  # passes over the rollouts of an iteration, at most (see stop_kl)
-    minibatches: int = 1  # optimizer steps of a pass
-    micro_batch_tokens: int = 8192  # that a rank takes through a model at once (more if one sequence is longer)
+    epochs: int = 4  # passes over the rollouts of an iteration; stop_kl may end them earlier
+    minibatches: int = 1  # optimizer steps per pass
+    micro_batch_tokens: int = 8192  # of a rank's micro-batch, at most; more if one sequence is longer
     lr: float = 1e-6  # of the policy
-    value_lr: float = 1e-5  # of the critic, where the algorithm has one
+    value_lr: float = 1e-5  # of the critic
     warmup_iterations: int = 0
     min_lr_ratio: float = 1.0  # final learning rate / peak, by a cosine; 1: constant
     weight_decay: float = 0.0
@@ -65,24 +65,24 @@ class RlhfConfig:
     adam_eps: float = 1e-5
     grad_clip: float = 1.0  # largest global gradient norm; 0: off
     max_nonfinite_updates: int = 10  # consecutive updates with NaN/inf gradients before the run stops
-    clip: float = 0.2  # how far the ratio may go from 1 before it earns nothing more
-    value_clip: float = 0.2  # how far a value may go from the old one
-    gamma: float = 1.0  # discount a token
-    lam: float = 0.95  # of generalised advantages
-    kl_coefficient: float = 0.05  # weight of the divergence from the reference in the reward of a token
+    clip: float = 0.2  # distance of the ratio from 1 beyond which the gain is cut off
+    value_clip: float = 0.2  # distance from the old value beyond which the loss no longer falls
+    gamma: float = 1.0  # discount per token
+    lam: float = 0.95  # lambda of generalised advantage estimation
+    kl_coefficient: float = 0.05  # weight of the KL from the reference in the reward of a token
     kl_estimate: str = "k1"  # k1 | k2 | k3
-    kl_target: float | None = None  # nats a sequence that the coefficient is steered to; null: it stays
+    kl_target: float | None = None  # nats per sequence to which the adaptive coefficient steers; null: fixed
     kl_horizon: int = 10_000  # rollouts within which the coefficient may change by about 20 %
-    entropy_coefficient: float = 0.0  # weight of the entropy of each token's distribution as a bonus
-    whiten_rewards: bool = False  # rewards of tokens to standard deviation 1; their mean stays
+    entropy_coefficient: float = 0.0  # weight of the entropy bonus of each token's distribution
+    whiten_rewards: bool = False  # scale token rewards to standard deviation 1; the mean stays
     whiten_advantages: bool = True  # to mean 0 and standard deviation 1 over all tokens of an iteration
-    stop_kl: float = 0.0  # mean divergence a token (nats) from the start of the iteration that ends it; 0: off
+    stop_kl: float = 0.0  # mean KL per token (nats) from the start of the iteration that ends its updates; 0: off
     pretrain_coefficient: float = 0.0  # weight of the mean next-token loss on pretraining text; 0: off
     value_head: str = "zero"  # a new critic's head: zero | reward_model
     # rewards
-    rewards: dict[str, RewardPartConfig] = field(default_factory=dict)  # parts by name; their weighted sum is the score
-    missing_eos_penalty: float = 1.0  # taken from the score of a completion that was cut off
-    normalise_reward: bool = True  # the reward model's scores to mean 0, std 1 on samples of the reference policy
+    rewards: dict[str, RewardPartConfig] = field(default_factory=dict)  # parts by name; the score is their weighted sum
+    missing_eos_penalty: float = 1.0  # subtracted from the score of a completion that was cut off
+    normalise_reward: bool = True  # scale the reward model's scores to mean 0, std 1 on samples of the reference
 
     def __post_init__(self) -> None:
         for key in (
@@ -109,7 +109,7 @@ class RlhfConfig:
             target is None or self.kl_coefficient > 0,
             "rlhf.kl_coefficient",
             self.kl_coefficient,
-            f"a positive number to begin with, which rlhf.kl_target={target} is reached from by factors",
+            f"a positive number to begin with: rlhf.kl_target={target} only multiplies it",
         )
         require(self.value_head in ("zero", "reward_model"), "rlhf.value_head", self.value_head, "zero or reward_model")
         rollouts = self.prompts * self.samples
