@@ -25,7 +25,7 @@ OPTIONS = {
     "swiglu": {"ffn": "swiglu"},
     "no bias": {"bias": False},
     "one key head": {"n_kv_heads": 1},
-    "directions": {"qk_norm": True},
+    "normalised queries and keys": {"qk_norm": True},
     "grouped, all options": {
         "d_model": 48,
         "n_heads": 6,

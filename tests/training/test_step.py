@@ -10,7 +10,7 @@ from dist_lm.data.batch import Batch
 from dist_lm.model.cross_entropy import token_losses
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.objective import LossSum, next_token
-from dist_lm.training.optimizer import build_optimizer, is_decayed, named_state
+from dist_lm.training.optimizer import build_optimizer, named_state
 from dist_lm.training.step import accumulate_gradients, update
 
 VOCAB = 11
@@ -99,11 +99,3 @@ def test_gradients_that_are_not_finite_change_nothing(bad):
         assert torch.equal(parameter, value)
     assert all(not state.any() for _, state in named_state(model, optimizer))
     assert step(model, optimizer, [batch_of(slice(0, 8))]).applied
-
-
-def test_decay_is_for_matrices_only():
-    names = ["blocks.0.attention.query", "blocks.0.feed_forward.up.weight", "lm_head.weight"]
-    assert all(is_decayed(name) for name in names)
-    spared = ["embedding.weight", "final_norm.weight", "blocks.0.attention_norm.bias"]
-    spared += ["blocks.0.attention.query_bias", "blocks.0.attention.query_norm.weight"]
-    assert not any(is_decayed(name) for name in spared)

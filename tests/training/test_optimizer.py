@@ -1,4 +1,4 @@
-"""Muon: directions made orthogonal, and how it stands beside AdamW."""
+"""The optimizer: orthogonal directions of Muon, Muon beside AdamW, decay, the schedule of the learning rate."""
 
 import pytest
 import torch
@@ -15,10 +15,11 @@ from dist_lm.training.muon import (
     orthogonal,
     orthogonal_steps,
 )
-from dist_lm.training.optimizer import build_optimizer, named_state, set_learning_rate
+from dist_lm.training.optimizer import build_optimizer, is_decayed, learning_rate, named_state, set_learning_rate
 from tests.model.small_models import small_config, small_model
 
 STAGE = StageConfig(name="test", lr=1e-3, weight_decay=0.0, muon=MuonConfig(lr=0.02))
+PLAN = {"peak": 1e-3, "warmup_steps": 10, "steps": 100, "min_ratio": 0.1}
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 40), (2, 40, 16)], ids=str)
@@ -104,3 +105,27 @@ def test_its_rate_follows_the_schedule():
 def test_off_it_is_adamw():
     model = small_model(small_config())
     assert all("momentum" not in group for group in build_optimizer(model, STAGE, MuonConfig()).param_groups)
+
+
+def test_decay_is_for_matrices_only():
+    names = ["blocks.0.attention.query", "blocks.0.feed_forward.up.weight", "lm_head.weight"]
+    assert all(is_decayed(name) for name in names)
+    spared = ["embedding.weight", "final_norm.weight", "blocks.0.attention_norm.bias"]
+    spared += ["blocks.0.attention.query_bias", "blocks.0.attention.query_norm.weight"]
+    assert not any(is_decayed(name) for name in spared)
+
+
+def test_the_warmup_is_linear_and_starts_above_zero():
+    rates = [learning_rate(step, **PLAN) for step in range(10)]
+    assert rates == pytest.approx([1e-4 * (step + 1) for step in range(10)])
+
+
+def test_the_peak_follows_the_warmup_and_the_floor_is_the_last_step():
+    assert learning_rate(10, **PLAN) == pytest.approx(1e-3)
+    assert learning_rate(99, **PLAN) == pytest.approx(1e-4)
+    rates = [learning_rate(step, **PLAN) for step in range(10, 100)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_without_warmup_and_with_a_single_step_it_is_the_peak():
+    assert learning_rate(0, peak=1.0, warmup_steps=0, steps=1, min_ratio=0.1) == 1.0
