@@ -49,5 +49,5 @@ def test_any_webdataset_reader_reads_them(tmp_path: Path) -> None:
 def test_a_corpus_of_something_else_is_refused(tmp_path: Path) -> None:
     write(tmp_path, documents([5, 6, 7]))
     write_manifest(tmp_path, tokenizer_sha256="0" * 64, corpus_fingerprint="0" * 64, ingest={})
-    with pytest.raises(ArtefactError, match=r"has no branch.npy: holds no rankings"):
+    with pytest.raises(ArtefactError, match=r"has no branch.npy: it holds no rankings"):
         MappedRankings.open(tmp_path, "train")
