@@ -8,12 +8,19 @@ from collections.abc import Callable
 
 from dist_lm.chat.messages import Call, Json, Message
 from dist_lm.tools.data.actions import BY_KEY
-from dist_lm.tools.data.answers import answer, nothing_fits, question_back, shown
-from dist_lm.tools.data.catalogue import Topic
-from dist_lm.tools.data.choice import Scene, call_of, record_of, with_record
-from dist_lm.tools.data.execution import ToolFailure
-from dist_lm.tools.data.phrasing import Given, describe, instruction, piece, request
-from dist_lm.tools.data.specification import Specification
+from dist_lm.tools.data.catalogue import Specification, Topic
+from dist_lm.tools.data.phrasing import (
+    Given,
+    answer,
+    describe,
+    instruction,
+    nothing_fits,
+    piece,
+    question_back,
+    request,
+    shown,
+)
+from dist_lm.tools.data.scene import Scene, ToolFailure, call_of, record_of, with_record
 
 Turns = list[Message]
 ROUND = 4  # turns of a request that takes one call

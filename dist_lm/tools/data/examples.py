@@ -12,13 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dist_lm.chat.messages import Conversation, Message
-from dist_lm.tools.data.catalogue import SHELVES, group_of, invented_topics, shelf_topics
-from dist_lm.tools.data.choice import Scene
+from dist_lm.tools.data.catalogue import SHELVES, Specification, group_of, invented_topics, shelf_topics
 from dist_lm.tools.data.episodes import KINDS, ROUND
-from dist_lm.tools.data.execution import World
-from dist_lm.tools.data.specification import Specification
+from dist_lm.tools.data.scene import Scene, World
 
-REVISION = 8  # one more with every change to what is generated: corpora of another are refused
+REVISION = 9  # one more with every change to what is generated: corpora of another are refused
 LONGEST = (650, 800, 900, 900)  # characters of all JSON and text, one of these: 900 are at most 410 tokens of 4,096
 INVENTED = {"invented": 1.0, "session": 0.3}  # share of a kind that is about invented domains
 LONGEST_SESSION = 1800  # characters of a session

@@ -8,9 +8,8 @@ import random
 from functools import cache
 
 from dist_lm.chat.messages import Json
-from dist_lm.tools.data.formula import Arguments, Formula
-from dist_lm.tools.data.naming import article
-from dist_lm.tools.data.words import words
+from dist_lm.tools.data.formulas import Arguments, Formula
+from dist_lm.tools.data.words import article, words
 
 PREFIX = "invented "
 THINGS = 2

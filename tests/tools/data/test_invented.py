@@ -3,9 +3,8 @@
 import random
 
 from dist_lm.tools.data.catalogue import SHELVES, fields_of, invented_topics, shelf_of, specification
-from dist_lm.tools.data.choice import CONDITIONS, Scene, call_of
-from dist_lm.tools.data.execution import World
 from dist_lm.tools.data.invented import invented_domain, invented_word
+from dist_lm.tools.data.scene import CONDITIONS, Scene, World, call_of
 from dist_lm.tools.data.words import domains
 
 
