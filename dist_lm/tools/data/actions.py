@@ -1,7 +1,7 @@
 """What record tools do: the verbs of their names and of requests, and their arguments.
 
-Actions of one circle lie on one shelf, so a conversation may hold several tools for the same thing: one that finds or
-makes a record, and others that take its number. No verb belongs to two actions, so a name says which one it is.
+Actions of one circle lie on one shelf, so a conversation may have several tools for one thing: a tool that finds or
+makes a record, and others that take its number. No verb belongs to two actions, so a tool's name identifies its action.
 """
 
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Action:
-    """One thing to do with records."""
+    """One operation on records."""
 
     key: str
     circle: int
-    verbs: tuple[str, ...]  # of names
-    said: tuple[str, ...]  # of requests
+    verbs: tuple[str, ...]  # in names of tools
+    said: tuple[str, ...]  # in requests
     descriptions: tuple[str, ...]  # {a}: `an order`, {the}: `order`, {all}: `orders`
     takes_id: bool = False
-    own: tuple[str, ...] = ()  # arguments beside those of the domain: `name kind`; with `?` optional
-    fields: tuple[int, int] = (0, 0)  # how many of the domain's fields it takes: least, most
-    extra: tuple[str, ...] = ()  # optional arguments, of which at most one is taken
+    own: tuple[str, ...] = ()  # arguments of the action itself: `name kind`; `?` marks an optional one
+    fields: tuple[int, int] = (0, 0)  # number of the domain's fields that become arguments: least, most
+    extra: tuple[str, ...] = ()  # optional arguments; a tool has at most one
 
 
 ACTIONS = (
@@ -161,5 +161,4 @@ ACTIONS = (
         extra=("years few", "reason title"),
     ),
 )
-CIRCLES = 1 + max(action.circle for action in ACTIONS)
 BY_KEY = {action.key: action for action in ACTIONS}

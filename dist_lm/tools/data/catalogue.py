@@ -17,11 +17,11 @@ from dist_lm.tools.data.invented import PREFIX, invented_domain, invented_formul
 from dist_lm.tools.data.values import Value, schema_of
 from dist_lm.tools.data.words import STYLE_WEIGHTS, STYLES, argument_name, article, domains, plural, tool_name
 
-SHELVES = 40  # of which val_fraction=0.05 holds out two
-INVENTED = 10_000  # domains of a shelf that nobody knows
-VARIANTS = 8  # of a topic: names, arguments and descriptions differ
+SHELVES = 40  # val_fraction=0.05 holds out two
+INVENTED = 10_000  # invented domains a shelf
+VARIANTS = 8  # a topic: they differ in names, arguments and descriptions
 DEFAULTS = {"flag": False, "few": 1}
-LONG = ("address", "size", "words", "people", "codes", "numbers", "title", "text")  # nobody searches by them
+LONG = ("address", "size", "words", "people", "codes", "numbers", "title", "text")  # kinds that no search takes
 HINTS = {
     "date": ("YYYY-MM-DD", "the day, as YYYY-MM-DD"),
     "clock": ("HH:MM", "24 hours, HH:MM"),
@@ -45,7 +45,7 @@ class Parameter:
     required: bool = True
     default: Json = None
     description: str = ""
-    inside: str = ""  # key of the object that holds it; "": it stands by itself
+    inside: str = ""  # key of the object that holds the argument; "": none
 
     @property
     def schema(self) -> dict[str, Json]:
@@ -60,17 +60,17 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Specification:
-    """A tool, whose name and arguments hang on nothing but what it is about and the number of its variant."""
+    """A tool as the generator knows it: its schema, and how requests may speak of it."""
 
     tool: Tool
     family: str  # record | formula | service
     domain: str
-    action: str  # create, search, ...; the name of a formula or a service
-    thing: str  # what it is about, in words
-    verb: str  # of its name
+    action: str  # create, search, ...; the key of a formula or service
+    thing: str  # the subject in words
+    verb: str  # in the name
     style: str
     parameters: tuple[Parameter, ...]
-    shelf: int  # its side of the split
+    shelf: int  # decides between train and val
 
     @property
     def id_parameter(self) -> Parameter | None:
@@ -80,11 +80,11 @@ class Specification:
 
 @dataclass(frozen=True)
 class Topic:
-    """What a tool is about, before it has a name."""
+    """The subject of a tool."""
 
     domain: str
     thing: str
-    action: str  # of actions.py, or the key of a formula
+    action: str  # a key of actions.py, or of a formula
     family: str
 
 
@@ -114,7 +114,7 @@ def specification(topic: Topic, variant: int) -> Specification:
 
 
 def shelf_of(topic: Topic) -> int:
-    """Things lie on one shelf a circle of actions; formulas on one each."""
+    """The shelf of a topic: one for every thing and circle of actions, one for every formula."""
     if is_invented(topic.domain):
         return int(topic.domain.removeprefix(PREFIX)) % SHELVES
     circle = BY_KEY[topic.action].circle if topic.family == "record" else 0
@@ -123,21 +123,21 @@ def shelf_of(topic: Topic) -> int:
 
 
 def group_of(shelf: int) -> str:
-    """The hash by which a corpus splits: as a fraction of 2**64 shelf / SHELVES, and a fifth of a shelf.
+    """The hash by which a corpus splits: as a fraction of 2**64 it is (shelf + 0.2) / SHELVES.
 
-    So the least that is held out, 1 % or 2 %, is one shelf, and 5 % are two.
+    So a val_fraction of 1 or 2 % holds out one shelf, and 5 % hold out two.
     """
     return f"{(5 * shelf + 1) * 2**64 // (5 * SHELVES):016x}"
 
 
 @cache
 def shelf_topics(shelf: int) -> tuple[Topic, ...]:
-    """What lies on a shelf, in a fixed order."""
+    """The topics of a shelf, in a fixed order."""
     return tuple(topic for topic in topics() if shelf_of(topic) == shelf)
 
 
 def invented_topics(shelf: int, rng: random.Random) -> tuple[Topic, ...]:
-    """What an invented domain of a shelf is about."""
+    """The topics of one invented domain of a shelf."""
     domain = f"{PREFIX}{shelf + SHELVES * rng.randrange(INVENTED)}"
     things, formulas = invented_domain(domain)[0], invented_formulas(domain)
     records = (Topic(domain, thing, action.key, "record") for thing in things for action in ACTIONS)
@@ -146,7 +146,7 @@ def invented_topics(shelf: int, rng: random.Random) -> tuple[Topic, ...]:
 
 @cache
 def topics() -> tuple[Topic, ...]:
-    """Everything that tools are about."""
+    """All topics."""
     records = [
         Topic(domain, thing, action.key, "record")
         for domain, (things, _) in domains().items()
@@ -158,7 +158,7 @@ def topics() -> tuple[Topic, ...]:
 
 @cache
 def formula_of(key: str) -> Formula:
-    """The formula of that name."""
+    """The formula with this key."""
     if is_invented(key):
         return next(one for one in invented_formulas(key.partition(" formula ")[0]) if one.key == key)
     return next(formula for formula in FORMULAS if formula.key == key)
@@ -171,7 +171,7 @@ def name_of(formula: Formula) -> str:
 
 
 def fields_of(domain: str) -> tuple[tuple[str, str], ...]:
-    """`(name, kind)` of what records of `domain` hold."""
+    """`(name, kind)` of the fields of a record of `domain`."""
     return (invented_domain(domain) if is_invented(domain) else domains()[domain])[1]
 
 

@@ -1,6 +1,6 @@
-"""The kinds of conversations: what happens in each, from the request to the answer.
+"""The kinds of conversations, from the request to the answer.
 
-An episode takes the tools it needs from the scene and returns its turns. Results are what the tools really return.
+An episode takes its tools from the scene and returns the turns. Results are the return values of the tools.
 """
 
 import random
@@ -23,13 +23,13 @@ from dist_lm.tools.data.phrasing import (
 from dist_lm.tools.data.scene import Scene, ToolFailure, call_of, record_of, with_record
 
 Turns = list[Message]
-ROUND = 4  # turns of a request that takes one call
+ROUND = 4  # turns of a request with one call: request, call, result, answer
 FURTHER_ROUNDS = (0, 0, 1, 1, 2, 3)
 IN_SESSION = 6  # requests to the same tools, at most
 
 
 def single(scene: Scene) -> Turns:
-    """Requests that take one call each: a schema is dear in tokens, so it mostly serves for more than one."""
+    """One or more requests of one call each. A schema costs many tokens, so it mostly serves several requests."""
     rng = scene.rng
     first = scene.take()
     turns = _asked_and_done(scene, first)
@@ -43,14 +43,14 @@ def single(scene: Scene) -> Turns:
 
 
 def session(scene: Scene) -> Turns:
-    """Request after request to the same tools: each says anew which one it is for."""
+    """Request after request to the same two to four tools."""
     for _ in range(scene.rng.randint(2, 4)):
         _take_one_more(scene)
     return [turn for _ in range(IN_SESSION) for turn in _asked_and_done(scene, scene.rng.choice(scene.tools))]
 
 
 def parallel(scene: Scene) -> Turns:
-    """One request, two or three calls that do not need each other."""
+    """One request, and two or three calls that are independent of each other."""
     rng = scene.rng
     first = scene.take()
     same = rng.random() < 0.6
@@ -74,7 +74,7 @@ def parallel(scene: Scene) -> Turns:
 
 
 def sequential(scene: Scene) -> Turns:
-    """A call that finds or makes a record, and one that does something with it."""
+    """A call that finds or makes a record, then a call on that record."""
     rng = scene.rng
     first = scene.take(lambda topic: topic.action in ("create", "search", "newest"))
     circle = BY_KEY[first.action].circle
@@ -115,7 +115,7 @@ def irrelevant(scene: Scene) -> Turns:
 
 
 def missing(scene: Scene) -> Turns:
-    """A request without an argument that the tool must have: asked for, given, done."""
+    """A request without a required argument: the assistant asks, the user answers, the call follows."""
     rng = scene.rng
     tool = scene.take()
     left_out = rng.choice([parameter for parameter in tool.parameters if parameter.required])
@@ -136,7 +136,7 @@ def missing(scene: Scene) -> Turns:
 
 
 def recovery(scene: Scene) -> Turns:
-    """A call that fails, and the one that helps."""
+    """A call that fails, and the call that mends it."""
     rng = scene.rng
     if rng.random() < 0.35:
         tool = scene.take()
@@ -157,7 +157,7 @@ def recovery(scene: Scene) -> Turns:
 
 
 def plain_answer(scene: Scene) -> Turns:
-    """A question that the result before answers, or no question at all."""
+    """A turn without a call: a question that an earlier result answers, a question about the tools, or thanks."""
     rng = scene.rng
     if rng.random() < 0.25:
         turns = _asked_and_done(scene, scene.take())
@@ -177,11 +177,11 @@ def plain_answer(scene: Scene) -> Turns:
 
 
 def invented(scene: Scene) -> Turns:
-    """Requests for tools of a domain that nobody knows."""
+    """Requests for tools of an invented domain."""
     return scene.rng.choice((single, single, parallel))(scene)
 
 
-KINDS: dict[str, tuple[float, Callable[[Scene], Turns]]] = {  # with their shares
+KINDS: dict[str, tuple[float, Callable[[Scene], Turns]]] = {  # share of conversations, episode
     "single": (0.30, single),
     "session": (0.18, session),
     "parallel": (0.09, parallel),
@@ -207,7 +207,7 @@ def _done(scene: Scene, tool: Specification, given: Given) -> Turns:
 
 
 def _failed(scene: Scene, tool: Specification, given: Given) -> Turns:
-    """The call, and the error that comes of it."""
+    """The call and its error."""
     call = call_of(tool, given)
     try:
         scene.world.execute(tool, call)
@@ -221,7 +221,7 @@ def _called(call: Call, result: Json) -> Turns:
 
 
 def _slip(right: str, known: dict[str, dict[str, Json]], rng: random.Random) -> str:
-    """`right` with two neighbours exchanged, as a hasty hand writes it."""
+    """`right` with two neighbouring characters exchanged: a typing error."""
     places = [place for place in range(len(right) - 1) if right[place] != right[place + 1]]
     place = rng.choice([place for place in places if right[place : place + 2].isalnum()] or places)
     wrong = right[:place] + right[place + 1] + right[place] + right[place + 2 :]
@@ -229,7 +229,7 @@ def _slip(right: str, known: dict[str, dict[str, Json]], rng: random.Random) -> 
 
 
 def _take_one_more(scene: Scene) -> None:
-    """A tool, often for the same thing as the first: then only what it does tells them apart."""
+    """Take one more tool, often for the same thing as the first, so that only the action tells them apart."""
     if scene.tools and scene.rng.random() < 0.4 and scene.has(_about(scene.tools[0].thing)):
         scene.take(_about(scene.tools[0].thing))
     else:

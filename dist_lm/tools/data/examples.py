@@ -2,8 +2,8 @@
 
     shelf -> tools -> request -> calls, executed -> answer
 
-`group` says which shelf of tools an example is from, and decides its split. No tool lies on two shelves, so the tools
-of val examples, and their names, are in no train example.
+The group of an example is the shelf of its tools, and decides between train and val. No tool lies on two shelves, so
+the tools of val examples, and their names, occur in no train example.
 """
 
 import json
@@ -16,11 +16,11 @@ from dist_lm.tools.data.catalogue import SHELVES, Specification, group_of, inven
 from dist_lm.tools.data.episodes import KINDS, ROUND
 from dist_lm.tools.data.scene import Scene, World
 
-REVISION = 9  # one more with every change to what is generated: corpora of another are refused
-LONGEST = (650, 800, 900, 900)  # characters of all JSON and text, one of these: 900 are at most 410 tokens of 4,096
+REVISION = 9  # one more with every change to the generated text: a corpus of another revision is refused
+LONGEST = (650, 800, 900, 900)  # characters of all JSON and text, one drawn for each example
 INVENTED = {"invented": 1.0, "session": 0.3}  # share of a kind that is about invented domains
 LONGEST_SESSION = 1800  # characters of a session
-OTHER_TOOLS = (0, 1, 1, 1, 2, 2, 3)  # beside those that are needed
+OTHER_TOOLS = (0, 1, 1, 1, 2, 2, 3)  # tools that are not needed, one of these numbers
 MOST_TOOLS = 4
 SYSTEM = (
     "You are a helpful assistant.",
@@ -32,7 +32,7 @@ SYSTEM = (
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation with what it is an example of."""
+    """A conversation with its kind, group and tools."""
 
     conversation: Conversation
     kind: str  # of episodes.KINDS
@@ -46,7 +46,7 @@ def examples(seed: int, count: int) -> Iterator[Example]:
 
 
 def example(seed: int, number: int) -> Example:
-    """One example; it hangs on nothing but these two."""
+    """Example `number`, a function of the two arguments alone."""
     rng = random.Random(f"tools {seed} {number}")  # noqa: S311  (text, not secrets)
     shelf = rng.randrange(SHELVES)
     kind = rng.choices(list(KINDS), [share for share, _ in KINDS.values()])[0]
@@ -61,7 +61,7 @@ def _made(kind: str, shelf: int, rng: random.Random) -> Example:
 
 
 def _attempt(kind: str, shelf: int, rng: random.Random) -> Example | None:
-    """An example, or none where it would become too long."""
+    """An example, or None if it would be too long or two tools share a name."""
     unknown = kind in INVENTED and rng.random() < INVENTED[kind]
     scene = Scene(rng, World(rng), invented_topics(shelf, rng) if unknown else shelf_topics(shelf))
     turns = KINDS[kind][1](scene)

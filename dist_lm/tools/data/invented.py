@@ -1,7 +1,7 @@
-"""Domains that nobody knows: things, fields and formulas with made-up names, which calls can only take from a schema.
+"""Invented domains: things, fields and formulas with made-up names, which a model can only copy from the schema.
 
-Of known domains a model learns the words, and ends `calculate_hypot` from memory. Domain n lies on shelf n modulo the
-number of shelves: its tools are on one side of the split, as all others are.
+In known domains a model learns the words by heart and completes `calculate_hypot` from memory. Domain n lies on shelf n
+modulo the number of shelves, so its tools are on one side of the split, as all tools are.
 """
 
 import random
@@ -31,13 +31,13 @@ CODAS = ("", "", *"bdgklmnprstvx", "ck", "ll", "nd", "ng", "nt", "rk", "sh", "ss
 
 
 def invented_word(rng: random.Random) -> str:
-    """A word that nobody has said."""
+    """A made-up word."""
     syllables = [rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(rng.randint(1, 3))]
     return "".join(syllables)
 
 
 def is_invented(domain: str) -> bool:
-    """Whether `domain` is one of these."""
+    """Whether `domain` is an invented one."""
     return domain.startswith(PREFIX)
 
 
@@ -46,14 +46,14 @@ def invented_domain(domain: str) -> tuple[tuple[str, ...], tuple[tuple[str, str]
     """`(things, ((field, kind), ...))` of the domain `invented N`, as `words.domains()` has them."""
     rng = random.Random(domain)  # noqa: S311  (no secrets)
     names = _different(THINGS + FIELDS, rng)
-    # by the first ones records can be found
+    # searches take the first fields
     kinds = [rng.choice(("word", "amount", "date")) if number < FOUND_BY else _kind(rng) for number in range(FIELDS)]
     return tuple(names[:THINGS]), tuple(zip(names[THINGS:], kinds, strict=True))
 
 
 @cache
 def invented_formulas(domain: str) -> tuple[Formula, ...]:
-    """What is computed in the domain `invented N`; keys begin with its name."""
+    """The formulas of the domain `invented N`; keys begin with its name."""
     rng = random.Random(f"{domain} formulas")  # noqa: S311  (no secrets)
     return tuple(_formula(f"{domain} formula {number}", domain, rng) for number in range(FORMULAS))
 

@@ -31,7 +31,7 @@ PRONOUNS = ("it", "that")
 PARTICLES = (" up", " over", " away")  # of verbs that take no `it` after them
 CLAUSE_VERBS = ("tell me", "find out", "check", "I want to know")  # before `whether`
 LINKS = ("with ", "for ", "in ", "on ", "at ", "to ", "of ", "saying ", "and ")
-NEAR = {  # how a kind is said without the argument's name, where no other argument is of its kind
+NEAR = {  # how a value is said without the argument's name, if no other argument is of its kind
     "person": ("for {}", "for {}"),
     "given": ("for {}",),
     "city": ("in {}", "in {}"),
@@ -67,13 +67,13 @@ def request(specification: Specification, given: Given, rng: random.Random) -> s
 
 
 def instruction(specification: Specification, given: Given, rng: random.Random, it: str = "") -> str:
-    """The same as a part of a longer sentence. `it`: how the sentence speaks of the record by now."""
+    """The request as part of a longer sentence. `it`: the pronoun for a record that the sentence has named."""
     body, pieces = _body_and_pieces(specification, given, rng, it)
     return body + "".join(_linked(piece, " ") for piece in _anded(pieces))
 
 
 def piece(parameter: Parameter, value: Value, alone: bool, rng: random.Random) -> str:
-    """One argument in words. `alone`: no other is of its kind."""
+    """One argument in words. `alone`: no other argument is of its kind."""
     name, said, kind = parameter.name, value.said, parameter.kind
     if kind == "flag":
         on = rng.choice(["on", "yes", "true"]) if value.json else rng.choice(["off", "no", "false"])
@@ -89,7 +89,7 @@ def piece(parameter: Parameter, value: Value, alone: bool, rng: random.Random) -
 
 
 def describe(specification: Specification, rng: random.Random) -> str:
-    """What a tool does, as a request says it without any argument: `cancel an order`."""
+    """What a tool does, without arguments: `cancel an order`."""
     if specification.family != "record":
         return f"{rng.choice(['find out', 'tell you'])} {formula_of(specification.action).said}"
     return _verb_and_thing(specification, article(specification.thing), rng)
@@ -107,7 +107,7 @@ def shown(value: Json) -> str:
 
 
 def answer(specification: Specification, record_id: str | None, result: Json, rng: random.Random) -> str:
-    """What a result says to the one who asked."""
+    """The answer that puts a result in words."""
     thing = specification.thing
     if specification.family != "record":
         said = formula_of(specification.action).said
@@ -142,7 +142,7 @@ def facts(result: dict[str, Json]) -> str:
 
 
 def question_back(missing: Sequence[Parameter], specification: Specification, rng: random.Random) -> str:
-    """The question for what a call still needs."""
+    """The question for arguments that a call still needs."""
     names = " and the ".join(parameter.name for parameter in missing)
     return rng.choice(
         [
@@ -155,7 +155,7 @@ def question_back(missing: Sequence[Parameter], specification: Specification, rn
 
 
 def nothing_fits(rng: random.Random) -> str:
-    """That none of the tools does what is asked."""
+    """The answer to a request that no tool serves."""
     return rng.choice(
         [
             "None of my tools can do that.",
@@ -226,7 +226,7 @@ def _joined(body: str, pieces: list[str], rng: random.Random) -> str:
 
 
 def _linked(part: str, between: str) -> str:
-    """An argument behind what comes before it, set apart by a space alone only where it says `with` or so."""
+    """An argument with its separator: a space alone only before a word such as `with`, else a comma."""
     if part.startswith(":"):
         return part
     return (", " if between == " " and not part.startswith(LINKS) else between) + part

@@ -21,27 +21,27 @@ from dist_lm.tools.data.values import Value, code, draw, quoted
 
 RICH = ("create", "search", "update")  # chosen twice as often: their arguments are of all kinds
 CONDITIONS = ("search", "count", "newest")
-TRIES = 5  # for a value that is not there yet
-OPTIONAL = 0.4  # of optional arguments are given
-COMPUTED = 0.3  # of tools are formulas and services, where the shelf has some
+TRIES = 5  # draws for a value that no other argument has
+OPTIONAL = 0.4  # share of optional arguments that are given
+COMPUTED = 0.3  # share of formulas and services among the tools of a shelf that has some
 Record = dict[str, Json]
-COMMENTS, TAGS = "_comments", "_tags"  # of a record: no field has such a name
+COMMENTS, TAGS = "_comments", "_tags"  # fields that actions add; no domain has such names
 
 
-class ToolFailure(Exception):  # noqa: N818  a tool's own word for what went wrong
-    """A call that the tool refuses; the message is its answer."""
+class ToolFailure(Exception):  # noqa: N818  (part of a conversation, not an error of this program)
+    """A call that the tool refuses; the message is the result."""
 
 
 @dataclass
 class World:
-    """The records of one conversation, by thing and id, and what happens to them."""
+    """The records of one conversation, by thing and id, and the execution of calls on them."""
 
     rng: random.Random
     records: dict[str, dict[str, Record]] = field(default_factory=dict)
-    busy: set[str] = field(default_factory=set)  # tools that fail once, as if a server were down
+    busy: set[str] = field(default_factory=set)  # names of tools that fail once, as if a server were down
 
     def put(self, thing: str, domain: str, known: Record | None = None, record_id: str | None = None) -> str:
-        """A new record with the fields of its domain, those in `known` as they are; its id."""
+        """Add a record with the fields of its domain, some of them given by `known`; returns the id."""
         shelf = self.records.setdefault(thing, {})
         key = record_id or self._free_id(shelf)
         shelf[key] = {name: draw(kind, self.rng).json for name, kind in fields_of(domain)} | (known or {})
@@ -125,26 +125,26 @@ class World:
 
 @dataclass
 class Scene:
-    """What a conversation is made from; `tools` grows while it is written."""
+    """The state of a conversation that is being written."""
 
     rng: random.Random
     world: World
     topics: tuple[Topic, ...]  # of one shelf
     tools: list[Specification] = field(default_factory=list)
-    hidden: set[tuple[str, str]] = field(default_factory=set)  # thing and action of tools it must not have
+    hidden: set[tuple[str, str]] = field(default_factory=set)  # (thing, action) of tools that must not appear
 
     def has(self, fits: Callable[[Topic], bool]) -> bool:
-        """Whether there is such a tool to take."""
+        """Whether the shelf has such a tool that is not taken yet."""
         return any(map(fits, self._free()))
 
     def take(self, fits: Callable[[Topic], bool] = lambda topic: True) -> Specification:
-        """A tool of the shelf whose topic fits; it is among the tools from now on."""
+        """Pick a tool of the shelf whose topic fits, and add it to the tools."""
         found = self.pick(fits)
         self.tools.append(found)
         return found
 
     def pick(self, fits: Callable[[Topic], bool] = lambda topic: True) -> Specification:
-        """A tool of the shelf whose topic fits, none like one there is."""
+        """A tool of the shelf whose topic fits and is not taken yet."""
         free = [topic for topic in self._free() if fits(topic)]
         computed = [topic for topic in free if topic.family != "record"]
         records = [topic for topic in free if topic.family == "record"]
@@ -153,7 +153,7 @@ class Scene:
         return specification(self.rng.choices(side, weights)[0], self.rng.randrange(VARIANTS))
 
     def add_others(self, count: int) -> None:
-        """Tools that are not needed: half of them for the same thing as one that is."""
+        """Add tools that are not needed; half of them are for the thing of a needed one."""
         things = {tool.thing for tool in self.tools}
         for _ in range(count):
             near = [topic for topic in self._free() if topic.thing in things]
@@ -165,7 +165,7 @@ class Scene:
                 self.tools.append(chosen)
 
     def _other_than(self, given: Given, kind: str) -> Value:
-        """A value that no other argument of its kind has: nobody asks for the rate from EUR to EUR."""
+        """A value that no other argument of the kind has: no request asks for the rate from EUR to EUR."""
         taken = [value.json for parameter, value in given.items() if parameter.kind == kind]
         tries = (draw(kind, self.rng) for _ in range(TRIES))
         return next((value for value in tries if kind == "flag" or value.json not in taken), draw(kind, self.rng))
@@ -175,7 +175,7 @@ class Scene:
         return [topic for topic in self.topics if (topic.thing, topic.action) not in taken]
 
     def arguments(self, tool: Specification, without: Iterable[str] = ()) -> Given:
-        """Values for a call of `tool`, in the order in which they are to be said, and records for it to find.
+        """Values for a call of `tool`, in the order of the request; adds the records that the call finds.
 
         Args:
             without: names of arguments to leave out.
@@ -207,7 +207,7 @@ def record_of(tool: Specification, given: Given) -> str | None:
 
 
 def with_record(tool: Specification, given: Given, record_id: Json) -> Given:
-    """`given` with another record, which a request says first."""
+    """`given` with another record, which comes first."""
     record = tool.id_parameter
     assert record is not None
     others = {parameter: value for parameter, value in given.items() if parameter.kind != "record"}
@@ -215,8 +215,7 @@ def with_record(tool: Specification, given: Given, record_id: Json) -> Given:
 
 
 def in_turn(given: Given, rng: random.Random) -> Given:
-    """As a request says them: in any order, but for a record, which comes first, and for what one object holds, which
-    stays together."""
+    """The order of a request: any, but the record comes first and the fields of one object stay together."""
     groups: dict[str, list[Parameter]] = {}
     for parameter in given:
         groups.setdefault(parameter.inside or parameter.key, []).append(parameter)
@@ -230,6 +229,6 @@ def _record_first(group: list[Parameter], rng: random.Random) -> list[Parameter]
 
 
 def _conditions(specification: Specification, given: Record) -> Record:
-    """What a search asks for: optional conditions at their default ask for nothing."""
+    """The conditions of a search, without optional ones at their default."""
     optional = {p.name: p.default for p in specification.parameters if not p.required}
     return {name: value for name, value in given.items() if name not in optional or optional[name] != value}
