@@ -61,7 +61,9 @@ def test_a_step_of_a_scalar_head_is_that_of_one_process(ranks: RankGroups, layou
 
 @pytest.mark.parametrize("layout", ["1x1x1", "1x4x1", "2x1x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"])
 @pytest.mark.parametrize("heads", [(5, 5), (6, 3)], ids=["padded heads", "groups"])
-def test_a_step_with_normalised_queries_and_keys_is_that_of_one_process(ranks: RankGroups, layout: str, heads: tuple[int, int]):
+def test_a_step_with_normalised_queries_and_keys_is_that_of_one_process(
+    ranks: RankGroups, layout: str, heads: tuple[int, int]
+):
     model = model_of(heads, qk_norm=True)
     found: MeshTrajectory = ranks.run(layout_of(layout).world_size, rank_steps, model, parallel_of(layout), range(1))
     assert_is_that_of_one_process(found, model)
