@@ -22,6 +22,7 @@ from dist_lm.tracking.readable import gib
 
 SAMPLE_TOKENS = 160  # shown of a document
 ORIGINS_SHOWN = 12
+SEQ_LENS = (512, 768, 1024, 2048, 4096)  # for which the share of conversations that do not fit is shown
 
 
 def inspect_corpus(directory: Path) -> dict[str, Any]:
@@ -69,6 +70,9 @@ def print_corpus(directory: Path, console: Console) -> bool:
     if not whole:
         console.print(Text("Some shards are damaged; no sample is shown.", style="red"))
         return False
+    corpus = MappedCorpus.open(directory, "train")
+    if corpus.has_mask:
+        console.print(_longer_table(corpus))
     _print_samples(directory, summary["tokenizer_sha256"], console)
     return True
 
@@ -151,6 +155,17 @@ def _origin_table(origins: list[dict[str, Any]]) -> Table:
         table.add_row(Text(row["origin"]), f"{row['documents']:,}")
     if rest := origins[ORIGINS_SHOWN:]:
         table.add_row(f"and {len(rest):,} more", f"{sum(row['documents'] for row in rest):,}")
+    return table
+
+
+def _longer_table(corpus: MappedCorpus) -> Table:
+    """The share of conversations that no sequence holds, and that training leaves out."""
+    table = Table("stage.seq_len", title="Conversations left out", title_justify="left")
+    for name in ("conversations", "share"):
+        table.add_column(name, justify="right")
+    for seq_len in SEQ_LENS:
+        longer = int((corpus.lengths > seq_len + 1).sum())
+        table.add_row(f"{seq_len:,}", f"{longer:,}", f"{longer / max(1, corpus.n_documents):.1%}")
     return table
 
 

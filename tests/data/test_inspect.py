@@ -62,6 +62,14 @@ def test_a_document_of_each_language_is_shown(tiny_work: WorkDirectory) -> None:
     assert "return" in text
 
 
+def test_conversations_that_do_not_fit_are_counted(tiny_work: WorkDirectory) -> None:
+    assert "Conversations left out" not in shown(tiny_work.corpus("code"))[1]
+    whole, text = shown(tiny_work.corpus("tools"))
+    assert whole
+    rows = text[text.index("Conversations left out") :].splitlines()
+    assert next(row.split() for row in rows if "4,096" in row)[1::2] == ["4,096", "0", "0.0%"]
+
+
 def test_damage_is_shown_and_reported(directory: Path) -> None:
     tar = directory / "train-000001.tar"
     content = bytearray(tar.read_bytes())

@@ -1,5 +1,6 @@
 """Stage shards: conversations with their mask, and nothing built that is there."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -19,7 +20,7 @@ from dist_lm.data.sources.reader import reader, traits_of
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.compose import compose_config
-from dist_lm.stages import artefact, shards
+from dist_lm.stages import artefact, shards, tokenizer
 from dist_lm.stages.artefact import corpus_fingerprint, text_fingerprint
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -118,3 +119,40 @@ def test_a_corpus_of_texts_and_conversations_is_refused(work):
         ConfigError, match="corpus both: readers tools, dist_lm\.demo\.wheels:read_english give texts and conversations"
     ):
         next(read_corpus(mixed, "both", 0, IngestReport()))
+
+
+def old_tokenizer(work: WorkDirectory) -> None:
+    report = json.loads(work.tokenizer_report.read_text())
+    del report["format"]  # reports of format 1 have none
+    work.tokenizer_report.write_text(json.dumps(report))
+
+
+def old_corpus(work: WorkDirectory) -> None:
+    manifest = json.loads(work.corpus_manifest("tools").read_text())
+    work.corpus_manifest("tools").write_text(json.dumps(manifest | {"format": 1}))
+
+
+@pytest.mark.parametrize(
+    ("stage", "age", "said"),
+    [
+        (
+            tokenizer,
+            old_tokenizer,
+            r"^\S*/tokenizer holds a tokenizer of format 1, .* format 2: use another work_dir",
+        ),
+        (
+            shards,
+            old_corpus,
+            r"^\S*/corpora/tools is a corpus of format 1, .* format 2: use another work_dir",
+        ),
+    ],
+)
+def test_artefacts_of_an_old_format_are_refused_by_name(work, stage, age, said):
+    config = config_for(work)
+    assert stage.inspect(config).ready
+    before = {path: path.read_bytes() for path in work.path.rglob("*") if path.is_file()}
+    age(work)
+    with pytest.raises(ArtefactError, match=said) as refused:
+        stage.inspect(config)
+    assert "\n" not in str(refused.value)
+    assert set(before) == {path for path in work.path.rglob("*") if path.is_file()}
