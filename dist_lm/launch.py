@@ -15,19 +15,22 @@ from typing import TYPE_CHECKING, Literal
 from dist_lm.cluster.allocation import ranks_beside, ranks_per_node
 from dist_lm.cluster.node_facts import local_gpus
 from dist_lm.cluster.ray_cluster import Node
-from dist_lm.config.generate import schema_of
 from dist_lm.config.root import Config
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.launcher.compose import (
     compose_config,
     conf_directory,
+    default_stage,
     for_hydra,
     overrides_of,
     register_schema,
+    search_path,
     target_stage,
 )
 from dist_lm.launcher.entry_point import disk_trouble, run_program
-from dist_lm.launcher.plan import Plan, PlannedStage, in_order, make_plan
+from dist_lm.launcher.plan import Plan, PlannedStage, make_plan, may_need
+from dist_lm.stages.registry import stage_named
+from dist_lm.stages.stage import Place
 from dist_lm.storage.process import cores
 from dist_lm.tracking.console import Console
 
@@ -75,7 +78,7 @@ def show_configuration(arguments: list[str]) -> None:
     """
     import hydra
 
-    shown, target = list(arguments), "code"
+    shown, target = list(arguments), default_stage()
     if any(argument.split("=")[0] in ("--cfg", "-c", "--info", "-i") for argument in arguments):
         overrides = [argument for argument in arguments if not argument.startswith("-") and "=" in argument]
         named = any(override.startswith("stage=") for override in overrides)
@@ -83,8 +86,8 @@ def show_configuration(arguments: list[str]) -> None:
         check_stage_prefixes(overrides, target)
         compose_config(overrides_of(target, target, overrides))  # refuses in one line what Hydra does in several
         shown = [argument for argument in arguments if argument not in overrides] + ["--resolve"]
-        shown += for_hydra(overrides_of(target, target, overrides), schema_of(target))
-    register_schema(target)
+        shown += [*search_path(), *for_hydra(overrides_of(target, target, overrides), stage_named(target).schema)]
+    register_schema(stage_named(target).schema)
     sys.argv[1:] = shown
     hydra.main(config_path=str(conf_directory()), config_name="config", version_base="1.3")(lambda config: None)()
 
@@ -98,7 +101,7 @@ def run_command(overrides: Sequence[str], console: Console) -> int:
         return compose_config(overrides_of(stage, target, overrides))
 
     plan = make_plan(target, compose)
-    config = plan.stages[-1].config
+    config = plan.target.config
     check_layouts(plan, config.dry_run)
     show_plan(plan, console)
     if config.dry_run:
@@ -117,13 +120,13 @@ def check_layouts(plan: Plan, dry_run: bool) -> None:
     from dist_lm.launcher.layout_choice import with_layout
 
     for stage in plan.stages if dry_run else plan.missing:
-        if stage.info.trains and (dry_run or stage.config.cluster.name == "local"):
+        if stage.stage.place is Place.RANKS and (dry_run or stage.config.cluster.name == "local"):
             with_layout(stage.config, (ranks_planned if dry_run else ranks_here)(stage.config))
 
 
 def check_stage_prefixes(overrides: Sequence[str], target: str) -> None:
     """Refuse `stages.NAME.KEY=value` unless NAME is a stage that `target` may build on the way."""
-    earlier = in_order(target)[:-1]
+    earlier = may_need(target)
     for override in overrides:
         if override.startswith("stages."):
             name = override.split(".")[1].split("=")[0]
@@ -150,12 +153,12 @@ def show_plan(plan: Plan, console: Console) -> None:
     from dist_lm.model.size import parameter_count
     from dist_lm.tracking.readable import readable_count
 
-    config = plan.stages[-1].config
+    config = plan.target.config
     count = parameter_count(config.model)
     console.plan(
-        f"stage={plan.stages[-1].info.name} model={config.model.name} "
+        f"stage={plan.target.name} model={config.model.name} "
         f"({count:,} parameters, {readable_count(count)}) work_dir={config.work_dir}",
-        [(stage.info.name, stage.action.value, stage.detail) for stage in plan.stages],
+        [(stage.name, stage.action.value, stage.detail) for stage in plan.stages],
     )
 
 
@@ -166,15 +169,17 @@ def check_and_describe(plan: Plan, console: Console) -> None:
     from dist_lm.parallel.layout import resolve_layout
 
     for stage in plan.stages:
-        if stage.info.trains and not stage.config.takes_sequences:
-            console.line(f"{stage.info.name}: its iterations are not played")
-        elif stage.info.trains:
+        if stage.stage.place is not Place.RANKS:
+            continue
+        if not stage.config.takes_sequences:
+            console.line(f"{stage.name}: its iterations are not played")
+        else:
             ranks = ranks_planned(stage.config)
             config = on_nodes_of(with_layout(stage.config, ranks, console), ranks)
             layout = resolve_layout(config.parallel, config.model, config.cluster.nodes * ranks)
-            with console.waiting(f"playing a step of {stage.info.name}"):
+            with console.waiting(f"playing a step of {stage.name}"):
                 reports = play_ranks(config, layout)
-            console.summary(f"dry run: {stage.info.name}", summary(config, layout, reports))
+            console.summary(f"dry run: {stage.name}", summary(config, layout, reports))
             columns = ("", *(f"rank {report.rank}" for report in reports))
             console.table(
                 "what a rank holds, and sends in a step (messages; it receives as much):",
@@ -211,11 +216,10 @@ def carry_out(plan: Plan, console: Console) -> int:
     from dist_lm.launcher.muster import NodesLostError
     from dist_lm.launcher.outcome import print_outcome
     from dist_lm.launcher.pipeline import Pipeline, queue_of
-    from dist_lm.launcher.summary import all_refused, print_summary
 
     job = os.environ.get("SLURM_JOB_ID")
-    config = plan.stages[-1].config
-    title = f"{plan.stages[-1].info.name}  run {config.run_id} in {config.work_dir}"
+    config = plan.target.config
+    title = f"{plan.target.name}  run {config.run_id} in {config.work_dir}"
 
     def end(pipeline: Pipeline, state: Literal["done", "failed", "stopped"], error: str = "") -> None:
         pipeline.end(state, error)
@@ -244,7 +248,7 @@ def carry_out(plan: Plan, console: Console) -> int:
             console.error(f"stopped at once by {signal.Signals(stopped_by).name}; the same command continues")
         except BaseException as error:
             full = disk_trouble(
-                error, f"work_dir={plan.stages[-1].config.work_dir} (or temporary files, or standard output)"
+                error, f"work_dir={plan.target.config.work_dir} (or temporary files, or standard output)"
             )
             pipeline.end("failed", full or str(error) or type(error).__name__)
             if full:
@@ -253,9 +257,9 @@ def carry_out(plan: Plan, console: Console) -> int:
         if stopped_by:
             end(pipeline, "stopped", f"by {signal.Signals(stopped_by).name}")
             return 128 + stopped_by
-        refused = all_refused(plan)
+        refused = plan.target.stage.rejection(config)
         pipeline.end("failed" if refused else "done", refused)
-    print_summary(plan, console)
+    plan.target.stage.summarize(config, console)
     print_outcome(plan, pipeline.stages, "failed" if refused else "done", sys.argv, console)
     if refused:
         console.error(refused)
@@ -265,16 +269,17 @@ def carry_out(plan: Plan, console: Console) -> int:
 def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | None) -> int:
     """Build what the plan says is missing. Returns the signal that stopped it, or 0."""
     from dist_lm.cluster.ray_cluster import connect
-    from dist_lm.launcher.artefact_build import build_artefact
-    from dist_lm.launcher.generation_run import run_generation
     from dist_lm.launcher.interrupt import watch_signals
-    from dist_lm.launcher.stage_run import newest_checkpoint, run_training_stage
+    from dist_lm.launcher.pipeline import build_artefact
+    from dist_lm.launcher.pool_run import run_pool_stage
+    from dist_lm.launcher.stage_run import run_training_stage
 
     def build(stage: PlannedStage) -> None:
-        pipeline.begin(stage.info.name)
-        pipeline.done(stage.info.name, build_artefact(stage, console))
+        pipeline.begin(stage.name)
+        pipeline.done(stage.name, build_artefact(stage, console))
 
-    on_cluster = [stage for stage in plan.missing if stage.info.trains or stage.info.generates]
+    run_on = {Place.RANKS: run_training_stage, Place.POOL: run_pool_stage}
+    on_cluster = [stage for stage in plan.missing if stage.stage.place in run_on]
     first = plan.missing.index(on_cluster[0]) if on_cluster else len(plan.missing)
     if first and on_cluster and on_cluster[0].config.cluster.name == "ray":
         check_on_cluster(on_cluster)
@@ -282,19 +287,20 @@ def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | N
         build(stage)
     if not on_cluster:
         return 0
-    then = "writing a checkpoint, then stopping" if on_cluster[-1].info.trains else "stopping"
+    trains = on_cluster[-1].stage.place is Place.RANKS
+    then = "writing a checkpoint, then stopping" if trains else "stopping"
     with connect(on_cluster[0].config.cluster) as cluster, watch_signals(console, then) as interrupt:
         for stage in plan.missing[first:]:
             if stage not in on_cluster:
                 build(stage)
                 continue
-            run_stage = run_training_stage if stage.info.trains else run_generation
-            pipeline.begin(stage.info.name)
+            run_stage = run_on[stage.stage.place]
+            pipeline.begin(stage.name)
             if interrupt.requested or not run_stage(stage, cluster, console, interrupt, job):
-                start = newest_checkpoint(stage.config) if stage.info.trains else "the files that are there"
-                console.line(f"stopped in stage {stage.info.name}; the same command continues from {start}")
+                start = stage.progress
+                console.line(f"stopped in stage {stage.name}; the same command continues from {start}")
                 return interrupt.number
-            pipeline.done(stage.info.name)
+            pipeline.done(stage.name)
     return 0
 
 
@@ -310,7 +316,7 @@ def check_on_cluster(stages: Sequence[PlannedStage]) -> None:
 
     with connect(stages[0].config.cluster) as cluster:
         for stage in stages:
-            if stage.info.trains:
+            if stage.stage.place is Place.RANKS:
                 fitted(stage.config, cluster)
 
 

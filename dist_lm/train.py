@@ -19,9 +19,9 @@ from pathlib import Path
 from dist_lm.cluster.agent import STACKS_SIGNAL
 from dist_lm.cluster.heartbeat import own_heartbeat
 from dist_lm.cluster.node_facts import host_name
-from dist_lm.config.file import load_config
 from dist_lm.errors import UserError
-from dist_lm.stages.registry import STAGES
+from dist_lm.stages.registry import load_config
+from dist_lm.stages.training import training_stage
 from dist_lm.storage import durable
 from dist_lm.storage.process import die_with_parent
 from dist_lm.storage.run_directory import RunDirectory
@@ -46,8 +46,9 @@ def main() -> None:
     faulthandler.register(STACKS_SIGNAL)  # works in a collective that never returns, too
     stop = stop_on_signals()
     try:
-        stage = load_config(run.config).stage.name
-        program = importlib.import_module(STAGES[stage].program)  # torch and all that is heavy
+        program = importlib.import_module(
+            training_stage(load_config(run.config).stage.name).program
+        )  # torch and other heavy packages
         program.run_rank(run, stop, own_heartbeat(os.environ))
     except BaseException as error:
         try:

@@ -21,8 +21,7 @@ import typer.main
 from dist_lm.__main__ import app
 from dist_lm.bench.case import benchmark_at
 from dist_lm.bench.run import BENCHMARKS
-from dist_lm.config.file import save_config
-from dist_lm.config.root import Config
+from dist_lm.config.root import Config, save_config
 from dist_lm.generation.request import Answer
 from dist_lm.launch import check_stage_prefixes
 from dist_lm.launcher.compose import choices, compose_config, overrides_of, target_stage

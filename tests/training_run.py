@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from dist_lm.config.file import save_config
+from dist_lm.config.root import save_config
 from dist_lm.launcher.compose import compose_config
 from dist_lm.model.initialise import initialise
 from dist_lm.model.transformer import Transformer
@@ -37,10 +37,9 @@ SETTINGS = (
     "stage.checkpoint_every=5",
     "stage.eval_every=10",
     "stage.eval_sequences=8",
-    "stage.sampling.samples_per_prompt=1",
-    "stage.sampling.max_new_tokens=4",
-    "stage.questions.per_kind=4",
 )
+SAMPLED = ("stage.sampling.samples_per_prompt=1", "stage.sampling.max_new_tokens=4")
+OWN_SETTINGS = {"language": SAMPLED, "code": SAMPLED, "tools": ("stage.questions.per_kind=4",)}
 TIMED = ("time", "timing/", "perf/", "checkpoint/", "rollout/tokens_per_s")
 
 
@@ -91,7 +90,10 @@ def write_untrained(work: WorkDirectory, stage: str, seed: int) -> RunDirectory:
 
 
 def prepare(work: WorkDirectory, run_id: str, *overrides: str, stage: str = "language") -> RunDirectory:
-    config = compose_config([f"stage={stage}", *SETTINGS, f"work_dir={work.path}", f"run_id={run_id}", *overrides])
+    own = OWN_SETTINGS.get(stage, ())
+    config = compose_config(
+        [f"stage={stage}", *SETTINGS, *own, f"work_dir={work.path}", f"run_id={run_id}", *overrides]
+    )
     run = work.run(stage, run_id)
     run.create()
     save_config(config, run.config)

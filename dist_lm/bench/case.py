@@ -18,7 +18,6 @@ from dist_lm.launcher.compose import compose_config
 TOKENS_A_SECOND = "tokens/s"
 # no randomness and no regularisation, so that the losses of the ways can be compared
 BASE = (
-    "stage=language",
     "tracking=none",
     "parallel.compute_dtype=fp32",
     "parallel.compile=never",
@@ -84,7 +83,11 @@ def benchmark_at(place: str) -> Benchmark:
 def configurations(shapes: Sequence[Sequence[str]], overrides: Sequence[str], quick: bool) -> list[Config]:
     """One configuration of the user's `overrides` if there are any, else one of each shape (`quick`: of the first)."""
     chosen = [overrides] if overrides else shapes[:1] if quick else shapes
-    return [compose_config([*BASE, *one]) for one in chosen]
+    return [compose_config([*_stage(one), *BASE, *one]) for one in chosen]
+
+
+def _stage(overrides: Sequence[str]) -> list[str]:
+    return [] if any(one.startswith("stage=") for one in overrides) else ["stage=language"]
 
 
 def describe(config: Config) -> str:

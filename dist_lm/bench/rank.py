@@ -26,12 +26,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from dist_lm.bench.case import benchmark_at
-from dist_lm.config.file import load_config
 from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World, process_group
 from dist_lm.parallel.sharding import layout_of
+from dist_lm.stages.registry import load_config
 from dist_lm.storage.process import die_with_parent
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.objective import next_token

@@ -22,10 +22,11 @@ from dist_lm.model.initialise import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.reward_model import choices_of_people
+from dist_lm.stages.rankings import RankingsConfig
 
 TREE, ROWS, PACKED, PLAIN = "one tree", "apart, a row each", "apart, packed", "as many tokens, causal"
 PROMPT_SHARE = 0.5  # of the tree
-NANO = ("model=nano", "model.head=scalar", "stage.global_batch=2", "stage.seq_len=512")
+NANO = ("stage=rankings", "model=nano", "model.head=scalar", "stage.global_batch=2", "stage.seq_len=512")
 SHAPES = tuple((*NANO, "stage.samples.fewest=2", f"stage.samples.most={k}") for k in (4, 8, 2))
 ROUNDS = 9
 
@@ -60,16 +61,22 @@ def build(way: str, config: Config, world: World) -> Trial:
     return Trial(training.step)
 
 
+def completions(config: Config) -> int:
+    """Completions of a prompt."""
+    assert isinstance(config, RankingsConfig)
+    return config.stage.samples.most
+
+
 def prompt_tokens(config: Config) -> int:
     """Tokens of a prompt."""
-    k = config.stage.samples.most
+    k = completions(config)
     length = round(config.stage.seq_len * PROMPT_SHARE)
     return length + (config.stage.seq_len - length) % k
 
 
 def completion_tokens(config: Config) -> list[int]:
-    """Tokens of each completion: all the same, so that rows of one completion need no padding."""
-    k = config.stage.samples.most
+    """Tokens of each completion: all the same, so that rows of one each need no padding."""
+    k = completions(config)
     return [(config.stage.seq_len - prompt_tokens(config)) // k] * k
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from dist_lm.bench.case import Case, GroupSize, Record, benchmark_at, records_of, table_of
 from dist_lm.bench.rank_groups import rank_groups
 from dist_lm.cluster.node_facts import local_gpus
-from dist_lm.config.file import save_config
+from dist_lm.config.root import save_config
 from dist_lm.errors import ConfigError, UserError
 from dist_lm.storage.process import cores
 

@@ -8,16 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from dist_lm.chat import json_text
-from dist_lm.chat.messages import (
-    Call,
-    ChatError,
-    Conversation,
-    Json,
-    Message,
-    Tool,
-    check_conversation,
-    check_message,
-)
+from dist_lm.chat.messages import Call, ChatError, Conversation, Json, Message, Tool, check_conversation, check_message
 from dist_lm.chat.template import INSTRUCTION, INTRODUCTION
 from dist_lm.tokenizer.symbols import (
     CALL,

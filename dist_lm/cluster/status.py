@@ -161,7 +161,7 @@ def _doing(ranks: Sequence[dict[str, Any]], run: RunStatus, now: float) -> tuple
 
 
 def _steps_of(run: RunDirectory) -> int | None:
-    from dist_lm.config.file import load_config
+    from dist_lm.stages.registry import load_config
 
     return getattr(load_config(run.config).stage, "steps", None) if run.config.exists() else None
 

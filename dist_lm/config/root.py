@@ -8,7 +8,7 @@ becomes an object. The launcher composes once; ranks read the resolved file from
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.config.corpus import CorpusConfig, TokenizerConfig
@@ -19,6 +19,7 @@ from dist_lm.config.pool import RolloutPoolConfig
 from dist_lm.config.stage import StageConfig
 from dist_lm.config.tracking import TrackingConfig
 from dist_lm.errors import ConfigError, require
+from dist_lm.storage import durable
 
 
 @dataclass
@@ -82,11 +83,6 @@ class Config:
         """That a checkpoint holds, of the size of `model`."""
         return 1
 
-    @property
-    def not_needed(self) -> tuple[str, ...]:
-        """Stages that this one needs by default, but not as it is configured."""
-        return ()
-
     def check_stage(self) -> None:
         """Refuse keys of the stage that do not go with other groups."""
         require(
@@ -102,11 +98,25 @@ class Config:
             if name not in self.corpus.corpora:
                 raise ConfigError(f"stage.mix={{{name}: {share:g}}}: there is no corpus {name}; expected {accepted}")
             require(name in others, "stage.mix", name, accepted)
-        for name in self.stage.corpora or []:
-            require(name in self.corpus.corpora, "stage.corpora", name, f"some of {', '.join(self.corpus.corpora)}")
         require(
             self.stage.seq_len <= self.model.max_seq_len,
             "stage.seq_len",
             self.stage.seq_len,
             f"at most model.max_seq_len={self.model.max_seq_len}",
         )
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML, for every rank to read."""
+    durable.write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def read_config(path: Path, schema: type[Config]) -> Config:
+    """Read what `save_config` wrote; types and bounds are checked again.
+
+    Args:
+        schema: the configuration of the stage that it names.
+    """
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
+    assert isinstance(config, Config)
+    return config

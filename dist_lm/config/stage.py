@@ -3,10 +3,10 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
-from dist_lm.config.reward import RankingSamplesConfig, RewardConfig
 from dist_lm.errors import require
 
 
@@ -45,17 +45,6 @@ class SamplingConfig:
 
 
 @dataclass
-class QuestionsConfig:
-    """How stage tools asks the model about held-out conversations, before its first step and after its last."""
-
-    per_kind: int = 200  # questions of a kind of conversation, at most; 0: none are asked
-    max_new_tokens: int = 256  # of an answer
-
-    def __post_init__(self) -> None:
-        require(self.per_kind >= 0, "stage.questions.per_kind", self.per_kind, ">= 0")
-        require(self.max_new_tokens > 0, "stage.questions.max_new_tokens", self.max_new_tokens, "a positive integer")
-
-
 @dataclass
 class MuonConfig:
     """Muon for the matrices inside blocks; embedding, head, norms and biases stay with AdamW."""
@@ -75,7 +64,6 @@ class StageConfig:
     name: str = MISSING
     corpus: str = ""  # name under work/corpora that it streams
     mix: dict[str, float] | None = field(default_factory=dict)  # share of the sequences from other corpora, by name
-    corpora: list[str] | None = None  # shards, rankings: the corpora to build; null: all
     init_from: str = "auto"  # auto (the stage before) | none | a checkpoint or run directory
     steps: int = 1000  # optimizer steps
     seq_len: int = 256  # tokens
@@ -103,10 +91,6 @@ class StageConfig:
     eval_at_start: bool = False  # evaluate before the first step too, with all of val
     eval_sequences: int = 256  # val sequences in an evaluation on the way; 0: all. The last one always takes all
     log_every: int = 1  # steps
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    questions: QuestionsConfig = field(default_factory=QuestionsConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    samples: RankingSamplesConfig = field(default_factory=RankingSamplesConfig)
 
     def __post_init__(self) -> None:
         for key in ("steps", "seq_len", "global_batch", "micro_batch", "log_every", "max_nonfinite_steps"):
@@ -125,6 +109,10 @@ class StageConfig:
         require(self.grad_clip >= 0, "stage.grad_clip", self.grad_clip, ">= 0 (0 is off)")
         require(self.weight_decay >= 0, "stage.weight_decay", self.weight_decay, ">= 0")
         check_shares("stage.mix", self.mix or {}, own="stage.corpus")
+
+    def sampled_by(self) -> dict[str, Any]:
+        """The settings that documents depend on which a model writes in this stage."""
+        return {}
 
     @property
     def streams(self) -> tuple[str, ...]:

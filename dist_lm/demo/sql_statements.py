@@ -8,13 +8,7 @@ Each function returns `(what it does in words, SQL)`, or None if the schema has 
 from collections.abc import Callable
 
 from dist_lm.demo.sql_scene import Clause, Scene, Statement, spoken
-from dist_lm.demo.sql_schema import (
-    QUANTITIES,
-    Table,
-    literal,
-    quoted,
-    singular,
-)
+from dist_lm.demo.sql_schema import QUANTITIES, Table, literal, quoted, singular
 
 
 def create_table(scene: Scene, table: Table) -> str:

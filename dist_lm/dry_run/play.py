@@ -10,8 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from dist_lm.config.file import save_config
-from dist_lm.config.root import Config
+from dist_lm.config.root import Config, save_config
 from dist_lm.dry_run.estimate import gradients_add_up, is_half, micro_batches_of, offloads
 from dist_lm.dry_run.work import WORLD, StepMemory, Work, resident, step_seconds
 from dist_lm.model.size import flops_per_token, parameter_count

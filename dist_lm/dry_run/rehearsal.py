@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dist_lm.config.file import load_config
 from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch
 from dist_lm.data.stream import StepData, StepStream
@@ -33,7 +32,8 @@ from dist_lm.parallel.layout import AXES, resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import arrange_model, materialise
 from dist_lm.parallel.values import shard_of
-from dist_lm.stages.registry import training_stage
+from dist_lm.stages.registry import load_config
+from dist_lm.stages.training import training_stage
 from dist_lm.training.heartbeat import StopRequest, Unheard
 from dist_lm.training.objective import LossSum, Objective
 from dist_lm.training.optimizer import build_optimizer
@@ -67,8 +67,7 @@ def play(config: Config, rank: int, world_size: int) -> tuple[StepMemory, Work]:
         materialise(model, config.parallel, cpu)
         optimizer = build_optimizer(model, config.stage, config.stage.muon)
         stage = training_stage(config.stage.name)
-        make_batch = stage.made_up_batch or random_batch
-        batches = [make_batch(config) for _ in range(min(micro_batches, PLAYED))]
+        batches = [stage.example_batch(config) or random_batch(config) for _ in range(min(micro_batches, PLAYED))]
         world = World(rank, world_size, 0, cpu)
         step = rehearse(
             config, mesh, world, model, optimizer, stage.objective(config), batches, memory, counter.next_part

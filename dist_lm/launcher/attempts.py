@@ -1,7 +1,8 @@
-"""Attempts at a run: each is a gang on a crew, followed to its end. It is stopped to end the launch, or to grow."""
+"""Attempts at a run, each a gang of ranks followed to its end, and how often a failed one is repeated."""
 
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field, replace
 
 from dist_lm.cluster.allocation import core_users
 from dist_lm.cluster.failure import GangFailure
@@ -10,11 +11,10 @@ from dist_lm.cluster.heartbeat import Patience
 from dist_lm.cluster.journal import Journal
 from dist_lm.cluster.recruit import Crew
 from dist_lm.config.cluster import ClusterConfig
-from dist_lm.config.file import save_config
-from dist_lm.config.root import Config
+from dist_lm.config.root import Config, save_config
 from dist_lm.launcher.interrupt import Interrupt
 from dist_lm.launcher.muster import Muster
-from dist_lm.launcher.run_watch import RunWatch
+from dist_lm.launcher.watch import RunWatch
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.live_state import GangFacts
@@ -22,6 +22,39 @@ from dist_lm.training import checkpoint_files
 
 POLL_S = 0.2
 GROW_EVERY_S = 2.0
+BLAMED_TWICE = 2
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """Failures in a row without a new checkpoint between them; a checkpoint wipes the slate."""
+
+    limit: int
+    step: int  # of the newest checkpoint at the last failure, or when the launch began
+    failures: int = 0
+    blamed: Counter[str] = field(default_factory=Counter)  # failures by the address of a node
+
+    def after_failure(self, step: int, address: str | None) -> "Restarts":
+        """One more failure.
+
+        Args:
+            step: of the newest checkpoint now.
+            address: of the node at which it began; None: it cannot be told.
+        """
+        blamed = Counter([address] if address else [])
+        if step != self.step:  # lower after a damaged one was passed over
+            return replace(self, step=step, failures=1, blamed=blamed)
+        return replace(self, failures=self.failures + 1, blamed=self.blamed + blamed)
+
+    @property
+    def left(self) -> int:
+        """Restarts that are left; negative: one too many."""
+        return self.limit - self.failures
+
+    @property
+    def suspects(self) -> frozenset[str]:
+        """Addresses of nodes at which failures began again and again: others are taken where there are others."""
+        return frozenset(address for address, count in self.blamed.items() if count >= BLAMED_TWICE)
 
 
 @dataclass(frozen=True)

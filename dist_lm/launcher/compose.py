@@ -7,7 +7,7 @@ The configuration of an earlier stage that a command builds on the way is compos
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -21,15 +21,15 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from dist_lm.config.generate import schema_of
 from dist_lm.config.root import Config
 from dist_lm.errors import ConfigError
-from dist_lm.launcher.secret_check import check_no_secrets
-from dist_lm.stages.registry import STAGES
-from dist_lm.tracking.redact import redact_command
+from dist_lm.stages.registry import OWN, added_conf, all_stages, stage_named, stage_names
+from dist_lm.tracking.redact import is_secret_name, redact_command, redact_text
 
 PIPELINE = "pipeline"
-OWN_GROUPS = ("stage.", "rlhf.")  # keys of the stage asked for, and of no other
+SHORTEST = 8  # characters of a variable's value that is looked for: a shorter one is found in innocent words
+PLACES = ("_PATH", "_FILE", "_DIR")  # a variable that says where a secret is: RAY_AUTH_TOKEN_PATH
+WAY_OUT = "a value without it; the configuration is written to disk (give secrets in the environment)"
 GROUPS = ("model", "parallel", "hardware", "stage", "corpus", "cluster", "tracking", "experiment")
 
 
@@ -40,11 +40,23 @@ def conf_directory() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
-def register_schema(stage: str) -> None:
-    """Make known to Hydra what conf/config.yaml names beside files: the dataclasses, and this machine's hardware."""
+def register_schema(schema: type[Config]) -> None:
+    """Tell Hydra what conf/config.yaml names beside files: the dataclasses, and this machine's hardware."""
     store = ConfigStore.instance()
-    store.store(name="schema", node=schema_of(stage))
+    store.store(name="schema", node=schema)
     store.store(group="hardware", name="auto", node=OmegaConf.load(conf_directory() / "hardware" / local_hardware()))
+
+
+def default_stage() -> str:
+    """The stage that conf/config.yaml names."""
+    defaults = OmegaConf.load(conf_directory() / "config.yaml").defaults
+    return next(str(entry.stage) for entry in defaults if "stage" in entry)
+
+
+def search_path() -> list[str]:
+    """Hydra's override that adds the configuration of stages from other packages."""
+    folders = [f"file://{folder}" for folder in added_conf()]
+    return [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
 
 
 def local_hardware() -> str:
@@ -61,14 +73,15 @@ def compose_config(overrides: Sequence[str]) -> Config:
         ConfigError: unknown key, wrong type, value out of bounds, a secret, or a combination that cannot run.
     """
     parsed = [_parse(text) for text in overrides]
-    stage = next((str(one.value()) for one in reversed(parsed) if one.key_or_group == "stage"), "")
-    schema = schema_of(stage)
+    named = (str(one.value()) for one in reversed(parsed) if one.key_or_group == "stage")
+    stage = next(named, default_stage())
+    schema = stage_named(stage).schema if stage in stage_names() else Config  # refused below, by name
     for override in parsed:
         _check_exists(override, schema)
-    register_schema(stage)
+    register_schema(schema)
     try:
         with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-            composed = compose("config", overrides=for_hydra(overrides, schema))
+            composed = compose("config", overrides=[*search_path(), *for_hydra(overrides, schema)])
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_in_one_line(error, parsed, schema)) from error
@@ -80,15 +93,22 @@ def compose_config(overrides: Sequence[str]) -> Config:
 def overrides_of(stage: str, target: str, overrides: Sequence[str]) -> list[str]:
     """The part of a command line that concerns `stage` when the command asks for stage `target`."""
     mine: list[str] = []
+    groups = ("stage.", *(f"{name}." for name in own_groups(stage_named(target).schema)))
     for override in overrides:
         if match := re.match(r"stages\.(\w+)\.(.+)", override, flags=re.DOTALL):
             if match.group(1) == stage:
                 mine.append(f"stage.{match.group(2)}")
         elif override.startswith("stage="):
             continue
-        elif stage == target or not override.startswith(OWN_GROUPS):
+        elif stage == target or not override.startswith(groups):
             mine.append(override)
     return [f"stage={stage}", *mine]
+
+
+def own_groups(schema: type[Config]) -> list[str]:
+    """The groups that only the stages of `schema` have."""
+    common = {one.name for one in fields(Config)}
+    return [one.name for one in fields(schema) if one.name not in common]
 
 
 def target_stage(overrides: Sequence[str]) -> str:
@@ -102,7 +122,7 @@ def target_stage(overrides: Sequence[str]) -> str:
     if not named:
         raise ConfigError(f"stage is not given: expected stage=S with S one of {accepted}")
     if named[-1] == PIPELINE:
-        return [name for name, info in STAGES.items() if info.in_pipeline][-1]
+        return [stage.name for stage in all_stages() if stage.in_pipeline][-1]
     if named[-1] not in choices("stage"):
         raise ConfigError(f"stage={named[-1]}: expected one of {accepted}")
     return named[-1]
@@ -110,7 +130,7 @@ def target_stage(overrides: Sequence[str]) -> str:
 
 def choices(group: str) -> list[str]:
     """What `group=` accepts: the YAML files of the group, and for hardware `auto`."""
-    computed = ["auto"] if group == "hardware" else []
+    computed = {"hardware": ["auto"], "stage": [name for name in stage_names() if name not in OWN]}.get(group, [])
     return sorted([*computed, *(path.stem for path in (conf_directory() / group).glob("*.yaml"))])
 
 
@@ -243,3 +263,41 @@ def _form(node: Any) -> str:
         return "{" + ", ".join(f"{f.name}: ..." for f in fields(node)) + "}"
     inner = _type_name(_inner_type(node, "NAME"))
     return f"{{NAME: {inner}}}" if _is(dict, node) else f"[{inner}, ...]" if _is(list, node) else str(node)
+
+
+def check_no_secrets(config: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+    """Refuse addresses with a password, texts under the name of a secret, and values of secret variables.
+
+    Args:
+        config: composed, interpolations resolved.
+        environ: whose variables `${oc.env:NAME}` may have brought in.
+
+    Raises:
+        ConfigError: names the key, never the secret.
+    """
+    secret = {
+        value: name
+        for name, value in environ.items()
+        if is_secret_name(name) and not name.upper().endswith(PLACES) and len(value) >= SHORTEST
+    }
+    for key, value in _texts(config, ""):
+        if redact_text(value) != value:
+            raise ConfigError(f"{key}=(an address with a password): expected {WAY_OUT}")
+        if value and is_secret_name(key):
+            raise ConfigError(f"{key}=(a secret): expected {WAY_OUT}")
+        for held, name in secret.items():
+            if held in value:
+                raise ConfigError(f"{key}=(what the variable {name} holds): expected {WAY_OUT}")
+
+
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Every text in a tree of mappings and sequences, also those that are keys, with its dotted name."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from ((key, name),) if isinstance(name, str) and redact_text(name) != name else ()
+            yield from _texts(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item, key)
+    elif isinstance(value, str):
+        yield key, value

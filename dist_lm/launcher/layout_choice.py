@@ -1,10 +1,14 @@
-"""The layout of a stage on the ranks it gets: as configured, or with parallel=auto the fastest by estimate, and why."""
+"""The layout of a stage on the ranks it gets, and the numbers of nodes on which it can run.
 
+The layout is the configured one, or with parallel=auto the fastest by estimate.
+"""
+
+from collections.abc import Sequence
 from dataclasses import replace
 
 from dist_lm.config.root import Config
 from dist_lm.dry_run.choose import best, candidates, table
-from dist_lm.errors import require
+from dist_lm.errors import ConfigError, require
 from dist_lm.parallel.layout import check_batch, resolve_layout
 from dist_lm.tracking.console import Console
 
@@ -51,3 +55,32 @@ def check_hardware(config: Config) -> None:
         planned.name,
         f"what the ranks run on (device={config.device}): parallel=auto plans with it; give hardware=NAME",
     )
+
+
+def sizes(config: Config, ranks_per_node: int) -> list[int]:
+    """Numbers of nodes on which a run can go on, largest first: those from cluster.min_nodes on that its layout fits.
+
+    Raises:
+        ConfigError: it does not even fit cluster.nodes.
+    """
+    least = config.cluster.nodes if config.cluster.min_nodes == -1 else config.cluster.min_nodes
+    found = [config.cluster.nodes]
+    with_layout(config, ranks_per_node)
+    for nodes in range(config.cluster.nodes - 1, least - 1, -1):
+        try:
+            with_layout(on_nodes(config, nodes), ranks_per_node)
+        except ConfigError:
+            continue
+        found.append(nodes)
+    return found
+
+
+def on_nodes(config: Config, nodes: int) -> Config:
+    """`config` for so many nodes."""
+    least = min(config.cluster.min_nodes, nodes)
+    return replace(config, cluster=replace(config.cluster, nodes=nodes, min_nodes=least))
+
+
+def largest(sizes: Sequence[int], nodes: int) -> int | None:
+    """The largest of `sizes` that `nodes` nodes can make."""
+    return next((size for size in sizes if size <= nodes), None)

@@ -1,21 +1,24 @@
-"""The queue of stages of a command, kept in the work directory for people to see.
+"""The queue of stages of a command, kept in the work directory for people to see, and the builder of shared files.
 
 What continues where is decided by the artefacts themselves (`plan.py`), so a file that is out of date misleads nobody.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from dist_lm.cluster.node_facts import host_name
-from dist_lm.launcher.plan import Action, Plan
+from dist_lm.launcher.plan import Plan, PlannedStage
+from dist_lm.stages.stage import Action, ArtefactStage
 from dist_lm.storage import durable
 from dist_lm.storage.lock import locked
 from dist_lm.storage.run_directory import WorkDirectory
+from dist_lm.tracking.console import Console
 from dist_lm.tracking.redact import redact_command, redact_text
 
 LOOK_S = 1.0  # whoever looks whether a lock is held holds it for a moment
@@ -41,10 +44,10 @@ class Pipeline:
         """Write down what is to be done; see `queue_of`."""
         self._tell = tell
         self._began = 0.0  # the stage that is worked on, monotonic seconds
-        config = plan.stages[-1].config
-        self._path = WorkDirectory(Path(config.work_dir)).pipeline(plan.stages[-1].info.name, config.run_id)
+        config = plan.target.config
+        self._path = WorkDirectory(Path(config.work_dir)).pipeline(plan.target.name, config.run_id)
         self._stages = [
-            QueuedStage(stage.info.name, "done" if stage.action is Action.READY else "waiting", stage.detail)
+            QueuedStage(stage.name, "done" if stage.action is Action.READY else "waiting", stage.detail)
             for stage in plan.stages
         ]
         self._facts: dict[str, Any] = {
@@ -110,10 +113,32 @@ def queue_of(plan: Plan, command: Sequence[str], job: str | None, tell: Tell | N
     Raises:
         ArtefactError: the same command is at work already; the message names host and process.
     """
-    config = plan.stages[-1].config
-    work, name = WorkDirectory(Path(config.work_dir)), plan.stages[-1].info.name
+    config = plan.target.config
+    work, name = WorkDirectory(Path(config.work_dir)), plan.target.name
     path = work.pipeline(name, config.run_id)
     path.parent.mkdir(parents=True, exist_ok=True)
     what = f"stage={name} run_id={config.run_id} in {config.work_dir}"
     with locked(work.pipeline_lock(path.stem), what=what, job=job, wait_s=LOOK_S):
         yield Pipeline(plan, command, job, tell)
+
+
+def build_artefact(planned: PlannedStage, console: Console) -> str:
+    """Build the files of a stage that needs no ranks, and say what is there then.
+
+    One command builds in a work directory at a time; what another one has built meanwhile is used.
+
+    Raises:
+        ArtefactError: the other command's files were made with other settings.
+    """
+    stage, config = cast(ArtefactStage, planned.stage), planned.config
+    work = WorkDirectory(Path(config.work_dir))
+
+    def wait_for(owner: str) -> None:
+        console.line(f"{stage.name}: waiting for {owner}, which is building in {work.path}")
+
+    with locked(work.build_lock, wait_s=math.inf, on_wait=wait_for):
+        found = stage.inspect(config)
+        if found.ready:
+            return found.detail
+        stage.build(config, console)
+        return stage.inspect(config).detail

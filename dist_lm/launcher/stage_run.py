@@ -9,17 +9,16 @@ from dist_lm.cluster.failure import NODE_LOST, GangFailure
 from dist_lm.cluster.gang import GangStatus
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config.cluster import ClusterConfig
-from dist_lm.config.file import save_config
-from dist_lm.config.root import Config
+from dist_lm.config.root import Config, save_config
 from dist_lm.errors import ArtefactError, require
-from dist_lm.launcher.attempts import Attempts
+from dist_lm.launcher.attempts import Attempts, Restarts
 from dist_lm.launcher.interrupt import Interrupt
-from dist_lm.launcher.layout_choice import check_hardware, with_layout
+from dist_lm.launcher.layout_choice import check_hardware, on_nodes, sizes, with_layout
 from dist_lm.launcher.muster import Muster
 from dist_lm.launcher.pipeline import LOOK_S
-from dist_lm.launcher.plan import PlannedStage, run_of
-from dist_lm.launcher.restarts import Restarts, on_nodes, sizes
-from dist_lm.launcher.run_watch import RunWatch, watching
+from dist_lm.launcher.plan import PlannedStage
+from dist_lm.launcher.watch import RunWatch, watching
+from dist_lm.stages.stage import run_of
 from dist_lm.storage.lock import OWN_JOB_S, locked
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
@@ -63,7 +62,7 @@ def run_training_stage(
         )
         watch = stack.enter_context(watching(first, run, console))
         attempts = Attempts(run, ranks, device, config.cluster, muster, interrupt, watch)
-        return run_attempts(attempts, muster, {possible[0]: first}, config, run, console, interrupt, watch)
+        return run_attempts(stage, attempts, muster, {possible[0]: first}, config, run, console, interrupt, watch)
 
 
 def fitted(config: Config, cluster: RayCluster) -> tuple[Config, int]:
@@ -98,6 +97,7 @@ def await_other_ranks(run: RunDirectory, console: Console, interrupt: Interrupt)
 
 
 def run_attempts(
+    stage: PlannedStage,
     attempts: Attempts,
     muster: Muster,
     config_of: dict[int, Config],
@@ -138,9 +138,9 @@ def run_attempts(
             break
         if failure:
             watch.restarts(failure)
-            console.warning(f"{failure}; going on from {newest_checkpoint(config)}, restarts left: {restarts.left}")
+            console.warning(f"{failure}; going on from {stage.progress}, restarts left: {restarts.left}")
         elif checkpoint_files.newest_step(run.checkpoints) > outcome.step:
-            console.warning(f"the ranks were asked to stop by others; going on from {newest_checkpoint(config)}")
+            console.warning(f"the ranks were asked to stop by others; going on from {stage.progress}")
         elif target is None:
             raise ArtefactError(
                 f"{run.path}: every rank left with exit code 0 but without {run.result.name}; see {run.logs}"
@@ -168,13 +168,6 @@ def report_stop(status: GangStatus, config: ClusterConfig, console: Console) -> 
         console.warning(
             f"the ranks did not stop within cluster.stop_timeout_s={config.stop_timeout_s:g} s and were ended"
         )
-
-
-def newest_checkpoint(config: Config) -> str:
-    """What the next command continues from, for people."""
-    run = run_of(config)
-    latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
-    return latest.name if latest else "the start of the stage, it has no checkpoint yet"
 
 
 def device_and_ranks(config: Config, cluster: RayCluster) -> tuple[str, int]:

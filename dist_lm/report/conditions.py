@@ -7,8 +7,9 @@ from typing import Any, get_type_hints
 import numpy as np
 from omegaconf import OmegaConf
 
-from dist_lm.config.generate import schema_of
+from dist_lm.config.root import Config
 from dist_lm.report.facts import RunFacts
+from dist_lm.stages.registry import stage_named, stage_names
 from dist_lm.tracking.readable import four_digits, gib, percent
 
 UNKNOWN = "–"  # also of a missing key
@@ -112,7 +113,9 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 def from_defaults(config: Mapping[str, Any]) -> list[Row]:
     """(key, default, value) of the keys whose value differs from the default in the code."""
-    defaults = defaults_of(schema_of(str(config.get("stage", {}).get("name", ""))))
+    name = str(config.get("stage", {}).get("name", ""))
+    # a run whose stage is not installed any more is compared with the common keys
+    defaults = defaults_of(stage_named(name).schema if name in stage_names() else Config)
     rows = []
     for key, value in flat(config).items():
         default = defaults.get(key, OPEN)

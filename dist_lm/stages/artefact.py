@@ -1,8 +1,8 @@
-"""Whether what a stage leaves behind is there and fits the configuration."""
+"""What the files of a work directory depend on: recorded beside them, compared before they are used again."""
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from dist_lm.chat.template import FORMAT
@@ -12,14 +12,6 @@ from dist_lm.data.corpus import form_of, source_traits, text_corpora
 
 SAMPLED = "synthetic_rankings"  # reader whose documents a model wrote
 LATER_KEYS = ("rows", "only")  # of a source: left out where they say nothing, as corpora from before them have none
-
-
-@dataclass(frozen=True)
-class Artefact:
-    """What was found of a stage's output."""
-
-    ready: bool
-    detail: str  # one line for the plan
 
 
 def text_fingerprint(config: Config) -> dict[str, Any]:
@@ -53,7 +45,7 @@ def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
         "corpus": corpus,
     }
     if SAMPLED in readers:
-        found |= {"samples": asdict(config.stage.samples), "prompts": config.stage.corpus}
+        found |= config.stage.sampled_by()
     return found
 
 

@@ -1,35 +1,51 @@
 """Stage `code`: next-token prediction on programs; reports the share of samples that parse, by language."""
 
-import torch.distributed as dist
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from dist_lm.sandbox.syntax import parses_continued
-from dist_lm.stages.sampling import Sample, keep_samples, sample_prompts
-from dist_lm.stages.training_stage import Closing, TrainingStage
-from dist_lm.training.objective import next_token
+from dist_lm.stages.text import TextStage
+from dist_lm.stages.training import Closing
+from dist_lm.tracking.readable import percent
+
+PARSES = "code/parses_"
 
 
-def close(closing: Closing) -> dict[str, float]:
-    """`code/parses_LANGUAGE`: samples, prompt included, that their language's parser accepts."""
-    samples = sample_prompts(closing)
-    if not samples:  # stage.sampling.samples_per_prompt=0
-        return {}
-    verdicts = [{"parses": _parses(sample)} for sample in samples] if closing.world.is_first else [{}] * len(samples)
-    dist.broadcast_object_list(verdicts)
-    keep_samples(closing, samples, verdicts)
-    metrics = {}
-    for language in sorted({sample.language for sample in samples}):
-        found = [
-            verdict["parses"]
-            for sample, verdict in zip(samples, verdicts, strict=True)
-            if sample.language == language and verdict["parses"] is not None
+class Code(TextStage):
+    name = "code"
+    needs = ("shards", "language")
+    starts_from = "language"
+
+    def after_training(self, closing: Closing) -> dict[str, float]:
+        """`code/parses_LANGUAGE`: samples, prompt included, that their language's parser accepts."""
+        import torch.distributed as dist
+
+        from dist_lm.sandbox.syntax import parses_continued
+        from dist_lm.stages.sampling import keep_samples, sample_prompts
+
+        samples = sample_prompts(closing)
+        if not samples:  # stage.sampling.samples_per_prompt=0
+            return {}
+        verdicts: list[dict[str, Any]] = [{}] * len(samples)
+        if closing.world.is_first:
+            verdicts = [
+                {"parses": parses_continued(one.language, one.prompt, one.completion, one.finished)} for one in samples
+            ]
+        dist.broadcast_object_list(verdicts)
+        keep_samples(closing, samples, verdicts)
+        by_language: dict[str, list[bool]] = {}
+        for sample, verdict in zip(samples, verdicts, strict=True):
+            if verdict["parses"] is not None:
+                by_language.setdefault(sample.language, []).append(verdict["parses"])
+        return {f"{PARSES}{name}": sum(found) / len(found) for name, found in sorted(by_language.items())}
+
+    def own_entries(self, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        parsed = [
+            f"{name.removeprefix(PARSES)} {percent(value)}"
+            for name, value in sorted(result["metrics"].items())
+            if name.startswith(PARSES)
         ]
-        if found:
-            metrics[f"code/parses_{language}"] = sum(found) / len(found)
-    return metrics
+        if parsed:
+            yield "samples that parse", ", ".join(parsed)
 
 
-def _parses(sample: Sample) -> bool | None:
-    return parses_continued(sample.language, sample.prompt, sample.completion, sample.finished)
-
-
-STAGE = TrainingStage("code", lambda config: next_token(config.stage.label_smoothing, config.stage.z_loss), close)
+STAGE = Code()

@@ -1,87 +1,183 @@
 """Stage `generate`: reads prompts and a checkpoint, leaves work/runs/generate/RUN_ID/samples/part-*.jsonl.
 
-Here is what can be said before anything starts: which checkpoint and tokenizer, how tokens are chosen, and whether the
-prompts are those that the run began with. The parts themselves: `generated_parts.py`.
+This module holds the keys, and what can be checked before anything starts: which checkpoint, how tokens are chosen, and
+whether the prompts are those that the run began with. `generate_parts.py` makes the parts.
 """
 
 import json
-from dataclasses import fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dist_lm.config.generate import AUTO, GenerateConfig, GenerateRunConfig
-from dist_lm.config.model import ModelConfig
-from dist_lm.data.prompts import survey
-from dist_lm.errors import ArtefactError, ConfigError, require
-from dist_lm.generation.engine import EngineOptions
-from dist_lm.generation.request import SamplingParams
-from dist_lm.generation.shard import check_tp
+from omegaconf import MISSING
+
+from dist_lm.config.root import Config
+from dist_lm.data.prompts import find_prompts, survey
+from dist_lm.errors import ArtefactError, require
+from dist_lm.stages.registry import load_config
+from dist_lm.stages.stage import Action, Look, PoolStage, PoolWork, run_of, shown_path
+from dist_lm.stages.training import FREE_KEYS, differing_keys, refuse_other_settings
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
-from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tracking.readable import counted
 from dist_lm.training import checkpoint_files
 
+if TYPE_CHECKING:
+    from dist_lm.generation.engine import EngineOptions
+    from dist_lm.tokenizer.tokenizer import Tokenizer
+    from dist_lm.tracking.console import Console
+
+AUTO = "auto"
 FROM = ("code", "language")  # stages whose checkpoint is taken, the first one that has any
+RESULT_KEYS = ("seed", "model.", "stage.", "parallel.compute_dtype", "parallel.tp")  # keys that answers depend on
+FREE = (*(key for key in FREE_KEYS if key not in RESULT_KEYS), "stage.actors", "stage.max_sequences")
 
 
-def params_of(stage: GenerateConfig) -> SamplingParams:
-    """How tokens are chosen.
+@dataclass
+class GenerateConfig:
+    """What is generated, from which checkpoint, and how large the engines are.
 
-    Raises:
-        ConfigError: names the key.
+    Bounds of the sampling parameters and of the engine are those of `SamplingParams` and `EngineOptions`
+    (`stages/generate.py` holds these values against them before anything starts).
     """
-    try:
-        return SamplingParams(
-            max_new_tokens=stage.max_new_tokens,
-            temperature=stage.temperature,
-            top_k=stage.top_k,
-            top_p=stage.top_p,
-            min_p=stage.min_p,
-            repetition_penalty=stage.repetition_penalty,
-            logit_bias=dict(stage.logit_bias),
-            stop=tuple(stage.stop),
-            stop_tokens=tuple(stage.stop_tokens),
-            ignore_eot=stage.ignore_eot,
+
+    name: str = MISSING
+    prompts: str = ""  # file, glob or http(s) address: .jsonl with `prompt` and perhaps `id`, or .txt, a prompt a line
+    checkpoint: str = AUTO  # run or checkpoint; auto: the newest of the code stage, else of the language stage
+    n: int = 1  # answers a prompt
+    prompts_per_shard: int = 1000  # that go to one file; what a kill leaves unfinished is done again by files
+    truncate: str = "refuse"  # a prompt that leaves no room in the context: refuse | left (its beginning is cut off)
+    actors: int = -1  # engines; -1: one for each parallel.tp GPUs of a node, or one a node without GPUs
+    max_new_tokens: int = 128
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    min_p: float = 0.0  # 0: off
+    repetition_penalty: float = 1.0  # 1: off
+    logit_bias: dict[int, float] = field(default_factory=dict)  # token id -> added to its logit
+    stop: list[str] = field(default_factory=list)  # texts that end an answer
+    stop_tokens: list[int] = field(default_factory=list)  # beside end-of-text
+    ignore_eot: bool = False  # end-of-text is a token like others
+    cache_tokens: int = 16384  # of all sequences of an engine together
+    page_tokens: int = 64
+    max_sequences: int = 64  # that an engine runs at a time
+
+    def __post_init__(self) -> None:
+        for key in ("n", "prompts_per_shard"):
+            require(getattr(self, key) > 0, f"stage.{key}", getattr(self, key), "a positive integer")
+        require(self.actors == -1 or self.actors > 0, "stage.actors", self.actors, "a positive integer, or -1")
+        require(self.truncate in ("refuse", "left"), "stage.truncate", self.truncate, "refuse or left")
+        require(bool(self.checkpoint), "stage.checkpoint", self.checkpoint, "auto, or the path of a run or checkpoint")
+        require(
+            "@" not in self.prompts.partition("://")[2].partition("/")[0],
+            "stage.prompts",
+            "(an address with a password)",
+            "an address without one; the configuration is written to disk",
         )
-    except ConfigError as error:
-        raise ConfigError(f"stage.{error}") from error
 
 
-def options_of(stage: GenerateConfig) -> EngineOptions:
-    """How large the engines are.
+@dataclass
+class GenerateRunConfig(Config):
+    """The whole configuration where the stage is `generate`."""
 
-    Raises:
-        ConfigError: names the key.
-    """
-    try:
-        return EngineOptions(
-            cache_tokens=stage.cache_tokens, page_tokens=stage.page_tokens, max_sequences=stage.max_sequences
+    stage: GenerateConfig = MISSING
+
+    def check_stage(self) -> None:
+        """Nothing of it depends on other groups."""
+
+
+class Generate(PoolStage):
+    name = "generate"
+    schema = GenerateRunConfig
+
+    def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
+        from dist_lm.stages import generate_parts
+
+        own, run = generate_config(config), run_of(config)
+        generate_parts.check(own)
+        if files := find_prompts(own.stage.prompts):  # an address is fetched when the stage runs
+            check_inputs(files, own.stage, run)
+        begun = load_config(run.config) if run.inputs.exists() else None
+        before = Path(generate_config(begun).stage.checkpoint) if begun else None
+        if run.result.exists() and before:  # the checkpoint of a finished run may be gone
+            start = before if own.stage.checkpoint == AUTO else find_start(own, before)
+        else:
+            start = find_start(own, before)
+            generate_parts.tokenizer_of(own, start)
+        own = replace(own, stage=replace(own.stage, checkpoint=str(start)))
+        if begun:
+            conflicts = [one for key in RESULT_KEYS for one in differing_keys(begun, own, key, FREE)]
+            refuse_other_settings(run, own, conflicts)
+        if run.result.exists():
+            answers = json.loads(run.result.read_text())["answers"]
+            return Look(own, Action.READY, f"{counted(answers, 'answer')}, {shown_path(run.samples, own)}")
+        parts = len(list(run.samples.glob("part-*.jsonl")))
+        detail = f"{own.stage.prompts} with {label_of(start)}, {sampling_text(own.stage)}"
+        if parts:
+            return Look(own, Action.RESUME, f"{detail}; {counted(parts, 'file')} there")
+        return Look(own, Action.BUILD, detail)
+
+    def checkpoint(self, config: Config) -> Path:
+        return Path(generate_config(config).stage.checkpoint)
+
+    def tokenizer(self, config: Config) -> "Tokenizer":
+        from dist_lm.stages import generate_parts
+
+        return generate_parts.tokenizer_of(generate_config(config), self.checkpoint(config))
+
+    def engine(self, config: Config) -> "tuple[EngineOptions, int, int]":
+        from dist_lm.stages import generate_parts
+
+        own = generate_config(config)
+        return generate_parts.options_of(own.stage), generate_parts.tp_of(own), own.stage.actors
+
+    def work(self, config: Config, run: RunDirectory, tokenizer: "Tokenizer") -> PoolWork:
+        from dist_lm.stages.generate_parts import Samples
+
+        return Samples(generate_config(config), run, tokenizer)
+
+    def summarize(self, config: Config, console: "Console") -> None:
+        """Print how many answers there are, and where."""
+        run = run_of(config)
+        result = json.loads(run.result.read_text(encoding="utf-8"))
+        console.summary(
+            "stage=generate is done",
+            {
+                "answers": f"{result['answers']:,} to {counted(result['prompts'], 'prompt')}, {refused_text(result)}",
+                "tokens": f"{result['tokens']:,}, {result['tokens_per_s']:,.0f} a second "
+                f"on {counted(result['actors'], 'actor')}",
+                "checkpoint": result["checkpoint"],
+                "samples": f"{run.samples} ({counted(result['parts'], 'file')})",
+            },
         )
-    except ConfigError as error:
-        raise ConfigError(f"stage.{error}") from error
+
+    def rejection(self, config: Config) -> str:
+        result = json.loads(run_of(config).result.read_text(encoding="utf-8"))
+        if result["answers"]:
+            return ""
+        prompts = generate_config(config).stage.prompts
+        return f"stage.prompts={prompts}: no prompt was answered, {refused_text(result)}"
+
+    def figures(self, result: Mapping[str, Any]) -> str:
+        return f"{result['answers']:,} answers, {result['tokens']:,} tokens" if result else ""
 
 
-def check_tokens(stage: GenerateConfig, model: ModelConfig) -> None:
-    """Refuse what would refuse every prompt.
+def generate_config(config: Config) -> GenerateRunConfig:
+    """`config`, which is one of this stage."""
+    assert isinstance(config, GenerateRunConfig)
+    return config
 
-    Raises:
-        ConfigError: names the key.
-    """
-    accepted = f"tokens from 0 to {model.vocab_size - 1:,} (model.vocab_size)"
-    for key, tokens in (("stop_tokens", stage.stop_tokens), ("logit_bias", stage.logit_bias)):
-        require(all(0 <= token < model.vocab_size for token in tokens), f"stage.{key}", tokens, accepted)
-    options = options_of(stage)
-    least = min(1 + stage.max_new_tokens, model.max_seq_len)  # end-of-text alone is the shortest prompt
-    require(
-        least <= options.n_pages * options.page_tokens,
-        "stage.cache_tokens",
-        stage.cache_tokens,
-        f"whole pages (stage.page_tokens={stage.page_tokens}) for at least {least:,} tokens, which one answer of "
-        f"stage.max_new_tokens={stage.max_new_tokens} takes",
-    )
+
+def refused_text(result: Mapping[str, Any]) -> str:
+    """How many prompts were refused, and the first reason."""
+    first = result.get("first_refusal")
+    return f"{result['refused']:,} refused" + (f": {first}" if first else "")
 
 
 def sampling_text(stage: GenerateConfig) -> str:
     """How tokens are chosen, as keys and values: those that people always ask for, and others that are set."""
+    from dist_lm.generation.request import SamplingParams
+
     usual, default = ("temperature", "top_k", "top_p", "max_new_tokens", "n"), GenerateConfig(name="")
     others = [one.name for one in fields(SamplingParams) if one.name not in usual]
     shown = [*usual, *(key for key in others if getattr(stage, key) != getattr(default, key))]
@@ -100,17 +196,6 @@ def check_inputs(files: list[Path], stage: GenerateConfig, run: RunDirectory) ->
     if run.inputs.exists() and json.loads(run.inputs.read_text(encoding="utf-8")) != found:
         raise ArtefactError(f"stage.prompts={stage.prompts}: not what {run.path} began with: choose another run_id")
     return found
-
-
-def tp_of(config: GenerateRunConfig) -> int:
-    """How many devices share the model of an engine; one where that is left open (parallel.tp=-1).
-
-    Raises:
-        ConfigError: the model cannot be cut so.
-    """
-    tp = 1 if config.parallel.tp == -1 else config.parallel.tp
-    check_tp(config.model, tp, None, "parallel.tp")
-    return tp
 
 
 def find_start(config: GenerateRunConfig, before: Path | None) -> Path:
@@ -153,24 +238,9 @@ def newest_run(work: WorkDirectory) -> RunDirectory:
     )
 
 
-def tokenizer_of(config: GenerateRunConfig, checkpoint: Path) -> Tokenizer:
-    """That of the work directory which the checkpoint lies in, or else of this one.
-
-    Raises:
-        ArtefactError: there is none, or it has another vocabulary than the model.
-    """
-    own = WorkDirectory(Path(config.work_dir)).tokenizer_model
-    inside = len(checkpoint.parents) > len(("checkpoints", "RUN_ID", "STAGE", "runs"))
-    beside = RunDirectory(checkpoint.parents[1]).work.tokenizer_model if inside else own
-    path = beside if beside.exists() else own
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.vocab_size != config.model.vocab_size:
-        raise ArtefactError(
-            f"{path} has {tokenizer.vocab_size} pieces, model.vocab_size={config.model.vocab_size}: not this model's"
-        )
-    return tokenizer
-
-
 def label_of(checkpoint: Path) -> str:
     """What samples call their checkpoint: STAGE/RUN_ID/STEP, wherever the work directory is."""
     return "/".join(checkpoint.parts[-4:-2] + checkpoint.parts[-1:])
+
+
+STAGE = Generate()

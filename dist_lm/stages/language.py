@@ -1,15 +1,19 @@
-"""Stage `language`: next-token prediction on text; leaves a checkpoint and a few samples."""
+"""Stage `language`: next-token prediction on English; leaves a checkpoint and a few samples."""
 
-from dist_lm.stages.sampling import keep_samples, sample_prompts
-from dist_lm.stages.training_stage import Closing, TrainingStage
-from dist_lm.training.objective import next_token
-
-
-def close(closing: Closing) -> dict[str, float]:
-    """Keep samples; they are for reading, no figure is made of them."""
-    samples = sample_prompts(closing)
-    keep_samples(closing, samples, [{} for _ in samples])
-    return {}
+from dist_lm.stages.text import TextStage
+from dist_lm.stages.training import Closing
 
 
-STAGE = TrainingStage("language", lambda config: next_token(config.stage.label_smoothing, config.stage.z_loss), close)
+class Language(TextStage):
+    name = "language"
+
+    def after_training(self, closing: Closing) -> dict[str, float]:
+        """Keep samples for people to read."""
+        from dist_lm.stages.sampling import keep_samples, sample_prompts
+
+        samples = sample_prompts(closing)
+        keep_samples(closing, samples, [{} for _ in samples])
+        return {}
+
+
+STAGE = Language()

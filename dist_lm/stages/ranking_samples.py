@@ -15,8 +15,6 @@ from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.ranking import Ranking, ranks_of_scores
 from dist_lm.chat.template import prompt
 from dist_lm.config.corpus import SourceConfig
-from dist_lm.config.reward import RankingSamplesConfig
-from dist_lm.config.root import Config
 from dist_lm.data.evaluation_batches import spread
 from dist_lm.data.keys import Shuffle, key
 from dist_lm.data.mapped import MappedCorpus
@@ -28,6 +26,7 @@ from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.load import LoadedModel, load_model
 from dist_lm.generation.request import Answer, Request, SamplingParams
 from dist_lm.sandbox.syntax import PARSERS, parses_continued
+from dist_lm.stages.rankings import RankingSamplesConfig, RankingsConfig
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.symbols import END
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -56,7 +55,7 @@ class Sample:
     finished: bool  # ended by itself
 
 
-def ranked_samples(source: SourceConfig, config: Config, console: Console) -> Iterator[Candidate]:
+def ranked_samples(source: SourceConfig, config: RankingsConfig, console: Console) -> Iterator[Candidate]:
     """A ranking for each of `source.limit` openings (0: `DEFAULT_RANKINGS`), or why there is none.
 
     Raises:
@@ -103,7 +102,7 @@ def openings(corpus: MappedCorpus, tokenizer: Tokenizer, limit: int, seed: int) 
 
 
 def sample(
-    loaded: LoadedModel, found: Sequence[Opening], config: Config, advance: Callable[[], None]
+    loaded: LoadedModel, found: Sequence[Opening], config: RankingsConfig, advance: Callable[[], None]
 ) -> Iterator[tuple[int, list[Sample]]]:
     """(number of an opening, its samples), in the order of the openings."""
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")

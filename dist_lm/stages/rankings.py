@@ -1,41 +1,114 @@
-"""Stage `rankings`: reads the sources of rankings, and for some a trained model; leaves work/corpora/NAME.
+"""Stage `rankings`: builds the corpora of rankings, work/corpora/NAME, from files, a hub, or a model's own samples.
 
-It comes behind the stage that reward models start from, because the samples of that stage's model may be what is ranked
-(reader=synthetic_rankings). Those are drawn here, in this process: for models that fit one device.
+It runs after the stage that reward models start from, because the samples of that stage's model may be ranked
+(reader=synthetic_rankings). They are drawn in the launcher's process: for models that fit one device.
 """
 
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
 
 from dist_lm.chat.documents import encode_ranking
 from dist_lm.config.root import Config
 from dist_lm.data.corpus import LocalText, corpora_of_form, corpus_sources
 from dist_lm.data.manifest import read_manifest
-from dist_lm.stages.artefact import SAMPLED, Artefact
-from dist_lm.stages.shards import build_corpus, check_corpus, is_whole
+from dist_lm.errors import require
+from dist_lm.stages.artefact import SAMPLED
+from dist_lm.stages.shards import CorporaConfig, CorporaStageConfig, build_corpus, check_corpus, is_whole, own
+from dist_lm.stages.stage import Artefact, ArtefactStage, Look
+from dist_lm.stages.training import with_start
 from dist_lm.storage.run_directory import WorkDirectory
-from dist_lm.tracking.console import Console
+
+if TYPE_CHECKING:
+    from dist_lm.tracking.console import Console
 
 
-def inspect(config: Config) -> Artefact:
-    """What is in work/corpora.
+@dataclass
+class RankingSamplesConfig:
+    """The samples that stage rankings asks a model for, to be ranked by rules (reader=synthetic_rankings)."""
 
-    Raises:
-        ArtefactError: a corpus was made from other sources, or with another tokenizer than work/tokenizer.
-    """
-    work = WorkDirectory(Path(config.work_dir))
-    names, missing = wanted_corpora(config), missing_corpora(config)
-    for name in names:
-        if name not in missing:
-            check_corpus(config, name)
-    if missing:
-        return Artefact(False, f"corpora {', '.join(missing)}")
-    counts = [read_manifest(work.corpus(name)).splits["train"].counts.documents for name in names]
-    return Artefact(True, f"corpora {', '.join(names) or '(none)'}: {sum(counts):,} rankings to train on")
+    fewest: int = 4  # samples of a prompt, drawn evenly from fewest to most
+    most: int = 8
+    max_new_tokens: int = 48
+    temperature: float = 0.9
+
+    def __post_init__(self) -> None:
+        accepted = "from 2 to stage.samples.most, which is at most 16"
+        require(2 <= self.fewest <= self.most <= 16, "stage.samples.fewest", self.fewest, accepted)
+        key = "stage.samples.max_new_tokens"
+        require(self.max_new_tokens > 0, key, self.max_new_tokens, "a positive integer")
+        require(self.temperature > 0, "stage.samples.temperature", self.temperature, "a number above 0")
+
+
+@dataclass
+class RankingsStageConfig(CorporaStageConfig):
+    """The `stage` group of stage rankings."""
+
+    samples: RankingSamplesConfig = field(default_factory=RankingSamplesConfig)
+
+    def sampled_by(self) -> dict[str, Any]:
+        return {"samples": asdict(self.samples), "prompts": self.corpus}
+
+
+@dataclass
+class RankingsConfig(CorporaConfig):
+    """The configuration of stage rankings."""
+
+    stage: RankingsStageConfig = MISSING
+
+
+class Rankings(ArtefactStage):
+    name = "rankings"
+    schema = RankingsConfig
+    needs = ("shards", "tools")
+    starts_from = "tools"
+
+    def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
+        """Build what later stages read, with samples of the model that they start from."""
+        corpora = sorted({reader.stage.corpus for reader in readers if reader.stage.corpus})
+        return replace(config, stage=replace(own(config), corpora=corpora, init_from=readers[0].stage.init_from))
+
+    def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
+        return super().look(with_start(self, config), is_target=is_target, rebuilt=rebuilt)
+
+    def inspect(self, config: Config) -> Artefact:
+        """What is in work/corpora.
+
+        Raises:
+            ArtefactError: a corpus was made from other sources, or with another tokenizer than work/tokenizer.
+        """
+        work = WorkDirectory(Path(config.work_dir))
+        names, missing = wanted_corpora(config), missing_corpora(config)
+        for name in names:
+            if name not in missing:
+                check_corpus(config, name)
+        if missing:
+            return Artefact(False, f"corpora {', '.join(missing)}")
+        counts = [read_manifest(work.corpus(name)).splits["train"].counts.documents for name in names]
+        return Artefact(True, f"corpora {', '.join(names) or '(none)'}: {sum(counts):,} rankings to train on")
+
+    def build(self, config: Config, console: "Console") -> None:
+        """Make every wanted corpus that is not there or damaged."""
+        assert isinstance(config, RankingsConfig)
+        for name in missing_corpora(config):
+            made = {}
+            for source in corpus_sources(config.corpus, name):
+                if source.reader == SAMPLED:
+                    from dist_lm.stages.ranking_samples import ranked_samples  # brings torch with it
+
+                    made[repr(source)] = list(ranked_samples(source, config, console))
+            build_corpus(config, name, LocalText(made, set()), console, encode_ranking)
+
+    def output(self, config: Config) -> Path:
+        return WorkDirectory(Path(config.work_dir)).corpus("rankings")
 
 
 def wanted_corpora(config: Config) -> list[str]:
     """The corpora of rankings among `stage.corpora`, else all that are configured."""
-    chosen = config.stage.corpora
+    chosen = own(config).corpora
     return [name for name in corpora_of_form(config.corpus, "ranking") if chosen is None or name in chosen]
 
 
@@ -45,13 +118,4 @@ def missing_corpora(config: Config) -> list[str]:
     return [name for name in wanted_corpora(config) if not is_whole(work.corpus(name))]
 
 
-def build(config: Config, console: Console) -> None:
-    """Make every wanted corpus that is not there or damaged."""
-    for name in missing_corpora(config):
-        made = {}
-        for source in corpus_sources(config.corpus, name):
-            if source.reader == SAMPLED:
-                from dist_lm.stages.ranking_samples import ranked_samples  # brings torch with it
-
-                made[repr(source)] = list(ranked_samples(source, config, console))
-        build_corpus(config, name, LocalText(made, set()), console, encode_ranking)
+STAGE = Rankings()

@@ -1,52 +1,69 @@
-"""The stages by name, and what each needs. Their code is imported only where it runs."""
+"""The stages by name: those of this package, and those that installed packages add.
+
+A package adds a stage with an entry point in the group `dist_lm.stages`: NAME = "module:OBJECT", where OBJECT is a
+`Stage`. Modules of stages are imported on first use.
+"""
 
 import importlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
 
-if TYPE_CHECKING:
-    from dist_lm.stages.training_stage import TrainingStage
+from omegaconf import OmegaConf
 
+from dist_lm.config.root import Config, read_config
+from dist_lm.errors import ConfigError
+from dist_lm.stages.stage import Stage
 
-@dataclass(frozen=True)
-class StageInfo:
-    """What a plan has to know of a stage."""
-
-    name: str
-    trains: bool  # runs on a gang of ranks; otherwise in the launcher's own process, or see `generates`
-    needs: tuple[str, ...]  # stages whose artefacts it reads
-    starts_from: str | None = None  # stage whose checkpoint it starts from, or asks for samples
-    generates: bool = False  # runs on a pool of engines
-    in_pipeline: bool = True  # `stage=pipeline` may end with it
-    program: str = "dist_lm.ranks.program"  # module whose `run_rank` is what each of its ranks does
+GROUP = "dist_lm.stages"
+# in the order of the pipeline; the same list as in pyproject.toml, for a checkout that is not installed
+OWN = ("tokenizer", "shards", "language", "code", "tools", "rankings", "reward", "rlhf", "generate")
 
 
-# in the order of the pipeline
-STAGES = {
-    info.name: info
-    for info in (
-        StageInfo("tokenizer", trains=False, needs=()),
-        StageInfo("shards", trains=False, needs=("tokenizer",)),
-        StageInfo("language", trains=True, needs=("shards",)),
-        StageInfo("code", trains=True, needs=("shards", "language"), starts_from="language"),
-        StageInfo("tools", trains=True, needs=("shards", "code"), starts_from="code"),
-        # rankings may be of that stage's own samples; not in the pipeline's end until stage rlhf is
-        StageInfo("rankings", trains=False, needs=("shards", "tools"), starts_from="tools", in_pipeline=False),
-        StageInfo("reward", trains=True, needs=("rankings", "tools"), starts_from="tools", in_pipeline=False),
-        StageInfo(
-            "rlhf",
-            trains=True,
-            needs=("shards", "rankings", "tools", "reward"),
-            starts_from="tools",
-            in_pipeline=False,
-            program="dist_lm.ranks.rlhf.program",
-        ),
-        # takes the newest checkpoint there is, and trains none
-        StageInfo("generate", trains=False, needs=(), generates=True, in_pipeline=False),
-    )
-}
+@cache
+def _added() -> dict[str, str]:
+    return {point.name: point.value for point in entry_points(group=GROUP) if point.name not in OWN}
 
 
-def training_stage(name: str) -> "TrainingStage":
-    """The objective and closing report of a training stage."""
-    return importlib.import_module(f"dist_lm.stages.{name}").STAGE
+def stage_names() -> tuple[str, ...]:
+    """All stages, in the order of the pipeline; added ones last."""
+    return (*OWN, *sorted(_added()))
+
+
+@cache
+def stage_named(name: str) -> Stage:
+    """The stage of that name.
+
+    Raises:
+        ConfigError: there is none, or the entry point of another package does not name a stage.
+    """
+    if name in OWN:
+        return importlib.import_module(f"dist_lm.stages.{name}").STAGE
+    if name not in _added():
+        raise ConfigError(f"stage={name}: expected one of {', '.join(stage_names())}")
+    where = f"entry point {name} = {_added()[name]!r} in group {GROUP}"
+    module, _, attribute = _added()[name].partition(":")
+    try:
+        stage = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{where}: cannot be imported ({error}); update or remove the package") from error
+    if not isinstance(stage, Stage) or stage.name != name:
+        raise ConfigError(f"{where}: expected a dist_lm.stages.stage.Stage named {name}, found {stage!r}")
+    return stage
+
+
+def all_stages() -> Iterator[Stage]:
+    """Every stage, imported."""
+    return (stage_named(name) for name in stage_names())
+
+
+def added_conf() -> list[Path]:
+    """Folders with the YAML files of stages that other packages add."""
+    found = (stage_named(name).conf for name in sorted(_added()))
+    return list(dict.fromkeys(folder for folder in found if folder))
+
+
+def load_config(path: Path) -> Config:
+    """Read a run's `config.yaml`; types and bounds are checked again."""
+    return read_config(path, stage_named(OmegaConf.load(path).stage.name).schema)

@@ -1,203 +1,145 @@
-"""Stage `reward`: a scalar head learns from rankings which completions are preferred; starts from the weights of a
-model that writes, and reports how well its scores agree with held-out rankings.
+"""Stage `reward`: a scalar head learns from rankings which completions are preferred; starts from the tools checkpoint.
 
-At its end the model that it started from answers held-out prompts, and the mean and deviation of the scores of these
-answers are left in result.json, so that scores of other runs can be compared (`rlhf.reward_model`).
+At its end the model that it started from answers held-out prompts. The mean and the deviation of the scores of these
+answers stay in result.json, so that scores of different runs can be compared (`rlhf.reward_model`).
 """
 
-import logging
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-import torch.distributed as dist
+from omegaconf import MISSING
 
-from dist_lm.config.corpus import SPLITS
 from dist_lm.config.root import Config
-from dist_lm.data.batch import Batch, RankedPlaces
-from dist_lm.data.evaluation_batches import spread
-from dist_lm.data.rankings.shards import MappedRankings
-from dist_lm.data.rankings.stream import Lessons, RankingBatches, RankingStream, note_of_long_rankings
+from dist_lm.config.stage import StageConfig
 from dist_lm.errors import require
-from dist_lm.generation.load import load_model
-from dist_lm.generation.request import Request, SamplingParams
-from dist_lm.model.transformer import Transformer
-from dist_lm.parallel.sharding import generation_dtype
-from dist_lm.rlhf.reward_model import (
-    KEY,
-    RewardScale,
-    beside_verdicts,
-    choices_of_people,
-    last_token_scores,
-    reward_metrics,
-    scores_of_rankings,
-)
-from dist_lm.stages.sampling import answer_all
-from dist_lm.stages.training_stage import Closing, Opening, StageData, TrainingStage
-from dist_lm.tokenizer.symbols import END
-from dist_lm.training import checkpoint_files
+from dist_lm.stages.stage import VAL_LOSS, share
+from dist_lm.stages.training import Closing, Opening, StageData, TrainingStage, print_before_and_after
+from dist_lm.storage.run_directory import RunDirectory
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from dist_lm.data.batch import Batch
+    from dist_lm.tracking.console import Console
+    from dist_lm.training.objective import Objective
 
-MADE_UP_COMPLETIONS = 4  # of a sequence of the dry run
+COLUMNS = {  # figure -> its column in the summary
+    "accuracy": "pairs",
+    "kendall_tau": "Kendall's tau",
+    "top1": "best one",
+    "calibration_error": "calibration error",
+}
 
 
-def open_data(opening: Opening) -> StageData:
-    """Rankings of the stage's corpus.
+@dataclass
+class RewardConfig:
+    """What stage reward learns from a ranking, and what its scores are measured on at its end."""
 
-    Raises:
-        ConfigError: a setting that cannot be with rankings.
-        ArtefactError: the corpus holds something else, or no ranking fits into a sequence.
-    """
-    stage = opening.config.stage
-    for key in ("document_mask", "reset_positions"):
-        accepted = "true: a completion sees its prompt and itself, and stands behind it"
-        require(getattr(stage, key), f"stage.{key}", False, accepted)
-    require(not stage.mix, "stage.mix", stage.mix, "nothing: stage reward reads rankings alone")
-    train, val = (MappedRankings.open(opening.run.work.corpus(stage.corpus), split) for split in SPLITS)
-    if opening.world.is_first:
-        for rankings in (train, val):
-            if note := note_of_long_rankings(rankings, stage.seq_len):
-                log.warning("%s", note)
-    stream = RankingStream(
-        train,
-        Lessons(stage.reward.learn_from, stage.reward.label_noise, opening.config.seed),
-        seed=opening.config.seed,
-        seq_len=stage.seq_len,
-        pad_id=opening.tokenizer.pad_id,
-        global_batch=stage.global_batch,
-        micro_batch=stage.micro_batch,
-        dp_rank=opening.dp_rank,
-        dp_size=opening.dp_size,
-        position=opening.position,
-        pin_memory=opening.world.device.type == "cuda",
-    )
+    # rankings: every one whole | pairs: of K completions K - 1 pairs, drawn once | one_pair: one of these
+    learn_from: str = "rankings"
+    label_noise: float = 0.0  # share of neighbouring ranks, and of judgements, that are swapped in train
+    normaliser_prompts: int = 256  # of val, which the reference policy answers; 0: the completions of val are scored
+    normaliser_new_tokens: int = 128  # of an answer, at most
 
-    def evaluate(model: Transformer, everything: bool, alive: Callable[[], None]) -> dict[str, float]:
-        batches = RankingBatches.of(
-            val,
-            seq_len=stage.seq_len,
-            micro_batch=stage.micro_batch,
-            dp_rank=opening.dp_rank,
-            dp_size=opening.dp_size,
-            pad_id=opening.tokenizer.pad_id,
-            limit_sequences=0 if everything else stage.eval_sequences,
+    def __post_init__(self) -> None:
+        require(
+            self.learn_from in ("rankings", "pairs", "one_pair"),
+            "stage.reward.learn_from",
+            self.learn_from,
+            "rankings, pairs or one_pair",
         )
-        scores = scores_of_rankings(model, batches, opening.world.device, opening.data_ranks, alive)
-        return reward_metrics(beside_verdicts(val, scores))
-
-    return StageData(stream, evaluate)
-
-
-def close(closing: Closing) -> dict[str, float]:
-    """`reward/score_mean` and `reward/score_std`: of the answers of the model that training started from to prompts of
-    val; of the completions of val where there is none, or it is not to be asked."""
-    settings, config = closing.config.stage.reward, closing.config
-    val = MappedRankings.open(closing.run.work.corpus(config.stage.corpus), "val")
-    asked = settings.normaliser_prompts and starts_from_policy(config.stage.init_from)
-    sequences = policy_samples(closing, val) if asked else completions_of(val, config.model.max_seq_len)
-    model = closing.model()
-    share = slice(closing.world.rank, None, closing.world.size)
-    gathered: list = [None] * closing.world.size
-    dist.all_gather_object(gathered, last_token_scores(model, sequences[share]))
-    closing.alive()
-    scores = np.zeros(len(sequences), np.float32)
-    for rank, part in enumerate(gathered):
-        scores[rank :: closing.world.size] = part
-    found = RewardScale.of(torch.from_numpy(scores))
-    return {"reward/score_mean": found.mean, "reward/score_std": found.std, "reward/scored": float(len(sequences))}
+        require(0 <= self.label_noise < 0.5, "stage.reward.label_noise", self.label_noise, "in [0, 0.5)")
+        for key in ("normaliser_prompts", "normaliser_new_tokens"):
+            value = getattr(self, key)
+            lowest = 0 if key == "normaliser_prompts" else 1
+            require(value >= lowest, f"stage.reward.{key}", value, f"at least {lowest}")
 
 
-def starts_from_policy(init_from: str) -> bool:
-    """Whether training started from a model that writes: not from nothing, nor from another reward model."""
-    if init_from == "none":
-        return False
-    start = checkpoint_files.find_checkpoint(Path(init_from))
-    return checkpoint_files.read_state(start)[1]["head"] == "tokens"
+@dataclass
+class RewardStageConfig(StageConfig):
+    """The `stage` group of stage reward."""
+
+    reward: RewardConfig = field(default_factory=RewardConfig)
 
 
-def policy_samples(closing: Closing, val: MappedRankings) -> list[list[int]]:
-    """Prompts of val with the answers of the model that training started from: at temperature 1 from all tokens, as a
-    rollout draws them. The same on every rank (collective)."""
-    settings, tokenizer = closing.config.stage.reward, closing.tokenizer
-    loaded = load_model(Path(closing.config.stage.init_from), closing.run.work.tokenizer_model)
-    params = SamplingParams(max_new_tokens=settings.normaliser_new_tokens, stop_tokens=(tokenizer.special_ids[END],))
-    longest = loaded.config.max_seq_len - settings.normaliser_new_tokens
-    prompts = [prompt for prompt in prompts_of(val, settings.normaliser_prompts) if len(prompt) <= longest]
-    if len(prompts) < settings.normaliser_prompts:
-        log.info(
-            "stage.reward.normaliser_prompts=%d: val has %d that leave room for an answer; mean and deviation of "
-            "scores are measured on these",
-            *(settings.normaliser_prompts, len(prompts)),
-        )
-    requests = [
-        Request(str(number), prompt, params, seed=closing.config.seed + number) for number, prompt in enumerate(prompts)
-    ]
-    with torch.device("meta"):
-        policy = Transformer(loaded.config)
-    device = closing.world.device
-    dtype = generation_dtype(closing.config.parallel, device)
-    policy.load_state_dict({name: value.to(device, dtype) for name, value in loaded.weights.items()}, assign=True)
-    answers = answer_all(closing, requests, "stage.reward.normaliser_prompts", policy)
-    return [[*prompt, *answer.tokens] for prompt, answer in zip(prompts, answers, strict=True)]
+@dataclass
+class RewardRunConfig(Config):
+    """The configuration of stage reward."""
+
+    stage: RewardStageConfig = MISSING
 
 
-def prompts_of(rankings: MappedRankings, limit: int) -> list[list[int]]:
-    """The prompts of `limit` rankings at even distances, as tokens."""
-    return [
-        rankings.tokens(number)[rankings.verdict(number).branch == 0].tolist()
-        for number in spread(rankings.corpus.n_documents, limit).tolist()
-    ]
+class Reward(TrainingStage):
+    name = "reward"
+    schema = RewardRunConfig
+    needs = ("rankings", "tools")
+    starts_from = "tools"
+    key_figures = ((share("reward/accuracy", "pairs right"),), (VAL_LOSS,))
+    unit = "choices"
+    packed = "rankings"
+
+    def objective(self, config: Config) -> "Objective":
+        from dist_lm.rlhf.reward_model import choices_of_people
+
+        return choices_of_people
+
+    def open_data(self, opening: Opening) -> StageData:
+        from dist_lm.stages import reward_ranks
+
+        return reward_ranks.open_data(opening)
+
+    def after_training(self, closing: Closing) -> dict[str, float]:
+        from dist_lm.stages import reward_ranks
+
+        return reward_ranks.score_samples(closing)
+
+    def result(self, config: Config, run: RunDirectory, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """`normaliser`, which stage rlhf reads."""
+        from dist_lm.rlhf.reward_model import KEY
+
+        return {KEY: {"mean": metrics["reward/score_mean"], "std": metrics["reward/score_std"]}}
+
+    def example_batch(self, config: Config) -> "Batch":
+        from dist_lm.stages import reward_ranks
+
+        assert isinstance(config, RewardRunConfig)
+        return reward_ranks.example_batch(config)
+
+    def print_figures(self, config: Config, result: Mapping[str, Any], console: "Console") -> None:
+        print_before_and_after(result, console)
+        print_agreement(result, console)
+
+    def print_samples(self, run: RunDirectory, console: "Console") -> None:
+        """A reward model writes no samples."""
+
+    def own_entries(self, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        if found := result.get("normaliser"):
+            scored = result["metrics"]["reward/scored"]
+            yield "scores", f"mean {found['mean']:.3f}, deviation {found['std']:.3f} on {scored:,.0f} samples"
 
 
-def completions_of(rankings: MappedRankings, longest: int) -> list[list[int]]:
-    """Every prompt with each of its completions, as tokens; those longer than `longest` are left out."""
-    found = []
-    for number in range(rankings.corpus.n_documents):
-        tokens, branch = rankings.tokens(number), rankings.verdict(number).branch
-        found += [tokens[(branch == 0) | (branch == k)].tolist() for k in range(1, int(branch.max()) + 1)]
-    return [sequence for sequence in found if len(sequence) <= longest]
+def print_agreement(result: Mapping[str, Any], console: "Console") -> None:
+    """Print a row for all rankings, each number of completions and each source, `before -> after`."""
+    before, after = result.get("before", {}), result["metrics"]
+    parts = [name.removeprefix("reward/accuracy") for name in after if name.startswith("reward/accuracy")]
+    rows = [(label(part), *(cell(f"reward/{figure}{part}", before, after) for figure in COLUMNS)) for part in parts]
+    if rows:
+        console.table("agreement with held-out rankings", ("rankings", *COLUMNS.values()), rows)
 
 
-def result(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What `read_reward_scale` reads."""
-    return {KEY: {"mean": metrics["reward/score_mean"], "std": metrics["reward/score_std"]}}
+def label(part: str) -> str:
+    """`all`, `of 4` for `_k4`, or the source."""
+    if size := re.fullmatch(r"_k(\d+)", part):
+        return f"of {size[1]}"
+    return part.removeprefix("_") or "all"
 
 
-def made_up_batch(config: Config) -> Batch:
-    """A micro-batch of one ranking a sequence, for the dry run."""
-    stage, k = config.stage, min(MADE_UP_COMPLETIONS, config.stage.seq_len - 1)
-    shape = (stage.micro_batch, stage.seq_len)
-    own = torch.arange(stage.seq_len) * (k + 1) // stage.seq_len  # the prompt is as long as a completion
-    ends = torch.stack([(own <= branch).sum() - 1 for branch in range(1, k + 1)])
-    place_PK = ends + torch.arange(stage.micro_batch)[:, None] * stage.seq_len
-    none = torch.zeros(0, dtype=torch.int64)
-    return Batch(
-        tokens_BT=torch.randint(0, config.model.vocab_size, shape),
-        targets_BT=torch.zeros(shape, dtype=torch.int64),
-        loss_mask_BT=torch.zeros(shape),
-        document_BT=torch.zeros(shape, dtype=torch.int64),
-        position_BT=torch.arange(stage.seq_len).repeat(stage.micro_batch, 1),
-        sequence_B=torch.arange(stage.micro_batch),
-        branch_BT=own.repeat(stage.micro_batch, 1),
-        ranked=RankedPlaces(
-            place_PK=place_PK,
-            rank_PK=torch.arange(k).repeat(stage.micro_batch, 1),
-            there_PK=torch.ones(place_PK.shape, dtype=torch.bool),
-            better_N=none,
-            worse_N=none,
-            margin_N=torch.zeros(0),
-        ),
-    )
+def cell(name: str, before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """`0.51 -> 0.73`."""
+    if after.get(name) is None:
+        return ""
+    now = f"{after[name]:.3f}"
+    return f"{before[name]:.3f} -> {now}" if before.get(name) is not None else now
 
 
-STAGE = TrainingStage(
-    "reward",
-    lambda config: choices_of_people,
-    close,
-    data=open_data,
-    result=result,
-    made_up_batch=made_up_batch,
-)
+STAGE = Reward()

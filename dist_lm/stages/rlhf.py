@@ -1,125 +1,281 @@
-"""Stage `rlhf`: reads prompts, the tools checkpoint and a reward model; leaves a policy that earns more reward.
+"""Stage `rlhf`: PPO against a reward model, from the tools checkpoint; leaves a policy that earns more reward.
 
-Prompts are the beginnings of a corpus' conversations or rankings, up to where the assistant is to write, or a person's
-own requests. Those of val (of a file: one in `HELD_OUT_OF`) are for the win rate alone.
+A step of the stage is an iteration: rollouts, rewards, updates.
 """
 
-import hashlib
-import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from dist_lm.chat.messages import ChatError, Conversation, Message
-from dist_lm.chat.template import prompt as rendered
-from dist_lm.config.dotted_path import imported_function
-from dist_lm.config.rlhf_run import RlhfRunConfig, RlhfRunGroup
-from dist_lm.data.mapped import MappedCorpus
-from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
-from dist_lm.errors import ArtefactError
-from dist_lm.storage.run_directory import RunDirectory
-from dist_lm.tokenizer.tokenizer import Tokenizer
+from omegaconf import MISSING
 
-log = logging.getLogger(__name__)
+from dist_lm.config.corpus import SourceConfig
+from dist_lm.config.model import ModelConfig
+from dist_lm.config.pool import RolloutPoolConfig
+from dist_lm.config.rlhf import RlhfConfig
+from dist_lm.config.root import Config
+from dist_lm.config.stage import check_shares
+from dist_lm.data.corpus import form_of
+from dist_lm.errors import ArtefactError, ConfigError, require
+from dist_lm.stages.stage import KeyFigure, share
+from dist_lm.stages.training import FREE_KEYS, TrainingStage, last_samples
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from dist_lm.tracking.readable import counted, percent, three_decimals
+from dist_lm.training import checkpoint_files
 
-HELD_OUT_OF = 16
-PROMPTS_FROM, HELD_OUT_FROM = "rlhf.prompts_from", "rlhf.held_out_from"
+if TYPE_CHECKING:
+    from dist_lm.tracking.console import Console
 
-Prompts = list[Sequence[int]]
+AUTO = "auto"
+ROWS = {  # metric -> its row in the summary
+    "rlhf/reward_mean": "reward, less the divergence",
+    "rlhf/score_mean": "score",
+    "rlhf/kl": "divergence from the reference, nats a rollout",
+    "rlhf/entropy": "entropy, nats a token",
+    "rlhf/pretrain_loss": "loss on pretraining text, nats a token",
+    "rlhf/new_tokens_mean": "tokens of a rollout",
+    "rlhf/truncated_rate": "rollouts cut off",
+    "rollout/tokens_per_s": "tokens drawn a second",
+}
+SHOWN = 3  # rollouts
+WIDTH = 160  # characters of one
 
 
-def read_all(config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> tuple[Prompts, Prompts]:
-    """(prompts, held-out prompts) as tokens; those that leave no room for an answer are left out, loudly.
+@dataclass
+class RlhfRunGroup(RlhfConfig):
+    """An iteration (`RlhfConfig`), and what a run of them needs around it."""
+
+    # file or glob of prompts (.jsonl or .txt, a request a line); none: the beginnings of stage.corpus' documents, up to
+    # where the assistant's turn is
+    prompts_from: str = ""
+    held_out_from: str = ""  # the same for held-out prompts; none: those of prompts_from that a hash keeps out, or val
+    reward_model: str = AUTO  # run of stage reward; auto: the one under the same run_id
+    held_out_prompts: int = 64  # for the win rate before the first iteration and after the last; 0: it is not measured
+    table_rollouts: int = 16  # that samples/step_N.jsonl shows, every stage.eval_every iterations
+    # with rlhf.pretrain_coefficient above 0: text whose next-token loss is added to the policy's in every update
+    pretrain_corpus: str = "code"
+    pretrain_mix: dict[str, float] = field(default_factory=dict)  # share of its sequences from other corpora, by name
+    pretrain_sequences: int = 16  # an update, over all ranks
+    pretrain_seq_len: int = 256  # tokens
+    pool: RolloutPoolConfig = field(default_factory=RolloutPoolConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # a part of no weight is none: so a command can take away what a file of conf/ gives
+        self.rewards = {name: part for name, part in self.rewards.items() if part.weight}
+        for key in ("held_out_prompts", "table_rollouts"):
+            require(getattr(self, key) >= 0, f"rlhf.{key}", getattr(self, key), "0 or a positive integer")
+        require(bool(self.rewards), "rlhf.rewards", self.rewards, "at least one part")
+        require(bool(self.reward_model), "rlhf.reward_model", self.reward_model, "auto, or the path of a run")
+        for key in ("pretrain_sequences", "pretrain_seq_len"):
+            require(getattr(self, key) > 0, f"rlhf.{key}", getattr(self, key), "a positive integer")
+        check_shares("rlhf.pretrain_mix", self.pretrain_mix, own="rlhf.pretrain_corpus")
+
+    @property
+    def asks_reward_model(self) -> bool:
+        """Whether a part of the reward is the reward model's score."""
+        return any(part.kind == "reward_model" for part in self.rewards.values())
+
+    @property
+    def pretrain_streams(self) -> tuple[str, ...]:
+        """The corpora of the pretraining text: none where it has no weight."""
+        return (self.pretrain_corpus, *sorted(self.pretrain_mix)) if self.pretrain_coefficient else ()
+
+
+@dataclass
+class RlhfRunConfig(Config):
+    """The whole configuration where the stage is `rlhf`."""
+
+    rlhf: RlhfRunGroup = MISSING
+
+    @property
+    def pool(self) -> RolloutPoolConfig:
+        return self.rlhf.pool
+
+    @property
+    def takes_sequences(self) -> bool:
+        return False
+
+    @property
+    def sequence_keys(self) -> tuple[str, str] | None:
+        return ("rlhf.pretrain_sequences", "rlhf.pretrain_seq_len") if self.rlhf.pretrain_coefficient else None
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        prompts = () if self.rlhf.prompts_from else self.stage.streams
+        return tuple(dict.fromkeys((*prompts, *self.rlhf.pretrain_streams)))
+
+    @property
+    def trained_models(self) -> int:
+        return 2
+
+    @property
+    def ranked_corpora(self) -> frozenset[str]:
+        """The corpora of rankings, whose rows are no text to go on with."""
+        ranked = (name for name, parts in self.corpus.corpora.items() if any(_is_ranked(part) for part in parts))
+        return frozenset(ranked)
+
+    def check_stage(self) -> None:
+        super().check_stage()
+        longest, new = self.model.max_seq_len, self.rlhf.max_new_tokens
+        require(new < longest, "rlhf.max_new_tokens", new, f"less than model.max_seq_len={longest}")
+        require(
+            self.rlhf.pool.cache_tokens >= longest,
+            "rlhf.pool.cache_tokens",
+            self.rlhf.pool.cache_tokens,
+            f"at least model.max_seq_len={longest}",
+        )
+        mixed = [name for name in self.stage.streams if name != self.stage.corpus]
+        accepted = "none: prompts are of stage.corpus alone (rlhf.pretrain_mix is of the pretraining text)"
+        require(not mixed, "stage.mix and stage.lead", ", ".join(mixed), accepted)
+        self._check_pretraining()
+
+    def _check_pretraining(self) -> None:
+        """Refuse pretraining text that is none, or does not fit the model."""
+        group, longest = self.rlhf, self.model.max_seq_len
+        if not group.pretrain_coefficient:
+            return
+        texts = [name for name in self.corpus.corpora if name not in self.ranked_corpora]
+        listed = ", ".join(texts)
+        accepted = f"a text of corpus={self.corpus.name}: {listed}"
+        require(group.pretrain_corpus in texts, "rlhf.pretrain_corpus", group.pretrain_corpus, accepted)
+        accepted = f"texts of corpus={self.corpus.name} beside rlhf.pretrain_corpus={group.pretrain_corpus}: {listed}"
+        for name in group.pretrain_mix:
+            require(name in {*texts} - {group.pretrain_corpus}, "rlhf.pretrain_mix", name, accepted)
+        accepted = f"at most model.max_seq_len={longest}"
+        require(group.pretrain_seq_len <= longest, "rlhf.pretrain_seq_len", group.pretrain_seq_len, accepted)
+
+
+class Rlhf(TrainingStage):
+    name = "rlhf"
+    schema = RlhfRunConfig
+    program = "dist_lm.ranks.rlhf"
+    needs = ("shards", "rankings", "tools", "reward")
+    starts_from = "tools"
+    writes_text = True
+    free_keys = (
+        *FREE_KEYS,
+        *("rlhf.reward_model", "rlhf.pool.", "rlhf.micro_batch_tokens", "rlhf.table_rollouts"),
+        "rlhf.max_nonfinite_updates",
+    )
+    key_figures = ((share("rlhf/win_rate", "wins"), KeyFigure("rlhf/reward_mean", three_decimals, "reward")),)
+
+    def needed(self, config: Config) -> tuple[str, ...]:
+        own = rlhf_config(config)
+        built = {"rankings" if name in own.ranked_corpora else "shards" for name in own.streams}
+        if own.rlhf.asks_reward_model and own.rlhf.reward_model == AUTO:
+            built.add("reward")
+        return tuple(name for name in self.needs if name in built or name == self.starts_from)
+
+    def check(self, config: Config) -> None:
+        """Refuse texts where prompts are asked for: they hold no turn to answer."""
+        prompted = [name for name in config.corpus.corpora if form_of(config.corpus, name) != "text"]
+        if not rlhf_config(config).rlhf.prompts_from and config.stage.corpus not in prompted:
+            raise ConfigError(
+                f"stage.corpus={config.stage.corpus}: expected conversations or rankings, whose prompts are answered "
+                f"({', '.join(prompted)}); or give rlhf.prompts_from=FILE"
+            )
+
+    def resolved(self, config: Config, begun: bool) -> Config:
+        own = rlhf_config(config)
+        if not begun:
+            check_given(own)
+        return with_reward_run(own)
+
+    def print_figures(self, config: Config, result: Mapping[str, Any], console: "Console") -> None:
+        first, last = result["first"], result["metrics"]
+        names = [*ROWS, *sorted(name for name in last if name.startswith("rlhf/part_"))]
+        rows = [
+            (ROWS.get(name) or name.removeprefix("rlhf/part_"), f"{first[name]:.3f}", f"{last[name]:.3f}")
+            for name in names
+            if first.get(name) is not None and last.get(name) is not None
+        ]
+        console.table("iterations", ("", "first", "last"), rows)
+
+    def print_samples(self, run: RunDirectory, console: "Console") -> None:
+        """Print the best, the middle and the worst rollout of the last table."""
+        from dist_lm.chat.template import last_request
+
+        rollouts = last_samples(run)
+        for place in sorted({i * (len(rollouts) - 1) // (SHOWN - 1) for i in range(SHOWN)} if rollouts else set()):
+            rollout = rollouts[place]
+            console.line(f"--- reward {rollout['reward']:.3f}, {rollout['tokens']} tokens, {rollout['finish']}")
+            console.line(f"    {one_line(last_request(rollout['prompt']))}")
+            console.line(f"    {one_line(rollout['completion'])}")
+
+    def entries(self, config: Config, run: RunDirectory, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        before, after = result["before"], result["metrics"]
+        yield "parameters", f"{result['parameters']:,}"
+        yield (
+            "trained",
+            f"{result['steps']:,} iterations on {result['prompts']:,} prompts, {result['tokens']:,} tokens drawn, "
+            f"{counted(result['ranks'], 'rank')}",
+        )
+        if "rlhf/win_rate" in after:
+            was = f"{percent(before['rlhf/win_rate'])} -> " if "rlhf/win_rate" in before else ""
+            wins = f"{was}{percent(after['rlhf/win_rate'])} of {after['rlhf/held_out']:,.0f}"
+            yield "held-out prompts", f"wins against the reference: {wins}"
+        yield "checkpoint", str(run.checkpoints / str(result["checkpoint"]))
+        yield "rollouts", str(run.samples)
+        yield "metrics", str(run.metrics)
+        yield "rank logs", str(run.logs)
+
+
+def one_line(text: str) -> str:
+    """The beginning of a text, in one line."""
+    flat = text.replace("\n", "\\n")
+    return flat if len(flat) <= WIDTH else f"{flat[:WIDTH]}..."
+
+
+def rlhf_config(config: Config) -> RlhfRunConfig:
+    """`config`, which is one of this stage."""
+    assert isinstance(config, RlhfRunConfig)
+    return config
+
+
+def check_given(config: RlhfRunConfig) -> None:
+    """Refuse prompts, functions and a reward model that were named and are missing, or are something else.
 
     Raises:
-        ArtefactError, ConfigError: there are none.
+        ConfigError, ArtefactError: name the key.
     """
+    from dist_lm.stages.rlhf_prompts import check_prompts
+
     group = config.rlhf
-    if group.prompts_from:
-        train, held_out = _split(_of_files(group.prompts_from, PROMPTS_FROM, tokenizer), bool(group.held_out_from))
-    else:
-        train, held_out = (_of_corpus(run.work.corpus(config.stage.corpus), split) for split in ("train", "val"))
-    if group.held_out_from:
-        held_out = _of_files(group.held_out_from, HELD_OUT_FROM, tokenizer)
-    room = config.model.max_seq_len - group.max_new_tokens
-    kept = [prompt for prompt in train if len(prompt) <= room]
-    if len(kept) < len(train):
-        log.warning(
-            "%d of %d prompts have over %d tokens (model.max_seq_len=%d less rlhf.max_new_tokens=%d) and are left out",
-            *(len(train) - len(kept), len(train), room, config.model.max_seq_len, group.max_new_tokens),
-        )
-    if not kept:
-        raise ArtefactError(f"stage rlhf: none of {len(train)} prompts has at most {room} tokens; shorten them")
-    compared = [prompt for prompt in held_out if len(prompt) <= room][: group.held_out_prompts]
-    if len(compared) < group.held_out_prompts:
-        log.info(
-            "held-out prompts: %d, of rlhf.held_out_prompts=%d; the win rate is of these",
-            *(len(compared), group.held_out_prompts),
-        )
-    return kept, compared
+    check_prompts(group)
+    if group.asks_reward_model and group.reward_model != AUTO:
+        found = checkpoint_files.find_checkpoint(Path(group.reward_model).expanduser())
+        check_reward_model(config, ModelConfig(**checkpoint_files.read_state(found)[1]))
 
 
-def check_given(group: RlhfRunGroup) -> None:
-    """Refuse files of prompts and functions that a run would stop at.
+def _is_ranked(source: SourceConfig) -> bool:
+    return source.reader.endswith("rankings")
+
+
+def check_reward_model(config: RlhfRunConfig, shape: ModelConfig) -> None:
+    """Refuse a model that cannot be rlhf.reward_model.
 
     Raises:
-        ConfigError, ArtefactError: name the key, and file and line.
+        ArtefactError: names the run.
     """
-    for key, where in ((PROMPTS_FROM, group.prompts_from), (HELD_OUT_FROM, group.held_out_from)):
-        if where:
-            for _ in _prompts_of(where, key):
-                pass
-    for name, part in group.rewards.items():
-        if part.kind == "function":
-            imported_function(part.function, f"rlhf.rewards.{name}.function")
-
-
-def _of_corpus(directory: Path, split: str) -> Prompts:
-    """What stands before the first token that the assistant wrote: in a ranking before its completions."""
-    corpus = MappedCorpus.open(directory, split)
-    if not corpus.has_mask:
+    if shape.head != "scalar" or shape.vocab_size != config.model.vocab_size:
         raise ArtefactError(
-            f"corpus {directory}: expected conversations or rankings, whose prompts are gone on with: choose another "
-            "stage.corpus, or give rlhf.prompts_from=FILE"
+            f"rlhf.reward_model={config.rlhf.reward_model}: its model has model.head={shape.head} and "
+            f"{shape.vocab_size} tokens; expected a run of stage reward with this tokenizer"
         )
-    found: dict[tuple[int, ...], None] = {}
-    for document in range(corpus.n_documents):
-        length = int(corpus.lengths[document])
-        begins = int(corpus.mask(document, 0, length).argmax())
-        found[tuple(corpus.tokens(document, 0, begins).tolist())] = None
-    return [list(prompt) for prompt in found if prompt]  # each once: several rankings may have the same one
 
 
-def _of_files(where: str, key: str, tokenizer: Tokenizer) -> Prompts:
-    found = []
-    for prompt in _prompts_of(where, key):
-        try:
-            found.append(rendered(Conversation((Message("user", prompt.text),)), tokenizer))
-        except ChatError as error:
-            raise ArtefactError(f"{key}: {prompt.place}: {error}") from error
-    return found
+def with_reward_run(config: RlhfRunConfig) -> RlhfRunConfig:
+    """`config` with rlhf.reward_model as an absolute path; empty where no part of the reward asks it."""
+    found = config.rlhf.reward_model
+    if not config.rlhf.asks_reward_model:
+        found = "none"
+    elif found == AUTO:
+        found = str(WorkDirectory(Path(config.work_dir).resolve()).run("reward", config.run_id).path)
+    else:
+        found = str(Path(found).expanduser().resolve())
+    return replace(config, rlhf=replace(config.rlhf, reward_model=found))
 
 
-def _prompts_of(where: str, key: str) -> Iterator[Prompt]:
-    """The prompts of the files that `key` names; one that cannot be read, or none at all, is an error."""
-    prompt = None
-    for prompt in read_prompts(find_prompts(where, key=key)):
-        if prompt.error:
-            raise ArtefactError(f"{key}: {prompt.place}: {prompt.error}")
-        yield prompt
-    if prompt is None:
-        raise ArtefactError(f"{key}={where}: no prompts there; expected a file or glob of .jsonl or .txt with some")
-
-
-def _split(prompts: Prompts, all_for_training: bool) -> tuple[Prompts, Prompts]:
-    if all_for_training:
-        return prompts, []
-    held_out = [_is_held_out(prompt) for prompt in prompts]
-    return list(_where(prompts, (not one for one in held_out))), list(_where(prompts, held_out))
-
-
-def _where(prompts: Prompts, chosen: Iterable[bool]) -> Iterator[Sequence[int]]:
-    return (prompt for prompt, keep in zip(prompts, chosen, strict=True) if keep)
-
-
-def _is_held_out(prompt: Sequence[int]) -> bool:
-    return hashlib.sha256(repr(list(prompt)).encode()).digest()[0] % HELD_OUT_OF == 0
+STAGE = Rlhf()

@@ -9,7 +9,8 @@ from dist_lm.errors import ArtefactError
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.request import Answer, Request, SamplingParams
 from dist_lm.model.transformer import Transformer
-from dist_lm.stages.training_stage import Closing
+from dist_lm.stages.text import SampledConfig
+from dist_lm.stages.training import Closing
 from dist_lm.storage import durable
 
 CACHE_TOKENS = 8192  # room for some dozens of samples at a time
@@ -28,6 +29,7 @@ class Sample:
 
 def sample_prompts(closing: Closing) -> list[Sample]:
     """Every prompt of stage.sampling, several times; ranks share the work and all get the whole list (collective)."""
+    assert isinstance(closing.config, SampledConfig)
     config = closing.config.stage.sampling
     wanted = [
         (language, prompt)

@@ -1,52 +1,107 @@
-"""Stage `shards`: reads the corpora and the tokenizer, leaves work/corpora/NAME/*.tar with index and manifest."""
+"""Stage `shards`: tokenizes the corpora into work/corpora/NAME/*.tar, each with an index and a manifest."""
 
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import MISSING
 
 from dist_lm.chat.documents import encode_document
 from dist_lm.config.corpus import SPLITS
 from dist_lm.config.root import Config
+from dist_lm.config.stage import StageConfig
 from dist_lm.data.corpus import IngestReport, LocalText, form_of, read_corpus
 from dist_lm.data.manifest import check_format, read_manifest, write_manifest
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.shard_writer import ShardWriter
 from dist_lm.document import Document
-from dist_lm.errors import ArtefactError
-from dist_lm.stages.artefact import Artefact, corpus_fingerprint, digest
+from dist_lm.errors import ArtefactError, require
+from dist_lm.stages.artefact import corpus_fingerprint, digest
+from dist_lm.stages.stage import Artefact, ArtefactStage
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.encode import Encode, encode_documents
-from dist_lm.tracking.console import Console
+
+if TYPE_CHECKING:
+    from dist_lm.tracking.console import Console
 
 log = logging.getLogger(__name__)
 
 
-def inspect(config: Config) -> Artefact:
-    """What is in work/corpora.
+@dataclass
+class CorporaStageConfig(StageConfig):
+    """The `stage` group of stages that build corpora."""
 
-    Raises:
-        ArtefactError: a corpus was made from another text, or with another tokenizer than work/tokenizer.
-    """
-    work = WorkDirectory(Path(config.work_dir))
-    names = wanted_corpora(config)
-    missing = missing_corpora(config)
-    damaged = [name for name in missing if work.corpus_manifest(name).exists()]
-    there = [name for name in names if name not in missing]
-    for name in there:
-        check_corpus(config, name)
-    if missing:
-        notes = [f"{', '.join(part)} {word}" for part, word in ((there, "there"), (damaged, "damaged")) if part]
-        return Artefact(False, f"corpora {', '.join(missing)}" + (f" ({'; '.join(notes)})" if notes else ""))
-    manifests = [read_manifest(work.corpus(name)) for name in names]
-    tokens = sum(manifest.splits["train"].counts.tokens for manifest in manifests)
-    return Artefact(True, f"corpora {', '.join(names)}: {tokens:,} training tokens")
+    corpora: list[str] | None = None  # the corpora to build; null: all
+
+
+@dataclass
+class CorporaConfig(Config):
+    """The configuration of a stage that builds corpora."""
+
+    stage: CorporaStageConfig = MISSING
+
+    def check_stage(self) -> None:
+        super().check_stage()
+        for name in self.stage.corpora or []:
+            require(name in self.corpus.corpora, "stage.corpora", name, f"some of {', '.join(self.corpus.corpora)}")
+
+
+class Shards(ArtefactStage):
+    name = "shards"
+    schema = CorporaConfig
+    needs = ("tokenizer",)
+    in_pipeline = True
+
+    def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
+        """Build what later stages read, and no other corpus."""
+        read = sorted({name for reader in readers for name in reader.streams})
+        return replace(config, stage=replace(own(config), corpora=read))
+
+    def inspect(self, config: Config) -> Artefact:
+        """What is in work/corpora.
+
+        Raises:
+            ArtefactError: a corpus was made from another text, or with another tokenizer than work/tokenizer.
+        """
+        work = WorkDirectory(Path(config.work_dir))
+        names = wanted_corpora(config)
+        missing = missing_corpora(config)
+        damaged = [name for name in missing if work.corpus_manifest(name).exists()]
+        there = [name for name in names if name not in missing]
+        for name in there:
+            check_corpus(config, name)
+        if missing:
+            notes = [f"{', '.join(part)} {word}" for part, word in ((there, "there"), (damaged, "damaged")) if part]
+            return Artefact(False, f"corpora {', '.join(missing)}" + (f" ({'; '.join(notes)})" if notes else ""))
+        manifests = [read_manifest(work.corpus(name)) for name in names]
+        tokens = sum(manifest.splits["train"].counts.tokens for manifest in manifests)
+        return Artefact(True, f"corpora {', '.join(names)}: {tokens:,} training tokens")
+
+    def build(self, config: Config, console: "Console") -> None:
+        """Tokenize every wanted corpus that is not there or damaged."""
+        missing = missing_corpora(config)
+        texts = any(form_of(config.corpus, name) == "text" for name in missing)
+        local = LocalText.read(config.corpus, config.seed) if texts else LocalText({}, set())
+        for name in missing:
+            build_corpus(config, name, local, console)
+
+    def output(self, config: Config) -> Path:
+        return WorkDirectory(Path(config.work_dir)).path / "corpora"
+
+
+def own(config: Config) -> CorporaStageConfig:
+    """The `stage` group, which is one of a stage that builds corpora."""
+    assert isinstance(config.stage, CorporaStageConfig)
+    return config.stage
 
 
 def wanted_corpora(config: Config) -> list[str]:
     """Those of `stage.corpora`, else all that are configured; rankings are the work of stage `rankings`."""
-    chosen = config.stage.corpora
+    chosen = own(config).corpora
     names = [name for name in config.corpus.corpora if chosen is None or name in chosen]
     return [name for name in names if form_of(config.corpus, name) != "ranking"]
 
@@ -96,17 +151,8 @@ def check_corpus(config: Config, name: str) -> None:
     manifest.require_tokenizer(durable.sha256_of(work.tokenizer_model), work.corpus(name))
 
 
-def build(config: Config, console: Console) -> None:
-    """Tokenize every wanted corpus that is not there or damaged."""
-    missing = missing_corpora(config)
-    texts = any(form_of(config.corpus, name) == "text" for name in missing)
-    local = LocalText.read(config.corpus, config.seed) if texts else LocalText({}, set())
-    for name in missing:
-        build_corpus(config, name, local, console)
-
-
 def build_corpus(
-    config: Config, name: str, local: LocalText, console: Console, encode: Encode = encode_document
+    config: Config, name: str, local: LocalText, console: "Console", encode: Encode = encode_document
 ) -> None:
     """Write the tars of one corpus; the manifest comes last and makes it whole."""
     work = WorkDirectory(Path(config.work_dir))
@@ -141,3 +187,6 @@ def build_corpus(
         corpus_fingerprint=digest(corpus_fingerprint(config, name)),
         ingest=report.as_dict(),
     )
+
+
+STAGE = Shards()

@@ -1,42 +1,143 @@
 """Stage `tools`: next-token prediction on what the assistant writes in conversations, with a share of text.
 
-Before the first step and after the last it is asked, about conversations of val, what it would call; all its tools are
-new to it.
+Before the first step and after the last it answers questions about conversations of val, all with tools that are not
+in the training data.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from dist_lm.data.mapped import MappedCorpus
-from dist_lm.evaluation.tool_questions import Asked, choose, shown
-from dist_lm.evaluation.tool_score import Verdict, figures, judge, read_answer
-from dist_lm.generation.request import Answer, Request, SamplingParams
-from dist_lm.stages.sampling import answer_all
-from dist_lm.stages.training_stage import Closing, TrainingStage
+from omegaconf import MISSING
+
+from dist_lm.config.root import Config
+from dist_lm.config.stage import StageConfig
+from dist_lm.errors import require
+from dist_lm.stages.stage import BITS_PER_BYTE, VAL_LOSS, share
+from dist_lm.stages.text import TextStage
+from dist_lm.stages.training import Closing, last_samples
 from dist_lm.storage import durable
-from dist_lm.tokenizer.symbols import END
-from dist_lm.training.objective import next_token
+from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.tracking.readable import percent
+
+if TYPE_CHECKING:
+    from dist_lm.evaluation.tool_questions import Asked
+    from dist_lm.evaluation.tool_score import Verdict
+    from dist_lm.generation.request import Answer, Request
+    from dist_lm.tracking.console import Console
 
 ROOM = 32  # tokens of an answer beyond twice those of the right one
+COLUMNS = {  # figure -> its column in the summary
+    "parses": "parses",
+    "valid_call": "fits a tool",
+    "name_exact": "names",
+    "args_exact": "arguments",
+    "call_exact": "whole turn",
+    "irrelevance": "no call",
+}
+OVERALL = ("parallel_exact", "false_refusals")
+
+
+@dataclass
+class QuestionsConfig:
+    """Questions to the model about held-out conversations, before the first step and after the last."""
+
+    per_kind: int = 200  # questions about each kind of conversation, at most; 0: no questions
+    max_new_tokens: int = 256  # of an answer
+
+    def __post_init__(self) -> None:
+        require(self.per_kind >= 0, "stage.questions.per_kind", self.per_kind, ">= 0")
+        require(self.max_new_tokens > 0, "stage.questions.max_new_tokens", self.max_new_tokens, "a positive integer")
+
+
+@dataclass
+class ToolsStageConfig(StageConfig):
+    """The `stage` group of stage tools."""
+
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)
+
+
+@dataclass
+class ToolsConfig(Config):
+    """The configuration of stage tools."""
+
+    stage: ToolsStageConfig = MISSING
+
+
+class Tools(TextStage):
+    name = "tools"
+    schema = ToolsConfig
+    needs = ("shards", "code")
+    starts_from = "code"
+    key_figures = ((share("tools/call_exact", "calls exact"),), (BITS_PER_BYTE,), (VAL_LOSS,))
+
+    def before_training(self, closing: Closing) -> dict[str, float]:
+        return examine(closing)
+
+    def after_training(self, closing: Closing) -> dict[str, float]:
+        return examine(closing)
+
+    def print_figures(self, config: Config, result: Mapping[str, Any], console: "Console") -> None:
+        super().print_figures(config, result, console)
+        print_calls(result, console)
+
+    def print_samples(self, run: RunDirectory, console: "Console") -> None:
+        """Print the first question of each kind, with the model's answer."""
+        from dist_lm.chat.template import last_request
+        from dist_lm.tokenizer.symbols import END
+
+        shown: set[str] = set()
+        for sample in last_samples(run):
+            if sample["kind"] not in shown:
+                shown.add(sample["kind"])
+                console.line(f"--- {sample['kind']}, {'right' if sample['right'] else 'wrong'}")
+                for text in (last_request(sample["prompt"]).strip(), sample["found"].removesuffix(END)):
+                    for line in text.splitlines():
+                        console.line(f"    {line}")
+
+    def own_entries(self, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        metrics = result["metrics"]
+        found = [
+            f"{name.replace('_', ' ')} {percent(metrics[f'tools/{name}'])}"
+            for name in OVERALL
+            if f"tools/{name}" in metrics
+        ]
+        if found:
+            yield "calls", ", ".join(found)
 
 
 def examine(closing: Closing) -> dict[str, float]:
-    """`tools/*`: answers to questions about val, greedy, against what the conversations say."""
-    settings = closing.config.stage.questions
+    """`tools/*`: greedy answers to questions about val, compared with the conversations (collective)."""
+    from dist_lm.data.mapped import MappedCorpus
+    from dist_lm.evaluation.tool_questions import choose
+    from dist_lm.evaluation.tool_score import figures, judge, read_answer
+    from dist_lm.stages.sampling import answer_all
+    from dist_lm.tokenizer.symbols import END
+
+    config, tokenizer = closing.config, closing.tokenizer
+    assert isinstance(config, ToolsConfig)
+    settings = config.stage.questions
     if not settings.per_kind:
         return {}
-    corpus = MappedCorpus.open(closing.run.work.corpus(closing.config.stage.corpus), "val")
-    questions = choose(corpus, closing.tokenizer, settings.per_kind, closing.config.model.max_seq_len)
-    requests = requests_of(questions, closing.tokenizer.special_ids[END], settings.max_new_tokens)
+    corpus = MappedCorpus.open(closing.run.work.corpus(config.stage.corpus), "val")
+    questions = choose(corpus, tokenizer, settings.per_kind, config.model.max_seq_len)
+    requests = requests_of(questions, tokenizer.special_ids[END], settings.max_new_tokens)
     answers = answer_all(closing, requests, "stage.questions")
-    verdicts = [verdict_of(one, answer, closing) for one, answer in zip(questions, answers, strict=True)]
+    verdicts = []
+    for one, answer in zip(questions, answers, strict=True):
+        tools = one.question.asked.tools
+        found = read_answer(answer.tokens, answer.finish == "stop", tokenizer)
+        verdicts.append(judge(found, one.question.expected, tools))
     if closing.world.is_first and questions:
         keep(closing, questions, answers, verdicts)
     return figures((one.question.kind, verdict) for one, verdict in zip(questions, verdicts, strict=True))
 
 
-def requests_of(questions: Sequence[Asked], end_id: int, max_new_tokens: int) -> list[Request]:
-    """Greedy, up to the end of the turn. A turn more than twice as long as the right one, and then some, is cut off."""
+def requests_of(questions: "Sequence[Asked]", end_id: int, max_new_tokens: int) -> "list[Request]":
+    """Greedy, up to the end of the turn; an answer much longer than twice the right one is cut off."""
+    from dist_lm.generation.request import Request, SamplingParams
+
     return [
         Request(
             str(number),
@@ -49,36 +150,60 @@ def requests_of(questions: Sequence[Asked], end_id: int, max_new_tokens: int) ->
     ]
 
 
-def verdict_of(one: Asked, answer: Answer, closing: Closing) -> Verdict:
-    """What an answer is worth."""
-    tools = one.question.asked.tools
-    found = read_answer(answer.tokens, answer.finish == "stop", closing.tokenizer)
-    return judge(found, one.question.expected, tools)
-
-
-def keep(closing: Closing, questions: Sequence[Asked], answers: Sequence[Answer], verdicts: Sequence[Verdict]) -> None:
+def keep(
+    closing: Closing, questions: "Sequence[Asked]", answers: "Sequence[Answer]", verdicts: "Sequence[Verdict]"
+) -> None:
     """Write `samples/step_N.jsonl`: one object a question."""
-    lines = [
-        json.dumps(
-            {
-                "kind": one.question.kind,
-                "prompt": shown(one.prompt, closing.tokenizer),
-                "expected": shown(one.expected, closing.tokenizer),
-                "found": shown(answer.tokens, closing.tokenizer),
-                "finish": answer.finish,
-                "right": verdict.exact,
-                "parses": verdict.parses,
-                "valid_call": verdict.valid,
-                "names": verdict.names,
-                "right_calls": verdict.right,
-            },
-            ensure_ascii=False,
+    from dist_lm.evaluation.tool_questions import shown
+
+    lines = []
+    for one, answer, verdict in zip(questions, answers, verdicts, strict=True):
+        line = {
+            "kind": one.question.kind,
+            "prompt": shown(one.prompt, closing.tokenizer),
+            "expected": shown(one.expected, closing.tokenizer),
+            "found": shown(answer.tokens, closing.tokenizer),
+            "finish": answer.finish,
+            "right": verdict.exact,
+            "parses": verdict.parses,
+            "valid_call": verdict.valid,
+            "names": verdict.names,
+            "right_calls": verdict.right,
+        }
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    durable.write_text(closing.run.samples / f"step_{closing.step:08d}.jsonl", "".join(lines))
+
+
+def print_calls(result: Mapping[str, Any], console: "Console") -> None:
+    """Print a row for each kind of conversation, `before -> after` in per cent; nothing without questions."""
+    before, after = result.get("before", {}), result["metrics"]
+    kinds = sorted({kind for name in after if (kind := kind_of(name))})
+    if not kinds:
+        return
+    rows = [
+        (
+            kind or "all",
+            *(cell(f"tools/{figure}" + (f"_{kind}" if kind else ""), before, after) for figure in COLUMNS),
         )
-        for one, answer, verdict in zip(questions, answers, verdicts, strict=True)
+        for kind in ["", *kinds]
     ]
-    durable.write_text(closing.run.samples / f"step_{closing.step:08d}.jsonl", "".join(line + "\n" for line in lines))
+    console.table("calls of tools never trained on, %", ("conversations", *COLUMNS.values()), rows)
 
 
-STAGE = TrainingStage(
-    "tools", lambda config: next_token(config.stage.label_smoothing, config.stage.z_loss), close=examine, open=examine
-)
+def kind_of(metric: str) -> str:
+    """`single` of `tools/parses_single`; empty for a figure over all kinds, and for any other metric."""
+    name = metric.removeprefix("tools/")
+    if name == metric:
+        return ""
+    return next((name.removeprefix(f"{figure}_") for figure in COLUMNS if name.startswith(f"{figure}_")), "")
+
+
+def cell(name: str, before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """`3 -> 98`."""
+    if name not in after:
+        return ""
+    now = f"{after[name] * 100:.0f}"
+    return f"{before[name] * 100:.0f} -> {now}" if name in before else now
+
+
+STAGE = Tools()

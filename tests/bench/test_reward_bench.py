@@ -11,6 +11,7 @@ from dist_lm.rlhf.reward_model import choices_of_people
 
 TINY = (
     "model=nano",
+    "stage=rankings",
     "model.head=scalar",
     "model.d_model=32",
     "model.n_layers=2",

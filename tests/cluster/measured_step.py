@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from dist_lm.config.file import load_config
 from dist_lm.dry_run.rehearsal import random_batch, rehearse
 from dist_lm.dry_run.watch import LiveMemory, Watch
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import build_mesh, process_group
 from dist_lm.parallel.sharding import build_model
-from dist_lm.stages.registry import training_stage
+from dist_lm.stages.registry import load_config
+from dist_lm.stages.training import training_stage
 from dist_lm.training.optimizer import build_optimizer
 
 

@@ -5,8 +5,8 @@ import io
 import pytest
 
 from dist_lm.config.tracking import TrackingConfig
-from dist_lm.launcher.generation_run import run_generation
 from dist_lm.launcher.interrupt import Interrupt
+from dist_lm.launcher.pool_run import run_pool_stage
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.dashboard import board_of
@@ -72,7 +72,7 @@ def test_the_reward_model(ranked_work, tmp_path) -> None:  # noqa: F811
 
 def test_generation(trained, cluster, tmp_path) -> None:  # noqa: F811
     prompts = write_prompts(tmp_path / "p.jsonl", 60)
-    assert run_generation(plan_of(trained, prompts, "run_id=panels"), cluster, Screen(), Interrupt())
+    assert run_pool_stage(plan_of(trained, prompts, "run_id=panels"), cluster, Screen(), Interrupt())
     assert_no_panel_is_empty(trained.run("generate", "panels"), "generate")
 
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from dist_lm.cluster.torchrun import CPU_ALLOCATOR
-from dist_lm.config.file import save_config
+from dist_lm.config.root import save_config
 from dist_lm.dry_run.play import play_ranks
 from dist_lm.dry_run.work import resident
 from dist_lm.launcher.compose import compose_config

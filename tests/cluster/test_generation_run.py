@@ -20,11 +20,12 @@ from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.generation.request import Answer, Refusal, Request
-from dist_lm.launcher import generation_run, generation_watch
+from dist_lm.launcher import pool_run
 from dist_lm.launcher.compose import compose_config
-from dist_lm.launcher.generation_run import run_generation
 from dist_lm.launcher.interrupt import SIGNALS, Interrupt, watch_signals
-from dist_lm.launcher.plan import Action, Plan, make_plan
+from dist_lm.launcher.plan import Plan, make_plan
+from dist_lm.launcher.pool_run import run_pool_stage
+from dist_lm.stages.stage import Action
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.metrics import read_metrics
@@ -78,7 +79,7 @@ class Screen(Console):
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> RayCluster:
     """None: engines work in this process."""
-    monkeypatch.setattr(generation_run, "Pool", Alone)
+    monkeypatch.setattr(pool_run, "Pool", Alone)
     monkeypatch.setattr(RayCluster, "nodes", lambda self: [])
     return RayCluster("nowhere", ClusterConfig(name="local"))
 
@@ -100,7 +101,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(trained, cluster, tmp_
     clean = plan_of(trained, prompts, "run_id=clean", "stage.n=2", "seed=3", "stage.actors=1")
     assert clean.action is Action.BUILD
     assert "code/default/step_00000005" in clean.detail
-    assert run_generation(clean, cluster, Screen(), Interrupt())
+    assert run_pool_stage(clean, cluster, Screen(), Interrupt())
     run = trained.run("generate", "clean")
     records = [json.loads(line) for text in parts_of(run).values() for line in text.decode().split("\n") if line]
     refused = {record["id"]: record["error"] for record in records if "error" in record}
@@ -127,12 +128,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(trained, cluster, tmp_
     same = ("stage.n=2", "seed=3", "stage.max_sequences=7")
     stopped = trained.run("generate", "stopped")
     began = plan_of(trained, prompts, "run_id=stopped", *same)
-    assert not run_generation(began, cluster, Screen(), AfterParts(stopped, 3))
+    assert not run_pool_stage(began, cluster, Screen(), AfterParts(stopped, 3))
     assert 3 <= len(parts_of(stopped)) < 10
     assert not stopped.result.exists()
     again = plan_of(trained, prompts, "run_id=stopped", *same)
     assert again.action is Action.RESUME
-    assert run_generation(again, cluster, Screen(), Interrupt())
+    assert run_pool_stage(again, cluster, Screen(), Interrupt())
     assert parts_of(stopped) == parts_of(run)
     finished = json.loads(stopped.result.read_text())
     assert (finished["answers"], finished["first_refusal"]) == (396, refused[3])
@@ -155,14 +156,14 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(trained, cluster, tmp_
 
 
 def test_metrics_say_how_far_it_is_and_go_on_where_it_was_stopped(trained, cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(generation_watch, "LINE_S", 0.0)
+    monkeypatch.setattr(pool_run, "LINE_S", 0.0)
     prompts, run = write_prompts(tmp_path / "p.jsonl", 100), trained.run("generate", "measured")
     plan = plan_of(trained, prompts, "run_id=measured")
-    assert not run_generation(plan, cluster, Screen(), AfterParts(run, 2))
+    assert not run_pool_stage(plan, cluster, Screen(), AfterParts(run, 2))
     seen = list(read_metrics(run.metrics))
     kept = [line for line in seen if line["step"] <= 20 * len(parts_of(run))]
     assert seen[-1]["generate/prompts"] == seen[-1]["step"] >= len(kept) > 0
-    assert run_generation(plan_of(trained, prompts, "run_id=measured"), cluster, Screen(), Interrupt())
+    assert run_pool_stage(plan_of(trained, prompts, "run_id=measured"), cluster, Screen(), Interrupt())
     lines = list(read_metrics(run.metrics))
     steps = [line["step"] for line in lines]
     assert steps == sorted(set(steps))
@@ -192,17 +193,19 @@ class SlowStart(Alone):
 
 
 def test_speed_does_not_count_the_start_of_engines(trained, cluster, tmp_path, monkeypatch):
-    monkeypatch.setattr(generation_run, "Pool", SlowStart)
-    monkeypatch.setattr(generation_run, "time", SimpleNamespace(monotonic=lambda: SlowStart.now))
+    monkeypatch.setattr(pool_run, "Pool", SlowStart)
+    monkeypatch.setattr(pool_run, "time", SimpleNamespace(monotonic=lambda: SlowStart.now))
     plan = plan_of(trained, write_prompts(tmp_path / "p.jsonl", 3), "run_id=timed")
-    assert run_generation(plan, cluster, Screen(), Interrupt())
+    assert run_pool_stage(plan, cluster, Screen(), Interrupt())
     result = json.loads(trained.run("generate", "timed").result.read_text())
     assert result["seconds"] == 1.0
     assert result["tokens_per_s"] == result["tokens"] > 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-@pytest.mark.parametrize("slow", ["model_weights", "Samples", "tokenizer_of"])
+@pytest.mark.parametrize(
+    "slow", ["launcher.pool_run.model_weights", "stages.generate_parts.Samples", "stages.generate_parts.tokenizer_of"]
+)
 def test_a_signal_before_engines_start_is_obeyed_at_once(trained, cluster, tmp_path, monkeypatch, number, slow):
     before = [signal.getsignal(one) for one in SIGNALS]
 
@@ -210,11 +213,11 @@ def test_a_signal_before_engines_start_is_obeyed_at_once(trained, cluster, tmp_p
         signal.raise_signal(number)
         pytest.fail(f"{slow} went on after the signal")
 
-    monkeypatch.setattr(generation_run, slow, read)
     plan = plan_of(trained, write_prompts(tmp_path / "p.jsonl", 3), f"run_id=stopped_{number:d}_{slow}")
+    monkeypatch.setattr(f"dist_lm.{slow}", read)
     with watch_signals(Screen(), "stopping") as interrupt:
         noted = [signal.getsignal(one) for one in SIGNALS]
-        assert not run_generation(plan, cluster, Screen(), interrupt)
+        assert not run_pool_stage(plan, cluster, Screen(), interrupt)
         assert interrupt.number == number
         assert [signal.getsignal(one) for one in SIGNALS] == noted
     assert [signal.getsignal(one) for one in SIGNALS] == before
@@ -224,7 +227,7 @@ def test_a_signal_before_engines_start_is_obeyed_at_once(trained, cluster, tmp_p
 def test_nothing_answered_is_an_error_and_stays_one(trained, cluster, tmp_path, monkeypatch):
     (tmp_path / "p.jsonl").write_text("{\n" * 3)
     plan = Plan((plan_of(trained, tmp_path / "p.jsonl", "run_id=none"),))
-    assert run_generation(plan.stages[0], cluster, Screen(), Interrupt())
+    assert run_pool_stage(plan.stages[0], cluster, Screen(), Interrupt())
     monkeypatch.setattr(launch, "run_missing", lambda *arguments: 0)
     for _ in range(2):
         screen = Screen()
@@ -238,7 +241,7 @@ def test_nothing_answered_is_an_error_and_stays_one(trained, cluster, tmp_path, 
 
 def test_an_empty_prompt_is_answered(trained, cluster, tmp_path):
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": ""}) + "\n")
-    assert run_generation(plan_of(trained, tmp_path / "p.jsonl", "run_id=empty"), cluster, Screen(), Interrupt())
+    assert run_pool_stage(plan_of(trained, tmp_path / "p.jsonl", "run_id=empty"), cluster, Screen(), Interrupt())
     (part,) = parts_of(trained.run("generate", "empty")).values()
     record = json.loads(part)
     assert (record["prompt"], record["id"], len(record["tokens"]) > 0) == ("", 0, True)
@@ -260,7 +263,7 @@ def test_the_checkpoint_is_the_newest_code_or_language_one_and_stays(trained, cl
     (work.path / "runs").mkdir()
     (work.path / "runs" / "language").symlink_to(trained.path / "runs" / "language")
     begun = plan_of(work, prompts, "run_id=begun")
-    assert not run_generation(begun, cluster, Screen(), AfterParts(work.run("generate", "begun"), 0))
+    assert not run_pool_stage(begun, cluster, Screen(), AfterParts(work.run("generate", "begun"), 0))
     (work.path / "runs" / "code").symlink_to(trained.path / "runs" / "code")
     assert "code/default" in plan_of(work, prompts).detail
     assert "language/default" in plan_of(work, prompts, "run_id=begun").detail

@@ -11,11 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dist_lm.config.file import save_config
-from dist_lm.config.rlhf_run import RlhfRunConfig, with_reward_run
+from dist_lm.config.root import save_config
 from dist_lm.generation.load import load_model
 from dist_lm.launcher.compose import compose_config
 from dist_lm.model.size import parameter_shapes
+from dist_lm.stages.rlhf import RlhfRunConfig, with_reward_run
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.training import checkpoint_files
 from tests.cluster.launched import assert_gone, family, ranks_on, steps_of, wait_until

@@ -9,12 +9,13 @@ from rich.console import Console
 from dist_lm.cluster.heartbeat import Pulse
 from dist_lm.cluster.journal import Journal, read_events
 from dist_lm.cluster.status import as_json, print_status, read_status
-from dist_lm.config.file import save_config
+from dist_lm.config.root import save_config
 from dist_lm.errors import ArtefactError
 from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.pipeline import queue_of
-from dist_lm.launcher.plan import Action, Plan, PlannedStage
-from dist_lm.stages.registry import STAGES
+from dist_lm.launcher.plan import Plan, PlannedStage
+from dist_lm.stages.registry import stage_named
+from dist_lm.stages.stage import Action
 from dist_lm.storage.lock import locked
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.metrics import MetricsWriter
@@ -27,7 +28,8 @@ NODES = [{"host": "n1", "address": "10.0.0.1"}, {"host": "n2", "address": "10.0.
 def plan_in(work: WorkDirectory, run_id: str = "default") -> Plan:
     config = compose_config(["stage=language", *TINY, f"work_dir={work.path}", f"run_id={run_id}", "stage.steps=40"])
     actions = {"tokenizer": Action.READY, "shards": Action.READY, "language": Action.BUILD}
-    return Plan(tuple(PlannedStage(STAGES[name], config, action, f"of {name}") for name, action in actions.items()))
+    stages = (PlannedStage(stage_named(name), config, action, f"of {name}") for name, action in actions.items())
+    return Plan(tuple(stages))
 
 
 def make_run(work: WorkDirectory, plan: Plan) -> None:

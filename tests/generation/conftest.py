@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_lm.config.file import save_config
+from dist_lm.config.root import save_config
 from dist_lm.generation.load import LoadedModel
 from dist_lm.generation.session import Session
 from dist_lm.launcher.compose import compose_config

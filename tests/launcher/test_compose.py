@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from dist_lm.config.file import load_config, save_config
-from dist_lm.config.rlhf_run import RlhfRunConfig
-from dist_lm.config.root import Config
+from dist_lm.config.root import Config, save_config
 from dist_lm.errors import ConfigError
 from dist_lm.launcher.compose import choices, compose_config, overrides_of, target_stage
+from dist_lm.stages.registry import load_config
+from dist_lm.stages.rlhf import RlhfRunConfig
 
 
 @pytest.mark.parametrize("model", choices("model"))

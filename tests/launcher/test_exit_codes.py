@@ -40,7 +40,6 @@ def test_the_exit_code_and_the_pipeline_say_how_it_ended(plan, monkeypatch, tmp_
         return ending
 
     monkeypatch.setattr(launch, "run_missing", run_missing)
-    monkeypatch.setattr("dist_lm.launcher.summary.print_summary", lambda *arguments: None)
     monkeypatch.setattr("sys.argv", ["launch"])
     assert launch.carry_out(plan, Console(errors=io.StringIO())) == code
     (pipeline,) = (tmp_path / "pipelines").glob("*.json")

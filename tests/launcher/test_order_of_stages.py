@@ -9,10 +9,11 @@ import pytest
 
 from dist_lm import launch
 from dist_lm.cluster import ray_cluster
-from dist_lm.launcher import artefact_build, stage_run
+from dist_lm.launcher import pipeline, stage_run
 from dist_lm.launcher.compose import compose_config
-from dist_lm.launcher.plan import Action, Plan, PlannedStage
-from dist_lm.stages.registry import STAGES
+from dist_lm.launcher.plan import Plan, PlannedStage
+from dist_lm.stages.registry import stage_named
+from dist_lm.stages.stage import Action
 from dist_lm.tracking.console import Console
 
 
@@ -27,21 +28,20 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         yield
 
     def run(stage: PlannedStage, *rest: Any) -> bool:
-        names.append(stage.info.name)
-        return stage.info.name != "language"  # where it is stopped
+        names.append(stage.name)
+        return stage.name != "language"  # where it is stopped
 
     monkeypatch.setattr(ray_cluster, "connect", connect)
-    monkeypatch.setattr(artefact_build, "build_artefact", lambda stage, console: names.append(stage.info.name))
+    monkeypatch.setattr(pipeline, "build_artefact", lambda stage, console: names.append(stage.name))
     monkeypatch.setattr(stage_run, "run_training_stage", run)
-    monkeypatch.setattr(stage_run, "newest_checkpoint", lambda config: "a checkpoint")
     return names
 
 
 def run_missing(*names: str) -> int:
     config = compose_config(["stage=language", "tracking=none"])
-    stages = tuple(PlannedStage(STAGES[name], config, Action.BUILD, "") for name in names)
-    pipeline: Any = SimpleNamespace(begin=lambda name: None, done=lambda name, leaves="": None)
-    return launch.run_missing(Plan(stages), Console(), pipeline, None)
+    stages = tuple(PlannedStage(stage_named(name), config, Action.BUILD, "") for name in names)
+    queue: Any = SimpleNamespace(begin=lambda name: None, done=lambda name, leaves="": None)
+    return launch.run_missing(Plan(stages), Console(), queue, None)
 
 
 def test_an_artefact_may_come_behind_a_training_stage(done: list[str]) -> None:

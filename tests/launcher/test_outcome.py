@@ -6,10 +6,11 @@ import json
 import pytest
 
 from dist_lm.launcher.compose import compose_config
-from dist_lm.launcher.outcome import KEY_FIGURES, key_figures, next_commands, print_outcome
+from dist_lm.launcher.outcome import key_figures, next_commands, print_outcome
 from dist_lm.launcher.pipeline import QueuedStage
-from dist_lm.launcher.plan import Action, Plan, PlannedStage, run_of
-from dist_lm.stages.registry import STAGES
+from dist_lm.launcher.plan import Plan, PlannedStage
+from dist_lm.stages.registry import all_stages, stage_named
+from dist_lm.stages.stage import Action, run_of
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.metrics import MetricsWriter
@@ -30,7 +31,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
         with MetricsWriter(run.metrics) as metrics:
             for step in (1, 2, 3):
                 metrics.write(step, {"train/loss": 5.0 - step, "val/bits_per_byte": 3.0 - step / 2})
-        stages.append(PlannedStage(STAGES[name], config, Action.BUILD, "9 steps"))
+        stages.append(PlannedStage(stage_named(name), config, Action.BUILD, "9 steps"))
     result = {"steps": 9, "seconds": 70.0, "metrics": {"val/bits_per_byte": 1.25}, "before": {"val/bits_per_byte": 8.0}}
     run_of(stages[0].config).result.write_text(json.dumps(result))
     return Plan(tuple(stages))
@@ -82,20 +83,21 @@ def test_a_command_that_began_nothing_has_no_table(plan: Plan) -> None:
 def test_what_was_measured_once_has_no_after(tmp_path) -> None:
     run = RunDirectory(tmp_path / "runs" / "rlhf" / "stopped")
     run.create()
+    rlhf, code = (stage_named(name).key_figures for name in ("rlhf", "code"))
     with MetricsWriter(run.metrics) as metrics:
         metrics.write(0, {"rlhf/win_rate": 0.54})
         for step in (1, 2, 3):
             metrics.write(step, {"rlhf/reward_mean": step / 2})
-    assert key_figures(run, {}) == ["wins 54% (step 0)", "reward 0.500 -> 1.500"]
+    assert key_figures(run, {}, rlhf) == ["wins 54% (step 0)", "reward 0.500 -> 1.500"]
     ended = {"steps": 3, "metrics": {"rlhf/win_rate": 0.75, "rlhf/reward_mean": 1.5}, "before": {"rlhf/win_rate": 0.54}}
-    assert key_figures(run, ended) == ["wins 54% -> 75%", "reward 0.500 -> 1.500"]
+    assert key_figures(run, ended, rlhf) == ["wins 54% -> 75%", "reward 0.500 -> 1.500"]
     with MetricsWriter(run.metrics) as metrics:
         metrics.write(3, {"val/loss": 2.0})
-    assert key_figures(run, {"steps": 3, "metrics": {"val/loss": 2.0}, "before": {}}) == ["val loss 2.000"]
+    assert key_figures(run, {"steps": 3, "metrics": {"val/loss": 2.0}, "before": {}}, code) == ["val loss 2.000"]
 
 
 def test_figures_of_one_group_stand_beside_each_other(plan: Plan) -> None:
     run = run_of(plan.stages[1].config)
     result = {"metrics": {"rlhf/win_rate": 0.75, "rlhf/reward_mean": 1.0, "val/loss": 2.0}, "before": {}}
-    assert key_figures(run, result) == ["wins 75%", "reward 1.000"]
-    assert all(metric_of(figure.metric) for line in KEY_FIGURES for figure in line)
+    assert key_figures(run, result, stage_named("rlhf").key_figures) == ["wins 75%", "reward 1.000"]
+    assert all(metric_of(one.metric) for stage in all_stages() for line in stage.key_figures for one in line)

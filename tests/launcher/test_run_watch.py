@@ -11,9 +11,9 @@ import pytest
 
 from dist_lm.cluster.failure import GangFailure
 from dist_lm.cluster.node_facts import NodeUsage
-from dist_lm.launcher import wandb_copy
+from dist_lm.launcher import watch
 from dist_lm.launcher.compose import compose_config
-from dist_lm.launcher.run_watch import RunWatch, watching
+from dist_lm.launcher.watch import RunWatch, watching
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.alerts import Alert
 from dist_lm.tracking.console import Console
@@ -54,7 +54,7 @@ class Told:
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> Told:
     told = Told()
-    monkeypatch.setattr(wandb_copy.WandbRun, "start", lambda *_, **__: told)
+    monkeypatch.setattr(watch.WandbRun, "start", lambda *_, **__: told)
     return told
 
 

@@ -3,8 +3,7 @@
 import pytest
 
 from dist_lm.errors import ConfigError
-from dist_lm.launcher.compose import compose_config
-from dist_lm.launcher.secret_check import check_no_secrets
+from dist_lm.launcher.compose import check_no_secrets, compose_config
 
 SESAME = "opensesame"
 

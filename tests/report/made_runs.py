@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_lm.config.file import save_config
+from dist_lm.config.root import save_config
 from dist_lm.data.manifest import Counts, Manifest, Shard, Split
 from dist_lm.launcher.compose import compose_config
 from dist_lm.storage import durable

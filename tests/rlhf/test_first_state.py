@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from dist_lm.config.rlhf import RewardPartConfig
-from dist_lm.config.rlhf_run import RlhfRunGroup
 from dist_lm.errors import ArtefactError
-from dist_lm.ranks.rlhf.models import first_state
+from dist_lm.ranks.rlhf_models import first_state
 from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.state import KlController
+from dist_lm.stages.rlhf import RlhfRunGroup
 from dist_lm.storage.run_directory import RunDirectory
 
 MODEL = RewardPartConfig(kind="reward_model")

@@ -11,7 +11,7 @@ from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.stream import SequenceStream
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World
-from dist_lm.ranks.rlhf.pretraining import PretrainingText
+from dist_lm.ranks.rlhf_supply import PretrainingText
 from dist_lm.rlhf.rollouts import EngineRollouts
 from tests.parallel.ranks import RankGroups
 from tests.rlhf.toy import LENGTH, MODEL, engine_of, toy, write_text

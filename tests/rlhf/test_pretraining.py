@@ -15,7 +15,7 @@ from dist_lm.data.stream import SequenceStream
 from dist_lm.errors import ConfigError
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.values import shard_of
-from dist_lm.ranks.rlhf.pretraining import PretrainingText
+from dist_lm.ranks.rlhf_supply import PretrainingText
 from dist_lm.rlhf.state import RlhfState
 from tests.rlhf.toy import LENGTH, MODEL, VOCABULARY, Toy, tensors_of, toy, weights_of, write_text
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.config.rlhf_run import RlhfRunConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.evaluation.tool_questions import shown
 from dist_lm.launcher.compose import compose_config
-from dist_lm.stages.rlhf import Prompts, read_all
+from dist_lm.stages.rlhf import RlhfRunConfig
+from dist_lm.stages.rlhf_prompts import Prompts, read_all
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from tests.conftest import TINY

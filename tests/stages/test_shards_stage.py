@@ -72,7 +72,7 @@ def test_a_corpus_depends_on_the_seed_if_its_reader_says_so(work, function, depe
 
 def test_conversations_come_back_with_their_mask_in_the_split_of_their_group(work, few):
     shutil.rmtree(work.corpus("tools"))
-    shards.build(config_for(work), Console())
+    shards.STAGE.build(config_for(work), Console())
     tokenizer = Tokenizer.load(work.tokenizer_model)
     for split in SPLITS:
         corpus = MappedCorpus.open(work.corpus("tools"), split)
@@ -89,18 +89,18 @@ def test_conversations_come_back_with_their_mask_in_the_split_of_their_group(wor
 def test_only_what_is_missing_is_built(work, few):
     shutil.rmtree(work.corpus("tools"))
     config = config_for(work, "stage.corpora=[language,code,tools]")
-    assert shards.inspect(config).detail == "corpora tools (language, code there)"
+    assert shards.STAGE.inspect(config).detail == "corpora tools (language, code there)"
     before = {name: read_manifest(work.corpus(name)) for name in ("language", "code")}
     stamps = {path: path.stat().st_mtime_ns for path in work.path.rglob("*") if path.is_file()}
-    shards.build(config, Console())
-    assert shards.inspect(config).ready
+    shards.STAGE.build(config, Console())
+    assert shards.STAGE.inspect(config).ready
     assert {name: read_manifest(work.corpus(name)) for name in before} == before
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
 
 
 def test_corpora_that_are_not_asked_for_may_be_missing(work):
     shutil.rmtree(work.corpus("tools"))
-    assert shards.inspect(config_for(work, "stage.corpora=[code]")).ready
+    assert shards.STAGE.inspect(config_for(work, "stage.corpora=[code]")).ready
 
 
 def test_conversations_change_nothing_about_the_texts_beside_them(work):

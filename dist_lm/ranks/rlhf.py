@@ -1,47 +1,147 @@
-"""Building the parts of a run of stage `rlhf` on one rank, running them, and writing what they leave behind.
+"""The program of a rank of stage `rlhf`: its parts put together, run, reported, and saved.
 
 The first rank has the prompts and the source of rollouts; all ranks have the models.
 """
 
+import json
 import logging
 import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import numpy as np
 import torch
 
-from dist_lm.config.file import load_config
-from dist_lm.config.rlhf_run import RlhfRunConfig
 from dist_lm.errors import ArtefactError
+from dist_lm.evaluation.tool_questions import shown
+from dist_lm.parallel.mesh import World
 from dist_lm.parallel.values import whole_weights
-from dist_lm.ranks.data import check_corpora
-from dist_lm.ranks.program import open_metrics
-from dist_lm.ranks.result import metrics_of_step, write_success
-from dist_lm.ranks.rlhf.held_out import HeldOut
-from dist_lm.ranks.rlhf.models import Begun, begin, train_state
-from dist_lm.ranks.rlhf.pretraining import pretraining_text
-from dist_lm.ranks.rlhf.report import Reporter
-from dist_lm.ranks.rlhf.saving import Saving
-from dist_lm.ranks.rlhf.source import rollout_source
-from dist_lm.ranks.start import RankStart, started
-from dist_lm.rlhf.learner import Learner, RolloutSupply
+from dist_lm.ranks.rlhf_held_out import HeldOut
+from dist_lm.ranks.rlhf_models import Begun, begin, saved_files, train_state
+from dist_lm.ranks.rlhf_supply import pretraining_text, rollout_source
+from dist_lm.ranks.start import RankStart, check_corpora, metrics_of_step, open_metrics, started, write_success
+from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
 from dist_lm.rlhf.models import own_threads
 from dist_lm.rlhf.ppo import Ppo
 from dist_lm.rlhf.rollouts import ShuffledPrompts
 from dist_lm.rlhf.state import RlhfState
-from dist_lm.stages.rlhf import read_all
+from dist_lm.stages.registry import load_config
+from dist_lm.stages.rlhf import RlhfRunConfig
+from dist_lm.stages.rlhf_prompts import read_all
+from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.symbols import END
+from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.training.checkpoint_saver import CheckpointSaver
 from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
+from dist_lm.training.step_meter import Eta
+from dist_lm.training.trainer import is_due, peak_memory_gib
 
 log = logging.getLogger(__name__)
 
 ALGORITHMS = {"ppo": Ppo}
+
+
+@dataclass
+class Reporter:
+    """Told of every iteration, on every rank; it writes on the first one."""
+
+    config: RlhfRunConfig
+    run: RunDirectory
+    world: World
+    tokenizer: Tokenizer
+    metrics: MetricsWriter | None  # on the first rank
+    heartbeat: Heartbeat
+    tokens: int  # drawn and trained on so far
+    iteration: int  # done
+    _since: float = field(default_factory=time.perf_counter)
+    _eta: Eta = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._eta = Eta(self.config.stage.steps)
+
+    def __call__(self, report: IterationReport) -> None:
+        """One more iteration is done."""
+        new = int(report.rollouts.new_tokens_B.sum())
+        self.tokens += new
+        self.iteration = report.iteration
+        now = time.perf_counter()
+        took, self._since = now - self._since, now
+        line = dict(report.metrics) | {
+            "train/tokens": self.tokens,
+            "perf/step_s": took,
+            "perf/tokens_per_s": new / took,
+            "perf/tokens_per_s_per_rank": new / took / self.world.size,
+            "perf/samples_per_s": len(report.rollouts) / took,
+            "perf/memory_gib": peak_memory_gib(self.world.device),
+        }
+        left_s = self._eta.after(report.iteration)
+        if left_s is not None:
+            line["perf/eta_s"] = left_s
+        last = report.iteration == self.config.stage.steps
+        shown = last or is_due(report.iteration, self.config.stage.eval_every)
+        if self.metrics and (shown or report.iteration % self.config.stage.log_every == 0):
+            self.metrics.write(report.iteration, line)
+        if self.metrics and shown and self.config.rlhf.table_rollouts:
+            self._write_table(report)
+        self.alive(Phase.DATA)
+
+    def alive(self, phase: Phase) -> None:
+        """Say that work gets on."""
+        self.heartbeat.beat(phase, self.iteration)
+
+    def _write_table(self, report: IterationReport) -> None:
+        """`samples/step_N.jsonl`: rollouts from the best to the worst, evenly chosen, with what each part gave."""
+        n = len(report.score_B)
+        wanted = min(n, self.config.rlhf.table_rollouts)
+        order = report.score_B.argsort(descending=True, stable=True).tolist()
+        chosen = {order[i * (n - 1) // max(1, wanted - 1)] for i in range(wanted)}
+        lines = []
+        for place, rollout in enumerate(report.rollouts):
+            if place in chosen:
+                line = {
+                    "kind": "rollout",
+                    "prompt": shown(rollout.prompt.tolist(), self.tokenizer),
+                    "completion": shown(rollout.completion.tolist(), self.tokenizer),
+                    "reward": float(report.score_B[place]),
+                    "parts": {name: float(score_B[place]) for name, score_B in report.part_B.items()},
+                    "tokens": len(rollout.completion),
+                    "finish": rollout.finish,
+                    "version": rollout.version,
+                }
+                lines.append((line["reward"], place, json.dumps(line, ensure_ascii=False)))
+        lines.sort(key=lambda line: (-line[0], line[1]))
+        path = self.run.samples / f"step_{report.iteration:08d}.jsonl"
+        durable.write_text(path, "".join(f"{text}\n" for _, _, text in lines))
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Called with the state after an iteration, on every rank (collective)."""
+
+    saver: CheckpointSaver
+    begun: Begun
+    reporter: Reporter
+    is_first: bool
+
+    def __call__(self, state: RlhfState) -> None:
+        """Save it, with the models as they are now."""
+        self.reporter.alive(Phase.SAVING)
+        began = time.perf_counter()
+        policy = self.begun.models.policy
+        self.saver.save(
+            policy.model,
+            policy.optimizer,
+            train_state(state, self.reporter.tokens),
+            self.begun.companions,
+            saved_files(state) if self.is_first else {},
+        )
+        if self.reporter.metrics:
+            self.reporter.metrics.write(state.iteration, {"checkpoint/stall_s": time.perf_counter() - began})
 
 
 def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None:

@@ -10,7 +10,6 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.rlhf_run import RlhfRunConfig, RlhfRunGroup, check_reward_model
 from dist_lm.errors import ArtefactError
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.sharding import build_model
@@ -19,6 +18,7 @@ from dist_lm.rlhf.algorithm import Algorithm
 from dist_lm.rlhf.models import RlhfModels, frozen, scalar_config, start_critic, trained_critic, trained_policy
 from dist_lm.rlhf.reward_model import read_reward_scale
 from dist_lm.rlhf.state import KlController, RlhfState
+from dist_lm.stages.rlhf import RlhfRunConfig, RlhfRunGroup, check_reward_model
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.training import checkpoint, checkpoint_files
 from dist_lm.training.checkpoint import Companion

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dist_lm.config.rlhf_run import RlhfRunConfig
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.values import whole_weights
 from dist_lm.ranks.start import RankStart
@@ -22,6 +21,7 @@ from dist_lm.rlhf.models import RlhfModels, dealing
 from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rewards import rules_of, share_judged, total_score
 from dist_lm.rlhf.rollouts import Rollouts
+from dist_lm.stages.rlhf import RlhfRunConfig
 
 POLICY_SEED, REFERENCE_SEED = 1, 2  # beside the run's
 POLICY_VERSION, REFERENCE_VERSION = -2, -3  # of their weights, which no iteration made: a pool goes by versions

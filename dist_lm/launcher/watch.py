@@ -1,28 +1,34 @@
-"""The wandb copy of a run while its ranks work: metrics, alerts, how busy nodes are, samples and checkpoints.
+"""What a run shows while it works: its files and its gang, handed on to the console and to wandb.
 
-Only the launcher talks to wandb, and only hands things over (`tracking/wandb_run.py`).
+Only the launcher talks to wandb, and it only hands things over (`tracking/wandb_run.py`).
 """
 
 import json
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 from dist_lm.cluster.failure import GangFailure
+from dist_lm.cluster.heartbeat import Pulse
 from dist_lm.cluster.node_facts import NodeUsage, usage_metrics
 from dist_lm.config.root import Config
-from dist_lm.launcher.git import git_commit
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking import alerts
 from dist_lm.tracking.console import Console
-from dist_lm.tracking.metrics import last_metrics
+from dist_lm.tracking.live_state import GangFacts, RankPulse
+from dist_lm.tracking.metrics import WarningFollower, follow, last_metrics
+from dist_lm.tracking.progress import TrainingProgress
 from dist_lm.tracking.wandb_run import Outcome, WandbRun
 from dist_lm.training import checkpoint_files
 
+RANKS_EVERY_S = 0.5
+CHECKPOINT_EVERY_S = 2.0  # the file system may be slow
 USAGE_EVERY_S = 15.0
 FILES_EVERY_S = 5.0
 
@@ -144,3 +150,82 @@ def start_wandb(config: Config, run: RunDirectory, console: Console, corpora: Se
         console=console,
     )
     return WandbCopy(config, run, wandb, corpora) if wandb else None
+
+
+class RunWatch:
+    """Looks at a run again and again, for those that watch it."""
+
+    def __init__(
+        self, run: RunDirectory, progress: TrainingProgress, wandb: WandbCopy | None, console: Console
+    ) -> None:
+        """See `watching`."""
+        self._run = run
+        self._progress = progress
+        self._wandb = wandb
+        self._console = console
+        self._warnings = WarningFollower(run.warnings)
+        self._metrics = follow(run.metrics)
+        self._ranks_at = self._checkpoint_at = 0.0
+        progress.saved(checkpoint_files.newest_step(run.checkpoints), just_now=False)
+
+    def attempt(self, gang: GangFacts) -> None:
+        """Another gang begins."""
+        self._progress.attempt(gang)
+
+    def restarts(self, failure: GangFailure) -> None:
+        """A gang failed, and another one is about to be started."""
+        if self._wandb:
+            self._wandb.restarts(failure)
+
+    def look(self, usages: Mapping[str, NodeUsage]) -> None:
+        """Hand on what has been written since the last call.
+
+        Args:
+            usages: how busy the nodes are, by host.
+        """
+        for warning in self._warnings.poll():
+            self._console.warning(warning)
+        for line in self._metrics.poll():
+            self._progress.update(line)
+            if self._wandb:
+                self._wandb.line(line)
+        if self._wandb:
+            self._wandb.look(usages)
+        now = time.monotonic()
+        if now - self._checkpoint_at >= CHECKPOINT_EVERY_S:
+            self._checkpoint_at = now
+            self._progress.saved(checkpoint_files.newest_step(self._run.checkpoints), just_now=True)
+
+    def heard(self, pulses: Sequence[Pulse]) -> None:
+        """What the ranks were last heard doing."""
+        now = time.monotonic()
+        if now - self._ranks_at >= RANKS_EVERY_S:
+            self._ranks_at = now
+            self._progress.heard(
+                [RankPulse(pulse.rank, pulse.step, pulse.phase.words, pulse.age_s) for pulse in pulses]
+            )
+
+
+@contextmanager
+def watching(config: Config, run: RunDirectory, console: Console) -> Iterator[RunWatch]:
+    """Watch a run in the block; wandb has everything at its end, and how it ended."""
+    with console.training(config.stage.name, config.stage.steps, since=time.time()) as progress:
+        wandb = start_wandb(config, run, console, config.streams)
+        with wandb or nullcontext():
+            yield RunWatch(run, progress, wandb, console)
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout this package runs from, with `-dirty` where it was changed; None without git."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

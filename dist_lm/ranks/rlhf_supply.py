@@ -1,10 +1,15 @@
-"""Who draws rollouts for the first rank: a pool of actors on the gang's Ray cluster, or an engine in this process."""
+"""What the first rank of stage `rlhf` draws rollouts with, and the pretraining text of all ranks.
+
+Rollouts come from a pool of actors on the gang's Ray cluster, or from an engine in this process. Pretraining text is
+added to the policy's updates: an update takes the next `rlhf.pretrain_sequences` of a stream, so the number of updates
+says where the stream stands, and a checkpoint needs nothing more.
+"""
 
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -13,15 +18,25 @@ from dist_lm.cluster.allocation import WITHOUT_POOL, Site, actors_in_all, site_o
 from dist_lm.cluster.pool import ActorsLostError, Pool, PoolRollouts
 from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.ray_cluster import RayAccess, RayCluster, joined_by, own_access
-from dist_lm.config.rlhf_run import RlhfRunConfig
+from dist_lm.config.corpus import SPLITS
+from dist_lm.data.batch import Batch
+from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.sequences import note_of_left_out
+from dist_lm.data.stream import SequenceStream, StepStream
 from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.parallel.mesh import data_mesh
 from dist_lm.parallel.sharding import compute_dtype
+from dist_lm.ranks.start import RankStart
 from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource
+from dist_lm.rlhf.update import Pretraining
+from dist_lm.stages.rlhf import RlhfRunConfig
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 EVERY_NODE = 1_000_000  # of the cluster, for a pool that is limited by its number of actors
+SEQ_LEN = "rlhf.pretrain_seq_len"
 
 
 @contextmanager
@@ -118,3 +133,56 @@ def _engine(
 def _options(config: RlhfRunConfig) -> EngineOptions:
     pool = config.pool
     return EngineOptions(cache_tokens=pool.cache_tokens, page_tokens=pool.page_tokens, max_sequences=pool.max_sequences)
+
+
+@dataclass(frozen=True)
+class PretrainingText:
+    """This rank's part of a stream, an update at a time. A `Pretraining`."""
+
+    stream: StepStream
+    sequences: int  # an update, over all ranks
+    device: torch.device
+
+    def __call__(self, update: int) -> list[Batch]:
+        """The micro-batches of the next update, which has to be number `update`."""
+        data = next(self.stream)
+        assert data.position == (update + 1) * self.sequences, (data.position, update)
+        return [batch.to(self.device) for batch in data.micro_batches]
+
+
+@contextmanager
+def pretraining_text(
+    config: RlhfRunConfig, run: RunDirectory, start: RankStart, updates: int
+) -> Iterator[Pretraining | None]:
+    """For the time of the block; None where it has no weight.
+
+    Args:
+        updates: of the policy that were made.
+
+    Raises:
+        ArtefactError: a corpus is not there, or fills no sequence.
+    """
+    group = config.rlhf
+    if not group.pretrain_coefficient:
+        yield None
+        return
+    corpora = {name: MappedCorpus.open(run.work.corpus(name), SPLITS[0]) for name in group.pretrain_streams}
+    for corpus in corpora.values() if start.world.is_first else ():
+        if note := note_of_left_out(corpus, group.pretrain_seq_len, SEQ_LEN):
+            log.warning("%s", note)
+    ranks = data_mesh(start.mesh)
+    with SequenceStream(
+        corpora[group.pretrain_corpus],
+        seed=config.seed,
+        seq_len=group.pretrain_seq_len,
+        global_batch=group.pretrain_sequences,
+        micro_batch=max(1, group.micro_batch_tokens // group.pretrain_seq_len),
+        dp_rank=ranks.get_local_rank(),
+        dp_size=ranks.size(),
+        position=updates * group.pretrain_sequences,
+        pad_id=start.tokenizer.pad_id,
+        mix={corpora[name]: share for name, share in sorted(group.pretrain_mix.items())},
+        pin_memory=start.world.device.type == "cuda",
+        seq_len_key=SEQ_LEN,
+    ) as stream:
+        yield PretrainingText(stream, group.pretrain_sequences, start.world.device)

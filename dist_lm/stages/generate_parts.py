@@ -1,8 +1,8 @@
-"""The parts of a run of stage `generate`: requests for those that are missing, and files of what comes of them.
+"""The parts of a run of stage `generate`: requests for those that are missing, and files of their answers.
 
-Part k holds what came of prompts [k S, (k+1) S), a line an answer, in the order of the prompts. A prompt's random
-numbers are keyed by (seed, its number), and a part is written when it is whole: so what a kill leaves undone is done
-again by parts, with the same bytes.
+Part k holds the answers to prompts [k S, (k+1) S), one a line, in the order of the prompts. A prompt's random numbers
+are keyed by (seed, number of the prompt), and a part is written when it is whole. So parts that a kill left undone are
+generated again, with the same bytes.
 """
 
 import json
@@ -13,15 +13,116 @@ from typing import Any, cast
 
 import numpy as np
 
-from dist_lm.config.generate import GenerateRunConfig
+from dist_lm.config.model import ModelConfig
 from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
-from dist_lm.generation.request import Answer, Refusal, Request
+from dist_lm.errors import ArtefactError, ConfigError, require
+from dist_lm.generation.engine import EngineOptions
+from dist_lm.generation.request import Answer, Refusal, Request, SamplingParams
+from dist_lm.generation.shard import check_tp
 from dist_lm.model.keyed_random import hash_words, signed
-from dist_lm.stages.generate import check_inputs, label_of, options_of, params_of
+from dist_lm.stages.generate import GenerateConfig, GenerateRunConfig, check_inputs, label_of
+from dist_lm.stages.stage import PoolWork
 from dist_lm.storage import durable
 from dist_lm.storage.durable import json_lines
-from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
+
+
+def check(config: GenerateRunConfig) -> None:
+    """Refuse settings that no engine could run with.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    params_of(config.stage)
+    check_tokens(config.stage, config.model)
+    tp_of(config)
+
+
+def params_of(stage: GenerateConfig) -> SamplingParams:
+    """How tokens are chosen.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    try:
+        return SamplingParams(
+            max_new_tokens=stage.max_new_tokens,
+            temperature=stage.temperature,
+            top_k=stage.top_k,
+            top_p=stage.top_p,
+            min_p=stage.min_p,
+            repetition_penalty=stage.repetition_penalty,
+            logit_bias=dict(stage.logit_bias),
+            stop=tuple(stage.stop),
+            stop_tokens=tuple(stage.stop_tokens),
+            ignore_eot=stage.ignore_eot,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"stage.{error}") from error
+
+
+def options_of(stage: GenerateConfig) -> EngineOptions:
+    """How large the engines are.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    try:
+        return EngineOptions(
+            cache_tokens=stage.cache_tokens, page_tokens=stage.page_tokens, max_sequences=stage.max_sequences
+        )
+    except ConfigError as error:
+        raise ConfigError(f"stage.{error}") from error
+
+
+def check_tokens(stage: GenerateConfig, model: ModelConfig) -> None:
+    """Refuse what would refuse every prompt.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    accepted = f"tokens from 0 to {model.vocab_size - 1:,} (model.vocab_size)"
+    for key, tokens in (("stop_tokens", stage.stop_tokens), ("logit_bias", stage.logit_bias)):
+        require(all(0 <= token < model.vocab_size for token in tokens), f"stage.{key}", tokens, accepted)
+    options = options_of(stage)
+    least = min(1 + stage.max_new_tokens, model.max_seq_len)  # end-of-text alone is the shortest prompt
+    require(
+        least <= options.n_pages * options.page_tokens,
+        "stage.cache_tokens",
+        stage.cache_tokens,
+        f"whole pages (stage.page_tokens={stage.page_tokens}) for at least {least:,} tokens, which one answer of "
+        f"stage.max_new_tokens={stage.max_new_tokens} takes",
+    )
+
+
+def tp_of(config: GenerateRunConfig) -> int:
+    """How many devices share the model of an engine; one where that is left open (parallel.tp=-1).
+
+    Raises:
+        ConfigError: the model cannot be cut so.
+    """
+    tp = 1 if config.parallel.tp == -1 else config.parallel.tp
+    check_tp(config.model, tp, None, "parallel.tp")
+    return tp
+
+
+def tokenizer_of(config: GenerateRunConfig, checkpoint: Path) -> Tokenizer:
+    """That of the work directory which the checkpoint lies in, or else of this one.
+
+    Raises:
+        ArtefactError: there is none, or it has another vocabulary than the model.
+    """
+    own = WorkDirectory(Path(config.work_dir)).tokenizer_model
+    inside = len(checkpoint.parents) > len(("checkpoints", "RUN_ID", "STAGE", "runs"))
+    beside = RunDirectory(checkpoint.parents[1]).work.tokenizer_model if inside else own
+    path = beside if beside.exists() else own
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise ArtefactError(
+            f"{path} has {tokenizer.vocab_size} pieces, model.vocab_size={config.model.vocab_size}: not this model's"
+        )
+    return tokenizer
 
 
 @dataclass
@@ -46,7 +147,7 @@ class Tally:
         self.tokens += len(record.get("tokens", ()))
 
 
-class Samples:
+class Samples(PoolWork):
     """The parts of a run: the requests for those that are missing, and what comes of them."""
 
     def __init__(self, config: GenerateRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> None:
@@ -83,6 +184,32 @@ class Samples:
     @property
     def is_done(self) -> bool:
         return not self._missing
+
+    @property
+    def done(self) -> tuple[int, int]:
+        return self.tally.prompts, self.tally.tokens
+
+    def metrics(self) -> dict[str, float]:
+        tally = self.tally
+        found: dict[str, float] = {
+            "generate/prompts": tally.prompts,
+            "generate/answers": tally.answers,
+            "generate/refused": tally.refused,
+            "generate/tokens": tally.tokens,
+        }
+        return found | ({"generate/new_tokens_mean": tally.tokens / tally.answers} if tally.answers else {})
+
+    def result(self) -> dict[str, Any]:
+        tally = self.tally
+        return {
+            "checkpoint": self._stage.checkpoint,
+            "prompts": tally.prompts,
+            "answers": tally.answers,
+            "refused": tally.refused,
+            "first_refusal": tally.refusal,
+            "tokens": tally.tokens,
+            "parts": self.parts,
+        }
 
     @property
     def parts(self) -> int:

@@ -2,7 +2,7 @@
 
 import io
 
-from dist_lm.launcher.reward_summary import print_agreement, reward_entries
+from dist_lm.stages.reward import STAGE, print_agreement
 from dist_lm.tracking.console import Console
 
 AFTER = {
@@ -28,9 +28,9 @@ def test_a_row_for_all_for_each_size_and_for_each_source() -> None:
 
 def test_other_stages_show_nothing() -> None:
     assert shown({"metrics": {"val/loss": 1.0}}) == ""
-    assert reward_entries({"metrics": {}}) == []
+    assert list(STAGE.own_entries({"metrics": {}})) == []
 
 
 def test_the_normaliser_is_a_line() -> None:
-    (line,) = reward_entries({"metrics": AFTER, "normaliser": {"mean": 1.25, "std": 2.0}})
+    (line,) = STAGE.own_entries({"metrics": AFTER, "normaliser": {"mean": 1.25, "std": 2.0}})
     assert line == ("scores", "mean 1.250, deviation 2.000 on 1,200 samples")

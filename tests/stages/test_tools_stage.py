@@ -1,6 +1,6 @@
 """The table that stage tools ends with."""
 
-from dist_lm.launcher.tools_summary import cell, kind_of, print_tools, tool_entries
+from dist_lm.stages.tools import STAGE, cell, kind_of, print_calls
 
 METRICS = {
     "val/loss": 1.0,
@@ -23,7 +23,7 @@ def table(result: dict) -> list[list[str]]:
             self.rows = [list(columns), *map(list, rows)]
 
     recorded = Recorded()
-    print_tools(result, recorded)  # type: ignore[arg-type]
+    print_calls(result, recorded)  # type: ignore[arg-type]
     return recorded.rows
 
 
@@ -40,8 +40,8 @@ def test_each_kind_is_a_row_with_figures_before_and_after():
 
 def test_other_stages_have_no_such_table():
     assert table({"metrics": {"val/loss": 1.0, "code/parses_python": 0.5}}) == []
-    assert tool_entries({"code/parses_python": 0.5}) == []
-    assert tool_entries(METRICS) == [("calls", "parallel exact 25%, false refusals 1%")]
+    assert list(STAGE.own_entries({"metrics": {"code/parses_python": 0.5}})) == []
+    assert list(STAGE.own_entries({"metrics": METRICS})) == [("calls", "parallel exact 25%, false refusals 1%")]
 
 
 def test_names_of_kinds_and_cells():

@@ -1,0 +1,227 @@
+"""A stage on a pool of generation engines, to its end: the requests that are missing, and metrics on the way."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+
+from dist_lm.cluster.pool import Pool
+from dist_lm.cluster.pool_actor import EngineSpec
+from dist_lm.cluster.ray_cluster import RayCluster
+from dist_lm.config.root import Config, save_config
+from dist_lm.launcher.interrupt import Interrupt, left_at_once
+from dist_lm.launcher.pipeline import LOOK_S
+from dist_lm.launcher.plan import PlannedStage
+from dist_lm.launcher.stage_run import device_and_ranks
+from dist_lm.launcher.watch import WandbCopy, start_wandb
+from dist_lm.parallel.sharding import generation_dtype
+from dist_lm.stages.stage import PoolStage, PoolWork, run_of
+from dist_lm.storage import durable
+from dist_lm.storage.lock import locked
+from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.tracking.console import Console
+from dist_lm.tracking.metrics import MetricsWriter
+from dist_lm.training import checkpoint_files
+from dist_lm.training.checkpoint_tensors import model_weights
+
+LINE_S = 10.0  # from one line of metrics to the next
+Weights = Mapping[str, np.ndarray]
+"""By the names of the model's parameters, in host memory."""
+
+
+def run_pool_stage(
+    planned: PlannedStage, cluster: RayCluster, console: Console, interrupt: Interrupt, job: str | None = None
+) -> bool:
+    """Answer all requests. Returns False when `interrupt` stopped it; answers that are written are kept.
+
+    Args:
+        job: the batch job of this process.
+
+    Raises:
+        ConfigError: there are no prompts.
+        ArtefactError: prompts, checkpoint or tokenizer are not what they should be.
+        ActorsLostError: the cluster has no place for an engine.
+        PoolFailure: the engines die.
+    """
+    stage, config, run = cast(PoolStage, planned.stage), planned.config, run_of(planned.config)
+    run.samples.mkdir(parents=True, exist_ok=True)
+    with locked(run.launch_lock, job=job, wait_s=LOOK_S):
+        save_config(config, run.config)
+        found: tuple[PoolWork, EngineSpec, Weights] | None = None
+        with left_at_once(interrupt, console):
+            found = _read(stage, config, run, cluster, console)
+        if found is None:
+            return False
+        work, spec, weights = found
+        before, actors, seconds = work.done[1], 0, 0.0
+        with watching_pool(config, run, work, console) as watch:
+            if not work.is_done:
+                _, _, wanted = stage.engine(config)
+                actors, seconds = _answer(stage.name, wanted, work, spec, weights, cluster, console, interrupt, watch)
+            if not work.is_done:
+                return False
+            durable.write_json(
+                run.result,
+                {
+                    "stage": stage.name,
+                    "run_id": config.run_id,
+                    **work.result(),
+                    "actors": actors,  # of the last command, as the next two
+                    "seconds": seconds,  # from the first request handed out to the last answer
+                    "tokens_per_s": (work.done[1] - before) / seconds if seconds else 0.0,
+                },
+            )
+    return True
+
+
+def _read(
+    stage: PoolStage, config: Config, run: RunDirectory, cluster: RayCluster, console: Console
+) -> tuple[PoolWork, EngineSpec, Weights]:
+    """The work, the engines for it, and their weights (none where nothing is left to do)."""
+    checkpoint, tokenizer = stage.checkpoint(config), stage.tokenizer(config)
+    with console.waiting("reading prompts"):
+        work = stage.work(config, run, tokenizer)
+    device, _ = device_and_ranks(config, cluster)
+    options, tp, _ = stage.engine(config)
+    spec = EngineSpec(
+        model=config.model,
+        options=options,
+        eot_id=tokenizer.eot_id,
+        vocabulary=tuple(tokenizer.vocabulary()),
+        dtype=generation_dtype(config.parallel, torch.device(device)),
+        device=device,
+        tp=tp,
+    )
+    if work.is_done:
+        return work, spec, {}
+    with console.waiting(f"reading {checkpoint}"):
+        return work, spec, model_weights(checkpoint_files.require_intact(checkpoint))
+
+
+def _answer(
+    name: str,
+    wanted: int,
+    work: PoolWork,
+    spec: EngineSpec,
+    weights: Weights,
+    cluster: RayCluster,
+    console: Console,
+    interrupt: Interrupt,
+    watch: "PoolWatch",
+) -> tuple[int, float]:
+    """Have a pool answer what is missing: (engines at the end, seconds without their start)."""
+    with console.waiting("starting engines"):
+        pool = Pool.start(
+            cluster,
+            spec,
+            weights,
+            actors=wanted,
+            wanted=lambda: not interrupt.requested,
+            warn=console.warning,
+        )
+    began = time.monotonic()
+    with pool, console.generating(name, work.count) as progress:
+        progress.update(*work.done)
+        watch.begin()
+        for result in pool.generate(work.requests()):
+            work.take(result)
+            progress.update(*work.done)
+            watch.look(lambda: len(pool.members))
+        actors, seconds = len(pool.members), time.monotonic() - began
+        watch.end(actors)
+        return actors, seconds
+
+
+@dataclass(frozen=True)
+class Mark:
+    """The work that was done at a time."""
+
+    at: float  # s
+    prompts: int
+    tokens: int
+
+
+def metrics_between(first: Mark, last: Mark, now: Mark, prompts: int, engines: int) -> dict[str, float]:
+    """Rates and the time left.
+
+    Args:
+        first: when the engines were up.
+        last: when the line before was written.
+        prompts: of the whole run.
+        engines: that are up.
+    """
+    took, done = now.at - last.at, now.prompts - first.prompts
+    line: dict[str, float] = {
+        "generate/engines": engines,
+        "generate/tokens_per_s": (now.tokens - last.tokens) / took if took > 0 else 0.0,
+        "generate/prompts_per_s": (now.prompts - last.prompts) / took if took > 0 else 0.0,
+    }
+    if done:
+        line["generate/eta_s"] = (now.at - first.at) / done * (prompts - now.prompts)
+    return line
+
+
+class PoolWatch:
+    """Writes metrics of a run while its engines work."""
+
+    def __init__(
+        self,
+        writer: MetricsWriter,
+        work: PoolWork,
+        wandb: WandbCopy | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Take back the lines of prompts that are asked again."""
+        self._writer, self._work, self._wandb, self._clock = writer, work, wandb, clock
+        self._engines = 0
+        writer.truncate_after(work.done[0])
+        self.begin()
+
+    def begin(self) -> None:
+        """The engines are up; time counts from here."""
+        self._first = self._last = self._now()
+
+    def look(self, engines: Callable[[], int]) -> None:
+        """After a result: write a line where one is due.
+
+        Args:
+            engines: how many are up.
+        """
+        if self._clock() - self._last.at >= LINE_S:
+            self._engines = engines()
+            self._write()
+
+    def end(self, engines: int) -> None:
+        """Write the last line."""
+        self._engines = engines
+        if self._now().prompts > self._last.prompts:
+            self._write()
+
+    def _write(self) -> None:
+        now = self._now()
+        rates = metrics_between(self._first, self._last, now, self._work.count, self._engines)
+        line = self._work.metrics() | rates
+        self._last = now
+        self._writer.write(now.prompts, line)
+        if self._wandb:
+            self._wandb.line({"step": now.prompts} | line)
+            self._wandb.look({})
+
+    def _now(self) -> Mark:
+        return Mark(self._clock(), *self._work.done)
+
+
+@contextmanager
+def watching_pool(config: Config, run: RunDirectory, work: PoolWork, console: Console) -> Iterator[PoolWatch]:
+    """Watch a run in the block; at its end wandb has the metrics, the first answers, and how the run ended."""
+    wandb = start_wandb(config, run, console)
+    with wandb or nullcontext(), closing(MetricsWriter(run.metrics)) as writer:
+        try:
+            yield PoolWatch(writer, work, wandb)
+        finally:
+            if wandb and run.samples_part(0).exists():
+                wandb.table(run.samples_part(0), work.done[0])

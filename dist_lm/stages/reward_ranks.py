@@ -1,0 +1,183 @@
+"""What ranks do in stage `reward`: rankings as data, agreement as evaluation, scores of samples at the end."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dist_lm.config.corpus import SPLITS
+from dist_lm.data.batch import Batch, RankedPlaces
+from dist_lm.data.evaluation_batches import spread
+from dist_lm.data.rankings.shards import MappedRankings
+from dist_lm.data.rankings.stream import Lessons, RankingBatches, RankingStream, note_of_long_rankings
+from dist_lm.errors import require
+from dist_lm.generation.load import load_model
+from dist_lm.generation.request import Request, SamplingParams
+from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.sharding import generation_dtype
+from dist_lm.rlhf.reward_model import (
+    RewardScale,
+    beside_verdicts,
+    last_token_scores,
+    reward_metrics,
+    scores_of_rankings,
+)
+from dist_lm.stages.reward import RewardRunConfig
+from dist_lm.stages.sampling import answer_all
+from dist_lm.stages.training import Closing, Opening, StageData
+from dist_lm.tokenizer.symbols import END
+from dist_lm.training import checkpoint_files
+
+log = logging.getLogger(__name__)
+
+EXAMPLE_COMPLETIONS = 4  # of a ranking of the dry run
+
+
+def open_data(opening: Opening) -> StageData:
+    """Rankings of the stage's corpus.
+
+    Raises:
+        ConfigError: a setting that cannot be with rankings.
+        ArtefactError: the corpus holds something else, or no ranking fits into a sequence.
+    """
+    assert isinstance(opening.config, RewardRunConfig)
+    stage = opening.config.stage
+    for key in ("document_mask", "reset_positions"):
+        accepted = "true: a completion sees its prompt and itself, and stands behind it"
+        require(getattr(stage, key), f"stage.{key}", False, accepted)
+    require(not stage.mix, "stage.mix", stage.mix, "nothing: stage reward reads rankings alone")
+    train, val = (MappedRankings.open(opening.run.work.corpus(stage.corpus), split) for split in SPLITS)
+    if opening.world.is_first:
+        for rankings in (train, val):
+            if note := note_of_long_rankings(rankings, stage.seq_len):
+                log.warning("%s", note)
+    stream = RankingStream(
+        train,
+        Lessons(stage.reward.learn_from, stage.reward.label_noise, opening.config.seed),
+        seed=opening.config.seed,
+        seq_len=stage.seq_len,
+        pad_id=opening.tokenizer.pad_id,
+        global_batch=stage.global_batch,
+        micro_batch=stage.micro_batch,
+        dp_rank=opening.dp_rank,
+        dp_size=opening.dp_size,
+        position=opening.position,
+        pin_memory=opening.world.device.type == "cuda",
+    )
+
+    def evaluate(model: Transformer, everything: bool, alive: Callable[[], None]) -> dict[str, float]:
+        batches = RankingBatches.of(
+            val,
+            seq_len=stage.seq_len,
+            micro_batch=stage.micro_batch,
+            dp_rank=opening.dp_rank,
+            dp_size=opening.dp_size,
+            pad_id=opening.tokenizer.pad_id,
+            limit_sequences=0 if everything else stage.eval_sequences,
+        )
+        scores = scores_of_rankings(model, batches, opening.world.device, opening.data_ranks, alive)
+        return reward_metrics(beside_verdicts(val, scores))
+
+    return StageData(stream, evaluate)
+
+
+def score_samples(closing: Closing) -> dict[str, float]:
+    """`reward/score_mean` and `reward/score_std`: of the answers of the model that training started from to prompts of
+    val; of the completions of val where there is none, or it is not to be asked."""
+    config = closing.config
+    assert isinstance(config, RewardRunConfig)
+    settings = config.stage.reward
+    val = MappedRankings.open(closing.run.work.corpus(config.stage.corpus), "val")
+    asked = settings.normaliser_prompts and starts_from_policy(config.stage.init_from)
+    sequences = policy_samples(closing, config, val) if asked else completions_of(val, config.model.max_seq_len)
+    model = closing.model()
+    share = slice(closing.world.rank, None, closing.world.size)
+    gathered: list = [None] * closing.world.size
+    dist.all_gather_object(gathered, last_token_scores(model, sequences[share]))
+    closing.alive()
+    scores = np.zeros(len(sequences), np.float32)
+    for rank, part in enumerate(gathered):
+        scores[rank :: closing.world.size] = part
+    found = RewardScale.of(torch.from_numpy(scores))
+    return {"reward/score_mean": found.mean, "reward/score_std": found.std, "reward/scored": float(len(sequences))}
+
+
+def starts_from_policy(init_from: str) -> bool:
+    """Whether training started from a model that writes: not from nothing, nor from another reward model."""
+    if init_from == "none":
+        return False
+    start = checkpoint_files.find_checkpoint(Path(init_from))
+    return checkpoint_files.read_state(start)[1]["head"] == "tokens"
+
+
+def policy_samples(closing: Closing, config: RewardRunConfig, val: MappedRankings) -> list[list[int]]:
+    """Prompts of val with the answers of the model that training started from: at temperature 1 from all tokens, as a
+    rollout draws them. The same on every rank (collective)."""
+    settings, tokenizer = config.stage.reward, closing.tokenizer
+    loaded = load_model(Path(config.stage.init_from), closing.run.work.tokenizer_model)
+    params = SamplingParams(max_new_tokens=settings.normaliser_new_tokens, stop_tokens=(tokenizer.special_ids[END],))
+    longest = loaded.config.max_seq_len - settings.normaliser_new_tokens
+    prompts = [prompt for prompt in prompts_of(val, settings.normaliser_prompts) if len(prompt) <= longest]
+    if len(prompts) < settings.normaliser_prompts:
+        log.info(
+            "stage.reward.normaliser_prompts=%d: val has %d that leave room for an answer; mean and deviation of "
+            "scores are measured on these",
+            *(settings.normaliser_prompts, len(prompts)),
+        )
+    requests = [
+        Request(str(number), prompt, params, seed=config.seed + number) for number, prompt in enumerate(prompts)
+    ]
+    with torch.device("meta"):
+        policy = Transformer(loaded.config)
+    device = closing.world.device
+    dtype = generation_dtype(config.parallel, device)
+    policy.load_state_dict({name: value.to(device, dtype) for name, value in loaded.weights.items()}, assign=True)
+    answers = answer_all(closing, requests, "stage.reward.normaliser_prompts", policy)
+    return [[*prompt, *answer.tokens] for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def prompts_of(rankings: MappedRankings, limit: int) -> list[list[int]]:
+    """The prompts of `limit` rankings at even distances, as tokens."""
+    return [
+        rankings.tokens(number)[rankings.verdict(number).branch == 0].tolist()
+        for number in spread(rankings.corpus.n_documents, limit).tolist()
+    ]
+
+
+def completions_of(rankings: MappedRankings, longest: int) -> list[list[int]]:
+    """Every prompt with each of its completions, as tokens; those longer than `longest` are left out."""
+    found = []
+    for number in range(rankings.corpus.n_documents):
+        tokens, branch = rankings.tokens(number), rankings.verdict(number).branch
+        found += [tokens[(branch == 0) | (branch == k)].tolist() for k in range(1, int(branch.max()) + 1)]
+    return [sequence for sequence in found if len(sequence) <= longest]
+
+
+def example_batch(config: RewardRunConfig) -> Batch:
+    """A micro-batch of one ranking a sequence, for the dry run."""
+    stage, k = config.stage, min(EXAMPLE_COMPLETIONS, config.stage.seq_len - 1)
+    shape = (stage.micro_batch, stage.seq_len)
+    own = torch.arange(stage.seq_len) * (k + 1) // stage.seq_len  # the prompt is as long as a completion
+    ends = torch.stack([(own <= branch).sum() - 1 for branch in range(1, k + 1)])
+    place_PK = ends + torch.arange(stage.micro_batch)[:, None] * stage.seq_len
+    none = torch.zeros(0, dtype=torch.int64)
+    return Batch(
+        tokens_BT=torch.randint(0, config.model.vocab_size, shape),
+        targets_BT=torch.zeros(shape, dtype=torch.int64),
+        loss_mask_BT=torch.zeros(shape),
+        document_BT=torch.zeros(shape, dtype=torch.int64),
+        position_BT=torch.arange(stage.seq_len).repeat(stage.micro_batch, 1),
+        sequence_B=torch.arange(stage.micro_batch),
+        branch_BT=own.repeat(stage.micro_batch, 1),
+        ranked=RankedPlaces(
+            place_PK=place_PK,
+            rank_PK=torch.arange(k).repeat(stage.micro_batch, 1),
+            there_PK=torch.ones(place_PK.shape, dtype=torch.bool),
+            better_N=none,
+            worse_N=none,
+            margin_N=torch.zeros(0),
+        ),
+    )

@@ -1,0 +1,125 @@
+"""The prompts of stage `rlhf`: beginnings of a corpus' conversations or rankings, or requests from files.
+
+A prompt of a corpus ends where the assistant is to write. Prompts of val (of a file: one in `HELD_OUT_OF`) are held out
+for the win rate.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from dist_lm.chat.messages import ChatError, Conversation, Message
+from dist_lm.chat.template import prompt as rendered
+from dist_lm.config.dotted_path import imported_function
+from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
+from dist_lm.errors import ArtefactError
+from dist_lm.stages.rlhf import RlhfRunConfig, RlhfRunGroup
+from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.tokenizer.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+HELD_OUT_OF = 16
+PROMPTS_FROM, HELD_OUT_FROM = "rlhf.prompts_from", "rlhf.held_out_from"
+
+Prompts = list[Sequence[int]]
+
+
+def read_all(config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> tuple[Prompts, Prompts]:
+    """(prompts, held-out prompts) as tokens; those that leave no room for an answer are left out, loudly.
+
+    Raises:
+        ArtefactError, ConfigError: there are none.
+    """
+    group = config.rlhf
+    if group.prompts_from:
+        train, held_out = _split(_of_files(group.prompts_from, PROMPTS_FROM, tokenizer), bool(group.held_out_from))
+    else:
+        train, held_out = (_of_corpus(run.work.corpus(config.stage.corpus), split) for split in ("train", "val"))
+    if group.held_out_from:
+        held_out = _of_files(group.held_out_from, HELD_OUT_FROM, tokenizer)
+    room = config.model.max_seq_len - group.max_new_tokens
+    kept = [prompt for prompt in train if len(prompt) <= room]
+    if len(kept) < len(train):
+        log.warning(
+            "%d of %d prompts have over %d tokens (model.max_seq_len=%d less rlhf.max_new_tokens=%d) and are left out",
+            *(len(train) - len(kept), len(train), room, config.model.max_seq_len, group.max_new_tokens),
+        )
+    if not kept:
+        raise ArtefactError(f"stage rlhf: none of {len(train)} prompts has at most {room} tokens; shorten them")
+    compared = [prompt for prompt in held_out if len(prompt) <= room][: group.held_out_prompts]
+    if len(compared) < group.held_out_prompts:
+        log.info(
+            "held-out prompts: %d, of rlhf.held_out_prompts=%d; the win rate is of these",
+            *(len(compared), group.held_out_prompts),
+        )
+    return kept, compared
+
+
+def check_prompts(group: RlhfRunGroup) -> None:
+    """Refuse files of prompts and functions that a run would stop at.
+
+    Raises:
+        ConfigError, ArtefactError: name the key, and file and line.
+    """
+    for key, where in ((PROMPTS_FROM, group.prompts_from), (HELD_OUT_FROM, group.held_out_from)):
+        if where:
+            for _ in _prompts_of(where, key):
+                pass
+    for name, part in group.rewards.items():
+        if part.kind == "function":
+            imported_function(part.function, f"rlhf.rewards.{name}.function")
+
+
+def _of_corpus(directory: Path, split: str) -> Prompts:
+    """What stands before the first token that the assistant wrote: in a ranking before its completions."""
+    corpus = MappedCorpus.open(directory, split)
+    if not corpus.has_mask:
+        raise ArtefactError(
+            f"corpus {directory}: expected conversations or rankings, whose prompts are gone on with: choose another "
+            "stage.corpus, or give rlhf.prompts_from=FILE"
+        )
+    found: dict[tuple[int, ...], None] = {}
+    for document in range(corpus.n_documents):
+        length = int(corpus.lengths[document])
+        begins = int(corpus.mask(document, 0, length).argmax())
+        found[tuple(corpus.tokens(document, 0, begins).tolist())] = None
+    return [list(prompt) for prompt in found if prompt]  # each once: several rankings may have the same one
+
+
+def _of_files(where: str, key: str, tokenizer: Tokenizer) -> Prompts:
+    found = []
+    for prompt in _prompts_of(where, key):
+        try:
+            found.append(rendered(Conversation((Message("user", prompt.text),)), tokenizer))
+        except ChatError as error:
+            raise ArtefactError(f"{key}: {prompt.place}: {error}") from error
+    return found
+
+
+def _prompts_of(where: str, key: str) -> Iterator[Prompt]:
+    """The prompts of the files that `key` names; one that cannot be read, or none at all, is an error."""
+    prompt = None
+    for prompt in read_prompts(find_prompts(where, key=key)):
+        if prompt.error:
+            raise ArtefactError(f"{key}: {prompt.place}: {prompt.error}")
+        yield prompt
+    if prompt is None:
+        raise ArtefactError(f"{key}={where}: no prompts there; expected a file or glob of .jsonl or .txt with some")
+
+
+def _split(prompts: Prompts, all_for_training: bool) -> tuple[Prompts, Prompts]:
+    if all_for_training:
+        return prompts, []
+    held_out = [_is_held_out(prompt) for prompt in prompts]
+    return list(_where(prompts, (not one for one in held_out))), list(_where(prompts, held_out))
+
+
+def _where(prompts: Prompts, chosen: Iterable[bool]) -> Iterator[Sequence[int]]:
+    return (prompt for prompt, keep in zip(prompts, chosen, strict=True) if keep)
+
+
+def _is_held_out(prompt: Sequence[int]) -> bool:
+    return hashlib.sha256(repr(list(prompt)).encode()).digest()[0] % HELD_OUT_OF == 0

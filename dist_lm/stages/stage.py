@@ -1,0 +1,238 @@
+"""What a stage is: one object in one file, from what it reads to what it tells people.
+
+A stage runs in one of three places: in the launcher's own process (`ArtefactStage`), on a gang of ranks
+(`dist_lm.stages.training.TrainingStage`), or on a pool of generation engines (`PoolStage`). The launcher calls the
+methods below and knows no stage by name.
+
+The modules of stages are imported by the launcher, so they import torch only inside the methods that run on ranks.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dist_lm.config.root import Config
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from dist_lm.tracking.readable import percent, three_decimals
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from dist_lm.generation.engine import EngineOptions
+    from dist_lm.generation.request import Answer, Refusal, Request
+    from dist_lm.tokenizer.tokenizer import Tokenizer
+    from dist_lm.tracking.console import Console
+
+
+class Action(Enum):
+    """What the launcher does about a stage."""
+
+    READY = "there"
+    BUILD = "build"
+    RESUME = "continue"
+
+
+class Place(Enum):
+    """Where a stage runs."""
+
+    LAUNCHER = "launcher"  # `build` in the launcher's process
+    RANKS = "ranks"  # `program` on a gang of torchrun ranks
+    POOL = "pool"  # requests to a pool of generation engines
+
+
+@dataclass(frozen=True)
+class Look:
+    """The state of a stage's output, and what the launcher must do about it."""
+
+    config: Config  # with references resolved: `stage.init_from` is `none` or an absolute path
+    action: Action
+    detail: str  # one line for the plan
+
+
+@dataclass(frozen=True)
+class KeyFigure:
+    """A metric that the closing table shows for a stage."""
+
+    metric: str
+    form: Callable[[float], str]
+    words: str
+
+
+BITS_PER_BYTE = KeyFigure("val/bits_per_byte", three_decimals, "val bits/byte")
+VAL_LOSS = KeyFigure("val/loss", three_decimals, "val loss")
+TRAIN_LOSS = KeyFigure("train/loss", three_decimals, "loss")
+
+
+def share(metric: str, words: str) -> KeyFigure:
+    """A metric that is a fraction, shown in per cent."""
+    return KeyFigure(metric, percent, words)
+
+
+class Stage(ABC):
+    """One stage. `conf/stage/NAME.yaml` holds its defaults."""
+
+    name: ClassVar[str]
+    place: ClassVar[Place]
+    schema: ClassVar[type[Config]] = Config  # the stage's own keys are fields of `schema`'s `stage` group
+    needs: ClassVar[tuple[str, ...]] = ()  # stages whose output it reads
+    starts_from: ClassVar[str | None] = None  # stage whose checkpoint `stage.init_from=auto` names
+    in_pipeline: ClassVar[bool] = False  # `stage=pipeline` runs all stages that say so
+    conf: ClassVar[Path | None] = None  # folder that holds stage/NAME.yaml, for stages outside this package
+    # lines of key figures; the closing table shows the first line whose metrics the run has
+    key_figures: ClassVar[tuple[tuple[KeyFigure, ...], ...]] = ()
+    writes_text: ClassVar[bool] = False  # its checkpoint can be talked to
+
+    def needed(self, config: Config) -> tuple[str, ...]:
+        """The stages of `needs` whose output this configuration reads."""
+        return self.needs
+
+    def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
+        """`config` narrowed to what the later stages of a plan read."""
+        return config
+
+    def check(self, config: Config) -> None:  # noqa: B027  most stages have nothing to check
+        """Refuse a configuration that cannot run.
+
+        Raises:
+            ConfigError: names the key.
+        """
+
+    @abstractmethod
+    def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
+        """Look at the work directory.
+
+        Args:
+            is_target: whether the command asks for this stage, or builds it on the way.
+            rebuilt: earlier stages that this command will build.
+
+        Raises:
+            ConfigError: a run exists with other settings.
+            ArtefactError: something there belongs to something else.
+        """
+
+    @abstractmethod
+    def output(self, config: Config) -> Path:
+        """The folder that people are pointed to."""
+
+    @abstractmethod
+    def summarize(self, config: Config, console: "Console") -> None:
+        """Print what came out: figures, samples, paths."""
+
+    def progress(self, config: Config) -> str:
+        """What the next command continues from, for people."""
+        return "the files that are there"
+
+    def figures(self, result: Mapping[str, Any]) -> str:
+        """The figures of `result.json` that the closing table shows, where `key_figures` do not say so."""
+        return ""
+
+    def rejection(self, config: Config) -> str:
+        """Why the finished stage counts as failed; empty: it does not."""
+        return ""
+
+
+class ArtefactStage(Stage):
+    """A stage that builds files that runs share, in the launcher's process."""
+
+    place = Place.LAUNCHER
+
+    @abstractmethod
+    def inspect(self, config: Config) -> "Artefact":
+        """What is in the work directory.
+
+        Raises:
+            ArtefactError: the files were made with other settings.
+        """
+
+    @abstractmethod
+    def build(self, config: Config, console: "Console") -> None:
+        """Build what is missing."""
+
+    def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
+        found = self.inspect(config)
+        return Look(config, Action.READY if found.ready else Action.BUILD, found.detail)
+
+    def summarize(self, config: Config, console: "Console") -> None:
+        console.line(f"{self.name} is there: {config.work_dir}")
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What an artefact stage found of its output."""
+
+    ready: bool
+    detail: str  # one line for the plan
+
+
+class PoolWork(ABC):
+    """The work of one run of a pool stage: requests for engines, and a place for their answers."""
+
+    count: int  # prompts in all
+
+    @property
+    @abstractmethod
+    def is_done(self) -> bool: ...
+
+    @property
+    @abstractmethod
+    def done(self) -> tuple[int, int]:
+        """(prompts answered or refused, tokens generated) so far."""
+
+    @abstractmethod
+    def metrics(self) -> dict[str, float]:
+        """What is counted so far, under the names of the metrics file."""
+
+    @abstractmethod
+    def requests(self) -> "Iterator[Request]":
+        """The requests that are missing."""
+
+    @abstractmethod
+    def take(self, result: "Answer | Refusal") -> None:
+        """Store an answer or a refusal."""
+
+    @abstractmethod
+    def result(self) -> dict[str, Any]:
+        """What `result.json` says of finished work."""
+
+
+class PoolStage(Stage):
+    """A stage whose requests a pool of generation engines answers."""
+
+    place = Place.POOL
+
+    @abstractmethod
+    def tokenizer(self, config: Config) -> "Tokenizer":
+        """The tokenizer of the checkpoint."""
+
+    @abstractmethod
+    def checkpoint(self, config: Config) -> Path:
+        """The checkpoint that engines load."""
+
+    @abstractmethod
+    def engine(self, config: Config) -> tuple["EngineOptions", int, int]:
+        """(size of an engine, GPUs an engine, engines; -1: as many as fit)."""
+
+    @abstractmethod
+    def work(self, config: Config, run: RunDirectory, tokenizer: "Tokenizer") -> PoolWork:
+        """Open the work of a run.
+
+        Raises:
+            ConfigError, ArtefactError: the prompts are missing, or not those that the run began with.
+        """
+
+    def output(self, config: Config) -> Path:
+        return run_of(config).path
+
+
+def run_of(config: Config) -> RunDirectory:
+    """The run directory that a configuration belongs to."""
+    return WorkDirectory(Path(config.work_dir)).run(config.stage.name, config.run_id)
+
+
+def shown_path(path: Path, config: Config) -> str:
+    """A path as the plan shows it: relative to the work directory where it lies inside."""
+    work = Path(config.work_dir)
+    return str(path.relative_to(work) if path.is_relative_to(work) else path)

@@ -1,0 +1,184 @@
+"""Stages that predict the next token of texts and conversations: their objective, data, evaluation and summary."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from dist_lm.config.corpus import SPLITS
+from dist_lm.config.root import Config
+from dist_lm.config.stage import SamplingConfig, StageConfig
+from dist_lm.data.corpus import form_of
+from dist_lm.errors import ConfigError
+from dist_lm.stages.training import Opening, StageData, TrainingStage, print_before_and_after
+from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.tracking.readable import change
+
+if TYPE_CHECKING:
+    from dist_lm.data.evaluation_batches import EvaluationBatches
+    from dist_lm.data.mapped import MappedCorpus
+    from dist_lm.data.stream import SequenceStream
+    from dist_lm.model.transformer import Transformer
+    from dist_lm.tracking.console import Console
+    from dist_lm.training.objective import Objective
+    from dist_lm.training.trainer import Evaluate
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class SampledStageConfig(StageConfig):
+    """A stage that ends with samples of its model."""
+
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+@dataclass
+class SampledConfig(Config):
+    """The configuration of a stage that ends with samples."""
+
+    stage: SampledStageConfig = MISSING
+
+
+class TextStage(TrainingStage):
+    """Next-token prediction on `stage.corpus`, with shares of other corpora (`stage.mix`)."""
+
+    schema = SampledConfig
+    needs = ("shards",)
+    in_pipeline = True
+    writes_text = True
+
+    def check(self, config: Config) -> None:
+        """Refuse rankings: the worst completions would be learned as the best are."""
+        stage = config.stage
+        mixed = [("stage.mix", name) for name in stage.mix or {}]
+        for key, name in (("stage.corpus", stage.corpus), *mixed):
+            if name and form_of(config.corpus, name) == "ranking":
+                raise ConfigError(f"{key}={name}: expected texts or conversations; stage=reward learns from rankings")
+
+    def objective(self, config: Config) -> "Objective":
+        from dist_lm.training.objective import next_token
+
+        return next_token(config.stage.label_smoothing, config.stage.z_loss)
+
+    def open_data(self, opening: Opening) -> StageData:
+        from dist_lm.data.mapped import MappedCorpus
+        from dist_lm.data.sequences import note_of_left_out
+
+        if opening.world.is_first:
+            for name in opening.config.stage.streams:
+                for split in SPLITS:
+                    corpus = MappedCorpus.open(opening.run.work.corpus(name), split)
+                    if note := note_of_left_out(corpus, opening.config.stage.seq_len):
+                        log.warning("%s", note)
+        return StageData(open_stream(opening), evaluator(opening), bytes_per_token(opening.run, opening.config))
+
+    def result(self, config: Config, run: RunDirectory, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """`gzip_bits_per_byte`: what `gzip -9` makes of the held-out documents, one by one."""
+        from dist_lm.data.evaluation_batches import gzip_bits_per_byte
+        from dist_lm.data.mapped import MappedCorpus
+        from dist_lm.tokenizer.tokenizer import Tokenizer
+
+        corpus = MappedCorpus.open(run.work.corpus(config.stage.corpus), "val")
+        tokenizer = Tokenizer.load(run.work.tokenizer_model)
+        texts = (
+            (
+                corpus.languages[corpus.language_codes[document]],
+                tokenizer.decode(corpus.tokens(document, 1, int(corpus.lengths[document])).tolist()).encode(),
+            )
+            for document in range(0 if corpus.has_mask else corpus.n_documents)  # gzip cannot apply a loss mask
+        )
+        return {"gzip_bits_per_byte": gzip_bits_per_byte(texts)}
+
+    def print_figures(self, config: Config, result: Mapping[str, Any], console: "Console") -> None:
+        print_compression(result, config.stage.corpus, console)
+        print_before_and_after(result, console)
+
+
+def open_stream(opening: Opening) -> "SequenceStream":
+    """The training sequences of this rank."""
+    from dist_lm.data.mapped import MappedCorpus
+    from dist_lm.data.stream import SequenceStream
+
+    config, stage = opening.config, opening.config.stage
+    corpora = {name: MappedCorpus.open(opening.run.work.corpus(name), "train") for name in stage.streams}
+    return SequenceStream(
+        corpora[stage.corpus],
+        seed=config.seed,
+        seq_len=stage.seq_len,
+        global_batch=stage.global_batch,
+        micro_batch=stage.micro_batch,
+        dp_rank=opening.dp_rank,
+        dp_size=opening.dp_size,
+        position=opening.position,
+        document_mask=stage.document_mask,
+        reset_positions=stage.reset_positions,
+        pad_id=opening.tokenizer.pad_id,
+        mix={corpora[name]: share for name, share in sorted((stage.mix or {}).items())},
+        pin_memory=opening.world.device.type == "cuda",
+    )
+
+
+def evaluator(opening: Opening) -> "Evaluate":
+    """Loss and bits per byte on val: of the stage's corpus by language, of each mixed corpus in one figure."""
+    from dist_lm.data.evaluation_batches import evaluation_batches
+    from dist_lm.data.mapped import MappedCorpus
+    from dist_lm.training.objective import loss_metrics, mixed_metrics, summed_losses
+
+    stage, device = opening.config.stage, opening.world.device
+    own, *others = [stage.corpus, *sorted(stage.mix or {})]
+    opened = {name: MappedCorpus.open(opening.run.work.corpus(name), "val") for name in (own, *others)}
+
+    def batches_of(corpus: "MappedCorpus", everything: bool) -> "EvaluationBatches":
+        return evaluation_batches(
+            corpus,
+            seq_len=stage.seq_len,
+            micro_batch=stage.micro_batch,
+            dp_rank=opening.dp_rank,
+            dp_size=opening.dp_size,
+            limit_sequences=0 if everything else stage.eval_sequences,
+            document_mask=stage.document_mask,
+            reset_positions=stage.reset_positions,
+            pad_id=opening.tokenizer.pad_id,
+        )
+
+    def evaluate(model: "Transformer", everything: bool, alive: Callable[[], None]) -> dict[str, float]:
+        metrics = {}
+        for name, corpus in opened.items():
+            batches = batches_of(corpus, everything)
+            sums = summed_losses(model, batches, len(corpus.languages), device, opening.data_ranks, alive).tolist()
+            if name == own:
+                metrics |= loss_metrics(sums, corpus.languages, batches.bytes_by_language)
+            else:
+                metrics |= mixed_metrics(sums, name, batches.bytes_by_language)
+        return metrics
+
+    return evaluate
+
+
+def bytes_per_token(run: RunDirectory, config: Config) -> float:
+    """UTF-8 bytes of text a token of the training splits, weighted by the corpora's shares of all sequences."""
+    from dist_lm.data.manifest import read_manifest
+
+    mix = config.stage.mix or {}
+    shares = {config.stage.corpus: 1 - sum(mix.values()), **mix}
+    counts = {name: read_manifest(run.work.corpus(name)).splits["train"].counts for name in shares}
+    return sum(share * counts[name].bytes / counts[name].tokens for name, share in shares.items())
+
+
+def print_compression(result: Mapping[str, Any], corpus: str, console: "Console") -> None:
+    """Print bits per byte on held-out documents beside `gzip -9` of the same documents one by one."""
+    baseline = result["gzip_bits_per_byte"]
+    if not baseline:
+        return
+    rows = []
+    for name in ("all", *sorted(key for key in baseline if key != "all")):
+        model = result["metrics"][f"val/bits_per_byte{'' if name == 'all' else f'_{name}'}"]
+        rows.append((name, f"{model:.3f}", f"{baseline[name]:.3f}", change(model / baseline[name])))
+    console.table(
+        f"bits per byte on the held-out documents of corpus {corpus}",
+        ("language", "model", "gzip -9", "model against gzip"),
+        rows,
+    )

@@ -1,0 +1,295 @@
+"""Stages that train on a gang of ranks: how the launcher sees their runs, and what a rank asks of them."""
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dist_lm.config.root import Config
+from dist_lm.errors import ConfigError
+from dist_lm.stages.registry import load_config, stage_named
+from dist_lm.stages.stage import BITS_PER_BYTE, TRAIN_LOSS, VAL_LOSS, Action, Look, Place, Stage, run_of, shown_path
+from dist_lm.storage.durable import json_lines
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from dist_lm.tracking.readable import change, counted, percent, three_decimals
+from dist_lm.training import checkpoint_files
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from dist_lm.data.batch import Batch
+    from dist_lm.data.stream import StepStream
+    from dist_lm.model.transformer import Transformer
+    from dist_lm.parallel.mesh import World
+    from dist_lm.tokenizer.tokenizer import Tokenizer
+    from dist_lm.tracking.console import Console
+    from dist_lm.training.objective import Objective
+    from dist_lm.training.trainer import Evaluate
+
+# keys that may change between two commands on one run: where it runs and how it is watched, not what it computes
+FREE_KEYS = (
+    *("work_dir", "prerequisites", "dry_run", "device", "hardware.", "cluster.", "tracking.", "tokenizer.workers"),
+    *("parallel.auto", "parallel.dp_replicate", "parallel.dp_shard", "parallel.tp", "parallel.sp"),
+    *("parallel.reshard_after_forward", "parallel.reduce_every_micro_batch", "parallel.activation_checkpointing"),
+    *("parallel.compile", "parallel.cpu_offload", "parallel.loss_chunk_mib"),
+    *("stage.init_from", "stage.micro_batch", "stage.checkpoint_every", "stage.checkpoint_async"),
+    *("stage.keep_checkpoints", "stage.log_every", "stage.max_nonfinite_steps"),
+)
+SAMPLE_LINES = 12
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a rank has when a stage opens its data."""
+
+    config: Config
+    run: RunDirectory
+    world: "World"
+    tokenizer: "Tokenizer"
+    data_ranks: "ProcessGroup"  # the ranks that read different data, this one included
+    dp_rank: int  # among `data_ranks`
+    dp_size: int
+    position: int  # sequences consumed so far
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What a rank trains on and is evaluated on."""
+
+    stream: "StepStream"
+    evaluate: "Evaluate"
+    bytes_per_token: float = 0.0  # of the training text; 0: the data is not text
+
+
+@dataclass(frozen=True)
+class Closing:
+    """What every rank has after the last step, and before the first."""
+
+    config: Config
+    run: RunDirectory
+    world: "World"
+    tokenizer: "Tokenizer"
+    model: "Callable[[], Transformer]"  # makes a whole copy of the model on every rank (collective)
+    step: int
+    alive: Callable[[], None] = lambda: None  # call it as work progresses
+
+
+class TrainingStage(Stage):
+    """A stage that trains a model."""
+
+    place = Place.RANKS
+    program: ClassVar[str] = "dist_lm.ranks.program"  # module whose `run_rank` every rank runs
+    free_keys: ClassVar[tuple[str, ...]] = FREE_KEYS
+    key_figures = ((BITS_PER_BYTE,), (VAL_LOSS,), (TRAIN_LOSS,))
+    unit: ClassVar[str] = "tokens"  # that its result counts
+
+    # on ranks
+
+    def objective(self, config: Config) -> "Objective":
+        """The loss of a batch."""
+        raise NotImplementedError(f"stage {self.name} has a program of its own")
+
+    def open_data(self, opening: Opening) -> StageData:
+        """The training stream of this rank, and its evaluation."""
+        raise NotImplementedError(f"stage {self.name} has a program of its own")
+
+    def before_training(self, closing: Closing) -> dict[str, float]:
+        """Metrics before the first step, with stage.eval_at_start; the same on every rank (collective)."""
+        return {}
+
+    def after_training(self, closing: Closing) -> dict[str, float]:
+        """Metrics after the last step; the same on every rank (collective)."""
+        return {}
+
+    def result(self, config: Config, run: RunDirectory, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """What `result.json` says beside the common fields (first rank).
+
+        Args:
+            metrics: of the last step.
+        """
+        return {}
+
+    def example_batch(self, config: Config) -> "Batch | None":
+        """A micro-batch for the dry run; None: one of tokens to predict."""
+        return None
+
+    # in the launcher
+
+    def resolved(self, config: Config, begun: bool) -> Config:
+        """`config` with the stage's own references as absolute paths.
+
+        Args:
+            begun: whether the run has output; references are not checked again then.
+
+        Raises:
+            ConfigError, ArtefactError: a reference names nothing, or something else.
+        """
+        return config
+
+    def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
+        run = run_of(config)
+        config = self.resolved(with_start(self, config), run.result.exists())
+        if run.config.exists() and has_output(run):
+            # a later stage uses only the weights of a finished run, however they were trained
+            keys = "" if is_target or not run.result.exists() else "model."
+            conflicts = differing_keys(load_config(run.config), config, keys, self.free_keys)
+            if not is_target:
+                conflicts = [conflict.replace("stage.", f"stages.{self.name}.") for conflict in conflicts]
+            refuse_other_settings(run, config, conflicts)
+        if run.result.exists():
+            steps = json.loads(run.result.read_text())["steps"]
+            return Look(config, Action.READY, f"{steps:,} steps, {shown_path(run.path, config)}")
+        latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
+        if latest:
+            return Look(config, Action.RESUME, f"from {latest.name} to step {config.stage.steps:,}")
+        origin = f" from the {self.starts_from} checkpoint" if self.starts_from in rebuilt else ""
+        if config.stage.init_from != "none" and not origin:
+            start = checkpoint_files.find_checkpoint(Path(config.stage.init_from))
+            checkpoint_files.check_start(start, checkpoint_files.read_state(start)[1], config.model)
+            origin = f" from {shown_path(start, config)}"
+        return Look(config, Action.BUILD, f"{config.stage.steps:,} steps{origin}")
+
+    def output(self, config: Config) -> Path:
+        return run_of(config).path
+
+    def progress(self, config: Config) -> str:
+        latest = checkpoint_files.read_pointer(run_of(config).checkpoints, checkpoint_files.LATEST)
+        return latest.name if latest else "the start of the stage, it has no checkpoint yet"
+
+    def summarize(self, config: Config, console: "Console") -> None:
+        run = run_of(config)
+        result = json.loads(run.result.read_text(encoding="utf-8"))
+        self.print_figures(config, result, console)
+        self.print_samples(run, console)
+        console.summary(f"stage={self.name} is done", dict(self.entries(config, run, result)))
+
+    def print_figures(self, config: Config, result: Mapping[str, Any], console: "Console") -> None:
+        """Print the tables of the summary."""
+        print_before_and_after(result, console)
+
+    def print_samples(self, run: RunDirectory, console: "Console") -> None:
+        """Print the first sample of each language of the last file of samples."""
+        shown: set[str] = set()
+        for sample in last_samples(run):
+            if sample["language"] not in shown:
+                shown.add(sample["language"])
+                parses = sample.get("parses")
+                verdict = "" if parses is None else ", parses" if parses else ", does not parse"
+                console.line(f"--- {sample['language']}{verdict}")
+                for line in (sample["prompt"] + sample["completion"]).splitlines()[:SAMPLE_LINES]:
+                    console.line(f"    {line}")
+
+    def entries(self, config: Config, run: RunDirectory, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """(what, value) of the summary's last box."""
+        metrics = result["metrics"]
+        bits = f", {metrics['val/bits_per_byte']:.3f} bits per byte" if "val/bits_per_byte" in metrics else ""
+        steps, amount = f"{result['steps']:,} steps", f"{result['tokens']:,} {self.unit}"
+        yield "parameters", f"{result['parameters']:,}"
+        yield "trained", f"{steps}, {amount} on {counted(result['ranks'], 'rank')}"
+        if "val/loss" in metrics:
+            yield "val", f"loss {three_decimals(metrics['val/loss'])}{bits}"
+        if packing := result.get("packing"):
+            yield "packed", self.packing_text(packing)
+        yield from self.own_entries(result)
+        yield "checkpoint", str(run.checkpoints / str(result["checkpoint"]))
+        yield "samples", str(run.samples)
+        yield "metrics", str(run.metrics)
+        yield "rank logs", str(run.logs)
+        if config.tracking.name == "wandb":
+            yield "wandb", str(run.wandb)
+        if config.stage.corpus:
+            yield "corpus", f"dist-lm data inspect {run.work.corpus(config.stage.corpus)}"
+
+    def own_entries(self, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """The stage's own lines of the summary's last box."""
+        return iter(())
+
+    packed: ClassVar[str] = "conversations"  # what is packed whole into sequences
+
+    def packing_text(self, packing: Mapping[str, Any]) -> str:
+        """How documents that are packed whole fill their sequences."""
+        everything = packing["documents"] + packing["left_out"]
+        left_out = f", {packing['left_out']:,} of {everything:,} too long for one" if packing["left_out"] else ""
+        return (
+            f"{packing['documents']:,} {self.packed} into {packing['sequences']:,} sequences, "
+            f"{percent(packing['padding'])} padding{left_out}"
+        )
+
+
+def training_stage(name: str) -> TrainingStage:
+    """The stage of that name, which trains."""
+    stage = stage_named(name)
+    assert isinstance(stage, TrainingStage), f"stage {name} does not train"
+    return stage
+
+
+def print_before_and_after(result: Mapping[str, Any], console: "Console") -> None:
+    """Print the loss on held-out documents before the first step and after the last, where both were measured."""
+    before, after = result.get("before", {}), result["metrics"]
+    names = [name for name in after if name.startswith("val/loss") and name in before]
+    if names:
+        rows = [
+            (
+                name.removeprefix("val/loss").removeprefix("_") or "all",
+                three_decimals(before[name]),
+                three_decimals(after[name]),
+                change(after[name] / before[name]),
+            )
+            for name in names
+        ]
+        console.table("loss on held-out documents", ("documents", "before", "after", "change"), rows)
+
+
+def last_samples(run: RunDirectory) -> list[dict[str, Any]]:
+    """The lines of the newest file of samples."""
+    files = sorted(run.samples.glob("step_*.jsonl"))
+    return list(json_lines(files[-1])) if files else []
+
+
+def with_start(stage: Stage, config: Config) -> Config:
+    """`config` with `stage.init_from` as `none` or a path; `auto` is the run of the stage before, of the same run_id.
+
+    The path is absolute, since ranks may run in another folder.
+    """
+    start = config.stage.init_from
+    if start == "auto":
+        work = WorkDirectory(Path(config.work_dir).resolve())
+        start = str(work.run(stage.starts_from, config.run_id).path) if stage.starts_from else "none"
+    return replace(config, stage=replace(config.stage, init_from=start))
+
+
+def has_output(run: RunDirectory) -> bool:
+    """Whether a run has anything that other settings would contradict: a checkpoint or its result."""
+    return run.result.exists() or checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST) is not None
+
+
+def refuse_other_settings(run: RunDirectory, config: Config, conflicts: list[str]) -> None:
+    """Refuse to continue a run with other settings.
+
+    Raises:
+        ConfigError: names the run and each key.
+    """
+    if conflicts:
+        raise ConfigError(
+            f"{run.path} exists with other settings: {'; '.join(conflicts)}: "
+            f"give them the same values, or choose another run_id than {config.run_id}"
+        )
+
+
+def differing_keys(old: Config, new: Config, prefix: str, free: tuple[str, ...]) -> list[str]:
+    """`key=new (was old)` for every key that starts with `prefix`, differs, and is not in `free`."""
+    return [
+        f"{key}={after} (was {before})"
+        for key, before, after in _differences(asdict(old), asdict(new))
+        if key.startswith(prefix) and not key.startswith(free)
+    ]
+
+
+def _differences(before: Any, after: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, before, after) of what differs; a mapping that only one of them has is one difference."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in sorted(before.keys() | after.keys()):
+            yield from _differences(before.get(name), after.get(name), f"{key}.{name}".removeprefix("."))
+    elif before != after:
+        yield key, before, after
