@@ -7,7 +7,7 @@ A member of a tar groups many documents (one a member costs 3.6 times the bytes)
     KEY.bytes.npy      (documents,) uint32  UTF-8 bytes of the text
     KEY.languages.npy  (documents,) uint8   codes
     KEY.mask.npy       (tokens,) uint8      only where a document has a loss mask; 1: the token is learned
-    KEY.branch.npy ... of rankings alone: see `data.rankings.arrays`
+    KEY.branch.npy ... of rankings alone: see `data.rankings.shards`
     KEY.meta.json      {"languages": {code: name}, "sources": [a document], "licences": [a document]}
 
 The same documents give the same bytes.
