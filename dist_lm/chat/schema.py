@@ -21,8 +21,8 @@ from dist_lm.chat.messages import Call, ChatError, Json, Tool, check_call, check
 NAME = re.compile("[A-Za-z0-9_.-]{1,128}")
 LONGEST_SCHEMA = 50_000  # characters of a tool's parameters, in JSON
 CACHED = 4096  # validators that are kept
-DEEPEST_SCHEMA = 24  # schemas inside each other: jsonschema takes a dozen frames for each
-MOST_SCHEMAS = 2_000  # in one tool, references put in place
+DEEPEST_SCHEMA = 24  # nested schemas: jsonschema takes a dozen frames for each
+MOST_SCHEMAS = 2_000  # in one tool, with references replaced
 
 SCHEMA_MAPS = ("properties", "dependentSchemas")
 SCHEMA_LISTS = ("anyOf", "allOf", "oneOf", "prefixItems")
