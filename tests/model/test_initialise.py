@@ -1,4 +1,4 @@
-"""Initial values hang on the seed and the name alone."""
+"""Initial values depend on the seed and the name alone."""
 
 import math
 

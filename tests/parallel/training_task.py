@@ -1,6 +1,6 @@
 """The training that layouts are compared on: parameters, batches and what is recorded, the same for every run.
 
-Everything is on that could hang on the layout: dropout, label smoothing, z-loss, a document mask, positions that
+Everything is on that could depend on the layout: dropout, label smoothing, z-loss, a document mask, positions that
 restart, a loss mask, clipping, weight decay.
 """
 
