@@ -15,7 +15,7 @@ from dist_lm.errors import ConfigError, UserError
 from dist_lm.tools.data.examples import REVISION, examples
 from dist_lm.tools.data.xlam import conversation_of_row
 
-DEFAULT_DOCUMENTS = 20_000
+DEFAULT_DOCUMENTS = 8_000
 COLUMNS = ("query", "tools", "answers")
 
 
