@@ -124,7 +124,7 @@ def test_where_and_how_it_runs_may_change(work, change):
 
 
 def test_another_vocabulary_than_the_tokenizers_is_refused(work):
-    with pytest.raises(ArtefactError, match=r"holds 640 pieces, tokenizer.vocab_size=600"):
+    with pytest.raises(ArtefactError, match=r"holds 640 pieces, expected 600 .tokenizer.vocab_size"):
         plan_of(work, "model.vocab_size=600")
 
 

@@ -149,10 +149,10 @@ def old_corpus(work: WorkDirectory) -> None:
 )
 def test_artefacts_of_an_old_format_are_refused_by_name(work, stage, age, said):
     config = config_for(work)
-    assert stage.inspect(config).ready
+    assert stage.STAGE.inspect(config).ready
     before = {path: path.read_bytes() for path in work.path.rglob("*") if path.is_file()}
     age(work)
     with pytest.raises(ArtefactError, match=said) as refused:
-        stage.inspect(config)
+        stage.STAGE.inspect(config)
     assert "\n" not in str(refused.value)
     assert set(before) == {path for path in work.path.rglob("*") if path.is_file()}
