@@ -214,7 +214,7 @@ def carry_out(plan: Plan, console: Console) -> int:
     from dist_lm.cluster.recruit import NoNodesError
     from dist_lm.launcher.interrupt import Stopped, stopped_by_signals
     from dist_lm.launcher.muster import NodesLostError
-    from dist_lm.launcher.outcome import print_outcome
+    from dist_lm.launcher.outcome import print_outcome, print_samples
     from dist_lm.launcher.pipeline import Pipeline, queue_of
 
     job = os.environ.get("SLURM_JOB_ID")
@@ -259,6 +259,7 @@ def carry_out(plan: Plan, console: Console) -> int:
             return 128 + stopped_by
         refused = plan.target.stage.rejection(config)
         pipeline.end("failed" if refused else "done", refused)
+    print_samples(plan, console)
     plan.target.stage.summarize(config, console)
     print_outcome(plan, pipeline.stages, "failed" if refused else "done", sys.argv, console)
     if refused:

@@ -35,11 +35,12 @@ install() {
     echo "error: $venv has no pip, so it was not made by this script: move it away, or set DIST_LM_VENV to it" >&2
     return 2
   fi
-  wanted=$("$venv/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' \
-    "$root/pyproject.toml")
+  wanted=$(cat "$root/pyproject.toml" "$root/launch/constraints.txt" | "$venv/bin/python" -c \
+    'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing dist_lm${extras:+ with extra $extras} into $venv (a minute or two, once)"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root${extras:+[$extras]}"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$root/launch/constraints.txt" \
+      --editable "$root${extras:+[$extras]}"
     echo "$wanted" >"$stamp"
   fi
 }

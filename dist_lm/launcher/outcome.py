@@ -1,7 +1,9 @@
 """What a command ends with: every stage of its pipeline in a table, and what to do next."""
 
 import json
+import math
 import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,10 +14,12 @@ from dist_lm.stages.registry import all_stages
 from dist_lm.stages.stage import KeyFigure, Place, run_of
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
+from dist_lm.tracking.live_drawing import glyphs_for, sparkline
 from dist_lm.tracking.metrics import last_metrics, read_metrics
 from dist_lm.tracking.readable import span
 
-BELOW = ("first -> last", "where")  # columns that a narrow terminal has below their row
+BELOW = ("first -> last", "curve", "where")  # columns that a narrow terminal has below their row
+CURVE_WIDTH = 24
 WORDS = {"waiting": "not begun"}
 
 
@@ -34,7 +38,8 @@ def print_outcome(
     """
     if state != "done" and all(stage.seconds is None for stage in stages):
         return
-    rows = [row(planned, queued) for planned, queued in zip(plan.stages, stages, strict=True)]
+    ramp = glyphs_for(sys.stdout.encoding).ramp
+    rows = [row(planned, queued, ramp) for planned, queued in zip(plan.stages, stages, strict=True)]
     columns = ("stage", "", "steps", "time", *BELOW)
     console.table(f"stages, in {plan.stages[-1].config.work_dir}", columns, rows, below=BELOW)
     entries = dict(next_commands(plan.stages[-1], state, command))
@@ -42,8 +47,21 @@ def print_outcome(
         console.summary("what next", entries)
 
 
-def row(stage: PlannedStage, queued: QueuedStage) -> tuple[str, ...]:
-    """Name, state, steps, time, figures, where."""
+def print_samples(plan: Plan, console: Console) -> None:
+    """Print samples of the earlier stages that this command trained."""
+    for planned in plan.missing[:-1]:
+        run = run_of(planned.config)
+        if planned.stage.place is Place.RANKS and run.result.exists():
+            console.line(f"samples of stage {planned.name}, more in {run.samples}")
+            planned.stage.print_samples(run, console)
+
+
+def row(stage: PlannedStage, queued: QueuedStage, ramp: str) -> tuple[str, ...]:
+    """Name, state, steps, time, figures, curve, where.
+
+    Args:
+        ramp: characters of the curve, lowest first.
+    """
     begun = queued.state != "waiting"
     state = WORDS.get(queued.state, queued.state)
     if queued.state == "done" and queued.seconds is None:
@@ -54,17 +72,24 @@ def row(stage: PlannedStage, queued: QueuedStage) -> tuple[str, ...]:
         if detail and queued.seconds is not None:  # until now `detail` is what was planned
             detail = stage.stage.look(stage.config, is_target=False, rebuilt=()).detail
         took = span(queued.seconds) if queued.seconds is not None else ""
-        return (stage.name, state, "", took, detail, place)
+        return (stage.name, state, "", took, detail, "", place)
     run = run_of(stage.config)
     result = json.loads(run.result.read_text(encoding="utf-8")) if run.result.exists() and begun else {}
     seconds = queued.seconds if queued.seconds is not None else result.get("seconds")
     took = span(seconds) if seconds is not None else ""
     if stage.stage.place is Place.POOL:
-        return (stage.name, state, "", took, stage.stage.figures(result), place)
+        return (stage.name, state, "", took, stage.stage.figures(result), "", place)
     step = result.get("steps", int(last_metrics(run.metrics).get("step", 0)) if begun else 0)
     steps = f"{step:,}" if result else f"{step:,}/{stage.config.stage.steps:,}"
     figures = "; ".join(key_figures(run, result, stage.stage.key_figures)) if begun else ""
-    return (stage.name, state, steps, took, figures, place)
+    curve = sparkline(values_of(run, stage.stage.curve), CURVE_WIDTH, ramp) if begun else ""
+    return (stage.name, state, steps, took, figures, curve, place)
+
+
+def values_of(run: RunDirectory, metric: str) -> list[float]:
+    """The finite values of a metric, in the order of the steps."""
+    lines = read_metrics(run.metrics) if run.metrics.exists() else ()
+    return [value for line in lines if (value := line.get(metric)) is not None and math.isfinite(value)]
 
 
 def key_figures(run: RunDirectory, result: Mapping[str, Any], lines: Sequence[Sequence[KeyFigure]]) -> list[str]:

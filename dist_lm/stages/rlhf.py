@@ -153,6 +153,7 @@ class Rlhf(TrainingStage):
     program = "dist_lm.ranks.rlhf"
     needs = ("shards", "rankings", "tools", "reward")
     starts_from = "tools"
+    curve = "rlhf/reward_mean"
     writes_text = True
     free_keys = (
         *FREE_KEYS,

@@ -83,6 +83,7 @@ class Stage(ABC):
     conf: ClassVar[Path | None] = None  # folder that holds stage/NAME.yaml, for stages outside this package
     # lines of key figures; the closing table shows the first line whose metrics the run has
     key_figures: ClassVar[tuple[tuple[KeyFigure, ...], ...]] = ()
+    curve: ClassVar[str] = "train/loss"  # metric whose curve the closing table shows
     writes_text: ClassVar[bool] = False  # its checkpoint can be talked to
 
     def needed(self, config: Config) -> tuple[str, ...]:
@@ -120,6 +121,9 @@ class Stage(ABC):
     @abstractmethod
     def summarize(self, config: Config, console: "Console") -> None:
         """Print what came out: figures, samples, paths."""
+
+    def print_samples(self, run: RunDirectory, console: "Console") -> None:  # noqa: B027  most stages write none
+        """Print samples of a finished run."""
 
     def progress(self, config: Config) -> str:
         """What the next command continues from, for people."""
