@@ -356,5 +356,9 @@ def test_readme_has_at_most_150_lines():
     assert len(text_of(ROOT / "README.md").splitlines()) <= 150
 
 
+def test_docs_have_at_most_15000_words():
+    assert sum(len(text_of(page).split()) for page in DOCS.glob("*.md")) <= 15_000
+
+
 def test_decisions_have_at_most_4000_words():
     assert len(text_of(DOCS / "decisions.md").split()) <= 4000

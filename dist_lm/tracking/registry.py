@@ -75,12 +75,12 @@ LEARNING = (
         "loss",
         LOOP_STAGES,
         ("train/loss", "nats/target", "lower", "Training loss of the global batch, label smoothing included."),
-        ("train/loss_spikes", "steps", "lower", "Steps so far with a loss 6 standard deviations above the mean."),
+        ("train/loss_spikes", "steps", "lower", "Steps so far whose loss was 6 standard deviations above the mean."),
     ),
     *_table(
         "loss",
         REWARD,
-        ("train/accuracy", "", "higher", "Share of choices in which the preferred answer scores highest."),
+        ("train/accuracy", "", "higher", "Share of choices whose preferred answer scores highest."),
     ),
     *_table("loss", TRAINING_STAGES, ("train/tokens", "tokens", "", "Tokens trained on so far (reward: choices).")),
     *_table(
@@ -92,9 +92,9 @@ LEARNING = (
     *_table(
         "optimizer",
         LOOP_STAGES,
-        ("train/update_ratio", "", "", "L2 norm of the update divided by that of the parameters."),
+        ("train/update_ratio", "", "", "L2 norm of the update / of the parameters."),
         ("train/lr", "", "", "Learning rate."),
-        ("train/skipped_steps", "steps", "lower", "Steps so far skipped because of NaN or infinite gradients."),
+        ("train/skipped_steps", "steps", "lower", "Steps so far skipped for NaN or infinite gradients."),
     ),
 )
 
@@ -112,26 +112,25 @@ SPEED = (
             "perf/mfu",
             "",
             "higher",
-            "Model FLOP/s (padding included, recomputation excluded) divided by the peak of all ranks (data sheet, or "
-            "measured).",
+            "Model FLOP/s (with padding, without recomputation) / peak of all ranks (data sheet, or measured).",
         ),
     ),
     *_table("throughput", RLHF, ("perf/samples_per_s", "samples/s", "higher", "Rollouts a second of an iteration.")),
     *_table(
         "throughput",
         TEXT_STAGES,
-        ("perf/bytes_per_token", "bytes/token", "higher", "UTF-8 bytes of text a token of the training corpora."),
+        ("perf/bytes_per_token", "bytes/token", "higher", "UTF-8 bytes a token of the training corpora."),
     ),
     *_table(
         "throughput",
         TRAINING_STAGES,
-        ("perf/eta_s", "s", "lower", "Estimated time to the last step, evaluations and checkpoints included."),
+        ("perf/eta_s", "s", "lower", "Estimated time to the last step, with evaluations and checkpoints."),
         only="from the second step of an attempt",
     ),
     *_table(
         "memory",
         TRAINING_STAGES,
-        ("perf/memory_gib", "GiB", "lower", "Peak memory of rank 0: GPU, or resident on CPU."),
+        ("perf/memory_gib", "GiB", "lower", "Peak memory of rank 0 (CPU: resident)."),
     ),
 )
 
@@ -139,32 +138,32 @@ TIME = (
     *_table(
         "time",
         TRAINING_STAGES,
-        ("perf/step_s", "s", "lower", "Time of a step, data included (rlhf: of an iteration)."),
+        ("perf/step_s", "s", "lower", "Time of a step (rlhf: of an iteration)."),
         ("checkpoint/stall_s", "s", "lower", "Time that training waited for a checkpoint."),
     ),
     *_table(
         "time",
         LOOP_STAGES,
-        ("perf/data_wait_s", "s", "lower", "Time of a step that rank 0 waited for its batch."),
-        ("perf/forward_s", "s", "lower", "Forward passes of rank 0, FSDP and tensor-parallel messages included."),
-        ("perf/backward_s", "s", "lower", "Backward passes of rank 0, recomputation and messages included."),
-        ("perf/optimizer_s", "s", "lower", "Gradient norms, clipping and optimizer on rank 0."),
-        ("perf/communication_s", "s", "lower", "Time that rank 0 waited in the all-reduce of loss and counts."),
+        ("perf/data_wait_s", "s", "lower", "Time that rank 0 waited for its batch."),
+        ("perf/forward_s", "s", "lower", "Forward passes of rank 0, with messages of FSDP and tp."),
+        ("perf/backward_s", "s", "lower", "Backward passes of rank 0, with recomputation and messages."),
+        ("perf/optimizer_s", "s", "lower", "Gradient norm, clipping and optimizer of rank 0."),
+        ("perf/communication_s", "s", "lower", "Waiting of rank 0 in the all-reduce of loss and counts."),
         (
             "perf/straggler_ratio",
             "",
             "lower",
-            "Work time of the slowest rank (GPU: data and optimizer only) divided by the median.",
+            "Work time of the slowest rank / median (GPU: data and optimizer only).",
         ),
         ("perf/slowest_rank", "", "", "The rank with the longest work time."),
     ),
     *_table(
         "time",
         RLHF,
-        ("timing/rollout_s", "s", "lower", "Waiting for rollouts and their rule-based rewards."),
-        ("timing/forward_s", "s", "lower", "Forward passes of reward model, reference, policy and critic."),
+        ("timing/rollout_s", "s", "lower", "Waiting for rollouts and rule-based rewards."),
+        ("timing/forward_s", "s", "lower", "Forward passes of all models."),
         ("timing/update_s", "s", "lower", "Policy and critic updates."),
-        ("timing/push_s", "s", "lower", "Sending new weights to the generation engines."),
+        ("timing/push_s", "s", "lower", "Sending weights to the engines."),
         ("timing/iteration_s", "s", "lower", "The whole iteration, without the report."),
     ),
 )
@@ -180,47 +179,47 @@ HELD_OUT = (
     *_table(
         "held-out",
         TEXT_STAGES,
-        ("val/bits_per_byte", "bits/byte", "lower", "Held-out loss a byte of text; comparable between tokenizers."),
+        ("val/bits_per_byte", "bits/byte", "lower", "Held-out loss a byte; comparable between tokenizers."),
         parts=[PART],
     ),
     *_table(
         "held-out",
         RLHF,
-        ("rlhf/win_rate", "", "higher", "Share of prompts whose answer scores above the reference's; ties count half."),
+        ("rlhf/win_rate", "", "higher", "Share of answers that score above the reference's, ties as half."),
         ("rlhf/held_out_score", "", "higher", "Mean score of the policy's answers."),
         ("rlhf/held_out_score_reference", "", "", "Mean score of the reference's answers."),
-        ("rlhf/held_out", "prompts", "", "Held-out prompts behind these figures."),
-        only="with held-out prompts",
+        ("rlhf/held_out", "prompts", "", "Prompts behind these figures."),
+        only="if prompts are held out",
     ),
     *_table(
         "code",
         ("code",),
-        ("code/parses_{language}", "", "higher", "Share of samples, prompt included, that parse."),
+        ("code/parses_{language}", "", "higher", "Share of samples that parse with their prompt."),
         only="with a parser for the language",
     ),
     *_table(
         "tools",
         ("tools",),
         ("tools/parses", "", "higher", "Share of turns with a call that parses."),
-        ("tools/valid_call", "", "higher", "Share of turns whose calls all match an offered schema."),
+        ("tools/valid_call", "", "higher", "Share of turns whose calls all fit an offered schema."),
         ("tools/name_exact", "", "higher", "Share of turns that call exactly the expected tools."),
         ("tools/args_exact", "", "higher", "Share of expected calls made with equal arguments."),
         ("tools/call_exact", "", "higher", "Share of turns with exactly the expected calls."),
         ("tools/false_refusals", "", "lower", "Share of turns answered in words."),
-        only="over questions that expect a call",
+        only="where a call is expected",
         parts=[("_{kind}", "for one kind of conversation")],
     ),
     *_table(
         "tools",
         ("tools",),
         ("tools/parallel_exact", "", "higher", "Share of turns with exactly the expected calls."),
-        only="over questions that expect several calls",
+        only="where several calls are expected",
     ),
     *_table(
         "tools",
         ("tools",),
         ("tools/irrelevance", "", "higher", "Share of turns answered in words."),
-        only="over questions that expect no call",
+        only="where no call is expected",
         parts=[("_{kind}", "for one kind of conversation")],
     ),
 )
@@ -230,14 +229,9 @@ REINFORCEMENT = (
         "reward",
         REWARD,
         ("reward/accuracy", "", "higher", "Share of held-out pairs scored in the right order."),
-        ("reward/kendall_tau", "", "higher", "Mean Kendall's tau-b of scores and ranks over held-out rankings."),
+        ("reward/kendall_tau", "", "higher", "Mean Kendall's tau-b of held-out rankings."),
         ("reward/top1", "", "higher", "Share of held-out rankings whose best answer scores highest."),
-        (
-            "reward/calibration_error",
-            "",
-            "lower",
-            "Difference of predicted and observed pair probabilities (0 to 0.5).",
-        ),
+        ("reward/calibration_error", "", "lower", "Error of predicted pair probabilities (0 to 0.5)."),
         parts=[("_{source}", "for one source"), ("_k{completions}", "for one number of completions")],
     ),
     *_table(
@@ -245,7 +239,7 @@ REINFORCEMENT = (
         REWARD,
         ("reward/score_mean", "", "", "Mean score of answers of the initial model."),
         ("reward/score_std", "", "", "Standard deviation of these scores."),
-        ("reward/scored", "samples", "", "Answers behind both figures."),
+        ("reward/scored", "samples", "", "Number of these answers."),
     ),
     *_table(
         "rlhf",
@@ -257,41 +251,41 @@ REINFORCEMENT = (
     *_table(
         "rlhf",
         RLHF,
-        ("rlhf/kl", "nats/rollout", "", "KL divergence of the policy from the reference, estimated on rollouts."),
-        ("rlhf/kl_coefficient", "", "", "Penalty a nat of KL divergence."),
-        only="with a reference (rlhf.kl_coefficient > 0)",
+        ("rlhf/kl", "nats/rollout", "", "KL divergence from the reference, estimated on rollouts."),
+        ("rlhf/kl_coefficient", "", "", "Penalty a nat."),
+        only="with rlhf.kl_coefficient > 0",
     ),
     *_table(
         "rlhf",
         RLHF,
         ("rlhf/entropy", "nats/token", "", "Entropy of the sampling distribution."),
         ("rlhf/new_tokens_mean", "tokens", "", "Mean length of a rollout."),
-        ("rlhf/truncated_rate", "", "lower", "Share of rollouts cut off by the length limit."),
-        ("rollout/logprob_gap", "nats", "lower", "Largest log-probability difference between engine and trainer."),
+        ("rlhf/truncated_rate", "", "lower", "Share of rollouts cut at the length limit."),
+        ("rollout/logprob_gap", "nats", "lower", "Largest difference of log-probabilities, engine against trainer."),
     ),
     *_table(
         "updates",
         RLHF,
         ("rlhf/updates", "updates", "", "Policy updates in the iteration."),
-        ("rlhf/policy_loss", "", "", "Policy loss a token, mean over updates."),
-        ("rlhf/policy_grad_norm", "", "", "L2 norm of the policy gradient before clipping, mean over updates."),
-        ("rlhf/ratio_mean", "", "", "Mean probability ratio to the policy before the first update."),
+        ("rlhf/policy_loss", "", "", "Mean policy loss a token."),
+        ("rlhf/policy_grad_norm", "", "", "Mean gradient norm of the policy before clipping."),
+        ("rlhf/ratio_mean", "", "", "Mean probability ratio to the policy that began the iteration."),
         ("rlhf/clip_frac", "", "", "Share of tokens whose ratio was clipped."),
-        ("rlhf/approx_kl", "nats/token", "", "KL divergence from the policy before the first update."),
+        ("rlhf/approx_kl", "nats/token", "", "KL divergence from the policy that began the iteration."),
     ),
     *_table(
         "updates",
         RLHF,
-        ("rlhf/pretrain_loss", "nats/token", "lower", "Loss on pretraining text, mean over updates."),
-        only="with pretraining text among the updates",
+        ("rlhf/pretrain_loss", "nats/token", "lower", "Mean loss on pretraining text."),
+        only="if it is mixed in",
     ),
     *_table(
         "updates",
         RLHF,
         ("rlhf/value_loss", "", "lower", "Critic loss a token."),
-        ("rlhf/value_grad_norm", "", "", "L2 norm of the critic gradient before clipping, mean over updates."),
+        ("rlhf/value_grad_norm", "", "", "Mean gradient norm of the critic before clipping."),
         ("rlhf/value_clip_frac", "", "", "Share of tokens whose value was clipped."),
-        ("rlhf/value_explained_var", "", "higher", "Share of the return variance that the critic explains."),
+        ("rlhf/value_explained_var", "", "higher", "Share of the variance of returns that values explain."),
         ("rlhf/value_mean", "", "", "Mean predicted value."),
         ("rlhf/return_mean", "", "", "Mean return of a token."),
         only="with a critic",
@@ -305,7 +299,7 @@ REINFORCEMENT = (
     *_table(
         "throughput",
         RLHF,
-        ("rollout/staleness", "iterations", "lower", "Age of the sampling weights relative to the policy."),
+        ("rollout/staleness", "iterations", "lower", "Age of the sampling weights."),
     ),
 )
 
@@ -313,12 +307,12 @@ GENERATION = (
     *_table(
         "generate",
         ("generate",),
-        ("generate/prompts", "prompts", "", "Prompts answered or refused so far, earlier commands included."),
+        ("generate/prompts", "prompts", "", "Prompts answered or refused so far, by all commands."),
         ("generate/answers", "answers", "", "Answers so far."),
         ("generate/refused", "prompts", "lower", "Prompts refused so far."),
         ("generate/tokens", "tokens", "", "Tokens of all answers so far."),
-        ("generate/tokens_per_s", "tokens/s", "higher", "Tokens of finished answers a second since the last line."),
-        ("generate/prompts_per_s", "prompts/s", "higher", "Finished prompts a second since the last line."),
+        ("generate/tokens_per_s", "tokens/s", "higher", "Tokens of finished answers a second."),
+        ("generate/prompts_per_s", "prompts/s", "higher", "Finished prompts a second."),
         ("generate/engines", "engines", "higher", "Engines that run."),
     ),
     *_table(
@@ -343,9 +337,9 @@ SYSTEM = (
     *_table(
         "system",
         TRAINING_STAGES,
-        ("system/gpu_percent_{gpu}", "%", "higher", "Share of time that a GPU (HOST.NUMBER) was busy."),
-        ("system/gpu_memory_gib_{gpu}", "GiB", "", "Memory of a GPU (HOST.NUMBER) in use."),
-        only="in wandb, with nvidia-ml-py on the nodes",
+        ("system/gpu_percent_{gpu}", "%", "higher", "Share of time that a GPU was busy."),
+        ("system/gpu_memory_gib_{gpu}", "GiB", "", "Memory of a GPU in use."),
+        only="in wandb, with nvidia-ml-py",
     ),
 )
 
@@ -401,10 +395,11 @@ HEAD = """# Metrics
 Generated from `dist_lm/tracking/registry.py` by `python -m dist_lm metrics > docs/metrics.md`; do not edit.
 
 `metrics.jsonl`, wandb, dashboards and reports use these names only. `{slot}` stands for a language, a corpus or a kind.
-A line is written every `stage.log_every` steps (stage generate: about every ten seconds, and a step is a prompt).
+A line is written every `stage.log_every` steps (stage generate: about every ten seconds; a step is a prompt).
 Losses and norms are those of the last step; times and speeds are means since the previous line.
 `train/update_ratio`, `perf/straggler_ratio` and `perf/slowest_rank` are on every tenth step and the last line only.
-↓ and ↑ say which direction is better. "text" stands for the stages language, code and tools.
+↓ and ↑ mark the better direction. "text" stands for the stages language, code and tools.
+A group without a column of stages belongs to those in its heading.
 """
 ARROWS = {"lower": "↓", "higher": "↑", "": ""}
 
@@ -427,19 +422,33 @@ def page(stage: str | None = None) -> str:
 
 
 def _markdown(group: str, metrics: list[Metric]) -> str:
-    """The table of a group; the families of a metric share its row."""
+    """The table of a group; the families of a metric share its row, and stages are named once where all are equal."""
     rows: dict[str, list[Metric]] = {}
     single = {metric.name for metric in metrics if not metric.slot}
     for metric in metrics:
         rows.setdefault(metric.stem if metric.stem in single else metric.name, []).append(metric)
-    text = "".join(_row(members) for members in rows.values())
-    return f"## {group}\n\n| name | unit | stages | meaning |\n|---|---|---|---|\n{text}"
+    of_group = {_stages(metric) for metric in metrics}
+    columns = ("name", "unit", "meaning") if len(of_group) == 1 else ("name", "unit", "stages", "meaning")
+    title = group if len(of_group) > 1 or group in of_group else f"{group} ({of_group.pop()})"
+    table = [
+        columns,
+        ["---"] * len(columns),
+        *([_cell(members, column) for column in columns] for members in rows.values()),
+    ]
+    return f"## {title}\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in table)
 
 
-def _row(metrics: list[Metric]) -> str:
-    names = ", ".join(f"`{metric.name}`" for metric in metrics)
+def _cell(metrics: list[Metric], column: str) -> str:
+    """A cell of the row of a metric and its families."""
     first = metrics[0]
-    stages = ", ".join(first.stages).replace(", ".join(TEXT_STAGES), "text")
-    meaning = f"{first.meaning.removesuffix('.')}, {first.only}." if first.only else first.meaning
-    unit = f"{first.unit} {ARROWS[first.better]}".strip()
-    return f"| {names} | {unit} | {stages} | {meaning} |\n"
+    if column == "name":
+        return ", ".join(f"`{metric.name}`" for metric in metrics)
+    if column == "unit":
+        return f"{first.unit} {ARROWS[first.better]}".strip()
+    if column == "stages":
+        return _stages(first)
+    return f"{first.meaning.removesuffix('.')}, {first.only}." if first.only else first.meaning
+
+
+def _stages(metric: Metric) -> str:
+    return ", ".join(metric.stages).replace(", ".join(TEXT_STAGES), "text")
