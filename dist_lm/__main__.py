@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from dist_lm.errors import ArtefactError
-from dist_lm.launcher.entry_point import run_program
+from dist_lm.launcher.process import run_program
 
 app = typer.Typer(
     name="dist-lm",

@@ -27,8 +27,8 @@ from dist_lm.launcher.compose import (
     search_path,
     target_stage,
 )
-from dist_lm.launcher.entry_point import disk_trouble, run_program
 from dist_lm.launcher.plan import Plan, PlannedStage, make_plan, may_need
+from dist_lm.launcher.process import disk_trouble, run_program
 from dist_lm.stages.registry import stage_named
 from dist_lm.stages.stage import Place
 from dist_lm.storage.process import cores
@@ -210,12 +210,12 @@ def ranks_here(config: Config) -> int:
 
 def carry_out(plan: Plan, console: Console) -> int:
     """Run the missing stages of a plan in order. Returns the exit code."""
-    from dist_lm.cluster.failure import GangFailure, PoolFailure
+    from dist_lm.cluster.events import GangFailure, PoolFailure
     from dist_lm.cluster.recruit import NoNodesError
-    from dist_lm.launcher.interrupt import Stopped, stopped_by_signals
     from dist_lm.launcher.muster import NodesLostError
     from dist_lm.launcher.outcome import print_outcome, print_samples
     from dist_lm.launcher.pipeline import Pipeline, queue_of
+    from dist_lm.launcher.process import Stopped, stopped_by_signals
 
     job = os.environ.get("SLURM_JOB_ID")
     config = plan.target.config
@@ -270,9 +270,9 @@ def carry_out(plan: Plan, console: Console) -> int:
 def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | None) -> int:
     """Build what the plan says is missing. Returns the signal that stopped it, or 0."""
     from dist_lm.cluster.ray_cluster import connect
-    from dist_lm.launcher.interrupt import watch_signals
     from dist_lm.launcher.pipeline import build_artefact
     from dist_lm.launcher.pool_run import run_pool_stage
+    from dist_lm.launcher.process import watch_signals
     from dist_lm.launcher.stage_run import run_training_stage
 
     def build(stage: PlannedStage) -> None:

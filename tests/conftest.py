@@ -19,7 +19,7 @@ from dist_lm.data.manifest import write_manifest
 from dist_lm.data.shard_writer import ShardWriter
 from dist_lm.document import Document
 from dist_lm.launcher.compose import compose_config
-from dist_lm.stages.artefact import corpus_fingerprint, digest, text_fingerprint
+from dist_lm.stages.shards import corpus_fingerprint, digest, text_fingerprint
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import FORMAT, Tokenizer

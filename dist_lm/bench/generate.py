@@ -20,7 +20,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import Config
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.request import Answer, Request, SamplingParams
-from dist_lm.model.initialise import initialise
+from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 

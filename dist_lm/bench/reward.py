@@ -18,7 +18,7 @@ from dist_lm.bench.rank import OwnTraining, Trial
 from dist_lm.chat.ranking import branch_ends, branch_positions
 from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch, RankedPlaces
-from dist_lm.model.initialise import initialise
+from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.reward_model import choices_of_people

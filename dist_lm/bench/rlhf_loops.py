@@ -22,7 +22,7 @@ from dist_lm.config.rlhf import RewardPartConfig, RlhfConfig
 from dist_lm.config.root import Config
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.interop.gpt_neox import save_gpt_neox
-from dist_lm.model.initialise import initial_value, initialise
+from dist_lm.model.keyed_random import initial_value, initialise
 from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import resolve_layout

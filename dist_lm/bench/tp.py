@@ -34,7 +34,7 @@ from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
 from dist_lm.data.batch import Batch
 from dist_lm.model.attention import CAUSAL, attend
-from dist_lm.model.initialise import initial_value
+from dist_lm.model.keyed_random import initial_value
 from dist_lm.model.layers import FeedForward, RopeTables, build_norm, rope_tables, rotate
 from dist_lm.model.size import parameter_shapes
 from dist_lm.parallel.layout import Layout

@@ -23,7 +23,7 @@ from dist_lm.bench.rank import OwnTraining, Trial, own_rows, peak_mib
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.root import Config
 from dist_lm.errors import UserError
-from dist_lm.model.initialise import initialise
+from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.mesh import World, build_mesh

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from dist_lm.cluster.agent import Assignment, NodeReport, RankExit
-from dist_lm.cluster.failure import SILENT, Crowd, GangFailure, clear_failures, explain
+from dist_lm.cluster.events import SILENT, Crowd, GangFailure, clear_failures, explain
 from dist_lm.cluster.heartbeat import Hang, Patience, Pulse, find_hang
 from dist_lm.cluster.node_facts import NodeUsage
 from dist_lm.cluster.ray_cluster import first_line

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from dist_lm.cluster.allocation import Reserved, Site, cores_of, missing_places
-from dist_lm.cluster.failure import PoolFailure
+from dist_lm.cluster.events import PoolFailure
 from dist_lm.cluster.pool_actor import EngineSpec, Member, MemberLostError, Weights
 from dist_lm.cluster.pool_ledger import Depth, Ledger, Result
 from dist_lm.cluster.ray_cluster import Node, RayCluster

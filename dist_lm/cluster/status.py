@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dist_lm.cluster.journal import read_events
+from dist_lm.cluster.events import read_events
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 from dist_lm.storage.lock import is_locked

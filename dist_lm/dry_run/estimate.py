@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from dist_lm.config.root import Config
 from dist_lm.dry_run.work import WORLD, StepMemory, Work
 from dist_lm.model.size import documents_apart
-from dist_lm.parallel.layout import Layout
-from dist_lm.parallel.placement import blocks_per_unit, one_block, reshards, slice_of
+from dist_lm.parallel.layout import Layout, blocks_per_unit, one_block, reshards, slice_of
 
 FP32_BYTES = 4
 ELEMENTWISE_PASSES = 6  # of elementwise operations over the activations of a block

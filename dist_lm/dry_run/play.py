@@ -14,8 +14,7 @@ from dist_lm.config.root import Config, save_config
 from dist_lm.dry_run.estimate import gradients_add_up, is_half, micro_batches_of, offloads
 from dist_lm.dry_run.work import WORLD, StepMemory, Work, resident, step_seconds
 from dist_lm.model.size import flops_per_token, parameter_count
-from dist_lm.parallel.layout import AXES, Layout
-from dist_lm.parallel.placement import slice_of
+from dist_lm.parallel.layout import AXES, Layout, slice_of
 from dist_lm.tracking.readable import duration, four_digits, gib, percent, readable_count, span
 
 AT_ONCE = 2  # processes of about 0.4 GiB each

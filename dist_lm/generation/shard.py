@@ -1,6 +1,6 @@
 """One rank's part of a model that several ranks share: how it is cut from whole weights, and where ranks communicate.
 
-The parts are those of training (`dist_lm.parallel.placement`): each rank holds some heads, some hidden units and some
+The parts are those of training (`dist_lm.parallel.layout`): each rank holds some heads, some hidden units and some
 of the vocabulary, padded with zeros so that all ranks hold equally many. Two things are simpler than in training,
 because no weight changes: a bias that is added after ranks sum their outputs is held by rank 0 alone, with zeros on the
 others; and if the query heads of a rank read key heads unequally, the rank holds one key head for each query head.
@@ -19,8 +19,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.errors import require
 from dist_lm.generation.linear import Linear
 from dist_lm.model.size import Shape, parameter_shapes
-from dist_lm.parallel.layout import Layout, misfit
-from dist_lm.parallel.placement import Slice, keys_of, keys_read, shards_key_heads, slice_of
+from dist_lm.parallel.layout import Layout, Slice, keys_of, keys_read, misfit, shards_key_heads, slice_of
 from dist_lm.parallel.tensor_axis import TensorAxis
 
 LEADER = 0  # the rank that chooses tokens

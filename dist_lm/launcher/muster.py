@@ -9,8 +9,8 @@ from dist_lm.cluster.inspection import Demands
 from dist_lm.cluster.ray_cluster import ClusterError, RayCluster
 from dist_lm.cluster.recruit import Crew, recruit
 from dist_lm.config.root import Config
-from dist_lm.launcher.interrupt import Interrupt
 from dist_lm.launcher.layout_choice import largest
+from dist_lm.launcher.process import Interrupt
 from dist_lm.model.size import parameter_count
 from dist_lm.tracking.console import Console
 

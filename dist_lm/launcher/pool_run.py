@@ -13,9 +13,9 @@ from dist_lm.cluster.pool import Pool
 from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config.root import Config, save_config
-from dist_lm.launcher.interrupt import Interrupt, left_at_once
 from dist_lm.launcher.pipeline import LOOK_S
 from dist_lm.launcher.plan import PlannedStage
+from dist_lm.launcher.process import Interrupt, left_at_once
 from dist_lm.launcher.stage_run import device_and_ranks
 from dist_lm.launcher.watch import WandbCopy, start_wandb
 from dist_lm.parallel.sharding import generation_dtype

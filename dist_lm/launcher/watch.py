@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
-from dist_lm.cluster.failure import GangFailure
+from dist_lm.cluster.events import GangFailure
 from dist_lm.cluster.heartbeat import Pulse
 from dist_lm.cluster.node_facts import NodeUsage, usage_metrics
 from dist_lm.config.root import Config
@@ -138,6 +138,8 @@ def start_wandb(config: Config, run: RunDirectory, console: Console, corpora: Se
     Args:
         corpora: that the stage reads.
     """
+    if config.tracking.name != "wandb":
+        return None
     wandb = WandbRun.start(
         asdict(config),
         run,

@@ -1,8 +1,11 @@
-"""Randomness as a pure function of counters: a hash, and the dropout that is drawn with it.
+"""Randomness as a pure function of keys: a hash of counters, dropout, and the initial values of parameters.
 
 There is no generator and no state. Whether dropout keeps an element depends on (seed, step, sequence number, site,
 token index, channel) alone. Any rank can compute any slice, so the numbers do not depend on the layout, and a resumed
 run draws what the uninterrupted run would have drawn.
+
+Initial values are keyed by (seed, parameter name): they do not depend on the other parameters, on the order of
+creation, or on the sharding.
 
 Dropout applies to the embeddings and to the two residual branches of each block, not to attention probabilities: fused
 attention kernels draw those from a generator of their own, in an order that depends on the layout, and models of this
@@ -14,10 +17,17 @@ finaliser (Appleby 2011). All arithmetic wraps.
 Dimensions: B sequences, T tokens, D channels.
 """
 
+import hashlib
+import math
 from dataclasses import dataclass
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import torch
+
+from dist_lm.config.model import ModelConfig
+
+if TYPE_CHECKING:
+    from dist_lm.model.transformer import Transformer
 
 EMBEDDING_SITE = 0
 
@@ -163,3 +173,37 @@ def keep_mask(site: SiteDropout, token_T: torch.Tensor) -> torch.Tensor:
     row_BT = hash_words(site.sequence_B[:, None], token_T[None, :], state=site.state)
     threshold = round(site.rate * (1 << 32)) - (1 << 31)
     return hash_grid(row_BT, site.channel_D) >= threshold
+
+
+RESIDUAL_PROJECTIONS = ("attention.output", "feed_forward.down.weight")
+"""Projections onto the residual stream, two per layer: their scale falls with depth (Radford et al. 2019, 2.3)."""
+
+SCALAR_HEAD = "scalar_head.weight"
+
+
+def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> torch.Tensor:
+    """The whole value of one parameter, fp32 on the CPU, of logical `shape`.
+
+    Biases are 0 and norm weights 1. Other parameters are normal with standard deviation `init_std`, divided by
+    sqrt(2 n_layers) for projections onto the residual stream; a scalar head has 1 / sqrt(d_model + 1) (Stiennon et al.
+    2020).
+    """
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    std = config.init_std
+    if name.endswith(RESIDUAL_PROJECTIONS):
+        std /= math.sqrt(2 * config.n_layers)
+    if name == SCALAR_HEAD:
+        std = 1 / math.sqrt(config.d_model + 1)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.empty(shape).normal_(0, std, generator=generator)
+
+
+@torch.no_grad()
+def initialise(model: "Transformer", seed: int) -> None:
+    """Fill an unsharded model in place."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_value(name, tuple(parameter.shape), model.config, seed))

@@ -3,7 +3,7 @@
     tokens -> embedding -> n_layers x Block -> norm -> head -> logits (or a score)
     Block:  x += attention(norm(x));  x += feed_forward(norm(x))          (pre-LN, Radford et al. 2019)
 
-A new model has no values: build it on the meta device if it is large, and fill it with `dist_lm.model.initialise`.
+A new model has no values: build it on the meta device if it is large, and fill it with `keyed_random.initialise`.
 
 Dimensions: B sequences, T tokens, D d_model, V vocabulary.
 """

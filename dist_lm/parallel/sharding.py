@@ -35,11 +35,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.parallel import ParallelConfig
-from dist_lm.model.initialise import initial_value
+from dist_lm.model.keyed_random import initial_value
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.gloo import exchange_messages
-from dist_lm.parallel.layout import Layout
-from dist_lm.parallel.placement import Placement, blocks_per_unit, partial_gradients, placements, reshards
+from dist_lm.parallel.layout import Layout, Placement, blocks_per_unit, partial_gradients, placements, reshards
 from dist_lm.parallel.tensor_axis import TensorAxis
 from dist_lm.parallel.tensor_parallel import TensorParallelTransformer
 from dist_lm.parallel.values import fill

@@ -19,7 +19,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.model.attention import Attention, Visibility, attend, from_heads, to_heads
 from dist_lm.model.layers import FeedForward, HeadNorm, RopeTables, activate, build_norm, normalise_heads, rotate
 from dist_lm.model.transformer import Transformer
-from dist_lm.parallel.placement import Slice, keys_of, slice_of
+from dist_lm.parallel.layout import Slice, keys_of, slice_of
 from dist_lm.parallel.tensor_axis import TensorAxis, local
 
 

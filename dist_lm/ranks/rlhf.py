@@ -19,10 +19,10 @@ from dist_lm.errors import ArtefactError
 from dist_lm.evaluation.tool_questions import shown
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.values import whole_weights
+from dist_lm.ranks.program import RankStart, check_corpora, metrics_of_step, open_metrics, started, write_success
 from dist_lm.ranks.rlhf_held_out import HeldOut
 from dist_lm.ranks.rlhf_models import Begun, begin, saved_files, train_state
 from dist_lm.ranks.rlhf_supply import pretraining_text, rollout_source
-from dist_lm.ranks.start import RankStart, check_corpora, metrics_of_step, open_metrics, started, write_success
 from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
 from dist_lm.rlhf.models import own_threads
 from dist_lm.rlhf.ppo import Ppo

@@ -14,7 +14,7 @@ import torch
 
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.values import whole_weights
-from dist_lm.ranks.start import RankStart
+from dist_lm.ranks.program import RankStart
 from dist_lm.rlhf.experience import add_up, end_scores
 from dist_lm.rlhf.learner import RolloutSupply
 from dist_lm.rlhf.models import RlhfModels, dealing

@@ -13,7 +13,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.sharding import build_model
-from dist_lm.ranks.start import RankStart
+from dist_lm.ranks.program import RankStart
 from dist_lm.rlhf.algorithm import Algorithm
 from dist_lm.rlhf.models import RlhfModels, frozen, scalar_config, start_critic, trained_critic, trained_policy
 from dist_lm.rlhf.reward_model import read_reward_scale

@@ -26,7 +26,7 @@ from dist_lm.data.stream import SequenceStream, StepStream
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.parallel.mesh import data_mesh
 from dist_lm.parallel.sharding import compute_dtype
-from dist_lm.ranks.start import RankStart
+from dist_lm.ranks.program import RankStart
 from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource
 from dist_lm.rlhf.update import Pretraining
 from dist_lm.stages.rlhf import RlhfRunConfig

@@ -12,8 +12,7 @@ from markupsafe import Markup, escape
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.model.size import is_matrix, parameter_count
-from dist_lm.parallel.layout import Layout
-from dist_lm.parallel.placement import Placement, placements
+from dist_lm.parallel.layout import Layout, Placement, placements
 from dist_lm.report.facts import RunFacts
 from dist_lm.tracking.readable import counted, gib, readable_count
 

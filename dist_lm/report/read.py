@@ -15,7 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from dist_lm.cluster.journal import read_events
+from dist_lm.cluster.events import read_events
 from dist_lm.config.model import ModelConfig
 from dist_lm.data.manifest import Manifest, read_manifest
 from dist_lm.errors import ArtefactError

@@ -16,8 +16,7 @@ from dist_lm.config.root import Config
 from dist_lm.data.corpus import LocalText, corpora_of_form, corpus_sources
 from dist_lm.data.manifest import read_manifest
 from dist_lm.errors import require
-from dist_lm.stages.artefact import SAMPLED
-from dist_lm.stages.shards import CorporaConfig, CorporaStageConfig, build_corpus, check_corpus, is_whole, own
+from dist_lm.stages.shards import SAMPLED, CorporaConfig, CorporaStageConfig, build_corpus, check_corpus, is_whole, own
 from dist_lm.stages.stage import Artefact, ArtefactStage, Look
 from dist_lm.stages.training import with_start
 from dist_lm.storage.run_directory import WorkDirectory

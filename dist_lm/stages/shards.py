@@ -1,25 +1,31 @@
-"""Stage `shards`: tokenizes the corpora into work/corpora/NAME/*.tar, each with an index and a manifest."""
+"""Stage `shards`: tokenizes the corpora into work/corpora/NAME/*.tar, each with an index and a manifest.
 
+Fingerprints say what the files of a work directory depend on: they are recorded beside the files and compared before
+the files are used again.
+"""
+
+import hashlib
+import json
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
 from dist_lm.chat.documents import encode_document
-from dist_lm.config.corpus import SPLITS
+from dist_lm.chat.template import FORMAT
+from dist_lm.config.corpus import SPLITS, CorpusConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
-from dist_lm.data.corpus import IngestReport, LocalText, form_of, read_corpus
+from dist_lm.data.corpus import IngestReport, LocalText, form_of, read_corpus, source_traits, text_corpora
 from dist_lm.data.manifest import check_format, read_manifest, write_manifest
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.shard_writer import ShardWriter
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, require
-from dist_lm.stages.artefact import corpus_fingerprint, digest
 from dist_lm.stages.stage import Artefact, ArtefactStage
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
@@ -187,6 +193,50 @@ def build_corpus(
         corpus_fingerprint=digest(corpus_fingerprint(config, name)),
         ingest=report.as_dict(),
     )
+
+
+SAMPLED = "synthetic_rankings"  # reader whose documents a model wrote
+LATER_KEYS = ("rows", "only")  # of a source: left out where they say nothing, as corpora from before them have none
+
+
+def text_fingerprint(config: Config) -> dict[str, Any]:
+    """What the texts of all corpora depend on: recorded beside artefacts, compared before they are used again.
+
+    All together, because a text of one corpus keeps another out of the val split of the next.
+    """
+    return _fingerprint(config, text_corpora(config.corpus))
+
+
+def corpus_fingerprint(config: Config, name: str) -> dict[str, Any]:
+    """What the documents of one corpus and their tokens depend on. Conversations and rankings stand for themselves."""
+    if form_of(config.corpus, name) == "text":
+        return text_fingerprint(config)
+    return _fingerprint(config, [name]) | {"format": FORMAT}
+
+
+def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
+    chosen: CorpusConfig = replace(config.corpus, corpora={name: config.corpus.corpora[name] for name in names})
+    corpus = asdict(chosen)
+    for key in ("documents_per_member", "shard_tokens"):
+        corpus.pop(key)
+    for source in (source for sources in corpus["corpora"].values() for source in sources):
+        for key in LATER_KEYS:
+            if not source[key]:
+                del source[key]
+    readers = {source.reader: source_traits(source) for sources in chosen.corpora.values() for source in sources}
+    found: dict[str, Any] = {
+        "seed": config.seed if any(traits.seeded for traits in readers.values()) else None,
+        "revisions": {name: traits.revision for name, traits in readers.items()},
+        "corpus": corpus,
+    }
+    if SAMPLED in readers:
+        found |= config.stage.sampled_by()
+    return found
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 STAGE = Shards()

@@ -10,7 +10,7 @@ from dist_lm.config.root import Config
 from dist_lm.data.corpus import IngestReport, LocalText, read_corpus, text_corpora
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
-from dist_lm.stages.artefact import digest, text_fingerprint
+from dist_lm.stages.shards import digest, text_fingerprint
 from dist_lm.stages.stage import Artefact, ArtefactStage
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory

@@ -136,7 +136,7 @@ class RunDirectory:
 
     @property
     def events(self) -> Path:
-        """One JSON object a line: attempts started and ended, growth, stops (`cluster/journal.py`)."""
+        """One JSON object a line: attempts started and ended, growth, stops (`cluster/events.py`)."""
         return self.logs / "events.jsonl"
 
     @property

@@ -5,7 +5,7 @@ import torch
 
 from dist_lm.bench import reward
 from dist_lm.bench.case import configurations
-from dist_lm.model.initialise import initialise
+from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.reward_model import choices_of_people
 

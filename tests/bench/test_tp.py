@@ -13,7 +13,7 @@ from dist_lm.bench import tp
 from dist_lm.bench.case import configurations
 from dist_lm.bench.rank import made_up_batch
 from dist_lm.config.model import ModelConfig
-from dist_lm.model.initialise import initialise
+from dist_lm.model.keyed_random import initialise
 from dist_lm.model.size import parameter_count
 from dist_lm.model.transformer import Transformer
 

@@ -8,7 +8,7 @@ from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.config.model import ModelConfig
 from dist_lm.generation.engine import EngineOptions
 from dist_lm.generation.request import Request, SamplingParams
-from dist_lm.model.initialise import initial_value
+from dist_lm.model.keyed_random import initial_value
 from dist_lm.model.size import parameter_shapes
 
 MODEL = ModelConfig(

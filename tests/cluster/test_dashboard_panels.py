@@ -5,8 +5,8 @@ import io
 import pytest
 
 from dist_lm.config.tracking import TrackingConfig
-from dist_lm.launcher.interrupt import Interrupt
 from dist_lm.launcher.pool_run import run_pool_stage
+from dist_lm.launcher.process import Interrupt
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.dashboard import board_of

@@ -22,9 +22,9 @@ from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.generation.request import Answer, Refusal, Request
 from dist_lm.launcher import pool_run
 from dist_lm.launcher.compose import compose_config
-from dist_lm.launcher.interrupt import SIGNALS, Interrupt, watch_signals
 from dist_lm.launcher.plan import Plan, make_plan
 from dist_lm.launcher.pool_run import run_pool_stage
+from dist_lm.launcher.process import SIGNALS, Interrupt, watch_signals
 from dist_lm.stages.stage import Action
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.console import Console

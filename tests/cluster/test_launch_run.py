@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from dist_lm.cluster.journal import read_events
+from dist_lm.cluster.events import read_events
 from dist_lm.storage.run_directory import WorkDirectory
 from tests.cluster.launched import (
     CODE_STEPS,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.cluster.journal import read_events
+from dist_lm.cluster.events import read_events
 from dist_lm.cluster.ray_cluster import ClusterError, connect
 from dist_lm.storage.run_directory import RunDirectory
 from tests.cluster.launched import CODE_STEPS, finish, follow_on, ranks_on, start, wait_until

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dist_lm.cluster import pool as pool_module
-from dist_lm.cluster.failure import PoolFailure
+from dist_lm.cluster.events import PoolFailure
 from dist_lm.cluster.pool import Pool
 from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.ray_cluster import RayCluster, connect

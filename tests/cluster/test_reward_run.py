@@ -14,7 +14,7 @@ from dist_lm.data.shard_writer import ShardWriter
 from dist_lm.document import Document
 from dist_lm.launcher.compose import compose_config
 from dist_lm.rlhf.reward_model import read_reward_scale
-from dist_lm.stages.artefact import corpus_fingerprint, digest
+from dist_lm.stages.shards import corpus_fingerprint, digest
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer

@@ -6,8 +6,8 @@ import json
 import pytest
 from rich.console import Console
 
+from dist_lm.cluster.events import Journal, read_events
 from dist_lm.cluster.heartbeat import Pulse
-from dist_lm.cluster.journal import Journal, read_events
 from dist_lm.cluster.status import as_json, print_status, read_status
 from dist_lm.config.root import save_config
 from dist_lm.errors import ArtefactError

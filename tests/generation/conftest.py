@@ -11,7 +11,7 @@ from dist_lm.config.root import save_config
 from dist_lm.generation.load import LoadedModel
 from dist_lm.generation.session import Session
 from dist_lm.launcher.compose import compose_config
-from dist_lm.model.initialise import initialise
+from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory

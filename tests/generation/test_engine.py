@@ -13,8 +13,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.request import Answer, Refusal, Request, RequestError, SamplingParams
 from dist_lm.generation.sampling import adjust, group_rows, sample, uniform
-from dist_lm.model.initialise import initialise
-from dist_lm.model.keyed_random import hash_words, signed
+from dist_lm.model.keyed_random import hash_words, initialise, signed
 from dist_lm.model.transformer import Transformer
 
 EOT = 1

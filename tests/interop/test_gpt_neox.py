@@ -9,7 +9,7 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.interop.gpt_neox import from_gpt_neox, save_gpt_neox, to_gpt_neox
-from dist_lm.model.initialise import initialise
+from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 
 transformers = pytest.importorskip("transformers")

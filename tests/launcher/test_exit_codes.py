@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dist_lm import launch
-from dist_lm.cluster.failure import GangFailure
+from dist_lm.cluster.events import GangFailure
 from dist_lm.cluster.recruit import NoNodesError
 from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.muster import NodesLostError

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from dist_lm.launcher.interrupt import SIGNALS, watch_signals
+from dist_lm.launcher.process import SIGNALS, watch_signals
 from dist_lm.tracking.console import Console
 
 

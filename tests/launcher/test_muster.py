@@ -10,8 +10,8 @@ from dist_lm.cluster.ray_cluster import Node
 from dist_lm.cluster.recruit import Crew, Placement
 from dist_lm.launcher import muster as muster_module
 from dist_lm.launcher.compose import compose_config
-from dist_lm.launcher.interrupt import Interrupt
 from dist_lm.launcher.muster import Muster
+from dist_lm.launcher.process import Interrupt
 from dist_lm.tracking.console import Console
 from tests.conftest import TINY
 

@@ -1,8 +1,8 @@
 """How often a run starts again, and on how many nodes."""
 
-from dist_lm.launcher.attempts import Restarts
 from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.layout_choice import largest, on_nodes, sizes
+from dist_lm.launcher.stage_run import Restarts
 from tests.conftest import TINY
 
 

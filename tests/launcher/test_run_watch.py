@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dist_lm.cluster.failure import GangFailure
+from dist_lm.cluster.events import GangFailure
 from dist_lm.cluster.node_facts import NodeUsage
 from dist_lm.launcher import watch
 from dist_lm.launcher.compose import compose_config

@@ -3,7 +3,7 @@
 import torch
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.model.initialise import initialise
+from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 
 

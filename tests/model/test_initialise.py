@@ -5,7 +5,7 @@ import math
 import torch
 from small_models import small_config
 
-from dist_lm.model.initialise import initial_value, initialise
+from dist_lm.model.keyed_random import initial_value, initialise
 from dist_lm.model.transformer import Transformer
 
 

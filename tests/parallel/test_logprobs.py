@@ -7,7 +7,7 @@ import torch
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.data.batch import Batch
-from dist_lm.model.initialise import initialise
+from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh

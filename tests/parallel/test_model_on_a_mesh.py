@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.model.initialise import initial_value
+from dist_lm.model.keyed_random import initial_value
 from dist_lm.model.size import parameter_shapes
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.mesh import World, build_mesh

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_lm.parallel.placement import placements
+from dist_lm.parallel.layout import placements
 from dist_lm.training import checkpoint_files
 from tests.parallel.on_a_mesh import MeshTrajectory, rank_steps
 from tests.parallel.one_process import entries_off, expected_of

@@ -15,8 +15,7 @@ from torch.distributed.tensor import DTensor
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.stage import StageConfig
 from dist_lm.data.batch import Batch
-from dist_lm.model.initialise import initial_value
-from dist_lm.model.keyed_random import DropoutKey
+from dist_lm.model.keyed_random import DropoutKey, initial_value
 from dist_lm.model.transformer import Transformer
 from dist_lm.training.objective import LossSum, Objective, next_token
 from dist_lm.training.optimizer import MOMENTS, named_state

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError
-from dist_lm.parallel.layout import Layout
-from dist_lm.parallel.placement import placements
+from dist_lm.parallel.layout import Layout, placements
 from dist_lm.report.charts import charts_of, downsample, still_values, trend_of
 from dist_lm.report.conditions import differences, from_defaults
 from dist_lm.report.facts import Series

@@ -13,7 +13,7 @@ from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.data.rankings.shards import MappedRankings
 from dist_lm.data.rankings.stream import Lessons, RankingStream
 from dist_lm.errors import ArtefactError
-from dist_lm.model.initialise import initialise
+from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.rankings import pair_losses, ranking_losses
 from dist_lm.rlhf.reward_model import (

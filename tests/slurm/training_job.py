@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from dist_lm.cluster.journal import read_events
+from dist_lm.cluster.events import read_events
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import read_metrics
 from tests.cluster.waiting import eventually

@@ -20,8 +20,8 @@ from dist_lm.data.sources.reader import reader, traits_of
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.compose import compose_config
-from dist_lm.stages import artefact, shards, tokenizer
-from dist_lm.stages.artefact import corpus_fingerprint, text_fingerprint
+from dist_lm.stages import shards, tokenizer
+from dist_lm.stages.shards import corpus_fingerprint, text_fingerprint
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
@@ -48,7 +48,7 @@ def config_for(work: WorkDirectory, *overrides: str) -> Config:
 def test_conversations_of_another_layout_are_refused(work, few, monkeypatch):
     config = config_for(work)
     shards.check_corpus(config, "tools")
-    monkeypatch.setattr(artefact, "FORMAT", 0)
+    monkeypatch.setattr(shards, "FORMAT", 0)
     with pytest.raises(ArtefactError, match="another version of dist_lm"):
         shards.check_corpus(config, "tools")
     shards.check_corpus(config, "code")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dist_lm.cluster.journal import Journal, read_events
+from dist_lm.cluster.events import Journal, read_events
 from dist_lm.evaluation.bfcl_questions import _lines
 from dist_lm.storage.durable import json_lines
 from dist_lm.storage.run_directory import WorkDirectory

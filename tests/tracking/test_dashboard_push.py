@@ -16,7 +16,7 @@ from tests.tracking.wandb_server import WandbServer
 
 TWICE = """
 import os, sys
-from dist_lm.launcher.entry_point import run_program
+from dist_lm.launcher.process import run_program
 from dist_lm.tracking.dashboard import boards
 from dist_lm.tracking.dashboard_push import push
 for _ in range(2):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.stage import StageConfig
 from dist_lm.errors import ArtefactError
-from dist_lm.model.initialise import initialise
+from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.training import checkpoint, checkpoint_files

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from dist_lm.launcher.entry_point import disk_trouble
+from dist_lm.launcher.process import disk_trouble
 
 PROGRAM = """
 import sys
-from dist_lm.launcher.entry_point import run_program
+from dist_lm.launcher.process import run_program
 def program():
     {body}
 run_program(program, lambda text: print(f"error: {{text}}", file=sys.stderr))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dist_lm.cluster.agent import RankExit
-from dist_lm.cluster.failure import NODE_LOST, SILENT, Crowd, GangFailure, explain
+from dist_lm.cluster.events import NODE_LOST, SILENT, Crowd, GangFailure, explain
 from dist_lm.storage.run_directory import RunDirectory
 
 CROWD = Crowd(hosts=("n1", "n2", "n3"), ranks_per_node=2, device="cuda")

@@ -1,0 +1,187 @@
+"""A command as a process: its standard streams, its signals, and errors in one line.
+
+Standard streams may be closed or full. A mistake of the user is one line on standard error and exit code 2, and so is a
+full disk.
+
+While ranks train, the first Ctrl-C, TERM or USR1 asks for a checkpoint and a stop, and a second Ctrl-C ends at once.
+Before that, while text is tokenized or the cluster is joined, there is nothing to save: a signal ends the command at
+once, and the interrupted part of a stage is built again.
+"""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from dist_lm.errors import UserError
+from dist_lm.tracking.console import Console
+
+WAYS_OUT = {
+    errno.ENOSPC: "make room, and give the same command again",
+    errno.EDQUOT: "make room, and give the same command again",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EACCES: "allow it, or choose another place",
+}
+
+
+def run_program(program: Callable[[], object], say: Callable[[str], None]) -> None:
+    """Run a command to the exit code that it leaves with.
+
+    Args:
+        say: shows an error to the user.
+
+    Raises:
+        SystemExit: the command says so itself, or it came to an error that a user can mend (2), or the reader of its
+            output has seen enough (1, without a word, as Click has it).
+    """
+    try:
+        open_streams()
+        try:
+            program()
+        finally:
+            sys.stdout.flush()  # here, where it can be said that it does not go out
+    except UserError as error:
+        say(str(error))
+    except BrokenPipeError:
+        if not _output_is_stuck():
+            raise
+        drop_output()
+        sys.exit(1)
+    except OSError as error:
+        reason = disk_trouble(error)
+        if reason is None:
+            raise
+        say(reason)
+    else:
+        return
+    drop_output()
+    sys.exit(2)
+
+
+def open_streams() -> None:
+    """Put an empty file in the place of a closed standard input or error.
+
+    Raises:
+        UserError: standard output is closed. Files that are opened later would take its number, and what is printed.
+    """
+    null = Path(os.devnull)
+    if sys.stdin is None:
+        sys.stdin = null.open()
+    closed = sys.stdout is None
+    if closed:
+        sys.stdout = null.open("w")
+    if sys.stderr is None:
+        sys.stderr = null.open("w")
+    if closed:
+        raise UserError("standard output is closed: leave it open, or send it to /dev/null")
+
+
+def disk_trouble(error: BaseException, elsewhere: str = "standard output or a file") -> str | None:
+    """What to say of a disk that is full or a place that cannot be used; None: it is something else.
+
+    Args:
+        elsewhere: what to call the place where the error names none.
+    """
+    if not isinstance(error, OSError) or error.errno not in WAYS_OUT:
+        return None
+    if error.errno == errno.EACCES and not error.filename:
+        return None  # of a socket, for instance
+    where = error.filename or ("standard output" if _output_is_stuck() else elsewhere)
+    return f"{where}: {error.strerror}: {WAYS_OUT[error.errno]}"
+
+
+def drop_output() -> None:
+    """Forget what standard output did not take, so that the interpreter does not try once more as it leaves."""
+    if not _output_is_stuck():
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
+
+
+def _output_is_stuck() -> bool:
+    """Whether text waits there in vain; without a buffer (PYTHONUNBUFFERED) none waits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return True
+    return False
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(BaseException):
+    """TERM or USR1 has come; `number` is the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"by {signal.Signals(number).name}")
+        self.number = number
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """TERM and USR1 raise `Stopped` in the block, as Ctrl-C raises KeyboardInterrupt."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Stopped(number)
+
+    with _handled({number: stop for number in SIGNALS if number != signal.SIGINT}):
+        yield
+
+
+@dataclass
+class Interrupt:
+    """The signal that asked to stop; 0: none so far."""
+
+    number: int = 0
+
+    @property
+    def requested(self) -> bool:
+        return self.number != 0
+
+
+@contextmanager
+def watch_signals(console: Console, then: str = "writing a checkpoint, then stopping") -> Iterator[Interrupt]:
+    """An `Interrupt` that the signals set, instead of what they did before; people are told what happens `then`."""
+    interrupt = Interrupt()
+
+    def note(number: int, frame: object) -> None:
+        if interrupt.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        first, interrupt.number = not interrupt.requested, number
+        if first:
+            console.warning(f"received {signal.Signals(number).name}: {then}")
+
+    with _handled(dict.fromkeys(SIGNALS, note)):
+        yield interrupt
+
+
+@contextmanager
+def left_at_once(interrupt: Interrupt, console: Console) -> Iterator[None]:
+    """Within `watch_signals`: a signal ends the block where it is, as nothing in it has to be brought to an end.
+
+    What follows the block asks `interrupt` whether one has come.
+    """
+
+    def leave(number: int, frame: object) -> None:
+        interrupt.number = number
+        console.warning(f"received {signal.Signals(number).name}: stopping")
+        raise Stopped(number)
+
+    with suppress(Stopped), _handled(dict.fromkeys(SIGNALS, leave)):
+        yield
+
+
+@contextmanager
+def _handled(handlers: Mapping[signal.Signals, Callable[[int, object], None]]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
