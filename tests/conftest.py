@@ -15,8 +15,7 @@ from dist_lm.chat.messages import Call, Conversation, Message, Tool
 from dist_lm.chat.template import layout
 from dist_lm.config.corpus import TokenizerConfig
 from dist_lm.config.root import Config
-from dist_lm.data.manifest import write_manifest
-from dist_lm.data.shard_writer import ShardWriter
+from dist_lm.data.shard_writer import ShardWriter, write_manifest
 from dist_lm.document import Document
 from dist_lm.launcher.compose import compose_config
 from dist_lm.stages.shards import corpus_fingerprint, digest, text_fingerprint

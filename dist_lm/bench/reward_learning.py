@@ -21,10 +21,9 @@ import torch
 import torch.distributed as dist
 
 from dist_lm.config.root import Config
-from dist_lm.data.manifest import write_manifest
 from dist_lm.data.rankings.shards import MappedRankings
 from dist_lm.data.rankings.stream import Lessons, RankingBatches, RankingStream
-from dist_lm.data.shard_writer import ShardWriter
+from dist_lm.data.shard_writer import ShardWriter, write_manifest
 from dist_lm.document import TokenizedDocument, Verdict
 from dist_lm.launcher.compose import compose_config
 from dist_lm.model.keyed_random import initialise

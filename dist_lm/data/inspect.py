@@ -12,9 +12,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from dist_lm.data.index import members
 from dist_lm.data.manifest import Manifest, manifest_path, read_manifest, verify
-from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.mapped import MappedCorpus, members
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory

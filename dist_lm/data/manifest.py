@@ -6,17 +6,14 @@ from.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-
-from dist_lm.config.corpus import SPLITS
-from dist_lm.data.index import BUILD_COMMAND, ShardIndex, open_index
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 
+BUILD_COMMAND = "python -m dist_lm.launch stage=shards"
 FORMAT = 2  # of manifest.json and the tars it names; 1: before special tokens had the names of ChatML
 
 
@@ -74,21 +71,6 @@ class Manifest:
 
 def manifest_path(directory: Path) -> Path:
     return directory / "manifest.json"
-
-
-def write_manifest(
-    directory: Path, *, tokenizer_sha256: str, corpus_fingerprint: str, ingest: Mapping[str, Any]
-) -> Manifest:
-    """Count and hash the tars in `directory`, and declare the corpus complete. `ingest` must be JSON."""
-    splits = {}
-    for split in SPLITS:
-        tars = sorted(directory.glob(f"{split}-??????.tar"))
-        indices = [open_index(tar) for tar in tars]
-        shards = [_shard(tar.name, index) for tar, index in zip(tars, indices, strict=True)]
-        splits[split] = Split(tuple(shards), _by_language(indices))
-    manifest = Manifest(tokenizer_sha256, corpus_fingerprint, splits, dict(ingest))
-    durable.write_json(manifest_path(directory), {"format": FORMAT, **asdict(manifest)})
-    return manifest
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -155,27 +137,6 @@ def shard_state(path: Path, shard: Shard, *, hashes: bool) -> str:
     if hashes and durable.sha256_of(path) != shard.sha256:
         return "other contents than the manifest says (sha256)"
     return "ok"
-
-
-def _shard(name: str, index: ShardIndex) -> Shard:
-    return Shard(name, index.tar_size, index.tar_sha256, _counts(index.entries))
-
-
-def _counts(entries: np.ndarray) -> Counts:
-    return Counts(
-        documents=len(entries),
-        tokens=int(entries["length"].sum(dtype=np.int64)),
-        bytes=int(entries["n_bytes"].sum(dtype=np.int64)),
-    )
-
-
-def _by_language(indices: list[ShardIndex]) -> dict[str, Counts]:
-    totals: dict[str, Counts] = {}
-    for index in indices:
-        for code, name in enumerate(index.languages):
-            counts = _counts(index.entries[index.entries["language"] == code])
-            totals[name] = totals.get(name, Counts()) + counts
-    return dict(sorted(totals.items()))
 
 
 def _parse_split(value: Mapping[str, Any]) -> Split:

@@ -1,4 +1,4 @@
-"""Tokenized documents to webdataset tars.
+"""Tokenized documents to webdataset tars, and the manifest that completes a corpus.
 
 A member of a tar groups many documents (one a member costs 3.6 times the bytes):
 
@@ -14,15 +14,18 @@ The same documents give the same bytes.
 """
 
 import re
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 import numpy as np
 
-from dist_lm.data.index import build_index, index_path, save_index
-from dist_lm.data.manifest import manifest_path
+from dist_lm.config.corpus import SPLITS
+from dist_lm.data.manifest import FORMAT, Counts, Manifest, Shard, Split, manifest_path
+from dist_lm.data.mapped import ShardIndex, build_index, index_path, open_index, save_index
 from dist_lm.data.rankings.shards import member_parts
 from dist_lm.document import TokenizedDocument
 from dist_lm.storage import durable
@@ -155,3 +158,39 @@ class ShardWriter:
         self._members, self._tokens = 0, 0
         save_index(build_index(path), index_path(path))
         self.paths.append(path)
+
+
+def write_manifest(
+    directory: Path, *, tokenizer_sha256: str, corpus_fingerprint: str, ingest: Mapping[str, Any]
+) -> Manifest:
+    """Count and hash the tars in `directory`, and declare the corpus complete. `ingest` must be JSON."""
+    splits = {}
+    for split in SPLITS:
+        tars = sorted(directory.glob(f"{split}-??????.tar"))
+        indices = [open_index(tar) for tar in tars]
+        shards = [_shard(tar.name, index) for tar, index in zip(tars, indices, strict=True)]
+        splits[split] = Split(tuple(shards), _by_language(indices))
+    manifest = Manifest(tokenizer_sha256, corpus_fingerprint, splits, dict(ingest))
+    durable.write_json(manifest_path(directory), {"format": FORMAT, **asdict(manifest)})
+    return manifest
+
+
+def _shard(name: str, index: ShardIndex) -> Shard:
+    return Shard(name, index.tar_size, index.tar_sha256, _counts(index.entries))
+
+
+def _counts(entries: np.ndarray) -> Counts:
+    return Counts(
+        documents=len(entries),
+        tokens=int(entries["length"].sum(dtype=np.int64)),
+        bytes=int(entries["n_bytes"].sum(dtype=np.int64)),
+    )
+
+
+def _by_language(indices: list[ShardIndex]) -> dict[str, Counts]:
+    totals: dict[str, Counts] = {}
+    for index in indices:
+        for code, name in enumerate(index.languages):
+            counts = _counts(index.entries[index.entries["language"] == code])
+            totals[name] = totals.get(name, Counts()) + counts
+    return dict(sorted(totals.items()))

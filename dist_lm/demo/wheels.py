@@ -54,18 +54,20 @@ class Wheel:
     prose: tuple[str, ...] = ()  # for English: folders of which a third or more is docstrings
 
 
-def _below(package: str, folders: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(f"{package}/{folder}/" for folder in folders)
-
-
-TORCH_CODE = ("ao", "autograd", "distributed", "distributions", "export", "fx", "nn", "optim", "profiler", "utils")
-TORCH_PROSE = ("autograd", "distributions", "nn", "optim")
-SYMPY_CODE = ("core", "geometry", "logic", "stats")
-SYMPY_PROSE = ("combinatorics", "core", "functions", "geometry", "logic", "sets")
+TORCH_CODE = (
+    *("torch/ao/", "torch/autograd/", "torch/distributed/", "torch/distributions/", "torch/export/", "torch/fx/"),
+    *("torch/nn/", "torch/optim/", "torch/profiler/", "torch/utils/"),
+)
+TORCH_PROSE = ("torch/autograd/", "torch/distributions/", "torch/nn/", "torch/optim/")
+SYMPY_CODE = ("sympy/core/", "sympy/geometry/", "sympy/logic/", "sympy/stats/")
+SYMPY_PROSE = (
+    *("sympy/combinatorics/", "sympy/core/", "sympy/functions/"),
+    *("sympy/geometry/", "sympy/logic/", "sympy/sets/"),
+)
 WHEELS = (
-    Wheel("torch", "2.13.0", "BSD-3-Clause", _below("torch", TORCH_CODE), _below("torch", TORCH_PROSE)),
+    Wheel("torch", "2.13.0", "BSD-3-Clause", TORCH_CODE, TORCH_PROSE),
     Wheel("networkx", "3.6.1", "BSD-3-Clause", ("networkx/",), ("networkx/",)),
-    Wheel("sympy", "1.14.0", "BSD-3-Clause", _below("sympy", SYMPY_CODE), _below("sympy", SYMPY_PROSE)),
+    Wheel("sympy", "1.14.0", "BSD-3-Clause", SYMPY_CODE, SYMPY_PROSE),
     Wheel("mpmath", "1.3.0", "BSD-3-Clause", ("mpmath/",), ("mpmath/",)),
     Wheel("Jinja2", "3.1.6", "BSD-3-Clause", ("jinja2/",), ("jinja2/",)),
     Wheel("click", "8.5.1", "BSD-3-Clause", ("click/",), ("click/",)),

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from dist_lm.config.corpus import SourceConfig
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.pool import RolloutPoolConfig
 from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import check_shares
-from dist_lm.data.corpus import form_of
+from dist_lm.data.corpus import corpora_of_form, form_of
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.stages.stage import KeyFigure, share
 from dist_lm.stages.training import FREE_KEYS, TrainingStage, last_samples
@@ -113,8 +112,7 @@ class RlhfRunConfig(Config):
     @property
     def ranked_corpora(self) -> frozenset[str]:
         """The corpora of rankings, whose rows are no text to go on with."""
-        ranked = (name for name, parts in self.corpus.corpora.items() if any(_is_ranked(part) for part in parts))
-        return frozenset(ranked)
+        return frozenset(corpora_of_form(self.corpus, "ranking"))
 
     def check_stage(self) -> None:
         super().check_stage()
@@ -248,10 +246,6 @@ def check_given(config: RlhfRunConfig) -> None:
     if group.asks_reward_model and group.reward_model != AUTO:
         found = checkpoint_files.find_checkpoint(Path(group.reward_model).expanduser())
         check_reward_model(config, ModelConfig(**checkpoint_files.read_state(found)[1]))
-
-
-def _is_ranked(source: SourceConfig) -> bool:
-    return source.reader.endswith("rankings")
 
 
 def check_reward_model(config: RlhfRunConfig, shape: ModelConfig) -> None:

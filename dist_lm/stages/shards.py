@@ -21,9 +21,9 @@ from dist_lm.config.corpus import SPLITS, CorpusConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
 from dist_lm.data.corpus import IngestReport, LocalText, form_of, read_corpus, source_traits, text_corpora
-from dist_lm.data.manifest import check_format, read_manifest, write_manifest
+from dist_lm.data.manifest import check_format, read_manifest
 from dist_lm.data.mapped import MappedCorpus
-from dist_lm.data.shard_writer import ShardWriter
+from dist_lm.data.shard_writer import ShardWriter, write_manifest
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, require
 from dist_lm.stages.stage import Artefact, ArtefactStage

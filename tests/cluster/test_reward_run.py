@@ -9,8 +9,7 @@ import pytest
 from dist_lm.chat.documents import encode_ranking, write_ranking
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.ranking import Judgement, Ranking
-from dist_lm.data.manifest import write_manifest
-from dist_lm.data.shard_writer import ShardWriter
+from dist_lm.data.shard_writer import ShardWriter, write_manifest
 from dist_lm.document import Document
 from dist_lm.launcher.compose import compose_config
 from dist_lm.rlhf.reward_model import read_reward_scale

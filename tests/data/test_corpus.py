@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_lm.config.corpus import SPLITS, CorpusConfig, SourceConfig
-from dist_lm.data.corpus import IngestReport, LocalText, form_of, read_corpus, seen_texts, split_of
+from dist_lm.data.corpus import (
+    READERS,
+    IngestReport,
+    LocalText,
+    form_of,
+    read_corpus,
+    seen_texts,
+    source_traits,
+    split_of,
+)
 from dist_lm.data.sources.reader import Candidate, text_hash
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
@@ -126,7 +135,14 @@ def test_the_split_depends_on_the_group_alone():
     assert all(split_of(group, 0.2) == "val" for group, held in zip(groups, val, strict=True) if held)
 
 
-def test_importing_the_corpus_imports_nothing_heavy():
-    code = "import sys, dist_lm.data.corpus as c; print([m for m in ('torch', 'datasets') if m in sys.modules])"
+def test_importing_the_corpus_imports_no_reader():
+    code = "import sys, dist_lm.data.corpus as c; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    imported = set(done.stdout.split())
+    readers = {path.partition(":")[0] for _, path in READERS.values()}
+    assert not imported & {"torch", "datasets", "dist_lm.tools", "dist_lm.chat", *readers}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_table_of_readers_has_the_form_that_each_reader_declares(name):
+    assert READERS[name][0] == source_traits(SourceConfig(name, "x")).form

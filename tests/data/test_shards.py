@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 from webdataset.compat import WebDataset
 
-from dist_lm.data import index as index_module
-from dist_lm.data.index import build_index, index_path, load_index, open_index, save_index
-from dist_lm.data.manifest import manifest_path, read_manifest, verify, write_manifest
-from dist_lm.data.mapped import MappedCorpus
-from dist_lm.data.shard_writer import ShardWriter
+from dist_lm.data import mapped as mapped_module
+from dist_lm.data.manifest import manifest_path, read_manifest, verify
+from dist_lm.data.mapped import MappedCorpus, build_index, index_path, load_index, open_index, save_index
+from dist_lm.data.shard_writer import ShardWriter, write_manifest
 from dist_lm.document import TokenizedDocument
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
@@ -161,7 +160,7 @@ def test_a_smaller_build_leaves_nothing_of_the_larger_one(tmp_path: Path) -> Non
         (lambda path: write(path, []), "has no train documents"),
         (lambda path: (path / "manifest.json").write_text("{"), "damaged"),
         (lambda path: (path / "manifest.json").write_text('{"format": 99}'), "format 99"),
-        (lambda path: (path / "manifest.json").write_text('{"format": 1, "splits": []}'), "damaged"),
+        (lambda path: (path / "manifest.json").write_text('{"format": 2, "splits": []}'), "damaged"),
     ],
 )
 def test_missing_or_empty_corpus_says_what_to_run(tmp_path: Path, make, message: str) -> None:
@@ -220,7 +219,7 @@ def test_index_survives_a_copy_but_not_a_change_of_the_tar(tmp_path: Path, monke
         raise AssertionError("the same bytes need no new index")
 
     with monkeypatch.context() as patched:
-        patched.setattr(index_module, "build_index", refuse)
+        patched.setattr(mapped_module, "build_index", refuse)
         open_index(tar)
         assert open_index(tar).tar_mtime_ns == 1
     other = tmp_path / "other"
@@ -249,7 +248,7 @@ def test_read_only_folder_costs_a_rebuild_only(tmp_path: Path, monkeypatch: pyte
     write(tmp_path, documents([30, 40]))
     tar = tmp_path / "train-000000.tar"
     index_path(tar).unlink()
-    monkeypatch.setattr(index_module.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(mapped_module.os, "access", lambda path, mode: False)
     assert open_index(tar).entries["length"].tolist() == [30, 40]
     assert not index_path(tar).exists()
     assert "not writable" in caplog.text

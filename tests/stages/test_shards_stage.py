@@ -13,9 +13,10 @@ from dist_lm.chat.parse import parse
 from dist_lm.chat.template import render
 from dist_lm.config.corpus import SPLITS, SourceConfig
 from dist_lm.config.root import Config
-from dist_lm.data.corpus import READERS, IngestReport, read_corpus
+from dist_lm.data.corpus import IngestReport, read_corpus
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.sources import tools
 from dist_lm.data.sources.reader import reader, traits_of
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
@@ -33,11 +34,11 @@ def few(monkeypatch: pytest.MonkeyPatch) -> list[Document]:
     """What reader=tools gives; the group of every fifth is one of val."""
     made = [replace(one, group=f"{1 + (i % 5 > 0) * 2**63:016x}") for i, one in enumerate(conversations(50))]
 
-    @reader(**asdict(traits_of(READERS["tools"])))
+    @reader(**asdict(traits_of(tools.read_tools)))
     def read(source: SourceConfig, seed: int) -> Iterator[Document]:
         yield from made
 
-    monkeypatch.setitem(READERS, "tools", read)
+    monkeypatch.setattr(tools, "read_tools", read)
     return made
 
 
@@ -56,7 +57,7 @@ def test_conversations_of_another_layout_are_refused(work, few, monkeypatch):
 
 def test_documents_of_another_revision_of_their_reader_are_refused(work, few, monkeypatch):
     config = config_for(work)
-    read = READERS["tools"]
+    read = tools.read_tools
     monkeypatch.setattr(read, "traits", replace(traits_of(read), revision=0))
     with pytest.raises(ArtefactError, match="another version of dist_lm"):
         shards.check_corpus(config, "tools")

@@ -17,13 +17,12 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy
 
-from dist_lm.data.index import BUILD_COMMAND, members
-from dist_lm.data.manifest import read_manifest
-from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.manifest import BUILD_COMMAND, read_manifest
+from dist_lm.data.mapped import MappedCorpus, members
 from dist_lm.document import Verdict
 from dist_lm.errors import ArtefactError
 
-PARTS = tuple(f"{name}.npy" for name in ("branch", "completions", "ranks", "judged", "judgements", "margins"))
+PARTS = ("branch.npy", "completions.npy", "ranks.npy", "judged.npy", "judgements.npy", "margins.npy")
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_lm.data.manifest import write_manifest
 from dist_lm.data.rankings.shards import MappedRankings
-from dist_lm.data.shard_writer import ShardWriter
+from dist_lm.data.shard_writer import ShardWriter, write_manifest
 from dist_lm.document import TokenizedDocument, Verdict
 
 NONE = np.zeros((0, 2), np.uint8)

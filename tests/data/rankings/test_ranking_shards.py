@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from webdataset.compat import WebDataset
 
-from dist_lm.data.manifest import write_manifest
 from dist_lm.data.rankings.shards import MappedRankings
+from dist_lm.data.shard_writer import write_manifest
 from dist_lm.errors import ArtefactError
 from tests.data.rankings.made_rankings import corpus_of, random_rankings
 from tests.data.synthetic_corpus import documents, write
