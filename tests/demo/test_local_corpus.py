@@ -1,0 +1,50 @@
+"""The whole text of conf/corpus/local.yaml: no val text in train, every language in both splits, the same each time."""
+
+from dataclasses import replace
+
+import pytest
+
+from dist_lm.config.corpus import SPLITS, CorpusConfig
+from dist_lm.data.corpus import IngestReport, LocalText, read_corpus, text_corpora
+from dist_lm.document import Document
+from dist_lm.launcher.compose import compose_config
+
+SEED = 0
+LONG = 80  # characters: a shorter text may be part of others by chance
+Corpora = dict[str, list[tuple[str, Document]]]
+
+
+@pytest.fixture(scope="module")
+def config() -> CorpusConfig:
+    """The corpora of texts."""
+    corpus = compose_config(["stage=tokenizer", "corpus=local"]).corpus
+    return replace(corpus, corpora={name: corpus.corpora[name] for name in text_corpora(corpus)})
+
+
+def read(config: CorpusConfig) -> Corpora:
+    local = LocalText.read(config, SEED)
+    return {name: list(read_corpus(config, name, SEED, IngestReport(), local)) for name in config.corpora}
+
+
+@pytest.fixture(scope="module")
+def corpora(config) -> Corpora:
+    return read(config)
+
+
+def test_no_val_text_is_part_of_a_train_text_of_any_corpus(corpora):
+    train = {d.text for documents in corpora.values() for split, d in documents if split == "train"}
+    val = {d.text: d.source for documents in corpora.values() for split, d in documents if split == "val"}
+    assert len(val) > 50
+    assert not train & set(val)
+    everything = "\0".join(sorted(train))
+    assert [source for text, source in val.items() if len(text) > LONG and text.strip() in everything] == []
+
+
+def test_every_language_is_in_both_splits(corpora):
+    found = {name: {(split, d.language) for split, d in documents} for name, documents in corpora.items()}
+    languages = {"language": ["english"], "code": ["python", "bash", "sql", "english"]}
+    assert found == {name: {(split, one) for split in SPLITS for one in own} for name, own in languages.items()}
+
+
+def test_reading_again_gives_the_same_documents(config, corpora):
+    assert read(config) == corpora
