@@ -5,15 +5,18 @@
 #   bash launch/quickstart.sh [key=value ...]      e.g.  work_dir=/tmp/work  run_id=second
 #
 # 1. An environment: .venv in this checkout.
-# 2. One command plans and runs eight stages at model=nano, 20 to 28 minutes on two cores:
-#      tokenizer   a BPE of 4,096 pieces from the English, Python, Bash and SQL found on this machine
+# 2. One command plans and runs eight stages at model=nano, under ten minutes on two cores with the installation:
+#      tokenizer   a BPE of 4,096 pieces from Python, English, Bash and SQL
 #      shards      the same text as webdataset tars of tokens
 #      language    next-token training on English, two torchrun ranks under a local Ray
 #      code        the same on programs, from the language checkpoint
-#      tools       conversations in which functions are called, from the code checkpoint (10 to 16 minutes)
+#      tools       conversations in which functions are called, from the code checkpoint
 #      rankings    that model's own completions, ranked by rules
-#      reward      a model of scores from those rankings
-#      rlhf        PPO against these scores, rollouts on a Ray actor; ends with rollouts and the win rate
+#      reward      a reward model, trained on those rankings
+#      rlhf        PPO against the reward model, rollouts on a Ray actor; ends with rollouts and the win rate
+#    The text comes from the installed packages and from generators: it is the same on every machine.
+# 3. Samples, the curve of each stage, and commands to go on with are printed. experiment=thorough takes longer and
+#    learns more.
 set -euo pipefail
 # shellcheck source=SCRIPTDIR/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
