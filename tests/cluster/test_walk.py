@@ -1,5 +1,6 @@
 """How far a reader walks: the number of package files in which a function runs."""
 
+import json
 import os
 import subprocess
 import sys
@@ -18,8 +19,6 @@ TO_THE_LOSS, ONE_ITERATION = 82, 117  # 65 % of 127 and 180, measured before pac
 RLHF = (
     "stage=rlhf",
     "stage.steps=1",
-    "rlhf.rewards={length: {kind: length, target: 8}}",
-    "rlhf.rewards.preference.weight=0",
     "rlhf.prompts_from=PROMPTS",
     "rlhf.prompts=4",
     "rlhf.max_new_tokens=8",
@@ -68,9 +67,12 @@ def test_from_the_command_to_the_first_loss(tiny_work, tmp_path):
 def test_one_iteration_of_rlhf(tiny_work, tmp_path):
     work = linked(tiny_work, tmp_path / "own")
     start = write_untrained(work, "tools", seed=1)
+    reward = write_untrained(work, "reward", seed=2)
+    reward.result.write_text(json.dumps({"normaliser": {"mean": 0.0, "std": 1.0}}))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Add 1 and 2\nList files\nSay hello\nCount words\n")
     settings = [one.replace("PROMPTS", str(prompts)) for one in RLHF]
-    _, found = walked(work, tmp_path / "walk", f"stage.init_from={start.path}", *settings)
+    starts = (f"stage.init_from={start.path}", f"rlhf.reward_model={reward.path}")
+    _, found = walked(work, tmp_path / "walk", *starts, *settings)
     assert len(found) <= ONE_ITERATION, sorted(found)
     assert {"rlhf/learner.py", "rlhf/ppo.py", "generation/engine.py"} <= found
