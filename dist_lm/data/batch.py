@@ -1,4 +1,4 @@
-"""A micro-batch of sequences as the model sees it, and how slices of documents become one.
+"""A micro-batch of sequences, and its assembly from slices of documents.
 
 Dimensions: B sequences, T tokens.
 """
@@ -13,26 +13,26 @@ import torch
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.order import DocumentSlice
 
-WORTH_CHOOSING = 0.9  # share of targets that count, below which logits are computed for these alone
-COUNTED_MULTIPLE = 64  # counted places are filled up to a multiple: a kernel compiled for its shapes then sees few
+WORTH_CHOOSING = 0.9  # if fewer targets than this share count, logits are computed for the counted targets only
+COUNTED_MULTIPLE = 64  # the number of counted places is rounded up, so kernels are compiled for few shapes
 
 
 @dataclass(frozen=True, slots=True)
 class RankedPlaces:
-    """Where, in the flattened tokens of a batch, completions have their scores, and how these were judged.
+    """Places of the completions' scores in the flattened tokens of a batch, with their ranks and judgements.
 
-    Dimensions: P rankings, K completions of the largest, N judgements between two.
+    Dimensions: P rankings, K completions of the largest ranking, N judgements between two completions.
     """
 
-    place_PK: torch.Tensor  # int64; of a completion's last token; 0 where there is none
-    rank_PK: torch.Tensor  # int64; the smallest is the best, equal ones are ties
-    there_PK: torch.Tensor  # bool
+    place_PK: torch.Tensor  # int64; place of a completion's last token; 0 if the ranking has fewer completions
+    rank_PK: torch.Tensor  # int64; the smallest is the best; equal ranks are ties
+    there_PK: torch.Tensor  # bool; whether the completion exists
     better_N: torch.Tensor  # int64; places
     worse_N: torch.Tensor  # int64
     margin_N: torch.Tensor  # float32
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "RankedPlaces":
-        """With every tensor changed."""
+        """A copy with `change` applied to every tensor."""
         return RankedPlaces(*(change(getattr(self, f.name)) for f in fields(self)))
 
 
@@ -40,25 +40,28 @@ class RankedPlaces:
 class Batch:
     """B sequences of T tokens with their targets.
 
-    A document opens with end-of-text, so the target of its last token is the end-of-text that opens the next one, and
-    every token of a corpus but the first and the tail is predicted exactly once an epoch.
+    A document begins with end-of-text, so the target of its last token is the first token of the next document. An
+    epoch predicts every token of the corpus once, except the first token and those of the incomplete last sequence.
     """
 
     tokens_BT: torch.Tensor  # int64
     targets_BT: torch.Tensor  # int64; the next token
     loss_mask_BT: torch.Tensor  # float32; 1 where the target counts
-    document_BT: torch.Tensor  # int64; 0, 1, ... in a sequence; attention stays inside one number
+    document_BT: torch.Tensor  # int64; 0, 1, ... in a sequence; attention stays inside one document
     position_BT: torch.Tensor  # int64; for RoPE; starts at 0 in each document
-    sequence_B: torch.Tensor  # int64; global sequence number: dropout, tracing and resume hang on it
-    # int64; places in the flattened batch: of all targets that count, and of some that do not; none: all
+    sequence_B: torch.Tensor  # int64; global sequence number, the key of dropout
+    # int64; places in the flattened batch for which logits are computed: all counted targets and some others; None: all
     counted_N: torch.Tensor | None = None
-    branch_BT: torch.Tensor | None = None  # int64; 0 in the trunk of a document, other numbers in branches behind it
-    ranked: RankedPlaces | None = None  # of rankings
+    branch_BT: torch.Tensor | None = None  # int64; 0 in the trunk of a tree of tokens, 1, 2, ... in its branches
+    ranked: RankedPlaces | None = None  # only for rankings
 
     @classmethod
     def plain(cls, tokens_BT: torch.Tensor, targets_BT: torch.Tensor | None = None) -> Self:
-        """A batch with one document per sequence, in which all targets count; None: the next token, the first behind
-        the last."""
+        """A batch with one document per sequence, in which all targets count.
+
+        Args:
+            targets_BT: None: the next tokens; the last target is the first token.
+        """
         return cls(
             tokens_BT=tokens_BT,
             targets_BT=tokens_BT.roll(-1, 1) if targets_BT is None else targets_BT,
@@ -86,10 +89,10 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one sequence is made of."""
+    """The content of one sequence."""
 
     corpus: MappedCorpus
-    slices: Sequence[DocumentSlice]  # its inputs and last target: at most `seq_len + 1` tokens in all
+    slices: Sequence[DocumentSlice]  # inputs and last target: at most `seq_len + 1` tokens in total
 
 
 def assemble(
@@ -103,9 +106,11 @@ def assemble(
 ) -> Batch:
     """One `Batch` of `len(rows)` sequences.
 
-    A row shorter than `seq_len + 1` tokens is filled with `pad_id`, in a document of its own, and what is filled counts
-    for no loss. `numbers`: the global sequence numbers. A target counts by the loss mask of its corpus; the
-    end-of-text that opens the next document counts in a corpus without one.
+    Rows shorter than `seq_len + 1` tokens are padded with `pad_id`. Padding is a document of its own and does not count
+    in the loss. The loss mask of the corpus decides which targets count; without a mask all targets count.
+
+    Args:
+        numbers: global sequence numbers.
     """
     shape = (len(rows), seq_len + 1)
     tokens = np.full(shape, pad_id, np.int64)
@@ -137,7 +142,7 @@ def assemble(
 
 
 def _counted(learned: np.ndarray) -> torch.Tensor | None:
-    """None where logits of all tokens cost little more than those that count."""
+    """Places for which logits are computed; None (all places) if that costs little more."""
     others = np.flatnonzero(learned == 0)
     size = -(-(learned.size - len(others)) // COUNTED_MULTIPLE) * COUNTED_MULTIPLE
     if size >= WORTH_CHOOSING * learned.size:

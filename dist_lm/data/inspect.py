@@ -1,4 +1,4 @@
-"""What is in a corpus, for people: `python -m dist_lm data inspect CORPUS`."""
+"""Prints the content of a corpus: `python -m dist_lm data inspect CORPUS`."""
 
 import json
 import re
@@ -19,15 +19,16 @@ from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.readable import gib
 
-SAMPLE_TOKENS = 160  # shown of a document
+SAMPLE_TOKENS = 160  # longest part shown of a document
 ORIGINS_SHOWN = 12
-SEQ_LENS = (512, 768, 1024, 2048, 4096)  # for which the share of conversations that do not fit is shown
+SEQ_LENS = (512, 768, 1024, 2048, 4096)  # the table shows the share of longer conversations for each of these
 
 
 def inspect_corpus(directory: Path) -> dict[str, Any]:
-    """Counts, integrity and origins of a corpus as a JSON value. Every tar is read and hashed.
+    """Counts, integrity and origins of a corpus as a JSON value. Reads and hashes every tar.
 
-    Raises `ArtefactError` in one line if `directory` is not a corpus.
+    Raises:
+        ArtefactError: `directory` is not a corpus.
     """
     manifest = _manifest(directory)
     state = verify(directory)
@@ -58,7 +59,7 @@ def inspect_corpus(directory: Path) -> dict[str, Any]:
 
 
 def print_corpus(directory: Path, console: Console) -> bool:
-    """Show `inspect_corpus` and a document of each language. Returns whether every tar is whole."""
+    """Print `inspect_corpus` and a document of each language. Returns whether every tar is intact."""
     summary = inspect_corpus(directory)
     console.print(Text(f"Corpus {summary['directory']}", style="bold"))
     console.print(_language_table(summary["splits"]))
@@ -77,13 +78,13 @@ def print_corpus(directory: Path, console: Console) -> bool:
 
 
 def origin_of(source: str) -> str:
-    """The folder or data set that a document came from: its source less file, name and row."""
+    """The folder or data set of a document: its source without file name and row."""
     place = re.split(r"[:#](?!//)", source, maxsplit=1)[0]
     return str(Path(place).parent) if place.startswith("/") else place
 
 
 def _manifest(directory: Path) -> Manifest:
-    """Read the manifest; for a folder that is none, name the corpora nearby."""
+    """Read the manifest. If the folder is not a corpus, the error names corpora nearby."""
     if manifest_path(directory).is_file():
         return read_manifest(directory)
     near = sorted(path.parent for folder in (directory, directory.parent) for path in folder.glob("*/manifest.json"))
@@ -101,7 +102,7 @@ def _origins(tars: list[Path]) -> tuple[Counter[tuple[str, str]], Counter[str]]:
             for _, parts in members(tar):
                 file.seek(parts["meta.json"].offset_data)
                 meta = json.loads(file.read(parts["meta.json"].size))
-                # A row of bytes behind an npy header: the codes are the last `documents` bytes of their part.
+                # the part is an npy header and one byte per document: the codes are its last bytes
                 codes = parts["languages.npy"]
                 file.seek(codes.offset_data + codes.size - len(meta["sources"]))
                 names = [meta["languages"][str(code)] for code in file.read(len(meta["sources"]))]
@@ -158,7 +159,7 @@ def _origin_table(origins: list[dict[str, Any]]) -> Table:
 
 
 def _longer_table(corpus: MappedCorpus) -> Table:
-    """The share of conversations that no sequence holds, and that training leaves out."""
+    """The share of conversations that are too long for a sequence, which training leaves out."""
     table = Table("stage.seq_len", title="Conversations left out", title_justify="left")
     for name in ("conversations", "share"):
         table.add_column(name, justify="right")
@@ -169,7 +170,7 @@ def _longer_table(corpus: MappedCorpus) -> Table:
 
 
 def _print_samples(directory: Path, tokenizer_sha256: str, console: Console) -> None:
-    """The beginning of the first document of each language, if the tokenizer of the corpus is at hand."""
+    """The beginning of the first document of each language, if the tokenizer of the corpus is in the work directory."""
     model = WorkDirectory(directory.resolve().parents[1]).tokenizer_model
     if not model.is_file() or durable.sha256_of(model) != tokenizer_sha256:
         console.print(Text(f"No samples: the tokenizer of this corpus is not at {model}.", style="yellow"))
@@ -181,8 +182,8 @@ def _print_samples(directory: Path, tokenizer_sha256: str, console: Console) -> 
     for code, language in enumerate(corpus.languages):
         document = int((corpus.language_codes == code).argmax())
         length = int(corpus.lengths[document])
-        tokens = corpus.tokens(document, 1, min(length, 1 + SAMPLE_TOKENS))  # without the end-of-text that opens it
+        tokens = corpus.tokens(document, 1, min(length, 1 + SAMPLE_TOKENS))  # without the first end-of-text
         console.print(Rule(Text(f"{language}: {length:,} tokens"), align="left"))
-        marks = corpus.has_mask  # of a conversation: special tokens, which are no text
+        marks = corpus.has_mask  # conversations have special tokens, which `decode` leaves out
         text = "".join(tokenizer.pieces(tokens)) if marks else tokenizer.decode(tokens.tolist())
         console.print(Text(text + (" ..." if length > 1 + SAMPLE_TOKENS else "")))

@@ -1,7 +1,6 @@
-"""What a corpus holds, written last: a folder without a manifest is not a corpus.
+"""The manifest of a corpus: tars with their hashes, counts by split and language, and the inputs of the shards.
 
-The manifest names the tars with their hashes, counts by split and language, and what the shards were made
-from.
+The manifest is written last: a folder without a manifest is not a corpus.
 """
 
 import json
@@ -14,12 +13,12 @@ from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 
 BUILD_COMMAND = "python -m dist_lm.launch stage=shards"
-FORMAT = 2  # of manifest.json and the tars it names; 1: before special tokens had the names of ChatML
+FORMAT = 2  # of manifest.json and its tars; format 1 had other special tokens than ChatML's
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How much text."""
+    """Amounts of text."""
 
     documents: int = 0
     tokens: int = 0
@@ -53,15 +52,15 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says."""
+    """The content of `manifest.json`."""
 
     tokenizer_sha256: str
-    corpus_fingerprint: str  # of the configuration that chose the documents
+    corpus_fingerprint: str  # hash of the configuration that selected the documents
     splits: Mapping[str, Split]
-    ingest: Mapping[str, Any]  # the report of reading: what was dropped, and why
+    ingest: Mapping[str, Any]  # dropped documents by reason
 
     def require_tokenizer(self, sha256: str, directory: Path) -> None:
-        """Refuse a tokenizer that the shards in `directory` were not written with."""
+        """Refuse another tokenizer than the one that wrote the shards in `directory`."""
         if sha256 != self.tokenizer_sha256:
             raise ArtefactError(
                 f"{directory} was written with tokenizer {self.tokenizer_sha256[:12]}, not {sha256[:12]}: "
@@ -74,7 +73,11 @@ def manifest_path(directory: Path) -> Path:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """What `write_manifest` wrote. Raises `ArtefactError` if there is no corpus, or an unfinished one."""
+    """Read the manifest.
+
+    Raises:
+        ArtefactError: the corpus is missing, unfinished, damaged, or of another format.
+    """
     path = manifest_path(directory)
     if not directory.is_dir():
         raise ArtefactError(f"corpus {directory} does not exist: build it with `{BUILD_COMMAND}`")
@@ -96,7 +99,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def check_format(directory: Path) -> None:
-    """Refuse a corpus of another format. A folder without a readable manifest is not a corpus and passes.
+    """Refuse a corpus of another format. A folder without a readable manifest passes, because it is not a corpus.
 
     Raises:
         ArtefactError: names the folder, its format, and the way out.
@@ -117,9 +120,10 @@ def _check_format(directory: Path, found: Any) -> None:
 
 
 def verify(directory: Path, *, hashes: bool = True) -> dict[str, str]:
-    """Compare every tar with the manifest: name -> `ok`, or what is wrong.
+    """Compare every tar with the manifest: tar name -> `ok` or the difference.
 
-    `hashes=False` compares sizes only, which costs nothing.
+    Args:
+        hashes: compare hashes too, which reads every tar; False: sizes only.
     """
     found = {}
     for split in read_manifest(directory).splits.values():
@@ -129,7 +133,7 @@ def verify(directory: Path, *, hashes: bool = True) -> dict[str, str]:
 
 
 def shard_state(path: Path, shard: Shard, *, hashes: bool) -> str:
-    """`ok`, or how the tar at `path` differs from what the manifest says."""
+    """`ok`, or how the tar at `path` differs from its entry in the manifest."""
     if not path.is_file():
         return "missing"
     if (size := path.stat().st_size) != shard.size:

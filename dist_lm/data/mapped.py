@@ -40,13 +40,13 @@ ENTRY = np.dtype(
 
 _MAGIC = b"DLMIDX1\n"
 _PREFIX = struct.Struct("<II")
-_HEADER_BYTES = 256  # of an npy array: far more than a one-dimensional one needs
+_HEADER_BYTES = 256  # upper bound for the header of a one-dimensional npy array
 _PARTS = ("tokens.npy", "lengths.npy", "bytes.npy", "languages.npy", "meta.json", "mask.npy")
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The documents of one tar, in the order in which they lie there."""
+    """The documents of one tar, in the order of the tar."""
 
     entries: np.ndarray  # (documents,) ENTRY
     languages: tuple[str, ...]  # names of the codes in `entries["language"]`
@@ -56,13 +56,13 @@ class ShardIndex:
 
 
 class MappedCorpus:
-    """The documents of one split, numbered as they lie in its tars.
+    """The documents of one split, numbered in the order of its tars.
 
-    Read-only. Properties of documents are arrays: nothing is allocated a document.
+    Read-only. Properties of all documents are arrays; there is no object for each document.
     """
 
     def __init__(self, directory: Path, split: str, tars: list[Path], indices: list[ShardIndex]) -> None:
-        """Use `open`; `indices` belong to `tars`."""
+        """Use `open` instead. `indices`: one for each tar."""
         self.directory = directory
         self.split = split
         self.languages = sorted({name for index in indices for name in index.languages})
@@ -84,8 +84,10 @@ class MappedCorpus:
     def open(cls, directory: Path, split: str) -> "MappedCorpus":
         """Map every tar that the manifest lists for `split`.
 
-        Raises `ArtefactError` if the corpus or the split is missing, empty, or not what the manifest says.
-        Sizes are compared, and the hash that the index remembers; a tar that was touched since is hashed again.
+        Compares sizes and the hashes stored in the indices. A tar that was touched since is hashed again.
+
+        Raises:
+            ArtefactError: the corpus or the split is missing, empty, or differs from the manifest.
         """
         manifest = read_manifest(directory)
         shards = manifest.splits[split].shards if split in manifest.splits else ()
@@ -108,18 +110,18 @@ class MappedCorpus:
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of a document: a view (stop - start,) uint16, read-only."""
-        begin = self._start.item(document)  # a Python integer: NumPy's own cost as much as the rest
+        begin = self._start.item(document)  # a Python integer is much faster than a NumPy one
         return self._tokens[self._shard.item(document)][begin + start : begin + stop]
 
     def mask(self, document: int, start: int, stop: int) -> np.ndarray:
-        """The loss mask of tokens [start, stop): (stop - start,) uint8, ones where the corpus has none."""
+        """The loss mask of tokens [start, stop): (stop - start,) uint8; ones if the document has no mask."""
         begin = self._mask_start.item(document)
         if begin < 0:
             return np.ones(stop - start, np.uint8)
         return self._bytes[self._shard.item(document)][begin + start : begin + stop]
 
     def _recode(self, index: ShardIndex) -> np.ndarray:
-        """Language codes of one shard in terms of `self.languages`."""
+        """Language codes of one shard as positions in `self.languages`."""
         codes = np.array([self.languages.index(name) for name in index.languages], np.uint8)
         return codes[index.entries["language"]]
 
@@ -143,10 +145,10 @@ def index_path(tar: Path) -> Path:
 
 
 def open_index(tar: Path) -> ShardIndex:
-    """The index of `tar`: the file beside it if that can be trusted, else a new one, which is kept if
-    possible.
+    """The index of `tar`: read from the file beside it if that is valid, else rebuilt and saved.
 
-    Raises `ArtefactError` if the tar is missing or is not a shard.
+    Raises:
+        ArtefactError: the tar is missing or is not a shard.
     """
     if not tar.is_file():
         raise ArtefactError(f"{tar} does not exist: build it with `{BUILD_COMMAND}`")
@@ -155,7 +157,7 @@ def open_index(tar: Path) -> ShardIndex:
     if index is not None and index.tar_size == stat.st_size:
         if index.tar_mtime_ns == stat.st_mtime_ns:
             return index
-        if index.tar_sha256 == durable.sha256_of(tar):  # copied or touched: the same bytes under a new time
+        if index.tar_sha256 == durable.sha256_of(tar):  # copied or touched: same bytes, new time
             index = replace(index, tar_mtime_ns=stat.st_mtime_ns)
             _keep(index, tar)
             return index
@@ -181,7 +183,7 @@ def save_index(index: ShardIndex, path: Path) -> None:
 
 
 def load_index(path: Path) -> ShardIndex | None:
-    """What `save_index` wrote; None if there is no such file or it is not whole."""
+    """Read an index that `save_index` wrote; None if the file is missing or damaged."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -204,7 +206,11 @@ def load_index(path: Path) -> ShardIndex | None:
 
 
 def build_index(tar: Path) -> ShardIndex:
-    """Read every member of `tar` once. Raises `ArtefactError` naming the member that does not fit."""
+    """Index `tar` by reading every member once.
+
+    Raises:
+        ArtefactError: a member has the wrong form; the message names it.
+    """
     stat = tar.stat()
     blocks: list[np.ndarray] = []
     languages: list[str] = []
@@ -244,7 +250,7 @@ def _column(entries: list[np.ndarray], name: str, dtype: type) -> np.ndarray:
 
 
 def _map(path: Path) -> np.ndarray:
-    """The file as read-only uint8. A plain array: slicing a `np.memmap` costs several times as much."""
+    """The file as a read-only uint8 array. Slicing a `np.memmap` would cost several times as much."""
     with path.open("rb") as file:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
@@ -252,7 +258,7 @@ def _map(path: Path) -> np.ndarray:
 def _member_entries(
     tar: Path, key: str, parts: dict[str, tarfile.TarInfo], file: io.BufferedReader, languages: list[str]
 ) -> np.ndarray:
-    """The entries of one member; new names are appended to `languages`."""
+    """The entries of one member. Appends new language names to `languages`."""
     if missing := [part for part in _PARTS[:5] if part not in parts]:
         raise ArtefactError(f"{tar}: member {key} has no {missing[0]}; it was not written by stage=shards")
     tokens = _array(tar, parts["tokens.npy"], file, "<u2")
@@ -286,7 +292,7 @@ def _member_entries(
 
 
 def _array(tar: Path, info: tarfile.TarInfo, file: io.BufferedReader, dtype: str) -> _Array:
-    """Parse the npy header at a member of the tar, without reading its elements."""
+    """Parse the npy header of a tar member without reading the elements."""
     file.seek(info.offset_data)
     head = io.BytesIO(file.read(min(info.size, _HEADER_BYTES)))
     version = npy.read_magic(head)
@@ -301,7 +307,7 @@ def _array(tar: Path, info: tarfile.TarInfo, file: io.BufferedReader, dtype: str
 
 
 def _keep(index: ShardIndex, tar: Path) -> None:
-    """Save the index beside its tar. A folder that cannot be written costs a rebuild each time, no more."""
+    """Save the index beside its tar. If the folder is read-only, every process rebuilds the index."""
     if os.access(tar.parent, os.W_OK):
         save_index(index, index_path(tar))
     else:

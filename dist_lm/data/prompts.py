@@ -1,7 +1,7 @@
-"""Prompts from files: .jsonl with `prompt` and perhaps `id`, or .txt with a prompt a line. Blank lines are passed over.
+"""Prompts from files: .jsonl with `prompt` and optionally `id`, or .txt with one prompt per line. Skips blank lines.
 
-They are numbered in the order of the files' names and of the lines. One that cannot be read is still there, with the
-reason, so that the numbers of others do not depend on it. What else a line holds goes with its prompt.
+Prompts are numbered in the order of file names and lines. An invalid line keeps its number and gets the reason, so the
+numbers of other prompts do not depend on it. Other fields of a line are returned with its prompt.
 """
 
 import glob
@@ -20,21 +20,21 @@ from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.storage import durable
 
 KINDS = (".jsonl", ".txt")
-TIMEOUT_S = 60.0  # without a byte from a server
-SHOWN = 200  # characters of a line that cannot be read
+TIMEOUT_S = 60.0  # longest silence of a server
+SHOWN = 200  # characters kept of an invalid line
 
 
 @dataclass(frozen=True)
 class Prompt:
     """One line of a file."""
 
-    number: int  # among all
-    id: str | int  # its own, or the number
+    number: int  # from 0, over all files
+    id: str | int  # `id` of the line, else the number
     text: str
     place: str = ""  # `FILE line N`
-    error: str = ""  # why it cannot be used
-    line: str = ""  # the beginning of a line that cannot be used
-    extra: dict[str, Any] = field(default_factory=dict)  # what the line says beside prompt and id
+    error: str = ""  # why the line is invalid; empty: it is valid
+    line: str = ""  # the beginning of an invalid line
+    extra: dict[str, Any] = field(default_factory=dict)  # other fields of the line
 
 
 def find_prompts(where: str, downloads: Path | None = None, key: str = "stage.prompts") -> list[Path]:
@@ -42,12 +42,12 @@ def find_prompts(where: str, downloads: Path | None = None, key: str = "stage.pr
 
     Args:
         where: file, glob or http(s) address.
-        downloads: where the file of an address is kept, and looked for; None: it is not fetched yet.
-        key: what named them, for messages.
+        downloads: folder for downloaded files; None: do not download, and return no file for an address.
+        key: the configuration key, for messages.
 
     Raises:
-        ConfigError: there are none, or they are of another kind.
-        ArtefactError: the server does not give the file.
+        ConfigError: no file matches, or a file is neither .jsonl nor .txt.
+        ArtefactError: the download failed.
     """
     if where.startswith(("http://", "https://")):
         name = Path(urlsplit(where).path).name
@@ -69,10 +69,10 @@ def find_prompts(where: str, downloads: Path | None = None, key: str = "stage.pr
 
 
 def survey(files: Sequence[Path]) -> dict[str, Any]:
-    """How many prompts there are, and what the files are: `{prompts, files: [{name, sha256}]}`.
+    """The number of prompts, and the files with their hashes: `{prompts, files: [{name, sha256}]}`.
 
     Raises:
-        ConfigError: there are none, the first line of a file has no `prompt`, or two have one id.
+        ConfigError: there are no prompts, the first line of a file has no `prompt`, or two prompts have the same id.
     """
     for file in files:
         _check_keys(file)
@@ -92,13 +92,13 @@ def read_prompts(files: Sequence[Path]) -> Iterator[Prompt]:
 
 
 def _check_keys(file: Path) -> None:
-    """One field by another name is the whole file's mistake, not that of each line."""
+    """Refuse a file whose first line has no `prompt`: probably the field has another name in every line."""
     if file.suffix == ".txt" or (first := next(_lines(file), None)) is None:
         return
     try:
         value = _load(first[1].decode())
     except (ValueError, RecursionError):
-        return  # refused by itself
+        return  # `read_prompts` refuses this line alone
     if isinstance(value, dict) and "prompt" not in value:
         keys = ", ".join(value) or "(none)"
         raise ConfigError(
@@ -107,7 +107,7 @@ def _check_keys(file: Path) -> None:
 
 
 def _count(files: Sequence[Path]) -> int:
-    """Of prompts, whose ids are held against each other."""
+    """The number of prompts; refuses equal ids."""
     if all(file.suffix == ".txt" for file in files):
         count = sum(1 for file in files for _ in _lines(file))
     else:
@@ -128,7 +128,7 @@ def _count(files: Sequence[Path]) -> int:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, content) of the lines that are not blank."""
+    """(line number from 1, content) of each line that is not blank."""
     with file.open("rb") as opened:
         for place, line in enumerate(opened, 1):
             if line.strip():
@@ -167,7 +167,7 @@ def _parse(number: int, line: bytes, file: Path, place: int) -> Prompt:
 
 
 def _load(text: str) -> Any:
-    def refuse(constant: str) -> None:  # JSON has no such numbers, though Python reads and writes them
+    def refuse(constant: str) -> None:  # NaN and Infinity, which Python accepts, are not JSON
         raise ValueError(f"{constant} is no number")
 
     return json.loads(text, parse_constant=refuse)

@@ -2,15 +2,15 @@
 
 A member of a tar groups many documents (one a member costs 3.6 times the bytes):
 
-    KEY.tokens.npy     (tokens,) uint16     the documents end to end; each opens with end-of-text
+    KEY.tokens.npy     (tokens,) uint16     the documents, concatenated; each begins with end-of-text
     KEY.lengths.npy    (documents,) uint32  tokens
     KEY.bytes.npy      (documents,) uint32  UTF-8 bytes of the text
     KEY.languages.npy  (documents,) uint8   codes
-    KEY.mask.npy       (tokens,) uint8      only where a document has a loss mask; 1: the token is learned
-    KEY.branch.npy ... of rankings alone: see `data.rankings.shards`
-    KEY.meta.json      {"languages": {code: name}, "sources": [a document], "licences": [a document]}
+    KEY.mask.npy       (tokens,) uint8      only if a document has a loss mask; 1: the token is learned
+    KEY.branch.npy ... only for rankings: see `data.rankings.shards`
+    KEY.meta.json      {"languages": {code: name}, "sources": [one per document], "licences": [one per document]}
 
-The same documents give the same bytes.
+Equal documents give equal bytes.
 """
 
 import re
@@ -37,13 +37,12 @@ _MODE = 0o644
 class ShardWriter:
     """Writes the tars of one split; a context manager.
 
-    Entering it removes the manifest, so the corpus counts as incomplete until `write_manifest`, and what an
-    earlier build of this split left. Each tar appears under its name only when it is whole and durable, with
-    its index.
+    Entering it removes the manifest and the files of earlier builds of this split, so the corpus is incomplete until
+    `write_manifest`. A tar gets its final name and its index after it has been written and flushed.
     """
 
     def __init__(self, directory: Path, split: str, documents_per_member: int, shard_tokens: int) -> None:
-        """`shard_tokens`: a tar is closed by the member that reaches so many tokens."""
+        """`shard_tokens`: the tar is finished after the member that reaches this number of tokens."""
         self.directory = directory
         self.split = split
         self.documents_per_member = documents_per_member
@@ -77,11 +76,11 @@ class ShardWriter:
             self._abandon_tar()
 
     def write(self, document: TokenizedDocument) -> None:
-        """Append one document. Order is kept."""
+        """Append one document."""
         tokens, mask = document.tokens, document.loss_mask
         assert tokens.dtype == np.uint16, tokens.dtype
-        assert len(tokens) > 0, "a document opens with end-of-text"
-        assert mask is None or (mask.dtype == np.uint8 and mask.shape == tokens.shape), "a uint8 mask a token"
+        assert len(tokens) > 0, "a document begins with end-of-text"
+        assert mask is None or (mask.dtype == np.uint8 and mask.shape == tokens.shape), "one uint8 per token"
         self._pending.append(document)
         if len(self._pending) == self.documents_per_member:
             self._flush_member()
@@ -120,7 +119,7 @@ class ShardWriter:
                 [np.ones(len(d.tokens), np.uint8) if d.loss_mask is None else d.loss_mask for d in documents]
             )
         if verdicts := [d.verdict for d in documents if d.verdict is not None]:
-            assert len(verdicts) == len(documents), "rankings are in corpora of their own"
+            assert len(verdicts) == len(documents), "a corpus of rankings holds only rankings"
             sample |= member_parts(verdicts)
         tar.write(sample)
         self._members += 1
@@ -129,23 +128,23 @@ class ShardWriter:
             self._finish_tar()
 
     def _start_tar(self) -> Any:
-        from webdataset.writer import TarWriter  # brings torch with it, which takes a second to import
+        from webdataset.writer import TarWriter  # imports torch, which takes a second
 
         self._file = self._temporary.open("wb")
         self._tar = TarWriter(self._file, user=_OWNER, group=_OWNER, mode=_MODE, mtime=0, compress=False, encoder=True)
         return self._tar
 
     def _abandon_tar(self) -> None:
-        """Drop a tar that was not finished."""
+        """Remove an unfinished tar."""
         if self._tar is None or self._file is None:
             return
         for part in (self._tar, self._file):
-            with suppress(OSError):  # closing writes; the error that led here is the one to report
+            with suppress(OSError):  # closing may fail too; the first error is the one to report
                 part.close()
         self._temporary.unlink(missing_ok=True)
 
     def _finish_tar(self) -> None:
-        """Close the tar, make it durable, give it its name and its index."""
+        """Close and flush the tar, rename it, and write its index."""
         if self._tar is None or self._file is None:
             return
         self._tar.close()

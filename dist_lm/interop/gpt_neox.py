@@ -1,7 +1,7 @@
-"""Hugging Face's GPT-NeoX in and out: the same model under other names.
+"""Converts weights to and from Hugging Face's GPT-NeoX (Black et al. 2022).
 
-Sequential residuals (`use_parallel_residual` false), rotation of the whole head (`rotary_pct` 1) and exact
-GELU make GPT-NeoX (Black et al. 2022) this project's model with its default options.
+With sequential residuals (`use_parallel_residual` false), rotation of the whole head (`rotary_pct` 1) and exact GELU,
+GPT-NeoX computes the same function as this package's model with default options.
 
 Dimensions: H heads, K d_head, D d_model.
 """
@@ -20,11 +20,11 @@ from dist_lm.storage import durable
 State = Mapping[str, torch.Tensor]
 
 HEAD = "embed_out.weight"
-HEAD_IN_MEMORY = "lm_head.weight"  # what newer versions of transformers call it once loaded
+HEAD_IN_MEMORY = "lm_head.weight"  # the name in a model that newer versions of transformers have loaded
 
 
 def to_gpt_neox(state: State, config: ModelConfig) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Logical weights as a GPT-NeoX state dict, and its config.json without token ids.
+    """(GPT-NeoX state dict, config.json without token ids) of whole, unpadded weights.
 
     Raises:
         ConfigError: the model has an option that GPT-NeoX lacks.
@@ -42,7 +42,7 @@ def to_gpt_neox(state: State, config: ModelConfig) -> tuple[dict[str, torch.Tens
 
 
 def from_gpt_neox(hf_state: State, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """The inverse of `to_gpt_neox`, for a model whose config says what `hf_config(config)` says.
+    """The inverse of `to_gpt_neox`, for a model whose config.json equals `hf_config(config)`.
 
     Raises:
         ConfigError: the model has an option that GPT-NeoX lacks.
@@ -73,8 +73,8 @@ def save_gpt_neox(state: State, config: ModelConfig, folder: Path, eot_id: int, 
     It holds config.json, generation_config.json and model.safetensors.
 
     Args:
-        eot_id: opens and ends a document, so it is both their `bos` and `eos`.
-        pad_id: differs from it.
+        eot_id: begins and ends a document, so it is both `bos` and `eos`.
+        pad_id: must differ from `eot_id`.
     """
     weights, hf = to_gpt_neox(state, config)
     ids = {"bos_token_id": eot_id, "eos_token_id": eot_id, "pad_token_id": pad_id}
@@ -88,7 +88,7 @@ def save_gpt_neox(state: State, config: ModelConfig, folder: Path, eot_id: int, 
 
 
 def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """What config.json says of the shape (https://huggingface.co/docs/transformers/model_doc/gpt_neox)."""
+    """config.json without token ids (https://huggingface.co/docs/transformers/model_doc/gpt_neox)."""
     return {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
@@ -113,7 +113,7 @@ def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def require_expressible(config: ModelConfig) -> None:
-    """Refuse an option that GPT-NeoX lacks, naming its key."""
+    """Refuse an option that GPT-NeoX lacks; the error names its key."""
     needs = {
         "norm": "layernorm",
         "ffn": "gelu",
@@ -130,7 +130,7 @@ def require_expressible(config: ModelConfig) -> None:
 
 
 def _renamed(config: ModelConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(our name, theirs, shape) of the weights that differ in name only."""
+    """(our name, GPT-NeoX name, shape) of the weights that differ in name only."""
     d_model, d_ff = config.d_model, config.d_ff
     yield "embedding.weight", "gpt_neox.embed_in.weight", (config.vocab_size, d_model)
     for layer in range(config.n_layers):

@@ -1,7 +1,6 @@
-"""Does a text parse? Nothing here runs what it reads.
+"""Checks whether a text parses, without running it.
 
-Python goes through `ast.parse`, Bash through `bash -n`, SQL is compiled by SQLite against the tables that the text
-itself creates.
+Python is parsed by `ast.parse`, Bash by `bash -n`. SQL is compiled by SQLite against the tables that the text creates.
 """
 
 import ast
@@ -29,33 +28,29 @@ def parses_python(text: str) -> bool:
 
 
 def parses_bash(text: str) -> bool | None:
-    """Whether `bash -n` (read, do not execute) accepts `text`; None without bash, or if it takes too long."""
+    """Whether `bash -n` (read, do not execute) accepts `text`; None without bash or after a timeout."""
     if shutil.which("bash", path=PATH) is None:
         return None
     try:
-        done = _bash_reads(text)
+        done = subprocess.run(
+            ["bash", "--norc", "--noprofile", "-n"],
+            input=text.encode(),
+            capture_output=True,
+            timeout=TIMEOUT_S,
+            env={"PATH": PATH, "LC_ALL": "C.UTF-8"},
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return None
-    # a here-document that never ends is only a warning, with exit code 0
+    # for an unterminated here-document bash only warns, with exit code 0
     return done.returncode == 0 and not done.stderr
 
 
-def _bash_reads(text: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        ["bash", "--norc", "--noprofile", "-n"],
-        input=text.encode(),
-        capture_output=True,
-        timeout=TIMEOUT_S,
-        env={"PATH": PATH, "LC_ALL": "C.UTF-8"},
-        check=False,
-    )
-
-
 def parses_sql(text: str) -> bool:
-    """Whether SQLite compiles every statement, the tables created before it in the text being known.
+    """Whether SQLite compiles every statement, given the tables that earlier statements create.
 
-    CREATE, ALTER and DROP are executed in an empty database in memory, since later statements are compiled against
-    them; everything else is compiled only (EXPLAIN).
+    CREATE, ALTER and DROP are executed in an empty database in memory, because later statements refer to their tables.
+    All other statements are only compiled (EXPLAIN).
     """
     connection = sqlite3.connect(":memory:", isolation_level=None)
     connection.set_authorizer(_allow_schema_only)
@@ -63,7 +58,7 @@ def parses_sql(text: str) -> bool:
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_SQL_BYTES)
     try:
         for statement in split_statements(text):
-            if re.match(r"(explain|query)\b", statement, re.IGNORECASE):  # would join our own EXPLAIN
+            if re.match(r"(explain|query)\b", statement, re.IGNORECASE):  # would be read as part of our EXPLAIN
                 return False
             connection.execute(f"EXPLAIN {statement}")
             if re.match(r"(create|alter|drop)\b", statement, re.IGNORECASE):
@@ -76,7 +71,7 @@ def parses_sql(text: str) -> bool:
 
 
 def split_statements(text: str) -> list[str]:
-    """The SQL statements of `text`, comments before one kept out; an unfinished last one is included."""
+    """The SQL statements of `text` without leading comments; includes an unfinished last statement."""
     statements, current = [], ""
     for piece in text.split(";"):
         current += piece
@@ -99,7 +94,7 @@ def _without_leading_comments(statement: str) -> str:
 
 
 def _allow_schema_only(action: int, *arguments: str | None) -> int:
-    """SQLite authorizer: no file is attached, no extension loaded, no pragma set."""
+    """SQLite authorizer: denies attached files, extensions and pragmas."""
     if action in (sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA):
         return sqlite3.SQLITE_DENY
     if action == sqlite3.SQLITE_FUNCTION and "load_extension" in arguments:
@@ -111,14 +106,14 @@ PARSERS = {"python": parses_python, "bash": parses_bash, "sql": parses_sql}
 
 
 def parses(language: str, text: str) -> bool | None:
-    """Whether `text` parses as `language`; None for a language without a parser here."""
+    """Whether `text` parses as `language`; None for a language without a parser."""
     return PARSERS[language](text) if language in PARSERS else None
 
 
 def parses_continued(language: str, prompt: str, completion: str, finished: bool) -> bool | None:
-    """Whether prompt and completion parse as one text, without a last line that was cut off.
+    """Whether prompt and completion parse as one text. A last line that was cut off is removed first.
 
-    A completion that was cut off in its first line has no line to show for it, and does not: its prompt alone would.
+    False for a completion that was cut off in its first line: only the prompt would be left.
     """
     if language in PARSERS and not finished and "\n" not in completion:
         return False
@@ -126,5 +121,5 @@ def parses_continued(language: str, prompt: str, completion: str, finished: bool
 
 
 def whole_lines(text: str, finished: bool) -> str:
-    """`text` without its last line when generation was cut off in it: half a line says nothing about syntax."""
+    """`text` without its last line, if generation was cut off in that line."""
     return text if finished or "\n" not in text else text[: text.rindex("\n") + 1]

@@ -101,7 +101,7 @@ def test_inspect_shows_step_model_logical_shapes_files_and_pointers(run, monkeyp
 def test_verify_of_a_whole_checkpoint(run, monkeypatch, capsys):
     for path in (run, run / "checkpoints", step_of(run)):
         assert call(monkeypatch, "verify", path) == 0
-        assert "3 files, all as they were written" in capsys.readouterr().out
+        assert "3 files, all intact" in capsys.readouterr().out
 
 
 def test_verify_names_every_file_that_is_damaged_missing_or_foreign(run, monkeypatch, capsys):
@@ -113,7 +113,7 @@ def test_verify_names_every_file_that_is_damaged_missing_or_foreign(run, monkeyp
     assert call(monkeypatch, "verify", run) == 2
     out, error = capsys.readouterr()
     assert [line.split()[0] for line in out.splitlines()] == [first.name, second.name, "shard-00009.safetensors"]
-    assert "not as it was written (files: 3)" in error
+    assert "damaged files: 3" in error
 
 
 def test_a_missing_state_file_is_damage_and_not_a_missing_checkpoint(run, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""A model and its tools, taking turns until the model answers. What asks and what runs are arguments."""
+"""Alternates between a model's calls and their results until the model answers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,26 +8,26 @@ from dist_lm.chat.messages import Call, ChatError, Conversation, Json, Message
 from dist_lm.chat.schema import problems
 
 Ask = Callable[[Conversation], Message | None]
-"""The assistant's next turn; None: it was stopped. ChatError: what the model wrote is no turn."""
+"""Returns the assistant's next turn; None: generation was stopped. Raises ChatError if the output is not a turn."""
 
 Run = Callable[[Call], Json]
-"""The result of a call that fits its tool; what goes wrong is a result, too."""
+"""Returns the result of a call that fits its tool. An error is returned as a result."""
 
 Ending = Literal["answered", "rounds", "refused", "no turn", "stopped"]
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """What came of a request."""
+    """The outcome of a request."""
 
-    conversation: Conversation  # all that was said, up to the last turn that is whole
+    conversation: Conversation  # up to the last complete turn
     ending: Ending
-    rounds: int  # of calls
-    note: str = ""  # why it is no turn
+    rounds: int  # turns with calls
+    note: str = ""  # for ending "no turn": the error
 
     @property
     def answer(self) -> str:
-        """The model's last words; empty if it did not come to any."""
+        """The model's answer; empty if there is none."""
         return self.conversation.messages[-1].content if self.ending == "answered" else ""
 
 
@@ -39,17 +39,17 @@ def converse(
     on_call: Callable[[Call], None] = lambda call: None,
     on_result: Callable[[Call, Json], None] = lambda call, result: None,
 ) -> Exchange:
-    """Let the model go on with `conversation` and run what it calls, until it answers.
+    """Let the model continue `conversation` and run its calls until it answers.
 
-    A call that does not fit its tool is not run: the model gets what is wrong as the result, `{"error": ...}`. Two
-    turns one after the other with the same calls, none of which fits, end it.
+    A call that does not fit its tool is not run; its result is `{"error": problems}`. The exchange ends when two
+    turns in a row make the same calls and none of these calls fits.
 
     Args:
-        max_rounds: turns with calls that are run, at most.
-        on_call: called before each call is run or refused.
-        on_result: called with its result.
+        max_rounds: largest number of turns with calls that are run.
+        on_call: called before a call is run or refused.
+        on_result: called with the result of a call.
     """
-    refused: tuple[Call, ...] = ()  # of the turn before, if nothing of it was run
+    refused: tuple[Call, ...] = ()  # calls of the previous turn, if all were refused
     for rounds in range(max_rounds + 1):
         try:
             turn = ask(conversation)

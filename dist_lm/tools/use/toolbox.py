@@ -1,4 +1,4 @@
-"""The tools in a person's file, and the process that runs them: with a limit on time and on output."""
+"""The tools of a user's file, run in a separate process with limits on time and output."""
 
 import contextlib
 import json
@@ -18,16 +18,16 @@ from typing import Any
 from dist_lm.chat.messages import Call, Json, Tool
 from dist_lm.errors import UserError, require
 
-LOADING_S = 60.0  # to read the file and all it imports
-LOOK_S = 0.05  # how often it is seen whether a person has had enough
+LOADING_S = 60.0  # limit for loading the file and its imports
+LOOK_S = 0.05  # interval between checks for an interrupt
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a call may take."""
+    """Limits of a call."""
 
     seconds: float = 10.0
-    characters: int = 4000  # of a result, in JSON
+    characters: int = 4000  # longest JSON of a result
 
     def __post_init__(self) -> None:
         require(self.seconds > 0, "--tool-seconds", self.seconds, "a positive number of seconds")
@@ -35,13 +35,13 @@ class Limits:
 
 
 class Toolbox:
-    """Functions of one file. They run one at a time in a process of their own, which lasts from call to call."""
+    """The functions of one file. They run one at a time in a separate process, which keeps its state between calls."""
 
     def __init__(self, file: Path, limits: Limits) -> None:
-        """Read `file`.
+        """Load `file`.
 
         Raises:
-            UserError: it is not there, cannot be read, or one of its functions cannot be a tool; the message names it.
+            UserError: the file is missing or cannot be loaded, or a function cannot be a tool; the message names it.
         """
         if not file.is_file():
             found = "a folder" if file.is_dir() else "no such file"
@@ -63,7 +63,7 @@ class Toolbox:
             self._host = None
 
     def run(self, call: Call, interrupted: Callable[[], bool] = lambda: False) -> Json:
-        """The result of a call that fits one of the tools; what goes wrong is a result `{"error": why}`."""
+        """The result of a call that fits one of the tools. An error becomes the result `{"error": why}`."""
         try:
             if self._host is None:
                 self._begin()
@@ -99,7 +99,7 @@ class Toolbox:
 
 
 class _Host:
-    """The process, and the socket to it."""
+    """The process and its socket."""
 
     def __init__(self, file: Path, characters: int) -> None:
         self._connection, theirs = socket.socketpair()
@@ -108,7 +108,7 @@ class _Host:
                 [sys.executable, "-m", "dist_lm.tools.use.host", str(file), str(theirs.fileno()), str(characters)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
-                start_new_session=True,  # Ctrl-C is ours, and what the function starts ends with it
+                start_new_session=True,  # Ctrl-C reaches only this process; `end` kills the whole group
             )
         self._received = b""
 
@@ -119,8 +119,8 @@ class _Host:
         """The next message.
 
         Raises:
-            TimeoutError: it did not come in time, or a person has had enough; the message says which.
-            EOFError: the process is gone.
+            TimeoutError: the time limit has passed, or `interrupted` returned true; the message says which.
+            EOFError: the process has ended.
         """
         deadline = time.monotonic() + seconds
         while b"\n" not in self._received:
@@ -138,13 +138,13 @@ class _Host:
         return json.loads(line)
 
     def code(self) -> int | None:
-        """How the process ended, if it does so in a moment."""
+        """The exit code of the process; None if it does not end within a second."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(1.0)
         return None
 
     def end(self) -> None:
-        """End the process and all that it has started."""
+        """Kill the process and everything that it has started."""
         self._connection.close()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from dist_lm.chat.messages import Call
 from dist_lm.chat.schema import check_tool, problems
-from dist_lm.tools.use.signature import SignatureError, tool_of
+from dist_lm.tools.use.host import SignatureError, tool_of
 
 
 class Unit(Enum):
