@@ -1,4 +1,4 @@
-"""A text, conversation or ranking with where it is from, before and after tokenizing: what rooms hand to each other."""
+"""A text, conversation or ranking with its origin, before and after tokenizing: the value that packages exchange."""
 
 from dataclasses import dataclass
 from typing import Literal

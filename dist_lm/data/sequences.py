@@ -111,7 +111,7 @@ def packed(corpus: MappedCorpus, seq_len: int, seq_len_key: str = SEQ_LEN) -> Pa
     """The rows of a corpus of conversations.
 
     Raises:
-        ArtefactError: none of them fits into a sequence.
+        ArtefactError: no conversation fits into a sequence.
     """
     packing = Packing(corpus.lengths, seq_len)
     if packing.n_rows == 0:
