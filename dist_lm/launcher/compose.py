@@ -1,7 +1,7 @@
-"""From the command line to a `Config`: Hydra composes, the dataclasses check, every refusal is one line.
+"""From the command line to a `Config`: Hydra composes, the dataclasses validate, every error is one line.
 
-The configuration of an earlier stage that a command builds on the way is composed from the same command line:
-`stage.KEY` belongs to the stage asked for, `stages.NAME.KEY` to stage NAME.
+The configurations of earlier stages are composed from the same command line: `stage.KEY` belongs to the target stage,
+`stages.NAME.KEY` to stage NAME.
 """
 
 import difflib
@@ -27,21 +27,21 @@ from dist_lm.stages.registry import OWN, added_conf, all_stages, stage_named, st
 from dist_lm.tracking.redact import is_secret_name, redact_command, redact_text
 
 PIPELINE = "pipeline"
-SHORTEST = 8  # characters of a variable's value that is looked for: a shorter one is found in innocent words
-PLACES = ("_PATH", "_FILE", "_DIR")  # a variable that says where a secret is: RAY_AUTH_TOKEN_PATH
+SHORTEST = 8  # characters; shorter values of secret variables also occur inside harmless words
+PLACES = ("_PATH", "_FILE", "_DIR")  # variables that hold the path of a secret: RAY_AUTH_TOKEN_PATH
 WAY_OUT = "a value without it; the configuration is written to disk (give secrets in the environment)"
 GROUPS = ("model", "parallel", "hardware", "stage", "corpus", "cluster", "tracking", "experiment")
 
 
 def conf_directory() -> Path:
-    """Where the YAML files are: inside the package when installed from a wheel, beside it in a checkout."""
+    """The folder of YAML files: inside the package if installed from a wheel, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
 
 
 def register_schema(schema: type[Config]) -> None:
-    """Tell Hydra what conf/config.yaml names beside files: the dataclasses, and this machine's hardware."""
+    """Register the nodes that conf/config.yaml refers to without a file: the schema and hardware=auto."""
     store = ConfigStore.instance()
     store.store(name="schema", node=schema)
     store.store(group="hardware", name="auto", node=OmegaConf.load(conf_directory() / "hardware" / local_hardware()))
@@ -60,22 +60,22 @@ def search_path() -> list[str]:
 
 
 def local_hardware() -> str:
-    """The file in conf/hardware for what this machine has: its first GPU where there is one, else the CPU."""
+    """The file in conf/hardware for this machine: that of its first GPU, else that of the CPU."""
     cards = [path.read_text().lower() for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
     known = [path.name for path in sorted((conf_directory() / "hardware").glob("*.yaml")) if path.stem != "cpu"]
     return next((name for card in cards[:1] for name in known if name.removesuffix(".yaml") in card), "cpu.yaml")
 
 
 def compose_config(overrides: Sequence[str]) -> Config:
-    """The configuration that `overrides` (`group=choice`, `key=value`) ask for.
+    """Compose the configuration of `overrides` (`group=choice`, `key=value`).
 
     Raises:
-        ConfigError: unknown key, wrong type, value out of bounds, a secret, or a combination that cannot run.
+        ConfigError: unknown key, wrong type, value out of bounds, a secret, or an invalid combination.
     """
     parsed = [_parse(text) for text in overrides]
     named = (str(one.value()) for one in reversed(parsed) if one.key_or_group == "stage")
     stage = next(named, default_stage())
-    schema = stage_named(stage).schema if stage in stage_names() else Config  # refused below, by name
+    schema = stage_named(stage).schema if stage in stage_names() else Config  # `_check_exists` refuses other names
     for override in parsed:
         _check_exists(override, schema)
     register_schema(schema)
@@ -91,7 +91,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
 
 
 def overrides_of(stage: str, target: str, overrides: Sequence[str]) -> list[str]:
-    """The part of a command line that concerns `stage` when the command asks for stage `target`."""
+    """The overrides of a command line for `target` that apply to `stage`."""
     mine: list[str] = []
     groups = ("stage.", *(f"{name}." for name in own_groups(stage_named(target).schema)))
     for override in overrides:
@@ -106,16 +106,16 @@ def overrides_of(stage: str, target: str, overrides: Sequence[str]) -> list[str]
 
 
 def own_groups(schema: type[Config]) -> list[str]:
-    """The groups that only the stages of `schema` have."""
+    """The configuration groups that `schema` adds to `Config`."""
     common = {one.name for one in fields(Config)}
     return [one.name for one in fields(schema) if one.name not in common]
 
 
 def target_stage(overrides: Sequence[str]) -> str:
-    """The stage a command line asks for; `stage=pipeline` is the last one of the pipeline, and so all of it.
+    """The target stage of a command line. `stage=pipeline` means the last stage of the pipeline.
 
     Raises:
-        ConfigError: none, or not a stage.
+        ConfigError: no stage is given, or the name is unknown.
     """
     named = [text.split("=", 1)[1] for text in overrides if text.startswith("stage=")]
     accepted = ", ".join([*choices("stage"), PIPELINE])
@@ -129,7 +129,7 @@ def target_stage(overrides: Sequence[str]) -> str:
 
 
 def choices(group: str) -> list[str]:
-    """What `group=` accepts: the YAML files of the group, and for hardware `auto`."""
+    """The values that `group=` accepts: YAML files of the group, `hardware=auto`, and stages of other packages."""
     computed = {"hardware": ["auto"], "stage": [name for name in stage_names() if name not in OWN]}.get(group, [])
     return sorted([*computed, *(path.stem for path in (conf_directory() / group).glob("*.yaml"))])
 
@@ -147,7 +147,7 @@ def _check_exists(override: Override, schema: type[Config]) -> None:
     if override.is_add() or override.is_delete():
         raise ConfigError(f"{value}: keys cannot be added or removed; expected key=value")
     if override.is_sweep_override():
-        raise ConfigError(f"{value}: one run a command; expected a single value")
+        raise ConfigError(f"{value}: a command starts one run; expected a single value")
     if key in GROUPS:
         if override.value() not in (*choices(key), None):
             raise ConfigError(f"{key}={override.value()}: expected one of {', '.join(choices(key))}")
@@ -170,7 +170,13 @@ def _check_exists(override: Override, schema: type[Config]) -> None:
 
 
 def _no_such_key(shown: str, parts: Sequence[str], node: Any) -> str:
-    """`parts` up to the one that the dataclass `node` does not have."""
+    """The message for an unknown key.
+
+    Args:
+        shown: the override.
+        parts: the key up to its first unknown part.
+        node: the dataclass that lacks this part.
+    """
     *outer, wrong = parts
     names = [f.name for f in fields(node)]
     close = difflib.get_close_matches(wrong, names, n=1)
@@ -180,7 +186,7 @@ def _no_such_key(shown: str, parts: Sequence[str], node: Any) -> str:
 
 
 def for_hydra(overrides: Sequence[str], schema: type[Config]) -> list[str]:
-    """A command line as Hydra takes it: a mapping, whose keys are the user's own, may get new ones."""
+    """The overrides in Hydra's syntax. New keys are added with `++` inside mappings, whose keys the user chooses."""
     return [_for_hydra(_parse(text), schema) for text in overrides]
 
 
@@ -191,7 +197,7 @@ def _for_hydra(override: Override, schema: type[Config]) -> str:
     for depth, part in enumerate(parts):
         outer, node = node, _inner_type(node, part)
         if is_dataclass(node) and _is(dict, outer):
-            # Hydra makes no dataclass under a new name, but takes one as the value of the mapping
+            # Hydra cannot create a dataclass under a new key, but accepts one as the value of the mapping
             value = str(override.input_line).partition("=")[2] or "''"
             for name in reversed(parts[depth:]):
                 value = f"{{{name}: {value}}}"
@@ -201,30 +207,30 @@ def _for_hydra(override: Override, schema: type[Config]) -> str:
 
 
 def _inner_type(node: Any, part: str) -> Any:
-    """The type of a field of a dataclass, or of any value of a mapping or a list; None where there is none."""
+    """The type of a field of a dataclass, or of the values of a mapping or list; None for other types."""
     if is_dataclass(node):
         return get_type_hints(node).get(part)
     return next((get_args(option)[-1] for option in _options(node) if get_origin(option) in (dict, list)), None)
 
 
 def _options(node: Any) -> list[Any]:
-    """`int | None`: int."""
+    """The alternatives of a union without None: [int] for `int | None`."""
     alternatives = get_args(node) if get_origin(node) in (Union, UnionType) else (node,)
     return [option for option in alternatives if option is not type(None)]
 
 
 def _is(kind: type, node: Any) -> bool:
-    """Whether it may be a dict, or a list."""
+    """Whether a type is a dict (or a list), or a union with one."""
     return any(get_origin(option) is kind for option in _options(node))
 
 
 def _shown(override: Override) -> str:
-    """What was typed, as a message may say it."""
+    """The text of an override without secrets."""
     return redact_command([override.input_line or ""])[0]
 
 
 def _in_one_line(error: Exception, overrides: Sequence[Override], schema: type[Config]) -> str:
-    """The message of a Hydra or OmegaConf error, with the key=value it is about."""
+    """The message of a Hydra or OmegaConf error in one line, with the key=value that caused it."""
     causes = [error]
     while causes[-1].__cause__ is not None and isinstance(causes[-1].__cause__, Exception):
         causes.append(causes[-1].__cause__)
@@ -258,7 +264,7 @@ def _type_name(node: Any) -> str:
 
 
 def _form(node: Any) -> str:
-    """What a mapping or a list looks like."""
+    """The form of a dataclass, mapping or list, for messages."""
     if is_dataclass(node):
         return "{" + ", ".join(f"{f.name}: ..." for f in fields(node)) + "}"
     inner = _type_name(_inner_type(node, "NAME"))
@@ -266,11 +272,11 @@ def _form(node: Any) -> str:
 
 
 def check_no_secrets(config: Mapping[str, Any], environ: Mapping[str, str]) -> None:
-    """Refuse addresses with a password, texts under the name of a secret, and values of secret variables.
+    """Refuse addresses with a password, values of keys named like secrets, and values of secret variables.
 
     Args:
         config: composed, interpolations resolved.
-        environ: whose variables `${oc.env:NAME}` may have brought in.
+        environ: environment whose variables `${oc.env:NAME}` may have inserted.
 
     Raises:
         ConfigError: names the key, never the secret.
@@ -291,7 +297,7 @@ def check_no_secrets(config: Mapping[str, Any], environ: Mapping[str, str]) -> N
 
 
 def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Every text in a tree of mappings and sequences, also those that are keys, with its dotted name."""
+    """(dotted name, text) of every text in a tree of mappings and sequences; includes keys that hold secrets."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             yield from ((key, name),) if isinstance(name, str) and redact_text(name) != name else ()

@@ -1,6 +1,6 @@
-"""The layout of a stage on the ranks it gets, and the numbers of nodes on which it can run.
+"""The layout of a stage on its ranks, and the numbers of nodes on which it can run.
 
-The layout is the configured one, or with parallel=auto the fastest by estimate.
+The layout is the configured one, or with parallel=auto the one with the fastest estimated step.
 """
 
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ from dist_lm.tracking.console import Console
 
 
 def on_nodes_of(config: Config, ranks_per_node: int) -> Config:
-    """`config` with a hardware table whose nodes have as many devices as ranks: what the estimates count with."""
+    """`config` with hardware.devices_per_node set to the number of ranks, for the estimates."""
     return replace(config, hardware=replace(config.hardware, devices_per_node=ranks_per_node))
 
 
 def with_layout(config: Config, ranks_per_node: int, console: Console | None = None) -> Config:
-    """`config` with parallel.auto replaced by what it chooses; the layout and the batch fit.
+    """`config` with parallel.auto replaced by the chosen layout. Checks that layout and batch fit.
 
     Args:
-        console: shows what was compared, and what decided.
+        console: shows the compared candidates.
 
     Raises:
-        ConfigError: layout or batch do not fit the ranks, or with parallel.auto no layout does.
+        ConfigError: layout or batch do not fit the ranks, or no layout fits with parallel=auto.
     """
     world = config.cluster.nodes * ranks_per_node
     if config.parallel.auto:
@@ -43,10 +43,10 @@ def with_layout(config: Config, ranks_per_node: int, console: Console | None = N
 
 
 def check_hardware(config: Config) -> None:
-    """Refuse to choose a layout for `config.device` by the table of another kind of device.
+    """Refuse parallel=auto if the hardware group describes another kind of device than `config.device`.
 
     Raises:
-        ConfigError: says which hardware to name.
+        ConfigError: names the key.
     """
     planned = config.hardware
     require(
@@ -58,10 +58,10 @@ def check_hardware(config: Config) -> None:
 
 
 def sizes(config: Config, ranks_per_node: int) -> list[int]:
-    """Numbers of nodes on which a run can go on, largest first: those from cluster.min_nodes on that its layout fits.
+    """Numbers of nodes on which a run can continue, largest first: from cluster.nodes down to cluster.min_nodes.
 
     Raises:
-        ConfigError: it does not even fit cluster.nodes.
+        ConfigError: the layout does not fit cluster.nodes.
     """
     least = config.cluster.nodes if config.cluster.min_nodes == -1 else config.cluster.min_nodes
     found = [config.cluster.nodes]
@@ -76,11 +76,11 @@ def sizes(config: Config, ranks_per_node: int) -> list[int]:
 
 
 def on_nodes(config: Config, nodes: int) -> Config:
-    """`config` for so many nodes."""
+    """`config` for another number of nodes."""
     least = min(config.cluster.min_nodes, nodes)
     return replace(config, cluster=replace(config.cluster, nodes=nodes, min_nodes=least))
 
 
 def largest(sizes: Sequence[int], nodes: int) -> int | None:
-    """The largest of `sizes` that `nodes` nodes can make."""
+    """The largest of `sizes` that is at most `nodes`; `sizes` are descending."""
     return next((size for size in sizes if size <= nodes), None)

@@ -1,4 +1,4 @@
-"""The nodes for the next attempt at a run: as many as configured, or after a wait as many as there are."""
+"""Recruits nodes for the next attempt at a run: the configured number, or fewer after a wait."""
 
 import math
 import time
@@ -20,11 +20,11 @@ LONGEST_GROW_S = 3600.0
 
 
 class NodesLostError(ClusterError):
-    """A run that was under way has too few nodes left, and none came in time; it can continue once they are there."""
+    """A run that has begun lost nodes, and no replacement came in time. The same command can continue it later."""
 
 
 def demands_of(config: Config, gpus_per_node: int) -> Demands:
-    """What a node must have for this run."""
+    """The requirements of this run for a node."""
     least = math.ceil(config.cluster.min_free_gib * GIB)
     checkpoint = parameter_count(config.model) * config.trained_models * BYTES_PER_PARAMETER
     checkpoint = checkpoint if config.stage.checkpoint_every else 0
@@ -38,7 +38,7 @@ def demands_of(config: Config, gpus_per_node: int) -> Demands:
 
 
 class Muster:
-    """Calls nodes of a cluster together for one run, again for every attempt."""
+    """Recruits the nodes of one run, again for every attempt."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Muster:
         interrupt: Interrupt,
         console: Console,
     ) -> None:
-        """`sizes`: numbers of nodes that will do, largest first; `directory`: of the run."""
+        """`sizes`: possible numbers of nodes, largest first; `directory`: the run directory."""
         self._cluster = cluster
         self._cluster_config = config.cluster
         self._sizes = sizes
@@ -62,20 +62,20 @@ class Muster:
         self._console = console
         self._under_way = False
         self._grow_after_s = config.cluster.grow_after_s
-        # by Ray's id: nodes at which an attempt ended (Ray takes a while to notice), and unfit ones
+        # Ray ids of unfit nodes, and of nodes that an attempt lost (Ray lists a dead node for a while)
         self._lost: set[str] = set()
-        self._first_seen: dict[str, float] = {}  # nodes that are not in use, by Ray's id: monotonic seconds
+        self._first_seen: dict[str, float] = {}  # unused nodes: Ray id -> monotonic seconds
 
     def call(self, avoid: Collection[str], nodes: int | None = None) -> Crew | None:
-        """The crew of the next attempt; None if the run was interrupted while waiting for it.
+        """The crew of the next attempt; None if the run was interrupted during the wait.
 
         Args:
-            avoid: addresses of nodes that are better not used.
-            nodes: how many; None: as many as can be had.
+            avoid: addresses of nodes to use only if there are no others.
+            nodes: number of nodes; None: as many as possible.
 
         Raises:
-            NodesLostError: too few nodes are left of a run that was under way.
-            ClusterError: too few nodes, or too few that are fit.
+            NodesLostError: a run that has begun has too few nodes left.
+            ClusterError: too few nodes are available or fit.
         """
         config = self._cluster_config
         most = nodes or self._sizes[0]
@@ -89,24 +89,24 @@ class Muster:
         self._under_way = self._under_way or crew is not None
         if crew:
             self._lost |= crew.left_out
-            if nodes and len(crew.hosts) < nodes:  # others have them, or they are unfit: do not try that again soon
+            if nodes and len(crew.hosts) < nodes:  # the expected nodes were taken or unfit: wait longer before retrying
                 self._grow_after_s = min(2 * max(self._grow_after_s, 1.0), LONGEST_GROW_S)
         return crew
 
     def lose(self, id_: str) -> None:
-        """The node with this id of Ray's was lost: it is no room to grow; coming back it has another id."""
+        """Exclude the lost node with this Ray id from growing. A node that comes back has another id."""
         self._lost.add(id_)
 
     def _fewer(self, most: int, avoid: Collection[str], shortage: ClusterError) -> Crew | None:
         smaller = [size for size in self._sizes if size < most]
         while size := largest(smaller, len(self._cluster.nodes())):
-            self._console.warning(f"{shortage}; going on with {size}")
+            self._console.warning(f"{shortage}; continuing with {size}")
             try:
                 return self._recruit(size, self._cluster_config.start_timeout_s, avoid)
             except ClusterError as error:
                 shortage, smaller = error, [other for other in smaller if other < size]
         if self._under_way:
-            raise NodesLostError(f"{shortage}; the same command continues when there are enough") from shortage
+            raise NodesLostError(f"{shortage}; the same command continues when there are enough nodes") from shortage
         raise shortage
 
     def _recruit(self, nodes: int, timeout_s: float, avoid: Collection[str]) -> Crew | None:
@@ -123,9 +123,9 @@ class Muster:
         )
 
     def room_to_grow(self, crew: Crew) -> int | None:
-        """The larger number of nodes that a shrunk run could have now; None: it should go on as it is.
+        """The number of nodes to which a shrunk run can grow now; None if it cannot grow.
 
-        A node counts when it has been there for cluster.grow_after_s.
+        A node counts once it has been available for cluster.grow_after_s.
         """
         own = {node.id for node in crew.placement.nodes}
         if len(own) >= self._sizes[0]:

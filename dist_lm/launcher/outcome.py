@@ -1,4 +1,4 @@
-"""What a command ends with: every stage of its pipeline in a table, and what to do next."""
+"""The end of a command: a table of its stages, samples, and commands to go on with."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from dist_lm.tracking.live_drawing import glyphs_for, sparkline
 from dist_lm.tracking.metrics import last_metrics, read_metrics
 from dist_lm.tracking.readable import span
 
-BELOW = ("first -> last", "curve", "where")  # columns that a narrow terminal has below their row
+BELOW = ("first -> last", "curve", "where")  # a narrow terminal shows these columns below the row
 CURVE_WIDTH = 24
 WORDS = {"waiting": "not begun"}
 
@@ -30,11 +30,11 @@ def print_outcome(
     command: Sequence[str],
     console: Console,
 ) -> None:
-    """Print the table and the commands; nothing where no stage was begun and it was not to end so.
+    """Print the table and the next commands. Prints nothing if the command failed before its first stage.
 
     Args:
-        stages: as they stand.
-        command: that was given, with the name of its program.
+        stages: the queue at the end of the command.
+        command: program and arguments.
     """
     if state != "done" and all(stage.seconds is None for stage in stages):
         return
@@ -69,7 +69,7 @@ def row(stage: PlannedStage, queued: QueuedStage, ramp: str) -> tuple[str, ...]:
     place = _where(stage) if begun else ""
     if stage.stage.place is Place.LAUNCHER:
         detail = queued.detail if queued.state == "done" else ""
-        if detail and queued.seconds is not None:  # until now `detail` is what was planned
+        if detail and queued.seconds is not None:  # `detail` is still that of the plan
             detail = stage.stage.look(stage.config, is_target=False, rebuilt=()).detail
         took = span(queued.seconds) if queued.seconds is not None else ""
         return (stage.name, state, "", took, detail, "", place)
@@ -93,9 +93,9 @@ def values_of(run: RunDirectory, metric: str) -> list[float]:
 
 
 def key_figures(run: RunDirectory, result: Mapping[str, Any], lines: Sequence[Sequence[KeyFigure]]) -> list[str]:
-    """`val bits/byte 3.412 -> 2.104`: where training began, or was first measured, and where it has come to.
+    """First and last values, such as `val bits/byte 3.412 -> 2.104`.
 
-    `wins 54% (step 0)`: a run that has not ended measured it then and not since.
+    For an unfinished run that measured the metric once: value and step, such as `wins 54% (step 0)`.
     """
     last = result.get("metrics") or last_metrics(run.metrics)
     present = ([figure for figure in line if last.get(figure.metric) is not None] for line in lines)
@@ -117,7 +117,7 @@ def key_figures(run: RunDirectory, result: Mapping[str, Any], lines: Sequence[Se
 def next_commands(
     stage: PlannedStage, state: Literal["done", "failed", "stopped"], command: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
-    """(what for, command) of what a person may want to do now."""
+    """(purpose, command) of possible next steps."""
     config = stage.config
     work = str(config.work_dir)
     if state != "done":
@@ -139,7 +139,7 @@ def next_commands(
 
 
 def _first_two(run: RunDirectory, names: set[str]) -> dict[str, dict[int, float]]:
-    """Values by step, of each metric from the first two steps that measured it."""
+    """For each metric: step -> value of the first two steps that measured it."""
     found: dict[str, dict[int, float]] = {name: {} for name in names}
     for line in read_metrics(run.metrics) if run.metrics.exists() else ():
         for name, values in found.items():
@@ -151,5 +151,5 @@ def _first_two(run: RunDirectory, names: set[str]) -> dict[str, dict[int, float]
 
 
 def _where(stage: PlannedStage) -> str:
-    """Its folder, relative to the work directory."""
+    """The output folder of a stage, relative to the work directory."""
     return str(stage.stage.output(stage.config).relative_to(Path(stage.config.work_dir)))

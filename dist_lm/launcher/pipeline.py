@@ -1,6 +1,7 @@
-"""The queue of stages of a command, kept in the work directory for people to see, and the builder of shared files.
+"""The queue of stages of a command, and the build of artefacts.
 
-What continues where is decided by the artefacts themselves (`plan.py`), so a file that is out of date misleads nobody.
+The queue is written to the work directory for `dist-lm cluster status` and reports. Commands do not read it to decide
+what to continue: `plan.py` inspects the artefacts.
 """
 
 import math
@@ -21,10 +22,10 @@ from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.redact import redact_command, redact_text
 
-LOOK_S = 1.0  # whoever looks whether a lock is held holds it for a moment
+LOOK_S = 1.0  # a process that tests a lock holds it for a moment
 State = Literal["running", "done", "failed", "stopped"]
 Tell = Callable[[str, Literal["running", "done"], str], None]
-"""Name of a stage, what it is now, and what there is of it; empty: nothing new."""
+"""Called with name, new state and detail of a stage; an empty detail means no change."""
 
 
 @dataclass
@@ -34,16 +35,16 @@ class QueuedStage:
     name: str
     state: Literal["done", "waiting", "running", "failed", "stopped"]
     detail: str
-    seconds: float | None = None  # it took this command, once it is over
+    seconds: float | None = None  # duration in this command, once the stage has ended
 
 
 class Pipeline:
-    """The stages of a plan as they are worked off; every change is written."""
+    """The stages of a plan and their states. Every change is written to the work directory."""
 
     def __init__(self, plan: Plan, command: Sequence[str], job: str | None, tell: Tell | None) -> None:
-        """Write down what is to be done; see `queue_of`."""
+        """Write the queue; see `queue_of`."""
         self._tell = tell
-        self._began = 0.0  # the stage that is worked on, monotonic seconds
+        self._began = 0.0  # when the running stage began, monotonic seconds
         config = plan.target.config
         self._path = WorkDirectory(Path(config.work_dir)).pipeline(plan.target.name, config.run_id)
         self._stages = [
@@ -61,18 +62,18 @@ class Pipeline:
         self._write("running")
 
     def begin(self, name: str) -> None:
-        """Stage `name` is being worked on."""
+        """Stage `name` begins."""
         self._began = time.monotonic()
         self._set(name, "running")
         self._write("running")
 
     def done(self, name: str, detail: str = "") -> None:
-        """Stage `name` is finished, and this is what it left."""
+        """Stage `name` is done."""
         self._set(name, "done", detail)
         self._write("running")
 
     def end(self, state: State, error: str = "") -> None:
-        """The command is over; a stage that was worked on shares its fate."""
+        """The command ends. A stage that was running gets the same state."""
         for stage in self._stages:
             if stage.state == "running" and state in ("failed", "stopped"):
                 stage.state, stage.seconds = state, time.monotonic() - self._began
@@ -86,12 +87,12 @@ class Pipeline:
             self._tell(name, state, detail)
 
     def rows(self) -> list[tuple[str, Literal["waiting", "done"], str]]:
-        """Name, state and detail of each stage before anything is begun."""
+        """(name, state, detail) of each stage before the first one begins."""
         return [(stage.name, "done" if stage.state == "done" else "waiting", stage.detail) for stage in self._stages]
 
     @property
     def stages(self) -> tuple[QueuedStage, ...]:
-        """As they stand."""
+        """The stages with their current states."""
         return tuple(self._stages)
 
     def _write(self, state: State, error: str = "") -> None:
@@ -104,14 +105,14 @@ class Pipeline:
 
 @contextmanager
 def queue_of(plan: Plan, command: Sequence[str], job: str | None, tell: Tell | None = None) -> Iterator[Pipeline]:
-    """The pipeline of a command, for as long as it is being worked off.
+    """The queue of a command, locked inside the block.
 
     Args:
-        job: of the batch system.
-        tell: is told of every stage that begins or is done.
+        job: id of the batch job.
+        tell: called when a stage begins or is done.
 
     Raises:
-        ArtefactError: the same command is at work already; the message names host and process.
+        ArtefactError: the same command is already running; the message names host and process.
     """
     config = plan.target.config
     work, name = WorkDirectory(Path(config.work_dir)), plan.target.name
@@ -123,12 +124,12 @@ def queue_of(plan: Plan, command: Sequence[str], job: str | None, tell: Tell | N
 
 
 def build_artefact(planned: PlannedStage, console: Console) -> str:
-    """Build the files of a stage that needs no ranks, and say what is there then.
+    """Build the files of an artefact stage. Returns the detail for the plan.
 
-    One command builds in a work directory at a time; what another one has built meanwhile is used.
+    Only one command at a time builds in a work directory. Files that another command has built meanwhile are used.
 
     Raises:
-        ArtefactError: the other command's files were made with other settings.
+        ArtefactError: the files of another command were made with other settings.
     """
     stage, config = cast(ArtefactStage, planned.stage), planned.config
     work = WorkDirectory(Path(config.work_dir))

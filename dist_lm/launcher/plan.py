@@ -1,4 +1,4 @@
-"""Which stages run, from which artefacts, with what is missing: computed and shown before anything starts."""
+"""The plan of a command: which stages run and from which artefacts. It is computed before anything starts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,19 +24,19 @@ class PlannedStage:
 
     @property
     def progress(self) -> str:
-        """What the next command continues from, for people."""
+        """What the next command continues from, for messages."""
         return self.stage.progress(self.config)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Stages in the order they run; the last is the one asked for."""
+    """Stages in execution order; the last one is the target of the command."""
 
     stages: tuple[PlannedStage, ...]
 
     @property
     def target(self) -> PlannedStage:
-        """The stage asked for."""
+        """The stage that the command names."""
         return self.stages[-1]
 
     @property
@@ -46,23 +46,22 @@ class Plan:
 
 
 def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
-    """Look at the work directory and decide about `target` and everything it needs.
+    """Inspect the work directory and plan `target` and every stage it needs.
 
     Args:
-        compose: the configuration of a stage, by its name.
+        compose: returns the configuration of a stage.
 
     Raises:
-        ConfigError: a run exists with other settings than asked for, or prerequisites=fail and one is missing.
-        ArtefactError: something there belongs to something else.
+        ConfigError: a run exists with other settings, or a needed stage is missing with prerequisites=fail.
+        ArtefactError: existing files were made with other settings.
     """
     composed: dict[str, Config] = {}
 
     def needs_of(name: str) -> Sequence[str]:
         stage = stage_named(name)
         config = composed.setdefault(name, compose(name))
-        if (
-            name == target and stage.starts_from and config.stage.init_from != "auto"
-        ):  # a given start makes the stage before unnecessary
+        if name == target and stage.starts_from and config.stage.init_from != "auto":
+            # a given start makes the previous stage unnecessary
             return [need for need in stage.needed(config) if need != stage.starts_from]
         return stage.needed(config)
 
@@ -88,10 +87,10 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
 
 
 def in_order(target: str, needs_of: Callable[[str], Sequence[str]]) -> list[str]:
-    """`target` and every stage it needs, each after those it needs itself.
+    """`target` and every stage it needs in topological order.
 
     Args:
-        needs_of: the stages that a stage needs.
+        needs_of: returns the stages that a stage needs.
     """
     order: list[str] = []
 
@@ -106,5 +105,5 @@ def in_order(target: str, needs_of: Callable[[str], Sequence[str]]) -> list[str]
 
 
 def may_need(target: str) -> list[str]:
-    """Every stage that a command for `target` may build on the way, in order."""
+    """Every earlier stage that a command for `target` may build, in order."""
     return in_order(target, lambda name: stage_named(name).needs)[:-1]

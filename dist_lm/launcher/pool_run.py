@@ -1,4 +1,4 @@
-"""A stage on a pool of generation engines, to its end: the requests that are missing, and metrics on the way."""
+"""Runs a stage on a pool of generation engines: answers the missing requests and writes metrics."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,24 +28,24 @@ from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.training import checkpoint_files
 from dist_lm.training.checkpoint_tensors import model_weights
 
-LINE_S = 10.0  # from one line of metrics to the next
+LINE_S = 10.0  # interval between lines of metrics
 Weights = Mapping[str, np.ndarray]
-"""By the names of the model's parameters, in host memory."""
+"""Parameter name -> weights in host memory."""
 
 
 def run_pool_stage(
     planned: PlannedStage, cluster: RayCluster, console: Console, interrupt: Interrupt, job: str | None = None
 ) -> bool:
-    """Answer all requests. Returns False when `interrupt` stopped it; answers that are written are kept.
+    """Answer all requests. Returns False if `interrupt` stopped the run; written answers are kept.
 
     Args:
         job: the batch job of this process.
 
     Raises:
         ConfigError: there are no prompts.
-        ArtefactError: prompts, checkpoint or tokenizer are not what they should be.
-        ActorsLostError: the cluster has no place for an engine.
-        PoolFailure: the engines die.
+        ArtefactError: prompts, checkpoint or tokenizer differ from those that the run began with.
+        ActorsLostError: no node has free resources for an engine.
+        PoolFailure: engines keep dying.
     """
     stage, config, run = cast(PoolStage, planned.stage), planned.config, run_of(planned.config)
     run.samples.mkdir(parents=True, exist_ok=True)
@@ -70,8 +70,8 @@ def run_pool_stage(
                     "stage": stage.name,
                     "run_id": config.run_id,
                     **work.result(),
-                    "actors": actors,  # of the last command, as the next two
-                    "seconds": seconds,  # from the first request handed out to the last answer
+                    "actors": actors,  # this value and the next two are those of the last command
+                    "seconds": seconds,  # from the first request to the last answer
                     "tokens_per_s": (work.done[1] - before) / seconds if seconds else 0.0,
                 },
             )
@@ -81,7 +81,7 @@ def run_pool_stage(
 def _read(
     stage: PoolStage, config: Config, run: RunDirectory, cluster: RayCluster, console: Console
 ) -> tuple[PoolWork, EngineSpec, Weights]:
-    """The work, the engines for it, and their weights (none where nothing is left to do)."""
+    """(work, specification of its engines, their weights; no weights if no request is missing)."""
     checkpoint, tokenizer = stage.checkpoint(config), stage.tokenizer(config)
     with console.waiting("reading prompts"):
         work = stage.work(config, run, tokenizer)
@@ -113,7 +113,7 @@ def _answer(
     interrupt: Interrupt,
     watch: "PoolWatch",
 ) -> tuple[int, float]:
-    """Have a pool answer what is missing: (engines at the end, seconds without their start)."""
+    """Answer the missing requests: (engines at the end, seconds without their start)."""
     with console.waiting("starting engines"):
         pool = Pool.start(
             cluster,
@@ -138,7 +138,7 @@ def _answer(
 
 @dataclass(frozen=True)
 class Mark:
-    """The work that was done at a time."""
+    """Progress at a point in time."""
 
     at: float  # s
     prompts: int
@@ -146,13 +146,13 @@ class Mark:
 
 
 def metrics_between(first: Mark, last: Mark, now: Mark, prompts: int, engines: int) -> dict[str, float]:
-    """Rates and the time left.
+    """Rates and the estimated remaining time.
 
     Args:
-        first: when the engines were up.
-        last: when the line before was written.
-        prompts: of the whole run.
-        engines: that are up.
+        first: when all engines had started.
+        last: when the previous line was written.
+        prompts: prompts of the whole run.
+        engines: running engines.
     """
     took, done = now.at - last.at, now.prompts - first.prompts
     line: dict[str, float] = {
@@ -175,21 +175,21 @@ class PoolWatch:
         wandb: WandbCopy | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take back the lines of prompts that are asked again."""
+        """Remove the lines of metrics of prompts that will be answered again."""
         self._writer, self._work, self._wandb, self._clock = writer, work, wandb, clock
         self._engines = 0
         writer.truncate_after(work.done[0])
         self.begin()
 
     def begin(self) -> None:
-        """The engines are up; time counts from here."""
+        """Start the clock: the engines are running."""
         self._first = self._last = self._now()
 
     def look(self, engines: Callable[[], int]) -> None:
-        """After a result: write a line where one is due.
+        """After a result, write a line of metrics if it is due.
 
         Args:
-            engines: how many are up.
+            engines: returns the number of running engines.
         """
         if self._clock() - self._last.at >= LINE_S:
             self._engines = engines()
@@ -217,7 +217,7 @@ class PoolWatch:
 
 @contextmanager
 def watching_pool(config: Config, run: RunDirectory, work: PoolWork, console: Console) -> Iterator[PoolWatch]:
-    """Watch a run in the block; at its end wandb has the metrics, the first answers, and how the run ended."""
+    """Watch a run inside the block. At the end wandb gets the first answers and how the run ended."""
     wandb = start_wandb(config, run, console)
     with wandb or nullcontext(), closing(MetricsWriter(run.metrics)) as writer:
         try:

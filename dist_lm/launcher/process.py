@@ -1,7 +1,7 @@
-"""A command as a process: its standard streams, its signals, and errors in one line.
+"""Standard streams, signals and exit codes of a command.
 
-Standard streams may be closed or full. A mistake of the user is one line on standard error and exit code 2, and so is a
-full disk.
+Standard streams may be closed or full. A user error or a full disk prints one line to standard error and exits with
+code 2.
 
 While ranks train, the first Ctrl-C, TERM or USR1 asks for a checkpoint and a stop, and a second Ctrl-C ends at once.
 Before that, while text is tokenized or the cluster is joined, there is nothing to save: a signal ends the command at
@@ -29,21 +29,21 @@ WAYS_OUT = {
 
 
 def run_program(program: Callable[[], object], say: Callable[[str], None]) -> None:
-    """Run a command to the exit code that it leaves with.
+    """Run a command and turn its errors into an exit code.
 
     Args:
         say: shows an error to the user.
 
     Raises:
-        SystemExit: the command says so itself, or it came to an error that a user can mend (2), or the reader of its
-            output has seen enough (1, without a word, as Click has it).
+        SystemExit: with the code of the command, with 2 after a user error, or silently with 1 (as Click does) if the
+            reader of standard output has closed it.
     """
     try:
         open_streams()
         try:
             program()
         finally:
-            sys.stdout.flush()  # here, where it can be said that it does not go out
+            sys.stdout.flush()  # a failure here can still be reported
     except UserError as error:
         say(str(error))
     except BrokenPipeError:
@@ -63,10 +63,10 @@ def run_program(program: Callable[[], object], say: Callable[[str], None]) -> No
 
 
 def open_streams() -> None:
-    """Put an empty file in the place of a closed standard input or error.
+    """Replace a closed standard input or error by /dev/null.
 
     Raises:
-        UserError: standard output is closed. Files that are opened later would take its number, and what is printed.
+        UserError: standard output is closed. A file opened later would get its descriptor and receive the output.
     """
     null = Path(os.devnull)
     if sys.stdin is None:
@@ -81,21 +81,21 @@ def open_streams() -> None:
 
 
 def disk_trouble(error: BaseException, elsewhere: str = "standard output or a file") -> str | None:
-    """What to say of a disk that is full or a place that cannot be used; None: it is something else.
+    """The message for a full disk or a path without permission; None for any other error.
 
     Args:
-        elsewhere: what to call the place where the error names none.
+        elsewhere: name of the place, if the error has none.
     """
     if not isinstance(error, OSError) or error.errno not in WAYS_OUT:
         return None
     if error.errno == errno.EACCES and not error.filename:
-        return None  # of a socket, for instance
+        return None  # not a file: a socket, for instance
     where = error.filename or ("standard output" if _output_is_stuck() else elsewhere)
     return f"{where}: {error.strerror}: {WAYS_OUT[error.errno]}"
 
 
 def drop_output() -> None:
-    """Forget what standard output did not take, so that the interpreter does not try once more as it leaves."""
+    """Discard buffered output that cannot be written, so that the interpreter does not fail on it at exit."""
     if not _output_is_stuck():
         return
     null = os.open(os.devnull, os.O_WRONLY)
@@ -104,7 +104,7 @@ def drop_output() -> None:
 
 
 def _output_is_stuck() -> bool:
-    """Whether text waits there in vain; without a buffer (PYTHONUNBUFFERED) none waits."""
+    """Whether standard output has buffered text that cannot be written."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -116,7 +116,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(BaseException):
-    """TERM or USR1 has come; `number` is the signal."""
+    """Raised by TERM or USR1; `number` is the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"by {signal.Signals(number).name}")
@@ -136,7 +136,7 @@ def stopped_by_signals() -> Iterator[None]:
 
 @dataclass
 class Interrupt:
-    """The signal that asked to stop; 0: none so far."""
+    """The signal that requested a stop; 0: none so far."""
 
     number: int = 0
 
@@ -147,7 +147,11 @@ class Interrupt:
 
 @contextmanager
 def watch_signals(console: Console, then: str = "writing a checkpoint, then stopping") -> Iterator[Interrupt]:
-    """An `Interrupt` that the signals set, instead of what they did before; people are told what happens `then`."""
+    """Signals set the yielded `Interrupt` instead of their usual effect.
+
+    Args:
+        then: what happens after the first signal, for the warning.
+    """
     interrupt = Interrupt()
 
     def note(number: int, frame: object) -> None:
@@ -163,9 +167,9 @@ def watch_signals(console: Console, then: str = "writing a checkpoint, then stop
 
 @contextmanager
 def left_at_once(interrupt: Interrupt, console: Console) -> Iterator[None]:
-    """Within `watch_signals`: a signal ends the block where it is, as nothing in it has to be brought to an end.
+    """Inside `watch_signals`: a signal leaves the block at once, because nothing in it must be finished.
 
-    What follows the block asks `interrupt` whether one has come.
+    The code after the block checks `interrupt`.
     """
 
     def leave(number: int, frame: object) -> None:

@@ -1,6 +1,6 @@
-"""One training stage to its end: attempts, each a gang of ranks followed until it is gone, repeated after failures.
+"""Runs a training stage to its end, in attempts. An attempt is one gang of ranks.
 
-Every attempt continues from the newest checkpoint.
+After a failure the next attempt continues from the newest checkpoint.
 """
 
 import statistics
@@ -40,43 +40,43 @@ BLAMED_TWICE = 2
 
 @dataclass(frozen=True)
 class Restarts:
-    """Failures in a row without a new checkpoint between them; a checkpoint wipes the slate."""
+    """Counts failures in a row without a new checkpoint in between."""
 
     limit: int
-    step: int  # of the newest checkpoint at the last failure, or when the launch began
+    step: int  # of the newest checkpoint at the last failure, or at the start of the launch
     failures: int = 0
-    blamed: Counter[str] = field(default_factory=Counter)  # failures by the address of a node
+    blamed: Counter[str] = field(default_factory=Counter)  # node address -> failures that began there
 
     def after_failure(self, step: int, address: str | None) -> "Restarts":
-        """One more failure.
+        """The counts after one more failure.
 
         Args:
-            step: of the newest checkpoint now.
-            address: of the node at which it began; None: it cannot be told.
+            step: step of the newest checkpoint now.
+            address: node where the failure began; None: unknown.
         """
         blamed = Counter([address] if address else [])
-        if step != self.step:  # lower after a damaged one was passed over
+        if step != self.step:  # lower if a damaged checkpoint was skipped
             return replace(self, step=step, failures=1, blamed=blamed)
         return replace(self, failures=self.failures + 1, blamed=self.blamed + blamed)
 
     @property
     def left(self) -> int:
-        """Restarts that are left; negative: one too many."""
+        """Remaining restarts; negative: the limit is exceeded."""
         return self.limit - self.failures
 
     @property
     def suspects(self) -> frozenset[str]:
-        """Addresses of nodes at which failures began again and again: others are taken where there are others."""
+        """Addresses of nodes where failures recur. They are used only if there are no other nodes."""
         return frozenset(address for address, count in self.blamed.items() if count >= BLAMED_TWICE)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How an attempt ended; `grow_to`: it was stopped to go on with so many nodes."""
+    """The end of an attempt."""
 
     status: GangStatus
-    step: int  # of the checkpoint it began from
-    grow_to: int | None = None
+    step: int  # of the checkpoint that the attempt began from
+    grow_to: int | None = None  # number of nodes for the next attempt, if this one was stopped to grow
 
 
 class Attempts:
@@ -92,7 +92,7 @@ class Attempts:
         interrupt: Interrupt,
         watch: RunWatch,
     ) -> None:
-        """`watch` is kept informed while ranks run."""
+        """See `run_training_stage`."""
         self.journal = Journal(run)
         self._run = run
         self.ranks_per_node = ranks_per_node
@@ -104,7 +104,7 @@ class Attempts:
         self._count = 0
 
     def run(self, config: Config, crew: Crew) -> Outcome:
-        """One attempt: `config`, written for the ranks, on `crew`, which is released at its end."""
+        """Run one attempt of `config` on `crew`, which is released at the end."""
         self._count += 1
         self._run.live.unlink(missing_ok=True)  # of the attempt before
         start = checkpoint_files.newest_step(self._run.checkpoints)
@@ -145,7 +145,7 @@ class Attempts:
         return core_users(config.pool, nodes, self.ranks_per_node, gpus) if config.pool else 0
 
     def _follow(self, gang: Gang, crew: Crew, start: int) -> Outcome:
-        """Show what the ranks write until they are gone; pass a stop on once, and insist after a while."""
+        """Follow the gang until it ends. A requested stop is passed on once, and enforced after a timeout."""
         asked_at: float | None = None
         grow_to: int | None = None
         grow_at = time.monotonic()
@@ -174,16 +174,16 @@ class Attempts:
 def run_training_stage(
     stage: PlannedStage, cluster: RayCluster, console: Console, interrupt: Interrupt, job: str | None = None
 ) -> bool:
-    """Run a stage to its end, over failures of ranks and nodes. Returns False when it was stopped by `interrupt`.
+    """Run a stage to its end despite failures of ranks and nodes. Returns False if `interrupt` stopped it.
 
     Args:
-        job: of the batch system, that this process belongs to.
+        job: batch job of this process.
 
     Raises:
-        ConfigError: the layout does not fit the ranks that the cluster gives.
-        ClusterError: there are not enough nodes that are fit.
-        GangFailure: a rank or a node failed, and failed again without a new checkpoint, cluster.max_restarts times.
-        ArtefactError: the ranks left without a result although nobody asked them to stop.
+        ConfigError: the layout does not fit the ranks of the cluster.
+        ClusterError: too few nodes are available or fit.
+        GangFailure: more than cluster.max_restarts failures in a row without a new checkpoint.
+        ArtefactError: the ranks ended without a result, and nobody asked them to stop.
     """
     config, ranks = fitted(stage.config, cluster)
     device, run = config.device, run_of(config)
@@ -211,10 +211,10 @@ def run_training_stage(
 
 
 def fitted(config: Config, cluster: RayCluster) -> tuple[Config, int]:
-    """(the configuration with its device, ranks a node) for the nodes that a cluster has.
+    """(configuration with its device, ranks per node) for the nodes of a cluster.
 
     Raises:
-        ConfigError: the layout, the batch or the hardware's table do not fit.
+        ConfigError: layout, batch or hardware group do not fit.
     """
     device, ranks = device_and_ranks(config, cluster)
     config = replace(config, device=device)
@@ -224,10 +224,10 @@ def fitted(config: Config, cluster: RayCluster) -> tuple[Config, int]:
 
 
 def await_other_ranks(run: RunDirectory, console: Console, interrupt: Interrupt) -> None:
-    """Wait for ranks that train this run already: of an earlier launch, about to end, or started by hand.
+    """Wait for other ranks that train this run: those of an earlier launch, or started with torchrun.
 
     Raises:
-        ArtefactError: they do not end; the message names host and process.
+        ArtefactError: the ranks do not end; the message names host and process.
     """
 
     def tell(owner: str) -> None:
@@ -252,10 +252,10 @@ def run_attempts(
     interrupt: Interrupt,
     watch: RunWatch,
 ) -> bool:
-    """Attempt after attempt until one leaves a result; see `run_training_stage`.
+    """Make attempts until one leaves a result; see `run_training_stage`.
 
     Args:
-        config_of: with its layout, by the number of nodes, where it is known.
+        config_of: number of nodes -> configuration with a layout, where known.
     """
     restarts = Restarts(config.cluster.max_restarts, checkpoint_files.newest_step(run.checkpoints))
     journal, target = attempts.journal, None
@@ -283,19 +283,19 @@ def run_attempts(
             break
         if failure:
             watch.restarts(failure)
-            console.warning(f"{failure}; going on from {stage.progress}, restarts left: {restarts.left}")
+            console.warning(f"{failure}; continuing from {stage.progress}, restarts left: {restarts.left}")
         elif checkpoint_files.newest_step(run.checkpoints) > outcome.step:
-            console.warning(f"the ranks were asked to stop by others; going on from {stage.progress}")
+            console.warning(f"another process asked the ranks to stop; continuing from {stage.progress}")
         elif target is None:
             raise ArtefactError(
-                f"{run.path}: every rank left with exit code 0 but without {run.result.name}; see {run.logs}"
+                f"{run.path}: every rank ended with exit code 0 but without {run.result.name}; see {run.logs}"
             )
     journal.write("stopped", signal=interrupt.number)
     return False
 
 
 def record_of(failure: GangFailure, restarts: Restarts) -> dict[str, object]:
-    """A failure as the journal keeps it."""
+    """A failure as an entry of the journal."""
     return {
         "error": redact_text(str(failure)),
         "type": failure.type,
@@ -306,7 +306,7 @@ def record_of(failure: GangFailure, restarts: Restarts) -> dict[str, object]:
 
 
 def report_stop(status: GangStatus, config: ClusterConfig, console: Console) -> None:
-    """Say how ranks that were asked to stop did not do so in good order."""
+    """Warn if ranks that were asked to stop failed or had to be ended."""
     if status.failure:
         console.warning(f"while stopping: {status.failure}")
     if status.state == "stopped":
@@ -316,9 +316,9 @@ def report_stop(status: GangStatus, config: ClusterConfig, console: Console) -> 
 
 
 def device_and_ranks(config: Config, cluster: RayCluster) -> tuple[str, int]:
-    """(cpu or cuda, ranks a node): by what `device` asks for and what most nodes of the cluster have."""
+    """(cpu or cuda, ranks per node) from `device` and the GPUs of most nodes."""
     found = [node.gpus for node in cluster.nodes() if node.gpus and config.device != "cpu"]
-    gpus = statistics.mode(found) if found else 0  # a node that has fewer is left out
+    gpus = statistics.mode(found) if found else 0  # nodes with fewer GPUs are left out
     require(gpus > 0 or config.device != "cuda", "device", config.device, "cpu or auto: the cluster has no GPU")
     device = "cuda" if config.device == "cuda" or gpus else "cpu"
     if config.pool:

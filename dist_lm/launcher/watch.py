@@ -1,6 +1,6 @@
-"""What a run shows while it works: its files and its gang, handed on to the console and to wandb.
+"""Follows a run's files and gang and passes them to the console and to wandb.
 
-Only the launcher talks to wandb, and it only hands things over (`tracking/wandb_run.py`).
+Only the launcher uses wandb, and it never waits for it (`tracking/wandb_run.py`).
 """
 
 import json
@@ -34,7 +34,7 @@ FILES_EVERY_S = 5.0
 
 
 class WandbCopy:
-    """Of one run from its first attempt to its last; a context manager that says to wandb how it ended."""
+    """The wandb copy of one run over all its attempts. A context manager that reports how the run ended."""
 
     def __init__(self, config: Config, run: RunDirectory, wandb: WandbRun, corpora: Sequence[str]) -> None:
         """See `start_wandb`."""
@@ -45,7 +45,7 @@ class WandbCopy:
         self._name = f"{config.stage.name}/{config.run_id}"
         self._watch = alerts.AlertWatch(self._name, time.monotonic())
         self._usage_at = self._files_at = time.monotonic()
-        self._seen: set[str] = set()  # samples and checkpoints that were handed on
+        self._seen: set[str] = set()  # samples and checkpoints that wandb has
 
     def __enter__(self) -> Self:
         self._link_inputs()
@@ -56,16 +56,16 @@ class WandbCopy:
         self._wandb.finish(self._outcome(error))
 
     def line(self, line: Mapping[str, Any]) -> None:
-        """Hand on a line of metrics."""
+        """Log a line of metrics."""
         for alert in self._watch.line(line, time.monotonic()):
             self._wandb.alert(alert)
         self._wandb.log(line["step"], line)
 
     def look(self, usages: Mapping[str, NodeUsage]) -> None:
-        """Hand on what else is new; called again and again.
+        """Log other news; called repeatedly.
 
         Args:
-            usages: how busy the nodes are, by host.
+            usages: host -> load of the node.
         """
         now = time.monotonic()
         for alert in self._watch.tick(now):
@@ -78,16 +78,16 @@ class WandbCopy:
             self._look_at_files()
 
     def restarts(self, failure: GangFailure) -> None:
-        """A gang failed, and another one is about to be started."""
+        """A gang failed, and the run will restart."""
         self._wandb.alert(alerts.failed(self._name, str(failure), again=True))
 
     def table(self, path: Path, step: int) -> None:
-        """Show a file of samples as a table, once."""
+        """Log a file of samples as a table, once."""
         if self._is_new(path.name):
             self._wandb.samples(path, step)
 
     def _link_inputs(self) -> None:
-        """The tokenizer and the manifests of the corpora that the stage reads."""
+        """Log the tokenizer and the manifests of the corpora that the stage reads."""
         config, work = self._config, self._run.work
         tokenizer = [path for path in (work.tokenizer_model, work.tokenizer_report) if path.exists()]
         if tokenizer:
@@ -133,10 +133,10 @@ class WandbCopy:
 
 
 def start_wandb(config: Config, run: RunDirectory, console: Console, corpora: Sequence[str] = ()) -> WandbCopy | None:
-    """The wandb copy of the run, unless tracking=none.
+    """The wandb copy of the run; None with tracking=none.
 
     Args:
-        corpora: that the stage reads.
+        corpora: corpora that the stage reads.
     """
     if config.tracking.name != "wandb":
         return None
@@ -155,7 +155,7 @@ def start_wandb(config: Config, run: RunDirectory, console: Console, corpora: Se
 
 
 class RunWatch:
-    """Looks at a run again and again, for those that watch it."""
+    """Polls a run and updates the console and wandb."""
 
     def __init__(
         self, run: RunDirectory, progress: TrainingProgress, wandb: WandbCopy | None, console: Console
@@ -171,19 +171,19 @@ class RunWatch:
         progress.saved(checkpoint_files.newest_step(run.checkpoints), just_now=False)
 
     def attempt(self, gang: GangFacts) -> None:
-        """Another gang begins."""
+        """Another gang starts."""
         self._progress.attempt(gang)
 
     def restarts(self, failure: GangFailure) -> None:
-        """A gang failed, and another one is about to be started."""
+        """A gang failed, and the run will restart."""
         if self._wandb:
             self._wandb.restarts(failure)
 
     def look(self, usages: Mapping[str, NodeUsage]) -> None:
-        """Hand on what has been written since the last call.
+        """Pass on everything written since the last call.
 
         Args:
-            usages: how busy the nodes are, by host.
+            usages: host -> load of the node.
         """
         for warning in self._warnings.poll():
             self._console.warning(warning)
@@ -199,7 +199,7 @@ class RunWatch:
             self._progress.saved(checkpoint_files.newest_step(self._run.checkpoints), just_now=True)
 
     def heard(self, pulses: Sequence[Pulse]) -> None:
-        """What the ranks were last heard doing."""
+        """Show the last heartbeats of the ranks."""
         now = time.monotonic()
         if now - self._ranks_at >= RANKS_EVERY_S:
             self._ranks_at = now
@@ -210,7 +210,7 @@ class RunWatch:
 
 @contextmanager
 def watching(config: Config, run: RunDirectory, console: Console) -> Iterator[RunWatch]:
-    """Watch a run in the block; wandb has everything at its end, and how it ended."""
+    """Watch a run inside the block. At the end wandb gets the rest and how the run ended."""
     with console.training(config.stage.name, config.stage.steps, since=time.time()) as progress:
         wandb = start_wandb(config, run, console, config.streams)
         with wandb or nullcontext():
@@ -218,7 +218,7 @@ def watching(config: Config, run: RunDirectory, console: Console) -> Iterator[Ru
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout this package runs from, with `-dirty` where it was changed; None without git."""
+    """The git commit of this checkout, with `-dirty` after uncommitted changes; None without git."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],

@@ -76,7 +76,7 @@ def test_after_ctrl_c_the_same_command_continues_and_replaces_a_rank_that_dies_w
     code, _, err = finish(process)
     assert code == 0, err
     assert "killed by SIGKILL" in err
-    assert "going on from step_" in err
+    assert "continuing from step_" in err
     assert numbers(run) == numbers(undisturbed.run("code", "default"))
     events = [event["event"] for event in read_events(run.events)]
     assert events[-4:] == ["started", "failed", "started", "finished"]

@@ -83,7 +83,7 @@ def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_it_is_back(undisturbed
     assert code == 0, err
     assert sizes() == [2, 1, 2], err
     assert "node 1" in err
-    assert "going on with 1" in err
+    assert "continuing with 1" in err
     expected, found = numbers(undisturbed.run("code", "default")), numbers(run)
     assert found.keys() == expected.keys()
     for step, values in expected.items():
