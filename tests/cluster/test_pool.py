@@ -62,7 +62,7 @@ def killing(pool: Pool, results, kills: int, count: int) -> list:
     return came
 
 
-def test_actors_that_die_at_their_start_end_the_pool(cluster):  # first: the other pool takes all places
+def test_actors_that_die_at_their_start_end_the_pool(cluster):  # the pool of later tests takes all places
     spec = replace(SPEC, device="nonsense")
     alone = replace(cluster, config=replace(cluster.config, max_restarts=0, nodes=1))
     with (
@@ -70,15 +70,6 @@ def test_actors_that_die_at_their_start_end_the_pool(cluster):  # first: the oth
         Pool.start(alone, spec, weights_of(0)),
     ):
         pass
-
-
-@pytest.mark.parametrize("window", [30, 7])
-def test_nothing_is_slept_through_while_there_is_work_or_none_is_left(pool, monkeypatch, window):
-    """A moment's sleep is for pools without an actor; here it would come with every window that has been answered."""
-    slept: list[float] = []
-    monkeypatch.setattr(pool_module, "time", SimpleNamespace(monotonic=time.monotonic, sleep=slept.append))
-    assert len(list(pool.generate(requests(30), in_order=True, window=window))) > 0
-    assert not slept
 
 
 @pytest.mark.heavy
@@ -98,6 +89,15 @@ def test_an_actor_whose_model_lies_in_several_processes_is_replaced_when_one_of_
         assert any("rank 1" in text and "SIGKILL" in text for text in said)
         later = psutil.Process(pool.members[0].pid).children()
     eventually("no process of the pool is left", lambda: not living([rank.pid for rank in [*ranks, *later]]))
+
+
+@pytest.mark.parametrize("window", [30, 7])
+def test_nothing_is_slept_through_while_there_is_work_or_none_is_left(pool, monkeypatch, window):
+    """A moment's sleep is for pools without an actor; here it would come with every window that has been answered."""
+    slept: list[float] = []
+    monkeypatch.setattr(pool_module, "time", SimpleNamespace(monotonic=time.monotonic, sleep=slept.append))
+    assert len(list(pool.generate(requests(30), in_order=True, window=window))) > 0
+    assert not slept
 
 
 def test_a_model_over_more_gpus_than_a_node_has_is_refused(cluster, monkeypatch):
@@ -142,9 +142,9 @@ def test_requests_are_pulled_as_there_is_room_and_a_call_can_be_left(pool):
     results = pool.generate(pulled.append(one) or one for one in requests(100_000))
     first = next(results)
     assert len(pulled) < 100
-    with pytest.raises(RuntimeError, match="one generate at a time"):
+    with pytest.raises(RuntimeError, match="one `generate` at a time"):
         next(pool.generate(requests(1)))
-    with pytest.raises(RuntimeError, match="under way"):
+    with pytest.raises(RuntimeError, match="weights cannot change during `generate`"):
         pool.load_weights(weights_of(1), 1)
     results.close()
     assert first in list(pool.generate(requests(60)))
