@@ -55,15 +55,15 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
         ConfigError: a run exists with other settings, or a needed stage is missing with prerequisites=fail.
         ArtefactError: existing files were made with other settings.
     """
-    composed: dict[str, Config] = {}
+    composed = {target: compose(target)}
+    starts_from = stage_named(target).starts_from
+    # a given start makes the stage before unnecessary, for the stages on the way too
+    given = starts_from if starts_from and composed[target].stage.init_from != "auto" else None
 
     def needs_of(name: str) -> Sequence[str]:
-        stage = stage_named(name)
-        config = composed.setdefault(name, compose(name))
-        if name == target and stage.starts_from and config.stage.init_from != "auto":
-            # a given start makes the previous stage unnecessary
-            return [need for need in stage.needed(config) if need != stage.starts_from]
-        return stage.needed(config)
+        if name not in composed:
+            composed[name] = compose(name)
+        return [need for need in stage_named(name).needed(composed[name]) if need != given]
 
     order = in_order(target, needs_of)
     configs = {name: composed[name] for name in order}

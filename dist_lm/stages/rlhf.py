@@ -126,7 +126,7 @@ class RlhfRunConfig(Config):
         )
         mixed = [name for name in self.stage.streams if name != self.stage.corpus]
         accepted = "none: prompts are of stage.corpus alone (rlhf.pretrain_mix is of the pretraining text)"
-        require(not mixed, "stage.mix and stage.lead", ", ".join(mixed), accepted)
+        require(not mixed, "stage.mix", ", ".join(mixed), accepted)
         self._check_pretraining()
 
     def _check_pretraining(self) -> None:
