@@ -9,8 +9,9 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from dist_lm.data.keys import Shuffle, key, permutation
 from dist_lm.data.mapped import MappedCorpus
-from dist_lm.data.order import DocumentSlice, EpochOrder, Shuffle, key, permutation, sequences_an_epoch
+from dist_lm.data.order import DocumentSlice, EpochOrder, sequences_an_epoch
 from dist_lm.data.packing import PackedEpoch, Packing
 from dist_lm.errors import ArtefactError
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from dist_lm.data.order import Shuffle, key, permutation
+from dist_lm.data.keys import Shuffle, key, permutation
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.engine import Engine
 from dist_lm.generation.request import Answer, FinishReason, Refusal, Request, RequestError, SamplingParams

@@ -16,8 +16,8 @@ from dist_lm.chat.ranking import Ranking, ranks_of_scores
 from dist_lm.chat.template import prompt
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.evaluation_batches import spread
+from dist_lm.data.keys import Shuffle, key
 from dist_lm.data.mapped import MappedCorpus
-from dist_lm.data.order import Shuffle, key
 from dist_lm.data.rankings.rules import marks_of
 from dist_lm.data.sources.rankings import ranking_document
 from dist_lm.data.sources.reader import Candidate, Rejected

@@ -49,7 +49,7 @@ def test_the_large_stages_have_the_listed_peak_rates(stage, lr):
         ("dry_run=perhaps", ["dry_run=perhaps", "true or false"]),
         ("model=huge", ["model=huge", "nano", "large"]),
         ("model.n_heads=7", ["model.n_heads=7", "model.d_model=160", "8"]),
-        ("model.n_kv_heads=3", ["model.n_kv_heads=3", "model.n_heads=2"]),
+        ("model.n_kv_heads=3", ["model.n_kv_heads=3", "model.n_heads=5"]),
         ("stage.seq_len=100000", ["stage.seq_len=100000", "model.max_seq_len=1024"]),
         ("cluster=ray", ["cluster.address", "host:port"]),
         ("stage.corpus=novels", ["stage.corpus=novels", "language, code"]),
@@ -66,7 +66,7 @@ def test_the_large_stages_have_the_listed_peak_rates(stage, lr):
         ("stage.lr=inf", ["stage.lr", "a positive number"]),
         ("stage.muon.lr=inf", ["stage.muon.lr"]),
         ("stage.mix={language: a lot}", ["stage.mix.language", "a lot"]),
-        ("stage.corpora=[novels]", ["stage.corpora=novels", "language, code, tools"]),
+        ("stage.corpora=[novels]", ["stage.corpora=[novels]", "no such key"]),
         ("+new=1", ["+new=1", "cannot be added"]),
         ("~seed", ["~seed", "cannot be added or removed"]),
         ("stage.steps=1,2", ["stage.steps=1,2", "single value"]),
@@ -84,6 +84,11 @@ def test_bad_input_is_one_line_that_names_key_value_and_way_out(override, words)
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_a_corpus_that_is_none_is_not_built():
+    with pytest.raises(ConfigError, match=r"^stage\.corpora=novels: expected some of language, code, tools"):
+        compose_config(["stage=shards", "stage.corpora=[novels]"])
 
 
 PART = "kind, weight, target, language, of, function"

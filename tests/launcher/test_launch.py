@@ -83,7 +83,7 @@ def test_a_dry_run_says_what_a_rank_holds_and_starts_nothing(tmp_path):
         "stage=language", "model=nano", "parallel=auto", "dry_run=true", f"work_dir={tmp_path}/work", COLUMNS="200"
     )
     assert done.returncode == 0, done.stderr
-    for words in ("1.89 M", "chosen", "tokenizer", "shards", "language", "peak memory", "optimizer"):
+    for words in ("2.55 M", "chosen", "tokenizer", "shards", "language", "peak memory", "optimizer"):
         assert words in done.stdout
     assert not (tmp_path / "work").exists()
 

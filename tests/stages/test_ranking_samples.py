@@ -45,13 +45,13 @@ def test_samples_are_ranked_the_same_for_the_same_seed_and_land_in_shards(work) 
     for one in first:
         assert len(set(read_ranking(one.text).ranks)) > 1
 
-    assert not rankings.inspect(config).ready
-    rankings.build(config, Console())
-    assert rankings.inspect(config).ready
+    assert not rankings.STAGE.inspect(config).ready
+    rankings.STAGE.build(config, Console())
+    assert rankings.STAGE.inspect(config).ready
     opened = [MappedRankings.open(work.corpus("rankings"), split) for split in SPLITS]
     assert sum(one.corpus.n_documents for one in opened) == len({one.text for one in first})
     with pytest.raises(ArtefactError, match="was made from another text"):
-        rankings.inspect(replace(config, stage=replace(config.stage, corpus="language")))
+        rankings.STAGE.inspect(replace(config, stage=replace(config.stage, corpus="language")))
 
 
 def test_without_a_model_there_is_nothing_to_rank(work) -> None:

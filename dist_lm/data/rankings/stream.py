@@ -17,7 +17,7 @@ import torch
 from dist_lm.chat.ranking import branch_ends, branch_positions
 from dist_lm.data.batch import Batch, RankedPlaces
 from dist_lm.data.evaluation_batches import spread
-from dist_lm.data.order import Shuffle, key, permutation, splitmix64
+from dist_lm.data.keys import Shuffle, key, permutation, splitmix64
 from dist_lm.data.packing import PackedEpoch, Packing
 from dist_lm.data.rankings.shards import MappedRankings
 from dist_lm.data.sequences import Epochs

@@ -1,0 +1,58 @@
+"""Keyed shuffles: every order of data and every draw from it, with the keys of all of them in one place.
+
+A shuffle sorts the numbers 0, 1, ... by the outputs of SplitMix64 (Steele, Lea and Flood, 'Fast splittable
+pseudorandom number generators', OOPSLA 2014). Its outputs are a bijection of its counter, so there are no ties, and
+the order depends on no library's generator or sorting algorithm. The first word of every key is a `Shuffle`, so no two
+shuffles of one seed are the same.
+"""
+
+from enum import IntEnum, unique
+
+import numpy as np
+
+_WORD = 2**64
+_GAMMA = 0x9E3779B97F4A7C15
+
+
+@unique
+class Shuffle(IntEnum):
+    """What is shuffled or drawn. A changed number changes the order of data: new ones go to the end."""
+
+    TEXT_DOCUMENTS = 1  # documents of text in an epoch
+    TEXT_SEQUENCES = 2  # the sequences cut from them
+    PACKED_DOCUMENTS = 3  # documents of one length change places
+    PACKED_ROWS = 4  # rows of whole documents
+    PACKED_INSIDE = 5  # documents inside a row
+    MIX = 6  # the corpora of a block of sequences
+    LABEL_NOISE = 7  # judgements that are turned round
+    PAIRS = 8  # pairs of a ranking
+    SAMPLES = 9  # samples of stage rankings
+    SAMPLE_LINES = 10  # where the openings of these samples are cut
+    PROMPTS = 11  # prompts of stage rlhf
+    UPDATES = 12  # rollouts in an epoch of updates
+
+
+def permutation(n: int, seed: int) -> np.ndarray:
+    """The numbers 0 .. n-1, sorted by the outputs of SplitMix64 from `seed`: (n,) int64."""
+    return np.argsort(splitmix64(seed, n))
+
+
+def splitmix64(seed: int, n: int) -> np.ndarray:
+    """The first n outputs of SplitMix64 from `seed`: (n,) uint64."""
+    state = np.arange(1, n + 1, dtype=np.uint64)
+    state *= np.uint64(_GAMMA)
+    state += np.uint64(seed % _WORD)
+    state ^= state >> np.uint64(30)
+    state *= np.uint64(0xBF58476D1CE4E5B9)
+    state ^= state >> np.uint64(27)
+    state *= np.uint64(0x94D049BB133111EB)
+    state ^= state >> np.uint64(31)
+    return state
+
+
+def key(*words: int) -> int:
+    """One 64-bit key of several integers, each of them and their order mattering."""
+    value = 0
+    for word in words:
+        value = int(splitmix64((value + word) % _WORD, 1)[0])
+    return value
