@@ -1,4 +1,4 @@
-"""A person's own function, named by import path."""
+"""A user's function, named by import path."""
 
 import importlib
 from collections.abc import Callable
@@ -14,12 +14,12 @@ def imported_function(path: str, key: str) -> Callable[..., Any]:
         path: 'package.module:name'.
 
     Raises:
-        ConfigError: it cannot be imported, or is no function.
+        ConfigError: the path cannot be imported, or is not a function.
     """
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # of the module itself too, whatever it does when it is imported
+    except Exception as error:  # the module may raise anything when it is imported
         raise ConfigError(f"{key}={path}: cannot be imported ({type(error).__name__}: {error})") from error
     if not callable(function):
         raise ConfigError(f"{key}={path}: expected a function, found {function!r}")

@@ -1,4 +1,4 @@
-"""What a machine can do, in numbers: for estimates of a step that is not taken."""
+"""The conf group `hardware`: speed and memory of a machine, for dry runs and MFU."""
 
 from dataclasses import dataclass
 
@@ -7,21 +7,21 @@ from dist_lm.errors import require
 
 @dataclass
 class HardwareConfig:
-    """What a rank runs on: for the dry run, parallel=auto, the ceiling of perf/mfu. The defaults are hardware=cpu."""
+    """The hardware of a rank, for the dry run, parallel=auto and perf/mfu. The defaults are hardware=cpu."""
 
-    name: str = "cpu"  # one of conf/hardware; a GPU's is part of what its driver calls it
+    name: str = "cpu"  # a file of conf/hardware; for GPUs a part of the driver's name of the card
     device: str = "cpu"  # cuda | cpu
-    bf16_tflops: float = 0.2  # dense matrix products, of one device
+    bf16_tflops: float = 0.2  # dense matrix products on one device
     fp32_tflops: float = 0.083
-    attainable: float = 0.9  # share of those that large matrix products reach
-    memory_gib: float = 8.0  # of one device
+    attainable: float = 0.9  # share of these figures that large matrix products reach
+    memory_gib: float = 8.0  # memory of one device
     memory_gb_s: float = 12.0  # bandwidth of that memory, 1e9 bytes/s
     devices_per_node: int = 2
-    intra_node_gb_s: float = 0.5  # what a device sends to others of its node, 1e9 bytes/s, one direction
+    intra_node_gb_s: float = 0.5  # bandwidth of a device inside its node, 1e9 bytes/s, one direction
     intra_node_us: float = 200.0  # latency of a message
-    inter_node_gb_s: float = 0.5  # what a device sends to other nodes
+    inter_node_gb_s: float = 0.5  # bandwidth of a device to other nodes
     inter_node_us: float = 300.0
-    overlap: float = 0.0  # share of the data axes' messages that runs beside computation
+    overlap: float = 0.0  # share of the data axes' messages that overlaps computation
 
     def __post_init__(self) -> None:
         require(self.device in ("cuda", "cpu"), "hardware.device", self.device, "cuda or cpu")

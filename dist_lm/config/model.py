@@ -15,7 +15,7 @@ class ModelConfig:
     d_model: int = MISSING  # width of the residual stream
     n_layers: int = MISSING
     n_heads: int = MISSING  # query heads; must divide d_model
-    n_kv_heads: int | None = None  # key/value heads (grouped-query attention); none: as many as n_heads
+    n_kv_heads: int | None = None  # key/value heads (grouped-query attention); null: n_heads
     d_ff: int = MISSING  # hidden width of the feed-forward network
     max_seq_len: int = MISSING  # tokens; longest sequence trained on or generated
     vocab_size: int = MISSING  # pieces of the tokenizer
@@ -24,7 +24,7 @@ class ModelConfig:
     ffn: str = "gelu"  # gelu | swiglu
     bias: bool = True  # biases in linear layers (and in layernorm)
     tie_embeddings: bool = False  # the output head shares the embedding's weight
-    head: str = "tokens"  # tokens (logits of the next one) | scalar (a score a token: reward and value models)
+    head: str = "tokens"  # tokens (logits of the next token) | scalar (one score per token: reward and value models)
     rope_base: float = 10000.0
     qk_norm: bool = False  # RMSNorm over d_head of queries and keys before RoPE, one weight for all heads (as Qwen3)
     init_std: float = 0.02

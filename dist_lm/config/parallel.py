@@ -7,7 +7,7 @@ from dist_lm.errors import require
 
 @dataclass
 class ParallelConfig:
-    """How one model is spread over ranks. -1 means: what is left of the world."""
+    """How one model is spread over ranks. -1 means all remaining ranks."""
 
     dp_replicate: int = 1  # replicas (DDP, or the outer axis of HSDP)
     dp_shard: int = -1  # ranks that share one copy of parameters, gradients and optimizer state (FSDP)
@@ -21,8 +21,8 @@ class ParallelConfig:
     compile: str = "auto"  # torch.compile of each block: auto (on CUDA) | always | never
     cpu_offload: bool = False  # parameters, gradients and optimizer state live in host memory
     loss_chunk_mib: int = 256  # largest block of fp32 logits; the loss takes as many tokens at a time as fit
-    # choose by the estimate of a step: axes that are -1, and of sp, activation_checkpointing, reshard_after_forward and
-    # reduce_every_micro_batch those at their default
+    # choose the fastest estimated layout: sets axes that are -1, and sp, activation_checkpointing,
+    # reshard_after_forward and reduce_every_micro_batch where they have their default
     auto: bool = False
 
     def __post_init__(self) -> None:
@@ -32,7 +32,7 @@ class ParallelConfig:
                 value == -1 or value > 0,
                 f"parallel.{key}",
                 value,
-                "a positive integer, or -1 for what is left",
+                "a positive integer, or -1 for all remaining ranks",
             )
         for key, accepted in (
             ("compute_dtype", ("auto", "fastest", "fp32", "bf16")),

@@ -1,8 +1,8 @@
 """The whole resolved configuration.
 
-`conf/*.yaml` gives the values, the dataclasses of this package give the types: an unknown key or a value of the wrong
-type is refused when the configuration is composed, a value out of bounds or a combination that cannot run when it
-becomes an object. The launcher composes once; ranks read the resolved file from the run directory.
+`conf/*.yaml` gives the values, the dataclasses of this package give types and bounds. Composing refuses unknown keys
+and wrong types; creating the dataclasses refuses values out of bounds and combinations that cannot run. The launcher
+composes once; ranks read the resolved file from the run directory.
 """
 
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ class Config:
     work_dir: str = "work"
     run_id: str = "default"
     device: str = "auto"  # auto | cpu | cuda
-    prerequisites: str = "build"  # build what is missing | fail and name the command
+    prerequisites: str = "build"  # missing earlier stages: build | fail (the error names the command)
     dry_run: bool = False
     model: ModelConfig = MISSING
     parallel: ParallelConfig = MISSING
@@ -60,7 +60,7 @@ class Config:
 
     @property
     def pool(self) -> RolloutPoolConfig | None:
-        """Of the actors that a rank drives, where the stage has any."""
+        """Keys of the pool of actors that rank 0 drives; None if the stage has no pool."""
         return None
 
     @property
@@ -70,21 +70,21 @@ class Config:
 
     @property
     def sequence_keys(self) -> tuple[str, str] | None:
-        """(how many sequences an update takes over all ranks, tokens of one): the keys that say so, where it does."""
+        """Keys of (sequences per update over all ranks, tokens per sequence); None if the stage has no such keys."""
         return "stage.global_batch", "stage.seq_len"
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """The corpora that it reads."""
+        """The corpora that the stage reads."""
         return self.stage.streams
 
     @property
     def trained_models(self) -> int:
-        """That a checkpoint holds, of the size of `model`."""
+        """The number of models of this size in a checkpoint."""
         return 1
 
     def check_stage(self) -> None:
-        """Refuse keys of the stage that do not go with other groups."""
+        """Refuse keys of the stage that contradict other groups."""
         require(
             self.stage.corpus in ("", *self.corpus.corpora),
             "stage.corpus",
@@ -112,10 +112,10 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def read_config(path: Path, schema: type[Config]) -> Config:
-    """Read what `save_config` wrote; types and bounds are checked again.
+    """Read a file of `save_config` and check types and bounds again.
 
     Args:
-        schema: the configuration of the stage that it names.
+        schema: the configuration class of the file's stage.
     """
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
     assert isinstance(config, Config)

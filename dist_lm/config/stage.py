@@ -1,4 +1,4 @@
-"""The configuration of a stage: what it reads, how it is optimised, and what it asks before and after."""
+"""The conf group `stage`: what a stage reads and how it is optimised."""
 
 import math
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from dist_lm.errors import require
 
 
 def check_shares(key: str, shares: Mapping[str, float], own: str) -> None:
-    """Refuse shares of other corpora that are none, or leave nothing to the corpus that `own` names."""
+    """Refuse invalid shares of other corpora, and shares that leave nothing to the corpus of key `own`."""
     for name, share in shares.items():
         accepted = "above 0 and below 1, in whole per cent, such as 0.15"
         whole = 0 < share < 1 and abs(share * 100 - round(share * 100)) < 1e-9
@@ -22,7 +22,7 @@ def check_shares(key: str, shares: Mapping[str, float], own: str) -> None:
 
 @dataclass
 class SamplingConfig:
-    """What is generated from the model at the end of a stage, and how."""
+    """Samples at the end of a stage."""
 
     prompts: dict[str, list[str]] = field(default_factory=dict)  # language -> prompts
     samples_per_prompt: int = 4
@@ -45,7 +45,6 @@ class SamplingConfig:
 
 
 @dataclass
-@dataclass
 class MuonConfig:
     """Muon for the matrices inside blocks; embedding, head, norms and biases stay with AdamW."""
 
@@ -59,16 +58,16 @@ class MuonConfig:
 
 @dataclass
 class StageConfig:
-    """One stage: what it reads, and how it is optimised."""
+    """Data and optimisation of one stage."""
 
     name: str = MISSING
-    corpus: str = ""  # name under work/corpora that it streams
+    corpus: str = ""  # name of a corpus in work/corpora
     mix: dict[str, float] | None = field(default_factory=dict)  # share of the sequences from other corpora, by name
-    init_from: str = "auto"  # auto (the stage before) | none | a checkpoint or run directory
+    init_from: str = "auto"  # auto (the previous stage) | none | a checkpoint or run directory
     steps: int = 1000  # optimizer steps
     seq_len: int = 256  # tokens
-    global_batch: int = 16  # sequences a step over all ranks
-    micro_batch: int = 8  # sequences a rank takes through the model at once
+    global_batch: int = 16  # sequences per step over all ranks
+    micro_batch: int = 8  # sequences per forward pass of a rank
     lr: float = 1e-4  # peak learning rate
     min_lr_ratio: float = 0.1  # final learning rate / peak
     warmup_steps: int = 100
@@ -111,10 +110,10 @@ class StageConfig:
         check_shares("stage.mix", self.mix or {}, own="stage.corpus")
 
     def sampled_by(self) -> dict[str, Any]:
-        """The settings that documents depend on which a model writes in this stage."""
+        """Settings for documents that a model generates in this stage; part of their fingerprint."""
         return {}
 
     @property
     def streams(self) -> tuple[str, ...]:
-        """The corpora that the stage trains on: its own, then those in its mix."""
+        """The corpora that the stage trains on: `corpus`, then those in `mix`."""
         return tuple(name for name in (self.corpus, *sorted(self.mix or {})) if name)

@@ -60,8 +60,8 @@ class RankStart:
 
 @contextmanager
 def started(run: RunDirectory, config: Config, stop: StopRequest, heartbeat: Heartbeat) -> Iterator[RankStart]:
-    """Join the ranks for the time of the block (collective)."""
-    # those that wait for a rank that hangs must not give up before it is found
+    """Join the other ranks inside the block (collective)."""
+    # collectives must not time out before a hanging rank has been detected
     patience = max(config.cluster.hang_otherwise_s, config.cluster.hang_min_s) + COLLECTIVE_MARGIN_S
     with process_group(config.device, patience) as world, ExitStack() as stack:
         layout = resolve_layout(config.parallel, config.model, world.size)
@@ -71,7 +71,7 @@ def started(run: RunDirectory, config: Config, stop: StopRequest, heartbeat: Hea
         links = measure_all_reduce(world)
         heartbeat.beat(Phase.LOADING, 0)
         if world.is_first:
-            # ranks of an attempt that has just failed take a moment to end, and their node's locks on NFS longer
+            # ranks of a failed attempt take a moment to end, and their locks on NFS are released even later
             stack.enter_context(
                 locked(
                     run.rank_lock,
@@ -87,7 +87,7 @@ def started(run: RunDirectory, config: Config, stop: StopRequest, heartbeat: Hea
 def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world: World) -> None:
     """Refuse shards that were written with another tokenizer (collective).
 
-    The first rank opens the corpora before the others, so that an index that has to be rebuilt is rebuilt once.
+    The first rank opens the corpora before the others, so that a missing index is rebuilt only once.
     """
     for name in config.streams:
         directory = run.work.corpus(name)
@@ -99,7 +99,7 @@ def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world
 
 
 def open_metrics(run: RunDirectory, world: World, state: TrainState) -> MetricsWriter | None:
-    """The metrics file, on the first rank; what an attempt wrote after its last checkpoint is taken back."""
+    """The metrics file on the first rank, without the lines that an attempt wrote after its last checkpoint."""
     if not world.is_first:
         return None
     writer = MetricsWriter(run.metrics)
@@ -120,8 +120,8 @@ def write_success(
     """Write `result.json`.
 
     Args:
-        metrics: those of the last step.
-        more: what the stage adds of its own.
+        metrics: metrics of the last step.
+        more: additional fields of the stage.
     """
     latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
     durable.write_json(
@@ -143,7 +143,7 @@ def write_success(
 
 
 def metrics_of_step(run: RunDirectory, step: int) -> dict[str, float | None]:
-    """All metrics of one step; none where nothing was written then."""
+    """All metrics of one step; empty if none were written."""
     metrics = {}
     for line in read_metrics(run.metrics):
         if line["step"] == step:
@@ -155,7 +155,7 @@ log = logging.getLogger(__name__)
 
 
 def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None:
-    """Train from the newest checkpoint of the run, or from where its configuration says, to the end or to a stop."""
+    """Train from the newest checkpoint of the run, or from stage.init_from, until the last step or a stop."""
     began = time.time()
     config = load_config(run.config)
     stage = training_stage(config.stage.name)
@@ -208,7 +208,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
                 metrics.write(0, found)
         state = trainer.run(state)
         heartbeat.beat(Phase.CLOSING, state.step)
-        del optimizer, trainer  # their memory is free for the stage's last work
+        del optimizer, trainer  # frees memory for `after_training`
         if state.step == config.stage.steps:
             step = state.step
             found = stage.after_training(closing(step, lambda: heartbeat.beat(Phase.CLOSING, step)))
@@ -221,7 +221,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
 def restore(
     run: RunDirectory, config: Config, world: World, model: Transformer, optimizer: torch.optim.Optimizer
 ) -> TrainState:
-    """Fill model and optimizer: from this run's newest intact checkpoint, else the weights of stage.init_from."""
+    """Load model and optimizer from the newest intact checkpoint of this run, else the weights of stage.init_from."""
     own = checkpoint.newest_intact(run.checkpoints, world)
     if own is not None:
         log.info("continuing from %s", own)
@@ -244,7 +244,7 @@ def write_result(
     """Write the success marker.
 
     Args:
-        packing: how training conversations or rankings fill their sequences; None: the data is not packed whole.
+        packing: how whole conversations or rankings fill sequences; None for text.
 
     Raises:
         ArtefactError: the metrics file lacks the last evaluation, or its loss is not finite.

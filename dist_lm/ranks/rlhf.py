@@ -1,6 +1,6 @@
-"""The program of a rank of stage `rlhf`: its parts put together, run, reported, and saved.
+"""The program of a rank in stage `rlhf`: builds the learner, runs it, reports and saves.
 
-The first rank has the prompts and the source of rollouts; all ranks have the models.
+All ranks hold the models. The first rank holds the prompts and the source of rollouts.
 """
 
 import json
@@ -48,7 +48,7 @@ ALGORITHMS = {"ppo": Ppo}
 
 @dataclass
 class Reporter:
-    """Told of every iteration, on every rank; it writes on the first one."""
+    """Called after every iteration on every rank; writes metrics and samples on the first rank."""
 
     config: RlhfRunConfig
     run: RunDirectory
@@ -56,8 +56,8 @@ class Reporter:
     tokenizer: Tokenizer
     metrics: MetricsWriter | None  # on the first rank
     heartbeat: Heartbeat
-    tokens: int  # drawn and trained on so far
-    iteration: int  # done
+    tokens: int  # generated and trained on so far
+    iteration: int  # finished iterations
     _since: float = field(default_factory=time.perf_counter)
     _eta: Eta = field(init=False)
 
@@ -65,7 +65,7 @@ class Reporter:
         self._eta = Eta(self.config.stage.steps)
 
     def __call__(self, report: IterationReport) -> None:
-        """One more iteration is done."""
+        """Report an iteration."""
         new = int(report.rollouts.new_tokens_B.sum())
         self.tokens += new
         self.iteration = report.iteration
@@ -91,11 +91,11 @@ class Reporter:
         self.alive(Phase.DATA)
 
     def alive(self, phase: Phase) -> None:
-        """Say that work gets on."""
+        """Write a heartbeat."""
         self.heartbeat.beat(phase, self.iteration)
 
     def _write_table(self, report: IterationReport) -> None:
-        """`samples/step_N.jsonl`: rollouts from the best to the worst, evenly chosen, with what each part gave."""
+        """Write `samples/step_N.jsonl`: rollouts at even distances from best to worst, with the score of each part."""
         n = len(report.score_B)
         wanted = min(n, self.config.rlhf.table_rollouts)
         order = report.score_B.argsort(descending=True, stable=True).tolist()
@@ -121,7 +121,7 @@ class Reporter:
 
 @dataclass(frozen=True)
 class Saving:
-    """Called with the state after an iteration, on every rank (collective)."""
+    """Saves a checkpoint after an iteration (collective)."""
 
     saver: CheckpointSaver
     begun: Begun
@@ -129,7 +129,7 @@ class Saving:
     is_first: bool
 
     def __call__(self, state: RlhfState) -> None:
-        """Save it, with the models as they are now."""
+        """Save `state` with the current models."""
         self.reporter.alive(Phase.SAVING)
         began = time.perf_counter()
         policy = self.begun.models.policy
@@ -145,7 +145,7 @@ class Saving:
 
 
 def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None:
-    """From the newest checkpoint of the run, or from where its configuration says, to the end or to a stop."""
+    """Train from the newest checkpoint of the run, or from stage.init_from, until the last iteration or a stop."""
     began = time.time()
     config = load_config(run.config)
     assert isinstance(config, RlhfRunConfig)
@@ -202,7 +202,7 @@ def _supply(
     reporter: Reporter,
     stack: ExitStack,
 ) -> RolloutSupply | None:
-    """What the first rank has: prompts, and who draws their completions (collective)."""
+    """Prompts and source of rollouts on the first rank; None on other ranks (collective)."""
     model = begun.models.policy.model
     weights = whole_weights(model, model.config, torch.float32)
     if not start.world.is_first:
@@ -230,10 +230,10 @@ def _saver(run: RunDirectory, config: RlhfRunConfig, start: RankStart) -> Checkp
 
 
 def write_result(run: RunDirectory, config: RlhfRunConfig, state: RlhfState, tokens: int, seconds: float) -> None:
-    """The success marker.
+    """Write the success marker.
 
     Raises:
-        ArtefactError: the metrics file does not hold the last iteration, or its reward is not finite.
+        ArtefactError: the metrics file lacks the last iteration, or its reward is not finite.
     """
     metrics = metrics_of_step(run, state.iteration)
     reward = metrics.get("rlhf/reward_mean")

@@ -1,7 +1,7 @@
-"""Win rate on held-out prompts: how often the policy's answer scores more than one that the reference gave.
+"""Win rate on held-out prompts: share of prompts where the policy's answer scores above the reference's.
 
-Both answer at the sampling temperature, with random numbers of their own: before the first iteration, when they are the
-same model, it is about a half.
+Both models sample at the sampling temperature with different seeds. Before the first iteration they are the same model,
+so the win rate is about one half.
 
 Dimensions: B rollouts.
 """
@@ -23,13 +23,13 @@ from dist_lm.rlhf.rewards import rules_of, share_judged, total_score
 from dist_lm.rlhf.rollouts import Rollouts
 from dist_lm.stages.rlhf import RlhfRunConfig
 
-POLICY_SEED, REFERENCE_SEED = 1, 2  # beside the run's
-POLICY_VERSION, REFERENCE_VERSION = -2, -3  # of their weights, which no iteration made: a pool goes by versions
+POLICY_SEED, REFERENCE_SEED = 1, 2  # added to the seed of the run
+POLICY_VERSION, REFERENCE_VERSION = -2, -3  # weight versions for the pool, different from those of all iterations
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Prompts that are never trained on, on every rank, and how answers to them are compared."""
+    """Held-out prompts on every rank, and the comparison of the answers to them."""
 
     config: RlhfRunConfig
     start: RankStart
@@ -39,10 +39,10 @@ class HeldOut:
     alive: Callable[[], None]
 
     def compare(self, scale: RewardScale | None) -> dict[str, float]:
-        """`rlhf/win_rate` (ties count half) and `rlhf/held_out_score`; nothing without prompts (collective).
+        """`rlhf/win_rate` (ties count half) and the mean scores; empty without prompts (collective).
 
         Args:
-            scale: of the reward model's scores.
+            scale: mean and standard deviation of the reward model's scores.
         """
         if not self.prompts:
             return {}
@@ -58,7 +58,7 @@ class HeldOut:
         }
 
     def _scores(self, model: Transformer, version: int, seed: int, scale: RewardScale | None) -> torch.Tensor:
-        """What answers of `model` are worth, (B,)."""
+        """Scores of the answers of `model`, (B,)."""
         group = self.config.rlhf
         weights = whole_weights(model, model.config, torch.float32)
         rules = rules_of(group.rewards)

@@ -1,4 +1,4 @@
-"""The models of a run of stage `rlhf`, from the checkpoints that it starts or goes on from."""
+"""The models of a run of stage `rlhf`, loaded from its own or its initial checkpoints."""
 
 import json
 import logging
@@ -26,30 +26,30 @@ from dist_lm.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
-VALUE = "value."  # what names of the critic's tensors begin with
-STATE, PENDING = "rlhf.json", "pending.safetensors"  # what a checkpoint has of the stage's own
+VALUE = "value."  # prefix of the critic's tensors
+STATE, PENDING = "rlhf.json", "pending.safetensors"  # files of this stage in a checkpoint
 
 
 @dataclass(frozen=True)
 class Begun:
-    """Models, filled, and where the run stands."""
+    """Loaded models and the state of the run."""
 
     models: RlhfModels
     state: RlhfState
-    tokens: int  # drawn and trained on so far
+    tokens: int  # generated and trained on so far
 
     @property
     def companions(self) -> tuple[Companion, ...]:
-        """What a checkpoint holds beside the policy."""
+        """Models that a checkpoint holds beside the policy."""
         critic = self.models.critic
         return (Companion(VALUE, critic.model, critic.optimizer, critic.model.config),) if critic else ()
 
 
 def begin(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorithm: Algorithm) -> Begun:
-    """Models from the run's newest intact checkpoint, else policy and critic from where they start (collective).
+    """Load the models from the newest intact checkpoint of the run, else from the initial checkpoints (collective).
 
     Raises:
-        ArtefactError: a checkpoint is missing, damaged, or another model's.
+        ArtefactError: a checkpoint is missing, damaged, or belongs to another model.
     """
     own = checkpoint.newest_intact(run.checkpoints, start.world)
     origin = None if config.stage.init_from == "none" else Path(config.stage.init_from)
@@ -75,7 +75,7 @@ def begin(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorithm:
 
 
 def first_state(group: RlhfRunGroup) -> RlhfState:
-    """Before the first iteration: the scale of the reward model's scores is the one that stage reward measured.
+    """The state before the first iteration, with the scale of scores that stage reward measured.
 
     Raises:
         ArtefactError: the reward model's run is not finished.
@@ -87,20 +87,20 @@ def first_state(group: RlhfRunGroup) -> RlhfState:
 
 
 def saved_files(state: RlhfState) -> dict[str, bytes]:
-    """What a checkpoint has of the stage's own, by file name."""
+    """Files of this stage in a checkpoint: name -> content."""
     return {STATE: json.dumps(state.to_dict(), indent=1).encode(), PENDING: save_arrays(dict(state.arrays()))}
 
 
 def train_state(state: RlhfState, tokens: int) -> TrainState:
-    """The counters that every checkpoint has: a step is an iteration, a position a prompt."""
+    """The counters of every checkpoint; here a step is an iteration and a position is a prompt."""
     return TrainState(step=state.iteration, tokens=tokens, position=state.prompt_position)
 
 
 def read_state(directory: Path) -> RlhfState:
-    """What `saved_files` kept.
+    """Read the files of `saved_files`.
 
     Raises:
-        ArtefactError: it is not there, or not that.
+        ArtefactError: a file is missing or has another content.
     """
     try:
         values: dict[str, Any] = json.loads(checkpoint_files.read_attached(directory, STATE))
@@ -125,7 +125,7 @@ def _reward_model(config: RlhfRunConfig, start: RankStart) -> Transformer | None
 
 
 def _trunk(reward: Transformer | None, policy: Transformer, shape: ModelConfig) -> Transformer:
-    """What a critic begins as: the reward model, or the policy where that has another shape."""
+    """Initial weights of the critic: the reward model if shapes match, else the policy."""
     parts = ("d_model", "n_layers", "n_heads", "kv_heads", "d_ff", "ffn", "norm", "bias", "vocab_size")
     alike = reward and all(getattr(reward.config, part) == getattr(shape, part) for part in parts)
     return reward if reward and alike else policy

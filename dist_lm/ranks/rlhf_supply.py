@@ -1,8 +1,8 @@
-"""What the first rank of stage `rlhf` draws rollouts with, and the pretraining text of all ranks.
+"""The source of rollouts on the first rank of stage `rlhf`, and the pretraining text on all ranks.
 
-Rollouts come from a pool of actors on the gang's Ray cluster, or from an engine in this process. Pretraining text is
-added to the policy's updates: an update takes the next `rlhf.pretrain_sequences` of a stream, so the number of updates
-says where the stream stands, and a checkpoint needs nothing more.
+Rollouts come from a pool of actors on the gang's Ray cluster, or from an engine in this process. Each policy update
+reads the next `rlhf.pretrain_sequences` of a stream of text, so the number of updates gives the position of the stream,
+and a checkpoint stores nothing else.
 """
 
 import logging
@@ -35,7 +35,7 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-EVERY_NODE = 1_000_000  # of the cluster, for a pool that is limited by its number of actors
+EVERY_NODE = 1_000_000  # no limit on nodes: the number of actors limits the pool
 SEQ_LEN = "rlhf.pretrain_seq_len"
 
 
@@ -47,14 +47,14 @@ def rollout_source(
     device: torch.device,
     alive: Callable[[], None],
 ) -> Iterator[RolloutSource]:
-    """For the time of the block. Without Ray (`torchrun -m dist_lm.train RUN_DIR`) it is an engine here.
+    """The source of rollouts inside the block. Without Ray (`torchrun -m dist_lm.train RUN_DIR`) a local engine.
 
     Args:
-        weights: of the policy, whatever version.
-        alive: called now and then while it draws.
+        weights: policy weights of any version.
+        alive: called regularly during generation.
 
     Raises:
-        ClusterError: Ray does not let this rank in, or has no place for an actor.
+        ClusterError: Ray refuses this rank, or has no free resources for an actor.
     """
     access = own_access(os.environ)
     if access and config.pool.actors:
@@ -62,7 +62,7 @@ def rollout_source(
             yield source
         return
     if config.pool.actors:
-        log.warning("rlhf.pool.actors=%d: there is no Ray here; this process generates", config.pool.actors)
+        log.warning("rlhf.pool.actors=%d: this rank runs without Ray, so it generates itself", config.pool.actors)
     yield _engine(config, tokenizer, weights, device)
 
 
@@ -101,10 +101,10 @@ def _started(
     site: Site,
     alive: Callable[[], None],
 ) -> Pool:
-    """A pool beside the ranks; it calls `alive` at least twice a second while it works.
+    """Start a pool beside the ranks. It calls `alive` at least twice a second while it works.
 
     Raises:
-        ActorsLostError: no place for an actor; the message names the keys to change.
+        ActorsLostError: no free resources for an actor; the message names the keys to change.
     """
 
     def wanted() -> bool:
@@ -137,14 +137,14 @@ def _options(config: RlhfRunConfig) -> EngineOptions:
 
 @dataclass(frozen=True)
 class PretrainingText:
-    """This rank's part of a stream, an update at a time. A `Pretraining`."""
+    """This rank's share of a stream of text, update by update. Implements `Pretraining`."""
 
     stream: StepStream
-    sequences: int  # an update, over all ranks
+    sequences: int  # per update over all ranks
     device: torch.device
 
     def __call__(self, update: int) -> list[Batch]:
-        """The micro-batches of the next update, which has to be number `update`."""
+        """The micro-batches of the next update, whose number must be `update`."""
         data = next(self.stream)
         assert data.position == (update + 1) * self.sequences, (data.position, update)
         return [batch.to(self.device) for batch in data.micro_batches]
@@ -154,13 +154,13 @@ class PretrainingText:
 def pretraining_text(
     config: RlhfRunConfig, run: RunDirectory, start: RankStart, updates: int
 ) -> Iterator[Pretraining | None]:
-    """For the time of the block; None where it has no weight.
+    """The pretraining text inside the block; None if rlhf.pretrain_coefficient is 0.
 
     Args:
-        updates: of the policy that were made.
+        updates: policy updates so far.
 
     Raises:
-        ArtefactError: a corpus is not there, or fills no sequence.
+        ArtefactError: a corpus is missing or too small for a sequence.
     """
     group = config.rlhf
     if not group.pretrain_coefficient:

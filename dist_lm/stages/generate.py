@@ -1,7 +1,7 @@
-"""Stage `generate`: reads prompts and a checkpoint, leaves work/runs/generate/RUN_ID/samples/part-*.jsonl.
+"""Stage `generate`: reads prompts and a checkpoint, writes work/runs/generate/RUN_ID/samples/part-*.jsonl.
 
-This module holds the keys, and what can be checked before anything starts: which checkpoint, how tokens are chosen, and
-whether the prompts are those that the run began with. `generate_parts.py` makes the parts.
+This module has the keys and the checks before anything starts: the checkpoint, the sampling parameters, and whether the
+prompts are those that the run began with. `generate_parts.py` makes requests and writes answers.
 """
 
 import json
@@ -28,26 +28,25 @@ if TYPE_CHECKING:
     from dist_lm.tracking.console import Console
 
 AUTO = "auto"
-FROM = ("code", "language")  # stages whose checkpoint is taken, the first one that has any
-RESULT_KEYS = ("seed", "model.", "stage.", "parallel.compute_dtype", "parallel.tp")  # keys that answers depend on
+FROM = ("code", "language")  # stage.checkpoint=auto takes the first of these stages that has a checkpoint
+RESULT_KEYS = ("seed", "model.", "stage.", "parallel.compute_dtype", "parallel.tp")  # answers depend on these keys
 FREE = (*(key for key in FREE_KEYS if key not in RESULT_KEYS), "stage.actors", "stage.max_sequences")
 
 
 @dataclass
 class GenerateConfig:
-    """What is generated, from which checkpoint, and how large the engines are.
+    """Prompts, checkpoint, sampling parameters and size of the engines.
 
-    Bounds of the sampling parameters and of the engine are those of `SamplingParams` and `EngineOptions`
-    (`stages/generate.py` holds these values against them before anything starts).
+    `SamplingParams` and `EngineOptions` check the bounds of their parameters before anything starts.
     """
 
     name: str = MISSING
-    prompts: str = ""  # file, glob or http(s) address: .jsonl with `prompt` and perhaps `id`, or .txt, a prompt a line
+    prompts: str = ""  # file, glob or http(s) address: .jsonl (`prompt`, optionally `id`), or .txt (a prompt per line)
     checkpoint: str = AUTO  # run or checkpoint; auto: the newest of the code stage, else of the language stage
-    n: int = 1  # answers a prompt
-    prompts_per_shard: int = 1000  # that go to one file; what a kill leaves unfinished is done again by files
-    truncate: str = "refuse"  # a prompt that leaves no room in the context: refuse | left (its beginning is cut off)
-    actors: int = -1  # engines; -1: one for each parallel.tp GPUs of a node, or one a node without GPUs
+    n: int = 1  # answers per prompt
+    prompts_per_shard: int = 1000  # prompts per output file; after a kill an unfinished file is generated again
+    truncate: str = "refuse"  # a prompt that fills the context: refuse | left (cut off its beginning)
+    actors: int = -1  # engines; -1: one for each parallel.tp GPUs of a node, or one per node without GPUs
     max_new_tokens: int = 128
     temperature: float = 1.0  # 0: greedy
     top_k: int = 0  # 0: off
@@ -57,10 +56,10 @@ class GenerateConfig:
     logit_bias: dict[int, float] = field(default_factory=dict)  # token id -> added to its logit
     stop: list[str] = field(default_factory=list)  # texts that end an answer
     stop_tokens: list[int] = field(default_factory=list)  # beside end-of-text
-    ignore_eot: bool = False  # end-of-text is a token like others
-    cache_tokens: int = 16384  # of all sequences of an engine together
+    ignore_eot: bool = False  # end-of-text does not end an answer
+    cache_tokens: int = 16384  # KV cache of an engine, all sequences together
     page_tokens: int = 64
-    max_sequences: int = 64  # that an engine runs at a time
+    max_sequences: int = 64  # sequences that an engine runs at the same time
 
     def __post_init__(self) -> None:
         for key in ("n", "prompts_per_shard"):
@@ -78,12 +77,12 @@ class GenerateConfig:
 
 @dataclass
 class GenerateRunConfig(Config):
-    """The whole configuration where the stage is `generate`."""
+    """The whole configuration of stage `generate`."""
 
     stage: GenerateConfig = MISSING
 
     def check_stage(self) -> None:
-        """Nothing of it depends on other groups."""
+        """No key of this stage depends on other groups."""
 
 
 class Generate(PoolStage):
@@ -95,11 +94,11 @@ class Generate(PoolStage):
 
         own, run = generate_config(config), run_of(config)
         generate_parts.check(own)
-        if files := find_prompts(own.stage.prompts):  # an address is fetched when the stage runs
+        if files := find_prompts(own.stage.prompts):  # a download happens when the stage runs
             check_inputs(files, own.stage, run)
         begun = load_config(run.config) if run.inputs.exists() else None
         before = Path(generate_config(begun).stage.checkpoint) if begun else None
-        if run.result.exists() and before:  # the checkpoint of a finished run may be gone
+        if run.result.exists() and before:  # the checkpoint of a finished run may have been removed
             start = before if own.stage.checkpoint == AUTO else find_start(own, before)
         else:
             start = find_start(own, before)
@@ -137,7 +136,7 @@ class Generate(PoolStage):
         return Samples(generate_config(config), run, tokenizer)
 
     def summarize(self, config: Config, console: "Console") -> None:
-        """Print how many answers there are, and where."""
+        """Print the number of answers and their folder."""
         run = run_of(config)
         result = json.loads(run.result.read_text(encoding="utf-8"))
         console.summary(
@@ -163,19 +162,19 @@ class Generate(PoolStage):
 
 
 def generate_config(config: Config) -> GenerateRunConfig:
-    """`config`, which is one of this stage."""
+    """`config` with the type of this stage."""
     assert isinstance(config, GenerateRunConfig)
     return config
 
 
 def refused_text(result: Mapping[str, Any]) -> str:
-    """How many prompts were refused, and the first reason."""
+    """The number of refused prompts and the first reason."""
     first = result.get("first_refusal")
     return f"{result['refused']:,} refused" + (f": {first}" if first else "")
 
 
 def sampling_text(stage: GenerateConfig) -> str:
-    """How tokens are chosen, as keys and values: those that people always ask for, and others that are set."""
+    """Sampling parameters as text: the usual ones, and others that differ from their default."""
     from dist_lm.generation.request import SamplingParams
 
     usual, default = ("temperature", "top_k", "top_p", "max_new_tokens", "n"), GenerateConfig(name="")
@@ -186,11 +185,11 @@ def sampling_text(stage: GenerateConfig) -> str:
 
 
 def check_inputs(files: list[Path], stage: GenerateConfig, run: RunDirectory) -> dict[str, Any]:
-    """What the prompts are, as `prompts.json` keeps it.
+    """Number and hashes of the prompts, the content of `prompts.json`.
 
     Raises:
-        ConfigError: there are no prompts, or something is wrong with all of them.
-        ArtefactError: they are not those that the run began with.
+        ConfigError: there are no prompts, or the files are invalid.
+        ArtefactError: the run began with other prompts.
     """
     found = survey(files)
     if run.inputs.exists() and json.loads(run.inputs.read_text(encoding="utf-8")) != found:
@@ -199,20 +198,20 @@ def check_inputs(files: list[Path], stage: GenerateConfig, run: RunDirectory) ->
 
 
 def find_start(config: GenerateRunConfig, before: Path | None) -> Path:
-    """The checkpoint that is generated from, absolute.
+    """The absolute path of the checkpoint to generate from.
 
     Args:
-        before: that the run has been generating from; it stays the one, where stage.checkpoint names no single one.
+        before: checkpoint that the run began with; it is kept unless stage.checkpoint names another one.
 
     Raises:
-        ArtefactError: there is none, or it is another model's.
+        ArtefactError: there is no checkpoint, or it belongs to another model.
     """
     asked = config.stage.checkpoint
     path = None if asked == AUTO else Path(asked).expanduser().resolve()
     if before and (path is None or before.is_relative_to(path)):
         found = before
         if not before.is_dir():
-            raise ArtefactError(f"{before}: this run began with that checkpoint, which is gone: choose another run_id")
+            raise ArtefactError(f"{before}: this run began with this checkpoint, which is gone: choose another run_id")
     else:
         found = checkpoint_files.find_checkpoint(
             path or newest_run(WorkDirectory(Path(config.work_dir).resolve())).path
@@ -223,10 +222,10 @@ def find_start(config: GenerateRunConfig, before: Path | None) -> Path:
 
 
 def newest_run(work: WorkDirectory) -> RunDirectory:
-    """The run whose checkpoint was written last: of the code stage, or where that has none of the language stage.
+    """The run with the newest checkpoint of the code stage, else of the language stage.
 
     Raises:
-        ArtefactError: there is none.
+        ArtefactError: neither stage has a checkpoint.
     """
     for stage in FROM:
         runs = [run for run in work.runs(stage) if checkpoint_files.read_pointer(run.checkpoints, "LATEST")]
@@ -239,7 +238,7 @@ def newest_run(work: WorkDirectory) -> RunDirectory:
 
 
 def label_of(checkpoint: Path) -> str:
-    """What samples call their checkpoint: STAGE/RUN_ID/STEP, wherever the work directory is."""
+    """The name of a checkpoint in samples: STAGE/RUN_ID/STEP."""
     return "/".join(checkpoint.parts[-4:-2] + checkpoint.parts[-1:])
 
 

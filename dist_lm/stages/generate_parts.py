@@ -1,8 +1,8 @@
-"""The parts of a run of stage `generate`: requests for those that are missing, and files of their answers.
+"""The output files (parts) of a run of stage `generate`: requests for missing parts, and the parts themselves.
 
-Part k holds the answers to prompts [k S, (k+1) S), one a line, in the order of the prompts. A prompt's random numbers
-are keyed by (seed, number of the prompt), and a part is written when it is whole. So parts that a kill left undone are
-generated again, with the same bytes.
+With S = stage.prompts_per_shard, part k holds the answers to prompts [k S, (k+1) S), one per line, in the order of the
+prompts. The random numbers of a prompt are keyed by (seed, prompt number), and a part is written when it is complete.
+So after a kill the missing parts are generated again with the same bytes.
 """
 
 import json
@@ -29,7 +29,7 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 
 
 def check(config: GenerateRunConfig) -> None:
-    """Refuse settings that no engine could run with.
+    """Refuse settings that no engine can run with.
 
     Raises:
         ConfigError: names the key.
@@ -40,7 +40,7 @@ def check(config: GenerateRunConfig) -> None:
 
 
 def params_of(stage: GenerateConfig) -> SamplingParams:
-    """How tokens are chosen.
+    """The sampling parameters.
 
     Raises:
         ConfigError: names the key.
@@ -63,7 +63,7 @@ def params_of(stage: GenerateConfig) -> SamplingParams:
 
 
 def options_of(stage: GenerateConfig) -> EngineOptions:
-    """How large the engines are.
+    """The size of the engines.
 
     Raises:
         ConfigError: names the key.
@@ -77,7 +77,7 @@ def options_of(stage: GenerateConfig) -> EngineOptions:
 
 
 def check_tokens(stage: GenerateConfig, model: ModelConfig) -> None:
-    """Refuse what would refuse every prompt.
+    """Refuse settings with which every prompt would be refused.
 
     Raises:
         ConfigError: names the key.
@@ -97,10 +97,10 @@ def check_tokens(stage: GenerateConfig, model: ModelConfig) -> None:
 
 
 def tp_of(config: GenerateRunConfig) -> int:
-    """How many devices share the model of an engine; one where that is left open (parallel.tp=-1).
+    """The number of devices that share the model of an engine; 1 for parallel.tp=-1.
 
     Raises:
-        ConfigError: the model cannot be cut so.
+        ConfigError: the model cannot be split over this number of devices.
     """
     tp = 1 if config.parallel.tp == -1 else config.parallel.tp
     check_tp(config.model, tp, None, "parallel.tp")
@@ -108,10 +108,10 @@ def tp_of(config: GenerateRunConfig) -> int:
 
 
 def tokenizer_of(config: GenerateRunConfig, checkpoint: Path) -> Tokenizer:
-    """That of the work directory which the checkpoint lies in, or else of this one.
+    """The tokenizer of the checkpoint's work directory, else of this work directory.
 
     Raises:
-        ArtefactError: there is none, or it has another vocabulary than the model.
+        ArtefactError: there is no tokenizer, or its vocabulary is not that of the model.
     """
     own = WorkDirectory(Path(config.work_dir)).tokenizer_model
     inside = len(checkpoint.parents) > len(("checkpoints", "RUN_ID", "STAGE", "runs"))
@@ -127,17 +127,17 @@ def tokenizer_of(config: GenerateRunConfig, checkpoint: Path) -> Tokenizer:
 
 @dataclass
 class Tally:
-    """What has been done, of all prompts."""
+    """Counts of a run so far."""
 
     prompts: int = 0
     answers: int = 0
     refused: int = 0
     tokens: int = 0  # of answers
-    refusal: str = ""  # the first one: where, and why
-    refused_at: int = -1  # its prompt's number
+    refusal: str = ""  # place and reason of the refusal with the smallest prompt number
+    refused_at: int = -1  # this prompt number
 
     def add(self, record: dict[str, Any], number: int) -> None:
-        """Count one line of a part, about prompt `number`."""
+        """Count one line of a part, which belongs to prompt `number`."""
         self.prompts += record.get("index", 0) == 0
         if "error" in record:
             self.refused += 1
@@ -148,14 +148,14 @@ class Tally:
 
 
 class Samples(PoolWork):
-    """The parts of a run: the requests for those that are missing, and what comes of them."""
+    """Makes the requests for the missing parts of a run and writes their answers."""
 
     def __init__(self, config: GenerateRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> None:
-        """Find the prompts, and the parts that are there.
+        """Find the prompts and the existing parts.
 
         Raises:
-            ConfigError: there are no prompts, or something is wrong with all of them.
-            ArtefactError: they are not those that the run began with.
+            ConfigError: there are no prompts, or the files are invalid.
+            ArtefactError: the run began with other prompts.
         """
         self._stage, self._seed, self._run, self._tokenizer = config.stage, config.seed, run, tokenizer
         self._context, self._params, self._options = (
@@ -177,7 +177,7 @@ class Samples(PoolWork):
                 for line in json_lines(run.samples_part(part)):
                     number += line["index"] == 0
                     self.tally.add(line, number)
-        self._prompts: dict[int, Prompt] = {}  # asked for, not yet answered
+        self._prompts: dict[int, Prompt] = {}  # requested, not yet answered
         self._answers: dict[int, list[Answer]] = {}
         self._open: dict[int, dict[int, list[dict[str, Any]]]] = {}  # part -> number of the prompt -> lines
 
@@ -213,11 +213,11 @@ class Samples(PoolWork):
 
     @property
     def parts(self) -> int:
-        """How many there will be."""
+        """The number of parts of the finished run."""
         return -(-self.count // self._stage.prompts_per_shard)
 
     def requests(self) -> Iterator[Request]:
-        """A request for each prompt of the missing parts; one that cannot be asked for is refused here."""
+        """Requests for the prompts of missing parts. Prompts that no engine can answer are refused here."""
         truncate = cast(Any, self._stage.truncate)
         for prompt in read_prompts(self._files):
             if prompt.number // self._stage.prompts_per_shard not in self._missing:
@@ -231,7 +231,7 @@ class Samples(PoolWork):
             yield Request(str(prompt.number), tokens, self._params, seed, self._stage.n, truncate)
 
     def _misfit(self, tokens: int) -> str:
-        """Why a prompt of so many tokens cannot be answered, by the keys of the stage; empty where it can be."""
+        """Why a prompt of this length cannot be answered; empty if it can."""
         if tokens >= self._context and self._stage.truncate == "refuse":
             return (
                 f"prompt has {tokens:,} tokens and model.max_seq_len is {self._context:,}, which leaves no room: "
@@ -246,7 +246,7 @@ class Samples(PoolWork):
         return ""
 
     def take(self, result: Answer | Refusal) -> None:
-        """Take in an answer or a refusal; a part that is whole is written."""
+        """Store an answer or a refusal. Writes a part when it is complete."""
         number = int(result.request)
         if isinstance(result, Refusal):
             self._answers.pop(number, None)
@@ -293,5 +293,5 @@ def _record(answer: Answer) -> dict[str, Any]:
 
 
 def _shortest(value: float) -> float:
-    """The number with the fewest digits that is the same in fp32."""
+    """The number with the fewest digits that is equal in fp32."""
     return float(str(np.float32(value)))

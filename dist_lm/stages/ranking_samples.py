@@ -1,7 +1,7 @@
-"""Rankings of a model's own samples by rules: no person, no network. A function of (seed, model, corpus of programs).
+"""Rankings of a model's samples by rules, without people or a network: a function of (seed, model, corpus of programs).
 
-Prompts are the first lines of programs. Half of a prompt's samples go on with them as text, as the code stage has
-learned; the other half answer them as a turn of a conversation, as the policy of stage rlhf will. All are ranked
+Prompts are the first lines of programs. Half of the samples of a prompt continue it as text, as in stage code; the
+other half answer it as a turn of a conversation, as the policy of stage rlhf does. All samples of a prompt are ranked
 together (`data.rankings.rules`).
 """
 
@@ -35,7 +35,7 @@ from dist_lm.tracking.console import Console
 DEFAULT_RANKINGS = 300
 CACHE_TOKENS = 16384
 LONGEST_OPENING = 200  # characters
-MOST_LINES = 4  # of an opening
+MOST_LINES = 4  # longest opening in lines
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,21 @@ class Opening:
 
 @dataclass(frozen=True)
 class Sample:
-    """What the model made of an opening."""
+    """A completion of an opening."""
 
     text: str
-    finished: bool  # ended by itself
+    finished: bool  # ended with end-of-text or a stop token
 
 
 def ranked_samples(source: SourceConfig, config: RankingsConfig, console: Console) -> Iterator[Candidate]:
-    """A ranking for each of `source.limit` openings (0: `DEFAULT_RANKINGS`), or why there is none.
+    """A ranking, or the reason why there is none, for each of `source.limit` openings (0: `DEFAULT_RANKINGS`).
 
     Raises:
-        ArtefactError: there is no model to ask, or no program to begin with.
+        ArtefactError: there is no model, or no program in the corpus.
     """
     if config.stage.init_from == "none":
         raise ArtefactError(
-            f"corpus source {source.reader}: stage.init_from=none: expected a run or checkpoint to ask for samples"
+            f"corpus source {source.reader}: stage.init_from=none: expected a run or checkpoint that generates samples"
         )
     work = WorkDirectory(Path(config.work_dir))
     loaded = load_model(Path(config.stage.init_from), work.tokenizer_model)
@@ -85,14 +85,14 @@ def ranked_samples(source: SourceConfig, config: RankingsConfig, console: Consol
 
 
 def openings(corpus: MappedCorpus, tokenizer: Tokenizer, limit: int, seed: int) -> list[Opening]:
-    """The first one to four lines of documents at even distances, of the languages that have a parser."""
+    """The first one to four lines of documents at even distances, in languages that have a parser."""
     codes = [code for code, name in enumerate(corpus.languages) if name in PARSERS]
     documents = [number for number in range(corpus.n_documents) if corpus.language_codes[number] in codes]
     found = []
     for place in spread(len(documents), limit).tolist():
         number = documents[place]
         language = corpus.languages[corpus.language_codes[number]]
-        # at least a character a token, about: this many hold the opening
+        # a token has about one character or more, so this number of tokens covers the opening
         head = tokenizer.decode(corpus.tokens(number, 1, min(int(corpus.lengths[number]), 1 + LONGEST_OPENING)))
         lines = head.splitlines(keepends=True)[: 1 + key(Shuffle.SAMPLE_LINES, seed, number) % MOST_LINES]
         text = "".join(lines)[:LONGEST_OPENING]
@@ -111,7 +111,7 @@ def sample(
         loaded.weights,
         eot_id=loaded.tokenizer.eot_id,
         options=EngineOptions(cache_tokens=max(CACHE_TOKENS, loaded.config.max_seq_len)),
-        dtype=torch.float32,  # the same samples on every machine of a kind
+        dtype=torch.float32,  # equal samples on all machines of a kind
         device=device,
     )
     answers: dict[int, list[Answer]] = {}
@@ -136,7 +136,7 @@ def sample(
 def requests_of(
     number: int, opening: Opening, settings: RankingSamplesConfig, seed: int, tokenizer: Tokenizer
 ) -> list[Request]:
-    """What the model is asked for an opening: to go on with it as text, and to answer it as a turn."""
+    """The requests for an opening: continuations as text, and answers as a turn."""
     word = key(Shuffle.SAMPLES, seed, number)
     total = settings.fewest + word % (settings.most - settings.fewest + 1)
     params = SamplingParams(
@@ -154,14 +154,14 @@ def requests_of(
 
 
 def sample_of(answer: Answer, tokenizer: Tokenizer) -> Sample:
-    """The text up to the first special token: what comes after it is another turn, or a call."""
+    """The text up to the first special token, which begins another turn or a call."""
     special = set(tokenizer.special_ids.values())
     end = next((place for place, token in enumerate(answer.tokens) if token in special), len(answer.tokens))
     return Sample(tokenizer.decode(answer.tokens[:end]), finished=answer.finish in ("eot", "stop"))
 
 
 def ranking_of_samples(opening: Opening, samples: Sequence[Sample]) -> Ranking | None:
-    """Different samples that say something, ranked by their quality; None where fewer than two differ in it."""
+    """The ranking of different, non-empty samples by quality; None if they all have the same quality."""
     kept = list({one.text: one for one in samples if one.text.strip()}.values())
     scores = [
         marks_of(

@@ -1,7 +1,7 @@
-"""Stage `rankings`: builds the corpora of rankings, work/corpora/NAME, from files, a hub, or a model's own samples.
+"""Stage `rankings`: builds corpora of rankings, work/corpora/NAME, from files, a hub, or samples of a model.
 
-It runs after the stage that reward models start from, because the samples of that stage's model may be ranked
-(reader=synthetic_rankings). They are drawn in the launcher's process: for models that fit one device.
+It runs after stage tools, because it may rank samples of that model (reader=synthetic_rankings). The launcher's process
+generates these samples, so the model must fit one device.
 """
 
 from collections.abc import Collection, Sequence
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class RankingSamplesConfig:
-    """The samples that stage rankings asks a model for, to be ranked by rules (reader=synthetic_rankings)."""
+    """Samples of a model that rules rank (reader=synthetic_rankings)."""
 
-    fewest: int = 4  # samples of a prompt, drawn evenly from fewest to most
+    fewest: int = 4  # samples per prompt, uniform from fewest to most
     most: int = 8
     max_new_tokens: int = 48
     temperature: float = 0.9
@@ -66,7 +66,7 @@ class Rankings(ArtefactStage):
     starts_from = "tools"
 
     def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
-        """Build what later stages read, with samples of the model that they start from."""
+        """Build only the corpora that later stages read, with samples of the model that they start from."""
         corpora = sorted({reader.stage.corpus for reader in readers if reader.stage.corpus})
         return replace(config, stage=replace(own(config), corpora=corpora, init_from=readers[0].stage.init_from))
 
@@ -74,10 +74,10 @@ class Rankings(ArtefactStage):
         return super().look(with_start(self, config), is_target=is_target, rebuilt=rebuilt)
 
     def inspect(self, config: Config) -> Artefact:
-        """What is in work/corpora.
+        """Inspect work/corpora.
 
         Raises:
-            ArtefactError: a corpus was made from other sources, or with another tokenizer than work/tokenizer.
+            ArtefactError: a corpus was made from other sources or with another tokenizer.
         """
         work = WorkDirectory(Path(config.work_dir))
         names, missing = wanted_corpora(config), missing_corpora(config)
@@ -90,13 +90,13 @@ class Rankings(ArtefactStage):
         return Artefact(True, f"corpora {', '.join(names) or '(none)'}: {sum(counts):,} rankings to train on")
 
     def build(self, config: Config, console: "Console") -> None:
-        """Make every wanted corpus that is not there or damaged."""
+        """Build every missing or damaged corpus."""
         assert isinstance(config, RankingsConfig)
         for name in missing_corpora(config):
             made = {}
             for source in corpus_sources(config.corpus, name):
                 if source.reader == SAMPLED:
-                    from dist_lm.stages.ranking_samples import ranked_samples  # brings torch with it
+                    from dist_lm.stages.ranking_samples import ranked_samples  # imports torch
 
                     made[repr(source)] = list(ranked_samples(source, config, console))
             build_corpus(config, name, LocalText(made, set()), console, encode_ranking)
@@ -106,13 +106,13 @@ class Rankings(ArtefactStage):
 
 
 def wanted_corpora(config: Config) -> list[str]:
-    """The corpora of rankings among `stage.corpora`, else all that are configured."""
+    """The corpora of rankings in `stage.corpora`, else all configured ones."""
     chosen = own(config).corpora
     return [name for name in corpora_of_form(config.corpus, "ranking") if chosen is None or name in chosen]
 
 
 def missing_corpora(config: Config) -> list[str]:
-    """The wanted corpora that are not there, or damaged."""
+    """The wanted corpora that are missing or damaged."""
     work = WorkDirectory(Path(config.work_dir))
     return [name for name in wanted_corpora(config) if not is_whole(work.corpus(name))]
 

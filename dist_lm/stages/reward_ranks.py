@@ -1,4 +1,4 @@
-"""What ranks do in stage `reward`: rankings as data, agreement as evaluation, scores of samples at the end."""
+"""Stage `reward` on ranks: rankings as data, agreement on held-out rankings, scores of samples at the end."""
 
 import logging
 from collections.abc import Callable
@@ -33,22 +33,22 @@ from dist_lm.training import checkpoint_files
 
 log = logging.getLogger(__name__)
 
-EXAMPLE_COMPLETIONS = 4  # of a ranking of the dry run
+EXAMPLE_COMPLETIONS = 4  # completions per ranking in the dry run
 
 
 def open_data(opening: Opening) -> StageData:
     """Rankings of the stage's corpus.
 
     Raises:
-        ConfigError: a setting that cannot be with rankings.
-        ArtefactError: the corpus holds something else, or no ranking fits into a sequence.
+        ConfigError: a setting that rankings do not allow.
+        ArtefactError: the corpus holds no rankings, or none fits into a sequence.
     """
     assert isinstance(opening.config, RewardRunConfig)
     stage = opening.config.stage
     for key in ("document_mask", "reset_positions"):
-        accepted = "true: a completion sees its prompt and itself, and stands behind it"
+        accepted = "true: a completion attends to its prompt and itself, at the positions after the prompt"
         require(getattr(stage, key), f"stage.{key}", False, accepted)
-    require(not stage.mix, "stage.mix", stage.mix, "nothing: stage reward reads rankings alone")
+    require(not stage.mix, "stage.mix", stage.mix, "none: stage reward reads only rankings")
     train, val = (MappedRankings.open(opening.run.work.corpus(stage.corpus), split) for split in SPLITS)
     if opening.world.is_first:
         for rankings in (train, val):
@@ -85,8 +85,11 @@ def open_data(opening: Opening) -> StageData:
 
 
 def score_samples(closing: Closing) -> dict[str, float]:
-    """`reward/score_mean` and `reward/score_std`: of the answers of the model that training started from to prompts of
-    val; of the completions of val where there is none, or it is not to be asked."""
+    """`reward/score_mean` and `reward/score_std` of answers of the initial model to prompts of val (collective).
+
+    Without an initial model that generates text, or with stage.reward.normaliser_prompts=0, the completions of val are
+    scored instead.
+    """
     config = closing.config
     assert isinstance(config, RewardRunConfig)
     settings = config.stage.reward
@@ -106,7 +109,7 @@ def score_samples(closing: Closing) -> dict[str, float]:
 
 
 def starts_from_policy(init_from: str) -> bool:
-    """Whether training started from a model that writes: not from nothing, nor from another reward model."""
+    """Whether training started from a model that generates text."""
     if init_from == "none":
         return False
     start = checkpoint_files.find_checkpoint(Path(init_from))
@@ -114,8 +117,10 @@ def starts_from_policy(init_from: str) -> bool:
 
 
 def policy_samples(closing: Closing, config: RewardRunConfig, val: MappedRankings) -> list[list[int]]:
-    """Prompts of val with the answers of the model that training started from: at temperature 1 from all tokens, as a
-    rollout draws them. The same on every rank (collective)."""
+    """Prompts of val with answers of the initial model, sampled as rollouts are: temperature 1, no filters.
+
+    Every rank gets all of them (collective).
+    """
     settings, tokenizer = config.stage.reward, closing.tokenizer
     loaded = load_model(Path(config.stage.init_from), closing.run.work.tokenizer_model)
     params = SamplingParams(max_new_tokens=settings.normaliser_new_tokens, stop_tokens=(tokenizer.special_ids[END],))
@@ -123,8 +128,8 @@ def policy_samples(closing: Closing, config: RewardRunConfig, val: MappedRanking
     prompts = [prompt for prompt in prompts_of(val, settings.normaliser_prompts) if len(prompt) <= longest]
     if len(prompts) < settings.normaliser_prompts:
         log.info(
-            "stage.reward.normaliser_prompts=%d: val has %d that leave room for an answer; mean and deviation of "
-            "scores are measured on these",
+            "stage.reward.normaliser_prompts=%d: only %d prompts of val leave room for an answer; mean and deviation "
+            "of scores are measured on these",
             *(settings.normaliser_prompts, len(prompts)),
         )
     requests = [
@@ -148,7 +153,7 @@ def prompts_of(rankings: MappedRankings, limit: int) -> list[list[int]]:
 
 
 def completions_of(rankings: MappedRankings, longest: int) -> list[list[int]]:
-    """Every prompt with each of its completions, as tokens; those longer than `longest` are left out."""
+    """Every prompt with each of its completions as tokens, at most `longest` tokens long."""
     found = []
     for number in range(rankings.corpus.n_documents):
         tokens, branch = rankings.tokens(number), rankings.verdict(number).branch
@@ -157,10 +162,10 @@ def completions_of(rankings: MappedRankings, longest: int) -> list[list[int]]:
 
 
 def example_batch(config: RewardRunConfig) -> Batch:
-    """A micro-batch of one ranking a sequence, for the dry run."""
+    """A micro-batch with one ranking per sequence, for the dry run."""
     stage, k = config.stage, min(EXAMPLE_COMPLETIONS, config.stage.seq_len - 1)
     shape = (stage.micro_batch, stage.seq_len)
-    own = torch.arange(stage.seq_len) * (k + 1) // stage.seq_len  # the prompt is as long as a completion
+    own = torch.arange(stage.seq_len) * (k + 1) // stage.seq_len  # prompt and completions have equal lengths
     ends = torch.stack([(own <= branch).sum() - 1 for branch in range(1, k + 1)])
     place_PK = ends + torch.arange(stage.micro_batch)[:, None] * stage.seq_len
     none = torch.zeros(0, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Stage `rlhf`: PPO against a reward model, from the tools checkpoint; leaves a policy that earns more reward.
+"""Stage `rlhf`: PPO against a reward model and rules, from the tools checkpoint.
 
 A step of the stage is an iteration: rollouts, rewards, updates.
 """
@@ -28,40 +28,40 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 ROWS = {  # metric -> its row in the summary
-    "rlhf/reward_mean": "reward, less the divergence",
+    "rlhf/reward_mean": "reward: score minus KL penalty",
     "rlhf/score_mean": "score",
-    "rlhf/kl": "divergence from the reference, nats a rollout",
-    "rlhf/entropy": "entropy, nats a token",
-    "rlhf/pretrain_loss": "loss on pretraining text, nats a token",
-    "rlhf/new_tokens_mean": "tokens of a rollout",
-    "rlhf/truncated_rate": "rollouts cut off",
-    "rollout/tokens_per_s": "tokens drawn a second",
+    "rlhf/kl": "KL from the reference, nats per rollout",
+    "rlhf/entropy": "entropy, nats per token",
+    "rlhf/pretrain_loss": "loss on pretraining text, nats per token",
+    "rlhf/new_tokens_mean": "tokens per rollout",
+    "rlhf/truncated_rate": "share of truncated rollouts",
+    "rollout/tokens_per_s": "sampled tokens per second",
 }
-SHOWN = 3  # rollouts
-WIDTH = 160  # characters of one
+SHOWN = 3  # rollouts in the summary
+WIDTH = 160  # characters shown of a rollout
 
 
 @dataclass
 class RlhfRunGroup(RlhfConfig):
-    """An iteration (`RlhfConfig`), and what a run of them needs around it."""
+    """An iteration (`RlhfConfig`), and the keys of a whole run."""
 
-    # file or glob of prompts (.jsonl or .txt, a request a line); none: the beginnings of stage.corpus' documents, up to
-    # where the assistant's turn is
+    # file or glob of prompts (.jsonl or .txt, one request per line); empty: the documents of stage.corpus up to the
+    # assistant's turn
     prompts_from: str = ""
-    held_out_from: str = ""  # the same for held-out prompts; none: those of prompts_from that a hash keeps out, or val
-    reward_model: str = AUTO  # run of stage reward; auto: the one under the same run_id
-    held_out_prompts: int = 64  # for the win rate before the first iteration and after the last; 0: it is not measured
-    table_rollouts: int = 16  # that samples/step_N.jsonl shows, every stage.eval_every iterations
-    # with rlhf.pretrain_coefficient above 0: text whose next-token loss is added to the policy's in every update
+    held_out_from: str = ""  # file of held-out prompts; empty: one in 16 of prompts_from by hash, or the val split
+    reward_model: str = AUTO  # run of stage reward; auto: the run with the same run_id
+    held_out_prompts: int = 64  # for the win rate before the first and after the last iteration; 0: not measured
+    table_rollouts: int = 16  # rollouts in samples/step_N.jsonl, every stage.eval_every iterations
+    # with rlhf.pretrain_coefficient above 0: text whose next-token loss is added to the policy loss of every update
     pretrain_corpus: str = "code"
     pretrain_mix: dict[str, float] = field(default_factory=dict)  # share of its sequences from other corpora, by name
-    pretrain_sequences: int = 16  # an update, over all ranks
+    pretrain_sequences: int = 16  # per update over all ranks
     pretrain_seq_len: int = 256  # tokens
     pool: RolloutPoolConfig = field(default_factory=RolloutPoolConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # a part of no weight is none: so a command can take away what a file of conf/ gives
+        # weight 0 removes a part, so that a command can remove parts of conf/
         self.rewards = {name: part for name, part in self.rewards.items() if part.weight}
         for key in ("held_out_prompts", "table_rollouts"):
             require(getattr(self, key) >= 0, f"rlhf.{key}", getattr(self, key), "0 or a positive integer")
@@ -73,18 +73,18 @@ class RlhfRunGroup(RlhfConfig):
 
     @property
     def asks_reward_model(self) -> bool:
-        """Whether a part of the reward is the reward model's score."""
+        """Whether the reward has a part with kind reward_model."""
         return any(part.kind == "reward_model" for part in self.rewards.values())
 
     @property
     def pretrain_streams(self) -> tuple[str, ...]:
-        """The corpora of the pretraining text: none where it has no weight."""
+        """The corpora of pretraining text; none if its coefficient is 0."""
         return (self.pretrain_corpus, *sorted(self.pretrain_mix)) if self.pretrain_coefficient else ()
 
 
 @dataclass
 class RlhfRunConfig(Config):
-    """The whole configuration where the stage is `rlhf`."""
+    """The whole configuration of stage `rlhf`."""
 
     rlhf: RlhfRunGroup = MISSING
 
@@ -111,7 +111,7 @@ class RlhfRunConfig(Config):
 
     @property
     def ranked_corpora(self) -> frozenset[str]:
-        """The corpora of rankings, whose rows are no text to go on with."""
+        """The configured corpora of rankings."""
         return frozenset(corpora_of_form(self.corpus, "ranking"))
 
     def check_stage(self) -> None:
@@ -125,12 +125,12 @@ class RlhfRunConfig(Config):
             f"at least model.max_seq_len={longest}",
         )
         mixed = [name for name in self.stage.streams if name != self.stage.corpus]
-        accepted = "none: prompts are of stage.corpus alone (rlhf.pretrain_mix is of the pretraining text)"
+        accepted = "none: only stage.corpus gives prompts (rlhf.pretrain_mix sets shares of the pretraining text)"
         require(not mixed, "stage.mix", ", ".join(mixed), accepted)
         self._check_pretraining()
 
     def _check_pretraining(self) -> None:
-        """Refuse pretraining text that is none, or does not fit the model."""
+        """Refuse corpora without text, and sequences longer than the model's context."""
         group, longest = self.rlhf, self.model.max_seq_len
         if not group.pretrain_coefficient:
             return
@@ -168,7 +168,7 @@ class Rlhf(TrainingStage):
         return tuple(name for name in self.needs if name in built or name == self.starts_from)
 
     def check(self, config: Config) -> None:
-        """Refuse texts where prompts are asked for: they hold no turn to answer."""
+        """Refuse a corpus of texts as a source of prompts: texts have no turn to answer."""
         prompted = [name for name in config.corpus.corpora if form_of(config.corpus, name) != "text"]
         if not rlhf_config(config).rlhf.prompts_from and config.stage.corpus not in prompted:
             raise ConfigError(
@@ -193,7 +193,7 @@ class Rlhf(TrainingStage):
         console.table("iterations", ("", "first", "last"), rows)
 
     def print_samples(self, run: RunDirectory, console: "Console") -> None:
-        """Print the best, the middle and the worst rollout of the last table."""
+        """Print the best, the middle and the worst rollout of the last file of samples."""
         from dist_lm.chat.template import last_request
 
         rollouts = last_samples(run)
@@ -228,13 +228,13 @@ def one_line(text: str) -> str:
 
 
 def rlhf_config(config: Config) -> RlhfRunConfig:
-    """`config`, which is one of this stage."""
+    """`config` with the type of this stage."""
     assert isinstance(config, RlhfRunConfig)
     return config
 
 
 def check_given(config: RlhfRunConfig) -> None:
-    """Refuse prompts, functions and a reward model that were named and are missing, or are something else.
+    """Refuse prompts, functions or a reward model that are missing or invalid.
 
     Raises:
         ConfigError, ArtefactError: name the key.
@@ -249,7 +249,7 @@ def check_given(config: RlhfRunConfig) -> None:
 
 
 def check_reward_model(config: RlhfRunConfig, shape: ModelConfig) -> None:
-    """Refuse a model that cannot be rlhf.reward_model.
+    """Refuse a model that gives no scores, or has another vocabulary than the policy.
 
     Raises:
         ArtefactError: names the run.
@@ -262,7 +262,7 @@ def check_reward_model(config: RlhfRunConfig, shape: ModelConfig) -> None:
 
 
 def with_reward_run(config: RlhfRunConfig) -> RlhfRunConfig:
-    """`config` with rlhf.reward_model as an absolute path; empty where no part of the reward asks it."""
+    """`config` with rlhf.reward_model as an absolute path; `none` if no part of the reward uses it."""
     found = config.rlhf.reward_model
     if not config.rlhf.asks_reward_model:
         found = "none"

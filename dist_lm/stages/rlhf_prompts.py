@@ -1,7 +1,7 @@
-"""The prompts of stage `rlhf`: beginnings of a corpus' conversations or rankings, or requests from files.
+"""The prompts of stage `rlhf`: beginnings of the conversations or rankings of a corpus, or requests from files.
 
-A prompt of a corpus ends where the assistant is to write. Prompts of val (of a file: one in `HELD_OUT_OF`) are held out
-for the win rate.
+A prompt ends where the assistant's turn begins. The prompts of val (of a file: one in `HELD_OUT_OF` by hash) are held
+out for the win rate.
 """
 
 import hashlib
@@ -28,10 +28,10 @@ Prompts = list[Sequence[int]]
 
 
 def read_all(config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> tuple[Prompts, Prompts]:
-    """(prompts, held-out prompts) as tokens; those that leave no room for an answer are left out, loudly.
+    """(prompts, held-out prompts) as tokens. Prompts too long for an answer are left out with a warning.
 
     Raises:
-        ArtefactError, ConfigError: there are none.
+        ArtefactError, ConfigError: no prompt is left.
     """
     group = config.rlhf
     if group.prompts_from:
@@ -52,17 +52,17 @@ def read_all(config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> 
     compared = [prompt for prompt in held_out if len(prompt) <= room][: group.held_out_prompts]
     if len(compared) < group.held_out_prompts:
         log.info(
-            "held-out prompts: %d, of rlhf.held_out_prompts=%d; the win rate is of these",
+            "held-out prompts: %d, fewer than rlhf.held_out_prompts=%d; the win rate uses these",
             *(len(compared), group.held_out_prompts),
         )
     return kept, compared
 
 
 def check_prompts(group: RlhfRunGroup) -> None:
-    """Refuse files of prompts and functions that a run would stop at.
+    """Refuse invalid files of prompts and reward functions before the run starts.
 
     Raises:
-        ConfigError, ArtefactError: name the key, and file and line.
+        ConfigError, ArtefactError: name the key, file and line.
     """
     for key, where in ((PROMPTS_FROM, group.prompts_from), (HELD_OUT_FROM, group.held_out_from)):
         if where:
@@ -74,7 +74,7 @@ def check_prompts(group: RlhfRunGroup) -> None:
 
 
 def _of_corpus(directory: Path, split: str) -> Prompts:
-    """What stands before the first token that the assistant wrote: in a ranking before its completions."""
+    """The tokens of each document before the first learned token: before the assistant's turn, or the completions."""
     corpus = MappedCorpus.open(directory, split)
     if not corpus.has_mask:
         raise ArtefactError(
@@ -100,7 +100,7 @@ def _of_files(where: str, key: str, tokenizer: Tokenizer) -> Prompts:
 
 
 def _prompts_of(where: str, key: str) -> Iterator[Prompt]:
-    """The prompts of the files that `key` names; one that cannot be read, or none at all, is an error."""
+    """The prompts of the files that `key` names. An invalid prompt, or none at all, is an error."""
     prompt = None
     for prompt in read_prompts(find_prompts(where, key=key)):
         if prompt.error:

@@ -1,4 +1,4 @@
-"""Samples from the model at the end of a stage, kept in the run's `samples/` folder."""
+"""Samples of the model at the end of a stage, written to the `samples/` folder of the run."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -13,22 +13,22 @@ from dist_lm.stages.text import SampledConfig
 from dist_lm.stages.training import Closing
 from dist_lm.storage import durable
 
-CACHE_TOKENS = 8192  # room for some dozens of samples at a time
+CACHE_TOKENS = 8192  # enough for some dozens of samples at the same time
 
 
 @dataclass(frozen=True)
 class Sample:
     """One generated text."""
 
-    index: int  # among all samples of this step: the seed of its random numbers
+    index: int  # among all samples of this step; also the seed of its random numbers
     language: str
     prompt: str
     completion: str
-    finished: bool  # ended by itself, not by max_new_tokens
+    finished: bool  # ended with end-of-text, not at max_new_tokens
 
 
 def sample_prompts(closing: Closing) -> list[Sample]:
-    """Every prompt of stage.sampling, several times; ranks share the work and all get the whole list (collective)."""
+    """Samples for every prompt of stage.sampling; ranks share the work and all get every sample (collective)."""
     assert isinstance(closing.config, SampledConfig)
     config = closing.config.stage.sampling
     wanted = [
@@ -51,19 +51,19 @@ def sample_prompts(closing: Closing) -> list[Sample]:
         for index, (_, prompt) in enumerate(wanted)
     ]
     return [
-        # end-of-text stands for no text
+        # `decode` drops end-of-text
         Sample(index, *wanted[index], completion=tokenizer.decode(done.tokens), finished=done.finish == "eot")
         for index, done in enumerate(answer_all(closing, requests, "stage.sampling"))
     ]
 
 
 def answer_all(closing: Closing, requests: list[Request], name: str, model: Transformer | None = None) -> list[Answer]:
-    """The answer to each request; ranks share the work and all get the whole list (collective).
+    """The answer to each request. Ranks share the work, and every rank gets all answers (collective).
 
     Args:
         requests: the same on every rank; their ids are their numbers.
-        name: what messages call them.
-        model: that is asked, a plain one, the same on every rank; none: the one that is trained.
+        name: name of the requests in messages.
+        model: unsharded model, the same on every rank; None: the trained model.
     """
     if not requests:
         return []
@@ -77,7 +77,7 @@ def answer_all(closing: Closing, requests: list[Request], name: str, model: Tran
         dtype=weight.dtype,
         device=weight.device,
     )
-    del model, weight  # the engine has its own
+    del model, weight  # the engine holds its own weights
     for request in requests[closing.world.rank :: closing.world.size]:
         engine.submit(request)
     own = []
@@ -93,7 +93,7 @@ def answer_all(closing: Closing, requests: list[Request], name: str, model: Tran
 
 
 def keep_samples(closing: Closing, samples: list[Sample], verdicts: list[dict]) -> None:
-    """Write `samples/step_N.jsonl`: one object a sample, with what was found of it (first rank only)."""
+    """Write `samples/step_N.jsonl` on the first rank: one object per sample with its verdict."""
     if closing.world.is_first and samples:
         lines = [
             json.dumps(asdict(sample) | verdict, ensure_ascii=False)

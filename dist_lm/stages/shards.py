@@ -1,7 +1,7 @@
 """Stage `shards`: tokenizes the corpora into work/corpora/NAME/*.tar, each with an index and a manifest.
 
-Fingerprints say what the files of a work directory depend on: they are recorded beside the files and compared before
-the files are used again.
+A fingerprint holds the settings that the files of a work directory depend on. It is stored with the files and compared
+before they are used again.
 """
 
 import hashlib
@@ -63,15 +63,15 @@ class Shards(ArtefactStage):
     in_pipeline = True
 
     def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
-        """Build what later stages read, and no other corpus."""
+        """Build only the corpora that later stages read."""
         read = sorted({name for reader in readers for name in reader.streams})
         return replace(config, stage=replace(own(config), corpora=read))
 
     def inspect(self, config: Config) -> Artefact:
-        """What is in work/corpora.
+        """Inspect work/corpora.
 
         Raises:
-            ArtefactError: a corpus was made from another text, or with another tokenizer than work/tokenizer.
+            ArtefactError: a corpus was made from another text or with another tokenizer.
         """
         work = WorkDirectory(Path(config.work_dir))
         names = wanted_corpora(config)
@@ -88,7 +88,7 @@ class Shards(ArtefactStage):
         return Artefact(True, f"corpora {', '.join(names)}: {tokens:,} training tokens")
 
     def build(self, config: Config, console: "Console") -> None:
-        """Tokenize every wanted corpus that is not there or damaged."""
+        """Tokenize every missing or damaged corpus."""
         missing = missing_corpora(config)
         texts = any(form_of(config.corpus, name) == "text" for name in missing)
         local = LocalText.read(config.corpus, config.seed) if texts else LocalText({}, set())
@@ -100,20 +100,20 @@ class Shards(ArtefactStage):
 
 
 def own(config: Config) -> CorporaStageConfig:
-    """The `stage` group, which is one of a stage that builds corpora."""
+    """The `stage` group with the type of a stage that builds corpora."""
     assert isinstance(config.stage, CorporaStageConfig)
     return config.stage
 
 
 def wanted_corpora(config: Config) -> list[str]:
-    """Those of `stage.corpora`, else all that are configured; rankings are the work of stage `rankings`."""
+    """The corpora in `stage.corpora`, else all configured ones, without rankings (stage `rankings` builds those)."""
     chosen = own(config).corpora
     names = [name for name in config.corpus.corpora if chosen is None or name in chosen]
     return [name for name in names if form_of(config.corpus, name) != "ranking"]
 
 
 def missing_corpora(config: Config) -> list[str]:
-    """The wanted corpora that are not there, or damaged: all that is needed to build them again is."""
+    """The wanted corpora that are missing or damaged."""
     work = WorkDirectory(Path(config.work_dir))
     return [name for name in wanted_corpora(config) if not is_whole(work.corpus(name))]
 
@@ -137,7 +137,7 @@ def is_whole(directory: Path) -> bool:
 
 
 def check_corpus(config: Config, name: str) -> None:
-    """Refuse a corpus that was made from another text, or with another tokenizer.
+    """Refuse a corpus that was made from another text or with another tokenizer.
 
     Raises:
         ArtefactError: names the folder and the way out.
@@ -151,7 +151,7 @@ def check_corpus(config: Config, name: str) -> None:
         )
     if not work.tokenizer_model.exists():
         raise ArtefactError(
-            f"{work.corpus(name)} is there but not the tokenizer it was made with: restore {work.tokenizer_model}, "
+            f"{work.corpus(name)} exists, but its tokenizer is missing: restore {work.tokenizer_model}, "
             f"or remove {work.path / 'corpora'} to build both again"
         )
     manifest.require_tokenizer(durable.sha256_of(work.tokenizer_model), work.corpus(name))
@@ -160,14 +160,14 @@ def check_corpus(config: Config, name: str) -> None:
 def build_corpus(
     config: Config, name: str, local: LocalText, console: "Console", encode: Encode = encode_document
 ) -> None:
-    """Write the tars of one corpus; the manifest comes last and makes it whole."""
+    """Write the tars of one corpus. The manifest is written last and completes the corpus."""
     work = WorkDirectory(Path(config.work_dir))
     directory = work.corpus(name)
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in directory.iterdir():
         leftover.unlink()
     report = IngestReport()
-    splits: deque[str] = deque()  # of the documents on their way through the encoder, which keeps their order
+    splits: deque[str] = deque()  # splits of the documents inside the encoder, which keeps their order
 
     def documents() -> Iterator[Document]:
         for split, document in read_corpus(config.corpus, name, config.seed, report, local):
