@@ -115,7 +115,7 @@ run_once() {
   if running "$head_step"; then head_ran=yes; fi
   [ "$code" -le 128 ] || [ -n "$stop" ] || pause 1 # the same signal may reach the driver first
   stop_ray
-  # a head that had to be killed was well until then: only its clean-up was slow
+  # a head that ran and had to be killed was healthy; only its clean-up was slow
   case $head_ran:$head_code in yes:0 | yes:killed) head_well=yes ;; esac
   judge "$code" "$head_well"
 }
@@ -137,7 +137,7 @@ outcome_of() { # STOP DRIVER_CODE HEAD_WELL CODE_BEFORE
   elif [ "$1" = USR1 ] && [ "$2" != 0 ] && [ "$2" != 2 ]; then
     echo requeue
   elif [ "$3" = no ] && [ "$2 $4" != "0 0" ]; then
-    # a driver whose Ray dies may leave with 0; a second start that finds everything complete confirms it
+    # a driver whose Ray dies may exit with 0; a second start that finds everything complete confirms success
     echo lost
   else
     case $2 in

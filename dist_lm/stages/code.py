@@ -16,7 +16,7 @@ class Code(TextStage):
     starts_from = "language"
 
     def after_training(self, closing: Closing) -> dict[str, float]:
-        """`code/parses_LANGUAGE`: samples, prompt included, that their language's parser accepts."""
+        """`code/parses_LANGUAGE`: share of samples, prompt included, that parse."""
         import torch.distributed as dist
 
         from dist_lm.sandbox.syntax import parses_continued

@@ -1,4 +1,4 @@
-"""Stage `language`: next-token prediction on English; leaves a checkpoint and a few samples."""
+"""Stage `language`: next-token prediction on English; writes a checkpoint and a few samples."""
 
 from dist_lm.stages.text import TextStage
 from dist_lm.stages.training import Closing
@@ -8,7 +8,7 @@ class Language(TextStage):
     name = "language"
 
     def after_training(self, closing: Closing) -> dict[str, float]:
-        """Keep samples for people to read."""
+        """Write samples."""
         from dist_lm.stages.sampling import keep_samples, sample_prompts
 
         samples = sample_prompts(closing)

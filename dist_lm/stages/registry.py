@@ -27,7 +27,7 @@ def _added() -> dict[str, str]:
 
 
 def stage_names() -> tuple[str, ...]:
-    """All stages, in the order of the pipeline; added ones last."""
+    """Names of all stages in the order of the pipeline; stages of other packages come last."""
     return (*OWN, *sorted(_added()))
 
 
@@ -36,7 +36,7 @@ def stage_named(name: str) -> Stage:
     """The stage of that name.
 
     Raises:
-        ConfigError: there is none, or the entry point of another package does not name a stage.
+        ConfigError: the name is unknown, or the entry point of another package does not name a stage.
     """
     if name in OWN:
         return importlib.import_module(f"dist_lm.stages.{name}").STAGE

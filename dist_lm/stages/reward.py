@@ -33,13 +33,13 @@ COLUMNS = {  # figure -> its column in the summary
 
 @dataclass
 class RewardConfig:
-    """What stage reward learns from a ranking, and what its scores are measured on at its end."""
+    """What stage reward learns from a ranking, and the samples whose scores it measures at the end."""
 
     # rankings: every one whole | pairs: of K completions K - 1 pairs, drawn once | one_pair: one of these
     learn_from: str = "rankings"
     label_noise: float = 0.0  # share of neighbouring ranks, and of judgements, that are swapped in train
-    normaliser_prompts: int = 256  # of val, which the reference policy answers; 0: the completions of val are scored
-    normaliser_new_tokens: int = 128  # of an answer, at most
+    normaliser_prompts: int = 256  # prompts of val that the initial model answers; 0: score the completions of val
+    normaliser_new_tokens: int = 128  # longest of these answers
 
     def __post_init__(self) -> None:
         require(
@@ -94,7 +94,7 @@ class Reward(TrainingStage):
         return reward_ranks.score_samples(closing)
 
     def result(self, config: Config, run: RunDirectory, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """`normaliser`, which stage rlhf reads."""
+        """`normaliser`: mean and standard deviation of scores, for stage rlhf."""
         from dist_lm.rlhf.reward_model import KEY
 
         return {KEY: {"mean": metrics["reward/score_mean"], "std": metrics["reward/score_std"]}}

@@ -1,4 +1,4 @@
-"""What a stage is: one object in one file, from what it reads to what it tells people.
+"""The interface of a stage: one object in one file, from its inputs to its summary.
 
 A stage runs in one of three places: in the launcher's own process (`ArtefactStage`), on a gang of ranks
 (`dist_lm.stages.training.TrainingStage`), or on a pool of generation engines (`PoolStage`). The launcher calls the
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Action(Enum):
-    """What the launcher does about a stage."""
+    """What the launcher must do for a stage."""
 
     READY = "there"
     BUILD = "build"
@@ -45,7 +45,7 @@ class Place(Enum):
 
 @dataclass(frozen=True)
 class Look:
-    """The state of a stage's output, and what the launcher must do about it."""
+    """The state of a stage's output, and the action that the launcher must take."""
 
     config: Config  # with references resolved: `stage.init_from` is `none` or an absolute path
     action: Action
@@ -79,12 +79,12 @@ class Stage(ABC):
     schema: ClassVar[type[Config]] = Config  # the stage's own keys are fields of `schema`'s `stage` group
     needs: ClassVar[tuple[str, ...]] = ()  # stages whose output it reads
     starts_from: ClassVar[str | None] = None  # stage whose checkpoint `stage.init_from=auto` names
-    in_pipeline: ClassVar[bool] = False  # `stage=pipeline` runs all stages that say so
+    in_pipeline: ClassVar[bool] = False  # whether `stage=pipeline` runs it
     conf: ClassVar[Path | None] = None  # folder that holds stage/NAME.yaml, for stages outside this package
     # lines of key figures; the closing table shows the first line whose metrics the run has
     key_figures: ClassVar[tuple[tuple[KeyFigure, ...], ...]] = ()
     curve: ClassVar[str] = "train/loss"  # metric whose curve the closing table shows
-    writes_text: ClassVar[bool] = False  # its checkpoint can be talked to
+    writes_text: ClassVar[bool] = False  # `dist-lm generate` can load its checkpoint
 
     def needed(self, config: Config) -> tuple[str, ...]:
         """The stages of `needs` whose output this configuration reads."""
@@ -116,36 +116,36 @@ class Stage(ABC):
 
     @abstractmethod
     def output(self, config: Config) -> Path:
-        """The folder that people are pointed to."""
+        """The output folder that messages name."""
 
     @abstractmethod
     def summarize(self, config: Config, console: "Console") -> None:
-        """Print what came out: figures, samples, paths."""
+        """Print the results: figures, samples, paths."""
 
     def print_samples(self, run: RunDirectory, console: "Console") -> None:  # noqa: B027  most stages write none
         """Print samples of a finished run."""
 
     def progress(self, config: Config) -> str:
-        """What the next command continues from, for people."""
+        """What the next command continues from, for messages."""
         return "the files that are there"
 
     def figures(self, result: Mapping[str, Any]) -> str:
-        """The figures of `result.json` that the closing table shows, where `key_figures` do not say so."""
+        """Figures of `result.json` for the closing table, in addition to `key_figures`."""
         return ""
 
     def rejection(self, config: Config) -> str:
-        """Why the finished stage counts as failed; empty: it does not."""
+        """Why the finished stage counts as failed; empty if it succeeded."""
         return ""
 
 
 class ArtefactStage(Stage):
-    """A stage that builds files that runs share, in the launcher's process."""
+    """A stage that builds files in the launcher's process. All runs of a work directory share these files."""
 
     place = Place.LAUNCHER
 
     @abstractmethod
     def inspect(self, config: Config) -> "Artefact":
-        """What is in the work directory.
+        """Inspect the work directory.
 
         Raises:
             ArtefactError: the files were made with other settings.
@@ -165,16 +165,16 @@ class ArtefactStage(Stage):
 
 @dataclass(frozen=True)
 class Artefact:
-    """What an artefact stage found of its output."""
+    """The state of an artefact stage's output."""
 
     ready: bool
     detail: str  # one line for the plan
 
 
 class PoolWork(ABC):
-    """The work of one run of a pool stage: requests for engines, and a place for their answers."""
+    """The work of one run of a pool stage: gives requests to engines and stores their answers."""
 
-    count: int  # prompts in all
+    count: int  # prompts of the run
 
     @property
     @abstractmethod
@@ -187,11 +187,11 @@ class PoolWork(ABC):
 
     @abstractmethod
     def metrics(self) -> dict[str, float]:
-        """What is counted so far, under the names of the metrics file."""
+        """Counts so far, under the names of the metrics file."""
 
     @abstractmethod
     def requests(self) -> "Iterator[Request]":
-        """The requests that are missing."""
+        """The requests without an answer."""
 
     @abstractmethod
     def take(self, result: "Answer | Refusal") -> None:
@@ -199,7 +199,7 @@ class PoolWork(ABC):
 
     @abstractmethod
     def result(self) -> dict[str, Any]:
-        """What `result.json` says of finished work."""
+        """Fields of `result.json` for finished work."""
 
 
 class PoolStage(Stage):
@@ -217,7 +217,7 @@ class PoolStage(Stage):
 
     @abstractmethod
     def engine(self, config: Config) -> tuple["EngineOptions", int, int]:
-        """(size of an engine, GPUs an engine, engines; -1: as many as fit)."""
+        """(size of an engine, GPUs per engine, number of engines; -1: as many as fit)."""
 
     @abstractmethod
     def work(self, config: Config, run: RunDirectory, tokenizer: "Tokenizer") -> PoolWork:
@@ -232,11 +232,11 @@ class PoolStage(Stage):
 
 
 def run_of(config: Config) -> RunDirectory:
-    """The run directory that a configuration belongs to."""
+    """The run directory of a configuration."""
     return WorkDirectory(Path(config.work_dir)).run(config.stage.name, config.run_id)
 
 
 def shown_path(path: Path, config: Config) -> str:
-    """A path as the plan shows it: relative to the work directory where it lies inside."""
+    """A path for the plan: relative to the work directory if it is inside."""
     work = Path(config.work_dir)
     return str(path.relative_to(work) if path.is_relative_to(work) else path)

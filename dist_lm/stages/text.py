@@ -51,7 +51,7 @@ class TextStage(TrainingStage):
     writes_text = True
 
     def check(self, config: Config) -> None:
-        """Refuse rankings: the worst completions would be learned as the best are."""
+        """Refuse rankings: training would learn bad completions like good ones."""
         stage = config.stage
         mixed = [("stage.mix", name) for name in stage.mix or {}]
         for key, name in (("stage.corpus", stage.corpus), *mixed):
@@ -76,7 +76,7 @@ class TextStage(TrainingStage):
         return StageData(open_stream(opening), evaluator(opening), bytes_per_token(opening.run, opening.config))
 
     def result(self, config: Config, run: RunDirectory, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """`gzip_bits_per_byte`: what `gzip -9` makes of the held-out documents, one by one."""
+        """`gzip_bits_per_byte`: bits per byte of `gzip -9` on each held-out document alone."""
         from dist_lm.data.evaluation_batches import gzip_bits_per_byte
         from dist_lm.data.mapped import MappedCorpus
         from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -122,7 +122,7 @@ def open_stream(opening: Opening) -> "SequenceStream":
 
 
 def evaluator(opening: Opening) -> "Evaluate":
-    """Loss and bits per byte on val: of the stage's corpus by language, of each mixed corpus in one figure."""
+    """Loss and bits per byte on val: by language for the stage's corpus, one figure for each mixed corpus."""
     from dist_lm.data.evaluation_batches import evaluation_batches
     from dist_lm.data.mapped import MappedCorpus
     from dist_lm.training.objective import loss_metrics, mixed_metrics, summed_losses
@@ -159,7 +159,7 @@ def evaluator(opening: Opening) -> "Evaluate":
 
 
 def bytes_per_token(run: RunDirectory, config: Config) -> float:
-    """UTF-8 bytes of text a token of the training splits, weighted by the corpora's shares of all sequences."""
+    """UTF-8 bytes per token of the training splits, weighted by the corpora's shares of all sequences."""
     from dist_lm.data.manifest import read_manifest
 
     mix = config.stage.mix or {}
@@ -169,7 +169,7 @@ def bytes_per_token(run: RunDirectory, config: Config) -> float:
 
 
 def print_compression(result: Mapping[str, Any], corpus: str, console: "Console") -> None:
-    """Print bits per byte on held-out documents beside `gzip -9` of the same documents one by one."""
+    """Print bits per byte on held-out documents, and those of `gzip -9` on each document alone."""
     baseline = result["gzip_bits_per_byte"]
     if not baseline:
         return

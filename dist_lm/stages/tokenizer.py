@@ -1,4 +1,4 @@
-"""Stage `tokenizer`: reads the train split of all texts, leaves work/tokenizer/{tokenizer.model,report.json}."""
+"""Stage `tokenizer`: reads the train split of all texts, writes work/tokenizer/{tokenizer.model,report.json}."""
 
 import json
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ class TokenizerStage(ArtefactStage):
     in_pipeline = True
 
     def inspect(self, config: Config) -> Artefact:
-        """What is in work/tokenizer.
+        """Inspect work/tokenizer.
 
         Raises:
             ArtefactError: it has another format, was trained on another text, or has another vocabulary.

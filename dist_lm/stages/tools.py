@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dist_lm.generation.request import Answer, Request
     from dist_lm.tracking.console import Console
 
-ROOM = 32  # tokens of an answer beyond twice those of the right one
+ROOM = 32  # an answer may have this many tokens more than twice those of the right answer
 COLUMNS = {  # figure -> its column in the summary
     "parses": "parses",
     "valid_call": "fits a tool",
@@ -41,10 +41,10 @@ OVERALL = ("parallel_exact", "false_refusals")
 
 @dataclass
 class QuestionsConfig:
-    """Questions to the model about held-out conversations, before the first step and after the last."""
+    """Questions about held-out conversations, before the first and after the last step."""
 
-    per_kind: int = 200  # questions about each kind of conversation, at most; 0: no questions
-    max_new_tokens: int = 256  # of an answer
+    per_kind: int = 200  # largest number of questions about each kind of conversation; 0: no questions
+    max_new_tokens: int = 256  # longest answer
 
     def __post_init__(self) -> None:
         require(self.per_kind >= 0, "stage.questions.per_kind", self.per_kind, ">= 0")
@@ -153,7 +153,7 @@ def requests_of(questions: "Sequence[Asked]", end_id: int, max_new_tokens: int) 
 def keep(
     closing: Closing, questions: "Sequence[Asked]", answers: "Sequence[Answer]", verdicts: "Sequence[Verdict]"
 ) -> None:
-    """Write `samples/step_N.jsonl`: one object a question."""
+    """Write `samples/step_N.jsonl`: one object per question."""
     from dist_lm.evaluation.tool_questions import shown
 
     lines = []

@@ -1,4 +1,4 @@
-"""Stages that train on a gang of ranks: how the launcher sees their runs, and what a rank asks of them."""
+"""Stages that train on a gang of ranks: their interface to the launcher and to ranks."""
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dist_lm.training.objective import Objective
     from dist_lm.training.trainer import Evaluate
 
-# keys that may change between two commands on one run: where it runs and how it is watched, not what it computes
+# keys that may change when a run is continued: placement and tracking, nothing that changes the result
 FREE_KEYS = (
     *("work_dir", "prerequisites", "dry_run", "device", "hardware.", "cluster.", "tracking.", "tokenizer.workers"),
     *("parallel.auto", "parallel.dp_replicate", "parallel.dp_shard", "parallel.tp", "parallel.sp"),
@@ -41,7 +41,7 @@ SAMPLE_LINES = 12
 
 @dataclass(frozen=True)
 class Opening:
-    """What a rank has when a stage opens its data."""
+    """Arguments of `TrainingStage.open_data` on a rank."""
 
     config: Config
     run: RunDirectory
@@ -55,7 +55,7 @@ class Opening:
 
 @dataclass(frozen=True)
 class StageData:
-    """What a rank trains on and is evaluated on."""
+    """Training stream and evaluation of a rank."""
 
     stream: "StepStream"
     evaluate: "Evaluate"
@@ -64,7 +64,7 @@ class StageData:
 
 @dataclass(frozen=True)
 class Closing:
-    """What every rank has after the last step, and before the first."""
+    """Arguments of `before_training` and `after_training` on a rank."""
 
     config: Config
     run: RunDirectory
@@ -72,7 +72,7 @@ class Closing:
     tokenizer: "Tokenizer"
     model: "Callable[[], Transformer]"  # makes a whole copy of the model on every rank (collective)
     step: int
-    alive: Callable[[], None] = lambda: None  # call it as work progresses
+    alive: Callable[[], None] = lambda: None  # writes a heartbeat; call it regularly
 
 
 class TrainingStage(Stage):
@@ -82,7 +82,7 @@ class TrainingStage(Stage):
     program: ClassVar[str] = "dist_lm.ranks.program"  # module whose `run_rank` every rank runs
     free_keys: ClassVar[tuple[str, ...]] = FREE_KEYS
     key_figures = ((BITS_PER_BYTE,), (VAL_LOSS,), (TRAIN_LOSS,))
-    unit: ClassVar[str] = "tokens"  # that its result counts
+    unit: ClassVar[str] = "tokens"  # unit of `tokens` in its result
 
     # on ranks
 
@@ -103,15 +103,15 @@ class TrainingStage(Stage):
         return {}
 
     def result(self, config: Config, run: RunDirectory, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """What `result.json` says beside the common fields (first rank).
+        """Additional fields of `result.json` (first rank).
 
         Args:
-            metrics: of the last step.
+            metrics: metrics of the last step.
         """
         return {}
 
     def example_batch(self, config: Config) -> "Batch | None":
-        """A micro-batch for the dry run; None: one of tokens to predict."""
+        """A micro-batch for the dry run; None: random tokens for next-token prediction."""
         return None
 
     # in the launcher
@@ -131,7 +131,7 @@ class TrainingStage(Stage):
         run = run_of(config)
         config = self.resolved(with_start(self, config), run.result.exists())
         if run.config.exists() and has_output(run):
-            # a later stage uses only the weights of a finished run, however they were trained
+            # a later stage uses only the weights of a finished run, so only the model must be the same
             keys = "" if is_target or not run.result.exists() else "model."
             conflicts = differing_keys(load_config(run.config), config, keys, self.free_keys)
             if not is_target:
@@ -205,7 +205,7 @@ class TrainingStage(Stage):
         """The stage's own lines of the summary's last box."""
         return iter(())
 
-    packed: ClassVar[str] = "conversations"  # what is packed whole into sequences
+    packed: ClassVar[str] = "conversations"  # kind of documents that are packed whole
 
     def packing_text(self, packing: Mapping[str, Any]) -> str:
         """How documents that are packed whole fill their sequences."""
@@ -218,14 +218,14 @@ class TrainingStage(Stage):
 
 
 def training_stage(name: str) -> TrainingStage:
-    """The stage of that name, which trains."""
+    """The training stage of that name."""
     stage = stage_named(name)
     assert isinstance(stage, TrainingStage), f"stage {name} does not train"
     return stage
 
 
 def print_before_and_after(result: Mapping[str, Any], console: "Console") -> None:
-    """Print the loss on held-out documents before the first step and after the last, where both were measured."""
+    """Print the loss on held-out documents before the first and after the last step, if both were measured."""
     before, after = result.get("before", {}), result["metrics"]
     names = [name for name in after if name.startswith("val/loss") and name in before]
     if names:
@@ -248,9 +248,9 @@ def last_samples(run: RunDirectory) -> list[dict[str, Any]]:
 
 
 def with_start(stage: Stage, config: Config) -> Config:
-    """`config` with `stage.init_from` as `none` or a path; `auto` is the run of the stage before, of the same run_id.
+    """`config` with `stage.init_from` as `none` or an absolute path; ranks may run in another folder.
 
-    The path is absolute, since ranks may run in another folder.
+    `auto` becomes the run of the previous stage with the same run_id.
     """
     start = config.stage.init_from
     if start == "auto":
@@ -260,7 +260,7 @@ def with_start(stage: Stage, config: Config) -> Config:
 
 
 def has_output(run: RunDirectory) -> bool:
-    """Whether a run has anything that other settings would contradict: a checkpoint or its result."""
+    """Whether a run has a checkpoint or a result, which other settings would contradict."""
     return run.result.exists() or checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST) is not None
 
 
@@ -287,7 +287,7 @@ def differing_keys(old: Config, new: Config, prefix: str, free: tuple[str, ...])
 
 
 def _differences(before: Any, after: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(key, before, after) of what differs; a mapping that only one of them has is one difference."""
+    """(key, before, after) of each difference. A mapping on one side only is one difference."""
     if isinstance(before, dict) and isinstance(after, dict):
         for name in sorted(before.keys() | after.keys()):
             yield from _differences(before.get(name), after.get(name), f"{key}.{name}".removeprefix("."))
