@@ -142,7 +142,7 @@ def evaluation_batches(
 
 
 def spread(n: int, limit: int) -> np.ndarray:
-    """`limit` of the numbers 0 .. n-1 at even distances; all of them if `limit` is 0 or not less than n."""
+    """`limit` of the numbers 0 .. n-1 at even distances; all numbers if `limit` is 0 or at least n."""
     return np.arange(n) if limit == 0 or limit >= n else np.arange(limit) * n // limit
 
 

@@ -1,4 +1,4 @@
-"""Keyed shuffles: every order of data and every draw from it, with the keys of all of them in one place.
+"""Keyed shuffles: every order of data and every random choice of data, with all keys in one place.
 
 A shuffle sorts the numbers 0, 1, ... by the outputs of SplitMix64 (Steele, Lea and Flood, 'Fast splittable
 pseudorandom number generators', OOPSLA 2014). Its outputs are a bijection of its counter, so there are no ties, and
@@ -51,7 +51,7 @@ def splitmix64(seed: int, n: int) -> np.ndarray:
 
 
 def key(*words: int) -> int:
-    """One 64-bit key of several integers, each of them and their order mattering."""
+    """One 64-bit key of several integers; depends on each integer and on their order."""
     value = 0
     for word in words:
         value = int(splitmix64((value + word) % _WORD, 1)[0])

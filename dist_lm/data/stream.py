@@ -22,11 +22,11 @@ from dist_lm.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class StepData:
-    """What one rank takes through the model in one optimizer step."""
+    """The data of one rank for one optimizer step."""
 
-    position: int  # sequences consumed over all ranks once this step is done: the state of the stream
+    position: int  # sequences consumed over all ranks after this step: the state of the stream
     micro_batches: list[Batch]
-    tokens: int  # of them, without padding
+    tokens: int  # tokens of the micro-batches, padding excluded
 
 
 class StepStream(Iterator[StepData]):

@@ -174,11 +174,11 @@ class RankingBatches:
 
 
 def lesson(verdict: Verdict, learn_from: str, label_noise: float, seed: int, number: int) -> Verdict:
-    """What stage reward learns from a verdict.
+    """The part of a verdict that stage reward learns from.
 
     Args:
-        learn_from: `rankings`: as it is. `pairs`: of K ranked completions K - 1 pairs, as many as a ranking has
-            choices. `one_pair`: one of them.
+        learn_from: `rankings`: the whole verdict. `pairs`: K - 1 pairs of K ranked completions, as many as a ranking
+            has choices. `one_pair`: one of these pairs.
         label_noise: see `noisy`.
         number: of the ranking in its corpus.
     """
@@ -206,7 +206,7 @@ def noisy(verdict: Verdict, share: float, word: int) -> Verdict:
 
 
 def drawn_pairs(verdict: Verdict, count: int, word: int) -> Verdict:
-    """`count` of the pairs that ranks tell apart (or all of them), as judgements without a margin."""
+    """`count` (at most all) of the pairs with different ranks, as judgements without a margin."""
     ranks = verdict.ranks.tolist()
     pairs = [
         (one, other) if ranks[one] < ranks[other] else (other, one)

@@ -122,7 +122,7 @@ BY_ROW: dict[str, Callable[[Row], Ranking | None]] = {
 
 
 def _oasst(rows: Iterable[tuple[int, Row]], source: SourceConfig, origin: str) -> Iterator[Candidate]:
-    """Of each language apart: `oasst1_en`. What the messages of a tree hold is found once all of them are read."""
+    """Rankings of oasst1, by language (`oasst1_en`). All rows are read before the trees of messages are built."""
     languages = frozenset(source.only) if source.only else None
     for number, (language, ranking) in enumerate(oasst_rankings((row for _, row in rows), languages)):
         name = f"{origin}:ranking={number}"
@@ -151,7 +151,7 @@ def _ranking(
 
 
 def _thread(message: str | None, messages: dict[str, Row]) -> list[Message]:
-    """The turns down to a message; empty where one of them is gone."""
+    """The turns from the root to a message; empty if a message in between is missing."""
     turns = []
     while message is not None:
         row = messages.get(message)
