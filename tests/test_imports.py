@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 import dist_lm
+from dist_lm.stages.registry import OWN
 
 ROOT = Path(dist_lm.__file__).parent
+STAGES = {*OWN} - {"generate", "tokenizer"}  # these two are also a verb and an artefact
 PACKAGES = (
     ("demo",),  # named from conf by import path
     ("launch", "__main__", "bench"),
@@ -68,3 +70,19 @@ def test_the_launcher_starts_without_torch_ray_and_wandb():
     code = f"import sys, dist_lm.launch, dist_lm.__main__; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+def test_at_the_root_are_the_entry_points_and_what_all_packages_share():
+    found = {path.stem for path in ROOT.glob("*.py")}
+    assert found == {"__init__", "__main__", "launch", "train", "errors", "document"}
+
+
+@pytest.mark.parametrize("path", [ROOT / "launch.py", *sorted((ROOT / "launcher").glob("*.py"))], ids=lambda p: p.name)
+def test_the_launcher_knows_no_stage(path):
+    """Neither a stage's name nor its class: what differs between stages is asked of the stage."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert not (isinstance(node, ast.Constant) and node.value in STAGES), (path.name, node.lineno)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+            asked = ast.unparse(node.args[1])
+            assert "Stage" not in asked, (path.name, node.lineno)
+            assert not asked.endswith("Config") or asked == "Config", (path.name, node.lineno)
