@@ -14,6 +14,8 @@ from dist_lm.tracking.metrics import read_metrics
 from tests.conftest import TINY
 from tests.training_run import linked
 
+pytestmark = pytest.mark.cluster
+
 DEADLINE_S = 240
 STAGE = """
 from dataclasses import dataclass

@@ -155,7 +155,7 @@ def test_consolidate_refuses_what_would_lose_or_spread_something(run, tmp_path, 
     output = tmp_path / "model.safetensors"
     output.write_text("precious")
     assert call(monkeypatch, "consolidate", run, "--output", output) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "the file exists" in capsys.readouterr().err
     assert output.read_text() == "precious"
     assert call(monkeypatch, "consolidate", run, "--output", tmp_path / "model.bin") == 2
     assert "expected a name that ends in .safetensors" in capsys.readouterr().err
@@ -184,7 +184,7 @@ def test_inspect_does_not_show_a_part_as_the_whole(run, monkeypatch, capsys):
 
 def test_a_tensor_that_lacks_a_part_is_refused_whatever_the_manifest_says(run):
     sorted(step_of(run).glob("shard-*"))[0].unlink()
-    with pytest.raises(ArtefactError, match="elements; a file with tensors is missing"):
+    with pytest.raises(ArtefactError, match="elements; a file of tensors is missing"):
         stored_tensors(step_of(run))
 
 

@@ -287,7 +287,7 @@ def test_the_checkpoint_is_the_newest_code_or_language_one_and_stays(trained, cl
         ("stage.top_k=many", r"stage\.top_k=many: expected an integer"),
         ("parallel.tp=6", r"parallel\.tp=6: expected a degree.*more than model\.n_heads"),
         ("stage.stop_tokens=[4,640]", r"stage\.stop_tokens=\[4, 640\]: expected tokens from 0 to 639"),
-        ("stage.logit_bias={-1: 2.0}", r"stage\.logit_bias=\{-1: 2\.0\}: expected tokens from 0 to 511"),
+        ("stage.logit_bias={-1: 2.0}", r"stage\.logit_bias=\{-1: 2\.0\}: expected tokens from 0 to 639"),
         (
             "stage.max_new_tokens=100; stage.cache_tokens=100",
             r"stage\.cache_tokens=100: expected .* 101 tokens",

@@ -13,6 +13,8 @@ from dist_lm.storage.run_directory import WorkDirectory
 from tests.conftest import TINY
 from tests.training_run import linked, write_untrained
 
+pytestmark = pytest.mark.cluster
+
 ROOT = Path(dist_lm.__file__).parent
 DEADLINE_S = 280
 TO_THE_LOSS, ONE_ITERATION = 82, 117  # 65 % of 127 and 180, measured before packages were merged
