@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dist_lm.config.root import save_config
-from dist_lm.data.manifest import Counts, Manifest, Shard, Split
+from dist_lm.data.manifest import FORMAT, Counts, Manifest, Shard, Split
 from dist_lm.launcher.compose import compose_config
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
@@ -98,7 +98,7 @@ def make_corpora(work: WorkDirectory, held: Mapping[str, Mapping[str, int]] = HE
         counts = {language: Counts(tokens // 400, tokens, tokens * 3) for language, tokens in languages.items()}
         train = Split((Shard("train-000000.tar", 1, "0" * 64, sum(counts.values(), Counts())),), counts)
         manifest = Manifest("0" * 64, "0" * 64, {"train": train, "val": train}, {})
-        durable.write_json(work_file(work.corpus_manifest(name)), {"format": 1, **_plain(manifest)})
+        durable.write_json(work_file(work.corpus_manifest(name)), {"format": FORMAT, **_plain(manifest)})
 
 
 def work_file(path: Any) -> Any:
