@@ -178,7 +178,7 @@ def test_shards_of_another_tokenizer_are_refused_by_the_ranks(tiny_work, tmp_pat
     shutil.copytree(tiny_work.path, work.path, dirs_exist_ok=True)
     other = TokenizerConfig(vocab_size=VOCAB_SIZE)
     other_texts = [d.text for language in ("english", "python", "bash") for d in texts(language, 300)]
-    train_tokenizer(other_texts, work.tokenizer_model, other)
+    train_tokenizer([*other_texts, *map(str.upper, other_texts)], work.tokenizer_model, other)
     run = prepare(work, "swapped")
     assert run_forked(run, ranks=1) != 0
     assert "was written with tokenizer" in json.loads(run.rank_failure(0).read_text())["message"]
