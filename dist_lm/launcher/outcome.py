@@ -51,7 +51,7 @@ def print_samples(plan: Plan, console: Console) -> None:
     """Print samples of the earlier stages that this command trained."""
     for planned in plan.missing[:-1]:
         run = run_of(planned.config)
-        if planned.stage.place is Place.RANKS and run.result.exists():
+        if planned.stage.place is Place.RANKS and list(run.samples.glob("step_*.jsonl")):
             console.line(f"samples of stage {planned.name}, more in {run.samples}")
             planned.stage.print_samples(run, console)
 
