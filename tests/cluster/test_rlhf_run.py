@@ -192,7 +192,7 @@ def test_a_launched_run_learns_pretraining_text_beside_the_reward(started_work, 
     work = work_of(started_work, tmp_path)
     code, out, err = finish_launch(launch(work, *PRETRAINING, "rlhf.max_staleness=1"))
     assert code == 0, err
-    assert "loss on pretraining text, nats a token" in out
+    assert "loss on pretraining text, nats per token" in out
     found = numbers(work.run("rlhf", "default"))
     losses = [found[step]["rlhf/pretrain_loss"] for step in range(1, ITERATIONS + 1)]
     assert losses[-1] < losses[0]
