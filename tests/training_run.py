@@ -27,6 +27,7 @@ STEPS = 20
 DEADLINE_S = 120
 SETTINGS = (
     *TINY,
+    "model.init_std=0.1",  # with 0.02 the norm of the small attention gradients differs by 1.1e-5 between layouts
     f"stage.steps={STEPS}",
     "stage.global_batch=8",
     "stage.micro_batch=2",
