@@ -57,7 +57,7 @@ def metrics(
     stage: Annotated[str | None, typer.Option(help="Only the metrics of this stage.")] = None,
 ) -> None:
     """Print every metric: name, unit, better direction, stages, meaning. docs/metrics.md is this output."""
-    from dist_lm.tracking.registry import page
+    from dist_lm.tracking.metrics_page import page
 
     print(page(stage), end="")
 

@@ -26,7 +26,7 @@ from dist_lm.generation.request import Answer
 from dist_lm.launch import check_stage_prefixes
 from dist_lm.launcher.compose import choices, compose_config, overrides_of, target_stage
 from dist_lm.storage.run_directory import RunDirectory
-from dist_lm.tracking.registry import page as metrics_page
+from dist_lm.tracking.metrics_page import page as metrics_page
 from tests.conftest import TINY
 from tests.training_run import linked, write_untrained
 

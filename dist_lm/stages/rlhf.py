@@ -176,9 +176,9 @@ class Rlhf(TrainingStage):
                 f"({', '.join(prompted)}); or give rlhf.prompts_from=FILE"
             )
 
-    def resolved(self, config: Config, begun: bool) -> Config:
+    def resolved(self, config: Config, finished: bool) -> Config:
         own = rlhf_config(config)
-        if not begun:
+        if not finished:
             check_given(own)
         return with_reward_run(own)
 

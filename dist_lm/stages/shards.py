@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SAMPLED = "synthetic_rankings"  # reader whose documents a model wrote
+
 
 @dataclass
 class CorporaStageConfig(StageConfig):
@@ -195,20 +197,19 @@ def build_corpus(
     )
 
 
-SAMPLED = "synthetic_rankings"  # reader whose documents a model wrote
-LATER_KEYS = ("rows", "only")  # of a source: left out where they say nothing, as corpora from before them have none
-
-
 def text_fingerprint(config: Config) -> dict[str, Any]:
-    """What the texts of all corpora depend on: recorded beside artefacts, compared before they are used again.
+    """The settings that the texts of all corpora depend on.
 
-    All together, because a text of one corpus keeps another out of the val split of the next.
+    One fingerprint covers all of them, because a text of one corpus keeps a similar text out of another corpus' val.
     """
     return _fingerprint(config, text_corpora(config.corpus))
 
 
 def corpus_fingerprint(config: Config, name: str) -> dict[str, Any]:
-    """What the documents of one corpus and their tokens depend on. Conversations and rankings stand for themselves."""
+    """The settings that the documents of one corpus and their tokens depend on.
+
+    A corpus of conversations or rankings depends on no other corpus.
+    """
     if form_of(config.corpus, name) == "text":
         return text_fingerprint(config)
     return _fingerprint(config, [name]) | {"format": FORMAT}
@@ -219,10 +220,6 @@ def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
     corpus = asdict(chosen)
     for key in ("documents_per_member", "shard_tokens"):
         corpus.pop(key)
-    for source in (source for sources in corpus["corpora"].values() for source in sources):
-        for key in LATER_KEYS:
-            if not source[key]:
-                del source[key]
     readers = {source.reader: source_traits(source) for sources in chosen.corpora.values() for source in sources}
     found: dict[str, Any] = {
         "seed": config.seed if any(traits.seeded for traits in readers.values()) else None,

@@ -116,11 +116,11 @@ class TrainingStage(Stage):
 
     # in the launcher
 
-    def resolved(self, config: Config, begun: bool) -> Config:
+    def resolved(self, config: Config, finished: bool) -> Config:
         """`config` with the stage's own references as absolute paths.
 
         Args:
-            begun: whether the run has output; references are not checked again then.
+            finished: whether the run has its result; references are not checked again then.
 
         Raises:
             ConfigError, ArtefactError: a reference names nothing, or something else.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from dist_lm.errors import ConfigError, UserError
+from dist_lm.errors import UserError
 
 Better = Literal["lower", "higher", ""]
 """The direction that is an improvement; empty: neither."""
@@ -388,67 +388,3 @@ def _pattern(metric: Metric) -> re.Pattern[str]:
     if not metric.slot:
         return re.compile(re.escape(before))
     return re.compile(re.escape(before) + SLOTS.get(metric.slot, ".+") + re.escape(rest.partition("}")[2]))
-
-
-HEAD = """# Metrics
-
-Generated from `dist_lm/tracking/registry.py` by `python -m dist_lm metrics > docs/metrics.md`; do not edit.
-
-`metrics.jsonl`, wandb, dashboards and reports use these names only. `{slot}` stands for a language, a corpus or a kind.
-A line is written every `stage.log_every` steps (stage generate: about every ten seconds; a step is a prompt).
-Losses and norms are those of the last step; times and speeds are means since the previous line.
-`train/update_ratio`, `perf/straggler_ratio` and `perf/slowest_rank` are on every tenth step and the last line only.
-↓ and ↑ mark the better direction. "text" stands for the stages language, code and tools.
-A group without a column of stages belongs to those in its heading.
-"""
-ARROWS = {"lower": "↓", "higher": "↑", "": ""}
-
-
-def page(stage: str | None = None) -> str:
-    """docs/metrics.md: a Markdown table for each group of metrics.
-
-    Args:
-        stage: only the metrics of this stage.
-
-    Raises:
-        ConfigError: the stage writes no metrics.
-    """
-    metrics = METRICS if stage is None else metrics_of(stage)
-    if not metrics:
-        raise ConfigError(f"--stage {stage}: expected one of {', '.join(MEASURED_STAGES)}")
-    groups = dict.fromkeys(metric.group for metric in metrics)
-    tables = [_markdown(group, [metric for metric in metrics if metric.group == group]) for group in groups]
-    return "\n".join([HEAD, *tables])
-
-
-def _markdown(group: str, metrics: list[Metric]) -> str:
-    """The table of a group; the families of a metric share its row, and stages are named once where all are equal."""
-    rows: dict[str, list[Metric]] = {}
-    single = {metric.name for metric in metrics if not metric.slot}
-    for metric in metrics:
-        rows.setdefault(metric.stem if metric.stem in single else metric.name, []).append(metric)
-    of_group = {_stages(metric) for metric in metrics}
-    columns = ("name", "unit", "meaning") if len(of_group) == 1 else ("name", "unit", "stages", "meaning")
-    title = group if len(of_group) > 1 or group in of_group else f"{group} ({of_group.pop()})"
-    table = [
-        columns,
-        ["---"] * len(columns),
-        *([_cell(members, column) for column in columns] for members in rows.values()),
-    ]
-    return f"## {title}\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in table)
-
-
-def _cell(metrics: list[Metric], column: str) -> str:
-    """A cell of the row of a metric and its families."""
-    first = metrics[0]
-    if column == "name":
-        return ", ".join(f"`{metric.name}`" for metric in metrics)
-    if column == "unit":
-        return f"{first.unit} {ARROWS[first.better]}".strip()
-    if column == "stages":
-        return _stages(first)
-    return f"{first.meaning.removesuffix('.')}, {first.only}." if first.only else first.meaning
-
-
-def _stages(metric: Metric) -> str:
-    return ", ".join(metric.stages).replace(", ".join(TEXT_STAGES), "text")

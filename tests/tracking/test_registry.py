@@ -6,7 +6,8 @@ import pytest
 
 from dist_lm.errors import ConfigError
 from dist_lm.stages.registry import OWN
-from dist_lm.tracking.registry import METRICS, UnknownMetricError, metric_of, metrics_of, page
+from dist_lm.tracking.metrics_page import page
+from dist_lm.tracking.registry import METRICS, UnknownMetricError, metric_of, metrics_of
 
 
 def test_every_name_is_there_once_and_is_of_stages_that_there_are():
