@@ -36,14 +36,14 @@ case " $* " in
 esac
 if [ "$#" -gt 0 ]; then exec python -m pytest "$@"; fi
 
-# tests of several processes, one after the other, beside the others
+# tests of several processes, one after the other, beside the others in two processes: together they use two cores fully
 set -m # or the shell would have those in the background ignore Ctrl-C, which some of them test
 log=$(mktemp)
 python -m pytest -m "cluster and not heavy and not bars" >"$log" 2>&1 &
 cluster=$!
 trap 'if kill -INT "$cluster" 2>/dev/null; then wait "$cluster" || true; fi; rm -f "$log"' EXIT
 failed=0
-python -m pytest -m "not cluster and not heavy and not bars" || failed=$?
+python -m pytest -n 2 --dist worksteal -m "not cluster and not heavy and not bars" || failed=$?
 echo "== tests of several processes"
 wait "$cluster" || failed=$?
 cat "$log"
