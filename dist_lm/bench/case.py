@@ -46,6 +46,13 @@ class Comparison:
     fact: str | None = None  # compare this fact of the trials, in its own unit; None: compare speed
 
 
+def against(own: str, peer: str, why_not: str | None, ceiling: str) -> Comparison:
+    """The comparison with a way `peer`; a peer that cannot run is named with the reason."""
+    if why_not:
+        return Comparison(own, peer_name=f"{peer}: {why_not}", ceiling=ceiling)
+    return Comparison(own, peer, ceiling=ceiling)
+
+
 @dataclass(frozen=True)
 class Case:
     """One workload and the ways to do it, all timed in the same rounds."""

@@ -1,31 +1,35 @@
 """New tokens per second: our engine against the generation of other libraries, on one thread, from the same weights.
 
-Every prompt has 64 random tokens; sampling uses temperature 1, top-k 50 and top-p 0.95. A peer that is not installed is
-listed without a figure.
+Every prompt has 64 random tokens; sampling uses temperature 1, top-k 50 and top-p 0.95. A peer is called as its
+documentation says; one that is not installed is listed without a figure.
 
 Dimensions: B sequences, T tokens, D d_model.
 """
 
 import importlib.util
+import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
-from dist_lm.bench.case import Case, Comparison, GroupSize, configurations
-from dist_lm.bench.generate_peers import LitGpt, NanoChat, OnOurWeights, Peer, Transformers
+from dist_lm.bench.case import Case, Comparison, GroupSize, against, configurations
 from dist_lm.bench.rank import Trial
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import Config
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.request import Answer, Request, SamplingParams
+from dist_lm.interop.gpt_neox import save_gpt_neox, to_gpt_neox
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 
 OURS, CEILING = "our engine", "linear layers alone"
-PEERS: dict[str, type[Peer]] = {"transformers": Transformers, "litgpt": LitGpt, "nanochat": NanoChat}
 ONE, EIGHT = "one answer", "eight answers"
 
 PROMPT = 64
@@ -43,6 +47,125 @@ SHAPE = (
     *("model.vocab_size=32000", "model.max_seq_len=1024", "model.tie_embeddings=false"),
 )
 MIXED, PREFILL = "mixed lengths", "prefill"
+
+
+# --- peers: libraries whose models compute the same function as ours ---
+
+
+class Peer(ABC):
+    """A library that generates with our weights and samples by `SAMPLING`."""
+
+    package: ClassVar[str]
+    batches: ClassVar[bool]  # whether it accepts more than one prompt at a time
+
+    @abstractmethod
+    def __init__(self, model: Transformer) -> None:
+        """Copy the weights of `model`."""
+
+    @abstractmethod
+    def generate(self, prompt_BT: torch.Tensor, n_new: int) -> None:
+        """`n_new` tokens for each prompt."""
+
+    @abstractmethod
+    def greedy_logprob(self, prompt_BT: torch.Tensor, n_new: int) -> float:
+        """Mean log-probability of the tokens of greedy decoding, nats."""
+
+
+class Transformers(Peer):
+    """`generate` of Hugging Face transformers with its default cache and scaled dot-product attention."""
+
+    package: ClassVar[str] = "transformers"
+    batches: ClassVar[bool] = True
+
+    def __init__(self, model: Transformer) -> None:
+        from transformers import AutoModelForCausalLM
+
+        with tempfile.TemporaryDirectory(prefix="dlm-bench-") as folder:
+            save_gpt_neox(dict(model.named_parameters()), model.config, Path(folder), eot_id=0, pad_id=1)
+            self._model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        self._sampling = {"temperature": SAMPLING.temperature, "top_k": SAMPLING.top_k, "top_p": SAMPLING.top_p}
+
+    def generate(self, prompt_BT: torch.Tensor, n_new: int) -> None:
+        """See `Peer`."""
+        self._generate(prompt_BT, n_new, do_sample=True, **self._sampling)
+
+    def greedy_logprob(self, prompt_BT: torch.Tensor, n_new: int) -> float:
+        """See `Peer`."""
+        found = self._generate(prompt_BT, n_new, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        logits_TV = torch.stack(found.logits)[:, 0].float()
+        token_T = found.sequences[0, prompt_BT.shape[1] :]
+        return float(logits_TV.log_softmax(-1).gather(1, token_T[:, None]).mean())
+
+    def _generate(self, prompt_BT: torch.Tensor, n_new: int, **options: Any) -> Any:
+        return self._model.generate(  # type: ignore[operator]
+            prompt_BT,
+            attention_mask=torch.ones_like(prompt_BT),
+            max_new_tokens=n_new,
+            eos_token_id=None,
+            pad_token_id=0,
+            **options,
+        )
+
+
+class LitGpt(Peer):
+    """`generate` of litgpt."""
+
+    package: ClassVar[str] = "litgpt"
+    batches: ClassVar[bool] = False
+
+    def __init__(self, model: Transformer) -> None:
+        litgpt = import_module("litgpt")
+        convert = import_module("litgpt.scripts.convert_hf_checkpoint")
+        shape = model.config
+        config = litgpt.Config(
+            block_size=shape.max_seq_len,
+            vocab_size=shape.vocab_size,
+            padded_vocab_size=shape.vocab_size,
+            n_layer=shape.n_layers,
+            n_head=shape.n_heads,
+            n_embd=shape.d_model,
+            intermediate_size=shape.d_ff,
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            rope_base=int(shape.rope_base),
+        )
+        weights, _ = to_gpt_neox(dict(model.named_parameters()), shape)
+        mapped: dict[str, torch.Tensor] = {}
+        convert.copy_weights_gpt_neox(config, mapped, weights)
+        self._model = litgpt.GPT(config).eval()
+        self._model.load_state_dict(mapped)
+
+    def generate(self, prompt_BT: torch.Tensor, n_new: int) -> None:
+        """See `Peer`."""
+        (prompt_T,) = prompt_BT
+        self._generate(prompt_T, n_new, SAMPLING.temperature, SAMPLING.top_k, SAMPLING.top_p)
+
+    def greedy_logprob(self, prompt_BT: torch.Tensor, n_new: int) -> float:
+        """See `Peer`."""
+        prompt_T = prompt_BT[0]
+        token_T = self._generate(prompt_T, n_new, 0.0, None, 1.0)
+        self._model.clear_kv_cache()
+        with torch.inference_mode():
+            logits_TV = self._model(token_T[None])[0, len(prompt_T) - 1 : -1].float()
+        return float(logits_TV.log_softmax(-1).gather(1, token_T[len(prompt_T) :, None]).mean())
+
+    def _generate(
+        self, prompt_T: torch.Tensor, n_new: int, temperature: float, top_k: int | None, top_p: float
+    ) -> torch.Tensor:
+        generate = import_module("litgpt.generate.base").generate
+        with torch.inference_mode():
+            self._model.max_seq_length = len(prompt_T) + n_new
+            self._model.clear_kv_cache()
+            self._model.set_kv_cache(batch_size=1)
+            return generate(
+                self._model, prompt_T, len(prompt_T) + n_new, temperature=temperature, top_k=top_k, top_p=top_p
+            )
+
+
+PEERS: dict[str, type[Peer]] = {"transformers": Transformers, "litgpt": LitGpt}
+
+
+# --- cases and ways ---
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
@@ -97,24 +220,14 @@ def _shape(model: ModelConfig) -> str:
 
 
 def _against_peers(name: str, config: Config, peers: Sequence[str]) -> Case:
-    size = GroupSize(1)
     absent = {peer: reason for peer in peers if (reason := _why_not(PEERS[peer], config.stage.global_batch))}
     there = [peer for peer in peers if peer not in absent]
-    comparisons = [
-        Comparison(
-            own=OURS,
-            peer=None if peer in absent else peer,
-            peer_name=f"{peer}: {absent[peer]}" if peer in absent else peer,
-            ceiling=CEILING,
-        )
-        for peer in peers
-    ]
     return Case(
         name=name,
         config=config,
-        ways=dict.fromkeys([OURS, *there, CEILING], size),
-        comparisons=comparisons,
-        same_losses=frozenset({OURS, *(peer for peer in there if issubclass(PEERS[peer], OnOurWeights))}),
+        ways=dict.fromkeys([OURS, *there, CEILING], GroupSize(1)),
+        comparisons=[against(OURS, peer, absent.get(peer), CEILING) for peer in peers],
+        same_losses=frozenset({OURS, *there}),
         rounds=ROUNDS,
     )
 
@@ -130,7 +243,7 @@ def build(way: str, config: Config, world: World) -> Trial:
     model = Transformer(config.model).to(world.device)
     initialise(model, config.seed)
     model.requires_grad_(requires_grad=False)
-    prompts = made_up_prompts(config)
+    prompts = made_up_tokens(config, config.stage.global_batch, PROMPT)
     if way in (EIGHT, ONE):
         engine = _engine(model, 8 * config.model.max_seq_len)
         prompt = made_up_tokens(config, 1, LONG_PROMPT)[0].tolist()
@@ -141,22 +254,16 @@ def build(way: str, config: Config, world: World) -> Trial:
         return Trial(lambda: _answer(engine, prompts, lengths), losses=lambda: [_greedy(engine, prompts)])
     if way == CEILING:
         return Trial(_linear_layers(model, lengths), losses=list)
-    peer = PEERS[way](model, SAMPLING)
-
-    def losses() -> list[float]:
-        return [peer.greedy_logprob(prompts[:1], GREEDY_TOKENS)] if isinstance(peer, OnOurWeights) else []
-
-    return Trial(lambda: _in_batches(peer, prompts, lengths), losses=losses)
+    peer = PEERS[way](model)
+    return Trial(
+        lambda: _in_batches(peer, prompts, lengths),
+        losses=lambda: [peer.greedy_logprob(prompts[:1], GREEDY_TOKENS)],
+    )
 
 
 def made_up_tokens(config: Config, rows: int, width: int) -> torch.Tensor:
     """Random tokens (rows, width), the same at every call."""
     return torch.randint(2, config.model.vocab_size, (rows, width), generator=torch.Generator().manual_seed(7))
-
-
-def made_up_prompts(config: Config) -> torch.Tensor:
-    """(B, PROMPT) tokens."""
-    return made_up_tokens(config, config.stage.global_batch, PROMPT)
 
 
 def new_tokens(config: Config) -> list[int]:

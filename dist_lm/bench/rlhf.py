@@ -19,7 +19,7 @@ from dataclasses import replace
 import psutil
 import torch
 
-from dist_lm.bench.case import Case, Comparison, GroupSize, configurations
+from dist_lm.bench.case import Case, Comparison, GroupSize, against, configurations
 from dist_lm.bench.rank import Trial
 from dist_lm.bench.rlhf_loops import (
     BALANCED_EPOCHS,
@@ -70,15 +70,7 @@ def peers_case(config: Config) -> Case:
         name=f"PPO, {model.d_model} x {model.n_layers} layers, {stage.global_batch} x {stage.seq_len} new tokens",
         config=config,
         ways=dict.fromkeys([OURS, ONE_PROCESS, *(name for name in PEERS if name not in absent)], size),
-        comparisons=[
-            Comparison(
-                own=OURS,
-                peer=None if name in absent else name,
-                peer_name=f"{name}: {absent[name]}" if name in absent else name,
-                ceiling=ONE_PROCESS,
-            )
-            for name in PEERS
-        ],
+        comparisons=[against(OURS, name, absent.get(name), ONE_PROCESS) for name in PEERS],
         same_losses=frozenset(),
         rounds=ROUNDS,
         amount=ITERATIONS * stage.global_batch,

@@ -27,7 +27,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from dist_lm.bench.case import Case, Comparison, GroupSize, configurations, describe
+from dist_lm.bench.case import Case, GroupSize, against, configurations, describe
 from dist_lm.bench.rank import OwnTraining, Trial, made_up_batch, own_rows
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import Config
@@ -43,8 +43,7 @@ from dist_lm.parallel.sharding import build_model
 from dist_lm.training.optimizer import is_decayed
 
 TP = 2
-OURS, TORCH, ONE = "ours", "torch", "one process"
-PEER = "torch parallelize_module"
+OURS, TORCH, ONE = "ours", "torch parallelize_module", "one process"
 SHORT = ("stage.global_batch=2", "stage.seq_len=64")
 PLAIN = ("model.tie_embeddings=false", "model.qk_norm=false")  # the peer has neither
 WIDE = ("model=tiny", "model.d_model=512", "model.d_ff=2048", "model.n_heads=8", "model.vocab_size=4096")
@@ -70,14 +69,7 @@ def _case(config: Config) -> Case:
         name=describe(config),
         config=config,
         ways=ways,
-        comparisons=(
-            Comparison(
-                own=OURS,
-                peer=None if reason else TORCH,
-                peer_name=f"{PEER}: {reason}" if reason else PEER,
-                ceiling=ONE,
-            ),
-        ),
+        comparisons=[against(OURS, TORCH, reason, ONE)],
         same_losses=frozenset(ways),
     )
 

@@ -74,6 +74,6 @@ def test_the_verb_runs_it(tmp_path):
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0
     (line,) = [json.loads(text) for text in file.read_text().splitlines()]
-    assert (line["bench"], line["peer"], line["rounds"]) == ("tp", tp.PEER, 3)
+    assert (line["bench"], line["peer"], line["rounds"]) == ("tp", tp.TORCH, 3)
     assert line["ratio"] == line["value"] / line["peer_value"]
     assert "ratio" in done.output
