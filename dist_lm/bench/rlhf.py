@@ -5,13 +5,11 @@ model of the policy's shape, and makes four passes of updates of policy and crit
 a missing one is listed without a figure.
 
 The second case compares generation during updates (rlhf.max_staleness=1), with a core each for learner and actor,
-against generation and updates in turn. It makes one pass of updates, and its completions have the length with which
-generation and updates take equally long.
-"""
+against generation and updates in turn. It makes one pass of updates; the share of generation is reported.
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import replace
@@ -21,18 +19,7 @@ import torch
 
 from dist_lm.bench.case import Case, Comparison, GroupSize, against, configurations
 from dist_lm.bench.rank import Trial
-from dist_lm.bench.rlhf_loops import (
-    BALANCED_EPOCHS,
-    ITERATIONS,
-    PROMPTS,
-    BareLoop,
-    Peer,
-    ToyPpo,
-    Trl,
-    balanced_tokens,
-    made_up_prompts,
-    with_length,
-)
+from dist_lm.bench.rlhf_loops import ITERATIONS, PROMPTS, BareLoop, Peer, ToyPpo, Trl, made_up_prompts
 from dist_lm.cluster.pool import Pool, PoolRollouts
 from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.ray_cluster import connect
@@ -48,17 +35,18 @@ SHAPE = (
     *("model.max_seq_len=128", "model.tie_embeddings=false", "model.init_std=0.05", "model.qk_norm=false"),
     *(f"stage.global_batch={PROMPTS}", "stage.seq_len=16"),
 )
+LONGER = (*SHAPE, "stage.seq_len=48")  # drawing takes about half of an iteration of one pass
 VOCABULARY = 64  # smaller than any tokenizer's; the toy has no tokenizer
 THREADS = 2
 ROUNDS = 7
-SAMPLES = "samples/s"
+SAMPLES, DRAWING = "samples/s", "drawing share_of_time"
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     """Against peers, then generation during updates; with overrides the first case with another model or batch."""
     config = configurations([(*SHAPE, *overrides)], (), quick)[0]
     found = [peers_case(config)]
-    return found if overrides or quick else [*found, staleness_case(config)]
+    return found if overrides or quick else [*found, staleness_case(configurations([LONGER], (), quick)[0])]
 
 
 def peers_case(config: Config) -> Case:
@@ -82,12 +70,12 @@ def staleness_case(config: Config) -> Case:
     """Generation during updates against both in turn."""
     size = GroupSize(1, 1)
     return Case(
-        name="drawing and updates of equal length, a core each",
+        name=f"drawing {config.stage.seq_len} new tokens beside updates, a core each",
         config=config,
         ways={TOGETHER: size, IN_TURNS: size},
         comparisons=[
             Comparison(own=TOGETHER, peer=IN_TURNS),
-            Comparison(own=IN_TURNS, peer_name="-", fact="drawing share_of_time"),
+            Comparison(own=IN_TURNS, peer_name="-", fact=DRAWING),
         ],
         same_losses=frozenset(),
         rounds=ROUNDS,
@@ -102,12 +90,11 @@ def _why_not(peer: type[Peer]) -> str | None:
 
 
 class Worker:
-    """Shared by the ways of one process: a pool of one actor, and the completion length of the second case."""
+    """Shared by the ways of one process: a pool of one actor."""
 
     def __init__(self) -> None:
         self._ends_with_process = ExitStack()
         self._source: PoolRollouts | None = None
-        self._new_tokens = 0
 
     def source(self, config: Config) -> PoolRollouts:
         """The pool, started on first use; its actor has as many threads as this process."""
@@ -117,14 +104,6 @@ class Worker:
             spec = EngineSpec(config.model, ToyPpo.options(config), eot_id=0)
             self._source = PoolRollouts(keep(Pool.start(cluster, spec, ToyPpo.weights(config), actors=1)))
         return self._source
-
-    def balanced(self, config: Config, world: World) -> Config:
-        """`config` with the completion length with which generation and updates take equally long, on a core each."""
-        source = self.source(config)
-        if not self._new_tokens:
-            _pin(source)
-            self._new_tokens = balanced_tokens(config, world, source)
-        return with_length(config, self._new_tokens)
 
 
 WORKER = Worker()  # one per process, because a process builds all ways of its size
@@ -137,15 +116,18 @@ def build(way: str, config: Config, world: World) -> Trial:
     if way in PEERS:
         peer = PEERS[way](config, made_up_prompts(config))
         return Trial(peer.run, losses=list)
-    if way == ONE_PROCESS:
-        toy = ToyPpo(config, world, None)
+    if way in (OURS, ONE_PROCESS):
+        toy = ToyPpo(config, world, WORKER.source(config) if way == OURS else None)
         return Trial(toy.run, losses=list)
-    if way == OURS:
-        toy = ToyPpo(config, world, WORKER.source(config))
-        return Trial(toy.run, losses=list)
-    own = WORKER.balanced(config, world)
-    toy = ToyPpo(own, world, WORKER.source(config), staleness=int(way == TOGETHER), epochs=BALANCED_EPOCHS)
-    return Trial(toy.run, facts=_share_of(toy), losses=list)
+    source = WORKER.source(config)
+    _pin(source)
+    toy = ToyPpo(config, world, source, staleness=int(way == TOGETHER), epochs=1)
+
+    def facts() -> dict[str, float]:
+        toy.run()
+        return {DRAWING: toy.drawing_s / toy.iteration_s}
+
+    return Trial(toy.run, facts, losses=list)
 
 
 def _pin(source: PoolRollouts) -> None:
@@ -156,11 +138,3 @@ def _pin(source: PoolRollouts) -> None:
         psutil.Process(member.pid).cpu_affinity([cores[-1]])
         psutil.Process().cpu_affinity([cores[0]])
         torch.set_num_threads(1)
-
-
-def _share_of(toy: ToyPpo) -> Callable[[], dict[str, float]]:
-    def facts() -> dict[str, float]:
-        toy.run()
-        return {"drawing share_of_time": toy.drawing_s / toy.iteration_s}
-
-    return facts

@@ -8,7 +8,6 @@ Dimensions: B completions, P tokens of a prompt, T new tokens, V vocabulary.
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -44,7 +43,6 @@ from dist_lm.rlhf.state import KlController, RlhfState
 
 PROMPTS, PROMPT = 64, 9  # prompts of an iteration; tokens of each, with the end-of-text token at its start
 EPOCHS = 4
-BALANCED_EPOCHS, BALANCE_STEP = 1, 16  # of the second case: passes, and distance of the completion lengths it tries
 ITERATIONS = 5  # timed together, because generation ahead crosses iterations
 RATE = 1e-4
 KL_COEFFICIENT = 0.05
@@ -136,32 +134,6 @@ def rlhf_config(config: Config, staleness: int, epochs: int) -> RlhfConfig:
         normalise_reward=False,
         missing_eos_penalty=0.0,
     )
-
-
-def balanced_tokens(config: Config, world: World, source: RolloutSource) -> int:
-    """Completion length with which generation takes about half of an iteration of one pass.
-
-    Longer completions make the share of generation larger, because prompts are computed in one forward pass.
-    """
-    longest = config.model.max_seq_len - PROMPT
-    best, least = config.stage.seq_len, float("inf")
-    for new_tokens in range(config.stage.seq_len, longest, BALANCE_STEP):
-        toy = ToyPpo(with_length(config, new_tokens), world, source, epochs=BALANCED_EPOCHS)
-        toy.run()
-        toy.run()
-        imbalance = abs(toy.drawing_s / toy.iteration_s - 0.5)
-        if imbalance < least:
-            best, least = new_tokens, imbalance
-        if toy.drawing_s >= 0.5 * toy.iteration_s:
-            break
-    return best
-
-
-def with_length(config: Config, new_tokens: int) -> Config:
-    """The same configuration with completions of `new_tokens` tokens."""
-    own = copy(config)  # `replace` would check it against a tokenizer
-    own.stage = replace(config.stage, seq_len=new_tokens)
-    return own
 
 
 def _engine(config: Config) -> Engine:
