@@ -24,23 +24,24 @@ POINTS = 100_000  # of all curves of a report; bounds the size of the file
 MOST_POINTS = 1000  # of one curve: more than a screen has columns
 KNOTS = 200  # of the lines that map steps to tokens and hours
 TOKENS = "train/tokens"
-HEADLINES = (
-    "train/loss",
-    "val/bits_per_byte",
+HEADLINES = (  # what a stage is for comes first; cards and visible charts show the first `SHOWN_FIRST` of a run
     "tools/call_exact",
     "reward/accuracy",
     "rlhf/win_rate",
     "rlhf/reward_mean",
     "rlhf/kl",
-    "val/loss",
-    "perf/tokens_per_s",
-    "train/grad_norm",
-    "generate/tokens_per_s",
     "generate/prompts",
-    "generate/new_tokens_mean",
+    "generate/refused",
+    "generate/tokens",
+    "generate/tokens_per_s",
+    "val/bits_per_byte",
+    "val/loss",
+    "train/loss",
+    "perf/tokens_per_s",
+    "perf/memory_gib",
 )
 COLOURS = 8
-SHOWN_FIRST = 4  # charts of a stage that are visible at first
+SHOWN_FIRST = 4
 
 
 @dataclass(frozen=True)

@@ -29,22 +29,11 @@ OPEN = "???"  # OmegaConf's missing value
 NAMES = ("run_id", "work_dir")  # always differ
 
 
-@dataclass(frozen=True)
-class Hardware:
-    """A table: a row a run."""
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[str, ...]], ...]
-
-
-def hardware_of(runs: Sequence[RunFacts]) -> Hardware:
-    """A row for each run; columns that are unknown for all runs are left out."""
+def hardware_of(runs: Sequence[RunFacts]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """A table with a row for each run: (columns, rows); columns that are unknown for all runs are left out."""
     cells = [(run.label, _cells(run)) for run in runs]
     kept = [number for number in range(len(COLUMNS)) if any(row[number] != UNKNOWN for _, row in cells)]
-    return Hardware(
-        tuple(COLUMNS[number] for number in kept),
-        tuple((label, tuple(row[number] for number in kept)) for label, row in cells),
-    )
+    return [COLUMNS[number] for number in kept], [(label, [row[number] for number in kept]) for label, row in cells]
 
 
 def _cells(run: RunFacts) -> tuple[str, ...]:
@@ -77,10 +66,6 @@ class Row:
     key: str
     values: tuple[str, ...]
 
-    @property
-    def same(self) -> bool:
-        return len(set(self.values)) == 1
-
 
 def flat(value: Any, prefix: str = "") -> dict[str, str]:
     """Dotted keys and values as text; a list is one value."""
@@ -108,7 +93,7 @@ def differences(configs: Sequence[Mapping[str, Any]]) -> list[Row]:
     columns = [flat(config) for config in configs]
     keys = dict.fromkeys(key for column in columns for key in column if key not in NAMES)
     rows = [Row(key, tuple(column.get(key, UNKNOWN) for column in columns)) for key in keys]
-    return [row for row in rows if not row.same]
+    return [row for row in rows if len(set(row.values)) > 1]
 
 
 def from_defaults(config: Mapping[str, Any]) -> list[Row]:

@@ -43,6 +43,18 @@ class Samples:
 
 
 @dataclass(frozen=True)
+class Share:
+    """A part of a bar; `start` and `width` are per cent."""
+
+    label: str
+    size: str
+    start: float
+    width: float
+    colour: int
+    words: str
+
+
+@dataclass(frozen=True)
 class RunFacts:
     """One run of a training stage, or of stage `generate`."""
 

@@ -4,7 +4,7 @@ Colours are CSS classes; the style sheet of the page defines them for light and 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 from dist_lm.config.model import ModelConfig
 from dist_lm.model.size import is_matrix, parameter_count
 from dist_lm.parallel.layout import Layout, Placement, placements
-from dist_lm.report.facts import RunFacts
+from dist_lm.report.facts import RunFacts, Share
 from dist_lm.tracking.readable import counted, gib, readable_count
 
 ELEMENT_BYTES = 4  # parameters, gradients and moments are fp32; bf16 computation casts gathered parameters
@@ -28,21 +28,10 @@ LETTER = 7  # width of a character
 
 
 @dataclass(frozen=True)
-class Part:
-    """A part of a bar; `start` and `width` are per cent."""
-
-    label: str
-    size: str
-    start: float
-    width: float
-    colour: int
-
-
-@dataclass(frozen=True)
 class RankMemory:
     """A bar, and words on memory outside the bar."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[Share, ...]
     total: str
     words: str
 
@@ -51,17 +40,18 @@ def rank_memory(model: ModelConfig, layout: Layout, runs: Sequence[RunFacts]) ->
     """The memory of runs that share model and layout; of runs outside the trainer's loop the policy's weights only."""
     looped = [run for run in runs if run.loops]
     muon = all(_has_muon(run.config.get("stage", {})) for run in looped)
-    sizes = {"weights": _elements(model, layout, lambda _: 1)}
+    sizes = {"weights": held_elements(model, layout)}
     if looped:
         sizes["gradients"] = sizes["weights"]
-        sizes["moments of the optimizer"] = _elements(model, layout, lambda name: 1 if muon and is_matrix(name) else 2)
+        sizes["moments of the optimizer"] = held_elements(model, layout, lambda name: 1 if muon and is_matrix(name) else 2)
     total, start, parts = sum(sizes.values()), 0.0, []
     for colour, (label, elements) in enumerate(sizes.items()):
         width = 100 * elements / total
-        parts.append(Part(label, gib(elements * ELEMENT_BYTES), start, width, colour))
+        size = gib(elements * ELEMENT_BYTES)
+        parts.append(Share(label, size, start, width, colour, f"{label}: {size}"))
         start += width
     peaks = [run.finite(MEMORY).max() for run in looped or runs if len(run.finite(MEMORY))]
-    words = [small_words(model, layout)]
+    words = []
     if others := [run.label for run in runs if not run.loops]:
         words.append(f"{', '.join(others)}: the policy only; critic, reference and reward model come on top.")
     if peaks:
@@ -75,22 +65,8 @@ def rank_memory(model: ModelConfig, layout: Layout, runs: Sequence[RunFacts]) ->
     )
 
 
-def small_words(model: ModelConfig, layout: Layout) -> str:
-    """Words on norms and biases, which are not drawn."""
-    small = {
-        name: placement
-        for name, placement in placements(model, layout).items()
-        if len(placement.logical) < 2 or name.endswith("_bias")
-    }
-    whole = sum(math.prod(placement.logical) for placement in small.values())
-    held = sum(math.prod(placement.local(layout)) for placement in small.values())
-    return (
-        f"Not drawn: {counted(len(small), 'norm')} and biases of {readable_count(whole)} elements in all, "
-        f"of which a rank holds {readable_count(held)}."
-    )
-
-
-def _elements(model: ModelConfig, layout: Layout, times: Any) -> int:
+def held_elements(model: ModelConfig, layout: Layout, times: Callable[[str], int] = lambda name: 1) -> int:
+    """Elements of all parameters on the fullest rank, each counted `times(name)`."""
     return sum(
         times(name) * math.prod(placement.local(layout)) for name, placement in placements(model, layout).items()
     )
@@ -101,22 +77,13 @@ def _has_muon(stage: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class DrawnKind:
-    """A kind of parameter and its shards."""
-
-    name: str
-    picture: Markup
-    facts: dict[str, str]
-
-
-@dataclass(frozen=True)
 class Panel:
     """A layout of a model."""
 
     label: str
     words: str
     mesh: Markup
-    kinds: tuple[DrawnKind, ...]
+    kinds: list[dict[str, str]]
     memory: RankMemory
 
 
@@ -134,20 +101,17 @@ def _panel(runs: Sequence[RunFacts]) -> Panel:
     model, layout = runs[0].model, runs[0].layout
     assert model
     assert layout
-    drawn = [
-        DrawnKind(kind.name, parameter_picture(kind, layout), facts_of(kind, layout, ELEMENT_BYTES))
-        for kind in kinds(model, layout)
-    ]
+    drawn = [facts_of(kind, layout) for kind in kinds(model, layout)]
     labels = ", ".join(run.label for run in runs)
     mesh = mesh_picture(layout, runs[0].attempt)
-    return Panel(labels, _sentences(model, layout), mesh, tuple(drawn), rank_memory(model, layout, runs))
+    return Panel(labels, _sentences(model, layout), mesh, drawn, rank_memory(model, layout, runs))
 
 
 def _sentences(model: ModelConfig, layout: Layout) -> str:
     total, held = parameter_count(model), held_elements(model, layout)
     parts = [
         f"{layout} on {counted(layout.world_size, 'rank')}.",
-        f"Of {readable_count(total)} parameters a rank holds {readable_count(held)}.",
+        f"Of {readable_count(total)} parameters a rank holds {readable_count(held)}. Norms and biases are not drawn.",
     ]
     if layout.dp_replicate > 1:
         parts.append(f"Each of the {layout.dp_replicate} replicas holds the whole model.")
@@ -168,10 +132,6 @@ class Kind:
     name: str
     count: int  # in the model
     placement: Placement
-
-    def share(self, layout: Layout) -> int:
-        """Elements of this kind on the fullest rank."""
-        return self.count * math.prod(self.placement.local(layout))
 
     @property
     def elements(self) -> int:
@@ -200,11 +160,6 @@ def _joined(names: list[str]) -> str:
     first = names[0].rpartition(".")[0]
     rest = [name.removeprefix(f"{first}.") if first else name for name in names[1:]]
     return ", ".join([names[0], *rest])
-
-
-def held_elements(model: ModelConfig, layout: Layout) -> int:
-    """Elements of all parameters on the fullest rank."""
-    return sum(math.prod(placement.local(layout)) for placement in placements(model, layout).values())
 
 
 def rank_of(layout: Layout, replica: int, shard: int, tp: int) -> int:
@@ -290,8 +245,8 @@ def parameter_picture(kind: Kind, layout: Layout) -> Markup:
     return _svg(width, height, "parameter", "".join(parts))
 
 
-def facts_of(kind: Kind, layout: Layout, element_bytes: int) -> dict[str, str]:
-    """The text beside the picture of a kind."""
+def facts_of(kind: Kind, layout: Layout) -> dict[str, str]:
+    """The picture of a kind and the text beside it."""
     placement = kind.placement
     cuts = []
     if placement.tp_dim is not None and layout.tp > 1:
@@ -301,11 +256,13 @@ def facts_of(kind: Kind, layout: Layout, element_bytes: int) -> dict[str, str]:
     if layout.dp_shard > 1:
         cuts.append(f"dim {placement.fsdp_dim} by dp_shard\u00a0{layout.dp_shard}")
     return {
+        "name": kind.name,
+        "picture": parameter_picture(kind, layout),
         "shape": (f"{kind.count} of " if kind.count > 1 else "")
         + " × ".join(f"{size:,}" for size in placement.logical),
         "elements": f"{readable_count(kind.elements)} in all",
         "cut": ", ".join(cuts) or "whole on every rank",
-        "held": gib(kind.share(layout) * element_bytes),
+        "held": gib(kind.count * math.prod(placement.local(layout)) * ELEMENT_BYTES),
     }
 
 

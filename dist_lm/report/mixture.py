@@ -5,22 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dist_lm.data.manifest import Counts, Manifest
-from dist_lm.report.facts import RunFacts, WorkFacts
+from dist_lm.report.facts import RunFacts, Share, WorkFacts
 from dist_lm.tracking.readable import gib, percent, readable_count
 
 COLOURS = 8
-
-
-@dataclass(frozen=True)
-class Share:
-    """A part of a bar; `start` and `width` are per cent."""
-
-    label: str
-    start: float
-    width: float
-    colour: int
-    size: str
-    words: str
 
 
 @dataclass(frozen=True)
@@ -126,7 +114,7 @@ def _bar(parts: Sequence[tuple[str, float, str]], colours: dict[str, int]) -> li
     shares, start = [], 0.0
     for label, share, words in [*named, *others]:
         said = f"{label}: {percent(share)} of a step ({words})"
-        shares.append(Share(label, start, share * 100, chosen.get(label, COLOURS - 1), percent(share), said))
+        shares.append(Share(label, percent(share), start, share * 100, chosen.get(label, COLOURS - 1), said))
         start += share * 100
     return shares
 

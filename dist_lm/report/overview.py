@@ -6,27 +6,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dist_lm.report.charts import known
+from dist_lm.report.charts import HEADLINES, SHOWN_FIRST, known
 from dist_lm.report.facts import RunFacts
 from dist_lm.tracking.readable import counted, duration, four_digits, readable_count
 
-FIGURES = (  # a card shows the first four that the run has
-    "tools/call_exact",
-    "reward/accuracy",
-    "rlhf/win_rate",
-    "rlhf/reward_mean",
-    "rlhf/kl",
-    "generate/prompts",
-    "generate/refused",
-    "generate/tokens",
-    "generate/tokens_per_s",
-    "val/bits_per_byte",
-    "val/loss",
-    "train/loss",
-    "perf/tokens_per_s",
-    "perf/memory_gib",
-)
-SHOWN = 4
 LONGEST = 1600  # characters of a text
 VERDICTS = ("right", "parses")
 BEGINNING = ("prompt",)
@@ -58,8 +41,8 @@ class Card:
 
 def card_of(run: RunFacts) -> Card:
     """The card of a run."""
-    entries = [entry for name in FIGURES if (entry := _entry(run, name))]
-    return Card(run.label, run.stage, run.state, _words(run), tuple(entries[:SHOWN]))
+    entries = [entry for name in HEADLINES if (entry := _entry(run, name))]
+    return Card(run.label, run.stage, run.state, _words(run), tuple(entries[:SHOWN_FIRST]))
 
 
 def _entry(run: RunFacts, name: str) -> Entry | None:

@@ -63,7 +63,6 @@ def render(facts: Facts, made: str) -> str:
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    data = environment.from_string("{{ data | tojson }}").render(data=as_data(stages, facts.runs))
     return environment.get_template(
         "page.html.jinja"
     ).render(
@@ -73,7 +72,7 @@ def render(facts: Facts, made: str) -> str:
         style=style,
         library=library,
         script=script,
-        data=Markup(data),  # noqa: S704  `tojson` has escaped everything that could end the element
+        data=as_data(stages, facts.runs),
         sections=_sections(list(by_stage)),
         stages=stages,
         cards=[card_of(run) for run in facts.runs],

@@ -162,7 +162,7 @@ def read_run(run: RunDirectory, label: str) -> RunFacts:
     if not run.config.is_file():
         raise ArtefactError(f"{run.path}: not a run, it has no {run.config.name}; give work/runs/STAGE/RUN_ID")
     config = _config(run.config)
-    events = tuple(_safe(event) for event in read_events(run.events))
+    events = tuple(redact(event) for event in read_events(run.events))
     series, clock = read_series(run.metrics)
     return RunFacts(
         path=run.path,
@@ -281,7 +281,3 @@ def _spread(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     share = max(2, SHOWN_SAMPLES // max(1, len(kinds)))
     chosen = sorted(number for numbers in kinds.values() for number in numbers[:share])
     return [rows[number] for number in chosen[:SHOWN_SAMPLES]]
-
-
-def _safe(event: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: redact_text(value) if isinstance(value, str) else redact(value) for key, value in event.items()}

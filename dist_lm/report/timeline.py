@@ -137,13 +137,7 @@ def _summary(run: RunFacts, times: tuple[float, float]) -> str:
 
 
 def _attempt(event: Mapping[str, Any], stop: float) -> str:
-    nodes = len(event.get("nodes", [])) or 1
-    ranks = nodes * int(event.get("ranks_per_node", 1))
-    number, step = int(event.get("attempt", 0)), int(event.get("step", 0))
-    return (
-        f"attempt {number}: from step {step:,}, {counted(ranks, 'rank')} on {counted(nodes, 'node')}, "
-        f"{duration(stop - event['time'])}"
-    )
+    return f"attempt {event.get('attempt', 0)}: {_words(event)}, {duration(stop - event['time'])}"
 
 
 def _words(event: Mapping[str, Any]) -> str:
