@@ -155,9 +155,10 @@ def show_plan(plan: Plan, console: Console) -> None:
 
     config = plan.target.config
     count = parameter_count(config.model)
-    console.plan(
+    console.table(
         f"stage={plan.target.name} model={config.model.name} "
         f"({count:,} parameters, {readable_count(count)}) work_dir={config.work_dir}",
+        ("stage", "plan", ""),
         [(stage.name, stage.action.value, stage.detail) for stage in plan.stages],
     )
 

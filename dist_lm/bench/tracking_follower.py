@@ -23,7 +23,7 @@ from dist_lm.config.tracking import TrackingConfig
 from dist_lm.storage.process import die_with_parent
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
-from dist_lm.tracking.metrics import follow
+from dist_lm.tracking.metrics import MetricsFollower
 from dist_lm.tracking.wandb_run import WandbRun
 
 NOBODY, OFFLINE, TROUBLE = "not followed", "wandb offline", "wandb, server in trouble"
@@ -98,7 +98,7 @@ def main() -> None:
 
 def serve(wandb: WandbRun, run: RunDirectory) -> None:
     """Give lines to wandb, and answer `cost` and `finish`."""
-    lines, seen = follow(run.metrics), 0
+    lines, seen = MetricsFollower(run.metrics), 0
     with selectors.DefaultSelector() as asked:
         asked.register(sys.stdin, selectors.EVENT_READ)
         while True:

@@ -22,7 +22,7 @@ from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking import alerts
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.live_state import GangFacts, RankPulse
-from dist_lm.tracking.metrics import WarningFollower, follow, last_metrics
+from dist_lm.tracking.metrics import LineFollower, MetricsFollower, last_metrics
 from dist_lm.tracking.progress import TrainingProgress
 from dist_lm.tracking.wandb_run import Outcome, WandbRun
 from dist_lm.training import checkpoint_files
@@ -165,14 +165,14 @@ class RunWatch:
         self._progress = progress
         self._wandb = wandb
         self._console = console
-        self._warnings = WarningFollower(run.warnings)
-        self._metrics = follow(run.metrics)
+        self._warnings = LineFollower(run.warnings, from_end=True)
+        self._metrics = MetricsFollower(run.metrics)
         self._ranks_at = self._checkpoint_at = 0.0
         progress.saved(checkpoint_files.newest_step(run.checkpoints), just_now=False)
 
     def attempt(self, gang: GangFacts) -> None:
         """Another gang starts."""
-        self._progress.attempt(gang)
+        self._progress.state.start(gang)
 
     def restarts(self, failure: GangFailure) -> None:
         """A gang failed, and the run will restart."""
@@ -186,7 +186,7 @@ class RunWatch:
             usages: host -> load of the node.
         """
         for warning in self._warnings.poll():
-            self._console.warning(warning)
+            self._console.warning(warning.decode(errors="replace"))
         for line in self._metrics.poll():
             self._progress.update(line)
             if self._wandb:

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from dist_lm.tracking.live_state import LiveState, StageLine, StageState, TrainingState, Work
 from dist_lm.tracking.live_terminal import LiveView
-from dist_lm.tracking.progress import Count, Display, GenerationProgress, PlainDisplay, TrainingProgress, ViewDisplay
+from dist_lm.tracking.progress import Count, Display, GenerationProgress, PlainDisplay, TrainingProgress
 from dist_lm.tracking.redact import redact_text
 
 FILE_WIDTH = 160  # columns of output that is not a terminal
@@ -109,10 +109,6 @@ class Console:
             else:
                 self._out.print(*_with_rows_below(columns, listed, below, under, width), sep="\n")
 
-    def plan(self, title: str, stages: Iterable[tuple[str, str, str]]) -> None:
-        """Print a plan, one row a stage: (stage, action, detail)."""
-        self.table(title, ("stage", "plan", ""), stages)
-
     def summary(self, title: str, entries: Mapping[str, str]) -> None:
         """Print a panel of names and values; without a frame where the frame would fold a value, such as a path."""
         grid = Table.grid(padding=(0, 2))
@@ -153,16 +149,16 @@ class Console:
         with self._progress(label, total) as display:
             count = Count(display, unit, self._clock)
             yield count
-            display.done(count.text())
+            display.finish(count.text())
 
     @contextmanager
     def waiting(self, label: str) -> Iterator[None]:
         """Show work whose progress is unknown; at the end one line stays."""
         started = self._clock()
         with self._progress(label, None) as display:
-            display.show(0, "")
+            display.show(0, str)
             yield
-            display.done(f"{self._clock() - started:.1f} s")
+            display.finish(f"{self._clock() - started:.1f} s")
 
     @contextmanager
     def training(self, label: str, steps: int, since: float = 0.0) -> Iterator[TrainingProgress]:
@@ -175,7 +171,7 @@ class Console:
         with self._progress(label, steps, state) as display:
             progress = TrainingProgress(display, state, self._clock)
             yield progress
-            display.done(progress.text())
+            display.finish(progress.text())
 
     @contextmanager
     def generating(self, label: str, prompts: int) -> Iterator[GenerationProgress]:
@@ -183,7 +179,7 @@ class Console:
         with self._progress(label, prompts) as display:
             progress = GenerationProgress(display, prompts, self._clock)
             yield progress
-            display.done(progress.text())
+            display.finish(progress.text())
 
     @contextmanager
     def _progress(self, label: str, total: int | None, training: TrainingState | None = None) -> Iterator[Display]:
@@ -193,18 +189,17 @@ class Console:
         if self._view is None:
             with self._viewing(LiveState(self._clock())), self._progress(label, total, training) as display:
                 yield display
-            if isinstance(display, ViewDisplay) and display.end:  # the view is gone, its last line stays
-                self.line(f"{label}: {display.end}")
+            if isinstance(display, Work) and display.result:  # the view is gone, its last line stays
+                self.line(f"{label}: {display.result}")
             return
         view, work = self._view, Work(label, total, self._clock(), training=training)
-        display = ViewDisplay(work)
         with view.lock:
-            view.state.open(work)
+            view.state.works.append(work)
         try:
-            yield display
+            yield work
         finally:
             with view.lock:
-                view.state.close(work, display.end)
+                view.state.close(work)
 
     @contextmanager
     def _viewing(self, state: LiveState) -> Iterator[None]:

@@ -13,8 +13,6 @@ from dist_lm.tracking.readable import four_digits, percent, three_decimals
 
 LIMIT = 256  # points kept of a series: more than a terminal has columns
 StageState = Literal["waiting", "running", "done"]
-TextOrCall = str | Callable[[], str]
-"""Progress text, or a function that makes it: called only when the text is drawn."""
 
 
 class Series:
@@ -198,12 +196,17 @@ class Work:
     total: int | None
     began: float  # by the clock of the view, s
     done: int = 0
-    text: TextOrCall = ""
+    text: Callable[[], str] = str  # makes the progress text, only when it is drawn
     training: TrainingState | None = None
+    result: str | None = None  # None until it ends well
 
-    def words(self) -> str:
-        """The progress text."""
-        return self.text if isinstance(self.text, str) else self.text()
+    def show(self, done: int, text: Callable[[], str]) -> None:
+        """Take in the progress; the view draws it at its own pace."""
+        self.done, self.text = done, text
+
+    def finish(self, text: str) -> None:
+        """Take in the result."""
+        self.result = text
 
 
 @dataclass
@@ -241,20 +244,16 @@ class LiveState:
         stage.state, stage.ended = "done", now
         stage.detail = detail or stage.detail
 
-    def open(self, work: Work) -> None:
-        """Begin a piece of work."""
-        self.works.append(work)
-
-    def close(self, work: Work, text: str | None) -> None:
-        """End a piece of work; `text` is its result, None if it failed."""
+    def close(self, work: Work) -> None:
+        """End a piece of work, with or without a result."""
         self.works.remove(work)
         running = self.running
-        if text is None or running is None:
+        if work.result is None or running is None:
             return
         if work.training:
-            running.detail = work.training.headline() or text
+            running.detail = work.training.headline() or work.result
         else:
-            self.over.append(f"{work.label}: {text}")
+            self.over.append(f"{work.label}: {work.result}")
             running.detail = self.over[-1]
 
     def warn(self, text: str, now: float) -> None:

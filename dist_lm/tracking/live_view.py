@@ -90,7 +90,7 @@ def _work_in(left: Text, work: Work, elapsed: float, width: int, glyphs: Glyphs,
         doing = ranks[0].doing if ranks else "starting ranks" if work.training.gang else "asking for nodes"
         return line(left.append(doing), Text(duration(elapsed), "dim"), width, glyphs.cut)
     if not work.total:
-        words = work.words()
+        words = work.text()
         text = ": ".join(part for part in (work.label if with_label else "", words) if part)
         return line(left.append(text), Text(duration(elapsed), "dim"), width, glyphs.cut)
     done = work.training.step if work.training else work.done
@@ -140,7 +140,7 @@ def _details(state: LiveState, now: float, width: int, glyphs: Glyphs) -> list[R
     if state.running:
         rows += [(10, _labelled(glyphs.marks["done"], Text(text, "dim"), width, glyphs)) for text in state.over[-4:]]
         counted_work = [work for work in state.works if not work.training and work.total]
-        rows += [(6, _labelled("now", Text(f"{work.label}: {work.words()}"), width, glyphs)) for work in counted_work]
+        rows += [(6, _labelled("now", Text(f"{work.label}: {work.text()}"), width, glyphs)) for work in counted_work]
     if state.warning:
         ago = f"{duration(max(0.0, now - state.warned_at))} ago"
         label = "warning" if state.warnings == 1 else f"{state.warnings} warned"

@@ -99,22 +99,21 @@ def last_metrics(path: Path) -> MetricsLine:
     return merged
 
 
-class MetricsFollower:
-    """Reads new lines of a metrics file that another process writes; see `follow`."""
+class LineFollower:
+    """Reads the lines that another process appends to a file, which may not exist yet."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, from_end: bool = False) -> None:
+        """`from_end`: leave out the lines that the file has now."""
         self._path = path
         self._inode = -1
         self._offset = 0
+        if from_end:
+            self.poll()
 
-    def poll(self) -> list[MetricsLine]:
+    def poll(self) -> list[bytes]:
         """The complete lines since the last call; none while there is no file.
 
-        A file that was replaced or became shorter (a resumed run drops lines) is read again from its start: callers
-        must go by `step`, not by the number of lines.
-
-        Raises:
-            ArtefactError: a complete line is no metrics line.
+        A file that was replaced or became shorter is read again from its start.
         """
         try:
             file = self._path.open("rb")
@@ -126,13 +125,24 @@ class MetricsFollower:
                 self._inode, self._offset = status.st_ino, 0
             file.seek(self._offset)
             complete, newline, _ = file.read().rpartition(b"\n")
-        start, self._offset = self._offset, self._offset + len(complete) + len(newline)
-        return [_parse(raw, f"{self._path} after byte {start}") for raw in complete.splitlines()]
+        self._offset += len(complete) + len(newline)
+        return complete.splitlines()
 
 
-def follow(path: Path) -> MetricsFollower:
-    """Follow a metrics file that may not exist yet; the first `poll` returns the existing lines."""
-    return MetricsFollower(path)
+class MetricsFollower:
+    """Follows a metrics file; after a resumed run has dropped lines, callers must go by `step`, not count lines."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lines = LineFollower(path)
+
+    def poll(self) -> list[MetricsLine]:
+        """The lines since the last call.
+
+        Raises:
+            ArtefactError: a complete line is no metrics line.
+        """
+        return [_parse(raw, str(self._path)) for raw in self._lines.poll()]
 
 
 def _parse(raw: bytes, where: str) -> MetricsLine:
@@ -163,21 +173,3 @@ def write_warnings(path: Path, package: str) -> None:
 class _OneLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return " ".join(super().format(record).split())
-
-
-class WarningFollower:
-    """Reads the lines that are appended to a file after the follower was created."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = path.stat().st_size if path.exists() else 0
-
-    def poll(self) -> list[str]:
-        """The complete lines since the last call."""
-        if not self._path.exists():
-            return []
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            complete, newline, _ = file.read().rpartition(b"\n")
-        self._offset += len(complete) + len(newline)
-        return complete.decode(errors="replace").split("\n") if newline else []

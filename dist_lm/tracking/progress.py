@@ -1,43 +1,17 @@
 """Progress of work, shown in the live view or as plain lines."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.text import Text
 
-from dist_lm.tracking.live_state import FIGURES, GangFacts, RankPulse, TextOrCall, TrainingState, Work
+from dist_lm.tracking.live_state import FIGURES, RankPulse, TrainingState, Work
 from dist_lm.tracking.readable import duration, four_digits
 
 Item = TypeVar("Item")
 PLAIN_INTERVAL_S = 10.0
 PLAIN_SHARE = 0.1  # a plain line is also due after this share of the work
-
-
-class Display(Protocol):
-    """Shows one piece of work."""
-
-    def show(self, done: int, text: TextOrCall) -> None:
-        """Show the progress, unless it was shown a moment ago."""
-        ...
-
-    def done(self, text: str) -> None:
-        """Show the result."""
-        ...
-
-
-class ViewDisplay:
-    """Work in a live view, which draws it at its own pace."""
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-        self.end: str | None = None
-
-    def show(self, done: int, text: TextOrCall) -> None:
-        self._work.done, self._work.text = done, text
-
-    def done(self, text: str) -> None:
-        self.end = text
 
 
 class PlainDisplay:
@@ -52,24 +26,28 @@ class PlainDisplay:
         self._printed: int | None = None  # count of the last printed line
         self._latest = 0
 
-    def show(self, done: int, text: TextOrCall) -> None:
+    def show(self, done: int, text: Callable[[], str]) -> None:
         now, self._latest = self._clock(), done
-        if done == self._total:  # `done` prints the last line
+        if done == self._total:  # `finish` prints the last line
             return
         if self._shown is not None:
             share = (done - self._shown[0]) / self._total if self._total else 0.0
             if now - self._shown[1] < PLAIN_INTERVAL_S and share < PLAIN_SHARE:
                 return
-            self._print(_as_text(text))
+            self._print(text())
             self._printed = done
         self._shown = (done, now)
 
-    def done(self, text: str) -> None:
+    def finish(self, text: str) -> None:
         if self._latest != self._printed:
             self._print(text)
 
     def _print(self, text: str) -> None:
         self._console.print(Text(f"{self._label}: {text}"))
+
+
+Display = Work | PlainDisplay
+"""Shows one piece of work."""
 
 
 class Count:
@@ -104,29 +82,25 @@ class TrainingProgress:
 
     def __init__(self, display: Display, state: TrainingState, clock: Callable[[], float]) -> None:
         self._display = display
-        self._state = state
+        self.state = state
         self._clock = clock
 
     def update(self, line: Mapping[str, Any]) -> None:
         """Take in one line of the metrics file; lines of an earlier attempt are neither shown nor timed."""
-        if self._state.take(line):
-            self._display.show(self._state.step, self.text)
-
-    def attempt(self, gang: GangFacts) -> None:
-        """Begin another attempt."""
-        self._state.start(gang)
+        if self.state.take(line):
+            self._display.show(self.state.step, self.text)
 
     def heard(self, ranks: Sequence[RankPulse]) -> None:
         """Take in the last heartbeats of the ranks."""
-        self._state.hear(ranks, self._clock())
+        self.state.hear(ranks, self._clock())
 
     def saved(self, step: int, just_now: bool) -> None:
         """Take in the step of the newest checkpoint; 0: none."""
-        self._state.save(step, self._clock() if just_now else None)
+        self.state.save(step, self._clock() if just_now else None)
 
     def text(self) -> str:
         """Step, figures (with their step where they are older), time left."""
-        state = self._state
+        state = self.state
         parts = [f"step {state.step:,}/{state.steps:,}"]
         parts += filter(None, (state.shown(one.metric, one.plain, one.form) for one in FIGURES if one.plain))
         left = state.seconds_left()
@@ -166,7 +140,3 @@ class GenerationProgress:
         if new and self._done[0] < self._prompts:
             parts.append(f"{duration((self._clock() - self._began) / new * (self._prompts - self._done[0]))} left")
         return "  ".join(parts)
-
-
-def _as_text(text: TextOrCall) -> str:
-    return text if isinstance(text, str) else text()

@@ -8,7 +8,7 @@ from dist_lm.cluster.events import Journal, read_events
 from dist_lm.evaluation.bfcl_questions import _lines
 from dist_lm.storage.durable import json_lines
 from dist_lm.storage.run_directory import WorkDirectory
-from dist_lm.tracking.metrics import follow, last_metrics, read_metrics
+from dist_lm.tracking.metrics import MetricsFollower, last_metrics, read_metrics
 
 SEPARATORS = "\u2028\u2029\u0085\x1c\x0b\x0c\r"
 
@@ -30,7 +30,7 @@ def test_texts_with_other_separators_are_read_back(file, read):
 def test_metrics_are_cut_at_line_feeds(file):
     path, values = file
     path.write_bytes(path.read_bytes().replace(b"\n\n", b"\n"))
-    assert list(read_metrics(path)) == follow(path).poll() == values
+    assert list(read_metrics(path)) == MetricsFollower(path).poll() == values
     assert last_metrics(path) == values[-1]
 
 

@@ -30,8 +30,7 @@ def pipeline(*works: Work) -> LiveState:
     stages += [StageLine(name, "waiting", f"what {name} will do") for name in ("code", "tools", "rankings", "reward")]
     state = LiveState(0.0, "reward  run default in work", stages)
     state.begin("code", 100.0)
-    for work in works:
-        state.open(work)
+    state.works += works
     return state
 
 

@@ -60,7 +60,7 @@ def test_a_stage_in_training_shows_all_there_is_to_know() -> None:
 @pytest.mark.parametrize("width", [1, 12, 40, 79, 119, 300])
 @pytest.mark.parametrize("height", [1, 2, 4, 9, 16, 23, 60])
 def test_nothing_is_wider_or_higher_than_the_terminal(width: int, height: int, glyphs) -> None:
-    counting = Work("tokenizing code", 9000, 101.0, done=8000, text="8,000 documents (1,203/s)")
+    counting = Work("tokenizing code", 9000, 101.0, done=8000, text=lambda: "8,000 documents (1,203/s)")
     for state in (in_training(nodes=64), in_training(), pipeline(), pipeline(counting), LiveState(0.0)):
         lines = view_lines(state, NOW, width, height, glyphs)
         assert len(lines) <= height
@@ -94,7 +94,7 @@ def test_work_that_does_not_train_shows_too() -> None:
     lines = shown(state)
     assert "tokenizing code: 12,345 documents (1,203/s)" in row(lines, "code")
     assert any("✓" in line and "tokenizing language" in line for line in lines)
-    counted = Work("generate", 2000, 100.0, done=500, text="500/2,000 prompts  1,203 tokens/s")
+    counted = Work("generate", 2000, 100.0, done=500, text=lambda: "500/2,000 prompts  1,203 tokens/s")
     lines = shown(pipeline(counted))
     assert row(lines, "code").endswith("500/2,000  32:07 min left")
     assert any("1,203 tokens/s" in line for line in lines)
@@ -133,14 +133,15 @@ def test_no_fact_of_the_ranks_is_cut_off_where_there_are_rows(width: int) -> Non
 
 def test_a_stage_that_ends_says_how_it_came_out() -> None:
     state = in_training()
-    state.close(state.works[0], "step 400/400")
+    state.works[0].finish("step 400/400")
+    state.close(state.works[0])
     state.done("code", NOW)
     assert row(shown(state), "code").split()[:5] == ["✓", "code", "val", "2.000", "bits/byte"]
 
 
 def test_without_stages_the_work_is_a_line() -> None:
     state = LiveState(0.0)
-    state.open(Work("playing a step of code [x]", None, NOW - 3))
+    state.works.append(Work("playing a step of code [x]", None, NOW - 3))
     assert [line[2:].split("  ")[0] for line in shown(state)] == ["playing a step of code [x]"]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dist_lm.errors import ArtefactError
-from dist_lm.tracking.metrics import MetricsWriter, WarningFollower, follow, read_metrics, write_warnings
+from dist_lm.tracking.metrics import LineFollower, MetricsFollower, MetricsWriter, read_metrics, write_warnings
 from dist_lm.tracking.registry import UnknownMetricError
 
 
@@ -74,7 +74,7 @@ def test_damage_in_the_middle_is_named(path: Path) -> None:
 
 
 def test_follow_gives_whole_lines_once(path: Path) -> None:
-    follower = follow(path)
+    follower = MetricsFollower(path)
     assert follower.poll() == []
     write(path, 1, 2)
     assert [line["step"] for line in follower.poll()] == [1, 2]
@@ -89,7 +89,7 @@ def test_follow_gives_whole_lines_once(path: Path) -> None:
 
 def test_follow_starts_again_with_a_file_that_was_replaced_or_cut(path: Path) -> None:
     write(path, 1, 2, 3)
-    follower = follow(path)
+    follower = MetricsFollower(path)
     follower.poll()
     with MetricsWriter(path) as writer:
         writer.truncate_after(2)
@@ -104,14 +104,14 @@ def test_follow_starts_again_with_a_file_that_was_replaced_or_cut(path: Path) ->
 def test_warnings_come_once_in_one_line_and_errors_do_not(tmp_path: Path) -> None:
     path, log = tmp_path / "warnings.log", logging.getLogger("some_package.part")
     path.write_text("of an earlier attempt\n")
-    follower = WarningFollower(path)
+    follower = LineFollower(path, from_end=True)
     write_warnings(path, "some_package")
     assert follower.poll() == []
     log.warning("checkpoint %s is\ndamaged", "step_1")
     log.error("the end")
     log.info("nothing")
     logging.getLogger("another_package").warning("not ours")
-    assert follower.poll() == ["checkpoint step_1 is damaged"]
+    assert follower.poll() == [b"checkpoint step_1 is damaged"]
     assert follower.poll() == []
-    assert WarningFollower(tmp_path / "none").poll() == []
+    assert LineFollower(tmp_path / "none", from_end=True).poll() == []
     logging.getLogger("some_package").handlers.clear()
