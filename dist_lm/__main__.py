@@ -34,11 +34,6 @@ CheckpointPath = Annotated[
 ]
 
 
-@app.callback()
-def verbs() -> None:
-    """Declare that the program has verbs."""
-
-
 @data.command("inspect")
 def data_inspect(
     corpus: Annotated[Path, typer.Argument(help="A corpus folder, such as work/corpora/code.")],
@@ -224,10 +219,10 @@ def dashboard_push(
     """Save an overview and a view of each stage in a wandb project. Replaces the views of the last push."""
     import os
 
-    from dist_lm.tracking.dashboard import boards_named
+    from dist_lm.tracking.dashboard import boards
     from dist_lm.tracking.dashboard_push import push
 
-    push(boards_named(board), entity, project, os.environ, print)
+    push(boards(board), entity, project, os.environ, print)
 
 
 @dashboard.command("show")
@@ -241,13 +236,13 @@ def dashboard_show(
     from dist_lm.errors import require
     from dist_lm.storage.run_directory import RunDirectory
     from dist_lm.tracking.console import Console
-    from dist_lm.tracking.dashboard import boards_named
+    from dist_lm.tracking.dashboard import boards
     from dist_lm.tracking.dashboard_show import open_in_leet, print_boards
 
     if offline is not None:
         require(board is None, "board", board, "no name of a view beside --offline, which shows all curves of a run")
         open_in_leet(RunDirectory(offline))
-    print_boards(boards_named(board), Console())
+    print_boards(boards(board), Console())
 
 
 @checkpoint.command("inspect")

@@ -25,7 +25,6 @@ from dist_lm.parallel.mesh import World
 from dist_lm.tracking.metrics import MetricsWriter
 
 SIDE, WAIT = "launcher's side at 20 lines/s, of its core %", "wait at the end s"
-WORK = "wait at the end, on a core s"
 LOOK_S, IDLE = 2.0, 0.1  # share of a core below which a process counts as idle
 GRACE_S = 30.0  # for a follower to exit
 LINES, LINE_S = 300, 0.05  # of the run in `of_a_run`
@@ -43,7 +42,7 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
             ways=dict.fromkeys((NOBODY, *followed), size),
             comparisons=[
                 *(Comparison(own=way, peer=NOBODY) for way in followed),
-                *(Comparison(own=way, fact=fact) for fact in (SIDE, WAIT, WORK) for way in followed),
+                *(Comparison(own=way, fact=fact) for fact in (SIDE, WAIT) for way in followed),
             ],
             same_losses=frozenset((NOBODY, *followed)),
             rounds=12,
@@ -101,7 +100,7 @@ class Follower:
         _pin(self._process.pid, core)
 
     def ask(self, word: str) -> dict[str, float]:
-        """`cost`: {lines, cpu_s} so far. `finish`: {wait_s, cpu_s} of the end, after wandb has ended."""
+        """`cost`: {lines, cpu_s} so far. `finish`: {wait_s} of the end, after wandb has ended."""
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(f"{word}\n")
@@ -133,7 +132,7 @@ def of_a_run(way: str, core: int | None) -> dict[str, float]:
         end = follower.ask("finish")
         del follower
     took_s = LINE_S * (after["lines"] - before["lines"])
-    return {SIDE: 100 * (after["cpu_s"] - before["cpu_s"]) / took_s, WAIT: end["wait_s"], WORK: end["cpu_s"]}
+    return {SIDE: 100 * (after["cpu_s"] - before["cpu_s"]) / took_s, WAIT: end["wait_s"]}
 
 
 def _write_lines(writer: MetricsWriter, first: int, last: int) -> None:

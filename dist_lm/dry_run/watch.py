@@ -6,7 +6,7 @@
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -51,18 +51,6 @@ COLLECTIVES: Mapping[Any, tuple[str, int]] = {
 }
 
 
-class Observer(Protocol):
-    """Counts operations."""
-
-    def after(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Called after an operation."""
-        ...
-
-    def resized(self, storage: torch.UntypedStorage) -> None:
-        """Called after a storage was resized."""
-        ...
-
-
 class Watch(TorchDispatchMode):
     """A context manager that shows every operation in the block to observers.
 
@@ -71,7 +59,7 @@ class Watch(TorchDispatchMode):
     FSDP2 frees and allocates memory by resizing storages, which is not an operation.
     """
 
-    def __init__(self, *observers: Observer) -> None:
+    def __init__(self, *observers: "LiveMemory | WorkCounter") -> None:
         super().__init__()
         self._observers = observers
         self._looking_ahead = False

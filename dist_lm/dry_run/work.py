@@ -7,7 +7,6 @@ for each of log2(n) hops. Messages of tensor parallelism are waited for; those o
 
 import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from dist_lm.config.hardware import HardwareConfig
@@ -18,16 +17,6 @@ CPU_RESIDENT = 1.14
 
 WORLD = "world"
 """The axis of messages between all ranks (a few numbers a step)."""
-
-SENT_PER_BYTE: dict[str, Callable[[int], float]] = {
-    "all_gather": lambda n: (n - 1) / n,  # of the gathered tensor
-    "reduce_scatter": lambda n: (n - 1) / n,  # of the tensor before it is scattered
-    "all_to_all": lambda n: (n - 1) / n,
-    "send": lambda n: 1.0,
-    "all_reduce": lambda n: 2 * (n - 1) / n,
-    "broadcast": lambda n: (n - 1) / n,
-}
-"""Bytes that a rank sends (and receives) for each byte of the whole tensor, in a ring of n ranks."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +82,9 @@ class Work:
     def collective(self, kind: str, axis: str, ranks: int, size: int, times: int = 1) -> None:
         """Add `times` collectives over `ranks` ranks on a whole tensor of `size` bytes."""
         if ranks > 1:
-            self.sent[axis] += round(SENT_PER_BYTE[kind](ranks) * size) * times
+            # bytes that a rank sends (and receives) for each byte of the whole tensor, in a ring
+            share = {"send": 1, "all_reduce": 2 * (ranks - 1) / ranks}.get(kind, (ranks - 1) / ranks)
+            self.sent[axis] += round(share * size) * times
             self.messages[axis] += times
 
 

@@ -24,7 +24,7 @@ from dist_lm.chat.template import prompt
 from dist_lm.errors import ArtefactError, require
 from dist_lm.evaluation.bfcl_questions import BfclAnswer, BfclQuestion, find_data, read_questions
 from dist_lm.evaluation.tool_questions import shown
-from dist_lm.evaluation.tool_score import read_answer
+from dist_lm.evaluation.tool_score import matched, read_answer
 from dist_lm.generation.engine import Engine
 from dist_lm.generation.load import LoadedModel, load_model
 from dist_lm.generation.request import Answer, Request, SamplingParams
@@ -136,19 +136,13 @@ def is_right(turn: Message | None, question: BfclQuestion) -> bool:
 
 def right_calls(calls: Sequence[Call], answers: Sequence[BfclAnswer], functions: Sequence[dict[str, Any]]) -> bool:
     """Whether the calls match `answers` one to one, in any order. `functions`: BFCL's descriptions."""
-    if len(calls) != len(answers):
-        return False
     described = {function["name"]: function for function in functions}
-    left = list(calls)
-    for answer in answers:
+
+    def same(call: Call, answer: BfclAnswer) -> bool:
         ((name, allowed),) = answer.items()
-        same = next(
-            (place for place, call in enumerate(left) if right_call(call, name, allowed, described[name])), None
-        )
-        if same is None:
-            return False
-        left.pop(same)
-    return True
+        return right_call(call, name, allowed, described[name])
+
+    return len(calls) == len(answers) == matched(calls, answers, same)
 
 
 def right_call(call: Call, name: str, allowed: dict[str, list[Json]], function: dict[str, Any]) -> bool:

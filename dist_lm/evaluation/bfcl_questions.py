@@ -6,7 +6,7 @@ training data imports this module.
 
 import importlib.util
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,19 +71,19 @@ def find_data() -> Path:
     return data
 
 
-def read_questions(data: Path, categories: Sequence[str] = CATEGORIES, limit: int = 0) -> list[BfclQuestion]:
+def read_questions(data: Path, limit: int = 0) -> list[BfclQuestion]:
     """The first `limit` questions (0: all) of each category that exists in the folder `data`.
 
     Raises:
         ArtefactError: no category exists, or a file has an unknown layout.
     """
     questions: list[BfclQuestion] = []
-    for category in categories:
+    for category in CATEGORIES:
         file = _newest_file(data, category)
         if file is not None:
             questions += _read(file, category, limit)
     if not questions:
-        raise ArtefactError(f"{data}: no questions of {', '.join(categories)} (BFCL_*_CATEGORY.json)")
+        raise ArtefactError(f"{data}: no questions of {', '.join(CATEGORIES)} (BFCL_*_CATEGORY.json)")
     return questions
 
 

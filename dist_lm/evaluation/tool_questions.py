@@ -17,6 +17,7 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 # Conversations of these kinds give one question; all others give one for every decision.
 FIRST = ("single", "parallel", "hub")  # the first decision: no earlier call shows how to use the tool
 LAST = ("recovery", "answer")  # the last one, which the kind is about (the call after an error, the answer without one)
+OWN = "tools_"  # the prefix of the corpus's language names; the rest of a name is the kind
 
 
 @dataclass(frozen=True)
@@ -58,15 +59,14 @@ def questions_of(conversation: Conversation, kind: str) -> list[Question]:
     ]
 
 
-def choose(corpus: MappedCorpus, tokenizer: Tokenizer, per_kind: int, context: int, own: str = "tools_") -> list[Asked]:
+def choose(corpus: MappedCorpus, tokenizer: Tokenizer, per_kind: int, context: int) -> list[Asked]:
     """The first `per_kind` questions of each kind in a corpus, sorted by kind; every call returns the same ones.
 
     Args:
         context: the model's maximum sequence length; a question is skipped if prompt and expected turn exceed it.
-        own: the prefix of the corpus's language names; the rest of a name is the kind.
     """
     chosen: dict[str, list[Asked]] = {}
-    kinds = [name.removeprefix(own) for name in corpus.languages]
+    kinds = [name.removeprefix(OWN) for name in corpus.languages]
     for document, code in enumerate(corpus.language_codes.tolist()):
         kept = chosen.setdefault(kinds[code], [])
         if len(kept) < per_kind:

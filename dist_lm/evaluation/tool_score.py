@@ -3,14 +3,17 @@
 Calls are compared as the Berkeley Function Calling Leaderboard compares them (`chat.compare`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from dist_lm.chat.compare import same_call, same_calls
 from dist_lm.chat.messages import Call, ChatError, Message, Tool
 from dist_lm.chat.parse import parse_turn
 from dist_lm.chat.schema import problems
 from dist_lm.tokenizer.tokenizer import Tokenizer
+
+Wanted = TypeVar("Wanted")
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,16 @@ def judge(found: Message | None, expected: Message, tools: Sequence[Tool]) -> Ve
 def calls_made(found: Sequence[Call], expected: Sequence[Call], tools: Sequence[Tool]) -> int:
     """Number of expected calls that were made; one call found matches at most one expected call."""
     by_name = {tool.name: tool for tool in tools}
+    return matched(found, expected, lambda call, wanted: same_call(call, wanted, by_name[wanted.name]))
+
+
+def matched(found: Sequence[Call], expected: Iterable[Wanted], same: Callable[[Call, Wanted], bool]) -> int:
+    """Number of `expected` that a call found is the same as, in any order and each call once."""
     left = list(found)
-    for call in expected:
-        same = next((place for place, one in enumerate(left) if same_call(one, call, by_name[call.name])), None)
-        if same is not None:
-            left.pop(same)
+    for wanted in expected:
+        place = next((place for place, call in enumerate(left) if same(call, wanted)), None)
+        if place is not None:
+            left.pop(place)
     return len(found) - len(left)
 
 

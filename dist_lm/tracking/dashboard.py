@@ -115,19 +115,14 @@ class Board:
         return tuple(panel for section in self.sections for panel in section.panels)
 
 
-def boards() -> tuple[Board, ...]:
-    """The overview, then a board for each stage that writes metrics."""
-    return tuple(board_of(name) for name in BOARDS)
-
-
-def boards_named(name: str | None) -> tuple[Board, ...]:
-    """One board; with None all boards.
+def boards(name: str | None = None) -> tuple[Board, ...]:
+    """The overview, then a board for each stage that writes metrics; with a name this board only.
 
     Raises:
         ConfigError: no board has this name.
     """
     if name is None:
-        return boards()
+        return tuple(board_of(name) for name in BOARDS)
     require(name in BOARDS, "board", name, ", ".join(BOARDS))
     return (board_of(name),)
 

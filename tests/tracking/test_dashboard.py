@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from dist_lm.errors import ConfigError
-from dist_lm.tracking.dashboard import BOARDS, LOGARITHMIC, OVERVIEW, TOGETHER, board_of, boards, boards_named
+from dist_lm.tracking.dashboard import BOARDS, LOGARITHMIC, OVERVIEW, TOGETHER, board_of, boards
 from dist_lm.tracking.registry import MEASURED_STAGES, METRICS, metric_of, metrics_of
 
 
@@ -60,5 +60,5 @@ def test_the_overview_has_every_stage() -> None:
 
 def test_a_board_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ConfigError, match="board=tokenizer: expected overview, language"):
-        boards_named("tokenizer")
-    assert boards_named("code") == (board_of("code"),)
+        boards("tokenizer")
+    assert boards("code") == (board_of("code"),)
