@@ -23,7 +23,7 @@ from dist_lm.cluster.pool_ledger import Depth, Ledger, Result
 from dist_lm.cluster.ray_cluster import Node, RayCluster
 from dist_lm.cluster.recruit import NoNodesError
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.pool import AS_MANY
+from dist_lm.config.rlhf import AS_MANY
 from dist_lm.generation.decoder import check_weights
 from dist_lm.generation.request import Answer, Refusal, Request, RequestError
 from dist_lm.generation.shard import check_tp

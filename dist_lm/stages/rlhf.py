@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.pool import RolloutPoolConfig
-from dist_lm.config.rlhf import RlhfConfig
+from dist_lm.config.rlhf import RlhfConfig, RolloutPoolConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import check_shares
 from dist_lm.data.corpus import corpora_of_form, form_of
