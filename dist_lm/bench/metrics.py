@@ -12,25 +12,23 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 from dist_lm.bench.case import Case, Comparison, GroupSize, configurations, describe
 from dist_lm.bench.rank import Trial, made_up_batch
 from dist_lm.config.root import Config
-from dist_lm.data.stream import StepData, StepStream
-from dist_lm.model.size import flops_per_token
+from dist_lm.data.stream import StepData
+from dist_lm.dry_run.rehearsal import trainer_of_steps
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
 from dist_lm.parallel.values import squared_norms
 from dist_lm.tracking.metrics import MetricsWriter
-from dist_lm.training.heartbeat import StopRequest, Unheard
 from dist_lm.training.objective import next_token
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
 from dist_lm.training.step import StepResult, gradients_by_group
 from dist_lm.training.step_meter import PARTS, StepMeter
-from dist_lm.training.trainer import Trainer, advance
+from dist_lm.training.trainer import advance
 
 MEASURED, BARE = "measured", "bare"
 COST = "cost %"
@@ -77,23 +75,8 @@ class MeasuredTraining:
         self._directory = tempfile.TemporaryDirectory(prefix="dlm-bench-")
         self.directory = Path(self._directory.name)
         self.writer = writer_at(self.directory / "metrics.jsonl")
-        self._trainer = Trainer(
-            config=config,
-            world=world,
-            counts_once=True,
-            model=model,
-            optimizer=build_optimizer(model, stage),
-            objective=next_token(),
-            stream=cast(StepStream, iter(())),
-            evaluate=lambda model, everything, alive: {},
-            checkpoints=Path(),
-            metrics=None,
-            stop=StopRequest(),
-            heartbeat=Unheard(),
-            flops_per_token=flops_per_token(config.model, stage.seq_len),
-            peak_flops=1e12,
-            bytes_per_token=1.0,
-        )
+        optimizer = build_optimizer(model, stage)
+        self._trainer = trainer_of_steps(config, world, model, optimizer, next_token(), counts_once=True)
         batch = made_up_batch(config, slice(None), world.device)
         self._data = StepData(0, [batch], batch.tokens_BT.numel())
         self._meter = StepMeter(world, self._trainer.optimizer, stage.steps)

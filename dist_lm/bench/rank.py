@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,19 @@ def peak_mib(run: Callable[[], object], device: torch.device) -> float:
     events: list[Any] = [event for event in results.events() if event.name() == "[memory]"]
     held = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     return max(held, default=0) / MIB
+
+
+@cache
+def two_cores() -> tuple[int | None, int | None]:
+    """Cores for this process and for one beside it; None if there is only one, or it cannot be chosen."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return (cores[0], cores[-1]) if len(cores) > 1 else (None, None)
+
+
+def pin(process: int, core: int | None) -> None:
+    """Keep a process (0: this one) on a core."""
+    if core is not None:
+        os.sched_setaffinity(process, [core])
 
 
 # --- the program ---

@@ -37,13 +37,11 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 
 def _case(config: Config) -> Case:
-    size, prompt = GroupSize(1), prompt_tokens(config)
-    own = completion_tokens(config)
-    name = f"{config.model.name}, {config.stage.global_batch} prompts of {prompt}, {len(own)} completions of {own[0]}"
+    prompt, k, each = tokens_of(config)
     return Case(
-        name=name,
+        name=f"{config.model.name}, {config.stage.global_batch} prompts of {prompt}, {k} completions of {each}",
         config=config,
-        ways=dict.fromkeys((TREE, ROWS, PACKED, PLAIN), size),
+        ways=dict.fromkeys((TREE, ROWS, PACKED, PLAIN), GroupSize(1)),
         comparisons=[Comparison(own=TREE, peer=peer, ceiling=PLAIN) for peer in (ROWS, PACKED)],
         same_losses=frozenset({TREE, ROWS, PACKED}),
         rounds=ROUNDS,
@@ -61,23 +59,12 @@ def build(way: str, config: Config, world: World) -> Trial:
     return Trial(training.step)
 
 
-def completions(config: Config) -> int:
-    """Completions of a prompt."""
+def tokens_of(config: Config) -> tuple[int, int, int]:
+    """(tokens of a prompt, its completions, tokens of each): all as long, so that rows of one each need no padding."""
     assert isinstance(config, RankingsConfig)
-    return config.stage.samples.most
-
-
-def prompt_tokens(config: Config) -> int:
-    """Tokens of a prompt."""
-    k = completions(config)
-    length = round(config.stage.seq_len * PROMPT_SHARE)
-    return length + (config.stage.seq_len - length) % k
-
-
-def completion_tokens(config: Config) -> list[int]:
-    """Tokens of each completion: all the same, so that rows of one each need no padding."""
-    k = completions(config)
-    return [(config.stage.seq_len - prompt_tokens(config)) // k] * k
+    k, length = config.stage.samples.most, round(config.stage.seq_len * PROMPT_SHARE)
+    prompt = length + (config.stage.seq_len - length) % k
+    return prompt, k, (config.stage.seq_len - prompt) // k
 
 
 def batch_of(way: str, config: Config) -> Batch:
@@ -85,9 +72,8 @@ def batch_of(way: str, config: Config) -> Batch:
     n_prompts, t = config.stage.global_batch, config.stage.seq_len
     draw = torch.Generator().manual_seed(config.seed)
     tokens_BT = torch.randint(2, config.model.vocab_size, (n_prompts, t), generator=draw)
-    lengths = completion_tokens(config)
-    k = len(lengths)
-    branch = np.repeat(np.arange(k + 1), [prompt_tokens(config), *lengths])
+    prompt, k, own = tokens_of(config)
+    branch = np.repeat(np.arange(k + 1), [prompt] + k * [own])
     if way in (TREE, PLAIN):
         ends = torch.from_numpy(branch_ends(branch))
         position = torch.from_numpy(branch_positions(branch)) if way == TREE else torch.arange(t)
@@ -95,7 +81,7 @@ def batch_of(way: str, config: Config) -> Batch:
         place_PK = torch.arange(n_prompts)[:, None] * t + ends
         return _batch(tokens_BT, torch.zeros_like(tokens_BT), position.repeat(n_prompts, 1), place_PK, branch_BT)
     alone = [torch.from_numpy(np.flatnonzero((branch == 0) | (branch == one))) for one in range(1, k + 1)]
-    each = len(alone[0])
+    each = prompt + own
     apart_BKT = torch.stack([tokens_BT[:, places] for places in alone], dim=1)
     place_PK = torch.arange(n_prompts * k).view(n_prompts, k) * each + each - 1
     rows = (n_prompts * k, each) if way == ROWS else (n_prompts, k * each)

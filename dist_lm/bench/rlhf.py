@@ -6,19 +6,16 @@ a missing one is listed without a figure.
 
 The second case compares generation during updates (rlhf.max_staleness=1), with a core each for learner and actor,
 against generation and updates in turn. It makes one pass of updates; the share of generation is reported.
+"""
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import replace
 
-import psutil
-import torch
-
 from dist_lm.bench.case import Case, Comparison, GroupSize, against, configurations
-from dist_lm.bench.rank import Trial
+from dist_lm.bench.rank import Trial, pin, two_cores
 from dist_lm.bench.rlhf_loops import ITERATIONS, PROMPTS, BareLoop, Peer, ToyPpo, Trl, made_up_prompts
 from dist_lm.cluster.pool import Pool, PoolRollouts
 from dist_lm.cluster.pool_actor import EngineSpec
@@ -120,7 +117,9 @@ def build(way: str, config: Config, world: World) -> Trial:
         toy = ToyPpo(config, world, WORKER.source(config) if way == OURS else None)
         return Trial(toy.run, losses=list)
     source = WORKER.source(config)
-    _pin(source)
+    first, last = two_cores()
+    pin(0, first)
+    pin(source.pool.members[0].pid, last)
     toy = ToyPpo(config, world, source, staleness=int(way == TOGETHER), epochs=1)
 
     def facts() -> dict[str, float]:
@@ -128,13 +127,3 @@ def build(way: str, config: Config, world: World) -> Trial:
         return {DRAWING: toy.drawing_s / toy.iteration_s}
 
     return Trial(toy.run, facts, losses=list)
-
-
-def _pin(source: PoolRollouts) -> None:
-    """Pin this process to its first core and the actor to the last."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if len(cores) > 1:
-        (member,) = source.pool.members
-        psutil.Process(member.pid).cpu_affinity([cores[-1]])
-        psutil.Process().cpu_affinity([cores[0]])
-        torch.set_num_threads(1)

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -70,7 +70,9 @@ def run_benchmark(
         for case in planned:
             status.update(f"{name}: {case.name}")
             own = run_case(name, case, lambda size, request: running[size].ask(request), work, quick=quick)
-            _write(own, file)
+            if file:
+                file.writelines(record.to_json() + "\n" for record in own)
+                file.flush()
             records += own
     rounds = QUICK_ROUNDS if quick else max(case.rounds for case in planned)
     console.print(table_of(f"{name}: medians of {rounds} rounds on {_machine(device)}", records))
@@ -133,12 +135,6 @@ def seconds_per_step(
         for way in order_of_round(ways, index):
             seconds[way].append(time_steps(way, steps[way]) / steps[way])
     return seconds
-
-
-def _write(records: Sequence[Record], file: IO[str] | None) -> None:
-    if file is not None:
-        file.writelines(record.to_json() + "\n" for record in records)
-        file.flush()
 
 
 def _device(planned: Sequence[Case]) -> str:

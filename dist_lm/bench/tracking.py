@@ -13,12 +13,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 
 from dist_lm.bench.case import Case, Comparison, GroupSize, configurations, describe
 from dist_lm.bench.metrics import MeasuredTraining
-from dist_lm.bench.rank import Trial
+from dist_lm.bench.rank import Trial, pin, two_cores
 from dist_lm.bench.tracking_follower import NOBODY, OFFLINE, TROUBLE
 from dist_lm.config.root import Config
 from dist_lm.parallel.mesh import World
@@ -53,8 +52,8 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 def build(way: str, config: Config, world: World) -> Trial:
     """One way in one process, with its follower."""
-    first, last = _cores()
-    _pin(0, first)
+    first, last = two_cores()
+    pin(0, first)
     training = FollowedTraining(config, world)
     if way == NOBODY:
         return Trial(training.measured_step, clock=training.clock)
@@ -97,7 +96,7 @@ class Follower:
         """Start it; it ends with this object, or with this process."""
         command = [sys.executable, "-m", "dist_lm.bench.tracking_follower", str(os.getpid()), str(directory), way]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        _pin(self._process.pid, core)
+        pin(self._process.pid, core)
 
     def ask(self, word: str) -> dict[str, float]:
         """`cost`: {lines, cpu_s} so far. `finish`: {wait_s} of the end, after wandb has ended."""
@@ -157,15 +156,3 @@ def _all_seen(follower: Follower, lines: int) -> dict[str, float]:
     while (seen := follower.ask("cost"))["lines"] < lines:
         time.sleep(LINE_S)
     return seen
-
-
-@cache
-def _cores() -> tuple[int | None, int | None]:
-    """Cores for the rank and for its follower; None if there is only one, or it cannot be chosen."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    return (cores[0], cores[-1]) if len(cores) > 1 else (None, None)
-
-
-def _pin(process: int, core: int | None) -> None:
-    if core is not None:
-        os.sched_setaffinity(process, [core])

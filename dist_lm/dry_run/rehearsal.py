@@ -26,7 +26,7 @@ from dist_lm.data.stream import StepData, StepStream
 from dist_lm.dry_run.estimate import gradients_add_up, is_half, micro_batches_of, offloads
 from dist_lm.dry_run.watch import LiveMemory, Watch, WorkCounter
 from dist_lm.dry_run.work import StepMemory, Work
-from dist_lm.model.size import documents_apart
+from dist_lm.model.size import documents_apart, flops_per_token
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import AXES, resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
@@ -116,22 +116,7 @@ def rehearse(
         return objective(model, batch)
 
     hook = optimizer.register_step_pre_hook(lambda *_: held.append(memory.live))
-    trainer = Trainer(
-        config=config,
-        world=world,
-        counts_once=mesh.get_local_rank("tp") == 0,
-        model=model,
-        optimizer=optimizer,
-        objective=watched,
-        stream=cast(StepStream, iter(())),
-        evaluate=lambda model, everything, alive: {},
-        heartbeat=Unheard(),
-        checkpoints=Path(),
-        metrics=None,
-        stop=StopRequest(),
-        flops_per_token=0,
-        peak_flops=0.0,
-    )
+    trainer = trainer_of_steps(config, world, model, optimizer, watched, counts_once=mesh.get_local_rank("tp") == 0)
     memory.reset_peak()
     trainer.step(TrainState(), StepData(0, list(micro_batches), 0), config.stage.lr)
     hook.remove()
@@ -139,6 +124,34 @@ def rehearse(
     moments = sum(_bytes(tensor) for state in optimizer.state.values() for tensor in state.values())
     gradients = max(held) - held[0]
     return StepMemory(parameters, gradients, moments, memory.peak - parameters - moments - gradients)
+
+
+def trainer_of_steps(
+    config: Config,
+    world: World,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    objective: Objective,
+    counts_once: bool,
+) -> Trainer:
+    """A trainer for single steps, without data, evaluation, checkpoints and files of its own."""
+    return Trainer(
+        config=config,
+        world=world,
+        counts_once=counts_once,
+        model=model,
+        optimizer=optimizer,
+        objective=objective,
+        stream=cast(StepStream, iter(())),
+        evaluate=lambda model, everything, alive: {},
+        checkpoints=Path(),
+        metrics=None,
+        stop=StopRequest(),
+        heartbeat=Unheard(),
+        flops_per_token=flops_per_token(config.model, config.stage.seq_len),
+        peak_flops=1e12,
+        bytes_per_token=1.0,
+    )
 
 
 def random_batch(config: Config) -> Batch:

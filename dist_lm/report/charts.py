@@ -136,9 +136,7 @@ class Chart:
     @property
     def moves(self) -> bool:
         """Whether a line has two different values."""
-        return any(
-            len(line.curve.points.values) > 1 and len(np.unique(line.curve.points.values)) > 1 for line in self.lines
-        )
+        return any(len(np.unique(line.curve.points.values)) > 1 for line in self.lines)
 
     @property
     def drawable(self) -> bool:

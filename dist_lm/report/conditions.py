@@ -13,17 +13,6 @@ from dist_lm.stages.registry import stage_named, stage_names
 from dist_lm.tracking.readable import four_digits, gib, percent
 
 UNKNOWN = "–"  # also of a missing key
-COLUMNS = (
-    "Device",
-    "Nodes",
-    "Ranks",
-    "Layout",
-    "Peak memory a rank",
-    "Tokens/s, median",
-    "MFU, median",
-    "First all-reduce",
-    "Planned for",
-)
 NAMED = 3  # hosts named in a cell
 OPEN = "???"  # OmegaConf's missing value
 NAMES = ("run_id", "work_dir")  # always differ
@@ -32,11 +21,11 @@ NAMES = ("run_id", "work_dir")  # always differ
 def hardware_of(runs: Sequence[RunFacts]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """A table with a row for each run: (columns, rows); columns that are unknown for all runs are left out."""
     cells = [(run.label, _cells(run)) for run in runs]
-    kept = [number for number in range(len(COLUMNS)) if any(row[number] != UNKNOWN for _, row in cells)]
-    return [COLUMNS[number] for number in kept], [(label, [row[number] for number in kept]) for label, row in cells]
+    columns = [name for name in cells[0][1] if any(row[name] != UNKNOWN for _, row in cells)]
+    return columns, [(label, [row[name] for name in columns]) for label, row in cells]
 
 
-def _cells(run: RunFacts) -> tuple[str, ...]:
+def _cells(run: RunFacts) -> dict[str, str]:
     attempt, planned = run.attempt, run.config.get("hardware", {})
     hosts = [str(node.get("host", "")) for node in attempt.get("nodes", [])]
     more = f" and {len(hosts) - NAMED} more" if len(hosts) > NAMED else ""
@@ -44,19 +33,21 @@ def _cells(run: RunFacts) -> tuple[str, ...]:
     ranks = len(hosts) * int(attempt.get("ranks_per_node", 0)) or run.result.get("ranks")
     bus = run.links.get("bus_gb_per_s")
     memory, speed, mfu = map(run.finite, ("perf/memory_gib", "perf/tokens_per_s", "perf/mfu"))
-    return (
-        str(attempt.get("device") or run.config.get("device") or UNKNOWN),
-        nodes,
-        f"{ranks:,}" if ranks else UNKNOWN,
-        str(run.layout) if run.layout else UNKNOWN,
-        gib(memory.max() * 2**30) if len(memory) else UNKNOWN,
-        four_digits(float(np.median(speed))) if len(speed) else UNKNOWN,
-        percent(float(np.median(mfu))) if len(mfu) else UNKNOWN,
-        f"{bus:.2f} GB/s" if bus else UNKNOWN,
-        f"hardware={planned['name']}: {planned['memory_gib']:g} GiB, {planned['bf16_tflops']:g} TFLOP/s in bf16"
-        if {"name", "memory_gib", "bf16_tflops"} <= planned.keys()
-        else UNKNOWN,
-    )
+    return {
+        "Device": str(attempt.get("device") or run.config.get("device") or UNKNOWN),
+        "Nodes": nodes,
+        "Ranks": f"{ranks:,}" if ranks else UNKNOWN,
+        "Layout": str(run.layout) if run.layout else UNKNOWN,
+        "Peak memory a rank": gib(memory.max() * 2**30) if len(memory) else UNKNOWN,
+        "Tokens/s, median": four_digits(float(np.median(speed))) if len(speed) else UNKNOWN,
+        "MFU, median": percent(float(np.median(mfu))) if len(mfu) else UNKNOWN,
+        "First all-reduce": f"{bus:.2f} GB/s" if bus else UNKNOWN,
+        "Planned for": (
+            f"hardware={planned['name']}: {planned['memory_gib']:g} GiB, {planned['bf16_tflops']:g} TFLOP/s in bf16"
+            if {"name", "memory_gib", "bf16_tflops"} <= planned.keys()
+            else UNKNOWN
+        ),
+    }
 
 
 @dataclass(frozen=True)
