@@ -9,7 +9,7 @@ import selectors
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,13 @@ class RankGroup:
         return [json.loads(answer) for answer in self._answers()]
 
     def end(self) -> None:
-        """Let the ranks exit; kill those that do not."""
+        """Let the ranks exit."""
         for process in self.ranks:
             assert process.stdin is not None
             process.stdin.close()
         for process in self.ranks:
-            try:
+            with suppress(subprocess.TimeoutExpired):  # `kill` follows
                 process.wait(GRACE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
 
     def kill(self) -> None:
         """End the ranks at once: after a failure of one of them, or Ctrl-C."""

@@ -79,8 +79,10 @@ class ToyPpo:
             trained_policy(policy, self._rlhf), trained_critic(critic, self._rlhf), frozen(reference), frozen(reward)
         )
         prompts = made_up_prompts(config).tolist()
-        own = source or EngineRollouts(_engine(config))
-        self._supply = RolloutSupply(own, ShuffledPrompts(prompts, config.seed), lambda tokens: "")
+        if source is None:
+            weights = dict(Transformer(config.model).state_dict())
+            source = EngineRollouts(Engine(config.model, weights, eot_id=0, options=self.options(config)))
+        self._supply = RolloutSupply(source, ShuffledPrompts(prompts, config.seed), lambda tokens: "")
         self._state = RlhfState(KlController(KL_COEFFICIENT))
 
     def run(self) -> float:
@@ -134,11 +136,6 @@ def rlhf_config(config: Config, staleness: int, epochs: int) -> RlhfConfig:
         normalise_reward=False,
         missing_eos_penalty=0.0,
     )
-
-
-def _engine(config: Config) -> Engine:
-    weights = {name: value for name, value in Transformer(config.model).state_dict().items()}
-    return Engine(config.model, weights, eot_id=0, options=ToyPpo.options(config))
 
 
 # --- peers ---
@@ -278,24 +275,21 @@ class BareLoop(Peer):
         return torch.stack(found[::-1], dim=1)
 
 
-def _folder(config: Config, into: Path) -> None:
+def _as_transformers(config: Config, kind: str, **options: Any) -> Any:
+    """Our initial model as a class of transformers."""
     model = Transformer(config.model)
     initialise(model, config.seed)
-    save_gpt_neox(dict(model.named_parameters()), config.model, into, eot_id=END, pad_id=PAD)
+    with tempfile.TemporaryDirectory(prefix="dlm-bench-") as folder:
+        save_gpt_neox(dict(model.named_parameters()), config.model, Path(folder), eot_id=END, pad_id=PAD)
+        return getattr(import_module("transformers"), kind).from_pretrained(folder, **options)
 
 
 def _causal(config: Config) -> Any:
-    transformers = import_module("transformers")
-    with tempfile.TemporaryDirectory(prefix="dlm-bench-") as folder:
-        _folder(config, Path(folder))
-        return transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return _as_transformers(config, "AutoModelForCausalLM")
 
 
 def _scored(config: Config) -> Any:
-    transformers = import_module("transformers")
-    with tempfile.TemporaryDirectory(prefix="dlm-bench-") as folder:
-        _folder(config, Path(folder))
-        return transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    return _as_transformers(config, "AutoModelForSequenceClassification", num_labels=1)
 
 
 def _tokenizer(config: Config) -> Any:

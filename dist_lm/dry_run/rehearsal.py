@@ -120,8 +120,8 @@ def rehearse(
     memory.reset_peak()
     trainer.step(TrainState(), StepData(0, list(micro_batches), 0), config.stage.lr)
     hook.remove()
-    parameters = sum(_bytes(parameter) for parameter in model.parameters())
-    moments = sum(_bytes(tensor) for state in optimizer.state.values() for tensor in state.values())
+    parameters = sum(shard_of(parameter).nbytes for parameter in model.parameters())
+    moments = sum(shard_of(tensor).nbytes for state in optimizer.state.values() for tensor in state.values())
     gradients = max(held) - held[0]
     return StepMemory(parameters, gradients, moments, memory.peak - parameters - moments - gradients)
 
@@ -160,10 +160,6 @@ def random_batch(config: Config) -> Batch:
     shape = (stage.micro_batch, stage.seq_len)
     tokens_BT = torch.randint(0, config.model.vocab_size, shape)
     return Batch.plain(tokens_BT, torch.randint(0, config.model.vocab_size, shape))
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return shard_of(tensor).nbytes
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ class WorkCounter:
             outputs = _written(func, args, kwargs)
         flops = _flops(func._overloadpacket, args, kwargs, result)
         half = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in inputs)
-        moved = sum(map(_bytes, inputs)) + sum(map(_bytes, outputs))
+        moved = sum(tensor.nbytes for tensor in (*inputs, *outputs))
         self.parts[-1].operation(flops, moved, self._hardware, half)
 
 
@@ -203,7 +203,7 @@ def collective_of(func: Any, args: Any, result: Any) -> Collective | None:
     whole = result if position == RESULT else args[position]
     group = next((a for a in reversed(args) if isinstance(a, str)), None) or _group_of(args)
     ranks = dist.distributed_c10d._resolve_process_group(cast(Any, group)).size()
-    return Collective(kind, group, ranks, sum(map(_bytes, _tensors(whole))))
+    return Collective(kind, group, ranks, sum(tensor.nbytes for tensor in _tensors(whole)))
 
 
 def _group_of(args: Any) -> str:
@@ -237,7 +237,3 @@ def _flops(packet: Any, args: Any, kwargs: Any, result: Any) -> float:
 
 def _tensors(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

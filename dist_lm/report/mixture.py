@@ -19,19 +19,6 @@ class Mixture:
     shares: tuple[Share, ...]
 
 
-@dataclass(frozen=True)
-class CorpusRow:
-    """A language of a corpus."""
-
-    corpus: str
-    language: str
-    documents: str
-    tokens: str
-    size: str
-    held_out: str
-    bytes_per_token: str
-
-
 def mixtures(runs: Sequence[RunFacts], works: Sequence[WorkFacts]) -> list[Mixture]:
     """A bar for each run whose corpora exist: its languages, weighted by the share of their corpus."""
     work_of = {work.path: work for work in works}
@@ -49,8 +36,8 @@ def mixtures(runs: Sequence[RunFacts], works: Sequence[WorkFacts]) -> list[Mixtu
     return found
 
 
-def corpus_rows(work: WorkFacts) -> list[CorpusRow]:
-    """The languages of every corpus, the largest first."""
+def corpus_rows(work: WorkFacts) -> list[dict[str, str]]:
+    """The languages of every corpus, the largest first, by column."""
     rows = []
     for name, manifest in work.corpora.items():
         train = manifest.splits.get("train")
@@ -59,15 +46,15 @@ def corpus_rows(work: WorkFacts) -> list[CorpusRow]:
         for language, counts in sorted(languages.items(), key=lambda pair: -pair[1].tokens):
             val = held_out.languages.get(language, Counts()) if held_out else Counts()
             rows.append(
-                CorpusRow(
-                    name,
-                    language,
-                    f"{counts.documents:,}",
-                    readable_count(counts.tokens),
-                    gib(counts.bytes),
-                    f"{val.documents:,}",
-                    f"{counts.bytes / counts.tokens:.2f}" if counts.tokens else "",
-                )
+                {
+                    "Corpus": name,
+                    "Language": language,
+                    "Documents": f"{counts.documents:,}",
+                    "Tokens": readable_count(counts.tokens),
+                    "Text": gib(counts.bytes),
+                    "Bytes a token": f"{counts.bytes / counts.tokens:.2f}" if counts.tokens else "",
+                    "Documents held out": f"{val.documents:,}",
+                }
             )
     return rows
 

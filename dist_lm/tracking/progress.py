@@ -127,16 +127,12 @@ class GenerationProgress:
             self._first = self._done
         self._display.show(prompts, self.text)
 
-    @property
-    def tokens_per_s(self) -> float:
-        """Throughput of this command."""
-        elapsed = self._clock() - self._began
-        return (self._done[1] - self._first[1]) / elapsed if self._first and elapsed > 0 else 0.0
-
     def text(self) -> str:
-        """Prompts, speed and the time left."""
-        parts = [f"{self._done[0]:,}/{self._prompts:,} prompts", f"{four_digits(self.tokens_per_s)} tokens/s"]
-        new = self._done[0] - self._first[0] if self._first else 0
+        """Prompts, speed of this command and the time left."""
+        elapsed, first = self._clock() - self._began, self._first or self._done
+        new, tokens = self._done[0] - first[0], self._done[1] - first[1]
+        speed = tokens / elapsed if elapsed > 0 else 0.0
+        parts = [f"{self._done[0]:,}/{self._prompts:,} prompts", f"{four_digits(speed)} tokens/s"]
         if new and self._done[0] < self._prompts:
-            parts.append(f"{duration((self._clock() - self._began) / new * (self._prompts - self._done[0]))} left")
+            parts.append(f"{duration(elapsed / new * (self._prompts - self._done[0]))} left")
         return "  ".join(parts)
