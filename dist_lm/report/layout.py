@@ -43,7 +43,9 @@ def rank_memory(model: ModelConfig, layout: Layout, runs: Sequence[RunFacts]) ->
     sizes = {"weights": held_elements(model, layout)}
     if looped:
         sizes["gradients"] = sizes["weights"]
-        sizes["moments of the optimizer"] = held_elements(model, layout, lambda name: 1 if muon and is_matrix(name) else 2)
+        sizes["moments of the optimizer"] = held_elements(
+            model, layout, lambda name: 1 if muon and is_matrix(name) else 2
+        )
     total, start, parts = sum(sizes.values()), 0.0, []
     for colour, (label, elements) in enumerate(sizes.items()):
         width = 100 * elements / total

@@ -63,9 +63,7 @@ def render(facts: Facts, made: str) -> str:
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    return environment.get_template(
-        "page.html.jinja"
-    ).render(
+    return environment.get_template("page.html.jinja").render(
         facts=facts,
         made=made,
         policy=policy(style, [library, script]),

@@ -82,10 +82,6 @@ class Panel:
         """The plotted metrics by name; empty for a family."""
         return () if self.pattern else tuple(metric.name for metric in self.metrics)
 
-    def shows(self, name: str) -> bool:
-        """Whether the panel plots a metric of a run."""
-        return bool(re.fullmatch(self.pattern, name)) if self.pattern else name in self.names
-
 
 @dataclass(frozen=True)
 class Section:

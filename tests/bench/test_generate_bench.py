@@ -5,7 +5,6 @@ import torch
 
 from dist_lm.bench import generate
 from dist_lm.bench.case import configurations
-from dist_lm.bench.generate_peers import Transformers
 from dist_lm.parallel.mesh import World
 
 TINY = (
@@ -29,7 +28,7 @@ def config(*overrides: str):
 def test_our_engine_and_transformers_draw_from_the_same_model(batch):
     pytest.importorskip("transformers")
     own = config(f"stage.global_batch={batch}", "stage.seq_len=5")
-    trials = [generate.build(way, own, WORLD) for way in (generate.OURS, Transformers.package)]
+    trials = [generate.build(way, own, WORLD) for way in (generate.OURS, generate.Transformers.package)]
     ours, theirs = (trial.losses() for trial in trials if trial.losses)
     assert ours == pytest.approx(theirs, abs=1e-4)
     for trial in trials:

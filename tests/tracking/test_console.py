@@ -102,7 +102,9 @@ def test_a_live_bar_ends_with_the_final_state() -> None:
 
 def test_tables_and_summaries_keep_the_text_as_it_is() -> None:
     screen = Screen()
-    screen.console.table("Plan", ("stage", "plan", ""), [("language", "build", "corpora [a]"), ("code", "continue", "step 10")])
+    screen.console.table(
+        "Plan", ("stage", "plan", ""), [("language", "build", "corpora [a]"), ("code", "continue", "step 10")]
+    )
     screen.console.summary("Done", {"checkpoint": "work/runs/code/x", "bits per byte": "1.7"})
     text = screen.output.getvalue()
     for expected in ("corpora [a]", "continue", "work/runs/code/x", "bits per byte"):

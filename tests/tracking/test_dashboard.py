@@ -1,12 +1,18 @@
 """Boards follow from the registry: every metric is in one panel of its stage, and no panel shows another stage's."""
 
+import re
 from collections import Counter
 
 import pytest
 
 from dist_lm.errors import ConfigError
-from dist_lm.tracking.dashboard import BOARDS, LOGARITHMIC, OVERVIEW, TOGETHER, board_of, boards
+from dist_lm.tracking.dashboard import BOARDS, LOGARITHMIC, OVERVIEW, TOGETHER, Panel, board_of, boards
 from dist_lm.tracking.registry import MEASURED_STAGES, METRICS, metric_of, metrics_of
+
+
+def shows(panel: Panel, name: str) -> bool:
+    """Whether the panel plots a metric of a run."""
+    return bool(re.fullmatch(panel.pattern, name)) if panel.pattern else name in panel.names
 
 
 def example(name: str) -> str:
@@ -20,8 +26,8 @@ def test_every_metric_of_a_stage_is_in_exactly_one_panel(stage: str) -> None:
     for metric in metrics_of(stage):
         name = example(metric.name)
         assert metric_of(name) == metric
-        assert [panel.title for panel in board.panels if panel.shows(name)] != [], name
-        assert len([panel for panel in board.panels if panel.shows(name)]) == 1, name
+        assert [panel.title for panel in board.panels if shows(panel, name)] != [], name
+        assert len([panel for panel in board.panels if shows(panel, name)]) == 1, name
 
 
 @pytest.mark.parametrize("name", BOARDS)
