@@ -25,7 +25,7 @@ from dist_lm.cluster.recruit import NoNodesError
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.rlhf import AS_MANY
 from dist_lm.generation.decoder import check_weights
-from dist_lm.generation.request import Answer, Refusal, Request, RequestError
+from dist_lm.generation.request import Answer, Request, in_order
 from dist_lm.generation.shard import check_tp
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,6 @@ SLICE_S = 0.5  # between two calls of `wanted`
 LOOK_EVERY_S = 2.0  # between two queries of the living nodes
 OTHERS_S = 5.0  # wait for the other actors at the start, once the first one is up
 ENGINEFULS = 2  # work sent to an actor, in engine capacities: one in progress, one waiting
-WINDOW_ENGINEFULS = 8  # default window of ordered results, in capacities of all actors together
 
 ANYWHERE = Site()
 
@@ -127,14 +126,8 @@ class Pool:
                 return
             self._wait()
 
-    def generate(
-        self, requests: Iterable[Request], in_order: bool = False, window: int | None = None
-    ) -> Iterator[Result]:
+    def generate(self, requests: Iterable[Request]) -> Iterator[Result]:
         """All answers to every request, or one refusal; the results of a request come together, once complete.
-
-        Args:
-            in_order: in the order of the requests.
-            window: most requests on their way if results are in order; a result waits for those before it.
 
         Raises:
             ActorsLostError: no actor is left, and no place for another one within cluster.node_wait_s.
@@ -144,14 +137,12 @@ class Pool:
             raise RuntimeError("one `generate` at a time: finish or close the other one first")
         options = self._spec.options
         depth = Depth(ENGINEFULS * options.max_sequences, ENGINEFULS * options.cache_tokens)
-        window = window or WINDOW_ENGINEFULS * options.max_sequences * max(1, len(self._members))
-        ledger = self._ledger = Ledger(iter(requests), depth, window if in_order else None)
+        ledger = self._ledger = Ledger(iter(requests), depth)
         try:
             while not ledger.is_over and self._wanted():
                 self._tend()
                 self._hand_out(ledger)
                 yield from ledger.release()
-                self._hand_out(ledger)  # the released results allow more requests
                 if not ledger.is_over:
                     self._wait()
         finally:
@@ -308,12 +299,7 @@ class PoolRollouts:
             RequestError: a request was refused.
             ActorsLostError, PoolFailure: see `Pool.generate`.
         """
-        answers = []
-        for result in self.pool.generate(requests, in_order=True, window=len(requests)):
-            if isinstance(result, Refusal):
-                raise RequestError(result.request, result.error)
-            answers.append(result)
-        return answers
+        return in_order(requests, self.pool.generate(requests))
 
 
 def _reserved_by_others(prefix: str) -> dict[str, Reserved]:

@@ -77,11 +77,9 @@ class Lane:
 class Ledger:
     """All requests of one call. Only requests on their way are held in memory."""
 
-    def __init__(self, requests: Iterator[Request], depth: Depth, window: int | None = None) -> None:
-        """With `window` results are released in the order of requests, with at most `window` requests on their way."""
+    def __init__(self, requests: Iterator[Request], depth: Depth) -> None:
         self._requests = requests
         self._depth = depth
-        self._window = window
         self._lanes: dict[int, Lane] = {}
         self._next: Ticket | None = None  # read from the requests, not yet dealt
         self._pulled = 0
@@ -89,7 +87,7 @@ class Ledger:
         self._again: deque[Ticket] = deque()
         self._suspects: deque[Ticket] = deque()
         self._lonely: int | None = None  # the lane reserved for a suspect
-        self._over: dict[int, Sequence[Result]] = {}  # results by ticket number, in the order of completion
+        self._over: deque[Sequence[Result]] = deque()  # by ticket, in the order of completion
         self._released = 0
 
     @property
@@ -116,7 +114,7 @@ class Ledger:
             ticket.lonely_deaths += blamed and alone
             if ticket.lonely_deaths >= LONELY_DEATHS:
                 reason = f"{ticket.deaths} actors died while they worked on it, {LONELY_DEATHS} of it alone"
-                self._over[ticket.number] = [Refusal(ticket.request.id, reason)]
+                self._over.append([Refusal(ticket.request.id, reason)])
             elif ticket.is_suspect:
                 self._suspects.appendleft(ticket)
             else:
@@ -162,7 +160,7 @@ class Ledger:
                 ticket.answers[own.index] = own
             if isinstance(own, Refusal) or len(ticket.answers) == ticket.request.n:
                 whole = [own] if isinstance(own, Refusal) else [answer for _, answer in sorted(ticket.answers.items())]
-                self._over[ticket.number] = whole
+                self._over.append(whole)
                 del found.sent[ticket.number]
                 over += 1
         if lane == self._lonely and not found.tickets:
@@ -172,11 +170,8 @@ class Ledger:
     def release(self) -> Iterator[Result]:
         """The results that are due, each once."""
         while self._over:
-            number = self._released if self._window else next(iter(self._over))
-            if number not in self._over:
-                return
             self._released += 1
-            yield from self._over.pop(number)
+            yield from self._over.popleft()
 
     def _deal_suspects(self) -> None:
         if not self._suspects or not self._lanes:
@@ -189,12 +184,10 @@ class Ledger:
             lane.unsent[ticket.number] = ticket
 
     def _peek(self) -> Ticket | None:
-        """The next request to deal; None if there is none or the window is full."""
+        """The next request to deal; None if there is none."""
         if self._again:
             return self._again[0]
         if self._next is None and not self._all_pulled:
-            if self._window and self._pulled - self._released >= self._window:
-                return None
             request = next(self._requests, None)
             if request is None:
                 self._all_pulled = True

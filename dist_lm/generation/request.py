@@ -6,7 +6,7 @@ engine runs. `Answer` or `Refusal` is the result.
 
 import codecs
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -103,6 +103,20 @@ class Refusal:
 
     request: str
     error: str
+
+
+def in_order(requests: SequenceOf[Request], results: Iterable[Answer | Refusal]) -> list[Answer]:
+    """All answers, in the order of the requests, then of their index.
+
+    Raises:
+        RequestError: a request was refused.
+    """
+    found: dict[tuple[str, int], Answer] = {}
+    for result in results:
+        if isinstance(result, Refusal):
+            raise RequestError(result.request, result.error)
+        found[result.request, result.index] = result
+    return [found[request.id, index] for request in requests for index in range(request.n)]
 
 
 @dataclass(eq=False)

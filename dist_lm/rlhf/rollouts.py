@@ -13,7 +13,7 @@ import torch
 from dist_lm.data.keys import Shuffle, key, permutation
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.engine import Engine
-from dist_lm.generation.request import Answer, FinishReason, Refusal, Request, RequestError, SamplingParams
+from dist_lm.generation.request import Answer, FinishReason, Request, SamplingParams, in_order
 from dist_lm.model.keyed_random import hash_words, signed
 
 FINISHES: tuple[FinishReason, ...] = ("eot", "stop", "length", "context", "cancelled")
@@ -77,12 +77,7 @@ class EngineRollouts:
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         for request in requests:
             self.engine.submit(request)
-        found: dict[tuple[str, int], Answer] = {}
-        for result in self.engine.run():
-            if isinstance(result, Refusal):
-                raise RequestError(result.request, result.error)
-            found[result.request, result.index] = result
-        return [found[request.id, index] for request in requests for index in range(request.n)]
+        return in_order(requests, self.engine.run())
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """A tiny model for pools, and requests to it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.config.model import ModelConfig
 from dist_lm.generation.engine import EngineOptions
-from dist_lm.generation.request import Request, SamplingParams
+from dist_lm.generation.request import Answer, Refusal, Request, SamplingParams
 from dist_lm.model.keyed_random import initial_value
 from dist_lm.model.size import parameter_shapes
 
@@ -25,3 +25,9 @@ def requests(count: int) -> Iterator[Request]:
     for i in range(count):
         params = SamplingParams(max_new_tokens=20 + i % 40, temperature=0.9, ignore_eot=i % 3 > 0)
         yield Request(f"r{i}", [0, *range(1, 2 + i % 9)], params, seed=i, n=1 + (i % 5 == 0))
+
+
+def sorted_results(results: Iterable[Answer | Refusal], asked: Iterable[Request]) -> list[Answer | Refusal]:
+    """Results in the order of the requests, then of their index."""
+    place = {request.id: number for number, request in enumerate(asked)}
+    return sorted(results, key=lambda one: (place[one.request], one.index if isinstance(one, Answer) else 0))

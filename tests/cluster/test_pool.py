@@ -20,7 +20,7 @@ from dist_lm.config.cluster import ClusterConfig
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.generation.engine import Engine
 from dist_lm.generation.request import Answer, Refusal, Request
-from tests.cluster.small_pool import MODEL, SPEC, requests, weights_of
+from tests.cluster.small_pool import MODEL, SPEC, requests, sorted_results, weights_of
 from tests.cluster.waiting import eventually, living
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(200)]
@@ -81,22 +81,22 @@ def test_an_actor_whose_model_lies_in_several_processes_is_replaced_when_one_of_
         (member,) = pool.members
         ranks = psutil.Process(member.pid).children()
         assert len(ranks) == 1
-        results = pool.generate(requests(30), in_order=True)
+        results = pool.generate(requests(30))
         came = [next(results)]
         ranks[0].kill()
         came += results
+        came = sorted_results(came, requests(30))
         assert [(one.request, one.index, one.tokens) for one in came] == expected
         assert any("rank 1" in text and "SIGKILL" in text for text in said)
         later = psutil.Process(pool.members[0].pid).children()
     eventually("no process of the pool is left", lambda: not living([rank.pid for rank in [*ranks, *later]]))
 
 
-@pytest.mark.parametrize("window", [30, 7])
-def test_nothing_is_slept_through_while_there_is_work_or_none_is_left(pool, monkeypatch, window):
-    """A moment's sleep is for pools without an actor; here it would come with every window that has been answered."""
+def test_nothing_is_slept_through_while_there_is_work_or_none_is_left(pool, monkeypatch):
+    """A moment's sleep is for pools without an actor."""
     slept: list[float] = []
     monkeypatch.setattr(pool_module, "time", SimpleNamespace(monotonic=time.monotonic, sleep=slept.append))
-    assert len(list(pool.generate(requests(30), in_order=True, window=window))) > 0
+    assert len(list(pool.generate(requests(30)))) > 0
     assert not slept
 
 
@@ -109,27 +109,26 @@ def test_a_model_over_more_gpus_than_a_node_has_is_refused(cluster, monkeypatch)
 
 
 def test_actors_that_die_cost_no_answer_and_change_none(pool):
-    undisturbed = list(pool.generate(requests(60), in_order=True))
+    undisturbed = sorted_results(pool.generate(requests(60)), requests(60))
     assert [(one.request, one.index) for one in undisturbed] == [
         (request.id, index) for request in requests(60) for index in range(request.n)
     ]
     assert all(isinstance(one, Answer) for one in undisturbed)
-    disturbed = killing(pool, pool.generate(requests(60), in_order=True), 2, 72)
-    assert disturbed == undisturbed
+    disturbed = killing(pool, pool.generate(requests(60)), 2, 72)
+    assert sorted_results(disturbed, requests(60)) == undisturbed
 
 
 @pytest.mark.heavy
 def test_ten_kills_during_a_thousand_requests(pool):
-    undisturbed = list(pool.generate(requests(1000), in_order=True))
+    undisturbed = sorted_results(pool.generate(requests(1000)), requests(1000))
     disturbed = killing(pool, pool.generate(requests(1000)), 10, 1200)
     assert len(disturbed) == 1200
-    place = {request.id: number for number, request in enumerate(requests(1000))}
-    assert sorted(disturbed, key=lambda one: (place[one.request], one.index)) == undisturbed
+    assert sorted_results(disturbed, requests(1000)) == undisturbed
 
 
 def test_what_cannot_be_answered_is_refused_and_others_go_on(pool):
     asked = [*requests(4), Request("bad", []), Request("bad too", [99]), *requests(2)]
-    results = list(pool.generate(asked, in_order=True))
+    results = list(pool.generate(asked))
     refused = {one.request: one.error for one in results if isinstance(one, Refusal)}
     assert refused.keys() == {"bad", "bad too"}
     assert refused["bad"].startswith("prompt is empty")
@@ -153,10 +152,10 @@ def test_requests_are_pulled_as_there_is_room_and_a_call_can_be_left(pool):
 def test_new_weights_are_everybodys_also_of_an_actor_that_comes_later(pool):
     pool.load_weights(weights_of(1), 7)
     asked = list(requests(30))
-    answers = killing(pool, pool.generate(asked, in_order=True), 1, 36)
+    answers = sorted_results(killing(pool, pool.generate(asked), 1, 36), asked)
     assert {one.version for one in answers} == {7}
     pool.load_weights(weights_of(0), 8)
-    old = list(pool.generate(asked, in_order=True))
+    old = sorted_results(pool.generate(asked), asked)
     assert {one.version for one in old} == {8}
     assert [one.tokens for one in old] != [one.tokens for one in answers]
     with pytest.raises(ArtefactError, match="another model"):
