@@ -6,21 +6,15 @@ numbers of other prompts do not depend on it. Other fields of a line are returne
 
 import glob
 import json
-import shutil
-import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.errors import ConfigError
 from dist_lm.storage import durable
 
 KINDS = (".jsonl", ".txt")
-TIMEOUT_S = 60.0  # longest silence of a server
 SHOWN = 200  # characters kept of an invalid line
 
 
@@ -37,34 +31,24 @@ class Prompt:
     extra: dict[str, Any] = field(default_factory=dict)  # other fields of the line
 
 
-def find_prompts(where: str, downloads: Path | None = None, key: str = "stage.prompts") -> list[Path]:
+def find_prompts(where: str, key: str = "stage.prompts") -> list[Path]:
     """The files that a key names.
 
     Args:
-        where: file, glob or http(s) address.
-        downloads: folder for downloaded files; None: do not download, and return no file for an address.
+        where: file or glob.
         key: the configuration key, for messages.
 
     Raises:
         ConfigError: no file matches, or a file is neither .jsonl nor .txt.
-        ArtefactError: the download failed.
     """
-    if where.startswith(("http://", "https://")):
-        name = Path(urlsplit(where).path).name
-        _check_kind(key, where, name)
-        if downloads is None:
-            return []
-        kept = downloads / name
-        if not kept.exists():
-            _download(where, kept)
-        return [kept]
     path = Path(where).expanduser()
     files = [path] if path.is_file() else [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207  may be absolute
     files = [file for file in files if file.is_file()]
     if not where or not files:
-        raise ConfigError(f"{key}={where}: no such file; expected a file, glob or address of .jsonl or .txt")
+        raise ConfigError(f"{key}={where}: no such file; expected a file or glob of .jsonl or .txt")
     for file in files:
-        _check_kind(key, where, file.name)
+        if file.suffix not in KINDS:
+            raise ConfigError(f"{key}={where}: {file.name} is neither .jsonl nor .txt")
     return files
 
 
@@ -175,25 +159,3 @@ def _load(text: str) -> Any:
 
 def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _check_kind(key: str, where: str, name: str) -> None:
-    if not name.endswith(KINDS):
-        raise ConfigError(f"{key}={where}: {name or 'it'} is neither .jsonl nor .txt")
-
-
-def _download(where: str, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with (
-            urllib.request.urlopen(where, timeout=TIMEOUT_S) as answer,  # noqa: S310  http or https: see find_prompts
-            tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", suffix=".tmp") as file,
-        ):
-            shutil.copyfileobj(answer, file)
-            file.flush()
-            durable.fsync_file(Path(file.name))
-            target.hardlink_to(file.name)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise ArtefactError(f"stage.prompts={where}: cannot be fetched ({reason})") from error
-    durable.fsync_directory(target.parent)

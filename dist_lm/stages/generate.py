@@ -41,7 +41,7 @@ class GenerateConfig:
     """
 
     name: str = MISSING
-    prompts: str = ""  # file, glob or http(s) address: .jsonl (`prompt`, optionally `id`), or .txt (a prompt per line)
+    prompts: str = ""  # file or glob: .jsonl (`prompt`, optionally `id`), or .txt (a prompt per line)
     checkpoint: str = AUTO  # run or checkpoint; auto: the newest of the code stage, else of the language stage
     n: int = 1  # answers per prompt
     prompts_per_shard: int = 1000  # prompts per output file; after a kill an unfinished file is generated again
@@ -67,12 +67,6 @@ class GenerateConfig:
         require(self.actors == -1 or self.actors > 0, "stage.actors", self.actors, "a positive integer, or -1")
         require(self.truncate in ("refuse", "left"), "stage.truncate", self.truncate, "refuse or left")
         require(bool(self.checkpoint), "stage.checkpoint", self.checkpoint, "auto, or the path of a run or checkpoint")
-        require(
-            "@" not in self.prompts.partition("://")[2].partition("/")[0],
-            "stage.prompts",
-            "(an address with a password)",
-            "an address without one; the configuration is written to disk",
-        )
 
 
 @dataclass
@@ -94,8 +88,7 @@ class Generate(PoolStage):
 
         own, run = generate_config(config), run_of(config)
         generate_parts.check(own)
-        if files := find_prompts(own.stage.prompts):  # a download happens when the stage runs
-            check_inputs(files, own.stage, run)
+        check_inputs(find_prompts(own.stage.prompts), own.stage, run)
         begun = load_config(run.config) if run.inputs.exists() else None
         before = Path(generate_config(begun).stage.checkpoint) if begun else None
         if run.result.exists() and before:  # the checkpoint of a finished run may have been removed

@@ -163,7 +163,7 @@ class Samples(PoolWork):
             params_of(config.stage),
             options_of(config.stage),
         )
-        self._files = find_prompts(config.stage.prompts, run.prompts)
+        self._files = find_prompts(config.stage.prompts)
         self._label = label_of(Path(config.stage.checkpoint))
         found = check_inputs(self._files, config.stage, run)
         durable.write_json(run.inputs, found)

@@ -153,11 +153,6 @@ class RunDirectory:
         return self.samples / f"part-{part:05d}.jsonl"
 
     @property
-    def prompts(self) -> Path:
-        """Prompts that stage `generate` fetched from a server."""
-        return self.path / "prompts"
-
-    @property
     def inputs(self) -> Path:
         """JSON: how many prompts stage `generate` began with, and the hashes of their files."""
         return self.path / "prompts.json"

@@ -1,14 +1,11 @@
-"""Prompts from files and addresses: numbered, and one that cannot be read does not move the others."""
+"""Prompts from files: numbered, and one that cannot be read does not move the others."""
 
-import functools
-import http.server
 import json
-import threading
 
 import pytest
 
 from dist_lm.data.prompts import find_prompts, read_prompts, survey
-from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.errors import ConfigError
 
 
 def test_lines_are_numbered_over_files_and_broken_ones_say_why(tmp_path):
@@ -91,19 +88,3 @@ def test_what_is_wrong_with_all_of_them_is_refused(tmp_path, values, words):
 def test_what_is_no_file_of_prompts_is_refused(where, words):
     with pytest.raises(ConfigError, match=f"^stage.prompts=.*{words}"):
         find_prompts(where)
-
-
-def test_an_address_is_fetched_once(tmp_path):
-    (tmp_path / "served").mkdir()
-    (tmp_path / "served" / "p.txt").write_text("one\ntwo\n")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / "served"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        where = f"http://127.0.0.1:{server.server_port}"
-        kept = find_prompts(f"{where}/p.txt", tmp_path / "kept")
-        with pytest.raises(ArtefactError, match=r"q\.txt: cannot be fetched \(File not found|Not Found"):
-            find_prompts(f"{where}/q.txt", tmp_path / "kept")
-        server.shutdown()
-    assert find_prompts(f"{where}/p.txt", tmp_path / "kept") == kept
-    assert [prompt.text for prompt in read_prompts(kept)] == ["one", "two"]
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["p.txt"]
