@@ -121,7 +121,6 @@ class Session:
         settings: Settings,
         n: int,
         on_text: Callable[[int, str], None],
-        on_answer: Callable[[int], None] = lambda index: None,
         interrupted: Callable[[], bool] = lambda: False,
         on_token: Callable[[int], None] = lambda token: None,
     ) -> Outcome:
@@ -129,7 +128,6 @@ class Session:
 
         Args:
             on_text: called with (index of the answer, new text).
-            on_answer: called with the index of a finished answer.
             interrupted: called before every step; answers end when it returns True.
             on_token: called with each token, before its text.
 
@@ -160,7 +158,6 @@ class Session:
                     continue
                 show(done.index, done.text[shown[done.index] :])  # text that was held back as a possible stop text
                 answers.append(done)
-                on_answer(done.index)
         if refusals:
             raise UserError(f"{self.name}: {refusals[0].error}")
         return Outcome(tuple(answers), time.perf_counter() - started, settings.seed)

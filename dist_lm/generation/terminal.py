@@ -143,9 +143,28 @@ def _check_argument(option: str, text: str) -> None:
 
 
 def _one_shot(session: Session, prompt: list[int], settings: Settings, n: int, output: TextIO, errors: Console) -> int:
-    shown = Shown(output, n)
+    """Write the answer unchanged while it is generated; several answers at the end, each after a numbered line.
+
+    On a terminal, control characters are replaced by symbols and the last line ends with a newline.
+    """
+    on_terminal, last = output.isatty(), "\n"
+
+    def put(text: str) -> None:
+        nonlocal last
+        last = text[-1]
+        output.write(visible(text) if on_terminal else text)
+        output.flush()
+
     with interrupts() as interrupted:
-        outcome = session.answer(prompt, settings, n, shown.text, shown.end, interrupted)
+        outcome = session.answer(
+            prompt, settings, n, lambda index, text: put(text) if n == 1 else None, interrupted=interrupted
+        )
+    for answer in sorted(outcome.answers, key=lambda answer: answer.index) if n > 1 else ():
+        put(f"=== {answer.index + 1} of {n} ===\n{answer.text}")
+        if last != "\n":
+            put("\n")
+    if on_terminal and last != "\n":
+        put("\n")
     errors.print(Text(f"{session.name}: {outcome}", style="dim"), soft_wrap=True)
     return STOPPED if outcome.stopped else 0
 
@@ -164,54 +183,6 @@ def _one_request(
         output.flush()
     note(f"{session.name}: {outcome}")
     return STOPPED if outcome.stopped else 0 if outcome.exchange.ending == "answered" else NO_ANSWER
-
-
-class Shown:
-    """Writes answers in order: the first unfinished answer while it is generated, later answers when their turn comes.
-
-    A single answer is written unchanged. Several answers each follow a numbered line. On a terminal, control characters
-    are replaced by symbols and the last line ends with a newline.
-    """
-
-    def __init__(self, output: TextIO, n: int) -> None:
-        self._output, self._n = output, n
-        self._on_terminal = output.isatty()
-        self._waiting = [""] * n
-        self._ended = [False] * n
-        self._turn = 0
-        self._last = "\n"
-        self._head()
-
-    def text(self, index: int, text: str) -> None:
-        """Add text to an answer."""
-        self._waiting[index] += text
-        if index == self._turn:
-            self._write()
-
-    def end(self, index: int) -> None:
-        """Mark an answer as finished."""
-        self._ended[index] = True
-        while self._turn < self._n and self._ended[self._turn]:
-            if self._last != "\n" and (self._n > 1 or self._on_terminal):
-                self._put("\n")
-            self._turn += 1
-            if self._turn < self._n:
-                self._head()
-                self._write()
-
-    def _head(self) -> None:
-        if self._n > 1:
-            self._put(f"=== {self._turn + 1} of {self._n} ===\n")
-
-    def _write(self) -> None:
-        text, self._waiting[self._turn] = self._waiting[self._turn], ""
-        if text:
-            self._put(visible(text) if self._on_terminal else text)
-
-    def _put(self, text: str) -> None:
-        self._last = text[-1]
-        self._output.write(text)
-        self._output.flush()
 
 
 def read_line(before: str, typed: str) -> str:

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from dist_lm import __main__ as program
+from dist_lm.generation.engine import Engine
 from dist_lm.generation.load import load_model
-from dist_lm.generation.request import SamplingParams
+from dist_lm.generation.prompt_loop import visible
+from dist_lm.generation.request import Answer, Refusal, SamplingParams
 from dist_lm.generation.session import Session, Settings
-from dist_lm.generation.terminal import STOPPED, Shown
+from dist_lm.generation.terminal import STOPPED
 
 PROMPT = "def value_3(name):\n"
 OPTIONS = ("--max-new-tokens", "20", "--seed", "11", "--temperature", "0.8", "--top-k", "0", "--device", "cpu")
@@ -117,13 +119,13 @@ def test_an_answer_ends_before_a_stop_text(small_run, expected, monkeypatch, cap
 
 
 def test_ctrl_c_ends_the_answer_in_good_order(small_run, expected, monkeypatch, capsys):
-    put = Shown.text
+    step = Engine.step
 
-    def text(shown: Shown, index: int, text: str) -> None:
-        put(shown, index, text)
+    def stepping(engine: Engine) -> list[Answer | Refusal]:
         signal.raise_signal(signal.SIGINT)
+        return step(engine)
 
-    monkeypatch.setattr(Shown, "text", text)
+    monkeypatch.setattr(Engine, "step", stepping)
     code, out, errors = call(monkeypatch, capsys, small_run.path, "--prompt", PROMPT, *OPTIONS)
     assert code == STOPPED
     assert expected[0].startswith(out)
@@ -185,12 +187,8 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_answers_wait_for_their_turn_and_a_terminal_gets_whole_lines():
-    output = Terminal()
-    shown = Shown(output, 2)
-    shown.text(1, "b1")
-    shown.text(0, "a\x1b")
-    shown.end(1)
-    assert output.getvalue() == "=== 1 of 2 ===\na␛"
-    shown.end(0)
-    assert output.getvalue() == "=== 1 of 2 ===\na␛\n=== 2 of 2 ===\nb1\n"
+def test_a_terminal_gets_symbols_and_whole_lines(small_run, expected, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout", output := Terminal())
+    code, *_ = call(monkeypatch, capsys, small_run.path, "--prompt", PROMPT, *OPTIONS)
+    assert code == 0
+    assert output.getvalue() == visible(expected[0]) + "\n" * (not expected[0].endswith("\n"))

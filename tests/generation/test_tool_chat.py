@@ -48,7 +48,6 @@ class Scripted(Session):
         settings: Settings,
         n: int,
         on_text: Callable[[int, str], None],
-        on_answer: Callable[[int], None] = lambda index: None,
         interrupted: Callable[[], bool] = lambda: False,
         on_token: Callable[[int], None] = lambda token: None,
     ) -> Outcome:
@@ -180,7 +179,7 @@ def verb(small_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     file.write_text(FILE)
 
     def call(*words: str, script: list[Message] | None = None) -> tuple[int, str, str]:
-        def answer(self, prompt, settings, n, on_text, on_answer=None, interrupted=None, on_token=None):
+        def answer(self, prompt, settings, n, on_text, interrupted=None, on_token=None):
             scripted = Scripted(self.tokenizer, self.config, [script.pop(0)])
             return scripted.answer(prompt, settings, n, on_text)
 
