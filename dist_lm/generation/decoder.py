@@ -18,7 +18,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.flash_pages import PAGE_TOKENS, DecodeGraphs, FlashPages, FlashPlan
 from dist_lm.generation.linear import VECTOR, Linear, build_linear
-from dist_lm.generation.paged_cache import HeadShape, PagedCache, Piece, Plan, pages_for
+from dist_lm.generation.paged_cache import PagedCache, Piece, Plan, pages_for
 from dist_lm.generation.plain_pages import PlainPages
 from dist_lm.generation.shard import Share, build_embedding, gathering, leaving, share_of
 from dist_lm.model.layers import RopeTables, activate, normalise_heads, rope_tables, rotate
@@ -192,7 +192,7 @@ class Decoder:
         return self._head(self._final_norm(x_ND)).float()
 
 
-def build_cache(shape: HeadShape, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> PagedCache:
+def build_cache(shape: Share, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> PagedCache:
     """The cache of the flash kernel if that accepts device, dtype, heads and pages, otherwise `PlainPages`."""
     half = dtype in (torch.bfloat16, torch.float16)
     flash = packs_documents(device.type, half, shape.d_head) and page_size % PAGE_TOKENS == 0

@@ -18,7 +18,8 @@ from itertools import accumulate
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from dist_lm.generation.paged_cache import HeadShape, PagedCache, Piece, pages_for
+from dist_lm.generation.paged_cache import PagedCache, Piece, pages_for
+from dist_lm.generation.shard import Share
 
 PAGE_TOKENS = 256  # the kernel accepts multiples of it
 DENSE, STRIDE = 8, 8  # graph sizes: powers of two up to DENSE, then multiples of STRIDE
@@ -48,7 +49,7 @@ class FlashPages(PagedCache):
     """The cache. Its last page is spare: no sequence holds it."""
 
     def __init__(
-        self, shape: HeadShape, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+        self, shape: Share, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__((shape.n_layers, n_pages + 1, page_size, shape.kv_heads, shape.d_head), dtype, device)
         self.page_size = page_size

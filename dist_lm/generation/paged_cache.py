@@ -73,19 +73,6 @@ class Piece:
     pages: Sequence[int]  # hold all positions from 0 to that of the last token
 
 
-class HeadShape(Protocol):
-    """The sizes a cache is built for: a `ModelConfig`, or the `Share` of one rank."""
-
-    @property
-    def n_layers(self) -> int: ...
-    @property
-    def n_heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def d_head(self) -> int: ...
-
-
 class Plan(Protocol):
     """The part of a decode step (one new token for every sequence) that is the same in all layers."""
 

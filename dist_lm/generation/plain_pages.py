@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
-from dist_lm.generation.paged_cache import HeadShape, PagedCache, Piece, pages_for
+from dist_lm.generation.paged_cache import PagedCache, Piece, pages_for
+from dist_lm.generation.shard import Share
 
 ALIGNED = 16  # fp32 numbers in 64 bytes
 FEWEST_SLOTS = 2  # a single product takes another kernel, which rounds differently
@@ -133,7 +134,7 @@ class PlainPages(PagedCache):
     """The cache on the CPU, and on devices or dtypes without the flash kernel."""
 
     def __init__(
-        self, shape: HeadShape, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+        self, shape: Share, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._padding = -shape.d_head % ALIGNED
         pages = (max(n_pages, FEWEST_SLOTS), shape.kv_heads, page_size, shape.d_head + self._padding)

@@ -29,7 +29,7 @@ CUT_INPUTS = "feed_forward.down.weight"
 
 @dataclass(frozen=True)
 class Share:
-    """What a rank computes in every layer, padding included. Also the `HeadShape` of its cache."""
+    """What a rank computes in every layer, padding included."""
 
     rank: int
     n_layers: int

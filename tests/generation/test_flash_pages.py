@@ -12,6 +12,7 @@ from dist_lm.generation.decoder import Decoder, build_cache
 from dist_lm.generation.flash_pages import DecodeGraphs, FlashPages, graph_size
 from dist_lm.generation.paged_cache import pages_for
 from dist_lm.generation.plain_pages import PlainPages
+from dist_lm.generation.shard import share_of
 from tests.generation.test_engine import CONFIG, GROUPED, model_of, requests_of_all_kinds, run_schedule
 
 
@@ -105,4 +106,4 @@ def test_a_few_sizes_of_graphs_take_any_number_of_sequences():
     ],
 )
 def test_without_the_kernel_pages_are_read_in_plain_pytorch(device, dtype, page, kind):
-    assert isinstance(build_cache(CONFIG, 4, page, dtype, torch.device(device)), kind)
+    assert isinstance(build_cache(share_of(CONFIG), 4, page, dtype, torch.device(device)), kind)
