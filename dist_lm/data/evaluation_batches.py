@@ -10,6 +10,7 @@ Dimensions: B sequences, T tokens.
 import gzip
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -45,41 +46,60 @@ class Ring:
         return [*slices, DocumentSlice(0, 0, 1)] if end > self._row.n_tokens else slices
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluationBatches:
-    """The batches of one rank; can be iterated again and again. All ranks have as many, because a forward is
-    collective.
+    """Every token of a split as a target once, in the batches of one rank; can be iterated again and again.
 
-    A rank that runs out of sequences gets rows of padding (`sequence_B` -1, nothing counted). Sequence
-    numbers are places in the corpus.
+    Of conversations it is every token that is learned, but for those longer than a sequence, which are left out.
+    Sequence numbers are places in the corpus.
     """
 
     corpus: MappedCorpus
-    rows: Ring | Packing
-    sequences: np.ndarray  # numbers of those to evaluate, over all ranks
-    bytes_by_language: dict[str, float]  # UTF-8 bytes that their counted targets stand for, over all ranks
     seq_len: int
     micro_batch: int
     dp_rank: int
     dp_size: int
-    document_mask: bool
-    reset_positions: bool
-    pad_id: int
+    limit_sequences: int = 0  # evenly spread over the corpus; 0: all
+    document_mask: bool = True
+    reset_positions: bool = True
+    pad_id: int = 0
 
-    def __len__(self) -> int:
-        return -(-len(self.sequences) // (self.micro_batch * self.dp_size))
+    @cached_property
+    def _rows(self) -> Ring | Packing:
+        return packed(self.corpus, self.seq_len) if self.corpus.has_mask else Ring(self.corpus, self.seq_len)
+
+    @cached_property
+    def _sequences(self) -> np.ndarray:
+        """Numbers of those to evaluate, over all ranks."""
+        return spread(self._rows.n_rows, self.limit_sequences)
+
+    @cached_property
+    def bytes_by_language(self) -> dict[str, float]:
+        """UTF-8 bytes that the counted targets stand for, over all ranks.
+
+        Exact when every target counts, because the targets are then the tokens; else an estimate from the bytes a token
+        of that language has in this split.
+        """
+        corpus = self.corpus
+        if len(self._sequences) == self._rows.n_rows and not corpus.has_mask:
+            counted = _by_language(corpus, corpus.lengths)
+        else:
+            counted = sum(
+                (_counted_targets(corpus, self._rows.sequence(number)) for number in self._sequences.tolist()),
+                np.zeros(len(corpus.languages)),
+            )
+        n_bytes = _by_language(corpus, corpus.n_bytes) * (counted / _by_language(corpus, corpus.lengths))
+        return dict(zip(corpus.languages, n_bytes.tolist(), strict=True))
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
-        for step in range(len(self)):
-            begin = (step * self.dp_size + self.dp_rank) * self.micro_batch
-            yield self._batch(self.sequences[begin : begin + self.micro_batch].tolist())
+        for numbers in dealt(self._sequences, self.micro_batch, self.dp_rank, self.dp_size):
+            yield self._batch(numbers)
 
     def _batch(self, numbers: list[int]) -> EvaluationBatch:
-        padding = self.micro_batch - len(numbers)
-        rows = [self.rows.sequence(number) for number in numbers] + [[]] * padding
+        rows = [self._rows.sequence(number) if number >= 0 else [] for number in numbers]
         batch = assemble(
             [Row(self.corpus, slices) for slices in rows],
-            numbers + [-1] * padding,
+            numbers,
             seq_len=self.seq_len,
             document_mask=self.document_mask,
             reset_positions=self.reset_positions,
@@ -97,48 +117,13 @@ class EvaluationBatches:
         return EvaluationBatch(batch, language_BT.masked_fill(batch.loss_mask_BT == 0, -1))
 
 
-def evaluation_batches(
-    corpus: MappedCorpus,
-    *,
-    seq_len: int,
-    micro_batch: int,
-    dp_rank: int,
-    dp_size: int,
-    limit_sequences: int = 0,
-    document_mask: bool = True,
-    reset_positions: bool = True,
-    pad_id: int = 0,
-) -> EvaluationBatches:
-    """Every token of the split as a target once, or `limit_sequences` evenly spread sequences (0: all).
-
-    Of conversations it is every token that is learned, but for those longer than a sequence, which are left out.
-    """
-    assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
-    rows = packed(corpus, seq_len) if corpus.has_mask else Ring(corpus, seq_len)
-    sequences = spread(rows.n_rows, limit_sequences)
-    if len(sequences) == rows.n_rows and not corpus.has_mask:
-        counted = _by_language(corpus, corpus.lengths)
-    else:
-        counted = sum(
-            (_counted_targets(corpus, rows.sequence(sequence)) for sequence in sequences.tolist()),
-            np.zeros(len(corpus.languages)),
-        )
-    # Exact when every target counts, because the targets are then the tokens; else an estimate from the bytes
-    # a token of that language has in this split.
-    n_bytes = _by_language(corpus, corpus.n_bytes) * (counted / _by_language(corpus, corpus.lengths))
-    return EvaluationBatches(
-        corpus=corpus,
-        rows=rows,
-        sequences=sequences,
-        bytes_by_language=dict(zip(corpus.languages, n_bytes.tolist(), strict=True)),
-        seq_len=seq_len,
-        micro_batch=micro_batch,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-        document_mask=document_mask,
-        reset_positions=reset_positions,
-        pad_id=pad_id,
-    )
+def dealt(sequences: np.ndarray, micro_batch: int, dp_rank: int, dp_size: int) -> Iterator[list[int]]:
+    """The micro-batches of a rank as sequence numbers. A rank that runs out gets rows of padding (-1), because a
+    forward is collective and all ranks need as many."""
+    at_a_time = micro_batch * dp_size
+    for begin in range(0, len(sequences), at_a_time):
+        own = sequences[begin + dp_rank * micro_batch : begin + (dp_rank + 1) * micro_batch].tolist()
+        yield own + [-1] * (micro_batch - len(own))
 
 
 def spread(n: int, limit: int) -> np.ndarray:

@@ -108,28 +108,40 @@ class Mix:
         self._block = block
 
 
-def packed(corpus: MappedCorpus, seq_len: int, seq_len_key: str = SEQ_LEN) -> Packing:
-    """The rows of a corpus of conversations.
+def packed(corpus: MappedCorpus, seq_len: int, seq_len_key: str = SEQ_LEN, kind: str = "conversations") -> Packing:
+    """The rows of a corpus whose documents stay whole.
+
+    Args:
+        kind: conversations | rankings.
 
     Raises:
-        ArtefactError: no conversation fits into a sequence.
+        ArtefactError: no document fits into a sequence.
     """
-    packing = Packing(corpus.lengths, seq_len)
+    targets = _only_targets(kind)
+    packing = Packing(corpus.lengths, seq_len + targets - 1)
     if packing.n_rows == 0:
         raise ArtefactError(
-            f"corpus {corpus.directory}: all {corpus.n_documents:,} {corpus.split} conversations are longer than "
-            f"{seq_len_key}={seq_len}: raise it (the shortest takes {int(corpus.lengths.min()) - 1})"
+            f"corpus {corpus.directory}: all {corpus.n_documents:,} {corpus.split} {kind} are longer than "
+            f"{seq_len_key}={seq_len}: raise it (the shortest takes {int(corpus.lengths.min()) - targets})"
         )
     return packing
 
 
-def note_of_left_out(corpus: MappedCorpus, seq_len: int, seq_len_key: str = SEQ_LEN) -> str:
-    """A line about the conversations that no sequence holds; empty where there are none."""
-    left_out = int((corpus.lengths > seq_len + 1).sum()) if corpus.has_mask else 0
+def note_of_left_out(
+    corpus: MappedCorpus, seq_len: int, seq_len_key: str = SEQ_LEN, kind: str = "conversations"
+) -> str:
+    """A line about the documents that no sequence holds; empty where there are none. `kind`: see `packed`."""
+    targets = _only_targets(kind)
+    left_out = int((corpus.lengths > seq_len + targets).sum()) if corpus.has_mask else 0
     if not left_out:
         return ""
     return (
-        f"corpus {corpus.directory}: {left_out:,} of {corpus.n_documents:,} {corpus.split} conversations "
+        f"corpus {corpus.directory}: {left_out:,} of {corpus.n_documents:,} {corpus.split} {kind} "
         f"({left_out / corpus.n_documents:.1%}) are longer than {seq_len_key}={seq_len} and are left out; "
-        f"{int(corpus.lengths.max()) - 1} would take all"
+        f"{int(corpus.lengths.max()) - targets} would take all"
     )
+
+
+def _only_targets(kind: str) -> int:
+    """Tokens of a row that are only targets: the last one; of rankings nothing is predicted."""
+    return 0 if kind == "rankings" else 1

@@ -12,7 +12,8 @@ from dist_lm.config.corpus import SPLITS
 from dist_lm.data.batch import Batch, RankedPlaces
 from dist_lm.data.evaluation_batches import spread
 from dist_lm.data.rankings.shards import MappedRankings
-from dist_lm.data.rankings.stream import Lessons, RankingBatches, RankingStream, note_of_long_rankings
+from dist_lm.data.rankings.stream import RankingBatches, RankingStream
+from dist_lm.data.sequences import note_of_left_out
 from dist_lm.errors import require
 from dist_lm.generation.load import load_model
 from dist_lm.generation.request import Request, SamplingParams
@@ -52,11 +53,11 @@ def open_data(opening: Opening) -> StageData:
     train, val = (MappedRankings.open(opening.run.work.corpus(stage.corpus), split) for split in SPLITS)
     if opening.world.is_first:
         for rankings in (train, val):
-            if note := note_of_long_rankings(rankings, stage.seq_len):
+            if note := note_of_left_out(rankings.corpus, stage.seq_len, kind="rankings"):
                 log.warning("%s", note)
     stream = RankingStream(
         train,
-        Lessons(stage.reward.learn_from, stage.reward.label_noise, opening.config.seed),
+        stage.reward.learn_from,
         seed=opening.config.seed,
         seq_len=stage.seq_len,
         pad_id=opening.tokenizer.pad_id,
@@ -69,8 +70,8 @@ def open_data(opening: Opening) -> StageData:
     )
 
     def evaluate(model: Transformer, everything: bool, alive: Callable[[], None]) -> dict[str, float]:
-        batches = RankingBatches.of(
-            val,
+        batches = RankingBatches(
+            rankings=val,
             seq_len=stage.seq_len,
             micro_batch=stage.micro_batch,
             dp_rank=opening.dp_rank,

@@ -123,7 +123,7 @@ def open_stream(opening: Opening) -> "SequenceStream":
 
 def evaluator(opening: Opening) -> "Evaluate":
     """Loss and bits per byte on val: by language for the stage's corpus, one figure for each mixed corpus."""
-    from dist_lm.data.evaluation_batches import evaluation_batches
+    from dist_lm.data.evaluation_batches import EvaluationBatches
     from dist_lm.data.mapped import MappedCorpus
     from dist_lm.training.objective import loss_metrics, mixed_metrics, summed_losses
 
@@ -132,8 +132,8 @@ def evaluator(opening: Opening) -> "Evaluate":
     opened = {name: MappedCorpus.open(opening.run.work.corpus(name), "val") for name in (own, *others)}
 
     def batches_of(corpus: "MappedCorpus", everything: bool) -> "EvaluationBatches":
-        return evaluation_batches(
-            corpus,
+        return EvaluationBatches(
+            corpus=corpus,
             seq_len=stage.seq_len,
             micro_batch=stage.micro_batch,
             dp_rank=opening.dp_rank,

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_lm.data.evaluation_batches import EvaluationBatch, evaluation_batches, spread
+from dist_lm.data.evaluation_batches import EvaluationBatch, EvaluationBatches, spread
 from dist_lm.data.mapped import MappedCorpus
 from tests.data.synthetic_corpus import EOT, corpus, documents, lengths
 
@@ -32,7 +32,7 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> MappedCorpus:
 def all_ranks(corpus: MappedCorpus, dp_size: int, **changes) -> list[EvaluationBatch]:
     """The batches of every rank, which must be as many."""
     settings: dict[str, Any] = {"seq_len": T, "micro_batch": 3, "dp_size": dp_size, "pad_id": PAD} | changes
-    ranks = [list(evaluation_batches(corpus, **settings, dp_rank=rank)) for rank in range(dp_size)]
+    ranks = [list(EvaluationBatches(corpus=corpus, **settings, dp_rank=rank)) for rank in range(dp_size)]
     assert len({len(batches) for batches in ranks}) == 1
     return [batch for batches in ranks for batch in batches]
 
@@ -79,9 +79,8 @@ def test_padding_is_a_document_of_its_own(tmp_path: Path) -> None:
 
 
 def test_it_can_be_iterated_again(plain: MappedCorpus) -> None:
-    batches = evaluation_batches(plain, seq_len=T, micro_batch=3, dp_rank=0, dp_size=2)
+    batches = EvaluationBatches(corpus=plain, seq_len=T, micro_batch=3, dp_rank=0, dp_size=2)
     once, twice = list(batches), list(batches)
-    assert len(once) == len(batches)
     assert all(torch.equal(a.batch.tokens_BT, b.batch.tokens_BT) for a, b in zip(once, twice, strict=True))
 
 
@@ -89,7 +88,7 @@ def test_bytes_are_exact_when_all_is_evaluated(plain: MappedCorpus) -> None:
     expected: Counter[str] = Counter()
     for document in documents(LENGTHS):
         expected[document.language] += document.n_bytes
-    batches = evaluation_batches(plain, seq_len=T, micro_batch=3, dp_rank=1, dp_size=2)
+    batches = EvaluationBatches(corpus=plain, seq_len=T, micro_batch=3, dp_rank=1, dp_size=2)
     assert batches.bytes_by_language == dict(expected)
 
 
@@ -98,7 +97,7 @@ def test_bytes_are_exact_when_all_is_evaluated(plain: MappedCorpus) -> None:
 def test_bytes_follow_the_counted_targets(name: str, limit: int, request: pytest.FixtureRequest) -> None:
     mapped = request.getfixturevalue(name)
     settings: dict[str, Any] = {"seq_len": T, "micro_batch": 3, "limit_sequences": limit}
-    batches = evaluation_batches(mapped, **settings, dp_rank=0, dp_size=2)
+    batches = EvaluationBatches(corpus=mapped, **settings, dp_rank=0, dp_size=2)
     targets: Counter[str] = Counter()
     for (language, _), n in counted(mapped, all_ranks(mapped, 2, limit_sequences=limit)).items():
         targets[language] += n

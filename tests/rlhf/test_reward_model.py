@@ -11,7 +11,7 @@ import torch
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.data.rankings.shards import MappedRankings
-from dist_lm.data.rankings.stream import Lessons, RankingStream
+from dist_lm.data.rankings.stream import RankingStream
 from dist_lm.errors import ArtefactError
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
@@ -95,7 +95,7 @@ def rankings(tmp_path_factory: pytest.TempPathFactory) -> MappedRankings:
 
 def stream_of(rankings: MappedRankings, **changes: int) -> RankingStream:
     settings = {"seed": 0, "seq_len": T, "pad_id": 0, "global_batch": 4, "micro_batch": 4, "dp_rank": 0, "dp_size": 1}
-    return RankingStream(rankings, Lessons("rankings", 0.0, 0), **settings | changes)
+    return RankingStream(rankings, "rankings", **settings | changes)
 
 
 def separately(model: Transformer, rankings: MappedRankings, number: int) -> torch.Tensor:

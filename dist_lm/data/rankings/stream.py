@@ -2,13 +2,14 @@
 
 Whole rankings are packed into sequences as conversations are (`data.packing`), so a row and its
 place are a pure function of (seed, epoch, index), and the state of the stream is one integer. What is learned from a
-verdict (its ranks, or pairs drawn from them, with label noise) is keyed by ranking and seed, not by epoch.
+verdict (its ranks, or pairs drawn from them) is keyed by ranking and seed, not by epoch.
 
 Dimensions: B sequences, T tokens, P rankings, K completions of the largest, N judgements.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 
 import numpy as np
@@ -16,14 +17,14 @@ import torch
 
 from dist_lm.chat.ranking import branch_ends, branch_positions
 from dist_lm.data.batch import Batch, RankedPlaces
-from dist_lm.data.evaluation_batches import spread
-from dist_lm.data.keys import Shuffle, key, permutation, splitmix64
+from dist_lm.data.evaluation_batches import dealt, spread
+from dist_lm.data.keys import Shuffle, key, permutation
+from dist_lm.data.order import DocumentSlice
 from dist_lm.data.packing import PackedEpoch, Packing
 from dist_lm.data.rankings.shards import MappedRankings
-from dist_lm.data.sequences import Epochs
+from dist_lm.data.sequences import Epochs, packed
 from dist_lm.data.stream import StepStream
 from dist_lm.document import Verdict
-from dist_lm.errors import ArtefactError
 
 ALL, PAIRS, ONE_PAIR = "rankings", "pairs", "one_pair"
 
@@ -36,51 +37,13 @@ class PlacedRanking:
     places: np.ndarray  # (K,) int64: of the completions' last tokens, in the flattened batch
 
 
-def packed_rankings(rankings: MappedRankings, seq_len: int) -> Packing:
-    """The rows of a split: at most `seq_len` tokens, as no last one is only a target.
-
-    Raises:
-        ArtefactError: no ranking fits into a sequence.
-    """
-    lengths = rankings.corpus.lengths
-    packing = Packing(lengths, seq_len - 1)
-    if packing.n_rows == 0:
-        raise ArtefactError(
-            f"corpus {rankings.corpus.directory}: all {len(lengths):,} {rankings.corpus.split} rankings are longer "
-            f"than stage.seq_len={seq_len}: raise it (the shortest takes {int(lengths.min())})"
-        )
-    return packing
-
-
-def note_of_long_rankings(rankings: MappedRankings, seq_len: int) -> str:
-    """A line about the rankings that no sequence holds; empty where there are none."""
-    lengths = rankings.corpus.lengths
-    left_out = int((lengths > seq_len).sum())
-    if not left_out:
-        return ""
-    return (
-        f"corpus {rankings.corpus.directory}: {left_out:,} of {len(lengths):,} {rankings.corpus.split} rankings "
-        f"({left_out / len(lengths):.1%}) are longer than stage.seq_len={seq_len} with all their completions and are "
-        f"left out; {int(lengths.max())} would take all"
-    )
-
-
-@dataclass(frozen=True)
-class Lessons:
-    """What is learned from every ranking; see `lesson`."""
-
-    learn_from: str
-    label_noise: float
-    seed: int
-
-
 class RankingStream(StepStream):
     """The steps of stage reward."""
 
     def __init__(
         self,
         rankings: MappedRankings,
-        lessons: Lessons,
+        learn_from: str,
         *,
         seed: int,
         seq_len: int,
@@ -92,16 +55,15 @@ class RankingStream(StepStream):
         position: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        """Arguments as of `StepStream`.
+        """Arguments as of `StepStream`; `learn_from`: see `lesson`.
 
         Raises:
             ConfigError: the batch does not divide over the ranks.
             ArtefactError: no ranking fits into a sequence.
         """
-        self._rankings, self._lessons = rankings, lessons
+        self._rankings, self._learn_from, self._seed = rankings, learn_from, seed
         self._seq_len = seq_len
-        self._packing = packed_rankings(rankings, seq_len)
-        packing = self._packing
+        packing = packed(rankings.corpus, seq_len, kind=ALL)
         self._epochs = Epochs(packing.n_rows, lambda epoch: PackedEpoch(packing, seed, epoch))
         super().__init__(
             self.batch,
@@ -112,97 +74,56 @@ class RankingStream(StepStream):
             pad_id=pad_id,
             position=position,
             pin_memory=pin_memory,
-            packing=self._packing.report(),
+            packing=packing.report(),
         )
 
     def batch(self, numbers: list[int]) -> Batch:
         """The sequences of these global numbers."""
-        rows = [self._documents(number) for number in numbers]
+        orders = [self._epochs.place(number) for number in numbers]
+        rows = [order.sequence(i) for order, i in orders]
         batch, placed = assemble_rankings(self._rankings, rows, numbers, self._seq_len, self._pad_id)
-        taken = self._lessons
         verdicts = [
-            lesson(self._rankings.verdict(one.document), taken.learn_from, taken.label_noise, taken.seed, one.document)
-            for one in placed
+            lesson(self._rankings.verdict(one.document), self._learn_from, self._seed, one.document) for one in placed
         ]
         return replace(batch, ranked=ranked_places(placed, verdicts))
 
-    def _documents(self, number: int) -> list[int]:
-        order, i = self._epochs.place(number)
-        return [part.document for part in order.sequence(i)]
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RankingBatches:
-    """Held-out rankings for one rank; can be iterated again and again. All ranks have as many batches, because a
-    forward is collective: one that runs out gets rows of padding."""
+    """Held-out rankings that fit into a sequence, in the batches of one rank; can be iterated again and again."""
 
     rankings: MappedRankings
-    packing: Packing
-    sequences: np.ndarray  # numbers of the rows to evaluate, over all ranks
     seq_len: int
     micro_batch: int
     dp_rank: int
     dp_size: int
     pad_id: int
+    limit_sequences: int = 0  # rows at even distances; 0: all
 
-    @classmethod
-    def of(
-        cls,
-        rankings: MappedRankings,
-        *,
-        seq_len: int,
-        micro_batch: int,
-        dp_rank: int,
-        dp_size: int,
-        pad_id: int,
-        limit_sequences: int = 0,
-    ) -> "RankingBatches":
-        """All rankings that fit into a sequence, or those of `limit_sequences` rows at even distances (0: all)."""
-        packing = packed_rankings(rankings, seq_len)
-        rows = spread(packing.n_rows, limit_sequences)
-        return cls(rankings, packing, rows, seq_len, micro_batch, dp_rank, dp_size, pad_id)
+    @cached_property
+    def packing(self) -> Packing:
+        """The rows of all rankings."""
+        return packed(self.rankings.corpus, self.seq_len, kind=ALL)
 
     def __iter__(self) -> Iterator[tuple[Batch, list[PlacedRanking]]]:
-        for step in range(-(-len(self.sequences) // (self.micro_batch * self.dp_size))):
-            begin = (step * self.dp_size + self.dp_rank) * self.micro_batch
-            numbers = self.sequences[begin : begin + self.micro_batch].tolist()
-            padding = self.micro_batch - len(numbers)
-            rows = [[part.document for part in self.packing.sequence(number)] for number in numbers]
-            yield assemble_rankings(
-                self.rankings, rows + [[]] * padding, numbers + [-1] * padding, self.seq_len, self.pad_id
-            )
+        chosen = spread(self.packing.n_rows, self.limit_sequences)
+        for numbers in dealt(chosen, self.micro_batch, self.dp_rank, self.dp_size):
+            rows = [self.packing.sequence(number) if number >= 0 else [] for number in numbers]
+            yield assemble_rankings(self.rankings, rows, numbers, self.seq_len, self.pad_id)
 
 
-def lesson(verdict: Verdict, learn_from: str, label_noise: float, seed: int, number: int) -> Verdict:
+def lesson(verdict: Verdict, learn_from: str, seed: int, number: int) -> Verdict:
     """The part of a verdict that stage reward learns from.
 
     Args:
         learn_from: `rankings`: the whole verdict. `pairs`: K - 1 pairs of K ranked completions, as many as a ranking
             has choices. `one_pair`: one of these pairs.
-        label_noise: see `noisy`.
         number: of the ranking in its corpus.
     """
-    verdict = noisy(verdict, label_noise, key(Shuffle.LABEL_NOISE, seed, number))
     if learn_from == ALL or not len(verdict.ranks):
         return verdict
     count = 1 if learn_from == ONE_PAIR else len(verdict.ranks) - 1
     return drawn_pairs(verdict, count, key(Shuffle.PAIRS, seed, number))
-
-
-def noisy(verdict: Verdict, share: float, word: int) -> Verdict:
-    """A verdict that errs: each judgement is turned round, and each two neighbouring ranks change places, with
-    probability `share`, from the best down."""
-    if not share:
-        return verdict
-    levels = np.unique(verdict.ranks)
-    wrong = splitmix64(word, max(len(levels) - 1, len(verdict.judgements))) < np.uint64(int(share * (2**64 - 1)))
-    judgements = np.where(wrong[: len(verdict.judgements), None], verdict.judgements[:, ::-1], verdict.judgements)
-    swapped = levels.copy()
-    for place in np.flatnonzero(wrong[: max(len(levels) - 1, 0)]):
-        swapped[[place, place + 1]] = swapped[[place + 1, place]]
-    # swapped[i] is the level that now stands at place i
-    ranks = np.argsort(swapped)[np.searchsorted(levels, verdict.ranks)] if len(levels) else verdict.ranks
-    return replace(verdict, ranks=ranks.astype(np.uint8), judgements=judgements)
 
 
 def drawn_pairs(verdict: Verdict, count: int, word: int) -> Verdict:
@@ -218,12 +139,12 @@ def drawn_pairs(verdict: Verdict, count: int, word: int) -> Verdict:
 
 
 def assemble_rankings(
-    rankings: MappedRankings, rows: Sequence[Sequence[int]], numbers: Sequence[int], seq_len: int, pad_id: int
+    rankings: MappedRankings, rows: Sequence[Sequence[DocumentSlice]], numbers: Sequence[int], seq_len: int, pad_id: int
 ) -> tuple[Batch, list[PlacedRanking]]:
     """One `Batch` of `len(rows)` sequences, and the places of its completions; `ranked_places` adds verdicts.
 
     Args:
-        rows: the documents of each sequence, at most `seq_len` tokens in all; the rest is filled with `pad_id`, in a
+        rows: whole documents of each sequence, at most `seq_len` tokens in all; the rest is filled with `pad_id`, in a
             document of its own.
         numbers: the global sequence numbers.
     """
@@ -235,7 +156,7 @@ def assemble_rankings(
     placed = []
     for b, row in enumerate(rows):
         begin = 0
-        for d, number in enumerate(row):
+        for d, (number, _, _) in enumerate(row):
             own = rankings.verdict(number).branch
             end = begin + len(own)
             tokens[b, begin:end] = rankings.tokens(number)

@@ -10,13 +10,13 @@ import torch
 from dist_lm.chat.ranking import branch_ends, branch_positions
 from dist_lm.data.batch import Batch
 from dist_lm.data.rankings.shards import MappedRankings
-from dist_lm.data.rankings.stream import Lessons, RankingBatches, RankingStream, note_of_long_rankings
+from dist_lm.data.rankings.stream import RankingBatches, RankingStream
+from dist_lm.data.sequences import note_of_left_out
 from dist_lm.data.stream import StepData
 from dist_lm.errors import ArtefactError
 from tests.data.rankings.made_rankings import corpus_of, random_rankings
 
 T = 40
-LESSONS = Lessons("rankings", 0.3, 5)
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +24,9 @@ def rankings(tmp_path_factory: pytest.TempPathFactory) -> MappedRankings:
     return corpus_of(tmp_path_factory.mktemp("rankings"), random_rankings(80))
 
 
-def take(rankings: MappedRankings, steps: int, lessons: Lessons = LESSONS, **changes: int) -> list[StepData]:
+def take(rankings: MappedRankings, steps: int, **changes: int) -> list[StepData]:
     settings = {"seed": 3, "seq_len": T, "pad_id": 0, "global_batch": 6, "micro_batch": 6, "dp_rank": 0, "dp_size": 1}
-    with RankingStream(rankings, lessons, **settings | changes) as stream:
+    with RankingStream(rankings, "rankings", **settings | changes) as stream:
         return [next(stream) for _ in range(steps)]
 
 
@@ -92,7 +92,7 @@ def test_the_order_is_the_same_at_any_cut_and_resumes_from_the_integer(
 
 
 def test_an_epoch_holds_every_ranking_once(rankings: MappedRankings) -> None:
-    rows = RankingBatches.of(rankings, seq_len=T, micro_batch=1, dp_rank=0, dp_size=1, pad_id=0).packing.n_rows
+    rows = RankingBatches(rankings=rankings, seq_len=T, micro_batch=1, dp_rank=0, dp_size=1, pad_id=0).packing.n_rows
     epochs = [take(rankings, 1, global_batch=rows, micro_batch=rows, position=n * rows)[0] for n in (0, 1)]
     for epoch in epochs:
         (batch,) = epoch.micro_batches
@@ -107,7 +107,7 @@ def test_evaluation_has_every_ranking_once_and_as_many_batches_on_every_rank(
 ) -> None:
     found, counts = [], set()
     for rank in range(dp_size):
-        batches = list(RankingBatches.of(rankings, seq_len=T, micro_batch=4, dp_rank=rank, dp_size=dp_size, pad_id=0))
+        batches = list(RankingBatches(rankings=rankings, seq_len=T, micro_batch=4, dp_rank=rank, dp_size=dp_size, pad_id=0))
         counts.add(len(batches))
         for batch, placed in batches:
             assert batch.tokens_BT.shape == (4, T)
@@ -122,8 +122,8 @@ def test_evaluation_has_every_ranking_once_and_as_many_batches_on_every_rank(
 
 def test_rankings_longer_than_a_sequence_are_left_out_loudly(rankings: MappedRankings) -> None:
     longest = int(rankings.corpus.lengths.max())
-    assert note_of_long_rankings(rankings, longest) == ""
+    assert note_of_left_out(rankings.corpus, longest, kind="rankings") == ""
     left_out = int((rankings.corpus.lengths == longest).sum())
-    assert f"{left_out} of 80 train rankings" in note_of_long_rankings(rankings, longest - 1)
+    assert f"{left_out} of 80 train rankings" in note_of_left_out(rankings.corpus, longest - 1, kind="rankings")
     with pytest.raises(ArtefactError, match=r"all 80 train rankings are longer than stage.seq_len=2"):
         take(rankings, 1, seq_len=2)
