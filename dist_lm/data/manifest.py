@@ -16,6 +16,10 @@ BUILD_COMMAND = "python -m dist_lm.launch stage=shards"
 FORMAT = 2  # of manifest.json and its tars; format 1 had other special tokens than ChatML's
 
 
+class FormatError(ArtefactError):
+    """A corpus of another format."""
+
+
 @dataclass(frozen=True)
 class Counts:
     """Amounts of text."""
@@ -76,7 +80,8 @@ def read_manifest(directory: Path) -> Manifest:
     """Read the manifest.
 
     Raises:
-        ArtefactError: the corpus is missing, unfinished, damaged, or of another format.
+        ArtefactError: the corpus is missing, unfinished or damaged.
+        FormatError: it has another format.
     """
     path = manifest_path(directory)
     if not directory.is_dir():
@@ -85,7 +90,11 @@ def read_manifest(directory: Path) -> Manifest:
         raise ArtefactError(f"corpus {directory} is unfinished (no {path.name}): build it with `{BUILD_COMMAND}`")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        _check_format(directory, value["format"])
+        if value["format"] != FORMAT:
+            raise FormatError(
+                f"{directory} is a corpus of format {value['format']}, this version reads format {FORMAT}: use another "
+                f"work_dir, or remove that folder and build it again with `{BUILD_COMMAND}`"
+            )
         return Manifest(
             tokenizer_sha256=value["tokenizer_sha256"],
             corpus_fingerprint=value["corpus_fingerprint"],
@@ -98,37 +107,12 @@ def read_manifest(directory: Path) -> Manifest:
         ) from error
 
 
-def check_format(directory: Path) -> None:
-    """Refuse a corpus of another format. A folder without a readable manifest passes, because it is not a corpus.
-
-    Raises:
-        ArtefactError: names the folder, its format, and the way out.
-    """
-    try:
-        found = json.loads(manifest_path(directory).read_text(encoding="utf-8"))["format"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    _check_format(directory, found)
-
-
-def _check_format(directory: Path, found: Any) -> None:
-    if found != FORMAT:
-        raise ArtefactError(
-            f"{directory} is a corpus of format {found}, this version reads format {FORMAT}: use another work_dir, or "
-            f"remove that folder and build it again with `{BUILD_COMMAND}`"
-        )
-
-
-def verify(directory: Path, *, hashes: bool = True) -> dict[str, str]:
-    """Compare every tar with the manifest: tar name -> `ok` or the difference.
-
-    Args:
-        hashes: compare hashes too, which reads every tar; False: sizes only.
-    """
+def verify(directory: Path) -> dict[str, str]:
+    """Compare every tar with the manifest, hashes included: tar name -> `ok` or the difference."""
     found = {}
     for split in read_manifest(directory).splits.values():
         for shard in split.shards:
-            found[shard.name] = shard_state(directory / shard.name, shard, hashes=hashes)
+            found[shard.name] = shard_state(directory / shard.name, shard, hashes=True)
     return found
 
 

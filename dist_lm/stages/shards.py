@@ -21,7 +21,7 @@ from dist_lm.config.corpus import SPLITS, CorpusConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
 from dist_lm.data.corpus import IngestReport, LocalText, form_of, read_corpus, source_traits, text_corpora
-from dist_lm.data.manifest import check_format, read_manifest
+from dist_lm.data.manifest import FormatError, read_manifest
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.shard_writer import ShardWriter, write_manifest
 from dist_lm.document import Document
@@ -124,14 +124,15 @@ def is_whole(directory: Path) -> bool:
     """Whether a corpus can be opened and matches its manifest.
 
     Raises:
-        ArtefactError: it has another format.
+        FormatError: it has another format.
     """
     if not directory.is_dir():
         return False
-    check_format(directory)
     try:
         for split in SPLITS:
             MappedCorpus.open(directory, split)
+    except FormatError:
+        raise
     except ArtefactError as error:
         log.info("%s", error)
         return False
