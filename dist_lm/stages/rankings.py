@@ -13,10 +13,18 @@ from omegaconf import MISSING
 
 from dist_lm.chat.documents import encode_ranking
 from dist_lm.config.root import Config
-from dist_lm.data.corpus import LocalText, corpora_of_form, corpus_sources
-from dist_lm.data.manifest import read_manifest
+from dist_lm.data.corpus import LocalText, corpus_sources
 from dist_lm.errors import require
-from dist_lm.stages.shards import SAMPLED, CorporaConfig, CorporaStageConfig, build_corpus, check_corpus, is_whole, own
+from dist_lm.stages.shards import (
+    SAMPLED,
+    CorporaConfig,
+    CorporaStageConfig,
+    build_corpus,
+    inspect_corpora,
+    missing_corpora,
+    own,
+    wanted_corpora,
+)
 from dist_lm.stages.stage import Artefact, ArtefactStage, Look
 from dist_lm.stages.training import with_start
 from dist_lm.storage.run_directory import WorkDirectory
@@ -74,25 +82,13 @@ class Rankings(ArtefactStage):
         return super().look(with_start(self, config), is_target=is_target, rebuilt=rebuilt)
 
     def inspect(self, config: Config) -> Artefact:
-        """Inspect work/corpora.
-
-        Raises:
-            ArtefactError: a corpus was made from other sources or with another tokenizer.
-        """
-        work = WorkDirectory(Path(config.work_dir))
-        names, missing = wanted_corpora(config), missing_corpora(config)
-        for name in names:
-            if name not in missing:
-                check_corpus(config, name)
-        if missing:
-            return Artefact(False, f"corpora {', '.join(missing)}")
-        counts = [read_manifest(work.corpus(name)).splits["train"].counts.documents for name in names]
-        return Artefact(True, f"corpora {', '.join(names) or '(none)'}: {sum(counts):,} rankings to train on")
+        names = wanted_corpora(config, rankings=True)
+        return inspect_corpora(config, names, lambda counts: f"{counts.documents:,} rankings to train on")
 
     def build(self, config: Config, console: "Console") -> None:
         """Build every missing or damaged corpus."""
         assert isinstance(config, RankingsConfig)
-        for name in missing_corpora(config):
+        for name in missing_corpora(config, wanted_corpora(config, rankings=True)):
             made = {}
             for source in corpus_sources(config.corpus, name):
                 if source.reader == SAMPLED:
@@ -103,18 +99,6 @@ class Rankings(ArtefactStage):
 
     def output(self, config: Config) -> Path:
         return WorkDirectory(Path(config.work_dir)).corpus("rankings")
-
-
-def wanted_corpora(config: Config) -> list[str]:
-    """The corpora of rankings in `stage.corpora`, else all configured ones."""
-    chosen = own(config).corpora
-    return [name for name in corpora_of_form(config.corpus, "ranking") if chosen is None or name in chosen]
-
-
-def missing_corpora(config: Config) -> list[str]:
-    """The wanted corpora that are missing or damaged."""
-    work = WorkDirectory(Path(config.work_dir))
-    return [name for name in wanted_corpora(config) if not is_whole(work.corpus(name))]
 
 
 STAGE = Rankings()

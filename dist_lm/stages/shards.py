@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from dist_lm.config.corpus import SPLITS, CorpusConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
 from dist_lm.data.corpus import IngestReport, LocalText, form_of, read_corpus, source_traits, text_corpora
-from dist_lm.data.manifest import FormatError, read_manifest
+from dist_lm.data.manifest import Counts, FormatError, read_manifest
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.shard_writer import ShardWriter, write_manifest
 from dist_lm.document import Document
@@ -70,28 +70,11 @@ class Shards(ArtefactStage):
         return replace(config, stage=replace(own(config), corpora=read))
 
     def inspect(self, config: Config) -> Artefact:
-        """Inspect work/corpora.
-
-        Raises:
-            ArtefactError: a corpus was made from another text or with another tokenizer.
-        """
-        work = WorkDirectory(Path(config.work_dir))
-        names = wanted_corpora(config)
-        missing = missing_corpora(config)
-        damaged = [name for name in missing if work.corpus_manifest(name).exists()]
-        there = [name for name in names if name not in missing]
-        for name in there:
-            check_corpus(config, name)
-        if missing:
-            notes = [f"{', '.join(part)} {word}" for part, word in ((there, "there"), (damaged, "damaged")) if part]
-            return Artefact(False, f"corpora {', '.join(missing)}" + (f" ({'; '.join(notes)})" if notes else ""))
-        manifests = [read_manifest(work.corpus(name)) for name in names]
-        tokens = sum(manifest.splits["train"].counts.tokens for manifest in manifests)
-        return Artefact(True, f"corpora {', '.join(names)}: {tokens:,} training tokens")
+        return inspect_corpora(config, wanted_corpora(config), lambda counts: f"{counts.tokens:,} training tokens")
 
     def build(self, config: Config, console: "Console") -> None:
         """Tokenize every missing or damaged corpus."""
-        missing = missing_corpora(config)
+        missing = missing_corpora(config, wanted_corpora(config))
         texts = any(form_of(config.corpus, name) == "text" for name in missing)
         local = LocalText.read(config.corpus, config.seed) if texts else LocalText({}, set())
         for name in missing:
@@ -107,17 +90,39 @@ def own(config: Config) -> CorporaStageConfig:
     return config.stage
 
 
-def wanted_corpora(config: Config) -> list[str]:
-    """The corpora in `stage.corpora`, else all configured ones, without rankings (stage `rankings` builds those)."""
+def wanted_corpora(config: Config, rankings: bool = False) -> list[str]:
+    """The corpora in `stage.corpora`, else all configured ones: those of rankings, or all others."""
     chosen = own(config).corpora
     names = [name for name in config.corpus.corpora if chosen is None or name in chosen]
-    return [name for name in names if form_of(config.corpus, name) != "ranking"]
+    return [name for name in names if (form_of(config.corpus, name) == "ranking") == rankings]
 
 
-def missing_corpora(config: Config) -> list[str]:
-    """The wanted corpora that are missing or damaged."""
+def missing_corpora(config: Config, names: Sequence[str]) -> list[str]:
+    """Those of `names` that are missing or damaged."""
     work = WorkDirectory(Path(config.work_dir))
-    return [name for name in wanted_corpora(config) if not is_whole(work.corpus(name))]
+    return [name for name in names if not is_whole(work.corpus(name))]
+
+
+def inspect_corpora(config: Config, names: Sequence[str], amount: Callable[[Counts], str]) -> Artefact:
+    """The state of the corpora `names`.
+
+    Args:
+        amount: says how much there is to train on.
+
+    Raises:
+        ArtefactError: a corpus was made from another text or with another tokenizer.
+    """
+    work = WorkDirectory(Path(config.work_dir))
+    missing = missing_corpora(config, names)
+    damaged = [name for name in missing if work.corpus_manifest(name).exists()]
+    there = [name for name in names if name not in missing]
+    for name in there:
+        check_corpus(config, name)
+    if missing:
+        notes = [f"{', '.join(part)} {word}" for part, word in ((there, "there"), (damaged, "damaged")) if part]
+        return Artefact(False, f"corpora {', '.join(missing)}" + (f" ({'; '.join(notes)})" if notes else ""))
+    counts = sum((read_manifest(work.corpus(name)).splits["train"].counts for name in names), Counts())
+    return Artefact(True, f"corpora {', '.join(names) or '(none)'}: {amount(counts)}")
 
 
 def is_whole(directory: Path) -> bool:
