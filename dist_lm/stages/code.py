@@ -1,6 +1,7 @@
 """Stage `code`: next-token prediction on programs; reports the share of samples that parse, by language."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from dist_lm.stages.text import TextStage
@@ -20,7 +21,7 @@ class Code(TextStage):
         import torch.distributed as dist
 
         from dist_lm.sandbox.syntax import parses_continued
-        from dist_lm.stages.sampling import keep_samples, sample_prompts
+        from dist_lm.stages.sampling import sample_prompts, write_samples
 
         samples = sample_prompts(closing)
         if not samples:  # stage.sampling.samples_per_prompt=0
@@ -31,7 +32,7 @@ class Code(TextStage):
                 {"parses": parses_continued(one.language, one.prompt, one.completion, one.finished)} for one in samples
             ]
         dist.broadcast_object_list(verdicts)
-        keep_samples(closing, samples, verdicts)
+        write_samples(closing, [asdict(one) | verdict for one, verdict in zip(samples, verdicts, strict=True)])
         by_language: dict[str, list[bool]] = {}
         for sample, verdict in zip(samples, verdicts, strict=True):
             if verdict["parses"] is not None:

@@ -1,5 +1,7 @@
 """Stage `language`: next-token prediction on English; writes a checkpoint and a few samples."""
 
+from dataclasses import asdict
+
 from dist_lm.stages.text import TextStage
 from dist_lm.stages.training import Closing
 
@@ -9,10 +11,9 @@ class Language(TextStage):
 
     def after_training(self, closing: Closing) -> dict[str, float]:
         """Write samples."""
-        from dist_lm.stages.sampling import keep_samples, sample_prompts
+        from dist_lm.stages.sampling import sample_prompts, write_samples
 
-        samples = sample_prompts(closing)
-        keep_samples(closing, samples, [{} for _ in samples])
+        write_samples(closing, [asdict(sample) for sample in sample_prompts(closing)])
         return {}
 
 

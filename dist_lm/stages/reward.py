@@ -15,8 +15,16 @@ from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
 from dist_lm.errors import require
 from dist_lm.stages.stage import VAL_LOSS, share
-from dist_lm.stages.training import Closing, Opening, StageData, TrainingStage, print_before_and_after
+from dist_lm.stages.training import (
+    Closing,
+    Opening,
+    StageData,
+    TrainingStage,
+    before_and_after,
+    print_before_and_after,
+)
 from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.tracking.readable import three_decimals
 
 if TYPE_CHECKING:
     from dist_lm.data.batch import Batch
@@ -120,7 +128,10 @@ def print_agreement(result: Mapping[str, Any], console: "Console") -> None:
     """Print a row for all rankings, each number of completions and each source, `before -> after`."""
     before, after = result.get("before", {}), result["metrics"]
     parts = [name.removeprefix("reward/accuracy") for name in after if name.startswith("reward/accuracy")]
-    rows = [(label(part), *(cell(f"reward/{figure}{part}", before, after) for figure in COLUMNS)) for part in parts]
+    rows = [
+        (label(part), *(before_and_after(f"reward/{figure}{part}", before, after, three_decimals) for figure in COLUMNS))
+        for part in parts
+    ]
     if rows:
         console.table("agreement with held-out rankings", ("rankings", *COLUMNS.values()), rows)
 
@@ -130,14 +141,6 @@ def label(part: str) -> str:
     if size := re.fullmatch(r"_k(\d+)", part):
         return f"of {size[1]}"
     return part.removeprefix("_") or "all"
-
-
-def cell(name: str, before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """`0.51 -> 0.73`."""
-    if after.get(name) is None:
-        return ""
-    now = f"{after[name]:.3f}"
-    return f"{before[name]:.3f} -> {now}" if before.get(name) is not None else now
 
 
 STAGE = Reward()

@@ -17,7 +17,7 @@ from dist_lm.config.stage import check_shares
 from dist_lm.data.corpus import corpora_of_form, form_of
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.stages.stage import KeyFigure, share
-from dist_lm.stages.training import FREE_KEYS, TrainingStage, last_samples
+from dist_lm.stages.training import FREE_KEYS, TrainingStage, before_and_after, last_samples
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.readable import counted, percent, three_decimals
 from dist_lm.training import checkpoint_files
@@ -210,10 +210,8 @@ class Rlhf(TrainingStage):
             f"{result['steps']:,} iterations on {result['prompts']:,} prompts, {result['tokens']:,} tokens drawn, "
             f"{counted(result['ranks'], 'rank')}",
         )
-        if "rlhf/win_rate" in after:
-            was = f"{percent(before['rlhf/win_rate'])} -> " if "rlhf/win_rate" in before else ""
-            wins = f"{was}{percent(after['rlhf/win_rate'])} of {after['rlhf/held_out']:,.0f}"
-            yield "held-out prompts", f"wins against the reference: {wins}"
+        if wins := before_and_after("rlhf/win_rate", before, after, percent):
+            yield "held-out prompts", f"wins against the reference: {wins} of {after['rlhf/held_out']:,.0f}"
         yield "checkpoint", str(run.checkpoints / str(result["checkpoint"]))
         yield "rollouts", str(run.samples)
         yield "metrics", str(run.metrics)

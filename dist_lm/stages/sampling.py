@@ -1,7 +1,9 @@
 """Samples of the model at the end of a stage, written to the `samples/` folder of the run."""
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 
@@ -92,12 +94,9 @@ def answer_all(closing: Closing, requests: list[Request], name: str, model: Tran
     return sorted((answer for part in gathered for answer in part), key=lambda answer: int(answer.request))
 
 
-def keep_samples(closing: Closing, samples: list[Sample], verdicts: list[dict]) -> None:
-    """Write `samples/step_N.jsonl` on the first rank: one object per sample with its verdict."""
-    if closing.world.is_first and samples:
-        lines = [
-            json.dumps(asdict(sample) | verdict, ensure_ascii=False)
-            for sample, verdict in zip(samples, verdicts, strict=True)
-        ]
+def write_samples(closing: Closing, samples: Iterable[Mapping[str, Any]]) -> None:
+    """Write `samples/step_N.jsonl` on the first rank: one object per sample."""
+    lines = [json.dumps(sample, ensure_ascii=False) for sample in samples] if closing.world.is_first else []
+    if lines:
         path = closing.run.samples / f"step_{closing.step:08d}.jsonl"
         durable.write_text(path, "\n".join(lines) + "\n")

@@ -4,7 +4,6 @@ Before the first step and after the last it answers questions about conversation
 in the training data.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,8 +15,7 @@ from dist_lm.config.stage import StageConfig
 from dist_lm.errors import require
 from dist_lm.stages.stage import BITS_PER_BYTE, VAL_LOSS, share
 from dist_lm.stages.text import TextStage
-from dist_lm.stages.training import Closing, last_samples
-from dist_lm.storage import durable
+from dist_lm.stages.training import Closing, before_and_after, last_samples
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import percent
 
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
     from dist_lm.evaluation.tool_questions import Asked
     from dist_lm.evaluation.tool_score import Verdict
     from dist_lm.generation.request import Answer, Request
+    from dist_lm.tokenizer.tokenizer import Tokenizer
     from dist_lm.tracking.console import Console
 
 ROOM = 32  # an answer may have this many tokens more than twice those of the right answer
@@ -112,7 +111,7 @@ def examine(closing: Closing) -> dict[str, float]:
     from dist_lm.data.mapped import MappedCorpus
     from dist_lm.evaluation.tool_questions import choose
     from dist_lm.evaluation.tool_score import figures, judge, read_answer
-    from dist_lm.stages.sampling import answer_all
+    from dist_lm.stages.sampling import answer_all, write_samples
     from dist_lm.tokenizer.symbols import END
 
     config, tokenizer = closing.config, closing.tokenizer
@@ -129,8 +128,8 @@ def examine(closing: Closing) -> dict[str, float]:
         tools = one.question.asked.tools
         found = read_answer(answer.tokens, answer.finish == "stop", tokenizer)
         verdicts.append(judge(found, one.question.expected, tools))
-    if closing.world.is_first and questions:
-        keep(closing, questions, answers, verdicts)
+    answered = zip(questions, answers, verdicts, strict=True)
+    write_samples(closing, (shown_answer(*one, tokenizer) for one in answered))
     return figures((one.question.kind, verdict) for one, verdict in zip(questions, verdicts, strict=True))
 
 
@@ -150,28 +149,22 @@ def requests_of(questions: "Sequence[Asked]", end_id: int, max_new_tokens: int) 
     ]
 
 
-def keep(
-    closing: Closing, questions: "Sequence[Asked]", answers: "Sequence[Answer]", verdicts: "Sequence[Verdict]"
-) -> None:
-    """Write `samples/step_N.jsonl`: one object per question."""
+def shown_answer(one: "Asked", answer: "Answer", verdict: "Verdict", tokenizer: "Tokenizer") -> dict[str, Any]:
+    """A question and its answer, as `samples/step_N.jsonl` has them."""
     from dist_lm.evaluation.tool_questions import shown
 
-    lines = []
-    for one, answer, verdict in zip(questions, answers, verdicts, strict=True):
-        line = {
-            "kind": one.question.kind,
-            "prompt": shown(one.prompt, closing.tokenizer),
-            "expected": shown(one.expected, closing.tokenizer),
-            "found": shown(answer.tokens, closing.tokenizer),
-            "finish": answer.finish,
-            "right": verdict.exact,
-            "parses": verdict.parses,
-            "valid_call": verdict.valid,
-            "names": verdict.names,
-            "right_calls": verdict.right,
-        }
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    durable.write_text(closing.run.samples / f"step_{closing.step:08d}.jsonl", "".join(lines))
+    return {
+        "kind": one.question.kind,
+        "prompt": shown(one.prompt, tokenizer),
+        "expected": shown(one.expected, tokenizer),
+        "found": shown(answer.tokens, tokenizer),
+        "finish": answer.finish,
+        "right": verdict.exact,
+        "parses": verdict.parses,
+        "valid_call": verdict.valid,
+        "names": verdict.names,
+        "right_calls": verdict.right,
+    }
 
 
 def print_calls(result: Mapping[str, Any], console: "Console") -> None:
@@ -180,13 +173,12 @@ def print_calls(result: Mapping[str, Any], console: "Console") -> None:
     kinds = sorted({kind for name in after if (kind := kind_of(name))})
     if not kinds:
         return
-    rows = [
-        (
-            kind or "all",
-            *(cell(f"tools/{figure}" + (f"_{kind}" if kind else ""), before, after) for figure in COLUMNS),
-        )
-        for kind in ["", *kinds]
-    ]
+
+    def cells(kind: str) -> list[str]:
+        names = [f"tools/{figure}" + (f"_{kind}" if kind else "") for figure in COLUMNS]
+        return [before_and_after(name, before, after, lambda share: f"{share * 100:.0f}") for name in names]
+
+    rows = [(kind or "all", *cells(kind)) for kind in ["", *kinds]]
     console.table("calls of tools never trained on, %", ("conversations", *COLUMNS.values()), rows)
 
 
@@ -196,14 +188,6 @@ def kind_of(metric: str) -> str:
     if name == metric:
         return ""
     return next((name.removeprefix(f"{figure}_") for figure in COLUMNS if name.startswith(f"{figure}_")), "")
-
-
-def cell(name: str, before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """`3 -> 98`."""
-    if name not in after:
-        return ""
-    now = f"{after[name] * 100:.0f}"
-    return f"{before[name] * 100:.0f} -> {now}" if name in before else now
 
 
 STAGE = Tools()

@@ -241,6 +241,15 @@ def print_before_and_after(result: Mapping[str, Any], console: "Console") -> Non
         console.table("loss on held-out documents", ("documents", "before", "after", "change"), rows)
 
 
+def before_and_after(
+    name: str, before: Mapping[str, float], after: Mapping[str, float], form: Callable[[float], str]
+) -> str:
+    """`0.51 -> 0.73`: a metric before the first and after the last step; empty if it was not measured at the end."""
+    if after.get(name) is None:
+        return ""
+    return " -> ".join(form(metrics[name]) for metrics in (before, after) if metrics.get(name) is not None)
+
+
 def last_samples(run: RunDirectory) -> list[dict[str, Any]]:
     """The lines of the newest file of samples."""
     files = sorted(run.samples.glob("step_*.jsonl"))

@@ -1,6 +1,6 @@
 """The table that stage tools ends with."""
 
-from dist_lm.stages.tools import STAGE, cell, kind_of, print_calls
+from dist_lm.stages.tools import STAGE, kind_of, print_calls
 
 METRICS = {
     "val/loss": 1.0,
@@ -44,7 +44,6 @@ def test_other_stages_have_no_such_table():
     assert list(STAGE.own_entries({"metrics": METRICS})) == [("calls", "parallel exact 25%, false refusals 1%")]
 
 
-def test_names_of_kinds_and_cells():
+def test_names_of_kinds():
     assert [kind_of(name) for name in ("tools/parses", "tools/parses_single", "code/parses_bash")] == ["", "single", ""]
     assert kind_of("tools/parallel_exact") == ""
-    assert cell("tools/parses", {}, {"tools/parses": 1.0}) == "100"
