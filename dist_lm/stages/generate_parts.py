@@ -7,7 +7,7 @@ So after a kill the missing parts are generated again with the same bytes.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,18 +46,8 @@ def params_of(stage: GenerateConfig) -> SamplingParams:
         ConfigError: names the key.
     """
     try:
-        return SamplingParams(
-            max_new_tokens=stage.max_new_tokens,
-            temperature=stage.temperature,
-            top_k=stage.top_k,
-            top_p=stage.top_p,
-            min_p=stage.min_p,
-            repetition_penalty=stage.repetition_penalty,
-            logit_bias=dict(stage.logit_bias),
-            stop=tuple(stage.stop),
-            stop_tokens=tuple(stage.stop_tokens),
-            ignore_eot=stage.ignore_eot,
-        )
+        params: dict[str, Any] = {one.name: getattr(stage, one.name) for one in fields(SamplingParams)}
+        return SamplingParams(**params | {"stop": tuple(stage.stop), "stop_tokens": tuple(stage.stop_tokens)})
     except ConfigError as error:
         raise ConfigError(f"stage.{error}") from error
 
@@ -158,11 +148,7 @@ class Samples(PoolWork):
             ArtefactError: the run began with other prompts.
         """
         self._stage, self._seed, self._run, self._tokenizer = config.stage, config.seed, run, tokenizer
-        self._context, self._params, self._options = (
-            config.model.max_seq_len,
-            params_of(config.stage),
-            options_of(config.stage),
-        )
+        self._params = params_of(config.stage)
         self._files = find_prompts(config.stage.prompts)
         self._label = label_of(Path(config.stage.checkpoint))
         found = check_inputs(self._files, config.stage, run)
@@ -217,33 +203,18 @@ class Samples(PoolWork):
         return -(-self.count // self._stage.prompts_per_shard)
 
     def requests(self) -> Iterator[Request]:
-        """Requests for the prompts of missing parts. Prompts that no engine can answer are refused here."""
+        """Requests for the prompts of missing parts. Invalid prompts are refused here."""
         truncate = cast(Any, self._stage.truncate)
         for prompt in read_prompts(self._files):
             if prompt.number // self._stage.prompts_per_shard not in self._missing:
                 continue
             self._prompts[prompt.number] = prompt
-            tokens = [] if prompt.error else [self._tokenizer.eot_id, *self._tokenizer.encode(prompt.text)]
-            if error := prompt.error or self._misfit(len(tokens)):
-                self._refuse(prompt.number, error)
+            if prompt.error:
+                self._refuse(prompt.number, prompt.error)
                 continue
+            tokens = [self._tokenizer.eot_id, *self._tokenizer.encode(prompt.text)]
             seed = signed(hash_words(self._seed, prompt.number))
             yield Request(str(prompt.number), tokens, self._params, seed, self._stage.n, truncate)
-
-    def _misfit(self, tokens: int) -> str:
-        """Why a prompt of this length cannot be answered; empty if it can."""
-        if tokens >= self._context and self._stage.truncate == "refuse":
-            return (
-                f"prompt has {tokens:,} tokens and model.max_seq_len is {self._context:,}, which leaves no room: "
-                "shorten it, or give stage.truncate=left"
-            )
-        room, longest = self._options.n_pages * self._options.page_tokens, tokens + self._params.max_new_tokens
-        if min(longest, self._context) > room:
-            return (
-                f"prompt and stage.max_new_tokens={self._params.max_new_tokens} take {longest:,} tokens, and "
-                f"stage.cache_tokens={self._options.cache_tokens} has room for {room:,}: give a larger cache"
-            )
-        return ""
 
     def take(self, result: Answer | Refusal) -> None:
         """Store an answer or a refusal. Writes a part when it is complete."""

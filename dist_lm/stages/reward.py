@@ -129,7 +129,7 @@ def print_agreement(result: Mapping[str, Any], console: "Console") -> None:
     before, after = result.get("before", {}), result["metrics"]
     parts = [name.removeprefix("reward/accuracy") for name in after if name.startswith("reward/accuracy")]
     rows = [
-        (label(part), *(before_and_after(f"reward/{figure}{part}", before, after, three_decimals) for figure in COLUMNS))
+        (label(part), *(before_and_after(f"reward/{name}{part}", before, after, three_decimals) for name in COLUMNS))
         for part in parts
     ]
     if rows:

@@ -108,7 +108,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(trained, cluster, tmp_
     assert refused.keys() == {3, "long"}
     assert "p.jsonl line 4: not JSON" in refused[3]
     assert refused["long"].startswith("p.jsonl line 51: prompt has 801 tokens and model.max_seq_len is 256")
-    assert refused["long"].endswith("or give stage.truncate=left")
+    assert refused["long"].endswith("or set truncate=left")
     (broken,) = [record for record in records if record["id"] == 3]
     assert broken["line"] == "{"
     assert "prompt" not in broken
