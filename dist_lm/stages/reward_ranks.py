@@ -18,7 +18,6 @@ from dist_lm.errors import require
 from dist_lm.generation.load import load_model
 from dist_lm.generation.request import Request, SamplingParams
 from dist_lm.model.transformer import Transformer
-from dist_lm.parallel.sharding import generation_dtype
 from dist_lm.rlhf.reward_model import (
     RewardScale,
     beside_verdicts,
@@ -136,12 +135,7 @@ def policy_samples(closing: Closing, config: RewardRunConfig, val: MappedRanking
     requests = [
         Request(str(number), prompt, params, seed=config.seed + number) for number, prompt in enumerate(prompts)
     ]
-    with torch.device("meta"):
-        policy = Transformer(loaded.config)
-    device = closing.world.device
-    dtype = generation_dtype(config.parallel, device)
-    policy.load_state_dict({name: value.to(device, dtype) for name, value in loaded.weights.items()}, assign=True)
-    answers = answer_all(closing, requests, "stage.reward.normaliser_prompts", policy)
+    answers = answer_all(closing, requests, "stage.reward.normaliser_prompts", loaded)
     return [[*prompt, *answer.tokens] for prompt, answer in zip(prompts, answers, strict=True)]
 
 

@@ -9,8 +9,9 @@ import torch.distributed as dist
 
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.load import LoadedModel
 from dist_lm.generation.request import Answer, Request, SamplingParams
-from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.sharding import generation_dtype
 from dist_lm.stages.text import SampledConfig
 from dist_lm.stages.training import Closing
 from dist_lm.storage import durable
@@ -59,27 +60,30 @@ def sample_prompts(closing: Closing) -> list[Sample]:
     ]
 
 
-def answer_all(closing: Closing, requests: list[Request], name: str, model: Transformer | None = None) -> list[Answer]:
+def answer_all(
+    closing: Closing, requests: list[Request], name: str, initial: LoadedModel | None = None
+) -> list[Answer]:
     """The answer to each request. Ranks share the work, and every rank gets all answers (collective).
 
     Args:
         requests: the same on every rank; their ids are their numbers.
         name: name of the requests in messages.
-        model: unsharded model, the same on every rank; None: the trained model.
+        initial: the model that answers, the same on every rank; None: the trained model.
     """
     if not requests:
         return []
-    model = model or closing.model()
-    weight = model.embedding.weight
+    model = initial or closing.model()
+    weights = model.weights if isinstance(model, LoadedModel) else dict(model.named_parameters())
+    device = closing.world.device
     engine = Engine(
         model.config,
-        dict(model.named_parameters()),
+        weights,
         eot_id=closing.tokenizer.eot_id,
         options=EngineOptions(cache_tokens=max(CACHE_TOKENS, model.config.max_seq_len)),
-        dtype=weight.dtype,
-        device=weight.device,
+        dtype=generation_dtype(closing.config.parallel, device),
+        device=device,
     )
-    del model, weight  # the engine holds its own weights
+    del model, weights  # the engine holds its own weights
     for request in requests[closing.world.rank :: closing.world.size]:
         engine.submit(request)
     own = []
