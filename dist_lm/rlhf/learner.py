@@ -3,7 +3,6 @@
 take rollouts (first rank) -> share -> forward passes of all models -> prepare -> passes of updates -> push weights
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -29,6 +28,7 @@ from dist_lm.rlhf.state import RlhfState
 from dist_lm.rlhf.update import Pretraining, Updater, Updates
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.optimizer import learning_rate, set_learning_rate
+from dist_lm.training.step_meter import WallLaps
 from dist_lm.training.trainer import is_due
 
 
@@ -148,7 +148,7 @@ class Learner:
         schedule: RolloutSchedule | None,
     ) -> tuple[RlhfState, bool]:
         """One iteration: the state after it, and whether a stop was requested."""
-        clock = _Clock()
+        clock = WallLaps()
         self.alive()
         drawn = schedule.take(state.iteration) if schedule else None
         decode = self.supply.decode if self.supply else None
@@ -171,7 +171,8 @@ class Learner:
                 schedule.push(state.version, weights)
         clock.lap("push")
         parts, score_B = collected.part_B, collected.experience.score_B
-        own = metrics | clock.metrics()
+        laps = {f"timing/{name}_s": seconds for name, seconds in clock.take().items()}
+        own = metrics | laps | {"timing/iteration_s": sum(laps.values())}
         self.report(IterationReport(state.iteration, own, updates.metrics, rollouts, parts, score_B))
         return state, updates.stop_requested
 
@@ -221,25 +222,6 @@ class Learner:
 
 
 # --- metrics ---
-
-
-class _Clock:
-    """Seconds of consecutive phases, by name."""
-
-    def __init__(self) -> None:
-        self._started = self._last = time.perf_counter()
-        self._laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        """End the phase `name`."""
-        now = time.perf_counter()
-        self._laps[name] = now - self._last
-        self._last = now
-
-    def metrics(self) -> dict[str, float]:
-        """`timing/NAME_s` of each phase, and `timing/iteration_s`."""
-        laps = {f"timing/{name}_s": seconds for name, seconds in self._laps.items()}
-        return laps | {"timing/iteration_s": self._last - self._started}
 
 
 def iteration_metrics(

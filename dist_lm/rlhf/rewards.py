@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -138,29 +137,12 @@ def share_judged(
 ) -> tuple[Rollouts, dict[str, torch.Tensor]]:
     """The first rank's rollouts on every rank, and their fp32 scores (B,) under each rule (collective).
 
-    Two broadcasts of plain tensors, integers and fp64; nothing is pickled.
-
     Args:
         rollouts, decode: None on all other ranks.
     """
-    names = list(Rollouts.__dataclass_fields__)
-    own = rollouts.arrays() if rollouts is not None else {}
-    sizes = torch.tensor([len(own[name]) if own else 0 for name in names])
-    dist.broadcast(sizes, _FIRST)
-    size = dict(zip(names, sizes.tolist(), strict=True))
-    integer_names = [name for name in names if name != "logprobs_M"]
-    integers = torch.zeros(sum(size[name] for name in integer_names), dtype=torch.int64)
-    reals = torch.zeros(size["logprobs_M"] + len(rules) * size["sample_B"], dtype=torch.float64)
+    judged: list = [None]
     if rollouts is not None and decode is not None:
-        judged = judge(rollouts, rules, decode)
-        scores = [np.array(judged[name], np.float64) for name in rules]
-        integers.copy_(torch.from_numpy(np.concatenate([own[name] for name in integer_names])))
-        reals.copy_(torch.from_numpy(np.concatenate([own["logprobs_M"].astype(np.float64), *scores])))
-    dist.broadcast(integers, _FIRST)
-    dist.broadcast(reals, _FIRST)
-    arrays = dict(zip(integer_names, integers.split([size[name] for name in integer_names]), strict=True))
-    logprobs, scores = reals.split([size["logprobs_M"], len(rules) * size["sample_B"]])
-    shared = Rollouts(
-        **{name: value.numpy() for name, value in arrays.items()}, logprobs_M=logprobs.numpy().astype(np.float32)
-    )
-    return shared, dict(zip(rules, scores.view(len(rules), len(shared)).float(), strict=True))
+        judged = [(rollouts, judge(rollouts, rules, decode))]
+    dist.broadcast_object_list(judged, _FIRST)
+    shared, scores = judged[0]
+    return shared, {name: torch.tensor(scores[name], dtype=torch.float64).float() for name in rules}
