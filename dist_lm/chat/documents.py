@@ -7,7 +7,7 @@ import numpy as np
 
 from dist_lm.chat import json_text
 from dist_lm.chat.messages import Call, Conversation, Json, Message, Tool, check_conversation
-from dist_lm.chat.ranking import Judgement, Ranking, check_ranking, dense_ranks, ranking_tokens
+from dist_lm.chat.ranking import Judgement, Ranking, check_ranking, ranking_tokens, ranks_of_scores
 from dist_lm.chat.template import render
 from dist_lm.document import Document, TokenizedDocument, Verdict
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ def write_ranking(ranking: Ranking) -> str:
     value = {
         "prompt": _conversation_value(ranking.prompt),
         "completions": list(ranking.completions),
-        "ranks": list(dense_ranks(ranking.ranks)),
+        "ranks": list(ranks_of_scores([-rank for rank in ranking.ranks])),
         "judgements": [[one.better, one.worse, one.margin] for one in ranking.judgements],
     }
     return json_text.write(value, "ranking")

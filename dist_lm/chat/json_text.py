@@ -12,6 +12,8 @@ from dist_lm.chat.messages import ChatError, Json, check_text, shown
 
 DEEPEST = 64  # nested lists and objects: far below the recursion limit of any interpreter
 MOST_DIGITS = 640  # of an integer: the smallest limit that an interpreter may set (sys.set_int_max_str_digits)
+TOO_DEEP = f"more than {DEEPEST} nested lists and objects"
+TOO_LONG = f"an integer of more than {MOST_DIGITS} digits"
 
 
 def write(value: Json, where: str) -> str:
@@ -38,7 +40,7 @@ def read(text: str, where: str) -> Json:
 
     def integer(digits: str) -> int:
         if len(digits.lstrip("-")) > MOST_DIGITS:
-            raise ChatError(f"{where}: {_too_many_digits()}")
+            raise ChatError(f"{where}: {TOO_LONG}")
         return int(digits)
 
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def read(text: str, where: str) -> Json:
     except ValueError as error:
         raise ChatError(f"{where}: not JSON ({error})") from None
     except RecursionError:
-        raise ChatError(f"{where}: {_too_deep()}") from None
+        raise ChatError(f"{where}: {TOO_DEEP}") from None
     _check(value, where)
     return value
 
@@ -71,13 +73,13 @@ def _check(value: Json, where: str) -> None:
             check_text(part, where)
         elif kind is int:
             if abs(part) >= 10**MOST_DIGITS:
-                raise ChatError(f"{where}: {_too_many_digits()}")
+                raise ChatError(f"{where}: {TOO_LONG}")
         elif kind is float:
             if not math.isfinite(part):
                 raise ChatError(f"{where}: {part} is not JSON")
         elif kind in (list, dict):
             if depth == DEEPEST:
-                raise ChatError(f"{where}: {_too_deep()}")
+                raise ChatError(f"{where}: {TOO_DEEP}")
             if kind is dict:
                 for key in part:
                     if type(key) is not str:
@@ -86,11 +88,3 @@ def _check(value: Json, where: str) -> None:
             waiting += [(inner, depth + 1) for inner in (part.values() if kind is dict else part)]
         elif part is not None and kind is not bool:
             raise ChatError(f"{where}: a {kind.__name__} is not JSON; expected what json.loads returns")
-
-
-def _too_deep() -> str:
-    return f"more than {DEEPEST} nested lists and objects"
-
-
-def _too_many_digits() -> str:
-    return f"an integer of more than {MOST_DIGITS} digits"

@@ -88,12 +88,6 @@ def ranks_of_scores(scores: Sequence[float]) -> tuple[int, ...]:
     return tuple(levels.index(score) for score in scores)
 
 
-def dense_ranks(ranks: Sequence[int]) -> tuple[int, ...]:
-    """The same order, counted from 0 without gaps."""
-    levels = sorted(set(ranks))
-    return tuple(levels.index(rank) for rank in ranks)
-
-
 def ranking_tokens(ranking: Ranking, tokenizer: Tokenizer) -> RankingTokens:
     """The prompt once, then every completion as a branch.
 

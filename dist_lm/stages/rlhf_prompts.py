@@ -6,7 +6,7 @@ out for the win rate.
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dist_lm.chat.messages import ChatError, Conversation, Message
@@ -113,12 +113,10 @@ def _prompts_of(where: str, key: str) -> Iterator[Prompt]:
 def _split(prompts: Prompts, all_for_training: bool) -> tuple[Prompts, Prompts]:
     if all_for_training:
         return prompts, []
-    held_out = [_is_held_out(prompt) for prompt in prompts]
-    return list(_where(prompts, (not one for one in held_out))), list(_where(prompts, held_out))
-
-
-def _where(prompts: Prompts, chosen: Iterable[bool]) -> Iterator[Sequence[int]]:
-    return (prompt for prompt, keep in zip(prompts, chosen, strict=True) if keep)
+    sides: tuple[Prompts, Prompts] = ([], [])
+    for prompt in prompts:
+        sides[_is_held_out(prompt)].append(prompt)
+    return sides
 
 
 def _is_held_out(prompt: Sequence[int]) -> bool:

@@ -21,6 +21,7 @@ from dist_lm.tools.data.phrasing import (
     shown,
 )
 from dist_lm.tools.data.scene import Scene, ToolFailure, call_of, record_of, with_record
+from dist_lm.tools.data.words import upper_first
 
 Turns = list[Message]
 ROUND = 4  # turns of a request with one call: request, call, result, answer
@@ -58,7 +59,7 @@ def parallel(scene: Scene) -> Turns:
     given = [scene.arguments(tool) for tool in tools]
     parts = [instruction(tool, values, rng) for tool, values in zip(tools, given, strict=True)]
     between = rng.choice([", and ", "; ", ", also ", " and ", ". "])
-    text = between.join(part if between != ". " else _upper(part) for part in parts)
+    text = between.join(part if between != ". " else upper_first(part) for part in parts)
     calls = tuple(call_of(tool, values) for tool, values in zip(tools, given, strict=True))
     results = tuple(scene.world.execute(tool, call) for tool, call in zip(tools, calls, strict=True))
     answers = [
@@ -66,7 +67,7 @@ def parallel(scene: Scene) -> Turns:
         for tool, values, result in zip(tools, given, results, strict=True)
     ]
     return [
-        Message("user", _upper(f"{rng.choice(['', '', 'please '])}{text}{rng.choice(['.', '.', ''])}")),
+        Message("user", upper_first(f"{rng.choice(['', '', 'please '])}{text}{rng.choice(['.', '.', ''])}")),
         Message("assistant", calls=calls),
         Message("tool", results=results),
         Message("assistant", " ".join(answers)),
@@ -93,7 +94,7 @@ def sequential(scene: Scene) -> Turns:
     record_id = result["ids"][0] if first.action == "search" else result["id"]
     later = with_record(second, later, record_id)
     return [
-        Message("user", _upper(f"{text}{rng.choice(['.', '.', ''])}")),
+        Message("user", upper_first(f"{text}{rng.choice(['.', '.', ''])}")),
         Message("assistant", calls=(call_of(first, given),)),
         Message("tool", results=(result,)),
         *_done(scene, second, later),
@@ -130,7 +131,7 @@ def missing(scene: Scene) -> Turns:
     return [
         Message("user", request(tool, short, rng)),
         Message("assistant", question_back([left_out], tool, rng)),
-        Message("user", _upper(reply.removeprefix(": ")) if rng.random() < 0.5 and reply != value.said else reply),
+        Message("user", upper_first(reply.removeprefix(": ")) if rng.random() < 0.5 and reply != value.said else reply),
         *_done(scene, tool, given),
     ]
 
@@ -246,7 +247,3 @@ def _takes_id(topic: Topic) -> bool:
 
 def _is_id(parameter: object) -> bool:
     return getattr(parameter, "kind", "") == "record"
-
-
-def _upper(text: str) -> str:
-    return text[0].upper() + text[1:]

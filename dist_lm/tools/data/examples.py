@@ -50,14 +50,10 @@ def example(seed: int, number: int) -> Example:
     rng = random.Random(f"tools {seed} {number}")  # noqa: S311  (text, not secrets)
     shelf = rng.randrange(SHELVES)
     kind = rng.choices(list(KINDS), [share for share, _ in KINDS.values()])[0]
-    return _made(kind, shelf, rng)
-
-
-def _made(kind: str, shelf: int, rng: random.Random) -> Example:
     while True:
-        found = _attempt(kind, shelf, rng)
-        if found is not None:
+        if found := _attempt(kind, shelf, rng):
             return found
+
 
 
 def _attempt(kind: str, shelf: int, rng: random.Random) -> Example | None:

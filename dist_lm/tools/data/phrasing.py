@@ -9,7 +9,7 @@ from dist_lm.tools.data.actions import BY_KEY
 from dist_lm.tools.data.catalogue import Parameter, Specification, formula_of
 from dist_lm.tools.data.formulas import VERBS
 from dist_lm.tools.data.values import Value, plural_kind
-from dist_lm.tools.data.words import article, plural
+from dist_lm.tools.data.words import article, plural, upper_first
 
 Given = dict[Parameter, Value]
 
@@ -59,7 +59,7 @@ def request(specification: Specification, given: Given, rng: random.Random) -> s
     body, pieces = _body_and_pieces(specification, given, rng)
     question = body.startswith(("how ", "what ", "tell me", "I need", "I want", "I would"))
     opening = "" if question else rng.choice(OPENINGS)
-    text = _upper(opening + _joined(body, pieces, rng))
+    text = upper_first(opening + _joined(body, pieces, rng))
     text += "?" if question or opening in ("Can you ", "Could you ") else rng.choice([".", ".", ""])
     if rng.random() < 0.08:
         text = f"{rng.choice(ASIDES)} {text}"
@@ -112,7 +112,7 @@ def answer(specification: Specification, record_id: str | None, result: Json, rn
     if specification.family != "record":
         said = formula_of(specification.action).said
         if isinstance(result, dict):
-            return f"Here is {said}: {facts(result)}." if rng.random() < 0.4 else _upper(f"{facts(result)}.")
+            return f"Here is {said}: {facts(result)}." if rng.random() < 0.4 else upper_first(f"{facts(result)}.")
         return rng.choice([f"The answer is {shown(result)}.", f"It is {shown(result)}.", f"{shown(result)}."])
     action = specification.action
     if action == "create":
@@ -133,7 +133,7 @@ def answer(specification: Specification, record_id: str | None, result: Json, rn
     rest = {name: value for name, value in result.items() if name not in ("id", "deleted")}
     closing = f": {facts(rest)}." if rest and rng.random() < 0.6 else "."
     done = rng.choice(["Done with {} {}", "{} {} is done", "Ready: {} {}"]).format(thing, record_id)
-    return _upper(done + closing)
+    return upper_first(done + closing)
 
 
 def facts(result: dict[str, Json]) -> str:
@@ -234,7 +234,3 @@ def _linked(part: str, between: str) -> str:
 
 def _anded(pieces: list[str]) -> list[str]:
     return [*pieces[:1], *(part if part.startswith(":") else f"and {part}" for part in pieces[1:])]
-
-
-def _upper(text: str) -> str:
-    return text[0].upper() + text[1:]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dist_lm.chat.messages import Json
-from dist_lm.tools.data.words import words
+from dist_lm.tools.data.words import upper_first, words
 
 MONTHS = (
     *("January", "February", "March", "April", "May", "June", "July", "August"),
@@ -105,14 +105,6 @@ def _name(text: str, rng: random.Random) -> Value:
     return Value(text, quoted(text, rng) if rng.random() < 0.3 else text)
 
 
-def _given(rng: random.Random) -> Value:
-    return _name(rng.choice(words("given")) if rng.random() < 0.6 else made_up_name(rng), rng)
-
-
-def _city(rng: random.Random) -> Value:
-    return _name(rng.choice(words("city")) if rng.random() < 0.8 else made_up_name(rng), rng)
-
-
 def _company(rng: random.Random) -> Value:
     return _name(f"{made_up_name(rng)} {rng.choice(words('suffix'))}", rng)
 
@@ -130,7 +122,7 @@ def _title(rng: random.Random) -> Value:
 
 def _text(rng: random.Random) -> Value:
     text = sentence(rng) if rng.random() < 0.7 else phrase(rng)
-    text = _upper(text) + rng.choice(["", ".", "!"]) if rng.random() < 0.3 else text
+    text = upper_first(text) + rng.choice(["", ".", "!"]) if rng.random() < 0.3 else text
     return Value(text, quoted(text, rng))
 
 
@@ -219,16 +211,6 @@ def _listed(items: list[str], rng: random.Random) -> str:
     return ", ".join(items[:-1]) + f" and {items[-1]}" if len(items) > 1 and rng.random() < 0.5 else ", ".join(items)
 
 
-def _words(rng: random.Random) -> Value:
-    items = rng.sample(words("common"), rng.randint(1, 3))
-    return Value(items, _listed(items, rng))
-
-
-def _people(rng: random.Random) -> Value:
-    items = rng.sample(words("given"), rng.randint(1, 3))
-    return Value(items, _listed(items, rng))
-
-
 def _numbers(rng: random.Random) -> Value:
     high = rng.choice([20, 100, 1000])
     items = [rng.randint(1, high) for _ in range(rng.randint(3, 8))]
@@ -251,6 +233,18 @@ def _size(rng: random.Random) -> Value:
     return Value(dict(zip(("length", "width", "height"), numbers, strict=True)), "{} x {} x {}".format(*numbers))
 
 
+def _mostly_known(name: str, share: float) -> Draw:
+    return lambda rng: _name(rng.choice(words(name)) if rng.random() < share else made_up_name(rng), rng)
+
+
+def _sample_of(name: str) -> Draw:
+    def drawn(rng: random.Random) -> Value:
+        items = rng.sample(words(name), rng.randint(1, 3))
+        return Value(items, _listed(items, rng))
+
+    return drawn
+
+
 def _from_list(name: str) -> Draw:
     return lambda rng: _name(rng.choice(words(name)), rng)
 
@@ -264,10 +258,6 @@ def _flag(rng: random.Random) -> Value:
     return Value(value, "yes" if value else "no")
 
 
-def _upper(text: str) -> str:
-    return text[0].upper() + text[1:]
-
-
 def _same(text: str) -> Value:
     return Value(text, text)
 
@@ -277,8 +267,8 @@ _WHOLE: dict[str, Json] = {"type": "integer"}
 _NUMBER: dict[str, Json] = {"type": "number"}
 _KINDS: dict[str, tuple[dict[str, Json], Draw]] = {
     "person": (_STRING, _person),
-    "given": (_STRING, _given),
-    "city": (_STRING, _city),
+    "given": (_STRING, _mostly_known("given", 0.6)),
+    "city": (_STRING, _mostly_known("city", 0.8)),
     "country": (_STRING, _from_list("country")),
     "language": (_STRING, _from_list("language")),
     "company": (_STRING, _company),
@@ -297,7 +287,6 @@ _KINDS: dict[str, tuple[dict[str, Json], Draw]] = {
     "date": ({"type": "string", "format": "date"}, _date),
     "record": (_STRING, _code),
     "clock": (_STRING, _clock),
-    "sides": (_WHOLE, _in_range(3, 24)),
     "kilograms": (_WHOLE, _in_range(38, 140)),
     "centimeters": (_WHOLE, _in_range(120, 210)),
     "few": (_WHOLE, _in_range(1, 12)),
@@ -309,8 +298,8 @@ _KINDS: dict[str, tuple[dict[str, Json], Draw]] = {
     "decimal": (_NUMBER, _decimal),
     "money": (_NUMBER, _money),
     "flag": ({"type": "boolean"}, _flag),
-    "words": ({"type": "array", "items": {"type": "string"}}, _words),
-    "people": ({"type": "array", "items": {"type": "string"}}, _people),
+    "words": ({"type": "array", "items": {"type": "string"}}, _sample_of("common")),
+    "people": ({"type": "array", "items": {"type": "string"}}, _sample_of("given")),
     "codes": ({"type": "array", "items": {"type": "string"}}, _codes),
     "numbers": ({"type": "array", "items": {"type": "number"}}, _numbers),
     "address": (

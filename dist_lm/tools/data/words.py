@@ -80,6 +80,11 @@ def plural(thing: str) -> str:
     return f"{thing}es" if thing.endswith(("s", "x", "ch", "sh")) else f"{thing}s"
 
 
+def upper_first(text: str) -> str:
+    """`text` with an upper-case first letter."""
+    return text[0].upper() + text[1:]
+
+
 def article(words: str) -> str:
     """`an order`."""
     one = "an" if words[0] in "aeiou" and not words.startswith(("use", "uni")) else "a"
