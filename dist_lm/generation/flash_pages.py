@@ -48,9 +48,7 @@ class FlashPlan:
 class FlashPages(PagedCache):
     """The cache. Its last page is spare: no sequence holds it."""
 
-    def __init__(
-        self, shape: Share, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, shape: Share, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__((shape.n_layers, n_pages + 1, page_size, shape.kv_heads, shape.d_head), dtype, device)
         self.page_size = page_size
         self.spare_page = n_pages

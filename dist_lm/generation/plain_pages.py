@@ -133,9 +133,7 @@ def plan_decode(
 class PlainPages(PagedCache):
     """The cache on the CPU, and on devices or dtypes without the flash kernel."""
 
-    def __init__(
-        self, shape: Share, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, shape: Share, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
         self._padding = -shape.d_head % ALIGNED
         pages = (max(n_pages, FEWEST_SLOTS), shape.kv_heads, page_size, shape.d_head + self._padding)
         super().__init__((shape.n_layers, *pages), dtype, device)

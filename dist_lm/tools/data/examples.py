@@ -55,7 +55,6 @@ def example(seed: int, number: int) -> Example:
             return found
 
 
-
 def _attempt(kind: str, shelf: int, rng: random.Random) -> Example | None:
     """An example, or None if it would be too long or two tools share a name."""
     unknown = kind in INVENTED and rng.random() < INVENTED[kind]

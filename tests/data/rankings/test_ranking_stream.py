@@ -107,7 +107,9 @@ def test_evaluation_has_every_ranking_once_and_as_many_batches_on_every_rank(
 ) -> None:
     found, counts = [], set()
     for rank in range(dp_size):
-        batches = list(RankingBatches(rankings=rankings, seq_len=T, micro_batch=4, dp_rank=rank, dp_size=dp_size, pad_id=0))
+        batches = list(
+            RankingBatches(rankings=rankings, seq_len=T, micro_batch=4, dp_rank=rank, dp_size=dp_size, pad_id=0)
+        )
         counts.add(len(batches))
         for batch, placed in batches:
             assert batch.tokens_BT.shape == (4, T)
