@@ -30,12 +30,9 @@ from dist_lm.parallel.sharding import build_model
 from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
 from dist_lm.rlhf.models import (
     RlhfModels,
-    frozen,
     own_threads,
-    scalar_config,
     start_critic,
-    trained_critic,
-    trained_policy,
+    trained,
 )
 from dist_lm.rlhf.ppo import Ppo
 from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource, ShuffledPrompts
@@ -72,11 +69,15 @@ class ToyPpo:
         self._mesh = build_mesh(resolve_layout(parallel, shape, world.size), world.device)
         policy, reference = (build_model(shape, parallel, self._mesh, world.device, config.seed) for _ in range(2))
         critic, reward = (
-            build_model(scalar_config(shape), parallel, self._mesh, world.device, config.seed + 1) for _ in range(2)
+            build_model(replace(shape, head="scalar"), parallel, self._mesh, world.device, config.seed + 1)
+            for _ in range(2)
         )
         start_critic(critic, reward, "zero")
         self._models = RlhfModels(
-            trained_policy(policy, self._rlhf), trained_critic(critic, self._rlhf), frozen(reference), frozen(reward)
+            trained(policy, self._rlhf, self._rlhf.lr),
+            trained(critic, self._rlhf, self._rlhf.value_lr),
+            reference.requires_grad_(False),
+            reward.requires_grad_(False),
         )
         prompts = made_up_prompts(config).tolist()
         if source is None:

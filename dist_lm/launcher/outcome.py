@@ -1,7 +1,6 @@
 """The end of a command: a table of its stages, samples, and commands to go on with."""
 
 import json
-import math
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,14 +81,14 @@ def row(stage: PlannedStage, queued: QueuedStage, ramp: str) -> tuple[str, ...]:
     step = result.get("steps", int(last_metrics(run.metrics).get("step", 0)) if begun else 0)
     steps = f"{step:,}" if result else f"{step:,}/{stage.config.stage.steps:,}"
     figures = "; ".join(key_figures(run, result, stage.stage.key_figures)) if begun else ""
-    curve = sparkline(values_of(run, stage.stage.curve), CURVE_WIDTH, ramp) if begun else ""
+    curve = sparkline([*measured(run, stage.stage.curve).values()], CURVE_WIDTH, ramp) if begun else ""
     return (stage.name, state, steps, took, figures, curve, place)
 
 
-def values_of(run: RunDirectory, metric: str) -> list[float]:
-    """The finite values of a metric, in the order of the steps."""
+def measured(run: RunDirectory, metric: str) -> dict[int, float]:
+    """The values of a metric by step."""
     lines = read_metrics(run.metrics) if run.metrics.exists() else ()
-    return [value for line in lines if (value := line.get(metric)) is not None and math.isfinite(value)]
+    return {line["step"]: value for line in lines if (value := line.get(metric)) is not None}
 
 
 def key_figures(run: RunDirectory, result: Mapping[str, Any], lines: Sequence[Sequence[KeyFigure]]) -> list[str]:
@@ -101,13 +100,12 @@ def key_figures(run: RunDirectory, result: Mapping[str, Any], lines: Sequence[Se
     present = ([figure for figure in line if last.get(figure.metric) is not None] for line in lines)
     shown = next(filter(None, present), [])
     before, steps = result.get("before") or {}, result.get("steps")
-    measured = _first_two(run, {figure.metric for figure in shown})
     found = []
     for figure in shown:
         name = figure.metric
         began = {0: before[name]} if before.get(name) is not None else {}
         ended = {steps: last[name]} if result else {}
-        (step, first), *others = (began | measured[name] | ended).items()
+        (step, first), *others = (began | measured(run, name) | ended).items()
         was = f"{figure.form(first)} -> " if others else ""
         when = "" if others or result else f" (step {step:,})"
         found.append(f"{figure.words} {was}{figure.form(last[name])}{when}")
@@ -136,18 +134,6 @@ def next_commands(
     if state == "done" and follower and trains:
         own = [word for word in command[1:] if word.startswith(("run_id=", "work_dir=", "model=", "corpus="))]
         yield "next stage", shlex.join(["python", "-m", "dist_lm.launch", f"stage={follower}", *own])
-
-
-def _first_two(run: RunDirectory, names: set[str]) -> dict[str, dict[int, float]]:
-    """For each metric: step -> value of the first two steps that measured it."""
-    found: dict[str, dict[int, float]] = {name: {} for name in names}
-    for line in read_metrics(run.metrics) if run.metrics.exists() else ():
-        for name, values in found.items():
-            if line.get(name) is not None and len(values) < 2:
-                values[line["step"]] = line[name]
-        if all(len(values) == 2 for values in found.values()):
-            break
-    return found
 
 
 def _where(stage: PlannedStage) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.sharding import build_model
 from dist_lm.ranks.program import RankStart
 from dist_lm.rlhf.algorithm import Algorithm
-from dist_lm.rlhf.models import RlhfModels, frozen, scalar_config, start_critic, trained_critic, trained_policy
+from dist_lm.rlhf.models import RlhfModels, start_critic, trained
 from dist_lm.rlhf.reward_model import read_reward_scale
 from dist_lm.rlhf.state import KlController, RlhfState
 from dist_lm.stages.rlhf import RlhfRunConfig, RlhfRunGroup, check_reward_model
@@ -53,14 +53,16 @@ def begin(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorithm:
     """
     own = checkpoint.newest_intact(run.checkpoints, start.world)
     origin = None if config.stage.init_from == "none" else Path(config.stage.init_from)
-    reference = frozen(_model(config.model, config, start))
-    policy = trained_policy(_model(config.model, config, start), config.rlhf)
+    reference = _model(config.model, config, start).requires_grad_(False)
+    policy = trained(_model(config.model, config, start), config.rlhf, config.rlhf.lr)
     if origin:
         origin = checkpoint.find_intact(origin, start.world)
         checkpoint.load(origin, reference, None, config.model)
     reward = _reward_model(config, start)
-    shape = scalar_config(config.model)
-    critic = trained_critic(_model(shape, config, start), config.rlhf) if algorithm.has_critic else None
+    shape = replace(config.model, head="scalar")
+    critic = None
+    if algorithm.has_critic:
+        critic = trained(_model(shape, config, start), config.rlhf, config.rlhf.value_lr)
     begun = Begun(RlhfModels(policy, critic, reference, reward), first_state(config.rlhf), 0)
     if own:
         log.info("continuing from %s", own)
@@ -121,7 +123,7 @@ def _reward_model(config: RlhfRunConfig, start: RankStart) -> Transformer | None
     check_reward_model(config, shape)
     model = _model(shape, config, start)
     checkpoint.load(found, model, None, shape)
-    return frozen(model)
+    return model.requires_grad_(False)
 
 
 def _trunk(reward: Transformer | None, policy: Transformer, shape: ModelConfig) -> Transformer:

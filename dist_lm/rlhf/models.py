@@ -13,7 +13,6 @@ from typing import Protocol, TypeVar
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from dist_lm.config.model import ModelConfig
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.errors import ConfigError
@@ -48,24 +47,9 @@ class RlhfModels:
     reward: Transformer | None = None  # with a scalar head; None: all reward parts are rules
 
 
-def scalar_config(model: ModelConfig) -> ModelConfig:
-    """The configuration of a critic or reward model with the policy's trunk."""
-    return replace(model, head="scalar")
-
-
-def trained_policy(model: Transformer, config: RlhfConfig) -> Trained:
-    """With a new optimizer at `rlhf.lr`."""
-    return Trained(model, build_optimizer(model, config))
-
-
-def trained_critic(model: Transformer, config: RlhfConfig) -> Trained:
-    """With a new optimizer at `rlhf.value_lr`."""
-    return Trained(model, build_optimizer(model, replace(config, lr=config.value_lr)))
-
-
-def frozen(model: Transformer) -> Transformer:
-    """The same model, without gradients."""
-    return model.requires_grad_(False)
+def trained(model: Transformer, config: RlhfConfig, lr: float) -> Trained:
+    """With a new optimizer at the rate `lr`."""
+    return Trained(model, build_optimizer(model, replace(config, lr=lr)))
 
 
 @torch.no_grad()

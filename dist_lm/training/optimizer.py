@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.adamw import adamw
 
+from dist_lm.config.rlhf import RlhfConfig
+from dist_lm.config.stage import MuonConfig, StageConfig
 from dist_lm.model.size import is_matrix
 from dist_lm.parallel.values import shard_of
 from dist_lm.training.muon import orthogonal_steps
@@ -18,30 +20,6 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def is_decayed(name: str) -> bool:
     """Whether weight decay applies to the parameter: not to norms, biases and embeddings."""
     return not any(part in name for part in ("norm", "bias", "embed"))
-
-
-class AdamWSettings(Protocol):
-    """The settings of AdamW: a stage has them, and RLHF has some for each of its models."""
-
-    @property
-    def lr(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
-    @property
-    def beta1(self) -> float: ...
-    @property
-    def beta2(self) -> float: ...
-    @property
-    def adam_eps(self) -> float: ...
-
-
-class MuonSettings(Protocol):
-    """The settings of Muon."""
-
-    @property
-    def lr(self) -> float: ...
-    @property
-    def momentum(self) -> float: ...
 
 
 class ShardedAdamW(torch.optim.AdamW):
@@ -92,7 +70,9 @@ class ShardedAdamW(torch.optim.AdamW):
             shard_of(parameter).mul_(1 - decay).sub_(step, alpha=group["lr"])
 
 
-def build_optimizer(model: nn.Module, settings: AdamWSettings, muon: MuonSettings | None = None) -> ShardedAdamW:
+def build_optimizer(
+    model: nn.Module, settings: StageConfig | RlhfConfig, muon: MuonConfig | None = None
+) -> ShardedAdamW:
     """AdamW (Loshchilov & Hutter 2019) with moments from the start, so that every checkpoint has the same keys.
 
     Args:

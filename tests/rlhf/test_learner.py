@@ -11,7 +11,7 @@ import torch
 from dist_lm.config.rlhf import RewardPartConfig
 from dist_lm.errors import ConfigError
 from dist_lm.generation.request import Answer, Request
-from dist_lm.rlhf.models import scalar_config, start_critic
+from dist_lm.rlhf.models import start_critic
 from dist_lm.rlhf.ppo import Ppo
 from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rollouts import EngineRollouts
@@ -148,7 +148,6 @@ def test_a_critic_begins_with_the_reward_models_trunk_and_a_head_of_zero_or_the_
         assert torch.equal(parameter, reward.get_parameter(name)), name
     with pytest.raises(ConfigError, match="expected zero"):
         start_critic(critic.model, made.learner.models.policy.model, "reward_model")
-    assert scalar_config(MODEL).head == "scalar"
 
 
 def test_the_critic_learns_and_optimizers_have_their_own_rates():

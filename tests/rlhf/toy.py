@@ -20,7 +20,7 @@ from dist_lm.parallel.sharding import build_model
 from dist_lm.parallel.values import whole_weights
 from dist_lm.rlhf.algorithm import Algorithm, DrawnTokens, Experience, Prepared
 from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
-from dist_lm.rlhf.models import RlhfModels, frozen, scalar_config, start_critic, trained_critic, trained_policy
+from dist_lm.rlhf.models import RlhfModels, start_critic, trained
 from dist_lm.rlhf.ppo import Ppo
 from dist_lm.rlhf.rollouts import FINISHES, EngineRollouts, Rollouts, RolloutSource, ShuffledPrompts
 from dist_lm.rlhf.state import KlController, RlhfState
@@ -114,10 +114,10 @@ def toy(
     def build(shape: ModelConfig, own_seed: int = seed) -> Transformer:
         return build_model(shape, parallel, mesh, world.device, own_seed)
 
-    policy, reward = build(model), build(scalar_config(model), seed + 1) if reward_model else None
+    policy, reward = build(model), build(replace(model, head="scalar"), seed + 1) if reward_model else None
     critic = None
     if algorithm.has_critic:
-        critic = build(scalar_config(model))
+        critic = build(replace(model, head="scalar"))
         start_critic(critic, reward or policy, config.value_head)
     learner = Learner(
         config=config,
@@ -127,10 +127,10 @@ def toy(
         mesh=mesh,
         parallel=parallel,
         models=RlhfModels(
-            policy=trained_policy(policy, config),
-            critic=trained_critic(critic, config) if critic else None,
-            reference=frozen(build(model)) if reference else None,
-            reward=frozen(reward) if reward else None,
+            policy=trained(policy, config, config.lr),
+            critic=trained(critic, config, config.value_lr) if critic else None,
+            reference=build(model).requires_grad_(False) if reference else None,
+            reward=reward.requires_grad_(False) if reward else None,
         ),
         algorithm=algorithm,
         supply=RolloutSupply(source(), ShuffledPrompts(PROMPTS, seed), decode, stop_tokens) if world.is_first else None,
