@@ -79,58 +79,96 @@ class Outcome:
     grow_to: int | None = None  # number of nodes for the next attempt, if this one was stopped to grow
 
 
+@dataclass
 class Attempts:
     """Starts gangs on the same run, one at a time, and follows each to its end."""
 
-    def __init__(
-        self,
-        run: RunDirectory,
-        ranks_per_node: int,
-        device: str,
-        cluster_config: ClusterConfig,
-        muster: Muster,
-        interrupt: Interrupt,
-        watch: RunWatch,
-    ) -> None:
-        """See `run_training_stage`."""
-        self.journal = Journal(run)
-        self._run = run
-        self.ranks_per_node = ranks_per_node
-        self._device = device
-        self._config = cluster_config
-        self._muster = muster
-        self._interrupt = interrupt
-        self._watch = watch
-        self._count = 0
+    stage: PlannedStage
+    config: Config  # as `fitted` returns it
+    ranks_per_node: int
+    muster: Muster
+    watch: RunWatch
+    console: Console
+    interrupt: Interrupt
+    count: int = 0
 
-    def run(self, config: Config, crew: Crew) -> Outcome:
-        """Run one attempt of `config` on `crew`, which is released at the end."""
-        self._count += 1
-        self._run.live.unlink(missing_ok=True)  # of the attempt before
-        start = checkpoint_files.newest_step(self._run.checkpoints)
-        save_config(config, self._run.config)
+    def __post_init__(self) -> None:
+        self.run = run_of(self.config)
+        self.journal = Journal(self.run)
+
+    def until_done(self, config_of: dict[int, Config]) -> bool:
+        """Make attempts until one leaves a result; see `run_training_stage`.
+
+        Args:
+            config_of: number of nodes -> configuration with a layout, where known.
+        """
+        restarts = Restarts(self.config.cluster.max_restarts, checkpoint_files.newest_step(self.run.checkpoints))
+        target = None
+        while crew := self.muster.call(restarts.suspects, target):
+            nodes = len(crew.hosts)
+            if nodes not in config_of:
+                config_of[nodes] = with_layout(on_nodes(self.config, nodes), self.ranks_per_node, self.console)
+            outcome = self.attempt(config_of[nodes], crew)
+            target, failure = outcome.grow_to, outcome.status.failure
+            if self.run.result.exists():
+                self.journal.write("finished", steps=self.config.stage.steps)
+                return True
+            if failure:
+                place = crew.placement.nodes[failure.node] if failure.node is not None else None
+                restarts = restarts.after_failure(
+                    checkpoint_files.newest_step(self.run.checkpoints), place.address if place else None
+                )
+                if place and failure.type == NODE_LOST:
+                    self.muster.lose(place.id)
+                self.journal.write("failed", **record_of(failure, restarts))
+                if failure.user_error or (restarts.left < 0 and not self.interrupt.requested):
+                    raise failure
+            if self.interrupt.requested:
+                report_stop(outcome.status, self.config.cluster, self.console)
+                break
+            if failure:
+                self.watch.restarts(failure)
+                goes_on = f"continuing from {self.stage.progress}, restarts left: {restarts.left}"
+                self.console.warning(f"{failure}; {goes_on}")
+            elif checkpoint_files.newest_step(self.run.checkpoints) > outcome.step:
+                self.console.warning(f"another process asked the ranks to stop; continuing from {self.stage.progress}")
+            elif target is None:
+                raise ArtefactError(
+                    f"{self.run.path}: every rank ended with exit code 0 but without {self.run.result.name}; see "
+                    f"{self.run.logs}"
+                )
+        self.journal.write("stopped", signal=self.interrupt.number)
+        return False
+
+    def attempt(self, config: Config, crew: Crew) -> Outcome:
+        """One attempt of `config` on `crew`, which is released at the end."""
+        self.count += 1
+        self.run.live.unlink(missing_ok=True)  # of the attempt before
+        start = checkpoint_files.newest_step(self.run.checkpoints)
+        save_config(config, self.run.config)
         nodes = [
             {"host": host, "address": node.address} for host, node in zip(crew.hosts, crew.placement.nodes, strict=True)
         ]
         layout = resolve_layout(config.parallel, config.model, len(nodes) * self.ranks_per_node)
         self.journal.write(
             "started",
-            attempt=self._count,
+            attempt=self.count,
             nodes=nodes,
             ranks_per_node=self.ranks_per_node,
-            device=self._device,
+            device=config.device,
             layout=str(layout),
             step=start,
             slowest_link_mb_per_s=round(min(crew.link_rates) / 1e6) if crew.link_rates else None,
         )
-        self._watch.attempt(GangFacts(tuple(crew.hosts), self.ranks_per_node, self._device, str(layout), self._count))
-        patience = Patience(self._config.hang_steps, self._config.hang_min_s, self._config.hang_otherwise_s)
+        self.watch.attempt(GangFacts(tuple(crew.hosts), self.ranks_per_node, config.device, str(layout), self.count))
+        cluster = config.cluster
+        patience = Patience(cluster.hang_steps, cluster.hang_min_s, cluster.hang_otherwise_s)
         try:
             gang = Gang.start(
                 crew,
-                self._run,
+                self.run,
                 ranks_per_node=self.ranks_per_node,
-                device=self._device,
+                device=config.device,
                 patience=patience,
                 core_users=self._core_users(config, len(nodes)),
                 drives_actors=bool(config.pool and config.pool.actors),
@@ -141,7 +179,7 @@ class Attempts:
             return self._follow(gang, crew, start)
 
     def _core_users(self, config: Config, nodes: int) -> int:
-        gpus = self.ranks_per_node if self._device == "cuda" else 0
+        gpus = self.ranks_per_node if self.config.device == "cuda" else 0
         return core_users(config.pool, nodes, self.ranks_per_node, gpus) if config.pool else 0
 
     def _follow(self, gang: Gang, crew: Crew, start: int) -> Outcome:
@@ -151,22 +189,22 @@ class Attempts:
         grow_at = time.monotonic()
         while True:
             status = gang.poll()
-            self._watch.look(gang.usages())
+            self.watch.look(gang.usages())
             if status.state != "running":
                 return Outcome(status, start, None if status.failure else grow_to)
             pulses = gang.pulses()
             self.journal.live(pulses)
-            self._watch.heard(pulses)
+            self.watch.heard(pulses)
             now = time.monotonic()
             if grow_to is None and now >= grow_at:
                 grow_at = now + GROW_EVERY_S
-                grow_to = self._muster.room_to_grow(crew)
+                grow_to = self.muster.room_to_grow(crew)
                 if grow_to:
                     self.journal.write("growing", nodes=grow_to)
-            if asked_at is None and (self._interrupt.requested or grow_to):
+            if asked_at is None and (self.interrupt.requested or grow_to):
                 gang.interrupt()
                 asked_at = now
-            if asked_at is not None and now - asked_at > self._config.stop_timeout_s:
+            if asked_at is not None and now - asked_at > self.config.cluster.stop_timeout_s:
                 gang.stop()
             time.sleep(POLL_S)
 
@@ -206,8 +244,8 @@ def run_training_stage(
             console=console,
         )
         watch = stack.enter_context(watching(first, run, console))
-        attempts = Attempts(run, ranks, device, config.cluster, muster, interrupt, watch)
-        return run_attempts(stage, attempts, muster, {possible[0]: first}, config, run, console, interrupt, watch)
+        attempts = Attempts(stage, config, ranks, muster, watch, console, interrupt)
+        return attempts.until_done({possible[0]: first})
 
 
 def fitted(config: Config, cluster: RayCluster) -> tuple[Config, int]:
@@ -239,59 +277,6 @@ def await_other_ranks(run: RunDirectory, console: Console, interrupt: Interrupt)
     except ArtefactError:
         if not interrupt.requested:
             raise
-
-
-def run_attempts(
-    stage: PlannedStage,
-    attempts: Attempts,
-    muster: Muster,
-    config_of: dict[int, Config],
-    config: Config,
-    run: RunDirectory,
-    console: Console,
-    interrupt: Interrupt,
-    watch: RunWatch,
-) -> bool:
-    """Make attempts until one leaves a result; see `run_training_stage`.
-
-    Args:
-        config_of: number of nodes -> configuration with a layout, where known.
-    """
-    restarts = Restarts(config.cluster.max_restarts, checkpoint_files.newest_step(run.checkpoints))
-    journal, target = attempts.journal, None
-    while crew := muster.call(restarts.suspects, target):
-        nodes = len(crew.hosts)
-        if nodes not in config_of:
-            config_of[nodes] = with_layout(on_nodes(config, nodes), attempts.ranks_per_node, console)
-        outcome = attempts.run(config_of[nodes], crew)
-        target, failure = outcome.grow_to, outcome.status.failure
-        if run.result.exists():
-            journal.write("finished", steps=config.stage.steps)
-            return True
-        if failure:
-            place = crew.placement.nodes[failure.node] if failure.node is not None else None
-            restarts = restarts.after_failure(
-                checkpoint_files.newest_step(run.checkpoints), place.address if place else None
-            )
-            if place and failure.type == NODE_LOST:
-                muster.lose(place.id)
-            journal.write("failed", **record_of(failure, restarts))
-            if failure.user_error or (restarts.left < 0 and not interrupt.requested):
-                raise failure
-        if interrupt.requested:
-            report_stop(outcome.status, config.cluster, console)
-            break
-        if failure:
-            watch.restarts(failure)
-            console.warning(f"{failure}; continuing from {stage.progress}, restarts left: {restarts.left}")
-        elif checkpoint_files.newest_step(run.checkpoints) > outcome.step:
-            console.warning(f"another process asked the ranks to stop; continuing from {stage.progress}")
-        elif target is None:
-            raise ArtefactError(
-                f"{run.path}: every rank ended with exit code 0 but without {run.result.name}; see {run.logs}"
-            )
-    journal.write("stopped", signal=interrupt.number)
-    return False
 
 
 def record_of(failure: GangFailure, restarts: Restarts) -> dict[str, object]:

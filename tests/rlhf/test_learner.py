@@ -18,7 +18,7 @@ from dist_lm.rlhf.rollouts import EngineRollouts
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.trainer import NonFiniteGradientsError
-from tests.rlhf.toy import LENGTH, MODEL, TOKENS, GroupMean, Toy, engine_of, tensors_of, weights_of
+from tests.rlhf.toy import LENGTH, TOKENS, GroupMean, Toy, engine_of, tensors_of, weights_of
 from tests.rlhf.toy import toy as plain_toy
 
 pytestmark = pytest.mark.usefixtures("one_rank")
