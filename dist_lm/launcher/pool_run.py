@@ -1,7 +1,7 @@
 """Runs a stage on a pool of generation engines: answers the missing requests and writes metrics."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import cast
@@ -130,7 +130,7 @@ def _answer(
         for result in pool.generate(work.requests()):
             work.take(result)
             progress.update(*work.done)
-            watch.look(lambda: len(pool.members))
+            watch.look(len(pool.members))
         actors, seconds = len(pool.members), time.monotonic() - began
         watch.end(actors)
         return actors, seconds
@@ -145,39 +145,12 @@ class Mark:
     tokens: int
 
 
-def metrics_between(first: Mark, last: Mark, now: Mark, prompts: int, engines: int) -> dict[str, float]:
-    """Rates and the estimated remaining time.
-
-    Args:
-        first: when all engines had started.
-        last: when the previous line was written.
-        prompts: prompts of the whole run.
-        engines: running engines.
-    """
-    took, done = now.at - last.at, now.prompts - first.prompts
-    line: dict[str, float] = {
-        "generate/engines": engines,
-        "generate/tokens_per_s": (now.tokens - last.tokens) / took if took > 0 else 0.0,
-        "generate/prompts_per_s": (now.prompts - last.prompts) / took if took > 0 else 0.0,
-    }
-    if done:
-        line["generate/eta_s"] = (now.at - first.at) / done * (prompts - now.prompts)
-    return line
-
-
 class PoolWatch:
     """Writes metrics of a run while its engines work."""
 
-    def __init__(
-        self,
-        writer: MetricsWriter,
-        work: PoolWork,
-        wandb: WandbCopy | None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, writer: MetricsWriter, work: PoolWork, wandb: WandbCopy | None) -> None:
         """Remove the lines of metrics of prompts that will be answered again."""
-        self._writer, self._work, self._wandb, self._clock = writer, work, wandb, clock
-        self._engines = 0
+        self._writer, self._work, self._wandb = writer, work, wandb
         writer.truncate_after(work.done[0])
         self.begin()
 
@@ -185,26 +158,26 @@ class PoolWatch:
         """Start the clock: the engines are running."""
         self._first = self._last = self._now()
 
-    def look(self, engines: Callable[[], int]) -> None:
-        """After a result, write a line of metrics if it is due.
-
-        Args:
-            engines: returns the number of running engines.
-        """
-        if self._clock() - self._last.at >= LINE_S:
-            self._engines = engines()
-            self._write()
+    def look(self, engines: int) -> None:
+        """After a result, write a line of metrics if it is due. `engines`: that run."""
+        if time.monotonic() - self._last.at >= LINE_S:
+            self._write(engines)
 
     def end(self, engines: int) -> None:
         """Write the last line."""
-        self._engines = engines
         if self._now().prompts > self._last.prompts:
-            self._write()
+            self._write(engines)
 
-    def _write(self) -> None:
-        now = self._now()
-        rates = metrics_between(self._first, self._last, now, self._work.count, self._engines)
-        line = self._work.metrics() | rates
+    def _write(self, engines: int) -> None:
+        first, last, now = self._first, self._last, self._now()
+        took, done = now.at - last.at, now.prompts - first.prompts
+        line = self._work.metrics() | {
+            "generate/engines": engines,
+            "generate/tokens_per_s": (now.tokens - last.tokens) / took if took > 0 else 0.0,
+            "generate/prompts_per_s": (now.prompts - last.prompts) / took if took > 0 else 0.0,
+        }
+        if done:
+            line["generate/eta_s"] = (now.at - first.at) / done * (self._work.count - now.prompts)
         self._last = now
         self._writer.write(now.prompts, line)
         if self._wandb:
@@ -212,7 +185,7 @@ class PoolWatch:
             self._wandb.look({})
 
     def _now(self) -> Mark:
-        return Mark(self._clock(), *self._work.done)
+        return Mark(time.monotonic(), *self._work.done)
 
 
 @contextmanager
