@@ -195,18 +195,6 @@ class Gang:
         """Usage of the nodes with running ranks, by host; nodes without a measurement are missing."""
         return {member.host: member.report.usage for member in self._running() if member.report.usage}
 
-    def wait(self, on_poll: Callable[[], None] | None = None, interval_s: float = 0.2) -> GangStatus:
-        """Poll until the gang has ended.
-
-        Args:
-            on_poll: called after every poll while the gang runs.
-        """
-        while (status := self.poll()).state == "running":
-            if on_poll:
-                on_poll()
-            time.sleep(interval_s)
-        return status
-
     def interrupt(self) -> None:
         """Ask every rank to write a checkpoint and leave; keep polling until they have left."""
         self._call(lambda agent: agent.interrupt.remote(), timeout_s=5.0)

@@ -10,9 +10,9 @@ about leakage: their group is the tools that they are about, and the group of a 
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any, get_args
+from typing import get_args
 
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.config.dotted_path import imported_function
@@ -72,10 +72,6 @@ class IngestReport:
         counts.kept += 1
         counts.documents[split] += 1
         counts.bytes[split] += n_bytes
-
-    def as_dict(self) -> dict[str, Any]:
-        """`{languages: {name: counts}, rejected: [...]}`, ready for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.sequences import SEQ_LEN, CorpusSequences, Mix
 from dist_lm.errors import ConfigError
 
+PREFETCH = 2  # steps prepared ahead
+
 
 @dataclass(frozen=True, slots=True)
 class StepData:
@@ -47,14 +49,12 @@ class StepStream(Iterator[StepData]):
         pad_id: int,
         position: int = 0,
         pin_memory: bool = False,
-        prefetch: int = 2,
         packing: dict[str, float] | None = None,
     ) -> None:
         """
         Args:
             batch_of: the micro-batch of these global sequence numbers; called in the thread.
             pad_id: the token that fills rows up, and stands nowhere else.
-            prefetch: steps prepared ahead.
             packing: how the stage's own corpus is packed, for the record; None for text.
 
         Raises:
@@ -71,7 +71,7 @@ class StepStream(Iterator[StepData]):
         # Pinning belongs to a CUDA device, and the current one is a setting of the thread.
         initializer = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory else None
         self._thread = ThreadPoolExecutor(1, "stream", initializer)
-        for _ in range(max(1, prefetch)):
+        for _ in range(PREFETCH):
             self._prepare_next()
 
     def __next__(self) -> StepData:
@@ -127,7 +127,6 @@ class SequenceStream(StepStream):
         pad_id: int = 0,
         mix: Mapping[MappedCorpus, float] | None = None,
         pin_memory: bool = False,
-        prefetch: int = 2,
         seq_len_key: str = SEQ_LEN,
     ) -> None:
         """Open the stream; arguments that are not listed are those of `StepStream`.
@@ -156,7 +155,6 @@ class SequenceStream(StepStream):
             pad_id=pad_id,
             position=position,
             pin_memory=pin_memory,
-            prefetch=prefetch,
             packing=packing.report() if packing else None,
         )
 

@@ -199,7 +199,7 @@ def build_corpus(
         directory,
         tokenizer_sha256=durable.sha256_of(work.tokenizer_model),
         corpus_fingerprint=digest(corpus_fingerprint(config, name)),
-        ingest=report.as_dict(),
+        ingest=asdict(report),
     )
 
 

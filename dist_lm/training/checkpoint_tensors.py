@@ -21,7 +21,6 @@ from dist_lm.training import checkpoint_files as files
 
 LENGTH_BYTES = 8  # of the field with the length of the header, little-endian
 ALIGNMENT = 8  # bytes; the numbers start at a multiple, so that they can be mapped
-NUMPY = {"F16": np.float16, "F32": np.float32, "F64": np.float64}  # by names of safetensors
 METADATA, PLACES = "__metadata__", "DCP_SHARDING_INFO"
 
 
@@ -70,17 +69,10 @@ def model_weights(directory: Path) -> dict[str, np.ndarray]:
         ArtefactError: a file cannot be read, or a part of a tensor is missing.
     """
     return {
-        name.removeprefix(files.MODEL): _fp32(tensor)
+        name.removeprefix(files.MODEL): tensor.read().view(np.float32).reshape(tensor.shape)
         for name, tensor in stored_tensors(directory).items()
         if name.startswith(files.MODEL)
     }
-
-
-def _fp32(tensor: StoredTensor) -> np.ndarray:
-    content = tensor.read()
-    if tensor.dtype == "BF16":  # the upper half of the bits of an fp32
-        return (content.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
-    return content.view(NUMPY[tensor.dtype]).reshape(tensor.shape).astype(np.float32, copy=False)
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:

@@ -16,7 +16,7 @@ from dist_lm.cluster.node_facts import host_name
 from dist_lm.cluster.ray_cluster import RayCluster, connect
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.storage.run_directory import RunDirectory
-from tests.cluster.waiting import eventually, living, ready_ranks, recruited
+from tests.cluster.waiting import eventually, living, ready_ranks, recruited, wait_for_end
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
 PYTHONPATH = {"PYTHONPATH": str(Path(__file__).parent)}
@@ -57,7 +57,7 @@ def pids_of(run: RunDirectory) -> list[int]:
 def test_ranks_finish_and_see_no_secret(cluster: RayCluster, run: RunDirectory) -> None:
     run.rank_failure(1).write_text("of an earlier attempt")
     with start(cluster, run, "succeed") as gang:
-        status = gang.wait()
+        status = wait_for_end(gang)
     assert status.state == "finished"
     assert status.failure is None
     assert "rank 1 says hello" in run.node_log(0).read_text()
@@ -71,7 +71,7 @@ def test_ranks_finish_and_see_no_secret(cluster: RayCluster, run: RunDirectory) 
 
 def test_the_exception_of_a_rank_is_the_failure(cluster: RayCluster, run: RunDirectory) -> None:
     with start(cluster, run, "raise") as gang:
-        status = gang.wait()
+        status = wait_for_end(gang)
     failure = status.failure
     assert status.state == "failed"
     assert failure is not None
@@ -87,7 +87,7 @@ def test_the_exception_of_a_rank_is_the_failure(cluster: RayCluster, run: RunDir
 def test_a_killed_rank_is_named_with_its_signal(cluster: RayCluster, run: RunDirectory) -> None:
     with start(cluster, run, "wait") as gang:
         os.kill(ready_ranks(run.path, 2)[1]["pid"], signal.SIGKILL)
-        failure = gang.wait().failure
+        failure = wait_for_end(gang).failure
     assert failure is not None
     assert failure.rank == 1
     assert "SIGKILL" in str(failure)
@@ -98,7 +98,7 @@ def test_a_killed_rank_is_named_with_its_signal(cluster: RayCluster, run: RunDir
 def test_interrupted_ranks_save_and_leave(cluster: RayCluster, run: RunDirectory) -> None:
     with start(cluster, run, "wait") as gang:
         gang.interrupt()  # before there are ranks: it must not be lost, nor kill one that has no handler yet
-        status = gang.wait()
+        status = wait_for_end(gang)
     assert status.state == "finished"
     assert all((run.path / f"saved_{rank}").exists() for rank in range(2))
 

@@ -13,7 +13,7 @@ from dist_lm.config.cluster import ClusterConfig
 from dist_lm.errors import UserError
 from dist_lm.storage.run_directory import RunDirectory
 from tests.cluster.loopback_ray import LoopbackRay, loopback_ray
-from tests.cluster.waiting import eventually, living, ready_ranks, recruited
+from tests.cluster.waiting import eventually, living, ready_ranks, recruited, wait_for_end
 
 pytestmark = [
     pytest.mark.heavy,
@@ -52,7 +52,7 @@ def test_two_nodes(ray: LoopbackRay, tmp_path: Path) -> None:
         run = RunDirectory(tmp_path / "raise")
         run.create()
         with start(cluster, run, "raise") as gang:
-            failure = gang.wait().failure
+            failure = wait_for_end(gang).failure
         assert failure is not None
         assert (failure.rank, failure.node, failure.type) == (1, 1, "ValueError")
         for node in range(2):
@@ -67,7 +67,7 @@ def test_two_nodes(ray: LoopbackRay, tmp_path: Path) -> None:
         with start(cluster, run, "miss a peer") as gang:
             pids = [rank["pid"] for rank in ready_ranks(run.path, 2)]
             ray.lose(1)
-            failure = gang.wait().failure
+            failure = wait_for_end(gang).failure
         assert failure is not None
         assert (failure.node, failure.rank, failure.type) == (1, None, "node lost")
         assert "\n" not in str(failure)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import psutil
 
+from dist_lm.cluster.gang import Gang, GangStatus
 from dist_lm.cluster.inspection import Demands
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.cluster.recruit import Crew, recruit
@@ -24,6 +25,13 @@ def eventually(what: str, condition: Callable[[], Value], seconds: float = 40.0)
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
         time.sleep(0.05)
     return value
+
+
+def wait_for_end(gang: Gang) -> GangStatus:
+    """The status of a gang once it has ended."""
+    while (status := gang.poll()).state == "running":
+        time.sleep(0.2)
+    return status
 
 
 def ready_ranks(directory: Path, count: int) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
@@ -47,7 +48,7 @@ def test_what_is_not_kept_is_counted():
     assert counts.dropped == {"duplicate": 1, "empty": 2, "too_long": 1, "invalid_utf8": 1, "unreadable": 1}
     assert kept[0].text == "#!/bin/sh\r\necho one\r\n"
     assert report.rejected == ["mixed:4: too_long", "mixed:invalid_utf8: invalid_utf8", "mixed:unreadable: unreadable"]
-    assert report.as_dict()["languages"]["english"]["bytes"]["train"] == counts.bytes["train"]
+    assert asdict(report)["languages"]["english"]["bytes"]["train"] == counts.bytes["train"]
     for split in SPLITS:
         assert counts.bytes[split] > counts.documents[split] > 0
     assert sum(counts.bytes.values()) == sum(len(d.text.encode()) for d in kept)

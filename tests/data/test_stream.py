@@ -17,7 +17,7 @@ from dist_lm.data.batch import Batch
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.order import EpochOrder
 from dist_lm.data.packing import PackedEpoch, Packing
-from dist_lm.data.stream import SequenceStream, StepData, rank_cuts
+from dist_lm.data.stream import PREFETCH, SequenceStream, StepData, rank_cuts
 from dist_lm.errors import ArtefactError, ConfigError
 from tests.data.synthetic_corpus import EOT, corpus, documents, lengths
 
@@ -151,10 +151,9 @@ def test_cuts_partition_the_batch(dp_size: int, micro_batch: int, share: int) ->
     assert len({tuple(len(cut) for cut in rank) for rank in cuts}) == 1
 
 
-@pytest.mark.parametrize("prefetch", [1, 2, 7])
-def test_resume_from_the_integer_alone(plain: MappedCorpus, prefetch: int) -> None:
+def test_resume_from_the_integer_alone(plain: MappedCorpus) -> None:
     """Across the end of an epoch, at another number of ranks, whatever was prepared ahead."""
-    whole = take(plain, 10, prefetch=prefetch)
+    whole = take(plain, 10)
     assert [data.position for data in whole] == [12 * (step + 1) for step in range(10)]
     assert whole[-1].position > 1.5 * ((sum(LENGTHS) - 1) // T)
     for step in (0, 4, 8):
@@ -212,13 +211,13 @@ def test_an_error_in_the_thread_reaches_the_reader(plain: MappedCorpus, monkeypa
 
 
 def test_steps_are_prepared_ahead_but_not_without_bound(plain: MappedCorpus) -> None:
-    with SequenceStream(plain, **SETTINGS, prefetch=3) as stream:
+    with SequenceStream(plain, **SETTINGS) as stream:
         deadline = time.monotonic() + 20
         while not all(future.done() for future in stream._steps):
             assert time.monotonic() < deadline
-        assert len(stream._steps) == 3
+        assert len(stream._steps) == PREFETCH
         assert next(stream).position == 12
-        assert len(stream._steps) == 3
+        assert len(stream._steps) == PREFETCH
 
 
 @pytest.fixture(scope="module")
