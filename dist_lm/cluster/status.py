@@ -27,14 +27,7 @@ WORDS = {
     "failed": ("failed", "bold red"),
     "stopped": ("stopped: the same command continues", "yellow"),
 }
-COLOURS = {
-    "done": "green",
-    "running": "bold green",
-    "failed": "bold red",
-    "stopped": "yellow",
-    "waiting": "dim",
-    "lost": "bold red",
-}
+COLOURS = {"waiting": "dim"} | {state: style for state, (_, style) in WORDS.items()}
 
 
 @dataclass(frozen=True)

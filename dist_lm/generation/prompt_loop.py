@@ -58,6 +58,11 @@ NUMBERS: dict[str, Callable[[str], float]] = {
 }
 KEYS = (*NUMBERS, "stop", "seed")
 FIRST, MORE = "> ", ". "  # shown before the first line of a prompt, and before further lines
+SYMBOLS = {  # of control characters
+    **{code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"},
+    **{0x7F: "\u2421"},
+    **dict.fromkeys(range(0x80, 0xA0), "\ufffd"),
+}
 
 ReadLine = Callable[[str, str], str]
 """(text before the cursor, text already typed) -> a line. Raises EOFError at Ctrl-D, KeyboardInterrupt at Ctrl-C."""
@@ -302,14 +307,4 @@ class PromptLoop:
 
 def visible(text: str) -> str:
     """Replace control characters, except newline and tab, by visible symbols, so that a terminal does not obey them."""
-    return "".join(_symbol(ord(character)) if _is_control(character) else character for character in text)
-
-
-def _is_control(character: str) -> bool:
-    return character not in "\n\t" and (character < " " or "\x7f" <= character <= "\x9f")
-
-
-def _symbol(code: int) -> str:
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "\u2421" if code == 0x7F else "\ufffd"
+    return text.translate(SYMBOLS)
