@@ -4,7 +4,7 @@ Dimensions: B rollouts, N their tokens (prompts and completions) concatenated, M
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -135,10 +135,6 @@ class Rollouts:
     def whole(self) -> np.ndarray:
         """(B,) bool: which rollouts ended by a stop token."""
         return np.isin(self.finish_B, [FINISHES.index(reason) for reason in WHOLE])
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """All arrays by name; `Rollouts(**arrays)` is the inverse."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def requests_of(

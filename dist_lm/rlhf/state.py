@@ -57,7 +57,7 @@ class RlhfState:
         return {
             f"{iteration}.{name}": value
             for iteration, rollouts in self.pending.items()
-            for name, value in rollouts.arrays().items()
+            for name, value in vars(rollouts).items()
         }
 
     @classmethod

@@ -14,7 +14,7 @@ from omegaconf import MISSING
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
 from dist_lm.errors import require
-from dist_lm.stages.stage import VAL_LOSS, share
+from dist_lm.stages.stage import VAL_LOSS, KeyFigure
 from dist_lm.stages.training import (
     Closing,
     Opening,
@@ -24,7 +24,7 @@ from dist_lm.stages.training import (
     print_before_and_after,
 )
 from dist_lm.storage.run_directory import RunDirectory
-from dist_lm.tracking.readable import three_decimals
+from dist_lm.tracking.readable import percent, three_decimals
 
 if TYPE_CHECKING:
     from dist_lm.data.batch import Batch
@@ -80,7 +80,7 @@ class Reward(TrainingStage):
     schema = RewardRunConfig
     needs = ("rankings", "tools")
     starts_from = "tools"
-    key_figures = ((share("reward/accuracy", "pairs right"),), (VAL_LOSS,))
+    key_figures = ((KeyFigure("reward/accuracy", percent, "pairs right"),), (VAL_LOSS,))
     unit = "choices"
     packed = "rankings"
 

@@ -16,7 +16,7 @@ from dist_lm.config.root import Config
 from dist_lm.config.stage import check_shares
 from dist_lm.data.corpus import corpora_of_form, form_of
 from dist_lm.errors import ArtefactError, ConfigError, require
-from dist_lm.stages.stage import KeyFigure, share
+from dist_lm.stages.stage import KeyFigure
 from dist_lm.stages.training import FREE_KEYS, TrainingStage, before_and_after, last_samples
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.readable import counted, percent, three_decimals
@@ -157,7 +157,9 @@ class Rlhf(TrainingStage):
         *("rlhf.reward_model", "rlhf.pool.", "rlhf.micro_batch_tokens", "rlhf.table_rollouts"),
         "rlhf.max_nonfinite_updates",
     )
-    key_figures = ((share("rlhf/win_rate", "wins"), KeyFigure("rlhf/reward_mean", three_decimals, "reward")),)
+    key_figures = (
+        (KeyFigure("rlhf/win_rate", percent, "wins"), KeyFigure("rlhf/reward_mean", three_decimals, "reward")),
+    )
 
     def needed(self, config: Config) -> tuple[str, ...]:
         own = rlhf_config(config)

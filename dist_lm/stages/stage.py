@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from dist_lm.config.root import Config
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
-from dist_lm.tracking.readable import percent, three_decimals
+from dist_lm.tracking.readable import three_decimals
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,11 +64,6 @@ class KeyFigure:
 BITS_PER_BYTE = KeyFigure("val/bits_per_byte", three_decimals, "val bits/byte")
 VAL_LOSS = KeyFigure("val/loss", three_decimals, "val loss")
 TRAIN_LOSS = KeyFigure("train/loss", three_decimals, "loss")
-
-
-def share(metric: str, words: str) -> KeyFigure:
-    """A metric that is a fraction, shown in per cent."""
-    return KeyFigure(metric, percent, words)
 
 
 class Stage(ABC):

@@ -13,7 +13,7 @@ from omegaconf import MISSING
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
 from dist_lm.errors import require
-from dist_lm.stages.stage import BITS_PER_BYTE, VAL_LOSS, share
+from dist_lm.stages.stage import BITS_PER_BYTE, VAL_LOSS, KeyFigure
 from dist_lm.stages.text import TextStage
 from dist_lm.stages.training import Closing, before_and_after, last_samples
 from dist_lm.storage.run_directory import RunDirectory
@@ -69,7 +69,7 @@ class Tools(TextStage):
     schema = ToolsConfig
     needs = ("shards", "code")
     starts_from = "code"
-    key_figures = ((share("tools/call_exact", "calls exact"),), (BITS_PER_BYTE,), (VAL_LOSS,))
+    key_figures = ((KeyFigure("tools/call_exact", percent, "calls exact"),), (BITS_PER_BYTE,), (VAL_LOSS,))
 
     def before_training(self, closing: Closing) -> dict[str, float]:
         return examine(closing)

@@ -23,6 +23,7 @@ from dist_lm.parallel.mesh import World
 from dist_lm.parallel.values import is_first_copy, shard_of
 
 PARTS = ("forward", "backward", "optimizer", "communication")
+PRODUCTS = 5  # that measure the peak of a device
 SCHEDULE = Path("/proc/thread-self/schedstat")  # nanoseconds on a core, nanoseconds waiting for a core, time slices
 
 
@@ -31,7 +32,7 @@ class StepMeter:
 
     def __init__(self, world: World, optimizer: torch.optim.Optimizer, steps: int) -> None:
         """`steps`: last step of the run."""
-        self.laps = laps_on(world.device)
+        self.laps: Laps = DeviceLaps(world.device) if world.device.type == "cuda" else WallLaps()
         self._update = UpdateSize(optimizer)
         self._eta, self._left_s = Eta(steps), None
         self._world = world
@@ -171,11 +172,6 @@ class DeviceLaps:
         self._marks.append((name, event))
 
 
-def laps_on(device: torch.device) -> Laps:
-    """Laps for work on a device."""
-    return DeviceLaps(device) if device.type == "cuda" else WallLaps()
-
-
 class UpdateSize:
     """How far an optimizer step moves the parameters, for any optimizer.
 
@@ -255,17 +251,13 @@ def slowest_of(own_s_R: Sequence[float]) -> tuple[int, float]:
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, hardware: HardwareConfig) -> float:
-    """Peak FLOP/s of one device: from `hardware` if it describes this GPU, else measured on a large matrix product."""
-    if device.type == "cuda" and hardware.name in torch.cuda.get_device_name(device).lower():
-        return (hardware.bf16_tflops if dtype == torch.bfloat16 else hardware.fp32_tflops) * 1e12
-    return measured_matmul_flops(device, dtype)
-
-
-def measured_matmul_flops(device: torch.device, dtype: torch.dtype, rounds: int = 5) -> float:
-    """FLOP/s of the fastest of `rounds` products of two square matrices.
+    """Peak FLOP/s of one device: from `hardware` if it describes this GPU, else of the fastest of some products of two
+    square matrices.
 
     CPUs are timed in seconds that the threads ran on a core, so other processes on the machine do not count.
     """
+    if device.type == "cuda" and hardware.name in torch.cuda.get_device_name(device).lower():
+        return (hardware.bf16_tflops if dtype == torch.bfloat16 else hardware.fp32_tflops) * 1e12
 
     def clock() -> float:
         return time.perf_counter() if device.type == "cuda" else time.process_time() / torch.get_num_threads()
@@ -273,7 +265,7 @@ def measured_matmul_flops(device: torch.device, dtype: torch.dtype, rounds: int 
     size = 8192 if device.type == "cuda" else 1024  # a GPU takes longer to start a small product than to compute it
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
-    for _ in range(rounds):
+    for _ in range(PRODUCTS):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         started = clock()

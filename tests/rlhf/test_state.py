@@ -38,8 +38,8 @@ def test_pending_rollouts_come_back_to_the_bit():
     found = through_json(replace(STATE, pending=pending)).pending
     assert list(found) == [4, 11]
     for iteration, rollouts in pending.items():
-        for name, value in rollouts.arrays().items():
-            assert np.array_equal(found[iteration].arrays()[name], value), name
+        for name, value in vars(rollouts).items():
+            assert np.array_equal(getattr(found[iteration], name), value), name
 
 
 def test_an_adaptive_coefficient_goes_after_its_target_and_a_fixed_one_stays():
