@@ -140,7 +140,9 @@ def test_the_loss_is_that_of_all_choices_and_does_not_depend_on_the_cut(
             better, worse = scores[torch.from_numpy(verdict.judgements.astype(int))].T
             total += float(pair_losses(better, worse, torch.from_numpy(verdict.margins.copy())).sum())
             count += len(verdict.judgements)
-    rows = stream_of(rankings)._packing.n_rows
+    packing = stream_of(rankings).packing
+    assert packing
+    rows = int(packing["sequences"])
     for micro_batch in (1, rows):
         with stream_of(rankings, global_batch=rows, micro_batch=micro_batch) as stream, torch.no_grad():
             sums = [choices_of_people(model, batch) for batch in next(stream).micro_batches]
