@@ -121,11 +121,12 @@ from dist_lm.cluster.gang import Gang
 from dist_lm.cluster.ray_cluster import connect
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.storage.run_directory import RunDirectory
-from tests.cluster.waiting import recruited
+from tests.cluster.waiting import recruited, wait_for_end
 run = RunDirectory(Path(sys.argv[1]))
 with connect(ClusterConfig(name="local")) as cluster:
-    Gang.start(recruited(cluster, run, nodes=1), run, ranks_per_node=2, module="dummy_rank",
-               arguments=(sys.argv[1], "deaf"), env={"PYTHONPATH": sys.argv[2]}).wait()
+    gang = Gang.start(recruited(cluster, run, nodes=1), run, ranks_per_node=2, module="dummy_rank",
+                      arguments=(sys.argv[1], "deaf"), env={"PYTHONPATH": sys.argv[2]})
+    wait_for_end(gang)
 """
 
 
