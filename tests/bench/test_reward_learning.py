@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from dist_lm.config.root import Config
 from dist_lm.data.rankings.shards import MappedRankings
-from dist_lm.data.rankings.stream import Lessons, RankingBatches, RankingStream
+from dist_lm.data.rankings.stream import RankingBatches, RankingStream
 from dist_lm.data.shard_writer import ShardWriter, write_manifest
 from dist_lm.document import TokenizedDocument, Verdict
 from dist_lm.launcher.compose import compose_config
@@ -91,8 +91,7 @@ def train(config: Config, directory: Path, learn_from: str, steps: int) -> dict[
         "dp_size": 1,
         "pad_id": 0,
     }
-    lessons = Lessons(learn_from, 0.0, seed)
-    with RankingStream(train_split, lessons, seed=seed, global_batch=stage.global_batch, **batch) as stream:
+    with RankingStream(train_split, learn_from, seed=seed, global_batch=stage.global_batch, **batch) as stream:
         for step in range(steps):
             rate = learning_rate(
                 step, peak=stage.lr, warmup_steps=stage.warmup_steps, steps=steps, min_ratio=stage.min_lr_ratio
@@ -100,7 +99,7 @@ def train(config: Config, directory: Path, learn_from: str, steps: int) -> dict[
             set_learning_rate(optimizer, rate)
             sums = accumulate_gradients(model, choices_of_people, next(stream).micro_batches)
             update(model, optimizer, sums, grad_clip=stage.grad_clip, counts=True, stop=StopRequest())
-    scores = scores_of_rankings(model, RankingBatches.of(val, **batch), torch.device("cpu"), None)
+    scores = scores_of_rankings(model, RankingBatches(rankings=val, **batch), torch.device("cpu"), None)
     return reward_metrics(beside_verdicts(val, scores))
 
 
