@@ -24,6 +24,7 @@ class Shuffle(IntEnum):
     PACKED_ROWS = 4  # rows of whole documents
     PACKED_INSIDE = 5  # documents inside a row
     MIX = 6  # the corpora of a block of sequences
+    LABEL_NOISE = 7  # judgements that are turned round
     PAIRS = 8  # pairs of a ranking
     SAMPLES = 9  # samples of stage rankings
     SAMPLE_LINES = 10  # where the openings of these samples are cut

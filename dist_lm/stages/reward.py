@@ -45,6 +45,7 @@ class RewardConfig:
 
     # rankings: every one whole | pairs: of K completions K - 1 pairs, drawn once | one_pair: one of these
     learn_from: str = "rankings"
+    label_noise: float = 0.0  # share of neighbouring ranks, and of judgements, that are swapped in train
     normaliser_prompts: int = 256  # prompts of val that the initial model answers; 0: score the completions of val
     normaliser_new_tokens: int = 128  # longest of these answers
 
@@ -55,6 +56,7 @@ class RewardConfig:
             self.learn_from,
             "rankings, pairs or one_pair",
         )
+        require(0 <= self.label_noise < 0.5, "stage.reward.label_noise", self.label_noise, "in [0, 0.5)")
         for key in ("normaliser_prompts", "normaliser_new_tokens"):
             value = getattr(self, key)
             lowest = 0 if key == "normaliser_prompts" else 1

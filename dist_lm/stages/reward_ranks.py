@@ -57,6 +57,7 @@ def open_data(opening: Opening) -> StageData:
     stream = RankingStream(
         train,
         stage.reward.learn_from,
+        stage.reward.label_noise,
         seed=opening.config.seed,
         seq_len=stage.seq_len,
         pad_id=opening.tokenizer.pad_id,

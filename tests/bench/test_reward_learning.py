@@ -91,7 +91,7 @@ def train(config: Config, directory: Path, learn_from: str, steps: int) -> dict[
         "dp_size": 1,
         "pad_id": 0,
     }
-    with RankingStream(train_split, learn_from, seed=seed, global_batch=stage.global_batch, **batch) as stream:
+    with RankingStream(train_split, learn_from, 0.0, seed=seed, global_batch=stage.global_batch, **batch) as stream:
         for step in range(steps):
             rate = learning_rate(
                 step, peak=stage.lr, warmup_steps=stage.warmup_steps, steps=steps, min_ratio=stage.min_lr_ratio

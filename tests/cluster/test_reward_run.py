@@ -27,6 +27,7 @@ SETTINGS = (
     "stage.seq_len=96",
     "stage.dropout=0",
     "stage.global_batch=4",
+    "stage.reward.label_noise=0.1",
     "stage.reward.normaliser_prompts=4",
     "stage.reward.normaliser_new_tokens=6",
     "stage.lr=3e-3",

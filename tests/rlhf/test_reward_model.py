@@ -95,7 +95,7 @@ def rankings(tmp_path_factory: pytest.TempPathFactory) -> MappedRankings:
 
 def stream_of(rankings: MappedRankings, **changes: int) -> RankingStream:
     settings = {"seed": 0, "seq_len": T, "pad_id": 0, "global_batch": 4, "micro_batch": 4, "dp_rank": 0, "dp_size": 1}
-    return RankingStream(rankings, "rankings", **settings | changes)
+    return RankingStream(rankings, "rankings", 0.0, **settings | changes)
 
 
 def separately(model: Transformer, rankings: MappedRankings, number: int) -> torch.Tensor:

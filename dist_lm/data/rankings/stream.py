@@ -2,7 +2,7 @@
 
 Whole rankings are packed into sequences as conversations are (`data.packing`), so a row and its
 place are a pure function of (seed, epoch, index), and the state of the stream is one integer. What is learned from a
-verdict (its ranks, or pairs drawn from them) is keyed by ranking and seed, not by epoch.
+verdict (its ranks, or pairs drawn from them, with label noise) is keyed by ranking and seed, not by epoch.
 
 Dimensions: B sequences, T tokens, P rankings, K completions of the largest, N judgements.
 """
@@ -18,7 +18,7 @@ import torch
 from dist_lm.chat.ranking import branch_ends, branch_positions
 from dist_lm.data.batch import Batch, RankedPlaces
 from dist_lm.data.evaluation_batches import dealt, spread
-from dist_lm.data.keys import Shuffle, key, permutation
+from dist_lm.data.keys import Shuffle, key, permutation, splitmix64
 from dist_lm.data.order import DocumentSlice
 from dist_lm.data.packing import PackedEpoch, Packing
 from dist_lm.data.rankings.shards import MappedRankings
@@ -44,6 +44,7 @@ class RankingStream(StepStream):
         self,
         rankings: MappedRankings,
         learn_from: str,
+        label_noise: float,
         *,
         seed: int,
         seq_len: int,
@@ -55,13 +56,14 @@ class RankingStream(StepStream):
         position: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        """Arguments as of `StepStream`; `learn_from`: see `lesson`.
+        """Arguments as of `StepStream`; `learn_from`, `label_noise`: see `lesson`.
 
         Raises:
             ConfigError: the batch does not divide over the ranks.
             ArtefactError: no ranking fits into a sequence.
         """
-        self._rankings, self._learn_from, self._seed = rankings, learn_from, seed
+        self._rankings, self._seed = rankings, seed
+        self._learn_from, self._label_noise = learn_from, label_noise
         self._seq_len = seq_len
         packing = packed(rankings.corpus, seq_len, kind=ALL)
         self._epochs = Epochs(packing.n_rows, lambda epoch: PackedEpoch(packing, seed, epoch))
@@ -83,7 +85,8 @@ class RankingStream(StepStream):
         rows = [order.sequence(i) for order, i in orders]
         batch, placed = assemble_rankings(self._rankings, rows, numbers, self._seq_len, self._pad_id)
         verdicts = [
-            lesson(self._rankings.verdict(one.document), self._learn_from, self._seed, one.document) for one in placed
+            lesson(self._rankings.verdict(one.document), self._learn_from, self._label_noise, self._seed, one.document)
+            for one in placed
         ]
         return replace(batch, ranked=ranked_places(placed, verdicts))
 
@@ -112,18 +115,36 @@ class RankingBatches:
             yield assemble_rankings(self.rankings, rows, numbers, self.seq_len, self.pad_id)
 
 
-def lesson(verdict: Verdict, learn_from: str, seed: int, number: int) -> Verdict:
+def lesson(verdict: Verdict, learn_from: str, label_noise: float, seed: int, number: int) -> Verdict:
     """The part of a verdict that stage reward learns from.
 
     Args:
         learn_from: `rankings`: the whole verdict. `pairs`: K - 1 pairs of K ranked completions, as many as a ranking
             has choices. `one_pair`: one of these pairs.
+        label_noise: see `noisy`.
         number: of the ranking in its corpus.
     """
+    verdict = noisy(verdict, label_noise, key(Shuffle.LABEL_NOISE, seed, number))
     if learn_from == ALL or not len(verdict.ranks):
         return verdict
     count = 1 if learn_from == ONE_PAIR else len(verdict.ranks) - 1
     return drawn_pairs(verdict, count, key(Shuffle.PAIRS, seed, number))
+
+
+def noisy(verdict: Verdict, share: float, word: int) -> Verdict:
+    """A verdict that errs: each judgement is turned round, and each two neighbouring ranks change places, with
+    probability `share`, from the best down."""
+    if not share:
+        return verdict
+    levels = np.unique(verdict.ranks)
+    wrong = splitmix64(word, max(len(levels) - 1, len(verdict.judgements))) < np.uint64(int(share * (2**64 - 1)))
+    judgements = np.where(wrong[: len(verdict.judgements), None], verdict.judgements[:, ::-1], verdict.judgements)
+    swapped = levels.copy()
+    for place in np.flatnonzero(wrong[: max(len(levels) - 1, 0)]):
+        swapped[[place, place + 1]] = swapped[[place + 1, place]]
+    # swapped[i] is the level that now stands at place i
+    ranks = np.argsort(swapped)[np.searchsorted(levels, verdict.ranks)] if len(levels) else verdict.ranks
+    return replace(verdict, ranks=ranks.astype(np.uint8), judgements=judgements)
 
 
 def drawn_pairs(verdict: Verdict, count: int, word: int) -> Verdict:

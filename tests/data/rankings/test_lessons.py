@@ -1,8 +1,9 @@
-"""What is learned from a verdict: drawn pairs are a function of seed and ranking."""
+"""What is learned from a verdict: noise and drawn pairs are a function of seed and ranking, and have their shares."""
 
 import numpy as np
+import pytest
 
-from dist_lm.data.rankings.stream import drawn_pairs, lesson
+from dist_lm.data.rankings.stream import drawn_pairs, lesson, noisy
 from dist_lm.document import Verdict
 from tests.data.rankings.made_rankings import NONE
 
@@ -17,16 +18,35 @@ def judged(*pairs: tuple[int, int]) -> Verdict:
     return Verdict(BRANCH, np.zeros(0, np.uint8), np.array(pairs, np.uint8), np.arange(len(pairs), dtype=np.float32))
 
 
-def test_a_ranking_is_itself() -> None:
+def test_without_noise_a_ranking_is_itself() -> None:
     verdict = ranked(2, 0, 1, 1)
-    assert lesson(verdict, "rankings", seed=3, number=5) is verdict
+    assert lesson(verdict, "rankings", 0.0, seed=3, number=5) is verdict
+
+
+def test_neighbours_change_places_with_the_given_probability() -> None:
+    found = [tuple(noisy(ranked(0, 1), 0.2, word).ranks.tolist()) for word in range(4000)]
+    assert set(found) == {(0, 1), (1, 0)}
+    assert found.count((1, 0)) / len(found) == pytest.approx(0.2, abs=0.02)
+    turned = [noisy(judged((0, 1)), 0.2, word).judgements.tolist() == [[1, 0]] for word in range(4000)]
+    assert sum(turned) / len(turned) == pytest.approx(0.2, abs=0.02)
+
+
+def test_noise_swaps_whole_levels_and_invents_nothing() -> None:
+    seen = set()
+    for word in range(300):
+        ranks = noisy(ranked(5, 0, 2, 2), 0.4, word).ranks
+        assert ranks[2] == ranks[3]  # a tie stays one
+        assert sorted(set(ranks.tolist())) == [0, 1, 2]
+        seen.add(tuple(ranks.tolist()))
+    # the levels 0 < 2 < 5 as they are, the first two swapped, the last two, or one after the other
+    assert seen == {(2, 0, 1, 1), (2, 1, 0, 0), (1, 0, 2, 2), (1, 2, 0, 0)}
 
 
 def test_pairs_are_as_many_as_choices_and_never_of_a_tie() -> None:
     verdict = ranked(0, 1, 1, 3)
     seen = set()
     for number in range(200):
-        found = lesson(verdict, "pairs", seed=1, number=number)
+        found = lesson(verdict, "pairs", 0.0, seed=1, number=number)
         assert found.judgements.shape == (3, 2)
         assert not len(found.ranks)
         for better, worse in found.judgements.tolist():
@@ -34,16 +54,16 @@ def test_pairs_are_as_many_as_choices_and_never_of_a_tie() -> None:
             seen.add((better, worse))
         assert len({tuple(pair) for pair in found.judgements.tolist()}) == 3
     assert seen == {(0, 1), (0, 2), (0, 3), (1, 3), (2, 3)}
-    assert len(lesson(verdict, "one_pair", seed=1, number=0).judgements) == 1
+    assert len(lesson(verdict, "one_pair", 0.0, seed=1, number=0).judgements) == 1
     assert len(drawn_pairs(ranked(0, 0, 1, 1), 9, 1).judgements) == 4
 
 
 def test_what_is_drawn_hangs_on_seed_and_ranking_alone() -> None:
     verdict = ranked(0, 1, 2, 3)
-    pairs = [lesson(verdict, "pairs", seed, n).judgements.tolist() for seed in (1, 1, 2) for n in range(40)]
+    pairs = [lesson(verdict, "pairs", 0.3, seed, n).judgements.tolist() for seed in (1, 1, 2) for n in range(40)]
     assert pairs[:40] == pairs[40:80] != pairs[80:]
 
 
 def test_judgements_stay_judgements() -> None:
     verdict = judged((0, 1), (2, 1))
-    assert lesson(verdict, "pairs", 1, 1) is verdict
+    assert lesson(verdict, "pairs", 0.0, 1, 1) is verdict

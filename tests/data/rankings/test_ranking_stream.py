@@ -26,7 +26,7 @@ def rankings(tmp_path_factory: pytest.TempPathFactory) -> MappedRankings:
 
 def take(rankings: MappedRankings, steps: int, **changes: int) -> list[StepData]:
     settings = {"seed": 3, "seq_len": T, "pad_id": 0, "global_batch": 6, "micro_batch": 6, "dp_rank": 0, "dp_size": 1}
-    with RankingStream(rankings, "rankings", **settings | changes) as stream:
+    with RankingStream(rankings, "rankings", 0.3, **settings | changes) as stream:
         return [next(stream) for _ in range(steps)]
 
 
