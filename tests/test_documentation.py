@@ -25,6 +25,7 @@ from dist_lm.config.root import Config, save_config
 from dist_lm.generation.request import Answer
 from dist_lm.launch import check_stage_prefixes
 from dist_lm.launcher.compose import choices, compose_config, overrides_of, target_stage
+from dist_lm.launcher.plan import may_need
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.metrics_page import page as metrics_page
 from tests.conftest import TINY
@@ -110,7 +111,7 @@ def check(words: list[str]) -> None:
 
 
 def check_launch(arguments: list[str], *defaults: str) -> None:
-    """Compose the stage that is asked for, and each earlier one that the line gives keys for."""
+    """Compose the stage that is asked for, and each earlier one that the line gives keys or an experiment for."""
     if any(argument.startswith("-") for argument in arguments):
         return  # Hydra's own views: --help, --cfg job
     given = {argument.partition("=")[0] for argument in arguments}
@@ -124,7 +125,9 @@ def check_launch(arguments: list[str], *defaults: str) -> None:
 def compose_line(overrides: tuple[str, ...]) -> None:
     target = target_stage(overrides)
     check_stage_prefixes(overrides, target)
-    for stage in {target, *re.findall(r"^stages\.(\w+)\.", "\n".join(overrides), re.MULTILINE)}:
+    named = re.findall(r"^stages\.(\w+)\.", "\n".join(overrides), re.MULTILINE)
+    with_experiment = any(override.startswith("experiment=") for override in overrides)
+    for stage in {target, *(may_need(target) if with_experiment else named)}:
         compose_config(overrides_of(stage, target, overrides))
 
 

@@ -235,7 +235,8 @@ def _in_one_line(error: Exception, overrides: Sequence[Override], schema: type[C
     while causes[-1].__cause__ is not None and isinstance(causes[-1].__cause__, Exception):
         causes.append(causes[-1].__cause__)
     last = causes[-1]
-    message = str(last).splitlines()[0]
+    lines = str(last).splitlines()
+    message = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     key = last.full_key if isinstance(last, OmegaConfBaseException) else None
     if not key:
         return message

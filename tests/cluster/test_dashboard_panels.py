@@ -17,6 +17,7 @@ from tests.cluster.test_reward_run import SETTINGS as REWARD_SETTINGS
 from tests.cluster.test_reward_run import work as ranked_work  # noqa: F401 - a fixture
 from tests.cluster.test_rlhf_run import reference as rlhf_run  # noqa: F401 - a fixture
 from tests.cluster.test_rlhf_run import started_work  # noqa: F401 - a fixture
+from tests.tracking.test_dashboard import shows
 from tests.tracking.wandb_files import assert_every_metric, history_names
 from tests.training_run import linked, prepare, train
 
@@ -48,7 +49,7 @@ def history(run: RunDirectory, stage: str) -> set[str]:
 def assert_no_panel_is_empty(run: RunDirectory, stage: str) -> None:
     names = history(run, stage)
     written = [panel for panel in board_of(stage).panels if not all(metric.only for metric in panel.metrics)]
-    empty = [panel.title for panel in written if not any(map(panel.shows, names))]
+    empty = [panel.title for panel in written if not any(shows(panel, name) for name in names)]
     assert empty == [], sorted(names)
     assert_every_metric(names, stage)
 
