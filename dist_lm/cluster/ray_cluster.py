@@ -26,6 +26,7 @@ PATH, TOKEN = "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN"  # Ray's own names
 RAY_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_prestart_worker_first_driver": "0",  # a Python process per core that nobody asked for
     "RAY_worker_niceness": "0",  # by default Ray lowers the priority of actors; ranks and engines need the normal one
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # keep CUDA_VISIBLE_DEVICES of a process that reserves no GPU
 }
