@@ -92,7 +92,14 @@ class RayProcesses:
 
 def head_arguments(host: str, port: int, resources: Sequence[str]) -> list[str]:
     """Arguments of `ray start` for a head."""
-    return ["--head", f"--node-ip-address={host}", f"--port={port}", "--include-dashboard=false", "--no-monitor", *resources]
+    return [
+        "--head",
+        f"--node-ip-address={host}",
+        f"--port={port}",
+        "--include-dashboard=false",
+        "--no-monitor",
+        *resources,
+    ]
 
 
 @contextmanager

@@ -63,6 +63,7 @@ def test_term_to_the_process_group_checkpoints_and_stops_everything(undisturbed,
     stop_at_step_2(follow_on(undisturbed, tmp_path), signal.SIGTERM, whole_group=True)
 
 
+@pytest.mark.heavy
 def test_after_ctrl_c_the_same_command_continues_and_replaces_a_rank_that_dies_with_the_same_numbers(
     undisturbed, tmp_path
 ):
