@@ -4,6 +4,7 @@
 #   bash launch/test.sh tests/model -x     a part
 #   bash launch/test.sh -m heavy           those that take minutes
 #   bash launch/test.sh -m slurm           of these, batch jobs on a real Slurm, which it installs as root on Debian
+#   bash launch/test.sh tests/cuda         CUDA code on fake tensors, without a GPU; needs g++
 #   bash launch/test.sh -m bars            what some of them assert, at length: many seeds, kills, schedules (an hour)
 set -euo pipefail
 DIST_LM_EXTRAS=dev
@@ -43,7 +44,7 @@ python -m pytest -m "cluster and not heavy and not bars" >"$log" 2>&1 &
 cluster=$!
 trap 'if kill -INT "$cluster" 2>/dev/null; then wait "$cluster" || true; fi; rm -f "$log"' EXIT
 failed=0
-python -m pytest -n 2 --dist worksteal -m "not cluster and not heavy and not bars" || failed=$?
+python -m pytest -n 2 --dist worksteal -m "not cluster and not heavy and not bars and not cuda" || failed=$?
 echo "== tests of several processes"
 wait "$cluster" || failed=$?
 cat "$log"

@@ -38,6 +38,7 @@ class FlashPlan:
     written_B: torch.Tensor
     length_B: torch.Tensor  # int32, tokens of each sequence, including the new one
     begin_B: torch.Tensor  # int32 (B + 1,), where each sequence's queries begin
+    key_begin_B: torch.Tensor  # int32 (B + 1,), see `FlashPages.key_begins`
     page_BP: torch.Tensor  # int32
 
     def advance(self) -> None:
@@ -58,13 +59,23 @@ class FlashPages(PagedCache):
         device, size = self.key.device, self.page_size
         last = [own[position // size] for own, position in zip(pages, positions, strict=True)]
         position_B = torch.tensor(positions, device=device)
+        page_BP = self._table(pages, [position + 1 for position in positions])
         return FlashPlan(
             position_B=position_B,
             written_B=torch.tensor(last, device=device) * size + position_B % size,
             length_B=position_B.int() + 1,
             begin_B=torch.arange(len(pages) + 1, dtype=torch.int32, device=device),
-            page_BP=self._table(pages, [position + 1 for position in positions]),
+            key_begin_B=self.key_begins(*page_BP.shape),
+            page_BP=page_BP,
         )
+
+    def key_begins(self, n_rows: int, n_pages: int) -> torch.Tensor:
+        """Where the keys of each row of a table would begin if all its pages lay in a line: int32 (n_rows + 1,).
+
+        The kernel refuses query offsets without key offsets. It then reads only the first `length_B` keys of a row, so
+        the offsets depend on the table's shape alone, and steps and graphs never change them.
+        """
+        return torch.arange(n_rows + 1, dtype=torch.int32, device=self.key.device) * (n_pages * self.page_size)
 
     def places(self, written_N: torch.Tensor) -> torch.Tensor:
         return written_N
@@ -74,7 +85,7 @@ class FlashPages(PagedCache):
             cache[layer].flatten(0, 1).index_copy_(0, place_X, new)
 
     def decode(self, layer: int, q_BHK: torch.Tensor, plan: FlashPlan) -> torch.Tensor:
-        return self._attend(layer, q_BHK, plan.begin_B, 1, plan.length_B, plan.page_BP)
+        return self._attend(layer, q_BHK, plan.begin_B, plan.key_begin_B, 1, plan.length_B, plan.page_BP)
 
     def prefill(
         self,
@@ -89,13 +100,14 @@ class FlashPages(PagedCache):
         begin = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
         length = torch.tensor(lengths, dtype=torch.int32, device=device)
         table = self._table([piece.pages for piece in pieces], lengths)
-        return self._attend(layer, q_NHK, begin, max(counts), length, table)
+        return self._attend(layer, q_NHK, begin, self.key_begins(*table.shape), max(counts), length, table)
 
     def _attend(
         self,
         layer: int,
         q_NHK: torch.Tensor,
         begin_B: torch.Tensor,
+        key_begin_B: torch.Tensor,
         longest_query: int,
         length_B: torch.Tensor,
         page_BP: torch.Tensor,
@@ -105,7 +117,7 @@ class FlashPages(PagedCache):
             self.key[layer],
             self.value[layer],
             begin_B,
-            None,
+            key_begin_B,
             longest_query,
             page_BP.shape[1] * self.page_size,
             scale=1.0,
@@ -188,6 +200,7 @@ class DecodeGraphs:
             written_B=integers(torch.int64, size),
             length_B=integers(torch.int32, size),
             begin_B=torch.arange(size + 1, dtype=torch.int32, device=device),
+            key_begin_B=self._cache.key_begins(size, self._n_pages),
             page_BP=integers(torch.int32, size, self._n_pages),
         )
         self._spare(token_B, plan, slice(None))

@@ -19,9 +19,12 @@ from tests.generation.test_engine import CONFIG, GROUPED, model_of, requests_of_
 def varlen_attn(
     q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa, seqused_k, block_table, num_splits
 ):
-    """Queries of a sequence are its last ones; keys follow its table of pages."""
-    assert (window_size, cu_k, num_splits) == ((-1, 0), None, 1)
-    assert block_table.dtype == seqused_k.dtype == cu_q.dtype == torch.int32
+    """Queries of a sequence are its last ones; keys follow its table of pages. tests/cuda has the other checks."""
+    assert (window_size, num_splits) == ((-1, 0), 1)
+    assert block_table.dtype == seqused_k.dtype == cu_q.dtype == cu_k.dtype == torch.int32
+    assert cu_k.shape == cu_q.shape
+    assert int(cu_k[0]) == 0
+    assert bool(((seqused_k <= cu_k.diff()) & (cu_k.diff() <= max_k)).all())
     assert q.is_contiguous()
     assert max_k == block_table.shape[1] * k.shape[1]
     outputs = []

@@ -1,0 +1,135 @@
+"""The paged engine at the widths of `large`, in bf16 on CUDA: the flash kernel accepts its calls."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dist_lm.config.model import ModelConfig
+from dist_lm.generation import flash_pages
+from dist_lm.generation.decoder import Decoder
+from dist_lm.generation.flash_pages import PAGE_TOKENS, DecodeGraphs, FlashPages
+from dist_lm.generation.paged_cache import Piece
+from dist_lm.launcher.compose import compose_config
+from dist_lm.model.size import parameter_shapes
+from tests.cuda.flash_contract import RefusedError, checked_varlen_attn
+
+pytestmark = pytest.mark.cuda
+
+LARGE = replace(compose_config(["stage=language", "model=large"]).model, n_layers=4)
+GROUPED = replace(
+    LARGE, n_kv_heads=5, norm="rmsnorm", ffn="swiglu", bias=False, qk_norm=True, tie_embeddings=True, n_layers=2
+)
+CUDA = torch.device("cuda", 0)
+
+
+class Eager:
+    """Stands in for CUDA graphs: a replay runs the recorded step, on the tensors of the recording."""
+
+    def __call__(self, step):
+        return (lambda: None), step()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """Calls of the kernel, each of which it accepted."""
+    seen = []
+
+    def kernel(q, k, v, cu_q, cu_k, max_q, max_k, **options):
+        output = checked_varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+        seen.append({"q": q, "cu_k": cu_k, **options})
+        return output
+
+    monkeypatch.setattr(flash_pages, "varlen_attn", kernel)
+    monkeypatch.setattr(flash_pages, "CudaCapture", Eager)
+    return seen
+
+
+def weights_of(config: ModelConfig) -> dict[str, torch.Tensor]:
+    return {name: torch.empty(shape) for name, shape in parameter_shapes(config).items()}
+
+
+def decoder_of(config: ModelConfig) -> Decoder:
+    decoder = Decoder(config, 64, PAGE_TOKENS, torch.bfloat16, CUDA)
+    decoder.load(weights_of(config))
+    assert isinstance(decoder.cache, FlashPages)
+    return decoder
+
+
+def check_logits(logits: torch.Tensor, config: ModelConfig, rows: int) -> None:
+    assert tuple(logits.shape) == (rows, config.vocab_size)
+    assert (logits.dtype, logits.device) == (torch.float32, CUDA)
+
+
+@pytest.mark.parametrize("config", [LARGE, GROUPED], ids=["heads", "groups"])
+def test_prompts_are_accepted(calls, config):
+    decoder = decoder_of(config)
+    pieces = [Piece(list(range(300)), 0, [0, 1]), Piece([7] * 256, 512, [2, 3, 4]), Piece([1], 0, [5])]
+    check_logits(decoder.prefill(pieces), config, len(pieces))
+    assert len(calls) == config.n_layers
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
+@pytest.mark.parametrize("config", [LARGE, GROUPED], ids=["heads", "groups"])
+def test_decode_steps_are_accepted(calls, config, graphs):
+    decoder = decoder_of(config)
+    assert isinstance(decoder._graphs, DecodeGraphs)
+    if not graphs:
+        decoder._graphs = None
+    plan = decoder.plan([[0, 1], [2], [3]], [300, 5, 7])
+    token_B = torch.zeros(3, dtype=torch.int64, device=CUDA)
+    for _ in range(2):
+        check_logits(decoder.decode(token_B, plan), config, 3)
+        plan.advance()
+    assert len(calls) == config.n_layers * (1 if graphs else 2)
+    rows = 4 if graphs else 3  # graphs have a few sizes
+    assert {len(call["q"]) for call in calls} == {rows}
+
+
+def call(**changes) -> torch.Tensor:
+    """A call that the kernel accepts, with changes."""
+
+    def integers(*shape):
+        return torch.zeros(shape, dtype=torch.int32, device=CUDA)
+
+    def pool(page, d_head=64):
+        return torch.zeros(8, page, 5, d_head, dtype=torch.bfloat16, device=CUDA)
+
+    page, d_head = changes.pop("page", 256), changes.pop("d_head", 64)
+    given = {
+        "q": torch.zeros(3, 5, d_head, dtype=torch.bfloat16, device=CUDA),
+        "k": pool(page, d_head),
+        "v": pool(page, d_head),
+        "cu_q": integers(4),
+        "cu_k": integers(4),
+        "max_q": 1,
+        "max_k": 2 * page,
+        "seqused_k": integers(3),
+        "block_table": integers(3, 2),
+        "num_splits": 1,
+        "window_size": (-1, 0),
+    }
+    return checked_varlen_attn(**given | {name: change(given[name]) for name, change in changes.items()})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"cu_k": lambda _: None}, "both must be set"),
+        ({"cu_k": lambda given: given.long()}, "key offsets must be int32"),
+        ({"cu_k": lambda given: given[:3]}, r"key offsets must have shape \(4,\)"),
+        ({"page": 64}, "only multiples of 256"),
+        ({"d_head": 260}, "only multiples of 8 up to 256"),
+        ({"block_table": lambda given: given.long()}, "must be int32"),
+        ({"block_table": lambda given: given.t().contiguous().t()}, "contiguous in the last"),
+        ({"block_table": lambda given: given[:2]}, "a row for each sequence"),
+        ({"seqused_k": lambda _: None}, "number of used keys"),
+        ({"q": lambda given: given.float()}, "only bf16 and fp16"),
+        ({"q": lambda given: given.transpose(1, 2).contiguous().transpose(1, 2)}, "contiguous in the last"),
+    ],
+    ids=str,
+)
+def test_the_contract_refuses(changes, words):
+    assert call().shape == (3, 5, 64)
+    with pytest.raises(RefusedError, match=words):
+        call(**changes)
