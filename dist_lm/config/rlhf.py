@@ -10,6 +10,7 @@ KL_ESTIMATES = ("k1", "k2", "k3")
 REWARD_KINDS = ("reward_model", "length", "parses", "function")
 PARSED_LANGUAGES = ("python", "bash", "sql")
 DISJOINT, SHARED = "disjoint", "shared"
+FEWEST_PAGE_TOKENS = 64  # of a page whose size is chosen (PLAIN_PAGE_TOKENS of generation)
 AS_MANY = -1
 
 
@@ -137,7 +138,7 @@ class RolloutPoolConfig:
     placement: str = DISJOINT
     tp: int = 1  # GPUs that share the model of an engine
     cache_tokens: int = 16384  # KV cache of an engine, all sequences together
-    page_tokens: int = 64
+    page_tokens: int = 0  # of a page of the cache; 0: 256 on CUDA in half precision, otherwise 64
     max_sequences: int = 64  # at a time in an engine
 
     def __post_init__(self) -> None:
@@ -145,11 +146,13 @@ class RolloutPoolConfig:
         may_be_all = self.actors == AS_MANY and self.placement == SHARED
         require(self.actors >= 0 or may_be_all, "rlhf.pool.actors", self.actors, accepted)
         require(self.placement in (DISJOINT, SHARED), "rlhf.pool.placement", self.placement, f"{DISJOINT} or {SHARED}")
-        for key in ("tp", "cache_tokens", "page_tokens", "max_sequences"):
+        for key in ("tp", "cache_tokens", "max_sequences"):
             require(getattr(self, key) > 0, f"rlhf.pool.{key}", getattr(self, key), "a positive integer")
+        pages = self.page_tokens
+        require(pages >= 0, "rlhf.pool.page_tokens", pages, "a positive integer, or 0 to choose")
         require(
-            self.cache_tokens >= self.page_tokens,
+            self.cache_tokens >= (pages or FEWEST_PAGE_TOKENS),
             "rlhf.pool.cache_tokens",
             self.cache_tokens,
-            f"at least rlhf.pool.page_tokens={self.page_tokens}",
+            f"at least rlhf.pool.page_tokens={pages or FEWEST_PAGE_TOKENS}",
         )

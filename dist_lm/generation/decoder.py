@@ -19,7 +19,7 @@ from dist_lm.errors import ArtefactError
 from dist_lm.generation.flash_pages import PAGE_TOKENS, DecodeGraphs, FlashPages, FlashPlan
 from dist_lm.generation.linear import VECTOR, Linear, build_linear
 from dist_lm.generation.paged_cache import PagedCache, Piece, Plan, pages_for
-from dist_lm.generation.plain_pages import PlainPages
+from dist_lm.generation.plain_pages import PLAIN_PAGE_TOKENS, PlainPages
 from dist_lm.generation.shard import Share, build_embedding, gathering, leaving, share_of
 from dist_lm.model.layers import RopeTables, activate, normalise_heads, rope_tables, rotate
 from dist_lm.model.size import packs_documents, parameter_shapes
@@ -194,9 +194,17 @@ class Decoder:
 
 def build_cache(shape: Share, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> PagedCache:
     """The cache of the flash kernel if that accepts device, dtype, heads and pages, otherwise `PlainPages`."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    flash = packs_documents(device.type, half, shape.d_head) and page_size % PAGE_TOKENS == 0
+    flash = _takes_flash(shape, dtype, device) and page_size % PAGE_TOKENS == 0
     return (FlashPages if flash else PlainPages)(shape, n_pages, page_size, dtype, device)
+
+
+def best_page_tokens(shape: Share | ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """Tokens of a page: the fewest that the flash kernel accepts where it can run, otherwise smaller pages."""
+    return PAGE_TOKENS if _takes_flash(shape, dtype, device) else PLAIN_PAGE_TOKENS
+
+
+def _takes_flash(shape: Share | ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    return packs_documents(device.type, dtype in (torch.bfloat16, torch.float16), shape.d_head)
 
 
 def check_weights(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:

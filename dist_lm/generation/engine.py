@@ -21,7 +21,7 @@ import torch
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import require
-from dist_lm.generation.decoder import Decoder, check_weights
+from dist_lm.generation.decoder import Decoder, best_page_tokens, check_weights
 from dist_lm.generation.paged_cache import PagePool, Piece, Plan, pages_for
 from dist_lm.generation.plain_pages import ALIGNED
 from dist_lm.generation.request import Answer, FinishReason, OnText, Refusal, Request, RequestError, TextStream
@@ -37,13 +37,15 @@ class EngineOptions:
     """Sizes of an engine."""
 
     cache_tokens: int = 16384  # tokens of all sequences together that the cache holds
-    page_tokens: int = 64  # tokens of a page; the flash kernel (CUDA, bf16) needs a multiple of 256
+    # tokens of a page; 0: 256 where the flash kernel runs (CUDA in half precision, multiples of 256 only), otherwise 64
+    page_tokens: int = 0
     max_sequences: int = 64  # sequences that run at the same time
     piece_tokens: int = 256  # tokens of a prompt that are computed at once
     step_tokens: int = 512  # prompt tokens per step, at most, but always one piece
 
     def __post_init__(self) -> None:
-        for key in ("page_tokens", "max_sequences", "piece_tokens", "step_tokens"):
+        require(self.page_tokens >= 0, "page_tokens", self.page_tokens, "a positive integer, or 0 to choose")
+        for key in ("max_sequences", "piece_tokens", "step_tokens"):
             require(getattr(self, key) > 0, key, getattr(self, key), "a positive integer")
         # pages of whole vectors: otherwise rounding would depend on the number of pages
         require(self.page_tokens % ALIGNED == 0, "page_tokens", self.page_tokens, f"a multiple of {ALIGNED}")
@@ -54,8 +56,17 @@ class EngineOptions:
             f"at least page_tokens={self.page_tokens}",
         )
 
+    def with_pages(self, page_tokens: int) -> "EngineOptions":
+        """These options with pages of this size, unless they give one.
+
+        Raises:
+            ConfigError: the cache is smaller than a page.
+        """
+        return self if self.page_tokens else replace(self, page_tokens=page_tokens)
+
     @property
     def n_pages(self) -> int:
+        assert self.page_tokens, "not chosen yet: see with_pages"
         return self.cache_tokens // self.page_tokens
 
 
@@ -88,11 +99,11 @@ class Engine:
             RankLostError: another process of the model has ended.
         """
         self.config = config
-        self.options = options or EngineOptions()
         self._eot_id = eot_id
         self._vocabulary = vocabulary
-        self._pool = PagePool(self.options.n_pages)
         self._device = device or torch.device("cpu")
+        self.options = (options or EngineOptions()).with_pages(best_page_tokens(config, dtype, self._device))
+        self._pool = PagePool(self.options.n_pages)
         check_weights(config, {name: tuple(value.shape) for name, value in weights.items()})
         self._decoder = _build_decoder(config, self.options, dtype, self._device, tp)
         self._waiting: deque[list[Running]] = deque()

@@ -21,6 +21,7 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 from dist_lm.generation.paged_cache import PagedCache, Piece, pages_for
 from dist_lm.generation.shard import Share
 
+PLAIN_PAGE_TOKENS = 64  # of a page, unless an engine's options give another size
 ALIGNED = 16  # fp32 numbers in 64 bytes
 FEWEST_SLOTS = 2  # a single product takes another kernel, which rounds differently
 SUMMED = 4  # `sum` over a multiple of this many numbers gives the same bits with and without trailing zeros

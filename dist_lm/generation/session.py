@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from dist_lm.errors import UserError, utf8
+from dist_lm.generation.decoder import best_page_tokens
 from dist_lm.generation.engine import Engine, EngineOptions
-from dist_lm.generation.flash_pages import PAGE_TOKENS
 from dist_lm.generation.load import LoadedModel
 from dist_lm.generation.paged_cache import pages_for
 from dist_lm.generation.request import Answer, FinishReason, Refusal, Request, SamplingParams
@@ -68,7 +68,8 @@ def build_engine(
         tp: devices that share the model.
     """
     gpu = device.type == "cuda"
-    page = PAGE_TOKENS if gpu else EngineOptions.page_tokens
+    dtype = torch.bfloat16 if gpu else torch.float32
+    page = best_page_tokens(loaded.config, dtype, device)
     # one page more than the context, because answers copy the last page they share
     longest = (pages_for(loaded.config.max_seq_len, page) + 1) * page
     return Engine(
@@ -77,7 +78,7 @@ def build_engine(
         eot_id=loaded.tokenizer.eot_id,
         vocabulary=loaded.tokenizer.vocabulary(),
         options=EngineOptions(max(longest, min(cache_tokens, answers * longest)), page),
-        dtype=torch.bfloat16 if gpu else torch.float32,
+        dtype=dtype,
         device=device,
         tp=tp,
     )

@@ -58,7 +58,7 @@ class GenerateConfig:
     stop_tokens: list[int] = field(default_factory=list)  # beside end-of-text
     ignore_eot: bool = False  # end-of-text does not end an answer
     cache_tokens: int = 16384  # KV cache of an engine, all sequences together
-    page_tokens: int = 64
+    page_tokens: int = 0  # of a page of the cache; 0: 256 on CUDA in half precision, otherwise 64
     max_sequences: int = 64  # sequences that an engine runs at the same time
 
     def __post_init__(self) -> None:

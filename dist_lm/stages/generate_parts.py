@@ -17,6 +17,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.generation.engine import EngineOptions
+from dist_lm.generation.plain_pages import PLAIN_PAGE_TOKENS
 from dist_lm.generation.request import Answer, Refusal, Request, SamplingParams
 from dist_lm.generation.shard import check_tp
 from dist_lm.model.keyed_random import hash_words, signed
@@ -75,13 +76,13 @@ def check_tokens(stage: GenerateConfig, model: ModelConfig) -> None:
     accepted = f"tokens from 0 to {model.vocab_size - 1:,} (model.vocab_size)"
     for key, tokens in (("stop_tokens", stage.stop_tokens), ("logit_bias", stage.logit_bias)):
         require(all(0 <= token < model.vocab_size for token in tokens), f"stage.{key}", tokens, accepted)
-    options = options_of(stage)
+    page = options_of(stage).page_tokens or PLAIN_PAGE_TOKENS  # the device is not known yet
     least = min(1 + stage.max_new_tokens, model.max_seq_len)  # end-of-text alone is the shortest prompt
     require(
-        least <= options.n_pages * options.page_tokens,
+        least <= stage.cache_tokens // page * page,
         "stage.cache_tokens",
         stage.cache_tokens,
-        f"whole pages (stage.page_tokens={stage.page_tokens}) for at least {least:,} tokens, which one answer of "
+        f"whole pages (stage.page_tokens={page}) for at least {least:,} tokens, which one answer of "
         f"stage.max_new_tokens={stage.max_new_tokens} takes",
     )
 

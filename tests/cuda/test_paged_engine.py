@@ -8,8 +8,10 @@ import torch
 from dist_lm.config.model import ModelConfig
 from dist_lm.generation import flash_pages
 from dist_lm.generation.decoder import Decoder
+from dist_lm.generation.engine import Engine
 from dist_lm.generation.flash_pages import PAGE_TOKENS, DecodeGraphs, FlashPages
 from dist_lm.generation.paged_cache import Piece
+from dist_lm.generation.plain_pages import PlainPages
 from dist_lm.launcher.compose import compose_config
 from dist_lm.model.size import parameter_shapes
 from tests.cuda.flash_contract import RefusedError, checked_varlen_attn
@@ -84,6 +86,18 @@ def test_decode_steps_are_accepted(calls, config, graphs):
     assert len(calls) == config.n_layers * (1 if graphs else 2)
     rows = 4 if graphs else 3  # graphs have a few sizes
     assert {len(call["q"]) for call in calls} == {rows}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pages", "kind"), [(torch.bfloat16, 256, FlashPages), (torch.float32, 64, PlainPages)], ids=str
+)
+def test_an_engine_uses_the_kernel_and_graphs_in_half_precision(monkeypatch, calls, dtype, pages, kind):
+    monkeypatch.setattr(torch, "inference_mode", torch.no_grad)
+    engine = Engine(LARGE, weights_of(LARGE), eot_id=0, dtype=dtype, device=CUDA)
+    assert engine.options.page_tokens == pages
+    assert isinstance(engine._decoder, Decoder)
+    assert isinstance(engine._decoder.cache, kind)
+    assert (engine._decoder._graphs is not None) == (kind is FlashPages)
 
 
 def call(**changes) -> torch.Tensor:

@@ -1,18 +1,22 @@
 """The cache of the flash kernel, with the kernel's contract in plain PyTorch in its place: it runs on CUDA only."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
+from dist_lm.config.rlhf import RolloutPoolConfig
 from dist_lm.generation import decoder as decoder_module
 from dist_lm.generation import engine as engine_module
 from dist_lm.generation import flash_pages
-from dist_lm.generation.decoder import Decoder, build_cache
+from dist_lm.generation.decoder import Decoder, best_page_tokens, build_cache
+from dist_lm.generation.engine import EngineOptions
 from dist_lm.generation.flash_pages import DecodeGraphs, FlashPages, graph_size
 from dist_lm.generation.paged_cache import pages_for
 from dist_lm.generation.plain_pages import PlainPages
 from dist_lm.generation.shard import share_of
+from dist_lm.stages.generate import GenerateConfig
 from tests.generation.test_engine import CONFIG, GROUPED, model_of, requests_of_all_kinds, run_schedule
 
 
@@ -98,6 +102,33 @@ def test_a_few_sizes_of_graphs_take_any_number_of_sequences():
     assert all(size >= n for n, size in enumerate(sizes, start=1))
     assert all(size <= 2 * n and size < n + 8 for n, size in enumerate(sizes, start=1))
     assert len(set(sizes)) == 4 + 31
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "given", "expected"),
+    [
+        ("cpu", torch.float32, 0, 64),
+        ("cpu", torch.bfloat16, 0, 64),
+        ("cuda", torch.float32, 0, 64),
+        ("cuda", torch.bfloat16, 0, 256),
+        ("cuda", torch.float16, 0, 256),
+        ("cuda", torch.bfloat16, 32, 32),
+        ("cpu", torch.float32, 512, 512),
+    ],
+)
+def test_pages_suit_the_kernel_unless_their_size_is_given(device, dtype, given, expected):
+    options = EngineOptions(page_tokens=given).with_pages(best_page_tokens(CONFIG, dtype, torch.device(device)))
+    assert (options.page_tokens, options.n_pages) == (expected, options.cache_tokens // expected)
+
+
+def test_heads_that_the_kernel_does_not_take_have_small_pages():
+    config = replace(CONFIG, d_model=60, n_heads=5)  # 12 numbers a head
+    assert best_page_tokens(config, torch.bfloat16, torch.device("cuda")) == 64
+
+
+@pytest.mark.parametrize("pool", [RolloutPoolConfig(), GenerateConfig(name="generate"), EngineOptions()])
+def test_stages_choose_pages_by_device(pool):
+    assert pool.page_tokens == 0
 
 
 @pytest.mark.parametrize(
