@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import psutil
 import dist_lm
 
 GIB = 1 << 30
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 SEEN_S = 5.0  # a network file system may show a new file with a delay
 LINK_TIMEOUT_S = 10.0
 USAGE_EVERY_S = 5.0
@@ -71,8 +73,26 @@ def host_name() -> str:
 
 
 def local_gpus() -> int:
-    """NVIDIA GPUs of this machine, counted by the driver's device files."""
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+    """NVIDIA GPUs of this machine that its processes may use: of the driver's device files, those that CUDA shows."""
+    return len(visible_gpus(os.environ, len(list(Path("/dev").glob("nvidia[0-9]*")))))
+
+
+def visible_gpus(environ: Mapping[str, str], count: int) -> tuple[str, ...]:
+    """Numbers or UUIDs of the GPUs that CUDA shows to a process, in the order of its device indices.
+
+    Args:
+        environ: as CUDA does, `CUDA_VISIBLE_DEVICES` is read up to its first entry that names no GPU.
+        count: GPUs of the machine.
+    """
+    given = environ.get(VISIBLE)
+    if given is None or not count:
+        return tuple(map(str, range(count)))
+    entries = (entry.strip() for entry in given.split(","))
+    return tuple(takewhile(lambda entry: _names_gpu(entry, count), entries))
+
+
+def _names_gpu(entry: str, count: int) -> bool:
+    return entry.startswith(("GPU-", "MIG-")) or (entry.isdecimal() and int(entry) < count)
 
 
 @cache

@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import torch
 
+from dist_lm.cluster.node_facts import VISIBLE
 from dist_lm.cluster.ray_cluster import Node, first_line, last_line
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import UserError
@@ -58,11 +59,11 @@ class PoolActor:
 
         Args:
             threads: of torch, unless the node's environment sets OMP_NUM_THREADS.
-            devices: GPUs of the node to use; empty: those that Ray assigned.
+            devices: GPUs to use, as indices into those that the node shows; empty: those that Ray assigned.
         """
         die_with_parent()
         if devices:  # CUDA reads the variable at its first use
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+            os.environ[VISIBLE] = shown_devices(os.environ, devices)
         given = psutil.Process().environ().get("OMP_NUM_THREADS", "")  # at the start of the process: Ray sets it to 1
         threads = int(given) if given.isdigit() and int(given) else threads
         torch.set_num_threads(max(1, threads // spec.tp))  # divided among the processes that share the model
@@ -121,6 +122,23 @@ class PoolActor:
             self._engine.cancel(request)
         self._engine.run()
         self._known.clear()
+
+
+def shown_devices(environ: Mapping[str, str], devices: Sequence[int]) -> str:
+    """The value of `CUDA_VISIBLE_DEVICES` that leaves some of the devices that `environ` shows, given by index.
+
+    Raises:
+        UserError: `environ` shows fewer.
+    """
+    if VISIBLE not in environ:
+        return ",".join(map(str, devices))
+    shown = [entry.strip() for entry in environ[VISIBLE].split(",") if entry.strip()]
+    if max(devices) >= len(shown):
+        raise UserError(
+            f"{VISIBLE}={environ[VISIBLE]}: shows {len(shown)} GPUs, and a rollout actor needs the one at index "
+            f"{max(devices)}; start the node's Ray with as many GPUs as the variable shows"
+        )
+    return ",".join(shown[device] for device in devices)
 
 
 class MemberLostError(Exception):
