@@ -1,6 +1,8 @@
 """The paged engine at the widths of `large`, in bf16 on CUDA: the flash kernel accepts its calls."""
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.generation import flash_pages
 from dist_lm.generation.decoder import Decoder
 from dist_lm.generation.engine import Engine
-from dist_lm.generation.flash_pages import PAGE_TOKENS, DecodeGraphs, FlashPages
+from dist_lm.generation.flash_pages import PAGE_TOKENS, CudaCapture, DecodeGraphs, FlashPages
 from dist_lm.generation.paged_cache import Piece
 from dist_lm.generation.plain_pages import PlainPages
 from dist_lm.launcher.compose import compose_config
@@ -147,3 +149,26 @@ def test_the_contract_refuses(changes, words):
     assert call().shape == (3, 5, 64)
     with pytest.raises(RefusedError, match=words):
         call(**changes)
+
+
+def test_other_threads_may_call_cuda_during_a_capture(monkeypatch):
+    modes = []
+
+    @contextmanager
+    def graph(recorded, pool, capture_error_mode="global"):
+        modes.append(capture_error_mode)
+        yield
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stands_in = {
+        "graph_pool_handle": lambda: None,
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda one: nullcontext(),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "graph": graph,
+    }
+    for name, value in stands_in.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    CudaCapture()(lambda: torch.zeros(1, device=CUDA))
+    assert modes == ["thread_local"]
