@@ -27,6 +27,7 @@ from dist_lm.parallel.tensor_axis import TensorAxis
 
 Norm = Callable[[torch.Tensor], torch.Tensor]
 LookUp = Callable[[str], torch.Tensor]  # the parameter of a name, on the device
+Keep = Callable[[str, torch.Tensor], torch.Tensor]  # the tensor to compute with in place of a new one, see `Decoder`
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Decoder:
         tables = rope_tables(position_1T, config.d_head, config.rope_base, dtype)
         self._cos, self._sin = (table[0, :, 0] for table in tables)
         self._layers: list[_Layer] = []
+        self._kept: dict[str, torch.Tensor] = {}  # with graphs, which hold addresses: what they read
         self._graphs: DecodeGraphs | None = None
         if (
             isinstance(cache, FlashPages) and device.type == "cuda" and axis is None
@@ -92,15 +94,22 @@ class Decoder:
         """
         config, axis = self.config, self.axis
         self._layers = []  # free the old weights first: both may not fit in memory
-        if self._graphs is not None:
-            self._graphs.forget()
-        embedding = look_up("embedding.weight")
+        embedding = self._keep("embedding", look_up("embedding.weight").clone())
         self._embed = build_embedding(embedding, self.share.pieces, axis)
         for number in range(config.n_layers):
-            self._layers.append(_layer(config, self.share, axis, look_up, f"blocks.{number}."))
-        self._final_norm = _norm(config, look_up, "final_norm")
-        head = build_linear(embedding if config.tie_embeddings else look_up("lm_head.weight"), None)
+            self._layers.append(_layer(config, self.share, axis, look_up, self._keep, f"blocks.{number}."))
+        self._final_norm = _norm(config, look_up, self._keep, "final_norm")
+        head = build_linear(embedding if config.tie_embeddings else self._keep("head", look_up("lm_head.weight")), None)
         self._head = gathering(head, axis, config.vocab_size) if axis else head
+
+    def _keep(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """With graphs, the tensor of the first build with these values, so that graphs stay valid."""
+        if self._graphs is None:
+            return tensor
+        if name not in self._kept:
+            self._kept[name] = tensor.clone()  # it may be the caller's
+            return self._kept[name]
+        return self._kept[name].copy_(tensor)
 
     def prefill(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """Compute and cache pieces. Returns fp32 logits (pieces, V) after the last token of each."""
@@ -223,17 +232,23 @@ def check_weights(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> 
             )
 
 
-def _norm(config: ModelConfig, look_up: LookUp, name: str) -> Norm:
-    shape, weight = (config.d_model,), look_up(f"{name}.weight").clone()
+def _norm(config: ModelConfig, look_up: LookUp, keep: Keep, name: str) -> Norm:
+    shape, weight = (config.d_model,), keep(f"{name}.weight", look_up(f"{name}.weight").clone())
     if config.norm == "rmsnorm":
         return partial(F.rms_norm, normalized_shape=shape, weight=weight, eps=config.norm_eps)
-    bias = look_up(f"{name}.bias").clone() if config.bias else None
+    bias = keep(f"{name}.bias", look_up(f"{name}.bias").clone()) if config.bias else None
     return partial(F.layer_norm, normalized_shape=shape, weight=weight, bias=bias, eps=config.norm_eps)
 
 
-def _layer(config: ModelConfig, share: Share, axis: TensorAxis | None, look_up: LookUp, prefix: str) -> _Layer:
+def _layer(
+    config: ModelConfig, share: Share, axis: TensorAxis | None, look_up: LookUp, keep: Keep, prefix: str
+) -> _Layer:
     def weights(*names: str) -> list[torch.Tensor]:
         return [look_up(prefix + name) for name in names]
+
+    def linear(name: str, weight: torch.Tensor, bias: torch.Tensor | None, *, gelu: bool = False) -> Linear:
+        weight = keep(f"{prefix}{name}.weight", weight)
+        return build_linear(weight, None if bias is None else keep(f"{prefix}{name}.bias", bias), gelu=gelu)
 
     def bias(name: str) -> torch.Tensor | None:
         return look_up(prefix + name) if config.bias else None
@@ -242,7 +257,8 @@ def _layer(config: ModelConfig, share: Share, axis: TensorAxis | None, look_up: 
     scale, head_norm = config.d_head**-0.5, None  # the scores' scale, multiplied into the query weights
     if config.qk_norm:
         query_norm_K, key_norm_K = weights("attention.query_norm.weight", "attention.key_norm.weight")
-        head_norm = torch.cat([(query_norm_K * scale).expand(share.n_heads, -1), key_norm_K.expand(share.kv_heads, -1)])
+        norms = [(query_norm_K * scale).expand(share.n_heads, -1), key_norm_K.expand(share.kv_heads, -1)]
+        head_norm = keep(f"{prefix}head_norm", torch.cat(norms))
         scale = 1.0
     of_heads = torch.cat([one.flatten(0, 1) for one in (query * scale, key, heads_value)])
     of_heads_bias = None
@@ -256,14 +272,14 @@ def _layer(config: ModelConfig, share: Share, axis: TensorAxis | None, look_up: 
     if config.bias:
         up_bias = torch.cat([F.pad(one, (0, padding)) for one in weights(*(f"feed_forward.{n}.bias" for n in gated))])
     (down,) = weights("feed_forward.down.weight")
-    to_residual = build_linear(output.flatten(0, 1).t().contiguous(), bias("attention.output_bias"))
-    from_units = build_linear(F.pad(down, (0, padding)), bias("feed_forward.down.bias"))
+    to_residual = linear("output", output.flatten(0, 1).t().contiguous(), bias("attention.output_bias"))
+    from_units = linear("down", F.pad(down, (0, padding)), bias("feed_forward.down.bias"))
     return _Layer(
-        attention_norm=_norm(config, look_up, f"{prefix}attention_norm"),
-        heads=build_linear(of_heads, of_heads_bias),
+        attention_norm=_norm(config, look_up, keep, f"{prefix}attention_norm"),
+        heads=linear("heads", of_heads, of_heads_bias),
         head_norm=head_norm,
         output=leaving(to_residual, axis) if axis else to_residual,
-        feed_forward_norm=_norm(config, look_up, f"{prefix}feed_forward_norm"),
-        up=build_linear(up, up_bias, gelu=config.ffn == "gelu"),
+        feed_forward_norm=_norm(config, look_up, keep, f"{prefix}feed_forward_norm"),
+        up=linear("up", up, up_bias, gelu=config.ffn == "gelu"),
         down=leaving(from_units, axis) if axis else from_units,
     )

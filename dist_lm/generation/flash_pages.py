@@ -166,10 +166,6 @@ class DecodeGraphs:
         self._capture = capture or CudaCapture()
         self._graphs: dict[int, _Graph] = {}
 
-    def forget(self) -> None:
-        """Drop all graphs, because they hold the old weights."""
-        self._graphs.clear()
-
     def __call__(self, token_B: torch.Tensor, plan: FlashPlan) -> torch.Tensor:
         """Logits (B, V); the next step overwrites them."""
         n_rows = len(token_B)

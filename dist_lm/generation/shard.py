@@ -119,8 +119,7 @@ def build_embedding(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """The embedding: tokens (M,) to vectors (M, D), summed over ranks."""
     if axis is None:
-        whole_VD = weight_UD.clone()
-        return lambda token_M: F.embedding(token_M, whole_VD)
+        return lambda token_M: F.embedding(token_M, weight_UD)
     # tokens of other ranks take a row of zeros; multiplying by 0 instead would let nan through
     held_UD = F.pad(weight_UD, (0, 0, 0, 1))
 

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.generation import flash_pages
@@ -88,6 +90,49 @@ def test_decode_steps_are_accepted(calls, config, graphs):
     assert len(calls) == config.n_layers * (1 if graphs else 2)
     rows = 4 if graphs else 3  # graphs have a few sizes
     assert {len(call["q"]) for call in calls} == {rows}
+
+
+class Inputs(TorchDispatchMode):
+    """Storages that a step reads and has not made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: set[int] = set()
+        self._made: dict[int, torch.Tensor] = {}  # held, so that no address is used twice
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.read |= {address(tensor) for tensor in tensors_in((args, kwargs))} - self._made.keys()
+        result = function(*args, **(kwargs or {}))
+        self._made |= {address(one): one for one in tensors_in(result) if address(one) not in self.read}
+        return result
+
+
+def tensors_in(values) -> list[torch.Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+def address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+@pytest.mark.usefixtures("calls")
+@pytest.mark.parametrize("config", [LARGE, GROUPED], ids=["heads", "groups"])
+def test_new_weights_are_where_captured_steps_read_them(config):
+    decoder, read, loaded = decoder_of(config), [], []
+    plan, token_B = decoder.plan([[0], [2]], [5, 7]), torch.zeros(2, dtype=torch.int64, device=CUDA)
+    decoder.decode(token_B, plan)
+    graphs = decoder._graphs
+    assert graphs
+    captured = dict(graphs._graphs)
+    for _ in range(2):
+        with Inputs() as inputs:
+            decoder._decode(token_B, plan)
+        read.append(inputs.read)
+        loaded.append(weights_of(config))
+        decoder.load(loaded[-1])
+    assert read[0] == read[1]
+    assert len(read[0]) > 2 * config.n_layers
+    assert graphs._graphs == captured
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from dist_lm.generation.paged_cache import pages_for
 from dist_lm.generation.plain_pages import PlainPages
 from dist_lm.generation.shard import share_of
 from dist_lm.stages.generate import GenerateConfig
-from tests.generation.test_engine import CONFIG, GROUPED, model_of, requests_of_all_kinds, run_schedule
+from tests.generation.test_engine import CONFIG, GROUPED, PAGE, model_of, requests_of_all_kinds, run_schedule
 
 
 def varlen_attn(
@@ -95,6 +95,25 @@ def test_replayed_steps_give_what_a_plain_forward_gives(monkeypatch):
     for _ in range(3):
         run_schedule(model, requests_of_all_kinds(9), pages=dice.randint(12, 24), seed=dice.getrandbits(20))
     assert recorded.replayed > 10 * recorded.captured > 10 * len(graphs)
+
+
+@pytest.mark.usefixtures("flash")
+@pytest.mark.parametrize("config", [CONFIG, GROUPED], ids=["heads", "groups"])
+def test_graphs_outlive_their_weights(config):
+    recorded, models = Recorded(), [model_of(config).double() for _ in range(2)]
+    models[1].load_state_dict({name: value * 1.25 for name, value in models[0].state_dict().items()})
+    before = {name: value.clone() for name, value in models[0].named_parameters()}
+    decoder = Decoder(config, 8, PAGE, torch.float64, torch.device("cpu"))
+    decoder._graphs = DecodeGraphs(decoder._decode, decoder.cache, 4, recorded)
+    fresh = Decoder(config, 8, PAGE, torch.float64, torch.device("cpu"))
+    token_B = torch.tensor([3, 5])
+    for model in models:
+        for one in (decoder, fresh):
+            one.load(dict(model.named_parameters()))
+        logits, expected = (one.decode(token_B, one.plan([[0], [1]], [0, 0])) for one in (decoder, fresh))
+        assert torch.equal(logits, expected)
+    assert recorded.captured == 1
+    assert all(torch.equal(value, before[name]) for name, value in models[0].named_parameters())
 
 
 def test_a_few_sizes_of_graphs_take_any_number_of_sequences():
