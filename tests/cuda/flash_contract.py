@@ -1,7 +1,7 @@
 """What FlashAttention-2's variable-length kernel refuses, since fake kernels check nothing.
 
-In our words after `_flash_attention_forward` and `mha_varlen_fwd` of torch 2.13 (`attention.cu`, `flash_api.cpp`).
-FlashAttention-3 differs: with a table of pages it refuses key offsets.
+In our words after torch's `mha_varlen_fwd` (`flash_api.cpp`), `_flash_attention_forward` (`attention.cu`) and the
+documentation of `varlen_attn`; the bounds of `max_q` and `max_k` are ours. FlashAttention-3 has other checks.
 """
 
 import torch
