@@ -34,6 +34,7 @@ CHANGED_BY_RAY = ("RAY_CLIENT_MODE", "PYTHONBREAKPOINT")  # while it is connecte
 # Ray replaces 127.0.0.1 by the host's own address and keeps other loopback addresses, which exist on Linux only
 LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 PRIVATE_END_S = 30.0
+PRIVATE_PATIENCE = 3  # times the usual timeout: our own head has answered, so only a busy machine delays it
 
 
 class ClusterError(UserError):
@@ -184,7 +185,8 @@ def _private(config: ClusterConfig) -> Iterator[str]:
         answer = node.stdout.readline()
         if not answer:
             raise ClusterError("cluster=local: Ray did not start on this machine; the lines above give the reason")
-        with _joined(replace(config, name="ray", **json.loads(answer))) as address:
+        patient = PRIVATE_PATIENCE * config.connect_timeout_s
+        with _joined(replace(config, name="ray", connect_timeout_s=patient, **json.loads(answer))) as address:
             yield address
     finally:
         node.stdin.close()
