@@ -56,17 +56,9 @@ class EngineOptions:
             f"at least page_tokens={self.page_tokens}",
         )
 
-    def with_pages(self, page_tokens: int) -> "EngineOptions":
-        """These options with pages of this size, unless they give one.
-
-        Raises:
-            ConfigError: the cache is smaller than a page.
-        """
-        return self if self.page_tokens else replace(self, page_tokens=page_tokens)
-
     @property
     def n_pages(self) -> int:
-        assert self.page_tokens, "not chosen yet: see with_pages"
+        assert self.page_tokens, "an engine chooses it"
         return self.cache_tokens // self.page_tokens
 
 
@@ -102,7 +94,9 @@ class Engine:
         self._eot_id = eot_id
         self._vocabulary = vocabulary
         self._device = device or torch.device("cpu")
-        self.options = (options or EngineOptions()).with_pages(best_page_tokens(config, dtype, self._device))
+        options = options or EngineOptions()
+        page_tokens = options.page_tokens or best_page_tokens(config, dtype, self._device)
+        self.options = replace(options, page_tokens=page_tokens)
         self._pool = PagePool(self.options.n_pages)
         check_weights(config, {name: tuple(value.shape) for name, value in weights.items()})
         self._decoder = _build_decoder(config, self.options, dtype, self._device, tp)

@@ -11,7 +11,7 @@ from dist_lm.generation import decoder as decoder_module
 from dist_lm.generation import engine as engine_module
 from dist_lm.generation import flash_pages
 from dist_lm.generation.decoder import Decoder, best_page_tokens, build_cache
-from dist_lm.generation.engine import EngineOptions
+from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.flash_pages import DecodeGraphs, FlashPages, graph_size
 from dist_lm.generation.paged_cache import pages_for
 from dist_lm.generation.plain_pages import PlainPages
@@ -124,19 +124,24 @@ def test_a_few_sizes_of_graphs_take_any_number_of_sequences():
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "given", "expected"),
+    ("device", "dtype", "expected"),
     [
-        ("cpu", torch.float32, 0, 64),
-        ("cpu", torch.bfloat16, 0, 64),
-        ("cuda", torch.float32, 0, 64),
-        ("cuda", torch.bfloat16, 0, 256),
-        ("cuda", torch.float16, 0, 256),
-        ("cuda", torch.bfloat16, 32, 32),
-        ("cpu", torch.float32, 512, 512),
+        ("cpu", torch.float32, 64),
+        ("cpu", torch.bfloat16, 64),
+        ("cuda", torch.float32, 64),
+        ("cuda", torch.bfloat16, 256),
+        ("cuda", torch.float16, 256),
     ],
 )
-def test_pages_suit_the_kernel_unless_their_size_is_given(device, dtype, given, expected):
-    options = EngineOptions(page_tokens=given).with_pages(best_page_tokens(CONFIG, dtype, torch.device(device)))
+def test_pages_suit_the_kernel(device, dtype, expected):
+    assert best_page_tokens(CONFIG, dtype, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(("given", "expected"), [(0, 64), (32, 32), (512, 512)])
+def test_an_engine_takes_the_size_of_pages_that_is_given(given, expected):
+    options = Engine(
+        CONFIG, dict(model_of(CONFIG).named_parameters()), options=EngineOptions(page_tokens=given), eot_id=0
+    ).options
     assert (options.page_tokens, options.n_pages) == (expected, options.cache_tokens // expected)
 
 
