@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -36,7 +35,6 @@ from tests.training_run import linked, unwritten, write_untrained
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(200)]
 SETTINGS = (*(one for one in TINY if not one.startswith("stage.")), "stage=generate", "stage.max_new_tokens=12")
-SOON_S = 5.0  # about a second, on a machine that has nothing else to do
 BAD = {3: "{", 50: json.dumps({"prompt": "x " * 400, "id": "long"})}  # line, of those below
 
 
@@ -322,16 +320,16 @@ def actors_of(process: subprocess.Popen) -> list[psutil.Process]:
 
 @pytest.mark.heavy
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_engines_start_is_obeyed_soon(trained, tmp_path, number):
+def test_a_signal_while_engines_start_does_not_wait_for_them(trained, tmp_path, number):
     prompts = write_prompts(tmp_path / "p.jsonl", 100)
     process = start(trained, prompts, f"run_id=starting_{number:d}")
     wait_until(lambda: actors_of(process), process, "an engine on its way")
+    for actor in actors_of(process):
+        actor.suspend()  # it never gets ready
     family = psutil.Process(process.pid).children(recursive=True)
-    asked = time.monotonic()
     os.kill(process.pid, number)
     code, out, err = finish(process)
     assert (code, "the same command continues" in out) == (128 + number, True), err
-    assert time.monotonic() - asked < SOON_S
     _, alive = psutil.wait_procs(family, timeout=30)
     assert alive == []
 
