@@ -72,6 +72,25 @@ def test_the_launcher_starts_without_torch_ray_and_wandb():
     assert done.stdout.strip() == "[]"
 
 
+def test_a_process_that_generates_on_a_cpu_does_not_import_the_compiler():
+    """It takes 2 s. Only the attention kernel of CUDA needs it; a model that trains uses the compiler anyway."""
+    code = """
+import sys, torch, dist_lm.cluster.pool_actor, dist_lm.generation.terminal
+from dist_lm.config.model import ModelConfig
+from dist_lm.generation.engine import Engine
+from dist_lm.generation.request import Request
+from dist_lm.model.size import parameter_shapes
+config = ModelConfig(name="small", d_model=32, n_layers=1, n_heads=2, d_ff=64, max_seq_len=64, vocab_size=64)
+engine = Engine(config, {name: torch.randn(shape) for name, shape in parameter_shapes(config).items()}, eot_id=0)
+engine.submit(Request("one", [1, 2]))
+print(len(engine.run()), "torch._dynamo" in sys.modules)
+import dist_lm.model.transformer
+print("torch.nn.attention.varlen" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == ["1", "False", "False"]
+
+
 def test_at_the_root_are_the_entry_points_and_what_all_packages_share():
     found = {path.stem for path in ROOT.glob("*.py")}
     assert found == {"__init__", "__main__", "launch", "train", "errors", "document"}

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from torch.nn.attention.varlen import varlen_attn
 
 from dist_lm.generation.paged_cache import PagedCache, Piece, pages_for
 from dist_lm.generation.shard import Share
@@ -112,6 +111,8 @@ class FlashPages(PagedCache):
         length_B: torch.Tensor,
         page_BP: torch.Tensor,
     ) -> torch.Tensor:
+        from torch.nn.attention.varlen import varlen_attn  # imports the compiler (2 s), which a CPU does not need
+
         o_NHK = varlen_attn(
             q_NHK.contiguous(),
             self.key[layer],

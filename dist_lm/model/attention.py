@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.attention.varlen import varlen_attn
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.model.layers import HeadNorm, RopeTables, rotate
@@ -117,6 +116,8 @@ def variable_length(
     q_NHK: torch.Tensor, k_NGK: torch.Tensor, v_NGK: torch.Tensor, boundary: torch.Tensor, longest: int
 ) -> torch.Tensor:
     """Causal attention inside each document, (N, H, K), in one kernel."""
+    from torch.nn.attention.varlen import varlen_attn  # imports the compiler (2 s), which a CPU does not need
+
     o_NHK = varlen_attn(
         q_NHK,
         k_NGK,

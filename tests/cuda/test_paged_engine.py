@@ -46,7 +46,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
         seen.append({"q": q, "cu_k": cu_k, **options})
         return output
 
-    monkeypatch.setattr(flash_pages, "varlen_attn", kernel)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     monkeypatch.setattr(flash_pages, "CudaCapture", Eager)
     return seen
 

@@ -9,7 +9,6 @@ import torch
 from dist_lm.config.rlhf import RolloutPoolConfig
 from dist_lm.generation import decoder as decoder_module
 from dist_lm.generation import engine as engine_module
-from dist_lm.generation import flash_pages
 from dist_lm.generation.decoder import Decoder, best_page_tokens, build_cache
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.flash_pages import DecodeGraphs, FlashPages, graph_size
@@ -50,7 +49,7 @@ def varlen_attn(
 @pytest.fixture
 def flash(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines take the kernel's cache."""
-    monkeypatch.setattr(flash_pages, "varlen_attn", varlen_attn)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
     monkeypatch.setattr(decoder_module, "build_cache", FlashPages)
 
 
