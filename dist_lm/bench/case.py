@@ -25,6 +25,7 @@ BASE = (
     "stage.label_smoothing=0",
     "stage.document_mask=false",
 )
+AS_USED = "parallel.compute_dtype=auto"  # overrides BASE: a user's arithmetic, bf16 on CUDA and fp32 on a CPU
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 """New tokens per second: our engine against the generation of other libraries, on one thread, from the same weights.
+(On CUDA: on one GPU, in bf16 with flash attention, as a user's run.)
 
 Every prompt has 64 random tokens; sampling uses temperature 1, top-k 50 and top-p 0.95. A peer is called as its
 documentation says; one that is not installed is listed without a figure.
@@ -18,16 +19,19 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
-from dist_lm.bench.case import Case, Comparison, GroupSize, against, configurations
+from dist_lm.bench.case import AS_USED, Case, Comparison, GroupSize, against, configurations
 from dist_lm.bench.rank import Trial
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import Config
+from dist_lm.generation.decoder import best_page_tokens
 from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.generation.paged_cache import pages_for
 from dist_lm.generation.request import Answer, Request, SamplingParams
 from dist_lm.interop.gpt_neox import save_gpt_neox, to_gpt_neox
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
+from dist_lm.parallel.sharding import generation_dtype
 
 OURS, CEILING = "our engine", "linear layers alone"
 ONE, EIGHT = "one answer", "eight answers"
@@ -43,7 +47,7 @@ ROUNDS = 5
 SMALLER = ("model.d_model=256", "model.n_layers=6", "model.n_heads=4", "model.d_ff=1024")
 LARGER = ("model.d_model=512", "model.n_layers=8", "model.n_heads=8", "model.d_ff=2048")
 SHAPE = (
-    *("model=nano", "model.n_heads=5", "model.qk_norm=false"),  # the peers have this shape too
+    *(AS_USED, "model=nano", "model.n_heads=5", "model.qk_norm=false"),  # the peers have this shape too
     *("model.vocab_size=32000", "model.max_seq_len=1024", "model.tie_embeddings=false"),
 )
 MIXED, PREFILL = "mixed lengths", "prefill"
@@ -59,8 +63,8 @@ class Peer(ABC):
     batches: ClassVar[bool]  # whether it accepts more than one prompt at a time
 
     @abstractmethod
-    def __init__(self, model: Transformer) -> None:
-        """Copy the weights of `model`."""
+    def __init__(self, model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
+        """Copy the weights of `model` to `device`."""
 
     @abstractmethod
     def generate(self, prompt_BT: torch.Tensor, n_new: int) -> None:
@@ -77,12 +81,12 @@ class Transformers(Peer):
     package: ClassVar[str] = "transformers"
     batches: ClassVar[bool] = True
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
         from transformers import AutoModelForCausalLM
 
         with tempfile.TemporaryDirectory(prefix="dlm-bench-") as folder:
             save_gpt_neox(dict(model.named_parameters()), model.config, Path(folder), eot_id=0, pad_id=1)
-            self._model = AutoModelForCausalLM.from_pretrained(folder).eval()
+            self._model = AutoModelForCausalLM.from_pretrained(folder).eval().to(device, dtype)
         self._sampling = {"temperature": SAMPLING.temperature, "top_k": SAMPLING.top_k, "top_p": SAMPLING.top_p}
 
     def generate(self, prompt_BT: torch.Tensor, n_new: int) -> None:
@@ -113,7 +117,7 @@ class LitGpt(Peer):
     package: ClassVar[str] = "litgpt"
     batches: ClassVar[bool] = False
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
         litgpt = import_module("litgpt")
         convert = import_module("litgpt.scripts.convert_hf_checkpoint")
         shape = model.config
@@ -134,6 +138,7 @@ class LitGpt(Peer):
         convert.copy_weights_gpt_neox(config, mapped, weights)
         self._model = litgpt.GPT(config).eval()
         self._model.load_state_dict(mapped)
+        self._model.to(device, dtype)
 
     def generate(self, prompt_BT: torch.Tensor, n_new: int) -> None:
         """See `Peer`."""
@@ -156,7 +161,7 @@ class LitGpt(Peer):
         with torch.inference_mode():
             self._model.max_seq_length = len(prompt_T) + n_new
             self._model.clear_kv_cache()
-            self._model.set_kv_cache(batch_size=1)
+            self._model.set_kv_cache(batch_size=1, device=prompt_T.device)
             return generate(
                 self._model, prompt_T, len(prompt_T) + n_new, temperature=temperature, top_k=top_k, top_p=top_p
             )
@@ -174,7 +179,7 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     With overrides: one batch of stage.global_batch prompts with stage.seq_len new tokens.
     """
     if overrides:
-        return [batch_case(configurations((), overrides, quick)[0])]
+        return [batch_case(configurations((), [AS_USED, *overrides], quick)[0])]
     shapes = [
         (*SHAPE, *size, f"stage.global_batch={batch}", "stage.seq_len=128")
         for size in (SMALLER, LARGER)
@@ -240,21 +245,22 @@ def _why_not(peer: type[Peer], batch: int) -> str | None:
 
 def build(way: str, config: Config, world: World) -> Trial:
     """One way of generating, in one process."""
-    model = Transformer(config.model).to(world.device)
+    device, dtype = world.device, generation_dtype(config.parallel, world.device)
+    model = Transformer(config.model)
     initialise(model, config.seed)
     model.requires_grad_(requires_grad=False)
     prompts = made_up_tokens(config, config.stage.global_batch, PROMPT)
     if way in (EIGHT, ONE):
-        engine = _engine(model, 8 * config.model.max_seq_len)
+        engine = _engine(model, config, device, [config.model.max_seq_len] * 8)
         prompt = made_up_tokens(config, 1, LONG_PROMPT)[0].tolist()
         return Trial(lambda: _first_tokens(engine, prompt, 8 if way == EIGHT else 1), losses=list)
     lengths = new_tokens(config)
     if way == OURS:
-        engine = _engine(model, sum(PROMPT + new + 64 for new in lengths))
+        engine = _engine(model, config, device, [PROMPT + new for new in lengths])
         return Trial(lambda: _answer(engine, prompts, lengths), losses=lambda: [_greedy(engine, prompts)])
     if way == CEILING:
-        return Trial(_linear_layers(model, lengths), losses=list)
-    peer = PEERS[way](model)
+        return Trial(_linear_layers(model.to(device, dtype), lengths), losses=list)
+    peer, prompts = PEERS[way](model, device, dtype), prompts.to(device)
     return Trial(
         lambda: _in_batches(peer, prompts, lengths),
         losses=lambda: [peer.greedy_logprob(prompts[:1], GREEDY_TOKENS)],
@@ -275,9 +281,18 @@ def new_tokens(config: Config) -> list[int]:
     return lengths[torch.randperm(batch, generator=torch.Generator().manual_seed(3))].tolist()
 
 
-def _engine(model: Transformer, cache_tokens: int) -> Engine:
-    options = EngineOptions(cache_tokens=max(cache_tokens, model.config.max_seq_len))
-    return Engine(model.config, dict(model.named_parameters()), eot_id=0, options=options)
+def engine_options(config: Config, device: torch.device, lengths: Sequence[int]) -> tuple[EngineOptions, torch.dtype]:
+    """(options, dtype) of a user's engine on `device`, with a cache for sequences of `lengths` tokens."""
+    dtype = generation_dtype(config.parallel, device)
+    page = best_page_tokens(config.model, dtype, device)
+    pages = sum(pages_for(length, page) + 1 for length in lengths)  # answers copy the last page they share
+    return EngineOptions(page * max(pages, pages_for(config.model.max_seq_len, page)), page), dtype
+
+
+def _engine(model: Transformer, config: Config, device: torch.device, lengths: Sequence[int]) -> Engine:
+    options, dtype = engine_options(config, device, lengths)
+    weights = dict(model.named_parameters())
+    return Engine(model.config, weights, eot_id=0, options=options, dtype=dtype, device=device)
 
 
 def _answer(engine: Engine, prompts: torch.Tensor, lengths: Sequence[int]) -> float:
@@ -324,7 +339,7 @@ def _linear_layers(model: Transformer, lengths: Sequence[int]) -> Callable[[], f
     def step() -> float:
         for n_rows in running:
             for weight in weights:
-                F.linear(torch.zeros(n_rows, weight.shape[1]), weight)
+                F.linear(weight.new_zeros(n_rows, weight.shape[1]), weight)
         return 0.0
 
     return step

@@ -19,6 +19,7 @@ from dist_lm.bench.rank_groups import rank_groups
 from dist_lm.cluster.node_facts import local_gpus
 from dist_lm.config.root import save_config
 from dist_lm.errors import ConfigError, UserError
+from dist_lm.parallel.sharding import compute_dtype
 from dist_lm.storage.process import cores
 
 BENCHMARKS = {
@@ -37,7 +38,7 @@ ROUND_S = 0.5
 LONGEST_ROUND = 50  # steps
 QUICK_ROUNDS = 3
 QUICK_ROUND_S = 0.1
-SAME_LOSS = 1e-4  # relative, over the first steps in fp32
+SAME_LOSS = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # relative, over the first steps
 
 Ask = Callable[[GroupSize, Mapping[str, Any]], list[dict[str, Any]]]
 """(group of ranks, request) -> the answer of each rank."""
@@ -69,7 +70,9 @@ def run_benchmark(
         status = stack.enter_context(console.status(""))
         for case in planned:
             status.update(f"{name}: {case.name}")
-            own = run_case(name, case, lambda size, request: running[size].ask(request), work, quick=quick)
+            own = run_case(
+                name, case, lambda size, request: running[size].ask(request), work, quick=quick, device=device
+            )
             if file:
                 file.writelines(record.to_json() + "\n" for record in own)
                 file.flush()
@@ -79,13 +82,14 @@ def run_benchmark(
     return records
 
 
-def run_case(name: str, case: Case, ask: Ask, work: Path, *, quick: bool) -> list[Record]:
+def run_case(name: str, case: Case, ask: Ask, work: Path, *, quick: bool, device: str = "cpu") -> list[Record]:
     """Build every way of a case, check their losses, time them, free them."""
     path = work / "config.yaml"
     save_config(case.config, path)
     built = {way: ask(size, {"do": "build", "way": way, "config": str(path)})[0] for way, size in case.ways.items()}
     if case.same_losses:
-        check_same({way: built[way]["losses"] for way in case.ways if way in case.same_losses})
+        losses = {way: built[way]["losses"] for way in case.ways if way in case.same_losses}
+        check_same(losses, compute_dtype(case.config.parallel, torch.device(device)))
 
     def time_steps(way: str, steps: int) -> float:
         return max(answer["seconds"] for answer in ask(case.ways[way], {"do": "time", "way": way, "steps": steps}))
@@ -99,8 +103,11 @@ def run_case(name: str, case: Case, ask: Ask, work: Path, *, quick: bool) -> lis
     return records_of(name, case, seconds, {way: built[way]["facts"] for way in case.ways})
 
 
-def check_same(losses: Mapping[str, Sequence[float]]) -> None:
+def check_same(losses: Mapping[str, Sequence[float]], dtype: torch.dtype = torch.float32) -> None:
     """Refuse ways whose first losses differ.
+
+    Args:
+        dtype: of the forward and backward pass.
 
     Raises:
         NotTheSameError: names the two ways and the step.
@@ -108,7 +115,7 @@ def check_same(losses: Mapping[str, Sequence[float]]) -> None:
     first, *others = losses.items()
     for way, own in others:
         for step, (expected, loss) in enumerate(zip(first[1], own, strict=True)):
-            if not abs(loss - expected) <= SAME_LOSS * abs(expected):
+            if not abs(loss - expected) <= SAME_LOSS[dtype] * abs(expected):
                 raise NotTheSameError(
                     f"'{way}' and '{first[0]}' do not compute the same: loss {loss} and {expected} at step {step}"
                 )

@@ -7,7 +7,8 @@ CHECKPOINTING: `parallel.activation_checkpointing` none, selective and full unde
 `checkpoint_wrapper` in place of full, which recomputes whole blocks too: step time, and the peak memory of forward and
 backward beyond parameters and optimizer state.
 
-COMPILE: torch.compile of each block against eager, in one process with all cores. (On CUDA: on one GPU.)
+COMPILE: torch.compile of each block against eager, in one process with all cores. (On CUDA: on one GPU, in bf16 with
+flash attention, as a user's run.)
 """
 
 import os
@@ -18,7 +19,7 @@ from dataclasses import replace
 import torch
 from fairscale.nn.checkpoint import checkpoint_wrapper
 
-from dist_lm.bench.case import Benchmark, Case, Comparison, GroupSize, configurations, describe
+from dist_lm.bench.case import AS_USED, Benchmark, Case, Comparison, GroupSize, configurations, describe
 from dist_lm.bench.rank import OwnTraining, Trial, own_rows, peak_mib
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.root import Config
@@ -117,13 +118,21 @@ def _compile_cases(overrides: Sequence[str], quick: bool) -> list[Case]:
         raise UserError(f"torch.compile needs a C++ compiler and {compiler} is not there: install g++, or set CXX")
     ways: dict[str, GroupSize] = dict.fromkeys((COMPILED, EAGER), GroupSize(1, threads=cores()))
     rows = [Comparison(own=COMPILED, peer=EAGER)]
-    shapes = [(*NANO, *_batch(8, 256)), (*TINY, *_batch(4, 512))]
-    return [_case(config, ways, rows) for config in configurations(shapes, overrides, quick)]
+    shapes = [(AS_USED, *size, *batch) for size, batch in ((NANO, _batch(8, 256)), (TINY, _batch(4, 512)))]
+    given = [AS_USED, *overrides] if overrides else ()
+    return [_case(config, ways, rows) for config in configurations(shapes, given, quick)]
+
+
+def compiled_as_used(way: str, config: Config, device: torch.device) -> Config:
+    """The configuration of one way: on CUDA with the attention of packed documents that a user's run compiles."""
+    mask = config.stage.document_mask or device.type == "cuda"
+    mode = "always" if way == COMPILED else "never"
+    stage, parallel = replace(config.stage, document_mask=mask), replace(config.parallel, compile=mode)
+    return replace(config, stage=stage, parallel=parallel)
 
 
 def _build_compile(way: str, config: Config, world: World) -> Trial:
-    mode = "always" if way == COMPILED else "never"
-    return Trial(_training(config, world, replace(config.parallel, compile=mode)).step)
+    return Trial(_training(compiled_as_used(way, config, world.device), world).step)
 
 
 COMPILE = Benchmark(_compile_cases, _build_compile)

@@ -40,6 +40,21 @@ def test_the_other_ways_run(way):
     generate.build(way, config("stage.global_batch=2", "stage.seq_len=5"), WORLD).step()
 
 
+@pytest.mark.parametrize(
+    ("device", "overrides", "page", "dtype"),
+    [
+        ("cuda", (), 256, torch.bfloat16),
+        ("cpu", (), 64, torch.float32),
+        ("cuda", ("parallel.compute_dtype=fp32",), 64, torch.float32),
+    ],
+)
+def test_the_engine_is_the_one_that_a_user_gets_on_that_device(device, overrides, page, dtype):
+    (case,) = generate.cases([*TINY, *overrides], quick=True)
+    options, arithmetic = generate.engine_options(case.config, torch.device(device), [100, 300])
+    assert (options.page_tokens, arithmetic) == (page, dtype)
+    assert options.n_pages >= 2 + sum(-(-length // page) for length in (100, 300))
+
+
 def test_mixed_lengths_add_up_to_what_the_case_counts():
     mixed = generate.cases((), quick=False)[-2]
     lengths = generate.new_tokens(mixed.config)

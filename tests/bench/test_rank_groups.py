@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from dist_lm.bench.case import Case, Comparison, GroupSize
 from dist_lm.bench.rank_groups import RankFailedError, rank_groups
@@ -55,7 +56,14 @@ def test_a_rank_that_ends_is_reported_with_the_end_of_its_log(toy, tmp_path):  #
 def test_losses_that_are_not_finite_are_not_the_same():
     check_same({"a": [2.0, 1.0], "b": [2.0, 1.00001]})
     with pytest.raises(NotTheSameError, match="step 1"):
-        check_same({"a": [2.0, 1.0], "b": [2.0, float("nan")]})
+        check_same({"a": [2.0, 1.0], "b": [2.0, float("nan")]}, torch.bfloat16)
+
+
+def test_losses_in_bf16_may_differ_by_its_rounding():
+    losses = {"a": [2.0], "b": [2.004]}
+    check_same(losses, torch.bfloat16)
+    with pytest.raises(NotTheSameError):
+        check_same(losses)
 
 
 @pytest.mark.heavy
