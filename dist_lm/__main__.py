@@ -28,6 +28,8 @@ tools = typer.Typer(help="Examine a model that calls functions.", no_args_is_hel
 app.add_typer(tools, name="tools")
 dashboard = typer.Typer(help="Save views in wandb, or show an offline run in the terminal.", no_args_is_help=True)
 app.add_typer(dashboard, name="dashboard")
+profile = typer.Typer(help="Look at the traces of profile.steps.", no_args_is_help=True)
+app.add_typer(profile, name="profile")
 
 CheckpointPath = Annotated[
     Path, typer.Argument(help="A checkpoint, or a folder of checkpoints or a run (LATEST is used).")
@@ -280,6 +282,18 @@ def checkpoint_consolidate(
 
     count = consolidate(path, output, with_optimizer=optimizer)
     print(f"{output}: {count:,} tensors, {output.stat().st_size:,} bytes")
+
+
+@profile.command("summarize")
+def profile_summarize(
+    run: Annotated[Path, typer.Argument(help="A run (work/runs/STAGE/RUN_ID) with profile.steps.")],
+) -> None:
+    """Print where a step went: computation, messages hidden and exposed, idle time, host waits, operators."""
+    from dist_lm.storage.run_directory import RunDirectory
+    from dist_lm.tracking.console import Console
+    from dist_lm.training.profile_summary import summarize
+
+    summarize(RunDirectory(run), Console())
 
 
 def main() -> None:

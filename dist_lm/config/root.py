@@ -15,6 +15,7 @@ from dist_lm.config.corpus import CorpusConfig, TokenizerConfig
 from dist_lm.config.hardware import HardwareConfig
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.profile import ProfileConfig
 from dist_lm.config.rlhf import RolloutPoolConfig
 from dist_lm.config.stage import StageConfig
 from dist_lm.config.tracking import TrackingConfig
@@ -40,6 +41,7 @@ class Config:
     tokenizer: TokenizerConfig = MISSING
     cluster: ClusterConfig = MISSING
     tracking: TrackingConfig = MISSING
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
@@ -90,6 +92,12 @@ class Config:
             "stage.corpus",
             self.stage.corpus,
             f"one of the corpora of corpus={self.corpus.name}: {', '.join(self.corpus.corpora)}",
+        )
+        require(
+            not self.profile.steps or self.profile.steps[1] <= self.stage.steps,
+            "profile.steps",
+            self.profile.steps,
+            f"steps up to stage.steps={self.stage.steps}",
         )
         own = self.stage.corpus
         others = [name for name in self.corpus.corpora if own and name != own]

@@ -1,7 +1,7 @@
 """From the command line to a `Config`: Hydra composes, the dataclasses validate, every error is one line.
 
-The configurations of earlier stages are composed from the same command line: `stage.KEY` belongs to the target stage,
-`stages.NAME.KEY` to stage NAME.
+The configurations of earlier stages are composed from the same command line: `stage.KEY` and `profile.KEY` belong to
+the target stage, `stages.NAME.KEY` to stage NAME.
 """
 
 import difflib
@@ -93,7 +93,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
 def overrides_of(stage: str, target: str, overrides: Sequence[str]) -> list[str]:
     """The overrides of a command line for `target` that apply to `stage`."""
     mine: list[str] = []
-    groups = ("stage.", *(f"{name}." for name in own_groups(stage_named(target).schema)))
+    groups = ("stage.", "profile.", *(f"{name}." for name in own_groups(stage_named(target).schema)))
     for override in overrides:
         if match := re.match(r"stages\.(\w+)\.(.+)", override, flags=re.DOTALL):
             if match.group(1) == stage:

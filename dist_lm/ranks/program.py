@@ -41,6 +41,7 @@ from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
 from dist_lm.training.step_meter import matmul_flops
+from dist_lm.training.step_profiler import StepProfiler
 from dist_lm.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -195,6 +196,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             flops_per_token=flops_per_token(config.model, config.stage.seq_len),
             peak_flops=world.size * flops,
             bytes_per_token=data.bytes_per_token,
+            profiler=step_profiler(run, config, world),
         )
         log.info(
             "rank %d of %d on %s, %s, from step %d", world.rank, world.size, world.device, start.layout, state.step
@@ -216,6 +218,12 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
                 metrics.write(state.step, found)
                 write_result(run, config, stage, state, stream.packing, time.time() - began)
         del closing, whole_copy, model
+
+
+def step_profiler(run: RunDirectory, config: Config, world: World) -> StepProfiler:
+    """The profiler of this rank."""
+    on_gpu = world.device.type == "cuda"
+    return StepProfiler(config.profile.steps, on_gpu, run.trace(world.rank), run.memory_snapshot(world.rank))
 
 
 def restore(

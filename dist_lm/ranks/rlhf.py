@@ -19,7 +19,15 @@ from dist_lm.errors import ArtefactError
 from dist_lm.evaluation.tool_questions import shown
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.values import whole_weights
-from dist_lm.ranks.program import RankStart, check_corpora, metrics_of_step, open_metrics, started, write_success
+from dist_lm.ranks.program import (
+    RankStart,
+    check_corpora,
+    metrics_of_step,
+    open_metrics,
+    started,
+    step_profiler,
+    write_success,
+)
 from dist_lm.ranks.rlhf_held_out import HeldOut
 from dist_lm.ranks.rlhf_models import Begun, begin, saved_files, train_state
 from dist_lm.ranks.rlhf_supply import pretraining_text, rollout_source
@@ -39,6 +47,7 @@ from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.training.checkpoint_saver import CheckpointSaver
 from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
 from dist_lm.training.step_meter import Eta
+from dist_lm.training.step_profiler import StepProfiler
 from dist_lm.training.trainer import is_due, peak_memory_gib
 
 log = logging.getLogger(__name__)
@@ -58,6 +67,7 @@ class Reporter:
     heartbeat: Heartbeat
     tokens: int  # generated and trained on so far
     iteration: int  # finished iterations
+    profiler: StepProfiler
     _since: float = field(default_factory=time.perf_counter)
     _eta: Eta = field(init=False)
 
@@ -88,6 +98,7 @@ class Reporter:
             self.metrics.write(report.iteration, line)
         if self.metrics and shown and self.config.rlhf.table_rollouts:
             self._write_table(report)
+        self.profiler.reached(report.iteration)
         self.alive(Phase.DATA)
 
     def alive(self, phase: Phase) -> None:
@@ -154,7 +165,10 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         begun = begin(run, config, start, algorithm)
         state, world = begun.state, start.world
         metrics = open_metrics(run, world, train_state(begun.state, begun.tokens))
-        reporter = Reporter(config, run, world, start.tokenizer, metrics, heartbeat, begun.tokens, state.iteration)
+        profiler = step_profiler(run, config, world)
+        reporter = Reporter(
+            config, run, world, start.tokenizer, metrics, heartbeat, begun.tokens, state.iteration, profiler
+        )
         check_corpora(run, config, start.tokenizer, world)
         train, held_out_prompts = read_all(config, run, start.tokenizer)
         supply = _supply(config, start, begun, train, reporter, stack)
@@ -165,7 +179,8 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             if metrics and found:
                 metrics.write(0, found)
         text = stack.enter_context(pretraining_text(config, run, start, state.policy_updates))
-        with _saver(run, config, start) as saver:
+        with _saver(run, config, start) as saver, profiler:
+            profiler.reached(state.iteration)
             learner = Learner(
                 config=config.rlhf,
                 seed=config.seed,

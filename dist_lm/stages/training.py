@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 # keys that may change when a run is continued: placement and tracking, nothing that changes the result
 FREE_KEYS = (
-    *("work_dir", "prerequisites", "dry_run", "device", "hardware.", "cluster.", "tracking.", "tokenizer.workers"),
+    *("work_dir", "prerequisites", "dry_run", "device", "hardware.", "cluster.", "tracking.", "profile."),
+    "tokenizer.workers",
     *("parallel.auto", "parallel.dp_replicate", "parallel.dp_shard", "parallel.tp", "parallel.sp"),
     *("parallel.reshard_after_forward", "parallel.reduce_every_micro_batch", "parallel.activation_checkpointing"),
     *("parallel.compile", "parallel.cpu_offload", "parallel.loss_chunk_mib"),

@@ -6,7 +6,7 @@ work/
   runs/STAGE/RUN_ID/
     config.yaml metrics.jsonl result.json
     checkpoints/step_00000100/ ... LATEST BEST
-    logs/rank_00000.log   samples/   wandb/
+    logs/rank_00000.log   samples/   wandb/   profile/
   runs/generate/RUN_ID/
     config.yaml prompts.json metrics.jsonl samples/part-00000.jsonl ... wandb/ result.json
 """
@@ -156,6 +156,23 @@ class RunDirectory:
     def inputs(self) -> Path:
         """JSON: how many prompts stage `generate` began with, and the hashes of their files."""
         return self.path / "prompts.json"
+
+    @property
+    def profile(self) -> Path:
+        """What ranks record of the steps in `profile.steps`."""
+        return self.path / "profile"
+
+    def trace(self, rank: int) -> Path:
+        """Chrome trace of the profiled steps of rank `rank`."""
+        return self.profile / f"trace_{rank:05d}.json.gz"
+
+    def traces(self) -> dict[int, Path]:
+        """The existing traces by rank."""
+        return {int(path.name[6:11]): path for path in sorted(self.profile.glob("trace_?????.json.gz"))}
+
+    def memory_snapshot(self, rank: int) -> Path:
+        """GPU memory of rank `rank` in the profiled steps, in torch's format (a pickle; no code of ours reads it)."""
+        return self.profile / f"memory_{rank:05d}.pickle"
 
     @property
     def wandb(self) -> Path:

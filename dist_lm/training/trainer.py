@@ -5,7 +5,7 @@ import math
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from dist_lm.training.optimizer import learning_rate, set_learning_rate
 from dist_lm.training.state import TrainState
 from dist_lm.training.step import StepResult, accumulate_gradients, update
 from dist_lm.training.step_meter import Laps, StepMeter
+from dist_lm.training.step_profiler import StepProfiler
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Trainer:
     flops_per_token: int
     peak_flops: float  # of all ranks together; 0: unknown
     bytes_per_token: float = 0.0  # of the training text; 0: unknown
+    profiler: StepProfiler = field(default_factory=StepProfiler)
 
     def __post_init__(self) -> None:
         self.model.document_mask = self.config.stage.document_mask
@@ -75,8 +77,9 @@ class Trainer:
             if self.metrics:
                 self.metrics.write(0, line)
         meter = StepMeter(self.world, self.optimizer, stage.steps)
-        with self._saver() as saver:
+        with self._saver() as saver, self.profiler as profiler:
             while state.step < stage.steps:
+                profiler.reached(state.step)
                 meter.begin(self.is_detailed(state.step + 1))
                 rate = learning_rate(
                     state.step,
@@ -89,7 +92,7 @@ class Trainer:
                 data = next(self.stream)
                 meter.data_came()
                 self.heartbeat.beat(Phase.STEP, state.step)
-                result = self.step(state, data, rate, meter.laps)
+                result = self.step(state, data, rate, profiler.marked(meter.laps))
                 state = advance(state, result, data.position)
                 meter.end(state.step, result.tokens)
                 last = state.step == stage.steps

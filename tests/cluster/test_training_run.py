@@ -4,6 +4,7 @@ The runs that others are compared with and those that are disturbed are `torchru
 do the same in forked ranks; the tiny model, with dropout, gradient accumulation, evaluation and checkpoints on.
 """
 
+import io
 import json
 import os
 import random
@@ -16,11 +17,15 @@ from pathlib import Path
 import pytest
 
 from dist_lm.config.corpus import TokenizerConfig
+from dist_lm.config.root import save_config
 from dist_lm.model.size import GROUPS
+from dist_lm.stages.registry import load_config
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.train import train_tokenizer
+from dist_lm.tracking.console import Console
 from dist_lm.tracking.metrics import read_metrics
 from dist_lm.training import checkpoint_files
+from dist_lm.training.profile_summary import read_profile, summarize
 from tests.conftest import VOCAB_SIZE, texts
 from tests.forked_run import run_forked
 from tests.training_run import (
@@ -105,6 +110,27 @@ def test_a_run_killed_at_a_random_step_ends_bit_identical(reference, tiny_work, 
     train(run, ranks=2)
     assert numbers(run) == numbers(reference)
     assert samples(run) == samples(reference)
+
+
+def test_a_profile_changes_no_number_and_says_where_the_steps_went(reference, tiny_work, tmp_path):
+    run = linked(tiny_work, tmp_path).run("language", "two")
+    copy_until(reference, run, STEPS - 5)
+    config = load_config(run.config)
+    config.profile.steps = [STEPS - 2, STEPS - 1]
+    save_config(config, run.config)
+    train(run, ranks=2)
+    assert numbers(run) == numbers(reference)
+    assert list(run.traces()) == [0, 1]
+    for path in run.traces().values():
+        profile = read_profile(path)
+        assert profile.steps == 2
+        assert {"data", "forward", "backward", "optimizer"} < profile.parts.keys()
+        assert profile.hidden + profile.exposed > 0
+        assert any(name.startswith("gloo:") for name in profile.operators)
+        assert profile.compute + profile.exposed + profile.idle == pytest.approx(profile.step)
+    shown = io.StringIO()
+    summarize(run, Console(shown))
+    assert "aten::" in shown.getvalue()
 
 
 def samples(run: RunDirectory) -> dict[str, str]:

@@ -1,0 +1,257 @@
+"""Where the time of profiled steps went, from the trace files of a run alone: `dist-lm profile summarize RUN`.
+
+On a GPU computation and communication are kernels and copies; on a CPU they are operators and gloo's messages.
+Communication is hidden while the same device computes, else exposed. Idle is the rest of a step: on a GPU the host was
+late or waited, on a CPU Python ran or the process waited.
+"""
+
+import gzip
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_lm.errors import ArtefactError
+from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.tracking.console import Console
+from dist_lm.tracking.readable import percent
+from dist_lm.training.step_profiler import LAP, START, STEP
+
+DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of what a GPU does
+HOST_CALLS = ("cuda_runtime", "cuda_driver")
+WAITS = (  # calls in which the host waits for the GPU
+    *("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cudaFree"),
+    *("cuStreamSynchronize", "cuCtxSynchronize", "cuEventSynchronize"),
+)
+WRAPPERS = ("c10d", "_c10d_functional", "autograd", "torch")  # namespaces whose operators contain others or messages
+SHOWN = 15  # operators
+NAME = 70  # characters of an operator
+
+Interval = tuple[float, float]  # begin, end: microseconds
+
+
+@dataclass(frozen=True)
+class RankProfile:
+    """Means of a rank over its profiled steps, in seconds: step = compute + exposed + idle."""
+
+    steps: int
+    on_gpu: bool
+    step: float
+    compute: float
+    hidden: float  # communication during computation
+    exposed: float  # communication at other times
+    idle: float
+    waits: float  # calls in which the host waited for the GPU
+    waited: float  # seconds in them
+    pageable: float  # copies between the GPU and pageable memory
+    parts: Mapping[str, float]  # time of the host by part of a step; `rest`: metrics, evaluation, checkpoint
+    operators: Mapping[str, tuple[float, float]]  # calls, seconds
+
+
+def union(intervals: Iterable[Interval]) -> list[Interval]:
+    """The same points as sorted intervals that do not touch."""
+    merged: list[Interval] = []
+    for begin, end in sorted(intervals):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        elif end > begin:
+            merged.append((begin, end))
+    return merged
+
+
+def length(intervals: Sequence[Interval]) -> float:
+    """Sum of the lengths."""
+    return sum(end - begin for begin, end in intervals)
+
+
+def clipped(intervals: Iterable[Interval], window: Interval) -> list[Interval]:
+    """The parts of the intervals inside `window`."""
+    first, last = window
+    return [(max(first, begin), min(last, end)) for begin, end in intervals if begin < last and end > first]
+
+
+def profile_of(events: Iterable[Mapping[str, Any]]) -> RankProfile:
+    """The profile of a rank from the events of its trace (Chrome's format, times in microseconds).
+
+    Raises:
+        ValueError: no step is annotated.
+    """
+    spans = [event for event in events if event.get("ph") == "X"]
+    steps = sorted(_interval(event) for event in spans if _is_annotation(event) and event["name"].startswith(STEP))
+    if not steps:
+        raise ValueError(f"no annotation {STEP}N")
+    device = [event for event in spans if event.get("cat") in DEVICE]
+    work, messages = _gpu_work(spans, device) if device else _cpu_work(spans)
+    # a GPU may end a step after the host has
+    window = (steps[0][0], max([steps[-1][1], *(_interval(event)[1] for event in device)]))
+    compute = union(clipped((interval for _, interval, _ in work), window))
+    communication = union(clipped((interval for _, interval, _ in messages), window))
+    busy, total = length(union([*compute, *communication])), window[1] - window[0]
+    hidden = length(compute) + length(communication) - busy
+    waits = [event for event in spans if event.get("cat") in HOST_CALLS and event["name"] in WAITS]
+    inside = clipped(map(_interval, waits), window)
+    calls, seconds = Counter[str](), defaultdict[str, float](float)
+    for name, (begin, _), own in [*work, *messages]:
+        if window[0] <= begin < window[1]:
+            calls[name] += 1
+            seconds[name] += own
+    count, scale = len(steps), 1e6 * len(steps)
+    return RankProfile(
+        steps=count,
+        on_gpu=bool(device),
+        step=total / scale,
+        compute=length(compute) / scale,
+        hidden=hidden / scale,
+        exposed=(length(communication) - hidden) / scale,
+        idle=(total - busy) / scale,
+        waits=len(inside) / count,
+        waited=length(inside) / scale,
+        pageable=sum("Pageable" in event["name"] for event in device) / count,
+        parts={part: time / scale for part, time in _parts(spans, steps).items()},
+        operators={name: (calls[name] / count, seconds[name] / scale) for name in calls},
+    )
+
+
+Work = tuple[str, Interval, float]  # operator, when, microseconds without the operators that it calls
+
+
+def _gpu_work(spans: Sequence[Mapping[str, Any]], device: Sequence[Mapping[str, Any]]) -> tuple[list[Work], list[Work]]:
+    """Computation and communication of a GPU. Kernels have the name of the operator that launched them, if known."""
+    operators = {
+        event["args"].get("External id"): event["name"]
+        for event in spans
+        if event.get("cat") == "cpu_op" and _is_operator(event["name"])
+    }
+    work, messages = [], []
+    for event in device:
+        begin, end = _interval(event)
+        if "nccl" in event["name"].lower():
+            messages.append((event["name"].partition("(")[0], (begin, end), end - begin))
+        else:
+            launched = operators.get(event.get("args", {}).get("External id"))
+            work.append((launched or event["name"], (begin, end), end - begin))
+    return work, messages
+
+
+def _cpu_work(spans: Sequence[Mapping[str, Any]]) -> tuple[list[Work], list[Work]]:
+    """Computation and communication of a CPU. The operators in gloo's own threads belong to its messages."""
+    messages = [event for event in spans if event["name"].startswith("gloo:")]
+    main = {event["tid"] for event in spans if event["name"].startswith(STEP)}  # begins some messages
+    threads = {event["tid"] for event in messages} - main
+    calls = defaultdict[Any, list[tuple[str, Interval]]](list)
+    for event in spans:
+        if event.get("cat") == "cpu_op" and event.get("tid") not in threads and _is_operator(event["name"]):
+            calls[event["tid"]].append((event["name"], _interval(event)))
+    work = [found for called in calls.values() for found in _own_times(called)]
+    return work, [(event["name"], _interval(event), event["dur"]) for event in messages]
+
+
+def _own_times(calls: Iterable[tuple[str, Interval]]) -> list[Work]:
+    """The calls of one thread with their times without the calls inside them."""
+    found: list[tuple[str, Interval]] = []
+    own: list[float] = []
+    outer: list[int] = []  # indices of the calls that contain the present one
+    for name, (begin, end) in sorted(calls, key=lambda call: (call[1][0], -call[1][1])):
+        while outer and found[outer[-1]][1][1] <= begin:
+            outer.pop()
+        if outer:
+            own[outer[-1]] -= end - begin
+        outer.append(len(found))
+        found.append((name, (begin, end)))
+        own.append(end - begin)
+    return [(name, interval, time) for (name, interval), time in zip(found, own, strict=True)]
+
+
+def _parts(spans: Sequence[Mapping[str, Any]], steps: Sequence[Interval]) -> dict[str, float]:
+    """Microseconds of the host by part of a step; empty without marks of laps."""
+    marks = sorted(
+        (_interval(event)[1], "data" if event["name"] == START else event["name"].removeprefix(LAP))
+        for event in spans
+        if _is_annotation(event) and (event["name"] == START or event["name"].startswith(LAP))
+    )
+    parts: dict[str, float] = {}
+    for begin, end in steps if marks else ():
+        last = begin
+        for at, part in [mark for mark in marks if begin <= mark[0] <= end] + [(end, "rest")]:
+            parts[part] = parts.get(part, 0.0) + at - last
+            last = at
+    return parts
+
+
+def _is_operator(name: str) -> bool:
+    namespace, found, _ = name.partition("::")
+    return bool(found) and namespace not in WRAPPERS
+
+
+def _is_annotation(event: Mapping[str, Any]) -> bool:
+    return event.get("cat") == "user_annotation"
+
+
+def _interval(event: Mapping[str, Any]) -> Interval:
+    return event["ts"], event["ts"] + event["dur"]
+
+
+def read_profile(path: Path) -> RankProfile:
+    """The profile in a trace file.
+
+    Raises:
+        ArtefactError: the file is damaged, or not a trace of a run.
+    """
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            return profile_of(json.load(file)["traceEvents"])
+    except (OSError, EOFError, ValueError, KeyError) as error:
+        raise ArtefactError(f"{path}: not a trace of profile.steps ({error}); profile the run again") from error
+
+
+def summarize(run: RunDirectory, console: Console) -> None:
+    """Print where the profiled steps of a run went, by rank and over all ranks.
+
+    Raises:
+        ArtefactError: the run has no traces, or one is damaged.
+    """
+    profiles = {rank: read_profile(path) for rank, path in sorted(run.traces().items())}
+    if not profiles:
+        raise ArtefactError(f"{run.profile}: no traces; run the stage with profile.steps=[FIRST,LAST]")
+    values = list(profiles.values())
+    on_gpu = any(profile.on_gpu for profile in values)
+
+    def mean(name: str) -> float:
+        return sum(getattr(profile, name) for profile in values) / len(values)
+
+    columns = {"step": "step", "compute": "computing", "exposed": "messages exposed", "idle": "idle"}
+    columns |= {"hidden": "messages hidden"} | ({"waited": "host waits for GPU"} if on_gpu else {})
+    rows = [[str(rank), *(_ms(getattr(profile, name)) for name in columns)] for rank, profile in profiles.items()]
+    rows += [["mean", *(_ms(mean(name)) for name in columns)]]
+    rows += [["share", *(percent(mean(name) / mean("step")) for name in columns)]]
+    title = f"Time of the {'GPU' if on_gpu else 'CPU'}, ms a step, mean of {values[0].steps} steps"
+    console.table(title, ("rank", *columns.values()), rows)
+    if on_gpu:
+        console.line(
+            f"a step, the host waits {mean('waits'):.1f} times for the GPU and copies {mean('pageable'):.1f} tensors "
+            "from or to pageable memory (pinned memory needs no waiting)"
+        )
+    if parts := list(dict.fromkeys(part for profile in values for part in profile.parts)):
+        rows = [[str(rank), *(_ms(p.parts.get(part, 0.0)) for part in parts)] for rank, p in profiles.items()]
+        console.table("Time of the host, ms a step", ("rank", *parts), rows)
+    rows = [
+        (name[:NAME], f"{calls:.1f}", _ms(seconds), percent(seconds / mean("step")))
+        for name, calls, seconds in top_operators(values)[:SHOWN]
+    ]
+    console.table("Operators, a step, mean of all ranks", ("operator", "calls", "ms", "share"), rows)
+
+
+def top_operators(profiles: Sequence[RankProfile]) -> list[tuple[str, float, float]]:
+    """(operator, calls, seconds), means over ranks, longest first."""
+    calls, seconds = defaultdict[str, float](float), defaultdict[str, float](float)
+    for profile in profiles:
+        for name, (count, time) in profile.operators.items():
+            calls[name] += count / len(profiles)
+            seconds[name] += time / len(profiles)
+    return [(name, calls[name], seconds[name]) for name in sorted(seconds, key=lambda name: -seconds[name])]
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.1f}"

@@ -1,0 +1,109 @@
+"""Traces of some steps of a run for Perfetto and `dist-lm profile summarize`, and the memory of the GPU in these steps.
+
+Profiling changes no number of a run, but profiled steps take longer: every operator is recorded.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from dist_lm.training.step_meter import Laps
+
+log = logging.getLogger(__name__)
+
+STEP = "ProfilerStep#"  # annotation around a step; torch's tools know the name
+LAP = "end of "  # annotation where a lap of a step ends
+START = "start of passes"  # annotation where the first lap of a step begins
+MEMORY_EVENTS = 100_000  # newest allocations and frees in a memory snapshot
+
+
+class StepProfiler:
+    """Records some steps. As a context manager it also writes the trace if the run stops before the last of them."""
+
+    def __init__(
+        self, steps: Sequence[int] = (), on_gpu: bool = False, trace: Path = Path(), memory: Path = Path()
+    ) -> None:
+        """
+        Args:
+            steps: first and last; empty: nothing is recorded.
+            trace: file of this rank's trace, `.json.gz`.
+            memory: file of this rank's memory snapshot in torch's format (a pickle), if `on_gpu`.
+        """
+        self._first, self._last = steps or (0, 0)
+        self._trace, self._memory = trace, memory
+        self._on_gpu = on_gpu
+        self._profile: profile | None = None
+        self._step: record_function | None = None  # annotation of the current step, if it is recorded
+
+    def __enter__(self) -> "StepProfiler":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._step:
+            self._end()
+
+    def reached(self, completed: int) -> None:
+        """Step `completed` is complete, the next one begins."""
+        step = completed + 1
+        if self._step and step > self._last:
+            self._end()
+        if not max(1, self._first - 1) <= step <= self._last:
+            return
+        if self._profile is None:
+            # one step early: the profiler takes seconds to start
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self._on_gpu
+            self._profile = profile(activities=activities)
+            self._profile.prepare_trace()
+        if self._step:
+            self._step.__exit__(None, None, None)
+        elif step >= self._first:
+            self._profile.start_trace()
+            if self._on_gpu:
+                torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+        if step >= self._first:
+            self._step = record_function(f"{STEP}{step}")
+            self._step.__enter__()
+
+    def marked(self, laps: Laps) -> Laps:
+        """`laps`, whose laps also appear in the trace while a step is recorded."""
+        return MarkedLaps(laps) if self._step else laps
+
+    def _end(self) -> None:
+        assert self._profile
+        assert self._step
+        self._step.__exit__(None, None, None)
+        self._profile.stop_trace()
+        self._trace.parent.mkdir(exist_ok=True)
+        self._profile.export_chrome_trace(str(self._trace))
+        if self._on_gpu:
+            torch.cuda.memory._dump_snapshot(str(self._memory))
+            torch.cuda.memory._record_memory_history(enabled=None)
+        self._profile = self._step = None
+        log.info("profile of steps %d to %d: %s", self._first, self._last, self._trace)
+
+
+class MarkedLaps:
+    """Laps that leave an annotation at the end of each one."""
+
+    def __init__(self, laps: Laps) -> None:
+        self._laps = laps
+
+    def start(self) -> None:
+        """See `Laps`."""
+        with record_function(START):
+            self._laps.start()
+
+    def lap(self, name: str) -> None:
+        """See `Laps`."""
+        with record_function(LAP + name):
+            self._laps.lap(name)
+
+    def take(self) -> dict[str, float]:
+        """See `Laps`."""
+        return self._laps.take()

@@ -1,0 +1,80 @@
+"""Profiled steps: the numbers are those of a run without a profile, the trace holds the steps that were asked for."""
+
+import gzip
+import json
+
+import pytest
+import torch
+
+from dist_lm.errors import ConfigError
+from dist_lm.launcher.compose import compose_config, overrides_of
+from dist_lm.training.profile_summary import read_profile
+from dist_lm.training.step_meter import WallLaps
+from dist_lm.training.step_profiler import STEP, StepProfiler
+
+
+def train(profiler: StepProfiler, steps: range) -> torch.Tensor:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 8)
+    optimizer = torch.optim.AdamW(model.parameters())
+    wall = WallLaps()
+    with profiler:
+        for completed in steps:
+            profiler.reached(completed)
+            laps = profiler.marked(wall)
+            laps.start()
+            loss = model(torch.full((4, 8), float(completed))).square().sum()
+            laps.lap("forward")
+            loss.backward()
+            laps.lap("backward")
+            optimizer.step()
+            optimizer.zero_grad()
+            laps.lap("optimizer")
+            assert wall.take().keys() == {"forward", "backward", "optimizer"}
+    return model.weight.detach()
+
+
+def steps_in(path) -> list[str]:
+    with gzip.open(path) as file:
+        events = json.load(file)["traceEvents"]
+    return sorted(event["name"].removeprefix(STEP) for event in events if event["name"].startswith(STEP))
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps", "found"),
+    [
+        ((2, 3), range(6), ["2", "3"]),
+        ((1, 2), range(2), ["1", "2"]),  # all of the run
+        ((3, 9), range(5), ["3", "4", "5"]),  # a run that was stopped
+        ((3, 5), range(3, 6), ["4", "5"]),  # a run that continues
+    ],
+)
+def test_the_steps_that_were_asked_for_are_traced_and_change_nothing(tmp_path, asked, steps, found):
+    trace = tmp_path / "profile" / "trace.json.gz"
+    assert torch.equal(train(StepProfiler(asked, False, trace), steps), train(StepProfiler(), steps))
+    assert steps_in(trace) == found
+    profile = read_profile(trace)
+    assert profile.steps == len(found)
+    assert profile.parts.keys() == {"data", "forward", "backward", "optimizer", "rest"}
+    assert sum(profile.parts.values()) <= profile.step
+    assert profile.operators["aten::addmm"][0] == 1
+    assert 0 < profile.compute < profile.step
+    assert (profile.hidden, profile.exposed) == (0, 0)
+
+
+@pytest.mark.parametrize(("asked", "steps"), [((8, 9), range(5)), ((2, 3), range(3, 6)), ((6, 7), range(5))])
+def test_steps_that_do_not_come_leave_no_trace(tmp_path, asked, steps):
+    train(StepProfiler(asked, False, tmp_path / "trace.json.gz"), steps)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("steps", ["[3]", "[0,2]", "[4,4]", "[5,3]", "[1,2,3]", "[1,21]"])
+def test_steps_that_no_run_has_are_refused(steps):
+    with pytest.raises(ConfigError, match=r"profile\.steps"):
+        compose_config(["stage=language", "model=nano", "stage.steps=20", f"profile.steps={steps}"])
+
+
+def test_only_the_target_stage_is_profiled():
+    overrides = ["profile.steps=[2,3]", "seed=1"]
+    assert overrides_of("code", "code", overrides) == ["stage=code", *overrides]
+    assert overrides_of("language", "code", overrides) == ["stage=language", "seed=1"]
