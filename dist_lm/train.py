@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 
 from dist_lm.cluster.agent import STACKS_SIGNAL
+from dist_lm.cluster.flight_recorder import collectives_served
 from dist_lm.cluster.heartbeat import own_heartbeat
 from dist_lm.cluster.node_facts import host_name
 from dist_lm.errors import UserError
@@ -49,7 +50,8 @@ def main() -> None:
         program = importlib.import_module(
             training_stage(load_config(run.config).stage.name).program
         )  # torch and other heavy packages
-        program.run_rank(run, stop, own_heartbeat(os.environ))
+        with collectives_served(os.environ):
+            program.run_rank(run, stop, own_heartbeat(os.environ))
     except BaseException as error:
         try:
             log.error("%s", error if is_for_the_user(error, run) else traceback.format_exc())

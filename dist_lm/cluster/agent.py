@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from dist_lm.cluster import node_facts
+from dist_lm.cluster import flight_recorder, node_facts
 from dist_lm.cluster.heartbeat import VARIABLE, HeartbeatBoard, Pulse
 from dist_lm.cluster.node_facts import LinkServer, NodeFacts, NodeUsage, UsageMeter
 from dist_lm.cluster.ray_cluster import access_variables
@@ -87,6 +88,7 @@ class NodeAgent:
         self._interrupt = False
         self._interrupted: set[int] = set()
         self._board: HeartbeatBoard | None = None
+        self._sockets: tempfile.TemporaryDirectory[str] | None = None  # of the ranks' flight recorders
         self._links: LinkServer | None = None
         self._meter = UsageMeter()
 
@@ -116,6 +118,7 @@ class NodeAgent:
         self._close_links()
         self._assignment = assignment
         self._board = HeartbeatBoard(assignment.ranks_per_node)
+        self._sockets = tempfile.TemporaryDirectory(prefix="dlm-")
         self._report, write_end = os.pipe()
         command = [sys.executable, "-m", "dist_lm.cluster.torchrun", str(os.getpid()), str(write_end)]
         environment = rank_environment(
@@ -138,7 +141,7 @@ class NodeAgent:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment | {VARIABLE: self._board.path},
+                env=environment | {VARIABLE: self._board.path, flight_recorder.VARIABLE: self._sockets.name},
                 cwd=assignment.directory if assignment.directory.is_dir() else None,
                 pass_fds=(write_end,),
                 start_new_session=True,
@@ -160,19 +163,25 @@ class NodeAgent:
         self._interrupt = True
         self._send_interrupt()
 
-    def dump_stacks(self) -> None:
-        """Have every rank write the stacks of its threads to its log; C++ frames need py-spy."""
+    def dump_hang(self) -> None:
+        """Write what the ranks hang in: the stacks of their threads to their logs, and their last collectives.
+
+        C++ frames need py-spy.
+        """
         assert self._assignment is not None
-        ranks = self._ranks()
+        assert self._sockets is not None
+        run, first, ranks = self._assignment.run, self._assignment.first_rank, self._ranks()
         for rank in ranks.values():
             if process.catches(rank, STACKS_SIGNAL):
                 process.send(rank, STACKS_SIGNAL)
+        files = {local: run.collectives(first + local) for local in ranks}
+        flight_recorder.dump_collectives(Path(self._sockets.name), files)
         spy, deadline = shutil.which("py-spy"), time.monotonic() + PY_SPY_S
         for local, rank in sorted(ranks.items()) if spy else ():
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 return
-            with self._assignment.run.rank_log(self._assignment.first_rank + local).open("ab") as log:
+            with run.rank_log(first + local).open("ab") as log:
                 command = [spy, "dump", "--nonblocking", "--native", "--pid", str(rank.pid)]
                 with suppress(subprocess.TimeoutExpired):  # a process that waits for a device cannot be read
                     subprocess.run(command, stdout=log, stderr=log, timeout=left_s, check=False)
@@ -186,6 +195,8 @@ class NodeAgent:
         left = process.end(lambda: process.marked(mark), grace_s)
         if self._torchrun is not None:
             self._torchrun.poll()  # reaps the zombie
+        if self._sockets:
+            self._sockets.cleanup()
         return left
 
     def _send_interrupt(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 
 from dist_lm.cluster.agent import Assignment, NodeReport, RankExit
 from dist_lm.cluster.events import SILENT, Crowd, GangFailure, clear_failures, explain
+from dist_lm.cluster.flight_recorder import waited_for
 from dist_lm.cluster.heartbeat import Hang, Patience, Pulse, find_hang
 from dist_lm.cluster.node_facts import NodeUsage
 from dist_lm.cluster.ray_cluster import first_line
@@ -26,7 +27,7 @@ SETTLE_S = 3.0  # the same after a failure, before a silent node counts as lost
 LOST_S = 30.0  # an agent that is unreachable for this long is lost
 STOP_GRACE_S = 5.0  # between SIGTERM and SIGKILL
 START_S = 60.0  # for all agents to start torchrun
-STACKS_S = 30.0  # for all ranks to write their stacks
+DUMP_S = 30.0  # for all ranks to write their stacks and collectives
 PATIENCE = Patience(steps=20.0, least_s=120.0, otherwise_s=1800.0)
 
 
@@ -287,8 +288,12 @@ class Gang:
         return failure
 
     def _end_hang(self, hang: Hang) -> GangFailure:
-        self._call(lambda agent: agent.dump_stacks.remote(), STACKS_S)
-        message = f"{hang.message}; the logs of all ranks hold their stacks"
+        files = {pulse.rank: self._run.collectives(pulse.rank) for pulse in self.pulses()}
+        for file in files.values():
+            file.unlink(missing_ok=True)  # of an earlier hang
+        self._call(lambda agent: agent.dump_hang.remote(), DUMP_S)
+        waited = waited_for(files)
+        message = f"{hang.message}{waited and '; '}{waited}; logs/ holds the stacks and last collectives of all ranks"
         if hang.rank is None:
             return self._end(GangFailure(None, None, "hung", message, self._run.logs))
         return self._end(self._crowd.failure_of(hang.rank, "hung", message, self._run.rank_log(hang.rank)))

@@ -125,6 +125,10 @@ class RunDirectory:
         """The existing records of failed ranks."""
         return sorted(self.logs.glob("failure_*.json"))
 
+    def collectives(self, rank: int) -> Path:
+        """JSON of the last collectives that rank `rank` had called when the ranks last hung (`flight_recorder.py`)."""
+        return self.logs / f"collectives_{rank:05d}.json"
+
     def node_log(self, node: int) -> Path:
         """Output of torchrun on node `node`, and of its ranks until they open their own logs."""
         return self.logs / f"node_{node:05d}.log"

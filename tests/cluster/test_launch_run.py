@@ -120,6 +120,9 @@ def test_ranks_that_hang_are_found_their_stacks_logged_and_the_run_goes_on(undis
     assert "hung: no heartbeat" in err
     assert "its process is stopped" in err
     assert "most recent call first" in run.rank_log(1 - number).read_text()
+    waits = json.loads(run.collectives(1 - number).read_text())["gloo"]["entries"][-1]
+    assert waits["profiling_name"].startswith("gloo:")
+    assert json.loads(run.collectives(number).read_text()) == {"error": "the rank does not answer: timed out"}
     assert numbers(run) == numbers(undisturbed.run("code", "default"))
 
 
