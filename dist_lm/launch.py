@@ -94,13 +94,15 @@ def show_configuration(arguments: list[str]) -> None:
 
 def run_command(overrides: Sequence[str], console: Console) -> int:
     """Plan what `overrides` ask for, show the plan, and carry it out. Returns the exit code."""
+    from dist_lm.launcher.layout_choice import with_begun_runs
+
     target = target_stage(overrides)
     check_stage_prefixes(overrides, target)
 
     def compose(stage: str) -> Config:
         return compose_config(overrides_of(stage, target, overrides))
 
-    plan = make_plan(target, compose)
+    plan = with_begun_runs(make_plan(target, compose), overrides)
     config = plan.target.config
     check_layouts(plan, config.dry_run)
     show_plan(plan, console)
@@ -121,7 +123,8 @@ def check_layouts(plan: Plan, dry_run: bool) -> None:
 
     for stage in plan.stages if dry_run else plan.missing:
         if stage.stage.place is Place.RANKS and (dry_run or stage.config.cluster.name == "local"):
-            with_layout(stage.config, (ranks_planned if dry_run else ranks_here)(stage.config))
+            ranks = (ranks_planned if dry_run else ranks_here)(stage.config)
+            with_layout(stage.config, ranks, before=stage.begun)
 
 
 def check_stage_prefixes(overrides: Sequence[str], target: str) -> None:
@@ -176,7 +179,7 @@ def check_and_describe(plan: Plan, console: Console) -> None:
             console.line(f"{stage.name}: its iterations are not played")
         else:
             ranks = ranks_planned(stage.config)
-            config = on_nodes_of(with_layout(stage.config, ranks, console), ranks)
+            config = on_nodes_of(with_layout(stage.config, ranks, console, stage.begun), ranks)
             layout = resolve_layout(config.parallel, config.model, config.cluster.nodes * ranks)
             with console.waiting(f"playing a step of {stage.name}"):
                 reports = play_ranks(config, layout)
@@ -319,7 +322,7 @@ def check_on_cluster(stages: Sequence[PlannedStage]) -> None:
     with connect(stages[0].config.cluster) as cluster:
         for stage in stages:
             if stage.stage.place is Place.RANKS:
-                fitted(stage.config, cluster)
+                fitted(stage, cluster)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,12 @@ from dist_lm.bench.case import benchmark_at
 from dist_lm.bench.run import BENCHMARKS
 from dist_lm.config.root import Config, save_config
 from dist_lm.generation.request import Answer
-from dist_lm.launch import check_stage_prefixes
+from dist_lm.launch import check_stage_prefixes, ranks_planned
 from dist_lm.launcher.compose import choices, compose_config, overrides_of, target_stage
+from dist_lm.launcher.layout_choice import with_layout
 from dist_lm.launcher.plan import may_need
+from dist_lm.stages.registry import stage_named
+from dist_lm.stages.training import TrainingStage
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.metrics_page import page as metrics_page
 from tests.conftest import TINY
@@ -128,7 +131,15 @@ def compose_line(overrides: tuple[str, ...]) -> None:
     named = re.findall(r"^stages\.(\w+)\.", "\n".join(overrides), re.MULTILINE)
     with_experiment = any(override.startswith("experiment=") for override in overrides)
     for stage in {target, *(may_need(target) if with_experiment else named)}:
-        compose_config(overrides_of(stage, target, overrides))
+        config = compose_config(overrides_of(stage, target, overrides))
+        if config.dry_run and isinstance(stage_named(stage), TrainingStage):
+            check_layout(config, cuts_matrices=any(override.startswith("parallel.tp=") for override in overrides))
+
+
+def check_layout(config: Config, cuts_matrices: bool) -> None:
+    """The layout fits; no line advises tensor parallelism where a node holds the model."""
+    layout = with_layout(config, ranks_planned(config)).parallel
+    assert cuts_matrices or layout.tp == 1, f"model={config.model.name}: parallel.tp={layout.tp}"
 
 
 def check_verb(arguments: list[str]) -> None:

@@ -86,7 +86,8 @@ class Transformers(Peer):
 
         with tempfile.TemporaryDirectory(prefix="dlm-bench-") as folder:
             save_gpt_neox(dict(model.named_parameters()), model.config, Path(folder), eot_id=0, pad_id=1)
-            self._model = AutoModelForCausalLM.from_pretrained(folder).eval().to(device, dtype)
+            model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder).eval()
+            self._model: Any = model.to(device, dtype)
         self._sampling = {"temperature": SAMPLING.temperature, "top_k": SAMPLING.top_k, "top_p": SAMPLING.top_p}
 
     def generate(self, prompt_BT: torch.Tensor, n_new: int) -> None:
@@ -101,7 +102,7 @@ class Transformers(Peer):
         return float(logits_TV.log_softmax(-1).gather(1, token_T[:, None]).mean())
 
     def _generate(self, prompt_BT: torch.Tensor, n_new: int, **options: Any) -> Any:
-        return self._model.generate(  # type: ignore[operator]
+        return self._model.generate(
             prompt_BT,
             attention_mask=torch.ones_like(prompt_BT),
             max_new_tokens=n_new,

@@ -1,4 +1,4 @@
-"""`parallel=auto`: of the layouts that fit the memory, the one with the fastest estimated step. No torch here."""
+"""The choice of a layout by estimates of memory and time: `parallel=auto`, and open dp axes. No torch here."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,6 +17,9 @@ from dist_lm.tracking.readable import gib, span
 USABLE = 0.85
 """Usable share of a device's memory; the rest is for the driver, fragmentation and errors of the estimate."""
 
+NEAR = 1.03
+"""Layouts are equally fast within this ratio, which is less than the error of the estimate."""
+
 SHOWN = 6
 
 Value = TypeVar("Value")
@@ -33,6 +36,10 @@ class Candidate:
 
     def fits(self, memory_gib: float) -> bool:
         return self.memory <= USABLE * memory_gib * 2**30
+
+    def in_nodes(self, devices: int) -> bool:
+        """Whether each rank gathers parameters from ranks of its own node only."""
+        return devices % (self.layout.dp_shard * self.layout.tp) == 0
 
 
 def candidates(config: Config, world_size: int) -> list[Candidate]:
@@ -75,16 +82,36 @@ def _nothing_to_try(config: Config, world_size: int, fixed: dict[str, int]) -> C
     )
 
 
+def inside_nodes(config: Config) -> ParallelConfig | None:
+    """`config.parallel` with FSDP over the ranks of a node and replicas between nodes; None if a dp axis is given, if
+    there is one node, or if the model does not fit that way.
+
+    Args:
+        config: with the ranks of a node as hardware.devices_per_node.
+    """
+    parallel, hardware, ranks = config.parallel, config.hardware, config.hardware.devices_per_node
+    is_open = parallel.dp_replicate == parallel.dp_shard == -1 and parallel.tp > 0
+    planned = config.device in ("auto", hardware.device)
+    if not is_open or not planned or config.cluster.nodes == 1 or ranks % parallel.tp or ranks == parallel.tp:
+        return None
+    layout = Layout(config.cluster.nodes, ranks // parallel.tp, parallel.tp)
+    if layout not in layouts_of(config.model, layout.world_size):
+        return None
+    memory = estimate_memory(config, layout).peak * config.trained_models
+    return replace(parallel, dp_shard=layout.dp_shard) if memory <= USABLE * hardware.memory_gib * 2**30 else None
+
+
 def best(config: Config, found: list[Candidate]) -> Candidate:
-    """The fastest candidate that fits the memory.
+    """The fastest candidate that fits the memory; of equally fast ones, one whose shards stay inside a node.
 
     Raises:
         ConfigError: none fits.
     """
-    memory_gib = config.hardware.memory_gib
-    for candidate in found:
-        if candidate.fits(memory_gib):
-            return candidate
+    hardware, memory_gib = config.hardware, config.hardware.memory_gib
+    fitting = [candidate for candidate in found if candidate.fits(memory_gib)]
+    if fitting:
+        near = (one for one in fitting if one.seconds <= NEAR * fitting[0].seconds)
+        return next((one for one in near if one.in_nodes(hardware.devices_per_node)), fitting[0])
     least = min(found, key=lambda candidate: candidate.memory)
     micro_batch = config.stage.micro_batch
     lower = f"lower stage.micro_batch={micro_batch}" if micro_batch > 1 else "shorten stage.seq_len"

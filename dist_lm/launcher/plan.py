@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dist_lm.config.root import Config
 from dist_lm.errors import ConfigError
 from dist_lm.stages.registry import stage_named
 from dist_lm.stages.stage import Action, Stage
+
+if TYPE_CHECKING:
+    from dist_lm.launcher.layout_choice import Begun
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,7 @@ class PlannedStage:
     config: Config
     action: Action
     detail: str
+    begun: "Begun | None" = None  # of a training run that goes on
 
     @property
     def name(self) -> str:

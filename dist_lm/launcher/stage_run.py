@@ -107,7 +107,9 @@ class Attempts:
         while crew := self.muster.call(restarts.suspects, target):
             nodes = len(crew.hosts)
             if nodes not in config_of:
-                config_of[nodes] = with_layout(on_nodes(self.config, nodes), self.ranks_per_node, self.console)
+                config_of[nodes] = with_layout(
+                    on_nodes(self.config, nodes), self.ranks_per_node, self.console, self.stage.begun
+                )
             outcome = self.attempt(config_of[nodes], crew)
             target, failure = outcome.grow_to, outcome.status.failure
             if self.run.result.exists():
@@ -223,10 +225,10 @@ def run_training_stage(
         GangFailure: more than cluster.max_restarts failures in a row without a new checkpoint.
         ArtefactError: the ranks ended without a result, and nobody asked them to stop.
     """
-    config, ranks = fitted(stage.config, cluster)
+    config, ranks = fitted(stage, cluster)
     device, run = config.device, run_of(config)
-    possible = sizes(config, ranks)
-    first = with_layout(config, ranks, console)
+    possible = sizes(config, ranks, stage.begun)
+    first = with_layout(config, ranks, console, stage.begun)
     run.create()
     with ExitStack() as stack:
         stack.enter_context(locked(run.launch_lock, job=job, wait_s=LOOK_S))
@@ -248,16 +250,16 @@ def run_training_stage(
         return attempts.until_done({possible[0]: first})
 
 
-def fitted(config: Config, cluster: RayCluster) -> tuple[Config, int]:
-    """(configuration with its device, ranks per node) for the nodes of a cluster.
+def fitted(stage: PlannedStage, cluster: RayCluster) -> tuple[Config, int]:
+    """(configuration with its device and ranks per node, ranks per node) for the nodes of a cluster.
 
     Raises:
         ConfigError: layout, batch or hardware group do not fit.
     """
-    device, ranks = device_and_ranks(config, cluster)
-    config = replace(config, device=device)
+    device, ranks = device_and_ranks(stage.config, cluster)
+    config = replace(stage.config, device=device, cluster=replace(stage.config.cluster, ranks_per_node=ranks))
     check_hardware(config)
-    with_layout(config, ranks)
+    with_layout(config, ranks, before=stage.begun)
     return config, ranks
 
 
