@@ -9,6 +9,7 @@ Dimensions: N tokens, B sequences, D d_model, V vocabulary, H query heads, G key
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from dist_lm.generation.linear import VECTOR, Linear, build_linear
 from dist_lm.generation.paged_cache import PagedCache, Piece, Plan, pages_for
 from dist_lm.generation.plain_pages import PLAIN_PAGE_TOKENS, PlainPages
 from dist_lm.generation.shard import Share, build_embedding, gathering, leaving, share_of
+from dist_lm.generation.transfer import upload
 from dist_lm.model.layers import RopeTables, activate, normalise_heads, rope_tables, rotate
 from dist_lm.model.size import packs_documents, parameter_shapes
 from dist_lm.parallel.tensor_axis import TensorAxis
@@ -64,7 +66,6 @@ class Decoder:
         self.config = config
         self.share, self.axis = share or share_of(config), axis
         self.cache = cache = build_cache(self.share, n_pages, page_size, dtype, device)
-        self._page_size = page_size
         self._dtype, self._device = dtype, device
         position_1T = torch.arange(config.max_seq_len, device=device)[None]
         tables = rope_tables(position_1T, config.d_head, config.rope_base, dtype)
@@ -113,29 +114,22 @@ class Decoder:
 
     def prefill(self, pieces: Sequence[Piece]) -> torch.Tensor:
         """Compute and cache pieces. Returns fp32 logits (pieces, V) after the last token of each."""
-        tokens = [token for piece in pieces for token in piece.tokens]
-        positions = [piece.start + i for piece in pieces for i in range(len(piece.tokens))]
-        written = [
-            piece.pages[position // self._page_size] * self._page_size + position % self._page_size
-            for piece in pieces
-            for position in range(piece.start, piece.start + len(piece.tokens))
-        ]
-        last, end = [], -1
-        for piece in pieces:
-            end += len(piece.tokens)
-            last.append(end)
-        place_X = self.cache.places(torch.tensor(written, device=self._device))
+        plan = self.cache.plan_prefill(pieces)
+        place_X = self.cache.places(plan.written_N)
 
         def attend(layer: int, q: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             self.cache.write(layer, place_X, key, value)
-            return self.cache.prefill(layer, q, key, value, pieces)
+            return self.cache.prefill(layer, q, key, value, plan)
 
-        token_N, position_N = torch.tensor([tokens, positions], device=self._device)
-        x_ND = self._hidden(token_N, position_N, attend)
-        return self._logits(x_ND[last])
+        tokens = [token for piece in pieces for token in piece.tokens]
+        ends = [*accumulate(len(piece.tokens) for piece in pieces)]
+        token_N, end_P = upload(self._device, torch.tensor(tokens), torch.tensor(ends))
+        x_ND = self._hidden(token_N, plan.position_N, attend)
+        return self._logits(x_ND[end_P - 1])
 
-    def decode(self, token_B: torch.Tensor, plan: Plan) -> torch.Tensor:
+    def decode(self, tokens: Sequence[int], plan: Plan) -> torch.Tensor:
         """Compute and cache one token per sequence. Returns fp32 logits (B, V); the next step may overwrite them."""
+        (token_B,) = upload(self._device, torch.tensor(tokens))
         if self._graphs is not None and isinstance(plan, FlashPlan):
             return self._graphs(token_B, plan)
         return self._decode(token_B, plan)

@@ -26,7 +26,8 @@ from dist_lm.generation.paged_cache import PagePool, Piece, Plan, pages_for
 from dist_lm.generation.plain_pages import ALIGNED
 from dist_lm.generation.request import Answer, FinishReason, OnText, Refusal, Request, RequestError, TextStream
 from dist_lm.generation.request import Sequence as Running
-from dist_lm.generation.sampling import Choice, Group, adjust, group_rows, sample, uniform
+from dist_lm.generation.sampling import Choice, Group, adjusted, group_rows, sample, uniform
+from dist_lm.generation.transfer import upload
 
 if TYPE_CHECKING:
     from dist_lm.generation.sharded import ShardedDecoder
@@ -106,7 +107,7 @@ class Engine:
         self._aside: list[Running] = []  # oldest first
         self._done: list[Answer | Refusal] = []
         self._plan: tuple[tuple[object, ...], Plan] | None = None
-        self._groups: tuple[list[Running], list[Group]] = ([], [])
+        self._rows: tuple[list[Running], torch.Tensor, list[Group]] | None = None  # with their seeds
         try:
             self.load_weights(weights, version)
         except BaseException:
@@ -280,25 +281,26 @@ class Engine:
                 self._prompts.remove(group)
                 begun.append((group, row))
         if begun:
-            rows = [row for group, row in begun for _ in group]
             sequences = [sequence for group, _ in begun for sequence in group]
             for group, _ in begun:
                 for other in group[1:]:
                     other.pages, other.cached = list(group[0].pages), group[0].cached
                     self._pool.share(other.pages)
             self._running += sequences
-            self._take_tokens(sequences, logits_PV[rows])
+            rows, positions = [row for group, row in begun for _ in group], [one.cached for one in sequences]
+            row_B, position_B = upload(self._device, torch.tensor(rows), torch.tensor(positions))
+            self._take_tokens(sequences, logits_PV[row_B], position_B)
 
     def _decode(self) -> None:
         self._take_pages()
         if not self._running:
             return
         running = list(self._running)
-        token_B = torch.tensor([sequence.tokens[-1] for sequence in running], device=self._device)
-        logits_BV = self._decoder.decode(token_B, self._plan_of(running))
+        plan = self._plan_of(running)
+        logits_BV = self._decoder.decode([sequence.tokens[-1] for sequence in running], plan)
         for sequence in running:
             sequence.cached += 1
-        self._take_tokens(running, logits_BV)
+        self._take_tokens(running, logits_BV, plan.position_B + 1)
 
     def _plan_of(self, running: list[Running]) -> Plan:
         """The plan of the last step, advanced, if no page has changed its holders; otherwise a new one."""
@@ -336,9 +338,9 @@ class Engine:
         sequence.pages = []
         self._aside.insert(0, sequence)
 
-    def _take_tokens(self, sequences: list[Running], logits_BV: torch.Tensor) -> None:
-        """Draw a token for each sequence, and remove sequences that end."""
-        choice = self._choose(sequences, logits_BV)
+    def _take_tokens(self, sequences: list[Running], logits_BV: torch.Tensor, position_B: torch.Tensor) -> None:
+        """Draw a token for each sequence, and remove sequences that end. `position_B`: of these tokens."""
+        choice = self._choose(sequences, logits_BV, position_B)
         drawn = zip(
             sequences, choice.token_B.tolist(), choice.logprob_B.tolist(), choice.raw_logprob_B.tolist(), strict=True
         )
@@ -355,17 +357,14 @@ class Engine:
             if sequence.on_text:  # last, because it may cancel the request
                 sequence.on_text(sequence.request.id, sequence.index, token, text)
 
-    def _choose(self, sequences: list[Running], logits_BV: torch.Tensor) -> Choice:
-        adjusted_BV = None
-        for row, sequence in enumerate(sequences):
-            if sequence.request.params.adjusts_logits:
-                adjusted_BV = logits_BV.clone() if adjusted_BV is None else adjusted_BV
-                adjust(adjusted_BV[row], sequence.request.params, set(sequence.tokens))
-        if self._groups[0] != sequences:
-            self._groups = (sequences, group_rows([one.request.params for one in sequences], logits_BV.device))
-        seeds, positions = [one.seed for one in sequences], [len(one.tokens) for one in sequences]
-        seed_B, position_B = torch.tensor([seeds, positions], device=self._device)
-        return sample(logits_BV, self._groups[1], uniform(seed_B, position_B), adjusted_BV)
+    def _choose(self, sequences: list[Running], logits_BV: torch.Tensor, position_B: torch.Tensor) -> Choice:
+        params = [one.request.params for one in sequences]
+        adjusted_BV = adjusted(logits_BV, params, [one.tokens for one in sequences])
+        if self._rows is None or self._rows[0] != sequences:
+            (seed_B,) = upload(self._device, torch.tensor([one.seed for one in sequences]))
+            self._rows = (sequences, seed_B, group_rows(params, self._device))
+        _, seed_B, groups = self._rows
+        return sample(logits_BV, groups, uniform(seed_B, position_B), adjusted_BV)
 
     def _finish(self, sequence: Running, reason: FinishReason) -> None:
         sequence.finish = reason

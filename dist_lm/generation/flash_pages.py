@@ -13,12 +13,13 @@ V vocabulary.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 
-from dist_lm.generation.paged_cache import PagedCache, Piece, pages_for
+from dist_lm.generation.paged_cache import PagedCache, Piece, in_cache, pages_for
 from dist_lm.generation.shard import Share
+from dist_lm.generation.transfer import upload
 
 PAGE_TOKENS = 256  # the kernel accepts multiples of it
 DENSE, STRIDE = 8, 8  # graph sizes: powers of two up to DENSE, then multiples of STRIDE
@@ -30,18 +31,35 @@ Capture = Callable[[Step], tuple[Callable[[], None], torch.Tensor]]
 
 
 @dataclass
+class Queries:
+    """Which keys the queries of each sequence see; they are the sequence's last tokens."""
+
+    longest: int  # most queries of a sequence
+    begin_B: torch.Tensor  # int32 (B + 1,), where each sequence's queries begin
+    key_begin_B: torch.Tensor  # int32 (B + 1,), see `FlashPages.key_begins`
+    length_B: torch.Tensor  # int32, tokens of each sequence, including the new ones
+    page_BP: torch.Tensor  # int32
+
+
+@dataclass
+class FlashPrefillPlan:
+    """See `PrefillPlan`."""
+
+    position_N: torch.Tensor
+    written_N: torch.Tensor
+    queries: Queries
+
+
+@dataclass
 class FlashPlan:
     """See `Plan`."""
 
     position_B: torch.Tensor
     written_B: torch.Tensor
-    length_B: torch.Tensor  # int32, tokens of each sequence, including the new one
-    begin_B: torch.Tensor  # int32 (B + 1,), where each sequence's queries begin
-    key_begin_B: torch.Tensor  # int32 (B + 1,), see `FlashPages.key_begins`
-    page_BP: torch.Tensor  # int32
+    queries: Queries
 
     def advance(self) -> None:
-        for moved in (self.position_B, self.written_B, self.length_B):
+        for moved in (self.position_B, self.written_B, self.queries.length_B):
             moved += 1
 
 
@@ -49,32 +67,42 @@ class FlashPages(PagedCache):
     """The cache. Its last page is spare: no sequence holds it."""
 
     def __init__(self, shape: Share, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__((shape.n_layers, n_pages + 1, page_size, shape.kv_heads, shape.d_head), dtype, device)
-        self.page_size = page_size
+        whole = (shape.n_layers, n_pages + 1, page_size, shape.kv_heads, shape.d_head)
+        super().__init__(whole, page_size, dtype, device)
         self.spare_page = n_pages
         self._grouped = shape.kv_heads != shape.n_heads
 
     def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> FlashPlan:
-        device, size = self.key.device, self.page_size
-        last = [own[position // size] for own, position in zip(pages, positions, strict=True)]
-        position_B = torch.tensor(positions, device=device)
-        page_BP = self._table(pages, [position + 1 for position in positions])
-        return FlashPlan(
-            position_B=position_B,
-            written_B=torch.tensor(last, device=device) * size + position_B % size,
-            length_B=position_B.int() + 1,
-            begin_B=torch.arange(len(pages) + 1, dtype=torch.int32, device=device),
-            key_begin_B=self.key_begins(*page_BP.shape),
-            page_BP=page_BP,
-        )
+        return FlashPlan(*self._plan(pages, [range(position, position + 1) for position in positions]))
 
-    def key_begins(self, n_rows: int, n_pages: int) -> torch.Tensor:
+    def plan_prefill(self, pieces: Sequence[Piece]) -> FlashPrefillPlan:
+        return FlashPrefillPlan(*self._plan([piece.pages for piece in pieces], [piece.positions for piece in pieces]))
+
+    def _plan(
+        self, pages: Sequence[Sequence[int]], positions: Sequence[range]
+    ) -> tuple[torch.Tensor, torch.Tensor, Queries]:
+        """(position and place of every new token, its queries), in one copy to the device."""
+        size, counts = self.page_size, [len(new) for new in positions]
+        n_pages = max(pages_for(new.stop, size) for new in positions)
+        table = [[*held[:n_pages], *[0] * (n_pages - len(held))] for held in pages]
+        position, written, begin, key_begin, length, page_BP = upload(
+            self.key.device,
+            torch.tensor([*chain(*positions)]),
+            in_cache(pages, positions, size),
+            _int32([0, *accumulate(counts)]),
+            self.key_begins(len(pages), n_pages, torch.device("cpu")),
+            _int32([new.stop for new in positions]),
+            _int32(table),
+        )
+        return position, written, Queries(max(counts), begin, key_begin, length, page_BP)
+
+    def key_begins(self, n_rows: int, n_pages: int, device: torch.device) -> torch.Tensor:
         """Where the keys of each row of a table would begin if all its pages lay in a line: int32 (n_rows + 1,).
 
         The kernel refuses query offsets without key offsets. It then reads only the first `length_B` keys of a row, so
         the offsets depend on the table's shape alone, and steps and graphs never change them.
         """
-        return torch.arange(n_rows + 1, dtype=torch.int32, device=self.key.device) * (n_pages * self.page_size)
+        return torch.arange(n_rows + 1, dtype=torch.int32, device=device) * (n_pages * self.page_size)
 
     def places(self, written_N: torch.Tensor) -> torch.Tensor:
         return written_N
@@ -84,58 +112,37 @@ class FlashPages(PagedCache):
             cache[layer].flatten(0, 1).index_copy_(0, place_X, new)
 
     def decode(self, layer: int, q_BHK: torch.Tensor, plan: FlashPlan) -> torch.Tensor:
-        return self._attend(layer, q_BHK, plan.begin_B, plan.key_begin_B, 1, plan.length_B, plan.page_BP)
+        return self._attend(layer, q_BHK, plan.queries)
 
     def prefill(
-        self,
-        layer: int,
-        q_NHK: torch.Tensor,
-        key_NGK: torch.Tensor,
-        value_NGK: torch.Tensor,
-        pieces: Sequence[Piece],
+        self, layer: int, q_NHK: torch.Tensor, key_NGK: torch.Tensor, value_NGK: torch.Tensor, plan: FlashPrefillPlan
     ) -> torch.Tensor:
-        device, counts = self.key.device, [len(piece.tokens) for piece in pieces]
-        lengths = [piece.start + count for piece, count in zip(pieces, counts, strict=True)]
-        begin = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
-        length = torch.tensor(lengths, dtype=torch.int32, device=device)
-        table = self._table([piece.pages for piece in pieces], lengths)
-        return self._attend(layer, q_NHK, begin, self.key_begins(*table.shape), max(counts), length, table)
+        return self._attend(layer, q_NHK, plan.queries)
 
-    def _attend(
-        self,
-        layer: int,
-        q_NHK: torch.Tensor,
-        begin_B: torch.Tensor,
-        key_begin_B: torch.Tensor,
-        longest_query: int,
-        length_B: torch.Tensor,
-        page_BP: torch.Tensor,
-    ) -> torch.Tensor:
+    def _attend(self, layer: int, q_NHK: torch.Tensor, queries: Queries) -> torch.Tensor:
         from torch.nn.attention.varlen import varlen_attn  # imports the compiler (2 s), which a CPU does not need
 
         o_NHK = varlen_attn(
             q_NHK.contiguous(),
             self.key[layer],
             self.value[layer],
-            begin_B,
-            key_begin_B,
-            longest_query,
-            page_BP.shape[1] * self.page_size,
+            queries.begin_B,
+            queries.key_begin_B,
+            queries.longest,
+            queries.page_BP.shape[1] * self.page_size,
             scale=1.0,
             window_size=(-1, 0),  # causal: the last query sees all keys
             enable_gqa=self._grouped,
-            seqused_k=length_B,
-            block_table=page_BP,
+            seqused_k=queries.length_B,
+            block_table=queries.page_BP,
             num_splits=1,
         )
         assert isinstance(o_NHK, torch.Tensor)
         return o_NHK
 
-    def _table(self, pages: Sequence[Sequence[int]], lengths: Sequence[int]) -> torch.Tensor:
-        counts = [pages_for(length, self.page_size) for length in lengths]
-        longest = max(counts)
-        rows = [[*own[:count], *[0] * (longest - count)] for own, count in zip(pages, counts, strict=True)]
-        return torch.tensor(rows, dtype=torch.int32, device=self.key.device)
+
+def _int32(values: Sequence) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
 
 
 @dataclass
@@ -180,8 +187,8 @@ class DecodeGraphs:
         graph.token_B[:n_rows] = token_B
         graph.plan.position_B[:n_rows] = plan.position_B
         graph.plan.written_B[:n_rows] = plan.written_B
-        graph.plan.length_B[:n_rows] = plan.length_B
-        graph.plan.page_BP[:n_rows, : plan.page_BP.shape[1]] = plan.page_BP
+        graph.plan.queries.length_B[:n_rows] = plan.queries.length_B
+        graph.plan.queries.page_BP[:n_rows, : plan.queries.page_BP.shape[1]] = plan.queries.page_BP
         graph.replay()
         return graph.logits_BV[:n_rows]
 
@@ -195,10 +202,13 @@ class DecodeGraphs:
         plan = FlashPlan(
             position_B=integers(torch.int64, size),
             written_B=integers(torch.int64, size),
-            length_B=integers(torch.int32, size),
-            begin_B=torch.arange(size + 1, dtype=torch.int32, device=device),
-            key_begin_B=self._cache.key_begins(size, self._n_pages),
-            page_BP=integers(torch.int32, size, self._n_pages),
+            queries=Queries(
+                longest=1,
+                begin_B=torch.arange(size + 1, dtype=torch.int32, device=device),
+                key_begin_B=self._cache.key_begins(size, self._n_pages, device),
+                length_B=integers(torch.int32, size),
+                page_BP=integers(torch.int32, size, self._n_pages),
+            ),
         )
         self._spare(token_B, plan, slice(None))
         replay, logits_BV = self._capture(lambda: self._step(token_B, plan))
@@ -209,8 +219,8 @@ class DecodeGraphs:
         token_B[rows] = 0
         plan.position_B[rows] = 0
         plan.written_B[rows] = self._cache.spare_page * self._cache.page_size
-        plan.length_B[rows] = 1
-        plan.page_BP[rows] = self._cache.spare_page
+        plan.queries.length_B[rows] = 1
+        plan.queries.page_BP[rows] = self._cache.spare_page
 
 
 def graph_size(n_rows: int) -> int:

@@ -72,6 +72,21 @@ class Piece:
     start: int  # position of the first token
     pages: Sequence[int]  # hold all positions from 0 to that of the last token
 
+    @property
+    def positions(self) -> range:
+        return range(self.start, self.start + len(self.tokens))
+
+
+def in_cache(pages: Sequence[Sequence[int]], positions: Sequence[Iterable[int]], page_size: int) -> torch.Tensor:
+    """page * page_size + offset of the positions of sequences that hold `pages`, int64, on the host."""
+    return torch.tensor(
+        [
+            own[position // page_size] * page_size + position % page_size
+            for own, several in zip(pages, positions, strict=True)
+            for position in several
+        ]
+    )
+
 
 class Plan(Protocol):
     """The part of a decode step (one new token for every sequence) that is the same in all layers."""
@@ -84,15 +99,27 @@ class Plan(Protocol):
         ...
 
 
+class PrefillPlan(Protocol):
+    """The part of a computation of pieces that is the same in all layers."""
+
+    position_N: torch.Tensor  # int64, of every token
+    written_N: torch.Tensor  # int64, page * page_size + offset of every token
+
+
 class PagedCache:
     """Keys and values of all layers: two tensors (L, pages, ...). Queries arrive scaled."""
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: Sequence[int], page_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.page_size = page_size
         self.key = torch.zeros(*shape, dtype=dtype, device=device)
         self.value = torch.zeros(*shape, dtype=dtype, device=device)
 
     def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> Plan:
         """Plan a decode step: sequence b holds `pages[b]` and adds a token at `positions[b]`."""
+        raise NotImplementedError
+
+    def plan_prefill(self, pieces: Sequence[Piece]) -> PrefillPlan:
+        """Plan the computation of pieces."""
         raise NotImplementedError
 
     def places(self, written_N: torch.Tensor) -> torch.Tensor:
@@ -108,12 +135,7 @@ class PagedCache:
         raise NotImplementedError
 
     def prefill(
-        self,
-        layer: int,
-        q_NHK: torch.Tensor,
-        key_NGK: torch.Tensor,
-        value_NGK: torch.Tensor,
-        pieces: Sequence[Piece],
+        self, layer: int, q_NHK: torch.Tensor, key_NGK: torch.Tensor, value_NGK: torch.Tensor, plan: Any
     ) -> torch.Tensor:
         """Attention (N, H, K) of concatenated pieces, after their keys and values were written."""
         raise NotImplementedError

@@ -14,12 +14,14 @@ longest sequence, S = P * W.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
-from dist_lm.generation.paged_cache import PagedCache, Piece, pages_for
+from dist_lm.generation.paged_cache import PagedCache, Piece, in_cache, pages_for
 from dist_lm.generation.shard import Share
+from dist_lm.generation.transfer import upload
 
 PLAIN_PAGE_TOKENS = 64  # of a page, unless an engine's options give another size
 ALIGNED = 16  # fp32 numbers in 64 bytes
@@ -60,6 +62,18 @@ class DecodePlan:
         self.bias_B1S[row_B, 0, self.position_B] = 0
 
 
+@dataclass
+class PlainPrefillPlan:
+    """See `PrefillPlan`."""
+
+    position_N: torch.Tensor
+    written_N: torch.Tensor
+    one_call: bool
+    counts: Sequence[int]  # tokens of each piece
+    page_S: Sequence[torch.Tensor]  # pages of each piece; empty if it begins a sequence
+    bias_TS: Sequence[torch.Tensor | None]  # 0 for visible keys, -inf for others; None: causal
+
+
 def plan_decode(
     pages: Sequence[Sequence[int]], positions: Sequence[int], page_size: int, device: torch.device
 ) -> DecodePlan:
@@ -88,9 +102,6 @@ def plan_decode(
         rows.append(row)
         places.append(place)
 
-    def on_device(values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, device=device)
-
     def read_all(own: list[int], turn: int) -> list[int]:
         for page in own:
             read(page, turn)
@@ -101,32 +112,41 @@ def plan_decode(
 
     first = read_all(list(range(stretch)) if in_place else used, 0)
     n_first = len(rows)
-    shared: list[SharedRead] = []
+    further: list[tuple[list[int], list[int], bool]] = []  # the values of `SharedRead`
     before: list[int] = []
     for turn in range(1, max(len(held) for held in readers.values())):
         own = [page for page in used if len(readers[page]) > turn]
         begin = len(rows)
         own = read_all(own, turn)
-        shared.append(SharedRead(on_device(own), on_device(rows[begin:]), again=own == before))
+        further.append((own, rows[begin:], own == before))
         before = own
 
-    slot_BP = on_device(slot_of).view(len(pages), longest)
+    host = [positions, slot_of, places, first, rows[:n_first]]
+    for own, row, _ in further:
+        host += [own, row]
+    written_B = in_cache(pages, [[position] for position in positions], page_size)
+    written_B, position_B, slot_X, place_n, page_n, row_n, *reads = upload(
+        device, written_B, *(torch.tensor(values) for values in host)
+    )
+    shared = [
+        SharedRead(page_S, row_S, again)
+        for page_S, row_S, (_, _, again) in zip(reads[::2], reads[1::2], further, strict=True)
+    ]
+    slot_BP = slot_X.view(len(pages), longest)
     summed_BP = F.pad(slot_BP, (0, -longest % SUMMED), value=absent)
-    position_B = on_device(positions)
     key_S = torch.arange(longest * page_size, device=device)
     bias_BS = torch.zeros(len(pages), len(key_S), device=device)
     bias_BS.masked_fill_(key_S > position_B[:, None], float("-inf"))
-    last = [own[position // page_size] for own, position in zip(pages, positions, strict=True)]
     return DecodePlan(
         position_B=position_B,
-        written_B=on_device(last) * page_size + position_B % page_size,
+        written_B=written_B,
         n_pages=stretch if in_place else 0,
-        page_n=on_device(first),
-        row_n=on_device(rows[:n_first]),
+        page_n=page_n,
+        row_n=row_n,
         shared=shared,
         slot_X=slot_BP.flatten().clamp(min=0),
         summed_X=summed_BP.masked_fill(summed_BP == absent, len(rows)).flatten(),
-        place_n=on_device(places),
+        place_n=place_n,
         bias_B1S=bias_BS[:, None],
     )
 
@@ -137,15 +157,36 @@ class PlainPages(PagedCache):
     def __init__(self, shape: Share, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
         self._padding = -shape.d_head % ALIGNED
         pages = (max(n_pages, FEWEST_SLOTS), shape.kv_heads, page_size, shape.d_head + self._padding)
-        super().__init__((shape.n_layers, *pages), dtype, device)
-        self._page_size = page_size
+        super().__init__((shape.n_layers, *pages), page_size, dtype, device)
         self._group_G = torch.arange(shape.kv_heads, device=device)
 
     def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> DecodePlan:
-        return plan_decode(pages, positions, self._page_size, self.key.device)
+        return plan_decode(pages, positions, self.page_size, self.key.device)
+
+    def plan_prefill(self, pieces: Sequence[Piece]) -> PlainPrefillPlan:
+        own = [piece.pages if piece.start else () for piece in pieces]
+        positions = [piece.positions for piece in pieces]
+        written_N, position_N, *page_S = upload(
+            self.key.device,
+            in_cache([piece.pages for piece in pieces], positions, self.page_size),
+            torch.tensor([*chain(*positions)]),
+            *(torch.tensor(pages, dtype=torch.int64) for pages in own),
+        )
+        counts = [len(piece.tokens) for piece in pieces]
+        # one call gives each piece the bits that it gets alone if all begin a sequence and are equally long, and heads
+        # are aligned
+        alike = not any(piece.start for piece in pieces) and len({*counts}) == 1
+        return PlainPrefillPlan(
+            position_N=position_N,
+            written_N=written_N,
+            one_call=len(pieces) > 1 and alike and not self._padding,
+            counts=counts,
+            page_S=page_S,
+            bias_TS=[_causal_bias(piece, self.key) if piece.start else None for piece in pieces],
+        )
 
     def places(self, written_N: torch.Tensor) -> torch.Tensor:
-        written_N1, width = written_N[:, None], self._page_size
+        written_N1, width = written_N[:, None], self.page_size
         return ((written_N1 // width * len(self._group_G) + self._group_G) * width + written_N1 % width).flatten()
 
     def write(self, layer: int, place_X: torch.Tensor, key_NGK: torch.Tensor, value_NGK: torch.Tensor) -> None:
@@ -197,15 +238,10 @@ class PlainPages(PagedCache):
         return reads
 
     def prefill(
-        self,
-        layer: int,
-        q_NHK: torch.Tensor,
-        key_NGK: torch.Tensor,
-        value_NGK: torch.Tensor,
-        pieces: Sequence[Piece],
+        self, layer: int, q_NHK: torch.Tensor, key_NGK: torch.Tensor, value_NGK: torch.Tensor, plan: PlainPrefillPlan
     ) -> torch.Tensor:
-        if self._is_one_call(pieces, q_NHK):
-            n_rows = len(pieces)
+        if plan.one_call:
+            n_rows = len(plan.counts)
             q_BHTK, key_BGTK, value_BGTK = (
                 x.contiguous().unflatten(0, (n_rows, -1)).transpose(1, 2) for x in (q_NHK, key_NGK, value_NGK)
             )
@@ -214,21 +250,19 @@ class PlainPages(PagedCache):
             )
             return output.transpose(1, 2).flatten(0, 1)
         outputs, begin = [], 0
-        for piece in pieces:
-            own = slice(begin, begin + len(piece.tokens))
+        for count, pages, bias in zip(plan.counts, plan.page_S, plan.bias_TS, strict=True):
+            own = slice(begin, begin + count)
             begin = own.stop
-            if piece.start == 0:
+            if bias is None:
                 # contiguous: the alignment of a row must not depend on the other pieces
-                key, value, bias = key_NGK[own].contiguous(), value_NGK[own].contiguous(), None
+                key, value = key_NGK[own].contiguous(), value_NGK[own].contiguous()
                 key, value = key.transpose(0, 1), value.transpose(0, 1)
             else:
-                n_keys = piece.start + len(piece.tokens)
-                pages = torch.tensor(piece.pages, device=q_NHK.device)
+                n_keys = bias.shape[1]
                 key, value = (
                     cache[layer].index_select(0, pages).transpose(0, 1).flatten(1, 2)[:, :n_keys, : q_NHK.shape[-1]]
                     for cache in (self.key, self.value)
                 )
-                bias = _causal_bias(piece.start, n_keys, q_NHK)
             output = F.scaled_dot_product_attention(
                 q_NHK[own].contiguous().transpose(0, 1)[None],
                 key[None],
@@ -241,15 +275,8 @@ class PlainPages(PagedCache):
             outputs.append(output[0].transpose(0, 1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _is_one_call(self, pieces: Sequence[Piece], q_NHK: torch.Tensor) -> bool:
-        """Whether one call gives each piece the bits that it gets alone: all begin a sequence and are equally long, and
-        heads are aligned."""
-        n_tokens = len(pieces[0].tokens)
-        alike = all(piece.start == 0 and len(piece.tokens) == n_tokens for piece in pieces)
-        return len(pieces) > 1 and alike and q_NHK.shape[-1] % ALIGNED == 0
 
-
-def _causal_bias(start: int, n_keys: int, like: torch.Tensor) -> torch.Tensor:
-    key_S = torch.arange(n_keys, device=like.device)
-    visible_TS = key_S <= key_S[start:, None]
+def _causal_bias(piece: Piece, like: torch.Tensor) -> torch.Tensor:
+    key_S = torch.arange(piece.positions.stop, device=like.device)
+    visible_TS = key_S <= key_S[piece.start :, None]
     return torch.zeros(visible_TS.shape, dtype=like.dtype, device=like.device).masked_fill_(~visible_TS, float("-inf"))

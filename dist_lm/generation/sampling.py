@@ -10,13 +10,14 @@ Dimensions: B rows, V vocabulary, M candidates, C chunks of W tokens.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
 from dist_lm.generation.request import SamplingParams
+from dist_lm.generation.transfer import download, upload
 from dist_lm.model.keyed_random import hash_words
 
 CHUNK = 128  # tokens
@@ -30,7 +31,7 @@ NUCLEUS_CANDIDATES = 256  # at least, if no top-k bounds their number
 
 @dataclass(frozen=True)
 class Choice:
-    """One token for each row."""
+    """One token for each row, on the host."""
 
     token_B: torch.Tensor  # int64
     logprob_B: torch.Tensor  # fp32, nats, under the distribution it was drawn from (greedy: 0)
@@ -41,7 +42,9 @@ class Choice:
 class Group:
     """Rows drawn by the same method."""
 
-    rows: torch.Tensor | None  # int64 indices; None: all rows
+    members: Sequence[int]  # the rows
+    rows: torch.Tensor | None  # the same on the device, int64; None: all rows
+    bounded: bool  # the candidates of every row include all that its top-k keeps, and one more
     candidates: int  # number of candidates (V or more: sort the row), or GREEDY or UNFILTERED
     temperature_B1: torch.Tensor
     top_k_B1: torch.Tensor  # int64; ALL if off
@@ -55,23 +58,32 @@ def group_rows(params: Sequence[SamplingParams], device: torch.device) -> list[G
     for row, one in enumerate(params):
         members.setdefault(_candidates(one), []).append(row)
 
-    def column(values: list, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)[:, None]
-
-    groups = []
-    for candidates, rows in members.items():
-        own = [params[row] for row in rows]
-        groups.append(
-            Group(
-                rows=None if len(rows) == len(params) else torch.tensor(rows, device=device),
-                candidates=candidates,
-                temperature_B1=column([max(one.temperature, COLDEST) for one in own], torch.float32),
-                top_k_B1=column([one.top_k or ALL for one in own], torch.int64),
-                top_p_B1=column([one.top_p for one in own], torch.float32),
-                log_min_p_B1=column([math.log(one.min_p) if one.min_p else -math.inf for one in own], torch.float32),
-            )
+    order = [row for rows in members.values() for row in rows]
+    own = [params[row] for row in order]
+    columns = upload(
+        device,
+        torch.tensor(order),
+        torch.tensor([one.top_k or ALL for one in own]),
+        torch.tensor([max(one.temperature, COLDEST) for one in own], dtype=torch.float32),
+        torch.tensor([one.top_p for one in own], dtype=torch.float32),
+        torch.tensor([math.log(one.min_p) if one.min_p else -math.inf for one in own], dtype=torch.float32),
+    )
+    by_group = zip(*(column.split([len(rows) for rows in members.values()]) for column in columns), strict=True)
+    return [
+        Group(
+            members=rows,
+            rows=None if len(rows) == len(params) else row_B,
+            bounded=all(0 < params[row].top_k < candidates for row in rows),
+            candidates=candidates,
+            temperature_B1=temperature_B[:, None],
+            top_k_B1=top_k_B[:, None],
+            top_p_B1=top_p_B[:, None],
+            log_min_p_B1=log_min_p_B[:, None],
         )
-    return groups
+        for (candidates, rows), (row_B, top_k_B, temperature_B, top_p_B, log_min_p_B) in zip(
+            members.items(), by_group, strict=True
+        )
+    ]
 
 
 def _candidates(params: SamplingParams) -> int:
@@ -92,39 +104,66 @@ def uniform(seed_B: torch.Tensor, position_B: torch.Tensor) -> torch.Tensor:
 def sample(
     logits_BV: torch.Tensor, groups: Sequence[Group], uniform_B: torch.Tensor, adjusted_BV: torch.Tensor | None = None
 ) -> Choice:
-    """Draw one token for each row.
+    """Draw one token for each row. The host waits for the device once, and once more if a row needs more candidates.
 
     Args:
         logits_BV: fp32, of the model.
         groups: see `group_rows`.
         uniform_B: see `uniform`.
-        adjusted_BV: logits to draw from instead, see `adjust`.
+        adjusted_BV: logits to draw from instead, see `adjusted`.
     """
     drawn_BV = logits_BV if adjusted_BV is None else adjusted_BV
-    token_B = torch.empty(len(logits_BV), dtype=torch.int64, device=logits_BV.device)
-    logprob_B = torch.empty(len(logits_BV), device=logits_BV.device)
+    device = logits_BV.device
+    token_B = torch.empty(len(logits_BV), dtype=torch.int64, device=device)
+    logprob_B = torch.empty(len(logits_BV), device=device)
+    unclear_B = torch.zeros(len(logits_BV), dtype=torch.bool, device=device)
     for group in groups:
         if group.rows is None:
-            token_B, logprob_B = _draw(drawn_BV, group, uniform_B)
+            token_B, logprob_B, unclear_B = _draw(drawn_BV, group, uniform_B)
         else:
-            token_B[group.rows], logprob_B[group.rows] = _draw(drawn_BV[group.rows], group, uniform_B[group.rows])
-    return Choice(token_B, logprob_B, token_logprobs(logits_BV, token_B))
+            rows = group.rows
+            token_B[rows], logprob_B[rows], unclear_B[rows] = _draw(drawn_BV[rows], group, uniform_B[rows])
+    *chosen, unclear_B = download(token_B, logprob_B, token_logprobs(logits_BV, token_B), unclear_B)
+    unclear = unclear_B.tolist()
+    for group in groups:
+        places = [place for place, row in enumerate(group.members) if unclear[row]]
+        if places:
+            members = [group.members[place] for place in places]
+            place_n, row_n = upload(device, torch.tensor(places), torch.tensor(members))
+            adjusted_nV = None if adjusted_BV is None else adjusted_BV[row_n]
+            again = sample(logits_BV[row_n], [_with_more(group, place_n)], uniform_B[row_n], adjusted_nV)
+            for whole, part in zip(chosen, (again.token_B, again.logprob_B, again.raw_logprob_B), strict=True):
+                whole[members] = part
+    return Choice(*chosen)
 
 
-def adjust(logits_V: torch.Tensor, params: SamplingParams, seen: Collection[int]) -> None:
-    """Apply repetition penalty and logit bias to one row, in place.
+def adjusted(
+    logits_BV: torch.Tensor, params: Sequence[SamplingParams], seen: Sequence[Iterable[int]]
+) -> torch.Tensor | None:
+    """Logits after repetition penalty and logit bias; None if no row has either.
 
     Args:
-        seen: tokens of the prompt and the answer so far.
+        seen: tokens of the prompt and the answer so far, of each row.
     """
-    if params.repetition_penalty != 1 and seen:
-        id_S = torch.tensor(sorted(seen), device=logits_V.device)
-        own_S = logits_V[id_S]
-        penalty = params.repetition_penalty
-        logits_V[id_S] = torch.where(own_S > 0, own_S / penalty, own_S * penalty)
-    if params.logit_bias:
-        id_S = torch.tensor(list(params.logit_bias), device=logits_V.device)
-        logits_V[id_S] += torch.tensor(list(params.logit_bias.values()), device=logits_V.device)
+    if not any(one.adjusts_logits for one in params):
+        return None
+    penalised: list[tuple[int, float]] = []  # (index in all rows, penalty)
+    biased: list[tuple[int, float]] = []
+    for row, (one, tokens) in enumerate(zip(params, seen, strict=True)):
+        first = row * logits_BV.shape[-1]
+        if one.repetition_penalty != 1:
+            penalised += [(first + token, one.repetition_penalty) for token in set(tokens)]
+        biased += [(first + token, bias) for token, bias in one.logit_bias.items()]
+    place_n, place_m, penalty_n, bias_m = upload(
+        logits_BV.device,
+        *(torch.tensor([place for place, _ in pairs], dtype=torch.int64) for pairs in (penalised, biased)),
+        *(torch.tensor([value for _, value in pairs], dtype=torch.float32) for pairs in (penalised, biased)),
+    )
+    logit_X = logits_BV.flatten().clone()
+    own_n = logit_X[place_n]
+    logit_X[place_n] = torch.where(own_n > 0, own_n / penalty_n, own_n * penalty_n)
+    logit_X[place_m] += bias_m
+    return logit_X.view_as(logits_BV)
 
 
 def token_logprobs(logits_BV: torch.Tensor, token_B: torch.Tensor) -> torch.Tensor:
@@ -137,15 +176,17 @@ def log_normaliser(x_BV: torch.Tensor) -> torch.Tensor:
     return x_BV.amax(dim=-1, keepdim=True) - x_BV.softmax(dim=-1).amax(dim=-1, keepdim=True).log()
 
 
-def _draw(logits_BV: torch.Tensor, group: Group, uniform_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw(
+    logits_BV: torch.Tensor, group: Group, uniform_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(token, its log-probability, whether the candidates did not suffice) for each row."""
+    if 0 < group.candidates < logits_BV.shape[-1]:
+        return _draw_candidates(logits_BV, group, uniform_B)
+    clear_B = torch.zeros(len(logits_BV), dtype=torch.bool, device=logits_BV.device)
     if group.candidates == GREEDY:
-        token_B = logits_BV.argmax(dim=-1)
-        return token_B, torch.zeros(len(token_B), device=token_B.device)
-    if group.candidates == UNFILTERED:
-        return _draw_unfiltered(logits_BV / group.temperature_B1, uniform_B)
-    if group.candidates >= logits_BV.shape[-1]:
-        return _draw_unfiltered(filtered(logits_BV / group.temperature_B1, group), uniform_B)
-    return _draw_candidates(logits_BV, group, uniform_B)
+        return logits_BV.argmax(dim=-1), torch.zeros(len(logits_BV), device=logits_BV.device), clear_B
+    x_BV = logits_BV / group.temperature_B1
+    return *_draw_unfiltered(x_BV if group.candidates == UNFILTERED else filtered(x_BV, group), uniform_B), clear_B
 
 
 def _draw_unfiltered(x_BV: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,19 +223,15 @@ def _first_above(upto: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def _draw_candidates(
     logits_BV: torch.Tensor, group: Group, uniform_B: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     logit_BM, id_BM = largest(logits_BV, group.candidates)
     x_BM = logit_BM / group.temperature_B1
     place_M = torch.arange(group.candidates, device=x_BM.device)
     in_top_k_BM = place_M < group.top_k_B1
-    bounded_B1 = group.top_k_B1 < group.candidates  # the candidates include all that top-k keeps, and one more
-    if bool(bounded_B1.all()):
-        norm_B1 = x_BM.masked_fill(~in_top_k_BM, -math.inf).logsumexp(-1, keepdim=True)
-    else:
+    norm_B1 = x_BM.masked_fill(~in_top_k_BM, -math.inf).logsumexp(-1, keepdim=True)
+    if not group.bounded:
         of_all_B1 = log_normaliser(logits_BV / group.temperature_B1)
-        norm_B1 = torch.where(
-            bounded_B1, x_BM.masked_fill(~in_top_k_BM, -math.inf).logsumexp(-1, keepdim=True), of_all_B1
-        )
+        norm_B1 = torch.where(group.top_k_B1 < group.candidates, norm_B1, of_all_B1)
     p_BM = (x_BM - norm_B1).exp()
     keep_BM = _kept(x_BM, p_BM, in_top_k_BM, group)
     # unclear: all candidates are kept, or the first dropped one ties with the last kept one: more tokens may be kept
@@ -210,17 +247,14 @@ def _draw_candidates(
     chosen_B1 = _first_above(upto_BM, uniform_B[:, None] * upto_BM[:, -1:])
     token_B = id_BM.gather(1, chosen_B1)[:, 0]
     logprob_B = (weight_BM.gather(1, chosen_B1) / upto_BM[:, -1:]).log()[:, 0].float()
-    if bool(unclear_B.any()):
-        rows = unclear_B.nonzero()[:, 0]
-        token_B[rows], logprob_B[rows] = _draw(logits_BV[rows], _with_more(group, rows), uniform_B[rows])
-    return token_B, logprob_B
+    return token_B, logprob_B, unclear_B
 
 
-def _with_more(group: Group, rows: torch.Tensor) -> Group:
-    """Rows of a group, with the next larger number of candidates."""
+def _with_more(group: Group, place_n: torch.Tensor) -> Group:
+    """Members of a group, as a batch of their own with the next larger number of candidates."""
     columns = (group.temperature_B1, group.top_k_B1, group.top_p_B1, group.log_min_p_B1)
     more = next((most for most in CANDIDATES if most > group.candidates), ALL)
-    return Group(None, more, *(column[rows] for column in columns))
+    return Group(range(len(place_n)), None, group.bounded, more, *(column[place_n] for column in columns))
 
 
 def _kept(x_BM: torch.Tensor, p_BM: torch.Tensor, in_top_k_BM: torch.Tensor, group: Group) -> torch.Tensor:

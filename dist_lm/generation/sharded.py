@@ -117,8 +117,8 @@ class ShardedDecoder:
         own = self._execute("plan", [list(pages_of_one) for pages_of_one in pages], list(positions))
         return SharedPlan(own.position_B, own.written_B, lambda: self._execute("advance"))
 
-    def decode(self, token_B: torch.Tensor, plan: Plan) -> torch.Tensor:
-        return self._execute("decode", token_B.tolist())
+    def decode(self, tokens: Sequence[int], plan: Plan) -> torch.Tensor:
+        return self._execute("decode", list(tokens))
 
     def copy_page(self, source: int, target: int) -> None:
         self._execute("copy_page", source, target)
@@ -215,7 +215,7 @@ class Rank:
 
     def decode(self, tokens: list[int]) -> torch.Tensor:
         assert self._plan
-        return self.decoder.decode(torch.tensor(tokens, device=self._device), self._plan)
+        return self.decoder.decode(tokens, self._plan)
 
     def copy_page(self, source: int, target: int) -> None:
         self.decoder.copy_page(source, target)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dist_lm.config.model import ModelConfig
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.request import Answer, Refusal, Request, RequestError, SamplingParams
-from dist_lm.generation.sampling import adjust, group_rows, sample, uniform
+from dist_lm.generation.sampling import adjusted, group_rows, sample, uniform
 from dist_lm.model.keyed_random import hash_words, initialise, signed
 from dist_lm.model.transformer import Transformer
 
@@ -55,16 +55,16 @@ def check_answer(model: Transformer, request: Request, answer: Answer) -> None:
     expected = logits.log_softmax(-1).gather(1, drawn[:, None])[:, 0]
     assert torch.allclose(torch.tensor(answer.raw_logprobs), expected, rtol=0, atol=1e-5)
 
-    adjusted = logits.clone()
-    for place in range(len(drawn)):
-        adjust(adjusted[place], params, set(row[: n_prompt + place].tolist()))
+    seen = [row[: n_prompt + place].tolist() for place in range(len(drawn))]
+    changed = adjusted(logits, [params] * len(drawn), seen)
     seed = torch.full((len(drawn),), signed(hash_words(request.seed, answer.index)))
     u = uniform(seed, torch.arange(n_prompt, len(row)))
     groups = group_rows([params] * len(drawn), torch.device("cpu"))
-    choices = [sample(logits, groups, (u + shift).clamp(0, 1), adjusted) for shift in (-SLACK, 0, SLACK)]
+    choices = [sample(logits, groups, (u + shift).clamp(0, 1), changed) for shift in (-SLACK, 0, SLACK)]
     same = torch.stack([choice.token_B == drawn for choice in choices]).any(dim=0)
     if params.temperature == 0:
-        same |= adjusted.amax(-1) - adjusted.gather(1, drawn[:, None])[:, 0] < SLACK
+        best = logits if changed is None else changed
+        same |= best.amax(-1) - best.gather(1, drawn[:, None])[:, 0] < SLACK
     assert same.all()
     exact = choices[1].token_B == drawn
     logprobs = torch.tensor(answer.logprobs)

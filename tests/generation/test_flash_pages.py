@@ -105,11 +105,10 @@ def test_graphs_outlive_their_weights(config):
     decoder = Decoder(config, 8, PAGE, torch.float64, torch.device("cpu"))
     decoder._graphs = DecodeGraphs(decoder._decode, decoder.cache, 4, recorded)
     fresh = Decoder(config, 8, PAGE, torch.float64, torch.device("cpu"))
-    token_B = torch.tensor([3, 5])
     for model in models:
         for one in (decoder, fresh):
             one.load(dict(model.named_parameters()))
-        logits, expected = (one.decode(token_B, one.plan([[0], [1]], [0, 0])) for one in (decoder, fresh))
+        logits, expected = (one.decode([3, 5], one.plan([[0], [1]], [0, 0])) for one in (decoder, fresh))
         assert torch.equal(logits, expected)
     assert recorded.captured == 1
     assert all(torch.equal(value, before[name]) for name, value in models[0].named_parameters())

@@ -10,7 +10,7 @@ import torch
 
 from dist_lm.errors import ConfigError
 from dist_lm.generation.request import SamplingParams
-from dist_lm.generation.sampling import Choice, adjust, group_rows, largest, sample, uniform
+from dist_lm.generation.sampling import Choice, adjusted, group_rows, largest, sample, uniform
 
 CPU = torch.device("cpu")
 
@@ -136,16 +136,18 @@ def test_the_largest_are_found(vocab, k):
 
 
 def test_a_forbidden_token_is_never_drawn_and_a_biased_one_more_often():
-    x = torch.zeros(1, 8)
-    adjust(x[0], SamplingParams(logit_bias={3: -math.inf, 5: 2.0}), seen=())
+    x = adjusted(torch.zeros(1, 8), [SamplingParams(logit_bias={3: -math.inf, 5: 2.0})], seen=[()])
+    assert x is not None
     assert x[0].tolist() == [0, 0, 0, -math.inf, 0, 2, 0, 0]
     assert all(int(draw(x, SamplingParams(), torch.tensor([u]).double()).token_B) != 3 for u in (0.1, 0.249, 0.3, 0.4))
 
 
 def test_the_repetition_penalty_divides_positive_and_multiplies_negative_logits():
-    x = torch.tensor([2.0, -2.0, 2.0, -2.0])
-    adjust(x, SamplingParams(repetition_penalty=2.0), seen={0, 1})
-    assert x.tolist() == [1, -4, 2, -2]
+    x = torch.tensor([[2.0, -2.0, 2.0, -2.0]] * 2)
+    changed = adjusted(x, [SamplingParams(), SamplingParams(repetition_penalty=2.0)], seen=[[3], [0, 1, 0]])
+    assert changed is not None
+    assert changed.tolist() == [[2, -2, 2, -2], [1, -4, 2, -2]]
+    assert adjusted(x, [SamplingParams()] * 2, seen=[[3], [0]]) is None
 
 
 def test_uniform_numbers_are_uniform_and_depend_on_seed_and_position():
