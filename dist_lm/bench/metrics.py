@@ -79,7 +79,7 @@ class MeasuredTraining:
         self._trainer = trainer_of_steps(config, world, model, optimizer, next_token(), counts_once=True)
         batch = made_up_batch(config, slice(None), world.device)
         self._data = StepData(0, [batch], batch.tokens_BT.numel())
-        self._meter = StepMeter(world, self._trainer.optimizer, stage.steps)
+        self._meter = StepMeter(world, self._trainer.optimizer, stage.steps, self._trainer.model.blocks)
         self._clock = time.perf_counter if world.device.type == "cuda" else time.thread_time
         self._state = TrainState()
 

@@ -153,7 +153,7 @@ TIME = (
             "perf/straggler_ratio",
             "",
             "lower",
-            "Work time of the slowest rank / median (GPU: data and optimizer only).",
+            "Work time of the slowest rank / median (GPU: data, blocks, optimizer).",
         ),
         ("perf/slowest_rank", "", "", "The rank with the longest work time."),
     ),

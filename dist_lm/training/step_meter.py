@@ -10,12 +10,14 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from dist_lm.config.hardware import HardwareConfig
@@ -30,13 +32,20 @@ SCHEDULE = Path("/proc/thread-self/schedstat")  # nanoseconds on a core, nanosec
 class StepMeter:
     """Times the steps of this rank from one line of metrics to the next, and compares ranks."""
 
-    def __init__(self, world: World, optimizer: torch.optim.Optimizer, steps: int) -> None:
-        """`steps`: last step of the run."""
-        self.laps: Laps = DeviceLaps(world.device) if world.device.type == "cuda" else WallLaps()
+    def __init__(self, world: World, optimizer: torch.optim.Optimizer, steps: int, blocks: Iterable[nn.Module]) -> None:
+        """
+        Args:
+            steps: last step of the run.
+            blocks: of the model; timed on a GPU.
+        """
+        self.laps: Laps = WallLaps()
+        self._blocks: BlockTimes | None = None  # on a GPU, where this thread does not do the work of the passes
+        if world.device.type == "cuda":
+            self.laps = DeviceLaps(world.device)
+            self._blocks = BlockTimes(blocks, partial(recorded, torch.cuda.current_stream(world.device)))
         self._update = UpdateSize(optimizer)
         self._eta, self._left_s = Eta(steps), None
         self._world = world
-        self._on_gpu = world.device.type == "cuda"  # then this thread does not do the work of the passes
         self._began = self._data_came = self._worked = 0.0
         self._own_s = 0.0  # since ranks were last compared
         self._restart()
@@ -54,7 +63,10 @@ class StepMeter:
     def data_came(self) -> None:
         """The batch is there."""
         self._data_came = time.perf_counter()
-        self._worked = 0.0 if self._on_gpu else working_s()
+        if self._blocks:
+            self._blocks.measuring = True
+        else:
+            self._worked = working_s()
 
     def end(self, step: int, tokens: int) -> None:
         """`step` is complete; `tokens`: tokens of all ranks, padding excluded."""
@@ -66,7 +78,11 @@ class StepMeter:
         self._left_s = self._eta.after(step)
         parts = self.laps.take()
         self._parts = {part: self._parts[part] + parts.get(part, 0.0) for part in PARTS}
-        self._own_s += waited + (parts.get("optimizer", 0.0) if self._on_gpu else working_s() - self._worked)
+        if self._blocks:
+            self._blocks.measuring = False
+            self._own_s += waited + self._blocks.take() + parts.get("optimizer", 0.0)
+        else:
+            self._own_s += waited + working_s() - self._worked
 
     def line(self) -> dict[str, float]:
         """Means over the steps since the last line, and the time left."""
@@ -167,9 +183,79 @@ class DeviceLaps:
         return seconds
 
     def _mark(self, name: str) -> None:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(self._stream)
-        self._marks.append((name, event))
+        self._marks.append((name, recorded(self._stream)))
+
+
+def recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """An event with the time at which the GPU has done what is in `stream` now."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(stream)
+    return event
+
+
+class Event(Protocol):
+    """What is used of `torch.cuda.Event`."""
+
+    def query(self) -> bool:
+        """Whether the GPU has reached it."""
+        ...
+
+    def elapsed_time(self, end_event: Any, /) -> float:
+        """Milliseconds from this event to another one."""
+        ...
+
+
+class BlockTimes:
+    """The time in which the GPU runs the blocks of a model, in both passes.
+
+    The time of a whole pass does not show a slow GPU: with FSDP all ranks wait for each other's shards before every
+    block. FSDP's hooks wait before the events here are recorded. Messages inside a block count as its work, so the
+    ranks of one tp group look equally slow.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], mark: Callable[[], Event]) -> None:
+        """
+        Args:
+            blocks: already wrapped by FSDP; the first argument and the result of a block are its residual stream.
+            mark: records an event.
+        """
+        self.measuring = False
+        self._mark = mark
+        self._spans: deque[tuple[Event, Event]] = deque()
+        self._forward: Event | None = None  # begin of the present block
+        self._backward: list[Event] = []  # begin of its backward pass, once that has begun
+        for block in blocks:
+            block.register_forward_pre_hook(self._begin)
+            block.register_forward_hook(self._end)
+
+    def take(self) -> float:
+        """Seconds since the last call. Does not wait: blocks that the GPU has not finished belong to the next call."""
+        milliseconds = 0.0
+        while self._spans and self._spans[0][1].query():
+            begin, end = self._spans.popleft()
+            milliseconds += begin.elapsed_time(end)
+        return milliseconds / 1e3
+
+    def _begin(self, block: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if not self.measuring:
+            return
+        self._backward = []
+        if inputs[0].requires_grad:
+            inputs[0].register_hook(partial(self._end_backward, self._backward))
+        self._forward = self._mark()
+
+    def _end(self, block: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        if not self.measuring or self._forward is None:
+            return
+        self._spans.append((self._forward, self._mark()))
+        if output.requires_grad:
+            output.register_hook(partial(self._begin_backward, self._backward))
+
+    def _begin_backward(self, begins: list[Event], gradient: torch.Tensor) -> None:
+        begins.append(self._mark())
+
+    def _end_backward(self, begins: list[Event], gradient: torch.Tensor) -> None:
+        self._spans.append((begins.pop(), self._mark()))
 
 
 class UpdateSize:

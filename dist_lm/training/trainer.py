@@ -76,7 +76,7 @@ class Trainer:
             line = self._evaluate(0, everything=True)
             if self.metrics:
                 self.metrics.write(0, line)
-        meter = StepMeter(self.world, self.optimizer, stage.steps)
+        meter = StepMeter(self.world, self.optimizer, stage.steps, self.model.blocks)
         with self._saver() as saver, self.profiler as profiler:
             while state.step < stage.steps:
                 profiler.reached(state.step)

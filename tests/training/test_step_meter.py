@@ -117,7 +117,7 @@ def test_the_parts_of_a_step_add_up_to_no_more_than_the_step():
 def test_a_line_has_means_since_the_one_before():
     model, world = Toy(), World(0, 1, 0, torch.device("cpu"))
     optimizer = optimizer_of(model)
-    meter = StepMeter(world, optimizer, 9)
+    meter = StepMeter(world, optimizer, 9, [])
     for steps in ((1, 2), (3,)):
         for number in steps:
             meter.begin(detailed=number == steps[-1])
