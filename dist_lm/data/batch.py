@@ -4,11 +4,13 @@ Dimensions: B sequences, T tokens.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812  the name the field uses
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.order import DocumentSlice
@@ -54,6 +56,7 @@ class Batch:
     counted_N: torch.Tensor | None = None
     branch_BT: torch.Tensor | None = None  # int64; 0 in the trunk of a tree of tokens, 1, 2, ... in its branches
     ranked: RankedPlaces | None = None  # only for rankings
+    boundary: torch.Tensor | None = None  # see `document_boundaries`; made by `to` and `pin_memory`
 
     @classmethod
     def plain(cls, tokens_BT: torch.Tensor, targets_BT: torch.Tensor | None = None) -> Self:
@@ -72,12 +75,19 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> Self:
-        """The same batch on `device` (asynchronously from pinned memory)."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """The same batch on `device` (asynchronously from pinned memory), with its boundaries."""
+        return self._bounded()._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
-        """The same batch in page-locked host memory."""
-        return self._each(torch.Tensor.pin_memory)
+        """The same batch in page-locked host memory, with its boundaries."""
+        return self._bounded()._each(torch.Tensor.pin_memory)
+
+    def _bounded(self) -> Self:
+        """The batch with boundaries, if it is in host memory: on a GPU their number would have to be waited for."""
+        known = self.boundary is not None or self.branch_BT is not None or isinstance(self.document_BT, FakeTensor)
+        if known or self.document_BT.device.type != "cpu":
+            return self
+        return replace(self, boundary=document_boundaries(self.document_BT))
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -85,6 +95,14 @@ class Batch:
             name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)
         }
         return type(self)(**changed, ranked=self.ranked.each(change) if self.ranked else None)
+
+
+def document_boundaries(document_BT: torch.Tensor) -> torch.Tensor:
+    """Offsets in the B * T tokens where documents start, then B * T: int32 (documents + 1,). Every row starts one."""
+    starts_BT = torch.ones_like(document_BT, dtype=torch.bool)
+    starts_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
+    offsets = starts_BT.flatten().nonzero().flatten()
+    return F.pad(offsets, (0, 1), value=document_BT.numel()).to(torch.int32)
 
 
 @dataclass(frozen=True, slots=True)

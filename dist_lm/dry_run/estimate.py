@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from dist_lm.config.root import Config
 from dist_lm.dry_run.work import WORLD, StepMemory, Work
 from dist_lm.model.size import documents_apart
-from dist_lm.parallel.layout import Layout, blocks_per_unit, one_block, reshards, slice_of
+from dist_lm.parallel.layout import Layout, blocks_per_unit, has_units_outside, one_block, reshards, slice_of
 
 FP32_BYTES = 4
 ELEMENTWISE_PASSES = 6  # of elementwise operations over the activations of a block
@@ -34,6 +34,7 @@ class Shapes:
     head: int  # elements of the output head
     n_layers: int
     units: int  # groups of blocks that FSDP gathers together
+    units_outside: int  # groups of parameters outside blocks that FSDP gathers together
     resharded: bool  # FSDP frees gathered blocks until the backward pass
     tokens: int  # of a micro-batch
     micro_batches: int
@@ -87,6 +88,7 @@ def shapes_of(config: Config, layout: Layout) -> Shapes:
         head=vocabulary * model.d_model,
         n_layers=model.n_layers,
         units=-(-model.n_layers // blocks_per_unit(model, layout, size)),
+        units_outside=2 if has_units_outside(model, layout, size) else 1,
         resharded=reshards(config.parallel.reshard_after_forward, model, layout, size),
         tokens=sequences * config.stage.seq_len,
         micro_batches=micro_batches,
@@ -116,10 +118,11 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
     apart = documents_apart(config.hardware.device, is_half(config), config.model.d_head)
     mask = 0 if apart or not config.stage.document_mask else config.stage.seq_len * size
     residual = 4 * size * shapes.tokens * shapes.width + mask * shapes.tokens
-    # the peak is between forward and backward pass, or at the end where the gradients of the root are reduced
+    # the peak is between forward and backward pass, or at the end where the gradients outside blocks are reduced
     turn = gathered + shapes.n_layers * kept + max(loss, block) + residual
     copies = 1 if config.hardware.device == "cuda" else 2  # gloo needs one more
-    end = FP32_BYTES * shapes.gathered_outside * copies + gathered + block + residual if sharded else 0.0
+    reduced = shapes.gathered_outside / shapes.units_outside
+    end = FP32_BYTES * reduced * copies + gathered + block + residual if sharded else 0.0
     memory = StepMemory(
         parameters=FP32_BYTES * shapes.own,
         gradients=gradients,
@@ -169,13 +172,21 @@ def estimate_work(config: Config, layout: Layout) -> Work:
     part.operation(0, shapes.tokens * shapes.vocabulary * FP32_BYTES * LOSS_PASSES[layout.tp > 1], hardware, half)
     if layout.tp > 1:
         part.operation(0, SLICE_PASSES * size * (shapes.blocks + shapes.outside), hardware, half)
-    _messages_of_micro_batch(part, config, layout, shapes, size)
+    _tensor_parallel_messages(part, config, layout, shapes, size)
     work = part * shapes.micro_batches
+    # what stays gathered until the backward pass stays gathered until the last micro-batch
+    gathers = 2 * shapes.micro_batches if shapes.resharded else 1
+    elements = gathers * shapes.gathered_blocks + shapes.gathered_outside
+    messages = gathers * shapes.units + shapes.units_outside
+    _spread(work, "all_gather", "dp_shard", layout.dp_shard, size * elements, messages)
+    if layout.dp > 1:  # copies out of the gathered buffer
+        work.operation(0, 2 * size * elements, hardware, half)
     reductions = shapes.micro_batches if parallel.reduce_every_micro_batch else 1
     gathered = FP32_BYTES * (shapes.gathered_blocks + shapes.gathered_outside)
+    units = shapes.units + shapes.units_outside
     for _ in range(reductions):
-        _spread(work, "reduce_scatter", "dp_shard", layout.dp_shard, gathered, shapes.units + 1)
-        _spread(work, "all_reduce", "dp_replicate", layout.dp_replicate, FP32_BYTES * shapes.own, shapes.units + 1)
+        _spread(work, "reduce_scatter", "dp_shard", layout.dp_shard, gathered, units)
+        _spread(work, "all_reduce", "dp_replicate", layout.dp_replicate, FP32_BYTES * shapes.own, units)
         work.operation(0, 2 * gathered, hardware, half)
     work.operation(0, 3 * FP32_BYTES * (shapes.blocks + shapes.outside) * (shapes.micro_batches - 1), hardware, half)
     work.operation(0, OPTIMIZER_PASSES * FP32_BYTES * shapes.own, hardware, half)
@@ -183,16 +194,8 @@ def estimate_work(config: Config, layout: Layout) -> Work:
     return work
 
 
-def _messages_of_micro_batch(work: Work, config: Config, layout: Layout, shapes: Shapes, size: int) -> None:
+def _tensor_parallel_messages(work: Work, config: Config, layout: Layout, shapes: Shapes, size: int) -> None:
     parallel, layers = config.parallel, shapes.n_layers
-    gathers = 2 if shapes.resharded else 1
-    _spread(
-        work, "all_gather", "dp_shard", layout.dp_shard, gathers * size * shapes.gathered_blocks, gathers * shapes.units
-    )
-    _spread(work, "all_gather", "dp_shard", layout.dp_shard, size * shapes.gathered_outside, 1)
-    if layout.dp > 1:  # copies out of the gathered buffer
-        copies = 2 * size * (gathers * shapes.gathered_blocks + shapes.gathered_outside)
-        work.operation(0, copies, config.hardware, size != FP32_BYTES)
     stream = size * shapes.tokens * shapes.width
     # two regions a block, forward and backward; embedding and input of the head; two more with full recomputation
     regions = layers * (4 + (2 if parallel.activation_checkpointing == "full" else 0)) + 2

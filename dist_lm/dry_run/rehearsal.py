@@ -40,7 +40,7 @@ from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
 from dist_lm.training.trainer import Trainer
 
-PLAYED = 2  # micro-batches: all but the last one do the same work
+PLAYED = 3  # micro-batches: all but the first, which gathers, and the last, which reduces, do the same work
 
 
 def main() -> None:
@@ -74,8 +74,10 @@ def play(config: Config, rank: int, world_size: int) -> tuple[StepMemory, Work]:
         )
     if offload:
         step = step.offloaded(gradients_add_up(config, layout))
-    first, *last = counter.parts[-len(batches) :]
-    return step, sum(last, first * max(1, micro_batches - 1))
+    parts = counter.parts[-len(batches) :]
+    if micro_batches > PLAYED:
+        parts[1] = parts[1] * (micro_batches - 2)
+    return step, sum(parts[1:], parts[0])
 
 
 def as_played(config: Config, sequences: int) -> Config:

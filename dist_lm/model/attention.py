@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dist_lm.config.model import ModelConfig
+from dist_lm.data.batch import document_boundaries
 from dist_lm.model.layers import HeadNorm, RopeTables, rotate
 from dist_lm.model.size import packs_documents
 
@@ -25,7 +26,7 @@ class Visibility:
     """
 
     bias_BTS: torch.Tensor | None = None  # 0 where visible, -inf elsewhere; dtype of the queries
-    boundary: torch.Tensor | None = None  # int32; offsets in the N tokens where documents start, then N
+    boundary: torch.Tensor | None = None  # see `document_boundaries`
 
 
 CAUSAL = Visibility()
@@ -36,7 +37,11 @@ PAIRS_WORTH_A_CALL = 2048  # pairs of tokens per document
 
 
 def within_documents(
-    document_BT: torch.Tensor, dtype: torch.dtype, d_head: int, branch_BT: torch.Tensor | None = None
+    document_BT: torch.Tensor,
+    dtype: torch.dtype,
+    d_head: int,
+    branch_BT: torch.Tensor | None = None,
+    boundary: torch.Tensor | None = None,
 ) -> Visibility:
     """Causal attention inside each document.
 
@@ -45,16 +50,18 @@ def within_documents(
         dtype: dtype of queries and keys.
         branch_BT: 0 in the trunk of a document, 1, 2, ... in the branches after it. A branch sees the trunk and itself,
             not other branches.
+        boundary: `document_boundaries` of `document_BT`; without it a GPU waits for their number.
     """
     if branch_BT is not None:
         same = document_BT[:, :, None] == document_BT[:, None, :]
         seen = (branch_BT[:, :, None] == branch_BT[:, None, :]) | (branch_BT == 0)[:, None, :]
         return _masked(same & seen & _causal(document_BT), dtype)
-    if packs_documents(document_BT.device.type, dtype in (torch.bfloat16, torch.float16), d_head):
-        return Visibility(boundary=document_boundaries(document_BT))
-    if document_BT.device.type == "cpu" and not isinstance(document_BT, FakeTensor):  # fake tensors have no values
-        boundary = document_boundaries(document_BT)
-        if _is_worth_calls(boundary.diff(), document_BT.shape[1]):
+    packs = packs_documents(document_BT.device.type, dtype in (torch.bfloat16, torch.float16), d_head)
+    # on a CPU, the choice needs the values of the boundaries, and fake tensors have none
+    choose = document_BT.device.type == "cpu" and not isinstance(document_BT, FakeTensor)
+    if packs or choose:
+        boundary = document_boundaries(document_BT) if boundary is None else boundary
+        if packs or _is_worth_calls(boundary.diff(), document_BT.shape[1]):
             return Visibility(boundary=boundary)
     return _masked((document_BT[:, :, None] == document_BT[:, None, :]) & _causal(document_BT), dtype)
 
@@ -82,14 +89,6 @@ def _masked(visible_BTS: torch.Tensor, dtype: torch.dtype) -> Visibility:
     # additive: SDPA converts a boolean mask to an additive one in every layer
     bias = torch.zeros(visible_BTS.shape, dtype=dtype, device=visible_BTS.device)
     return Visibility(bias_BTS=bias.masked_fill_(~visible_BTS, float("-inf")))
-
-
-def document_boundaries(document_BT: torch.Tensor) -> torch.Tensor:
-    """Offsets of the documents in the flattened batch, int32, (documents + 1,); every row starts a document."""
-    starts_BT = torch.ones_like(document_BT, dtype=torch.bool)
-    starts_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
-    offsets = starts_BT.flatten().nonzero().flatten()
-    return F.pad(offsets, (0, 1), value=document_BT.numel()).to(torch.int32)
 
 
 def attend(q_BTHK: torch.Tensor, k_BSGK: torch.Tensor, v_BSGK: torch.Tensor, visibility: Visibility) -> torch.Tensor:

@@ -148,7 +148,7 @@ def dropout_sites(
         return [None] * count
     assert key.sequence_B is not None
     device = key.sequence_B.device
-    state_S = torch.tensor([signed(hash_words(key.seed, key.step, site)) for site in range(count)], device=device)
+    state_S = hash_words(key.seed, key.step, torch.arange(count, device=device))
     channel_D = hash_words(key.seed, torch.arange(d_model, device=device))
     return [SiteDropout(key.rate, state, channel_D, key.sequence_B, first_token) for state in state_S]
 

@@ -110,13 +110,14 @@ class Transformer(nn.Module):
         document_BT: torch.Tensor | None = None,
         position_BT: torch.Tensor | None = None,
         branch_BT: torch.Tensor | None = None,
+        boundary: torch.Tensor | None = None,
         dropout: DropoutKey | None = None,
         kept_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The normalised residual stream (B, T, D), the input of `head`. Arguments as in `forward`.
 
         Args:
-            branch_BT: see `within_documents`; only with `document_BT`.
+            branch_BT, boundary: see `within_documents`; only with `document_BT`.
             kept_N: see `Block.forward`, for the last layer; not with dropout.
         """
         x_BTD = self.embedding(tokens_BT)
@@ -125,7 +126,7 @@ class Transformer(nn.Module):
         rope = rope_tables(position_BT, self.config.d_head, self.config.rope_base, x_BTD.dtype)
         visibility = CAUSAL
         if document_BT is not None:
-            visibility = within_documents(document_BT, x_BTD.dtype, self.config.d_head, branch_BT)
+            visibility = within_documents(document_BT, x_BTD.dtype, self.config.d_head, branch_BT, boundary)
         first_token = self.first_token(tokens_BT.shape[1])
         sites = dropout_sites(dropout, self.config.n_layers, self.config.d_model, first_token)
         x_BTD = apply_dropout(x_BTD, sites[EMBEDDING_SITE])
@@ -188,6 +189,7 @@ class Transformer(nn.Module):
             document_BT=batch.document_BT if self.document_mask else None,
             position_BT=batch.position_BT,
             branch_BT=branch_BT if self.document_mask else None,
+            boundary=batch.boundary if self.document_mask else None,
             dropout=replace(self.dropout, sequence_B=batch.sequence_B) if self.dropout else None,
             kept_N=chosen_N if early else None,
         )

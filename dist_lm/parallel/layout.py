@@ -268,6 +268,15 @@ def blocks_per_unit(model: ModelConfig, layout: Layout, element_bytes: int) -> i
     return min(model.n_layers, -(-UNIT_BYTES // (_gathered_block(model, layout) * element_bytes)))
 
 
+def has_units_outside(model: ModelConfig, layout: Layout, element_bytes: int) -> bool:
+    """Whether FSDP gathers the embedding by itself, and the head with the final norm. Otherwise all three are gathered
+    together, before the first block, and their gradients are reduced together, after it: nothing hides that."""
+    if model.tie_embeddings or model.head != "tokens":
+        return False
+    held = placements(replace(model, n_layers=1), layout)["embedding.weight"].gathered(layout)
+    return held * element_bytes >= UNIT_BYTES
+
+
 def reshards(asked: bool | None, model: ModelConfig, layout: Layout, element_bytes: int) -> bool:
     """Whether the parameters of a block are freed after its forward pass and gathered again for its backward pass."""
     if asked is not None:

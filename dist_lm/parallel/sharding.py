@@ -18,6 +18,7 @@ at the last tensor that is needed, and one mechanism does both modes (`bench che
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import MethodType
 
 import torch
 from torch import nn
@@ -38,7 +39,15 @@ from dist_lm.config.parallel import ParallelConfig
 from dist_lm.model.keyed_random import initial_value
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.gloo import exchange_messages
-from dist_lm.parallel.layout import Layout, Placement, blocks_per_unit, partial_gradients, placements, reshards
+from dist_lm.parallel.layout import (
+    Layout,
+    Placement,
+    blocks_per_unit,
+    has_units_outside,
+    partial_gradients,
+    placements,
+    reshards,
+)
 from dist_lm.parallel.tensor_axis import TensorAxis
 from dist_lm.parallel.tensor_parallel import TensorParallelTransformer
 from dist_lm.parallel.values import fill
@@ -46,6 +55,10 @@ from dist_lm.parallel.values import fill
 FORWARD_METHODS = ("token_losses", "logprobs", "scores")
 """Methods that are called on a model instead of `forward`: FSDP gathers the parameters of the root around them. They
 must not call each other, which would free and gather these parameters once more."""
+
+RECOMPILATIONS = 24
+"""Of the blocks of one model: with and without gradients, with and without kept tokens, with one row, with one kept
+token, each for the first shape and then for all shapes."""
 
 KEPT = (
     "aten::mm",
@@ -115,28 +128,39 @@ def arrange_model(
             model = Transformer(model_config)
     model.chunk_bytes = parallel.loss_chunk_mib << 20
     compiled = parallel.compile == "always" or (parallel.compile == "auto" and device.type == "cuda")
-    wrap_blocks(model, parallel.activation_checkpointing, compiled)
+    wrap_blocks(model, parallel.activation_checkpointing, compiled, whole_graph=device.type == "cuda")
     dtype = compute_dtype(parallel, device)
     if layout.dp > 1 or dtype != torch.float32 or parallel.cpu_offload:
         _fully_shard(model, parallel, mesh, dtype, where, exchange)
     return model
 
 
-def wrap_blocks(model: Transformer, mode: str, compiled: bool) -> None:
+def wrap_blocks(model: Transformer, mode: str, compiled: bool, whole_graph: bool) -> None:
     """Checkpoint and compile the forward of every block; parameter names do not change.
 
-    The compiler must see a selective policy, so it compiles the checkpointed forward. Full checkpointing calls the
-    compiled forward again.
+    All blocks of a model share one compiled function, and no other model does: a learner of RLHF holds four models, and
+    the compiler counts recompilations by function. The compiler must see a selective policy, so it compiles the
+    checkpointed forward. Full checkpointing calls the compiled forward again.
+
+    Args:
+        whole_graph: a function that the compiler cannot take whole, or compiles RECOMPILATIONS times, is an error.
+            Otherwise those parts run eagerly.
     """
+
+    def compile_block(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return torch.compile(  # pyright: ignore[reportCallIssue]  torch's overloads lack two options
+            forward, fullgraph=whole_graph, isolate_recompiles=True, recompile_limit=RECOMPILATIONS
+        )
+
+    (forward,) = {type(block).forward for block in model.blocks}
+    if compiled and mode != "selective":
+        forward = compile_block(forward)
+    if mode != "none":
+        forward = _checkpointed(forward, selective=mode == "selective")
+    if compiled and mode == "selective":
+        forward = compile_block(forward)
     for block in model.blocks:
-        forward = block.forward
-        if compiled and mode != "selective":
-            forward = torch.compile(forward)
-        if mode != "none":
-            forward = _checkpointed(forward, selective=mode == "selective")
-        if compiled and mode == "selective":
-            forward = torch.compile(forward)
-        block.forward = forward
+        block.forward = MethodType(forward, block)
 
 
 def _checkpointed(forward: Callable[..., torch.Tensor], selective: bool) -> Callable[..., torch.Tensor]:
@@ -205,25 +229,27 @@ def _fully_shard(
     def placement(parameter: nn.Parameter) -> Shard:
         return Shard(dims[id(parameter)])
 
-    layout = layout_of(mesh)
-    step = blocks_per_unit(model.config, layout, dtype.itemsize)
-    for first in range(0, len(model.blocks), step):
+    layout, size = layout_of(mesh), dtype.itemsize
+
+    def shard(unit: nn.Module | list[nn.Module], reshard_after_forward: bool) -> None:
         fully_shard(
-            list(model.blocks[first : first + step]),
+            unit,
             mesh=mesh[axes],
             mp_policy=precision,
-            reshard_after_forward=reshards(parallel.reshard_after_forward, model.config, layout, dtype.itemsize),
+            reshard_after_forward=reshard_after_forward,
             shard_placement_fn=placement,
             offload_policy=offload,
         )
-    fully_shard(
-        model,
-        mesh=mesh[axes],
-        mp_policy=precision,
-        reshard_after_forward=False,
-        shard_placement_fn=placement,
-        offload_policy=offload,
-    )
+
+    if has_units_outside(model.config, layout, size):
+        assert model.lm_head is not None
+        shard(model.embedding, False)
+        shard([model.final_norm, model.lm_head], False)  # gathered by the norm: the loss reads the weight of the head
+    step = blocks_per_unit(model.config, layout, size)
+    for first in range(0, len(model.blocks), step):
+        unit = list(model.blocks[first : first + step])
+        shard(unit, reshards(parallel.reshard_after_forward, model.config, layout, size))
+    shard(model, False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -237,6 +263,24 @@ def _fully_shard(
 def materialise(model: nn.Module, parallel: ParallelConfig, device: torch.device) -> None:
     """Allocate the parameters of a model on the meta device: on `device`, or in host memory if they are offloaded."""
     model.to_empty(device="cpu" if parallel.cpu_offload else device)
+
+
+def accumulate(model: nn.Module, *, reduce: bool, last: bool) -> None:
+    """Prepare FSDP for the next micro-batch of a step.
+
+    A unit that stays gathered from its forward to its backward pass stays gathered until the last micro-batch of the
+    step, too: it is gathered once a step.
+
+    Args:
+        reduce: whether this micro-batch reduces gradients over ranks.
+        last: whether it is the last one. It must free the units: the optimizer changes the shards.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(reduce, recurse=False)
+            groups = module._get_fsdp_state()._fsdp_param_groups
+            frees = last or any(group._reshard_after_forward for group in groups)
+            module.set_reshard_after_backward(frees, recurse=False)
 
 
 def reshard(model: nn.Module) -> None:

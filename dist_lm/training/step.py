@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from dist_lm.data.batch import Batch
 from dist_lm.model.size import group_of
 from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.sharding import accumulate
 from dist_lm.parallel.values import reduce_partial_gradients, shard_of, squared_norms
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.objective import Objective
@@ -63,8 +63,8 @@ def accumulate_gradients(
     sums = torch.zeros(2, dtype=torch.float64, device=micro_batches[0].tokens_BT.device)
     metrics: dict[str, torch.Tensor] = {}
     for index, batch in enumerate(micro_batches):
-        if isinstance(model, FSDPModule):
-            model.set_requires_gradient_sync(reduce_every_micro_batch or index == len(micro_batches) - 1)
+        last = index == len(micro_batches) - 1
+        accumulate(model, reduce=reduce_every_micro_batch or last, last=last)
         loss = objective(model, batch)
         _lap(laps, "forward")
         loss.total.backward()
@@ -102,9 +102,9 @@ def update(
     groups = gradients_by_group(model) if laps else {"": _gradients(model)}
     device = sums.total_count.device
     squares = squared_norms(list(groups.values())).to(device)
-    said = torch.tensor([tokens], dtype=torch.float64, device=device)
+    said = torch.full((1,), tokens, dtype=torch.float64, device=device)  # a copy from the host would wait for the GPU
     own = torch.cat([said, sums.total_count, *(sums.metrics[name].double().reshape(1) for name in names)])
-    stops = torch.tensor([float(stop.requested)], dtype=torch.float64, device=device)
+    stops = torch.full((1,), float(stop.requested), dtype=torch.float64, device=device)
     # everything that ranks must agree on, in one message
     shared = torch.cat([stops, squares, own if counts else torch.zeros_like(own)])
     _lap(laps, "optimizer")

@@ -43,7 +43,7 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> MappedCorpus:
     return corpus(tmp_path_factory.mktemp("masked"), LENGTHS, masked=True)
 
 
-THERE = [field.name for field in fields(Batch) if field.name not in ("branch_BT", "counted_N", "ranked")]
+THERE = [field.name for field in fields(Batch) if field.name not in ("branch_BT", "counted_N", "ranked", "boundary")]
 
 
 def take(corpus: MappedCorpus, steps: int, **changes) -> list[StepData]:

@@ -6,8 +6,9 @@ Dimensions: B sequences, T tokens, H query heads, G key/value heads, K d_head.
 import pytest
 import torch
 
+from dist_lm.data.batch import document_boundaries
 from dist_lm.model import attention
-from dist_lm.model.attention import CAUSAL, attend, document_boundaries, within_documents
+from dist_lm.model.attention import CAUSAL, attend, within_documents
 from dist_lm.model.size import documents_apart, packs_documents
 
 

@@ -13,7 +13,7 @@ from dist_lm.config.stage import MuonConfig
 from dist_lm.model.size import Shape, parameter_shapes
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh, data_mesh
-from dist_lm.parallel.sharding import build_model
+from dist_lm.parallel.sharding import build_model, reshard
 from dist_lm.parallel.values import fill, unsharded_copy
 from dist_lm.training import checkpoint
 from dist_lm.training.heartbeat import StopRequest
@@ -56,6 +56,7 @@ def rank_steps(
     load: Path | None = None,
     save: Path | None = None,
     muon: MuonConfig | None = None,
+    between: bool = False,
 ) -> MeshTrajectory:
     """`steps` on the mesh that `parallel` asks for (collective).
 
@@ -63,6 +64,7 @@ def rank_steps(
         load: a checkpoint of step `steps.start`; none: the parameters of the task.
         save: a folder that gets a checkpoint of step `steps.stop`.
         muon: how matrices are stepped.
+        between: evaluate after every step, and look at the tensors of a checkpoint.
     """
     mesh = build_mesh(resolve_layout(parallel, model_config, world.size), world.device)
     ranks, shapes = data_mesh(mesh), parameter_shapes(model_config)
@@ -88,6 +90,11 @@ def rank_steps(
         result = update(model, optimizer, sums, grad_clip=STAGE.grad_clip, counts=counts, stop=StopRequest())
         outcome.losses.append(result.loss)
         outcome.norms.append(result.grad_norm)
+        if between:
+            with torch.no_grad():
+                outcome.losses.append(float(model.token_losses(own).sum()))
+            reshard(model)
+            checkpoint.tensors_of(model, optimizer, model_config)
     if save is not None:
         tensors = checkpoint.tensors_of(model, optimizer, model_config)
         checkpoint.write(save, tensors, TrainState(step=steps.stop), model_config, world)

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from dist_lm.config.model import ModelConfig
+from dist_lm.config.parallel import ParallelConfig
 from dist_lm.model.keyed_random import initial_value
 from dist_lm.model.size import parameter_shapes
+from dist_lm.parallel import layout as layout_module
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
@@ -69,6 +71,29 @@ def test_offloaded_parameters_take_the_same_step(ranks: RankGroups, layout: str)
     model, parallel = model_of((5, 5)), parallel_of(layout, cpu_offload=True)
     found: MeshTrajectory = ranks.run(layout_of(layout).world_size, rank_steps, model, parallel, range(1))
     assert entries_off(found.end, expected_of(model).end, 1e-5) == {}
+
+
+def steps_with_many_units(world: World, model: ModelConfig, parallel: ParallelConfig) -> MeshTrajectory:
+    """Three steps of two micro-batches, each with an evaluation behind it. FSDP gathers every block, the embedding and
+    the head by itself, as in a large model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout_module, "UNIT_BYTES", 1)
+        return rank_steps(world, model, parallel, range(3), between=True)
+
+
+@pytest.mark.parametrize("layout", ["1x2x1", "2x2x1", "1x2x2+sp"])
+def test_parameters_that_stay_gathered_are_never_stale(ranks: RankGroups, layout: str):
+    size, model = layout_of(layout).world_size, model_of((5, 5))
+    freed: MeshTrajectory = ranks.run(
+        size, steps_with_many_units, model, parallel_of(layout, reshard_after_forward=True)
+    )
+    kept: MeshTrajectory = ranks.run(
+        size, steps_with_many_units, model, parallel_of(layout, reshard_after_forward=False)
+    )
+    assert kept.losses == freed.losses
+    assert [name for name in freed.end if not np.array_equal(kept.end[name], freed.end[name])] == []
+    whole: MeshTrajectory = ranks.run(size, rank_steps, model, parallel_of(layout), range(3))
+    assert entries_off(kept.end, whole.end, 1e-6) == {}
 
 
 def steps_after_another_mesh(world: World, model: ModelConfig) -> str:

@@ -1,0 +1,109 @@
+"""A step of training at the widths of `large` on fake CUDA tensors: devices, messages, copies and waits."""
+
+from collections import Counter
+
+import pytest
+
+from dist_lm.config.root import Config
+from dist_lm.launcher.compose import compose_config
+from dist_lm.parallel.layout import placements, resolve_layout
+from dist_lm.parallel.values import shard_of
+from tests.cuda.card import Played, played, stand_in
+
+pytestmark = pytest.mark.cuda
+
+LAYERS = 4
+UNITS = LAYERS + 2  # of FSDP: the blocks, the embedding, the head with the final norm
+LAYOUTS = {
+    "fsdp-8": (8, ("parallel=fsdp",)),
+    "hsdp-64": (64, ("parallel=hsdp", "parallel.dp_shard=8")),
+    "tp-2": (8, ("parallel=fsdp_tp", "parallel.tp=2")),
+    "tp-2-sp": (8, ("parallel=fsdp_tp", "parallel.tp=2", "parallel.sp=true")),
+}
+
+
+@pytest.fixture
+def explicit(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Calls of `torch.cuda` that wait for the card."""
+    return stand_in(monkeypatch)
+
+
+def config_of(*overrides: str, stage: str = "language", layers: int = LAYERS) -> Config:
+    model = (f"stage={stage}", "model=large", f"model.n_layers={layers}", "hardware=h100", "device=cuda")
+    batch = ("stage.seq_len=4096", "stage.micro_batch=4", "stage.global_batch=64", "parallel.compile=never")
+    return compose_config([*model, *batch, *overrides])
+
+
+def check_devices(run: Played, device: str = "cuda") -> None:
+    state = [tensor for moments in run.trainer.optimizer.state.values() for tensor in moments.values()]
+    held = [shard_of(tensor).device.type for tensor in [*run.trainer.model.parameters(), *state]]
+    assert set(held) == {device}
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "resharded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_messages_of_two_micro_batches(explicit, layout, kept):
+    ranks, overrides = LAYOUTS[layout]
+    config = config_of(*overrides, f"parallel.reshard_after_forward={not kept}")
+    shape = resolve_layout(config.parallel, config.model, ranks)
+    gathered = sum(place.gathered(shape) for place in placements(config.model, shape).values())
+    with played(config, ranks) as run:
+        traffic = run.watched_step(2)
+        check_devices(run)
+    messages, sent = traffic.messages, traffic.sent
+    # blocks that are freed are gathered for both passes of both micro-batches
+    assert messages["all_gather", "dp_shard"] == (UNITS if kept else UNITS + 3 * LAYERS)
+    assert sent["all_gather", "dp_shard"] == 2 * gathered or not kept
+    assert messages["reduce_scatter", "dp_shard"] == UNITS
+    assert sent["reduce_scatter", "dp_shard"] == 4 * gathered
+    assert messages["all_reduce", "dp_replicate"] == (UNITS if shape.dp_replicate > 1 else 0)
+    assert messages["all_reduce", "dp_shard" if layout == "fsdp-8" else "world"] == 1  # what ranks must agree on
+    in_blocks = {"tp-2": {"all_reduce": 36}, "tp-2-sp": {"all_gather": 52, "reduce_scatter": 36}}.get(layout, {})
+    for kind, count in in_blocks.items():
+        assert messages[kind, "tp"] == count + (layout == "tp-2")  # one for partial gradients
+
+
+@pytest.mark.parametrize(
+    ("overrides", "waits", "uploads"),
+    [
+        ((), {}, {"pinned": 14}),
+        (("stage.dropout=0.1",), {}, {"pinned": 14}),
+        (("stage.muon.lr=0.02",), {}, {"pinned": 14}),
+        (("parallel.activation_checkpointing=selective",), {}, {"pinned": 14}),
+        (("parallel.activation_checkpointing=full", "stage.dropout=0.1"), {}, {"pinned": 14}),
+        # every gradient goes to the host, every parameter comes from it for each of 5 gathers, and the norms come back
+        (("parallel.cpu_offload=true",), {"device to host": 68}, {"pinned": 274, "pageable": 1}),
+    ],
+    ids=["plain", "dropout", "muon", "selective", "full", "offload"],
+)
+def test_copies_and_waits_of_a_step(explicit, overrides, waits, uploads):
+    """The tensors of a micro-batch are copied beside the computation, and the host waits once: for the step's sums."""
+    config = config_of(*overrides)
+    with played(config, 8) as run:
+        for _ in range(2):
+            explicit.clear()
+            traffic = run.watched_step(2)
+            assert dict(traffic.waits) == waits
+            assert dict(traffic.uploads) == uploads
+            assert explicit["tolist"] == 1
+            assert explicit.total() == 1 + waits.get("device to host", 0)
+        check_devices(run, "cpu" if config.parallel.cpu_offload else "cuda")
+
+
+@pytest.mark.parametrize("stage", ["tools", "reward"])
+def test_other_stages_wait_no_more(explicit, stage):
+    with played(config_of(stage=stage), 8) as run:
+        traffic = run.watched_step(2)
+        assert dict(traffic.waits) == {}
+        assert set(traffic.uploads) == {"pinned"}
+        check_devices(run)
+    assert explicit == {"tolist": 1}
+
+
+def test_large_with_all_its_layers(explicit):
+    """4 x 4096 tokens, two micro-batches, where the parameters fit: gathered once, one wait."""
+    config = config_of("parallel.reshard_after_forward=false", layers=32)
+    with played(config, 8) as run:
+        traffic = run.watched_step(2)
+    assert traffic.messages["all_gather", "dp_shard"] == 34
+    assert (dict(traffic.waits), dict(traffic.uploads), dict(explicit)) == ({}, {"pinned": 14}, {"tolist": 1})
