@@ -65,7 +65,7 @@ class StepProfiler:
         elif step >= self._first:
             self._profile.start_trace()
             if self._on_gpu:
-                torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+                torch.cuda.memory._record_memory_history(stacks="python", max_entries=MEMORY_EVENTS)
         if step >= self._first:
             self._step = record_function(f"{STEP}{step}")
             self._step.__enter__()

@@ -5,13 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from dist_lm.cluster import flight_recorder
+from dist_lm.cluster.agent import Assignment, NodeAgent
 from dist_lm.cluster.flight_recorder import HANDLERS, VARIABLE, collectives_served, dump_collectives, waited_for
+from dist_lm.storage.run_directory import RunDirectory
 
 STUCK = """
 import ctypes, os, torch, torch.distributed as dist
@@ -25,22 +29,57 @@ with collectives_served(os.environ):
 """
 
 
+FIRST_RANK = 8
+
+
+def agent_of(ranks: dict[int, psutil.Process], run: RunDirectory, sockets: tempfile.TemporaryDirectory) -> NodeAgent:
+    """An agent whose ranks have started: the second node of two."""
+
+    class Started(NodeAgent):
+        def _ranks(self) -> dict[int, psutil.Process]:
+            return ranks
+
+    agent = Started()
+    agent._assignment = Assignment(
+        node=1,
+        nodes=2,
+        ranks_per_node=FIRST_RANK,
+        module="",
+        arguments=(),
+        master_address="",
+        master_port=0,
+        address="",
+        device="cpu",
+        run=run,
+        mark="",
+        directory=run.path,
+    )
+    agent._sockets = sockets
+    return agent
+
+
 @pytest.mark.cluster
 def test_a_rank_in_which_no_python_runs_hands_out_its_collectives(tmp_path, monkeypatch):
-    environ = os.environ | {VARIABLE: str(tmp_path), "LOCAL_RANK": "3"}
+    sockets = tempfile.TemporaryDirectory()
+    environ = os.environ | {VARIABLE: sockets.name, "LOCAL_RANK": "3"}
     process = subprocess.Popen([sys.executable, "-c", STUCK], env=environ, stdout=subprocess.PIPE)
     try:
         assert process.stdout
         process.stdout.readline()
         files = {3: tmp_path / "rank.json", 4: tmp_path / "absent.json"}
-        dump_collectives(tmp_path, files)
+        dump_collectives(Path(sockets.name), files)
         entries = json.loads(files[3].read_text())["gloo"]["entries"]
         assert [entry["profiling_name"] for entry in entries] == ["gloo:all_reduce", "gloo:broadcast"]
         assert entries[1]["input_sizes"] == [[5, 2]]
         assert "does not answer: " in json.loads(files[4].read_text())["error"]
+        run = RunDirectory(tmp_path)
+        run.logs.mkdir()
+        agent = agent_of({3: psutil.Process(process.pid)}, run, sockets)
+        agent.dump_hang()
+        assert json.loads(run.collectives(FIRST_RANK + 3).read_text())["gloo"]["entries"] == entries
         monkeypatch.setattr(flight_recorder, "ANSWER_S", 0.2)
         process.send_signal(signal.SIGSTOP)
-        dump_collectives(tmp_path, files)
+        dump_collectives(Path(sockets.name), files)
         assert "timed out" in json.loads(files[3].read_text())["error"]
     finally:
         process.kill()

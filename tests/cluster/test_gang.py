@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dist_lm.cluster import flight_recorder
 from dist_lm.cluster import gang as gang_module
 from dist_lm.cluster.gang import Gang
 from dist_lm.cluster.node_facts import host_name
@@ -66,6 +67,7 @@ def test_ranks_finish_and_see_no_secret(cluster: RayCluster, run: RunDirectory) 
         assert not any(name.startswith("RAY_AUTH") for name in rank["environ"])
         assert int(rank["environ"]["OMP_NUM_THREADS"]) >= 1
         assert "MALLOC_TOP_PAD_" in rank["environ"]
+        assert not Path(rank["environ"][flight_recorder.VARIABLE]).exists()
     assert living(pids_of(run)) == []
 
 

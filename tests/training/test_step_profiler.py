@@ -2,12 +2,15 @@
 
 import gzip
 import json
+from typing import ClassVar
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity
 
 from dist_lm.errors import ConfigError
 from dist_lm.launcher.compose import compose_config, overrides_of
+from dist_lm.training import step_profiler
 from dist_lm.training.profile_summary import read_profile
 from dist_lm.training.step_meter import WallLaps
 from dist_lm.training.step_profiler import STEP, StepProfiler
@@ -60,6 +63,41 @@ def test_the_steps_that_were_asked_for_are_traced_and_change_nothing(tmp_path, a
     assert profile.operators["aten::addmm"][0] == 1
     assert 0 < profile.compute < profile.step
     assert (profile.hidden, profile.exposed) == (0, 0)
+
+
+def test_a_gpu_also_leaves_a_memory_snapshot_of_these_steps(tmp_path, monkeypatch):
+    calls, done = [], []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda *_, **given: calls.append((given, done[:])))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: calls.append((path, done[:])))
+    monkeypatch.setattr(step_profiler, "profile", FakeProfile)
+    memory = tmp_path / "memory.pickle"
+    with StepProfiler((3, 4), True, tmp_path / "trace.json.gz", memory) as profiler:
+        for completed in range(6):
+            profiler.reached(completed)
+            done.append(completed + 1)
+    started, dumped, stopped = calls
+    assert started[0]["max_entries"] == step_profiler.MEMORY_EVENTS
+    assert started[1] == [1, 2]
+    assert dumped == (str(memory), [1, 2, 3, 4])
+    assert stopped[0] == {"enabled": None}
+    assert FakeProfile.activities == [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+
+
+class FakeProfile:
+    """torch's profiler, without a GPU."""
+
+    activities: ClassVar[list[ProfilerActivity]] = []
+
+    def __init__(self, activities):
+        FakeProfile.activities = activities
+
+    def prepare_trace(self):
+        pass
+
+    start_trace = stop_trace = prepare_trace
+
+    def export_chrome_trace(self, path):
+        pass
 
 
 @pytest.mark.parametrize(("asked", "steps"), [((8, 9), range(5)), ((2, 3), range(3, 6)), ((6, 7), range(5))])
