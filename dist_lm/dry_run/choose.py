@@ -101,6 +101,16 @@ def inside_nodes(config: Config) -> ParallelConfig | None:
     return replace(parallel, dp_shard=layout.dp_shard) if memory <= USABLE * hardware.memory_gib * 2**30 else None
 
 
+def gathers_once(config: Config, layout: Layout) -> bool:
+    """Whether GPUs have the memory to keep all parameters gathered for a whole step, and `config` leaves that open."""
+    parallel, hardware = config.parallel, config.hardware
+    is_open = parallel.reshard_after_forward is None and layout.dp_shard > 1 and config.takes_sequences
+    if not is_open or hardware.device != "cuda" or config.device not in ("auto", "cuda"):
+        return False
+    kept = replace(config, parallel=replace(parallel, reshard_after_forward=False))
+    return estimate_memory(kept, layout).peak <= USABLE * hardware.memory_gib * 2**30
+
+
 def best(config: Config, found: list[Candidate]) -> Candidate:
     """The fastest candidate that fits the memory; of equally fast ones, one whose shards stay inside a node.
 

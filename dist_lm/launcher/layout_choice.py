@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.root import Config
-from dist_lm.dry_run.choose import best, candidates, inside_nodes, table
+from dist_lm.dry_run.choose import best, candidates, gathers_once, inside_nodes, table
 from dist_lm.errors import ConfigError, require
 from dist_lm.launcher.plan import Plan, PlannedStage
 from dist_lm.parallel.layout import AXES, check_batch, resolve_layout
@@ -93,7 +93,10 @@ def with_layout(
         config = replace(config, parallel=best(planned, found).parallel)
     elif sharded := inside_nodes(planned):
         config = replace(config, parallel=sharded)
-    check_batch(config, resolve_layout(config.parallel, config.model, world))
+    layout = resolve_layout(config.parallel, config.model, world)
+    check_batch(config, layout)
+    if gathers_once(config, layout):
+        return replace(config, parallel=replace(config.parallel, reshard_after_forward=False))
     return config
 
 

@@ -73,6 +73,21 @@ def test_a_layout_across_nodes_is_taken_by_auto_only_where_it_is_clearly_faster(
     assert chosen.seconds <= 1.03 * fastest
 
 
+@pytest.mark.parametrize(
+    ("overrides", "gathers_once"),
+    [
+        ((), True),
+        (("hardware.memory_gib=30",), False),
+        (("parallel.reshard_after_forward=true",), False),
+        (("device=cpu",), False),
+        (("parallel=ddp",), False),  # nothing is gathered
+    ],
+)
+def test_parameters_stay_gathered_where_they_fit(overrides, gathers_once):
+    chosen = with_layout(config(*overrides, nodes=1), GPUS)
+    assert (chosen.parallel.reshard_after_forward is False) == gathers_once
+
+
 # --- recipes of large ---
 
 
