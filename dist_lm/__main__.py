@@ -30,6 +30,8 @@ dashboard = typer.Typer(help="Save views in wandb, or show an offline run in the
 app.add_typer(dashboard, name="dashboard")
 profile = typer.Typer(help="Look at the traces of profile.steps.", no_args_is_help=True)
 app.add_typer(profile, name="profile")
+gpu = typer.Typer(help="Check the GPUs of this machine.", no_args_is_help=True)
+app.add_typer(gpu, name="gpu")
 
 CheckpointPath = Annotated[
     Path, typer.Argument(help="A checkpoint, or a folder of checkpoints or a run (LATEST is used).")
@@ -82,6 +84,27 @@ def bench(
     from dist_lm.bench.run import run_benchmark
 
     run_benchmark(name, overrides or [], Console(), quick=quick, json_file=json)
+
+
+@gpu.command("check")
+def gpu_check(
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Only this check (docs/gpu.md); may be repeated.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="GPUs to use; 2 or more add NCCL, FSDP, tp, kill and hang.")] = 1,
+    rehearse: Annotated[bool, typer.Option("--rehearse", help="On the CPU, at tiny sizes.")] = False,
+    output: Annotated[
+        Path, typer.Option(help="Folder for results.json and logs. Results of this machine in it are kept.")
+    ] = Path("work/gpu_check"),
+    table: Annotated[
+        Path | None, typer.Option(help="Page whose table the results replace, such as docs/gpu.md.")
+    ] = None,
+) -> None:
+    """Run all checks that one GPU can, within ten minutes. Exit code 1 if one failed, 2 without a GPU (docs/gpu.md)."""
+    from dist_lm.gpu_check.run import check_gpus
+
+    if not check_gpus(only or [], gpus, output, table, rehearse=rehearse, say=print):
+        raise typer.Exit(1)
 
 
 @app.command("generate")

@@ -43,7 +43,7 @@ class RankGroup:
                         stdin=subprocess.PIPE,
                         stdout=subprocess.PIPE,
                         stderr=log,
-                        env=_environment(size, rank, port, device),
+                        env=environment_of(size, rank, port, device),
                         start_new_session=True,  # a Ctrl-C goes to the parent, which ends them
                     )
                 )
@@ -108,7 +108,7 @@ class RankGroup:
         return RankFailedError("\n".join([f"rank {rank} of the benchmark ended (exit code {code}):", *end]))
 
 
-def _environment(size: GroupSize, rank: int, port: str, device: str) -> dict[str, str]:
+def environment_of(size: GroupSize, rank: int, port: str, device: str) -> dict[str, str]:
     ours = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

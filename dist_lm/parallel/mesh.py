@@ -171,12 +171,12 @@ class LinkSpeed:
     bus_gb_per_s: float  # bytes that a rank sends and receives per second: 2 (n - 1) / n * bytes (as in nccl-tests)
 
 
-def measure_all_reduce(world: World) -> LinkSpeed:
-    """Time an all-reduce of LINK_BYTES (collective): the largest time of any rank.
+def measure_all_reduce(world: World, size: int = LINK_BYTES) -> LinkSpeed:
+    """Time an all-reduce of `size` bytes (collective): the largest time of any rank.
 
     It is the first collective of a run: it shows that all ranks reach each other over the network that training uses.
     """
-    values = torch.ones(LINK_BYTES // 4, dtype=torch.float32, device=world.device)
+    values = torch.ones(size // 4, dtype=torch.float32, device=world.device)
     times = []
     for _ in range(1 + LINK_ROUNDS):  # the first round sets up connections
         dist.barrier()
@@ -188,5 +188,5 @@ def measure_all_reduce(world: World) -> LinkSpeed:
     seconds = torch.tensor([min(times[1:])], dtype=torch.float64, device=world.device)
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     slowest = float(seconds)
-    sent = 2 * (world.size - 1) / world.size * LINK_BYTES
-    return LinkSpeed(world.size, LINK_BYTES, slowest, sent / slowest / 1e9)
+    sent = 2 * (world.size - 1) / world.size * size
+    return LinkSpeed(world.size, size, slowest, sent / slowest / 1e9)

@@ -1,0 +1,64 @@
+"""The list of checks, and which of them a command runs. No torch here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dist_lm.errors import ConfigError
+
+WITHIN_S = 600  # all checks of one card
+REHEARSAL_S = 300.0  # limit of each check of a rehearsal, which takes three minutes in all
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check."""
+
+    name: str  # of `--only`
+    shows: str  # for the table
+    place: str  # package.module:function
+    budget_s: float
+    # one: a process group of one rank; all: one of all GPUs, under torchrun; launcher: it starts the launcher itself
+    runs: str = "one"
+    several: bool = False  # needs more than one GPU
+
+
+def _check(name: str, module: str, budget_s: float, shows: str, runs: str = "one", several: bool = False) -> Check:
+    return Check(name, shows, f"dist_lm.gpu_check.{module}:{name}", budget_s, runs, several or runs == "all")
+
+
+CHECKS = (
+    _check("varlen", "arithmetic", 25, "packed attention in bf16, forward and backward, against fp32 on the CPU"),
+    _check("masks", "arithmetic", 25, "causal attention, masks of documents and branches, likewise"),
+    _check("bits", "arithmetic", 30, "dropout masks and sampling draws equal those of the CPU, also compiled"),
+    _check("compiled", "arithmetic", 70, "steps in bf16, compiled and eager, against fp32; recompilations"),
+    _check("engine", "engine", 70, "flash pages, CUDA graphs, new weights against a plain forward pass; speed"),
+    _check("large", "training", 140, "`large`: speed and memory, eager and compiled, against the dry run; a profile"),
+    _check("optimizers", "training", 50, "AdamW and Muon at `large`: the loss falls; time of an update"),
+    _check("save", "training", 40, "asynchronous save: pause; equal tensors after loading, equal losses on resume"),
+    _check("smoke", "launched", 150, "all stages up to `rlhf`, through the launcher", runs="launcher"),
+    _check("nccl", "several", 40, "sums of collectives; bandwidth of an all-reduce", runs="all"),
+    _check("fsdp", "several", 120, "FSDP: the losses of one GPU; speed and memory at `large`", runs="all"),
+    _check("tp", "several", 120, "tensor parallelism, likewise; with `parallel.sp` too", runs="all"),
+    _check("kill", "launched", 150, "SIGKILL to a rank: the run continues", runs="launcher", several=True),
+    _check("hang", "launched", 180, "a stopped rank is found and restarted", runs="launcher", several=True),
+)
+
+
+def chosen(only: Sequence[str], gpus: int) -> list[Check]:
+    """The checks that `--only` names, or all that `gpus` GPUs can run.
+
+    Raises:
+        ConfigError: an unknown name, or a check that needs more GPUs.
+    """
+    known = {check.name: check for check in CHECKS}
+    for name in only:
+        if name not in known:
+            raise ConfigError(f"--only={name}: expected one of {', '.join(known)}")
+        if known[name].several and gpus < 2:
+            raise ConfigError(f"--only={name}: this check needs --gpus=2 or more")
+    return [check for check in CHECKS if check.name in only or (not only and (gpus > 1 or not check.several))]
+
+
+def named(name: str) -> Check:
+    """The check of a name."""
+    return next(check for check in CHECKS if check.name == name)

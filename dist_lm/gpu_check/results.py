@@ -1,0 +1,119 @@
+"""What checks found: a JSON file that is written after each check, and the table of docs/gpu.md made from it.
+
+    {"machine": {"device": ..., "torch": ..., "cuda": ..., "gpus": 1, "rehearsal": false},
+     "checks": {"varlen": {"status": "passed", "seconds": 6.1, "reason": "", "facts": {...}, "date": "2026-12-01"}}}
+
+The last word of a fact's name is its unit: `compiled 4x4096 tokens/s`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dist_lm.errors import ArtefactError
+from dist_lm.gpu_check.checks import Check
+from dist_lm.storage import durable
+from dist_lm.tracking.readable import four_digits
+
+BEGIN, END = "<!-- gpu check: begin -->", "<!-- gpu check: end -->"
+NOTHING = "Nothing has run on a card yet."
+
+Machine = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of one check."""
+
+    status: Literal["passed", "failed", "over budget"]
+    seconds: float
+    date: str  # YYYY-MM-DD
+    reason: str = ""  # of a failure, one line
+    facts: Mapping[str, float] = field(default_factory=dict)  # also those found before a failure
+
+    @property
+    def passed(self) -> bool:
+        return self.status == "passed"
+
+    def __str__(self) -> str:
+        if self.passed:
+            return facts_in_words(self.facts)
+        found = f"; before that: {facts_in_words(self.facts)}" if self.facts else ""
+        return f"{self.status}: {self.reason}{found}"
+
+
+@dataclass
+class Results:
+    """Results of one machine, by name of the check."""
+
+    machine: Machine
+    checks: dict[str, Result] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """Replace the file."""
+        content = {"machine": self.machine, "checks": {name: asdict(one) for name, one in self.checks.items()}}
+        durable.write_text(path, json.dumps(content, indent=2) + "\n")  # facts keep their order
+
+
+def read_results(path: Path) -> Results | None:
+    """The results in a file; None without a file.
+
+    Raises:
+        ArtefactError: the file holds something else.
+    """
+    content = durable.read_json(path)
+    if not content:
+        return None
+    try:
+        return Results(content["machine"], {name: Result(**values) for name, values in content["checks"].items()})
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtefactError(f"{path}: not written by `dist-lm gpu check` ({error}); move it away") from error
+
+
+def facts_in_words(facts: Mapping[str, float]) -> str:
+    """`compiled 4x4096: 31,240 tokens/s; ...`"""
+    parts = []
+    for name, value in facts.items():
+        what, _, unit = name.rpartition(" ")
+        parts.append(f"{what}: {four_digits(value)} {unit}")
+    return "; ".join(parts)
+
+
+def table(checks: Sequence[Check], results: Results | None) -> str:
+    """Markdown: what ran where, then a row for each check. A check that has not run has an empty cell."""
+    lines = [_header(results), "", "| `--only` | check | result |", "| --- | --- | --- |"]
+    for check in checks:
+        result = results.checks.get(check.name) if results else None
+        cell = f"{result.date}: {_cell(result)} " if result else ""
+        lines.append(f"| `{check.name}` | {check.shows} | {cell}|")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(result: Result) -> str:
+    words = str(result).replace("|", "\\|")
+    return f"passed. {words}".removesuffix(". ") if result.passed else f"**{words}**"
+
+
+def _header(results: Results | None) -> str:
+    if results is None:
+        return NOTHING
+    machine = results.machine
+    if machine["rehearsal"]:
+        return f"A rehearsal on a CPU, torch {machine['torch']}. {NOTHING}"
+    return f"{machine['gpus']} x {machine['device']}, torch {machine['torch']}, CUDA {machine['cuda']}."
+
+
+def rewrite(page: Path, content: str) -> None:
+    """Replace what lies between the markers of a page.
+
+    Raises:
+        ArtefactError: the page does not have both markers once, in order.
+    """
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    before, found, rest = text.partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not (found and ended):
+        raise ArtefactError(f"{page}: expected the lines {BEGIN} and {END}, between which the table goes")
+    durable.write_text(page, f"{before}{BEGIN}\n{content}{END}{after}")

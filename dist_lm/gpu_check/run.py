@@ -1,0 +1,165 @@
+"""Run checks one after the other: each in processes of its own, which a failure or an overrun of its budget ends.
+
+Whatever a check does to the GPU or to its own process, the next one starts clean.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+
+from dist_lm.bench.case import GroupSize
+from dist_lm.bench.rank_groups import LOOPBACK, environment_of
+from dist_lm.cluster.torchrun import CUDA
+from dist_lm.errors import ConfigError, require
+from dist_lm.gpu_check import probe, results
+from dist_lm.gpu_check.checks import REHEARSAL_S, Check, chosen
+from dist_lm.gpu_check.results import Machine, Result, Results
+from dist_lm.launcher.process import Stopped, stopped_by_signals
+from dist_lm.storage import durable, process
+from dist_lm.tracking.readable import duration
+from dist_lm.tracking.redact import without_secrets
+
+RESULTS, LOG = "results.json", "log.txt"
+GRACE_S = 3.0  # from TERM to KILL
+LOOK = """
+import json, torch
+gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+device = torch.cuda.get_device_name(0) if gpus else ""
+print(json.dumps({"device": device, "gpus": gpus, "torch": torch.__version__, "cuda": torch.version.cuda}))
+"""
+
+
+def check_gpus(
+    only: Sequence[str], gpus: int, folder: Path, page: Path | None, *, rehearse: bool, say: Callable[[str], None]
+) -> bool:
+    """Run the checks and print the rows of the table; whether all passed.
+
+    Args:
+        only: names of checks; none: all.
+        gpus: GPUs to use.
+        folder: gets results.json and a folder for each check. Results of the same machine that are there are kept.
+        page: a page whose table to replace.
+
+    Raises:
+        ConfigError: no GPU, too few GPUs, or an unknown check.
+        ArtefactError: results.json or `page` cannot be used.
+    """
+    require(gpus > 0, "--gpus", gpus, "a positive integer")
+    require(page is None or not rehearse, "--table", page, "no page with --rehearse, which measures no card")
+    checks = chosen(only, gpus)
+    machine = machine_of(gpus, rehearse)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder.resolve() / RESULTS
+    found = results.read_results(file)
+    if found is None or found.machine != machine:
+        found = Results(machine)
+    if page is not None:
+        results.rewrite(page, results.table(chosen((), max(2, gpus)), found))  # a page without markers fails here
+    try:
+        with stopped_by_signals():
+            for check in checks:
+                found.checks[check.name] = result = run_check(check, gpus, file.parent / check.name, rehearse=rehearse)
+                found.write(file)
+                log = "" if result.passed else f"  ({file.parent / check.name / LOG})"
+                say(f"{check.name:<11}{result.status} in {duration(result.seconds)}  {result}{log}".rstrip())
+    except Stopped as stop:
+        raise SystemExit(128 + stop.number) from None
+    rows = results.table(chosen((), max(2, gpus)) if page else checks, found)
+    if page is not None:
+        results.rewrite(page, rows)
+    say(f"\n{rows}\n{file}")
+    return all(found.checks[check.name].passed for check in checks)
+
+
+def machine_of(gpus: int, rehearse: bool) -> Machine:
+    """Card and software of this machine.
+
+    Raises:
+        ConfigError: there is no GPU, or there are fewer than `gpus`.
+    """
+    if rehearse:
+        return {"device": "CPU", "gpus": gpus, "torch": metadata.version("torch"), "cuda": None, "rehearsal": True}
+    looked = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, check=False)
+    if looked.returncode:
+        raise ConfigError(f"gpu check: torch cannot use CUDA: {(looked.stderr.strip().splitlines() or [''])[-1]}")
+    machine = json.loads(looked.stdout)
+    if not machine["gpus"]:
+        raise ConfigError(
+            f"gpu check: no GPU that torch {machine['torch']} can use; --rehearse runs tiny sizes on the CPU"
+        )
+    require(gpus <= machine["gpus"], "--gpus", gpus, f"at most {machine['gpus']}, the GPUs of this machine")
+    return machine | {"gpus": gpus, "rehearsal": False}
+
+
+def run_check(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> Result:
+    """Run one check and end all its processes.
+
+    Args:
+        folder: replaced by the files of this check.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    log, mark = folder / LOG, secrets.token_hex(8)
+    budget_s = REHEARSAL_S if rehearse else check.budget_s
+    began, code = time.monotonic(), None
+    with log.open("wb") as output:
+        started = subprocess.Popen(
+            command_of(check, gpus, folder, rehearse=rehearse),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=_environment(check, gpus, rehearse) | {probe.MARK: mark},
+            start_new_session=True,  # a Ctrl-C goes to this process, which ends it
+        )
+        try:
+            code = started.wait(budget_s)
+        except subprocess.TimeoutExpired:
+            pass  # `code` says so
+        finally:
+            process.end(lambda: process.marked(mark, probe.MARK), GRACE_S)
+            started.wait()
+    seconds = time.monotonic() - began
+    facts, date = durable.read_json(folder / probe.FACTS), time.strftime("%Y-%m-%d")
+    if code == 0:
+        return Result("passed", seconds, date, facts=facts)
+    if code is None:
+        return Result("over budget", seconds, date, f"not done after {budget_s:g} s", facts)
+    return Result("failed", seconds, date, _failure(folder, code), facts)
+
+
+def command_of(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> list[str]:
+    """The command line of a check."""
+    mode = probe.REHEARSAL if rehearse else probe.CARD
+    program = [probe.__name__, check.name, str(folder), str(gpus), mode]
+    if check.runs != "all":
+        return [sys.executable, "-m", *program]
+    # torchrun reports failed ranks to a file descriptor: here the log
+    ours = [sys.executable, "-m", "dist_lm.cluster.torchrun", str(os.getpid()), "2"]
+    return [*ours, "--standalone", "--nproc-per-node", str(gpus), "-m", *program]
+
+
+def _environment(check: Check, gpus: int, rehearse: bool) -> dict[str, str]:
+    if check.runs == "launcher":
+        return without_secrets(os.environ)
+    threads = process.cores() // (gpus if check.runs == "all" else 1)
+    port = str(process.free_port(LOOPBACK))
+    ours = environment_of(GroupSize(1, max(1, threads)), 0, port, "cpu" if rehearse else "cuda")
+    return ours if rehearse else CUDA | ours
+
+
+def _failure(folder: Path, code: int) -> str:
+    """The reason that a rank wrote, or what is known without one."""
+    written = folder / probe.FAILURE
+    if written.is_file() and (reason := written.read_text().strip()):
+        return reason
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    lines = [line.strip() for line in (folder / LOG).read_text(errors="replace").splitlines() if line.strip()]
+    return f"{how}; last line of its log: {lines[-1][: probe.LONGEST_REASON]}" if lines else how

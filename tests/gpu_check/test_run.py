@@ -1,0 +1,158 @@
+"""`dist-lm gpu check`: every check runs, whatever the others do, and what they found is written as they end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dist_lm.errors import ConfigError
+from dist_lm.gpu_check import run
+from dist_lm.gpu_check.checks import CHECKS, Check, chosen
+from dist_lm.storage import process
+
+pytestmark = pytest.mark.cluster
+
+
+def stand_in(name: str) -> Check:
+    return Check(name, "a stand-in", f"tests.gpu_check.stand_ins:{name}", 30, runs="launcher")
+
+
+@pytest.fixture
+def checked(monkeypatch, tmp_path):
+    """A function that runs stand-ins, by name: (whether all passed, results of the file, what was said)."""
+
+    def check(*names: str):
+        known = {name: stand_in(name) for name in names}
+        monkeypatch.setattr(run, "chosen", lambda only, gpus: list(known.values()))
+        monkeypatch.setattr(run, "command_of", command_of)
+        said: list[str] = []
+        passed = run.check_gpus((), 1, tmp_path, None, rehearse=True, say=said.append)
+        return passed, json.loads((tmp_path / run.RESULTS).read_text())["checks"], said
+
+    return check
+
+
+PROGRAM = """
+import sys
+from dist_lm.gpu_check import probe
+from tests.gpu_check.test_run import stand_in
+probe.named = stand_in
+probe.main()
+"""
+
+
+def command_of(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> list[str]:
+    """The program of a check, which knows the stand-ins."""
+    return [sys.executable, "-c", PROGRAM, check.name, str(folder), str(gpus), "rehearsal"]
+
+
+def test_a_failing_check_does_not_stop_the_others(checked):
+    passed, found, said = checked("finds_something", "breaks", "dies", "passes")
+    assert not passed
+    assert {name: result["status"] for name, result in found.items()} == {
+        "finds_something": "failed",
+        "breaks": "failed",
+        "dies": "failed",
+        "passes": "passed",
+    }
+    assert found["finds_something"]["reason"] == "the sums differ"
+    assert found["finds_something"]["facts"] == {"before MiB": 3.0}
+    assert found["breaks"]["reason"] == "RuntimeError: CUDA error: an illegal memory access"
+    assert found["dies"]["reason"] == "killed by SIGKILL; last line of its log: the last words"
+    assert found["passes"]["facts"] == {"speed tokens/s": 12346.0}
+    assert "| `passes` | a stand-in |" in said[-1]
+    assert "speed: 12,346 tokens/s" in said[-1]
+
+
+def test_all_passed(checked):
+    assert checked("passes")[0]
+
+
+def test_an_overrun_is_reported_and_leaves_no_process(checked, monkeypatch):
+    monkeypatch.setattr(run, "REHEARSAL_S", 8.0)
+    marks = []
+    marked = process.marked
+    monkeypatch.setattr(process, "marked", lambda mark, variable: (marks.append(mark), marked(mark, variable))[1])
+    passed, found, _ = checked("never_ends", "passes")
+    assert not passed
+    assert found["never_ends"]["status"] == "over budget"
+    assert found["never_ends"]["reason"] == "not done after 8 s"
+    assert found["never_ends"]["facts"] == {"half s": 0.5}
+    assert found["passes"]["status"] == "passed"
+    assert not [one for mark in set(marks) for one in marked(mark, run.probe.MARK)]
+
+
+def test_the_file_is_written_after_each_check_and_keeps_earlier_ones(checked, monkeypatch, tmp_path):
+    checked("passes")
+    run_check, seen = run.run_check, []
+
+    def watched(check: Check, *arguments, **options):
+        seen.append(json.loads((tmp_path / run.RESULTS).read_text())["checks"].keys())
+        return run_check(check, *arguments, **options)
+
+    monkeypatch.setattr(run, "run_check", watched)
+    checked("finds_something", "breaks")
+    assert seen == [{"passes"}, {"passes", "finds_something"}]
+
+
+def test_results_of_another_machine_are_dropped(checked, tmp_path):
+    file = tmp_path / run.RESULTS
+    checked("passes")
+    file.write_text(file.read_text().replace('"device": "CPU"', '"device": "a card"'))
+    assert checked("breaks")[1].keys() == {"breaks"}
+
+
+def test_a_ctrl_c_ends_the_check_that_runs(checked, monkeypatch):
+    def interrupted(self, timeout=None):
+        monkeypatch.undo()
+        started.append(self.pid)
+        raise KeyboardInterrupt
+
+    started: list[int] = []
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checked("never_ends")
+    assert not psutil.pid_exists(started[0])
+
+
+# --- what is refused ---
+
+
+def test_without_a_gpu_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, "-m", "dist_lm", "gpu", "check", "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "no GPU" in line
+    assert "--rehearse" in line
+    assert not done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("only", "gpus", "words"),
+    [(("varlen", "no_such"), 1, "--only=no_such: expected one of varlen"), (("nccl",), 1, "needs --gpus=2")],
+)
+def test_checks_that_cannot_run_are_refused_by_name(only, gpus, words):
+    with pytest.raises(ConfigError, match=words):
+        chosen(only, gpus)
+
+
+def test_more_gpus_add_checks():
+    one, two = chosen((), 1), chosen((), 2)
+    assert {check.name for check in two} - {check.name for check in one} == {"nccl", "fsdp", "tp", "kill", "hang"}
+    assert two == list(CHECKS)
+    assert [check.name for check in chosen(("smoke", "varlen"), 1)] == ["varlen", "smoke"]
+
+
+def test_more_gpus_than_there_are_and_a_table_of_a_rehearsal_are_refused(monkeypatch, tmp_path):
+    looked = subprocess.CompletedProcess([], 0, '{"device": "a card", "gpus": 1, "torch": "2", "cuda": "13"}', "")
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: looked)
+    with pytest.raises(ConfigError, match="--gpus=2: expected at most 1"):
+        run.machine_of(2, rehearse=False)
+    assert run.machine_of(1, rehearse=False)["device"] == "a card"
+    with pytest.raises(ConfigError, match="--table"):
+        run.check_gpus((), 1, tmp_path, tmp_path / "page.md", rehearse=True, say=print)
