@@ -18,6 +18,7 @@ from dist_lm.model.size import parameter_shapes
 from dist_lm.stages.rlhf import RlhfRunConfig, with_reward_run
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.training import checkpoint_files
+from dist_lm.training.profile_summary import read_profile
 from tests.cluster.launched import assert_gone, family, ranks_on, steps_of, wait_until
 from tests.cluster.launched import finish as finish_launch
 from tests.conftest import TINY
@@ -178,9 +179,11 @@ def test_a_damaged_state_is_passed_over_loudly(started_work, reference, tmp_path
 
 def test_two_ranks_agree_with_one(started_work, tmp_path):
     found = {}
+    short = ("stage.steps=2", "stage.eval_every=2", "profile.steps=[1,2]")
     for ranks in (1, 2):
-        run = prepare(work_of(started_work, tmp_path / str(ranks)), *PRETRAINING, "stage.steps=2", "stage.eval_every=2")
+        run = prepare(work_of(started_work, tmp_path / str(ranks)), *PRETRAINING, *short)
         train(run, ranks=ranks)
+        assert [read_profile(trace).steps for trace in run.traces().values()] == [2] * ranks
         found[ranks] = numbers(run)[1]
     names = ("score_mean", "reward_mean", "entropy", "new_tokens_mean", "return_mean", "truncated_rate")
     for name in (*names, "pretrain_loss", "policy_grad_norm"):
