@@ -168,6 +168,7 @@ def show_plan(plan: Plan, console: Console) -> None:
 
 def check_and_describe(plan: Plan, console: Console) -> None:
     """The dry run: what a step of every training stage holds, sends and takes, played without values."""
+    from dist_lm.dry_run.iterations import memory_rows
     from dist_lm.dry_run.play import play_ranks, rows, summary
     from dist_lm.launcher.layout_choice import on_nodes_of, with_layout
     from dist_lm.parallel.layout import resolve_layout
@@ -176,7 +177,10 @@ def check_and_describe(plan: Plan, console: Console) -> None:
         if stage.stage.place is not Place.RANKS:
             continue
         if not stage.config.takes_sequences:
-            console.line(f"{stage.name}: its iterations are not played")
+            ranks = ranks_planned(stage.config)
+            layout = resolve_layout(stage.config.parallel, stage.config.model, stage.config.cluster.nodes * ranks)
+            title = f"dry run: {stage.name} on {layout.world_size} ranks, estimated (its iterations are not played)"
+            console.table(title, ("", "memory"), memory_rows(stage.config, layout))
         else:
             ranks = ranks_planned(stage.config)
             config = on_nodes_of(with_layout(stage.config, ranks, console, stage.begun), ranks)

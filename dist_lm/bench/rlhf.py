@@ -6,23 +6,34 @@ a missing one is listed without a figure.
 
 The second case compares generation during updates (rlhf.max_staleness=1), with a core each for learner and actor,
 against generation and updates in turn. It makes one pass of updates; the share of generation is reported.
+
+The third case pushes the weights of a model into Ray's object store, against a copy of all of them and one `ray.put`.
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import replace
+
+import numpy as np
+import torch
 
 from dist_lm.bench.case import Case, Comparison, GroupSize, against, configurations
 from dist_lm.bench.rank import Trial, pin, two_cores
 from dist_lm.bench.rlhf_loops import ITERATIONS, PROMPTS, BareLoop, Peer, ToyPpo, Trl, made_up_prompts
 from dist_lm.cluster.pool import Pool, PoolRollouts
 from dist_lm.cluster.pool_actor import EngineSpec
-from dist_lm.cluster.ray_cluster import connect
+from dist_lm.cluster.pool_weights import store
+from dist_lm.cluster.ray_cluster import RayCluster, connect
 from dist_lm.config.cluster import ClusterConfig
+from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.root import Config
+from dist_lm.model.keyed_random import initialise
+from dist_lm.model.size import parameter_count
+from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
+from dist_lm.rlhf.models import sent_weights
 
 OURS, ONE_PROCESS = "our learner and pool", "the same in one process"
 TOGETHER, IN_TURNS = "drawing beside updates", "drawing, then updates"
@@ -37,13 +48,18 @@ VOCABULARY = 64  # smaller than any tokenizer's; the toy has no tokenizer
 THREADS = 2
 ROUNDS = 7
 SAMPLES, DRAWING = "samples/s", "drawing share_of_time"
+PUSH, PUT = "push of weights", "memcpy and ray.put of the same bytes"
+PUSHED = (*SHAPE, "model.d_model=768", "model.n_layers=12", "model.n_heads=12", "model.d_ff=3072")
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
     """Against peers, then generation during updates; with overrides the first case with another model or batch."""
     config = configurations([(*SHAPE, *overrides)], (), quick)[0]
     found = [peers_case(config)]
-    return found if overrides or quick else [*found, staleness_case(configurations([LONGER], (), quick)[0])]
+    if overrides or quick:
+        return found
+    longer, pushed = configurations([LONGER, PUSHED], (), quick)
+    return [*found, staleness_case(longer), push_case(pushed)]
 
 
 def peers_case(config: Config) -> Case:
@@ -81,6 +97,22 @@ def staleness_case(config: Config) -> Case:
     )
 
 
+def push_case(config: Config) -> Case:
+    """A push until all weights are stored, of one rank in fp32."""
+    size, model = GroupSize(1, THREADS), replace(config.model, vocab_size=VOCABULARY)
+    mib = 4 * parameter_count(model) >> 20
+    return Case(
+        name=f"push of {mib} MiB, {model.d_model} x {model.n_layers} layers",
+        config=config,
+        ways={PUSH: size, PUT: size},
+        comparisons=[Comparison(own=PUSH, peer=PUT)],
+        same_losses=frozenset(),
+        rounds=ROUNDS,
+        amount=mib,
+        unit="MiB/s",
+    )
+
+
 def _why_not(peer: type[Peer]) -> str | None:
     missing = [package for package in peer.packages if not importlib.util.find_spec(package)]
     return f"{', '.join(missing)} not installed" if missing else None
@@ -92,24 +124,52 @@ class Worker:
     def __init__(self) -> None:
         self._ends_with_process = ExitStack()
         self._source: PoolRollouts | None = None
+        self._cluster: RayCluster | None = None
+
+    def cluster(self) -> RayCluster:
+        """The local Ray, started on first use."""
+        if self._cluster is None:
+            local = ClusterConfig(name="local", connect_timeout_s=120.0)
+            self._cluster = self._ends_with_process.enter_context(connect(local))
+        return self._cluster
 
     def source(self, config: Config) -> PoolRollouts:
         """The pool, started on first use; its actor has as many threads as this process."""
         if self._source is None:
-            keep = self._ends_with_process.enter_context
-            cluster = keep(connect(ClusterConfig(name="local", connect_timeout_s=120.0)))
             spec = EngineSpec(config.model, ToyPpo.options(config), eot_id=0)
-            self._source = PoolRollouts(keep(Pool.start(cluster, spec, ToyPpo.weights(config), actors=1)))
+            pool = Pool.start(self.cluster(), spec, ToyPpo.weights(config), actors=1)
+            self._source = PoolRollouts(self._ends_with_process.enter_context(pool))
         return self._source
 
 
 WORKER = Worker()  # one per process, because a process builds all ways of its size
 
 
+def pushing(way: str, config: Config, world: World) -> Callable[[], float]:
+    """Stores the weights of the policy once."""
+    import ray
+
+    WORKER.cluster()
+    model, parallel = Transformer(config.model), ParallelConfig(compute_dtype="fp32")
+    initialise(model, config.seed)
+
+    def push() -> float:
+        store(sent_weights(model, parallel, world), config.model, torch.float32)
+        return 0.0
+
+    def put() -> float:
+        ray.put({name: np.array(value.detach().numpy()) for name, value in model.named_parameters()})
+        return 0.0
+
+    return push if way == PUSH else put
+
+
 def build(way: str, config: Config, world: World) -> Trial:
     """One way of running `ITERATIONS` iterations, in one process."""
     config = copy(config)  # `replace` would check it against a tokenizer
     config.model = replace(config.model, vocab_size=VOCABULARY)
+    if way in (PUSH, PUT):
+        return Trial(pushing(way, config, world), losses=list)
     if way in PEERS:
         peer = PEERS[way](config, made_up_prompts(config))
         return Trial(peer.run, losses=list)

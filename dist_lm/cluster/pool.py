@@ -13,20 +13,23 @@ import secrets
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import cast
 
 import numpy as np
+import torch
 
 from dist_lm.cluster.allocation import Reserved, Site, cores_of, missing_places
 from dist_lm.cluster.events import PoolFailure
 from dist_lm.cluster.pool_actor import EngineSpec, Member, MemberLostError, Weights
 from dist_lm.cluster.pool_ledger import Depth, Ledger, Result
+from dist_lm.cluster.pool_weights import Stored, store
 from dist_lm.cluster.ray_cluster import Node, RayCluster
 from dist_lm.cluster.recruit import NoNodesError
-from dist_lm.config.model import ModelConfig
 from dist_lm.config.rlhf import AS_MANY
-from dist_lm.generation.decoder import check_weights
+from dist_lm.generation.decoder import WeightStream, check_weights
 from dist_lm.generation.request import Answer, Request, in_order
 from dist_lm.generation.shard import check_tp
+from dist_lm.model.size import parameter_shapes
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +74,7 @@ class Pool:
         cls,
         cluster: RayCluster,
         spec: EngineSpec,
-        weights: Mapping[str, np.ndarray],
+        weights: Mapping[str, np.ndarray] | WeightStream,
         *,
         version: int = 0,
         actors: int = AS_MANY,
@@ -84,7 +87,7 @@ class Pool:
         Args:
             cluster: its cluster.nodes limits the number of nodes used.
             spec: of the engines.
-            weights: float arrays by the names of the model's parameters.
+            weights: float arrays by the names of the model's parameters, or a stream of parameters; sent in spec.dtype.
             version: of these weights.
             actors: how many; -1: one for each spec.tp GPUs of a node, or one per node without GPUs.
             wanted: asked while waiting; if it returns False the pool stops without an error.
@@ -97,7 +100,7 @@ class Pool:
             UserError: the weights do not fit the model, or no node has enough GPUs for an engine.
         """
         check_tp(spec.model, spec.tp, _most_gpus(cluster) if spec.gpus else None, "parallel.tp")
-        pool = cls(cluster, spec, _put(spec.model, weights, version), actors, wanted, warn, site)
+        pool = cls(cluster, spec, Weights(_stored(spec, weights), version), actors, wanted, warn, site)
         try:
             pool._await_start()
         except BaseException:
@@ -110,7 +113,7 @@ class Pool:
         """The actors that are up."""
         return [member for member in self._members.values() if member.is_up]
 
-    def load_weights(self, weights: Mapping[str, np.ndarray], version: int) -> None:
+    def load_weights(self, weights: Mapping[str, np.ndarray] | WeightStream | Stored, version: int) -> None:
         """Use other weights from now on, in all present and future actors.
 
         Raises:
@@ -119,7 +122,8 @@ class Pool:
         """
         if self._ledger:
             raise RuntimeError("weights cannot change during `generate`: finish or close it first")
-        self._weights = _put(self._spec.model, weights, version)
+        stored = weights if isinstance(weights, Stored) else _stored(self._spec, weights)
+        self._weights = Weights(stored, version)
         while self._wanted():
             self._tend()
             if self.members and all(member.next_version == version for member in self.members):
@@ -136,7 +140,7 @@ class Pool:
         if self._ledger:
             raise RuntimeError("one `generate` at a time: finish or close the other one first")
         options = self._spec.options
-        depth = Depth(ENGINEFULS * options.max_sequences, ENGINEFULS * options.cache_tokens)
+        depth = Depth(ENGINEFULS * options.max_sequences, ENGINEFULS * options.most_tokens(self._spec.model))
         ledger = self._ledger = Ledger(iter(requests), depth)
         try:
             while not ledger.is_over and self._wanted():
@@ -150,6 +154,17 @@ class Pool:
             if not ledger.is_over:
                 for member in self._members.values():
                     member.drop_all()
+
+    def hold(self, weights: WeightStream) -> Stored:
+        """Weights for a later `load_weights`, read to the end; allowed during `generate`, from any thread."""
+        return _stored(self._spec, weights)
+
+    def sleep(self) -> None:
+        """Free the caches of all actors until the next `generate`, and wait until they are free."""
+        import ray
+
+        if calls := [member.sleep() for member in self.members]:
+            ray.wait(calls, num_returns=len(calls), timeout=self._cluster.config.hang_min_s)
 
     def close(self) -> None:
         """End all actors and free their places."""
@@ -283,14 +298,19 @@ class Pool:
 
 
 class PoolRollouts:
-    """A `rlhf.rollouts.RolloutSource` over a pool that others close. One call at a time, from any thread."""
+    """A `rlhf.rollouts.RolloutSource` over a pool that others close. One call at a time, `hold` excepted."""
 
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
+    def __init__(self, pool: Pool, sleeps: bool = False) -> None:
+        """`sleeps`: free the caches between two calls of `generate`."""
+        self.pool, self._sleeps = pool, sleeps
 
-    def load_weights(self, weights: Mapping[str, np.ndarray], version: int) -> None:
+    def load_weights(self, weights: WeightStream | Stored, version: int) -> None:
         """See `Pool.load_weights`."""
         self.pool.load_weights(weights, version)
+
+    def hold(self, weights: WeightStream) -> Stored:
+        """See `Pool.hold`."""
+        return self.pool.hold(weights)
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         """All answers, in the order of the requests, then of their index.
@@ -299,7 +319,10 @@ class PoolRollouts:
             RequestError: a request was refused.
             ActorsLostError, PoolFailure: see `Pool.generate`.
         """
-        return in_order(requests, self.pool.generate(requests))
+        answers = in_order(requests, self.pool.generate(requests))
+        if self._sleeps:
+            self.pool.sleep()
+        return answers
 
 
 def _reserved_by_others(prefix: str) -> dict[str, Reserved]:
@@ -322,8 +345,9 @@ def _most_gpus(cluster: RayCluster) -> int | None:
     return max((node.gpus for node in cluster.nodes()), default=0) or None
 
 
-def _put(model: ModelConfig, weights: Mapping[str, np.ndarray], version: int) -> Weights:
-    import ray
-
-    check_weights(model, {name: value.shape for name, value in weights.items()})
-    return Weights(ray.put({name: np.ascontiguousarray(value) for name, value in weights.items()}), version)
+def _stored(spec: EngineSpec, weights: Mapping[str, np.ndarray] | WeightStream) -> Stored:
+    if isinstance(weights, Mapping):
+        arrays = cast("Mapping[str, np.ndarray]", weights)
+        check_weights(spec.model, {name: value.shape for name, value in arrays.items()})
+        weights = ((name, torch.from_numpy(arrays[name])) for name in parameter_shapes(spec.model))
+    return store(weights, spec.model, spec.dtype)

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 
 from dist_lm.cluster.node_facts import VISIBLE
+from dist_lm.cluster.pool_weights import Stored, read
 from dist_lm.cluster.ray_cluster import Node, first_line, last_line
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import UserError
@@ -71,20 +71,16 @@ class PoolActor:
         self._engine: Engine | None = None
         self._known: set[str] = set()  # ids of requests under way
 
-    def load(self, weights: Mapping[str, np.ndarray], version: int) -> int:
-        """Use these weights from now on; returns the id of this process.
-
-        Args:
-            weights: views of Ray's object store, which torch must not write to; copied.
-        """
+    def load(self, chunks: Sequence[Any], version: int) -> int:
+        """Use the weights of `pool_weights.Stored` from now on; returns the id of this process."""
         spec = self._spec
-        tensors = {name: torch.from_numpy(value.copy()) for name, value in weights.items()}
+        weights = read(chunks, spec.dtype)
         if self._engine:
-            self._engine.load_weights(tensors, version)
+            self._engine.load_weights(weights, version)
         else:
             self._engine = Engine(
                 spec.model,
-                tensors,
+                weights,
                 eot_id=spec.eot_id,
                 vocabulary=spec.vocabulary,
                 options=spec.options,
@@ -114,6 +110,13 @@ class PoolActor:
         if not engine.busy:
             self._known.clear()
         return WorkReport(done, engine.tokens_in_flight)
+
+    def sleep(self) -> None:
+        """Free the memory of the cache until the next `work`, if no request is under way."""
+        if self._engine and not self._engine.busy:
+            self._engine.sleep()
+            if self._spec.gpus:
+                torch.cuda.empty_cache()  # hands the memory back to the card
 
     def drop_all(self) -> None:
         """Cancel every request."""
@@ -147,9 +150,9 @@ class MemberLostError(Exception):
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights in Ray's object store, stored once for all actors."""
+    """Complete weights of a version."""
 
-    reference: Any
+    stored: Stored
     version: int
 
 
@@ -218,7 +221,7 @@ class Member:
     def load(self, weights: Weights) -> None:
         """Begin to load other weights."""
         assert self._working is None
-        self._loading = (self._actor.load.remote(weights.reference, weights.version), weights.version)
+        self._loading = (self._actor.load.remote(weights.stored.chunks, weights.version), weights.version)
 
     def work(self, requests: list[Request]) -> None:
         """Begin a slice of work with new requests."""
@@ -251,6 +254,10 @@ class Member:
         elif time.monotonic() - self._working[1] > patience_s:
             raise MemberLostError(f"{self}: no answer for {patience_s:.0f} s")
         return report
+
+    def sleep(self) -> Any:
+        """Begin to free the memory of the cache. Returns the Ray reference of the call."""
+        return self._actor.sleep.remote()
 
     def drop_all(self) -> None:
         """Cancel all requests, and ignore the report of the open call."""

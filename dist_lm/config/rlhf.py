@@ -12,6 +12,8 @@ PARSED_LANGUAGES = ("python", "bash", "sql")
 DISJOINT, SHARED = "disjoint", "shared"
 FEWEST_PAGE_TOKENS = 64  # of a page whose size is chosen (PLAIN_PAGE_TOKENS of generation)
 AS_MANY = -1
+CACHE_SHARE = {"cuda": 0.85, "cpu": 0.25}
+"""Part of the free memory that an automatic cache takes. Engines on CPUs of one node share its memory."""
 
 
 @dataclass
@@ -137,7 +139,9 @@ class RolloutPoolConfig:
     # GPUs and cores in turns
     placement: str = DISJOINT
     tp: int = 1  # GPUs that share the model of an engine
-    cache_tokens: int = 16384  # KV cache of an engine, all sequences together
+    # KV cache of an engine, all sequences together; 0: what fits into free memory (CACHE_SHARE), and at most
+    # max_sequences whole contexts
+    cache_tokens: int = 0
     page_tokens: int = 0  # of a page of the cache; 0: 256 on CUDA in half precision, otherwise 64
     max_sequences: int = 64  # at a time in an engine
 
@@ -146,13 +150,13 @@ class RolloutPoolConfig:
         may_be_all = self.actors == AS_MANY and self.placement == SHARED
         require(self.actors >= 0 or may_be_all, "rlhf.pool.actors", self.actors, accepted)
         require(self.placement in (DISJOINT, SHARED), "rlhf.pool.placement", self.placement, f"{DISJOINT} or {SHARED}")
-        for key in ("tp", "cache_tokens", "max_sequences"):
+        for key in ("tp", "max_sequences"):
             require(getattr(self, key) > 0, f"rlhf.pool.{key}", getattr(self, key), "a positive integer")
         pages = self.page_tokens
         require(pages >= 0, "rlhf.pool.page_tokens", pages, "a positive integer, or 0 to choose")
         require(
-            self.cache_tokens >= (pages or FEWEST_PAGE_TOKENS),
+            self.cache_tokens == 0 or self.cache_tokens >= (pages or FEWEST_PAGE_TOKENS),
             "rlhf.pool.cache_tokens",
             self.cache_tokens,
-            f"at least rlhf.pool.page_tokens={pages or FEWEST_PAGE_TOKENS}",
+            f"at least rlhf.pool.page_tokens={pages or FEWEST_PAGE_TOKENS}, or 0 to take what fits into free memory",
         )

@@ -6,11 +6,11 @@ model.
 Dimensions: N tokens, B sequences, D d_model, V vocabulary, H query heads, G key/value heads, K d_head.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
@@ -29,6 +29,9 @@ from dist_lm.parallel.tensor_axis import TensorAxis
 
 Norm = Callable[[torch.Tensor], torch.Tensor]
 LookUp = Callable[[str], torch.Tensor]  # the parameter of a name, on the device
+WeightStream = Iterable[tuple[str, torch.Tensor]]
+"""Parameters with their names in the order of `parameter_shapes`; a decoder holds a block of them at a time."""
+Weights = Mapping[str, torch.Tensor] | WeightStream
 Keep = Callable[[str, torch.Tensor], torch.Tensor]  # the tensor to compute with in place of a new one, see `Decoder`
 
 
@@ -65,27 +68,31 @@ class Decoder:
         """
         self.config = config
         self.share, self.axis = share or share_of(config), axis
-        self.cache = cache = build_cache(self.share, n_pages, page_size, dtype, device)
+        self.cache = build_cache(self.share, n_pages, page_size, dtype, device)
+        self._page_size = page_size
         self._dtype, self._device = dtype, device
         position_1T = torch.arange(config.max_seq_len, device=device)[None]
         tables = rope_tables(position_1T, config.d_head, config.rope_base, dtype)
         self._cos, self._sin = (table[0, :, 0] for table in tables)
         self._layers: list[_Layer] = []
         self._kept: dict[str, torch.Tensor] = {}  # with graphs, which hold addresses: what they read
-        self._graphs: DecodeGraphs | None = None
-        if (
-            isinstance(cache, FlashPages) and device.type == "cuda" and axis is None
-        ):  # steps with collectives run eagerly
-            self._graphs = DecodeGraphs(self._decode, cache, pages_for(config.max_seq_len, page_size))
+        self._graphs = self._new_graphs()
 
-    def load(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Replace the weights, given by parameter name.
+    def load(self, weights: Weights) -> None:
+        """Replace the weights.
 
         Raises:
             ArtefactError: names the parameter that is missing or has another shape.
         """
-        check_weights(self.config, {name: tuple(value.shape) for name, value in weights.items()})
-        self.build(lambda name: weights[name].detach().to(self._device, self._dtype))
+        look_up = looked_up(self.config, weights)
+        self.build(lambda name: look_up(name).detach().to(self._device, self._dtype))
+
+    def resize(self, n_pages: int) -> None:
+        """Replace the cache by an empty one, and drop the graphs, which hold the addresses of the old one."""
+        graphs, self._graphs = self._graphs, None
+        del graphs, self.cache
+        self.cache = build_cache(self.share, n_pages, self._page_size, self._dtype, self._device)
+        self._graphs = self._new_graphs()
 
     def build(self, look_up: LookUp) -> None:
         """Lay out the weights of this share.
@@ -94,7 +101,8 @@ class Decoder:
             look_up: called once for each parameter, in the same order on every rank; it may receive from another rank.
         """
         config, axis = self.config, self.axis
-        self._layers = []  # free the old weights first: both may not fit in memory
+        # free the old weights first: both may not fit in memory
+        self._layers, self._embed, self._head = [], _absent, _absent
         embedding = self._keep("embedding", look_up("embedding.weight").clone())
         self._embed = build_embedding(embedding, self.share.pieces, axis)
         for number in range(config.n_layers):
@@ -102,6 +110,12 @@ class Decoder:
         self._final_norm = _norm(config, look_up, self._keep, "final_norm")
         head = build_linear(embedding if config.tie_embeddings else self._keep("head", look_up("lm_head.weight")), None)
         self._head = gathering(head, axis, config.vocab_size) if axis else head
+
+    def _new_graphs(self) -> DecodeGraphs | None:
+        """Graphs of decode steps, if the device has them; steps with collectives run eagerly."""
+        if not isinstance(self.cache, FlashPages) or self._device.type != "cuda" or self.axis is not None:
+            return None
+        return DecodeGraphs(self._decode, self.cache, pages_for(self.config.max_seq_len, self._page_size))
 
     def _keep(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """With graphs, the tensor of the first build with these values, so that graphs stay valid."""
@@ -210,20 +224,63 @@ def _takes_flash(shape: Share | ModelConfig, dtype: torch.dtype, device: torch.d
     return packs_documents(device.type, dtype in (torch.bfloat16, torch.float16), shape.d_head)
 
 
-def check_weights(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that a model has weights of these names and shapes.
+def check_weights(
+    config: ModelConfig, found: Mapping[str, tuple[int, ...]], names: Iterable[str] | None = None
+) -> None:
+    """Check that a model has weights of these shapes.
+
+    Args:
+        names: that are needed; None: all parameters.
 
     Raises:
         ArtefactError: names the parameter that is missing or has another shape.
     """
     shapes = parameter_shapes(config)
-    for name, shape in shapes.items():
+    for name in shapes if names is None else names:
+        shape = shapes[name]
         if name not in found:
             raise ArtefactError(f"weights: {name} is missing; expected {len(shapes)} parameters of this model")
         if found[name] != shape:
             raise ArtefactError(
                 f"weights: {name} has shape {found[name]}, expected {shape}: these may be weights of another model"
             )
+
+
+def checked(config: ModelConfig, weights: Weights) -> Mapping[str, torch.Tensor] | None:
+    """A mapping whose names and shapes fit; None for a stream, which is checked while it is read.
+
+    Raises:
+        ArtefactError: see `check_weights`.
+    """
+    if not isinstance(weights, Mapping):
+        return None
+    mapping = cast("Mapping[str, torch.Tensor]", weights)
+    check_weights(config, {name: tuple(value.shape) for name, value in mapping.items()})
+    return mapping
+
+
+def looked_up(config: ModelConfig, weights: Weights) -> LookUp:
+    """Looks up each parameter once.
+
+    Raises:
+        ArtefactError: names the parameter that is missing or has another shape; for a stream, when it is looked up.
+    """
+    if mapping := checked(config, weights):
+        return mapping.__getitem__
+    stream: Iterator[tuple[str, torch.Tensor]] = iter(weights)  # type: ignore[arg-type]
+    held: dict[str, torch.Tensor] = {}
+
+    def look_up(name: str) -> torch.Tensor:
+        while name not in held and (found := next(stream, None)):
+            held[found[0]] = found[1]
+        check_weights(config, {name: tuple(value.shape) for name, value in held.items()}, [name])
+        return held.pop(name)
+
+    return look_up
+
+
+def _absent(*_: object) -> torch.Tensor:
+    raise RuntimeError("the weights of this model are not complete: load them again")
 
 
 def _norm(config: ModelConfig, look_up: LookUp, keep: Keep, name: str) -> Norm:

@@ -13,17 +13,16 @@ fp32 to the last bit: see `linear.py`, `plain_pages.py` and `sampling.py`).
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.errors import require
-from dist_lm.generation.decoder import Decoder, best_page_tokens, check_weights
+from dist_lm.generation.cache_size import EngineOptions, pages_that_fit
+from dist_lm.generation.decoder import Decoder, Weights, best_page_tokens, checked
 from dist_lm.generation.paged_cache import PagePool, Piece, Plan, pages_for
-from dist_lm.generation.plain_pages import ALIGNED
 from dist_lm.generation.request import Answer, FinishReason, OnText, Refusal, Request, RequestError, TextStream
 from dist_lm.generation.request import Sequence as Running
 from dist_lm.generation.sampling import Choice, Group, adjusted, group_rows, sample, uniform
@@ -33,43 +32,13 @@ if TYPE_CHECKING:
     from dist_lm.generation.sharded import ShardedDecoder
 
 
-@dataclass(frozen=True)
-class EngineOptions:
-    """Sizes of an engine."""
-
-    cache_tokens: int = 16384  # tokens of all sequences together that the cache holds
-    # tokens of a page; 0: 256 where the flash kernel runs (CUDA in half precision, multiples of 256 only), otherwise 64
-    page_tokens: int = 0
-    max_sequences: int = 64  # sequences that run at the same time
-    piece_tokens: int = 256  # tokens of a prompt that are computed at once
-    step_tokens: int = 512  # prompt tokens per step, at most, but always one piece
-
-    def __post_init__(self) -> None:
-        require(self.page_tokens >= 0, "page_tokens", self.page_tokens, "a positive integer, or 0 to choose")
-        for key in ("max_sequences", "piece_tokens", "step_tokens"):
-            require(getattr(self, key) > 0, key, getattr(self, key), "a positive integer")
-        # pages of whole vectors: otherwise rounding would depend on the number of pages
-        require(self.page_tokens % ALIGNED == 0, "page_tokens", self.page_tokens, f"a multiple of {ALIGNED}")
-        require(
-            self.cache_tokens >= self.page_tokens,
-            "cache_tokens",
-            self.cache_tokens,
-            f"at least page_tokens={self.page_tokens}",
-        )
-
-    @property
-    def n_pages(self) -> int:
-        assert self.page_tokens, "an engine chooses it"
-        return self.cache_tokens // self.page_tokens
-
-
 class Engine:
     """One model that answers many requests at the same time. With tp > 1, use it as a context manager or `close` it."""
 
     def __init__(
         self,
         config: ModelConfig,
-        weights: Mapping[str, torch.Tensor],
+        weights: Weights,
         *,
         eot_id: int,
         vocabulary: Sequence[bytes] | None = None,
@@ -81,7 +50,7 @@ class Engine:
     ) -> None:
         """
         Args:
-            weights: by parameter name.
+            weights: of `version`.
             eot_id: end-of-text, which ends an answer.
             vocabulary: the bytes of every token; needed for texts.
             tp: devices of this node that share the model; on CUDA the first ones this process sees.
@@ -98,8 +67,10 @@ class Engine:
         options = options or EngineOptions()
         page_tokens = options.page_tokens or best_page_tokens(config, dtype, self._device)
         self.options = replace(options, page_tokens=page_tokens)
+        self._dtype, self._tp = dtype, tp
         self._pool = PagePool(self.options.n_pages)
-        check_weights(config, {name: tuple(value.shape) for name, value in weights.items()})
+        self._asleep = not self.options.n_pages
+        checked(config, weights)
         self._decoder = _build_decoder(config, self.options, dtype, self._device, tp)
         self._waiting: deque[list[Running]] = deque()
         self._prompts: list[list[Running]] = []  # all answers to one request; the first one holds the pages
@@ -108,6 +79,7 @@ class Engine:
         self._done: list[Answer | Refusal] = []
         self._plan: tuple[tuple[object, ...], Plan] | None = None
         self._rows: tuple[list[Running], torch.Tensor, list[Group]] | None = None  # with their seeds
+        self.version: int | None = None  # None: the weights have not arrived completely
         try:
             self.load_weights(weights, version)
         except BaseException:
@@ -127,8 +99,8 @@ class Engine:
         prompts = sum(group[0].n_prompt - group[0].cached for group in groups)
         return prompts + sum(one.request.params.max_new_tokens - one.n_new for one in sequences)
 
-    def load_weights(self, weights: Mapping[str, torch.Tensor], version: int) -> None:
-        """Replace the weights.
+    def load_weights(self, weights: Weights, version: int) -> None:
+        """Replace the weights. After an error the engine accepts no request until a later call succeeds.
 
         Raises:
             RuntimeError: requests are under way, so that their answers would mix two versions.
@@ -136,9 +108,26 @@ class Engine:
         """
         if self.busy:
             raise RuntimeError("weights cannot change while requests are under way: finish or cancel them first")
+        checked(self.config, weights)
+        self.version = None
         with torch.inference_mode():
             self._decoder.load(weights)
         self.version = version
+
+    def sleep(self) -> None:
+        """Free the memory of the cache until the next request; no request may be under way."""
+        assert not self.busy, "their pages would be lost"
+        self._plan = None
+        with torch.inference_mode():
+            self._decoder.resize(0)
+        self._asleep = True
+
+    def _wake(self) -> None:
+        options = self.options
+        n_pages = options.n_pages or pages_that_fit(self.config, options, self._dtype, self._device, self._tp)
+        with torch.inference_mode():
+            self._decoder.resize(n_pages)
+        self._pool, self._asleep = PagePool(n_pages), False
 
     def submit(self, request: Request, on_text: OnText | None = None) -> None:
         """Queue a request.
@@ -149,6 +138,10 @@ class Engine:
         Raises:
             RequestError: the request cannot be answered; the message names the field.
         """
+        if self.version is None:
+            raise RuntimeError("weights did not arrive completely: load them again")
+        if self._asleep:
+            self._wake()
         request = self._checked(request)
         group = [Running(request, index, on_text) for index in range(request.n)]
         if self._vocabulary is not None:
@@ -222,10 +215,11 @@ class Engine:
         if unknown:
             refuse(f"stop_tokens or logit_bias name token {unknown[0]}; expected 0 to {self.config.vocab_size - 1}")
         longest = min(len(prompt) + params.max_new_tokens, context)
-        if longest > self.options.n_pages * self.options.page_tokens:
+        cached = self._pool.n_pages * self.options.page_tokens
+        if longest > cached:
             refuse(
                 f"prompt and max_new_tokens={params.max_new_tokens} take {longest} tokens of a cache of "
-                f"cache_tokens={self.options.cache_tokens}: lower max_new_tokens or raise cache_tokens"
+                f"cache_tokens={self.options.cache_tokens or cached}: lower max_new_tokens or raise cache_tokens"
             )
         return replace(request, prompt=prompt)
 
@@ -369,6 +363,7 @@ class Engine:
     def _finish(self, sequence: Running, reason: FinishReason) -> None:
         sequence.finish = reason
         self._release(sequence)
+        assert self.version is not None
         self._done.append(sequence.answer(self.version))
 
     def _drop(self, request: Request) -> None:

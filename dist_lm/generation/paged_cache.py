@@ -25,6 +25,10 @@ class PagePool:
         self.changes = 0  # grows whenever a page is taken, shared or given back
 
     @property
+    def n_pages(self) -> int:
+        return len(self._holders)
+
+    @property
     def n_free(self) -> int:
         return len(self._free)
 

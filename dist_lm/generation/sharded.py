@@ -16,7 +16,7 @@ import tempfile
 import threading
 import traceback
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ConfigError
-from dist_lm.generation.decoder import Decoder, check_weights
+from dist_lm.generation.decoder import Decoder, Weights, looked_up
 from dist_lm.generation.followers import Followers
 from dist_lm.generation.paged_cache import Piece, Plan
 from dist_lm.generation.shard import LEADER, check_tp, cut, part_shapes, share_of
@@ -96,18 +96,21 @@ class ShardedDecoder:
             self.close()
             raise
 
-    def load(self, weights: Mapping[str, torch.Tensor]) -> None:
+    def load(self, weights: Weights) -> None:
         """See `Decoder`. Parameters are sent one by one, so no device ever holds all of them."""
-        check_weights(self._config, {name: tuple(value.shape) for name, value in weights.items()})
+        look_up = looked_up(self._config, weights)
 
         def hand_out(name: str) -> torch.Tensor:
-            whole = weights[name].detach().to(self._device, self._dtype)
+            whole = look_up(name).detach().to(self._device, self._dtype)
             for rank, share in enumerate(self._shares[1:], 1):
                 dist.send(cut(name, whole, share).contiguous(), group=self._axis.group, group_dst=rank)
             return cut(name, whole, self._shares[LEADER]).contiguous()
 
         with self._in_step("load"):
             self._rank.decoder.build(hand_out)
+
+    def resize(self, n_pages: int) -> None:
+        self._execute("resize", n_pages)
 
     def prefill(self, pieces: Sequence[Piece]) -> torch.Tensor:
         return self._execute("prefill", [(list(piece.tokens), piece.start, list(piece.pages)) for piece in pieces])
@@ -201,6 +204,10 @@ class Rank:
         self._plan: Plan | None = None
         self._saved: dict[int, Any] = {}
 
+    def resize(self, n_pages: int) -> None:
+        self._plan = None
+        self.decoder.resize(n_pages)
+
     def prefill(self, pieces: list[tuple[list[int], int, list[int]]]) -> torch.Tensor:
         return self.decoder.prefill([Piece(*piece) for piece in pieces])
 
@@ -258,7 +265,7 @@ class Follower(Rank):
         self.decoder.build(receive)
 
 
-COMMANDS = ("load", "prefill", "plan", "advance", "decode", "copy_page", "clear", "save", "restore", "forget")
+COMMANDS = ("load", "resize", "prefill", "plan", "advance", "decode", "copy_page", "clear", "save", "restore", "forget")
 
 
 def main() -> None:

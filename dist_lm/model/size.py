@@ -47,6 +47,11 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     return 6 * multiplied + 12 * config.n_layers * config.n_heads * config.d_head * seq_len
 
 
+def kv_bytes_per_token(config: ModelConfig, kv_heads: int, element_bytes: int) -> int:
+    """Bytes of keys and values of one token in all layers, for `kv_heads` key heads."""
+    return 2 * config.n_layers * kv_heads * config.d_head * element_bytes
+
+
 def group_of(name: str) -> str:
     """The entry of `GROUPS` that the gradient norm of a parameter is reported under; a tied head belongs to embedding.
 

@@ -6,7 +6,7 @@ tensor. Checkpoints hold logical tensors.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -71,6 +71,32 @@ def whole_weights(model: nn.Module, model_config: ModelConfig, dtype: torch.dtyp
         value = logical(model.get_parameter(name), shape)
         full[name] = (value.full_tensor() if isinstance(value, DTensor) else value).detach().to(dtype)
     return full
+
+
+def stream_weights(
+    model: nn.Module, model_config: ModelConfig, dtype: torch.dtype, receives: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """All parameters, one at a time, whole, of logical shape and in `dtype`, in the order of `parameter_shapes`.
+
+    Collective: every rank reads the stream to its end. The tensors belong to the receiver, and the stream keeps none.
+
+    Args:
+        receives: whether this rank gets the parameters; on other ranks the stream is empty.
+    """
+    for name, shape in parameter_shapes(model_config).items():
+        if receives:
+            yield name, _whole_copy(logical(model.get_parameter(name), shape), dtype)
+        else:
+            _whole_copy(logical(model.get_parameter(name), shape), dtype)
+
+
+def _whole_copy(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A parameter as a tensor with memory of its own; it is sent in `dtype` (collective)."""
+    with torch.inference_mode(mode=False), torch.no_grad():  # whatever the mode of the reader is
+        cast = value.detach().to(dtype)
+        whole = cast.full_tensor() if isinstance(cast, DTensor) else cast
+        shared = whole.untyped_storage().data_ptr() == shard_of(value).untyped_storage().data_ptr()
+        return whole.clone() if shared else whole
 
 
 def unsharded_copy(model: Transformer, model_config: ModelConfig, dtype: torch.dtype) -> Transformer:

@@ -12,13 +12,9 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
-import numpy as np
-import torch
-
 from dist_lm.errors import ArtefactError
 from dist_lm.evaluation.tool_questions import shown
 from dist_lm.parallel.mesh import World
-from dist_lm.parallel.values import whole_weights
 from dist_lm.ranks.program import (
     RankStart,
     check_corpora,
@@ -32,9 +28,9 @@ from dist_lm.ranks.rlhf_held_out import HeldOut
 from dist_lm.ranks.rlhf_models import Begun, begin, saved_files, train_state
 from dist_lm.ranks.rlhf_supply import pretraining_text, rollout_source
 from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
-from dist_lm.rlhf.models import own_threads
+from dist_lm.rlhf.models import own_threads, sent_weights
 from dist_lm.rlhf.ppo import Ppo
-from dist_lm.rlhf.rollouts import ShuffledPrompts
+from dist_lm.rlhf.rollouts import ShuffledPrompts, read_to_end
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.rlhf import RlhfRunConfig
@@ -218,13 +214,12 @@ def _supply(
     stack: ExitStack,
 ) -> RolloutSupply | None:
     """Prompts and source of rollouts on the first rank; None on other ranks (collective)."""
-    model = begun.models.policy.model
-    weights = whole_weights(model, model.config, torch.float32)
+    weights = sent_weights(begun.models.policy.model, config.parallel, start.world)
     if not start.world.is_first:
+        read_to_end(weights)
         return None
-    copies = {name: np.array(value.cpu().numpy()) for name, value in weights.items()}
     draws = partial(reporter.alive, Phase.GENERATING)
-    source = stack.enter_context(rollout_source(config, start.tokenizer, copies, start.world.device, draws))
+    source = stack.enter_context(rollout_source(config, start.tokenizer, weights, start.world.device, draws))
     return RolloutSupply(
         source,
         ShuffledPrompts(prompts, config.seed),

@@ -9,18 +9,16 @@ Dimensions: B rollouts.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from dist_lm.model.transformer import Transformer
-from dist_lm.parallel.values import whole_weights
 from dist_lm.ranks.program import RankStart
 from dist_lm.rlhf.experience import add_up, end_scores
 from dist_lm.rlhf.learner import RolloutSupply
-from dist_lm.rlhf.models import RlhfModels, dealing
+from dist_lm.rlhf.models import RlhfModels, dealing, sent_weights
 from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rewards import rules_of, share_judged, total_score
-from dist_lm.rlhf.rollouts import Rollouts
+from dist_lm.rlhf.rollouts import Rollouts, read_to_end
 from dist_lm.stages.rlhf import RlhfRunConfig
 
 POLICY_SEED, REFERENCE_SEED = 1, 2  # added to the seed of the run
@@ -60,12 +58,13 @@ class HeldOut:
     def _scores(self, model: Transformer, version: int, seed: int, scale: RewardScale | None) -> torch.Tensor:
         """Scores of the answers of `model`, (B,)."""
         group = self.config.rlhf
-        weights = whole_weights(model, model.config, torch.float32)
+        weights = sent_weights(model, self.config.parallel, self.start.world)
         rules = rules_of(group.rewards)
         rollouts = None
-        if self.supply:
-            copies = {name: np.array(value.cpu().numpy()) for name, value in weights.items()}
-            self.supply.source.load_weights(copies, version)
+        if not self.supply:
+            read_to_end(weights)
+        else:
+            self.supply.source.load_weights(weights, version)
             rollouts = self.supply.draw(self.prompts, 0, 1, group, self.config.seed + seed)
         rollouts, parts = share_judged(rollouts, rules, self.supply.decode if self.supply else None)
         if self.models.reward:

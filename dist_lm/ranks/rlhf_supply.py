@@ -7,11 +7,10 @@ and a checkpoint stores nothing else.
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from dist_lm.cluster.allocation import WITHOUT_POOL, Site, actors_in_all, site_of
@@ -23,6 +22,7 @@ from dist_lm.data.batch import Batch
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.sequences import note_of_left_out
 from dist_lm.data.stream import SequenceStream, StepStream
+from dist_lm.generation.decoder import WeightStream
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.parallel.mesh import data_mesh
 from dist_lm.parallel.sharding import compute_dtype
@@ -43,14 +43,14 @@ SEQ_LEN = "rlhf.pretrain_seq_len"
 def rollout_source(
     config: RlhfRunConfig,
     tokenizer: Tokenizer,
-    weights: Mapping[str, np.ndarray],
+    weights: WeightStream,
     device: torch.device,
     alive: Callable[[], None],
 ) -> Iterator[RolloutSource]:
     """The source of rollouts inside the block. Without Ray (`torchrun -m dist_lm.train RUN_DIR`) a local engine.
 
     Args:
-        weights: policy weights of any version.
+        weights: of any version of the policy.
         alive: called regularly during generation.
 
     Raises:
@@ -70,7 +70,7 @@ def rollout_source(
 def _pool(
     config: RlhfRunConfig,
     tokenizer: Tokenizer,
-    weights: Mapping[str, np.ndarray],
+    weights: WeightStream,
     device: torch.device,
     access: RayAccess,
     alive: Callable[[], None],
@@ -90,13 +90,13 @@ def _pool(
         _started(cluster, spec, weights, actors, site_of(pool, access.nodes, ranks, device.type), alive) as started,
     ):
         log.info("%d rollout actors: %s", len(started.members), ", ".join(map(str, started.members)))
-        yield PoolRollouts(started)
+        yield PoolRollouts(started, sleeps=config.in_turns)
 
 
 def _started(
     cluster: RayCluster,
     spec: EngineSpec,
-    weights: Mapping[str, np.ndarray],
+    weights: WeightStream,
     actors: int,
     site: Site,
     alive: Callable[[], None],
@@ -120,14 +120,11 @@ def _started(
         ) from error
 
 
-def _engine(
-    config: RlhfRunConfig, tokenizer: Tokenizer, weights: Mapping[str, np.ndarray], device: torch.device
-) -> EngineRollouts:
-    tensors = {name: torch.from_numpy(value) for name, value in weights.items()}
+def _engine(config: RlhfRunConfig, tokenizer: Tokenizer, weights: WeightStream, device: torch.device) -> EngineRollouts:
     dtype = compute_dtype(config.parallel, device)
     options = _options(config)
-    engine = Engine(config.model, tensors, eot_id=tokenizer.eot_id, options=options, dtype=dtype, device=device)
-    return EngineRollouts(engine)
+    engine = Engine(config.model, weights, eot_id=tokenizer.eot_id, options=options, dtype=dtype, device=device)
+    return EngineRollouts(engine, sleeps=config.in_turns)
 
 
 def _options(config: RlhfRunConfig) -> EngineOptions:

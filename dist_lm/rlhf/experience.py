@@ -7,23 +7,20 @@ Dimensions: B rollouts in all, T tokens of the longest completion, S rollouts of
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from dist_lm.data.batch import Batch
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.sharding import reshard
 from dist_lm.rlhf.algorithm import Experience
 from dist_lm.rlhf.models import Execution
-from dist_lm.rlhf.packed_rollouts import Dealing, RolloutBatch, completion_mask, whole_batches
+from dist_lm.rlhf.packed_rollouts import Dealing, RolloutBatch, SomeBatch, completion_mask, sent_to, whole_batches
 from dist_lm.rlhf.policy_gradient import truncated_importance
 from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rewards import REWARD_MODEL, total_score
 from dist_lm.rlhf.rollouts import Rollouts
-
-SomeBatch = TypeVar("SomeBatch", bound=Batch)
 
 
 @dataclass(frozen=True)
@@ -53,10 +50,11 @@ def collect(
         reward_scale: None: measured on these rollouts, which the reference policy drew.
     """
     config = run.config
-    mask_BT = torch.from_numpy(completion_mask(rollouts)).to(run.device)
+    mask_on_host = completion_mask(rollouts)
+    engine_on_host = np.zeros(mask_on_host.shape, np.float32)
+    engine_on_host[mask_on_host] = rollouts.logprobs_M
+    mask_BT, engine_BT = (torch.from_numpy(one).to(run.device) for one in (mask_on_host, engine_on_host))
     found = _forward_passes(run, rollouts, batches, (len(rollouts), mask_BT.shape[1]))
-    engine_BT = torch.zeros(mask_BT.shape, device=run.device)
-    engine_BT[mask_BT] = torch.from_numpy(rollouts.logprobs_M).to(run.device)
     part_B = {name: score.to(run.device) for name, score in rule_score_B.items()}
     if "score" in found:
         raw_B = found["score"]
@@ -154,7 +152,7 @@ def end_scores(
     """
     score_B = torch.zeros(len(rollouts), device=device)
     for whole in _each(whole_batches(rollouts, shares), alive):
-        batch = whole.to(device)
+        batch = sent_to(device, whole)
         score_B[batch.rollout_S] = model.scores(batch, batch.end_S).flatten()[batch.end_S]
     reshard(model)
     return score_B

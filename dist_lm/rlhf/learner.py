@@ -6,24 +6,30 @@ take rollouts (first rank) -> share -> forward passes of all models -> prepare -
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.errors import ConfigError
+from dist_lm.generation.decoder import WeightStream
 from dist_lm.generation.request import SamplingParams
 from dist_lm.parallel.mesh import World
-from dist_lm.parallel.values import whole_weights
 from dist_lm.rlhf.algorithm import Algorithm, Prepared
 from dist_lm.rlhf.experience import Collected, collect
-from dist_lm.rlhf.models import Beside, Execution, RlhfModels, dealing, one_after_other
+from dist_lm.rlhf.models import Beside, Execution, RlhfModels, dealing, one_after_other, sent_weights
 from dist_lm.rlhf.packed_rollouts import Passes
 from dist_lm.rlhf.policy_gradient import k1, mean_and_std
 from dist_lm.rlhf.rewards import REWARD_MODEL, Decode, Rule, rules_of, share_judged
-from dist_lm.rlhf.rollouts import PromptOrder, Rollouts, RolloutSource, requests_of, rollouts_of
-from dist_lm.rlhf.schedule import RolloutSchedule, Weights, is_drawn_by
+from dist_lm.rlhf.rollouts import (
+    PromptOrder,
+    Rollouts,
+    RolloutSource,
+    read_to_end,
+    requests_of,
+    rollouts_of,
+)
+from dist_lm.rlhf.schedule import RolloutSchedule, is_drawn_by
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.rlhf.update import Pretraining, Updater, Updates
 from dist_lm.training.heartbeat import StopRequest
@@ -112,8 +118,9 @@ class Learner:
         Raises:
             NonFiniteGradientsError: after rlhf.max_nonfinite_updates skipped updates in a row.
         """
-        rules, weights = rules_of(self.config.rewards), self._weights()
+        rules = rules_of(self.config.rewards)
         if self.supply is None:
+            read_to_end(self._weights())
             return self._loop(state, rules, None)
         config, supply, start = self.config, self.supply, state
 
@@ -123,7 +130,7 @@ class Learner:
 
         schedule = RolloutSchedule(supply.source, draw, staleness=config.max_staleness, iterations=self.iterations)
         with schedule:
-            schedule.begin(state.version, weights, state.pending)
+            schedule.begin(state.version, self._weights(), state.pending)
             return self._loop(state, rules, schedule)
 
     def _loop(self, state: RlhfState, rules: Mapping[str, Rule], schedule: RolloutSchedule | None) -> RlhfState:
@@ -166,9 +173,10 @@ class Learner:
         metrics = iteration_metrics(state, rollouts, collected, prepared, updates, drawn.seconds if drawn else 0.0)
         state = self._advanced(updates.state, collected, metrics)
         if is_drawn_by(state.version, self.config.max_staleness, self.iterations):
-            weights = self._weights()
             if schedule:
-                schedule.push(state.version, weights)
+                schedule.push(state.version, self._weights())
+            else:
+                read_to_end(self._weights())
         clock.lap("push")
         parts, score_B = collected.part_B, collected.experience.score_B
         laps = {f"timing/{name}_s": seconds for name, seconds in clock.take().items()}
@@ -189,11 +197,8 @@ class Learner:
             best_iteration=state.iteration + 1 if better else state.best_iteration,
         )
 
-    def _weights(self) -> Weights:
-        """A copy of the policy's weights on the first rank, empty on the others (collective)."""
-        model = self.models.policy.model
-        whole = whole_weights(model, model.config, torch.float32)
-        return {name: np.array(value.cpu().numpy()) for name, value in whole.items()} if self.supply else {}
+    def _weights(self) -> WeightStream:
+        return sent_weights(self.models.policy.model, self.parallel, self.world)
 
     def _set_learning_rates(self, iteration: int) -> None:
         config = self.config

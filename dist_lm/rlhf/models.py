@@ -16,10 +16,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.errors import ConfigError
+from dist_lm.generation.decoder import WeightStream
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World, data_mesh
-from dist_lm.parallel.sharding import reshard
-from dist_lm.parallel.values import shard_of
+from dist_lm.parallel.sharding import compute_dtype, reshard
+from dist_lm.parallel.values import shard_of, stream_weights
 from dist_lm.rlhf.packed_rollouts import Dealing
 from dist_lm.training.optimizer import ShardedAdamW, build_optimizer
 
@@ -77,6 +78,14 @@ def start_critic(critic: Transformer, source: Transformer, head: str) -> None:
             )
         else:
             shard_of(parameter).copy_(shard_of(given[name]))
+
+
+def sent_weights(model: Transformer, parallel: ParallelConfig, world: World) -> WeightStream:
+    """The weights of a model in the engine's dtype, on the first rank; every rank reads to the end (collective)."""
+    reshard(model)
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()  # an engine in another process may use the same card next
+    return stream_weights(model, model.config, compute_dtype(parallel, world.device), receives=world.is_first)
 
 
 # --- how a rank runs them ---

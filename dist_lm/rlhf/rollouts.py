@@ -3,15 +3,15 @@
 Dimensions: B rollouts, N their tokens (prompts and completions) concatenated, M the tokens of completions concatenated.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from dist_lm.data.keys import Shuffle, key, permutation
 from dist_lm.errors import ArtefactError
+from dist_lm.generation.decoder import Weights, WeightStream
 from dist_lm.generation.engine import Engine
 from dist_lm.generation.request import Answer, FinishReason, Request, SamplingParams, in_order
 from dist_lm.model.keyed_random import hash_words, signed
@@ -49,11 +49,12 @@ class ShuffledPrompts:
 class RolloutSource(Protocol):
     """Draws completions, on the first rank. Whoever opens a source closes it."""
 
-    def load_weights(self, weights: Mapping[str, np.ndarray], version: int) -> None:
-        """Continue with other weights: fp32, by the names of the policy's parameters.
+    def load_weights(self, weights: Any, version: int) -> None:
+        """Continue with other weights: a `WeightStream`, which is read to its end, or what `hold` returned."""
+        ...
 
-        The arrays may be read after this call returns; nobody changes them.
-        """
+    def hold(self, weights: WeightStream) -> Any:
+        """Read a stream to its end for a later `load_weights`, also while `generate` runs in another thread."""
         ...
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
@@ -65,19 +66,32 @@ class RolloutSource(Protocol):
         ...
 
 
+def read_to_end(weights: WeightStream) -> None:
+    """Take part in sending weights that this rank does not use."""
+    for _ in weights:
+        continue
+
+
 class EngineRollouts:
     """A `RolloutSource` over one engine in this process."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, sleeps: bool = False) -> None:
+        """`sleeps`: free the cache between two calls of `generate`."""
+        self.engine, self._sleeps = engine, sleeps
 
-    def load_weights(self, weights: Mapping[str, np.ndarray], version: int) -> None:
-        self.engine.load_weights({name: torch.from_numpy(value) for name, value in weights.items()}, version)
+    def load_weights(self, weights: Weights, version: int) -> None:
+        self.engine.load_weights(weights, version)
+
+    def hold(self, weights: WeightStream) -> Weights:
+        return dict(weights)
 
     def generate(self, requests: Sequence[Request]) -> list[Answer]:
         for request in requests:
             self.engine.submit(request)
-        return in_order(requests, self.engine.run())
+        answers = in_order(requests, self.engine.run())
+        if self._sleeps:
+            self.engine.sleep()
+        return answers
 
 
 @dataclass(frozen=True)

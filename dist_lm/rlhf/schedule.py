@@ -15,11 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
-import numpy as np
+from dist_lm.generation.decoder import WeightStream
+from dist_lm.rlhf.rollouts import Rollouts, RolloutSource, read_to_end
 
-from dist_lm.rlhf.rollouts import Rollouts, RolloutSource
-
-Weights = Mapping[str, np.ndarray]
 Draw = Callable[[int], Rollouts]
 """iteration -> its rollouts, by the weights that the source has."""
 
@@ -53,15 +51,15 @@ class RolloutSchedule:
         self._drawn: dict[int, Callable[[], Drawn]] = {}
         self._thread = ThreadPoolExecutor(1, "rollouts") if staleness else None
 
-    def begin(self, version: int, weights: Weights, pending: Mapping[int, Rollouts]) -> None:
+    def begin(self, version: int, weights: WeightStream, pending: Mapping[int, Rollouts]) -> None:
         """Start, or resume, with the weights of `version`; `pending` rollouts are taken over and not drawn again."""
         for iteration, rollouts in pending.items():
             self._drawn[iteration] = partial(Drawn, rollouts, 0.0)
         ahead = range(version, min(version + self._staleness + 1, self._iterations))
         self._submit(version, weights, [iteration for iteration in ahead if iteration not in pending])
 
-    def push(self, version: int, weights: Weights) -> None:
-        """Give new weights; they draw the rollouts of iteration `version + staleness`."""
+    def push(self, version: int, weights: WeightStream) -> None:
+        """Read new weights to the end; they draw the rollouts of iteration `version + staleness`."""
         self._submit(version, weights, [version + self._staleness])
 
     def take(self, iteration: int) -> Drawn:
@@ -83,15 +81,22 @@ class RolloutSchedule:
         if self._thread:
             self._thread.shutdown(cancel_futures=True)
 
-    def _submit(self, version: int, weights: Weights, iterations: list[int]) -> None:
-        for iteration in iterations:
-            new = weights if iteration == iterations[0] else None
-            work = partial(self._timed, iteration, version, new)
-            self._drawn[iteration] = self._thread.submit(work).result if self._thread else work
-
-    def _timed(self, iteration: int, version: int, weights: Weights | None) -> Drawn:
-        started = time.perf_counter()
-        if weights is not None:
+    def _submit(self, version: int, weights: WeightStream, iterations: list[int]) -> None:
+        load = None
+        if not iterations:
+            read_to_end(weights)
+        elif self._thread:  # older weights may still draw rollouts
+            load = partial(self._source.load_weights, self._source.hold(weights), version)
+        else:
             self._source.load_weights(weights, version)
+        for iteration in iterations:
+            work = partial(self._timed, iteration, load)
+            self._drawn[iteration] = self._thread.submit(work).result if self._thread else work
+            load = None
+
+    def _timed(self, iteration: int, load: Callable[[], None] | None) -> Drawn:
+        started = time.perf_counter()
+        if load:
+            load()
         rollouts = self._draw(iteration)
         return Drawn(rollouts, time.perf_counter() - started)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.rlhf import RlhfConfig, RolloutPoolConfig
+from dist_lm.config.rlhf import SHARED, RlhfConfig, RolloutPoolConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import check_shares
 from dist_lm.data.corpus import corpora_of_form, form_of
@@ -92,6 +92,16 @@ class RlhfRunConfig(Config):
         return self.rlhf.pool
 
     @property
+    def engine_beside_rank(self) -> bool:
+        """Whether an engine uses the memory of the same device as a rank."""
+        return self.pool.actors == 0 or self.pool.placement == SHARED
+
+    @property
+    def in_turns(self) -> bool:
+        """Whether that engine never works while the rank trains, so that its cache is freed meanwhile."""
+        return self.engine_beside_rank and self.rlhf.max_staleness == 0
+
+    @property
     def takes_sequences(self) -> bool:
         return False
 
@@ -118,10 +128,10 @@ class RlhfRunConfig(Config):
         longest, new = self.model.max_seq_len, self.rlhf.max_new_tokens
         require(new < longest, "rlhf.max_new_tokens", new, f"less than model.max_seq_len={longest}")
         require(
-            self.rlhf.pool.cache_tokens >= longest,
+            self.rlhf.pool.cache_tokens == 0 or self.rlhf.pool.cache_tokens >= longest,
             "rlhf.pool.cache_tokens",
             self.rlhf.pool.cache_tokens,
-            f"at least model.max_seq_len={longest}",
+            f"at least model.max_seq_len={longest}, or 0 to take what fits into free memory",
         )
         mixed = [name for name in self.stage.streams if name != self.stage.corpus]
         accepted = "none: only stage.corpus gives prompts (rlhf.pretrain_mix sets shares of the pretraining text)"

@@ -252,6 +252,24 @@ def test_kills_of_actors_and_ranks_change_no_number(started_work, tmp_path, kill
 
 
 @pytest.mark.heavy
+def test_kills_in_the_middle_of_a_push_of_weights_change_no_number(started_work, tmp_path):
+    steps = ("rlhf.rewards={mine: {kind: function, function: tests.cluster.killing_push:score}}", "stage.eval_every=0")
+    expected = prepare(work_of(started_work, tmp_path / "undisturbed"), *steps)
+    train(expected, ranks=1)
+    work = work_of(started_work, tmp_path / "disturbed")
+    run = work.run("rlhf", "default")
+    process = launch(work, *steps)
+    try:
+        _, err = process.communicate(timeout=DEADLINE_S * 4)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, err
+    assert {path.name for path in run.path.glob("killed_*")} == {"killed_actor", "killed_rank"}
+    assert numbers(run) == numbers(expected)
+
+
+@pytest.mark.heavy
 def test_a_killed_launcher_takes_all_with_it_and_the_same_command_goes_on(started_work, reference, tmp_path):
     work = work_of(started_work, tmp_path)
     run = work.run("rlhf", "default")

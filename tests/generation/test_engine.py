@@ -10,10 +10,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dist_lm.config.model import ModelConfig
+from dist_lm.config.rlhf import CACHE_SHARE
+from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.generation import cache_size
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.request import Answer, Refusal, Request, RequestError, SamplingParams
 from dist_lm.generation.sampling import adjusted, group_rows, sample, uniform
 from dist_lm.model.keyed_random import hash_words, initialise, signed
+from dist_lm.model.size import kv_bytes_per_token
 from dist_lm.model.transformer import Transformer
 
 EOT = 1
@@ -258,6 +262,72 @@ def test_new_weights_have_a_version_and_wait_for_an_idle_engine(model):
     assert isinstance(answer, Answer)
     assert answer.version == 7
     check_answer(other, request, answer)
+
+
+def test_weights_that_arrive_one_by_one_are_used_only_once_all_have_come(model):
+    engine = engine_of(model)
+    asked = Request("a", [3, 9], SamplingParams(max_new_tokens=10), seed=4)
+    other = model_of(replace(model.config, init_std=0.2)).to(model.embedding.weight.dtype)
+    parameters = list(other.named_parameters())
+
+    def cut_off():
+        yield from parameters[:-2]
+        raise ConnectionError("the sender is gone")
+
+    with pytest.raises(ConnectionError):
+        engine.load_weights(cut_off(), 7)
+    with pytest.raises(RuntimeError, match="did not arrive completely"):
+        engine.submit(asked)
+    with pytest.raises(ArtefactError, match="is missing"):
+        engine.load_weights(iter(parameters[:-1]), 7)
+    engine.load_weights(iter(parameters), 8)
+    engine.submit(asked)
+    (answer,) = engine.run()
+    assert isinstance(answer, Answer)
+    assert answer.version == 8
+    check_answer(other, asked, answer)
+
+
+def cache_bytes(engine: Engine) -> int:
+    cache = engine._decoder.cache  # type: ignore[union-attr]
+    return cache.key.untyped_storage().nbytes() + cache.value.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("cache_tokens", [SMALL.cache_tokens, 0], ids=["fixed", "automatic"])
+def test_an_engine_that_slept_answers_as_before_and_its_cache_takes_no_memory_meanwhile(model, cache_tokens):
+    asked = [
+        Request(str(i), [3 + i] * (20 + i), SamplingParams(max_new_tokens=30, ignore_eot=True), seed=i)
+        for i in range(5)
+    ]
+
+    def answers(engine: Engine) -> list[tuple]:
+        for request in asked:
+            engine.submit(request)
+        return sorted((one.request, one.tokens, one.logprobs) for one in engine.run() if isinstance(one, Answer))
+
+    expected = answers(engine_of(model))
+    engine = engine_of(model, replace(SMALL, cache_tokens=cache_tokens))
+    for _ in range(2):
+        assert answers(engine) == expected
+        awake = cache_bytes(engine)
+        engine.sleep()
+        assert cache_bytes(engine) <= awake / 10
+    engine.submit(asked[0])
+    with pytest.raises(AssertionError):
+        engine.sleep()
+
+
+def test_a_cache_is_as_large_as_free_memory_allows_and_as_requests_need(monkeypatch):
+    options = replace(SMALL, cache_tokens=0)
+    page_bytes = PAGE * kv_bytes_per_token(CONFIG, CONFIG.kv_heads, 4)
+    cpu, longest = torch.device("cpu"), CONFIG.max_seq_len // PAGE
+    for pages, expected in ((longest, longest), (3 * longest, 3 * longest), (10**6, SMALL.max_sequences * longest)):
+        monkeypatch.setattr(cache_size, "free_bytes", lambda device, n=pages: n * page_bytes / CACHE_SHARE["cpu"])
+        assert cache_size.pages_that_fit(CONFIG, options, torch.float32, cpu) == expected
+        assert cache_size.pages_that_fit(CONFIG, options, torch.bfloat16, cpu) >= expected
+    monkeypatch.setattr(cache_size, "free_bytes", lambda device: page_bytes)
+    with pytest.raises(ConfigError, match=r"cache_tokens=0: .*at least model\.max_seq_len=160"):
+        cache_size.pages_that_fit(CONFIG, options, torch.float32, cpu)
 
 
 @pytest.mark.parametrize(

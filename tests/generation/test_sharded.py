@@ -168,6 +168,17 @@ def test_new_weights_reach_all_ranks(engine, model):
     engine.load_weights(dict(model.named_parameters()), 0)
 
 
+def test_all_ranks_free_their_caches_and_answer_as_before(engine, model):
+    asked = Request("b", [3] * 40, SamplingParams(max_new_tokens=20), seed=4)
+    found = []
+    for _ in range(2):
+        engine.submit(asked)
+        found += engine.run()
+        engine.sleep()
+    assert found[0] == found[1]
+    check_answer(model, asked, found[0])
+
+
 @pytest.mark.parametrize("bad", [63, 0])  # 0: in the row that is looked up for tokens of other ranks, if one were
 def test_logits_that_are_no_numbers_end_their_request_alone(engine, model, bad):
     weights = {name: value.clone() for name, value in model.named_parameters()}

@@ -1,9 +1,10 @@
 """Which version draws what, whatever takes how long."""
 
 import threading
+from collections.abc import Iterator
 
-import numpy as np
 import pytest
+import torch
 
 from dist_lm.generation.request import SamplingParams
 from dist_lm.rlhf.rollouts import requests_of
@@ -23,15 +24,19 @@ class Versions:
         self.may_draw.set()
 
     def load_weights(self, weights, version):
-        assert int(weights["w"]) == version
+        (_, value), *_ = weights
+        assert int(value) == version
         self.version = version
+
+    def hold(self, weights):
+        return list(weights)
 
     def generate(self, requests):
         raise NotImplementedError
 
 
-def weights(version: int) -> dict[str, np.ndarray]:
-    return {"w": np.array(version)}
+def weights(version: int) -> Iterator[tuple[str, torch.Tensor]]:
+    yield "w", torch.tensor(version)
 
 
 def schedule(source, staleness: int) -> RolloutSchedule:
@@ -89,10 +94,13 @@ def test_what_a_source_raises_reaches_who_takes(staleness):
         def load_weights(self, weights, version):
             raise RuntimeError("no such weights")
 
-    with schedule(Broken(), staleness) as made:
-        made.begin(0, weights(0), {})
-        with pytest.raises(RuntimeError, match="no such weights"):
+    def begin_and_take():
+        with schedule(Broken(), staleness) as made:
+            made.begin(0, weights(0), {})
             made.take(0)
+
+    with pytest.raises(RuntimeError, match="no such weights"):
+        begin_and_take()
 
 
 @pytest.mark.parametrize("filters", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])

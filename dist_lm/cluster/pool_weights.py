@@ -1,0 +1,86 @@
+"""Weights of a pool on their way to its actors.
+
+A stream of parameters becomes chunks in Ray's object store, so the sender holds one chunk and one parameter at a time.
+The pool tells its actors about a version only when all its chunks are stored. Actors read them one by one.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dist_lm.config.model import ModelConfig
+from dist_lm.generation.decoder import WeightStream
+from dist_lm.model.size import parameter_shapes
+
+CHUNK_BYTES = 16 << 20  # smaller parameters are stored together; a larger one is a chunk of its own
+LARGEST_SHARE = 8  # a chunk of several parameters is at most this part of the largest one
+
+Chunk = Mapping[str, np.ndarray]
+"""Parameters by name; bf16 and fp16 as the int16 with the same bits."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """All parameters of a model in Ray's object store, once for all actors."""
+
+    chunks: Sequence[Any]  # Ray references to `Chunk`s
+
+
+def store(weights: WeightStream, config: ModelConfig, dtype: torch.dtype) -> Stored:
+    """Read the parameters of a model to the end and store them in `dtype`."""
+    import ray
+
+    largest = dtype.itemsize * max(math.prod(shape) for shape in parameter_shapes(config).values())
+    found = []
+    for chunk in chunks_of(weights, dtype, min(CHUNK_BYTES, largest // LARGEST_SHARE)):
+        found.append(ray.put(chunk))
+        del chunk  # before the next one is gathered
+    return Stored(found)
+
+
+def chunks_of(weights: WeightStream, dtype: torch.dtype, most: int) -> Iterator[Chunk]:
+    """Chunks of up to `most` bytes, or of one parameter."""
+    chunk: dict[str, np.ndarray] = {}
+    size = 0
+    for name, value in weights:
+        array = to_array(value.to(dtype))
+        del value
+        if chunk and size + array.nbytes > most:
+            yield chunk
+            chunk, size = {}, 0
+        chunk[name] = array
+        size += array.nbytes
+        del array
+        if size >= most:
+            yield chunk
+            chunk, size = {}, 0
+    if chunk:
+        yield chunk
+
+
+def to_array(value: torch.Tensor) -> np.ndarray:
+    """A tensor as an array, through pinned memory if it is on a GPU."""
+    value = value.detach().contiguous()
+    if value.device.type == "cuda":
+        value = torch.empty_like(value, device="cpu", pin_memory=True).copy_(value)
+    return (value if value.dtype.itemsize > 2 else value.view(torch.int16)).numpy()
+
+
+def to_tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """The inverse of `to_array`, in memory of its own: arrays from the object store are read-only."""
+    value = torch.from_numpy(array.copy())
+    return value.view(dtype) if array.dtype == np.int16 else value
+
+
+def read(chunks: Sequence[Any], dtype: torch.dtype) -> WeightStream:
+    """The parameters of `store`, as an actor reads them: one chunk is fetched at a time."""
+    import ray
+
+    for reference in chunks:
+        chunk: Chunk = ray.get(reference)
+        for name, array in chunk.items():
+            yield name, to_tensor(array, dtype)

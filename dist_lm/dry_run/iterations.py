@@ -1,0 +1,93 @@
+"""Memory of a rank in stage `rlhf`, by arithmetic: while it trains, and while the engine beside it generates. No torch.
+
+Its iterations are not played. One micro-batch of rlhf.micro_batch_tokens tokens stands for an update.
+"""
+
+from dataclasses import dataclass, replace
+
+from dist_lm.config.rlhf import CACHE_SHARE
+from dist_lm.config.root import Config
+from dist_lm.dry_run.estimate import element_bytes, estimate_memory
+from dist_lm.dry_run.work import StepMemory
+from dist_lm.model.size import kv_bytes_per_token, parameter_count
+from dist_lm.parallel.layout import Layout, keys_of, shards_key_heads
+from dist_lm.stages.rlhf import RlhfRunConfig, rlhf_config
+from dist_lm.tracking.readable import gib
+
+
+@dataclass(frozen=True)
+class RlhfMemory:
+    """Bytes on the device of a rank, and of an engine, which is the same device if `beside`."""
+
+    models: int  # parameters of all models
+    gradients: int
+    optimizer: int  # of policy and critic
+    activations: int
+    engine: int  # weights of the engine
+    cache: int  # of the engine while it generates
+    cache_tokens: int
+    beside: bool
+    in_turns: bool  # the cache is freed while the rank trains
+
+    @property
+    def training(self) -> int:
+        own = self.models + self.gradients + self.optimizer + self.activations
+        return own + (self.engine + (0 if self.in_turns else self.cache) if self.beside else 0)
+
+    @property
+    def generating(self) -> int:
+        return self.engine + self.cache + (self.models + self.optimizer if self.beside else 0)
+
+
+def rlhf_memory(config: RlhfRunConfig, layout: Layout) -> RlhfMemory:
+    """The memory of the fullest rank of `layout`, and of an engine, on `config.hardware`."""
+    model, pool, step = config.model, config.pool, _update(config, layout)
+    models = 3 + config.rlhf.asks_reward_model  # policy, critic, reference
+    size = element_bytes(config)
+    engine = size * parameter_count(model) // pool.tp
+    keys = keys_of(model, pool.tp, 0)[0].held if shards_key_heads(model, pool.tp) else model.kv_heads
+    token = kv_bytes_per_token(model, keys, size)
+    held = engine + (models * step.parameters + 2 * step.optimizer if config.engine_beside_rank else 0)
+    free = max(0, int(config.hardware.memory_gib * 2**30) - held)
+    fit = int(CACHE_SHARE[config.hardware.device] * free / token)
+    tokens = pool.cache_tokens or min(fit, pool.max_sequences * model.max_seq_len)
+    return RlhfMemory(
+        models=models * step.parameters,
+        gradients=step.gradients,
+        optimizer=2 * step.optimizer,
+        activations=step.activations,
+        engine=engine,
+        cache=tokens * token,
+        cache_tokens=tokens,
+        beside=config.engine_beside_rank,
+        in_turns=config.in_turns,
+    )
+
+
+def memory_rows(config: Config, layout: Layout) -> list[tuple[str, str]]:
+    """(name, value), for people."""
+    memory = rlhf_memory(rlhf_config(config), layout)
+
+    def peak(size: int) -> str:
+        most = config.hardware.memory_gib
+        return f"{gib(size)} of {most:g} GiB{' - does not fit' if size > most * 2**30 else ''}"
+
+    freed = ", freed while the rank trains" if memory.in_turns else ""
+    return [
+        ("models", gib(memory.models)),
+        ("gradients", gib(memory.gradients)),
+        ("optimizer", gib(memory.optimizer)),
+        ("activations, buffers", gib(memory.activations)),
+        (f"engine{'' if memory.beside else ' (another device)'}: weights", gib(memory.engine)),
+        ("engine: KV cache", f"{gib(memory.cache)} ({memory.cache_tokens:,} tokens{freed})"),
+        ("peak of the rank that trains", peak(memory.training)),
+        ("peak of the device that generates", peak(memory.generating)),
+    ]
+
+
+def _update(config: RlhfRunConfig, layout: Layout) -> StepMemory:
+    """The memory of an update of one model."""
+    length = min(config.model.max_seq_len, config.rlhf.micro_batch_tokens)
+    sequences = max(1, config.rlhf.micro_batch_tokens // length)
+    stage = replace(config.stage, seq_len=length, micro_batch=sequences, global_batch=sequences * layout.dp)
+    return estimate_memory(replace(config, stage=stage), layout)

@@ -1,0 +1,54 @@
+"""The memory that a dry run shows for stage `rlhf`."""
+
+import pytest
+
+from dist_lm.dry_run.iterations import memory_rows, rlhf_memory
+from dist_lm.launcher.compose import compose_config
+from dist_lm.model.size import parameter_count
+from dist_lm.parallel.layout import Layout
+from dist_lm.stages.rlhf import rlhf_config
+
+LARGE = ("stage=rlhf", "model=large", "hardware=h100")
+LAYOUT = Layout(1, 8, 1)
+KV_BYTES = 2 * 32 * 25 * 64 * 2  # keys and values of a token of `large` in bf16
+
+
+def memory_of(*overrides: str):
+    return rlhf_memory(rlhf_config(compose_config([*LARGE, *overrides])), LAYOUT)
+
+
+def test_a_cache_beside_a_rank_counts_only_while_it_generates():
+    freed = memory_of("rlhf.pool.cache_tokens=131072")
+    kept = memory_of("rlhf.pool.cache_tokens=131072", "rlhf.pool.actors=0", "rlhf.max_staleness=1")
+    apart = memory_of("rlhf.pool.cache_tokens=131072", "rlhf.pool.actors=1", "rlhf.pool.placement=disjoint")
+    assert freed.cache == kept.cache == apart.cache == 131072 * KV_BYTES
+    assert kept.training - freed.training == freed.cache
+    assert freed.training - apart.training == freed.engine
+    assert freed.generating - apart.generating == freed.models + freed.optimizer
+
+
+def test_all_models_and_two_optimizers_are_counted():
+    memory, without = (
+        memory_of(),
+        memory_of("rlhf.rewards={size: {kind: length, target: 9}}", "rlhf.rewards.preference.weight=0"),
+    )
+    own = 4 * parameter_count(compose_config([*LARGE]).model) / 8
+    assert memory.models == pytest.approx(4 * own, rel=0.01)
+    assert without.models == pytest.approx(3 * own, rel=0.01)
+    assert memory.optimizer == pytest.approx(4 * own, rel=0.01)
+
+
+@pytest.mark.parametrize("gib", [40, 80, 400])
+def test_an_automatic_cache_takes_what_fits_beside_the_models(gib):
+    memory = memory_of(f"hardware.memory_gib={gib}")
+    assert memory.generating < gib * 2**30
+    assert memory.cache_tokens * KV_BYTES == memory.cache
+    most = 128 * compose_config([*LARGE]).model.max_seq_len
+    assert memory.cache_tokens == most if gib == 400 else memory.cache_tokens < most
+
+
+def test_a_cache_that_does_not_fit_is_said_so():
+    config = compose_config([*LARGE, "rlhf.pool.cache_tokens=1000000"])
+    *_, training, generating = memory_rows(config, LAYOUT)
+    assert "does not fit" in generating[1]
+    assert "does not fit" not in training[1]
