@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import accumulate, chain
 
 import torch
+from torch.nn.attention import current_flash_attention_impl
 
 from dist_lm.generation.paged_cache import PagedCache, Piece, in_cache, pages_for
 from dist_lm.generation.shard import Share
@@ -99,8 +100,9 @@ class FlashPages(PagedCache):
     def key_begins(self, n_rows: int, n_pages: int, device: torch.device) -> torch.Tensor:
         """Where the keys of each row of a table would begin if all its pages lay in a line: int32 (n_rows + 1,).
 
-        The kernel refuses query offsets without key offsets. It then reads only the first `length_B` keys of a row, so
-        the offsets depend on the table's shape alone, and steps and graphs never change them.
+        FlashAttention-2 refuses query offsets without key offsets. It then reads only the first `length_B` keys of a
+        row, so the offsets depend on the table's shape alone, and steps and graphs never change them.
+        FlashAttention-3, which torch uses only if it is activated, refuses key offsets beside a table of pages.
         """
         return torch.arange(n_rows + 1, dtype=torch.int32, device=device) * (n_pages * self.page_size)
 
@@ -122,12 +124,13 @@ class FlashPages(PagedCache):
     def _attend(self, layer: int, q_NHK: torch.Tensor, queries: Queries) -> torch.Tensor:
         from torch.nn.attention.varlen import varlen_attn  # imports the compiler (2 s), which a CPU does not need
 
+        fa3 = current_flash_attention_impl() == "FA3"
         o_NHK = varlen_attn(
             q_NHK.contiguous(),
             self.key[layer],
             self.value[layer],
             queries.begin_B,
-            queries.key_begin_B,
+            None if fa3 else queries.key_begin_B,
             queries.longest,
             queries.page_BP.shape[1] * self.page_size,
             scale=1.0,
@@ -171,7 +174,7 @@ class DecodeGraphs:
             capture: records a step; by default as a CUDA graph.
         """
         self._step, self._cache, self._n_pages = step, cache, n_pages
-        self._capture = capture or CudaCapture()
+        self._capture = capture or CudaCapture(cache.key.device)
         self._graphs: dict[int, _Graph] = {}
 
     def __call__(self, token_B: torch.Tensor, plan: FlashPlan) -> torch.Tensor:
@@ -233,18 +236,23 @@ def graph_size(n_rows: int) -> int:
 class CudaCapture:
     """Records steps as CUDA graphs. They share one memory pool, because they never run at the same time."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        """`device`: which the steps compute on; the current device may be another one."""
+        self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        # a stream of that device: on the stream that torch chooses, steps on another device would not be recorded.
+        # Graphs share memory only if they are captured on one stream
+        self._stream = torch.cuda.Stream(device)
 
     def __call__(self, step: Step) -> tuple[Callable[[], None], torch.Tensor]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        caller = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(caller)
+        with torch.cuda.stream(self._stream):
             for _ in range(WARM_UP):
                 step()
-        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # other threads, such as one that pins memory, may call CUDA meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = step()
+        caller.wait_stream(self._stream)
         return graph.replay, result

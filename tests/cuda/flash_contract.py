@@ -1,7 +1,10 @@
-"""What FlashAttention-2's variable-length kernel refuses, since fake kernels check nothing.
+"""What the variable-length kernels of FlashAttention refuse, since fake kernels check nothing.
 
-In our words after torch's `mha_varlen_fwd` (`flash_api.cpp`), `_flash_attention_forward` (`attention.cu`) and the
-documentation of `varlen_attn`; the bounds of `max_q` and `max_k` are ours. FlashAttention-3 has other checks.
+In our words. FlashAttention-2, which torch uses by default: torch's `mha_varlen_fwd` (`flash_api.cpp`),
+`_flash_attention_forward` (`attention.cu`) and the documentation of `varlen_attn`; the bounds of `max_q` and `max_k`
+are ours. FlashAttention-3, which torch 2.13 uses only after `torch.nn.attention.activate_flash_attention_impl("FA3")`
+and with its package installed: `mha_fwd` in `hopper/flash_api.cpp` of Dao-AILab/flash-attention, and
+`torch/nn/attention/_fa3.py`, which also demands compute capability 9.0.
 """
 
 import torch
@@ -25,12 +28,13 @@ def checked_varlen_attn(
     *,
     seqused_k: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
+    kernel: str = "FA2",
     **options,
 ) -> torch.Tensor:
-    """`varlen_attn` behind the kernel's checks."""
-    if cu_q is None or cu_k is None:
+    """`varlen_attn` behind the kernel's checks. `kernel`: FA2 | FA3."""
+    paged, fa2 = block_table is not None, kernel == "FA2"
+    if cu_q is None or (cu_k is None and (fa2 or not paged)):
         raise RefusedError("query and key offsets: both must be set")
-    paged = block_table is not None
     n_rows, d_head = cu_q.numel() - 1, q.shape[-1]
     heads, key_heads = q.shape[1], k.shape[-2]
     _demand(q.dtype in HALVES, f"queries are {q.dtype}: only bf16 and fp16")
@@ -45,12 +49,14 @@ def checked_varlen_attn(
         _demand(tensor.stride(-1) == 1, f"{name} must be contiguous in the last dimension")
     _demand(n_rows > 0, "no sequences")
     _integers("query offsets", cu_q, n_rows + 1)
-    _integers("key offsets", cu_k, n_rows + 1)
+    if cu_k is not None:
+        _integers("key offsets", cu_k, n_rows + 1)
     if seqused_k is not None:
         _integers("used keys", seqused_k, n_rows)
     if paged:
         _demand(k.dim() == 4, "paged keys must be (pages, page size, G, K)")
-        _demand(k.shape[1] % 256 == 0, f"pages of {k.shape[1]} tokens: only multiples of 256")
+        _demand(not fa2 or k.shape[1] % 256 == 0, f"pages of {k.shape[1]} tokens: only multiples of 256")
+        _demand(fa2 or cu_k is None, "FlashAttention-3: key offsets are refused beside a table of pages")
         _demand(block_table.dtype == torch.int32, "the table of pages must be int32")
         _demand(block_table.device.type == "cuda", "the table of pages must be on CUDA")
         _demand(block_table.stride(-1) == 1, "the table of pages must be contiguous in the last dimension")

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.request import Request, SamplingParams
-from tests.cuda.test_paged_engine import CUDA, LARGE, calls, weights_of  # noqa: F401  a fixture
+from tests.cuda.test_paged_engine import CUDA, LARGE, calls, kernel_name, weights_of  # noqa: F401  two fixtures
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("calls")]
 

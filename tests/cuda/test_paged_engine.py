@@ -1,6 +1,6 @@
 """The paged engine at the widths of `large`, in bf16 on CUDA: the flash kernel accepts its calls."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,7 +22,8 @@ from tests.cuda.flash_contract import RefusedError, checked_varlen_attn
 
 pytestmark = pytest.mark.cuda
 
-LARGE = replace(compose_config(["stage=language", "model=large"]).model, n_layers=4)
+WHOLE = compose_config(["stage=language", "model=large"]).model
+LARGE = replace(WHOLE, n_layers=4)
 GROUPED = replace(
     LARGE, n_kv_heads=5, norm="rmsnorm", ffn="swiglu", bias=False, qk_norm=True, tie_embeddings=True, n_layers=2
 )
@@ -31,6 +32,9 @@ CUDA = torch.device("cuda", 0)
 
 class Eager:
     """Stands in for CUDA graphs: a replay runs the recorded step, on the tensors of the recording."""
+
+    def __init__(self, device: torch.device) -> None:
+        assert device == CUDA
 
     def __call__(self, step):
         return (lambda: None), step()
@@ -43,14 +47,22 @@ def page_locked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+def kernel_name() -> str:
+    return "FA2"
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, kernel_name: str) -> list[dict[str, torch.Tensor]]:
     """Calls of the kernel, each of which it accepted."""
     seen = []
 
     def kernel(q, k, v, cu_q, cu_k, max_q, max_k, **options):
-        output = checked_varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+        output = checked_varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, kernel=kernel_name, **options)
         seen.append({"q": q, "cu_k": cu_k, **options})
         return output
+
+    active = None if kernel_name == "FA2" else kernel_name
+    monkeypatch.setattr(flash_pages, "current_flash_attention_impl", lambda: active)
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     monkeypatch.setattr(flash_pages, "CudaCapture", Eager)
@@ -73,7 +85,8 @@ def check_logits(logits: torch.Tensor, config: ModelConfig, rows: int) -> None:
     assert (logits.dtype, logits.device) == (torch.float32, CUDA)
 
 
-@pytest.mark.parametrize("config", [LARGE, GROUPED], ids=["heads", "groups"])
+@pytest.mark.parametrize("kernel_name", ["FA2", "FA3"])
+@pytest.mark.parametrize("config", [LARGE, GROUPED, WHOLE], ids=["heads", "groups", "32 layers"])
 def test_prompts_are_accepted(calls, config):
     decoder = decoder_of(config)
     pieces = [Piece(list(range(300)), 0, [0, 1]), Piece([7] * 256, 512, [2, 3, 4]), Piece([1], 0, [5])]
@@ -81,8 +94,17 @@ def test_prompts_are_accepted(calls, config):
     assert len(calls) == config.n_layers
 
 
-@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "eager"])
-@pytest.mark.parametrize("config", [LARGE, GROUPED], ids=["heads", "groups"])
+@pytest.mark.parametrize(
+    ("config", "graphs", "kernel_name"),
+    [
+        (LARGE, True, "FA2"),
+        (LARGE, False, "FA3"),
+        (GROUPED, False, "FA2"),
+        (GROUPED, True, "FA3"),
+        (WHOLE, True, "FA2"),
+    ],
+    ids=["heads-graphs", "heads-eager-FA3", "groups-eager", "groups-graphs-FA3", "32 layers"],
+)
 def test_decode_steps_are_accepted(calls, config, graphs):
     decoder = decoder_of(config)
     assert isinstance(decoder._graphs, DecodeGraphs)
@@ -98,14 +120,16 @@ def test_decode_steps_are_accepted(calls, config, graphs):
 
 
 class Inputs(TorchDispatchMode):
-    """Storages that a step reads and has not made."""
+    """Storages that a step reads and has not made, and the devices of all tensors."""
 
     def __init__(self) -> None:
         super().__init__()
         self.read: set[int] = set()
+        self.devices: set[torch.device] = set()
         self._made: dict[int, torch.Tensor] = {}  # held, so that no address is used twice
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.devices |= {tensor.device for tensor in tensors_in((args, kwargs))}
         self.read |= {address(tensor) for tensor in tensors_in((args, kwargs))} - self._made.keys()
         result = function(*args, **(kwargs or {}))
         self._made |= {address(one): one for one in tensors_in(result) if address(one) not in self.read}
@@ -133,6 +157,7 @@ def test_new_weights_are_where_captured_steps_read_them(config):
         with Inputs() as inputs:
             decoder._decode(token_B, plan)
         read.append(inputs.read)
+        assert inputs.devices == {CUDA}
         loaded.append(weights_of(config))
         decoder.load(loaded[-1])
     assert read[0] == read[1]
@@ -161,7 +186,7 @@ def call(**changes) -> torch.Tensor:
     def pool(page, d_head=64):
         return torch.zeros(8, page, 5, d_head, dtype=torch.bfloat16, device=CUDA)
 
-    page, d_head = changes.pop("page", 256), changes.pop("d_head", 64)
+    page, d_head, kernel = changes.pop("page", 256), changes.pop("d_head", 64), changes.pop("kernel", "FA2")
     given = {
         "q": torch.zeros(3, 5, d_head, dtype=torch.bfloat16, device=CUDA),
         "k": pool(page, d_head),
@@ -175,7 +200,8 @@ def call(**changes) -> torch.Tensor:
         "num_splits": 1,
         "window_size": (-1, 0),
     }
-    return checked_varlen_attn(**given | {name: change(given[name]) for name, change in changes.items()})
+    changed = {name: change(given[name]) for name, change in changes.items()}
+    return checked_varlen_attn(**given | changed, kernel=kernel)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +218,7 @@ def call(**changes) -> torch.Tensor:
         ({"seqused_k": lambda _: None}, "number of used keys"),
         ({"q": lambda given: given.float()}, "only bf16 and fp16"),
         ({"q": lambda given: given.transpose(1, 2).contiguous().transpose(1, 2)}, "contiguous in the last"),
+        ({"kernel": "FA3"}, "refused beside a table of pages"),
     ],
     ids=str,
 )
@@ -201,24 +228,43 @@ def test_the_contract_refuses(changes, words):
         call(**changes)
 
 
-def test_other_threads_may_call_cuda_during_a_capture(monkeypatch):
-    modes = []
+def test_flash_attention_3_takes_any_page_and_no_key_offsets_beside_them():
+    assert call(kernel="FA3", page=64, cu_k=lambda _: None).shape == (3, 5, 64)
+
+
+def test_steps_are_captured_on_their_own_device_while_other_threads_call_cuda(monkeypatch):
+    """The current device is another one than that of the steps."""
+    events = []
+
+    class Stream(SimpleNamespace):
+        def wait_stream(self, other):
+            events.append(("waits", self.device, other.device))
 
     @contextmanager
-    def graph(recorded, pool, capture_error_mode="global"):
-        modes.append(capture_error_mode)
+    def on(stream):
+        events.append(("on", stream.device))
         yield
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    @contextmanager
+    def graph(recorded, pool, stream, capture_error_mode="global"):
+        assert stream is streams[0]
+        events.append(("captures on", stream.device, capture_error_mode))
+        yield
+
+    streams, mine, other = [], torch.device("cuda", 0), torch.device("cuda", 1)
     stands_in = {
         "graph_pool_handle": lambda: None,
-        "Stream": lambda: stream,
-        "current_stream": lambda: stream,
-        "stream": lambda one: nullcontext(),
+        "Stream": lambda device=other: streams.append(Stream(device=device)) or streams[-1],
+        "current_stream": lambda device=other: Stream(device=device),
+        "stream": on,
         "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
         "graph": graph,
     }
     for name, value in stands_in.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    CudaCapture()(lambda: torch.zeros(1, device=CUDA))
-    assert modes == ["thread_local"]
+    capture = CudaCapture(mine)
+    for _ in range(2):
+        capture(lambda: torch.zeros(1, device=CUDA))
+    waits = ("waits", mine, mine)
+    assert events == 2 * [waits, ("on", mine), ("captures on", mine, "thread_local"), waits]
+    assert len(streams) == 1
