@@ -14,12 +14,15 @@ import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from dist_lm.cluster import flight_recorder, node_facts
+from dist_lm.cluster.gpu_health import Health, HealthWatch, open_nvml
+from dist_lm.cluster.gpu_probe import START_S, Probes
 from dist_lm.cluster.heartbeat import VARIABLE, HeartbeatBoard, Pulse
 from dist_lm.cluster.node_facts import LinkServer, NodeFacts, NodeUsage, UsageMeter
 from dist_lm.cluster.ray_cluster import access_variables
@@ -91,6 +94,7 @@ class NodeAgent:
         self._sockets: tempfile.TemporaryDirectory[str] | None = None  # of the ranks' flight recorders
         self._links: LinkServer | None = None
         self._meter = UsageMeter()
+        self._probes: Probes | None = None
 
     def ready(self) -> None:
         """Returns once the agent has started."""
@@ -107,6 +111,40 @@ class NodeAgent:
     def measure_link(self, address: str, port: int, secret: bytes, n_bytes: int) -> float | str:
         """See `node_facts.send`."""
         return node_facts.send(address, port, secret, n_bytes)
+
+    def check_gpus(self, device: str, count: int, burn_s: float, address: str) -> Health:
+        """The health of the first `count` GPUs, watched during matrix products; `end_probes` ends the processes.
+
+        Args:
+            device: cuda, or cpu to try the products without GPUs.
+            burn_s: seconds of products; 0: none.
+            address: of this node, for the others.
+        """
+        gpus = node_facts.shown_gpus()[:count] if device == "cuda" else ()
+        watch = HealthWatch(open_nvml() if gpus else (), gpus)
+        wrong: list[str] = []
+        if burn_s:
+            self._probes = Probes(device, count, address)
+            request = {"do": "burn", "seconds": burn_s}
+            answers = self._probes.ask([request] * count, START_S + burn_s, watch.look)
+            texts = [answer if isinstance(answer, str) else answer["fault"] for answer in answers]
+            names = [f"GPU {gpu}" for gpu in gpus] or [f"rank {local}" for local in range(count)]
+            wrong = [f"{name}: {text}" for name, text in zip(names, texts, strict=True) if text]
+        health = watch.read()
+        return replace(health, faults=(*health.faults, *wrong))
+
+    def sum_up(self, first: int, world: int, address: str, port: int, timeout_s: float) -> list[dict[str, Any] | str]:
+        """The answers of this node's processes, the first of which is rank `first`, to an all-reduce over `world`."""
+        assert self._probes
+        request = {"do": "all_reduce", "world": world, "address": address, "port": port}
+        count = self._probes.count
+        return self._probes.ask([request | {"rank": first + local} for local in range(count)], timeout_s)
+
+    def end_probes(self) -> None:
+        """End the processes of `check_gpus`."""
+        if self._probes:
+            self._probes.close()
+            self._probes = None
 
     def free_port(self, address: str) -> int:
         """A free TCP port of `address` for the rendezvous of the ranks."""
@@ -189,6 +227,7 @@ class NodeAgent:
     def stop(self, grace_s: float) -> list[int]:
         """End everything that `launch` started: SIGTERM, SIGKILL after `grace_s`; returns ids of what remains."""
         self._close_links()
+        self.end_probes()
         if self._assignment is None:
             return []
         mark = self._assignment.mark

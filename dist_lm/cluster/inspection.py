@@ -1,4 +1,5 @@
-"""Inspection of nodes before ranks start: each node's facts are compared with the driver's, and all links are timed."""
+"""Inspection of nodes before ranks start: each node's facts are compared with the driver's, GPUs are tried, and all
+links are timed."""
 
 import secrets
 import statistics
@@ -8,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_lm.cluster.gpu_probe import START_S, named_by
 from dist_lm.cluster.node_facts import GIB, NodeFacts, examine
-from dist_lm.cluster.ray_cluster import Node, last_line
+from dist_lm.cluster.ray_cluster import ClusterError, Node, last_line
 
 ANSWER_S = 60.0  # a node reads all sources of dist_lm, perhaps from a busy network file system
 ROUND_S = 30.0  # one round of links
+SUM_S = 60.0  # an all-reduce, with NCCL's start
 FAILURES_ENOUGH = 2
 
 Links = Mapping[tuple[int, int], float | str]
@@ -28,6 +31,9 @@ class Demands:
     temporary_bytes: int  # for temporary files
     clock_skew_s: float  # largest difference to the driver's clock
     link_ratio: float  # a link below this share of the median rate is slow
+    tried: int = 0  # GPUs of a node that are tried
+    burn_s: float = 0.0  # seconds of matrix products on each, then they sum a tensor; 0: only NVML is read
+    device: str = "cuda"  # cpu tries the same without GPUs
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Inspection:
     unfit: dict[int, str]  # nodes that must not be used, with the reason
     slow: dict[int, str]  # nodes to replace if others are free, with the reason
     rates: Sequence[float]  # of all links, bytes per second
+    notes: tuple[str, ...] = ()  # what could not be inspected
 
 
 def inspect(
@@ -83,12 +90,17 @@ def inspect(
             unfit[node] = str(answer)
     fit = [node for node in range(len(hosts)) if node not in unfit]
     addresses = [node.address for node in nodes]
+    notes, throttled = (), {}
+    if demands.tried and fit and wanted():
+        faults, throttled, notes = _try_gpus(agents, addresses, hosts, fit, demands)
+        unfit |= faults
+        fit = [node for node in fit if node not in faults]
     links = _measure_links(agents, addresses, fit, link_bytes, wanted) if link_bytes and len(fit) > 1 else {}
     if not wanted():
         return None
     unfit |= unreachable(links)
     rates = [rate for rate in links.values() if not isinstance(rate, str)]
-    return Inspection(hosts, unfit, slow(links, demands.link_ratio), rates)
+    return Inspection(hosts, unfit, throttled | slow(links, demands.link_ratio), rates, notes)
 
 
 def complaints(facts: NodeFacts, driver: NodeFacts, demands: Demands, trip: Trip, directory: str) -> list[str]:
@@ -168,6 +180,69 @@ def slow(links: Links, ratio: float) -> dict[int, str]:
 def rounds(nodes: int) -> list[Sequence[tuple[int, int]]]:
     """Every ordered pair of nodes once, in rounds in which each node sends to one node and receives from one."""
     return [[(node, (node + distance) % nodes) for node in range(nodes)] for distance in range(1, nodes)]
+
+
+def _try_gpus(
+    agents: Sequence[Any], addresses: Sequence[str], hosts: Sequence[str], nodes: Sequence[int], demands: Demands
+) -> tuple[dict[int, str], dict[int, str], tuple[str, ...]]:
+    """(nodes with a faulty GPU, nodes with a throttled one, what could not be read), with reasons that name the GPU.
+
+    Raises:
+        ClusterError: an all-reduce over all nodes does not end, though each node's own does.
+    """
+    count, burn_s = demands.tried, demands.burn_s
+    faults: dict[int, str] = {}
+    throttled: dict[int, str] = {}
+    unread: dict[str, list[str]] = {}
+    try:
+        asked = [agents[node].check_gpus.remote(demands.device, count, burn_s, addresses[node]) for node in nodes]
+        for node, (health, _) in zip(nodes, _ask(asked, START_S + burn_s + ROUND_S), strict=True):
+            if isinstance(health, str):
+                faults[node] = f"GPUs: {health}"
+                continue
+            if health.faults:
+                faults[node] = "; ".join(health.faults)
+            if health.throttled:
+                throttled[node] = "; ".join(health.throttled)
+            if health.unread:
+                unread.setdefault(health.unread, []).append(hosts[node])
+        fit = [node for node in nodes if node not in faults]
+        if burn_s and count > 1:
+            faults |= _sum_up(agents, addresses, [[node] for node in fit], count)
+            fit = [node for node in fit if node not in faults]
+        if burn_s and len(fit) > 1:
+            faults |= _sum_up(agents, addresses, [fit], count)
+    finally:
+        _ask([agents[node].end_probes.remote() for node in nodes], ROUND_S)
+    notes = [f"the health of GPUs is not read on {len(on)} nodes ({on[0]}, ...): {why}" for why, on in unread.items()]
+    return faults, throttled, tuple(notes)
+
+
+def _sum_up(
+    agents: Sequence[Any], addresses: Sequence[str], groups: Sequence[Sequence[int]], count: int
+) -> dict[int, str]:
+    """An all-reduce over the GPUs of each group of nodes: the reason for each node that makes it wrong or is silent."""
+    ports = _ask([agents[group[0]].free_port.remote(addresses[group[0]]) for group in groups], ROUND_S)
+    asked = [
+        agents[node].sum_up.remote(count * place, count * len(group), addresses[group[0]], port, SUM_S)
+        for group, (port, _) in zip(groups, ports, strict=True)
+        for place, node in enumerate(group)
+    ]
+    answers = iter(_ask(asked, SUM_S + ROUND_S))
+    found: dict[int, str] = {}
+    for group in groups:
+        by_rank: dict[int, Any] = {}
+        for place, (answer, _) in zip(range(len(group)), answers, strict=False):
+            each = [answer] * count if isinstance(answer, str) else answer
+            by_rank |= {count * place + local: one for local, one in enumerate(each)}
+        silent = {rank: f"all-reduce: {answer}" for rank, answer in by_rank.items() if isinstance(answer, str)}
+        if len(silent) == len(by_rank) and len(group) > 1:
+            raise ClusterError(f"an all-reduce over {len(group)} nodes gives no result, though that of each node does")
+        wrong = {rank: answer["wrong"] for rank, answer in by_rank.items() if rank not in silent}
+        for rank, reason in sorted((silent | named_by(wrong)).items()):
+            place, local = divmod(rank, count)
+            found.setdefault(group[place], f"GPU {local}: {reason}")
+    return found
 
 
 def _measure_links(

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 import dist_lm
+from dist_lm.cluster.gpu_health import open_nvml
 
 GIB = 1 << 30
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -73,8 +73,13 @@ def host_name() -> str:
 
 
 def local_gpus() -> int:
-    """NVIDIA GPUs of this machine that its processes may use: of the driver's device files, those that CUDA shows."""
-    return len(visible_gpus(os.environ, len(list(Path("/dev").glob("nvidia[0-9]*")))))
+    """NVIDIA GPUs of this machine that its processes may use."""
+    return len(shown_gpus())
+
+
+def shown_gpus() -> tuple[str, ...]:
+    """Numbers or UUIDs of these GPUs: of the driver's device files, those that CUDA shows."""
+    return visible_gpus(os.environ, len(list(Path("/dev").glob("nvidia[0-9]*"))))
 
 
 def visible_gpus(environ: Mapping[str, str], count: int) -> tuple[str, ...]:
@@ -189,7 +194,7 @@ class NodeUsage:
     cpu_percent: float  # all cores together, since the previous measurement
     memory_percent: float
     memory_gib: float
-    gpus: tuple[GpuUsage, ...] = ()  # empty without the package `nvidia-ml-py` or without a driver
+    gpus: tuple[GpuUsage, ...] = ()  # empty without a driver
 
 
 class UsageMeter:
@@ -199,7 +204,8 @@ class UsageMeter:
         psutil.cpu_percent()  # starts its interval: the first value is meaningless
         self._at = time.monotonic()
         self._usage: NodeUsage | None = None
-        self._nvml = _nvml()
+        nvml = open_nvml()
+        self._nvml = None if isinstance(nvml, str) else nvml
 
     def read(self) -> NodeUsage | None:
         """The newest measurement; None until `USAGE_EVERY_S` have passed."""
@@ -236,16 +242,3 @@ def usage_metrics(usages: Mapping[str, NodeUsage]) -> dict[str, float]:
             metrics[f"system/gpu_percent_{host}.{gpu.index}"] = gpu.busy_percent
             metrics[f"system/gpu_memory_gib_{host}.{gpu.index}"] = gpu.memory_gib
     return metrics
-
-
-def _nvml() -> Any:
-    """NVIDIA's library, initialised; None without the library or without a driver."""
-    try:
-        import pynvml  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    return pynvml

@@ -69,6 +69,7 @@ def recruit(
     avoid: Collection[str] = (),
     wanted: Callable[[], bool] = lambda: True,
     warn: Callable[[str], None] = lambda text: None,
+    note: Callable[[str], None] = lambda text: None,
 ) -> Crew | None:
     """Find `nodes` nodes that pass inspection. An unfit node is named, and left out if another can replace it.
 
@@ -77,6 +78,7 @@ def recruit(
         avoid: addresses of nodes to use only if there are not enough others.
         wanted: asked while waiting; if it returns False the result is None.
         warn: receives a line for each node that is left out.
+        note: receives what could not be inspected.
 
     Raises:
         NoNodesError: fewer free nodes within `timeout_s`.
@@ -124,6 +126,8 @@ def recruit(
         if found is None:
             placement.release()
             return None
+        for text in found.notes:
+            note(text)
         named = {i: _name(found.hosts[i], node) for i, node in enumerate(placement.nodes)}
         ids = {i: node.id for i, node in enumerate(placement.nodes)}
         spare = len(alive) - len(left_out) - nodes

@@ -30,6 +30,7 @@ class ClusterConfig:
         1.0  # free disk space of a node for temporary files; the run directory needs a checkpoint more
     )
     max_clock_skew_s: float = 5.0  # between the clocks of a node and the launcher
+    gpu_check_s: float = 2.0  # of matrix products on each GPU before a start, then an all-reduce; 0: only NVML is read
     link_check_mib: int = 4  # sent between every two nodes before a start; 0: links are not measured
     min_link_ratio: float = 0.25  # a node with links slower than this share of the median is replaced if possible
 
@@ -58,7 +59,10 @@ class ClusterConfig:
             "max_clock_skew_s",
         ):
             require(getattr(self, key) > 0, f"cluster.{key}", getattr(self, key), "a positive number")
-        for key in ("node_wait_s", "grow_after_s", "max_restarts", "min_free_gib", "link_check_mib", "min_link_ratio"):
+        for key in (
+            *("node_wait_s", "grow_after_s", "max_restarts", "min_free_gib"),
+            *("gpu_check_s", "link_check_mib", "min_link_ratio"),
+        ):
             require(getattr(self, key) >= 0, f"cluster.{key}", getattr(self, key), "0 or more")
         require(
             self.name == "local" or bool(self.address),

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Collection, Sequence
+from functools import cache
 from pathlib import Path
 
 from dist_lm.cluster.inspection import Demands
@@ -34,6 +35,8 @@ def demands_of(config: Config, gpus_per_node: int) -> Demands:
         temporary_bytes=least,
         clock_skew_s=config.cluster.max_clock_skew_s,
         link_ratio=config.cluster.min_link_ratio,
+        tried=gpus_per_node,
+        burn_s=config.cluster.gpu_check_s,
     )
 
 
@@ -60,6 +63,7 @@ class Muster:
         self._demands = demands_of(config, gpus_per_node)
         self._interrupt = interrupt
         self._console = console
+        self._note = cache(console.warning)  # says a thing once
         self._under_way = False
         self._grow_after_s = config.cluster.grow_after_s
         # Ray ids of unfit nodes, and of nodes that an attempt lost (Ray lists a dead node for a while)
@@ -120,6 +124,7 @@ class Muster:
             avoid=avoid,
             wanted=lambda: not self._interrupt.requested,
             warn=self._console.warning,
+            note=self._note,
         )
 
     def room_to_grow(self, crew: Crew) -> int | None:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from dist_lm.cluster.inspection import Demands
 from dist_lm.cluster.ray_cluster import Node
 from dist_lm.cluster.recruit import Crew, Placement
 from dist_lm.launcher import muster as muster_module
 from dist_lm.launcher.compose import compose_config
-from dist_lm.launcher.muster import Muster
+from dist_lm.launcher.muster import Muster, demands_of
 from dist_lm.launcher.process import Interrupt
 from dist_lm.tracking.console import Console
 from tests.conftest import TINY
@@ -41,10 +42,10 @@ def clock(monkeypatch) -> list[float]:
     return now
 
 
-def muster_of(cluster: Nodes) -> Muster:
+def muster_of(cluster: Nodes, errors: io.StringIO | None = None) -> Muster:
     settings = ("cluster=ray", "cluster.address=h:1", "cluster.nodes=3", "cluster.min_nodes=1")
     config = compose_config(["stage=language", *TINY, *settings, "cluster.grow_after_s=30"])
-    console = Console(errors=io.StringIO())
+    console = Console(errors=errors or io.StringIO())
     return Muster(
         cluster,  # pyright: ignore[reportArgumentType]
         config,
@@ -91,3 +92,23 @@ def test_an_unfit_node_is_no_room_and_a_growth_in_vain_is_not_repeated_at_once(c
     assert muster.room_to_grow(crew(cluster, "a")) is None  # c was seen 31 s ago, 60 s are asked now
     clock[0] += 31
     assert muster.room_to_grow(crew(cluster, "a")) == 2  # b is not counted
+
+
+def test_what_could_not_be_inspected_is_said_once(monkeypatch):
+    def recruit(cluster: Nodes, nodes: int, *, demands: Demands, note, **_) -> Crew:
+        assert (demands.tried, demands.burn_s) == (0, 2.0)  # there are no GPUs
+        note("the health of GPUs is not read")
+        return crew(cluster, "abc")
+
+    monkeypatch.setattr(muster_module, "recruit", recruit)
+    errors = io.StringIO()
+    muster = muster_of(Nodes("abc"), errors)
+    for _ in range(3):
+        assert muster.call(()) is not None
+    assert errors.getvalue().count("not read") == 1
+
+
+def test_every_gpu_that_a_rank_takes_is_tried():
+    config = compose_config(["stage=language", *TINY, "cluster.gpu_check_s=3"])
+    demands = demands_of(config, 8)
+    assert (demands.gpus, demands.tried, demands.burn_s, demands.device) == (8, 8, 3.0, "cuda")

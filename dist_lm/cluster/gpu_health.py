@@ -1,0 +1,130 @@
+"""What NVML knows of the health of a node's GPUs: XID errors, ECC errors, remapped rows, throttling.
+
+Meanings: NVIDIA's NVML API reference and "XID Errors" (docs.nvidia.com/deploy). What a card or driver does not count is
+skipped.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+APPLICATION_XIDS = frozenset(
+    (13, 31, 43, 45, 68, 109)
+)  # errors of a program; NVIDIA's k8s-device-plugin skips them too
+RECOVERY = {1: "reset the GPU", 2: "reboot the node", 3: "drain its peers", 4: "drain and reset the GPU"}
+
+
+@dataclass(frozen=True)
+class Health:
+    """The health of the GPUs of a node; texts name the GPU."""
+
+    faults: tuple[str, ...] = ()  # the GPU must not be used
+    throttled: tuple[str, ...] = ()  # the GPU works, slower than it could
+    unread: str = ""  # why NVML says nothing
+
+
+class HealthWatch:
+    """Watches GPUs from its creation on; look while they are loaded, because an idle GPU is not throttled."""
+
+    def __init__(self, nvml: Any, gpus: Sequence[str]) -> None:
+        """
+        Args:
+            nvml: the module `pynvml`, initialised, or a text that says why there is none.
+            gpus: indices or UUIDs.
+        """
+        self._nvml = nvml
+        self._unread = nvml if isinstance(nvml, str) else ""
+        self._faults: dict[str, None] = {}  # keeps the order
+        self._throttled: dict[str, None] = {}
+        self._gpus: dict[str, tuple[Any, Any]] = {}  # handle, set of XID events
+        if isinstance(nvml, str):
+            return
+        for gpu in gpus:
+            find = nvml.nvmlDeviceGetHandleByIndex if gpu.isdecimal() else nvml.nvmlDeviceGetHandleByUUID
+            handle = self._ask(gpu, lambda find=find, gpu=gpu: find(int(gpu) if gpu.isdecimal() else gpu))
+            if handle is not None:
+                self._gpus[gpu] = handle, self._ask(gpu, lambda handle=handle: self._listen(handle))
+
+    def look(self) -> None:
+        """Note which GPUs are throttled now."""
+        nvml = self._nvml
+        for gpu, (handle, _) in self._gpus.items():
+            reasons = self._ask(gpu, lambda handle=handle: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)) or 0
+            hot = nvml.nvmlClocksThrottleReasonSwThermalSlowdown | nvml.nvmlClocksThrottleReasonHwThermalSlowdown
+            brake, any_hardware = (
+                nvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown,
+                nvml.nvmlClocksThrottleReasonHwSlowdown,
+            )
+            for bits, cause in ((hot, "its temperature"), (brake, "the power brake"), (any_hardware, "the hardware")):
+                if reasons & bits:
+                    self._throttled[f"GPU {gpu}: slowed down by {cause}"] = None
+                    break
+
+    def read(self) -> Health:
+        """The health, with what was noted since the creation."""
+        for gpu in self._gpus:
+            for fault in self._faults_of(gpu):
+                self._faults[f"GPU {gpu}: {fault}"] = None
+        return Health(tuple(self._faults), tuple(self._throttled), self._unread)
+
+    def _faults_of(self, gpu: str) -> list[str]:
+        nvml, (handle, events) = self._nvml, self._gpus[gpu]
+        found = [f"XID error {xid}" for xid in self._ask(gpu, lambda: self._xids(events)) or ()]
+        action = self._ask(gpu, lambda: self._recovery(handle))
+        if action:
+            found.append(f"the driver asks for a recovery after an error: {RECOVERY.get(action, f'action {action}')}")
+        uncorrected, volatile = nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
+        errors = self._ask(gpu, lambda: nvml.nvmlDeviceGetTotalEccErrors(handle, uncorrected, volatile))
+        if errors:
+            found.append(f"{errors} uncorrected ECC errors since the driver started: reset the GPU")
+        _, _, pending, failed = self._ask(gpu, lambda: nvml.nvmlDeviceGetRemappedRows(handle)) or (0, 0, 0, 0)
+        if failed:
+            found.append("remapping a damaged memory row failed: replace the GPU")
+        elif pending:
+            found.append("a damaged memory row waits to be remapped: reset the GPU")
+        return found
+
+    def _listen(self, handle: Any) -> Any:
+        events = self._nvml.nvmlEventSetCreate()
+        self._nvml.nvmlDeviceRegisterEvents(handle, self._nvml.nvmlEventTypeXidCriticalError, events)
+        return events
+
+    def _xids(self, events: Any) -> list[int]:
+        found: list[int] = []
+        while events is not None:
+            try:
+                found.append(int(self._nvml.nvmlEventSetWait_v2(events, 0).eventData))
+            except self._nvml.NVMLError as error:
+                if error.value == self._nvml.NVML_ERROR_TIMEOUT:
+                    break
+                raise
+        return [xid for xid in found if xid not in APPLICATION_XIDS]
+
+    def _recovery(self, handle: Any) -> int:
+        [field] = self._nvml.nvmlDeviceGetFieldValues(handle, [self._nvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION])
+        return int(field.value.uiVal) if field.nvmlReturn == self._nvml.NVML_SUCCESS else 0
+
+    def _ask(self, gpu: str, question: Callable[[], Any]) -> Any:
+        """The answer; None if card or driver have none. A lost GPU is a fault."""
+        nvml = self._nvml
+        try:
+            return question()
+        except nvml.NVMLError as error:
+            if error.value in (nvml.NVML_ERROR_GPU_IS_LOST, nvml.NVML_ERROR_RESET_REQUIRED):
+                self._faults[f"GPU {gpu}: {error}"] = None
+            elif error.value not in (nvml.NVML_ERROR_NOT_SUPPORTED, nvml.NVML_ERROR_FUNCTION_NOT_FOUND):
+                self._unread = self._unread or f"NVML: {error}"
+            return None
+
+
+def open_nvml() -> Any:
+    """The module `pynvml`, initialised, or a text that says why there is none."""
+    try:
+        import pynvml  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return "the package nvidia-ml-py is not installed"
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return f"NVML: {error}"
+    return pynvml
