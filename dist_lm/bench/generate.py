@@ -86,8 +86,8 @@ class Transformers(Peer):
 
         with tempfile.TemporaryDirectory(prefix="dlm-bench-") as folder:
             save_gpt_neox(dict(model.named_parameters()), model.config, Path(folder), eot_id=0, pad_id=1)
-            model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder).eval()
-            self._model: Any = model.to(device, dtype)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
+        self._model = loaded.eval().to(device, dtype)
         self._sampling = {"temperature": SAMPLING.temperature, "top_k": SAMPLING.top_k, "top_p": SAMPLING.top_p}
 
     def generate(self, prompt_BT: torch.Tensor, n_new: int) -> None:
