@@ -4,10 +4,13 @@
 #   bash launch/test.sh tests/model -x     a part
 #   bash launch/test.sh -m heavy           those that take minutes
 #   bash launch/test.sh -m slurm           of these, batch jobs on a real Slurm, which it installs as root on Debian
-#   bash launch/test.sh tests/cuda         CUDA code on fake tensors, without a GPU; needs g++
+#   bash launch/test.sh tests/cuda         CUDA code on fake tensors, without a GPU; needs g++, installs triton
 #   bash launch/test.sh -m bars            what some of them assert, at length: many seeds, kills, schedules (an hour)
 set -euo pipefail
 DIST_LM_EXTRAS=dev
+case " $* " in
+*tests/cuda*) DIST_LM_EXTRAS=dev,cuda_tests ;; # triton, whose compiler needs no GPU
+esac
 # shellcheck source=SCRIPTDIR/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
