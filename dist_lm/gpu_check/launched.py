@@ -24,8 +24,8 @@ WAIT_S = 120.0  # for a run to reach a step
 GENERATED = (
     "corpus.corpora.language=[{reader: 'dist_lm.demo.bash:read_bash', language: bash, limit: 300}]",
     "corpus.corpora.code=[{reader: 'dist_lm.demo.sql:read_sql', language: sql, limit: 300}]",
-    "corpus.corpora.tools=[{reader: tools, language: tools, limit: 300}]",
-    "corpus.corpora.rankings=[{reader: synthetic_rankings, language: synthetic, limit: 60}]",
+    "corpus.corpora.tools=[{reader: tools, language: tools, limit: 150}]",
+    "corpus.corpora.rankings=[{reader: synthetic_rankings, language: synthetic, limit: 30}]",
     *("model.vocab_size=1024", "experiment=smoke", "tracking=none", "parallel.compile=never"),
 )
 TINY = ("model.d_model=40", "model.d_ff=80", "model.n_layers=1")  # for a rehearsal
