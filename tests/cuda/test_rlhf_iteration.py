@@ -36,7 +36,7 @@ from tests.cuda.card import CARD, Traffic, empty_on_card, stand_in
 
 pytestmark = pytest.mark.cuda
 
-RANKS, UPDATES = 8, 2
+RANKS = 8
 SETTINGS = (
     *("stage=rlhf", "model=large", "model.n_layers=2", "hardware=h100", "device=cuda", "parallel=fsdp"),
     *("rlhf.epochs=1", "rlhf.minibatches=2", "rlhf.micro_batch_tokens=2048"),
@@ -66,7 +66,7 @@ class Run:
         state = RlhfState(KlController(config.kl_coefficient), iteration=number)
         with torch.enable_grad(), traffic if watched else nullcontext():
             updates = updater(state, prepared.tokens, passes)
-        assert len(updates.metrics) == UPDATES
+        assert len(updates.metrics) == config.epochs * config.minibatches
         return traffic
 
 
@@ -171,9 +171,8 @@ def test_no_model_of_an_iteration_reaches_the_recompile_limit(monkeypatch):
     torch.compiler.reset()
     counters.clear()
     with run_of("parallel.compile=always") as run:
-        for number in range(len(LENGTHS)):
-            run.iteration(number)
-    assert 4 <= len(graphs) <= 4 * RECOMPILATIONS
+        run.iteration(0)
+    assert 8 < len(graphs) <= 4 * RECOMPILATIONS  # 8: the default limit of the compiler, for all models together
     assert not counters["recompile_limit"]
     assert not counters["graph_break"]
     torch.compiler.reset()
@@ -181,7 +180,7 @@ def test_no_model_of_an_iteration_reaches_the_recompile_limit(monkeypatch):
 
 def test_state_is_on_the_card_and_updates_hardly_wait(monkeypatch):
     explicit = stand_in(monkeypatch)
-    with run_of("parallel.compile=never") as run:
+    with run_of("parallel.compile=never", "rlhf.epochs=2") as run:
         run.iteration(0)
         explicit.clear()
         traffic = run.iteration(1, watched=True)
@@ -190,6 +189,6 @@ def test_state_is_on_the_card_and_updates_hardly_wait(monkeypatch):
         for one in (models.policy, models.critic):
             state = [tensor for moments in one.optimizer.state.values() for tensor in moments.values()]
             assert {shard_of(tensor).device.type for tensor in [*one.model.parameters(), *state]} == {"cuda"}
-    assert explicit == {"tolist": 2 * UPDATES}  # one for each update of policy and critic
+    assert explicit == {"tolist": 2 * 4}  # one for each update of policy and critic
     assert not traffic.waits
     assert set(traffic.uploads) == {"pinned"}
