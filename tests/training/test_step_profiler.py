@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity
 
 from dist_lm.errors import ConfigError
 from dist_lm.launcher.compose import compose_config, overrides_of
+from dist_lm.stages.training import FREE_KEYS, differing_keys
 from dist_lm.training import step_profiler
 from dist_lm.training.profile_summary import read_profile
 from dist_lm.training.step_meter import WallLaps
@@ -110,6 +111,12 @@ def test_steps_that_do_not_come_leave_no_trace(tmp_path, asked, steps):
 def test_steps_that_no_run_has_are_refused(steps):
     with pytest.raises(ConfigError, match=r"profile\.steps"):
         compose_config(["stage=language", "model=nano", "stage.steps=20", f"profile.steps={steps}"])
+
+
+def test_a_run_that_continues_may_profile_other_steps():
+    old, new = (compose_config(["stage=language", "model=nano", f"profile.steps={steps}"]) for steps in ("[]", "[2,3]"))
+    assert differing_keys(old, new, "", FREE_KEYS) == []
+    assert differing_keys(old, new, "", ()) != []
 
 
 def test_only_the_target_stage_is_profiled():
