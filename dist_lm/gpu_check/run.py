@@ -20,7 +20,7 @@ from dist_lm.bench.rank_groups import LOOPBACK, environment_of
 from dist_lm.cluster.torchrun import CUDA
 from dist_lm.errors import ConfigError, require
 from dist_lm.gpu_check import probe, results
-from dist_lm.gpu_check.checks import REHEARSAL_S, Check, chosen
+from dist_lm.gpu_check.checks import CHECKS, REHEARSAL_S, Check, chosen
 from dist_lm.gpu_check.results import Machine, Result, Results
 from dist_lm.launcher.process import Stopped, stopped_by_signals
 from dist_lm.storage import durable, process
@@ -62,7 +62,7 @@ def check_gpus(
     if found is None or found.machine != machine:
         found = Results(machine)
     if page is not None:
-        results.rewrite(page, results.table(chosen((), max(2, gpus)), found))  # a page without markers fails here
+        results.rewrite(page, results.table(CHECKS, found))  # a page without markers fails here
     try:
         with stopped_by_signals():
             for check in checks:
@@ -72,7 +72,7 @@ def check_gpus(
                 say(f"{check.name:<11}{result.status} in {duration(result.seconds)}  {result}{log}".rstrip())
     except Stopped as stop:
         raise SystemExit(128 + stop.number) from None
-    rows = results.table(chosen((), max(2, gpus)) if page else checks, found)
+    rows = results.table(CHECKS if page else checks, found)
     if page is not None:
         results.rewrite(page, rows)
     say(f"\n{rows}\n{file}")
@@ -80,13 +80,13 @@ def check_gpus(
 
 
 def machine_of(gpus: int, rehearse: bool) -> Machine:
-    """Card and software of this machine.
+    """Cards and software of this machine.
 
     Raises:
         ConfigError: there is no GPU, or there are fewer than `gpus`.
     """
     if rehearse:
-        return {"device": "CPU", "gpus": gpus, "torch": metadata.version("torch"), "cuda": None, "rehearsal": True}
+        return {"device": "CPU", "gpus": 0, "torch": metadata.version("torch"), "cuda": None, "rehearsal": True}
     looked = subprocess.run([sys.executable, "-c", LOOK], capture_output=True, text=True, check=False)
     if looked.returncode:
         raise ConfigError(f"gpu check: torch cannot use CUDA: {(looked.stderr.strip().splitlines() or [''])[-1]}")
@@ -96,7 +96,7 @@ def machine_of(gpus: int, rehearse: bool) -> Machine:
             f"gpu check: no GPU that torch {machine['torch']} can use; --rehearse runs tiny sizes on the CPU"
         )
     require(gpus <= machine["gpus"], "--gpus", gpus, f"at most {machine['gpus']}, the GPUs of this machine")
-    return machine | {"gpus": gpus, "rehearsal": False}
+    return machine | {"rehearsal": False}
 
 
 def run_check(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> Result:

@@ -11,6 +11,7 @@ import pytest
 from dist_lm.errors import ConfigError
 from dist_lm.gpu_check import run
 from dist_lm.gpu_check.checks import CHECKS, Check, chosen
+from dist_lm.gpu_check.results import BEGIN, END, Result
 from dist_lm.storage import process
 
 pytestmark = pytest.mark.cluster
@@ -71,18 +72,19 @@ def test_all_passed(checked):
     assert checked("passes")[0]
 
 
-def test_an_overrun_is_reported_and_leaves_no_process(checked, monkeypatch):
+def test_an_overrun_is_reported_and_leaves_no_process(checked, monkeypatch, tmp_path):
     monkeypatch.setattr(run, "REHEARSAL_S", 8.0)
-    marks = []
-    marked = process.marked
-    monkeypatch.setattr(process, "marked", lambda mark, variable: (marks.append(mark), marked(mark, variable))[1])
+    monkeypatch.setattr(run.secrets, "token_hex", lambda length: tmp_path.name)
     passed, found, _ = checked("never_ends", "passes")
     assert not passed
     assert found["never_ends"]["status"] == "over budget"
     assert found["never_ends"]["reason"] == "not done after 8 s"
     assert found["never_ends"]["facts"] == {"half s": 0.5}
     assert found["passes"]["status"] == "passed"
-    assert not [one for mark in set(marks) for one in marked(mark, run.probe.MARK)]
+    left = process.marked(tmp_path.name, run.probe.MARK)
+    for one in left:
+        one.kill()
+    assert not left
 
 
 def test_the_file_is_written_after_each_check_and_keeps_earlier_ones(checked, monkeypatch, tmp_path):
@@ -156,3 +158,15 @@ def test_more_gpus_than_there_are_and_a_table_of_a_rehearsal_are_refused(monkeyp
     assert run.machine_of(1, rehearse=False)["device"] == "a card"
     with pytest.raises(ConfigError, match="--table"):
         run.check_gpus((), 1, tmp_path, tmp_path / "page.md", rehearse=True, say=print)
+
+
+def test_a_check_of_several_cards_keeps_the_results_of_one(monkeypatch, tmp_path):
+    looked = subprocess.CompletedProcess([], 0, '{"device": "a card", "gpus": 8, "torch": "2", "cuda": "13"}', "")
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: looked)
+    monkeypatch.setattr(run, "run_check", lambda *arguments, **options: Result("passed", 1.0, "2026-12-01"))
+    page = tmp_path / "page.md"
+    page.write_text(f"{BEGIN}\n{END}\n")
+    run.check_gpus(("varlen",), 1, tmp_path, None, rehearse=False, say=print)
+    run.check_gpus(("nccl",), 8, tmp_path, page, rehearse=False, say=print)
+    assert json.loads((tmp_path / run.RESULTS).read_text())["checks"].keys() == {"varlen", "nccl"}
+    assert page.read_text().count("passed |") == 2
