@@ -130,9 +130,18 @@ def sources(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     )
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     torch.compiler.reset()
+    forget_answers()
     with inductor_config.patch(compile_threads=1, fx_graph_cache=False):
         yield generated
     torch.compiler.reset()
+    forget_answers()
+
+
+def forget_answers() -> None:
+    """Torch keeps what it once found out about triton."""
+    for function in vars(torch.utils._triton).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
 
 
 @pytest.mark.parametrize(("mode", "dropout"), [("none", 0.0), ("selective", 0.1)])
