@@ -29,6 +29,11 @@ class EvaluationBatch:
     batch: Batch
     language_BT: torch.Tensor  # int64; index into `corpus.languages` of the target's document; -1: not counted
 
+    def to(self, device: torch.device) -> "EvaluationBatch":
+        """The same on `device`, as `Batch.to`."""
+        language_BT = self.language_BT.pin_memory() if device.type == "cuda" else self.language_BT
+        return EvaluationBatch(self.batch.to(device), language_BT.to(device, non_blocking=True))
+
 
 class Ring:
     """The documents of a corpus end to end, in their own order, and closed."""

@@ -7,20 +7,24 @@ Dimensions: B rollouts in all, T tokens of the longest completion, S rollouts of
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from dist_lm.data.batch import Batch
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.sharding import reshard
 from dist_lm.rlhf.algorithm import Experience
 from dist_lm.rlhf.models import Execution
-from dist_lm.rlhf.packed_rollouts import Dealing, RolloutBatch, SomeBatch, completion_mask, sent_to, whole_batches
+from dist_lm.rlhf.packed_rollouts import Dealing, RolloutBatch, completion_mask, whole_batches
 from dist_lm.rlhf.policy_gradient import truncated_importance
 from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rewards import REWARD_MODEL, total_score
 from dist_lm.rlhf.rollouts import Rollouts
+
+SomeBatch = TypeVar("SomeBatch", bound=Batch)
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ def end_scores(
     """
     score_B = torch.zeros(len(rollouts), device=device)
     for whole in _each(whole_batches(rollouts, shares), alive):
-        batch = sent_to(device, whole)
+        batch = whole.to(device)
         score_B[batch.rollout_S] = model.scores(batch, batch.end_S).flatten()[batch.end_S]
     reshard(model)
     return score_B

@@ -10,7 +10,7 @@ Dimensions: B rollouts in all, T tokens of the longest completion, S rollouts of
 """
 
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +19,6 @@ from dist_lm.data.batch import Batch
 from dist_lm.data.keys import Shuffle, key, permutation
 from dist_lm.data.packing import best_fit_decreasing, longest_first
 from dist_lm.rlhf.rollouts import Rollouts
-
-SomeBatch = TypeVar("SomeBatch", bound=Batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +76,7 @@ class Passes:
             return self._first  # one minibatch of all rollouts is the same in every pass
         made = [
             Minibatch(
-                [sent_to(self._device, batch) for batch in rollout_batches(self._rollouts, part, self._dealing)],
+                [batch.to(self._device) for batch in rollout_batches(self._rollouts, part, self._dealing)],
                 int(self._rollouts.new_tokens_B[part].sum()),
             )
             for part in minibatches(*self._order, number, len(self._rollouts), self._parts)
@@ -86,11 +84,6 @@ class Passes:
         if not self._first:
             self._first = made
         return made
-
-
-def sent_to(device: torch.device, batch: SomeBatch) -> SomeBatch:
-    """The batch on `device`; a GPU copies it from pinned memory, which nobody waits for."""
-    return (batch.pin_memory() if device.type == "cuda" else batch).to(device)
 
 
 def completion_mask(rollouts: Rollouts) -> np.ndarray:

@@ -58,15 +58,15 @@ def summed_losses(
     Returns:
         (n_languages, 2) float64: nats and predicted tokens of each language.
     """
-    sums = torch.zeros(n_languages, 2, dtype=torch.float64, device=device)
-    for evaluation in batches:
-        batch = evaluation.batch.to(device)
-        language = evaluation.language_BT.to(device).flatten()
-        losses = model.token_losses(batch).flatten().double()
-        counted = language >= 0
+    sums = torch.zeros(n_languages + 1, 2, dtype=torch.float64, device=device)  # the last row: not counted
+    for on_host in batches:
+        evaluation = on_host.to(device)
+        losses = model.token_losses(evaluation.batch).flatten().double()
+        language = evaluation.language_BT.flatten()
         pairs = torch.stack([losses, torch.ones_like(losses)], dim=1)
-        sums.index_add_(0, language[counted], pairs[counted])
+        sums.index_add_(0, language.where(language >= 0, n_languages), pairs)
         alive()
+    sums = sums[:-1].contiguous()
     dist.all_reduce(sums, group=group)
     return sums
 

@@ -95,7 +95,7 @@ def sources(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     for passes in (joint_graph, post_grad):  # patterns that are traced on a real card
         monkeypatch.setattr(passes, "lazy_init", lambda *_, **__: None)
     target = GPUTarget("cuda", 90, 32)
-    driver = SimpleNamespace(
+    driver: Any = SimpleNamespace(
         get_current_target=lambda: target,
         get_current_device=lambda: 0,
         get_active_torch_device=lambda: CARD,

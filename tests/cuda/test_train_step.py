@@ -3,12 +3,17 @@
 from collections import Counter
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from dist_lm.config.root import Config
+from dist_lm.data.evaluation_batches import EvaluationBatch
+from dist_lm.dry_run.watch import Watch
 from dist_lm.launcher.compose import compose_config
 from dist_lm.parallel.layout import placements, resolve_layout
 from dist_lm.parallel.values import shard_of
-from tests.cuda.card import Played, played, stand_in
+from dist_lm.training.objective import summed_losses
+from tests.cuda.card import CARD, Played, Traffic, played, stand_in, text
 
 pytestmark = pytest.mark.cuda
 
@@ -98,6 +103,16 @@ def test_other_stages_wait_no_more(explicit, stage):
         assert set(traffic.uploads) == {"pinned"}
         check_devices(run)
     assert explicit == {"tolist": 1}
+
+
+def test_an_evaluation_waits_for_nothing(explicit):
+    config = config_of()
+    with unset_fake_temporarily():
+        held_out = [EvaluationBatch(text(config), torch.zeros(4, 4096, dtype=torch.int64)) for _ in range(2)]
+    with played(config, 8) as run, Watch(), Traffic(run.axes) as traffic:
+        sums = summed_losses(run.trainer.model, held_out, 1, CARD, None)
+        assert (sums.device, tuple(sums.shape)) == (CARD, (1, 2))
+    assert (dict(traffic.waits), set(traffic.uploads), dict(explicit)) == ({}, {"pinned"}, {})
 
 
 def test_large_with_all_its_layers(explicit):
