@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
 from dist_lm.cluster.agent import STACKS_SIGNAL
@@ -50,7 +51,8 @@ def main() -> None:
         program = importlib.import_module(
             training_stage(load_config(run.config).stage.name).program
         )  # torch and other heavy packages
-        with collectives_served(os.environ):
+        several = int(os.environ["WORLD_SIZE"]) > 1  # a single rank waits for no other
+        with collectives_served(os.environ) if several else nullcontext():
             program.run_rank(run, stop, own_heartbeat(os.environ))
     except BaseException as error:
         try:

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from dist_lm.cluster import flight_recorder, node_facts
-from dist_lm.cluster.gpu_health import Health, HealthWatch, open_nvml
+from dist_lm.cluster.gpu_health import Health, HealthWatch
 from dist_lm.cluster.gpu_probe import START_S, Probes
 from dist_lm.cluster.heartbeat import VARIABLE, HeartbeatBoard, Pulse
 from dist_lm.cluster.node_facts import LinkServer, NodeFacts, NodeUsage, UsageMeter
@@ -121,7 +121,7 @@ class NodeAgent:
             address: of this node, for the others.
         """
         gpus = node_facts.shown_gpus()[:count] if device == "cuda" else ()
-        watch = HealthWatch(open_nvml() if gpus else (), gpus)
+        watch = HealthWatch(node_facts.open_nvml() if gpus else (), gpus)
         wrong: list[str] = []
         if burn_s:
             self._probes = Probes(device, count, address)

@@ -115,16 +115,3 @@ class HealthWatch:
             elif error.value not in (nvml.NVML_ERROR_NOT_SUPPORTED, nvml.NVML_ERROR_FUNCTION_NOT_FOUND):
                 self._unread = self._unread or f"NVML: {error}"
             return None
-
-
-def open_nvml() -> Any:
-    """The module `pynvml`, initialised, or a text that says why there is none."""
-    try:
-        import pynvml  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return "the package nvidia-ml-py is not installed"
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return f"NVML: {error}"
-    return pynvml

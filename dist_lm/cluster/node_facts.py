@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 import dist_lm
-from dist_lm.cluster.gpu_health import open_nvml
 
 GIB = 1 << 30
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -195,6 +195,19 @@ class NodeUsage:
     memory_percent: float
     memory_gib: float
     gpus: tuple[GpuUsage, ...] = ()  # empty without a driver
+
+
+def open_nvml() -> Any:
+    """The module `pynvml`, initialised, or a text that says why there is none."""
+    try:
+        import pynvml  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return "the package nvidia-ml-py is not installed"
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return f"NVML: {error}"
+    return pynvml
 
 
 class UsageMeter:

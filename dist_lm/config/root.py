@@ -15,10 +15,9 @@ from dist_lm.config.corpus import CorpusConfig, TokenizerConfig
 from dist_lm.config.hardware import HardwareConfig
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.parallel import ParallelConfig
-from dist_lm.config.profile import ProfileConfig
 from dist_lm.config.rlhf import RolloutPoolConfig
 from dist_lm.config.stage import StageConfig
-from dist_lm.config.tracking import TrackingConfig
+from dist_lm.config.tracking import ProfileConfig, TrackingConfig
 from dist_lm.errors import ConfigError, require
 from dist_lm.storage import durable
 

@@ -1,4 +1,4 @@
-"""The conf group `tracking`: where metrics go besides metrics.jsonl."""
+"""The conf groups `tracking`, where metrics go besides metrics.jsonl, and `profile`, which steps are traced."""
 
 from dataclasses import dataclass, field
 
@@ -22,3 +22,14 @@ class TrackingConfig:
         require(self.finish_s >= 0, "tracking.finish_s", self.finish_s, ">= 0 seconds")
         require(self.name in ("wandb", "none"), "tracking.name", self.name, "wandb or none")
         require(self.mode in ("auto", "online", "offline"), "tracking.mode", self.mode, "auto, online or offline")
+
+
+@dataclass
+class ProfileConfig:
+    """Traces of some steps, written by every rank to `profile/` in the run directory."""
+
+    steps: list[int] = field(default_factory=list)  # [first, last], both included, first >= 1; []: no profile
+
+    def __post_init__(self) -> None:
+        valid = not self.steps or (len(self.steps) == 2 and 0 < self.steps[0] < self.steps[1])
+        require(valid, "profile.steps", self.steps, "[first, last] with 0 < first < last, or []")

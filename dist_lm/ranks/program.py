@@ -220,8 +220,10 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         del closing, whole_copy, model
 
 
-def step_profiler(run: RunDirectory, config: Config, world: World) -> StepProfiler:
-    """The profiler of this rank."""
+def step_profiler(run: RunDirectory, config: Config, world: World) -> StepProfiler | None:
+    """The profiler of this rank; None without profile.steps."""
+    if not config.profile.steps:
+        return None
     on_gpu = world.device.type == "cuda"
     return StepProfiler(config.profile.steps, on_gpu, run.trace(world.rank), run.memory_snapshot(world.rank))
 

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
@@ -63,7 +63,7 @@ class Reporter:
     heartbeat: Heartbeat
     tokens: int  # generated and trained on so far
     iteration: int  # finished iterations
-    profiler: StepProfiler
+    profiler: StepProfiler | None
     _since: float = field(default_factory=time.perf_counter)
     _eta: Eta = field(init=False)
 
@@ -94,7 +94,8 @@ class Reporter:
             self.metrics.write(report.iteration, line)
         if self.metrics and shown and self.config.rlhf.table_rollouts:
             self._write_table(report)
-        self.profiler.reached(report.iteration)
+        if self.profiler:
+            self.profiler.reached(report.iteration)
         self.alive(Phase.DATA)
 
     def alive(self, phase: Phase) -> None:
@@ -175,8 +176,9 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             if metrics and found:
                 metrics.write(0, found)
         text = stack.enter_context(pretraining_text(config, run, start, state.policy_updates))
-        with _saver(run, config, start) as saver, profiler:
-            profiler.reached(state.iteration)
+        with _saver(run, config, start) as saver, profiler or nullcontext():
+            if profiler:
+                profiler.reached(state.iteration)
             learner = Learner(
                 config=config.rlhf,
                 seed=config.seed,

@@ -24,16 +24,14 @@ MEMORY_EVENTS = 100_000  # newest allocations and frees in a memory snapshot
 class StepProfiler:
     """Records some steps. As a context manager it also writes the trace if the run stops before the last of them."""
 
-    def __init__(
-        self, steps: Sequence[int] = (), on_gpu: bool = False, trace: Path = Path(), memory: Path = Path()
-    ) -> None:
+    def __init__(self, steps: Sequence[int], on_gpu: bool, trace: Path, memory: Path) -> None:
         """
         Args:
-            steps: first and last; empty: nothing is recorded.
+            steps: first and last.
             trace: file of this rank's trace, `.json.gz`.
             memory: file of this rank's memory snapshot in torch's format (a pickle), if `on_gpu`.
         """
-        self._first, self._last = steps or (0, 0)
+        self._first, self._last = steps
         self._trace, self._memory = trace, memory
         self._on_gpu = on_gpu
         self._profile: profile | None = None

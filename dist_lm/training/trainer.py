@@ -5,7 +5,8 @@ import math
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -59,7 +60,7 @@ class Trainer:
     flops_per_token: int
     peak_flops: float  # of all ranks together; 0: unknown
     bytes_per_token: float = 0.0  # of the training text; 0: unknown
-    profiler: StepProfiler = field(default_factory=StepProfiler)
+    profiler: StepProfiler | None = None
 
     def __post_init__(self) -> None:
         self.model.document_mask = self.config.stage.document_mask
@@ -77,9 +78,10 @@ class Trainer:
             if self.metrics:
                 self.metrics.write(0, line)
         meter = StepMeter(self.world, self.optimizer, stage.steps, self.model.blocks)
-        with self._saver() as saver, self.profiler as profiler:
+        with self._saver() as saver, self.profiler or nullcontext():
             while state.step < stage.steps:
-                profiler.reached(state.step)
+                if self.profiler:
+                    self.profiler.reached(state.step)
                 meter.begin(self.is_detailed(state.step + 1))
                 rate = learning_rate(
                     state.step,
@@ -92,7 +94,8 @@ class Trainer:
                 data = next(self.stream)
                 meter.data_came()
                 self.heartbeat.beat(Phase.STEP, state.step)
-                result = self.step(state, data, rate, profiler.marked(meter.laps))
+                laps = self.profiler.marked(meter.laps) if self.profiler else meter.laps
+                result = self.step(state, data, rate, laps)
                 state = advance(state, result, data.position)
                 meter.end(state.step, result.tokens)
                 last = state.step == stage.steps

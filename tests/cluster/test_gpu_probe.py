@@ -108,7 +108,7 @@ def test_the_agent_names_the_gpu_and_adds_what_nvml_says(monkeypatch):
             pass
 
     monkeypatch.setattr(agent_module.node_facts, "shown_gpus", lambda: ("4", "5", "6", "7"))
-    monkeypatch.setattr(agent_module, "open_nvml", lambda: "NVML: Driver Not Loaded")
+    monkeypatch.setattr(agent_module.node_facts, "open_nvml", lambda: "NVML: Driver Not Loaded")
     monkeypatch.setattr(agent_module, "Probes", TwoFaults)
     health = NodeAgent().check_gpus("cuda", 3, 2.0, LOOPBACK)
     assert health.faults == ("GPU 5: 4 of 16 matrix products are wrong", "GPU 6: no answer within 122 s")

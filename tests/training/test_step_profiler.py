@@ -55,7 +55,8 @@ def steps_in(path) -> list[str]:
 )
 def test_the_steps_that_were_asked_for_are_traced_and_change_nothing(tmp_path, asked, steps, found):
     trace = tmp_path / "profile" / "trace.json.gz"
-    assert torch.equal(train(StepProfiler(asked, False, trace), steps), train(StepProfiler(), steps))
+    plain = train(StepProfiler((98, 99), False, trace, tmp_path), steps)
+    assert torch.equal(train(StepProfiler(asked, False, trace, tmp_path), steps), plain)
     assert steps_in(trace) == found
     profile = read_profile(trace)
     assert profile.steps == len(found)
@@ -103,7 +104,7 @@ class FakeProfile:
 
 @pytest.mark.parametrize(("asked", "steps"), [((8, 9), range(5)), ((2, 3), range(3, 6)), ((6, 7), range(5))])
 def test_steps_that_do_not_come_leave_no_trace(tmp_path, asked, steps):
-    train(StepProfiler(asked, False, tmp_path / "trace.json.gz"), steps)
+    train(StepProfiler(asked, False, tmp_path / "trace.json.gz", tmp_path), steps)
     assert not list(tmp_path.iterdir())
 
 
