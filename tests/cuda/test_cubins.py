@@ -16,7 +16,6 @@ import torch._inductor.config as inductor_config
 import torch._inductor.fx_passes.joint_graph as joint_graph
 import torch._inductor.fx_passes.post_grad as post_grad
 import torch.utils._triton
-import triton  # pyright: ignore[reportMissingImports]  extra `cuda_tests`
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.device_interface import CudaInterface
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -26,7 +25,6 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_helpers
 from torch._subclasses.fake_tensor import FakeTensorMode
-from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
 
 from dist_lm.data.batch import Batch
 from dist_lm.model.keyed_random import DropoutKey
@@ -65,6 +63,10 @@ class GeneratedError(Exception):
 @pytest.fixture
 def sources(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Code that Inductor generates for compiled functions, which run operation by operation."""
+    # here, because the module is collected without the extra, too
+    import triton  # pyright: ignore[reportMissingImports]
+    from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
+
     answers: dict[str, Any] = {
         "is_available": lambda: True,
         "device_count": lambda: 1,

@@ -39,7 +39,7 @@ def checked(monkeypatch, tmp_path):
 PROGRAM = """
 import sys
 from dist_lm.gpu_check import probe
-from tests.gpu_check.test_run import stand_in
+from tests.gpu_check.test_check_runs import stand_in
 probe.named = stand_in
 probe.main()
 """
