@@ -32,8 +32,9 @@ def test_no_request_to_the_troubled_server_succeeds() -> None:
                 urllib.request.urlopen(address, timeout=0.5)
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("way", [OFFLINE, TROUBLE])
+@pytest.mark.parametrize(
+    "way", [pytest.param(OFFLINE, marks=pytest.mark.bars), pytest.param(TROUBLE, marks=pytest.mark.heavy)]
+)
 def test_a_run_is_followed_to_its_end(way: str) -> None:
     found = of_a_run(way, None)
     assert found[SIDE] > 0

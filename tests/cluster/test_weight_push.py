@@ -23,7 +23,7 @@ WIDE = ("model=nano", "model.vocab_size=32000", "model.d_model=320", "model.n_he
 
 
 @pytest.mark.parametrize(
-    "overrides", [WIDE, pytest.param(("model=medium",), marks=pytest.mark.heavy)], ids=["wide", "medium"]
+    "overrides", [WIDE, pytest.param(("model=medium",), marks=pytest.mark.bars)], ids=["wide", "medium"]
 )
 @pytest.mark.parametrize("way", ["engine", pytest.param("store", marks=pytest.mark.cluster)])
 def test_a_push_takes_two_of_the_largest_parameters_at_most(way, overrides):

@@ -14,7 +14,7 @@ from dist_lm.launch import main
 from tests.conftest import TINY
 
 
-def launch(*arguments, deadline_s=60, **environment):
+def launch(*arguments, deadline_s=120, **environment):
     return subprocess.run(
         [sys.executable, "-m", "dist_lm.launch", *arguments],
         capture_output=True,
