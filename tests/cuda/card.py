@@ -224,10 +224,11 @@ def empty_on_card(*size: Any, device: Any = None, _empty: Any = torch.empty, **o
         return _empty(*size, device=device, **options)
 
 
-def text(config: Config, documents: int = 3) -> Batch:
-    """A micro-batch of packed documents, as the stream delivers it: with values, in pinned host memory."""
+def text(config: Config, documents: int = 3, pinned: bool = True) -> Batch:
+    """A micro-batch of packed documents with values, in pinned host memory, as the stream delivers it, or pageable."""
     shape = (config.stage.micro_batch, config.stage.seq_len)
     with unset_fake_temporarily():
         batch = Batch.plain(torch.zeros(shape, dtype=torch.int64))
         document_T = torch.arange(shape[1]) * documents // shape[1]
-        return replace(batch, document_BT=document_T.repeat(shape[0], 1)).pin_memory()
+        batch = replace(batch, document_BT=document_T.repeat(shape[0], 1))
+        return batch.pin_memory() if pinned else batch.to(torch.device("cpu"))

@@ -108,7 +108,8 @@ def test_other_stages_wait_no_more(explicit, stage):
 def test_an_evaluation_waits_for_nothing(explicit):
     config = config_of()
     with unset_fake_temporarily():
-        held_out = [EvaluationBatch(text(config), torch.zeros(4, 4096, dtype=torch.int64)) for _ in range(2)]
+        language = torch.zeros(4, 4096, dtype=torch.int64)
+        held_out = [EvaluationBatch(text(config, pinned=False), language) for _ in range(2)]
     with played(config, 8) as run, Watch(), Traffic(run.axes) as traffic:
         sums = summed_losses(run.trainer.model, held_out, 1, CARD, None)
         assert (sums.device, tuple(sums.shape)) == (CARD, (1, 2))
