@@ -9,7 +9,7 @@
 set -euo pipefail
 DIST_LM_EXTRAS=dev
 case " $* " in
-*tests/cuda*) DIST_LM_EXTRAS=dev,cuda_tests ;; # triton, whose compiler needs no GPU
+*tests/cuda*) DIST_LM_EXTRAS=dev,cuda-tests ;; # triton, whose compiler needs no GPU
 esac
 # shellcheck source=SCRIPTDIR/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"

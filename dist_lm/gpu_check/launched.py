@@ -26,6 +26,7 @@ GENERATED = (
     "corpus.corpora.code=[{reader: 'dist_lm.demo.sql:read_sql', language: sql, limit: 300}]",
     "corpus.corpora.tools=[{reader: tools, language: tools, limit: 150}]",
     "corpus.corpora.rankings=[{reader: synthetic_rankings, language: synthetic, limit: 30}]",
+    "corpus.val_fraction=0.2",  # so that few documents have some that are held out
     *("model.vocab_size=1024", "experiment=smoke", "tracking=none", "parallel.compile=never"),
 )
 TINY = ("model.d_model=40", "model.d_ff=80", "model.n_layers=1")  # for a rehearsal
