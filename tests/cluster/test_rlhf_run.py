@@ -224,13 +224,18 @@ def test_an_actor_draws_what_an_engine_in_the_rank_draws(started_work, reference
     assert "wins against the reference" in out
 
 
+def undisturbed_and_other(started_work, tmp_path, *steps: str) -> tuple[RunDirectory, WorkDirectory]:
+    """A run that was left alone, and a work directory for another one."""
+    expected = prepare(work_of(started_work, tmp_path / "undisturbed"), *steps)
+    train(expected, ranks=1)
+    return expected, work_of(started_work, tmp_path / "disturbed")
+
+
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kills", [pytest.param(2, marks=pytest.mark.heavy), pytest.param(10, marks=pytest.mark.bars)])
 def test_kills_of_actors_and_ranks_change_no_number(started_work, tmp_path, kills):
     steps = (f"stage.steps={6 * kills}", "stage.eval_every=0", f"cluster.max_restarts={kills}")
-    expected = prepare(work_of(started_work, tmp_path / "undisturbed"), *steps)
-    train(expected, ranks=1)
-    work = work_of(started_work, tmp_path / "disturbed")
+    expected, work = undisturbed_and_other(started_work, tmp_path, *steps)
     run = work.run("rlhf", "default")
     process = launch(work, *steps)
     try:
@@ -254,9 +259,7 @@ def test_kills_of_actors_and_ranks_change_no_number(started_work, tmp_path, kill
 @pytest.mark.heavy
 def test_kills_in_the_middle_of_a_push_of_weights_change_no_number(started_work, tmp_path):
     steps = ("rlhf.rewards={mine: {kind: function, function: tests.cluster.killing_push:score}}", "stage.eval_every=0")
-    expected = prepare(work_of(started_work, tmp_path / "undisturbed"), *steps)
-    train(expected, ranks=1)
-    work = work_of(started_work, tmp_path / "disturbed")
+    expected, work = undisturbed_and_other(started_work, tmp_path, *steps)
     run = work.run("rlhf", "default")
     process = launch(work, *steps)
     try:

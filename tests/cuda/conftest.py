@@ -4,6 +4,7 @@ A fake tensor has shape, dtype and device, and no memory, so models run at their
 """
 
 import ctypes
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -12,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,6 +39,30 @@ def fake_cuda(pytestconfig: pytest.Config) -> Iterator[None]:
 
     with FakeTensorMode(), torch.no_grad():
         yield
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Graphs that torch.compile has traced; they run operation by operation. No function may be in parts."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    from tests.cuda.card import stand_in
+
+    stand_in(monkeypatch)
+    traced: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object):
+        traced.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch.compiler.reset()
+    counters.clear()
+    yield traced
+    assert not counters["graph_break"]
+    assert not counters["recompile_limit"]
+    torch.compiler.reset()
 
 
 def load_guard(cache: Path) -> None:

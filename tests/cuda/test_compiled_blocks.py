@@ -1,38 +1,17 @@
 """Blocks of `large` under torch.compile on fake CUDA tensors: one graph each way, no break, few recompilations."""
 
-import functools
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from dist_lm.data.batch import Batch
 from dist_lm.parallel.sharding import RECOMPILATIONS, reshard
-from tests.cuda.card import CARD, played, stand_in, text
+from tests.cuda.card import CARD, played, text
 from tests.cuda.test_train_step import LAYOUTS, config_of
 
 pytestmark = pytest.mark.cuda
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphModule]]:
-    """Graphs that were traced; they run operation by operation."""
-    stand_in(monkeypatch)
-    traced: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: object):
-        traced.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    torch.compiler.reset()
-    counters.clear()
-    yield traced
-    assert not counters["graph_break"]
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize(
