@@ -32,7 +32,7 @@ class RankGroup:
     """The rank processes of one size, in one process group."""
 
     def __init__(self, size: GroupSize, benchmark: str, device: str, logs: Path) -> None:
-        port = str(free_port(LOOPBACK))
+        port = str(free_port())
         self.ranks: list[subprocess.Popen[bytes]] = []
         self.logs = [logs / f"{size.ranks}x{size.threads}_rank_{rank}.log" for rank in range(size.ranks)]
         for rank, path in enumerate(self.logs):

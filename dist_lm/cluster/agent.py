@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -93,6 +94,7 @@ class NodeAgent:
         self._board: HeartbeatBoard | None = None
         self._sockets: tempfile.TemporaryDirectory[str] | None = None  # of the ranks' flight recorders
         self._links: LinkServer | None = None
+        self._reserved: list[socket.socket] = []
         self._meter = UsageMeter()
         self._probes: Probes | None = None
 
@@ -146,9 +148,11 @@ class NodeAgent:
             self._probes.close()
             self._probes = None
 
-    def free_port(self, address: str) -> int:
-        """A free TCP port of `address` for the rendezvous of the ranks."""
-        return process.free_port(address)
+    def reserve_port(self) -> int:
+        """A TCP port for a rendezvous of ranks, kept from others until `stop`."""
+        reserved = process.reserve_port()
+        self._reserved.append(reserved)
+        return reserved.getsockname()[1]
 
     def launch(self, assignment: Assignment) -> None:
         """Start torchrun."""
@@ -228,6 +232,8 @@ class NodeAgent:
         """End everything that `launch` started: SIGTERM, SIGKILL after `grace_s`; returns ids of what remains."""
         self._close_links()
         self.end_probes()
+        while self._reserved:
+            self._reserved.pop().close()
         if self._assignment is None:
             return []
         mark = self._assignment.mark

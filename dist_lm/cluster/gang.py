@@ -138,7 +138,7 @@ class Gang:
         agents, addresses = crew.placement.agents, [node.address for node in crew.placement.nodes]
         gang = cls(run, Crowd(crew.hosts, ranks_per_node, device), crew, patience)
         try:
-            port = cast(int, ray.get(agents[0].free_port.remote(addresses[0]), timeout=START_S))
+            port = cast(int, ray.get(agents[0].reserve_port.remote(), timeout=START_S))
             mark = secrets.token_hex(8)
             launched = [
                 agent.launch.remote(

@@ -222,7 +222,7 @@ def _sum_up(
     agents: Sequence[Any], addresses: Sequence[str], groups: Sequence[Sequence[int]], count: int
 ) -> dict[int, str]:
     """An all-reduce over the GPUs of each group of nodes: the reason for each node that makes it wrong or is silent."""
-    ports = _ask([agents[group[0]].free_port.remote(addresses[group[0]]) for group in groups], ROUND_S)
+    ports = _ask([agents[group[0]].reserve_port.remote() for group in groups], ROUND_S)
     asked = [
         agents[node].sum_up.remote(count * place, count * len(group), addresses[group[0]], port, SUM_S)
         for group, (port, _) in zip(groups, ports, strict=True)

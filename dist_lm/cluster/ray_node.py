@@ -187,7 +187,7 @@ def run_private(host: str) -> int:
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
         os.environ[PATH] = str(token)
-        port = process.free_port(host)
+        port = process.free_port()
         arguments = head_arguments(host, port, [f"--num-cpus={process.cores()}"])
         with (directory / "ray_start.log").open("wb") as output:
             ray = RayProcesses(directory, arguments, output)

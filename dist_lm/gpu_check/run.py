@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from dist_lm.bench.case import GroupSize
-from dist_lm.bench.rank_groups import LOOPBACK, environment_of
+from dist_lm.bench.rank_groups import environment_of
 from dist_lm.cluster.torchrun import CUDA
 from dist_lm.errors import ConfigError, require
 from dist_lm.gpu_check import probe, results
@@ -150,7 +150,7 @@ def _environment(check: Check, gpus: int, rehearse: bool) -> dict[str, str]:
     if check.runs == "launcher":
         return without_secrets(os.environ)
     threads = process.cores() // (gpus if check.runs == "all" else 1)
-    port = str(process.free_port(LOOPBACK))
+    port = str(process.free_port())
     ours = environment_of(GroupSize(1, max(1, threads)), 0, port, "cpu" if rehearse else "cuda")
     return ours if rehearse else CUDA | ours
 

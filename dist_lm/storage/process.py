@@ -118,11 +118,24 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
-def free_port(address: str) -> int:
-    """A TCP port of `address` that is free now."""
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as server:
-        server.bind((address, 0))
-        return server.getsockname()[1]
+def reserve_port() -> socket.socket:
+    """A socket with a TCP port that no address of this machine uses, as torch's TCPStore listens on all of them.
+
+    While it is open, the kernel gives the port to no other socket that asks for any; a server that asks for this one
+    may listen there.
+    """
+    reserved = socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET)
+    if reserved.family == socket.AF_INET6:
+        reserved.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("", 0))
+    return reserved
+
+
+def free_port() -> int:
+    """A TCP port that no address of this machine uses now."""
+    with reserve_port() as reserved:
+        return reserved.getsockname()[1]
 
 
 def die_with_parent(parent: int | None = None) -> None:

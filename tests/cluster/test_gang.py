@@ -77,7 +77,7 @@ def test_the_exception_of_a_rank_is_the_failure(cluster: RayCluster, run: RunDir
     failure = status.failure
     assert status.state == "failed"
     assert failure is not None
-    assert (failure.rank, failure.node, failure.type) == (1, 0, "ValueError")
+    assert (failure.rank, failure.node, failure.type) == (1, 0, "ValueError"), failure.traceback
     assert "record_failure" not in failure.traceback
     assert "loss went\nthrough the roof" in failure.traceback
     assert str(failure) == (

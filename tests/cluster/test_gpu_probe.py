@@ -73,7 +73,7 @@ def test_processes_answer_and_those_that_hang_or_end_are_told_apart(probes):
     assert probes.ask([BURN] * 2, 120, lambda: looks.append(1)) == [{"fault": ""}] * 2
     assert looks
     for _ in range(2):  # first inside the node, then over all nodes
-        port = free_port(LOOPBACK)
+        port = free_port()
         sums = [{"do": "all_reduce", "rank": rank, "world": 2, "address": LOOPBACK, "port": port} for rank in range(2)]
         assert probes.ask(sums, 60) == [{"wrong": []}] * 2
     os.kill(probes.pids[1], signal.SIGSTOP)
@@ -130,7 +130,7 @@ class FakeAgent:
         left, ended = list(answers), []
         self.examine = Remote(examine)
         self.check_gpus = Remote(lambda *_: health)
-        self.free_port = Remote(lambda address: 1)
+        self.reserve_port = Remote(lambda: 1)
         self.sum_up = Remote(lambda *_: left.pop(0) if left else [{"wrong": []}] * 2)
         self.end_probes = Remote(lambda: ended.append(True))
         self.ended = ended
