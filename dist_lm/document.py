@@ -38,7 +38,7 @@ class Verdict:
 class TokenizedDocument:
     """A document as the shards hold it."""
 
-    tokens: np.ndarray  # (n,) uint16; the first is end-of-text, which opens every document
+    tokens: np.ndarray  # (n,) uint16, or uint32 for a vocabulary past 65,536; the first is end-of-text
     n_bytes: int  # UTF-8 bytes of the text that the other tokens stand for
     language: str
     source: str

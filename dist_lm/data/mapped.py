@@ -50,6 +50,7 @@ class ShardIndex:
 
     entries: np.ndarray  # (documents,) ENTRY
     languages: tuple[str, ...]  # names of the codes in `entries["language"]`
+    token_bytes: int  # 2 or 4: tokens are uint16 or uint32
     tar_size: int  # bytes
     tar_mtime_ns: int
     tar_sha256: str
@@ -74,11 +75,14 @@ class MappedCorpus:
         self.n_tokens = int(self.lengths.sum())
 
         self._shard = np.repeat(np.arange(len(tars)), [len(shard) for shard in entries])
-        self._start = _column(entries, "offset", np.int64) // 2  # uint16 elements from the start of the tar
+        token_bytes = np.repeat([index.token_bytes for index in indices], [len(shard) for shard in entries])
+        self._start = _column(entries, "offset", np.int64) // token_bytes  # tokens from the start of the tar
         self._mask_start = _column(entries, "mask_offset", np.int64)
         self.has_mask = bool((self._mask_start >= 0).any())
         self._bytes = [_map(tar) for tar in tars]
-        self._tokens = [content.view("<u2") for content in self._bytes]
+        self._tokens = [
+            content.view(f"<u{index.token_bytes}") for content, index in zip(self._bytes, indices, strict=True)
+        ]
 
     @classmethod
     def open(cls, directory: Path, split: str) -> "MappedCorpus":
@@ -109,7 +113,7 @@ class MappedCorpus:
         return cls(directory, split, tars, indices)
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of a document: a view (stop - start,) uint16, read-only."""
+        """Tokens [start, stop) of a document: a view (stop - start,) uint16 or uint32, read-only."""
         begin = self._start.item(document)  # a Python integer is much faster than a NumPy one
         return self._tokens[self._shard.item(document)][begin + start : begin + stop]
 
@@ -171,6 +175,7 @@ def save_index(index: ShardIndex, path: Path) -> None:
     header = json.dumps(
         {
             "languages": index.languages,
+            "token_bytes": index.token_bytes,
             "tar_size": index.tar_size,
             "tar_mtime_ns": index.tar_mtime_ns,
             "tar_sha256": index.tar_sha256,
@@ -196,9 +201,12 @@ def load_index(path: Path) -> ShardIndex | None:
     if zlib.crc32(body, zlib.crc32(struct.pack("<I", length))) != checksum:
         return None
     header = json.loads(bytes(body[:length]))
+    if "token_bytes" not in header:
+        return None  # of an earlier version
     return ShardIndex(
         entries=np.frombuffer(body[length:], dtype=ENTRY),
         languages=tuple(header["languages"]),
+        token_bytes=header["token_bytes"],
         tar_size=header["tar_size"],
         tar_mtime_ns=header["tar_mtime_ns"],
         tar_sha256=header["tar_sha256"],
@@ -214,16 +222,23 @@ def build_index(tar: Path) -> ShardIndex:
     stat = tar.stat()
     blocks: list[np.ndarray] = []
     languages: list[str] = []
+    widths: set[int] = set()
     try:
         with tar.open("rb") as file:
             for key, parts in members(tar):
-                blocks.append(_member_entries(tar, key, parts, file, languages))
+                entries, token_bytes = _member_entries(tar, key, parts, file, languages)
+                blocks.append(entries)
+                widths.add(token_bytes)
+                if len(widths) > 1:
+                    raise ArtefactError(f"{tar}: member {key} has tokens of another width than those before it")
     except (tarfile.TarError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, ArtefactError):
             raise
         raise ArtefactError(f"{tar} is damaged ({error}): build it again with `{BUILD_COMMAND}`") from error
     entries = np.concatenate(blocks) if blocks else np.zeros(0, ENTRY)
-    return ShardIndex(entries, tuple(languages), stat.st_size, stat.st_mtime_ns, durable.sha256_of(tar))
+    return ShardIndex(
+        entries, tuple(languages), max(widths, default=2), stat.st_size, stat.st_mtime_ns, durable.sha256_of(tar)
+    )
 
 
 def members(tar: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
@@ -257,11 +272,11 @@ def _map(path: Path) -> np.ndarray:
 
 def _member_entries(
     tar: Path, key: str, parts: dict[str, tarfile.TarInfo], file: io.BufferedReader, languages: list[str]
-) -> np.ndarray:
-    """The entries of one member. Appends new language names to `languages`."""
+) -> tuple[np.ndarray, int]:
+    """The entries of one member, and the bytes of a token. Appends new language names to `languages`."""
     if missing := [part for part in _PARTS[:5] if part not in parts]:
         raise ArtefactError(f"{tar}: member {key} has no {missing[0]}; it was not written by stage=shards")
-    tokens = _array(tar, parts["tokens.npy"], file, "<u2")
+    tokens = _array(tar, parts["tokens.npy"], file, "<u2", "<u4")
     lengths = _array(tar, parts["lengths.npy"], file, "<u4").read(file)
     n_bytes = _array(tar, parts["bytes.npy"], file, "<u4").read(file)
     codes = _array(tar, parts["languages.npy"], file, "|u1").read(file)
@@ -274,7 +289,7 @@ def _member_entries(
         raise ArtefactError(f"{tar}: member {key} has arrays of different lengths; it is damaged")
     entries = np.zeros(len(lengths), ENTRY)
     starts = ends - lengths
-    entries["offset"] = tokens.offset + 2 * starts
+    entries["offset"] = tokens.offset + tokens.dtype.itemsize * starts
     entries["length"], entries["n_bytes"], entries["mask_offset"] = lengths, n_bytes, -1
     if "mask.npy" in parts:
         mask = _array(tar, parts["mask.npy"], file, "|u1")
@@ -288,19 +303,21 @@ def _member_entries(
             languages.append(name)
         recode[code] = languages.index(name)
     entries["language"] = recode[codes]
-    return entries
+    return entries, tokens.dtype.itemsize
 
 
-def _array(tar: Path, info: tarfile.TarInfo, file: io.BufferedReader, dtype: str) -> _Array:
-    """Parse the npy header of a tar member without reading the elements."""
+def _array(tar: Path, info: tarfile.TarInfo, file: io.BufferedReader, *dtypes: str) -> _Array:
+    """Parse the npy header of a tar member without reading the elements. `dtypes`: those that are accepted."""
     file.seek(info.offset_data)
     head = io.BytesIO(file.read(min(info.size, _HEADER_BYTES)))
     version = npy.read_magic(head)
     read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, _, found = read_header(head)
-    array = _Array(info.offset_data + head.tell(), np.dtype(dtype), int(np.prod(shape)))
-    if found != array.dtype or len(shape) != 1:
-        raise ArtefactError(f"{tar}: {info.name} is {found} {shape}, expected a row of {array.dtype}")
+    accepted = [np.dtype(dtype) for dtype in dtypes]
+    if found not in accepted or len(shape) != 1:
+        expected = " or ".join(map(str, accepted))
+        raise ArtefactError(f"{tar}: {info.name} is {found} {shape}, expected a row of {expected}")
+    array = _Array(info.offset_data + head.tell(), found, int(np.prod(shape)))
     if head.tell() + array.length * array.dtype.itemsize != info.size or array.offset % array.dtype.itemsize:
         raise ArtefactError(f"{tar}: {info.name} is cut short; it is damaged")
     return array

@@ -2,7 +2,8 @@
 
 A member of a tar groups many documents (one a member costs 3.6 times the bytes):
 
-    KEY.tokens.npy     (tokens,) uint16     the documents, concatenated; each begins with end-of-text
+    KEY.tokens.npy     (tokens,) uint16     the documents, concatenated; each begins with end-of-text.
+                                            uint32 if the vocabulary has more than 65,536 entries
     KEY.lengths.npy    (documents,) uint32  tokens
     KEY.bytes.npy      (documents,) uint32  UTF-8 bytes of the text
     KEY.languages.npy  (documents,) uint8   codes
@@ -48,6 +49,7 @@ class ShardWriter:
         self.documents_per_member = documents_per_member
         self.shard_tokens = shard_tokens
         self.paths: list[Path] = []  # finished tars
+        self._dtype: np.dtype | None = None
         self._languages: dict[str, int] = {}
         self._pending: list[TokenizedDocument] = []
         self._members = 0
@@ -78,7 +80,9 @@ class ShardWriter:
     def write(self, document: TokenizedDocument) -> None:
         """Append one document."""
         tokens, mask = document.tokens, document.loss_mask
-        assert tokens.dtype == np.uint16, tokens.dtype
+        assert tokens.dtype in (np.uint16, np.uint32), tokens.dtype
+        self._dtype = self._dtype or tokens.dtype
+        assert tokens.dtype == self._dtype, "all documents of a corpus come from one tokenizer"
         assert len(tokens) > 0, "a document begins with end-of-text"
         assert mask is None or (mask.dtype == np.uint8 and mask.shape == tokens.shape), "one uint8 per token"
         self._pending.append(document)
@@ -104,7 +108,7 @@ class ShardWriter:
         codes = [self._languages[d.language] for d in documents]
         sample: dict[str, Any] = {
             "__key__": f"{len(self.paths):06d}-{self._members:06d}",
-            "tokens.npy": tokens.astype("<u2", copy=False),
+            "tokens.npy": tokens.astype(tokens.dtype.newbyteorder("<"), copy=False),
             "lengths.npy": np.array([len(d.tokens) for d in documents], "<u4"),
             "bytes.npy": np.array([d.n_bytes for d in documents], "<u4"),
             "languages.npy": np.array(codes, np.uint8),

@@ -67,6 +67,19 @@ def test_any_webdataset_reader_reads_them(tmp_path: Path) -> None:
     assert place == len(made)
 
 
+def test_ids_past_65535_are_stored_as_uint32(tmp_path: Path) -> None:
+    made = [replace(document, tokens=document.tokens.astype(np.uint32) + 70_000) for document in documents(LENGTHS)]
+    write(tmp_path, made)
+    mapped = MappedCorpus.open(tmp_path, "train")
+    for i, document in enumerate(made):
+        n = len(document.tokens)
+        assert mapped.tokens(i, n // 3, n).dtype == np.uint32
+        assert np.array_equal(mapped.tokens(i, n // 3, n), document.tokens[n // 3 :])
+    reader: Any = WebDataset([str(path) for path in sorted(tmp_path.glob("*.tar"))], shardshuffle=False)
+    tokens = np.concatenate([sample["tokens.npy"] for sample in reader.decode()])
+    assert np.array_equal(tokens, np.concatenate([document.tokens for document in made]))
+
+
 def test_same_documents_give_the_same_bytes(tmp_path: Path) -> None:
     manifests = []
     for name in ("a", "b"):
@@ -289,12 +302,12 @@ class _Bomb:
         ({"meta.json": b"[]"}, "damaged"),
         ({"meta.json": b'{"languages": {}}'}, "damaged"),
         ({"tokens.npy": b"no array"}, "damaged"),
-        ({"tokens.npy": _npy(np.zeros(9, np.int64))}, "expected a row of uint16"),
-        ({"tokens.npy": _npy(np.zeros((3, 3), np.uint16))}, "expected a row of uint16"),
+        ({"tokens.npy": _npy(np.zeros(9, np.int64))}, "expected a row of uint16 or uint32"),
+        ({"tokens.npy": _npy(np.zeros((3, 3), np.uint16))}, "expected a row of uint16 or uint32"),
         ({"tokens.npy": _npy(np.zeros(9, np.uint16))[:-1]}, "cut short"),
         ({"lengths.npy": _npy(np.array([1, 2, 3], np.uint32))}, "different lengths"),
         ({"mask.npy": _npy(np.zeros(3, np.uint8))}, "loss mask of another length"),
-        ({"tokens.npy": _npy(np.array([_Bomb()], object))}, "expected a row of uint16"),
+        ({"tokens.npy": _npy(np.array([_Bomb()], object))}, "expected a row of uint16 or uint32"),
         ({"lengths.npy": pickle.dumps(_Bomb())}, "damaged"),
     ],
 )
