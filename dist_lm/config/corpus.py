@@ -1,5 +1,6 @@
 """The conf groups `corpus` and `tokenizer`: which documents are read, and how the tokenizer is trained on them."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,40 +9,55 @@ from omegaconf import MISSING, OmegaConf
 from dist_lm.errors import require
 
 SPLITS = ("train", "val")
+# in the query of a URL
+SECRET = re.compile(r"(?i)(signature|token|secret|password|api_?key|credential|\bsig|\bkey)=")
 
 
 @dataclass
 class SourceConfig:
     """One source of a corpus: the reader, and the settings that the reader takes.
 
-    `data/sources/reader.py` says what a reader is; a reader of your own may use any of these settings.
+    A key that the reader does not take is refused by name (`data/sources/reader.py`), so every default is "not given";
+    docs/data.md says which reader takes which key.
     """
 
-    # hub | hub_tools | hub_rankings | rankings (files of your own) | tools (generated) | synthetic_rankings (samples of
-    # the model, ranked by rules) | the import path of a function: my_package.my_module:read_notes
+    # files | jsonl | parquet | csv | messages | tars | hub | hub_tools | hub_rankings | rankings (files of your own) |
+    # tools (generated) | synthetic_rankings (samples of the model, ranked by rules) | the import path of a function:
+    # my_package.my_module:read_notes
     reader: str = MISSING
-    language: str = MISSING  # the name that metrics have; english, python, bash and sql have rules of their own
+    language: str = ""  # the name that metrics have; english, python, bash and sql have rules of their own
     licence: str = ""
     limit: int = 0  # documents; 0: all
-    dataset: str = (
-        ""  # hub...: id of the data set, or a local folder or file with the same columns; rankings: file or glob
-    )
-    revision: str = "main"  # hub
+    path: Any = None  # a file, folder, glob or URL (http, https, s3, gs), or a list of them
+    exclude: list[str] = field(default_factory=list)  # patterns as in .gitignore, relative to each folder of `path`
+    dataset: str = ""  # hub...: id of the data set; rankings: file or glob
+    revision: str | None = None  # hub; none: main
     subset: str | None = None  # hub: configuration name of the data set
     data_dir: str | None = None  # hub: folder inside the data set
-    split: str = "train"  # hub: split of the data set (train/val is ours, by document hash)
-    column: str = "text"  # hub: the column that holds the document
-    licence_column: str = ""  # hub: the column that holds the licence of each row; none: `licence` for all
+    split: str | None = None  # hub: split of the data set; none: train (train/val is ours, by document hash)
+    column: str = ""  # the column that holds the document; none: the default of the reader
+    licence_column: str = ""  # the column that holds the licence of each row; none: `licence` for all
+    language_column: str = ""  # the column that holds the language of each row; none: `language` for all
+    id_column: str = ""  # the column that names each row in messages and in the corpus; none: file and line
     rows: str = ""  # hub_rankings: oasst1 | hh-rlhf | helpsteer3 | ultrafeedback; none: by the name of the data set
-    only: list[str] = field(default_factory=list)  # hub_rankings of oasst1: languages that are kept (en); none: all
+    only: list[str] = field(default_factory=list)  # languages that are kept; none: all
 
     def __post_init__(self) -> None:
+        paths = [self.path] if isinstance(self.path, str) else list(self.path or [])
         require(
-            "@" not in self.dataset.partition("://")[2].partition("/")[0],
-            f"corpus source {self.reader}: dataset",
-            "(an address with a password)",
-            "an address without one (give a token in HF_TOKEN); the configuration is written to disk",
+            all(isinstance(path, str) and path for path in paths),
+            f"corpus source {self.reader}: path",
+            self.path,
+            "a file, folder, glob or URL, or a list of them",
         )
+        self.path = paths or None
+        for key, place in [("dataset", self.dataset), *(("path", path) for path in paths)]:
+            require(
+                "@" not in place.partition("://")[2].partition("/")[0] and not SECRET.search(place.partition("?")[2]),
+                f"corpus source {self.reader}: {key}",
+                "(an address with a password, a token or a signature)",
+                "an address without one (credentials come from the environment); the configuration is written to disk",
+            )
         require(
             self.limit >= 0,
             f"corpus source {self.reader}: limit",

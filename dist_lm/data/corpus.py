@@ -15,20 +15,10 @@ from itertools import chain, islice
 from typing import get_args
 
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
-from dist_lm.config.dotted_path import imported_function
-from dist_lm.data.sources.reader import Candidate, Reader, Rejected, Traits, text_hash, traits_of
+from dist_lm.data.sources.reader import Candidate, Rejected, reader_of, source_form, source_traits, text_hash
 from dist_lm.document import Document, Form
 from dist_lm.errors import ArtefactError, ConfigError
 
-# name -> form of its documents, and import path: a reader is imported when its corpus is fingerprinted or read
-READERS: dict[str, tuple[Form, str]] = {
-    "hub": ("text", "dist_lm.data.sources.hub:read_hub"),
-    "tools": ("conversation", "dist_lm.data.sources.tools:read_tools"),
-    "hub_tools": ("conversation", "dist_lm.data.sources.tools:read_hub_tools"),
-    "rankings": ("ranking", "dist_lm.data.sources.rankings:read_local_rankings"),
-    "hub_rankings": ("ranking", "dist_lm.data.sources.hub_rankings:read_hub_rankings"),
-    "synthetic_rankings": ("ranking", "dist_lm.data.sources.rankings:read_synthetic_rankings"),
-}
 EXAMPLES = 20  # sources named in a report
 WINDOW = 8  # words
 MAX_SHARE = 0.5  # of the windows of a val text may be in train texts
@@ -151,7 +141,7 @@ def corpus_sources(config: CorpusConfig, corpus_name: str) -> list[SourceConfig]
         there = ", ".join(sorted(config.corpora)) or "none"
         problem = "has no sources" if corpus_name in config.corpora else "does not exist"
         raise ConfigError(f"corpus {corpus_name} {problem} in corpus={config.name}: the corpora there are {there}")
-    found = {_source_form(source) for source in sources}
+    found = {source_form(source) for source in sources}
     forms = [form for form in get_args(Form) if form in found]
     if len(forms) > 1:
         raise ConfigError(
@@ -161,24 +151,9 @@ def corpus_sources(config: CorpusConfig, corpus_name: str) -> list[SourceConfig]
     return list(sources)
 
 
-def reader_of(source: SourceConfig) -> Reader:
-    """The function that `source.reader` names.
-
-    Raises:
-        ConfigError: there is no reader of this name, or the import path does not lead to a function.
-    """
-    path = source.reader if ":" in source.reader else _named_reader(source)[1]
-    return imported_function(path, "corpus source: reader")
-
-
-def source_traits(source: SourceConfig) -> Traits:
-    """The traits of the reader that `source` names."""
-    return traits_of(reader_of(source))
-
-
 def form_of(config: CorpusConfig, corpus_name: str) -> Form:
     """What the documents of a corpus are."""
-    return _source_form(corpus_sources(config, corpus_name)[0])
+    return source_form(corpus_sources(config, corpus_name)[0])
 
 
 def corpora_of_form(config: CorpusConfig, form: Form) -> list[str]:
@@ -214,20 +189,6 @@ def seen_texts(held_out: Sequence[str], trained: Iterable[str]) -> set[int]:
     return inside | {i for i, own in enumerate(windows) if sum(w in found for w in own) > MAX_SHARE * len(own)}
 
 
-def _source_form(source: SourceConfig) -> Form:
-    """What the documents of a source are. Only a reader that is named by its import path is imported."""
-    return source_traits(source).form if ":" in source.reader else _named_reader(source)[0]
-
-
-def _named_reader(source: SourceConfig) -> tuple[Form, str]:
-    if source.reader not in READERS:
-        raise ConfigError(
-            f"corpus source: reader={source.reader}: expected one of {', '.join(sorted(READERS))}, or the import path "
-            "of a function such as my_package.my_module:read_notes"
-        )
-    return READERS[source.reader]
-
-
 def _windows(text: str) -> Iterable[tuple[str, ...]]:
     words = text.split()
     return zip(*(islice(words, start, None) for start in range(WINDOW)), strict=False)
@@ -235,7 +196,7 @@ def _windows(text: str) -> Iterable[tuple[str, ...]]:
 
 def _checked(candidate: object, source: SourceConfig) -> Candidate:
     """What a reader yielded, if it is a document of the reader's form."""
-    form = _source_form(source)
+    form = source_form(source)
     if isinstance(candidate, Rejected) or (isinstance(candidate, Document) and candidate.form == form):
         return candidate
     found = f"a {candidate.form}" if isinstance(candidate, Document) else f"a value of type {type(candidate).__name__}"

@@ -96,7 +96,7 @@ class WheelFile:
         return f"{self.wheel.name}:{self.name}"
 
 
-@reader(revision=1)
+@reader(revision=1, keys=("language",))
 def read_python(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Python files of the wheels, `PYTHON_BYTES` in all. `seed` is not used.
 
@@ -116,7 +116,7 @@ def read_python(source: SourceConfig, seed: int) -> Iterator[Candidate]:
             return
 
 
-@reader(revision=1)
+@reader(revision=1, keys=("language",))
 def read_english(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Docstrings of the wheels, a document a module and a class, `ENGLISH_BYTES` in all. `seed` is not used.
 

@@ -18,6 +18,7 @@ TEXTS = (
 REJECTED = ("invalid_utf8", "unreadable")
 
 
+@reader(keys=("language", "licence", "subset"))
 def read_numbers(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Forty texts; `source.subset` is a word in each."""
     for number in range(40):

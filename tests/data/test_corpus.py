@@ -9,17 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_lm.config.corpus import SPLITS, CorpusConfig, SourceConfig
+from dist_lm.config.dotted_path import imported_function
 from dist_lm.data.corpus import (
-    READERS,
     IngestReport,
     LocalText,
     form_of,
     read_corpus,
     seen_texts,
-    source_traits,
     split_of,
 )
-from dist_lm.data.sources.reader import Candidate, text_hash
+from dist_lm.data.sources.reader import READERS, Candidate, text_hash, traits_of
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 
@@ -146,4 +145,5 @@ def test_importing_the_corpus_imports_no_reader():
 
 @pytest.mark.parametrize("name", READERS)
 def test_the_table_of_readers_has_the_form_that_each_reader_declares(name):
-    assert READERS[name][0] == source_traits(SourceConfig(name, "x")).form
+    form, path = READERS[name]
+    assert form == traits_of(imported_function(path, "reader")).form

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.corpus import IngestReport, read_corpus
 from dist_lm.data.sources.hub import is_transient, read_hub, resumed
+from dist_lm.data.sources.reader import reader_of
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 
@@ -210,4 +211,5 @@ def test_the_hub_configuration_is_the_75_k_samples():
             assert source.reader in ("hub", "hub_tools", "hub_rankings")
             assert source.dataset.count("/") == 1
             assert source.licence
-            assert source.column
+            assert bool(source.column) == (source.reader == "hub")
+            reader_of(source)  # takes every key

@@ -12,7 +12,7 @@ from rich.console import Console
 from dist_lm import __main__ as program
 from dist_lm.chat.messages import Call, Message
 from dist_lm.chat.schema import check_tool, problems
-from dist_lm.data.corpus import READERS
+from dist_lm.data.sources.reader import READERS
 from dist_lm.errors import ArtefactError
 from dist_lm.evaluation import bfcl_questions
 from dist_lm.evaluation.bfcl import BfclResult, is_right, print_table

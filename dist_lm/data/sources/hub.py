@@ -12,6 +12,7 @@ from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 
+TEXT, MAIN, TRAIN = "text", "main", "train"  # column, revision and split where the source names none
 ATTEMPTS = 5  # in a row without a new row
 LONGEST_TRY_S = 60.0  # no new attempt after this long without a new row
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0
@@ -26,7 +27,15 @@ Row = dict[str, Any]
 RowsFrom = Callable[[int], Iterable[Row]]  # opens the data set at a row
 
 
-@reader(streamed=True, advice="check dataset, split and column; no row has text in that column")
+HUB_KEYS = ("dataset", "revision", "subset", "data_dir", "split")
+
+
+@reader(
+    streamed=True,
+    keys=("language", "licence", *HUB_KEYS, "column", "licence_column"),
+    needs=("language", "dataset"),
+    advice="check dataset, split and column; no row has text in that column",
+)
 def read_hub(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Every row of `source.dataset` as a document, in the order of the data set. `seed` is not used.
 
@@ -36,9 +45,9 @@ def read_hub(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """
     origin = origin_of(source)
     for number, row in resumed(hub_rows(source), origin):
-        if source.column not in row:
+        if (source.column or TEXT) not in row:
             raise ConfigError(
-                f"corpus source {source.dataset}: column={source.column}: "
+                f"corpus source {source.dataset}: column={source.column or TEXT}: "
                 f"the columns there are {', '.join(sorted(row))}"
             )
         yield _candidate(row, source, f"{origin}:{number}")
@@ -55,7 +64,7 @@ def origin_of(source: SourceConfig) -> str:
             f"corpus source with reader={source.reader}: dataset is empty: expected a data set id or a local path"
         )
     is_local = Path(source.dataset).expanduser().exists()
-    return source.dataset if is_local else f"{source.dataset}@{source.revision}"
+    return source.dataset if is_local else f"{source.dataset}@{source.revision or MAIN}"
 
 
 def hub_rows(source: SourceConfig) -> RowsFrom:
@@ -84,7 +93,7 @@ def _location(source: SourceConfig) -> tuple[str, dict[str, Any]]:
         is_id = source.dataset.count("/") <= 1 and source.dataset[0] not in "./~" and local.suffix not in BUILDERS
         if not is_id:
             raise ConfigError(f"corpus source {source.dataset}: no such file or folder")
-        options = {"name": source.subset, "revision": source.revision, "split": source.split}
+        options = {"name": source.subset, "revision": source.revision or MAIN, "split": source.split or TRAIN}
         return source.dataset, options | ({"data_dir": source.data_dir} if source.data_dir else {})
     inside = local.rglob("*") if local.is_dir() else [local]
     files = sorted(path for path in inside if path.suffix in BUILDERS)
@@ -160,12 +169,12 @@ def _brief(error: Exception) -> str:
 
 
 def _candidate(row: Row, source: SourceConfig, name: str) -> Candidate:
-    text = row[source.column]
+    text = row[source.column or TEXT]
     if text is None:
         return Rejected(source.language, name, "empty")
     if not isinstance(text, str):
         raise ConfigError(
-            f"corpus source {source.dataset}: column={source.column} holds {type(text).__name__}, expected text"
+            f"corpus source {source.dataset}: column={source.column or TEXT} holds {type(text).__name__}, expected text"
         )
     try:
         group = text_hash(text)

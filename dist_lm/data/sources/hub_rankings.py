@@ -12,7 +12,7 @@ from typing import Any
 from dist_lm.chat.messages import ChatError, Conversation, Message, Role
 from dist_lm.chat.ranking import MOST, Judgement, Ranking, check_ranking, ranks_of_scores
 from dist_lm.config.corpus import SourceConfig
-from dist_lm.data.sources.hub import hub_rows, licence_of, origin_of, resumed
+from dist_lm.data.sources.hub import HUB_KEYS, hub_rows, licence_of, origin_of, resumed
 from dist_lm.data.sources.rankings import ranking_document
 from dist_lm.data.sources.reader import Candidate, Rejected, reader
 from dist_lm.errors import ConfigError
@@ -24,7 +24,12 @@ HH_ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
 OASST = "oasst1"  # its rankings extend over several rows
 
 
-@reader(form="ranking", advice="check dataset, split and rows; no row makes a ranking")
+@reader(
+    form="ranking",
+    keys=("language", "licence", *HUB_KEYS, "licence_column", "rows", "only"),
+    needs=("language", "dataset"),
+    advice="check dataset, split and rows; no row makes a ranking",
+)
 def read_hub_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Every ranking of a data set, in its order. `seed` is not used.
 

@@ -26,7 +26,12 @@ from dist_lm.errors import ArtefactError, ConfigError, UserError
 KEYS = {"prompt", "completions", "ranks", "judgements"}
 
 
-@reader(form="ranking", advice="check dataset; no line makes a ranking")
+@reader(
+    form="ranking",
+    keys=("language", "licence", "dataset"),
+    needs=("language", "dataset"),
+    advice="check dataset; no line makes a ranking",
+)
 def read_local_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Every ranking of the files that `source.dataset` names: a file of JSON lines, or a glob. `seed` is not used.
 

@@ -5,7 +5,7 @@ own:
 
     from dist_lm.data.sources.reader import Candidate, reader, text_hash
 
-    @reader(form="text")
+    @reader(form="text", keys=("language", "licence", "dataset"))
     def read_notes(source: SourceConfig, seed: int) -> Iterator[Candidate]:
         for path in sorted(Path(source.dataset).glob("*.txt")):
             text = path.read_text(encoding="utf-8")
@@ -16,16 +16,33 @@ and its source in `conf/corpus/NAME.yaml`:
     - {reader: "my_package.my_module:read_notes", language: english, dataset: /data/notes}
 
 The same source and seed must give the same documents in the same order. `Document.group` decides between train and
-val: documents that share text get one group.
+val: documents that share text get one group. A reader declares the keys of a source that it takes: any other key is
+refused, so no key is ignored.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, TypeVar
 
 from dist_lm.config.corpus import SourceConfig
+from dist_lm.config.dotted_path import imported_function
 from dist_lm.document import Document, Form
+from dist_lm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dist_lm.data.inputs import Inputs
+
+# name -> form of its documents, and import path: a reader is imported when its corpus is fingerprinted or read
+READERS: dict[str, tuple[Form, str]] = {
+    "hub": ("text", "dist_lm.data.sources.hub:read_hub"),
+    "tools": ("conversation", "dist_lm.data.sources.tools:read_tools"),
+    "hub_tools": ("conversation", "dist_lm.data.sources.tools:read_hub_tools"),
+    "rankings": ("ranking", "dist_lm.data.sources.rankings:read_local_rankings"),
+    "hub_rankings": ("ranking", "dist_lm.data.sources.hub_rankings:read_hub_rankings"),
+    "synthetic_rankings": ("ranking", "dist_lm.data.sources.rankings:read_synthetic_rankings"),
+}
+COMMON = ("reader", "limit")  # keys of every source
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +50,9 @@ class Rejected:
     """An item that was read but gives no document. The manifest counts it under its reason."""
 
     language: str
-    source: str
+    source: str  # file and line or row
     reason: str  # one word, such as invalid_utf8 or unreadable
+    error: str = ""  # of a row that is broken: what is wrong with it, for people. Counts for corpus.max_bad_fraction
 
 
 Candidate = Document | Rejected
@@ -42,7 +60,7 @@ Reader = Callable[[SourceConfig, int], Iterator[Candidate]]
 AnyReader = TypeVar("AnyReader", bound=Reader)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: `reader` takes the defaults from the class
 class Traits:
     """What the stages must know about a reader."""
 
@@ -50,6 +68,9 @@ class Traits:
     seeded: bool = False  # the documents depend on the seed: a corpus of another seed is refused
     revision: int = 0  # one more with every change to generated documents: a corpus of another revision is refused
     streamed: bool = False  # too large for memory: not compared with the other texts of this machine
+    keys: tuple[str, ...] = ("language", "licence")  # of the source that the reader takes, beside `COMMON`
+    needs: tuple[str, ...] = ("language",)  # keys that must be given; `a|b`: one of them
+    inputs: "Callable[[SourceConfig], Inputs] | None" = None  # lists the files that it reads; none: it reads no files
     advice: str = "remove the source from the corpus file, or take the data sets of corpus=hub"  # if it gives nothing
 
 
@@ -59,12 +80,15 @@ def reader(
     seeded: bool = False,
     revision: int = 0,
     streamed: bool = False,
+    keys: tuple[str, ...] = Traits.keys,
+    needs: tuple[str, ...] = Traits.needs,
+    inputs: "Callable[[SourceConfig], Inputs] | None" = None,
     advice: str = Traits.advice,
 ) -> Callable[[AnyReader], AnyReader]:
     """Declare the traits of a reader. A function without this decorator has the defaults."""
 
     def declare(function: AnyReader) -> AnyReader:
-        function.traits = Traits(form, seeded, revision, streamed, advice)  # type: ignore[attr-defined]
+        function.traits = Traits(form, seeded, revision, streamed, keys, needs, inputs, advice)  # type: ignore[attr-defined]
         return function
 
     return declare
@@ -75,9 +99,61 @@ def traits_of(function: Reader) -> Traits:
     return getattr(function, "traits", Traits())
 
 
+def reader_of(source: SourceConfig) -> Reader:
+    """The function that `source.reader` names.
+
+    Raises:
+        ConfigError: there is no reader of this name, the import path does not lead to a function, or the source has a
+            key that the reader does not take, or lacks one that it needs.
+    """
+    path = source.reader if ":" in source.reader else _named_reader(source)[1]
+    function = imported_function(path, "corpus source: reader")
+    check_keys(source, traits_of(function))
+    return function
+
+
+def source_traits(source: SourceConfig) -> Traits:
+    """The traits of the reader that `source` names."""
+    return traits_of(reader_of(source))
+
+
+def source_form(source: SourceConfig) -> Form:
+    """What the documents of a source are. Only a reader that is named by its import path is imported."""
+    return source_traits(source).form if ":" in source.reader else _named_reader(source)[0]
+
+
+def check_keys(source: SourceConfig, traits: Traits) -> None:
+    """Refuse a key that the reader does not take, and the lack of a key that it needs.
+
+    Raises:
+        ConfigError: names the key and the keys that the reader takes.
+    """
+    given = [field.name for field in fields(source) if getattr(source, field.name) not in (None, "", [], 0)]
+    takes = f"it takes {', '.join((*COMMON, *traits.keys))}"
+    for key in given:
+        if key not in (*COMMON, *traits.keys):
+            hint = "" if ":" not in source.reader else " (a function declares its keys with @reader(keys=...))"
+            raise ConfigError(
+                f"corpus source reader={source.reader}: {key}={getattr(source, key)}: this reader does not take "
+                f"{key}; {takes}{hint}"
+            )
+    for need in traits.needs:
+        if not set(need.split("|")) & {*given}:
+            raise ConfigError(f"corpus source reader={source.reader}: {need.replace('|', ' or ')} is missing; {takes}")
+
+
 def text_hash(text: str) -> str:
     """Hexadecimal SHA-256 of a text, the same for every kind of line end.
 
     Raises UnicodeEncodeError for a text that is not valid Unicode (a lone surrogate).
     """
     return hashlib.sha256(text.replace("\r\n", "\n").replace("\r", "\n").encode()).hexdigest()
+
+
+def _named_reader(source: SourceConfig) -> tuple[Form, str]:
+    if source.reader not in READERS:
+        raise ConfigError(
+            f"corpus source: reader={source.reader}: expected one of {', '.join(sorted(READERS))}, or the import path "
+            "of a function such as my_package.my_module:read_notes"
+        )
+    return READERS[source.reader]

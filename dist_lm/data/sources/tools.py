@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dist_lm.chat.documents import write_conversation
 from dist_lm.chat.messages import Conversation
 from dist_lm.config.corpus import SourceConfig
-from dist_lm.data.sources.hub import hub_rows, licence_of, origin_of, resumed
+from dist_lm.data.sources.hub import HUB_KEYS, hub_rows, licence_of, origin_of, resumed
 from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
 from dist_lm.document import Document
 from dist_lm.errors import ConfigError, UserError
@@ -36,7 +36,12 @@ def read_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
         )
 
 
-@reader(form="conversation", advice="check dataset and split; no row makes a conversation")
+@reader(
+    form="conversation",
+    keys=("language", "licence", *HUB_KEYS, "licence_column"),
+    needs=("language", "dataset"),
+    advice="check dataset and split; no row makes a conversation",
+)
 def read_hub_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Every row of `source.dataset` as a conversation, in the order of the data set. `seed` is not used.
 

@@ -1,0 +1,83 @@
+"""The inputs of a source: comparison in words, and the way to the manifest and back."""
+
+import json
+
+import pytest
+
+from dist_lm.config.corpus import SourceConfig
+from dist_lm.data.inputs import Input, Inputs, changes, hashed, inputs_of
+from dist_lm.errors import ConfigError
+
+A = Input("d/a.jsonl", 10, 1)
+B = Input("d/b.jsonl", 20, 2)
+URL = Input("https://h/x.parquet", 5, etag='"1"')
+NOTES = Input("d/README.md", 3, 3, left_out="suffix .md")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "words"),
+    [
+        ((A, B, NOTES), (A, B), []),  # what is left out changes no text
+        ((A,), (A, B), ["1 file new: d/b.jsonl"]),
+        ((A, B), (A,), ["1 file gone or left out: d/b.jsonl"]),
+        ((A, B), (A, Input("d/b.jsonl", 20, 2, left_out="hidden")), ["1 file gone or left out: d/b.jsonl"]),
+        ((A,), (Input("d/a.jsonl", 3010, 1),), ["d/a.jsonl: 3,010 bytes, was 10"]),
+        ((A,), (Input("d/a.jsonl", 10, 5),), ["d/a.jsonl: changed at another time (mtime), the size is the same"]),
+        ((URL,), (Input(URL.name, 5, etag='"2"'),), ['https://h/x.parquet: ETag "2", was "1"']),
+        ((A, B), (B, A), ["the same files in another order"]),
+        ((Input("a", 1, 1, sha256="x"),), (Input("a", 1, 9, sha256="x"),), []),
+        ((Input("a", 1, 1, sha256="x"),), (Input("a", 1, 1, sha256="y"),), ["a: other contents (sha256)"]),
+        ((), tuple(Input(f"{i}", 1) for i in range(9)), ["9 files new: 0, 1, 2 and 6 more"]),
+    ],
+)
+def test_two_listings_are_compared_in_words(before, now, words):
+    assert changes(Inputs(before), Inputs(now)) == words
+
+
+def test_a_listing_goes_through_json_and_says_what_it_leaves_out():
+    listing = Inputs((A, NOTES, URL))
+    assert Inputs.from_json(json.loads(json.dumps(listing.to_json()))) == listing
+    assert listing.summary() == "2 files taken (15 bytes), 1 left out (suffix .md: 1)"
+
+
+def test_hashes_are_those_of_the_contents(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("a")
+    before = hashed(Inputs((Input(str(path), 1, 1), NOTES)))
+    assert before.left_out == (NOTES,)
+    path.write_text("b")
+    assert changes(before, hashed(Inputs((Input(str(path), 1, 1),)))) == [f"{path}: other contents (sha256)"]
+
+
+def test_generated_text_has_no_inputs():
+    assert inputs_of(SourceConfig("tools", "tools")) == Inputs()
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (
+            SourceConfig("tools", "t", split="test"),
+            r"reader=tools: split=test: .*not take split; it takes reader",
+        ),
+        (
+            SourceConfig("tests.data.own_readers:read_numbers", "t", dataset="x"),
+            r"read_numbers: dataset=x: .* it takes reader, limit, language, licence, subset .*@reader\(keys",
+        ),
+        (SourceConfig("tests.data.own_readers:read_mixed", "t", subset="x"), "does not take subset"),
+        (SourceConfig("hub", "t"), "reader=hub: dataset is missing; it takes"),
+        (SourceConfig("tools"), "reader=tools: language is missing"),
+    ],
+)
+def test_a_key_that_the_reader_does_not_take_is_refused_by_name(source, words):
+    with pytest.raises(ConfigError, match=words) as refused:
+        inputs_of(source)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "place", ["https://u:p@h/x", "https://h/x?X-Amz-Signature=1", "s3://k:s@b/x", "https://h/x?a=1&access_token=t"]
+)
+def test_no_credential_reaches_the_configuration(place):
+    with pytest.raises(ConfigError, match="credentials come from the environment"):
+        SourceConfig("jsonl", "t", path=[place])
