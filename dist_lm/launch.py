@@ -19,14 +19,13 @@ from dist_lm.config.root import Config
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.launcher.compose import (
     compose_config,
-    conf_directory,
     default_stage,
     for_hydra,
     overrides_of,
     register_schema,
-    search_path,
     target_stage,
 )
+from dist_lm.launcher.conf_folders import KEY, conf_directory, search_path, with_config_dir
 from dist_lm.launcher.plan import Plan, PlannedStage, make_plan, may_need
 from dist_lm.launcher.process import disk_trouble, run_program
 from dist_lm.stages.registry import stage_named
@@ -59,8 +58,9 @@ def main() -> None:
 
 def launch() -> None:
     """Do what the command line asks for."""
-    arguments, console = sys.argv[1:], Console()
+    console = Console()
     try:
+        arguments = with_config_dir(sys.argv[1:])
         if any(argument.split("=")[0] in HYDRA_FLAGS for argument in arguments):
             show_configuration(arguments)
             return
@@ -84,9 +84,11 @@ def show_configuration(arguments: list[str]) -> None:
         named = any(override.startswith("stage=") for override in overrides)
         target = target_stage(overrides) if named else target
         check_stage_prefixes(overrides, target)
-        compose_config(overrides_of(target, target, overrides))  # refuses in one line what Hydra does in several
+        config = compose_config(overrides_of(target, target, overrides))  # refuses in one line what Hydra does in many
         shown = [argument for argument in arguments if argument not in overrides] + ["--resolve"]
-        shown += [*search_path(), *for_hydra(overrides_of(target, target, overrides), stage_named(target).schema)]
+        kept = [text for text in overrides_of(target, target, overrides) if not text.startswith(f"{KEY}=")]
+        shown += [*search_path(overrides), *for_hydra(kept, stage_named(target).schema)]
+        shown += [f"model.name={config.model.name}", f"corpus.name={config.corpus.name}"]
     register_schema(stage_named(target).schema)
     sys.argv[1:] = shown
     hydra.main(config_path=str(conf_directory()), config_name="config", version_base="1.3")(lambda config: None)()

@@ -18,26 +18,21 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from dist_lm.config.root import Config
-from dist_lm.errors import ConfigError
-from dist_lm.stages.registry import OWN, added_conf, all_stages, stage_named, stage_names
+from dist_lm.errors import ConfigError, require
+from dist_lm.launcher.conf_folders import GROUPS, KEY, choices, conf_directory, program_of, search_path
+from dist_lm.stages.registry import all_stages, stage_named, stage_names
 from dist_lm.tracking.redact import is_secret_name, redact_command, redact_text
 
 PIPELINE = "pipeline"
+CORPORA = "corpus.corpora"
+NAMED = ("model", "corpus")  # groups whose files may leave out `name`
 SHORTEST = 8  # characters; shorter values of secret variables also occur inside harmless words
 PLACES = ("_PATH", "_FILE", "_DIR")  # variables that hold the path of a secret: RAY_AUTH_TOKEN_PATH
 WAY_OUT = "a value without it; the configuration is written to disk (give secrets in the environment)"
-GROUPS = ("model", "parallel", "hardware", "stage", "corpus", "cluster", "tracking", "experiment")
-
-
-def conf_directory() -> Path:
-    """The folder of YAML files: inside the package if installed from a wheel, beside it in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
 
 
 def register_schema(schema: type[Config]) -> None:
@@ -53,12 +48,6 @@ def default_stage() -> str:
     return next(str(entry.stage) for entry in defaults if "stage" in entry)
 
 
-def search_path() -> list[str]:
-    """Hydra's override that adds the configuration of stages from other packages."""
-    folders = [f"file://{folder}" for folder in added_conf()]
-    return [f"hydra.searchpath=[{','.join(folders)}]"] if folders else []
-
-
 def local_hardware() -> str:
     """The file in conf/hardware for this machine: that of its first GPU, else that of the CPU."""
     cards = [path.read_text().lower() for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
@@ -72,21 +61,29 @@ def compose_config(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: unknown key, wrong type, value out of bounds, a secret, or an invalid combination.
     """
+    path = search_path(overrides)
+    folders = [text for text in overrides if text.startswith(f"{KEY}=")]
+    overrides = [text for text in overrides if text not in folders]
     parsed = [_parse(text) for text in overrides]
     named = (str(one.value()) for one in reversed(parsed) if one.key_or_group == "stage")
-    stage = next(named, default_stage())
+    stage = program_of(next(named, default_stage()), folders)
     schema = stage_named(stage).schema if stage in stage_names() else Config  # `_check_exists` refuses other names
     for override in parsed:
-        _check_exists(override, schema)
+        _check_exists(override, schema, folders)
     register_schema(schema)
     try:
         with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-            composed = compose("config", overrides=[*search_path(), *for_hydra(overrides, schema)])
+            composed = compose("config", overrides=[*path, *for_hydra(overrides, schema)])
+        _replace_corpora(composed, parsed)
+        for override in parsed:
+            if override.key_or_group in NAMED and OmegaConf.is_missing(composed[override.key_or_group], "name"):
+                composed[override.key_or_group].name = override.value()
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_in_one_line(error, parsed, schema)) from error
     assert isinstance(config, Config)
     check_no_secrets(asdict(config), os.environ)
+    require("://" not in config.work_dir, "work_dir", config.work_dir, "a folder of a file system that all nodes share")
     return config
 
 
@@ -102,7 +99,9 @@ def overrides_of(stage: str, target: str, overrides: Sequence[str]) -> list[str]
             continue
         elif stage == target or not override.startswith(groups):
             mine.append(override)
-    return [f"stage={stage}", *mine]
+    chosen = [override for override in overrides if override.startswith("stage=") and stage == target]
+    own_file = chosen and chosen[-1] != f"stage={PIPELINE}"  # the user's stage file of this program
+    return [chosen[-1] if own_file else f"stage={stage}", *mine]
 
 
 def own_groups(schema: type[Config]) -> list[str]:
@@ -118,20 +117,15 @@ def target_stage(overrides: Sequence[str]) -> str:
         ConfigError: no stage is given, or the name is unknown.
     """
     named = [text.split("=", 1)[1] for text in overrides if text.startswith("stage=")]
-    accepted = ", ".join([*choices("stage"), PIPELINE])
+    known = choices("stage", overrides)
+    accepted = ", ".join([*known, PIPELINE])
     if not named:
         raise ConfigError(f"stage is not given: expected stage=S with S one of {accepted}")
     if named[-1] == PIPELINE:
         return [stage.name for stage in all_stages() if stage.in_pipeline][-1]
-    if named[-1] not in choices("stage"):
+    if named[-1] not in known:
         raise ConfigError(f"stage={named[-1]}: expected one of {accepted}")
-    return named[-1]
-
-
-def choices(group: str) -> list[str]:
-    """The values that `group=` accepts: YAML files of the group, `hardware=auto`, and stages of other packages."""
-    computed = {"hardware": ["auto"], "stage": [name for name in stage_names() if name not in OWN]}.get(group, [])
-    return sorted([*computed, *(path.stem for path in (conf_directory() / group).glob("*.yaml"))])
+    return program_of(named[-1], overrides)
 
 
 def _parse(text: str) -> Override:
@@ -142,15 +136,16 @@ def _parse(text: str) -> Override:
         raise ConfigError(f"{text}: not of the form key=value or group=choice ({reason})") from error
 
 
-def _check_exists(override: Override, schema: type[Config]) -> None:
+def _check_exists(override: Override, schema: type[Config], folders: Sequence[str]) -> None:
     key, value = override.key_or_group, _shown(override)
     if override.is_add() or override.is_delete():
         raise ConfigError(f"{value}: keys cannot be added or removed; expected key=value")
     if override.is_sweep_override():
         raise ConfigError(f"{value}: a command starts one run; expected a single value")
     if key in GROUPS:
-        if override.value() not in (*choices(key), None):
-            raise ConfigError(f"{key}={override.value()}: expected one of {', '.join(choices(key))}")
+        accepted = choices(key, folders)
+        if override.value() not in accepted:
+            raise ConfigError(f"{value}: expected one of {', '.join(accepted)}")
         return
     node: Any = schema
     named_by_user = False
@@ -206,6 +201,21 @@ def _for_hydra(override: Override, schema: type[Config]) -> str:
     return f"{'++' if in_mapping else ''}{override.input_line}"
 
 
+def _replace_corpora(composed: DictConfig, parsed: Sequence[Override]) -> None:
+    """Let `corpus.corpora={...}` replace all corpora, as a corpus file does. Hydra merges: `{}` would change nothing.
+
+    Other mappings are merged, so that `rlhf.rewards={...}` adds a part.
+    """
+    if not any(override.key_or_group == CORPORA for override in parsed):
+        return
+    for override in parsed:
+        if override.key_or_group == CORPORA:
+            with open_dict(there := OmegaConf.select(composed, CORPORA)):
+                there.clear()
+        if override.key_or_group.startswith(CORPORA):
+            OmegaConf.update(composed, override.key_or_group, override.value(), force_add=True)
+
+
 def _inner_type(node: Any, part: str) -> Any:
     """The type of a field of a dataclass, or of the values of a mapping or list; None for other types."""
     if is_dataclass(node):
@@ -244,6 +254,8 @@ def _in_one_line(error: Exception, overrides: Sequence[Override], schema: type[C
     if isinstance(last, ConfigKeyError):
         parts = key.split(".")
         node = _type_of(parts[:-1], schema)
+        if len(parts) == 1 and last.object_type is not schema:  # inside a list, whose place OmegaConf does not know
+            node, given = last.object_type, f"{key} of a {last.object_type_str}"
         return _no_such_key(given or key, parts, node) if is_dataclass(node) else f"{key}: {message}"
     if given is None and isinstance(last, ValidationError):
         given = redact_command([f"{key}={last.value}"])[0]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from dist_lm.launcher.conf_folders import KEY, with_config_dir
 from dist_lm.launcher.pipeline import QueuedStage
 from dist_lm.launcher.plan import Plan, PlannedStage
 from dist_lm.stages.registry import all_stages
@@ -132,7 +133,8 @@ def next_commands(
             yield "curves", shlex.join(["python", "-m", "dist_lm", "dashboard", "show", "--offline", path])
     follower = next((other.name for other in all_stages() if other.starts_from == stage.name), None)
     if state == "done" and follower and trains:
-        own = [word for word in command[1:] if word.startswith(("run_id=", "work_dir=", "model=", "corpus="))]
+        kept = ("run_id=", "work_dir=", "model=", "corpus=", f"{KEY}=")
+        own = [word for word in with_config_dir(command[1:]) if word.startswith(kept)]
         yield "next stage", shlex.join(["python", "-m", "dist_lm.launch", f"stage={follower}", *own])
 
 

@@ -67,7 +67,11 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
 
     def needs_of(name: str) -> Sequence[str]:
         if name not in composed:
-            composed[name] = compose(name)
+            try:
+                composed[name] = compose(name)
+            except ConfigError as error:
+                without = "; stage.init_from=null begins without it" if name == starts_from else ""
+                raise ConfigError(f"stage {name}, which stage={target} needs: {error}{without}") from error
         return [need for need in stage_named(name).needed(composed[name]) if need != given]
 
     order = in_order(target, needs_of)

@@ -1,0 +1,140 @@
+"""The folders that configuration files come from: dist_lm's conf/, those of packages that add stages, and a user's own.
+
+`--config-dir DIR` is `hydra.searchpath=[DIR]`; both may name several folders. A folder is laid out as conf/ is:
+DIR/corpus/mine.yaml is corpus=mine. Hydra takes the first file of a name, so a second one is refused.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from dist_lm.errors import ConfigError
+from dist_lm.stages.registry import OWN, added_conf, stage_names
+
+GROUPS = ("model", "parallel", "hardware", "stage", "corpus", "cluster", "tracking", "experiment")
+KEY = "hydra.searchpath"
+FLAGS = ("--config-dir", "-cd")
+
+
+def conf_directory() -> Path:
+    """dist_lm's own folder of YAML files: inside the package if installed from a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def with_config_dir(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command line, `--config-dir DIR` written as the override `hydra.searchpath=[DIR]`.
+
+    Raises:
+        ConfigError: the option has no value.
+    """
+    rest: list[str] = []
+    folders: list[str] = []
+    left = iter(arguments)
+    for argument in left:
+        flag, equals, value = argument.partition("=")
+        if flag in FLAGS:
+            value = value if equals else next(left, "")
+            if not value:
+                raise ConfigError(f"{flag}: expected a folder of configuration files, such as {flag} my_conf")
+            folders.append(value)
+        else:
+            rest.append(argument)
+    quoted = ", ".join("'" + folder.replace("\\", "\\\\").replace("'", "\\'") + "'" for folder in folders)
+    return [*rest, f"{KEY}=[{quoted}]"] if folders else rest
+
+
+def own_folders(overrides: Sequence[str]) -> list[Path]:
+    """The user's folders that `hydra.searchpath` names, absolute.
+
+    Raises:
+        ConfigError: a folder does not exist, holds no group, or a file of it has the name of another one.
+    """
+    named = [override for override in overrides if override.startswith(f"{KEY}=")]
+    folders = [_folder(entry) for override in named for entry in _entries(override)]
+    known = [conf_directory(), *added_conf()]
+    for place, folder in enumerate(folders):
+        groups = (*GROUPS, "recipe")
+        if not any((folder / group).is_dir() for group in groups):
+            raise ConfigError(
+                f"{KEY}: {folder} has no folder of a group ({', '.join(groups)}): expected for example "
+                f"{folder / 'corpus' / 'mine.yaml'}, which is corpus=mine"
+            )
+        for file in sorted(path for group in groups for path in (folder / group).glob("*")):
+            if file.suffix == ".yml":
+                raise ConfigError(f"{file}: names of configuration files end in .yaml: rename it")
+            for other in (*known, *folders[:place]):
+                twin = other / file.relative_to(folder)
+                if file.suffix == ".yaml" and twin.is_file():
+                    raise ConfigError(f"{file}: {twin} has the same name and would be used: choose another name")
+    return folders
+
+
+def search_path(overrides: Sequence[str]) -> list[str]:
+    """Hydra's override that adds the folders of other packages and of the user."""
+    folders = [f"'file://{folder}'" for folder in (*added_conf(), *own_folders(overrides))]
+    return [f"{KEY}=[{','.join(folders)}]"] if folders else []
+
+
+def choices(group: str, overrides: Sequence[str] = ()) -> list[str]:
+    """The values that `group=` accepts: YAML files of the group, `hardware=auto`, and stages of other packages."""
+    computed = {"hardware": ["auto"], "stage": [name for name in stage_names() if name not in OWN]}.get(group, [])
+    folders = (conf_directory(), *own_folders(overrides))
+    return sorted([*computed, *(path.stem for folder in folders for path in (folder / group).glob("*.yaml"))])
+
+
+def program_of(choice: str, overrides: Sequence[str]) -> str:
+    """The stage that `stage=choice` runs: itself, or for a file of the user what its `name` or `defaults` say.
+
+    Raises:
+        ConfigError: the file names no stage.
+    """
+    if choice in stage_names():
+        return choice
+    for folder in own_folders(overrides):
+        file = folder / "stage" / f"{choice}.yaml"
+        if not file.is_file():
+            continue
+        content = OmegaConf.to_container(OmegaConf.load(file))
+        content = content if isinstance(content, dict) else {}
+        entries = [content.get("name"), *(content.get("defaults") or [])]
+        known = [entry for entry in entries if entry in stage_names()]
+        if not known:
+            raise ConfigError(
+                f"{file}: names no stage: expected `defaults: [STAGE, _self_]` with STAGE one of "
+                f"{', '.join(stage_names())}"
+            )
+        return known[0]
+    return choice
+
+
+def _entries(override: str) -> list[str]:
+    try:
+        value = OverridesParser.create().parse_override(override).value()
+    except HydraException as error:
+        raise ConfigError(f"{override}: expected {KEY}=[DIR, ...]") from error
+    if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+        raise ConfigError(f"{override}: expected {KEY}=[DIR, ...]")
+    return [str(entry) for entry in value]
+
+
+def _folder(entry: str) -> Path:
+    """The folder of an entry of Hydra's search path: a path, `file://PATH` or `pkg://MODULE`."""
+    scheme, found, rest = entry.partition("://")
+    if found and scheme == "pkg":
+        spec = importlib.util.find_spec(rest)
+        places = list(spec.submodule_search_locations or ()) if spec else []
+        if not places:
+            raise ConfigError(f"{KEY}: {entry}: there is no such package")
+        return Path(places[0])
+    if found and scheme != "file":
+        raise ConfigError(f"{KEY}: {entry}: expected a folder of this machine")
+    folder = Path(rest if found else entry).expanduser().resolve()
+    if not folder.is_dir():
+        raise ConfigError(f"{KEY}: {entry}: there is no such folder")
+    return folder
