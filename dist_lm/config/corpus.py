@@ -83,11 +83,13 @@ class CorpusConfig:
     max_document_bytes: int = 1_000_000  # longer documents are dropped and counted
     documents_per_member: int = 256  # documents grouped in one member of a tar
     shard_tokens: int = 64_000_000  # tokens a tar
+    max_bad_fraction: float = 0.001  # share of the rows of a source that may be broken; they are counted and skipped
 
     def __post_init__(self) -> None:
         # OmegaConf checks the types of dataclasses inside a list, but not of those in a list inside a mapping
         self.corpora = {name: [_source(item) for item in sources] for name, sources in self.corpora.items()}
         require(0 < self.val_fraction < 1, "corpus.val_fraction", self.val_fraction, "in (0, 1)")
+        require(0 <= self.max_bad_fraction < 1, "corpus.max_bad_fraction", self.max_bad_fraction, "in [0, 1)")
         require(self.documents_per_member > 0, "corpus.documents_per_member", self.documents_per_member, ">= 1")
         require(self.shard_tokens > 0, "corpus.shard_tokens", self.shard_tokens, ">= 1")
 

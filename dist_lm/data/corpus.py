@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import get_args
+from typing import TextIO, get_args
 
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.sources.reader import Candidate, Rejected, reader_of, source_form, source_traits, text_hash
+from dist_lm.data.sources.row_errors import RowErrors
 from dist_lm.document import Document, Form
 from dist_lm.errors import ArtefactError, ConfigError
 
@@ -86,7 +87,12 @@ class LocalText:
 
 
 def read_corpus(
-    config: CorpusConfig, corpus_name: str, seed: int, report: IngestReport, local: LocalText | None = None
+    config: CorpusConfig,
+    corpus_name: str,
+    seed: int,
+    report: IngestReport,
+    local: LocalText | None = None,
+    rejected: TextIO | None = None,
 ) -> Iterator[tuple[str, Document]]:
     """`(split, document)` of every document of a corpus, source by source; `split` is train or val.
 
@@ -95,10 +101,11 @@ def read_corpus(
     Args:
         seed: decides the text of generated sources and nothing else.
         local: what `LocalText.read` gave for the same config and seed, to read once for several corpora.
+        rejected: gets a line of JSON for each broken row.
 
     Raises:
         ConfigError: the corpus or a reader does not exist, or a reader yields something else than documents.
-        ArtefactError: a source gives no document, or no document is held out for val.
+        ArtefactError: a source gives no document, too many of its rows are broken, or no document is held out for val.
     """
     sources = corpus_sources(config, corpus_name)
     local = local or LocalText.read(config, seed)
@@ -108,7 +115,8 @@ def read_corpus(
         known = local.candidates.get(repr(source))
         candidates = reader_of(source)(source, seed) if known is None else iter(known)
         n_source = 0
-        for candidate in candidates:
+        errors = RowErrors(source, config.max_bad_fraction, rejected)
+        for candidate in errors.counted(candidates):
             accepted = _accept(_checked(candidate, source), config, texts, local.leaked, report)
             if accepted is None:
                 continue
@@ -117,8 +125,10 @@ def read_corpus(
             n_source += 1
             if n_source == source.limit:
                 break
+        errors.check()
         if n_source == 0:
-            dataset = f" of dataset={source.dataset}" if source.dataset else ""
+            place = f"dataset={source.dataset}" if source.dataset else f"path={', '.join(source.path or [])}"
+            dataset = f" of {place}" if source.dataset or source.path else ""
             raise ArtefactError(
                 f"corpus {corpus_name}: reader={source.reader} gave no document{dataset}: "
                 f"{source_traits(source).advice} (corpus={config.name})"

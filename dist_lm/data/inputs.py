@@ -6,10 +6,9 @@ data is noticed before it is mixed with tokens of the old data.
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.sources.reader import reader_of, traits_of
@@ -89,12 +88,13 @@ def inputs_of(source: SourceConfig, *, hashes: bool = False) -> Inputs:
     return hashed(listing) if hashes else listing
 
 
-def hashed(listing: Inputs, opened: Callable[[str], IO[bytes]] | None = None) -> Inputs:
-    """`listing` with the SHA-256 of every input that is taken. `opened`: opens a name; none: a local file."""
+def hashed(listing: Inputs) -> Inputs:
+    """`listing` with the SHA-256 of every input that is taken, as it is stored."""
+    from dist_lm.data.sources.places import open_raw
 
     def digest(name: str) -> str:
         found = hashlib.sha256()
-        with Path(name).open("rb") if opened is None else opened(name) as file:
+        with open_raw(name) as file:
             while block := file.read(BLOCK):
                 found.update(block)
         return found.hexdigest()

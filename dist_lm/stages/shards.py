@@ -24,6 +24,7 @@ from dist_lm.data.corpus import IngestReport, LocalText, form_of, read_corpus, s
 from dist_lm.data.manifest import Counts, FormatError, read_manifest
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.shard_writer import ShardWriter, write_manifest
+from dist_lm.data.sources.row_errors import REJECTED
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, require
 from dist_lm.stages.stage import Artefact, ArtefactStage
@@ -178,7 +179,7 @@ def build_corpus(
     splits: deque[str] = deque()  # splits of the documents inside the encoder, which keeps their order
 
     def documents() -> Iterator[Document]:
-        for split, document in read_corpus(config.corpus, name, config.seed, report, local):
+        for split, document in read_corpus(config.corpus, name, config.seed, report, local, rejected):
             splits.append(split)
             yield document
 
@@ -189,6 +190,7 @@ def build_corpus(
     with (
         writer("train") as train,
         writer("val") as val,
+        (directory / REJECTED).open("w", encoding="utf-8") as rejected,
         console.counting(f"tokenizing {name}", unit="documents") as count,
     ):
         writers: dict[str, ShardWriter] = {"train": train, "val": val}

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 # name -> form of its documents, and import path: a reader is imported when its corpus is fingerprinted or read
 READERS: dict[str, tuple[Form, str]] = {
+    "jsonl": ("text", "dist_lm.data.sources.rows:read_jsonl"),
+    "parquet": ("text", "dist_lm.data.sources.rows:read_parquet"),
+    "csv": ("text", "dist_lm.data.sources.rows:read_csv"),
     "hub": ("text", "dist_lm.data.sources.hub:read_hub"),
     "tools": ("conversation", "dist_lm.data.sources.tools:read_tools"),
     "hub_tools": ("conversation", "dist_lm.data.sources.tools:read_hub_tools"),
@@ -88,7 +91,9 @@ def reader(
     """Declare the traits of a reader. A function without this decorator has the defaults."""
 
     def declare(function: AnyReader) -> AnyReader:
-        function.traits = Traits(form, seeded, revision, streamed, keys, needs, inputs, advice)  # type: ignore[attr-defined]
+        function.traits = Traits(  # type: ignore[attr-defined]
+            form, seeded, revision, streamed, keys, needs, inputs, advice
+        )
         return function
 
     return declare

@@ -1,0 +1,174 @@
+"""Files of rows: JSON lines, parquet and CSV, each read as a stream with the number of every row.
+
+A format is a function from the name of a file to `(number, row, columns)`: the line or row counted from 1; the row as
+a mapping, or what is wrong with it; and the columns that the file or the row has. A row that is broken ends nothing.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dist_lm.data.sources.places import bare_name, open_content, open_raw
+from dist_lm.errors import ArtefactError
+
+LONGEST = 512 << 20  # bytes of a line, characters of a CSV field
+BATCH = 128  # rows of a parquet file that are decoded together
+CHUNK = 8 << 20  # bytes of a parquet column that are fetched together
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that cannot be read."""
+
+    reason: str  # one word
+    words: str  # what is wrong, for people
+
+
+Row = dict[str, Any]
+NumberedRow = tuple[int, Row | BadRow, Sequence[str]]
+Format = Callable[[str, Sequence[str] | None], Iterator[NumberedRow]]
+
+
+def jsonl_rows(name: str, wanted: Sequence[str] | None) -> Iterator[NumberedRow]:
+    """One JSON object a line; blank lines are passed over. A .json file may also be one list of objects.
+
+    Args:
+        wanted: not used: a line is parsed whole.
+    """
+    with open_content(name) as file:
+        begin = file.peek(4)
+        _refuse_utf16(name, begin)
+        if begin.startswith(BOM):
+            file.read(len(BOM))
+        if bare_name(name).endswith(".json") and file.peek(1024).lstrip()[:1] == b"[":
+            yield from _listed(name, file.read())
+            return
+        for number, line in enumerate(_lines(file), start=1):
+            if isinstance(line, BadRow):
+                yield number, line, ()
+            elif line.strip():
+                row = _json_row(line)
+                yield number, row, () if isinstance(row, BadRow) else tuple(row)
+
+
+def parquet_rows(name: str, wanted: Sequence[str] | None) -> Iterator[NumberedRow]:
+    """The rows of a parquet file, with the columns `wanted` that it has; None: all. Only these are fetched."""
+    import pyarrow.parquet
+
+    with open_raw(name, random_access=True) as raw:
+        file = pyarrow.parquet.ParquetFile(
+            raw, pre_buffer=False, buffer_size=CHUNK, page_checksum_verification=True, memory_map=False
+        )
+        columns = file.schema_arrow.names
+        read = columns if wanted is None else [column for column in columns if column in wanted]
+        number = 0
+        if not read:
+            for number in range(1, file.metadata.num_rows + 1):
+                yield number, {}, columns
+            return
+        for batch in file.iter_batches(batch_size=BATCH, columns=read, use_threads=False):
+            for row in _decoded(batch):
+                number += 1
+                yield number, row, columns
+
+
+def csv_rows(name: str, wanted: Sequence[str] | None) -> Iterator[NumberedRow]:
+    """The rows of a CSV file with a header; a .tsv file has tabs. The number is that of the row's first line."""
+    csv.field_size_limit(LONGEST)  # the module has one limit; 131,072 characters are too few for documents
+    with open_content(name) as file:
+        _refuse_utf16(name, file.peek(4))
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        rows = csv.reader(text, delimiter="\t" if bare_name(name).endswith(".tsv") else ",", strict=True)
+        header = next(rows, [])
+        for column in wanted or header:
+            if header.count(column) > 1:
+                raise ArtefactError(f"{name}: the header names the column {column} more than once")
+        while True:
+            number = rows.line_num + 1
+            try:
+                fields = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield number, BadRow("broken_row", f"no CSV ({error})"), header
+                continue
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                words = f"{len(fields)} fields, the header has {len(header)}"
+                yield number, BadRow("broken_row", words), header
+            else:
+                yield number, dict(zip(header, fields, strict=True)), header
+
+
+def _lines(file: io.BufferedReader) -> Iterator[bytes | BadRow]:
+    while line := file.readline(LONGEST):
+        if len(line) < LONGEST or line.endswith(b"\n"):
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(LONGEST)
+        yield BadRow("too_long", f"a line of more than {LONGEST >> 20} MiB")
+
+
+def _json_row(line: bytes) -> Row | BadRow:
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return BadRow("invalid_utf8", f"byte {error.start} of the line is not UTF-8")
+    except json.JSONDecodeError as error:
+        return BadRow("broken_json", f"broken JSON ({error.msg} at character {error.pos})")
+    except (RecursionError, ValueError) as error:
+        return BadRow("broken_json", f"JSON that cannot be read ({error})")
+    return row if type(row) is dict else BadRow("broken_json", f"{_kind(row)}, expected an object")
+
+
+def _listed(name: str, content: bytes) -> Iterator[NumberedRow]:
+    try:
+        rows = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise ArtefactError(f"{name}: broken JSON ({error})") from None
+    for number, row in enumerate(rows, start=1):
+        is_row = type(row) is dict
+        yield (
+            number,
+            row if is_row else BadRow("broken_json", f"{_kind(row)}, expected an object"),
+            (tuple(row) if is_row else ()),
+        )
+
+
+def _decoded(batch: Any) -> Iterator[Row | BadRow]:
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:  # before the first row is yielded
+        for place in range(batch.num_rows):
+            try:
+                yield batch.slice(place, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield BadRow("invalid_utf8", f"byte {error.start} of a text is not UTF-8")
+
+
+def _refuse_utf16(name: str, begin: bytes) -> None:
+    if begin.startswith(UTF16):
+        raise ArtefactError(f"{name}: the text is UTF-16: convert it to UTF-8, as with iconv -f UTF-16 -t UTF-8")
+
+
+def _kind(value: object) -> str:
+    return {list: "a list", str: "a text", type(None): "null"}.get(
+        type(value), f"a value of type {type(value).__name__}"
+    )
+
+
+FORMATS: dict[str, Format] = {
+    ".jsonl": jsonl_rows,
+    ".ndjson": jsonl_rows,
+    ".json": jsonl_rows,
+    ".parquet": parquet_rows,
+    ".csv": csv_rows,
+    ".tsv": csv_rows,
+}

@@ -1,0 +1,270 @@
+"""The files of a source: listed with a reason for each one that is left out, and opened, decompressed by suffix.
+
+`path` of a source is a file, a folder, a glob or a URL (http, https, s3, gs), or a list of them. A file that is named,
+or matched by a glob, is taken whatever its suffix. A folder is read to the bottom in the order of names; its hidden
+files and folders, files of other suffixes, and files that `exclude` names are left out, and linked folders are read
+once. Credentials and the endpoint of s3 and gs come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...).
+"""
+
+import glob
+import io
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any
+
+from dist_lm.config.corpus import SourceConfig
+from dist_lm.data.inputs import Input, Inputs
+from dist_lm.errors import ArtefactError, ConfigError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+REMOTE = ("http", "https", "s3", "gs")
+AGAIN = "read already (linked or named twice)"
+BUFFER = 1 << 20  # bytes
+HTTP_BLOCK = 5 << 20  # bytes of a request when a file is read from begin to end
+OwnRule = Callable[[str], str]  # name of a file in a folder -> why it is left out; empty: it is taken
+
+
+def bare_name(name: str) -> str:
+    """The file name in lower case, without the suffix of a compression and the query of a URL."""
+    last = PurePosixPath(name.partition("?")[0] if scheme_of(name) else name).name.lower()
+    stem, dot, suffix = last.rpartition(".")
+    return stem if stem and dot + suffix in COMPRESSIONS else last
+
+
+def by_suffix(*suffixes: str) -> OwnRule:
+    """The rule that takes files of these suffixes, in upper or lower case, plain or compressed."""
+
+    def rule(name: str) -> str:
+        bare = bare_name(name)
+        found = PurePosixPath(bare).suffix
+        return "" if found in suffixes else f"suffix {found}" if found else "no suffix"
+
+    rule.__doc__ = f"{', '.join(suffixes)} (plain, .gz or .zst)"
+    return rule
+
+
+def list_files(source: SourceConfig, rule: OwnRule, hidden: tuple[str, ...] = (".", "_")) -> Inputs:
+    """The files of `source.path`.
+
+    Args:
+        rule: decides about files that are found in a folder; its docstring says what it takes.
+        hidden: first letters of hidden names.
+
+    Raises:
+        ConfigError: a place does not exist or holds nothing to read; the message says what was left out.
+        ArtefactError: a folder or URL cannot be listed.
+    """
+    import pathspec
+
+    exclude = pathspec.GitIgnoreSpec.from_lines(source.exclude)
+    walk = _Walk(rule, hidden, exclude.match_file)
+    found: list[Input] = []
+    for place in source.path or []:
+        try:
+            inputs = list(walk.remote(place) if scheme_of(place) else walk.local(place))
+        except FileNotFoundError as error:
+            why = f" ({brief(error.__cause__)})" if error.__cause__ else ""
+            raise ConfigError(
+                f"corpus source reader={source.reader}: path={place}: no such file, folder or URL{why}"
+            ) from error
+        except OSError as error:
+            raise ArtefactError(f"corpus source: path={place}: cannot be listed: {brief(error)}") from error
+        if all(one.left_out not in ("", AGAIN) for one in inputs):
+            raise ConfigError(
+                f"corpus source reader={source.reader}: path={place}: nothing to read there: expected {rule.__doc__}; "
+                f"{Inputs(tuple(inputs)).summary()}. A file that is named or matched by a glob is read whatever its "
+                "suffix"
+            )
+        found += inputs
+    return Inputs(tuple(found))
+
+
+@dataclass
+class _Walk:
+    """Lists places; remembers what it has listed, so that nothing is read twice."""
+
+    rule: OwnRule
+    hidden: tuple[str, ...]
+    excluded: Callable[[str], bool]  # relative name; folders end in /
+    seen: set[Any] = field(default_factory=set)  # (device, inode) of local files and folders, names of remote ones
+
+    def local(self, place: str) -> Iterator[Input]:
+        path = os.path.expanduser(place.removeprefix("file://"))  # noqa: PTH111  a glob is no path
+        if os.path.lexists(path) or not glob.has_magic(path):  # the name of a file may hold [
+            names = [path]
+            Path(path).stat()  # FileNotFoundError
+        else:
+            names = sorted(glob.glob(path, recursive=True))  # noqa: PTH207  may be absolute
+            names = [name.rstrip("/") for name in names]
+            if not names:
+                raise FileNotFoundError(place)
+        for name in names:
+            if Path(name).is_dir():
+                yield from self._folder(name, "")
+            else:
+                yield self._file(name, "exclude" if self.excluded(Path(name).name) else "")
+
+    def _folder(self, folder: str, below: str) -> Iterator[Input]:
+        """`below`: the folder's name relative to the place, with a slash at its end unless it is empty."""
+        if self._again(folder):
+            yield _local_input(folder, AGAIN)
+            return
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries)
+        for name in names:
+            path, relative = os.path.join(folder, name), below + name  # noqa: PTH118
+            is_folder = Path(path).is_dir()
+            if name.startswith(self.hidden):
+                yield _local_input(path, "hidden")
+            elif self.excluded(relative + "/" if is_folder else relative):
+                yield _local_input(path, "exclude")
+            elif is_folder:
+                yield from self._folder(path, relative + "/")
+            else:
+                yield self._file(path, self.rule(path))
+
+    def _file(self, name: str, left_out: str) -> Input:
+        try:
+            kind = os.stat(name).st_mode  # noqa: PTH116
+        except FileNotFoundError:
+            return Input(name, left_out="broken link")
+        if not left_out and not stat.S_ISREG(kind):
+            left_out = "no regular file"
+        return _local_input(name, left_out or (AGAIN if self._again(name) else ""))
+
+    def _again(self, name: str) -> bool:
+        status = os.stat(name)  # noqa: PTH116
+        key = (status.st_dev, status.st_ino)
+        if key in self.seen:
+            return True
+        self.seen.add(key)
+        return False
+
+    def remote(self, place: str) -> Iterator[Input]:
+        scheme = scheme_of(place)
+        import fsspec.utils
+        from pyarrow import fs
+
+        files: Any = filesystem(place)
+        if scheme in ("http", "https"):
+            yield self._remote_input(place, files.info(place), "")
+            return
+        bucket_and_key = place.partition("://")[2].rstrip("/")
+        folder = bucket_and_key
+        while glob.has_magic(folder):
+            folder = folder.rpartition("/")[0]
+        info = files.info(folder)
+        if info["type"] == "file":
+            yield self._remote_input(place, info, "")
+            return
+        matches = re.compile(fsspec.utils.glob_translate(bucket_and_key)).fullmatch
+        # fsspec's own `find` and `glob` pass over what cannot be listed
+        entries = files.fs.get_file_info(fs.FileSelector(folder, recursive=True))
+        for entry in sorted(entries, key=lambda entry: entry.path):
+            if entry.type != fs.FileType.File:
+                continue
+            relative = entry.path.removeprefix(folder + "/")
+            if folder != bucket_and_key:
+                left_out = "" if matches(entry.path) else None
+            elif any(part.startswith(self.hidden) for part in relative.split("/")):
+                left_out = "hidden"
+            else:
+                left_out = self.rule(entry.path)
+            if left_out is not None:
+                one = {"size": entry.size, "mtime": entry.mtime_ns}
+                left_out = "exclude" if self.excluded(relative) else left_out
+                yield self._remote_input(f"{scheme}://{entry.path}", one, left_out)
+
+    def _remote_input(self, name: str, info: dict[str, Any], left_out: str) -> Input:
+        if not left_out and name in self.seen:
+            left_out = AGAIN
+        self.seen.add(name)
+        etag = str(info.get("ETag") or info.get("Last-Modified") or "")
+        changed = info.get("mtime") or 0
+        mtime_ns = int(changed.timestamp() * 1e9) if isinstance(changed, datetime) else changed
+        size = info.get("size")
+        return Input(name, -1 if size is None else size, mtime_ns, etag, left_out=left_out)
+
+
+def _local_input(name: str, left_out: str) -> Input:
+    try:
+        status = os.stat(name)  # noqa: PTH116
+    except OSError:
+        return Input(name, left_out=left_out)
+    if stat.S_ISDIR(status.st_mode):
+        return Input(name + "/", left_out=left_out)
+    return Input(name, status.st_size, status.st_mtime_ns, left_out=left_out)
+
+
+def scheme_of(name: str) -> str:
+    """`https` of a URL; empty for a local path.
+
+    Raises:
+        ConfigError: another scheme than those of `REMOTE`.
+    """
+    scheme, separator, _ = name.partition("://")
+    if not separator or scheme == "file" or not scheme.isalnum():
+        return ""
+    if scheme not in REMOTE:
+        raise ConfigError(f"corpus source: path={name}: expected a local path, or a URL of {', '.join(REMOTE)}")
+    return scheme
+
+
+def filesystem(name: str) -> "AbstractFileSystem":
+    """The file system of a URL."""
+    import fsspec
+    import pyarrow
+
+    scheme = scheme_of(name)
+    if scheme in ("http", "https"):
+        return fsspec.filesystem("http", client_kwargs={"trust_env": True})
+    from fsspec.implementations.arrow import ArrowFSWrapper
+    from pyarrow import fs
+
+    bucket = name.partition("://")[2].partition("/")[0]
+    try:
+        return ArrowFSWrapper(
+            fs.FileSystem.from_uri(f"{scheme}://{bucket}")[0]
+        )  # unlike its class, honours AWS_ENDPOINT_URL
+    except pyarrow.ArrowInvalid as error:
+        raise ConfigError(f"corpus source: path={name}: {brief(error)}") from error
+
+
+def open_raw(name: str, *, random_access: bool = False) -> IO[bytes]:
+    """A file or URL as it is stored.
+
+    Args:
+        random_access: fetch exactly what is read. Otherwise a URL is read ahead.
+    """
+    scheme = scheme_of(name)
+    if not scheme:
+        return Path(name.removeprefix("file://")).expanduser().open("rb")
+    files: Any = filesystem(name)
+    if scheme in ("http", "https"):
+        return files.open(name, cache_type="none" if random_access else "readahead", block_size=HTTP_BLOCK)
+    return files.open(name.partition("://")[2])
+
+
+def open_content(name: str) -> io.BufferedReader:
+    """The content of a file or URL, decompressed by suffix; a truncated one ends in OSError."""
+    raw: Any = open_raw(name)
+    suffix = PurePosixPath(name.partition("?")[0] if scheme_of(name) else name).suffix.lower()
+    if suffix in COMPRESSIONS:
+        import pyarrow
+
+        raw = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), COMPRESSIONS[suffix])
+    return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw, BUFFER)
+
+
+def brief(error: BaseException | None) -> str:
+    """The type and first line of an error."""
+    message = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {message[:300]}".rstrip(": .")

@@ -1,0 +1,80 @@
+"""Broken rows: counted for each source, also of one that ends at its limit, and written for people."""
+
+import io
+import json
+from dataclasses import replace
+
+import pytest
+
+from dist_lm.config.corpus import CorpusConfig, SourceConfig
+from dist_lm.data.corpus import IngestReport, read_corpus
+from dist_lm.data.manifest import read_manifest
+from dist_lm.data.sources.reader import Candidate, Rejected
+from dist_lm.data.sources.row_errors import HOPELESS, REJECTED, RowErrors
+from dist_lm.document import Document
+from dist_lm.errors import ArtefactError
+from dist_lm.launcher.compose import compose_config
+from dist_lm.stages import shards
+from dist_lm.stages.shards import LocalText
+from dist_lm.tracking.console import Console
+from tests.conftest import TINY
+
+SOURCE = SourceConfig("jsonl", "english", path="a")
+GOOD = Document("text", "english", "a:1", "", "00")
+BAD = Rejected("english", "a:2", "broken_json", "broken JSON")
+
+
+def errors_of(candidates: list[Candidate], most: float) -> tuple[int, str]:
+    """`(candidates that come through, the error)`."""
+    errors = RowErrors(SOURCE, most)
+    n_through = len(list(errors.counted(candidates)))
+    try:
+        errors.check()
+    except ArtefactError as error:
+        return n_through, str(error)
+    return n_through, ""
+
+
+def test_the_fraction_decides_at_the_end_wherever_the_broken_rows_are():
+    assert errors_of([BAD] * 2 + [GOOD] * 1998, 0.001) == (2000, "")
+    assert errors_of([BAD] * 3 + [GOOD] * 1997, 0.001)[1].startswith("corpus source reader=jsonl: 3 of 2,000 rows are")
+    assert errors_of([BAD], 0)[1].endswith("The first: a:2: broken JSON")
+    assert errors_of([Rejected("english", "a:3", "empty")] * 50, 0) == (50, "")
+
+
+def test_a_source_that_is_mostly_broken_ends_early():
+    n_through, error = errors_of([GOOD] + [BAD] * 10 * HOPELESS, 0.5)
+    assert n_through == HOPELESS
+    assert "1,000 of 1,001 rows" in error
+
+
+def test_every_broken_row_is_written_with_its_place():
+    rejected = io.StringIO()
+    list(RowErrors(SOURCE, 1, rejected).counted([GOOD, BAD]))
+    assert json.loads(rejected.getvalue()) == {
+        "place": "a:2",
+        "reason": "broken_json",
+        "error": "broken JSON",
+        "language": "english",
+    }
+
+
+def test_a_corpus_has_its_broken_rows_beside_it(work, tmp_path):
+    rows = [json.dumps({"text": f"a line of text, number {i}\n" * 3}) for i in range(300)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*rows, '{"text": 5}']) + "\n")
+    source = SourceConfig("jsonl", "english", path=str(tmp_path / "a.jsonl"))
+    config = compose_config(["stage=shards", *TINY, "tokenizer.workers=1", f"work_dir={work.path}"])
+    corpus = replace(config.corpus, corpora={"own": [source]}, max_bad_fraction=0.01)
+    shards.build_corpus(replace(config, corpus=corpus), "own", LocalText({}, set()), Console())
+    line = json.loads((work.corpus("own") / REJECTED).read_text())
+    assert (line["place"], line["reason"]) == (f"{tmp_path}/a.jsonl:301", "no_text")
+    assert read_manifest(work.corpus("own")).ingest["languages"]["english"]["dropped"] == {"no_text": 1}
+
+
+@pytest.mark.parametrize("limit", [0, 20])
+def test_a_source_with_a_limit_is_checked_too(tmp_path, limit):
+    rows = [json.dumps({"text": f"a line of text, number {i}\n" * 3}) for i in range(100)]
+    (tmp_path / "a.jsonl").write_text("\n".join(["{", *rows]) + "\n")
+    source = SourceConfig("jsonl", "english", path=str(tmp_path), limit=limit)
+    with pytest.raises(ArtefactError, match=r"1 of (21|101) rows are broken, .*a.jsonl:1: broken JSON"):
+        list(read_corpus(CorpusConfig("own", {"c": [source]}, 0.2), "c", 0, IngestReport()))
