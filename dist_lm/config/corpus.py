@@ -9,6 +9,7 @@ from omegaconf import MISSING, OmegaConf
 from dist_lm.errors import require
 
 SPLITS = ("train", "val")
+BYTES_PER_TOKEN = 4  # of text whose tokens are not counted yet
 # in the query of a URL
 SECRET = re.compile(r"(?i)(signature|token|secret|password|api_?key|credential|\bsig|\bkey)=")
 
@@ -28,6 +29,9 @@ class SourceConfig:
     language: str = ""  # the name that metrics have; english, python, bash and sql have rules of their own
     licence: str = ""
     limit: int = 0  # documents; 0: all
+    # every document is val, whatever its hash, and train documents that contain one are dropped. The other sources of
+    # the corpus are train
+    held_out: bool = False
     path: Any = None  # a file, folder, glob or URL (http, https, s3, gs), or a list of them
     exclude: list[str] = field(default_factory=list)  # patterns as in .gitignore, relative to each folder of `path`
     dataset: str = ""  # hub...: id of the data set; rankings: file or glob
@@ -81,6 +85,8 @@ class CorpusConfig:
     corpora: dict[str, list[SourceConfig]] = field(default_factory=dict)
     val_fraction: float = 0.02  # share of documents kept out of training, chosen by hash
     max_document_bytes: int = 1_000_000  # longer documents are dropped and counted
+    # of each corpus of texts, at four bytes a token: `val_fraction` is halved until val fits. Val is compared in memory
+    val_tokens: int = 10_000_000
     documents_per_member: int = 256  # documents grouped in one member of a tar
     shard_tokens: int = 64_000_000  # tokens a tar
     max_bad_fraction: float = 0.001  # share of the rows of a source that may be broken; they are counted and skipped
@@ -90,6 +96,7 @@ class CorpusConfig:
         self.corpora = {name: [_source(item) for item in sources] for name, sources in self.corpora.items()}
         require(0 < self.val_fraction < 1, "corpus.val_fraction", self.val_fraction, "in (0, 1)")
         require(0 <= self.max_bad_fraction < 1, "corpus.max_bad_fraction", self.max_bad_fraction, "in [0, 1)")
+        require(self.val_tokens > 0, "corpus.val_tokens", self.val_tokens, ">= 1")
         require(self.documents_per_member > 0, "corpus.documents_per_member", self.documents_per_member, ">= 1")
         require(self.shard_tokens > 0, "corpus.shard_tokens", self.shard_tokens, ">= 1")
 

@@ -13,7 +13,8 @@ from omegaconf import MISSING
 
 from dist_lm.chat.documents import encode_ranking
 from dist_lm.config.root import Config
-from dist_lm.data.corpus import LocalText, corpus_sources
+from dist_lm.data.corpus import corpus_sources
+from dist_lm.data.ingest import Texts
 from dist_lm.errors import require
 from dist_lm.stages.shards import (
     SAMPLED,
@@ -95,7 +96,7 @@ class Rankings(ArtefactStage):
                     from dist_lm.stages.ranking_samples import ranked_samples  # imports torch
 
                     made[repr(source)] = list(ranked_samples(source, config, console))
-            build_corpus(config, name, LocalText(made, set()), console, encode_ranking)
+            build_corpus(config, name, Texts(config.corpus, config.seed, made), console, encode_ranking)
 
     def output(self, config: Config) -> Path:
         return WorkDirectory(Path(config.work_dir)).corpus("rankings")

@@ -20,10 +20,13 @@ from dist_lm.chat.template import FORMAT
 from dist_lm.config.corpus import SPLITS, CorpusConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
-from dist_lm.data.corpus import IngestReport, LocalText, form_of, read_corpus, source_traits, text_corpora
+from dist_lm.data.corpus import form_of, text_corpora
+from dist_lm.data.ingest import Texts, read_corpus
 from dist_lm.data.manifest import Counts, FormatError, read_manifest
 from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.screening import IngestReport
 from dist_lm.data.shard_writer import ShardWriter, write_manifest
+from dist_lm.data.sources.reader import source_traits
 from dist_lm.data.sources.row_errors import REJECTED
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, require
@@ -76,10 +79,12 @@ class Shards(ArtefactStage):
     def build(self, config: Config, console: "Console") -> None:
         """Tokenize every missing or damaged corpus."""
         missing = missing_corpora(config, wanted_corpora(config))
-        texts = any(form_of(config.corpus, name) == "text" for name in missing)
-        local = LocalText.read(config.corpus, config.seed) if texts else LocalText({}, set())
+        texts = Texts(config.corpus, config.seed)
+        if any(form_of(config.corpus, name) == "text" for name in missing):
+            with console.waiting("comparing val with train"):
+                _ = texts.sides
         for name in missing:
-            build_corpus(config, name, local, console)
+            build_corpus(config, name, texts, console)
 
     def output(self, config: Config) -> Path:
         return WorkDirectory(Path(config.work_dir)).path / "corpora"
@@ -166,9 +171,7 @@ def check_corpus(config: Config, name: str) -> None:
     manifest.require_tokenizer(durable.sha256_of(work.tokenizer_model), work.corpus(name))
 
 
-def build_corpus(
-    config: Config, name: str, local: LocalText, console: "Console", encode: Encode = encode_document
-) -> None:
+def build_corpus(config: Config, name: str, texts: Texts, console: "Console", encode: Encode = encode_document) -> None:
     """Write the tars of one corpus. The manifest is written last and completes the corpus."""
     work = WorkDirectory(Path(config.work_dir))
     directory = work.corpus(name)
@@ -179,7 +182,7 @@ def build_corpus(
     splits: deque[str] = deque()  # splits of the documents inside the encoder, which keeps their order
 
     def documents() -> Iterator[Document]:
-        for split, document in read_corpus(config.corpus, name, config.seed, report, local, rejected):
+        for split, document in read_corpus(config.corpus, name, config.seed, report, texts, rejected):
             splits.append(split)
             yield document
 

@@ -1,14 +1,12 @@
 """Stage `tokenizer`: reads the train split of all texts, writes work/tokenizer/{tokenizer.model,report.json}."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_lm.config.root import Config
-from dist_lm.data.corpus import IngestReport, LocalText, read_corpus, text_corpora
-from dist_lm.document import Document
+from dist_lm.data.ingest import train_texts
 from dist_lm.errors import ArtefactError
 from dist_lm.stages.shards import digest, text_fingerprint
 from dist_lm.stages.stage import Artefact, ArtefactStage
@@ -60,7 +58,7 @@ class TokenizerStage(ArtefactStage):
         work = WorkDirectory(Path(config.work_dir))
         work.tokenizer.mkdir(parents=True, exist_ok=True)
         with console.counting("reading documents", unit="documents") as count:
-            documents = (count.each(document) for document in train_documents(config))
+            documents = (count.each(document) for document in train_texts(config.corpus, config.seed))
             sample = list(sample_by_language(documents, config.tokenizer.train_bytes))
         with console.waiting(f"training {config.tokenizer.vocab_size:,} pieces"):
             train_tokenizer((document.text for document in sample), work.tokenizer_model, config.tokenizer)
@@ -71,14 +69,6 @@ class TokenizerStage(ArtefactStage):
 
     def output(self, config: Config) -> Path:
         return WorkDirectory(Path(config.work_dir)).tokenizer
-
-
-def train_documents(config: Config) -> Iterator[Document]:
-    """The train split of every corpus of texts, one after the other."""
-    local = LocalText.read(config.corpus, config.seed)
-    for name in text_corpora(config.corpus):
-        documents = read_corpus(config.corpus, name, config.seed, IngestReport(), local)
-        yield from (document for split, document in documents if split == "train")
 
 
 STAGE = TokenizerStage()

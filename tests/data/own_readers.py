@@ -47,7 +47,30 @@ def read_strings(source: SourceConfig, seed: int) -> Iterator[str]:
     yield "a text"
 
 
+def read_objects(source: SourceConfig, seed: int) -> Iterator[Document]:
+    """A document whose text is a JSON object."""
+    yield Document({"a": 1}, source.language, "objects:0", "", text_hash("a"))  # type: ignore[arg-type]
+
+
 @reader(form="conversation")
 def read_texts_as_conversations(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Documents of another form than declared."""
     yield Document("a text", source.language, "texts", "", text_hash("a text"))
+
+
+STORIES: dict[str, list[str]] = {}  # name of a data set -> texts
+
+
+@reader(keys=("language", "licence", "dataset"))
+def read_stories(source: SourceConfig, seed: int) -> Iterator[Candidate]:
+    """The texts of `STORIES[source.dataset]`; a tab parts a group from its text."""
+    for number, story in enumerate(STORIES[source.dataset]):
+        group, _, text = story.rpartition("\t")
+        yield Document(text, "english", f"{source.dataset}:{number}", "MIT", group or text_hash(text))
+
+
+@reader(form="conversation", keys=("language", "licence", "dataset"))
+def read_talks(source: SourceConfig, seed: int) -> Iterator[Candidate]:
+    """Conversations about the tools that the texts name."""
+    for number, story in enumerate(STORIES[source.dataset]):
+        yield Document(story, "talk", f"{source.dataset}:{number}", "", text_hash(story.split()[0]), "conversation")

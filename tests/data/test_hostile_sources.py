@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
-from dist_lm.data.corpus import IngestReport, read_corpus
+from dist_lm.data.ingest import read_corpus
 from dist_lm.data.inputs import inputs_of
+from dist_lm.data.screening import IngestReport
 from dist_lm.errors import UserError
 
 ROWS = [

@@ -14,7 +14,8 @@ from datasets import IterableDataset
 from omegaconf import OmegaConf
 
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
-from dist_lm.data.corpus import IngestReport, read_corpus
+from dist_lm.data.ingest import read_corpus
+from dist_lm.data.screening import IngestReport
 from dist_lm.data.sources.hub import is_transient, read_hub, resumed
 from dist_lm.data.sources.reader import reader_of
 from dist_lm.document import Document
@@ -175,7 +176,8 @@ def test_offline_the_hub_corpus_fails_at_once_and_says_what_to_do():
     code = f"""
 from omegaconf import OmegaConf
 from dist_lm.config.corpus import CorpusConfig
-from dist_lm.data.corpus import IngestReport, read_corpus
+from dist_lm.data.ingest import read_corpus
+from dist_lm.data.screening import IngestReport
 values = OmegaConf.load({str(HUB_YAML)!r})
 config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CorpusConfig), values))
 try:

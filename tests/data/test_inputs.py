@@ -62,7 +62,7 @@ def test_generated_text_has_no_inputs():
         ),
         (
             SourceConfig("tests.data.own_readers:read_numbers", "t", dataset="x"),
-            r"read_numbers: dataset=x: .* it takes reader, limit, language, licence, subset .*@reader\(keys",
+            r"read_numbers: dataset=x: .* it takes reader, limit, held_out, language, licence, subset .*@reader\(keys",
         ),
         (SourceConfig("tests.data.own_readers:read_mixed", "t", subset="x"), "does not take subset"),
         (SourceConfig("hub", "t"), "reader=hub: dataset is missing; it takes"),

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
-from dist_lm.data.corpus import IngestReport, read_corpus
+from dist_lm.data.ingest import Texts, read_corpus
 from dist_lm.data.manifest import read_manifest
+from dist_lm.data.screening import IngestReport
 from dist_lm.data.sources.reader import Candidate, Rejected
 from dist_lm.data.sources.row_errors import HOPELESS, REJECTED, RowErrors
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
 from dist_lm.launcher.compose import compose_config
 from dist_lm.stages import shards
-from dist_lm.stages.shards import LocalText
 from dist_lm.tracking.console import Console
 from tests.conftest import TINY
 
@@ -65,7 +65,7 @@ def test_a_corpus_has_its_broken_rows_beside_it(work, tmp_path):
     source = SourceConfig("jsonl", "english", path=str(tmp_path / "a.jsonl"))
     config = compose_config(["stage=shards", *TINY, "tokenizer.workers=1", f"work_dir={work.path}"])
     corpus = replace(config.corpus, corpora={"own": [source]}, max_bad_fraction=0.01)
-    shards.build_corpus(replace(config, corpus=corpus), "own", LocalText({}, set()), Console())
+    shards.build_corpus(replace(config, corpus=corpus), "own", Texts(corpus, 0), Console())
     line = json.loads((work.corpus("own") / REJECTED).read_text())
     assert (line["place"], line["reason"]) == (f"{tmp_path}/a.jsonl:301", "no_text")
     assert read_manifest(work.corpus("own")).ingest["languages"]["english"]["dropped"] == {"no_text": 1}

@@ -5,7 +5,10 @@ from dataclasses import replace
 import pytest
 
 from dist_lm.config.corpus import SPLITS, CorpusConfig
-from dist_lm.data.corpus import IngestReport, LocalText, read_corpus, seen_texts, text_corpora
+from dist_lm.data.containment import seen_texts
+from dist_lm.data.corpus import text_corpora
+from dist_lm.data.ingest import Texts, read_corpus
+from dist_lm.data.screening import IngestReport
 from dist_lm.document import Document
 from dist_lm.launcher.compose import compose_config
 
@@ -21,8 +24,8 @@ def config() -> CorpusConfig:
 
 
 def read(config: CorpusConfig) -> Corpora:
-    local = LocalText.read(config, SEED)
-    return {name: list(read_corpus(config, name, SEED, IngestReport(), local)) for name in config.corpora}
+    texts = Texts(config, SEED)
+    return {name: list(read_corpus(config, name, SEED, IngestReport(), texts)) for name in config.corpora}
 
 
 @pytest.fixture(scope="module")

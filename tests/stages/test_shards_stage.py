@@ -13,9 +13,10 @@ from dist_lm.chat.parse import parse
 from dist_lm.chat.template import render
 from dist_lm.config.corpus import SPLITS, SourceConfig
 from dist_lm.config.root import Config
-from dist_lm.data.corpus import IngestReport, read_corpus
+from dist_lm.data.ingest import read_corpus
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.screening import IngestReport
 from dist_lm.data.sources import tools
 from dist_lm.data.sources.reader import reader, traits_of
 from dist_lm.document import Document

@@ -45,7 +45,7 @@ READERS: dict[str, tuple[Form, str]] = {
     "hub_rankings": ("ranking", "dist_lm.data.sources.hub_rankings:read_hub_rankings"),
     "synthetic_rankings": ("ranking", "dist_lm.data.sources.rankings:read_synthetic_rankings"),
 }
-COMMON = ("reader", "limit")  # keys of every source
+COMMON = ("reader", "limit", "held_out")  # keys of every source
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Traits:
     form: Form = "text"
     seeded: bool = False  # the documents depend on the seed: a corpus of another seed is refused
     revision: int = 0  # one more with every change to generated documents: a corpus of another revision is refused
-    streamed: bool = False  # too large for memory: not compared with the other texts of this machine
+    streamed: bool = False  # large
     keys: tuple[str, ...] = ("language", "licence")  # of the source that the reader takes, beside `COMMON`
     needs: tuple[str, ...] = ("language",)  # keys that must be given; `a|b`: one of them
     inputs: "Callable[[SourceConfig], Inputs] | None" = None  # lists the files that it reads; none: it reads no files

@@ -8,7 +8,8 @@ import pytest
 from dist_lm.chat.documents import read_ranking
 from dist_lm.chat.ranking import Judgement
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
-from dist_lm.data.corpus import IngestReport, read_corpus
+from dist_lm.data.ingest import read_corpus
+from dist_lm.data.screening import IngestReport
 from dist_lm.data.sources.hub_rankings import read_hub_rankings
 from dist_lm.data.sources.rankings import read_local_rankings
 from dist_lm.data.sources.reader import Candidate, Rejected

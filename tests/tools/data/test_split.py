@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from dist_lm.data.corpus import split_of
+from dist_lm.data.ingest import split_of
 from dist_lm.tools.data.catalogue import SHELVES, VARIANTS, group_of, shelf_of, specification, topics
 from dist_lm.tools.data.examples import examples
 

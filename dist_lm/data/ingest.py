@@ -1,0 +1,194 @@
+"""From sources to train and val: which documents are held out, and that nothing of them is left in train.
+
+The hash of a document's group decides between train and val; the document's position and the seed do not. Groups with
+the smallest hashes are held out: a share of `val_fraction`, halved until the held-out texts of the corpus fit
+`val_tokens`. So a corpus that grows keeps its sides, until twice as much is held out: then half of val moves to train,
+and nothing ever moves from train to val.
+
+Held-out texts are compared with the train texts of all corpora of the configuration (`data.containment`): one that
+train texts contain is dropped. Documents of a source with `held_out` are val whatever their hash; train
+documents that contain one are dropped. Where a corpus has such a source, its other sources are train.
+
+Texts are read three times: to choose val, to compare, and by the caller. A corpus holds texts, or conversations, or
+rankings. Conversations share their forms, so shared words say nothing about leakage: their group is the tools that
+they are about, and the group of a ranking is its prompt. They are read once.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TextIO
+
+from dist_lm.config.corpus import BYTES_PER_TOKEN, CorpusConfig
+from dist_lm.data.containment import HeldOut, refused_texts
+from dist_lm.data.corpus import corpus_sources, form_of, text_corpora
+from dist_lm.data.screening import IngestReport, Screened, SourceReader, screened
+from dist_lm.data.sources.reader import Candidate
+from dist_lm.document import Document
+from dist_lm.errors import ArtefactError, ConfigError
+
+LARGEST = 2**64  # of the hash of a group
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Which documents of a configuration are held out, and which are dropped for it."""
+
+    held_out: Mapping[str, float]  # corpus -> share of the groups that is held out
+    leaked: frozenset[bytes] = frozenset()  # keys of held-out texts that train texts contain
+    refused: frozenset[bytes] = frozenset()  # keys of train texts that contain a text of a source with `held_out`
+    groups: frozenset[str] = frozenset()  # of conversations and rankings of sources with `held_out`
+
+    def split_of(self, corpus_name: str, item: Screened) -> str:
+        """The side of a document, whether it is dropped or not."""
+        if item.source.held_out:
+            return "val"
+        return split_of(item.document.group, self.held_out[corpus_name])
+
+    def reason(self, split: str, item: Screened) -> str:
+        """Why a document of this side is dropped (empty: it is not)."""
+        if split == "val":
+            return "overlapping" if item.key in self.leaked else ""
+        return "contains_val" if item.key in self.refused or item.document.group in self.groups else ""
+
+
+class Texts:
+    """What the sources of a configuration give, and the sides of its texts, computed when they are first needed."""
+
+    def __init__(self, config: CorpusConfig, seed: int, made: dict[str, list[Candidate]] | None = None) -> None:
+        """`seed`: decides the text of generated sources and nothing else. `made`: as for `SourceReader`."""
+        self.config = config
+        self.reader = SourceReader(seed, made)
+
+    def screened(
+        self, corpus_name: str, report: IngestReport | None = None, rejected: TextIO | None = None
+    ) -> Iterator[Screened]:
+        """The documents of one corpus before they are divided."""
+        return screened(self.config, corpus_name, self.reader, set(), report or IngestReport(), rejected)
+
+    @cached_property
+    def sides(self) -> Sides:
+        """The sides of all texts: two passes over all corpora of texts.
+
+        At most `val_tokens` of a corpus, the hashes of their windows and the keys of its texts are in memory.
+
+        Raises:
+            ConfigError, ArtefactError: as `read_corpus`.
+        """
+        chosen = {name: self._choose(name) for name in text_corpora(self.config)}
+        held_out = {name: share for name, (share, _) in chosen.items()}
+        texts: dict[bytes, tuple[str, bool]] = {}
+        for _, own in chosen.values():
+            for item in own:
+                _, given = texts.get(item.key, ("", False))
+                texts[item.key] = (item.document.text, given or item.source.held_out)
+        del chosen
+        keys = list(texts)
+        index = HeldOut([text for text, _ in texts.values()], [given for _, given in texts.values()])
+        given_keys = {key for key, (_, given) in texts.items() if given}
+        texts.clear()
+        sides = Sides(held_out)
+        trained = (
+            (item.key, item.document.text)
+            for name in held_out
+            for item in self.screened(name)
+            if sides.split_of(name, item) == "train" and item.key not in given_keys
+        )
+        refused = refused_texts(index, trained) | given_keys
+        leaked = {keys[number] for number in index.contained()}
+        return Sides(held_out, frozenset(leaked), frozenset(refused))
+
+    def sides_by_group(self, corpus_name: str) -> Sides:
+        """The sides of the conversations or rankings of a corpus."""
+        given = [source for source in corpus_sources(self.config, corpus_name) if source.held_out]
+        groups = (one.group for source in given for one in self.reader.read(source) if isinstance(one, Document))
+        return Sides({corpus_name: largest_share(self.config, corpus_name)}, groups=frozenset(groups))
+
+    def _choose(self, corpus_name: str) -> tuple[float, list[Screened]]:
+        """`(share, held-out documents)` of a corpus: the share of groups that is held out by hash."""
+        room = self.config.val_tokens * BYTES_PER_TOKEN
+        share = largest_share(self.config, corpus_name)
+        chosen: list[Screened] = []
+        size = 0
+        for item in self.screened(corpus_name):
+            if item.source.held_out or split_of(item.document.group, share) == "val":
+                chosen.append(item)
+                size += item.n_bytes
+            if share == 0 and size > room:
+                raise ConfigError(
+                    f"corpus {corpus_name}: its sources with held_out=true have more text than "
+                    f"corpus.val_tokens={self.config.val_tokens} ({BYTES_PER_TOKEN} bytes a token): expected a larger "
+                    "val_tokens, or less text"
+                )
+            while size > room:
+                share /= 2
+                chosen = [one for one in chosen if split_of(one.document.group, share) == "val"]
+                size = sum(one.n_bytes for one in chosen)
+        return share, chosen
+
+
+def read_corpus(
+    config: CorpusConfig,
+    corpus_name: str,
+    seed: int,
+    report: IngestReport,
+    texts: Texts | None = None,
+    rejected: TextIO | None = None,
+) -> Iterator[tuple[str, Document]]:
+    """`(split, document)` of every document of a corpus, source by source; `split` is train or val.
+
+    The order and the documents depend on the configuration, the seed and the inputs alone. A hash of every kept text
+    stays in memory, to find duplicates.
+
+    Args:
+        report: counts what is kept and dropped.
+        texts: of the same config and seed, to decide on the sides once for several corpora.
+        rejected: gets a line of JSON for each broken row.
+
+    Raises:
+        ConfigError: the corpus or a reader does not exist, or a reader yields something else than documents.
+        ArtefactError: a source gives no document, too many of its rows are broken, or no document is held out for val.
+    """
+    texts = texts or Texts(config, seed)
+    sides = texts.sides if form_of(config, corpus_name) == "text" else texts.sides_by_group(corpus_name)
+    splits: Counter[str] = Counter()
+    for item in texts.screened(corpus_name, report, rejected):
+        split = sides.split_of(corpus_name, item)
+        if reason := sides.reason(split, item):
+            report.reject(item.document, item.source, reason)
+            continue
+        report.keep(item, split)
+        splits[split] += 1
+        yield split, item.document
+    if not splits["val"]:
+        raise ArtefactError(
+            f"corpus {corpus_name}: none of its {splits.total()} documents is held out at "
+            f"corpus.val_fraction={config.val_fraction} and corpus.val_tokens={config.val_tokens}: raise them, or the "
+            "limit of the sources"
+        )
+
+
+def train_texts(config: CorpusConfig, seed: int) -> Iterator[Document]:
+    """Documents that are in train whatever `val_tokens` is, of all corpora of texts: those a tokenizer may learn from.
+
+    One pass, which may be left early: nothing is compared. A document that contains one of a source with `held_out`
+    is among them.
+    """
+    texts = Texts(config, seed)
+    for name in text_corpora(config):
+        sides = Sides({name: largest_share(config, name)})
+        for item in texts.screened(name):
+            if sides.split_of(name, item) == "train":
+                yield item.document
+
+
+def largest_share(config: CorpusConfig, corpus_name: str) -> float:
+    """The share of groups that a corpus holds out by hash if `val_tokens` allows."""
+    given = any(source.held_out for source in corpus_sources(config, corpus_name))
+    return 0.0 if given else config.val_fraction
+
+
+def split_of(group: str, val_fraction: float) -> str:
+    """The side of a group: its hash as a number in [0, 1), held out below `val_fraction`."""
+    return "val" if int(group[:16], 16) / LARGEST < val_fraction else "train"

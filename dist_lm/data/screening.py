@@ -1,0 +1,207 @@
+"""The documents of a corpus before they are divided into train and val: checked, cleaned, without duplicates, counted.
+
+The stream depends on the configuration, the seed and the inputs alone. It is read several times (`data.ingest`), and
+each time gives the same documents in the same order.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple, TextIO
+
+from dist_lm.config.corpus import CorpusConfig, SourceConfig
+from dist_lm.data.corpus import corpus_sources
+from dist_lm.data.sources.reader import Candidate, Rejected, reader_of, source_form, source_traits
+from dist_lm.data.sources.row_errors import RowErrors
+from dist_lm.document import Document
+from dist_lm.errors import ArtefactError, ConfigError
+
+EXAMPLES = 20  # sources named in a report
+KEPT_CHARACTERS = 64_000_000  # of small sources, together: they stay in memory and are read once
+
+
+@dataclass
+class Tally:
+    """What became of everything that was read of one language or source, in documents unless said."""
+
+    seen: int = 0  # kept and dropped
+    kept: int = 0
+    # reason -> documents: duplicate, empty, too_long (`max_document_bytes`), not_unicode, overlapping (a val document
+    # that train documents contain), contains_val (a train document that contains one of `held_out`), and the reasons of
+    # cleaning and of readers
+    dropped: dict[str, int] = field(default_factory=dict)
+    documents: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
+    bytes: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})  # UTF-8
+
+    def drop(self, reason: str) -> None:
+        self.seen += 1
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    def keep(self, split: str, n_bytes: int) -> None:
+        self.seen += 1
+        self.kept += 1
+        self.documents[split] += 1
+        self.bytes[split] += n_bytes
+
+
+@dataclass
+class IngestReport:
+    """The counts of every language and source, and the first items that were dropped, with the reason."""
+
+    languages: dict[str, Tally] = field(default_factory=dict)
+    sources: dict[str, Tally] = field(default_factory=dict)
+    rejected: list[str] = field(default_factory=list)
+
+    def reject(self, candidate: Candidate, source: SourceConfig, reason: str) -> None:
+        """Count one item that is dropped."""
+        for tally in self._tallies(candidate, source):
+            tally.drop(reason)
+        if reason not in ("duplicate", "empty") and len(self.rejected) < EXAMPLES:
+            self.rejected.append(f"{candidate.source}: {reason}")
+
+    def keep(self, item: "Screened", split: str) -> None:
+        """Count one document that is kept."""
+        for tally in self._tallies(item.document, item.source):
+            tally.keep(split, item.n_bytes)
+
+    def _tallies(self, candidate: Candidate, source: SourceConfig) -> tuple[Tally, Tally]:
+        language = self.languages.setdefault(candidate.language, Tally())
+        return language, self.sources.setdefault(source_name(source), Tally())
+
+
+class Screened(NamedTuple):
+    """A document that is no duplicate and passes all checks."""
+
+    document: Document
+    source: SourceConfig
+    key: bytes  # hash of the text
+    n_bytes: int  # UTF-8
+
+
+class SourceReader:
+    """Reads the sources of one configuration. Small ones stay in memory, so generated text is generated once."""
+
+    def __init__(self, seed: int, made: dict[str, list[Candidate]] | None = None) -> None:
+        """`made`: `repr` of a source -> what it gives, for sources that are not read."""
+        self._seed = seed
+        self._kept = dict(made or {})
+        self._room = KEPT_CHARACTERS
+
+    def read(self, source: SourceConfig) -> Iterator[Candidate]:
+        """Everything that a source gives, in its order.
+
+        Raises:
+            ConfigError: the reader does not exist, or yields something else than documents of its form.
+        """
+        name = repr(source)
+        if name in self._kept:
+            yield from self._kept[name]
+            return
+        kept: list[Candidate] = []
+        size = 0
+        for candidate in reader_of(source)(source, self._seed):
+            check_candidate(candidate, source)
+            size += len(candidate.text) if isinstance(candidate, Document) else 0
+            if size <= self._room:
+                kept.append(candidate)
+            else:
+                kept.clear()
+            yield candidate
+        if size <= self._room:
+            self._kept[name] = kept
+            self._room -= size
+
+
+def screened(
+    config: CorpusConfig,
+    corpus_name: str,
+    reader: SourceReader,
+    texts: set[bytes],
+    report: IngestReport,
+    rejected: TextIO | None = None,
+) -> Iterator[Screened]:
+    """The documents of a corpus, source by source. A text counts where it comes first.
+
+    Args:
+        texts: keys of the texts that came before (16 bytes each); the documents of the corpus are added. A text of a
+            source with `held_out` is compared only with the texts of such sources of this corpus.
+        report: counts what is dropped.
+        rejected: gets a line of JSON for each broken row.
+
+    Raises:
+        ConfigError: as `SourceReader.read`.
+        ArtefactError: a source gives no document, or too many of its rows are broken.
+    """
+    held_out: set[bytes] = set()
+    for source in corpus_sources(config, corpus_name):
+        earlier = held_out if source.held_out else texts
+        n_source = 0
+        errors = RowErrors(source, config.max_bad_fraction, rejected)
+        for candidate in errors.counted(reader.read(source)):
+            if isinstance(candidate, Rejected):
+                report.reject(candidate, source, candidate.reason)
+                continue
+            item, reason = _screen(candidate, source, config, earlier)
+            if reason:
+                report.reject(candidate, source, reason)
+                continue
+            earlier.add(item.key)
+            yield item
+            n_source += 1
+            if n_source == source.limit:
+                break
+        errors.check()
+        if n_source == 0:
+            key = "dataset" if source.dataset else "path"
+            place = f" of {key}={source_place(source)}" if source_place(source) else ""
+            raise ArtefactError(
+                f"corpus {corpus_name}: reader={source.reader} gave no document{place}: "
+                f"{source_traits(source).advice} (corpus={config.name})"
+            )
+
+
+def check_candidate(candidate: object, source: SourceConfig) -> None:
+    """Refuse what is neither a document of the reader's form nor `Rejected`.
+
+    Raises:
+        ConfigError: names the reader and what it yielded.
+    """
+    form = source_form(source)
+    if isinstance(candidate, Document):
+        if candidate.form == form and isinstance(candidate.text, str):
+            return
+        text = f" whose text is of type {type(candidate.text).__name__}"
+        found = f"a {candidate.form}{'' if isinstance(candidate.text, str) else text} ({candidate.source})"
+    elif isinstance(candidate, Rejected):
+        return
+    else:
+        found = f"a value of type {type(candidate).__name__}"
+    raise ConfigError(
+        f"corpus source: reader={source.reader} yielded {found}: expected Document(form={form!r}) or Rejected"
+    )
+
+
+def source_name(source: SourceConfig) -> str:
+    """The name of a source in reports."""
+    return " ".join(part for part in (source.reader, source_place(source), source.language) if part)
+
+
+def source_place(source: SourceConfig) -> str:
+    """The data set or the paths of a source."""
+    return source.dataset or ", ".join(source.path or [])
+
+
+def _screen(document: Document, source: SourceConfig, config: CorpusConfig, texts: set[bytes]) -> tuple[Screened, str]:
+    """The document, and why it is dropped (empty: it is not)."""
+    text = document.text
+    try:
+        content = (text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text).encode()
+    except UnicodeEncodeError:
+        return Screened(document, source, b"", 0), "not_unicode"
+    n_bytes = len(text.encode()) if "\r" in text else len(content)
+    item = Screened(document, source, hashlib.blake2b(content, digest_size=16).digest(), n_bytes)
+    if not text.strip():
+        return item, "empty"
+    if n_bytes > config.max_document_bytes:
+        return item, "too_long"
+    return item, "duplicate" if item.key in texts else ""
