@@ -35,7 +35,12 @@ def test_a_reader_is_named_by_its_import_path():
     [
         (config_of(own("read_numbers")), "d", ConfigError, "corpus d does not exist .* are c"),
         (CorpusConfig("test", {"c": []}, 0.1), "c", ConfigError, "corpus c has no sources"),
-        (config_of(SourceConfig("perl", "x")), "c", ConfigError, "reader=perl: expected one of csv, .*import path"),
+        (
+            config_of(SourceConfig("perl", "x")),
+            "c",
+            ConfigError,
+            "reader=perl: expected one of csv, files, .*import path",
+        ),
         (config_of(own("read_nothing")), "c", ConfigError, "own_readers:read_nothing: cannot be imported"),
         (config_of(own("TEXTS")), "c", ConfigError, "own_readers:TEXTS: expected a function"),
         (config_of(own("read_strings")), "c", ConfigError, "read_strings yielded a value of type str: expected Doc"),

@@ -188,6 +188,21 @@ CASES = {
     "i26_tiny_5_docs": Case(lines(*LINES[:5]), error="none of its 5 documents is held out at corpus.val_fraction"),
     "i27_one_doc": Case(lines(LINES[0]), error="none of its 1 documents is held out at corpus.val_fraction"),
     "i28_special_tokens": Case(lines(*LINES, json.dumps({"text": "<|endoftext|> hi <|user|> x" * 5})), 201),
+    "i29_txt_folder": Case(
+        lambda folder: [(folder / f"{i}.txt").write_text(row["text"]) for i, row in enumerate(ROWS[:40])] and None,
+        40,
+        keys={"reader": "files"},
+    ),
+    "i30_single_txt": Case(
+        put_bytes(ROWS[0]["text"].encode(), "a.txt"),
+        error="none of its 1 documents is held out at corpus.val_fraction",
+        keys={"reader": "files", "path": "a.txt"},
+    ),
+    "i30_txt_as_rows": Case(
+        put_bytes(ROWS[0]["text"].encode(), "a.txt"),
+        error=r"5 of 5 rows are broken, .*a.txt:1: broken JSON",
+        keys={"path": "a.txt"},
+    ),
     "i31_dup_rows": Case(lines(*LINES, *LINES), dropped={"duplicate": 200}),
     "i32_secret": Case(lines(*LINES, json.dumps({"text": "password = 'hunter2' # bob@example.com\n" * 4})), 201),
 }

@@ -1,7 +1,8 @@
 """Files of rows: JSON lines, parquet and CSV, each read as a stream with the number of every row.
 
-A format is a function from the name of a file to `(number, row, columns)`: the line or row counted from 1; the row as
-a mapping, or what is wrong with it; and the columns that the file or the row has. A row that is broken ends nothing.
+A format is a function from the name of a file to `(number, row, columns)`: the line or row counted from 1, or the key
+of a sample; the row as a mapping, or what is wrong with it; and the columns that the file or the row has. A row that is
+broken ends nothing.
 """
 
 import csv
@@ -30,7 +31,7 @@ class BadRow:
 
 
 Row = dict[str, Any]
-NumberedRow = tuple[int, Row | BadRow, Sequence[str]]
+NumberedRow = tuple[int | str, Row | BadRow, Sequence[str]]
 Format = Callable[[str, Sequence[str] | None], Iterator[NumberedRow]]
 
 

@@ -257,10 +257,11 @@ def open_content(name: str) -> io.BufferedReader:
     """The content of a file or URL, decompressed by suffix; a truncated one ends in OSError."""
     raw: Any = open_raw(name)
     suffix = PurePosixPath(name.partition("?")[0] if scheme_of(name) else name).suffix.lower()
-    if suffix in COMPRESSIONS:
+    compressions = {**COMPRESSIONS, ".tgz": "gzip"}
+    if suffix in compressions:
         import pyarrow
 
-        raw = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), COMPRESSIONS[suffix])
+        raw = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), compressions[suffix])
     return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw, BUFFER)
 
 

@@ -35,9 +35,12 @@ if TYPE_CHECKING:
 
 # name -> form of its documents, and import path: a reader is imported when its corpus is fingerprinted or read
 READERS: dict[str, tuple[Form, str]] = {
+    "files": ("text", "dist_lm.data.sources.files:read_files"),
     "jsonl": ("text", "dist_lm.data.sources.rows:read_jsonl"),
     "parquet": ("text", "dist_lm.data.sources.rows:read_parquet"),
     "csv": ("text", "dist_lm.data.sources.rows:read_csv"),
+    "messages": ("conversation", "dist_lm.data.sources.messages:read_messages"),
+    "tars": ("text", "dist_lm.data.sources.tars:read_tars"),
     "hub": ("text", "dist_lm.data.sources.hub:read_hub"),
     "tools": ("conversation", "dist_lm.data.sources.tools:read_tools"),
     "hub_tools": ("conversation", "dist_lm.data.sources.tools:read_hub_tools"),

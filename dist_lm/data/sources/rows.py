@@ -4,9 +4,10 @@ A row that gives no document is rejected with its place, FILE:LINE; one that is 
 `corpus.max_bad_fraction`. A column that no row has is an error before the first document.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from tarfile import TarError
 from typing import Any
 
 from dist_lm.config.corpus import SourceConfig
@@ -14,7 +15,7 @@ from dist_lm.data.inputs import Inputs
 from dist_lm.data.sources.formats import FORMATS, BadRow, Format, Row, csv_rows, jsonl_rows, parquet_rows
 from dist_lm.data.sources.places import bare_name, brief, by_suffix, list_files
 from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
-from dist_lm.document import Document
+from dist_lm.document import Document, Form
 from dist_lm.errors import ArtefactError, ConfigError, UserError
 
 TEXT = "text"  # column of the text where the source names none
@@ -38,6 +39,10 @@ class PlacedRow:
     columns: Sequence[str]  # of the file, or of the row where rows differ
 
 
+Content = tuple[str, str]  # the text of a document and its group
+ContentOf = Callable[[Row, str, Sequence[str]], Content | BadRow | None]  # of a row, its column, and all columns
+
+
 def list_json_lines(source: SourceConfig) -> Inputs:
     return list_files(source, JSON_LINES)
 
@@ -58,19 +63,19 @@ def list_rows(source: SourceConfig) -> Inputs:
 @reader(streamed=True, keys=KEYS, needs=NEEDS, inputs=list_json_lines, advice=ADVICE)
 def read_jsonl(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Every line of files of JSON lines as a text."""
-    yield from row_texts(source, placed_rows(list_json_lines(source), named_columns(source), jsonl_rows))
+    yield from row_documents(source, placed_rows(list_json_lines(source), named_columns(source), jsonl_rows))
 
 
 @reader(streamed=True, keys=KEYS, needs=NEEDS, inputs=list_parquet, advice=ADVICE)
 def read_parquet(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Every row of parquet files as a text. Memory is bounded by one row group."""
-    yield from row_texts(source, placed_rows(list_parquet(source), named_columns(source), parquet_rows))
+    yield from row_documents(source, placed_rows(list_parquet(source), named_columns(source), parquet_rows))
 
 
 @reader(streamed=True, keys=KEYS, needs=NEEDS, inputs=list_csv, advice=ADVICE)
 def read_csv(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Every row of CSV files with a header as a text."""
-    yield from row_texts(source, placed_rows(list_csv(source), named_columns(source), csv_rows))
+    yield from row_documents(source, placed_rows(list_csv(source), named_columns(source), csv_rows))
 
 
 def named_columns(source: SourceConfig, default: str = TEXT) -> dict[str, str]:
@@ -100,22 +105,32 @@ def placed_rows(
                 yield PlacedRow(f"{one.name}:{number}", row, there)
         except UserError:
             raise
-        except (OSError, ValueError) as error:  # pyarrow's own errors are among them
+        except (OSError, ValueError, TarError) as error:  # pyarrow's own errors are among them
             raise ArtefactError(
                 f"{one.name}: cannot be read after row or line {number}: {brief(error)}: it is truncated, damaged or "
                 "of another format"
             ) from error
 
 
-def row_texts(source: SourceConfig, rows: Iterable[PlacedRow], default: str = TEXT) -> Iterator[Candidate]:
+def row_documents(
+    source: SourceConfig,
+    rows: Iterable[PlacedRow],
+    default: str = TEXT,
+    content_of: ContentOf | None = None,
+    form: Form = "text",
+) -> Iterator[Candidate]:
     """A candidate for each row.
+
+    Args:
+        default: column of the content, where the source names none.
+        content_of: makes a document's text of a row; none: the column holds it.
 
     Raises:
         ConfigError: no row has a column that the source names, or there are too many languages.
     """
     languages: set[str] = set()
     for one in looked_ahead(source, rows, named_columns(source, default)):
-        candidate = _candidate(one, source, source.column or default)
+        candidate = _candidate(one, source, source.column or default, content_of or text_of, form)
         languages.add(candidate.language)
         if len(languages) > MOST_LANGUAGES:
             raise ConfigError(
@@ -157,10 +172,10 @@ def looked_ahead(source: SourceConfig, rows: Iterable[PlacedRow], columns: dict[
     yield from iterator
 
 
-def text_of(row: Row, column: str, columns: Sequence[str]) -> str | BadRow | None:
-    """The text of a row; None where it has none."""
+def text_of(row: Row, column: str, columns: Sequence[str]) -> Content | BadRow | None:
+    """The text of a row and its group; None where it has none."""
     if column not in row:
-        return BadRow("missing_column", f"no column {column}; the columns there are {', '.join(columns) or 'none'}")
+        return missing_column(column, columns)
     value = row[column]
     if isinstance(value, bytes):
         try:
@@ -171,7 +186,11 @@ def text_of(row: Row, column: str, columns: Sequence[str]) -> str | BadRow | Non
         return None
     if not isinstance(value, str):
         return BadRow("no_text", f"{column} holds a value of type {type(value).__name__}, expected text")
-    return utf8_problem(column, value) or value
+    return utf8_problem(column, value) or (value, text_hash(value))
+
+
+def missing_column(column: str, columns: Sequence[str]) -> BadRow:
+    return BadRow("missing_column", f"no column {column}; the columns there are {', '.join(columns) or 'none'}")
 
 
 def utf8_problem(column: str, value: str) -> BadRow | None:
@@ -199,24 +218,24 @@ def language_of(row: Row, source: SourceConfig) -> str:
     return str(value).strip().lower() if value else source.language
 
 
-def _candidate(one: PlacedRow, source: SourceConfig, column: str) -> Candidate:
+def _candidate(one: PlacedRow, source: SourceConfig, column: str, content_of: ContentOf, form: Form) -> Candidate:
     unknown = source.language or "unknown"
     if isinstance(one.row, BadRow):
         return Rejected(unknown, one.place, one.row.reason, one.row.words)
-    text = text_of(one.row, column, one.columns)
     licence, language = licence_of(one.row, source), language_of(one.row, source)
     name = str(one.row.get(source.id_column) or one.place) if source.id_column else one.place
-    problem = text if isinstance(text, BadRow) else None
+    content = content_of(one.row, column, one.columns)
+    problem = content if isinstance(content, BadRow) else None
     for key, value in (("licence", licence), ("language", language), ("id", name)):
         problem = problem or utf8_problem(key, value)
+    if not language:
+        problem = problem or BadRow(
+            "no_language", f"no language in {source.language_column}, and the source has no language"
+        )
     if problem:
         return Rejected(unknown, one.place, problem.reason, problem.words)
-    if not language:
-        words = f"no language in {source.language_column}, and the source has no language"
-        return Rejected(unknown, one.place, "no_language", words)
     if source.only and language not in source.only:
         return Rejected("others", one.place, "other_language")
-    if text is None:
+    if not isinstance(content, tuple):
         return Rejected(language, one.place, "empty")
-    assert isinstance(text, str)
-    return Document(text, language, name, licence, text_hash(text))
+    return Document(content[0], language, name, licence, content[1], form)

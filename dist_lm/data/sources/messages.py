@@ -1,0 +1,60 @@
+"""Conversations in OpenAI's chat format: rows with a column of messages and, where there are any, one of tools.
+
+    {"messages": [{"role": "user", "content": "Is it raining?"}, {"role": "assistant", "tool_calls": [...]}, ...],
+     "tools": [{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}]}
+
+The group of a conversation is what the user says before the first answer.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from dist_lm.chat.documents import write_conversation
+from dist_lm.chat.openai import conversation_of
+from dist_lm.config.corpus import SourceConfig
+from dist_lm.data.sources.formats import BadRow, Row
+from dist_lm.data.sources.reader import Candidate, reader, text_hash
+from dist_lm.data.sources.rows import (
+    KEYS,
+    NEEDS,
+    Content,
+    list_rows,
+    missing_column,
+    named_columns,
+    placed_rows,
+    row_documents,
+)
+from dist_lm.errors import UserError
+
+MESSAGES, TOOLS = "messages", "tools"  # columns
+
+
+@reader(
+    form="conversation",
+    keys=KEYS,
+    needs=NEEDS,
+    inputs=list_rows,
+    advice="check path and column; no row makes a conversation with an answer",
+)
+def read_messages(source: SourceConfig, seed: int) -> Iterator[Candidate]:
+    """Every row of JSON lines or parquet as a conversation."""
+    columns = named_columns(source, MESSAGES) | {"tools": TOOLS}
+    rows = placed_rows(list_rows(source), columns)
+    yield from row_documents(source, rows, MESSAGES, _content_of, "conversation")
+
+
+def _content_of(row: Row, column: str, columns: Sequence[str]) -> Content | BadRow | None:
+    """The text of a conversation and its group; None where nobody answers."""
+    if column not in row:
+        return missing_column(column, columns)
+    if row[column] is None:
+        return None
+    try:
+        conversation = conversation_of(row[column], row.get(TOOLS))
+        text = write_conversation(conversation)
+    except UserError as error:
+        return BadRow("no_conversation", str(error))
+    roles = [message.role for message in conversation.messages]
+    if "assistant" not in roles:
+        return None
+    before = conversation.messages[: roles.index("assistant")]
+    return text, text_hash("\n".join(message.content for message in before if message.role == "user"))

@@ -1,0 +1,97 @@
+"""Webdataset tars of others: consecutive members with the same key are a sample, and one of them is the text.
+
+A sample is a row. Its columns are the extensions of its members (`txt`) and the keys of its `.json` member; `column`
+names the one that holds the text. Members of other kinds are never decoded.
+"""
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from dist_lm.config.corpus import SourceConfig
+from dist_lm.data.inputs import Inputs
+from dist_lm.data.sources.formats import LONGEST, BadRow, NumberedRow, Row
+from dist_lm.data.sources.places import by_suffix, list_files, open_content
+from dist_lm.data.sources.reader import Candidate, reader
+from dist_lm.data.sources.rows import KEYS, NEEDS, named_columns, placed_rows, row_documents
+from dist_lm.errors import ArtefactError
+
+TEXT_MEMBER = "txt"  # extension
+TARS = by_suffix(".tar", ".tgz")
+KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)  # as webdataset splits names
+
+
+def list_tars(source: SourceConfig) -> Inputs:
+    return list_files(source, TARS)
+
+
+@reader(
+    streamed=True,
+    keys=KEYS,
+    needs=NEEDS,
+    inputs=list_tars,
+    advice="check path and column; no sample has text in that member",
+)
+def read_tars(source: SourceConfig, seed: int) -> Iterator[Candidate]:
+    """Every sample of webdataset tars as a text."""
+    rows = placed_rows(list_tars(source), named_columns(source, TEXT_MEMBER), samples)
+    yield from row_documents(source, rows, TEXT_MEMBER)
+
+
+def samples(name: str, wanted: Sequence[str] | None) -> Iterator[NumberedRow]:
+    """The samples of a tar by key: the members that `wanted` names as bytes, and the keys of the .json member.
+
+    Raises:
+        ArtefactError: the tar is cut, or goes on after its end mark.
+    """
+    with open_content(name) as file, tarfile.open(fileobj=file, mode="r|") as tar:
+        for key, members in groupby(_members(tar), key=lambda member: member[0]):
+            row = _row(members, tar, {*(wanted or ())})
+            yield key, row, () if isinstance(row, BadRow) else tuple(row)
+        _check_end(name, tar)
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """`(key, extension, member)` of every file with an extension."""
+    for member in tar:
+        tar.members.clear()  # type: ignore[attr-defined]  the list grows with the file
+        if member.isreg() and (match := KEY.fullmatch(member.name)):
+            yield match[1], match[2].lower(), member
+
+
+def _row(members: Iterator[tuple[str, str, tarfile.TarInfo]], tar: tarfile.TarFile, wanted: set[str]) -> Row | BadRow:
+    """A sample. A member that nobody asks for has the value None; .json is parsed where a column is no member."""
+    row: Row = {}
+    problem: BadRow | None = None
+    for _, extension, member in members:
+        if row.get(extension) is not None:
+            problem = BadRow("broken_sample", f"the member .{extension} is there twice")
+        row[extension] = None
+        if extension not in {"json", *wanted}:
+            continue
+        if member.size > LONGEST:
+            problem = BadRow("too_long", f".{extension} has {member.size:,} bytes, at most {LONGEST:,} are read")
+            continue
+        content = tar.extractfile(member)
+        assert content is not None, "a regular file"
+        row[extension] = content.read()
+    if problem or wanted <= row.keys() or "json" not in row:
+        return problem or row
+    try:
+        parsed = json.loads(row["json"].decode())
+    except (ValueError, RecursionError) as error:
+        return BadRow("broken_json", f"the member .json: broken JSON ({error})")
+    return parsed | row if isinstance(parsed, dict) else row
+
+
+def _check_end(name: str, tar: tarfile.TarFile) -> None:
+    """tarfile takes a header that is cut for the end, and stops at the first end mark."""
+    stream = tar.fileobj
+    assert stream is not None
+    if stream.tell() - tar.offset != tarfile.BLOCKSIZE:
+        raise ArtefactError(f"{name}: the tar has no end mark: it is truncated")
+    while block := stream.read(tarfile.RECORDSIZE):
+        if block.strip(b"\0"):
+            raise ArtefactError(f"{name}: the tar goes on after its end mark: name tars that were joined one by one")

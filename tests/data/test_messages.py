@@ -1,0 +1,104 @@
+"""Conversations in OpenAI's format: what they become, and what is refused by its turn."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dist_lm.chat.documents import read_conversation
+from dist_lm.chat.messages import Call, ChatError, Conversation, Message, Tool
+from dist_lm.chat.openai import conversation_of
+from dist_lm.config.corpus import SourceConfig
+from dist_lm.data.sources.messages import read_messages
+from dist_lm.data.sources.reader import Rejected
+from dist_lm.document import Document
+
+USER = {"role": "user", "content": "Weather in Bergen and Oslo?"}
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Weather", "parameters": SCHEMA}}]
+
+
+def call(city: str, number: str) -> dict:
+    function = {"name": "weather", "arguments": json.dumps({"city": city})}
+    return {"id": number, "type": "function", "function": function}
+
+
+CALLS = {"role": "assistant", "content": None, "tool_calls": [call("Bergen", "1"), call("Oslo", "2")]}
+RESULTS = [
+    {"role": "tool", "tool_call_id": "2", "content": "dry"},
+    {"role": "tool", "tool_call_id": "1", "content": '{"rain": true}'},
+]
+ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "Rain in "}, {"type": "text", "text": "Bergen."}]}
+SYSTEM = {"role": "developer", "content": "Be short."}
+WHOLE = [SYSTEM, USER, CALLS, *RESULTS, ANSWER]
+EXPECTED = Conversation(
+    (
+        Message("system", "Be short."),
+        Message("user", "Weather in Bergen and Oslo?"),
+        Message("assistant", calls=(Call("weather", {"city": "Bergen"}), Call("weather", {"city": "Oslo"}))),
+        Message("tool", results=({"rain": True}, "dry")),
+        Message("assistant", "Rain in Bergen."),
+    ),
+    (Tool("weather", "Weather", SCHEMA),),
+)
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), [TOOLS[0]["function"]]])
+@pytest.mark.parametrize("messages", [WHOLE, json.dumps(WHOLE)])
+def test_a_conversation_with_tools(messages, tools):
+    assert conversation_of(messages, tools) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ({}, "messages: a dict; expected a list"),
+        (["x"], "turn 0: 'x'; expected an object with role and content"),
+        ([{"role": "human", "content": "x"}], "turn 0: role 'human'; expected one of system"),
+        ([USER, {"role": "assistant", "content": "x", "reasoning_content": "y"}], "turn 1: reasoning_content is not s"),
+        ([USER, {"role": "assistant", "content": "x", "weight": 0}], "turn 1: weight 0 is not supported"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "turn 0: content: expected text, or parts"),
+        ([USER, {"role": "assistant", "tool_calls": [{"id": "1"}]}], "turn 1, call 0: expected an object with fun"),
+        ([USER, CALLS, RESULTS[0], {**RESULTS[0], "tool_call_id": "3"}], "results of the calls 2, 3; expected those"),
+    ],
+)
+def test_what_would_be_lost_is_refused_by_its_turn(messages, words):
+    with pytest.raises(ChatError, match=words):
+        conversation_of(messages)
+
+
+def read(tmp_path) -> list[Document | Rejected]:
+    return list(read_messages(SourceConfig("messages", "chat", "MIT", path=str(tmp_path)), 0))
+
+
+def test_rows_become_conversations_and_broken_ones_say_why(tmp_path):
+    rows = [
+        {"messages": WHOLE, "tools": TOOLS, "score": 3},
+        {"messages": [USER, USER, ANSWER]},
+        {"messages": [USER]},
+        {"messages": [USER, ANSWER]},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole, broken, unanswered, plain = read(tmp_path)
+    assert isinstance(whole, Document)
+    assert (whole.form, whole.language, whole.licence) == ("conversation", "chat", "MIT")
+    assert read_conversation(whole.text) == EXPECTED
+    assert isinstance(broken, Rejected)
+    assert broken.source == f"{tmp_path}/a.jsonl:2"
+    assert broken.error == "turn 1 (user): expected assistant after user"
+    assert isinstance(unanswered, Rejected)
+    assert (unanswered.reason, unanswered.error) == ("empty", "")
+    assert isinstance(plain, Document)
+    assert plain.group == whole.group  # the same question
+
+
+def test_rows_of_parquet_with_nulls_where_keys_are_missing(tmp_path):
+    turns = [
+        {"role": "user", "content": "Weather?", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [call("Oslo", "1")]},
+    ]
+    pq.write_table(pa.Table.from_pylist([{"messages": turns, "tools": json.dumps(TOOLS)}]), tmp_path / "a.parquet")
+    (one,) = read(tmp_path)
+    assert isinstance(one, Document)
+    assert read_conversation(one.text).messages[1].calls == (Call("weather", {"city": "Oslo"}),)

@@ -1,0 +1,204 @@
+"""Rows of JSON lines, parquet and CSV: columns, compressions, places, and what damaged files say."""
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from dist_lm.config.corpus import SourceConfig
+from dist_lm.data.sources import rows
+from dist_lm.data.sources.reader import Candidate, Rejected, reader_of
+from dist_lm.document import Document
+from dist_lm.errors import ArtefactError, ConfigError
+
+ROWS = [
+    {
+        "id": f"row-{i}",
+        "code": f'text {i}\nof two lines, with "quotes"\n',
+        "lang": "Python" if i % 3 else "C++",
+        "terms": "MIT",
+    }
+    for i in range(30)
+]
+
+
+def write_rows(path: Path, table: list[dict] = ROWS) -> Path:
+    """By the first suffix; compressed by the last."""
+    kind = path.name.split(".")[1]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(table), path)
+        return path
+    if kind in ("csv", "tsv"):
+        plain = path.with_name("plain")
+        with plain.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(table[0]), delimiter="," if kind == "csv" else "\t")
+            writer.writeheader()
+            writer.writerows(table)
+        content = plain.read_bytes()
+        plain.unlink()
+    else:
+        content = "".join(json.dumps(row) + "\n" for row in table).encode()
+    half = len(content) // 2
+    pack: Callable[[bytes], bytes] = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress}.get(
+        path.name.split(".")[-1], bytes
+    )
+    path.write_bytes(pack(content[:half]) + pack(content[half:]))  # several frames, as compressors of many cores write
+    return path
+
+
+def source_of(reader: str, path: Path | str | list[str], **keys) -> SourceConfig:
+    return SourceConfig(reader, path=path if isinstance(path, list) else str(path), **keys)
+
+
+def candidates(source: SourceConfig) -> list[Candidate]:
+    return list(reader_of(source)(source, 0))
+
+
+@pytest.mark.parametrize(
+    ("reader", "name"),
+    [
+        *[("jsonl", f"a.{kind}") for kind in ("jsonl", "jsonl.gz", "jsonl.zst", "ndjson")],
+        ("parquet", "a.parquet"),
+        *[("csv", f"a.{kind}") for kind in ("csv", "csv.gz", "tsv.zst")],
+    ],
+)
+def test_every_kind_of_file_gives_the_same_documents_by_its_columns(tmp_path, reader, name):
+    write_rows(tmp_path / name)
+    keys = {"column": "code", "language_column": "lang", "licence_column": "terms", "id_column": "id"}
+    found = candidates(source_of(reader, tmp_path, **keys))
+    assert all(isinstance(one, Document) for one in found)
+    assert [(one.text, one.language, one.source, one.licence) for one in found if isinstance(one, Document)] == [
+        (row["code"], row["lang"].lower(), row["id"], "MIT") for row in ROWS
+    ]
+    python = candidates(source_of(reader, tmp_path, **keys, only=["python"]))
+    assert sum(isinstance(one, Document) for one in python) == 20
+    assert {one.reason for one in python if isinstance(one, Rejected)} == {"other_language"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("column", "content"), ("licence_column", "licence"), ("language_column", "language"), ("id_column", "name")],
+)
+@pytest.mark.parametrize("reader", ["jsonl", "parquet", "csv"])
+def test_a_column_that_no_row_has_is_refused_with_those_that_are_there(tmp_path, reader, key, value):
+    write_rows(tmp_path / f"a.{reader}")
+    keys = {"column": "code", "language": "x", key: value}
+    with pytest.raises(
+        ConfigError, match=rf"{key}={value}: none of .* has it; the columns there are id, code, lang, t"
+    ):
+        candidates(source_of(reader, tmp_path, **keys))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("a.jsonl.gz", lambda content: content[:-20]),
+        ("a.jsonl.zst", lambda content: content[:-20]),
+        ("a.csv.gz", lambda content: content[:-20]),
+        ("a.jsonl.gz", lambda content: b"not gzip at all"),
+        ("a.parquet", lambda content: content[:-20]),
+        ("a.parquet", lambda content: b"not parquet"),
+    ],
+)
+def test_a_truncated_or_foreign_file_is_named_with_the_place(tmp_path, name, damage):
+    path = write_rows(tmp_path / name)
+    path.write_bytes(damage(path.read_bytes()))
+    source = source_of(name.split(".")[1], tmp_path, language="x", column="code")
+    with pytest.raises(
+        ArtefactError, match=rf"{name}: cannot be read after row or line \d+: .*truncated, dam"
+    ) as error:
+        candidates(source)
+    assert "\n" not in str(error.value)
+    assert "network" not in str(error.value)
+
+
+def test_a_broken_row_of_csv_is_named_by_its_line(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'text,n\n"two\nlines",1\nshort\n"b"x,2\ncaf\xe9,3\nlast,4\n')
+    found = candidates(source_of("csv", tmp_path, language="x"))
+    assert [one.text for one in found if isinstance(one, Document)] == ["two\nlines", "last"]
+    assert [(one.source.rpartition(":")[2], one.reason, one.error) for one in found if isinstance(one, Rejected)] == [
+        ("4", "broken_row", "1 fields, the header has 2"),
+        ("5", "broken_row", "no CSV (',' expected after '\"')"),
+        ("6", "invalid_utf8", "text, character 3: byte 0xe9 is not UTF-8"),
+    ]
+
+
+def test_a_quote_that_nothing_closes_swallows_no_rows(tmp_path):
+    (tmp_path / "a.csv").write_text('text\nfirst\n"open\nlost\nlost\n')
+    found = candidates(source_of("csv", tmp_path, language="x"))
+    assert [one.error for one in found if isinstance(one, Rejected)] == ["no CSV (unexpected end of data)"]
+
+
+def test_bytes_and_dictionaries_of_parquet_are_texts(tmp_path):
+    texts = [b"caf\xc3\xa9", b"caf\xe9", None]
+    table = pa.table({"text": pa.array(texts, pa.binary()), "lang": pa.array(["c", "c", "c"]).dictionary_encode()})
+    pq.write_table(table, tmp_path / "a.parquet")
+    found = candidates(source_of("parquet", tmp_path, language_column="lang"))
+    assert [getattr(one, "text", None) or getattr(one, "reason", None) for one in found] == [
+        "café",
+        "invalid_utf8",
+        "empty",
+    ]
+
+
+def test_invalid_utf8_in_a_text_of_parquet_is_one_broken_row(tmp_path):
+    bad = pa.array([b"good", b"caf\xe9", b"fine"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": bad}), tmp_path / "a.parquet")
+    found = candidates(source_of("parquet", tmp_path, language="x"))
+    assert [getattr(one, "text", None) or getattr(one, "reason", None) for one in found] == [
+        "good",
+        "invalid_utf8",
+        "fine",
+    ]
+
+
+def test_a_file_that_lacks_the_column_is_rejected_row_by_row(tmp_path):
+    write_rows(tmp_path / "a.parquet")
+    write_rows(tmp_path / "b.parquet", [{"other": 1}] * 3)
+    found = candidates(source_of("parquet", tmp_path, language="x", column="code"))
+    assert [one.error for one in found[30:] if isinstance(one, Rejected)] == [
+        "no column code; the columns there are other"
+    ] * 3
+
+
+def test_too_many_languages_are_refused_by_the_key(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [{"text": "a", "lang": f"l{i}"} for i in range(rows.MOST_LANGUAGES + 1)])
+    with pytest.raises(ConfigError, match=r"language_column=lang: more than 200 languages, the last at .*a.jsonl:201"):
+        candidates(source_of("jsonl", tmp_path, language_column="lang"))
+
+
+@pytest.mark.parametrize("column", ["lang", "terms", "id"])
+def test_a_lone_surrogate_in_any_column_is_a_broken_row(tmp_path, column):
+    write_rows(tmp_path / "a.jsonl", [ROWS[0], ROWS[1] | {column: "\ud800"}])
+    keys = {"column": "code", "language_column": "lang", "licence_column": "terms", "id_column": "id"}
+    assert isinstance(candidates(source_of("jsonl", tmp_path, **keys))[1], Rejected)
+
+
+def test_a_line_past_the_longest_is_skipped_and_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("dist_lm.data.sources.formats.LONGEST", 1 << 20)
+    write_rows(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b" * (3 << 20)}, {"text": "c"}])
+    found = candidates(source_of("jsonl", tmp_path, language="x"))
+    assert [getattr(one, "text", None) or getattr(one, "error", None) for one in found] == [
+        "a",
+        "a line of more than 1 MiB",
+        "c",
+    ]
+
+
+def test_input_that_grew_is_noticed(tmp_path):
+    from dist_lm.data.inputs import changes, inputs_of
+
+    path = write_rows(tmp_path / "a.jsonl", ROWS[:10])
+    source = source_of("jsonl", tmp_path, language="x", column="code")
+    before = inputs_of(source, hashes=True)
+    assert changes(before, inputs_of(source)) == []
+    write_rows(path, ROWS)
+    assert "bytes, was" in changes(before, inputs_of(source))[0]
+    write_rows(tmp_path / "b.jsonl", ROWS)
+    assert changes(before, inputs_of(source))[0] == f"1 file new: {tmp_path}/b.jsonl"
