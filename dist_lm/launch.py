@@ -16,7 +16,7 @@ from dist_lm.cluster.allocation import ranks_beside, ranks_per_node
 from dist_lm.cluster.node_facts import local_gpus
 from dist_lm.cluster.ray_cluster import Node
 from dist_lm.config.root import Config
-from dist_lm.errors import ArtefactError, ConfigError, require
+from dist_lm.errors import ArtefactError, ConfigError, UserError, require
 from dist_lm.launcher.compose import (
     compose_config,
     default_stage,
@@ -221,6 +221,7 @@ def ranks_here(config: Config) -> int:
 def carry_out(plan: Plan, console: Console) -> int:
     """Run the missing stages of a plan in order. Returns the exit code."""
     from dist_lm.cluster.events import GangFailure, PoolFailure
+    from dist_lm.cluster.ray_cluster import first_line
     from dist_lm.cluster.recruit import NoNodesError
     from dist_lm.launcher.muster import NodesLostError
     from dist_lm.launcher.outcome import print_outcome, print_samples
@@ -260,7 +261,7 @@ def carry_out(plan: Plan, console: Console) -> int:
             full = disk_trouble(
                 error, f"work_dir={plan.target.config.work_dir} (or temporary files, or standard output)"
             )
-            pipeline.end("failed", full or str(error) or type(error).__name__)
+            pipeline.end("failed", full or (str(error) if isinstance(error, UserError) else first_line(error)))
             if full:
                 raise ArtefactError(full) from error
             raise

@@ -64,7 +64,7 @@ class _Member:
     def take(self, answered: bool) -> None:
         """Record the answer to the question, or its absence."""
         import ray
-        from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError
+        from ray.exceptions import ActorUnavailableError, RayError
 
         reason = SILENT
         if answered:
@@ -73,11 +73,11 @@ class _Member:
                 self.report = cast(NodeReport, ray.get(question))
                 self.reported_at, self.silent_since = time.monotonic(), None
                 return
-            except (ActorDiedError, RayTaskError) as error:
-                self.lost = first_line(error)
-                return
             except ActorUnavailableError as error:
                 reason = first_line(error)
+            except RayError as error:  # the agent failed or is gone, as after OutOfMemoryError or NodeDiedError
+                self.lost = first_line(error)
+                return
         self.silent_since = self.silent_since or time.monotonic()
         if time.monotonic() - self.silent_since > LOST_S:
             self.lost = f"not reached for {LOST_S:.0f} s: {reason}"
@@ -264,7 +264,7 @@ class Gang:
     def _call(self, ask: Callable[[Any], Any], timeout_s: float) -> dict[int, Any]:
         """Ask the agents of all nodes that are not lost; returns the answers within `timeout_s`, by node."""
         import ray
-        from ray.exceptions import RayActorError, RayTaskError
+        from ray.exceptions import RayActorError, RayError
 
         questions = {ask(member.agent): node for node, member in enumerate(self._members) if not member.lost}
         if not questions:
@@ -276,7 +276,7 @@ class Gang:
                 answers[questions[question]] = ray.get(question)
             except RayActorError:  # the agent is gone, and the kernel has ended its processes
                 continue
-            except RayTaskError as error:
+            except RayError as error:
                 log.warning("node %s: %s", self._members[questions[question]].host, first_line(error))
         return answers
 

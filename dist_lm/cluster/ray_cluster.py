@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ RAY_ENVIRONMENT = {
 CHANGED_BY_RAY = ("RAY_CLIENT_MODE", "PYTHONBREAKPOINT")  # while it is connected
 # Ray replaces 127.0.0.1 by the host's own address and keeps other loopback addresses, which exist on Linux only
 LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
+LONGEST_REASON = 300  # characters of a Ray error in a message; some fill a screen
 PRIVATE_END_S = 30.0
 PRIVATE_PATIENCE = 3  # times the usual timeout: our own head has answered, so only a busy machine delays it
 
@@ -137,8 +139,9 @@ def joined_by(access: RayAccess, config: ClusterConfig) -> Iterator[RayCluster]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first non-empty line of a Ray error; for the death of an actor that is the reason."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first non-empty line of a Ray error, shortened; for the death of an actor that is the reason."""
+    lines = (line.strip() for line in str(error).splitlines() if line.strip())
+    return textwrap.shorten(next(lines, type(error).__name__), LONGEST_REASON, placeholder=" ...")
 
 
 def last_line(error: BaseException) -> str:

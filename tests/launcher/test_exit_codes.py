@@ -44,3 +44,18 @@ def test_the_exit_code_and_the_pipeline_say_how_it_ended(plan, monkeypatch, tmp_
     assert launch.carry_out(plan, Console(errors=io.StringIO())) == code
     (pipeline,) = (tmp_path / "pipelines").glob("*.json")
     assert json.loads(pipeline.read_text())["state"] == state
+
+
+def test_the_status_of_an_unexpected_error_is_one_line(plan, monkeypatch, tmp_path):
+    def run_missing(*arguments: Any) -> int:
+        raise RuntimeError("\n".join(["Ray says that " + "much " * 200] * 20))
+
+    monkeypatch.setattr(launch, "run_missing", run_missing)
+    monkeypatch.setattr("sys.argv", ["launch"])
+    with pytest.raises(RuntimeError):
+        launch.carry_out(plan, Console(errors=io.StringIO()))
+    (pipeline,) = (tmp_path / "pipelines").glob("*.json")
+    error = json.loads(pipeline.read_text())["error"]
+    assert error.startswith("Ray says")
+    assert len(error.splitlines()) == 1
+    assert len(error) <= 300
