@@ -18,7 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-data = typer.Typer(help="Look at corpora.", no_args_is_help=True)
+data = typer.Typer(help="Look at corpora, describe data of your own.", no_args_is_help=True)
 app.add_typer(data, name="data")
 checkpoint = typer.Typer(help="Inspect and verify checkpoints, write one to a single file.", no_args_is_help=True)
 app.add_typer(checkpoint, name="checkpoint")
@@ -49,6 +49,21 @@ def data_inspect(
 
     if not print_corpus(corpus, Console()):
         raise ArtefactError(f"{corpus}: some shards differ from the manifest; remove the folder and run stage=shards")
+
+
+@data.command("new")
+def data_new(
+    places: Annotated[list[str], typer.Argument(help="Files, folders, globs or URLs.", metavar="PATH...")],
+    out: Annotated[Path, typer.Option("--out", help="The file to write: DIR/corpus/NAME.yaml.")],
+    sample: Annotated[int, typer.Option(help="MiB of text that are read of each corpus.", min=1)] = 256,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Look at data and write a corpus file for it: readers, columns, languages, licences, and what would be dropped."""
+    from rich.console import Console
+
+    from dist_lm.data.new import new_corpus
+
+    new_corpus(places, out, Console(), sample_bytes=sample << 20, force=force)
 
 
 @app.command("metrics")
