@@ -15,10 +15,10 @@ from dist_lm.chat.messages import Call, Conversation, Message, Tool
 from dist_lm.chat.template import layout
 from dist_lm.config.corpus import TokenizerConfig
 from dist_lm.config.root import Config
-from dist_lm.data.shard_writer import ShardWriter, write_manifest
+from dist_lm.data.shard_writer import CorpusWriter
 from dist_lm.document import Document
 from dist_lm.launcher.compose import compose_config
-from dist_lm.stages.shards import corpus_fingerprint, digest, text_fingerprint
+from dist_lm.stages.shards import digest, recipe_of, text_fingerprint
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import FORMAT, Tokenizer
@@ -117,21 +117,12 @@ def tiny_work(tmp_path_factory: pytest.TempPathFactory) -> WorkDirectory:
     report = {"format": FORMAT, "vocab_size": VOCAB_SIZE, "bytes_per_token": 2.0, "text": fingerprint}
     durable.write_json(work.tokenizer_report, report)
     for name, documents in corpora.items():
-        directory = work.corpus(name)
-        directory.mkdir(parents=True)
-        for split, part in (
-            ("train", documents[: -len(documents) // 10]),
-            ("val", documents[-len(documents) // 10 :]),
-        ):
-            with ShardWriter(directory, split, documents_per_member=64, shard_tokens=10_000) as writer:
-                for document in part:
-                    writer.write(encode_document(tokenizer, document))
-        write_manifest(
-            directory,
-            tokenizer_sha256=durable.sha256_of(work.tokenizer_model),
-            corpus_fingerprint=digest(corpus_fingerprint(config, name)),
-            ingest={},
-        )
+        recipe = recipe_of(replace(config, work_dir=str(work.path)), name)
+        recipe = replace(recipe, documents_per_member=64, shard_tokens=10_000)
+        with CorpusWriter(work.corpus(name), recipe) as writer:
+            for number, document in enumerate(documents, len(documents) // 10 - len(documents)):
+                writer.write("train" if number < 0 else "val", encode_document(tokenizer, document))
+            writer.finish({})
     return work
 
 

@@ -1,6 +1,5 @@
 """Prints the content of a corpus: `python -m dist_lm data inspect CORPUS`."""
 
-import json
 import re
 from collections import Counter
 from dataclasses import asdict
@@ -11,9 +10,13 @@ from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
+from zstandard import ZstdError
 
-from dist_lm.data.manifest import Manifest, manifest_path, read_manifest, verify
-from dist_lm.data.mapped import MappedCorpus, members
+from dist_lm.data.index import open_index
+from dist_lm.data.journal import entries
+from dist_lm.data.manifest import Manifest, Shard, manifest_path, read_manifest, shard_state
+from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.shard_writer import read_origins
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
@@ -31,12 +34,19 @@ def inspect_corpus(directory: Path) -> dict[str, Any]:
         ArtefactError: `directory` is not a corpus.
     """
     manifest = _manifest(directory)
-    state = verify(directory)
-    licences, origins = _origins([directory / name for name, found in state.items() if found == "ok"])
+    state = verify(directory, manifest)
+    problems = [f"{name}: not in the manifest" for name in entries(directory)[1]]
+    licences: Counter[tuple[str, str]] = Counter()
+    origins: Counter[str] = Counter()
+    for shard in (shard for split in manifest.splits.values() for shard in split.shards if state[shard.name] == "ok"):
+        try:
+            _count_origins(directory / shard.name, shard, licences, origins)
+        except (OSError, ValueError, KeyError, ZstdError) as error:
+            problems.append(f"licences and sources of {shard.name} cannot be read: {error}")
     return {
         "directory": str(directory),
-        "tokenizer_sha256": manifest.tokenizer_sha256,
-        "corpus_fingerprint": manifest.corpus_fingerprint,
+        "tokenizer_sha256": manifest.recipe.tokenizer_sha256,
+        "corpus_fingerprint": manifest.recipe.corpus_fingerprint,
         "splits": {
             name: {
                 "total": asdict(split.counts),
@@ -45,7 +55,7 @@ def inspect_corpus(directory: Path) -> dict[str, Any]:
             for name, split in manifest.splits.items()
         },
         "shards": [
-            {**asdict(shard), "split": name, "state": state[shard.name]}
+            {**asdict(shard), "members": len(shard.checksums()), "split": name, "state": state[shard.name]}
             for name, split in manifest.splits.items()
             for shard in split.shards
         ],
@@ -55,26 +65,41 @@ def inspect_corpus(directory: Path) -> dict[str, Any]:
         ],
         "origins": [{"origin": origin, "documents": documents} for origin, documents in origins.most_common()],
         "ingest": manifest.ingest,
+        "content": manifest.content,
+        "problems": problems,
+    }
+
+
+def verify(directory: Path, manifest: Manifest) -> dict[str, str]:
+    """Compare every byte of every tar with the manifest: tar name -> `ok` or the difference."""
+    return {
+        shard.name: _state(directory, name, shard, manifest.recipe.vocab_size)
+        for name, split in manifest.splits.items()
+        for shard in split.shards
     }
 
 
 def print_corpus(directory: Path, console: Console) -> bool:
-    """Print `inspect_corpus` and a document of each language. Returns whether every tar is intact."""
+    """Print `inspect_corpus` and a document of each language.
+
+    Returns whether every tar is intact, and the folder holds nothing else.
+    """
     summary = inspect_corpus(directory)
     console.print(Text(f"Corpus {summary['directory']}", style="bold"))
     console.print(_language_table(summary["splits"]))
     console.print(_shard_table(summary["shards"]))
     console.print(_licence_table(summary["licences"]))
     console.print(_origin_table(summary["origins"]))
-    whole = all(shard["state"] == "ok" for shard in summary["shards"])
-    if not whole:
+    for problem in summary["problems"]:
+        console.print(Text(problem, style="yellow"))
+    if any(shard["state"] != "ok" for shard in summary["shards"]):
         console.print(Text("Some shards are damaged; no sample is shown.", style="red"))
         return False
     corpus = MappedCorpus.open(directory, "train")
     if corpus.has_mask:
         console.print(_longer_table(corpus))
     _print_samples(directory, summary["tokenizer_sha256"], console)
-    return True
+    return not summary["problems"]
 
 
 def origin_of(source: str) -> str:
@@ -93,22 +118,25 @@ def _manifest(directory: Path) -> Manifest:
     return read_manifest(directory)
 
 
-def _origins(tars: list[Path]) -> tuple[Counter[tuple[str, str]], Counter[str]]:
-    """Documents by (language, licence), and by origin."""
-    licences: Counter[tuple[str, str]] = Counter()
-    origins: Counter[str] = Counter()
-    for tar in tars:
-        with tar.open("rb") as file:
-            for _, parts in members(tar):
-                file.seek(parts["meta.json"].offset_data)
-                meta = json.loads(file.read(parts["meta.json"].size))
-                # the part is an npy header and one byte per document: the codes are its last bytes
-                codes = parts["languages.npy"]
-                file.seek(codes.offset_data + codes.size - len(meta["sources"]))
-                names = [meta["languages"][str(code)] for code in file.read(len(meta["sources"]))]
-                licences.update(zip(names, meta["licences"], strict=True))
-                origins.update(map(origin_of, meta["sources"]))
-    return licences, origins
+def _state(directory: Path, split: str, shard: Shard, vocab_size: int) -> str:
+    """`ok`, or what is wrong with a tar."""
+    state = shard_state(directory / shard.name, shard, hashes=True)
+    if state != "ok" or not shard.counts.documents:
+        return state
+    try:
+        index = open_index(directory / shard.name, shard)
+        MappedCorpus(directory, split, [shard], [index], vocab_size).check()
+    except ArtefactError as error:
+        return str(error)
+    return "ok"
+
+
+def _count_origins(tar: Path, shard: Shard, licences: Counter[tuple[str, str]], origins: Counter[str]) -> None:
+    """Count the documents of a tar by (language, licence), and by origin."""
+    index, found = open_index(tar, shard), list(read_origins(tar))
+    for code, (source, licence) in zip(index.documents["language"].tolist(), found, strict=True):
+        licences[index.languages[code], licence] += 1
+        origins[origin_of(source)] += 1
 
 
 def _language_table(splits: dict[str, Any]) -> Table:

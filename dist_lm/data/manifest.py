@@ -1,23 +1,33 @@
-"""The manifest of a corpus: tars with their hashes, counts by split and language, and the inputs of the shards.
+"""The manifest of a corpus: tars with their hashes, counts by split and language, and what they were built from.
 
-The manifest is written last: a folder without a manifest is not a corpus.
+The manifest is written last: a folder without a manifest is not a corpus. It holds a hash of its own content, so an
+edited manifest is refused.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
+
+import numpy as np
 
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 
 BUILD_COMMAND = "python -m dist_lm.launch stage=shards"
-FORMAT = 2  # of manifest.json and its tars; format 1 had other special tokens than ChatML's
+FORMAT = 3  # of manifest.json and its tars; format 2 had no checksum of a member
+_HASH = r"[0-9a-f]{64}"
 
 
 class FormatError(ArtefactError):
     """A corpus of another format."""
+
+
+class ManifestError(ArtefactError):
+    """A manifest that is damaged or was edited, so that nobody knows which files are ours."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,32 @@ class Shard:
     name: str
     size: int  # bytes
     sha256: str
+    index_sha256: str  # of the index: where members and documents lie
+    content: str  # sum of the hashes of its documents (`data.shard_writer.content_of`), hexadecimal
+    members: str  # CRC-32 of each member, eight hexadecimal digits each
     counts: Counts
+
+    def checksums(self) -> list[int]:
+        """CRC-32 of each member."""
+        return [int(self.members[i : i + 8], 16) for i in range(0, len(self.members), 8)]
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any], name: str) -> Self:
+        """The value that `asdict` made of a tar named `name`.
+
+        Raises:
+            ValueError: a field is missing, or has another form.
+        """
+        counts = parse_counts(value["counts"])
+        shard = cls(**{**value, "counts": counts})
+        hashes = (shard.sha256, shard.index_sha256, shard.content)
+        if shard.name != name:
+            raise ValueError(f"a tar is named {shard.name!r}, expected {name}")
+        if type(shard.size) is not int or not all(re.fullmatch(_HASH, text) for text in hashes):
+            raise ValueError(f"{name}: size or hashes have another form")
+        if not re.fullmatch("([0-9a-f]{8})*", shard.members):
+            raise ValueError(f"{name}: the checksums of its members have another form")
+        return shard
 
 
 @dataclass(frozen=True)
@@ -53,21 +88,41 @@ class Split:
     def counts(self) -> Counts:
         return sum((shard.counts for shard in self.shards), Counts())
 
+    @property
+    def content(self) -> str:
+        """Hash of what training sees: tokens, lengths, masks and verdicts, in the order of the documents."""
+        return content_sum(shard.content for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the tars are built from. Equal recipes give equal bytes."""
+
+    tokenizer_sha256: str
+    vocab_size: int  # all token ids are smaller
+    corpus_fingerprint: str  # hash of the configuration that selected the documents
+    documents_per_member: int
+    shard_tokens: int
+
 
 @dataclass(frozen=True)
 class Manifest:
     """The content of `manifest.json`."""
 
-    tokenizer_sha256: str
-    corpus_fingerprint: str  # hash of the configuration that selected the documents
+    recipe: Recipe
     splits: Mapping[str, Split]
     ingest: Mapping[str, Any]  # dropped documents by reason
 
+    @property
+    def content(self) -> dict[str, str]:
+        """The content hash of each split: see `Split.content`."""
+        return {name: split.content for name, split in self.splits.items()}
+
     def require_tokenizer(self, sha256: str, directory: Path) -> None:
         """Refuse another tokenizer than the one that wrote the shards in `directory`."""
-        if sha256 != self.tokenizer_sha256:
+        if sha256 != self.recipe.tokenizer_sha256:
             raise ArtefactError(
-                f"{directory} was written with tokenizer {self.tokenizer_sha256[:12]}, not {sha256[:12]}: "
+                f"{directory} was written with tokenizer {self.recipe.tokenizer_sha256[:12]}, not {sha256[:12]}: "
                 f"restore that tokenizer, or build the corpus again with `{BUILD_COMMAND}`"
             )
 
@@ -76,12 +131,44 @@ def manifest_path(directory: Path) -> Path:
     return directory / "manifest.json"
 
 
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type that holds every token id of a vocabulary."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def shard_name(split: str, number: int) -> str:
+    """The name of tar `number` of a split."""
+    return f"{split}-{number:06d}.tar"
+
+
+def content_sum(hashes: Iterable[str]) -> str:
+    """The sum of hashes of 256 bits, modulo 2**256, hexadecimal: independent of how documents are cut into tars."""
+    return f"{sum(int(text, 16) for text in hashes) % 2**256:064x}"
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Declare the corpus complete."""
+    splits = {
+        name: {"shards": [asdict(shard) for shard in split.shards], "languages": _counts_by(split.languages)}
+        for name, split in manifest.splits.items()
+    }
+    value = {
+        "format": FORMAT,
+        **asdict(manifest.recipe),
+        "content": manifest.content,
+        "splits": splits,
+        "ingest": dict(manifest.ingest),
+    }
+    durable.write_json(manifest_path(directory), {**value, "checksum": _checksum(value)})
+
+
 def read_manifest(directory: Path) -> Manifest:
     """Read the manifest.
 
     Raises:
-        ArtefactError: the corpus is missing, unfinished or damaged.
-        FormatError: it has another format.
+        ArtefactError: the corpus is missing or unfinished.
+        ManifestError: the manifest is damaged, or was edited.
+        FormatError: the corpus has another format.
     """
     path = manifest_path(directory)
     if not directory.is_dir():
@@ -95,25 +182,20 @@ def read_manifest(directory: Path) -> Manifest:
                 f"{directory} is a corpus of format {value['format']}, this version reads format {FORMAT}: use another "
                 f"work_dir, or remove that folder and build it again with `{BUILD_COMMAND}`"
             )
+        if value.pop("checksum") != _checksum(value):
+            raise ValueError("its content does not match its checksum, so it was edited")
         return Manifest(
-            tokenizer_sha256=value["tokenizer_sha256"],
-            corpus_fingerprint=value["corpus_fingerprint"],
-            splits={name: _parse_split(split) for name, split in value["splits"].items()},
+            recipe=Recipe(**{name: value[name] for name in Recipe.__dataclass_fields__}),
+            splits={name: _parse_split(name, split) for name, split in value["splits"].items()},
             ingest=value["ingest"],
         )
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ArtefactError(
-            f"{path} is damaged ({type(error).__name__}: {error}): build it again with `{BUILD_COMMAND}`"
+    except FormatError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ManifestError(
+            f"{path} is damaged ({type(error).__name__}: {error}): restore it from a copy, or remove {directory} and "
+            f"build it again with `{BUILD_COMMAND}`"
         ) from error
-
-
-def verify(directory: Path) -> dict[str, str]:
-    """Compare every tar with the manifest, hashes included: tar name -> `ok` or the difference."""
-    found = {}
-    for split in read_manifest(directory).splits.values():
-        for shard in split.shards:
-            found[shard.name] = shard_state(directory / shard.name, shard, hashes=True)
-    return found
 
 
 def shard_state(path: Path, shard: Shard, *, hashes: bool) -> str:
@@ -127,8 +209,26 @@ def shard_state(path: Path, shard: Shard, *, hashes: bool) -> str:
     return "ok"
 
 
-def _parse_split(value: Mapping[str, Any]) -> Split:
-    shards = [
-        Shard(shard["name"], shard["size"], shard["sha256"], Counts(**shard["counts"])) for shard in value["shards"]
-    ]
-    return Split(tuple(shards), {name: Counts(**counts) for name, counts in value["languages"].items()})
+def parse_counts(value: Mapping[str, Any]) -> Counts:
+    """The value that `asdict` made of counts.
+
+    Raises:
+        ValueError: an amount is no natural number.
+    """
+    counts = Counts(**value)
+    if not all(type(amount) is int and amount >= 0 for amount in asdict(counts).values()):
+        raise ValueError(f"counts are no natural numbers: {dict(value)}")
+    return counts
+
+
+def _parse_split(name: str, value: Mapping[str, Any]) -> Split:
+    shards = [Shard.parse(shard, shard_name(name, number)) for number, shard in enumerate(value["shards"])]
+    return Split(tuple(shards), {language: parse_counts(counts) for language, counts in value["languages"].items()})
+
+
+def _counts_by(languages: Mapping[str, Counts]) -> dict[str, Any]:
+    return {language: asdict(counts) for language, counts in languages.items()}
+
+
+def _checksum(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

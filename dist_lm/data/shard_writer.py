@@ -9,24 +9,29 @@ A member of a tar groups many documents (one a member costs 3.6 times the bytes)
     KEY.languages.npy  (documents,) uint8   codes
     KEY.mask.npy       (tokens,) uint8      only if a document has a loss mask; 1: the token is learned
     KEY.branch.npy ... only for rankings: see `data.rankings.shards`
-    KEY.meta.json      {"languages": {code: name}, "sources": [one per document], "licences": [one per document]}
+    KEY.meta.json      {"languages": {code: name}}
 
+Sources and licences lie beside the tar, in `.origins.jsonl.zst`, one object per document: {"source", "licence"}.
 Equal documents give equal bytes.
 """
 
-import re
-from collections.abc import Mapping
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 import numpy as np
+import zstandard
 
 from dist_lm.config.corpus import SPLITS
-from dist_lm.data.manifest import FORMAT, Counts, Manifest, Shard, Split, manifest_path
-from dist_lm.data.mapped import ShardIndex, build_index, index_path, open_index, save_index
+from dist_lm.data.index import ShardIndex, build_index, index_path, member_checksums, open_index, save_index
+from dist_lm.data.journal import Journal
+from dist_lm.data.manifest import Counts, Manifest, Recipe, Shard, Split, token_dtype, write_manifest
 from dist_lm.data.rankings.shards import member_parts
 from dist_lm.document import TokenizedDocument
 from dist_lm.storage import durable
@@ -35,63 +40,93 @@ _OWNER = "dist_lm"
 _MODE = 0o644
 
 
-class ShardWriter:
-    """Writes the tars of one split; a context manager.
+class CorpusWriter:
+    """Writes the tars of a corpus; a context manager.
 
-    Entering it removes the manifest and the files of earlier builds of this split, so the corpus is incomplete until
-    `write_manifest`. A tar gets its final name and its index after it has been written and flushed.
+    Entering it makes the corpus incomplete until `finish`. Tars that an earlier build with the same recipe finished are
+    kept: the first `kept[split]` documents of each split must not be written again.
     """
 
-    def __init__(self, directory: Path, split: str, documents_per_member: int, shard_tokens: int) -> None:
-        """`shard_tokens`: the tar is finished after the member that reaches this number of tokens."""
+    def __init__(self, directory: Path, recipe: Recipe) -> None:
         self.directory = directory
-        self.split = split
-        self.documents_per_member = documents_per_member
-        self.shard_tokens = shard_tokens
-        self.paths: list[Path] = []  # finished tars
-        self._dtype: np.dtype | None = None
-        self._languages: dict[str, int] = {}
-        self._pending: list[TokenizedDocument] = []
-        self._members = 0
-        self._tokens = 0
-        self._file: IO[bytes] | None = None
-        self._tar: Any = None
+        self.recipe = recipe
+        self.kept: dict[str, int] = {}
 
     def __enter__(self) -> Self:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        manifest_path(self.directory).unlink(missing_ok=True)
-        ours = re.compile(rf"\.?{re.escape(self.split)}-\d{{6}}\.(tar|index|tar\.tmp)")
-        for path in self.directory.iterdir():
-            if ours.fullmatch(path.name):
-                path.unlink()
-        durable.fsync_directory(self.directory)
+        """
+        Raises:
+            ArtefactError: the folder holds files that are not ours.
+        """
+        self._journal = Journal.start(self.directory, self.recipe)
+        self.kept = self._journal.documents
+        self._splits = {split: _SplitWriter(split, self._journal) for split in SPLITS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self._flush_member()
-                self._finish_tar()
-        finally:
-            self._abandon_tar()
+        for split in self._splits.values():
+            split.abandon_tar()
+
+    def write(self, split: str, document: TokenizedDocument) -> None:
+        """Append one document to `train` or `val`."""
+        self._splits[split].write(document)
+
+    def finish(self, ingest: Mapping[str, Any]) -> Manifest:
+        """Write the last tars and the manifest, which declares the corpus complete. `ingest` must be JSON."""
+        found = {}
+        for name, split in self._splits.items():
+            split.finish()
+            shards = self._journal.finished[name]
+            found[name] = Split(tuple(shards), _by_language(open_index(self.directory / s.name, s) for s in shards))
+        manifest = Manifest(self.recipe, found, dict(ingest))
+        write_manifest(self.directory, manifest)
+        self._journal.close()
+        return manifest
+
+
+class _SplitWriter:
+    """Writes the tars of one split."""
+
+    def __init__(self, split: str, journal: Journal) -> None:
+        self._split, self._journal, self._recipe = split, journal, journal.recipe
+        self._documents = journal.documents[split]
+        self._path = journal.directory  # of the tar that is being written
+        self._dtype = token_dtype(journal.recipe.vocab_size)
+        self._pending: list[TokenizedDocument] = []
+        self._tar: Any = None
+        self._file: IO[bytes] | None = None
+        self._clear()
 
     def write(self, document: TokenizedDocument) -> None:
-        """Append one document."""
         tokens, mask = document.tokens, document.loss_mask
-        assert tokens.dtype in (np.uint16, np.uint32), tokens.dtype
-        self._dtype = self._dtype or tokens.dtype
-        assert tokens.dtype == self._dtype, "all documents of a corpus come from one tokenizer"
+        assert tokens.dtype == self._dtype, (tokens.dtype, self._recipe.vocab_size)
         assert len(tokens) > 0, "a document begins with end-of-text"
         assert mask is None or (mask.dtype == np.uint8 and mask.shape == tokens.shape), "one uint8 per token"
         self._pending.append(document)
-        if len(self._pending) == self.documents_per_member:
+        if len(self._pending) == self._recipe.documents_per_member:
             self._flush_member()
 
-    @property
-    def _path(self) -> Path:
-        return self.directory / f"{self.split}-{len(self.paths):06d}.tar"
+    def finish(self) -> None:
+        """Write what is left."""
+        self._flush_member()
+        self._finish_tar()
+
+    def abandon_tar(self) -> None:
+        """Remove an unfinished tar."""
+        if self._tar is None or self._file is None:
+            return
+        for part in (self._tar, self._file):
+            with suppress(OSError):  # closing may fail too; the first error is the one to report
+                part.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _clear(self) -> None:
+        """The state before the first document of a tar: its bytes depend on no other tar."""
+        self._tar, self._file = None, None
+        self._members, self._tokens, self._content = 0, 0, 0
+        self._languages: dict[str, int] = {}
+        self._origins: list[tuple[str, str]] = []
 
     @property
     def _temporary(self) -> Path:
@@ -104,19 +139,17 @@ class ShardWriter:
         tar = self._tar or self._start_tar()
         for document in documents:
             self._languages.setdefault(document.language, len(self._languages))
+            self._content += content_of(self._documents, document)
+            self._documents += 1
         tokens = np.concatenate([d.tokens for d in documents])
         codes = [self._languages[d.language] for d in documents]
         sample: dict[str, Any] = {
-            "__key__": f"{len(self.paths):06d}-{self._members:06d}",
-            "tokens.npy": tokens.astype(tokens.dtype.newbyteorder("<"), copy=False),
+            "__key__": f"{self._path.stem.rpartition('-')[2]}-{self._members:06d}",
+            "tokens.npy": tokens.astype(self._dtype, copy=False),
             "lengths.npy": np.array([len(d.tokens) for d in documents], "<u4"),
             "bytes.npy": np.array([d.n_bytes for d in documents], "<u4"),
             "languages.npy": np.array(codes, np.uint8),
-            "meta.json": {
-                "languages": {str(code): name for name, code in self._languages.items()},
-                "sources": [d.source for d in documents],
-                "licences": [d.licence for d in documents],
-            },
+            "meta.json": {"languages": {str(code): name for name, code in self._languages.items()}},
         }
         if any(d.loss_mask is not None for d in documents):
             sample["mask.npy"] = np.concatenate(
@@ -126,74 +159,82 @@ class ShardWriter:
             assert len(verdicts) == len(documents), "a corpus of rankings holds only rankings"
             sample |= member_parts(verdicts)
         tar.write(sample)
+        self._origins += [(d.source, d.licence) for d in documents]
         self._members += 1
         self._tokens += len(tokens)
-        if self._tokens >= self.shard_tokens:
+        if self._tokens >= self._recipe.shard_tokens:
             self._finish_tar()
 
     def _start_tar(self) -> Any:
         from webdataset.writer import TarWriter  # imports torch, which takes a second
 
+        self._path = self._journal.directory / self._journal.begin(self._split)
         self._file = self._temporary.open("wb")
         self._tar = TarWriter(self._file, user=_OWNER, group=_OWNER, mode=_MODE, mtime=0, compress=False, encoder=True)
         return self._tar
 
-    def _abandon_tar(self) -> None:
-        """Remove an unfinished tar."""
-        if self._tar is None or self._file is None:
-            return
-        for part in (self._tar, self._file):
-            with suppress(OSError):  # closing may fail too; the first error is the one to report
-                part.close()
-        self._temporary.unlink(missing_ok=True)
-
     def _finish_tar(self) -> None:
-        """Close and flush the tar, rename it, and write its index."""
+        """Close and flush the tar, write the files beside it, rename it, and record it."""
         if self._tar is None or self._file is None:
             return
         self._tar.close()
         self._file.close()
         durable.fsync_file(self._temporary)
-        path = self._path
-        self._temporary.replace(path)
-        durable.fsync_directory(self.directory)
-        self._tar, self._file = None, None
-        self._members, self._tokens = 0, 0
-        save_index(build_index(path), index_path(path))
-        self.paths.append(path)
+        write_origins(self._path, self._origins)
+        self._temporary.replace(self._path)
+        durable.fsync_directory(self._path.parent)
+        index = build_index(self._path)
+        save_index(index, index_path(self._path))
+        self._journal.finish(self._split, shard_of(self._path, index, self._content))
+        self._clear()
 
 
-def write_manifest(
-    directory: Path, *, tokenizer_sha256: str, corpus_fingerprint: str, ingest: Mapping[str, Any]
-) -> Manifest:
-    """Count and hash the tars in `directory`, and declare the corpus complete. `ingest` must be JSON."""
-    splits = {}
-    for split in SPLITS:
-        tars = sorted(directory.glob(f"{split}-??????.tar"))
-        indices = [open_index(tar) for tar in tars]
-        shards = [_shard(tar.name, index) for tar, index in zip(tars, indices, strict=True)]
-        splits[split] = Split(tuple(shards), _by_language(indices))
-    manifest = Manifest(tokenizer_sha256, corpus_fingerprint, splits, dict(ingest))
-    durable.write_json(manifest_path(directory), {"format": FORMAT, **asdict(manifest)})
-    return manifest
-
-
-def _shard(name: str, index: ShardIndex) -> Shard:
-    return Shard(name, index.tar_size, index.tar_sha256, _counts(index.entries))
-
-
-def _counts(entries: np.ndarray) -> Counts:
-    return Counts(
-        documents=len(entries),
-        tokens=int(entries["length"].sum(dtype=np.int64)),
-        bytes=int(entries["n_bytes"].sum(dtype=np.int64)),
+def shard_of(tar: Path, index: ShardIndex, content: int) -> Shard:
+    """The entry of a tar in the manifest."""
+    return Shard(
+        name=tar.name,
+        size=tar.stat().st_size,
+        sha256=durable.sha256_of(tar),
+        index_sha256=index.sha256,
+        content=f"{content % 2**256:064x}",
+        members="".join(f"{checksum:08x}" for checksum in member_checksums(tar, index)),
+        counts=index.counts(),
     )
 
 
-def _by_language(indices: list[ShardIndex]) -> dict[str, Counts]:
+def content_of(number: int, document: TokenizedDocument) -> int:
+    """Hash of what training sees of document `number` of its split: tokens, mask and verdict."""
+    digest = hashlib.sha256(f"{number} {len(document.tokens)} {document.loss_mask is not None}".encode())
+    verdict = document.verdict
+    judged = () if verdict is None else [getattr(verdict, one.name) for one in fields(verdict)]
+    for array in (document.tokens, document.loss_mask, *judged):
+        if array is not None:
+            digest.update(array.tobytes())
+    return int.from_bytes(digest.digest())
+
+
+def origins_path(tar: Path) -> Path:
+    """The file of sources and licences beside `tar`."""
+    return tar.with_suffix(".origins.jsonl.zst")
+
+
+def write_origins(tar: Path, origins: Iterable[tuple[str, str]]) -> None:
+    """Write source and licence of every document of `tar`."""
+    lines = "".join(json.dumps({"source": source, "licence": licence}) + "\n" for source, licence in origins)
+    durable.write_bytes(origins_path(tar), zstandard.ZstdCompressor(write_checksum=True).compress(lines.encode()))
+
+
+def read_origins(tar: Path) -> Iterator[tuple[str, str]]:
+    """Source and licence of every document of `tar`."""
+    with origins_path(tar).open("rb") as file:
+        for line in io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(file), encoding="utf-8", newline="\n"):
+            value = json.loads(line)
+            yield value["source"], value["licence"]
+
+
+def _by_language(indices: Iterable[ShardIndex]) -> dict[str, Counts]:
     totals: dict[str, Counts] = {}
     for index in indices:
         for code, name in enumerate(index.languages):
-            counts = _counts(index.entries[index.entries["language"] == code])
-            totals[name] = totals.get(name, Counts()) + counts
+            totals[name] = totals.get(name, Counts()) + index.counts(code)
     return dict(sorted(totals.items()))

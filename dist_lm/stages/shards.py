@@ -22,10 +22,11 @@ from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
 from dist_lm.data.corpus import form_of, text_corpora
 from dist_lm.data.ingest import Texts, read_corpus
-from dist_lm.data.manifest import Counts, FormatError, read_manifest
+from dist_lm.data.journal import require_only_ours
+from dist_lm.data.manifest import Counts, FormatError, ManifestError, Recipe, manifest_path, read_manifest
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.screening import IngestReport
-from dist_lm.data.shard_writer import ShardWriter, write_manifest
+from dist_lm.data.shard_writer import CorpusWriter
 from dist_lm.data.sources.reader import source_traits
 from dist_lm.data.sources.row_errors import REJECTED
 from dist_lm.document import Document
@@ -34,6 +35,7 @@ from dist_lm.stages.stage import Artefact, ArtefactStage
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.encode import Encode, encode_documents
+from dist_lm.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from dist_lm.tracking.console import Console
@@ -132,22 +134,28 @@ def inspect_corpora(config: Config, names: Sequence[str], amount: Callable[[Coun
 
 
 def is_whole(directory: Path) -> bool:
-    """Whether a corpus can be opened and matches its manifest.
+    """Whether a corpus can be opened and matches its manifest. If not, it can be built in `directory`.
 
     Raises:
         FormatError: it has another format.
+        ManifestError: its manifest is damaged.
+        ArtefactError: it must be built, but the folder holds files that are not ours.
     """
-    if not directory.is_dir():
+    if not directory.exists():
         return False
+    if not directory.is_dir():
+        raise ArtefactError(f"{directory} is a file, but a corpus is a folder: move it away")
     try:
-        for split in SPLITS:
-            MappedCorpus.open(directory, split)
-    except FormatError:
+        if manifest_path(directory).is_file():
+            for split in SPLITS:
+                MappedCorpus.open(directory, split)
+            return True
+    except (FormatError, ManifestError):
         raise
     except ArtefactError as error:
         log.info("%s", error)
-        return False
-    return True
+    require_only_ours(directory)
+    return False
 
 
 def check_corpus(config: Config, name: str) -> None:
@@ -158,7 +166,7 @@ def check_corpus(config: Config, name: str) -> None:
     """
     work = WorkDirectory(Path(config.work_dir))
     manifest = read_manifest(work.corpus(name))
-    if manifest.corpus_fingerprint != digest(corpus_fingerprint(config, name)):
+    if manifest.recipe.corpus_fingerprint != digest(corpus_fingerprint(config, name)):
         raise ArtefactError(
             f"{work.corpus(name)} was made from another text than corpus={config.corpus.name} seed={config.seed}, or "
             "by another version of dist_lm: use another work_dir, or remove that folder to build it again"
@@ -172,39 +180,46 @@ def check_corpus(config: Config, name: str) -> None:
 
 
 def build_corpus(config: Config, name: str, texts: Texts, console: "Console", encode: Encode = encode_document) -> None:
-    """Write the tars of one corpus. The manifest is written last and completes the corpus."""
+    """Write the tars of one corpus, behind those that an earlier build finished. The manifest completes the corpus."""
     work = WorkDirectory(Path(config.work_dir))
-    directory = work.corpus(name)
-    directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.iterdir():
-        leftover.unlink()
     report = IngestReport()
     splits: deque[str] = deque()  # splits of the documents inside the encoder, which keeps their order
-
-    def documents() -> Iterator[Document]:
-        for split, document in read_corpus(config.corpus, name, config.seed, report, texts, rejected):
-            splits.append(split)
-            yield document
-
-    def writer(split: str) -> ShardWriter:
-        return ShardWriter(directory, split, config.corpus.documents_per_member, config.corpus.shard_tokens)
-
-    encoded = encode_documents(work.tokenizer_model, documents(), config.tokenizer.workers, encode)
     with (
-        writer("train") as train,
-        writer("val") as val,
-        (directory / REJECTED).open("w", encoding="utf-8") as rejected,
+        CorpusWriter(work.corpus(name), recipe_of(config, name)) as writer,
+        (work.corpus(name) / REJECTED).open("w", encoding="utf-8") as rejected,
         console.counting(f"tokenizing {name}", unit="documents") as count,
     ):
-        writers: dict[str, ShardWriter] = {"train": train, "val": val}
-        for document in encoded:
-            writers[splits.popleft()].write(document)
+        kept = dict(writer.kept)
+
+        def documents() -> Iterator[Document]:
+            for split, document in read_corpus(config.corpus, name, config.seed, report, texts, rejected):
+                if kept[split]:  # in a finished tar
+                    kept[split] -= 1
+                    count.advance()
+                else:
+                    splits.append(split)
+                    yield document
+
+        for document in encode_documents(work.tokenizer_model, documents(), config.tokenizer.workers, encode):
+            writer.write(splits.popleft(), document)
             count.advance()
-    write_manifest(
-        directory,
-        tokenizer_sha256=durable.sha256_of(work.tokenizer_model),
+        if any(kept.values()):
+            raise ArtefactError(
+                f"corpus {name}: its sources give fewer documents than the finished tars of {work.corpus(name)} hold: "
+                "they have changed; remove that folder to build it again"
+            )
+        writer.finish(asdict(report))
+
+
+def recipe_of(config: Config, name: str) -> Recipe:
+    """What the tars of one corpus depend on."""
+    model = WorkDirectory(Path(config.work_dir)).tokenizer_model
+    return Recipe(
+        tokenizer_sha256=durable.sha256_of(model),
+        vocab_size=Tokenizer.load(model).vocab_size,
         corpus_fingerprint=digest(corpus_fingerprint(config, name)),
-        ingest=asdict(report),
+        documents_per_member=config.corpus.documents_per_member,
+        shard_tokens=config.corpus.shard_tokens,
     )
 
 

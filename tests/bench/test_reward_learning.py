@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from dist_lm.config.root import Config
+from dist_lm.data.manifest import Recipe
 from dist_lm.data.rankings.shards import MappedRankings
 from dist_lm.data.rankings.stream import RankingBatches, RankingStream
-from dist_lm.data.shard_writer import ShardWriter, write_manifest
+from dist_lm.data.shard_writer import CorpusWriter
 from dist_lm.document import TokenizedDocument, Verdict
 from dist_lm.launcher.compose import compose_config
 from dist_lm.model.keyed_random import initialise
@@ -70,11 +71,11 @@ def write_corpus(directory: Path, count: int, seed: int) -> None:
     """Shards of `count` noisy rankings in train and `HELD_OUT` true ones in val."""
     # a sum of LENGTH of them has standard deviation SCALE
     weight_V = np.random.default_rng([seed, 9]).normal(0, SCALE / np.sqrt(LENGTH), VOCABULARY + 1)
-    for split, noisy, n in (("train", True, count), ("val", False, HELD_OUT)):
-        with ShardWriter(directory, split, documents_per_member=256, shard_tokens=1_000_000) as writer:
+    with CorpusWriter(directory, Recipe("0" * 64, 2**16, "0" * 64, 256, 1_000_000)) as writer:
+        for split, noisy, n in (("train", True, count), ("val", False, HELD_OUT)):
             for document in made_rankings(n, seed, noisy, weight_V):
-                writer.write(document)
-    write_manifest(directory, tokenizer_sha256="0" * 64, corpus_fingerprint="0" * 64, ingest={})
+                writer.write(split, document)
+        writer.finish({})
 
 
 def train(config: Config, directory: Path, learn_from: str, steps: int) -> dict[str, float]:

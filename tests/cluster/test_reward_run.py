@@ -1,6 +1,7 @@
 """Stage reward: from a model of tokens, the same numbers on any layout and after a kill; figures and normaliser."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,11 @@ import pytest
 from dist_lm.chat.documents import encode_ranking, write_ranking
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.ranking import Judgement, Ranking
-from dist_lm.data.shard_writer import ShardWriter, write_manifest
+from dist_lm.data.shard_writer import CorpusWriter
 from dist_lm.document import Document
 from dist_lm.launcher.compose import compose_config
 from dist_lm.rlhf.reward_model import read_reward_scale
-from dist_lm.stages.shards import corpus_fingerprint, digest
-from dist_lm.storage import durable
+from dist_lm.stages.shards import recipe_of
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training.checkpoint_tensors import model_weights
@@ -54,21 +54,15 @@ def work(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) -> 
     """With a corpus of rankings, and an untrained run of stage tools."""
     work = linked(tiny_work, tmp_path_factory.mktemp("reward"))
     (work.path / "corpora").unlink()
-    directory = work.corpus("rankings")
-    directory.mkdir(parents=True)
     tokenizer = Tokenizer.load(work.tokenizer_model)
-    for split, part in (("train", rankings(120)), ("val", rankings(150)[120:])):
-        with ShardWriter(directory, split, documents_per_member=32, shard_tokens=4_000) as writer:
+    config = compose_config(["stage=rankings", *TINY, f"work_dir={work.path}"])
+    recipe = replace(recipe_of(config, "rankings"), documents_per_member=32, shard_tokens=4_000)
+    with CorpusWriter(work.corpus("rankings"), recipe) as writer:
+        for split, part in (("train", rankings(120)), ("val", rankings(150)[120:])):
             for i, one in enumerate(part):
                 document = Document(write_ranking(one), ("a", "b")[i % 2], f"made:{i}", "none", "0" * 64, "ranking")
-                writer.write(encode_ranking(tokenizer, document))
-    config = compose_config(["stage=rankings", *TINY])
-    write_manifest(
-        directory,
-        tokenizer_sha256=durable.sha256_of(work.tokenizer_model),
-        corpus_fingerprint=digest(corpus_fingerprint(config, "rankings")),
-        ingest={},
-    )
+                writer.write(split, encode_ranking(tokenizer, document))
+        writer.finish({})
     write_untrained(work, "tools", 4)
     return work
 

@@ -1,12 +1,14 @@
 """Small corpora made of numbers, for tests of shards, order and stream."""
 
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from dist_lm.data.manifest import Recipe, manifest_path
 from dist_lm.data.mapped import MappedCorpus
-from dist_lm.data.shard_writer import ShardWriter, write_manifest
+from dist_lm.data.shard_writer import CorpusWriter
 from dist_lm.document import TokenizedDocument
 
 EOT = 1
@@ -30,15 +32,20 @@ def documents(lengths: Sequence[int], seed: int = 0, masked: bool = False) -> li
 def write(
     directory: Path,
     made: Sequence[TokenizedDocument],
-    split: str = "train",
+    val: Sequence[TokenizedDocument] = (),
     documents_per_member: int = 4,
     shard_tokens: int = 200,
+    vocab_size: int = 2**16,
 ) -> Path:
-    """One split as tars, with a manifest."""
-    with ShardWriter(directory, split, documents_per_member, shard_tokens) as writer:
-        for document in made:
-            writer.write(document)
-    write_manifest(directory, tokenizer_sha256="t" * 64, corpus_fingerprint="c" * 64, ingest={"dropped": 3})
+    """A corpus of `made` as train and `val` as val: tars and a manifest, in place of those that are there."""
+    fingerprint = secrets.token_hex(32) if manifest_path(directory).exists() else "c" * 64  # nothing there is kept
+    with CorpusWriter(
+        directory, Recipe("t" * 64, vocab_size, fingerprint, documents_per_member, shard_tokens)
+    ) as writer:
+        for split, part in (("train", made), ("val", val)):
+            for document in part:
+                writer.write(split, document)
+        writer.finish({"dropped": 3})
     return directory
 
 

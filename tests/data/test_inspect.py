@@ -18,8 +18,7 @@ LENGTHS = lengths(30, 50)
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     path = tmp_path / "work" / "corpora" / "code"
-    write(path, documents(LENGTHS))
-    return write(path, documents([6, 7, 8], seed=1), split="val")
+    return write(path, documents(LENGTHS), val=documents([6, 7, 8], seed=1))
 
 
 def shown(directory: Path) -> tuple[bool, str]:

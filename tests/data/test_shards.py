@@ -3,7 +3,6 @@
 import io
 import os
 import pickle
-import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,16 +12,26 @@ import numpy as np
 import pytest
 from webdataset.compat import WebDataset
 
-from dist_lm.data import mapped as mapped_module
-from dist_lm.data.manifest import manifest_path, read_manifest, verify
-from dist_lm.data.mapped import MappedCorpus, build_index, index_path, load_index, open_index, save_index
-from dist_lm.data.shard_writer import ShardWriter, write_manifest
+from dist_lm.data import index as index_module
+from dist_lm.data.index import build_index, index_path, load_index, save_index
+from dist_lm.data.inspect import verify
+from dist_lm.data.manifest import (
+    Manifest,
+    Recipe,
+    Split,
+    manifest_path,
+    read_manifest,
+    write_manifest,
+)
+from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.shard_writer import CorpusWriter, read_origins, shard_of
 from dist_lm.document import TokenizedDocument
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 from tests.data.synthetic_corpus import LANGUAGES, corpus, documents, lengths, write
 
 LENGTHS = lengths(50, 60)
+RECIPE = Recipe("t" * 64, 2**16, "c" * 64, documents_per_member=4, shard_tokens=700)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -59,17 +68,17 @@ def test_any_webdataset_reader_reads_them(tmp_path: Path) -> None:
             assert tokens[i].dtype == np.uint16
             assert np.array_equal(tokens[i], document.tokens)
             assert sample["bytes.npy"][i] == document.n_bytes
-            meta = sample["meta.json"]
-            assert meta["languages"][str(sample["languages.npy"][i])] == document.language
-            assert (meta["sources"][i], meta["licences"][i]) == (document.source, document.licence)
+            assert sample["meta.json"]["languages"][str(sample["languages.npy"][i])] == document.language
         assert ("mask.npy" in sample) == any(d.loss_mask is not None for d in made[place : place + len(tokens)])
         place += len(tokens)
     assert place == len(made)
+    beside = [origin for path in sorted(tmp_path.glob("*.tar")) for origin in read_origins(path)]
+    assert beside == [(document.source, document.licence) for document in made]
 
 
 def test_ids_past_65535_are_stored_as_uint32(tmp_path: Path) -> None:
     made = [replace(document, tokens=document.tokens.astype(np.uint32) + 70_000) for document in documents(LENGTHS)]
-    write(tmp_path, made)
+    write(tmp_path, made, vocab_size=130_000)
     mapped = MappedCorpus.open(tmp_path, "train")
     for i, document in enumerate(made):
         n = len(document.tokens)
@@ -91,11 +100,10 @@ def test_same_documents_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_manifest_counts_by_split_and_language(tmp_path: Path) -> None:
     made, held_out = documents(LENGTHS), documents([5, 6], seed=1)
-    write(tmp_path, made)
-    write(tmp_path, held_out, split="val")
+    write(tmp_path, made, held_out)
     manifest = read_manifest(tmp_path)
     assert manifest.ingest == {"dropped": 3}
-    assert manifest.corpus_fingerprint == "c" * 64
+    assert manifest.recipe.corpus_fingerprint == "c" * 64
     train = manifest.splits["train"]
     assert (train.counts.documents, train.counts.tokens) == (len(made), sum(LENGTHS))
     assert manifest.splits["val"].counts.tokens == 11
@@ -106,7 +114,7 @@ def test_manifest_counts_by_split_and_language(tmp_path: Path) -> None:
         assert counts.bytes == sum(document.n_bytes for document in mine)
         assert counts.tokens == sum(len(document.tokens) for document in mine)
     assert train.shards[0].sha256 == durable.sha256_of(tmp_path / train.shards[0].name)
-    assert set(verify(tmp_path).values()) == {"ok"}
+    assert set(verify(tmp_path, manifest).values()) == {"ok"}
 
 
 def test_manifest_refuses_another_tokenizer(tmp_path: Path) -> None:
@@ -120,12 +128,9 @@ def test_unfinished_corpus_is_refused(tmp_path: Path) -> None:
     write(tmp_path, documents(LENGTHS))
 
     def interrupted() -> None:
-        with ShardWriter(tmp_path, "train", 4, 200) as writer:
-            for document in documents([100] * 9):
-                writer.write(document)
-            writer.shard_tokens = 10_000
-            for document in documents([100] * 9):
-                writer.write(document)
+        with CorpusWriter(tmp_path, RECIPE) as writer:
+            for document in documents([100] * 13):
+                writer.write("train", document)
             assert list(tmp_path.glob(".train-*.tar.tmp"))
             raise KeyboardInterrupt
 
@@ -139,27 +144,29 @@ def test_unfinished_corpus_is_refused(tmp_path: Path) -> None:
 
 def test_full_disk_is_the_error_and_leaves_no_tar(tmp_path: Path) -> None:
     def fill() -> None:
-        with ShardWriter(tmp_path, "train", 4, 10**9) as writer:
+        with CorpusWriter(tmp_path, RECIPE) as writer:
             (tmp_path / ".train-000000.tar.tmp").symlink_to("/dev/full")
             for document in documents([5000] * 8):
-                writer.write(document)
+                writer.write("train", document)
 
     with pytest.raises(OSError, match="No space left"):
         fill()
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["journal.jsonl"]
 
 
 def test_a_smaller_build_leaves_nothing_of_the_larger_one(tmp_path: Path) -> None:
-    write(tmp_path, documents(LENGTHS))
-    write(tmp_path, documents([5, 5], seed=1), split="val")
-    (tmp_path / ".train-000009.tar.tmp").write_bytes(b"what a kill left")
-    write(tmp_path, documents([7]))
+    write(tmp_path, documents(LENGTHS), documents([5, 5], seed=1))
+    (tmp_path / ".train-000001.tar.tmp").write_bytes(b"what a kill left")
+    (tmp_path / ".train-000001.index.0123456789abcdef.tmp").write_bytes(b"what a kill left")
+    write(tmp_path, documents([7]), documents([5]))
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [
         "manifest.json",
         "train-000000.index",
+        "train-000000.origins.jsonl.zst",
         "train-000000.tar",
         "val-000000.index",
+        "val-000000.origins.jsonl.zst",
         "val-000000.tar",
     ]
     assert MappedCorpus.open(tmp_path, "train").n_tokens == 7
@@ -173,7 +180,7 @@ def test_a_smaller_build_leaves_nothing_of_the_larger_one(tmp_path: Path) -> Non
         (lambda path: write(path, []), "has no train documents"),
         (lambda path: (path / "manifest.json").write_text("{"), "damaged"),
         (lambda path: (path / "manifest.json").write_text('{"format": 99}'), "format 99"),
-        (lambda path: (path / "manifest.json").write_text('{"format": 2, "splits": []}'), "damaged"),
+        (lambda path: (path / "manifest.json").write_text('{"format": 3, "splits": []}'), "damaged"),
     ],
 )
 def test_missing_or_empty_corpus_says_what_to_run(tmp_path: Path, make, message: str) -> None:
@@ -190,37 +197,47 @@ def test_missing_or_empty_corpus_says_what_to_run(tmp_path: Path, make, message:
 def test_damaged_tars_are_found(tmp_path: Path) -> None:
     write(tmp_path, documents(LENGTHS))
     tars = sorted(tmp_path.glob("*.tar"))
-    content = bytearray(tars[0].read_bytes())
+    tars[0].write_bytes(tars[0].read_bytes()[:-512])
+    content = bytearray(tars[1].read_bytes())
     content[700] ^= 1
-    tars[0].write_bytes(content)
-    tars[1].write_bytes(tars[1].read_bytes()[:-512])
+    tars[1].write_bytes(content)
     tars[2].unlink()
-    state = verify(tmp_path)
-    assert "sha256" in state[tars[0].name]
-    assert "bytes, expected" in state[tars[1].name]
+    state = verify(tmp_path, read_manifest(tmp_path))
+    assert "bytes, expected" in state[tars[0].name]
+    assert "sha256" in state[tars[1].name]
     assert state[tars[2].name] == "missing"
     assert state[tars[3].name] == "ok"
-    with pytest.raises(ArtefactError, match=f"{tars[1].name}: .* bytes, expected"):
+    with pytest.raises(ArtefactError, match=f"{tars[0].name}: .* bytes, expected"):
         MappedCorpus.open(tmp_path, "train")
+
+
+def opened(directory: Path) -> list[int]:
+    """The lengths of the train documents, as an opened corpus has them."""
+    return MappedCorpus.open(directory, "train").lengths.tolist()
 
 
 def test_index_is_rebuilt_when_missing(tmp_path: Path) -> None:
     write(tmp_path, documents(LENGTHS))
-    tar = next(tmp_path.glob("*.tar"))
-    before = open_index(tar)
-    index_path(tar).unlink()
-    after = open_index(tar)
-    assert np.array_equal(before.entries, after.entries)
-    assert before.languages == after.languages
-    assert index_path(tar).is_file()
+    path = index_path(next(tmp_path.glob("*.tar")))
+    before = path.read_bytes()
+    path.unlink()
+    assert opened(tmp_path) == LENGTHS
+    assert path.read_bytes() == before
 
 
 def test_index_of_another_tar_is_not_trusted(tmp_path: Path) -> None:
+    """Neither a copy, nor one that claims to be that of this tar."""
     write(tmp_path, documents(LENGTHS))
-    first, second = sorted(tmp_path.glob("*.tar"))[:2]
-    expected = build_index(second)
-    shutil.copyfile(index_path(first), index_path(second))
-    assert np.array_equal(open_index(second).entries, expected.entries)
+    first, second = (index_path(tar) for tar in sorted(tmp_path.glob("*.tar"))[:2])
+    ours, other = load_index(first), load_index(second)
+    assert ours is not None
+    assert other is not None
+    for forged in (other, replace(other, tar_mtime_ns=ours.tar_mtime_ns)):
+        save_index(forged, first)
+        assert opened(tmp_path) == LENGTHS
+        healed = load_index(first)
+        assert healed is not None
+        assert healed.sha256 == ours.sha256
 
 
 def test_index_survives_a_copy_but_not_a_change_of_the_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,13 +249,16 @@ def test_index_survives_a_copy_but_not_a_change_of_the_tar(tmp_path: Path, monke
         raise AssertionError("the same bytes need no new index")
 
     with monkeypatch.context() as patched:
-        patched.setattr(mapped_module, "build_index", refuse)
-        open_index(tar)
-        assert open_index(tar).tar_mtime_ns == 1
+        patched.setattr(index_module, "build_index", refuse)
+        assert opened(tmp_path) == [30, 40]
+        kept = load_index(index_path(tar))
+        assert kept is not None
+        assert kept.tar_mtime_ns == 1
     other = tmp_path / "other"
     write(other, documents([40, 30]))
     tar.write_bytes((other / tar.name).read_bytes())
-    assert open_index(tar).entries["length"].tolist() == [40, 30]
+    with pytest.raises(ArtefactError, match=r"train-000000.tar: other contents than the manifest says \(sha256\)"):
+        opened(tmp_path)
 
 
 def test_no_damage_to_an_index_passes(tmp_path: Path) -> None:
@@ -253,7 +273,7 @@ def test_no_damage_to_an_index_passes(tmp_path: Path) -> None:
     for size in (0, 5, 16, 40, len(whole) - 1):
         path.write_bytes(whole[:size])
         assert load_index(path) is None, size
-    assert open_index(tmp_path / "train-000000.tar").entries["length"].tolist() == [30, 40]
+    assert opened(tmp_path) == [30, 40]
     assert path.read_bytes() == whole
 
 
@@ -261,8 +281,8 @@ def test_read_only_folder_costs_a_rebuild_only(tmp_path: Path, monkeypatch: pyte
     write(tmp_path, documents([30, 40]))
     tar = tmp_path / "train-000000.tar"
     index_path(tar).unlink()
-    monkeypatch.setattr(mapped_module.os, "access", lambda path, mode: False)
-    assert open_index(tar).entries["length"].tolist() == [30, 40]
+    monkeypatch.setattr(index_module.os, "access", lambda path, mode: False)
+    assert opened(tmp_path) == [30, 40]
     assert not index_path(tar).exists()
     assert "not writable" in caplog.text
 
@@ -337,9 +357,8 @@ def test_parts_may_come_in_any_order(tmp_path: Path) -> None:
     write(tmp_path / "good", documents([9, 8, 7]), documents_per_member=8)
     parts = _parts(tmp_path / "good" / "train-000000.tar")
     tar = _tar_of(tmp_path / "train-000000.tar", dict(sorted(parts.items(), reverse=True)))
-    write_manifest(tmp_path, tokenizer_sha256="", corpus_fingerprint="", ingest={})
+    write_manifest(tmp_path, Manifest(RECIPE, {"train": Split((shard_of(tar, build_index(tar), 0),))}, {}))
     mapped = MappedCorpus.open(tmp_path, "train")
-    assert tar.is_file()
     assert np.array_equal(mapped.tokens(1, 0, 8), documents([9, 8, 7])[1].tokens)
 
 
@@ -359,4 +378,5 @@ def test_index_round_trip(tmp_path: Path) -> None:
     copy = load_index(tmp_path / "copy.index")
     assert copy is not None
     assert copy.languages == index.languages == ("naïve\n",)
-    assert np.array_equal(copy.entries, index.entries)
+    assert np.array_equal(copy.documents, index.documents)
+    assert np.array_equal(copy.members, index.members)

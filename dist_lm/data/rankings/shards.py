@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from numpy.lib import format as npy
 
+from dist_lm.data.index import members
 from dist_lm.data.manifest import BUILD_COMMAND, read_manifest
-from dist_lm.data.mapped import MappedCorpus, members
+from dist_lm.data.mapped import MappedCorpus
 from dist_lm.document import Verdict
 from dist_lm.errors import ArtefactError
 
@@ -90,6 +91,7 @@ class MappedRankings:
             ArtefactError: the corpus is missing or damaged, or holds no rankings.
         """
         corpus = MappedCorpus.open(directory, split)
+        corpus.check()  # the verdicts of every member are read now
         branches, verdicts = [], []
         for shard in read_manifest(directory).splits[split].shards:
             try:

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from dist_lm.data.rankings.shards import MappedRankings
-from dist_lm.data.shard_writer import ShardWriter, write_manifest
 from dist_lm.document import TokenizedDocument, Verdict
+from tests.data.synthetic_corpus import write
 
 NONE = np.zeros((0, 2), np.uint8)
 
@@ -48,14 +48,7 @@ def random_rankings(count: int, seed: int = 0, vocabulary: int = 50) -> list[Tok
     return made
 
 
-def write_split(directory: Path, split: str, documents: Sequence[TokenizedDocument]) -> None:
-    with ShardWriter(directory, split, documents_per_member=7, shard_tokens=500) as writer:
-        for document in documents:
-            writer.write(document)
-
-
-def corpus_of(directory: Path, documents: Sequence[TokenizedDocument], split: str = "train") -> MappedRankings:
-    directory.mkdir(parents=True, exist_ok=True)
-    write_split(directory, split, documents)
-    write_manifest(directory, tokenizer_sha256="0" * 64, corpus_fingerprint="0" * 64, ingest={})
-    return MappedRankings.open(directory, split)
+def corpus_of(directory: Path, documents: Sequence[TokenizedDocument]) -> MappedRankings:
+    """The rankings `documents`, written as train and opened."""
+    write(directory, documents, documents_per_member=7, shard_tokens=500)
+    return MappedRankings.open(directory, "train")

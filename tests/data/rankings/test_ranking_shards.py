@@ -8,7 +8,6 @@ import pytest
 from webdataset.compat import WebDataset
 
 from dist_lm.data.rankings.shards import MappedRankings
-from dist_lm.data.shard_writer import write_manifest
 from dist_lm.errors import ArtefactError
 from tests.data.rankings.made_rankings import corpus_of, random_rankings
 from tests.data.synthetic_corpus import documents, write
@@ -48,6 +47,5 @@ def test_any_webdataset_reader_reads_them(tmp_path: Path) -> None:
 
 def test_a_corpus_of_something_else_is_refused(tmp_path: Path) -> None:
     write(tmp_path, documents([5, 6, 7]))
-    write_manifest(tmp_path, tokenizer_sha256="0" * 64, corpus_fingerprint="0" * 64, ingest={})
     with pytest.raises(ArtefactError, match=r"has no branch.npy: it holds no rankings"):
         MappedRankings.open(tmp_path, "train")
