@@ -2,10 +2,11 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING, OmegaConf
 
+from dist_lm.config.cleaning import CleaningConfig
 from dist_lm.errors import require
 
 SPLITS = ("train", "val")
@@ -77,23 +78,32 @@ def _source(item: Any) -> SourceConfig:
     return source
 
 
+if TYPE_CHECKING:
+    Corpora = dict[str, list[SourceConfig]]
+else:  # what a file may say
+    Corpora = dict[str, list[SourceConfig] | None] | None
+
+
 @dataclass
 class CorpusConfig:
     """The sources of every corpus, by corpus name."""
 
     name: str = MISSING  # local | hub
-    corpora: dict[str, list[SourceConfig]] = field(default_factory=dict)
+    # `null` takes away a corpus, or all, that an earlier file of the defaults has
+    corpora: Corpora = field(default_factory=dict)
     val_fraction: float = 0.02  # share of documents kept out of training, chosen by hash
     max_document_bytes: int = 1_000_000  # longer documents are dropped and counted
     # of each corpus of texts, at four bytes a token: `val_fraction` is halved until val fits. Val is compared in memory
     val_tokens: int = 10_000_000
     documents_per_member: int = 256  # documents grouped in one member of a tar
     shard_tokens: int = 64_000_000  # tokens a tar
+    cleaning: CleaningConfig = field(default_factory=CleaningConfig)
     max_bad_fraction: float = 0.001  # share of the rows of a source that may be broken; they are counted and skipped
 
     def __post_init__(self) -> None:
         # OmegaConf checks the types of dataclasses inside a list, but not of those in a list inside a mapping
-        self.corpora = {name: [_source(item) for item in sources] for name, sources in self.corpora.items()}
+        given = {name: sources for name, sources in (self.corpora or {}).items() if sources is not None}
+        self.corpora = {name: [_source(item) for item in sources] for name, sources in given.items()}
         require(0 < self.val_fraction < 1, "corpus.val_fraction", self.val_fraction, "in (0, 1)")
         require(0 <= self.max_bad_fraction < 1, "corpus.max_bad_fraction", self.max_bad_fraction, "in [0, 1)")
         require(self.val_tokens > 0, "corpus.val_tokens", self.val_tokens, ">= 1")

@@ -90,7 +90,7 @@ class Config:
             self.stage.corpus in ("", *self.corpus.corpora),
             "stage.corpus",
             self.stage.corpus,
-            f"one of the corpora of corpus={self.corpus.name}: {', '.join(self.corpus.corpora)}",
+            f"one of the corpora of corpus={self.corpus.name}: {', '.join(self.corpus.corpora) or 'none'}",
         )
         require(
             not self.profile.steps or self.profile.steps[1] <= self.stage.steps,

@@ -16,13 +16,14 @@ they are about, and the group of a ranking is its prompt. They are read once.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TextIO
 
 from dist_lm.config.corpus import BYTES_PER_TOKEN, CorpusConfig
 from dist_lm.data.containment import HeldOut, refused_texts
 from dist_lm.data.corpus import corpus_sources, form_of, text_corpora
+from dist_lm.data.redaction import EMAIL, KEY, redacted
 from dist_lm.data.screening import IngestReport, Screened, SourceReader, screened
 from dist_lm.data.sources.reader import Candidate
 from dist_lm.document import Document
@@ -65,7 +66,12 @@ class Texts:
         self, corpus_name: str, report: IngestReport | None = None, rejected: TextIO | None = None
     ) -> Iterator[Screened]:
         """The documents of one corpus before they are divided."""
-        return screened(self.config, corpus_name, self.reader, set(), report or IngestReport(), rejected)
+        texts: set[bytes] = set()
+        if self.config.cleaning.across_corpora and corpus_name in (names := text_corpora(self.config)):
+            for earlier in names[: names.index(corpus_name)]:
+                for _ in screened(self.config, earlier, self.reader, texts, IngestReport()):
+                    pass
+        yield from screened(self.config, corpus_name, self.reader, texts, report or IngestReport(), rejected)
 
     @cached_property
     def sides(self) -> Sides:
@@ -158,9 +164,8 @@ def read_corpus(
         if reason := sides.reason(split, item):
             report.reject(item.document, item.source, reason)
             continue
-        report.keep(item, split)
         splits[split] += 1
-        yield split, item.document
+        yield split, _redacted(config, item, split, report)
     if not splits["val"]:
         raise ArtefactError(
             f"corpus {corpus_name}: none of its {splits.total()} documents is held out at "
@@ -180,13 +185,23 @@ def train_texts(config: CorpusConfig, seed: int) -> Iterator[Document]:
         sides = Sides({name: largest_share(config, name)})
         for item in texts.screened(name):
             if sides.split_of(name, item) == "train":
-                yield item.document
+                yield _redacted(config, item, "train", IngestReport())
 
 
 def largest_share(config: CorpusConfig, corpus_name: str) -> float:
     """The share of groups that a corpus holds out by hash if `val_tokens` allows."""
     given = any(source.held_out for source in corpus_sources(config, corpus_name))
     return 0.0 if given else config.val_fraction
+
+
+def _redacted(config: CorpusConfig, item: Screened, split: str, report: IngestReport) -> Document:
+    """The document with placeholders for what `corpus.cleaning` replaces; it is counted as kept."""
+    document, steps = item.document, config.cleaning
+    is_json = document.form != "text"
+    found = redacted(document.text, secrets=steps.secrets, emails=steps.emails, is_json=is_json)
+    counts = {KEY: found.secrets, EMAIL: found.emails}
+    report.keep(item, split, {placeholder: times for placeholder, times in counts.items() if times})
+    return replace(document, text=found.text) if any(counts.values()) else document
 
 
 def split_of(group: str, val_fraction: float) -> str:

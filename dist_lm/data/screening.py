@@ -5,11 +5,12 @@ each time gives the same documents in the same order.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TextIO
 
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
+from dist_lm.data.cleaning import reason_to_drop
 from dist_lm.data.corpus import corpus_sources
 from dist_lm.data.sources.reader import Candidate, Rejected, reader_of, source_form, source_traits
 from dist_lm.data.sources.row_errors import RowErrors
@@ -30,6 +31,7 @@ class Tally:
     # that train documents contain), contains_val (a train document that contains one of `held_out`), and the reasons of
     # cleaning and of readers
     dropped: dict[str, int] = field(default_factory=dict)
+    replaced: dict[str, int] = field(default_factory=dict)  # placeholder -> secrets or addresses in kept documents
     documents: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
     bytes: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})  # UTF-8
 
@@ -37,11 +39,13 @@ class Tally:
         self.seen += 1
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
 
-    def keep(self, split: str, n_bytes: int) -> None:
+    def keep(self, split: str, n_bytes: int, replaced: Mapping[str, int]) -> None:
         self.seen += 1
         self.kept += 1
         self.documents[split] += 1
         self.bytes[split] += n_bytes
+        for placeholder, times in replaced.items():
+            self.replaced[placeholder] = self.replaced.get(placeholder, 0) + times
 
 
 @dataclass
@@ -59,10 +63,10 @@ class IngestReport:
         if reason not in ("duplicate", "empty") and len(self.rejected) < EXAMPLES:
             self.rejected.append(f"{candidate.source}: {reason}")
 
-    def keep(self, item: "Screened", split: str) -> None:
-        """Count one document that is kept."""
+    def keep(self, item: "Screened", split: str, replaced: Mapping[str, int]) -> None:
+        """Count one document that is kept; `replaced`: placeholder -> times."""
         for tally in self._tallies(item.document, item.source):
-            tally.keep(split, item.n_bytes)
+            tally.keep(split, item.n_bytes, replaced)
 
     def _tallies(self, candidate: Candidate, source: SourceConfig) -> tuple[Tally, Tally]:
         language = self.languages.setdefault(candidate.language, Tally())
@@ -204,4 +208,6 @@ def _screen(document: Document, source: SourceConfig, config: CorpusConfig, text
         return item, "empty"
     if n_bytes > config.max_document_bytes:
         return item, "too_long"
+    if reason := reason_to_drop(document, source, config.cleaning, n_bytes):
+        return item, reason
     return item, "duplicate" if item.key in texts else ""

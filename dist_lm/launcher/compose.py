@@ -18,7 +18,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from dist_lm.config.root import Config
@@ -210,8 +210,7 @@ def _replace_corpora(composed: DictConfig, parsed: Sequence[Override]) -> None:
         return
     for override in parsed:
         if override.key_or_group == CORPORA:
-            with open_dict(there := OmegaConf.select(composed, CORPORA)):
-                there.clear()
+            OmegaConf.update(composed, CORPORA, {}, merge=False)
         if override.key_or_group.startswith(CORPORA):
             OmegaConf.update(composed, override.key_or_group, override.value(), force_add=True)
 

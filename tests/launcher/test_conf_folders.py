@@ -85,8 +85,18 @@ def test_corpora_can_be_replaced_and_emptied():
     one = "corpus.corpora={code: [{reader: tools, language: x, limit: 3}]}"
     assert list(compose_config(["stage=shards", one]).corpus.corpora) == ["code"]
     assert compose_config(["stage=shards", "corpus.corpora={}"]).corpus.corpora == {}
+    assert compose_config(["stage=shards", "corpus.corpora=null"]).corpus.corpora == {}
     with pytest.raises(ConfigError, match="did you mean language"):
         compose_config(["stage=shards", one.replace("language", "langage")])
+
+
+def test_a_file_takes_corpora_away_from_the_one_that_it_extends(lab):
+    for corpora, left in (("{language: null, tools: null}", ["code", "rankings"]), ("null", [])):
+        (lab / "corpus" / "fewer.yaml").write_text(
+            f"defaults: [local, _self_]\nname: fewer\ncorpora: {corpora}\n", encoding="utf-8"
+        )
+        found = compose_config([f"hydra.searchpath=['{lab}']", "stage=shards", "corpus=fewer"])
+        assert list(found.corpus.corpora) == left
 
 
 @pytest.mark.parametrize("override", ["corpus=null", "model=null", "stage=null", "experiment=null"])
