@@ -1,4 +1,4 @@
-"""Checks of arithmetic: attention kernels, keyed randomness, a compiled step; the reference is fp32 or the CPU.
+"""Checks of arithmetic: attention kernels, keyed randomness, a compiled step, against a higher precision or the CPU.
 
 Dimensions: B sequences, T tokens, H query heads, G key/value heads, K d_head, D d_model.
 """
@@ -72,7 +72,7 @@ def _masked(document_BT: torch.Tensor, branch_BT: torch.Tensor | None = None) ->
 def _compare(
     probe: Probe, name: str, shape: tuple[int, ...], dtype: torch.dtype, makes: Makes, reference: Makes
 ) -> None:
-    """Output and gradients of `attend` on the device against fp32 on the CPU with the same inputs."""
+    """Output and gradients of `attend` on the device against a higher precision on the CPU, with the same inputs."""
     rows, tokens, heads, groups, width = shape
     generator = torch.Generator().manual_seed(1)
     inputs = [torch.randn(rows, tokens, n, width, generator=generator).to(dtype) for n in (heads, groups, groups)]
@@ -85,7 +85,8 @@ def _compare(
         return [output.detach(), *(value.grad for value in own if value.grad is not None)]
 
     found = run(probe.world.device, dtype, makes)
-    expected = run(torch.device("cpu"), torch.float32, reference)
+    higher = torch.float32 if dtype == HALF else torch.float64
+    expected = run(torch.device("cpu"), higher, reference)
     limit = HALF_ERROR if dtype == HALF else FULL_ERROR
     for what, one, other in zip(("output", "query", "key", "value"), found, expected, strict=True):
         error = float((one.float().cpu() - other).abs().max() / other.abs().max())

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import psutil
 
@@ -103,6 +104,7 @@ def launched(probe: Probe, work: WorkDirectory, *overrides: str) -> Iterator[sub
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            preexec_fn=partial(process.die_with_parent, os.getpid()),
         )
         try:
             yield launcher

@@ -28,6 +28,7 @@ from dist_lm.tracking.readable import duration
 from dist_lm.tracking.redact import without_secrets
 
 RESULTS, LOG = "results.json", "log.txt"
+OWN = "made_by_gpu_check"  # a file in every folder that may be replaced
 GRACE_S = 3.0  # from TERM to KILL
 LOOK = """
 import json, torch
@@ -49,20 +50,28 @@ def check_gpus(
         page: a page whose table to replace.
 
     Raises:
-        ConfigError: no GPU, too few GPUs, or an unknown check.
+        ConfigError: no GPU, too few GPUs, an unknown check, or a folder that cannot be used.
         ArtefactError: results.json or `page` cannot be used.
+        SystemExit: stopped by a signal; the check that ran has no result.
     """
     require(gpus > 0, "--gpus", gpus, "a positive integer")
-    require(page is None or not rehearse, "--table", page, "no page with --rehearse, which measures no card")
+    if page is not None and rehearse:
+        raise ConfigError(f"--table={page}: a rehearsal measures no card; leave out --table or --rehearse")
     checks = chosen(only, gpus)
     machine = machine_of(gpus, rehearse)
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder.resolve() / RESULTS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for check in checks:
+            _check_replaceable(file.parent / check.name)
+    except OSError as error:
+        raise ConfigError(f"--output={folder}: expected a folder that can be written to ({error.strerror})") from error
     found = results.read_results(file)
     if found is None or found.machine != machine:
         found = Results(machine)
     if page is not None:
         results.rewrite(page, results.table(CHECKS, found))  # a page without markers fails here
+    check = checks[0]
     try:
         with stopped_by_signals():
             for check in checks:
@@ -70,8 +79,11 @@ def check_gpus(
                 found.write(file)
                 log = "" if result.passed else f"  ({file.parent / check.name / LOG})"
                 say(f"{check.name:<11}{result.status} in {duration(result.seconds)}  {result}{log}".rstrip())
-    except Stopped as stop:
-        raise SystemExit(128 + stop.number) from None
+    except (Stopped, KeyboardInterrupt) as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        kept = f"; {file} holds the results before it" if file.exists() else ""
+        say(f"{check.name:<11}stopped by {signal.Signals(number).name}{kept}")
+        raise SystemExit(128 + number) from None
     rows = results.table(CHECKS if page else checks, found)
     if page is not None:
         results.rewrite(page, rows)
@@ -104,9 +116,18 @@ def run_check(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> Resul
 
     Args:
         folder: replaced by the files of this check.
+
+    Raises:
+        ConfigError: the folder was not made by this function, or cannot be replaced.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    _check_replaceable(folder)
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / OWN).touch()
+    except OSError as error:
+        raise ConfigError(f"{error.filename or folder}: {error.strerror}: choose another --output") from error
     log, mark = folder / LOG, secrets.token_hex(8)
     budget_s = REHEARSAL_S if rehearse else check.budget_s
     began, code = time.monotonic(), None
@@ -133,6 +154,14 @@ def run_check(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> Resul
     if code is None:
         return Result("over budget", seconds, date, f"not done after {budget_s:g} s", facts)
     return Result("failed", seconds, date, _failure(folder, code), facts)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse to replace what this program did not make."""
+    if folder.is_symlink() or (folder.exists() and not (folder / OWN).is_file()):
+        raise ConfigError(
+            f"{folder}: not made by `gpu check`, which would replace it: move it, or use another --output"
+        )
 
 
 def command_of(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> list[str]:

@@ -1,10 +1,14 @@
 """Checks that stand in for the real ones: what `place` of a check names."""
 
+import json
 import os
 import signal
 import time
 
+from dist_lm.gpu_check.launched import launched
 from dist_lm.gpu_check.probe import Probe, expect
+from dist_lm.storage import durable
+from dist_lm.storage.run_directory import WorkDirectory
 
 
 def passes(probe: Probe) -> None:
@@ -30,3 +34,10 @@ def never_ends(probe: Probe) -> None:
     if os.fork() == 0:
         os.setsid()  # as torchrun does with ranks
     time.sleep(600)
+
+
+def launches(probe: Probe) -> None:
+    with launched(probe, WorkDirectory(probe.folder / "work"), "stage=tokenizer") as launcher:
+        launcher.send_signal(signal.SIGSTOP)  # it must not end by itself
+        durable.write_text(probe.folder / "pids.json", json.dumps([os.getpid(), launcher.pid]))
+        time.sleep(600)

@@ -1,6 +1,7 @@
 """`dist-lm gpu check`: every check runs, whatever the others do, and what they found is written as they end."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from dist_lm.gpu_check import run
 from dist_lm.gpu_check.checks import CHECKS, Check, chosen
 from dist_lm.gpu_check.results import BEGIN, END, Result
 from dist_lm.storage import process
+from tests.cluster.waiting import eventually
 
 pytestmark = pytest.mark.cluster
 
@@ -42,6 +44,17 @@ from dist_lm.gpu_check import probe
 from tests.gpu_check.test_check_runs import stand_in
 probe.named = stand_in
 probe.main()
+"""
+
+
+COMMAND = """
+import sys
+from pathlib import Path
+from dist_lm.gpu_check import run
+from tests.gpu_check.test_check_runs import command_of, stand_in
+run.chosen = lambda only, gpus: [stand_in("launches")]
+run.command_of = command_of
+run.check_gpus((), 1, Path(sys.argv[1]), None, rehearse=True, say=print)
 """
 
 
@@ -107,17 +120,75 @@ def test_results_of_another_machine_are_dropped(checked, tmp_path):
     assert checked("breaks")[1].keys() == {"breaks"}
 
 
-def test_a_ctrl_c_ends_the_check_that_runs(checked, monkeypatch):
+def test_a_ctrl_c_ends_the_check_that_runs_and_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "chosen", lambda only, gpus: [stand_in("never_ends")])
+    monkeypatch.setattr(run, "command_of", command_of)
+
     def interrupted(self, timeout=None):
         monkeypatch.undo()
         started.append(self.pid)
         raise KeyboardInterrupt
 
     started: list[int] = []
+    said: list[str] = []
     monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        checked("never_ends")
+    with pytest.raises(SystemExit) as stopped:
+        run.check_gpus((), 1, tmp_path, None, rehearse=True, say=said.append)
+    assert stopped.value.code == 130
     assert not psutil.pid_exists(started[0])
+    (line,) = said
+    assert line.startswith("never_ends")
+    assert "SIGINT" in line
+
+
+def test_what_a_killed_command_started_dies_with_it(tmp_path):
+    pids = tmp_path / "out" / "launches" / "pids.json"
+    gpu_check = subprocess.Popen([sys.executable, "-c", COMMAND, str(tmp_path / "out")], start_new_session=True)
+    started: list[psutil.Process] = []
+    try:
+        eventually("the check has a launcher", lambda: pids.exists() and json.loads(pids.read_text()))
+        started += [psutil.Process(pid) for pid in json.loads(pids.read_text())]
+        gpu_check.kill()
+        gpu_check.wait()
+        eventually("everything is gone", lambda: not any(map(process.is_alive, started)))
+    finally:
+        gpu_check.kill()
+        for one in started:
+            process.send(one, signal.SIGKILL)
+
+
+# --- only its own folders are replaced ---
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_others_made_is_refused_before_anything_runs(checked, tmp_path, kind):
+    precious = tmp_path / "breaks" / "precious.txt"
+    if kind == "file":
+        precious = tmp_path / "breaks"
+    elif kind == "link":
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "breaks").symlink_to(tmp_path / "elsewhere")
+    else:
+        precious.parent.mkdir()
+    precious.write_text("mine")
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'breaks'}: not made by `gpu check`"):
+        checked("passes", "breaks")
+    assert precious.read_text() == "mine"
+    assert not (tmp_path / "passes").exists()
+
+
+def test_a_folder_of_an_earlier_command_is_replaced(checked, tmp_path):
+    assert checked("passes")[0]
+    (tmp_path / "passes" / "old.txt").touch()
+    assert checked("passes")[0]
+    assert not (tmp_path / "passes" / "old.txt").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere"])
+def test_an_output_that_is_no_folder_is_refused_in_one_line(tmp_path, place):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--output=.*: expected a folder that can be written to"):
+        run.check_gpus((), 1, tmp_path / place, None, rehearse=True, say=print)
 
 
 # --- what is refused ---
