@@ -3,17 +3,21 @@
 import csv
 import gzip
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
 
 from dist_lm.config.corpus import SourceConfig
+from dist_lm.data.inputs import changes, inputs_of
 from dist_lm.data.sources import rows
 from dist_lm.data.sources.reader import Candidate, Rejected, reader_of
+from dist_lm.data.sources.rows import read_parquet
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 
@@ -167,6 +171,23 @@ def test_a_file_that_lacks_the_column_is_rejected_row_by_row(tmp_path):
     ] * 3
 
 
+def test_memory_is_bounded_by_parts_of_a_row_group(tmp_path):
+    """Buffers of pyarrow and bytes of Python; the reader holds a few MiB of each, whatever the row group has."""
+    noise = np.random.default_rng(0).integers(0, 256, (8000, 8192), np.uint8)
+    table = pa.table({"text": [row.tobytes().hex() for row in noise]})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=8000, compression="none")
+    n_bytes = table.nbytes
+    del table
+    before, peak = pa.total_allocated_bytes(), 0
+    tracemalloc.start()
+    for _ in read_parquet(source_of("parquet", tmp_path, language="x"), 0):
+        peak = max(peak, pa.total_allocated_bytes() - before)
+    peak += tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert n_bytes > 120 << 20
+    assert peak < n_bytes * 0.6
+
+
 def test_too_many_languages_are_refused_by_the_key(tmp_path):
     write_rows(tmp_path / "a.jsonl", [{"text": "a", "lang": f"l{i}"} for i in range(rows.MOST_LANGUAGES + 1)])
     with pytest.raises(ConfigError, match=r"language_column=lang: more than 200 languages, the last at .*a.jsonl:201"):
@@ -192,8 +213,6 @@ def test_a_line_past_the_longest_is_skipped_and_named(tmp_path, monkeypatch):
 
 
 def test_input_that_grew_is_noticed(tmp_path):
-    from dist_lm.data.inputs import changes, inputs_of
-
     path = write_rows(tmp_path / "a.jsonl", ROWS[:10])
     source = source_of("jsonl", tmp_path, language="x", column="code")
     before = inputs_of(source, hashes=True)

@@ -1,0 +1,230 @@
+"""Sources behind URLs: http and s3 on loopback. What is fetched is counted; no test reaches a network."""
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from dist_lm.config.corpus import SourceConfig
+from dist_lm.data.inputs import changes, inputs_of
+from dist_lm.data.sources import places
+from dist_lm.data.sources.reader import Candidate, reader_of
+from dist_lm.document import Document
+from dist_lm.errors import ArtefactError, ConfigError
+
+
+@dataclass
+class Served:
+    """A folder behind a server on loopback, and the bytes of bodies that went out."""
+
+    folder: Path
+    url: str = ""
+    sent: list[int] = field(default_factory=list)
+    break_after: int = -1  # bytes of a body after which the next connection breaks; -1: none does
+
+
+class Handler(BaseHTTPRequestHandler):
+    """GET and HEAD with ranges and ETags, as object stores and CDNs answer."""
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, served: Served, *args, **options) -> None:
+        self.served = served
+        super().__init__(*args, **options)
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, body: bool) -> None:
+        path = self.served.folder / self.path.lstrip("/").partition("?")[0]
+        if not path.is_file():
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        content = path.read_bytes()
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        first, last = (int(part[1]), int(part[2] or len(content) - 1)) if part else (0, len(content) - 1)
+        last = min(last, len(content) - 1)
+        self.send_response(206 if part else 200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", f'"{hash(content):x}"')
+        self.send_header("Content-Length", str(last - first + 1))
+        if part:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+        self.end_headers()
+        if body:
+            sent = content[first : last + 1]
+            if 0 <= self.served.break_after < len(sent):
+                self.wfile.write(sent[: self.served.break_after])
+                self.served.break_after = -1
+                self.close_connection = True
+                return
+            self.served.sent.append(len(sent))
+            self.wfile.write(sent)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    found = Served(tmp_path)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, found))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    found.url = f"http://127.0.0.1:{server.server_address[1]}"
+    yield found
+    server.shutdown()
+    server.server_close()
+    thread.join(10)
+
+
+def candidates(reader: str, path: str | list[str], **keys) -> list[Candidate]:
+    source = SourceConfig(reader, "english", path=path, **keys)
+    return list(reader_of(source)(source, 0))
+
+
+def texts(reader: str, path: str | list[str], **keys) -> list[str]:
+    return [one.text for one in candidates(reader, path, **keys) if isinstance(one, Document)]
+
+
+ROWS = [{"text": f"row {i} of the file"} for i in range(50)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+def test_rows_behind_urls_and_their_etags(served):
+    (served.folder / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(LINES))
+    (served.folder / "b.csv").write_text("text\nof csv\n")
+    url = f"{served.url}/a.jsonl.zst?download=true"
+    assert texts("jsonl", url) == [row["text"] for row in ROWS]
+    assert texts("csv", [f"{served.url}/b.csv"]) == ["of csv"]
+    source = SourceConfig("jsonl", "english", path=url)
+    before = inputs_of(source)
+    assert changes(before, inputs_of(source)) == []
+    assert before.files[0].size == (served.folder / "a.jsonl.zst").stat().st_size
+    (served.folder / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(LINES[::-1]))
+    assert changes(before, inputs_of(source))
+
+
+def test_a_remote_parquet_costs_its_named_columns(served):
+    rng = np.random.default_rng(0)
+    letters = rng.integers(97, 123, (4000, 600), np.uint8)
+    table = pa.table(
+        {
+            "before": [row.tobytes().decode() for row in letters[::-1]],
+            "text": [row.tobytes().decode() for row in letters],
+            "after": rng.random((4000, 100)).tolist(),
+        }
+    )
+    path = served.folder / "a.parquet"
+    pq.write_table(table, path, row_group_size=1000, compression="snappy")
+    metadata = pq.ParquetFile(path).metadata
+    named = sum(
+        metadata.row_group(group).column(column).total_compressed_size
+        for group in range(metadata.num_row_groups)
+        for column in range(metadata.num_columns)
+        if metadata.row_group(group).column(column).path_in_schema == "text"
+    )
+    assert texts("parquet", f"{served.url}/a.parquet") == table["text"].to_pylist()
+    assert named <= sum(served.sent) <= 1.1 * named
+
+
+def test_what_is_not_there_is_one_line(served):
+    with pytest.raises(ConfigError, match=r"path=http://127.0.0.1:\d+/no.jsonl: no such file, folder or URL \(.*404"):
+        texts("jsonl", f"{served.url}/no.jsonl")
+    with pytest.raises(ConfigError, match=r"no such file, folder or URL \(ClientConnectorError"):
+        texts("jsonl", "http://127.0.0.1:9/no.jsonl")
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """An empty bucket of a server of s3 on loopback."""
+    boto3 = pytest.importorskip("boto3")
+    server_of = pytest.importorskip("moto.server").ThreadedMotoServer
+    patch = pytest.MonkeyPatch()
+    server = server_of(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "user",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
+        patch.setenv(name, value)
+    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="mine")
+    yield "mine"
+    server.stop()
+    patch.undo()
+
+
+def upload(bucket: str, files: dict[str, bytes]) -> None:
+    import boto3
+
+    client = boto3.client("s3", region_name="us-east-1")
+    for name, content in files.items():
+        client.put_object(Bucket=bucket, Key=name, Body=content)
+
+
+def parquet_bytes(rows: list[dict]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def test_files_of_s3_with_the_endpoint_of_the_environment(bucket):
+    files = {
+        "d/a.parquet": parquet_bytes(ROWS[:20]),
+        "d/sub/B.PARQUET": parquet_bytes(ROWS[20:]),
+        "d/_tmp/c.parquet": b"",
+        "d/.x/c.parquet": b"",
+        "d/stats.json": b"{}",
+        "lines/a.jsonl.zst": zstandard.ZstdCompressor().compress(LINES),
+    }
+    upload(bucket, files)
+    whole = [row["text"] for row in ROWS]
+    assert texts("parquet", "s3://mine/d") == whole
+    assert texts("parquet", "s3://mine/d/", exclude=["sub/"]) == whole[:20]
+    assert texts("parquet", "s3://mine/d/*.parquet") == whole[:20]
+    assert texts("parquet", ["s3://mine/d/sub/B.PARQUET", "s3://mine/d"]) == whole[20:] + whole[:20]
+    assert texts("jsonl", "s3://mine/lines/a.jsonl.zst") == whole
+    source = SourceConfig("parquet", "english", path="s3://mine/d")
+    listing = inputs_of(source, hashes=True)
+    assert listing.summary().endswith("3 left out (hidden: 2, suffix .json: 1)")
+    assert all(one.mtime_ns and one.sha256 for one in listing.taken)
+    for place in ("s3://mine/none", "s3://other/x", "s3://mine/d/*.none"):
+        with pytest.raises(ConfigError, match=re.escape(place)):
+            texts("parquet", place)
+
+
+@pytest.mark.parametrize("place", ["s3://mine/d", "s3://mine/d/*.parquet"])
+def test_what_cannot_be_listed_is_an_error_not_an_empty_source(monkeypatch, place):
+    class Broken:
+        """A store that knows the folder and breaks when asked for its files, as `fsspec` alone would pass over."""
+
+        fs = property(lambda self: self)
+
+        def info(self, _: str) -> dict:
+            return {"type": "directory"}
+
+        def get_file_info(self, _: object) -> list:
+            raise OSError("AWS Error SLOW_DOWN")
+
+    monkeypatch.setattr(places, "filesystem", lambda _: Broken())
+    with pytest.raises(ArtefactError, match=r"cannot be listed: OSError: AWS Error SLOW_DOWN"):
+        texts("parquet", place)
