@@ -13,7 +13,6 @@ from dist_lm.data.sources.tools import read_hub_tools
 from dist_lm.document import Document
 from dist_lm.errors import ConfigError
 
-pytest.importorskip("datasets")
 TOOLS = [
     {"name": "add", "description": "Add", "parameters": {"a": {"type": "int", "description": "first"}}},
     {"name": "now", "description": "Time", "parameters": {}},
@@ -28,7 +27,7 @@ def row(query: str, *calls: tuple[str, dict]) -> dict[str, str]:
 def source_of(directory: Path, *rows: dict) -> SourceConfig:
     path = directory / "rows.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    return SourceConfig("hub_tools", "tools", licence="CC-BY-4.0", dataset=str(path))
+    return SourceConfig("hub_tools", "tools", licence="CC-BY-4.0", path=str(path))
 
 
 def test_rows_become_conversations_and_bad_ones_are_counted(tmp_path):
@@ -41,7 +40,7 @@ def test_rows_become_conversations_and_bad_ones_are_counted(tmp_path):
     first, second, third = read_hub_tools(source, 0)
     assert isinstance(first, Document)
     assert isinstance(third, Document)
-    assert second == Rejected("tools", f"{source.dataset}:1", "invalid_calls")
+    assert second == Rejected("tools", f"{source.path[0]}:2", "invalid_calls")
     assert first.form == "conversation"
     assert first.language == "tools_hub"
     conversation = read_conversation(first.text)
@@ -59,5 +58,7 @@ def test_rows_that_call_the_same_are_on_one_side(tmp_path):
 
 
 def test_other_columns_are_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"no column answers: reader=hub_tools .* are query, text, tools"):
+    with pytest.raises(
+        ConfigError, match=r"reader=hub_tools: .*column=answers: none of the first 1 rows .* are query, tools, text"
+    ):
         next(read_hub_tools(source_of(tmp_path, {"query": "a", "tools": "[]", "text": "b"}), 0))

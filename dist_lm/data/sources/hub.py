@@ -1,39 +1,38 @@
-"""A column of a data set from the Hugging Face hub, or of a local copy with the same columns, as a stream.
+"""Data sets of the Hugging Face hub as streams of rows; files with the same columns take their place.
 
 The stream is resumed at the row where it broke, a bounded number of times with growing pauses.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from dist_lm.config.corpus import SourceConfig
-from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
-from dist_lm.document import Document
+from dist_lm.data.inputs import Inputs
+from dist_lm.data.sources.formats import Row
+from dist_lm.data.sources.places import brief
+from dist_lm.data.sources.reader import Candidate, reader
+from dist_lm.data.sources.rows import TEXT, PlacedRow, list_rows, placed_rows, row_documents
 from dist_lm.errors import ArtefactError, ConfigError
 
-TEXT, MAIN, TRAIN = "text", "main", "train"  # column, revision and split where the source names none
+MAIN, TRAIN = "main", "train"  # revision and split where the source names none
 ATTEMPTS = 5  # in a row without a new row
 LONGEST_TRY_S = 60.0  # no new attempt after this long without a new row
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0
-BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+LOCAL = (".json", ".jsonl", ".parquet", ".csv")  # suffixes of no data set's id
 # Packages whose own errors mean that bytes did not arrive.
 TRANSPORTS = {"aiohttp", "fsspec", "http", "httpcore", "httpx", "httpx2", "requests", "urllib3"}
 WAY_OUT = (
     "Run the command again when the network is back (and HF_HUB_OFFLINE is not set), set HF_ENDPOINT to a "
-    "mirror, HF_TOKEN for a gated data set, or point dataset= to a local copy (json, jsonl, parquet or csv)"
+    "mirror, HF_TOKEN for a gated data set, or name a copy on this machine with path (docs/data.md)"
 )
-Row = dict[str, Any]
 RowsFrom = Callable[[int], Iterable[Row]]  # opens the data set at a row
-
-
 HUB_KEYS = ("dataset", "revision", "subset", "data_dir", "split")
 
 
 @reader(
     streamed=True,
-    keys=("language", "licence", *HUB_KEYS, "column", "licence_column"),
-    needs=("language", "dataset"),
+    keys=("language", "licence", *HUB_KEYS, "column", "licence_column", "language_column", "id_column", "only"),
+    needs=("language|language_column", "dataset"),
     advice="check dataset, split and column; no row has text in that column",
 )
 def read_hub(source: SourceConfig, seed: int) -> Iterator[Candidate]:
@@ -43,28 +42,45 @@ def read_hub(source: SourceConfig, seed: int) -> Iterator[Candidate]:
         ConfigError: the `datasets` package or the column is missing.
         ArtefactError: the data set cannot be read.
     """
-    origin = origin_of(source)
-    for number, row in resumed(hub_rows(source), origin):
-        if (source.column or TEXT) not in row:
-            raise ConfigError(
-                f"corpus source {source.dataset}: column={source.column or TEXT}: "
-                f"the columns there are {', '.join(sorted(row))}"
-            )
-        yield _candidate(row, source, f"{origin}:{number}")
+    yield from row_documents(source, data_set_rows(source), TEXT)
+
+
+def list_copies(source: SourceConfig) -> Inputs:
+    """The files that take the place of a data set of the hub, if the source names some."""
+    return list_rows(source) if source.path else Inputs()
 
 
 def origin_of(source: SourceConfig) -> str:
-    """The data set of a source: its local path, or its id and revision.
+    """The data set of a source with its revision, or the first of its files."""
+    return source.path[0] if source.path else f"{source.dataset}@{source.revision or MAIN}"
+
+
+def data_set_rows(source: SourceConfig) -> Iterator[PlacedRow]:
+    """The rows of `source.dataset`, or of the files of `source.path`.
 
     Raises:
-        ConfigError: the source names none.
+        ConfigError: the source names both, a place of this machine as data set, or the `datasets` package is missing.
+        ArtefactError: the data set or a file cannot be read.
     """
-    if not source.dataset:
+    if source.path:
+        for key in HUB_KEYS:
+            if getattr(source, key):
+                raise ConfigError(
+                    f"corpus source reader={source.reader}: {key}={getattr(source, key)}: not together with path"
+                )
+        yield from placed_rows(list_rows(source))
+        return
+    local = Path(source.dataset).expanduser()
+    is_id = source.dataset.count("/") <= 1 and source.dataset[0] not in "./~" and local.suffix not in LOCAL
+    if not is_id or local.exists():
+        copies = "reader: jsonl (or parquet, csv) and path" if source.reader == "hub" else "path in place of dataset"
         raise ConfigError(
-            f"corpus source with reader={source.reader}: dataset is empty: expected a data set id or a local path"
+            f"corpus source reader={source.reader}: dataset={source.dataset} is a place of this machine, no data set "
+            f"of the hub: write {copies}: {source.dataset}"
         )
-    is_local = Path(source.dataset).expanduser().exists()
-    return source.dataset if is_local else f"{source.dataset}@{source.revision or MAIN}"
+    origin = origin_of(source)
+    for number, row in resumed(hub_rows(source), origin):
+        yield PlacedRow(f"{origin}:{number}", row, tuple(row))
 
 
 def hub_rows(source: SourceConfig) -> RowsFrom:
@@ -79,31 +95,12 @@ def hub_rows(source: SourceConfig) -> RowsFrom:
         ) from error
 
     def rows_from(row: int) -> Iterable[Row]:
-        path, options = _location(source)
-        dataset = datasets.load_dataset(path, streaming=True, **options)
+        options = {"name": source.subset, "revision": source.revision or MAIN, "split": source.split or TRAIN}
+        options |= {"data_dir": source.data_dir} if source.data_dir else {}
+        dataset = datasets.load_dataset(source.dataset, streaming=True, **options)
         return dataset.skip(row) if row else dataset
 
     return rows_from
-
-
-def _location(source: SourceConfig) -> tuple[str, dict[str, Any]]:
-    """The arguments of `load_dataset`: a hub id, or a builder with local files."""
-    local = Path(source.dataset).expanduser()
-    if not local.exists():
-        is_id = source.dataset.count("/") <= 1 and source.dataset[0] not in "./~" and local.suffix not in BUILDERS
-        if not is_id:
-            raise ConfigError(f"corpus source {source.dataset}: no such file or folder")
-        options = {"name": source.subset, "revision": source.revision or MAIN, "split": source.split or TRAIN}
-        return source.dataset, options | ({"data_dir": source.data_dir} if source.data_dir else {})
-    inside = local.rglob("*") if local.is_dir() else [local]
-    files = sorted(path for path in inside if path.suffix in BUILDERS)
-    builders = {BUILDERS.get(path.suffix) for path in files}
-    if len(builders) != 1 or None in builders:
-        kinds = ", ".join(BUILDERS)
-        raise ConfigError(
-            f"corpus source {source.dataset}: expected a file, or a folder of files, of one kind of {kinds}"
-        )
-    return str(builders.pop()), {"data_files": [str(path) for path in files], "split": "train"}
 
 
 def resumed(
@@ -142,7 +139,7 @@ def resumed(
         except (ConfigError, ArtefactError):
             raise
         except Exception as error:  # whatever the libraries below raise: the user needs the way out with it
-            raise ArtefactError(f"corpus source {what}: stopped at row {number}: {_brief(error)}. {WAY_OUT}") from error
+            raise ArtefactError(f"corpus source {what}: stopped at row {number}: {brief(error)}. {WAY_OUT}") from error
         if row is end:
             return
         yield number, row
@@ -160,30 +157,3 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
         return False  # among them: a data set that does not exist, or is gated
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in TRANSPORTS
-
-
-def _brief(error: Exception) -> str:
-    """The type and first line of an error."""
-    message = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {message[:300]}".rstrip(": .")
-
-
-def _candidate(row: Row, source: SourceConfig, name: str) -> Candidate:
-    text = row[source.column or TEXT]
-    if text is None:
-        return Rejected(source.language, name, "empty")
-    if not isinstance(text, str):
-        raise ConfigError(
-            f"corpus source {source.dataset}: column={source.column or TEXT} holds {type(text).__name__}, expected text"
-        )
-    try:
-        group = text_hash(text)
-    except UnicodeEncodeError:  # a lone surrogate out of JSON
-        return Rejected(source.language, name, "invalid_utf8")
-    return Document(text, source.language, name, licence_of(row, source), group)
-
-
-def licence_of(row: Row, source: SourceConfig) -> str:
-    """The licence of a row where the data set has a column for it, else that of the source."""
-    licence = row.get(source.licence_column) or source.licence
-    return ", ".join(map(str, licence)) if isinstance(licence, list) else str(licence)

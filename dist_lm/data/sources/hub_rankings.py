@@ -6,18 +6,19 @@ A row without a comparison (all answers tied, or only one answer) gives None and
 import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
-from pathlib import Path
-from typing import Any
+from pathlib import PurePosixPath
 
 from dist_lm.chat.messages import ChatError, Conversation, Message, Role
 from dist_lm.chat.ranking import MOST, Judgement, Ranking, check_ranking, ranks_of_scores
 from dist_lm.config.corpus import SourceConfig
-from dist_lm.data.sources.hub import HUB_KEYS, hub_rows, licence_of, origin_of, resumed
+from dist_lm.data.sources.formats import BadRow, Row
+from dist_lm.data.sources.hub import HUB_KEYS, data_set_rows, list_copies, origin_of
+from dist_lm.data.sources.places import bare_name
 from dist_lm.data.sources.rankings import ranking_document
 from dist_lm.data.sources.reader import Candidate, Rejected, reader
+from dist_lm.data.sources.rows import PlacedRow, licence_of, looked_ahead, named_columns
 from dist_lm.errors import ConfigError
 
-Row = dict[str, Any]
 ROLES: dict[str, Role] = {"system": "system", "user": "user", "prompter": "user", "assistant": "assistant"}
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 HH_ROLES: dict[str, Role] = {"Human": "user", "Assistant": "assistant"}
@@ -26,29 +27,34 @@ OASST = "oasst1"  # its rankings extend over several rows
 
 @reader(
     form="ranking",
-    keys=("language", "licence", *HUB_KEYS, "licence_column", "rows", "only"),
-    needs=("language", "dataset"),
+    keys=("language", "licence", *HUB_KEYS, "path", "exclude", "licence_column", "rows", "only"),
+    needs=("language", "dataset|path"),
+    inputs=list_copies,
     advice="check dataset, split and rows; no row makes a ranking",
 )
 def read_hub_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Every ranking of a data set, in its order. `seed` is not used.
+    """Every ranking of a data set, or of files with its columns, in its order. `seed` is not used.
 
     Raises:
         ConfigError: without the `datasets` package, for rows of an unknown kind, or for a column that is not there.
         ArtefactError: the data set cannot be read.
     """
     kind = rows_of(source)
-    origin = origin_of(source)
-    rows = resumed(hub_rows(source), origin)
+    ignored = "licence_column" if kind == OASST else "only"
+    if getattr(source, ignored):
+        raise ConfigError(
+            f"corpus source reader={source.reader}: {ignored}={getattr(source, ignored)}: rows={kind} does not take it"
+        )
+    rows = looked_ahead(source, data_set_rows(source), named_columns(source))
     try:
         if kind == OASST:
-            yield from _oasst(rows, source, origin)
+            yield from _oasst(rows, source)
         else:
-            for number, row in rows:
-                yield _candidate(BY_ROW[kind](row), row, source, f"{origin}:{number}", source.language)
+            for one in rows:
+                yield _candidate(BY_ROW[kind], one, source)
     except KeyError as error:
         raise ConfigError(
-            f"corpus source {source.dataset}: no column {error}: rows={kind} is not what that data set has; expected "
+            f"corpus source {origin_of(source)}: no column {error}: rows={kind} is not what it has; expected "
             f"one of {', '.join(sorted((*BY_ROW, OASST)))}"
         ) from error
 
@@ -59,10 +65,10 @@ def rows_of(source: SourceConfig) -> str:
     Raises:
         ConfigError: neither is known.
     """
-    found = source.rows or Path(source.dataset).stem.lower()
+    found = source.rows or PurePosixPath(bare_name(source.path[0] if source.path else source.dataset)).stem
     if found not in (*BY_ROW, OASST):
         raise ConfigError(
-            f"corpus source {source.dataset}: rows={source.rows or '(by its name)'}: expected one of "
+            f"corpus source {origin_of(source)}: rows={source.rows or '(by its name)'}: expected one of "
             f"{', '.join(sorted((*BY_ROW, OASST)))}"
         )
     return found
@@ -126,18 +132,31 @@ BY_ROW: dict[str, Callable[[Row], Ranking | None]] = {
 }
 
 
-def _oasst(rows: Iterable[tuple[int, Row]], source: SourceConfig, origin: str) -> Iterator[Candidate]:
-    """Rankings of oasst1, by language (`oasst1_en`). All rows are read before the trees of messages are built."""
+def _oasst(rows: Iterable[PlacedRow], source: SourceConfig) -> Iterator[Candidate]:
+    """Rankings of oasst1, by language (`oasst1_en`); then the rows that are broken."""
     languages = frozenset(source.only) if source.only else None
-    for number, (language, ranking) in enumerate(oasst_rankings((row for _, row in rows), languages)):
-        name = f"{origin}:ranking={number}"
+    broken: list[Rejected] = []
+
+    def good() -> Iterator[Row]:
+        for one in rows:
+            if isinstance(one.row, BadRow):
+                broken.append(Rejected(source.language, one.place, one.row.reason, one.row.words))
+            else:
+                yield one.row
+
+    for number, (language, ranking) in enumerate(oasst_rankings(good(), languages)):
+        name = f"{origin_of(source)}:ranking={number}"
         yield ranking_document(ranking, f"{source.language}_{language}", name, source.licence)
+    yield from broken
 
 
-def _candidate(ranking: Ranking | None, row: Row, source: SourceConfig, name: str, language: str) -> Candidate:
+def _candidate(ranking_of: Callable[[Row], Ranking | None], one: PlacedRow, source: SourceConfig) -> Candidate:
+    if isinstance(one.row, BadRow):
+        return Rejected(source.language, one.place, one.row.reason, one.row.words)
+    ranking = ranking_of(one.row)
     if ranking is None:
-        return Rejected(language, name, "no_ranking")
-    return ranking_document(ranking, language, name, licence_of(row, source))
+        return Rejected(source.language, one.place, "no_ranking")
+    return ranking_document(ranking, source.language, one.place, licence_of(one.row, source))
 
 
 def _ranking(

@@ -37,7 +37,7 @@ MESSAGES, TOOLS = "messages", "tools"  # columns
 )
 def read_messages(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Every row of JSON lines or parquet as a conversation."""
-    columns = named_columns(source, MESSAGES) | {"tools": TOOLS}
+    columns = [*named_columns(source, MESSAGES), ("", TOOLS)]
     rows = placed_rows(list_rows(source), columns)
     yield from row_documents(source, rows, MESSAGES, _content_of, "conversation")
 

@@ -40,6 +40,7 @@ class PlacedRow:
 
 
 Content = tuple[str, str]  # the text of a document and its group
+Named = list[tuple[str, str]]  # (key of the source, column)
 ContentOf = Callable[[Row, str, Sequence[str]], Content | BadRow | None]  # of a row, its column, and all columns
 
 
@@ -63,40 +64,41 @@ def list_rows(source: SourceConfig) -> Inputs:
 @reader(streamed=True, keys=KEYS, needs=NEEDS, inputs=list_json_lines, advice=ADVICE)
 def read_jsonl(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Every line of files of JSON lines as a text."""
-    yield from row_documents(source, placed_rows(list_json_lines(source), named_columns(source), jsonl_rows))
+    yield from row_documents(source, placed_rows(list_json_lines(source), named_columns(source, TEXT), jsonl_rows))
 
 
 @reader(streamed=True, keys=KEYS, needs=NEEDS, inputs=list_parquet, advice=ADVICE)
 def read_parquet(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Every row of parquet files as a text. Memory is bounded by one row group."""
-    yield from row_documents(source, placed_rows(list_parquet(source), named_columns(source), parquet_rows))
+    yield from row_documents(source, placed_rows(list_parquet(source), named_columns(source, TEXT), parquet_rows))
 
 
 @reader(streamed=True, keys=KEYS, needs=NEEDS, inputs=list_csv, advice=ADVICE)
 def read_csv(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Every row of CSV files with a header as a text."""
-    yield from row_documents(source, placed_rows(list_csv(source), named_columns(source), csv_rows))
+    yield from row_documents(source, placed_rows(list_csv(source), named_columns(source, TEXT), csv_rows))
 
 
-def named_columns(source: SourceConfig, default: str = TEXT) -> dict[str, str]:
-    """The columns that a source names, by key. `default`: of `column`."""
-    keys = ("licence_column", "language_column", "id_column")
-    return {"column": source.column or default} | {key: getattr(source, key) for key in keys if getattr(source, key)}
+def named_columns(source: SourceConfig, *defaults: str) -> Named:
+    """The columns that a source names. `defaults`: for `column`, where the source has none."""
+    keys = ("column", "licence_column", "language_column", "id_column")
+    named = [(key, getattr(source, key)) for key in keys if getattr(source, key)]
+    return named if source.column else [("column", default) for default in defaults] + named
 
 
 def placed_rows(
-    inputs: Inputs, columns: dict[str, str] | None = None, format_of_all: Format | None = None
+    inputs: Inputs, columns: Named | None = None, format_of_all: Format | None = None
 ) -> Iterator[PlacedRow]:
     """The rows of all files, one after the other.
 
     Args:
-        columns: what is read of a parquet file, by key; None: all.
+        columns: what is read of a parquet file; None: all.
         format_of_all: of every file, whatever its suffix; none: by suffix.
 
     Raises:
         ArtefactError: a file is truncated, damaged or of another format; the message names the last good row.
     """
-    wanted = None if columns is None else [*columns.values()]
+    wanted = None if columns is None else [column for _, column in columns]
     for one in inputs.taken:
         rows = format_of_all or FORMATS.get(PurePosixPath(bare_name(one.name)).suffix, jsonl_rows)
         number = 0
@@ -140,7 +142,7 @@ def row_documents(
         yield candidate
 
 
-def looked_ahead(source: SourceConfig, rows: Iterable[PlacedRow], columns: dict[str, str]) -> Iterator[PlacedRow]:
+def looked_ahead(source: SourceConfig, rows: Iterable[PlacedRow], columns: Named) -> Iterator[PlacedRow]:
     """The same rows. The first ones are read ahead until each of `columns` was there.
 
     Raises:
@@ -148,22 +150,23 @@ def looked_ahead(source: SourceConfig, rows: Iterable[PlacedRow], columns: dict[
     """
     iterator = iter(rows)
     ahead: list[PlacedRow] = []
-    missing = dict(columns)
+    missing = columns
     seen: dict[str, None] = {}
     size = 0
     for one in iterator:
         ahead.append(one)
         seen |= dict.fromkeys(one.columns)
-        missing = {key: column for key, column in missing.items() if column not in seen}
+        missing = [(key, column) for key, column in missing if column not in seen]
         if isinstance(one.row, dict):
             size += sum(len(value) for value in one.row.values() if isinstance(value, str | bytes))
         if not missing or len(ahead) == LOOK_ROWS or size > LOOK_BYTES:
             break
     if missing and seen:
-        key, column = next(iter(missing.items()))
+        key, column = missing[0]
         there = [*seen]
+        place = f"path={', '.join(source.path)}" if source.path else f"dataset={source.dataset}"
         raise ConfigError(
-            f"corpus source reader={source.reader} path={', '.join(source.path or [source.dataset])}: {key}={column}: "
+            f"corpus source reader={source.reader}: {place}: {key}={column}: "
             f"none of the first {len(ahead):,} rows has it; the columns there are {', '.join(there[:50])}"
             f"{' ...' if len(there) > 50 else ''} (files without a column belong into a source of their own)"
         )

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from dist_lm.chat.documents import write_conversation
 from dist_lm.chat.messages import Conversation
 from dist_lm.config.corpus import SourceConfig
-from dist_lm.data.sources.hub import HUB_KEYS, hub_rows, licence_of, origin_of, resumed
+from dist_lm.data.sources.formats import BadRow
+from dist_lm.data.sources.hub import HUB_KEYS, data_set_rows, list_copies
 from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
+from dist_lm.data.sources.rows import licence_of, looked_ahead, named_columns
 from dist_lm.document import Document
-from dist_lm.errors import ConfigError, UserError
+from dist_lm.errors import UserError
 from dist_lm.tools.data.examples import REVISION, examples
 from dist_lm.tools.data.xlam import conversation_of_row
 
@@ -38,25 +40,23 @@ def read_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
 
 @reader(
     form="conversation",
-    keys=("language", "licence", *HUB_KEYS, "licence_column"),
-    needs=("language", "dataset"),
+    keys=("language", "licence", *HUB_KEYS, "path", "exclude", "licence_column"),
+    needs=("language", "dataset|path"),
+    inputs=list_copies,
     advice="check dataset and split; no row makes a conversation",
 )
 def read_hub_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Every row of `source.dataset` as a conversation, in the order of the data set. `seed` is not used.
+    """Every row of a data set, or of files with its columns, as a conversation. `seed` is not used.
 
     Raises:
         ConfigError: the `datasets` package or a column is missing.
         ArtefactError: the data set cannot be read.
     """
-    origin = origin_of(source)
-    for number, row in resumed(hub_rows(source), origin):
-        if missing := [column for column in COLUMNS if column not in row]:
-            raise ConfigError(
-                f"corpus source {source.dataset}: no column {', '.join(missing)}: reader=hub_tools takes query, tools "
-                f"and answers; the columns there are {', '.join(sorted(row))}"
-            )
-        name = f"{origin}:{number}"
+    for one in looked_ahead(source, data_set_rows(source), named_columns(source, *COLUMNS)):
+        name, row = one.place, one.row
+        if isinstance(row, BadRow):
+            yield Rejected(source.language, name, row.reason, row.words)
+            continue
         try:
             conversation = conversation_of_row(row)
             text = write_conversation(conversation)

@@ -19,7 +19,8 @@ from dist_lm.errors import ArtefactError, ConfigError
 
 def source_of(path: Path, lines: list[dict], reader: str = "hub_rankings", **changes) -> SourceConfig:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return SourceConfig(reader, "named", licence="MIT", dataset=str(path), **changes)
+    key = "dataset" if reader == "rankings" else "path"
+    return SourceConfig(reader, "named", licence="MIT", **{key: str(path)}, **changes)
 
 
 def document(candidate: Candidate) -> Document:
@@ -72,7 +73,6 @@ def test_a_ranking_of_samples_has_no_reader_of_its_own() -> None:
 
 
 def test_rows_of_two_answers(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
     chosen = "\n\nHuman: Hi\n\nAssistant: Hello"
     source = source_of(
         tmp_path / "hh-rlhf.jsonl",
@@ -84,11 +84,10 @@ def test_rows_of_two_answers(tmp_path: Path) -> None:
     first, second = read_hub_rankings(source, 0)
     assert read_ranking(document(first).text).completions == ("Hello", "No")
     assert document(first).language == "named"
-    assert second == Rejected("named", f"{source.dataset}:1", "no_ranking")
+    assert second == Rejected("named", f"{source.path[0]}:2", "no_ranking")
 
 
 def test_rows_with_margins(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
     row = {
         "context": [{"role": "user", "content": "Hi"}],
         "response1": "a",
@@ -100,7 +99,6 @@ def test_rows_with_margins(tmp_path: Path) -> None:
 
 
 def test_trees_by_language(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
 
     def message(tree: str, number: str, parent: str | None, role: str, rank: int | None) -> dict:
         shared = {"message_tree_id": tree, "lang": tree, "deleted": False}
@@ -123,8 +121,13 @@ def test_trees_by_language(tmp_path: Path) -> None:
 
 
 def test_other_rows_are_named(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
     with pytest.raises(ConfigError, match=r"rows=\(by its name\): expected one of helpsteer3, hh-rlhf, oasst1"):
         next(read_hub_rankings(source_of(tmp_path / "some.jsonl", [{}]), 0))
     with pytest.raises(ConfigError, match=r"no column 'chosen': rows=hh-rlhf"):
         next(read_hub_rankings(source_of(tmp_path / "b.jsonl", [{"text": "a"}], rows="hh-rlhf"), 0))
+
+
+@pytest.mark.parametrize(("rows", "key"), [("oasst1", {"licence_column": "l"}), ("hh-rlhf", {"only": ["en"]})])
+def test_a_key_that_the_kind_of_rows_does_not_take_is_refused(tmp_path: Path, rows: str, key: dict) -> None:
+    with pytest.raises(ConfigError, match=rf"{next(iter(key))}=.*: rows={rows} does not take it"):
+        next(read_hub_rankings(source_of(tmp_path / "b.jsonl", [{"l": "a"}], rows=rows, **key), 0))
