@@ -90,7 +90,7 @@ def inputs_of(source: SourceConfig, *, hashes: bool = False) -> Inputs:
 
 def hashed(listing: Inputs) -> Inputs:
     """`listing` with the SHA-256 of every input that is taken, as it is stored."""
-    from dist_lm.data.sources.places import open_raw
+    from dist_lm.data.sources.opening import open_raw
 
     def digest(name: str) -> str:
         found = hashlib.sha256()

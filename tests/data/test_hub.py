@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.ingest import read_corpus
 from dist_lm.data.screening import IngestReport
-from dist_lm.data.sources.hub import is_transient, read_hub, resumed
+from dist_lm.data.sources.hub import read_hub, resumed
+from dist_lm.data.sources.opening import is_transient
 from dist_lm.data.sources.reader import reader_of
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError

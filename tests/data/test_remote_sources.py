@@ -1,5 +1,6 @@
 """Sources behind URLs: http and s3 on loopback. What is fetched is counted; no test reaches a network."""
 
+import gzip
 import json
 import re
 import threading
@@ -17,7 +18,7 @@ import zstandard
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import changes, inputs_of
-from dist_lm.data.sources import places
+from dist_lm.data.sources import opening, places
 from dist_lm.data.sources.reader import Candidate, reader_of
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
@@ -31,6 +32,8 @@ class Served:
     url: str = ""
     sent: list[int] = field(default_factory=list)
     break_after: int = -1  # bytes of a body after which the next connection breaks; -1: none does
+    always_break: bool = False
+    ranges: bool = True
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -56,11 +59,11 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         content = path.read_bytes()
-        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")) if self.served.ranges else None
         first, last = (int(part[1]), int(part[2] or len(content) - 1)) if part else (0, len(content) - 1)
         last = min(last, len(content) - 1)
         self.send_response(206 if part else 200)
-        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Accept-Ranges", "bytes" if self.served.ranges else "none")
         self.send_header("ETag", f'"{hash(content):x}"')
         self.send_header("Content-Length", str(last - first + 1))
         if part:
@@ -68,8 +71,8 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             sent = content[first : last + 1]
-            if 0 <= self.served.break_after < len(sent):
-                self.wfile.write(sent[: self.served.break_after])
+            if 0 <= self.served.break_after < len(sent) or self.served.always_break:
+                self.wfile.write(sent[: max(0, self.served.break_after)])
                 self.served.break_after = -1
                 self.close_connection = True
                 return
@@ -141,6 +144,30 @@ def test_a_remote_parquet_costs_its_named_columns(served):
     )
     assert texts("parquet", f"{served.url}/a.parquet") == table["text"].to_pylist()
     assert named <= sum(served.sent) <= 1.1 * named
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_a_request_that_breaks_is_sent_again(served, monkeypatch, name):
+    monkeypatch.setattr(opening, "FIRST_WAIT_S", 0.001)
+    content = {".parquet": parquet_bytes(ROWS), ".gz": gzip.compress(LINES), ".jsonl": LINES}
+    (served.folder / name).write_bytes(content[Path(name).suffix])
+    source = SourceConfig(Path(name.removesuffix(".gz")).suffix[1:], "english", path=f"{served.url}/{name}")
+    rows = reader_of(source)(source, 0)
+    served.break_after = 100
+    assert [one.text for one in rows if isinstance(one, Document)] == [row["text"] for row in ROWS]
+    assert served.break_after == -1, "a connection broke"
+    served.always_break = True
+    with pytest.raises(ArtefactError, match=rf"{name}: cannot be read after row or line 0: OSError: .*byte [\d,]+:"):
+        list(reader_of(source)(source, 0))
+
+
+def test_a_server_without_ranges_is_read_from_begin_to_end(served):
+    served.ranges = False
+    (served.folder / "a.jsonl.gz").write_bytes(gzip.compress(LINES))
+    assert texts("jsonl", f"{served.url}/a.jsonl.gz") == [row["text"] for row in ROWS]
+    served.always_break = True
+    with pytest.raises(ArtefactError, match=r"a.jsonl.gz: cannot be read after row or line 0: OSError"):
+        texts("jsonl", f"{served.url}/a.jsonl.gz")
 
 
 def test_what_is_not_there_is_one_line(served):

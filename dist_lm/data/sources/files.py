@@ -9,7 +9,8 @@ from pathlib import PurePosixPath
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Input, Inputs
-from dist_lm.data.sources.places import bare_name, brief, list_files, open_content, scheme_of
+from dist_lm.data.sources.opening import brief, open_content, scheme_of
+from dist_lm.data.sources.places import bare_name, list_files
 from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError

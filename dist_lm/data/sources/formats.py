@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dist_lm.data.sources.places import bare_name, open_content, open_raw
+from dist_lm.data.sources.opening import open_content, open_raw
+from dist_lm.data.sources.places import bare_name
 from dist_lm.errors import ArtefactError
 
 LONGEST = 512 << 20  # bytes of a line, characters of a CSV field

@@ -9,7 +9,7 @@ from pathlib import Path
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Inputs
 from dist_lm.data.sources.formats import Row
-from dist_lm.data.sources.places import brief
+from dist_lm.data.sources.opening import brief, is_transient
 from dist_lm.data.sources.reader import Candidate, reader
 from dist_lm.data.sources.rows import TEXT, PlacedRow, list_rows, placed_rows, row_documents
 from dist_lm.errors import ArtefactError, ConfigError
@@ -19,8 +19,6 @@ ATTEMPTS = 5  # in a row without a new row
 LONGEST_TRY_S = 60.0  # no new attempt after this long without a new row
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0
 LOCAL = (".json", ".jsonl", ".parquet", ".csv")  # suffixes of no data set's id
-# Packages whose own errors mean that bytes did not arrive.
-TRANSPORTS = {"aiohttp", "fsspec", "http", "httpcore", "httpx", "httpx2", "requests", "urllib3"}
 WAY_OUT = (
     "Run the command again when the network is back (and HF_HUB_OFFLINE is not set), set HF_ENDPOINT to a "
     "mirror, HF_TOKEN for a gated data set, or name a copy on this machine with path (docs/data.md)"
@@ -87,7 +85,6 @@ def hub_rows(source: SourceConfig) -> RowsFrom:
     """How to open the data set of `source` at any row."""
     try:
         import datasets
-        import tenacity  # noqa: F401  (what `resumed` needs is asked for here, with the way out)
     except ImportError as error:
         raise ConfigError(
             f"corpus source {source.dataset}: the package {error.name!r} is not installed: "
@@ -144,16 +141,3 @@ def resumed(
             return
         yield number, row
         number += 1
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed later: broken connections, time-outs, overloaded servers."""
-    status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
-    if isinstance(status, int):
-        return status in (408, 425, 429) or status >= 500
-    if isinstance(error, ConnectionError | TimeoutError):
-        # not with HF_HUB_OFFLINE=1, which the user set
-        return "OfflineModeIsEnabled" not in f"{type(error).__name__} {error}"
-    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
-        return False  # among them: a data set that does not exist, or is gated
-    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in TRANSPORTS

@@ -1,13 +1,12 @@
-"""The files of a source: listed with a reason for each one that is left out, and opened, decompressed by suffix.
+"""The files of a source, listed with a reason for each one that is left out.
 
 `path` of a source is a file, a folder, a glob or a URL (http, https, s3, gs), or a list of them. A file that is named,
 or matched by a glob, is taken whatever its suffix. A folder is read to the bottom in the order of names; its hidden
 files and folders, files of other suffixes, and files that `exclude` names are left out, and linked folders are read
-once. Credentials and the endpoint of s3 and gs come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...).
+once.
 """
 
 import glob
-import io
 import os
 import re
 import stat
@@ -15,20 +14,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Input, Inputs
+from dist_lm.data.sources.opening import COMPRESSIONS, brief, filesystem, scheme_of
 from dist_lm.errors import ArtefactError, ConfigError
 
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
-
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
-REMOTE = ("http", "https", "s3", "gs")
 AGAIN = "read already (linked or named twice)"
-BUFFER = 1 << 20  # bytes
-HTTP_BLOCK = 5 << 20  # bytes of a request when a file is read from begin to end
 OwnRule = Callable[[str], str]  # name of a file in a folder -> why it is left out; empty: it is taken
 
 
@@ -202,70 +195,3 @@ def _local_input(name: str, left_out: str) -> Input:
     if stat.S_ISDIR(status.st_mode):
         return Input(name + "/", left_out=left_out)
     return Input(name, status.st_size, status.st_mtime_ns, left_out=left_out)
-
-
-def scheme_of(name: str) -> str:
-    """`https` of a URL; empty for a local path.
-
-    Raises:
-        ConfigError: another scheme than those of `REMOTE`.
-    """
-    scheme, separator, _ = name.partition("://")
-    if not separator or scheme == "file" or not scheme.isalnum():
-        return ""
-    if scheme not in REMOTE:
-        raise ConfigError(f"corpus source: path={name}: expected a local path, or a URL of {', '.join(REMOTE)}")
-    return scheme
-
-
-def filesystem(name: str) -> "AbstractFileSystem":
-    """The file system of a URL."""
-    import fsspec
-    import pyarrow
-
-    scheme = scheme_of(name)
-    if scheme in ("http", "https"):
-        return fsspec.filesystem("http", client_kwargs={"trust_env": True})
-    from fsspec.implementations.arrow import ArrowFSWrapper
-    from pyarrow import fs
-
-    bucket = name.partition("://")[2].partition("/")[0]
-    try:
-        return ArrowFSWrapper(
-            fs.FileSystem.from_uri(f"{scheme}://{bucket}")[0]
-        )  # unlike its class, honours AWS_ENDPOINT_URL
-    except pyarrow.ArrowInvalid as error:
-        raise ConfigError(f"corpus source: path={name}: {brief(error)}") from error
-
-
-def open_raw(name: str, *, random_access: bool = False) -> IO[bytes]:
-    """A file or URL as it is stored.
-
-    Args:
-        random_access: fetch exactly what is read. Otherwise a URL is read ahead.
-    """
-    scheme = scheme_of(name)
-    if not scheme:
-        return Path(name.removeprefix("file://")).expanduser().open("rb")
-    files: Any = filesystem(name)
-    if scheme in ("http", "https"):
-        return files.open(name, cache_type="none" if random_access else "readahead", block_size=HTTP_BLOCK)
-    return files.open(name.partition("://")[2])
-
-
-def open_content(name: str) -> io.BufferedReader:
-    """The content of a file or URL, decompressed by suffix; a truncated one ends in OSError."""
-    raw: Any = open_raw(name)
-    suffix = PurePosixPath(name.partition("?")[0] if scheme_of(name) else name).suffix.lower()
-    compressions = {**COMPRESSIONS, ".tgz": "gzip"}
-    if suffix in compressions:
-        import pyarrow
-
-        raw = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), compressions[suffix])
-    return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw, BUFFER)
-
-
-def brief(error: BaseException | None) -> str:
-    """The type and first line of an error."""
-    message = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {message[:300]}".rstrip(": .")

@@ -13,7 +13,8 @@ from typing import Any
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Inputs
 from dist_lm.data.sources.formats import FORMATS, BadRow, Format, Row, csv_rows, jsonl_rows, parquet_rows
-from dist_lm.data.sources.places import bare_name, brief, by_suffix, list_files
+from dist_lm.data.sources.opening import brief
+from dist_lm.data.sources.places import bare_name, by_suffix, list_files
 from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
 from dist_lm.document import Document, Form
 from dist_lm.errors import ArtefactError, ConfigError, UserError

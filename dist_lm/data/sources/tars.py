@@ -13,7 +13,8 @@ from itertools import groupby
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Inputs
 from dist_lm.data.sources.formats import LONGEST, BadRow, NumberedRow, Row
-from dist_lm.data.sources.places import by_suffix, list_files, open_content
+from dist_lm.data.sources.opening import open_content
+from dist_lm.data.sources.places import by_suffix, list_files
 from dist_lm.data.sources.reader import Candidate, reader
 from dist_lm.data.sources.rows import KEYS, NEEDS, named_columns, placed_rows, row_documents
 from dist_lm.errors import ArtefactError

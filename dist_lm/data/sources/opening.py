@@ -1,0 +1,154 @@
+"""Opening files and URLs: http requests that break are sent again, and content is decompressed by suffix.
+
+Credentials and the endpoint of s3 and gs come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...).
+"""
+
+import io
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any
+
+from dist_lm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+REMOTE = ("http", "https", "s3", "gs")
+BUFFER = 1 << 20  # bytes
+HTTP_BLOCK = 5 << 20  # bytes of a request when a file is read from begin to end
+ATTEMPTS, FIRST_WAIT_S, LONGEST_WAIT_S = 5, 1.0, 30.0  # of a request
+# Packages whose own errors mean that bytes did not arrive.
+TRANSPORTS = {"aiohttp", "fsspec", "http", "httpcore", "httpx", "httpx2", "requests", "urllib3"}
+
+
+def scheme_of(name: str) -> str:
+    """`https` of a URL; empty for a local path.
+
+    Raises:
+        ConfigError: another scheme than those of `REMOTE`.
+    """
+    scheme, separator, _ = name.partition("://")
+    if not separator or scheme == "file" or not scheme.isalnum():
+        return ""
+    if scheme not in REMOTE:
+        raise ConfigError(f"corpus source: path={name}: expected a local path, or a URL of {', '.join(REMOTE)}")
+    return scheme
+
+
+def filesystem(name: str) -> "AbstractFileSystem":
+    """The file system of a URL."""
+    import fsspec
+    import pyarrow
+
+    scheme = scheme_of(name)
+    if scheme in ("http", "https"):
+        return fsspec.filesystem("http", client_kwargs={"trust_env": True})
+    from fsspec.implementations.arrow import ArrowFSWrapper
+    from pyarrow import fs
+
+    bucket = name.partition("://")[2].partition("/")[0]
+    try:
+        return ArrowFSWrapper(
+            fs.FileSystem.from_uri(f"{scheme}://{bucket}")[0]
+        )  # unlike its class, honours AWS_ENDPOINT_URL
+    except pyarrow.ArrowInvalid as error:
+        raise ConfigError(f"corpus source: path={name}: {brief(error)}") from error
+
+
+def open_raw(name: str, *, random_access: bool = False) -> IO[bytes]:
+    """A file or URL as it is stored.
+
+    Args:
+        random_access: fetch exactly what is read. Otherwise a URL is read ahead.
+    """
+    scheme = scheme_of(name)
+    if not scheme:
+        return Path(name.removeprefix("file://")).expanduser().open("rb")
+    files: Any = filesystem(name)
+    if scheme in ("http", "https"):
+        file = files.open(name, cache_type="none" if random_access else "readahead", block_size=HTTP_BLOCK)
+        return Persistent(file, name)  # type: ignore[return-value]
+    return files.open(name.partition("://")[2])  # pyarrow tries again by itself
+
+
+def open_content(name: str) -> io.BufferedReader:
+    """The content of a file or URL, decompressed by suffix; a truncated one ends in OSError."""
+    raw: Any = open_raw(name)
+    suffix = PurePosixPath(name.partition("?")[0] if scheme_of(name) else name).suffix.lower()
+    compressions = {**COMPRESSIONS, ".tgz": "gzip"}
+    if suffix in compressions:
+        import pyarrow
+
+        raw = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), compressions[suffix])
+    return raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw, BUFFER)
+
+
+class Persistent(io.RawIOBase):
+    """A file behind http; a request that breaks is sent again, if the server knows ranges."""
+
+    def __init__(self, file: Any, name: str) -> None:
+        self._file = file
+        self._name = name
+        self._place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        from fsspec.implementations.http import HTTPFile
+
+        return isinstance(self._file, HTTPFile)  # of servers without ranges it is another class
+
+    def tell(self) -> int:
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        begin = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._file.size or 0}[whence]
+        self._place = begin + offset
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        """Raises OSError after `ATTEMPTS`, and at once where another attempt would not help."""
+        from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
+
+        retrying = Retrying(
+            stop=stop_after_attempt(ATTEMPTS if self.seekable() else 1),
+            wait=wait_exponential(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
+            retry=retry_if_exception(is_transient),
+            reraise=True,
+        )
+        try:
+            content = retrying(self._read, len(buffer))
+        except Exception as error:  # aiohttp's own errors are no OSError
+            raise OSError(f"{self._name}: byte {self._place:,}: {brief(error)}") from error
+        buffer[: len(content)] = content
+        self._place += len(content)
+        return len(content)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def _read(self, size: int) -> bytes:
+        if self.seekable():
+            self._file.seek(self._place)
+        return self._file.read(size)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed later: broken connections, time-outs, overloaded servers."""
+    status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
+    if isinstance(status, int):
+        return status in (408, 425, 429) or status >= 500
+    if isinstance(error, ConnectionError | TimeoutError):
+        # not with HF_HUB_OFFLINE=1, which the user set
+        return "OfflineModeIsEnabled" not in f"{type(error).__name__} {error}"
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+        return False  # among them: a data set that does not exist, or is gated
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in TRANSPORTS
+
+
+def brief(error: BaseException | None) -> str:
+    """The type and first line of an error."""
+    message = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {message[:300]}".rstrip(": .")
