@@ -20,8 +20,9 @@ from dist_lm.chat.template import FORMAT
 from dist_lm.config.corpus import SPLITS, CorpusConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
-from dist_lm.data.corpus import form_of, text_corpora
+from dist_lm.data.corpus import corpus_sources, form_of, text_corpora
 from dist_lm.data.ingest import Texts, read_corpus
+from dist_lm.data.inputs import inputs_of
 from dist_lm.data.journal import require_only_ours
 from dist_lm.data.manifest import Counts, FormatError, ManifestError, Recipe, manifest_path, read_manifest
 from dist_lm.data.mapped import MappedCorpus
@@ -126,6 +127,9 @@ def inspect_corpora(config: Config, names: Sequence[str], amount: Callable[[Coun
     there = [name for name in names if name not in missing]
     for name in there:
         check_corpus(config, name)
+    for name in missing:
+        for source in corpus_sources(config.corpus, name):
+            inputs_of(source)  # keys and places are checked before anything starts
     if missing:
         notes = [f"{', '.join(part)} {word}" for part, word in ((there, "there"), (damaged, "damaged")) if part]
         return Artefact(False, f"corpora {', '.join(missing)}" + (f" ({'; '.join(notes)})" if notes else ""))

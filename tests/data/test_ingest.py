@@ -34,7 +34,7 @@ def sides(config: CorpusConfig, name: str = "c", report: IngestReport | None = N
     return found
 
 
-def test_near_duplicates_in_a_streamed_source_leave_val():
+def test_near_duplicates_leave_val():
     texts = prose(200)
     report = IngestReport()
     found = sides(config_of(stories("a", [*texts, *(f"{text}\n# x" for text in texts[:150])])), report=report)

@@ -100,6 +100,21 @@ def test_only_what_is_missing_is_built(work, few):
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
 
 
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"path": "/nowhere/a.jsonl"}, "path=/nowhere/a.jsonl: no such file"),
+        ({"path": "conftest.py", "split": "test"}, "reader=jsonl: split=test: this reader does not take split"),
+    ],
+)
+def test_sources_are_checked_before_anything_is_built(work, keys, words):
+    config = config_for(work)
+    own = SourceConfig("jsonl", "english", **keys)
+    config = replace(config, corpus=replace(config.corpus, corpora={"own": [own]}))
+    with pytest.raises(ConfigError, match=words):
+        shards.STAGE.inspect(config)
+
+
 def test_corpora_that_are_not_asked_for_may_be_missing(work):
     shutil.rmtree(work.corpus("tools"))
     assert shards.STAGE.inspect(config_for(work, "stage.corpora=[code]")).ready

@@ -132,7 +132,6 @@ def list_source_files(source: SourceConfig) -> Inputs:
 
 
 @reader(
-    streamed=True,
     keys=("language", "licence", "path", "exclude", "only"),
     needs=("path",),
     inputs=list_source_files,

@@ -28,7 +28,6 @@ HUB_KEYS = ("dataset", "revision", "subset", "data_dir", "split")
 
 
 @reader(
-    streamed=True,
     keys=("language", "licence", *HUB_KEYS, "column", "licence_column", "language_column", "id_column", "only"),
     needs=("language|language_column", "dataset"),
     advice="check dataset, split and column; no row has text in that column",

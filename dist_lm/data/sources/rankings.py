@@ -19,6 +19,7 @@ from dist_lm.chat.documents import write_prompt, write_ranking
 from dist_lm.chat.messages import ChatError, Conversation, Message
 from dist_lm.chat.ranking import Judgement, Ranking, check_ranking
 from dist_lm.config.corpus import SourceConfig
+from dist_lm.data.inputs import Input, Inputs
 from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError, UserError
@@ -26,27 +27,38 @@ from dist_lm.errors import ArtefactError, ConfigError, UserError
 KEYS = {"prompt", "completions", "ranks", "judgements"}
 
 
+def list_rankings(source: SourceConfig) -> Inputs:
+    """The files that `source.dataset` names: a file of JSON lines, or a glob.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    pattern = str(Path(source.dataset).expanduser())
+    files = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]  # noqa: PTH207  may be absolute
+    if not files:
+        raise ConfigError(
+            f"corpus source with reader=rankings: dataset={source.dataset}: no such file; expected one of JSON lines, "
+            "or a glob"
+        )
+    return Inputs(tuple(Input(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
 @reader(
     form="ranking",
     keys=("language", "licence", "dataset"),
     needs=("language", "dataset"),
+    inputs=list_rankings,
     advice="check dataset; no line makes a ranking",
 )
 def read_local_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Every ranking of the files that `source.dataset` names: a file of JSON lines, or a glob. `seed` is not used.
+    """Every ranking of the files that `source.dataset` names. `seed` is not used.
 
     Raises:
         ConfigError: there is no such file.
         ArtefactError: a line is no ranking; the message names file and line.
     """
-    pattern = str(Path(source.dataset).expanduser())
-    files = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]  # noqa: PTH207  may be absolute
-    if not source.dataset or not files:
-        raise ConfigError(
-            f"corpus source with reader=rankings: dataset={source.dataset}: no such file; expected one of JSON lines, "
-            "or a glob"
-        )
-    for file in files:
+    for one in list_rankings(source).taken:
+        file = Path(one.name)
         with file.open(encoding="utf-8") as lines:
             for number, ranking in enumerate(_utf8(read_rankings(lines, str(file)), file)):
                 yield ranking_document(ranking, source.language, f"{file}:{number}", source.licence)

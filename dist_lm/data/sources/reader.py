@@ -73,7 +73,6 @@ class Traits:
     form: Form = "text"
     seeded: bool = False  # the documents depend on the seed: a corpus of another seed is refused
     revision: int = 0  # one more with every change to generated documents: a corpus of another revision is refused
-    streamed: bool = False  # large
     keys: tuple[str, ...] = ("language", "licence")  # of the source that the reader takes, beside `COMMON`
     needs: tuple[str, ...] = ("language",)  # keys that must be given; `a|b`: one of them
     inputs: "Callable[[SourceConfig], Inputs] | None" = None  # lists the files that it reads; none: it reads no files
@@ -85,7 +84,6 @@ def reader(
     *,
     seeded: bool = False,
     revision: int = 0,
-    streamed: bool = False,
     keys: tuple[str, ...] = Traits.keys,
     needs: tuple[str, ...] = Traits.needs,
     inputs: "Callable[[SourceConfig], Inputs] | None" = None,
@@ -95,7 +93,7 @@ def reader(
 
     def declare(function: AnyReader) -> AnyReader:
         function.traits = Traits(  # type: ignore[attr-defined]
-            form, seeded, revision, streamed, keys, needs, inputs, advice
+            form, seeded, revision, keys, needs, inputs, advice
         )
         return function
 
@@ -114,8 +112,7 @@ def reader_of(source: SourceConfig) -> Reader:
         ConfigError: there is no reader of this name, the import path does not lead to a function, or the source has a
             key that the reader does not take, or lacks one that it needs.
     """
-    path = source.reader if ":" in source.reader else _named_reader(source)[1]
-    function = imported_function(path, "corpus source: reader")
+    function = _imported(source)
     check_keys(source, traits_of(function))
     return function
 
@@ -127,7 +124,7 @@ def source_traits(source: SourceConfig) -> Traits:
 
 def source_form(source: SourceConfig) -> Form:
     """What the documents of a source are. Only a reader that is named by its import path is imported."""
-    return source_traits(source).form if ":" in source.reader else _named_reader(source)[0]
+    return traits_of(_imported(source)).form if ":" in source.reader else _named_reader(source)[0]
 
 
 def check_keys(source: SourceConfig, traits: Traits) -> None:
@@ -165,3 +162,8 @@ def _named_reader(source: SourceConfig) -> tuple[Form, str]:
             "of a function such as my_package.my_module:read_notes"
         )
     return READERS[source.reader]
+
+
+def _imported(source: SourceConfig) -> Reader:
+    path = source.reader if ":" in source.reader else _named_reader(source)[1]
+    return imported_function(path, "corpus source: reader")

@@ -62,19 +62,19 @@ def list_rows(source: SourceConfig) -> Inputs:
     return list_files(source, ANY_ROWS)
 
 
-@reader(streamed=True, keys=KEYS, needs=NEEDS, inputs=list_json_lines, advice=ADVICE)
+@reader(keys=KEYS, needs=NEEDS, inputs=list_json_lines, advice=ADVICE)
 def read_jsonl(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Every line of files of JSON lines as a text."""
     yield from row_documents(source, placed_rows(list_json_lines(source), named_columns(source, TEXT), jsonl_rows))
 
 
-@reader(streamed=True, keys=KEYS, needs=NEEDS, inputs=list_parquet, advice=ADVICE)
+@reader(keys=KEYS, needs=NEEDS, inputs=list_parquet, advice=ADVICE)
 def read_parquet(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Every row of parquet files as a text. Memory is bounded by one row group."""
     yield from row_documents(source, placed_rows(list_parquet(source), named_columns(source, TEXT), parquet_rows))
 
 
-@reader(streamed=True, keys=KEYS, needs=NEEDS, inputs=list_csv, advice=ADVICE)
+@reader(keys=KEYS, needs=NEEDS, inputs=list_csv, advice=ADVICE)
 def read_csv(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Every row of CSV files with a header as a text."""
     yield from row_documents(source, placed_rows(list_csv(source), named_columns(source, TEXT), csv_rows))

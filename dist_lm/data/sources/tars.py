@@ -29,7 +29,6 @@ def list_tars(source: SourceConfig) -> Inputs:
 
 
 @reader(
-    streamed=True,
     keys=KEYS,
     needs=NEEDS,
     inputs=list_tars,

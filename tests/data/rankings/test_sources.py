@@ -9,6 +9,7 @@ from dist_lm.chat.documents import read_ranking
 from dist_lm.chat.ranking import Judgement
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.ingest import read_corpus
+from dist_lm.data.inputs import inputs_of
 from dist_lm.data.screening import IngestReport
 from dist_lm.data.sources.hub_rankings import read_hub_rankings
 from dist_lm.data.sources.rankings import read_local_rankings
@@ -42,6 +43,7 @@ def test_local_files_by_glob_and_one_side_for_a_prompt(tmp_path: Path) -> None:
     source = local(tmp_path / "a.jsonl", 3)
     source.dataset = str(tmp_path / "*.jsonl")
     found = [document(one) for one in read_local_rankings(source, 0)]
+    assert [one.name for one in inputs_of(source).taken] == [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]
     assert [one.source for one in found] == [f"{tmp_path}/{name}" for name in ("a.jsonl:0", "a.jsonl:1", "a.jsonl:2",
                                                                                "b.jsonl:0", "b.jsonl:1")]  # fmt: skip
     assert found[0].group == found[3].group != found[1].group
