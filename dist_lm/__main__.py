@@ -130,7 +130,10 @@ def generate(
         typer.Option(help="The text to continue. Default: prompts typed at the terminal, or all of standard input."),
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Path of tokenizer.model. Default: that of the run's work directory.")
+        Path | None,
+        typer.Option(
+            help="Tokenizer: a file, or a folder such as work/tokenizer. Default: that of the run's work directory."
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens of an answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0: the likeliest token.")] = 0.7,
@@ -234,7 +237,10 @@ def tools_bfcl(
         Path | None, typer.Option("--json", help="Write one JSON object for each question to this file.")
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Path of tokenizer.model. Default: that of the run's work directory.")
+        Path | None,
+        typer.Option(
+            help="Tokenizer: a file, or a folder such as work/tokenizer. Default: that of the run's work directory."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto (a GPU, if there is one), cpu or cuda.")] = "auto",
 ) -> None:

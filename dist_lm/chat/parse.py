@@ -4,6 +4,7 @@ White space around the JSON of calls and results, and between calls, is free; ev
 """
 
 import operator
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,7 +19,6 @@ from dist_lm.tokenizer.symbols import (
     END_RESPONSE,
     END_TOOLS,
     RESPONSE,
-    SPECIAL_TOKENS,
     START,
     TOOLS,
 )
@@ -85,16 +85,26 @@ class _Reader:
         """Raises ChatError: an id is not one of `tokenizer`, or tokens between marks are not UTF-8."""
         numbers = [_checked(number, at, tokenizer.vocab_size) for at, number in enumerate(ids)]
         self._parts: list[tuple[int, str, bool]] = []  # (first token, mark or text, whether it is a mark)
+        marks = {number: name for name, number in tokenizer.special_ids.items()}
+        spelled = re.compile("|".join(map(re.escape, tokenizer.lacking())) or "(?!)")  # these are plain text
         begin = 0
         for at, number in enumerate([*numbers, None]):
-            if number is None or number < len(SPECIAL_TOKENS):
-                if begin < at:
-                    self._parts.append((begin, _text(numbers, begin, at, tokenizer), False))
+            if number is None or number in marks:
+                text = _text(numbers, begin, at, tokenizer)
+                found = 0
+                for mark in spelled.finditer(text):
+                    self._add(begin, text[found : mark.start()], mark.group())
+                    found = mark.end()
+                self._add(begin, text[found:])
                 if number is not None:
-                    self._parts.append((at, SPECIAL_TOKENS[number], True))
+                    self._add(at, "", marks[number])
                 begin = at + 1
         self._length = len(numbers)
         self._at = 0
+
+    def _add(self, at: int, text: str, mark: str = "") -> None:
+        """Append a text and the mark behind it, each unless it is empty."""
+        self._parts += [(at, part, is_mark) for part, is_mark in ((text, False), (mark, True)) if part]
 
     @property
     def place(self) -> str:

@@ -43,7 +43,7 @@ class Ranking:
 class RankingTokens:
     """T tokens of a ranking with K completions."""
 
-    tokens: np.ndarray  # (T,) uint16
+    tokens: np.ndarray  # (T,) of the tokenizer's dtype
     branch: np.ndarray  # (T,) uint8: 0 in the prompt, 1 to K in the completions
 
 
@@ -99,7 +99,7 @@ def ranking_tokens(ranking: Ranking, tokenizer: Tokenizer) -> RankingTokens:
     for number, completion in enumerate(ranking.completions, start=1):
         tokens += answer_tokens(Message("assistant", completion), tokenizer)
         branch += [number] * (len(tokens) - len(branch))
-    return RankingTokens(np.array(tokens, np.uint16), np.array(branch, np.uint8))
+    return RankingTokens(np.array(tokens, tokenizer.dtype), np.array(branch, np.uint8))
 
 
 def branch_positions(branch_T: np.ndarray) -> np.ndarray:

@@ -8,8 +8,9 @@ r"""The layout of a conversation, in tokens and as a chat template: ChatML turns
     <|im_start|>assistant\nTEXT<|im_end|>\n
 
 Marks are added by their ids. All other text goes through `Tokenizer.encode`, which never returns the id of a mark, so
-no text can forge one. In JSON, a `<` that begins a mark is written `\u003c`, because parsers that read text, such as
-vLLM's, end a call at the first `</tool_call>`. `dist_lm.chat.parse` reads the layout back.
+no text can forge one. A mark that an existing tokenizer lacks is plain text (`tokenizer.add_marks`). In JSON, a `<`
+that begins a mark is written `\u003c`, because parsers that read text, such as vLLM's, end a call at the first
+`</tool_call>`. `dist_lm.chat.parse` reads the layout back.
 """
 
 import json
@@ -63,7 +64,7 @@ class Part:
 class Rendered:
     """A conversation in tokens."""
 
-    tokens: np.ndarray  # (n,) uint16
+    tokens: np.ndarray  # (n,) of the tokenizer's dtype
     loss_mask: np.ndarray  # (n,) uint8: 1 on what the assistant writes, up to and including <|im_end|>
 
 
@@ -77,7 +78,7 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> Rendered:
     for part in layout(conversation):
         tokens += _encoded([part], tokenizer)
         mask += [int(part.is_answer)] * (len(tokens) - len(mask))
-    return Rendered(np.array(tokens, np.uint16), np.array(mask, np.uint8))
+    return Rendered(np.array(tokens, tokenizer.dtype), np.array(mask, np.uint8))
 
 
 def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
@@ -202,7 +203,7 @@ def _json(value: Json, where: str) -> str:
 def _encoded(parts: Iterable[Part], tokenizer: Tokenizer) -> list[int]:
     tokens = list[int]()
     for part in parts:
-        tokens += [tokenizer.special_ids[part.text]] if part.is_mark else tokenizer.encode(part.text)
+        tokens += tokenizer.mark(part.text) if part.is_mark else tokenizer.encode(part.text)
     return tokens
 
 

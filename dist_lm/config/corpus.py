@@ -1,4 +1,4 @@
-"""The conf groups `corpus` and `tokenizer`: which documents are read, and how the tokenizer is trained on them."""
+"""The conf groups `corpus` and `tokenizer`: which documents are read, and where the tokenizer comes from."""
 
 import re
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ SPLITS = ("train", "val")
 BYTES_PER_TOKEN = 4  # of text whose tokens are not counted yet
 # in the query of a URL
 SECRET = re.compile(r"(?i)(signature|token|secret|password|api_?key|credential|\bsig|\bkey)=")
+TRAIN, KEEP = "train", "keep"  # values of `tokenizer.source` that are no path
 
 
 @dataclass
@@ -113,18 +114,34 @@ class CorpusConfig:
 
 @dataclass
 class TokenizerConfig:
-    """How the SentencePiece BPE is trained."""
+    """Where the tokenizer comes from. `tokenizer=keep` on the command line is short for `tokenizer.source=keep`."""
 
-    vocab_size: int = MISSING  # pieces, special ones included
+    # train (SentencePiece BPE on the texts of all corpora) | keep (the one in the work directory, whatever the corpora
+    # hold) | the path of a tokenizer.model of SentencePiece, a tokenizer.json of Hugging Face, or a folder with one
+    source: str = TRAIN
+    add_marks: bool = False  # of an existing tokenizer: append the marks that it lacks; false: they are plain text
+    vocab_size: int = MISSING  # pieces, special ones included; of an existing tokenizer, what it has
     train_bytes: int = 200_000_000  # text sampled for training; the same share of every language
     workers: int = 0  # processes that encode; 0: all cores
 
     def __post_init__(self) -> None:
+        require(bool(self.source), "tokenizer", self.source, "train, keep or a path")
         require(
-            512 <= self.vocab_size <= 65536,
+            self.vocab_size >= 512 or self.source != TRAIN,
             "tokenizer.vocab_size",
             self.vocab_size,
-            "512 to 65536 (256 byte pieces, special tokens, and tokens that fit uint16)",
+            "at least 512 (256 byte pieces and special tokens)",
+        )
+        require(
+            not self.add_marks or self.is_given,
+            "tokenizer.add_marks",
+            self.add_marks,
+            f"false with tokenizer={self.source}: only tokenizer=PATH can append marks",
         )
         require(self.train_bytes > 0, "tokenizer.train_bytes", self.train_bytes, "a positive number of bytes")
         require(self.workers >= 0, "tokenizer.workers", self.workers, "0 (all cores) or a positive integer")
+
+    @property
+    def is_given(self) -> bool:
+        """Whether `source` is a path."""
+        return self.source not in (TRAIN, KEEP)

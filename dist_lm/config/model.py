@@ -54,7 +54,7 @@ class ModelConfig:
             self.n_kv_heads,
             f"a divisor of model.n_heads={self.n_heads}",
         )
-        require(self.vocab_size <= 65536, "model.vocab_size", self.vocab_size, "at most 65536 (tokens are uint16)")
+        require(self.vocab_size <= 2**31, "model.vocab_size", self.vocab_size, f"at most {2**31} (tokens are uint32)")
         for key in ("norm_eps", "rope_base", "init_std"):
             require(getattr(self, key) > 0, f"model.{key}", getattr(self, key), "a positive number")
         require(self.norm in ("layernorm", "rmsnorm"), "model.norm", self.norm, "layernorm or rmsnorm")

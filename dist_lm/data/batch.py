@@ -56,6 +56,7 @@ class Batch:
     counted_N: torch.Tensor | None = None
     branch_BT: torch.Tensor | None = None  # int64; 0 in the trunk of a tree of tokens, 1, 2, ... in its branches
     ranked: RankedPlaces | None = None  # only for rankings
+    n_tokens: int = 0  # of `tokens_BT`, padding excluded; counted by place, because padding may be end-of-text
     boundary: torch.Tensor | None = None  # see `document_boundaries`; made by `to` and `pin_memory`
 
     @classmethod
@@ -96,7 +97,7 @@ class Batch:
         changed: dict[str, Any] = {
             name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)
         }
-        return type(self)(**changed, ranked=self.ranked.each(change) if self.ranked else None)
+        return replace(self, **changed, ranked=self.ranked.each(change) if self.ranked else None)
 
 
 def document_boundaries(document_BT: torch.Tensor) -> torch.Tensor:
@@ -137,6 +138,7 @@ def assemble(
     learned = np.zeros(shape, np.float32)
     document = np.zeros(shape, np.int64)
     position = np.tile(np.arange(seq_len + 1), (len(rows), 1))
+    n_tokens = 0
     for b, row in enumerate(rows):
         corpus, begin = row.corpus, 0
         for d, (number, start, stop) in enumerate(row.slices):
@@ -148,6 +150,7 @@ def assemble(
             if reset_positions:
                 position[b, begin:end] -= begin
             begin = end
+        n_tokens += min(begin, seq_len)
         if document_mask:
             document[b, begin:] = len(row.slices)
     return Batch(
@@ -158,6 +161,7 @@ def assemble(
         position_BT=_tensor(position[:, :-1]),
         sequence_B=torch.tensor(numbers, dtype=torch.int64),
         counted_N=_counted(learned[:, 1:]),
+        n_tokens=n_tokens,
     )
 
 

@@ -165,7 +165,7 @@ def read_corpus(
             report.reject(item.document, item.source, reason)
             continue
         splits[split] += 1
-        yield split, _redacted(config, item, split, report)
+        yield split, cleaned(config, item, split, report)
     if not splits["val"]:
         raise ArtefactError(
             f"corpus {corpus_name}: none of its {splits.total()} documents is held out at "
@@ -174,27 +174,13 @@ def read_corpus(
         )
 
 
-def train_texts(config: CorpusConfig, seed: int) -> Iterator[Document]:
-    """Documents that are in train whatever `val_tokens` is, of all corpora of texts: those a tokenizer may learn from.
-
-    One pass, which may be left early: nothing is compared. A document that contains one of a source with `held_out`
-    is among them.
-    """
-    texts = Texts(config, seed)
-    for name in text_corpora(config):
-        sides = Sides({name: largest_share(config, name)})
-        for item in texts.screened(name):
-            if sides.split_of(name, item) == "train":
-                yield _redacted(config, item, "train", IngestReport())
-
-
 def largest_share(config: CorpusConfig, corpus_name: str) -> float:
     """The share of groups that a corpus holds out by hash if `val_tokens` allows."""
     given = any(source.held_out for source in corpus_sources(config, corpus_name))
     return 0.0 if given else config.val_fraction
 
 
-def _redacted(config: CorpusConfig, item: Screened, split: str, report: IngestReport) -> Document:
+def cleaned(config: CorpusConfig, item: Screened, split: str, report: IngestReport) -> Document:
     """The document with placeholders for what `corpus.cleaning` replaces; it is counted as kept."""
     document, steps = item.document, config.cleaning
     is_json = document.form != "text"

@@ -46,7 +46,6 @@ class StepStream(Iterator[StepData]):
         micro_batch: int,
         dp_rank: int,
         dp_size: int,
-        pad_id: int,
         position: int = 0,
         pin_memory: bool = False,
         packing: dict[str, float] | None = None,
@@ -54,7 +53,6 @@ class StepStream(Iterator[StepData]):
         """
         Args:
             batch_of: the micro-batch of these global sequence numbers; called in the thread.
-            pad_id: the token that fills rows up, and stands nowhere else.
             packing: how the stage's own corpus is packed, for the record; None for text.
 
         Raises:
@@ -64,7 +62,6 @@ class StepStream(Iterator[StepData]):
         self._batch_of = batch_of
         self._global_batch = global_batch
         self._cuts = rank_cuts(global_batch, micro_batch, dp_rank, dp_size)
-        self._pad_id = pad_id
         self._pin_memory = pin_memory
         self._next_position = position  # of the next step to prepare
         self._steps: deque[Future[StepData]] = deque()
@@ -103,7 +100,7 @@ class StepStream(Iterator[StepData]):
         micro_batches, tokens = [], 0
         for cut in self._cuts:
             batch = self._batch_of([position + offset for offset in cut])
-            tokens += int((batch.tokens_BT != self._pad_id).sum())
+            tokens += batch.n_tokens
             micro_batches.append(batch.pin_memory() if self._pin_memory else batch)
         return StepData(position + self._global_batch, micro_batches, tokens)
 
@@ -134,6 +131,7 @@ class SequenceStream(StepStream):
         Args:
             mix: other corpora with their shares of all sequences (`sequences.Mix`).
             seq_len_key: the configuration key that `seq_len` comes from, for errors.
+            pad_id: the token that fills rows up.
 
         Raises `ConfigError` for a batch that does not divide over the ranks, `ArtefactError` for a corpus that fills no
         sequence.
@@ -143,7 +141,7 @@ class SequenceStream(StepStream):
         self.corpora = [CorpusSequences(one, seed, seq_len, seq_len_key) for one in (corpus, *shares)]
         self.n_sequences = self.corpora[0].n_sequences  # an epoch
         self._mix = Mix(list(shares.values()), seed)
-        self._seq_len = seq_len
+        self._seq_len, self._pad_id = seq_len, pad_id
         self._document_mask, self._reset_positions = document_mask, reset_positions
         packing = self.corpora[0].packing
         super().__init__(
@@ -152,7 +150,6 @@ class SequenceStream(StepStream):
             micro_batch=micro_batch,
             dp_rank=dp_rank,
             dp_size=dp_size,
-            pad_id=pad_id,
             position=position,
             pin_memory=pin_memory,
             packing=packing.report() if packing else None,

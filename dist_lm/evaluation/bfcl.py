@@ -89,7 +89,7 @@ def answer(
     tokenizer, context = loaded.tokenizer, loaded.config.max_seq_len
     notes: dict[int, str] = {}
     engine = build_engine(loaded, device, SEQUENCES, CACHE_TOKENS)
-    params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS, temperature=0, stop_tokens=(tokenizer.special_ids[END],))
+    params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS, temperature=0, stop_tokens=(tokenizer.mark_id(END),))
     for number, question in enumerate(questions):
         try:
             tokens = prompt(question.asked, tokenizer)

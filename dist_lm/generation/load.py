@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from dist_lm.config.model import ModelConfig
 from dist_lm.data.manifest import manifest_path, read_manifest
 from dist_lm.errors import ArtefactError, UserError
-from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from dist_lm.storage.run_directory import RunDirectory, tokenizer_in
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import model_weights
@@ -44,7 +44,7 @@ def load_model(path: Path, tokenizer: Path | None = None) -> LoadedModel:
         ArtefactError: checkpoint or tokenizer is missing or damaged, or they do not fit.
     """
     checkpoint = files.require_intact(files.find_checkpoint(path))
-    config = _model_config(checkpoint)
+    state, config = files.read_state(checkpoint)[0], _model_config(checkpoint)
     run = _run_of(checkpoint)
     if config.head != "tokens":
         raise ArtefactError(
@@ -56,6 +56,7 @@ def load_model(path: Path, tokenizer: Path | None = None) -> LoadedModel:
             f"checkpoint {checkpoint}: its model knows {config.vocab_size} tokens, the tokenizer has "
             f"{found.vocab_size}: give the tokenizer it was trained with by --tokenizer=PATH"
         )
+    files.check_tokenizer(checkpoint, state, found.sha256)
     weights = {name: torch.from_numpy(value) for name, value in model_weights(checkpoint).items()}
     name = "/".join((*run.path.parts[-2:], checkpoint.name)) if run else str(checkpoint)
     return LoadedModel(name, config, weights, found, run)
@@ -84,9 +85,12 @@ def _run_of(checkpoint: Path) -> RunDirectory | None:
 
 def _tokenizer(checkpoint: Path, named: Path | None, run: RunDirectory | None) -> Tokenizer:
     if named is not None:
-        file = named / WorkDirectory(named).tokenizer_model.name if named.is_dir() else named
+        file = tokenizer_in(named) if named.is_dir() else named
         if not file.is_file():
-            raise ArtefactError(f"--tokenizer={named}: no tokenizer there; expected work/tokenizer/tokenizer.model")
+            raise ArtefactError(
+                f"--tokenizer={named}: no tokenizer there; expected work/tokenizer, or its tokenizer.model or "
+                "tokenizer.json"
+            )
         return Tokenizer.load(file)
     if run is None:
         raise ArtefactError(

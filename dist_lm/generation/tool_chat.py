@@ -131,7 +131,7 @@ class ToolChat:
         on_text: Callable[[str], None],
         interrupted: Callable[[], bool],
     ) -> Outcome:
-        session, special = self._session, self._session.tokenizer.special_ids
+        session, marks = self._session, self._session.tokenizer
         tokens, context = prompt(conversation, session.tokenizer), session.config.max_seq_len
         if len(tokens) >= context:
             if len(conversation.messages) > 1:
@@ -142,17 +142,17 @@ class ToolChat:
                 f"the {what} {len(tokens):,} tokens, and the model's context is {context:,} (model.max_seq_len): "
                 f"{way_out}"
             )
-        calling = False
+        calling, call = False, marks.special_ids.get(CALL)
 
         def look(token: int) -> None:
             nonlocal calling
-            calling = calling or token == special[CALL]
+            calling = calling or token == call
 
         def show(index: int, text: str) -> None:
             if not calling:
                 on_text(text)
 
-        params = replace(settings.params, stop_tokens=(*settings.params.stop_tokens, special[END]))
+        params = replace(settings.params, stop_tokens=(*settings.params.stop_tokens, marks.mark_id(END)))
         own = replace(settings, params=params)
         return session.answer(tokens, own, 1, show, interrupted=interrupted, on_token=look)
 

@@ -1,4 +1,6 @@
-"""Our tokenizer as a Hugging Face folder with identical ids, and with the chat template. Needs the extra `hf`.
+"""A tokenizer as a Hugging Face folder with identical ids, and with the chat template. Needs the extra `hf`.
+
+A given `tokenizer.json` is written as it came, and so is a SentencePiece model of others. The rest is about ours:
 
 The pieces hold plain spaces, not U+2581, so a literal U+2581 is a character without a piece and becomes its bytes, as
 in `dist_lm.tokenizer`. What a user of the folder should know:
@@ -15,29 +17,35 @@ from pathlib import Path
 
 import sentencepiece
 
-from dist_lm.errors import ArtefactError, UserError
+from dist_lm.errors import UserError
 from dist_lm.storage import durable
-from dist_lm.tokenizer.symbols import SPACE
+from dist_lm.tokenizer.symbols import END_OF_TEXT, SPACE, UNKNOWN
+from dist_lm.tokenizer.tokenizer import Tokenizer
 
 
 def save_hf_tokenizer(model_path: Path, folder: Path, chat_template: str) -> None:
     """Write `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json` and `chat_template.jinja` into
     `folder`, for `transformers.AutoTokenizer.from_pretrained(folder)`. `chat_template`: see `chat.template`.
 
+    A SentencePiece model of others is written as `tokenizer.model` instead.
+
     Raises:
-        ArtefactError: `model_path` is missing or is not a SentencePiece model.
+        ArtefactError: `model_path` is missing or is no tokenizer.
         UserError: the package `tokenizers` is not installed.
     """
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=model_path.read_bytes())
-    except (OSError, RuntimeError) as error:
-        raise ArtefactError(f"{model_path}: no usable tokenizer ({error}): train it with stage=tokenizer") from error
+    tokenizer = Tokenizer.load(model_path)
     folder.mkdir(parents=True, exist_ok=True)
-    names = {"bos_token": processor.eos_id(), "eos_token": processor.eos_id()}
-    names |= {"pad_token": processor.pad_id(), "unk_token": processor.unk_id()}
-    special = {name: processor.id_to_piece(number) for name, number in names.items()}
-    durable.write_text(folder / "tokenizer.json", fast_tokenizer_json(processor))
-    durable.write_text(folder / "chat_template.jinja", chat_template)
+    names = {"bos_token": tokenizer.eot_id, "eos_token": tokenizer.eot_id, "pad_token": tokenizer.pad_id}
+    if UNKNOWN in tokenizer.special_ids:
+        names["unk_token"] = tokenizer.special_ids[UNKNOWN]
+    special = dict(zip(names, tokenizer.pieces(names.values()), strict=True))
+    content = model_path.read_bytes()
+    if tokenizer.is_trained:
+        content = fast_tokenizer_json(sentencepiece.SentencePieceProcessor(model_proto=content)).encode()
+        durable.write_bytes(folder / "tokenizer.json", content)
+    else:
+        durable.write_bytes(folder / model_path.name, content)
+    durable.write_text(folder / "chat_template.jinja", chat_template.replace(END_OF_TEXT, special["eos_token"]))
     durable.write_json(folder / "special_tokens_map.json", special)
     durable.write_json(
         folder / "tokenizer_config.json",

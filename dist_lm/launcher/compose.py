@@ -30,6 +30,7 @@ from dist_lm.tracking.redact import is_secret_name, redact_command, redact_text
 PIPELINE = "pipeline"
 CORPORA = "corpus.corpora"
 NAMED = ("model", "corpus")  # groups whose files may leave out `name`
+VOCAB_SIZE = "model.vocab_size"
 SHORTEST = 8  # characters; shorter values of secret variables also occur inside harmless words
 PLACES = ("_PATH", "_FILE", "_DIR")  # variables that hold the path of a secret: RAY_AUTH_TOKEN_PATH
 WAY_OUT = "a value without it; the configuration is written to disk (give secrets in the environment)"
@@ -78,6 +79,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
         for override in parsed:
             if override.key_or_group in NAMED and OmegaConf.is_missing(composed[override.key_or_group], "name"):
                 composed[override.key_or_group].name = override.value()
+        _follow_tokenizer(composed, parsed)
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_in_one_line(error, parsed, schema)) from error
@@ -85,6 +87,23 @@ def compose_config(overrides: Sequence[str]) -> Config:
     check_no_secrets(asdict(config), os.environ)
     require("://" not in config.work_dir, "work_dir", config.work_dir, "a folder of a file system that all nodes share")
     return config
+
+
+def _follow_tokenizer(composed: Any, overrides: Sequence[Override]) -> None:
+    """Set `model.vocab_size` to that of an existing tokenizer, unless the command gives it: then both must agree."""
+    from dist_lm.tokenizer.existing import existing_vocab_size
+
+    tokenizer: Any = OmegaConf.to_object(composed.tokenizer)
+    found = existing_vocab_size(tokenizer, composed.work_dir)
+    if found is None:
+        return
+    given = [one.value() for one in overrides if one.key_or_group == VOCAB_SIZE]
+    if given and given[-1] != found:
+        raise ConfigError(
+            f"{VOCAB_SIZE}={given[-1]}: tokenizer={tokenizer.source} has {found} pieces: give {VOCAB_SIZE}={found}, or "
+            "leave it out"
+        )
+    OmegaConf.update(composed, VOCAB_SIZE, found)
 
 
 def overrides_of(stage: str, target: str, overrides: Sequence[str]) -> list[str]:
@@ -129,6 +148,9 @@ def target_stage(overrides: Sequence[str]) -> str:
 
 
 def _parse(text: str) -> Override:
+    """Parse an override; `tokenizer=VALUE` is short for `tokenizer.source=VALUE`."""
+    if text.startswith("tokenizer="):
+        text = text.replace("tokenizer=", "tokenizer.source=", 1)
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException as error:

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dist_lm.config.corpus import SPLITS
 from dist_lm.config.root import Config
-from dist_lm.data.content import record_content, require_content
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.errors import ArtefactError
@@ -87,7 +86,7 @@ def started(run: RunDirectory, config: Config, stop: StopRequest, heartbeat: Hea
 
 
 def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world: World) -> None:
-    """Refuse shards of another tokenizer, and to continue a run on other content than it began with (collective).
+    """Refuse shards that were written with another tokenizer (collective).
 
     The first rank opens the corpora before the others, so that a missing index is rebuilt only once.
     """
@@ -97,11 +96,6 @@ def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world
         if world.is_first:
             for split in SPLITS:
                 MappedCorpus.open(directory, split)
-    begun = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST) is not None
-    if begun:
-        require_content(run, config.streams)
-    elif world.is_first:
-        record_content(run, config.streams)
     dist.barrier()
 
 
@@ -171,7 +165,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         check_corpora(run, config, tokenizer, world)
         model = build_model(config.model, config.parallel, mesh, world.device, config.seed)
         optimizer = build_optimizer(model, config.stage, config.stage.muon)
-        state = restore(run, config, world, model, optimizer)
+        state = restore(run, config, start, model, optimizer)
         ranks = data_mesh(mesh)
         opening = Opening(
             config,
@@ -235,18 +229,22 @@ def step_profiler(run: RunDirectory, config: Config, world: World) -> StepProfil
 
 
 def restore(
-    run: RunDirectory, config: Config, world: World, model: Transformer, optimizer: torch.optim.Optimizer
+    run: RunDirectory, config: Config, start: RankStart, model: Transformer, optimizer: torch.optim.Optimizer
 ) -> TrainState:
     """Load model and optimizer from the newest intact checkpoint of this run, else the weights of stage.init_from."""
-    own = checkpoint.newest_intact(run.checkpoints, world)
+    sha256 = start.tokenizer.sha256
+    own = checkpoint.newest_intact(run.checkpoints, start.world)
     if own is not None:
         log.info("continuing from %s", own)
-        return checkpoint.load(own, model, optimizer, config.model)
+        state = checkpoint.load(own, model, optimizer, config.model)
+        checkpoint_files.check_tokenizer(own, state, sha256)
+        return replace(state, tokenizer=sha256)
     if config.stage.init_from != "none":
-        start = checkpoint.find_intact(Path(config.stage.init_from), world)
-        checkpoint.load_weights(start, model, config.model)
-        log.info("starting from the weights of %s", start)
-    return TrainState()
+        origin = checkpoint.find_intact(Path(config.stage.init_from), start.world)
+        checkpoint_files.check_tokenizer(origin, checkpoint_files.read_state(origin)[0], sha256)
+        checkpoint.load_weights(origin, model, config.model)
+        log.info("starting from the weights of %s", origin)
+    return TrainState(tokenizer=sha256)
 
 
 def write_result(

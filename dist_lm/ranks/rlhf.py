@@ -42,6 +42,7 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.training.checkpoint_saver import CheckpointSaver
 from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
+from dist_lm.training.state import TrainState
 from dist_lm.training.step_meter import Eta
 from dist_lm.training.step_profiler import StepProfiler
 from dist_lm.training.trainer import is_due, peak_memory_gib
@@ -144,7 +145,7 @@ class Saving:
         self.saver.save(
             policy.model,
             policy.optimizer,
-            train_state(state, self.reporter.tokens),
+            train_state(state, self.reporter.tokens, self.reporter.tokenizer.sha256),
             self.begun.companions,
             saved_files(state) if self.is_first else {},
         )
@@ -161,7 +162,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         algorithm = ALGORITHMS[config.rlhf.algorithm](config.rlhf)
         begun = begin(run, config, start, algorithm)
         state, world = begun.state, start.world
-        metrics = open_metrics(run, world, train_state(begun.state, begun.tokens))
+        metrics = open_metrics(run, world, train_state(begun.state, begun.tokens, start.tokenizer.sha256))
         profiler = step_profiler(run, config, world)
         reporter = Reporter(
             config, run, world, start.tokenizer, metrics, heartbeat, begun.tokens, state.iteration, profiler
@@ -204,7 +205,8 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             found = held_out.compare(state.reward_scale)
             if metrics:
                 metrics.write(state.iteration, found)
-                write_result(run, config, state, reporter.tokens, time.time() - began)
+                counters = train_state(state, reporter.tokens, start.tokenizer.sha256)
+                write_result(run, config, state, counters, time.time() - began)
 
 
 def _supply(
@@ -226,7 +228,7 @@ def _supply(
         source,
         ShuffledPrompts(prompts, config.seed),
         start.tokenizer.decode,
-        stop_tokens=(start.tokenizer.special_ids[END],),
+        stop_tokens=(start.tokenizer.mark_id(END),),
     )
 
 
@@ -241,7 +243,9 @@ def _saver(run: RunDirectory, config: RlhfRunConfig, start: RankStart) -> Checkp
     )
 
 
-def write_result(run: RunDirectory, config: RlhfRunConfig, state: RlhfState, tokens: int, seconds: float) -> None:
+def write_result(
+    run: RunDirectory, config: RlhfRunConfig, state: RlhfState, counters: TrainState, seconds: float
+) -> None:
     """Write the success marker.
 
     Raises:
@@ -254,6 +258,6 @@ def write_result(run: RunDirectory, config: RlhfRunConfig, state: RlhfState, tok
     more = {
         "prompts": state.prompt_position,
         "first": metrics_of_step(run, 1),
-        "state": asdict(train_state(state, tokens)),
+        "state": asdict(counters),
     }
-    write_success(run, config, steps=state.iteration, tokens=tokens, seconds=seconds, metrics=metrics, more=more)
+    write_success(run, config, steps=counters.step, tokens=counters.tokens, seconds=seconds, metrics=metrics, more=more)

@@ -57,7 +57,8 @@ def begin(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorithm:
     policy = trained(_model(config.model, config, start), config.rlhf, config.rlhf.lr)
     if origin:
         origin = checkpoint.find_intact(origin, start.world)
-        checkpoint.load(origin, reference, None, config.model)
+        state = checkpoint.load(origin, reference, None, config.model)
+        checkpoint_files.check_tokenizer(origin, state, start.tokenizer.sha256)
     reward = _reward_model(config, start)
     shape = replace(config.model, head="scalar")
     critic = None
@@ -93,9 +94,9 @@ def saved_files(state: RlhfState) -> dict[str, bytes]:
     return {STATE: json.dumps(state.to_dict(), indent=1).encode(), PENDING: save_arrays(dict(state.arrays()))}
 
 
-def train_state(state: RlhfState, tokens: int) -> TrainState:
+def train_state(state: RlhfState, tokens: int, tokenizer_sha256: str) -> TrainState:
     """The counters of every checkpoint; here a step is an iteration and a position is a prompt."""
-    return TrainState(step=state.iteration, tokens=tokens, position=state.prompt_position)
+    return TrainState(state.iteration, tokens, state.prompt_position, tokenizer=tokenizer_sha256)
 
 
 def read_state(directory: Path) -> RlhfState:

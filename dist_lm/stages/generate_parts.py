@@ -27,6 +27,7 @@ from dist_lm.storage import durable
 from dist_lm.storage.durable import json_lines
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.training import checkpoint_files
 
 
 def check(config: GenerateRunConfig) -> None:
@@ -113,6 +114,7 @@ def tokenizer_of(config: GenerateRunConfig, checkpoint: Path) -> Tokenizer:
         raise ArtefactError(
             f"{path} has {tokenizer.vocab_size} pieces, model.vocab_size={config.model.vocab_size}: not this model's"
         )
+    checkpoint_files.check_tokenizer(checkpoint, checkpoint_files.read_state(checkpoint)[0], tokenizer.sha256)
     return tokenizer
 
 

@@ -142,7 +142,7 @@ def requests_of(
     params = SamplingParams(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
-        stop_tokens=(tokenizer.special_ids[END],),
+        stop_tokens=(tokenizer.mark_id(END),),
     )
     as_turn = prompt(Conversation((Message("user", opening.text),)), tokenizer)
     as_text = [tokenizer.eot_id, *tokenizer.encode(opening.text)]

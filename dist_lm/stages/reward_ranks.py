@@ -124,7 +124,7 @@ def policy_samples(closing: Closing, config: RewardRunConfig, val: MappedRanking
     """
     settings, tokenizer = config.stage.reward, closing.tokenizer
     loaded = load_model(Path(config.stage.init_from), closing.run.work.tokenizer_model)
-    params = SamplingParams(max_new_tokens=settings.normaliser_new_tokens, stop_tokens=(tokenizer.special_ids[END],))
+    params = SamplingParams(max_new_tokens=settings.normaliser_new_tokens, stop_tokens=(tokenizer.mark_id(END),))
     longest = loaded.config.max_seq_len - settings.normaliser_new_tokens
     prompts = [prompt for prompt in prompts_of(val, settings.normaliser_prompts) if len(prompt) <= longest]
     if len(prompts) < settings.normaliser_prompts:

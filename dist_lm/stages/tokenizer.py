@@ -1,24 +1,33 @@
-"""Stage `tokenizer`: reads the train split of all texts, writes work/tokenizer/{tokenizer.model,report.json}."""
+"""Stage `tokenizer`: trains work/tokenizer/tokenizer.model on the train split of all texts, or takes an existing one.
+
+An existing tokenizer is copied as it is (`tokenizer.json` keeps its name); `report.json` beside it has the figures.
+"""
 
 import json
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from dist_lm.config.corpus import KEEP
 from dist_lm.config.root import Config
-from dist_lm.data.ingest import train_texts
+from dist_lm.data.in_turn import read_in_turn
 from dist_lm.errors import ArtefactError
 from dist_lm.stages.shards import digest, text_fingerprint
 from dist_lm.stages.stage import Artefact, ArtefactStage
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
-from dist_lm.tokenizer.tokenizer import FORMAT, Tokenizer
+from dist_lm.tokenizer.byte_level import ByteLevelModel
+from dist_lm.tokenizer.existing import given_tokenizer
+from dist_lm.tokenizer.sentencepiece_model import SentencePieceModel
+from dist_lm.tokenizer.tokenizer import FORMAT, Tokenizer, read_vocabulary
 from dist_lm.tokenizer.train import sample_by_language, tokenizer_report, train_tokenizer
 
 if TYPE_CHECKING:
     from dist_lm.tracking.console import Console
 
 REPORT_BYTES = 4_000_000  # of all languages together, for the report
+READ = 2  # times the text that is wanted: what is read to choose it from
 
 
 class TokenizerStage(ArtefactStage):
@@ -29,12 +38,29 @@ class TokenizerStage(ArtefactStage):
         """Inspect work/tokenizer.
 
         Raises:
-            ArtefactError: it has another format, was trained on another text, or has another vocabulary.
+            ArtefactError: it has another format, was trained on another text, has another vocabulary, or is another
+                one than `tokenizer=PATH`.
         """
-        work = WorkDirectory(Path(config.work_dir))
-        if not (work.tokenizer_model.exists() and work.tokenizer_report.exists()):
-            return Artefact(False, f"{config.tokenizer.vocab_size:,} pieces from corpus={config.corpus.name}")
+        work, settings = WorkDirectory(Path(config.work_dir)), config.tokenizer
+        is_there = work.tokenizer_model.exists()
+        if settings.source == KEEP:
+            if not is_there:
+                raise ArtefactError(
+                    f"tokenizer=keep: {work.tokenizer} holds no tokenizer: train one (tokenizer=train) or give its path"
+                )
+            return Artefact(True, f"{settings.vocab_size:,} pieces, kept")
+        if not (is_there and work.tokenizer_report.exists()):
+            origin = settings.source if settings.is_given else f"corpus={config.corpus.name}"
+            return Artefact(False, f"{settings.vocab_size:,} pieces from {origin}")
         report = json.loads(work.tokenizer_report.read_text())
+        if settings.is_given:
+            found, wanted = durable.sha256_of(work.tokenizer_model), sha256(given_tokenizer(settings)).hexdigest()
+            if found != wanted:
+                raise ArtefactError(
+                    f"{work.tokenizer} holds tokenizer {found[:12]}, tokenizer={settings.source} is {wanted[:12]}: use "
+                    "another work_dir, remove that folder to replace it, or keep it by tokenizer=keep"
+                )
+            return Artefact(True, f"{report['vocab_size']:,} pieces, {report['bytes_per_token']:.2f} bytes/token")
         if (found := report.get("format", 1)) != FORMAT:
             raise ArtefactError(
                 f"{work.tokenizer} holds a tokenizer of format {found}, this version reads format {FORMAT}: use "
@@ -46,25 +72,35 @@ class TokenizerStage(ArtefactStage):
                 "(tokenizer.vocab_size follows model.vocab_size): use another work_dir, or remove that folder to train "
                 "it again"
             )
-        if report["text"] != digest(text_fingerprint(config)):
+        if report.get("text") != digest(text_fingerprint(config)):
             raise ArtefactError(
                 f"{work.tokenizer} was trained on another text than corpus={config.corpus.name} seed={config.seed}: "
-                "use another work_dir, or remove that folder to train it again"
+                "keep it by tokenizer=keep, use another work_dir, or remove that folder to train it again"
             )
         return Artefact(True, f"{report['vocab_size']:,} pieces, {report['bytes_per_token']:.2f} bytes/token")
 
     def build(self, config: Config, console: "Console") -> None:
-        """Train the tokenizer and report on it."""
-        work = WorkDirectory(Path(config.work_dir))
+        """Train the tokenizer, or copy the given one, and report on it."""
+        work, settings = WorkDirectory(Path(config.work_dir)), config.tokenizer
         work.tokenizer.mkdir(parents=True, exist_ok=True)
+        wanted = REPORT_BYTES if settings.is_given else settings.train_bytes
         with console.counting("reading documents", unit="documents") as count:
-            documents = (count.each(document) for document in train_texts(config.corpus, config.seed))
-            sample = list(sample_by_language(documents, config.tokenizer.train_bytes))
-        with console.waiting(f"training {config.tokenizer.vocab_size:,} pieces"):
-            train_tokenizer((document.text for document in sample), work.tokenizer_model, config.tokenizer)
-        tokenizer = Tokenizer.load(work.tokenizer_model)
-        report = tokenizer_report(tokenizer, sample_by_language(sample, REPORT_BYTES))
-        report |= {"text": digest(text_fingerprint(config)), "config": asdict(config.tokenizer)}
+            documents = read_in_turn(config.corpus, config.seed, READ * wanted)
+            sample = list(sample_by_language((count.each(document) for document in documents), wanted))
+        report: dict[str, Any] = {"config": asdict(settings)}
+        if settings.is_given:
+            content = given_tokenizer(settings)
+            path = work.tokenizer / read_vocabulary(content, settings.source).file_name
+            durable.write_bytes(path, content)
+        else:
+            path = work.tokenizer / SentencePieceModel.file_name
+            with console.waiting(f"training {settings.vocab_size:,} pieces"):
+                train_tokenizer((document.text for document in sample), path, settings)
+            report["text"] = digest(text_fingerprint(config))
+        for other in (work.tokenizer / kind.file_name for kind in (SentencePieceModel, ByteLevelModel)):
+            if other != path:
+                other.unlink(missing_ok=True)
+        report |= tokenizer_report(Tokenizer.load(path), sample_by_language(sample, REPORT_BYTES))
         durable.write_json(work.tokenizer_report, report)
 
     def output(self, config: Config) -> Path:

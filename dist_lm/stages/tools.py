@@ -121,7 +121,7 @@ def examine(closing: Closing) -> dict[str, float]:
         return {}
     corpus = MappedCorpus.open(closing.run.work.corpus(config.stage.corpus), "val")
     questions = choose(corpus, tokenizer, settings.per_kind, config.model.max_seq_len)
-    requests = requests_of(questions, tokenizer.special_ids[END], settings.max_new_tokens)
+    requests = requests_of(questions, tokenizer.mark_id(END), settings.max_new_tokens)
     answers = answer_all(closing, requests, "stage.questions")
     verdicts = []
     for one, answer in zip(questions, answers, strict=True):

@@ -1,10 +1,10 @@
 """Paths below the work directory. No other code knows their names.
 
 work/
-  tokenizer/{tokenizer.model,report.json}
+  tokenizer/{tokenizer.model or tokenizer.json, report.json}
   corpora/NAME/{train,val}-000000.tar + .index, manifest.json
   runs/STAGE/RUN_ID/
-    config.yaml corpora.json metrics.jsonl result.json
+    config.yaml metrics.jsonl result.json
     checkpoints/step_00000100/ ... LATEST BEST
     logs/rank_00000.log   samples/   wandb/   profile/
   runs/generate/RUN_ID/
@@ -13,6 +13,12 @@ work/
 
 from dataclasses import dataclass
 from pathlib import Path
+
+
+def tokenizer_in(folder: Path) -> Path:
+    """The file of the tokenizer in a folder."""
+    given = folder / "tokenizer.json"
+    return given if given.exists() else folder / "tokenizer.model"
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class WorkDirectory:
 
     @property
     def tokenizer_model(self) -> Path:
-        return self.tokenizer / "tokenizer.model"
+        """`tokenizer.json` of Hugging Face if it is there, else `tokenizer.model` of SentencePiece."""
+        return tokenizer_in(self.tokenizer)
 
     @property
     def tokenizer_report(self) -> Path:
@@ -79,11 +86,6 @@ class RunDirectory:
     def config(self) -> Path:
         """The resolved configuration, read by every rank."""
         return self.path / "config.yaml"
-
-    @property
-    def corpora(self) -> Path:
-        """JSON: corpus -> split -> hash of the content that the run trains on."""
-        return self.path / "corpora.json"
 
     @property
     def metrics(self) -> Path:

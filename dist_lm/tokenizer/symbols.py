@@ -1,6 +1,6 @@
-"""Pieces of every vocabulary: special tokens, and symbols of code that are never split.
+"""Marks of the formats, and the pieces of a vocabulary that we train: special tokens, and symbols of code.
 
-Ids 0, 1, 2, ... are the special tokens in the order of `SPECIAL_TOKENS`, the same in every tokenizer. They are control
+Ids 0, 1, 2, ... of a trained vocabulary are the special tokens in the order of `SPECIAL_TOKENS`. They are control
 symbols of SentencePiece: no text is ever encoded to one of them, not even text that spells its name.
 """
 
@@ -13,7 +13,7 @@ TOOLS, END_TOOLS = "<tools>", "</tools>"  # around the tools that may be called,
 CALL, END_CALL = "<tool_call>", "</tool_call>"
 RESPONSE, END_RESPONSE = "<tool_response>", "</tool_response>"  # around the result of a call
 
-# Fill in the middle and repositories, with the names of Qwen2.5-Coder. No stage writes them yet.
+# Fill in the middle and repositories, with the names of Qwen2.5-Coder.
 FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX = "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"
 REPOSITORY, FILE = "<|repo_name|>", "<|file_sep|>"
 
@@ -23,6 +23,20 @@ SPECIAL_TOKENS = (
     *(FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX, REPOSITORY, FILE),
     *(f"<|reserved_{n}|>" for n in range(16)),
 )
+
+# Names of the same marks in other tokenizers; the first one that a tokenizer has is used.
+ALIASES = {
+    END_OF_TEXT: ("<|end_of_text|>", "</s>", "<eos>", "<|eos|>"),
+    FIM_PREFIX: ("<fim_prefix>",),
+    FIM_MIDDLE: ("<fim_middle>",),
+    FIM_SUFFIX: ("<fim_suffix>",),
+    REPOSITORY: ("<repo_name>",),
+    FILE: ("<file_sep>",),
+}
+# What `tokenizer.add_marks` appends to a tokenizer that lacks it.
+MARKS = tuple(mark for mark in SPECIAL_TOKENS if mark != UNKNOWN and not mark.startswith("<|reserved"))
+# No text of another tokenizer becomes one of these, even where that tokenizer would read it so.
+NEVER_TEXT = frozenset((*MARKS, *(name for names in ALIASES.values() for name in names)))
 
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 

@@ -1,62 +1,80 @@
-"""Text to token ids and back, exactly."""
+"""Text to token ids and back.
+
+A tokenizer is a file: `tokenizer.model` of SentencePiece, trained by us or by somebody else, or `tokenizer.json` of
+Hugging Face. Its hash names it in corpora and checkpoints.
+"""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-import sentencepiece
 
 from dist_lm.document import Document, TokenizedDocument
-from dist_lm.errors import ArtefactError, utf8
-from dist_lm.tokenizer.symbols import END_OF_TEXT, PAD, SPACE, SPECIAL_TOKENS
+from dist_lm.errors import ArtefactError, UserError, utf8
+from dist_lm.tokenizer import byte_level, sentencepiece_model
+from dist_lm.tokenizer.byte_level import ByteLevelModel
+from dist_lm.tokenizer.sentencepiece_model import SentencePieceModel
+from dist_lm.tokenizer.symbols import ALIASES, END_OF_TEXT, MARKS, PAD
 
 FORMAT = 2  # of the special tokens and symbols; recorded in the tokenizer's report. One more with every change
+UINT16 = 65_536  # largest vocabulary whose ids are uint16
+
+
+class Vocabulary(Protocol):
+    """What a file of a tokenizer holds. `encode` gives no id of `special_ids`, whatever the text spells."""
+
+    file_name: str  # in a work directory
+    vocab_size: int
+    is_trained: bool  # by `train_tokenizer`
+    special_ids: dict[str, int]  # special tokens by the names they have in the file
+    end_of_text: int | None  # if the file says so; else a special token's name does
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+    def piece(self, number: int) -> str: ...
+    def bytes_of(self, number: int) -> bytes: ...
 
 
 class Tokenizer:
-    """A trained SentencePiece model. `decode(encode(text)) == text` for any Unicode text."""
+    """A tokenizer. `decode(encode(text)) == text` for a trained one; an existing one may normalise the text first."""
 
-    def __init__(self, model: bytes, name: str) -> None:
-        """`model`: the content of a file that `train_tokenizer` wrote; `name`: its name in error messages.
+    def __init__(self, content: bytes, name: str) -> None:
+        """`content`: that of `tokenizer.model` or `tokenizer.json`; `name`: the file's name in error messages.
 
         Raises:
-            ArtefactError: it is not such a model, or has the special tokens of another format.
+            ArtefactError: it is not such a file, or has no end-of-text.
         """
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
+        self._vocabulary = read_vocabulary(content, name)
+        self.name = name
+        self.vocab_size = self._vocabulary.vocab_size
+        self.is_trained = self._vocabulary.is_trained
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= UINT16 else np.uint32)  # of ids in shards
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.special_ids = special_ids(self._vocabulary)  # of marks by our names, of others by their own
+        if END_OF_TEXT not in self.special_ids:
+            names = ", ".join((END_OF_TEXT, *ALIASES[END_OF_TEXT]))
             raise ArtefactError(
-                f"{name} is damaged (SentencePiece cannot read it): train it again with stage=tokenizer"
-            ) from error
-        self.vocab_size: int = self._processor.get_piece_size()
-        self.sha256 = hashlib.sha256(model).hexdigest()
-        self.special_ids = {piece: number for number, piece in enumerate(SPECIAL_TOKENS)}
-        first = [self._processor.id_to_piece(number) for number in range(min(len(SPECIAL_TOKENS), self.vocab_size))]
-        if first != list(SPECIAL_TOKENS):
-            raise ArtefactError(
-                f"{name} lacks the special tokens of dist_lm, format {FORMAT} (its first pieces are "
-                f"{', '.join(first[:4])}): use another work_dir, or remove that file and run stage=tokenizer"
+                f"{name} has no end-of-text (none of {names}): tokenizer.add_marks=true appends the marks it lacks"
             )
         self.eot_id = self.special_ids[END_OF_TEXT]
-        self.pad_id = self.special_ids[PAD]
-        # SentencePiece reads a literal U+2581 as a space, so it is encoded as its three bytes.
-        self._literal_space_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        self.pad_id = self.special_ids.get(PAD, self.eot_id)  # fills rows up; never looked for
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
         """Read `path`.
 
         Raises:
-            ArtefactError: it is missing, damaged, or not a tokenizer of this format.
+            ArtefactError: it is missing, damaged, or no tokenizer.
         """
         try:
-            model = path.read_bytes()
+            content = path.read_bytes()
         except OSError as error:
             raise ArtefactError(
                 f"{path}: no tokenizer there ({error.strerror}): train it with stage=tokenizer"
             ) from error
-        return cls(model, str(path))
+        return cls(content, str(path))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without any special token, even where the text spells one.
@@ -65,11 +83,11 @@ class Tokenizer:
             UserError: `text` holds a lone surrogate.
         """
         utf8(text, "text")
-        return self._encode(text)
+        return self._vocabulary.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Special tokens have no text; bytes that are not UTF-8 become U+FFFD."""
-        return self._processor.decode([int(number) for number in ids])
+        return self._vocabulary.decode([int(number) for number in ids])
 
     def encode_document(self, document: Document) -> TokenizedDocument:
         """The document, with end-of-text before it.
@@ -79,40 +97,79 @@ class Tokenizer:
         """
         content = utf8(document.text, document.source)
         return TokenizedDocument(
-            tokens=np.array([self.eot_id, *self._encode(document.text)], np.uint16),
+            tokens=np.array([self.eot_id, *self._vocabulary.encode(document.text)], self.dtype),
             n_bytes=len(content),
             language=document.language,
             source=document.source,
             licence=document.licence,
         )
 
+    def mark(self, name: str) -> list[int]:
+        """A mark: one token, or the tokens of its name as text if the tokenizer lacks it."""
+        number = self.special_ids.get(name)
+        return self._vocabulary.encode(name) if number is None else [number]
+
+    def mark_id(self, name: str) -> int:
+        """The token of a mark.
+
+        Raises:
+            UserError: the tokenizer lacks it.
+        """
+        if name not in self.special_ids:
+            raise UserError(
+                f"{self.name} has no {name}: build the work directory with tokenizer.add_marks=true, which appends the "
+                "marks that a tokenizer lacks"
+            )
+        return self.special_ids[name]
+
+    def lacking(self) -> tuple[str, ...]:
+        """The marks that the tokenizer lacks; they are plain text."""
+        return tuple(mark for mark in MARKS if mark not in self.special_ids)
+
     def pieces(self, ids: Iterable[int]) -> list[str]:
         """Each token for people: its text, a byte as `<0x0D>`, a special token by its name."""
-        return [self._processor.id_to_piece(int(number)).replace(SPACE, " ") for number in ids]
+        return [self._vocabulary.piece(int(number)) for number in ids]
 
     def vocabulary(self) -> list[bytes]:
         """The bytes of every token, by id; a special token has none.
 
-        The bytes of `encode(text)`, joined, are `text` in UTF-8. One character may take several tokens.
+        The bytes of `encode(text)`, joined, are `text` in UTF-8, after the tokenizer's own normaliser. One character
+        may take several tokens.
         """
-        return [self._bytes_of(number) for number in range(self.vocab_size)]
+        return [self._vocabulary.bytes_of(number) for number in range(self.vocab_size)]
 
     def content(self, ids: Iterable[int]) -> bytes:
         """The bytes of `ids`, joined; unlike `decode`, exact for bytes that are not UTF-8."""
-        return b"".join(self._bytes_of(int(number)) for number in ids)
+        return b"".join(self._vocabulary.bytes_of(int(number)) for number in ids)
 
-    def _bytes_of(self, number: int) -> bytes:
-        piece: str = self._processor.id_to_piece(number)
-        if number < len(SPECIAL_TOKENS):
-            return b""
-        if self._processor.is_byte(number):
-            return bytes([int(piece.removeprefix("<0x").removesuffix(">"), 16)])
-        return piece.replace(SPACE, " ").encode()
 
-    def _encode(self, text: str) -> list[int]:
-        first, *rest = text.split(SPACE)
-        ids: list[int] = self._processor.encode(first)
-        for part in rest:
-            ids += self._literal_space_ids
-            ids += self._processor.encode(part)
-        return ids
+def read_vocabulary(content: bytes, name: str) -> Vocabulary:
+    """The vocabulary in a file; JSON is one of Hugging Face."""
+    is_json = content.lstrip()[:1] == b"{"
+    return ByteLevelModel(content, name) if is_json else SentencePieceModel(content, name)
+
+
+def special_ids(vocabulary: Vocabulary) -> dict[str, int]:
+    """The special tokens by name; a mark of ours that the file calls otherwise has our name."""
+    found = dict(vocabulary.special_ids)
+    if vocabulary.is_trained:
+        return found
+    for mark, names in ALIASES.items():
+        known = [name for name in (mark, *names) if name in found]
+        if mark == END_OF_TEXT and vocabulary.end_of_text is not None:
+            known = [name for name, number in found.items() if number == vocabulary.end_of_text]
+        if known and known[0] != mark:
+            found[mark] = found.pop(known[0])
+    return found
+
+
+def with_marks(content: bytes, name: str) -> bytes:
+    """The tokenizer with the marks that it lacks appended; the same bytes if it has all of them."""
+    vocabulary = read_vocabulary(content, name)
+    known = special_ids(vocabulary)
+    lacking = [mark for mark in MARKS if mark not in known]
+    if not lacking:
+        return content
+    if isinstance(vocabulary, ByteLevelModel):
+        return byte_level.with_marks(content, lacking, vocabulary.vocab_size)
+    return sentencepiece_model.with_marks(content, lacking)

@@ -274,6 +274,19 @@ def check_start(checkpoint: Path, saved: dict[str, Any], model_config: ModelConf
     check_same_model(checkpoint, saved, model_config, but=("head", "tie_embeddings") if new_head else ())
 
 
+def check_tokenizer(checkpoint: Path, state: TrainState, sha256: str) -> None:
+    """Refuse a checkpoint that was trained with another tokenizer than that with this hash.
+
+    Raises:
+        ArtefactError: names both hashes. Checkpoints of earlier versions have none.
+    """
+    if state.tokenizer not in ("", sha256):
+        raise ArtefactError(
+            f"checkpoint {checkpoint}: trained with tokenizer {state.tokenizer[:12]}, not {sha256[:12]}: use the "
+            "tokenizer of its work directory (tokenizer=PATH)"
+        )
+
+
 def check_same_model(
     checkpoint: Path,
     saved: dict[str, Any],

@@ -52,6 +52,7 @@ class TrainState:
     loss_trend: LossTrend = field(default_factory=LossTrend)
     best_val_loss: float | None = None  # lowest of the evaluated checkpoints, on stage.eval_sequences sequences
     best_step: int = 0
+    tokenizer: str = ""  # SHA-256 of the tokenizer that the model was trained with
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "TrainState":

@@ -8,7 +8,7 @@ import pytest
 from dist_lm.config.corpus import SPLITS, CorpusConfig, SourceConfig
 from dist_lm.data import screening
 from dist_lm.data.containment import seen_texts
-from dist_lm.data.ingest import Texts, read_corpus, split_of, train_texts
+from dist_lm.data.ingest import Texts, read_corpus, split_of
 from dist_lm.data.screening import IngestReport, source_name
 from dist_lm.data.sources.reader import text_hash
 from dist_lm.errors import ArtefactError, ConfigError
@@ -128,13 +128,6 @@ def test_small_and_large_sources_give_the_same(monkeypatch):
     texts = Texts(config, 0)
     assert list(read_corpus(config, "c", 0, IngestReport(), texts)) == expected
     assert len(texts.reader._kept) == 1
-
-
-def test_the_tokenizer_learns_from_documents_that_are_in_train():
-    config = config_of(stories("a", prose(300)))
-    assert [one.text for one in train_texts(config, 0)] == sides(config)["train"]
-    config.val_tokens = 1000
-    assert {one.text for one in train_texts(config, 0)} < set(sides(config)["train"])
 
 
 def test_what_is_not_kept_is_counted_by_language_and_source():

@@ -1,6 +1,7 @@
 """What is loaded is what was written; what cannot be is refused in one line."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,16 @@ def flip_a_byte(run):
 
 
 def other_model(run):
+    rewrite_state(run, {}, {"vocab_size": 600})
+
+
+def other_tokenizer(run):
+    rewrite_state(run, {"tokenizer": "0" * 64}, {})
+
+
+def rewrite_state(run, state_changes, model_changes):
     state, model = checkpoint_files.read_state(step(run))
-    checkpoint_files.write_state(step(run), state, model | {"vocab_size": 600})
+    checkpoint_files.write_state(step(run), replace(state, **state_changes), model | model_changes)
     manifest = {name: file["sha256"] for name, file in checkpoint_files.read_manifest(step(run)).items()}
     manifest["state.json"] = checkpoint_files.durable.sha256_of(step(run) / "state.json")
     checkpoint_files.write_manifest(step(run), manifest)
@@ -66,9 +75,10 @@ def other_model(run):
         (lambda run: shutil.rmtree(run.checkpoints), "no checkpoint there"),
         (flip_a_byte, "is damaged"),
         (other_model, r"knows 600 tokens, the tokenizer has 640.*--tokenizer=PATH"),
+        (other_tokenizer, r"trained with tokenizer 000000000000, not [0-9a-f]{12}: use the tokenizer"),
         (lambda run: (run.work.path / "tokenizer").unlink(), r"no tokenizer there.*--tokenizer=PATH"),
     ],
-    ids=["none", "damaged", "another", "tokenizer"],
+    ids=["none", "damaged", "another", "another tokenizer", "tokenizer"],
 )
 def test_what_cannot_be_loaded_is_refused_in_one_line(own_run, spoil, words):
     spoil(own_run)

@@ -13,10 +13,11 @@ from dist_lm.config.corpus import TokenizerConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.interop.hf_tokenizer import save_hf_tokenizer
 from dist_lm.tokenizer.symbols import SPECIAL_TOKENS
-from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tokenizer.tokenizer import Tokenizer, with_marks
 from dist_lm.tokenizer.train import train_tokenizer
 from tests.chat.conversations import for_openai
 from tests.tokenizer.hard_texts import FRAGMENTS, hard_text
+from tests.tokenizer.made_json import trained_json
 from tests.tokenizer.stdlib_text import stdlib_texts
 
 transformers = pytest.importorskip("transformers")
@@ -113,6 +114,18 @@ def test_every_piece_is_the_same(pair: tuple[Tokenizer, Any]) -> None:
 
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match=r"nothing\.model: no usable tokenizer"):
+    with pytest.raises(ArtefactError, match=r"nothing\.model: no tokenizer there"):
         save_hf_tokenizer(tmp_path / "nothing.model", tmp_path / "hf", "")
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_given_tokenizer_json_is_exported_as_it_came(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(with_marks(trained_json(["a few words"], 300), "theirs"))
+    save_hf_tokenizer(path, tmp_path / "hf", chat_template())
+    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == path.read_bytes()
+    ours, theirs = Tokenizer.load(path), transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (theirs.eos_token_id, theirs.pad_token_id) == (ours.eot_id, ours.pad_id)
+    talk = Conversation((Message("user", "a few"), Message("assistant", "words")))
+    text = theirs.apply_chat_template(for_openai(talk)[0], tokenize=False)
+    assert theirs(text, add_special_tokens=False).input_ids == render(talk, ours).tokens.tolist()

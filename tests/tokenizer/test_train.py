@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,16 +74,6 @@ def test_what_the_texts_raise_arrives_as_it_was(tmp_path: Path) -> None:
         train_tokenizer(failing(), tmp_path / "t.model", TokenizerConfig(vocab_size=512))
     with pytest.raises(UserError, match="text 1: character 2 is the lone surrogate"):
         train_tokenizer(["fine", "ab\ud800"], tmp_path / "t.model", TokenizerConfig(vocab_size=512))
-
-
-def test_a_sentencepiece_model_of_others_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "theirs.model"
-    with path.open("wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(small_texts()), model_writer=file, vocab_size=40, minloglevel=2
-        )
-    with pytest.raises(ArtefactError, match="lacks the special tokens"):
-        Tokenizer.load(path)
 
 
 def documents(language: str, count: int, size: int) -> list[Document]:

@@ -64,7 +64,7 @@ class RankingStream(StepStream):
         """
         self._rankings, self._seed = rankings, seed
         self._learn_from, self._label_noise = learn_from, label_noise
-        self._seq_len = seq_len
+        self._seq_len, self._pad_id = seq_len, pad_id
         packing = packed(rankings.corpus, seq_len, kind=ALL)
         self._epochs = Epochs(packing.n_rows, lambda epoch: PackedEpoch(packing, seed, epoch))
         super().__init__(
@@ -73,7 +73,6 @@ class RankingStream(StepStream):
             micro_batch=micro_batch,
             dp_rank=dp_rank,
             dp_size=dp_size,
-            pad_id=pad_id,
             position=position,
             pin_memory=pin_memory,
             packing=packing.report(),
@@ -174,7 +173,7 @@ def assemble_rankings(
     document = np.zeros(shape, np.int64)
     branch = np.zeros(shape, np.int64)
     position = np.zeros(shape, np.int64)
-    placed = []
+    placed, n_tokens = [], 0
     for b, row in enumerate(rows):
         begin = 0
         for d, (number, _, _) in enumerate(row):
@@ -186,6 +185,7 @@ def assemble_rankings(
             position[b, begin:end] = branch_positions(own)
             placed.append(PlacedRanking(number, b * seq_len + begin + branch_ends(own)))
             begin = end
+        n_tokens += begin
         document[b, begin:] = len(row)
         position[b, begin:] = np.arange(seq_len - begin)
     tokens_BT = torch.from_numpy(tokens)
@@ -197,6 +197,7 @@ def assemble_rankings(
         position_BT=torch.from_numpy(position),
         sequence_B=torch.tensor(numbers, dtype=torch.int64),
         branch_BT=torch.from_numpy(branch),
+        n_tokens=n_tokens,
     )
     return batch, placed
 
