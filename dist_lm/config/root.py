@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.config.corpus import CorpusConfig, TokenizerConfig
@@ -123,7 +124,16 @@ def read_config(path: Path, schema: type[Config]) -> Config:
 
     Args:
         schema: the configuration class of the file's stage.
+
+    Raises:
+        ConfigError: the file was written with other keys or types, before the schema changed.
     """
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.load(path)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"{path.parent} exists with other settings: {error.full_key or 'a key'} is not one of this version "
+            f"({str(error).splitlines()[0]}): choose another run_id, or use the version that wrote {path.name}"
+        ) from error
     assert isinstance(config, Config)
     return config

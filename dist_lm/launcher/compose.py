@@ -29,7 +29,7 @@ from dist_lm.tracking.redact import is_secret_name, redact_command, redact_text
 
 PIPELINE = "pipeline"
 CORPORA = "corpus.corpora"
-NAMED = ("model", "corpus")  # groups whose files may leave out `name`
+NAMED = ("model", "corpus", "stage")  # groups whose files may leave out `name`
 VOCAB_SIZE = "model.vocab_size"
 SHORTEST = 8  # characters; shorter values of secret variables also occur inside harmless words
 PLACES = ("_PATH", "_FILE", "_DIR")  # variables that hold the path of a secret: RAY_AUTH_TOKEN_PATH
@@ -76,7 +76,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
         with initialize_config_dir(str(conf_directory()), version_base="1.3"):
             composed = compose("config", overrides=[*path, *for_hydra(overrides, schema)])
         _replace_corpora(composed, parsed)
-        for override in parsed:
+        for override in reversed(parsed):
             if override.key_or_group in NAMED and OmegaConf.is_missing(composed[override.key_or_group], "name"):
                 composed[override.key_or_group].name = override.value()
         _follow_tokenizer(composed, parsed)
@@ -280,7 +280,10 @@ def _in_one_line(error: Exception, overrides: Sequence[Override], schema: type[C
         return _no_such_key(given or key, parts, node) if is_dataclass(node) else f"{key}: {message}"
     if given is None and isinstance(last, ValidationError):
         given = redact_command([f"{key}={last.value}"])[0]
-    return f"{given}: expected {_type_name(_type_of(key.split('.'), schema))}" if given else f"{key}: {message}"
+    if not given:
+        return f"{key}: {message}"
+    parts = key.replace("[", ".").replace("]", "").split(".")  # of an entry of a list: profile.steps[0]
+    return f"{given}: expected {_type_name(_type_of(parts, schema))}"
 
 
 def _type_of(parts: Sequence[str], schema: type[Config]) -> Any:

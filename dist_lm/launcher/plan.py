@@ -83,7 +83,10 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
     planned = []
     for name, config in configs.items():
         stage = stage_named(name)
-        stage.check(config)
+        try:
+            stage.check(config)
+        except ValueError as error:
+            raise error if isinstance(error, ConfigError) else ConfigError(f"stage={name}: {error}") from error
         found = stage.look(config, is_target=name == target, rebuilt=rebuilt)
         if found.action is not Action.READY:
             rebuilt.add(name)

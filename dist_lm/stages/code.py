@@ -13,7 +13,6 @@ PARSES = "code/parses_"
 
 class Code(TextStage):
     name = "code"
-    needs = ("shards", "language")
     starts_from = "language"
 
     def after_training(self, closing: Closing) -> dict[str, float]:

@@ -71,7 +71,7 @@ class RankingsConfig(CorporaConfig):
 class Rankings(ArtefactStage):
     name = "rankings"
     schema = RankingsConfig
-    needs = ("shards", "tools")
+    needs = ("shards",)
     starts_from = "tools"
 
     def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:

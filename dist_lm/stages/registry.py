@@ -48,8 +48,14 @@ def stage_named(name: str) -> Stage:
         stage = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{where}: cannot be imported ({error}); update or remove the package") from error
-    if not isinstance(stage, Stage) or stage.name != name:
-        raise ConfigError(f"{where}: expected a dist_lm.stages.stage.Stage named {name}, found {stage!r}")
+    if not isinstance(stage, Stage):
+        raise ConfigError(f"{where}: expected an object of a subclass of dist_lm.stages.stage.Stage")
+    if getattr(stage, "name", None) != name:
+        raise ConfigError(f"{where}: expected {attribute}.name = {name!r}, found {getattr(stage, 'name', None)!r}")
+    folder = stage.conf or Path(str(importlib.import_module(module).__file__)).parent / "conf"
+    file = folder / "stage" / f"{name}.yaml"
+    if not stage.conf or not file.is_file():
+        raise ConfigError(f"{where}: expected its defaults in {file}, and {attribute}.conf = the folder {folder}")
     return stage
 
 

@@ -80,7 +80,7 @@ class RewardRunConfig(Config):
 class Reward(TrainingStage):
     name = "reward"
     schema = RewardRunConfig
-    needs = ("rankings", "tools")
+    needs = ("rankings",)
     starts_from = "tools"
     key_figures = ((KeyFigure("reward/accuracy", percent, "pairs right"),), (VAL_LOSS,))
     unit = "choices"

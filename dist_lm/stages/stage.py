@@ -69,10 +69,16 @@ TRAIN_LOSS = KeyFigure("train/loss", three_decimals, "loss")
 class Stage(ABC):
     """One stage. `conf/stage/NAME.yaml` holds its defaults."""
 
+    def __init_subclass__(cls) -> None:
+        """A stage that starts from another one needs it."""
+        super().__init_subclass__()
+        if cls.starts_from and cls.starts_from not in cls.needs:
+            cls.needs = (*cls.needs, cls.starts_from)
+
     name: ClassVar[str]
     place: ClassVar[Place]
     schema: ClassVar[type[Config]] = Config  # the stage's own keys are fields of `schema`'s `stage` group
-    needs: ClassVar[tuple[str, ...]] = ()  # stages whose output it reads
+    needs: ClassVar[tuple[str, ...]] = ()  # stages whose output it reads; `starts_from` is added
     starts_from: ClassVar[str | None] = None  # stage whose checkpoint `stage.init_from=auto` names
     in_pipeline: ClassVar[bool] = False  # whether `stage=pipeline` runs it
     conf: ClassVar[Path | None] = None  # folder that holds stage/NAME.yaml, for stages outside this package
@@ -93,7 +99,7 @@ class Stage(ABC):
         """Refuse a configuration that cannot run.
 
         Raises:
-            ConfigError: names the key.
+            ConfigError: names the key (`dist_lm.errors.require` raises it); any other ValueError also refuses.
         """
 
     @abstractmethod

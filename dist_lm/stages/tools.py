@@ -67,7 +67,6 @@ class ToolsConfig(Config):
 class Tools(TextStage):
     name = "tools"
     schema = ToolsConfig
-    needs = ("shards", "code")
     starts_from = "code"
     key_figures = ((KeyFigure("tools/call_exact", percent, "calls exact"),), (BITS_PER_BYTE,), (VAL_LOSS,))
 
