@@ -136,6 +136,21 @@ def test_names_with_magic_letters_are_names(tmp_path):
     assert [one.text for one in documents(files(tmp_path / "[d]"))] == ["a"]
 
 
+def test_a_name_that_is_not_utf8_is_left_out(tmp_path):
+    write(tmp_path, {"a.py": "a"})
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.py")).write_text("b")
+    source = files(tmp_path)
+    assert [one.text for one in documents(source)] == ["a"]
+    assert [one.to_json() for one in inputs_of(source).left_out] == [
+        {"name": f"{tmp_path}/caf\\udce9.py", "left_out": "name is not UTF-8"}
+    ]
+
+
+def test_a_pattern_that_is_none_is_refused_by_its_key(tmp_path):
+    with pytest.raises(ConfigError, match=r"exclude=\['!'\]: expected patterns as in .gitignore"):
+        inputs_of(files(tmp_path, exclude=["!"]))
+
+
 @pytest.mark.parametrize(
     ("place", "words"),
     [

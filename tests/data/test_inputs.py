@@ -1,11 +1,15 @@
 """The inputs of a source: comparison in words, and the way to the manifest and back."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
+import yaml
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Input, Inputs, changes, hashed, inputs_of
+from dist_lm.data.sources.reader import reader_of
 from dist_lm.errors import ConfigError
 
 A = Input("d/a.jsonl", 10, 1)
@@ -81,3 +85,12 @@ def test_a_key_that_the_reader_does_not_take_is_refused_by_name(source, words):
 def test_no_credential_reaches_the_configuration(place):
     with pytest.raises(ConfigError, match="credentials come from the environment"):
         SourceConfig("jsonl", "t", path=[place])
+
+
+def test_the_readers_take_the_keys_of_the_examples_on_the_page():
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    sources = [SourceConfig(**source) for block in blocks for corpus in block["corpora"].values() for source in corpus]
+    assert {source.reader for source in sources} >= {"files", "jsonl", "parquet", "csv", "tars", "messages"}
+    for source in sources:
+        reader_of(source)

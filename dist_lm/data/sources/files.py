@@ -125,7 +125,7 @@ def list_source_files(source: SourceConfig) -> Inputs:
         if not language:
             suffix = PurePosixPath(bare_name(name)).suffix
             return f"suffix {suffix}" if suffix else "no known language"
-        return f"language {language}" if source.only and language not in source.only else ""
+        return f"language {language}" if source.only and language not in map(str.lower, source.only) else ""
 
     rule.__doc__ = "source files, .txt or .md (plain, .gz or .zst)"
     return list_files(source, rule, hidden=(".",))

@@ -57,7 +57,13 @@ def list_files(source: SourceConfig, rule: OwnRule, hidden: tuple[str, ...] = ("
     """
     import pathspec
 
-    exclude = pathspec.GitIgnoreSpec.from_lines(source.exclude)
+    try:
+        exclude = pathspec.GitIgnoreSpec.from_lines(source.exclude)
+    except ValueError as error:
+        raise ConfigError(
+            f"corpus source reader={source.reader}: exclude={source.exclude}: expected patterns as in "
+            f".gitignore ({error})"
+        ) from error
     walk = _Walk(rule, hidden, exclude.match_file)
     found: list[Input] = []
     for place in source.path or []:
@@ -103,7 +109,7 @@ class _Walk:
             if Path(name).is_dir():
                 yield from self._folder(name, "")
             else:
-                yield self._file(name, "exclude" if self.excluded(Path(name).name) else "")
+                yield self._file(name, self._excluded_file(name))
 
     def _folder(self, folder: str, below: str) -> Iterator[Input]:
         """`below`: the folder's name relative to the place, with a slash at its end unless it is empty."""
@@ -114,6 +120,9 @@ class _Walk:
             names = sorted(entry.name for entry in entries)
         for name in names:
             path, relative = os.path.join(folder, name), below + name  # noqa: PTH118
+            if path != (shown := path.encode(errors="backslashreplace").decode()):
+                yield Input(shown, left_out="name is not UTF-8")
+                continue
             is_folder = Path(path).is_dir()
             if name.startswith(self.hidden):
                 yield _local_input(path, "hidden")
@@ -133,6 +142,10 @@ class _Walk:
             left_out = "no regular file"
         return _local_input(name, left_out or (AGAIN if self._again(name) else ""))
 
+    def _excluded_file(self, name: str) -> str:
+        """For a file that was named: patterns see its last part."""
+        return "exclude" if self.excluded(PurePosixPath(name.partition("?")[0]).name) else ""
+
     def _again(self, name: str) -> bool:
         status = os.stat(name)  # noqa: PTH116
         key = (status.st_dev, status.st_ino)
@@ -148,7 +161,7 @@ class _Walk:
 
         files: Any = filesystem(place)
         if scheme in ("http", "https"):
-            yield self._remote_input(place, files.info(place), "")
+            yield self._remote_input(place, files.info(place), self._excluded_file(place))
             return
         bucket_and_key = place.partition("://")[2].rstrip("/")
         folder = bucket_and_key
@@ -156,7 +169,7 @@ class _Walk:
             folder = folder.rpartition("/")[0]
         info = files.info(folder)
         if info["type"] == "file":
-            yield self._remote_input(place, info, "")
+            yield self._remote_input(place, info, self._excluded_file(place))
             return
         matches = re.compile(fsspec.utils.glob_translate(bucket_and_key)).fullmatch
         # fsspec's own `find` and `glob` pass over what cannot be listed

@@ -238,7 +238,7 @@ def _candidate(one: PlacedRow, source: SourceConfig, column: str, content_of: Co
         )
     if problem:
         return Rejected(unknown, one.place, problem.reason, problem.words)
-    if source.only and language not in source.only:
+    if source.only and language not in map(str.lower, source.only):
         return Rejected("others", one.place, "other_language")
     if not isinstance(content, tuple):
         return Rejected(language, one.place, "empty")
