@@ -19,7 +19,7 @@ COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on 
     [
         ("evaluating", ("stage.eval_every=1", "stage.eval_sequences=64")),
         ("saving", ("stage.checkpoint_every=1", "stage.checkpoint_async=false")),
-        pytest.param("compiling", ("parallel.compile=always",), marks=COMPILER),
+        pytest.param("compiling", ("parallel.compile=always",), marks=[COMPILER, pytest.mark.bars]),
     ],
 )
 def test_a_run_stopped_at_any_time_loses_no_step(undisturbed, shared_ray, tmp_path, when, overrides):

@@ -55,7 +55,7 @@ def assert_same_curve(run: RunDirectory, reference: RunDirectory) -> None:
         (1, ()),
         (2, ("parallel.activation_checkpointing=selective",)),
         (4, ("parallel.sp=true", "parallel.activation_checkpointing=full")),
-        (8, ()),
+        pytest.param(8, (), marks=pytest.mark.bars),
     ],
 )
 def test_the_curve_does_not_depend_on_tensor_parallelism(two_by_two, tiny_work, tmp_path, tp, switches):
