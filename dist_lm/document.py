@@ -20,7 +20,7 @@ class Document:
     language: str  # of a conversation its kind; of a ranking its source
     source: str  # path or data set id and row
     licence: str
-    group: str  # hexadecimal hash
+    group: str  # hexadecimal hash; empty: of the text alone
     form: Form = "text"
 
 

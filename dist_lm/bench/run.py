@@ -30,6 +30,7 @@ BENCHMARKS = {
     "generate": "dist_lm.bench.generate",
     "reward": "dist_lm.bench.reward",
     "rlhf": "dist_lm.bench.rlhf",
+    "data": "dist_lm.bench.data",
     "metrics": "dist_lm.bench.metrics",
     "tracking": "dist_lm.bench.tracking",
 }

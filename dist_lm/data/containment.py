@@ -23,7 +23,7 @@ WINDOW = 8  # words
 SHORT = 2 * WINDOW  # a text with fewer words has one window
 CUT = 5  # a text of so many words is also found where its outer words are cut
 MAX_SHARE = 0.5  # of the windows of a held-out text may be in train texts
-BATCH_BYTES = 1 << 19
+BATCH_BYTES = 1 << 18
 THREADS = 4  # at most; reading is slower than so many
 BORDER = b" \xff "  # behind each text of a batch: no UTF-8, so windows across a border are in no held-out text
 MARGIN = b" " * 24  # behind a batch: words are read 8 bytes at a time
@@ -142,16 +142,21 @@ def word_hashes(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     The hash is of the first and last 16 bytes and the length: longer words that differ in between are one word.
     """
     solid = raw > 0x20
-    begins = solid.copy()
-    begins[1:] &= ~solid[:-1]
-    if (raw & 0x80).any():
-        lead = (raw - np.uint8(0xE3)) <= 6  # of three bytes: U+3000 to U+9FFF
+    lead = (raw - np.uint8(0xE3)) <= 6  # of three bytes: U+3000 to U+9FFF
+    if lead.any():
+        begins = solid.copy()
+        begins[1:] &= ~solid[:-1]
         begins |= lead
         begins[3:] |= lead[:-3] & solid[3:]
-    starts = np.flatnonzero(begins)
-    lengths = np.flatnonzero(solid[:-1] & (begins[1:] | ~solid[1:])) + 1 - starts
+        starts = np.flatnonzero(begins)
+        lengths = np.flatnonzero(solid[:-1] & (begins[1:] | ~solid[1:])) + 1 - starts
+    else:
+        edges = np.flatnonzero(solid[1:] != solid[:-1]) + 1
+        starts = edges[::2].copy()
+        lengths = edges[1::2] - starts
     eight = np.ndarray((len(raw) - 7,), "<u8", raw, 0, (1,))  # 8 bytes from every place
-    hashes = eight[starts] & _FIRST[np.minimum(lengths, 8)]
+    hashes = eight[starts]
+    hashes &= _FIRST.take(lengths, mode="clip")
     hashes *= _ODD[0]
     hashes ^= hashes >> np.uint64(29)
     long = np.flatnonzero(lengths > 8)

@@ -45,13 +45,13 @@ class Sides:
         """The side of a document, whether it is dropped or not."""
         if item.source.held_out:
             return "val"
-        return split_of(item.document.group, self.held_out[corpus_name])
+        return split_of(item.group, self.held_out[corpus_name])
 
     def reason(self, split: str, item: Screened) -> str:
         """Why a document of this side is dropped (empty: it is not)."""
         if split == "val":
             return "overlapping" if item.key in self.leaked else ""
-        return "contains_val" if item.key in self.refused or item.document.group in self.groups else ""
+        return "contains_val" if item.key in self.refused or item.group in self.groups else ""
 
 
 class Texts:
@@ -118,7 +118,7 @@ class Texts:
         chosen: list[Screened] = []
         size = 0
         for item in self.screened(corpus_name):
-            if item.source.held_out or split_of(item.document.group, share) == "val":
+            if item.source.held_out or split_of(item.group, share) == "val":
                 chosen.append(item)
                 size += item.n_bytes
             if share == 0 and size > room:
@@ -129,7 +129,7 @@ class Texts:
                 )
             while size > room:
                 share /= 2
-                chosen = [one for one in chosen if split_of(one.document.group, share) == "val"]
+                chosen = [one for one in chosen if split_of(one.group, share) == "val"]
                 size = sum(one.n_bytes for one in chosen)
         return share, chosen
 

@@ -79,6 +79,7 @@ class Screened(NamedTuple):
     document: Document
     source: SourceConfig
     key: bytes  # hash of the text
+    group: str  # hexadecimal hash that decides the side
     n_bytes: int  # UTF-8
 
 
@@ -89,7 +90,7 @@ class SourceReader:
         """`made`: `repr` of a source -> what it gives, for sources that are not read."""
         self._seed = seed
         self._kept = dict(made or {})
-        self._room = KEPT_CHARACTERS
+        self.room = KEPT_CHARACTERS
 
     def read(self, source: SourceConfig) -> Iterator[Candidate]:
         """Everything that a source gives, in its order.
@@ -106,14 +107,14 @@ class SourceReader:
         for candidate in reader_of(source)(source, self._seed):
             check_candidate(candidate, source)
             size += len(candidate.text) if isinstance(candidate, Document) else 0
-            if size <= self._room:
+            if size <= self.room:
                 kept.append(candidate)
             else:
                 kept.clear()
             yield candidate
-        if size <= self._room:
+        if size <= self.room:
             self._kept[name] = kept
-            self._room -= size
+            self.room -= size
 
 
 def screened(
@@ -201,9 +202,10 @@ def _screen(document: Document, source: SourceConfig, config: CorpusConfig, text
     try:
         content = (text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text).encode()
     except UnicodeEncodeError:
-        return Screened(document, source, b"", 0), "not_unicode"
+        return Screened(document, source, b"", "", 0), "not_unicode"
     n_bytes = len(text.encode()) if "\r" in text else len(content)
-    item = Screened(document, source, hashlib.blake2b(content, digest_size=16).digest(), n_bytes)
+    key = hashlib.blake2b(content, digest_size=16)
+    item = Screened(document, source, key.digest(), document.group or key.hexdigest(), n_bytes)
     if not text.strip():
         return item, "empty"
     if n_bytes > config.max_document_bytes:

@@ -16,8 +16,8 @@ and its source in `conf/corpus/NAME.yaml`:
     - {reader: "my_package.my_module:read_notes", language: english, dataset: /data/notes}
 
 The same source and seed must give the same documents in the same order. `Document.group` decides between train and
-val: documents that share text get one group. A reader declares the keys of a source that it takes: any other key is
-refused, so no key is ignored.
+val: documents that share text get one group; an empty group is the hash of the text alone. A reader declares the keys
+of a source that it takes: any other key is refused, so no key is ignored.
 """
 
 import hashlib
@@ -152,7 +152,8 @@ def text_hash(text: str) -> str:
 
     Raises UnicodeEncodeError for a text that is not valid Unicode (a lone surrogate).
     """
-    return hashlib.sha256(text.replace("\r\n", "\n").replace("\r", "\n").encode()).hexdigest()
+    unified = text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+    return hashlib.sha256(unified.encode()).hexdigest()
 
 
 def _named_reader(source: SourceConfig) -> tuple[Form, str]:

@@ -15,7 +15,7 @@ from dist_lm.data.inputs import Inputs
 from dist_lm.data.sources.formats import FORMATS, BadRow, Format, Row, csv_rows, jsonl_rows, parquet_rows
 from dist_lm.data.sources.opening import brief
 from dist_lm.data.sources.places import bare_name, by_suffix, list_files
-from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
+from dist_lm.data.sources.reader import Candidate, Rejected, reader
 from dist_lm.document import Document, Form
 from dist_lm.errors import ArtefactError, ConfigError, UserError
 
@@ -190,7 +190,7 @@ def text_of(row: Row, column: str, columns: Sequence[str]) -> Content | BadRow |
         return None
     if not isinstance(value, str):
         return BadRow("no_text", f"{column} holds a value of type {type(value).__name__}, expected text")
-    return utf8_problem(column, value) or (value, text_hash(value))
+    return utf8_problem(column, value) or (value, "")
 
 
 def missing_column(column: str, columns: Sequence[str]) -> BadRow:

@@ -1,0 +1,188 @@
+"""From parquet files to the shards of a corpus, against the encoder alone on the same text: bytes a CPU second.
+
+The build reads the files, chooses val and compares it with train, tokenizes and writes tars. A step is one build of a
+fresh corpus. Both ways are timed in CPU seconds of this process and its children, which a busy machine changes little;
+the facts give bytes a wall second and process, and the largest private memory of any process.
+"""
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from dist_lm.bench.case import Case, Comparison, GroupSize
+from dist_lm.bench.rank import MIB, Trial
+from dist_lm.config.cleaning import CleaningConfig
+from dist_lm.config.corpus import CorpusConfig, SourceConfig
+from dist_lm.config.root import Config
+from dist_lm.data.in_turn import read_in_turn
+from dist_lm.data.ingest import Texts
+from dist_lm.document import Document
+from dist_lm.launcher.compose import compose_config
+from dist_lm.parallel.mesh import World
+from dist_lm.stages.shards import build_corpus
+from dist_lm.storage.process import cores
+from dist_lm.storage.run_directory import WorkDirectory
+from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tokenizer.train import sample_by_language, train_tokenizer
+from dist_lm.tracking.console import Console
+
+BUILD, CLEANED, ENCODER = "shards", "shards, cleaned", "encoder alone"
+MEMORY, WALL = "memory of a process MiB", "wall, a process MB/s"
+CORPUS = "words"
+MEGABYTES, QUICK_MEGABYTES = 24, 4  # of text
+TOKENIZER_BYTES = 2_000_000
+FILE_BYTES, ROW_GROUP = 256_000_000, 2000  # of text in a parquet file; rows
+WORDS, DOCUMENT_WORDS, LINE_WORDS = 30_000, 800, 10  # in the vocabulary of the text, in a document, in a line
+LOOK_S = 0.2
+
+
+def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
+    """One process that encodes, and one for each core (in the overrides `tokenizer.workers`: so many)."""
+    size = QUICK_MEGABYTES if quick else MEGABYTES
+    given = any(one.startswith("tokenizer.workers=") for one in overrides)
+    found = []
+    for workers in (1,) if quick or given or cores() == 1 else (1, cores()):
+        own = [f"tokenizer.workers={workers}", f"tokenizer.train_bytes={size * 10**6}"]
+        config = compose_config(["stage=shards", "model=nano", "tracking=none", *own, *overrides])
+        found.append(
+            Case(
+                name=f"{size} MB, processes: {config.tokenizer.workers or cores()}",
+                config=config,
+                ways=dict.fromkeys((BUILD, CLEANED, ENCODER), GroupSize(1)),
+                comparisons=[
+                    *(Comparison(own=way, peer=ENCODER) for way in (BUILD, CLEANED)),
+                    Comparison(own=BUILD, peer=ENCODER, fact=WALL),
+                    Comparison(own=BUILD, fact=MEMORY),
+                ],
+                same_losses=frozenset(),
+                rounds=3,
+                amount=size,
+                unit="MB/s",
+            )
+        )
+    return found
+
+
+def build(way: str, config: Config, world: World) -> Trial:
+    """One way in one process, with the processes that it starts."""
+    folder = tempfile.TemporaryDirectory(prefix="dlm-bench-")
+    work = Work(Path(folder.name), config, CleaningConfig() if way == CLEANED else off())
+    documents = work.documents(work.n_bytes) if way == ENCODER else []
+
+    def step() -> float:
+        assert folder  # lives as long as this function
+        work.encode(documents) if way == ENCODER else work.build()
+        return 0.0
+
+    processes = 1 if way == ENCODER else config.tokenizer.workers or cores()
+    return Trial(step, lambda: measured(step, work.n_bytes, processes), clock=cpu_seconds, losses=list)
+
+
+def off() -> CleaningConfig:
+    """No step of cleaning."""
+    return CleaningConfig(encoding=False, secrets=False, emails=False)
+
+
+class Work:
+    """Generated parquet files of `config.tokenizer.train_bytes` of text, their tokenizer, and the build of a corpus."""
+
+    def __init__(self, folder: Path, config: Config, cleaning: CleaningConfig) -> None:
+        self.n_bytes = write_parquet(folder / "input", config.tokenizer.train_bytes)
+        source = SourceConfig("parquet", "english", path=str(folder / "input"))
+        corpus = CorpusConfig("bench", {CORPUS: [source]}, cleaning=cleaning)
+        self.config = replace(config, work_dir=str(folder / "work"), corpus=corpus)
+        self.directory = WorkDirectory(folder / "work")
+        self.directory.tokenizer.mkdir(parents=True)
+        sample = sample_by_language(self.documents(TOKENIZER_BYTES), TOKENIZER_BYTES)
+        train_tokenizer((one.text for one in sample), self.directory.tokenizer_model, config.tokenizer)
+        self._tokenizer = Tokenizer.load(self.directory.tokenizer_model)
+
+    def documents(self, n_bytes: int) -> list[Document]:
+        """The first train documents of the files."""
+        return [*read_in_turn(self.config.corpus, 0, n_bytes)]
+
+    def build(self) -> None:
+        """Build the corpus anew; its text is never kept in memory, however small it is."""
+        shutil.rmtree(self.directory.corpus(CORPUS), ignore_errors=True)
+        texts = Texts(self.config.corpus, self.config.seed)
+        texts.reader.room = -1
+        build_corpus(self.config, CORPUS, texts, Console())
+
+    def encode(self, documents: Sequence[Document]) -> None:
+        """What remains if nothing but encoding takes time."""
+        for document in documents:
+            self._tokenizer.encode_document(document)
+
+
+def write_parquet(folder: Path, n_bytes: int) -> int:
+    """Parquet files of words by Zipf's law, with `n_bytes` of text or a little more; returns how much there is."""
+    import pyarrow
+    from pyarrow import parquet
+
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    letters = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
+    words = ["".join(letters[np.minimum(random.geometric(0.12, n) - 1, 25)]) for n in random.integers(2, 11, WORDS)]
+    vocabulary = np.array(words, object)
+    below = np.cumsum(1 / np.arange(10, WORDS + 10))
+    total = size = 0
+    writer, schema = None, pyarrow.schema([("id", pyarrow.int64()), ("text", pyarrow.string())])
+    while total < n_bytes:
+        if writer is None:
+            writer = parquet.ParquetWriter(folder / f"{total:013d}.parquet", schema)
+        chosen = vocabulary[np.searchsorted(below, random.random((ROW_GROUP, DOCUMENT_WORDS)) * below[-1])]
+        lines = chosen.reshape(ROW_GROUP, -1, LINE_WORDS)
+        texts = ["\n".join(" ".join(line) for line in rows) + "\n" for rows in lines]
+        n_new = sum(map(len, texts))  # ASCII
+        texts = texts[: max(1, -(-(n_bytes - total) * len(texts) // n_new))]
+        total += sum(map(len, texts))
+        size += n_new
+        writer.write_table(pyarrow.table({"id": [*range(len(texts))], "text": texts}, schema))
+        if size >= FILE_BYTES:
+            writer.close()
+            writer, size = None, 0
+    if writer:
+        writer.close()
+    return total
+
+
+def measured(step: Callable[[], object], n_bytes: int, processes: int) -> dict[str, float]:
+    """The facts of one step: bytes a wall second for each of `processes`, and the largest memory of a process."""
+    largest, ended = [0], threading.Event()
+
+    def look() -> None:
+        while not ended.wait(LOOK_S):
+            largest[0] = max(largest[0], private_bytes())
+
+    watch = threading.Thread(target=look, daemon=True)
+    watch.start()
+    began = time.perf_counter()
+    step()
+    seconds = time.perf_counter() - began
+    ended.set()
+    watch.join()
+    return {WALL: n_bytes / seconds / processes / 1e6, MEMORY: max(largest[0], private_bytes()) / MIB}
+
+
+def private_bytes() -> int:
+    """The largest private memory of this process and its children."""
+    found = []
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        try:
+            found.append(process.memory_full_info().uss)
+        except psutil.Error:  # it has ended
+            continue
+    return max(found)
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of this process and of its children that have ended."""
+    return sum(os.times()[:4])
