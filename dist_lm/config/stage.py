@@ -13,7 +13,7 @@ from dist_lm.errors import require
 def check_shares(key: str, shares: Mapping[str, float], own: str) -> None:
     """Refuse invalid shares of other corpora, and shares that leave nothing to the corpus of key `own`."""
     for name, share in shares.items():
-        accepted = "above 0 and below 1, in whole per cent, such as 0.15"
+        accepted = "below 1, in whole per cent, such as 0.15 (0: none of it)"
         whole = 0 < share < 1 and abs(share * 100 - round(share * 100)) < 1e-9
         require(whole, f"{key}.{name}", share, accepted)
     total = sum(shares.values())
@@ -107,6 +107,8 @@ class StageConfig:
         require(self.adam_eps > 0, "stage.adam_eps", self.adam_eps, "a positive number")
         require(self.grad_clip >= 0, "stage.grad_clip", self.grad_clip, ">= 0 (0 is off)")
         require(self.weight_decay >= 0, "stage.weight_decay", self.weight_decay, ">= 0")
+        if self.mix:  # a file of one's own can take out what the file that it varies mixes in
+            self.mix = {name: share for name, share in self.mix.items() if share}
         check_shares("stage.mix", self.mix or {}, own="stage.corpus")
 
     def sampled_by(self) -> dict[str, Any]:

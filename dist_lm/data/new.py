@@ -104,7 +104,7 @@ def next_commands(out: Path, corpora: Sequence[str]) -> Iterator[str]:
     # in the order of the pipeline; each stage starts from the model of the one before
     stages = [name for name in ("language", "code", CONVERSATIONS) if name in corpora]
     words = ["python", "-m", "dist_lm.launch", "--config-dir", str(out.parent.parent), f"corpus={out.stem}"]
-    alone = {"code": ["stage.init_from=null"], CONVERSATIONS: ["stage.init_from=null", "stage.mix=null"]}
+    alone = {"code": ["stage.init_from=none"], CONVERSATIONS: ["stage.init_from=none", "stage.mix=null"]}
     for place, stage in enumerate(stages):
         extra = alone.get(stage, []) if place == 0 else []
         yield shlex.join([*words, f"stage={stage}", *extra])

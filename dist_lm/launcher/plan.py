@@ -70,7 +70,7 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
             try:
                 composed[name] = compose(name)
             except ConfigError as error:
-                without = "; stage.init_from=null begins without it" if name == starts_from else ""
+                without = "; stage.init_from=none begins without it" if name == starts_from else ""
                 raise ConfigError(f"stage {name}, which stage={target} needs: {error}{without}") from error
         return [need for need in stage_named(name).needed(composed[name]) if need != given]
 

@@ -69,10 +69,10 @@ def test_a_corpus_file_is_one_that_a_launch_takes(data):
 
 
 def test_next_commands_compose(data):
-    out, text = written(data, "repo", "notes.csv")
-    commands = list(next_commands(out, ["language", "code"]))
+    out, text = written(data, "repo", "notes.csv", "chat.jsonl.gz")
+    commands = list(next_commands(out, ["language", "code", "tools"]))
     assert all(command in text for command in commands)
-    for command in commands:
+    for command in [*commands, *next_commands(out, ["code"]), *next_commands(out, ["tools"])]:
         folder, *overrides = command.split()[4:]
         compose_config([f"hydra.searchpath=[{folder}]", *overrides])
 

@@ -60,7 +60,7 @@ def test_the_large_stages_have_the_listed_peak_rates(stage, lr):
         ),
         ("stage.mix=3", ["stage.mix=3", "expected {NAME: a number}"]),
         ("stage.mix={code: 0.1}", ["stage.mix=code", "stage.corpus=code: language, tools"]),
-        ("stage.mix={language: 0}", ["stage.mix.language=0", "above 0"]),
+        ("stage.mix={language: -0.1}", ["stage.mix.language=-0.1", "in whole per cent", "0: none of it"]),
         ("stage.mix={language: 0.125}", ["stage.mix.language=0.125", "whole per cent"]),
         ("stage.mix={language: 0.6, tools: 0.4}", ["stage.mix=1 in all", "below 1"]),
         ("stage.lr=inf", ["stage.lr", "a positive number"]),

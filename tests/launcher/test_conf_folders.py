@@ -99,6 +99,11 @@ def test_a_file_takes_corpora_away_from_the_one_that_it_extends(lab):
         assert list(found.corpus.corpora) == left
 
 
+def test_a_share_of_zero_takes_out_what_the_varied_stage_mixes_in():
+    assert set(compose_config(["stage=tools"]).stage.mix or {}) == {"code", "language"}
+    assert compose_config(["stage=tools", "stage.mix.language=0"]).streams == ("tools", "code")
+
+
 @pytest.mark.parametrize("override", ["corpus=null", "model=null", "stage=null", "experiment=null"])
 def test_a_group_is_not_left_out(override):
     with pytest.raises(ConfigError, match=f"{override}: expected one of"):
