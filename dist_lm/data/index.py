@@ -95,17 +95,13 @@ def open_index(tar: Path, shard: Shard) -> ShardIndex:
     mtime_ns = tar.stat().st_mtime_ns
     index = load_index(index_path(tar))
     known = index is not None and index.sha256 == shard.index_sha256
-    if index is not None and known and index.tar_mtime_ns == mtime_ns:
-        return index
-    if (state := shard_state(tar, shard, hashes=True)) != "ok":
-        raise ArtefactError(f"{tar}: {state}: build it again with `{BUILD_COMMAND}`")
-    index = replace(index, tar_mtime_ns=mtime_ns) if index is not None and known else build_index(tar)
-    if index.sha256 != shard.index_sha256 or index.counts() != shard.counts:
+    if index is None or not known or index.tar_mtime_ns != mtime_ns:
+        if (state := shard_state(tar, shard, hashes=True)) != "ok":
+            raise ArtefactError(f"{tar}: {state}: build it again with `{BUILD_COMMAND}`")
+        index = replace(index, tar_mtime_ns=mtime_ns) if index is not None and known else build_index(tar)
+        _keep(index, tar)
+    if (index.sha256, index.counts(), len(index.members)) != (shard.index_sha256, shard.counts, len(shard.checksums())):
         raise ArtefactError(f"{tar}: other documents than the manifest says: build it again with `{BUILD_COMMAND}`")
-    if os.access(tar.parent, os.W_OK):
-        save_index(index, index_path(tar))
-    else:  # every process rebuilds it
-        logging.getLogger(__name__).warning("%s is not writable: its index is kept in memory only", tar.parent)
     return index
 
 
@@ -273,3 +269,11 @@ def _array(tar: Path, info: tarfile.TarInfo, file: io.BufferedReader, *dtypes: s
     if head.tell() + array.length * array.dtype.itemsize != info.size:
         raise ArtefactError(f"{tar}: {info.name} is cut short; it is damaged")
     return array
+
+
+def _keep(index: ShardIndex, tar: Path) -> None:
+    """Save the index beside its tar. If the folder is read-only, every process rebuilds the index."""
+    if os.access(tar.parent, os.W_OK):
+        save_index(index, index_path(tar))
+    else:
+        logging.getLogger(__name__).warning("%s is not writable: its index is kept in memory only", tar.parent)
