@@ -111,8 +111,9 @@ def require_only_ours(directory: Path) -> set[str]:
     if foreign:
         more = f" and {len(foreign) - _NAMES_SHOWN} more" if len(foreign) > _NAMES_SHOWN else ""
         raise ArtefactError(
-            f"{directory} holds {', '.join(foreign[:_NAMES_SHOWN])}{more}, which no build of this corpus wrote: move "
-            "them away, or give the corpus another name; they are never removed"
+            f"{directory} holds {', '.join(foreign[:_NAMES_SHOWN])}{more}, which its manifest does not name: move "
+            "them away, or give the corpus another name. Only files that the manifest names are ever removed; if you "
+            "need nothing there, remove that folder"
         )
     return ours
 

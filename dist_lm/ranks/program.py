@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dist_lm.config.corpus import SPLITS
 from dist_lm.config.root import Config
+from dist_lm.data.content import record_content, require_content
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.errors import ArtefactError
@@ -86,7 +87,7 @@ def started(run: RunDirectory, config: Config, stop: StopRequest, heartbeat: Hea
 
 
 def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world: World) -> None:
-    """Refuse shards that were written with another tokenizer (collective).
+    """Refuse shards of another tokenizer, and to continue a run on other content than it began with (collective).
 
     The first rank opens the corpora before the others, so that a missing index is rebuilt only once.
     """
@@ -96,6 +97,11 @@ def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world
         if world.is_first:
             for split in SPLITS:
                 MappedCorpus.open(directory, split)
+    begun = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST) is not None
+    if begun:
+        require_content(run, config.streams)
+    elif world.is_first:
+        record_content(run, config.streams)
     dist.barrier()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dist_lm.config.root import Config
+from dist_lm.data.content import require_content
 from dist_lm.errors import ConfigError
 from dist_lm.stages.registry import load_config, stage_named
 from dist_lm.stages.stage import BITS_PER_BYTE, TRAIN_LOSS, VAL_LOSS, Action, Look, Place, Stage, run_of, shown_path
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 FREE_KEYS = (
     *("work_dir", "prerequisites", "dry_run", "device", "hardware.", "cluster.", "tracking.", "profile."),
     *("tokenizer.source", "tokenizer.add_marks", "tokenizer.train_bytes", "tokenizer.workers"),
+    "corpus.",  # what training sees of corpora is compared by its hash
     *("parallel.auto", "parallel.dp_replicate", "parallel.dp_shard", "parallel.tp", "parallel.sp"),
     *("parallel.reshard_after_forward", "parallel.reduce_every_micro_batch", "parallel.activation_checkpointing"),
     *("parallel.compile", "parallel.cpu_offload", "parallel.loss_chunk_mib"),
@@ -144,6 +146,7 @@ class TrainingStage(Stage):
             return Look(config, Action.READY, f"{steps:,} steps, {shown_path(run.path, config)}")
         latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
         if latest:
+            require_content(run, config.streams)
             return Look(config, Action.RESUME, f"from {latest.name} to step {config.stage.steps:,}")
         origin = f" from the {self.starts_from} checkpoint" if self.starts_from in rebuilt else ""
         if config.stage.init_from != "none" and not origin:

@@ -4,7 +4,7 @@ work/
   tokenizer/{tokenizer.model or tokenizer.json, report.json}
   corpora/NAME/{train,val}-000000.tar + .index, manifest.json
   runs/STAGE/RUN_ID/
-    config.yaml metrics.jsonl result.json
+    config.yaml corpora.json metrics.jsonl result.json
     checkpoints/step_00000100/ ... LATEST BEST
     logs/rank_00000.log   samples/   wandb/   profile/
   runs/generate/RUN_ID/
@@ -86,6 +86,11 @@ class RunDirectory:
     def config(self) -> Path:
         """The resolved configuration, read by every rank."""
         return self.path / "config.yaml"
+
+    @property
+    def corpora(self) -> Path:
+        """JSON: corpus -> split -> hash of the content that the run trains on."""
+        return self.path / "corpora.json"
 
     @property
     def metrics(self) -> Path:

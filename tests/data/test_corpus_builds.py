@@ -242,7 +242,7 @@ def test_what_others_put_there_is_refused_by_name_and_never_removed(
     state(directory)
     put(directory / name)
     before = sorted(path for path in directory.rglob("*"))
-    with pytest.raises(ArtefactError, match="which no build of this corpus wrote: move them away") as refused:
+    with pytest.raises(ArtefactError, match="which its manifest does not name: move them away") as refused:
         build(directory)
     assert name in str(refused.value) or state is without_manifest
     assert str(directory) in str(refused.value)

@@ -1,4 +1,4 @@
-"""Corpora that somebody damaged or edited: training refuses in one line with file and place, or reads the right tokens."""
+"""Corpora that somebody damaged or edited: training refuses it in a line with the place, or reads the right tokens."""
 
 import gzip
 import hashlib

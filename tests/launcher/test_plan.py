@@ -4,9 +4,16 @@ import json
 import shutil
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 
+from dist_lm.config.corpus import SPLITS
 from dist_lm.config.root import save_config
+from dist_lm.data.content import record_content
+from dist_lm.data.manifest import read_manifest
+from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.shard_writer import CorpusWriter
+from dist_lm.document import TokenizedDocument
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.compose import compose_config, overrides_of
 from dist_lm.launcher.plan import make_plan, may_need
@@ -83,6 +90,41 @@ def test_shards_are_those_that_the_stages_read(work):
 def test_a_run_with_a_checkpoint_is_continued(work):
     make_run(work, "language", checkpoint=True)
     assert actions(plan_of(work, "stages.language.seq_len=32"))["language"] is Action.RESUME
+
+
+def rewritten(work, name, **change):
+    """The corpus with the same documents, its last train document changed."""
+    directory, recipe = work.corpus(name), read_manifest(work.corpus(name)).recipe
+    made = []
+    for split in SPLITS:
+        corpus = MappedCorpus.open(directory, split)
+        for number in range(corpus.n_documents):
+            whole = (number, 0, int(corpus.lengths[number]))
+            language = corpus.languages[corpus.language_codes[number]]
+            mask = corpus.mask(*whole) if corpus.has_mask else None
+            made.append((split, TokenizedDocument(corpus.tokens(*whole), 9, language, "elsewhere", "other", mask)))
+    last = max(place for place, (split, _) in enumerate(made) if split == "train")
+    made[last] = ("train", replace(made[last][1], **change))
+    shutil.rmtree(directory)
+    with CorpusWriter(directory, replace(recipe, shard_tokens=90_000)) as writer:
+        for split, document in made:
+            writer.write(split, document)
+        writer.finish({})
+
+
+def test_a_run_continues_on_the_content_that_it_began_with(work):
+    """The same tokens under other names and licences, in other tars, are the same content."""
+    run = make_run(work, "language", checkpoint=True)
+    record_content(run, ["language"])
+    rewritten(work, "language")
+    rewritten(work, "code", tokens=np.array([0, 9], np.uint16))  # which the run does not read
+    assert actions(plan_of(work, target="language"))["language"] is Action.RESUME
+    rewritten(work, "language", tokens=np.array([0, 9], np.uint16))
+    with pytest.raises(
+        ArtefactError, match=r"runs/language/default began on other content of corpus language: .*train in"
+    ):
+        plan_of(work, target="language")
+    assert actions(plan_of(work, "run_id=another", target="language"))["language"] is Action.BUILD
 
 
 def test_an_unfinished_earlier_stage_with_other_settings_names_the_key_to_give(work):
@@ -200,13 +242,21 @@ def flip_a_byte(path):
     [flip_a_byte, lambda path: path.write_bytes(path.read_bytes()[:-512]), lambda path: path.unlink()],
     ids=["flipped", "cut", "gone"],
 )
-@pytest.mark.parametrize("name", ["train-000000.tar", "manifest.json"])
-def test_a_damaged_corpus_is_built_again(work, damage, name):
-    if damage is flip_a_byte and name == "manifest.json":
-        (work.corpus("code") / name).write_text("{")
-    else:
-        damage(work.corpus("code") / name)
+def test_a_damaged_corpus_is_built_again(work, damage):
+    damage(work.corpus("code") / "train-000000.tar")
     assert actions(plan_of(work))["shards"] is Action.BUILD
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [(flip_a_byte, "manifest.json is damaged"), (lambda path: path.unlink(), "which its manifest does not name")],
+)
+def test_tars_that_no_manifest_names_are_not_replaced(work, damage, said):
+    """Nobody knows whose they are."""
+    damage(work.corpus_manifest("code"))
+    with pytest.raises(ArtefactError, match=said) as refused:
+        plan_of(work)
+    assert f"remove {work.corpus('code')}" in str(refused.value) or "remove that folder" in str(refused.value)
 
 
 def test_rankings_come_behind_the_model_that_may_be_sampled_for_them(work):
