@@ -381,7 +381,10 @@ def test_pretraining_text_of_rlhf_is_built_where_it_has_a_weight(work):
             ("rlhf.pretrain_mix={code: 0.2}",),
             r"rlhf\.pretrain_mix=code: expected texts of corpus=local beside ",
         ),
-        (("rlhf.pretrain_mix={language: 1.5}",), r"rlhf\.pretrain_mix\.language=1\.5: expected above 0 and below 1"),
+        (
+            ("rlhf.pretrain_mix={language: 1.5}",),
+            r"rlhf\.pretrain_mix\.language=1\.5: expected below 1, in whole per cent",
+        ),
         (("rlhf.pretrain_seq_len=257",), r"rlhf\.pretrain_seq_len=257: expected at most model\.max_seq_len=256"),
         (("rlhf.pretrain_sequences=0",), r"rlhf\.pretrain_sequences=0: expected a positive integer"),
         (("stage.mix={code: 0.2}",), r"stage\.mix=code: expected none"),
