@@ -26,7 +26,7 @@ from dist_lm.launcher.compose import (
     target_stage,
 )
 from dist_lm.launcher.conf_folders import KEY, conf_directory, search_path, with_config_dir
-from dist_lm.launcher.plan import Plan, PlannedStage, make_plan, may_need
+from dist_lm.launcher.plan import Plan, PlannedStage, make_plan, may_need, untraced
 from dist_lm.launcher.process import disk_trouble, run_program
 from dist_lm.stages.registry import stage_named
 from dist_lm.stages.stage import Place
@@ -107,7 +107,10 @@ def run_command(overrides: Sequence[str], console: Console) -> int:
     plan = with_begun_runs(make_plan(target, compose), overrides)
     config = plan.target.config
     check_layouts(plan, config.dry_run)
+    no_profile = untraced(plan.target)
     show_plan(plan, console)
+    if no_profile:
+        console.warning(no_profile)
     if config.dry_run:
         check_and_describe(plan, console)
         return 0

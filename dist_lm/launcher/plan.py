@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from dist_lm.config.root import Config
 from dist_lm.errors import ConfigError
 from dist_lm.stages.registry import stage_named
-from dist_lm.stages.stage import Action, Stage
+from dist_lm.stages.stage import Action, Place, Stage, run_of
+from dist_lm.training import checkpoint_files
 
 if TYPE_CHECKING:
     from dist_lm.launcher.layout_choice import Begun
@@ -96,6 +97,25 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
         commands = ", then ".join(f"`python -m dist_lm.launch stage={name}`" for name in missing)
         raise ConfigError(f"prerequisites=fail: stage={target} needs {', '.join(missing)} first: run {commands}")
     return Plan(tuple(planned))
+
+
+def untraced(stage: PlannedStage) -> str:
+    """A warning if no step of `profile.steps` is left to be traced; else empty.
+
+    Raises:
+        ConfigError: the stage does not train.
+    """
+    steps = stage.config.profile.steps
+    if not steps:
+        return ""
+    if stage.stage.place is not Place.RANKS:
+        raise ConfigError(f"profile.steps={steps}: stage={stage.name} has no training steps: leave it out")
+    newest = checkpoint_files.newest_step(run_of(stage.config).checkpoints)
+    if stage.action is Action.READY:
+        return f"profile.steps={steps}: no step is traced, the run is finished; choose another run_id"
+    if steps[-1] <= newest:
+        return f"profile.steps={steps}: no step is traced, the run continues after step {newest}"
+    return ""
 
 
 def in_order(target: str, needs_of: Callable[[str], Sequence[str]]) -> list[str]:

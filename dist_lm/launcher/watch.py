@@ -172,7 +172,7 @@ class RunWatch:
 
     def attempt(self, gang: GangFacts) -> None:
         """Another gang starts."""
-        self._progress.state.start(gang)
+        self._progress.state.start(gang, time.time())
 
     def restarts(self, failure: GangFailure) -> None:
         """A gang failed, and the run will restart."""

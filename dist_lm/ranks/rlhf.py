@@ -96,6 +96,7 @@ class Reporter:
         if self.metrics and shown and self.config.rlhf.table_rollouts:
             self._write_table(report)
         if self.profiler:
+            self.alive(Phase.TRACING)
             self.profiler.reached(report.iteration)
         self.alive(Phase.DATA)
 

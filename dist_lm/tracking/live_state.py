@@ -172,9 +172,11 @@ class TrainingState:
         if step and (self.saved is None or self.saved[0] != step):
             self.saved = (step, at)
 
-    def start(self, gang: GangFacts) -> None:
-        """Begin another attempt."""
+    def start(self, gang: GangFacts, since: float = 0.0) -> None:
+        """Begin another attempt at `since`, seconds since 1970: lines of the attempt before may come again."""
         self.gang, self.ranks = gang, ()
+        if since > self.since:
+            self.since, self._first = since, None
 
     def seconds_left(self) -> float | None:
         """Estimate from the mean step time of this attempt; None: not known yet, or finished."""

@@ -24,6 +24,7 @@ class Phase(IntEnum):
     EVALUATING = 6
     SAVING = 7
     CLOSING = 8  # work at the end of a stage
+    TRACING = 9  # starts the profiler, or writes its trace
 
     @property
     def words(self) -> str:
@@ -38,6 +39,7 @@ class Phase(IntEnum):
             Phase.EVALUATING: "evaluating",
             Phase.SAVING: "saving",
             Phase.CLOSING: "closing the stage",
+            Phase.TRACING: "profiling",
         }[self]
 
 

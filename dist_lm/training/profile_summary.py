@@ -36,7 +36,7 @@ Interval = tuple[float, float]  # begin, end: microseconds
 class RankProfile:
     """Means of a rank over its profiled steps, in seconds: step = compute + exposed + idle."""
 
-    steps: int
+    steps: tuple[int, ...]  # their numbers
     on_gpu: bool
     step: float
     compute: float
@@ -79,7 +79,8 @@ def profile_of(events: Iterable[Mapping[str, Any]]) -> RankProfile:
         ValueError: no step is annotated.
     """
     spans = [event for event in events if event.get("ph") == "X"]
-    steps = sorted(_interval(event) for event in spans if _is_annotation(event) and event["name"].startswith(STEP))
+    marks = [event for event in spans if _is_annotation(event) and event["name"].startswith(STEP)]
+    steps = sorted(map(_interval, marks))
     if not steps:
         raise ValueError(f"no annotation {STEP}N")
     device = [event for event in spans if event.get("cat") in DEVICE]
@@ -99,7 +100,7 @@ def profile_of(events: Iterable[Mapping[str, Any]]) -> RankProfile:
             seconds[name] += own
     count, scale = len(steps), 1e6 * len(steps)
     return RankProfile(
-        steps=count,
+        steps=tuple(sorted(int(event["name"].removeprefix(STEP)) for event in marks)),
         on_gpu=bool(device),
         step=total / scale,
         compute=length(compute) / scale,
@@ -202,7 +203,7 @@ def read_profile(path: Path) -> RankProfile:
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             return profile_of(json.load(file)["traceEvents"])
-    except (OSError, EOFError, ValueError, KeyError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtefactError(f"{path}: not a trace of profile.steps ({error}); profile the run again") from error
 
 
@@ -210,8 +211,10 @@ def summarize(run: RunDirectory, console: Console) -> None:
     """Print where the profiled steps of a run went, by rank and over all ranks.
 
     Raises:
-        ArtefactError: the run has no traces, or one is damaged.
+        ArtefactError: there is no such run, it has no traces, or one is damaged.
     """
+    if not run.config.is_file():
+        raise ArtefactError(f"{run.path}: not a run: expected a folder such as work/runs/STAGE/RUN_ID")
     profiles = {rank: read_profile(path) for rank, path in sorted(run.traces().items())}
     if not profiles:
         raise ArtefactError(f"{run.profile}: no traces; run the stage with profile.steps=[FIRST,LAST]")
@@ -226,8 +229,10 @@ def summarize(run: RunDirectory, console: Console) -> None:
     rows = [[str(rank), *(_ms(getattr(profile, name)) for name in columns)] for rank, profile in profiles.items()]
     rows += [["mean", *(_ms(mean(name)) for name in columns)]]
     rows += [["share", *(percent(mean(name) / mean("step")) for name in columns)]]
-    title = f"Time of the {'GPU' if on_gpu else 'CPU'}, ms a step, mean of {values[0].steps} steps"
+    title = f"Time of the {'GPU' if on_gpu else 'CPU'}, ms a step, {steps_in_words(values[0].steps)}"
     console.table(title, ("rank", *columns.values()), rows)
+    if max(path.stat().st_mtime for path in run.traces().values()) < run.config.stat().st_mtime:
+        console.line("these traces are older than the newest attempt of the run")
     if on_gpu:
         console.line(
             f"a step, the host waits {mean('waits'):.1f} times for the GPU and copies {mean('pageable'):.1f} tensors "
@@ -235,12 +240,17 @@ def summarize(run: RunDirectory, console: Console) -> None:
         )
     if parts := list(dict.fromkeys(part for profile in values for part in profile.parts)):
         rows = [[str(rank), *(_ms(p.parts.get(part, 0.0)) for part in parts)] for rank, p in profiles.items()]
-        console.table("Time of the host, ms a step", ("rank", *parts), rows)
+        console.table("Time of the Python thread by part of a step, ms a step", ("rank", *parts), rows)
     rows = [
         (name[:NAME], f"{calls:.1f}", _ms(seconds), percent(seconds / mean("step")))
         for name, calls, seconds in top_operators(values)[:SHOWN]
     ]
     console.table("Operators, a step, mean of all ranks", ("operator", "calls", "ms", "share"), rows)
+
+
+def steps_in_words(steps: Sequence[int]) -> str:
+    """`step 3`, or `mean of steps 3 to 5`."""
+    return f"mean of steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
 
 
 def top_operators(profiles: Sequence[RankProfile]) -> list[tuple[str, float, float]]:

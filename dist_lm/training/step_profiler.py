@@ -1,6 +1,7 @@
 """Traces of some steps of a run for Perfetto and `dist-lm profile summarize`, and the memory of the GPU in these steps.
 
-Profiling changes no number of a run, but profiled steps take longer: every operator is recorded.
+Profiling changes no number of a run, but profiled steps take longer: every operator is recorded. Training waits
+while the trace is written, so a run that is interrupted inside the window writes none.
 """
 
 import logging
@@ -22,7 +23,7 @@ MEMORY_EVENTS = 100_000  # newest allocations and frees in a memory snapshot
 
 
 class StepProfiler:
-    """Records some steps. As a context manager it also writes the trace if the run stops before the last of them."""
+    """Records some steps, and writes their trace after the last one. As a context manager it drops a part of them."""
 
     def __init__(self, steps: Sequence[int], on_gpu: bool, trace: Path, memory: Path) -> None:
         """
@@ -44,7 +45,9 @@ class StepProfiler:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if self._step:
-            self._end()
+            log.warning("no trace of profile.steps=[%d,%d]: the run stops inside them", self._first, self._last)
+            self._stop()
+            self._profile = None
 
     def reached(self, completed: int) -> None:
         """Step `completed` is complete, the next one begins."""
@@ -72,17 +75,22 @@ class StepProfiler:
         """`laps`, whose laps also appear in the trace while a step is recorded."""
         return MarkedLaps(laps) if self._step else laps
 
-    def _end(self) -> None:
+    def _stop(self) -> profile:
+        """Stop recording."""
         assert self._profile
         assert self._step
         self._step.__exit__(None, None, None)
+        self._step = None
         self._profile.stop_trace()
+        return self._profile
+
+    def _end(self) -> None:
+        recorded, self._profile = self._stop(), None
         self._trace.parent.mkdir(exist_ok=True)
-        self._profile.export_chrome_trace(str(self._trace))
+        recorded.export_chrome_trace(str(self._trace))
         if self._on_gpu:
             torch.cuda.memory._dump_snapshot(str(self._memory))
             torch.cuda.memory._record_memory_history(enabled=None)
-        self._profile = self._step = None
         log.info("profile of steps %d to %d: %s", self._first, self._last, self._trace)
 
 

@@ -81,6 +81,7 @@ class Trainer:
         with self._saver() as saver, self.profiler or nullcontext():
             while state.step < stage.steps:
                 if self.profiler:
+                    self.heartbeat.beat(Phase.TRACING, state.step)  # a long trace is no hang
                     self.profiler.reached(state.step)
                 meter.begin(self.is_detailed(state.step + 1))
                 rate = learning_rate(
@@ -116,6 +117,9 @@ class Trainer:
                 if result.stop_requested:
                     log.info("stopped at step %d as requested; the checkpoint is written", state.step)
                     break
+            else:
+                if self.profiler:
+                    self.profiler.reached(state.step)
         return state
 
     def _evaluate(self, step: int, everything: bool) -> dict[str, float]:

@@ -6,6 +6,7 @@ import pytest
 
 from dist_lm.tracking import console
 from dist_lm.tracking.console import Console
+from dist_lm.tracking.live_state import GangFacts
 from dist_lm.tracking.readable import duration
 
 
@@ -75,6 +76,25 @@ def test_what_an_earlier_attempt_wrote_is_neither_shown_nor_timed() -> None:
             screen.now += 4
             progress.update({"step": step, "time": 1000.0 + 4.0 * step, "train/loss": 2.0})
     assert screen.lines()[-1] == "code: step 75/100  loss 2.000  1:40 min left"
+
+
+def test_a_restart_shows_no_line_twice_and_times_its_own_steps() -> None:
+    screen = Screen()
+    with screen.console.training("code", steps=100, since=1000.0) as progress:
+        for step in range(1, 51):
+            screen.now += 4
+            progress.update({"step": step, "time": 1000.0 + 4.0 * step})
+        shown = len(screen.lines())
+        progress.state.start(GangFacts(("node",), 1, "cpu", "dp_shard=1", attempt=2), since=1500.0)
+        assert progress.state.seconds_left() is None
+        for step in range(1, 41):  # the file is cut at the checkpoint and read again
+            screen.now += 4
+            progress.update({"step": step, "time": 1000.0 + 4.0 * step})
+        assert len(screen.lines()) == shown
+        for step in range(41, 71):
+            screen.now += 2
+            progress.update({"step": step, "time": 1600.0 + 2.0 * step})
+    assert screen.lines()[-1] == "code: step 70/100  1:00 min left"
 
 
 def test_a_metric_that_is_not_finite_does_not_break_the_display() -> None:

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 from itertools import pairwise
 
 import pytest
@@ -56,7 +57,7 @@ GPU_STEP = [
 def test_the_parts_of_a_gpu_step_add_up():
     found = profile_of(GPU_STEP)
     assert found.on_gpu
-    assert (found.steps, found.step) == (1, 1.0)
+    assert (found.steps, found.step) == ((10,), 1.0)
     assert found.compute == pytest.approx(0.3 + 0.2)
     assert found.hidden == pytest.approx(0.1 + 0.1)
     assert found.exposed == pytest.approx(0.2)
@@ -95,7 +96,7 @@ CPU_STEPS = [
 def test_the_parts_of_a_cpu_step_add_up():
     found = profile_of(CPU_STEPS)
     assert not found.on_gpu
-    assert (found.steps, found.step, found.waits) == (2, 0.5, 0)
+    assert (found.steps, found.step, found.waits) == ((3, 4), 0.5, 0)
     assert found.compute == pytest.approx(0.3 / 2)
     assert found.hidden == pytest.approx(0.1 / 2)
     assert found.exposed == pytest.approx(0.1 / 2)
@@ -135,6 +136,12 @@ def test_a_union_has_every_point_once(found):
     assert all(one[1] < other[0] for one, other in pairwise(merged))
 
 
+def made_run(path) -> RunDirectory:
+    run = RunDirectory(path)
+    run.config.touch()
+    return run
+
+
 def write(run: RunDirectory, rank: int, events) -> None:
     run.profile.mkdir(parents=True, exist_ok=True)
     with gzip.open(run.trace(rank), "wt") as file:
@@ -142,7 +149,7 @@ def write(run: RunDirectory, rank: int, events) -> None:
 
 
 def test_the_ranks_of_a_run_are_printed_with_their_mean(tmp_path):
-    run = RunDirectory(tmp_path)
+    run = made_run(tmp_path)
     write(run, 0, GPU_STEP)
     write(run, 11, [step(10, 0, 1e6), kernel("nvjet", 0, 900e3)])
     out = io.StringIO()
@@ -161,7 +168,9 @@ def test_operators_are_in_the_order_of_their_time():
 
 
 def test_what_is_no_trace_is_refused_with_its_path(tmp_path):
-    run = RunDirectory(tmp_path)
+    with pytest.raises(ArtefactError, match="none: not a run: expected a folder such as work/runs/STAGE/RUN_ID"):
+        summarize(RunDirectory(tmp_path / "none"), Console(io.StringIO()))
+    run = made_run(tmp_path)
     with pytest.raises(ArtefactError, match=r"profile: no traces; .*profile\.steps=\[FIRST,LAST\]"):
         summarize(run, Console(io.StringIO()))
     write(run, 0, [kernel("k", 0, 1)])
@@ -170,3 +179,23 @@ def test_what_is_no_trace_is_refused_with_its_path(tmp_path):
     run.trace(0).write_bytes(run.trace(0).read_bytes()[:-9])
     with pytest.raises(ArtefactError, match="trace_00000"):
         summarize(run, Console(io.StringIO()))
+    with gzip.open(run.trace(0), "wt") as file:
+        json.dump([1, 2], file)
+    with pytest.raises(ArtefactError, match=r"trace_00000.*not a trace"):
+        summarize(run, Console(io.StringIO()))
+
+
+def test_the_steps_are_named_and_an_older_trace_is_marked(tmp_path):
+    run = made_run(tmp_path)
+    write(run, 0, CPU_STEPS)
+    os.utime(run.config, (1, 1))
+    out = io.StringIO()
+    summarize(run, Console(out))
+    assert "mean of steps 3 to 4" in out.getvalue()
+    assert "older than the newest attempt" not in out.getvalue()
+    write(run, 0, GPU_STEP)
+    os.utime(run.trace(0), (1, 1))
+    os.utime(run.config, (2, 2))
+    summarize(run, Console(out))
+    assert "step 10" in out.getvalue()
+    assert "older than the newest attempt" in out.getvalue()

@@ -17,7 +17,7 @@ from dist_lm.training.step_meter import WallLaps
 from dist_lm.training.step_profiler import STEP, StepProfiler
 
 
-def train(profiler: StepProfiler, steps: range) -> torch.Tensor:
+def train(profiler: StepProfiler, steps: range, stopped: bool = False) -> torch.Tensor:
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 8)
     optimizer = torch.optim.AdamW(model.parameters())
@@ -35,6 +35,8 @@ def train(profiler: StepProfiler, steps: range) -> torch.Tensor:
             optimizer.zero_grad()
             laps.lap("optimizer")
             assert wall.take().keys() == {"forward", "backward", "optimizer"}
+        if not stopped:
+            profiler.reached(steps.stop)
     return model.weight.detach()
 
 
@@ -49,7 +51,6 @@ def steps_in(path) -> list[str]:
     [
         ((2, 3), range(6), ["2", "3"]),
         ((1, 2), range(2), ["1", "2"]),  # all of the run
-        ((3, 9), range(5), ["3", "4", "5"]),  # a run that was stopped
         ((3, 5), range(3, 6), ["4", "5"]),  # a run that continues
     ],
 )
@@ -59,12 +60,18 @@ def test_the_steps_that_were_asked_for_are_traced_and_change_nothing(tmp_path, a
     assert torch.equal(train(StepProfiler(asked, False, trace, tmp_path), steps), plain)
     assert steps_in(trace) == found
     profile = read_profile(trace)
-    assert profile.steps == len(found)
+    assert profile.steps == tuple(map(int, found))
     assert profile.parts.keys() == {"data", "forward", "backward", "optimizer", "rest"}
     assert sum(profile.parts.values()) <= profile.step
     assert profile.operators["aten::addmm"][0] == 1
     assert 0 < profile.compute < profile.step
     assert (profile.hidden, profile.exposed) == (0, 0)
+
+
+def test_a_run_that_is_stopped_inside_the_window_writes_no_trace_and_says_so(tmp_path, caplog):
+    train(StepProfiler((3, 9), False, tmp_path / "trace.json.gz", tmp_path), range(5), stopped=True)
+    assert not list(tmp_path.iterdir())
+    assert "no trace of profile.steps=[3,9]" in caplog.text
 
 
 def test_a_gpu_also_leaves_a_memory_snapshot_of_these_steps(tmp_path, monkeypatch):
