@@ -129,6 +129,10 @@ def generate(
         str | None,
         typer.Option(help="The text to continue. Default: prompts typed at the terminal, or all of standard input."),
     ] = None,
+    suffix: Annotated[
+        str | None,
+        typer.Option(help="The text behind the answer: the model fills the middle (trained with stage.fim_rate)."),
+    ] = None,
     tokenizer: Annotated[
         Path | None,
         typer.Option(
@@ -180,7 +184,7 @@ def generate(
         "repetition_penalty": repetition_penalty,
     }
     options = ToolOptions(tools, max_rounds, Limits(tool_seconds, tool_characters)) if tools else None
-    raise typer.Exit(generate(path, prompt, tokenizer, values, stop or [], seed, n, device, tp, options))
+    raise typer.Exit(generate(path, prompt, tokenizer, values, stop or [], seed, n, device, tp, options, suffix))
 
 
 @app.command("report")

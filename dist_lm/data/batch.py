@@ -5,14 +5,13 @@ Dimensions: B sequences, T tokens.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 from torch._subclasses.fake_tensor import FakeTensor
 
-from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.order import DocumentSlice
 
 WORTH_CHOOSING = 0.9  # if fewer targets than this share count, logits are computed for the counted targets only
@@ -108,11 +107,20 @@ def document_boundaries(document_BT: torch.Tensor) -> torch.Tensor:
     return F.pad(offsets, (0, 1), value=document_BT.numel()).to(torch.int32)
 
 
+class Documents(Protocol):
+    """What is read of a corpus, by document number."""
+
+    @property
+    def has_mask(self) -> bool: ...
+    def tokens(self, document: int, start: int, stop: int) -> np.ndarray: ...
+    def mask(self, document: int, start: int, stop: int) -> np.ndarray: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """The content of one sequence."""
 
-    corpus: MappedCorpus
+    corpus: Documents
     slices: Sequence[DocumentSlice]  # inputs and last target: at most `seq_len + 1` tokens in total
 
 

@@ -9,9 +9,11 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from dist_lm.data.batch import Documents, Row
+from dist_lm.data.infill import ADDED, Infill, InfillEpoch, chosen_count, eligible
 from dist_lm.data.keys import Shuffle, key, permutation
 from dist_lm.data.mapped import MappedCorpus
-from dist_lm.data.order import DocumentSlice, EpochOrder, sequences_an_epoch
+from dist_lm.data.order import EpochOrder, sequences_an_epoch
 from dist_lm.data.packing import PackedEpoch, Packing
 from dist_lm.errors import ArtefactError
 
@@ -46,17 +48,32 @@ class CorpusSequences:
     Text is cut from one row of tokens, and no token is lost. Conversations (a corpus with a loss mask) stay whole.
     """
 
-    def __init__(self, corpus: MappedCorpus, seed: int, seq_len: int, seq_len_key: str = SEQ_LEN) -> None:
-        """`seq_len_key`: the configuration key that `seq_len` comes from, for errors.
+    def __init__(
+        self,
+        corpus: MappedCorpus,
+        seed: int,
+        seq_len: int,
+        seq_len_key: str = SEQ_LEN,
+        infill: Infill | None = None,
+    ) -> None:
+        """Open the sequences of a corpus.
+
+        Args:
+            seq_len_key: the configuration key that `seq_len` comes from, for errors.
+            infill: rearranges documents of text; every epoch has as many tokens.
 
         Raises:
             ArtefactError: the corpus does not fill a sequence.
         """
         self.corpus = corpus
-        self._seed, self._seq_len = seed, seq_len
+        self._seed, self._seq_len, self._infill = seed, seq_len, infill
+        n_tokens = corpus.n_tokens  # an epoch
+        if infill:
+            assert not corpus.has_mask, "conversations are not rearranged"
+            n_tokens += ADDED * chosen_count(infill.rate, len(eligible(corpus.lengths, seq_len)))
         self.packing = packed(corpus, seq_len, seq_len_key) if corpus.has_mask else None
         self.n_sequences = (  # an epoch
-            self.packing.n_rows if self.packing else sequences_an_epoch(corpus.n_tokens, seq_len)
+            self.packing.n_rows if self.packing else sequences_an_epoch(n_tokens, seq_len)
         )
         if self.n_sequences == 0:
             raise ArtefactError(
@@ -65,15 +82,19 @@ class CorpusSequences:
             )
         self._epochs = Epochs(self.n_sequences, self._order)
 
-    def slices(self, number: int) -> list[DocumentSlice]:
-        """The document slices of sequence `number`: `seq_len + 1` tokens, of conversations perhaps fewer."""
-        order, i = self._epochs.place(number)
-        return order.sequence(i)
+    def row(self, number: int) -> Row:
+        """Sequence `number`: `seq_len + 1` tokens, of conversations perhaps fewer."""
+        (documents, order), i = self._epochs.place(number)
+        return Row(documents, order.sequence(i))
 
-    def _order(self, epoch: int) -> EpochOrder | PackedEpoch:
+    def _order(self, epoch: int) -> tuple[Documents, EpochOrder | PackedEpoch]:
+        """The documents of an epoch, and their order."""
         if self.packing:
-            return PackedEpoch(self.packing, self._seed, epoch)
-        return EpochOrder(self.corpus.lengths, self._seed, epoch, self._seq_len)
+            return self.corpus, PackedEpoch(self.packing, self._seed, epoch)
+        documents = self.corpus
+        if self._infill:
+            documents = InfillEpoch(self.corpus, self._infill, self._seed, epoch, self._seq_len)
+        return documents, EpochOrder(documents.lengths, self._seed, epoch, self._seq_len)
 
 
 class Mix:

@@ -15,6 +15,7 @@ from typing import Self
 import torch
 
 from dist_lm.data.batch import Batch, Row, assemble
+from dist_lm.data.infill import Infill
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.sequences import SEQ_LEN, CorpusSequences, Mix
 from dist_lm.errors import ConfigError
@@ -125,6 +126,7 @@ class SequenceStream(StepStream):
         mix: Mapping[MappedCorpus, float] | None = None,
         pin_memory: bool = False,
         seq_len_key: str = SEQ_LEN,
+        infill: Infill | None = None,
     ) -> None:
         """Open the stream; arguments that are not listed are those of `StepStream`.
 
@@ -132,13 +134,17 @@ class SequenceStream(StepStream):
             mix: other corpora with their shares of all sequences (`sequences.Mix`).
             seq_len_key: the configuration key that `seq_len` comes from, for errors.
             pad_id: the token that fills rows up.
+            infill: rearranges documents of `corpus`; the corpora of `mix` stay as they are.
 
         Raises `ConfigError` for a batch that does not divide over the ranks, `ArtefactError` for a corpus that fills no
         sequence.
         """
         shares = mix or {}
         # the stage's own first
-        self.corpora = [CorpusSequences(one, seed, seq_len, seq_len_key) for one in (corpus, *shares)]
+        self.corpora = [
+            CorpusSequences(corpus, seed, seq_len, seq_len_key, infill),
+            *(CorpusSequences(one, seed, seq_len, seq_len_key) for one in shares),
+        ]
         self.n_sequences = self.corpora[0].n_sequences  # an epoch
         self._mix = Mix(list(shares.values()), seed)
         self._seq_len, self._pad_id = seq_len, pad_id
@@ -168,8 +174,7 @@ class SequenceStream(StepStream):
     def _row(self, number: int) -> Row:
         """Global sequence `number`."""
         which, own_number = self._mix.place(number)
-        sequences = self.corpora[which]
-        return Row(sequences.corpus, sequences.slices(own_number))
+        return self.corpora[which].row(own_number)
 
 
 def rank_cuts(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> list[range]:

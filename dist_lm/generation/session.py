@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from dist_lm.data.infill import InfillMarks
 from dist_lm.errors import UserError, utf8
 from dist_lm.generation.decoder import best_page_tokens
 from dist_lm.generation.engine import Engine, EngineOptions
@@ -97,17 +98,22 @@ class Session:
         """End the other processes of the model, if any."""
         self._engine.close()
 
-    def tokens(self, text: str, name: str = "the prompt") -> list[int]:
+    def tokens(self, text: str, name: str = "the prompt", after: str | None = None) -> list[int]:
         """Tokenize a text as the beginning of a document.
 
         Args:
             name: what errors call the text.
+            after: a text behind the answer: the model is asked for what stands between the two (fill in the middle).
 
         Raises:
-            UserError: the text is not valid Unicode, or fills the context.
+            UserError: a text is not valid Unicode, the texts fill the context, or the tokenizer lacks the marks.
         """
         utf8(text, name)
         tokens = [self.tokenizer.eot_id, *self.tokenizer.encode(text)]
+        if after is not None:
+            utf8(after, "--suffix")
+            name = f"{name} with --suffix"
+            tokens = InfillMarks.of(self.tokenizer).prompt(tokens, self.tokenizer.encode(after))
         context = self.config.max_seq_len
         if len(tokens) >= context:
             raise UserError(

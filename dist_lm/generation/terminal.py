@@ -43,6 +43,7 @@ def generate(
     device: str,
     tp: int = 1,
     tools: ToolOptions | None = None,
+    suffix: str | None = None,
 ) -> int:
     """Run the verb. Returns the exit code.
 
@@ -53,6 +54,7 @@ def generate(
         n: number of answers.
         tp: devices that share the model.
         tools: functions the model may call; the prompt then is a request and not the beginning of a text.
+        suffix: the text behind the answer, which fills the middle.
 
     Raises:
         UserError: names the option or the fault of the checkpoint.
@@ -65,6 +67,10 @@ def generate(
         raise ConfigError(f"--n={n}: several answers need --prompt; in a conversation use /again")
     if tools and n != 1:
         raise ConfigError(f"--n={n}: --tools gives one answer")
+    if suffix is not None:
+        _check_argument("--suffix", suffix)
+        if talks or tools:
+            raise ConfigError("--suffix: expected --prompt, or a prompt on standard input, and no --tools")
     if talks and not sys.stdout.isatty():
         raise ConfigError("--prompt is missing: it is required if the output is not a terminal")
     name = "--prompt"
@@ -86,7 +92,7 @@ def generate(
         if prompt is not None and chat:
             return _one_request(session, chat, prompt, settings, sys.stdout, errors)
         if prompt is not None:
-            return _one_shot(session, session.tokens(prompt, name), settings, n, sys.stdout, errors)
+            return _one_shot(session, session.tokens(prompt, name, suffix), settings, n, sys.stdout, errors)
         readline.parse_and_bind("set enable-bracketed-paste on")
         console = Console(highlight=False)
         PromptLoop(session, settings, lambda: read_openings(run), console, read_line, interrupts, chat).run()

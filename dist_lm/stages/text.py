@@ -11,7 +11,7 @@ from dist_lm.config.corpus import SPLITS
 from dist_lm.config.root import Config
 from dist_lm.config.stage import SamplingConfig, StageConfig
 from dist_lm.data.corpus import form_of
-from dist_lm.errors import ConfigError
+from dist_lm.errors import ConfigError, require
 from dist_lm.stages.training import Opening, StageData, TrainingStage, print_before_and_after
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import change
@@ -27,12 +27,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+INFILL, INFILL_LEFT = "val/infill_loss", "val/infill_loss_left"
+
 
 @dataclass
 class SampledStageConfig(StageConfig):
     """A stage that ends with samples of its model."""
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    # share of the documents of `corpus` that are rearranged for fill-in-the-middle in every epoch, of those that then
+    # fit a sequence; corpora in `mix` and val stay as they are
+    fim_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.fim_rate <= 1, "stage.fim_rate", self.fim_rate, "in [0, 1]")
 
 
 @dataclass
@@ -57,6 +66,8 @@ class TextStage(TrainingStage):
         for key, name in (("stage.corpus", stage.corpus), *mixed):
             if name and form_of(config.corpus, name) == "ranking":
                 raise ConfigError(f"{key}={name}: expected texts or conversations; stage=reward learns from rankings")
+        if fim_rate_of(config) and form_of(config.corpus, stage.corpus) != "text":
+            raise ConfigError(f"stage.fim_rate={fim_rate_of(config)}: stage.corpus={stage.corpus} holds no texts")
 
     def objective(self, config: Config) -> "Objective":
         from dist_lm.training.objective import next_token
@@ -97,13 +108,20 @@ class TextStage(TrainingStage):
         print_before_and_after(result, console)
 
 
+def fim_rate_of(config: Config) -> float:
+    """`stage.fim_rate`; 0 for stages without that key."""
+    return config.stage.fim_rate if isinstance(config.stage, SampledStageConfig) else 0.0
+
+
 def open_stream(opening: Opening) -> "SequenceStream":
     """The training sequences of this rank."""
+    from dist_lm.data.infill import Infill, InfillMarks
     from dist_lm.data.mapped import MappedCorpus
     from dist_lm.data.stream import SequenceStream
 
     config, stage = opening.config, opening.config.stage
     corpora = {name: MappedCorpus.open(opening.run.work.corpus(name), "train") for name in stage.streams}
+    fim_rate = fim_rate_of(config)
     return SequenceStream(
         corpora[stage.corpus],
         seed=config.seed,
@@ -118,18 +136,27 @@ def open_stream(opening: Opening) -> "SequenceStream":
         pad_id=opening.tokenizer.pad_id,
         mix={corpora[name]: share for name, share in sorted((stage.mix or {}).items())},
         pin_memory=opening.world.device.type == "cuda",
+        infill=Infill(fim_rate, InfillMarks.of(opening.tokenizer)) if fim_rate else None,
     )
 
 
 def evaluator(opening: Opening) -> "Evaluate":
-    """Loss and bits per byte on val: by language for the stage's corpus, one figure for each mixed corpus."""
+    """Loss and bits per byte on val: by language for the stage's corpus, one figure for each mixed corpus.
+
+    With `stage.fim_rate` also the loss on middles of val documents, with and without what stands after them.
+    """
     from dist_lm.data.evaluation_batches import EvaluationBatches
+    from dist_lm.data.infill import InfillMarks
+    from dist_lm.data.infill_evaluation import HeldOutMiddles
     from dist_lm.data.mapped import MappedCorpus
     from dist_lm.training.objective import loss_metrics, mixed_metrics, summed_losses
 
     stage, device = opening.config.stage, opening.world.device
     own, *others = [stage.corpus, *sorted(stage.mix or {})]
     opened = {name: MappedCorpus.open(opening.run.work.corpus(name), "val") for name in (own, *others)}
+
+    rearranges = fim_rate_of(opening.config) > 0
+    middles = {INFILL: InfillMarks.of(opening.tokenizer), INFILL_LEFT: None} if rearranges else {}
 
     def batches_of(corpus: "MappedCorpus", everything: bool) -> "EvaluationBatches":
         return EvaluationBatches(
@@ -153,6 +180,20 @@ def evaluator(opening: Opening) -> "Evaluate":
                 metrics |= loss_metrics(sums, corpus.languages, batches.bytes_by_language)
             else:
                 metrics |= mixed_metrics(sums, name, batches.bytes_by_language)
+        corpus = opened[own]
+        for name, marks in middles.items():
+            batches = HeldOutMiddles(
+                corpus=corpus,
+                marks=marks,
+                seq_len=stage.seq_len,
+                micro_batch=stage.micro_batch,
+                dp_rank=opening.dp_rank,
+                dp_size=opening.dp_size,
+                limit=stage.eval_sequences,
+                pad_id=opening.tokenizer.pad_id,
+            )
+            sums = summed_losses(model, batches, len(corpus.languages), device, opening.data_ranks, alive)
+            metrics[name] = (sums[:, 0].sum() / sums[:, 1].sum()).item()
         return metrics
 
     return evaluate

@@ -184,6 +184,13 @@ HELD_OUT = (
     ),
     *_table(
         "held-out",
+        TEXT_STAGES,
+        ("val/infill_loss", "nats/target", "lower", "Loss a token on middles of held-out documents, both sides given."),
+        ("val/infill_loss_left", "nats/target", "lower", "The same middles, only what stands before them given."),
+        only="with stage.fim_rate",
+    ),
+    *_table(
+        "held-out",
         RLHF,
         ("rlhf/win_rate", "", "higher", "Share of answers that score above the reference's, ties as half."),
         ("rlhf/held_out_score", "", "higher", "Mean score of the policy's answers."),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dist_lm import __main__ as program
+from dist_lm.data.infill import InfillMarks
 from dist_lm.generation.engine import Engine
 from dist_lm.generation.load import load_model
 from dist_lm.generation.prompt_loop import visible
@@ -147,6 +148,12 @@ def test_ctrl_c_ends_the_answer_in_good_order(small_run, expected, monkeypatch, 
         (("--prompt", "x", "--device", "tpu"), b"", "error: --device=tpu: expected auto, cpu or cuda"),
         (("--prompt", "x", "--tokenizer", "nowhere"), b"", "error: --tokenizer=nowhere: no tokenizer there"),
         (("--prompt", "x " * 300), b"", "error: --prompt has 601 tokens"),
+        (("--prompt", "x", "--suffix", "y " * 300), b"", "error: --prompt with --suffix has 605 tokens"),
+        (
+            ("--prompt", "x", "--suffix", "y", "--tools", "t.py"),
+            b"",
+            "error: --suffix: expected --prompt, or a prompt on",
+        ),
         (("--prompt", "é\udcff"), b"", "error: --prompt: the text is not UTF-8 at byte 2"),
         ((), b"", "error: --prompt is missing, and standard input is empty"),
         ((), b"\xff", "error: standard input: the prompt is not UTF-8 at byte 0"),
@@ -192,3 +199,15 @@ def test_a_terminal_gets_symbols_and_whole_lines(small_run, expected, monkeypatc
     code, *_ = call(monkeypatch, capsys, small_run.path, "--prompt", PROMPT, *OPTIONS)
     assert code == 0
     assert output.getvalue() == visible(expected[0]) + "\n" * (not expected[0].endswith("\n"))
+
+
+def test_a_suffix_asks_for_the_middle(small_run, session, monkeypatch, capsys):
+    marks = InfillMarks.of(session.tokenizer)
+    before, after = session.tokenizer.encode("def a("), session.tokenizer.encode("return b")
+    tokens = [session.tokenizer.eot_id, marks.prefix, *before, marks.suffix, *after, marks.middle]
+    assert session.tokens("def a(", after="return b") == tokens
+    parts = []
+    params = SamplingParams(max_new_tokens=20, temperature=0.8, top_p=0.95)
+    session.answer(tokens, Settings(params, 11), 1, lambda index, text: parts.append(text))
+    words = ("--prompt", "def a(", "--suffix", "return b", *OPTIONS)
+    assert call(monkeypatch, capsys, small_run.path, *words)[:2] == (0, "".join(parts))

@@ -1,0 +1,80 @@
+"""Runs with fill-in-the-middle: what they measure, and what it costs and gives at nano (a bar)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from dist_lm.errors import ConfigError
+from dist_lm.launcher.compose import compose_config
+from dist_lm.stages.registry import stage_named
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from tests.conftest import TINY
+from tests.training_run import linked, numbers, prepare, train
+
+SEEDS, STEPS = (0, 1, 2), 400
+RATES = {"left": 1e-9, "fim": 0.5}  # the rate of `left` chooses no document, and the middles are judged all the same
+
+
+@pytest.mark.cluster
+def test_a_run_measures_middles_and_leaves_val_as_it_is(tiny_work: WorkDirectory, tmp_path: Path) -> None:
+    work = linked(tiny_work, tmp_path / "work")
+    settings = (
+        "stage.init_from=none",
+        "stage.eval_at_start=true",
+        "stage.steps=4",
+        "stage.eval_every=2",
+        "stage.checkpoint_every=2",
+    )
+    found = {}
+    for name, rate in (("off", 0.0), *RATES.items()):
+        run = prepare(work, name, *settings, f"stage.fim_rate={rate}", stage="code")
+        train(run, 1)
+        found[name] = numbers(run)
+    infill = {"val/infill_loss", "val/infill_loss_left"}
+    assert infill <= found["fim"][4].keys()
+    assert not infill & found["off"][4].keys()
+    assert found["fim"][0]["val/loss"] == found["off"][0]["val/loss"]
+    for step, metrics in found["off"].items():
+        assert {name: value for name, value in found["left"][step].items() if name not in infill} == metrics
+    assert found["fim"][4]["train/loss"] != found["off"][4]["train/loss"]
+
+
+def test_conversations_are_not_rearranged() -> None:
+    config = compose_config(["stage=code", *TINY, "stage.corpus=tools", "stage.fim_rate=0.5"])
+    with pytest.raises(ConfigError, match=r"^stage.fim_rate=0.5: stage.corpus=tools holds no texts"):
+        stage_named("code").check(config)
+    with pytest.raises(ConfigError, match=r"^stage.fim_rate=1.5: expected in \[0, 1\]"):
+        compose_config(["stage=code", "stage.fim_rate=1.5"])
+
+
+@pytest.mark.bars
+@pytest.mark.cluster
+def test_half_of_the_documents_rearranged_cost_three_per_cent_and_middles_gain(tmp_path: Path) -> None:
+    """At nano on the local corpus, with equal tokens: the mean of three seeds."""
+    found = {}
+    for name, rate in RATES.items():
+        for seed in SEEDS:
+            words = (f"seed={seed}", f"work_dir={tmp_path}/work{seed}", f"run_id={name}", f"stage.fim_rate={rate}")
+            done = subprocess.run(
+                [
+                    *(sys.executable, "-m", "dist_lm.launch", "stage=code", *words, f"stage.steps={STEPS}"),
+                    *("stage.init_from=none", "stage.eval_every=0", "stage.checkpoint_every=0", "tracking=none"),
+                    "stage.sampling.samples_per_prompt=0",
+                ],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+            run = RunDirectory(tmp_path / f"work{seed}" / "runs" / "code" / name)
+            found[name, seed] = json.loads(run.result.read_text())["metrics"]
+    loss = {name: mean(found[name, seed]["val/loss"] for seed in SEEDS) for name in RATES}
+    infill = mean(found["fim", seed]["val/infill_loss"] for seed in SEEDS)
+    left = mean(found["left", seed]["val/infill_loss_left"] for seed in SEEDS)
+    print(f"val/loss {loss}, middles: {infill:.4f} with both sides, {left:.4f} from the left")
+    assert loss["fim"] <= 1.03 * loss["left"]
+    assert infill < left
