@@ -122,7 +122,7 @@ def tiny_work(tmp_path_factory: pytest.TempPathFactory) -> WorkDirectory:
         with CorpusWriter(work.corpus(name), recipe) as writer:
             for number, document in enumerate(documents, len(documents) // 10 - len(documents)):
                 writer.write("train" if number < 0 else "val", encode_document(tokenizer, document))
-            writer.finish({})
+            writer.finish({}, [source.licence for source in config.corpus.corpora[name]])
     return work
 
 

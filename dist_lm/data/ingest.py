@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TextIO
 
-from dist_lm.config.corpus import BYTES_PER_TOKEN, CorpusConfig
+from dist_lm.config.corpus import BYTES_PER_TOKEN, CorpusConfig, SourceConfig
 from dist_lm.data.containment import HeldOut, refused_texts
 from dist_lm.data.corpus import corpus_sources, form_of, text_corpora
 from dist_lm.data.redaction import EMAIL, KEY, redacted
@@ -142,7 +142,20 @@ def read_corpus(
     texts: Texts | None = None,
     rejected: TextIO | None = None,
 ) -> Iterator[tuple[str, Document]]:
-    """`(split, document)` of every document of a corpus, source by source; `split` is train or val.
+    """`(split, document)` of every document of a corpus: what `divided` yields, without the sources."""
+    for split, document, _ in divided(config, corpus_name, seed, report, texts, rejected):
+        yield split, document
+
+
+def divided(
+    config: CorpusConfig,
+    corpus_name: str,
+    seed: int,
+    report: IngestReport,
+    texts: Texts | None = None,
+    rejected: TextIO | None = None,
+) -> Iterator[tuple[str, Document, SourceConfig]]:
+    """`(split, document, source)` of every document of a corpus, source by source; `split` is train or val.
 
     The order and the documents depend on the configuration, the seed and the inputs alone. A hash of every kept text
     stays in memory, to find duplicates.
@@ -165,7 +178,7 @@ def read_corpus(
             report.reject(item.document, item.source, reason)
             continue
         splits[split] += 1
-        yield split, cleaned(config, item, split, report)
+        yield split, cleaned(config, item, split, report), item.source
     if not splits["val"]:
         raise ArtefactError(
             f"corpus {corpus_name}: none of its {splits.total()} documents is held out at "

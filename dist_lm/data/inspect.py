@@ -66,6 +66,7 @@ def inspect_corpus(directory: Path) -> dict[str, Any]:
         "origins": [{"origin": origin, "documents": documents} for origin, documents in origins.most_common()],
         "ingest": manifest.ingest,
         "content": manifest.content,
+        "inputs": manifest.inputs,
         "problems": problems,
     }
 
@@ -134,9 +135,9 @@ def _state(directory: Path, split: str, shard: Shard, vocab_size: int) -> str:
 def _count_origins(tar: Path, shard: Shard, licences: Counter[tuple[str, str]], origins: Counter[str]) -> None:
     """Count the documents of a tar by (language, licence), and by origin."""
     index, found = open_index(tar, shard), list(read_origins(tar))
-    for code, (source, licence) in zip(index.documents["language"].tolist(), found, strict=True):
-        licences[index.languages[code], licence] += 1
-        origins[origin_of(source)] += 1
+    for code, one in zip(index.documents["language"].tolist(), found, strict=True):
+        licences[index.languages[code], one.licence] += 1
+        origins[origin_of(one.source)] += 1
 
 
 def _language_table(splits: dict[str, Any]) -> Table:

@@ -7,7 +7,7 @@ edited manifest is refused.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -103,6 +103,7 @@ class Recipe:
     corpus_fingerprint: str  # hash of the configuration that selected the documents
     documents_per_member: int
     shard_tokens: int
+    inputs_sha256: str = ""  # hash of the inputs that were read (`data.content.inputs_hash`)
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,8 @@ class Manifest:
     recipe: Recipe
     splits: Mapping[str, Split]
     ingest: Mapping[str, Any]  # dropped documents by reason
+    licences: Sequence[str] = ()  # `licence` of each source, which the files beside the tars hold
+    inputs: Sequence[Sequence[Mapping[str, Any]]] = ()  # of each source: what it read and left out (`data.inputs`)
 
     @property
     def content(self) -> dict[str, str]:
@@ -158,6 +161,8 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         "content": manifest.content,
         "splits": splits,
         "ingest": dict(manifest.ingest),
+        "licences": list(manifest.licences),
+        "inputs": [list(listing) for listing in manifest.inputs],
     }
     durable.write_json(manifest_path(directory), {**value, "checksum": _checksum(value)})
 
@@ -188,6 +193,8 @@ def read_manifest(directory: Path) -> Manifest:
             recipe=Recipe(**{name: value[name] for name in Recipe.__dataclass_fields__}),
             splits={name: _parse_split(name, split) for name, split in value["splits"].items()},
             ingest=value["ingest"],
+            licences=value["licences"],
+            inputs=value["inputs"],
         )
     except FormatError:
         raise

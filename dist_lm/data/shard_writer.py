@@ -11,19 +11,20 @@ A member of a tar groups many documents (one a member costs 3.6 times the bytes)
     KEY.branch.npy ... only for rankings: see `data.rankings.shards`
     KEY.meta.json      {"languages": {code: name}}
 
-Sources and licences lie beside the tar, in `.origins.jsonl.zst`, one object per document: {"source", "licence"}.
+Sources and licences lie beside the tar, in `.origins.jsonl.zst`, one object per document: {"source", "licence",
+"from": number of the source in the configuration}. So a corrected licence changes no tar.
 Equal documents give equal bytes.
 """
 
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, NamedTuple, Self
 
 import numpy as np
 import zstandard
@@ -31,13 +32,21 @@ import zstandard
 from dist_lm.config.corpus import SPLITS
 from dist_lm.data.index import ShardIndex, build_index, index_path, member_checksums, open_index, save_index
 from dist_lm.data.journal import Journal
-from dist_lm.data.manifest import Counts, Manifest, Recipe, Shard, Split, token_dtype, write_manifest
+from dist_lm.data.manifest import Counts, Manifest, Recipe, Shard, Split, read_manifest, token_dtype, write_manifest
 from dist_lm.data.rankings.shards import member_parts
 from dist_lm.document import TokenizedDocument
 from dist_lm.storage import durable
 
 _OWNER = "dist_lm"
 _MODE = 0o644
+
+
+class Origin(NamedTuple):
+    """Where a document comes from."""
+
+    source: str  # path or data set id and row
+    licence: str
+    number: int  # of the source in the configuration of the corpus
 
 
 class CorpusWriter:
@@ -68,18 +77,23 @@ class CorpusWriter:
         for split in self._splits.values():
             split.abandon_tar()
 
-    def write(self, split: str, document: TokenizedDocument) -> None:
-        """Append one document to `train` or `val`."""
-        self._splits[split].write(document)
+    def write(self, split: str, document: TokenizedDocument, source: int = 0) -> None:
+        """Append one document of the source with that number to `train` or `val`."""
+        self._splits[split].write(document, source)
 
-    def finish(self, ingest: Mapping[str, Any]) -> Manifest:
-        """Write the last tars and the manifest, which declares the corpus complete. `ingest` must be JSON."""
+    def finish(
+        self,
+        ingest: Mapping[str, Any],
+        licences: Sequence[str] = (),
+        inputs: Sequence[Sequence[Mapping[str, Any]]] = (),
+    ) -> Manifest:
+        """Write the last tars and the manifest, which declares the corpus complete. Arguments: as of `Manifest`."""
         found = {}
         for name, split in self._splits.items():
             split.finish()
             shards = self._journal.finished[name]
             found[name] = Split(tuple(shards), _by_language(open_index(self.directory / s.name, s) for s in shards))
-        manifest = Manifest(self.recipe, found, dict(ingest))
+        manifest = Manifest(self.recipe, found, dict(ingest), licences, inputs)
         write_manifest(self.directory, manifest)
         self._journal.close()
         return manifest
@@ -94,16 +108,18 @@ class _SplitWriter:
         self._path = journal.directory  # of the tar that is being written
         self._dtype = token_dtype(journal.recipe.vocab_size)
         self._pending: list[TokenizedDocument] = []
+        self._origins: list[Origin] = []  # of `_pending`
         self._tar: Any = None
         self._file: IO[bytes] | None = None
         self._clear()
 
-    def write(self, document: TokenizedDocument) -> None:
+    def write(self, document: TokenizedDocument, source: int) -> None:
         tokens, mask = document.tokens, document.loss_mask
         assert tokens.dtype == self._dtype, (tokens.dtype, self._recipe.vocab_size)
         assert len(tokens) > 0, "a document begins with end-of-text"
         assert mask is None or (mask.dtype == np.uint8 and mask.shape == tokens.shape), "one uint8 per token"
         self._pending.append(document)
+        self._origins.append(Origin(document.source, document.licence, source))
         if len(self._pending) == self._recipe.documents_per_member:
             self._flush_member()
 
@@ -126,7 +142,7 @@ class _SplitWriter:
         self._tar, self._file = None, None
         self._members, self._tokens, self._content = 0, 0, 0
         self._languages: dict[str, int] = {}
-        self._origins: list[tuple[str, str]] = []
+        self._tar_origins: list[Origin] = []
 
     @property
     def _temporary(self) -> Path:
@@ -159,7 +175,8 @@ class _SplitWriter:
             assert len(verdicts) == len(documents), "a corpus of rankings holds only rankings"
             sample |= member_parts(verdicts)
         tar.write(sample)
-        self._origins += [(d.source, d.licence) for d in documents]
+        self._tar_origins += self._origins
+        self._origins.clear()
         self._members += 1
         self._tokens += len(tokens)
         if self._tokens >= self._recipe.shard_tokens:
@@ -180,7 +197,7 @@ class _SplitWriter:
         self._tar.close()
         self._file.close()
         durable.fsync_file(self._temporary)
-        write_origins(self._path, self._origins)
+        write_origins(self._path, self._tar_origins)
         self._temporary.replace(self._path)
         durable.fsync_directory(self._path.parent)
         index = build_index(self._path)
@@ -218,18 +235,37 @@ def origins_path(tar: Path) -> Path:
     return tar.with_suffix(".origins.jsonl.zst")
 
 
-def write_origins(tar: Path, origins: Iterable[tuple[str, str]]) -> None:
-    """Write source and licence of every document of `tar`."""
-    lines = "".join(json.dumps({"source": source, "licence": licence}) + "\n" for source, licence in origins)
+def write_origins(tar: Path, origins: Iterable[Origin]) -> None:
+    """Write where every document of `tar` comes from."""
+    lines = "".join(
+        json.dumps({"source": one.source, "licence": one.licence, "from": one.number}) + "\n" for one in origins
+    )
     durable.write_bytes(origins_path(tar), zstandard.ZstdCompressor(write_checksum=True).compress(lines.encode()))
 
 
-def read_origins(tar: Path) -> Iterator[tuple[str, str]]:
-    """Source and licence of every document of `tar`."""
+def read_origins(tar: Path) -> Iterator[Origin]:
+    """Where every document of `tar` comes from."""
     with origins_path(tar).open("rb") as file:
         for line in io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(file), encoding="utf-8", newline="\n"):
             value = json.loads(line)
-            yield value["source"], value["licence"]
+            yield Origin(value["source"], value["licence"], value["from"])
+
+
+def correct_licences(directory: Path, licences: Sequence[str]) -> None:
+    """Give the documents of each source the licence that its configuration has now. No tar changes.
+
+    A document whose licence came from its row keeps it.
+    """
+    manifest = read_manifest(directory)
+    old = manifest.licences
+    for shard in (shard for split in manifest.splits.values() for shard in split.shards):
+        tar = directory / shard.name
+        origins = [
+            one._replace(licence=licences[one.number]) if one.licence == old[one.number] else one
+            for one in read_origins(tar)
+        ]
+        write_origins(tar, origins)
+    write_manifest(directory, replace(manifest, licences=licences))
 
 
 def _by_language(indices: Iterable[ShardIndex]) -> dict[str, Counts]:

@@ -21,6 +21,7 @@ from dist_lm.stages.shards import (
     CorporaConfig,
     CorporaStageConfig,
     build_corpus,
+    correct_corpora,
     inspect_corpora,
     missing_corpora,
     own,
@@ -89,7 +90,10 @@ class Rankings(ArtefactStage):
     def build(self, config: Config, console: "Console") -> None:
         """Build every missing or damaged corpus."""
         assert isinstance(config, RankingsConfig)
-        for name in missing_corpora(config, wanted_corpora(config, rankings=True)):
+        wanted = wanted_corpora(config, rankings=True)
+        missing = missing_corpora(config, wanted)
+        correct_corpora(config, [name for name in wanted if name not in missing])
+        for name in missing:
             made = {}
             for source in corpus_sources(config.corpus, name):
                 if source.reader == SAMPLED:

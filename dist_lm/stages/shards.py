@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,18 +21,18 @@ from dist_lm.chat.template import FORMAT
 from dist_lm.config.corpus import SPLITS, CorpusConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
+from dist_lm.data.content import changed_inputs, inputs_hash, listed_inputs
 from dist_lm.data.corpus import corpus_sources, form_of, text_corpora
-from dist_lm.data.ingest import Texts, read_corpus
-from dist_lm.data.inputs import inputs_of
-from dist_lm.data.journal import require_only_ours
+from dist_lm.data.ingest import Texts, divided
+from dist_lm.data.journal import journal_path, require_only_ours
 from dist_lm.data.manifest import Counts, FormatError, ManifestError, Recipe, manifest_path, read_manifest
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.screening import IngestReport
-from dist_lm.data.shard_writer import CorpusWriter
+from dist_lm.data.shard_writer import CorpusWriter, correct_licences
 from dist_lm.data.sources.reader import source_traits
 from dist_lm.data.sources.row_errors import REJECTED
 from dist_lm.document import Document
-from dist_lm.errors import ArtefactError, require
+from dist_lm.errors import ArtefactError, UserError, require
 from dist_lm.stages.stage import Artefact, ArtefactStage
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
@@ -80,8 +81,10 @@ class Shards(ArtefactStage):
         return inspect_corpora(config, wanted_corpora(config), lambda counts: f"{counts.tokens:,} training tokens")
 
     def build(self, config: Config, console: "Console") -> None:
-        """Tokenize every missing or damaged corpus."""
-        missing = missing_corpora(config, wanted_corpora(config))
+        """Tokenize every corpus that is missing, damaged or older than its inputs."""
+        wanted = wanted_corpora(config)
+        missing = missing_corpora(config, wanted)
+        correct_corpora(config, [name for name in wanted if name not in missing])
         texts = Texts(config.corpus, config.seed)
         if any(form_of(config.corpus, name) == "text" for name in missing):
             with console.waiting("comparing val with train"):
@@ -107,9 +110,17 @@ def wanted_corpora(config: Config, rankings: bool = False) -> list[str]:
 
 
 def missing_corpora(config: Config, names: Sequence[str]) -> list[str]:
-    """Those of `names` that are missing or damaged."""
+    """Those of `names` whose tars must be built: missing or damaged, or their inputs changed."""
     work = WorkDirectory(Path(config.work_dir))
-    return [name for name in names if not is_whole(work.corpus(name))]
+    return [name for name in names if not is_whole(work.corpus(name)) or _changed(config, name)[0]]
+
+
+def correct_corpora(config: Config, names: Sequence[str]) -> None:
+    """Give the documents of whole corpora the licences of the configuration."""
+    work = WorkDirectory(Path(config.work_dir))
+    for name in names:
+        if list(read_manifest(work.corpus(name)).licences) != _licences(config, name):
+            correct_licences(work.corpus(name), _licences(config, name))
 
 
 def inspect_corpora(config: Config, names: Sequence[str], amount: Callable[[Counts], str]) -> Artefact:
@@ -119,22 +130,43 @@ def inspect_corpora(config: Config, names: Sequence[str], amount: Callable[[Coun
         amount: says how much there is to train on.
 
     Raises:
-        ArtefactError: a corpus was made from another text or with another tokenizer.
+        ArtefactError: a corpus was made from another text or with another tokenizer, or its folder holds files of
+            others.
     """
     work = WorkDirectory(Path(config.work_dir))
-    missing = missing_corpora(config, names)
-    damaged = [name for name in missing if work.corpus_manifest(name).exists()]
-    there = [name for name in names if name not in missing]
-    for name in there:
+    there, missing, notes = [], [], []
+    for name in names:
+        directory = work.corpus(name)
+        if not is_whole(directory):
+            missing.append(name)
+            known = {manifest_path(directory): "damaged", journal_path(directory): "unfinished"}
+            notes += [f"{name} {words}" for path, words in known.items() if path.is_file()]
+            listed_inputs(config.corpus, name)  # keys and places are checked before anything starts
+            continue
         check_corpus(config, name)
-    for name in missing:
-        for source in corpus_sources(config.corpus, name):
-            inputs_of(source)  # keys and places are checked before anything starts
+        changed, unknown = _changed(config, name)
+        if list(read_manifest(directory).licences) != _licences(config, name):
+            changed = changed or ["licences only"]
+        (missing if changed else there).append(name)
+        notes += [f"{name} changed: {'; '.join(changed)}"] if changed else []
+        notes += [f"inputs of {name} are not compared: {unknown}"] if unknown else []
     if missing:
-        notes = [f"{', '.join(part)} {word}" for part, word in ((there, "there"), (damaged, "damaged")) if part]
+        notes = [f"{', '.join(there)} there", *notes] if there else notes
         return Artefact(False, f"corpora {', '.join(missing)}" + (f" ({'; '.join(notes)})" if notes else ""))
     counts = sum((read_manifest(work.corpus(name)).splits["train"].counts for name in names), Counts())
-    return Artefact(True, f"corpora {', '.join(names) or '(none)'}: {amount(counts)}")
+    return Artefact(True, "; ".join([f"corpora {', '.join(names) or '(none)'}: {amount(counts)}", *notes]))
+
+
+def _licences(config: Config, name: str) -> list[str]:
+    return [source.licence for source in corpus_sources(config.corpus, name)]
+
+
+def _changed(config: Config, name: str) -> tuple[list[str], str]:
+    """(how the inputs of a whole corpus changed since it was built, why they are not known)."""
+    try:
+        return changed_inputs(config.corpus, name, WorkDirectory(Path(config.work_dir)).corpus(name)), ""
+    except UserError as error:
+        return [], str(error)
 
 
 def is_whole(directory: Path) -> bool:
@@ -187,7 +219,10 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
     """Write the tars of one corpus, behind those that an earlier build finished. The manifest completes the corpus."""
     work = WorkDirectory(Path(config.work_dir))
     report = IngestReport()
-    splits: deque[str] = deque()  # splits of the documents inside the encoder, which keeps their order
+    sources = corpus_sources(config.corpus, name)
+    inputs = listed_inputs(config.corpus, name)
+    # split and source of the documents inside the encoder, which keeps their order
+    places: deque[tuple[str, int]] = deque()
     with (
         CorpusWriter(work.corpus(name), recipe_of(config, name)) as writer,
         (work.corpus(name) / REJECTED).open("w", encoding="utf-8") as rejected,
@@ -196,34 +231,37 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
         kept = dict(writer.kept)
 
         def documents() -> Iterator[Document]:
-            for split, document in read_corpus(config.corpus, name, config.seed, report, texts, rejected):
+            for split, document, source in divided(config.corpus, name, config.seed, report, texts, rejected):
                 if kept[split]:  # in a finished tar
                     kept[split] -= 1
                     count.advance()
                 else:
-                    splits.append(split)
+                    places.append((split, sources.index(source)))
                     yield document
 
         for document in encode_documents(work.tokenizer_model, documents(), config.tokenizer.workers, encode):
-            writer.write(splits.popleft(), document)
+            split, source = places.popleft()
+            writer.write(split, document, source)
             count.advance()
         if any(kept.values()):
             raise ArtefactError(
                 f"corpus {name}: its sources give fewer documents than the finished tars of {work.corpus(name)} hold: "
                 "they have changed; remove that folder to build it again"
             )
-        writer.finish(asdict(report))
+        writer.finish(asdict(report), _licences(config, name), [listing.to_json() for listing in inputs])
 
 
 def recipe_of(config: Config, name: str) -> Recipe:
     """What the tars of one corpus depend on."""
     model = WorkDirectory(Path(config.work_dir)).tokenizer_model
+    read = text_corpora(config.corpus) if form_of(config.corpus, name) == "text" else [name]
     return Recipe(
         tokenizer_sha256=durable.sha256_of(model),
         vocab_size=Tokenizer.load(model).vocab_size,
         corpus_fingerprint=digest(corpus_fingerprint(config, name)),
         documents_per_member=config.corpus.documents_per_member,
         shard_tokens=config.corpus.shard_tokens,
+        inputs_sha256=inputs_hash(one for corpus in read for one in listed_inputs(config.corpus, corpus)),
     )
 
 
@@ -250,6 +288,9 @@ def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
     corpus = asdict(chosen)
     for key in ("documents_per_member", "shard_tokens"):
         corpus.pop(key)
+    if not config.corpus.cleaning.licences:  # no document is chosen by its licence
+        for source in chain.from_iterable(corpus["corpora"].values()):
+            source.pop("licence")
     readers = {source.reader: source_traits(source) for sources in chosen.corpora.values() for source in sources}
     found: dict[str, Any] = {
         "seed": config.seed if any(traits.seeded for traits in readers.values()) else None,

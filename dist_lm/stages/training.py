@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dist_lm.config.root import Config
-from dist_lm.data.content import require_content
+from dist_lm.data.content import require_content, require_inputs
 from dist_lm.errors import ConfigError
 from dist_lm.stages.registry import load_config, stage_named
 from dist_lm.stages.stage import BITS_PER_BYTE, TRAIN_LOSS, VAL_LOSS, Action, Look, Place, Stage, run_of, shown_path
@@ -147,6 +147,7 @@ class TrainingStage(Stage):
         latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
         if latest:
             require_content(run, config.streams)
+            require_inputs(run, config.corpus, config.streams)
             return Look(config, Action.RESUME, f"from {latest.name} to step {config.stage.steps:,}")
         origin = f" from the {self.starts_from} checkpoint" if self.starts_from in rebuilt else ""
         if config.stage.init_from != "none" and not origin:

@@ -62,7 +62,7 @@ def work(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) -> 
             for i, one in enumerate(part):
                 document = Document(write_ranking(one), ("a", "b")[i % 2], f"made:{i}", "none", "0" * 64, "ranking")
                 writer.write(split, encode_ranking(tokenizer, document))
-        writer.finish({})
+        writer.finish({}, [source.licence for source in config.corpus.corpora["rankings"]])
     write_untrained(work, "tools", 4)
     return work
 

@@ -94,7 +94,7 @@ def test_a_run_with_a_checkpoint_is_continued(work):
 
 def rewritten(work, name, **change):
     """The corpus with the same documents, its last train document changed."""
-    directory, recipe = work.corpus(name), read_manifest(work.corpus(name)).recipe
+    directory, before = work.corpus(name), read_manifest(work.corpus(name))
     made = []
     for split in SPLITS:
         corpus = MappedCorpus.open(directory, split)
@@ -106,10 +106,10 @@ def rewritten(work, name, **change):
     last = max(place for place, (split, _) in enumerate(made) if split == "train")
     made[last] = ("train", replace(made[last][1], **change))
     shutil.rmtree(directory)
-    with CorpusWriter(directory, replace(recipe, shard_tokens=90_000)) as writer:
+    with CorpusWriter(directory, replace(before.recipe, shard_tokens=90_000)) as writer:
         for split, document in made:
             writer.write(split, document)
-        writer.finish({})
+        writer.finish({}, before.licences)
 
 
 def test_a_run_continues_on_the_content_that_it_began_with(work):

@@ -1,0 +1,210 @@
+"""Stage shards on a corpus of one's own: inputs that change, corrected licences, files of others, and kills."""
+
+import json
+import multiprocessing
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dist_lm.config.corpus import SourceConfig
+from dist_lm.config.root import Config, save_config
+from dist_lm.data.content import record_content
+from dist_lm.data.inspect import inspect_corpus
+from dist_lm.data.journal import journal_path
+from dist_lm.data.manifest import manifest_path, read_manifest
+from dist_lm.data.mapped import MappedCorpus
+from dist_lm.errors import ArtefactError
+from dist_lm.launcher.compose import compose_config
+from dist_lm.stages import shards
+from dist_lm.stages.stage import Action
+from dist_lm.stages.training import training_stage
+from dist_lm.storage.run_directory import WorkDirectory
+from dist_lm.tracking.console import Console
+from dist_lm.training import checkpoint_files
+from dist_lm.training.state import TrainState
+from tests.conftest import TINY
+
+WORDS = ("return", "value", "self", "the", "index", "table")
+
+
+def write_rows(path: Path, count: int, words: int = 30) -> None:
+    draw = random.Random(path.name)
+    with path.open("w") as file:
+        for number in range(count):
+            text = " ".join(f"{draw.choice(WORDS)}{draw.randrange(100)}" for _ in range(words))
+            row = {"text": f"row {number} {draw.random()}: {text}\n"}
+            file.write(json.dumps(row | ({"license": "Zlib"} if number % 10 == 0 else {})) + "\n")
+
+
+def source_of(path: Path, licence: str = "MIT") -> SourceConfig:
+    return SourceConfig("jsonl", "english", licence, path=str(path), licence_column="license")
+
+
+def config_of(work: WorkDirectory, *sources: SourceConfig, stage: str = "shards", **changes) -> Config:
+    command = [f"stage={stage}", *TINY, "tokenizer.workers=1", f"work_dir={work.path}"]
+    config = compose_config(command)
+    settings = {"documents_per_member": 8, "shard_tokens": 2_000, "val_fraction": 0.2} | changes
+    corpus = replace(config.corpus, corpora={"mine": list(sources)}, **settings)
+    own = replace(config.stage, corpus="mine") if stage != "shards" else config.stage
+    return replace(config, corpus=corpus, stage=own)
+
+
+def look(config: Config, *rebuilt: str) -> Action:
+    return training_stage("language").look(config, is_target=True, rebuilt=rebuilt).action
+
+
+def begin(config: Config) -> None:
+    """A run of stage language on the corpus, with a checkpoint."""
+    run = WorkDirectory(Path(config.work_dir)).run("language", config.run_id)
+    run.create()
+    save_config(config, run.config)
+    record_content(run, config.streams)
+    directory = run.checkpoints / checkpoint_files.step_name(5)
+    directory.mkdir()
+    checkpoint_files.write_state(directory, TrainState(step=5), {})
+    checkpoint_files.write_pointer(run.checkpoints, checkpoint_files.LATEST, directory)
+
+
+def tars(directory: Path) -> dict[str, tuple[int, bytes]]:
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.glob("*.tar")}
+
+
+def test_inputs_that_changed_are_named_and_read_again(work: WorkDirectory, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    write_rows(rows, 100)
+    config, training = (config_of(work, source_of(rows), stage=stage) for stage in ("shards", "language"))
+    shards.STAGE.build(config, Console())
+    assert shards.STAGE.inspect(config).ready
+    before = read_manifest(work.corpus("mine"))
+    begin(training)
+    assert look(training) is Action.RESUME
+
+    size = rows.stat().st_size
+    write_rows(rows, 300)
+    found = shards.STAGE.inspect(config)
+    assert not found.ready
+    assert f"mine changed: {rows}: {rows.stat().st_size:,} bytes, was {size:,}" in found.detail
+    with pytest.raises(ArtefactError, match=r"runs/language/default began before the inputs of corpus mine changed"):
+        look(training, "shards")  # and nothing was built
+    shards.STAGE.build(config, Console())
+    assert shards.STAGE.inspect(config).ready
+    after = read_manifest(work.corpus("mine"))
+    assert after.ingest["languages"]["english"]["seen"] == 300
+    assert after.content != before.content
+    with pytest.raises(ArtefactError, match="began on other content of corpus mine"):
+        look(training)
+
+    write_rows(rows, 100)  # the same rows at another time
+    shards.STAGE.build(config, Console())
+    assert read_manifest(work.corpus("mine")).content == before.content
+    assert look(training) is Action.RESUME
+
+
+def test_inputs_that_are_gone_are_no_reason_to_build_again(work: WorkDirectory, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    write_rows(rows, 100)
+    config, training = (config_of(work, source_of(rows), stage=stage) for stage in ("shards", "language"))
+    shards.STAGE.build(config, Console())
+    begin(training)
+    rows.unlink()
+    found = shards.STAGE.inspect(config)
+    assert found.ready
+    assert "inputs of mine are not compared" in found.detail
+    assert str(rows) in found.detail
+    assert look(training) is Action.RESUME
+
+
+def test_a_corrected_licence_changes_no_tar_and_stops_no_run(work: WorkDirectory, tmp_path: Path) -> None:
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    write_rows(first, 100)
+    write_rows(second, 60, words=40)
+    sources = [source_of(first), source_of(second)]
+    shards.STAGE.build(config_of(work, *sources), Console())
+    begin(config_of(work, *sources, stage="language"))
+    before, manifest = tars(work.corpus("mine")), read_manifest(work.corpus("mine"))
+
+    corrected = [source_of(first, "Apache-2.0"), source_of(second)]
+    config = config_of(work, *corrected)
+    found = shards.STAGE.inspect(config)
+    assert not found.ready
+    assert "mine changed: licences only" in found.detail
+    shards.STAGE.build(config, Console())
+    assert shards.STAGE.inspect(config).ready
+    assert tars(work.corpus("mine")) == before
+    assert read_manifest(work.corpus("mine")).content == manifest.content
+    assert look(config_of(work, *corrected, stage="language")) is Action.RESUME
+    licences = {row["licence"]: row["documents"] for row in inspect_corpus(work.corpus("mine"))["licences"]}
+    assert licences == {"Apache-2.0": 90, "MIT": 54, "Zlib": 16}  # a row's own licence is not that of its source
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_files_of_others_are_refused_before_anything_is_built(work: WorkDirectory, tmp_path: Path, whole: bool) -> None:
+    rows = tmp_path / "rows.jsonl"
+    write_rows(rows, 100)
+    config, directory = config_of(work, source_of(rows)), work.corpus("mine")
+    if whole:
+        shards.STAGE.build(config, Console())
+        next(iter(directory.glob("train-*.tar"))).unlink()
+    (directory / "notes").mkdir(parents=True)
+    (directory / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(ArtefactError, match=r"corpora/mine holds notes/, which its manifest does not name: move them"):
+        shards.STAGE.inspect(config)
+    assert (directory / "notes" / "a.txt").read_text() == "mine"
+
+
+def test_a_file_in_the_place_of_a_corpus_is_refused(work: WorkDirectory, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    write_rows(rows, 10)
+    work.corpus("mine").write_text("mine")
+    with pytest.raises(ArtefactError, match=r"corpora/mine is a file, but a corpus is a folder: move it away"):
+        shards.STAGE.inspect(config_of(work, source_of(rows)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "shard_tokens", "kills"),
+    [
+        pytest.param(2_500, 20_000, 3, id="small"),
+        pytest.param(750_000, 8_000_000, 10, id="300 MB", marks=[pytest.mark.bars, pytest.mark.timeout(7200)]),
+    ],
+)
+@pytest.mark.cluster
+def test_kills_of_the_stage_change_no_byte_whatever_the_workers(
+    work: WorkDirectory, tmp_path: Path, rows: int, shard_tokens: int, kills: int
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, rows, words=60)
+    config = config_of(work, source_of(path), shard_tokens=shard_tokens, documents_per_member=64)
+    directory = work.corpus("mine")
+    began = time.monotonic()
+    shards.STAGE.build(config, Console())
+    seconds = time.monotonic() - began
+    expected = {name: content for name, (_, content) in tars(directory).items()}
+    kept = {path.name: path.read_bytes() for path in directory.glob("*.zst")}
+    manifest = manifest_path(directory).read_bytes()
+    for one in directory.iterdir():
+        one.unlink()
+    parallel = replace(config, tokenizer=replace(config.tokenizer, workers=2))
+    draw, fork = random.Random(0), multiprocessing.get_context("fork")
+    finished: dict[str, int] = {}  # tar -> inode
+    for number in range(kills):
+        process = fork.Process(target=shards.STAGE.build, args=(parallel if number % 2 else config, Console()))
+        process.start()
+        process.join(draw.uniform(0.2, 0.8) * seconds)
+        process.kill()
+        process.join()
+        assert all((directory / name).stat().st_ino == inode for name, inode in finished.items())
+        named = journal_path(directory).read_text() if journal_path(directory).exists() else ""
+        done = [path for path in directory.glob("*-??????.tar") if f'"name": "{path.name}"' in named]
+        finished = {path.name: path.stat().st_ino for path in done}
+        if manifest_path(directory).exists():
+            break
+    if not manifest_path(directory).exists():
+        shards.STAGE.build(parallel, Console())
+    assert {name: content for name, (_, content) in tars(directory).items()} == expected
+    assert {path.name: path.read_bytes() for path in directory.glob("*.zst")} == kept
+    assert manifest_path(directory).read_bytes() == manifest
+    assert MappedCorpus.open(directory, "train").n_documents > 0
+    assert not [path for path in directory.iterdir() if path.name.endswith(".tmp")]
