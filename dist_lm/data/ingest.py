@@ -57,9 +57,22 @@ class Sides:
 class Texts:
     """What the sources of a configuration give, and the sides of its texts, computed when they are first needed."""
 
-    def __init__(self, config: CorpusConfig, seed: int, made: dict[str, list[Candidate]] | None = None) -> None:
-        """`seed`: decides the text of generated sources and nothing else. `made`: as for `SourceReader`."""
+    def __init__(
+        self,
+        config: CorpusConfig,
+        seed: int,
+        made: dict[str, list[Candidate]] | None = None,
+        frozen: frozenset[str] = frozenset(),
+    ) -> None:
+        """Open the sources.
+
+        Args:
+            seed: decides the text of generated sources and nothing else.
+            made: as for `SourceReader`.
+            frozen: corpora that are not built again: train documents that contain one of their val are dropped.
+        """
         self.config = config
+        self.frozen = frozen
         self.reader = SourceReader(seed, made)
 
     def screened(
@@ -85,10 +98,10 @@ class Texts:
         chosen = {name: self._choose(name) for name in text_corpora(self.config)}
         held_out = {name: share for name, (share, _) in chosen.items()}
         texts: dict[bytes, tuple[str, bool]] = {}
-        for _, own in chosen.values():
+        for name, (_, own) in chosen.items():
             for item in own:
                 _, given = texts.get(item.key, ("", False))
-                texts[item.key] = (item.document.text, given or item.source.held_out)
+                texts[item.key] = (item.document.text, given or item.source.held_out or name in self.frozen)
         del chosen
         keys = list(texts)
         index = HeldOut([text for text, _ in texts.values()], [given for _, given in texts.values()])

@@ -104,6 +104,7 @@ class Recipe:
     documents_per_member: int
     shard_tokens: int
     inputs_sha256: str = ""  # hash of the inputs that were read (`data.content.inputs_hash`)
+    own_fingerprint: str = ""  # hash of that configuration without other corpora
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def read_manifest(directory: Path) -> Manifest:
         if value.pop("checksum") != _checksum(value):
             raise ValueError("its content does not match its checksum, so it was edited")
         return Manifest(
-            recipe=Recipe(**{name: value[name] for name in Recipe.__dataclass_fields__}),
+            recipe=Recipe(**{name: value[name] for name in Recipe.__dataclass_fields__ if name in value}),
             splits={name: _parse_split(name, split) for name, split in value["splits"].items()},
             ingest=value["ingest"],
             licences=value["licences"],

@@ -18,7 +18,7 @@ from omegaconf import MISSING
 
 from dist_lm.chat.documents import encode_document
 from dist_lm.chat.template import FORMAT
-from dist_lm.config.corpus import SPLITS, CorpusConfig
+from dist_lm.config.corpus import KEEP, SPLITS, CorpusConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
 from dist_lm.data.content import changed_inputs, inputs_hash, listed_inputs
@@ -85,7 +85,7 @@ class Shards(ArtefactStage):
         wanted = wanted_corpora(config)
         missing = missing_corpora(config, wanted)
         correct_corpora(config, [name for name in wanted if name not in missing])
-        texts = Texts(config.corpus, config.seed)
+        texts = Texts(config.corpus, config.seed, frozen=frozen_corpora(config) - {*missing})
         if any(form_of(config.corpus, name) == "text" for name in missing):
             with console.waiting("comparing val with train"):
                 _ = texts.sides
@@ -202,7 +202,7 @@ def check_corpus(config: Config, name: str) -> None:
     """
     work = WorkDirectory(Path(config.work_dir))
     manifest = read_manifest(work.corpus(name))
-    if manifest.recipe.corpus_fingerprint != digest(corpus_fingerprint(config, name)):
+    if manifest.recipe.corpus_fingerprint != digest(corpus_fingerprint(config, name)) and not is_frozen(config, name):
         raise ArtefactError(
             f"{work.corpus(name)} was made from another text than corpus={config.corpus.name} seed={config.seed}, or "
             "by another version of dist_lm: use another work_dir, or remove that folder to build it again"
@@ -213,6 +213,29 @@ def check_corpus(config: Config, name: str) -> None:
             f"or remove {work.path / 'corpora'} to build both again"
         )
     manifest.require_tokenizer(durable.sha256_of(work.tokenizer_model), work.corpus(name))
+
+
+def is_frozen(config: Config, name: str) -> bool:
+    """Whether a corpus of texts stays as it is with `tokenizer=keep`: its own sources are those it was made from.
+
+    Other corpora may have changed since.
+    """
+    if config.tokenizer.source != KEEP or form_of(config.corpus, name) != "text":
+        return False
+    recipe = read_manifest(WorkDirectory(Path(config.work_dir)).corpus(name)).recipe
+    return recipe.own_fingerprint == digest(_fingerprint(config, [name]))
+
+
+def frozen_corpora(config: Config) -> frozenset[str]:
+    """The corpora that stay as they are while others are built: nothing of their val comes into train of the others."""
+    work = WorkDirectory(Path(config.work_dir))
+    names = [name for name in text_corpora(config.corpus) if work.corpus_manifest(name).is_file()]
+    other = digest(text_fingerprint(config))
+    return frozenset(
+        name
+        for name in names
+        if read_manifest(work.corpus(name)).recipe.corpus_fingerprint != other and is_frozen(config, name)
+    )
 
 
 def build_corpus(config: Config, name: str, texts: Texts, console: "Console", encode: Encode = encode_document) -> None:
@@ -262,6 +285,7 @@ def recipe_of(config: Config, name: str) -> Recipe:
         documents_per_member=config.corpus.documents_per_member,
         shard_tokens=config.corpus.shard_tokens,
         inputs_sha256=inputs_hash(one for corpus in read for one in listed_inputs(config.corpus, corpus)),
+        own_fingerprint=digest(_fingerprint(config, [name])),
     )
 
 

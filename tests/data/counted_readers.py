@@ -40,6 +40,15 @@ def read_short(source: SourceConfig, seed: int) -> Iterator[Candidate]:
         yield Document(text, source.language, f"{source.dataset}:{number}", "", text_hash(text))
 
 
+@reader(keys=("language", "dataset"))
+def read_copies(source: SourceConfig, seed: int) -> Iterator[Candidate]:
+    """Documents that contain those of `read_short`."""
+    for one in read_short(source, seed):
+        assert isinstance(one, Document)
+        text = f"a copy: {one.text}"
+        yield Document(text, one.language, f"copy of {one.source}", "", text_hash(text))
+
+
 @reader()
 def read_nothing(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """No document."""

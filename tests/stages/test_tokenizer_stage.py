@@ -137,3 +137,36 @@ def test_a_given_tokenizer_replaces_the_file_of_another_kind(work: WorkDirectory
     config = config_for(work.path, f"tokenizer={given_json}")
     STAGE.build(config, Console())
     assert [path.name for path in sorted(work.tokenizer.iterdir())] == ["report.json", "tokenizer.json"]
+
+
+def test_a_new_corpus_builds_its_own_shards_alone_and_holds_no_val_of_the_others(tmp_path: Path) -> None:
+    first, second = source("one", "read_short"), source("two", "read_short", limit=50)
+    path = tmp_path / "given.json"
+    path.write_bytes(trained_json(stdlib_texts()[:5], 320))
+    config = config_for(tmp_path / "work", f"tokenizer={path}", sources={"c": [first]})
+    STAGE.build(config, Console())
+    shards.STAGE.build(config, Console())
+    work = WorkDirectory(tmp_path / "work")
+    before = read_manifest(work.corpus("c"))
+    both = {"c": [first], "d": [second, source("one", "read_copies")]}  # it holds the texts of the old one too
+    with pytest.raises(ArtefactError, match="made from another text"):
+        shards.STAGE.inspect(config_for(tmp_path / "work", f"tokenizer={path}", sources=both))
+    config = config_for(tmp_path / "work", "tokenizer=keep", sources=both)
+    assert shards.STAGE.inspect(config).detail == "corpora d (c there)"
+    shards.STAGE.build(config, Console())
+    assert shards.STAGE.inspect(config).ready
+    assert read_manifest(work.corpus("c")) == before
+    tokenizer = Tokenizer.load(work.tokenizer_model)
+
+    def texts(name: str, split: str) -> set[str]:
+        corpus = MappedCorpus.open(work.corpus(name), split)
+        parts = [corpus.tokens(n, 0, int(corpus.lengths[n])).tolist() for n in range(corpus.n_documents)]
+        return {tokenizer.decode(tokens) for tokens in parts}
+
+    copied = {text.removeprefix("a copy: ") for text in texts("d", "train")}
+    assert texts("c", "val")
+    assert not texts("c", "val") & copied
+    assert texts("c", "train") & copied
+    other = {"c": [replace(first, limit=3)], "d": [second]}
+    with pytest.raises(ArtefactError, match="made from another text"):
+        shards.STAGE.inspect(config_for(tmp_path / "work", "tokenizer=keep", sources=other))
