@@ -19,7 +19,7 @@ from typing import Any
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Input, Inputs
 from dist_lm.data.sources.opening import COMPRESSIONS, brief, filesystem, scheme_of
-from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.errors import ArtefactError, ConfigError, UserError
 
 AGAIN = "read already (linked or named twice)"
 OwnRule = Callable[[str], str]  # name of a file in a folder -> why it is left out; empty: it is taken
@@ -74,7 +74,9 @@ def list_files(source: SourceConfig, rule: OwnRule, hidden: tuple[str, ...] = ("
             raise ConfigError(
                 f"corpus source reader={source.reader}: path={place}: no such file, folder or URL{why}"
             ) from error
-        except OSError as error:
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:  # an address that is none is a ValueError of pyarrow
             raise ArtefactError(f"corpus source: path={place}: cannot be listed: {brief(error)}") from error
         if all(one.left_out not in ("", AGAIN) for one in inputs):
             raise ConfigError(
