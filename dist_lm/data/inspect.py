@@ -13,6 +13,7 @@ from rich.text import Text
 from zstandard import ZstdError
 
 from dist_lm.data.index import open_index
+from dist_lm.data.inputs import Inputs
 from dist_lm.data.journal import entries
 from dist_lm.data.manifest import Manifest, Shard, manifest_path, read_manifest, shard_state
 from dist_lm.data.mapped import MappedCorpus
@@ -91,6 +92,9 @@ def print_corpus(directory: Path, console: Console) -> bool:
     console.print(_shard_table(summary["shards"]))
     console.print(_licence_table(summary["licences"]))
     console.print(_origin_table(summary["origins"]))
+    for inputs in map(Inputs.from_json, summary["inputs"]):
+        if inputs.files:
+            console.print(Text(f"{inputs.files[0].name} ...: {inputs.summary()}"))
     for problem in summary["problems"]:
         console.print(Text(problem, style="yellow"))
     if any(shard["state"] != "ok" for shard in summary["shards"]):

@@ -5,9 +5,11 @@ import json
 from dataclasses import replace
 
 import pytest
+import rich.console
 
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.ingest import Texts, read_corpus
+from dist_lm.data.inspect import print_corpus
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.screening import IngestReport
 from dist_lm.data.sources.reader import Candidate, Rejected
@@ -62,13 +64,19 @@ def test_every_broken_row_is_written_with_its_place():
 def test_a_corpus_has_its_broken_rows_beside_it(work, tmp_path):
     rows = [json.dumps({"text": f"a line of text, number {i}\n" * 3}) for i in range(300)]
     (tmp_path / "a.jsonl").write_text("\n".join([*rows, '{"text": 5}']) + "\n")
-    source = SourceConfig("jsonl", "english", path=str(tmp_path / "a.jsonl"))
+    (tmp_path / "notes.md").write_text("no rows")
+    source = SourceConfig("jsonl", "english", path=str(tmp_path), exclude=["work/"])
     config = compose_config(["stage=shards", *TINY, "tokenizer.workers=1", f"work_dir={work.path}"])
     corpus = replace(config.corpus, corpora={"own": [source]}, max_bad_fraction=0.01)
     shards.build_corpus(replace(config, corpus=corpus), "own", Texts(corpus, 0), Console())
     line = json.loads((work.corpus("own") / REJECTED).read_text())
     assert (line["place"], line["reason"]) == (f"{tmp_path}/a.jsonl:301", "no_text")
     assert read_manifest(work.corpus("own")).ingest["languages"]["english"]["dropped"] == {"no_text": 1}
+    console = rich.console.Console(file=io.StringIO(), width=300)
+    print_corpus(work.corpus("own"), console)
+    said = console.file.getvalue()  # pyright: ignore
+    assert "1 file taken (" in said
+    assert "2 left out (suffix .md: 1, exclude: 1)" in said
 
 
 @pytest.mark.parametrize("limit", [0, 20])
