@@ -34,7 +34,7 @@ TINY = ("model.d_model=40", "model.d_ff=80", "model.n_layers=1")  # for a rehear
 SMALL = (
     *TINY,
     *("stages.tools.questions.per_kind=1", "stages.tools.questions.max_new_tokens=16"),
-    *(f"stages.{stage}.{key}" for stage in STAGES[:-1] for key in ("steps=2", "global_batch=2", "eval_sequences=4")),
+    *(f"stages.{stage}.{key}" for stage in STAGES[:-1] for key in ("steps=4", "global_batch=2", "eval_sequences=4")),
     *("stages.language.micro_batch=2", "stages.code.micro_batch=2"),
     *(
         f"stages.{stage}.sampling.{key}"
