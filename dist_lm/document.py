@@ -22,6 +22,7 @@ class Document:
     licence: str
     group: str  # hexadecimal hash; empty: of the text alone
     form: Form = "text"
+    repository: str = ""  # its files stay next to each other in every epoch; empty: none
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +46,4 @@ class TokenizedDocument:
     licence: str
     loss_mask: np.ndarray | None = None  # (n,) uint8, not of texts: 1 where the token is learned, or of a completion
     verdict: Verdict | None = None  # rankings only
+    repository: str = ""  # of the document

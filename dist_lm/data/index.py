@@ -33,6 +33,7 @@ DOCUMENT = np.dtype(
         ("length", "<u4"),  # tokens
         ("n_bytes", "<u4"),  # UTF-8 bytes of the text
         ("language", "u1"),  # position in `ShardIndex.languages`
+        ("continues", "u1"),  # 1: of the repository of the document before it
     ]
 )
 MEMBER = np.dtype(
@@ -45,7 +46,7 @@ MEMBER = np.dtype(
     ]
 )
 
-_MAGIC = b"DLMIDX3\n"
+_MAGIC = b"DLMIDX4\n"
 _PREFIX = struct.Struct("<II")
 _HEADER_BYTES = 256  # upper bound for the header of a one-dimensional npy array
 _PARTS = ("tokens.npy", "lengths.npy", "bytes.npy", "languages.npy", "meta.json")
@@ -238,6 +239,8 @@ def _member(
         raise ArtefactError(f"{tar}: member {key} has arrays of different lengths; it is damaged")
     documents = np.zeros(len(lengths), DOCUMENT)
     documents["length"], documents["n_bytes"] = lengths, n_bytes
+    if "continues.npy" in parts:
+        documents["continues"] = _array(tar, parts["continues.npy"], file, "|u1").read(file)
     mask_offset = -1
     if "mask.npy" in parts:
         mask = _array(tar, parts["mask.npy"], file, "|u1")

@@ -40,6 +40,8 @@ class MappedCorpus:
         self.lengths = _column(indices, "length")  # (documents,) tokens
         self.n_bytes = _column(indices, "n_bytes")  # (documents,) UTF-8 bytes
         self.language_codes = np.concatenate([self._recode(index) for index in indices])  # (documents,) uint8
+        # (documents,) bool: of the repository of the document before it
+        self.continues = _column(indices, "continues").astype(bool)
         self.n_documents = len(self.lengths)
         self.n_tokens = int(self.lengths.sum())
         self.has_mask = any(bool((index.members["mask"] >= 0).any()) for index in indices)

@@ -54,10 +54,13 @@ class EpochOrder:
     exactly once.
     """
 
-    def __init__(self, lengths: np.ndarray, seed: int, epoch: int, seq_len: int) -> None:
-        """`lengths`: (documents,) tokens."""
+    def __init__(
+        self, lengths: np.ndarray, seed: int, epoch: int, seq_len: int, continues: np.ndarray | None = None
+    ) -> None:
+        """`lengths`: (documents,) tokens; `continues`: see `shuffled_documents`."""
         self.seq_len = seq_len
-        self._row = Concatenation(lengths, permutation(len(lengths), key(Shuffle.TEXT_DOCUMENTS, seed, epoch)))
+        word = key(Shuffle.TEXT_DOCUMENTS, seed, epoch)
+        self._row = Concatenation(lengths, shuffled_documents(len(lengths), word, continues))
         self.n_sequences = sequences_an_epoch(self._row.n_tokens, seq_len)
         self._pieces = permutation(self.n_sequences, key(Shuffle.TEXT_SEQUENCES, seed, epoch))
 
@@ -65,6 +68,20 @@ class EpochOrder:
         """The slices of the i-th sequence visited: `seq_len + 1` tokens in all."""
         begin = int(self._pieces[i]) * self.seq_len
         return self._row.slices(begin, begin + self.seq_len + 1)
+
+
+def shuffled_documents(n: int, word: int, continues: np.ndarray | None = None) -> np.ndarray:
+    """The numbers 0 .. n-1 in the order of an epoch: (n,) int64.
+
+    Args:
+        continues: (n,) bool; a document stays directly behind the one before it. None: none does.
+    """
+    if continues is None or not continues.any():
+        return permutation(n, word)
+    group = np.cumsum(~continues) - (not continues[0])  # of each document
+    place = np.empty(group[-1] + 1, np.int64)
+    place[permutation(len(place), word)] = np.arange(len(place))
+    return np.argsort(place[group], kind="stable")
 
 
 def sequences_an_epoch(n_tokens: int, seq_len: int) -> int:

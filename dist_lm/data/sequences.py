@@ -94,7 +94,7 @@ class CorpusSequences:
         documents = self.corpus
         if self._infill:
             documents = InfillEpoch(self.corpus, self._infill, self._seed, epoch, self._seq_len)
-        return documents, EpochOrder(documents.lengths, self._seed, epoch, self._seq_len)
+        return documents, EpochOrder(documents.lengths, self._seed, epoch, self._seq_len, self.corpus.continues)
 
 
 class Mix:

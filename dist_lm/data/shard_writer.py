@@ -8,6 +8,7 @@ A member of a tar groups many documents (one a member costs 3.6 times the bytes)
     KEY.bytes.npy      (documents,) uint32  UTF-8 bytes of the text
     KEY.languages.npy  (documents,) uint8   codes
     KEY.mask.npy       (tokens,) uint8      only if a document has a loss mask; 1: the token is learned
+    KEY.continues.npy  (documents,) uint8   only if a document is of the repository of the one before it: 1
     KEY.branch.npy ... only for rankings: see `data.rankings.shards`
     KEY.meta.json      {"languages": {code: name}}
 
@@ -142,6 +143,7 @@ class _SplitWriter:
         self._tar, self._file = None, None
         self._members, self._tokens, self._content = 0, 0, 0
         self._languages: dict[str, int] = {}
+        self._repository = ""  # of the last document
         self._tar_origins: list[Origin] = []
 
     @property
@@ -153,9 +155,12 @@ class _SplitWriter:
         if not documents:
             return
         tar = self._tar or self._start_tar()
+        continues = []
         for document in documents:
             self._languages.setdefault(document.language, len(self._languages))
-            self._content += content_of(self._documents, document)
+            continues.append(bool(document.repository) and document.repository == self._repository)
+            self._repository = document.repository
+            self._content += content_of(self._documents, document, continues[-1])
             self._documents += 1
         tokens = np.concatenate([d.tokens for d in documents])
         codes = [self._languages[d.language] for d in documents]
@@ -171,6 +176,8 @@ class _SplitWriter:
             sample["mask.npy"] = np.concatenate(
                 [np.ones(len(d.tokens), np.uint8) if d.loss_mask is None else d.loss_mask for d in documents]
             )
+        if any(continues):
+            sample["continues.npy"] = np.array(continues, np.uint8)
         if verdicts := [d.verdict for d in documents if d.verdict is not None]:
             assert len(verdicts) == len(documents), "a corpus of rankings holds only rankings"
             sample |= member_parts(verdicts)
@@ -219,9 +226,12 @@ def shard_of(tar: Path, index: ShardIndex, content: int) -> Shard:
     )
 
 
-def content_of(number: int, document: TokenizedDocument) -> int:
-    """Hash of what training sees of document `number` of its split: tokens, mask and verdict."""
+def content_of(number: int, document: TokenizedDocument, continues: bool = False) -> int:
+    """Hash of what training sees of document `number` of its split: tokens, mask, verdict, and whether it stays behind
+    the document before it."""
     digest = hashlib.sha256(f"{number} {len(document.tokens)} {document.loss_mask is not None}".encode())
+    if continues:
+        digest.update(b"continues")
     verdict = document.verdict
     judged = () if verdict is None else [getattr(verdict, one.name) for one in fields(verdict)]
     for array in (document.tokens, document.loss_mask, *judged):

@@ -102,6 +102,7 @@ class Tokenizer:
             language=document.language,
             source=document.source,
             licence=document.licence,
+            repository=document.repository,
         )
 
     def mark(self, name: str) -> list[int]:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_lm.data.keys import Shuffle, key, permutation, splitmix64
-from dist_lm.data.order import Concatenation, DocumentSlice, EpochOrder
+from dist_lm.data.order import Concatenation, DocumentSlice, EpochOrder, shuffled_documents
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
@@ -93,3 +93,22 @@ def test_no_two_shuffles_share_a_key():
     assert len({shuffle.value for shuffle in Shuffle}) == len(list(Shuffle.__members__))
     keys = [key(shuffle, seed, epoch) for shuffle in Shuffle for seed in range(3) for epoch in range(3)]
     assert len(set(keys)) == len(keys)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(0, 2**32))
+def test_files_of_a_repository_stay_next_to_each_other_in_their_order(continues: list[bool], word: int) -> None:
+    follows = np.array(continues)
+    found = shuffled_documents(len(follows), word, follows).tolist()
+    assert sorted(found) == list(range(len(follows)))
+    for document in np.flatnonzero(follows).tolist():
+        if document:
+            assert found[found.index(document) - 1] == document - 1
+    if not follows[1:].any():
+        assert found == permutation(len(follows), word).tolist()
+
+
+def test_repositories_change_places_between_epochs() -> None:
+    follows = np.arange(60) % 3 > 0
+    orders = {tuple(shuffled_documents(60, word, follows).tolist()) for word in range(20)}
+    assert len(orders) == 20
+    assert {order[0] % 3 for order in orders} == {0}

@@ -152,7 +152,7 @@ def read_files(source: SourceConfig, seed: int) -> Iterator[Candidate]:
             yield Rejected(language, one.name, problem)
             continue
         group = text_hash(f"repository {repository}" if repository else text)
-        yield Document(text, language, one.name, source.licence, group)
+        yield Document(text, language, one.name, source.licence, group, repository=repository)
 
 
 def by_repository(listing: Inputs) -> list[tuple[Input, str]]:
