@@ -95,18 +95,17 @@ class Texts:
         Raises:
             ConfigError, ArtefactError: as `read_corpus`.
         """
-        chosen = {name: self._choose(name) for name in text_corpora(self.config)}
-        held_out = {name: share for name, (share, _) in chosen.items()}
-        texts: dict[bytes, tuple[str, bool]] = {}
-        for name, (_, own) in chosen.items():
-            for item in own:
-                _, given = texts.get(item.key, ("", False))
-                texts[item.key] = (item.document.text, given or item.source.held_out or name in self.frozen)
-        del chosen
+        held_out: dict[str, float] = {}
+        texts: dict[bytes, str] = {}
+        given_keys: set[bytes] = set()
+        for name in text_corpora(self.config):
+            held_out[name], chosen = self._choose(name)
+            texts |= {item.key: item.document.text for item in chosen}
+            given_keys |= {item.key for item in chosen if item.source.held_out or name in self.frozen}
+            del chosen
         keys = list(texts)
-        index = HeldOut([text for text, _ in texts.values()], [given for _, given in texts.values()])
-        given_keys = {key for key, (_, given) in texts.items() if given}
-        texts.clear()
+        index = HeldOut([*texts.values()], [key in given_keys for key in keys])
+        texts.clear()  # the index has what is needed
         sides = Sides(held_out)
         trained = (
             (item.key, item.document.text)

@@ -90,6 +90,8 @@ def print_corpus(directory: Path, console: Console) -> bool:
     console.print(Text(f"Corpus {summary['directory']}", style="bold"))
     console.print(_language_table(summary["splits"]))
     console.print(_shard_table(summary["shards"]))
+    if sources := summary["ingest"].get("sources"):
+        console.print(_ingest_table(sources))
     console.print(_licence_table(summary["licences"]))
     console.print(_origin_table(summary["origins"]))
     for inputs in map(Inputs.from_json, summary["inputs"]):
@@ -170,6 +172,19 @@ def _shard_table(shards: list[dict[str, Any]]) -> Table:
             gib(shard["size"]),
             Text(state, style="green" if state == "ok" else "red"),
         )
+    return table
+
+
+def _ingest_table(sources: dict[str, Any]) -> Table:
+    """What became of the documents of each source."""
+    table = Table("source", title="What was read", title_justify="left")
+    for name in ("documents", "kept"):
+        table.add_column(name, justify="right")
+    table.add_column("dropped, and what was replaced")
+    for name, tally in sources.items():
+        counts = [*sorted(tally["dropped"].items()), *sorted(tally["replaced"].items())]
+        reasons = ", ".join(f"{reason} {times:,}" for reason, times in counts)
+        table.add_row(Text(name), f"{tally['seen']:,}", f"{tally['kept']:,}", Text(reasons))
     return table
 
 

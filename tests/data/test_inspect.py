@@ -2,12 +2,17 @@
 
 import io
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inspect import inspect_corpus, origin_of, print_corpus
+from dist_lm.data.manifest import read_manifest, write_manifest
+from dist_lm.data.screening import IngestReport, Screened
+from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
 from dist_lm.storage.run_directory import WorkDirectory
 from tests.data.synthetic_corpus import LANGUAGES, documents, lengths, write
@@ -51,6 +56,17 @@ def test_tables_show_it(directory: Path) -> None:
     ):
         assert expected in text, expected
     assert "No samples" in text  # there is no tokenizer
+
+
+def test_what_became_of_a_source_is_shown(directory: Path) -> None:
+    report = IngestReport()
+    source = SourceConfig("jsonl", "python", path="/data/a.jsonl")
+    document = Document("x", "python", "/data/a.jsonl:1", "MIT", "")
+    report.reject(document, source, "contains_val")
+    report.keep(Screened(document, source, b"", "", 1), "train", {"<KEY>": 2})
+    write_manifest(directory, replace(read_manifest(directory), ingest=asdict(report)))
+    text = " ".join(shown(directory)[1].split())
+    assert "jsonl /data/a.jsonl python │ 2 │ 1 │ contains_val 1, <KEY> 2" in text
 
 
 def test_a_document_of_each_language_is_shown(tiny_work: WorkDirectory) -> None:
