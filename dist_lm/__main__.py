@@ -187,6 +187,38 @@ def generate(
     raise typer.Exit(generate(path, prompt, tokenizer, values, stop or [], seed, n, device, tp, options, suffix))
 
 
+@app.command("export")
+def export(
+    path: CheckpointPath,
+    folder: Annotated[Path, typer.Argument(help="The folder to write: new, empty, or an earlier export.")],
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="Tokenizer: a file, or a folder such as work/tokenizer. Default: that of the run's work directory."
+        ),
+    ] = None,
+) -> None:
+    """Write a model as a folder for transformers and vLLM, with tokenizer and model card (docs/in_and_out.md)."""
+    from dist_lm.stages.export import export
+
+    print(f"{folder}: {export(path, folder, dtype, tokenizer)}")
+
+
+@app.command("import")
+def import_model(
+    source: Annotated[str, typer.Argument(help="A folder that transformers saved, or the id of a model on the hub.")],
+    name: Annotated[str, typer.Argument(help="The run to write: WORK_DIR/runs/import/NAME.")],
+    work_dir: Annotated[Path, typer.Option(help="The work_dir of the launches that start from it.")] = Path("work"),
+) -> None:
+    """Write a model of transformers as a run that stages start from (docs/in_and_out.md)."""
+    from dist_lm.stages.importing import import_model
+    from dist_lm.storage.run_directory import WorkDirectory
+
+    run = import_model(source, name, WorkDirectory(work_dir)).path
+    print(f"{run}: train with --config-dir {run}/conf model={name} tokenizer={run}/tokenizer stage.init_from={run}")
+
+
 @app.command("report")
 def report(
     runs: Annotated[

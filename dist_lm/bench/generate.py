@@ -23,15 +23,19 @@ from dist_lm.bench.case import AS_USED, Case, Comparison, GroupSize, against, co
 from dist_lm.bench.rank import Trial
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import Config
+from dist_lm.errors import ConfigError
 from dist_lm.generation.decoder import best_page_tokens
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.paged_cache import pages_for
 from dist_lm.generation.request import Answer, Request, SamplingParams
-from dist_lm.interop.gpt_neox import save_gpt_neox, to_gpt_neox
+from dist_lm.interop.architectures import Architecture, architecture_of
+from dist_lm.interop.weights import to_theirs
 from dist_lm.model.keyed_random import initialise
+from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.sharding import generation_dtype
+from dist_lm.stages.export import write_model
 
 OURS, CEILING = "our engine", "linear layers alone"
 ONE, EIGHT = "one answer", "eight answers"
@@ -85,7 +89,8 @@ class Transformers(Peer):
         from transformers import AutoModelForCausalLM
 
         with tempfile.TemporaryDirectory(prefix="dlm-bench-") as folder:
-            save_gpt_neox(dict(model.named_parameters()), model.config, Path(folder), eot_id=0, pad_id=1)
+            ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+            write_model(Path(folder), model.config, dict(model.named_parameters()).__getitem__, "fp32", ids)
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
         self._model = loaded.eval().to(device, dtype)
         self._sampling = {"temperature": SAMPLING.temperature, "top_k": SAMPLING.top_k, "top_p": SAMPLING.top_p}
@@ -134,7 +139,10 @@ class LitGpt(Peer):
             parallel_residual=False,
             rope_base=int(shape.rope_base),
         )
-        weights, _ = to_gpt_neox(dict(model.named_parameters()), shape)
+        found = architecture_of(shape)
+        if not isinstance(found, Architecture) or found.family != "GPTNeoX":
+            raise ConfigError(f"litgpt is compared on GPT-NeoX; the model is {getattr(found, 'family', found)}")
+        weights = to_theirs(found, parameter_shapes(shape), dict(model.named_parameters()))
         mapped: dict[str, torch.Tensor] = {}
         convert.copy_weights_gpt_neox(config, mapped, weights)
         self._model = litgpt.GPT(config).eval()

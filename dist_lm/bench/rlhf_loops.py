@@ -19,8 +19,9 @@ import torch
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.rlhf import RewardPartConfig, RlhfConfig
 from dist_lm.config.root import Config
+from dist_lm.errors import ConfigError
 from dist_lm.generation.engine import Engine, EngineOptions
-from dist_lm.interop.gpt_neox import save_gpt_neox
+from dist_lm.interop.architectures import Architecture, architecture_of
 from dist_lm.model.keyed_random import initial_value, initialise
 from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
@@ -37,6 +38,7 @@ from dist_lm.rlhf.models import (
 from dist_lm.rlhf.ppo import Ppo
 from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource, ShuffledPrompts
 from dist_lm.rlhf.state import KlController, RlhfState
+from dist_lm.stages.export import write_model
 
 PROMPTS, PROMPT = 64, 9  # prompts of an iteration; tokens of each, with the end-of-text token at its start
 EPOCHS = 4
@@ -278,10 +280,14 @@ class BareLoop(Peer):
 
 def _as_transformers(config: Config, kind: str, **options: Any) -> Any:
     """Our initial model as a class of transformers."""
+    found = architecture_of(config.model)
+    if not isinstance(found, Architecture) or found.family != "GPTNeoX":
+        raise ConfigError(f"the loops of others run GPT-NeoX; the model is {getattr(found, 'family', found)}")
     model = Transformer(config.model)
     initialise(model, config.seed)
     with tempfile.TemporaryDirectory(prefix="dlm-bench-") as folder:
-        save_gpt_neox(dict(model.named_parameters()), config.model, Path(folder), eot_id=END, pad_id=PAD)
+        ids = {"bos_token_id": END, "eos_token_id": END, "pad_token_id": PAD}
+        write_model(Path(folder), config.model, dict(model.named_parameters()).__getitem__, "fp32", ids)
         return getattr(import_module("transformers"), kind).from_pretrained(folder, **options)
 
 

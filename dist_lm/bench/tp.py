@@ -102,11 +102,11 @@ class PeerAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.d_head = config.d_head
-        key_width = config.kv_heads * config.d_head
-        self.query = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        width, key_width = config.n_heads * config.d_head, config.kv_heads * config.d_head
+        self.query = nn.Linear(config.d_model, width, bias=config.bias)
         self.key = nn.Linear(config.d_model, key_width, bias=config.bias)
         self.value = nn.Linear(config.d_model, key_width, bias=config.bias)
-        self.output = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+        self.output = nn.Linear(width, config.d_model, bias=config.bias)
 
     def forward(self, x_BTD: torch.Tensor, rope: RopeTables) -> torch.Tensor:
         q_BTHK, k_BTHK, v_BTHK = (

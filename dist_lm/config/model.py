@@ -14,7 +14,8 @@ class ModelConfig:
     name: str = MISSING
     d_model: int = MISSING  # width of the residual stream
     n_layers: int = MISSING
-    n_heads: int = MISSING  # query heads; must divide d_model
+    n_heads: int = MISSING  # query heads; must divide d_model, unless head_width is set
+    head_width: int | None = None  # of queries, keys and values of one head, even; null: d_model / n_heads
     n_kv_heads: int | None = None  # key/value heads (grouped-query attention); null: n_heads
     d_ff: int = MISSING  # hidden width of the feed-forward network
     max_seq_len: int = MISSING  # tokens; longest sequence trained on or generated
@@ -31,7 +32,7 @@ class ModelConfig:
 
     @property
     def d_head(self) -> int:
-        return self.d_model // self.n_heads
+        return self.d_model // self.n_heads if self.head_width is None else self.head_width
 
     @property
     def kv_heads(self) -> int:
@@ -40,13 +41,16 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for key in ("d_model", "n_layers", "n_heads", "d_ff", "max_seq_len", "vocab_size"):
             require(getattr(self, key) > 0, f"model.{key}", getattr(self, key), "a positive integer")
+        width = self.head_width
+        require(width is None or (width > 0 and width % 2 == 0), "model.head_width", width, "null or an even number")
         divisors = [n for n in range(1, self.d_model + 1) if self.d_model % n == 0 and self.d_model // n % 2 == 0]
         near = sorted(divisors, key=lambda n: abs(n - self.n_heads))[:6]
         require(
-            self.n_heads in divisors,
+            self.n_heads in divisors or width is not None,
             "model.n_heads",
             self.n_heads,
-            f"a divisor of model.d_model={self.d_model} with an even head width, such as {sorted(near)}",
+            f"a divisor of model.d_model={self.d_model} with an even head width, such as {sorted(near)} (or set "
+            "model.head_width)",
         )
         require(
             self.kv_heads > 0 and self.n_heads % self.kv_heads == 0,

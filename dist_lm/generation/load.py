@@ -44,13 +44,13 @@ def load_model(path: Path, tokenizer: Path | None = None) -> LoadedModel:
         ArtefactError: checkpoint or tokenizer is missing or damaged, or they do not fit.
     """
     checkpoint = files.require_intact(files.find_checkpoint(path))
-    state, config = files.read_state(checkpoint)[0], _model_config(checkpoint)
-    run = _run_of(checkpoint)
+    state, config = files.read_state(checkpoint)[0], model_config_of(checkpoint)
+    run = run_of(checkpoint)
     if config.head != "tokens":
         raise ArtefactError(
             f"checkpoint {checkpoint}: its model computes scores and not text (model.head={config.head})"
         )
-    found = _tokenizer(checkpoint, tokenizer, run)
+    found = tokenizer_of(checkpoint, tokenizer, run)
     if found.vocab_size != config.vocab_size:
         raise ArtefactError(
             f"checkpoint {checkpoint}: its model knows {config.vocab_size} tokens, the tokenizer has "
@@ -62,7 +62,12 @@ def load_model(path: Path, tokenizer: Path | None = None) -> LoadedModel:
     return LoadedModel(name, config, weights, found, run)
 
 
-def _model_config(checkpoint: Path) -> ModelConfig:
+def model_config_of(checkpoint: Path) -> ModelConfig:
+    """The model of a checkpoint.
+
+    Raises:
+        ArtefactError: the checkpoint does not describe one.
+    """
     _, model = files.read_state(checkpoint)
     values: dict[str, Any] = dict(model)
     try:
@@ -71,7 +76,7 @@ def _model_config(checkpoint: Path) -> ModelConfig:
         raise ArtefactError(f"checkpoint {checkpoint}: {files.STATE} does not describe a model ({error})") from error
 
 
-def _run_of(checkpoint: Path) -> RunDirectory | None:
+def run_of(checkpoint: Path) -> RunDirectory | None:
     """The run that contains a checkpoint."""
     places = [checkpoint.absolute(), checkpoint.resolve()]  # the run or a folder above it may be a link
     runs = [
@@ -80,10 +85,15 @@ def _run_of(checkpoint: Path) -> RunDirectory | None:
         if place.parent.name == "checkpoints" and len(place.parents) >= 2 + DEPTH
     ]
     runs = [run for run in runs if run.config.is_file()]
-    return next((run for run in runs if run.work.tokenizer_model.is_file()), runs[0] if runs else None)
+    return next((run for run in runs if run.tokenizer_model.is_file()), runs[0] if runs else None)
 
 
-def _tokenizer(checkpoint: Path, named: Path | None, run: RunDirectory | None) -> Tokenizer:
+def tokenizer_of(checkpoint: Path, named: Path | None, run: RunDirectory | None) -> Tokenizer:
+    """The tokenizer at `named`, else that of the run.
+
+    Raises:
+        ArtefactError: it is missing or damaged.
+    """
     if named is not None:
         file = tokenizer_in(named) if named.is_dir() else named
         if not file.is_file():
@@ -96,7 +106,7 @@ def _tokenizer(checkpoint: Path, named: Path | None, run: RunDirectory | None) -
         raise ArtefactError(
             f"checkpoint {checkpoint}: it lies in no run, so its tokenizer is unknown: give --tokenizer=PATH"
         )
-    path = run.work.tokenizer_model
+    path = run.tokenizer_model
     if not path.is_file():
         raise ArtefactError(f"{path}: no tokenizer there: give the run's own by --tokenizer=PATH")
     return Tokenizer.load(path)

@@ -1,4 +1,4 @@
-"""The transformers architecture that can hold a model, or the option for which there is none.
+"""The transformers architecture that can hold a model, or the option for which there is none; and `config.json`.
 
     model.norm  model.ffn  model.bias  model.qk_norm  architecture
     layernorm   gelu       true        false          GPTNeoX; Starcoder2 with grouped-query attention
@@ -6,17 +6,20 @@
     rmsnorm     swiglu     any         false          Llama, with attention_bias and mlp_bias
     rmsnorm     swiglu     false       true           Qwen3
 
-No other combination has an architecture. `model.n_kv_heads`, `model.tie_embeddings` and the sizes are free. Qwen2 is
+No other combination has an architecture. `model.n_kv_heads`, `model.tie_embeddings` and the sizes are free, and
+with rmsnorm `model.head_width`. Qwen2 is
 not in the table: it has biases for queries, keys and values alone, and `model.bias` means all linear layers.
 
 `model.head` chooses the class: ForCausalLM, or ForSequenceClassification, whose score has no bias. Such a score differs
 from the model's by a constant, so comparisons of scores stay the same.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 from dist_lm.config.model import ModelConfig
+from dist_lm.errors import ArtefactError
 
 HEADS = {"tokens": "ForCausalLM", "scalar": "ForSequenceClassification"}
 
@@ -45,11 +48,15 @@ def architecture_of(model: ModelConfig) -> Architecture | str:
             return "model.bias=False: with model.norm=layernorm, transformers always has biases"
         if model.qk_norm:
             return "model.qk_norm=True: with model.norm=layernorm, transformers does not normalise queries and keys"
+        if model.head_width not in (None, model.d_model // model.n_heads):
+            return f"model.head_width={model.head_width}: with model.norm=layernorm, transformers has d_model / n_heads"
         if model.kv_heads != model.n_heads:
             return Architecture("Starcoder2", head, {"hidden_act": "gelu", "use_bias": True})
         return Architecture(
             "GPTNeoX", head, {"hidden_act": "gelu", "attention_bias": True, "use_parallel_residual": False}
         )
+    if model.d_model % model.n_heads and not model.qk_norm:
+        return f"model.n_heads={model.n_heads}: without model.qk_norm, transformers needs a divisor of model.d_model"
     if model.ffn == "gelu":
         if model.qk_norm:
             return "model.qk_norm=True: with model.ffn=gelu, transformers does not normalise queries and keys"
@@ -60,3 +67,208 @@ def architecture_of(model: ModelConfig) -> Architecture | str:
     if model.bias:
         return "model.bias=True: with model.qk_norm=true, transformers has no biases in the feed-forward network"
     return Architecture("Qwen3", head, {"attention_bias": False})
+
+
+# config.json
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a family of transformers describes a model in config.json.
+
+    Docs: https://huggingface.co/docs/transformers/model_doc/llama (and qwen3, gpt_neox, starcoder2, arcee).
+    """
+
+    model_type: str
+    options: dict[str, Any]  # keys of our model that the family decides
+    norm_eps: str  # their key of model.norm_eps
+    fixed: dict[str, Any]  # keys with the only value that our model has
+    defaults: dict[str, Any]  # what transformers takes for a key that config.json lacks, where it is not None
+    biases: tuple[str, ...] = ()  # keys that must agree: model.bias
+    own_rope: dict[str, str] = field(default_factory=dict)  # older keys of rotary positions by their newer names
+
+
+_RMS = {"norm": "rmsnorm", "qk_norm": False}
+_LLAMA_BIASES = ("attention_bias", "mlp_bias")
+_PLAIN = {"initializer_range": 0.02, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}
+
+FAMILIES = {
+    "Llama": Family(
+        "llama",
+        {**_RMS, "ffn": "swiglu"},
+        "rms_norm_eps",
+        {"hidden_act": "silu"},
+        {**_PLAIN, "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
+        _LLAMA_BIASES,
+    ),
+    "Qwen3": Family(
+        "qwen3",
+        {**_RMS, "qk_norm": True, "ffn": "swiglu", "bias": False},
+        "rms_norm_eps",
+        {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
+        {
+            **_PLAIN,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 32768,
+            "use_sliding_window": False,
+            "head_dim": 128,
+        },
+    ),
+    "Arcee": Family(
+        "arcee",
+        {**_RMS, "ffn": "gelu"},
+        "rms_norm_eps",
+        {"hidden_act": "gelu"},
+        {**_PLAIN, "hidden_act": "relu2", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+        _LLAMA_BIASES,
+    ),
+    "Starcoder2": Family(
+        "starcoder2",
+        {"norm": "layernorm", "qk_norm": False, "ffn": "gelu", "bias": True},
+        "norm_epsilon",
+        {"hidden_act": "gelu", "use_bias": True, "sliding_window": None},
+        {
+            "hidden_act": "gelu_pytorch_tanh",
+            "use_bias": True,
+            "norm_epsilon": 1e-5,
+            "max_position_embeddings": 4096,
+            "initializer_range": 0.018042,
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 2,
+        },
+    ),
+    "GPTNeoX": Family(
+        "gpt_neox",
+        {"norm": "layernorm", "qk_norm": False, "ffn": "gelu", "bias": True},
+        "layer_norm_eps",
+        {"hidden_act": "gelu", "use_parallel_residual": False, "attention_bias": True},
+        {
+            "hidden_act": "gelu",
+            "use_parallel_residual": True,
+            "attention_bias": True,
+            "layer_norm_eps": 1e-5,
+            "max_position_embeddings": 2048,
+            "initializer_range": 0.02,
+            "tie_word_embeddings": False,
+            "partial_rotary_factor": 0.25,
+        },
+        own_rope={"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"},
+    ),
+}
+SIZES = {
+    "vocab_size": "vocab_size",
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "d_ff": "intermediate_size",
+    "max_seq_len": "max_position_embeddings",
+    "init_std": "initializer_range",
+    "tie_embeddings": "tie_word_embeddings",
+}  # keys of `model` by name, and what config.json calls them
+NEVER = ("quantization_config", "auto_map")  # keys that change how weights are read, or name code
+
+
+def hf_config(model: ModelConfig, found: Architecture, dtype: str) -> dict[str, Any]:
+    """config.json without token ids.
+
+    Args:
+        found: `architecture_of(model)`.
+        dtype: of the weights, such as bfloat16.
+    """
+    family = FAMILIES[found.family]
+    config: dict[str, Any] = {
+        "architectures": [found.name],
+        "model_type": family.model_type,
+        **{theirs: getattr(model, ours) for ours, theirs in SIZES.items()},
+        family.norm_eps: model.norm_eps,
+        family.own_rope.get("rope_theta", "rope_theta"): model.rope_base,
+        **family.fixed,
+        **found.fields,
+        "attention_dropout": 0.0,
+        "torch_dtype": dtype,
+    }
+    if family.own_rope:
+        config |= {"rotary_pct": 1.0, "hidden_dropout": 0.0}
+    else:
+        config |= {"num_key_value_heads": model.kv_heads, "head_dim": model.d_head}
+    if model.head == "scalar":
+        config |= {"id2label": {"0": "score"}, "label2id": {"score": 0}, "problem_type": "regression"}
+    return config
+
+
+def model_of(config: Mapping[str, Any], name: str, place: str) -> tuple[ModelConfig, Architecture]:
+    """The model that a config.json describes: the inverse of `hf_config`.
+
+    Args:
+        name: of the model.
+        place: the file, for messages.
+
+    Raises:
+        ArtefactError: names a key of config.json whose value our model lacks.
+    """
+    families = {family.model_type: known for known, family in FAMILIES.items()}
+    known = families.get(config.get("model_type", ""))
+    if known is None:
+        _refuse(place, "model_type", config.get("model_type"), f"one of {', '.join(sorted(families))}")
+    family = FAMILIES[known]
+    values = {**family.defaults, **{key: value for key, value in config.items() if value is not None}}
+    heads = {known + theirs: ours for ours, theirs in HEADS.items()}
+    classes = values.get("architectures") or [None]
+    head = heads.get(str(classes[0]))
+    if head is None:
+        _refuse(place, "architectures", classes[0], f"one of {', '.join(heads)}")
+    for key in NEVER:
+        if values.get(key):
+            _refuse(place, key, values[key], "no such key: weights as they are, without code of their own")
+    for key, value in family.fixed.items():
+        if values.get(key) != value:
+            _refuse(place, key, values.get(key), str(value))
+    if windows := {*values.get("layer_types", ())} - {"full_attention"}:
+        _refuse(place, "layer_types", windows.pop(), "full_attention")
+    for key in family.biases:
+        if values[key] != values[family.biases[0]]:
+            _refuse(place, key, values[key], f"{family.biases[0]}={values[family.biases[0]]} too")
+    for key in SIZES.values():
+        if key not in values:
+            _refuse(place, key, None, "a value")
+    width = values["hidden_size"] / values["num_attention_heads"]
+    head_width = values.get("head_dim", width)
+    if head_width != width and family.options["norm"] == "layernorm":
+        _refuse(place, "head_dim", head_width, f"{width:g}, which is hidden_size / num_attention_heads")
+    bias = {"bias": values[family.biases[0]]} if family.biases else {}
+    kv_heads = values.get("num_key_value_heads", values["num_attention_heads"])
+    model = ModelConfig(
+        name=name,
+        **{ours: values[theirs] for ours, theirs in SIZES.items()},
+        **{**family.options, **bias},
+        norm_eps=values[family.norm_eps],
+        rope_base=float(_rope_base(values, family, place)),
+        n_kv_heads=None if kv_heads == values["num_attention_heads"] else kv_heads,
+        head_width=None if head_width == width else head_width,
+        head=head,
+    )
+    found = architecture_of(model)
+    if isinstance(found, str):
+        raise ArtefactError(f"{place}: {found}")
+    return model, Architecture(known, found.head, found.fields)
+
+
+def _rope_base(values: Mapping[str, Any], family: Family, place: str) -> float:
+    """The base of the rotary positions, from the keys of older or newer versions of transformers."""
+    name = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+    nested: Mapping[str, Any] = values.get(name) or {}
+    kind = nested.get("rope_type", nested.get("type", "default"))
+    if kind != "default":
+        _refuse(place, f"{name}.rope_type", kind, "default: positions without scaling")
+    found = {}
+    for key, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 1.0)):
+        older = family.own_rope.get(key, key)
+        found[key] = nested.get(key, values.get(older, values.get(key, default)))
+        if key == "partial_rotary_factor" and found[key] != 1:
+            _refuse(place, f"{name}.{key}" if key in nested else older, found[key], "1: all of a head is rotated")
+    return found["rope_theta"]
+
+
+def _refuse(place: str, key: str, value: Any, accepted: str) -> NoReturn:
+    raise ArtefactError(f"{place}: {key}={value}: expected {accepted}")

@@ -9,6 +9,8 @@ work/
     logs/rank_00000.log   samples/   wandb/   profile/
   runs/generate/RUN_ID/
     config.yaml prompts.json metrics.jsonl samples/part-00000.jsonl ... wandb/ result.json
+  runs/import/NAME/
+    config.yaml checkpoints/ tokenizer/ chat_template.jinja conf/model/NAME.yaml
 """
 
 from dataclasses import dataclass
@@ -91,6 +93,17 @@ class RunDirectory:
     def corpora(self) -> Path:
         """JSON: corpus -> split -> hash of the content that the run trains on."""
         return self.path / "corpora.json"
+
+    @property
+    def tokenizer_model(self) -> Path:
+        """The tokenizer of an imported model, else that of the work directory."""
+        own = tokenizer_in(self.path / "tokenizer")
+        return own if own.is_file() else self.work.tokenizer_model
+
+    @property
+    def chat_template(self) -> Path:
+        """The chat template that came with an imported model."""
+        return self.path / "chat_template.jinja"
 
     @property
     def metrics(self) -> Path:

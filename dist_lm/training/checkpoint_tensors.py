@@ -8,6 +8,7 @@ import json
 import math
 import os
 import secrets
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,20 @@ class StoredTensor:
         return whole.reshape(-1).view(np.uint8)
 
 
+@dataclass(frozen=True)
+class MadeTensor:
+    """A whole tensor whose bytes are computed when they are written."""
+
+    dtype: str  # name of safetensors, such as F32
+    shape: Shape
+    bytes: int
+    make: Callable[[], np.ndarray]
+
+    def read(self) -> np.ndarray:
+        """The bytes in row-major order: (bytes,) uint8."""
+        return self.make()
+
+
 def model_weights(directory: Path) -> dict[str, np.ndarray]:
     """The parameters of a checkpoint, by their names in the model, fp32.
 
@@ -96,6 +111,27 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
         except (KeyError, TypeError, ValueError) as error:
             raise ArtefactError(f"{file}: the header is not that of a checkpoint ({error!r})") from error
     return {name: _whole(directory, name, dtypes[name], parts[name]) for name in sorted(parts)}
+
+
+def tensors_in(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of any safetensors file, each of them whole.
+
+    Raises:
+        ArtefactError: the file cannot be read.
+    """
+    header, start = read_header(file)
+    header.pop(METADATA, None)
+    found = {}
+    try:
+        for name, entry in header.items():
+            shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
+            part = Part(file, start + first, (last - first) // max(math.prod(shape), 1), (0,) * len(shape), shape)
+            found[name] = StoredTensor(name, entry["dtype"], shape, (part,))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtefactError(f"{file}: the header is not that of safetensors ({error!r})") from error
+    if found and file.stat().st_size < max(tensor.parts[0].start + tensor.bytes for tensor in found.values()):
+        raise ArtefactError(f"{file}: cut short: expected more bytes by its header; copy it again")
+    return found
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:
@@ -152,7 +188,7 @@ def consolidate(path: Path, output: Path, with_optimizer: bool = False) -> int:
     metadata = {"format": "pt", "step": str(state.step), "tokens": str(state.tokens), "model": json.dumps(model)}
     temporary = output.with_name(f".{output.name}.{secrets.token_hex(8)}.tmp")
     try:
-        _write(temporary, tensors, metadata)
+        write_tensors(temporary, tensors, metadata)
         temporary.rename(output)
         durable.fsync_directory(output.parent)
     except OSError as error:
@@ -164,8 +200,9 @@ def consolidate(path: Path, output: Path, with_optimizer: bool = False) -> int:
     return len(tensors)
 
 
-def _write(path: Path, tensors: dict[str, StoredTensor], metadata: dict[str, str]) -> None:
-    header: dict[str, object] = {METADATA: metadata}
+def write_tensors(path: Path, tensors: Mapping[str, StoredTensor | MadeTensor], metadata: Mapping[str, str]) -> None:
+    """Write the new file `path`, and flush it to disk; one tensor is in memory at a time."""
+    header: dict[str, object] = {METADATA: dict(metadata)}
     end = 0
     for name, tensor in tensors.items():
         offsets = [end, end + tensor.bytes]

@@ -20,6 +20,7 @@ CHOICES = {
     "tie_embeddings": (False, True),
     "qk_norm": (False, True),
     "n_kv_heads": (None, 2),
+    "head_width": (None, 12),
     "head": ("tokens", "scalar"),
 }
 SIZES = {"d_model": 48, "n_layers": 1, "n_heads": 6, "d_ff": 40, "max_seq_len": 16, "vocab_size": 64}

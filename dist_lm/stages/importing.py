@@ -1,0 +1,229 @@
+"""The program of `dist-lm import`: a model of transformers as a run that a stage can start from.
+
+    work/runs/import/NAME/
+      checkpoints/step_00000000/   weights in fp32
+      tokenizer/                   tokenizer.json or tokenizer.model, with the same ids
+      chat_template.jinja          if the model has one
+      conf/model/NAME.yaml         its shape, for --config-dir
+      config.yaml                  where it came from
+
+One tensor is in memory at a time.
+"""
+
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from dist_lm.config.model import ModelConfig
+from dist_lm.errors import ArtefactError, UserError, require
+from dist_lm.interop.architectures import Architecture, model_of
+from dist_lm.interop.weights import ALIASES, BUFFERS, Converted, converted
+from dist_lm.model.size import Shape, parameter_shapes
+from dist_lm.stages.export import FILE_BYTES, as_torch, in_files, made
+from dist_lm.storage import durable
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from dist_lm.tokenizer import byte_level, sentencepiece_model
+from dist_lm.tokenizer.tokenizer import Tokenizer, read_vocabulary
+from dist_lm.training import checkpoint_files as files
+from dist_lm.training.checkpoint_tensors import PLACES, MadeTensor, StoredTensor, tensors_in, write_tensors
+from dist_lm.training.state import TrainState
+
+STAGE = "import"  # folder below runs/
+CONFIG, INDEX, WHOLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+WANTED = ("*.json", "*.safetensors", "*.model", "*.jinja")  # files of a hub repository
+
+
+def import_model(source: str, name: str, work: WorkDirectory) -> RunDirectory:
+    """Write the run `import/NAME` in the work directory.
+
+    Args:
+        source: a folder with config.json, weights and tokenizer, or the id of a model on the Hugging Face hub.
+
+    Raises:
+        ConfigError: `name` is no name of a run.
+        ArtefactError: the folder lacks a file, or the model has an option or tensor that ours lacks; the message names
+            it. Or the run exists.
+    """
+    accepted = "letters, digits, '.', '_', '-', the first one a letter or digit"
+    require(re.fullmatch(r"\w[\w.-]*", name, re.ASCII) is not None, "NAME", name, accepted)
+    run = work.run(STAGE, name)
+    if run.path.exists():
+        raise ArtefactError(f"{run.path} exists: give another name, or remove it first")
+    folder = _folder(source)
+    model, found = model_of(_json(folder / CONFIG), name, str(folder / CONFIG))
+    theirs = _weights(folder)
+    entries = converted(found, parameter_shapes(model))
+    _check_tensors(folder, theirs, entries, model)
+    content, file_name = _tokenizer(folder, model)
+    temporary = RunDirectory(run.path.with_name(f".{name}.{secrets.token_hex(8)}.tmp"))
+    try:
+        (temporary.path / "tokenizer").mkdir(parents=True)
+        durable.write_bytes(temporary.path / "tokenizer" / file_name, content)
+        if template := _chat_template(folder):
+            durable.write_text(temporary.chat_template, template)
+        state = TrainState(tokenizer=Tokenizer(content, file_name).sha256)
+        write_checkpoint(temporary.checkpoints, _ours(theirs, entries, model), model, state)
+        _write_configuration(temporary, model, found, source)
+        temporary.path.rename(run.path)
+        durable.fsync_directory(run.path.parent)
+    except OSError as error:
+        raise ArtefactError(f"{run.path}: could not be written ({error}); free space or repair the folder") from error
+    finally:
+        shutil.rmtree(temporary.path, ignore_errors=True)
+    return run
+
+
+def write_checkpoint(
+    checkpoints: Path, tensors: Mapping[str, MadeTensor], model: ModelConfig, state: TrainState
+) -> None:
+    """Write parameters by name as the first checkpoint of a run, without a process group."""
+    directory = checkpoints / files.step_name(state.step)
+    directory.mkdir(parents=True)
+    named = {files.MODEL + name: tensor for name, tensor in tensors.items()}
+    digests = {}
+    for number, part in enumerate(in_files(named, FILE_BYTES), start=1):
+        path = directory / f"shard-00001-model-{number:05d}{files.TENSORS}"
+        places = {name: {"saved_offsets": [0] * len(tensor.shape)} for name, tensor in part.items()}
+        write_tensors(path, part, {"format": "pt", PLACES: json.dumps(places)})
+        digests[path.name] = durable.sha256_of(path)
+    files.write_state(directory, state, asdict(model))
+    digests[files.STATE] = durable.sha256_of(directory / files.STATE)
+    files.write_manifest(directory, digests)
+    files.write_pointer(checkpoints, files.LATEST, directory)
+
+
+def _folder(source: str) -> Path:
+    """The folder that `source` names; a model of the hub is fetched into huggingface_hub's cache."""
+    source = source.removeprefix("hf:")
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+        raise ArtefactError(f"{source}: no such folder, and no id of the hub, such as HuggingFaceTB/SmolLM2-135M")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise UserError(f"{source}: the hub needs huggingface_hub: pip install huggingface_hub") from error
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(WANTED)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ArtefactError(f"{source}: no such folder, and the hub gave no model ({reason})") from error
+
+
+def _weights(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of all files that the index names, or of model.safetensors."""
+    names = [WHOLE]
+    if (folder / INDEX).is_file():
+        content = _json(folder / INDEX).get("weight_map")
+        names = sorted({str(name) for name in content.values()}) if isinstance(content, dict) else []
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ArtefactError(f"{folder}: {name} is missing: weights are read from safetensors files only")
+    tensors: dict[str, StoredTensor] = {}
+    for name in names:
+        tensors |= tensors_in(folder / name)
+    return {ALIASES.get(name, name) if _is_gpt_neox(tensors) else name: tensor for name, tensor in tensors.items()}
+
+
+def _is_gpt_neox(names: Mapping[str, Any]) -> bool:
+    return any(name.startswith("gpt_neox.") for name in names)
+
+
+def _check_tensors(
+    folder: Path, theirs: Mapping[str, StoredTensor], entries: list[Converted], model: ModelConfig
+) -> None:
+    """Refuse missing tensors, other shapes, and tensors that the model has no place for."""
+    for one in entries:
+        if one.name not in theirs:
+            raise ArtefactError(f"{folder}: {one.name} is missing in the weights")
+        if theirs[one.name].shape != one.shape:
+            raise ArtefactError(
+                f"{folder}: {one.name} has shape {theirs[one.name].shape}, expected {one.shape} by {CONFIG}"
+            )
+    known = {one.name for one in entries}
+    for name, tensor in theirs.items():
+        if name in known or BUFFERS.fullmatch(name):
+            continue
+        is_head = model.tie_embeddings and name in (*ALIASES, *ALIASES.values())
+        if not is_head or not np.array_equal(tensor.read(), theirs[entries[0].name].read()):
+            raise ArtefactError(f"{folder}: {name}: the model has no place for this tensor")
+
+
+def _ours(theirs: Mapping[str, StoredTensor], entries: list[Converted], model: ModelConfig) -> dict[str, MadeTensor]:
+    """Our parameters in fp32. A score of theirs has no bias: ours is 0."""
+
+    def read(one: Converted, place: int) -> torch.Tensor:
+        return one.to_ours(as_torch(theirs[one.name]), place)
+
+    found: dict[str, MadeTensor] = {}
+    for one in entries:
+        for place, name in enumerate(one.ours):
+            found[name] = made("F32", one.shapes[place], partial(read, one, place))
+    if model.head == "scalar":
+        found["scalar_head.bias"] = made("F32", (1,), lambda: torch.zeros(1))
+    shapes: dict[str, Shape] = parameter_shapes(model)
+    return {name: found[name] for name in shapes}
+
+
+def _tokenizer(folder: Path, model: ModelConfig) -> tuple[bytes, str]:
+    """The content and name of the tokenizer. Rows of the embedding that it has no piece for get special tokens, which
+    no text becomes."""
+    given = [folder / name for name in TOKENIZERS if (folder / name).is_file()]
+    if not given:
+        raise ArtefactError(f"{folder}: no tokenizer: expected {' or '.join(TOKENIZERS)}")
+    for path in given:
+        try:
+            content = path.read_bytes()
+            vocabulary = read_vocabulary(content, str(path))
+            break
+        except ArtefactError:
+            if path == given[-1]:
+                raise
+    pieces = vocabulary.vocab_size
+    if pieces > model.vocab_size or (vocabulary.is_trained and pieces < model.vocab_size):
+        raise ArtefactError(f"{path} has {pieces} pieces, the embedding has {model.vocab_size} rows: not its tokenizer")
+    unused = [f"<|unused_{number}|>" for number in range(pieces, model.vocab_size)]
+    if unused and isinstance(vocabulary, byte_level.ByteLevelModel):
+        content = byte_level.with_marks(content, unused, pieces)
+    elif unused:
+        content = sentencepiece_model.with_marks(content, unused)
+    return content, vocabulary.file_name
+
+
+def _chat_template(folder: Path) -> str:
+    """The chat template, from its own file or from tokenizer_config.json; empty without one."""
+    own = folder / "chat_template.jinja"
+    if own.is_file():
+        return own.read_text(encoding="utf-8")
+    place = folder / "tokenizer_config.json"
+    value = _json(place).get("chat_template") if place.is_file() else None
+    if isinstance(value, list):  # several by name
+        value = next((entry.get("template") for entry in value if entry.get("name") == "default"), None)
+    return value if isinstance(value, str) else ""
+
+
+def _write_configuration(run: RunDirectory, model: ModelConfig, found: Architecture, source: str) -> None:
+    conf = run.path / "conf" / "model"
+    conf.mkdir(parents=True)
+    durable.write_text(conf / f"{model.name}.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(model))))
+    value = {"model": asdict(model), "imported": {"source": source, "architecture": found.name}}
+    durable.write_text(run.config, OmegaConf.to_yaml(OmegaConf.create(value)))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ArtefactError(f"{path} is missing: expected a folder of a model as transformers saves it")
+    return durable.read_json(path)

@@ -1,0 +1,115 @@
+"""The model card of an export (https://huggingface.co/docs/hub/model-cards), from what the run directory says."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from dist_lm.config.model import ModelConfig
+from dist_lm.data.inspect import licences_of
+from dist_lm.data.manifest import manifest_path, read_manifest
+from dist_lm.errors import ArtefactError
+from dist_lm.interop.architectures import Architecture
+from dist_lm.model.size import parameter_count
+from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.tracking.metrics import read_metrics
+from dist_lm.training import checkpoint_files as files
+
+NOT_GIVEN = "not given"
+SHOWN = ("val/", "eval/", "code/", "tools/", "reward/", "rlhf/")  # groups of metrics
+
+
+def model_card(checkpoint: Path, model: ModelConfig, found: Architecture, run: RunDirectory | None, dtype: str) -> str:
+    """The content of README.md: model, training, data with licences, evaluation, limits.
+
+    Args:
+        run: that holds the checkpoint; None: the checkpoint lies outside a run, and the card has less.
+    """
+    state, _ = files.read_state(checkpoint)
+    config = _config(run)
+    stage = config.get("stage", {})
+    name = "/".join(run.path.parts[-2:]) if run else checkpoint.name
+    licences, data = _data(run, stage)
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"pipeline_tag: {'text-generation' if model.head == 'tokens' else 'text-classification'}",
+        "---",
+        f"# {name}",
+        "",
+        f"{found.name}, {parameter_count(model):,} parameters, weights in {dtype}, at most {model.max_seq_len:,} "
+        "tokens.",
+        f"Exported by dist_lm from {checkpoint.name}.",
+        "",
+        "## Training",
+        "",
+        f"- Steps of the last stage: {state.step:,}; its tokens: {state.tokens:,}",
+    ]
+    if stage.get("init_from", "none") != "none":
+        lines.append(f"- Started from: {'/'.join(Path(stage['init_from']).parts[-3:])}")
+    if imported := config.get("imported"):
+        lines.append(f"- Imported from: {imported['source']}; not trained further")
+    lines += ["", "## Data", "", *data, "", "## Evaluation", "", *_evaluation(run, state.step), "", "## Limits", ""]
+    lines += [f"- {limit}" for limit in _limits(model, licences)]
+    return "\n".join(lines) + "\n"
+
+
+def _config(run: RunDirectory | None) -> Mapping[str, Any]:
+    if run is None:
+        return {}
+    value = OmegaConf.to_container(OmegaConf.load(run.config))
+    return {str(key): entry for key, entry in value.items()} if isinstance(value, dict) else {}
+
+
+def _data(run: RunDirectory | None, stage: Mapping[str, Any]) -> tuple[set[str], list[str]]:
+    """The licences of the documents, and a table of the corpora of the last stage."""
+    names = [stage.get("corpus") or "", *(stage.get("mix") or {})]
+    rows, seen = [], set[str]()
+    for name in dict.fromkeys(name for name in names if name and run):
+        assert run is not None
+        folder = run.work.corpus(name)
+        if not manifest_path(folder).is_file():
+            rows.append(f"| {name} | | | the corpus is no longer there |")
+            continue
+        try:
+            manifest = read_manifest(folder)
+            counted = licences_of(folder, manifest)
+        except ArtefactError as error:
+            rows.append(f"| {name} | | | {error} |")
+            continue
+        licences = Counter({licence or NOT_GIVEN: count for licence, count in counted.items()})
+        seen |= licences.keys()
+        train = manifest.splits["train"].counts
+        listed = ", ".join(f"{licence} ({count:,})" for licence, count in licences.most_common())
+        rows.append(f"| {name} | {train.documents:,} | {train.tokens:,} | {listed} |")
+    if not rows:
+        return seen, ["The run names no corpus."]
+    return seen, ["| corpus | documents | tokens | licences (documents) |", "| --- | --- | --- | --- |", *rows]
+
+
+def _evaluation(run: RunDirectory | None, step: int) -> list[str]:
+    """The last value of each metric up to the step of the checkpoint."""
+    if run is None or not run.metrics.is_file():
+        return ["The run has no metrics."]
+    found: dict[str, Any] = {}
+    for line in read_metrics(run.metrics):
+        found |= line if line["step"] <= step else {}
+    rows = [
+        f"| {name} | {value:.4g} |"
+        for name, value in sorted(found.items())
+        if name.startswith(SHOWN) and isinstance(value, int | float)
+    ]
+    return ["| metric, held-out data | value |", "| --- | --- |", *rows] if rows else ["The run has no evaluation."]
+
+
+def _limits(model: ModelConfig, licences: set[str]) -> list[str]:
+    if model.head == "scalar":
+        meaning = "Scores order completions of one prompt; they have no unit, and differ from dist_lm's by a constant."
+        limits = [meaning, "A score is read at the last token, which in training was the end of the assistant's turn."]
+    else:
+        limits = ["The model may write text that is false, unsafe or a copy of its data. Code it writes may not run."]
+    if NOT_GIVEN in licences:
+        limits.append("Some documents come without a licence.")
+    return limits

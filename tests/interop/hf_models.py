@@ -1,0 +1,85 @@
+"""Models of every family, and the same models in transformers."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from dist_lm.config.model import ModelConfig
+from dist_lm.interop.architectures import Architecture, architecture_of, hf_config
+from dist_lm.interop.weights import to_theirs
+from dist_lm.launcher.compose import choices, compose_config
+from dist_lm.model.keyed_random import initialise
+from dist_lm.model.size import parameter_shapes
+from dist_lm.model.transformer import Transformer
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "GPTNeoX": {},
+    "Starcoder2": {"n_kv_heads": 1},
+    "Llama": {"norm": "rmsnorm", "ffn": "swiglu", "bias": False},
+    "Llama with biases": {"norm": "rmsnorm", "ffn": "swiglu"},
+    "Arcee": {"norm": "rmsnorm", "bias": False},
+    "Qwen3": {"norm": "rmsnorm", "ffn": "swiglu", "bias": False, "qk_norm": True},
+}
+LARGE = ("large", "xlarge")  # take 20 s each
+SIZES = [
+    pytest.param(size, marks=pytest.mark.heavy) if size in LARGE else size
+    for size in choices("model")
+    if size != "xl"  # `large` with more layers
+]
+
+
+def sized(size: str, family: str, **changes: Any) -> ModelConfig:
+    """A file of conf/model at 2 layers and 512 pieces, as a model of the family."""
+    shape = compose_config([f"model={size}", "model.n_layers=2", "model.vocab_size=512"]).model
+    values = {**vars(shape), "init_std": 0.05, "rope_base": 5000.0, **FAMILIES[family], **changes}
+    return ModelConfig(**values)
+
+
+def small(family: str, **changes: Any) -> ModelConfig:
+    """Odd sizes, five heads."""
+    values = {"d_model": 50, "n_layers": 2, "n_heads": 5, "d_ff": 77, "max_seq_len": 64, "vocab_size": 101}
+    return ModelConfig(name="small", **{**values, "init_std": 0.05, **FAMILIES[family], **changes})
+
+
+def our_model(config: ModelConfig) -> Transformer:
+    """Norms and biases moved off 1 and 0, so that a forgotten one shows."""
+    model = Transformer(config)
+    initialise(model, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def architecture(config: ModelConfig) -> Architecture:
+    found = architecture_of(config)
+    assert isinstance(found, Architecture), found
+    return found
+
+
+def their_model(ours: Transformer) -> Any:
+    """The class of transformers with the weights of ours."""
+    import transformers
+
+    config, found = ours.config, architecture(ours.config)
+    theirs_config = getattr(transformers, f"{found.family}Config")(**hf_config(config, found, "float32"))
+    with torch.device("meta"):
+        theirs = getattr(transformers, found.name)(theirs_config)
+    theirs = theirs.to_empty(device="cpu")
+    state = to_theirs(found, parameter_shapes(config), ours.state_dict())
+    if "embed_out.weight" in state and "lm_head.weight" in theirs.state_dict():
+        state["lm_head.weight"] = state.pop("embed_out.weight")
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert set(missing) <= ({"lm_head.weight", "embed_out.weight"} if config.tie_embeddings else set())
+    theirs.tie_weights()
+    for module in theirs.modules():  # to_empty has emptied the frequencies
+        if hasattr(module, "original_inv_freq"):
+            module.__init__(module.config)
+    return theirs.eval()
+
+
+def tokens_for(config: ModelConfig, length: int = 40) -> torch.Tensor:
+    return torch.randint(0, config.vocab_size, (3, length), generator=torch.Generator().manual_seed(1))
