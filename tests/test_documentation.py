@@ -371,10 +371,11 @@ def test_readme_has_at_most_150_lines():
     assert len(text_of(ROOT / "README.md").splitlines()) <= 150
 
 
-WORDS_OF_A_PAGE = {"data.md": 2_500, "in_and_out.md": 900}  # pages of later features have limits of their own
+# pages of later features, and decisions, have limits of their own
+WORDS_OF_A_PAGE = {"data.md": 2_500, "in_and_out.md": 900, "decisions.md": 4_000}
 
 
-def test_docs_have_at_most_15000_words():
+def test_docs_have_at_most_12500_words():
     """Without the results of `dist-lm gpu check`, which the command writes."""
     lengths = {page.name: len(text_of(page).split()) for page in DOCS.glob("*.md")}
     for name, most in WORDS_OF_A_PAGE.items():
@@ -383,8 +384,4 @@ def test_docs_have_at_most_15000_words():
     before, _, rest = text_of(DOCS / "gpu.md").partition(results.BEGIN)
     generated, _, _ = rest.partition(results.END)
     assert before
-    assert written - len(generated.split()) <= 15_000
-
-
-def test_decisions_have_at_most_4000_words():
-    assert len(text_of(DOCS / "decisions.md").split()) <= 4000
+    assert written - len(generated.split()) <= 12_500
