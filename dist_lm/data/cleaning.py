@@ -41,12 +41,12 @@ def reason_to_drop(document: Document, source: SourceConfig, cleaning: CleaningC
     text = document.text
     if n_bytes < cleaning.min_document_bytes:
         return "too_short"
-    if cleaning.encoding and not text.isascii() and text.count("\ufffd") > UNDECODABLE * len(text):
-        return "undecodable"
     if cleaning.licences and not _is_allowed(document.licence, cleaning.licences):
         return "licence"
     if document.form != "text":
         return ""
+    if cleaning.encoding and not text.isascii() and text.count("\ufffd") > UNDECODABLE * len(text):
+        return "undecodable"
     if cleaning.generated and _is_generated(document):
         return "generated"
     if cleaning.minified and _is_minified(text):

@@ -185,8 +185,8 @@ HELD_OUT = (
     *_table(
         "held-out",
         TEXT_STAGES,
-        ("val/infill_loss", "nats/target", "lower", "Loss a token on middles of held-out documents, both sides given."),
-        ("val/infill_loss_left", "nats/target", "lower", "The same middles, only what stands before them given."),
+        ("val/infill_loss", "nats/target", "lower", "Loss on held-out middles, both sides given."),
+        ("val/infill_loss_left", "nats/target", "lower", "The same, only what stands before given."),
         only="with stage.fim_rate",
     ),
     *_table(

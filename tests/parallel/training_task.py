@@ -78,7 +78,7 @@ def batch_of(model: ModelConfig, step: int) -> Batch:
 def rows(batch: Batch, part: slice) -> Batch:
     """Some sequences of a batch, whose logits are computed only where targets count."""
     values = {name: getattr(batch, name) for name in Batch.__dataclass_fields__}
-    own = {name: value[part] for name, value in values.items() if value is not None and name != "counted_N"}
+    own = {name: value[part] for name, value in values.items() if value is not None and "_B" in name}
     return Batch(**own, counted_N=own["loss_mask_BT"].flatten().nonzero().flatten())
 
 

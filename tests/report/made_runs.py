@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from dist_lm.config.corpus import SPLITS
 from dist_lm.config.root import save_config
-from dist_lm.data.manifest import FORMAT, Counts, Manifest, Shard, Split
+from dist_lm.data.manifest import Counts, Manifest, Recipe, Shard, Split, shard_name, write_manifest
 from dist_lm.launcher.compose import compose_config
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
@@ -77,6 +78,8 @@ def make_pipeline(directory: Any, run_id: str = "default", steps: int = 200) -> 
     return work
 
 
+ZEROS = "0" * 64  # a hash
+RECIPE = Recipe(ZEROS, 512, ZEROS, 256, 64_000_000)
 HELD = {
     "language": {"english": 400_000},
     "code": {"python": 900_000, "bash": 300_000, "sql": 120_000},
@@ -96,9 +99,11 @@ def make_corpora(work: WorkDirectory, held: Mapping[str, Mapping[str, int]] = HE
     )
     for name, languages in held.items():
         counts = {language: Counts(tokens // 400, tokens, tokens * 3) for language, tokens in languages.items()}
-        train = Split((Shard("train-000000.tar", 1, "0" * 64, sum(counts.values(), Counts())),), counts)
-        manifest = Manifest("0" * 64, "0" * 64, {"train": train, "val": train}, {})
-        durable.write_json(work_file(work.corpus_manifest(name)), {"format": FORMAT, **_plain(manifest)})
+        splits = {
+            split: Split((Shard(shard_name(split, 0), 1, *[ZEROS] * 3, "", sum(counts.values(), Counts())),), counts)
+            for split in SPLITS
+        }
+        write_manifest(work_file(work.corpus_manifest(name)).parent, Manifest(RECIPE, splits, {}))
 
 
 def work_file(path: Any) -> Any:
@@ -161,9 +166,3 @@ def samples_of(stage: str) -> list[Mapping[str, Any]]:
 
 def write_lines(path: Any, lines: Any) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def _plain(manifest: Manifest) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(manifest)
