@@ -182,12 +182,12 @@ def run_private(host: str) -> int:
     sweep()
     closed = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.buffer.read(), closed.set()), name="stdin", daemon=True).start()
-    with node_directory(PRIVATE_GRACE_S) as directory:
+    with node_directory(PRIVATE_GRACE_S) as directory, process.reserve_port() as reserved:
         token = directory / "token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
         os.environ[PATH] = str(token)
-        port = process.free_port()
+        port = reserved.getsockname()[1]
         arguments = head_arguments(host, port, [f"--num-cpus={process.cores()}"])
         with (directory / "ray_start.log").open("wb") as output:
             ray = RayProcesses(directory, arguments, output)
