@@ -19,8 +19,7 @@ import psutil
 
 from dist_lm.bench.case import Case, Comparison, GroupSize
 from dist_lm.bench.rank import MIB, Trial
-from dist_lm.config.cleaning import CleaningConfig
-from dist_lm.config.corpus import CorpusConfig, SourceConfig
+from dist_lm.config.corpus import CleaningConfig, CorpusConfig, SourceConfig
 from dist_lm.config.root import Config
 from dist_lm.data.in_turn import read_in_turn
 from dist_lm.data.ingest import Texts

@@ -5,8 +5,11 @@ and wrong types; creating the dataclasses refuses values out of bounds and combi
 composes once; ranks read the resolved file from the run directory.
 """
 
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -137,3 +140,22 @@ def read_config(path: Path, schema: type[Config]) -> Config:
         ) from error
     assert isinstance(config, Config)
     return config
+
+
+def imported_function(path: str, key: str) -> Callable[..., Any]:
+    """The function that `key` names.
+
+    Args:
+        path: 'package.module:name'.
+
+    Raises:
+        ConfigError: the path cannot be imported, or is not a function.
+    """
+    module, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:  # the module may raise anything when it is imported
+        raise ConfigError(f"{key}={path}: cannot be imported ({type(error).__name__}: {error})") from error
+    if not callable(function):
+        raise ConfigError(f"{key}={path}: expected a function, found {function!r}")
+    return function

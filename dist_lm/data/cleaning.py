@@ -11,8 +11,7 @@
 
 import re
 
-from dist_lm.config.cleaning import CleaningConfig
-from dist_lm.config.corpus import SourceConfig
+from dist_lm.config.corpus import CleaningConfig, SourceConfig
 from dist_lm.document import Document
 
 UNDECODABLE = 1 / 200  # share of U+FFFD

@@ -29,8 +29,10 @@ BORDER = b" \xff "  # behind each text of a batch: no UTF-8, so windows across a
 MARGIN = b" " * 24  # behind a batch: words are read 8 bytes at a time
 FILTER_BITS = (16, 27)  # smallest and largest bitmap
 SPARSE = 5  # the bitmap has 2**SPARSE places a window
-_ODD = tuple(np.uint64(odd) for odd in (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-_FIRST = np.array([2 ** (8 * n) - 1 for n in range(9)], np.uint64)  # masks of the first n bytes of 8
+_ODD = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)
+_FIRST = np.array(  # masks of the first n bytes of 8
+    [0, 0xFF, 0xFFFF, 0xFFFFFF, 2**32 - 1, 2**40 - 1, 2**48 - 1, 2**56 - 1, 2**64 - 1], np.uint64
+)
 
 
 class HeldOut:

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
-from dist_lm.data.corpus import corpus_sources, text_corpora
 from dist_lm.data.ingest import Sides, cleaned, largest_share
 from dist_lm.data.screening import IngestReport, Screened, SourceReader, screened
-from dist_lm.data.sources.reader import Candidate
+from dist_lm.data.sources.reader import Candidate, corpus_sources, text_corpora
 from dist_lm.document import Document
 
 

@@ -22,10 +22,9 @@ from typing import TextIO
 
 from dist_lm.config.corpus import BYTES_PER_TOKEN, CorpusConfig, SourceConfig
 from dist_lm.data.containment import HeldOut, refused_texts
-from dist_lm.data.corpus import corpus_sources, form_of, text_corpora
 from dist_lm.data.redaction import EMAIL, KEY, redacted
 from dist_lm.data.screening import IngestReport, Screened, SourceReader, screened
-from dist_lm.data.sources.reader import Candidate
+from dist_lm.data.sources.reader import Candidate, corpus_sources, form_of, text_corpora
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 

@@ -11,8 +11,7 @@ from typing import NamedTuple, TextIO
 
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.cleaning import reason_to_drop
-from dist_lm.data.corpus import corpus_sources
-from dist_lm.data.sources.reader import Candidate, Rejected, reader_of, source_form, source_traits
+from dist_lm.data.sources.reader import Candidate, Rejected, corpus_sources, reader_of, source_form, source_traits
 from dist_lm.data.sources.row_errors import RowErrors
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError

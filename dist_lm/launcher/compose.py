@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
+from dist_lm.config.corpus import TRAIN
 from dist_lm.config.root import Config
 from dist_lm.errors import ConfigError, require
 from dist_lm.launcher.conf_folders import GROUPS, KEY, choices, conf_directory, program_of, search_path
@@ -91,6 +92,8 @@ def compose_config(overrides: Sequence[str]) -> Config:
 
 def _follow_tokenizer(composed: Any, overrides: Sequence[Override]) -> None:
     """Set `model.vocab_size` to that of an existing tokenizer, unless the command gives it: then both must agree."""
+    if composed.tokenizer.source == TRAIN:
+        return
     from dist_lm.tokenizer.existing import existing_vocab_size
 
     tokenizer: Any = OmegaConf.to_object(composed.tokenizer)

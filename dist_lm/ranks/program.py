@@ -20,8 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from dist_lm.config.corpus import SPLITS
 from dist_lm.config.root import Config
-from dist_lm.data.content import record_content, require_content
-from dist_lm.data.manifest import read_manifest
+from dist_lm.data.manifest import read_manifest, record_content, require_content
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.errors import ArtefactError
 from dist_lm.model.size import flops_per_token, parameter_count

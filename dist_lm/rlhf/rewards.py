@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from dist_lm.config.dotted_path import imported_function
 from dist_lm.config.rlhf import RewardPartConfig
+from dist_lm.config.root import imported_function
 from dist_lm.errors import ConfigError, UserError
 from dist_lm.rlhf.rollouts import Rollouts
 from dist_lm.sandbox.syntax import parses, parses_continued, whole_lines

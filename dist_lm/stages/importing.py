@@ -32,8 +32,8 @@ from dist_lm.model.size import Shape, parameter_shapes
 from dist_lm.stages.export import FILE_BYTES, as_torch, in_files, made
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
-from dist_lm.tokenizer import byte_level, sentencepiece_model
-from dist_lm.tokenizer.tokenizer import Tokenizer, read_vocabulary
+from dist_lm.tokenizer import byte_level
+from dist_lm.tokenizer.tokenizer import Tokenizer, read_vocabulary, sentencepiece_with_marks
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import PLACES, MadeTensor, StoredTensor, tensors_in, write_tensors
 from dist_lm.training.state import TrainState
@@ -199,7 +199,7 @@ def _tokenizer(folder: Path, model: ModelConfig) -> tuple[bytes, str]:
     if unused and isinstance(vocabulary, byte_level.ByteLevelModel):
         content = byte_level.with_marks(content, unused, pieces)
     elif unused:
-        content = sentencepiece_model.with_marks(content, unused)
+        content = sentencepiece_with_marks(content, unused)
     return content, vocabulary.file_name
 
 

@@ -13,8 +13,8 @@ from omegaconf import MISSING
 
 from dist_lm.chat.documents import encode_ranking
 from dist_lm.config.root import Config
-from dist_lm.data.corpus import corpus_sources
 from dist_lm.data.ingest import Texts
+from dist_lm.data.sources.reader import corpus_sources
 from dist_lm.errors import require
 from dist_lm.stages.shards import (
     SAMPLED,

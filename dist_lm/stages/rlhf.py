@@ -14,7 +14,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.config.rlhf import SHARED, RlhfConfig, RolloutPoolConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import check_shares
-from dist_lm.data.corpus import corpora_of_form, form_of
+from dist_lm.data.sources.reader import corpora_of_form, form_of
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.stages.stage import KeyFigure
 from dist_lm.stages.training import FREE_KEYS, TrainingStage, before_and_after, last_samples

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dist_lm.chat.messages import ChatError, Conversation, Message
 from dist_lm.chat.template import prompt as rendered
-from dist_lm.config.dotted_path import imported_function
+from dist_lm.config.root import imported_function
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
 from dist_lm.errors import ArtefactError

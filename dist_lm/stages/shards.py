@@ -21,15 +21,23 @@ from dist_lm.chat.template import FORMAT
 from dist_lm.config.corpus import KEEP, SPLITS, CorpusConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
-from dist_lm.data.content import changed_inputs, inputs_hash, listed_inputs
-from dist_lm.data.corpus import corpus_sources, form_of, text_corpora
 from dist_lm.data.ingest import Texts, divided
 from dist_lm.data.journal import journal_path, require_only_ours
-from dist_lm.data.manifest import Counts, FormatError, ManifestError, Recipe, manifest_path, read_manifest
+from dist_lm.data.manifest import (
+    Counts,
+    FormatError,
+    ManifestError,
+    Recipe,
+    changed_inputs,
+    inputs_hash,
+    listed_inputs,
+    manifest_path,
+    read_manifest,
+)
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.screening import IngestReport
 from dist_lm.data.shard_writer import CorpusWriter, correct_licences
-from dist_lm.data.sources.reader import source_traits
+from dist_lm.data.sources.reader import corpus_sources, form_of, source_traits, text_corpora
 from dist_lm.data.sources.row_errors import REJECTED
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, UserError, require

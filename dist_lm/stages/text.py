@@ -10,7 +10,7 @@ from omegaconf import MISSING
 from dist_lm.config.corpus import SPLITS
 from dist_lm.config.root import Config
 from dist_lm.config.stage import SamplingConfig, StageConfig
-from dist_lm.data.corpus import form_of
+from dist_lm.data.sources.reader import form_of
 from dist_lm.errors import ConfigError, require
 from dist_lm.stages.training import Opening, StageData, TrainingStage, print_before_and_after
 from dist_lm.storage.run_directory import RunDirectory

@@ -19,8 +19,7 @@ from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.byte_level import ByteLevelModel
 from dist_lm.tokenizer.existing import given_tokenizer
-from dist_lm.tokenizer.sentencepiece_model import SentencePieceModel
-from dist_lm.tokenizer.tokenizer import FORMAT, Tokenizer, read_vocabulary
+from dist_lm.tokenizer.tokenizer import FORMAT, SentencePieceModel, Tokenizer, read_vocabulary
 from dist_lm.tokenizer.train import sample_by_language, tokenizer_report, train_tokenizer
 
 if TYPE_CHECKING:

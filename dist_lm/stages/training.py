@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dist_lm.config.root import Config
-from dist_lm.data.content import require_content, require_inputs
+from dist_lm.data.manifest import require_content, require_inputs
 from dist_lm.errors import ConfigError
 from dist_lm.stages.registry import load_config, stage_named
 from dist_lm.stages.stage import BITS_PER_BYTE, TRAIN_LOSS, VAL_LOSS, Action, Look, Place, Stage, run_of, shown_path

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dist_lm.bench.data import CORPUS, ENCODER, MEMORY, WALL, Work, cases, cpu_seconds, measured, off
-from dist_lm.config.cleaning import CleaningConfig
+from dist_lm.config.corpus import CleaningConfig
 from dist_lm.data.manifest import read_manifest
 
 SAMPLE_BYTES = 10_000_000  # by which the encoder alone is timed

@@ -13,7 +13,7 @@ from dist_lm.storage.run_directory import WorkDirectory
 from tests.conftest import TINY
 from tests.training_run import linked, write_untrained
 
-pytestmark = [pytest.mark.cluster, pytest.mark.bars]
+pytestmark = [pytest.mark.cluster, pytest.mark.heavy]
 
 ROOT = Path(dist_lm.__file__).parent
 DEADLINE_S = 280

@@ -4,8 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 
-from dist_lm.config.cleaning import CleaningConfig
-from dist_lm.config.corpus import CorpusConfig, SourceConfig
+from dist_lm.config.corpus import CleaningConfig, CorpusConfig, SourceConfig
 from dist_lm.data.cleaning import reason_to_drop
 from dist_lm.data.ingest import read_corpus
 from dist_lm.data.screening import IngestReport, source_name

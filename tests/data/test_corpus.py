@@ -6,11 +6,10 @@ import sys
 import pytest
 
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
-from dist_lm.config.dotted_path import imported_function
-from dist_lm.data.corpus import form_of
+from dist_lm.config.root import imported_function
 from dist_lm.data.ingest import read_corpus
 from dist_lm.data.screening import IngestReport
-from dist_lm.data.sources.reader import READERS, traits_of
+from dist_lm.data.sources.reader import READERS, form_of, traits_of
 from dist_lm.errors import ArtefactError, ConfigError
 
 
@@ -68,7 +67,7 @@ def test_what_cannot_be_read_is_named_with_the_way_out(config, name, error, matc
 
 
 def test_importing_the_corpus_imports_no_reader():
-    code = "import sys, dist_lm.data.corpus as c; print(*sys.modules)"
+    code = "import sys, dist_lm.data.sources.reader as c; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     imported = set(done.stdout.split())
     readers = {path.partition(":")[0] for _, path in READERS.values()}

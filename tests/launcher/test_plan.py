@@ -9,8 +9,7 @@ import pytest
 
 from dist_lm.config.corpus import SPLITS
 from dist_lm.config.root import save_config
-from dist_lm.data.content import record_content
-from dist_lm.data.manifest import read_manifest
+from dist_lm.data.manifest import read_manifest, record_content
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.shard_writer import CorpusWriter
 from dist_lm.document import TokenizedDocument

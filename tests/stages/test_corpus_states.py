@@ -11,10 +11,9 @@ import pytest
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.config.root import Config, save_config
-from dist_lm.data.content import record_content
 from dist_lm.data.inspect import inspect_corpus
 from dist_lm.data.journal import journal_path
-from dist_lm.data.manifest import manifest_path, read_manifest
+from dist_lm.data.manifest import manifest_path, read_manifest, record_content
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.errors import ArtefactError
 from dist_lm.launcher.compose import compose_config

@@ -23,10 +23,10 @@ of a source that it takes: any other key is refused, so no key is ignored.
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, get_args
 
-from dist_lm.config.corpus import SourceConfig
-from dist_lm.config.dotted_path import imported_function
+from dist_lm.config.corpus import CorpusConfig, SourceConfig
+from dist_lm.config.root import imported_function
 from dist_lm.document import Document, Form
 from dist_lm.errors import ConfigError
 
@@ -168,3 +168,39 @@ def _named_reader(source: SourceConfig) -> tuple[Form, str]:
 def _imported(source: SourceConfig) -> Reader:
     path = source.reader if ":" in source.reader else _named_reader(source)[1]
     return imported_function(path, "corpus source: reader")
+
+
+def corpus_sources(config: CorpusConfig, corpus_name: str) -> list[SourceConfig]:
+    """The sources of one corpus.
+
+    Raises:
+        ConfigError: there is no such corpus or reader, or the readers give documents of several forms.
+    """
+    sources = config.corpora.get(corpus_name)
+    if not sources:
+        there = ", ".join(sorted(config.corpora)) or "none"
+        problem = "has no sources" if corpus_name in config.corpora else "does not exist"
+        raise ConfigError(f"corpus {corpus_name} {problem} in corpus={config.name}: the corpora there are {there}")
+    found = {source_form(source) for source in sources}
+    forms = [form for form in get_args(Form) if form in found]
+    if len(forms) > 1:
+        raise ConfigError(
+            f"corpus {corpus_name}: readers {', '.join(source.reader for source in sources)} give "
+            f"{' and '.join(f'{form}s' for form in forms)}: put each kind into a corpus of its own"
+        )
+    return list(sources)
+
+
+def form_of(config: CorpusConfig, corpus_name: str) -> Form:
+    """What the documents of a corpus are."""
+    return source_form(corpus_sources(config, corpus_name)[0])
+
+
+def corpora_of_form(config: CorpusConfig, form: Form) -> list[str]:
+    """The names of the corpora whose documents are of this form."""
+    return [name for name in config.corpora if form_of(config, name) == form]
+
+
+def text_corpora(config: CorpusConfig) -> list[str]:
+    """The names of the corpora of texts: the tokenizer is trained on them."""
+    return corpora_of_form(config, "text")
