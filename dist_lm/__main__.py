@@ -198,11 +198,12 @@ def export(
             help="Tokenizer: a file, or a folder such as work/tokenizer. Default: that of the run's work directory."
         ),
     ] = None,
+    gguf: Annotated[str | None, typer.Option(help="F16 or Q8_0: a file for llama.cpp as well.")] = None,
 ) -> None:
-    """Write a model as a folder for transformers and vLLM, with tokenizer and model card (docs/in_and_out.md)."""
+    """Write a model as a folder for transformers, vLLM or llama.cpp, with tokenizer and card (docs/in_and_out.md)."""
     from dist_lm.stages.export import export
 
-    print(f"{folder}: {export(path, folder, dtype, tokenizer)}")
+    print(f"{folder}: {export(path, folder, dtype, tokenizer, gguf)}")
 
 
 @app.command("import")

@@ -4,6 +4,7 @@
       config.json generation_config.json
       model.safetensors, or model-00001-of-00002.safetensors ... with model.safetensors.index.json
       tokenizer.json (or tokenizer.model) tokenizer_config.json special_tokens_map.json chat_template.jinja
+      model-F16.gguf or model-Q8_0.gguf, with `--gguf`
       README.md    the model card
       export.json  written last: the checkpoint, and the files of the export
 
@@ -26,6 +27,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.generation.load import model_config_of, run_of, tokenizer_of
 from dist_lm.interop.architectures import Architecture, architecture_of, hf_config
+from dist_lm.interop.gguf_file import require_gguf, write_gguf
 from dist_lm.interop.hf_tokenizer import save_hf_tokenizer
 from dist_lm.interop.weights import Converted, converted
 from dist_lm.model.size import Shape, parameter_shapes
@@ -44,7 +46,9 @@ RECORD = "export.json"
 Read = Callable[[str], torch.Tensor]  # a parameter of ours by its name
 
 
-def export(path: Path, folder: Path, dtype: str = "bf16", tokenizer: Path | None = None) -> Path:
+def export(
+    path: Path, folder: Path, dtype: str = "bf16", tokenizer: Path | None = None, gguf: str | None = None
+) -> Path:
     """Write the checkpoint that `path` names to `folder`; returns the checkpoint.
 
     The folder appears when it is complete; an earlier export there is replaced.
@@ -52,6 +56,7 @@ def export(path: Path, folder: Path, dtype: str = "bf16", tokenizer: Path | None
     Args:
         dtype: bf16 | fp32.
         tokenizer: file or folder; by default that of the run.
+        gguf: F16 | Q8_0: a file for llama.cpp as well.
 
     Raises:
         ConfigError: no architecture of transformers holds the model, or `dtype` is unknown.
@@ -65,13 +70,21 @@ def export(path: Path, folder: Path, dtype: str = "bf16", tokenizer: Path | None
     found = architecture_of(model)
     if isinstance(found, str):
         raise ConfigError(f"checkpoint {checkpoint}: no architecture of transformers holds it: {found}")
+    if gguf is not None:
+        require_gguf(gguf, model, found)
     pieces = tokenizer_of(checkpoint, tokenizer, run)
     files.check_tokenizer(checkpoint, files.read_state(checkpoint)[0], pieces.sha256)
     stored = stored_tensors(checkpoint)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.mkdir(parents=True)
-        write_model(temporary, model, lambda name: as_torch(stored[files.MODEL + name]), dtype, token_ids(pieces))
+
+        def read(name: str) -> torch.Tensor:
+            return as_torch(stored[files.MODEL + name])
+
+        write_model(temporary, model, read, dtype, token_ids(pieces))
+        if gguf is not None:
+            write_gguf(temporary / f"model-{gguf}.gguf", gguf, model, found, read, pieces, _template(run))
         save_hf_tokenizer(Path(pieces.name), temporary, _template(run))
         if pieces.is_trained:  # for import, and for converters that read SentencePiece
             shutil.copyfile(pieces.name, temporary / "tokenizer.model")

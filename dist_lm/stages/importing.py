@@ -14,10 +14,12 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -48,7 +50,8 @@ def import_model(source: str, name: str, work: WorkDirectory) -> RunDirectory:
     """Write the run `import/NAME` in the work directory.
 
     Args:
-        source: a folder with config.json, weights and tokenizer, or the id of a model on the Hugging Face hub.
+        source: a folder with config.json, weights and tokenizer, a GGUF file, or the id of a model on the Hugging Face
+            hub.
 
     Raises:
         ConfigError: `name` is no name of a run.
@@ -60,7 +63,11 @@ def import_model(source: str, name: str, work: WorkDirectory) -> RunDirectory:
     run = work.run(STAGE, name)
     if run.path.exists():
         raise ArtefactError(f"{run.path} exists: give another name, or remove it first")
-    folder = _folder(source)
+    with _snapshot(source) as folder:
+        return _import(folder, source, name, run)
+
+
+def _import(folder: Path, source: str, name: str, run: RunDirectory) -> RunDirectory:
     model, found = model_of(_json(folder / CONFIG), name, str(folder / CONFIG))
     theirs = _weights(folder)
     entries = converted(found, parameter_shapes(model))
@@ -101,6 +108,20 @@ def write_checkpoint(
     digests[files.STATE] = durable.sha256_of(directory / files.STATE)
     files.write_manifest(directory, digests)
     files.write_pointer(checkpoints, files.LATEST, directory)
+
+
+@contextmanager
+def _snapshot(source: str) -> Iterator[Path]:
+    """The folder that `source` names; for a GGUF file a temporary one."""
+    path = Path(source).expanduser()
+    if path.suffix != ".gguf":
+        yield _folder(source)
+        return
+    from dist_lm.interop.gguf_reading import write_snapshot
+
+    with TemporaryDirectory(prefix="dist_lm_gguf_") as folder:
+        write_snapshot(path, Path(folder))
+        yield Path(folder)
 
 
 def _folder(source: str) -> Path:

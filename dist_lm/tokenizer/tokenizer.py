@@ -87,21 +87,21 @@ class SentencePieceModel:
 
 def sentencepiece_with_marks(content: bytes, marks: Sequence[str]) -> bytes:
     """The model with `marks` appended as control symbols: ids behind those that are there."""
-    model = _parsed(content)
+    model = sentencepiece_proto(content)
     for mark in marks:
         model.pieces.add(piece=mark, score=0.0, type=CONTROL)
     return model.SerializeToString(deterministic=True)
 
 
 def _with_control_marks(content: bytes) -> bytes:
-    model = _parsed(content)
+    model = sentencepiece_proto(content)
     for piece in model.pieces:
         if piece.piece in NEVER_TEXT and piece.type == USER_DEFINED:
             piece.type = CONTROL
     return model.SerializeToString(deterministic=True)
 
 
-def _parsed(content: bytes) -> Any:
+def sentencepiece_proto(content: bytes) -> Any:
     """The model as protobuf message."""
     from sentencepiece import sentencepiece_model_pb2
 

@@ -1,0 +1,172 @@
+"""A model as one GGUF file for llama.cpp: shape, tokenizer, chat template, weights. Needs the extra `gguf`.
+
+Spec: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Names of tensors are those of the package `gguf`.
+
+    weights         F16               Q8_0
+    matrices        fp16              8 bits, one fp16 scale for 32 numbers (fp16 where rows are no multiple of 32)
+    norms, biases   fp32              fp32
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dist_lm.config.model import ModelConfig
+from dist_lm.errors import ConfigError, UserError, require
+from dist_lm.interop.architectures import Architecture
+from dist_lm.interop.gguf_tokenizer import UNUSED, gguf_vocabulary
+from dist_lm.interop.weights import FUSED, Converted, converted
+from dist_lm.model.size import parameter_shapes
+from dist_lm.tokenizer.symbols import END
+from dist_lm.tokenizer.tokenizer import Tokenizer
+
+TYPES = ("F16", "Q8_0")
+BLOCK = 32  # numbers with one scale in Q8_0
+NAMES = {"Llama": "llama", "Qwen3": "qwen3", "Starcoder2": "starcoder2", "GPTNeoX": "gptneox"}  # of llama.cpp
+Read = Callable[[str], torch.Tensor]  # a parameter of ours by its name
+
+
+def require_gguf(kind: str, model: ModelConfig, found: Architecture) -> None:
+    """Refuse what `write_gguf` cannot write.
+
+    Raises:
+        ConfigError: llama.cpp cannot hold the model, or `kind` is unknown; names the option.
+        UserError: the package gguf is not installed.
+    """
+    require(kind in TYPES, "--gguf", kind, " or ".join(TYPES))
+    if model.head != "tokens":
+        raise ConfigError(f"--gguf {kind}: model.head={model.head}: llama.cpp holds models with model.head=tokens")
+    if found.family not in NAMES:
+        raise ConfigError(f"--gguf {kind}: llama.cpp has another activation in {found.family} (model.ffn={model.ffn})")
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError("--gguf needs the package gguf: pip install 'dist_lm[gguf]'") from error
+
+
+def write_gguf(
+    path: Path, kind: str, model: ModelConfig, found: Architecture, read: Read, tokenizer: Tokenizer, template: str
+) -> None:
+    """Write the file; one tensor is in memory at a time.
+
+    Args:
+        kind: F16 | Q8_0.
+        read: gives whole, unpadded parameters.
+        template: the chat template.
+
+    Raises:
+        ArtefactError: llama.cpp has no tokenizer with these ids.
+    """
+    import gguf
+
+    writer = gguf.GGUFWriter(path, NAMES[found.family])
+    _add_shape(writer, kind, model, found)
+    _add_tokenizer(writer, tokenizer, model.vocab_size)
+    writer.add_chat_template(template)
+    tensors = converted(found, parameter_shapes(model))
+    if found.family == "GPTNeoX" and model.tie_embeddings:  # llama.cpp does not share the embedding there
+        embedding = next(one for one in tensors if one.ours == ("embedding.weight",))
+        tensors.append(replace(embedding, name="embed_out.weight"))
+    names = names_of_tensors(found, model.n_layers, tensors)
+    for name, one in names.items():
+        stored = _stored_as(one, kind)
+        block, size = gguf.GGML_QUANT_SIZES[stored]
+        writer.add_tensor_info(name, one.shape, np.dtype(np.float32), math.prod(one.shape) // block * size, stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for one in names.values():
+        tensor = one.to_theirs([read(name).detach().to("cpu", torch.float32) for name in one.ours])
+        rows = rows_of_llama_cpp(one, tensor, model, found).contiguous().numpy()
+        writer.write_tensor_data(gguf.quants.quantize(rows, _stored_as(one, kind)))
+        del tensor, rows
+    writer.close()
+
+
+def names_of_tensors(found: Architecture, n_layers: int, tensors: Sequence[Converted]) -> dict[str, Converted]:
+    """Tensors by the names of llama.cpp."""
+    import gguf
+
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(numbers[NAMES[found.family]], n_layers)
+    return {str(names.get_name(one.name, (".weight", ".bias"))): one for one in tensors}
+
+
+def rows_of_llama_cpp(one: Converted, tensor: torch.Tensor, model: ModelConfig, found: Architecture) -> torch.Tensor:
+    """A tensor of transformers with its rows in the order of llama.cpp."""
+    if len(one.ours) > 1:  # (H, 3, K, ...): all queries, all keys, all values
+        parts = tensor.view(model.n_heads, len(FUSED), model.d_head, *tensor.shape[1:])
+        return parts.transpose(0, 1).reshape(one.shape)
+    if _is_turned(one, found):  # (heads, 2, K/2, ...)
+        return tensor.view(-1, 2, model.d_head // 2, *tensor.shape[1:]).transpose(1, 2).reshape(one.shape)
+    return tensor
+
+
+def rows_of_transformers(one: Converted, tensor: torch.Tensor, model: ModelConfig, found: Architecture) -> torch.Tensor:
+    """The inverse of `rows_of_llama_cpp` for a tensor that holds one of ours."""
+    if _is_turned(one, found):
+        return tensor.view(-1, model.d_head // 2, 2, *tensor.shape[1:]).transpose(1, 2).reshape(one.shape)
+    return tensor.reshape(one.shape)
+
+
+def _is_turned(one: Converted, found: Architecture) -> bool:
+    """Whether RoPE turns neighbours (2 i, 2 i + 1) in llama.cpp; everywhere else it turns (i, i + K/2)."""
+    name = one.ours[0].removesuffix("_bias")
+    return found.family == "Llama" and name.endswith(("attention.query", "attention.key"))
+
+
+def _stored_as(one: Converted, kind: str) -> Any:
+    from gguf import GGMLQuantizationType
+
+    if len(one.shape) == 1:
+        return GGMLQuantizationType.F32
+    return GGMLQuantizationType["F16" if one.shape[-1] % BLOCK else kind]
+
+
+def _add_shape(writer: Any, kind: str, model: ModelConfig, found: Architecture) -> None:
+    from gguf import GGML_QUANT_VERSION, LlamaFileType
+
+    writer.add_type("model")
+    writer.add_name(model.name)
+    writer.add_file_type(LlamaFileType[f"MOSTLY_{kind}"])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    writer.add_context_length(model.max_seq_len)
+    writer.add_embedding_length(model.d_model)
+    writer.add_block_count(model.n_layers)
+    writer.add_feed_forward_length(model.d_ff)
+    writer.add_head_count(model.n_heads)
+    writer.add_head_count_kv(model.kv_heads)
+    writer.add_key_length(model.d_head)
+    writer.add_value_length(model.d_head)
+    writer.add_rope_dimension_count(model.d_head)
+    writer.add_rope_freq_base(model.rope_base)
+    (writer.add_layer_norm_rms_eps if model.norm == "rmsnorm" else writer.add_layer_norm_eps)(model.norm_eps)
+    if found.family == "GPTNeoX":
+        writer.add_parallel_residual(found.fields["use_parallel_residual"])
+
+
+def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
+    found = gguf_vocabulary(tokenizer, Path(tokenizer.name).read_bytes())
+    missing = range(len(found.tokens), vocab_size)  # rows of the embedding that are no token
+    writer.add_vocab_size(vocab_size)
+    writer.add_tokenizer_model(found.model)
+    writer.add_tokenizer_pre(found.pre)
+    writer.add_token_list([*found.tokens, *(f"[PAD{number}]" for number in missing)])
+    writer.add_token_types([*found.types, *(UNUSED for _ in missing)])
+    if found.scores is not None:
+        writer.add_token_scores([*found.scores, *(-1e4 for _ in missing)])
+    if found.merges is not None:
+        writer.add_token_merges(found.merges)
+    ids: Mapping[str, int] = tokenizer.special_ids
+    writer.add_bos_token_id(tokenizer.eot_id)
+    writer.add_eos_token_id(tokenizer.eot_id)
+    writer.add_pad_token_id(tokenizer.pad_id)
+    if END in ids:
+        writer.add_eot_token_id(ids[END])  # ends a turn
+    writer.add_add_bos_token(found.add_bos)
+    writer.add_add_space_prefix(found.add_space_prefix)

@@ -1,0 +1,114 @@
+"""A GGUF file as a folder that transformers would save: the inverse of `gguf_file`. Needs the extra `gguf`.
+
+Quantised weights become fp32: the numbers that llama.cpp computes with, not those of the model before quantisation.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dist_lm.errors import ArtefactError, UserError
+from dist_lm.interop.architectures import FAMILIES, model_of
+from dist_lm.interop.gguf_file import NAMES, names_of_tensors, rows_of_transformers
+from dist_lm.interop.gguf_tokenizer import tokenizer_file
+from dist_lm.interop.weights import converted
+from dist_lm.model.size import parameter_shapes
+from dist_lm.storage import durable
+from dist_lm.training.checkpoint_tensors import MadeTensor, write_tensors
+
+READ = ("Llama", "Qwen3")  # families with the same activation in llama.cpp and transformers
+SIZES = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+}  # keys of GGUF, and what config.json calls them
+OTHERS = ("vocab_size", "attention.value_length", "rope.dimension_count")  # keys that follow from the others
+
+
+def write_snapshot(path: Path, folder: Path) -> None:
+    """Write the model in the GGUF file `path` as config.json, model.safetensors (fp32), tokenizer and chat template.
+
+    One tensor is in memory at a time.
+
+    Raises:
+        ArtefactError: the file is damaged, or holds an option, a tensor or a tokenizer that ours lacks; names it.
+        UserError: the package gguf is not installed.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError(f"{path} needs the package gguf: pip install 'dist_lm[gguf]'") from error
+    try:
+        reader = gguf.GGUFReader(path)
+        values = {key: field.contents() for key, field in reader.fields.items()}
+    except (ValueError, IndexError, OSError, OverflowError, UnicodeDecodeError) as error:
+        raise ArtefactError(f"{path}: not a whole GGUF file ({error})") from error
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    config = _config(values, {name: tuple(map(int, tensor.shape[::-1])) for name, tensor in stored.items()}, str(path))
+    model, found = model_of(config, "imported", str(path))
+    entries = converted(found, parameter_shapes(model))
+    names = names_of_tensors(found, model.n_layers, entries)
+    for name in [*(set(stored) - set(names)), *(set(names) - set(stored))]:
+        reason = "the model has no place for this tensor" if name in stored else "this tensor is missing"
+        raise ArtefactError(f"{path}: {name}: {reason}")
+
+    def read(name: str) -> Any:
+        weights = gguf.quants.dequantize(stored[name].data, stored[name].tensor_type)
+        tensor = rows_of_transformers(names[name], torch.tensor(weights), model, found)
+        return tensor.contiguous().view(-1).view(torch.uint8).numpy()
+
+    tensors = {
+        one.name: MadeTensor("F32", one.shape, 4 * math.prod(one.shape), partial(read, name))
+        for name, one in names.items()
+    }
+    content, file_name = tokenizer_file(values, str(path))
+    durable.write_json(folder / "config.json", config)
+    durable.write_bytes(folder / file_name, content)
+    if template := values.get("tokenizer.chat_template"):
+        durable.write_text(folder / "chat_template.jinja", template)
+    write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+
+
+def _config(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place: str) -> dict[str, Any]:
+    """The file's shape as config.json."""
+    architecture = values.get("general.architecture")
+    families = {NAMES[family]: family for family in READ}
+    if architecture not in families:
+        raise ArtefactError(f"{place}: general.architecture={architecture}: expected one of {', '.join(families)}")
+    own = {key.removeprefix(f"{architecture}."): value for key, value in values.items() if key.startswith(architecture)}
+    for key in own:
+        if key not in SIZES and key not in OTHERS:
+            raise ArtefactError(f"{place}: {architecture}.{key}={own[key]}: the model has no such option")
+    family = FAMILIES[families[architecture]]
+    config = {
+        "architectures": [f"{families[architecture]}ForCausalLM"],
+        "model_type": family.model_type,
+        **family.fixed,
+        "vocab_size": shapes.get("token_embd.weight", (0,))[0],
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "rope_theta": 10000.0,
+        **{theirs: _shortest(own[key]) for key, theirs in SIZES.items() if key in own},
+    }
+    if family.biases:
+        config |= {"attention_bias": "blk.0.attn_q.bias" in shapes, "mlp_bias": "blk.0.ffn_up.bias" in shapes}
+    width = config.get("head_dim", config.get("hidden_size", 0) // max(1, config.get("num_attention_heads", 1)))
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if own.get(key, width) != width:
+            raise ArtefactError(f"{place}: {architecture}.{key}={own[key]}: expected {width}, the width of a head")
+    return config
+
+
+def _shortest(value: Any) -> Any:
+    """An fp32 number as people write it: 1e-5, not 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
