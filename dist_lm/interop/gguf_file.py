@@ -20,8 +20,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ConfigError, UserError, require
 from dist_lm.interop.architectures import Architecture
 from dist_lm.interop.gguf_tokenizer import UNUSED, gguf_vocabulary
-from dist_lm.interop.weights import FUSED, Converted, converted
-from dist_lm.model.size import parameter_shapes
+from dist_lm.interop.weights import FUSED, Converted
 from dist_lm.tokenizer.symbols import END
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
@@ -50,12 +49,20 @@ def require_gguf(kind: str, model: ModelConfig, found: Architecture) -> None:
 
 
 def write_gguf(
-    path: Path, kind: str, model: ModelConfig, found: Architecture, read: Read, tokenizer: Tokenizer, template: str
+    path: Path,
+    kind: str,
+    model: ModelConfig,
+    found: Architecture,
+    tensors: Sequence[Converted],
+    read: Read,
+    tokenizer: Tokenizer,
+    template: str,
 ) -> None:
     """Write the file; one tensor is in memory at a time.
 
     Args:
         kind: F16 | Q8_0.
+        tensors: of transformers, which hold the model.
         read: gives whole, unpadded parameters.
         template: the chat template.
 
@@ -68,10 +75,9 @@ def write_gguf(
     _add_shape(writer, kind, model, found)
     _add_tokenizer(writer, tokenizer, model.vocab_size)
     writer.add_chat_template(template)
-    tensors = converted(found, parameter_shapes(model))
     if found.family == "GPTNeoX" and model.tie_embeddings:  # llama.cpp does not share the embedding there
         embedding = next(one for one in tensors if one.ours == ("embedding.weight",))
-        tensors.append(replace(embedding, name="embed_out.weight"))
+        tensors = [*tensors, replace(embedding, name="embed_out.weight")]
     names = names_of_tensors(found, model.n_layers, tensors)
     for name, one in names.items():
         stored = _stored_as(one, kind)

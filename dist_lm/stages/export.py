@@ -84,7 +84,8 @@ def export(
 
         write_model(temporary, model, read, dtype, token_ids(pieces))
         if gguf is not None:
-            write_gguf(temporary / f"model-{gguf}.gguf", gguf, model, found, read, pieces, _template(run))
+            entries, file = converted(found, parameter_shapes(model)), temporary / f"model-{gguf}.gguf"
+            write_gguf(file, gguf, model, found, entries, read, pieces, _template(run))
         save_hf_tokenizer(Path(pieces.name), temporary, _template(run))
         if pieces.is_trained:  # for import, and for converters that read SentencePiece
             shutil.copyfile(pieces.name, temporary / "tokenizer.model")

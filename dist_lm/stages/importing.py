@@ -117,7 +117,7 @@ def _snapshot(source: str) -> Iterator[Path]:
     if path.suffix != ".gguf":
         yield _folder(source)
         return
-    from dist_lm.interop.gguf_reading import write_snapshot
+    from dist_lm.stages.importing_gguf import write_snapshot
 
     with TemporaryDirectory(prefix="dist_lm_gguf_") as folder:
         write_snapshot(path, Path(folder))

@@ -16,11 +16,11 @@ from dist_lm.config.corpus import TokenizerConfig
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.interop.architectures import model_of
 from dist_lm.interop.gguf_file import require_gguf, write_gguf
-from dist_lm.interop.gguf_reading import write_snapshot
 from dist_lm.interop.gguf_tokenizer import gguf_vocabulary
-from dist_lm.interop.weights import to_theirs
+from dist_lm.interop.weights import converted, to_theirs
 from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
+from dist_lm.stages.importing_gguf import write_snapshot
 from dist_lm.tokenizer.symbols import SPECIAL_TOKENS
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tokenizer.train import train_tokenizer
@@ -42,7 +42,8 @@ KINDS_OF_TOKENIZERS = ("trained", "byte level")
 def write(path: Path, kind: str, model: Transformer, tokenizer: Tokenizer) -> Path:
     found = architecture(model.config)
     require_gguf(kind, model.config, found)
-    write_gguf(path, kind, model.config, found, model.state_dict().__getitem__, tokenizer, chat_template())
+    tensors = converted(found, parameter_shapes(model.config))
+    write_gguf(path, kind, model.config, found, tensors, model.state_dict().__getitem__, tokenizer, chat_template())
     return path
 
 
