@@ -1,28 +1,37 @@
-"""Fill in the middle: documents rearranged so that a model learns to write what stands between two texts.
+"""Fill in the middle: pieces of documents rearranged so that a model learns to write what stands between two texts.
 
 At the level of tokens, after Bavarian et al. 2022, 'Efficient Training of Language Models to Fill in the Middle'
 (arXiv 2207.14255), sections 3 and 4:
 
-    document   <|endoftext|> before middle after
-    PSM        <|endoftext|> <|fim_prefix|> before <|fim_suffix|> after <|fim_middle|> middle
-    SPM        <|endoftext|> <|fim_prefix|> <|fim_suffix|> after <|fim_middle|> before middle
+    piece   before middle after
+    PSM     <|fim_prefix|> before <|fim_suffix|> after <|fim_middle|> middle
+    SPM     <|fim_prefix|> <|fim_suffix|> after <|fim_middle|> before middle
 
-The shards hold plain documents. Which ones an epoch rearranges, and where it cuts them, are pure functions of (seed,
-epoch, document number).
+The end-of-text that opens a document stays first. What follows a rearranged piece is end-of-text: it ends the middle.
+
+This is their 'context-level' form. The text is cut into sequences first. A piece is the part of one document in one
+sequence, so what is rearranged always lies in one attention window, however long the document is. A sequence takes
+fewer tokens of text, so that the marks fit in as well, and no token is lost.
+
+The shards hold plain documents. Which pieces of an epoch are rearranged, and where they are cut, are pure functions of
+(seed, epoch) and the order of the epoch.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import numpy as np
 
+from dist_lm.data.batch import Row
 from dist_lm.data.keys import Shuffle, key, splitmix64
 from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.order import DocumentSlice, EpochOrder, sequences_an_epoch
 from dist_lm.tokenizer.symbols import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 ADDED = 3  # tokens
-LEAST = 4  # tokens of an eligible document: end-of-text and three others
+LEAST = 16  # tokens of an eligible piece
 PLAIN, PSM, SPM = 0, 1, 2
 
 
@@ -43,7 +52,7 @@ class InfillMarks(NamedTuple):
         return cls(*(tokenizer.mark_id(mark) for mark in (FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE)))
 
     def prompt(self, before: list[int], after: list[int]) -> list[int]:
-        """What a model continues with the middle; `before` begins with end-of-text."""
+        """What a model continues with the middle: PSM, as other programs ask. `before` begins with end-of-text."""
         return [before[0], self.prefix, *before[1:], self.suffix, *after, self.middle]
 
 
@@ -51,80 +60,151 @@ class InfillMarks(NamedTuple):
 class Infill:
     """How a corpus is rearranged."""
 
-    rate: float  # share of the eligible documents of every epoch, half of them PSM, half SPM
+    rate: float  # share of the eligible pieces of every epoch, half of them PSM, half SPM
     marks: InfillMarks
 
 
-def rearranged(tokens: np.ndarray, begin: int, end: int, marks: InfillMarks, form: int = PSM) -> np.ndarray:
-    """A document whose tokens [begin, end) are the middle: (n + 3,). `tokens`: (n,), the first is end-of-text."""
-    assert 1 <= begin <= end <= len(tokens), (begin, end, len(tokens))
-    before, middle, after = tokens[1:begin], tokens[begin:end], tokens[end:]
+def rearranged(
+    tokens: np.ndarray, begin: int, end: int, marks: InfillMarks, form: int = PSM, opens: bool = True
+) -> np.ndarray:
+    """A piece whose tokens [begin, end) are the middle: (n + 3,).
+
+    Args:
+        tokens: (n,)
+        opens: whether the piece opens its document: the first token is end-of-text and stays first.
+    """
+    head = int(opens)
+    assert head <= begin <= end <= len(tokens), (begin, end, len(tokens))
+    before, middle, after = tokens[head:begin], tokens[begin:end], tokens[end:]
     prefix, suffix, mid = (np.array([mark], tokens.dtype) for mark in marks)
     if form == SPM:
-        parts = (tokens[:1], prefix, suffix, after, mid, before, middle)
+        parts = (tokens[:head], prefix, suffix, after, mid, before, middle)
     else:
-        parts = (tokens[:1], prefix, before, suffix, after, mid, middle)
+        parts = (tokens[:head], prefix, before, suffix, after, mid, middle)
     return np.concatenate(parts)
 
 
 def restored(tokens: np.ndarray, marks: InfillMarks) -> np.ndarray:
-    """The inverse of `rearranged` in both forms; any other document as it is."""
-    if len(tokens) < 1 + ADDED or tokens[1] != marks.prefix:
+    """The inverse of `rearranged` in both forms; any other piece as it is."""
+    if marks.prefix not in tokens[:2]:
         return tokens
-    (suffix,), (mid,) = np.flatnonzero(tokens == marks.suffix), np.flatnonzero(tokens == marks.middle)
+    prefix, suffix, mid = (int(np.flatnonzero(tokens == mark)[0]) for mark in marks)
     # in SPM nothing stands before the suffix, and `before` stands with the middle
-    return np.concatenate([tokens[:1], tokens[2:suffix], tokens[mid + 1 :], tokens[suffix + 1 : mid]])
+    return np.concatenate([tokens[:prefix], tokens[prefix + 1 : suffix], tokens[mid + 1 :], tokens[suffix + 1 : mid]])
 
 
-def middle_of(length: int, word: int) -> tuple[int, int]:
-    """Where the middle of a document of `length` tokens begins and ends: two different cuts, every pair equally likely.
+def middle_of(length: int, word: int, opens: bool = True) -> tuple[int, int]:
+    """Where the middle of a piece of `length` tokens begins and ends: two different cuts, every pair equally likely.
 
-    The middle is never empty; what stands before it or after it may be.
+    The middle is never empty; what stands before it or after it may be. `opens`: see `rearranged`.
     """
+    head = int(opens)
+    cuts = length - head + 1  # 0 .. cuts - 1, from before the first token to behind the last
     first, second = splitmix64(word, 2).tolist()
-    one = first % length  # cuts 0 .. length - 1 stand before token 1 .. length
-    other = second % (length - 1)
+    one, other = first % cuts, second % (cuts - 1)
     other += other >= one
-    return 1 + min(one, other), 1 + max(one, other)
-
-
-def eligible(lengths: np.ndarray, seq_len: int) -> np.ndarray:
-    """Numbers of the documents that may be rearranged: those with three tokens or more that then fit a sequence."""
-    return np.flatnonzero((lengths >= LEAST) & (lengths + ADDED <= seq_len))
+    return head + min(one, other), head + max(one, other)
 
 
 def chosen_count(rate: float, n_eligible: int) -> int:
-    """Documents of an epoch that are rearranged: the whole number next to `rate` x eligible documents."""
+    """Pieces of an epoch that are rearranged: the whole number next to `rate` x eligible pieces."""
     return int(rate * n_eligible + 0.5)
 
 
-class InfillEpoch:
-    """The documents of one epoch, some of them rearranged. Reads like a corpus without a loss mask."""
+def most_pieces(lengths: np.ndarray, rate: float, seq_len: int) -> int:
+    """Eligible pieces of a sequence, at most: as many as a sequence holds on average. 0: the rate chooses none.
 
+    `lengths`: (documents,) tokens.
+    """
+    n_tokens = int(lengths.sum())
+    most = min(1 + round(seq_len * len(lengths) / n_tokens), seq_len // LEAST)
+    return most if chosen_count(rate, most * sequences_an_epoch(n_tokens, seq_len)) else 0
+
+
+class InfillEpoch:
+    """The sequences of one epoch of text, some of their pieces rearranged."""
+
+    def __init__(
+        self, corpus: MappedCorpus, order: EpochOrder, infill: Infill, most: int, seed: int, epoch: int
+    ) -> None:
+        """Choose the pieces.
+
+        Args:
+            order: of sequences that leave space for the marks of `most` pieces.
+            most: eligible pieces of a sequence; of more pieces the longest are eligible.
+        """
+        self._corpus, self._order, self._marks = corpus, order, infill.marks
+        self._word = (Shuffle.INFILL_MIDDLES, seed, epoch)
+        end = order.n_sequences * order.seq_len
+        cuts = np.union1d(order.row.ends, np.arange(order.n_sequences) * order.seq_len)
+        self._begins = cuts[cuts < end]  # (pieces,) position in the row of tokens
+        lengths = np.diff(self._begins, append=end)
+        self.eligible = _longest(lengths, self._begins // order.seq_len, most)  # (eligible pieces,)
+        count = chosen_count(infill.rate, len(self.eligible))
+        # the chosen ones have the smallest hashes; the first half of them is SPM
+        hashes = splitmix64(key(Shuffle.INFILL_PIECES, seed, epoch), len(lengths))[self.eligible]
+        self.form = np.zeros(len(lengths), np.uint8)  # (pieces,)
+        for form, some in ((PSM, count), (SPM, count // 2)):
+            if some:
+                self.form[self.eligible[hashes <= np.partition(hashes, some - 1)[some - 1]]] = form
+
+    def row(self, i: int) -> Row:
+        """The i-th sequence visited, with its last target."""
+        begin = self._order.begin(i)
+        end = begin + self._order.seq_len
+        forms = self.form[slice(*np.searchsorted(self._begins, (begin, end)))].tolist()
+        slices = self._order.row.slices(begin, end)
+        (following,) = self._order.row.slices(end, end + 1)
+        found: dict[DocumentSlice, tuple[int, int]] = {}
+        for j, form in enumerate(forms):
+            if form != PLAIN:
+                document, start, stop = slices[j]
+                slices[j] = DocumentSlice(document, start, stop + ADDED)
+                found[slices[j]] = form, stop
+        if forms[-1] != PLAIN:
+            slices.append(DocumentSlice(following.document, 0, 1))  # end-of-text, also where the document goes on
+        elif following.start:
+            document, start, stop = slices[-1]
+            slices[-1] = DocumentSlice(document, start, stop + 1)
+        else:
+            slices.append(following)
+        return Row(_Rearranged(self._corpus, self._marks, self._word, found), slices)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rearranged:
+    """What a sequence reads of a corpus."""
+
+    corpus: MappedCorpus
+    marks: InfillMarks
+    word: tuple[int, ...]
+    found: Mapping[DocumentSlice, tuple[int, int]]  # slice with marks -> form, and end in the document
     has_mask = False
 
-    def __init__(self, corpus: MappedCorpus, infill: Infill, seed: int, epoch: int, seq_len: int) -> None:
-        self._corpus, self._marks = corpus, infill.marks
-        self._word = (Shuffle.INFILL_MIDDLES, seed, epoch)
-        places = eligible(corpus.lengths, seq_len)
-        count = chosen_count(infill.rate, len(places))
-        # the chosen ones have the smallest hashes; the first half of them is SPM
-        hashes = splitmix64(key(Shuffle.INFILL_DOCUMENTS, seed, epoch), len(corpus.lengths))[places]
-        self.form = np.zeros(len(corpus.lengths), np.uint8)  # (documents,)
-        for form, most in ((PSM, count), (SPM, count // 2)):
-            if most:
-                self.form[places[hashes <= np.partition(hashes, most - 1)[most - 1]]] = form
-        self.lengths = corpus.lengths + ADDED * (self.form != PLAIN)  # (documents,) tokens
-
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of a document: (stop - start,)."""
-        form = self.form.item(document)
+        """The tokens of a slice: (stop - start,)."""
+        form, end = self.found.get(DocumentSlice(document, start, stop), (PLAIN, stop))
+        own = self.corpus.tokens(document, start, end)
         if form == PLAIN:
-            return self._corpus.tokens(document, start, stop)
-        length = self._corpus.lengths.item(document)
-        cuts = middle_of(length, key(*self._word, document))
-        return rearranged(self._corpus.tokens(document, 0, length), *cuts, self._marks, form)[start:stop]
+            return own
+        opens = start == 0
+        cuts = middle_of(len(own), key(*self.word, document, start), opens)
+        return rearranged(own, *cuts, self.marks, form, opens)
 
     def mask(self, document: int, start: int, stop: int) -> np.ndarray:
         """Every token is learned: (stop - start,) uint8."""
         return np.ones(stop - start, np.uint8)
+
+
+def _longest(lengths: np.ndarray, sequence: np.ndarray, most: int) -> np.ndarray:
+    """The pieces that are long enough, of each sequence at most `most`: their numbers, rising.
+
+    Args:
+        lengths: (pieces,) tokens.
+        sequence: (pieces,) rising numbers.
+    """
+    pieces = np.flatnonzero(lengths >= LEAST)
+    pieces = pieces[np.lexsort((-lengths[pieces], sequence[pieces]))]
+    of = sequence[pieces]
+    before = np.arange(len(pieces)) - np.searchsorted(of, of)  # longer ones of the same sequence
+    return np.sort(pieces[before < most])

@@ -1,4 +1,7 @@
-"""What a model makes of the middles of held-out documents, with and without what stands after them."""
+"""What a model makes of the middles of held-out texts, with and without what stands after them.
+
+Held-out documents are cut into pieces that fit a sequence with the marks, and every piece has one middle.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +12,7 @@ import torch
 
 from dist_lm.data.batch import Row, assemble
 from dist_lm.data.evaluation_batches import EvaluationBatch, dealt, spread
-from dist_lm.data.infill import ADDED, InfillMarks, eligible, middle_of, rearranged
+from dist_lm.data.infill import ADDED, LEAST, PSM, InfillMarks, middle_of, rearranged
 from dist_lm.data.keys import Shuffle, key
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.order import DocumentSlice
@@ -17,10 +20,10 @@ from dist_lm.data.order import DocumentSlice
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutMiddles:
-    """The middles of held-out documents as targets, one document a sequence, in the batches of one rank.
+    """The middles of held-out pieces as targets, one piece a sequence, in the batches of one rank.
 
-    The documents and the middles are the same for every model. With `marks` the model reads what stands before and
-    after the middle (PSM); without, only what stands before, as a left-to-right model does.
+    The pieces and their middles are the same for every model. With `marks` the model reads what stands before and
+    after the middle, in the form `form`; without, only what stands before, as a left-to-right model does.
     """
 
     corpus: MappedCorpus
@@ -29,43 +32,55 @@ class HeldOutMiddles:
     micro_batch: int
     dp_rank: int
     dp_size: int
-    limit: int  # documents; 0: all
+    limit: int  # pieces, evenly spread; 0: all
+    form: int = PSM
     pad_id: int = 0
     has_mask = False
 
     @cached_property
-    def _documents(self) -> np.ndarray:
-        places = eligible(self.corpus.lengths, self.seq_len)
-        return places[spread(len(places), self.limit)]
+    def _pieces(self) -> np.ndarray:
+        """Those to evaluate, over all ranks: (pieces, 3) document, and where the piece begins and ends there."""
+        size = self.seq_len - ADDED
+        lengths = self.corpus.lengths
+        counts = -(-lengths // size)
+        documents = np.repeat(np.arange(len(lengths)), counts)
+        begins = size * (np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts))
+        ends = np.minimum(begins + size, lengths[documents])
+        pieces = np.stack([documents, begins, ends], 1)[ends - begins >= LEAST]
+        return pieces[spread(len(pieces), self.limit)]
 
-    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of a document that ends with its middle."""
-        begin, end = self._middle(document)
-        whole = self.corpus.tokens(document, 0, self.corpus.lengths.item(document))
-        return (rearranged(whole, begin, end, self.marks) if self.marks else whole[:end])[start:stop]
+    def tokens(self, piece: int, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of a piece that ends with its middle."""
+        document, first, last = self._pieces[piece].tolist()
+        begin, end = self._middle(piece)
+        whole = self.corpus.tokens(document, first, last)
+        if self.marks:
+            return rearranged(whole, begin, end, self.marks, self.form, first == 0)[start:stop]
+        return whole[:end][start:stop]
 
-    def mask(self, document: int, start: int, stop: int) -> np.ndarray:
+    def mask(self, piece: int, start: int, stop: int) -> np.ndarray:
         """Ones: the language of a target says whether it counts."""
         return np.ones(stop - start, np.uint8)
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
-        for numbers in dealt(self._documents, self.micro_batch, self.dp_rank, self.dp_size):
+        for numbers in dealt(np.arange(len(self._pieces)), self.micro_batch, self.dp_rank, self.dp_size):
             yield self._batch(numbers)
 
-    def _batch(self, documents: list[int]) -> EvaluationBatch:
-        language_BT = torch.full((len(documents), self.seq_len), -1, dtype=torch.int64)
+    def _batch(self, pieces: list[int]) -> EvaluationBatch:
+        language_BT = torch.full((len(pieces), self.seq_len), -1, dtype=torch.int64)
         rows = []
-        for b, document in enumerate(documents):
-            if document < 0:
+        for b, piece in enumerate(pieces):
+            if piece < 0:
                 rows.append(Row(self, []))
                 continue
-            begin, end = self._middle(document)
-            length = self.corpus.lengths.item(document) + ADDED if self.marks else end
-            rows.append(Row(self, [DocumentSlice(document, 0, length)]))
+            document, first, last = self._pieces[piece].tolist()
+            begin, end = self._middle(piece)
+            length = last - first + ADDED if self.marks else end
+            rows.append(Row(self, [DocumentSlice(piece, 0, length)]))
             language_BT[b, length - (end - begin) - 1 : length - 1] = int(self.corpus.language_codes[document])
         batch = assemble(
             rows,
-            documents,
+            pieces,
             seq_len=self.seq_len,
             document_mask=True,
             reset_positions=True,
@@ -73,5 +88,7 @@ class HeldOutMiddles:
         )
         return EvaluationBatch(batch, language_BT)
 
-    def _middle(self, document: int) -> tuple[int, int]:
-        return middle_of(self.corpus.lengths.item(document), key(Shuffle.INFILL_HELD_OUT, document))
+    def _middle(self, piece: int) -> tuple[int, int]:
+        """The first token of a piece always stands before its middle: a left-to-right model cannot predict it."""
+        document, first, last = self._pieces[piece].tolist()
+        return middle_of(last - first, key(Shuffle.INFILL_HELD_OUT, document, first))

@@ -30,9 +30,9 @@ class Shuffle(IntEnum):
     SAMPLE_LINES = 10  # where the openings of these samples are cut
     PROMPTS = 11  # prompts of stage rlhf
     UPDATES = 12  # rollouts in an epoch of updates
-    INFILL_DOCUMENTS = 13  # documents of an epoch that are rearranged
+    INFILL_PIECES = 13  # pieces of documents that an epoch rearranges
     INFILL_MIDDLES = 14  # where they are cut
-    INFILL_HELD_OUT = 15  # where held-out documents are cut
+    INFILL_HELD_OUT = 15  # where pieces of held-out documents are cut
 
 
 def permutation(n: int, seed: int) -> np.ndarray:

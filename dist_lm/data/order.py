@@ -26,17 +26,17 @@ class Concatenation:
     def __init__(self, lengths: np.ndarray, documents: np.ndarray) -> None:
         """`lengths`: (n,) tokens by document number; `documents`: the numbers in the order of the row."""
         self._documents = documents
-        self._ends = np.cumsum(lengths[documents], dtype=np.int64)
-        self.n_tokens = int(self._ends[-1]) if len(documents) else 0
+        self.ends = np.cumsum(lengths[documents], dtype=np.int64)  # (n,) positions behind each document
+        self.n_tokens = int(self.ends[-1]) if len(documents) else 0
 
     def slices(self, begin: int, end: int) -> list[DocumentSlice]:
         """The slices that cover positions [begin, end); `end` is at most `n_tokens`."""
         assert 0 <= begin <= end <= self.n_tokens, (begin, end, self.n_tokens)
         slices = []
-        place = int(np.searchsorted(self._ends, begin, side="right"))
-        opened = int(self._ends[place - 1]) if place else 0
+        place = int(np.searchsorted(self.ends, begin, side="right"))
+        opened = int(self.ends[place - 1]) if place else 0
         while begin < end:
-            closed = int(self._ends[place])
+            closed = int(self.ends[place])
             if stop := min(end, closed) - begin:
                 start = begin - opened
                 slices.append(DocumentSlice(int(self._documents[place]), start, start + stop))
@@ -60,14 +60,18 @@ class EpochOrder:
         """`lengths`: (documents,) tokens; `continues`: see `shuffled_documents`."""
         self.seq_len = seq_len
         word = key(Shuffle.TEXT_DOCUMENTS, seed, epoch)
-        self._row = Concatenation(lengths, shuffled_documents(len(lengths), word, continues))
-        self.n_sequences = sequences_an_epoch(self._row.n_tokens, seq_len)
+        self.row = Concatenation(lengths, shuffled_documents(len(lengths), word, continues))
+        self.n_sequences = sequences_an_epoch(self.row.n_tokens, seq_len)
         self._pieces = permutation(self.n_sequences, key(Shuffle.TEXT_SEQUENCES, seed, epoch))
+
+    def begin(self, i: int) -> int:
+        """Where the i-th sequence visited begins in the row of tokens."""
+        return int(self._pieces[i]) * self.seq_len
 
     def sequence(self, i: int) -> list[DocumentSlice]:
         """The slices of the i-th sequence visited: `seq_len + 1` tokens in all."""
-        begin = int(self._pieces[i]) * self.seq_len
-        return self._row.slices(begin, begin + self.seq_len + 1)
+        begin = self.begin(i)
+        return self.row.slices(begin, begin + self.seq_len + 1)
 
 
 def shuffled_documents(n: int, word: int, continues: np.ndarray | None = None) -> np.ndarray:

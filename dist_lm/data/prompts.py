@@ -1,4 +1,5 @@
-"""Prompts from files: .jsonl with `prompt` and optionally `id`, or .txt with one prompt per line. Skips blank lines.
+"""Prompts from files: .jsonl with `prompt` and optionally `id` and `suffix`, or .txt with one prompt per line. Skips
+blank lines.
 
 Prompts are numbered in the order of file names and lines. An invalid line keeps its number and gets the reason, so the
 numbers of other prompts do not depend on it. Other fields of a line are returned with its prompt.
@@ -29,6 +30,7 @@ class Prompt:
     error: str = ""  # why the line is invalid; empty: it is valid
     line: str = ""  # the beginning of an invalid line
     extra: dict[str, Any] = field(default_factory=dict)  # other fields of the line
+    suffix: str | None = None  # the text behind the answer: the prompt asks for the middle
 
 
 def find_prompts(where: str, key: str = "stage.prompts") -> list[Path]:
@@ -142,12 +144,16 @@ def _parse(number: int, line: bytes, file: Path, place: int) -> Prompt:
         return broken("id is neither a text nor a whole number")
     if not _is_unicode(str(id_)):
         return broken("id holds a lone surrogate")
-    if not _is_unicode(value["prompt"]):
-        return broken("prompt holds a lone surrogate", id_)
-    extra = {key: one for key, one in value.items() if key not in ("prompt", "id")}
+    suffix = value.get("suffix")
+    if not isinstance(suffix, str | None):
+        return broken("suffix is no text", id_)
+    for name, text in (("prompt", value["prompt"]), ("suffix", suffix or "")):
+        if not _is_unicode(text):
+            return broken(f"{name} holds a lone surrogate", id_)
+    extra = {key: one for key, one in value.items() if key not in ("prompt", "id", "suffix")}
     if not _is_unicode(json.dumps(extra, ensure_ascii=False)):
         return broken("another field holds a lone surrogate", id_)
-    return Prompt(number, id_, value["prompt"], where, extra=extra)
+    return Prompt(number, id_, value["prompt"], where, extra=extra, suffix=suffix)
 
 
 def _load(text: str) -> Any:

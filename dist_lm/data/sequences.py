@@ -9,8 +9,8 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from dist_lm.data.batch import Documents, Row
-from dist_lm.data.infill import ADDED, Infill, InfillEpoch, chosen_count, eligible
+from dist_lm.data.batch import Row
+from dist_lm.data.infill import ADDED, Infill, InfillEpoch, most_pieces
 from dist_lm.data.keys import Shuffle, key, permutation
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.order import EpochOrder, sequences_an_epoch
@@ -60,20 +60,21 @@ class CorpusSequences:
 
         Args:
             seq_len_key: the configuration key that `seq_len` comes from, for errors.
-            infill: rearranges documents of text; every epoch has as many tokens.
+            infill: rearranges pieces of documents of text; every epoch has as many sequences.
 
         Raises:
             ArtefactError: the corpus does not fill a sequence.
         """
         self.corpus = corpus
-        self._seed, self._seq_len, self._infill = seed, seq_len, infill
-        n_tokens = corpus.n_tokens  # an epoch
+        self._seed, self._infill = seed, infill
+        self._most = 0  # pieces of a sequence that may be rearranged
         if infill:
             assert not corpus.has_mask, "conversations are not rearranged"
-            n_tokens += ADDED * chosen_count(infill.rate, len(eligible(corpus.lengths, seq_len)))
+            self._most = most_pieces(corpus.lengths, infill.rate, seq_len)
+        self._text_len = seq_len - ADDED * self._most  # tokens of text in a sequence
         self.packing = packed(corpus, seq_len, seq_len_key) if corpus.has_mask else None
         self.n_sequences = (  # an epoch
-            self.packing.n_rows if self.packing else sequences_an_epoch(n_tokens, seq_len)
+            self.packing.n_rows if self.packing else sequences_an_epoch(corpus.n_tokens, self._text_len)
         )
         if self.n_sequences == 0:
             raise ArtefactError(
@@ -83,18 +84,18 @@ class CorpusSequences:
         self._epochs = Epochs(self.n_sequences, self._order)
 
     def row(self, number: int) -> Row:
-        """Sequence `number`: `seq_len + 1` tokens, of conversations perhaps fewer."""
-        (documents, order), i = self._epochs.place(number)
-        return Row(documents, order.sequence(i))
+        """Sequence `number`: `seq_len + 1` tokens, of conversations and with `infill` perhaps fewer."""
+        order, i = self._epochs.place(number)
+        return order.row(i) if isinstance(order, InfillEpoch) else Row(self.corpus, order.sequence(i))
 
-    def _order(self, epoch: int) -> tuple[Documents, EpochOrder | PackedEpoch]:
-        """The documents of an epoch, and their order."""
+    def _order(self, epoch: int) -> EpochOrder | PackedEpoch | InfillEpoch:
         if self.packing:
-            return self.corpus, PackedEpoch(self.packing, self._seed, epoch)
-        documents = self.corpus
-        if self._infill:
-            documents = InfillEpoch(self.corpus, self._infill, self._seed, epoch, self._seq_len)
-        return documents, EpochOrder(documents.lengths, self._seed, epoch, self._seq_len, self.corpus.continues)
+            return PackedEpoch(self.packing, self._seed, epoch)
+        corpus = self.corpus
+        order = EpochOrder(corpus.lengths, self._seed, epoch, self._text_len, corpus.continues)
+        if self._infill and self._most:
+            return InfillEpoch(corpus, order, self._infill, self._most, self._seed, epoch)
+        return order
 
 
 class Mix:

@@ -41,11 +41,11 @@ class GenerateConfig:
     """
 
     name: str = MISSING
-    prompts: str = ""  # file or glob: .jsonl (`prompt`, optionally `id`), or .txt (a prompt per line)
+    prompts: str = ""  # file or glob: .jsonl (`prompt`, optionally `id` and `suffix`), or .txt (a prompt per line)
     checkpoint: str = AUTO  # run or checkpoint; auto: the newest of the code stage, else of the language stage
     n: int = 1  # answers per prompt
     prompts_per_shard: int = 1000  # prompts per output file; after a kill an unfinished file is generated again
-    truncate: str = "refuse"  # a prompt that fills the context: refuse | left (cut off its beginning)
+    truncate: str = "refuse"  # a prompt that fills the context: refuse | left (cut off its beginning, without suffix)
     actors: int = -1  # engines; -1: one for each parallel.tp GPUs of a node, or one per node without GPUs
     max_new_tokens: int = 128
     temperature: float = 1.0  # 0: greedy

@@ -14,8 +14,9 @@ from typing import Any, cast
 import numpy as np
 
 from dist_lm.config.model import ModelConfig
+from dist_lm.data.infill import InfillMarks
 from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
-from dist_lm.errors import ArtefactError, ConfigError, require
+from dist_lm.errors import ArtefactError, ConfigError, UserError, require
 from dist_lm.generation.engine import EngineOptions
 from dist_lm.generation.plain_pages import PLAIN_PAGE_TOKENS
 from dist_lm.generation.request import Answer, Refusal, Request, SamplingParams
@@ -151,7 +152,7 @@ class Samples(PoolWork):
             ArtefactError: the run began with other prompts.
         """
         self._stage, self._seed, self._run, self._tokenizer = config.stage, config.seed, run, tokenizer
-        self._params = params_of(config.stage)
+        self._params, self._context = params_of(config.stage), config.model.max_seq_len
         self._files = find_prompts(config.stage.prompts)
         self._label = label_of(Path(config.stage.checkpoint))
         found = check_inputs(self._files, config.stage, run)
@@ -215,7 +216,11 @@ class Samples(PoolWork):
             if prompt.error:
                 self._refuse(prompt.number, prompt.error)
                 continue
-            tokens = [self._tokenizer.eot_id, *self._tokenizer.encode(prompt.text)]
+            try:
+                tokens = self._tokens(prompt)
+            except UserError as error:
+                self._refuse(prompt.number, str(error))
+                continue
             seed = signed(hash_words(self._seed, prompt.number))
             yield Request(str(prompt.number), tokens, self._params, seed, self._stage.n, truncate)
 
@@ -231,12 +236,30 @@ class Samples(PoolWork):
         if len(answers) == self._stage.n:
             self._keep(number, [_record(one) for one in sorted(self._answers.pop(number), key=lambda one: one.index)])
 
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        """The tokens of a prompt.
+
+        Raises:
+            UserError: with its suffix it fills the context, or the tokenizer lacks the marks. Cutting off the beginning
+                would cut off a mark.
+        """
+        tokens = [self._tokenizer.eot_id, *self._tokenizer.encode(prompt.text)]
+        if prompt.suffix is not None:
+            tokens = InfillMarks.of(self._tokenizer).prompt(tokens, self._tokenizer.encode(prompt.suffix))
+            if len(tokens) >= self._context:
+                raise UserError(
+                    f"prompt and suffix have {len(tokens)} tokens and model.max_seq_len is {self._context}, which "
+                    "leaves no space for an answer: shorten them"
+                )
+        return tokens
+
     def _refuse(self, number: int, reason: str) -> None:
         self._keep(number, [{"error": f"{self._prompts[number].place}: {reason}"}])
 
     def _keep(self, number: int, records: list[dict[str, Any]]) -> None:
         prompt = self._prompts.pop(number)
         asked: dict[str, Any] = {"line": prompt.line} if prompt.error else {"prompt": prompt.text}
+        asked |= {} if prompt.suffix is None else {"suffix": prompt.suffix}
         asked |= {"extra": prompt.extra} if prompt.extra else {}
         lines = [{"id": prompt.id, "index": 0} | asked | one | {"checkpoint": self._label} for one in records]
         for line in lines:

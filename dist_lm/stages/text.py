@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-INFILL, INFILL_LEFT = "val/infill_loss", "val/infill_loss_left"
+INFILL, INFILL_SPM, INFILL_LEFT = "val/infill_loss", "val/infill_loss_spm", "val/infill_loss_left"
 
 
 @dataclass
@@ -35,8 +35,8 @@ class SampledStageConfig(StageConfig):
     """A stage that ends with samples of its model."""
 
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    # share of the documents of `corpus` that are rearranged for fill-in-the-middle in every epoch, of those that then
-    # fit a sequence; corpora in `mix` and val stay as they are
+    # share of the pieces of documents of `corpus` that are rearranged for fill-in-the-middle in every epoch; a piece is
+    # the part of a document in one sequence; corpora in `mix` and val stay as they are
     fim_rate: float = 0.0
 
     def __post_init__(self) -> None:
@@ -146,7 +146,7 @@ def evaluator(opening: Opening) -> "Evaluate":
     With `stage.fim_rate` also the loss on middles of val documents, with and without what stands after them.
     """
     from dist_lm.data.evaluation_batches import EvaluationBatches
-    from dist_lm.data.infill import InfillMarks
+    from dist_lm.data.infill import PSM, SPM, InfillMarks
     from dist_lm.data.infill_evaluation import HeldOutMiddles
     from dist_lm.data.mapped import MappedCorpus
     from dist_lm.training.objective import loss_metrics, mixed_metrics, summed_losses
@@ -156,7 +156,8 @@ def evaluator(opening: Opening) -> "Evaluate":
     opened = {name: MappedCorpus.open(opening.run.work.corpus(name), "val") for name in (own, *others)}
 
     rearranges = fim_rate_of(opening.config) > 0
-    middles = {INFILL: InfillMarks.of(opening.tokenizer), INFILL_LEFT: None} if rearranges else {}
+    marks = InfillMarks.of(opening.tokenizer) if rearranges else None
+    middles = {INFILL: (marks, PSM), INFILL_SPM: (marks, SPM), INFILL_LEFT: (None, PSM)} if rearranges else {}
 
     def batches_of(corpus: "MappedCorpus", everything: bool) -> "EvaluationBatches":
         return EvaluationBatches(
@@ -181,15 +182,16 @@ def evaluator(opening: Opening) -> "Evaluate":
             else:
                 metrics |= mixed_metrics(sums, name, batches.bytes_by_language)
         corpus = opened[own]
-        for name, marks in middles.items():
+        for name, (given, form) in middles.items():
             batches = HeldOutMiddles(
                 corpus=corpus,
-                marks=marks,
+                marks=given,
+                form=form,
                 seq_len=stage.seq_len,
                 micro_batch=stage.micro_batch,
                 dp_rank=opening.dp_rank,
                 dp_size=opening.dp_size,
-                limit=stage.eval_sequences,
+                limit=0 if everything else stage.eval_sequences,
                 pad_id=opening.tokenizer.pad_id,
             )
             sums = summed_losses(model, batches, len(corpus.languages), device, opening.data_ranks, alive)

@@ -17,6 +17,7 @@ import pytest
 from dist_lm import launch
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config.cluster import ClusterConfig
+from dist_lm.data.infill import InfillMarks
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.generation.request import Answer, Refusal, Request
 from dist_lm.launcher import pool_run
@@ -24,8 +25,10 @@ from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.plan import Plan, make_plan
 from dist_lm.launcher.pool_run import run_pool_stage
 from dist_lm.launcher.process import SIGNALS, Interrupt, watch_signals
+from dist_lm.stages.generate import STAGE
 from dist_lm.stages.stage import Action
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.metrics import read_metrics
 from tests.cluster.launched import finish, wait_until
@@ -235,6 +238,34 @@ def test_nothing_answered_is_an_error_and_stays_one(trained, cluster, tmp_path, 
         assert "(1 file)" in screen.output.getvalue()
     (pipeline,) = (trained.path / "pipelines").glob("generate-none.json")
     assert json.loads(pipeline.read_text())["state"] == "failed"
+
+
+def test_a_prompt_with_a_suffix_asks_for_the_middle(trained, cluster, tmp_path):
+    asked = [
+        {"prompt": "def a(", "suffix": "return b", "note": 1},
+        {"prompt": "", "suffix": ""},
+        {"prompt": "x " * 100, "suffix": "y " * 100},
+        {"prompt": "def a(", "suffix": None},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(one) + "\n" for one in asked))
+    plan = plan_of(trained, tmp_path / "p.jsonl", "run_id=middles", "stage.truncate=left")
+    looked, tokenizer = trained.run("generate", "looked"), Tokenizer.load(trained.tokenizer_model)
+    looked.path.mkdir(parents=True)
+    work = STAGE.work(plan.config, looked, tokenizer)
+    eot, marks = tokenizer.eot_id, InfillMarks.of(tokenizer)
+    before, after = tokenizer.encode("def a("), tokenizer.encode("return b")
+    assert [request.prompt for request in work.requests()] == [
+        [eot, marks.prefix, *before, marks.suffix, *after, marks.middle],
+        [eot, marks.prefix, marks.suffix, marks.middle],
+        [eot, *before],
+    ]
+    assert run_pool_stage(plan, cluster, Screen(), Interrupt())
+    (part,) = parts_of(trained.run("generate", "middles")).values()
+    records = [json.loads(line) for line in part.decode().splitlines()]
+    assert [record.get("suffix") for record in records] == ["return b", "", "y " * 100, None]
+    assert records[0]["extra"] == {"note": 1}
+    assert [bool(record.get("tokens")) for record in records] == [True, True, False, True]
+    assert "p.jsonl line 3: prompt and suffix have 404 tokens and model.max_seq_len is 256" in records[2]["error"]
 
 
 def test_an_empty_prompt_is_answered(trained, cluster, tmp_path):

@@ -16,7 +16,7 @@ from tests.conftest import TINY
 from tests.training_run import linked, numbers, prepare, train
 
 SEEDS, STEPS = (0, 1, 2), 400
-RATES = {"left": 1e-9, "fim": 0.5}  # the rate of `left` chooses no document, and the middles are judged all the same
+RATES = {"left": 1e-9, "fim": 0.5}  # the rate of `left` chooses no piece, and the middles are judged all the same
 
 
 @pytest.mark.cluster
@@ -34,7 +34,7 @@ def test_a_run_measures_middles_and_leaves_val_as_it_is(tiny_work: WorkDirectory
         run = prepare(work, name, *settings, f"stage.fim_rate={rate}", stage="code")
         train(run, 1)
         found[name] = numbers(run)
-    infill = {"val/infill_loss", "val/infill_loss_left"}
+    infill = {"val/infill_loss", "val/infill_loss_spm", "val/infill_loss_left"}
     assert infill <= found["fim"][4].keys()
     assert not infill & found["off"][4].keys()
     assert found["fim"][0]["val/loss"] == found["off"][0]["val/loss"]
@@ -53,7 +53,7 @@ def test_conversations_are_not_rearranged() -> None:
 
 @pytest.mark.bars
 @pytest.mark.cluster
-def test_half_of_the_documents_rearranged_cost_three_per_cent_and_middles_gain(tmp_path: Path) -> None:
+def test_half_of_the_pieces_rearranged_cost_three_per_cent_and_middles_gain(tmp_path: Path) -> None:
     """At nano on the local corpus, with equal tokens: the mean of three seeds."""
     found = {}
     for name, rate in RATES.items():
@@ -73,8 +73,8 @@ def test_half_of_the_documents_rearranged_cost_three_per_cent_and_middles_gain(t
             run = RunDirectory(tmp_path / f"work{seed}" / "runs" / "code" / name)
             found[name, seed] = json.loads(run.result.read_text())["metrics"]
     loss = {name: mean(found[name, seed]["val/loss"] for seed in SEEDS) for name in RATES}
-    infill = mean(found["fim", seed]["val/infill_loss"] for seed in SEEDS)
+    psm, infill = (mean(found["fim", seed][f"val/infill_loss{form}"] for seed in SEEDS) for form in ("", "_spm"))
     left = mean(found["left", seed]["val/infill_loss_left"] for seed in SEEDS)
-    print(f"val/loss {loss}, middles: {infill:.4f} with both sides, {left:.4f} from the left")
+    print(f"val/loss {loss}, middles: {infill:.4f} as SPM, {psm:.4f} as PSM, {left:.4f} from the left")
     assert loss["fim"] <= 1.03 * loss["left"]
     assert infill < left

@@ -1,5 +1,6 @@
 """Fill in the middle: exact inverse, exact rate, and the same sequences on any ranks, resumed or not."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -7,28 +8,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dist_lm.data.batch import Row
 from dist_lm.data.infill import (
     ADDED,
-    PLAIN,
+    LEAST,
     PSM,
     SPM,
     Infill,
     InfillEpoch,
     InfillMarks,
     chosen_count,
-    eligible,
     middle_of,
+    most_pieces,
     rearranged,
     restored,
 )
 from dist_lm.data.infill_evaluation import HeldOutMiddles
 from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.order import EpochOrder
+from dist_lm.data.sequences import CorpusSequences
 from dist_lm.data.stream import SequenceStream
 from tests.data.synthetic_corpus import EOT, corpus, lengths
 
 MARKS = InfillMarks(prefix=60_001, suffix=60_002, middle=60_003)
-LENGTHS = lengths(200, 50)
-T = 32
+T = 64
+LENGTHS = lengths(150, 5 * T)
 SETTINGS: dict[str, Any] = {"seed": 3, "seq_len": T, "global_batch": 12, "micro_batch": 3}
 
 
@@ -38,56 +42,126 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> MappedCorpus:
 
 
 @given(
-    content=st.lists(st.integers(1, 1000), min_size=1, max_size=30),
+    content=st.lists(st.integers(2, 1000), min_size=1, max_size=30),
     cuts=st.tuples(st.integers(0, 30), st.integers(0, 30)),
     form=st.sampled_from([PSM, SPM]),
+    opens=st.booleans(),
 )
-def test_rearranging_has_an_exact_inverse(content: list[int], cuts: tuple[int, int], form: int) -> None:
-    tokens = np.array([0, *content], np.uint16)
-    begin, end = sorted(1 + cut % len(tokens) for cut in cuts)
-    found = rearranged(tokens, begin, end, MARKS, form)
+def test_rearranging_has_an_exact_inverse(content: list[int], cuts: tuple[int, int], form: int, opens: bool) -> None:
+    head = [EOT] if opens else []
+    tokens = np.array([*head, *content], np.uint16)
+    one, other = sorted(cut % (len(content) + 1) for cut in cuts)
+    found = rearranged(tokens, len(head) + one, len(head) + other, MARKS, form, opens)
     assert found.dtype == tokens.dtype
     assert len(found) == len(tokens) + ADDED
     assert np.array_equal(restored(found, MARKS), tokens)
     assert np.array_equal(restored(tokens, MARKS), tokens)
-    before, middle, after = content[: begin - 1], content[begin - 1 : end - 1], content[end - 1 :]
-    written = [0, MARKS.prefix, *before, MARKS.suffix, *after, MARKS.middle, *middle]
+    before, middle, after = content[:one], content[one:other], content[other:]
+    written = [*head, MARKS.prefix, *before, MARKS.suffix, *after, MARKS.middle, *middle]
     if form == SPM:
-        written = [0, MARKS.prefix, MARKS.suffix, *after, MARKS.middle, *before, *middle]
+        written = [*head, MARKS.prefix, MARKS.suffix, *after, MARKS.middle, *before, *middle]
     assert found.tolist() == written
-    if form == PSM:
-        assert MARKS.prompt([0, *before], after) == written[: len(written) - len(middle)]
+    if form == PSM and opens:
+        assert MARKS.prompt([EOT, *before], after) == written[: len(written) - len(middle)]
 
 
-def test_every_middle_that_is_not_empty_is_equally_likely() -> None:
-    length, draws = 5, 20_000
-    found = [middle_of(length, word) for word in range(draws)]
+@pytest.mark.parametrize("opens", [True, False])
+def test_every_middle_that_is_not_empty_is_equally_likely(opens: bool) -> None:
+    length, draws = 4 + opens, 20_000
+    found = [middle_of(length, word, opens) for word in range(draws)]
     pairs, counts = np.unique(found, axis=0, return_counts=True)
-    assert pairs.tolist() == [[begin, end] for begin in range(1, 6) for end in range(begin + 1, 6)]
+    cuts = range(opens, length + 1)
+    assert pairs.tolist() == [[begin, end] for begin in cuts for end in cuts if begin < end]
     assert abs(counts - draws / len(pairs)).max() < 5 * (draws / len(pairs)) ** 0.5
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.513, 1.0])
+def epoch_of(plain: MappedCorpus, rate: float, epoch: int, seed: int = 3) -> InfillEpoch:
+    most = most_pieces(plain.lengths, rate, T)
+    order = EpochOrder(plain.lengths, seed, epoch, T - ADDED * most)
+    return InfillEpoch(plain, order, Infill(rate, MARKS), most, seed, epoch)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.513, 1.0])
 def test_exactly_the_rate_is_rearranged_half_in_each_form_anew_in_every_epoch(plain: MappedCorpus, rate: float) -> None:
-    may = eligible(plain.lengths, T)
-    assert 0 < len(may) < plain.n_documents
     forms = []
-    for epoch in range(4):
-        documents = InfillEpoch(plain, Infill(rate, MARKS), 3, epoch, T)
+    for epoch in range(3):
+        pieces = epoch_of(plain, rate, epoch)
+        may = set(pieces.eligible.tolist())
+        assert 0 < len(may) < len(pieces.form)
         count = chosen_count(rate, len(may))
         assert abs(count - rate * len(may)) <= 0.5
-        assert np.bincount(documents.form, minlength=3)[1:].tolist() == [count - count // 2, count // 2]
-        assert set(np.flatnonzero(documents.form)) <= set(may)
-        forms.append(documents.form.tolist())
-        for document in range(plain.n_documents):
-            whole = documents.tokens(document, 0, int(documents.lengths[document]))
-            own = plain.tokens(document, 0, int(plain.lengths[document]))
-            assert (len(whole) > len(own)) == (documents.form[document] != PLAIN)
-            assert np.array_equal(restored(whole, MARKS), own)
-    if 0 < rate < 1:
-        assert len({tuple(form) for form in forms}) == len(forms)
-    other = InfillEpoch(plain, Infill(0.5, MARKS), 4, 0, T)
-    assert other.form.tolist() not in forms
+        assert np.bincount(pieces.form, minlength=3)[1:].tolist() == [count - count // 2, count // 2]
+        assert set(np.flatnonzero(pieces.form)) <= may
+        forms.append(pieces.form.tolist())
+    assert len({tuple(form) for form in forms}) == len(forms)
+    assert epoch_of(plain, rate, 0, seed=4).form.tolist() not in forms
+
+
+def pieces_of(row: Row) -> list[tuple[int, int, np.ndarray]]:
+    """(document, start, tokens) of the slices of a sequence."""
+    return [(document, start, row.corpus.tokens(document, start, stop)) for document, start, stop in row.slices]
+
+
+def rows_of(plain: MappedCorpus, rate: float) -> tuple[list[Row], int]:
+    """The sequences of an epoch, and the tokens of text in each of them."""
+    own = CorpusSequences(plain, 3, T, infill=Infill(rate, MARKS))
+    return [own.row(number) for number in range(own.n_sequences)], T - ADDED * most_pieces(plain.lengths, rate, T)
+
+
+def test_every_rearranged_piece_lies_whole_in_one_sequence_and_ends_with_end_of_text(plain: MappedCorpus) -> None:
+    rows, _ = rows_of(plain, 0.7)
+    from_inside = cut_off = 0
+    for row in rows:
+        pieces = pieces_of(row)
+        assert sum(len(tokens) for _, _, tokens in pieces) <= T + 1
+        for (document, start, tokens), following in zip(pieces, [*pieces[1:], None], strict=True):
+            if MARKS.prefix in tokens:
+                assert all(np.count_nonzero(tokens == mark) == 1 for mark in MARKS)
+                assert tokens.tolist().index(MARKS.prefix) == (start == 0)
+                assert following is not None
+                assert following[2][0] == EOT
+                from_inside += start > 0
+                cut_off += start + len(tokens) - ADDED < plain.lengths[document]
+            elif following is not None:
+                assert not set(tokens.tolist()) & set(MARKS)
+    assert from_inside
+    assert cut_off
+
+
+@pytest.mark.parametrize("rate", [0.5, 1.0])
+def test_most_text_is_eligible_and_an_epoch_holds_every_token_once(plain: MappedCorpus, rate: float) -> None:
+    rows, text_len = rows_of(plain, rate)
+    assert len(rows) == (plain.n_tokens - 1) // text_len
+    own = [plain.tokens(document, 0, int(plain.lengths[document])) for document in range(plain.n_documents)]
+    seen = [np.zeros(len(tokens), int) for tokens in own]
+    n_rearranged = n_tokens = 0
+    for row in rows:
+        held = 0
+        for document, start, tokens in pieces_of(row):
+            text = restored(tokens, MARKS)[: text_len - held]  # without the last target
+            assert np.array_equal(text, own[document][start : start + len(text)])
+            seen[document][start : start + len(text)] += 1
+            held += len(text)
+            n_rearranged += len(text) * (len(text) < len(tokens) and MARKS.prefix in tokens)
+        assert held == text_len
+        n_tokens += held
+    counts = np.concatenate(seen)
+    assert counts.max() == 1
+    assert plain.n_tokens - text_len <= counts.sum() == n_tokens
+    assert abs(n_rearranged / n_tokens - rate) < 0.15  # all but short pieces are eligible
+
+
+def test_of_many_short_documents_the_longest_of_a_sequence_are_eligible(tmp_path: Path) -> None:
+    short = corpus(tmp_path, lengths(400, T // 2))
+    most = most_pieces(short.lengths, 1.0, T)
+    assert 1 < most <= T // LEAST
+    rows, _ = rows_of(short, 1.0)
+    for row in rows:
+        found = pieces_of(row)
+        marked = [len(tokens) - ADDED for _, _, tokens in found if MARKS.middle in tokens]
+        others = [len(tokens) for _, _, tokens in found[:-1] if MARKS.middle not in tokens]
+        assert len(marked) <= most
+        assert all(length < LEAST or (len(marked) == most and length <= min(marked)) for length in others)
 
 
 def sequences(corpus: MappedCorpus, steps: int, rate: float = 0.5, **changes: Any) -> list[list[int]]:
@@ -101,58 +175,39 @@ def sequences(corpus: MappedCorpus, steps: int, rate: float = 0.5, **changes: An
 
 
 def test_sequences_are_the_same_on_any_ranks_and_resumed(plain: MappedCorpus) -> None:
-    expected = sequences(plain, 30)  # more than an epoch
+    steps = 40  # more than an epoch
+    assert CorpusSequences(plain, 3, T, infill=Infill(0.5, MARKS)).n_sequences < 12 * steps
+    expected = sequences(plain, steps)
     assert any(MARKS.middle in row for row in expected)
-    on_ranks = [row for rank in range(4) for row in sequences(plain, 30, dp_rank=rank, dp_size=4, micro_batch=1)]
+    on_ranks = [row for rank in range(4) for row in sequences(plain, steps, dp_rank=rank, dp_size=4, micro_batch=1)]
     assert sorted(on_ranks) == expected
-    assert sequences(plain, 20, position=120) == expected[120:]
-    assert sequences(plain, 30, rate=0) == sequences(plain, 30, rate=0.0001)  # no document
-    assert sequences(plain, 30, seed=4) != expected
+    assert sequences(plain, steps - 10, position=120) == expected[120:]
+    assert sequences(plain, steps, rate=0) == sequences(plain, steps, rate=0.0001)  # no piece
+    assert sequences(plain, steps, seed=4) != expected
 
 
-def test_an_epoch_holds_every_document_once(plain: MappedCorpus) -> None:
-    infill = Infill(0.5, MARKS)
-    with SequenceStream(plain, **SETTINGS, dp_rank=0, dp_size=1, infill=infill) as stream:
-        n_sequences, row = stream.n_sequences, stream.corpora[0].row
-    assert n_sequences == (int(InfillEpoch(plain, infill, 3, 0, T).lengths.sum()) - 1) // T
-    for epoch in (0, 1):
-        parts: dict[int, dict[int, int]] = {}
-        for number in range(epoch * n_sequences, (epoch + 1) * n_sequences):
-            found = row(number)
-            for document, start, stop in found.slices:
-                tokens = found.corpus.tokens(document, start, stop).tolist()
-                parts.setdefault(document, {}).update(zip(range(start, stop), tokens, strict=True))
-        documents = InfillEpoch(plain, infill, 3, epoch, T)
-        whole = 0
-        for document, tokens in parts.items():
-            if len(tokens) == documents.lengths[document]:  # not cut off at the end of the epoch
-                own = restored(np.array([tokens[place] for place in sorted(tokens)], np.uint16), MARKS)
-                assert np.array_equal(own, plain.tokens(document, 0, int(plain.lengths[document])))
-                whole += 1
-        assert whole >= plain.n_documents - 3
-
-
-@pytest.mark.parametrize("marks", [MARKS, None])
+@pytest.mark.parametrize(("marks", "form"), [(MARKS, PSM), (MARKS, SPM), (None, PSM)])
 def test_the_same_middles_are_judged_with_and_without_what_stands_after(
-    plain: MappedCorpus, marks: InfillMarks | None
+    plain: MappedCorpus, marks: InfillMarks | None, form: int
 ) -> None:
-    wanted: dict[str, Any] = {"corpus": plain, "seq_len": T, "micro_batch": 3, "limit": 20}
+    wanted: dict[str, Any] = {"corpus": plain, "seq_len": T, "micro_batch": 3, "limit": 20, "form": form}
     seen = {}
     for rank in range(2):
         for one in HeldOutMiddles(**wanted, marks=marks, dp_rank=rank, dp_size=2):
-            for b, document in enumerate(one.batch.sequence_B.tolist()):
+            for b, piece in enumerate(one.batch.sequence_B.tolist()):
                 counted = one.language_BT[b] >= 0
-                if document >= 0:
-                    seen[document] = one.batch.targets_BT[b][counted].tolist()
+                if piece >= 0:
+                    seen[piece] = one.batch.targets_BT[b][counted].tolist()
                 else:
                     assert not counted.any()
     assert len(seen) == 20
-    for document, middle in seen.items():
-        own = plain.tokens(document, 0, int(plain.lengths[document])).tolist()
-        assert middle
-        assert EOT not in middle
-        assert str(middle)[1:-1] in str(own)
     reference = HeldOutMiddles(**wanted, marks=None, dp_rank=0, dp_size=1)
-    for document, middle in seen.items():
-        begin, end = reference._middle(document)
-        assert plain.tokens(document, begin, end).tolist() == middle
+    assert (reference._pieces[:, 1] > 0).any()
+    for piece, middle in seen.items():
+        document, first, last = reference._pieces[piece].tolist()
+        begin, end = reference._middle(piece)
+        assert 1 <= begin < end <= last - first
+        assert plain.tokens(document, first + begin, first + end).tolist() == middle
+    everything = HeldOutMiddles(**wanted | {"limit": 0}, marks=marks, dp_rank=0, dp_size=1)._pieces
+    assert (everything[:, 2] - everything[:, 1]).sum() > 0.9 * plain.n_tokens
+    assert (everything[:, 2] - everything[:, 1] + ADDED).max() == T

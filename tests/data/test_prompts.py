@@ -53,6 +53,8 @@ def test_ids_keep_their_type_and_other_fields_go_along(tmp_path):
         ('{"prompt": "x", "score": NaN}', "not JSON (NaN is no number)"),
         ('{"prompt": "x", "note": "\\ud800"}', "another field holds a lone surrogate"),
         ("[" * 100_000, "not JSON"),
+        ('{"prompt": "x", "suffix": 3}', "suffix is no text"),
+        ('{"prompt": "x", "suffix": "\\ud800"}', "suffix holds a lone surrogate"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_kept_and_cut(tmp_path, line, words):
