@@ -135,11 +135,13 @@ class LitGpt(Peer):
             n_head=shape.n_heads,
             n_embd=shape.d_model,
             intermediate_size=shape.d_ff,
-            rotary_percentage=1.0,
-            parallel_residual=False,
+            rotary_percentage=shape.rotary_fraction,
+            parallel_residual=shape.parallel_residual,
             rope_base=int(shape.rope_base),
         )
         found = architecture_of(shape)
+        if shape.rope_scaling != "none":
+            raise ConfigError(f"model.rope_scaling={shape.rope_scaling}: litgpt is compared without scaling")
         if not isinstance(found, Architecture) or found.family != "GPTNeoX":
             raise ConfigError(f"litgpt is compared on GPT-NeoX; the model is {getattr(found, 'family', found)}")
         weights = to_theirs(found, parameter_shapes(shape), dict(model.named_parameters()))

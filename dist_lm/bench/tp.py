@@ -94,7 +94,11 @@ def misfit(model: ModelConfig, tp: int) -> str:
     uneven = [f"{key}={size}" for key in keys if (size := getattr(model, key)) is not None and size % tp]
     if uneven:
         return f"{', '.join(uneven)}: not divisible by tp={tp}"
-    options = {"tied embedding": model.tie_embeddings, "norm of queries and keys": model.qk_norm}
+    options = {
+        "tied embedding": model.tie_embeddings,
+        "norm of queries and keys": model.qk_norm,
+        "parallel residual": model.parallel_residual,
+    }
     return next((f"the peer has no {name}" for name, asked in options.items() if asked), "")
 
 
@@ -103,9 +107,9 @@ class PeerAttention(nn.Module):
         super().__init__()
         self.d_head = config.d_head
         width, key_width = config.n_heads * config.d_head, config.kv_heads * config.d_head
-        self.query = nn.Linear(config.d_model, width, bias=config.bias)
-        self.key = nn.Linear(config.d_model, key_width, bias=config.bias)
-        self.value = nn.Linear(config.d_model, key_width, bias=config.bias)
+        self.query = nn.Linear(config.d_model, width, bias=config.has_qkv_bias)
+        self.key = nn.Linear(config.d_model, key_width, bias=config.has_qkv_bias)
+        self.value = nn.Linear(config.d_model, key_width, bias=config.has_qkv_bias)
         self.output = nn.Linear(width, config.d_model, bias=config.bias)
 
     def forward(self, x_BTD: torch.Tensor, rope: RopeTables) -> torch.Tensor:
@@ -142,7 +146,7 @@ class PeerTransformer(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         x_BTD = self.embedding(batch.tokens_BT)
-        rope = rope_tables(batch.position_BT, self.config.d_head, self.config.rope_base, x_BTD.dtype)
+        rope = rope_tables(batch.position_BT, self.config, x_BTD.dtype)
         for block in self.blocks:
             x_BTD = block(x_BTD, rope)
         return self.lm_head(self.final_norm(x_BTD))

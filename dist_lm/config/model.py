@@ -24,9 +24,20 @@ class ModelConfig:
     norm_eps: float = 1e-5
     ffn: str = "gelu"  # gelu | swiglu
     bias: bool = True  # biases in linear layers (and in layernorm)
+    qkv_bias: bool = False  # biases for queries, keys and values although bias is false (as Qwen2)
     tie_embeddings: bool = False  # the output head shares the embedding's weight
     head: str = "tokens"  # tokens (logits of the next token) | scalar (one score per token: reward and value models)
     rope_base: float = 10000.0
+    rotary_fraction: float = 1.0  # of each head, its first entries, that RoPE rotates (as Pythia)
+    # lower frequencies, for sequences longer than those of the first training; none | linear (Chen et al. 2023): all
+    # divided by rope_factor | llama3 (Grattafiori et al. 2024): divided are those with at most rope_low_freq_factor
+    # periods in rope_original_len tokens, those with at least rope_high_freq_factor are kept, others lie between
+    rope_scaling: str = "none"
+    rope_factor: float = 1.0  # at least 1
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_len: int = 8192
+    parallel_residual: bool = False  # the feed-forward network reads the input of attention, not its sum (as Pythia)
     qk_norm: bool = False  # RMSNorm over d_head of queries and keys before RoPE, one weight for all heads (as Qwen3)
     init_std: float = 0.02
 
@@ -38,8 +49,17 @@ class ModelConfig:
     def kv_heads(self) -> int:
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
+    @property
+    def rotary_width(self) -> int:
+        """Entries of a head that RoPE rotates."""
+        return int(self.d_head * self.rotary_fraction)
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.bias or self.qkv_bias
+
     def __post_init__(self) -> None:
-        for key in ("d_model", "n_layers", "n_heads", "d_ff", "max_seq_len", "vocab_size"):
+        for key in ("d_model", "n_layers", "n_heads", "d_ff", "max_seq_len", "vocab_size", "rope_original_len"):
             require(getattr(self, key) > 0, f"model.{key}", getattr(self, key), "a positive integer")
         width = self.head_width
         require(width is None or (width > 0 and width % 2 == 0), "model.head_width", width, "null or an even number")
@@ -58,9 +78,26 @@ class ModelConfig:
             self.n_kv_heads,
             f"a divisor of model.n_heads={self.n_heads}",
         )
+        require(
+            0 < self.rotary_fraction <= 1 and self.rotary_width > 0 and self.rotary_width % 2 == 0,
+            "model.rotary_fraction",
+            self.rotary_fraction,
+            f"a part of the head width {self.d_head} that is an even number, such as {2 / self.d_head:g} or 1",
+        )
         require(self.vocab_size <= 2**31, "model.vocab_size", self.vocab_size, f"at most {2**31} (tokens are uint32)")
-        for key in ("norm_eps", "rope_base", "init_std"):
+        for key in ("norm_eps", "rope_base", "rope_low_freq_factor", "init_std"):
             require(getattr(self, key) > 0, f"model.{key}", getattr(self, key), "a positive number")
+        scalings = ("none", "linear", "llama3")
+        require(self.rope_scaling in scalings, "model.rope_scaling", self.rope_scaling, ", ".join(scalings))
+        accepted = "1 without model.rope_scaling" if self.rope_scaling == "none" else "a number of at least 1"
+        fits = self.rope_factor == 1 or (self.rope_factor > 1 and self.rope_scaling != "none")
+        require(fits, "model.rope_factor", self.rope_factor, accepted)
+        require(
+            self.rope_high_freq_factor > self.rope_low_freq_factor,
+            "model.rope_high_freq_factor",
+            self.rope_high_freq_factor,
+            f"a number above model.rope_low_freq_factor={self.rope_low_freq_factor}",
+        )
         require(self.norm in ("layernorm", "rmsnorm"), "model.norm", self.norm, "layernorm or rmsnorm")
         require(self.ffn in ("gelu", "swiglu"), "model.ffn", self.ffn, "gelu or swiglu")
         require(self.head in ("tokens", "scalar"), "model.head", self.head, "tokens or scalar")

@@ -135,9 +135,10 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
 def _block_activations(config: Config, layout: Layout, shapes: Shapes, size: int) -> tuple[float, float]:
     """Bytes of activations of one block: (needed by its backward pass, kept until then)."""
     parallel = config.parallel
-    residual = shapes.width / (layout.tp if parallel.sp else 1)  # inputs of both norms
+    residual = shapes.width / (layout.tp if parallel.sp else 1)
     normed = shapes.width if parallel.sp else residual  # gathered again with sp
-    made = 2 * residual + 2 * normed + 5 * shapes.attention + shapes.kept_hidden * shapes.hidden
+    inputs = 1 if config.model.parallel_residual else 2  # of norms
+    made = inputs * residual + 2 * normed + 5 * shapes.attention + shapes.kept_hidden * shapes.hidden
     if config.stage.dropout:
         made += 2 * residual * (1 + 1 / size)
     kept = {

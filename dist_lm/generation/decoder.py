@@ -72,7 +72,7 @@ class Decoder:
         self._page_size = page_size
         self._dtype, self._device = dtype, device
         position_1T = torch.arange(config.max_seq_len, device=device)[None]
-        tables = rope_tables(position_1T, config.d_head, config.rope_base, dtype)
+        tables = rope_tables(position_1T, config, dtype)
         self._cos, self._sin = (table[0, :, 0] for table in tables)
         self._layers: list[_Layer] = []
         self._kept: dict[str, torch.Tensor] = {}  # with graphs, which hold addresses: what they read
@@ -197,8 +197,8 @@ class Decoder:
                 turned_NHK = normalise_heads(turned_NHK, layer.head_norm, config.norm_eps)
             q_NHK, key_NGK = rotate(turned_NHK, rope).split([share.n_heads, share.kv_heads], dim=1)
             o_NHK = attend(number, q_NHK, key_NGK, value_NGK)
-            x_ND = layer.output(o_NHK.flatten(1), x_ND)
-            hidden = layer.up(layer.feed_forward_norm(x_ND))
+            input_ND, x_ND = x_ND, layer.output(o_NHK.flatten(1), x_ND)
+            hidden = layer.up(layer.feed_forward_norm(input_ND if config.parallel_residual else x_ND))
             if config.ffn == "swiglu":
                 gate, up = hidden.chunk(2, dim=-1)
                 hidden = activate(up, gate)
@@ -313,7 +313,7 @@ def _layer(
         scale = 1.0
     of_heads = torch.cat([one.flatten(0, 1) for one in (query * scale, key, heads_value)])
     of_heads_bias = None
-    if config.bias:
+    if config.has_qkv_bias:
         query_bias, *others = weights("attention.query_bias", "attention.key_bias", "attention.value_bias")
         of_heads_bias = torch.cat([one.flatten() for one in (query_bias * scale, *others)])
     gated = ("gate", "up") if config.ffn == "swiglu" else ("up",)

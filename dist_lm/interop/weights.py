@@ -53,6 +53,7 @@ def _gpt_neox() -> dict[str, str]:
 
 NAMES = {
     "Llama": _stack("up_proj", "down_proj"),
+    "Qwen2": _stack("up_proj", "down_proj"),
     "Qwen3": _stack("up_proj", "down_proj"),
     "Arcee": _stack("up_proj", "down_proj"),
     "Starcoder2": _stack("c_fc", "c_proj"),

@@ -172,13 +172,13 @@ class Attention(nn.Module):
         self.value = nn.Parameter(torch.empty(key_shape))
         self.output = nn.Parameter(torch.empty(query_shape))
 
-        def bias(*shape: int) -> nn.Parameter | None:
-            return nn.Parameter(torch.empty(shape)) if config.bias else None
+        def bias(has: bool, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.empty(shape)) if has else None
 
-        self.query_bias = bias(*query_shape[:2])
-        self.key_bias = bias(*key_shape[:2])
-        self.value_bias = bias(*key_shape[:2])
-        self.output_bias = bias(config.d_model)
+        self.query_bias = bias(config.has_qkv_bias, *query_shape[:2])
+        self.key_bias = bias(config.has_qkv_bias, *key_shape[:2])
+        self.value_bias = bias(config.has_qkv_bias, *key_shape[:2])
+        self.output_bias = bias(config.bias, config.d_model)
         self.query_norm = HeadNorm(config) if config.qk_norm else None
         self.key_norm = HeadNorm(config) if config.qk_norm else None
 

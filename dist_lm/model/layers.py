@@ -2,8 +2,10 @@
 
 PyTorch computes the statistics of a norm in fp32, whatever the dtype of its input.
 
-Dimensions: B sequences, T tokens, D d_model, H heads, K d_head, F d_ff.
+Dimensions: B sequences, T tokens, D d_model, H heads, K d_head, R entries of a head that RoPE rotates, F d_ff.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
@@ -12,7 +14,7 @@ from torch import nn
 from dist_lm.config.model import ModelConfig
 
 RopeTables = tuple[torch.Tensor, torch.Tensor]
-"""(cos, sin), each (B or 1, T, 1, K); the first half of sin is negated."""
+"""(cos, sin), each (B or 1, T, 1, R); the first half of sin is negated."""
 
 
 def build_norm(config: ModelConfig) -> nn.Module:
@@ -45,20 +47,37 @@ def normalise_heads(x_BTHK: torch.Tensor, weight_K: torch.Tensor, eps: float) ->
     return x_BTHK * scale_BTH1 * weight_K
 
 
-def rope_tables(position_BT: torch.Tensor, d_head: int, base: float, dtype: torch.dtype) -> RopeTables:
-    """Angles `position * base^(-2i/d_head)`, computed in fp32, as tables in `dtype`.
+def rope_tables(position_BT: torch.Tensor, config: ModelConfig, dtype: torch.dtype) -> RopeTables:
+    """Angles `position * base^(-2i/R)`, computed in fp32, as tables in `dtype`.
 
-    Rotary position embedding (Su et al. 2021, equation 34) in the half-rotation form: pairs are (i, i + K/2).
+    Rotary position embedding (Su et al. 2021, equation 34) in the half-rotation form: pairs are (i, i + R/2).
     """
-    exponent = torch.arange(0, d_head, 2, dtype=torch.float32, device=position_BT.device) / d_head
-    angle = position_BT[..., None, None].float() * (1.0 / base**exponent)
+    width = config.rotary_width
+    exponent = torch.arange(0, width, 2, dtype=torch.float32, device=position_BT.device) / width
+    frequency = 1.0 / config.rope_base**exponent
+    if config.rope_scaling != "none":
+        frequency = scaled(frequency, config)
+    angle = position_BT[..., None, None].float() * frequency
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
+def scaled(frequency: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """Frequencies, in radians per token, under `model.rope_scaling`."""
+    if config.rope_scaling == "linear":
+        return frequency / config.rope_factor
+    periods = config.rope_original_len / (2 * math.pi / frequency)
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    kept = ((periods - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequency / config.rope_factor + kept * frequency
+
+
 def rotate(x_BTHK: torch.Tensor, tables: RopeTables) -> torch.Tensor:
-    """`x * cos + cat(-x2, x1) * sin`; the table holds the minus sign."""
+    """`x * cos + cat(-x2, x1) * sin` of the first R entries of every head; the table holds the minus sign."""
     cos, signed_sin = tables
+    width = cos.shape[-1]
+    if width < x_BTHK.shape[-1]:
+        return torch.cat((rotate(x_BTHK[..., :width], tables), x_BTHK[..., width:]), dim=-1)
     return torch.addcmul(x_BTHK * cos, x_BTHK.roll(x_BTHK.shape[-1] // 2, dims=-1), signed_sin)
 
 

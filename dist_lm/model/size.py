@@ -108,8 +108,9 @@ def _attention_shapes(config: ModelConfig) -> dict[str, Shape]:
     query: Shape = (config.n_heads, config.d_head, config.d_model)
     key: Shape = (config.kv_heads, config.d_head, config.d_model)
     weights: dict[str, Shape] = {"query": query, "key": key, "value": key, "output": query}
-    if config.bias:
+    if config.has_qkv_bias:
         weights |= {f"{name}_bias": weights[name][:2] for name in ("query", "key", "value")}
+    if config.bias:
         weights["output_bias"] = (config.d_model,)
     if config.qk_norm:
         weights |= {"query_norm.weight": (config.d_head,), "key_norm.weight": (config.d_head,)}

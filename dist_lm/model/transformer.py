@@ -2,6 +2,7 @@
 
     tokens -> embedding -> n_layers x Block -> norm -> head -> logits (or a score)
     Block:  x += attention(norm(x));  x += feed_forward(norm(x))          (pre-LN, Radford et al. 2019)
+            x += attention(norm(x)) + feed_forward(norm(x))               (parallel residual, Wang & Komatsuzaki 2021)
 
 A new model has no values: build it on the meta device if it is large, and fill it with `keyed_random.initialise`.
 
@@ -32,10 +33,11 @@ from dist_lm.model.layers import FeedForward, RopeTables, build_norm, rope_table
 
 
 class Block(nn.Module):
-    """One layer: attention, then the feed-forward network, each on the normalised residual stream."""
+    """One layer: attention, then (or beside it) the feed-forward network, each on the normalised residual stream."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.parallel_residual = config.parallel_residual
         self.attention_norm = build_norm(config)
         self.attention = Attention(config)
         self.feed_forward_norm = build_norm(config)
@@ -56,11 +58,13 @@ class Block(nn.Module):
                 (1, N, D), and the feed-forward network skips the other tokens, which are only attended to. None: all.
         """
         a_BTD = self.attention(self.attention_norm(x_BTD), rope, visibility)
-        x_BTD = x_BTD + apply_dropout(a_BTD, dropout[0])
+        input_BTD, x_BTD = x_BTD, x_BTD + apply_dropout(a_BTD, dropout[0])
         if kept_N is not None:
             assert dropout[1] is None, "dropout depends on the place of a token"
             x_BTD = x_BTD.flatten(0, 1).index_select(0, kept_N)[None]
-        f_BTD = self.feed_forward(self.feed_forward_norm(x_BTD))
+            if self.parallel_residual:
+                input_BTD = input_BTD.flatten(0, 1).index_select(0, kept_N)[None]
+        f_BTD = self.feed_forward(self.feed_forward_norm(input_BTD if self.parallel_residual else x_BTD))
         return x_BTD + apply_dropout(f_BTD, dropout[1])
 
 
@@ -123,7 +127,7 @@ class Transformer(nn.Module):
         x_BTD = self.embedding(tokens_BT)
         if position_BT is None:
             position_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
-        rope = rope_tables(position_BT, self.config.d_head, self.config.rope_base, x_BTD.dtype)
+        rope = rope_tables(position_BT, self.config, x_BTD.dtype)
         visibility = CAUSAL
         if document_BT is not None:
             visibility = within_documents(document_BT, x_BTD.dtype, self.config.d_head, branch_BT, boundary)

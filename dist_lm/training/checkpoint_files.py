@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -303,6 +303,7 @@ def check_same_model(
         ArtefactError: names every key that differs, with both values.
     """
     own = asdict(model_config)
+    saved = {one.name: one.default for one in fields(ModelConfig)} | saved  # options newer than the checkpoint are off
     # None means one key/value head per query head
     own, saved = ({**model, "n_kv_heads": model.get("n_kv_heads") or model.get("n_heads")} for model in (own, saved))
     ignored = {"name", "init_std", "max_seq_len", *but}

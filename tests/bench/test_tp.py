@@ -61,6 +61,7 @@ def test_a_model_that_torch_cannot_cut_has_no_peer_and_says_why():
     assert tp.misfit(even, 2) == ""
     assert tp.misfit(replace(even, tie_embeddings=True), 2) == "the peer has no tied embedding"
     assert tp.misfit(replace(even, qk_norm=True), 2) == "the peer has no norm of queries and keys"
+    assert tp.misfit(replace(even, parallel_residual=True), 2) == "the peer has no parallel residual"
     (comparison,) = tp.cases([*TINY, *WORKLOAD, "model.d_model=50", "model.n_heads=25"], quick=True)[0].comparisons
     assert comparison.peer is None
     assert "n_heads=25" in comparison.peer_name

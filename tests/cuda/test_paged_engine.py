@@ -25,7 +25,19 @@ pytestmark = pytest.mark.cuda
 WHOLE = compose_config(["stage=language", "model=large"]).model
 LARGE = replace(WHOLE, n_layers=4)
 GROUPED = replace(
-    LARGE, n_kv_heads=5, norm="rmsnorm", ffn="swiglu", bias=False, qk_norm=True, tie_embeddings=True, n_layers=2
+    LARGE,
+    n_layers=2,
+    n_kv_heads=5,
+    norm="rmsnorm",
+    ffn="swiglu",
+    bias=False,
+    qkv_bias=True,
+    qk_norm=True,
+    tie_embeddings=True,
+    parallel_residual=True,
+    rotary_fraction=0.5,
+    rope_scaling="llama3",
+    rope_factor=8.0,
 )
 CUDA = torch.device("cuda", 0)
 

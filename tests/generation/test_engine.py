@@ -25,9 +25,12 @@ SLACK = 2e-5  # by which rounding may move a cumulative probability, or a logit
 CONFIG = ModelConfig(
     name="small", d_model=40, n_layers=2, n_heads=5, d_ff=72, max_seq_len=160, vocab_size=64, init_std=0.15
 )
-GROUPED = replace(
-    CONFIG, n_kv_heads=1, norm="rmsnorm", ffn="swiglu", bias=False, tie_embeddings=True, qk_norm=True, d_ff=50
-)
+OTHERS = {
+    **{"norm": "rmsnorm", "ffn": "swiglu", "bias": False, "qkv_bias": True, "tie_embeddings": True, "qk_norm": True},
+    **{"parallel_residual": True, "rotary_fraction": 0.5},
+    **{"rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_len": 32},
+}  # than the values of CONFIG
+GROUPED = replace(CONFIG, n_kv_heads=1, d_ff=50, **OTHERS)
 PAGE = 16
 SMALL = EngineOptions(cache_tokens=20 * PAGE, page_tokens=PAGE, max_sequences=6, piece_tokens=32, step_tokens=64)
 

@@ -14,7 +14,9 @@ from dist_lm.model.size import parameter_shapes
 
 ODD = ModelConfig(name="odd", d_model=50, n_layers=1, n_heads=25, d_ff=72, max_seq_len=8, vocab_size=61)
 FIVE = replace(ODD, d_model=40, n_heads=5, d_ff=50)
-GROUPS = replace(FIVE, n_heads=10, n_kv_heads=2, ffn="swiglu", bias=False, tie_embeddings=True, qk_norm=True)
+GROUPS = replace(
+    FIVE, n_heads=10, n_kv_heads=2, ffn="swiglu", bias=False, qkv_bias=True, tie_embeddings=True, qk_norm=True
+)
 ONE_KEY = replace(FIVE, n_kv_heads=1, ffn="swiglu")
 CUTS = [
     *((ODD, tp) for tp in (1, 2, 4, 8)),

@@ -13,13 +13,18 @@ from dist_lm.model.keyed_random import initialise
 from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
 
+LLAMA = {"norm": "rmsnorm", "ffn": "swiglu", "bias": False}
 FAMILIES: dict[str, dict[str, Any]] = {
     "GPTNeoX": {},
     "Starcoder2": {"n_kv_heads": 1},
-    "Llama": {"norm": "rmsnorm", "ffn": "swiglu", "bias": False},
+    "Llama": LLAMA,
     "Llama with biases": {"norm": "rmsnorm", "ffn": "swiglu"},
     "Arcee": {"norm": "rmsnorm", "bias": False},
-    "Qwen3": {"norm": "rmsnorm", "ffn": "swiglu", "bias": False, "qk_norm": True},
+    "Llama 3.1": {**LLAMA, "n_kv_heads": 1, "rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_len": 32},
+    "Linear": {**LLAMA, "rope_scaling": "linear", "rope_factor": 3.0},
+    "Qwen2": {**LLAMA, "qkv_bias": True},
+    "Pythia": {"parallel_residual": True, "rotary_fraction": 0.25},
+    "Qwen3": {**LLAMA, "qk_norm": True},
 }
 LARGE = ("large", "xlarge")  # take 20 s each
 SIZES = [

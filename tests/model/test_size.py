@@ -38,10 +38,11 @@ def test_every_size(name: str, tied: bool) -> None:
 @pytest.mark.parametrize("ffn", ["gelu", "swiglu"])
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("qkv_bias", [False, True])
 @pytest.mark.parametrize("n_kv_heads", [None, 1])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_every_option(ffn: str, norm: str, bias: bool, n_kv_heads: int | None, qk_norm: bool) -> None:
-    config = small_config(ffn=ffn, norm=norm, bias=bias, n_kv_heads=n_kv_heads, qk_norm=qk_norm)
+def test_every_option(ffn: str, norm: str, bias: bool, qkv_bias: bool, n_kv_heads: int | None, qk_norm: bool) -> None:
+    config = small_config(ffn=ffn, norm=norm, bias=bias, qkv_bias=qkv_bias, n_kv_heads=n_kv_heads, qk_norm=qk_norm)
     assert list(parameter_shapes(config).items()) == built_shapes(config)
 
 

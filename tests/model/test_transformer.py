@@ -26,6 +26,14 @@ OPTIONS = {
     "no bias": {"bias": False},
     "one key head": {"n_kv_heads": 1},
     "normalised queries and keys": {"qk_norm": True},
+    "as Pythia": {"parallel_residual": True, "rotary_fraction": 0.5},
+    "as Qwen2 with scaled positions": {
+        "bias": False,
+        "qkv_bias": True,
+        "rope_scaling": "llama3",
+        "rope_factor": 4.0,
+        "rope_original_len": 8,
+    },
     "grouped, all options": {
         "d_model": 48,
         "n_heads": 6,
@@ -92,7 +100,7 @@ def test_normalised_queries_and_keys_are_those_of_the_formula() -> None:
     for norm in (attention.query_norm, attention.key_norm):
         torch.nn.init.uniform_(norm.weight, 0.5, 2.0)
     x_BTD = torch.randn(1, T, config.d_model, generator=torch.Generator().manual_seed(0))
-    at_start = rope_tables(torch.zeros(1, T, dtype=torch.int64), config.d_head, config.rope_base, torch.float32)
+    at_start = rope_tables(torch.zeros(1, T, dtype=torch.int64), config, torch.float32)
     q_HTK, k_HTK, v_HTK = (
         torch.einsum("td,hkd->htk", x_BTD[0], getattr(attention, name)) + getattr(attention, f"{name}_bias")[:, None]
         for name in ("query", "key", "value")
@@ -225,9 +233,12 @@ def test_losses_of_the_tokens_that_count_are_those_of_all(config: ModelConfig, c
     assert all(bool(gradient.eq(0).all()) for gradient in gradients[2])
 
 
+@pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize("what", ["scores", "logprobs"])
-def test_tokens_that_are_only_attended_to_skip_the_last_feed_forward_and_change_nothing(what: str) -> None:
-    config = small_config(head="scalar" if what == "scores" else "tokens")
+def test_tokens_that_are_only_attended_to_skip_the_last_feed_forward_and_change_nothing(
+    what: str, parallel: bool
+) -> None:
+    config = small_config(head="scalar" if what == "scores" else "tokens", parallel_residual=parallel)
     model, tokens = small_model(config), small_tokens(config, 3, 9)
     document = torch.tensor([[0] * 4 + [1] * 5] * 3)
     rows: list[int] = []

@@ -28,17 +28,21 @@ MIXED_LAYOUTS = ("1x1x2+sp", "1x1x4+sp", "1x2x2", "1x2x2+sp", "2x1x2")
 EIGHT_RANKS = (("1x1x8", (25, 25)), ("1x1x8+sp", (25, 5)), ("2x2x2+sp", (25, 25)))
 """dp_replicate x dp_shard x tp, and whether sequences are split over tp too."""
 
-CHOICES: dict[str, tuple] = {
-    "activation_checkpointing": ("none", "selective", "full"),
-    "norm": ("layernorm", "rmsnorm"),
+CHOICES: dict[str, tuple] = {  # in an order in which the rows meet all pairs
     "ffn": ("gelu", "swiglu"),
-    "bias": (True, False),
-    "tie_embeddings": (False, True),
-    "chunked_loss": (False, True),
     "reshard_after_forward": (True, False),
+    "biases": ("none", "qkv", "all"),
+    "tie_embeddings": (False, True),
+    "scaled_part_rotated": (False, True),
+    "activation_checkpointing": ("full", "none", "selective"),
+    "chunked_loss": (False, True),
+    "norm": ("layernorm", "rmsnorm"),
+    "parallel_residual": (False, True),
     "reduce_every_micro_batch": (False, True),
 }
-IN_MODEL = ("norm", "ffn", "bias", "tie_embeddings")
+BIASES = {"all": {}, "none": {"bias": False}, "qkv": {"bias": False, "qkv_bias": True}}
+IN_MODEL = ("norm", "ffn", "parallel_residual", "tie_embeddings")
+OF_MODEL = ("biases", "scaled_part_rotated", *IN_MODEL)
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,13 @@ class Case:
 
     @property
     def model(self) -> ModelConfig:
-        return model_of(self.heads, **{key: self.choices[key] for key in IN_MODEL})
+        positions = positions_of(self.heads) if self.choices["scaled_part_rotated"] else {}
+        rest = {key: self.choices[key] for key in IN_MODEL}
+        return model_of(self.heads, **BIASES[self.choices["biases"]], **positions, **rest)
 
     @property
     def parallel(self) -> ParallelConfig:
-        rest = {key: value for key, value in self.choices.items() if key not in (*IN_MODEL, "chunked_loss")}
+        rest = {key: value for key, value in self.choices.items() if key not in (*OF_MODEL, "chunked_loss")}
         return parallel_of(self.layout, **rest)
 
     @property
@@ -82,6 +88,12 @@ def model_of(heads: tuple[int, int], **changes: Any) -> ModelConfig:
         init_std=0.05,
         **changes,
     )
+
+
+def positions_of(heads: tuple[int, int]) -> dict[str, Any]:
+    """Options of RoPE: it rotates one pair of a head, by a scaled frequency."""
+    scaled = {"rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_len": 12, "rope_base": 50.0}
+    return {"rotary_fraction": 2 * heads[0] / WIDTHS[heads[0]], **scaled}
 
 
 def layout_of(layout: str) -> Layout:

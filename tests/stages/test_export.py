@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from dist_lm.chat.template import chat_template
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import save_config
 from dist_lm.errors import ArtefactError, ConfigError
-from dist_lm.generation.load import load_model
+from dist_lm.generation.load import load_model, model_config_of
 from dist_lm.launcher.compose import compose_config
 from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
@@ -87,6 +88,7 @@ def test_what_transformers_saves_comes_in_and_goes_out_again(
     assert (tmp_path / "x" / "model.safetensors.index.json").is_file()
     shutil.copyfile(work.tokenizer_model, tmp_path / "x" / "tokenizer.model")
     run = import_model(str(tmp_path / "x"), "mine", work)
+    assert replace(model_config_of(files.find_checkpoint(run.path)), name=ours.config.name) == ours.config
     if dtype == "fp32":
         weights = model_weights(files.find_checkpoint(run.path))
         state = ours.state_dict() | ({"scalar_head.bias": torch.zeros(1)} if head == "scalar" else {})
@@ -172,7 +174,10 @@ def test_a_model_without_an_architecture_is_refused(work: WorkDirectory, tmp_pat
 @pytest.mark.parametrize(
     ("family", "changes", "named"),
     [
-        ("Llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.rope_type=llama3"),
+        ("Llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor=None"),
+        ("Llama 3.1", {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor=None"),
+        ("Llama", {"rope_scaling": {"type": "linear", "factor": 0.5}}, r"model\.rope_factor=0\.5"),
+        ("Llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type=dynamic"),
         ("Llama", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type=yarn"),
         ("Llama", {"hidden_act": "gelu"}, "hidden_act=gelu"),
         ("Llama", {"mlp_bias": True}, "mlp_bias=True: expected attention_bias=False"),
@@ -184,8 +189,11 @@ def test_a_model_without_an_architecture_is_refused(work: WorkDirectory, tmp_pat
         ("Qwen3", {"use_sliding_window": True}, "use_sliding_window=True"),
         ("Qwen3", {"attention_bias": True}, "attention_bias=True"),
         ("Qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=sliding_attention"),
-        ("GPTNeoX", {"rotary_pct": 0.25}, "rotary_pct=0.25"),
-        ("GPTNeoX", {"use_parallel_residual": True}, "use_parallel_residual=True"),
+        ("Qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
+        ("Qwen2", {"head_dim": 12}, "head_dim=12: expected 10"),
+        ("Pythia", {"rotary_pct": 0.3}, r"model\.rotary_fraction=0\.3"),
+        ("Pythia", {"attention_bias": False}, "attention_bias=False"),
+        ("Pythia", {"hidden_act": "gelu_new"}, "hidden_act=gelu_new"),
         ("Starcoder2", {"sliding_window": 4096}, "sliding_window=4096"),
         ("Arcee", {"hidden_act": "relu2"}, "hidden_act=relu2"),
         ("Llama", {"num_hidden_layers": 3}, r"model.layers.2.* is missing"),

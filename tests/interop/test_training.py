@@ -1,0 +1,106 @@
+"""Ten steps of training are those of transformers and `torch.optim.AdamW`, at one rank and over several."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812  the name the field uses
+
+from dist_lm.config.model import ModelConfig
+from dist_lm.config.stage import StageConfig
+from dist_lm.data.batch import Batch
+from dist_lm.parallel.layout import resolve_layout
+from dist_lm.parallel.mesh import World, build_mesh, data_mesh
+from dist_lm.parallel.sharding import build_model
+from dist_lm.parallel.values import fill
+from dist_lm.training.heartbeat import StopRequest
+from dist_lm.training.objective import next_token
+from dist_lm.training.optimizer import build_optimizer, learning_rate, set_learning_rate
+from dist_lm.training.step import accumulate_gradients, update
+from tests.interop.hf_models import FAMILIES, our_model, small, their_model
+from tests.parallel.parity_cases import layout_of, parallel_of
+from tests.parallel.ranks import RankGroups
+
+pytest.importorskip("transformers")
+
+STEPS, SEQUENCES, LENGTH = 10, 4, 24
+STAGE = StageConfig(name="families", lr=3e-3, warmup_steps=3, steps=STEPS, grad_clip=1.0, label_smoothing=0.0)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankGroups]:
+    groups = RankGroups(tmp_path_factory.mktemp("ranks"))
+    yield groups
+    groups.close()
+
+
+def model_of(family: str, heads: int) -> ModelConfig:
+    config = small(family, n_heads=heads, d_model=50 if heads == 5 else 100)
+    return config if heads == 5 or config.rotary_fraction == 1 else replace(config, rotary_fraction=0.5)
+
+
+def tokens_of(config: ModelConfig, step: int) -> torch.Tensor:
+    """The global batch of a step, (SEQUENCES, LENGTH + 1); some tokens are frequent, so there is something to learn."""
+    generator = torch.Generator().manual_seed(step)
+    return (torch.rand(SEQUENCES, LENGTH + 1, generator=generator) ** 3 * config.vocab_size).long()
+
+
+def rate_of(step: int) -> float:
+    return learning_rate(
+        step, peak=STAGE.lr, warmup_steps=STAGE.warmup_steps, steps=STEPS, min_ratio=STAGE.min_lr_ratio
+    )
+
+
+def losses_of_ranks(world: World, config: ModelConfig, layout: str, weights: dict) -> list[float]:
+    """Losses of the steps of a trainer (collective)."""
+    parallel = parallel_of(layout)
+    mesh = build_mesh(resolve_layout(parallel, config, world.size), world.device)
+    model = build_model(config, parallel, mesh, world.device, seed=0)
+    fill(model, config, lambda name, shape: torch.from_numpy(weights[name]))
+    optimizer, data = build_optimizer(model, STAGE), data_mesh(mesh)
+    losses = []
+    for step in range(STEPS):
+        set_learning_rate(optimizer, rate_of(step))
+        own = tokens_of(config, step)[data.get_local_rank() :: data.size()]
+        batches = [Batch.plain(row[:, :-1], row[:, 1:]) for row in own.chunk(2)]  # micro-batches
+        sums = accumulate_gradients(model, next_token(0.0, 0.0), batches)
+        counts = mesh.get_local_rank("tp") == 0
+        losses.append(update(model, optimizer, sums, grad_clip=STAGE.grad_clip, counts=counts, stop=StopRequest()).loss)
+    return losses
+
+
+def losses_of_transformers(config: ModelConfig) -> list[float]:
+    model = their_model(our_model(config)).train()
+    embedding = model.get_input_embeddings().weight
+    decayed = [one for one in model.parameters() if one.ndim > 1 and one is not embedding]
+    others = [one for one in model.parameters() if not any(one is other for other in decayed)]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": STAGE.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        betas=(STAGE.beta1, STAGE.beta2),
+        eps=STAGE.adam_eps,
+    )
+    losses = []
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = rate_of(step)
+        tokens = tokens_of(config, step)
+        loss = F.cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), STAGE.grad_clip)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("heads", [5, 25])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ten_steps_lose_what_those_of_transformers_lose(ranks: RankGroups, family: str, heads: int):
+    config = model_of(family, heads)
+    weights = {name: value.numpy() for name, value in our_model(config).state_dict().items()}
+    expected = losses_of_transformers(config)
+    assert expected[-1] < expected[0] - 0.2
+    for layout in ("1x1x1", "1x1x2", "1x2x2"):
+        found = ranks.run(layout_of(layout).world_size, losses_of_ranks, config, layout, weights)
+        assert found == pytest.approx(expected, rel=1e-5), layout
