@@ -26,7 +26,13 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 
 TYPES = ("F16", "Q8_0")
 BLOCK = 32  # numbers with one scale in Q8_0
-NAMES = {"Llama": "llama", "Qwen3": "qwen3", "Starcoder2": "starcoder2", "GPTNeoX": "gptneox"}  # of llama.cpp
+NAMES = {  # of llama.cpp
+    "Llama": "llama",
+    "Qwen2": "qwen2",
+    "Qwen3": "qwen3",
+    "Starcoder2": "starcoder2",
+    "GPTNeoX": "gptneox",
+}
 Read = Callable[[str], torch.Tensor]  # a parameter of ours by its name
 
 
@@ -40,6 +46,8 @@ def require_gguf(kind: str, model: ModelConfig, found: Architecture) -> None:
     require(kind in TYPES, "--gguf", kind, " or ".join(TYPES))
     if model.head != "tokens":
         raise ConfigError(f"--gguf {kind}: model.head={model.head}: llama.cpp holds models with model.head=tokens")
+    if model.rope_scaling != "none":
+        raise ConfigError(f"--gguf {kind}: model.rope_scaling={model.rope_scaling}: scaled positions are not written")
     if found.family not in NAMES:
         raise ConfigError(f"--gguf {kind}: llama.cpp has another activation in {found.family} (model.ffn={model.ffn})")
     try:
@@ -149,7 +157,7 @@ def _add_shape(writer: Any, kind: str, model: ModelConfig, found: Architecture) 
     writer.add_head_count_kv(model.kv_heads)
     writer.add_key_length(model.d_head)
     writer.add_value_length(model.d_head)
-    writer.add_rope_dimension_count(model.d_head)
+    writer.add_rope_dimension_count(model.rotary_width)
     writer.add_rope_freq_base(model.rope_base)
     (writer.add_layer_norm_rms_eps if model.norm == "rmsnorm" else writer.add_layer_norm_eps)(model.norm_eps)
     if found.family == "GPTNeoX":

@@ -1,5 +1,6 @@
 """Models of every family, and the same models in transformers."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -22,14 +23,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Arcee": {"norm": "rmsnorm", "bias": False},
     "Llama 3.1": {**LLAMA, "n_kv_heads": 1, "rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_len": 32},
     "Linear": {**LLAMA, "rope_scaling": "linear", "rope_factor": 3.0},
-    "Qwen2": {**LLAMA, "qkv_bias": True},
+    "Qwen2": {**LLAMA, "n_kv_heads": 1, "qkv_bias": True},
     "Pythia": {"parallel_residual": True, "rotary_fraction": 0.25},
     "Qwen3": {**LLAMA, "qk_norm": True},
 }
-LARGE = ("large", "xlarge")  # take 20 s each
-SIZES = [
-    pytest.param(size, marks=pytest.mark.heavy) if size in LARGE else size
-    for size in choices("model")
+VARIANTS = ("Llama 3.1", "Linear", "Qwen2", "Pythia")  # of another family here, by a few options
+
+
+def _marks(family: str, size: str) -> list[pytest.MarkDecorator]:
+    if size in ("large", "xlarge"):  # take 20 s each
+        return [pytest.mark.bars if family in VARIANTS else pytest.mark.heavy]
+    return [pytest.mark.heavy] if size == "medium" else []
+
+
+SHAPES = [
+    pytest.param(family, size, marks=_marks(family, size))
+    for family, size in product(FAMILIES, choices("model"))
     if size != "xl"  # `large` with more layers
 ]
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 
 from dist_lm.interop.weights import converted
 from dist_lm.model.size import parameter_shapes
-from tests.interop.hf_models import FAMILIES, SIZES, architecture, our_model, sized, small, their_model, tokens_for
+from tests.interop.hf_models import FAMILIES, SHAPES, architecture, our_model, sized, small, their_model, tokens_for
 
 pytest.importorskip("transformers")
 
@@ -17,8 +17,7 @@ def next_token_loss(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "size"), SHAPES)
 def test_logits_of_every_size_are_those_of_transformers(family: str, size: str):
     ours = our_model(sized(size, family))
     tokens = tokens_for(ours.config, 24)

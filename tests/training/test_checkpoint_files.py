@@ -166,6 +166,15 @@ def test_key_heads_left_open_are_as_many_as_query_heads(tmp_path):
         files.check_same_model(tmp_path, saved, replace(config, n_kv_heads=1))
 
 
+def test_a_checkpoint_from_before_an_option_has_it_off(tmp_path):
+    config = compose_config(["stage=language", "model=nano"]).model
+    newer = ("qkv_bias", "parallel_residual", "rotary_fraction", "rope_scaling", "rope_factor")
+    saved = {key: value for key, value in asdict(config).items() if key not in newer}
+    files.check_same_model(tmp_path, saved, config)
+    with pytest.raises(ArtefactError, match=r"model\.parallel_residual=True \(checkpoint: False\)"):
+        files.check_same_model(tmp_path, saved, replace(config, parallel_residual=True))
+
+
 def test_state_of_a_checkpoint_that_is_not_ours_is_refused(tmp_path):
     (tmp_path / files.STATE).write_text(json.dumps({"format": files.FORMAT, "state": {"steps": 1}}))
     with pytest.raises(ArtefactError, match=r"state\.json cannot be read"):
