@@ -1,10 +1,12 @@
 """From parquet files to the shards of a corpus, against the encoder alone on the same text: bytes a CPU second.
 
 The build reads the files, chooses val and compares it with train, tokenizes and writes tars. A step is one build of a
-fresh corpus. Both ways are timed in CPU seconds of this process and its children, which a busy machine changes little;
-the facts give bytes a wall second and process, and the largest private memory of any process.
+fresh corpus, or the encoding of the same text in as many processes, as cores that share a processor slow each other
+down. Both ways are timed in CPU seconds of this process and its children, which a busy machine changes little; the
+facts give bytes a wall second and process, and the largest private memory of any process.
 """
 
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -75,13 +77,13 @@ def build(way: str, config: Config, world: World) -> Trial:
     folder = tempfile.TemporaryDirectory(prefix="dlm-bench-")
     work = Work(Path(folder.name), config, CleaningConfig() if way == CLEANED else off())
     documents = work.documents(work.n_bytes) if way == ENCODER else []
+    processes = config.tokenizer.workers or cores()
 
     def step() -> float:
         assert folder  # lives as long as this function
-        work.encode(documents) if way == ENCODER else work.build()
+        work.encode(documents, processes) if way == ENCODER else work.build()
         return 0.0
 
-    processes = 1 if way == ENCODER else config.tokenizer.workers or cores()
     return Trial(step, lambda: measured(step, work.n_bytes, processes), clock=cpu_seconds, losses=list)
 
 
@@ -115,8 +117,18 @@ class Work:
         texts.reader.room = -1
         build_corpus(self.config, CORPUS, texts, Console())
 
-    def encode(self, documents: Sequence[Document]) -> None:
-        """What remains if nothing but encoding takes time."""
+    def encode(self, documents: Sequence[Document], processes: int) -> None:
+        """What remains if nothing but encoding takes time: each process encodes its share, and nothing is sent."""
+        fork = multiprocessing.get_context("fork")
+        started = [fork.Process(target=self._encode, args=(documents[n::processes],)) for n in range(1, processes)]
+        for process in started:
+            process.start()
+        self._encode(documents[::processes])
+        for process in started:
+            process.join()
+            assert process.exitcode == 0, "a process that encodes failed"
+
+    def _encode(self, documents: Sequence[Document]) -> None:
         for document in documents:
             self._tokenizer.encode_document(document)
 

@@ -22,7 +22,7 @@ from typing import TextIO
 
 from dist_lm.config.corpus import BYTES_PER_TOKEN, CorpusConfig, SourceConfig
 from dist_lm.data.containment import HeldOut, refused_texts
-from dist_lm.data.redaction import EMAIL, KEY, redacted
+from dist_lm.data.redaction import EMAIL, KEY, redacted, redacted_json
 from dist_lm.data.screening import IngestReport, Screened, SourceReader, screened
 from dist_lm.data.sources.reader import Candidate, corpus_sources, form_of, text_corpora
 from dist_lm.document import Document
@@ -207,8 +207,8 @@ def largest_share(config: CorpusConfig, corpus_name: str) -> float:
 def cleaned(config: CorpusConfig, item: Screened, split: str, report: IngestReport) -> Document:
     """The document with placeholders for what `corpus.cleaning` replaces; it is counted as kept."""
     document, steps = item.document, config.cleaning
-    is_json = document.form != "text"
-    found = redacted(document.text, secrets=steps.secrets, emails=steps.emails, is_json=is_json)
+    replaced = redacted if document.form == "text" else redacted_json
+    found = replaced(document.text, secrets=steps.secrets, emails=steps.emails)
     counts = {KEY: found.secrets, EMAIL: found.emails}
     report.keep(item, split, {placeholder: times for placeholder, times in counts.items() if times})
     return replace(document, text=found.text) if any(counts.values()) else document

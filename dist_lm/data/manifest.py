@@ -112,7 +112,7 @@ class Recipe:
     corpus_fingerprint: str  # hash of the configuration that selected the documents
     documents_per_member: int
     shard_tokens: int
-    inputs_sha256: str = ""  # hash of the inputs that were read (`data.content.inputs_hash`)
+    inputs_sha256: str = ""  # hash of the inputs that were read (`inputs_hash`)
     own_fingerprint: str = ""  # hash of that configuration without other corpora
 
 

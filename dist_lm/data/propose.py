@@ -10,11 +10,12 @@ from typing import Any
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Input, Inputs
 from dist_lm.data.sources.files import SUFFIXES, TEXT, list_source_files
-from dist_lm.data.sources.formats import FORMATS, Format, Row
+from dist_lm.data.sources.formats import Row
 from dist_lm.data.sources.messages import MESSAGES
 from dist_lm.data.sources.places import bare_name, list_files
 from dist_lm.data.sources.reader import reader_of
 from dist_lm.data.sources.rows import TEXT as TEXT_COLUMN
+from dist_lm.data.sources.rows import placed_rows
 from dist_lm.data.sources.tars import TEXT_MEMBER, samples
 from dist_lm.errors import ConfigError
 
@@ -133,10 +134,9 @@ def _proposal(kind: str, place: str, files: Sequence[Input], notes: tuple[str, .
 
 
 def _first_rows(kind: str, files: Sequence[Input]) -> list[Row]:
-    name = files[0].name
-    rows: Format = samples if kind == "tars" else FORMATS[PurePosixPath(bare_name(name)).suffix]
-    wanted = (*TEXTS, "json") if kind == "tars" else None
-    return [row for _, row, _ in islice(rows(name, wanted), ROWS) if isinstance(row, dict)]
+    wanted = [("", name) for name in (*TEXTS, "json")] if kind == "tars" else None
+    rows = placed_rows(Inputs((files[0],)), wanted, samples if kind == "tars" else None)
+    return [one.row for one in islice(rows, ROWS) if isinstance(one.row, dict)]
 
 
 def _suffixes(files: Sequence[Input]) -> str:

@@ -5,6 +5,7 @@ verified, no settings are read, no process or thread is started. A text that lac
 searched. Private keys are replaced from BEGIN to END.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -65,17 +66,37 @@ class Redacted(NamedTuple):
     emails: int
 
 
-def redacted(text: str, *, secrets: bool, emails: bool, is_json: bool = False) -> Redacted:
-    """The text with its secrets and e-mail addresses replaced; `is_json`: nothing across its quotes."""
+def redacted(text: str, *, secrets: bool, emails: bool) -> Redacted:
+    """The text with its secrets and e-mail addresses replaced."""
     n_secrets = n_emails = 0
-    spans = merged([*secret_spans(text)]) if secrets else []
-    if is_json:
-        spans = [(begin, end) for begin, end in spans if '"' not in text[begin:end]]
-    if spans:
+    if secrets and (spans := merged([*secret_spans(text)])):
         text, n_secrets = _replaced(text, spans, KEY), len(spans)
     if emails and "@" in text and (spans := [*email_spans(text)]):
         text, n_emails = _replaced(text, spans, EMAIL), len(spans)
     return Redacted(text, n_secrets, n_emails)
+
+
+def redacted_json(text: str, *, secrets: bool, emails: bool) -> Redacted:
+    """A JSON text, as a corpus keeps a conversation, with the secrets and addresses of its strings replaced.
+
+    The strings are searched one by one: an escape before an address would count as a part of it (`\\nann@x.org`).
+    """
+    n_secrets = n_emails = 0
+
+    def changed(value: Any) -> Any:
+        nonlocal n_secrets, n_emails
+        if isinstance(value, dict):
+            return {key: changed(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [changed(one) for one in value]
+        if not isinstance(value, str) or (len(value) < SHORTEST and "@" not in value):
+            return value
+        found = redacted(value, secrets=secrets, emails=emails)
+        n_secrets, n_emails = n_secrets + found.secrets, n_emails + found.emails
+        return found.text
+
+    value = changed(json.loads(text)) if secrets or emails else None
+    return Redacted(json.dumps(value, ensure_ascii=False) if n_secrets or n_emails else text, n_secrets, n_emails)
 
 
 def secret_spans(text: str) -> Iterator[tuple[int, int]]:

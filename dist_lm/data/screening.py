@@ -5,6 +5,7 @@ each time gives the same documents in the same order.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TextIO
@@ -16,6 +17,7 @@ from dist_lm.data.sources.row_errors import RowErrors
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 
+GROUP = re.compile(r"[0-9a-fA-F]{16}")  # its first digits decide the side
 EXAMPLES = 20  # sources named in a report
 KEPT_CHARACTERS = 64_000_000  # of small sources, together: they stay in memory and are read once
 
@@ -173,6 +175,11 @@ def check_candidate(candidate: object, source: SourceConfig) -> None:
     form = source_form(source)
     if isinstance(candidate, Document):
         if candidate.form == form and isinstance(candidate.text, str):
+            if candidate.group and not GROUP.match(candidate.group):
+                raise ConfigError(
+                    f"corpus source: reader={source.reader} yielded the group {candidate.group!r} "
+                    f"({candidate.source}): expected a hexadecimal hash (text_hash of its name), or none"
+                )
             return
         text = f" whose text is of type {type(candidate.text).__name__}"
         found = f"a {candidate.form}{'' if isinstance(candidate.text, str) else text} ({candidate.source})"

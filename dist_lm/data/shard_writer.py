@@ -82,6 +82,10 @@ class CorpusWriter:
         """Append one document of the source with that number to `train` or `val`."""
         self._splits[split].write(document, source)
 
+    def finish_split(self, split: str) -> None:
+        """Write what is left of a split: no document of it follows."""
+        self._splits[split].finish()
+
     def finish(
         self,
         ingest: Mapping[str, Any],
@@ -90,8 +94,8 @@ class CorpusWriter:
     ) -> Manifest:
         """Write the last tars and the manifest, which declares the corpus complete. Arguments: as of `Manifest`."""
         found = {}
-        for name, split in self._splits.items():
-            split.finish()
+        for name in self._splits:
+            self.finish_split(name)
             shards = self._journal.finished[name]
             found[name] = Split(tuple(shards), _by_language(open_index(self.directory / s.name, s) for s in shards))
         manifest = Manifest(self.recipe, found, dict(ingest), licences, inputs)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -18,7 +18,7 @@ from omegaconf import MISSING
 
 from dist_lm.chat.documents import encode_document
 from dist_lm.chat.template import FORMAT
-from dist_lm.config.corpus import KEEP, SPLITS, CorpusConfig
+from dist_lm.config.corpus import KEEP, SPLITS, CorpusConfig, SourceConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
 from dist_lm.data.ingest import Texts, divided
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Divided = tuple[str, Document, SourceConfig]  # split, document and its source
 SAMPLED = "synthetic_rankings"  # reader whose documents a model wrote
 
 
@@ -262,7 +263,9 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
         kept = dict(writer.kept)
 
         def documents() -> Iterator[Document]:
-            for split, document, source in divided(config.corpus, name, config.seed, report, texts, rejected):
+            for split, document, source in train_first(
+                divided(config.corpus, name, config.seed, report, texts, rejected)
+            ):
                 if kept[split]:  # in a finished tar
                     kept[split] -= 1
                     count.advance()
@@ -272,6 +275,8 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
 
         for document in encode_documents(work.tokenizer_model, documents(), config.tokenizer.workers, encode):
             split, source = places.popleft()
+            if split == "val":
+                writer.finish_split("train")
             writer.write(split, document, source)
             count.advance()
         if any(kept.values()):
@@ -280,6 +285,17 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
                 "they have changed; remove that folder to build it again"
             )
         writer.finish(asdict(report), _licences(config, name), [listing.to_json() for listing in inputs])
+
+
+def train_first(divided: Iterable[Divided]) -> Iterator[Divided]:
+    """Val behind train, so that one tar is open at a time: a kill costs one tar. Val waits in memory."""
+    val = []
+    for item in divided:
+        if item[0] == "val":
+            val.append(item)
+        else:
+            yield item
+    yield from val
 
 
 def recipe_of(config: Config, name: str) -> Recipe:

@@ -58,6 +58,11 @@ def read_texts_as_conversations(source: SourceConfig, seed: int) -> Iterator[Can
     yield Document("a text", source.language, "texts", "", text_hash("a text"))
 
 
+def read_named_groups(source: SourceConfig, seed: int) -> Iterator[Candidate]:
+    """A document whose group is a name."""
+    yield Document("a text", source.language, "named:0", "", "my_repository")
+
+
 STORIES: dict[str, list[str]] = {}  # name of a data set -> texts
 
 

@@ -36,11 +36,12 @@ def write(
     documents_per_member: int = 4,
     shard_tokens: int = 200,
     vocab_size: int = 2**16,
+    tokenizer: str = "t" * 64,
 ) -> Path:
     """A corpus of `made` as train and `val` as val: tars and a manifest, in place of those that are there."""
     fingerprint = secrets.token_hex(32) if manifest_path(directory).exists() else "c" * 64  # nothing there is kept
     with CorpusWriter(
-        directory, Recipe("t" * 64, vocab_size, fingerprint, documents_per_member, shard_tokens)
+        directory, Recipe(tokenizer, vocab_size, fingerprint, documents_per_member, shard_tokens)
     ) as writer:
         for split, part in (("train", made), ("val", val)):
             for document in part:

@@ -49,6 +49,12 @@ def test_a_reader_is_named_by_its_import_path():
             ConfigError,
             "yielded a text whose text is of type dict .objects:0.: exp",
         ),
+        (
+            config_of(own("read_named_groups")),
+            "c",
+            ConfigError,
+            "yielded the group 'my_repository' .named:0.: expected a hexadecimal hash",
+        ),
         (config_of(own("read_texts_as_conversations")), "c", ConfigError, "yielded a text .texts.: expected Document"),
         (
             config_of(own("read_numbers"), SourceConfig("tools", "tools")),

@@ -130,6 +130,21 @@ def test_a_glob_takes_what_it_matches_and_a_file_is_read_once(tmp_path):
     ]
 
 
+def test_links_to_nothing_and_pipes_of_a_folder_are_left_out_whatever_their_suffix(tmp_path):
+    """Their first line would tell the language of a name without suffix: there is none, and a pipe never answers."""
+    write(tmp_path, {"a.py": "a", "run": "#!/bin/sh\n"})
+    (tmp_path / "current").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    os.mkfifo(tmp_path / "pipe")
+    source = files(tmp_path)
+    assert [one.language for one in documents(source)] == ["python", "bash"]
+    assert {Path(one.name).name: one.left_out for one in inputs_of(source).left_out} == {
+        "current": "broken link",
+        "loop": "broken link",
+        "pipe": "no regular file",
+    }
+
+
 def test_names_with_magic_letters_are_names(tmp_path):
     write(tmp_path / "[d]", {"a[1].py": "a"})
     assert [one.text for one in documents(files(tmp_path / "[d]" / "a[1].py"))] == ["a"]
@@ -139,11 +154,12 @@ def test_names_with_magic_letters_are_names(tmp_path):
 def test_a_name_that_is_not_utf8_is_left_out(tmp_path):
     write(tmp_path, {"a.py": "a"})
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.py")).write_text("b")
-    source = files(tmp_path)
-    assert [one.text for one in documents(source)] == ["a"]
-    assert [one.to_json() for one in inputs_of(source).left_out] == [
-        {"name": f"{tmp_path}/caf\\udce9.py", "left_out": "name is not UTF-8"}
-    ]
+    for place in (tmp_path, tmp_path / "*.py"):
+        source = files(place)
+        assert [one.text for one in documents(source)] == ["a"]
+        assert [one.to_json() for one in inputs_of(source).left_out] == [
+            {"name": f"{tmp_path}/caf\\udce9.py", "left_out": "name is not UTF-8"}
+        ]
 
 
 def test_a_pattern_that_is_none_is_refused_by_its_key(tmp_path):

@@ -6,8 +6,9 @@ import io
 import json
 import os
 import re
-import resource
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +22,7 @@ from rich.console import Console
 from dist_lm.data import mapped
 from dist_lm.data.index import index_path, load_index, save_index
 from dist_lm.data.inspect import print_corpus
-from dist_lm.data.manifest import manifest_path, read_manifest
+from dist_lm.data.manifest import manifest_path, read_manifest, shard_name, write_manifest
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.stream import SequenceStream
 from dist_lm.document import TokenizedDocument
@@ -285,20 +286,40 @@ def test_a_tar_that_is_replaced_while_training_is_named(
         corpus.tokens(0, 0, 1)
 
 
+READS_ALL = """
+import resource, sys
+from pathlib import Path
+from dist_lm.data.mapped import MappedCorpus
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+corpus = MappedCorpus.open(Path(sys.argv[1]), "train")
+tokens = [corpus.tokens(number, 0, 9).tolist() for _ in range(2) for number in range(corpus.n_documents)]
+assert all(one == tokens[0] for one in tokens)
+print(corpus.n_documents)
+"""
+
+
 def test_more_tars_than_descriptors(tmp_path: Path) -> None:
-    """1,371 tars at a limit of 1,024, to scale."""
-    made = documents(lengths(100, 12))
-    directory = write(tmp_path / "code", made, documents([9]), documents_per_member=1, shard_tokens=1)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    """1,371 tars (links to one), read twice by a process that may open 1,024 files."""
+    directory = write(tmp_path / "code", documents([9]), documents([9]))
+    manifest = read_manifest(directory)
+    (shard,) = manifest.splits["train"].shards
+    shards = [replace(shard, name=shard_name("train", number)) for number in range(1371)]
+    for one in shards[1:]:
+        for path in (Path(shard.name), index_path(Path(shard.name))):
+            os.link(directory / path, directory / path.with_stem(Path(one.name).stem))
+    train = replace(manifest.splits["train"], shards=tuple(shards))
+    write_manifest(directory, replace(manifest, splits={**manifest.splits, "train": train}))
+    command = [sys.executable, "-c", READS_ALL, str(directory)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.stdout.strip() == "1371", found.stderr
+
+
+def test_descriptors_are_closed_with_the_corpus(good: Path) -> None:
     used = len(list(Path("/proc/self/fd").iterdir()))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (used + mapped.OPEN_TARS + 8, hard))
-    try:
-        corpus = MappedCorpus.open(directory, "train")
-        for _ in range(2):
-            for number, one in enumerate(made):
-                assert np.array_equal(corpus.tokens(number, 0, len(one.tokens)), one.tokens)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    corpus = MappedCorpus.open(good, "train")
+    corpus.check()
+    assert len(list(Path("/proc/self/fd").iterdir())) > used
     del corpus
     assert len(list(Path("/proc/self/fd").iterdir())) <= used
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from dist_lm.data.ingest import Texts
 from dist_lm.data.new import new_corpus, next_commands
 from dist_lm.data.propose import columns_of, propose
-from dist_lm.errors import ConfigError
+from dist_lm.errors import ConfigError, UserError
 from dist_lm.launcher.compose import compose_config
 
 ROWS = [{"content": f"def f{i}():\n    return {i}\n" * 9, "lang": "Python", "license": "MIT"} for i in range(30)]
@@ -95,6 +95,14 @@ def test_a_place_without_data_says_what_is_there(data, tmp_path):
         propose(str(tmp_path / "pictures"))
     with pytest.raises(ConfigError, match="no such file"):
         propose(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.tar", "a.csv"])
+def test_a_damaged_file_is_one_line(tmp_path, name):
+    (tmp_path / name).write_bytes(b'"damaged')
+    with pytest.raises(UserError, match=name) as refused:
+        propose(str(tmp_path / name))
+    assert "\n" not in str(refused.value)
 
 
 def test_an_output_that_no_launch_would_find_is_refused(data):

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from dist_lm.data.redaction import redacted
+from dist_lm.data.redaction import EMAIL, KEY, redacted, redacted_json
 
 B64 = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"
 PEM = "\n".join(["-----BEGIN RSA PRIVATE KEY-----", *["MIIEpAIBAAKCAQEA" * 4] * 6, "-----END RSA PRIVATE KEY-----"])
@@ -66,9 +66,23 @@ def test_code_that_looks_alike_stays(text):
 @pytest.mark.parametrize("name", SECRETS)
 def test_the_text_of_a_conversation_stays_json(name):
     secret, around = SECRETS[name]
-    text = json.dumps([{"a": around.format(secret)}, {"b": "mail bob@example.com", "c": "http://x.y", "d": "e:f@g"}])
-    found = redacted(text, secrets=True, emails=True, is_json=True)
-    assert json.loads(found.text)[1] == {"b": "mail <EMAIL>", "c": "http://x.y", "d": "e:f@g"}
+    value = [{"a": around.format(secret)}, {"b": "mail bob@example.com", "c": "http://x.y", "d": "e:f@g", "é": 1.5}]
+    text = json.dumps(value, ensure_ascii=False)
+    found = redacted_json(text, secrets=True, emails=True)
+    expected = [{"a": around.format("<KEY>")}, value[1] | {"b": "mail <EMAIL>"}]
+    assert found == (json.dumps(expected, ensure_ascii=False), 1, 1)
+    assert redacted_json(text, secrets=False, emails=False) == (text, 0, 0)
+
+
+@pytest.mark.parametrize("before", ["\n", "\t", "\\", "\\n", '"', "Write to:\r\n"])
+@pytest.mark.parametrize("secret", ["bob@example.com", "AKIAIOSFODNN7EXAMPLE"])
+def test_escapes_of_json_are_no_part_of_a_secret(before, secret):
+    found = redacted_json(json.dumps({"a": f"{before}{secret} now"}), secrets=True, emails=True)
+    placeholder = EMAIL if "@" in secret else KEY
+    if before == "\\n":  # these are letters
+        assert json.loads(found.text)["a"].startswith("\\")
+    else:
+        assert json.loads(found.text) == {"a": f"{before}{placeholder} now"}
 
 
 def _many(number: int) -> int:

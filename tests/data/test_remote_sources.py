@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from pyarrow import fs
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import changes, inputs_of
@@ -237,6 +238,32 @@ def test_files_of_s3_with_the_endpoint_of_the_environment(bucket):
     for place in ("s3://mine/none", "s3://other/x", "s3://mine/d/*.none"):
         with pytest.raises(ConfigError, match=re.escape(place)):
             texts("parquet", place)
+
+
+def test_files_of_gs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder stands for the store: no emulator of it comes as a Python package."""
+    store = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
+    monkeypatch.setattr(fs, "GcsFileSystem", lambda retry_time_limit: store)
+    for name, content in {
+        "mine/d/a.parquet": parquet_bytes(ROWS[:20]),
+        "mine/d/sub/b.parquet": parquet_bytes(ROWS[20:]),
+        "mine/d/_tmp/c.parquet": b"",
+        "mine/lines/a.jsonl.gz": gzip.compress(LINES),
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    whole = [row["text"] for row in ROWS]
+    assert texts("parquet", "gs://mine/d") == whole
+    assert texts("parquet", "gs://mine/d/*.parquet") == whole[:20]
+    assert texts("jsonl", "gs://mine/lines/a.jsonl.gz") == whole
+    source = SourceConfig("parquet", "english", path="gs://mine/d")
+    before = inputs_of(source)
+    assert [one.name for one in before.taken] == ["gs://mine/d/a.parquet", "gs://mine/d/sub/b.parquet"]
+    assert before.summary().endswith("1 left out (hidden: 1)")
+    (tmp_path / "mine/d/a.parquet").write_bytes(parquet_bytes(ROWS[:10]))
+    assert changes(before, inputs_of(source))
+    with pytest.raises(ConfigError, match="path=gs://mine/none: no such file, folder or URL"):
+        texts("parquet", "gs://mine/none")
 
 
 @pytest.mark.parametrize("place", ["s3://mine/d", "s3://mine/d/*.parquet"])

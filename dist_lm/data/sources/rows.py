@@ -199,6 +199,8 @@ def missing_column(column: str, columns: Sequence[str]) -> BadRow:
 
 def utf8_problem(column: str, value: str) -> BadRow | None:
     """What keeps a text from being written as UTF-8: bytes of another encoding in CSV, or half of a character."""
+    if value.isascii():
+        return None
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -49,7 +49,8 @@ def samples(name: str, wanted: Sequence[str] | None) -> Iterator[NumberedRow]:
     with open_content(name) as file, tarfile.open(fileobj=file, mode="r|") as tar:
         for key, members in groupby(_members(tar), key=lambda member: member[0]):
             row = _row(members, tar, {*(wanted or ())})
-            yield key, row, () if isinstance(row, BadRow) else tuple(row)
+            shown = key.encode(errors="backslashreplace").decode()  # names in tars may have any encoding
+            yield shown, row, () if isinstance(row, BadRow) else tuple(row)
         _check_end(name, tar)
 
 

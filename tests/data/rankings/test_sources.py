@@ -100,6 +100,16 @@ def test_rows_with_margins(tmp_path: Path) -> None:
     assert read_ranking(document(found).text).judgements == (Judgement(1, 0, 2.0),)
 
 
+def test_a_column_of_another_kind_is_a_broken_row(tmp_path: Path) -> None:
+    row = {"context": [], "response1": "a", "response2": "b", "overall_preference": None}
+    (found,) = read_hub_rankings(source_of(tmp_path / "rows.jsonl", [row], rows="helpsteer3"), 0)
+    assert isinstance(found, Rejected)
+    assert "a column holds another kind of value" in found.error
+    (found,) = read_hub_rankings(source_of(tmp_path / "b.jsonl", [{"chosen": 1, "rejected": ""}], rows="hh-rlhf"), 0)
+    assert isinstance(found, Rejected)
+    assert found.error
+
+
 def test_trees_by_language(tmp_path: Path) -> None:
 
     def message(tree: str, number: str, parent: str | None, role: str, rank: int | None) -> dict:
