@@ -92,7 +92,7 @@ class Texts:
         At most `val_tokens` of a corpus, the hashes of their windows and the keys of its texts are in memory.
 
         Raises:
-            ConfigError, ArtefactError: as `read_corpus`.
+            ConfigError, ArtefactError: as `divided`.
         """
         held_out: dict[str, float] = {}
         texts: dict[bytes, str] = {}
@@ -143,19 +143,6 @@ class Texts:
                 chosen = [one for one in chosen if split_of(one.group, share) == "val"]
                 size = sum(one.n_bytes for one in chosen)
         return share, chosen
-
-
-def read_corpus(
-    config: CorpusConfig,
-    corpus_name: str,
-    seed: int,
-    report: IngestReport,
-    texts: Texts | None = None,
-    rejected: TextIO | None = None,
-) -> Iterator[tuple[str, Document]]:
-    """`(split, document)` of every document of a corpus: what `divided` yields, without the sources."""
-    for split, document, _ in divided(config, corpus_name, seed, report, texts, rejected):
-        yield split, document
 
 
 def divided(

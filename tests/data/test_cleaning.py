@@ -6,11 +6,11 @@ import pytest
 
 from dist_lm.config.corpus import CleaningConfig, CorpusConfig, SourceConfig
 from dist_lm.data.cleaning import reason_to_drop
-from dist_lm.data.ingest import read_corpus
 from dist_lm.data.screening import IngestReport, source_name
 from dist_lm.document import Document
 from dist_lm.errors import ConfigError
 from tests.data.own_readers import STORIES
+from tests.data.reading import read_corpus
 from tests.data.test_ingest import prose, stories
 
 OFF = CleaningConfig(encoding=False, secrets=False, emails=False)

@@ -7,10 +7,10 @@ import pytest
 
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.config.root import imported_function
-from dist_lm.data.ingest import read_corpus
 from dist_lm.data.screening import IngestReport
 from dist_lm.data.sources.reader import READERS, form_of, traits_of
 from dist_lm.errors import ArtefactError, ConfigError
+from tests.data.reading import read_corpus
 
 
 def own(function: str, **options) -> SourceConfig:

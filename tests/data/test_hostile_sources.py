@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
-from dist_lm.data.ingest import read_corpus
 from dist_lm.data.inputs import inputs_of
 from dist_lm.data.screening import IngestReport
 from dist_lm.errors import UserError
+from tests.data.reading import read_corpus
 
 ROWS = [
     {"text": f"def f{i}(x):\n    return x + {i}\n\n\n" + f"print(f{i}({i}), 'row {i}')\n" * 3, "license": "MIT"}

@@ -11,13 +11,13 @@ from datasets import IterableDataset
 from omegaconf import OmegaConf
 
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
-from dist_lm.data.ingest import read_corpus
 from dist_lm.data.screening import IngestReport
 from dist_lm.data.sources.hub import read_hub, resumed
 from dist_lm.data.sources.opening import is_transient
 from dist_lm.data.sources.reader import reader_of
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
+from tests.data.reading import read_corpus
 
 HUB_YAML = Path(__file__).parents[2] / "conf" / "corpus" / "hub.yaml"
 STORIES = [f"Once upon a time there was story {i}.\r\nIt ended.\n" for i in range(30)]
@@ -151,12 +151,12 @@ def test_offline_the_hub_corpus_fails_at_once_and_says_what_to_do():
     code = f"""
 from omegaconf import OmegaConf
 from dist_lm.config.corpus import CorpusConfig
-from dist_lm.data.ingest import read_corpus
+from dist_lm.data.ingest import divided
 from dist_lm.data.screening import IngestReport
 values = OmegaConf.load({str(HUB_YAML)!r})
 config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(CorpusConfig), values))
 try:
-    next(read_corpus(config, "language", 0, IngestReport()))
+    next(divided(config, "language", 0, IngestReport()))
 except ValueError as error:
     print(type(error).__name__, error)
 """

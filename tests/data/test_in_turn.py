@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.in_turn import read_in_turn
-from dist_lm.data.ingest import IngestReport, read_corpus
+from dist_lm.data.ingest import IngestReport
 from dist_lm.errors import ArtefactError
 from tests.data.counted_readers import GIVEN, source
+from tests.data.reading import read_corpus
 
 
 def config_of(**corpora: list[SourceConfig]) -> CorpusConfig:

@@ -9,10 +9,12 @@ import pytest
 from dist_lm.chat.documents import read_conversation
 from dist_lm.chat.messages import Call, ChatError, Conversation, Message, Tool
 from dist_lm.chat.openai import conversation_of
-from dist_lm.config.corpus import SourceConfig
+from dist_lm.config.corpus import CorpusConfig, SourceConfig
+from dist_lm.data.screening import IngestReport
 from dist_lm.data.sources.messages import read_messages
 from dist_lm.data.sources.reader import Rejected
 from dist_lm.document import Document
+from tests.data.reading import read_corpus
 
 USER = {"role": "user", "content": "Weather in Bergen and Oslo?"}
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
@@ -102,3 +104,12 @@ def test_rows_of_parquet_with_nulls_where_keys_are_missing(tmp_path):
     (one,) = read(tmp_path)
     assert isinstance(one, Document)
     assert read_conversation(one.text).messages[1].calls == (Call("weather", {"city": "Oslo"}),)
+
+
+def test_addresses_of_conversations_are_replaced_inside_their_texts(tmp_path):
+    """A line end before an address is an escape in the JSON that a corpus keeps."""
+    talks = [[{"role": "user", "content": f"{i}: Write to\nbob@example.com"}, ANSWER] for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    config = CorpusConfig("own", {"c": [SourceConfig("messages", "chat", path=str(tmp_path))]}, 0.3)
+    found = [read_conversation(one.text) for _, one in read_corpus(config, "c", 0, IngestReport())]
+    assert [one.messages[0].content for one in found] == [f"{i}: Write to\n<EMAIL>" for i in range(40)]

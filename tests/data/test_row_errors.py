@@ -8,7 +8,7 @@ import pytest
 import rich.console
 
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
-from dist_lm.data.ingest import Texts, read_corpus
+from dist_lm.data.ingest import Texts
 from dist_lm.data.inspect import print_corpus
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.screening import IngestReport
@@ -20,6 +20,7 @@ from dist_lm.launcher.compose import compose_config
 from dist_lm.stages import shards
 from dist_lm.tracking.console import Console
 from tests.conftest import TINY
+from tests.data.reading import read_corpus
 
 SOURCE = SourceConfig("jsonl", "english", path="a")
 GOOD = Document("text", "english", "a:1", "", "00")

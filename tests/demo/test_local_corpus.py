@@ -6,11 +6,12 @@ import pytest
 
 from dist_lm.config.corpus import SPLITS, CorpusConfig
 from dist_lm.data.containment import seen_texts
-from dist_lm.data.ingest import Texts, read_corpus
+from dist_lm.data.ingest import Texts
 from dist_lm.data.screening import IngestReport
 from dist_lm.data.sources.reader import text_corpora
 from dist_lm.document import Document
 from dist_lm.launcher.compose import compose_config
+from tests.data.reading import read_corpus
 
 SEED = 0
 Corpora = dict[str, list[tuple[str, Document]]]

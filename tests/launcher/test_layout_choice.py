@@ -21,7 +21,7 @@ from dist_lm.stages.registry import stage_named
 from dist_lm.stages.stage import Action, run_of
 from dist_lm.tracking.console import Console
 from tests.conftest import TINY
-from tests.launcher.test_plan import make_run
+from tests.launcher.planned import make_run
 
 RAY = ("cluster=ray", "cluster.address=h:1")
 GPUS = 8

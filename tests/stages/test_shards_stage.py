@@ -13,7 +13,6 @@ from dist_lm.chat.parse import parse
 from dist_lm.chat.template import render
 from dist_lm.config.corpus import SPLITS, SourceConfig
 from dist_lm.config.root import Config
-from dist_lm.data.ingest import read_corpus
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.screening import IngestReport
@@ -28,6 +27,7 @@ from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
 from tests.conftest import TINY, conversations
+from tests.data.reading import read_corpus
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import pytest
 from dist_lm.chat.documents import read_ranking
 from dist_lm.chat.ranking import Judgement
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
-from dist_lm.data.ingest import read_corpus
 from dist_lm.data.inputs import inputs_of
 from dist_lm.data.screening import IngestReport
 from dist_lm.data.sources.hub_rankings import read_hub_rankings
@@ -16,6 +15,7 @@ from dist_lm.data.sources.rankings import read_local_rankings
 from dist_lm.data.sources.reader import Candidate, Rejected
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
+from tests.data.reading import read_corpus
 
 
 def source_of(path: Path, lines: list[dict], reader: str = "hub_rankings", **changes) -> SourceConfig:
