@@ -24,10 +24,10 @@ from dist_lm.data.manifest import (
     shard_name,
     shard_state,
 )
-from dist_lm.data.sources.row_errors import REJECTED
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 
+REJECTED = "rejected.jsonl"  # the place of every broken row, the reason and what is wrong
 SUFFIXES = (".tar", ".index", ".origins.jsonl.zst")  # the files of a tar
 _NAMES_SHOWN = 3
 _OF_DURABLE = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")  # temporary files of `storage.durable`

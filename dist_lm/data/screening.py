@@ -5,20 +5,22 @@ each time gives the same documents in the same order.
 """
 
 import hashlib
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TextIO
 
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.cleaning import reason_to_drop
 from dist_lm.data.sources.reader import Candidate, Rejected, corpus_sources, reader_of, source_form, source_traits
-from dist_lm.data.sources.row_errors import RowErrors
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 
 GROUP = re.compile(r"[0-9a-fA-F]{16}")  # its first digits decide the side
 EXAMPLES = 20  # sources named in a report
+NAMED = 3  # broken rows that a message names
+HOPELESS = 1000  # broken rows after which a source that is mostly broken ends
 KEPT_CHARACTERS = 64_000_000  # of small sources, together: they stay in memory and are read once
 
 
@@ -116,6 +118,49 @@ class SourceReader:
         if size <= self.room:
             self._kept[name] = kept
             self.room -= size
+
+
+class RowErrors:
+    """Counts the broken rows of one source."""
+
+    def __init__(self, source: SourceConfig, max_bad_fraction: float, rejected: TextIO | None = None) -> None:
+        """`rejected`: gets a line for each broken row."""
+        self._source = source
+        self._most = max_bad_fraction
+        self._rejected = rejected
+        self._first: list[Rejected] = []
+        self._n_bad = self._n_rows = 0
+
+    def counted(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
+        """The same candidates; those of a source whose first rows are mostly broken end early."""
+        for candidate in candidates:
+            self._n_rows += 1
+            if isinstance(candidate, Rejected) and candidate.error:
+                self._count(candidate)
+                if self._n_bad >= HOPELESS and self._n_bad > max(0.5, self._most) * self._n_rows:
+                    return  # `check` raises
+            yield candidate
+
+    def check(self) -> None:
+        """To be called when enough of the source was read.
+
+        Raises:
+            ArtefactError: too many of the rows were broken; the message names the first ones and the key.
+        """
+        if self._n_bad > self._most * self._n_rows:
+            named = "; ".join(f"{one.source}: {one.error}" for one in self._first)
+            raise ArtefactError(
+                f"corpus source reader={self._source.reader}: {self._n_bad:,} of {self._n_rows:,} rows are broken, "
+                f"more than corpus.max_bad_fraction={self._most:g}: mend them, or raise that key. The first: {named}"
+            )
+
+    def _count(self, one: Rejected) -> None:
+        self._n_bad += 1
+        if len(self._first) < NAMED:
+            self._first.append(one)
+        if self._rejected:
+            line = {"place": one.source, "reason": one.reason, "error": one.error, "language": one.language}
+            self._rejected.write(json.dumps(line) + "\n")
 
 
 def screened(

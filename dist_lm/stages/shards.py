@@ -22,7 +22,7 @@ from dist_lm.config.corpus import KEEP, SPLITS, CorpusConfig, SourceConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
 from dist_lm.data.ingest import Texts, divided
-from dist_lm.data.journal import journal_path, require_only_ours
+from dist_lm.data.journal import REJECTED, journal_path, require_only_ours
 from dist_lm.data.manifest import (
     Counts,
     FormatError,
@@ -38,7 +38,6 @@ from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.screening import IngestReport
 from dist_lm.data.shard_writer import CorpusWriter, correct_licences
 from dist_lm.data.sources.reader import corpus_sources, form_of, source_traits, text_corpora
-from dist_lm.data.sources.row_errors import REJECTED
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, UserError, require
 from dist_lm.stages.stage import Artefact, ArtefactStage

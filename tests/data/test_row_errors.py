@@ -10,10 +10,10 @@ import rich.console
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.ingest import Texts
 from dist_lm.data.inspect import print_corpus
+from dist_lm.data.journal import REJECTED
 from dist_lm.data.manifest import read_manifest
-from dist_lm.data.screening import IngestReport
+from dist_lm.data.screening import HOPELESS, IngestReport, RowErrors
 from dist_lm.data.sources.reader import Candidate, Rejected
-from dist_lm.data.sources.row_errors import HOPELESS, REJECTED, RowErrors
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
 from dist_lm.launcher.compose import compose_config
@@ -49,6 +49,8 @@ def test_a_source_that_is_mostly_broken_ends_early():
     n_through, error = errors_of([GOOD] + [BAD] * 10 * HOPELESS, 0.5)
     assert n_through == HOPELESS
     assert "1,000 of 1,001 rows" in error
+    allowed = [GOOD, BAD, BAD] * HOPELESS
+    assert errors_of(allowed, 0.8) == (len(allowed), "")  # nothing of it is left unread
 
 
 def test_every_broken_row_is_written_with_its_place():
