@@ -93,8 +93,9 @@ class Shards(ArtefactStage):
         wanted = wanted_corpora(config)
         missing = missing_corpora(config, wanted)
         correct_corpora(config, [name for name in wanted if name not in missing])
-        texts = Texts(config.corpus, config.seed, frozen=frozen_corpora(config) - {*missing})
+        texts = Texts(config.corpus, config.seed)
         if any(form_of(config.corpus, name) == "text" for name in missing):
+            texts.frozen = frozen_corpora(config, missing)
             with console.waiting("comparing val with train"):
                 _ = texts.sides
         for name in missing:
@@ -234,16 +235,26 @@ def is_frozen(config: Config, name: str) -> bool:
     return recipe.own_fingerprint == digest(_fingerprint(config, [name]))
 
 
-def frozen_corpora(config: Config) -> frozenset[str]:
-    """The corpora that stay as they are while others are built: nothing of their val comes into train of the others."""
+def frozen_corpora(config: Config, missing: Sequence[str]) -> frozenset[str]:
+    """The corpora of texts that stay as they are while `missing` are built, although other corpora have changed since.
+
+    Nothing of their val may come into train of the others: they are not built again to drop it.
+    """
     work = WorkDirectory(Path(config.work_dir))
-    names = [name for name in text_corpora(config.corpus) if work.corpus_manifest(name).is_file()]
-    other = digest(text_fingerprint(config))
-    return frozenset(
-        name
-        for name in names
-        if read_manifest(work.corpus(name)).recipe.corpus_fingerprint != other and is_frozen(config, name)
-    )
+    there = [
+        name for name in text_corpora(config.corpus) if name not in missing and work.corpus_manifest(name).is_file()
+    ]
+    if not there:
+        return frozenset()
+    now = recipe_of(config, there[0])  # fingerprint and inputs are those of all corpora of texts
+
+    def is_older(name: str) -> bool:
+        recipe = read_manifest(work.corpus(name)).recipe
+        if recipe.corpus_fingerprint != now.corpus_fingerprint:
+            return is_frozen(config, name)
+        return recipe.inputs_sha256 != now.inputs_sha256
+
+    return frozenset(name for name in there if is_older(name))
 
 
 def build_corpus(config: Config, name: str, texts: Texts, console: "Console", encode: Encode = encode_document) -> None:

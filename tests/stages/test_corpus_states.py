@@ -21,6 +21,7 @@ from dist_lm.stages import shards
 from dist_lm.stages.stage import Action
 from dist_lm.stages.training import training_stage
 from dist_lm.storage.run_directory import WorkDirectory
+from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
 from dist_lm.training import checkpoint_files
 from dist_lm.training.state import TrainState
@@ -100,6 +101,34 @@ def test_inputs_that_changed_are_named_and_read_again(work: WorkDirectory, tmp_p
     shards.STAGE.build(config, Console())
     assert read_manifest(work.corpus("mine")).content == before.content
     assert look(training) is Action.RESUME
+
+
+def test_a_corpus_that_is_built_again_alone_holds_no_val_of_the_others(work: WorkDirectory, tmp_path: Path) -> None:
+    """The other corpora stay as they are, so they cannot drop what its new inputs contain."""
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    write_rows(first, 100)
+    write_rows(second, 100, words=40)
+    config = config_of(work, source_of(first))
+    corpora = {"mine": [source_of(first)], "others": [source_of(second)]}
+    config = replace(config, corpus=replace(config.corpus, corpora=corpora))
+    shards.STAGE.build(config, Console())
+    before = read_manifest(work.corpus("others"))
+    first.write_text(first.read_text() + second.read_text())  # with the rows of val
+    assert not shards.STAGE.inspect(config).ready
+    shards.STAGE.build(config, Console())
+    assert shards.STAGE.inspect(config).ready
+    assert read_manifest(work.corpus("others")) == before
+    held_out, learned = texts_of(work, "others", "val"), texts_of(work, "mine", "train")
+    assert held_out
+    assert learned & texts_of(work, "others", "train")
+    assert not held_out & learned
+
+
+def texts_of(work: WorkDirectory, name: str, split: str) -> set[str]:
+    tokenizer, corpus = Tokenizer.load(work.tokenizer_model), MappedCorpus.open(work.corpus(name), split)
+    return {
+        tokenizer.decode(corpus.tokens(number, 0, int(corpus.lengths[number]))) for number in range(corpus.n_documents)
+    }
 
 
 def test_inputs_that_are_gone_are_no_reason_to_build_again(work: WorkDirectory, tmp_path: Path) -> None:
