@@ -3,7 +3,6 @@
 An existing tokenizer is copied as it is (`tokenizer.json` keeps its name); `report.json` beside it has the figures.
 """
 
-import json
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -51,7 +50,7 @@ class TokenizerStage(ArtefactStage):
         if not (is_there and work.tokenizer_report.exists()):
             origin = settings.source if settings.is_given else f"corpus={config.corpus.name}"
             return Artefact(False, f"{settings.vocab_size:,} pieces from {origin}")
-        report = json.loads(work.tokenizer_report.read_text())
+        report = durable.read_json(work.tokenizer_report)
         if settings.is_given:
             found, wanted = durable.sha256_of(work.tokenizer_model), sha256(given_tokenizer(settings)).hexdigest()
             if found != wanted:

@@ -23,6 +23,7 @@ from dist_lm.data.sources import opening, places
 from dist_lm.data.sources.reader import Candidate, reader_of
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
+from tests.data.test_files import write
 
 
 @dataclass
@@ -244,18 +245,19 @@ def test_files_of_gs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder stands for the store: no emulator of it comes as a Python package."""
     store = fs.SubTreeFileSystem(str(tmp_path), fs.LocalFileSystem())
     monkeypatch.setattr(fs, "GcsFileSystem", lambda retry_time_limit: store)
-    for name, content in {
-        "mine/d/a.parquet": parquet_bytes(ROWS[:20]),
-        "mine/d/sub/b.parquet": parquet_bytes(ROWS[20:]),
-        "mine/d/_tmp/c.parquet": b"",
-        "mine/lines/a.jsonl.gz": gzip.compress(LINES),
-    }.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(content)
+    content = {
+        "d/a.parquet": parquet_bytes(ROWS[:20]),
+        "d/sub/b.parquet": parquet_bytes(ROWS[20:]),
+        "d/_tmp/c.parquet": b"",
+        "lines/a.jsonl.gz": gzip.compress(LINES),
+    }
+    write(tmp_path / "mine", content)
     whole = [row["text"] for row in ROWS]
     assert texts("parquet", "gs://mine/d") == whole
     assert texts("parquet", "gs://mine/d/*.parquet") == whole[:20]
     assert texts("jsonl", "gs://mine/lines/a.jsonl.gz") == whole
+    write(tmp_path / "mine/code", {"a.py": "a", "LICENSE": "no suffix: the language is not looked up in the store"})
+    assert texts("files", "gs://mine/code") == ["a"]
     source = SourceConfig("parquet", "english", path="gs://mine/d")
     before = inputs_of(source)
     assert [one.name for one in before.taken] == ["gs://mine/d/a.parquet", "gs://mine/d/sub/b.parquet"]

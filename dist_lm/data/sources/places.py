@@ -184,17 +184,17 @@ class _Walk:
         for entry in sorted(entries, key=lambda entry: entry.path):
             if entry.type != fs.FileType.File:
                 continue
-            relative = entry.path.removeprefix(folder + "/")
+            name, relative = f"{scheme}://{entry.path}", entry.path.removeprefix(folder + "/")
             if folder != bucket_and_key:
                 left_out = "" if matches(entry.path) else None
             elif any(part.startswith(self.hidden) for part in relative.split("/")):
                 left_out = "hidden"
             else:
-                left_out = self.rule(entry.path)
+                left_out = self.rule(name)
             if left_out is not None:
                 one = {"size": entry.size, "mtime": entry.mtime_ns}
                 left_out = "exclude" if self.excluded(relative) else left_out
-                yield self._remote_input(f"{scheme}://{entry.path}", one, left_out)
+                yield self._remote_input(name, one, left_out)
 
     def _remote_input(self, name: str, info: dict[str, Any], left_out: str) -> Input:
         if not left_out and name in self.seen:
