@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from dist_lm.data.batch import Batch, Row, assemble
-from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.order import Concatenation, DocumentSlice
 from dist_lm.data.packing import Packing
 from dist_lm.data.sequences import packed
+from dist_lm.data.token_corpus import TokenCorpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class EvaluationBatch:
 class Ring:
     """The documents of a corpus end to end, in their own order, and closed."""
 
-    def __init__(self, corpus: MappedCorpus, seq_len: int) -> None:
+    def __init__(self, corpus: TokenCorpus, seq_len: int) -> None:
         self._row = Concatenation(corpus.lengths, np.arange(corpus.n_documents))
         self._seq_len = seq_len
         self.n_rows = -(-corpus.n_tokens // seq_len)
@@ -59,7 +59,7 @@ class EvaluationBatches:
     Sequence numbers are places in the corpus.
     """
 
-    corpus: MappedCorpus
+    corpus: TokenCorpus
     seq_len: int
     micro_batch: int
     dp_rank: int
@@ -153,7 +153,7 @@ def gzip_bits_per_byte(documents: Iterable[tuple[str, bytes]]) -> dict[str, floa
     return {key: bits / size for key, (bits, size) in sums.items() if size}
 
 
-def _counted_targets(corpus: MappedCorpus, slices: list[DocumentSlice]) -> np.ndarray:
+def _counted_targets(corpus: TokenCorpus, slices: list[DocumentSlice]) -> np.ndarray:
     """Targets of a sequence that count, by language: (languages,) float64."""
     codes = corpus.language_codes[[document for document, _, _ in slices]]
     language = np.repeat(codes, [stop - start for _, start, stop in slices])
@@ -161,6 +161,6 @@ def _counted_targets(corpus: MappedCorpus, slices: list[DocumentSlice]) -> np.nd
     return np.bincount(language[:-1], learned[1:], len(corpus.languages))
 
 
-def _by_language(corpus: MappedCorpus, values: np.ndarray) -> np.ndarray:
+def _by_language(corpus: TokenCorpus, values: np.ndarray) -> np.ndarray:
     """Sum `values` (documents,) by language: (languages,) float64."""
     return np.bincount(corpus.language_codes, values, len(corpus.languages))

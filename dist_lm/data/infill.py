@@ -25,8 +25,8 @@ import numpy as np
 
 from dist_lm.data.batch import Row
 from dist_lm.data.keys import Shuffle, key, splitmix64
-from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.order import DocumentSlice, EpochOrder, sequences_an_epoch
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.tokenizer.symbols import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
@@ -125,7 +125,7 @@ class InfillEpoch:
     """The sequences of one epoch of text, some of their pieces rearranged."""
 
     def __init__(
-        self, corpus: MappedCorpus, order: EpochOrder, infill: Infill, most: int, seed: int, epoch: int
+        self, corpus: TokenCorpus, order: EpochOrder, infill: Infill, most: int, seed: int, epoch: int
     ) -> None:
         """Choose the pieces.
 
@@ -175,7 +175,7 @@ class InfillEpoch:
 class _Rearranged:
     """What a sequence reads of a corpus."""
 
-    corpus: MappedCorpus
+    corpus: TokenCorpus
     marks: InfillMarks
     word: tuple[int, ...]
     found: Mapping[DocumentSlice, tuple[int, int]]  # slice with marks -> form, and end in the document

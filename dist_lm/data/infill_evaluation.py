@@ -14,8 +14,8 @@ from dist_lm.data.batch import Row, assemble
 from dist_lm.data.evaluation_batches import EvaluationBatch, dealt, spread
 from dist_lm.data.infill import ADDED, LEAST, PSM, InfillMarks, middle_of, rearranged
 from dist_lm.data.keys import Shuffle, key
-from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.order import DocumentSlice
+from dist_lm.data.token_corpus import TokenCorpus
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class HeldOutMiddles:
     after the middle, in the form `form`; without, only what stands before, as a left-to-right model does.
     """
 
-    corpus: MappedCorpus
+    corpus: TokenCorpus
     marks: InfillMarks | None
     seq_len: int
     micro_batch: int

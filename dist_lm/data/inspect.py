@@ -16,8 +16,8 @@ from dist_lm.data.index import open_index
 from dist_lm.data.inputs import Inputs
 from dist_lm.data.journal import entries
 from dist_lm.data.manifest import Manifest, Shard, manifest_path, read_manifest, shard_state
-from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.shard_writer import read_origins
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
@@ -117,7 +117,7 @@ def print_corpus(directory: Path, console: Console) -> bool:
     if any(shard["state"] != "ok" for shard in summary["shards"]):
         console.print(Text("Some shards are damaged; no sample is shown.", style="red"))
         return False
-    corpus = MappedCorpus.open(directory, "train")
+    corpus = TokenCorpus.open(directory, "train")
     if corpus.has_mask:
         console.print(_longer_table(corpus))
     _print_samples(directory, summary["tokenizer_sha256"], console)
@@ -147,7 +147,7 @@ def _state(directory: Path, split: str, shard: Shard, vocab_size: int) -> str:
         return state
     try:
         index = open_index(directory / shard.name, shard)
-        MappedCorpus(directory, split, [shard], [index], vocab_size).check()
+        TokenCorpus(directory, split, [shard], [index], vocab_size).check()
     except ArtefactError as error:
         return str(error)
     return "ok"
@@ -221,7 +221,7 @@ def _origin_table(origins: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _longer_table(corpus: MappedCorpus) -> Table:
+def _longer_table(corpus: TokenCorpus) -> Table:
     """The share of conversations that are too long for a sequence, which training leaves out."""
     table = Table("stage.seq_len", title="Conversations left out", title_justify="left")
     for name in ("conversations", "share"):
@@ -241,7 +241,7 @@ def _print_samples(directory: Path, tokenizer_sha256: str, console: Console) -> 
     from dist_lm.tokenizer.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(model)
-    corpus = MappedCorpus.open(directory, "train")
+    corpus = TokenCorpus.open(directory, "train")
     for code, language in enumerate(corpus.languages):
         document = int((corpus.language_codes == code).argmax())
         length = int(corpus.lengths[document])

@@ -12,9 +12,9 @@ import numpy as np
 from dist_lm.data.batch import Row
 from dist_lm.data.infill import ADDED, Infill, InfillEpoch, most_pieces
 from dist_lm.data.keys import Shuffle, key, permutation
-from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.order import EpochOrder, sequences_an_epoch
 from dist_lm.data.packing import PackedEpoch, Packing
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
 
 SEQ_LEN = "stage.seq_len"
@@ -50,7 +50,7 @@ class CorpusSequences:
 
     def __init__(
         self,
-        corpus: MappedCorpus,
+        corpus: TokenCorpus,
         seed: int,
         seq_len: int,
         seq_len_key: str = SEQ_LEN,
@@ -130,7 +130,7 @@ class Mix:
         self._block = block
 
 
-def packed(corpus: MappedCorpus, seq_len: int, seq_len_key: str = SEQ_LEN, kind: str = "conversations") -> Packing:
+def packed(corpus: TokenCorpus, seq_len: int, seq_len_key: str = SEQ_LEN, kind: str = "conversations") -> Packing:
     """The rows of a corpus whose documents stay whole.
 
     Args:
@@ -149,9 +149,7 @@ def packed(corpus: MappedCorpus, seq_len: int, seq_len_key: str = SEQ_LEN, kind:
     return packing
 
 
-def note_of_left_out(
-    corpus: MappedCorpus, seq_len: int, seq_len_key: str = SEQ_LEN, kind: str = "conversations"
-) -> str:
+def note_of_left_out(corpus: TokenCorpus, seq_len: int, seq_len_key: str = SEQ_LEN, kind: str = "conversations") -> str:
     """A line about the documents that no sequence holds; empty where there are none. `kind`: see `packed`."""
     targets = _only_targets(kind)
     left_out = int((corpus.lengths > seq_len + targets).sum()) if corpus.has_mask else 0

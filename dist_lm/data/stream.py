@@ -16,8 +16,8 @@ import torch
 
 from dist_lm.data.batch import Batch, Row, assemble
 from dist_lm.data.infill import Infill
-from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.sequences import SEQ_LEN, CorpusSequences, Mix
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError
 
 PREFETCH = 2  # steps prepared ahead
@@ -111,7 +111,7 @@ class SequenceStream(StepStream):
 
     def __init__(
         self,
-        corpus: MappedCorpus,
+        corpus: TokenCorpus,
         *,
         seed: int,
         seq_len: int,
@@ -123,7 +123,7 @@ class SequenceStream(StepStream):
         document_mask: bool = True,
         reset_positions: bool = True,
         pad_id: int = 0,
-        mix: Mapping[MappedCorpus, float] | None = None,
+        mix: Mapping[TokenCorpus, float] | None = None,
         pin_memory: bool = False,
         seq_len_key: str = SEQ_LEN,
         infill: Infill | None = None,

@@ -11,7 +11,7 @@ from dist_lm.chat.messages import ChatError, Conversation, Message
 from dist_lm.chat.parse import parse
 from dist_lm.chat.schema import check_tool
 from dist_lm.chat.template import answer_tokens, prompt
-from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 # Conversations of these kinds give one question; all others give one for every decision.
@@ -59,7 +59,7 @@ def questions_of(conversation: Conversation, kind: str) -> list[Question]:
     ]
 
 
-def choose(corpus: MappedCorpus, tokenizer: Tokenizer, per_kind: int, context: int) -> list[Asked]:
+def choose(corpus: TokenCorpus, tokenizer: Tokenizer, per_kind: int, context: int) -> list[Asked]:
     """The first `per_kind` questions of each kind in a corpus, sorted by kind; every call returns the same ones.
 
     Args:

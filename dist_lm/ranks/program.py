@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dist_lm.config.corpus import SPLITS
 from dist_lm.config.root import Config
 from dist_lm.data.manifest import read_manifest, record_content, require_content
-from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
 from dist_lm.model.size import flops_per_token, parameter_count
 from dist_lm.model.transformer import Transformer
@@ -95,7 +95,7 @@ def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world
         read_manifest(directory).require_tokenizer(tokenizer.sha256, directory)
         if world.is_first:
             for split in SPLITS:
-                MappedCorpus.open(directory, split)
+                TokenCorpus.open(directory, split)
     begun = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST) is not None
     if begun:
         require_content(run, config.streams)

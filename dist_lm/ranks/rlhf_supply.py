@@ -19,9 +19,9 @@ from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.ray_cluster import RayAccess, RayCluster, joined_by, own_access
 from dist_lm.config.corpus import SPLITS
 from dist_lm.data.batch import Batch
-from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.sequences import note_of_left_out
 from dist_lm.data.stream import SequenceStream, StepStream
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.parallel.mesh import data_mesh
@@ -163,7 +163,7 @@ def pretraining_text(
     if not group.pretrain_coefficient:
         yield None
         return
-    corpora = {name: MappedCorpus.open(run.work.corpus(name), SPLITS[0]) for name in group.pretrain_streams}
+    corpora = {name: TokenCorpus.open(run.work.corpus(name), SPLITS[0]) for name in group.pretrain_streams}
     for corpus in corpora.values() if start.world.is_first else ():
         if note := note_of_left_out(corpus, group.pretrain_seq_len, SEQ_LEN):
             log.warning("%s", note)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from dist_lm.data.batch import Batch
-from dist_lm.data.rankings.shards import MappedRankings
+from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.rankings.stream import PlacedRanking
 from dist_lm.errors import ArtefactError
 from dist_lm.model.transformer import Transformer
@@ -156,7 +156,7 @@ def scores_of_rankings(
     return dict(sorted(found.items()))
 
 
-def beside_verdicts(rankings: MappedRankings, scores: Mapping[int, np.ndarray]) -> list[ScoredRanking]:
+def beside_verdicts(rankings: RankingCorpus, scores: Mapping[int, np.ndarray]) -> list[ScoredRanking]:
     """Scores by ranking number, joined with the ranks or judgements; each judgement becomes a ranking of two."""
     found, pair = [], np.array([0, 1], np.uint8)
     for number, own in scores.items():

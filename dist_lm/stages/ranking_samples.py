@@ -17,10 +17,10 @@ from dist_lm.chat.template import prompt
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.evaluation_batches import spread
 from dist_lm.data.keys import Shuffle, key
-from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.rankings.rules import marks_of
 from dist_lm.data.sources.rankings import ranking_document
 from dist_lm.data.sources.reader import Candidate, Rejected
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.load import LoadedModel, load_model
@@ -67,7 +67,7 @@ def ranked_samples(source: SourceConfig, config: RankingsConfig, console: Consol
         )
     work = WorkDirectory(Path(config.work_dir))
     loaded = load_model(Path(config.stage.init_from), work.tokenizer_model)
-    corpus = MappedCorpus.open(work.corpus(config.stage.corpus), "train")
+    corpus = TokenCorpus.open(work.corpus(config.stage.corpus), "train")
     found = openings(corpus, loaded.tokenizer, source.limit or DEFAULT_RANKINGS, config.seed)
     if not found:
         raise ArtefactError(
@@ -84,7 +84,7 @@ def ranked_samples(source: SourceConfig, config: RankingsConfig, console: Consol
                 yield ranking_document(ranking, f"{source.language}_{opening.language}", name, source.licence)
 
 
-def openings(corpus: MappedCorpus, tokenizer: Tokenizer, limit: int, seed: int) -> list[Opening]:
+def openings(corpus: TokenCorpus, tokenizer: Tokenizer, limit: int, seed: int) -> list[Opening]:
     """The first one to four lines of documents at even distances, in languages that have a parser."""
     codes = [code for code, name in enumerate(corpus.languages) if name in PARSERS]
     documents = [number for number in range(corpus.n_documents) if corpus.language_codes[number] in codes]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from dist_lm.config.corpus import SPLITS
 from dist_lm.data.batch import Batch, RankedPlaces
 from dist_lm.data.evaluation_batches import spread
-from dist_lm.data.rankings.shards import MappedRankings
+from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.rankings.stream import RankingBatches, RankingStream
 from dist_lm.data.sequences import note_of_left_out
 from dist_lm.errors import require
@@ -49,7 +49,7 @@ def open_data(opening: Opening) -> StageData:
         accepted = "true: a completion attends to its prompt and itself, at the positions after the prompt"
         require(getattr(stage, key), f"stage.{key}", False, accepted)
     require(not stage.mix, "stage.mix", stage.mix, "none: stage reward reads only rankings")
-    train, val = (MappedRankings.open(opening.run.work.corpus(stage.corpus), split) for split in SPLITS)
+    train, val = (RankingCorpus.open(opening.run.work.corpus(stage.corpus), split) for split in SPLITS)
     if opening.world.is_first:
         for rankings in (train, val):
             if note := note_of_left_out(rankings.corpus, stage.seq_len, kind="rankings"):
@@ -94,7 +94,7 @@ def score_samples(closing: Closing) -> dict[str, float]:
     config = closing.config
     assert isinstance(config, RewardRunConfig)
     settings = config.stage.reward
-    val = MappedRankings.open(closing.run.work.corpus(config.stage.corpus), "val")
+    val = RankingCorpus.open(closing.run.work.corpus(config.stage.corpus), "val")
     asked = settings.normaliser_prompts and starts_from_policy(config.stage.init_from)
     sequences = policy_samples(closing, config, val) if asked else completions_of(val, config.model.max_seq_len)
     model = closing.model()
@@ -117,7 +117,7 @@ def starts_from_policy(init_from: str) -> bool:
     return checkpoint_files.read_state(start)[1]["head"] == "tokens"
 
 
-def policy_samples(closing: Closing, config: RewardRunConfig, val: MappedRankings) -> list[list[int]]:
+def policy_samples(closing: Closing, config: RewardRunConfig, val: RankingCorpus) -> list[list[int]]:
     """Prompts of val with answers of the initial model, sampled as rollouts are: temperature 1, no filters.
 
     Every rank gets all of them (collective).
@@ -140,7 +140,7 @@ def policy_samples(closing: Closing, config: RewardRunConfig, val: MappedRanking
     return [[*prompt, *answer.tokens] for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def prompts_of(rankings: MappedRankings, limit: int) -> list[list[int]]:
+def prompts_of(rankings: RankingCorpus, limit: int) -> list[list[int]]:
     """The prompts of `limit` rankings at even distances, as tokens."""
     return [
         rankings.tokens(number)[rankings.verdict(number).branch == 0].tolist()
@@ -148,7 +148,7 @@ def prompts_of(rankings: MappedRankings, limit: int) -> list[list[int]]:
     ]
 
 
-def completions_of(rankings: MappedRankings, longest: int) -> list[list[int]]:
+def completions_of(rankings: RankingCorpus, longest: int) -> list[list[int]]:
     """Every prompt with each of its completions as tokens, at most `longest` tokens long."""
     found = []
     for number in range(rankings.corpus.n_documents):

@@ -12,8 +12,8 @@ from pathlib import Path
 from dist_lm.chat.messages import ChatError, Conversation, Message
 from dist_lm.chat.template import prompt as rendered
 from dist_lm.config.root import imported_function
-from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
 from dist_lm.stages.rlhf import RlhfRunConfig, RlhfRunGroup
 from dist_lm.storage.run_directory import RunDirectory
@@ -75,7 +75,7 @@ def check_prompts(group: RlhfRunGroup) -> None:
 
 def _of_corpus(directory: Path, split: str) -> Prompts:
     """The tokens of each document before the first learned token: before the assistant's turn, or the completions."""
-    corpus = MappedCorpus.open(directory, split)
+    corpus = TokenCorpus.open(directory, split)
     if not corpus.has_mask:
         raise ArtefactError(
             f"corpus {directory}: expected conversations or rankings, whose prompts are gone on with: choose another "

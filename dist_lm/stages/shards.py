@@ -34,10 +34,10 @@ from dist_lm.data.manifest import (
     manifest_path,
     read_manifest,
 )
-from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.screening import IngestReport
 from dist_lm.data.shard_writer import CorpusWriter, correct_licences
 from dist_lm.data.sources.reader import corpus_sources, form_of, source_traits, text_corpora
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, UserError, require
 from dist_lm.stages.stage import Artefact, ArtefactStage
@@ -193,7 +193,7 @@ def is_whole(directory: Path) -> bool:
     try:
         if manifest_path(directory).is_file():
             for split in SPLITS:
-                MappedCorpus.open(directory, split)
+                TokenCorpus.open(directory, split)
             return True
     except (FormatError, ManifestError):
         raise

@@ -18,8 +18,8 @@ from dist_lm.tracking.readable import change
 
 if TYPE_CHECKING:
     from dist_lm.data.evaluation_batches import EvaluationBatches
-    from dist_lm.data.mapped import MappedCorpus
     from dist_lm.data.stream import SequenceStream
+    from dist_lm.data.token_corpus import TokenCorpus
     from dist_lm.model.transformer import Transformer
     from dist_lm.tracking.console import Console
     from dist_lm.training.objective import Objective
@@ -75,13 +75,13 @@ class TextStage(TrainingStage):
         return next_token(config.stage.label_smoothing, config.stage.z_loss)
 
     def open_data(self, opening: Opening) -> StageData:
-        from dist_lm.data.mapped import MappedCorpus
         from dist_lm.data.sequences import note_of_left_out
+        from dist_lm.data.token_corpus import TokenCorpus
 
         if opening.world.is_first:
             for name in opening.config.stage.streams:
                 for split in SPLITS:
-                    corpus = MappedCorpus.open(opening.run.work.corpus(name), split)
+                    corpus = TokenCorpus.open(opening.run.work.corpus(name), split)
                     if note := note_of_left_out(corpus, opening.config.stage.seq_len):
                         log.warning("%s", note)
         return StageData(open_stream(opening), evaluator(opening), bytes_per_token(opening.run, opening.config))
@@ -89,10 +89,10 @@ class TextStage(TrainingStage):
     def result(self, config: Config, run: RunDirectory, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """`gzip_bits_per_byte`: bits per byte of `gzip -9` on each held-out document alone."""
         from dist_lm.data.evaluation_batches import gzip_bits_per_byte
-        from dist_lm.data.mapped import MappedCorpus
+        from dist_lm.data.token_corpus import TokenCorpus
         from dist_lm.tokenizer.tokenizer import Tokenizer
 
-        corpus = MappedCorpus.open(run.work.corpus(config.stage.corpus), "val")
+        corpus = TokenCorpus.open(run.work.corpus(config.stage.corpus), "val")
         tokenizer = Tokenizer.load(run.work.tokenizer_model)
         texts = (
             (
@@ -116,11 +116,11 @@ def fim_rate_of(config: Config) -> float:
 def open_stream(opening: Opening) -> "SequenceStream":
     """The training sequences of this rank."""
     from dist_lm.data.infill import Infill, InfillMarks
-    from dist_lm.data.mapped import MappedCorpus
     from dist_lm.data.stream import SequenceStream
+    from dist_lm.data.token_corpus import TokenCorpus
 
     config, stage = opening.config, opening.config.stage
-    corpora = {name: MappedCorpus.open(opening.run.work.corpus(name), "train") for name in stage.streams}
+    corpora = {name: TokenCorpus.open(opening.run.work.corpus(name), "train") for name in stage.streams}
     fim_rate = fim_rate_of(config)
     return SequenceStream(
         corpora[stage.corpus],
@@ -148,18 +148,18 @@ def evaluator(opening: Opening) -> "Evaluate":
     from dist_lm.data.evaluation_batches import EvaluationBatches
     from dist_lm.data.infill import PSM, SPM, InfillMarks
     from dist_lm.data.infill_evaluation import HeldOutMiddles
-    from dist_lm.data.mapped import MappedCorpus
+    from dist_lm.data.token_corpus import TokenCorpus
     from dist_lm.training.objective import loss_metrics, mixed_metrics, summed_losses
 
     stage, device = opening.config.stage, opening.world.device
     own, *others = [stage.corpus, *sorted(stage.mix or {})]
-    opened = {name: MappedCorpus.open(opening.run.work.corpus(name), "val") for name in (own, *others)}
+    opened = {name: TokenCorpus.open(opening.run.work.corpus(name), "val") for name in (own, *others)}
 
     rearranges = fim_rate_of(opening.config) > 0
     marks = InfillMarks.of(opening.tokenizer) if rearranges else None
     middles = {INFILL: (marks, PSM), INFILL_SPM: (marks, SPM), INFILL_LEFT: (None, PSM)} if rearranges else {}
 
-    def batches_of(corpus: "MappedCorpus", everything: bool) -> "EvaluationBatches":
+    def batches_of(corpus: "TokenCorpus", everything: bool) -> "EvaluationBatches":
         return EvaluationBatches(
             corpus=corpus,
             seq_len=stage.seq_len,

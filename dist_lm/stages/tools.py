@@ -107,7 +107,7 @@ class Tools(TextStage):
 
 def examine(closing: Closing) -> dict[str, float]:
     """`tools/*`: greedy answers to questions about val, compared with the conversations (collective)."""
-    from dist_lm.data.mapped import MappedCorpus
+    from dist_lm.data.token_corpus import TokenCorpus
     from dist_lm.evaluation.tool_questions import choose
     from dist_lm.evaluation.tool_score import figures, judge, read_answer
     from dist_lm.stages.sampling import answer_all, write_samples
@@ -118,7 +118,7 @@ def examine(closing: Closing) -> dict[str, float]:
     settings = config.stage.questions
     if not settings.per_kind:
         return {}
-    corpus = MappedCorpus.open(closing.run.work.corpus(config.stage.corpus), "val")
+    corpus = TokenCorpus.open(closing.run.work.corpus(config.stage.corpus), "val")
     questions = choose(corpus, tokenizer, settings.per_kind, config.model.max_seq_len)
     requests = requests_of(questions, tokenizer.mark_id(END), settings.max_new_tokens)
     answers = answer_all(closing, requests, "stage.questions")

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from dist_lm.config.root import Config
 from dist_lm.data.manifest import Recipe
-from dist_lm.data.rankings.shards import MappedRankings
+from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.rankings.stream import RankingBatches, RankingStream
 from dist_lm.data.shard_writer import CorpusWriter
 from dist_lm.document import TokenizedDocument, Verdict
@@ -81,7 +81,7 @@ def write_corpus(directory: Path, count: int, seed: int) -> None:
 def train(config: Config, directory: Path, learn_from: str, steps: int) -> dict[str, float]:
     """Metrics on val after `steps` steps on train. One process, with a process group."""
     stage, seed = config.stage, config.seed
-    train_split, val = (MappedRankings.open(directory, split) for split in ("train", "val"))
+    train_split, val = (RankingCorpus.open(directory, split) for split in ("train", "val"))
     model = Transformer(config.model)
     initialise(model, seed)
     optimizer = build_optimizer(model, stage)

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from dist_lm.data.manifest import Recipe, manifest_path
-from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.shard_writer import CorpusWriter
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import TokenizedDocument
 
 EOT = 1
@@ -50,10 +50,10 @@ def write(
     return directory
 
 
-def corpus(directory: Path, lengths: Sequence[int], masked: bool = False) -> MappedCorpus:
-    """`documents` of the given lengths, written and mapped."""
+def corpus(directory: Path, lengths: Sequence[int], masked: bool = False) -> TokenCorpus:
+    """`documents` of the given lengths, written and opened."""
     write(directory, documents(lengths, masked=masked))
-    return MappedCorpus.open(directory, "train")
+    return TokenCorpus.open(directory, "train")
 
 
 def lengths(n: int, longest: int, seed: int = 0) -> list[int]:

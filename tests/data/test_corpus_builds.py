@@ -13,8 +13,8 @@ import pytest
 
 from dist_lm.data.journal import Journal, journal_path
 from dist_lm.data.manifest import Recipe, manifest_path, read_manifest
-from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.shard_writer import CorpusWriter, origins_path
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import TokenizedDocument
 from dist_lm.errors import ArtefactError
 from tests.data.synthetic_corpus import documents, lengths, write
@@ -178,7 +178,7 @@ def test_content_is_what_training_sees(tmp_path: Path) -> None:
 
     def content(name: str, changed: list[TokenizedDocument], **options) -> str:
         directory = write(tmp_path / name, changed, **options)
-        assert MappedCorpus.open(directory, "train").n_documents == len(changed)
+        assert TokenCorpus.open(directory, "train").n_documents == len(changed)
         return read_manifest(directory).content["train"]
 
     def with_first(**change) -> list[TokenizedDocument]:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_lm.data.evaluation_batches import EvaluationBatch, EvaluationBatches, spread
-from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.token_corpus import TokenCorpus
 from tests.data.synthetic_corpus import EOT, corpus, documents, lengths
 
 T = 16
@@ -20,16 +20,16 @@ PAD = 0
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> MappedCorpus:
+def plain(tmp_path_factory: pytest.TempPathFactory) -> TokenCorpus:
     return corpus(tmp_path_factory.mktemp("plain"), LENGTHS)
 
 
 @pytest.fixture(scope="module")
-def masked(tmp_path_factory: pytest.TempPathFactory) -> MappedCorpus:
+def masked(tmp_path_factory: pytest.TempPathFactory) -> TokenCorpus:
     return corpus(tmp_path_factory.mktemp("masked"), LENGTHS, masked=True)
 
 
-def all_ranks(corpus: MappedCorpus, dp_size: int, **changes) -> list[EvaluationBatch]:
+def all_ranks(corpus: TokenCorpus, dp_size: int, **changes) -> list[EvaluationBatch]:
     """The batches of every rank, which must be as many."""
     settings: dict[str, Any] = {"seq_len": T, "micro_batch": 3, "dp_size": dp_size, "pad_id": PAD} | changes
     ranks = [list(EvaluationBatches(corpus=corpus, **settings, dp_rank=rank)) for rank in range(dp_size)]
@@ -37,7 +37,7 @@ def all_ranks(corpus: MappedCorpus, dp_size: int, **changes) -> list[EvaluationB
     return [batch for batches in ranks for batch in batches]
 
 
-def counted(corpus: MappedCorpus, batches: list[EvaluationBatch]) -> Counter[tuple[str, int]]:
+def counted(corpus: TokenCorpus, batches: list[EvaluationBatch]) -> Counter[tuple[str, int]]:
     """How often each (language, target token) counts."""
     found: Counter[tuple[str, int]] = Counter()
     for evaluation in batches:
@@ -50,7 +50,7 @@ def counted(corpus: MappedCorpus, batches: list[EvaluationBatch]) -> Counter[tup
 
 @pytest.mark.parametrize("dp_size", [1, 2, 5])
 @pytest.mark.parametrize("seq_len", [T, 7, 5000])
-def test_every_token_counts_once_in_its_language(plain: MappedCorpus, dp_size: int, seq_len: int) -> None:
+def test_every_token_counts_once_in_its_language(plain: TokenCorpus, dp_size: int, seq_len: int) -> None:
     expected: Counter[tuple[str, int]] = Counter()
     for document in documents(LENGTHS):
         expected.update((document.language, int(token)) for token in document.tokens[1:])
@@ -78,13 +78,13 @@ def test_padding_is_a_document_of_its_own(tmp_path: Path) -> None:
     assert batch.document_BT[1, 3] != batch.document_BT[1, 5]
 
 
-def test_it_can_be_iterated_again(plain: MappedCorpus) -> None:
+def test_it_can_be_iterated_again(plain: TokenCorpus) -> None:
     batches = EvaluationBatches(corpus=plain, seq_len=T, micro_batch=3, dp_rank=0, dp_size=2)
     once, twice = list(batches), list(batches)
     assert all(torch.equal(a.batch.tokens_BT, b.batch.tokens_BT) for a, b in zip(once, twice, strict=True))
 
 
-def test_bytes_are_exact_when_all_is_evaluated(plain: MappedCorpus) -> None:
+def test_bytes_are_exact_when_all_is_evaluated(plain: TokenCorpus) -> None:
     expected: Counter[str] = Counter()
     for document in documents(LENGTHS):
         expected[document.language] += document.n_bytes
@@ -95,20 +95,20 @@ def test_bytes_are_exact_when_all_is_evaluated(plain: MappedCorpus) -> None:
 @pytest.mark.parametrize("name", ["plain", "masked"])
 @pytest.mark.parametrize("limit", [0, 1, 10])
 def test_bytes_follow_the_counted_targets(name: str, limit: int, request: pytest.FixtureRequest) -> None:
-    mapped = request.getfixturevalue(name)
+    opened = request.getfixturevalue(name)
     settings: dict[str, Any] = {"seq_len": T, "micro_batch": 3, "limit_sequences": limit}
-    batches = EvaluationBatches(corpus=mapped, **settings, dp_rank=0, dp_size=2)
+    batches = EvaluationBatches(corpus=opened, **settings, dp_rank=0, dp_size=2)
     targets: Counter[str] = Counter()
-    for (language, _), n in counted(mapped, all_ranks(mapped, 2, limit_sequences=limit)).items():
+    for (language, _), n in counted(opened, all_ranks(opened, 2, limit_sequences=limit)).items():
         targets[language] += n
-    for code, language in enumerate(mapped.languages):
-        mine = mapped.language_codes == code
-        a_token = mapped.n_bytes[mine].sum() / mapped.lengths[mine].sum()
+    for code, language in enumerate(opened.languages):
+        mine = opened.language_codes == code
+        a_token = opened.n_bytes[mine].sum() / opened.lengths[mine].sum()
         assert batches.bytes_by_language[language] == pytest.approx(targets[language] * a_token)
 
 
 @pytest.mark.parametrize("dp_size", [1, 3])
-def test_a_limit_takes_an_even_spread(plain: MappedCorpus, dp_size: int) -> None:
+def test_a_limit_takes_an_even_spread(plain: TokenCorpus, dp_size: int) -> None:
     whole = {
         n: row
         for b in all_ranks(plain, 1)
@@ -133,7 +133,7 @@ def test_spread(n: int, limit: int) -> None:
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 5])
-def test_conversations_are_whole_and_their_learned_tokens_count_once(masked: MappedCorpus, dp_size: int) -> None:
+def test_conversations_are_whole_and_their_learned_tokens_count_once(masked: TokenCorpus, dp_size: int) -> None:
     expected: Counter[tuple[str, int]] = Counter()
     for document in documents(LENGTHS, masked=True):
         if len(document.tokens) <= T + 1:
@@ -150,7 +150,7 @@ def test_conversations_are_whole_and_their_learned_tokens_count_once(masked: Map
         assert torch.isin(opened, torch.tensor([EOT, PAD])).all()  # none goes on from the sequence before
 
 
-def test_flags_are_those_of_training(plain: MappedCorpus) -> None:
+def test_flags_are_those_of_training(plain: TokenCorpus) -> None:
     batches = all_ranks(plain, 1, document_mask=False, reset_positions=False)
     assert not any(evaluation.batch.document_BT.any() for evaluation in batches)
     assert all((evaluation.batch.position_BT == torch.arange(T)).all() for evaluation in batches)

@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from dist_lm.data import mapped
+from dist_lm.data import token_corpus
 from dist_lm.data.index import index_path, load_index, save_index
 from dist_lm.data.inspect import print_corpus
 from dist_lm.data.manifest import manifest_path, read_manifest, shard_name, write_manifest
-from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.stream import SequenceStream
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import TokenizedDocument
 from dist_lm.errors import ArtefactError, UserError
 from tests.data.synthetic_corpus import documents, lengths, write
@@ -49,8 +49,8 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(directory: Path, after_opening: Callable[[Path], object] = lambda directory: None) -> str:
     """The hash of all tokens of an epoch, read as a rank reads them."""
-    corpus = MappedCorpus.open(directory, "train")
-    MappedCorpus.open(directory, "val")
+    corpus = TokenCorpus.open(directory, "train")
+    TokenCorpus.open(directory, "val")
     after_opening(directory)
     digest = hashlib.sha256()
     options: dict[str, Any] = {"seq_len": 256, "global_batch": 8, "micro_batch": 8, "dp_rank": 0, "dp_size": 1}
@@ -275,8 +275,8 @@ def test_a_tar_that_is_replaced_while_training_is_named(
 ) -> None:
     directory = tmp_path / "code"
     shutil.copytree(good, directory)
-    monkeypatch.setattr(mapped, "OPEN_TARS", 1)
-    corpus = MappedCorpus.open(directory, "train")
+    monkeypatch.setattr(token_corpus, "OPEN_TARS", 1)
+    corpus = TokenCorpus.open(directory, "train")
     last = corpus.n_documents - 1
     corpus.tokens(0, 0, 1)
     corpus.tokens(last, 0, 1)
@@ -289,10 +289,10 @@ def test_a_tar_that_is_replaced_while_training_is_named(
 READS_ALL = """
 import resource, sys
 from pathlib import Path
-from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.token_corpus import TokenCorpus
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
-corpus = MappedCorpus.open(Path(sys.argv[1]), "train")
+corpus = TokenCorpus.open(Path(sys.argv[1]), "train")
 tokens = [corpus.tokens(number, 0, 9).tolist() for _ in range(2) for number in range(corpus.n_documents)]
 assert all(one == tokens[0] for one in tokens)
 print(corpus.n_documents)
@@ -317,7 +317,7 @@ def test_more_tars_than_descriptors(tmp_path: Path) -> None:
 
 def test_descriptors_are_closed_with_the_corpus(good: Path) -> None:
     used = len(list(Path("/proc/self/fd").iterdir()))
-    corpus = MappedCorpus.open(good, "train")
+    corpus = TokenCorpus.open(good, "train")
     corpus.check()
     assert len(list(Path("/proc/self/fd").iterdir())) > used
     del corpus
@@ -326,9 +326,11 @@ def test_descriptors_are_closed_with_the_corpus(good: Path) -> None:
 
 def test_a_member_is_checked_once(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = []
-    crc32 = mapped.zlib.crc32
-    monkeypatch.setattr(mapped.zlib, "crc32", lambda content, *args: counted.append(len(content)) or crc32(content))
-    corpus = MappedCorpus.open(good, "train")
+    crc32 = token_corpus.zlib.crc32
+    monkeypatch.setattr(
+        token_corpus.zlib, "crc32", lambda content, *args: counted.append(len(content)) or crc32(content)
+    )
+    corpus = TokenCorpus.open(good, "train")
     counted.clear()
     for _ in range(2):
         for number in range(corpus.n_documents):

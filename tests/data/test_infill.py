@@ -24,10 +24,10 @@ from dist_lm.data.infill import (
     restored,
 )
 from dist_lm.data.infill_evaluation import HeldOutMiddles
-from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.order import EpochOrder
 from dist_lm.data.sequences import CorpusSequences
 from dist_lm.data.stream import SequenceStream
+from dist_lm.data.token_corpus import TokenCorpus
 from tests.data.synthetic_corpus import EOT, corpus, lengths
 
 MARKS = InfillMarks(prefix=60_001, suffix=60_002, middle=60_003)
@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {"seed": 3, "seq_len": T, "global_batch": 12, "micro_
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> MappedCorpus:
+def plain(tmp_path_factory: pytest.TempPathFactory) -> TokenCorpus:
     return corpus(tmp_path_factory.mktemp("infill"), LENGTHS)
 
 
@@ -75,14 +75,14 @@ def test_every_middle_that_is_not_empty_is_equally_likely(opens: bool) -> None:
     assert abs(counts - draws / len(pairs)).max() < 5 * (draws / len(pairs)) ** 0.5
 
 
-def epoch_of(plain: MappedCorpus, rate: float, epoch: int, seed: int = 3) -> InfillEpoch:
+def epoch_of(plain: TokenCorpus, rate: float, epoch: int, seed: int = 3) -> InfillEpoch:
     most = most_pieces(plain.lengths, rate, T)
     order = EpochOrder(plain.lengths, seed, epoch, T - ADDED * most)
     return InfillEpoch(plain, order, Infill(rate, MARKS), most, seed, epoch)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.513, 1.0])
-def test_exactly_the_rate_is_rearranged_half_in_each_form_anew_in_every_epoch(plain: MappedCorpus, rate: float) -> None:
+def test_exactly_the_rate_is_rearranged_half_in_each_form_anew_in_every_epoch(plain: TokenCorpus, rate: float) -> None:
     forms = []
     for epoch in range(3):
         pieces = epoch_of(plain, rate, epoch)
@@ -102,13 +102,13 @@ def pieces_of(row: Row) -> list[tuple[int, int, np.ndarray]]:
     return [(document, start, row.corpus.tokens(document, start, stop)) for document, start, stop in row.slices]
 
 
-def rows_of(plain: MappedCorpus, rate: float) -> tuple[list[Row], int]:
+def rows_of(plain: TokenCorpus, rate: float) -> tuple[list[Row], int]:
     """The sequences of an epoch, and the tokens of text in each of them."""
     own = CorpusSequences(plain, 3, T, infill=Infill(rate, MARKS))
     return [own.row(number) for number in range(own.n_sequences)], T - ADDED * most_pieces(plain.lengths, rate, T)
 
 
-def test_every_rearranged_piece_lies_whole_in_one_sequence_and_ends_with_end_of_text(plain: MappedCorpus) -> None:
+def test_every_rearranged_piece_lies_whole_in_one_sequence_and_ends_with_end_of_text(plain: TokenCorpus) -> None:
     rows, _ = rows_of(plain, 0.7)
     from_inside = cut_off = 0
     for row in rows:
@@ -129,7 +129,7 @@ def test_every_rearranged_piece_lies_whole_in_one_sequence_and_ends_with_end_of_
 
 
 @pytest.mark.parametrize("rate", [0.5, 1.0])
-def test_most_text_is_eligible_and_an_epoch_holds_every_token_once(plain: MappedCorpus, rate: float) -> None:
+def test_most_text_is_eligible_and_an_epoch_holds_every_token_once(plain: TokenCorpus, rate: float) -> None:
     rows, text_len = rows_of(plain, rate)
     assert len(rows) == (plain.n_tokens - 1) // text_len
     own = [plain.tokens(document, 0, int(plain.lengths[document])) for document in range(plain.n_documents)]
@@ -164,7 +164,7 @@ def test_of_many_short_documents_the_longest_of_a_sequence_are_eligible(tmp_path
         assert all(length < LEAST or (len(marked) == most and length <= min(marked)) for length in others)
 
 
-def sequences(corpus: MappedCorpus, steps: int, rate: float = 0.5, **changes: Any) -> list[list[int]]:
+def sequences(corpus: TokenCorpus, steps: int, rate: float = 0.5, **changes: Any) -> list[list[int]]:
     infill = Infill(rate, MARKS) if rate else None
     found = []
     with SequenceStream(corpus, **SETTINGS | {"dp_rank": 0, "dp_size": 1} | changes, infill=infill) as stream:
@@ -174,7 +174,7 @@ def sequences(corpus: MappedCorpus, steps: int, rate: float = 0.5, **changes: An
     return sorted(found)
 
 
-def test_sequences_are_the_same_on_any_ranks_and_resumed(plain: MappedCorpus) -> None:
+def test_sequences_are_the_same_on_any_ranks_and_resumed(plain: TokenCorpus) -> None:
     steps = 40  # more than an epoch
     assert CorpusSequences(plain, 3, T, infill=Infill(0.5, MARKS)).n_sequences < 12 * steps
     expected = sequences(plain, steps)
@@ -188,7 +188,7 @@ def test_sequences_are_the_same_on_any_ranks_and_resumed(plain: MappedCorpus) ->
 
 @pytest.mark.parametrize(("marks", "form"), [(MARKS, PSM), (MARKS, SPM), (None, PSM)])
 def test_the_same_middles_are_judged_with_and_without_what_stands_after(
-    plain: MappedCorpus, marks: InfillMarks | None, form: int
+    plain: TokenCorpus, marks: InfillMarks | None, form: int
 ) -> None:
     wanted: dict[str, Any] = {"corpus": plain, "seq_len": T, "micro_batch": 3, "limit": 20, "form": form}
     seen = {}

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from dist_lm.data.index import build_index, index_path
-from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.sequences import CorpusSequences
+from dist_lm.data.token_corpus import TokenCorpus
 from tests.data.synthetic_corpus import documents, write
 
 NAMES = ["", "", *["a"] * 5, *["b"] * 7, "", *["c"] * 30, "", ""]
@@ -17,7 +17,7 @@ T = 16
 
 def test_files_of_a_repository_are_read_one_after_the_other(tmp_path: Path) -> None:
     made = [replace(one, repository=name) for one, name in zip(documents([9] * len(NAMES)), NAMES, strict=True)]
-    corpus = MappedCorpus.open(write(tmp_path, made), "train")
+    corpus = TokenCorpus.open(write(tmp_path, made), "train")
     follows = [bool(name) and name == before for before, name in zip(["", *NAMES], NAMES, strict=False)]
     tars = sorted(tmp_path.glob("train-*.tar"))
     assert len(tars) > 1
@@ -36,12 +36,12 @@ def test_files_of_a_repository_are_read_one_after_the_other(tmp_path: Path) -> N
         assert all(before[n] == n - 1 for n in followed)
     # the index is a cache of the tars
     index_path(tars[0]).unlink()
-    assert MappedCorpus.open(tmp_path, "train").continues.tolist() == expected
+    assert TokenCorpus.open(tmp_path, "train").continues.tolist() == expected
 
 
 def test_other_neighbours_are_other_content_and_no_neighbours_change_nothing(tmp_path: Path) -> None:
     made = documents([9] * 20)
-    plain = MappedCorpus.open(write(tmp_path / "plain", made), "train")
+    plain = TokenCorpus.open(write(tmp_path / "plain", made), "train")
     assert not plain.continues.any()
     alone = [replace(one, repository=str(n)) for n, one in enumerate(made)]
     together = [replace(one, repository="a") for one in made]

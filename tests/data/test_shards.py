@@ -23,8 +23,8 @@ from dist_lm.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.shard_writer import CorpusWriter, read_origins, shard_of
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import TokenizedDocument
 from dist_lm.errors import ArtefactError
 from dist_lm.storage import durable
@@ -37,21 +37,21 @@ RECIPE = Recipe("t" * 64, 2**16, "c" * 64, documents_per_member=4, shard_tokens=
 @pytest.mark.parametrize("masked", [False, True])
 def test_what_was_written_is_read(tmp_path: Path, masked: bool) -> None:
     made = documents(LENGTHS, masked=masked)
-    mapped = corpus(tmp_path, LENGTHS, masked)
+    opened = corpus(tmp_path, LENGTHS, masked)
     assert len(list(tmp_path.glob("train-*.tar"))) > 3  # documents must be found across tars
-    assert mapped.n_documents == len(made)
-    assert mapped.n_tokens == sum(LENGTHS)
-    assert mapped.lengths.tolist() == LENGTHS
-    assert mapped.n_bytes.tolist() == [document.n_bytes for document in made]
-    assert [mapped.languages[code] for code in mapped.language_codes] == [d.language for d in made]
-    assert mapped.has_mask == masked
+    assert opened.n_documents == len(made)
+    assert opened.n_tokens == sum(LENGTHS)
+    assert opened.lengths.tolist() == LENGTHS
+    assert opened.n_bytes.tolist() == [document.n_bytes for document in made]
+    assert [opened.languages[code] for code in opened.language_codes] == [d.language for d in made]
+    assert opened.has_mask == masked
     for i, document in enumerate(made):
         n = len(document.tokens)
-        assert np.array_equal(mapped.tokens(i, 0, n), document.tokens)
-        assert np.array_equal(mapped.tokens(i, n // 3, n // 2), document.tokens[n // 3 : n // 2])
+        assert np.array_equal(opened.tokens(i, 0, n), document.tokens)
+        assert np.array_equal(opened.tokens(i, n // 3, n // 2), document.tokens[n // 3 : n // 2])
         mask = np.ones(n, np.uint8) if document.loss_mask is None else document.loss_mask
-        assert np.array_equal(mapped.mask(i, n // 3, n), mask[n // 3 :])
-    assert not mapped.tokens(0, 0, 1).flags.writeable
+        assert np.array_equal(opened.mask(i, n // 3, n), mask[n // 3 :])
+    assert not opened.tokens(0, 0, 1).flags.writeable
 
 
 def test_any_webdataset_reader_reads_them(tmp_path: Path) -> None:
@@ -79,11 +79,11 @@ def test_any_webdataset_reader_reads_them(tmp_path: Path) -> None:
 def test_ids_past_65535_are_stored_as_uint32(tmp_path: Path) -> None:
     made = [replace(document, tokens=document.tokens.astype(np.uint32) + 70_000) for document in documents(LENGTHS)]
     write(tmp_path, made, vocab_size=130_000)
-    mapped = MappedCorpus.open(tmp_path, "train")
+    opened = TokenCorpus.open(tmp_path, "train")
     for i, document in enumerate(made):
         n = len(document.tokens)
-        assert mapped.tokens(i, n // 3, n).dtype == np.uint32
-        assert np.array_equal(mapped.tokens(i, n // 3, n), document.tokens[n // 3 :])
+        assert opened.tokens(i, n // 3, n).dtype == np.uint32
+        assert np.array_equal(opened.tokens(i, n // 3, n), document.tokens[n // 3 :])
     reader: Any = WebDataset([str(path) for path in sorted(tmp_path.glob("*.tar"))], shardshuffle=False)
     tokens = np.concatenate([sample["tokens.npy"] for sample in reader.decode()])
     assert np.array_equal(tokens, np.concatenate([document.tokens for document in made]))
@@ -137,7 +137,7 @@ def test_unfinished_corpus_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     with pytest.raises(ArtefactError, match=r"unfinished \(no manifest.json\).*stage=shards"):
-        MappedCorpus.open(tmp_path, "train")
+        TokenCorpus.open(tmp_path, "train")
     assert list(tmp_path.glob("*.tar"))  # finished tars may stay,
     assert not [path for path in tmp_path.iterdir() if path.name.endswith("tmp")]  # half of one may not
 
@@ -169,7 +169,7 @@ def test_a_smaller_build_leaves_nothing_of_the_larger_one(tmp_path: Path) -> Non
         "val-000000.origins.jsonl.zst",
         "val-000000.tar",
     ]
-    assert MappedCorpus.open(tmp_path, "train").n_tokens == 7
+    assert TokenCorpus.open(tmp_path, "train").n_tokens == 7
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_missing_or_empty_corpus_says_what_to_run(tmp_path: Path, make, message:
     directory.mkdir()
     make(directory)
     with pytest.raises(ArtefactError, match=message) as error:
-        MappedCorpus.open(directory, "train")
+        TokenCorpus.open(directory, "train")
     assert str(directory) in str(error.value)
     assert "python -m dist_lm.launch stage=shards" in str(error.value)
     assert "\n" not in str(error.value)
@@ -208,12 +208,12 @@ def test_damaged_tars_are_found(tmp_path: Path) -> None:
     assert state[tars[2].name] == "missing"
     assert state[tars[3].name] == "ok"
     with pytest.raises(ArtefactError, match=f"{tars[0].name}: .* bytes, expected"):
-        MappedCorpus.open(tmp_path, "train")
+        TokenCorpus.open(tmp_path, "train")
 
 
 def opened(directory: Path) -> list[int]:
     """The lengths of the train documents, as an opened corpus has them."""
-    return MappedCorpus.open(directory, "train").lengths.tolist()
+    return TokenCorpus.open(directory, "train").lengths.tolist()
 
 
 def test_index_is_rebuilt_when_missing(tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def test_a_tar_cut_anywhere_is_refused_or_refuted(tmp_path: Path) -> None:
     for size in range(100, len(whole), 997):
         tar.write_bytes(whole[:size])
         with pytest.raises(ArtefactError):
-            MappedCorpus.open(tmp_path, "train")
+            TokenCorpus.open(tmp_path, "train")
 
 
 def test_parts_may_come_in_any_order(tmp_path: Path) -> None:
@@ -358,17 +358,17 @@ def test_parts_may_come_in_any_order(tmp_path: Path) -> None:
     parts = _parts(tmp_path / "good" / "train-000000.tar")
     tar = _tar_of(tmp_path / "train-000000.tar", dict(sorted(parts.items(), reverse=True)))
     write_manifest(tmp_path, Manifest(RECIPE, {"train": Split((shard_of(tar, build_index(tar), 0),))}, {}))
-    mapped = MappedCorpus.open(tmp_path, "train")
-    assert np.array_equal(mapped.tokens(1, 0, 8), documents([9, 8, 7])[1].tokens)
+    opened = TokenCorpus.open(tmp_path, "train")
+    assert np.array_equal(opened.tokens(1, 0, 8), documents([9, 8, 7])[1].tokens)
 
 
 def test_languages_keep_their_names_whatever_their_codes(tmp_path: Path) -> None:
     """Codes are by first appearance in a tar; a corpus sorts the names of all its tars."""
     made = [replace(document, language=name) for document, name in zip(documents([9] * 4), "dacb", strict=True)]
     write(tmp_path, made, documents_per_member=1, shard_tokens=9)
-    mapped = MappedCorpus.open(tmp_path, "train")
-    assert mapped.languages == ["a", "b", "c", "d"]
-    assert [mapped.languages[code] for code in mapped.language_codes] == list("dacb")
+    opened = TokenCorpus.open(tmp_path, "train")
+    assert opened.languages == ["a", "b", "c", "d"]
+    assert [opened.languages[code] for code in opened.language_codes] == list("dacb")
 
 
 def test_index_round_trip(tmp_path: Path) -> None:

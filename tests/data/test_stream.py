@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_lm.data.batch import Batch
-from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.order import EpochOrder
 from dist_lm.data.packing import PackedEpoch, Packing
 from dist_lm.data.stream import PREFETCH, SequenceStream, StepData, rank_cuts
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError, ConfigError
 from tests.data.synthetic_corpus import EOT, corpus, documents, lengths
 
@@ -34,12 +34,12 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> MappedCorpus:
+def plain(tmp_path_factory: pytest.TempPathFactory) -> TokenCorpus:
     return corpus(tmp_path_factory.mktemp("plain"), LENGTHS)
 
 
 @pytest.fixture(scope="module")
-def masked(tmp_path_factory: pytest.TempPathFactory) -> MappedCorpus:
+def masked(tmp_path_factory: pytest.TempPathFactory) -> TokenCorpus:
     return corpus(tmp_path_factory.mktemp("masked"), LENGTHS, masked=True)
 
 
@@ -47,7 +47,7 @@ WITHOUT = ("branch_BT", "counted_N", "ranked", "boundary", "n_tokens")
 THERE = [field.name for field in fields(Batch) if field.name not in WITHOUT]
 
 
-def take(corpus: MappedCorpus, steps: int, **changes) -> list[StepData]:
+def take(corpus: TokenCorpus, steps: int, **changes) -> list[StepData]:
     with SequenceStream(corpus, **SETTINGS | changes) as stream:
         return [next(stream) for _ in range(steps)]
 
@@ -64,7 +64,7 @@ def assert_same(one: Batch, other: Batch) -> None:
         assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
-def test_an_epoch_delivers_every_token(plain: MappedCorpus) -> None:
+def test_an_epoch_delivers_every_token(plain: TokenCorpus) -> None:
     per_epoch = (sum(LENGTHS) - 1) // T
     data = take(plain, 1, global_batch=per_epoch, micro_batch=per_epoch)
     batch = joined(data)
@@ -78,13 +78,13 @@ def test_an_epoch_delivers_every_token(plain: MappedCorpus) -> None:
 @pytest.mark.parametrize("name", ["plain", "masked"])
 def test_fields_agree_with_the_documents(name: str, request: pytest.FixtureRequest) -> None:
     """Text is cut, conversations are whole, with padding behind them."""
-    mapped = request.getfixturevalue(name)
+    opened = request.getfixturevalue(name)
     made = documents(LENGTHS, masked=name == "masked")
     if name == "plain":
-        order = EpochOrder(mapped.lengths, SETTINGS["seed"], 0, T)
+        order = EpochOrder(opened.lengths, SETTINGS["seed"], 0, T)
     else:
-        order = PackedEpoch(Packing(mapped.lengths, T), SETTINGS["seed"], 0)
-    batch = joined(take(mapped, 1, global_batch=order.n_sequences, pad_id=9))
+        order = PackedEpoch(Packing(opened.lengths, T), SETTINGS["seed"], 0)
+    batch = joined(take(opened, 1, global_batch=order.n_sequences, pad_id=9))
     for b, number in enumerate(batch.sequence_B.tolist()):
         parts = order.sequence(number)
         row = np.concatenate([made[d].tokens[start:stop] for d, start, stop in parts])
@@ -105,7 +105,7 @@ def test_fields_agree_with_the_documents(name: str, request: pytest.FixtureReque
     assert {tensor.dtype for tensor in others} == {torch.int64}
 
 
-def test_tokens_are_counted_without_padding(masked: MappedCorpus) -> None:
+def test_tokens_are_counted_without_padding(masked: TokenCorpus) -> None:
     order = PackedEpoch(Packing(masked.lengths, T), SETTINGS["seed"], 0)
     # no corpus can hold such a token
     (data,) = take(masked, 1, global_batch=order.n_sequences, pad_id=2**17)
@@ -117,7 +117,7 @@ def test_tokens_are_counted_without_padding(masked: MappedCorpus) -> None:
     assert same.tokens == data.tokens
 
 
-def test_a_document_starts_at_end_of_text(plain: MappedCorpus) -> None:
+def test_a_document_starts_at_end_of_text(plain: TokenCorpus) -> None:
     batch = joined(take(plain, 3))
     opens = torch.diff(batch.document_BT, dim=1) == 1
     assert opens.any()
@@ -125,7 +125,7 @@ def test_a_document_starts_at_end_of_text(plain: MappedCorpus) -> None:
     assert torch.equal(batch.position_BT == 0, torch.nn.functional.pad(opens, (1, 0), value=True))
 
 
-def test_masking_and_resetting_can_be_turned_off(plain: MappedCorpus) -> None:
+def test_masking_and_resetting_can_be_turned_off(plain: TokenCorpus) -> None:
     with_both, without = (
         joined(take(plain, 2)),
         joined(take(plain, 2, document_mask=False, reset_positions=False)),
@@ -137,7 +137,7 @@ def test_masking_and_resetting_can_be_turned_off(plain: MappedCorpus) -> None:
 
 
 @pytest.mark.parametrize(("dp_size", "micro_batch"), [(2, 2), (3, 4), (4, 2), (12, 8), (1, 5), (1, 100)])
-def test_any_cut_gives_the_same_sequences(plain: MappedCorpus, dp_size: int, micro_batch: int) -> None:
+def test_any_cut_gives_the_same_sequences(plain: TokenCorpus, dp_size: int, micro_batch: int) -> None:
     whole = take(plain, 3)
     ranks = [take(plain, 3, dp_rank=r, dp_size=dp_size, micro_batch=micro_batch) for r in range(dp_size)]
     for step, expected in enumerate(whole):
@@ -155,7 +155,7 @@ def test_cuts_partition_the_batch(dp_size: int, micro_batch: int, share: int) ->
     assert len({tuple(len(cut) for cut in rank) for rank in cuts}) == 1
 
 
-def test_resume_from_the_integer_alone(plain: MappedCorpus) -> None:
+def test_resume_from_the_integer_alone(plain: TokenCorpus) -> None:
     """Across the end of an epoch, at another number of ranks, whatever was prepared ahead."""
     whole = take(plain, 10)
     assert [data.position for data in whole] == [12 * (step + 1) for step in range(10)]
@@ -165,7 +165,7 @@ def test_resume_from_the_integer_alone(plain: MappedCorpus) -> None:
         assert_same(joined(ranks), joined([whole[step + 1]]))
 
 
-def test_epochs_differ_and_a_step_may_cross_several(plain: MappedCorpus) -> None:
+def test_epochs_differ_and_a_step_may_cross_several(plain: TokenCorpus) -> None:
     per_epoch = (sum(LENGTHS) - 1) // T
     batch = joined(take(plain, 1, global_batch=3 * per_epoch, micro_batch=per_epoch))
     epochs = batch.targets_BT.split(per_epoch)
@@ -174,7 +174,7 @@ def test_epochs_differ_and_a_step_may_cross_several(plain: MappedCorpus) -> None
     assert batch.sequence_B.tolist() == list(range(3 * per_epoch))
 
 
-def test_iteration_ends_on_close_and_so_does_the_thread(plain: MappedCorpus) -> None:
+def test_iteration_ends_on_close_and_so_does_the_thread(plain: TokenCorpus) -> None:
     before = set(threading.enumerate())
     stream = SequenceStream(plain, **SETTINGS)
     next(stream)
@@ -186,7 +186,7 @@ def test_iteration_ends_on_close_and_so_does_the_thread(plain: MappedCorpus) -> 
     stream.close()
 
 
-def test_an_error_in_the_thread_reaches_the_reader(plain: MappedCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_thread_reaches_the_reader(plain: TokenCorpus, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the step it belongs to, not earlier, and again if the reader asks again."""
     read = plain.tokens
     damaged = EpochOrder(plain.lengths, SETTINGS["seed"], 0, T).sequence(30)[0].document
@@ -214,7 +214,7 @@ def test_an_error_in_the_thread_reaches_the_reader(plain: MappedCorpus, monkeypa
                 next(stream)
 
 
-def test_steps_are_prepared_ahead_but_not_without_bound(plain: MappedCorpus) -> None:
+def test_steps_are_prepared_ahead_but_not_without_bound(plain: TokenCorpus) -> None:
     with SequenceStream(plain, **SETTINGS) as stream:
         deadline = time.monotonic() + 20
         while not all(future.done() for future in stream._steps):
@@ -225,7 +225,7 @@ def test_steps_are_prepared_ahead_but_not_without_bound(plain: MappedCorpus) -> 
 
 
 @pytest.fixture(scope="module")
-def chat(tmp_path_factory: pytest.TempPathFactory) -> MappedCorpus:
+def chat(tmp_path_factory: pytest.TempPathFactory) -> TokenCorpus:
     """Conversations, every one shorter than a sequence."""
     return corpus(tmp_path_factory.mktemp("chat"), lengths(60, T + 1), masked=True)
 
@@ -254,7 +254,7 @@ def test_sequences_of_a_mix_are_those_of_each_corpus_alone(chat, plain) -> None:
     assert found == {"chat": 140, "plain": 60}
 
 
-def test_a_batch_that_does_not_divide_names_what_would(plain: MappedCorpus) -> None:
+def test_a_batch_that_does_not_divide_names_what_would(plain: TokenCorpus) -> None:
     with pytest.raises(ConfigError, match=r"stage.global_batch=10 .* 4 data-parallel .*multiple of 4, such as 8 or 12"):
         SequenceStream(plain, **{**SETTINGS, "global_batch": 10, "dp_size": 4})
     with pytest.raises(ConfigError, match=r"multiple of 4, such as 4$"):

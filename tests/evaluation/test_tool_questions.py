@@ -4,7 +4,7 @@ import pytest
 
 from dist_lm.chat.messages import Call, Conversation, Message, Tool
 from dist_lm.chat.parse import parse, parse_turn
-from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.evaluation.tool_questions import asked, choose, questions_of, shown
 from dist_lm.tokenizer.symbols import START
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -49,7 +49,7 @@ def test_every_generated_conversation_with_tools_has_questions():
 
 def test_questions_come_from_the_tokens_of_val_alone(tiny_work):
     tokenizer = Tokenizer.load(tiny_work.tokenizer_model)
-    corpus = MappedCorpus.open(tiny_work.corpus("tools"), "val")
+    corpus = TokenCorpus.open(tiny_work.corpus("tools"), "val")
     found = choose(corpus, tokenizer, per_kind=5, context=256)
     assert found == choose(corpus, tokenizer, per_kind=5, context=256)
     assert [one.question.kind for one in found] == ["single"] * 5  # those without tools are no questions

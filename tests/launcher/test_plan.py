@@ -8,8 +8,8 @@ import pytest
 
 from dist_lm.config.corpus import SPLITS
 from dist_lm.data.manifest import read_manifest, record_content
-from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.shard_writer import CorpusWriter
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import TokenizedDocument
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.compose import compose_config, overrides_of
@@ -63,7 +63,7 @@ def rewritten(work, name, **change):
     directory, before = work.corpus(name), read_manifest(work.corpus(name))
     made = []
     for split in SPLITS:
-        corpus = MappedCorpus.open(directory, split)
+        corpus = TokenCorpus.open(directory, split)
         for number in range(corpus.n_documents):
             whole = (number, 0, int(corpus.lengths[number]))
             language = corpus.languages[corpus.language_codes[number]]

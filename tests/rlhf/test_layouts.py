@@ -7,8 +7,8 @@ import pytest
 
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.rlhf import RewardPartConfig
-from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.stream import SequenceStream
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World
 from dist_lm.ranks.rlhf_supply import PretrainingText
@@ -53,7 +53,7 @@ def metrics_of(
     """Of each iteration, without what a clock says; the same on all ranks, or they would not end together."""
     layout = resolve_layout(parallel, SHAPE, world.size)
     with SequenceStream(
-        MappedCorpus.open(Path(text), "train"),
+        TokenCorpus.open(Path(text), "train"),
         seed=0,
         seq_len=16,
         global_batch=SEQUENCES,

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dist_lm.data.batch import Batch
-from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.stream import SequenceStream
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.values import shard_of
@@ -111,7 +111,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def text(corpus: Path, updates: int = 0, dp_rank: int = 0, dp_size: int = 1) -> Iterator[PretrainingText]:
     with SequenceStream(
-        MappedCorpus.open(corpus, "train"),
+        TokenCorpus.open(corpus, "train"),
         seed=3,
         seq_len=T,
         global_batch=SEQUENCES,

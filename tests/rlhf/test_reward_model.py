@@ -10,7 +10,7 @@ import torch
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.rlhf import RlhfConfig
-from dist_lm.data.rankings.shards import MappedRankings
+from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.rankings.stream import RankingStream
 from dist_lm.errors import ArtefactError
 from dist_lm.model.keyed_random import initialise
@@ -89,23 +89,23 @@ def model() -> Transformer:
 
 
 @pytest.fixture(scope="module")
-def rankings(tmp_path_factory: pytest.TempPathFactory) -> MappedRankings:
+def rankings(tmp_path_factory: pytest.TempPathFactory) -> RankingCorpus:
     return corpus_of(tmp_path_factory.mktemp("rankings"), random_rankings(24, vocabulary=512))
 
 
-def stream_of(rankings: MappedRankings, **changes: int) -> RankingStream:
+def stream_of(rankings: RankingCorpus, **changes: int) -> RankingStream:
     settings = {"seed": 0, "seq_len": T, "pad_id": 0, "global_batch": 4, "micro_batch": 4, "dp_rank": 0, "dp_size": 1}
     return RankingStream(rankings, "rankings", 0.0, **settings | changes)
 
 
-def separately(model: Transformer, rankings: MappedRankings, number: int) -> torch.Tensor:
+def separately(model: Transformer, rankings: RankingCorpus, number: int) -> torch.Tensor:
     """The scores of a ranking's completions, each behind its prompt in a forward of its own."""
     tokens, branch = rankings.tokens(number), rankings.verdict(number).branch
     alone = [tokens[(branch == 0) | (branch == k)].tolist() for k in range(1, int(branch.max()) + 1)]
     return torch.tensor(np.concatenate([last_token_scores(model, [one]) for one in alone]))
 
 
-def test_packed_trees_score_as_separate_forwards(model: Transformer, rankings: MappedRankings) -> None:
+def test_packed_trees_score_as_separate_forwards(model: Transformer, rankings: RankingCorpus) -> None:
     with stream_of(rankings) as stream, torch.no_grad():
         batch = next(stream).micro_batches[0]
         assert batch.ranked is not None
@@ -127,7 +127,7 @@ def test_packed_trees_score_as_separate_forwards(model: Transformer, rankings: M
 
 
 def test_the_loss_is_that_of_all_choices_and_does_not_depend_on_the_cut(
-    model: Transformer, rankings: MappedRankings
+    model: Transformer, rankings: RankingCorpus
 ) -> None:
     total, count = 0.0, 0
     for number in range(rankings.corpus.n_documents):
@@ -153,7 +153,7 @@ def test_the_loss_is_that_of_all_choices_and_does_not_depend_on_the_cut(
 
 
 def test_a_batch_of_judgements_alone_or_of_ranks_alone_has_a_gradient(
-    model: Transformer, rankings: MappedRankings
+    model: Transformer, rankings: RankingCorpus
 ) -> None:
     with stream_of(rankings) as stream:
         batch = next(stream).micro_batches[0]
@@ -172,7 +172,7 @@ def test_a_batch_of_judgements_alone_or_of_ranks_alone_has_a_gradient(
     model.zero_grad()
 
 
-def test_the_heads_bias_which_no_choice_hangs_on_is_not_trained(model: Transformer, rankings: MappedRankings) -> None:
+def test_the_heads_bias_which_no_choice_hangs_on_is_not_trained(model: Transformer, rankings: RankingCorpus) -> None:
     """Its gradient would be rounding, of which Adam makes steps of full size, others on every layout."""
     optimizer = build_optimizer(model, RlhfConfig(lr=1e-2))
     before = {name: value.detach().clone() for name, value in model.named_parameters()}

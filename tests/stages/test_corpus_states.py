@@ -14,7 +14,7 @@ from dist_lm.config.root import Config, save_config
 from dist_lm.data.inspect import inspect_corpus
 from dist_lm.data.journal import journal_path
 from dist_lm.data.manifest import manifest_path, read_manifest, record_content
-from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
 from dist_lm.launcher.compose import compose_config
 from dist_lm.stages import shards
@@ -125,7 +125,7 @@ def test_a_corpus_that_is_built_again_alone_holds_no_val_of_the_others(work: Wor
 
 
 def texts_of(work: WorkDirectory, name: str, split: str) -> set[str]:
-    tokenizer, corpus = Tokenizer.load(work.tokenizer_model), MappedCorpus.open(work.corpus(name), split)
+    tokenizer, corpus = Tokenizer.load(work.tokenizer_model), TokenCorpus.open(work.corpus(name), split)
     return {
         tokenizer.decode(corpus.tokens(number, 0, int(corpus.lengths[number]))) for number in range(corpus.n_documents)
     }
@@ -245,5 +245,5 @@ def test_kills_of_the_stage_change_no_byte_whatever_the_workers(
     assert {name: content for name, (_, content) in tars(directory).items()} == expected
     assert {path.name: path.read_bytes() for path in directory.glob("*.zst")} == kept
     assert manifest_path(directory).read_bytes() == manifest
-    assert MappedCorpus.open(directory, "train").n_documents > 0
+    assert TokenCorpus.open(directory, "train").n_documents > 0
     assert not [path for path in directory.iterdir() if path.name.endswith(".tmp")]

@@ -7,7 +7,7 @@ import pytest
 from dist_lm.chat.documents import read_ranking
 from dist_lm.config.corpus import SPLITS, SourceConfig
 from dist_lm.config.root import Config
-from dist_lm.data.rankings.shards import MappedRankings
+from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
 from dist_lm.launcher.compose import compose_config
@@ -48,7 +48,7 @@ def test_samples_are_ranked_the_same_for_the_same_seed_and_land_in_shards(work) 
     assert not rankings.STAGE.inspect(config).ready
     rankings.STAGE.build(config, Console())
     assert rankings.STAGE.inspect(config).ready
-    opened = [MappedRankings.open(work.corpus("rankings"), split) for split in SPLITS]
+    opened = [RankingCorpus.open(work.corpus("rankings"), split) for split in SPLITS]
     assert sum(one.corpus.n_documents for one in opened) == len({one.text for one in first})
     with pytest.raises(ArtefactError, match="was made from another text"):
         rankings.STAGE.inspect(replace(config, stage=replace(config.stage, corpus="language")))

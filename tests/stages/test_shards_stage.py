@@ -14,10 +14,10 @@ from dist_lm.chat.template import render
 from dist_lm.config.corpus import SPLITS, SourceConfig
 from dist_lm.config.root import Config
 from dist_lm.data.manifest import read_manifest
-from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.screening import IngestReport
 from dist_lm.data.sources import tools
 from dist_lm.data.sources.reader import reader, traits_of
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.compose import compose_config
@@ -77,7 +77,7 @@ def test_conversations_come_back_with_their_mask_in_the_split_of_their_group(wor
     shards.STAGE.build(config_for(work), Console())
     tokenizer = Tokenizer.load(work.tokenizer_model)
     for split in SPLITS:
-        corpus = MappedCorpus.open(work.corpus("tools"), split)
+        corpus = TokenCorpus.open(work.corpus("tools"), split)
         expected = [
             read_conversation(document.text) for i, document in enumerate(few) if (i % 5 > 0) == (split == "train")
         ]

@@ -11,7 +11,7 @@ import pytest
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.config.root import Config
 from dist_lm.data.manifest import read_manifest
-from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.compose import compose_config
 from dist_lm.stages import shards
@@ -126,7 +126,7 @@ def test_a_vocabulary_past_65536_goes_through_the_shards(tmp_path: Path) -> None
     shards.STAGE.build(config, Console())
     work = WorkDirectory(Path(config.work_dir))
     tokenizer = Tokenizer.load(work.tokenizer_model)
-    corpus = MappedCorpus.open(work.corpus("d"), "train")
+    corpus = TokenCorpus.open(work.corpus("d"), "train")
     tokens = corpus.tokens(0, 0, int(corpus.lengths[0]))
     assert tokens[0] == tokenizer.eot_id
     assert tokenizer.decode(tokens.tolist()).startswith("c ")
@@ -159,7 +159,7 @@ def test_a_new_corpus_builds_its_own_shards_alone_and_holds_no_val_of_the_others
     tokenizer = Tokenizer.load(work.tokenizer_model)
 
     def texts(name: str, split: str) -> set[str]:
-        corpus = MappedCorpus.open(work.corpus(name), split)
+        corpus = TokenCorpus.open(work.corpus(name), split)
         parts = [corpus.tokens(n, 0, int(corpus.lengths[n])).tolist() for n in range(corpus.n_documents)]
         return {tokenizer.decode(tokens) for tokens in parts}
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dist_lm.data.ingest import Texts, divided
-from dist_lm.data.mapped import MappedCorpus
 from dist_lm.data.screening import IngestReport
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.launcher.compose import compose_config
 from dist_lm.stages import shards, tokenizer
 from dist_lm.storage.run_directory import WorkDirectory
@@ -37,7 +37,7 @@ def test_smollm2_encodes_the_local_corpus_with_the_ids_of_transformers(tmp_path:
     texts = Texts(config.corpus, config.seed)
     n_documents = n_tokens = n_bytes = 0
     for name in names:
-        stored = {split: MappedCorpus.open(work.corpus(name), split) for split in ("train", "val")}
+        stored = {split: TokenCorpus.open(work.corpus(name), split) for split in ("train", "val")}
         places = dict.fromkeys(stored, 0)
         for split, document, _ in divided(config.corpus, name, config.seed, IngestReport(), texts):
             place, corpus = places[split], stored[split]

@@ -1,4 +1,4 @@
-"""Rankings in shards: the arrays of a member beside those of every document (`data.shard_writer`), and a mapped split.
+"""Rankings in shards: the arrays of a member beside those of every document (`data.shard_writer`), and their reader.
 
 KEY.branch.npy       (tokens,) uint8         0 in the prompt, 1 to K in the completions
 KEY.completions.npy  (documents,) uint8      K
@@ -19,7 +19,7 @@ from numpy.lib import format as npy
 
 from dist_lm.data.index import members
 from dist_lm.data.manifest import BUILD_COMMAND, read_manifest
-from dist_lm.data.mapped import MappedCorpus
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import Verdict
 from dist_lm.errors import ArtefactError
 
@@ -70,10 +70,10 @@ def joined(members: Sequence[VerdictArrays]) -> VerdictArrays:
     return VerdictArrays(**{name: np.concatenate([getattr(one, name) for one in members]) for name in names})
 
 
-class MappedRankings:
-    """The rankings of one split: mapped tokens and a verdict on every document, numbered as in `corpus`."""
+class RankingCorpus:
+    """The rankings of one split: tokens and a verdict on every document, numbered as in `corpus`."""
 
-    def __init__(self, corpus: MappedCorpus, branch: np.ndarray, verdicts: VerdictArrays) -> None:
+    def __init__(self, corpus: TokenCorpus, branch: np.ndarray, verdicts: VerdictArrays) -> None:
         """Use `open`. `branch`: the branches of all tokens of the split."""
         self.corpus = corpus
         self.completions = verdicts.completions.astype(np.int64)  # (documents,) K
@@ -84,13 +84,13 @@ class MappedRankings:
         self._judgement_ends = np.cumsum(verdicts.judged, dtype=np.int64)
 
     @classmethod
-    def open(cls, directory: Path, split: str) -> "MappedRankings":
+    def open(cls, directory: Path, split: str) -> "RankingCorpus":
         """The rankings of a corpus.
 
         Raises:
             ArtefactError: the corpus is missing or damaged, or holds no rankings.
         """
-        corpus = MappedCorpus.open(directory, split)
+        corpus = TokenCorpus.open(directory, split)
         corpus.check()  # the verdicts of every member are read now
         branches, verdicts = [], []
         for shard in read_manifest(directory).splits[split].shards:

@@ -21,7 +21,7 @@ from dist_lm.data.evaluation_batches import dealt, spread
 from dist_lm.data.keys import Shuffle, key, permutation, splitmix64
 from dist_lm.data.order import DocumentSlice
 from dist_lm.data.packing import PackedEpoch, Packing
-from dist_lm.data.rankings.shards import MappedRankings
+from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.sequences import Epochs, packed
 from dist_lm.data.stream import StepStream
 from dist_lm.document import Verdict
@@ -42,7 +42,7 @@ class RankingStream(StepStream):
 
     def __init__(
         self,
-        rankings: MappedRankings,
+        rankings: RankingCorpus,
         learn_from: str,
         label_noise: float,
         *,
@@ -94,7 +94,7 @@ class RankingStream(StepStream):
 class RankingBatches:
     """Held-out rankings that fit into a sequence, in the batches of one rank; can be iterated again and again."""
 
-    rankings: MappedRankings
+    rankings: RankingCorpus
     seq_len: int
     micro_batch: int
     dp_rank: int
@@ -159,7 +159,7 @@ def drawn_pairs(verdict: Verdict, count: int, word: int) -> Verdict:
 
 
 def assemble_rankings(
-    rankings: MappedRankings, rows: Sequence[Sequence[DocumentSlice]], numbers: Sequence[int], seq_len: int, pad_id: int
+    rankings: RankingCorpus, rows: Sequence[Sequence[DocumentSlice]], numbers: Sequence[int], seq_len: int, pad_id: int
 ) -> tuple[Batch, list[PlacedRanking]]:
     """One `Batch` of `len(rows)` sequences, and the places of its completions; `ranked_places` adds verdicts.
 

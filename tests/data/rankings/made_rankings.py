@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_lm.data.rankings.shards import MappedRankings
+from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.document import TokenizedDocument, Verdict
 from tests.data.synthetic_corpus import write
 
@@ -48,7 +48,7 @@ def random_rankings(count: int, seed: int = 0, vocabulary: int = 50) -> list[Tok
     return made
 
 
-def corpus_of(directory: Path, documents: Sequence[TokenizedDocument]) -> MappedRankings:
+def corpus_of(directory: Path, documents: Sequence[TokenizedDocument]) -> RankingCorpus:
     """The rankings `documents`, written as train and opened."""
     write(directory, documents, documents_per_member=7, shard_tokens=500)
-    return MappedRankings.open(directory, "train")
+    return RankingCorpus.open(directory, "train")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from webdataset.compat import WebDataset
 
-from dist_lm.data.rankings.shards import MappedRankings
+from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.errors import ArtefactError
 from tests.data.rankings.made_rankings import corpus_of, random_rankings
 from tests.data.synthetic_corpus import documents, write
@@ -17,14 +17,14 @@ FIELDS = ("branch", "ranks", "judgements", "margins")
 
 def test_what_was_written_is_read_across_tars(tmp_path: Path) -> None:
     made = random_rankings(60)
-    mapped = corpus_of(tmp_path, made)
+    opened = corpus_of(tmp_path, made)
     assert len(list(tmp_path.glob("*.tar"))) > 1
-    assert mapped.corpus.n_documents == len(made)
+    assert opened.corpus.n_documents == len(made)
     for number, document in enumerate(made):
         assert document.verdict is not None
-        found = mapped.verdict(number)
-        assert np.array_equal(mapped.tokens(number), document.tokens)
-        assert mapped.source(number) == document.language
+        found = opened.verdict(number)
+        assert np.array_equal(opened.tokens(number), document.tokens)
+        assert opened.source(number) == document.language
         for name in FIELDS:
             written, read = getattr(document.verdict, name), getattr(found, name)
             assert read.dtype == written.dtype
@@ -48,4 +48,4 @@ def test_any_webdataset_reader_reads_them(tmp_path: Path) -> None:
 def test_a_corpus_of_something_else_is_refused(tmp_path: Path) -> None:
     write(tmp_path, documents([5, 6, 7]))
     with pytest.raises(ArtefactError, match=r"has no branch.npy: it holds no rankings"):
-        MappedRankings.open(tmp_path, "train")
+        RankingCorpus.open(tmp_path, "train")

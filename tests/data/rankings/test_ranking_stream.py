@@ -9,7 +9,7 @@ import torch
 
 from dist_lm.chat.ranking import branch_ends, branch_positions
 from dist_lm.data.batch import Batch
-from dist_lm.data.rankings.shards import MappedRankings
+from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.rankings.stream import RankingBatches, RankingStream
 from dist_lm.data.sequences import note_of_left_out
 from dist_lm.data.stream import StepData
@@ -20,11 +20,11 @@ T = 40
 
 
 @pytest.fixture(scope="module")
-def rankings(tmp_path_factory: pytest.TempPathFactory) -> MappedRankings:
+def rankings(tmp_path_factory: pytest.TempPathFactory) -> RankingCorpus:
     return corpus_of(tmp_path_factory.mktemp("rankings"), random_rankings(80))
 
 
-def take(rankings: MappedRankings, steps: int, **changes: int) -> list[StepData]:
+def take(rankings: RankingCorpus, steps: int, **changes: int) -> list[StepData]:
     settings = {"seed": 3, "seq_len": T, "pad_id": 0, "global_batch": 6, "micro_batch": 6, "dp_rank": 0, "dp_size": 1}
     with RankingStream(rankings, "rankings", 0.3, **settings | changes) as stream:
         return [next(stream) for _ in range(steps)]
@@ -51,7 +51,7 @@ def trees(batch: Batch) -> list[torch.Tensor]:
     return [one for one in places if branch[one].any()]
 
 
-def test_every_ranking_is_whole_and_scored_at_its_last_tokens(rankings: MappedRankings) -> None:
+def test_every_ranking_is_whole_and_scored_at_its_last_tokens(rankings: RankingCorpus) -> None:
     batch = take(rankings, 1)[0].micro_batches[0]
     assert batch.branch_BT is not None
     assert batch.ranked is not None
@@ -73,7 +73,7 @@ def test_every_ranking_is_whole_and_scored_at_its_last_tokens(rankings: MappedRa
 
 @pytest.mark.parametrize(("dp_size", "micro_batch"), [(1, 4), (2, 2), (3, 1)])
 def test_the_order_is_the_same_at_any_cut_and_resumes_from_the_integer(
-    rankings: MappedRankings, dp_size: int, micro_batch: int
+    rankings: RankingCorpus, dp_size: int, micro_batch: int
 ) -> None:
     whole = take(rankings, 12)
     later = [
@@ -91,7 +91,7 @@ def test_the_order_is_the_same_at_any_cut_and_resumes_from_the_integer(
         assert Counter(line for part in parts for line in lines(part)) == Counter(lines(one))
 
 
-def test_an_epoch_holds_every_ranking_once(rankings: MappedRankings) -> None:
+def test_an_epoch_holds_every_ranking_once(rankings: RankingCorpus) -> None:
     rows = RankingBatches(rankings=rankings, seq_len=T, micro_batch=1, dp_rank=0, dp_size=1, pad_id=0).packing.n_rows
     epochs = [take(rankings, 1, global_batch=rows, micro_batch=rows, position=n * rows)[0] for n in (0, 1)]
     for epoch in epochs:
@@ -103,7 +103,7 @@ def test_an_epoch_holds_every_ranking_once(rankings: MappedRankings) -> None:
 
 @pytest.mark.parametrize("dp_size", [1, 3])
 def test_evaluation_has_every_ranking_once_and_as_many_batches_on_every_rank(
-    rankings: MappedRankings, dp_size: int
+    rankings: RankingCorpus, dp_size: int
 ) -> None:
     found, counts = [], set()
     for rank in range(dp_size):
@@ -122,7 +122,7 @@ def test_evaluation_has_every_ranking_once_and_as_many_batches_on_every_rank(
     assert sorted(found) == list(range(rankings.corpus.n_documents))
 
 
-def test_rankings_longer_than_a_sequence_are_left_out_loudly(rankings: MappedRankings) -> None:
+def test_rankings_longer_than_a_sequence_are_left_out_loudly(rankings: RankingCorpus) -> None:
     longest = int(rankings.corpus.lengths.max())
     assert note_of_left_out(rankings.corpus, longest, kind="rankings") == ""
     left_out = int((rankings.corpus.lengths == longest).sum())

@@ -19,7 +19,7 @@ from dist_lm.errors import ArtefactError
 OPEN_TARS = 64  # descriptors of one split
 
 
-class MappedCorpus:
+class TokenCorpus:
     """The documents of one split, numbered in the order of its tars.
 
     Read-only. Properties of all documents are arrays; there is no object for each document.
@@ -62,7 +62,7 @@ class MappedCorpus:
         self._checked = bytearray(len(counts))
 
     @classmethod
-    def open(cls, directory: Path, split: str) -> "MappedCorpus":
+    def open(cls, directory: Path, split: str) -> "TokenCorpus":
         """Open every tar that the manifest lists for `split`, and compare its size and its index with the manifest.
 
         Raises:
