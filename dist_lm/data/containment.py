@@ -12,7 +12,7 @@ Hashes do not depend on the process: the result is the same for any order of tex
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -112,29 +112,55 @@ class HeldOut:
         return holders
 
 
-def refused_texts(held_out: HeldOut, texts: Iterable[tuple[bytes, str]]) -> set[bytes]:
-    """Note `(name, text)` of all train texts in threads; returns the names of those that are refused."""
-    threads = max(1, min(THREADS, cores() - 1))
-    refused: set[bytes] = set()
-    waiting: deque[tuple[list[bytes], Future[np.ndarray]]] = deque()
+class Notes:
+    """Notes train texts in threads, in batches of about `BATCH_BYTES`."""
 
-    def collect(most: int) -> None:
-        while len(waiting) > most:
-            names, answer = waiting.popleft()
-            refused.update(names[index] for index in np.flatnonzero(answer.result()))
+    def __init__(self, held_out: HeldOut) -> None:
+        self._held_out = held_out
+        self._threads = max(1, min(THREADS, cores() - 1))
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="containment")
+        self._names: list[bytes] = []
+        self._contents: list[bytes] = []  # of the next batch
+        self._size = 0
+        self._waiting: deque[tuple[list[bytes], Future[np.ndarray]]] = deque()
+        self._refused: set[bytes] = set()
 
-    with ThreadPoolExecutor(threads, thread_name_prefix="containment") as pool:
-        for names, batch in _batches(texts):
-            waiting.append((names, pool.submit(held_out.note, batch)))
-            collect(2 * threads)
-        collect(0)
-    return refused
+    def add(self, name: bytes, text: str) -> None:
+        """Note a train text."""
+        content = text.encode()
+        self._names.append(name)
+        self._contents.append(content)
+        self._size += len(content)
+        if self._size >= BATCH_BYTES:
+            self._submit()
+            self._collect(2 * self._threads)
+
+    def finish(self) -> set[bytes]:
+        """The names of the texts that are refused, once all are noted."""
+        self._submit()
+        self._collect(0)
+        self._pool.shutdown()
+        return self._refused
+
+    def _submit(self) -> None:
+        if self._names:
+            self._waiting.append((self._names, self._pool.submit(self._held_out.note, self._contents)))
+            self._names, self._contents, self._size = [], [], 0
+
+    def _collect(self, most: int) -> None:
+        """Wait until at most `most` batches are left."""
+        while len(self._waiting) > most:
+            names, answer = self._waiting.popleft()
+            self._refused.update(names[index] for index in np.flatnonzero(answer.result()))
 
 
 def seen_texts(held_out: Sequence[str], trained: Iterable[str]) -> set[int]:
     """Indices of the texts in `held_out` that `trained` contains."""
     index = HeldOut(held_out)
-    refused_texts(index, ((b"", text) for text in trained))
+    notes = Notes(index)
+    for text in trained:
+        notes.add(b"", text)
+    notes.finish()
     return index.contained()
 
 
@@ -223,20 +249,3 @@ class _Table:
     def windows_found(self) -> np.ndarray:
         """The windows of each text that were found."""
         return np.bincount(self._texts[np.repeat(self.found, self._times)], minlength=len(self.n_windows))
-
-
-def _batches(texts: Iterable[tuple[bytes, str]]) -> Iterator[tuple[list[bytes], list[bytes]]]:
-    """`(names, contents)` of consecutive texts of about `BATCH_BYTES` together."""
-    names: list[bytes] = []
-    contents: list[bytes] = []
-    size = 0
-    for name, text in texts:
-        content = text.encode()
-        names.append(name)
-        contents.append(content)
-        size += len(content)
-        if size >= BATCH_BYTES:
-            yield names, contents
-            names, contents, size = [], [], 0
-    if names:
-        yield names, contents

@@ -9,19 +9,20 @@ Held-out texts are compared with the train texts of all corpora of the configura
 train texts contain is dropped. Documents of a source with `held_out` are val whatever their hash; train
 documents that contain one are dropped. Where a corpus has such a source, its other sources are train.
 
-Texts are read three times: to choose val, to compare, and by the caller. A corpus holds texts, or conversations, or
-rankings. Conversations share their forms, so shared words say nothing about leakage: their group is the tools that
+Texts are read to choose val, to compare, and by the caller. The first corpus that the caller reads is compared
+meanwhile, unless a user holds texts out: train documents are dropped for these. A corpus holds texts, or conversations,
+or rankings. Conversations share their forms, so shared words say nothing about leakage: their group is the tools that
 they are about, and the group of a ranking is its prompt. They are read once.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 from dist_lm.config.corpus import BYTES_PER_TOKEN, CorpusConfig, SourceConfig
-from dist_lm.data.containment import HeldOut, refused_texts
+from dist_lm.data.containment import HeldOut, Notes
 from dist_lm.data.redaction import EMAIL, KEY, redacted, redacted_json
 from dist_lm.data.screening import IngestReport, Screened, SourceReader, screened
 from dist_lm.data.sources.reader import Candidate, corpus_sources, form_of, text_corpora
@@ -53,6 +54,16 @@ class Sides:
         return "contains_val" if item.key in self.refused or item.group in self.groups else ""
 
 
+class _Val(NamedTuple):
+    """The held-out texts of all corpora."""
+
+    shares: dict[str, float]  # as `Sides.held_out`
+    keys: list[bytes]
+    given: set[bytes]  # keys of the texts for which train documents are dropped
+    index: HeldOut
+    notes: Notes
+
+
 class Texts:
     """What the sources of a configuration give, and the sides of its texts, computed when they are first needed."""
 
@@ -73,6 +84,7 @@ class Texts:
         self.config = config
         self.frozen = frozen
         self.reader = SourceReader(seed, made)
+        self._compared: set[str] = set()  # corpora
 
     def screened(
         self, corpus_name: str, report: IngestReport | None = None, rejected: TextIO | None = None
@@ -85,36 +97,63 @@ class Texts:
                     pass
         yield from screened(self.config, corpus_name, self.reader, texts, report or IngestReport(), rejected)
 
-    @cached_property
-    def sides(self) -> Sides:
-        """The sides of all texts: two passes over all corpora of texts.
-
-        At most `val_tokens` of a corpus, the hashes of their windows and the keys of its texts are in memory.
+    @property
+    def train_sides(self) -> Sides:
+        """The sides of train documents, known before they are compared unless a user holds texts out.
 
         Raises:
             ConfigError, ArtefactError: as `divided`.
         """
-        held_out: dict[str, float] = {}
+        return self.sides if "sides" in vars(self) or self._val.given else Sides(self._val.shares)
+
+    @cached_property
+    def sides(self) -> Sides:
+        """The sides of all texts. Corpora that were not compared yet are read.
+
+        Raises:
+            ConfigError, ArtefactError: as `divided`.
+        """
+        self.compare(text_corpora(self.config))
+        val = self._val
+        refused = val.notes.finish() | val.given
+        leaked = {val.keys[number] for number in val.index.contained()}
+        del self._val  # and the windows
+        return Sides(val.shares, frozenset(leaked), frozenset(refused))
+
+    def compare(self, corpora: Iterable[str]) -> None:
+        """Compare train of `corpora` with val, unless that was done."""
+        for name in corpora:
+            if name not in self._compared:
+                for _ in self.compared(name, self.screened(name)):
+                    pass
+
+    def compared(self, corpus_name: str, items: Iterable[Screened]) -> Iterator[Screened]:
+        """The same documents; the train texts among them are compared with val, unless that was done."""
+        if corpus_name in self._compared:
+            yield from items
+            return
+        val = self._val
+        sides = Sides(val.shares)
+        for item in items:
+            if sides.split_of(corpus_name, item) == "train" and item.key not in val.given:
+                val.notes.add(item.key, item.document.text)
+            yield item
+        self._compared.add(corpus_name)
+
+    @cached_property
+    def _val(self) -> _Val:
+        """Read all corpora of texts once. The texts of val, at most `val_tokens` of a corpus, become an index."""
+        shares: dict[str, float] = {}
         texts: dict[bytes, str] = {}
-        given_keys: set[bytes] = set()
+        given: set[bytes] = set()
         for name in text_corpora(self.config):
-            held_out[name], chosen = self._choose(name)
+            shares[name], chosen = self._choose(name)
             texts |= {item.key: item.document.text for item in chosen}
-            given_keys |= {item.key for item in chosen if item.source.held_out or name in self.frozen}
+            given |= {item.key for item in chosen if item.source.held_out or name in self.frozen}
             del chosen
         keys = list(texts)
-        index = HeldOut([*texts.values()], [key in given_keys for key in keys])
-        texts.clear()  # the index has what is needed
-        sides = Sides(held_out)
-        trained = (
-            (item.key, item.document.text)
-            for name in held_out
-            for item in self.screened(name)
-            if sides.split_of(name, item) == "train" and item.key not in given_keys
-        )
-        refused = refused_texts(index, trained) | given_keys
-        leaked = {keys[number] for number in index.contained()}
-        return Sides(held_out, frozenset(leaked), frozenset(refused))
+        index = HeldOut([*texts.values()], [key in given for key in keys])
+        return _Val(shares, keys, given, index, Notes(index))
 
     def sides_by_group(self, corpus_name: str) -> Sides:
         """The sides of the conversations or rankings of a corpus."""
@@ -153,10 +192,10 @@ def divided(
     texts: Texts | None = None,
     rejected: TextIO | None = None,
 ) -> Iterator[tuple[str, Document, SourceConfig]]:
-    """`(split, document, source)` of every document of a corpus, source by source; `split` is train or val.
+    """`(split, document, source)` of every document of a corpus: all of train, then all of val, source by source.
 
-    The order and the documents depend on the configuration, the seed and the inputs alone. A hash of every kept text
-    stays in memory, to find duplicates.
+    The order and the documents depend on the configuration, the seed and the inputs alone. In memory are val, and a
+    hash of every kept text, to find duplicates.
 
     Args:
         report: counts what is kept and dropped.
@@ -168,15 +207,28 @@ def divided(
         ArtefactError: a source gives no document, too many of its rows are broken, or no document is held out for val.
     """
     texts = texts or Texts(config, seed)
-    sides = texts.sides if form_of(config, corpus_name) == "text" else texts.sides_by_group(corpus_name)
     splits: Counter[str] = Counter()
-    for item in texts.screened(corpus_name, report, rejected):
-        split = sides.split_of(corpus_name, item)
+
+    def kept(item: Screened, split: str, sides: Sides) -> Iterator[tuple[str, Document, SourceConfig]]:
         if reason := sides.reason(split, item):
             report.reject(item.document, item.source, reason)
-            continue
-        splits[split] += 1
-        yield split, cleaned(config, item, split, report), item.source
+        else:
+            splits[split] += 1
+            yield split, cleaned(config, item, split, report), item.source
+
+    items, val = texts.screened(corpus_name, report, rejected), []
+    if is_text := form_of(config, corpus_name) == "text":
+        sides, items = texts.train_sides, texts.compared(corpus_name, items)
+    else:
+        sides = texts.sides_by_group(corpus_name)
+    for item in items:
+        if sides.split_of(corpus_name, item) == "val":
+            val.append(item)
+        else:
+            yield from kept(item, "train", sides)
+    sides = texts.sides if is_text else sides
+    for item in val:
+        yield from kept(item, "val", sides)
     if not splits["val"]:
         raise ArtefactError(
             f"corpus {corpus_name}: none of its {splits.total()} documents is held out at "

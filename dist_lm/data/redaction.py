@@ -95,7 +95,10 @@ def redacted_json(text: str, *, secrets: bool, emails: bool) -> Redacted:
         n_secrets, n_emails = n_secrets + found.secrets, n_emails + found.emails
         return found.text
 
-    value = changed(json.loads(text)) if secrets or emails else None
+    try:
+        value = changed(json.loads(text)) if secrets or emails else None
+    except ValueError:  # the encoder refuses it by the name of its source
+        return Redacted(text, 0, 0)
     return Redacted(json.dumps(value, ensure_ascii=False) if n_secrets or n_emails else text, n_secrets, n_emails)
 
 

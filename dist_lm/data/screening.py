@@ -72,8 +72,12 @@ class IngestReport:
             tally.keep(split, item.n_bytes, replaced)
 
     def _tallies(self, candidate: Candidate, source: SourceConfig) -> tuple[Tally, Tally]:
-        language = self.languages.setdefault(candidate.language, Tally())
-        return language, self.sources.setdefault(source_name(source), Tally())
+        language, name = candidate.language, source_name(source)
+        if language not in self.languages:
+            self.languages[language] = Tally()
+        if name not in self.sources:
+            self.sources[name] = Tally()
+        return self.languages[language], self.sources[name]
 
 
 class Screened(NamedTuple):

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -18,7 +18,7 @@ from omegaconf import MISSING
 
 from dist_lm.chat.documents import encode_document
 from dist_lm.chat.template import FORMAT
-from dist_lm.config.corpus import KEEP, SPLITS, CorpusConfig, SourceConfig
+from dist_lm.config.corpus import KEEP, SPLITS, CorpusConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
 from dist_lm.data.ingest import Texts, divided
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Divided = tuple[str, Document, SourceConfig]  # split, document and its source
 SAMPLED = "synthetic_rankings"  # reader whose documents a model wrote
 
 
@@ -94,10 +93,11 @@ class Shards(ArtefactStage):
         missing = missing_corpora(config, wanted)
         correct_corpora(config, [name for name in wanted if name not in missing])
         texts = Texts(config.corpus, config.seed)
-        if any(form_of(config.corpus, name) == "text" for name in missing):
+        if first := next((name for name in missing if form_of(config.corpus, name) == "text"), ""):
             texts.frozen = frozen_corpora(config, missing)
             with console.waiting("comparing val with train"):
-                _ = texts.sides
+                texts.compare(name for name in text_corpora(config.corpus) if name != first)
+                _ = texts.train_sides
         for name in missing:
             build_corpus(config, name, texts, console)
 
@@ -273,9 +273,7 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
         kept = dict(writer.kept)
 
         def documents() -> Iterator[Document]:
-            for split, document, source in train_first(
-                divided(config.corpus, name, config.seed, report, texts, rejected)
-            ):
+            for split, document, source in divided(config.corpus, name, config.seed, report, texts, rejected):
                 if kept[split]:  # in a finished tar
                     kept[split] -= 1
                     count.advance()
@@ -295,17 +293,6 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
                 "they have changed; remove that folder to build it again"
             )
         writer.finish(asdict(report), _licences(config, name), [listing.to_json() for listing in inputs])
-
-
-def train_first(divided: Iterable[Divided]) -> Iterator[Divided]:
-    """Val behind train, so that one tar is open at a time: a kill costs one tar. Val waits in memory."""
-    val = []
-    for item in divided:
-        if item[0] == "val":
-            val.append(item)
-        else:
-            yield item
-    yield from val
 
 
 def recipe_of(config: Config, name: str) -> Recipe:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dist_lm.data import containment
-from dist_lm.data.containment import HeldOut, refused_texts, seen_texts
+from dist_lm.data.containment import HeldOut, Notes, seen_texts
 
 
 def prose(n_words: int, seed: int = 0) -> str:
@@ -84,7 +84,10 @@ def test_the_size_of_batches_and_the_number_of_threads_change_nothing(batch, mon
     for n in (1, 2, 8):
         monkeypatch.setattr(containment, "cores", lambda n=n: n)
         index = HeldOut(val, [number % 2 == 0 for number in range(len(val))])
-        refused = refused_texts(index, ((str(i).encode(), text) for i, text in enumerate(train)))
+        notes = Notes(index)
+        for i, text in enumerate(train):
+            notes.add(str(i).encode(), text)
+        refused = notes.finish()
         found.append((sorted(map(int, refused)), sorted(index.contained())))
     assert found[0] == found[1] == found[2]
     # texts with an even number refuse the train text that has them; those with an odd number are contained

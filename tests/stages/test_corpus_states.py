@@ -11,10 +11,12 @@ import pytest
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.config.root import Config, save_config
+from dist_lm.data.ingest import Texts
 from dist_lm.data.inspect import inspect_corpus
 from dist_lm.data.journal import journal_path
 from dist_lm.data.manifest import manifest_path, read_manifest, record_content
 from dist_lm.data.token_corpus import TokenCorpus
+from dist_lm.document import Document, TokenizedDocument
 from dist_lm.errors import ArtefactError
 from dist_lm.launcher.compose import compose_config
 from dist_lm.stages import shards
@@ -197,6 +199,30 @@ def recorded(directory: Path, event: str) -> set[str]:
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     values = [json.loads(line).get(event) for line in lines]
     return {value["name"] if isinstance(value, dict) else value for value in values if value}
+
+
+def test_val_begins_behind_the_last_tar_of_train(work: WorkDirectory, tmp_path: Path) -> None:
+    """So one tar at most is open when a build is killed."""
+    rows = tmp_path / "rows.jsonl"
+    write_rows(rows, 300)
+    config, directory = config_of(work, source_of(rows)), work.corpus("mine")
+    shards.STAGE.build(config, Console())
+    documents = {name: split.counts.documents for name, split in read_manifest(directory).splits.items()}
+    assert documents["val"] > 8 + 1
+    for path in directory.iterdir():
+        path.unlink()
+    left = documents["train"] + 8 + 1  # val has a member of 8 documents then
+
+    def encode(tokenizer: Tokenizer, document: Document) -> TokenizedDocument:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise RuntimeError("killed")
+        return tokenizer.encode_document(document)
+
+    with pytest.raises(RuntimeError, match="killed"):
+        shards.build_corpus(config, "mine", Texts(config.corpus, config.seed), Console(), encode)
+    assert recorded(directory, "begun") - recorded(directory, "finished") == {"val-000000.tar"}
 
 
 @pytest.mark.parametrize(
