@@ -44,7 +44,7 @@ def encode_documents(
     first = list(islice(chunks, CHUNKS_FOR_PROCESSES)) if workers > 1 else []
     if len(first) < CHUNKS_FOR_PROCESSES:
         for chunk in chain(first, chunks):
-            yield from [encode(tokenizer, document) for document in chunk]  # reading and writing stay in the caches
+            yield from (encode(tokenizer, document) for document in chunk)
     else:
         yield from _encode_in_processes(path, chain(first, chunks), workers, encode)
 
