@@ -9,6 +9,9 @@ from omegaconf import MISSING
 
 from dist_lm.errors import require
 
+COSINE, WSD = "cosine", "wsd"
+DECAYS = ("1-sqrt", "linear")
+
 
 def check_shares(key: str, shares: Mapping[str, float], own: str) -> None:
     """Refuse invalid shares of other corpora, and shares that leave nothing to the corpus of key `own`."""
@@ -63,14 +66,20 @@ class StageConfig:
     name: str = MISSING
     corpus: str = ""  # name of a corpus in work/corpora
     mix: dict[str, float] | None = field(default_factory=dict)  # share of the sequences from other corpora, by name
-    init_from: str = "auto"  # auto (the previous stage) | none | a checkpoint or run directory
-    steps: int = 1000  # optimizer steps
+    # where the weights come from: auto (the previous stage) | none | a run directory, a checkpoint, or RUN@STEP
+    init_from: str = "auto"
+    # RUN@STEP of this stage that the run continues under another schedule: weights, optimizer, step, place in the data
+    branch_from: str = ""
+    steps: int = 1000  # optimizer steps; of a branch: with those of the run that it continues
     seq_len: int = 256  # tokens
     global_batch: int = 16  # sequences per step over all ranks
     micro_batch: int = 8  # sequences per forward pass of a rank
     lr: float = 1e-4  # peak learning rate
     min_lr_ratio: float = 0.1  # final learning rate / peak
     warmup_steps: int = 100
+    schedule: str = "cosine"  # after the warm-up: cosine | wsd (constant, then a decay over the last decay_steps)
+    decay_steps: int = 0  # of wsd; 0: constant to the end
+    decay: str = "1-sqrt"  # of wsd: 1-sqrt | linear
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -99,6 +108,7 @@ class StageConfig:
         require(self.keep_checkpoints > 0, "stage.keep_checkpoints", self.keep_checkpoints, "a positive integer")
         require(0 < self.lr < math.inf, "stage.lr", self.lr, "a positive number")
         require(0 <= self.min_lr_ratio <= 1, "stage.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
+        self._check_schedule()
         require(0 <= self.dropout < 1, "stage.dropout", self.dropout, "in [0, 1)")
         require(0 <= self.label_smoothing < 1, "stage.label_smoothing", self.label_smoothing, "in [0, 1)")
         require(self.z_loss >= 0, "stage.z_loss", self.z_loss, ">= 0 (0 is off)")
@@ -110,6 +120,14 @@ class StageConfig:
         if self.mix:  # a file of one's own can take out what the file that it varies mixes in
             self.mix = {name: share for name, share in self.mix.items() if share}
         check_shares("stage.mix", self.mix or {}, own="stage.corpus")
+
+    def _check_schedule(self) -> None:
+        wsd = f"{WSD} (constant with stage.decay_steps=0)"
+        require(self.schedule in (COSINE, WSD), "stage.schedule", self.schedule, f"{COSINE}, or {wsd}")
+        require(self.decay in DECAYS, "stage.decay", self.decay, " or ".join(DECAYS))
+        longest = max(0, self.steps - self.warmup_steps) if self.schedule == WSD else 0
+        accepted = f"at most {longest}, the steps after the warm-up (0 unless stage.schedule={WSD})"
+        require(0 <= self.decay_steps <= longest, "stage.decay_steps", self.decay_steps, accepted)
 
     def sampled_by(self) -> dict[str, Any]:
         """Settings for documents that a model generates in this stage; part of their fingerprint."""

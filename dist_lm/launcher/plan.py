@@ -64,7 +64,8 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
     composed = {target: compose(target)}
     starts_from = stage_named(target).starts_from
     # a given start makes the stage before unnecessary, for the stages on the way too
-    given = starts_from if starts_from and composed[target].stage.init_from != "auto" else None
+    own = composed[target].stage
+    given = starts_from if starts_from and (own.init_from != "auto" or own.branch_from) else None
 
     def needs_of(name: str) -> Sequence[str]:
         if name not in composed:

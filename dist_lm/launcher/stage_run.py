@@ -236,6 +236,7 @@ def run_training_stage(
         if interrupt.requested:
             return False
         save_config(first, run.config)
+        run.result.unlink(missing_ok=True)  # of fewer steps, if a finished run goes on
         muster = Muster(
             cluster,
             config,

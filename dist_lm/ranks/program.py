@@ -236,7 +236,8 @@ def step_profiler(run: RunDirectory, config: Config, world: World) -> StepProfil
 def restore(
     run: RunDirectory, config: Config, start: RankStart, model: Transformer, optimizer: torch.optim.Optimizer
 ) -> TrainState:
-    """Load model and optimizer from the newest intact checkpoint of this run, else the weights of stage.init_from."""
+    """Load model and optimizer from the newest intact checkpoint of this run, else from stage.branch_from, else the
+    weights of stage.init_from."""
     sha256 = start.tokenizer.sha256
     own = checkpoint.newest_intact(run.checkpoints, start.world)
     if own is not None:
@@ -244,6 +245,15 @@ def restore(
         state = checkpoint.load(own, model, optimizer, config.model)
         checkpoint_files.check_tokenizer(own, state, sha256)
         return replace(state, tokenizer=sha256)
+    if config.stage.branch_from:
+        from dist_lm.stages.continuing import require_same_content
+
+        origin = checkpoint.find_intact(Path(config.stage.branch_from), start.world)
+        require_same_content(origin, run, config.streams)
+        state = checkpoint.load(origin, model, optimizer, config.model)
+        checkpoint_files.check_tokenizer(origin, state, sha256)
+        log.info("continuing from %s as a branch", origin)
+        return replace(state, tokenizer=sha256, best_val_loss=None, best_step=0)
     if config.stage.init_from != "none":
         origin = checkpoint.find_intact(Path(config.stage.init_from), start.world)
         checkpoint_files.check_tokenizer(origin, checkpoint_files.read_state(origin)[0], sha256)

@@ -13,7 +13,7 @@ from omegaconf import MISSING
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.rlhf import SHARED, RlhfConfig, RolloutPoolConfig
 from dist_lm.config.root import Config
-from dist_lm.config.stage import check_shares
+from dist_lm.config.stage import COSINE, check_shares
 from dist_lm.data.sources.reader import corpora_of_form, form_of
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.stages.stage import KeyFigure
@@ -162,6 +162,7 @@ class Rlhf(TrainingStage):
     starts_from = "tools"
     curve = "rlhf/reward_mean"
     writes_text = True
+    schedule_keys = ()
     free_keys = (
         *FREE_KEYS,
         *("rlhf.reward_model", "rlhf.pool.", "rlhf.micro_batch_tokens", "rlhf.table_rollouts"),
@@ -180,6 +181,10 @@ class Rlhf(TrainingStage):
 
     def check(self, config: Config) -> None:
         """Refuse a corpus of texts as a source of prompts: texts have no turn to answer."""
+        for key, only in (("schedule", COSINE), ("branch_from", "")):
+            given = getattr(config.stage, key)
+            accepted = f"{only or 'nothing'}: the rates of iterations follow a cosine"
+            require(given == only, f"stage.{key}", given, accepted)
         prompted = [name for name in config.corpus.corpora if form_of(config.corpus, name) != "text"]
         if not rlhf_config(config).rlhf.prompts_from and config.stage.corpus not in prompted:
             raise ConfigError(

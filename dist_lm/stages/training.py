@@ -37,9 +37,11 @@ FREE_KEYS = (
     *("parallel.auto", "parallel.dp_replicate", "parallel.dp_shard", "parallel.tp", "parallel.sp"),
     *("parallel.reshard_after_forward", "parallel.reduce_every_micro_batch", "parallel.activation_checkpointing"),
     *("parallel.compile", "parallel.cpu_offload", "parallel.loss_chunk_mib"),
-    *("stage.init_from", "stage.micro_batch", "stage.checkpoint_every", "stage.checkpoint_async"),
+    *("stage.init_from", "stage.branch_from", "stage.micro_batch", "stage.checkpoint_every", "stage.checkpoint_async"),
     *("stage.keep_checkpoints", "stage.log_every", "stage.max_nonfinite_steps"),
 )
+# keys of the schedule, which may change as long as the steps that were taken keep their learning rates
+SCHEDULE_KEYS = ("stage.steps", "stage.schedule", "stage.decay", "stage.min_lr_ratio")
 SAMPLE_LINES = 12
 
 
@@ -85,6 +87,7 @@ class TrainingStage(Stage):
     place = Place.RANKS
     program: ClassVar[str] = "dist_lm.ranks.program"  # module whose `run_rank` every rank runs
     free_keys: ClassVar[tuple[str, ...]] = FREE_KEYS
+    schedule_keys: ClassVar[tuple[str, ...]] = SCHEDULE_KEYS
     key_figures = ((BITS_PER_BYTE,), (VAL_LOSS,), (TRAIN_LOSS,))
     unit: ClassVar[str] = "tokens"  # unit of `tokens` in its result
 
@@ -133,22 +136,33 @@ class TrainingStage(Stage):
 
     def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
         run = run_of(config)
-        config = self.resolved(with_start(self, config), run.result.exists())
+        done = json.loads(run.result.read_text())["steps"] if run.result.exists() else 0
+        finished = done > 0 and (not is_target or done >= config.stage.steps)
+        config = self.resolved(with_start(self, config), finished)
         if run.config.exists() and has_output(run):
             # a later stage uses only the weights of a finished run, so only the model must be the same
-            keys = "" if is_target or not run.result.exists() else "model."
-            conflicts = differing_keys(load_config(run.config), config, keys, self.free_keys)
+            keys = "" if is_target or not finished else "model."
+            old = load_config(run.config)
+            conflicts = differing_keys(old, config, keys, self.free_keys)
+            if any(conflict.startswith(self.schedule_keys) for conflict in conflicts):
+                from dist_lm.stages.continuing import without_schedule
+
+                conflicts = without_schedule(conflicts, self.schedule_keys, run, old, config)
             if not is_target:
                 conflicts = [conflict.replace("stage.", f"stages.{self.name}.") for conflict in conflicts]
             refuse_other_settings(run, config, conflicts)
-        if run.result.exists():
-            steps = json.loads(run.result.read_text())["steps"]
-            return Look(config, Action.READY, f"{steps:,} steps, {shown_path(run.path, config)}")
+        if finished:
+            return Look(config, Action.READY, f"{done:,} steps, {shown_path(run.path, config)}")
         latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
         if latest:
             require_content(run, config.streams)
             require_inputs(run, config.corpus, config.streams)
             return Look(config, Action.RESUME, f"from {latest.name} to step {config.stage.steps:,}")
+        if config.stage.branch_from:
+            from dist_lm.stages.continuing import check_branch
+
+            start = check_branch(self, config)
+            return Look(config, Action.BUILD, f"to step {config.stage.steps:,}, from {shown_path(start, config)}")
         origin = f" from the {self.starts_from} checkpoint" if self.starts_from in rebuilt else ""
         if config.stage.init_from != "none" and not origin:
             start = checkpoint_files.find_checkpoint(Path(config.stage.init_from))
@@ -268,9 +282,14 @@ def last_samples(run: RunDirectory) -> list[dict[str, Any]]:
 def with_start(stage: Stage, config: Config) -> Config:
     """`config` with `stage.init_from` as `none` or an absolute path; ranks may run in another folder.
 
-    `auto` becomes the run of the previous stage with the same run_id.
+    `auto` becomes the run of the previous stage with the same run_id. A branch has the start of the run that it
+    continues.
     """
     start = config.stage.init_from
+    if config.stage.branch_from:
+        from dist_lm.stages.continuing import with_branch
+
+        return with_branch(config)
     if start == "auto":
         work = WorkDirectory(Path(config.work_dir).resolve())
         start = str(work.run(stage.starts_from, config.run_id).path) if stage.starts_from else "none"

@@ -236,18 +236,28 @@ def _remove(directory: Path) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a user names: a step directory, a `checkpoints` folder, or a run directory.
+    """The checkpoint that a user names: a step directory, a `checkpoints` folder, a run directory, or RUN@STEP.
 
     Raises:
         ArtefactError: there is no checkpoint.
     """
     if any((path / name).is_file() for name in (STATE, MANIFEST)):
         return path
+    run, at, step = str(path).rpartition("@")
+    if at and step.isdecimal() and not path.exists():
+        places = (Path(run), Path(run) / "checkpoints")
+        for found in (checkpoints / step_name(int(step)) for checkpoints in places):
+            if found.is_dir():
+                return found
+        there = ", ".join(str(step_of(one)) for checkpoints in places for one in steps_in(checkpoints))
+        raise ArtefactError(f"{path}: no checkpoint of step {step} there; steps with a checkpoint: {there or 'none'}")
     for checkpoints in (path, path / "checkpoints"):
         found = read_pointer(checkpoints, LATEST)
         if found is not None:
             return found
-    raise ArtefactError(f"{path}: no checkpoint there (expected a run directory, or one of its checkpoints/step_*)")
+    raise ArtefactError(
+        f"{path}: no checkpoint there (expected a run directory, RUN@STEP, or one of its checkpoints/step_*)"
+    )
 
 
 def require_intact(checkpoint: Path, damage_of: Callable[[Path], str | None] = first_damage) -> Path:

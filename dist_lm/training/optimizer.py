@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.adamw import adamw
 
 from dist_lm.config.rlhf import RlhfConfig
-from dist_lm.config.stage import MuonConfig, StageConfig
+from dist_lm.config.stage import WSD, MuonConfig, StageConfig
 from dist_lm.model.size import is_matrix
 from dist_lm.parallel.values import shard_of
 from dist_lm.training.muon import orthogonal_steps
@@ -129,3 +129,23 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int, min_
         return peak * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, steps - 1 - warmup_steps))
     return peak * (min_ratio + (1 - min_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def stage_rate(stage: StageConfig, step: int) -> float:
+    """The learning rate of a 0-based step of a stage.
+
+    Schedule `wsd`: linear warm-up, constant (Hu et al. 2024, eq. 1), then a decay over the last `decay_steps`, linear
+    or 1-sqrt (Haegele et al. 2024, eq. 1). The last step has the final rate.
+    """
+    if stage.schedule != WSD:
+        return learning_rate(
+            step, peak=stage.lr, warmup_steps=stage.warmup_steps, steps=stage.steps, min_ratio=stage.min_lr_ratio
+        )
+    if step < stage.warmup_steps:
+        return stage.lr * (step + 1) / stage.warmup_steps
+    decayed = step + 1 - (stage.steps - stage.decay_steps)  # steps of the decay, this one included
+    if decayed <= 0:
+        return stage.lr
+    progress = min(1.0, decayed / stage.decay_steps)
+    fall = progress if stage.decay == "linear" else math.sqrt(progress)
+    return stage.lr * (stage.min_lr_ratio + (1 - stage.min_lr_ratio) * (1 - fall))

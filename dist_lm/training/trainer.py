@@ -23,7 +23,7 @@ from dist_lm.training import checkpoint_files
 from dist_lm.training.checkpoint_saver import CheckpointSaver
 from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
 from dist_lm.training.objective import Objective
-from dist_lm.training.optimizer import learning_rate, set_learning_rate
+from dist_lm.training.optimizer import set_learning_rate, stage_rate
 from dist_lm.training.state import TrainState
 from dist_lm.training.step import StepResult, accumulate_gradients, update
 from dist_lm.training.step_meter import Laps, StepMeter
@@ -84,13 +84,7 @@ class Trainer:
                     self.heartbeat.beat(Phase.TRACING, state.step)  # a long trace is no hang
                     self.profiler.reached(state.step)
                 meter.begin(self.is_detailed(state.step + 1))
-                rate = learning_rate(
-                    state.step,
-                    peak=stage.lr,
-                    warmup_steps=stage.warmup_steps,
-                    steps=stage.steps,
-                    min_ratio=stage.min_lr_ratio,
-                )
+                rate = stage_rate(stage, state.step)
                 self.heartbeat.beat(Phase.DATA, state.step)
                 data = next(self.stream)
                 meter.data_came()
