@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Look at corpora, describe data of your own.", no_args_is_help=True)
 app.add_typer(data, name="data")
-checkpoint = typer.Typer(help="Inspect and verify checkpoints, write one to a single file.", no_args_is_help=True)
+checkpoint = typer.Typer(help="Inspect, verify, average and consolidate checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint, name="checkpoint")
 cluster = typer.Typer(help="Look at the nodes and ranks of a run.", no_args_is_help=True)
 app.add_typer(cluster, name="cluster")
@@ -363,6 +363,23 @@ def checkpoint_consolidate(
 
     count = consolidate(path, output, with_optimizer=optimizer)
     print(f"{output}: {count:,} tensors, {output.stat().st_size:,} bytes")
+
+
+@checkpoint.command("average")
+def checkpoint_average(
+    run: Annotated[Path, typer.Argument(help="A run (work/runs/STAGE/RUN_ID).")],
+    last: Annotated[int, typer.Option(help="Average the last K checkpoints.", metavar="K")] = 0,
+    ema: Annotated[bool, typer.Option("--ema", help="Take the average that stage.ema_decay kept.")] = False,
+    evaluate: Annotated[bool, typer.Option(help="Measure it on val, beside the newest checkpoint.")] = True,
+    device: Annotated[str, typer.Option(help="auto (a GPU, if there is one), cpu or cuda.")] = "auto",
+) -> None:
+    """Write averaged weights as a checkpoint, RUN/averages/..., for export, generate and stage.init_from."""
+    from rich.console import Console
+
+    from dist_lm.stages.averaging import average
+    from dist_lm.storage.run_directory import RunDirectory
+
+    average(RunDirectory(run), last, ema, device if evaluate else "", Console())
 
 
 @profile.command("summarize")

@@ -85,6 +85,8 @@ class StageConfig:
     beta2: float = 0.95
     adam_eps: float = 1e-8
     muon: MuonConfig = field(default_factory=MuonConfig)
+    # of the exponential average of the weights, which checkpoints hold and evaluations measure too; 0: none
+    ema_decay: float = 0.0
     label_smoothing: float = 0.0
     z_loss: float = 0.0  # weight of the squared log-normaliser of the logits; 0: off
     dropout: float = 0.0
@@ -114,6 +116,7 @@ class StageConfig:
         require(self.z_loss >= 0, "stage.z_loss", self.z_loss, ">= 0 (0 is off)")
         for key in ("beta1", "beta2"):
             require(0 <= getattr(self, key) < 1, f"stage.{key}", getattr(self, key), "in [0, 1)")
+        require(0 <= self.ema_decay < 1, "stage.ema_decay", self.ema_decay, "in [0, 1) (0 is off)")
         require(self.adam_eps > 0, "stage.adam_eps", self.adam_eps, "a positive number")
         require(self.grad_clip >= 0, "stage.grad_clip", self.grad_clip, ">= 0 (0 is off)")
         require(self.weight_decay >= 0, "stage.weight_decay", self.weight_decay, ">= 0")

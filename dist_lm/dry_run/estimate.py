@@ -126,7 +126,7 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
     memory = StepMemory(
         parameters=FP32_BYTES * shapes.own,
         gradients=gradients,
-        optimizer=2 * FP32_BYTES * shapes.own,
+        optimizer=(3 if config.stage.ema_decay else 2) * FP32_BYTES * shapes.own,
         activations=round(max(turn, end)),
     )
     return memory.offloaded(adds_up) if offloads(config) else memory

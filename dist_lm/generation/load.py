@@ -82,7 +82,7 @@ def run_of(checkpoint: Path) -> RunDirectory | None:
     runs = [
         RunDirectory(place.parents[1])
         for place in places
-        if place.parent.name == "checkpoints" and len(place.parents) >= 2 + DEPTH
+        if place.parent.name in ("checkpoints", "averages") and len(place.parents) >= 2 + DEPTH
     ]
     runs = [run for run in runs if run.config.is_file()]
     return next((run for run in runs if run.tokenizer_model.is_file()), runs[0] if runs else None)

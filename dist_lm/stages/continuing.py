@@ -80,7 +80,7 @@ def check_branch(stage: "TrainingStage", config: Config) -> Path:
     """
     given = config.stage.branch_from
     start = checkpoint_files.find_checkpoint(Path(given))
-    run = _run_at(start)
+    run = _run_at(start) if start.parent.name == "checkpoints" else None
     before = load_config(run.config) if run and run.config.is_file() else None
     if run is None or before is None or before.stage.name != config.stage.name:
         found = f"a run of stage={before.stage.name}" if before else "a checkpoint without its run"

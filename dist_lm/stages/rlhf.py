@@ -181,10 +181,9 @@ class Rlhf(TrainingStage):
 
     def check(self, config: Config) -> None:
         """Refuse a corpus of texts as a source of prompts: texts have no turn to answer."""
-        for key, only in (("schedule", COSINE), ("branch_from", "")):
+        for key, only in (("schedule", COSINE), ("branch_from", ""), ("ema_decay", 0)):
             given = getattr(config.stage, key)
-            accepted = f"{only or 'nothing'}: the rates of iterations follow a cosine"
-            require(given == only, f"stage.{key}", given, accepted)
+            require(given == only, f"stage.{key}", given, f"{only or 'nothing'}: only stages of training steps take it")
         prompted = [name for name in config.corpus.corpora if form_of(config.corpus, name) != "text"]
         if not rlhf_config(config).rlhf.prompts_from and config.stage.corpus not in prompted:
             raise ConfigError(

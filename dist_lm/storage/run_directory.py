@@ -6,6 +6,7 @@ work/
   runs/STAGE/RUN_ID/
     config.yaml corpora.json metrics.jsonl result.json
     checkpoints/step_00000100/ ... LATEST BEST
+    averages/last_4_step_00000100/ ...
     logs/rank_00000.log   samples/   wandb/   profile/
   runs/generate/RUN_ID/
     config.yaml prompts.json metrics.jsonl samples/part-00000.jsonl ... wandb/ result.json
@@ -128,6 +129,11 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def averages(self) -> Path:
+        """Checkpoints of averaged weights, without an optimizer (`dist-lm checkpoint average`)."""
+        return self.path / "averages"
 
     @property
     def logs(self) -> Path:

@@ -192,6 +192,18 @@ HELD_OUT = (
     ),
     *_table(
         "held-out",
+        LOOP_STAGES,
+        ("val/loss_ema", "nats/target", "lower", "Held-out loss of the averaged weights."),
+        only="with stage.ema_decay",
+    ),
+    *_table(
+        "held-out",
+        TEXT_STAGES,
+        ("val/bits_per_byte_ema", "bits/byte", "lower", "Held-out loss a byte of the averaged weights."),
+        only="with stage.ema_decay",
+    ),
+    *_table(
+        "held-out",
         RLHF,
         ("rlhf/win_rate", "", "higher", "Share of answers that score above the reference's, ties as half."),
         ("rlhf/held_out_score", "", "higher", "Mean score of the policy's answers."),

@@ -15,6 +15,7 @@ from dist_lm.parallel.values import shard_of
 from dist_lm.training.muon import orthogonal_steps
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+EMA = "ema"  # state of a parameter: its exponential average over the steps (`averages.py`)
 
 
 def is_decayed(name: str) -> bool:
@@ -75,10 +76,14 @@ def build_optimizer(
 ) -> ShardedAdamW:
     """AdamW (Loshchilov & Hutter 2019) with moments from the start, so that every checkpoint has the same keys.
 
+    With stage.ema_decay the state of each parameter also holds its average, so the average is sharded, padded and saved
+    as the moments are.
+
     Args:
         muon: for the matrices inside blocks; None or a rate of 0: AdamW for all parameters.
     """
     orthogonal = muon is not None and muon.lr > 0
+    averaged = isinstance(settings, StageConfig) and settings.ema_decay > 0
     named = list(model.named_parameters())
     matrices = [p for n, p in named if orthogonal and is_matrix(n)]
     others = [(n, p) for n, p in named if not (orthogonal and is_matrix(n))]
@@ -101,7 +106,8 @@ def build_optimizer(
         # the fused kernel needs the step on the device of the parameter
         step = torch.zeros((), dtype=torch.float32, device=parameter.device)
         moments = MOMENTS[:1] if any(parameter is matrix for matrix in matrices) else MOMENTS
-        optimizer.state[parameter] = {"step": step} | {key: torch.zeros_like(parameter) for key in moments}
+        kept = (*moments, EMA) if averaged else moments
+        optimizer.state[parameter] = {"step": step} | {key: torch.zeros_like(parameter) for key in kept}
     return optimizer
 
 
@@ -144,7 +150,7 @@ def stage_rate(stage: StageConfig, step: int) -> float:
     if step < stage.warmup_steps:
         return stage.lr * (step + 1) / stage.warmup_steps
     decayed = step + 1 - (stage.steps - stage.decay_steps)  # steps of the decay, this one included
-    if decayed <= 0:
+    if decayed <= 0 or not stage.decay_steps:
         return stage.lr
     progress = min(1.0, decayed / stage.decay_steps)
     fall = progress if stage.decay == "linear" else math.sqrt(progress)

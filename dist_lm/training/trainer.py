@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -92,6 +93,8 @@ class Trainer:
                 laps = self.profiler.marked(meter.laps) if self.profiler else meter.laps
                 result = self.step(state, data, rate, laps)
                 state = advance(state, result, data.position)
+                if stage.ema_decay:
+                    self._follow_average(state.step)
                 meter.end(state.step, result.tokens)
                 last = state.step == stage.steps
                 score = None
@@ -100,6 +103,8 @@ class Trainer:
                 line = self.metrics_of(state, result, rate, meter) if written else {}
                 if evaluated:
                     line |= self._evaluate(state.step, last)
+                    if stage.ema_decay:
+                        line |= self._evaluate_average(state.step, last)
                     # the score of every checkpoint is on the same sequences, that of the last one too
                     score = self._evaluate(state.step, False)["val/loss"] if last else line["val/loss"]
                 if self.metrics and written:
@@ -124,6 +129,16 @@ class Trainer:
         metrics = self.evaluate(self.model, everything, alive)
         reshard(self.model)  # a checkpoint needs the shards
         return metrics
+
+    def _follow_average(self, step: int) -> None:
+        from dist_lm.training.averages import follow
+
+        follow(self.optimizer, self.config.stage.ema_decay, step)
+
+    def _evaluate_average(self, step: int, everything: bool) -> dict[str, float]:
+        from dist_lm.training.averages import measured
+
+        return measured(self.optimizer, partial(self._evaluate, step, everything))
 
     def step(self, state: TrainState, data: StepData, rate: float, laps: Laps | None = None) -> StepResult:
         """One optimizer step at learning rate `rate` (collective)."""

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from dist_lm.config.stage import MuonConfig, StageConfig
+from dist_lm.errors import ConfigError
 from dist_lm.model.size import is_matrix
 from dist_lm.training import muon
 from dist_lm.training.muon import (
@@ -15,7 +16,14 @@ from dist_lm.training.muon import (
     orthogonal,
     orthogonal_steps,
 )
-from dist_lm.training.optimizer import build_optimizer, is_decayed, learning_rate, named_state, set_learning_rate
+from dist_lm.training.optimizer import (
+    build_optimizer,
+    is_decayed,
+    learning_rate,
+    named_state,
+    set_learning_rate,
+    stage_rate,
+)
 from tests.model.small_models import small_config, small_model
 
 STAGE = StageConfig(name="test", lr=1e-3, weight_decay=0.0, muon=MuonConfig(lr=0.02))
@@ -129,3 +137,40 @@ def test_the_peak_follows_the_warmup_and_the_floor_is_the_last_step():
 
 def test_without_warmup_and_with_a_single_step_it_is_the_peak():
     assert learning_rate(0, peak=1.0, warmup_steps=0, steps=1, min_ratio=0.1) == 1.0
+
+
+def wsd(**keys):
+    return StageConfig(name="test", lr=1e-3, schedule="wsd", steps=100, warmup_steps=10, min_lr_ratio=0.1, **keys)
+
+
+def test_wsd_warms_up_stays_constant_and_falls_to_its_final_rate():
+    constant = [stage_rate(wsd(), step) for step in range(100)]
+    assert constant[:10] == pytest.approx([1e-4 * step for step in range(1, 11)])
+    assert set(constant[10:]) == {1e-3}
+    for decay in ("linear", "1-sqrt"):
+        rates = [stage_rate(wsd(decay_steps=20, decay=decay), step) for step in range(100)]
+        assert rates[:80] == constant[:80]
+        assert rates[80:] == sorted(set(rates[80:]), reverse=True)
+        assert rates[-1] == pytest.approx(1e-4)
+    half = 80 + 9  # after half of the steps of the decay
+    assert stage_rate(wsd(decay_steps=20, decay="linear"), half) == pytest.approx(1e-3 * (0.1 + 0.9 * 0.5))
+    assert stage_rate(wsd(decay_steps=20, decay="1-sqrt"), half) == pytest.approx(1e-3 * (0.1 + 0.9 * (1 - 0.5**0.5)))
+
+
+def test_the_cosine_of_a_stage_is_the_one_of_before():
+    stage = StageConfig(name="test", lr=1e-3, steps=100, warmup_steps=10, min_lr_ratio=0.1)
+    assert [stage_rate(stage, step) for step in range(100)] == [learning_rate(step, **PLAN) for step in range(100)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"schedule": "constant"}, r"stage.schedule=constant: expected cosine, or wsd \(constant with stage.decay_st"),
+        ({"schedule": "wsd", "decay": "exp"}, "stage.decay=exp: expected 1-sqrt or linear"),
+        ({"schedule": "wsd", "decay_steps": 91}, "stage.decay_steps=91: expected at most 90"),
+        ({"decay_steps": 1}, r"stage.decay_steps=1: expected at most 0, .*\(0 unless stage.schedule=wsd\)"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused_by_name(keys, said):
+    with pytest.raises(ConfigError, match=said):
+        StageConfig(name="test", steps=100, warmup_steps=10, **keys)

@@ -1,0 +1,163 @@
+"""The program of `dist-lm checkpoint average`: averaged weights as a checkpoint, measured beside the plain ones.
+
+    work/runs/STAGE/RUN_ID/averages/
+      last_4_step_00000400/   mean of the last four checkpoints (LAWA, Kaddour 2022), the newest of step 400
+      ema_step_00000400/      the exponential average of stage.ema_decay
+        average.json          what was averaged, and metrics on val
+
+One tensor is in memory at a time. The mean is computed in fp64 and stored in fp32.
+"""
+
+import secrets
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from dist_lm.config.model import ModelConfig
+from dist_lm.errors import ArtefactError, require
+from dist_lm.generation.load import model_config_of
+from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.mesh import World
+from dist_lm.stages.importing import write_checkpoint
+from dist_lm.stages.registry import load_config
+from dist_lm.stages.training import Opening, TrainingStage, training_stage
+from dist_lm.storage import durable
+from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.training import checkpoint_files as files
+from dist_lm.training.checkpoint_tensors import MadeTensor, StoredTensor, model_weights, stored_tensors
+from dist_lm.training.optimizer import EMA
+
+RECORD = "average.json"
+PLAIN = "newest checkpoint"
+
+
+def average(run: RunDirectory, last: int, ema: bool, device: str, console: Console) -> Path:
+    """Write the mean of the last checkpoints, or the exponential average of the newest, and print what it reaches.
+
+    Args:
+        last: number of checkpoints; 0 with `ema`.
+        device: auto | cpu | cuda; empty: do not evaluate.
+
+    Raises:
+        ConfigError: not exactly one of `last` and `ema`, or fewer checkpoints than `last`.
+        ArtefactError: a checkpoint is missing or damaged, or has no exponential average; or the folder exists.
+    """
+    require(ema != (last > 0), "--last", last, "a positive number, or --ema instead")
+    require(device in ("", "auto", "cpu", "cuda"), "--device", device, "auto, cpu or cuda")
+    newest = files.find_checkpoint(run.path)
+    found = [newest] if ema else files.steps_in(newest.parent)[-last:]
+    accepted = f"at most {len(found)}, the checkpoints of the run (stage.keep_checkpoints sets how many are kept)"
+    require(len(found) >= last, "--last", last, accepted)
+    for checkpoint in found:
+        files.require_intact(checkpoint)
+    folder = run.averages / f"{'ema' if ema else f'last_{last}'}_{newest.name}"
+    if folder.exists():
+        raise ArtefactError(f"{folder} exists: use it, or remove it first")
+    model = model_config_of(newest)
+    write_average(folder, mean_of(found) if not ema else exponential(newest), newest, model)
+    record = {"of": [checkpoint.name for checkpoint in found], "kind": "ema" if ema else "mean", "metrics": {}}
+    durable.write_json(folder / RECORD, record)
+    console.print(f"{folder}: {record['kind']} of {', '.join(record['of'])}", soft_wrap=True)
+    if device and can_be_measured(run):
+        metrics = evaluated(run, {PLAIN: newest, folder.name: folder}, device)
+        durable.write_json(folder / RECORD, record | {"metrics": metrics[folder.name]})
+        print_metrics(metrics, console)
+    return folder
+
+
+def mean_of(checkpoints: Sequence[Path]) -> dict[str, MadeTensor]:
+    """The mean of each parameter over checkpoints."""
+    stored = [stored_tensors(checkpoint) for checkpoint in checkpoints]
+
+    def mean(name: str) -> np.ndarray:
+        total = np.zeros(stored[0][name].elements, np.float64)
+        for tensors in stored:
+            total += tensors[name].read().view(np.float32)
+        return (total / len(stored)).astype(np.float32).view(np.uint8)
+
+    names = [name for name in stored[0] if name.startswith(files.MODEL)]
+    return {name.removeprefix(files.MODEL): _made(stored[0][name], partial(mean, name)) for name in names}
+
+
+def exponential(checkpoint: Path) -> dict[str, MadeTensor]:
+    """The exponential average of each parameter in a checkpoint.
+
+    Raises:
+        ArtefactError: it has none.
+    """
+    suffix = f".{EMA}"
+    found = {
+        name.removeprefix(files.OPTIMIZER).removesuffix(suffix): _made(tensor, tensor.read)
+        for name, tensor in stored_tensors(checkpoint).items()
+        if name.startswith(files.OPTIMIZER) and name.endswith(suffix)
+    }
+    if not found:
+        raise ArtefactError(f"checkpoint {checkpoint}: holds no exponential average: train with stage.ema_decay=0.999")
+    return found
+
+
+def write_average(folder: Path, tensors: Mapping[str, MadeTensor], newest: Path, model: ModelConfig) -> None:
+    """Write the checkpoint `folder` of the step of `newest`; it appears when it is complete."""
+    state = replace(files.read_state(newest)[0], best_val_loss=None, best_step=0)
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        write_checkpoint(temporary, tensors, model, state)
+        (temporary / files.step_name(state.step)).rename(folder)
+        durable.fsync_directory(folder.parent)
+    except OSError as error:
+        raise ArtefactError(f"{folder}: could not be written ({error}); free space or repair the folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def can_be_measured(run: RunDirectory) -> bool:
+    """Whether the run has a configuration of a stage that evaluates on val."""
+    return run.config.is_file() and training_stage(load_config(run.config).stage.name).program == TrainingStage.program
+
+
+def evaluated(run: RunDirectory, checkpoints: Mapping[str, Path], device: str) -> dict[str, dict[str, float]]:
+    """Metrics of each checkpoint on all of val, in this process.
+
+    Raises:
+        ArtefactError: tokenizer or corpora of the run are missing.
+    """
+    config, tokenizer = load_config(run.config), Tokenizer.load(run.tokenizer_model)
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    world = World(0, 1, 0, torch.device("cuda" if on_gpu else "cpu"))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = dist.group.WORLD
+        assert group is not None
+        opening = Opening(config, run, world, tokenizer, data_ranks=group, dp_rank=0, dp_size=1, position=0)
+        evaluate = training_stage(config.stage.name).open_data(opening).evaluate
+        model = Transformer(config.model).to(world.device)
+        model.document_mask = config.stage.document_mask
+        found = {}
+        for name, checkpoint in checkpoints.items():
+            weights = {name: torch.from_numpy(value) for name, value in model_weights(checkpoint).items()}
+            model.load_state_dict(weights)
+            found[name] = evaluate(model, True, lambda: None)
+        return found
+    finally:
+        dist.destroy_process_group()
+
+
+def print_metrics(metrics: Mapping[str, Mapping[str, float]], console: Console) -> None:
+    """Print a column for each set of weights."""
+    table = Table("metric on val", *metrics)
+    for name in metrics[PLAIN]:
+        table.add_row(name, *(f"{found[name]:.4f}" for found in metrics.values()))
+    console.print(table)
+
+
+def _made(tensor: StoredTensor, make: Callable[[], np.ndarray]) -> MadeTensor:
+    return MadeTensor(tensor.dtype, tensor.shape, tensor.bytes, make)
