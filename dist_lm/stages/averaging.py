@@ -36,7 +36,6 @@ from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import MadeTensor, StoredTensor, model_weights, stored_tensors
 from dist_lm.training.optimizer import EMA
 
-RECORD = "average.json"
 PLAIN = "newest checkpoint"
 
 
@@ -65,11 +64,11 @@ def average(run: RunDirectory, last: int, ema: bool, device: str, console: Conso
     model = model_config_of(newest)
     write_average(folder, mean_of(found) if not ema else exponential(newest), newest, model)
     record = {"of": [checkpoint.name for checkpoint in found], "kind": "ema" if ema else "mean", "metrics": {}}
-    durable.write_json(folder / RECORD, record)
+    durable.write_json(folder / files.AVERAGE, record)
     console.print(f"{folder}: {record['kind']} of {', '.join(record['of'])}", soft_wrap=True)
     if device and can_be_measured(run):
         metrics = evaluated(run, {PLAIN: newest, folder.name: folder}, device)
-        durable.write_json(folder / RECORD, record | {"metrics": metrics[folder.name]})
+        durable.write_json(folder / files.AVERAGE, record | {"metrics": metrics[folder.name]})
         print_metrics(metrics, console)
     return folder
 

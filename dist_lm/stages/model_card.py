@@ -13,6 +13,7 @@ from dist_lm.data.manifest import manifest_path, read_manifest
 from dist_lm.errors import ArtefactError
 from dist_lm.interop.architectures import Architecture
 from dist_lm.model.size import parameter_count
+from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.metrics import read_metrics
 from dist_lm.training import checkpoint_files as files
@@ -49,9 +50,12 @@ def model_card(checkpoint: Path, model: ModelConfig, found: Architecture, run: R
     ]
     if stage.get("init_from", "none") != "none":
         lines.append(f"- Started from: {'/'.join(Path(stage['init_from']).parts[-3:])}")
+    if stage.get("branch_from"):
+        lines.append(f"- Continues: {'/'.join(Path(stage['branch_from']).parts[-3:])}")
     if imported := config.get("imported"):
         lines.append(f"- Imported from: {imported['source']}; not trained further")
-    lines += ["", "## Data", "", *data, "", "## Evaluation", "", *_evaluation(run, state.step), "", "## Limits", ""]
+    evaluation = _evaluation(run, state.step, checkpoint)
+    lines += ["", "## Data", "", *data, "", "## Evaluation", "", *evaluation, "", "## Limits", ""]
     lines += [f"- {limit}" for limit in _limits(model, licences)]
     return "\n".join(lines) + "\n"
 
@@ -89,13 +93,16 @@ def _data(run: RunDirectory | None, stage: Mapping[str, Any]) -> tuple[set[str],
     return seen, ["| corpus | documents | tokens | licences (documents) |", "| --- | --- | --- | --- |", *rows]
 
 
-def _evaluation(run: RunDirectory | None, step: int) -> list[str]:
-    """The last value of each metric up to the step of the checkpoint."""
-    if run is None or not run.metrics.is_file():
-        return ["The run has no metrics."]
+def _evaluation(run: RunDirectory | None, step: int, checkpoint: Path) -> list[str]:
+    """The last value of each metric up to the step of the checkpoint. Averaged weights have metrics of their own."""
     found: dict[str, Any] = {}
-    for line in read_metrics(run.metrics):
-        found |= line if line["step"] <= step else {}
+    if (checkpoint / files.AVERAGE).is_file():
+        found = durable.read_json(checkpoint / files.AVERAGE)["metrics"]
+    elif run is None or not run.metrics.is_file():
+        return ["The run has no metrics."]
+    else:
+        for line in read_metrics(run.metrics):
+            found |= line if line["step"] <= step else {}
     rows = [
         f"| {name} | {value:.4g} |"
         for name, value in sorted(found.items())

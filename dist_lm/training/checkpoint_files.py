@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 LATEST, BEST = "LATEST", "BEST"
 STATE, MANIFEST = "state.json", "manifest.json"
+AVERAGE = "average.json"  # beside averaged weights: what was averaged, and its metrics on val
 STAGE = "stage"  # folder for files of the stage, separate from the files of tensors, which are read as parts of models
 TENSORS = ".safetensors"  # suffix of a file of tensors
 MODEL, OPTIMIZER = "model.", "optimizer."  # prefixes of tensor names

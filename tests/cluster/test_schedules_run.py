@@ -16,7 +16,7 @@ from rich.console import Console
 from dist_lm.config.root import save_config
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.generation.load import load_model
-from dist_lm.stages.averaging import RECORD, average
+from dist_lm.stages.averaging import average
 from dist_lm.stages.registry import load_config
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
@@ -102,7 +102,7 @@ def test_averages_are_those_computed_by_hand(tiny_work: WorkDirectory, tmp_path:
     for name, found in model_weights(last).items():
         by_hand = sum(one[name].astype(np.float64) for one in weights[-4:]) / 4
         assert np.array_equal(found, np.asarray(by_hand).astype(np.float32)), name
-    measured, on_ranks = durable.read_json(ema / RECORD)["metrics"], numbers(run)[steps]
+    measured, on_ranks = durable.read_json(ema / checkpoint_files.AVERAGE)["metrics"], numbers(run)[steps]
     assert measured["val/loss"] == pytest.approx(on_ranks["val/loss_ema"], rel=1e-5)
     assert measured["val/bits_per_byte"] == pytest.approx(on_ranks["val/bits_per_byte_ema"], rel=1e-5)
     assert measured["val/loss"] != pytest.approx(on_ranks["val/loss"], rel=1e-4)
