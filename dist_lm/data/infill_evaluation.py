@@ -49,16 +49,16 @@ class HeldOutMiddles:
         pieces = np.stack([documents, begins, ends], 1)[ends - begins >= LEAST]
         return pieces[spread(len(pieces), self.limit)]
 
-    def tokens(self, piece: int, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of a piece that ends with its middle."""
-        document, first, last = self._pieces[piece].tolist()
-        begin, end = self._middle(piece)
-        whole = self.corpus.tokens(document, first, last)
+    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of a text that ends with a middle. `document`: the number of a piece."""
+        number, first, last = self._pieces[document].tolist()
+        begin, end = self._middle(document)
+        whole = self.corpus.tokens(number, first, last)
         if self.marks:
             return rearranged(whole, begin, end, self.marks, self.form, first == 0)[start:stop]
         return whole[:end][start:stop]
 
-    def mask(self, piece: int, start: int, stop: int) -> np.ndarray:
+    def mask(self, document: int, start: int, stop: int) -> np.ndarray:
         """Ones: the language of a target says whether it counts."""
         return np.ones(stop - start, np.uint8)
 

@@ -167,7 +167,8 @@ def test_of_many_short_documents_the_longest_of_a_sequence_are_eligible(tmp_path
 def sequences(corpus: TokenCorpus, steps: int, rate: float = 0.5, **changes: Any) -> list[list[int]]:
     infill = Infill(rate, MARKS) if rate else None
     found = []
-    with SequenceStream(corpus, **SETTINGS | {"dp_rank": 0, "dp_size": 1} | changes, infill=infill) as stream:
+    settings: dict[str, Any] = SETTINGS | {"dp_rank": 0, "dp_size": 1} | changes
+    with SequenceStream(corpus, **settings, infill=infill) as stream:
         for _ in range(steps):
             for batch in next(stream).micro_batches:
                 found += [[n, *row] for n, row in zip(batch.sequence_B.tolist(), batch.tokens_BT.tolist(), strict=True)]
@@ -208,6 +209,7 @@ def test_the_same_middles_are_judged_with_and_without_what_stands_after(
         begin, end = reference._middle(piece)
         assert 1 <= begin < end <= last - first
         assert plain.tokens(document, first + begin, first + end).tolist() == middle
-    everything = HeldOutMiddles(**wanted | {"limit": 0}, marks=marks, dp_rank=0, dp_size=1)._pieces
+    wanted["limit"] = 0
+    everything = HeldOutMiddles(**wanted, marks=marks, dp_rank=0, dp_size=1)._pieces
     assert (everything[:, 2] - everything[:, 1]).sum() > 0.9 * plain.n_tokens
     assert (everything[:, 2] - everything[:, 1] + ADDED).max() == T
