@@ -1,9 +1,11 @@
 """The conf group `model`: the shape of the transformer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
 from omegaconf import MISSING
 
+from dist_lm.config.stage import LORA_TARGETS, LoraConfig
 from dist_lm.errors import require
 
 
@@ -40,6 +42,13 @@ class ModelConfig:
     parallel_residual: bool = False  # the feed-forward network reads the input of attention, not its sum (as Pythia)
     qk_norm: bool = False  # RMSNorm over d_head of queries and keys before RoPE, one weight for all heads (as Qwen3)
     init_std: float = 0.02
+
+    lora: ClassVar[LoraConfig | None] = None  # of the adapters; see `AdaptedModelConfig`
+
+    @property
+    def plain(self) -> "ModelConfig":
+        """The model without adapters."""
+        return self
 
     @property
     def d_head(self) -> int:
@@ -101,3 +110,41 @@ class ModelConfig:
         require(self.norm in ("layernorm", "rmsnorm"), "model.norm", self.norm, "layernorm or rmsnorm")
         require(self.ffn in ("gelu", "swiglu"), "model.ffn", self.ffn, "gelu or swiglu")
         require(self.head in ("tokens", "scalar"), "model.head", self.head, "tokens or scalar")
+
+
+@dataclass
+class AdaptedModelConfig(ModelConfig):
+    """A model whose weights are those of a frozen base, with trained adapters beside some of them."""
+
+    lora: LoraConfig = field(default_factory=LoraConfig)  # pyright: ignore[reportIncompatibleVariableOverride]
+    base: str = ""  # directory of the base's checkpoint
+    base_sha256: str = ""  # of the manifest of that checkpoint
+
+    @classmethod
+    def of(cls, model: ModelConfig, lora: LoraConfig, base: str = "", base_sha256: str = "") -> "AdaptedModelConfig":
+        """`model` with the adapters that `lora` describes."""
+        return cls(**vars(model.plain), lora=lora, base=base, base_sha256=base_sha256)
+
+    @property
+    def plain(self) -> ModelConfig:
+        return ModelConfig(**{one.name: getattr(self, one.name) for one in fields(ModelConfig)})
+
+    @property
+    def scale(self) -> float:
+        """Factor of the product B A."""
+        return self.lora.alpha / self.lora.rank
+
+    def adapted(self, part: str) -> tuple[str, ...]:
+        """Names of the weights of `part` (attention | feed_forward) that have adapters."""
+        named = self.lora.targets
+        return tuple(
+            name
+            for name in LORA_TARGETS[part]
+            if name in named or (part in named and (name != "gate" or self.ffn == "swiglu"))
+        )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 < self.lora.rank <= self.d_model, "stage.lora.rank", self.lora.rank, f"1 to {self.d_model} (d_model)")
+        gated = "gate" in self.lora.targets and self.ffn != "swiglu"
+        require(not gated, "stage.lora.targets", "gate", f"others: model.ffn={self.ffn} has no gate")

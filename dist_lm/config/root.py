@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.config.corpus import CorpusConfig, TokenizerConfig
 from dist_lm.config.hardware import HardwareConfig
-from dist_lm.config.model import ModelConfig
+from dist_lm.config.model import AdaptedModelConfig, ModelConfig
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.rlhf import RolloutPoolConfig
 from dist_lm.config.stage import StageConfig
@@ -84,6 +84,11 @@ class Config:
         return self.stage.streams
 
     @property
+    def trained_shape(self) -> ModelConfig:
+        """The model that is trained: `model`, with adapters if stage.lora asks for them."""
+        return AdaptedModelConfig.of(self.model, self.stage.lora) if self.stage.lora.rank else self.model
+
+    @property
     def trained_models(self) -> int:
         """The number of models of this size in a checkpoint."""
         return 1
@@ -109,6 +114,9 @@ class Config:
             if name not in self.corpus.corpora:
                 raise ConfigError(f"stage.mix={{{name}: {share:g}}}: there is no corpus {name}; expected {accepted}")
             require(name in others, "stage.mix", name, accepted)
+        adapted = self.trained_shape.lora is not None  # refuses ranks and targets that do not fit the model
+        accepted = f"a checkpoint: stage.lora.rank={self.stage.lora.rank} trains adapters of its model"
+        require(not adapted or self.stage.init_from != "none", "stage.init_from", "none", accepted)
         require(
             self.stage.seq_len <= self.model.max_seq_len,
             "stage.seq_len",

@@ -59,6 +59,31 @@ class MuonConfig:
         require(0 <= self.momentum < 1, "stage.muon.momentum", self.momentum, "in [0, 1)")
 
 
+LORA_TARGETS = {  # target -> the weights of a block
+    "attention": ("query", "key", "value", "output"),
+    "feed_forward": ("gate", "up", "down"),
+}
+
+
+@dataclass
+class LoraConfig:
+    """LoRA (Hu et al. 2021, arXiv 2106.09685): a weight W of the frozen base becomes W + alpha / rank * B A, and only
+    A and B are trained, by AdamW."""
+
+    rank: int = 0  # rows of A; 0: off
+    alpha: float = 16.0
+    # attention | feed_forward | query | key | value | output | gate | up | down
+    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, "stage.lora.rank", self.rank, "0 (off) or a positive integer")
+        require(0 < self.alpha < math.inf, "stage.lora.alpha", self.alpha, "a positive number")
+        known = [*LORA_TARGETS, *(name for names in LORA_TARGETS.values() for name in names)]
+        for target in self.targets:
+            require(target in known, "stage.lora.targets", target, f"some of {', '.join(known)}")
+        require(bool(self.targets), "stage.lora.targets", self.targets, f"at least one of {', '.join(known)}")
+
+
 @dataclass
 class StageConfig:
     """Data and optimisation of one stage."""
@@ -85,6 +110,7 @@ class StageConfig:
     beta2: float = 0.95
     adam_eps: float = 1e-8
     muon: MuonConfig = field(default_factory=MuonConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     # of the exponential average of the weights, which checkpoints hold and evaluations measure too; 0: none
     ema_decay: float = 0.0
     label_smoothing: float = 0.0

@@ -10,8 +10,16 @@ from dataclasses import dataclass
 
 from dist_lm.config.root import Config
 from dist_lm.dry_run.work import WORLD, StepMemory, Work
-from dist_lm.model.size import documents_apart
-from dist_lm.parallel.layout import Layout, blocks_per_unit, has_units_outside, one_block, reshards, slice_of
+from dist_lm.model.size import documents_apart, is_trained
+from dist_lm.parallel.layout import (
+    Layout,
+    blocks_per_unit,
+    has_units_outside,
+    one_block,
+    placements,
+    reshards,
+    slice_of,
+)
 
 FP32_BYTES = 4
 ELEMENTWISE_PASSES = 6  # of elementwise operations over the activations of a block
@@ -27,6 +35,9 @@ class Shapes:
     """The sizes behind an estimate; a tensor-parallel rank's part where a tensor is sharded by tp."""
 
     own: int  # elements of this rank's shards
+    own_trained: int  # those that training changes, of blocks and outside
+    trained: int  # elements that training changes of what a tensor-parallel rank computes with
+    gathered_trained: int  # the same as FSDP gathers them, padding included
     blocks: int  # elements of all blocks
     outside: int  # elements of embedding, head and final norm
     gathered_blocks: int  # elements of all blocks as FSDP gathers them, padding included
@@ -75,12 +86,16 @@ def gradients_add_up(config: Config, layout: Layout) -> bool:
 
 def shapes_of(config: Config, layout: Layout) -> Shapes:
     """The sizes of `config` on the fullest rank of `layout`."""
-    model, size = config.model, element_bytes(config)
+    model, size = config.trained_shape, element_bytes(config)
     block, outside = one_block(model, layout)
+    every = [place for name, place in placements(model, layout).items() if is_trained(name, model)]
     micro_batches, sequences = micro_batches_of(config, layout)
     vocabulary = slice_of(model.vocab_size, layout.tp, 0).held
     return Shapes(
         own=sum(math.prod(place.local(layout)) for place in [*block * model.n_layers, *outside]),
+        own_trained=sum(math.prod(place.local(layout)) for place in every),
+        trained=sum(place.whole(layout) for place in every),
+        gathered_trained=sum(place.gathered(layout) for place in every),
         blocks=model.n_layers * sum(place.whole(layout) for place in block),
         outside=sum(place.whole(layout) for place in outside),
         gathered_blocks=model.n_layers * sum(place.gathered(layout) for place in block),
@@ -106,7 +121,7 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
     size = element_bytes(config)
     sharded = layout.dp > 1 or size != FP32_BYTES
     adds_up = gradients_add_up(config, layout)
-    gradients = FP32_BYTES * ((shapes.blocks + shapes.outside) if adds_up or not sharded else shapes.own)
+    gradients = FP32_BYTES * (shapes.trained if adds_up or not sharded else shapes.own_trained)
     gathered = 0
     if sharded:
         in_blocks = shapes.gathered_blocks * (min(1, 2 / shapes.units) if shapes.resharded else 1)
@@ -121,12 +136,12 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
     # the peak is between forward and backward pass, or at the end where the gradients outside blocks are reduced
     turn = gathered + shapes.n_layers * kept + max(loss, block) + residual
     copies = 1 if config.hardware.device == "cuda" else 2  # gloo needs one more
-    reduced = shapes.gathered_outside / shapes.units_outside
+    reduced = shapes.gathered_outside / shapes.units_outside if config.trained_shape.lora is None else 0
     end = FP32_BYTES * reduced * copies + gathered + block + residual if sharded else 0.0
     memory = StepMemory(
         parameters=FP32_BYTES * shapes.own,
         gradients=gradients,
-        optimizer=(3 if config.stage.ema_decay else 2) * FP32_BYTES * shapes.own,
+        optimizer=(3 if config.stage.ema_decay else 2) * FP32_BYTES * shapes.own_trained,
         activations=round(max(turn, end)),
     )
     return memory.offloaded(adds_up) if offloads(config) else memory
@@ -164,9 +179,10 @@ def estimate_work(config: Config, layout: Layout) -> Work:
     recomputed = {"none": 0, "selective": 0, "full": 1}[parallel.activation_checkpointing]
     attention = shapes.tokens * config.stage.seq_len * shapes.attention * shapes.n_layers
     head_passes = 4 if _chunk(config, shapes) < shapes.tokens else 3
-    part.operation(2 * shapes.tokens * shapes.blocks * (3 + recomputed), 0, hardware, half)
+    frozen = max(0, shapes.blocks - shapes.trained)  # weights of blocks without gradients
+    part.operation(2 * shapes.tokens * (shapes.blocks * (3 + recomputed) - frozen), 0, hardware, half)
     part.operation(attention * (4 + 10 + 4 * recomputed), 0, hardware, half)
-    part.operation(2 * shapes.tokens * shapes.head * head_passes, 0, hardware, half)
+    part.operation(2 * shapes.tokens * shapes.head * (head_passes - bool(frozen)), 0, hardware, half)
     made, _ = _block_activations(config, layout, shapes, size)
     again = 0 if parallel.activation_checkpointing == "none" else 1
     part.operation(0, made * shapes.n_layers * (ELEMENTWISE_PASSES + 2 * again), hardware, half)
@@ -183,14 +199,14 @@ def estimate_work(config: Config, layout: Layout) -> Work:
     if layout.dp > 1:  # copies out of the gathered buffer
         work.operation(0, 2 * size * elements, hardware, half)
     reductions = shapes.micro_batches if parallel.reduce_every_micro_batch else 1
-    gathered = FP32_BYTES * (shapes.gathered_blocks + shapes.gathered_outside)
+    gathered = FP32_BYTES * shapes.gathered_trained
     units = shapes.units + shapes.units_outside
     for _ in range(reductions):
         _spread(work, "reduce_scatter", "dp_shard", layout.dp_shard, gathered, units)
-        _spread(work, "all_reduce", "dp_replicate", layout.dp_replicate, FP32_BYTES * shapes.own, units)
+        _spread(work, "all_reduce", "dp_replicate", layout.dp_replicate, FP32_BYTES * shapes.own_trained, units)
         work.operation(0, 2 * gathered, hardware, half)
-    work.operation(0, 3 * FP32_BYTES * (shapes.blocks + shapes.outside) * (shapes.micro_batches - 1), hardware, half)
-    work.operation(0, OPTIMIZER_PASSES * FP32_BYTES * shapes.own, hardware, half)
+    work.operation(0, 3 * FP32_BYTES * shapes.trained * (shapes.micro_batches - 1), hardware, half)
+    work.operation(0, OPTIMIZER_PASSES * FP32_BYTES * shapes.own_trained, hardware, half)
     work.collective("all_reduce", WORLD, layout.world_size, 8)
     return work
 

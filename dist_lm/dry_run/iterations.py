@@ -42,7 +42,8 @@ class RlhfMemory:
 def rlhf_memory(config: RlhfRunConfig, layout: Layout) -> RlhfMemory:
     """The memory of the fullest rank of `layout`, and of an engine, on `config.hardware`."""
     model, pool, step = config.model, config.pool, _update(config, layout)
-    models = 3 + config.rlhf.asks_reward_model  # policy, critic, reference
+    # policy, critic, reference (the base of adapters is the reference), reward model
+    models = (3 if config.trained_shape.lora is None else 2) + config.rlhf.asks_reward_model
     size = element_bytes(config)
     engine = size * parameter_count(model) // pool.tp
     keys = keys_of(model, pool.tp, 0)[0].held if shards_key_heads(model, pool.tp) else model.kv_heads

@@ -100,7 +100,7 @@ def summary(config: Config, layout: Layout, reports: list[RankReport]) -> dict[s
     seconds = max(step_seconds(report.work, layout, hardware) for report in reports)
     tokens = stage.global_batch * stage.seq_len
     peak_tflops = layout.world_size * (hardware.bf16_tflops if is_half(config) else hardware.fp32_tflops)
-    mfu = tokens * flops_per_token(config.model, stage.seq_len) / seconds / (peak_tflops * 1e12)
+    mfu = tokens * flops_per_token(config.trained_shape, stage.seq_len) / seconds / (peak_tflops * 1e12)
     peak = max(resident(report.memory, hardware) for report in reports)
     room = peak / 2**30 / hardware.memory_gib
     return {

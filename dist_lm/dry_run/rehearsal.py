@@ -61,7 +61,7 @@ def play(config: Config, rank: int, world_size: int) -> tuple[StepMemory, Work]:
     mesh = build_mesh(layout, cpu)
     counter = WorkCounter(config.hardware, {mesh.get_group(axis).group_name: axis for axis in AXES})
     # built outside the fake mode, because DeviceMesh reads the values of its tensors
-    model = arrange_model(config.model, config.parallel, mesh, cpu, exchange=config.hardware.device == "cpu")
+    model = arrange_model(config.trained_shape, config.parallel, mesh, cpu, exchange=config.hardware.device == "cpu")
     memory = LiveMemory(gloo=config.hardware.device == "cpu")
     with FakeTensorMode(allow_non_fake_inputs=True), Watch(memory, counter):
         materialise(model, config.parallel, cpu)
@@ -150,7 +150,7 @@ def trainer_of_steps(
         metrics=None,
         stop=StopRequest(),
         heartbeat=Unheard(),
-        flops_per_token=flops_per_token(config.model, config.stage.seq_len),
+        flops_per_token=flops_per_token(config.trained_shape, config.stage.seq_len),
         peak_flops=1e12,
         bytes_per_token=1.0,
     )

@@ -12,7 +12,7 @@ from dist_lm.cluster.recruit import Crew, recruit
 from dist_lm.config.root import Config
 from dist_lm.launcher.layout_choice import largest
 from dist_lm.launcher.process import Interrupt
-from dist_lm.model.size import parameter_count
+from dist_lm.model.size import trained_count
 from dist_lm.tracking.console import Console
 
 BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weights and two moments
@@ -27,7 +27,7 @@ class NodesLostError(ClusterError):
 def demands_of(config: Config, gpus_per_node: int) -> Demands:
     """The requirements of this run for a node."""
     least = math.ceil(config.cluster.min_free_gib * GIB)
-    checkpoint = parameter_count(config.model) * config.trained_models * BYTES_PER_PARAMETER
+    checkpoint = trained_count(config.trained_shape) * config.trained_models * BYTES_PER_PARAMETER
     checkpoint = checkpoint if config.stage.checkpoint_every else 0
     return Demands(
         gpus=gpus_per_node,

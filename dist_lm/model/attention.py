@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.data.batch import document_boundaries
-from dist_lm.model.layers import HeadNorm, RopeTables, rotate
+from dist_lm.model.layers import HeadNorm, RopeTables, adapted, build_adapters, rotate
 from dist_lm.model.size import packs_documents
 
 
@@ -181,6 +181,7 @@ class Attention(nn.Module):
         self.output_bias = bias(config.bias, config.d_model)
         self.query_norm = HeadNorm(config) if config.qk_norm else None
         self.key_norm = HeadNorm(config) if config.qk_norm else None
+        self.adapters = build_adapters(config, "attention")
 
     def forward(
         self,
@@ -189,13 +190,13 @@ class Attention(nn.Module):
         visibility: Visibility,
     ) -> torch.Tensor:
         """Attention output (B, T, D)."""
-        q_BTHK = to_heads(x_BTD, self.query, self.query_bias)
-        k_BSGK = to_heads(x_BTD, self.key, self.key_bias)
-        v_BSGK = to_heads(x_BTD, self.value, self.value_bias)
+        q_BTHK = adapted(to_heads(x_BTD, self.query, self.query_bias), x_BTD, self.adapters, "query")
+        k_BSGK = adapted(to_heads(x_BTD, self.key, self.key_bias), x_BTD, self.adapters, "key")
+        v_BSGK = adapted(to_heads(x_BTD, self.value, self.value_bias), x_BTD, self.adapters, "value")
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHK, k_BSGK = self.query_norm(q_BTHK), self.key_norm(k_BSGK)
         o_BTHK = attend(rotate(q_BTHK, rope), rotate(k_BSGK, rope), v_BSGK, visibility)
-        return from_heads(o_BTHK, self.output, self.output_bias)
+        return adapted(from_heads(o_BTHK, self.output, self.output_bias), o_BTHK, self.adapters, "output")
 
 
 def to_heads(x_BTD: torch.Tensor, weight_HKD: torch.Tensor, bias_HK: torch.Tensor | None) -> torch.Tensor:

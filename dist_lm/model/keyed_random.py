@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, overload
 import torch
 
 from dist_lm.config.model import ModelConfig
+from dist_lm.model.size import ADAPTERS
 
 if TYPE_CHECKING:
     from dist_lm.model.transformer import Transformer
@@ -184,10 +185,14 @@ SCALAR_HEAD = "scalar_head.weight"
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> torch.Tensor:
     """The whole value of one parameter, fp32 on the CPU, of logical `shape`.
 
-    Biases are 0 and norm weights 1. Other parameters are normal with standard deviation `init_std`, divided by
-    sqrt(2 n_layers) for projections onto the residual stream; a scalar head has 1 / sqrt(d_model + 1) (Stiennon et al.
-    2020).
+    For adapters see `lora.initial_factor`. Biases are 0 and norm weights 1. Other parameters are normal with standard
+    deviation `init_std`, divided by sqrt(2 n_layers) for projections onto the residual stream; a scalar head has
+    1 / sqrt(d_model + 1) (Stiennon et al. 2020).
     """
+    if ADAPTERS in name:
+        from dist_lm.model.lora import initial_factor
+
+        return initial_factor(name, shape, seed)
     if name.endswith("bias"):
         return torch.zeros(shape)
     if name.endswith("norm.weight"):

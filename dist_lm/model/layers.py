@@ -17,6 +17,22 @@ RopeTables = tuple[torch.Tensor, torch.Tensor]
 """(cos, sin), each (B or 1, T, 1, R); the first half of sin is negated."""
 
 
+def build_adapters(config: ModelConfig, part: str) -> nn.ModuleDict | None:
+    """The adapters of attention or feed_forward by the name of the weight (`dist_lm.model.lora`); None without."""
+    if config.lora is None:
+        return None
+    from dist_lm.model import lora
+
+    return lora.build_adapters(config, part)
+
+
+def adapted(y: torch.Tensor, x: torch.Tensor, adapters: nn.ModuleDict | None, name: str) -> torch.Tensor:
+    """`y`, the product of weight `name` with x, and the change of it by the adapter of the weight."""
+    if adapters is None or name not in adapters or not adapters[name].is_on:
+        return y
+    return y + adapters[name](x)
+
+
 def build_norm(config: ModelConfig) -> nn.Module:
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the residual stream."""
     if config.norm == "rmsnorm":
@@ -90,10 +106,12 @@ class FeedForward(nn.Module):
         self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.bias) if gated else None
         self.up = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
+        self.adapters = build_adapters(config, "feed_forward")
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        gate_BTF = None if self.gate is None else self.gate(x_BTD)
-        return self.down(activate(self.up(x_BTD), gate_BTF))
+        gate_BTF = None if self.gate is None else adapted(self.gate(x_BTD), x_BTD, self.adapters, "gate")
+        h_BTF = activate(adapted(self.up(x_BTD), x_BTD, self.adapters, "up"), gate_BTF)
+        return adapted(self.down(h_BTF), h_BTF, self.adapters, "down")
 
 
 def activate(up_BTF: torch.Tensor, gate_BTF: torch.Tensor | None) -> torch.Tensor:

@@ -4,8 +4,9 @@ Plain Python: nothing is allocated and torch is not imported, so the launcher, t
 """
 
 import math
+from collections.abc import Mapping
 
-from dist_lm.config.model import ModelConfig
+from dist_lm.config.model import AdaptedModelConfig, ModelConfig
 
 Shape = tuple[int, ...]
 
@@ -15,6 +16,7 @@ MATRICES = (
     *("feed_forward.up.weight", "feed_forward.down.weight"),
 )
 GROUPS = ("embedding", "attention", "feed_forward", "norm", "head")
+ADAPTERS = ".adapters."  # in the names of the parameters of adapters
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -35,16 +37,29 @@ def parameter_count(config: ModelConfig) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
+def is_trained(name: str, config: ModelConfig) -> bool:
+    """Whether training changes the parameter: of a model with adapters only these and a scalar head, which the base may
+    lack."""
+    return config.lora is None or ADAPTERS in name or name.startswith("scalar_head.")
+
+
+def trained_count(config: ModelConfig) -> int:
+    """Number of parameters that training changes."""
+    return sum(math.prod(shape) for name, shape in parameter_shapes(config).items() if is_trained(name, config))
+
+
 def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     """Floating-point operations per token of a forward and backward pass over sequences of `seq_len`.
 
     PaLM (Chowdhery et al. 2022), appendix B: `6 N + 12 L H Q T`, with attention counted in full although half is
-    masked. N excludes an embedding that is only looked up (untied, or with a scalar head).
+    masked. N excludes an embedding that is only looked up (untied, or with a scalar head). Frozen parameters have no
+    gradient: 4 N.
     """
     multiplied_embedding = config.tie_embeddings and config.head == "tokens"
     looked_up = 0 if multiplied_embedding else config.vocab_size * config.d_model
     multiplied = parameter_count(config) - looked_up
-    return 6 * multiplied + 12 * config.n_layers * config.n_heads * config.d_head * seq_len
+    frozen = parameter_count(config) - trained_count(config) - (looked_up if config.lora else 0)
+    return 6 * multiplied - 2 * frozen + 12 * config.n_layers * config.n_heads * config.d_head * seq_len
 
 
 def kv_bytes_per_token(config: ModelConfig, kv_heads: int, element_bytes: int) -> int:
@@ -99,8 +114,10 @@ def _block_shapes(config: ModelConfig) -> dict[str, Shape]:
     return (
         _norm_shapes(config, "attention_norm")
         | {f"attention.{name}": shape for name, shape in _attention_shapes(config).items()}
+        | _adapter_shapes(config, "attention", _attention_shapes(config))
         | _norm_shapes(config, "feed_forward_norm")
         | {f"feed_forward.{name}": shape for name, shape in _feed_forward_shapes(config).items()}
+        | _adapter_shapes(config, "feed_forward", _feed_forward_shapes(config))
     )
 
 
@@ -124,4 +141,19 @@ def _feed_forward_shapes(config: ModelConfig) -> dict[str, Shape]:
         shapes[f"{name}.weight"] = (out, into)
         if config.bias:
             shapes[f"{name}.bias"] = (out,)
+    return shapes
+
+
+def _adapter_shapes(config: ModelConfig, part: str, weights: Mapping[str, Shape]) -> dict[str, Shape]:
+    """A (rank, input) and B (rank, output) of every adapter, with the dimensions of the weight."""
+    if not isinstance(config, AdaptedModelConfig):
+        return {}
+    shapes: dict[str, Shape] = {}
+    for name in config.adapted(part):
+        weight = weights[name] if name in weights else weights[f"{name}.weight"]
+        # the output of attention is stored as (input, output), other weights as (output, input)
+        of_input = weight[:-1] if name == "output" else weight[-1:]
+        of_output = weight[-1:] if name == "output" else weight[:-1]
+        shapes[f"{part}{ADAPTERS}{name}.a"] = (config.lora.rank, *of_input)
+        shapes[f"{part}{ADAPTERS}{name}.b"] = (config.lora.rank, *of_output)
     return shapes

@@ -14,7 +14,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.root import Config
 from dist_lm.errors import ConfigError
-from dist_lm.model.size import Shape, parameter_shapes
+from dist_lm.model.size import ADAPTERS, Shape, is_trained, parameter_shapes
 
 AXES = ("dp_replicate", "dp_shard", "tp")
 LISTED_LAYOUTS = 12  # in an error message
@@ -296,12 +296,15 @@ def partial_gradients(model: ModelConfig, layout: Layout, sp: bool) -> list[str]
         for name, placement in placements(model, layout).items()
         if layout.tp > 1
         and placement.tp_dim is None
+        and is_trained(name, model)
         and (sp or not name.endswith(WHOLE_GRADIENT))
         and not name.endswith(ALWAYS_WHOLE_GRADIENT)
     ]
 
 
 def _placement(name: str, shape: Shape, model: ModelConfig, layout: Layout) -> Placement:
+    if ADAPTERS in name:
+        return _factor_placement(name, shape, model, layout)
     if layout.tp == 1:
         return Placement(shape, shape, None, _fsdp_dim(shape, layout.dp_shard))
     if len(shape) == 1 or name.endswith("_bias") or (_reads_keys(name) and not shards_key_heads(model, layout.tp)):
@@ -310,6 +313,17 @@ def _placement(name: str, shape: Shape, model: ModelConfig, layout: Layout) -> P
     padded = list(shape)
     padded[tp_dim] = slice_of(shape[tp_dim], layout.tp, 0).held * layout.tp
     return Placement(shape, tuple(padded), tp_dim, 2 if len(shape) == 3 else 1 - tp_dim)
+
+
+def _factor_placement(name: str, shape: Shape, model: ModelConfig, layout: Layout) -> Placement:
+    """A factor (rank, ...) of an adapter: tp cuts it along the dimension of heads or hidden units, if it has it."""
+    weight, factor = name.split(ADAPTERS)[1].split(".")
+    last = len(shape) - 1
+    everywhere = weight in ("key", "value") and not shards_key_heads(model, layout.tp)
+    if layout.tp == 1 or factor != ("a" if weight in ("output", "down") else "b") or everywhere:
+        return Placement(shape, shape, None, last if shape[last] % layout.dp_shard == 0 else 0)
+    padded = (shape[0], slice_of(shape[1], layout.tp, 0).held * layout.tp, *shape[2:])
+    return Placement(shape, padded, 1, last if last > 1 and shape[last] % layout.dp_shard == 0 else 0)
 
 
 def _reads_keys(name: str) -> bool:

@@ -37,6 +37,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.model.keyed_random import initial_value
+from dist_lm.model.size import is_trained
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.gloo import exchange_messages
 from dist_lm.parallel.layout import (
@@ -126,6 +127,9 @@ def arrange_model(
             model = _tensor_parallel(model_config, parallel, mesh, layout, where)
         else:
             model = Transformer(model_config)
+    if model_config.lora is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_trained(name, model_config))
     model.chunk_bytes = parallel.loss_chunk_mib << 20
     compiled = parallel.compile == "always" or (parallel.compile == "auto" and device.type == "cuda")
     wrap_blocks(model, parallel.activation_checkpointing, compiled, whole_graph=device.type == "cuda")

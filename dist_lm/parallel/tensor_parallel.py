@@ -17,9 +17,18 @@ from torch import nn
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.model.attention import Attention, Visibility, attend, from_heads, to_heads
-from dist_lm.model.layers import FeedForward, HeadNorm, RopeTables, activate, build_norm, normalise_heads, rotate
+from dist_lm.model.layers import (
+    FeedForward,
+    HeadNorm,
+    RopeTables,
+    activate,
+    adapted,
+    build_norm,
+    normalise_heads,
+    rotate,
+)
 from dist_lm.model.transformer import Transformer
-from dist_lm.parallel.layout import Slice, keys_of, slice_of
+from dist_lm.parallel.layout import Slice, keys_of, shards_key_heads, slice_of
 from dist_lm.parallel.tensor_axis import TensorAxis, local
 
 
@@ -139,6 +148,11 @@ class HeadParallelAttention(Attention):
         self.keys, self.queries_of_key = keys_of(config, axis.size, axis.rank)
         if config.qk_norm:
             self.query_norm, self.key_norm = ReplicatedHeadNorm(config), ReplicatedHeadNorm(config)
+        if self.adapters is not None:
+            from dist_lm.parallel.adapters import share_heads
+
+            keys = slice(None) if shards_key_heads(config, axis.size) else slice(self.keys.start, self.keys.stop)
+            share_heads(self.adapters, self.heads, keys)
 
     def forward(
         self,
@@ -148,16 +162,20 @@ class HeadParallelAttention(Attention):
     ) -> torch.Tensor:
         x_BTD = self.axis.enter(x_BTD)
         q_BTHK = to_heads(x_BTD, local(self.query), bias_of(self.query_bias, self.heads))
+        q_BTHK = adapted(q_BTHK, x_BTD, self.adapters, "query")
         k_BSGK = to_heads(x_BTD, self._key_rows(self.key), bias_of(self.key_bias, self.keys))
+        k_BSGK = adapted(k_BSGK, x_BTD, self.adapters, "key")
         v_BSGK = to_heads(x_BTD, self._key_rows(self.value), bias_of(self.value_bias, self.keys))
+        v_BSGK = adapted(v_BSGK, x_BTD, self.adapters, "value")
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHK, k_BSGK = self.query_norm(q_BTHK), self.key_norm(k_BSGK)
         k_BSGK = rotate(k_BSGK, rope)
         if self.queries_of_key:
             k_BSGK, v_BSGK = (_repeated(heads, self.queries_of_key) for heads in (k_BSGK, v_BSGK))
         o_BTHK = attend(rotate(q_BTHK, rope), k_BSGK, v_BSGK, visibility)
-        real = self.heads.real
-        part_BTD = from_heads(o_BTHK[:, :, :real], local(self.output)[:real], None)
+        o_BTHK = o_BTHK[:, :, : self.heads.real]
+        part_BTD = from_heads(o_BTHK, local(self.output)[: self.heads.real], None)
+        part_BTD = adapted(part_BTD, o_BTHK, self.adapters, "output")
         return with_bias(self.axis.leave(part_BTD), self.output_bias)
 
     def _key_rows(self, weight: torch.Tensor) -> torch.Tensor:
@@ -173,12 +191,18 @@ class WidthParallelFeedForward(FeedForward):
         super().__init__(config)
         self.axis = axis
         self.units = slice_of(config.d_ff, axis.size, axis.rank)
+        if self.adapters is not None:
+            from dist_lm.parallel.adapters import share_units
+
+            share_units(self.adapters, self.units)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         x_BTD = self.axis.enter(x_BTD)
         gate_BTF = None if self.gate is None else self._project(x_BTD, self.gate)
-        h_BTF = activate(self._project(x_BTD, self.up), gate_BTF)
+        gate_BTF = None if gate_BTF is None else adapted(gate_BTF, x_BTD, self.adapters, "gate")
+        h_BTF = activate(adapted(self._project(x_BTD, self.up), x_BTD, self.adapters, "up"), gate_BTF)
         part_BTD = F.linear(h_BTF, local(self.down.weight)[:, : self.units.real])
+        part_BTD = adapted(part_BTD, h_BTF, self.adapters, "down")
         return with_bias(self.axis.leave(part_BTD), self.down.bias)
 
     def _project(self, x_BTD: torch.Tensor, layer: nn.Linear) -> torch.Tensor:

@@ -6,7 +6,7 @@ tensor. Checkpoints hold logical tensors.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.model.size import parameter_shapes
+from dist_lm.model.size import Shape, parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.tensor_parallel import TensorParallelTransformer
 
@@ -62,13 +62,13 @@ def fill(model: nn.Module, model_config: ModelConfig, value: Callable[[str, tupl
 
 @torch.no_grad()
 def whole_weights(model: nn.Module, model_config: ModelConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """All parameters by name, whole and of logical shape, on every rank (collective).
+    """All parameters by name, whole and of logical shape, on every rank (collective). Adapters are merged.
 
     They may share memory with the parameters of the model.
     """
-    full = {}
-    for name, shape in parameter_shapes(model_config).items():
-        value = logical(model.get_parameter(name), shape)
+    full, shapes = {}, parameter_shapes(model_config)
+    for name in parameter_shapes(model_config.plain):
+        value = _with_change(model, model_config, name, shapes)
         full[name] = (value.full_tensor() if isinstance(value, DTensor) else value).detach().to(dtype)
     return full
 
@@ -77,32 +77,47 @@ def stream_weights(
     model: nn.Module, model_config: ModelConfig, dtype: torch.dtype, receives: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """All parameters, one at a time, whole, of logical shape and in `dtype`, in the order of `parameter_shapes`.
+    Adapters are merged.
 
     Collective: every rank reads the stream to its end. The tensors belong to the receiver, and the stream keeps none.
 
     Args:
         receives: whether this rank gets the parameters; on other ranks the stream is empty.
     """
-    for name, shape in parameter_shapes(model_config).items():
+    shapes = parameter_shapes(model_config)
+    for name in parameter_shapes(model_config.plain):
         if receives:
-            yield name, _whole_copy(logical(model.get_parameter(name), shape), dtype)
+            yield name, _whole_copy(model, model_config, name, shapes, dtype)
         else:
-            _whole_copy(logical(model.get_parameter(name), shape), dtype)
+            _whole_copy(model, model_config, name, shapes, dtype)
 
 
-def _whole_copy(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _whole_copy(
+    model: nn.Module, config: ModelConfig, name: str, shapes: Mapping[str, Shape], dtype: torch.dtype
+) -> torch.Tensor:
     """A parameter as a tensor with memory of its own; it is sent in `dtype` (collective)."""
     with torch.inference_mode(mode=False), torch.no_grad():  # whatever the mode of the reader is
-        cast = value.detach().to(dtype)
+        cast = _with_change(model, config, name, shapes).detach().to(dtype)
         whole = cast.full_tensor() if isinstance(cast, DTensor) else cast
-        shared = whole.untyped_storage().data_ptr() == shard_of(value).untyped_storage().data_ptr()
+        held = shard_of(model.get_parameter(name))
+        shared = whole.untyped_storage().data_ptr() == held.untyped_storage().data_ptr()
         return whole.clone() if shared else whole
 
 
+def _with_change(model: nn.Module, config: ModelConfig, name: str, shapes: Mapping[str, Shape]) -> torch.Tensor:
+    """A parameter of logical shape, with the change by its adapter (collective)."""
+    value = logical(model.get_parameter(name), shapes[name])
+    if config.lora is None:
+        return value
+    from dist_lm.parallel.adapters import merged
+
+    return merged(model, name, value, shapes)
+
+
 def unsharded_copy(model: Transformer, model_config: ModelConfig, dtype: torch.dtype) -> Transformer:
-    """A plain model with the same weights, for sampling, whole on every rank (collective)."""
+    """A plain model with the same weights, for sampling, whole on every rank (collective). Adapters are merged."""
     with torch.device("meta"):
-        copy = Transformer(model_config)
+        copy = Transformer(model_config.plain)
     copy.load_state_dict(whole_weights(model, model_config, dtype), assign=True)
     return copy.eval()
 

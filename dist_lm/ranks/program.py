@@ -19,11 +19,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from dist_lm.config.corpus import SPLITS
+from dist_lm.config.model import AdaptedModelConfig
 from dist_lm.config.root import Config
 from dist_lm.data.manifest import read_manifest, record_content, require_content
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
-from dist_lm.model.size import flops_per_token, parameter_count
+from dist_lm.model.size import flops_per_token, parameter_count, trained_count
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import Layout, check_batch, resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh, data_mesh, measure_all_reduce, process_group
@@ -138,6 +139,7 @@ def write_success(
             "steps": steps,
             "tokens": tokens,
             "parameters": parameter_count(config.model),
+            "trained_parameters": trained_count(config.trained_shape),
             "ranks": int(os.environ["WORLD_SIZE"]),
             "seconds": seconds,
             "checkpoint": latest.name if latest else None,
@@ -168,7 +170,12 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
     with started(run, config, stop, heartbeat) as start, ExitStack() as stack:
         world, mesh, tokenizer = start.world, start.mesh, start.tokenizer
         check_corpora(run, config, tokenizer, world)
-        model = build_model(config.model, config.parallel, mesh, world.device, config.seed)
+        shape = config.trained_shape
+        if shape.lora is not None:
+            from dist_lm.training.adapters import with_base
+
+            shape = with_base(shape, run.checkpoints, config.stage.init_from, world)
+        model = build_model(shape, config.parallel, mesh, world.device, config.seed)
         optimizer = build_optimizer(model, config.stage, config.stage.muon)
         state = restore(run, config, start, model, optimizer)
         ranks = data_mesh(mesh)
@@ -198,7 +205,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             metrics=open_metrics(run, world, state),
             stop=stop,
             heartbeat=heartbeat,
-            flops_per_token=flops_per_token(config.model, config.stage.seq_len),
+            flops_per_token=flops_per_token(shape, config.stage.seq_len),
             peak_flops=world.size * flops,
             bytes_per_token=data.bytes_per_token,
             profiler=step_profiler(run, config, world),
@@ -206,7 +213,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         log.info(
             "rank %d of %d on %s, %s, from step %d", world.rank, world.size, world.device, start.layout, state.step
         )
-        whole_copy = partial(unsharded_copy, model, config.model, generation_dtype(config.parallel, world.device))
+        whole_copy = partial(unsharded_copy, model, shape, generation_dtype(config.parallel, world.device))
         closing = partial(Closing, config, run, world, tokenizer, whole_copy)
         metrics = trainer.metrics
         if config.stage.eval_at_start and state.step == 0:
@@ -242,7 +249,9 @@ def restore(
     own = checkpoint.newest_intact(run.checkpoints, start.world)
     if own is not None:
         log.info("continuing from %s", own)
-        state = checkpoint.load(own, model, optimizer, config.model)
+        if isinstance(model.config, AdaptedModelConfig):
+            checkpoint.load_weights(Path(model.config.base), model, model.config)
+        state = checkpoint.load(own, model, optimizer, model.config)
         checkpoint_files.check_tokenizer(own, state, sha256)
         return replace(state, tokenizer=sha256)
     if config.stage.branch_from:
@@ -257,7 +266,7 @@ def restore(
     if config.stage.init_from != "none":
         origin = checkpoint.find_intact(Path(config.stage.init_from), start.world)
         checkpoint_files.check_tokenizer(origin, checkpoint_files.read_state(origin)[0], sha256)
-        checkpoint.load_weights(origin, model, config.model)
+        checkpoint.load_weights(origin, model, model.config)
         log.info("starting from the weights of %s", origin)
     return TrainState(tokenizer=sha256)
 

@@ -148,7 +148,7 @@ class Saving:
             policy.optimizer,
             train_state(state, self.reporter.tokens, self.reporter.tokenizer.sha256),
             self.begun.companions,
-            saved_files(state) if self.is_first else {},
+            saved_files(state, self.begun.critic_base) if self.is_first else {},
         )
         if self.reporter.metrics:
             self.reporter.metrics.write(state.iteration, {"checkpoint/stall_s": time.perf_counter() - began})
@@ -178,7 +178,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             if metrics and found:
                 metrics.write(0, found)
         text = stack.enter_context(pretraining_text(config, run, start, state.policy_updates))
-        with _saver(run, config, start) as saver, profiler or nullcontext():
+        with _saver(run, config, start, begun) as saver, profiler or nullcontext():
             if profiler:
                 profiler.reached(state.iteration)
             learner = Learner(
@@ -233,11 +233,11 @@ def _supply(
     )
 
 
-def _saver(run: RunDirectory, config: RlhfRunConfig, start: RankStart) -> CheckpointSaver:
+def _saver(run: RunDirectory, config: RlhfRunConfig, start: RankStart, begun: Begun) -> CheckpointSaver:
     stage = config.stage
     return CheckpointSaver(
         run.checkpoints,
-        config.model,
+        begun.models.policy.model.config,
         start.world,
         keep=stage.keep_checkpoints,
         beside_training=stage.checkpoint_async,

@@ -15,7 +15,7 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.ranks.program import RankStart
 from dist_lm.rlhf.experience import add_up, end_scores
 from dist_lm.rlhf.learner import RolloutSupply
-from dist_lm.rlhf.models import RlhfModels, dealing, sent_weights
+from dist_lm.rlhf.models import RlhfModels, as_reference, dealing, sent_weights
 from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rewards import rules_of, share_judged, total_score
 from dist_lm.rlhf.rollouts import Rollouts, read_to_end
@@ -46,7 +46,8 @@ class HeldOut:
             return {}
         reference = self.models.reference or self.models.policy.model
         own = self._scores(self.models.policy.model, POLICY_VERSION, POLICY_SEED, scale)
-        other = self._scores(reference, REFERENCE_VERSION, REFERENCE_SEED, scale)
+        with as_reference(self.models):
+            other = self._scores(reference, REFERENCE_VERSION, REFERENCE_SEED, scale)
         wins = (own > other).double() + (own == other).double() / 2
         return {
             "rlhf/win_rate": float(wins.mean()),

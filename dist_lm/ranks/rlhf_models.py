@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
-from dist_lm.config.model import ModelConfig
+from dist_lm.config.model import AdaptedModelConfig, ModelConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.sharding import build_model
@@ -27,7 +28,7 @@ from dist_lm.training.state import TrainState
 log = logging.getLogger(__name__)
 
 VALUE = "value."  # prefix of the critic's tensors
-STATE, PENDING = "rlhf.json", "pending.safetensors"  # files of this stage in a checkpoint
+STATE, PENDING, CRITIC = "rlhf.json", "pending.safetensors", "critic.json"  # files of this stage in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Begun:
     models: RlhfModels
     state: RlhfState
     tokens: int  # generated and trained on so far
+    critic_base: Mapping[str, str] | None = None  # see `base_record`; None: no critic, or one without adapters
 
     @property
     def companions(self) -> tuple[Companion, ...]:
@@ -53,28 +55,61 @@ def begin(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorithm:
     """
     own = checkpoint.newest_intact(run.checkpoints, start.world)
     origin = None if config.stage.init_from == "none" else Path(config.stage.init_from)
-    reference = _model(config.model, config, start).requires_grad_(False)
-    policy = trained(_model(config.model, config, start), config.rlhf, config.rlhf.lr)
+    shape = config.trained_shape
+    if isinstance(shape, AdaptedModelConfig):
+        from dist_lm.training.adapters import with_base
+
+        shape = with_base(shape, run.checkpoints, config.stage.init_from, start.world)
+        origin = Path(shape.base)
+    policy = trained(_model(shape, config, start), config.rlhf, config.rlhf.lr)
+    reference = policy.model if shape.lora else _model(shape, config, start).requires_grad_(False)
     if origin:
         origin = checkpoint.find_intact(origin, start.world)
-        state = checkpoint.load(origin, reference, None, config.model)
-        checkpoint_files.check_tokenizer(origin, state, start.tokenizer.sha256)
-    reward = _reward_model(config, start)
-    shape = replace(config.model, head="scalar")
-    critic = None
+        checkpoint_files.check_tokenizer(origin, checkpoint_files.read_state(origin)[0], start.tokenizer.sha256)
+        for model in (reference,) if shape.lora or own else (reference, policy.model):
+            checkpoint.load_weights(origin, model, shape)
+    reward, critic, critic_base = _reward_model(config, start), None, None
     if algorithm.has_critic:
-        critic = trained(_model(shape, config, start), config.rlhf, config.rlhf.value_lr)
-    begun = Begun(RlhfModels(policy, critic, reference, reward), first_state(config.rlhf), 0)
+        scalar = replace(shape, head="scalar")
+        critic = trained(_model(scalar, config, start), config.rlhf, config.rlhf.value_lr)
+        trunk = _trunk(reward, policy.model, scalar)
+        if shape.lora or not own:
+            start_critic(critic.model, trunk, config.rlhf.value_head)
+        if isinstance(shape, AdaptedModelConfig):
+            critic_base = base_record(Path(config.rlhf.reward_model) if trunk is reward else Path(shape.base))
+    begun = Begun(RlhfModels(policy, critic, reference, reward), first_state(config.rlhf), 0, critic_base)
     if own:
         log.info("continuing from %s", own)
-        state = checkpoint.load(own, policy.model, policy.optimizer, config.model, begun.companions)
-        return Begun(begun.models, read_state(own), state.tokens)
+        if critic_base:
+            check_critic(own, critic_base)
+        state = checkpoint.load(own, policy.model, policy.optimizer, shape, begun.companions)
+        return replace(begun, state=read_state(own), tokens=state.tokens)
     if origin:
-        checkpoint.load(origin, policy.model, None, config.model)
         log.info("starting from the weights of %s", origin)
-    if critic:
-        start_critic(critic.model, _trunk(reward, policy.model, shape), config.rlhf.value_head)
     return begun
+
+
+def base_record(path: Path) -> dict[str, str]:
+    """The base of the critic's adapters: path and SHA-256 of its manifest."""
+    from dist_lm.training.adapters import fingerprint
+
+    found = checkpoint_files.find_checkpoint(path)
+    return {"base": str(found), "base_sha256": fingerprint(found)}
+
+
+def check_critic(own: Path, base: Mapping[str, str]) -> None:
+    """Refuse adapters of a critic for another base.
+
+    Raises:
+        ArtefactError: names the checkpoint and both bases.
+    """
+    saved = json.loads(checkpoint_files.read_attached(own, CRITIC))
+    if saved["base_sha256"] != base["base_sha256"]:
+        raise ArtefactError(
+            f"checkpoint {own}: the critic's adapters belong to {saved['base']} (manifest "
+            f"{saved['base_sha256'][:12]}), found {base['base']} ({base['base_sha256'][:12]}): put that checkpoint "
+            "back, or name it by rlhf.reward_model"
+        )
 
 
 def first_state(group: RlhfRunGroup) -> RlhfState:
@@ -89,9 +124,10 @@ def first_state(group: RlhfRunGroup) -> RlhfState:
     return RlhfState(KlController(group.kl_coefficient, group.kl_target, group.kl_horizon), reward_scale=scale)
 
 
-def saved_files(state: RlhfState) -> dict[str, bytes]:
+def saved_files(state: RlhfState, critic_base: Mapping[str, str] | None = None) -> dict[str, bytes]:
     """Files of this stage in a checkpoint: name -> content."""
-    return {STATE: json.dumps(state.to_dict(), indent=1).encode(), PENDING: save_arrays(dict(state.arrays()))}
+    found = {STATE: json.dumps(state.to_dict(), indent=1).encode(), PENDING: save_arrays(dict(state.arrays()))}
+    return found | ({CRITIC: json.dumps(dict(critic_base), indent=1).encode()} if critic_base else {})
 
 
 def train_state(state: RlhfState, tokens: int, tokenizer_sha256: str) -> TrainState:
@@ -123,7 +159,7 @@ def _reward_model(config: RlhfRunConfig, start: RankStart) -> Transformer | None
     shape = ModelConfig(**checkpoint_files.read_state(found)[1])
     check_reward_model(config, shape)
     model = _model(shape, config, start)
-    checkpoint.load(found, model, None, shape)
+    checkpoint.load_weights(found, model, shape)
     return model.requires_grad_(False)
 
 

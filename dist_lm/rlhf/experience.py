@@ -17,7 +17,7 @@ from dist_lm.data.batch import Batch
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.sharding import reshard
 from dist_lm.rlhf.algorithm import Experience
-from dist_lm.rlhf.models import Execution
+from dist_lm.rlhf.models import Execution, as_reference
 from dist_lm.rlhf.packed_rollouts import Dealing, RolloutBatch, completion_mask, whole_batches
 from dist_lm.rlhf.policy_gradient import truncated_importance
 from dist_lm.rlhf.reward_model import RewardScale
@@ -93,7 +93,8 @@ def _forward_passes(
         policy = models.policy.model
         found["logprob"], found["entropy"] = token_logprobs(policy, _each(batches, run.alive), shape, temperature)
         if models.reference:
-            found["reference"], _ = token_logprobs(models.reference, _each(batches, run.alive), shape, temperature)
+            with as_reference(models):
+                found["reference"], _ = token_logprobs(models.reference, _each(batches, run.alive), shape, temperature)
         return found
 
     def of_scores() -> dict[str, torch.Tensor]:

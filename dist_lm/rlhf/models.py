@@ -6,7 +6,7 @@ dropout: nothing here gives a forward pass a dropout key.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
@@ -17,6 +17,7 @@ from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.errors import ConfigError
 from dist_lm.generation.decoder import WeightStream
+from dist_lm.model.size import ADAPTERS
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World, data_mesh
 from dist_lm.parallel.sharding import compute_dtype, reshard
@@ -44,8 +45,17 @@ class RlhfModels:
 
     policy: Trained
     critic: Trained | None = None  # with a scalar head; None: the algorithm has no critic
-    reference: Transformer | None = None  # None: no KL penalty
+    reference: Transformer | None = None  # None: no KL penalty; a policy of adapters is its own, without these
     reward: Transformer | None = None  # with a scalar head; None: all reward parts are rules
+
+
+def as_reference(models: RlhfModels) -> AbstractContextManager[None]:
+    """Inside the block, the model `models.reference` is the reference; only there, if it is the policy."""
+    if models.reference is not models.policy.model:
+        return nullcontext()
+    from dist_lm.model.lora import without_adapters
+
+    return without_adapters(models.policy.model)
 
 
 def trained(model: Transformer, config: RlhfConfig, lr: float) -> Trained:
@@ -67,6 +77,8 @@ def start_critic(critic: Transformer, source: Transformer, head: str) -> None:
         reshard(model)
     given = dict(source.named_parameters())
     for name, parameter in critic.named_parameters():
+        if ADAPTERS in name:
+            continue
         if name.startswith(SCALAR_HEAD) and head == "zero":
             shard_of(parameter).zero_()
         elif name not in given:

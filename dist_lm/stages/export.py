@@ -37,7 +37,7 @@ from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.symbols import END
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files as files
-from dist_lm.training.checkpoint_tensors import MadeTensor, StoredTensor, stored_tensors, write_tensors
+from dist_lm.training.checkpoint_tensors import MadeTensor, StoredTensor, model_tensors, write_tensors
 
 DTYPES = {"bf16": ("BF16", torch.bfloat16), "fp32": ("F32", torch.float32)}  # names in safetensors and torch
 TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -74,13 +74,13 @@ def export(
         require_gguf(gguf, model, found)
     pieces = tokenizer_of(checkpoint, tokenizer, run)
     files.check_tokenizer(checkpoint, files.read_state(checkpoint)[0], pieces.sha256)
-    stored = stored_tensors(checkpoint)
+    stored = model_tensors(checkpoint)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.mkdir(parents=True)
 
         def read(name: str) -> torch.Tensor:
-            return as_torch(stored[files.MODEL + name])
+            return as_torch(stored[name], name)
 
         write_model(temporary, model, read, dtype, token_ids(pieces))
         if gguf is not None:
@@ -157,14 +157,15 @@ def in_files(
     yield part
 
 
-def as_torch(tensor: StoredTensor) -> torch.Tensor:
+def as_torch(tensor: StoredTensor | MadeTensor, name: str) -> torch.Tensor:
     """A stored tensor.
 
     Raises:
         ArtefactError: its dtype is none of fp32, fp16 and bf16; names the tensor.
     """
     if tensor.dtype not in TORCH:
-        raise ArtefactError(f"{tensor.parts[0].file}: {tensor.name} is {tensor.dtype}: expected {', '.join(TORCH)}")
+        file = f"{tensor.parts[0].file}: " if isinstance(tensor, StoredTensor) else ""
+        raise ArtefactError(f"{file}{name} is {tensor.dtype}: expected {', '.join(TORCH)}")
     return torch.from_numpy(tensor.read()).view(TORCH[tensor.dtype]).view(tensor.shape)
 
 

@@ -187,7 +187,7 @@ def _ours(theirs: Mapping[str, StoredTensor], entries: list[Converted], model: M
     """Our parameters in fp32. A score of theirs has no bias: ours is 0."""
 
     def read(one: Converted, place: int) -> torch.Tensor:
-        return one.to_ours(as_torch(theirs[one.name]), place)
+        return one.to_ours(as_torch(theirs[one.name], one.name), place)
 
     found: dict[str, MadeTensor] = {}
     for one in entries:

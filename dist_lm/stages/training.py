@@ -157,7 +157,16 @@ class TrainingStage(Stage):
         if latest:
             require_content(run, config.streams)
             require_inputs(run, config.corpus, config.streams)
+            if config.stage.lora.rank:
+                from dist_lm.training.adapters import adapted_model
+
+                adapted_model(latest)  # refuses a base that is gone or has changed
             return Look(config, Action.RESUME, f"from {latest.name} to step {config.stage.steps:,}")
+        if config.stage.lora.rank and config.stage.init_from == "none":
+            raise ConfigError(
+                f"stage.lora.rank={config.stage.lora.rank}: expected 0, as stage {self.name} starts from new weights; "
+                "or name the model to adapt by stage.init_from"
+            )
         if config.stage.branch_from:
             from dist_lm.stages.continuing import check_branch
 
@@ -208,7 +217,9 @@ class TrainingStage(Stage):
         metrics = result["metrics"]
         bits = f", {metrics['val/bits_per_byte']:.3f} bits per byte" if "val/bits_per_byte" in metrics else ""
         steps, amount = f"{result['steps']:,} steps", f"{result['tokens']:,} {self.unit}"
-        yield "parameters", f"{result['parameters']:,}"
+        trained = result.get("trained_parameters", result["parameters"])
+        adapters = f", {trained:,} of them trained" if config.stage.lora.rank else ""
+        yield "parameters", f"{result['parameters']:,}{adapters}"
         yield "trained", f"{steps}, {amount} on {counted(result['ranks'], 'rank')}"
         if "val/loss" in metrics:
             yield "val", f"loss {three_decimals(metrics['val/loss'])}{bits}"

@@ -18,9 +18,9 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dist_lm.config.model import ModelConfig
+from dist_lm.config.model import AdaptedModelConfig, ModelConfig
 from dist_lm.errors import ArtefactError, UserError
-from dist_lm.model.size import parameter_shapes
+from dist_lm.model.size import ADAPTERS, is_trained, parameter_shapes
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.values import logical, shard_of
 from dist_lm.storage import durable
@@ -56,16 +56,28 @@ class Companion:
 def tensors_of(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, model_config: ModelConfig, prefix: str = ""
 ) -> dict[str, torch.Tensor]:
-    """All tensors by their names in a checkpoint, of logical shape; loading writes into these tensors."""
+    """All tensors by their names in a checkpoint, of logical shape; loading writes into these tensors. Of a model with
+    adapters only what is trained."""
     shapes = parameter_shapes(model_config)
     tensors = {
         f"{prefix}{files.MODEL}{name}": logical(parameter.detach(), shapes[name])
         for name, parameter in model.named_parameters()
+        if is_trained(name, model_config)
     }
     if optimizer is not None:
         for name, value in named_state(model, optimizer):
             tensors[f"{prefix}{files.OPTIMIZER}{name}"] = logical(value, shapes[name.rpartition(".")[0]])
     return tensors
+
+
+def weights_of(model: nn.Module, model_config: ModelConfig) -> dict[str, torch.Tensor]:
+    """The parameters by their names in a checkpoint, of logical shape, adapters excluded."""
+    shapes = parameter_shapes(model_config)
+    return {
+        f"{files.MODEL}{name}": logical(parameter.detach(), shapes[name])
+        for name, parameter in model.named_parameters()
+        if ADAPTERS not in name
+    }
 
 
 def write(
@@ -160,7 +172,12 @@ def _finish(
     attached: Mapping[str, bytes],
 ) -> None:
     digests |= files.attach(temporary, attached)
-    files.write_state(temporary, state, asdict(config))
+    record = None
+    if isinstance(config, AdaptedModelConfig):
+        from dist_lm.training.adapters import record_of
+
+        record = record_of(config, target)
+    files.write_state(temporary, state, asdict(config.plain), record)
     digests[files.STATE] = durable.sha256_of(temporary / files.STATE)
     files.write_manifest(temporary, digests)
     if target.exists():  # a damaged checkpoint of this step was skipped, and the step is saved again
@@ -177,7 +194,8 @@ def load(
     model_config: ModelConfig,
     companions: Sequence[Companion] = (),
 ) -> TrainState:
-    """Fill `model` (and `optimizer`, unless None) from a checkpoint written at any layout (collective).
+    """Fill `model` (and `optimizer`, unless None) from a checkpoint written at any layout (collective). Of a model with
+    adapters only what is trained; `load_weights` fills its base.
 
     Args:
         companions: more models to fill.
@@ -187,6 +205,10 @@ def load(
     """
     state, saved_model = files.read_state(checkpoint)
     files.check_same_model(checkpoint, saved_model, model_config)
+    if model_config.lora is not None or files.read_adapters(checkpoint) is not None:
+        from dist_lm.training.adapters import check_same_adapters
+
+        check_same_adapters(checkpoint, model_config)
     own = tensors_of(model, optimizer, model_config)
     parts = [own, *(companion.tensors() for companion in companions)]
     read(checkpoint, {name: tensor for part in parts for name, tensor in part.items()})
@@ -197,7 +219,8 @@ def load(
 
 
 def load_weights(checkpoint: Path, model: nn.Module, model_config: ModelConfig) -> None:
-    """Fill the parameters of `model` from the checkpoint it starts from (collective).
+    """Fill the parameters of `model`, adapters excluded, from the checkpoint it starts from (collective). Adapters of
+    that checkpoint are merged.
 
     A model with a scalar head may start from one with a token head: then its own head keeps its initial values.
 
@@ -206,7 +229,12 @@ def load_weights(checkpoint: Path, model: nn.Module, model_config: ModelConfig) 
     """
     saved_model = files.read_state(checkpoint)[1]
     files.check_start(checkpoint, saved_model, model_config)
-    tensors = tensors_of(model, None, model_config)
+    if files.read_adapters(checkpoint) is not None:
+        from dist_lm.training.adapters import load_merged
+
+        load_merged(checkpoint, model, model_config)
+        return
+    tensors = weights_of(model, model_config)
     if saved_model["head"] != model_config.head:
         tensors = {
             name: tensor for name, tensor in tensors.items() if not name.startswith(f"{files.MODEL}scalar_head.")

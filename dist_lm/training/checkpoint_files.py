@@ -66,9 +66,16 @@ def write_pointer(checkpoints: Path, name: str, target: Path) -> None:
     durable.write_text(checkpoints / name, target.name + "\n")
 
 
-def write_state(directory: Path, state: TrainState, model: dict[str, Any]) -> None:
-    """Record the state of the run and the configuration of the model."""
-    durable.write_json(directory / STATE, {"format": FORMAT, "state": asdict(state), "model": model})
+def write_state(
+    directory: Path, state: TrainState, model: dict[str, Any], adapters: Mapping[str, Any] | None = None
+) -> None:
+    """Record the state of the run and the configuration of the model.
+
+    Args:
+        adapters: their settings and their base, if the checkpoint holds adapters alone.
+    """
+    content = {"format": FORMAT, "state": asdict(state), "model": model}
+    durable.write_json(directory / STATE, content | ({} if adapters is None else {"adapters": adapters}))
 
 
 def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:
@@ -88,6 +95,11 @@ def read_state(directory: Path) -> tuple[TrainState, dict[str, Any]]:
         f"checkpoint {directory}: format {found}, expected {FORMAT}: another version of dist_lm wrote it; train this "
         "model again under another run_id or work_dir, or load it with that version"
     )
+
+
+def read_adapters(directory: Path) -> dict[str, Any] | None:
+    """Settings and base of the adapters that a checkpoint holds; None if it holds a whole model. After `read_state`."""
+    return json.loads((directory / STATE).read_text()).get("adapters")
 
 
 def attach(directory: Path, contents: Mapping[str, bytes]) -> dict[str, str]:
@@ -313,7 +325,7 @@ def check_same_model(
     Raises:
         ArtefactError: names every key that differs, with both values.
     """
-    own = asdict(model_config)
+    own = asdict(model_config.plain)
     saved = {one.name: one.default for one in fields(ModelConfig)} | saved  # options newer than the checkpoint are off
     # None means one key/value head per query head
     own, saved = ({**model, "n_kv_heads": model.get("n_kv_heads") or model.get("n_heads")} for model in (own, saved))

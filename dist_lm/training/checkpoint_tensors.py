@@ -84,7 +84,23 @@ def model_weights(directory: Path) -> dict[str, np.ndarray]:
         ArtefactError: a file cannot be read, or a part of a tensor is missing.
     """
     return {
-        name.removeprefix(files.MODEL): tensor.read().view(np.float32).reshape(tensor.shape)
+        name: tensor.read().view(np.float32).reshape(tensor.shape) for name, tensor in model_tensors(directory).items()
+    }
+
+
+def model_tensors(directory: Path) -> dict[str, StoredTensor | MadeTensor]:
+    """The parameters of a checkpoint by their names in the model, sorted by name or in the order of the model. Adapters
+    are merged into the parameters of their base.
+
+    Raises:
+        ArtefactError: a file cannot be read, a part of a tensor is missing, or the base is gone or has changed.
+    """
+    if files.read_adapters(directory) is not None:
+        from dist_lm.training.adapters import merged_tensors  # needs torch
+
+        return merged_tensors(directory)
+    return {
+        name.removeprefix(files.MODEL): tensor
         for name, tensor in stored_tensors(directory).items()
         if name.startswith(files.MODEL)
     }
@@ -178,12 +194,10 @@ def consolidate(path: Path, output: Path, with_optimizer: bool = False) -> int:
     if not output.parent.is_dir():
         raise ArtefactError(f"--output={output}: the folder {output.parent} does not exist; create it first")
     directory = files.require_intact(files.find_checkpoint(path))
-    tensors = {}
-    for name, tensor in stored_tensors(directory).items():
-        if name.startswith(files.MODEL):
-            tensors[name.removeprefix(files.MODEL)] = tensor
-        elif with_optimizer and name.startswith(files.OPTIMIZER):
-            tensors[name] = tensor
+    tensors = model_tensors(directory)
+    if with_optimizer:
+        stored = stored_tensors(directory)
+        tensors |= {name: tensor for name, tensor in stored.items() if name.startswith(files.OPTIMIZER)}
     state, model = files.read_state(directory)
     metadata = {"format": "pt", "step": str(state.step), "tokens": str(state.tokens), "model": json.dumps(model)}
     temporary = output.with_name(f".{output.name}.{secrets.token_hex(8)}.tmp")

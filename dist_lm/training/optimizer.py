@@ -74,7 +74,9 @@ class ShardedAdamW(torch.optim.AdamW):
 def build_optimizer(
     model: nn.Module, settings: StageConfig | RlhfConfig, muon: MuonConfig | None = None
 ) -> ShardedAdamW:
-    """AdamW (Loshchilov & Hutter 2019) with moments from the start, so that every checkpoint has the same keys.
+    """AdamW (Loshchilov & Hutter 2019) for the parameters that have gradients.
+
+    Moments exist from the start, so that every checkpoint has the same keys.
 
     With stage.ema_decay the state of each parameter also holds its average, so the average is sharded, padded and saved
     as the moments are.
@@ -84,7 +86,7 @@ def build_optimizer(
     """
     orthogonal = muon is not None and muon.lr > 0
     averaged = isinstance(settings, StageConfig) and settings.ema_decay > 0
-    named = list(model.named_parameters())
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     matrices = [p for n, p in named if orthogonal and is_matrix(n)]
     others = [(n, p) for n, p in named if not (orthogonal and is_matrix(n))]
     groups: list[dict[str, Any]] = [
@@ -114,6 +116,8 @@ def build_optimizer(
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
     """All tensors of the optimizer, as a checkpoint names them: (`PARAMETER.exp_avg`, tensor)."""
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # frozen under adapters
+            continue
         assert parameter in optimizer.state, f"{name} is not the tensor that the optimizer was built with"
         for key, value in optimizer.state[parameter].items():
             yield f"{name}.{key}", value

@@ -203,7 +203,7 @@ class Trainer:
         stage = self.config.stage
         return CheckpointSaver(
             self.checkpoints,
-            self.config.model,
+            self.model.config,
             self.world,
             keep=stage.keep_checkpoints,
             beside_training=stage.checkpoint_async,

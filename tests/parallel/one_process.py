@@ -4,6 +4,7 @@ It shares nothing with the runs it judges but the module definitions: whole para
 `F.cross_entropy`, autograd.
 """
 
+import pickle
 from functools import cache
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.stage import MuonConfig
+from dist_lm.model.size import is_trained
 from dist_lm.model.transformer import Transformer
 from dist_lm.training.optimizer import build_optimizer
 from tests.parallel.training_task import (
@@ -30,7 +32,7 @@ from tests.parallel.training_task import (
 
 def expected_of(model: ModelConfig, steps: int = 1, muon_lr: float = 0.0) -> Trajectory:
     """`steps` steps in float64: what all layouts round. Each is computed once."""
-    return _expected_of(tuple(vars(model).items()), steps, muon_lr)
+    return _expected_of(pickle.dumps(model), steps, muon_lr)
 
 
 def _losses(model: Transformer, x_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
@@ -42,12 +44,14 @@ def _losses(model: Transformer, x_ND: torch.Tensor, targets_N: torch.Tensor) -> 
 
 
 @cache
-def _expected_of(model_items: tuple, steps: int, muon_lr: float) -> Trajectory:
-    model_config = ModelConfig(**dict(model_items))
+def _expected_of(pickled: bytes, steps: int, muon_lr: float) -> Trajectory:
+    model_config: ModelConfig = pickle.loads(pickled)
     model = Transformer(model_config).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(parameter_value(name, tuple(parameter.shape), model_config))
+            parameter.requires_grad_(is_trained(name, model_config))
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = build_optimizer(model, STAGE, MuonConfig(lr=muon_lr))
     outcome = Trajectory()
     for step in range(steps):
@@ -63,8 +67,8 @@ def _expected_of(model_items: tuple, steps: int, muon_lr: float) -> Trajectory:
         mask_N = batch.loss_mask_BT.flatten()
         loss = (loss_N * mask_N).sum() / mask_N.sum()
         loss.backward()
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
-        for parameter in model.parameters():
+        norm = nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None]).item()
+        for parameter in learning:
             assert parameter.grad is not None
             parameter.grad *= min(1.0, STAGE.grad_clip / norm)  # clip_grad_norm_ adds 1e-6 to the norm
         outcome.losses.append(loss.item())

@@ -50,9 +50,9 @@ class Trajectory:
 
 
 def parameter_value(name: str, shape: tuple[int, ...], model: ModelConfig) -> torch.Tensor:
-    """Initial values; norms and biases moved off 1 and 0, so that a forgotten or doubled one shows."""
+    """Initial values; norms, biases and B of adapters moved off 1 and 0, so that a forgotten or doubled one shows."""
     value = initial_value(name, shape, model, SEED)
-    if not name.endswith(("norm.weight", "bias")):
+    if not name.endswith(("norm.weight", "bias", ".b")):
         return value
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]))
     return value + 0.05 * torch.randn(shape, generator=generator)
@@ -106,7 +106,8 @@ def gradients(model: nn.Module) -> Tensors:
 def parameters_and_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
     """Whole parameters and moments, with their padding (collective)."""
     moments = {name: value for name, value in named_state(model, optimizer) if name.endswith(MOMENTS)}
-    return {name: whole(value) for name, value in [*model.named_parameters(), *moments.items()]}
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return {name: whole(value) for name, value in [*trained, *moments.items()]}
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

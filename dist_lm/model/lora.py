@@ -1,0 +1,109 @@
+"""Adapters: low-rank changes of frozen weights (LoRA, Hu et al. 2021, arXiv 2106.09685, equation 3).
+
+    y = W x + s B A x,   s = alpha / rank
+
+The product is never formed in training. Both factors have the rank as their first dimension and then the dimensions of
+the weight, so a slice of heads or hidden units is a slice of dimension 1. With the initial B = 0 the model is its base.
+
+Dimensions: B sequences, T tokens, R rank, I input (D, H K or F), O output (H K, D or F).
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the name the field uses
+from torch import nn
+
+from dist_lm.config.model import AdaptedModelConfig, ModelConfig
+from dist_lm.model.size import ADAPTERS, Shape, parameter_shapes
+
+INPUT_FIRST = "output"  # the weight that is stored as (input, output), the others are (output, input)
+
+
+class Adapter(nn.Module):
+    """The change of one weight."""
+
+    def __init__(self, a: Shape, b: Shape, scale: float) -> None:
+        """
+        Args:
+            a, b: shapes, (R, *input) and (R, *output).
+        """
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(a))
+        self.b = nn.Parameter(torch.empty(b))
+        self.scale = scale
+        self.is_on = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The change of the output, (B, T, *output), for an input (B, T, *input)."""
+        a, b = self.factors()
+        z_BTR = F.linear(x.flatten(2), a.flatten(1)) * self.scale
+        return (z_BTR @ b.flatten(1)).unflatten(-1, b.shape[1:])
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The parts of A and B that this rank computes with."""
+        return self.a, self.b
+
+
+def build_adapters(config: ModelConfig, part: str) -> nn.ModuleDict:
+    """The adapters of attention or feed_forward, by the name of the weight."""
+    assert isinstance(config, AdaptedModelConfig)
+    shapes = parameter_shapes(config)
+    prefix = f"blocks.0.{part}{ADAPTERS}"
+    return nn.ModuleDict(
+        {
+            name: Adapter(shapes[f"{prefix}{name}.a"], shapes[f"{prefix}{name}.b"], config.scale)
+            for name in config.adapted(part)
+        }
+    )
+
+
+def initial_factor(name: str, shape: Shape, seed: int) -> torch.Tensor:
+    """The whole initial value of A or B, fp32 on the CPU: B is 0, A uniform within 1 / sqrt(input), as in peft."""
+    if name.endswith(".b"):
+        return torch.zeros(shape)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    bound = 1 / math.sqrt(math.prod(shape[1:]))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def adapter_of(weight: str) -> str:
+    """The beginning of the names of the factors that change a weight: `blocks.0.feed_forward.adapters.up.` for
+    `blocks.0.feed_forward.up.weight`."""
+    module, _, name = weight.removesuffix(".weight").rpartition(".")
+    return f"{module}{ADAPTERS}{name}."
+
+
+def change(
+    weight: str, a: torch.Tensor, b: torch.Tensor, scale: float, box: Sequence[slice] | None = None
+) -> torch.Tensor:
+    """`scale * B A` with the dimensions of the weight, in fp32.
+
+    Args:
+        weight: its name.
+        a, b: whole factors.
+        box: the part of the weight that is computed; None: all of it.
+    """
+    first, second = (a, b) if weight.endswith(INPUT_FIRST) else (b, a)
+    if box is not None:
+        first = first[(slice(None), *box[: first.dim() - 1])]
+        second = second[(slice(None), *box[first.dim() - 1 :])]
+    product = first.flatten(1).float().t() @ second.flatten(1).float()
+    return (product * scale).view(*first.shape[1:], *second.shape[1:])
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The model is its base inside the block."""
+    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
+    for adapter in adapters:
+        adapter.is_on = False
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.is_on = True

@@ -1,0 +1,97 @@
+"""Training adapters on any layout is training them in one process, and the frozen base keeps its bits."""
+
+import numpy as np
+import pytest
+import torch
+
+from dist_lm.config.model import AdaptedModelConfig, ModelConfig
+from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.stage import LoraConfig
+from dist_lm.model.lora import adapter_of, change
+from dist_lm.model.size import is_trained, parameter_shapes
+from dist_lm.parallel.layout import resolve_layout
+from dist_lm.parallel.mesh import World, build_mesh
+from dist_lm.parallel.sharding import build_model
+from dist_lm.parallel.values import fill, stream_weights, unsharded_copy
+from tests.parallel.on_a_mesh import MeshTrajectory, rank_steps
+from tests.parallel.one_process import entries_off, error, expected_of
+from tests.parallel.parity_cases import layout_of, model_of, parallel_of
+from tests.parallel.ranks import RankGroups
+from tests.parallel.test_parity import ENTRY, GRADIENT, LOSS, UPDATED_ENTRY
+from tests.parallel.training_task import SEED, parameter_value
+
+LORA = LoraConfig(rank=3, alpha=5.0)  # the rank divides by no number of ranks
+STEPS = 3
+CASES = [
+    *(("1x1x1", (5, 5)), ("1x2x1", (5, 5)), ("1x4x1", (6, 3)), ("2x1x1", (4, 4)), ("2x2x1", (5, 5))),
+    *(("1x1x2", (4, 4)), ("1x1x2", (5, 5)), ("1x1x2", (6, 3)), ("1x1x4", (5, 1)), ("1x1x2+sp", (5, 5))),
+    *(("1x1x4+sp", (6, 3)), ("1x2x2", (5, 5)), ("2x1x2", (4, 4)), ("1x2x2+sp", (6, 3))),
+]
+
+
+def adapted(heads: tuple[int, int], lora: LoraConfig = LORA, **changes) -> AdaptedModelConfig:
+    return AdaptedModelConfig.of(model_of(heads, **changes), lora)
+
+
+@pytest.mark.parametrize(("layout", "heads"), CASES, ids=lambda value: str(value).replace(", ", "of"))
+def test_steps_are_those_of_one_process(ranks: RankGroups, layout: str, heads: tuple[int, int]):
+    ffn, mode = ("swiglu", "selective") if heads[0] != heads[1] else ("gelu", "none")
+    model = adapted(heads, ffn=ffn)
+    parallel = parallel_of(layout, activation_checkpointing=mode)
+    found: MeshTrajectory = ranks.run(layout_of(layout).world_size, rank_steps, model, parallel, range(STEPS))
+    expected = expected_of(model, STEPS)
+    assert found.losses == pytest.approx(expected.losses, rel=LOSS)
+    assert found.norms == pytest.approx(expected.norms, rel=LOSS)
+    assert found.torn == found.dirty == set()
+    once: MeshTrajectory = ranks.run(layout_of(layout).world_size, rank_steps, model, parallel, range(1))
+    expected = expected_of(model, 1)
+    assert entries_off(once.gradients, expected.gradients, ENTRY) == {}
+    assert error(once.gradients, expected.gradients) < GRADIENT
+    assert entries_off(once.end, expected.end, UPDATED_ENTRY) == {}
+    assert all(is_trained(name, model) for name in once.gradients)
+
+
+@pytest.mark.parametrize("layout", ["1x1x1", "1x2x1", "1x1x2+sp"])
+def test_a_scalar_head_is_trained_beside_adapters(ranks: RankGroups, layout: str):
+    model = adapted((5, 5), LoraConfig(rank=2, targets=["query", "down"]), head="scalar")
+    found: MeshTrajectory = ranks.run(layout_of(layout).world_size, rank_steps, model, parallel_of(layout), range(1))
+    expected = expected_of(model)
+    assert {"scalar_head.weight", "scalar_head.bias"} < found.gradients.keys()
+    assert entries_off(found.gradients, expected.gradients, ENTRY) == {}
+    assert entries_off(found.end, expected.end, UPDATED_ENTRY) == {}
+
+
+def whole_and_streamed(world: World, model_config: AdaptedModelConfig, parallel: ParallelConfig) -> list[dict]:
+    """The weights as sampling and as an engine get them (collective)."""
+    mesh = build_mesh(resolve_layout(parallel, model_config, world.size), world.device)
+    model = build_model(model_config, parallel, mesh, world.device, SEED)
+    fill(model, model_config, lambda name, shape: parameter_value(name, shape, model_config))
+    copy = unsharded_copy(model, model_config, torch.float32)
+    streamed = dict(stream_weights(model, model_config, torch.float32, receives=world.is_first))
+    return [{name: value.detach().numpy() for name, value in one.items()} for one in (copy.state_dict(), streamed)]
+
+
+def merged_values(model: AdaptedModelConfig) -> dict[str, np.ndarray]:
+    values = {name: parameter_value(name, shape, model) for name, shape in parameter_shapes(model).items()}
+    for name in parameter_shapes(model.plain):
+        factors = adapter_of(name)
+        if f"{factors}a" in values:
+            values[name] = values[name] + change(name, values[f"{factors}a"], values[f"{factors}b"], model.scale)
+    return {name: values[name].numpy() for name in parameter_shapes(model.plain)}
+
+
+@pytest.mark.parametrize(("layout", "heads"), [("1x1x1", (5, 5)), ("1x4x1", (6, 3)), ("1x2x2", (5, 1))])
+def test_adapters_are_merged_into_the_weights_that_leave(ranks: RankGroups, layout: str, heads: tuple[int, int]):
+    model = adapted(heads, ffn="swiglu")
+    expected = merged_values(model)
+    found = ranks.run(layout_of(layout).world_size, whole_and_streamed, model, parallel_of(layout))
+    for weights in found:
+        assert list(weights) == list(expected)
+        assert entries_off(weights, expected, 1e-6) == {}
+
+
+def test_no_new_model_has_the_adapters(ranks: RankGroups):
+    plain: ModelConfig = model_of((5, 5))
+    assert parameter_shapes(plain) == {
+        name: shape for name, shape in parameter_shapes(adapted((5, 5))).items() if ".adapters." not in name
+    }
