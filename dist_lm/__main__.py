@@ -199,11 +199,15 @@ def export(
         ),
     ] = None,
     gguf: Annotated[str | None, typer.Option(help="F16 or Q8_0: a file for llama.cpp as well.")] = None,
+    merge: Annotated[bool, typer.Option(help="Write the merged model of a run with adapters (stage.lora).")] = False,
+    base: Annotated[
+        str, typer.Option(help="Base for peft: a folder or hub id. Default: where the base was imported from.")
+    ] = "",
 ) -> None:
     """Write a model as a folder for transformers, vLLM or llama.cpp, with tokenizer and card (docs/in_and_out.md)."""
     from dist_lm.stages.export import export
 
-    print(f"{folder}: {export(path, folder, dtype, tokenizer, gguf)}")
+    print(f"{folder}: {export(path, folder, dtype, tokenizer, gguf, merge, base)}")
 
 
 @app.command("import")

@@ -47,16 +47,25 @@ Read = Callable[[str], torch.Tensor]  # a parameter of ours by its name
 
 
 def export(
-    path: Path, folder: Path, dtype: str = "bf16", tokenizer: Path | None = None, gguf: str | None = None
+    path: Path,
+    folder: Path,
+    dtype: str = "bf16",
+    tokenizer: Path | None = None,
+    gguf: str | None = None,
+    merge: bool = False,
+    base: str = "",
 ) -> Path:
     """Write the checkpoint that `path` names to `folder`; returns the checkpoint.
 
-    The folder appears when it is complete; an earlier export there is replaced.
+    The folder appears when it is complete; an earlier export there is replaced. Adapters are written as peft reads
+    them, unless they are merged.
 
     Args:
         dtype: bf16 | fp32.
         tokenizer: file or folder; by default that of the run.
         gguf: F16 | Q8_0: a file for llama.cpp as well.
+        merge: write the merged model of a checkpoint of adapters.
+        base: folder or hub id of the base, for peft; by default where it was imported from.
 
     Raises:
         ConfigError: no architecture of transformers holds the model, or `dtype` is unknown.
@@ -70,22 +79,29 @@ def export(
     found = architecture_of(model)
     if isinstance(found, str):
         raise ConfigError(f"checkpoint {checkpoint}: no architecture of transformers holds it: {found}")
+    adapters = files.read_adapters(checkpoint) is not None and not merge
     if gguf is not None:
+        require(not adapters, "--gguf", gguf, "--merge as well: llama.cpp gets the merged model of a run with adapters")
         require_gguf(gguf, model, found)
     pieces = tokenizer_of(checkpoint, tokenizer, run)
     files.check_tokenizer(checkpoint, files.read_state(checkpoint)[0], pieces.sha256)
-    stored = model_tensors(checkpoint)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.mkdir(parents=True)
+        if adapters:
+            from dist_lm.stages.export_adapters import write_adapters
 
-        def read(name: str) -> torch.Tensor:
-            return as_torch(stored[name], name)
+            write_adapters(temporary, checkpoint, found, dtype, base)
+        else:
+            stored = model_tensors(checkpoint)
 
-        write_model(temporary, model, read, dtype, token_ids(pieces))
-        if gguf is not None:
-            entries, file = converted(found, parameter_shapes(model)), temporary / f"model-{gguf}.gguf"
-            write_gguf(file, gguf, model, found, entries, read, pieces, _template(run))
+            def read(name: str) -> torch.Tensor:
+                return as_torch(stored[name], name)
+
+            write_model(temporary, model, read, dtype, token_ids(pieces))
+            if gguf is not None:
+                entries, file = converted(found, parameter_shapes(model)), temporary / f"model-{gguf}.gguf"
+                write_gguf(file, gguf, model, found, entries, read, pieces, _template(run))
         save_hf_tokenizer(Path(pieces.name), temporary, _template(run))
         if pieces.is_trained:  # for import, and for converters that read SentencePiece
             shutil.copyfile(pieces.name, temporary / "tokenizer.model")

@@ -63,7 +63,8 @@ def adapted_model(directory: Path) -> AdaptedModelConfig:
     try:
         assert record is not None
         lora, expected = LoraConfig(**record["lora"]), str(record["base_sha256"])
-        places = [directory.resolve() / str(record["base_from_here"]), Path(str(record["base"]))]
+        from_here = os.path.normpath(directory.resolve() / str(record["base_from_here"]))
+        places = [Path(from_here), Path(str(record["base"]))]
         config = AdaptedModelConfig.of(ModelConfig(**model), lora, base_sha256=expected)
     except (KeyError, TypeError, UserError) as error:
         raise ArtefactError(f"checkpoint {directory}: {files.STATE} does not describe adapters ({error})") from error
@@ -74,7 +75,7 @@ def adapted_model(directory: Path) -> AdaptedModelConfig:
         )
     for place in found:
         if fingerprint(place) == expected:
-            config.base = str(Path(os.path.normpath(place)))
+            config.base = str(place)
             return config
     raise ArtefactError(
         f"checkpoint {directory} holds adapters of the model {found[0]}, which has changed since: its {files.MANIFEST} "
@@ -106,11 +107,11 @@ def check_same_adapters(directory: Path, model: ModelConfig) -> None:
         ArtefactError: names the checkpoint and both settings.
     """
     record = files.read_adapters(directory)
-    saved, own = (record or {}).get("lora"), None if model.lora is None else asdict(model.lora)
-    if saved != own:
+    saved = None if record is None else LoraConfig(**record["lora"])
+    if saved != model.lora:
+        was, now = (f"stage.lora={vars(lora) if lora else 'off'}" for lora in (saved, model.lora))
         raise ArtefactError(
-            f"checkpoint {directory} has stage.lora={saved or 'off'}, not {own or 'off'}: give the same settings, or "
-            "choose another run_id"
+            f"checkpoint {directory} has {was}, not {now}: give the same keys, or choose another run_id"
         )
 
 

@@ -143,12 +143,15 @@ def test_shapes_and_names_are_those_of_the_model(shape, targets):
     assert list(parameter_shapes(config).items()) == list(found.items())
     added = {name.rpartition(".")[0].rpartition(".")[2] for name in found if ADAPTERS in name}
     every = {"query", "key", "value", "output"}, {"up", "down"} | ({"gate"} if shape else set())
-    assert added == {
-        "attention": every[0],
-        "feed_forward": every[1],
-        "query": {"query", "down"},
-        None: every[0] | every[1],
-    }[targets[0] if targets else None]
+    assert (
+        added
+        == {
+            "attention": every[0],
+            "feed_forward": every[1],
+            "query": {"query", "down"},
+            None: every[0] | every[1],
+        }[targets[0] if targets else None]
+    )
 
 
 def test_frozen_weights_cost_no_gradient():
