@@ -110,9 +110,7 @@ def check_same_adapters(directory: Path, model: ModelConfig) -> None:
     saved = None if record is None else LoraConfig(**record["lora"])
     if saved != model.lora:
         was, now = (f"stage.lora={vars(lora) if lora else 'off'}" for lora in (saved, model.lora))
-        raise ArtefactError(
-            f"checkpoint {directory} has {was}, not {now}: give the same keys, or choose another run_id"
-        )
+        raise ArtefactError(f"checkpoint {directory} has {was}, not {now}: give the same, or choose another run_id")
 
 
 def load_merged(directory: Path, model: nn.Module, model_config: ModelConfig) -> None:

@@ -46,8 +46,5 @@ def test_peft_loads_adapters_and_gives_our_logits(family: str, targets: list[str
     with torch.no_grad():
         found_logits = adapted(input_ids=tokens_BT).logits
         hidden_BTD = ours.hidden(tokens_BT)
-        if ours.scalar_head is None:
-            expected = ours.head(hidden_BTD)
-        else:
-            expected = ours.scalar_head(hidden_BTD[:, -1])
+        expected = ours.head(hidden_BTD) if ours.scalar_head is None else ours.scalar_head(hidden_BTD[:, -1])
     assert float((found_logits - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
