@@ -75,7 +75,7 @@ def test_a_resumed_run_ends_bit_identical(reference, work, tmp_path):
         assert np.array_equal(stored_tensors(newest(run))[name].read(), tensor.read()), name
 
 
-@pytest.mark.heavy
+@pytest.mark.bars
 def test_the_loss_curve_does_not_depend_on_the_layout(reference, work):
     run = prepare(work, "one", *LORA, *start_at(work), stage="code")
     train(run, ranks=1)
@@ -100,6 +100,7 @@ def test_what_reads_a_run_gets_merged_weights(reference, work):
     )
 
 
+@pytest.mark.heavy
 def test_a_later_stage_starts_from_merged_weights(reference, work):
     once = ("stage.steps=1", "stage.lr=1e-9", "stage.muon.lr=0", "stage.warmup_steps=0")
     run = prepare(work, "after", f"stage.init_from={reference.path}", *once, stage="code")
@@ -109,6 +110,7 @@ def test_a_later_stage_starts_from_merged_weights(reference, work):
         assert found[name] == pytest.approx(value, abs=1e-6), name
 
 
+@pytest.mark.heavy
 def test_adapters_of_adapters_are_merged_in_turn(reference, work):
     again = prepare(work, "again", f"stage.init_from={reference.path}", *LORA, "stage.steps=2", stage="code")
     train(again, ranks=1)
@@ -150,6 +152,7 @@ def test_a_launch_names_a_base_that_is_gone(reference, work, tmp_path):
         training_stage("code").look(config, is_target=True, rebuilt=())
 
 
+@pytest.mark.bars
 def test_other_adapters_are_refused_on_resume(reference, work, tmp_path):
     run = own_copy(work, tmp_path).run("code", "other")
     copy_until(reference, run, step=3)

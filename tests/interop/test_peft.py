@@ -15,10 +15,12 @@ from tests.interop.hf_models import FAMILIES, architecture, our_model, small, th
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
+EVERY = ["attention", "feed_forward"]
 CASES = [
-    *((family, ["attention", "feed_forward"], "tokens") for family in FAMILIES),
-    *(("GPTNeoX", targets, "tokens") for targets in (["query", "value"], ["key"], ["output", "down"])),
-    *((family, ["query", "up"], "scalar") for family in ("Llama", "GPTNeoX")),
+    *(("GPTNeoX", EVERY, "tokens"), ("GPTNeoX", ["query", "value"], "tokens"), ("Llama", ["query", "up"], "scalar")),
+    *(pytest.param(family, EVERY, "tokens", marks=pytest.mark.heavy) for family in FAMILIES if family != "GPTNeoX"),
+    *(pytest.param("GPTNeoX", targets, "tokens", marks=pytest.mark.heavy) for targets in (["key"], ["output", "down"])),
+    pytest.param("GPTNeoX", ["query", "up"], "scalar", marks=pytest.mark.heavy),
 ]
 
 

@@ -58,7 +58,8 @@ def metrics_of(world: World, parallel: ParallelConfig, shared: bool) -> tuple[li
     return kept, is_base
 
 
-@pytest.mark.parametrize(("size", "parallel"), [(1, {}), pytest.param(2, {"tp": 2}, marks=pytest.mark.heavy)])
+@pytest.mark.heavy
+@pytest.mark.parametrize(("size", "parallel"), [(1, {}), pytest.param(2, {"tp": 2}, marks=pytest.mark.bars)])
 def test_the_base_of_the_policy_is_the_reference(size: int, parallel: dict, ranks: RankGroups):
     (alone, _), (shared, is_base) = (
         ranks.run(size, metrics_of, ParallelConfig(**parallel), shared) for shared in (False, True)
