@@ -174,7 +174,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         if shape.lora is not None:
             from dist_lm.training.adapters import with_base
 
-            shape = with_base(shape, run.checkpoints, config.stage.init_from, world)
+            shape = with_base(shape, run.checkpoints, config.stage, world)
         model = build_model(shape, config.parallel, mesh, world.device, config.seed)
         optimizer = build_optimizer(model, config.stage, config.stage.muon)
         state = restore(run, config, start, model, optimizer)
@@ -247,10 +247,10 @@ def restore(
     weights of stage.init_from."""
     sha256 = start.tokenizer.sha256
     own = checkpoint.newest_intact(run.checkpoints, start.world)
+    if isinstance(model.config, AdaptedModelConfig):
+        checkpoint.load_weights(Path(model.config.base), model, model.config)
     if own is not None:
         log.info("continuing from %s", own)
-        if isinstance(model.config, AdaptedModelConfig):
-            checkpoint.load_weights(Path(model.config.base), model, model.config)
         state = checkpoint.load(own, model, optimizer, model.config)
         checkpoint_files.check_tokenizer(own, state, sha256)
         return replace(state, tokenizer=sha256)
@@ -259,14 +259,15 @@ def restore(
 
         origin = checkpoint.find_intact(Path(config.stage.branch_from), start.world)
         require_same_content(origin, run, config.streams)
-        state = checkpoint.load(origin, model, optimizer, config.model)
+        state = checkpoint.load(origin, model, optimizer, model.config)
         checkpoint_files.check_tokenizer(origin, state, sha256)
         log.info("continuing from %s as a branch", origin)
         return replace(state, tokenizer=sha256, best_val_loss=None, best_step=0)
     if config.stage.init_from != "none":
         origin = checkpoint.find_intact(Path(config.stage.init_from), start.world)
         checkpoint_files.check_tokenizer(origin, checkpoint_files.read_state(origin)[0], sha256)
-        checkpoint.load_weights(origin, model, model.config)
+        if model.config.lora is None:
+            checkpoint.load_weights(origin, model, model.config)
         log.info("starting from the weights of %s", origin)
     return TrainState(tokenizer=sha256)
 

@@ -59,7 +59,7 @@ def begin(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorithm:
     if isinstance(shape, AdaptedModelConfig):
         from dist_lm.training.adapters import with_base
 
-        shape = with_base(shape, run.checkpoints, config.stage.init_from, start.world)
+        shape = with_base(shape, run.checkpoints, config.stage, start.world)
         origin = Path(shape.base)
     policy = trained(_model(shape, config, start), config.rlhf, config.rlhf.lr)
     reference = policy.model if shape.lora else _model(shape, config, start).requires_grad_(False)

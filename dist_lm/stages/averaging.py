@@ -109,7 +109,8 @@ def write_average(folder: Path, tensors: Mapping[str, MadeTensor], newest: Path,
     state = replace(files.read_state(newest)[0], best_val_loss=None, best_step=0)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
     try:
-        write_checkpoint(temporary, tensors, model, state)
+        # the folder lies as deep in the run as a checkpoint, so the path to a base of adapters stays right
+        write_checkpoint(temporary, tensors, model, state, files.read_adapters(newest))
         (temporary / files.step_name(state.step)).rename(folder)
         durable.fsync_directory(folder.parent)
     except OSError as error:

@@ -92,9 +92,17 @@ def _import(folder: Path, source: str, name: str, run: RunDirectory) -> RunDirec
 
 
 def write_checkpoint(
-    checkpoints: Path, tensors: Mapping[str, MadeTensor], model: ModelConfig, state: TrainState
+    checkpoints: Path,
+    tensors: Mapping[str, MadeTensor],
+    model: ModelConfig,
+    state: TrainState,
+    adapters: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write parameters by name as the first checkpoint of a run, without a process group."""
+    """Write parameters by name as the first checkpoint of a run, without a process group.
+
+    Args:
+        adapters: see `checkpoint_files.write_state`.
+    """
     directory = checkpoints / files.step_name(state.step)
     directory.mkdir(parents=True)
     named = {files.MODEL + name: tensor for name, tensor in tensors.items()}
@@ -104,7 +112,7 @@ def write_checkpoint(
         places = {name: {"saved_offsets": [0] * len(tensor.shape)} for name, tensor in part.items()}
         write_tensors(path, part, {"format": "pt", PLACES: json.dumps(places)})
         digests[path.name] = durable.sha256_of(path)
-    files.write_state(directory, state, asdict(model))
+    files.write_state(directory, state, asdict(model), adapters)
     digests[files.STATE] = durable.sha256_of(directory / files.STATE)
     files.write_manifest(directory, digests)
     files.write_pointer(checkpoints, files.LATEST, directory)

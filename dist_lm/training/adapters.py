@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from dist_lm.config.model import AdaptedModelConfig, ModelConfig
-from dist_lm.config.stage import LoraConfig
+from dist_lm.config.stage import LoraConfig, StageConfig
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.model.lora import adapter_of, change
 from dist_lm.model.size import ADAPTERS, parameter_shapes
@@ -83,16 +83,19 @@ def adapted_model(directory: Path) -> AdaptedModelConfig:
     )
 
 
-def with_base(model: ModelConfig, checkpoints: Path, init_from: str, world: World) -> AdaptedModelConfig:
-    """The model of a run of adapters, with its base: that of its newest checkpoint, else `init_from` (collective).
+def with_base(model: ModelConfig, checkpoints: Path, stage: StageConfig, world: World) -> AdaptedModelConfig:
+    """The model of a run of adapters, with its base: that of its newest checkpoint, else that of stage.branch_from, else
+    stage.init_from (collective).
 
     Raises:
         ArtefactError: the base is missing, damaged or has changed, or the run has other adapters.
     """
     assert isinstance(model, AdaptedModelConfig)
     own = checkpoint.newest_intact(checkpoints, world)
+    if own is None and stage.branch_from:
+        own = checkpoint.find_intact(Path(stage.branch_from), world)
     if own is None:
-        base = checkpoint.find_intact(Path(init_from), world).resolve()
+        base = checkpoint.find_intact(Path(stage.init_from), world).resolve()
         return AdaptedModelConfig.of(model, model.lora, str(base), fingerprint(base))
     check_same_adapters(own, model)
     found = adapted_model(own)

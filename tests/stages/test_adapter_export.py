@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
 from dist_lm.config.model import AdaptedModelConfig
 from dist_lm.config.root import save_config
@@ -17,6 +18,7 @@ from dist_lm.launcher.compose import compose_config
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
+from dist_lm.stages.averaging import average
 from dist_lm.stages.export import export
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.training import checkpoint
@@ -99,6 +101,13 @@ def test_programs_that_read_a_run_get_the_merged_model(adapted: RunDirectory, tm
     consolidate(adapted.path, tmp_path / "one.safetensors")
     for name, tensor in tensors_in(tmp_path / "one.safetensors").items():
         assert np.array_equal(tensor.read().view(np.float32).reshape(tensor.shape), expected[name]), name
+
+
+def test_an_average_of_adapters_keeps_its_base(base: RunDirectory, adapted: RunDirectory):
+    folder = average(adapted, last=1, ema=False, device="", console=Console(quiet=True))
+    expected = model_weights(files.find_checkpoint(adapted.path))
+    found = model_weights(folder)
+    assert {name: np.array_equal(found[name], value) for name, value in expected.items()} == dict.fromkeys(found, True)
 
 
 def test_what_has_no_base_or_no_merged_model_is_refused(base: RunDirectory, adapted: RunDirectory, tmp_path: Path):
