@@ -84,7 +84,7 @@ def adapted_model(directory: Path) -> AdaptedModelConfig:
 
 
 def with_base(model: ModelConfig, checkpoints: Path, stage: StageConfig, world: World) -> AdaptedModelConfig:
-    """The model of a run of adapters, with its base: that of its newest checkpoint, else that of stage.branch_from, else
+    """The model of a run of adapters, with its base: that of its newest checkpoint or of stage.branch_from, else
     stage.init_from (collective).
 
     Raises:
