@@ -57,6 +57,11 @@ def model_card(checkpoint: Path, model: ModelConfig, found: Architecture, run: R
     evaluation = _evaluation(run, state.step, checkpoint)
     lines += ["", "## Data", "", *data, "", "## Evaluation", "", *evaluation, "", "## Limits", ""]
     lines += [f"- {limit}" for limit in _limits(model, licences)]
+    if found.family == "Qwen2":
+        lines.append(
+            "- `AutoTokenizer` of transformers 5 splits text as Qwen2's own tokenizer, whatever tokenizer.json says. "
+            "The ids of training come from `PreTrainedTokenizerFast.from_pretrained`."
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -129,6 +129,15 @@ def test_an_exported_run_writes_the_same_text(work: WorkDirectory, tmp_path: Pat
     assert re.search(r"^\| code \| 540 \| [\d,]+ \| none \(600\) \|$", card, re.M), card
 
 
+def test_a_qwen2_model_has_its_own_ids_by_the_class_that_the_card_names(work: WorkDirectory, tmp_path: Path):
+    run = import_model(str(saved(tmp_path / "hf", our_model(of_tests("Qwen2")), work)), "mine", work)
+    export(run.path, tmp_path / "again")
+    assert "PreTrainedTokenizerFast.from_pretrained" in (tmp_path / "again" / "README.md").read_text()
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "again", local_files_only=True)
+    text, tokenizer = "def value_1(name):\n    return 12\n", load_model(run.path).tokenizer
+    assert theirs(text, add_special_tokens=False).input_ids == tokenizer.encode(text)
+
+
 def test_an_export_comes_back(work: WorkDirectory, tmp_path: Path):
     run = untrained(work)
     export(run.path, tmp_path / "hf", "fp32")
