@@ -13,7 +13,7 @@ import secrets
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from dist_lm.generation.decoder import WeightStream, check_weights
 from dist_lm.generation.request import Answer, Request, in_order
 from dist_lm.generation.shard import check_tp
 from dist_lm.model.size import parameter_shapes
+
+if TYPE_CHECKING:
+    from dist_lm.cluster.pool_push import Held, Sender
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +60,11 @@ class Pool:
         wanted: Callable[[], bool],
         warn: Callable[[str], None],
         site: Site,
+        sender: "Sender | None",
     ) -> None:
         """See `start`."""
         self._cluster, self._spec, self._weights, self._actors = cluster, spec, weights, actors
-        self._wanted, self._warn, self._site = wanted, warn, site
+        self._wanted, self._warn, self._site, self._sender = wanted, warn, site, sender
         self._name = f"pool-{secrets.token_hex(8)}"  # prefix of the names of its reservations
         self._members: dict[int, Member] = {}  # by number, the ledger's lane
         self._next_member = 0
@@ -81,6 +85,7 @@ class Pool:
         wanted: Callable[[], bool] = lambda: True,
         warn: Callable[[str], None] = log.warning,
         site: Site = ANYWHERE,
+        sender: "Sender | None" = None,
     ) -> "Pool":
         """Start actors and wait for the first one, and `OTHERS_S` for the others.
 
@@ -93,6 +98,7 @@ class Pool:
             wanted: asked while waiting; if it returns False the pool stops without an error.
             warn: receives a line for each lost actor or node.
             site: the part of the cluster that it may use.
+            sender: sends later weights straight to actors; None: through Ray's object store.
 
         Raises:
             ActorsLostError: no free place within cluster.start_timeout_s.
@@ -100,7 +106,7 @@ class Pool:
             UserError: the weights do not fit the model, or no node has enough GPUs for an engine.
         """
         check_tp(spec.model, spec.tp, _most_gpus(cluster) if spec.gpus else None, "parallel.tp")
-        pool = cls(cluster, spec, Weights(_stored(spec, weights), version), actors, wanted, warn, site)
+        pool = cls(cluster, spec, Weights(_stored(spec, weights), version), actors, wanted, warn, site, sender)
         try:
             pool._await_start()
         except BaseException:
@@ -113,7 +119,7 @@ class Pool:
         """The actors that are up."""
         return [member for member in self._members.values() if member.is_up]
 
-    def load_weights(self, weights: Mapping[str, np.ndarray] | WeightStream | Stored, version: int) -> None:
+    def load_weights(self, weights: "Mapping[str, np.ndarray] | WeightStream | Stored | Held", version: int) -> None:
         """Use other weights from now on, in all present and future actors.
 
         Raises:
@@ -122,8 +128,7 @@ class Pool:
         """
         if self._ledger:
             raise RuntimeError("weights cannot change during `generate`: finish or close it first")
-        stored = weights if isinstance(weights, Stored) else _stored(self._spec, weights)
-        self._weights = Weights(stored, version)
+        self._weights = Weights(self._sent(weights, version), version)
         while self._wanted():
             self._tend()
             if self.members and all(member.next_version == version for member in self.members):
@@ -155,9 +160,22 @@ class Pool:
                 for member in self._members.values():
                     member.drop_all()
 
-    def hold(self, weights: WeightStream) -> Stored:
+    def _sent(
+        self, weights: "Mapping[str, np.ndarray] | WeightStream | Stored | Held", version: int
+    ) -> "Stored | Held":
+        """Read weights to the end. Actors that the sender reaches have begun to load them."""
+        if isinstance(weights, Stored):
+            return weights
+        if self._sender is None:
+            return _stored(self._spec, weights)  # type: ignore[arg-type]
+        given = _stream(self._spec, weights) if isinstance(weights, Mapping) else weights
+        self._tend()
+        idle = [member for member in self.members if member.is_ready and member.next_version == member.version]
+        return self._sender.send(given, version, idle, self._wanted, self._warn)
+
+    def hold(self, weights: WeightStream) -> "Stored | Held":
         """Weights for a later `load_weights`, read to the end; allowed during `generate`, from any thread."""
-        return _stored(self._spec, weights)
+        return self._sender.hold(weights) if self._sender else _stored(self._spec, weights)
 
     def sleep(self) -> None:
         """Free the caches of all actors until the next `generate`, and wait until they are free."""
@@ -171,6 +189,8 @@ class Pool:
         for member in self._members.values():
             member.release()
         self._members.clear()
+        if self._sender:
+            self._sender.close()
 
     def __enter__(self) -> "Pool":
         return self
@@ -304,11 +324,11 @@ class PoolRollouts:
         """`sleeps`: free the caches between two calls of `generate`."""
         self.pool, self._sleeps = pool, sleeps
 
-    def load_weights(self, weights: WeightStream | Stored, version: int) -> None:
+    def load_weights(self, weights: "WeightStream | Stored | Held", version: int) -> None:
         """See `Pool.load_weights`."""
         self.pool.load_weights(weights, version)
 
-    def hold(self, weights: WeightStream) -> Stored:
+    def hold(self, weights: WeightStream) -> "Stored | Held":
         """See `Pool.hold`."""
         return self.pool.hold(weights)
 
@@ -346,8 +366,12 @@ def _most_gpus(cluster: RayCluster) -> int | None:
 
 
 def _stored(spec: EngineSpec, weights: Mapping[str, np.ndarray] | WeightStream) -> Stored:
-    if isinstance(weights, Mapping):
-        arrays = cast("Mapping[str, np.ndarray]", weights)
-        check_weights(spec.model, {name: value.shape for name, value in arrays.items()})
-        weights = ((name, torch.from_numpy(arrays[name])) for name in parameter_shapes(spec.model))
-    return store(weights, spec.model, spec.dtype)
+    return store(_stream(spec, weights), spec.model, spec.dtype)
+
+
+def _stream(spec: EngineSpec, weights: Mapping[str, np.ndarray] | WeightStream) -> WeightStream:
+    if not isinstance(weights, Mapping):
+        return weights
+    arrays = cast("Mapping[str, np.ndarray]", weights)
+    check_weights(spec.model, {name: value.shape for name, value in arrays.items()})
+    return ((name, torch.from_numpy(arrays[name])) for name in parameter_shapes(spec.model))

@@ -4,23 +4,30 @@
 so a message carries many tokens. The actor opens no port and dies with its node's Ray.
 """
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
 from dist_lm.cluster.node_facts import VISIBLE
-from dist_lm.cluster.pool_weights import Stored, read
+from dist_lm.cluster.pool_weights import Place, Stored, gpu_of, read
 from dist_lm.cluster.ray_cluster import Node, first_line, last_line
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import UserError
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.request import Answer, Refusal, Request, RequestError
 from dist_lm.storage.process import die_with_parent
+
+if TYPE_CHECKING:
+    from dist_lm.cluster.pool_push import Held
+    from dist_lm.cluster.push_link import Offer, Receiver
+
+log = logging.getLogger(__name__)
 
 LEAST_S, MOST_S = 0.2, 0.5  # duration of a slice: at least until something is done, and at most
 
@@ -51,6 +58,14 @@ class WorkReport:
     tokens_in_flight: int
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """An actor that has complete weights."""
+
+    pid: int
+    gpu: str  # UUID of its first GPU; empty: none
+
+
 class PoolActor:
     """One engine."""
 
@@ -69,10 +84,11 @@ class PoolActor:
         torch.set_num_threads(max(1, threads // spec.tp))  # divided among the processes that share the model
         self._spec = spec
         self._engine: Engine | None = None
+        self._receiver: Receiver | None = None
         self._known: set[str] = set()  # ids of requests under way
 
-    def load(self, chunks: Sequence[Any], version: int) -> int:
-        """Use the weights of `pool_weights.Stored` from now on; returns the id of this process."""
+    def load(self, chunks: Sequence[Any], version: int) -> Loaded:
+        """Use the weights of `pool_weights.Stored` from now on."""
         spec = self._spec
         weights = read(chunks, spec.dtype)
         if self._engine:
@@ -89,7 +105,42 @@ class PoolActor:
                 device=torch.device(spec.device),
                 tp=spec.tp,
             )
-        return os.getpid()
+        return self._loaded()
+
+    def receive(self, offer: "Offer", version: int, address: str) -> Loaded | str:
+        """Use the weights that the pool's process sends from now on.
+
+        Args:
+            address: of this node.
+
+        Returns:
+            a reason if they did not arrive completely; the engine then has none until the next `load`.
+        """
+        from dist_lm.cluster.push_link import FAILURES, Receiver, unpacked
+
+        spec, engine = self._spec, self._engine
+        assert engine
+        try:
+            if self._receiver is None or self._receiver.offer.group != offer.group:
+                self._leave()
+                device = torch.device("cuda", 0) if spec.gpus else torch.device("cpu")
+                self._receiver = Receiver(offer, device, address)
+            buckets = self._receiver.buckets(spec.model, spec.dtype)
+            engine.load_weights(unpacked(buckets, spec.model, spec.dtype), version)
+            for _ in buckets:  # says that the last bucket is taken
+                raise AssertionError("more weights than parameters")
+        except FAILURES as error:
+            self._leave()
+            return f"{type(error).__name__}: {first_line(error)}"
+        return self._loaded()
+
+    def _leave(self) -> None:
+        receiver, self._receiver = self._receiver, None
+        if receiver:
+            receiver.close()
+
+    def _loaded(self) -> Loaded:
+        return Loaded(os.getpid(), gpu_of(torch.device(self._spec.device)))
 
     def work(self, requests: Sequence[Request]) -> WorkReport:
         """Accept requests and work for one slice. A request that the engine rejects is returned as a refusal."""
@@ -152,7 +203,7 @@ class MemberLostError(Exception):
 class Weights:
     """Complete weights of a version."""
 
-    stored: Stored
+    stored: "Stored | Held"
     version: int
 
 
@@ -174,7 +225,9 @@ class Member:
 
         self.node = node
         self.pid = 0  # of the actor's process, once known
+        self.place: Place | None = None  # of its weights, once known
         self.version: int | None = None  # of its weights, once loaded
+        self.left = False  # whether it has left the link of its last `receive` call, whose weights it lacks
         self._spec, self._cores, self._gpus, self._devices = spec, cores, gpus, devices
         self._group = placement_group(
             [{"CPU": 1.0} | ({"GPU": float(gpus)} if gpus else {})],
@@ -183,7 +236,7 @@ class Member:
             bundle_label_selector=[{"ray.io/node-id": node.id}],
         )
         self._actor: Any = None
-        self._loading: tuple[Any, int] | None = None  # the open `load` call, and its version
+        self._loading: tuple[Any, int, float] | None = None  # the open `load` or `receive` call, its version and start
         self._working: tuple[Any, float] | None = None  # the open `work` call, and its start
 
     @property
@@ -221,7 +274,27 @@ class Member:
     def load(self, weights: Weights) -> None:
         """Begin to load other weights."""
         assert self._working is None
-        self._loading = (self._actor.load.remote(weights.stored.chunks, weights.version), weights.version)
+        call = self._actor.load.remote(weights.stored.chunks, weights.version)
+        self._loading = (call, weights.version, time.monotonic())
+
+    def receive(self, offer: "Offer", version: int) -> None:
+        """Begin to receive other weights from this process."""
+        assert self.is_ready
+        self.left = False
+        self._loading = (self._actor.receive.remote(offer, version, self.node.address), version, time.monotonic())
+
+    def why_not(self) -> str | None:
+        """Why a `receive` call has ended without complete weights; None if it has not."""
+        assert self._loading
+        try:
+            found = self._result(self._loading[0])
+        except MemberLostError as lost:
+            return str(lost)
+        return found if isinstance(found, str) else None
+
+    def forget_push(self) -> None:
+        """Ignore the result of a `receive` call."""
+        self._loading = None
 
     def work(self, requests: list[Request]) -> None:
         """Begin a slice of work with new requests."""
@@ -232,18 +305,25 @@ class Member:
         """Collect finished calls: a report if a slice of work has ended, else None.
 
         Args:
-            patience_s: longest time for a slice of work.
+            patience_s: longest time for a slice of work, and for new weights of an actor that is up.
 
         Raises:
             MemberLostError: the actor is gone.
             UserError: the actor rejected the weights.
         """
         if self._loading:
-            pid = self._result(self._loading[0])
-            if pid is None:
+            call, version, began = self._loading
+            loaded: Loaded | str | None = self._result(call)
+            if loaded is None:
+                if self.is_up and self._working is None and time.monotonic() - began > patience_s:
+                    raise MemberLostError(f"{self}: has not taken new weights for {patience_s:.0f} s")
                 return None
-            self.pid, self.version = pid, self._loading[1]
             self._loading = None
+            if isinstance(loaded, str):
+                self.left = True
+                log.warning("%s: weights %d did not arrive completely: %s", self, version, loaded)
+            else:
+                self.pid, self.place, self.version = loaded.pid, Place(self.node.id, loaded.gpu), version
             if self._working:  # it begins now
                 self._working = (self._working[0], time.monotonic())
         if not self._working:

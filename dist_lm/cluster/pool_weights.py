@@ -1,4 +1,4 @@
-"""Weights of a pool on their way to its actors.
+"""Weights of a pool on their way to its actors: which way, and the way through Ray's object store.
 
 A stream of parameters becomes chunks in Ray's object store, so the sender holds one chunk and one parameter at a time.
 The pool tells its actors about a version only when all its chunks are stored. Actors read them one by one.
@@ -13,14 +13,51 @@ import numpy as np
 import torch
 
 from dist_lm.config.model import ModelConfig
+from dist_lm.config.rlhf import PUSH_AUTO, PUSH_DIRECT
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.model.size import parameter_shapes
 
 CHUNK_BYTES = 16 << 20  # smaller parameters are stored together; a larger one is a chunk of its own
 LARGEST_SHARE = 8  # a chunk of several parameters is at most this part of the largest one
 
+RAY, BROADCAST, IPC = "ray", "broadcast", "ipc"  # ways of a push; see `push_link`
+
 Chunk = Mapping[str, np.ndarray]
 """Parameters by name; bf16 and fp16 as the int16 with the same bits."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process holds weights."""
+
+    node: str  # Ray's id
+    gpu: str = ""  # UUID; empty: host memory
+
+    @classmethod
+    def of(cls, node: str, device: torch.device) -> "Place":
+        """The place of a device of this process."""
+        return cls(node, gpu_of(device))
+
+
+def gpu_of(device: torch.device) -> str:
+    """The UUID of a GPU; empty for the CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
+def push_way(push: str, sender: Place, actor: Place, tp: int = 1) -> str:
+    """How new weights reach an actor: RAY, BROADCAST or IPC.
+
+    Args:
+        push: rlhf.pool.push.
+        tp: GPUs of the actor's engine; the first one is at `actor`.
+    """
+    alike = bool(sender.gpu) == bool(actor.gpu)
+    if not alike or not (push == PUSH_DIRECT or (push == PUSH_AUTO and sender.gpu)):
+        return RAY
+    if sender == actor:
+        return IPC
+    # NCCL of an engine on several GPUs is set up on the loopback interface, once for its process
+    return BROADCAST if tp == 1 else RAY
 
 
 @dataclass(frozen=True)

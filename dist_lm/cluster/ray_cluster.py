@@ -134,7 +134,7 @@ def joined_by(access: RayAccess, config: ClusterConfig) -> Iterator[RayCluster]:
     own = replace(config, name="ray", address=access.address, token_path=access.token_path)
     # the variables that Ray set in the agent's process are wrong for a driver
     inherited = tuple(name for name in os.environ if name.startswith("RAY_"))
-    with _environment({TOKEN: access.token} if access.token else {}, inherited), _joined(own) as address:
+    with environment({TOKEN: access.token} if access.token else {}, inherited), _joined(own) as address:
         yield RayCluster(address, own)
 
 
@@ -203,7 +203,7 @@ def _joined(config: ClusterConfig) -> Iterator[str]:
     host = _wait_for_port(config.address, config.connect_timeout_s)
     changes = RAY_ENVIRONMENT | {"RAY_NUM_REDIS_GET_RETRIES": "2"}  # by default Ray retries a refused token 20 times
     changes |= {PATH: config.token_path} if config.token_path else {}
-    with _environment(changes, (TOKEN,) if config.token_path else ()):
+    with environment(changes, (TOKEN,) if config.token_path else ()):
         _check_token(config)
         ray = _import_ray()  # outside the timeout: on a cold network file system the import takes longer
 
@@ -279,7 +279,7 @@ def _import_ray() -> Any:
 
 
 @contextmanager
-def _environment(changes: Mapping[str, str], removed: tuple[str, ...]) -> Iterator[None]:
+def environment(changes: Mapping[str, str], removed: tuple[str, ...] = ()) -> Iterator[None]:
     """Change the environment of this process and its future children for the block."""
     before = {name: os.environ.get(name) for name in (*changes, *removed, *CHANGED_BY_RAY)}
     os.environ.update(changes)

@@ -11,6 +11,7 @@ REWARD_KINDS = ("reward_model", "length", "parses", "function")
 PARSED_LANGUAGES = ("python", "bash", "sql")
 DISJOINT, SHARED = "disjoint", "shared"
 FEWEST_PAGE_TOKENS = 64  # of a page whose size is chosen (PLAIN_PAGE_TOKENS of generation)
+PUSH_AUTO, PUSH_RAY, PUSH_DIRECT = "auto", "ray", "direct"
 AS_MANY = -1
 CACHE_SHARE = {"cuda": 0.85, "cpu": 0.25}
 """Part of the free memory that an automatic cache takes. Engines on CPUs of one node share its memory."""
@@ -144,12 +145,17 @@ class RolloutPoolConfig:
     cache_tokens: int = 0
     page_tokens: int = 0  # of a page of the cache; 0: 256 on CUDA in half precision, otherwise 64
     max_sequences: int = 64  # at a time in an engine
+    # way of new weights: ray: Ray's object store; direct: NCCL broadcast, or CUDA IPC where rank 0 and actor share a
+    # GPU (without GPUs gloo, or shared memory inside a node), and Ray's store where that fails; auto: direct with GPUs
+    push: str = PUSH_AUTO
 
     def __post_init__(self) -> None:
         accepted = "0 (the first rank generates), a positive integer, or -1 with rlhf.pool.placement=shared"
         may_be_all = self.actors == AS_MANY and self.placement == SHARED
         require(self.actors >= 0 or may_be_all, "rlhf.pool.actors", self.actors, accepted)
         require(self.placement in (DISJOINT, SHARED), "rlhf.pool.placement", self.placement, f"{DISJOINT} or {SHARED}")
+        ways = (PUSH_AUTO, PUSH_RAY, PUSH_DIRECT)
+        require(self.push in ways, "rlhf.pool.push", self.push, ", ".join(ways))
         for key in ("tp", "max_sequences"):
             require(getattr(self, key) > 0, f"rlhf.pool.{key}", getattr(self, key), "a positive integer")
         pages = self.page_tokens

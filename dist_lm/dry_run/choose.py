@@ -53,6 +53,7 @@ def candidates(config: Config, world_size: int) -> list[Candidate]:
             "parallel.auto=true: expected parallel.cpu_offload=false, because the time of offloading is not estimated; "
             "or set parallel.dp_replicate, dp_shard and tp yourself"
         )
+    config = _as_step(config)
     found, fixed = [], {axis: getattr(config.parallel, axis) for axis in AXES}
     for layout in layouts_of(config.model, world_size):
         if layout.tp > config.hardware.devices_per_node:
@@ -66,10 +67,30 @@ def candidates(config: Config, world_size: int) -> list[Candidate]:
             except ConfigError:
                 continue
             seconds = step_seconds(estimate_work(tried, layout), layout, config.hardware)
-            found.append(Candidate(parallel, layout, estimate_memory(tried, layout).peak, seconds))
+            found.append(Candidate(parallel, layout, _peak(tried, layout), seconds))
     if not found:
         raise _nothing_to_try(config, world_size, {axis: asked for axis, asked in fixed.items() if asked != -1})
     return sorted(found, key=lambda candidate: float(f"{candidate.seconds:.3g}"))
+
+
+def _as_step(config: Config) -> Config:
+    """`config` whose stage describes a step: in stage rlhf, an update, which has other keys."""
+    if config.takes_sequences:
+        return config
+    from dist_lm.dry_run.iterations import update_of
+    from dist_lm.stages.rlhf import rlhf_config
+
+    return update_of(rlhf_config(config))
+
+
+def _peak(config: Config, layout: Layout) -> int:
+    """Bytes at the peak of the fullest rank: in a step, or in stage rlhf in an update, beside all models."""
+    if config.takes_sequences:
+        return estimate_memory(config, layout).peak
+    from dist_lm.dry_run.iterations import rlhf_memory
+    from dist_lm.stages.rlhf import rlhf_config
+
+    return rlhf_memory(rlhf_config(config), layout).training
 
 
 def _nothing_to_try(config: Config, world_size: int, fixed: dict[str, int]) -> ConfigError:
@@ -97,7 +118,7 @@ def inside_nodes(config: Config) -> ParallelConfig | None:
     layout = Layout(config.cluster.nodes, ranks // parallel.tp, parallel.tp)
     if layout not in layouts_of(config.model, layout.world_size):
         return None
-    memory = estimate_memory(config, layout).peak * config.trained_models
+    memory = _peak(config, layout)
     return replace(parallel, dp_shard=layout.dp_shard) if memory <= USABLE * hardware.memory_gib * 2**30 else None
 
 
@@ -125,6 +146,7 @@ def best(config: Config, found: list[Candidate]) -> Candidate:
     least = min(found, key=lambda candidate: candidate.memory)
     micro_batch = config.stage.micro_batch
     lower = f"lower stage.micro_batch={micro_batch}" if micro_batch > 1 else "shorten stage.seq_len"
+    lower = lower if config.takes_sequences else "lower rlhf.micro_batch_tokens"
     raise ConfigError(
         f"parallel.auto=true: no layout fits {USABLE:.0%} of hardware.memory_gib={memory_gib:g}; the smallest needs "
         f"{gib(least.memory)} ({describe(least)}): {lower}, or use more ranks"

@@ -1,6 +1,6 @@
 """Memory of a rank in stage `rlhf`, by arithmetic: while it trains, and while the engine beside it generates. No torch.
 
-Its iterations are not played. One micro-batch of rlhf.micro_batch_tokens tokens stands for an update.
+Its iterations are not played. An update is estimated as a step of sequences.
 """
 
 from dataclasses import dataclass, replace
@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from dist_lm.config.rlhf import CACHE_SHARE
 from dist_lm.config.root import Config
 from dist_lm.dry_run.estimate import element_bytes, estimate_memory
-from dist_lm.dry_run.work import StepMemory
 from dist_lm.model.size import kv_bytes_per_token, parameter_count
 from dist_lm.parallel.layout import Layout, keys_of, shards_key_heads
 from dist_lm.stages.rlhf import RlhfRunConfig, rlhf_config
@@ -41,7 +40,7 @@ class RlhfMemory:
 
 def rlhf_memory(config: RlhfRunConfig, layout: Layout) -> RlhfMemory:
     """The memory of the fullest rank of `layout`, and of an engine, on `config.hardware`."""
-    model, pool, step = config.model, config.pool, _update(config, layout)
+    model, pool, step = config.model, config.pool, estimate_memory(update_of(config), layout)
     # policy, critic, reference (the base of adapters is the reference), reward model
     models = (3 if config.trained_shape.lora is None else 2) + config.rlhf.asks_reward_model
     size = element_bytes(config)
@@ -86,9 +85,11 @@ def memory_rows(config: Config, layout: Layout) -> list[tuple[str, str]]:
     ]
 
 
-def _update(config: RlhfRunConfig, layout: Layout) -> StepMemory:
-    """The memory of an update of one model."""
-    length = min(config.model.max_seq_len, config.rlhf.micro_batch_tokens)
-    sequences = max(1, config.rlhf.micro_batch_tokens // length)
-    stage = replace(config.stage, seq_len=length, micro_batch=sequences, global_batch=sequences * layout.dp)
-    return estimate_memory(replace(config, stage=stage), layout)
+def update_of(config: RlhfRunConfig) -> RlhfRunConfig:
+    """`config` whose stage describes one update, for estimates: rollouts of the longest kind, in micro-batches."""
+    rlhf = config.rlhf
+    length = min(config.model.max_seq_len, rlhf.micro_batch_tokens)
+    rollouts = max(1, rlhf.prompts * rlhf.samples // rlhf.minibatches)
+    sequences = max(1, rlhf.micro_batch_tokens // length)
+    stage = replace(config.stage, seq_len=length, micro_batch=sequences, global_batch=rollouts)
+    return replace(config, stage=stage)

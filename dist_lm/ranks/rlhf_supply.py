@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,6 +19,7 @@ from dist_lm.cluster.pool import ActorsLostError, Pool, PoolRollouts
 from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.ray_cluster import RayAccess, RayCluster, joined_by, own_access
 from dist_lm.config.corpus import SPLITS
+from dist_lm.config.rlhf import PUSH_AUTO, PUSH_RAY
 from dist_lm.data.batch import Batch
 from dist_lm.data.sequences import note_of_left_out
 from dist_lm.data.stream import SequenceStream, StepStream
@@ -32,6 +34,9 @@ from dist_lm.rlhf.update import Pretraining
 from dist_lm.stages.rlhf import RlhfRunConfig
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from dist_lm.cluster.pool_push import Sender
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +92,15 @@ def _pool(
     actors = actors_in_all(pool, len(access.nodes), ranks if device.type == "cuda" else 0)
     with (
         joined_by(access, replace(config.cluster, nodes=EVERY_NODE)) as cluster,
-        _started(cluster, spec, weights, actors, site_of(pool, access.nodes, ranks, device.type), alive) as started,
+        _started(
+            cluster,
+            spec,
+            weights,
+            actors,
+            site_of(pool, access.nodes, ranks, device.type),
+            alive,
+            _sender(config, spec, device),
+        ) as started,
     ):
         log.info("%d rollout actors: %s", len(started.members), ", ".join(map(str, started.members)))
         yield PoolRollouts(started, sleeps=config.in_turns)
@@ -100,6 +113,7 @@ def _started(
     actors: int,
     site: Site,
     alive: Callable[[], None],
+    sender: "Sender | None",
 ) -> Pool:
     """Start a pool beside the ranks. It calls `alive` at least twice a second while it works.
 
@@ -112,12 +126,33 @@ def _started(
         return True
 
     try:
-        return Pool.start(cluster, spec, weights, version=-1, actors=actors, wanted=wanted, warn=log.warning, site=site)
+        return Pool.start(
+            cluster,
+            spec,
+            weights,
+            version=-1,
+            actors=actors,
+            wanted=wanted,
+            warn=log.warning,
+            site=site,
+            sender=sender,
+        )
     except ActorsLostError as error:
         raise ActorsLostError(
             f"rlhf.pool.actors={actors}: {error}; leave resources for it (fewer cluster.ranks_per_node, or "
             f"rlhf.pool.placement=shared), or do without: {WITHOUT_POOL}"
         ) from error
+
+
+def _sender(config: RlhfRunConfig, spec: EngineSpec, device: torch.device) -> "Sender | None":
+    """What sends weights straight to actors, unless rlhf.pool.push leaves that to Ray."""
+    push = config.pool.push
+    if push == PUSH_RAY or (push == PUSH_AUTO and device.type == "cpu"):
+        return None
+    from dist_lm.cluster.pool_push import sender_for
+
+    patience_s = config.cluster.hang_min_s / 4  # this rank may not wait as long as a hang takes
+    return sender_for(push, spec.model, spec.dtype, device, tp=spec.tp, patience_s=patience_s)
 
 
 def _engine(config: RlhfRunConfig, tokenizer: Tokenizer, weights: WeightStream, device: torch.device) -> EngineRollouts:

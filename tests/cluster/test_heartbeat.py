@@ -53,7 +53,8 @@ def test_a_step_lasts_until_what_follows_it(monkeypatch: pytest.MonkeyPatch):
     assert at(600, Phase.DATA, 2) == 4
     at(601, Phase.GENERATING, 2)
     at(602, Phase.STEP, 2)
-    assert at(605, Phase.SAVING, 3) == 5  # of 5, 3 and 5: what is generated for a step belongs to it
+    assert at(605, Phase.TRACING, 3) == 5  # of 5, 3 and 5: what is generated for a step belongs to it
+    assert at(800, Phase.SAVING, 3) == 5  # the trace is no step
     assert at(900, Phase.DATA, 3) == 5
     now[0] += 7
     assert board.read(0, {})[0].age_s == 7
@@ -99,6 +100,7 @@ def pulses(*changes: dict) -> list[Pulse]:
         (replace(STEP, median_step_s=0.1), 10.0),  # fast steps: the least
         (replace(STEP, median_step_s=0.0), 1000.0),  # the first step may compile
         (replace(STEP, phase=Phase.EVALUATING), 1000.0),
+        (replace(STEP, phase=Phase.TRACING), 1000.0),  # a long trace is no hang
         (replace(STEP, phase=Phase.GENERATING), 1000.0),  # as long as the longest answer takes
         (replace(STEP, phase=Phase.STARTING, median_step_s=0.0), 1000.0),
     ],

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dist_lm.config.rlhf import PUSH_AUTO, PUSH_DIRECT
 from dist_lm.config.root import save_config
 from dist_lm.generation.load import load_model
 from dist_lm.launcher.compose import compose_config
@@ -256,12 +257,14 @@ def test_kills_of_actors_and_ranks_change_no_number(started_work, tmp_path, kill
     assert sum(event["event"] == "failed" for event in events) >= kills // 2
 
 
-@pytest.mark.heavy
-def test_kills_in_the_middle_of_a_push_of_weights_change_no_number(started_work, tmp_path):
+@pytest.mark.parametrize(
+    "push", [pytest.param(PUSH_AUTO, marks=pytest.mark.heavy), pytest.param(PUSH_DIRECT, marks=pytest.mark.bars)]
+)
+def test_kills_in_the_middle_of_a_push_of_weights_change_no_number(started_work, tmp_path, push):
     steps = ("rlhf.rewards={mine: {kind: function, function: tests.cluster.killing_push:score}}", "stage.eval_every=0")
     expected, work = undisturbed_and_other(started_work, tmp_path, *steps)
     run = work.run("rlhf", "default")
-    process = launch(work, *steps)
+    process = launch(work, *steps, f"rlhf.pool.push={push}")
     try:
         _, err = process.communicate(timeout=DEADLINE_S * 4)
     finally:
@@ -269,6 +272,8 @@ def test_kills_in_the_middle_of_a_push_of_weights_change_no_number(started_work,
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, err
     assert {path.name for path in run.path.glob("killed_*")} == {"killed_actor", "killed_rank"}
+    log = (run.logs / "rank_00000.log").read_text()
+    assert ("ipc of weights 2" in log) == (push == PUSH_DIRECT)
     assert numbers(run) == numbers(expected)
 
 

@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from dist_lm.dry_run.choose import USABLE, best, candidates, table
+from dist_lm.dry_run.choose import USABLE, best, candidates, describe, table
+from dist_lm.dry_run.iterations import rlhf_memory
 from dist_lm.errors import ConfigError
 from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.layout_choice import check_hardware, on_nodes_of, with_layout
 from dist_lm.parallel.layout import resolve_layout
+from dist_lm.stages.rlhf import rlhf_config
 from dist_lm.tracking.console import Console
 
 
@@ -123,3 +125,25 @@ def test_what_cannot_be_is_one_line(override, ranks_per_node, words):
     assert "\n" not in str(refused.value)
     for word in words:
         assert word in str(refused.value)
+
+
+def test_rlhf_is_planned_by_the_keys_of_its_updates():
+    def planned(*overrides: str):
+        return auto("stage=rlhf", "parallel.activation_checkpointing=none", *overrides)
+
+    usual = candidates(planned(), 8)
+    assert candidates(planned("stage.seq_len=64", "stage.global_batch=1"), 8) == usual
+    assert usual
+
+    def by_layout(*overrides: str):
+        return {describe(one): one for one in candidates(planned(*overrides), 8)}
+
+    larger, fewer = by_layout("rlhf.micro_batch_tokens=16384"), by_layout("rlhf.minibatches=8")
+    for one in usual:
+        assert one.memory < larger[describe(one)].memory
+        assert fewer[describe(one)].seconds <= one.seconds
+    one = usual[0]
+    chosen = replace(rlhf_config(planned()), parallel=one.parallel)
+    assert one.memory == rlhf_memory(chosen, one.layout).training  # all four models, two optimizers
+    with pytest.raises(ConfigError, match=r"lower rlhf\.micro_batch_tokens"):
+        best(planned("hardware.memory_gib=8"), usual)

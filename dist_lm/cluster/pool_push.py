@@ -1,0 +1,288 @@
+"""New weights of a pool straight into its actors, beside Ray's object store (`rlhf.pool.push`).
+
+A push goes through the links of `push_link`. The sender also keeps the version in host memory, for actors that start
+later. If a link fails, the push goes on into host memory alone, and the pool loads the version through Ray's store into
+all actors that lack it. So an actor that dies delays a push, and never ends it.
+"""
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dist_lm.cluster.pool_actor import Member
+from dist_lm.cluster.pool_weights import IPC, RAY, Place, Stored, push_way, store
+from dist_lm.cluster.push_link import (
+    FAILURES,
+    HOST,
+    SENDER,
+    Alive,
+    Group,
+    LinkError,
+    Offer,
+    RayStore,
+    SharedBucket,
+    packed,
+    unpacked,
+    wait_for_copies,
+)
+from dist_lm.config.model import ModelConfig
+from dist_lm.generation.decoder import WeightStream
+from dist_lm.model.size import parameter_count
+
+BUCKET_BYTES = 64 << 20  # pinned memory comes in powers of two
+LOOK_EVERY_S = 0.1  # between two looks at the actors of a link
+MOST_FAILURES = 3  # in a row; then Ray's object store is used for the rest of the run
+
+
+@dataclass
+class Held:
+    """A complete version in host memory."""
+
+    buckets: Sequence[torch.Tensor]
+    config: ModelConfig
+    dtype: torch.dtype
+
+    @cached_property
+    def chunks(self) -> Sequence[Any]:
+        """References to all parameters in Ray's object store, put there when first asked for; see `Stored`."""
+        return store(unpacked(iter(self.buckets), self.config, self.dtype), self.config, self.dtype).chunks
+
+
+@dataclass(eq=False)
+class Link:
+    """The sender's end of a link: to all actors of a broadcast, or to one actor that shares its GPU."""
+
+    way: str
+    members: Sequence[Member]
+    pids: tuple[int, ...]
+    name: str = field(default_factory=lambda: secrets.token_hex(8))
+    group: Group | None = None
+
+    def join(
+        self, device: torch.device, address: str, patience_s: float, store: Callable[[str], dist.Store], alive: Alive
+    ) -> None:
+        """Wait for the actors, once."""
+        if self.group:
+            return
+        place = (HOST, "127.0.0.1") if self.way == IPC else (device, address)
+        found: list[Group | Exception] = []
+
+        def work() -> None:
+            try:
+                found.append(Group(self.name, SENDER, 1 + len(self.members), *place, patience_s, store))
+            except Exception as error:
+                found.append(error)
+
+        # NCCL waits without a limit for an actor that is lost now; the thread is left to it
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        until = time.monotonic() + patience_s
+        while thread.is_alive():
+            alive()
+            if time.monotonic() > until:
+                raise LinkError(f"not connected within {patience_s:g} s")
+            thread.join(LOOK_EVERY_S / 10)
+        if isinstance(found[0], Exception):
+            raise found[0]
+        self.group = found[0]
+
+    def give(self, bucket: torch.Tensor, alive: Alive) -> None:
+        """Send a full bucket, and wait until it may change."""
+        assert self.group
+        if self.way == IPC:
+            flag = torch.zeros(1)
+            self.group.broadcast(flag, SENDER, alive)
+            self.group.broadcast(flag, 1, alive)
+        else:
+            self.group.broadcast(bucket, SENDER, alive)
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self.group:
+            self.group.close()
+            self.group = None
+
+
+class Sender:
+    """Sends versions from this process to the actors of a pool. Not for several threads, `hold` excepted."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        way: Callable[[Place], str],
+        address: str,
+        patience_s: float,
+        bucket_bytes: int = BUCKET_BYTES,
+        store: Callable[[str], dist.Store] = RayStore,
+    ) -> None:
+        """
+        Args:
+            device: of the weights here.
+            way: to an actor at a place, see `push_way`.
+            address: of this node.
+            patience_s: for actors, to join and to take a bucket.
+            store: by which groups find their members.
+        """
+        self._config, self._dtype, self._device, self._way = config, dtype, device, way
+        self._join = (device, address, patience_s, store)
+        self._patience_s = patience_s
+        self._bucket_bytes = min(bucket_bytes, dtype.itemsize * parameter_count(config))
+        self._bucket: SharedBucket | None = None
+        self._links: list[Link] = []
+        self._failures = 0
+        self._beside = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether pushes have not failed `MOST_FAILURES` times in a row."""
+        return self._failures < MOST_FAILURES
+
+    def hold(self, weights: WeightStream) -> Held:
+        """Keep a version for a later `send`, from any thread."""
+        buckets = [*packed(weights, self._config, self._dtype, lambda: self._on_host(self._bucket_bytes))]
+        wait_for_copies(self._device)
+        return Held(buckets, self._config, self._dtype)
+
+    def send(
+        self,
+        weights: WeightStream | Held,
+        version: int,
+        members: Sequence[Member],
+        wanted: Callable[[], bool],
+        warn: Callable[[str], None],
+    ) -> Held | Stored:
+        """Send a version to the actors that a link reaches, and keep it. Their calls may still be open at the end.
+
+        Args:
+            members: actors that are up and have no work.
+            wanted: called at least every `LOOK_EVERY_S` seconds.
+            warn: receives a line if a link fails; its actors then lack the version.
+        """
+        self._choose_links(members)
+        if not self._links:
+            return weights if isinstance(weights, Held) else store(weights, self._config, self._dtype)
+        bucket = self._bucket = self._bucket or SharedBucket.create(self._bucket_bytes, self._device)
+        kept: list[torch.Tensor] = []
+
+        def attempt(step: Callable[[Link, Alive], None]) -> None:
+            for link in self._links:
+                try:
+                    step(link, _watch(link, wanted))
+                except FAILURES as error:
+                    self._fail(link, version, error, warn)
+                    return
+
+        for link in self._links:
+            self._offer(link, version)
+        attempt(lambda link, alive: link.join(*self._join, alive))
+        with torch.cuda.stream(self._beside) if isinstance(weights, Held) and self._beside else nullcontext():
+            for full in self._filled(weights, bucket.bucket):
+                if not isinstance(weights, Held):
+                    kept.append(self._on_host(len(full)).copy_(full, non_blocking=True))
+                wait_for_copies(self._device)
+                wanted()
+                attempt(lambda link, alive, full=full: link.give(full, alive))
+        if self._links:
+            self._failures = 0
+        return weights if isinstance(weights, Held) else Held(kept, self._config, self._dtype)
+
+    def close(self) -> None:
+        """Leave all links."""
+        for link in self._links:
+            link.close()
+        self._links = []
+        if self._bucket:
+            self._bucket.close()
+            self._bucket = None
+
+    def _choose_links(self, members: Sequence[Member]) -> None:
+        """Links to these members; those that have not changed are kept."""
+        groups: dict[tuple[str, int], list[Member]] = {}
+        for member in members:
+            assert member.place
+            way = self._way(member.place)
+            if way != RAY and self.is_on:
+                groups.setdefault((way, member.pid if way == IPC else 0), []).append(member)
+        known = {(link.way, link.pids): link for link in self._links}
+        for key in [key for key, link in known.items() if any(member.left for member in link.members)]:
+            known.pop(key).close()
+        links = []
+        for (way, _), group in groups.items():
+            pids = tuple(member.pid for member in group)
+            links.append(known.pop((way, pids), None) or Link(way, group, pids))
+        for link in known.values():
+            link.close()
+        self._links = links
+
+    def _offer(self, link: Link, version: int) -> None:
+        assert self._bucket
+        for rank, member in enumerate(link.members, 1):
+            handle = self._bucket.handle() if link.way == IPC and not link.group else ()
+            size = 1 + len(link.members)
+            offer = Offer(link.way, link.name, rank, size, self._bucket_bytes, self._patience_s, handle)
+            member.receive(offer, version)
+
+    def _filled(self, weights: WeightStream | Held, bucket: torch.Tensor) -> Iterator[torch.Tensor]:
+        if not isinstance(weights, Held):
+            yield from packed(weights, self._config, self._dtype, lambda: bucket)
+            return
+        for held in weights.buckets:
+            yield bucket[: len(held)].copy_(held, non_blocking=True)
+
+    def _on_host(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+
+    def _fail(self, failed: Link, version: int, error: Exception, warn: Callable[[str], None]) -> None:
+        """Give up all links. No actor may take what it reads from now on for a version."""
+        self._failures += 1
+        for link in self._links:
+            for member in link.members:
+                member.forget_push()
+        self.close()
+        names = ", ".join(map(str, failed.members))
+        after = "" if self.is_on else f"; this was the failure {MOST_FAILURES} in a row, so later ones go there too"
+        warn(f"generation: {failed.way} of weights {version} to {names}: {error}; they go through Ray's store{after}")
+
+
+def _watch(link: Link, wanted: Callable[[], bool]) -> Alive:
+    """Keeps this process alive, and raises if an actor of the link has given up."""
+    looked_at = time.monotonic()
+
+    def alive() -> None:
+        nonlocal looked_at
+        if time.monotonic() - looked_at < LOOK_EVERY_S:
+            return
+        looked_at = time.monotonic()
+        wanted()
+        for member in link.members:
+            if reason := member.why_not():
+                raise LinkError(reason)
+
+    return alive
+
+
+def sender_for(
+    push: str, config: ModelConfig, dtype: torch.dtype, device: torch.device, *, tp: int, patience_s: float
+) -> Sender:
+    """The sender of this process, which is connected to Ray.
+
+    Args:
+        push: rlhf.pool.push.
+        tp: GPUs of an actor's engine.
+    """
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    (address,) = [node["NodeManagerAddress"] for node in ray.nodes() if node["NodeID"] == own]
+    place = Place.of(own, device)
+    return Sender(config, dtype, device, lambda actor: push_way(push, place, actor, tp), address, patience_s)

@@ -1,0 +1,316 @@
+"""Weights straight from the memory of a trainer's rank into that of actors, bucket by bucket: both ends of the link.
+
+broadcast: one group of the sender and its actors; NCCL between GPUs, gloo without GPUs.
+ipc: sender and actor share a GPU, which NCCL refuses. The actor reads the sender's bucket in place, through a CUDA IPC
+handle; without GPUs the bucket is an anonymous file. A gloo group of the two says that the bucket is full, and taken.
+
+The ends of a group find each other through Ray's key-value store, which demands Ray's token, so no store opens a port.
+As between ranks, gloo listens on the node's address (for ipc on the loopback interface) and NCCL where it is told to.
+"""
+
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dist_lm.cluster.pool_weights import IPC
+from dist_lm.cluster.ray_cluster import environment
+from dist_lm.cluster.torchrun import LOOPBACK, interface_of
+from dist_lm.config.model import ModelConfig
+from dist_lm.errors import ArtefactError
+from dist_lm.generation.decoder import WeightStream
+from dist_lm.model.size import parameter_count, parameter_shapes
+
+POLL_S = 0.0005
+NAMESPACE = "dist_lm_push"  # of the keys in Ray's store
+SENDER = 0  # rank of the sender in every group
+HOST = torch.device("cpu")
+FAILURES = (RuntimeError, OSError)
+"""What a link raises when its other end is lost (`torch.distributed` raises RuntimeError)."""
+# NCCL must not end this process, as it does by default: a failed broadcast is raised by `wait`, and the sender goes on
+NCCL_RAISES = {"TORCH_NCCL_BLOCKING_WAIT": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
+
+Alive = Callable[[], None]
+"""Called while an end waits; may raise to give up."""
+
+
+class LinkError(RuntimeError):
+    """The other end of a link does not answer."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A version for one actor: how it is sent, and where."""
+
+    way: str  # BROADCAST | IPC
+    group: str  # name; an actor that has joined it keeps it
+    rank: int  # of the actor
+    size: int
+    bucket_bytes: int
+    patience_s: float  # for the other end: to join, and to give or take a bucket
+    handle: tuple[Any, ...] = ()  # of an ipc bucket
+
+
+# --- buckets ---
+
+
+def packed(
+    weights: WeightStream, config: ModelConfig, dtype: torch.dtype, bucket: Callable[[], torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """The bytes of all parameters in `dtype`, one after the other, in buckets; all but the last one are full.
+
+    Args:
+        weights: in the order of `parameter_shapes`; read to the end.
+        bucket: called for each bucket; it may return the same memory again once the bucket before has been used.
+
+    Raises:
+        ArtefactError: names the parameter that is missing or has another shape.
+    """
+    shapes = iter(parameter_shapes(config).items())
+    into, used = bucket(), 0
+    for name, value in weights:
+        expected = next(shapes, None)
+        if (name, tuple(value.shape)) != expected:
+            raise ArtefactError(f"weights: {name} has shape {tuple(value.shape)}, expected (name, shape) {expected}")
+        source = value.detach().to(dtype).contiguous().view(-1).view(torch.uint8)
+        while len(source):
+            if used == len(into):
+                yield into
+                into, used = bucket(), 0
+            fits = min(len(source), len(into) - used)
+            into[used : used + fits].copy_(source[:fits], non_blocking=True)
+            source, used = source[fits:], used + fits
+    if missing := next(shapes, None):
+        raise ArtefactError(f"weights: {missing[0]} is missing")
+    yield into[:used]
+
+
+def unpacked(buckets: Iterator[torch.Tensor], config: ModelConfig, dtype: torch.dtype) -> WeightStream:
+    """The inverse of `packed`; each parameter has memory of its own, on the device of the buckets."""
+    source = next(buckets)
+    for name, shape in parameter_shapes(config).items():
+        value = torch.empty(shape, dtype=dtype, device=source.device)
+        into = value.view(-1).view(torch.uint8)
+        while len(into):
+            source = source if len(source) else next(buckets)
+            fits = min(len(source), len(into))
+            into[:fits].copy_(source[:fits], non_blocking=True)
+            source, into = source[fits:], into[fits:]
+        yield name, value
+
+
+def sizes_of(config: ModelConfig, dtype: torch.dtype, bucket_bytes: int) -> list[int]:
+    """Bytes in each bucket of `packed`."""
+    total = dtype.itemsize * parameter_count(config)
+    return [min(bucket_bytes, total - begin) for begin in range(0, total, bucket_bytes)]
+
+
+def wait_for_copies(device: torch.device) -> None:
+    """Wait until the device has finished all copies asked for by this thread."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+@dataclass
+class SharedBucket:
+    """A bucket that other processes of this node can open."""
+
+    bucket: torch.Tensor
+    file: int | None  # descriptor, without GPUs
+
+    @classmethod
+    def create(cls, size: int, device: torch.device) -> "SharedBucket":
+        if device.type == "cuda":
+            # handles of expandable segments need rights over the other process that containers withhold
+            usual = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")
+            torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
+            bucket = torch.empty(size, dtype=torch.uint8, device=device)
+            torch._C._accelerator_setAllocatorSettings(usual or "expandable_segments:False")
+            return cls(bucket, None)
+        # it has no name in the file system, so a killed process leaves nothing behind
+        file = os.memfd_create(f"dist_lm_push_{secrets.token_hex(8)}")
+        os.ftruncate(file, size)
+        return cls(opened(_handle_of(file), size, device), file)
+
+    def handle(self) -> tuple[Any, ...]:
+        """Plain values by which one other process can open the bucket, see `opened`."""
+        return self.bucket.untyped_storage()._share_cuda_() if self.file is None else _handle_of(self.file)
+
+    def close(self) -> None:
+        """Others can no longer open it."""
+        if self.file is not None:
+            os.close(self.file)
+
+
+def _handle_of(file: int) -> tuple[str, str]:
+    path = Path(f"/proc/{os.getpid()}/fd/{file}")
+    return str(path), str(path.readlink())
+
+
+def opened(handle: tuple[Any, ...], size: int, device: torch.device) -> torch.Tensor:
+    """The bucket of another process.
+
+    Raises:
+        LinkError: it is closed.
+    """
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        storage = torch.UntypedStorage._new_shared_cuda(index, *handle[1:])  # handle[0]: the GPU's number over there
+        return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)[:size]
+    path, name = handle
+    if not Path(path).is_symlink() or str(Path(path).readlink()) != name:
+        raise LinkError("the sender has closed its bucket")
+    return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+
+
+# --- groups ---
+
+
+class RayStore(dist.Store):
+    """The few calls by which a group finds its members, over Ray's key-value store."""
+
+    def __init__(self, group: str) -> None:
+        super().__init__()
+        self._prefix = f"{group}/"
+
+    def set(self, key: str, value: bytes) -> None:  # type: ignore[override]
+        from ray.experimental.internal_kv import _internal_kv_put
+
+        _internal_kv_put(self._prefix + key, value, namespace=NAMESPACE)
+
+    def get(self, key: str) -> bytes:
+        from ray.experimental.internal_kv import _internal_kv_get
+
+        self.wait([key])
+        return _internal_kv_get(self._prefix + key, namespace=NAMESPACE)
+
+    def check(self, keys: list[str]) -> bool:
+        from ray.experimental.internal_kv import _internal_kv_exists
+
+        return all(_internal_kv_exists(self._prefix + key, namespace=NAMESPACE) for key in keys)
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:  # type: ignore[override]
+        timeout = timeout or self.timeout  # type: ignore[attr-defined]
+        until = time.monotonic() + timeout.total_seconds()
+        while not self.check(keys):
+            if time.monotonic() > until:
+                raise LinkError(f"a member of the group has not come within {timeout.total_seconds():g} s")
+            time.sleep(0.01)
+
+    def clone(self) -> "RayStore":
+        return self
+
+    def forget(self) -> None:
+        """Delete all keys of the group."""
+        from ray.experimental.internal_kv import _internal_kv_del
+
+        _internal_kv_del(self._prefix, del_by_prefix=True, namespace=NAMESPACE)
+
+
+class Group:
+    """Processes that broadcast to each other, apart from torch's default group. Its constructor waits for them all."""
+
+    def __init__(
+        self,
+        name: str,
+        rank: int,
+        size: int,
+        device: torch.device,
+        address: str,
+        patience_s: float,
+        store: Callable[[str], dist.Store] = RayStore,
+    ) -> None:
+        """
+        Args:
+            device: of the tensors.
+            address: of this node in the network of the group.
+            patience_s: for the others, to join and in each broadcast.
+            store: made from `name`.
+        """
+        self._store, self._patience_s = store(name), patience_s  # torch holds only the store's C++ half
+        timeout, interface = timedelta(seconds=patience_s), interface_of(address)
+        self._store.set_timeout(timeout)
+        if device.type == "cuda":
+            network = {"NCCL_SOCKET_IFNAME": f"={interface}"} if interface not in (None, LOOPBACK) else {}
+            with environment(NCCL_RAISES | _unset(network), ()), torch.cuda.device(device):
+                options = dist.ProcessGroupNCCL.Options()
+                options._timeout = timeout
+                self._backend: Any = dist.ProcessGroupNCCL(self._store, rank, size, options)
+                self._backend.eager_connect_single_device(device)
+        else:
+            network = {"GLOO_SOCKET_IFNAME": interface} if interface else {}
+            with environment(network if interface == LOOPBACK else _unset(network), ()):
+                self._backend = dist.ProcessGroupGloo(self._store, rank, size, timeout)
+
+    def broadcast(self, tensor: torch.Tensor, root: int, alive: Alive = lambda: None) -> None:
+        """Send or receive a tensor, and wait until this end is done with it.
+
+        Raises:
+            LinkError: not done in time.
+            RuntimeError: a member is lost.
+        """
+        work = self._backend.broadcast(tensor, root)
+        until = time.monotonic() + self._patience_s
+        while not work.is_completed():
+            if time.monotonic() > until:
+                raise LinkError(f"no answer for {self._patience_s:g} s")
+            alive()
+            time.sleep(POLL_S)
+        work.wait()  # raises what went wrong
+
+    def close(self) -> None:
+        """Leave the group without waiting for the others; a broadcast that is stuck ends."""
+        self._backend.abort()
+        if isinstance(self._store, RayStore):
+            self._store.forget()
+
+
+def _unset(values: dict[str, str]) -> dict[str, str]:
+    """Those that the environment does not set."""
+    return {name: value for name, value in values.items() if name not in os.environ}
+
+
+# --- the actor's end ---
+
+
+class Receiver:
+    """The end of an actor, for all versions that come through one group."""
+
+    def __init__(self, offer: Offer, device: torch.device, address: str, **store: Any) -> None:
+        """Join the group of `offer`.
+
+        Args:
+            device: of the engine's weights.
+            address: of this node.
+        """
+        self.offer, self._device = offer, device
+        ipc = offer.way == IPC
+        self._shared = opened(offer.handle, offer.bucket_bytes, device) if ipc else None
+        place = (HOST, "127.0.0.1") if ipc else (device, address)
+        self._group = Group(offer.group, offer.rank, offer.size, *place, offer.patience_s, **store)
+
+    def buckets(self, config: ModelConfig, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """The buckets of the next version; each is valid until the next one is asked for. Read it to the end.
+
+        Raises:
+            RuntimeError: the sender is lost, or does not go on.
+        """
+        bucket, flag = self._shared, torch.zeros(1)
+        if bucket is None:
+            bucket = torch.empty(self.offer.bucket_bytes, dtype=torch.uint8, device=self._device)
+        for size in sizes_of(config, dtype, self.offer.bucket_bytes):
+            self._group.broadcast(flag if self._shared is not None else bucket[:size], SENDER)
+            yield bucket[:size]
+            if self._shared is not None:
+                wait_for_copies(self._device)
+                self._group.broadcast(flag, self.offer.rank)
+
+    def close(self) -> None:
+        self._group.close()
