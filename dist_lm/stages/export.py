@@ -105,7 +105,7 @@ def export(
         save_hf_tokenizer(Path(pieces.name), temporary, _template(run))
         if pieces.is_trained:  # for import, and for converters that read SentencePiece
             shutil.copyfile(pieces.name, temporary / "tokenizer.model")
-        card = model_card(checkpoint, model, found, run, dtype)
+        card = model_card(checkpoint, model, found, run, dtype, adapters)
         durable.write_text(temporary / "README.md", card)
         written = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
         durable.write_json(temporary / RECORD, {"checkpoint": str(checkpoint), "dtype": dtype, "files": written})

@@ -22,11 +22,19 @@ NOT_GIVEN = "not given"
 SHOWN = ("val/", "eval/", "code/", "tools/", "reward/", "rlhf/")  # groups of metrics
 
 
-def model_card(checkpoint: Path, model: ModelConfig, found: Architecture, run: RunDirectory | None, dtype: str) -> str:
+def model_card(
+    checkpoint: Path,
+    model: ModelConfig,
+    found: Architecture,
+    run: RunDirectory | None,
+    dtype: str,
+    adapters: bool = False,
+) -> str:
     """The content of README.md: model, training, data with licences, evaluation, limits.
 
     Args:
         run: that holds the checkpoint; None: the checkpoint lies outside a run, and the card has less.
+        adapters: the folder holds adapters for peft, not a whole model.
     """
     state, _ = files.read_state(checkpoint)
     config = _config(run)
@@ -35,7 +43,7 @@ def model_card(checkpoint: Path, model: ModelConfig, found: Architecture, run: R
     licences, data = _data(run, stage)
     lines = [
         "---",
-        "library_name: transformers",
+        f"library_name: {'peft' if adapters else 'transformers'}",
         f"pipeline_tag: {'text-generation' if model.head == 'tokens' else 'text-classification'}",
         "---",
         f"# {name}",
@@ -50,6 +58,10 @@ def model_card(checkpoint: Path, model: ModelConfig, found: Architecture, run: R
     ]
     if stage.get("init_from", "none") != "none":
         lines.append(f"- Started from: {'/'.join(Path(stage['init_from']).parts[-3:])}")
+    if record := files.read_adapters(checkpoint):
+        base, lora = "/".join(Path(record["base"]).parts[-4:]), record["lora"]
+        where = "these adapters change that model" if adapters else "merged into the weights"
+        lines.append(f"- LoRA of rank {lora['rank']}, alpha {lora['alpha']:g}, over {base}: {where}")
     if stage.get("branch_from"):
         lines.append(f"- Continues: {'/'.join(Path(stage['branch_from']).parts[-3:])}")
     if imported := config.get("imported"):

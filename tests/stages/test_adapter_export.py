@@ -86,6 +86,9 @@ def test_the_folder_holds_adapters_alone_and_names_the_base(base: RunDirectory, 
         path.name for path in (tmp_path / "adapter").iterdir()
     }
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert "LoRA of rank 3, alpha 16, over language/default/checkpoints/step_00000005" in card
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(base.path)
     base.config.write_text("imported: {source: 'hf:owner/model'}\n")
