@@ -162,11 +162,6 @@ class TrainingStage(Stage):
 
                 adapted_model(latest)  # refuses a base that is gone or has changed
             return Look(config, Action.RESUME, f"from {latest.name} to step {config.stage.steps:,}")
-        if config.stage.lora.rank and config.stage.init_from == "none":
-            raise ConfigError(
-                f"stage.lora.rank={config.stage.lora.rank}: expected 0, as stage {self.name} starts from new weights; "
-                "or name the model to adapt by stage.init_from"
-            )
         if config.stage.branch_from:
             from dist_lm.stages.continuing import check_branch
 

@@ -182,5 +182,5 @@ def test_settings_that_cannot_be_are_refused_by_name(overrides, message):
 def test_a_stage_without_a_start_has_nothing_to_adapt(tiny_work):
     overrides = ("stage.init_from=auto", "stage.lora.rank=2", f"work_dir={tiny_work.path}", "run_id=new")
     config = compose_config(["stage=language", *TINY, *overrides])
-    with pytest.raises(ConfigError, match="stage language starts from new weights"):
+    with pytest.raises(ConfigError, match=r"stage\.init_from=none: expected a checkpoint"):
         training_stage("language").look(config, is_target=True, rebuilt=())
