@@ -203,11 +203,18 @@ def export(
     base: Annotated[
         str, typer.Option(help="Base for peft: a folder or hub id. Default: where the base was imported from.")
     ] = "",
+    push: Annotated[str | None, typer.Option(help="Id of a repository on the hub to upload the folder to.")] = None,
 ) -> None:
     """Write a model as a folder for transformers, vLLM or llama.cpp, with tokenizer and card (docs/in_and_out.md)."""
     from dist_lm.stages.export import export
+    from dist_lm.stages.hf_export import check_repository, push_folder
 
+    if push:
+        check_repository("--push", push)
     print(f"{folder}: {export(path, folder, dtype, tokenizer, gguf, merge, base)}")
+    if push:
+        push_folder(folder, push)
+        print(f"{folder}: uploaded to {push}")
 
 
 @app.command("import")

@@ -38,6 +38,7 @@ BYTES_PER_TOKEN = 4  # of text whose tokens are not counted yet
 # in the query of a URL
 SECRET = re.compile(r"(?i)(signature|token|secret|password|api_?key|credential|\bsig|\bkey)=")
 TRAIN, KEEP = "train", "keep"  # values of `tokenizer.source` that are no path
+HF = "hf:"  # begins the name of a model of transformers, where a key takes one (`interop/snapshot.py`)
 
 
 @dataclass
@@ -141,7 +142,8 @@ class TokenizerConfig:
     """Where the tokenizer comes from. `tokenizer=keep` on the command line is short for `tokenizer.source=keep`."""
 
     # train (SentencePiece BPE on the texts of all corpora) | keep (the one in the work directory, whatever the corpora
-    # hold) | the path of a tokenizer.model of SentencePiece, a tokenizer.json of Hugging Face, or a folder with one
+    # hold) | the path of a tokenizer.model of SentencePiece, a tokenizer.json of Hugging Face, or a folder with one |
+    # hf:FOLDER or hf:ID, that of a model of transformers
     source: str = TRAIN
     add_marks: bool = False  # of an existing tokenizer: append the marks that it lacks; false: they are plain text
     vocab_size: int = MISSING  # pieces, special ones included; of an existing tokenizer, what it has

@@ -91,7 +91,8 @@ class StageConfig:
     name: str = MISSING
     corpus: str = ""  # name of a corpus in work/corpora
     mix: dict[str, float] | None = field(default_factory=dict)  # share of the sequences from other corpora, by name
-    # where the weights come from: auto (the previous stage) | none | a run directory, a checkpoint, or RUN@STEP
+    # where the weights come from: auto (the previous stage) | none | a run directory, a checkpoint, or RUN@STEP |
+    # hf:FOLDER or hf:ID: a model of transformers, imported first, whose model and tokenizer the stage then has
     init_from: str = "auto"
     # RUN@STEP of this stage that the run continues under another schedule: weights, optimizer, step, place in the data
     branch_from: str = ""

@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from dist_lm.config.corpus import TRAIN
+from dist_lm.config.corpus import HF, TRAIN
 from dist_lm.config.root import Config
 from dist_lm.errors import ConfigError, require
 from dist_lm.launcher.conf_folders import GROUPS, KEY, choices, conf_directory, program_of, search_path
@@ -121,9 +121,20 @@ def overrides_of(stage: str, target: str, overrides: Sequence[str]) -> list[str]
             continue
         elif stage == target or not override.startswith(groups):
             mine.append(override)
+    mine = [*_following(overrides), *mine]
     chosen = [override for override in overrides if override.startswith("stage=") and stage == target]
     own_file = chosen and chosen[-1] != f"stage={PIPELINE}"  # the user's stage file of this program
     return [chosen[-1] if own_file else f"stage={stage}", *mine]
+
+
+def _following(overrides: Sequence[str]) -> list[str]:
+    """Model and tokenizer of `stage.init_from=hf:SOURCE`, or of a stage on the way, unless the command names others."""
+    started = [text for text in overrides if re.match(rf"(stage|stages\.\w+)\.init_from={HF}", text)]
+    if not started:
+        return []
+    source = started[-1].partition("=")[2]
+    named = {"model": ("model=",), "tokenizer": ("tokenizer=", "tokenizer.source=")}
+    return [f"{key}={source}" for key, forms in named.items() if not any(text.startswith(forms) for text in overrides)]
 
 
 def own_groups(schema: type[Config]) -> list[str]:
@@ -169,7 +180,7 @@ def _check_exists(override: Override, schema: type[Config], folders: Sequence[st
         raise ConfigError(f"{value}: a command starts one run; expected a single value")
     if key in GROUPS:
         accepted = choices(key, folders)
-        if override.value() not in accepted:
+        if override.value() not in accepted and not _is_snapshot(override):
             raise ConfigError(f"{value}: expected one of {', '.join(accepted)}")
         return
     node: Any = schema
@@ -210,7 +221,26 @@ def for_hydra(overrides: Sequence[str], schema: type[Config]) -> list[str]:
     return [_for_hydra(_parse(text), schema) for text in overrides]
 
 
+def _is_snapshot(override: Override) -> bool:
+    return override.key_or_group == "model" and str(override.value()).startswith(HF)
+
+
+def _snapshot_choice(source: str) -> str:
+    """The name under which the group `model` has the model of `hf:SOURCE`. Its shape has no file, like hardware=auto.
+
+    Raises:
+        ArtefactError: the snapshot cannot be read, or our model lacks an option of it.
+    """
+    from dist_lm.interop.snapshot import named_model
+
+    model = named_model(source)
+    ConfigStore.instance().store(group="model", name=f"hf_{model.name}", node=asdict(model))
+    return f"hf_{model.name}"
+
+
 def _for_hydra(override: Override, schema: type[Config]) -> str:
+    if _is_snapshot(override):
+        return f"model={_snapshot_choice(str(override.value()))}"
     node: Any = schema
     in_mapping = False
     parts = override.key_or_group.split(".")

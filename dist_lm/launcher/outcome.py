@@ -4,14 +4,13 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from dist_lm.launcher.conf_folders import KEY, with_config_dir
 from dist_lm.launcher.pipeline import QueuedStage
 from dist_lm.launcher.plan import Plan, PlannedStage
 from dist_lm.stages.registry import all_stages
-from dist_lm.stages.stage import KeyFigure, Place, run_of
+from dist_lm.stages.stage import KeyFigure, Place, run_of, shown_path
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.live_drawing import glyphs_for, sparkline
@@ -139,5 +138,5 @@ def next_commands(
 
 
 def _where(stage: PlannedStage) -> str:
-    """The output folder of a stage, relative to the work directory."""
-    return str(stage.stage.output(stage.config).relative_to(Path(stage.config.work_dir)))
+    """The output folder of a stage, relative to the work directory where it lies inside."""
+    return shown_path(stage.stage.output(stage.config), stage.config)

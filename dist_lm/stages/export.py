@@ -31,6 +31,7 @@ from dist_lm.interop.gguf_file import require_gguf, write_gguf
 from dist_lm.interop.hf_tokenizer import save_hf_tokenizer
 from dist_lm.interop.weights import Converted, converted
 from dist_lm.model.size import Shape, parameter_shapes
+from dist_lm.stages.hf_export import RECORD
 from dist_lm.stages.model_card import model_card
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
@@ -42,7 +43,6 @@ from dist_lm.training.checkpoint_tensors import MadeTensor, StoredTensor, model_
 DTYPES = {"bf16": ("BF16", torch.bfloat16), "fp32": ("F32", torch.float32)}  # names in safetensors and torch
 TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 FILE_BYTES = 4 << 30  # of weights in one file
-RECORD = "export.json"
 Read = Callable[[str], torch.Tensor]  # a parameter of ours by its name
 
 
@@ -108,7 +108,12 @@ def export(
         card = model_card(checkpoint, model, found, run, dtype, adapters)
         durable.write_text(temporary / "README.md", card)
         written = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
-        durable.write_json(temporary / RECORD, {"checkpoint": str(checkpoint), "dtype": dtype, "files": written})
+        record = {
+            "checkpoint": str(checkpoint),
+            "manifest": durable.sha256_of(checkpoint / files.MANIFEST),
+            "dtype": dtype,
+        }
+        durable.write_json(temporary / RECORD, record | {"files": written})
         if folder.exists():
             _refuse_files_of_others(folder)
             shutil.rmtree(folder)

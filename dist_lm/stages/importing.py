@@ -27,23 +27,30 @@ import torch
 from omegaconf import OmegaConf
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.errors import ArtefactError, UserError, require
-from dist_lm.interop.architectures import Architecture, model_of
+from dist_lm.errors import ArtefactError, require
+from dist_lm.interop.architectures import Architecture
+from dist_lm.interop.snapshot import (
+    CONFIG,
+    INDEX,
+    WHOLE,
+    chat_template_of,
+    folder_of,
+    model_in,
+    read_json,
+    snapshot_record,
+    tokenizer_of,
+)
 from dist_lm.interop.weights import ALIASES, BUFFERS, Converted, converted
 from dist_lm.model.size import Shape, parameter_shapes
 from dist_lm.stages.export import FILE_BYTES, as_torch, in_files, made
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
-from dist_lm.tokenizer import byte_level
-from dist_lm.tokenizer.tokenizer import Tokenizer, read_vocabulary, sentencepiece_with_marks
+from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import PLACES, MadeTensor, StoredTensor, tensors_in, write_tensors
 from dist_lm.training.state import TrainState
 
 STAGE = "import"  # folder below runs/
-CONFIG, INDEX, WHOLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-WANTED = ("*.json", "*.safetensors", "*.model", "*.jinja")  # files of a hub repository
 
 
 def import_model(source: str, name: str, work: WorkDirectory) -> RunDirectory:
@@ -68,20 +75,20 @@ def import_model(source: str, name: str, work: WorkDirectory) -> RunDirectory:
 
 
 def _import(folder: Path, source: str, name: str, run: RunDirectory) -> RunDirectory:
-    model, found = model_of(_json(folder / CONFIG), name, str(folder / CONFIG))
+    model, found = model_in(folder, name)
     theirs = _weights(folder)
     entries = converted(found, parameter_shapes(model))
     _check_tensors(folder, theirs, entries, model)
-    content, file_name = _tokenizer(folder, model)
+    content, file_name = tokenizer_of(folder, model.vocab_size)
     temporary = RunDirectory(run.path.with_name(f".{name}.{secrets.token_hex(8)}.tmp"))
     try:
         (temporary.path / "tokenizer").mkdir(parents=True)
         durable.write_bytes(temporary.path / "tokenizer" / file_name, content)
-        if template := _chat_template(folder):
+        if template := chat_template_of(folder):
             durable.write_text(temporary.chat_template, template)
         state = TrainState(tokenizer=Tokenizer(content, file_name).sha256)
         write_checkpoint(temporary.checkpoints, _ours(theirs, entries, model), model, state)
-        _write_configuration(temporary, model, found, source)
+        _write_configuration(temporary, model, found, source, snapshot_record(source, folder))
         temporary.path.rename(run.path)
         durable.fsync_directory(run.path.parent)
     except OSError as error:
@@ -123,7 +130,7 @@ def _snapshot(source: str) -> Iterator[Path]:
     """The folder that `source` names; for a GGUF file a temporary one."""
     path = Path(source).expanduser()
     if path.suffix != ".gguf":
-        yield _folder(source)
+        yield folder_of(source)
         return
     from dist_lm.stages.importing_gguf import write_snapshot
 
@@ -132,31 +139,11 @@ def _snapshot(source: str) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _folder(source: str) -> Path:
-    """The folder that `source` names; a model of the hub is fetched into huggingface_hub's cache."""
-    source = source.removeprefix("hf:")
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
-        raise ArtefactError(f"{source}: no such folder, and no id of the hub, such as HuggingFaceTB/SmolLM2-135M")
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise UserError(f"{source}: the hub needs huggingface_hub: pip install huggingface_hub") from error
-    try:
-        return Path(snapshot_download(source, allow_patterns=list(WANTED)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ArtefactError(f"{source}: no such folder, and the hub gave no model ({reason})") from error
-
-
 def _weights(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of all files that the index names, or of model.safetensors."""
     names = [WHOLE]
     if (folder / INDEX).is_file():
-        content = _json(folder / INDEX).get("weight_map")
+        content = read_json(folder / INDEX).get("weight_map")
         names = sorted({str(name) for name in content.values()}) if isinstance(content, dict) else []
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
@@ -207,52 +194,12 @@ def _ours(theirs: Mapping[str, StoredTensor], entries: list[Converted], model: M
     return {name: found[name] for name in shapes}
 
 
-def _tokenizer(folder: Path, model: ModelConfig) -> tuple[bytes, str]:
-    """The content and name of the tokenizer. Rows of the embedding that it has no piece for get special tokens, which
-    no text becomes."""
-    given = [folder / name for name in TOKENIZERS if (folder / name).is_file()]
-    if not given:
-        raise ArtefactError(f"{folder}: no tokenizer: expected {' or '.join(TOKENIZERS)}")
-    for path in given:
-        try:
-            content = path.read_bytes()
-            vocabulary = read_vocabulary(content, str(path))
-            break
-        except ArtefactError:
-            if path == given[-1]:
-                raise
-    pieces = vocabulary.vocab_size
-    if pieces > model.vocab_size or (vocabulary.is_trained and pieces < model.vocab_size):
-        raise ArtefactError(f"{path} has {pieces} pieces, the embedding has {model.vocab_size} rows: not its tokenizer")
-    unused = [f"<|unused_{number}|>" for number in range(pieces, model.vocab_size)]
-    if unused and isinstance(vocabulary, byte_level.ByteLevelModel):
-        content = byte_level.with_marks(content, unused, pieces)
-    elif unused:
-        content = sentencepiece_with_marks(content, unused)
-    return content, vocabulary.file_name
-
-
-def _chat_template(folder: Path) -> str:
-    """The chat template, from its own file or from tokenizer_config.json; empty without one."""
-    own = folder / "chat_template.jinja"
-    if own.is_file():
-        return own.read_text(encoding="utf-8")
-    place = folder / "tokenizer_config.json"
-    value = _json(place).get("chat_template") if place.is_file() else None
-    if isinstance(value, list):  # several by name
-        value = next((entry.get("template") for entry in value if entry.get("name") == "default"), None)
-    return value if isinstance(value, str) else ""
-
-
-def _write_configuration(run: RunDirectory, model: ModelConfig, found: Architecture, source: str) -> None:
+def _write_configuration(
+    run: RunDirectory, model: ModelConfig, found: Architecture, source: str, read: dict[str, Any]
+) -> None:
     conf = run.path / "conf" / "model"
     conf.mkdir(parents=True)
     durable.write_text(conf / f"{model.name}.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(model))))
-    value = {"model": asdict(model), "imported": {"source": source, "architecture": found.name}}
+    imported = {"source": source, "architecture": found.name, "snapshot": read}
+    value = {"model": asdict(model), "imported": imported}
     durable.write_text(run.config, OmegaConf.to_yaml(OmegaConf.create(value)))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ArtefactError(f"{path} is missing: expected a folder of a model as transformers saves it")
-    return durable.read_json(path)

@@ -18,7 +18,8 @@ from dist_lm.stages.stage import Stage
 
 GROUP = "dist_lm.stages"
 # in the order of the pipeline; the same list as in pyproject.toml, for a checkout that is not installed
-OWN = ("tokenizer", "shards", "language", "code", "tools", "rankings", "reward", "rlhf", "generate")
+OWN = ("import", "tokenizer", "shards", "language", "code", "tools", "rankings", "reward", "rlhf", "generate", "export")
+MODULES = {"import": "hf_import", "export": "hf_export"}  # where the name of the module is another one
 
 
 @cache
@@ -39,7 +40,7 @@ def stage_named(name: str) -> Stage:
         ConfigError: the name is unknown, or the entry point of another package does not name a stage.
     """
     if name in OWN:
-        return importlib.import_module(f"dist_lm.stages.{name}").STAGE
+        return importlib.import_module(f"dist_lm.stages.{MODULES.get(name, name)}").STAGE
     if name not in _added():
         raise ConfigError(f"stage={name}: expected one of {', '.join(stage_names())}")
     where = f"entry point {name} = {_added()[name]!r} in group {GROUP}"

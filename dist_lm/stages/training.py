@@ -6,11 +6,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dist_lm.config.corpus import HF
 from dist_lm.config.root import Config
 from dist_lm.data.manifest import require_content, require_inputs
 from dist_lm.errors import ConfigError
 from dist_lm.stages.registry import load_config, stage_named
-from dist_lm.stages.stage import BITS_PER_BYTE, TRAIN_LOSS, VAL_LOSS, Action, Look, Place, Stage, run_of, shown_path
+from dist_lm.stages.stage import (
+    BITS_PER_BYTE,
+    TRAIN_LOSS,
+    VAL_LOSS,
+    Action,
+    Look,
+    Place,
+    Stage,
+    run_of,
+    shown_path,
+)
 from dist_lm.storage import durable
 from dist_lm.storage.durable import json_lines
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
@@ -135,7 +146,7 @@ class TrainingStage(Stage):
         return config
 
     def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
-        run = run_of(config)
+        run, given = run_of(config), config.stage.init_from
         done = json.loads(run.result.read_text())["steps"] if run.result.exists() else 0
         finished = done > 0 and (not is_target or done >= config.stage.steps)
         config = self.resolved(with_start(self, config), finished)
@@ -168,6 +179,11 @@ class TrainingStage(Stage):
             start = check_branch(self, config)
             return Look(config, Action.BUILD, f"to step {config.stage.steps:,}, from {shown_path(start, config)}")
         origin = f" from the {self.starts_from} checkpoint" if self.starts_from in rebuilt else ""
+        if given.startswith(HF) and "import" in rebuilt:
+            from dist_lm.interop.snapshot import named_model
+
+            checkpoint_files.check_start(Path(given), asdict(named_model(given)), config.model)
+            origin = f" from {given}"
         if config.stage.init_from != "none" and not origin:
             start = checkpoint_files.find_checkpoint(Path(config.stage.init_from))
             state, saved_model = checkpoint_files.read_state(start)
@@ -288,14 +304,18 @@ def last_samples(run: RunDirectory) -> list[dict[str, Any]]:
 def with_start(stage: Stage, config: Config) -> Config:
     """`config` with `stage.init_from` as `none` or an absolute path; ranks may run in another folder.
 
-    `auto` becomes the run of the previous stage with the same run_id. A branch has the start of the run that it
-    continues.
+    `auto` becomes the run of the previous stage with the same run_id, `hf:SOURCE` the run of its import. A branch
+    has the start of the run that it continues.
     """
     start = config.stage.init_from
     if config.stage.branch_from:
         from dist_lm.stages.continuing import with_branch
 
         return with_branch(config)
+    if start.startswith(HF):
+        from dist_lm.stages.hf_import import imported_run
+
+        start = str(imported_run(config).path.resolve())
     if start == "auto":
         work = WorkDirectory(Path(config.work_dir).resolve())
         start = str(work.run(stage.starts_from, config.run_id).path) if stage.starts_from else "none"

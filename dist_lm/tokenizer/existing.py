@@ -1,9 +1,9 @@
-"""Existing tokenizers: the file that `tokenizer=PATH` or `tokenizer=keep` names, and how many pieces it has."""
+"""Existing tokenizers: those that `tokenizer=PATH`, `tokenizer=hf:SOURCE` or `tokenizer=keep` name."""
 
 from functools import lru_cache
 from pathlib import Path
 
-from dist_lm.config.corpus import KEEP, TRAIN, TokenizerConfig
+from dist_lm.config.corpus import HF, KEEP, TRAIN, TokenizerConfig
 from dist_lm.errors import ConfigError
 from dist_lm.storage.run_directory import WorkDirectory, tokenizer_in
 from dist_lm.tokenizer.tokenizer import read_vocabulary, with_marks
@@ -16,6 +16,9 @@ def given_tokenizer(config: TokenizerConfig) -> bytes:
         ConfigError: there is no such file.
         ArtefactError: it is no tokenizer.
     """
+    if config.source.startswith(HF):
+        content, _ = _named_tokenizer(config.source)
+        return with_marks(content, config.source) if config.add_marks else content
     path = _given_path(config)
     content = path.read_bytes()
     return with_marks(content, str(path)) if config.add_marks else content
@@ -30,6 +33,8 @@ def existing_vocab_size(config: TokenizerConfig, work_dir: str) -> int | None:
     """
     if config.source == TRAIN:
         return None
+    if config.source.startswith(HF):
+        return _vocab_size_of(given_tokenizer(config), config.source)
     if config.source == KEEP:
         path = WorkDirectory(Path(work_dir)).tokenizer_model
         if not path.is_file():
@@ -56,3 +61,14 @@ def _vocab_size(path: Path, add_marks: bool, mtime_ns: int) -> int:
     content = path.read_bytes()
     content = with_marks(content, str(path)) if add_marks else content
     return read_vocabulary(content, str(path)).vocab_size
+
+
+@lru_cache(maxsize=2)
+def _vocab_size_of(content: bytes, name: str) -> int:
+    return read_vocabulary(content, name).vocab_size
+
+
+def _named_tokenizer(source: str) -> tuple[bytes, str]:
+    from dist_lm.interop.snapshot import named_tokenizer  # only for models of transformers
+
+    return named_tokenizer(source)

@@ -1,0 +1,162 @@
+"""`stage.init_from=hf:SOURCE` imports on the way, `stage=export` writes a folder, and both are lines of the plan."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.launcher.compose import compose_config, overrides_of
+from dist_lm.launcher.plan import Plan, make_plan
+from dist_lm.stages.export import export
+from dist_lm.stages.hf_export import STAGE as EXPORT
+from dist_lm.stages.hf_export import push_folder
+from dist_lm.stages.hf_import import STAGE as IMPORT
+from dist_lm.storage.run_directory import WorkDirectory
+from dist_lm.tracking.console import Console
+from tests.conftest import VOCAB_SIZE
+from tests.interop.hf_models import our_model, small
+from tests.stages.test_export import saved, untrained
+from tests.training_run import linked
+
+pytest.importorskip("transformers")
+PLAIN = ("tracking=none", "device=cpu", "stage.seq_len=32")
+
+
+@pytest.fixture
+def work(tiny_work: WorkDirectory, tmp_path: Path) -> WorkDirectory:
+    return linked(tiny_work, tmp_path / "work")
+
+
+@pytest.fixture
+def snapshot(work: WorkDirectory, tmp_path: Path) -> Path:
+    """A Llama of transformers with the tokenizer of the work directory."""
+    config = small("Llama", d_model=40, d_ff=80, max_seq_len=256, vocab_size=VOCAB_SIZE, rope_base=500.0)
+    return saved(tmp_path / "Llama-tiny", our_model(config), work)
+
+
+def planned(work: WorkDirectory, target: str, *overrides: str) -> Plan:
+    given = [f"stage={target}", *PLAIN, f"work_dir={work.path}", *overrides]
+    return make_plan(target, lambda stage: compose_config(overrides_of(stage, target, given)))
+
+
+def actions(plan: Plan) -> dict[str, str]:
+    return {stage.name: stage.action.value for stage in plan.stages}
+
+
+def test_the_plan_imports_once_and_the_model_follows(work: WorkDirectory, snapshot: Path):
+    plan = planned(work, "code", f"stage.init_from=hf:{snapshot}")
+    assert actions(plan) == {"import": "build", "tokenizer": "there", "shards": "there", "code": "build"}
+    config = plan.target.config
+    shape = (config.model.name, config.model.norm, config.model.n_kv_heads, config.model.rope_base)
+    assert shape == ("Llama-tiny", "rmsnorm", small("Llama").n_kv_heads, 500.0)
+    assert config.stage.init_from == str(work.run("import", "Llama-tiny").path.resolve())
+    assert config.tokenizer.source == f"hf:{snapshot}"
+    assert "LlamaForCausalLM" in plan.stages[0].detail
+    assert f"from hf:{snapshot}" in plan.target.detail
+    assert not (work.path / "runs").exists()  # a plan writes nothing
+
+    IMPORT.build(plan.stages[0].config, Console())
+    plan = planned(work, "code", f"stage.init_from=hf:{snapshot}")
+    assert actions(plan) == {"import": "there", "tokenizer": "there", "shards": "there", "code": "build"}
+    (snapshot / "config.json").touch()  # another time, the same content
+    assert actions(planned(work, "code", f"stage.init_from=hf:{snapshot}"))["import"] == "there"
+    weights = snapshot / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    with pytest.raises(ArtefactError, match=r"differs from that \(model\.safetensors\)"):
+        planned(work, "code", f"stage.init_from=hf:{snapshot}")
+
+
+def test_a_stage_on_the_way_may_start_from_a_snapshot(work: WorkDirectory, snapshot: Path):
+    plan = planned(work, "export", f"stages.code.init_from=hf:{snapshot}", "stages.code.seq_len=32")
+    assert list(actions(plan)) == ["import", "tokenizer", "shards", "code", "export"]  # no language
+    assert plan.stages[3].config.model.name == "Llama-tiny"
+    assert plan.target.detail.startswith(f"code to {work.path}/exports/default-code")
+
+
+def test_what_the_command_names_must_fit_the_snapshot(work: WorkDirectory, snapshot: Path):
+    with pytest.raises(ArtefactError, match=r"d_model"):
+        planned(work, "code", f"stage.init_from=hf:{snapshot}", "model=nano")
+    shorter = planned(work, "code", f"stage.init_from=hf:{snapshot}", "model.init_std=0.5")
+    assert shorter.target.config.model.init_std == 0.5
+    with pytest.raises(ArtefactError, match="no such folder, and no id of the hub"):
+        planned(work, "code", "stage.init_from=hf:nothing")
+    with pytest.raises(ConfigError, match=r"stage\.init_from=auto: expected hf:FOLDER"):
+        planned(work, "import")
+
+
+def test_an_export_is_written_once(work: WorkDirectory, tmp_path: Path):
+    run, folder = untrained(work), tmp_path / "out"
+    given = (f"stage.init_from={run.path}", f"stage.folder={folder}", "stage.dtype=fp32")
+    plan = planned(work, "export", *given)
+    assert actions(plan) == {"export": "build"}
+    EXPORT.build(plan.target.config, Console())
+    assert (folder / "model.safetensors").is_file()
+    assert actions(planned(work, "export", *given)) == {"export": "there"}
+    assert actions(planned(work, "export", *given[:2])) == {"export": "build"}  # in bf16
+    (folder / "config.json").unlink()
+    assert actions(planned(work, "export", *given)) == {"export": "build"}
+    for wrong, named in (("stage.dtype=fp8", "stage.dtype=fp8"), ("stage.push=a/b/c", "stage.push=a/b/c")):
+        with pytest.raises(ConfigError, match=named):
+            planned(work, "export", *given, wrong)
+
+
+class FakeHub:
+    """What `huggingface_hub.HfApi` is asked for."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.asked: list[tuple[str, dict]] = []
+        self.error = error
+
+    def create_repo(self, repository: str, **options) -> None:
+        if self.error:
+            raise self.error
+        self.asked.append((repository, options))
+
+    def upload_folder(self, **options) -> None:
+        self.asked.append(("upload", options))
+
+
+def test_a_push_uploads_the_folder_to_a_private_repository(work: WorkDirectory, tmp_path: Path):
+    run, folder, hub = untrained(work), tmp_path / "out", FakeHub()
+    export(run.path, folder)
+    push_folder(folder, "me/mine", hub)
+    (repository, made), (_, uploaded) = hub.asked
+    assert repository == uploaded["repo_id"] == "me/mine"
+    assert made["private"] is True
+    assert uploaded["folder_path"] == str(folder)
+    assert uploaded["ignore_patterns"] == ["export.json"]
+    assert json.loads((folder / "export.json").read_text())["pushed"] == "me/mine"
+    given = (f"stage.init_from={run.path}", f"stage.folder={folder}")
+    assert actions(planned(work, "export", *given, "stage.push=me/mine")) == {"export": "there"}
+    assert actions(planned(work, "export", *given, "stage.push=me/other")) == {"export": "build"}
+    with pytest.raises(ArtefactError, match=r"me/mine: the hub did not take .*no network"):
+        push_folder(folder, "me/mine", FakeHub(OSError("no network")))
+
+
+@pytest.mark.cluster
+@pytest.mark.heavy
+@pytest.mark.timeout(900)
+def test_one_command_imports_trains_and_exports(work: WorkDirectory, snapshot: Path, tmp_path: Path):
+    """On two ranks with tp 2; the second command finds everything there."""
+    own = (
+        "steps=2",
+        "warmup_steps=1",
+        "global_batch=4",
+        "micro_batch=2",
+        "seq_len=32",
+        "sampling.samples_per_prompt=0",
+    )
+    command = [sys.executable, "-m", "dist_lm.launch", "stage=export", *PLAIN[:2], f"work_dir={work.path}"]
+    command += [f"stages.code.init_from=hf:{snapshot}", *(f"stages.code.{one}" for one in own)]
+    command += ["parallel.tp=2", "cluster.ranks_per_node=2", f"stage.folder={tmp_path / 'out'}", "stage.dtype=fp32"]
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert model.config.model_type == "llama"
+    assert "build" not in done.stdout
