@@ -31,6 +31,8 @@ def parse(ids: Iterable[int], tokenizer: Tokenizer) -> Conversation:
     Raises:
         ChatError: `ids` are not a conversation; the message names the token (from 0) or the turn, and what it expects.
     """
+    if tokenizer.kept_template:
+        raise ChatError("conversations in the chat template of an imported model cannot be read back from tokens")
     reader = _Reader(ids, tokenizer)
     messages: list[Message] = []
     tools: tuple[Tool, ...] = ()
@@ -69,9 +71,13 @@ def parse_turn(ids: Iterable[int], tokenizer: Tokenizer) -> Message:
     Raises:
         ChatError: it is not a turn; the message names the token (from 0) and what was expected.
     """
+    if tokenizer.kept_template:  # its calls are read if they have our form; other forms are text
+        from dist_lm.chat.kept_template import without_end
+
+        ids = without_end(ids, tokenizer)
     reader = _Reader(ids, tokenizer)
     message = _read_answer(reader, reader.text())
-    if not reader.at_end():
+    if not (reader.at_end() or tokenizer.kept_template):
         reader.expect(END)
     reader.expect_end()
     check_message(message, "the assistant's turn")

@@ -97,7 +97,7 @@ def ranking_tokens(ranking: Ranking, tokenizer: Tokenizer) -> RankingTokens:
     tokens = prompt(ranking.prompt, tokenizer)
     branch = [0] * len(tokens)
     for number, completion in enumerate(ranking.completions, start=1):
-        tokens += answer_tokens(Message("assistant", completion), tokenizer)
+        tokens += answer_tokens(Message("assistant", completion), tokenizer, ranking.prompt)
         branch += [number] * (len(tokens) - len(branch))
     return RankingTokens(np.array(tokens, tokenizer.dtype), np.array(branch, np.uint8))
 

@@ -11,6 +11,9 @@ Marks are added by their ids. All other text goes through `Tokenizer.encode`, wh
 no text can forge one. A mark that an existing tokenizer lacks is plain text (`tokenizer.add_marks`). In JSON, a `<`
 that begins a mark is written `\u003c`, because parsers that read text, such as vLLM's, end a call at the first
 `</tool_call>`. `dist_lm.chat.parse` reads the layout back.
+
+An imported model may have another layout: `dist_lm.chat.kept_template`. The functions here that take a tokenizer use
+it then.
 """
 
 import json
@@ -74,6 +77,11 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> Rendered:
     Raises:
         ChatError: the conversation is not well formed, or JSON cannot hold a value; the message names the turn.
     """
+    if tokenizer.kept_template:
+        from dist_lm.chat import kept_template
+
+        laid = kept_template.render(conversation, tokenizer)
+        return Rendered(laid.tokens, laid.loss_mask)
     tokens, mask = list[int](), list[int]()
     for part in layout(conversation):
         tokens += _encoded([part], tokenizer)
@@ -87,22 +95,46 @@ def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
     Raises:
         ChatError: as `render`, or it is not the assistant's turn.
     """
-    parts = layout(conversation)
+    check_conversation(conversation)
     last = conversation.messages[-1]
     if last.role not in ("user", "tool"):
         where = turn_name(len(conversation.messages) - 1, last)
         raise ChatError(f"{where}: is last; expected a last turn of user or tool, which the assistant answers")
-    return _encoded([*parts, *_opening("assistant")], tokenizer)
+    if tokenizer.kept_template:
+        from dist_lm.chat import kept_template
+
+        return kept_template.prompt(conversation, tokenizer)
+    return _encoded([*layout(conversation), *_opening("assistant")], tokenizer)
 
 
-def answer_tokens(message: Message, tokenizer: Tokenizer) -> list[int]:
-    """What the assistant writes after a `prompt`: its text and its calls, up to and including `<|im_end|>`.
+def answer_tokens(message: Message, tokenizer: Tokenizer, asked: Conversation | None = None) -> list[int]:
+    """What the assistant writes after a `prompt`: its text and its calls, up to and including the end of the turn.
+
+    Args:
+        asked: the conversation before it. Only the template of an imported model looks at it.
 
     Raises:
         ChatError: `message` is not a turn of the assistant.
     """
     check_message(message, "the assistant's turn")
+    if tokenizer.kept_template:
+        from dist_lm.chat import kept_template
+
+        return kept_template.answer_tokens(asked or kept_template.QUESTION, message, tokenizer)
     return _encoded(_answer(message, "the assistant's turn"), tokenizer)
+
+
+def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that end a turn of the assistant.
+
+    Raises:
+        UserError: there is none: the tokenizer lacks the mark.
+    """
+    if tokenizer.kept_template:
+        from dist_lm.chat import kept_template
+
+        return kept_template.stop_tokens(tokenizer)
+    return (tokenizer.mark_id(END),)
 
 
 def layout(conversation: Conversation) -> list[Part]:

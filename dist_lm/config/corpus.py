@@ -145,6 +145,8 @@ class TokenizerConfig:
     # hold) | the path of a tokenizer.model of SentencePiece, a tokenizer.json of Hugging Face, or a folder with one |
     # hf:FOLDER or hf:ID, that of a model of transformers
     source: str = TRAIN
+    # of conversations: given (that of an imported model, where it lays them out otherwise than ours) | ours
+    chat_template: str = "given"
     add_marks: bool = False  # of an existing tokenizer: append the marks that it lacks; false: they are plain text
     vocab_size: int = MISSING  # pieces, special ones included; of an existing tokenizer, what it has
     train_bytes: int = 200_000_000  # text sampled for training; the same share of every language
@@ -164,6 +166,8 @@ class TokenizerConfig:
             self.add_marks,
             f"false with tokenizer={self.source}: only tokenizer=PATH can append marks",
         )
+        accepted = ("given", "ours")
+        require(self.chat_template in accepted, "tokenizer.chat_template", self.chat_template, " or ".join(accepted))
         require(self.train_bytes > 0, "tokenizer.train_bytes", self.train_bytes, "a positive number of bytes")
         require(self.workers >= 0, "tokenizer.workers", self.workers, "0 (all cores) or a positive integer")
 

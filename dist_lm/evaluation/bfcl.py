@@ -20,7 +20,7 @@ from rich.table import Table
 
 from dist_lm.chat.compare import standard_text
 from dist_lm.chat.messages import Call, ChatError, Json, Message
-from dist_lm.chat.template import prompt
+from dist_lm.chat.template import prompt, stop_tokens
 from dist_lm.errors import ArtefactError, require
 from dist_lm.evaluation.bfcl_questions import BfclAnswer, BfclQuestion, find_data, read_questions
 from dist_lm.evaluation.tool_questions import shown
@@ -31,7 +31,6 @@ from dist_lm.generation.request import Answer, Request, SamplingParams
 from dist_lm.generation.session import build_engine
 from dist_lm.parallel.mesh import option_device
 from dist_lm.storage import durable
-from dist_lm.tokenizer.symbols import END
 
 MAX_NEW_TOKENS = 512
 SEQUENCES = 32  # the cache holds this many whole contexts, up to CACHE_TOKENS
@@ -89,7 +88,7 @@ def answer(
     tokenizer, context = loaded.tokenizer, loaded.config.max_seq_len
     notes: dict[int, str] = {}
     engine = build_engine(loaded, device, SEQUENCES, CACHE_TOKENS)
-    params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS, temperature=0, stop_tokens=(tokenizer.mark_id(END),))
+    params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS, temperature=0, stop_tokens=stop_tokens(tokenizer))
     for number, question in enumerate(questions):
         try:
             tokens = prompt(question.asked, tokenizer)

@@ -79,7 +79,7 @@ def choose(corpus: TokenCorpus, tokenizer: Tokenizer, per_kind: int, context: in
 def asked(questions: Iterable[Question], tokenizer: Tokenizer) -> list[Asked]:
     """Tokenize questions."""
     return [
-        Asked(question, prompt(question.asked, tokenizer), answer_tokens(question.expected, tokenizer))
+        Asked(question, prompt(question.asked, tokenizer), answer_tokens(question.expected, tokenizer, question.asked))
         for question in questions
     ]
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from dist_lm.chat.messages import Call, Conversation, Json, Message
 from dist_lm.chat.parse import parse_turn
-from dist_lm.chat.template import prompt
+from dist_lm.chat.template import prompt, stop_tokens
 from dist_lm.errors import UserError, require
 from dist_lm.generation.session import ENDINGS as FINISHES
 from dist_lm.generation.session import Outcome, Session, Settings
-from dist_lm.tokenizer.symbols import CALL, END
+from dist_lm.tokenizer.symbols import CALL
 from dist_lm.tools.use.loop import Ending, Exchange, converse
 from dist_lm.tools.use.toolbox import Limits, Toolbox
 
@@ -152,7 +152,7 @@ class ToolChat:
             if not calling:
                 on_text(text)
 
-        params = replace(settings.params, stop_tokens=(*settings.params.stop_tokens, marks.mark_id(END)))
+        params = replace(settings.params, stop_tokens=(*settings.params.stop_tokens, *stop_tokens(marks)))
         own = replace(settings, params=params)
         return session.answer(tokens, own, 1, show, interrupted=interrupted, on_token=look)
 

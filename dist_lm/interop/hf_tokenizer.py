@@ -45,7 +45,11 @@ def save_hf_tokenizer(model_path: Path, folder: Path, chat_template: str) -> Non
         durable.write_bytes(folder / "tokenizer.json", content)
     else:
         durable.write_bytes(folder / model_path.name, content)
-    durable.write_text(folder / "chat_template.jinja", chat_template.replace(END_OF_TEXT, special["eos_token"]))
+    if kept := tokenizer.kept_template:
+        special |= dict(kept.special_tokens)
+    else:
+        chat_template = chat_template.replace(END_OF_TEXT, special["eos_token"])
+    durable.write_text(folder / "chat_template.jinja", chat_template)
     durable.write_json(folder / "special_tokens_map.json", special)
     durable.write_json(
         folder / "tokenizer_config.json",

@@ -12,6 +12,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
+from dist_lm.chat.template import stop_tokens
 from dist_lm.errors import ArtefactError
 from dist_lm.evaluation.tool_questions import shown
 from dist_lm.parallel.mesh import World
@@ -37,7 +38,6 @@ from dist_lm.stages.rlhf import RlhfRunConfig
 from dist_lm.stages.rlhf_prompts import read_all
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
-from dist_lm.tokenizer.symbols import END
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.training.checkpoint_saver import CheckpointSaver
@@ -229,7 +229,7 @@ def _supply(
         source,
         ShuffledPrompts(prompts, config.seed),
         start.tokenizer.decode,
-        stop_tokens=(start.tokenizer.mark_id(END),),
+        stop_tokens=stop_tokens(start.tokenizer),
     )
 
 

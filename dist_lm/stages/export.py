@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_lm.chat.template import chat_template
+from dist_lm.chat.template import chat_template, stop_tokens
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.generation.load import model_config_of, run_of, tokenizer_of
@@ -101,8 +101,8 @@ def export(
             write_model(temporary, model, read, dtype, token_ids(pieces))
             if gguf is not None:
                 entries, file = converted(found, parameter_shapes(model)), temporary / f"model-{gguf}.gguf"
-                write_gguf(file, gguf, model, found, entries, read, pieces, _template(run))
-        save_hf_tokenizer(Path(pieces.name), temporary, _template(run))
+                write_gguf(file, gguf, model, found, entries, read, pieces, _template(run, pieces))
+        save_hf_tokenizer(Path(pieces.name), temporary, _template(run, pieces))
         if pieces.is_trained:  # for import, and for converters that read SentencePiece
             shutil.copyfile(pieces.name, temporary / "tokenizer.model")
         card = model_card(checkpoint, model, found, run, dtype, adapters)
@@ -161,8 +161,13 @@ def write_model(folder: Path, model: ModelConfig, read: Read, dtype: str, ids: M
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     """The ids of config.json: end-of-text opens documents and ends generations, and so does the end of a turn."""
-    ends = [tokenizer.eot_id, *([tokenizer.special_ids[END]] if END in tokenizer.special_ids else [])]
-    return {"bos_token_id": tokenizer.eot_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
+    ends = [tokenizer.special_ids[END]] if END in tokenizer.special_ids else []
+    found = {"bos_token_id": tokenizer.eot_id, "pad_token_id": tokenizer.pad_id}
+    if kept := tokenizer.kept_template:
+        names = {f"{name}_id": tokenizer.file_names.get(text) for name, text in kept.special_tokens}
+        found |= {name: names[name] for name in found if names.get(name) is not None}
+        ends = list(stop_tokens(tokenizer))
+    return found | {"eos_token_id": list(dict.fromkeys((tokenizer.eot_id, *ends)))}
 
 
 def in_files(
@@ -209,8 +214,10 @@ def _bytes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy()
 
 
-def _template(run: RunDirectory | None) -> str:
-    """The chat template of an imported run, else ours."""
+def _template(run: RunDirectory | None, tokenizer: Tokenizer) -> str:
+    """The chat template that conversations were laid out by: that of an imported model, else ours."""
+    if tokenizer.kept_template:
+        return tokenizer.kept_template.text
     own = run.chat_template if run else None
     return own.read_text(encoding="utf-8") if own and own.is_file() else chat_template()
 

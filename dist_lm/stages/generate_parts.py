@@ -108,7 +108,7 @@ def tokenizer_of(config: GenerateRunConfig, checkpoint: Path) -> Tokenizer:
     """
     own = WorkDirectory(Path(config.work_dir)).tokenizer_model
     inside = len(checkpoint.parents) > len(("checkpoints", "RUN_ID", "STAGE", "runs"))
-    beside = RunDirectory(checkpoint.parents[1]).work.tokenizer_model if inside else own
+    beside = RunDirectory(checkpoint.parents[1]).tokenizer_model if inside else own
     path = beside if beside.exists() else own
     tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size != config.model.vocab_size:

@@ -3,6 +3,7 @@
     work/runs/import/NAME/
       checkpoints/step_00000000/   weights in fp32
       tokenizer/                   tokenizer.json or tokenizer.model, with the same ids
+      tokenizer/conversations.json its chat template, if that lays conversations out otherwise than ours
       chat_template.jinja          if the model has one
       conf/model/NAME.yaml         its shape, for --config-dir
       config.yaml                  where it came from
@@ -42,6 +43,7 @@ from dist_lm.interop.snapshot import (
 )
 from dist_lm.interop.weights import ALIASES, BUFFERS, Converted, converted
 from dist_lm.model.size import Shape, parameter_shapes
+from dist_lm.stages.chat_layout import kept_template
 from dist_lm.stages.export import FILE_BYTES, as_torch, in_files, made
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
@@ -86,7 +88,10 @@ def _import(folder: Path, source: str, name: str, run: RunDirectory) -> RunDirec
         durable.write_bytes(temporary.path / "tokenizer" / file_name, content)
         if template := chat_template_of(folder):
             durable.write_text(temporary.chat_template, template)
-        state = TrainState(tokenizer=Tokenizer(content, file_name).sha256)
+        tokenizer = Tokenizer(content, file_name)
+        if kept := kept_template(folder, tokenizer):
+            kept.write(temporary.path / "tokenizer")
+        state = TrainState(tokenizer=tokenizer.sha256)
         write_checkpoint(temporary.checkpoints, _ours(theirs, entries, model), model, state)
         _write_configuration(temporary, model, found, source, snapshot_record(source, folder))
         temporary.path.rename(run.path)

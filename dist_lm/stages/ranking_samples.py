@@ -13,7 +13,7 @@ import torch
 
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.ranking import Ranking, ranks_of_scores
-from dist_lm.chat.template import prompt
+from dist_lm.chat.template import prompt, stop_tokens
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.evaluation_batches import spread
 from dist_lm.data.keys import Shuffle, key
@@ -28,7 +28,6 @@ from dist_lm.generation.request import Answer, Request, SamplingParams
 from dist_lm.sandbox.syntax import PARSERS, parses_continued
 from dist_lm.stages.rankings import RankingSamplesConfig, RankingsConfig
 from dist_lm.storage.run_directory import WorkDirectory
-from dist_lm.tokenizer.symbols import END
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
 
@@ -142,7 +141,7 @@ def requests_of(
     params = SamplingParams(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
-        stop_tokens=(tokenizer.mark_id(END),),
+        stop_tokens=stop_tokens(tokenizer),
     )
     as_turn = prompt(Conversation((Message("user", opening.text),)), tokenizer)
     as_text = [tokenizer.eot_id, *tokenizer.encode(opening.text)]

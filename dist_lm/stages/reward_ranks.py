@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from dist_lm.chat.template import stop_tokens
 from dist_lm.config.corpus import SPLITS
 from dist_lm.data.batch import Batch, RankedPlaces
 from dist_lm.data.evaluation_batches import spread
@@ -28,7 +29,6 @@ from dist_lm.rlhf.reward_model import (
 from dist_lm.stages.reward import RewardRunConfig
 from dist_lm.stages.sampling import answer_all
 from dist_lm.stages.training import Closing, Opening, StageData
-from dist_lm.tokenizer.symbols import END
 from dist_lm.training import checkpoint_files
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def policy_samples(closing: Closing, config: RewardRunConfig, val: RankingCorpus
     """
     settings, tokenizer = config.stage.reward, closing.tokenizer
     loaded = load_model(Path(config.stage.init_from), closing.run.work.tokenizer_model)
-    params = SamplingParams(max_new_tokens=settings.normaliser_new_tokens, stop_tokens=(tokenizer.mark_id(END),))
+    params = SamplingParams(max_new_tokens=settings.normaliser_new_tokens, stop_tokens=stop_tokens(tokenizer))
     longest = loaded.config.max_seq_len - settings.normaliser_new_tokens
     prompts = [prompt for prompt in prompts_of(val, settings.normaliser_prompts) if len(prompt) <= longest]
     if len(prompts) < settings.normaliser_prompts:

@@ -44,7 +44,7 @@ from dist_lm.stages.stage import Artefact, ArtefactStage
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.encode import Encode, encode_documents
-from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer
 
 if TYPE_CHECKING:
     from dist_lm.tracking.console import Console
@@ -325,7 +325,9 @@ def corpus_fingerprint(config: Config, name: str) -> dict[str, Any]:
     """
     if form_of(config.corpus, name) == "text":
         return text_fingerprint(config)
-    return _fingerprint(config, [name]) | {"format": FORMAT}
+    kept = KeptTemplate.read(WorkDirectory(Path(config.work_dir)).tokenizer)
+    template = {"chat_template": asdict(kept)} if kept else {}
+    return _fingerprint(config, [name]) | {"format": FORMAT} | template
 
 
 def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:

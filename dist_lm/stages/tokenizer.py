@@ -8,7 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_lm.config.corpus import KEEP
+from dist_lm.config.corpus import KEEP, TokenizerConfig
 from dist_lm.config.root import Config
 from dist_lm.data.in_turn import read_in_turn
 from dist_lm.errors import ArtefactError
@@ -18,7 +18,7 @@ from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.byte_level import ByteLevelModel
 from dist_lm.tokenizer.existing import given_tokenizer
-from dist_lm.tokenizer.tokenizer import FORMAT, SentencePieceModel, Tokenizer, read_vocabulary
+from dist_lm.tokenizer.tokenizer import FORMAT, KeptTemplate, SentencePieceModel, Tokenizer, read_vocabulary
 from dist_lm.tokenizer.train import sample_by_language, tokenizer_report, train_tokenizer
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class TokenizerStage(ArtefactStage):
                     f"{work.tokenizer} holds tokenizer {found[:12]}, tokenizer={settings.source} is {wanted[:12]}: use "
                     "another work_dir, remove that folder to replace it, or keep it by tokenizer=keep"
                 )
+            check_template(work, settings)
             return Artefact(True, f"{report['vocab_size']:,} pieces, {report['bytes_per_token']:.2f} bytes/token")
         if (found := report.get("format", 1)) != FORMAT:
             raise ArtefactError(
@@ -90,6 +91,8 @@ class TokenizerStage(ArtefactStage):
             content = given_tokenizer(settings)
             path = work.tokenizer / read_vocabulary(content, settings.source).file_name
             durable.write_bytes(path, content)
+            if kept := template_of(settings):
+                kept.write(work.tokenizer)
         else:
             path = work.tokenizer / SentencePieceModel.file_name
             with console.waiting(f"training {settings.vocab_size:,} pieces"):
@@ -103,6 +106,29 @@ class TokenizerStage(ArtefactStage):
 
     def output(self, config: Config) -> Path:
         return WorkDirectory(Path(config.work_dir)).tokenizer
+
+
+def template_of(settings: TokenizerConfig) -> KeptTemplate | None:
+    """The layout of conversations that comes with a given tokenizer; None: ours."""
+    from dist_lm.stages.chat_layout import given_template  # only for models of transformers
+
+    return given_template(settings)
+
+
+def check_template(work: WorkDirectory, settings: TokenizerConfig) -> None:
+    """Refuse a work directory whose conversations are laid out otherwise.
+
+    Raises:
+        ArtefactError: names the folder and the way out.
+    """
+    found, wanted = KeptTemplate.read(work.tokenizer), template_of(settings)
+    if (found and found.text) != (wanted and wanted.text):
+        names = ["that of an imported model" if one else "ours" for one in (found, wanted)]
+        raise ArtefactError(
+            f"{work.tokenizer}: the layout of conversations is {names[0]}, tokenizer={settings.source} "
+            f"tokenizer.chat_template={settings.chat_template} is {names[1]}: use another work_dir, remove that folder "
+            "to replace it, or keep it by tokenizer=keep"
+        )
 
 
 STAGE = TokenizerStage()

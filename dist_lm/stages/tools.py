@@ -4,6 +4,7 @@ Before the first step and after the last it answers questions about conversation
 in the training data.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,13 @@ if TYPE_CHECKING:
     from dist_lm.tokenizer.tokenizer import Tokenizer
     from dist_lm.tracking.console import Console
 
+log = logging.getLogger(__name__)
+
 ROOM = 32  # an answer may have this many tokens more than twice those of the right answer
+NO_QUESTIONS = (
+    "no questions are asked: conversations in the chat template of an imported model cannot be read back from tokens "
+    "(tokenizer.chat_template=ours asks them)"
+)
 COLUMNS = {  # figure -> its column in the summary
     "parses": "parses",
     "valid_call": "fits a tool",
@@ -107,20 +114,24 @@ class Tools(TextStage):
 
 def examine(closing: Closing) -> dict[str, float]:
     """`tools/*`: greedy answers to questions about val, compared with the conversations (collective)."""
+    from dist_lm.chat.template import stop_tokens
     from dist_lm.data.token_corpus import TokenCorpus
     from dist_lm.evaluation.tool_questions import choose
     from dist_lm.evaluation.tool_score import figures, judge, read_answer
     from dist_lm.stages.sampling import answer_all, write_samples
-    from dist_lm.tokenizer.symbols import END
 
     config, tokenizer = closing.config, closing.tokenizer
     assert isinstance(config, ToolsConfig)
     settings = config.stage.questions
     if not settings.per_kind:
         return {}
+    if tokenizer.kept_template:
+        if closing.world.is_first:
+            log.warning("stage.questions.per_kind=%d: %s", settings.per_kind, NO_QUESTIONS)
+        return {}
     corpus = TokenCorpus.open(closing.run.work.corpus(config.stage.corpus), "val")
     questions = choose(corpus, tokenizer, settings.per_kind, config.model.max_seq_len)
-    requests = requests_of(questions, tokenizer.mark_id(END), settings.max_new_tokens)
+    requests = requests_of(questions, stop_tokens(tokenizer), settings.max_new_tokens)
     answers = answer_all(closing, requests, "stage.questions")
     verdicts = []
     for one, answer in zip(questions, answers, strict=True):
@@ -132,7 +143,7 @@ def examine(closing: Closing) -> dict[str, float]:
     return figures((one.question.kind, verdict) for one, verdict in zip(questions, verdicts, strict=True))
 
 
-def requests_of(questions: "Sequence[Asked]", end_id: int, max_new_tokens: int) -> "list[Request]":
+def requests_of(questions: "Sequence[Asked]", ends: tuple[int, ...], max_new_tokens: int) -> "list[Request]":
     """Greedy, up to the end of the turn; an answer much longer than twice the right one is cut off."""
     from dist_lm.generation.request import Request, SamplingParams
 
@@ -141,7 +152,7 @@ def requests_of(questions: "Sequence[Asked]", end_id: int, max_new_tokens: int) 
             str(number),
             one.prompt,
             SamplingParams(
-                max_new_tokens=min(max_new_tokens, 2 * len(one.expected) + ROOM), temperature=0, stop_tokens=(end_id,)
+                max_new_tokens=min(max_new_tokens, 2 * len(one.expected) + ROOM), temperature=0, stop_tokens=ends
             ),
         )
         for number, one in enumerate(questions)

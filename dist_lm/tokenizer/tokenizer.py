@@ -6,6 +6,7 @@ Hugging Face. Its hash names it in corpora and checkpoints.
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ import sentencepiece
 
 from dist_lm.document import Document, TokenizedDocument
 from dist_lm.errors import ArtefactError, UserError, utf8
+from dist_lm.storage import durable
 from dist_lm.tokenizer import byte_level
 from dist_lm.tokenizer.byte_level import ByteLevelModel
 from dist_lm.tokenizer.symbols import ALIASES, END_OF_TEXT, MARKS, NEVER_TEXT, PAD, SPACE, SPECIAL_TOKENS
@@ -109,6 +111,7 @@ def sentencepiece_proto(content: bytes) -> Any:
 
 
 FORMAT = 2  # of the special tokens and symbols; recorded in the tokenizer's report. One more with every change
+CONVERSATIONS = "conversations.json"  # a `KeptTemplate`, beside the file of the tokenizer
 UINT16 = 65_536  # largest vocabulary whose ids are uint16
 
 
@@ -127,15 +130,41 @@ class Vocabulary(Protocol):
     def bytes_of(self, number: int) -> bytes: ...
 
 
+@dataclass(frozen=True)
+class KeptTemplate:
+    """The chat template of an imported model that lays conversations out otherwise than ours (`chat.kept_template`)."""
+
+    text: str  # Jinja
+    special_tokens: tuple[tuple[str, str], ...]  # that the template may use: (`bos_token`, its text), ...
+    day: str  # of the import, as 2026-01-31: what the template takes for today
+
+    @classmethod
+    def read(cls, folder: Path) -> "KeptTemplate | None":
+        """That beside a tokenizer; None: conversations are laid out as ours."""
+        if not (path := folder / CONVERSATIONS).is_file():
+            return None
+        value = durable.read_json(path)
+        try:
+            return cls(value["chat_template"], tuple(sorted(value["special_tokens"].items())), value["day"])
+        except (KeyError, AttributeError) as error:
+            raise ArtefactError(f"{path}: {error!r} is missing: import the model again") from error
+
+    def write(self, folder: Path) -> None:
+        """Write it beside a tokenizer."""
+        value = {"chat_template": self.text, "special_tokens": dict(self.special_tokens), "day": self.day}
+        durable.write_json(folder / CONVERSATIONS, value)
+
+
 class Tokenizer:
     """A tokenizer. `decode(encode(text)) == text` for a trained one; an existing one may normalise the text first."""
 
-    def __init__(self, content: bytes, name: str) -> None:
+    def __init__(self, content: bytes, name: str, kept_template: KeptTemplate | None = None) -> None:
         """`content`: that of `tokenizer.model` or `tokenizer.json`; `name`: the file's name in error messages.
 
         Raises:
             ArtefactError: it is not such a file, or has no end-of-text.
         """
+        self.kept_template = kept_template  # None: conversations are laid out as ours
         self._vocabulary = read_vocabulary(content, name)
         self.name = name
         self.vocab_size = self._vocabulary.vocab_size
@@ -164,7 +193,7 @@ class Tokenizer:
             raise ArtefactError(
                 f"{path}: no tokenizer there ({error.strerror}): train it with stage=tokenizer"
             ) from error
-        return cls(content, str(path))
+        return cls(content, str(path), KeptTemplate.read(path.parent))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without any special token, even where the text spells one.
@@ -212,6 +241,11 @@ class Tokenizer:
                 "marks that a tokenizer lacks"
             )
         return self.special_ids[name]
+
+    @property
+    def file_names(self) -> dict[str, int]:
+        """The special tokens by the names that they have in the file."""
+        return self._vocabulary.special_ids
 
     def lacking(self) -> tuple[str, ...]:
         """The marks that the tokenizer lacks; they are plain text."""
