@@ -1,0 +1,101 @@
+"""An imported model keeps its chat template: in the import, the work directory, the corpora, generation and exports."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dist_lm.chat.messages import ChatError, Conversation, Message
+from dist_lm.chat.template import prompt, render
+from dist_lm.errors import ArtefactError
+from dist_lm.generation.load import load_model
+from dist_lm.launcher.compose import compose_config
+from dist_lm.stages.export import export
+from dist_lm.stages.importing import import_model
+from dist_lm.stages.shards import corpus_fingerprint, digest
+from dist_lm.stages.tokenizer import STAGE as TOKENIZER
+from dist_lm.storage.run_directory import WorkDirectory
+from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer
+from dist_lm.tracking.console import Console
+from tests.chat.test_kept_template import ADDS_SYSTEM
+from tests.conftest import VOCAB_SIZE
+from tests.interop.hf_models import our_model, small
+from tests.stages.test_export import saved
+
+transformers = pytest.importorskip("transformers")
+CHAT = Conversation((Message("user", "Say <|im_end|>"), Message("assistant", "No.")))
+
+
+@pytest.fixture
+def snapshot(tiny_work: WorkDirectory, tmp_path: Path) -> Path:
+    """A Llama of transformers whose chat template adds a turn of the system."""
+    config = small("Llama", d_model=40, d_ff=80, max_seq_len=256, vocab_size=VOCAB_SIZE, rope_base=500.0)
+    folder = saved(tmp_path / "Llama-chat", our_model(config), tiny_work)
+    special = {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}, "chat_template": ADDS_SYSTEM}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    return folder
+
+
+def test_the_template_travels_from_the_snapshot_to_the_export(snapshot: Path, tmp_path: Path):
+    work = WorkDirectory(tmp_path / "work")
+    run = import_model(str(snapshot), "mine", work)
+    kept = load_model(run.path).tokenizer.kept_template
+    assert kept
+    assert (kept.text, dict(kept.special_tokens)) == (
+        ADDS_SYSTEM,
+        {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"},
+    )
+    for number, source in enumerate((str(run.path / "tokenizer"), f"hf:{snapshot}")):
+        own = WorkDirectory(tmp_path / f"work{number}")
+        given = ["stage=shards", f"tokenizer={source}", f"work_dir={own.path}", "corpus.corpora={}"]
+        config = compose_config(given)
+        TOKENIZER.build(config, Console())
+        assert TOKENIZER.inspect(config).ready
+        assert KeptTemplate.read(own.tokenizer) == kept
+        with pytest.raises(ArtefactError, match="layout of conversations is that of an imported model"):
+            TOKENIZER.inspect(compose_config([*given, "tokenizer.chat_template=ours"]))
+    export(run.path, tmp_path / "out", "fp32")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == ADDS_SYSTEM
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
+    plain = [{"role": "user", "content": "Say no."}]
+    expected = theirs.apply_chat_template(plain, add_generation_prompt=True, tokenize=True, return_dict=False)
+    asked = Conversation((Message("user", "Say no."),))
+    assert prompt(asked, load_model(run.path).tokenizer) == expected
+    ids = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert ids["eos_token_id"] == [0, theirs.convert_tokens_to_ids("<|im_end|>")]
+    assert ids["bos_token_id"] == theirs.convert_tokens_to_ids("<|im_start|>")
+    again = import_model(str(tmp_path / "out"), "again", work)
+    back = load_model(again.path).tokenizer.kept_template
+    assert back
+    assert back.text == ADDS_SYSTEM
+
+
+def test_corpora_of_another_layout_are_not_used(snapshot: Path, tiny_work: WorkDirectory, tmp_path: Path):
+    work = WorkDirectory(tmp_path / "work")
+    shutil.copytree(tiny_work.path, work.path)
+    config = compose_config(["stage=shards", f"work_dir={work.path}"])
+    before = {name: digest(corpus_fingerprint(config, name)) for name in ("code", "tools")}
+    KeptTemplate(ADDS_SYSTEM, (), "2026-01-31").write(work.tokenizer)
+    after = {name: digest(corpus_fingerprint(config, name)) for name in ("code", "tools")}
+    assert before["code"] == after["code"]
+    assert before["tools"] != after["tools"]
+    tokenizer = Tokenizer.load(work.tokenizer_model)
+    plain = replace(config.tokenizer, source="keep")
+    assert TOKENIZER.inspect(replace(config, tokenizer=plain)).ready
+    assert tokenizer.decode(render(CHAT, tokenizer).tokens).startswith("system\nYou help.")
+
+
+def test_a_template_of_our_own_layout_is_not_kept(snapshot: Path, tiny_work: WorkDirectory, tmp_path: Path):
+    from dist_lm.chat.template import chat_template
+
+    (snapshot / "tokenizer_config.json").unlink()
+    (snapshot / "chat_template.jinja").write_text(chat_template())
+    run = import_model(str(snapshot), "mine", WorkDirectory(tmp_path / "work"))
+    assert load_model(run.path).tokenizer.kept_template is None
+    assert run.chat_template.read_text() == chat_template()
+    (snapshot / "chat_template.jinja").write_text("{% broken")
+    broken = import_model(str(snapshot), "broken", WorkDirectory(tmp_path / "work"))
+    with pytest.raises(ChatError, match="cannot be read"):
+        prompt(Conversation(CHAT.messages[:1]), load_model(broken.path).tokenizer)

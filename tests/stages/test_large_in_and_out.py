@@ -1,0 +1,62 @@
+"""Import and export of `model=large` hold about one tensor in memory. Writes 11 GB; --basetemp says where."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.stages.test_export import byte_level_tokenizer
+
+PROGRAM = """
+import sys, threading, time
+from pathlib import Path
+import torch
+from dist_lm.launcher.compose import compose_config
+from dist_lm.model.size import parameter_count, parameter_shapes
+from dist_lm.stages import export, importing
+from dist_lm.storage.run_directory import WorkDirectory
+
+def anonymous():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) << 10
+
+peak = 0
+def watch():
+    global peak
+    while True:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+folder, tokenizer, work = (Path(word) for word in sys.argv[1:])
+model = compose_config(["stage=code", "model=large"]).model
+shapes = parameter_shapes(model)
+folder.mkdir()
+(folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+export.write_model(folder, model, lambda name: torch.randn(shapes[name]), "fp32", ids)
+largest = max(torch.Size(shape).numel() for shape in shapes.values()) * 4
+threading.Thread(target=watch, daemon=True).start()
+print(parameter_count(model), largest)
+before = peak = anonymous()
+run = importing.import_model(str(folder), "large", WorkDirectory(work))
+print(peak - before)
+before = peak = anonymous()
+export.export(run.path, folder.with_name("again"), "fp32")
+print(peak - before)
+"""
+
+
+@pytest.mark.bars
+@pytest.mark.timeout(3600)
+def test_memory_of_large_is_below_one_gib_over_a_tensor(tmp_path: Path):
+    byte_level_tokenizer(tmp_path / "tokenizer.json")
+    command = [sys.executable, "-c", PROGRAM, tmp_path / "hf", tmp_path / "tokenizer.json", tmp_path / "work"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3500, env=os.environ, check=False)
+    assert done.returncode == 0, done.stderr
+    parameters, largest, importing, exporting = map(int, done.stdout.split())
+    assert parameters > 1e9
+    for name, rise in (("import", importing), ("export", exporting)):
+        print(f"\n{name}: {rise / 2**20:,.0f} MiB; the largest tensor has {largest / 2**20:,.0f} MiB")
+        assert rise < largest + 2**30
