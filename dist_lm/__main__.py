@@ -164,6 +164,9 @@ def generate(
         Path | None,
         typer.Option(help="A Python file whose functions the model may call. Prompts are then requests to the model."),
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are requests to the model, which it answers in turn.")
+    ] = False,
     max_rounds: Annotated[int, typer.Option(help="With --tools: most turns with calls for one request.")] = 8,
     tool_seconds: Annotated[float, typer.Option(help="With --tools: time limit of a call.")] = 10.0,
     tool_characters: Annotated[
@@ -183,7 +186,7 @@ def generate(
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }
-    options = ToolOptions(tools, max_rounds, Limits(tool_seconds, tool_characters)) if tools else None
+    options = ToolOptions(tools, max_rounds, Limits(tool_seconds, tool_characters)) if tools or chat else None
     raise typer.Exit(generate(path, prompt, tokenizer, values, stop or [], seed, n, device, tp, options, suffix))
 
 

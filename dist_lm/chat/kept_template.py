@@ -20,6 +20,7 @@ import numpy as np
 
 from dist_lm.chat.jinja_text import PROBE, PROBE_CALL, WAY_OUT, check_probes, messages_of, rendered, tools_of
 from dist_lm.chat.messages import ChatError, Conversation, Message, check_conversation, turn_name
+from dist_lm.errors import UserError
 from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer
 
 FIRST_PRIVATE, LAST_PRIVATE = 0xE000, 0xF8FF  # of Unicode's private use area
@@ -127,6 +128,19 @@ def writes_hermes_calls(tokenizer: Tokenizer) -> bool:
         return parse_turn(written, tokenizer).calls == (PROBE_CALL,)
     except ChatError:
         return False
+
+
+def require_hermes_calls(tokenizer: Tokenizer) -> None:
+    """Refuse a template whose calls cannot be read.
+
+    Raises:
+        UserError: names the way out.
+    """
+    if not writes_hermes_calls(tokenizer):
+        raise UserError(
+            f"--tools: the chat template of the model shows no calls in the form <tool_call>JSON</tool_call>, so they "
+            f"cannot be read: {WAY_OUT}, and stage=tools teaches calls"
+        )
 
 
 class _Page:

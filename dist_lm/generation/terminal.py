@@ -53,7 +53,7 @@ def generate(
         values: fields of `SamplingParams`.
         n: number of answers.
         tp: devices that share the model.
-        tools: functions the model may call; the prompt then is a request and not the beginning of a text.
+        tools: the prompt is a request and not the beginning of a text; the functions the model may call.
         suffix: the text behind the answer, which fills the middle.
 
     Raises:
@@ -66,11 +66,11 @@ def generate(
     if talks and n != 1:
         raise ConfigError(f"--n={n}: several answers need --prompt; in a conversation use /again")
     if tools and n != 1:
-        raise ConfigError(f"--n={n}: --tools gives one answer")
+        raise ConfigError(f"--n={n}: --tools and --chat give one answer")
     if suffix is not None:
         _check_argument("--suffix", suffix)
         if talks or tools:
-            raise ConfigError("--suffix: expected --prompt, or a prompt on standard input, and no --tools")
+            raise ConfigError("--suffix: expected --prompt, or a prompt on standard input, and no --tools or --chat")
     if talks and not sys.stdout.isatty():
         raise ConfigError("--prompt is missing: it is required if the output is not a terminal")
     name = "--prompt"
@@ -82,12 +82,12 @@ def generate(
         sys.stdout.reconfigure(errors="replace")  # for terminals with a small character set
     errors = Console(stderr=True, highlight=False)
     with ExitStack() as stack:
-        toolbox = stack.enter_context(Toolbox(tools.file, tools.limits)) if tools else None
+        toolbox = stack.enter_context(Toolbox(tools.file, tools.limits)) if tools and tools.file else None
         with errors.status("loading ...") if errors.is_terminal else nullcontext():
             session, run = _load(path, tokenizer, chosen, n, tp)
             stack.enter_context(closing(session))
-        chat = ToolChat(session, toolbox, tools.max_rounds) if tools and toolbox else None
-        if chat and (warning := warning_of(run.path.parent.name if run else None)):
+        chat = ToolChat(session, toolbox, tools.max_rounds) if tools else None
+        if toolbox and (warning := warning_of(run.path.parent.name if run else None)):
             errors.print(Text(warning, style="yellow"), soft_wrap=True)
         if prompt is not None and chat:
             return _one_request(session, chat, prompt, settings, sys.stdout, errors)

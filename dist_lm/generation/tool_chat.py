@@ -30,9 +30,9 @@ ENDINGS: dict[Ending, str] = {
 
 @dataclass(frozen=True)
 class ToolOptions:
-    """Values of --tools and its related options."""
+    """Values of --tools, --chat and their related options."""
 
-    file: Path
+    file: Path | None  # None: the model may call nothing
     max_rounds: int = 8  # turns with calls per request, at most
     limits: Limits = field(default_factory=Limits)
 
@@ -68,13 +68,22 @@ class ChatOutcome:
 class ToolChat:
     """The conversation so far. A request without an answer is removed, so that the next request can follow."""
 
-    def __init__(self, session: Session, toolbox: Toolbox, max_rounds: int) -> None:
+    def __init__(self, session: Session, toolbox: Toolbox | None, max_rounds: int) -> None:
+        """`toolbox`: None: the model may call nothing.
+
+        Raises:
+            UserError: the chat template of an imported model writes calls in another form than ours.
+        """
         self._session, self._toolbox, self._max_rounds = session, toolbox, max_rounds
-        self._said = self._before = Conversation((), toolbox.tools)
+        if toolbox and session.tokenizer.kept_template:
+            from dist_lm.chat.kept_template import require_hermes_calls
+
+            require_hermes_calls(session.tokenizer)
+        self.forget()
 
     def forget(self) -> None:
         """Start a new conversation."""
-        self._said = self._before = Conversation((), self._toolbox.tools)
+        self._said = self._before = Conversation((), self._toolbox.tools if self._toolbox else ())
 
     def take_back(self) -> None:
         """Remove the last request and everything that followed."""
@@ -115,7 +124,7 @@ class ToolChat:
         exchange = converse(
             asked,
             ask,
-            lambda call: self._toolbox.run(call, interrupted),
+            lambda call: self._toolbox.run(call, interrupted) if self._toolbox else None,
             self._max_rounds,
             on_call=lambda call: on_note(f"-> {shown_call(call)}"),
             on_result=lambda call, result: on_note(f"<- {shown_result(result)}"),

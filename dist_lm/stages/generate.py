@@ -43,6 +43,9 @@ class GenerateConfig:
     name: str = MISSING
     prompts: str = ""  # file or glob: .jsonl (`prompt`, optionally `id` and `suffix`), or .txt (a prompt per line)
     checkpoint: str = AUTO  # run or checkpoint; auto: the newest of the code stage, else of the language stage
+    chat: bool = (
+        False  # a prompt is the turn of a user, in the model's layout of conversations, and the answer its turn
+    )
     n: int = 1  # answers per prompt
     prompts_per_shard: int = 1000  # prompts per output file; after a kill an unfinished file is generated again
     truncate: str = "refuse"  # a prompt that fills the context: refuse | left (cut off its beginning, without suffix)

@@ -7,12 +7,15 @@ So after a kill the missing parts are generated again with the same bytes.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
+from dist_lm.chat.messages import Conversation, Message
+from dist_lm.chat.template import prompt as chat_prompt
+from dist_lm.chat.template import stop_tokens
 from dist_lm.config.model import ModelConfig
 from dist_lm.data.infill import InfillMarks
 from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
@@ -153,6 +156,9 @@ class Samples(PoolWork):
         """
         self._stage, self._seed, self._run, self._tokenizer = config.stage, config.seed, run, tokenizer
         self._params, self._context = params_of(config.stage), config.model.max_seq_len
+        if config.stage.chat:
+            ends = stop_tokens(tokenizer)
+            self._params = replace(self._params, stop_tokens=(*self._params.stop_tokens, *ends))
         self._files = find_prompts(config.stage.prompts)
         self._label = label_of(Path(config.stage.checkpoint))
         found = check_inputs(self._files, config.stage, run)
@@ -243,6 +249,10 @@ class Samples(PoolWork):
             UserError: with its suffix it fills the context, or the tokenizer lacks the marks. Cutting off the beginning
                 would cut off a mark.
         """
+        if self._stage.chat:
+            if prompt.suffix is not None:
+                raise UserError("the prompt has a suffix, and stage.chat=true: leave one of them out")
+            return chat_prompt(Conversation((Message("user", prompt.text),)), self._tokenizer)
         tokens = [self._tokenizer.eot_id, *self._tokenizer.encode(prompt.text)]
         if prompt.suffix is not None:
             tokens = InfillMarks.of(self._tokenizer).prompt(tokens, self._tokenizer.encode(prompt.suffix))

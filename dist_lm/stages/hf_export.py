@@ -34,11 +34,13 @@ class ExportGroup(StageConfig):
     init_from: str = AUTO  # auto: the run of stage.run | another run, or a checkpoint
     folder: str = ""  # to write; empty: work_dir/exports/RUN_ID-STAGE
     dtype: str = "bf16"  # bf16 | fp32
+    gguf: str = ""  # F16 | Q8_0: a file for llama.cpp as well; empty: none
     push: str = ""  # id of a repository on the hub that the folder is uploaded to; empty: none
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.dtype in ("bf16", "fp32"), "stage.dtype", self.dtype, "bf16 or fp32")
+        require(self.gguf in ("", "F16", "Q8_0"), "stage.gguf", self.gguf, "F16 or Q8_0, or nothing")
         if self.push:
             check_repository("stage.push", self.push)
 
@@ -83,6 +85,7 @@ class Export(ArtefactStage):
         wanted |= {"dtype": stage.dtype}
         files: dict[str, int] = record.get("files", {})
         is_whole = all((folder / name).is_file() and (folder / name).stat().st_size == files[name] for name in files)
+        is_whole = is_whole and (not stage.gguf or f"model-{stage.gguf}.gguf" in files)
         is_pushed = record.get("pushed", "") == stage.push or not stage.push
         detail = f"{checkpoint.name} to {folder}, {stage.dtype}" + (f", pushed to {stage.push}" if stage.push else "")
         return Artefact(is_whole and is_pushed and wanted.items() <= record.items(), detail)
@@ -93,7 +96,7 @@ class Export(ArtefactStage):
 
         stage, folder = own(config), folder_of(config)
         with console.waiting(f"writing {folder}"):
-            export(_run(config), folder, stage.dtype)
+            export(_run(config), folder, stage.dtype, gguf=stage.gguf or None)
         if stage.push:
             with console.waiting(f"uploading to {stage.push}"):
                 push_folder(folder, stage.push)

@@ -9,22 +9,34 @@ import pytest
 
 from dist_lm.chat.messages import ChatError, Conversation, Message
 from dist_lm.chat.template import prompt, render
-from dist_lm.errors import ArtefactError
+from dist_lm.errors import ArtefactError, UserError
 from dist_lm.generation.load import load_model
+from dist_lm.generation.terminal import generate
+from dist_lm.generation.tool_chat import ToolOptions
 from dist_lm.launcher.compose import compose_config
+from dist_lm.stages import generate_parts
 from dist_lm.stages.export import export
 from dist_lm.stages.importing import import_model
 from dist_lm.stages.shards import corpus_fingerprint, digest
 from dist_lm.stages.tokenizer import STAGE as TOKENIZER
-from dist_lm.storage.run_directory import WorkDirectory
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer
 from dist_lm.tracking.console import Console
+from dist_lm.training import checkpoint_files as files
 from tests.chat.test_kept_template import ADDS_SYSTEM
 from tests.conftest import VOCAB_SIZE
 from tests.interop.hf_models import our_model, small
 from tests.stages.test_export import saved
 
 transformers = pytest.importorskip("transformers")
+SHAPE = (
+    f"model.vocab_size={VOCAB_SIZE}",
+    "model.d_model=40",
+    "model.n_layers=2",
+    "model.n_heads=5",
+    "model.d_ff=80",
+    "model.max_seq_len=256",
+)
 CHAT = Conversation((Message("user", "Say <|im_end|>"), Message("assistant", "No.")))
 
 
@@ -99,3 +111,24 @@ def test_a_template_of_our_own_layout_is_not_kept(snapshot: Path, tiny_work: Wor
     broken = import_model(str(snapshot), "broken", WorkDirectory(tmp_path / "work"))
     with pytest.raises(ChatError, match="cannot be read"):
         prompt(Conversation(CHAT.messages[:1]), load_model(broken.path).tokenizer)
+
+
+def test_chats_are_answered_in_the_kept_layout(snapshot: Path, tmp_path: Path):
+    """`stage=generate stage.chat=true` and `dist-lm generate --chat`; --tools needs calls that can be read."""
+    run = import_model(str(snapshot), "mine", WorkDirectory(tmp_path / "work"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Say <|im_end|>\n")
+    given = (f"work_dir={tmp_path / 'work'}", f"stage.prompts={prompts}", f"stage.checkpoint={run.path}")
+    config = compose_config(["stage=generate", *given, "stage.chat=true", *SHAPE])
+    tokenizer = generate_parts.tokenizer_of(config, files.find_checkpoint(run.path))
+    (tmp_path / "run").mkdir()
+    (request,) = generate_parts.Samples(config, RunDirectory(tmp_path / "run"), tokenizer).requests()
+    assert request.prompt == prompt(Conversation((Message("user", "Say <|im_end|>"),)), tokenizer)
+    assert request.params.stop_tokens == (tokenizer.file_names["<|im_end|>"],)
+    functions = tmp_path / "functions.py"
+    functions.write_text("def one() -> int:\n    'One.'\n    return 1\n")
+    values = {"max_new_tokens": 4, "temperature": 0}
+    chat = ToolOptions(None)
+    assert generate(run.path, "Hello", None, values, [], 0, 1, "cpu", tools=chat) in (0, 1)
+    with pytest.raises(UserError, match=r"--tools: the chat template .* <tool_call>JSON"):
+        generate(run.path, "Hello", None, values, [], 0, 1, "cpu", tools=ToolOptions(functions))
