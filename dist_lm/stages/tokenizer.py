@@ -18,7 +18,14 @@ from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.byte_level import ByteLevelModel
 from dist_lm.tokenizer.existing import given_tokenizer
-from dist_lm.tokenizer.tokenizer import FORMAT, KeptTemplate, SentencePieceModel, Tokenizer, read_vocabulary
+from dist_lm.tokenizer.tokenizer import (
+    CONVERSATIONS,
+    FORMAT,
+    KeptTemplate,
+    SentencePieceModel,
+    Tokenizer,
+    read_vocabulary,
+)
 from dist_lm.tokenizer.train import sample_by_language, tokenizer_report, train_tokenizer
 
 if TYPE_CHECKING:
@@ -87,17 +94,20 @@ class TokenizerStage(ArtefactStage):
             documents = read_in_turn(config.corpus, config.seed, READ * wanted)
             sample = list(sample_by_language((count.each(document) for document in documents), wanted))
         report: dict[str, Any] = {"config": asdict(settings)}
+        kept = None
         if settings.is_given:
             content = given_tokenizer(settings)
             path = work.tokenizer / read_vocabulary(content, settings.source).file_name
             durable.write_bytes(path, content)
-            if kept := template_of(settings):
-                kept.write(work.tokenizer)
+            kept = template_of(settings)
         else:
             path = work.tokenizer / SentencePieceModel.file_name
             with console.waiting(f"training {settings.vocab_size:,} pieces"):
                 train_tokenizer((document.text for document in sample), path, settings)
             report["text"] = digest(text_fingerprint(config))
+        (work.tokenizer / CONVERSATIONS).unlink(missing_ok=True)
+        if kept:
+            kept.write(work.tokenizer)
         for other in (work.tokenizer / kind.file_name for kind in (SentencePieceModel, ByteLevelModel)):
             if other != path:
                 other.unlink(missing_ok=True)

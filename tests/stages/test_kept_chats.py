@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from dist_lm.chat.documents import encode_document, write_conversation
 from dist_lm.chat.messages import ChatError, Conversation, Message
 from dist_lm.chat.template import prompt, render
+from dist_lm.data.shard_writer import CorpusWriter
+from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.generation.load import load_model
 from dist_lm.generation.terminal import generate
@@ -17,16 +20,18 @@ from dist_lm.launcher.compose import compose_config
 from dist_lm.stages import generate_parts
 from dist_lm.stages.export import export
 from dist_lm.stages.importing import import_model
-from dist_lm.stages.shards import corpus_fingerprint, digest
+from dist_lm.stages.shards import corpus_fingerprint, digest, recipe_of
 from dist_lm.stages.tokenizer import STAGE as TOKENIZER
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer
 from dist_lm.tracking.console import Console
+from dist_lm.tracking.metrics import read_metrics
 from dist_lm.training import checkpoint_files as files
 from tests.chat.test_kept_template import ADDS_SYSTEM
 from tests.conftest import VOCAB_SIZE
 from tests.interop.hf_models import our_model, small
 from tests.stages.test_export import saved
+from tests.training_run import prepare, tolerance, train
 
 transformers = pytest.importorskip("transformers")
 SHAPE = (
@@ -132,3 +137,34 @@ def test_chats_are_answered_in_the_kept_layout(snapshot: Path, tmp_path: Path):
     assert generate(run.path, "Hello", None, values, [], 0, 1, "cpu", tools=chat) in (0, 1)
     with pytest.raises(UserError, match=r"--tools: the chat template .* <tool_call>JSON"):
         generate(run.path, "Hello", None, values, [], 0, 1, "cpu", tools=ToolOptions(functions))
+
+
+@pytest.mark.cluster
+@pytest.mark.heavy
+@pytest.mark.timeout(900)
+def test_stage_tools_learns_answers_of_the_kept_layout_at_any_layout(tiny_work: WorkDirectory, tmp_path: Path):
+    """Answers alone are learned, at one rank as with tp 2."""
+    work = WorkDirectory(tmp_path / "work")
+    shutil.copytree(tiny_work.path, work.path)
+    KeptTemplate(ADDS_SYSTEM, (), "2026-01-31").write(work.tokenizer)
+    config = compose_config(["stage=tools", f"work_dir={work.path}"])
+    shutil.rmtree(work.corpus("tools"))
+    tokenizer, learned = Tokenizer.load(work.tokenizer_model), 0
+    with CorpusWriter(work.corpus("tools"), recipe_of(config, "tools")) as writer:
+        for number in range(60):
+            chat = Conversation((Message("user", f"Count {number}"), Message("assistant", f"{number} {number}")))
+            text = write_conversation(chat)
+            document = Document(text, "chat", f"chat:{number}", "none", f"{number:064x}", form="conversation")
+            encoded = encode_document(tokenizer, document)
+            learned += int(encoded.loss_mask.sum()) if encoded.loss_mask is not None else 0
+            writer.write("val" if number % 10 == 0 else "train", encoded)
+        writer.finish({}, [])
+    assert learned == sum(len(tokenizer.encode(f"{n} {n}")) + 1 for n in range(60))
+    losses = []
+    for run_id, ranks, *more in (("one", 1), ("cut", 2, "parallel.tp=2")):
+        own = ("stage.steps=3", "stage.warmup_steps=1", "stage.checkpoint_every=3", "stage.eval_every=3")
+        run = prepare(work, run_id, *own, "stage.init_from=none", "stage.mix=null", *more, stage="tools")
+        train(run, ranks)
+        losses.append([line["train/loss"] for line in read_metrics(run.metrics) if "train/loss" in line])
+    assert len(losses[0]) == 3
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance("train/loss"))
