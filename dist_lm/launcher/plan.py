@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dist_lm.config.corpus import HF
 from dist_lm.config.root import Config
 from dist_lm.errors import ConfigError
 from dist_lm.stages.registry import stage_named
@@ -75,12 +74,12 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
             except ConfigError as error:
                 without = "; stage.init_from=none begins without it" if name == starts_from else ""
                 raise ConfigError(f"stage {name}, which stage={target} needs: {error}{without}") from error
-        return [need for need in needed(name, composed[name]) if need != given]
+        return [need for need in stage_named(name).reads(composed[name]) if need != given]
 
     order = in_order(target, needs_of)
     configs = {name: composed[name] for name in order}
     for name in reversed(order[:-1]):
-        readers = [config for other, config in configs.items() if name in needed(other, config)]
+        readers = [config for other, config in configs.items() if name in stage_named(other).reads(config)]
         configs[name] = stage_named(name).for_readers(configs[name], readers)
     rebuilt: set[str] = set()
     planned = []
@@ -136,15 +135,6 @@ def in_order(target: str, needs_of: Callable[[str], Sequence[str]]) -> list[str]
 
     visit(target)
     return order
-
-
-def needed(name: str, config: Config) -> Sequence[str]:
-    """The stages whose output a stage reads; for a start from a model of transformers its import, for no other one."""
-    stage, start = stage_named(name), getattr(config.stage, "init_from", "")
-    own = stage.needed(config)
-    if name == "import" or not start.startswith(HF):
-        return own
-    return ("import", *(need for need in own if need != stage.starts_from))
 
 
 def may_need(target: str) -> list[str]:

@@ -14,7 +14,7 @@ from dist_lm.config.corpus import HF
 from dist_lm.config.root import Config
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.interop.snapshot import change_of, folder_of, model_in, name_of
-from dist_lm.stages.stage import Artefact, ArtefactStage
+from dist_lm.stages.stage import IMPORT, Artefact, ArtefactStage
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.readable import readable_count
 
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class Import(ArtefactStage):
-    name = "import"
+    name = IMPORT
+
+    def reads(self, config: Config) -> tuple[str, ...]:
+        return ()
 
     def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
         """Import the model that the later stages start from."""

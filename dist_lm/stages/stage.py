@@ -14,6 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from dist_lm.config.corpus import HF
 from dist_lm.config.root import Config
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.readable import three_decimals
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from dist_lm.generation.request import Answer, Refusal, Request
     from dist_lm.tokenizer.tokenizer import Tokenizer
     from dist_lm.tracking.console import Console
+
+
+IMPORT = "import"  # the stage that imports a model of transformers
 
 
 class Action(Enum):
@@ -90,6 +94,11 @@ class Stage(ABC):
     def needed(self, config: Config) -> tuple[str, ...]:
         """The stages of `needs` whose output this configuration reads."""
         return self.needs
+
+    def reads(self, config: Config) -> tuple[str, ...]:
+        """`needed`; a start from a model of transformers takes its import in place of the stage before."""
+        own, start = self.needed(config), getattr(config.stage, "init_from", "")
+        return (IMPORT, *(need for need in own if need != self.starts_from)) if start.startswith(HF) else own
 
     def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
         """`config` narrowed to what the later stages of a plan read."""

@@ -13,6 +13,7 @@ from dist_lm.errors import ConfigError
 from dist_lm.stages.registry import load_config, stage_named
 from dist_lm.stages.stage import (
     BITS_PER_BYTE,
+    IMPORT,
     TRAIN_LOSS,
     VAL_LOSS,
     Action,
@@ -179,7 +180,7 @@ class TrainingStage(Stage):
             start = check_branch(self, config)
             return Look(config, Action.BUILD, f"to step {config.stage.steps:,}, from {shown_path(start, config)}")
         origin = f" from the {self.starts_from} checkpoint" if self.starts_from in rebuilt else ""
-        if given.startswith(HF) and "import" in rebuilt:
+        if given.startswith(HF) and IMPORT in rebuilt:
             from dist_lm.interop.snapshot import named_model
 
             checkpoint_files.check_start(Path(given), asdict(named_model(given)), config.model)
