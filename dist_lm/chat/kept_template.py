@@ -106,6 +106,14 @@ def _ends(kept: KeptTemplate, names: tuple[tuple[str, int], ...]) -> tuple[int, 
     return tuple(dict.fromkeys(found))
 
 
+def turn_ends(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The special tokens that end a turn of the assistant; none if the template cannot say."""
+    try:
+        return _ends(_kept(tokenizer), _names(tokenizer))
+    except ChatError:
+        return ()  # it renders no plain conversation: every use of it says why
+
+
 def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The special tokens that end a turn of the assistant.
 

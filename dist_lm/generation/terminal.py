@@ -66,7 +66,7 @@ def generate(
     if talks and n != 1:
         raise ConfigError(f"--n={n}: several answers need --prompt; in a conversation use /again")
     if tools and n != 1:
-        raise ConfigError(f"--n={n}: --tools and --chat give one answer")
+        raise ConfigError(f"--n={n}: {'--tools' if tools.file else '--chat'} gives one answer")
     if suffix is not None:
         _check_argument("--suffix", suffix)
         if talks or tools:

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_lm.chat.template import chat_template, stop_tokens
+from dist_lm.chat.kept_template import turn_ends
+from dist_lm.chat.template import chat_template
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.generation.load import model_config_of, run_of, tokenizer_of
@@ -166,7 +167,7 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     if kept := tokenizer.kept_template:
         names = {f"{name}_id": tokenizer.file_names.get(text) for name, text in kept.special_tokens}
         found |= {name: names[name] for name in found if names.get(name) is not None}
-        ends = list(stop_tokens(tokenizer))
+        ends = list(turn_ends(tokenizer))
     return found | {"eos_token_id": list(dict.fromkeys((tokenizer.eot_id, *ends)))}
 
 
