@@ -186,7 +186,7 @@ HELD_OUT = (
         "held-out",
         TEXT_STAGES,
         ("val/infill_loss", "nats/target", "lower", "Loss on held-out middles, both sides given as PSM."),
-        ("val/infill_loss_spm", "nats/target", "lower", "The same, both sides given as SPM."),
+        ("val/infill_loss_spm", "nats/target", "lower", "The same, given as SPM."),
         ("val/infill_loss_left", "nats/target", "lower", "The same, only what stands before given."),
         only="with stage.fim_rate",
     ),
