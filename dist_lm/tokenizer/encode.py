@@ -44,7 +44,7 @@ def encode_documents(
     first = list(islice(chunks, CHUNKS_FOR_PROCESSES)) if workers > 1 else []
     if len(first) < CHUNKS_FOR_PROCESSES:
         for chunk in chain(first, chunks):
-            yield from (encode(tokenizer, document) for document in chunk)
+            yield from [encode(tokenizer, document) for document in chunk]  # at once: code and data stay in the caches
     else:
         yield from _encode_in_processes(path, chain(first, chunks), workers, encode)
 

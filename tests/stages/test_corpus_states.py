@@ -201,8 +201,11 @@ def recorded(directory: Path, event: str) -> set[str]:
     return {value["name"] if isinstance(value, dict) else value for value in values if value}
 
 
-def test_val_begins_behind_the_last_tar_of_train(work: WorkDirectory, tmp_path: Path) -> None:
+def test_val_begins_behind_the_last_tar_of_train(
+    work: WorkDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So one tar at most is open when a build is killed."""
+    monkeypatch.setattr("dist_lm.tokenizer.encode.CHUNK_DOCUMENTS", 1)
     rows = tmp_path / "rows.jsonl"
     write_rows(rows, 300)
     config, directory = config_of(work, source_of(rows)), work.corpus("mine")
