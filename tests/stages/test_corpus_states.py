@@ -208,7 +208,7 @@ def test_val_begins_behind_the_last_tar_of_train(
     monkeypatch.setattr("dist_lm.tokenizer.encode.CHUNK_DOCUMENTS", 1)
     rows = tmp_path / "rows.jsonl"
     write_rows(rows, 300)
-    config, directory = config_of(work, source_of(rows)), work.corpus("mine")
+    config, directory = config_of(work, source_of(rows), shard_tokens=10**6), work.corpus("mine")
     shards.STAGE.build(config, Console())
     documents = {name: split.counts.documents for name, split in read_manifest(directory).splits.items()}
     assert documents["val"] > 8 + 1
