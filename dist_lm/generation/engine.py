@@ -1,7 +1,7 @@
 """The continuous-batching engine: requests join and leave at any step, with one model and one cache of fixed size.
 
-A step computes some pieces of new prompts, then one token for every running sequence. A sequence holds only the pages
-it needs now. When no page is free, the youngest sequence is set aside: the content of its pages moves to host memory
+A step computes some pieces of new prompts and one token for every running sequence. A sequence holds only the pages it
+needs now. When no page is free, the youngest sequence is set aside: the content of its pages moves to host memory
 until pages are free again. So the cache never overflows, and an answer does not depend on other requests (on the CPU in
 fp32 to the last bit: see `linear.py`, `plain_pages.py` and `sampling.py`).
 
@@ -30,6 +30,10 @@ from dist_lm.generation.transfer import upload
 
 if TYPE_CHECKING:
     from dist_lm.generation.sharded import ShardedDecoder
+
+
+_Rows = tuple[list[Running], torch.Tensor, torch.Tensor]
+"""Sequences that get a token, their logits (B, V), and the positions (B,) of the tokens."""
 
 
 class Engine:
@@ -166,8 +170,10 @@ class Engine:
         """Run one step. Returns the results that it finished."""
         self._bring_back()
         self._admit()
-        self._compute_prompts()
-        self._decode()
+        begun, running = self._compute_prompts(), self._decode()
+        self._running += begun[0] if begun else []
+        if rows := [rows for rows in (running, begun) if rows]:
+            self._take_tokens(rows)
         self._decoder.check()
         done, self._done = self._done, []
         return done
@@ -251,8 +257,8 @@ class Engine:
             group[0].pages = [self._pool.take() for _ in range(prompt)]
             self._prompts.append(group)
 
-    def _compute_prompts(self) -> None:
-        """Compute the next pieces of prompts, oldest first. A complete prompt gets the first tokens of its answers."""
+    def _compute_prompts(self) -> _Rows | None:
+        """Compute the next pieces of prompts, oldest first. Returns the answers whose prompts are complete."""
         pieces: list[tuple[list[Running], Piece]] = []
         left = self.options.step_tokens
         for group in self._prompts:
@@ -266,7 +272,7 @@ class Engine:
                 left -= end - start
                 start = end
         if not pieces:
-            return
+            return None
         logits_PV = self._decoder.prefill([piece for _, piece in pieces])
         begun: list[tuple[list[Running], int]] = []
         for row, (group, piece) in enumerate(pieces):
@@ -274,27 +280,27 @@ class Engine:
             if group[0].cached == group[0].n_prompt:
                 self._prompts.remove(group)
                 begun.append((group, row))
-        if begun:
-            sequences = [sequence for group, _ in begun for sequence in group]
-            for group, _ in begun:
-                for other in group[1:]:
-                    other.pages, other.cached = list(group[0].pages), group[0].cached
-                    self._pool.share(other.pages)
-            self._running += sequences
-            rows, positions = [row for group, row in begun for _ in group], [one.cached for one in sequences]
-            row_B, position_B = upload(self._device, torch.tensor(rows), torch.tensor(positions))
-            self._take_tokens(sequences, logits_PV[row_B], position_B)
+        sequences = [sequence for group, _ in begun for sequence in group]
+        for group, _ in begun:
+            for other in group[1:]:
+                other.pages, other.cached = list(group[0].pages), group[0].cached
+                self._pool.share(other.pages)
+        rows, positions = [row for group, row in begun for _ in group], [one.cached for one in sequences]
+        if not begun:
+            return None
+        row_B, position_B = upload(self._device, torch.tensor(rows), torch.tensor(positions))
+        return sequences, logits_PV[row_B], position_B
 
-    def _decode(self) -> None:
+    def _decode(self) -> _Rows | None:
         self._take_pages()
         if not self._running:
-            return
+            return None
         running = list(self._running)
         plan = self._plan_of(running)
         logits_BV = self._decoder.decode([sequence.tokens[-1] for sequence in running], plan)
         for sequence in running:
             sequence.cached += 1
-        self._take_tokens(running, logits_BV, plan.position_B + 1)
+        return running, logits_BV, plan.position_B + 1
 
     def _plan_of(self, running: list[Running]) -> Plan:
         """The plan of the last step, advanced, if no page has changed its holders; otherwise a new one."""
@@ -320,9 +326,8 @@ class Engine:
                     self._set_aside(self._running[-1])
 
     def _has_page(self, sequence: Running) -> bool:
-        if pages_for(sequence.cached + 1, self.options.page_tokens) > len(sequence.pages):
-            return False
-        return self._pool.holders(sequence.pages[-1]) == 1
+        holds = pages_for(sequence.cached + 1, self.options.page_tokens) <= len(sequence.pages)
+        return holds and self._pool.holders(sequence.pages[-1]) == 1
 
     def _set_aside(self, sequence: Running) -> None:
         self._running.remove(sequence)
@@ -332,13 +337,14 @@ class Engine:
         sequence.pages = []
         self._aside.insert(0, sequence)
 
-    def _take_tokens(self, sequences: list[Running], logits_BV: torch.Tensor, position_B: torch.Tensor) -> None:
-        """Draw a token for each sequence, and remove sequences that end. `position_B`: of these tokens."""
+    def _take_tokens(self, rows: Sequence[_Rows]) -> None:
+        """Draw a token for each sequence, and remove sequences that end. Here the host waits, once in a step."""
+        parts, logits, positions = zip(*rows, strict=True)
+        sequences = [sequence for part in parts for sequence in part]
+        logits_BV, position_B = (x[0] if len(x) == 1 else torch.cat(x) for x in (logits, positions))
         choice = self._choose(sequences, logits_BV, position_B)
-        drawn = zip(
-            sequences, choice.token_B.tolist(), choice.logprob_B.tolist(), choice.raw_logprob_B.tolist(), strict=True
-        )
-        for sequence, token, logprob, raw in drawn:
+        columns = [column.tolist() for column in (choice.token_B, choice.logprob_B, choice.raw_logprob_B)]
+        for sequence, token, logprob, raw in zip(sequences, *columns, strict=True):
             if sequence.finish:  # ended with another answer to its request
                 continue
             if math.isnan(raw):

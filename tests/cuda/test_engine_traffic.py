@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("calls")]
 
 FREE = SamplingParams(max_new_tokens=400)
 SHALLOW = replace(LARGE, n_layers=2)  # a copy of every layer is seen
-ONE_WAIT, TWO_WAITS = ({"device to host": count} for count in (1, 2))
+ONE_WAIT = {"device to host": 1}
 
 
 class Downloads(Traffic):
@@ -64,6 +64,7 @@ def test_a_decode_step_waits_once(engine, params, uploads):
     """It uploads the tokens of its sequences, what adjusts their logits, and a plan when one turns to its next page."""
     for number, one in enumerate(params):
         engine.submit(Request(str(number), [5] * (252 + number), one))
+    step(engine)  # the prompts
     step(engine)
     plans = 0
     for _ in range(5):
@@ -82,7 +83,18 @@ def test_prompts_are_planned_once_for_all_layers(engine):
     pieces = step(engine)  # one piece of each prompt
     assert not +pieces.waits
     assert pieces.uploads == {"pinned": 2}  # plan, tokens
-    ends = step(engine)  # the rest of the prompts, then a token for each sequence
-    assert ends.waits == TWO_WAITS
-    # plan, tokens, rows and positions, seeds, parameters; plan, tokens
-    assert ends.uploads == {"pinned": 7}
+    ends = step(engine)  # the rest of the prompts, and their first tokens
+    assert +ends.waits == ONE_WAIT
+    # plan, tokens, rows and positions, seeds, parameters
+    assert ends.uploads == {"pinned": 5}
+
+
+def test_a_step_that_ends_a_prompt_beside_others_waits_once(engine):
+    engine.submit(Request("first", [5] * 100, FREE))
+    step(engine)
+    engine.submit(Request("second", [5] * 100, FREE))
+    both = step(engine)
+    assert len(engine._running) == 2
+    assert +both.waits == ONE_WAIT
+    # plan, tokens, rows and positions; plan, tokens; seeds, parameters
+    assert both.uploads == {"pinned": 7}
