@@ -4,7 +4,10 @@ Every entry point prints a `UserError` as one line and exits 2; anything else is
 traceback.
 """
 
+import re
 from typing import Any
+
+FOLDER_NAME = re.compile(r"\w[\w.-]{0,99}")  # no separator, nothing hidden, no option of a command
 
 
 class UserError(ValueError):
@@ -23,6 +26,11 @@ def require(condition: bool, key: str, value: Any, accepted: str) -> None:
     """Refuse `key=value` in one line that says what would be accepted."""
     if not condition:
         raise ConfigError(f"{key}={value}: expected {accepted}")
+
+
+def require_folder_name(key: str, name: str) -> None:
+    """Refuse a name that cannot be a folder of the work directory, or would lead out of it."""
+    require(bool(FOLDER_NAME.fullmatch(name)), key, repr(name), "up to 100 letters, digits, _ . and - (a folder)")
 
 
 def utf8(text: str, name: str) -> bytes:

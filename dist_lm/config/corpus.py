@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING, OmegaConf
 
-from dist_lm.errors import require
+from dist_lm.errors import require, require_folder_name
 
 
 @dataclass
@@ -130,6 +130,14 @@ class CorpusConfig:
         # OmegaConf checks the types of dataclasses inside a list, but not of those in a list inside a mapping
         given = {name: sources for name, sources in (self.corpora or {}).items() if sources is not None}
         self.corpora = {name: [_source(item) for item in sources] for name, sources in given.items()}
+        for name, sources in self.corpora.items():
+            require_folder_name("the name of a corpus in corpus.corpora", name)
+            require(
+                not sources or not all(source.held_out for source in sources),
+                f"corpus.corpora.{name}: held_out",
+                "true",
+                "a source without held_out beside it: a stage trains on the corpus",
+            )
         require(0 < self.val_fraction < 1, "corpus.val_fraction", self.val_fraction, "in (0, 1)")
         require(0 <= self.max_bad_fraction < 1, "corpus.max_bad_fraction", self.max_bad_fraction, "in [0, 1)")
         require(self.val_tokens > 0, "corpus.val_tokens", self.val_tokens, ">= 1")

@@ -50,9 +50,9 @@ class Config:
         require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
         require(self.prerequisites in ("build", "fail"), "prerequisites", self.prerequisites, "build or fail")
         require(
-            bool(self.run_id) and Path(self.run_id).name == self.run_id and not self.run_id.startswith("."),
+            Path(self.run_id).name == self.run_id and not self.run_id.startswith(".") and self.run_id.isprintable(),
             "run_id",
-            self.run_id,
+            self.run_id if self.run_id.isprintable() else repr(self.run_id),
             "a plain name (it becomes a folder)",
         )
         require(

@@ -204,7 +204,8 @@ def divided(
 
     Raises:
         ConfigError: the corpus or a reader does not exist, or a reader yields something else than documents.
-        ArtefactError: a source gives no document, too many of its rows are broken, or no document is held out for val.
+        ArtefactError: a source gives no document, too many of its rows are broken, or no document is left for
+            val or train.
     """
     texts = texts or Texts(config, seed)
     splits: Counter[str] = Counter()
@@ -234,6 +235,11 @@ def divided(
             f"corpus {corpus_name}: none of its {splits.total()} documents is held out at "
             f"corpus.val_fraction={config.val_fraction} and corpus.val_tokens={config.val_tokens}: raise them, or the "
             "limit of the sources"
+        )
+    if not splits["train"]:
+        raise ArtefactError(
+            f"corpus {corpus_name}: none of its {splits.total()} documents is left for train: val holds all of them, "
+            "or train documents contain val (contains_val): give a source of train documents"
         )
 
 

@@ -86,6 +86,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
         raise ConfigError(_in_one_line(error, parsed, schema)) from error
     assert isinstance(config, Config)
     check_no_secrets(asdict(config), os.environ)
+    require(config.stage.name == stage, "stage.name", config.stage.name, f"{stage}, the stage whose program runs")
     require("://" not in config.work_dir, "work_dir", config.work_dir, "a folder of a file system that all nodes share")
     return config
 

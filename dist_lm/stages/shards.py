@@ -39,7 +39,7 @@ from dist_lm.data.shard_writer import CorpusWriter, correct_licences
 from dist_lm.data.sources.reader import corpus_sources, form_of, source_traits, text_corpora
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import Document
-from dist_lm.errors import ArtefactError, UserError, require
+from dist_lm.errors import ArtefactError, ConfigError, UserError, require
 from dist_lm.stages.stage import Artefact, ArtefactStage
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
@@ -114,6 +114,11 @@ def own(config: Config) -> CorporaStageConfig:
 def wanted_corpora(config: Config, rankings: bool = False) -> list[str]:
     """The corpora in `stage.corpora`, else all configured ones: those of rankings, or all others."""
     chosen = own(config).corpora
+    if chosen is None and not config.corpus.corpora:
+        raise ConfigError(
+            f"corpus.corpora={{}}: corpus={config.corpus.name} has no corpus: expected NAME: [SOURCE, ...] below "
+            "`corpora:`, indented"
+        )
     names = [name for name in config.corpus.corpora if chosen is None or name in chosen]
     return [name for name in names if (form_of(config.corpus, name) == "ranking") == rankings]
 

@@ -7,6 +7,10 @@ from typing import Any
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.tokenizer.symbols import NEVER_TEXT
 
+# the bytes of text: UTF-8 without control characters and rare planes, for which SmolLM2 has no pieces
+TEXT_BYTES = (*b"\t\n\r", *range(0x20, 0x7F), *range(0x80, 0xC0), *range(0xC2, 0xF1))
+PROBE = 'def f(x):\n    return "é漢😀"  # a\n\tb\r\n\n \t  c  ' + "".join(map(chr, range(0x20, 0x7F)))
+
 
 class ByteLevelModel:
     """Encodes as the package `tokenizers` does with `split_special_tokens=True`: no text becomes a special token.
@@ -37,10 +41,35 @@ class ByteLevelModel:
             self._pieces[number] = piece
             if number in texts:
                 self._bytes[number] = b"" if number in special else texts[number].encode()
+            elif foreign := [character for character in piece if character not in byte_of]:
+                raise ArtefactError(
+                    f"{name}: not a byte-level BPE: its piece {piece!r} holds {foreign[0]!r}, which stands for no "
+                    "byte: expected one that was trained behind the pre_tokenizer ByteLevel"
+                )
             else:
                 self._bytes[number] = bytes(byte_of[character] for character in piece)
+        self._check_text_comes_back(ids, name)
         if read := [mark for mark, number in self.special_ids.items() if number in self.encode(mark)]:
             raise ArtefactError(f"{name}: text that spells {read[0]} becomes this mark: use another tokenizer")
+
+    def _check_text_comes_back(self, ids: dict[str, int], name: str) -> None:
+        """Refuse a vocabulary or a pre-tokenizer that loses text. A normaliser may change text: this is its purpose."""
+        character_of = {byte: character for character, byte in _byte_of_character().items()}
+        if lost := [byte for byte in TEXT_BYTES if character_of[byte] not in ids]:
+            shown = ", ".join(f"0x{byte:02X}" for byte in lost[:8]) + (" ..." if len(lost) > 8 else "")
+            raise ArtefactError(
+                f"{name}: text would be lost: it has no piece for {len(lost)} bytes of UTF-8 text ({shown}): train it "
+                "with initial_alphabet=ByteLevel.alphabet(), or use another tokenizer"
+            )
+        normaliser = self._tokenizer.normalizer
+        text = normaliser.normalize_str(PROBE) if normaliser else PROBE
+        if (found := self.decode(self.encode(PROBE))) != text:
+            place = next((n for n, (a, b) in enumerate(zip(found, text, strict=False)) if a != b), len(found))
+            raise ArtefactError(
+                f"{name}: text does not come back: {text[place : place + 12]!r} becomes "
+                f"{found[place : place + 12]!r}: expected a pre_tokenizer that keeps all text, such as ByteLevel "
+                "without add_prefix_space"
+            )
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""
@@ -93,7 +122,10 @@ def _read(content: bytes, name: str) -> dict[str, Any]:
         fits = is_bpe and any(one.get("type") == "ByteLevel" for one in decoders)
         value.setdefault("added_tokens", [])
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ArtefactError(f"{name}: not a tokenizer.json of Hugging Face ({error!r})") from error
+        why = {KeyError: f"it has no key {error}", json.JSONDecodeError: f"it is no JSON: {error}"}
+        raise ArtefactError(
+            f"{name}: not a tokenizer.json of Hugging Face ({why.get(type(error), 'its values have other types')})"
+        ) from error
     if not fits:
         raise ArtefactError(
             f"{name}: not a byte-level BPE: expected one (as of Llama 3, Qwen, SmolLM2), or the tokenizer.model of "

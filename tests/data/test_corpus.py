@@ -29,6 +29,12 @@ def test_a_reader_is_named_by_its_import_path():
     assert form_of(config_of(own("read_numbers")), "c") == "text"
 
 
+@pytest.mark.parametrize("name", ["../evil", "a/b", "", ".hidden", "-x", "a\nb", "x" * 101])
+def test_a_corpus_cannot_leave_its_folder_by_its_name(name):
+    with pytest.raises(ConfigError, match=r"the name of a corpus in corpus.corpora='.*': expected up to 100 letters"):
+        CorpusConfig("test", {name: [own("read_numbers")]})
+
+
 @pytest.mark.parametrize(
     ("config", "name", "error", "match"),
     [

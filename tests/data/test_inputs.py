@@ -1,6 +1,7 @@
 """The inputs of a source: comparison in words, and the way to the manifest and back."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import yaml
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Input, Inputs, changes, hashed, inputs_of
 from dist_lm.data.sources.reader import reader_of
-from dist_lm.errors import ConfigError
+from dist_lm.errors import ArtefactError, ConfigError
 
 A = Input("d/a.jsonl", 10, 1)
 B = Input("d/b.jsonl", 20, 2)
@@ -94,3 +95,29 @@ def test_the_readers_take_the_keys_of_the_examples_on_the_page():
     assert {source.reader for source in sources} >= {"files", "jsonl", "parquet", "csv", "tars", "messages"}
     for source in sources:
         reader_of(source)
+
+
+def test_a_pattern_that_is_none_is_refused_by_its_source_and_key(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1\n")
+    with pytest.raises(ConfigError, match=r"source reader=files: exclude=\['\[z-a\]'\]: expected patterns"):
+        inputs_of(SourceConfig("files", "python", path=str(tmp_path), exclude=["[z-a]"]))
+
+
+@pytest.mark.parametrize("pattern", ["*/*.jsonl", "**/*.jsonl", "*/inner/a.jsonl", "[co]*/inner/*"])
+def test_a_glob_over_a_folder_that_may_not_be_read_is_refused(tmp_path, monkeypatch, pattern):
+    for name in ("open", "closed"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+        (tmp_path / name / "a.jsonl").write_text('{"text": "x"}\n')
+        (tmp_path / name / "inner" / "a.jsonl").write_text('{"text": "x"}\n')
+    source = SourceConfig("jsonl", "english", path=f"{tmp_path}/{pattern}")
+    assert inputs_of(source).taken
+    scandir = os.scandir
+
+    def refusing(folder="."):  # root may read every folder
+        if f"{tmp_path}/closed" in str(folder):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(ArtefactError, match=r"cannot be listed: PermissionError.*/closed"):
+        inputs_of(source)

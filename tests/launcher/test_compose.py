@@ -72,6 +72,12 @@ def test_the_large_stages_have_the_listed_peak_rates(stage, lr):
         ("stage.steps=1,2", ["stage.steps=1,2", "single value"]),
         ("foo", ["foo", "key=value"]),
         ("run_id=../x", ["run_id=../x", "plain name"]),
+        ("run_id='a\nb'", ["run_id='a\\nb'", "plain name"]),
+        ("stage.name=../../evil", ["stage.name=../../evil", "expected code"]),
+        (
+            "corpus.corpora={code: [{reader: jsonl, path: a, language: x, held_out: true}]}",
+            ["corpus.corpora.code: held_out=true", "a source without held_out beside it"],
+        ),
         ("tokenizer=3", ["tokenizer=3", "train, keep, or the path"]),
         ("tokenizer.vocab_size=70000", ["tokenizer.vocab_size=70000", "model.vocab_size=4096"]),
         ("prerequisites=maybe", ["prerequisites=maybe", "build or fail"]),

@@ -17,7 +17,7 @@ from dist_lm.data.journal import journal_path
 from dist_lm.data.manifest import manifest_path, read_manifest, record_content
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import Document, TokenizedDocument
-from dist_lm.errors import ArtefactError
+from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.compose import compose_config
 from dist_lm.stages import shards
 from dist_lm.stages.stage import Action
@@ -131,6 +131,24 @@ def texts_of(work: WorkDirectory, name: str, split: str) -> set[str]:
     return {
         tokenizer.decode(corpus.tokens(number, 0, int(corpus.lengths[number]))) for number in range(corpus.n_documents)
     }
+
+
+def test_a_file_without_a_corpus_is_refused_and_builds_nothing(work: WorkDirectory) -> None:
+    config = config_of(work)
+    config.corpus.corpora.clear()
+    with pytest.raises(ConfigError, match=r"^corpus.corpora=\{\}: corpus=\w+ has no corpus: expected NAME"):
+        shards.STAGE.inspect(config)
+
+
+def test_a_corpus_whose_train_documents_all_contain_val_is_not_finished(work: WorkDirectory, tmp_path: Path) -> None:
+    rows, copy = tmp_path / "rows.jsonl", tmp_path / "copy.jsonl"
+    write_rows(rows, 20)
+    copy.write_bytes(rows.read_bytes())
+    config = config_of(work, source_of(rows), replace(source_of(copy), held_out=True))
+    for _ in range(2):
+        with pytest.raises(ArtefactError, match="corpus mine: none of its 20 documents is left for train"):
+            shards.STAGE.build(config, Console())
+        assert not shards.STAGE.inspect(config).ready
 
 
 def test_inputs_that_are_gone_are_no_reason_to_build_again(work: WorkDirectory, tmp_path: Path) -> None:

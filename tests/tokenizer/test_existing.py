@@ -162,7 +162,8 @@ def test_ids_of_a_large_vocabulary_are_uint32() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (b"{}", "not a tokenizer.json"),
+        (b"{}", "not a tokenizer.json of Hugging Face .it has no key 'model'"),
+        (b"{", "not a tokenizer.json of Hugging Face .it is no JSON: Expecting"),
         (b"[1, 2]", "cannot read it"),
         (b'{"model": {"type": "WordPiece"}, "decoder": {}}', "not a byte-level BPE"),
         (b'{"model": {"type": "BPE", "byte_fallback": true}, "decoder": {"type": "ByteLevel"}}', "byte-level BPE"),
@@ -174,6 +175,39 @@ def test_a_file_that_is_no_tokenizer_is_refused_in_one_line(change: bytes, words
         Tokenizer(change, "some/tokenizer.json")
     assert "some/tokenizer.json" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"pre_tokenizer": {"type": "Whitespace"}}, r"becomes 'f\(x\):return"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}}, "becomes ' def f"),
+        ({"piece": "漢"}, "not a byte-level BPE: its piece '漢'"),
+        ({"byte": "Ċ"}, r"no piece for 1 bytes of UTF-8 text \(0x0A\)"),
+        ({"byte": "Ã"}, r"no piece for 1 bytes of UTF-8 text \(0xC3\)"),
+    ],
+)
+def test_a_tokenizer_that_loses_text_is_refused(change: dict[str, Any], words: str) -> None:
+    value = json.loads(trained_json([], 300))
+    if "byte" in change:
+        del value["model"]["vocab"][change["byte"]]
+    elif "piece" in change:
+        value["model"]["vocab"][change["piece"]] = 400
+    else:
+        value |= change
+    with pytest.raises(ArtefactError, match=words) as refused:
+        Tokenizer(json.dumps(value).encode(), "some/tokenizer.json")
+    assert str(refused.value).startswith("some/tokenizer.json: ")
+
+
+def test_a_normaliser_may_change_text_and_control_characters_may_be_missing() -> None:
+    """As in Qwen (NFC) and SmolLM2 (no pieces for these bytes)."""
+    value = json.loads(trained_json([], 300)) | {"normalizer": {"type": "Sequence", "normalizers": []}}
+    value["normalizer"]["normalizers"] += [{"type": "NFC"}, {"type": "Lowercase"}]
+    for piece in "ĄĆēĔĖĝÀÁñòõö÷øùúûüýþÿ":
+        del value["model"]["vocab"][piece]
+    tokenizer = Tokenizer(json.dumps(value).encode(), "some/tokenizer.json")
+    assert tokenizer.decode(tokenizer.encode("E\u0301 B")) == "é b"
 
 
 def test_a_tokenizer_without_end_of_text_is_refused_and_may_get_one(content: bytes) -> None:

@@ -25,7 +25,7 @@ from dist_lm.data.sources.rows import (
 )
 from dist_lm.errors import UserError
 
-MESSAGES, TOOLS = "messages", "tools"  # columns
+MESSAGES, TOOLS, FUNCTIONS = "messages", "tools", "functions"  # columns; the last one is the older name of tools
 
 
 @reader(
@@ -37,7 +37,7 @@ MESSAGES, TOOLS = "messages", "tools"  # columns
 )
 def read_messages(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Every row of JSON lines or parquet as a conversation."""
-    columns = [*named_columns(source, MESSAGES), ("", TOOLS)]
+    columns = [*named_columns(source, MESSAGES), ("", TOOLS), ("", FUNCTIONS)]
     rows = placed_rows(list_rows(source), columns)
     yield from row_documents(source, rows, MESSAGES, _content_of, "conversation")
 
@@ -48,8 +48,10 @@ def _content_of(row: Row, column: str, columns: Sequence[str]) -> Content | BadR
         return missing_column(column, columns)
     if row[column] is None:
         return None
+    if row.get(TOOLS) and row.get(FUNCTIONS):
+        return BadRow("no_conversation", f"the row has {TOOLS} and {FUNCTIONS}: expected one of them")
     try:
-        conversation = conversation_of(row[column], row.get(TOOLS))
+        conversation = conversation_of(row[column], row.get(TOOLS) or row.get(FUNCTIONS))
         text = write_conversation(conversation)
     except UserError as error:
         return BadRow("no_conversation", str(error))

@@ -60,7 +60,7 @@ def list_files(source: SourceConfig, rule: OwnRule, hidden: tuple[str, ...] = ("
 
     try:
         exclude = pathspec.GitIgnoreSpec.from_lines(source.exclude)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise ConfigError(
             f"corpus source reader={source.reader}: exclude={source.exclude}: expected patterns as in "
             f".gitignore ({error})"
@@ -104,6 +104,7 @@ class _Walk:
             names = [path]
             Path(path).stat()  # FileNotFoundError
         else:
+            _require_listable(path)
             names = sorted(glob.glob(path, recursive=True))  # noqa: PTH207  may be absolute
             names = [name.rstrip("/") for name in names]
             if not names:
@@ -214,6 +215,21 @@ def is_utf8(name: str) -> bool:
 
 def _not_utf8(name: str) -> Input:
     return Input(name.encode(errors="backslashreplace").decode(), left_out="name is not UTF-8")
+
+
+def _require_listable(pattern: str) -> None:
+    """Open every folder that a glob looks into: `glob.glob` passes over those that may not be read.
+
+    Raises:
+        OSError: names the folder.
+    """
+    parts = pattern.split("/")
+    for place, part in enumerate(parts):
+        outer = "/".join(parts[:place]) + "/" if place else "./"
+        if glob.has_magic(outer + part):
+            for folder in glob.glob(outer + "**/" if part == "**" else outer, recursive=True):  # noqa: PTH207
+                os.scandir(folder).close()
+                os.stat(os.path.join(folder, "."))  # noqa: PTH116, PTH118  may be listed, but not entered
 
 
 def _local_input(name: str, left_out: str) -> Input:
