@@ -193,13 +193,13 @@ HELD_OUT = (
     *_table(
         "held-out",
         LOOP_STAGES,
-        ("val/loss_ema", "nats/target", "lower", "Held-out loss of the averaged weights."),
+        ("val/ema_loss", "nats/target", "lower", "Held-out loss of the averaged weights."),
         only="with stage.ema_decay",
     ),
     *_table(
         "held-out",
         TEXT_STAGES,
-        ("val/bits_per_byte_ema", "bits/byte", "lower", "Held-out loss a byte of the averaged weights."),
+        ("val/ema_bits_per_byte", "bits/byte", "lower", "Held-out loss a byte of the averaged weights."),
         only="with stage.ema_decay",
     ),
     *_table(

@@ -10,8 +10,8 @@ import torch
 from dist_lm.parallel.values import shard_of
 from dist_lm.training.optimizer import EMA
 
-SUFFIX = "_ema"  # of the metrics of the averaged weights
-MEASURED = ("val/loss", "val/bits_per_byte")
+MEASURED = {"val/loss": "val/ema_loss", "val/bits_per_byte": "val/ema_bits_per_byte"}
+"""Metric of the weights -> the same of their average. No other figure is kept."""
 
 
 @torch.no_grad()
@@ -45,4 +45,4 @@ def measured(optimizer: torch.optim.Optimizer, evaluate: Callable[[], Mapping[st
     exchange(optimizer)
     found = evaluate()
     exchange(optimizer)
-    return {name + SUFFIX: found[name] for name in MEASURED if name in found}
+    return {average: found[name] for name, average in MEASURED.items() if name in found}

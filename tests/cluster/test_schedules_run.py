@@ -51,7 +51,7 @@ def test_more_steps_a_branch_and_a_resume_are_the_run_that_was_never_interrupted
     work = linked(tiny_work, tmp_path)
     whole = prepare(work, "whole", *WSD, *DECAY)
     train(whole, 1)
-    assert {"val/loss_ema", "val/bits_per_byte_ema"} <= numbers(whole)[20].keys()
+    assert {"val/ema_loss", "val/ema_bits_per_byte"} <= numbers(whole)[20].keys()
     constant = prepare(work, "constant", *WSD, "stage.steps=10")
     train(constant, 1)
 
@@ -103,8 +103,8 @@ def test_averages_are_those_computed_by_hand(tiny_work: WorkDirectory, tmp_path:
         by_hand = sum(one[name].astype(np.float64) for one in weights[-4:]) / 4
         assert np.array_equal(found, np.asarray(by_hand).astype(np.float32)), name
     measured, on_ranks = durable.read_json(ema / checkpoint_files.AVERAGE)["metrics"], numbers(run)[steps]
-    assert measured["val/loss"] == pytest.approx(on_ranks["val/loss_ema"], rel=1e-5)
-    assert measured["val/bits_per_byte"] == pytest.approx(on_ranks["val/bits_per_byte_ema"], rel=1e-5)
+    assert measured["val/loss"] == pytest.approx(on_ranks["val/ema_loss"], rel=1e-5)
+    assert measured["val/bits_per_byte"] == pytest.approx(on_ranks["val/ema_bits_per_byte"], rel=1e-5)
     assert measured["val/loss"] != pytest.approx(on_ranks["val/loss"], rel=1e-4)
     assert load_model(last).name == "language/averaged/last_4_step_00000006"
     with pytest.raises(ArtefactError, match="last_4_step_00000006 exists: use it, or remove it first"):
