@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Self
 
@@ -125,6 +126,7 @@ class Manifest:
     ingest: Mapping[str, Any]  # dropped documents by reason
     licences: Sequence[str] = ()  # `licence` of each source, which the files beside the tars hold
     inputs: Sequence[Sequence[Mapping[str, Any]]] = ()  # of each source: what it read and left out (`data.inputs`)
+    settings: Mapping[str, Any] = field(default_factory=dict)  # those that `recipe.corpus_fingerprint` is the hash of
 
     @property
     def content(self) -> dict[str, str]:
@@ -173,6 +175,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         "ingest": dict(manifest.ingest),
         "licences": list(manifest.licences),
         "inputs": [list(listing) for listing in manifest.inputs],
+        "settings": dict(manifest.settings),
     }
     durable.write_json(manifest_path(directory), {**value, "checksum": _checksum(value)})
 
@@ -205,6 +208,7 @@ def read_manifest(directory: Path) -> Manifest:
             ingest=value["ingest"],
             licences=value["licences"],
             inputs=value["inputs"],
+            settings=value.get("settings", {}),
         )
     except FormatError:
         raise
@@ -275,6 +279,23 @@ def changed_inputs(config: CorpusConfig, name: str, directory: Path) -> list[str
     before = [Inputs.from_json(listing) for listing in read_manifest(directory).inputs]
     now = listed_inputs(config, name) if before else []
     return [words for old, new in zip(before, now, strict=False) for words in changes(old, new)]
+
+
+def differences(before: Any, now: Any, key: str = "") -> list[str]:
+    """How settings that JSON can hold differ, in words for people: one item for each key."""
+    if before == now:
+        return []
+    if isinstance(before, dict) and isinstance(now, dict):
+        pairs = {f"{key}.{name}".lstrip("."): (before.get(name), now.get(name)) for name in before | now}
+    elif isinstance(before, list) and isinstance(now, list):
+        pairs = {f"{key}[{place}]": pair for place, pair in enumerate(zip_longest(before, now))}
+    elif isinstance(now, dict | list) and before is None:
+        return [f"{key} is new"]
+    elif isinstance(before, dict | list) and now is None:
+        return [f"{key} is gone"]
+    else:
+        return [f"{key}={json.dumps(now)}, was {json.dumps(before)}"]
+    return [words for name, pair in pairs.items() for words in differences(*pair, name)]
 
 
 def record_content(run: RunDirectory, corpora: Iterable[str]) -> None:

@@ -91,6 +91,7 @@ class CorpusWriter:
         ingest: Mapping[str, Any],
         licences: Sequence[str] = (),
         inputs: Sequence[Sequence[Mapping[str, Any]]] = (),
+        settings: Mapping[str, Any] | None = None,
     ) -> Manifest:
         """Write the last tars and the manifest, which declares the corpus complete. Arguments: as of `Manifest`."""
         found = {}
@@ -98,7 +99,7 @@ class CorpusWriter:
             self.finish_split(name)
             shards = self._journal.finished[name]
             found[name] = Split(tuple(shards), _by_language(open_index(self.directory / s.name, s) for s in shards))
-        manifest = Manifest(self.recipe, found, dict(ingest), licences, inputs)
+        manifest = Manifest(self.recipe, found, dict(ingest), licences, inputs, settings or {})
         write_manifest(self.directory, manifest)
         self._journal.close()
         return manifest

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -29,6 +29,7 @@ from dist_lm.data.manifest import (
     ManifestError,
     Recipe,
     changed_inputs,
+    differences,
     inputs_hash,
     listed_inputs,
     manifest_path,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+NAMED = 3  # settings that a message names
 SAMPLED = "synthetic_rankings"  # reader whose documents a model wrote
 
 
@@ -216,10 +218,12 @@ def check_corpus(config: Config, name: str) -> None:
     """
     work = WorkDirectory(Path(config.work_dir))
     manifest = read_manifest(work.corpus(name))
-    if manifest.recipe.corpus_fingerprint != digest(corpus_fingerprint(config, name)) and not is_frozen(config, name):
+    settings = corpus_fingerprint(config, name)
+    if manifest.recipe.corpus_fingerprint != digest(settings) and not is_frozen(config, name):
         raise ArtefactError(
             f"{work.corpus(name)} was made from another text than corpus={config.corpus.name} seed={config.seed}, or "
-            "by another version of dist_lm: use another work_dir, or remove that folder to build it again"
+            f"by another version of dist_lm{in_brief(manifest.settings, settings)}: use another work_dir, or remove "
+            "that folder to build it again"
         )
     if not work.tokenizer_model.exists():
         raise ArtefactError(
@@ -297,7 +301,8 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
                 f"corpus {name}: its sources give fewer documents than the finished tars of {work.corpus(name)} hold: "
                 "they have changed; remove that folder to build it again"
             )
-        writer.finish(asdict(report), _licences(config, name), [listing.to_json() for listing in inputs])
+        listed = [listing.to_json() for listing in inputs]
+        writer.finish(asdict(report), _licences(config, name), listed, corpus_fingerprint(config, name))
 
 
 def recipe_of(config: Config, name: str) -> Recipe:
@@ -338,7 +343,7 @@ def corpus_fingerprint(config: Config, name: str) -> dict[str, Any]:
 def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
     chosen: CorpusConfig = replace(config.corpus, corpora={name: config.corpus.corpora[name] for name in names})
     corpus = asdict(chosen)
-    for key in ("documents_per_member", "shard_tokens"):
+    for key in ("name", "documents_per_member", "shard_tokens", "max_bad_fraction"):  # none changes a document
         corpus.pop(key)
     if not config.corpus.cleaning.licences:  # no document is chosen by its licence
         for source in chain.from_iterable(corpus["corpora"].values()):
@@ -357,6 +362,13 @@ def _fingerprint(config: Config, names: list[str]) -> dict[str, Any]:
 def digest(value: Any) -> str:
     """SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def in_brief(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """How the settings of a fingerprint differ from those `before`, in brackets; empty where these are not known."""
+    found = differences(before, json.loads(json.dumps(now))) if before else []
+    more = f"; {len(found) - NAMED} more" if len(found) > NAMED else ""
+    return f" ({'; '.join(found[:NAMED])}{more})" if found else ""
 
 
 STAGE = Shards()

@@ -12,7 +12,7 @@ from dist_lm.config.corpus import KEEP, TokenizerConfig
 from dist_lm.config.root import Config
 from dist_lm.data.in_turn import read_in_turn
 from dist_lm.errors import ArtefactError
-from dist_lm.stages.shards import digest, text_fingerprint
+from dist_lm.stages.shards import digest, in_brief, text_fingerprint
 from dist_lm.stages.stage import Artefact, ArtefactStage
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
@@ -78,9 +78,11 @@ class TokenizerStage(ArtefactStage):
                 "(tokenizer.vocab_size follows model.vocab_size): use another work_dir, or remove that folder to train "
                 "it again"
             )
-        if report.get("text") != digest(text_fingerprint(config)):
+        settings_now = text_fingerprint(config)
+        if report.get("text") != digest(settings_now):
             raise ArtefactError(
-                f"{work.tokenizer} was trained on another text than corpus={config.corpus.name} seed={config.seed}: "
+                f"{work.tokenizer} was trained on another text than corpus={config.corpus.name} seed={config.seed}"
+                f"{in_brief(report.get('text_settings', {}), settings_now)}: "
                 "keep it by tokenizer=keep, use another work_dir, or remove that folder to train it again"
             )
         return Artefact(True, f"{report['vocab_size']:,} pieces, {report['bytes_per_token']:.2f} bytes/token")
@@ -104,7 +106,8 @@ class TokenizerStage(ArtefactStage):
             path = work.tokenizer / SentencePieceModel.file_name
             with console.waiting(f"training {settings.vocab_size:,} pieces"):
                 train_tokenizer((document.text for document in sample), path, settings)
-            report["text"] = digest(text_fingerprint(config))
+            report["text_settings"] = text_fingerprint(config)
+            report["text"] = digest(report["text_settings"])
         (work.tokenizer / CONVERSATIONS).unlink(missing_ok=True)
         if kept:
             kept.write(work.tokenizer)

@@ -151,6 +151,23 @@ def test_a_corpus_whose_train_documents_all_contain_val_is_not_finished(work: Wo
         assert not shards.STAGE.inspect(config).ready
 
 
+def test_settings_that_change_no_document_are_not_compared_and_others_are_named(
+    work: WorkDirectory, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    write_rows(first, 100)
+    write_rows(second, 60, words=40)
+    shards.STAGE.build(config_of(work, source_of(first)), Console())
+    assert shards.STAGE.inspect(config_of(work, source_of(first), name="renamed", max_bad_fraction=0.5)).ready
+    with pytest.raises(ArtefactError, match=r"another version of dist_lm \(corpus.corpora.mine\[1\] is new\): use"):
+        shards.STAGE.inspect(config_of(work, source_of(first), source_of(second)))
+    changed = replace(source_of(second), limit=5, only=["english"])
+    with pytest.raises(ArtefactError) as refused:
+        shards.STAGE.inspect(config_of(work, changed, val_fraction=0.3))
+    words = ["corpus.corpora.mine[0].limit=5, was 0; ", f'.path[0]="{second}", was "{first}"', "; 1 more)"]
+    assert all(word in str(refused.value) for word in words), refused.value
+
+
 def test_inputs_that_are_gone_are_no_reason_to_build_again(work: WorkDirectory, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     write_rows(rows, 100)
