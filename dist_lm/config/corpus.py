@@ -1,12 +1,15 @@
 """The conf groups `corpus` and `tokenizer`: which documents are read and kept, how a tokenizer is trained on them."""
 
+import difflib
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from dist_lm.errors import require, require_folder_name
+from dist_lm.errors import ConfigError, require, require_folder_name
 
 
 @dataclass
@@ -74,14 +77,14 @@ class SourceConfig:
     only: list[str] = field(default_factory=list)  # languages that are kept; none: all
 
     def __post_init__(self) -> None:
-        paths = [self.path] if isinstance(self.path, str) else list(self.path or [])
+        paths = self.path if isinstance(self.path, list | tuple) else [] if self.path in (None, "") else [self.path]
         require(
             all(isinstance(path, str) and path for path in paths),
             f"corpus source {self.reader}: path",
             self.path,
             "a file, folder, glob or URL, or a list of them",
         )
-        self.path = paths or None
+        self.path = [*paths] or None
         for key, place in [("dataset", self.dataset), *(("path", path) for path in paths)]:
             require(
                 "@" not in place.partition("://")[2].partition("/")[0] and not SECRET.search(place.partition("?")[2]),
@@ -97,11 +100,55 @@ class SourceConfig:
         )
 
 
-def _source(item: Any) -> SourceConfig:
-    typed = item if isinstance(item, SourceConfig) else OmegaConf.merge(OmegaConf.structured(SourceConfig), item)
-    source = OmegaConf.to_object(OmegaConf.structured(typed))
+_FORMS: dict[Any, str] = {int: "an integer", bool: "true or false", str: "a text", list[str]: "a list of texts"}
+
+
+def source_of(item: Any, place: str) -> SourceConfig:
+    """The source that a file or command gives as `item`.
+
+    Args:
+        place: names it in messages: corpus.corpora.NAME[0].
+
+    Raises:
+        ConfigError: names the place and the key.
+    """
+    if not isinstance(item, SourceConfig | Mapping):
+        raise ConfigError(f"{place}={item}: expected keys of a source: {{reader: jsonl, path: ...}}")
+    try:
+        typed = item if isinstance(item, SourceConfig) else OmegaConf.merge(OmegaConf.structured(SourceConfig), item)
+        source = OmegaConf.to_object(OmegaConf.structured(typed))
+    except ConfigKeyError as error:
+        names = [one.name for one in fields(SourceConfig)]
+        close = difflib.get_close_matches(str(error.key), names, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(
+            f"{place}.{error.key}: no such key; {hint}keys of a source (each reader takes some): {', '.join(names)}"
+        ) from error
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{place}: reader is missing: expected a reader such as files, jsonl or messages") from error
+    except OmegaConfBaseException as error:
+        if error.key not in item:
+            raise ConfigError(f"{place}={item}: {str(error).splitlines()[0]}") from error
+        form = _FORMS.get(SourceConfig.__annotations__.get(str(error.key)), "a text")
+        raise ConfigError(f"{place}.{error.key}={item.get(error.key)}: expected {form}") from error
     assert isinstance(source, SourceConfig)
     return source
+
+
+def check_sources(corpora: Any, place: str) -> None:
+    """Refuse `corpora` that are no mapping from names to lists of sources.
+
+    Raises:
+        ConfigError: names the source and the key.
+    """
+    form = "expected NAME: [{reader: ...}, ...]"
+    if not isinstance(corpora, Mapping):
+        raise ConfigError(f"{place}={corpora}: {form}")
+    for name, sources in corpora.items():
+        if not isinstance(sources, list | None):
+            raise ConfigError(f"{place}.{name}={sources}: {form}")
+        for number, item in enumerate(sources or []):
+            source_of(item, f"{place}.{name}[{number}]")
 
 
 if TYPE_CHECKING:
@@ -129,7 +176,10 @@ class CorpusConfig:
     def __post_init__(self) -> None:
         # OmegaConf checks the types of dataclasses inside a list, but not of those in a list inside a mapping
         given = {name: sources for name, sources in (self.corpora or {}).items() if sources is not None}
-        self.corpora = {name: [_source(item) for item in sources] for name, sources in given.items()}
+        self.corpora = {
+            name: [source_of(item, f"corpus.corpora.{name}[{place}]") for place, item in enumerate(sources)]
+            for name, sources in given.items()
+        }
         for name, sources in self.corpora.items():
             require_folder_name("the name of a corpus in corpus.corpora", name)
             require(

@@ -21,10 +21,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from dist_lm.config.corpus import HF, TRAIN
+from dist_lm.config.corpus import HF, TRAIN, check_sources
 from dist_lm.config.root import Config
 from dist_lm.errors import ConfigError, require
-from dist_lm.launcher.conf_folders import GROUPS, KEY, choices, conf_directory, program_of, search_path
+from dist_lm.launcher.conf_folders import GROUPS, KEY, choices, conf_directory, own_folders, program_of, search_path
 from dist_lm.stages.registry import all_stages, stage_named, stage_names
 from dist_lm.tracking.redact import is_secret_name, redact_command, redact_text
 
@@ -83,6 +83,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
         _follow_tokenizer(composed, parsed)
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
+        _check_corpora(parsed, folders)
         raise ConfigError(_in_one_line(error, parsed, schema)) from error
     assert isinstance(config, Config)
     check_no_secrets(asdict(config), os.environ)
@@ -269,6 +270,21 @@ def _replace_corpora(composed: DictConfig, parsed: Sequence[Override]) -> None:
             OmegaConf.update(composed, CORPORA, {}, merge=False)
         if override.key_or_group.startswith(CORPORA):
             OmegaConf.update(composed, override.key_or_group, override.value(), force_add=True)
+
+
+def _check_corpora(parsed: Sequence[Override], folders: Sequence[str]) -> None:
+    """Refuse a corpus file or override with a wrong source by its place, which OmegaConf does not know."""
+    for override in parsed:
+        key, value = override.key_or_group, override.value()
+        if key == CORPORA and value is not None:
+            check_sources(value, CORPORA)
+        elif re.fullmatch(rf"{re.escape(CORPORA)}\.[^.]+", key):
+            check_sources({key.removeprefix(f"{CORPORA}."): value}, CORPORA)
+        elif key == "corpus":
+            for file in [folder / "corpus" / f"{value}.yaml" for folder in own_folders(folders)]:
+                content = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else None
+                if isinstance(content, dict) and content.get("corpora") is not None:
+                    check_sources(content["corpora"], f"{file}: corpora")
 
 
 def _inner_type(node: Any, part: str) -> Any:

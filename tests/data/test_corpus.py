@@ -36,6 +36,29 @@ def test_a_corpus_cannot_leave_its_folder_by_its_name(name):
 
 
 @pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ({"reader": "jsonl", "limit": "ten"}, ".limit=ten: expected an integer"),
+        ({"reader": "jsonl", "held_out": "maybe"}, ".held_out=maybe: expected true or false"),
+        ({"reader": "jsonl", "exclude": "vendor/"}, ".exclude=vendor/: expected a list of texts"),
+        ({"reader": "jsonl", "only": {"a": "b"}}, "={'reader': 'jsonl', 'only': {'a': 'b'}}: Cannot merge"),
+        ({"reader": "jsonl", "licence_colum": "x"}, ".licence_colum: no such key; did you mean licence_column?"),
+        ({"path": "x"}, ": reader is missing: expected a reader such as"),
+        ("jsonl", "=jsonl: expected keys of a source"),
+    ],
+)
+def test_a_wrong_source_is_named_by_its_place_and_key(item, words):
+    with pytest.raises(ConfigError) as refused:
+        CorpusConfig("test", {"c": [own("read_numbers"), item]})
+    assert str(refused.value).startswith(f"corpus.corpora.c[1]{words}")
+
+
+def test_a_path_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match="source jsonl: path=5: expected a file"):
+        SourceConfig("jsonl", path=5)
+
+
+@pytest.mark.parametrize(
     ("config", "name", "error", "match"),
     [
         (config_of(own("read_numbers")), "d", ConfigError, "corpus d does not exist .* are c"),

@@ -72,6 +72,7 @@ def test_generated_text_has_no_inputs():
         (SourceConfig("tests.data.own_readers:read_mixed", "t", subset="x"), "does not take subset"),
         (SourceConfig("hub", "t"), "reader=hub: dataset is missing; it takes"),
         (SourceConfig("tools"), "reader=tools: language is missing"),
+        (SourceConfig("jsonl"), "reader=jsonl: language or language_column, and path are missing; it takes"),
     ],
 )
 def test_a_key_that_the_reader_does_not_take_is_refused_by_name(source, words):

@@ -73,6 +73,7 @@ def test_the_large_stages_have_the_listed_peak_rates(stage, lr):
         ("foo", ["foo", "key=value"]),
         ("run_id=../x", ["run_id=../x", "plain name"]),
         ("run_id='a\nb'", ["run_id='a\\nb'", "plain name"]),
+        ("corpus.corpora={code: [{reader: jsonl, limit: ten}]}", ["corpus.corpora.code[0].limit=ten", "an integer"]),
         ("stage.name=../../evil", ["stage.name=../../evil", "expected code"]),
         (
             "corpus.corpora={code: [{reader: jsonl, path: a, language: x, held_out: true}]}",

@@ -99,6 +99,21 @@ def test_a_file_takes_corpora_away_from_the_one_that_it_extends(lab):
         assert list(found.corpus.corpora) == left
 
 
+@pytest.mark.parametrize(
+    ("corpora", "words"),
+    [
+        ("{code: [{reader: jsonl, held_out: perhaps}]}", "corpora.code[0].held_out=perhaps: expected true"),
+        ("{code: {reader: jsonl}}", "own.yaml: corpora.code={'reader': 'jsonl'}: expected NAME: [{reader: ...}, ...]"),
+        ("[code]", "own.yaml: corpora=['code']: expected NAME: [{reader: ...}, ...]"),
+    ],
+)
+def test_a_wrong_source_of_a_file_is_named_by_file_and_place(lab, corpora, words):
+    (lab / "corpus" / "own.yaml").write_text(f"name: own\ncorpora: {corpora}\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as refused:
+        compose_config([f"hydra.searchpath=['{lab}']", "stage=shards", "corpus=own"])
+    assert words in str(refused.value)
+
+
 def test_a_share_of_zero_takes_out_what_the_varied_stage_mixes_in():
     assert set(compose_config(["stage=tools"]).stage.mix or {}) == {"code", "language"}
     assert compose_config(["stage=tools", "stage.mix.language=0"]).streams == ("tools", "code")

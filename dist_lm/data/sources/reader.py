@@ -142,9 +142,9 @@ def check_keys(source: SourceConfig, traits: Traits) -> None:
                 f"corpus source reader={source.reader}: {key}={getattr(source, key)}: this reader does not take "
                 f"{key}; {takes}{hint}"
             )
-    for need in traits.needs:
-        if not set(need.split("|")) & {*given}:
-            raise ConfigError(f"corpus source reader={source.reader}: {need.replace('|', ' or ')} is missing; {takes}")
+    if missing := [need.replace("|", " or ") for need in traits.needs if not set(need.split("|")) & {*given}]:
+        words = f"{', and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing"
+        raise ConfigError(f"corpus source reader={source.reader}: {words}; {takes}")
 
 
 def text_hash(text: str) -> str:
