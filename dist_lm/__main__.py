@@ -48,7 +48,10 @@ def data_inspect(
     from dist_lm.data.inspect import print_corpus
 
     if not print_corpus(corpus, Console()):
-        raise ArtefactError(f"{corpus}: some shards differ from the manifest; remove the folder and run stage=shards")
+        raise ArtefactError(
+            f"{corpus} differs from its manifest: remove damaged tars and run stage=shards, which builds them again; "
+            "move files of others away"
+        )
 
 
 @data.command("new")

@@ -114,6 +114,7 @@ def source_of(item: Any, place: str) -> SourceConfig:
     """
     if not isinstance(item, SourceConfig | Mapping):
         raise ConfigError(f"{place}={item}: expected keys of a source: {{reader: jsonl, path: ...}}")
+    given: Mapping[Any, Any] = vars(item) if isinstance(item, SourceConfig) else item
     try:
         typed = item if isinstance(item, SourceConfig) else OmegaConf.merge(OmegaConf.structured(SourceConfig), item)
         source = OmegaConf.to_object(OmegaConf.structured(typed))
@@ -127,10 +128,10 @@ def source_of(item: Any, place: str) -> SourceConfig:
     except MissingMandatoryValue as error:
         raise ConfigError(f"{place}: reader is missing: expected a reader such as files, jsonl or messages") from error
     except OmegaConfBaseException as error:
-        if error.key not in item:
+        if error.key not in given:
             raise ConfigError(f"{place}={item}: {str(error).splitlines()[0]}") from error
         form = _FORMS.get(SourceConfig.__annotations__.get(str(error.key)), "a text")
-        raise ConfigError(f"{place}.{error.key}={item.get(error.key)}: expected {form}") from error
+        raise ConfigError(f"{place}.{error.key}={given[error.key]}: expected {form}") from error
     assert isinstance(source, SourceConfig)
     return source
 

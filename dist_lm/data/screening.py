@@ -7,6 +7,7 @@ each time gives the same documents in the same order.
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TextIO
@@ -191,14 +192,17 @@ def screened(
     for source in corpus_sources(config, corpus_name):
         earlier = held_out if source.held_out else texts
         n_source = 0
+        dropped: Counter[str] = Counter()
         errors = RowErrors(source, config.max_bad_fraction, rejected)
         for candidate in errors.counted(reader.read(source)):
             if isinstance(candidate, Rejected):
                 report.reject(candidate, source, candidate.reason)
+                dropped[candidate.reason] += 1
                 continue
             item, reason = _screen(candidate, source, config, earlier)
             if reason:
                 report.reject(candidate, source, reason)
+                dropped[reason] += 1
                 continue
             earlier.add(item.key)
             yield item
@@ -209,8 +213,11 @@ def screened(
         if n_source == 0:
             key = "dataset" if source.dataset else "path"
             place = f" of {key}={source_place(source)}" if source_place(source) else ""
+            counts = ", ".join(f"{reason} {count:,}" for reason, count in dropped.most_common())
+            only = f" (only={source.only})" if "other_language" in dropped else ""
             raise ArtefactError(
                 f"corpus {corpus_name}: reader={source.reader} gave no document{place}: "
+                f"{f'dropped were {counts}{only}; ' if counts else ''}"
                 f"{source_traits(source).advice} (corpus={config.name})"
             )
 

@@ -48,8 +48,9 @@ def _given_path(config: TokenizerConfig) -> Path:
     named = Path(config.source).expanduser()
     path = tokenizer_in(named) if named.is_dir() else named
     if not path.is_file():
+        there = "the folder has no tokenizer.json or tokenizer.model" if named.is_dir() else f"no file {path}"
         raise ConfigError(
-            f"tokenizer={config.source}: no file {path}: expected train, keep, or the path of a tokenizer.model or "
+            f"tokenizer={config.source}: {there}: expected train, keep, or the path of a tokenizer.model or "
             "tokenizer.json"
         )
     return path

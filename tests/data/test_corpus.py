@@ -91,7 +91,12 @@ def test_a_path_that_is_none_is_refused():
             ConfigError,
             "give texts and conversations",
         ),
-        (config_of(own("read_numbers"), max_document_bytes=1), "c", ArtefactError, "read_numbers gave no document"),
+        (
+            config_of(own("read_numbers"), max_document_bytes=1),
+            "c",
+            ArtefactError,
+            "read_numbers gave no document: dropped were too_long 40;",
+        ),
         (config_of(own("read_numbers"), val_fraction=1e-9), "c", ArtefactError, "none of its 40 documents"),
     ],
 )

@@ -36,6 +36,7 @@ class Served:
     break_after: int = -1  # bytes of a body after which the next connection breaks; -1: none does
     always_break: bool = False
     ranges: bool = True
+    fails: int = 0  # status of every answer; 0: none fails
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -55,8 +56,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: bool) -> None:
         path = self.served.folder / self.path.lstrip("/").partition("?")[0]
-        if not path.is_file():
-            self.send_response(404)
+        if self.served.fails or not path.is_file():
+            self.send_response(self.served.fails or 404)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
@@ -177,6 +178,9 @@ def test_what_is_not_there_is_one_line(served):
         texts("jsonl", f"{served.url}/no.jsonl")
     with pytest.raises(ConfigError, match=r"no such file, folder or URL \(ClientConnectorError"):
         texts("jsonl", "http://127.0.0.1:9/no.jsonl")
+    served.fails = 403
+    with pytest.raises(ArtefactError, match=r"no.jsonl: the server answers 403 \(ClientResponseError.*try again"):
+        texts("jsonl", f"{served.url}/no.jsonl")
 
 
 @pytest.fixture(scope="module")

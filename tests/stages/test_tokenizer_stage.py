@@ -87,6 +87,8 @@ def test_the_vocabulary_of_the_model_is_checked_against_a_given_tokenizer(tmp_pa
     with pytest.raises(ConfigError, match=r"^model.vocab_size=4096: tokenizer=\S+ has 320 pieces: give model.vocab"):
         config_for(tmp_path / "work", f"tokenizer={given_json}", "model.vocab_size=4096")
     assert config_for(tmp_path, f"tokenizer={given_json}", "model.vocab_size=320").model.vocab_size == 320
+    with pytest.raises(ConfigError, match=r"^tokenizer=/: the folder has no tokenizer.json or tokenizer.model: exp"):
+        config_for(tmp_path / "work", "tokenizer=/")
     with pytest.raises(ConfigError, match=r"^tokenizer=/nowhere: no file /nowhere: expected train, keep"):
         config_for(tmp_path / "work", "tokenizer=/nowhere")
     with pytest.raises(ConfigError, match=r"^tokenizer.add_marks=True: expected false with tokenizer=train"):

@@ -71,6 +71,12 @@ def list_files(source: SourceConfig, rule: OwnRule, hidden: tuple[str, ...] = ("
         try:
             inputs = list(walk.remote(place) if scheme_of(place) else walk.local(place))
         except FileNotFoundError as error:
+            answer = getattr(error.__cause__, "status", 404)  # of a server; fsspec takes every error for a missing file
+            if answer not in (404, 410):
+                raise ArtefactError(
+                    f"corpus source reader={source.reader}: path={place}: the server answers {answer} "
+                    f"({brief(error.__cause__)}): try again later, or check the address and the right to read it"
+                ) from error
             why = f" ({brief(error.__cause__)})" if error.__cause__ else ""
             raise ConfigError(
                 f"corpus source reader={source.reader}: path={place}: no such file, folder or URL{why}"

@@ -110,8 +110,8 @@ def placed_rows(
             raise
         except (OSError, ValueError, TarError) as error:  # pyarrow's own errors are among them
             raise ArtefactError(
-                f"{one.name}: cannot be read after row or line {number}: {brief(error)}: it is truncated, damaged or "
-                "of another format"
+                f"{one.name}: cannot be read after row or line {number}: {brief(error)}: the file is truncated, "
+                "damaged or of another format"
             ) from error
 
 
