@@ -65,8 +65,9 @@ def data_new(
     from rich.console import Console
 
     from dist_lm.data.new import new_corpus
+    from dist_lm.launcher.conf_folders import choices
 
-    new_corpus(places, out, Console(), sample_bytes=sample << 20, force=force)
+    new_corpus(places, out, Console(), sample_bytes=sample << 20, force=force, taken=choices("corpus"))
 
 
 @app.command("metrics")

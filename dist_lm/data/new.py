@@ -1,20 +1,23 @@
 """`dist-lm data new PATH... --out DIR/corpus/NAME.yaml`: looks at data and writes a corpus file for it."""
 
-import shlex
+import io
+import json
+import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from dist_lm.config.corpus import CorpusConfig
+from dist_lm.data.corpus_file import CONVERSATIONS, check_name, corpus_file, next_commands, one_line
 from dist_lm.data.ingest import BYTES_PER_TOKEN, Texts
-from dist_lm.data.propose import Proposal, is_prose, propose
-from dist_lm.data.screening import IngestReport
+from dist_lm.data.propose import Proposal, check_text, is_prose, propose
+from dist_lm.data.screening import IngestReport, source_name
+from dist_lm.data.sources.opening import brief
 from dist_lm.errors import ConfigError
 from dist_lm.storage import durable
 from dist_lm.tracking.readable import gib
@@ -22,7 +25,7 @@ from dist_lm.tracking.readable import gib
 GLANCE_BYTES = 16 << 20  # of text, to tell prose from code
 SHARD_BYTES = 2  # a token, for vocabularies up to 65,536
 SHOWN = 8  # licences of a corpus
-CONVERSATIONS = "tools"  # corpus that stage=tools reads
+READABLE = 0.99  # share of broken rows up to which they are counted; a launch refuses fewer
 
 
 @dataclass
@@ -33,88 +36,107 @@ class Survey:
     documents: Counter[str] = field(default_factory=Counter)  # by language
     bytes: Counter[str] = field(default_factory=Counter)  # UTF-8, by language
     licences: Counter[str] = field(default_factory=Counter)  # documents
+    sources: Counter[str] = field(default_factory=Counter)  # documents
+    broken: list[dict[str, str]] = field(default_factory=list)  # lines of rejected.jsonl
     is_whole: bool = True
 
+    def worst_source(self) -> tuple[str, float]:
+        """The source with the largest share of broken rows, and that share."""
+        reasons = {one["reason"] for one in self.broken}
+        shares = [("", 0.0)]
+        for name, tally in self.report.sources.items():
+            bad = sum(count for reason, count in tally.dropped.items() if reason in reasons)
+            shares.append((name, bad / max(1, self.sources[name] + tally.seen)))
+        return max(shares, key=lambda one: one[1])
 
-def new_corpus(places: Sequence[str], out: Path, console: Console, *, sample_bytes: int, force: bool = False) -> None:
+
+def new_corpus(
+    places: Sequence[str],
+    out: Path,
+    console: Console,
+    *,
+    sample_bytes: int,
+    force: bool = False,
+    taken: Sequence[str] = (),
+) -> None:
     """Write the corpus file `out` for the data at `places`, and print what is there.
 
     Args:
         sample_bytes: text that is read of each corpus.
         force: replace an existing file.
+        taken: the corpus files of dist_lm, whose names no other file may have.
 
     Raises:
-        ConfigError: `out` is no place for a corpus file, or there is no data.
+        ConfigError: `out` is no place for a corpus file, there is no data, or its columns do not make documents.
     """
-    _check_place(out, force)
+    _check_place(out, force, taken)
+    for place in places:
+        check_text("PATH", place)
     proposals = [proposal for place in places for proposal in propose(_absolute(place))]
     by_corpus = _by_corpus(proposals)
     config = CorpusConfig(
-        name=out.stem, corpora={name: [one.typed() for one in ones] for name, ones in by_corpus.items()}
+        name=out.stem,
+        corpora={name: [one.typed() for one in ones] for name, ones in by_corpus.items()},
+        max_bad_fraction=READABLE,
     )
     surveys = {name: survey(config, name, sample_bytes) for name in by_corpus}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    durable.write_text(out, corpus_file(places, out, by_corpus, surveys))
+    remarks = [line for found in surveys.values() if (line := _too_broken(found))]
+    documents = {name: dict(found.documents.most_common()) for name, found in surveys.items()}
+    command = ["dist-lm", "data", "new", *places, "--out", str(out)]
+    durable.write_text(out, corpus_file(command, out, by_corpus, documents, remarks))
     for name, found in surveys.items():
         _print(name, found, by_corpus[name], console)
-    console.print(Text(f"written: {out}", style="bold"))
-    for command in next_commands(out, list(by_corpus)):
-        console.print(Text(command), soft_wrap=True)
+    console.print(Text(one_line(f"written: {out}"), style="bold"))
+    for line in (*remarks, *next_commands(out, list(by_corpus))):
+        console.print(Text(one_line(line)), soft_wrap=True)
 
 
 def survey(config: CorpusConfig, corpus_name: str, sample_bytes: int) -> Survey:
     """Read a corpus, cleaned and without duplicates, up to `sample_bytes` of text."""
     found = Survey()
-    for item in Texts(config, seed=0).screened(corpus_name, found.report):
+    broken = io.StringIO()
+    for item in Texts(config, seed=0).screened(corpus_name, found.report, broken):
         document = item.document
         found.documents[document.language] += 1
         found.bytes[document.language] += item.n_bytes
         found.licences[document.licence or "not given"] += 1
+        found.sources[source_name(item.source)] += 1
         if found.bytes.total() >= sample_bytes:
             found.is_whole = False
             break
+    found.broken = [json.loads(line) for line in broken.getvalue().splitlines()]
     return found
 
 
-def corpus_file(
-    places: Sequence[str], out: Path, by_corpus: Mapping[str, Sequence[Proposal]], surveys: Mapping[str, Survey]
-) -> str:
-    """The text of the corpus file."""
-    lines = [f"# Written by: dist-lm data new {shlex.join(places)} --out {shlex.quote(str(out))}"]
-    lines += [f"#   {command}" for command in next_commands(out, list(by_corpus))]
-    lines += [f"name: {yaml.safe_dump(out.stem).splitlines()[0]}", "corpora:"]
-    for name, proposals in by_corpus.items():
-        lines += [f"  {name}:"]
-        for proposal in proposals:
-            lines += [f"    # {proposal.inputs.summary()}", *(f"    # {note}" for note in proposal.notes)]
-            source = dict(proposal.source)
-            if "licence_column" not in source:
-                source["licence"] = ""
-            first, *rest = yaml.safe_dump(source, sort_keys=False, width=1000, allow_unicode=True).splitlines()
-            lines += [f"    - {first}", *(f"      {line}" for line in rest)]
-            if "licence_column" not in source:
-                lines[-1] += "  # of all documents, such as MIT; data inspect counts documents by licence"
-        languages = ", ".join(f"{language} {count:,}" for language, count in surveys[name].documents.most_common())
-        lines += [f"    # documents: {languages}"]
-    return "\n".join([*lines, ""])
+def _too_broken(found: Survey) -> str:
+    """What to do about a source of whose rows a launch would refuse so many broken ones; else empty."""
+    most = CorpusConfig.max_bad_fraction
+    name, share = found.worst_source()
+    if share <= most:
+        return ""
+    first = found.broken[0]
+    return (
+        f"broken rows: {share:.1%} of {name}, more than corpus.max_bad_fraction={most:g}, so a launch refuses them: "
+        f"mend them, or add a line `max_bad_fraction: {min(0.99, 1.5 * share):.2g}` to this file. "
+        f"The first: {first['place']}: {first['error']}"
+    )
 
 
-def next_commands(out: Path, corpora: Sequence[str]) -> Iterator[str]:
-    """How to train on the file."""
-    # in the order of the pipeline; each stage starts from the model of the one before
-    stages = [name for name in ("language", "code", CONVERSATIONS) if name in corpora]
-    words = ["python", "-m", "dist_lm.launch", "--config-dir", str(out.parent.parent), f"corpus={out.stem}"]
-    alone = {"code": ["stage.init_from=none"], CONVERSATIONS: ["stage.init_from=none", "stage.mix=null"]}
-    for place, stage in enumerate(stages):
-        extra = alone.get(stage, []) if place == 0 else []
-        yield shlex.join([*words, f"stage={stage}", *extra])
-
-
-def _check_place(out: Path, force: bool) -> None:
+def _check_place(out: Path, force: bool, taken: Sequence[str]) -> None:
+    """Refuse a place where no launch would find the file, or where it cannot be written; the folder is created."""
+    shown = one_line(f"--out {out}")
     if out.suffix != ".yaml" or out.parent.name != "corpus":
-        raise ConfigError(f"--out {out}: expected DIR/corpus/NAME.yaml, which `--config-dir DIR corpus=NAME` reads")
+        raise ConfigError(f"{shown}: expected DIR/corpus/NAME.yaml, which `--config-dir DIR corpus=NAME` reads")
+    check_name(out.stem, taken)
+    if out.is_dir():
+        raise ConfigError(f"{shown}: this is a folder: choose another name")
     if out.exists() and not force:
-        raise ConfigError(f"--out {out}: there is such a file: choose another name, or give --force to replace it")
+        raise ConfigError(f"{shown}: there is such a file: choose another name, or give --force to replace it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise ConfigError(f"{shown}: cannot be written ({brief(error)}): choose a folder of your own") from error
 
 
 def _absolute(place: str) -> str:
@@ -126,8 +148,8 @@ def _by_corpus(proposals: Sequence[Proposal]) -> dict[str, list[Proposal]]:
     """The proposals by the corpora that the stages read: language, code and tools."""
     found: dict[str, list[Proposal]] = {}
     for one in proposals:
-        config = CorpusConfig(name="new", corpora={"text": [one.typed()]})
-        prose = not one.conversations and is_prose(survey(config, "text", GLANCE_BYTES).bytes)
+        config = CorpusConfig(name="new", corpora={"text": [one.typed()]}, max_bad_fraction=READABLE)
+        prose = not one.conversations and is_prose(survey(config, "text", GLANCE_BYTES).bytes, one.is_code)
         found.setdefault(CONVERSATIONS if one.conversations else "language" if prose else "code", []).append(one)
     return {name: found[name] for name in ("language", "code", CONVERSATIONS) if name in found}
 
@@ -138,19 +160,19 @@ def _print(name: str, found: Survey, proposals: Sequence[Proposal], console: Con
     table.add_column("documents", justify="right")
     table.add_column("bytes", justify="right")
     for language, documents in found.documents.most_common():
-        table.add_row(language, f"{documents:,}", f"{found.bytes[language]:,}")
+        table.add_row(Text(one_line(language)), f"{documents:,}", f"{found.bytes[language]:,}")
     table.add_row("all", f"{found.documents.total():,}", f"{found.bytes.total():,}")
     console.print(table)
     for proposal in proposals:
-        console.print(Text(f"{proposal.source['path']}: {proposal.inputs.summary()}"), soft_wrap=True)
+        console.print(Text(one_line(f"{proposal.source['path']}: {proposal.inputs.summary()}")), soft_wrap=True)
         for note in proposal.notes:
-            console.print(Text(f"  {note}"), soft_wrap=True)
+            console.print(Text(one_line(f"  {note}")), soft_wrap=True)
     licences = ", ".join(f"{licence} {count:,}" for licence, count in found.licences.most_common(SHOWN))
-    console.print(Text(f"licences: {licences or 'none'}"), soft_wrap=True)
+    console.print(Text(one_line(f"licences: {licences or 'none'}")), soft_wrap=True)
     dropped = sum((Counter(tally.dropped) for tally in found.report.languages.values()), Counter())
     counts = ", ".join(f"{reason} {count:,}" for reason, count in dropped.most_common()) or "nothing"
     console.print(Text(f"would be dropped: {counts}"), soft_wrap=True)
     for example in found.report.rejected[:SHOWN]:
-        console.print(Text(f"  {example}"), soft_wrap=True)
+        console.print(Text(one_line(f"  {example}")), soft_wrap=True)
     size = found.bytes.total() * SHARD_BYTES / BYTES_PER_TOKEN
     console.print(Text(f"shards: about {gib(int(size))} for what was read ({BYTES_PER_TOKEN} bytes a token)"))

@@ -1,5 +1,6 @@
 """Sources for data that nobody has described yet: readers by the suffixes of its files, columns by their first rows."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Input, Inputs
 from dist_lm.data.sources.files import SUFFIXES, TEXT, list_source_files
 from dist_lm.data.sources.formats import Row
-from dist_lm.data.sources.messages import MESSAGES
+from dist_lm.data.sources.messages import MESSAGES, TOOLS
 from dist_lm.data.sources.places import bare_name, list_files
 from dist_lm.data.sources.reader import reader_of
 from dist_lm.data.sources.rows import TEXT as TEXT_COLUMN
-from dist_lm.data.sources.rows import placed_rows
+from dist_lm.data.sources.rows import PlacedRow, placed_rows
 from dist_lm.data.sources.tars import TEXT_MEMBER, samples
 from dist_lm.errors import ConfigError
 
@@ -26,9 +27,23 @@ KINDS |= {".tar": "tars", ".tgz": "tars"}
 # usual names of columns, the likeliest first
 TEXTS = ("text", "content", "code", "txt", "body", "document", "article", "sql")
 LANGUAGES = ("language", "lang", "programming_language")
-LICENCES = ("license", "licence", "licenses", "license_type", "max_stars_repo_licenses")
-NAMES = ("id", "path", "url", "repo_path", "title", "_id")
+LICENCES = ("license", "licence", "licenses", "licences", "license_type", "max_stars_repo_licenses")
+PATHS = ("path", "file_path", "filename", "file_name", "max_stars_repo_path", "repo_path")  # of source files
+NAMES = ("id", *PATHS, "url", "title", "_id")
+# columns that are a document only together: the question, and the answer
+QUESTIONS = ("prompt", "instruction", "question", "query", "input", "problem")
+ANSWERS = ("completion", "response", "output", "answer", "solution")
+RANKED = ("chosen", "rejected")
 PROSE = ("english", "text", "markdown", "restructuredtext", "latex", "html")
+CODE = "code"  # language of code whose language is not known
+MOSTLY = 0.9  # of the paths of rows
+CODE_LINES = 0.4  # of the lines of a text, from which on it is code
+CODE_LINE = re.compile(
+    r"^(?: {2,}|\t+)\S|[;{}()\[\]]\s*$|^[\w.\[\]]+ *[-+*/|&:]?= *\S|^(?:#!|#include|//|/\*|@\w)"
+    r"|^(?:import|from|def|class|return|func|fn|let|const|var|public|private|package|using|if|for|while)\b.*[\w:]$"
+)
+LOOKED = 5_000  # lines
+LISTED = 20  # columns that a note names
 
 
 @dataclass(frozen=True)
@@ -38,7 +53,8 @@ class Proposal:
     source: Mapping[str, Any]  # keys of `SourceConfig`
     conversations: bool
     inputs: Inputs
-    notes: tuple[str, ...]  # lines for the corpus file
+    notes: tuple[str, ...]  # lines for the corpus file; may hold any character
+    is_code: bool = False  # whether texts in no known language look like code
 
     def typed(self) -> SourceConfig:
         return SourceConfig(**self.source)
@@ -64,9 +80,40 @@ def propose(place: str) -> list[Proposal]:
     return [_proposal(kind, place, kinds[kind], notes) for kind in sorted(taken)]
 
 
-def is_prose(languages: Mapping[str, int]) -> bool:
-    """Whether most bytes are prose: of corpus `language`, not `code`. `languages`: bytes by language."""
-    return 2 * sum(languages.get(name, 0) for name in PROSE) >= sum(languages.values())
+def is_prose(languages: Mapping[str, int], looks_like_code: bool = False) -> bool:
+    """Whether most bytes are prose: of corpus `language`, not `code`.
+
+    Args:
+        languages: bytes by language.
+        looks_like_code: decides about languages that are no known ones, such as `en` or `c++`.
+    """
+    known = {*SUFFIXES.values(), CODE, *PROSE}
+    prose = [name for name in languages if name in PROSE or (name not in known and not looks_like_code)]
+    return 2 * sum(languages[name] for name in prose) >= sum(languages.values())
+
+
+def is_code(texts: Iterable[str]) -> bool:
+    """Whether texts look like code: by indentation, and by how lines begin and end."""
+    lines = list(islice((line for text in texts for line in text.splitlines() if line.strip()), LOOKED))
+    return sum(1 for line in lines if CODE_LINE.search(line)) > CODE_LINES * len(lines)
+
+
+def language_of_paths(rows: Sequence[Row]) -> str:
+    """The language of most rows, by the suffixes in a column of paths; empty if there is none."""
+    for name in PATHS:
+        paths = [str(row[name]).lower() for row in rows if row.get(name)]
+        suffixes = [PurePosixPath(path).suffix.removeprefix(".") for path in paths if "://" not in path]
+        found = Counter(SUFFIXES.get(suffix, "") for suffix in suffixes).most_common(1)
+        if found and found[0][0] and found[0][1] >= MOSTLY * len(rows):
+            return found[0][0]
+    return ""
+
+
+def check_text(key: str, value: str) -> None:
+    """Refuse an empty text, and one that the configuration would replace by something else."""
+    if not value.strip() or "${" in value:
+        wrong = "it is empty" if not value.strip() else "the configuration replaces ${...} by another value: rename it"
+        raise ConfigError(f"{key} {value!r}: {wrong}; expected a file, folder, glob, URL or column")
 
 
 def columns_of(rows: Iterable[Row]) -> tuple[dict[str, str], bool]:
@@ -78,6 +125,7 @@ def columns_of(rows: Iterable[Row]) -> tuple[dict[str, str], bool]:
     lengths: Counter[str] = Counter()
     messages: Counter[str] = Counter()
     texts: Counter[str] = Counter()
+    lists: Counter[str] = Counter()  # of texts, such as licences
     for row in rows:
         for name, value in row.items():
             if isinstance(value, str | bytes):
@@ -85,6 +133,8 @@ def columns_of(rows: Iterable[Row]) -> tuple[dict[str, str], bool]:
                 lengths[name] += len(value)
             elif isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]:
                 messages[name] += 1
+            elif isinstance(value, list) and value and isinstance(value[0], str):
+                lists[name] += 1
     if messages:
         return {"column": messages.most_common(1)[0][0]}, True
     usual = [name for name in TEXTS if texts[name]]
@@ -93,7 +143,8 @@ def columns_of(rows: Iterable[Row]) -> tuple[dict[str, str], bool]:
         return {}, False
     found = {"column": content}
     for key, names in (("language_column", LANGUAGES), ("licence_column", LICENCES), ("id_column", NAMES)):
-        name = next((name for name in names if name != content and texts[name]), "")
+        held = texts + lists if key == "licence_column" else texts
+        name = next((name for name in names if name != content and held[name]), "")
         found |= {key: name} if name else {}
     return found, False
 
@@ -116,27 +167,98 @@ def _proposal(kind: str, place: str, files: Sequence[Input], notes: tuple[str, .
     if kind == "files":
         source: dict[str, Any] = {"reader": kind, **path}
         return Proposal(source, False, list_source_files(SourceConfig(reader=kind, path=[place])), notes)
-    columns, conversations = columns_of(_first_rows(kind, files))
+    placed = _first_rows(kind, files)
+    rows = [one.row for one in placed if isinstance(one.row, dict)]
+    there = list(dict.fromkeys(name for one in placed for name in one.columns))
+    if kind == "csv":
+        _check_header(files[0].name, there)
+    _check_shape(files[0].name, rows)
+    columns, conversations = columns_of(rows)
     if not columns:
-        raise ConfigError(
-            f"{files[0].name}: none of its first rows has a column of text or messages; rankings have another reader "
-            "(docs/reward.md)"
-        )
+        raise ConfigError(f"{files[0].name}: {_without_text(placed, rows)}")
+    for key, column in columns.items():
+        check_text(f"{files[0].name}: {key}", column)
+    used = [*columns.values(), *([TOOLS] if conversations else [])]
+    rest = [name for name in there if name not in used]
+    read = ", ".join(f"{key}={column}" for key, column in columns.items())
+    notes = (*notes, f"columns: {read}; not read: {', '.join(rest[:LISTED]) or 'none'}{' ...' * (len(rest) > LISTED)}")
+    content = columns["column"]
     reader = "messages" if conversations else kind
-    if columns["column"] == {"messages": MESSAGES, "tars": TEXT_MEMBER}.get(reader, TEXT_COLUMN):
+    if content == {"messages": MESSAGES, "tars": TEXT_MEMBER}.get(reader, TEXT_COLUMN):
         del columns["column"]
-    source = {"reader": reader, **path, **columns}
-    if "language_column" not in columns:
-        source["language"] = "chat" if conversations else TEXT
-        notes = (*notes, "`language` is the name in figures; english, python, bash and sql have rules of their own")
+    by_path = language_of_paths(rows)
+    looks_like_code = is_code(_texts(rows, content)) or (bool(by_path) and by_path not in PROSE)
+    unnamed = "chat" if conversations else by_path or (CODE if looks_like_code else TEXT)
+    source = {"reader": reader, **path, **columns, "language": unnamed}
+    if "language_column" in columns:
+        notes = (*notes, f"rows without a value in {columns['language_column']} count as `{unnamed}`")
+    else:
+        words = (
+            f"no column names a language: metrics and counts call all rows `{unnamed}`; correct `language` if need be"
+        )
+        notes = (*notes, words)
     reader_of(SourceConfig(**source))  # refuses keys that the reader does not take
-    return Proposal(source, conversations, Inputs(tuple(files)), notes)
+    return Proposal(source, conversations, Inputs(tuple(files)), notes, looks_like_code)
 
 
-def _first_rows(kind: str, files: Sequence[Input]) -> list[Row]:
+def _first_rows(kind: str, files: Sequence[Input]) -> list[PlacedRow]:
     wanted = [("", name) for name in (*TEXTS, "json")] if kind == "tars" else None
-    rows = placed_rows(Inputs((files[0],)), wanted, samples if kind == "tars" else None)
-    return [one.row for one in islice(rows, ROWS) if isinstance(one.row, dict)]
+    return list(islice(placed_rows(Inputs((files[0],)), wanted, samples if kind == "tars" else None), ROWS))
+
+
+def _texts(rows: Iterable[Row], column: str) -> Iterable[str]:
+    values = (row.get(column) for row in rows)
+    return (
+        value.decode(errors="replace") if isinstance(value, bytes) else value
+        for value in values
+        if isinstance(value, str | bytes)
+    )
+
+
+def _check_header(name: str, columns: Sequence[str]) -> None:
+    """Refuse a table whose columns are separated by another character, or whose first row is data."""
+    if len(columns) == 1 and (found := [one for one in ";\t|," if one in columns[0]]):
+        raise ConfigError(
+            f"{name}: the header is one column, {columns[0]!r}, with {found[0]!r} in it: expected `,` between the "
+            "columns of .csv, and tabs in .tsv: convert the file"
+        )
+    data = [one for one in columns if re.fullmatch(r"\s*|[-+]?[\d.,]+", one) or "://" in one or len(one.split()) > 4]
+    if data and not {*TEXTS, MESSAGES} & {*columns}:
+        raise ConfigError(
+            f"{name}: the first row must name the columns, but {data[0]!r} looks like data: add a row of names, such "
+            "as id,text"
+        )
+
+
+def _check_shape(name: str, rows: Sequence[Row]) -> None:
+    """Refuse rows that are several texts: one column alone would be read."""
+    there = {column for row in rows for column, value in row.items() if value}
+    if there >= {*RANKED}:
+        raise ConfigError(f"{name}: columns {' and '.join(RANKED)} are rankings: use the reader of docs/reward.md")
+    if there & {*TEXTS} or columns_of(rows)[1]:
+        return
+    pair = [*[one for one in QUESTIONS if one in there][:2], *[one for one in ANSWERS if one in there]]
+    if {*pair} & {*QUESTIONS} and {*pair} & {*ANSWERS}:
+        raise ConfigError(
+            f"{name}: columns {', '.join(pair)}: only one of them would be read. Write a column `messages` for "
+            '`stage=tools`: [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}], or a column '
+            "`text` with all of them"
+        )
+
+
+def _without_text(placed: Sequence[PlacedRow], rows: Sequence[Row]) -> str:
+    """Why rows give no column of text, and what to do."""
+    if not placed:
+        return "it has no rows"
+    if not rows:
+        first = placed[0]
+        return f"none of its first {len(placed)} rows can be read; {first.place}: {getattr(first.row, 'words', '')}"
+    kinds = {column: type(value).__name__ for row in reversed(rows) for column, value in row.items()}
+    there = ", ".join(f"{column} ({kind})" for column, kind in [*kinds.items()][:LISTED])
+    return (
+        f"none of its first rows has a column of text or messages; the columns there are {there or 'none'}. Messages "
+        "are lists of {role, content}; rankings have another reader (docs/reward.md)"
+    )
 
 
 def _suffixes(files: Sequence[Input]) -> str:

@@ -3,17 +3,23 @@
 import csv
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 import zstandard
+from omegaconf import OmegaConf
 from rich.console import Console
 
+from dist_lm.__main__ import data_new
+from dist_lm.data.corpus_file import next_commands
 from dist_lm.data.ingest import Texts
-from dist_lm.data.new import new_corpus, next_commands
+from dist_lm.data.new import new_corpus
 from dist_lm.data.propose import columns_of, propose
 from dist_lm.errors import ConfigError, UserError
 from dist_lm.launcher.compose import compose_config
+from dist_lm.launcher.conf_folders import choices
 
 ROWS = [{"content": f"def f{i}():\n    return {i}\n" * 9, "lang": "Python", "license": "MIT"} for i in range(30)]
 CHAT = {
@@ -125,3 +131,155 @@ def test_an_output_that_no_launch_would_find_is_refused(data):
 )
 def test_columns_are_guessed_from_rows(row, expected):
     assert columns_of([row]) == expected
+
+
+HOSTILE = [
+    "py\ncleaning: {secrets: false} #",
+    "py\n    - {reader: 'my.mod:fn'} #",
+    "py\r\nthon: x",
+    "a\u2028name: b",
+    "a\x85name: b",
+    "# no",
+    "a: 'b",
+    '"',
+    "[/red]",
+    "1e3",
+    "null",
+    "!!python/object:x.y {}",
+]
+
+
+def rows_file(folder: Path, rows: list[dict], name: str = "rows.jsonl") -> str:
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return name
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_no_value_of_data_writes_configuration(data, value):
+    column = f"{value} column"
+    rows = [{"text": f"{i} {PROSE}", "language": value, "license": value, column: 1} for i in range(30)]
+    rows_file(data, rows, "language.jsonl")
+    rows_file(data, [{value: f"column {i} {PROSE}"} for i in range(30)], "column.jsonl")
+    place = rows_file(data, [{"text": f"place {i} {PROSE}"} for i in range(30)], value.replace("/", "") + ".jsonl")
+    (data / "repo" / f"m.{value.replace('/', '')}").write_bytes(b"")
+    out, _ = written(data, "language.jsonl", "column.jsonl", place, "repo")
+    config = yaml.safe_load(out.read_text(encoding="utf-8"))
+    assert set(config) == {"name", "corpora"}
+    sources = [source for corpus in config["corpora"].values() for source in corpus]
+    assert sorted(source["reader"] for source in sources) == ["files", "jsonl", "jsonl", "jsonl"]
+    assert [source["column"] for source in sources if source["path"].endswith("/column.jsonl")] == [value]
+    assert str(data / place) in [source["path"] for source in sources]
+    loaded = OmegaConf.to_container(OmegaConf.load(out), resolve=True)
+    assert loaded == config
+
+
+def test_a_file_that_would_be_read_otherwise_is_not_left_there(data, monkeypatch):
+    monkeypatch.setattr("dist_lm.data.corpus_file.one_line", str)  # as if values went into comments as they are
+    rows_file(data, [{"text": f"{i} {PROSE}", "language": HOSTILE[0]} for i in range(30)])
+    with pytest.raises(ConfigError, match="not written"):
+        written(data, "rows.jsonl")
+    assert not list((data.parent / "lab").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", ["${oc.env:HOME}", "${work_dir}"])
+def test_a_name_that_the_configuration_would_replace_is_refused(data, name):
+    rows_file(data, [{name: PROSE * 2}])
+    with pytest.raises(ConfigError, match="rename"):
+        written(data, "rows.jsonl")
+    with pytest.raises(ConfigError, match="rename"):
+        written(data, name)
+
+
+@pytest.mark.parametrize(
+    ("rows", "corpus", "language"),
+    [
+        ([{"text": row["content"]} for row in ROWS], "code", "code"),
+        ([{"text": f"x{i} = {i}\nprint(x{i})", "path": f"src/m{i}.py"} for i in range(30)], "code", "python"),
+        ([{"text": f"{i} {PROSE}" * 4, "language": "en"} for i in range(30)], "language", "text"),
+        ([{"text": row["content"], "lang": "C++"} for row in ROWS], "code", "code"),
+        ([{"text": f"{i} {PROSE}", "language": "english" if i % 2 else None} for i in range(30)], "language", "text"),
+    ],
+)
+def test_the_corpus_follows_the_text(data, rows, corpus, language):
+    out, text = written(data, rows_file(data, rows))
+    config = yaml.safe_load(out.read_text())["corpora"]
+    assert list(config) == [corpus]
+    assert config[corpus][0]["language"] == language
+    assert "columns: column=text" in text
+    assert "30" in text
+
+
+@pytest.mark.parametrize("name", ["licenses", "licences", "max_stars_repo_licenses"])
+def test_licences_in_lists_are_found(data, name):
+    _, text = written(data, rows_file(data, [{"text": f"{i} {PROSE}", name: ["MIT"]} for i in range(30)]))
+    assert "licences: MIT 30" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}), "rankings: use the reader"),
+        ("a.jsonl", json.dumps({"prompt": "a", "completion": "b"}), "prompt, completion: only one"),
+        ("a.jsonl", json.dumps({"instruction": "a", "input": "c", "output": "b"}), "instruction, input, output: only"),
+        ("a.jsonl", json.dumps({"data": [1], "n": 2}), r"columns there are data \(list\), n \(int\)"),
+        ("a.jsonl", "<html>", "a.jsonl:1: broken JSON"),
+        ("a.jsonl", "", "no rows"),
+        ("a.csv", "url;text\nu;v\n", "';' in it"),
+        ("a.csv", "3,this is some longer text 0\n4,more\n", "add a row of names"),
+    ],
+)
+def test_data_that_one_column_does_not_hold_is_refused(data, name, content, words):
+    (data / name).write_text(content)
+    with pytest.raises(ConfigError, match=words):
+        written(data, name)
+
+
+def test_broken_rows_are_counted_and_the_file_says_what_a_launch_would_do(data):
+    (data / "some.jsonl").write_text("".join(json.dumps({"text": f"{i} {PROSE}"}) + "\n{\n" for i in range(20)))
+    out, text = written(data, "some.jsonl")
+    assert "broken_json 20" in text
+    assert "50.0%" in text
+    assert "some.jsonl:2: broken JSON" in text
+    key = re.search(r"max_bad_fraction: [\d.]+", out.read_text())
+    assert key
+    out.write_text(out.read_text() + key[0] + "\n")
+    config = compose_config([f"hydra.searchpath=[{out.parent.parent}]", "corpus=ours", "stage=shards"]).corpus
+    assert len(list(Texts(config, 0).screened("language"))) == 20
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("corpus/local.yaml", "is a file of dist_lm"),
+        ("corpus/null.yaml", "expected a name"),
+        ("corpus/7.yaml", "expected a name"),
+        ("corpus/a=b,c.yaml", "expected a name"),
+        ("corpus/-x.yaml", "expected a name"),
+        ("afile/corpus/x.yaml", "cannot be written"),
+    ],
+)
+def test_an_impossible_output_is_refused_before_data_is_read(tmp_path, out, words):
+    (tmp_path / "afile").write_text("")
+    with pytest.raises(ConfigError, match=words):
+        new_corpus(["/nowhere"], tmp_path / out, Console(), sample_bytes=1, taken=choices("corpus"))
+
+
+def test_the_verb_knows_the_names_of_dist_lm(data):
+    with pytest.raises(ConfigError, match="is a file of dist_lm"):
+        data_new([str(data / "repo")], data / "corpus" / "hub.yaml")
+
+
+def test_an_empty_place_is_refused(data):
+    with pytest.raises(ConfigError, match="it is empty"):
+        new_corpus([""], data / "corpus" / "x.yaml", Console(), sample_bytes=1)
+
+
+@pytest.mark.parametrize("corpora", [["language", "tools"], ["code", "tools"], ["language", "code"]])
+def test_commands_for_some_corpora_compose(tmp_path, corpora):
+    out = tmp_path / "corpus" / "some.yaml"
+    out.parent.mkdir()
+    out.write_text(yaml.safe_dump({"corpora": {name: [{"reader": "tools", "language": "x"}] for name in corpora}}))
+    for command in next_commands(out, corpora):
+        folder, *overrides = command.split()[4:]
+        config = compose_config([f"hydra.searchpath=[{folder}]", *overrides])
+        assert set(config.streams) <= {*corpora}
