@@ -115,9 +115,11 @@ def changes(before: Inputs, now: Inputs) -> list[str]:
     ):
         if names:
             found.append(f"{_files(len(names))} {words}: {_some(names)}")
-    found += [
+    changed = [
         f"{name}: {difference}" for name in old if name in new and (difference := _difference(old[name], new[name]))
     ]
+    if changed:
+        found.append(_some(changed))
     both = [name for name in old if name in new]
     if not found and both != [name for name in new if name in old]:
         found.append("the same files in another order")
