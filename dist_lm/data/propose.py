@@ -36,6 +36,7 @@ ANSWERS = ("completion", "response", "output", "answer", "solution")
 RANKED = ("chosen", "rejected")
 PROSE = ("english", "text", "markdown", "restructuredtext", "latex", "html")
 CODE = "code"  # language of code whose language is not known
+NATURAL = re.compile(r"[a-z]{2}([-_].+)?")  # ISO 639-1, where it is no suffix of source files
 MOSTLY = 0.9  # of the paths of rows
 CODE_LINES = 0.4  # of the lines of a text, from which on it is code
 CODE_LINE = re.compile(
@@ -85,10 +86,12 @@ def is_prose(languages: Mapping[str, int], looks_like_code: bool = False) -> boo
 
     Args:
         languages: bytes by language.
-        looks_like_code: decides about languages that are no known ones, such as `en` or `c++`.
+        looks_like_code: decides about languages that are no known ones, such as `c++`; `en` or `pt-br` are prose.
     """
-    known = {*SUFFIXES.values(), CODE, *PROSE}
-    prose = [name for name in languages if name in PROSE or (name not in known and not looks_like_code)]
+    code = {*SUFFIXES.values(), CODE} - {*PROSE}
+    natural = {name for name in languages if NATURAL.fullmatch(name) and name[:2] not in SUFFIXES}
+    others = {*languages} - natural - code - {*PROSE}
+    prose = ({*languages} & {*PROSE}) | natural | (set() if looks_like_code else others)
     return 2 * sum(languages[name] for name in prose) >= sum(languages.values())
 
 

@@ -24,7 +24,16 @@ from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationE
 from dist_lm.config.corpus import HF, TRAIN, check_sources
 from dist_lm.config.root import Config
 from dist_lm.errors import ConfigError, require
-from dist_lm.launcher.conf_folders import GROUPS, KEY, choices, conf_directory, own_folders, program_of, search_path
+from dist_lm.launcher.conf_folders import (
+    GROUPS,
+    KEY,
+    choices,
+    conf_directory,
+    one_line_for_yaml,
+    own_folders,
+    program_of,
+    search_path,
+)
 from dist_lm.stages.registry import all_stages, stage_named, stage_names
 from dist_lm.tracking.redact import is_secret_name, redact_command, redact_text
 
@@ -74,7 +83,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
         _check_exists(override, schema, folders)
     register_schema(schema)
     try:
-        with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        with one_line_for_yaml(), initialize_config_dir(str(conf_directory()), version_base="1.3"):
             composed = compose("config", overrides=[*path, *for_hydra(overrides, schema)])
         _replace_corpora(composed, parsed)
         for override in reversed(parsed):

@@ -5,9 +5,11 @@ DIR/corpus/mine.yaml is corpus=mine. Hydra takes the first file of a name, so a 
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -68,6 +70,8 @@ def own_folders(overrides: Sequence[str]) -> list[Path]:
         for file in sorted(path for group in groups for path in (folder / group).glob("*")):
             if file.suffix == ".yml":
                 raise ConfigError(f"{file}: names of configuration files end in .yaml: rename it")
+            if file.suffix == ".yaml":
+                _check_utf8(file)
             for other in (*known, *folders[:place]):
                 twin = other / file.relative_to(folder)
                 if file.suffix == ".yaml" and twin.is_file():
@@ -100,7 +104,8 @@ def program_of(choice: str, overrides: Sequence[str]) -> str:
         file = folder / "stage" / f"{choice}.yaml"
         if not file.is_file():
             continue
-        content = OmegaConf.to_container(OmegaConf.load(file))
+        with one_line_for_yaml():
+            content = OmegaConf.to_container(OmegaConf.load(file))
         content = content if isinstance(content, dict) else {}
         entries = [content.get("name"), *(content.get("defaults") or [])]
         known = [entry for entry in entries if entry in stage_names()]
@@ -111,6 +116,35 @@ def program_of(choice: str, overrides: Sequence[str]) -> str:
             )
         return known[0]
     return choice
+
+
+@contextmanager
+def one_line_for_yaml() -> Iterator[None]:
+    """Turn the error of a file that is no YAML into one line with the file and its line.
+
+    Raises:
+        ConfigError: in place of a YAMLError.
+    """
+    try:
+        yield
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{mark.name}:{mark.line + 1}" if mark else "a configuration file"
+        problem = " ".join(f"{error.context or ''} {error.problem or ''}".split())
+        raise ConfigError(
+            f"{place}: no YAML: {problem}: expected spaces for indentation, closed brackets and quotes, each key once"
+        ) from error
+    except yaml.YAMLError as error:  # a character that YAML does not allow
+        raise ConfigError(f"{' '.join(str(error).split())}: expected a YAML file in UTF-8") from error
+
+
+def _check_utf8(file: Path) -> None:
+    try:
+        file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: byte {error.start} is not UTF-8: convert the file to UTF-8") from error
 
 
 def _entries(override: str) -> list[str]:

@@ -196,6 +196,7 @@ def test_a_name_that_the_configuration_would_replace_is_refused(data, name):
         ([{"text": row["content"]} for row in ROWS], "code", "code"),
         ([{"text": f"x{i} = {i}\nprint(x{i})", "path": f"src/m{i}.py"} for i in range(30)], "code", "python"),
         ([{"text": f"{i} {PROSE}" * 4, "language": "en"} for i in range(30)], "language", "text"),
+        ([{"text": f"- a {i}\n  b\n  c\n", "lang": "pt-BR"} for i in range(30)], "language", "code"),
         ([{"text": row["content"], "lang": "C++"} for row in ROWS], "code", "code"),
         ([{"text": f"{i} {PROSE}", "language": "english" if i % 2 else None} for i in range(30)], "language", "text"),
     ],
@@ -256,6 +257,7 @@ def test_broken_rows_are_counted_and_the_file_says_what_a_launch_would_do(data):
         ("corpus/a=b,c.yaml", "expected a name"),
         ("corpus/-x.yaml", "expected a name"),
         ("afile/corpus/x.yaml", "cannot be written"),
+        ("/proc/corpus/x.yaml", "cannot be written"),
     ],
 )
 def test_an_impossible_output_is_refused_before_data_is_read(tmp_path, out, words):

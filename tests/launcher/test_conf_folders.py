@@ -133,3 +133,33 @@ def test_a_work_directory_is_no_address():
 def test_nothing_of_the_package_is_among_the_folders_of_a_user(lab):
     with pytest.raises(ConfigError, match="has the same name"):
         choices("corpus", [f"hydra.searchpath=['{conf_directory()}']"])
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("corpora:\n  code:\n  - {reader: jsonl, path: /a\n", 4),
+        ("name: bad\ncorpora:\n\tcode: []\n", 3),
+        ("corpora:\n  code: []\n  code: []\n", 3),
+        ("name: 'bad\n", 2),
+    ],
+)
+@pytest.mark.parametrize("group", ["corpus", "stage"])
+def test_a_file_that_is_no_yaml_is_one_line_with_its_place(lab, group, text, line):
+    (lab / group / "bad.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"{group}/bad\.yaml:{line}: no YAML: ") as refused:
+        compose_config([f"hydra.searchpath=['{lab}']", f"{group}=bad"])
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_with_a_character_that_yaml_forbids_is_one_line(lab):
+    (lab / "corpus" / "bad.yaml").write_bytes(b"name: a\x00\n")
+    with pytest.raises(ConfigError, match=r"bad\.yaml") as refused:
+        compose_config([f"hydra.searchpath=['{lab}']", "stage=shards", "corpus=bad"])
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_of_another_encoding_is_one_line(lab):
+    (lab / "corpus" / "bad.yaml").write_bytes("name: \u00e9\n".encode("latin-1"))
+    with pytest.raises(ConfigError, match="UTF-8"):
+        compose_config([f"hydra.searchpath=['{lab}']", "stage=shards", "corpus=bad"])
