@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
-from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -29,10 +28,13 @@ from dist_lm.launcher.conf_folders import (
     KEY,
     choices,
     conf_directory,
+    default_stage,
+    local_hardware,
     one_line_for_yaml,
     own_folders,
     program_of,
     search_path,
+    without_recipe,
 )
 from dist_lm.stages.registry import all_stages, stage_named, stage_names
 from dist_lm.tracking.redact import is_secret_name, redact_command, redact_text
@@ -53,19 +55,6 @@ def register_schema(schema: type[Config]) -> None:
     store.store(group="hardware", name="auto", node=OmegaConf.load(conf_directory() / "hardware" / local_hardware()))
 
 
-def default_stage() -> str:
-    """The stage that conf/config.yaml names."""
-    defaults = OmegaConf.load(conf_directory() / "config.yaml").defaults
-    return next(str(entry.stage) for entry in defaults if "stage" in entry)
-
-
-def local_hardware() -> str:
-    """The file in conf/hardware for this machine: that of its first GPU, else that of the CPU."""
-    cards = [path.read_text().lower() for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
-    known = [path.name for path in sorted((conf_directory() / "hardware").glob("*.yaml")) if path.stem != "cpu"]
-    return next((name for card in cards[:1] for name in known if name.removesuffix(".yaml") in card), "cpu.yaml")
-
-
 def compose_config(overrides: Sequence[str]) -> Config:
     """Compose the configuration of `overrides` (`group=choice`, `key=value`).
 
@@ -77,7 +66,8 @@ def compose_config(overrides: Sequence[str]) -> Config:
     overrides = [text for text in overrides if text not in folders]
     parsed = [_parse(text) for text in overrides]
     named = (str(one.value()) for one in reversed(parsed) if one.key_or_group == "stage")
-    stage = program_of(next(named, default_stage()), folders)
+    choice = next(named, default_stage())
+    stage = program_of(choice, folders)
     schema = stage_named(stage).schema if stage in stage_names() else Config  # `_check_exists` refuses other names
     for override in parsed:
         _check_exists(override, schema, folders)
@@ -90,7 +80,10 @@ def compose_config(overrides: Sequence[str]) -> Config:
             if override.key_or_group in NAMED and OmegaConf.is_missing(composed[override.key_or_group], "name"):
                 composed[override.key_or_group].name = override.value()
         _follow_tokenizer(composed, parsed)
-        config = OmegaConf.to_object(composed)
+        try:
+            config = OmegaConf.to_object(composed)
+        except ConfigError as error:
+            raise ConfigError(f"{error}{without_recipe(composed.model.name, choice, folders)}") from error
     except (HydraException, OmegaConfBaseException) as error:
         _check_corpora(parsed, folders)
         raise ConfigError(_in_one_line(error, parsed, schema)) from error

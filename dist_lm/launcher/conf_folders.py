@@ -118,6 +118,29 @@ def program_of(choice: str, overrides: Sequence[str]) -> str:
     return choice
 
 
+def default_stage() -> str:
+    """The stage that conf/config.yaml names."""
+    defaults = OmegaConf.load(conf_directory() / "config.yaml").defaults
+    return next(str(entry.stage) for entry in defaults if "stage" in entry)
+
+
+def local_hardware() -> str:
+    """The file in conf/hardware for this machine: that of its first GPU, else that of the CPU."""
+    cards = [path.read_text().lower() for path in Path("/proc/driver/nvidia/gpus").glob("*/information")]
+    known = [path.name for path in sorted((conf_directory() / "hardware").glob("*.yaml")) if path.stem != "cpu"]
+    return next((name for card in cards[:1] for name in known if name.removesuffix(".yaml") in card), "cpu.yaml")
+
+
+def without_recipe(model: str, choice: str, overrides: Sequence[str]) -> str:
+    """Which file is missing where a user's stage file has no recipe for a size, and the varied stage has one."""
+    program = program_of(choice, overrides)
+    original, own = conf_directory() / "recipe" / f"{model}_{program}.yaml", f"recipe/{model}_{choice}.yaml"
+    folders = own_folders(overrides)
+    if choice == program or not original.is_file() or any((folder / own).is_file() for folder in folders):
+        return ""
+    return f" ({original} does not apply to stage={choice}: copy it to {folders[0] / own})"
+
+
 @contextmanager
 def one_line_for_yaml() -> Iterator[None]:
     """Turn the error of a file that is no YAML into one line with the file and its line.

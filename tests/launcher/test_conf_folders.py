@@ -163,3 +163,14 @@ def test_a_file_of_another_encoding_is_one_line(lab):
     (lab / "corpus" / "bad.yaml").write_bytes("name: \u00e9\n".encode("latin-1"))
     with pytest.raises(ConfigError, match="UTF-8"):
         compose_config([f"hydra.searchpath=['{lab}']", "stage=shards", "corpus=bad"])
+
+
+def test_a_stage_file_needs_a_copy_of_the_recipe_and_the_error_says_so(lab):
+    (lab / "stage" / "drafts.yaml").write_text("defaults: [code, _self_]\n")
+    command = [f"hydra.searchpath=['{lab}']", "stage=drafts", "model=nano"]
+    copy = lab / "recipe" / "nano_drafts.yaml"
+    with pytest.raises(ConfigError, match=r"nano_code\.yaml does not apply to stage=drafts: copy it to ") as refused:
+        compose_config(command)
+    assert str(copy) in str(refused.value)
+    copy.write_text((conf_directory() / "recipe" / "nano_code.yaml").read_text())
+    assert compose_config(command).stage == compose_config(["stage=code", "model=nano"]).stage
