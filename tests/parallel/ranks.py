@@ -4,7 +4,6 @@ Processes start once for a world size and then run one function after another, s
 are forked from a server that has imported torch, and killed in the end: there is nothing of theirs to keep.
 """
 
-import gc
 import multiprocessing
 import os
 import time
@@ -126,14 +125,3 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
         except Exception:
             answer = (traceback.format_exc(), None)
         pipe.send(answer)
-        if answer[0] is None:
-            _leave_groups()
-
-
-def _leave_groups() -> None:
-    """End the groups that a function made: each has a thread that wakes a hundred times a second."""
-    gc.collect()
-    dist.barrier()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
