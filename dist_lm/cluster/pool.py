@@ -170,7 +170,10 @@ class Pool:
             return _stored(self._spec, weights)  # type: ignore[arg-type]
         given = _stream(self._spec, weights) if isinstance(weights, Mapping) else weights
         self._tend()
-        idle = [member for member in self.members if member.is_ready and member.next_version == member.version]
+        while self._wanted() and any(member.next_version != member.version for member in self.members):
+            self._wait()  # for actors that still load the version before
+            self._tend()
+        idle = [member for member in self.members if member.is_ready]
         return self._sender.send(given, version, idle, self._wanted, self._warn)
 
     def hold(self, weights: WeightStream) -> "Stored | Held":
