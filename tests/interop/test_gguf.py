@@ -122,8 +122,14 @@ def test_a_model_that_llama_cpp_lacks_is_refused(kind: str, family: str, changes
 
 def test_a_tokenizer_that_llama_cpp_lacks_is_refused(tmp_path: Path) -> None:
     value = json.loads(trained_json(["a b"], 300))
+    digits, byte_level = value["pre_tokenizer"]["pretokenizers"]
+    punctuation = {"type": "Punctuation", "behavior": "Isolated"}
     for change, words in (
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer .*Whitespace"),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [punctuation, byte_level]}},
+            "tokenizer .*Punctuation",
+        ),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, digits, byte_level]}}, "tokenizer Digits, D"),
         ({"model": value["model"] | {"ignore_merges": True}}, "ignore_merges=True"),
     ):
         content = json.dumps(value | change).encode()
