@@ -37,6 +37,14 @@ CheckpointPath = Annotated[
     Path, typer.Argument(help="A checkpoint, or a folder of checkpoints or a run (LATEST is used).")
 ]
 
+TokenizerPath = Annotated[
+    Path | None,
+    typer.Option(
+        help="Tokenizer: a file, or a folder such as work/tokenizer. Default: that of the run's work directory."
+    ),
+]
+DeviceName = Annotated[str, typer.Option(help="auto (a GPU, if there is one), cpu or cuda.")]
+
 
 @data.command("inspect")
 def data_inspect(
@@ -85,7 +93,7 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="tp, fsdp, checkpointing, compile, generate, reward, rlhf, metrics or tracking (docs/bench.md)."
+            help="tp, fsdp, checkpointing, compile, generate, reward, rlhf, metrics, tracking or data (docs/bench.md)."
         ),
     ],
     overrides: Annotated[
@@ -137,12 +145,7 @@ def generate(
         str | None,
         typer.Option(help="The text behind the answer: the model fills the middle (trained with stage.fim_rate)."),
     ] = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(
-            help="Tokenizer: a file, or a folder such as work/tokenizer. Default: that of the run's work directory."
-        ),
-    ] = None,
+    tokenizer: TokenizerPath = None,
     max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens of an answer.")] = 128,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0: the likeliest token.")] = 0.7,
     top_k: Annotated[int, typer.Option(help="Sample from this number of likeliest tokens; 0: off.")] = 50,
@@ -162,7 +165,7 @@ def generate(
         int | None, typer.Option(help="Equal seeds give equal answers. Default: a new seed for every call.")
     ] = None,
     n: Annotated[int, typer.Option("--n", help="Number of answers to the prompt.")] = 1,
-    device: Annotated[str, typer.Option(help="auto (a GPU, if there is one), cpu or cuda.")] = "auto",
+    device: DeviceName = "auto",
     tp: Annotated[int, typer.Option("--tp", help="GPUs that share a model too large for one.")] = 1,
     tools: Annotated[
         Path | None,
@@ -199,12 +202,7 @@ def export(
     path: CheckpointPath,
     folder: Annotated[Path, typer.Argument(help="The folder to write: new, empty, or an earlier export.")],
     dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(
-            help="Tokenizer: a file, or a folder such as work/tokenizer. Default: that of the run's work directory."
-        ),
-    ] = None,
+    tokenizer: TokenizerPath = None,
     gguf: Annotated[str | None, typer.Option(help="F16 or Q8_0: a file for llama.cpp as well.")] = None,
     merge: Annotated[bool, typer.Option(help="Write the merged model of a run with adapters (stage.lora).")] = False,
     base: Annotated[
@@ -226,11 +224,13 @@ def export(
 
 @app.command("import")
 def import_model(
-    source: Annotated[str, typer.Argument(help="A folder that transformers saved, or the id of a model on the hub.")],
+    source: Annotated[
+        str, typer.Argument(help="A folder that transformers saved, a GGUF file, or the id of a model on the hub.")
+    ],
     name: Annotated[str, typer.Argument(help="The run to write: WORK_DIR/runs/import/NAME.")],
     work_dir: Annotated[Path, typer.Option(help="The work_dir of the launches that start from it.")] = Path("work"),
 ) -> None:
-    """Write a model of transformers as a run that stages start from (docs/in_and_out.md)."""
+    """Write a model of transformers or llama.cpp as a run that stages start from (docs/in_and_out.md)."""
     from dist_lm.stages.importing import import_model
     from dist_lm.storage.run_directory import WorkDirectory
 
@@ -291,13 +291,8 @@ def tools_bfcl(
     json: Annotated[
         Path | None, typer.Option("--json", help="Write one JSON object for each question to this file.")
     ] = None,
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(
-            help="Tokenizer: a file, or a folder such as work/tokenizer. Default: that of the run's work directory."
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto (a GPU, if there is one), cpu or cuda.")] = "auto",
+    tokenizer: TokenizerPath = None,
+    device: DeviceName = "auto",
 ) -> None:
     """Score a model on the single-turn questions of the Berkeley Function Calling Leaderboard (package bfcl-eval)."""
     from dist_lm.evaluation.bfcl import evaluate
@@ -389,7 +384,7 @@ def checkpoint_average(
     last: Annotated[int, typer.Option(help="Average the last K checkpoints.", metavar="K")] = 0,
     ema: Annotated[bool, typer.Option("--ema", help="Take the average that stage.ema_decay kept.")] = False,
     evaluate: Annotated[bool, typer.Option(help="Measure it on val, beside the newest checkpoint.")] = True,
-    device: Annotated[str, typer.Option(help="auto (a GPU, if there is one), cpu or cuda.")] = "auto",
+    device: DeviceName = "auto",
 ) -> None:
     """Write averaged weights as a checkpoint, RUN/averages/..., for export, generate and stage.init_from."""
     from rich.console import Console

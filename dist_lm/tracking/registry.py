@@ -127,11 +127,7 @@ SPEED = (
         ("perf/eta_s", "s", "lower", "Estimated time to the last step, with evaluations and checkpoints."),
         only="from the second step of an attempt",
     ),
-    *_table(
-        "memory",
-        TRAINING_STAGES,
-        ("perf/memory_gib", "GiB", "lower", "Peak memory of rank 0 (CPU: resident)."),
-    ),
+    *_table("memory", TRAINING_STAGES, ("perf/memory_gib", "GiB", "lower", "Peak memory of rank 0 (CPU: resident).")),
 )
 
 TIME = (
@@ -316,11 +312,7 @@ REINFORCEMENT = (
         ("rollout/tokens_per_s", "tokens/s", "higher", "Sampled tokens a second of generation."),
         only="for rollouts of this attempt",
     ),
-    *_table(
-        "throughput",
-        RLHF,
-        ("rollout/staleness", "iterations", "lower", "Age of the sampling weights."),
-    ),
+    *_table("throughput", RLHF, ("rollout/staleness", "iterations", "lower", "Age of the sampling weights.")),
 )
 
 GENERATION = (

@@ -1,5 +1,6 @@
 """The launcher as a process of its own, on the tiny model."""
 
+import json
 import os
 import signal
 import subprocess
@@ -29,6 +30,22 @@ SETTINGS = (
     "stage.sampling.samples_per_prompt=1",
     "stage.sampling.max_new_tokens=4",
 )
+
+
+def code_metrics(work: Path, run_id: str, *words: str) -> dict[str, float]:
+    """The last metrics of a run of stage code at nano, trained from nothing; it is evaluated at its end alone."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "dist_lm.launch", "stage=code", f"work_dir={work}", f"run_id={run_id}"),
+            *("stage.init_from=none", "stage.eval_every=0", "tracking=none", "stage.sampling.samples_per_prompt=0"),
+            *words,
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return json.loads(RunDirectory(work / "runs" / "code" / run_id).result.read_text())["metrics"]
 
 
 def start(work: WorkDirectory, *overrides: str) -> subprocess.Popen:

@@ -1,8 +1,5 @@
 """Runs with fill-in-the-middle: what they measure, and what it costs and gives at nano (a bar)."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from statistics import mean
 
@@ -11,7 +8,8 @@ import pytest
 from dist_lm.errors import ConfigError
 from dist_lm.launcher.compose import compose_config
 from dist_lm.stages.registry import stage_named
-from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from dist_lm.storage.run_directory import WorkDirectory
+from tests.cluster.launched import code_metrics
 from tests.conftest import TINY
 from tests.training_run import linked, numbers, prepare, train
 
@@ -58,20 +56,8 @@ def test_half_of_the_pieces_rearranged_cost_three_per_cent_and_middles_gain(tmp_
     found = {}
     for name, rate in RATES.items():
         for seed in SEEDS:
-            words = (f"seed={seed}", f"work_dir={tmp_path}/work{seed}", f"run_id={name}", f"stage.fim_rate={rate}")
-            done = subprocess.run(
-                [
-                    *(sys.executable, "-m", "dist_lm.launch", "stage=code", *words, f"stage.steps={STEPS}"),
-                    *("stage.init_from=none", "stage.eval_every=0", "stage.checkpoint_every=0", "tracking=none"),
-                    "stage.sampling.samples_per_prompt=0",
-                ],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-            run = RunDirectory(tmp_path / f"work{seed}" / "runs" / "code" / name)
-            found[name, seed] = json.loads(run.result.read_text())["metrics"]
+            words = (f"seed={seed}", f"stage.fim_rate={rate}", f"stage.steps={STEPS}", "stage.checkpoint_every=0")
+            found[name, seed] = code_metrics(tmp_path / f"work{seed}", name, *words)
     loss = {name: mean(found[name, seed]["val/loss"] for seed in SEEDS) for name in RATES}
     infill, spm = (mean(found["fim", seed][f"val/infill_loss{form}"] for seed in SEEDS) for form in ("", "_spm"))
     left = mean(found["left", seed]["val/infill_loss_left"] for seed in SEEDS)

@@ -3,9 +3,6 @@
 A bar: a decay from a constant run reaches what a cosine reaches.
 """
 
-import json
-import subprocess
-import sys
 from io import StringIO
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.training import checkpoint_files
 from dist_lm.training.checkpoint_tensors import model_weights, stored_tensors
+from tests.cluster.launched import code_metrics
 from tests.training_run import copy_until, linked, numbers, prepare, train
 
 pytestmark = pytest.mark.cluster
@@ -113,34 +111,20 @@ def test_averages_are_those_computed_by_hand(tiny_work: WorkDirectory, tmp_path:
         average(run, 7, False, "", console)
 
 
-def launched(work: Path, run_id: str, *words: str) -> dict[str, float]:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "dist_lm.launch", "stage=code", f"work_dir={work}", f"run_id={run_id}", *words),
-            *("stage.init_from=none", "stage.eval_every=0", "stage.keep_checkpoints=9", "tracking=none"),
-            "stage.sampling.samples_per_prompt=0",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    run = RunDirectory(work / "runs" / "code" / run_id)
-    return json.loads(run.result.read_text())["metrics"]
-
-
 @pytest.mark.bars
 @pytest.mark.cluster
 def test_a_decay_from_a_constant_run_ends_within_one_per_cent_of_a_cosine(tmp_path: Path) -> None:
     """At nano on the local corpus: the constant run was planned longer than the cosine run, and is branched."""
     for seed in SEEDS:
         work, of_seed = tmp_path / f"work{seed}", f"seed={seed}"
-        cosine = launched(work, "cosine", of_seed, f"stage.steps={STEPS}", "stage.checkpoint_every=0")
+        cosine = code_metrics(work, "cosine", of_seed, f"stage.steps={STEPS}", "stage.checkpoint_every=0")
         begins = STEPS - DECAYED
         wsd = (of_seed, "stage.schedule=wsd")
-        constant = launched(work, "constant", *wsd, f"stage.steps={begins + 20}", f"stage.checkpoint_every={begins}")
+        constant = code_metrics(
+            work, "constant", *wsd, f"stage.steps={begins + 20}", f"stage.checkpoint_every={begins}"
+        )
         start = f"stage.branch_from={work}/runs/code/constant@{begins}"
-        branch = launched(work, "branch", *wsd, start, f"stage.steps={STEPS}", f"stage.decay_steps={DECAYED}")
+        branch = code_metrics(work, "branch", *wsd, start, f"stage.steps={STEPS}", f"stage.decay_steps={DECAYED}")
         losses = {"cosine": cosine["val/loss"], "constant": constant["val/loss"], "branch": branch["val/loss"]}
         print(f"seed {seed}: val/loss {losses}, branch / cosine {losses['branch'] / losses['cosine']:.4f}")
         assert losses["branch"] <= 1.01 * losses["cosine"]

@@ -286,38 +286,28 @@ def test_rows_without_a_piece_get_special_tokens(work: WorkDirectory, tmp_path: 
 
 
 MEMORY = """
-import sys, threading, time
+import sys
 from pathlib import Path
 import torch
 from dist_lm.config.model import ModelConfig
 from dist_lm.model.size import parameter_shapes
 from dist_lm.stages import export, importing
 from dist_lm.storage.run_directory import WorkDirectory
-
-def anonymous():
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) << 10
-
-peak, running = 0, True
-def watch():
-    global peak
-    while running:
-        peak = max(peak, anonymous())
-        time.sleep(0.001)
+from tests.anonymous_memory import rise_of
 
 folder, tokenizer, work = (Path(word) for word in sys.argv[1:])
 model = ModelConfig("wide", d_model=1024, n_layers=5, n_heads=8, d_ff=8192, max_seq_len=64, vocab_size=640)
 shapes = parameter_shapes(model)
 folder.mkdir()
 (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
-before = anonymous()
-threading.Thread(target=watch, daemon=True).start()
 ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
-export.write_model(folder, model, lambda name: torch.ones(shapes[name]), "fp32", ids)
-run = importing.import_model(str(folder), "wide", WorkDirectory(work))
-export.export(run.path, folder.with_name("again"), "bf16")
-running = False
-print(peak - before)
+
+def in_and_out():
+    export.write_model(folder, model, lambda name: torch.ones(shapes[name]), "fp32", ids)
+    run = importing.import_model(str(folder), "wide", WorkDirectory(work))
+    export.export(run.path, folder.with_name("again"), "bf16")
+
+print(rise_of(in_and_out))
 """
 
 

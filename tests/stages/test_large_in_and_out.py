@@ -10,24 +10,14 @@ import pytest
 from tests.stages.test_export import byte_level_tokenizer
 
 PROGRAM = """
-import sys, threading, time
+import sys
 from pathlib import Path
 import torch
 from dist_lm.launcher.compose import compose_config
 from dist_lm.model.size import parameter_count, parameter_shapes
 from dist_lm.stages import export, importing
 from dist_lm.storage.run_directory import WorkDirectory
-
-def anonymous():
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) << 10
-
-peak = 0
-def watch():
-    global peak
-    while True:
-        peak = max(peak, anonymous())
-        time.sleep(0.001)
+from tests.anonymous_memory import rise_of
 
 folder, tokenizer, work = (Path(word) for word in sys.argv[1:])
 model = compose_config(["stage=code", "model=large"]).model
@@ -37,14 +27,10 @@ folder.mkdir()
 ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
 export.write_model(folder, model, lambda name: torch.randn(shapes[name]), "fp32", ids)
 largest = max(torch.Size(shape).numel() for shape in shapes.values()) * 4
-threading.Thread(target=watch, daemon=True).start()
 print(parameter_count(model), largest)
-before = peak = anonymous()
-run = importing.import_model(str(folder), "large", WorkDirectory(work))
-print(peak - before)
-before = peak = anonymous()
-export.export(run.path, folder.with_name("again"), "fp32")
-print(peak - before)
+print(rise_of(lambda: importing.import_model(str(folder), "large", WorkDirectory(work))))
+run = WorkDirectory(work).run("import", "large")
+print(rise_of(lambda: export.export(run.path, folder.with_name("again"), "fp32")))
 """
 
 
