@@ -67,6 +67,8 @@ def render(conversation: Conversation, tokenizer: Tokenizer) -> Laid:
     for number, message in enumerate(conversation.messages):
         if message.role == "assistant":
             start = len(page.beginning(whole, number))
+            if start == len(whole):
+                raise _not_shown(number, message)
             first, last = _answer_tokens(page, pieces, begins, start)
             mask[first:last] = 1
     return Laid(np.array(tokens, tokenizer.dtype), mask)
@@ -192,8 +194,7 @@ class _Page:
         for number, message in enumerate(self._conversation.messages):
             guarded = self._guarded(message.content)
             if message.role in ("system", "user") and guarded.strip() not in whole:
-                where = turn_name(number, message)
-                raise ChatError(f"{where}: the chat template of the model does not show its text: {WAY_OUT}")
+                raise _not_shown(number, message)
 
     def pieces(self, text: str) -> list[_Piece]:
         """The special tokens of a rendered text, and the texts between them."""
@@ -229,15 +230,20 @@ class _Page:
         return [self._guarded(part) for part in value] if isinstance(value, list) else value
 
 
+def _not_shown(number: int, message: Message) -> ChatError:
+    where = turn_name(number, message)
+    return ChatError(f"{where}: the chat template of the model does not show its text: {WAY_OUT}")
+
+
 def _answer_tokens(page: _Page, pieces: Sequence[_Piece], begins: Sequence[int], start: int) -> tuple[int, int]:
     """(first, last + 1) of the tokens of the answer at character `start`, with the special token that ends it.
 
     A token that reaches over `start` belongs to the answer: the tokens before it are those that the opening has alone.
     """
     ends = stop_tokens(page._tokenizer)
-    at = next((place for place, piece in enumerate(pieces) if piece.end > start), len(pieces))
-    first = begins[at] if at < len(pieces) else 0
-    if at < len(pieces) and pieces[at].begin < start:
+    at = next(place for place, piece in enumerate(pieces) if piece.end > start)
+    first = begins[at]
+    if pieces[at].begin < start:
         whole = page.encoded_text(pieces[at].text)
         opening = page.encoded_text(pieces[at].text[: start - pieces[at].begin])
         first += next((n for n, (a, b) in enumerate(zip(whole, opening, strict=False)) if a != b), len(opening))

@@ -86,7 +86,8 @@ def _config(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], pl
     families = {NAMES[family]: family for family in READ}
     if architecture not in families:
         raise ArtefactError(f"{place}: general.architecture={architecture}: expected one of {', '.join(families)}")
-    own = {key.removeprefix(f"{architecture}."): value for key, value in values.items() if key.startswith(architecture)}
+    prefix = f"{architecture}."
+    own = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
     for key in own:
         if key not in SIZES and key not in OTHERS:
             raise ArtefactError(f"{place}: {architecture}.{key}={own[key]}: the model has no such option")

@@ -163,6 +163,9 @@ def test_templates_that_lose_or_rewrite_turns_are_refused_by_name(file: Path):
     system = Conversation((Message("system", "Be brief."), *turns))
     with pytest.raises(ChatError, match=r"refuses the conversation \(Only user and assistant!\)"):
         render(system, ours_with(file, WITHOUT_HEADER))
+    hides = "{% for m in messages if m.content != 'd' %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}"
+    with pytest.raises(ChatError, match=r"turn 3 \(assistant\): .*does not show its text"):
+        render(Conversation(turns), ours_with(file, hides))
     silent = "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
     with pytest.raises(ChatError, match=r"turn 0 \(system\): .*does not show its text"):
         render(system, ours_with(file, silent))
