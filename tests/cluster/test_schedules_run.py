@@ -14,6 +14,7 @@ from dist_lm.config.root import save_config
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.generation.load import load_model
 from dist_lm.stages.averaging import average
+from dist_lm.stages.export import export
 from dist_lm.stages.registry import load_config
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
@@ -105,6 +106,12 @@ def test_averages_are_those_computed_by_hand(tiny_work: WorkDirectory, tmp_path:
     assert measured["val/bits_per_byte"] == pytest.approx(on_ranks["val/ema_bits_per_byte"], rel=1e-5)
     assert measured["val/loss"] != pytest.approx(on_ranks["val/loss"], rel=1e-4)
     assert load_model(last).name == "language/averaged/last_4_step_00000006"
+    assert export(last, tmp_path / "exported") == last
+    start = ("stage.eval_at_start=true", "stage.steps=1", f"stage.init_from={last}")
+    next_run = prepare(run.work, "next", *start)
+    train(next_run, 1)
+    measured = durable.read_json(last / checkpoint_files.AVERAGE)["metrics"]
+    assert numbers(next_run)[0]["val/loss"] == pytest.approx(measured["val/loss"], rel=1e-5)
     with pytest.raises(ArtefactError, match="last_4_step_00000006 exists: use it, or remove it first"):
         average(run, 4, False, "", console)
     with pytest.raises(ConfigError, match=r"--last=7: expected at most 6, the checkpoints of the run"):
