@@ -42,6 +42,11 @@ class ModelConfig:
     parallel_residual: bool = False  # the feed-forward network reads the input of attention, not its sum (as Pythia)
     qk_norm: bool = False  # RMSNorm over d_head of queries and keys before RoPE, one weight for all heads (as Qwen3)
     init_std: float = 0.02
+    # of the projections onto the residual stream: depth (Radford et al. 2019): init_std / sqrt(2 n_layers) | zero
+    residual_init: str = "depth"
+    # width that init_std and the learning rates are meant for: other widths scale them (muP, Yang & Hu 2022, table 3),
+    # so one rate serves all of them. Heads have the same width, d_ff grows with d_model. null: no scaling
+    base_width: int | None = None
 
     lora: ClassVar[LoraConfig | None] = None  # of the adapters; see `AdaptedModelConfig`
 
@@ -57,6 +62,11 @@ class ModelConfig:
     @property
     def kv_heads(self) -> int:
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def relative_width(self) -> float:
+        """d_model / base_width; 1 without."""
+        return 1.0 if self.base_width is None else self.d_model / self.base_width
 
     @property
     def rotary_width(self) -> int:
@@ -110,6 +120,13 @@ class ModelConfig:
         require(self.norm in ("layernorm", "rmsnorm"), "model.norm", self.norm, "layernorm or rmsnorm")
         require(self.ffn in ("gelu", "swiglu"), "model.ffn", self.ffn, "gelu or swiglu")
         require(self.head in ("tokens", "scalar"), "model.head", self.head, "tokens or scalar")
+        require(self.residual_init in ("depth", "zero"), "model.residual_init", self.residual_init, "depth or zero")
+        base = self.base_width
+        require(base is None or base > 0, "model.base_width", base, "null (no scaling) or a positive integer")
+        untied = (
+            "null with model.tie_embeddings=true: with width, the rate of a head falls and that of an embedding stays"
+        )
+        require(base is None or not self.tie_embeddings, "model.base_width", base, untied)
 
 
 @dataclass

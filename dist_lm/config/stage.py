@@ -48,15 +48,51 @@ class SamplingConfig:
 
 
 @dataclass
+class RatesConfig:
+    """Peak learning rates of groups of parameters, as multiples of `stage.lr`. Weight decay is that of `stage.lr`."""
+
+    embedding: float = 1.0  # and a head tied to it
+    head: float = 1.0
+    matrices: float = 1.0  # inside blocks
+    vectors: float = 1.0  # norms and biases
+
+    def __post_init__(self) -> None:
+        for key, value in vars(self).items():
+            require(0 < value < math.inf, f"stage.rates.{key}", value, "a positive number")
+
+
+UNIT, ADAMW = "unit", "adamw"
+
+
+@dataclass
 class MuonConfig:
     """Muon for the matrices inside blocks; embedding, head, norms and biases stay with AdamW."""
 
-    lr: float = 0.0  # peak learning rate of these matrices, about 0.02; 0: off
+    lr: float | None = 0.0  # peak learning rate of these matrices, times stage.rates.matrices; null: stage.lr; 0: off
+    # unit: a step moves each singular direction of a matrix by the rate, which is about 0.02 | adamw: a step moves the
+    # entries as far as AdamW moves them at the same rate (Liu et al. 2025)
+    scale: str = UNIT
+    weight_decay: float | None = None  # null: stage.weight_decay
     momentum: float = 0.95
+    momentum_low: float = 0.85  # at the start of the warm-up and at the end of the cool-down
+    momentum_warmup_steps: int = 0  # linear, from momentum_low to momentum
+    momentum_cooldown_steps: int = 0  # linear, the last steps, back to momentum_low
+    # NorMuon (Li et al. 2025): decay of the mean square of the steps of a neuron, by which its step is divided; 0: off
+    variance_beta: float = 0.0
+
+    @property
+    def is_on(self) -> bool:
+        return self.lr is None or self.lr > 0
 
     def __post_init__(self) -> None:
-        require(0 <= self.lr < math.inf, "stage.muon.lr", self.lr, ">= 0 (0 is off)")
-        require(0 <= self.momentum < 1, "stage.muon.momentum", self.momentum, "in [0, 1)")
+        require(self.lr is None or 0 <= self.lr < math.inf, "stage.muon.lr", self.lr, "null, or >= 0 (0 is off)")
+        require(self.scale in (UNIT, ADAMW), "stage.muon.scale", self.scale, f"{UNIT} or {ADAMW}")
+        decay = self.weight_decay
+        require(decay is None or decay >= 0, "stage.muon.weight_decay", decay, "null (stage.weight_decay) or >= 0")
+        for key in ("momentum", "momentum_low", "variance_beta"):
+            require(0 <= getattr(self, key) < 1, f"stage.muon.{key}", getattr(self, key), "in [0, 1)")
+        for key in ("momentum_warmup_steps", "momentum_cooldown_steps"):
+            require(getattr(self, key) >= 0, f"stage.muon.{key}", getattr(self, key), "0 or a positive integer")
 
 
 LORA_TARGETS = {  # target -> the weights of a block
@@ -110,6 +146,7 @@ class StageConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     adam_eps: float = 1e-8
+    rates: RatesConfig = field(default_factory=RatesConfig)
     muon: MuonConfig = field(default_factory=MuonConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     # of the exponential average of the weights, which checkpoints hold and evaluations measure too; 0: none

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, overload
 import torch
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.model.size import ADAPTERS
+from dist_lm.model.size import ADAPTERS, is_matrix
 
 if TYPE_CHECKING:
     from dist_lm.model.transformer import Transformer
@@ -179,15 +179,16 @@ def keep_mask(site: SiteDropout, token_T: torch.Tensor) -> torch.Tensor:
 RESIDUAL_PROJECTIONS = ("attention.output", "feed_forward.down.weight")
 """Projections onto the residual stream, two per layer: their scale falls with depth (Radford et al. 2019, 2.3)."""
 
-SCALAR_HEAD = "scalar_head.weight"
+SCALAR_HEAD, TOKEN_HEAD = "scalar_head.weight", "lm_head.weight"
 
 
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> torch.Tensor:
     """The whole value of one parameter, fp32 on the CPU, of logical `shape`.
 
     For adapters see `lora.initial_factor`. Biases are 0 and norm weights 1. Other parameters are normal with standard
-    deviation `init_std`, divided by sqrt(2 n_layers) for projections onto the residual stream; a scalar head has
-    1 / sqrt(d_model + 1) (Stiennon et al. 2020).
+    deviation `init_std`, divided by sqrt(2 n_layers) for projections onto the residual stream (or these are 0); a
+    scalar head has 1 / sqrt(d_model + 1) (Stiennon et al. 2020). With `base_width`, the deviation of matrices inside
+    blocks falls with the root of the width, and that of the head with the width (Yang & Hu 2022, table 3).
     """
     if ADAPTERS in name:
         from dist_lm.model.lora import initial_factor
@@ -199,7 +200,13 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
         return torch.ones(shape)
     std = config.init_std
     if name.endswith(RESIDUAL_PROJECTIONS):
+        if config.residual_init == "zero":
+            return torch.zeros(shape)
         std /= math.sqrt(2 * config.n_layers)
+    if is_matrix(name):
+        std /= math.sqrt(config.relative_width)
+    if name == TOKEN_HEAD:
+        std /= config.relative_width
     if name == SCALAR_HEAD:
         std = 1 / math.sqrt(config.d_model + 1)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()

@@ -13,7 +13,7 @@ Shape = tuple[int, ...]
 FLASH_MULTIPLE, FLASH_LARGEST = 8, 256  # values of d_head that the flash kernel accepts: multiples of 8 up to 256
 MATRICES = (
     *("attention.query", "attention.key", "attention.value", "attention.output"),
-    *("feed_forward.up.weight", "feed_forward.down.weight"),
+    *("feed_forward.gate.weight", "feed_forward.up.weight", "feed_forward.down.weight"),
 )
 GROUPS = ("embedding", "attention", "feed_forward", "norm", "head")
 ADAPTERS = ".adapters."  # in the names of the parameters of adapters

@@ -75,7 +75,8 @@ def held_elements(model: ModelConfig, layout: Layout, times: Callable[[str], int
 
 
 def _has_muon(stage: Mapping[str, Any]) -> bool:
-    return float((stage.get("muon") or {}).get("lr") or 0) > 0
+    rate = (stage.get("muon") or {}).get("lr", 0)
+    return rate is None or float(rate) > 0
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from dist_lm.parallel.mesh import World
 from dist_lm.parallel.values import logical, shard_of
 from dist_lm.storage import durable
 from dist_lm.training import checkpoint_files as files
-from dist_lm.training.optimizer import named_state
+from dist_lm.training.optimizer import VARIANCE, named_state
 from dist_lm.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,9 @@ def tensors_of(
     }
     if optimizer is not None:
         for name, value in named_state(model, optimizer):
-            tensors[f"{prefix}{files.OPTIMIZER}{name}"] = logical(value, shapes[name.rpartition(".")[0]])
+            parameter, _, key = name.rpartition(".")
+            whole = value if key == VARIANCE else logical(value, shapes[parameter])
+            tensors[f"{prefix}{files.OPTIMIZER}{name}"] = whole
     return tensors
 
 

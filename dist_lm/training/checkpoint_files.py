@@ -329,7 +329,7 @@ def check_same_model(
     saved = {one.name: one.default for one in fields(ModelConfig)} | saved  # options newer than the checkpoint are off
     # None means one key/value head per query head
     own, saved = ({**model, "n_kv_heads": model.get("n_kv_heads") or model.get("n_heads")} for model in (own, saved))
-    ignored = {"name", "init_std", "max_seq_len", *but}
+    ignored = {"name", "init_std", "residual_init", "base_width", "max_seq_len", *but}
     different = [
         f"model.{key}={own[key]} (checkpoint: {saved.get(key)})"
         for key in own

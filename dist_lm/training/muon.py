@@ -1,13 +1,15 @@
 """Muon: the update of a matrix is its momentum made orthogonal, so a step moves all singular directions equally.
 
 Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks". Muon steps the matrices inside blocks;
-AdamW steps embedding, head, norms and biases.
+AdamW steps embedding, head, norms and biases. NorMuon (Li et al. 2025, arXiv 2510.05491) then divides the update of
+each neuron by the root of its mean square over the steps.
 
 Dimensions: N matrices of one shape, I rows, J columns.
 """
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +17,13 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from dist_lm.model.size import Shape
 from dist_lm.parallel.gloo import gather_by_exchange
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at 0: singular values from 0.01 to 1 become about 0.7 to 1.2
 ITERATIONS = 5
 EPSILON = 1e-7
+VARIANCE_EPSILON = 1e-8
 STACK_BYTES = 256 << 20  # of whole matrices in memory at once
 
 
@@ -65,8 +69,42 @@ def newton_schulz_of_squares(x_NIJ: torch.Tensor) -> torch.Tensor:
     return product_NII @ x_NIJ
 
 
+@dataclass(frozen=True)
+class Variance:
+    """NorMuon of one parameter."""
+
+    neuron_sq: torch.Tensor  # average over the steps of the sum of squares of each neuron's update, of `neuron_shape`
+    beta: float
+
+    def normalise_(self, step: torch.Tensor) -> None:
+        """Divide the update of each neuron, in place, by the root of `neuron_sq`, which takes it in first. The norm of
+        each matrix stays (Li et al. 2025, algorithm 1; the sum of squares, where they have the mean, cancels out).
+
+        Args:
+            step: whole orthogonal directions of the parameter; entries beyond those of `neuron_sq` are padding and 0.
+        """
+        summed_dim = -1 if self.neuron_sq.shape[-1] == 1 else -2
+        squares = step.square().sum(summed_dim, keepdim=True)
+        logical = tuple(slice(size) for size in self.neuron_sq.shape)
+        self.neuron_sq.lerp_(squares[logical], 1 - self.beta)
+        factor = torch.zeros_like(squares)
+        factor[logical] = 1 / (self.neuron_sq.sqrt() + VARIANCE_EPSILON)
+        norm = step.norm(dim=(-2, -1), keepdim=True)
+        step.mul_(factor)
+        step.mul_(norm / (step.norm(dim=(-2, -1), keepdim=True) + VARIANCE_EPSILON))
+
+
+def neuron_shape(name: str, shape: Shape) -> Shape:
+    """Shape of one number per neuron (output) of a matrix of logical `shape`, with the dimension of its inputs as 1."""
+    if name.endswith("attention.output"):  # of shape (heads, inputs, outputs)
+        return (shape[0], 1, shape[2])
+    return (*shape[:-1], 1)
+
+
 def orthogonal_steps(
-    parameters: Sequence[torch.Tensor], directions: Sequence[torch.Tensor]
+    parameters: Sequence[torch.Tensor],
+    directions: Sequence[torch.Tensor],
+    variances: Sequence[Variance | None] | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Every parameter with this rank's part of its step, the orthogonalised direction (collective).
 
@@ -76,11 +114,16 @@ def orthogonal_steps(
     Args:
         parameters: DTensors, or plain tensors if every rank holds all of them.
         directions: this rank's shard of every direction.
+        variances: NorMuon of the parameters that have it, the same on every rank.
     """
     for together in _stacks(parameters):
         like = parameters[together[0]]
         whole = _whole(like, torch.stack([directions[index] for index in together]))
-        steps = _own_part(like, _shared_out(whole.view(-1, *whole.shape[-2:])).view_as(whole))
+        whole = _shared_out(whole.view(-1, *whole.shape[-2:])).view_as(whole)
+        for step, index in zip(whole, together, strict=True):
+            if variances is not None and (variance := variances[index]) is not None:
+                variance.normalise_(step)
+        steps = _own_part(like, whole)
         yield from zip((parameters[index] for index in together), steps, strict=True)
 
 

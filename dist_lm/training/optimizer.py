@@ -1,7 +1,7 @@
 """The optimizer and its schedule: AdamW with decay on matrices only, Muon for the matrices inside blocks if asked."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,14 @@ from torch.optim.adamw import adamw
 
 from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.config.stage import WSD, MuonConfig, StageConfig
-from dist_lm.model.size import is_matrix
+from dist_lm.model.size import is_matrix, parameter_shapes
+from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.values import shard_of
-from dist_lm.training.muon import orthogonal_steps
+from dist_lm.training.muon import Variance, neuron_shape, orthogonal_steps
+from dist_lm.training.rates import rate_ratio
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+VARIANCE = "neuron_sq"  # state of a matrix with `stage.muon.variance_beta`, whole and of logical shape on every rank
 EMA = "ema"  # state of a parameter: its exponential average over the steps (`averages.py`)
 
 
@@ -66,13 +69,17 @@ class ShardedAdamW(torch.optim.AdamW):
             state["step"] += 1
             average = shard_of(state["exp_avg"]).lerp_(gradient, 1 - group["momentum"])
             directions.append(gradient.lerp(average, group["momentum"]))  # Nesterov
-        decay = group["lr"] / group["lr_ratio"] * group["weight_decay"]  # the decay of AdamW
-        for parameter, step in orthogonal_steps(parameters, directions):
+        decay = group["lr"] / group["lr_ratio"] * group["weight_decay"]  # the decay of `stage.lr`
+        variances = [
+            Variance(state[VARIANCE], group["variance_beta"]) if VARIANCE in state else None
+            for state in (self.state[parameter] for parameter in parameters)
+        ]
+        for parameter, step in orthogonal_steps(parameters, directions, variances):
             shard_of(parameter).mul_(1 - decay).sub_(step, alpha=group["lr"])
 
 
 def build_optimizer(
-    model: nn.Module, settings: StageConfig | RlhfConfig, muon: MuonConfig | None = None
+    model: Transformer, settings: StageConfig | RlhfConfig, muon: MuonConfig | None = None
 ) -> ShardedAdamW:
     """AdamW (Loshchilov & Hutter 2019) for the parameters that have gradients.
 
@@ -84,33 +91,55 @@ def build_optimizer(
     Args:
         muon: for the matrices inside blocks; None or a rate of 0: AdamW for all parameters.
     """
-    orthogonal = muon is not None and muon.lr > 0
+    orthogonal = muon is not None and muon.is_on
     averaged = isinstance(settings, StageConfig) and settings.ema_decay > 0
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    matrices = [p for n, p in named if orthogonal and is_matrix(n)]
-    others = [(n, p) for n, p in named if not (orthogonal and is_matrix(n))]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for n, p in others if is_decayed(n)], "weight_decay": settings.weight_decay},
-        {"params": [p for n, p in others if not is_decayed(n)], "weight_decay": 0.0},
-    ]
-    if muon is not None and matrices:
-        ratio = muon.lr / settings.lr
-        groups.append(
-            {"params": matrices, "weight_decay": settings.weight_decay, "momentum": muon.momentum, "lr_ratio": ratio}
-        )
+    matrices = {name for name, _ in named if orthogonal and is_matrix(name)}
     optimizer = ShardedAdamW(
-        [group for group in groups if group["params"]],
+        _groups(model, named, settings, muon if matrices else None),
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.adam_eps,
     )
-    for _, parameter in named:
+    normalised = muon is not None and muon.variance_beta > 0
+    shapes = parameter_shapes(model.config) if normalised else {}
+    for name, parameter in named:
         # the fused kernel needs the step on the device of the parameter
         step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        moments = MOMENTS[:1] if any(parameter is matrix for matrix in matrices) else MOMENTS
+        moments = MOMENTS[:1] if name in matrices else MOMENTS
         kept = (*moments, EMA) if averaged else moments
         optimizer.state[parameter] = {"step": step} | {key: torch.zeros_like(parameter) for key in kept}
+        if normalised and name in matrices:
+            neurons = torch.zeros(neuron_shape(name, shapes[name]), dtype=parameter.dtype, device=parameter.device)
+            optimizer.state[parameter][VARIANCE] = neurons
     return optimizer
+
+
+def _groups(
+    model: Transformer,
+    named: Sequence[tuple[str, nn.Parameter]],
+    settings: StageConfig | RlhfConfig,
+    muon: MuonConfig | None,
+) -> list[dict[str, Any]]:
+    """Groups of parameters with one rate, one decay and one optimizer."""
+    groups: dict[tuple[bool, bool, float], dict[str, Any]] = {}
+    for name, parameter in sorted(named, key=lambda one: not is_decayed(one[0])):
+        steps_matrix = muon is not None and is_matrix(name)
+        ratio = 1.0
+        if isinstance(settings, StageConfig):
+            ratio = rate_ratio(name, settings, muon if steps_matrix else None, model.config)
+        key = (steps_matrix, is_decayed(name), ratio)
+        if key not in groups:
+            group: dict[str, Any] = {"params": [], "lr": settings.lr * ratio, "lr_ratio": ratio}
+            decay = settings.weight_decay if is_decayed(name) else 0.0
+            if muon is not None and steps_matrix:
+                decay = decay if muon.weight_decay is None else muon.weight_decay
+                group |= {"momentum": muon.momentum, "variance_beta": muon.variance_beta, "weight_decay": decay}
+            else:
+                group["weight_decay"] = decay / ratio  # of AdamW: the decay of `stage.lr` at any rate
+            groups[key] = group
+        groups[key]["params"].append(parameter)
+    return sorted(groups.values(), key=lambda group: "momentum" in group)
 
 
 def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
@@ -124,9 +153,16 @@ def named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the rate of AdamW to `rate`, and the rate of Muon in proportion."""
+    """Set the rate of `stage.lr` to `rate`, and the rates of all groups in proportion."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_ratio", 1.0)
+
+
+def set_momentum(optimizer: torch.optim.Optimizer, momentum: float) -> None:
+    """Set the momentum of Muon."""
+    for group in optimizer.param_groups:
+        if "momentum" in group:
+            group["momentum"] = momentum
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, steps: int, min_ratio: float) -> float:

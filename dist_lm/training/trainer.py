@@ -24,7 +24,8 @@ from dist_lm.training import checkpoint_files
 from dist_lm.training.checkpoint_saver import CheckpointSaver
 from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
 from dist_lm.training.objective import Objective
-from dist_lm.training.optimizer import set_learning_rate, stage_rate
+from dist_lm.training.optimizer import set_learning_rate, set_momentum, stage_rate
+from dist_lm.training.rates import muon_momentum
 from dist_lm.training.state import TrainState
 from dist_lm.training.step import StepResult, accumulate_gradients, update
 from dist_lm.training.step_meter import Laps, StepMeter
@@ -145,6 +146,7 @@ class Trainer:
         stage, model = self.config.stage, self.model
         batches = [batch.to(self.world.device) for batch in data.micro_batches]
         set_learning_rate(self.optimizer, rate)
+        set_momentum(self.optimizer, muon_momentum(stage, state.step))
         model.dropout = DropoutKey(stage.dropout, self.config.seed, state.step) if stage.dropout else None
         every = self.config.parallel.reduce_every_micro_batch
         sums = accumulate_gradients(model, self.objective, batches, every, laps)

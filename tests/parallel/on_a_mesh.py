@@ -17,7 +17,8 @@ from dist_lm.parallel.sharding import build_model, reshard
 from dist_lm.parallel.values import fill, unsharded_copy
 from dist_lm.training import checkpoint
 from dist_lm.training.heartbeat import StopRequest
-from dist_lm.training.optimizer import build_optimizer
+from dist_lm.training.muon import neuron_shape
+from dist_lm.training.optimizer import VARIANCE, build_optimizer
 from dist_lm.training.state import TrainState
 from dist_lm.training.step import accumulate_gradients, update
 from tests.parallel.training_task import (
@@ -132,6 +133,9 @@ def cut(value: torch.Tensor, shape: Shape) -> torch.Tensor:
 
 def shape_of(name: str, shapes: dict[str, Shape]) -> Shape:
     """The logical shape of a parameter, a gradient or a moment."""
+    if name.endswith(VARIANCE):
+        parameter = name.removesuffix(f".{VARIANCE}")
+        return neuron_shape(parameter, shapes[parameter])
     return shapes[name.removesuffix(".exp_avg").removesuffix(".exp_avg_sq")]
 
 

@@ -30,9 +30,9 @@ from tests.parallel.training_task import (
 )
 
 
-def expected_of(model: ModelConfig, steps: int = 1, muon_lr: float = 0.0) -> Trajectory:
+def expected_of(model: ModelConfig, steps: int = 1, muon: MuonConfig | None = None) -> Trajectory:
     """`steps` steps in float64: what all layouts round. Each is computed once."""
-    return _expected_of(pickle.dumps(model), steps, muon_lr)
+    return _expected_of(pickle.dumps((model, muon)), steps)
 
 
 def _losses(model: Transformer, x_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
@@ -44,15 +44,17 @@ def _losses(model: Transformer, x_ND: torch.Tensor, targets_N: torch.Tensor) -> 
 
 
 @cache
-def _expected_of(pickled: bytes, steps: int, muon_lr: float) -> Trajectory:
-    model_config: ModelConfig = pickle.loads(pickled)
+def _expected_of(pickled: bytes, steps: int) -> Trajectory:
+    model_config: ModelConfig
+    muon: MuonConfig | None
+    model_config, muon = pickle.loads(pickled)
     model = Transformer(model_config).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(parameter_value(name, tuple(parameter.shape), model_config))
             parameter.requires_grad_(is_trained(name, model_config))
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = build_optimizer(model, STAGE, MuonConfig(lr=muon_lr))
+    optimizer = build_optimizer(model, STAGE, muon)
     outcome = Trajectory()
     for step in range(steps):
         batch = batch_of(model_config, step)

@@ -69,17 +69,29 @@ def test_a_step_with_normalised_queries_and_keys_is_that_of_one_process(
     assert_is_that_of_one_process(found, model)
 
 
-@pytest.mark.parametrize("layout", ["1x1x1", "1x4x1", "4x1x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"])
-@pytest.mark.parametrize("heads", [(5, 5), (4, 4)], ids=["padded heads", "whole heads"])
-def test_orthogonal_steps_are_those_of_one_process(ranks: RankGroups, layout: str, heads: tuple[int, int]):
-    model, muon = model_of(heads), MuonConfig(lr=0.02)
+def assert_orthogonal_steps_are_those_of_one_process(
+    ranks: RankGroups, layout: str, model: ModelConfig, muon: MuonConfig, steps: int
+) -> None:
     found: MeshTrajectory = ranks.run(
-        layout_of(layout).world_size, rank_steps, model, parallel_of(layout), range(2), muon=muon
+        layout_of(layout).world_size, rank_steps, model, parallel_of(layout), range(steps), muon=muon
     )
-    expected = expected_of(model, 2, muon.lr)
+    expected = expected_of(model, steps, muon)
     assert found.losses == pytest.approx(expected.losses, rel=LOSS)
     assert entries_off(found.end, expected.end, ORTHOGONAL_ENTRY) == {}
     assert found.torn == found.dirty == set()
+
+
+@pytest.mark.parametrize("layout", ["1x1x1", "1x4x1", "4x1x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"])
+@pytest.mark.parametrize("heads", [(5, 5), (4, 4)], ids=["padded heads", "whole heads"])
+def test_orthogonal_steps_are_those_of_one_process(ranks: RankGroups, layout: str, heads: tuple[int, int]):
+    assert_orthogonal_steps_are_those_of_one_process(ranks, layout, model_of(heads), MuonConfig(lr=0.02), 2)
+
+
+@pytest.mark.parametrize("layout", ["1x1x1", "1x4x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"])
+def test_normalised_orthogonal_steps_at_the_rate_of_adamw_are_those_of_one_process(ranks: RankGroups, layout: str):
+    model = model_of((5, 5), norm="rmsnorm", ffn="swiglu", bias=False, base_width=20)
+    muon = MuonConfig(lr=None, scale="adamw", variance_beta=0.9, weight_decay=0.2)
+    assert_orthogonal_steps_are_those_of_one_process(ranks, layout, model, muon, 2)
 
 
 def test_any_two_values_of_two_choices_meet_in_the_matrix():

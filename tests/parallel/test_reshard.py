@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dist_lm.config.stage import MuonConfig
+from dist_lm.model.size import is_matrix
 from dist_lm.parallel.layout import placements
 from dist_lm.training import checkpoint_files
+from dist_lm.training.optimizer import VARIANCE
 from tests.parallel.on_a_mesh import MeshTrajectory, rank_steps
 from tests.parallel.one_process import entries_off, expected_of
 from tests.parallel.parity_cases import layout_of, model_of, parallel_of
@@ -76,6 +79,23 @@ def test_another_layout_loads_the_same_bits_and_takes_the_same_step(ranks, saved
     assert [*before.trajectory.losses, *after.losses] == pytest.approx(expected.losses, rel=LOSS)
     assert entries_off(after.end, expected.end, AFTER_STEPS) == {}
     assert after.torn == after.dirty == set()
+
+
+@pytest.mark.parametrize(("source", "target"), [("1x1x2", "1x4x1"), ("1x2x2", "1x1x4")])
+def test_another_layout_continues_with_normalised_orthogonal_steps(ranks, tmp_path, source, target):
+    model, muon = MODELS["6 heads, 3 key heads"], MuonConfig(lr=0.02, variance_beta=0.9)
+    before: MeshTrajectory = ranks.run(
+        layout_of(source).world_size, rank_steps, model, parallel_of(source), range(2), save=tmp_path, muon=muon
+    )
+    path = tmp_path / checkpoint_files.step_name(2)
+    after: MeshTrajectory = ranks.run(
+        layout_of(target).world_size, rank_steps, model, parallel_of(target), range(2, 3), load=path, muon=muon
+    )
+    assert {name for name in after.start if name.endswith(VARIANCE)} == {
+        f"{name}.{VARIANCE}" for name in after.start if is_matrix(name)
+    }
+    assert [name for name, value in after.start.items() if not np.array_equal(value, before.end[name])] == []
+    assert after.losses == pytest.approx(expected_of(model, 3, muon).losses[2:], rel=LOSS)
 
 
 @pytest.mark.parametrize(("model", "layout"), TENSOR_PARALLEL)

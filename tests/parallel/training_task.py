@@ -18,7 +18,7 @@ from dist_lm.data.batch import Batch
 from dist_lm.model.keyed_random import DropoutKey, initial_value
 from dist_lm.model.transformer import Transformer
 from dist_lm.training.objective import LossSum, Objective, next_token
-from dist_lm.training.optimizer import MOMENTS, named_state
+from dist_lm.training.optimizer import MOMENTS, VARIANCE, named_state
 
 SEED = 7
 BATCH, SEQ_LEN = 8, 16
@@ -105,7 +105,8 @@ def gradients(model: nn.Module) -> Tensors:
 
 def parameters_and_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
     """Whole parameters and moments, with their padding (collective)."""
-    moments = {name: value for name, value in named_state(model, optimizer) if name.endswith(MOMENTS)}
+    kept = (*MOMENTS, VARIANCE)
+    moments = {name: value for name, value in named_state(model, optimizer) if name.endswith(kept)}
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return {name: whole(value) for name, value in [*trained, *moments.items()]}
 

@@ -11,6 +11,8 @@ from dist_lm.training import muon
 from dist_lm.training.muon import (
     ITERATIONS,
     NEWTON_SCHULZ,
+    Variance,
+    neuron_shape,
     newton_schulz,
     newton_schulz_of_squares,
     orthogonal,
@@ -93,6 +95,28 @@ def test_it_steps_the_matrices_inside_blocks_and_nothing_else():
     assert {name.removesuffix(".exp_avg") for name in moments if name.endswith(".exp_avg")} == dict(
         model.named_parameters()
     ).keys()
+
+
+def test_the_gate_of_a_gated_network_is_a_matrix_too():
+    model = small_model(small_config(norm="rmsnorm", ffn="swiglu", bias=False))
+    assert sum(is_matrix(name) for name, _ in model.named_parameters()) == 7 * model.config.n_layers
+
+
+@pytest.mark.parametrize("name", ["attention.query", "attention.output", "feed_forward.up.weight"])
+def test_the_update_of_each_neuron_is_divided_by_its_mean_square_over_the_steps(name):
+    shape, beta, generator = (3, 4, 12), 0.9, torch.Generator().manual_seed(0)
+    shape = shape if "attention" in name else shape[1:]
+    inputs = -2 if name.endswith("output") else -1
+    parameter, mean = nn.Parameter(torch.zeros(shape)), 0.0
+    variance = Variance(torch.zeros(neuron_shape(name, shape)), beta)
+    for _ in range(3):
+        direction = torch.randn(shape, generator=generator)
+        [(_, found)] = orthogonal_steps([parameter], [direction], [variance])
+        plain = orthogonal(direction.view(-1, *shape[-2:])).view(shape)
+        mean = beta * mean + (1 - beta) * plain.square().mean(inputs, keepdim=True)
+        divided = plain / (mean.sqrt() + 1e-8)  # Li et al. 2025, algorithm 1
+        scale = plain.norm(dim=(-2, -1), keepdim=True) / divided.norm(dim=(-2, -1), keepdim=True)
+        torch.testing.assert_close(found, divided * scale, rtol=1e-5, atol=1e-6)
 
 
 def test_its_rate_follows_the_schedule():

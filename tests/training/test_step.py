@@ -12,6 +12,7 @@ from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.objective import LossSum, next_token
 from dist_lm.training.optimizer import build_optimizer, named_state
 from dist_lm.training.step import accumulate_gradients, update
+from tests.model.small_models import small_config
 
 VOCAB = 11
 
@@ -28,6 +29,7 @@ class Toy(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.config = small_config()
         torch.manual_seed(1)
         self.embedding = nn.Embedding(VOCAB, 6)
         self.final_norm = nn.LayerNorm(6)
