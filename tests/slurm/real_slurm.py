@@ -151,6 +151,14 @@ class RealSlurm:
         assert state is not None
         return state
 
+    def wait_for_restart(self, job: int, life: int, seconds: float = 180) -> None:
+        """Wait until Slurm has started a job for the `life`-th time again; a failure shows what Slurm knows of it."""
+        try:
+            eventually(f"job {job} has {life} restarts", lambda: self.job(job)["Restarts"] == str(life), seconds)
+        except BaseException:
+            print(self.run("scontrol", "show", "job", str(job)), self.run("sinfo", "--Node", "--long"), sep="\n")
+            raise
+
     def job_processes(self) -> list[psutil.Process]:
         """The living processes of jobs, Slurm's own left out."""
         names = ((process, _name(process)) for process in self.namespace.processes())
@@ -187,24 +195,31 @@ class RealSlurm:
         return self.nodes(job)[1]
 
     def kill_node(self, node: str) -> None:
-        """Switch a node off: its slurmd, its steps, and all they run."""
+        """Switch a node off: its slurmd, its steps, and all they run.
 
-        def left() -> list[psutil.Process]:
+        Power goes everywhere at once: an srun or a batch script that saw a part of its job end would have time to end
+        the guards on other nodes. So all processes are stopped before the first one is killed, and children are killed
+        before their parents: a stopped process group that loses its parent is woken by SIGHUP.
+        """
+        stopped: dict[int, psutil.Process] = {}
+
+        def stand_still() -> bool:
             roots = [*self._slurmd(node), *self._steps(node)]
             below = [child for root in roots for child in _children(root)]
-            # Slurm's own come first: a node without power reports no end of its jobs
-            everything = dict.fromkeys([*roots, *below, *self.find("", node)])
-            return [process for process in everything if is_alive(process)]
+            new = [process for process in (*roots, *below, *self.find("", node)) if process.pid not in stopped]
+            for process in new:
+                stopped[process.pid] = process
+                _send(process, signal.SIGSTOP)
+            return not new
 
         def gone() -> bool:
-            processes = left()
-            # at once, as power goes: an srun that sees its step die would have the guards on other nodes ended
-            processes.sort(key=lambda process: not _name(process).startswith((*OWN, "srun")))
-            for process in processes:
-                with suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGKILL)
-            return not processes
+            left = [process for process in stopped.values() if is_alive(process)]
+            parents = {process.pid for process in left}
+            for process in sorted(left, key=lambda process: -_depth(process, parents)):
+                _send(process, signal.SIGKILL)
+            return not left
 
+        eventually(f"all processes of {node} stand still", stand_still)
         eventually(f"{node} is off", gone)
 
     def start_node(self, node: str) -> None:
@@ -285,6 +300,19 @@ def _is_slurmd(process: psutil.Process, node: str) -> bool:
         return process.name() == "slurmd" and process.cmdline()[-2:] == ["-N", node]
     except psutil.NoSuchProcess:
         return False
+
+
+def _send(process: psutil.Process, number: signal.Signals) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
+
+
+def _depth(process: psutil.Process, among: set[int]) -> int:
+    """How many of its ancestors are in `among`."""
+    try:
+        return sum(parent.pid in among for parent in process.parents())
+    except psutil.NoSuchProcess:
+        return 0
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:

@@ -64,7 +64,7 @@ def start_again(slurm: RealSlurm, job: TrainingJob, disturb: Disturbance, life: 
     """Until the job trains in its next life, which is number `life`, from 0."""
     at, before = time.time(), slurm.job_processes()
     disturb(slurm, job)
-    eventually("Slurm takes it back", lambda: slurm.job(job.id)["Restarts"] == str(life), 180)
+    slurm.wait_for_restart(job.id, life)
     eventually("the life before is over", lambda: not any(map(is_alive, before)), 30)
     reached = job.step()
     job.wait_for_a_step_after(at, seconds=240)
@@ -114,7 +114,7 @@ def test_the_only_node_dies(slurm: RealSlurm, fresh: WorkDirectory) -> None:
 def test_a_real_time_limit(slurm: RealSlurm, fresh: WorkDirectory) -> None:
     job = TrainingJob(slurm, fresh, "stage.steps=2000", options=("--time=2", "--signal=B:USR1@75"))
     job.wait_for_log("received USR1", seconds=150)
-    eventually("Slurm takes it back", lambda: slurm.job(job.id)["Restarts"] == "1", 90)
+    slurm.wait_for_restart(job.id, 1, seconds=90)
     reached = job.step()
     job.wait_for_a_step_after(time.time())
     assert job.events("started")[-1]["step"] == reached
