@@ -104,7 +104,8 @@ def prompt(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
         from dist_lm.chat import kept_template
 
         return kept_template.prompt(conversation, tokenizer)
-    return _encoded([*layout(conversation), *_opening("assistant")], tokenizer)
+    tokens = np.array(_encoded([*layout(conversation), *_opening("assistant")], tokenizer))
+    return tokenizer.opening.put(tokens).tolist()
 
 
 def answer_tokens(message: Message, tokenizer: Tokenizer, asked: Conversation | None = None) -> list[int]:

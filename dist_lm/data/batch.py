@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 from torch._subclasses.fake_tensor import FakeTensor
 
 from dist_lm.data.order import DocumentSlice
+from dist_lm.tokenizer.tokenizer import Opening
 
 WORTH_CHOOSING = 0.9  # if fewer targets than this share count, logits are computed for the counted targets only
 COUNTED_MULTIPLE = 64  # the number of counted places is rounded up, so kernels are compiled for few shapes
@@ -41,8 +42,9 @@ class RankedPlaces:
 class Batch:
     """B sequences of T tokens with their targets.
 
-    A document begins with end-of-text, so the target of its last token is the first token of the next document. An
-    epoch predicts every token of the corpus once, except the first token and those of the incomplete last sequence.
+    A document begins with end-of-text in shards, so the target of its last token is the first token of the next
+    document. A model whose tokenizer has another opening reads that in its place. An epoch predicts every token of the
+    corpus once, except the first token and those of the incomplete last sequence.
     """
 
     tokens_BT: torch.Tensor  # int64
@@ -132,6 +134,7 @@ def assemble(
     document_mask: bool,
     reset_positions: bool,
     pad_id: int = 0,
+    opening: Opening | None = None,
 ) -> Batch:
     """One `Batch` of `len(rows)` sequences.
 
@@ -140,6 +143,7 @@ def assemble(
 
     Args:
         numbers: global sequence numbers.
+        opening: of the tokenizer; None: documents begin with end-of-text.
     """
     shape = (len(rows), seq_len + 1)
     tokens = np.full(shape, pad_id, np.int64)
@@ -147,11 +151,14 @@ def assemble(
     document = np.zeros(shape, np.int64)
     position = np.tile(np.arange(seq_len + 1), (len(rows), 1))
     n_tokens = 0
+    begins: list[tuple[int, int]] = []  # where documents begin
     for b, row in enumerate(rows):
         corpus, begin = row.corpus, 0
         for d, (number, start, stop) in enumerate(row.slices):
             end = begin + stop - start
             tokens[b, begin:end] = corpus.tokens(number, start, stop)
+            if start == 0:
+                begins.append((b, begin))
             learned[b, begin:end] = corpus.mask(number, start, stop) if corpus.has_mask else 1
             if document_mask:
                 document[b, begin:end] = d
@@ -161,8 +168,13 @@ def assemble(
         n_tokens += min(begin, seq_len)
         if document_mask:
             document[b, begin:] = len(row.slices)
+    inputs = tokens[:, :-1]
+    if opening:
+        inputs = inputs.copy()  # targets stay as they are: a document ends with end-of-text
+        for b, begin in begins:
+            opening.put(inputs[b, begin:])
     return Batch(
-        tokens_BT=_tensor(tokens[:, :-1]),
+        tokens_BT=_tensor(inputs),
         targets_BT=_tensor(tokens[:, 1:]),
         loss_mask_BT=_tensor(learned[:, 1:]),
         document_BT=_tensor(document[:, :-1]),

@@ -20,6 +20,7 @@ from dist_lm.data.order import Concatenation, DocumentSlice
 from dist_lm.data.packing import Packing
 from dist_lm.data.sequences import packed
 from dist_lm.data.token_corpus import TokenCorpus
+from dist_lm.tokenizer.tokenizer import Opening
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ class EvaluationBatches:
     document_mask: bool = True
     reset_positions: bool = True
     pad_id: int = 0
+    opening: Opening | None = None
 
     @cached_property
     def _rows(self) -> Ring | Packing:
@@ -109,6 +111,7 @@ class EvaluationBatches:
             document_mask=self.document_mask,
             reset_positions=self.reset_positions,
             pad_id=self.pad_id,
+            opening=self.opening,
         )
         language = np.full((len(rows), self.seq_len + 1), -1, np.int64)
         for b, slices in enumerate(rows):

@@ -16,6 +16,7 @@ from dist_lm.data.infill import ADDED, LEAST, PSM, InfillMarks, middle_of, rearr
 from dist_lm.data.keys import Shuffle, key
 from dist_lm.data.order import DocumentSlice
 from dist_lm.data.token_corpus import TokenCorpus
+from dist_lm.tokenizer.tokenizer import Opening
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,7 @@ class HeldOutMiddles:
     limit: int  # pieces, evenly spread; 0: all
     form: int = PSM
     pad_id: int = 0
+    opening: Opening | None = None
     has_mask = False
 
     @cached_property
@@ -85,6 +87,7 @@ class HeldOutMiddles:
             document_mask=True,
             reset_positions=True,
             pad_id=self.pad_id,
+            opening=self.opening,
         )
         return EvaluationBatch(batch, language_BT)
 

@@ -109,7 +109,7 @@ class Session:
             UserError: a text is not valid Unicode, the texts fill the context, or the tokenizer lacks the marks.
         """
         utf8(text, name)
-        tokens = [self.tokenizer.eot_id, *self.tokenizer.encode(text)]
+        tokens = self.tokenizer.encode_prompt(text)
         if after is not None:
             utf8(after, "--suffix")
             name = f"{name} with --suffix"

@@ -177,7 +177,7 @@ def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
     if found.merges is not None:
         writer.add_token_merges(found.merges)
     ids: Mapping[str, int] = tokenizer.special_ids
-    writer.add_bos_token_id(tokenizer.eot_id)
+    writer.add_bos_token_id(tokenizer.opening.first)
     writer.add_eos_token_id(tokenizer.eot_id)
     writer.add_pad_token_id(tokenizer.pad_id)
     if END in ids:

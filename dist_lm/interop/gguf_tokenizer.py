@@ -17,7 +17,7 @@ from typing import Any
 
 from dist_lm.errors import ArtefactError
 from dist_lm.tokenizer.symbols import SPACE
-from dist_lm.tokenizer.tokenizer import Tokenizer, sentencepiece_proto
+from dist_lm.tokenizer.tokenizer import NO_PIECE, Tokenizer, sentencepiece_proto
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = (
     1,
@@ -90,7 +90,7 @@ def _sentencepiece(tokenizer: Tokenizer, content: bytes) -> GGUFVocabulary:
         types,
         [piece.score for piece in model.pieces],
         None,
-        add_bos=True,
+        add_bos=tokenizer.is_trained or tokenizer.opening.first != tokenizer.eot_id,
         add_space_prefix=model.normalizer_spec.add_dummy_prefix,
     )
 
@@ -171,9 +171,13 @@ def _tokenizer_model(found: Mapping[str, Any]) -> bytes:
     model.trainer_spec.vocab_size = len(found["tokens"])
     # ids that the file lacks are -1: no such token
     model.trainer_spec.unk_id = found["token_type"].index(UNKNOWN) if UNKNOWN in found["token_type"] else -1
-    model.trainer_spec.bos_id = found.get("bos_token_id", -1)
-    model.trainer_spec.eos_id = found.get("eos_token_id", -1)
-    model.trainer_spec.pad_id = found.get("padding_token_id", -1)
+    for name, number in (
+        ("bos", found.get("bos_token_id", -1) if found.get("add_bos_token", True) else -1),
+        ("eos", found.get("eos_token_id", -1)),
+        ("pad", found.get("padding_token_id", -1)),
+    ):  # the processor looks for the piece
+        setattr(model.trainer_spec, f"{name}_id", number)
+        setattr(model.trainer_spec, f"{name}_piece", model.pieces[number].piece if number >= 0 else NO_PIECE)
     model.normalizer_spec.name, model.normalizer_spec.add_dummy_prefix = "identity", found.get("add_space_prefix", True)
     model.normalizer_spec.remove_extra_whitespaces = False
     return model.SerializeToString(deterministic=True)

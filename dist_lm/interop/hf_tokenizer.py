@@ -35,7 +35,7 @@ def save_hf_tokenizer(model_path: Path, folder: Path, chat_template: str) -> Non
     """
     tokenizer = Tokenizer.load(model_path)
     folder.mkdir(parents=True, exist_ok=True)
-    names = {"bos_token": tokenizer.eot_id, "eos_token": tokenizer.eot_id, "pad_token": tokenizer.pad_id}
+    names = {"bos_token": tokenizer.opening.first, "eos_token": tokenizer.eot_id, "pad_token": tokenizer.pad_id}
     if UNKNOWN in tokenizer.special_ids:
         names["unk_token"] = tokenizer.special_ids[UNKNOWN]
     special = dict(zip(names, tokenizer.pieces(names.values()), strict=True))
@@ -48,7 +48,7 @@ def save_hf_tokenizer(model_path: Path, folder: Path, chat_template: str) -> Non
     if kept := tokenizer.kept_template:
         special |= dict(kept.special_tokens)
     else:
-        chat_template = chat_template.replace(END_OF_TEXT, special["eos_token"])
+        chat_template = chat_template.replace(END_OF_TEXT, special["bos_token"])
     durable.write_text(folder / "chat_template.jinja", chat_template)
     durable.write_json(folder / "special_tokens_map.json", special)
     durable.write_json(

@@ -5,6 +5,7 @@ weights.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +17,13 @@ from dist_lm.errors import ArtefactError, UserError
 from dist_lm.interop.architectures import Architecture, model_of
 from dist_lm.storage import durable
 from dist_lm.tokenizer import byte_level
-from dist_lm.tokenizer.tokenizer import read_vocabulary, sentencepiece_with_marks
+from dist_lm.tokenizer.tokenizer import (
+    SentencePieceModel,
+    Vocabulary,
+    read_vocabulary,
+    sentencepiece_with_marks,
+    sentencepiece_without_opening,
+)
 
 CONFIG, INDEX, WHOLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -107,6 +114,7 @@ def tokenizer_of(folder: Path, rows: int) -> tuple[bytes, str]:
         except ArtefactError:
             if path == given[-1]:
                 raise
+    content = _opened(content, vocabulary, durable.read_json(folder / TOKENIZER_CONFIG))
     pieces = vocabulary.vocab_size
     if pieces > rows or (vocabulary.is_trained and pieces < rows):
         raise ArtefactError(f"{path} has {pieces} pieces, the embedding has {rows} rows: not its tokenizer")
@@ -116,6 +124,19 @@ def tokenizer_of(folder: Path, rows: int) -> tuple[bytes, str]:
     elif unused:
         content = sentencepiece_with_marks(content, unused)
     return content, vocabulary.file_name
+
+
+def _opened(content: bytes, vocabulary: Vocabulary, settings: Mapping[str, Any]) -> bytes:
+    """The tokenizer, opening texts as transformers does: `add_bos_token` of tokenizer_config.json, else as the file."""
+    wanted = settings.get("add_bos_token")
+    if isinstance(vocabulary, SentencePieceModel):
+        leaves_out = wanted is False and vocabulary.opening is not None
+        return sentencepiece_without_opening(content) if leaves_out else content
+    mark = settings.get("bos_token")
+    mark = mark.get("content") if isinstance(mark, dict) else mark
+    if wanted is True and vocabulary.opening is None and isinstance(mark, str) and mark in vocabulary.special_ids:
+        return byte_level.with_opening(content, mark)
+    return content
 
 
 @lru_cache(maxsize=4)

@@ -35,8 +35,8 @@ def kept_template(folder: Path, tokenizer: Tokenizer) -> KeptTemplate | None:
         return None
     today = datetime.now().astimezone().date().isoformat()
     kept = KeptTemplate(text, tuple(sorted(special_tokens_of(folder).items())), today)
-    (end_of_text,) = tokenizer.pieces([tokenizer.eot_id])
-    return None if is_ours(kept, end_of_text) else kept
+    (opening,) = tokenizer.pieces([tokenizer.opening.first])
+    return None if is_ours(kept, opening) else kept
 
 
 def given_template(config: TokenizerConfig) -> KeptTemplate | None:
@@ -54,10 +54,10 @@ def _of_snapshot(source: str, content: bytes) -> KeptTemplate | None:
     return kept_template(folder_of(source, weights=False), Tokenizer(content, source))
 
 
-def is_ours(kept: KeptTemplate, end_of_text: str) -> bool:
-    """Whether a template lays conversations out as ours. `end_of_text`: the name of that token in the model."""
+def is_ours(kept: KeptTemplate, opening: str) -> bool:
+    """Whether a template lays conversations out as ours. `opening`: the name of the token that opens documents."""
     for conversation in islice(conversations(), CONVERSATIONS):
-        ours = "".join(part.text for part in layout(conversation)).replace(END_OF_TEXT, end_of_text)
+        ours = "".join(part.text for part in layout(conversation)).replace(END_OF_TEXT, opening)
         try:
             if text_of(conversation, kept, texts_as_json=True) != ours:
                 return False

@@ -161,9 +161,9 @@ def write_model(folder: Path, model: ModelConfig, read: Read, dtype: str, ids: M
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The ids of config.json: end-of-text opens documents and ends generations, and so does the end of a turn."""
+    """The ids of config.json: the opening of documents; end-of-text and the end of a turn end generations."""
     ends = [tokenizer.special_ids[END]] if END in tokenizer.special_ids else []
-    found = {"bos_token_id": tokenizer.eot_id, "pad_token_id": tokenizer.pad_id}
+    found = {"bos_token_id": tokenizer.opening.first, "pad_token_id": tokenizer.pad_id}
     if kept := tokenizer.kept_template:
         names = {f"{name}_id": tokenizer.file_names.get(text) for name, text in kept.special_tokens}
         found |= {name: names[name] for name in found if names.get(name) is not None}

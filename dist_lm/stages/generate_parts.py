@@ -253,7 +253,7 @@ class Samples(PoolWork):
             if prompt.suffix is not None:
                 raise UserError("the prompt has a suffix, and stage.chat=true: leave one of them out")
             return chat_prompt(Conversation((Message("user", prompt.text),)), self._tokenizer)
-        tokens = [self._tokenizer.eot_id, *self._tokenizer.encode(prompt.text)]
+        tokens = self._tokenizer.encode_prompt(prompt.text)
         if prompt.suffix is not None:
             tokens = InfillMarks.of(self._tokenizer).prompt(tokens, self._tokenizer.encode(prompt.suffix))
             if len(tokens) >= self._context:

@@ -144,7 +144,7 @@ def requests_of(
         stop_tokens=stop_tokens(tokenizer),
     )
     as_turn = prompt(Conversation((Message("user", opening.text),)), tokenizer)
-    as_text = [tokenizer.eot_id, *tokenizer.encode(opening.text)]
+    as_text = tokenizer.encode_prompt(opening.text)
     parts = (("text", as_text, (total + 1) // 2), ("turn", as_turn, total // 2))
     return [
         Request(f"{number}:{kind}", tokens, params, seed=key(word, i) % 2**31, n=n)

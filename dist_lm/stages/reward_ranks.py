@@ -29,6 +29,7 @@ from dist_lm.rlhf.reward_model import (
 from dist_lm.stages.reward import RewardRunConfig
 from dist_lm.stages.sampling import answer_all
 from dist_lm.stages.training import Closing, Opening, StageData
+from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def open_data(opening: Opening) -> StageData:
         seed=opening.config.seed,
         seq_len=stage.seq_len,
         pad_id=opening.tokenizer.pad_id,
+        opening=opening.tokenizer.opening,
         global_batch=stage.global_batch,
         micro_batch=stage.micro_batch,
         dp_rank=opening.dp_rank,
@@ -77,6 +79,7 @@ def open_data(opening: Opening) -> StageData:
             dp_rank=opening.dp_rank,
             dp_size=opening.dp_size,
             pad_id=opening.tokenizer.pad_id,
+            opening=opening.tokenizer.opening,
             limit_sequences=0 if everything else stage.eval_sequences,
         )
         scores = scores_of_rankings(model, batches, opening.world.device, opening.data_ranks, alive)
@@ -96,7 +99,11 @@ def score_samples(closing: Closing) -> dict[str, float]:
     settings = config.stage.reward
     val = RankingCorpus.open(closing.run.work.corpus(config.stage.corpus), "val")
     asked = settings.normaliser_prompts and starts_from_policy(config.stage.init_from)
-    sequences = policy_samples(closing, config, val) if asked else completions_of(val, config.model.max_seq_len)
+    sequences = (
+        policy_samples(closing, config, val)
+        if asked
+        else completions_of(val, config.model.max_seq_len, closing.tokenizer)
+    )
     model = closing.model()
     share = slice(closing.world.rank, None, closing.world.size)
     gathered: list = [None] * closing.world.size
@@ -126,7 +133,7 @@ def policy_samples(closing: Closing, config: RewardRunConfig, val: RankingCorpus
     loaded = load_model(Path(config.stage.init_from), closing.run.work.tokenizer_model)
     params = SamplingParams(max_new_tokens=settings.normaliser_new_tokens, stop_tokens=stop_tokens(tokenizer))
     longest = loaded.config.max_seq_len - settings.normaliser_new_tokens
-    prompts = [prompt for prompt in prompts_of(val, settings.normaliser_prompts) if len(prompt) <= longest]
+    prompts = [prompt for prompt in prompts_of(val, settings.normaliser_prompts, tokenizer) if len(prompt) <= longest]
     if len(prompts) < settings.normaliser_prompts:
         log.info(
             "stage.reward.normaliser_prompts=%d: only %d prompts of val leave room for an answer; mean and deviation "
@@ -140,20 +147,21 @@ def policy_samples(closing: Closing, config: RewardRunConfig, val: RankingCorpus
     return [[*prompt, *answer.tokens] for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def prompts_of(rankings: RankingCorpus, limit: int) -> list[list[int]]:
+def prompts_of(rankings: RankingCorpus, limit: int, tokenizer: Tokenizer) -> list[list[int]]:
     """The prompts of `limit` rankings at even distances, as tokens."""
     return [
-        rankings.tokens(number)[rankings.verdict(number).branch == 0].tolist()
+        tokenizer.opening.put(rankings.tokens(number)[rankings.verdict(number).branch == 0]).tolist()
         for number in spread(rankings.corpus.n_documents, limit).tolist()
     ]
 
 
-def completions_of(rankings: RankingCorpus, longest: int) -> list[list[int]]:
+def completions_of(rankings: RankingCorpus, longest: int, tokenizer: Tokenizer) -> list[list[int]]:
     """Every prompt with each of its completions as tokens, at most `longest` tokens long."""
     found = []
     for number in range(rankings.corpus.n_documents):
         tokens, branch = rankings.tokens(number), rankings.verdict(number).branch
-        found += [tokens[(branch == 0) | (branch == k)].tolist() for k in range(1, int(branch.max()) + 1)]
+        for k in range(1, int(branch.max()) + 1):
+            found.append(tokenizer.opening.put(tokens[(branch == 0) | (branch == k)]).tolist())
     return [sequence for sequence in found if len(sequence) <= longest]
 
 

@@ -37,7 +37,9 @@ def read_all(config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> 
     if group.prompts_from:
         train, held_out = _split(_of_files(group.prompts_from, PROMPTS_FROM, tokenizer), bool(group.held_out_from))
     else:
-        train, held_out = (_of_corpus(run.work.corpus(config.stage.corpus), split) for split in ("train", "val"))
+        train, held_out = (
+            _of_corpus(run.work.corpus(config.stage.corpus), split, tokenizer) for split in ("train", "val")
+        )
     if group.held_out_from:
         held_out = _of_files(group.held_out_from, HELD_OUT_FROM, tokenizer)
     room = config.model.max_seq_len - group.max_new_tokens
@@ -73,7 +75,7 @@ def check_prompts(group: RlhfRunGroup) -> None:
             imported_function(part.function, f"rlhf.rewards.{name}.function")
 
 
-def _of_corpus(directory: Path, split: str) -> Prompts:
+def _of_corpus(directory: Path, split: str, tokenizer: Tokenizer) -> Prompts:
     """The tokens of each document before the first learned token: before the assistant's turn, or the completions."""
     corpus = TokenCorpus.open(directory, split)
     if not corpus.has_mask:
@@ -85,7 +87,7 @@ def _of_corpus(directory: Path, split: str) -> Prompts:
     for document in range(corpus.n_documents):
         length = int(corpus.lengths[document])
         begins = int(corpus.mask(document, 0, length).argmax())
-        found[tuple(corpus.tokens(document, 0, begins).tolist())] = None
+        found[tuple(tokenizer.opening.put(corpus.tokens(document, 0, begins).copy()).tolist())] = None
     return [list(prompt) for prompt in found if prompt]  # each once: several rankings may have the same one
 
 

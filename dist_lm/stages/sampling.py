@@ -50,7 +50,7 @@ def sample_prompts(closing: Closing) -> list[Sample]:
         top_p=config.top_p,
     )
     requests = [
-        Request(str(index), [tokenizer.eot_id, *tokenizer.encode(prompt)], params, seed=index)
+        Request(str(index), tokenizer.encode_prompt(prompt), params, seed=index)
         for index, (_, prompt) in enumerate(wanted)
     ]
     return [

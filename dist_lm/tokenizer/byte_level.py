@@ -31,6 +31,8 @@ class ByteLevelModel:
         self._tokenizer: Any = _tokenizer(json.dumps(value | {"truncation": None, "padding": None}), name)
         self._tokenizer.encode_special_tokens = True  # special tokens that a text spells are text
         self.special_ids: dict[str, int] = {token["content"]: token["id"] for token in added if token["special"]}
+        first = self._tokenizer.encode("a").ids[0]  # by the file's post-processor
+        self.opening: int | None = first if first in self.special_ids.values() else None
         texts = {token["id"]: token["content"] for token in added}
         ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(ids.values())
@@ -110,6 +112,16 @@ def with_marks(content: bytes, marks: Sequence[str], vocab_size: int) -> bytes:
         for place, mark in enumerate(marks)
     ]
     return json.dumps(value, ensure_ascii=False, indent=2).encode()
+
+
+def with_opening(content: bytes, mark: str) -> bytes:
+    """The file with a post-processor that puts the special token `mark` before every text."""
+    from tokenizers import Tokenizer, processors
+
+    tokenizer: Any = Tokenizer.from_str(content.decode())
+    number = tokenizer.token_to_id(mark)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{mark} $A", special_tokens=[(mark, number)])
+    return tokenizer.to_str(pretty=True).encode()
 
 
 def _read(content: bytes, name: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from dist_lm.tokenizer.byte_level import ByteLevelModel
 from dist_lm.tokenizer.symbols import ALIASES, END_OF_TEXT, MARKS, NEVER_TEXT, PAD, SPACE, SPECIAL_TOKENS
 
 CONTROL, USER_DEFINED = 3, 4  # ModelProto.SentencePiece.Type
+NO_PIECE = "<none>"  # in place of the name of a special token that a model lacks; an empty name is the default
 
 
 class SentencePieceModel:
@@ -53,8 +54,9 @@ class SentencePieceModel:
         self._processor = processor
         self.special_ids = {pieces[number]: number for number in control}
         self._without_bytes = {*control, processor.unk_id()}
-        end: int = processor.eos_id()
-        self.end_of_text = end if end >= 0 else None
+        end, begin = processor.eos_id(), processor.bos_id()
+        self.end_of_text: int | None = end if end >= 0 else None
+        self.opening: int | None = None if self.is_trained or begin < 0 else begin
         # SentencePiece reads a literal U+2581 as a space, so our own models encode it as its three bytes.
         self._literal_space_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
@@ -95,6 +97,13 @@ def sentencepiece_with_marks(content: bytes, marks: Sequence[str]) -> bytes:
     return model.SerializeToString(deterministic=True)
 
 
+def sentencepiece_without_opening(content: bytes) -> bytes:
+    """The model without beginning of sentence: texts are not opened by it."""
+    model = sentencepiece_proto(content)
+    model.trainer_spec.bos_id, model.trainer_spec.bos_piece = -1, NO_PIECE
+    return model.SerializeToString(deterministic=True)
+
+
 def _with_control_marks(content: bytes) -> bytes:
     model = sentencepiece_proto(content)
     for piece in model.pieces:
@@ -123,11 +132,30 @@ class Vocabulary(Protocol):
     is_trained: bool  # by `train_tokenizer`
     special_ids: dict[str, int]  # special tokens by the names they have in the file
     end_of_text: int | None  # if the file says so; else a special token's name does
+    opening: int | None  # the special token that the file puts before every text
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
     def piece(self, number: int) -> str: ...
     def bytes_of(self, number: int) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The first token of a document: end-of-text in shards, and what the model reads in its place.
+
+    A model whose tokenizer begins every text with a token of its own (`<s>`, `<|begin_of_text|>`) has seen no document
+    without it. The token that ends a document stays end-of-text.
+    """
+
+    end_of_text: int
+    first: int
+
+    def put(self, tokens: np.ndarray) -> np.ndarray:
+        """Put `first` into the beginning of a document, (n,), in place of the end-of-text of the shards."""
+        if len(tokens) and tokens[0] == self.end_of_text:
+            tokens[0] = self.first
+        return tokens
 
 
 @dataclass(frozen=True)
@@ -179,6 +207,8 @@ class Tokenizer:
             )
         self.eot_id = self.special_ids[END_OF_TEXT]
         self.pad_id = self.special_ids.get(PAD, self.eot_id)  # fills rows up; never looked for
+        own = self._vocabulary.opening
+        self.opening = Opening(self.eot_id, self.eot_id if own is None else own)
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -208,8 +238,16 @@ class Tokenizer:
         """The text of `ids`. Special tokens have no text; bytes that are not UTF-8 become U+FFFD."""
         return self._vocabulary.decode([int(number) for number in ids])
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of `text` as the beginning of a document, as a model reads it: the tokenizer's opening is first.
+
+        Raises:
+            UserError: `text` holds a lone surrogate.
+        """
+        return [self.opening.first, *self.encode(text)]
+
     def encode_document(self, document: Document) -> TokenizedDocument:
-        """The document, with end-of-text before it.
+        """The document as shards hold it, with end-of-text before it.
 
         Raises:
             UserError: the text holds a lone surrogate; the message names the document's source.

@@ -25,6 +25,7 @@ from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.sequences import Epochs, packed
 from dist_lm.data.stream import StepStream
 from dist_lm.document import Verdict
+from dist_lm.tokenizer.tokenizer import Opening
 
 ALL, PAIRS, ONE_PAIR = "rankings", "pairs", "one_pair"
 
@@ -49,6 +50,7 @@ class RankingStream(StepStream):
         seed: int,
         seq_len: int,
         pad_id: int,
+        opening: Opening | None = None,
         global_batch: int,
         micro_batch: int,
         dp_rank: int,
@@ -64,7 +66,7 @@ class RankingStream(StepStream):
         """
         self._rankings, self._seed = rankings, seed
         self._learn_from, self._label_noise = learn_from, label_noise
-        self._seq_len, self._pad_id = seq_len, pad_id
+        self._seq_len, self._pad_id, self._opening = seq_len, pad_id, opening
         packing = packed(rankings.corpus, seq_len, kind=ALL)
         self._epochs = Epochs(packing.n_rows, lambda epoch: PackedEpoch(packing, seed, epoch))
         super().__init__(
@@ -82,7 +84,7 @@ class RankingStream(StepStream):
         """The sequences of these global numbers."""
         orders = [self._epochs.place(number) for number in numbers]
         rows = [order.sequence(i) for order, i in orders]
-        batch, placed = assemble_rankings(self._rankings, rows, numbers, self._seq_len, self._pad_id)
+        batch, placed = assemble_rankings(self._rankings, rows, numbers, self._seq_len, self._pad_id, self._opening)
         verdicts = [
             lesson(self._rankings.verdict(one.document), self._learn_from, self._label_noise, self._seed, one.document)
             for one in placed
@@ -100,6 +102,7 @@ class RankingBatches:
     dp_rank: int
     dp_size: int
     pad_id: int
+    opening: Opening | None = None
     limit_sequences: int = 0  # rows at even distances; 0: all
 
     @cached_property
@@ -111,7 +114,7 @@ class RankingBatches:
         chosen = spread(self.packing.n_rows, self.limit_sequences)
         for numbers in dealt(chosen, self.micro_batch, self.dp_rank, self.dp_size):
             rows = [self.packing.sequence(number) if number >= 0 else [] for number in numbers]
-            yield assemble_rankings(self.rankings, rows, numbers, self.seq_len, self.pad_id)
+            yield assemble_rankings(self.rankings, rows, numbers, self.seq_len, self.pad_id, self.opening)
 
 
 def lesson(verdict: Verdict, learn_from: str, label_noise: float, seed: int, number: int) -> Verdict:
@@ -159,7 +162,12 @@ def drawn_pairs(verdict: Verdict, count: int, word: int) -> Verdict:
 
 
 def assemble_rankings(
-    rankings: RankingCorpus, rows: Sequence[Sequence[DocumentSlice]], numbers: Sequence[int], seq_len: int, pad_id: int
+    rankings: RankingCorpus,
+    rows: Sequence[Sequence[DocumentSlice]],
+    numbers: Sequence[int],
+    seq_len: int,
+    pad_id: int,
+    opening: Opening | None = None,
 ) -> tuple[Batch, list[PlacedRanking]]:
     """One `Batch` of `len(rows)` sequences, and the places of its completions; `ranked_places` adds verdicts.
 
@@ -167,6 +175,7 @@ def assemble_rankings(
         rows: whole documents of each sequence, at most `seq_len` tokens in all; the rest is filled with `pad_id`, in a
             document of its own.
         numbers: the global sequence numbers.
+        opening: of the tokenizer; None: documents begin with end-of-text.
     """
     shape = (len(rows), seq_len)
     tokens = np.full(shape, pad_id, np.int64)
@@ -180,6 +189,8 @@ def assemble_rankings(
             own = rankings.verdict(number).branch
             end = begin + len(own)
             tokens[b, begin:end] = rankings.tokens(number)
+            if opening:
+                opening.put(tokens[b, begin:end])
             document[b, begin:end] = d
             branch[b, begin:end] = own
             position[b, begin:end] = branch_positions(own)
