@@ -36,6 +36,7 @@ from dist_lm.rlhf.models import (
     trained,
 )
 from dist_lm.rlhf.ppo import Ppo
+from dist_lm.rlhf.rewards import Judge
 from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource, ShuffledPrompts
 from dist_lm.rlhf.state import KlController, RlhfState
 from dist_lm.stages.export import write_model
@@ -85,7 +86,7 @@ class ToyPpo:
         if source is None:
             weights = dict(Transformer(config.model).state_dict())
             source = EngineRollouts(Engine(config.model, weights, eot_id=0, options=self.options(config)))
-        self._supply = RolloutSupply(source, ShuffledPrompts(prompts, config.seed), lambda tokens: "")
+        self._supply = RolloutSupply(source, ShuffledPrompts(prompts, config.seed), no_rules())
         self._state = RlhfState(KlController(KL_COEFFICIENT))
 
     def run(self) -> float:
@@ -139,6 +140,11 @@ def rlhf_config(config: Config, staleness: int, epochs: int) -> RlhfConfig:
         normalise_reward=False,
         missing_eos_penalty=0.0,
     )
+
+
+def no_rules() -> Judge:
+    """The reward is the reward model's score."""
+    return Judge({}, lambda tokens: "", 0.0)
 
 
 # --- peers ---

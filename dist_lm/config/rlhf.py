@@ -27,6 +27,7 @@ class RewardPartConfig:
     language: str = "python"  # parses: python | bash | sql; 1 if the text parses, else 0
     of: str = "document"  # parses: document (prompt and completion as one text) | completion
     function: str = ""  # function: 'package.module:name', called as name(prompt text, completion text) -> float
+    timeout_s: float = 10.0  # function: limit of a call
 
     def check(self, key: str) -> None:
         """Refuse values out of bounds; `key` is the config key of this part."""
@@ -41,6 +42,8 @@ class RewardPartConfig:
             module, colon, name = self.function.partition(":")
             holds = bool(module and colon and name)
             require(holds, f"{key}.function", self.function, "package.module:function")
+            seconds = self.timeout_s
+            require(0 < seconds < math.inf, f"{key}.timeout_s", seconds, "a positive number of seconds")
 
 
 @dataclass
@@ -87,6 +90,8 @@ class RlhfConfig:
     value_head: str = "zero"  # a new critic's head: zero | reward_model
     # rewards
     rewards: dict[str, RewardPartConfig] = field(default_factory=dict)  # parts by name; the score is their weighted sum
+    # largest share of an iteration's rollouts whose function (or other rule) may fail; they are left out
+    max_failed_fraction: float = 0.05
     missing_eos_penalty: float = 1.0  # subtracted from the score of a completion that was cut off
     normalise_reward: bool = True  # scale the reward model's scores to mean 0, std 1 on samples of the reference
 
@@ -103,7 +108,7 @@ class RlhfConfig:
             *("entropy_coefficient", "stop_kl", "pretrain_coefficient", "missing_eos_penalty", "importance_cap"),
         ):
             require(0 <= getattr(self, key) < math.inf, f"rlhf.{key}", getattr(self, key), "0 or a positive number")
-        for key in ("gamma", "lam", "min_lr_ratio"):
+        for key in ("gamma", "lam", "min_lr_ratio", "max_failed_fraction"):
             require(0 <= getattr(self, key) <= 1, f"rlhf.{key}", getattr(self, key), "in [0, 1]")
         for key in ("beta1", "beta2"):
             require(0 <= getattr(self, key) < 1, f"rlhf.{key}", getattr(self, key), "in [0, 1)")

@@ -31,6 +31,7 @@ from dist_lm.ranks.rlhf_supply import pretraining_text, rollout_source
 from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
 from dist_lm.rlhf.models import own_threads, sent_weights
 from dist_lm.rlhf.ppo import Ppo
+from dist_lm.rlhf.rewards import Judge
 from dist_lm.rlhf.rollouts import ShuffledPrompts, read_to_end
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.stages.registry import load_config
@@ -223,12 +224,14 @@ def _supply(
     if not start.world.is_first:
         read_to_end(weights)
         return None
-    draws = partial(reporter.alive, Phase.GENERATING)
+    group, draws = config.rlhf, partial(reporter.alive, Phase.GENERATING)
+    judge = Judge(group.rewards, start.tokenizer.decode, group.max_failed_fraction, draws)
+    stack.enter_context(judge)
     source = stack.enter_context(rollout_source(config, start.tokenizer, weights, start.world.device, draws))
     return RolloutSupply(
         source,
         ShuffledPrompts(prompts, config.seed),
-        start.tokenizer.decode,
+        judge,
         stop_tokens=stop_tokens(start.tokenizer),
     )
 

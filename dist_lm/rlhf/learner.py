@@ -1,6 +1,6 @@
 """The RLHF loop: prompts, rollouts, rewards, updates, new weights for generation. It depends on no algorithm or layout.
 
-take rollouts (first rank) -> share -> forward passes of all models -> prepare -> passes of updates -> push weights
+take judged rollouts (first rank) -> share -> forward passes of all models -> prepare -> updates -> push weights
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ from dist_lm.rlhf.experience import Collected, collect
 from dist_lm.rlhf.models import Beside, Execution, RlhfModels, dealing, one_after_other, sent_weights
 from dist_lm.rlhf.packed_rollouts import Passes
 from dist_lm.rlhf.policy_gradient import k1, mean_and_std
-from dist_lm.rlhf.rewards import REWARD_MODEL, Decode, Rule, rules_of, share_judged
+from dist_lm.rlhf.rewards import REWARD_MODEL, Judge, Scored, share_scored
 from dist_lm.rlhf.rollouts import (
     PromptOrder,
     Rollouts,
@@ -29,7 +29,7 @@ from dist_lm.rlhf.rollouts import (
     requests_of,
     rollouts_of,
 )
-from dist_lm.rlhf.schedule import RolloutSchedule, is_drawn_by
+from dist_lm.rlhf.schedule import Drawn, RolloutSchedule, is_drawn_by
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.rlhf.update import Pretraining, Updater, Updates
 from dist_lm.training.heartbeat import StopRequest
@@ -45,18 +45,18 @@ class IterationReport:
     iteration: int  # number of finished iterations
     metrics: Mapping[str, float]
     updates: Sequence[Mapping[str, float]]  # metrics of each update, without the `rlhf/` group
-    rollouts: Rollouts
+    rollouts: Rollouts  # those with a score
     part_B: Mapping[str, torch.Tensor]  # scores of the reward parts
     score_B: torch.Tensor  # their weighted sum, penalty included
 
 
 @dataclass(frozen=True)
 class RolloutSupply:
-    """What only the first rank has: prompts, the source of completions, and the decoder for rules."""
+    """What only the first rank has: prompts, the source of completions, and the rules."""
 
     source: RolloutSource
     prompts: PromptOrder
-    decode: Decode
+    judge: Judge
     stop_tokens: tuple[int, ...] = ()  # that end a completion, besides end-of-text
 
     def draw(
@@ -117,27 +117,28 @@ class Learner:
 
         Raises:
             NonFiniteGradientsError: after rlhf.max_nonfinite_updates skipped updates in a row.
+            RewardError: rules failed on more rollouts than rlhf.max_failed_fraction allows.
         """
-        rules = rules_of(self.config.rewards)
         if self.supply is None:
             read_to_end(self._weights())
-            return self._loop(state, rules, None)
+            return self._loop(state, None)
         config, supply, start = self.config, self.supply, state
 
         def draw(iteration: int) -> Rollouts:
             position = start.prompt_position + (iteration - start.iteration) * config.prompts
             return supply.draw(supply.prompts(position, config.prompts), position, config.samples, config, self.seed)
 
-        schedule = RolloutSchedule(supply.source, draw, staleness=config.max_staleness, iterations=self.iterations)
-        with schedule:
+        with RolloutSchedule(
+            supply.source, draw, supply.judge, staleness=config.max_staleness, iterations=self.iterations
+        ) as schedule:
             schedule.begin(state.version, self._weights(), state.pending)
-            return self._loop(state, rules, schedule)
+            return self._loop(state, schedule)
 
-    def _loop(self, state: RlhfState, rules: Mapping[str, Rule], schedule: RolloutSchedule | None) -> RlhfState:
+    def _loop(self, state: RlhfState, schedule: RolloutSchedule | None) -> RlhfState:
         run = self._execution()
         updater = Updater(run, self.algorithm, self.stop, self.pretraining)
         while state.iteration < self.iterations:
-            state, stopping = self._iteration(replace(state, pending={}), run, updater, rules, schedule)
+            state, stopping = self._iteration(replace(state, pending={}), run, updater, schedule)
             last = state.iteration == self.iterations or stopping
             if last or is_due(state.iteration, self.save_every):
                 state = replace(state, pending=schedule.ahead(state.version) if schedule else {})
@@ -147,30 +148,25 @@ class Learner:
         return state
 
     def _iteration(
-        self,
-        state: RlhfState,
-        run: Execution,
-        updater: Updater,
-        rules: Mapping[str, Rule],
-        schedule: RolloutSchedule | None,
+        self, state: RlhfState, run: Execution, updater: Updater, schedule: RolloutSchedule | None
     ) -> tuple[RlhfState, bool]:
         """One iteration: the state after it, and whether a stop was requested."""
         clock = WallLaps()
         self.alive()
         drawn = schedule.take(state.iteration) if schedule else None
-        decode = self.supply.decode if self.supply else None
-        rollouts, rule_score_B = share_judged(drawn.rollouts if drawn else None, rules, decode)
+        scored = share_scored(drawn.judged if drawn else None)
+        rollouts = scored.rollouts
         clock.lap("rollout")
         order = {"seed": self.seed, "iteration": state.iteration, "parts": self.config.minibatches}
         passes = Passes(rollouts, run.dealing, run.device, **order)
         first = [batch for minibatch in passes(0) for batch in minibatch.batches]
-        collected = collect(run, rollouts, rule_score_B, first, state.reward_scale)
+        collected = collect(run, rollouts, scored.rule_score_B, first, state.reward_scale)
         prepared = self.algorithm.prepare(collected.experience, state.kl.coefficient)
         clock.lap("forward")
         self._set_learning_rates(state.iteration)
         updates = updater(state, prepared.tokens, passes)
         clock.lap("update")
-        metrics = iteration_metrics(state, rollouts, collected, prepared, updates, drawn.seconds if drawn else 0.0)
+        metrics = iteration_metrics(state, scored, collected, prepared, updates, drawn)
         state = self._advanced(updates.state, collected, metrics)
         if is_drawn_by(state.version, self.config.max_staleness, self.iterations):
             if schedule:
@@ -231,19 +227,20 @@ class Learner:
 
 def iteration_metrics(
     state: RlhfState,
-    rollouts: Rollouts,
+    scored: Scored,
     collected: Collected,
     prepared: Prepared,
     updates: Updates,
-    drawing_s: float,
+    drawn: Drawn | None,
 ) -> dict[str, float]:
     """Metrics of an iteration, without the clock's. Names follow TRL and OpenRLHF where the meaning is the same.
 
     Args:
         state: before the iteration.
-        drawing_s: seconds that drawing took; 0: unknown.
+        drawn: None except on the first rank.
     """
     experience, mask_BT = collected.experience, collected.experience.mask_BT
+    rollouts = scored.rollouts
     score = float(experience.score_B.double().mean())
     metrics = {
         "rlhf/score_mean": score,
@@ -264,8 +261,10 @@ def iteration_metrics(
         }
     gap_BT = (experience.logprob_BT - collected.engine_logprob_BT).abs() * mask_BT
     metrics["rollout/logprob_gap"] = float(gap_BT.max())
-    if drawing_s:
-        metrics["rollout/tokens_per_s"] = float(rollouts.new_tokens_B.sum()) / drawing_s
+    if drawn and drawn.drawing_s:
+        metrics["rollout/tokens_per_s"] = float(drawn.judged.rollouts.new_tokens_B.sum()) / drawn.drawing_s
+        metrics["timing/judging_s"] = drawn.judging_s
+    metrics |= scored.metrics
     metrics |= {f"rlhf/part_{name}": float(score_B.double().mean()) for name, score_B in collected.part_B.items()}
     metrics |= {f"rlhf/{name}": value for name, value in prepared.metrics.items()}
     for name in updates.metrics[0]:

@@ -1,23 +1,30 @@
-"""The reward of a completion: rules over its text, a reward model's score, and their weighted sum.
+"""The reward of a completion: scores of rules, a reward model's score, and their weighted sum.
 
-Rules run on the first rank, which holds the rollouts; `share_judged` then gives every rank the rollouts and their rule
-scores. No rule executes what a model wrote: code is only parsed.
+Rules run on the first rank, which holds the rollouts. A rollout on which a rule fails has no score: it leaves the
+iteration before any model sees it, so it takes no part in groups, losses, statistics or counts. `share_scored` gives
+every rank the others with their scores.
 
-Dimensions: B rollouts, R rules.
+Dimensions: B rollouts.
 """
 
-import math
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from dist_lm.config.rlhf import RewardPartConfig
-from dist_lm.config.root import imported_function
-from dist_lm.errors import ConfigError, UserError
-from dist_lm.rlhf.rollouts import Rollouts
-from dist_lm.sandbox.syntax import parses, parses_continued, whole_lines
+from dist_lm.errors import ConfigError
+from dist_lm.rlhf.reward_function import FunctionRule, RewardError
+from dist_lm.rlhf.rollouts import JudgedRollouts, Rollouts
+from dist_lm.rlhf.rules import Alive, Failure, Judged, Rule, length_rule, parses_rule
+from dist_lm.sandbox.syntax import parses
+
+log = logging.getLogger(__name__)
 
 Decode = Callable[[Sequence[int]], str]
 """Tokens to text; special tokens give no text."""
@@ -25,75 +32,11 @@ REWARD_MODEL = "reward_model"  # the kind of part that is no rule
 _FIRST = 0  # the rank that holds the rollouts
 
 
-class RewardError(UserError):
-    """A reward function failed or returned no finite number."""
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A rollout as rules see it."""
-
-    prompt: str
-    completion: str
-    new_tokens: int
-    whole: bool  # it ended by a stop token and was not cut off
-
-
-Rule = Callable[[Judged], float]
-
-
-def length_rule(target: int) -> Rule:
-    """1 at `target` tokens, falling linearly to 0 at no tokens and at twice as many."""
-    return lambda judged: max(0.0, 1 - abs(judged.new_tokens - target) / target)
-
-
-def parses_rule(language: str, of: str) -> Rule:
-    """1 if the text parses, else 0. The last line of a completion that was cut off does not count.
-
-    Args:
-        of: document (prompt and completion as one text) | completion.
-    """
-
-    def rule(judged: Judged) -> float:
-        if of == "document":
-            return float(bool(parses_continued(language, judged.prompt, judged.completion, judged.whole)))
-        return float(bool(parses(language, whole_lines(judged.completion, judged.whole))))
-
-    return rule
-
-
-def function_rule(path: str, key: str) -> Rule:
-    """A user's function of prompt text and completion text.
-
-    Args:
-        path: 'package.module:name'.
-        key: the config key, for messages.
-
-    Raises:
-        ConfigError: there is no such function.
-    """
-    function = imported_function(path, key)
-
-    def rule(judged: Judged) -> float:
-        try:
-            value = function(judged.prompt, judged.completion)
-        except Exception as error:  # any error of the function would come again with the same completion
-            raise RewardError(
-                f"{key}={path} failed ({type(error).__name__}: {error}) on prompt {judged.prompt!r}, "
-                f"completion {judged.completion!r}"
-            ) from error
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise RewardError(f"{key}={path} returned {value!r} for a completion; expected a finite number")
-        return float(value)
-
-    return rule
-
-
 def rules_of(parts: Mapping[str, RewardPartConfig]) -> dict[str, Rule]:
-    """The reward parts that are rules, by name.
+    """The reward parts that are rules, by name. Whoever makes them closes them.
 
     Raises:
-        ConfigError: a function cannot be imported, or this machine has no parser for a language.
+        ConfigError: this machine has no parser for a language.
     """
     return {name: _rule(name, part) for name, part in parts.items() if part.kind != REWARD_MODEL}
 
@@ -105,18 +48,84 @@ def _rule(name: str, part: RewardPartConfig) -> Rule:
         if parses(part.language, "") is None:
             raise ConfigError(f"rlhf.rewards.{name}.language={part.language}: no parser for it on this machine")
         return parses_rule(part.language, part.of)
-    return function_rule(part.function, f"rlhf.rewards.{name}.function")
+    return FunctionRule(part.function, f"rlhf.rewards.{name}.function", part.timeout_s)
 
 
-def judge(rollouts: Rollouts, rules: Mapping[str, Rule], decode: Decode) -> dict[str, list[float]]:
-    """The score of every rollout under every rule."""
-    if not rules:
-        return {}
-    judged = [
-        Judged(decode(one.prompt.tolist()), decode(one.completion.tolist()), len(one.completion), one.whole)
-        for one in rollouts
-    ]
-    return {name: [rule(one) for one in judged] for name, rule in rules.items()}
+class Judge:
+    """Scores rollouts under rules, on the first rank. A context manager; leaving it closes the rules."""
+
+    def __init__(
+        self,
+        parts: Mapping[str, RewardPartConfig],
+        decode: Decode,
+        max_failed_fraction: float,
+        alive: Alive = lambda: None,
+    ) -> None:
+        """
+        Args:
+            max_failed_fraction: largest share of the rollouts of an iteration that may stay without a score.
+            alive: called while rules work, from any thread.
+        """
+        self._parts, self._decode, self._alive = parts, decode, alive
+        self._max_failed_fraction = max_failed_fraction
+        self._rules = rules_of(parts)
+
+    def __call__(self, rollouts: Rollouts, expected: int = 0) -> JudgedRollouts:
+        """The score of every rollout under every rule.
+
+        Args:
+            expected: rollouts of the iteration, if these are only some of them.
+
+        Raises:
+            RewardError: rules failed on more of them than `max_failed_fraction` allows.
+        """
+        if not self._rules:
+            return JudgedRollouts(rollouts, {})
+        judged = [
+            Judged(
+                prompt=self._decode(one.prompt.tolist()),
+                completion=self._decode(one.completion.tolist()),
+                new_tokens=len(one.completion),
+                whole=one.whole,
+                position=one.position,
+                sample=one.sample,
+            )
+            for one in rollouts
+        ]
+        expected = max(expected, len(judged))
+        failed: set[int] = set()
+        found = {}
+        for name, rule in self._rules.items():
+            found[name] = np.full(len(judged), np.nan)
+            for place, score in enumerate(rule(judged, self._alive)):
+                if not isinstance(score, Failure):
+                    found[name][place] = score
+                    continue
+                failed.add(place)
+                one, what = judged[place], f"{self._title(name)} has no score"
+                at = f"prompt {one.position}, sample {one.sample}: {score.reason}"
+                log.warning("%s for %s; the completion is left out", what, at)
+                if len(failed) > self._max_failed_fraction * expected:
+                    raise RewardError(
+                        f"{what} for {at}. With it, {len(failed)} of {expected} completions of an iteration have no "
+                        f"score, above rlhf.max_failed_fraction={self._max_failed_fraction:g}: mend it, or raise that"
+                    )
+        return JudgedRollouts(rollouts, found)
+
+    def _title(self, name: str) -> str:
+        function = self._parts[name].function
+        return f"rlhf.rewards.{name}.function={function}" if function else f"rlhf.rewards.{name}"
+
+    def close(self) -> None:
+        """End the processes of the rules."""
+        for rule in self._rules.values():
+            rule.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
 
 
 def total_score(
@@ -132,17 +141,42 @@ def total_score(
     return total_B
 
 
-def share_judged(
-    rollouts: Rollouts | None, rules: Mapping[str, Rule], decode: Decode | None
-) -> tuple[Rollouts, dict[str, torch.Tensor]]:
-    """The first rank's rollouts on every rank, and their fp32 scores (B,) under each rule (collective).
+@dataclass(frozen=True)
+class Scored:
+    """The rollouts with a score under every rule, the same on every rank."""
+
+    rollouts: Rollouts
+    rule_score_B: Mapping[str, torch.Tensor]  # fp32, by part
+    kept_D: np.ndarray  # bool; which of the rollouts drawn these are
+    failed: Mapping[str, int]  # rollouts drawn without a score, by part
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Share of the rollouts drawn that were left out, and how many each part failed on."""
+        failed = {f"rlhf/failed_{name}": float(count) for name, count in self.failed.items()}
+        return {"rlhf/failed_fraction": 1 - float(self.kept_D.mean()), **failed} if failed else {}
+
+
+def share_scored(judged: JudgedRollouts | None) -> Scored:
+    """The first rank's rollouts with a score under every rule, on every rank (collective).
 
     Args:
-        rollouts, decode: None on all other ranks.
+        judged: None on all other ranks.
+
+    Raises:
+        RewardError: no rollout has a score.
     """
-    judged: list = [None]
-    if rollouts is not None and decode is not None:
-        judged = [(rollouts, judge(rollouts, rules, decode))]
-    dist.broadcast_object_list(judged, _FIRST)
-    shared, scores = judged[0]
-    return shared, {name: torch.tensor(scores[name], dtype=torch.float64).float() for name in rules}
+    shared: list = [judged]
+    dist.broadcast_object_list(shared, _FIRST)
+    drawn, scores = shared[0].rollouts, shared[0].scores
+    kept_D = np.ones(len(drawn), bool)
+    for score_D in scores.values():
+        kept_D &= np.isfinite(score_D)
+    if not kept_D.any():
+        raise RewardError(f"none of the {len(drawn)} completions of an iteration has a score (rlhf.rewards)")
+    return Scored(
+        rollouts=drawn if kept_D.all() else drawn.chosen(kept_D),
+        rule_score_B={name: torch.from_numpy(score_D[kept_D]).float() for name, score_D in scores.items()},
+        kept_D=kept_D,
+        failed={name: int(np.isnan(score_D).sum()) for name, score_D in scores.items()},
+    )

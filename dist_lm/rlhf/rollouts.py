@@ -3,7 +3,7 @@
 Dimensions: B rollouts, N their tokens (prompts and completions) concatenated, M the tokens of completions concatenated.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -149,6 +149,21 @@ class Rollouts:
     def whole(self) -> np.ndarray:
         """(B,) bool: which rollouts ended by a stop token."""
         return np.isin(self.finish_B, [FINISHES.index(reason) for reason in WHOLE])
+
+    def chosen(self, chosen_B: np.ndarray) -> "Rollouts":
+        """Those where `chosen_B` (bool) is true."""
+        chosen_N = np.repeat(chosen_B, self.prompt_tokens_B + self.new_tokens_B)
+        chosen_M = np.repeat(chosen_B, self.new_tokens_B)
+        of_rollouts = {name: value[chosen_B] for name, value in vars(self).items() if name.endswith("_B")}
+        return Rollouts(tokens_N=self.tokens_N[chosen_N], logprobs_M=self.logprobs_M[chosen_M], **of_rollouts)
+
+
+@dataclass(frozen=True)
+class JudgedRollouts:
+    """Rollouts and their scores under the rules of the reward."""
+
+    rollouts: Rollouts
+    scores: Mapping[str, np.ndarray]  # by part, fp64 (B,); NaN: the rule failed on this rollout
 
 
 def requests_of(

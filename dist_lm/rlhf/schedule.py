@@ -6,6 +6,8 @@ max(0, i - staleness), however long anything takes, so they stay a pure function
     staleness 0:   draw 0 | train 0 | draw 1 | train 1 | ...
     staleness 1:   draw 0 | train 0             | train 1             | ...
                           | draw 1 by version 0 | draw 2 by version 1 | ...
+
+With staleness, rules judge the rollouts of an iteration while those of the next one are drawn.
 """
 
 import time
@@ -16,18 +18,21 @@ from functools import partial
 from typing import Self
 
 from dist_lm.generation.decoder import WeightStream
-from dist_lm.rlhf.rollouts import Rollouts, RolloutSource, read_to_end
+from dist_lm.rlhf.rollouts import JudgedRollouts, Rollouts, RolloutSource, read_to_end
 
 Draw = Callable[[int], Rollouts]
 """iteration -> its rollouts, by the weights that the source has."""
+Judging = Callable[[Rollouts], JudgedRollouts]
+"""The rollouts of an iteration with their scores under the rules."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Rollouts, and the seconds that drawing them took."""
+    """Judged rollouts, and how long they took."""
 
-    rollouts: Rollouts
-    seconds: float
+    judged: JudgedRollouts
+    drawing_s: float
+    judging_s: float
 
 
 def is_drawn_by(version: int, staleness: int, iterations: int) -> bool:
@@ -36,25 +41,26 @@ def is_drawn_by(version: int, staleness: int, iterations: int) -> bool:
 
 
 class RolloutSchedule:
-    """Draws rollouts from a source, on the rank that has it. A context manager; leaving it ends its thread.
+    """Draws rollouts from a source, on the rank that has it. A context manager; leaving it ends its threads.
 
-    With staleness 0 there is no thread: rollouts are drawn when they are taken.
+    With staleness 0 there are no threads: rollouts are drawn and judged when they are taken.
     """
 
-    def __init__(self, source: RolloutSource, draw: Draw, *, staleness: int, iterations: int) -> None:
+    def __init__(self, source: RolloutSource, draw: Draw, judge: Judging, *, staleness: int, iterations: int) -> None:
         """
         Args:
             iterations: of the whole run; nothing is drawn for later ones.
         """
-        self._source, self._draw = source, draw
+        self._source, self._draw, self._judge = source, draw, judge
         self._staleness, self._iterations = staleness, iterations
         self._drawn: dict[int, Callable[[], Drawn]] = {}
         self._thread = ThreadPoolExecutor(1, "rollouts") if staleness else None
+        self._rules = ThreadPoolExecutor(1, "rules") if staleness else None
 
-    def begin(self, version: int, weights: WeightStream, pending: Mapping[int, Rollouts]) -> None:
+    def begin(self, version: int, weights: WeightStream, pending: Mapping[int, JudgedRollouts]) -> None:
         """Start, or resume, with the weights of `version`; `pending` rollouts are taken over and not drawn again."""
-        for iteration, rollouts in pending.items():
-            self._drawn[iteration] = partial(Drawn, rollouts, 0.0)
+        for iteration, judged in pending.items():
+            self._drawn[iteration] = partial(Drawn, judged, 0.0, 0.0)
         ahead = range(version, min(version + self._staleness + 1, self._iterations))
         self._submit(version, weights, [iteration for iteration in ahead if iteration not in pending])
 
@@ -66,20 +72,21 @@ class RolloutSchedule:
         """Wait for the rollouts of an iteration. Each can be taken once."""
         return self._drawn.pop(iteration)()
 
-    def ahead(self, version: int) -> dict[int, Rollouts]:
+    def ahead(self, version: int) -> dict[int, JudgedRollouts]:
         """Wait for the rollouts that older weights than `version` draw and that are not taken yet.
 
         A checkpoint at `version` keeps them, because its own weights would draw others.
         """
         own = range(version, version + self._staleness)
-        return {iteration: drawn().rollouts for iteration, drawn in sorted(self._drawn.items()) if iteration in own}
+        return {iteration: drawn().judged for iteration, drawn in sorted(self._drawn.items()) if iteration in own}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._thread:
-            self._thread.shutdown(cancel_futures=True)
+        for threads in (self._thread, self._rules):
+            if threads:
+                threads.shutdown(cancel_futures=True)
 
     def _submit(self, version: int, weights: WeightStream, iterations: list[int]) -> None:
         load = None
@@ -90,13 +97,24 @@ class RolloutSchedule:
         else:
             self._source.load_weights(weights, version)
         for iteration in iterations:
-            work = partial(self._timed, iteration, load)
-            self._drawn[iteration] = self._thread.submit(work).result if self._thread else work
+            draw = partial(self._timed, iteration, load)
+            if self._thread and self._rules:
+                draw = self._thread.submit(draw).result
+                self._drawn[iteration] = self._rules.submit(self._judged, draw).result
+            else:
+                self._drawn[iteration] = partial(self._judged, draw)
             load = None
 
-    def _timed(self, iteration: int, load: Callable[[], None] | None) -> Drawn:
+    def _timed(self, iteration: int, load: Callable[[], None] | None) -> tuple[Rollouts, float]:
+        """The rollouts, and the seconds that loading weights and drawing took."""
         started = time.perf_counter()
         if load:
             load()
         rollouts = self._draw(iteration)
-        return Drawn(rollouts, time.perf_counter() - started)
+        return rollouts, time.perf_counter() - started
+
+    def _judged(self, draw: Callable[[], tuple[Rollouts, float]]) -> Drawn:
+        rollouts, drawing_s = draw()
+        started = time.perf_counter()
+        judged = self._judge(rollouts)
+        return Drawn(judged, drawing_s, time.perf_counter() - started)

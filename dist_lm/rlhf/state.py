@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from dist_lm.rlhf.reward_model import RewardScale
-from dist_lm.rlhf.rollouts import Rollouts
+from dist_lm.rlhf.rollouts import JudgedRollouts, Rollouts
+
+SCORE = "score."  # prefix of the names of scores
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class KlController:
 
 @dataclass(frozen=True)
 class RlhfState:
-    """Counters after the last finished iteration, and rollouts drawn ahead for the next ones. A value."""
+    """Counters after the last finished iteration, and rollouts drawn and judged ahead for the next ones. A value."""
 
     kl: KlController
     iteration: int = 0  # finished iterations; also the version of the policy's weights
@@ -39,7 +41,7 @@ class RlhfState:
     reward_scale: RewardScale | None = None  # None: not measured yet
     best_reward: float | None = None  # largest rlhf/reward_mean of an iteration
     best_iteration: int = 0
-    pending: Mapping[int, Rollouts] = field(default_factory=dict)  # by iteration: drawn, not trained on yet
+    pending: Mapping[int, JudgedRollouts] = field(default_factory=dict)  # by iteration: drawn, not trained on yet
 
     @property
     def version(self) -> int:
@@ -53,11 +55,14 @@ class RlhfState:
         return values | {"kl": asdict(self.kl), "reward_scale": scale}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The pending rollouts: `ITERATION.NAME` -> array."""
+        """The pending rollouts: `ITERATION.NAME` -> array, `ITERATION.score.PART` -> scores."""
         return {
             f"{iteration}.{name}": value
-            for iteration, rollouts in self.pending.items()
-            for name, value in vars(rollouts).items()
+            for iteration, judged in self.pending.items()
+            for name, value in (
+                *vars(judged.rollouts).items(),
+                *((f"{SCORE}{part}", score_B) for part, score_B in judged.scores.items()),
+            )
         }
 
     @classmethod
@@ -67,12 +72,17 @@ class RlhfState:
         for key, value in arrays.items():
             iteration, _, name = key.partition(".")
             pending.setdefault(int(iteration), {})[name] = value
+        judged = {}
+        for iteration, parts in sorted(pending.items()):
+            scores = {name.removeprefix(SCORE): value for name, value in parts.items() if name.startswith(SCORE)}
+            own = {name: value for name, value in parts.items() if not name.startswith(SCORE)}
+            judged[iteration] = JudgedRollouts(Rollouts(**own), scores)
         scale = values["reward_scale"]
         return cls(
             **{
                 **values,
                 "kl": KlController(**values["kl"]),
                 "reward_scale": RewardScale(**scale) if scale else None,
-                "pending": {iteration: Rollouts(**parts) for iteration, parts in sorted(pending.items())},
+                "pending": judged,
             }
         )

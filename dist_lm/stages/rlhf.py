@@ -25,7 +25,7 @@ from dist_lm.training import checkpoint_files
 if TYPE_CHECKING:
     from dist_lm.tracking.console import Console
 
-AUTO = "auto"
+AUTO, NO_MODEL = "auto", "none"
 ROWS = {  # metric -> its row in the summary
     "rlhf/reward_mean": "reward: score minus KL penalty",
     "rlhf/score_mean": "score",
@@ -48,7 +48,8 @@ class RlhfRunGroup(RlhfConfig):
     # assistant's turn
     prompts_from: str = ""
     held_out_from: str = ""  # file of held-out prompts; empty: one in 16 of prompts_from by hash, or the val split
-    reward_model: str = AUTO  # run of stage reward; auto: the run with the same run_id
+    # run of stage reward; auto: the run with the same run_id; none: without the parts of kind reward_model
+    reward_model: str = AUTO
     held_out_prompts: int = 64  # for the win rate before the first and after the last iteration; 0: not measured
     table_rollouts: int = 16  # rollouts in samples/step_N.jsonl, every stage.eval_every iterations
     # with rlhf.pretrain_coefficient above 0: text whose next-token loss is added to the policy loss of every update
@@ -61,11 +62,17 @@ class RlhfRunGroup(RlhfConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         # weight 0 removes a part, so that a command can remove parts of conf/
-        self.rewards = {name: part for name, part in self.rewards.items() if part.weight}
+        self.rewards = {
+            name: part
+            for name, part in self.rewards.items()
+            if part.weight and (part.kind != "reward_model" or self.reward_model != NO_MODEL)
+        }
         for key in ("held_out_prompts", "table_rollouts"):
             require(getattr(self, key) >= 0, f"rlhf.{key}", getattr(self, key), "0 or a positive integer")
         require(bool(self.rewards), "rlhf.rewards", self.rewards, "at least one part")
-        require(bool(self.reward_model), "rlhf.reward_model", self.reward_model, "auto, or the path of a run")
+        require(bool(self.reward_model), "rlhf.reward_model", self.reward_model, "auto, none, or the path of a run")
+        headless = self.value_head == "reward_model" and not self.asks_reward_model
+        require(not headless, "rlhf.value_head", self.value_head, "zero, as there is no reward model")
         for key in ("pretrain_sequences", "pretrain_seq_len"):
             require(getattr(self, key) > 0, f"rlhf.{key}", getattr(self, key), "a positive integer")
         check_shares("rlhf.pretrain_mix", self.pretrain_mix, own="rlhf.pretrain_corpus")
@@ -166,7 +173,7 @@ class Rlhf(TrainingStage):
     free_keys = (
         *FREE_KEYS,
         *("rlhf.reward_model", "rlhf.pool.", "rlhf.micro_batch_tokens", "rlhf.table_rollouts"),
-        "rlhf.max_nonfinite_updates",
+        *("rlhf.max_nonfinite_updates", "rlhf.max_failed_fraction"),
     )
     key_figures = (
         (KeyFigure("rlhf/win_rate", percent, "wins"), KeyFigure("rlhf/reward_mean", three_decimals, "reward")),
@@ -278,7 +285,7 @@ def with_reward_run(config: RlhfRunConfig) -> RlhfRunConfig:
     """`config` with rlhf.reward_model as an absolute path; `none` if no part of the reward uses it."""
     found = config.rlhf.reward_model
     if not config.rlhf.asks_reward_model:
-        found = "none"
+        found = NO_MODEL
     elif found == AUTO:
         found = str(WorkDirectory(Path(config.work_dir).resolve()).run("reward", config.run_id).path)
     else:

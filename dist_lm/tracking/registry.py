@@ -263,6 +263,8 @@ REINFORCEMENT = (
         ("rlhf/reward_mean", "", "higher", "Mean score of rollouts minus the KL penalty."),
         ("rlhf/score_mean", "", "higher", "Mean weighted sum of the reward parts."),
         ("rlhf/part_{part}", "", "higher", "Mean score of one reward part."),
+        ("rlhf/failed_fraction", "", "lower", "Share of rollouts left out, as a rule gave them no score."),
+        ("rlhf/failed_{part}", "rollouts", "lower", "Rollouts that one rule gave no score."),
     ),
     *_table(
         "rlhf",
@@ -310,6 +312,7 @@ REINFORCEMENT = (
         "throughput",
         RLHF,
         ("rollout/tokens_per_s", "tokens/s", "higher", "Sampled tokens a second of generation."),
+        ("timing/judging_s", "s", "lower", "Time of the rules, beside generation if rlhf.max_staleness > 0."),
         only="for rollouts of this attempt",
     ),
     *_table("throughput", RLHF, ("rollout/staleness", "iterations", "lower", "Age of the sampling weights.")),

@@ -45,6 +45,8 @@ RULES_ONLY = (
     "rlhf.rewards={size: {kind: length, target: 9}}",
 )
 
+FUNCTION_ONLY = ("rlhf.reward_model=none", "rlhf.rewards={mine: {kind: function, function: os.path:commonprefix}}")
+
 
 IN_256 = ("stages.tools.seq_len=200", "stages.reward.seq_len=200")  # the context of the small model
 
@@ -55,6 +57,10 @@ def test_rlhf_needs_rankings_and_a_reward_model_only_where_it_asks_them(work):
     assert asking.stages[-1].config.rlhf.reward_model == str((work.run("reward", "default").path).resolve())
     ruled = plan_of(work, *IN_256, *RULES_ONLY, target="rlhf")
     assert not {"rankings", "reward"} & actions(ruled).keys()
+    without = plan_of(work, *IN_256, *FUNCTION_ONLY, target="rlhf")
+    assert list(actions(without))[-3:] == ["tools", "rankings", "rlhf"]  # rankings: its prompts
+    assert without.stages[-1].config.rlhf.reward_model == "none"
+    assert list(without.stages[-1].config.rlhf.rewards) == ["mine"]
     elsewhere = make_run(work, "reward", "stage.seq_len=200", "stage.init_from=none", "run_id=elsewhere", done=True)
     given = plan_of(work, *IN_256, f"rlhf.reward_model={elsewhere.path}", target="rlhf")
     assert "reward" not in actions(given)
@@ -157,8 +163,11 @@ def test_keys_of_rlhf_belong_to_that_stage_alone(work):
     assert plan.stages[-1].config.rlhf.prompts == 5
     with pytest.raises(ConfigError, match=r"^rlhf\.prompts=5: no such key"):
         plan_of(work, "rlhf.prompts=5", target="code")
-    with pytest.raises(ConfigError, match=r"^rlhf\.rewards=\{\}: expected at least one part$"):
-        plan_of(work, *IN_256, "rlhf.rewards.preference.weight=0", target="rlhf")
+    for nothing in ("rlhf.rewards.preference.weight=0", "rlhf.reward_model=none"):
+        with pytest.raises(ConfigError, match=r"^rlhf\.rewards=\{\}: expected at least one part$"):
+            plan_of(work, *IN_256, nothing, target="rlhf")
+    with pytest.raises(ConfigError, match=r"^rlhf\.value_head=reward_model: expected zero, as there is no reward"):
+        plan_of(work, *IN_256, *FUNCTION_ONLY, "rlhf.value_head=reward_model", target="rlhf")
 
 
 def test_a_part_of_the_reward_that_one_of_two_runs_has_is_one_difference():

@@ -11,6 +11,7 @@ import torch
 from dist_lm.config.rlhf import RewardPartConfig
 from dist_lm.errors import ConfigError
 from dist_lm.generation.request import Answer, Request
+from dist_lm.rlhf.learner import RolloutSupply
 from dist_lm.rlhf.models import start_critic
 from dist_lm.rlhf.ppo import Ppo
 from dist_lm.rlhf.reward_model import RewardScale
@@ -20,6 +21,7 @@ from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.trainer import NonFiniteGradientsError
 from tests.rlhf.toy import LENGTH, TOKENS, GroupMean, Toy, engine_of, tensors_of, weights_of
 from tests.rlhf.toy import toy as plain_toy
+from tests.rlhf.toy_rewards import VOCABULARY
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -27,11 +29,8 @@ SHORT = replace(LENGTH, prompts=12, max_new_tokens=8, epochs=2, minibatches=2, k
 SHORT = replace(SHORT, rewards={"length": RewardPartConfig(kind="length", target=4)}, missing_eos_penalty=1.0)
 WITH_REWARD_MODEL = replace(SHORT, rewards=SHORT.rewards | {"model": RewardPartConfig(kind="reward_model")})
 NEAR = 1e-5
+FAILING = {"starts": RewardPartConfig(kind="function", function="tests.rlhf.toy_rewards:fails_on_low_starts")}
 STOPS = tuple(range(1, 9))  # so that completions have many lengths
-
-
-def one(prompt: str, completion: str) -> float:
-    return 1.0
 
 
 def toy(config, iterations: int, **options) -> Toy:
@@ -119,6 +118,33 @@ def test_a_scale_that_is_known_before_the_first_iteration_is_used_from_there_on(
     torch.testing.assert_close(made.reports[0].part_B["model"], (raw - 2.0) / 4.0)
 
 
+def test_a_completion_without_a_score_takes_no_part_in_anything():
+    """As if it had never been drawn: by a function that fails, and by one that never sees those completions."""
+
+    class Sorted(RolloutSupply):
+        def draw(self, *given):
+            rollouts = super().draw(*given)
+            return rollouts.chosen(np.array([one.completion[0] >= VOCABULARY // 4 for one in rollouts]))
+
+    config = replace(WITH_REWARD_MODEL, rewards=WITH_REWARD_MODEL.rewards | FAILING, max_failed_fraction=0.9, samples=2)
+    failing, other = (toy(config, 3, reward_model=True) for _ in range(2))
+    supply = other.learner.supply
+    assert supply
+    other.learner = replace(other.learner, supply=Sorted(**vars(supply)))
+    failing.run()
+    other.run()
+    assert sum(failing.metric("rlhf/failed_starts")) > 5
+    assert sum(other.metric("rlhf/failed_starts")) == sum(failing.metric("rlhf/failed_length")) == 0
+    for name, value in tensors_of(other).items():
+        assert torch.equal(value, tensors_of(failing)[name]), name
+    for report, expected in zip(failing.reports, other.reports, strict=True):
+        failed = report.metrics["rlhf/failed_starts"]
+        assert len(report.rollouts) == len(expected.rollouts) == 24 - failed
+        assert report.metrics["rlhf/failed_fraction"] == pytest.approx(failed / 24)
+        kept = {n for n in report.metrics if "timing" not in n and "_per_s" not in n and "failed" not in n}
+        assert {n: report.metrics[n] for n in kept} == {n: expected.metrics[n] for n in kept}
+
+
 def test_parts_and_models_that_do_not_go_together_are_refused():
     for config, options, message in (
         (WITH_REWARD_MODEL, {}, "reward_model"),
@@ -151,7 +177,7 @@ def test_a_critic_begins_with_the_reward_models_trunk_and_a_head_of_zero_or_the_
 
 
 def test_the_critic_learns_and_optimizers_have_their_own_rates():
-    rewards = {"one": RewardPartConfig(kind="function", function="tests.rlhf.test_learner:one")}
+    rewards = {"one": RewardPartConfig(kind="function", function="tests.rlhf.toy_rewards:one")}
     config = replace(SHORT, lr=1e-12, value_lr=3e-3, epochs=4, rewards=rewards, missing_eos_penalty=0.0)
     made = ran(replace(config, kl_coefficient=0.0, lam=1.0), 5)
     values = made.metric("rlhf/value_mean")
@@ -252,6 +278,7 @@ def test_another_algorithm_without_a_critic_learns_in_the_same_frame():
 @pytest.mark.parametrize("staleness", [0, 1, 2])
 def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(staleness):
     config = replace(WITH_REWARD_MODEL, max_staleness=staleness, kl_target=0.5, kl_horizon=24, prompts=6)
+    config = replace(config, rewards=config.rewards | FAILING, max_failed_fraction=0.9)
     whole = toy(config, 5, reward_model=True)
     kept: dict[int, tuple] = {}
 
@@ -262,6 +289,7 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(staleness):
     whole.learner = replace(whole.learner, save=keep, save_every=1)
     end = whole.run()
     assert [int(report.rollouts.version_B[0]) for report in whole.reports] == [max(0, i - staleness) for i in range(5)]
+    assert sum(whole.metric("rlhf/failed_starts")) > 0
     assert whole.metric("rollout/staleness") == [min(i, staleness) for i in range(5)]
     for stopped in (1, 3):
         (values, arrays), tensors = kept[stopped]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_lm.generation.request import SamplingParams
-from dist_lm.rlhf.rollouts import requests_of
+from dist_lm.rlhf.rollouts import JudgedRollouts, requests_of
 from dist_lm.rlhf.schedule import RolloutSchedule, is_drawn_by
 from tests.rlhf.toy import rollouts_with
 
@@ -31,6 +31,9 @@ class Versions:
     def hold(self, weights):
         return list(weights)
 
+    def drew(self, iteration):
+        pass
+
     def generate(self, requests):
         raise NotImplementedError
 
@@ -39,19 +42,26 @@ def weights(version: int) -> Iterator[tuple[str, torch.Tensor]]:
     yield "w", torch.tensor(version)
 
 
-def schedule(source, staleness: int) -> RolloutSchedule:
+def by_position(rollouts) -> JudgedRollouts:
+    return JudgedRollouts(rollouts, {"rule": rollouts.position_B / 8})
+
+
+def schedule(source, staleness: int, judge=by_position) -> RolloutSchedule:
     def draw(iteration):
         assert source.may_draw.wait(DEADLINE_S)
+        source.drew(iteration)
         return rollouts_with([1], [2], version=source.version, positions=[iteration])
 
-    return RolloutSchedule(source, draw, staleness=staleness, iterations=ITERATIONS)
+    return RolloutSchedule(source, draw, judge, staleness=staleness, iterations=ITERATIONS)
 
 
 def go_on(made: RolloutSchedule, staleness: int, begin: int, end: int) -> list[int]:
     """Iterations `begin` to `end` - 1: the version that drew the rollouts of each."""
     versions = []
     for iteration in range(begin, end):
-        rollouts = made.take(iteration).rollouts
+        judged = made.take(iteration).judged
+        rollouts = judged.rollouts
+        assert judged.scores["rule"].tolist() == [iteration / 8]
         assert rollouts.position_B.tolist() == [iteration]
         versions.append(int(rollouts.version_B[0]))
         if is_drawn_by(iteration + 1, staleness, ITERATIONS):
@@ -85,7 +95,23 @@ def test_the_next_rollouts_are_drawn_while_one_trains():
         source.may_draw.clear()
         made.push(1, weights(1))  # does not wait for anything
         source.may_draw.set()
-        assert made.take(1).rollouts.version_B.tolist() == [0]
+        assert made.take(1).judged.rollouts.version_B.tolist() == [0]
+
+
+def test_rules_judge_while_the_next_rollouts_are_drawn():
+    drawn = {iteration: threading.Event() for iteration in range(ITERATIONS)}
+
+    class Telling(Versions):
+        def drew(self, iteration):
+            drawn[iteration].set()
+
+    def judge(rollouts):
+        assert drawn[min(int(rollouts.position_B[0]) + 1, 2)].wait(DEADLINE_S)
+        return by_position(rollouts)
+
+    with schedule(Telling(), 2, judge) as made:
+        made.begin(0, weights(0), {})
+        assert go_on(made, 2, 0, 3) == [0, 0, 0]
 
 
 @pytest.mark.parametrize("staleness", [0, 1])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dist_lm.rlhf.reward_model import RewardScale
+from dist_lm.rlhf.rollouts import JudgedRollouts
 from dist_lm.rlhf.state import KlController, RlhfState
 from tests.rlhf.toy import rollouts_with
 
@@ -34,12 +35,17 @@ def test_a_state_comes_back_as_it_was():
 
 
 def test_pending_rollouts_come_back_to_the_bit():
-    pending = {4: rollouts_with([1, 2], [3, 1], version=2), 11: rollouts_with([2], [5], version=3, seed=1)}
+    drawn = {4: rollouts_with([1, 2], [3, 1], version=2), 11: rollouts_with([2], [5], version=3, seed=1)}
+    scores = {4: {"mine": np.array([0.1, np.nan]), "a.b": np.array([1.0, 2.0])}, 11: {}}
+    pending = {iteration: JudgedRollouts(rollouts, scores[iteration]) for iteration, rollouts in drawn.items()}
     found = through_json(replace(STATE, pending=pending)).pending
     assert list(found) == [4, 11]
-    for iteration, rollouts in pending.items():
-        for name, value in vars(rollouts).items():
-            assert np.array_equal(getattr(found[iteration], name), value), name
+    for iteration, judged in pending.items():
+        for name, value in vars(judged.rollouts).items():
+            assert np.array_equal(getattr(found[iteration].rollouts, name), value), name
+        assert found[iteration].scores.keys() == judged.scores.keys()
+        for name, value in judged.scores.items():
+            assert np.array_equal(found[iteration].scores[name], value, equal_nan=True), name
 
 
 def test_an_adaptive_coefficient_goes_after_its_target_and_a_fixed_one_stays():

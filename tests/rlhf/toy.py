@@ -22,16 +22,17 @@ from dist_lm.rlhf.algorithm import Algorithm, DrawnTokens, Experience, Prepared
 from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
 from dist_lm.rlhf.models import RlhfModels, start_critic, trained
 from dist_lm.rlhf.ppo import Ppo
+from dist_lm.rlhf.rewards import Judge
 from dist_lm.rlhf.rollouts import FINISHES, EngineRollouts, Rollouts, RolloutSource, ShuffledPrompts
 from dist_lm.rlhf.state import KlController, RlhfState
 from dist_lm.training.objective import LossSum
 from dist_lm.training.optimizer import named_state
 from tests.data.synthetic_corpus import write
+from tests.rlhf.toy_rewards import FIRST, VOCABULARY
 
 # --- a policy of two layers that learns in seconds, with all the parts of a run, on the ranks of a process group ---
 
 
-VOCABULARY = 64
 EOT = 0
 WORLD = World(0, 1, 0, torch.device("cpu"))
 
@@ -48,7 +49,7 @@ TOKENS = RlhfConfig(  # more of some tokens
     value_lr=1e-3,
     kl_coefficient=0.0,
     missing_eos_penalty=0.0,
-    rewards={"tokens": RewardPartConfig(kind="function", function="tests.rlhf.toy:share_of_low_tokens")},
+    rewards={"tokens": RewardPartConfig(kind="function", function="tests.rlhf.toy_rewards:share_of_low_tokens")},
 )
 LENGTH = replace(  # completions of a length
     TOKENS,
@@ -60,12 +61,13 @@ LENGTH = replace(  # completions of a length
 
 def decode(tokens: list[int]) -> str:
     """A character a token."""
-    return "".join(chr(0x100 + token) for token in tokens)
+    return "".join(chr(FIRST + token) for token in tokens)
 
 
-def share_of_low_tokens(prompt: str, completion: str) -> float:
-    """How many of the tokens are of the lower third."""
-    return sum(ord(character) - 0x100 < VOCABULARY // 3 for character in completion) / len(completion)
+def supply_of(config: RlhfConfig, source: RolloutSource, seed: int, stop_tokens: tuple[int, ...]) -> RolloutSupply:
+    """Processes of its rules end with this one."""
+    judge = Judge(config.rewards, decode, config.max_failed_fraction)
+    return RolloutSupply(source, ShuffledPrompts(PROMPTS, seed), judge, stop_tokens)
 
 
 @dataclass
@@ -133,7 +135,7 @@ def toy(
             reward=reward.requires_grad_(False) if reward else None,
         ),
         algorithm=algorithm,
-        supply=RolloutSupply(source(), ShuffledPrompts(PROMPTS, seed), decode, stop_tokens) if world.is_first else None,
+        supply=supply_of(config, source(), seed, stop_tokens) if world.is_first else None,
         **options,
     )
     made = Toy(learner, RlhfState(KlController(config.kl_coefficient, config.kl_target, config.kl_horizon)))

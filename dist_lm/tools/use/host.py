@@ -1,22 +1,16 @@
-"""The process that runs a user's functions as tools: `python -m dist_lm.tools.use.host FILE SOCKET CHARACTERS`.
+"""The process that runs a user's functions as tools: `python -m dist_lm.tools.use.host SOCKET FILE CHARACTERS`.
 
 The signature and docstring of a function become a tool's name, description and JSON schema. Argument types are those
 that Pydantic has a schema for (int, float, str, bool, list[T], dict, Literal, Optional, Enum, dates, dataclasses).
 Descriptions come from the docstring, in Google, reST or NumPy style.
 
-The process loads FILE, sends its tools over the socket (a file descriptor), then answers calls. A message is one JSON
-object a line. What functions print goes to standard error. The process ends when its parent ends; the parent kills it
-when a function hangs.
+The process loads FILE, sends its tools over the socket (a file descriptor), then answers calls (`JsonProcess`).
 """
 
 import importlib.util
 import inspect
 import json
-import os
-import queue
-import socket
 import sys
-import threading
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +25,7 @@ from dist_lm.chat import json_text
 from dist_lm.chat.messages import ChatError, Json, Tool
 from dist_lm.chat.schema import check_tool
 from dist_lm.errors import UserError
+from dist_lm.storage.json_process import asked
 
 Function = Callable[..., Any]
 ATTRIBUTE = "TOOLS"
@@ -152,22 +147,19 @@ def _line(text: str | None) -> str:
 
 def main() -> None:
     """Load the file, send its tools, and answer calls until the parent ends."""
-    file, descriptor, characters = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    os.dup2(2, 1)  # print() in a function must not reach standard output
-    with socket.socket(fileno=descriptor) as connection:
-        calls: queue.Queue[dict[str, Any]] = queue.Queue()
-        threading.Thread(target=_listen, args=(connection, calls), daemon=True).start()
+    file, characters = Path(sys.argv[2]), int(sys.argv[3])
+    with asked() as (calls, send):
         try:
             functions = {function.__name__: function for function in functions_of(load(file), file)}
             tools = [tool_of(function) for function in functions.values()]
         except BaseException as error:  # loading the file may raise anything, SystemExit included
             known = isinstance(error, SignatureError)
-            _send(connection, {"refused": str(error) if known else f"{type(error).__name__}: {error}"})
+            send({"refused": str(error) if known else f"{type(error).__name__}: {error}"})
             return
-        _send(connection, {"tools": [[tool.name, tool.description, tool.parameters] for tool in tools]})
+        send({"tools": [[tool.name, tool.description, tool.parameters] for tool in tools]})
         while True:
             call = calls.get()
-            _send(connection, answer(functions[call["name"]], call["arguments"], characters))
+            send(answer(functions[call["name"]], call["arguments"], characters))
 
 
 def load(file: Path) -> ModuleType:
@@ -231,18 +223,6 @@ def answer(function: Function, arguments: dict[str, Any], characters: int) -> di
         shown = result if isinstance(result, str) else text
         return {"result": f"{shown[:characters]} ... (cut: {characters:,} of {len(shown):,} characters)"}
     return {"result": result}
-
-
-def _listen(connection: socket.socket, calls: "queue.Queue[dict[str, Any]]") -> None:
-    """Queue the calls. End this process when the parent closes the socket, even while a function runs."""
-    with connection.makefile("rb") as lines:
-        for line in lines:
-            calls.put(json.loads(line))
-    os._exit(0)
-
-
-def _send(connection: socket.socket, value: dict[str, Any]) -> None:
-    connection.sendall(json.dumps(value).encode() + b"\n")
 
 
 if __name__ == "__main__":
