@@ -154,7 +154,7 @@ class Scored:
     def metrics(self) -> dict[str, float]:
         """Share of the rollouts drawn that were left out, and how many each part failed on."""
         failed = {f"rlhf/failed_{name}": float(count) for name, count in self.failed.items()}
-        return {"rlhf/failed_fraction": 1 - float(self.kept_D.mean()), **failed} if failed else {}
+        return {"rlhf/left_out": 1 - float(self.kept_D.mean()), **failed} if failed else {}
 
 
 def share_scored(judged: JudgedRollouts | None) -> Scored:

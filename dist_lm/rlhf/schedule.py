@@ -60,7 +60,9 @@ class RolloutSchedule:
     def begin(self, version: int, weights: WeightStream, pending: Mapping[int, JudgedRollouts]) -> None:
         """Start, or resume, with the weights of `version`; `pending` rollouts are taken over and not drawn again."""
         for iteration, judged in pending.items():
-            self._drawn[iteration] = partial(Drawn, judged, 0.0, 0.0)
+            # rollouts of a checkpoint written before scores were kept are judged now
+            scored = judged if judged.scores else self._judge(judged.rollouts)
+            self._drawn[iteration] = partial(Drawn, scored, 0.0, 0.0)
         ahead = range(version, min(version + self._staleness + 1, self._iterations))
         self._submit(version, weights, [iteration for iteration in ahead if iteration not in pending])
 

@@ -140,8 +140,12 @@ def test_a_completion_without_a_score_takes_no_part_in_anything():
     for report, expected in zip(failing.reports, other.reports, strict=True):
         failed = report.metrics["rlhf/failed_starts"]
         assert len(report.rollouts) == len(expected.rollouts) == 24 - failed
-        assert report.metrics["rlhf/failed_fraction"] == pytest.approx(failed / 24)
-        kept = {n for n in report.metrics if "timing" not in n and "_per_s" not in n and "failed" not in n}
+        assert report.metrics["rlhf/left_out"] == pytest.approx(failed / 24)
+        kept = {
+            n
+            for n in report.metrics
+            if "timing" not in n and "_per_s" not in n and "failed" not in n and "left_out" not in n
+        }
         assert {n: report.metrics[n] for n in kept} == {n: expected.metrics[n] for n in kept}
 
 
