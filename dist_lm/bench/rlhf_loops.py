@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dist_lm.config.parallel import ParallelConfig
-from dist_lm.config.rlhf import RewardPartConfig, RlhfConfig
+from dist_lm.config.rlhf import RewardPartConfig, RlhfConfig, given
 from dist_lm.config.root import Config
 from dist_lm.errors import ConfigError
 from dist_lm.generation.engine import Engine, EngineOptions
@@ -78,7 +78,7 @@ class ToyPpo:
         start_critic(critic, reward, "zero")
         self._models = RlhfModels(
             trained(policy, self._rlhf, self._rlhf.lr),
-            trained(critic, self._rlhf, self._rlhf.value_lr),
+            trained(critic, self._rlhf, given(self._rlhf.value_lr)),
             reference.requires_grad_(False),
             reward.requires_grad_(False),
         )

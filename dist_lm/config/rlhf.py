@@ -1,11 +1,39 @@
 """The conf group `rlhf`: rollouts, rewards and updates of an iteration, and the pool of actors that draws rollouts."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from dist_lm.errors import require
 
-ALGORITHMS = ("ppo",)
+_CRITIC = {
+    "value_lr": None,  # see RlhfConfig
+    "value_clip": 0.2,
+    "value_head": "zero",
+    "gamma": 1.0,
+    "lam": 0.95,
+    "whiten_rewards": False,
+    "whiten_advantages": True,
+}
+_PENALISED = {"missing_eos_penalty": 1.0}
+_GROUP = {"samples": 8, "epochs": 1}
+READ: Mapping[str, Mapping[str, Any]] = {
+    "ppo": {
+        "samples": 1,
+        "epochs": 4,
+        "clip": 0.2,
+        "kl_coefficient": 0.05,
+        **_PENALISED,
+        **_CRITIC,
+        "kl_estimate": "k1",
+    },
+    "grpo": {**_GROUP, "clip": 0.2, "kl_coefficient": 0.04, **_PENALISED},
+}
+"""algorithm -> the keys that it reads and others do not, or whose default is its own, with that default."""
+ALGORITHMS = tuple(READ)
+VALUE_RATE = 3  # the critic's learning rate / the policy's
+VALUE_HEADS = ("zero", "reward_model")
 KL_ESTIMATES = ("k1", "k2", "k3")
 REWARD_KINDS = ("reward_model", "length", "parses", "function")
 PARSED_LANGUAGES = ("python", "bash", "sql")
@@ -13,6 +41,7 @@ DISJOINT, SHARED = "disjoint", "shared"
 FEWEST_PAGE_TOKENS = 64  # of a page whose size is chosen (PLAIN_PAGE_TOKENS of generation)
 PUSH_AUTO, PUSH_RAY, PUSH_DIRECT = "auto", "ray", "direct"
 AS_MANY = -1
+Given = TypeVar("Given")
 CACHE_SHARE = {"cuda": 0.85, "cpu": 0.25}
 """Part of the free memory that an automatic cache takes. Engines on CPUs of one node share its memory."""
 
@@ -48,24 +77,28 @@ class RewardPartConfig:
 
 @dataclass
 class RlhfConfig:
-    """An iteration: rollouts for a batch of prompts, their rewards, then `epochs` passes of updates over them."""
+    """An iteration: rollouts for a batch of prompts, their rewards, then `epochs` passes of updates over them.
+
+    A key that defaults to null takes the value of its algorithm in `READ`. It stays null, and must, if the algorithm
+    does not read it.
+    """
 
     name: str = "ppo"
     algorithm: str = "ppo"
     # rollouts
     prompts: int = 64  # per iteration
-    samples: int = 1  # rollouts per prompt
+    samples: int | None = None  # rollouts per prompt: the group
     max_new_tokens: int = 128
     temperature: float = 1.0  # divides the logits in sampling and in every log-probability pass
     ignore_eot: bool = False  # end-of-text does not end a completion: all have max_new_tokens
     max_staleness: int = 0  # largest age of a rollout's weights in iterations; 0: generate, then train
     importance_cap: float = 2.0  # largest ratio of trainer to engine probability that weighs a token; 0: off
     # updates
-    epochs: int = 4  # passes over the rollouts of an iteration; stop_kl may end them earlier
+    epochs: int | None = None  # passes over the rollouts of an iteration; stop_kl may end them earlier
     minibatches: int = 1  # optimizer steps per pass
     micro_batch_tokens: int = 8192  # of a rank's micro-batch, at most; more if one sequence is longer
     lr: float = 1e-6  # of the policy
-    value_lr: float = 1e-5  # of the critic
+    value_lr: float | None = None  # of the critic; null: VALUE_RATE x lr
     warmup_iterations: int = 0
     min_lr_ratio: float = 1.0  # final learning rate / peak, by a cosine; 1: constant
     weight_decay: float = 0.0
@@ -74,56 +107,61 @@ class RlhfConfig:
     adam_eps: float = 1e-5
     grad_clip: float = 1.0  # largest global gradient norm; 0: off
     max_nonfinite_updates: int = 10  # consecutive updates with NaN/inf gradients before the run stops
-    clip: float = 0.2  # distance of the ratio from 1 beyond which the gain is cut off
-    value_clip: float = 0.2  # distance from the old value beyond which the loss no longer falls
-    gamma: float = 1.0  # discount per token
-    lam: float = 0.95  # lambda of generalised advantage estimation
-    kl_coefficient: float = 0.05  # weight of the KL from the reference in the reward of a token
-    kl_estimate: str = "k1"  # k1 | k2 | k3
+    clip: float | None = None  # distance of the ratio from 1 beyond which the gain is cut off
+    value_clip: float | None = None  # distance from the old value beyond which the loss no longer falls
+    gamma: float | None = None  # discount per token
+    lam: float | None = None  # lambda of generalised advantage estimation
+    kl_coefficient: float | None = None  # weight of the KL from the reference, per token
+    kl_estimate: str | None = None  # k1 | k2 | k3
     kl_target: float | None = None  # nats per sequence to which the adaptive coefficient steers; null: fixed
     kl_horizon: int = 10_000  # rollouts within which the coefficient may change by about 20 %
     entropy_coefficient: float = 0.0  # weight of the entropy bonus of each token's distribution
-    whiten_rewards: bool = False  # scale token rewards to standard deviation 1; the mean stays
-    whiten_advantages: bool = True  # to mean 0 and standard deviation 1 over all tokens of an iteration
+    whiten_rewards: bool | None = None  # scale token rewards to standard deviation 1; the mean stays
+    whiten_advantages: bool | None = None  # to mean 0 and standard deviation 1 over all tokens of an iteration
     stop_kl: float = 0.0  # mean KL per token (nats) from the start of the iteration that ends its updates; 0: off
     pretrain_coefficient: float = 0.0  # weight of the mean next-token loss on pretraining text; 0: off
-    value_head: str = "zero"  # a new critic's head: zero | reward_model
+    value_head: str | None = None  # a new critic's head: zero | reward_model
     # rewards
     rewards: dict[str, RewardPartConfig] = field(default_factory=dict)  # parts by name; the score is their weighted sum
     # largest share of an iteration's rollouts whose function (or other rule) may fail; they are left out
     max_failed_fraction: float = 0.05
-    missing_eos_penalty: float = 1.0  # subtracted from the score of a completion that was cut off
+    missing_eos_penalty: float | None = None  # subtracted from the score of a completion that was cut off
     normalise_reward: bool = True  # scale the reward model's scores to mean 0, std 1 on samples of the reference
 
     def __post_init__(self) -> None:
+        require(self.algorithm in READ, "rlhf.algorithm", self.algorithm, ", ".join(ALGORITHMS))
+        self._fill_nulls()
         for key in (
             *("prompts", "samples", "max_new_tokens", "epochs", "minibatches", "micro_batch_tokens"),
             *("max_nonfinite_updates", "kl_horizon"),
         ):
             require(getattr(self, key) > 0, f"rlhf.{key}", getattr(self, key), "a positive integer")
-        for key in ("temperature", "lr", "value_lr", "adam_eps", "clip", "value_clip"):
+        for key in self._read("temperature", "lr", "value_lr", "adam_eps", "clip", "value_clip"):
             require(0 < getattr(self, key) < math.inf, f"rlhf.{key}", getattr(self, key), "a positive number")
-        for key in (
+        for key in self._read(
             *("max_staleness", "warmup_iterations", "weight_decay", "grad_clip", "kl_coefficient"),
             *("entropy_coefficient", "stop_kl", "pretrain_coefficient", "missing_eos_penalty", "importance_cap"),
         ):
             require(0 <= getattr(self, key) < math.inf, f"rlhf.{key}", getattr(self, key), "0 or a positive number")
-        for key in ("gamma", "lam", "min_lr_ratio", "max_failed_fraction"):
+        for key in self._read("gamma", "lam", "min_lr_ratio", "max_failed_fraction"):
             require(0 <= getattr(self, key) <= 1, f"rlhf.{key}", getattr(self, key), "in [0, 1]")
         for key in ("beta1", "beta2"):
             require(0 <= getattr(self, key) < 1, f"rlhf.{key}", getattr(self, key), "in [0, 1)")
-        require(self.algorithm in ALGORITHMS, "rlhf.algorithm", self.algorithm, ", ".join(ALGORITHMS))
-        require(self.kl_estimate in KL_ESTIMATES, "rlhf.kl_estimate", self.kl_estimate, ", ".join(KL_ESTIMATES))
+        for key, accepted in (("kl_estimate", KL_ESTIMATES), ("value_head", VALUE_HEADS)):
+            value = getattr(self, key)
+            require(value in (None, *accepted), f"rlhf.{key}", value, ", ".join(accepted))
         target = self.kl_target
         require(target is None or 0 < target < math.inf, "rlhf.kl_target", target, "a positive number, or null")
         require(
-            target is None or self.kl_coefficient > 0,
+            target is None or given(self.kl_coefficient) > 0,
             "rlhf.kl_coefficient",
             self.kl_coefficient,
             f"a positive number to begin with: rlhf.kl_target={target} only multiplies it",
         )
-        require(self.value_head in ("zero", "reward_model"), "rlhf.value_head", self.value_head, "zero or reward_model")
-        rollouts = self.prompts * self.samples
+        fewest = min(2, READ[self.algorithm]["samples"])
+        accepted = f"at least {fewest}: rlhf.algorithm={self.algorithm} compares the rollouts of a prompt"
+        require(self.group >= fewest, "rlhf.samples", self.samples, accepted)
+        rollouts = self.prompts * self.group
         require(
             self.minibatches <= rollouts,
             "rlhf.minibatches",
@@ -132,6 +170,40 @@ class RlhfConfig:
         )
         for name, part in self.rewards.items():
             part.check(f"rlhf.rewards.{name}")
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether the algorithm trains a value model."""
+        return "value_lr" in READ[self.algorithm]
+
+    @property
+    def group(self) -> int:
+        """Rollouts of a prompt."""
+        return given(self.samples)
+
+    def _fill_nulls(self) -> None:
+        """Give the keys that the algorithm reads its defaults; refuse values for keys that it does not read."""
+        own = READ[self.algorithm]
+        for key in sorted({key for keys in READ.values() for key in keys}):
+            value = getattr(self, key)
+            if key in own:
+                setattr(self, key, own[key] if value is None else value)
+                continue
+            readers = ", ".join(name for name, keys in READ.items() if key in keys)
+            accepted = f"null: rlhf.algorithm={self.algorithm} does not read it (read by {readers})"
+            require(value is None, f"rlhf.{key}", value, accepted)
+        if self.has_critic and self.value_lr is None:
+            self.value_lr = float(f"{VALUE_RATE * self.lr:.9g}")  # without the last digits of a product
+
+    def _read(self, *keys: str) -> list[str]:
+        """Those of the keys that have a value."""
+        return [key for key in keys if getattr(self, key) is not None]
+
+
+def given(value: Given | None) -> Given:
+    """The value of a key that the algorithm reads."""
+    assert value is not None, "a key that the algorithm does not read"
+    return value
 
 
 @dataclass

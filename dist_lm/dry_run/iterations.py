@@ -20,7 +20,7 @@ class RlhfMemory:
 
     models: int  # parameters of all models
     gradients: int
-    optimizer: int  # of policy and critic
+    optimizer: int  # of the trained models
     activations: int
     engine: int  # weights of the engine
     cache: int  # of the engine while it generates
@@ -41,20 +41,21 @@ class RlhfMemory:
 def rlhf_memory(config: RlhfRunConfig, layout: Layout) -> RlhfMemory:
     """The memory of the fullest rank of `layout`, and of an engine, on `config.hardware`."""
     model, pool, step = config.model, config.pool, estimate_memory(update_of(config), layout)
-    # policy, critic, reference (the base of adapters is the reference), reward model
-    models = (3 if config.trained_shape.lora is None else 2) + config.rlhf.asks_reward_model
+    # policy, reference (the base of adapters is the reference), critic, reward model
+    models = (2 if config.trained_shape.lora is None else 1) + config.rlhf.has_critic + config.rlhf.asks_reward_model
+    optimizer = config.trained_models * step.optimizer
     size = element_bytes(config)
     engine = size * parameter_count(model) // pool.tp
     keys = keys_of(model, pool.tp, 0)[0].held if shards_key_heads(model, pool.tp) else model.kv_heads
     token = kv_bytes_per_token(model, keys, size)
-    held = engine + (models * step.parameters + 2 * step.optimizer if config.engine_beside_rank else 0)
+    held = engine + (models * step.parameters + optimizer if config.engine_beside_rank else 0)
     free = max(0, int(config.hardware.memory_gib * 2**30) - held)
     fit = int(CACHE_SHARE[config.hardware.device] * free / token)
     tokens = pool.cache_tokens or min(fit, pool.max_sequences * model.max_seq_len)
     return RlhfMemory(
         models=models * step.parameters,
         gradients=step.gradients,
-        optimizer=2 * step.optimizer,
+        optimizer=optimizer,
         activations=step.activations,
         engine=engine,
         cache=tokens * token,
@@ -89,7 +90,7 @@ def update_of(config: RlhfRunConfig) -> RlhfRunConfig:
     """`config` whose stage describes one update, for estimates: rollouts of the longest kind, in micro-batches."""
     rlhf = config.rlhf
     length = min(config.model.max_seq_len, rlhf.micro_batch_tokens)
-    rollouts = max(1, rlhf.prompts * rlhf.samples // rlhf.minibatches)
+    rollouts = max(1, rlhf.prompts * rlhf.group // rlhf.minibatches)
     sequences = max(1, rlhf.micro_batch_tokens // length)
     stage = replace(config.stage, seq_len=length, micro_batch=sequences, global_batch=rollouts)
     return replace(config, stage=stage)

@@ -7,12 +7,13 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
 from dist_lm.chat.template import stop_tokens
+from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.errors import ArtefactError
 from dist_lm.evaluation.tool_questions import shown
 from dist_lm.parallel.mesh import World
@@ -28,6 +29,8 @@ from dist_lm.ranks.program import (
 from dist_lm.ranks.rlhf_held_out import HeldOut
 from dist_lm.ranks.rlhf_models import Begun, begin, saved_files, train_state
 from dist_lm.ranks.rlhf_supply import pretraining_text, rollout_source
+from dist_lm.rlhf.algorithm import Algorithm
+from dist_lm.rlhf.grpo import Grpo
 from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
 from dist_lm.rlhf.models import own_threads, sent_weights
 from dist_lm.rlhf.ppo import Ppo
@@ -50,7 +53,7 @@ from dist_lm.training.trainer import is_due, peak_memory_gib
 
 log = logging.getLogger(__name__)
 
-ALGORITHMS = {"ppo": Ppo}
+ALGORITHMS: dict[str, Callable[[RlhfConfig], Algorithm]] = {"ppo": Ppo, "grpo": Grpo}
 
 
 @dataclass

@@ -70,7 +70,7 @@ class HeldOut:
         else:
             self.supply.source.load_weights(weights, version)
             rollouts = self.supply.draw(self.prompts, 0, 1, group, self.config.seed + seed)
-            judged = self.supply.judge(rollouts, expected=group.prompts * group.samples)
+            judged = self.supply.judge(rollouts, expected=group.prompts * group.group)
         scored = share_scored(judged)
         score_P = torch.full((len(self.prompts),), torch.nan)
         score_P[torch.from_numpy(scored.kept_D)] = self._total(scored, scale)
@@ -83,7 +83,7 @@ class HeldOut:
             own = [name for name, part in group.rewards.items() if part.kind == "reward_model"]
             parts |= dict.fromkeys(own, scale(raw_B) if scale else raw_B)
         whole_B = torch.from_numpy(scored.rollouts.whole)
-        return total_score(parts, group.rewards, whole_B, group.missing_eos_penalty)
+        return total_score(parts, group.rewards, whole_B, group.missing_eos_penalty or 0.0)
 
     def _ask_reward_model(self, reward: Transformer, rollouts: Rollouts) -> torch.Tensor:
         mesh, device = self.start.mesh, self.start.world.device

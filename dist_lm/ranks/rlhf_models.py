@@ -11,6 +11,7 @@ from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
 from dist_lm.config.model import AdaptedModelConfig, ModelConfig
+from dist_lm.config.rlhf import given
 from dist_lm.errors import ArtefactError
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.sharding import build_model
@@ -71,10 +72,10 @@ def begin(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorithm:
     reward, critic, critic_base = _reward_model(config, start), None, None
     if algorithm.has_critic:
         scalar = replace(shape, head="scalar")
-        critic = trained(_model(scalar, config, start), config.rlhf, config.rlhf.value_lr)
+        critic = trained(_model(scalar, config, start), config.rlhf, given(config.rlhf.value_lr))
         trunk = _trunk(reward, policy.model, scalar)
         if shape.lora or not own:
-            start_critic(critic.model, trunk, config.rlhf.value_head)
+            start_critic(critic.model, trunk, given(config.rlhf.value_head))
         if isinstance(shape, AdaptedModelConfig):
             critic_base = base_record(Path(config.rlhf.reward_model) if trunk is reward else Path(shape.base))
     begun = Begun(RlhfModels(policy, critic, reference, reward), first_state(config.rlhf), 0, critic_base)
@@ -121,7 +122,7 @@ def first_state(group: RlhfRunGroup) -> RlhfState:
     scale = None
     if group.asks_reward_model and group.normalise_reward:
         scale = read_reward_scale(RunDirectory(Path(group.reward_model)))
-    return RlhfState(KlController(group.kl_coefficient, group.kl_target, group.kl_horizon), reward_scale=scale)
+    return RlhfState(KlController(given(group.kl_coefficient), group.kl_target, group.kl_horizon), reward_scale=scale)
 
 
 def saved_files(state: RlhfState, critic_base: Mapping[str, str] | None = None) -> dict[str, bytes]:

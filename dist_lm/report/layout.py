@@ -54,8 +54,10 @@ def rank_memory(model: ModelConfig, layout: Layout, runs: Sequence[RunFacts]) ->
         start += width
     peaks = [run.finite(MEMORY).max() for run in looped or runs if len(run.finite(MEMORY))]
     words = []
-    if others := [run.label for run in runs if not run.loops]:
-        words.append(f"{', '.join(others)}: the policy only; critic, reference and reward model come on top.")
+    if others := [run for run in runs if not run.loops]:
+        critic = "critic, " if any(run.config.get("rlhf", {}).get("value_lr") for run in others) else ""
+        labels = ", ".join(run.label for run in others)
+        words.append(f"{labels}: the policy only; {critic}reference and reward model come on top.")
     if peaks:
         words.insert(
             0, f"Measured at most: {gib(max(peaks) * 2**30)}, including activations, messages and the program itself."

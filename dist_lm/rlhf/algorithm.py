@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.training.objective import LossSum
 
 
@@ -36,6 +37,8 @@ class Prepared:
     """Inputs of the losses of an iteration."""
 
     tokens: Mapping[str, torch.Tensor]  # columns (B, T) by name
+    count_B: torch.Tensor  # fp32; what each rollout adds to the divisor of the policy loss of a minibatch
+    kl_coefficient: float = 0.0  # weight of the KL in the policy loss; 0: the algorithm has it in its rewards
     metrics: Mapping[str, float] = field(default_factory=dict)  # by name, without the `rlhf/` group
 
 
@@ -47,10 +50,12 @@ class DrawnTokens:
     entropy_N: torch.Tensor  # nats, of the distribution at each token; with gradient if `uses_entropy`
     rollout_N: torch.Tensor  # int64; the rollout of each token
     columns: Mapping[str, torch.Tensor]  # the columns of `Prepared`, (N,)
+    kl_coefficient: float = 0.0  # of `Prepared`
 
 
 class Algorithm(Protocol):
-    """Losses are sums over tokens; the learner divides them by the completion tokens of the minibatch."""
+    """Losses are sums over tokens. The learner divides the policy loss by the `count_B` of the minibatch's rollouts,
+    and the value loss and all metrics but `policy_loss` by their completion tokens."""
 
     @property
     def has_critic(self) -> bool:
@@ -67,10 +72,26 @@ class Algorithm(Protocol):
         ...
 
     def policy_loss(self, drawn: DrawnTokens) -> LossSum:
-        """Loss of the policy. Its metrics are sums over tokens and include `approx_kl`: nats between the policy at the
-        start of the iteration and now, which the learner compares with rlhf.stop_kl."""
+        """Loss of the policy; its count is the number of tokens. Its metrics are sums over tokens: `policy_loss`, the
+        total without bonuses, and `approx_kl`, nats between the policy at the start of the iteration and now, which the
+        learner compares with rlhf.stop_kl."""
         ...
 
     def value_loss(self, value_N: torch.Tensor, columns: Mapping[str, torch.Tensor]) -> LossSum:
         """Loss of the critic's values before the completion tokens, (N,) with gradient. Called if `has_critic`."""
         ...
+
+
+@dataclass(frozen=True)
+class WithoutCritic:
+    """The part that algorithms without a critic share."""
+
+    config: RlhfConfig
+    has_critic = False
+
+    @property
+    def uses_entropy(self) -> bool:
+        return self.config.entropy_coefficient > 0
+
+    def value_loss(self, value_N: torch.Tensor, columns: Mapping[str, torch.Tensor]) -> LossSum:
+        raise NotImplementedError(f"{type(self).__name__} has no critic")

@@ -72,7 +72,7 @@ def collect(
         importance_BT = truncated_importance(found["logprob"], engine_BT, config.importance_cap)
     experience = Experience(
         mask_BT=mask_BT.float(),
-        score_B=total_score(part_B, config.rewards, whole_B, config.missing_eos_penalty),
+        score_B=total_score(part_B, config.rewards, whole_B, config.missing_eos_penalty or 0.0),
         prompt_B=torch.from_numpy(rollouts.position_B).to(run.device),
         logprob_BT=found["logprob"],
         reference_logprob_BT=found.get("reference"),

@@ -6,6 +6,7 @@ take judged rollouts (first rank) -> share -> forward passes of all models -> pr
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -19,7 +20,7 @@ from dist_lm.rlhf.algorithm import Algorithm, Prepared
 from dist_lm.rlhf.experience import Collected, collect
 from dist_lm.rlhf.models import Beside, Execution, RlhfModels, dealing, one_after_other, sent_weights
 from dist_lm.rlhf.packed_rollouts import Passes
-from dist_lm.rlhf.policy_gradient import k1, mean_and_std
+from dist_lm.rlhf.policy_gradient import groups_of, k1, mean_and_std
 from dist_lm.rlhf.rewards import REWARD_MODEL, Judge, Scored, share_scored
 from dist_lm.rlhf.rollouts import (
     PromptOrder,
@@ -36,6 +37,8 @@ from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.optimizer import learning_rate, set_learning_rate
 from dist_lm.training.step_meter import WallLaps
 from dist_lm.training.trainer import is_due
+
+QUANTILES = (10, 50, 90)  # of the scores, in percent
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ class Learner:
 
         def draw(iteration: int) -> Rollouts:
             position = start.prompt_position + (iteration - start.iteration) * config.prompts
-            return supply.draw(supply.prompts(position, config.prompts), position, config.samples, config, self.seed)
+            return supply.draw(supply.prompts(position, config.prompts), position, config.group, config, self.seed)
 
         with RolloutSchedule(
             supply.source, draw, supply.judge, staleness=config.max_staleness, iterations=self.iterations
@@ -164,7 +167,7 @@ class Learner:
         prepared = self.algorithm.prepare(collected.experience, state.kl.coefficient)
         clock.lap("forward")
         self._set_learning_rates(state.iteration)
-        updates = updater(state, prepared.tokens, passes)
+        updates = updater(state, prepared, passes)
         clock.lap("update")
         metrics = iteration_metrics(state, scored, collected, prepared, updates, drawn)
         state = self._advanced(updates.state, collected, metrics)
@@ -199,7 +202,7 @@ class Learner:
     def _set_learning_rates(self, iteration: int) -> None:
         config = self.config
         for trained, peak in ((self.models.policy, config.lr), (self.models.critic, config.value_lr)):
-            if trained:
+            if trained and peak is not None:
                 rate = learning_rate(
                     iteration,
                     peak=peak,
@@ -248,9 +251,18 @@ def iteration_metrics(
         "rlhf/entropy": float(mean_and_std(collected.entropy_BT, mask_BT)[0]),
         "rlhf/truncated_rate": 1 - float(rollouts.whole.mean()),
         "rlhf/new_tokens_mean": float(rollouts.new_tokens_B.mean()),
+        "rlhf/new_tokens_min": float(rollouts.new_tokens_B.min()),
+        "rlhf/new_tokens_max": float(rollouts.new_tokens_B.max()),
         "rlhf/updates": float(len(updates.metrics)),
         "rollout/staleness": float((state.version - rollouts.version_B).mean()),
     }
+    for percent, value in zip(QUANTILES, np.percentile(experience.score_B.cpu().double(), QUANTILES), strict=True):
+        metrics[f"rlhf/score_p{percent}"] = float(value)
+    if int(np.unique(rollouts.position_B).size) < len(rollouts):
+        groups = groups_of(experience.score_B, experience.prompt_B)
+        share_B = 1 / groups.size_B.double()  # a group counts 1
+        metrics["rlhf/group_std_mean"] = float((groups.std_B * share_B).sum() / share_B.sum())
+        metrics["rlhf/groups_without_signal"] = float(((groups.std_B == 0) * share_B).sum() / share_B.sum())
     if experience.reference_logprob_BT is not None:
         kl_BT = k1(experience.logprob_BT, experience.reference_logprob_BT) * mask_BT
         kl = float(kl_BT.double().sum() / len(rollouts))

@@ -51,7 +51,7 @@ class Minibatch:
     """The rollouts of one update."""
 
     batches: list[RolloutBatch]  # this rank's, on the models' device
-    tokens: int  # completion tokens over all ranks
+    rollout_S: np.ndarray  # int64; the rollouts of all ranks
 
 
 class Passes:
@@ -77,7 +77,7 @@ class Passes:
         made = [
             Minibatch(
                 [batch.to(self._device) for batch in rollout_batches(self._rollouts, part, self._dealing)],
-                int(self._rollouts.new_tokens_B[part].sum()),
+                part,
             )
             for part in minibatches(*self._order, number, len(self._rollouts), self._parts)
         ]
@@ -95,7 +95,7 @@ def completion_mask(rollouts: Rollouts) -> np.ndarray:
 def minibatches(seed: int, iteration: int, epoch: int, n_rollouts: int, n_parts: int) -> list[np.ndarray]:
     """Numbers of the rollouts of each update of a pass: disjoint parts of all rollouts, reshuffled every pass."""
     order = permutation(n_rollouts, key(Shuffle.UPDATES, seed, iteration, epoch))
-    return np.array_split(order, n_parts)
+    return np.array_split(order, min(n_parts, n_rollouts))
 
 
 def rollout_batches(rollouts: Rollouts, chosen_S: np.ndarray, dealing: Dealing) -> list[RolloutBatch]:

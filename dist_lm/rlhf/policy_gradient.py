@@ -7,9 +7,11 @@ Dimensions: B completions, T tokens of the longest completion, N completion toke
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
+from dist_lm.rlhf.algorithm import DrawnTokens, Experience
 from dist_lm.training.objective import LossSum
 
 # --- estimates of KL(policy || reference) per token (Schulman 2020, 'Approximating KL divergence') ---
@@ -92,7 +94,61 @@ def explained_variance(value_BT: torch.Tensor, return_BT: torch.Tensor, mask_BT:
     return float(1 - (of_error / of_return).square()) if of_return > 0 else 0.0
 
 
-# --- losses: sums over tokens; the learner divides by the tokens of the minibatch ---
+# --- groups: the rollouts of a prompt ---
+
+
+STD_EPS = 1e-4  # added to a group's standard deviation, as in TRL and verl
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What each rollout's group scored, fp32 (B,) each."""
+
+    size_B: torch.Tensor
+    mean_B: torch.Tensor
+    std_B: torch.Tensor  # with size - 1 in the denominator; exactly 0 where all scores are the same
+
+
+def groups_of(score_B: torch.Tensor, prompt_B: torch.Tensor) -> Groups:
+    """Statistics of the scores of the rollouts that share a prompt, computed in fp64 on the host."""
+    _, group_B = prompt_B.cpu().unique(return_inverse=True)
+    exact_B = score_B.cpu().double()
+
+    def over_group(value_B: torch.Tensor) -> torch.Tensor:
+        sums = torch.zeros(int(group_B.max()) + 1, dtype=torch.float64).index_add_(0, group_B, value_B)
+        return sums[group_B]
+
+    size_B = over_group(torch.ones_like(exact_B))
+    mean_B = over_group(exact_B) / size_B
+    std_B = (over_group((exact_B - mean_B).square()) / (size_B - 1).clamp(min=1)).sqrt()
+    first_B = torch.zeros_like(exact_B).index_copy_(0, group_B, exact_B)[group_B]  # of some rollout of the group
+    std_B = std_B * over_group((exact_B != first_B).double()).sign()
+    return Groups(*(value_B.float().to(score_B.device) for value_B in (size_B, mean_B, std_B)))
+
+
+def per_token(value_B: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """(B, T): the value of a completion at each of its tokens, 0 on padding."""
+    return value_B[:, None] * mask_BT
+
+
+def group_columns(experience: Experience, advantage_B: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The columns of `penalised_policy_loss` for an advantage of whole completions, without `share`."""
+    columns = {"old_logprob": experience.logprob_BT, "advantage": per_token(advantage_B, experience.mask_BT)}
+    if experience.reference_logprob_BT is not None:
+        columns["reference"] = experience.reference_logprob_BT
+    if experience.importance_BT is not None:
+        columns["importance"] = experience.importance_BT
+    return columns
+
+
+def over_completion(value_N: torch.Tensor, rollout_N: torch.Tensor, *, mean: bool) -> torch.Tensor:
+    """(N,): the sum or mean over the tokens of its completion, at each token."""
+    _, place_N, length_S = rollout_N.unique_consecutive(return_inverse=True, return_counts=True)
+    sum_S = torch.zeros(len(length_S), dtype=value_N.dtype, device=value_N.device).index_add(0, place_N, value_N)
+    return (sum_S / length_S if mean else sum_S)[place_N]
+
+
+# --- losses: sums over tokens ---
 
 
 def clipped_policy_loss(
@@ -101,6 +157,9 @@ def clipped_policy_loss(
     advantage_N: torch.Tensor,
     clip: float,
     weight_N: torch.Tensor | None = None,
+    *,
+    clip_high: float | None = None,
+    ratio_N: torch.Tensor | None = None,
 ) -> LossSum:
     """The clipped surrogate of PPO (Schulman et al. 2017, eq. 7), negated.
 
@@ -110,11 +169,14 @@ def clipped_policy_loss(
     Args:
         old_logprob_N: by the trainer's weights before the first update of the iteration.
         weight_N: weight of each token; see `truncated_importance`.
+        clip_high: distance above 1; None: `clip`.
+        ratio_N: None: of each token.
     """
     log_ratio_N = logprob_N - old_logprob_N
-    ratio_N = log_ratio_N.exp()
+    token_ratio_N = log_ratio_N.exp()
+    ratio_N = token_ratio_N if ratio_N is None else ratio_N
     plain_N = ratio_N * advantage_N
-    clipped_N = ratio_N.clamp(1 - clip, 1 + clip) * advantage_N
+    clipped_N = ratio_N.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high)) * advantage_N
     gain_N = torch.minimum(plain_N, clipped_N)
     gain_N = gain_N if weight_N is None else gain_N * weight_N
     total = -gain_N.sum()
@@ -122,9 +184,50 @@ def clipped_policy_loss(
         "policy_loss": total.detach(),
         "ratio_mean": ratio_N.sum().detach(),
         "clip_frac": (clipped_N < plain_N).sum().float(),
-        "approx_kl": (ratio_N - 1 - log_ratio_N).sum().detach(),
+        "approx_kl": (token_ratio_N - 1 - log_ratio_N).sum().detach(),
     }
     return LossSum(total, torch.ones_like(logprob_N).sum(), metrics)
+
+
+def penalised_policy_loss(
+    drawn: DrawnTokens,
+    clip: float,
+    *,
+    clip_high: float | None = None,
+    entropy_coefficient: float = 0.0,
+    ratio_N: torch.Tensor | None = None,
+) -> LossSum:
+    """`clipped_policy_loss`, plus the KL from the reference and minus the entropy bonus, each token times its share.
+
+    The KL is k3 times the ratio, so that its gradient is that of the KL of the policy now (DeepSeek-AI 2025,
+    DeepSeek-V3.2, eq. 7; without the ratio, as in Shao et al. 2024, eq. 4, the gradient is biased). At ratio 1 both
+    have the same value.
+
+    Columns: `old_logprob`, `advantage`; where they exist, `importance` (weight of the gain of each token), `share`
+    (weight of all terms of a token; 1 without it) and `reference` (log-probability, for the KL).
+    """
+    columns = drawn.columns
+    share_N = columns.get("share", torch.ones_like(drawn.logprob_N))
+    weight_N = share_N * columns["importance"] if "importance" in columns else share_N
+    if ratio_N is None:
+        ratio_N = (drawn.logprob_N - columns["old_logprob"]).exp()
+    loss = clipped_policy_loss(
+        drawn.logprob_N,
+        columns["old_logprob"],
+        columns["advantage"],
+        clip,
+        weight_N,
+        clip_high=clip_high,
+        ratio_N=ratio_N,
+    )
+    total, metrics = loss.total, dict(loss.metrics)
+    if drawn.kl_coefficient:
+        kl_N = k3(drawn.logprob_N, columns["reference"]) * ratio_N
+        total = total + drawn.kl_coefficient * (share_N * kl_N).sum()
+        metrics["policy_loss"] = total.detach()
+    if entropy_coefficient:
+        total = total - entropy_coefficient * (share_N * drawn.entropy_N).sum()
+    return replace(loss, total=total, metrics=metrics)
 
 
 def clipped_value_loss(

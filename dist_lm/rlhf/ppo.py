@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dist_lm.config.rlhf import RlhfConfig
+from dist_lm.config.rlhf import RlhfConfig, given
 from dist_lm.rlhf.algorithm import DrawnTokens, Experience, Prepared
 from dist_lm.rlhf.policy_gradient import (
     ESTIMATES,
@@ -45,13 +45,13 @@ class Ppo:
         assert value_BT is not None, "PPO has a critic"
         kl_BT = torch.zeros_like(mask_BT)
         if experience.reference_logprob_BT is not None:
-            estimate = ESTIMATES[self.config.kl_estimate]
+            estimate = ESTIMATES[given(self.config.kl_estimate)]
             kl_BT = estimate(experience.logprob_BT, experience.reference_logprob_BT) * mask_BT
         reward_BT = token_rewards(experience.score_B, kl_BT, mask_BT, kl_coefficient)
         if self.config.whiten_rewards:
             reward_BT = whiten(reward_BT, mask_BT, shift=False)
         advantage_BT, return_BT = generalised_advantages(
-            reward_BT, value_BT, mask_BT, self.config.gamma, self.config.lam
+            reward_BT, value_BT, mask_BT, given(self.config.gamma), given(self.config.lam)
         )
         if self.config.whiten_advantages:
             advantage_BT = whiten(advantage_BT, mask_BT)
@@ -68,7 +68,7 @@ class Ppo:
             "return_mean": float(mean_and_std(return_BT, mask_BT)[0]),
             "value_mean": float(mean_and_std(value_BT, mask_BT)[0]),
         }
-        return Prepared(columns, metrics)
+        return Prepared(columns, mask_BT.sum(1), metrics=metrics)
 
     def policy_loss(self, drawn: DrawnTokens) -> LossSum:
         """The clipped surrogate, minus the weighted entropy as a bonus."""
@@ -77,7 +77,7 @@ class Ppo:
             drawn.logprob_N,
             columns["old_logprob"],
             columns["advantage"],
-            self.config.clip,
+            given(self.config.clip),
             columns.get("importance"),
         )
         if not self.uses_entropy:
@@ -86,4 +86,4 @@ class Ppo:
 
     def value_loss(self, value_N: torch.Tensor, columns: Mapping[str, torch.Tensor]) -> LossSum:
         """The clipped squared error."""
-        return clipped_value_loss(value_N, columns["old_value"], columns["return"], self.config.value_clip)
+        return clipped_value_loss(value_N, columns["old_value"], columns["return"], given(self.config.value_clip))

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from dist_lm.config.rlhf import RlhfConfig
+from dist_lm.config.rlhf import RlhfConfig, given
 from dist_lm.data.batch import Batch
 from dist_lm.model.transformer import Transformer
-from dist_lm.rlhf.algorithm import Algorithm, DrawnTokens
+from dist_lm.rlhf.algorithm import Algorithm, DrawnTokens, Prepared
 from dist_lm.rlhf.models import Execution, Trained
 from dist_lm.rlhf.packed_rollouts import Minibatch, Passes, RolloutBatch
 from dist_lm.rlhf.state import RlhfState
@@ -31,38 +31,41 @@ class Updates:
     """Results of the updates of an iteration, the same on every rank."""
 
     state: RlhfState
-    metrics: Sequence[Mapping[str, float]]  # of each update: means over its tokens, before the update
+    metrics: Sequence[Mapping[str, float]]  # of each update: means, before the update
     stop_requested: bool
 
 
 def policy_objective(
-    algorithm: Algorithm, columns: Columns, config: RlhfConfig, pretraining_share: float = 0.0
+    algorithm: Algorithm, prepared: Prepared, config: RlhfConfig, pretraining_share: float = 0.0
 ) -> Objective:
     """The policy loss on rollouts, and the next-token loss on batches of text (PPO-ptx: Ouyang et al. 2022, eq. 2).
 
     Args:
-        columns: (B, T) each.
-        pretraining_share: completion tokens / text tokens of the update. The step divides all losses by the completion
-            tokens, so this factor makes the text loss a mean over the text tokens.
+        pretraining_share: count of the policy loss / text tokens of the update. The step divides all losses by that
+            count, so this factor makes the text loss a mean over the text tokens.
     """
-    flat = {name: column.flatten() for name, column in columns.items()}
-    longest = next(iter(columns.values())).shape[1]
+    flat = {name: column.flatten() for name, column in prepared.tokens.items()}
+    longest = next(iter(prepared.tokens.values())).shape[1]
     plain = next_token()
 
     def objective(model: Transformer, batch: Batch) -> LossSum:
         if not isinstance(batch, RolloutBatch):
             loss = plain(model, batch)
-            total = loss.total * pretraining_share
-            metrics = {"pretrain_loss": total.detach()}
-            return LossSum(config.pretrain_coefficient * total, torch.zeros_like(loss.count), metrics)
+            weight, name = config.pretrain_coefficient * pretraining_share, "pretrain_loss"
+            metrics, counts = {name: loss.total.detach()}, {name: loss.count}
+            return LossSum(weight * loss.total, torch.zeros_like(loss.count), metrics, counts)
         now = model.logprobs(batch, config.temperature, entropy_gradient=algorithm.uses_entropy)
         drawn = DrawnTokens(
             logprob_N=now.logprob_BT.flatten()[batch.counted_N],
             entropy_N=now.entropy_BT.flatten()[batch.counted_N],
             rollout_N=batch.drawn_N // longest,
             columns={name: column[batch.drawn_N] for name, column in flat.items()},
+            kl_coefficient=prepared.kl_coefficient,
         )
-        return algorithm.policy_loss(drawn)
+        loss = algorithm.policy_loss(drawn)
+        first_S = batch.drawn_N[batch.drawn_N % longest == 0] // longest  # rollouts, by their first tokens
+        counts = {name: loss.count for name in loss.metrics if name != "policy_loss"}
+        return replace(loss, count=prepared.count_B[first_S].sum(), counts=counts)
 
     return objective
 
@@ -88,17 +91,17 @@ class Updater:
     stop: StopRequest
     pretraining: Pretraining | None = None
 
-    def __call__(self, state: RlhfState, columns: Columns, passes: Passes) -> Updates:
+    def __call__(self, state: RlhfState, prepared: Prepared, passes: Passes) -> Updates:
         """All passes over an iteration's rollouts, or fewer if rlhf.stop_kl ends them (collective).
 
         Raises:
             NonFiniteGradientsError: after rlhf.max_nonfinite_updates skipped updates in a row.
         """
         config, done, stopping = self.run.config, [], False
-        for number in range(config.epochs):
+        for number in range(given(config.epochs)):
             for minibatch in passes(number):
                 self.run.alive()
-                results = self._steps(state, columns, minibatch)
+                results = self._steps(state, prepared, minibatch)
                 state = _counted(state, results)
                 self._check_finite(state)
                 stopping = stopping or any(result.stop_requested for result in results)
@@ -109,7 +112,7 @@ class Updater:
                     return Updates(state, done, stopping)
         return Updates(state, done, stopping)
 
-    def _steps(self, state: RlhfState, columns: Columns, minibatch: Minibatch) -> Sequence[StepResult]:
+    def _steps(self, state: RlhfState, prepared: Prepared, minibatch: Minibatch) -> Sequence[StepResult]:
         """A step of the policy, and of the critic if there is one."""
         models, config = self.run.models, self.run.config
 
@@ -118,13 +121,14 @@ class Updater:
             share = 0.0
             if self.pretraining and config.pretrain_coefficient:
                 texts = self.pretraining(state.policy_updates)
-                share = minibatch.tokens / max(_targets_of_all_ranks(texts, self.run.counts), 1.0)
+                count = float(prepared.count_B[torch.from_numpy(minibatch.rollout_S)].sum())
+                share = count / max(_targets_of_all_ranks(texts, self.run.counts), 1.0)
                 batches += texts
-            return self._step(models.policy, policy_objective(self.algorithm, columns, config, share), batches)
+            return self._step(models.policy, policy_objective(self.algorithm, prepared, config, share), batches)
 
         if not models.critic:
             return [policy_step()]
-        critic, objective = models.critic, critic_objective(self.algorithm, columns)
+        critic, objective = models.critic, critic_objective(self.algorithm, prepared.tokens)
         return self.run.beside(policy_step, lambda: self._step(critic, objective, minibatch.batches))
 
     def _step(self, trained: Trained, objective: Objective, batches: Sequence[Batch]) -> StepResult:
@@ -135,10 +139,11 @@ class Updater:
     def _check_finite(self, state: RlhfState) -> None:
         config = self.run.config
         if state.nonfinite_updates >= config.max_nonfinite_updates:
+            critic = f" and rlhf.value_lr={config.value_lr:g}" if config.value_lr is not None else ""
             raise NonFiniteGradientsError(
                 f"gradients were NaN or infinite in {state.nonfinite_updates} updates in a row, in iteration "
                 f"{state.iteration} (rlhf.max_nonfinite_updates={config.max_nonfinite_updates}): lower "
-                f"rlhf.lr={config.lr:g} and rlhf.value_lr={config.value_lr:g}, or look for an unbounded reward"
+                f"rlhf.lr={config.lr:g}{critic}, or look for an unbounded reward"
             )
 
 

@@ -123,7 +123,7 @@ class RlhfRunConfig(Config):
 
     @property
     def trained_models(self) -> int:
-        return 2
+        return 1 + self.rlhf.has_critic
 
     @property
     def ranked_corpora(self) -> frozenset[str]:

@@ -24,7 +24,8 @@ class LossSum:
 
     total: torch.Tensor  # scalar fp32, with gradient
     count: torch.Tensor  # scalar fp32
-    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)  # sums over the same count, without gradient
+    metrics: Mapping[str, torch.Tensor] = field(default_factory=dict)  # sums without gradient
+    counts: Mapping[str, torch.Tensor] = field(default_factory=dict)  # of metrics that `count` is not the count of
 
 
 class Objective(Protocol):

@@ -28,6 +28,7 @@ class Sums:
 
     total_count: torch.Tensor  # (2,) float64: loss total, count
     metrics: dict[str, torch.Tensor]  # of the objective
+    counts: dict[str, torch.Tensor]  # of the metrics that have their own count
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class StepResult:
     grad_norm: float  # global L2 norm before clipping
     applied: bool  # False: gradients were not finite and the parameters did not change
     stop_requested: bool  # some rank was asked to stop
-    metrics: dict[str, float]  # of the objective, divided by the count
+    metrics: dict[str, float]  # of the objective, divided by their counts
     tokens: int  # tokens of all ranks, as they reported them
     grad_norms: Mapping[str, float]  # `grad_norm` by group of parameters; empty without laps
 
@@ -62,6 +63,7 @@ def accumulate_gradients(
         laps.start()
     sums = torch.zeros(2, dtype=torch.float64, device=micro_batches[0].tokens_BT.device)
     metrics: dict[str, torch.Tensor] = {}
+    counts: dict[str, torch.Tensor] = {}
     for index, batch in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
         accumulate(model, reduce=reduce_every_micro_batch or last, last=last)
@@ -69,12 +71,13 @@ def accumulate_gradients(
         _lap(laps, "forward")
         loss.total.backward()
         sums += torch.stack([loss.total.detach(), loss.count]).double()
-        for name, value in loss.metrics.items():
-            metrics[name] = metrics.get(name, torch.zeros_like(value)) + value
+        for into, values in ((metrics, loss.metrics), (counts, loss.counts)):
+            for name, value in values.items():
+                into[name] = into.get(name, torch.zeros_like(value)) + value
         _lap(laps, "backward")
     reduce_partial_gradients(model)
     _lap(laps, "communication")
-    return Sums(sums, metrics)
+    return Sums(sums, metrics, counts)
 
 
 def update(
@@ -98,12 +101,13 @@ def update(
         tokens: tokens of this rank's micro-batches, for `StepResult.tokens`.
         laps: gets `communication` and `optimizer`; given on every rank or on none.
     """
-    names = sorted(sums.metrics)
+    names, counted = sorted(sums.metrics), sorted(sums.counts)
     groups = gradients_by_group(model) if laps else {"": _gradients(model)}
     device = sums.total_count.device
     squares = squared_norms(list(groups.values())).to(device)
     said = torch.full((1,), tokens, dtype=torch.float64, device=device)  # a copy from the host would wait for the GPU
-    own = torch.cat([said, sums.total_count, *(sums.metrics[name].double().reshape(1) for name in names)])
+    reported = [*(sums.metrics[name] for name in names), *(sums.counts[name] for name in counted)]
+    own = torch.cat([said, sums.total_count, *(value.double().reshape(1) for value in reported)])
     stops = torch.full((1,), float(stop.requested), dtype=torch.float64, device=device)
     # everything that ranks must agree on, in one message
     shared = torch.cat([stops, squares, own if counts else torch.zeros_like(own)])
@@ -112,6 +116,7 @@ def update(
     _lap(laps, "communication")
     stopping, *values = shared.tolist()
     group_squares, (all_tokens, total, count, *metric_sums) = values[: len(groups)], values[len(groups) :]
+    own_counts = dict(zip(counted, metric_sums[len(names) :], strict=True))
     norm = math.sqrt(sum(group_squares)) / max(count, 1.0)
     applied = math.isfinite(norm)
     if applied:
@@ -128,7 +133,7 @@ def update(
         grad_norm=norm,
         applied=applied,
         stop_requested=stopping > 0,
-        metrics={name: value / max(count, 1.0) for name, value in zip(names, metric_sums, strict=True)},
+        metrics={name: metric_sums[i] / max(own_counts.get(name, count), 1.0) for i, name in enumerate(names)},
         tokens=int(all_tokens),
         grad_norms=norms if laps else {},
     )

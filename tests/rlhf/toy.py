@@ -10,7 +10,7 @@ import torch
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.parallel import ParallelConfig
-from dist_lm.config.rlhf import RewardPartConfig, RlhfConfig
+from dist_lm.config.rlhf import RewardPartConfig, RlhfConfig, given
 from dist_lm.document import TokenizedDocument
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.model.transformer import Transformer
@@ -18,10 +18,10 @@ from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
 from dist_lm.parallel.values import whole_weights
+from dist_lm.ranks.rlhf import ALGORITHMS
 from dist_lm.rlhf.algorithm import Algorithm, DrawnTokens, Experience, Prepared
 from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
 from dist_lm.rlhf.models import RlhfModels, start_critic, trained
-from dist_lm.rlhf.ppo import Ppo
 from dist_lm.rlhf.rewards import Judge
 from dist_lm.rlhf.rollouts import FINISHES, EngineRollouts, Rollouts, RolloutSource, ShuffledPrompts
 from dist_lm.rlhf.state import KlController, RlhfState
@@ -110,7 +110,7 @@ def toy(
 ) -> Toy:
     """All parts on the mesh that `parallel` asks for (collective)."""
     parallel = parallel or ParallelConfig()
-    algorithm = algorithm or Ppo(config)
+    algorithm = algorithm or ALGORITHMS[config.algorithm](config)
     mesh = build_mesh(resolve_layout(parallel, model, world.size), world.device)
 
     def build(shape: ModelConfig, own_seed: int = seed) -> Transformer:
@@ -120,7 +120,7 @@ def toy(
     critic = None
     if algorithm.has_critic:
         critic = build(replace(model, head="scalar"))
-        start_critic(critic, reward or policy, config.value_head)
+        start_critic(critic, reward or policy, given(config.value_head))
     learner = Learner(
         config=config,
         seed=seed,
@@ -130,7 +130,7 @@ def toy(
         parallel=parallel,
         models=RlhfModels(
             policy=trained(policy, config, config.lr),
-            critic=trained(critic, config, config.value_lr) if critic else None,
+            critic=trained(critic, config, given(config.value_lr)) if critic else None,
             reference=build(model).requires_grad_(False) if reference else None,
             reward=reward.requires_grad_(False) if reward else None,
         ),
@@ -138,7 +138,7 @@ def toy(
         supply=supply_of(config, source(), seed, stop_tokens) if world.is_first else None,
         **options,
     )
-    made = Toy(learner, RlhfState(KlController(config.kl_coefficient, config.kl_target, config.kl_horizon)))
+    made = Toy(learner, RlhfState(KlController(given(config.kl_coefficient), config.kl_target, config.kl_horizon)))
     made.learner = replace(learner, report=made.reports.append, save=made.saved.append)
     return made
 
@@ -177,9 +177,8 @@ class GroupMean:
         others_B = same_BB.sum(1) - 1
         baseline_B = (same_BB @ experience.score_B - experience.score_B) / others_B
         advantage_BT = (experience.score_B - baseline_B)[:, None] * experience.mask_BT
-        return Prepared(
-            {"advantage": advantage_BT, "old": experience.logprob_BT}, {"others_mean": float(others_B.mean())}
-        )
+        columns = {"advantage": advantage_BT, "old": experience.logprob_BT}
+        return Prepared(columns, experience.mask_BT.sum(1), metrics={"others_mean": float(others_B.mean())})
 
     def policy_loss(self, drawn: DrawnTokens) -> LossSum:
         gain = (drawn.logprob_N * drawn.columns["advantage"]).sum()
