@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from dist_lm.errors import require
 
 _CRITIC = {
-    "value_lr": None,  # see RlhfConfig
+    "value_lr": None,
     "value_clip": 0.2,
     "value_head": "zero",
     "gamma": 1.0,
@@ -29,8 +29,18 @@ READ: Mapping[str, Mapping[str, Any]] = {
         "kl_estimate": "k1",
     },
     "grpo": {**_GROUP, "clip": 0.2, "kl_coefficient": 0.04, **_PENALISED},
+    "dr_grpo": {**_GROUP, "clip": 0.2, "kl_coefficient": 0.0, **_PENALISED},
+    "rloo": {**_GROUP, "clip": 0.2, "kl_coefficient": 0.05, **_PENALISED, "kl_estimate": "k1"},
+    "reinforce_pp": {
+        **{"samples": 1, "epochs": 1, "clip": 0.2, "kl_coefficient": 0.01},
+        **_PENALISED,
+        "kl_estimate": "k1",
+    },
+    "dapo": {**_GROUP, "clip": 0.2, "clip_high": 0.28, "kl_coefficient": 0.0, "overlong_tokens": None},
+    "gspo": {**_GROUP, "clip": 3e-4, "clip_high": 4e-4, "kl_coefficient": 0.0, **_PENALISED},
 }
-"""algorithm -> the keys that it reads and others do not, or whose default is its own, with that default."""
+"""algorithm -> the keys that not all algorithms read, or whose default is its own, with that default. A default of
+None is computed from other keys (see RlhfConfig)."""
 ALGORITHMS = tuple(READ)
 VALUE_RATE = 3  # the critic's learning rate / the policy's
 VALUE_HEADS = ("zero", "reward_model")
@@ -108,6 +118,8 @@ class RlhfConfig:
     grad_clip: float = 1.0  # largest global gradient norm; 0: off
     max_nonfinite_updates: int = 10  # consecutive updates with NaN/inf gradients before the run stops
     clip: float | None = None  # distance of the ratio from 1 beyond which the gain is cut off
+    clip_high: float | None = None  # the same above 1, where `clip` holds below
+    overlong_tokens: int | None = None  # last tokens over which the score falls by 1; null: max_new_tokens / 5; 0: off
     value_clip: float | None = None  # distance from the old value beyond which the loss no longer falls
     gamma: float | None = None  # discount per token
     lam: float | None = None  # lambda of generalised advantage estimation
@@ -136,11 +148,12 @@ class RlhfConfig:
             *("max_nonfinite_updates", "kl_horizon"),
         ):
             require(getattr(self, key) > 0, f"rlhf.{key}", getattr(self, key), "a positive integer")
-        for key in self._read("temperature", "lr", "value_lr", "adam_eps", "clip", "value_clip"):
+        for key in self._read("temperature", "lr", "value_lr", "adam_eps", "clip", "clip_high", "value_clip"):
             require(0 < getattr(self, key) < math.inf, f"rlhf.{key}", getattr(self, key), "a positive number")
         for key in self._read(
             *("max_staleness", "warmup_iterations", "weight_decay", "grad_clip", "kl_coefficient"),
             *("entropy_coefficient", "stop_kl", "pretrain_coefficient", "missing_eos_penalty", "importance_cap"),
+            "overlong_tokens",
         ):
             require(0 <= getattr(self, key) < math.inf, f"rlhf.{key}", getattr(self, key), "0 or a positive number")
         for key in self._read("gamma", "lam", "min_lr_ratio", "max_failed_fraction"):
@@ -158,6 +171,9 @@ class RlhfConfig:
             self.kl_coefficient,
             f"a positive number to begin with: rlhf.kl_target={target} only multiplies it",
         )
+        if self.overlong_tokens is not None:
+            accepted = f"at most rlhf.max_new_tokens={self.max_new_tokens}"
+            require(self.overlong_tokens <= self.max_new_tokens, "rlhf.overlong_tokens", self.overlong_tokens, accepted)
         fewest = min(2, READ[self.algorithm]["samples"])
         accepted = f"at least {fewest}: rlhf.algorithm={self.algorithm} compares the rollouts of a prompt"
         require(self.group >= fewest, "rlhf.samples", self.samples, accepted)
@@ -194,6 +210,8 @@ class RlhfConfig:
             require(value is None, f"rlhf.{key}", value, accepted)
         if self.has_critic and self.value_lr is None:
             self.value_lr = float(f"{VALUE_RATE * self.lr:.9g}")  # without the last digits of a product
+        if "overlong_tokens" in own and self.overlong_tokens is None:
+            self.overlong_tokens = self.max_new_tokens // 5  # a fifth of the limit, as in the paper
 
     def _read(self, *keys: str) -> list[str]:
         """Those of the keys that have a value."""

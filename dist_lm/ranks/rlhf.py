@@ -30,11 +30,16 @@ from dist_lm.ranks.rlhf_held_out import HeldOut
 from dist_lm.ranks.rlhf_models import Begun, begin, saved_files, train_state
 from dist_lm.ranks.rlhf_supply import pretraining_text, rollout_source
 from dist_lm.rlhf.algorithm import Algorithm
+from dist_lm.rlhf.dapo import Dapo
+from dist_lm.rlhf.dr_grpo import DrGrpo
 from dist_lm.rlhf.grpo import Grpo
+from dist_lm.rlhf.gspo import Gspo
 from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
 from dist_lm.rlhf.models import own_threads, sent_weights
 from dist_lm.rlhf.ppo import Ppo
+from dist_lm.rlhf.reinforce_pp import ReinforcePp
 from dist_lm.rlhf.rewards import Judge
+from dist_lm.rlhf.rloo import Rloo
 from dist_lm.rlhf.rollouts import ShuffledPrompts, read_to_end
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.stages.registry import load_config
@@ -53,7 +58,15 @@ from dist_lm.training.trainer import is_due, peak_memory_gib
 
 log = logging.getLogger(__name__)
 
-ALGORITHMS: dict[str, Callable[[RlhfConfig], Algorithm]] = {"ppo": Ppo, "grpo": Grpo}
+ALGORITHMS: dict[str, Callable[[RlhfConfig], Algorithm]] = {
+    "ppo": Ppo,
+    "grpo": Grpo,
+    "dr_grpo": DrGrpo,
+    "rloo": Rloo,
+    "reinforce_pp": ReinforcePp,
+    "dapo": Dapo,
+    "gspo": Gspo,
+}
 
 
 @dataclass

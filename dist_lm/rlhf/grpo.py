@@ -12,7 +12,13 @@ import torch
 
 from dist_lm.config.rlhf import given
 from dist_lm.rlhf.algorithm import DrawnTokens, Experience, Prepared, WithoutCritic
-from dist_lm.rlhf.policy_gradient import STD_EPS, group_columns, groups_of, penalised_policy_loss, per_token
+from dist_lm.rlhf.policy_gradient import (
+    STD_EPS,
+    completion_shares,
+    group_columns,
+    groups_of,
+    penalised_policy_loss,
+)
 from dist_lm.training.objective import LossSum
 
 
@@ -23,8 +29,7 @@ class Grpo(WithoutCritic):
         """Scores relative to the group; a completion counts 1, whatever its length."""
         groups = groups_of(experience.score_B, experience.prompt_B)
         advantage_B = (experience.score_B - groups.mean_B) / (groups.std_B + STD_EPS)
-        columns = group_columns(experience, advantage_B)
-        columns["share"] = per_token(1 / experience.mask_BT.sum(1), experience.mask_BT)
+        columns = group_columns(experience, advantage_B) | {"share": completion_shares(experience.mask_BT)}
         return Prepared(columns, torch.ones_like(advantage_B), kl_coefficient)
 
     def policy_loss(self, drawn: DrawnTokens) -> LossSum:

@@ -37,6 +37,14 @@ ESTIMATES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"k
 """By the names that rlhf.kl_estimate accepts: (log-probabilities of the policy, of the reference) -> nats per token."""
 
 
+def reference_kl(experience: Experience, estimate: str) -> torch.Tensor:
+    """(B, T): nats of each token from the reference; 0 on padding and without a reference."""
+    if experience.reference_logprob_BT is None:
+        return torch.zeros_like(experience.mask_BT)
+    kl_BT = ESTIMATES[estimate](experience.logprob_BT, experience.reference_logprob_BT)
+    return kl_BT * experience.mask_BT
+
+
 # --- rewards and advantages ---
 
 
@@ -68,6 +76,11 @@ def generalised_advantages(
         backwards.append(advantage)
     advantage_BT = torch.stack(backwards[::-1], dim=1)
     return advantage_BT, (advantage_BT + value_BT) * mask_BT
+
+
+def rewards_to_come(reward_BT: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
+    """The sum of the rewards from each token on, undiscounted; 0 on padding."""
+    return reward_BT.flip(1).cumsum(1).flip(1) * mask_BT
 
 
 def mean_and_std(value_BT: torch.Tensor, mask_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,9 +144,19 @@ def per_token(value_B: torch.Tensor, mask_BT: torch.Tensor) -> torch.Tensor:
     return value_B[:, None] * mask_BT
 
 
+def completion_shares(mask_BT: torch.Tensor) -> torch.Tensor:
+    """(B, T): 1 / tokens of the completion at each of its tokens, so that sums over them are means."""
+    return per_token(1 / mask_BT.sum(1), mask_BT)
+
+
 def group_columns(experience: Experience, advantage_B: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The columns of `penalised_policy_loss` for an advantage of whole completions, without `share`."""
-    columns = {"old_logprob": experience.logprob_BT, "advantage": per_token(advantage_B, experience.mask_BT)}
+    """`token_columns` for an advantage of whole completions."""
+    return token_columns(experience, per_token(advantage_B, experience.mask_BT))
+
+
+def token_columns(experience: Experience, advantage_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The columns of `penalised_policy_loss`, without `share`."""
+    columns = {"old_logprob": experience.logprob_BT, "advantage": advantage_BT}
     if experience.reference_logprob_BT is not None:
         columns["reference"] = experience.reference_logprob_BT
     if experience.importance_BT is not None:

@@ -13,12 +13,12 @@ import torch
 from dist_lm.config.rlhf import RlhfConfig, given
 from dist_lm.rlhf.algorithm import DrawnTokens, Experience, Prepared
 from dist_lm.rlhf.policy_gradient import (
-    ESTIMATES,
     clipped_policy_loss,
     clipped_value_loss,
     explained_variance,
     generalised_advantages,
     mean_and_std,
+    reference_kl,
     token_rewards,
     whiten,
 )
@@ -43,10 +43,7 @@ class Ppo:
         """Token rewards, their advantages and returns."""
         mask_BT, value_BT = experience.mask_BT, experience.value_BT
         assert value_BT is not None, "PPO has a critic"
-        kl_BT = torch.zeros_like(mask_BT)
-        if experience.reference_logprob_BT is not None:
-            estimate = ESTIMATES[given(self.config.kl_estimate)]
-            kl_BT = estimate(experience.logprob_BT, experience.reference_logprob_BT) * mask_BT
+        kl_BT = reference_kl(experience, given(self.config.kl_estimate))
         reward_BT = token_rewards(experience.score_B, kl_BT, mask_BT, kl_coefficient)
         if self.config.whiten_rewards:
             reward_BT = whiten(reward_BT, mask_BT, shift=False)

@@ -304,6 +304,12 @@ REINFORCEMENT = (
         ("rlhf/approx_kl", "nats/token", "", "KL divergence from the policy that began the iteration."),
     ),
     *_table(
+        "rlhf",
+        RLHF,
+        ("rlhf/overlong_penalty", "", "higher", "Mean penalty of the length of a rollout."),
+        only="with rlhf.algorithm=dapo",
+    ),
+    *_table(
         "updates",
         RLHF,
         ("rlhf/pretrain_loss", "nats/token", "lower", "Mean loss on pretraining text."),
@@ -317,8 +323,13 @@ REINFORCEMENT = (
         ("rlhf/value_clip_frac", "", "", "Share of tokens whose value was clipped."),
         ("rlhf/value_explained_var", "", "higher", "Share of the variance of returns that values explain."),
         ("rlhf/value_mean", "", "", "Mean predicted value."),
-        ("rlhf/return_mean", "", "", "Mean return of a token."),
         only="with a critic",
+    ),
+    *_table(
+        "updates",
+        RLHF,
+        ("rlhf/return_mean", "", "", "Mean return of a token."),
+        only="with rlhf.algorithm=ppo or reinforce_pp",
     ),
     *_table(
         "throughput",

@@ -36,7 +36,7 @@ def test_a_key_that_an_algorithm_does_not_read_is_null_and_refused_by_name(algor
     config = RlhfConfig(algorithm=algorithm)
     for key in {key for keys in READ.values() for key in keys}:
         if key in READ[algorithm]:
-            assert getattr(config, key) == READ[algorithm][key] or key == "value_lr", key
+            assert getattr(config, key) == READ[algorithm][key] or READ[algorithm][key] is None, key
         else:
             assert getattr(config, key) is None
             with pytest.raises(ConfigError, match=rf"rlhf\.{key}=0\.5: expected null: rlhf\.algorithm={algorithm} "):
@@ -54,8 +54,8 @@ def test_ppo_has_the_values_that_it_had():
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_files_of_conf_set_no_key_that_some_algorithm_does_not_read(algorithm: str, model: str):
     group = rlhf_config(compose_config(["stage=rlhf", f"model={model}", f"rlhf.algorithm={algorithm}"])).rlhf
-    assert {key: getattr(group, key) for key in READ[algorithm] if key != "value_lr"} == {
-        key: value for key, value in READ[algorithm].items() if key != "value_lr"
+    assert {key: getattr(group, key) for key, value in READ[algorithm].items() if value is not None} == {
+        key: value for key, value in READ[algorithm].items() if value is not None
     }
 
 
