@@ -373,9 +373,10 @@ def test_readme_has_at_most_150_lines():
 
 # pages of later features, and decisions, have limits of their own
 WORDS_OF_A_PAGE = {"data.md": 2_500, "in_and_out.md": 2_400, "decisions.md": 4_000, "recipes.md": 600}
+WORDS_OF_A_PAGE["metrics.md"] = 2_400  # generated: it grows with the metrics
 
 
-def test_docs_have_at_most_12500_words():
+def test_docs_have_at_most_10650_words():
     """Without the results of `dist-lm gpu check`, which the command writes."""
     lengths = {page.name: len(text_of(page).split()) for page in DOCS.glob("*.md")}
     for name, most in WORDS_OF_A_PAGE.items():
@@ -384,4 +385,4 @@ def test_docs_have_at_most_12500_words():
     before, _, rest = text_of(DOCS / "gpu.md").partition(results.BEGIN)
     generated, _, _ = rest.partition(results.END)
     assert before
-    assert written - len(generated.split()) <= 12_500
+    assert written - len(generated.split()) <= 10_650
