@@ -27,10 +27,15 @@ OWN_KEYS = ("run_id", "stage.eval_", "stage.sampling.")
 
 
 def first_other_rate(before: StageConfig, after: StageConfig, steps: int) -> int | None:
-    """The first of `steps` 0-based steps whose learning rate differs between two schedules; None if there is none."""
+    """The first of `steps` 0-based steps whose learning rate or momentum of Muon differs between two schedules; None if
+    there is none."""
     from dist_lm.training.optimizer import stage_rate
+    from dist_lm.training.rates import muon_momentum
 
-    return next((step for step in range(steps) if stage_rate(before, step) != stage_rate(after, step)), None)
+    def at(stage: StageConfig, step: int) -> tuple[float, float]:
+        return stage_rate(stage, step), muon_momentum(stage, step)
+
+    return next((step for step in range(steps) if at(before, step) != at(after, step)), None)
 
 
 def without_schedule(
@@ -55,7 +60,9 @@ def without_schedule(
         return conflicts
     reason = f"it has taken {taken} steps"
     if other is not None:
-        reason += f", and step {other + 1} would have had another rate with stage.schedule={new.stage.schedule}"
+        reason += (
+            f", and step {other + 1} would have had another rate or momentum with stage.schedule={new.stage.schedule}"
+        )
     raise ConfigError(
         f"{run.path} exists with other settings: {'; '.join(scheduled)}: {reason}. Give the same values; or branch "
         f"from one of its checkpoints under another run_id: stage.branch_from={run.path}@STEP. A run of "
