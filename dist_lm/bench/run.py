@@ -28,6 +28,7 @@ BENCHMARKS = {
     "checkpointing": "dist_lm.bench.training:CHECKPOINTING",
     "compile": "dist_lm.bench.training:COMPILE",
     "generate": "dist_lm.bench.generate",
+    "likelihood": "dist_lm.bench.likelihood",
     "reward": "dist_lm.bench.reward",
     "rlhf": "dist_lm.bench.rlhf",
     "data": "dist_lm.bench.data",

@@ -24,6 +24,7 @@ from dist_lm.errors import UserError
 from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer
 
 FIRST_PRIVATE, LAST_PRIVATE = 0xE000, 0xF8FF  # of Unicode's private use area
+NONCHARACTER = "\ufdd0"  # of Unicode: never in texts that programs exchange
 QUESTION = Conversation((Message("user", "probe"),))
 
 
@@ -153,6 +154,46 @@ def require_hermes_calls(tokenizer: Tokenizer) -> None:
         )
 
 
+class Splitter:
+    """Reads special tokens in rendered texts, and guards texts of turns that spell one."""
+
+    def __init__(self, tokenizer: Tokenizer, private: str = NONCHARACTER) -> None:
+        """`private`: a character that no text holds."""
+        self._tokenizer, self._private = tokenizer, private
+        self._names = _names(tokenizer)
+        self._spelled = re.compile("|".join(re.escape(name) for name, _ in self._names) or "(?!)")
+
+    def guarded(self, text: str) -> str:
+        """`text` with every name of a special token split by the private character."""
+        private = self._private
+        text = self._spelled.sub(lambda found: found[0][0] + private + found[0][1:], text)
+        names = [name for name, _ in self._names]
+        if any(text.startswith(name[cut:]) for name in names for cut in range(1, len(name))):
+            text = private + text  # its beginning could be the end of a name
+        if any(text.endswith(name[:cut]) for name in names for cut in range(1, len(name))):
+            text += private
+        return text
+
+    def pieces(self, text: str) -> list[_Piece]:
+        """The special tokens of a rendered text, and the texts between them."""
+        return _split(text, self._names)
+
+    def tokens(self, text: str) -> list[int]:
+        """The tokens of a rendered text."""
+        return self.encoded(self.pieces(text))
+
+    def encoded(self, pieces: Sequence[_Piece]) -> list[int]:
+        """The tokens of pieces."""
+        tokens = list[int]()
+        for piece in pieces:
+            tokens += [piece.token] if piece.token is not None else self.encoded_text(piece.text)
+        return tokens
+
+    def encoded_text(self, text: str) -> list[int]:
+        """The tokens of a text without special tokens."""
+        return self._tokenizer.encode(text.replace(self._private, ""))
+
+
 class _Page:
     """Renders one conversation and its beginnings, with its texts guarded."""
 
@@ -160,14 +201,13 @@ class _Page:
         """Raises ChatError: the conversation is not well formed, or the template leaves out what it holds."""
         check_conversation(conversation)
         self._kept = _kept(tokenizer)
-        self._names = _names(tokenizer)
         self._tokenizer = tokenizer
         self._conversation = conversation
         check_probes(self._kept, conversation)
         everything = json.dumps([messages_of(conversation.messages), tools_of(conversation.tools)], ensure_ascii=False)
         characters = {*everything, *self._kept.text}
-        self._private = next(chr(n) for n in range(FIRST_PRIVATE, LAST_PRIVATE) if chr(n) not in characters)
-        self._spelled = re.compile("|".join(re.escape(name) for name, _ in self._names))
+        private = next(chr(n) for n in range(FIRST_PRIVATE, LAST_PRIVATE) if chr(n) not in characters)
+        self._texts = Splitter(tokenizer, private)
 
     def text(self, messages: Sequence[Message], opening: bool = False) -> str:
         """The rendered text of the first turns, with guarded texts. `opening`: begin the assistant's turn."""
@@ -198,29 +238,20 @@ class _Page:
 
     def pieces(self, text: str) -> list[_Piece]:
         """The special tokens of a rendered text, and the texts between them."""
-        return _split(text, self._names)
+        return self._texts.pieces(text)
 
     def encoded(self, pieces: Sequence[_Piece]) -> list[int]:
         """The tokens of pieces."""
-        tokens = list[int]()
-        for piece in pieces:
-            tokens += [piece.token] if piece.token is not None else self.encoded_text(piece.text)
-        return tokens
+        return self._texts.encoded(pieces)
 
     def encoded_text(self, text: str) -> list[int]:
         """The tokens of a text without special tokens."""
-        return self._tokenizer.encode(text.replace(self._private, ""))
+        return self._texts.encoded_text(text)
 
     def _guarded(self, value: Any) -> Any:
         """`value` with every name of a special token in its texts split by the private character."""
         if isinstance(value, str):
-            text = self._spelled.sub(lambda found: found[0][0] + self._private + found[0][1:], value)
-            names = [name for name, _ in self._names]
-            if any(text.startswith(name[cut:]) for name in names for cut in range(1, len(name))):
-                text = self._private + text  # its beginning could be the end of a name
-            if any(text.endswith(name[:cut]) for name in names for cut in range(1, len(name))):
-                text += self._private
-            return text
+            return self._texts.guarded(value)
         if isinstance(value, dict):
             fixed = ("role", "type", "id", "tool_call_id")
             return {

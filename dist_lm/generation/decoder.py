@@ -70,7 +70,7 @@ class Decoder:
         self.share, self.axis = share or share_of(config), axis
         self.cache = build_cache(self.share, n_pages, page_size, dtype, device)
         self._page_size = page_size
-        self._dtype, self._device = dtype, device
+        self.dtype, self._device = dtype, device
         position_1T = torch.arange(config.max_seq_len, device=device)[None]
         tables = rope_tables(position_1T, config, dtype)
         self._cos, self._sin = (table[0, :, 0] for table in tables)
@@ -85,13 +85,13 @@ class Decoder:
             ArtefactError: names the parameter that is missing or has another shape.
         """
         look_up = looked_up(self.config, weights)
-        self.build(lambda name: look_up(name).detach().to(self._device, self._dtype))
+        self.build(lambda name: look_up(name).detach().to(self._device, self.dtype))
 
     def resize(self, n_pages: int) -> None:
         """Replace the cache by an empty one, and drop the graphs, which hold the addresses of the old one."""
         graphs, self._graphs = self._graphs, None
         del graphs, self.cache
-        self.cache = build_cache(self.share, n_pages, self._page_size, self._dtype, self._device)
+        self.cache = build_cache(self.share, n_pages, self._page_size, self.dtype, self._device)
         self._graphs = self._new_graphs()
 
     def build(self, look_up: LookUp) -> None:
@@ -138,8 +138,8 @@ class Decoder:
         tokens = [token for piece in pieces for token in piece.tokens]
         ends = [*accumulate(len(piece.tokens) for piece in pieces)]
         token_N, end_P = upload(self._device, torch.tensor(tokens), torch.tensor(ends))
-        x_ND = self._hidden(token_N, plan.position_N, attend)
-        return self._logits(x_ND[end_P - 1])
+        x_ND = self.hidden(token_N, plan.position_N, attend)
+        return self.logits(x_ND[end_P - 1])
 
     def decode(self, tokens: Sequence[int], plan: Plan) -> torch.Tensor:
         """Compute and cache one token per sequence. Returns fp32 logits (B, V); the next step may overwrite them."""
@@ -155,7 +155,7 @@ class Decoder:
             self.cache.write(layer, place_X, key, value)
             return self.cache.decode(layer, q, plan)
 
-        return self._logits(self._hidden(token_B, plan.position_B, attend))
+        return self.logits(self.hidden(token_B, plan.position_B, attend))
 
     def plan(self, pages: Sequence[Sequence[int]], positions: Sequence[int]) -> Plan:
         """Plan a decode step: sequence b holds `pages[b]` and adds a token at `positions[b]`."""
@@ -186,7 +186,14 @@ class Decoder:
     def close(self) -> None:
         """End other processes of the model. Nothing to do here; see `ShardedDecoder`."""
 
-    def _hidden(self, token_N: torch.Tensor, position_N: torch.Tensor, attend: Callable[..., torch.Tensor]):
+    def hidden(
+        self, token_N: torch.Tensor, position_N: torch.Tensor, attend: Callable[..., torch.Tensor]
+    ) -> torch.Tensor:
+        """Hidden states (N, D) of tokens at their positions.
+
+        Args:
+            attend: (layer, scaled queries (N, H, K), keys (N, G, K), values (N, G, K)) -> attention (N, H, K).
+        """
         config, share = self.config, self.share
         rope: RopeTables = (self._cos[position_N][:, None], self._sin[position_N][:, None])
         x_ND = self._embed(token_N)
@@ -205,7 +212,8 @@ class Decoder:
             x_ND = layer.down(hidden, x_ND)
         return x_ND
 
-    def _logits(self, x_ND: torch.Tensor) -> torch.Tensor:
+    def logits(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """fp32 logits (N, V) of hidden states."""
         return self._head(self._final_norm(x_ND)).float()
 
 

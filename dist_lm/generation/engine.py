@@ -96,6 +96,12 @@ class Engine:
         return bool(self._waiting or self._prompts or self._running or self._aside or self._done)
 
     @property
+    def decoder(self) -> Decoder:
+        """The whole model, for computations without the cache; only with tp=1."""
+        assert isinstance(self._decoder, Decoder), "a sharded decoder computes steps of the cache alone"
+        return self._decoder
+
+    @property
     def tokens_in_flight(self) -> int:
         """Upper bound of the tokens of prompts and answers that are still to be computed."""
         groups = [*self._waiting, *self._prompts]

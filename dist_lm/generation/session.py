@@ -60,16 +60,21 @@ class Outcome:
 
 
 def build_engine(
-    loaded: LoadedModel, device: torch.device, answers: int, cache_tokens: int = CACHE_TOKENS, tp: int = 1
+    loaded: LoadedModel,
+    device: torch.device,
+    answers: int,
+    cache_tokens: int = CACHE_TOKENS,
+    tp: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> Engine:
     """An engine for up to `answers` whole contexts at a time, in fp32 on the CPU and bf16 on a GPU, as in training.
 
     Args:
         cache_tokens: upper bound of the cache, unless a single context is longer.
         tp: devices that share the model.
+        dtype: of another arithmetic.
     """
-    gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if gpu else torch.float32
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     page = best_page_tokens(loaded.config, dtype, device)
     # one page more than the context, because answers copy the last page they share
     longest = (pages_for(loaded.config.max_seq_len, page) + 1) * page

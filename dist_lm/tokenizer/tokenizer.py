@@ -281,6 +281,12 @@ class Tokenizer:
         return self.special_ids[name]
 
     @property
+    def opening_ids(self) -> tuple[int, ...]:
+        """The special tokens that transformers puts before a text with our export."""
+        own = self.eot_id if self.is_trained else self._vocabulary.opening
+        return () if own is None else (own,)
+
+    @property
     def file_names(self) -> dict[str, int]:
         """The special tokens by the names that they have in the file."""
         return self._vocabulary.special_ids

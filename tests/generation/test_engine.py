@@ -205,9 +205,9 @@ def test_sequences_are_set_aside_and_pages_shared_where_the_cache_is_small(model
 def test_a_prompt_is_computed_once_for_all_its_answers_and_each_token_once(model, monkeypatch):
     engine = engine_of(model, replace(SMALL, piece_tokens=8, max_sequences=8))
     computed: list[int] = []
-    hidden = engine._decoder._hidden
+    hidden = engine._decoder.hidden
     monkeypatch.setattr(
-        engine._decoder, "_hidden", lambda tokens, *rest: (computed.append(len(tokens)), hidden(tokens, *rest))[1]
+        engine._decoder, "hidden", lambda tokens, *rest: (computed.append(len(tokens)), hidden(tokens, *rest))[1]
     )
     engine.submit(Request("a", [5] * 30, SamplingParams(max_new_tokens=6, ignore_eot=True), n=8))
     assert len(engine.run()) == 8

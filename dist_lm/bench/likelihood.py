@@ -1,0 +1,131 @@
+"""Multiple-choice requests per second in lm-evaluation-harness: our engine against its `hf` backend on our export.
+
+A question has a context of 200 to 400 tokens and four choices of 5 to 20 tokens; a request is one choice. Texts are
+tokenized beforehand. Every way gives the same log-likelihoods.
+"""
+
+import importlib.util
+import random
+import tempfile
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_lm.bench.case import AS_USED, Case, Comparison, GroupSize, configurations
+from dist_lm.bench.rank import Trial
+from dist_lm.config.root import Config
+from dist_lm.generation.decoder import Decoder, best_page_tokens
+from dist_lm.generation.likelihood import Tree, likelihoods
+from dist_lm.model.keyed_random import initialise
+from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.mesh import World
+from dist_lm.parallel.sharding import generation_dtype
+from dist_lm.stages.export import write_model
+
+OURS, HF = "our engine", "lm_eval hf"
+QUESTIONS, CHOICES = 8, 4
+CONTEXT, CHOICE = (200, 400), (5, 20)  # tokens, fewest and most
+BATCHES = (1, 16)  # sequences of a forward pass of the hf backend
+ROUNDS = 7
+SHAPE = (
+    *(AS_USED, "model=nano", "model.n_heads=4", "model.qk_norm=false", "model.n_layers=6", "model.d_model=256"),
+    *("model.d_ff=1024", "model.vocab_size=8192", "model.max_seq_len=1024", "model.tie_embeddings=false"),
+)
+
+
+def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
+    """The hf backend with each batch size. With overrides: that model."""
+    (config,) = configurations([SHAPE], [AS_USED, *overrides] if overrides else (), quick)
+    peers = [f"{HF}, batch {batch}" for batch in BATCHES]
+    there = importlib.util.find_spec("lm_eval") and importlib.util.find_spec("accelerate")
+    comparisons = [
+        Comparison(OURS, peer) if there else Comparison(OURS, peer_name=f"{peer}: not installed") for peer in peers
+    ]
+    model = config.model
+    case = Case(
+        name=f"{model.d_model} x {model.n_layers} layers, {CHOICES} choices",
+        config=config,
+        ways=dict.fromkeys([OURS, *(peers if there else ())], GroupSize(1)),
+        comparisons=comparisons,
+        same_losses=frozenset([OURS, *(peers if there else ())]),
+        rounds=ROUNDS,
+        amount=QUESTIONS * CHOICES,
+        unit="requests/s",
+    )
+    return [case]
+
+
+def questions(vocab_size: int) -> list[Tree]:
+    """Random questions, the same at every call."""
+    chance = random.Random(11)  # noqa: S311  no secret
+
+    def tokens(least: int, most: int) -> tuple[int, ...]:
+        return tuple(chance.randrange(2, vocab_size) for _ in range(chance.randint(least, most)))
+
+    return [Tree(tokens(*CONTEXT), tuple(tokens(*CHOICE) for _ in range(CHOICES))) for _ in range(QUESTIONS)]
+
+
+def build(way: str, config: Config, world: World) -> Trial:
+    """One way of scoring, in one process."""
+    device, dtype = world.device, generation_dtype(config.parallel, world.device)
+    model = Transformer(config.model)
+    initialise(model, config.seed)
+    model.requires_grad_(requires_grad=False)
+    asked = questions(config.model.vocab_size)
+    if way == OURS:
+        decoder = Decoder(config.model, 2, best_page_tokens(config.model, dtype, device), dtype, device)
+        with torch.inference_mode():
+            decoder.load(dict(model.named_parameters()))
+        found = [0.0]
+
+        def score() -> float:
+            found[:] = [one.total for one in chain.from_iterable(likelihoods(decoder, asked, device))]
+            return 0.0
+
+        return Trial(score, losses=lambda: _after(score, found))
+    return _hf(model, asked, int(way.rpartition(" ")[2]), device, dtype)
+
+
+def _after(score: Any, found: list[float]) -> list[float]:
+    score()
+    return list(found)
+
+
+def _hf(model: Transformer, asked: Sequence[Tree], batch: int, device: torch.device, dtype: torch.dtype) -> Trial:
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    with tempfile.TemporaryDirectory(prefix="dlm-bench-") as folder:
+        ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+        write_model(Path(folder), model.config, dict(model.named_parameters()).__getitem__, "fp32", ids)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
+    marks = {"eos_token": "a", "pad_token": "b"}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[])), **marks
+    )
+    backend: Any = HFLM
+    peer = backend(
+        loaded.eval().to(device, dtype),
+        tokenizer=tokenizer,
+        batch_size=batch,
+        max_length=model.config.max_seq_len,
+        device=str(device),
+    )
+    # the texts are keys of its reordering, and must differ
+    requests: list[Any] = [
+        ((f"context {number}", f"choice {place}"), list(tree.context), list(one))
+        for number, tree in enumerate(asked)
+        for place, one in enumerate(tree.continuations)
+    ]
+    found = [0.0]
+
+    def score() -> float:
+        with torch.inference_mode():
+            found[:] = [total for total, _ in peer._loglikelihood_tokens(requests, disable_tqdm=True)]
+        return 0.0
+
+    return Trial(score, losses=lambda: _after(score, found))
