@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 
 from dist_lm.config.root import Config, save_config
+from dist_lm.config.stage import MuonConfig
 from dist_lm.data.manifest import record_content
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.plan import make_plan
