@@ -1,13 +1,16 @@
-"""Rollouts per second of PPO: our learner with its pool of Ray actors, against TRL and a bare loop.
+"""Rollouts per second of PPO and GRPO: our learner with its pool of Ray actors, against TRL and a bare loop.
 
 The model is a toy of two layers. Every way draws 64 completions of 16 tokens, runs a frozen reference and a reward
 model of the policy's shape, and makes four passes of updates of policy and critic. Peers are not installed by default;
 a missing one is listed without a figure.
 
-The second case compares generation during updates (rlhf.max_staleness=1), with a core each for learner and actor,
+The GRPO cases draw eight completions for each of eight prompts, score them with a Python function, and make one or four
+passes of updates without a reference model.
+
+The next case compares generation during updates (rlhf.max_staleness=1), with a core each for learner and actor,
 against generation and updates in turn. It makes one pass of updates; the share of generation is reported.
 
-The third case pushes the weights of a model into Ray's object store, against a copy of all of them and one `ray.put`.
+The last case pushes the weights of a model into Ray's object store, against a copy of all of them and one `ray.put`.
 """
 
 import importlib.util
@@ -21,7 +24,8 @@ import torch
 
 from dist_lm.bench.case import Case, Comparison, GroupSize, against, configurations
 from dist_lm.bench.rank import Trial, pin, two_cores
-from dist_lm.bench.rlhf_loops import ITERATIONS, PROMPTS, BareLoop, Peer, ToyPpo, Trl, made_up_prompts
+from dist_lm.bench.rlhf_grpo import GROUP, TrlGrpo, grpo_config
+from dist_lm.bench.rlhf_loops import ITERATIONS, PROMPTS, BareLoop, Peer, ToyRun, Trl, made_up_prompts, ppo_config
 from dist_lm.cluster.pool import Pool, PoolRollouts
 from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.pool_weights import store
@@ -36,6 +40,8 @@ from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.models import sent_weights
 
 OURS, ONE_PROCESS = "our learner and pool", "the same in one process"
+GRPO_PASSES = (1, 4)
+TRL_GRPO = "TRL's GRPOTrainer"
 TOGETHER, IN_TURNS = "drawing beside updates", "drawing, then updates"
 PEERS: dict[str, type[Peer]] = {"TRL": Trl, "bare loop over transformers": BareLoop}
 SHAPE = (
@@ -53,12 +59,13 @@ PUSHED = (*SHAPE, "model.d_model=768", "model.n_layers=12", "model.n_heads=12", 
 
 
 def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
-    """Against peers, then generation during updates; with overrides the first case with another model or batch."""
+    """PPO and GRPO against peers, then generation during updates; with overrides only PPO, with that model or batch."""
     config = configurations([(*SHAPE, *overrides)], (), quick)[0]
     found = [peers_case(config)]
     if overrides or quick:
         return found
     longer, pushed = configurations([LONGER, PUSHED], (), quick)
+    found += [grpo_case(config, passes) for passes in GRPO_PASSES]
     return [*found, staleness_case(longer), push_case(pushed)]
 
 
@@ -72,6 +79,29 @@ def peers_case(config: Config) -> Case:
         config=config,
         ways=dict.fromkeys([OURS, ONE_PROCESS, *(name for name in PEERS if name not in absent)], size),
         comparisons=[against(OURS, name, absent.get(name), ONE_PROCESS) for name in PEERS],
+        same_losses=frozenset(),
+        rounds=ROUNDS,
+        amount=ITERATIONS * stage.global_batch,
+        unit=SAMPLES,
+    )
+
+
+def of_passes(way: str, passes: int) -> str:
+    """The name of a way of a GRPO case."""
+    return f"{way}, {passes} passes" if passes > 1 else f"{way}, 1 pass"
+
+
+def grpo_case(config: Config, passes: int) -> Case:
+    """GRPO by our learner and by TRL, on two threads."""
+    size, absent = GroupSize(1, THREADS), _why_not(TrlGrpo)
+    model, stage = config.model, config.stage
+    own, alone, peer = (of_passes(way, passes) for way in (OURS, ONE_PROCESS, TRL_GRPO))
+    return Case(
+        name=f"GRPO, {model.d_model} x {model.n_layers} layers, groups of {GROUP}, "
+        f"{stage.global_batch} x {stage.seq_len} new tokens",
+        config=config,
+        ways=dict.fromkeys([own, alone, *([] if absent else [peer])], size),
+        comparisons=[against(own, peer, absent, alone)],
         same_losses=frozenset(),
         rounds=ROUNDS,
         amount=ITERATIONS * stage.global_batch,
@@ -136,8 +166,8 @@ class Worker:
     def source(self, config: Config) -> PoolRollouts:
         """The pool, started on first use; its actor has as many threads as this process."""
         if self._source is None:
-            spec = EngineSpec(config.model, ToyPpo.options(config), eot_id=0)
-            pool = Pool.start(self.cluster(), spec, ToyPpo.weights(config), actors=1)
+            spec = EngineSpec(config.model, ToyRun.options(config), eot_id=0)
+            pool = Pool.start(self.cluster(), spec, ToyRun.weights(config), actors=1)
             self._source = PoolRollouts(self._ends_with_process.enter_context(pool))
         return self._source
 
@@ -174,13 +204,19 @@ def build(way: str, config: Config, world: World) -> Trial:
         peer = PEERS[way](config, made_up_prompts(config))
         return Trial(peer.run, losses=list)
     if way in (OURS, ONE_PROCESS):
-        toy = ToyPpo(config, world, WORKER.source(config) if way == OURS else None)
+        toy = ToyRun(config, world, WORKER.source(config) if way == OURS else None, ppo_config(config))
         return Trial(toy.run, losses=list)
+    for passes in GRPO_PASSES:
+        if way == of_passes(TRL_GRPO, passes):
+            return Trial(TrlGrpo(config, made_up_prompts(config), passes).run, losses=list)
+        if way in (of_passes(OURS, passes), of_passes(ONE_PROCESS, passes)):
+            source = WORKER.source(config) if way == of_passes(OURS, passes) else None
+            return Trial(ToyRun(config, world, source, grpo_config(config, passes)).run, losses=list)
     source = WORKER.source(config)
     first, last = two_cores()
     pin(0, first)
     pin(source.pool.members[0].pid, last)
-    toy = ToyPpo(config, world, source, staleness=int(way == TOGETHER), epochs=1)
+    toy = ToyRun(config, world, source, ppo_config(config, staleness=int(way == TOGETHER), epochs=1))
 
     def facts() -> dict[str, float]:
         toy.run()

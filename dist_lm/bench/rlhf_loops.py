@@ -1,6 +1,6 @@
-"""PPO loops on the toy of `bench rlhf`: our learner, TRL's trainer, and a bare loop over transformers.
+"""Loops on the toy of `bench rlhf`: our learner, and PPO by TRL and by a bare loop over transformers.
 
-All train a policy and a critic against a frozen reference and a frozen reward model, four models of the same shape.
+PPO trains a policy and a critic against a frozen reference and a frozen reward model, four models of the same shape.
 
 Dimensions: B completions, P tokens of a prompt, T new tokens, V vocabulary.
 """
@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from dist_lm.config.model import ModelConfig
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.rlhf import RewardPartConfig, RlhfConfig, given
 from dist_lm.config.root import Config
@@ -28,6 +29,7 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
+from dist_lm.ranks.rlhf import ALGORITHMS
 from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
 from dist_lm.rlhf.models import (
     RlhfModels,
@@ -35,7 +37,6 @@ from dist_lm.rlhf.models import (
     start_critic,
     trained,
 )
-from dist_lm.rlhf.ppo import Ppo
 from dist_lm.rlhf.rewards import Judge
 from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource, ShuffledPrompts
 from dist_lm.rlhf.state import KlController, RlhfState
@@ -58,36 +59,36 @@ def made_up_prompts(config: Config) -> torch.Tensor:
     return token_BP
 
 
-class ToyPpo:
-    """Our PPO, some iterations per run; each run continues the previous one."""
+class ToyRun:
+    """Our learner, some iterations per run; each run continues the previous one."""
 
-    def __init__(
-        self, config: Config, world: World, source: RolloutSource | None, staleness: int = 0, epochs: int = EPOCHS
-    ) -> None:
+    def __init__(self, config: Config, world: World, source: RolloutSource | None, rlhf: RlhfConfig) -> None:
         """`source`: None for an engine in this process."""
         self.drawing_s = self.iteration_s = 0.0  # of the last run
-        self._config, self._rlhf = config, rlhf_config(config, staleness, epochs)
+        self._config, self._rlhf = config, rlhf
         shape, parallel = config.model, ParallelConfig(compute_dtype="fp32")
         self._world, self._parallel = world, parallel
         self._mesh = build_mesh(resolve_layout(parallel, shape, world.size), world.device)
-        policy, reference = (build_model(shape, parallel, self._mesh, world.device, config.seed) for _ in range(2))
-        critic, reward = (
-            build_model(replace(shape, head="scalar"), parallel, self._mesh, world.device, config.seed + 1)
-            for _ in range(2)
-        )
-        start_critic(critic, reward, "zero")
+        self._algorithm = ALGORITHMS[rlhf.algorithm](rlhf)
+        coefficient = given(rlhf.kl_coefficient)
         self._models = RlhfModels(
-            trained(policy, self._rlhf, self._rlhf.lr),
-            trained(critic, self._rlhf, given(self._rlhf.value_lr)),
-            reference.requires_grad_(False),
-            reward.requires_grad_(False),
+            trained(self._model(shape), rlhf, rlhf.lr),
+            reference=self._model(shape).requires_grad_(False) if coefficient else None,
         )
-        prompts = made_up_prompts(config).tolist()
+        if self._algorithm.has_critic:
+            critic, reward = (self._model(replace(shape, head="scalar"), seed=1) for _ in range(2))
+            start_critic(critic, reward, "zero")
+            own = trained(critic, rlhf, given(rlhf.value_lr))
+            self._models = replace(self._models, critic=own, reward=reward.requires_grad_(False))
         if source is None:
             weights = dict(Transformer(config.model).state_dict())
             source = EngineRollouts(Engine(config.model, weights, eot_id=0, options=self.options(config)))
-        self._supply = RolloutSupply(source, ShuffledPrompts(prompts, config.seed), no_rules())
-        self._state = RlhfState(KlController(KL_COEFFICIENT))
+        judge = Judge(rlhf.rewards, words_of, rlhf.max_failed_fraction)
+        self._supply = RolloutSupply(source, ShuffledPrompts(made_up_prompts(config).tolist(), config.seed), judge)
+        self._state = RlhfState(KlController(coefficient))
+
+    def _model(self, shape: ModelConfig, seed: int = 0) -> Transformer:
+        return build_model(shape, self._parallel, self._mesh, self._world.device, self._config.seed + seed)
 
     def run(self) -> float:
         """`ITERATIONS` more; returns the last reward."""
@@ -101,7 +102,7 @@ class ToyPpo:
             mesh=self._mesh,
             parallel=self._parallel,
             models=self._models,
-            algorithm=Ppo(self._rlhf),
+            algorithm=self._algorithm,
             supply=self._supply,
             report=reports.append,
         )
@@ -113,7 +114,7 @@ class ToyPpo:
 
     @staticmethod
     def options(config: Config) -> EngineOptions:
-        """An engine that holds all prompts of an iteration at once."""
+        """An engine that holds all rollouts of an iteration at once."""
         batch, page = config.stage.global_batch, 32
         return EngineOptions(cache_tokens=batch * config.model.max_seq_len, page_tokens=page, max_sequences=batch)
 
@@ -124,7 +125,7 @@ class ToyPpo:
         return {name: initial_value(name, shape, config.model, config.seed).numpy() for name, shape in shapes.items()}
 
 
-def rlhf_config(config: Config, staleness: int, epochs: int) -> RlhfConfig:
+def ppo_config(config: Config, staleness: int = 0, epochs: int = EPOCHS) -> RlhfConfig:
     """PPO as the peers run it: no minibatches, the reward model's score, completions of one length."""
     return RlhfConfig(
         prompts=config.stage.global_batch,
@@ -142,9 +143,9 @@ def rlhf_config(config: Config, staleness: int, epochs: int) -> RlhfConfig:
     )
 
 
-def no_rules() -> Judge:
-    """The reward is the reward model's score."""
-    return Judge({}, lambda tokens: "", 0.0)
+def words_of(tokens: Sequence[int]) -> str:
+    """A word a token, as `word_tokenizer` has them."""
+    return " ".join(f"t{token}" for token in tokens)
 
 
 # --- peers ---
@@ -193,11 +194,11 @@ class Trl(Peer):
             disable_tqdm=True,
         )
         prompts = datasets.Dataset.from_dict({"input_ids": prompt_BP.tolist()})
-        policy, reference = (_causal(config) for _ in range(2))
+        policy, reference = (causal(config) for _ in range(2))
         value, reward = (_scored(config) for _ in range(2))
         self._trainer = ppo.PPOTrainer(
             args=arguments,
-            processing_class=_tokenizer(config),
+            processing_class=word_tokenizer(config),
             model=policy,
             ref_model=reference,
             reward_model=reward,
@@ -218,7 +219,7 @@ class BareLoop(Peer):
 
     def __init__(self, config: Config, prompt_BP: torch.Tensor) -> None:
         self._prompt_BP, self._new = prompt_BP, config.stage.seq_len
-        self._policy, self._reference = (_causal(config) for _ in range(2))
+        self._policy, self._reference = (causal(config) for _ in range(2))
         self._critic, self._reward = (_scored(config) for _ in range(2))
         for model in (self._policy, self._reference, self._critic, self._reward):
             model.eval()  # no dropout
@@ -297,7 +298,8 @@ def _as_transformers(config: Config, kind: str, **options: Any) -> Any:
         return getattr(import_module("transformers"), kind).from_pretrained(folder, **options)
 
 
-def _causal(config: Config) -> Any:
+def causal(config: Config) -> Any:
+    """Our initial model in transformers."""
     return _as_transformers(config, "AutoModelForCausalLM")
 
 
@@ -305,9 +307,10 @@ def _scored(config: Config) -> Any:
     return _as_transformers(config, "AutoModelForSequenceClassification", num_labels=1)
 
 
-def _tokenizer(config: Config) -> Any:
+def word_tokenizer(config: Config) -> Any:
     """One word per token: TRL needs a tokenizer for padding."""
     transformers, tokenizers = import_module("transformers"), import_module("tokenizers")
     words = {f"t{number}": number for number in range(config.model.vocab_size)}
     own = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=f"t{END}"))
+    own.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=own, eos_token=f"t{END}", pad_token=f"t{PAD}")

@@ -1,0 +1,89 @@
+"""GRPO on the toy of `bench rlhf`: our learner and TRL's trainer, with a reward function and no reference model.
+
+Each iteration draws a group of `GROUP` completions for each of its prompts. Both loops divide the loss by completions,
+clip alike and sample alike.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from importlib import import_module
+from typing import ClassVar
+
+import torch
+
+from dist_lm.bench.rlhf_loops import CLIP, ITERATIONS, RATE, Peer, causal, word_tokenizer, words_of
+from dist_lm.config.rlhf import RewardPartConfig, RlhfConfig
+from dist_lm.config.root import Config
+
+GROUP = 8
+
+
+def share_of_low_tokens(prompt: str, completion: str) -> float:
+    """Share of the completion's words below t21."""
+    words = completion.split()
+    return sum(int(word[1:]) < 21 for word in words) / max(1, len(words))
+
+
+def grpo_config(config: Config, epochs: int) -> RlhfConfig:
+    """GRPO as TRL runs it by default, with completions of one length and `stage.global_batch` in all."""
+    return RlhfConfig(
+        algorithm="grpo",
+        prompts=config.stage.global_batch // GROUP,
+        samples=GROUP,
+        max_new_tokens=config.stage.seq_len,
+        ignore_eot=True,
+        epochs=epochs,
+        lr=RATE,
+        clip=CLIP,
+        kl_coefficient=0.0,
+        importance_cap=0.0,
+        rewards={"low": RewardPartConfig(kind="function", function=f"{__name__}:share_of_low_tokens")},
+    )
+
+
+class TrlGrpo(Peer):
+    """`GRPOTrainer` of TRL."""
+
+    packages: ClassVar[Sequence[str]] = ("trl", "accelerate", "transformers", "datasets")
+
+    def __init__(self, config: Config, prompt_BP: torch.Tensor, epochs: int) -> None:
+        trl, datasets, batch = import_module("trl"), import_module("datasets"), config.stage.global_batch
+        self._folder = tempfile.TemporaryDirectory(prefix="dlm-bench-")
+        arguments = trl.GRPOConfig(
+            output_dir=self._folder.name,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=1,
+            num_generations=GROUP,
+            num_iterations=epochs,
+            max_steps=ITERATIONS * epochs,
+            max_completion_length=config.stage.seq_len,
+            generation_kwargs={"min_new_tokens": config.stage.seq_len},
+            loss_type="grpo",
+            epsilon=CLIP,
+            beta=0.0,
+            temperature=1.0,
+            learning_rate=RATE,
+            lr_scheduler_type="constant",
+            max_grad_norm=1.0,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+        )
+
+        def reward(prompts: Sequence[str], completions: Sequence[str], **rest: object) -> list[float]:
+            return [share_of_low_tokens(*texts) for texts in zip(prompts, completions, strict=True)]
+
+        self._trainer = trl.GRPOTrainer(
+            model=causal(config),
+            reward_funcs=reward,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_dict({"prompt": [words_of(row) for row in prompt_BP.tolist()]}),
+            processing_class=word_tokenizer(config),
+        )
+
+    def run(self) -> float:
+        self._trainer.train()
+        return 0.0
