@@ -1,0 +1,230 @@
+"""What the kernel takes from a process: namespaces, limits, capabilities, files (Landlock), system calls (seccomp).
+
+This module runs inside the sandbox, where only the standard library is. It calls the kernel through ctypes: the C
+library has no functions for Landlock, and glibc's wrappers differ between versions.
+
+Sources: landlock(7), seccomp(2), user_namespaces(7), capabilities(7), Linux `include/uapi/linux/{landlock,seccomp}.h`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import struct
+
+from dist_lm.sandbox.system_calls import LAST_KNOWN, NUMBERS, REFUSED, UNKNOWN
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.syscall.restype = ctypes.c_long
+
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
+CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
+NAMESPACES = CLONE_NEWUSER | CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC | CLONE_NEWNET | CLONE_NEWUTS
+_NEW_ANYTHING = NAMESPACES | 0x02000000  # and cgroups
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP = 1, 4, 22, 24
+_PR_SET_NO_NEW_PRIVS, _PR_SET_CHILD_SUBREAPER, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 38, 36, 47, 4
+_SIGKILL = 9
+INSIDE_ID = 1000  # user and group in a run
+
+
+def _checked(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def _prctl(option: int, *values: int) -> None:
+    arguments = [ctypes.c_ulong(value) for value in (*values, 0, 0, 0, 0)[:4]]
+    _checked(_libc.prctl(option, *arguments), f"prctl {option}")
+
+
+def dumpable(on: bool) -> None:
+    """Whether processes of the same user may read memory, descriptors and environment of this one."""
+    _prctl(_PR_SET_DUMPABLE, int(on))
+
+
+def end_with_parent() -> None:
+    """The kernel kills this process when its parent ends."""
+    _prctl(_PR_SET_PDEATHSIG, _SIGKILL)
+
+
+def adopt_orphans() -> None:
+    """Processes below this one whose parent ends become its children."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+# --- namespaces ---
+
+
+def become(identity: int) -> None:
+    """Drop from root to user and group `identity`, with all capabilities."""
+    os.setgroups([])
+    os.setresgid(identity, identity, identity)
+    os.setresuid(identity, identity, identity)
+    dumpable(True)  # else /proc/self belongs to root and the identities of a new namespace cannot be written
+
+
+def enter_namespaces() -> None:
+    """New user, mount, ipc, net and uts namespaces for this process, and a new pid namespace for its next child."""
+    user, group = os.geteuid(), os.getegid()
+    _checked(_libc.unshare(NAMESPACES), "unshare")
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{INSIDE_ID} {user} 1"),
+        ("gid_map", f"{INSIDE_ID} {group} 1"),
+    ):
+        with open(f"/proc/self/{name}", "w") as file:
+            file.write(text)
+    _checked(_libc.sethostname(b"sandbox", 7), "sethostname")
+
+
+def mount_proc(options: str = "subset=pid") -> None:
+    """Processes of the own pid namespace; with these options nothing about the system."""
+    flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
+    _checked(_libc.mount(b"proc", b"/proc", b"proc", flags, options.encode()), "mount /proc")
+
+
+def mount_tmp(size: int) -> None:
+    """A new, empty /tmp for at most `size` bytes."""
+    options = f"size={size},nr_inodes={max(64, size // 4096)},mode=0777".encode()
+    flags = ctypes.c_ulong(_MS_NOSUID | _MS_NODEV)
+    _checked(_libc.mount(b"tmpfs", b"/tmp", b"tmpfs", flags, options), "mount /tmp")
+
+
+def unmount_tmp() -> None:
+    _checked(_libc.umount2(b"/tmp", 2), "unmount /tmp")  # MNT_DETACH
+
+
+# --- limits and capabilities ---
+
+
+def limit(limits: Mapping[int, int]) -> None:
+    """Soft and hard limit of each resource; never above the present hard limit."""
+    for name, most in limits.items():
+        _, hard = resource.getrlimit(name)
+        value = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(name, (value, value))
+
+
+def drop_capabilities() -> None:
+    """No capabilities, also none from files that are executed later."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    for capability in range(64):
+        if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) < 0:
+            break  # past the last one of this kernel, or no right to: then there is nothing to drop
+    _libc.prctl(_PR_CAP_AMBIENT, ctypes.c_ulong(_PR_CAP_AMBIENT_CLEAR_ALL), 0, 0, 0)
+    header = struct.pack("Ii", 0x20080522, 0)  # version 3, this process
+    _checked(_libc.capset(header, bytes(24)), "capset")
+
+
+# --- Landlock ---
+
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same on all architectures
+_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1, 2, 4, 8
+_RIGHTS_OF_VERSION = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
+_FILE_RIGHTS = _EXECUTE | _WRITE_FILE | _READ_FILE | 1 << 14 | 1 << 15  # what a rule for a file may grant
+
+
+def landlock_version() -> int:
+    """Version of Landlock's interface in this kernel; 0 without Landlock."""
+    version = _libc.syscall(ctypes.c_long(_CREATE_RULESET), None, ctypes.c_size_t(0), ctypes.c_uint(1))
+    return max(0, int(version))
+
+
+def restrict_files(version: int, readable: Sequence[str], writable: Sequence[str]) -> None:
+    """Only these trees can be read or written; no TCP, no abstract sockets, no signals to processes outside."""
+    handled = max(rights for since, rights in _RIGHTS_OF_VERSION.items() if since <= version)
+    network = 3 if version >= 4 else 0  # bind and connect of TCP
+    scoped = 3 if version >= 6 else 0  # abstract sockets, signals
+    attribute = struct.pack("QQQ", handled, network, scoped)[: 8 if version < 4 else 16 if version < 6 else 24]
+    size = ctypes.c_size_t(len(attribute))
+    ruleset = _checked(_libc.syscall(ctypes.c_long(_CREATE_RULESET), attribute, size, ctypes.c_uint(0)), "landlock")
+    read = _EXECUTE | _READ_FILE | _READ_DIR
+    for path, rights in [(path, read) for path in readable] + [(path, handled) for path in writable]:
+        if os.path.exists(path):
+            _allow(ruleset, path, rights & handled)
+    _checked(_libc.syscall(ctypes.c_long(_RESTRICT_SELF), ctypes.c_int(ruleset), ctypes.c_uint(0)), "landlock")
+    os.close(ruleset)
+
+
+def _allow(ruleset: int, path: str, rights: int) -> None:
+    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    if not os.path.isdir(path):
+        rights &= _FILE_RIGHTS
+    rule = struct.pack("=Qi", rights, place)
+    _checked(
+        _libc.syscall(ctypes.c_long(_ADD_RULE), ctypes.c_int(ruleset), ctypes.c_int(1), rule, ctypes.c_uint(0)),
+        f"landlock {path}",
+    )
+    os.close(place)
+
+
+# --- seccomp ---
+
+_ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_*
+_LOAD, _EQUAL, _GREATER, _ANY_BIT, _RETURN = 0x20, 0x15, 0x25, 0x45, 0x06
+_ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+_EPERM, _ENOSYS = 1, 38
+_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
+
+
+def system_call_filter(machine: str) -> bytes | None:
+    """The BPF program that refuses the calls of `system_calls`; None for an architecture without a table.
+
+    Calls of another architecture (32-bit code, x32) end the process. Calls newer than the table do not exist.
+    """
+    if machine not in NUMBERS:
+        return None
+    numbers = NUMBERS[machine]
+    program = [
+        _step(_LOAD, _ARCHITECTURE),
+        _step(_EQUAL, _ARCHITECTURES[machine], 1, 0),
+        _step(_RETURN, _KILL),
+        _step(_LOAD, _NUMBER),
+        _step(_GREATER, LAST_KNOWN, 0, 1),
+        _step(_RETURN, _ERRNO | _ENOSYS),
+    ]
+    for names, error in ((REFUSED, _EPERM), (UNKNOWN, _ENOSYS)):
+        for name in names:
+            if name in numbers:
+                program += [_step(_EQUAL, numbers[name], 0, 1), _step(_RETURN, _ERRNO | error)]
+    program += [
+        _step(_EQUAL, numbers["clone"], 0, 3),
+        _step(_LOAD, _FIRST_ARGUMENT),
+        _step(_ANY_BIT, _NEW_ANYTHING, 0, 1),
+        _step(_RETURN, _ERRNO | _EPERM),
+        _step(_RETURN, _ALLOW),
+    ]
+    return b"".join(program)
+
+
+def _step(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    """One `struct sock_filter`; the jumps count steps to skip."""
+    return struct.pack("HBBI", code, if_true, if_false, value)
+
+
+class _Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("steps", ctypes.c_char_p)]
+
+
+def filter_system_calls(program: bytes) -> None:
+    """Install a filter for this process and all below it. Needs `drop_capabilities` before (no_new_privs)."""
+    buffer = ctypes.create_string_buffer(program, len(program))
+    value = _Program(len(program) // 8, ctypes.cast(buffer, ctypes.c_char_p))
+    _checked(_libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(2), ctypes.byref(value), 0, 0), "seccomp")
+
+
+def has_seccomp() -> bool:
+    """Whether this kernel filters system calls, and we have the numbers of this architecture."""
+    try:
+        with open("/proc/self/status") as status:
+            return os.uname().machine in NUMBERS and any(line.startswith("Seccomp:") for line in status)
+    except OSError:
+        return False

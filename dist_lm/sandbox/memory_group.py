@@ -1,0 +1,78 @@
+"""A cgroup that limits the memory of all processes of a sandbox together, where this process may make one."""
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_BASE_BYTES = 64 << 20  # the server, its copies, and what the kernel keeps for their namespaces
+_number = itertools.count()
+
+
+class MemoryGroup:
+    """One cgroup of version 1 or 2."""
+
+    def __init__(self, path: Path, limit_file: str) -> None:
+        self._path = path
+        self._limit = path / limit_file
+
+    @classmethod
+    def possible(cls) -> bool:
+        """Whether this process may make such groups."""
+        group = None
+        try:
+            group = cls.make()
+            group.limit(1 << 30)
+        except OSError:
+            return False
+        finally:
+            if group is not None:
+                group.remove()
+        return True
+
+    @classmethod
+    def make(cls) -> "MemoryGroup":
+        """A new group below that of this process.
+
+        Raises:
+            OSError: this process may make none.
+        """
+        parent, limit_file = _parent()
+        path = parent / f"dist_lm-{os.getpid()}-{next(_number)}"
+        path.mkdir()
+        return cls(path, limit_file)
+
+    def entrance(self) -> int:
+        """A new descriptor: the process that writes "0" to it is moved into the group."""
+        return os.open(self._path / "cgroup.procs", os.O_WRONLY)
+
+    def limit(self, program_bytes: int) -> None:
+        self._limit.write_text(str(program_bytes + _BASE_BYTES))
+
+    def remove(self) -> None:
+        with contextlib.suppress(OSError):  # a process that ends holds it for a moment; the kernel forgets it later
+            self._path.rmdir()
+
+
+@cache
+def _parent() -> tuple[Path, str]:
+    """The group of this process with memory limits, and the name of the file with the limit."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            return _CGROUPS / "memory" / path.lstrip("/"), "memory.limit_in_bytes"
+        if not controllers:
+            group = _CGROUPS / path.lstrip("/")
+            with_limits = group / "cgroup.subtree_control"
+            if with_limits.is_file() and "memory" in with_limits.read_text().split():
+                return group, "memory.max"
+    raise OSError("no memory controller")
+
+
+def left_groups() -> Iterator[Path]:
+    """Groups that this process made and could not remove."""
+    parent, _ = _parent()
+    return parent.glob(f"dist_lm-{os.getpid()}-*")

@@ -1,0 +1,57 @@
+"""Many programs at once: `with SandboxPool(workers=8) as pool: verdicts = pool.run(programs)`."""
+
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Self
+
+from dist_lm.sandbox.program import Limits, Program, Verdict
+from dist_lm.sandbox.sandbox import Sandbox, fences
+from dist_lm.storage.process import cores
+
+
+class SandboxPool:
+    """Sandboxes that run programs side by side, each in a thread of this process that mostly waits.
+
+    Args:
+        workers: programs at once; 0: one for each core.
+        trust_me: run programs without isolation where the machine allows none.
+    """
+
+    def __init__(self, workers: int = 0, trust_me: bool = False) -> None:
+        self.workers = workers or cores()
+        self._trust_me = trust_me
+        self._idle: SimpleQueue[Sandbox] = SimpleQueue()
+        self._threads: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        """Raises: SandboxError: no sandbox here."""
+        fences(self._trust_me)
+        # a sandbox ends with the thread that started it, so these threads start them, at their first program
+        self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="sandbox")
+        for _ in range(self.workers):
+            self._idle.put(Sandbox(self._trust_me))
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        assert self._threads is not None
+        self._threads.shutdown(cancel_futures=True)
+        for _ in range(self.workers):
+            self._idle.get().close()
+        self._threads = None
+
+    def submit(self, program: Program, limits: Limits | None = None) -> Future[Verdict]:
+        """Run a program as soon as a sandbox is free."""
+        assert self._threads is not None, "a SandboxPool is a context manager"
+        return self._threads.submit(self._run, program, limits or Limits())
+
+    def run(self, programs: Iterable[Program], limits: Limits | None = None) -> list[Verdict]:
+        """The verdicts on `programs`, in their order."""
+        return [future.result() for future in [self.submit(one, limits) for one in programs]]
+
+    def _run(self, program: Program, limits: Limits) -> Verdict:
+        sandbox = self._idle.get()
+        try:
+            return sandbox.run(program, limits)
+        finally:
+            self._idle.put(sandbox)

@@ -1,0 +1,304 @@
+"""Runs programs that nobody trusts: `with Sandbox() as sandbox: verdict = sandbox.run(program)`.
+
+A sandbox is a server (`dist_lm.sandbox.inside`) in namespaces of bubblewrap: no network, a read-only system of /usr
+and the interpreter only, an empty environment. For every run it forks into further namespaces with their own /tmp, so
+no run meets another one. The kernel's Landlock and seccomp are a second fence where it has them.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO, Self
+
+from dist_lm.errors import ConfigError
+from dist_lm.sandbox import confine
+from dist_lm.sandbox.memory_group import MemoryGroup
+from dist_lm.sandbox.program import (
+    Limits,
+    Program,
+    Verdict,
+    attempts_of,
+    infrastructure_error,
+    request_of,
+    verdict_of,
+)
+
+START_S = 60.0  # a machine under load takes seconds
+GRACE_S = 60.0  # beyond the limits of a program, for the server to answer
+_SERVER = "import sys; sys.path.insert(0, {root!r}); from dist_lm.sandbox.inside import main; main()"
+_ROOT_INSIDE = "/sandbox"
+_MOST_ANSWER = 64 << 20
+_FIRST_UNUSED = 2_000_000_000  # no distribution gives such users out
+_HOW = (
+    "install bubblewrap (`apt-get install bubblewrap`) and allow user namespaces (sysctl "
+    "kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0; in a container also its "
+    "seccomp profile), or run untrusted code without isolation: sandbox=trust_me"
+)
+
+
+class SandboxError(ConfigError):
+    """No sandbox can be made here."""
+
+
+@dataclass(frozen=True)
+class Fences:
+    """What keeps a program in, on this machine."""
+
+    namespaces: bool  # False: sandbox=trust_me without bubblewrap
+    own_user: bool  # a user that nobody else is
+    landlock: int  # version of the interface; 0: this kernel has none
+    seccomp: bool
+    memory_group: bool  # a cgroup limits the memory of all processes of a run together
+
+    def describe(self) -> str:
+        """One line for people."""
+        if not self.namespaces:
+            return "sandbox: NO ISOLATION (sandbox=trust_me): programs see your files and the network"
+        parts = ["namespaces, own /tmp, no network, limits"]
+        parts += ["own user"] if self.own_user else []
+        parts += [f"Landlock {self.landlock}" if self.landlock else "no Landlock in this kernel"]
+        parts += ["seccomp" if self.seccomp else "no seccomp here"]
+        parts += ["memory by cgroup" if self.memory_group else "memory by process"]
+        return f"sandbox: {', '.join(parts)}"
+
+
+@cache
+def fences(trust_me: bool = False) -> Fences:
+    """What this machine can enforce, tried out once with a program that must find itself shut in.
+
+    Raises:
+        SandboxError: a program could not be shut in, and `trust_me` is False.
+    """
+    own_user = os.geteuid() == 0 and _unused_user() != 0
+    seccomp, landlock = confine.has_seccomp(), confine.landlock_version()
+    found = Fences(True, own_user, landlock, seccomp, MemoryGroup.possible())
+    reason = "bubblewrap is not installed" if shutil.which("bwrap") is None else _escape(found)
+    if not reason:
+        return found
+    if not trust_me:
+        raise SandboxError(f"no sandbox for untrusted code on this machine: {reason.strip()}; {_HOW}")
+    return Fences(False, False, 0, seccomp, False)
+
+
+def _escape(found: Fences) -> str:
+    """Why a sandbox with these fences cannot be relied on; empty if it can."""
+    with Sandbox(_fences=found) as sandbox:
+        verdict = sandbox.run(Program("python", _CANARY), Limits(cpu_s=10, wall_s=60))
+    return "" if verdict.outcome == "passed" else f"a harmless program ended with {verdict.outcome}: {verdict.output}"
+
+
+_CANARY = """
+import os
+assert os.getuid() == 1000, f"user {os.getuid()}"
+assert sorted(name for name in os.listdir("/proc") if name.isdigit())[0] == "1", "processes of others"
+assert not os.listdir("/tmp"), "files of others"
+assert not os.path.exists("/etc/passwd"), "the system's files"
+for place in ("/", "/usr", "/dev", "/sandbox"):
+    assert os.statvfs(place).f_flag & os.ST_RDONLY, f"{place} is writable"
+status = dict(line.split(":", 1) for line in open("/proc/self/status").read().splitlines())
+assert int(status["CapBnd"], 16) == int(status["CapEff"], 16) == 0 and int(status["NoNewPrivs"]) == 1, "capabilities"
+names = [line.split(":")[0].strip() for line in open("/proc/self/net/dev") if ":" in line]
+assert set(names) <= {"lo", "sit0", "tunl0", "ip6tnl0", "gre0", "gretap0", "erspan0", "ip_vti0", "ip6_vti0"}, names
+"""
+
+
+class Sandbox:
+    """One server, which runs one program at a time. Not for several threads at once: see `dist_lm.sandbox.pool`.
+
+    A server that fails is replaced at the next run. All processes end with the `with` block, and with this process.
+
+    Args:
+        trust_me: run programs without isolation where the machine allows none (limits still hold).
+    """
+
+    def __init__(self, trust_me: bool = False, *, _fences: Fences | None = None) -> None:
+        self._trust_me = trust_me
+        self._fences = _fences
+        self._server: _Server | None = None
+
+    def __enter__(self) -> Self:
+        """Raises: SandboxError: no sandbox here."""
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, program: Program, limits: Limits | None = None) -> Verdict:
+        """Run all tests of a program. Starts the sandbox if it is not there. Never raises for what the program does.
+
+        Raises:
+            SandboxError: no sandbox here.
+        """
+        limits = limits or Limits()
+        try:
+            return verdict_of(program, attempts_of(self._start().ask(program, limits)))
+        except SandboxError:
+            raise
+        except (OSError, ValueError) as error:
+            self.close()
+            return infrastructure_error(program, f"{type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        """End the sandbox and what runs in it."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    def _start(self) -> "_Server":
+        if self._server is None:
+            self._fences = self._fences or fences(self._trust_me)
+            self._server = _Server(self._fences)
+        return self._server
+
+
+class _Server:
+    """The process in the sandbox, and the channel to it."""
+
+    def __init__(self, found: Fences) -> None:
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 closed with the server
+        self._folder = None if found.namespaces else tempfile.TemporaryDirectory(prefix="dist_lm-program-")
+        self._group = MemoryGroup.make() if found.memory_group else None
+        self._channel, theirs = socket.socketpair()
+        entrance = self._group.entrance() if self._group else -1
+        with theirs:
+            self._process = subprocess.Popen(
+                _command(found, entrance),
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
+                env=_environment(),
+                cwd="/",
+                start_new_session=True,
+                pass_fds=[entrance] if self._group else [],
+            )
+        if self._group:
+            os.close(entrance)
+        self._ready = False
+
+    def ask(self, program: Program, limits: Limits) -> bytes:
+        """Send a program and wait for the answer.
+
+        Raises:
+            OSError: the server ended, or did not answer in time.
+        """
+        if self._group:
+            self._group.limit(limits.memory_bytes + limits.tmp_bytes)
+        request = request_of(program, limits, self._folder.name if self._folder else "/tmp")
+        self._channel.settimeout(GRACE_S)
+        self._channel.sendall(len(request).to_bytes(4, "big") + request)
+        if not self._ready and self._receive(START_S) != b"ready":
+            raise OSError("no sandbox answers")
+        self._ready = True
+        answer = self._receive(limits.wall_s + GRACE_S)
+        if self._folder:
+            for left in Path(self._folder.name).iterdir():
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        return answer
+
+    def _receive(self, timeout_s: float) -> bytes:
+        self._channel.settimeout(timeout_s)
+        length = int.from_bytes(self._exactly(4), "big")
+        if length > _MOST_ANSWER:
+            raise OSError(f"an answer of {length} bytes")
+        return self._exactly(length)
+
+    def _exactly(self, length: int) -> bytes:
+        data = bytearray()
+        while len(data) < length:
+            piece = self._channel.recv(min(length - len(data), 1 << 20))
+            if not piece:
+                raise OSError(f"the sandbox ended. {self._said()}")
+            data += piece
+        return bytes(data)
+
+    def _said(self) -> str:
+        self._errors.seek(0)
+        return self._errors.read(2_000).decode(errors="replace").strip()
+
+    def close(self) -> None:
+        """End the server and all below it."""
+        self._channel.close()  # the server ends by itself then, with what runs
+        try:
+            self._process.wait(2)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._errors.close()
+        if self._group:
+            self._group.remove()
+        if self._folder:
+            self._folder.cleanup()
+
+
+def _environment() -> dict[str, str]:
+    """The whole environment of a server: the same verdict whatever the caller's is."""
+    fixed = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp"}
+    return {**fixed, "LC_ALL": "C.UTF-8", "TZ": "UTC", "PYTHONHASHSEED": "0"}
+
+
+def _command(found: Fences, entrance: int) -> list[str]:
+    package = Path(__file__).resolve().parent
+    root = _ROOT_INSIDE if found.namespaces else str(package.parents[1])
+    identity = _unused_user() if found.own_user else 0
+    values = (entrance, identity, found.landlock, int(found.seccomp), int(found.namespaces))
+    interpreter = [_interpreter(), "-s", "-S", "-P", "-B", "-c", _SERVER.format(root=root), *map(str, values)]
+    if not found.namespaces:
+        return interpreter
+    bwrap = shutil.which("bwrap")
+    assert bwrap is not None
+    return [bwrap, *_bubblewrap_options(found, package), "--", *interpreter]
+
+
+def _interpreter() -> str:
+    return getattr(sys, "_base_executable", None) or sys.executable  # not that of a virtual environment
+
+
+def _bubblewrap_options(found: Fences, package: Path) -> list[str]:
+    options = ["--die-with-parent", "--unshare-pid", "--unshare-ipc", "--unshare-net", "--unshare-uts"]
+    options += ["--unshare-cgroup-try", "--cap-drop", "ALL"]
+    if found.own_user:
+        for name in ("CAP_SETUID", "CAP_SETGID", "CAP_SYS_ADMIN"):  # given up before the first program
+            options += ["--cap-add", name]
+        options += ["--perms", "0755", "--dir", "/proc"]
+    else:
+        options += ["--unshare-user", "--proc", "/proc"]
+    for path in ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32"):
+        if os.path.islink(path):
+            options += ["--symlink", os.readlink(path), path]
+        elif os.path.isdir(path):
+            options += ["--ro-bind", path, path]
+    for path in ("/etc/alternatives", "/etc/ld.so.cache"):
+        options += ["--ro-bind-try", path, path]
+    prefix = Path(sys.base_prefix).resolve()
+    if not prefix.is_relative_to("/usr"):
+        options += [*_folders(prefix), "--ro-bind", str(prefix), str(prefix)]
+    inside = Path(_ROOT_INSIDE) / "dist_lm" / "sandbox"
+    options += [*_folders(inside), "--ro-bind", str(package), str(inside)]
+    options += ["--perms", "0755", "--dir", "/dev", "--symlink", "/tmp", "/dev/shm"]
+    for name in ("null", "zero", "full", "random", "urandom"):
+        options += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    options += ["--symlink", "/proc/self/fd", "/dev/fd"]
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        options += ["--symlink", f"/proc/self/fd/{number}", f"/dev/{name}"]
+    return [*options, "--perms", "0755", "--dir", "/tmp", "--remount-ro", "/", "--chdir", "/"]
+
+
+def _folders(path: Path) -> list[str]:
+    """Options that make the folders above `path`, for every user to pass; bubblewrap's own are for root only."""
+    above = [str(parent) for parent in reversed(path.parents) if str(parent) != "/"]
+    return [option for parent in above for option in ("--perms", "0755", "--dir", parent)]
+
+
+@cache
+def _unused_user() -> int:
+    """A user that no account and no process is; 0 if this namespace has none."""
+    ranges = [tuple(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    highest = max(first + count - 1 for first, _, count in ranges)
+    return _FIRST_UNUSED + os.getpid() if highest > 2 * _FIRST_UNUSED else highest
