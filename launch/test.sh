@@ -31,6 +31,15 @@ install_chromium() {
   echo "left out: the tests of the report in a browser; they need chromium, and root to install it" >&2
 }
 
+install_bubblewrap() {
+  if command -v bwrap >/dev/null; then return; fi
+  if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+    apt-get update -qq && apt-get install -y -qq --no-install-recommends bubblewrap >/dev/null && return
+  fi
+  echo "left out: the tests of the sandbox; they need bubblewrap, and root to install it" >&2
+}
+
+install_bubblewrap
 case " $* " in
 *heavy* | *tests/report*) install_chromium ;;
 esac

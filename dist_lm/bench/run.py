@@ -34,6 +34,7 @@ BENCHMARKS = {
     "data": "dist_lm.bench.data",
     "metrics": "dist_lm.bench.metrics",
     "tracking": "dist_lm.bench.tracking",
+    "sandbox": "dist_lm.bench.sandbox",
 }
 """Name -> module, or module:object, with `cases` and `build` as in `case.Benchmark`."""
 ROUND_S = 0.5

@@ -1,0 +1,100 @@
+"""Runs of a small Python program with a test: each in a new sandbox, or forked by one that is there.
+
+Each core has a worker. Ceiling: a Python process for each core that only forks, and waits for what it forked.
+"""
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from dist_lm.bench.case import Case, Comparison, GroupSize, configurations
+from dist_lm.bench.rank import Trial
+from dist_lm.config.root import Config
+from dist_lm.parallel.mesh import World
+from dist_lm.sandbox.pool import SandboxPool
+from dist_lm.sandbox.program import Limits, Program, Test
+from dist_lm.sandbox.sandbox import Sandbox
+from dist_lm.storage.process import cores
+
+WARM, COLD, FORK = "forked by a sandbox", "a new sandbox for each", "a fork and nothing else"
+RUNS = 20  # a step
+PROGRAM = Program("python", "def add(a, b):\n    return a + b", (Test(code="assert add(2, 3) == 5"),))
+LIMITS = Limits(cpu_s=5, wall_s=60)
+_FORKS = """
+import os, sys
+for line in sys.stdin:
+    for _ in range(int(line)):
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+    print(flush=True)
+"""
+
+
+def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
+    """One program; no key changes anything."""
+    return [
+        Case(
+            name=f"Python with a test, {cores()} workers",
+            config=config,
+            ways=dict.fromkeys((WARM, COLD, FORK), GroupSize(1)),
+            comparisons=[Comparison(own=WARM, peer=COLD, ceiling=FORK)],
+            same_losses=frozenset(),
+            amount=RUNS,
+            unit="runs/s",
+        )
+        for config in configurations([["stage=language", "model=nano"]], overrides, quick)
+    ]
+
+
+def build(way: str, config: Config, world: World) -> Trial:
+    """One way; its processes end with this one."""
+    del config, world
+    step = {WARM: _warm, COLD: _cold, FORK: _forks}[way]()
+    return Trial(step, losses=lambda: [0.0])
+
+
+def _warm() -> Callable[[], float]:
+    pool = SandboxPool().__enter__()
+
+    def step() -> float:
+        verdicts = pool.run([PROGRAM] * RUNS, LIMITS)
+        assert all(verdict.outcome == "passed" for verdict in verdicts), verdicts
+        return 0.0
+
+    return step
+
+
+def _cold() -> Callable[[], float]:
+    threads = ThreadPoolExecutor(cores())
+
+    def run(_: int) -> bool:
+        with Sandbox() as sandbox:
+            return sandbox.run(PROGRAM, LIMITS).outcome == "passed"
+
+    def step() -> float:
+        assert all(threads.map(run, range(RUNS))), "a sandbox failed"
+        return 0.0
+
+    return step
+
+
+def _forks() -> Callable[[], float]:
+    own = [
+        subprocess.Popen([sys.executable, "-I", "-S", "-c", _FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(cores())
+    ]
+
+    def step() -> float:
+        for process in own:
+            assert process.stdin
+            process.stdin.write(f"{RUNS // len(own)}\n".encode())
+            process.stdin.flush()
+        for process in own:
+            assert process.stdout
+            process.stdout.readline()
+        return 0.0
+
+    return step
