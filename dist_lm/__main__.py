@@ -94,7 +94,7 @@ def bench(
         str,
         typer.Argument(
             help="tp, fsdp, checkpointing, compile, generate, likelihood, reward, rlhf, metrics, tracking or data "
-            "(docs/bench.md)."
+            "(docs/bench.md); learn (docs/recipes.md)."
         ),
     ],
     overrides: Annotated[
@@ -105,10 +105,35 @@ def bench(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Only the first workload, with few rounds.")] = False,
     json: Annotated[Path | None, typer.Option("--json", help="Write JSON lines to this file.")] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option("--recipe", help="learn: 'NAME: KEY=VALUE ...'; may be repeated.")
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option("--peer", help="learn: 'neox: KEY=VALUE ...' or 'nanochat: CHECKOUT'; may be repeated."),
+    ] = None,
+    budget: Annotated[str, typer.Option(help="learn: what each recipe may spend: 2e6tokens, 1e14flops, 60s.")] = "60s",
+    seeds: Annotated[int, typer.Option(help="learn: seeds, each for initial values and order of data.")] = 1,
+    curves: Annotated[Path | None, typer.Option(help="learn: a folder for curves.jsonl and curves.svg.")] = None,
 ) -> None:
-    """Measure speed or memory against a peer and a ceiling, in the same rounds on the same machine."""
+    """Measure speed or memory against a peer and a ceiling, in the same rounds on the same machine; or, with `learn`,
+    what recipes learn within one budget."""
     from rich.console import Console
 
+    if name == "learn":
+        from dist_lm.bench.learn import run_learning
+
+        run_learning(
+            overrides or [],
+            Console(),
+            recipes=recipe or [],
+            peers=peer or [],
+            budget=budget,
+            seeds=seeds,
+            json_file=json,
+            curves_in=curves,
+        )
+        return
     from dist_lm.bench.run import run_benchmark
 
     run_benchmark(name, overrides or [], Console(), quick=quick, json_file=json)

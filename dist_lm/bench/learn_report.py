@@ -1,0 +1,171 @@
+"""What `dist-lm bench learn` reports: a table, records, and curves of loss and bits per byte in one SVG."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from dist_lm.bench.case import Record, spread
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measurement of a learner on the held-out sequences."""
+
+    tokens: int  # trained on until then
+    flops: float
+    seconds: float  # of its own steps
+    loss: float  # nats a token
+    bits_per_byte: float
+
+
+@dataclass
+class Curve:
+    """The measurements of one learner."""
+
+    recipe: str
+    seed: int
+    parameters: int
+    steps: int
+    points: list[Point] = field(default_factory=list)
+
+    @property
+    def end(self) -> Point:
+        return self.points[-1]
+
+
+PANEL, MARGIN, GAP = (420, 260), 56, 36  # (width, height) of a panel, pixels
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#7f7f7f")
+ACROSS: dict[str, Callable[[Point], float]] = {
+    "million tokens": lambda point: point.tokens / 1e6,
+    "seconds": lambda point: point.seconds,
+}
+UP: dict[str, Callable[[Point], float]] = {
+    "bits per byte": lambda point: point.bits_per_byte,
+    "nats a token": lambda point: point.loss,
+}
+DRAWN = slice(1, None)  # without the point before the first step, which would flatten the rest
+
+
+def records_of(curves: Sequence[Curve]) -> list[Record]:
+    """Bits per byte and loss at the end, as means over the seeds; the peer is the first recipe."""
+    by_recipe = _by_recipe(curves)
+    first = next(iter(by_recipe))
+    records = []
+    for unit, value in (("bits/byte", UP["bits per byte"]), ("nats/token", UP["nats a token"])):
+        ends = {name: [value(one.end) for one in some] for name, some in by_recipe.items()}
+        means = {name: statistics.fmean(values) for name, values in ends.items()}
+        for name in by_recipe:
+            is_first = name == first
+            records.append(
+                Record(
+                    bench="learn",
+                    case=name,
+                    value=means[name],
+                    unit=unit,
+                    peer=None if is_first else first,
+                    peer_value=None if is_first else means[first],
+                    ratio=None if is_first else means[name] / means[first],
+                    ceiling=None,
+                    ceiling_fraction=None,
+                    rounds=len(ends[name]),
+                    spread=spread(ends[name]),
+                )
+            )
+    return records
+
+
+def table_of(title: str, curves: Sequence[Curve]) -> Table:
+    """The ends of the curves for people: means over the seeds, and the range of bits per byte."""
+    by_recipe = _by_recipe(curves)
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.add_column("recipe", overflow="fold")
+    for column in ("M params", "steps", "M tokens", "seconds", "loss", "bits/byte", "range", "ratio"):
+        table.add_column(column, justify="right")
+    first = _mean(next(iter(by_recipe.values())), UP["bits per byte"])
+    for name, some in by_recipe.items():
+        bits = [curve.end.bits_per_byte for curve in some]
+        table.add_row(
+            name,
+            f"{some[0].parameters / 1e6:.2f}",
+            f"{statistics.fmean(curve.steps for curve in some):.0f}",
+            f"{_mean(some, ACROSS['million tokens']):.2f}",
+            f"{_mean(some, ACROSS['seconds']):.0f}",
+            f"{_mean(some, UP['nats a token']):.3f}",
+            f"{statistics.fmean(bits):.3f}",
+            f"{max(bits) - min(bits):.3f}",
+            f"{statistics.fmean(bits) / first:.3f}",
+        )
+    return table
+
+
+def _by_recipe(curves: Sequence[Curve]) -> Mapping[str, list[Curve]]:
+    found: dict[str, list[Curve]] = {}
+    for curve in curves:
+        found.setdefault(curve.recipe, []).append(curve)
+    return found
+
+
+def _mean(curves: Sequence[Curve], value: Callable[[Point], float]) -> float:
+    return statistics.fmean(value(curve.end) for curve in curves)
+
+
+def drawing(curves: Sequence[Curve]) -> str:
+    """The SVG: a row of panels for each measure, a colour for each recipe, a line for each seed."""
+    names = list(dict.fromkeys(curve.recipe for curve in curves))
+    width = 2 * (PANEL[0] + MARGIN) + GAP
+    height = 2 * (PANEL[1] + MARGIN) + 18 * len(names) + GAP
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
+        f'font-size="11"><rect width="{width}" height="{height}" fill="white"/>'
+    ]
+    for row, (up, y_of) in enumerate(UP.items()):
+        for column, (across, x_of) in enumerate(ACROSS.items()):
+            place = (MARGIN + column * (PANEL[0] + MARGIN), GAP // 2 + row * (PANEL[1] + MARGIN))
+            parts.append(_panel(curves, names, place, (across, x_of), (up, y_of)))
+    for index, name in enumerate(names):
+        y = 2 * (PANEL[1] + MARGIN) + 18 * index + GAP // 2
+        parts.append(
+            f'<rect x="{MARGIN}" y="{y - 8}" width="18" height="4" fill="{_colour(index)}"/>'
+            f'<text x="{MARGIN + 26}" y="{y}">{escape(name)}</text>'
+        )
+    return "".join(parts) + "</svg>\n"
+
+
+def _panel(
+    curves: Sequence[Curve],
+    names: Sequence[str],
+    place: tuple[int, int],
+    across: tuple[str, Callable[[Point], float]],
+    up: tuple[str, Callable[[Point], float]],
+) -> str:
+    points = [point for curve in curves for point in curve.points[DRAWN]]
+    xs, ys = [across[1](point) for point in points], [up[1](point) for point in points]
+    right, low, high = max(xs), min(ys), max(ys)
+    scale = high - low or 1.0
+    left, top = place
+
+    def at(point: Point) -> str:
+        x = left + PANEL[0] * across[1](point) / (right or 1.0)
+        y = top + PANEL[1] * (high - up[1](point)) / scale
+        return f"{x:.1f},{y:.1f}"
+
+    parts = [f'<rect x="{left}" y="{top}" width="{PANEL[0]}" height="{PANEL[1]}" fill="none" stroke="#bbb"/>']
+    for share in (0.0, 0.5, 1.0):
+        x, y = left + PANEL[0] * share, top + PANEL[1] * (1 - share)
+        parts.append(f'<text x="{x:.0f}" y="{top + PANEL[1] + 14}" text-anchor="middle">{right * share:.3g}</text>')
+        parts.append(f'<text x="{left - 4}" y="{y + 4:.0f}" text-anchor="end">{low + share * scale:.3g}</text>')
+    title = f"{up[0]} against {across[0]}"
+    parts.append(f'<text x="{left + PANEL[0] / 2:.0f}" y="{top + PANEL[1] + 30}" text-anchor="middle">{title}</text>')
+    for curve in curves:
+        line = " ".join(at(point) for point in curve.points[DRAWN])
+        colour = _colour(names.index(curve.recipe))
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+    return "".join(parts)
+
+
+def _colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]

@@ -1,0 +1,131 @@
+"""Recipes side by side: a learner is a run, all have one stream and one budget, and what is reported."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from dist_lm.bench.learn import Budget, run_learning
+from dist_lm.bench.learn_peers import NanochatLearner
+from dist_lm.bench.learn_report import Curve, Point, drawing, records_of, table_of
+from dist_lm.config.stage import StageConfig
+from dist_lm.errors import ConfigError
+from tests.conftest import TINY
+from tests.training_run import prepare, train
+
+SETTINGS = (
+    *("stage=code", *TINY, "model.init_std=0.1", "stage.global_batch=8", "stage.micro_batch=4", "stage.lr=1e-2"),
+    *(
+        "stage.warmup_steps=2",
+        "stage.dropout=0.1",
+        "stage.label_smoothing=0.1",
+        "stage.eval_sequences=0",
+        "stage.muon.lr=0.02",
+    ),
+)
+SAME_AS_A_RUN = ("stage.document_mask=false", "stage.init_from=none")
+STAGE = StageConfig(name="t", global_batch=4, seq_len=100)
+MUON = "stage.muon.lr=null stage.muon.scale=adamw stage.muon.momentum_warmup_steps=4"
+
+
+def learn(tiny_work, folder, *overrides: str, **changed):
+    options = {"recipes": [], "peers": [], "budget": f"{6 * 8 * 32}tokens", "seeds": 1} | changed
+    console = Console(file=(folder / "table").open("w"), width=120)
+    return run_learning(
+        [*SETTINGS, f"work_dir={tiny_work.path}", *overrides],
+        console,
+        json_file=folder / "records.jsonl",
+        curves_in=folder / "curves",
+        **options,
+    )
+
+
+def test_a_learner_is_the_run_of_its_recipe(tiny_work, tmp_path):
+    recipe = f"{MUON} stage.rates.embedding=3"
+    curves = learn(tiny_work, tmp_path, recipes=[f"other: {recipe}"])
+    plain, other = curves
+    assert (plain.recipe, other.recipe) == ("as configured", "other")
+    run = prepare(tiny_work, "learned", *SETTINGS[1:], *SAME_AS_A_RUN, *recipe.split(), "stage.steps=6", stage="code")
+    result = train(run, 1)
+    assert other.end.loss == pytest.approx(result["metrics"]["val/loss"], rel=1e-5)
+    assert other.end.bits_per_byte == pytest.approx(result["metrics"]["val/bits_per_byte"], rel=1e-5)
+    assert plain.end.loss != pytest.approx(other.end.loss, rel=1e-3)
+    assert [point.tokens for point in plain.points] == [step * 8 * 32 for step in range(7)]
+    assert plain.points[0].loss == other.points[0].loss  # one initial model, one set of held-out sequences
+
+
+def test_a_seed_changes_the_model_and_the_order_and_gpt_neox_learns_beside_it(tiny_work, tmp_path):
+    curves = learn(tiny_work, tmp_path, seeds=2, peers=["neox: stage.lr=3e-3 stage.dropout=0"], budget="1.5e9flops")
+    assert [(curve.recipe, curve.seed) for curve in curves] == [
+        (name, seed) for seed in (0, 1) for name in ("as configured", "GPT-NeoX of transformers")
+    ]
+    assert curves[0].end.loss != curves[2].end.loss
+    assert curves[0].parameters == curves[1].parameters
+    for curve in curves:
+        assert curve.end.loss < curve.points[0].loss
+        assert 1.5e9 - curve.end.flops / curve.steps < curve.end.flops <= 1.5e9
+    written = [json.loads(line) for line in (tmp_path / "curves" / "curves.jsonl").read_text().splitlines()]
+    assert len(written) == sum(len(curve.points) for curve in curves)
+    assert "GPT-NeoX of transformers" in (tmp_path / "table").read_text()
+
+
+def test_a_budget_of_seconds_is_divided_by_the_speed_that_is_found(tiny_work, tmp_path):
+    (curve,) = learn(tiny_work, tmp_path, "stage.warmup_steps=0", budget="0.2s")
+    assert curve.steps >= 1
+    assert len(curve.points) <= 11
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"), [("4000tokens", 10), ("4399tokens", 10), ("1e6flops", 25), ("30s", 20), ("1s", 1)]
+)
+def test_a_budget_pays_for_whole_steps(text, steps):
+    assert Budget.parse(text).steps(STAGE, flops=100.0, step_s=1.5) == steps
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"budget": "3 minutes"}, "--budget=3 minutes: expected a number and a unit"),
+        ({"budget": "1.2.3s"}, "--budget=1.2.3s: expected a number and a unit"),
+        ({"seeds": 0}, "--seeds=0: expected a positive integer"),
+        ({"recipes": ["stage.lr=1"]}, "--recipe=stage.lr=1: expected NAME: KEY=VALUE"),
+        ({"recipes": ["a: seed=1", "a: seed=2"]}, "--recipe=a: the name is taken"),
+        ({"peers": ["gpt: x"]}, "--peer=gpt: expected neox or nanochat"),
+        ({"peers": ["nanochat: /nowhere"]}, "--peer=nanochat: /nowhere: expected the path of a checkout"),
+        ({"peers": ["neox: model.norm=rmsnorm"]}, "--peer=neox: the model is Arcee; expected GPT-NeoX"),
+        ({"recipes": ["a: stage.ema_decay=0.9"]}, "a: stage.ema_decay is set"),
+        ({"budget": "300tokens"}, "stage.warmup_steps=2: the budget pays for 1 steps"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_by_name(tiny_work, tmp_path, changed, said):
+    with pytest.raises(ConfigError) as refusal:
+        learn(tiny_work, tmp_path, **changed)
+    assert said in str(refusal.value)
+
+
+def test_the_schedule_of_nanochat():
+    learner = object.__new__(NanochatLearner)
+    learner.steps = 1000
+    found = [learner.rate(step) for step in (0, 39, 40, 350, 675, 999)]
+    assert found == pytest.approx([1 / 40, 1, 1, 1, 0.525, 1 / 650 + 649 / 650 * 0.05])
+    found = [learner.momentum(step) for step in (0, 200, 399, 400, 675, 1000)]
+    assert found == pytest.approx([0.85, 0.91, 0.8497 + 0.12, 0.97 - 0.07 * 50 / 650, 0.935, 0.90], abs=5e-4)
+
+
+def test_records_and_table_are_means_over_the_seeds():
+    def curve(recipe, seed, bits):
+        return Curve(recipe, seed, 2_500_000, 10, [Point(0, 0.0, 0.0, 9.0, 4.0), Point(10**6, 1e9, 30.0, 3.0, bits)])
+
+    curves = [curve("a", 0, 2.0), curve("b <&", 0, 1.0), curve("a", 1, 2.2), curve("b <&", 1, 1.2)]
+    first, second = records_of(curves)[:2]
+    assert (first.case, first.unit, first.peer, first.rounds) == ("a", "bits/byte", None, 2)
+    assert (first.value, second.value, second.ratio) == pytest.approx((2.1, 1.1, 1.1 / 2.1))
+    console = Console(record=True, width=110, file=None, quiet=True)
+    console.quiet = False
+    with console.capture() as captured:
+        console.print(table_of("T", curves))
+    for text in ("2.50", "1.00", "30", "3.000", "2.100", "0.200", "0.524"):
+        assert text in captured.get()
+    svg = drawing(curves)
+    assert svg.count("<polyline") == 16
+    assert "b &lt;&amp;" in svg
