@@ -20,6 +20,7 @@ import typer.main
 
 from dist_lm.__main__ import app
 from dist_lm.bench.case import benchmark_at
+from dist_lm.bench.learn import recipes_of
 from dist_lm.bench.run import BENCHMARKS
 from dist_lm.config.root import Config, save_config
 from dist_lm.generation.request import Answer
@@ -153,7 +154,10 @@ def check_verb(arguments: list[str]) -> None:
         command = command.commands[name]
     if arguments:
         command.make_context(name, list(arguments))
-    if name == "bench" and arguments:
+    if name == "bench" and arguments[:1] == ["learn"]:
+        given = command.make_context(name, list(arguments)).params
+        recipes_of(given["overrides"] or [], given["recipe"] or [], given["peer"] or [])
+    elif name == "bench" and arguments:
         benchmark = benchmark_at(BENCHMARKS[arguments[0]])
         if overrides := [word for word in arguments[1:] if "=" in word and not word.startswith("-")]:
             benchmark.cases(overrides, True)
