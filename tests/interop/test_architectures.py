@@ -44,7 +44,7 @@ def holds(model: ModelConfig) -> bool:
 
 
 def test_the_options_are_those_of_the_configuration():
-    free = {"name", "norm_eps", "init_std"}
+    free = {"name", "norm_eps", "init_std", "residual_init", "base_width"}
     free |= {
         f"rope_{key}" for key in ("base", "scaling", "factor", "low_freq_factor", "high_freq_factor", "original_len")
     }
