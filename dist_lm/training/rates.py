@@ -64,6 +64,6 @@ def muon_momentum(stage: StageConfig, step: int) -> float:
     the last step reaches."""
     muon = stage.muon
     rise = step / muon.momentum_warmup_steps if step < muon.momentum_warmup_steps else 1.0
-    left = stage.steps - 1 - step
-    fall = max(0, left) / muon.momentum_cooldown_steps if left < muon.momentum_cooldown_steps else 1.0
+    left, cooldown = max(0, stage.steps - 1 - step), muon.momentum_cooldown_steps
+    fall = left / cooldown if left < cooldown else 1.0
     return muon.momentum - (1 - min(rise, fall)) * (muon.momentum - muon.momentum_low)
