@@ -36,7 +36,11 @@ READ: Mapping[str, Mapping[str, Any]] = {
         **_PENALISED,
         "kl_estimate": "k1",
     },
-    "dapo": {**_GROUP, "clip": 0.2, "clip_high": 0.28, "kl_coefficient": 0.0, "overlong_tokens": None},
+    "dapo": {
+        **_GROUP,
+        **{"clip": 0.2, "clip_high": 0.28, "kl_coefficient": 0.0},
+        **{"overlong_tokens": None, "sampling_rounds": 8},
+    },
     "gspo": {**_GROUP, "clip": 3e-4, "clip_high": 4e-4, "kl_coefficient": 0.0, **_PENALISED},
 }
 """algorithm -> the keys that not all algorithms read, or whose default is its own, with that default. A default of
@@ -99,6 +103,9 @@ class RlhfConfig:
     prompts: int = 64  # per iteration
     samples: int | None = None  # rollouts per prompt: the group
     max_new_tokens: int = 128
+    sampling_rounds: int | None = (
+        None  # draws of an iteration, at most, to replace groups whose scores are all the same
+    )
     temperature: float = 1.0  # divides the logits in sampling and in every log-probability pass
     ignore_eot: bool = False  # end-of-text does not end a completion: all have max_new_tokens
     max_staleness: int = 0  # largest age of a rollout's weights in iterations; 0: generate, then train
@@ -148,6 +155,8 @@ class RlhfConfig:
             *("max_nonfinite_updates", "kl_horizon"),
         ):
             require(getattr(self, key) > 0, f"rlhf.{key}", getattr(self, key), "a positive integer")
+        for key in self._read("sampling_rounds"):
+            require(getattr(self, key) > 0, f"rlhf.{key}", getattr(self, key), "a positive integer; 1: drawn once")
         for key in self._read("temperature", "lr", "value_lr", "adam_eps", "clip", "clip_high", "value_clip"):
             require(0 < getattr(self, key) < math.inf, f"rlhf.{key}", getattr(self, key), "a positive number")
         for key in self._read(

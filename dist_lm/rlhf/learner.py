@@ -5,6 +5,7 @@ take judged rollouts (first rank) -> share -> forward passes of all models -> pr
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from dist_lm.rlhf.rollouts import (
     requests_of,
     rollouts_of,
 )
+from dist_lm.rlhf.sampling_again import SamplingAgain
 from dist_lm.rlhf.schedule import Drawn, RolloutSchedule, is_drawn_by
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.rlhf.update import Pretraining, Updater, Updates
@@ -125,16 +127,25 @@ class Learner:
         if self.supply is None:
             read_to_end(self._weights())
             return self._loop(state, None)
-        config, supply, start = self.config, self.supply, state
+        config, supply = self.config, self.supply
 
-        def draw(iteration: int) -> Rollouts:
-            position = start.prompt_position + (iteration - start.iteration) * config.prompts
-            return supply.draw(supply.prompts(position, config.prompts), position, config.group, config, self.seed)
+        def draw(position: int, prompts: int) -> Rollouts:
+            return supply.draw(supply.prompts(position, prompts), position, config.group, config, self.seed)
 
+        again = None
+        if config.sampling_rounds:
+            judge = partial(supply.judge, expected=config.prompts * config.group)
+            again = SamplingAgain(draw, judge, config.rewards, config.prompts, config.sampling_rounds)
         with RolloutSchedule(
-            supply.source, draw, supply.judge, staleness=config.max_staleness, iterations=self.iterations
+            supply.source,
+            partial(draw, prompts=config.prompts),
+            supply.judge,
+            staleness=config.max_staleness,
+            iterations=self.iterations,
+            prompts=config.prompts,
+            draw_judged=again,
         ) as schedule:
-            schedule.begin(state.version, self._weights(), state.pending)
+            schedule.begin(state.version, self._weights(), state.pending, state.prompt_position)
             return self._loop(state, schedule)
 
     def _loop(self, state: RlhfState, schedule: RolloutSchedule | None) -> RlhfState:
@@ -170,7 +181,7 @@ class Learner:
         updates = updater(state, prepared, passes)
         clock.lap("update")
         metrics = iteration_metrics(state, scored, collected, prepared, updates, drawn)
-        state = self._advanced(updates.state, collected, metrics)
+        state = self._advanced(updates.state, scored.prompts, collected, metrics)
         if is_drawn_by(state.version, self.config.max_staleness, self.iterations):
             if schedule:
                 schedule.push(state.version, self._weights())
@@ -183,13 +194,15 @@ class Learner:
         self.report(IterationReport(state.iteration, own, updates.metrics, rollouts, parts, score_B))
         return state, updates.stop_requested
 
-    def _advanced(self, state: RlhfState, collected: Collected, metrics: Mapping[str, float]) -> RlhfState:
+    def _advanced(
+        self, state: RlhfState, prompts: int, collected: Collected, metrics: Mapping[str, float]
+    ) -> RlhfState:
         reward = metrics["rlhf/reward_mean"]
         better = state.best_reward is None or reward > state.best_reward
         return replace(
             state,
             iteration=state.iteration + 1,
-            prompt_position=state.prompt_position + self.config.prompts,
+            prompt_position=state.prompt_position + prompts,
             kl=state.kl.after(metrics.get("rlhf/kl", 0.0), len(collected.experience.score_B)),
             reward_scale=collected.reward_scale,
             best_reward=reward if better else state.best_reward,
@@ -254,6 +267,7 @@ def iteration_metrics(
         "rlhf/new_tokens_min": float(rollouts.new_tokens_B.min()),
         "rlhf/new_tokens_max": float(rollouts.new_tokens_B.max()),
         "rlhf/updates": float(len(updates.metrics)),
+        "rollout/prompts": float(scored.prompts),
         "rollout/staleness": float((state.version - rollouts.version_B).mean()),
     }
     for percent, value in zip(QUANTILES, np.percentile(experience.score_B.cpu().double(), QUANTILES), strict=True):

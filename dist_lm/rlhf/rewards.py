@@ -148,6 +148,7 @@ class Scored:
     rollouts: Rollouts
     rule_score_B: Mapping[str, torch.Tensor]  # fp32, by part
     kept_D: np.ndarray  # bool; which of the rollouts drawn these are
+    prompts: int  # drawn, those without any rollout here included
     failed: Mapping[str, int]  # rollouts drawn without a score, by part
 
     @property
@@ -178,5 +179,6 @@ def share_scored(judged: JudgedRollouts | None) -> Scored:
         rollouts=drawn if kept_D.all() else drawn.chosen(kept_D),
         rule_score_B={name: torch.from_numpy(score_D[kept_D]).float() for name, score_D in scores.items()},
         kept_D=kept_D,
+        prompts=shared[0].prompts,
         failed={name: int(np.isnan(score_D).sum()) for name, score_D in scores.items()},
     )

@@ -164,6 +164,26 @@ class JudgedRollouts:
 
     rollouts: Rollouts
     scores: Mapping[str, np.ndarray]  # by part, fp64 (B,); NaN: the rule failed on this rollout
+    left_out: int = 0  # prompts that were drawn beside those of the rollouts (`sampling_again`)
+
+    @property
+    def prompts(self) -> int:
+        """Number of prompts drawn."""
+        return len(np.unique(self.rollouts.position_B)) + self.left_out
+
+    def of_prompts(self, position_P: np.ndarray, left_out: int) -> "JudgedRollouts":
+        """The rollouts of the prompts at these positions."""
+        chosen_B = np.isin(self.rollouts.position_B, position_P)
+        scores = {name: score_B[chosen_B] for name, score_B in self.scores.items()}
+        return JudgedRollouts(self.rollouts.chosen(chosen_B), scores, left_out)
+
+
+def joined(parts: Sequence[JudgedRollouts]) -> JudgedRollouts:
+    """All rollouts, in the order of the parts; each part has scores of the same rules."""
+    names = vars(parts[0].rollouts)
+    arrays = {name: np.concatenate([getattr(part.rollouts, name) for part in parts]) for name in names}
+    scores = {name: np.concatenate([part.scores[name] for part in parts]) for name in parts[0].scores}
+    return JudgedRollouts(Rollouts(**arrays), scores, sum(part.left_out for part in parts))
 
 
 def requests_of(

@@ -21,9 +21,11 @@ from dist_lm.generation.decoder import WeightStream
 from dist_lm.rlhf.rollouts import JudgedRollouts, Rollouts, RolloutSource, read_to_end
 
 Draw = Callable[[int], Rollouts]
-"""iteration -> its rollouts, by the weights that the source has."""
+"""position of the first prompt -> the rollouts of an iteration, by the weights that the source has."""
 Judging = Callable[[Rollouts], JudgedRollouts]
 """The rollouts of an iteration with their scores under the rules."""
+DrawJudged = Callable[[int], JudgedRollouts]
+"""Draws and judges in one, where the scores decide which prompts are drawn (`sampling_again`)."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +48,40 @@ class RolloutSchedule:
     With staleness 0 there are no threads: rollouts are drawn and judged when they are taken.
     """
 
-    def __init__(self, source: RolloutSource, draw: Draw, judge: Judging, *, staleness: int, iterations: int) -> None:
+    def __init__(
+        self,
+        source: RolloutSource,
+        draw: Draw,
+        judge: Judging,
+        *,
+        staleness: int,
+        iterations: int,
+        prompts: int,
+        draw_judged: DrawJudged | None = None,
+    ) -> None:
         """
         Args:
             iterations: of the whole run; nothing is drawn for later ones.
+            prompts: that `draw` takes.
+            draw_judged: instead of `draw` and `judge`.
         """
         self._source, self._draw, self._judge = source, draw, judge
+        self._prompts, self._draw_judged = prompts, draw_judged
+        self._position = 0  # of the next prompt; used where rollouts are drawn, one iteration after the other
         self._staleness, self._iterations = staleness, iterations
         self._drawn: dict[int, Callable[[], Drawn]] = {}
         self._thread = ThreadPoolExecutor(1, "rollouts") if staleness else None
         self._rules = ThreadPoolExecutor(1, "rules") if staleness else None
 
-    def begin(self, version: int, weights: WeightStream, pending: Mapping[int, JudgedRollouts]) -> None:
-        """Start, or resume, with the weights of `version`; `pending` rollouts are taken over and not drawn again."""
+    def begin(
+        self, version: int, weights: WeightStream, pending: Mapping[int, JudgedRollouts], position: int = 0
+    ) -> None:
+        """Start, or resume, with the weights of `version`; `pending` rollouts are taken over and not drawn again.
+
+        Args:
+            position: of the first prompt that is not of an iteration before `version`.
+        """
+        self._position = position + sum(judged.prompts for judged in pending.values())
         for iteration, judged in pending.items():
             # rollouts of a checkpoint written before scores were kept are judged now
             scored = judged if judged.scores else self._judge(judged.rollouts)
@@ -99,20 +122,24 @@ class RolloutSchedule:
         else:
             self._source.load_weights(weights, version)
         for iteration in iterations:
-            draw = partial(self._timed, iteration, load)
-            if self._thread and self._rules:
+            draw = partial(self._timed, load)
+            if self._draw_judged:
+                work = partial(self._timed_in_one, self._draw_judged, load)
+                self._drawn[iteration] = self._thread.submit(work).result if self._thread else work
+            elif self._thread and self._rules:
                 draw = self._thread.submit(draw).result
                 self._drawn[iteration] = self._rules.submit(self._judged, draw).result
             else:
                 self._drawn[iteration] = partial(self._judged, draw)
             load = None
 
-    def _timed(self, iteration: int, load: Callable[[], None] | None) -> tuple[Rollouts, float]:
+    def _timed(self, load: Callable[[], None] | None) -> tuple[Rollouts, float]:
         """The rollouts, and the seconds that loading weights and drawing took."""
         started = time.perf_counter()
         if load:
             load()
-        rollouts = self._draw(iteration)
+        rollouts = self._draw(self._position)
+        self._position += self._prompts
         return rollouts, time.perf_counter() - started
 
     def _judged(self, draw: Callable[[], tuple[Rollouts, float]]) -> Drawn:
@@ -120,3 +147,11 @@ class RolloutSchedule:
         started = time.perf_counter()
         judged = self._judge(rollouts)
         return Drawn(judged, drawing_s, time.perf_counter() - started)
+
+    def _timed_in_one(self, draw: DrawJudged, load: Callable[[], None] | None) -> Drawn:
+        started = time.perf_counter()
+        if load:
+            load()
+        judged = draw(self._position)
+        self._position += judged.prompts
+        return Drawn(judged, time.perf_counter() - started, 0.0)

@@ -10,6 +10,7 @@ from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rollouts import JudgedRollouts, Rollouts
 
 SCORE = "score."  # prefix of the names of scores
+LEFT_OUT = "left_out"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class RlhfState:
             for iteration, judged in self.pending.items()
             for name, value in (
                 *vars(judged.rollouts).items(),
+                (LEFT_OUT, np.array([judged.left_out])),
                 *((f"{SCORE}{part}", score_B) for part, score_B in judged.scores.items()),
             )
         }
@@ -76,7 +78,8 @@ class RlhfState:
         for iteration, parts in sorted(pending.items()):
             scores = {name.removeprefix(SCORE): value for name, value in parts.items() if name.startswith(SCORE)}
             own = {name: value for name, value in parts.items() if not name.startswith(SCORE)}
-            judged[iteration] = JudgedRollouts(Rollouts(**own), scores)
+            left_out = own.pop(LEFT_OUT, np.zeros(1, np.int64))
+            judged[iteration] = JudgedRollouts(Rollouts(**own), scores, int(left_out[0]))
         scale = values["reward_scale"]
         return cls(
             **{

@@ -338,7 +338,12 @@ REINFORCEMENT = (
         ("timing/judging_s", "s", "lower", "Time of the rules."),
         only="for rollouts of this attempt",
     ),
-    *_table("throughput", RLHF, ("rollout/staleness", "iterations", "lower", "Age of the sampling weights.")),
+    *_table(
+        "throughput",
+        RLHF,
+        ("rollout/prompts", "prompts", "lower", "Prompts sampled in the iteration, those sampled again included."),
+        ("rollout/staleness", "iterations", "lower", "Age of the sampling weights."),
+    ),
 )
 
 GENERATION = (

@@ -47,12 +47,12 @@ def by_position(rollouts) -> JudgedRollouts:
 
 
 def schedule(source, staleness: int, judge=by_position) -> RolloutSchedule:
-    def draw(iteration):
+    def draw(iteration):  # the position of its only prompt
         assert source.may_draw.wait(DEADLINE_S)
         source.drew(iteration)
         return rollouts_with([1], [2], version=source.version, positions=[iteration])
 
-    return RolloutSchedule(source, draw, judge, staleness=staleness, iterations=ITERATIONS)
+    return RolloutSchedule(source, draw, judge, staleness=staleness, iterations=ITERATIONS, prompts=1)
 
 
 def go_on(made: RolloutSchedule, staleness: int, begin: int, end: int) -> list[int]:
@@ -83,7 +83,7 @@ def test_rollouts_are_as_stale_as_allowed_and_no_staler_also_after_a_resume(stal
             pending = made.ahead(stopped)
         assert len(pending) == min(staleness, ITERATIONS - stopped)
         with schedule(Versions(), staleness) as made:
-            made.begin(stopped, weights(stopped), pending)
+            made.begin(stopped, weights(stopped), pending, stopped)
             assert before + go_on(made, staleness, stopped, ITERATIONS) == expected
 
 

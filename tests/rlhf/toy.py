@@ -152,10 +152,10 @@ def weights_of(trained: Toy) -> dict[str, torch.Tensor]:
 def tensors_of(made: Toy) -> dict[str, torch.Tensor]:
     """All that a checkpoint holds of models and optimizers."""
     models = made.learner.models
-    assert models.critic
     return {
         f"{role}.{name}": value
         for role, trained in (("policy", models.policy), ("critic", models.critic))
+        if trained
         for name, value in [
             *((name, parameter.detach()) for name, parameter in trained.model.named_parameters()),
             *named_state(trained.model, trained.optimizer),

@@ -1,0 +1,111 @@
+"""Prompts without a signal are replaced, in a bounded number of rounds, and by the same ones after an interruption."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from dist_lm.config.rlhf import RewardPartConfig, RlhfConfig
+from dist_lm.rlhf.rollouts import JudgedRollouts, Rollouts
+from dist_lm.rlhf.sampling_again import SamplingAgain, positions_with_signal
+from dist_lm.rlhf.state import RlhfState
+from tests.rlhf.toy import rollouts_with, tensors_of, toy
+
+PARTS = {"own": RewardPartConfig(kind="length", target=4, weight=2.0)}
+
+
+def again(scores: dict[int, list[float]], prompts: int, rounds: int) -> tuple[SamplingAgain, list[tuple[int, int]]]:
+    """Sampling where the rollouts of a position have these scores; and what it asks for."""
+    asked: list[tuple[int, int]] = []
+
+    def draw(position: int, count: int) -> Rollouts:
+        asked.append((position, count))
+        own = [place for place in range(position, position + count) for _ in scores[place]]
+        return rollouts_with([2] * len(own), [1 + place % 3 for place in own], positions=own, seed=position)
+
+    def judge(rollouts: Rollouts) -> JudgedRollouts:
+        places = list(dict.fromkeys(rollouts.position_B.tolist()))
+        return JudgedRollouts(rollouts, {"own": np.array([score for place in places for score in scores[place]])})
+
+    return SamplingAgain(draw, judge, PARTS, prompts, rounds), asked
+
+
+NAN = float("nan")
+SCORES = {7: [1, 1], 8: [1, 0], 9: [NAN, 1], 10: [0, 0], 11: [2, 3], 12: [0, 1], 13: [1, 1]}
+
+
+def test_groups_without_a_signal_are_replaced_by_the_next_prompts():
+    sampling, asked = again(SCORES, prompts=3, rounds=5)
+    found = sampling(7)
+    assert asked == [(7, 3), (10, 2), (12, 1)]  # 8 has a signal; then 11; then 12
+    assert found.rollouts.position_B.tolist() == [8, 8, 11, 11, 12, 12]
+    assert found.scores["own"].tolist() == [1, 0, 2, 3, 0, 1]
+    assert (found.left_out, found.prompts) == (3, 6)
+    expected = {place: rollouts_with([2] * 2, [1 + place % 3] * 2, positions=[place] * 2) for place in (8, 11, 12)}
+    for one in found.rollouts:
+        assert len(one.completion) == expected[one.position].new_tokens_B[0]
+
+
+def test_after_the_last_round_the_earliest_groups_without_a_signal_fill_up():
+    sampling, asked = again(SCORES, prompts=3, rounds=2)
+    found = sampling(7)
+    assert asked == [(7, 3), (10, 2)]
+    assert found.rollouts.position_B.tolist() == [7, 7, 8, 8, 11, 11]
+    assert (found.left_out, found.prompts) == (2, 5)
+    once, asked = again(SCORES, prompts=3, rounds=1)
+    assert once(7).rollouts.position_B.tolist() == [7, 7, 8, 8, 9, 9]
+    assert asked == [(7, 3)]
+
+
+def test_with_a_reward_model_every_group_has_a_signal():
+    sampling, _ = again(SCORES, prompts=3, rounds=1)
+    judged = sampling(7)
+    assert positions_with_signal(judged, PARTS) == [8]
+    assert positions_with_signal(judged, PARTS | {"model": RewardPartConfig(kind="reward_model")}) == [7, 8, 9]
+
+
+# --- a run ---
+
+DAPO = RlhfConfig(
+    algorithm="dapo",
+    prompts=4,
+    samples=2,
+    max_new_tokens=8,
+    epochs=2,
+    lr=1e-3,
+    rewards={"length": RewardPartConfig(kind="length", target=1)},  # 1 for one token, 0 for all others
+)
+STOPS = tuple(range(1, 14))
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_an_interrupted_run_draws_the_same_prompts_and_ends_with_the_same_bits(staleness: int):
+    config = replace(DAPO, max_staleness=staleness)
+    whole = toy(config, 4, stop_tokens=STOPS)
+    kept: dict[int, tuple] = {}
+
+    def keep(state: RlhfState) -> None:
+        values = (json.loads(json.dumps(state.to_dict())), state.arrays())
+        kept[state.iteration] = (values, {name: value.clone() for name, value in tensors_of(whole).items()})
+
+    whole.learner = replace(whole.learner, save=keep, save_every=1)
+    end = whole.run()
+    drawn = whole.metric("rollout/prompts")
+    assert max(drawn) > config.prompts
+    assert end.prompt_position == sum(drawn)
+    assert min(whole.metric("rlhf/groups_without_signal")) == 0
+    assert all(len(report.rollouts) == 8 for report in whole.reports)
+    for stopped in (1, 2):
+        (values, arrays), tensors = kept[stopped]
+        resumed = toy(config, 4, stop_tokens=STOPS)
+        for name, value in tensors_of(resumed).items():
+            value.copy_(tensors[name])
+        resumed.state = RlhfState.from_dict(values, arrays)
+        assert replace(resumed.run(), pending={}) == replace(end, pending={})
+        for name, value in tensors_of(resumed).items():
+            assert value.equal(kept[4][1][name]), name
+        for again_, report in zip(resumed.reports, whole.reports[stopped:], strict=True):
+            assert again_.rollouts.position_B.tolist() == report.rollouts.position_B.tolist()
+            assert again_.metrics["rollout/prompts"] == report.metrics["rollout/prompts"]
