@@ -49,7 +49,9 @@ SETTINGS = (
     "rlhf.pool.cache_tokens=4096",
     "rlhf.pool.max_sequences=4",
     "rlhf.rewards.preference.weight=0",
-    "rlhf.rewards={size: {kind: length, target: 6}}",
+    "rlhf.rewards={size: {kind: length, target: 6}, mine: {kind: function, "
+    "function: tests.rlhf.toy_rewards:fails_on_a_fifth}}",
+    "rlhf.max_failed_fraction=0.9",
 )
 PRETRAINING = (
     "rlhf.pretrain_coefficient=0.5",
@@ -117,6 +119,15 @@ def reference(started_work: WorkDirectory, tmp_path_factory: pytest.TempPathFact
     run = prepare(work_of(started_work, tmp_path_factory.mktemp("reference")))
     train(run, ranks=1)
     return run
+
+
+def test_completions_on_which_a_function_fails_are_left_out_and_counted(reference):
+    lines = [line for line in numbers(reference).values() if "rlhf/left_out" in line]
+    assert len(lines) == ITERATIONS
+    for line in lines:
+        assert line["rlhf/left_out"] == line["rlhf/failed_mine"] / 8
+        assert line["rlhf/failed_size"] == 0
+    assert sum(line["rlhf/failed_mine"] for line in lines) > 0
 
 
 def test_every_iteration_is_reported_and_rollouts_are_shown(reference):

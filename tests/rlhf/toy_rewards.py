@@ -53,3 +53,10 @@ def fails_on_low_starts(prompt: str, completion: str) -> float:
 
 def one(prompt: str, completion: str) -> float:
     return 1.0
+
+
+def fails_on_a_fifth(prompt: str, completion: str) -> float:
+    """No score for about a fifth of all completions."""
+    if sum(completion.encode()) % 5 == 0:
+        raise ValueError("one of a fifth")
+    return float(len(completion) % 3)
