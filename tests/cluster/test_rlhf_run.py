@@ -141,7 +141,7 @@ def test_every_iteration_is_reported_and_rollouts_are_shown(reference):
     rewards = [json.loads(line)["reward"] for line in lines]
     assert len(rewards) == 4
     assert rewards == sorted(rewards, reverse=True)
-    assert json.loads(lines[0])["parts"].keys() == {"size"}
+    assert json.loads(lines[0])["parts"].keys() == {"size", "mine"}
     result = json.loads(reference.result.read_text())
     assert result["metrics"]["rlhf/reward_mean"] == found[ITERATIONS]["rlhf/reward_mean"]
     assert result["prompts"] == 8 * ITERATIONS
