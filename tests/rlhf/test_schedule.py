@@ -99,18 +99,21 @@ def test_the_next_rollouts_are_drawn_while_one_trains():
 
 
 def test_rules_judge_while_the_next_rollouts_are_drawn():
-    drawn = {iteration: threading.Event() for iteration in range(ITERATIONS)}
+    drawn, judged = ({iteration: threading.Event() for iteration in range(ITERATIONS)} for _ in range(2))
 
     class Telling(Versions):
         def drew(self, iteration):
             drawn[iteration].set()
 
     def judge(rollouts):
-        assert drawn[min(int(rollouts.position_B[0]) + 1, 2)].wait(DEADLINE_S)
+        iteration = int(rollouts.position_B[0])
+        assert drawn[min(iteration + 1, 2)].wait(DEADLINE_S)
+        judged[iteration].set()
         return by_position(rollouts)
 
     with schedule(Telling(), 2, judge) as made:
         made.begin(0, weights(0), {})
+        assert judged[2].wait(3 * DEADLINE_S)  # before anybody takes them
         assert go_on(made, 2, 0, 3) == [0, 0, 0]
 
 
