@@ -25,9 +25,9 @@ pytestmark = pytest.mark.bars
 
 WIDTHS, BASE_WIDTH = (128, 256, 512), 128
 STEPS, BATCH, SEQ_LEN, LAST = 60, 8, 64, 15
-OPTIMIZERS = {"AdamW": (2**-7, None), "Muon": (2**-6, MuonConfig(lr=None, scale="adamw"))}
-"""By name: a rate near the best one, and Muon."""
-GRID = (-2, -1, 0, 1, 2)  # powers of 2 of that rate
+OPTIMIZERS = {"AdamW": (2**-9, None), "Muon": (2**-6.25, MuonConfig(lr=None, scale="adamw"))}
+"""By name: a rate near the best one at the base width, and Muon."""
+GRID = (-1.5, -0.5, 0.5, 1.5)  # powers of 2 of that rate
 SEED = 0
 
 
@@ -83,7 +83,7 @@ def best_rate(width: int, name: str, base_width: int | None) -> float:
     middle = min(max(int(np.argmin(losses)), 1), len(GRID) - 2)
     a, b, _ = np.polyfit(GRID[middle - 1 : middle + 2], losses[middle - 1 : middle + 2], 2)
     best = float(np.clip(-b / (2 * a), GRID[0], GRID[-1])) if a > 0 else float(GRID[int(np.argmin(losses))])
-    print(f"{name}, {width} wide, base {base_width}: {np.round(losses, 3)}, best {near * 2**best:.4g}")
+    print(f"{name}, {width} wide, base {base_width}: {np.round(losses, 3)}, best {near * 2**best:.4g}", flush=True)
     return near * 2**best
 
 
