@@ -24,7 +24,7 @@ class ModelConfig:
     vocab_size: int = MISSING  # pieces of the tokenizer
     norm: str = "layernorm"  # layernorm | rmsnorm
     norm_eps: float = 1e-5
-    ffn: str = "gelu"  # gelu | swiglu
+    ffn: str = "gelu"  # gelu | relu2 (squared ReLU, So et al. 2021) | swiglu
     bias: bool = True  # biases in linear layers (and in layernorm)
     qkv_bias: bool = False  # biases for queries, keys and values although bias is false (as Qwen2)
     tie_embeddings: bool = False  # the output head shares the embedding's weight
@@ -41,6 +41,7 @@ class ModelConfig:
     rope_original_len: int = 8192
     parallel_residual: bool = False  # the feed-forward network reads the input of attention, not its sum (as Pythia)
     qk_norm: bool = False  # RMSNorm over d_head of queries and keys before RoPE, one weight for all heads (as Qwen3)
+    logit_cap: float = 0.0  # c: logits are c tanh(logits / c) (Gemma Team 2024, section 2); 0: off
     init_std: float = 0.02
     # of the projections onto the residual stream: depth (Radford et al. 2019): init_std / sqrt(2 n_layers) | zero
     residual_init: str = "depth"
@@ -118,8 +119,9 @@ class ModelConfig:
             f"a number above model.rope_low_freq_factor={self.rope_low_freq_factor}",
         )
         require(self.norm in ("layernorm", "rmsnorm"), "model.norm", self.norm, "layernorm or rmsnorm")
-        require(self.ffn in ("gelu", "swiglu"), "model.ffn", self.ffn, "gelu or swiglu")
+        require(self.ffn in ("gelu", "relu2", "swiglu"), "model.ffn", self.ffn, "gelu, relu2 or swiglu")
         require(self.head in ("tokens", "scalar"), "model.head", self.head, "tokens or scalar")
+        require(self.logit_cap >= 0, "model.logit_cap", self.logit_cap, ">= 0 (0 is off)")
         require(self.residual_init in ("depth", "zero"), "model.residual_init", self.residual_init, "depth or zero")
         base = self.base_width
         require(base is None or base > 0, "model.base_width", base, "null (no scaling) or a positive integer")

@@ -23,7 +23,7 @@ from dist_lm.generation.paged_cache import PagedCache, Piece, Plan, pages_for
 from dist_lm.generation.plain_pages import PLAIN_PAGE_TOKENS, PlainPages
 from dist_lm.generation.shard import Share, build_embedding, gathering, leaving, share_of
 from dist_lm.generation.transfer import upload
-from dist_lm.model.layers import RopeTables, activate, normalise_heads, rope_tables, rotate
+from dist_lm.model.layers import RopeTables, activate, capped, normalise_heads, rope_tables, rotate
 from dist_lm.model.size import packs_documents, parameter_shapes
 from dist_lm.parallel.tensor_axis import TensorAxis
 
@@ -206,15 +206,15 @@ class Decoder:
             o_NHK = attend(number, q_NHK, key_NGK, value_NGK)
             input_ND, x_ND = x_ND, layer.output(o_NHK.flatten(1), x_ND)
             hidden = layer.up(layer.feed_forward_norm(input_ND if config.parallel_residual else x_ND))
-            if config.ffn == "swiglu":
-                gate, up = hidden.chunk(2, dim=-1)
-                hidden = activate(up, gate)
+            if config.ffn != "gelu":
+                gate, up = hidden.chunk(2, dim=-1) if config.ffn == "swiglu" else (None, hidden)
+                hidden = activate(up, gate, squared=gate is None)
             x_ND = layer.down(hidden, x_ND)
         return x_ND
 
     def logits(self, x_ND: torch.Tensor) -> torch.Tensor:
         """fp32 logits (N, V) of hidden states."""
-        return self._head(self._final_norm(x_ND)).float()
+        return capped(self._head(self._final_norm(x_ND)).float(), self.config.logit_cap)
 
 
 def build_cache(shape: Share, n_pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> PagedCache:

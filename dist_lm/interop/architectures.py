@@ -3,6 +3,7 @@
     model.norm  model.ffn  model.bias  model.qkv_bias  model.qk_norm  architecture
     layernorm   gelu       true        any             false          GPTNeoX; Starcoder2 with grouped-query attention
     rmsnorm     gelu       any         as model.bias   false          Arcee, with hidden_act=gelu
+    rmsnorm     relu2      any         as model.bias   false          Arcee
     rmsnorm     swiglu     any         as model.bias   false          Llama, with attention_bias and mlp_bias
     rmsnorm     swiglu     false       true            false          Qwen2
     rmsnorm     swiglu     false       false           true           Qwen3
@@ -42,6 +43,8 @@ class Architecture:
 def architecture_of(model: ModelConfig) -> Architecture | str:
     """The architecture that holds `model`; if there is none, the reason, which names the option."""
     head = HEADS[model.head]
+    if model.logit_cap:
+        return f"model.logit_cap={model.logit_cap}: of these architectures of transformers none caps its logits"
     in_neox = "of the architectures of transformers, GPT-NeoX alone has it"
     if model.norm == "layernorm":
         if model.ffn != "gelu":
@@ -66,12 +69,12 @@ def architecture_of(model: ModelConfig) -> Architecture | str:
         return f"model.n_heads={model.n_heads}: without model.qk_norm, transformers needs a divisor of model.d_model"
     biases = {"attention_bias": model.bias, "mlp_bias": model.bias}
     qkv_alone = model.has_qkv_bias and not model.bias
-    if model.ffn == "gelu":
+    if model.ffn != "swiglu":
         if model.qk_norm:
-            return "model.qk_norm=True: with model.ffn=gelu, transformers does not normalise queries and keys"
+            return f"model.qk_norm=True: with model.ffn={model.ffn}, transformers does not normalise queries and keys"
         if qkv_alone:
-            return "model.qkv_bias=True: with model.ffn=gelu, transformers has biases everywhere or nowhere"
-        return Architecture("Arcee", head, {"hidden_act": "gelu", **biases})
+            return f"model.qkv_bias=True: with model.ffn={model.ffn}, transformers has biases everywhere or nowhere"
+        return Architecture("Arcee", head, {"hidden_act": model.ffn, **biases})
     if model.qk_norm:
         if model.bias:
             return "model.bias=True: with model.qk_norm=true, transformers has no biases in the feed-forward network"
@@ -139,12 +142,16 @@ FAMILIES = {
         {**_NO_WINDOW, "attention_bias": False},
         {**_NO_WINDOW, "max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
     ),
-    "Arcee": _like_llama(
+    "Arcee": Family(
         "arcee",
-        {"ffn": "gelu"},
-        {"hidden_act": "gelu"},
-        {"hidden_act": "relu2", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+        {"norm": "rmsnorm"},
+        "rms_norm_eps",
+        {},
+        _PLAIN
+        | {"hidden_act": "relu2", "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
+        | dict.fromkeys(_BIASES, False),
         biases=_BIASES,
+        own={"ffn": "hidden_act"},
     ),
     "Starcoder2": Family(
         "starcoder2",

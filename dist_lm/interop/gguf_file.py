@@ -49,7 +49,8 @@ def require_gguf(kind: str, model: ModelConfig, found: Architecture) -> None:
     if model.rope_scaling != "none":
         raise ConfigError(f"--gguf {kind}: model.rope_scaling={model.rope_scaling}: scaled positions are not written")
     if found.family not in NAMES:
-        raise ConfigError(f"--gguf {kind}: llama.cpp has another activation in {found.family} (model.ffn={model.ffn})")
+        why = "llama.cpp has another activation in" if model.ffn == "gelu" else "this command does not write"
+        raise ConfigError(f"--gguf {kind}: {why} {found.family} (model.ffn={model.ffn})")
     try:
         import gguf  # noqa: F401
     except ImportError as error:

@@ -98,11 +98,12 @@ def rotate(x_BTHK: torch.Tensor, tables: RopeTables) -> torch.Tensor:
 
 
 class FeedForward(nn.Module):
-    """`down(gelu(up(x)))` with exact (erf) GELU, or SwiGLU (Shazeer 2020) `down(silu(gate(x)) * up(x))`."""
+    """`down(gelu(up(x)))` with exact (erf) GELU, the same with squared ReLU, or SwiGLU (Shazeer 2020)
+    `down(silu(gate(x)) * up(x))`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        gated = config.ffn == "swiglu"
+        gated, self.squared = config.ffn == "swiglu", config.ffn == "relu2"
         self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.bias) if gated else None
         self.up = nn.Linear(config.d_model, config.d_ff, bias=config.bias)
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.bias)
@@ -110,10 +111,21 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         gate_BTF = None if self.gate is None else adapted(self.gate(x_BTD), x_BTD, self.adapters, "gate")
-        h_BTF = activate(adapted(self.up(x_BTD), x_BTD, self.adapters, "up"), gate_BTF)
+        h_BTF = activate(adapted(self.up(x_BTD), x_BTD, self.adapters, "up"), gate_BTF, self.squared)
         return adapted(self.down(h_BTF), h_BTF, self.adapters, "down")
 
 
-def activate(up_BTF: torch.Tensor, gate_BTF: torch.Tensor | None) -> torch.Tensor:
-    """Hidden units after the activation; 0 where both arguments are 0."""
-    return F.gelu(up_BTF) if gate_BTF is None else F.silu(gate_BTF) * up_BTF
+def activate(up_BTF: torch.Tensor, gate_BTF: torch.Tensor | None, squared: bool = False) -> torch.Tensor:
+    """Hidden units after the activation; 0 where both tensors are 0.
+
+    Args:
+        squared: squared ReLU in place of GELU.
+    """
+    if gate_BTF is not None:
+        return F.silu(gate_BTF) * up_BTF
+    return F.relu(up_BTF).square() if squared else F.gelu(up_BTF)
+
+
+def capped(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """Logits between -cap and cap; unchanged if `cap` is 0."""
+    return cap * torch.tanh(logits / cap) if cap else logits

@@ -20,7 +20,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.data.batch import Batch
 from dist_lm.model import cross_entropy
 from dist_lm.model.attention import CAUSAL, Attention, Visibility, within_documents
-from dist_lm.model.cross_entropy import Logprobs, losses_in_chunks
+from dist_lm.model.cross_entropy import Logprobs, Losses, losses_in_chunks
 from dist_lm.model.keyed_random import (
     EMBEDDING_SITE,
     DropoutKey,
@@ -29,7 +29,7 @@ from dist_lm.model.keyed_random import (
     dropout_sites,
     residual_site,
 )
-from dist_lm.model.layers import FeedForward, RopeTables, build_norm, rope_tables
+from dist_lm.model.layers import FeedForward, RopeTables, build_norm, capped, rope_tables
 
 
 class Block(nn.Module):
@@ -141,7 +141,7 @@ class Transformer(nn.Module):
 
     def head(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Logits (..., V) from the output of `hidden`."""
-        return F.linear(x_BTD, self.head_weight)
+        return capped(F.linear(x_BTD, self.head_weight), self.config.logit_cap)
 
     def token_losses(self, batch: Batch, label_smoothing: float = 0.0, z_loss: float = 0.0) -> torch.Tensor:
         """Cross-entropy of every target in nats, fp32, (B, T); 0 where `batch.counted_N` leaves a token out.
@@ -151,7 +151,7 @@ class Transformer(nn.Module):
         x_ND = self._head_input(batch, batch.counted_N)
         losses = partial(self.losses_of_logits, label_smoothing=label_smoothing, z_loss=z_loss)
         targets_N = _chosen(batch.targets_BT.flatten(), batch.counted_N)
-        losses_N = losses_in_chunks(x_ND, self.head_weight, targets_N, losses, self.chunk_bytes)
+        losses_N = losses_in_chunks(x_ND, self.head_weight, targets_N, self._of_capped(losses), self.chunk_bytes)
         return _spread(losses_N, batch.counted_N, batch)
 
     def logprobs(self, batch: Batch, temperature: float, entropy_gradient: bool = False) -> Logprobs:
@@ -164,7 +164,7 @@ class Transformer(nn.Module):
         x_ND = self._head_input(batch, batch.counted_N)
         both = partial(self.logprobs_of_logits, temperature=temperature, entropy_gradient=entropy_gradient)
         targets_N = _chosen(batch.targets_BT.flatten(), batch.counted_N)
-        both_N2 = losses_in_chunks(x_ND, self.head_weight, targets_N, both, self.chunk_bytes)
+        both_N2 = losses_in_chunks(x_ND, self.head_weight, targets_N, self._of_capped(both), self.chunk_bytes)
         return Logprobs(*(_spread(column_N, batch.counted_N, batch) for column_N in both_N2.unbind(-1)))
 
     def scores(self, batch: Batch, read_N: torch.Tensor | None = None, learns_offset: bool = True) -> torch.Tensor:
@@ -181,6 +181,11 @@ class Transformer(nn.Module):
         bias_1 = bias_1 if learns_offset else bias_1.detach() + 0 * bias_1
         score_N = self.sum_of_parts(x_ND @ weight_D.float()) + bias_1.float()
         return _spread(score_N, read_N, batch)
+
+    def _of_capped(self, losses: Losses) -> Losses:
+        """`losses` of products with the head's weight, with `model.logit_cap`."""
+        cap = self.config.logit_cap
+        return (lambda products, targets: losses(capped(products.float(), cap), targets)) if cap else losses
 
     def _head_input(
         self, batch: Batch, chosen_N: torch.Tensor | None, branch_BT: torch.Tensor | None = None

@@ -200,7 +200,7 @@ class WidthParallelFeedForward(FeedForward):
         x_BTD = self.axis.enter(x_BTD)
         gate_BTF = None if self.gate is None else self._project(x_BTD, self.gate)
         gate_BTF = None if gate_BTF is None else adapted(gate_BTF, x_BTD, self.adapters, "gate")
-        h_BTF = activate(adapted(self._project(x_BTD, self.up), x_BTD, self.adapters, "up"), gate_BTF)
+        h_BTF = activate(adapted(self._project(x_BTD, self.up), x_BTD, self.adapters, "up"), gate_BTF, self.squared)
         part_BTD = F.linear(h_BTF, local(self.down.weight)[:, : self.units.real])
         part_BTD = adapted(part_BTD, h_BTF, self.adapters, "down")
         return with_bias(self.axis.leave(part_BTD), self.down.bias)

@@ -21,13 +21,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": LLAMA,
     "Llama with biases": {"norm": "rmsnorm", "ffn": "swiglu"},
     "Arcee": {"norm": "rmsnorm", "bias": False},
+    "Squared": {"norm": "rmsnorm", "bias": False, "ffn": "relu2"},
     "Llama 3.1": {**LLAMA, "n_kv_heads": 1, "rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_len": 32},
     "Linear": {**LLAMA, "rope_scaling": "linear", "rope_factor": 3.0},
     "Qwen2": {**LLAMA, "n_kv_heads": 1, "qkv_bias": True},
     "Pythia": {"parallel_residual": True, "rotary_fraction": 0.25},
     "Qwen3": {**LLAMA, "qk_norm": True},
 }
-VARIANTS = ("Llama 3.1", "Linear", "Qwen2", "Pythia")  # of another family here, by a few options
+VARIANTS = ("Squared", "Llama 3.1", "Linear", "Qwen2", "Pythia")  # of another family here, by a few options
 
 
 def _marks(family: str, size: str) -> list[pytest.MarkDecorator]:

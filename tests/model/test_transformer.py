@@ -23,6 +23,7 @@ OPTIONS = {
     "tied": {"tie_embeddings": True},
     "rmsnorm": {"norm": "rmsnorm"},
     "swiglu": {"ffn": "swiglu"},
+    "squared ReLU and capped logits": {"ffn": "relu2", "logit_cap": 2.0},
     "no bias": {"bias": False},
     "one key head": {"n_kv_heads": 1},
     "normalised queries and keys": {"qk_norm": True},
@@ -263,3 +264,24 @@ def test_tokens_that_are_only_attended_to_skip_the_last_feed_forward_and_change_
     for whole, part in zip(*gradients[:2], strict=True):
         torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-5)
     assert all(bool(gradient.eq(0).all()) for gradient in gradients[2])
+
+
+def test_logits_are_capped_by_a_hyperbolic_tangent_in_logits_losses_and_logprobs():
+    plain, model = small_model(small_config()), small_model(small_config(logit_cap=0.5))
+    tokens = small_tokens(plain.config, 2, 12)
+    wanted = 0.5 * (plain(tokens) / 0.5).tanh()
+    torch.testing.assert_close(model(tokens), wanted)
+    assert plain(tokens).abs().max() > 1
+    targets = small_tokens(plain.config, 2, 12).flip(1)
+    zeros = torch.zeros_like(tokens)
+    batch = Batch(tokens, targets, torch.ones(2, 12), zeros, torch.arange(12).expand(2, -1), torch.arange(2))
+    losses = torch.nn.functional.cross_entropy(wanted.transpose(1, 2), targets, reduction="none")
+    torch.testing.assert_close(model.token_losses(batch), losses)
+    torch.testing.assert_close(model.logprobs(batch, 1.0).logprob_BT, -losses)
+
+
+def test_squared_relu_is_the_activation():
+    model = small_model(small_config(ffn="relu2", bias=False))
+    network, x = model.blocks[0].feed_forward, torch.randn(1, 3, 40, generator=torch.Generator().manual_seed(0))
+    hidden = (x @ network.up.weight.T).clamp(min=0) ** 2
+    torch.testing.assert_close(network(x), hidden @ network.down.weight.T)

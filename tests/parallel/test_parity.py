@@ -18,6 +18,7 @@ from tests.parallel.parity_cases import (
     HEADS,
     MIXED_LAYOUTS,
     TENSOR_LAYOUTS,
+    VOCAB_SIZE,
     Case,
     cases,
     layout_of,
@@ -66,6 +67,15 @@ def test_a_step_with_normalised_queries_and_keys_is_that_of_one_process(
 ):
     model = model_of(heads, qk_norm=True)
     found: MeshTrajectory = ranks.run(layout_of(layout).world_size, rank_steps, model, parallel_of(layout), range(1))
+    assert_is_that_of_one_process(found, model)
+
+
+@pytest.mark.parametrize("layout", ["1x1x1", "1x4x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"])
+def test_a_step_with_squared_relu_and_capped_logits_is_that_of_one_process(ranks: RankGroups, layout: str):
+    model = model_of((5, 5), norm="rmsnorm", ffn="relu2", logit_cap=0.2)
+    found: MeshTrajectory = ranks.run(
+        layout_of(layout).world_size, rank_steps, model, parallel_of(layout), range(1), chunk_bytes=5 * 4 * VOCAB_SIZE
+    )
     assert_is_that_of_one_process(found, model)
 
 

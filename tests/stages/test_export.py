@@ -204,7 +204,7 @@ def test_a_model_without_an_architecture_is_refused(work: WorkDirectory, tmp_pat
         ("Pythia", {"attention_bias": False}, "attention_bias=False"),
         ("Pythia", {"hidden_act": "gelu_new"}, "hidden_act=gelu_new"),
         ("Starcoder2", {"sliding_window": 4096}, "sliding_window=4096"),
-        ("Arcee", {"hidden_act": "relu2"}, "hidden_act=relu2"),
+        ("Arcee", {"hidden_act": "silu"}, "model.ffn=silu"),
         ("Llama", {"num_hidden_layers": 3}, r"model.layers.2.* is missing"),
         ("Llama", {"num_hidden_layers": 1}, r"model.layers.1.*: the model has no place for this tensor"),
         ("Llama", {"intermediate_size": 78}, r"has shape \(77, 50\), expected \(78, 50\)"),
