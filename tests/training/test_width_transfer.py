@@ -21,7 +21,7 @@ from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.training.optimizer import build_optimizer, set_learning_rate, stage_rate
 
-pytestmark = pytest.mark.bars
+pytestmark = [pytest.mark.bars, pytest.mark.timeout(3600)]
 
 WIDTHS, BASE_WIDTH = (128, 256, 512), 128
 STEPS, BATCH, SEQ_LEN, LAST = 60, 8, 64, 15
