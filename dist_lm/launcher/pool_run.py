@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -51,31 +51,51 @@ def run_pool_stage(
     run.samples.mkdir(parents=True, exist_ok=True)
     with locked(run.launch_lock, job=job, wait_s=LOOK_S):
         save_config(config, run.config)
-        found: tuple[PoolWork, EngineSpec, Weights] | None = None
-        with left_at_once(interrupt, console):
-            found = _read(stage, config, run, cluster, console)
-        if found is None:
+        rounds = stage.rounds(config)
+        opened = _opened(stage, rounds[0], run, cluster, console, interrupt)
+        if opened is None:
             return False
-        work, spec, weights = found
-        before, actors, seconds = work.done[1], 0, 0.0
-        with watching_pool(config, run, work, console) as watch:
-            if not work.is_done:
-                _, _, wanted = stage.engine(config)
-                actors, seconds = _answer(stage.name, wanted, work, spec, weights, cluster, console, interrupt, watch)
-            if not work.is_done:
-                return False
+        results, tokens, actors, seconds = list[dict[str, Any]](), 0, 0, 0.0
+        with watching_pool(config, run, opened[0], console) as watch:
+            for number, one in enumerate(rounds):
+                opened = opened if number == 0 else _opened(stage, one, run, cluster, console, interrupt)
+                if opened is None:
+                    return False
+                work, spec, weights = opened
+                watch.follow(work)
+                before = work.done[1]
+                if work.asks:
+                    _, _, wanted = stage.engine(one)
+                    actors, took = _answer(stage.name, wanted, work, spec, weights, cluster, console, interrupt, watch)
+                    seconds += took
+                if not work.is_done:
+                    work.finish(lambda: not interrupt.requested)
+                if not work.is_done:
+                    return False
+                tokens += work.done[1] - before
+                results.append(work.result())
             durable.write_json(
                 run.result,
                 {
                     "stage": stage.name,
                     "run_id": config.run_id,
-                    **work.result(),
+                    **stage.joined(config, results),
                     "actors": actors,  # this value and the next two are those of the last command
                     "seconds": seconds,  # from the first request to the last answer
-                    "tokens_per_s": (work.done[1] - before) / seconds if seconds else 0.0,
+                    "tokens_per_s": tokens / seconds if seconds else 0.0,
                 },
             )
     return True
+
+
+def _opened(
+    stage: PoolStage, config: Config, run: RunDirectory, cluster: RayCluster, console: Console, interrupt: Interrupt
+) -> "tuple[PoolWork, EngineSpec, Weights] | None":
+    """As `_read`; None if a signal stopped it."""
+    found: tuple[PoolWork, EngineSpec, Weights] | None = None
+    with left_at_once(interrupt, console):
+        found = _read(stage, config, run, cluster, console)
+    return found
 
 
 def _read(
@@ -96,7 +116,7 @@ def _read(
         device=device,
         tp=tp,
     )
-    if work.is_done:
+    if not work.asks:
         return work, spec, {}
     with console.waiting(f"reading {checkpoint}"):
         return work, spec, model_weights(checkpoint_files.require_intact(checkpoint))
@@ -150,8 +170,13 @@ class PoolWatch:
 
     def __init__(self, writer: MetricsWriter, work: PoolWork, wandb: WandbCopy | None) -> None:
         """Remove the lines of metrics of prompts that will be answered again."""
-        self._writer, self._work, self._wandb = writer, work, wandb
+        self._writer, self.work, self._wandb = writer, work, wandb
         writer.truncate_after(work.done[0])
+        self.begin()
+
+    def follow(self, work: PoolWork) -> None:
+        """Watch another part of the run."""
+        self.work = work
         self.begin()
 
     def begin(self) -> None:
@@ -171,13 +196,13 @@ class PoolWatch:
     def _write(self, engines: int) -> None:
         first, last, now = self._first, self._last, self._now()
         took, done = now.at - last.at, now.prompts - first.prompts
-        line = self._work.metrics() | {
+        line = self.work.metrics() | {
             "generate/engines": engines,
             "generate/tokens_per_s": (now.tokens - last.tokens) / took if took > 0 else 0.0,
             "generate/prompts_per_s": (now.prompts - last.prompts) / took if took > 0 else 0.0,
         }
         if done:
-            line["generate/eta_s"] = (now.at - first.at) / done * (self._work.count - now.prompts)
+            line["generate/eta_s"] = (now.at - first.at) / done * (self.work.count - now.prompts)
         self._last = now
         self._writer.write(now.prompts, line)
         if self._wandb:
@@ -185,7 +210,7 @@ class PoolWatch:
             self._wandb.look({})
 
     def _now(self) -> Mark:
-        return Mark(time.monotonic(), *self._work.done)
+        return Mark(time.monotonic(), *self.work.done)
 
 
 @contextmanager
@@ -193,8 +218,9 @@ def watching_pool(config: Config, run: RunDirectory, work: PoolWork, console: Co
     """Watch a run inside the block. At the end wandb gets the first answers and how the run ended."""
     wandb = start_wandb(config, run, console)
     with wandb or nullcontext(), closing(MetricsWriter(run.metrics)) as writer:
+        watch = PoolWatch(writer, work, wandb)
         try:
-            yield PoolWatch(writer, work, wandb)
+            yield watch
         finally:
-            if wandb and run.samples_part(0).exists():
-                wandb.table(run.samples_part(0), work.done[0])
+            if wandb and watch.work.table.exists():
+                wandb.table(watch.work.table, watch.work.done[0])

@@ -8,6 +8,7 @@ import numpy as np
 
 from dist_lm.report.charts import HEADLINES, SHOWN_FIRST, known
 from dist_lm.report.facts import RunFacts
+from dist_lm.stages.evaluate import comparison_text, rows_of
 from dist_lm.tracking.readable import counted, duration, four_digits, readable_count
 
 LONGEST = 1600  # characters of a text
@@ -134,3 +135,22 @@ def _cut(text: str, tail: bool = False) -> str:
     return (
         f"[{more:,} characters before]\n{text[-LONGEST:]}" if tail else f"{text[:LONGEST]}\n[{more:,} characters more]"
     )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a run of stage `evaluate` found."""
+
+    rows: tuple[tuple[str, str, str, str, str, str], ...]  # model, task, figure, value, interval, items
+    comparisons: tuple[str, ...]
+
+
+def scores_of(run: RunFacts) -> Scores | None:
+    """The figures of each model; None for a run of another stage, or that is not finished."""
+    if run.stage != "evaluate" or not run.result:
+        return None
+    rows = []
+    for row in [row for model in run.result["models"] for row in rows_of(model)]:
+        interval = "" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
+        rows.append((row["model"], row["task"], row["figure"], f"{row['value']:.3f}", interval, f"{row['items']:,}"))
+    return Scores(tuple(rows), tuple(comparison_text(one) for one in run.result["comparisons"]))

@@ -15,7 +15,7 @@ from dist_lm.report.conditions import differences, flat, from_defaults, hardware
 from dist_lm.report.facts import Facts
 from dist_lm.report.layout import panels
 from dist_lm.report.mixture import corpus_rows, mixtures, tokenizer_words
-from dist_lm.report.overview import card_of, sample_of
+from dist_lm.report.overview import card_of, sample_of, scores_of
 from dist_lm.report.read import read_facts, require_paths
 from dist_lm.report.timeline import timeline_of
 from dist_lm.storage import durable
@@ -77,6 +77,9 @@ def render(facts: Facts, made: str) -> str:
         stage_samples={
             stage: [(run, [sample_of(row) for row in run.samples.rows[:shown]]) for run in runs if run.samples.rows]
             for stage, runs in by_stage.items()
+        },
+        stage_scores={
+            stage: [(run, scores) for run in runs if (scores := scores_of(run))] for stage, runs in by_stage.items()
         },
         pictures=panels(facts.runs),
         mixtures=mixtures(facts.runs, facts.works),

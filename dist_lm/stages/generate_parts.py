@@ -182,6 +182,10 @@ class Samples(PoolWork):
         return not self._missing
 
     @property
+    def table(self) -> Path:
+        return self._run.samples_part(0)
+
+    @property
     def done(self) -> tuple[int, int]:
         return self.tally.prompts, self.tally.tokens
 

@@ -18,7 +18,20 @@ from dist_lm.stages.stage import Stage
 
 GROUP = "dist_lm.stages"
 # in the order of the pipeline; the same list as in pyproject.toml, for a checkout that is not installed
-OWN = ("import", "tokenizer", "shards", "language", "code", "tools", "rankings", "reward", "rlhf", "generate", "export")
+OWN = (
+    "import",
+    "tokenizer",
+    "shards",
+    "language",
+    "code",
+    "tools",
+    "rankings",
+    "reward",
+    "rlhf",
+    "generate",
+    "evaluate",
+    "export",
+)
 MODULES = {"import": "hf_import", "export": "hf_export"}  # where the name of the module is another one
 
 

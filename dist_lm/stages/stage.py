@@ -191,6 +191,16 @@ class PoolWork(ABC):
     def is_done(self) -> bool: ...
 
     @property
+    def asks(self) -> bool:
+        """Whether requests are left for engines."""
+        return not self.is_done
+
+    @property
+    @abstractmethod
+    def table(self) -> Path:
+        """A file of JSON lines that wandb shows, once it exists."""
+
+    @property
     @abstractmethod
     def done(self) -> tuple[int, int]:
         """(prompts answered or refused, tokens generated) so far."""
@@ -207,6 +217,9 @@ class PoolWork(ABC):
     def take(self, result: "Answer | Refusal") -> None:
         """Store an answer or a refusal."""
 
+    def finish(self, wanted: "Callable[[], bool]") -> None:  # noqa: B027  most work ends with its last answer
+        """Work that is left after the last answer. `wanted`: whether to go on."""
+
     @abstractmethod
     def result(self) -> dict[str, Any]:
         """Fields of `result.json` for finished work."""
@@ -216,6 +229,14 @@ class PoolStage(Stage):
     """A stage whose requests a pool of generation engines answers."""
 
     place = Place.POOL
+
+    def rounds(self, config: Config) -> Sequence[Config]:
+        """A configuration for each model of the run, one after the other; `config.model` is the model."""
+        return [config]
+
+    def joined(self, config: Config, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Fields of `result.json` of a run, from those of its rounds."""
+        return results[0]
 
     @abstractmethod
     def tokenizer(self, config: Config) -> "Tokenizer":

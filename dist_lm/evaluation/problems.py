@@ -1,0 +1,201 @@
+"""Programming problems with tests: our own 150, and files of HumanEval, MBPP and MultiPL-E in their published formats.
+
+A problem has a prompt, the beginning of a program. A base model continues it up to a stop text; a chat model is asked
+for it and answers with a block of code. The program runs in the sandbox only.
+"""
+
+import gzip
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from dist_lm.errors import ConfigError
+from dist_lm.sandbox.program import Language, Program, Test
+
+PYTHON_STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n@", "\nassert ", "\n```")
+HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # Chen et al. 2021
+MBPP_STOPS = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n```")  # as in bigcode's harness
+OWN_STOPS: dict[Language, tuple[str, ...]] = {"python": PYTHON_STOPS, "bash": ("\n}",), "sql": (";",)}
+NAMES: dict[Language, str] = {"python": "Python", "bash": "Bash", "sql": "SQL (SQLite)"}
+MULTIPL_E: dict[str, Language] = {"py": "python", "sh": "bash"}  # languages of the sandbox
+BLOCK = re.compile(r"```[\w+-]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A program to write."""
+
+    id: str
+    language: Language
+    prompt: str  # beginning of the program
+    tests: tuple[Test, ...]
+    solution: str  # what completes the prompt; empty: unknown
+    stop: tuple[str, ...]  # texts that end a completion; not part of it
+    closing: str = ""  # behind a completion that a stop text ended
+    suffix: str | None = None  # to fill in the middle: what stands behind the completion
+    entry: str = ""  # an answer of a chat model that holds this text repeats the prompt from there
+    level: int = 0  # of our own problems: 1 is the easiest
+    task: str = ""  # what a chat model is asked; empty: to complete the prompt
+
+    @property
+    def question(self) -> str:
+        """The request to a chat model."""
+        name = NAMES[self.language]
+        if self.task:
+            return f"{self.task}\n\nAnswer with one block of {name} code."
+        return (
+            f"Complete this {name} program. Answer with the whole program in one block of code.\n\n"
+            f"```{self.language}\n{self.prompt.rstrip()}\n```"
+        )
+
+    def completed(self, completion: str, stopped: bool = True) -> Program:
+        """The program of a base model. `stopped`: a stop text ended the completion."""
+        closing = self.closing if stopped else ""
+        return Program(self.language, f"{self.prompt}{completion}{closing}{self.suffix or ''}", self.tests)
+
+    def answered(self, answer: str) -> Program:
+        """The program of a chat model: its first block of code, or else all of its answer."""
+        block = BLOCK.search(answer)
+        code = block[1] if block else answer
+        if not self.entry:
+            return Program(self.language, code, self.tests)
+        at = self.prompt.find(self.entry)
+        head = self.prompt if self.entry not in code else self.prompt[: max(at, 0)]
+        return Program(self.language, head + code, self.tests)
+
+
+def own_problems(language: Language) -> list[Problem]:
+    """Our own 50 problems of a language, the easiest first."""
+    text = files("dist_lm.evaluation").joinpath("problems", f"{language}.jsonl").read_text(encoding="utf-8")
+    return [_own(language, json.loads(line)) for line in text.splitlines()]
+
+
+def _own(language: Language, line: Mapping[str, Any]) -> Problem:
+    name = line["id"].partition("/")[2]
+    entry = {"python": f"def {name}(", "bash": f"{name}()", "sql": "SELECT"}[language]
+    closing = {"python": "", "bash": "\n}\n", "sql": ";\n"}[language]
+    tests = tuple(Test(**test) for test in line["tests"])
+    stops = OWN_STOPS[language]
+    return Problem(
+        line["id"], language, line["prompt"], tests, line["solution"], stops, closing, entry=entry, level=line["level"]
+    )
+
+
+def own_infills() -> list[Problem]:
+    """Our Python problems whose solution has several lines, each with one line of it left out."""
+    found = []
+    for problem in own_problems("python"):
+        lines = problem.solution.splitlines(keepends=True)
+        if len(lines) < 2:
+            continue
+        place = len(lines) // 2
+        middle, indent = lines[place], len(lines[place]) - len(lines[place].lstrip())
+        found.append(
+            replace(
+                problem,
+                id=problem.id.replace("python/", "infill/"),
+                prompt=problem.prompt + "".join(lines[:place]) + middle[:indent],
+                solution=middle[indent:].rstrip("\n"),
+                suffix="\n" + "".join(lines[place + 1 :]),
+                stop=("\n",),
+            )
+        )
+    return found
+
+
+# --- files of others ---
+
+
+def humaneval(path: Path) -> list[Problem]:
+    """HumanEval.jsonl or HumanEval.jsonl.gz (Chen et al. 2021).
+
+    Raises:
+        ConfigError: it is not such a file.
+    """
+
+    def read(line: Mapping[str, Any]) -> Problem:
+        name = line["entry_point"]
+        test = Test(code=f"{line['test']}\ncheck({name})\n")
+        known = line["canonical_solution"]
+        return Problem(line["task_id"], "python", line["prompt"], (test,), known, HUMANEVAL_STOPS, entry=f"def {name}(")
+
+    return _read("eval.humaneval", path, read)
+
+
+def mbpp(path: Path) -> list[Problem]:
+    """mbpp.jsonl or sanitized-mbpp.json (Austin et al. 2021). The prompt is a comment with text and tests.
+
+    Raises:
+        ConfigError: it is not such a file.
+    """
+
+    def read(line: Mapping[str, Any]) -> Problem:
+        text = line.get("text") or line["prompt"]
+        before = "\n".join(line.get("test_imports", ())) or line.get("test_setup_code", "")
+        asserts = "\n".join(line["test_list"])
+        test = Test(before=before, code=asserts + "\n")
+        return Problem(
+            f"MBPP/{line['task_id']}",
+            "python",
+            f'"""\n{text}\n{asserts}\n"""\n',
+            (test,),
+            line["code"],
+            MBPP_STOPS,
+            task=f"{text}\nYour code should pass these tests:\n\n{asserts}",
+        )
+
+    return _read("eval.mbpp", path, read)
+
+
+def multipl_e(path: Path) -> list[Problem]:
+    """A file of MultiPL-E (Cassano et al. 2022) with programs in Python or Bash.
+
+    Raises:
+        ConfigError: it is not such a file, or in another language.
+    """
+
+    def read(line: Mapping[str, Any]) -> Problem:
+        if line["language"] not in MULTIPL_E:
+            raise ConfigError(
+                f"eval.multipl_e={path}: language {line['language']}: the sandbox runs {' and '.join(MULTIPL_E)}"
+            )
+        language = MULTIPL_E[line["language"]]
+        stops = tuple(line["stop_tokens"])
+        tests = line["tests"].lstrip()
+        closes = tests.startswith("}")  # the tests close the function that a stop text left open
+        found = re.findall(r"^(?:def (\w+)\(|(\w+)\(\))", line["prompt"], re.MULTILINE)
+        name = (found[-1][0] or found[-1][1]) if found else ""
+        entry = "" if not name else f"def {name}(" if language == "python" else f"{name}()"
+        test = Test(code=tests.removeprefix("}") + "\n")
+        closing = "\n}\n" if closes else ""
+        return Problem(line["name"], language, line["prompt"], (test,), "", stops, closing, entry=entry)
+
+    return _read("eval.multipl_e", path, read)
+
+
+def _read(key: str, path: Path, read: Callable[[Mapping[str, Any]], Problem]) -> list[Problem]:
+    try:
+        found = [read(line) for line in _lines(path)]
+    except ConfigError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{key}={path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{key}={path}: not the published format ({type(error).__name__}: {error})") from error
+    ids = [one.id for one in found]
+    if not found or len({*ids}) < len(ids):
+        raise ConfigError(f"{key}={path}: expected problems with different ids; found {len(ids)}")
+    return found
+
+
+def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
+    content = path.read_bytes()
+    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    if text.lstrip().startswith("["):
+        yield from json.loads(text)
+    else:
+        yield from (json.loads(line) for line in text.splitlines() if line.strip())

@@ -1,0 +1,102 @@
+"""Figures of sampled answers with their uncertainty: pass@k, bootstrap intervals, and paired tests of two models.
+
+Everything is a function of its inputs: the bootstrap draws from a generator with a fixed seed.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 10_000
+LEVEL = 0.95  # of intervals
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over tasks, with its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+    tasks: int
+
+    def __str__(self) -> str:
+        """`0.420 [0.280, 0.560]`."""
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class PairedTest:
+    """Whether two models differ on the same tasks."""
+
+    difference: float  # mean over tasks, second model minus first
+    low: float
+    high: float
+    p: float  # two-sided, under equal models
+    method: str  # McNemar, or permutation for values other than 0 and 1
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """Probability that one of k samples passes, estimated without bias: Chen et al. 2021, equation 1.
+
+    Args:
+        samples: drawn for a task, at least k; `passed` of them pass.
+    """
+    assert 0 <= passed <= samples >= k > 0
+    if samples - passed < k:
+        return 1.0
+    return 1.0 - math.prod((samples - passed - i) / (samples - i) for i in range(k))
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of one value a task; tasks are resampled (Efron 1979, percentile interval)."""
+    assert len(values)
+    means = _resampled_means(np.asarray(values, np.float64))
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(float(np.mean(values)), float(low), float(high), len(values))
+
+
+def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
+    """The ratio of two sums over items, such as bits and bytes of documents; items are resampled."""
+    above, below = np.asarray(numerators, np.float64), np.asarray(denominators, np.float64)
+    drawn = np.random.default_rng(SEED).integers(len(above), size=(RESAMPLES, len(above)))
+    ratios = above[drawn].sum(axis=1) / below[drawn].sum(axis=1)
+    low, high = np.quantile(ratios, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(float(above.sum() / below.sum()), float(low), float(high), len(above))
+
+
+def paired_test(first: Sequence[float], second: Sequence[float]) -> PairedTest:
+    """Compare two models by one value a task, in the same order.
+
+    McNemar's exact test (binomial) if all values are 0 or 1. Otherwise a permutation test that flips the signs of the
+    tasks' differences.
+    """
+    assert len(first) == len(second) > 0
+    difference = np.asarray(second, np.float64) - np.asarray(first, np.float64)
+    low, high = np.quantile(_resampled_means(difference), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    binary = {*first, *second} <= {0.0, 1.0}
+    if binary:
+        p = mcnemar(int((difference > 0).sum()), int((difference < 0).sum()))
+    else:
+        signs = np.random.default_rng(SEED).choice([-1.0, 1.0], size=(RESAMPLES, len(difference)))
+        means = np.abs((signs * difference).mean(axis=1))
+        # the observed assignment counts as one, so p is never 0 (Phipson and Smyth 2010)
+        p = (1 + int((means >= abs(difference.mean()) - 1e-12).sum())) / (1 + RESAMPLES)
+    return PairedTest(float(difference.mean()), float(low), float(high), p, "McNemar" if binary else "permutation")
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Two-sided exact p value of McNemar's test (1947): tasks that only one of two models passes."""
+    total = gained + lost
+    if total == 0:
+        return 1.0
+    tail = sum(math.comb(total, i) for i in range(min(gained, lost) + 1)) / 2**total
+    return min(1.0, 2 * tail)
+
+
+def _resampled_means(values: np.ndarray) -> np.ndarray:
+    drawn = np.random.default_rng(SEED).integers(len(values), size=(RESAMPLES, len(values)))
+    return values[drawn].mean(axis=1)

@@ -1,0 +1,212 @@
+"""Tasks of stage `evaluate`: what a model is asked, and how its answers are judged.
+
+An item is one question of a task. Code is judged by its tests in the sandbox, beside generation; calls of functions are
+compared with the expected ones.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dist_lm.chat.messages import Conversation, Message
+from dist_lm.chat.template import prompt as chat_prompt
+from dist_lm.chat.template import stop_tokens
+from dist_lm.data.infill import InfillMarks
+from dist_lm.data.token_corpus import TokenCorpus
+from dist_lm.errors import ArtefactError, UserError
+from dist_lm.evaluation.problems import Problem, humaneval, mbpp, multipl_e, own_infills, own_problems
+from dist_lm.generation.request import Answer, SamplingParams
+from dist_lm.sandbox.pool import SandboxPool
+from dist_lm.sandbox.program import LANGUAGES, Language, Limits, Program
+from dist_lm.tokenizer.tokenizer import Tokenizer
+
+OWN_TASKS: dict[str, Language] = {f"own_{language}": language for language in LANGUAGES}
+FILE_TASKS = {"humaneval": humaneval, "mbpp": mbpp, "multipl_e": multipl_e}
+INFILL, TOOLS, BFCL, BITS = "infill", "tools", "bfcl", "bits_per_byte"
+CODE_TASKS = (*OWN_TASKS, *FILE_TASKS, INFILL)
+TASKS = (*CODE_TASKS, TOOLS, BFCL, BITS)
+TURN_TOKENS = 512  # of an answer with calls
+QUESTIONS = 100  # of each kind of conversation
+
+Record = dict[str, Any]
+"""`passed`, `outcome`, `text` of an answer, and what else its task knows."""
+Judge = Callable[[Answer, SandboxPool | None], Callable[[], Record]]
+"""(answer, sandboxes) -> a function that waits for the judgement."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question."""
+
+    id: str
+    group: str  # level, kind or category
+    prompt: Sequence[int]
+    params: SamplingParams
+    n: int  # answers
+    judge: Judge
+    error: str = ""  # why it cannot be asked; it counts as failed
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are put to one model."""
+
+    tokenizer: Tokenizer
+    context: int
+    chat: bool  # questions are turns of a user
+    params: SamplingParams  # of code
+    n: int  # answers to a question about code
+    limits: Limits
+
+
+def items_of(task: str, asking: Asking, files: dict[str, Path], corpora: Path) -> list[Item]:
+    """The questions of a task, the same at every call.
+
+    Args:
+        files: of the tasks in FILE_TASKS.
+        corpora: folder of the work directory's corpora, for the task tools.
+
+    Raises:
+        UserError: a file or a package is missing, or the tokenizer lacks a mark.
+    """
+    if task in OWN_TASKS:
+        return code_items(own_problems(OWN_TASKS[task]), asking)
+    if task in FILE_TASKS:
+        return code_items(FILE_TASKS[task](files[task]), asking)
+    if task == INFILL:
+        return infill_items(own_infills(), asking)
+    if task == TOOLS:
+        return tool_items(asking, corpora / "tools")
+    assert task == BFCL
+    return bfcl_items(asking)
+
+
+def code_items(problems: Iterable[Problem], asking: Asking) -> list[Item]:
+    """Problems as completions of a base model, or requests to a chat model."""
+
+    def judge_of(problem: Problem) -> Judge:
+        def judge(answer: Answer, sandboxes: SandboxPool | None) -> Callable[[], Record]:
+            ended = answer.finish == "stop"
+            program = problem.answered(answer.text) if asking.chat else problem.completed(answer.text, ended)
+            return executed(program, sandboxes, asking.limits)
+
+        return judge
+
+    def item(problem: Problem) -> Item:
+        if asking.chat:
+            tokens = chat_prompt(Conversation((Message("user", problem.question),)), asking.tokenizer)
+            params = replace(asking.params, stop_tokens=stop_tokens(asking.tokenizer))
+        else:
+            tokens, params = asking.tokenizer.encode_prompt(problem.prompt), replace(asking.params, stop=problem.stop)
+        return _fitting(Item(problem.id, group_of(problem), tokens, params, asking.n, judge_of(problem)), asking)
+
+    return [item(problem) for problem in problems]
+
+
+def infill_items(problems: Iterable[Problem], asking: Asking) -> list[Item]:
+    """Lines to fill in.
+
+    Raises:
+        UserError: the tokenizer lacks the marks.
+    """
+    marks = InfillMarks.of(asking.tokenizer)
+
+    def judge_of(problem: Problem) -> Judge:
+        return lambda answer, sandboxes: executed(problem.completed(answer.text), sandboxes, asking.limits)
+
+    return [
+        _fitting(
+            Item(
+                problem.id,
+                group_of(problem),
+                marks.prompt(
+                    asking.tokenizer.encode_prompt(problem.prompt), asking.tokenizer.encode(problem.suffix or "")
+                ),
+                replace(asking.params, stop=problem.stop),
+                asking.n,
+                judge_of(problem),
+            ),
+            asking,
+        )
+        for problem in problems
+    ]
+
+
+def group_of(problem: Problem) -> str:
+    """The level of one of our problems."""
+    return f"level {problem.level}" if problem.level else ""
+
+
+def executed(program: Program, sandboxes: SandboxPool | None, limits: Limits) -> Callable[[], Record]:
+    """Start the tests of a program; the record has their outcome."""
+    assert sandboxes is not None, "code is executed in a sandbox only"
+    future = sandboxes.submit(program, limits)
+
+    def wait() -> Record:
+        verdict = future.result()
+        return {
+            "passed": verdict.outcome == "passed",
+            "outcome": verdict.outcome,
+            "tests": [verdict.passed, verdict.total],
+            "output": verdict.output[-300:] if verdict.outcome != "passed" else "",
+        }
+
+    return wait
+
+
+def tool_items(asking: Asking, folder: Path) -> list[Item]:
+    """Questions of held-out conversations with tools, answered greedily."""
+    from dist_lm.data.manifest import manifest_path
+    from dist_lm.evaluation.tool_questions import choose
+    from dist_lm.evaluation.tool_score import judge, read_answer
+
+    if not manifest_path(folder).is_file():
+        raise ArtefactError(f"{folder}: no conversations for stage.tasks=[tools]: run stage=tools first")
+    corpus = TokenCorpus.open(folder, "val")
+    params = SamplingParams(max_new_tokens=TURN_TOKENS, temperature=0, stop_tokens=stop_tokens(asking.tokenizer))
+
+    def item(number: int, asked: Any) -> Item:
+        def judged(answer: Answer, _: SandboxPool | None) -> Callable[[], Record]:
+            turn = read_answer(answer.tokens, answer.finish == "stop", asking.tokenizer)
+            verdict = judge(turn, asked.question.expected, asked.question.asked.tools)
+            outcome = "passed" if verdict.exact else "failed" if verdict.is_turn else "no turn"
+            return lambda: {"passed": verdict.exact, "outcome": outcome}
+
+        return _fitting(Item(f"tools/{number}", asked.question.kind, asked.prompt, params, 1, judged), asking)
+
+    chosen = choose(corpus, asking.tokenizer, QUESTIONS, asking.context)
+    return [item(number, asked) for number, asked in enumerate(chosen)]
+
+
+def bfcl_items(asking: Asking) -> list[Item]:
+    """Single-turn questions of the Berkeley Function Calling Leaderboard, answered greedily.
+
+    Raises:
+        UserError: the package bfcl-eval is missing.
+    """
+    from dist_lm.evaluation.bfcl import is_right
+    from dist_lm.evaluation.bfcl_questions import find_data, read_questions
+    from dist_lm.evaluation.tool_score import read_answer
+
+    params = SamplingParams(max_new_tokens=TURN_TOKENS, temperature=0, stop_tokens=stop_tokens(asking.tokenizer))
+
+    def item(question: Any) -> Item:
+        def judged(answer: Answer, _: SandboxPool | None) -> Callable[[], Record]:
+            right = is_right(read_answer(answer.tokens, answer.finish == "stop", asking.tokenizer), question)
+            return lambda: {"passed": right, "outcome": "passed" if right else "failed"}
+
+        try:
+            tokens = chat_prompt(question.asked, asking.tokenizer)
+        except UserError as error:
+            return Item(question.id, question.category, (), params, 1, judged, str(error))
+        return _fitting(Item(question.id, question.category, tokens, params, 1, judged), asking)
+
+    return [item(question) for question in read_questions(find_data(), limit=0)]
+
+
+def _fitting(item: Item, asking: Asking) -> Item:
+    """The item; if its prompt leaves no space for an answer, with the error."""
+    if len(item.prompt) < asking.context:
+        return item
+    return replace(item, prompt=(), error=f"{len(item.prompt)} tokens, the model's context is {asking.context}")

@@ -1,0 +1,286 @@
+"""Stage `evaluate`: scores models on tasks with a pool of engines, and compares them.
+
+    work/runs/evaluate/RUN_ID/
+      samples/STAGE_RUN_STEP/own_python-000.jsonl ...   answers with their verdicts, a file for a block of questions
+      samples/table.jsonl                               a line for a figure
+      result.json
+
+This module has the keys and the checks before anything starts, and the comparison of models.
+`evaluate_work.py` asks one model.
+"""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from dist_lm.config.model import ModelConfig
+from dist_lm.config.root import Config
+from dist_lm.errors import ArtefactError, ConfigError, require
+from dist_lm.stages.generate import FREE, RESULT_KEYS, label_of, newest_run
+from dist_lm.stages.registry import load_config
+from dist_lm.stages.stage import Action, Look, PoolStage, PoolWork, run_of
+from dist_lm.stages.training import differing_keys, refuse_other_settings
+from dist_lm.storage import durable
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from dist_lm.tracking.readable import counted
+from dist_lm.training import checkpoint_files
+
+if TYPE_CHECKING:
+    from dist_lm.generation.engine import EngineOptions
+    from dist_lm.tokenizer.tokenizer import Tokenizer
+    from dist_lm.tracking.console import Console
+
+AUTO = "auto"
+CHATS = ("tools", "rlhf", "preference", "online")  # stages whose models answer requests
+OWN_TASKS = ["own_python", "own_bash", "own_sql"]
+
+
+@dataclass
+class EvaluateConfig:
+    """Models, tasks, sampling parameters and size of the engines."""
+
+    name: str = MISSING
+    models: list[str] = field(
+        default_factory=lambda: [AUTO]
+    )  # runs or checkpoints; auto: the newest, as stage.generate
+    tasks: list[str] = field(default_factory=lambda: list(OWN_TASKS))  # see dist_lm/evaluation/tasks.py
+    chat: str = AUTO  # always | never | auto: questions are turns of a user if the model was trained on conversations
+    n: int = 1  # answers to a question about code
+    k: list[int] = field(default_factory=lambda: [1])  # pass@k, each at most n
+    max_new_tokens: int = 512
+    temperature: float = 0.0  # 0: greedy
+    top_p: float = 1.0  # 1: off
+    cpu_s: float = 3.0  # CPU time of a program with its tests
+    documents: int = 200  # of val of each corpus, for bits_per_byte; 0: all
+    corpora: list[str] = field(default_factory=lambda: ["language", "code"])  # for bits_per_byte
+    questions_per_part: int = 25  # of a task in a file; after a kill an unfinished file is asked again
+    actors: int = -1  # engines; -1: one for each parallel.tp GPUs of a node, or one per node without GPUs
+    cache_tokens: int = 16384  # KV cache of an engine, all sequences together
+    max_sequences: int = 64  # sequences that an engine runs at the same time
+
+    def __post_init__(self) -> None:
+        for key in ("n", "max_new_tokens", "cpu_s", "questions_per_part"):
+            require(getattr(self, key) > 0, f"stage.{key}", getattr(self, key), "more than 0")
+        require(self.actors == -1 or self.actors > 0, "stage.actors", self.actors, "a positive integer, or -1")
+        require(self.documents >= 0, "stage.documents", self.documents, "0 (all) or a positive integer")
+        require(self.chat in (AUTO, "always", "never"), "stage.chat", self.chat, "auto, always or never")
+        require(bool(self.models) and all(self.models), "stage.models", self.models, "runs or checkpoints, or auto")
+        require(bool(self.tasks), "stage.tasks", self.tasks, "at least one task")
+        require(
+            bool(self.k) and all(0 < k <= self.n for k in self.k), "stage.k", self.k, f"numbers up to stage.n={self.n}"
+        )
+        require(
+            self.n == 1 or self.temperature > 0, "stage.n", self.n, "1 with stage.temperature=0: all answers are equal"
+        )
+
+
+@dataclass
+class EvalConfig:
+    """Files of published tasks."""
+
+    humaneval: str = ""  # HumanEval.jsonl.gz
+    mbpp: str = ""  # mbpp.jsonl or sanitized-mbpp.json
+    multipl_e: str = ""  # a file of MultiPL-E in Python or Bash
+
+
+@dataclass
+class EvaluateRunConfig(Config):
+    """The whole configuration of stage `evaluate`."""
+
+    stage: EvaluateConfig = MISSING
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    sandbox: str = "on"  # on | trust_me: run generated code without isolation where the machine allows none
+
+    def check_stage(self) -> None:
+        require(self.sandbox in ("on", "trust_me"), "sandbox", self.sandbox, "on or trust_me")
+
+
+class Evaluate(PoolStage):
+    name = "evaluate"
+    schema = EvaluateRunConfig
+
+    def check(self, config: Config) -> None:
+        from dist_lm.evaluation.tasks import CODE_TASKS, FILE_TASKS, TASKS
+        from dist_lm.sandbox.sandbox import fences
+
+        own = evaluate_config(config)
+        unknown = [task for task in own.stage.tasks if task not in TASKS]
+        require(not unknown, "stage.tasks", own.stage.tasks, f"some of {', '.join(TASKS)}")
+        require(len({*own.stage.tasks}) == len(own.stage.tasks), "stage.tasks", own.stage.tasks, "different tasks")
+        for task in own.stage.tasks:
+            if task in FILE_TASKS:
+                path = getattr(own.eval, task)
+                require(bool(path), f"eval.{task}", path, f"the file of the task {task}, in its published format")
+                FILE_TASKS[task](Path(path).expanduser())
+        if any(task in CODE_TASKS for task in own.stage.tasks):
+            fences(own.sandbox == "trust_me")
+
+    def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
+        own, run = evaluate_config(config), run_of(config)
+        begun = evaluate_config(load_config(run.config)) if run.config.exists() else None
+        if run.result.exists() and begun and own.stage.models == [AUTO]:
+            found = [Path(path) for path in begun.stage.models]
+        else:
+            found = [checkpoint_of(path, own) for path in own.stage.models]
+        labels = [label_of(path) for path in found]
+        require(len({*labels}) == len(labels), "stage.models", own.stage.models, "different models")
+        own = replace(own, stage=replace(own.stage, models=[str(path) for path in found]))
+        if begun:
+            free = (*FREE, "stage.questions_per_part", "stage.cache_tokens")
+            keys = (*RESULT_KEYS, "eval.")
+            refuse_other_settings(run, own, [one for key in keys for one in differing_keys(begun, own, key, free)])
+        if run.result.exists():
+            return Look(own, Action.READY, figures_of(json.loads(run.result.read_text(encoding="utf-8"))))
+        detail = f"{', '.join(labels)} on {', '.join(own.stage.tasks)}"
+        parts = len(list(run.samples.glob("*/*.jsonl")))
+        if parts:
+            return Look(own, Action.RESUME, f"{detail}; {counted(parts, 'file')} there")
+        return Look(own, Action.BUILD, detail)
+
+    def rounds(self, config: Config) -> Sequence[Config]:
+        own = evaluate_config(config)
+        return [of_model(own, Path(path)) for path in own.stage.models]
+
+    def checkpoint(self, config: Config) -> Path:
+        return Path(evaluate_config(config).stage.models[0])
+
+    def tokenizer(self, config: Config) -> "Tokenizer":
+        from dist_lm.generation.load import run_of as run_with
+        from dist_lm.generation.load import tokenizer_of
+
+        checkpoint = self.checkpoint(config)
+        run = run_with(checkpoint)
+        return tokenizer_of(checkpoint, None if run else WorkDirectory(Path(config.work_dir)).tokenizer, run)
+
+    def engine(self, config: Config) -> tuple["EngineOptions", int, int]:
+        from dist_lm.generation.engine import EngineOptions
+        from dist_lm.generation.shard import check_tp
+
+        own = evaluate_config(config)
+        tp = 1 if config.parallel.tp == -1 else config.parallel.tp
+        check_tp(config.model, tp, None, "parallel.tp")
+        cache = max(own.stage.cache_tokens, config.model.max_seq_len)
+        return EngineOptions(cache, max_sequences=own.stage.max_sequences), tp, own.stage.actors
+
+    def work(self, config: Config, run: RunDirectory, tokenizer: "Tokenizer") -> PoolWork:
+        from dist_lm.stages.evaluate_work import Evaluation
+
+        return Evaluation(evaluate_config(config), run, tokenizer)
+
+    def joined(self, config: Config, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """All models with the comparison of each with the first one; writes the table."""
+        table = [row for result in results for row in rows_of(result)]
+        durable.write_text(table_of(run_of(config)), "".join(json.dumps(row) + "\n" for row in table))
+        compared = [one for other in results[1:] for one in compared_tasks(results[0], other)]
+        return {"models": list(results), "comparisons": compared}
+
+    def summarize(self, config: Config, console: "Console") -> None:
+        """Print the table of figures and the comparisons."""
+        run = run_of(config)
+        result = json.loads(run.result.read_text(encoding="utf-8"))
+        rows = []
+        for row in [row for one in result["models"] for row in rows_of(one)]:
+            interval = f"{row['low']:.3f} to {row['high']:.3f}" if row["low"] is not None else ""
+            rows.append(
+                (row["model"], row["task"], row["figure"], f"{row['value']:.3f}", interval, f"{row['items']:,}")
+            )
+        console.table(
+            "figures, with intervals of 95 %", ("model", "task", "figure", "value", "interval", "items"), rows
+        )
+        for one in result["comparisons"]:
+            console.line(comparison_text(one))
+        console.line(f"answers: {run.samples}")
+
+    def figures(self, result: Mapping[str, Any]) -> str:
+        return figures_of(result) if result else ""
+
+
+def evaluate_config(config: Config) -> EvaluateRunConfig:
+    """`config` with the type of this stage."""
+    assert isinstance(config, EvaluateRunConfig)
+    return config
+
+
+def table_of(run: RunDirectory) -> Path:
+    """The file with a line for a figure."""
+    return run.samples / "table.jsonl"
+
+
+def checkpoint_of(path: str, config: EvaluateRunConfig) -> Path:
+    """The absolute path of a model's checkpoint.
+
+    Raises:
+        ArtefactError: there is none.
+    """
+    work = WorkDirectory(Path(config.work_dir).resolve())
+    return checkpoint_files.find_checkpoint(
+        newest_run(work).path if path == AUTO else Path(path).expanduser().resolve()
+    )
+
+
+def of_model(config: EvaluateRunConfig, checkpoint: Path) -> EvaluateRunConfig:
+    """The configuration of one model: `model` is that of its checkpoint, whatever the command says.
+
+    Raises:
+        ArtefactError: the checkpoint holds no model that writes text.
+    """
+    saved = dict(checkpoint_files.read_state(checkpoint)[1])
+    try:
+        model = ModelConfig(**saved)
+    except (TypeError, ConfigError) as error:
+        raise ArtefactError(f"checkpoint {checkpoint}: does not describe a model ({error})") from error
+    if model.head != "tokens":
+        raise ArtefactError(f"stage.models={checkpoint}: its model computes scores and not text")
+    tokenizer = replace(config.tokenizer, vocab_size=model.vocab_size)
+    stage = replace(config.stage, models=[str(checkpoint)])
+    return replace(config, model=model, tokenizer=tokenizer, stage=stage)
+
+
+def rows_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The figures of a model as rows: model, task, figure, value, low, high, items."""
+    rows = []
+    for task, found in result["tasks"].items():
+        for name, value in found["figures"].items():
+            rows.append({"model": result["model"], "task": task, "figure": name, **value})
+        for group, (name, value, items) in found["groups"].items():
+            part = {"figure": f"{name}, {group}", "value": value, "low": None, "high": None, "items": items}
+            rows.append({"model": result["model"], "task": task, **part})
+    return rows
+
+
+def compared_tasks(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A paired test for each task that asked both models the same items."""
+    from dist_lm.evaluation.statistics import paired_test
+
+    found = []
+    for task, values in first["tasks"].items():
+        other = second["tasks"].get(task)
+        if other and values["ids"] == other["ids"]:
+            test = paired_test(values["values"], other["values"])
+            found.append({"task": task, "first": first["model"], "second": second["model"], **asdict(test)})
+    return found
+
+
+def comparison_text(one: Mapping[str, Any]) -> str:
+    """`own_python: code/b - code/a = 0.060 [-0.020, 0.140], p = 0.25 (McNemar)`."""
+    return (
+        f"{one['task']}: {one['second']} - {one['first']} = {one['difference']:+.3f} "
+        f"[{one['low']:.3f}, {one['high']:.3f}], p = {one['p']:.2g} ({one['method']})"
+    )
+
+
+def figures_of(result: Mapping[str, Any]) -> str:
+    """The first figure of each task and model, for the closing table."""
+    words = []
+    for one in result["models"]:
+        first = {task: next(iter(found["figures"].items())) for task, found in one["tasks"].items()}
+        shown = ", ".join(f"{task} {name} {value['value']:.3f}" for task, (name, value) in first.items())
+        words.append(f"{one['model']}: {shown}" if len(result["models"]) > 1 else shown)
+    return "; ".join(words)
+
+
+STAGE = Evaluate()

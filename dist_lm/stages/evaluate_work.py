@@ -1,0 +1,278 @@
+"""The work of stage `evaluate` for one model: asks the questions of its tasks, judges and writes the answers.
+
+The answers to a block of questions are a file, written when all are judged. The random numbers of an answer are keyed
+by (seed, task, question, index). So after a kill the missing files are made again with the same content.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_lm.errors import UserError
+from dist_lm.evaluation.bits_per_byte import document_bits, documents_of
+from dist_lm.evaluation.statistics import Estimate, estimate, pass_at_k, ratio_estimate
+from dist_lm.evaluation.tasks import BITS, CODE_TASKS, Asking, Item, Record, items_of
+from dist_lm.generation.request import Answer, Refusal, Request, SamplingParams
+from dist_lm.model.keyed_random import hash_words, signed
+from dist_lm.sandbox.pool import SandboxPool
+from dist_lm.sandbox.program import Limits
+from dist_lm.stages.evaluate import AUTO, CHATS, EvaluateRunConfig, label_of, table_of
+from dist_lm.stages.registry import load_config
+from dist_lm.stages.stage import PoolWork
+from dist_lm.storage import durable
+from dist_lm.storage.durable import json_lines
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from dist_lm.tokenizer.tokenizer import Tokenizer
+
+TEXT = 2000  # characters of an answer in the file
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A block of questions of a task, and its file."""
+
+    task: str
+    first: int  # question
+    items: tuple[Item, ...]
+    path: Path
+
+
+class Evaluation(PoolWork):
+    """The questions to one model."""
+
+    def __init__(self, config: EvaluateRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> None:
+        """Make the questions, and find the existing files.
+
+        Raises:
+            UserError: a task cannot be asked; names it.
+        """
+        stage, checkpoint = config.stage, Path(config.stage.models[0])
+        self._config, self._run, self._tokenizer = config, run, tokenizer
+        self.label = label_of(checkpoint)
+        self.chat = stage.chat == "always" or (stage.chat == AUTO and answers_requests(checkpoint, tokenizer))
+        self._folder = run.samples / self.label.replace("/", "_")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        params = SamplingParams(max_new_tokens=stage.max_new_tokens, temperature=stage.temperature, top_p=stage.top_p)
+        limits = Limits(cpu_s=stage.cpu_s, wall_s=max(4.0, 8 * stage.cpu_s))
+        asking = Asking(tokenizer, config.model.max_seq_len, self.chat, params, stage.n, limits)
+        corpora = WorkDirectory(Path(config.work_dir)).path / "corpora"
+        files = {name: Path(path).expanduser() for name, path in asdict(config.eval).items()}
+        self._parts: list[_Part] = []
+        first = 0
+        for task in stage.tasks:
+            if task != BITS:
+                items = named(task, lambda task=task: items_of(task, asking, files, corpora))
+                self._parts += _in_parts(task, first, items, stage.questions_per_part, self._folder)
+                first += len(items)
+        self._items = [(part, item) for part in self._parts for item in part.items]
+        self._missing = {number for number, part in enumerate(self._parts) if not part.path.exists()}
+        self._part_of = [number for number, part in enumerate(self._parts) for _ in part.items]
+        self._answers: dict[int, list[Answer]] = {}
+        self._judged: dict[int, list[Callable[[], Record]]] = {}  # question -> records of its answers
+        self._sandboxes: SandboxPool | None = None
+        self._tokens = 0
+        self._before = self._prompts_of_others()
+        self._prompts = sum(len(self._parts[n].items) for n in range(len(self._parts)) if n not in self._missing)
+        self.count = self._before + len(self._items)
+
+    @property
+    def asks(self) -> bool:
+        return bool(self._missing)
+
+    @property
+    def is_done(self) -> bool:
+        return not self._missing and (BITS not in self._config.stage.tasks or self._bits.exists())
+
+    @property
+    def done(self) -> tuple[int, int]:
+        return self._before + self._prompts, self._tokens
+
+    @property
+    def table(self) -> Path:
+        return table_of(self._run)
+
+    @property
+    def _bits(self) -> Path:
+        return self._folder / f"{BITS}.jsonl"
+
+    def metrics(self) -> dict[str, float]:
+        return {"generate/prompts": self.done[0], "generate/tokens": self._tokens}
+
+    def requests(self) -> Iterator[Request]:
+        """Requests for the questions of missing files. Those that cannot be asked are recorded here."""
+        for number, (part, item) in enumerate(self._items):
+            if self._part_of[number] not in self._missing:
+                continue
+            if item.error:
+                self._refuse(number, item.error)
+                continue
+            digest = hashlib.sha256(f"{part.task}/{item.id}".encode()).digest()
+            seed = signed(hash_words(self._config.seed, int.from_bytes(digest[:8], "big")))
+            yield Request(str(number), item.prompt, item.params, seed, item.n)
+
+    def take(self, result: Answer | Refusal) -> None:
+        """Judge an answer; write a file whose questions are all answered, while the next ones are asked."""
+        number = int(result.request)
+        if isinstance(result, Refusal):
+            self._answers.pop(number, None)
+            self._refuse(number, result.error)
+            return
+        answers = self._answers.setdefault(number, [])
+        answers.append(result)
+        item = self._items[number][1]
+        if len(answers) < item.n:
+            return
+        if self._sandboxes is None and any(task in CODE_TASKS for task in self._config.stage.tasks):
+            self._sandboxes = SandboxPool(trust_me=self._config.sandbox == "trust_me").__enter__()
+        own = sorted(self._answers.pop(number), key=lambda one: one.index)
+        self._tokens += sum(len(one.tokens) for one in own)
+        self._keep(number, [_recorded(item, one, item.judge(one, self._sandboxes)) for one in own])
+
+    def finish(self, wanted: Callable[[], bool]) -> None:
+        """Wait for the last judgements, then measure bits per byte."""
+        for number in sorted(self._missing):
+            if wanted():
+                self._write(number)
+        if self._sandboxes is not None:
+            self._sandboxes.__exit__(None, None, None)
+            self._sandboxes = None
+        if BITS in self._config.stage.tasks and not self._bits.exists() and wanted():
+            self._measure_bits(wanted)
+
+    def result(self) -> dict[str, Any]:
+        found = {task: self._figures(task) for task in self._config.stage.tasks}
+        return {
+            "model": self.label,
+            "checkpoint": self._config.stage.models[0],
+            "chat": self.chat,
+            "tasks": found,
+        }
+
+    def _refuse(self, number: int, error: str) -> None:
+        item = self._items[number][1]
+        record = {"id": item.id, "group": item.group, "index": 0, "passed": False, "outcome": "refused", "error": error}
+        self._keep(number, [lambda: record])
+
+    def _keep(self, number: int, records: list[Callable[[], Record]]) -> None:
+        self._judged[number] = records
+        self._prompts += 1
+        part = self._part_of[number]
+        for other in sorted(self._missing - {part}):  # the newest block may still be judged
+            self._write(other)
+
+    def _write(self, number: int) -> None:
+        """Write a file if all its questions are answered."""
+        part = self._parts[number]
+        numbers = range(part.first, part.first + len(part.items))
+        if any(one not in self._judged for one in numbers):
+            return
+        records = [record() for one in numbers for record in self._judged.pop(one)]
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        durable.write_text(part.path, lines)
+        self._missing.remove(number)
+
+    def _prompts_of_others(self) -> int:
+        """Questions that other models of the run have answered."""
+        if not self._run.config.exists():
+            return 0
+        models: Any = load_config(self._run.config).stage
+        folders = [self._run.samples / label_of(Path(path)).replace("/", "_") for path in models.models]
+        files = [file for folder in folders if folder != self._folder for file in sorted(folder.glob("*-*.jsonl"))]
+        return sum(record["index"] == 0 for file in files for record in json_lines(file))
+
+    def _measure_bits(self, wanted: Callable[[], bool]) -> None:
+        stage, work = self._config.stage, WorkDirectory(Path(self._config.work_dir))
+        documents = documents_of([work.corpus(name) for name in stage.corpora], work.tokenizer_model, stage.documents)
+        records = document_bits(Path(stage.models[0]), self._config, self._tokenizer, documents, wanted)
+        if records is not None:
+            durable.write_text(self._bits, "".join(json.dumps(record) + "\n" for record in records))
+
+    def _figures(self, task: str) -> dict[str, Any]:
+        if task == BITS:
+            return bits_figures(list(json_lines(self._bits)))
+        records = [record for part in self._parts if part.task == task for record in json_lines(part.path)]
+        return task_figures(records, self._config.stage.k if task in CODE_TASKS else [1])
+
+
+def answers_requests(checkpoint: Path, tokenizer: Tokenizer) -> bool:
+    """Whether a model was trained on conversations: by a stage that does, or before it was imported."""
+    stage = checkpoint.parts[-4] if len(checkpoint.parts) > 3 else ""
+    imported = checkpoint.parents[1] / "chat_template.jinja"
+    return tokenizer.kept_template is not None or stage in CHATS or (stage == "import" and imported.is_file())
+
+
+def named(task: str, make: Callable[[], list[Item]]) -> list[Item]:
+    """The questions of a task.
+
+    Raises:
+        UserError: names the task.
+    """
+    try:
+        return make()
+    except UserError as error:
+        raise type(error)(f"stage.tasks: {task}: {error}") from error
+
+
+def task_figures(records: list[Record], ks: list[int]) -> dict[str, Any]:
+    """pass@k over questions with intervals, shares of groups, and the values of each question."""
+    passed: dict[str, list[bool]] = {}
+    group: dict[str, str] = {}
+    for record in records:
+        passed.setdefault(record["id"], []).append(record["passed"])
+        group[record["id"]] = record["group"]
+    values = {k: [pass_at_k(max(k, len(own)), sum(own), k) for own in passed.values()] for k in sorted({1, *ks})}
+    first = dict(zip(passed, values[1], strict=True))
+    groups = {}
+    for name in sorted({*group.values()} - {""}):
+        own = [value for one, value in first.items() if group[one] == name]
+        groups[name] = ("pass@1", sum(own) / len(own), len(own))
+    outcomes: dict[str, int] = {}
+    for record in records:
+        outcomes[record["outcome"]] = outcomes.get(record["outcome"], 0) + 1
+    return {
+        "figures": {f"pass@{k}": _shown(estimate(values[k])) for k in sorted({1, *ks})},
+        "groups": groups,
+        "outcomes": dict(sorted(outcomes.items())),
+        "ids": list(passed),
+        "values": values[1],
+    }
+
+
+def bits_figures(records: list[Record]) -> dict[str, Any]:
+    """Bits per byte over all documents, and of each source."""
+
+    def of(part: list[Record]) -> Estimate:
+        return ratio_estimate([one["bits"] for one in part], [one["bytes"] for one in part])
+
+    sources = sorted({record["group"] for record in records})
+    parts = {source: [record for record in records if record["group"] == source] for source in sources}
+    return {
+        "figures": {BITS: _shown(of(records))}
+        | {f"{BITS}, {source}": _shown(of(part)) for source, part in parts.items()},
+        "groups": {},
+        "outcomes": {},
+        "ids": [record["id"] for record in records],
+        "values": [record["bits"] / record["bytes"] for record in records],
+    }
+
+
+def _shown(found: Estimate) -> dict[str, Any]:
+    return {"value": found.value, "low": found.low, "high": found.high, "items": found.tasks}
+
+
+def _in_parts(task: str, first: int, items: list[Item], size: int, folder: Path) -> list[_Part]:
+    return [
+        _Part(task, first + begin, tuple(items[begin : begin + size]), folder / f"{task}-{begin // size:03d}.jsonl")
+        for begin in range(0, len(items), size)
+    ]
+
+
+def _recorded(item: Item, answer: Answer, judged: Callable[[], Record]) -> Callable[[], Record]:
+    def record() -> Record:
+        known = {"id": item.id, "group": item.group, "index": answer.index}
+        return known | judged() | {"text": answer.text[:TEXT], "tokens": len(answer.tokens), "finish": answer.finish}
+
+    return record

@@ -1,0 +1,169 @@
+"""Problems: our references pass and their mutants fail, files of others are read in their published formats."""
+
+import gzip
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from dist_lm.errors import ConfigError
+from dist_lm.evaluation.problems import Problem, humaneval, mbpp, multipl_e, own_infills, own_problems
+from dist_lm.sandbox.pool import SandboxPool
+from dist_lm.sandbox.program import LANGUAGES, Limits
+
+LIMITS = Limits(cpu_s=10, wall_s=120)
+SWAPS = (
+    *(("+", "-"), ("-", "+"), ("<", ">="), (">", "<="), ("==", "!="), ("max", "min"), ("min", "max"), ("MAX", "MIN")),
+    *(("SUM", "COUNT"), ("COUNT", "SUM"), (" DESC", ""), ("ORDER BY ", "ORDER BY -"), ("1", "2"), ("0", "1")),
+    *(("2", "3"), ("[", "list(["), ("name", "id"), ("age", "id"), ("* ", "+ "), ("$1", "$2"), ("echo", "printf")),
+    *(("AVG", "MIN"), ("MIN", "MAX"), ("sort", "cat"), ("-n", "-c"), ("'%Y'", "'%m'"), ("day", "id"), ("price", "id")),
+)
+
+
+def test_there_are_150_problems_from_easy_to_hard():
+    for language in LANGUAGES:
+        problems = own_problems(language)
+        levels = [problem.level for problem in problems]
+        assert len({problem.id for problem in problems}) == 50
+        assert levels == sorted(levels)
+        assert {*levels} == {1, 2, 3, 4, 5}
+        assert levels.count(1) >= 12
+        for problem in problems:
+            assert problem.solution not in problem.prompt
+            assert len(problem.tests) >= 2 or problem.id == "bash/hello"
+
+
+def mutants(problem: Problem) -> list[str]:
+    """The solution with one piece of it changed, and without a line of it."""
+    found = []
+    for old, new in SWAPS:
+        for place in [match.start() for match in re.finditer(re.escape(old), problem.solution)][:2]:
+            found.append(problem.solution[:place] + new + problem.solution[place + len(old) :])
+    lines = problem.solution.splitlines(keepends=True)
+    if len(lines) > 2:
+        found += ["".join(lines[:n] + lines[n + 1 :]) for n in range(len(lines) - 1)]
+    nothing = {"python": "    pass\n", "bash": "  :\n}\n", "sql": " 1;\n"}[problem.language]
+    return [*dict.fromkeys(found), nothing]
+
+
+def check(problems: list[Problem], most_mutants: int) -> None:
+    plain = {problem.id: replace(problem, closing="") for problem in problems}
+    tried = [(problem, mutant) for problem in problems for mutant in mutants(problem)[-most_mutants:]]
+    with SandboxPool(workers=2) as pool:
+        right = pool.run([plain[problem.id].completed(problem.solution) for problem in problems], LIMITS)
+        wrong = pool.run([plain[problem.id].completed(mutant) for problem, mutant in tried], LIMITS)
+    assert [one.id for one, verdict in zip(problems, right, strict=True) if verdict.outcome != "passed"] == []
+    killed = {problem.id: [0, 0] for problem in problems}
+    for (problem, _), verdict in zip(tried, wrong, strict=True):
+        killed[problem.id][0] += verdict.outcome != "passed"
+        killed[problem.id][1] += 1
+    assert [name for name, (failed, _) in killed.items() if not failed] == []
+    failed, all_of_them = (sum(pair[place] for pair in killed.values()) for place in (0, 1))
+    print(f"{failed} of {all_of_them} mutants fail")
+    if most_mutants == 1:  # the solution that does nothing
+        assert failed == all_of_them
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_references_pass_and_programs_that_do_nothing_fail(language):
+    check(own_problems(language)[:: 1 if language == "sql" else 2], most_mutants=1)
+
+
+@pytest.mark.bars
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_mutants_of_references_fail(language):
+    check(own_problems(language), most_mutants=100)
+
+
+def test_lines_to_fill_in_make_the_reference():
+    problems = own_infills()
+    whole = {problem.id: problem.prompt + problem.solution for problem in own_problems("python")}
+    assert len(problems) > 12
+    for problem in problems:
+        assert problem.completed(problem.solution).source == whole[problem.id.replace("infill/", "python/")]
+        assert problem.solution
+        assert "\n" not in problem.solution
+
+
+def test_a_completion_is_cut_where_the_function_ends():
+    bash, sql, python = own_problems("bash")[3], own_problems("sql")[0], own_problems("python")[0]
+    assert bash.completed("  echo $(($1 + $2))").source.endswith("  echo $(($1 + $2))\n}\n")
+    assert bash.completed("  echo", stopped=False).source.endswith("  echo")
+    assert sql.completed(" name FROM items").source.endswith("SELECT name FROM items;\n")
+    assert "\ndef " in python.stop
+
+
+@pytest.mark.parametrize(
+    ("answer", "source"),
+    [
+        ("Sure:\n```python\nimport os\ndef add(a, b): pass\n```\nDone", "import os\ndef add(a, b): pass\n"),
+        ("def add(a, b): return a + b", "def add(a, b): return a + b"),
+        ("```\n    return a + b\n```", 'def add(a, b):\n    """Return the sum of a and b."""\n    return a + b\n'),
+        ("```python\ndef add(a, b):\n  return 1", "def add(a, b):\n  return 1"),
+    ],
+)
+def test_the_program_of_a_chat_model_is_its_block_of_code(answer, source):
+    assert own_problems("python")[0].answered(answer).source == source
+
+
+HUMANEVAL = {
+    "task_id": "HumanEval/0",
+    "prompt": 'from typing import List\n\n\ndef inc(x: int) -> int:\n    """ Add one\n    """\n',
+    "entry_point": "inc",
+    "canonical_solution": "    return x + 1\n",
+    "test": "METADATA = {}\n\n\ndef check(candidate):\n    assert candidate(1) == 2\n",
+}
+MBPP = {
+    "task_id": 11,
+    "text": "Write a function to remove the first 'a'.",
+    "code": "def cut(s):\r\n  return s.replace('a', '', 1)",
+    "test_setup_code": "import math",
+    "test_list": ["assert cut('aba') == 'ba'", "assert math.pi > cut.__code__.co_argcount"],
+    "challenge_test_list": [],
+}
+SANITIZED = {"task_id": 12, "prompt": MBPP["text"], "code": MBPP["code"], "test_imports": ["import math"]}
+SANITIZED |= {"test_list": MBPP["test_list"], "source_file": "x.ipynb"}
+MULTIPL_E = {
+    "name": "HumanEval_0_inc",
+    "language": "sh",
+    "prompt": "#!/bin/bash\n# Add one\n#\n# $1 is an integer\ninc() {\n",
+    "tests": '}\n\ncandidate() {\n    inc "$@"\n}\n\nset -e\n'
+    'run_test() {\n    [[ $(candidate "1") = "2" ]]\n}\n\nrun_test',
+    "stop_tokens": ["\n}"],
+}
+
+
+@pytest.mark.parametrize(
+    ("read", "content", "solution", "wrong"),
+    [
+        (humaneval, [HUMANEVAL], "    return x + 1\n", "    return x\n"),
+        (mbpp, [MBPP], "def cut(s):\n  return s.replace('a', '', 1)", "def cut(s):\n  return s"),
+        (mbpp, SANITIZED, "def cut(s):\n  return s.replace('a', '', 1)", "def cut(s):\n  return s"),
+        (multipl_e, [MULTIPL_E], "    echo $(($1 + 1))", "    echo $1"),
+    ],
+    ids=["humaneval", "mbpp", "sanitized mbpp", "multipl_e"],
+)
+def test_published_formats_are_read_and_judged(read, content, solution, wrong, tmp_path):
+    path = tmp_path / "file.jsonl"
+    path.write_text(json.dumps([content]) if isinstance(content, dict) else json.dumps(content[0]) + "\n")
+    packed = tmp_path / "file.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    (problem,) = read(path)
+    assert read(packed) == [problem]
+    with SandboxPool(workers=1) as pool:
+        right, *others = pool.run(
+            [problem.completed(solution), problem.completed(wrong), problem.completed("")], LIMITS
+        )
+    assert right.outcome == "passed", right.output
+    assert [one.outcome for one in others] == ["failed", "failed"]
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "not JSON", "", json.dumps(MULTIPL_E | {"language": "rs"})])
+def test_another_file_is_refused_by_the_name_of_its_key(content, tmp_path):
+    path = tmp_path / "f.jsonl"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=rf"eval\.multipl_e={path}"):
+        multipl_e(path)
+    with pytest.raises(ConfigError, match=r"eval\.humaneval=.*cannot be read"):
+        humaneval(tmp_path / "gone")

@@ -1,0 +1,66 @@
+"""Figures against values by hand and against exhaustive sampling."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from dist_lm.evaluation.statistics import estimate, mcnemar, paired_test, pass_at_k, ratio_estimate
+
+
+@pytest.mark.parametrize(("samples", "passed"), [(5, 0), (5, 1), (5, 3), (5, 5), (8, 2)])
+def test_pass_at_k_is_the_share_of_subsets_with_a_pass(samples, passed):
+    results = [True] * passed + [False] * (samples - passed)
+    for k in range(1, samples + 1):
+        subsets = list(combinations(results, k))
+        assert pass_at_k(samples, passed, k) == pytest.approx(sum(any(one) for one in subsets) / len(subsets))
+
+
+def test_an_interval_is_that_of_the_mean_over_tasks():
+    values = [1.0] * 30 + [0.0] * 70
+    found = estimate(values)
+    error = 1.96 * (0.3 * 0.7 / 100) ** 0.5
+    assert (found.value, found.tasks) == (pytest.approx(0.3), 100)
+    assert (found.low, found.high) == (pytest.approx(0.3 - error, abs=0.015), pytest.approx(0.3 + error, abs=0.015))
+    assert estimate(values) == found
+    assert (estimate([1.0, 1.0]).low, estimate([1.0, 1.0]).high) == (1.0, 1.0)
+
+
+def test_a_ratio_weighs_items_by_their_denominator():
+    found = ratio_estimate([10.0, 30.0], [10.0, 10.0])
+    assert found.value == 2.0
+    assert (found.low, found.high) == (1.0, 3.0)
+    assert ratio_estimate([1.0, 100.0], [1.0, 50.0]).value == pytest.approx(101 / 51)
+
+
+def test_mcnemar_is_the_binomial_test():
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(0, 5) == pytest.approx(2 / 32)
+    assert mcnemar(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert mcnemar(2, 8) == mcnemar(8, 2)
+    assert mcnemar(3, 3) == 1.0
+
+
+def test_models_that_differ_on_the_same_tasks_are_told_apart():
+    first, second = [0.0] * 20 + [1.0] * 10, [1.0] * 12 + [0.0] * 8 + [1.0] * 10
+    found = paired_test(first, second)
+    assert found.method == "McNemar"
+    assert found.difference == pytest.approx(0.4)
+    assert found.p == pytest.approx(2 / 2**12)
+    assert found.low > 0
+    same = paired_test(first, first)
+    assert (same.difference, same.p) == (0, 1)
+    back = paired_test(second, first)
+    assert (back.difference, back.p) == (-found.difference, found.p)
+
+
+def test_values_between_0_and_1_are_permuted():
+    chance = np.random.default_rng(1)
+    first = chance.uniform(0, 1, 40)
+    assert paired_test(first.tolist(), first.tolist()).p == 1
+    higher = paired_test(first.tolist(), (first + 0.1).tolist())
+    assert higher.method == "permutation"
+    assert 0 < higher.p < 0.001
+    noise = paired_test(first.tolist(), (first + chance.normal(0, 0.1, 40)).tolist())
+    assert noise.p > 0.05
+    assert noise.low < noise.difference < noise.high

@@ -1,0 +1,221 @@
+"""Stage `evaluate`: figures of several models, the same whether or not the run was disturbed; refusals by name."""
+
+import json
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from dist_lm.cluster.ray_cluster import RayCluster
+from dist_lm.config.cluster import ClusterConfig
+from dist_lm.errors import ConfigError
+from dist_lm.evaluation import tasks
+from dist_lm.evaluation.problems import own_problems
+from dist_lm.evaluation.statistics import pass_at_k
+from dist_lm.generation.request import Answer, Request
+from dist_lm.launcher import pool_run
+from dist_lm.launcher.compose import compose_config
+from dist_lm.launcher.plan import make_plan
+from dist_lm.launcher.pool_run import run_pool_stage
+from dist_lm.launcher.process import Interrupt
+from dist_lm.stages.evaluate import STAGE, rows_of
+from dist_lm.stages.evaluate_work import Evaluation, bits_figures, task_figures
+from dist_lm.stages.stage import Action
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from dist_lm.tokenizer.tokenizer import Tokenizer
+from tests.cluster.pool_of_one import Alone
+from tests.cluster.test_generation_run import Screen
+from tests.conftest import TINY
+from tests.training_run import linked, write_untrained
+
+SETTINGS = (*(one for one in TINY if not one.startswith("stage.")), "stage=evaluate", "stage.max_new_tokens=8")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) -> WorkDirectory:
+    work = linked(tiny_work, tmp_path_factory.mktemp("evaluated") / "work")
+    for seed, stage in enumerate(("language", "code", "tools")):
+        write_untrained(work, stage, seed)
+    return work
+
+
+def plan_of(work: WorkDirectory, *overrides: str):
+    words = [*SETTINGS, f"work_dir={work.path}", *overrides]
+    (planned,) = make_plan("evaluate", lambda _: compose_config(words)).stages
+    return planned
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> RayCluster:
+    """Engines work in this process."""
+    monkeypatch.setattr(pool_run, "Pool", Alone)
+    monkeypatch.setattr(RayCluster, "nodes", lambda self: [])
+    return RayCluster("nowhere", ClusterConfig(name="local"))
+
+
+class AfterFiles(Interrupt):
+    """Asks to stop once there are some files."""
+
+    def __init__(self, run: RunDirectory, files: int) -> None:
+        super().__init__()
+        self._enough = lambda: len(list(run.samples.glob("*/*.jsonl"))) >= files
+
+    @property
+    def requested(self) -> bool:
+        return self._enough()
+
+
+def files_of(run: RunDirectory) -> dict[str, list[dict]]:
+    found = {}
+    for path in sorted(run.samples.glob("*/*.jsonl")):
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        found[f"{path.parent.name}/{path.name}"] = records
+    return found
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only some of the problems."""
+    monkeypatch.setattr(tasks, "own_problems", lambda language: own_problems(language)[::7])
+
+
+@pytest.mark.usefixtures("few")
+def test_two_models_give_the_same_figures_after_a_stop(trained, cluster):
+    models = ",".join(str(trained.run(stage, "default").path) for stage in ("code", "language"))
+    settings = (
+        f"stage.models=[{models}]",
+        "stage.tasks=[own_python,own_bash,own_sql,infill,tools,bits_per_byte]",
+        *("stage.n=2", "stage.k=[1,2]", "stage.temperature=1", "stage.questions_per_part=3", "stage.documents=5"),
+    )
+    clean = plan_of(trained, "run_id=clean", *settings)
+    assert clean.action is Action.BUILD
+    assert run_pool_stage(clean, cluster, Screen(), Interrupt())
+    run, stopped = (trained.run("evaluate", name) for name in ("clean", "stopped"))
+    assert not run_pool_stage(plan_of(trained, "run_id=stopped", *settings), cluster, Screen(), AfterFiles(stopped, 4))
+    assert 4 <= len(files_of(stopped)) < len(files_of(run))
+    again = plan_of(trained, "run_id=stopped", *settings, "stage.max_sequences=5")
+    assert again.action is Action.RESUME
+    assert run_pool_stage(again, cluster, Screen(), Interrupt())
+    assert files_of(stopped) == files_of(run)
+    assert (stopped.samples / "table.jsonl").read_bytes() == (run.samples / "table.jsonl").read_bytes()
+    result, other = (json.loads(one.result.read_text()) for one in (run, stopped))
+    assert (result["models"], result["comparisons"]) == (other["models"], other["comparisons"])
+    assert [one["model"] for one in result["models"]] == [f"{s}/default/step_00000005" for s in ("code", "language")]
+    first = result["models"][0]["tasks"]
+    assert first["own_sql"]["figures"].keys() == {"pass@1", "pass@2"}
+    assert len(first["own_sql"]["ids"]) == 8
+    assert sum(first["own_sql"]["outcomes"].values()) == 16
+    assert 0 < first["bits_per_byte"]["figures"]["bits_per_byte"]["value"] < 30
+    assert {"bits_per_byte, code python", "bits_per_byte, language english"} <= first["bits_per_byte"]["figures"].keys()
+    compared = {one["task"] for one in result["comparisons"]}
+    assert compared == {"own_python", "own_bash", "own_sql", "infill", "tools", "bits_per_byte"}
+    screen = Screen()
+    STAGE.summarize(again.config, screen)
+    assert "own_bash: language/default" in screen.output.getvalue()
+
+    assert plan_of(trained, "run_id=stopped", *settings).action is Action.READY
+    with pytest.raises(ConfigError, match=r"stage\.temperature=0\.5 \(was 1\.0\)"):
+        plan_of(trained, "run_id=stopped", *settings, "stage.temperature=0.5")
+
+
+@pytest.fixture
+def evaluation(trained: WorkDirectory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Evaluation]]:
+    """Opens the work for the code model; what is executed passes if it is the reference solution."""
+    opened = []
+
+    def open_(*overrides: str) -> Evaluation:
+        planned = plan_of(trained, *overrides)
+        run = trained.run("evaluate", planned.config.run_id)
+        run.samples.mkdir(parents=True, exist_ok=True)
+        (config,) = STAGE.rounds(planned.config)
+        opened.append(Evaluation(config, run, Tokenizer.load(trained.tokenizer_model)))
+        return opened[-1]
+
+    yield open_
+    for one in opened:
+        one.finish(lambda: False)
+
+
+def answer(request: Request, index: int, text: str) -> Answer:
+    return Answer(request.id, index, len(request.prompt), (1, 2), text, (0.0,), (0.0,), "stop", request.seed, 0)
+
+
+def test_reference_solutions_pass_and_seeds_belong_to_task_and_question(evaluation):
+    settings = ("stage.tasks=[own_sql]", "stage.n=4", "stage.k=[1,3]", "stage.temperature=1")
+    work = evaluation("run_id=references", *settings)
+    requests = list(work.requests())
+    assert len({request.seed for request in requests}) == len(requests) == 50
+    other = evaluation("run_id=others", "stage.tasks=[own_bash,own_sql]", *settings[1:])
+    assert [request.seed for request in other.requests()][50:] == [request.seed for request in requests]
+    for number, (request, problem) in enumerate(zip(requests, own_problems("sql"), strict=True)):
+        for index in range(4):
+            right = index <= number % 4
+            work.take(answer(request, index, problem.solution.rstrip(";\n") if right else " 1"))
+    work.finish(lambda: True)
+    assert work.is_done
+    found = work.result()["tasks"]["own_sql"]
+    shares = [(number % 4 + 1) / 4 for number in range(50)]
+    assert found["values"] == pytest.approx(shares)
+    assert found["figures"]["pass@1"]["value"] == pytest.approx(sum(shares) / 50)
+    expected = sum(pass_at_k(4, number % 4 + 1, 3) for number in range(50)) / 50
+    assert found["figures"]["pass@3"]["value"] == pytest.approx(expected)
+    assert found["groups"]["level 1"][2] == 15
+    assert found["outcomes"].keys() == {"passed", "failed"}
+
+
+def test_a_model_of_conversations_is_asked_and_its_block_of_code_runs(evaluation, trained):
+    work = evaluation(f"stage.models=[{trained.run('tools', 'default').path}]", "stage.tasks=[own_bash]", "run_id=chat")
+    assert work.chat
+    (first, *_) = requests = list(work.requests())
+    text = Tokenizer.load(trained.tokenizer_model).decode(first.prompt)
+    assert "Complete this Bash program." in text
+    assert first.params.stop == ()
+    assert len(first.params.stop_tokens) == 1
+    for request, problem in zip(requests, own_problems("bash"), strict=True):
+        work.take(answer(request, 0, f"Here:\n```bash\n{problem.prompt}{problem.solution}```\n"))
+    work.finish(lambda: True)
+    assert work.result()["tasks"]["own_bash"]["figures"]["pass@1"]["value"] == 1
+
+
+def test_figures_of_records():
+    records = [
+        {"id": "a", "group": "g", "passed": True, "outcome": "passed"},
+        {"id": "a", "group": "g", "passed": False, "outcome": "failed"},
+        {"id": "b", "group": "", "passed": False, "outcome": "refused"},
+    ]
+    found = task_figures(records, [1, 2])
+    assert [found["figures"][name]["value"] for name in ("pass@1", "pass@2")] == [0.25, 0.5]
+    assert found["groups"] == {"g": ("pass@1", 0.5, 1)}
+    assert found["outcomes"] == {"failed": 1, "passed": 1, "refused": 1}
+    documents = [{"id": "x", "group": "s", "bits": 8.0, "bytes": 4}, {"id": "y", "group": "t", "bits": 1.0, "bytes": 1}]
+    bits = bits_figures(documents)
+    assert bits["figures"]["bits_per_byte"]["value"] == pytest.approx(9 / 5)
+    assert bits["figures"]["bits_per_byte, s"]["value"] == 2
+    assert rows_of({"model": "m", "tasks": {"t": found}})[-1]["figure"] == "pass@1, g"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stage.tasks=[own_rust]", r"stage\.tasks=.*own_rust.*own_python"),
+        ("stage.tasks=[humaneval]", r"eval\.humaneval=: expected the file of the task"),
+        ("stage.n=3", r"stage\.n=3: expected 1 with stage\.temperature=0"),
+        ("stage.k=[2]", r"stage\.k=\[2\]: expected numbers up to stage\.n=1"),
+        ("stage.chat=maybe", r"stage\.chat=maybe"),
+        ("sandbox=off", r"sandbox=off: expected on or trust_me"),
+    ],
+)
+def test_settings_that_cannot_run_are_refused_by_name(override, message, trained):
+    with pytest.raises(ConfigError, match=message):
+        plan_of(trained, override)
+
+
+def test_without_a_sandbox_nothing_starts(trained, monkeypatch):
+    from dist_lm.sandbox import sandbox
+
+    def none_here(trust_me: bool) -> None:
+        raise sandbox.SandboxError("no sandbox for untrusted code on this machine")
+
+    monkeypatch.setattr(sandbox, "fences", none_here)
+    with pytest.raises(ConfigError, match="no sandbox"):
+        plan_of(trained)
+    assert plan_of(trained, "stage.tasks=[bits_per_byte]").action is Action.BUILD
