@@ -4,7 +4,7 @@ An item is one question of a task. Code is judged by its tests in the sandbox, b
 compared with the expected ones.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.template import prompt as chat_prompt
 from dist_lm.chat.template import stop_tokens
 from dist_lm.data.infill import InfillMarks
+from dist_lm.data.prompts import Prompt
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.evaluation.problems import Problem, humaneval, mbpp, multipl_e, own_infills, own_problems
@@ -23,9 +24,9 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 
 OWN_TASKS: dict[str, Language] = {f"own_{language}": language for language in LANGUAGES}
 FILE_TASKS = {"humaneval": humaneval, "mbpp": mbpp, "multipl_e": multipl_e}
-INFILL, TOOLS, BFCL, BITS = "infill", "tools", "bfcl", "bits_per_byte"
+INFILL, TOOLS, BFCL, BITS, REWARD = "infill", "tools", "bfcl", "bits_per_byte", "reward"
 CODE_TASKS = (*OWN_TASKS, *FILE_TASKS, INFILL)
-TASKS = (*CODE_TASKS, TOOLS, BFCL, BITS)
+TASKS = (*CODE_TASKS, TOOLS, BFCL, BITS, REWARD)
 TURN_TOKENS = 512  # of an answer with calls
 QUESTIONS = 100  # of each kind of conversation
 
@@ -60,12 +61,15 @@ class Asking:
     limits: Limits
 
 
-def items_of(task: str, asking: Asking, files: dict[str, Path], corpora: Path) -> list[Item]:
+def items_of(
+    task: str, asking: Asking, files: Mapping[str, Path], corpora: Path, prompts: Sequence[Prompt] = ()
+) -> list[Item]:
     """The questions of a task, the same at every call.
 
     Args:
         files: of the tasks in FILE_TASKS.
         corpora: folder of the work directory's corpora, for the task tools.
+        prompts: for the task reward.
 
     Raises:
         UserError: a file or a package is missing, or the tokenizer lacks a mark.
@@ -78,6 +82,8 @@ def items_of(task: str, asking: Asking, files: dict[str, Path], corpora: Path) -
         return infill_items(own_infills(), asking)
     if task == TOOLS:
         return tool_items(asking, corpora / "tools")
+    if task == REWARD:
+        return prompt_items(prompts, asking)
     assert task == BFCL
     return bfcl_items(asking)
 
@@ -153,6 +159,20 @@ def executed(program: Program, sandboxes: SandboxPool | None, limits: Limits) ->
         }
 
     return wait
+
+
+def prompt_items(prompts: Iterable[Prompt], asking: Asking) -> list[Item]:
+    """Prompts whose answers a reward model scores later."""
+
+    def item(prompt: Prompt) -> Item:
+        tokens, params = asking.tokenizer.encode_prompt(prompt.text), asking.params
+        if asking.chat:
+            tokens = chat_prompt(Conversation((Message("user", prompt.text),)), asking.tokenizer)
+            params = replace(params, stop_tokens=stop_tokens(asking.tokenizer))
+        answered: Record = {"passed": True, "outcome": "answered"}
+        return _fitting(Item(str(prompt.id), "", tokens, params, 1, lambda *_: lambda: answered), asking)
+
+    return [item(prompt) for prompt in prompts]
 
 
 def tool_items(asking: Asking, folder: Path) -> list[Item]:

@@ -80,11 +80,13 @@ class EvaluateConfig:
 
 @dataclass
 class EvalConfig:
-    """Files of published tasks."""
+    """Files of published tasks, and what the task reward reads."""
 
     humaneval: str = ""  # HumanEval.jsonl.gz
     mbpp: str = ""  # mbpp.jsonl or sanitized-mbpp.json
     multipl_e: str = ""  # a file of MultiPL-E in Python or Bash
+    prompts: str = ""  # file or glob, as stage.prompts of stage generate
+    reward_model: str = ""  # run of stage reward that scores the answers to the prompts
 
 
 @dataclass
@@ -104,7 +106,7 @@ class Evaluate(PoolStage):
     schema = EvaluateRunConfig
 
     def check(self, config: Config) -> None:
-        from dist_lm.evaluation.tasks import CODE_TASKS, FILE_TASKS, TASKS
+        from dist_lm.evaluation.tasks import CODE_TASKS, FILE_TASKS, REWARD, TASKS
         from dist_lm.sandbox.sandbox import fences
 
         own = evaluate_config(config)
@@ -116,6 +118,12 @@ class Evaluate(PoolStage):
                 path = getattr(own.eval, task)
                 require(bool(path), f"eval.{task}", path, f"the file of the task {task}, in its published format")
                 FILE_TASKS[task](Path(path).expanduser())
+        if REWARD in own.stage.tasks:
+            from dist_lm.stages.evaluate_reward import prompts_of
+
+            prompts_of(own.eval.prompts)
+            require(bool(own.eval.reward_model), "eval.reward_model", "", "a run of stage=reward")
+            checkpoint_files.find_checkpoint(Path(own.eval.reward_model).expanduser())
         if any(task in CODE_TASKS for task in own.stage.tasks):
             fences(own.sandbox == "trust_me")
 
@@ -254,22 +262,29 @@ def rows_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def compared_tasks(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A paired test for each task that asked both models the same items."""
-    from dist_lm.evaluation.statistics import paired_test
+    from dist_lm.evaluation.statistics import estimate, paired_test
+    from dist_lm.evaluation.tasks import REWARD
 
     found = []
     for task, values in first["tasks"].items():
         other = second["tasks"].get(task)
         if other and values["ids"] == other["ids"]:
             test = paired_test(values["values"], other["values"])
-            found.append({"task": task, "first": first["model"], "second": second["model"], **asdict(test)})
+            one = {"task": task, "first": first["model"], "second": second["model"], **asdict(test)}
+            if task == REWARD:
+                pairs = zip(values["values"], other["values"], strict=True)
+                one["wins"] = asdict(estimate([0.5 if a == b else float(b > a) for a, b in pairs]))
+            found.append(one)
     return found
 
 
 def comparison_text(one: Mapping[str, Any]) -> str:
     """`own_python: code/b - code/a = 0.060 [-0.020, 0.140], p = 0.25 (McNemar)`."""
+    wins = one.get("wins")
+    won = f"; wins {wins['value']:.3f} [{wins['low']:.3f}, {wins['high']:.3f}]" if wins else ""
     return (
         f"{one['task']}: {one['second']} - {one['first']} = {one['difference']:+.3f} "
-        f"[{one['low']:.3f}, {one['high']:.3f}], p = {one['p']:.2g} ({one['method']})"
+        f"[{one['low']:.3f}, {one['high']:.3f}], p = {one['p']:.2g} ({one['method']}){won}"
     )
 
 

@@ -14,12 +14,13 @@ from typing import Any
 from dist_lm.errors import UserError
 from dist_lm.evaluation.bits_per_byte import document_bits, documents_of
 from dist_lm.evaluation.statistics import Estimate, estimate, pass_at_k, ratio_estimate
-from dist_lm.evaluation.tasks import BITS, CODE_TASKS, Asking, Item, Record, items_of
+from dist_lm.evaluation.tasks import BITS, CODE_TASKS, REWARD, Asking, Item, Record, items_of
 from dist_lm.generation.request import Answer, Refusal, Request, SamplingParams
 from dist_lm.model.keyed_random import hash_words, signed
 from dist_lm.sandbox.pool import SandboxPool
 from dist_lm.sandbox.program import Limits
 from dist_lm.stages.evaluate import AUTO, CHATS, EvaluateRunConfig, label_of, table_of
+from dist_lm.stages.evaluate_reward import prompts_of, reward_scores
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.stage import PoolWork
 from dist_lm.storage import durable
@@ -27,7 +28,7 @@ from dist_lm.storage.durable import json_lines
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
-TEXT = 2000  # characters of an answer in the file
+TEXT = 8000  # characters of an answer in the file
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,12 @@ class Evaluation(PoolWork):
         asking = Asking(tokenizer, config.model.max_seq_len, self.chat, params, stage.n, limits)
         corpora = WorkDirectory(Path(config.work_dir)).path / "corpora"
         files = {name: Path(path).expanduser() for name, path in asdict(config.eval).items()}
+        self._prompts_asked = prompts_of(config.eval.prompts) if REWARD in stage.tasks else []
         self._parts: list[_Part] = []
         first = 0
         for task in stage.tasks:
             if task != BITS:
-                items = named(task, lambda task=task: items_of(task, asking, files, corpora))
+                items = named(task, lambda task=task: items_of(task, asking, files, corpora, self._prompts_asked))
                 self._parts += _in_parts(task, first, items, stage.questions_per_part, self._folder)
                 first += len(items)
         self._items = [(part, item) for part in self._parts for item in part.items]
@@ -84,7 +86,7 @@ class Evaluation(PoolWork):
 
     @property
     def is_done(self) -> bool:
-        return not self._missing and (BITS not in self._config.stage.tasks or self._bits.exists())
+        return not self._missing and not self._unmeasured
 
     @property
     def done(self) -> tuple[int, int]:
@@ -94,9 +96,14 @@ class Evaluation(PoolWork):
     def table(self) -> Path:
         return table_of(self._run)
 
+    def _measured(self, task: str) -> Path:
+        """The file of a task that is measured in this process."""
+        return self._folder / f"{task}.jsonl"
+
     @property
-    def _bits(self) -> Path:
-        return self._folder / f"{BITS}.jsonl"
+    def _unmeasured(self) -> list[str]:
+        asked = [task for task in (BITS, REWARD) if task in self._config.stage.tasks]
+        return [task for task in asked if not self._measured(task).exists()]
 
     def metrics(self) -> dict[str, float]:
         return {"generate/prompts": self.done[0], "generate/tokens": self._tokens}
@@ -139,8 +146,10 @@ class Evaluation(PoolWork):
         if self._sandboxes is not None:
             self._sandboxes.__exit__(None, None, None)
             self._sandboxes = None
-        if BITS in self._config.stage.tasks and not self._bits.exists() and wanted():
-            self._measure_bits(wanted)
+        for task in self._unmeasured if not self._missing else ():
+            records = (self._bits if task == BITS else self._rewards)(wanted) if wanted() else None
+            if records is not None:
+                durable.write_text(self._measured(task), "".join(json.dumps(record) + "\n" for record in records))
 
     def result(self) -> dict[str, Any]:
         found = {task: self._figures(task) for task in self._config.stage.tasks}
@@ -183,18 +192,25 @@ class Evaluation(PoolWork):
         files = [file for folder in folders if folder != self._folder for file in sorted(folder.glob("*-*.jsonl"))]
         return sum(record["index"] == 0 for file in files for record in json_lines(file))
 
-    def _measure_bits(self, wanted: Callable[[], bool]) -> None:
+    def _bits(self, wanted: Callable[[], bool]) -> list[Record] | None:
         stage, work = self._config.stage, WorkDirectory(Path(self._config.work_dir))
         documents = documents_of([work.corpus(name) for name in stage.corpora], work.tokenizer_model, stage.documents)
-        records = document_bits(Path(stage.models[0]), self._config, self._tokenizer, documents, wanted)
-        if records is not None:
-            durable.write_text(self._bits, "".join(json.dumps(record) + "\n" for record in records))
+        return document_bits(Path(stage.models[0]), self._config, self._tokenizer, documents, wanted)
+
+    def _rewards(self, wanted: Callable[[], bool]) -> list[Record] | None:
+        texts = {str(one.id): one.text for one in self._prompts_asked}
+        model = Path(self._config.eval.reward_model).expanduser()
+        return reward_scores(model, self._config.device, self._records(REWARD), texts, wanted)
+
+    def _records(self, task: str) -> list[Record]:
+        return [record for part in self._parts if part.task == task for record in json_lines(part.path)]
 
     def _figures(self, task: str) -> dict[str, Any]:
         if task == BITS:
-            return bits_figures(list(json_lines(self._bits)))
-        records = [record for part in self._parts if part.task == task for record in json_lines(part.path)]
-        return task_figures(records, self._config.stage.k if task in CODE_TASKS else [1])
+            return bits_figures(list(json_lines(self._measured(BITS))))
+        if task == REWARD:
+            return reward_figures(list(json_lines(self._measured(REWARD))))
+        return task_figures(self._records(task), self._config.stage.k if task in CODE_TASKS else [1])
 
 
 def answers_requests(checkpoint: Path, tokenizer: Tokenizer) -> bool:
@@ -257,6 +273,13 @@ def bits_figures(records: list[Record]) -> dict[str, Any]:
         "ids": [record["id"] for record in records],
         "values": [record["bits"] / record["bytes"] for record in records],
     }
+
+
+def reward_figures(records: list[Record]) -> dict[str, Any]:
+    """The mean score; its unit is that of the reward model."""
+    scores = [record["score"] for record in records]
+    ids = [record["id"] for record in records]
+    return {"figures": {"score": _shown(estimate(scores))}, "groups": {}, "outcomes": {}, "ids": ids, "values": scores}
 
 
 def _shown(found: Estimate) -> dict[str, Any]:

@@ -33,7 +33,7 @@ SETTINGS = (*(one for one in TINY if not one.startswith("stage.")), "stage=evalu
 @pytest.fixture(scope="module")
 def trained(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) -> WorkDirectory:
     work = linked(tiny_work, tmp_path_factory.mktemp("evaluated") / "work")
-    for seed, stage in enumerate(("language", "code", "tools")):
+    for seed, stage in enumerate(("language", "code", "tools", "reward")):
         write_untrained(work, stage, seed)
     return work
 
@@ -79,11 +79,14 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("few")
-def test_two_models_give_the_same_figures_after_a_stop(trained, cluster):
+def test_two_models_give_the_same_figures_after_a_stop(trained, cluster, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"def f_{i}(x):"}) + "\n" for i in range(5)))
     models = ",".join(str(trained.run(stage, "default").path) for stage in ("code", "language"))
     settings = (
         f"stage.models=[{models}]",
-        "stage.tasks=[own_python,own_bash,own_sql,infill,tools,bits_per_byte]",
+        "stage.tasks=[own_python,own_bash,own_sql,infill,tools,bits_per_byte,reward]",
+        *(f"eval.prompts={prompts}", f"eval.reward_model={trained.run('reward', 'default').path}"),
         *("stage.n=2", "stage.k=[1,2]", "stage.temperature=1", "stage.questions_per_part=3", "stage.documents=5"),
     )
     clean = plan_of(trained, "run_id=clean", *settings)
@@ -107,7 +110,11 @@ def test_two_models_give_the_same_figures_after_a_stop(trained, cluster):
     assert 0 < first["bits_per_byte"]["figures"]["bits_per_byte"]["value"] < 30
     assert {"bits_per_byte, code python", "bits_per_byte, language english"} <= first["bits_per_byte"]["figures"].keys()
     compared = {one["task"] for one in result["comparisons"]}
-    assert compared == {"own_python", "own_bash", "own_sql", "infill", "tools", "bits_per_byte"}
+    assert compared == {"own_python", "own_bash", "own_sql", "infill", "tools", "bits_per_byte", "reward"}
+    (reward,) = [one for one in result["comparisons"] if one["task"] == "reward"]
+    values = [model["tasks"]["reward"]["values"] for model in result["models"]]
+    assert len(values[0]) == 5
+    assert reward["wins"]["value"] == sum((b > a) + (a == b) / 2 for a, b in zip(*values, strict=True)) / 5
     screen = Screen()
     STAGE.summarize(again.config, screen)
     assert "own_bash: language/default" in screen.output.getvalue()
@@ -198,6 +205,7 @@ def test_figures_of_records():
     [
         ("stage.tasks=[own_rust]", r"stage\.tasks=.*own_rust.*own_python"),
         ("stage.tasks=[humaneval]", r"eval\.humaneval=: expected the file of the task"),
+        ("stage.tasks=[reward]", r"eval\.prompts=: no such file"),
         ("stage.n=3", r"stage\.n=3: expected 1 with stage\.temperature=0"),
         ("stage.k=[2]", r"stage\.k=\[2\]: expected numbers up to stage\.n=1"),
         ("stage.chat=maybe", r"stage\.chat=maybe"),
