@@ -274,6 +274,7 @@ def _bubblewrap_options(found: Fences, package: Path) -> list[str]:
             options += ["--symlink", os.readlink(path), path]
         elif os.path.isdir(path):
             options += ["--ro-bind", path, path]
+    options += _folders(Path("/etc/alternatives"))  # Debian's awk is a link into it
     for path in ("/etc/alternatives", "/etc/ld.so.cache"):
         options += ["--ro-bind-try", path, path]
     prefix = Path(sys.base_prefix).resolve()
