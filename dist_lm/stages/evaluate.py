@@ -95,10 +95,10 @@ class EvaluateRunConfig(Config):
 
     stage: EvaluateConfig = MISSING
     eval: EvalConfig = field(default_factory=EvalConfig)
-    sandbox: str = "on"  # on | trust_me: run generated code without isolation where the machine allows none
+    sandbox: str = "strict"  # strict | trust_me: run generated code without isolation where the machine allows none
 
     def check_stage(self) -> None:
-        require(self.sandbox in ("on", "trust_me"), "sandbox", self.sandbox, "on or trust_me")
+        require(self.sandbox in ("strict", "trust_me"), "sandbox", self.sandbox, "strict or trust_me")
 
 
 class Evaluate(PoolStage):

@@ -8,12 +8,14 @@ import torch
 
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.template import answer_tokens, prompt
+from dist_lm.config.root import Config
 from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.generation.load import model_config_of, run_of, tokenizer_of
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import choose_device
 from dist_lm.rlhf.reward_model import last_token_scores
+from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import model_weights
 
@@ -36,7 +38,7 @@ def prompts_of(where: str) -> list[Prompt]:
 
 
 def reward_scores(
-    path: Path, device: str, records: Sequence[Record], texts: dict[str, str], wanted: Callable[[], bool]
+    path: Path, config: Config, records: Sequence[Record], texts: dict[str, str], wanted: Callable[[], bool]
 ) -> list[Record] | None:
     """The reward model's score of each answer, as the turn that follows its prompt.
 
@@ -52,11 +54,11 @@ def reward_scores(
         ArtefactError: it is no reward model.
     """
     checkpoint = files.require_intact(files.find_checkpoint(path))
-    config = model_config_of(checkpoint)
-    if config.head != "scalar":
-        raise ArtefactError(f"eval.reward_model={path}: model.head={config.head}: expected a run of stage=reward")
-    tokenizer = tokenizer_of(checkpoint, None, run_of(checkpoint))
-    model = Transformer(config).to(choose_device(device, 0)).eval()
+    shape, run = model_config_of(checkpoint), run_of(checkpoint)
+    if shape.head != "scalar":
+        raise ArtefactError(f"eval.reward_model={path}: model.head={shape.head}: expected a run of stage=reward")
+    tokenizer = tokenizer_of(checkpoint, None if run else WorkDirectory(Path(config.work_dir)).tokenizer, run)
+    model = Transformer(shape).to(choose_device(config.device, 0)).eval()
     model.load_state_dict({name: torch.from_numpy(value) for name, value in model_weights(checkpoint).items()})
     found: list[Record] = []
     for begin in range(0, len(records), SOME):
@@ -66,7 +68,7 @@ def reward_scores(
             [
                 *prompt(conversation, tokenizer),
                 *answer_tokens(Message("assistant", one.get("text", "")), tokenizer, conversation),
-            ][-config.max_seq_len :]
+            ][-shape.max_seq_len :]
             for conversation, one in zip(asked, part, strict=True)
         ]
         with torch.inference_mode():

@@ -200,7 +200,7 @@ class Evaluation(PoolWork):
     def _rewards(self, wanted: Callable[[], bool]) -> list[Record] | None:
         texts = {str(one.id): one.text for one in self._prompts_asked}
         model = Path(self._config.eval.reward_model).expanduser()
-        return reward_scores(model, self._config.device, self._records(REWARD), texts, wanted)
+        return reward_scores(model, self._config, self._records(REWARD), texts, wanted)
 
     def _records(self, task: str) -> list[Record]:
         return [record for part in self._parts if part.task == task for record in json_lines(part.path)]

@@ -9,7 +9,7 @@ from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.errors import ConfigError
 from dist_lm.evaluation import tasks
-from dist_lm.evaluation.problems import own_problems
+from dist_lm.evaluation.problems import own_infills, own_problems
 from dist_lm.evaluation.statistics import pass_at_k
 from dist_lm.generation.request import Answer, Request
 from dist_lm.launcher import pool_run
@@ -74,8 +74,11 @@ def files_of(run: RunDirectory) -> dict[str, list[dict]]:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only some of the problems."""
-    monkeypatch.setattr(tasks, "own_problems", lambda language: own_problems(language)[::7])
+    """Only some of the problems and questions."""
+    monkeypatch.setattr(tasks, "own_problems", lambda language: own_problems(language)[::12])
+    monkeypatch.setattr(tasks, "own_infills", lambda: own_infills()[::6])
+    monkeypatch.setattr(tasks, "QUESTIONS", 2)
+    monkeypatch.setattr(tasks, "TURN_TOKENS", 8)
 
 
 @pytest.mark.usefixtures("few")
@@ -87,7 +90,7 @@ def test_two_models_give_the_same_figures_after_a_stop(trained, cluster, tmp_pat
         f"stage.models=[{models}]",
         "stage.tasks=[own_python,own_bash,own_sql,infill,tools,bits_per_byte,reward]",
         *(f"eval.prompts={prompts}", f"eval.reward_model={trained.run('reward', 'default').path}"),
-        *("stage.n=2", "stage.k=[1,2]", "stage.temperature=1", "stage.questions_per_part=3", "stage.documents=5"),
+        *("stage.n=2", "stage.k=[1,2]", "stage.temperature=1", "stage.questions_per_part=2", "stage.documents=5"),
     )
     clean = plan_of(trained, "run_id=clean", *settings)
     assert clean.action is Action.BUILD
@@ -105,10 +108,11 @@ def test_two_models_give_the_same_figures_after_a_stop(trained, cluster, tmp_pat
     assert [one["model"] for one in result["models"]] == [f"{s}/default/step_00000005" for s in ("code", "language")]
     first = result["models"][0]["tasks"]
     assert first["own_sql"]["figures"].keys() == {"pass@1", "pass@2"}
-    assert len(first["own_sql"]["ids"]) == 8
-    assert sum(first["own_sql"]["outcomes"].values()) == 16
+    assert len(first["own_sql"]["ids"]) == 5
+    assert sum(first["own_sql"]["outcomes"].values()) == 10
     assert 0 < first["bits_per_byte"]["figures"]["bits_per_byte"]["value"] < 30
-    assert {"bits_per_byte, code python", "bits_per_byte, language english"} <= first["bits_per_byte"]["figures"].keys()
+    sources = first["bits_per_byte"]["figures"].keys()
+    assert {"bits_per_byte, code sql", "bits_per_byte, language english"} <= sources
     compared = {one["task"] for one in result["comparisons"]}
     assert compared == {"own_python", "own_bash", "own_sql", "infill", "tools", "bits_per_byte", "reward"}
     (reward,) = [one for one in result["comparisons"] if one["task"] == "reward"]
@@ -209,7 +213,7 @@ def test_figures_of_records():
         ("stage.n=3", r"stage\.n=3: expected 1 with stage\.temperature=0"),
         ("stage.k=[2]", r"stage\.k=\[2\]: expected numbers up to stage\.n=1"),
         ("stage.chat=maybe", r"stage\.chat=maybe"),
-        ("sandbox=off", r"sandbox=off: expected on or trust_me"),
+        ("sandbox=off", r"sandbox=off: expected strict or trust_me"),
     ],
 )
 def test_settings_that_cannot_run_are_refused_by_name(override, message, trained):
