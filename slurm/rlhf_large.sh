@@ -5,6 +5,7 @@
 #
 # Arguments go to `python -m dist_lm.launch`. Defaults: stage=rlhf model=large cluster.nodes=(nodes of the job)
 # work_dir=work (below the directory of submission). After a failure the same command continues.
+# PPO unless rlhf.algorithm says otherwise: `rlhf.algorithm=grpo rlhf.prompts=256` (docs/algorithms.md).
 #
 # slurm/common.sh lists the files of a job, its environment variables, and the failures that it survives. The options
 # below are defaults: those on sbatch's command line win.

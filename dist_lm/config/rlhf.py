@@ -46,6 +46,8 @@ READ: Mapping[str, Mapping[str, Any]] = {
 """algorithm -> the keys that not all algorithms read, or whose default is its own, with that default. A default of
 None is computed from other keys (see RlhfConfig)."""
 ALGORITHMS = tuple(READ)
+RATIO_OF = {"rloo": "completion", "gspo": "mean"}
+"""algorithm -> what its probability ratios are of, where that is no token: see `truncated_importance`."""
 VALUE_RATE = 3  # the critic's learning rate / the policy's
 VALUE_HEADS = ("zero", "reward_model")
 KL_ESTIMATES = ("k1", "k2", "k3")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from dist_lm.config.rlhf import RATIO_OF
 from dist_lm.data.batch import Batch
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.sharding import reshard
@@ -69,7 +70,9 @@ def collect(
     whole_B = torch.from_numpy(rollouts.whole).to(run.device)
     importance_BT = None
     if config.importance_cap:
-        importance_BT = truncated_importance(found["logprob"], engine_BT, config.importance_cap)
+        importance_BT = truncated_importance(
+            found["logprob"], engine_BT, mask_BT, config.importance_cap, RATIO_OF.get(config.algorithm, "token")
+        )
     experience = Experience(
         mask_BT=mask_BT.float(),
         score_B=total_score(part_B, config.rewards, whole_B, config.missing_eos_penalty or 0.0),

@@ -270,10 +270,21 @@ def clipped_value_loss(
     return LossSum(total, torch.ones_like(value_N).sum(), metrics)
 
 
-def truncated_importance(trainer_BT: torch.Tensor, engine_BT: torch.Tensor, largest: float) -> torch.Tensor:
+def truncated_importance(
+    trainer_BT: torch.Tensor, engine_BT: torch.Tensor, mask_BT: torch.Tensor, largest: float, ratio_of: str = "token"
+) -> torch.Tensor:
     """The ratio of trainer to engine probability of each token, at most `largest`, without gradient.
 
     Corrects for rollouts of older weights and for rounding differences between engine and trainer (Espeholt et al.
     2018, section 4.1, truncated above only).
+
+    Args:
+        ratio_of: token | completion (the product over its tokens) | mean (the geometric mean over its tokens): that of
+            the algorithm's own ratio. Each token gets the ratio of its completion.
     """
-    return (trainer_BT - engine_BT).detach().exp().clamp(max=largest)
+    log_ratio_BT = (trainer_BT - engine_BT).detach() * mask_BT
+    if ratio_of != "token":
+        sum_B1 = log_ratio_BT.sum(1, keepdim=True)
+        sum_B1 = sum_B1 / mask_BT.sum(1, keepdim=True) if ratio_of == "mean" else sum_B1
+        log_ratio_BT = sum_B1.expand_as(log_ratio_BT)
+    return log_ratio_BT.exp().clamp(max=largest)

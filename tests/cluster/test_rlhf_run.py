@@ -163,6 +163,7 @@ GONE_ON_WITH = {
     "with text": PRETRAINING,
     "with text, drawn ahead": (*PRETRAINING, "rlhf.max_staleness=1"),
 }
+GRPO = ("rlhf.algorithm=grpo", "rlhf.value_lr=null", "rlhf.prompts=4", "rlhf.samples=2")
 
 
 @pytest.mark.parametrize("overrides", GONE_ON_WITH.values(), ids=GONE_ON_WITH.keys())
@@ -245,8 +246,9 @@ def undisturbed_and_other(started_work, tmp_path, *steps: str) -> tuple[RunDirec
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kills", [pytest.param(2, marks=pytest.mark.heavy), pytest.param(10, marks=pytest.mark.bars)])
-def test_kills_of_actors_and_ranks_change_no_number(started_work, tmp_path, kills):
-    steps = (f"stage.steps={6 * kills}", "stage.eval_every=0", f"cluster.max_restarts={kills}")
+@pytest.mark.parametrize("algorithm", [(), GRPO], ids=["ppo", "grpo"])
+def test_kills_of_actors_and_ranks_change_no_number(started_work, tmp_path, algorithm, kills):
+    steps = (f"stage.steps={6 * kills}", "stage.eval_every=0", f"cluster.max_restarts={kills}", *algorithm)
     expected, work = undisturbed_and_other(started_work, tmp_path, *steps)
     run = work.run("rlhf", "default")
     process = launch(work, *steps)

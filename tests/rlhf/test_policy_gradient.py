@@ -1,5 +1,7 @@
 """KL estimates, advantages and clipped losses: values, and where their gradients go."""
 
+import math
+
 import pytest
 import torch
 
@@ -136,10 +138,19 @@ def test_values_are_held_near_the_old_ones():
 
 
 def test_importance_is_truncated_on_one_side_and_has_no_gradient():
-    trainer = torch.tensor([0.0, -1.0, 2.0], requires_grad=True)
-    weight = truncated_importance(trainer, torch.tensor([0.0, 0.0, 0.0]), largest=2.0)
-    assert weight.tolist() == pytest.approx([1.0, 0.36788, 2.0], abs=1e-4)
+    trainer = torch.tensor([[0.0, -1.0, 2.0]], requires_grad=True)
+    weight = truncated_importance(trainer, torch.zeros(1, 3), torch.ones(1, 3), largest=2.0)
+    assert weight.flatten().tolist() == pytest.approx([1.0, 0.36788, 2.0], abs=1e-4)
     assert not weight.requires_grad
+
+
+@pytest.mark.parametrize(("ratio_of", "power"), [("completion", 1), ("mean", 1 / 2)])
+def test_importance_of_a_completion_is_that_of_all_its_tokens_and_no_padding(ratio_of: str, power: float):
+    trainer = torch.tensor([[-0.5, 0.2, 7.0], [3.0, 4.0, 7.0]])
+    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]])
+    weight = truncated_importance(trainer, torch.zeros(2, 3), mask, 2.0, ratio_of)
+    assert weight[0, :2].tolist() == pytest.approx([math.exp(-0.3 * power)] * 2)
+    assert weight[1, :2].tolist() == [2, 2]
 
 
 def test_values_within_the_clip_are_not_counted_as_clipped_for_rounding():
