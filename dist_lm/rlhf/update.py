@@ -63,9 +63,9 @@ def policy_objective(
             kl_coefficient=prepared.kl_coefficient,
         )
         loss = algorithm.policy_loss(drawn)
-        first_S = batch.drawn_N[batch.drawn_N % longest == 0] // longest  # rollouts, by their first tokens
+        count_N = prepared.count_B[drawn.rollout_N] * (batch.drawn_N % longest == 0)  # once, at the first token
         counts = {name: loss.count for name in loss.metrics if name != "policy_loss"}
-        return replace(loss, count=prepared.count_B[first_S].sum(), counts=counts)
+        return replace(loss, count=count_N.sum(), counts=counts)
 
     return objective
 

@@ -63,7 +63,7 @@ class Run:
         updater = Updater(run, Ppo(config), StopRequest())
         state = RlhfState(KlController(config.kl_coefficient), iteration=number)
         with torch.enable_grad(), traffic if watched else nullcontext():
-            updates = updater(state, prepared.tokens, passes)
+            updates = updater(state, prepared, passes)
         assert len(updates.metrics) == config.epochs * config.minibatches
         return traffic
 
