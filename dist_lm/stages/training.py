@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -342,11 +343,15 @@ def refuse_other_settings(run: RunDirectory, config: Config, conflicts: list[str
 
 
 def differing_keys(old: Config, new: Config, prefix: str, free: tuple[str, ...]) -> list[str]:
-    """`key=new (was old)` for every key that starts with `prefix`, differs, and is not in `free`."""
+    """`key=new (was old)` for every key that starts with `prefix`, differs, and is not in `free`.
+
+    Args:
+        free: beginnings of keys; * stands for any text.
+    """
     return [
         f"{key}={after} (was {before})"
         for key, before, after in _differences(asdict(old), asdict(new))
-        if key.startswith(prefix) and not key.startswith(free)
+        if key.startswith(prefix) and not any(fnmatchcase(key, f"{one}*") for one in free)
     ]
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.compose import compose_config
+from dist_lm.stages.rlhf import STAGE
 from dist_lm.stages.stage import Action
 from dist_lm.stages.training import FREE_KEYS, differing_keys
 from dist_lm.training import checkpoint_files
@@ -185,3 +186,11 @@ def test_a_part_of_the_reward_that_one_of_two_runs_has_is_one_difference():
     assert found[0].endswith("(was None)")
     assert found[1].startswith("rlhf.rewards.preference=None (was {")
     assert differing_keys(new, new, "", FREE_KEYS) == []
+
+
+def test_a_run_that_stopped_on_failures_goes_on_with_a_longer_limit():
+    mine = ("stage=rlhf", *TINY, *FUNCTION_ONLY)
+    longer = ("rlhf.rewards.mine.timeout_s=60", "rlhf.max_failed_fraction=0.1")
+    old, new = compose_config([*mine]), compose_config([*mine, *longer, "rlhf.rewards.mine.weight=2"])
+    found = differing_keys(old, new, "", STAGE.free_keys)
+    assert found == ["rlhf.rewards.mine.weight=2.0 (was 1.0)"]
