@@ -135,9 +135,9 @@ def mbpp(path: Path) -> list[Problem]:
 
     def read(line: Mapping[str, Any]) -> Problem:
         text = line.get("text") or line["prompt"]
-        before = "\n".join(line.get("test_imports", ())) or line.get("test_setup_code", "")
+        setup = "\n".join(line.get("test_imports", ())) or line.get("test_setup_code", "")
         asserts = "\n".join(line["test_list"])
-        test = Test(before=before, code=asserts + "\n")
+        test = Test(code=f"{setup}\n{asserts}\n")  # some setups use classes of the program
         return Problem(
             f"MBPP/{line['task_id']}",
             "python",

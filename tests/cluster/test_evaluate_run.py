@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.heavy, pytest.mark.timeout(280)]
 SETTINGS = (
     *(one for one in TINY if not one.startswith("stage.")),
     "stage=evaluate",
-    *("stage.n=4", "stage.temperature=1", "stage.max_new_tokens=16", "stage.questions_per_part=5"),
+    *("stage.temperature=1", "stage.max_new_tokens=16", "stage.questions_per_part=5", "stage.tasks=[own_bash,own_sql]"),
 )
 
 
@@ -39,19 +39,19 @@ def test_a_killed_run_gives_the_same_result(tiny_work, tmp_path):
     assert code == 0, err
     assert "own_bash: code/default/step_00000005 - language/default/step_00000005" in " ".join(out.split())
     run = work.run("evaluate", "killed")
-    for files in (4, 36):  # in the first model, and in the second one
-        process = start("killed")
-        wait_until(lambda files=files: len(list(run.samples.glob("*/*.jsonl"))) >= files, process, f"{files} files")
-        family = psutil.Process(process.pid).children(recursive=True)
-        os.kill(process.pid, signal.SIGKILL)
-        finish(process)
-        assert psutil.wait_procs(family, timeout=60)[1] == []
-        assert not run.result.exists()
+    process = start("killed")
+    wait_until(lambda: len(list(run.samples.glob("*/*.jsonl"))) > 22, process, "files of the second model")
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    finish(process)
+    assert psutil.wait_procs(family, timeout=60)[1] == []
+    assert not run.result.exists()
+    assert len(list(run.samples.glob("*/*.jsonl"))) < 40
     code, _, err = finish(start("killed"))
     assert code == 0, err
     whole = work.run("evaluate", "whole")
     names = sorted(path.relative_to(whole.samples) for path in whole.samples.rglob("*.jsonl"))
-    assert len(names) == 2 * 3 * 10 + 1
+    assert len(names) == 2 * 2 * 10 + 1
     for name in names:
         assert (run.samples / name).read_bytes() == (whole.samples / name).read_bytes(), name
     results = [json.loads(one.result.read_text()) for one in (whole, run)]
