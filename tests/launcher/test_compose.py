@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from dist_lm.config.rlhf import RewardPartConfig
 from dist_lm.config.root import Config, save_config
 from dist_lm.errors import ConfigError
 from dist_lm.launcher.compose import choices, compose_config, overrides_of, target_stage
@@ -98,7 +99,7 @@ def test_a_corpus_that_is_none_is_not_built():
         compose_config(["stage=shards", "stage.corpora=[novels]"])
 
 
-PART = "kind, weight, target, language, of, function"
+PART = ", ".join(one.name for one in dataclasses.fields(RewardPartConfig))
 
 
 @pytest.mark.parametrize(
