@@ -51,7 +51,8 @@ RATIO_OF = {"rloo": "completion", "gspo": "mean"}
 VALUE_RATE = 3  # the critic's learning rate / the policy's
 VALUE_HEADS = ("zero", "reward_model")
 KL_ESTIMATES = ("k1", "k2", "k3")
-REWARD_KINDS = ("reward_model", "length", "parses", "function")
+REWARD_KINDS = ("reward_model", "length", "parses", "function", "tests")
+TEST_SCORES = ("share", "all")
 PARSED_LANGUAGES = ("python", "bash", "sql")
 DISJOINT, SHARED = "disjoint", "shared"
 FEWEST_PAGE_TOKENS = 64  # of a page whose size is chosen (PLAIN_PAGE_TOKENS of generation)
@@ -66,13 +67,17 @@ CACHE_SHARE = {"cuda": 0.85, "cpu": 0.25}
 class RewardPartConfig:
     """One part of the reward of a rollout."""
 
-    kind: str = ""  # reward_model | length | parses | function
+    kind: str = ""  # reward_model | length | parses | function | tests
     weight: float = 1.0  # in the sum of all parts
     target: int = 0  # length: tokens of a completion with reward 1; the reward falls to 0 at 0 and at twice as many
     language: str = "python"  # parses: python | bash | sql; 1 if the text parses, else 0
     of: str = "document"  # parses: document (prompt and completion as one text) | completion
     function: str = ""  # function: 'package.module:name', called as name(prompt text, completion text) -> float
     timeout_s: float = 10.0  # function: limit of a call
+    score: str = "share"  # tests: share of the tests passed | all: 1 if all passed, else 0
+    cpu_s: float = 0.5  # tests: limit of a completion's tests together
+    wall_s: float = 4.0  # tests: the same by the clock
+    workers: int = 0  # tests: programs at once, on the first rank's node; 0: one for each of its cores
 
     def check(self, key: str) -> None:
         """Refuse values out of bounds; `key` is the config key of this part."""
@@ -83,6 +88,11 @@ class RewardPartConfig:
         if self.kind == "parses":
             require(self.language in PARSED_LANGUAGES, f"{key}.language", self.language, ", ".join(PARSED_LANGUAGES))
             require(self.of in ("document", "completion"), f"{key}.of", self.of, "document or completion")
+        if self.kind == "tests":
+            require(self.score in TEST_SCORES, f"{key}.score", self.score, ", ".join(TEST_SCORES))
+            for name, seconds in (("cpu_s", self.cpu_s), ("wall_s", self.wall_s)):
+                require(0 < seconds < math.inf, f"{key}.{name}", seconds, "a positive number of seconds")
+            require(self.workers >= 0, f"{key}.workers", self.workers, "a positive integer, or 0 to choose")
         if self.kind == "function":
             module, colon, name = self.function.partition(":")
             holds = bool(module and colon and name)

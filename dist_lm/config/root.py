@@ -25,6 +25,8 @@ from dist_lm.config.tracking import ProfileConfig, TrackingConfig
 from dist_lm.errors import ConfigError, require
 from dist_lm.storage import durable
 
+TRUST_ME = "trust_me"
+
 
 @dataclass
 class Config:
@@ -36,6 +38,7 @@ class Config:
     device: str = "auto"  # auto | cpu | cuda
     prerequisites: str = "build"  # missing earlier stages: build | fail (the error names the command)
     dry_run: bool = False
+    sandbox: str = "strict"  # for code that models write: strict | trust_me (without isolation, if there is none here)
     model: ModelConfig = MISSING
     parallel: ParallelConfig = MISSING
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
@@ -49,6 +52,7 @@ class Config:
     def __post_init__(self) -> None:
         require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
         require(self.prerequisites in ("build", "fail"), "prerequisites", self.prerequisites, "build or fail")
+        require(self.sandbox in ("strict", TRUST_ME), "sandbox", self.sandbox, f"strict or {TRUST_ME}")
         require(
             Path(self.run_id).name == self.run_id and not self.run_id.startswith(".") and self.run_id.isprintable(),
             "run_id",

@@ -6,7 +6,7 @@ engine runs. `Answer` or `Refusal` is the result.
 
 import codecs
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -103,6 +103,24 @@ class Refusal:
 
     request: str
     error: str
+
+
+Finished = Callable[[Request, Answer], None]
+
+
+def unseen(request: Request, answer: Answer) -> None:
+    """Nobody waits for single answers."""
+
+
+def seen(
+    requests: SequenceOf[Request], results: Iterable[Answer | Refusal], finished: Finished
+) -> Iterator[Answer | Refusal]:
+    """`results`, each answer shown to `finished` first."""
+    request_of = {request.id: request for request in requests}
+    for result in results:
+        if isinstance(result, Answer):
+            finished(request_of[result.request], result)
+        yield result
 
 
 def in_order(requests: SequenceOf[Request], results: Iterable[Answer | Refusal]) -> list[Answer]:

@@ -14,6 +14,7 @@ from functools import partial
 
 from dist_lm.chat.template import stop_tokens
 from dist_lm.config.rlhf import RlhfConfig
+from dist_lm.config.root import TRUST_ME
 from dist_lm.errors import ArtefactError
 from dist_lm.evaluation.tool_questions import shown
 from dist_lm.parallel.mesh import World
@@ -38,13 +39,13 @@ from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
 from dist_lm.rlhf.models import own_threads, sent_weights
 from dist_lm.rlhf.ppo import Ppo
 from dist_lm.rlhf.reinforce_pp import ReinforcePp
-from dist_lm.rlhf.rewards import Judge
+from dist_lm.rlhf.rewards import Judge, Tasks
 from dist_lm.rlhf.rloo import Rloo
 from dist_lm.rlhf.rollouts import ShuffledPrompts, read_to_end
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.rlhf import RlhfRunConfig
-from dist_lm.stages.rlhf_prompts import read_all
+from dist_lm.stages.rlhf_prompts import read_all, tasks_of
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -241,7 +242,8 @@ def _supply(
         read_to_end(weights)
         return None
     group, draws = config.rlhf, partial(reporter.alive, Phase.GENERATING)
-    judge = Judge(group.rewards, start.tokenizer.decode, group.max_failed_fraction, draws)
+    tasks = Tasks(tasks_of(group, start.tokenizer), config.sandbox == TRUST_ME)
+    judge = Judge(group.rewards, start.tokenizer.decode, group.max_failed_fraction, draws, tasks)
     stack.enter_context(judge)
     source = stack.enter_context(rollout_source(config, start.tokenizer, weights, start.world.device, draws))
     return RolloutSupply(

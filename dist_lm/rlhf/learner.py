@@ -79,7 +79,7 @@ class RolloutSupply:
             ignore_eot=config.ignore_eot,
         )
         requests = requests_of(prompts, position, samples, params, seed)
-        return rollouts_of(requests, self.source.generate(requests))
+        return rollouts_of(requests, self.source.generate(requests, self.judge.begin))
 
 
 @dataclass(frozen=True)

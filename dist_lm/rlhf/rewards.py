@@ -9,7 +9,7 @@ Dimensions: B rollouts.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -19,10 +19,13 @@ import torch.distributed as dist
 
 from dist_lm.config.rlhf import RewardPartConfig
 from dist_lm.errors import ConfigError
+from dist_lm.generation.request import Answer, Request
 from dist_lm.rlhf.reward_function import FunctionRule, RewardError
-from dist_lm.rlhf.rollouts import JudgedRollouts, Rollouts
+from dist_lm.rlhf.rollouts import WHOLE, JudgedRollouts, Rollouts
 from dist_lm.rlhf.rules import Alive, Failure, Judged, Rule, length_rule, parses_rule
+from dist_lm.rlhf.tests_rule import TestsRule
 from dist_lm.sandbox.syntax import parses
+from dist_lm.sandbox.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -32,16 +35,26 @@ REWARD_MODEL = "reward_model"  # the kind of part that is no rule
 _FIRST = 0  # the rank that holds the rollouts
 
 
-def rules_of(parts: Mapping[str, RewardPartConfig]) -> dict[str, Rule]:
+@dataclass(frozen=True)
+class Tasks:
+    """The tests of prompts, for parts of kind `tests`."""
+
+    by_prompt: Mapping[str, Task] = field(default_factory=dict)  # by the text of the prompt, as `Decode` gives it
+    trust_me: bool = False  # see `SandboxPool`
+
+
+def rules_of(parts: Mapping[str, RewardPartConfig], tasks: Tasks) -> dict[str, Rule]:
     """The reward parts that are rules, by name. Whoever makes them closes them.
 
     Raises:
-        ConfigError: this machine has no parser for a language.
+        ConfigError: this machine has no parser for a language, or no sandbox for tests.
     """
-    return {name: _rule(name, part) for name, part in parts.items() if part.kind != REWARD_MODEL}
+    return {name: _rule(name, part, tasks) for name, part in parts.items() if part.kind != REWARD_MODEL}
 
 
-def _rule(name: str, part: RewardPartConfig) -> Rule:
+def _rule(name: str, part: RewardPartConfig, tasks: Tasks) -> Rule:
+    if part.kind == "tests":
+        return TestsRule(f"rlhf.rewards.{name}", part, tasks.by_prompt, tasks.trust_me)
     if part.kind == "length":
         return length_rule(part.target)
     if part.kind == "parses":
@@ -60,15 +73,32 @@ class Judge:
         decode: Decode,
         max_failed_fraction: float,
         alive: Alive = lambda: None,
+        tasks: Tasks = Tasks(),
     ) -> None:
         """
         Args:
             max_failed_fraction: largest share of the rollouts of an iteration that may stay without a score.
             alive: called while rules work, from any thread.
+            tasks: for parts of kind `tests`.
         """
         self._parts, self._decode, self._alive = parts, decode, alive
         self._max_failed_fraction = max_failed_fraction
-        self._rules = rules_of(parts)
+        self._rules = rules_of(parts, tasks)
+        self._early = [rule for rule in self._rules.values() if isinstance(rule, TestsRule)]
+
+    def begin(self, request: Request, answer: Answer) -> None:
+        """Let rules that work beside generation begin with an answer, whose rollout is judged later."""
+        for rule in self._early:
+            rule.begin(
+                Judged(
+                    prompt=self._decode(list(request.prompt)),
+                    completion=self._decode(list(answer.tokens)),
+                    new_tokens=len(answer.tokens),
+                    whole=answer.finish in WHOLE,
+                    position=int(request.id),
+                    sample=answer.index,
+                )
+            )
 
     def __call__(self, rollouts: Rollouts, expected: int = 0) -> JudgedRollouts:
         """The score of every rollout under every rule.

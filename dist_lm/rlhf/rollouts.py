@@ -13,7 +13,17 @@ from dist_lm.data.keys import Shuffle, key, permutation
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.decoder import Weights, WeightStream
 from dist_lm.generation.engine import Engine
-from dist_lm.generation.request import Answer, FinishReason, Request, SamplingParams, in_order
+from dist_lm.generation.request import (
+    Answer,
+    Finished,
+    FinishReason,
+    Refusal,
+    Request,
+    SamplingParams,
+    in_order,
+    seen,
+    unseen,
+)
 from dist_lm.model.keyed_random import hash_words, signed
 
 FINISHES: tuple[FinishReason, ...] = ("eot", "stop", "length", "context", "cancelled")
@@ -57,8 +67,11 @@ class RolloutSource(Protocol):
         """Read a stream to its end for a later `load_weights`, also while `generate` runs in another thread."""
         ...
 
-    def generate(self, requests: Sequence[Request]) -> list[Answer]:
+    def generate(self, requests: Sequence[Request], finished: Finished = unseen) -> list[Answer]:
         """All answers, in the order of the requests, then of the answer's index.
+
+        Args:
+            finished: called with each answer as soon as it is there.
 
         Raises:
             RequestError: a request cannot be answered.
@@ -85,13 +98,17 @@ class EngineRollouts:
     def hold(self, weights: WeightStream) -> Weights:
         return dict(weights)
 
-    def generate(self, requests: Sequence[Request]) -> list[Answer]:
+    def generate(self, requests: Sequence[Request], finished: Finished = unseen) -> list[Answer]:
         for request in requests:
             self.engine.submit(request)
-        answers = in_order(requests, self.engine.run())
+        answers = in_order(requests, seen(requests, self._results(), finished))
         if self._sleeps:
             self.engine.sleep()
         return answers
+
+    def _results(self) -> Iterator[Answer | Refusal]:
+        while self.engine.busy:
+            yield from self.engine.step()
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,9 @@ class RlhfRunGroup(RlhfConfig):
         for key in ("held_out_prompts", "table_rollouts"):
             require(getattr(self, key) >= 0, f"rlhf.{key}", getattr(self, key), "0 or a positive integer")
         require(bool(self.rewards), "rlhf.rewards", self.rewards, "at least one part")
+        tested = [name for name, part in self.rewards.items() if part.kind == "tests"]
+        accepted = f"a file of prompts with tests, for rlhf.rewards.{'.'.join(tested[:1])}.kind=tests"
+        require(not tested or bool(self.prompts_from), "rlhf.prompts_from", repr(self.prompts_from), accepted)
         require(bool(self.reward_model), "rlhf.reward_model", self.reward_model, "auto, none, or the path of a run")
         headless = self.value_head == "reward_model" and not self.asks_reward_model
         require(not headless, "rlhf.value_head", self.value_head, "zero, as there is no reward model")

@@ -14,7 +14,8 @@ from dist_lm.chat.template import prompt as rendered
 from dist_lm.config.root import imported_function
 from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
 from dist_lm.data.token_corpus import TokenCorpus
-from dist_lm.errors import ArtefactError
+from dist_lm.errors import ArtefactError, UserError
+from dist_lm.sandbox.task import Task, task_of
 from dist_lm.stages.rlhf import RlhfRunConfig, RlhfRunGroup
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -66,13 +67,48 @@ def check_prompts(group: RlhfRunGroup) -> None:
     Raises:
         ConfigError, ArtefactError: name the key, file and line.
     """
-    for key, where in ((PROMPTS_FROM, group.prompts_from), (HELD_OUT_FROM, group.held_out_from)):
-        if where:
-            for _ in _prompts_of(where, key):
-                pass
+    for key, where in _files(group):
+        for prompt in _prompts_of(where, key):
+            if _asks_tests(group):
+                _task(prompt, key)
     for name, part in group.rewards.items():
         if part.kind == "function":
             imported_function(part.function, f"rlhf.rewards.{name}.function")
+
+
+def tasks_of(group: RlhfRunGroup, tokenizer: Tokenizer) -> dict[str, Task]:
+    """The tests of all prompts by the text of the prompt as a model sees it; nothing if no reward asks for them.
+
+    Raises:
+        ConfigError, ArtefactError: name the key, file and line of a prompt without tests, or with others before.
+    """
+    found: dict[str, Task] = {}
+    for key, where in _files(group) if _asks_tests(group) else ():
+        for prompt in _prompts_of(where, key):
+            text, task = tokenizer.decode(_rendered(prompt, key, tokenizer)), _task(prompt, key)
+            if found.setdefault(text, task) != task:
+                raise ArtefactError(f"{key}: {prompt.place}: the same prompt has other tests in a line before")
+    return found
+
+
+def _files(group: RlhfRunGroup) -> list[tuple[str, str]]:
+    """Keys of files of prompts, and what they name."""
+    return [
+        (key, where)
+        for key, where in ((PROMPTS_FROM, group.prompts_from), (HELD_OUT_FROM, group.held_out_from))
+        if where
+    ]
+
+
+def _asks_tests(group: RlhfRunGroup) -> bool:
+    return any(part.kind == "tests" for part in group.rewards.values())
+
+
+def _task(prompt: Prompt, key: str) -> Task:
+    try:
+        return task_of(prompt.extra)
+    except UserError as error:
+        raise ArtefactError(f"{key}: {prompt.place}: {error} (a reward of kind tests needs them)") from None
 
 
 def _of_corpus(directory: Path, split: str, tokenizer: Tokenizer) -> Prompts:
@@ -92,13 +128,14 @@ def _of_corpus(directory: Path, split: str, tokenizer: Tokenizer) -> Prompts:
 
 
 def _of_files(where: str, key: str, tokenizer: Tokenizer) -> Prompts:
-    found = []
-    for prompt in _prompts_of(where, key):
-        try:
-            found.append(rendered(Conversation((Message("user", prompt.text),)), tokenizer))
-        except ChatError as error:
-            raise ArtefactError(f"{key}: {prompt.place}: {error}") from error
-    return found
+    return [_rendered(prompt, key, tokenizer) for prompt in _prompts_of(where, key)]
+
+
+def _rendered(prompt: Prompt, key: str, tokenizer: Tokenizer) -> Sequence[int]:
+    try:
+        return rendered(Conversation((Message("user", prompt.text),)), tokenizer)
+    except ChatError as error:
+        raise ArtefactError(f"{key}: {prompt.place}: {error}") from error
 
 
 def _prompts_of(where: str, key: str) -> Iterator[Prompt]:

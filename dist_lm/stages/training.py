@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 # keys that may change when a run is continued: placement and tracking, nothing that changes the result
 FREE_KEYS = (
-    *("work_dir", "prerequisites", "dry_run", "device", "hardware.", "cluster.", "tracking.", "profile."),
+    *("work_dir", "prerequisites", "dry_run", "device", "sandbox", "hardware.", "cluster.", "tracking.", "profile."),
     *("tokenizer.source", "tokenizer.add_marks", "tokenizer.train_bytes", "tokenizer.workers"),
     "corpus.",  # what training sees of corpora is compared by its hash
     *("parallel.auto", "parallel.dp_replicate", "parallel.dp_shard", "parallel.tp", "parallel.sp"),

@@ -70,9 +70,9 @@ def test_rollouts_are_drawn_without_filters_and_by_seeds_of_prompt_and_sample():
     asked: list[Request] = []
 
     class Listening(EngineRollouts):
-        def generate(self, requests: Sequence[Request]) -> list[Answer]:
+        def generate(self, requests: Sequence[Request], *seen_by) -> list[Answer]:
             asked.extend(requests)
-            return super().generate(requests)
+            return super().generate(requests, *seen_by)
 
     made = ran(replace(SHORT, samples=2, temperature=0.9), 2, source=lambda: Listening(engine_of()))
     assert len(asked) == 2 * SHORT.prompts

@@ -1,0 +1,62 @@
+"""Tasks with tests: a request for code in words, and the tests that its answer must pass. As fields of a JSON line:
+
+{"prompt": "Write add(a, b).", "language": "python", "tests": ["assert add(1, 2) == 3", {"stdin": "4", "stdout": "8"}]}
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from dist_lm.errors import UserError
+from dist_lm.sandbox.program import LANGUAGES, Language, Program, Test
+
+_FENCED = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
+_PARTS = tuple(field.name for field in fields(Test))
+
+
+@dataclass(frozen=True)
+class Task:
+    """Language and tests of an answer."""
+
+    language: Language
+    tests: tuple[Test, ...]
+
+    def program(self, answer: str) -> Program:
+        """The code of an answer, with the tests."""
+        return Program(self.language, code_of(answer), self.tests)
+
+
+def code_of(answer: str) -> str:
+    """The first fenced block of an answer (a fence that is not closed reaches to the end), else the whole answer."""
+    block = _FENCED.search(answer)
+    return block[1] if block else answer
+
+
+def task_of(values: Mapping[str, Any]) -> Task:
+    """The task in the fields `language`, `tests` and optionally `before` (code before every test's own).
+
+    Raises:
+        UserError: says which field is missing or wrong.
+    """
+    tests, before = values.get("tests"), values.get("before", "")
+    language: Language | None = next((one for one in LANGUAGES if one == values.get("language")), None)
+    if language is None:
+        raise UserError(f"language is {values.get('language')!r}; expected {', '.join(LANGUAGES)}")
+    if not isinstance(tests, list) or not tests:
+        raise UserError("expected `tests`, a list of code or of objects with " + ", ".join(_PARTS))
+    if not isinstance(before, str):
+        raise UserError("`before` is no text")
+    return Task(language, tuple(_test(one, before) for one in tests))
+
+
+def _test(value: Any, before: str) -> Test:
+    given = {"code": value} if isinstance(value, str) else value
+    if not isinstance(given, dict) or not given or not all(isinstance(one, str) for one in given.values()):
+        raise UserError(f"test {value!r:.100}: expected code, or an object of texts")
+    if unknown := [name for name in given if name not in _PARTS]:
+        raise UserError(f"test {value!r:.100}: unknown {', '.join(unknown)}; expected {', '.join(_PARTS)}")
+    if not given.get("code") and "stdout" not in given:
+        raise UserError(f"test {value!r:.100}: expected `code` or `stdout`")
+    test = Test(**given)
+    return replace(test, before=f"{before}\n{test.before}") if before else test

@@ -1,0 +1,46 @@
+"""Tasks with tests, as lines of a file, and the code of an answer."""
+
+import pytest
+
+from dist_lm.errors import UserError
+from dist_lm.sandbox.program import Test
+from dist_lm.sandbox.task import Task, code_of, task_of
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ("x = 1", "x = 1"),
+        ("Here:\n```python\nx = 1\n```\nand\n```\ny\n```", "x = 1\n"),
+        ("```\nx = 1\nprint(x)", "x = 1\nprint(x)"),
+        ("`x`", "`x`"),
+        ("```bash\necho '```'\n```", "echo '```'\n"),
+    ],
+)
+def test_code_is_the_first_fenced_block_or_all(answer: str, code: str):
+    assert code_of(answer) == code
+
+
+def test_fields_of_a_line_become_a_task():
+    fields = {"language": "sql", "before": "create table t (a);", "tests": ["select 1", {"before": "x", "stdout": "1"}]}
+    assert task_of(fields) == Task(
+        "sql",
+        (Test(before="create table t (a);\n", code="select 1"), Test(before="create table t (a);\nx", stdout="1")),
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"tests": ["x"]}, "language is None; expected python, bash, sql"),
+        ({"language": "python"}, "expected `tests`"),
+        ({"language": "python", "tests": []}, "expected `tests`"),
+        ({"language": "python", "tests": [1]}, "test 1: expected code"),
+        ({"language": "python", "tests": [{"code": "x", "input": "y"}]}, "unknown input"),
+        ({"language": "python", "tests": [{"stdin": "y"}]}, "expected `code` or `stdout`"),
+        ({"language": "python", "tests": ["x"], "before": 1}, "`before` is no text"),
+    ],
+)
+def test_a_wrong_line_names_its_field(fields: dict, named: str):
+    with pytest.raises(UserError, match=named):
+        task_of(fields)
