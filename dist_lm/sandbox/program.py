@@ -38,7 +38,7 @@ class Test:
 class Program:
     """Untrusted source text with its tests."""
 
-    language: Language
+    language: str  # one of LANGUAGES
     source: str
     tests: tuple[Test, ...] = (Test(),)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from dist_lm.errors import UserError
-from dist_lm.sandbox.program import LANGUAGES, Language, Program, Test
+from dist_lm.sandbox.program import LANGUAGES, Program, Test
 
 _FENCED = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
 _PARTS = tuple(field.name for field in fields(Test))
@@ -19,7 +19,7 @@ _PARTS = tuple(field.name for field in fields(Test))
 class Task:
     """Language and tests of an answer."""
 
-    language: Language
+    language: str
     tests: tuple[Test, ...]
 
     def program(self, answer: str) -> Program:
@@ -39,10 +39,9 @@ def task_of(values: Mapping[str, Any]) -> Task:
     Raises:
         UserError: says which field is missing or wrong.
     """
-    tests, before = values.get("tests"), values.get("before", "")
-    language: Language | None = next((one for one in LANGUAGES if one == values.get("language")), None)
-    if language is None:
-        raise UserError(f"language is {values.get('language')!r}; expected {', '.join(LANGUAGES)}")
+    language, tests, before = values.get("language"), values.get("tests"), values.get("before", "")
+    if language not in LANGUAGES:
+        raise UserError(f"language is {language!r}; expected {', '.join(LANGUAGES)}")
     if not isinstance(tests, list) or not tests:
         raise UserError("expected `tests`, a list of code or of objects with " + ", ".join(_PARTS))
     if not isinstance(before, str):

@@ -1,14 +1,21 @@
-"""Stage `code`: next-token prediction on programs; reports the share of samples that parse, by language."""
+"""Stage `code`: next-token prediction on programs; reports which samples parse and run, by language."""
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from dist_lm.config.root import TRUST_ME
 from dist_lm.stages.text import TextStage
 from dist_lm.stages.training import Closing
 from dist_lm.tracking.readable import percent
 
-PARSES = "code/parses_"
+if TYPE_CHECKING:
+    from dist_lm.stages.sampling import Sample
+
+PARSES, RUNS = "code/parses_", "code/runs_"
+
+log = logging.getLogger(__name__)
 
 
 class Code(TextStage):
@@ -16,7 +23,7 @@ class Code(TextStage):
     starts_from = "language"
 
     def after_training(self, closing: Closing) -> dict[str, float]:
-        """`code/parses_LANGUAGE`: share of samples, prompt included, that parse."""
+        """Shares of samples, prompt included: `code/parses_LANGUAGE`, `code/runs_LANGUAGE`."""
         import torch.distributed as dist
 
         from dist_lm.sandbox.syntax import parses_continued
@@ -27,25 +34,54 @@ class Code(TextStage):
             return {}
         verdicts: list[dict[str, Any]] = [{}] * len(samples)
         if closing.world.is_first:
-            verdicts = [
-                {"parses": parses_continued(one.language, one.prompt, one.completion, one.finished)} for one in samples
-            ]
+            parsed = [parses_continued(one.language, one.prompt, one.completion, one.finished) for one in samples]
+            ran = runs(samples, parsed, trust_me=closing.config.sandbox == TRUST_ME)
+            verdicts = [{"parses": one, "runs": other} for one, other in zip(parsed, ran, strict=True)]
         dist.broadcast_object_list(verdicts)
         write_samples(closing, [asdict(one) | verdict for one, verdict in zip(samples, verdicts, strict=True)])
-        by_language: dict[str, list[bool]] = {}
+        figures: dict[str, list[bool]] = {}
         for sample, verdict in zip(samples, verdicts, strict=True):
-            if verdict["parses"] is not None:
-                by_language.setdefault(sample.language, []).append(verdict["parses"])
-        return {f"{PARSES}{name}": sum(found) / len(found) for name, found in sorted(by_language.items())}
+            for prefix, found in ((PARSES, verdict["parses"]), (RUNS, verdict["runs"])):
+                if found is not None:
+                    figures.setdefault(f"{prefix}{sample.language}", []).append(found)
+        return {name: sum(found) / len(found) for name, found in sorted(figures.items())}
 
     def own_entries(self, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        parsed = [
-            f"{name.removeprefix(PARSES)} {percent(value)}"
-            for name, value in sorted(result["metrics"].items())
-            if name.startswith(PARSES)
-        ]
-        if parsed:
-            yield "samples that parse", ", ".join(parsed)
+        for prefix, title in ((PARSES, "samples that parse"), (RUNS, "samples that run")):
+            shares = [
+                f"{name.removeprefix(prefix)} {percent(value)}"
+                for name, value in sorted(result["metrics"].items())
+                if name.startswith(prefix)
+            ]
+            if shares:
+                yield title, ", ".join(shares)
+
+
+def runs(samples: "Sequence[Sample]", parsed: Sequence[bool | None], trust_me: bool) -> list[bool | None]:
+    """Whether each sample, its prompt included, parses and then ends without an error in the sandbox.
+
+    None: not executed, because there is no parser for the language or no sandbox here, or because the sandbox failed.
+    """
+    from dist_lm.sandbox.pool import SandboxPool
+    from dist_lm.sandbox.program import Program
+    from dist_lm.sandbox.sandbox import SandboxError
+    from dist_lm.sandbox.syntax import whole_lines
+
+    found = list(parsed)
+    try:
+        with SandboxPool(trust_me=trust_me) as pool:
+            started = {
+                place: pool.submit(Program(one.language, whole_lines(one.prompt + one.completion, one.finished)))
+                for place, one in enumerate(samples)
+                if parsed[place]
+            }
+            for place, future in started.items():
+                verdict = future.result()
+                found[place] = verdict.outcome == "passed" if verdict.judged else None
+    except SandboxError as error:
+        log.warning("samples are not executed: %s", error)
+        return [None] * len(samples)
+    return found
 
 
 STAGE = Code()

@@ -214,6 +214,12 @@ HELD_OUT = (
         only="with a parser for the language",
     ),
     *_table(
+        "code",
+        ("code",),
+        ("code/runs_{language}", "", "higher", "Share of samples that parse and end without an error."),
+        only="with a sandbox",
+    ),
+    *_table(
         "tools",
         ("tools",),
         ("tools/parses", "", "higher", "Share of turns with a call that parses."),

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.errors import ArtefactError
+from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.evaluation.tool_questions import shown
 from dist_lm.launcher.compose import compose_config
 from dist_lm.stages.rlhf import RlhfRunConfig
-from dist_lm.stages.rlhf_prompts import Prompts, read_all
+from dist_lm.stages.rlhf_prompts import Prompts, check_prompts, read_all, tasks_of
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from tests.conftest import TINY
@@ -63,3 +63,33 @@ def test_prompts_without_room_for_an_answer_are_left_out_loudly(tiny_work, tmp_p
     file.write_text("a much longer request than the model has room for " * 20 + "\n")
     with pytest.raises(ArtefactError, match=r"none of 1 prompts"):
         read(tiny_work, f"rlhf.prompts_from={file}", f"rlhf.held_out_from={file}")
+
+
+TESTED = "rlhf.rewards={mine: {kind: tests}}"
+
+
+def test_tests_of_a_prompt_are_found_by_what_the_model_sees(tiny_work, tmp_path):
+    lines = [{"prompt": f"Say {i}", "language": "bash", "tests": [{"stdout": str(i)}]} for i in range(20)]
+    file = tmp_path / "tasks.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = compose_config(["stage=rlhf", *TINY, "rlhf.pool.cache_tokens=4096", TESTED, f"rlhf.prompts_from={file}"])
+    assert isinstance(config, RlhfRunConfig)
+    check_prompts(config.rlhf)
+    tokenizer = Tokenizer.load(tiny_work.tokenizer_model)
+    tasks = tasks_of(config.rlhf, tokenizer)
+    train, held_out = read_all(config, tiny_work.run("rlhf", "any"), tokenizer)
+    assert {tokenizer.decode(list(prompt)) for prompt in [*train, *held_out]} == set(tasks)
+    assert sorted(task.tests[0].stdout for task in tasks.values()) == sorted(str(i) for i in range(20))
+    file.write_text(file.read_text() + json.dumps(lines[0] | {"tests": ["true"]}) + "\n")
+    with pytest.raises(ArtefactError, match="line 21: the same prompt has other tests in a line before"):
+        tasks_of(config.rlhf, tokenizer)
+    file.write_text(json.dumps({"prompt": "x", "language": "bash"}) + "\n")
+    with pytest.raises(ArtefactError, match="line 1: expected `tests`"):
+        check_prompts(config.rlhf)
+
+
+def test_tests_as_a_reward_need_a_file_of_prompts():
+    with pytest.raises(ConfigError, match=r"rlhf\.prompts_from='': expected a file of prompts with tests"):
+        compose_config(["stage=rlhf", *TINY, TESTED])
+    with pytest.raises(ConfigError, match=r"rlhf\.rewards\.mine\.score=some: expected share, all"):
+        compose_config(["stage=rlhf", *TINY, "rlhf.prompts_from=x", "rlhf.rewards={mine: {kind: tests, score: some}}"])
