@@ -177,6 +177,7 @@ class Rlhf(TrainingStage):
         *FREE_KEYS,
         *("rlhf.reward_model", "rlhf.pool.", "rlhf.micro_batch_tokens", "rlhf.table_rollouts"),
         *("rlhf.max_nonfinite_updates", "rlhf.max_failed_fraction", "rlhf.rewards.*.timeout_s"),
+        "rlhf.rewards.*.workers",
     )
     key_figures = (
         (KeyFigure("rlhf/win_rate", percent, "wins"), KeyFigure("rlhf/reward_mean", three_decimals, "reward")),
