@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.heavy]
 
 ROOT = Path(dist_lm.__file__).parent
 DEADLINE_S = 280
-TO_THE_LOSS, ONE_ITERATION = 82, 117  # 65 % of 127 and 180, measured before packages were merged
+TO_THE_LOSS, ONE_ITERATION = 83, 117  # 65 % of 127 and 180, measured before packages were merged; and training/rates.py
 RLHF = (
     "stage=rlhf",
     "stage.steps=1",
@@ -61,7 +61,7 @@ def test_from_the_command_to_the_first_loss(tiny_work, tmp_path):
     start = write_untrained(work, "language", seed=1)
     settings = ("stage.global_batch=4", "stage.micro_batch=2", "stage.steps=1", "stage.sampling.samples_per_prompt=0")
     found, _ = walked(work, tmp_path / "walk", "stage=code", f"stage.init_from={start.path}", *settings)
-    assert len(found) <= TO_THE_LOSS, sorted(found)
+    assert len(found) <= TO_THE_LOSS, " ".join(sorted(found))
     assert {"launch.py", "train.py", "training/trainer.py", "model/transformer.py"} <= found
 
 
@@ -76,5 +76,5 @@ def test_one_iteration_of_rlhf(tiny_work, tmp_path):
     settings = [one.replace("PROMPTS", str(prompts)) for one in RLHF]
     starts = (f"stage.init_from={start.path}", f"rlhf.reward_model={reward.path}")
     _, found = walked(work, tmp_path / "walk", *starts, *settings)
-    assert len(found) <= ONE_ITERATION, sorted(found)
+    assert len(found) <= ONE_ITERATION, " ".join(sorted(found))
     assert {"rlhf/learner.py", "rlhf/ppo.py", "generation/engine.py"} <= found
