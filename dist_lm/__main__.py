@@ -93,8 +93,8 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="tp, fsdp, checkpointing, compile, generate, likelihood, reward, rlhf, metrics, tracking or data "
-            "(docs/bench.md); learn (docs/recipes.md)."
+            help="tp, fsdp, checkpointing, compile, generate, likelihood, reward, preference, rlhf, metrics, tracking "
+            "or data (docs/bench.md); learn (docs/recipes.md)."
         ),
     ],
     overrides: Annotated[
@@ -380,7 +380,7 @@ def lm_eval(
 
 BoardName = Annotated[
     str | None,
-    typer.Argument(help="overview, language, code, tools, reward, rlhf or generate. Default: all."),
+    typer.Argument(help="overview, language, code, tools, preference, reward, rlhf or generate. Default: all."),
 ]
 
 

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -85,7 +85,7 @@ class OwnTraining:
         self.optimizer = build_optimizer(model, config.stage)
         model.document_mask = config.stage.document_mask
         self.objective = next_token()
-        self.batches = [made_up_batch(config, rows, world.device)]
+        self.batches: Sequence[Batch] = [made_up_batch(config, rows, world.device)]
         self.grad_clip = config.stage.grad_clip
 
     def step(self) -> float:

@@ -30,6 +30,7 @@ BENCHMARKS = {
     "generate": "dist_lm.bench.generate",
     "likelihood": "dist_lm.bench.likelihood",
     "reward": "dist_lm.bench.reward",
+    "preference": "dist_lm.bench.preference",
     "rlhf": "dist_lm.bench.rlhf",
     "data": "dist_lm.bench.data",
     "metrics": "dist_lm.bench.metrics",

@@ -180,13 +180,17 @@ def assemble(
         document_BT=_tensor(document[:, :-1]),
         position_BT=_tensor(position[:, :-1]),
         sequence_B=torch.tensor(numbers, dtype=torch.int64),
-        counted_N=_counted(learned[:, 1:]),
+        counted_N=counted_places(learned[:, 1:]),
         n_tokens=n_tokens,
     )
 
 
-def _counted(learned: np.ndarray) -> torch.Tensor | None:
-    """Places for which logits are computed; None (all places) if that costs little more."""
+def counted_places(learned: np.ndarray) -> torch.Tensor | None:
+    """Places for which logits are computed, as `Batch.counted_N`; None (all places) if that costs little more.
+
+    Args:
+        learned: (B, T); not 0 where the target counts.
+    """
     others = np.flatnonzero(learned == 0)
     size = -(-(learned.size - len(others)) // COUNTED_MULTIPLE) * COUNTED_MULTIPLE
     if size >= WORTH_CHOOSING * learned.size:

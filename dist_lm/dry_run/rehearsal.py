@@ -35,7 +35,7 @@ from dist_lm.parallel.values import shard_of
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.training import training_stage
 from dist_lm.training.heartbeat import StopRequest, Unheard
-from dist_lm.training.objective import LossSum, Objective
+from dist_lm.training.objective import LossSum, Objective, Prepare
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
 from dist_lm.training.trainer import Trainer
@@ -70,7 +70,16 @@ def play(config: Config, rank: int, world_size: int) -> tuple[StepMemory, Work]:
         batches = [stage.example_batch(config) or random_batch(config) for _ in range(min(micro_batches, PLAYED))]
         world = World(rank, world_size, 0, cpu)
         step = rehearse(
-            config, mesh, world, model, optimizer, stage.objective(config), batches, memory, counter.next_part
+            config,
+            mesh,
+            world,
+            model,
+            optimizer,
+            stage.objective(config),
+            batches,
+            memory,
+            counter.next_part,
+            stage.prepare(config),
         )
     if offload:
         step = step.offloaded(gradients_add_up(config, layout))
@@ -103,12 +112,14 @@ def rehearse(
     micro_batches: Sequence[Batch],
     memory: LiveMemory,
     on_micro_batch: Callable[[], None] = lambda: None,
+    prepare: Prepare | None = None,
 ) -> StepMemory:
     """Take one step on `micro_batches` and return its memory (collective, unless the process group is fake).
 
     Args:
         memory: has observed the allocation of the model too.
         on_micro_batch: called before each micro-batch.
+        prepare: see `Trainer.prepare`.
     """
     held: list[int] = []
 
@@ -118,7 +129,8 @@ def rehearse(
         return objective(model, batch)
 
     hook = optimizer.register_step_pre_hook(lambda *_: held.append(memory.live))
-    trainer = trainer_of_steps(config, world, model, optimizer, watched, counts_once=mesh.get_local_rank("tp") == 0)
+    counts_once = mesh.get_local_rank("tp") == 0
+    trainer = trainer_of_steps(config, world, model, optimizer, watched, counts_once, prepare)
     memory.reset_peak()
     trainer.step(TrainState(), StepData(0, list(micro_batches), 0), config.stage.lr)
     hook.remove()
@@ -135,6 +147,7 @@ def trainer_of_steps(
     optimizer: torch.optim.Optimizer,
     objective: Objective,
     counts_once: bool,
+    prepare: Prepare | None = None,
 ) -> Trainer:
     """A trainer for single steps, without data, evaluation, checkpoints and files of its own."""
     return Trainer(

@@ -176,7 +176,7 @@ class Transformer(nn.Module):
                 of scores, that gradient would be rounding, and Adam turns rounding into full steps.
         """
         assert self.scalar_head is not None, "model.head=tokens has no scores"
-        x_ND = self._head_input(batch, read_N, branch_BT=batch.branch_BT).float()
+        x_ND = self._head_input(batch, read_N).float()
         weight_D, bias_1 = self.scalar_weights
         bias_1 = bias_1 if learns_offset else bias_1.detach() + 0 * bias_1
         score_N = self.sum_of_parts(x_ND @ weight_D.float()) + bias_1.float()
@@ -187,9 +187,7 @@ class Transformer(nn.Module):
         cap = self.config.logit_cap
         return (lambda products, targets: losses(capped(products.float(), cap), targets)) if cap else losses
 
-    def _head_input(
-        self, batch: Batch, chosen_N: torch.Tensor | None, branch_BT: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def _head_input(self, batch: Batch, chosen_N: torch.Tensor | None) -> torch.Tensor:
         """The input of the head at the chosen tokens (None: at all tokens), (N, D)."""
         # the last feed-forward network skips the other tokens, where this rank has all tokens and dropout has no places
         early = chosen_N is not None and self.holds_all_tokens and self.dropout is None
@@ -197,7 +195,7 @@ class Transformer(nn.Module):
             batch.tokens_BT,
             document_BT=batch.document_BT if self.document_mask else None,
             position_BT=batch.position_BT,
-            branch_BT=branch_BT if self.document_mask else None,
+            branch_BT=batch.branch_BT if self.document_mask else None,
             boundary=batch.boundary if self.document_mask else None,
             dropout=replace(self.dropout, sequence_B=batch.sequence_B) if self.dropout else None,
             kept_N=chosen_N if early else None,

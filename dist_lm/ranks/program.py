@@ -24,6 +24,7 @@ from dist_lm.config.root import Config
 from dist_lm.data.manifest import read_manifest, record_content, require_content
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
+from dist_lm.model.lora import without_adapters
 from dist_lm.model.size import flops_per_token, parameter_count, trained_count
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import Layout, check_batch, resolve_layout
@@ -188,6 +189,8 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             dp_rank=ranks.get_local_rank(),
             dp_size=ranks.size(),
             position=state.position,
+            initial=partial(initial_model, config, start, model, begun=state.step > 0),
+            alive=lambda: heartbeat.beat(Phase.EVALUATING, state.step),
         )
         data = stage.open_data(opening)
         stream = stack.enter_context(data.stream)
@@ -209,6 +212,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             peak_flops=world.size * flops,
             bytes_per_token=data.bytes_per_token,
             profiler=step_profiler(run, config, world),
+            prepare=stage.prepare(config),
         )
         log.info(
             "rank %d of %d on %s, %s, from step %d", world.rank, world.size, world.device, start.layout, state.step
@@ -270,6 +274,23 @@ def restore(
             checkpoint.load_weights(origin, model, model.config)
         log.info("starting from the weights of %s", origin)
     return TrainState(tokenizer=sha256)
+
+
+@contextmanager
+def initial_model(config: Config, start: RankStart, model: Transformer, *, begun: bool) -> Iterator[Transformer]:
+    """The model that training starts from (collective): the base of adapters, the trained model before its first step,
+    else a copy that lives inside the block."""
+    if model.config.lora is not None:
+        with without_adapters(model):
+            yield model
+    elif not begun:
+        yield model
+    else:
+        copy = build_model(model.config, config.parallel, start.mesh, start.world.device, config.seed)
+        if config.stage.init_from != "none":
+            origin = checkpoint.find_intact(Path(config.stage.init_from), start.world)
+            checkpoint.load_weights(origin, copy, copy.config)
+        yield copy
 
 
 def write_result(

@@ -26,6 +26,7 @@ KNOTS = 200  # of the lines that map steps to tokens and hours
 TOKENS = "train/tokens"
 HEADLINES = (  # what a stage is for comes first; cards and visible charts show the first `SHOWN_FIRST` of a run
     "tools/call_exact",
+    "preference/accuracy",
     "reward/accuracy",
     "rlhf/win_rate",
     "rlhf/reward_mean",

@@ -51,11 +51,17 @@ def pair_losses(winner_N: torch.Tensor, loser_N: torch.Tensor, margin_N: torch.T
     return -F.logsigmoid(lead_N if margin_N is None else lead_N - margin_N)
 
 
+def remaining(rank_PK: torch.Tensor, there_PK: torch.Tensor) -> torch.Tensor:
+    """Which completions a choice leaves, (P, K, K) bool: the worse ones, and of tied ones those at later places."""
+    worse_PKK = rank_PK[:, None, :] > rank_PK[:, :, None]
+    tied_PKK = rank_PK[:, None, :] == rank_PK[:, :, None]
+    return (worse_PKK | tied_PKK.triu(1)) & there_PK[:, None, :] & there_PK[:, :, None]
+
+
 def right_choices(score_PK: torch.Tensor, rank_PK: torch.Tensor, there_PK: torch.Tensor) -> torch.Tensor:
     """Number of choices, of the K - 1 of each ranking, whose score is above those of all worse completions, scalar."""
     worse_PKK = (rank_PK[:, None, :] > rank_PK[:, :, None]) & there_PK[:, None, :]
-    tied_PKK = (rank_PK[:, None, :] == rank_PK[:, :, None]) & there_PK[:, None, :]
-    left_PK = worse_PKK.sum(-1) + tied_PKK.triu(1).sum(-1)  # remaining after this choice; ties in order of position
+    left_PK = remaining(rank_PK, there_PK).sum(-1)
     best_PK = score_PK[:, None, :].masked_fill(~worse_PKK, -torch.inf).amax(-1)
     return ((score_PK > best_PK) & there_PK & (left_PK > 0)).sum()
 

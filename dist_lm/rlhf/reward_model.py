@@ -28,6 +28,7 @@ from dist_lm.training.objective import LossSum
 
 Scores = TypeVar("Scores", float, np.ndarray, torch.Tensor)
 KEY = "normaliser"  # of the reward scale in result.json
+FIGURES = ("accuracy", "kendall_tau", "top1", "calibration_error")  # of scores on held-out rankings
 SMALLEST_STD = 1e-6  # avoids a division by 0 where all scores are equal
 
 
@@ -170,14 +171,21 @@ def beside_verdicts(rankings: RankingCorpus, scores: Mapping[int, np.ndarray]) -
 
 
 def reward_metrics(scored: Sequence[ScoredRanking]) -> dict[str, float]:
-    """`val/loss` (nats per choice) and `reward/{accuracy,kendall_tau,top1,calibration_error}`, over all rankings,
-    by source (`..._SOURCE`) and the latter also by number of completions (`..._kK`)."""
-    metrics = {"val/loss": mean_loss(scored)} | _figures(scored, "")
+    """`val/loss` (nats per choice) over all rankings and by source (`val/loss_SOURCE`), and `reward/...` of `FIGURES`:
+    see `agreement_figures`."""
+    metrics = {"val/loss": mean_loss(scored)} | agreement_figures(scored, "reward")
     for source in sorted({one.source for one in scored}):
-        part = [one for one in scored if one.source == source]
-        metrics |= {f"val/loss_{source}": mean_loss(part)} | _figures(part, f"_{source}")
+        metrics[f"val/loss_{source}"] = mean_loss([one for one in scored if one.source == source])
+    return metrics
+
+
+def agreement_figures(scored: Sequence[ScoredRanking], group: str, names: Sequence[str] = FIGURES) -> dict[str, float]:
+    """`GROUP/NAME` over all rankings, by source (`..._SOURCE`) and by number of completions (`..._kK`)."""
+    metrics = _figures(scored, group, names, "")
+    for source in sorted({one.source for one in scored}):
+        metrics |= _figures([one for one in scored if one.source == source], group, names, f"_{source}")
     for k in sorted({len(one.scores) for one in scored}):
-        metrics |= _figures([one for one in scored if len(one.scores) == k], f"_k{k}")
+        metrics |= _figures([one for one in scored if len(one.scores) == k], group, names, f"_k{k}")
     return metrics
 
 
@@ -197,10 +205,10 @@ def mean_loss(scored: Sequence[ScoredRanking]) -> float:
     return total / count
 
 
-def _figures(scored: Sequence[ScoredRanking], suffix: str) -> dict[str, float]:
+def _figures(scored: Sequence[ScoredRanking], group: str, names: Sequence[str], suffix: str) -> dict[str, float]:
     tensors = _padded(scored)
     found = agreement(*tensors) | {"calibration_error": calibration_error(*tensors)}
-    return {f"reward/{name}{suffix}": value for name, value in found.items()}
+    return {f"{group}/{name}{suffix}": value for name, value in found.items() if name in names}
 
 
 def _padded(scored: Sequence[ScoredRanking]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

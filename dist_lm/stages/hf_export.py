@@ -55,7 +55,7 @@ class ExportConfig(Config):
 class Export(ArtefactStage):
     name = "export"
     schema = ExportConfig
-    needs = ("language", "code", "tools", "reward", "rlhf")
+    needs = ("language", "code", "tools", "preference", "reward", "rlhf")
 
     def needed(self, config: Config) -> tuple[str, ...]:
         stage = own(config)

@@ -19,7 +19,7 @@ from dist_lm.tracking.metrics import read_metrics
 from dist_lm.training import checkpoint_files as files
 
 NOT_GIVEN = "not given"
-SHOWN = ("val/", "eval/", "code/", "tools/", "reward/", "rlhf/")  # groups of metrics
+SHOWN = ("val/", "eval/", "code/", "tools/", "preference/", "reward/", "rlhf/")  # groups of metrics
 
 
 def model_card(

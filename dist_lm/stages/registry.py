@@ -26,6 +26,7 @@ OWN = (
     "code",
     "tools",
     "rankings",
+    "preference",
     "reward",
     "rlhf",
     "generate",

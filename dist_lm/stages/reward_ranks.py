@@ -46,15 +46,7 @@ def open_data(opening: Opening) -> StageData:
     """
     assert isinstance(opening.config, RewardRunConfig)
     stage = opening.config.stage
-    for key in ("document_mask", "reset_positions"):
-        accepted = "true: a completion attends to its prompt and itself, at the positions after the prompt"
-        require(getattr(stage, key), f"stage.{key}", False, accepted)
-    require(not stage.mix, "stage.mix", stage.mix, "none: stage reward reads only rankings")
-    train, val = (RankingCorpus.open(opening.run.work.corpus(stage.corpus), split) for split in SPLITS)
-    if opening.world.is_first:
-        for rankings in (train, val):
-            if note := note_of_left_out(rankings.corpus, stage.seq_len, kind="rankings"):
-                log.warning("%s", note)
+    train, val = open_rankings(opening)
     stream = RankingStream(
         train,
         stage.reward.learn_from,
@@ -86,6 +78,26 @@ def open_data(opening: Opening) -> StageData:
         return reward_metrics(beside_verdicts(val, scores))
 
     return StageData(stream, evaluate)
+
+
+def open_rankings(opening: Opening) -> tuple[RankingCorpus, RankingCorpus]:
+    """Train and val of a stage that reads only rankings.
+
+    Raises:
+        ConfigError: a setting that rankings do not allow.
+        ArtefactError: the corpus holds no rankings.
+    """
+    stage = opening.config.stage
+    for key in ("document_mask", "reset_positions"):
+        accepted = "true: a completion attends to its prompt and itself, at the positions after the prompt"
+        require(getattr(stage, key), f"stage.{key}", False, accepted)
+    require(not stage.mix, "stage.mix", stage.mix, f"none: stage {stage.name} reads only rankings")
+    train, val = (RankingCorpus.open(opening.run.work.corpus(stage.corpus), split) for split in SPLITS)
+    if opening.world.is_first:
+        for rankings in (train, val):
+            if note := note_of_left_out(rankings.corpus, stage.seq_len, kind="rankings"):
+                log.warning("%s", note)
+    return train, val
 
 
 def score_samples(closing: Closing) -> dict[str, float]:

@@ -31,6 +31,8 @@ from dist_lm.tracking.readable import change, counted, percent, three_decimals
 from dist_lm.training import checkpoint_files
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from torch.distributed import ProcessGroup
 
     from dist_lm.data.batch import Batch
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from dist_lm.parallel.mesh import World
     from dist_lm.tokenizer.tokenizer import Tokenizer
     from dist_lm.tracking.console import Console
-    from dist_lm.training.objective import Objective
+    from dist_lm.training.objective import Objective, Prepare
     from dist_lm.training.trainer import Evaluate
 
 # keys that may change when a run is continued: placement and tracking, nothing that changes the result
@@ -70,6 +72,8 @@ class Opening:
     dp_rank: int  # among `data_ranks`
     dp_size: int
     position: int  # sequences consumed so far
+    initial: "Callable[[], AbstractContextManager[Transformer]] | None" = None  # the model that training starts from
+    alive: Callable[[], None] = lambda: None  # writes a heartbeat; long preparations call it regularly
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,10 @@ class TrainingStage(Stage):
     def objective(self, config: Config) -> "Objective":
         """The loss of a batch."""
         raise NotImplementedError(f"stage {self.name} has a program of its own")
+
+    def prepare(self, config: Config) -> "Prepare | None":
+        """What is called with the micro-batches of a step before its passes; None: nothing."""
+        return None
 
     def open_data(self, opening: Opening) -> StageData:
         """The training stream of this rank, and its evaluation."""

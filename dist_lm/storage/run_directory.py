@@ -4,7 +4,7 @@ work/
   tokenizer/{tokenizer.model or tokenizer.json, report.json}
   corpora/NAME/{train,val}-000000.tar + .index, manifest.json
   runs/STAGE/RUN_ID/
-    config.yaml corpora.json metrics.jsonl result.json
+    config.yaml corpora.json metrics.jsonl result.json reference.safetensors
     checkpoints/step_00000100/ ... LATEST BEST
     averages/last_4_step_00000100/ ...
     logs/rank_00000.log   samples/   wandb/   profile/
@@ -94,6 +94,11 @@ class RunDirectory:
     def corpora(self) -> Path:
         """JSON: corpus -> split -> hash of the content that the run trains on."""
         return self.path / "corpora.json"
+
+    @property
+    def reference(self) -> Path:
+        """Log-probabilities of all rankings under the model that stage `preference` starts from."""
+        return self.path / "reference.safetensors"
 
     @property
     def tokenizer_model(self) -> Path:

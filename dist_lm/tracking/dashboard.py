@@ -39,6 +39,10 @@ TOGETHER = {
     "Tokens clipped": ("rlhf/clip_frac", "rlhf/value_clip_frac"),
     "Value and return": ("rlhf/value_mean", "rlhf/return_mean"),
     "Score on held-out prompts": ("rlhf/held_out_score", "rlhf/held_out_score_reference"),
+    "Implicit rewards": ("train/chosen_reward", "train/rejected_reward"),
+    "Log-probabilities of answers": ("train/chosen_logprob", "train/rejected_logprob"),
+    "Implicit rewards of held-out answers": ("preference/chosen_reward", "preference/rejected_reward"),
+    "Log-probabilities of held-out answers": ("preference/chosen_logprob", "preference/rejected_logprob"),
     "Score of the model it started from": ("reward/score_mean", "reward/score_std"),
 }
 # positive values that span several powers of ten
@@ -52,6 +56,7 @@ COMPARED = {
     "speed": ("perf/tokens_per_s", "perf/tokens_per_s_per_rank", "perf/mfu", "perf/step_s"),
     "tools": ("tools/call_exact", "tools/irrelevance"),
     "code": ("code/parses_{language}",),
+    "preference": ("preference/accuracy", "preference/margin"),
     "reward": ("reward/accuracy", "reward/kendall_tau"),
     "rlhf": ("rlhf/reward_mean", "rlhf/score_mean", "rlhf/kl", "rlhf/win_rate"),
     "generate": ("generate/tokens_per_s", "generate/prompts"),

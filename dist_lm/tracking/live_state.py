@@ -69,6 +69,7 @@ class Figure:
 FIGURES = (
     Figure("train/loss", "loss", three_decimals, plain="loss {}", importance=0),
     Figure("val/bits_per_byte", "val", three_decimals, "bits/byte", plain="val {} bits/byte", importance=2),
+    Figure("preference/accuracy", "accuracy", percent, "held out", plain="val accuracy {}", importance=2),
     Figure("reward/accuracy", "accuracy", percent, "held out", plain="val accuracy {}", importance=2),
     Figure("tools/call_exact", "calls", percent, "exact"),
     Figure("rlhf/reward_mean", "reward", three_decimals, plain="reward {}", importance=0),
@@ -82,6 +83,7 @@ FIGURES = (
 HEADLINES = (
     ("rlhf/win_rate", "wins {}", percent),
     ("rlhf/reward_mean", "reward {}", three_decimals),
+    ("preference/accuracy", "accuracy {}", percent),
     ("reward/accuracy", "accuracy {}", percent),
     ("tools/call_exact", "calls {} exact", percent),
     ("val/bits_per_byte", "val {} bits/byte", three_decimals),

@@ -20,13 +20,13 @@ Row = tuple[str, str, Better, str]
 
 TEXT_STAGES = ("language", "code", "tools")
 """Stages that predict tokens of text."""
-LOOP_STAGES = (*TEXT_STAGES, "reward")
+LOOP_STAGES = (*TEXT_STAGES, "preference", "reward")
 """Stages that run the trainer's loop."""
 TRAINING_STAGES = (*LOOP_STAGES, "rlhf")
 """Every stage that trains."""
 MEASURED_STAGES = (*TRAINING_STAGES, "generate")
 """Every stage that writes metrics."""
-REWARD, RLHF = ("reward",), ("rlhf",)
+PREFERENCE, REWARD, RLHF = ("preference",), ("reward",), ("rlhf",)
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,29 @@ LEARNING = (
     ),
     *_table(
         "loss",
-        REWARD,
+        (*PREFERENCE, *REWARD),
         ("train/accuracy", "", "higher", "Share of choices whose preferred answer scores highest."),
     ),
-    *_table("loss", TRAINING_STAGES, ("train/tokens", "tokens", "", "Tokens trained on so far (reward: choices).")),
+    *_table(
+        "preference",
+        PREFERENCE,
+        ("train/margin", "", "higher", "Implicit reward of chosen minus rejected answers, mean over choices."),
+        ("train/chosen_reward", "", "", "Mean implicit reward of chosen answers."),
+        ("train/rejected_reward", "", "", "Mean implicit reward of rejected answers."),
+        ("train/chosen_logprob", "nats", "", "Mean log-probability of chosen answers."),
+        ("train/rejected_logprob", "nats", "", "Mean log-probability of rejected answers."),
+    ),
+    *_table(
+        "preference",
+        PREFERENCE,
+        ("train/kl", "nats", "", "KL divergence from the reference on mismatched answers: KTO's reference point."),
+        only="with stage.preference.algorithm=kto",
+    ),
+    *_table(
+        "loss",
+        TRAINING_STAGES,
+        ("train/tokens", "tokens", "", "Tokens trained on so far (preference, reward: choices)."),
+    ),
     *_table(
         "optimizer",
         LOOP_STAGES,
@@ -169,7 +188,7 @@ HELD_OUT = (
     *_table(
         "held-out",
         LOOP_STAGES,
-        ("val/loss", "nats/target", "lower", "Held-out loss a token (reward: a choice)."),
+        ("val/loss", "nats/target", "lower", "Held-out loss a token (preference, reward: a choice)."),
         parts=[PART],
     ),
     *_table(
@@ -247,6 +266,28 @@ HELD_OUT = (
 )
 
 REINFORCEMENT = (
+    *_table(
+        "preference",
+        PREFERENCE,
+        ("preference/accuracy", "", "higher", "Share of held-out pairs in the right order by implicit reward."),
+        ("preference/kendall_tau", "", "higher", "Mean Kendall's tau-b of held-out rankings."),
+        parts=[("_{source}", "for one source"), ("_k{completions}", "for one number of completions")],
+    ),
+    *_table(
+        "preference",
+        PREFERENCE,
+        ("preference/margin", "", "higher", "Held-out implicit reward of chosen minus rejected answers."),
+        ("preference/chosen_reward", "", "", "Mean implicit reward of chosen held-out answers."),
+        ("preference/rejected_reward", "", "", "Mean implicit reward of rejected held-out answers."),
+        ("preference/chosen_logprob", "nats", "", "Mean log-probability of chosen held-out answers."),
+        ("preference/rejected_logprob", "nats", "", "Mean log-probability of rejected held-out answers."),
+    ),
+    *_table(
+        "preference",
+        PREFERENCE,
+        ("preference/kl", "nats", "", "KL divergence from the reference on mismatched held-out answers."),
+        only="with stage.preference.algorithm=kto",
+    ),
     *_table(
         "reward",
         REWARD,

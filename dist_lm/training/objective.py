@@ -32,6 +32,10 @@ class Objective(Protocol):
     def __call__(self, model: Transformer, batch: Batch) -> LossSum: ...
 
 
+Prepare = Callable[[Transformer, Sequence[Batch]], Sequence[Batch]]
+"""(model, micro-batches of this rank) -> the same with what their loss needs of the global batch (collective)."""
+
+
 def next_token(label_smoothing: float = 0.0, z_loss: float = 0.0) -> Objective:
     """Mean cross-entropy over the tokens whose loss mask is 1."""
 

@@ -4,7 +4,7 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from dist_lm.config.root import Config
+from dist_lm.data.batch import Batch
 from dist_lm.data.stream import StepData, StepStream
 from dist_lm.errors import UserError
 from dist_lm.model.keyed_random import DropoutKey
@@ -23,7 +24,7 @@ from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.training import checkpoint_files
 from dist_lm.training.checkpoint_saver import CheckpointSaver
 from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
-from dist_lm.training.objective import Objective
+from dist_lm.training.objective import Objective, Prepare
 from dist_lm.training.optimizer import set_learning_rate, set_momentum, stage_rate
 from dist_lm.training.rates import muon_momentum
 from dist_lm.training.state import TrainState
@@ -63,6 +64,7 @@ class Trainer:
     peak_flops: float  # of all ranks together; 0: unknown
     bytes_per_token: float = 0.0  # of the training text; 0: unknown
     profiler: StepProfiler | None = None
+    prepare: Prepare | None = None  # called before the passes of a step
 
     def __post_init__(self) -> None:
         self.model.document_mask = self.config.stage.document_mask
@@ -144,7 +146,9 @@ class Trainer:
     def step(self, state: TrainState, data: StepData, rate: float, laps: Laps | None = None) -> StepResult:
         """One optimizer step at learning rate `rate` (collective)."""
         stage, model = self.config.stage, self.model
-        batches = [batch.to(self.world.device) for batch in data.micro_batches]
+        batches: Sequence[Batch] = [batch.to(self.world.device) for batch in data.micro_batches]
+        if self.prepare:
+            batches = self.prepare(model, batches)
         set_learning_rate(self.optimizer, rate)
         set_momentum(self.optimizer, muon_momentum(stage, state.step))
         model.dropout = DropoutKey(stage.dropout, self.config.seed, state.step) if stage.dropout else None

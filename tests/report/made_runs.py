@@ -155,7 +155,7 @@ def samples_of(stage: str) -> list[Mapping[str, Any]]:
     if stage == "tools":
         row = {"kind": "one_call", "prompt": "<|im_start|>user\nAdd 1 and 2<|im_end|>\n", "expected": '{"name": "add"}'}
         return [row | {"found": '{"name": "add"}', "right": True}, row | {"found": HOSTILE, "right": False}]
-    if stage in ("reward",):
+    if stage in ("preference", "reward"):
         return []
     if stage == "rlhf":
         row = {"kind": "rollout", "prompt": "Write a loop", "parts": {"reward_model": 0.31}, "tokens": 14}

@@ -67,6 +67,7 @@ def test_contracts_do_not_drift():
     for stage, name in (
         ("code", "code/parses_python"),
         ("tools", "tools/call_exact"),
+        ("preference", "preference/accuracy"),
         ("reward", "reward/accuracy"),
         ("reward", "reward/kendall_tau"),
         ("rlhf", "rlhf/reward_mean"),

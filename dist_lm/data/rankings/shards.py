@@ -111,19 +111,22 @@ class RankingCorpus:
         """All tokens of a ranking, (n,) uint16."""
         return self.corpus.tokens(document, 0, int(self.corpus.lengths[document]))
 
+    def places(self, document: int) -> slice:
+        """Where the completions of a ranking are in an array over all completions of the split."""
+        end = int(self._rank_ends[document])
+        return slice(end - int(self.completions[document]), end)
+
     def source(self, document: int) -> str:
         """Where a ranking comes from: what the manifest calls its language."""
         return self.corpus.languages[self.corpus.language_codes[document]]
 
     def verdict(self, document: int) -> Verdict:
         """How the completions of a ranking were judged; views."""
-        rank_end, judgement_end = int(self._rank_ends[document]), int(self._judgement_ends[document])
+        judgement_end, places = int(self._judgement_ends[document]), self.places(document)
         judged, end = int(self._verdicts.judged[document]), int(self._token_ends[document])
-        ranked = 0 if judged else int(self.completions[document])
-        first = rank_end - int(self.completions[document])
         return Verdict(
             branch=self._branch[end - int(self.corpus.lengths[document]) : end],
-            ranks=self._verdicts.ranks[first : first + ranked],
+            ranks=self._verdicts.ranks[slice(0) if judged else places],
             judgements=self._verdicts.judgements[judgement_end - judged : judgement_end],
             margins=self._verdicts.margins[judgement_end - judged : judgement_end],
         )

@@ -7,7 +7,7 @@ verdict (its ranks, or pairs drawn from them, with label noise) is keyed by rank
 Dimensions: B sequences, T tokens, P rankings, K completions of the largest, N judgements.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
@@ -35,11 +35,18 @@ class PlacedRanking:
     """A ranking in a batch."""
 
     document: int  # number in its corpus
-    places: np.ndarray  # (K,) int64: of the completions' last tokens, in the flattened batch
+    places: np.ndarray  # (K,) int64: of the completions' values; `assemble_rankings`: places of their last tokens
+
+
+Assemble = Callable[
+    [RankingCorpus, Sequence[Sequence[DocumentSlice]], Sequence[int], int, int, Opening | None],
+    tuple[Batch, list[PlacedRanking]],
+]
+"""(rankings, rows, numbers, seq_len, pad_id, opening) -> a batch and the rankings in it: see `assemble_rankings`."""
 
 
 class RankingStream(StepStream):
-    """The steps of stage reward."""
+    """The steps of a stage that learns from rankings."""
 
     def __init__(
         self,
@@ -57,8 +64,12 @@ class RankingStream(StepStream):
         dp_size: int,
         position: int = 0,
         pin_memory: bool = False,
+        assemble: Assemble | None = None,
     ) -> None:
         """Arguments as of `StepStream`; `learn_from`, `label_noise`: see `lesson`.
+
+        Args:
+            assemble: makes the batches; None: `assemble_rankings`.
 
         Raises:
             ConfigError: the batch does not divide over the ranks.
@@ -67,6 +78,7 @@ class RankingStream(StepStream):
         self._rankings, self._seed = rankings, seed
         self._learn_from, self._label_noise = learn_from, label_noise
         self._seq_len, self._pad_id, self._opening = seq_len, pad_id, opening
+        self._assemble = assemble or assemble_rankings
         packing = packed(rankings.corpus, seq_len, kind=ALL)
         self._epochs = Epochs(packing.n_rows, lambda epoch: PackedEpoch(packing, seed, epoch))
         super().__init__(
@@ -84,7 +96,7 @@ class RankingStream(StepStream):
         """The sequences of these global numbers."""
         orders = [self._epochs.place(number) for number in numbers]
         rows = [order.sequence(i) for order, i in orders]
-        batch, placed = assemble_rankings(self._rankings, rows, numbers, self._seq_len, self._pad_id, self._opening)
+        batch, placed = self._assemble(self._rankings, rows, numbers, self._seq_len, self._pad_id, self._opening)
         verdicts = [
             lesson(self._rankings.verdict(one.document), self._learn_from, self._label_noise, self._seed, one.document)
             for one in placed
@@ -104,6 +116,7 @@ class RankingBatches:
     pad_id: int
     opening: Opening | None = None
     limit_sequences: int = 0  # rows at even distances; 0: all
+    assemble: Assemble | None = None  # makes the batches; None: `assemble_rankings`
 
     @cached_property
     def packing(self) -> Packing:
@@ -114,7 +127,8 @@ class RankingBatches:
         chosen = spread(self.packing.n_rows, self.limit_sequences)
         for numbers in dealt(chosen, self.micro_batch, self.dp_rank, self.dp_size):
             rows = [self.packing.sequence(number) if number >= 0 else [] for number in numbers]
-            yield assemble_rankings(self.rankings, rows, numbers, self.seq_len, self.pad_id, self.opening)
+            made = self.assemble or assemble_rankings
+            yield made(self.rankings, rows, numbers, self.seq_len, self.pad_id, self.opening)
 
 
 def lesson(verdict: Verdict, learn_from: str, label_noise: float, seed: int, number: int) -> Verdict:

@@ -1,0 +1,179 @@
+"""A training step of DPO on pairs: a tree for each prompt with both completions, against TRL's `DPOTrainer`.
+
+All ways train the same model on the same pairs by the same loss (the first steps are compared). Without the tree a
+prompt is read once for each completion. TRL computes the reference in every step by default; the second peer is TRL
+with log-probabilities of the reference that are known before, as ours are. Its trainer's loop, logging and data loader
+are not timed. Ceiling: next-token training on as many tokens as the trees have, causal, with logits of the
+completions only. Speed is in pairs per second.
+
+Dimensions: B prompts (and sequences of the tree), T tokens.
+"""
+
+import importlib.util
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dist_lm.bench.case import Case, GroupSize, against, configurations
+from dist_lm.bench.rank import OwnTraining, Trial
+from dist_lm.config.root import Config
+from dist_lm.data.batch import RankedPlaces
+from dist_lm.data.rankings.completions import CompletionBatch, batch_of_trees
+from dist_lm.model.keyed_random import initialise
+from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.mesh import World
+from dist_lm.rlhf.preference import PreferenceLoss
+from dist_lm.rlhf.preference_objective import preference_objective, segment_logprobs
+from dist_lm.stages.export import write_model
+from dist_lm.stages.preference import settings_of
+
+TREE, PLAIN = "our step on trees", "as many tokens, next-token loss"
+TRL, TRL_KNOWN = "TRL", "TRL, reference known"
+PACKAGES = ("trl", "accelerate", "transformers")
+PROMPT_SHARE = 0.5  # of the tree
+PAIRS = "pairs/s"
+END, PAD = "</s>", "<pad>"  # pieces of the tokenizer that TRL asks for
+NANO = (
+    *("stage=preference", "stage.preference.learn_from=pairs", "model=nano", "stage.weight_decay=0"),
+    *("stage.global_batch=4", "stage.seq_len=512", "stage.lr=1e-4"),
+)
+SHAPES = (NANO, (*NANO, "stage.global_batch=2", "stage.seq_len=1024"))
+ROUNDS = 9
+THREADS = 1
+
+
+def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
+    """Prompts that fill half of stage.seq_len, with two completions each."""
+    return [_case(config) for config in configurations(SHAPES, overrides, quick)]
+
+
+def _case(config: Config) -> Case:
+    missing = [package for package in PACKAGES if not importlib.util.find_spec(package)]
+    why_not = f"{', '.join(missing)} not installed" if missing else None
+    prompt, own = tokens_of(config)
+    peers = [] if missing else [TRL, TRL_KNOWN]
+    return Case(
+        name=f"DPO, {config.model.name}, {config.stage.global_batch} prompts of {prompt}, 2 completions of {own}",
+        config=config,
+        ways=dict.fromkeys([TREE, *peers, PLAIN], GroupSize(1, THREADS)),
+        comparisons=[against(TREE, peer, why_not, PLAIN) for peer in (TRL, TRL_KNOWN)],
+        same_losses=frozenset({TREE, *peers}),
+        rounds=ROUNDS,
+        amount=config.stage.global_batch,
+        unit=PAIRS,
+    )
+
+
+def build(way: str, config: Config, world: World) -> Trial:
+    """One way, in one process."""
+    model = Transformer(config.model)
+    initialise(model, config.seed)
+    model.to(world.device)
+    batch = batch_of(config).to(world.device)
+    with torch.no_grad():
+        known = segment_logprobs(model, batch)[: len(batch.prompt_C)]
+    if way in (TRL, TRL_KNOWN):
+        return Trial(TrlStep(model, config, known if way == TRL_KNOWN else None, world.device))
+    training = OwnTraining(model, config, slice(None), world)
+    if way == TREE:
+        model.document_mask = True
+        training.objective = preference_objective(PreferenceLoss(settings_of(config)))
+        training.batches = [replace(batch, reference_C=known)]
+    else:
+        training.batches = [replace(batch, branch_BT=None)]
+    return Trial(training.step)
+
+
+def tokens_of(config: Config) -> tuple[int, int]:
+    """(tokens of a prompt, of each completion)."""
+    own = round(config.stage.seq_len * (1 - PROMPT_SHARE) / 2)
+    return config.stage.seq_len + 1 - 2 * own, own
+
+
+def made_up_tokens(config: Config) -> np.ndarray:
+    """Prompt and two completions of each pair, one after the other, (B, T + 1)."""
+    draw = np.random.default_rng(config.seed)
+    return draw.integers(2, config.model.vocab_size, (config.stage.global_batch, config.stage.seq_len + 1))
+
+
+def batch_of(config: Config) -> CompletionBatch:
+    """A tree a row; the first completion is the better one."""
+    prompt, own = tokens_of(config)
+    branch = np.repeat([0, 1, 2], [prompt, own, own])
+    rows = [[(tokens, branch)] for tokens in made_up_tokens(config)]
+    batch = batch_of_trees(rows, range(len(rows)), config.stage.seq_len, pad_id=0, learns_prompts=False)
+    none = torch.zeros(0, 2, dtype=torch.int64)
+    first = torch.arange(0, 2 * len(rows), 2)
+    return replace(batch, ranked=RankedPlaces(none, none, none.bool(), first, first + 1, torch.zeros(len(rows))))
+
+
+class TrlStep:
+    """A step of `DPOTrainer`: its loss, backward pass, clipping, AdamW."""
+
+    def __init__(self, model: Transformer, config: Config, known: torch.Tensor | None, device: torch.device) -> None:
+        trl, datasets = import_module("trl"), import_module("datasets")
+        transformers = import_module("transformers")
+        with tempfile.TemporaryDirectory(prefix="dlm-bench-") as folder:
+            ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+            write_model(Path(folder), model.config, dict(model.named_parameters()).__getitem__, "fp32", ids)
+            policy, reference = (transformers.AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+        self._folder = tempfile.TemporaryDirectory(prefix="dlm-bench-")
+        arguments = trl.DPOConfig(
+            output_dir=self._folder.name,
+            beta=settings_of(config).strength,
+            per_device_train_batch_size=config.stage.global_batch,
+            max_length=None,
+            gradient_checkpointing=False,
+            report_to="none",
+            use_cpu=device.type == "cpu",
+            bf16=False,
+        )
+        one = datasets.Dataset.from_dict({"prompt": ["w2"], "chosen": [" w2"], "rejected": [" w3"]})
+        trainer: Any = trl.DPOTrainer(
+            model=policy,
+            ref_model=reference,
+            args=arguments,
+            processing_class=_tokenizer(config),
+            train_dataset=one,
+        )
+        prompt, own = tokens_of(config)
+        self._inputs = trainer.data_collator(
+            [
+                {"prompt_ids": row[:prompt], "chosen_ids": row[prompt:-own], "rejected_ids": row[-own:]}
+                for row in made_up_tokens(config).tolist()
+            ]
+        )
+        if known is not None:
+            trainer.precompute_ref_logps = True
+            self._inputs |= {"ref_chosen_logps": known[0::2].cpu(), "ref_rejected_logps": known[1::2].cpu()}
+        self._inputs = {name: value.to(device) for name, value in self._inputs.items()}
+        self._trainer, self._model, stage = trainer, trainer.model.train(), config.stage
+        self._clip = stage.grad_clip
+        self._optimizer = torch.optim.AdamW(
+            self._model.parameters(), lr=stage.lr, betas=(stage.beta1, stage.beta2), eps=stage.adam_eps,
+            weight_decay=0.0, fused=True,
+        )  # fmt: skip
+
+    def __call__(self) -> float:
+        """One step; returns its loss."""
+        loss = self._trainer.compute_loss(self._model, self._inputs)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+
+def _tokenizer(config: Config) -> Any:
+    """One word per token: the trainer needs a tokenizer for padding and for its dataset, which is not used."""
+    transformers, tokenizers = import_module("transformers"), import_module("tokenizers")
+    words = {END: 0, PAD: 1} | {f"w{number}": number for number in range(2, config.model.vocab_size)}
+    own = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token=PAD))
+    own.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=own, eos_token=END, pad_token=PAD)

@@ -1,0 +1,199 @@
+"""Losses that learn from judged completions without rollouts: DPO, IPO, KTO, ORPO, SimPO, DPO from whole rankings.
+
+A log-ratio is the log-probability of a completion under the policy minus that under the reference, summed over its
+tokens. The reference is the model that training starts from.
+
+| algorithm | an implicit reward | source |
+| --- | --- | --- |
+| DPO | beta * log-ratio | Rafailov et al. 2023, arXiv 2305.18290 |
+| IPO | beta * mean log-ratio of a token | Azar et al. 2023, arXiv 2310.12036 |
+| KTO | beta * log-ratio | Ethayarajh et al. 2024, arXiv 2402.01306 |
+| ORPO | beta * mean log-probability of a token | Hong et al. 2024, arXiv 2403.07691 |
+| SimPO | beta * mean log-probability of a token | Meng et al. 2024, arXiv 2405.14734 |
+
+Dimensions: C completions of P prompts, N pairs of a better and a worse completion, K completions of the largest prompt.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the name the field uses
+
+from dist_lm.config.preference import DPO, IPO, KTO, ORPO, PreferenceConfig
+from dist_lm.data.batch import RankedPlaces
+from dist_lm.rlhf.rankings import choices, ranking_losses, remaining, right_choices
+from dist_lm.training.objective import LossSum
+
+NEAREST_TO_ONE = -1e-7  # largest log-probability whose odds are finite in fp32
+
+# --- equations: all tensors fp32, in nats ---
+
+
+def dpo_losses(better_N: torch.Tensor, worse_N: torch.Tensor, beta: float) -> torch.Tensor:
+    """DPO, equation 7, (N,). Arguments: log-ratios."""
+    return -F.logsigmoid(beta * (better_N - worse_N))
+
+
+def plackett_luce_losses(
+    ratio_PK: torch.Tensor, rank_PK: torch.Tensor, there_PK: torch.Tensor, beta: float
+) -> torch.Tensor:
+    """DPO from rankings, equation 20 (appendix A.3), one loss for each choice, (P, K); DPO's for two completions.
+
+    Arguments: log-ratios, and those of `ranking_losses`, which divides ties by Efron's rule.
+    """
+    return ranking_losses(beta * ratio_PK, rank_PK, there_PK)
+
+
+def ipo_losses(better_N: torch.Tensor, worse_N: torch.Tensor, beta: float) -> torch.Tensor:
+    """IPO, equation 17 with beta for tau, (N,). Arguments: mean log-ratios of a token.
+
+    The paper does not name the mean. Its authors confirmed it to TRL: sums would make the loss grow with length.
+    """
+    return (better_N - worse_N - 1 / (2 * beta)).square()
+
+
+def kto_losses(
+    better_N: torch.Tensor,
+    worse_N: torch.Tensor,
+    point: torch.Tensor,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> torch.Tensor:
+    """KTO, equation 8 without its constant, mean over the two completions of a pair, (N,).
+
+    Args:
+        better_N, worse_N: log-ratios.
+        point: scalar; the reference point z0, the KL divergence from the reference, at least 0.
+    """
+    desirable_N = 1 - (beta * (better_N - point)).sigmoid()
+    undesirable_N = 1 - (beta * (point - worse_N)).sigmoid()
+    return (desirable_weight * desirable_N + undesirable_weight * undesirable_N) / 2
+
+
+def orpo_losses(better_N: torch.Tensor, worse_N: torch.Tensor, beta: float) -> torch.Tensor:
+    """The part of ORPO that compares odds, equations 4 and 7 with beta for lambda, (N,). Arguments: mean
+    log-probabilities of a token."""
+    return -beta * F.logsigmoid(log_odds(better_N) - log_odds(worse_N))
+
+
+def log_odds(logprob_N: torch.Tensor) -> torch.Tensor:
+    """log(p / (1 - p)), (N,)."""
+    logprob_N = logprob_N.clamp(max=NEAREST_TO_ONE)
+    return logprob_N - (-torch.expm1(logprob_N)).log()
+
+
+def simpo_losses(better_N: torch.Tensor, worse_N: torch.Tensor, beta: float, gamma: float) -> torch.Tensor:
+    """SimPO, equation 6, (N,). Arguments: mean log-probabilities of a token."""
+    return -F.logsigmoid(beta * (better_N - worse_N) - gamma)
+
+
+# --- from completions to a sum ---
+
+
+@dataclass(frozen=True)
+class Completions:
+    """Log-probabilities of the completions of a batch, with what people said of them."""
+
+    logprob_C: torch.Tensor  # nats, sum over the tokens; with gradient
+    reference_C: torch.Tensor  # the same under the reference; (0,) if the loss has none
+    tokens_C: torch.Tensor  # float32; number of tokens
+    prompt_C: torch.Tensor  # int64; number of the prompt, from 0
+    prompt_logprob_P: torch.Tensor  # of the prompt without its first token; (0,) unless the loss learns text
+    prompt_tokens_P: torch.Tensor  # float32; number of these tokens
+    ranked: RankedPlaces  # places are numbers of completions
+
+
+@dataclass(frozen=True)
+class GlobalValues:
+    """What a loss needs of the whole global batch."""
+
+    reference_point: torch.Tensor | None = None  # scalar; KTO's z0
+    tokens_per_pair: torch.Tensor | None = None  # scalar; tokens of prompt and better completion, mean over all pairs
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """The loss of one algorithm with its settings."""
+
+    settings: PreferenceConfig
+
+    def rewards(self, found: Completions) -> torch.Tensor:
+        """Implicit rewards, (C,): the loss compares them."""
+        beta = self.settings.strength
+        ratio_C = found.logprob_C - found.reference_C if self.settings.has_reference else found.logprob_C
+        return beta * (ratio_C if self.settings.algorithm in (DPO, KTO) else ratio_C / found.tokens_C)
+
+    def __call__(self, found: Completions, of_all: GlobalValues) -> LossSum:
+        """Summed losses of all choices, and their number: K - 1 for a ranking (Plackett and Luce), 1 for a pair.
+
+        Metrics are sums over choices. The chosen completion is the better one; the rejected one stands for the mean of
+        the completions that a choice leaves.
+        """
+        ranked, settings = found.ranked, self.settings
+        count = choices(ranked.there_PK).sum() + len(ranked.margin_N)
+        total = self._pair_losses(found, of_all).sum()
+        if len(ranked.place_PK):
+            assert settings.algorithm == DPO, "only DPO learns from whole rankings"
+            ratio_PK = (found.logprob_C - found.reference_C)[ranked.place_PK]
+            total = total + plackett_luce_losses(ratio_PK, ranked.rank_PK, ranked.there_PK, settings.strength).sum()
+        return LossSum(total=total, count=count.float(), metrics=self._metrics(found, of_all, count))
+
+    def _pair_losses(self, found: Completions, of_all: GlobalValues) -> torch.Tensor:
+        """(N,)"""
+        settings, beta = self.settings, self.settings.strength
+        better, worse = found.ranked.better_N, found.ranked.worse_N
+        ratio_C = found.logprob_C - found.reference_C if settings.has_reference else found.logprob_C
+        mean_C = ratio_C / found.tokens_C
+        if settings.algorithm == DPO:
+            return dpo_losses(ratio_C[better], ratio_C[worse], beta)
+        if settings.algorithm == IPO:
+            return ipo_losses(mean_C[better], mean_C[worse], beta)
+        if settings.algorithm == KTO:
+            assert of_all.reference_point is not None
+            weights = (_or(settings.desirable_weight, 1.0), _or(settings.undesirable_weight, 1.0))
+            return kto_losses(ratio_C[better], ratio_C[worse], of_all.reference_point, beta, *weights)
+        if settings.algorithm == ORPO:
+            assert of_all.tokens_per_pair is not None
+            text_N = found.prompt_logprob_P[found.prompt_C[better]] + found.logprob_C[better]
+            return orpo_losses(mean_C[better], mean_C[worse], beta) - text_N / of_all.tokens_per_pair
+        return simpo_losses(mean_C[better], mean_C[worse], beta, _or(settings.gamma, 1.0))
+
+    @torch.no_grad()
+    def _metrics(self, found: Completions, of_all: GlobalValues, count: torch.Tensor) -> dict[str, torch.Tensor]:
+        ranked, reward_C = found.ranked, self.rewards(found).detach()
+        chosen, rejected = _chosen_and_rejected(reward_C, ranked)
+        right = (reward_C[ranked.better_N] > reward_C[ranked.worse_N]).sum()
+        right = right + right_choices(reward_C[ranked.place_PK], ranked.rank_PK, ranked.there_PK)
+        chosen_logprob, rejected_logprob = _chosen_and_rejected(found.logprob_C.detach(), ranked)
+        metrics = {
+            "accuracy": right.float(),
+            "margin": chosen - rejected,
+            "chosen_reward": chosen,
+            "rejected_reward": rejected,
+            "chosen_logprob": chosen_logprob,
+            "rejected_logprob": rejected_logprob,
+        }
+        if of_all.reference_point is not None:
+            metrics["kl"] = of_all.reference_point * count
+        return metrics
+
+
+def tokens_of_pairs(found: Completions) -> torch.Tensor:
+    """Predicted tokens of prompt and better completion, summed over the pairs, scalar."""
+    better = found.ranked.better_N
+    return (found.prompt_tokens_P[found.prompt_C[better]] + found.tokens_C[better]).sum()
+
+
+def _chosen_and_rejected(value_C: torch.Tensor, ranked: RankedPlaces) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over all choices of the value of the chosen completion, and of the mean value of those that remain."""
+    value_PK = value_C[ranked.place_PK]
+    rest_PKK = remaining(ranked.rank_PK, ranked.there_PK).to(value_C.dtype)
+    left_PK = rest_PKK.sum(-1)
+    chosen = (value_PK * (left_PK > 0)).sum() + value_C[ranked.better_N].sum()
+    mean_PK = (rest_PKK @ value_PK[:, :, None])[:, :, 0] / left_PK.clamp(min=1)
+    return chosen, mean_PK.sum() + value_C[ranked.worse_N].sum()
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
