@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.root import Config
+from dist_lm.config.root import TRUST_ME, Config
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.stages.generate import FREE, RESULT_KEYS, label_of, newest_run
 from dist_lm.stages.registry import load_config
@@ -95,10 +95,6 @@ class EvaluateRunConfig(Config):
 
     stage: EvaluateConfig = MISSING
     eval: EvalConfig = field(default_factory=EvalConfig)
-    sandbox: str = "strict"  # strict | trust_me: run generated code without isolation where the machine allows none
-
-    def check_stage(self) -> None:
-        require(self.sandbox in ("strict", "trust_me"), "sandbox", self.sandbox, "strict or trust_me")
 
 
 class Evaluate(PoolStage):
@@ -125,7 +121,7 @@ class Evaluate(PoolStage):
             require(bool(own.eval.reward_model), "eval.reward_model", "", "a run of stage=reward")
             checkpoint_files.find_checkpoint(Path(own.eval.reward_model).expanduser())
         if any(task in CODE_TASKS for task in own.stage.tasks):
-            fences(own.sandbox == "trust_me")
+            fences(own.sandbox == TRUST_ME)
 
     def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
         own, run = evaluate_config(config), run_of(config)

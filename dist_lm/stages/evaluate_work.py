@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_lm.config.root import TRUST_ME
 from dist_lm.errors import UserError
 from dist_lm.evaluation.bits_per_byte import document_bits, documents_of
 from dist_lm.evaluation.statistics import Estimate, estimate, pass_at_k, ratio_estimate
@@ -133,7 +134,7 @@ class Evaluation(PoolWork):
         if len(answers) < item.n:
             return
         if self._sandboxes is None and any(task in CODE_TASKS for task in self._config.stage.tasks):
-            self._sandboxes = SandboxPool(trust_me=self._config.sandbox == "trust_me").__enter__()
+            self._sandboxes = SandboxPool(trust_me=self._config.sandbox == TRUST_ME).__enter__()
         own = sorted(self._answers.pop(number), key=lambda one: one.index)
         self._tokens += sum(len(one.tokens) for one in own)
         self._keep(number, [_recorded(item, one, item.judge(one, self._sandboxes)) for one in own])
