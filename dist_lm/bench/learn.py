@@ -39,8 +39,13 @@ from dist_lm.parallel.mesh import choose_device
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.objective import loss_metrics, next_token, summed_losses
-from dist_lm.training.optimizer import build_optimizer, set_learning_rate, set_momentum, stage_rate
-from dist_lm.training.rates import muon_momentum
+from dist_lm.training.optimizer import (
+    build_optimizer,
+    muon_momentum,
+    set_learning_rate,
+    set_momentum,
+    stage_rate,
+)
 from dist_lm.training.step import accumulate_gradients, update
 
 # no peer keeps attention inside a document

@@ -29,8 +29,7 @@ OWN_KEYS = ("run_id", "stage.eval_", "stage.sampling.")
 def first_other_rate(before: StageConfig, after: StageConfig, steps: int) -> int | None:
     """The first of `steps` 0-based steps whose learning rate or momentum of Muon differs between two schedules; None if
     there is none."""
-    from dist_lm.training.optimizer import stage_rate
-    from dist_lm.training.rates import muon_momentum
+    from dist_lm.training.optimizer import muon_momentum, stage_rate
 
     def at(stage: StageConfig, step: int) -> tuple[float, float]:
         return stage_rate(stage, step), muon_momentum(stage, step)

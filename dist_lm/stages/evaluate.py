@@ -96,6 +96,9 @@ class EvaluateRunConfig(Config):
     stage: EvaluateConfig = MISSING
     eval: EvalConfig = field(default_factory=EvalConfig)
 
+    def check_stage(self) -> None:
+        """No key of this stage depends on other groups."""
+
 
 class Evaluate(PoolStage):
     name = "evaluate"

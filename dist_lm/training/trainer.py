@@ -25,8 +25,7 @@ from dist_lm.training import checkpoint_files
 from dist_lm.training.checkpoint_saver import CheckpointSaver
 from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
 from dist_lm.training.objective import Objective, Prepare
-from dist_lm.training.optimizer import set_learning_rate, set_momentum, stage_rate
-from dist_lm.training.rates import muon_momentum
+from dist_lm.training.optimizer import muon_momentum, set_learning_rate, set_momentum, stage_rate
 from dist_lm.training.state import TrainState
 from dist_lm.training.step import StepResult, accumulate_gradients, update
 from dist_lm.training.step_meter import Laps, StepMeter

@@ -10,8 +10,15 @@ from dist_lm.errors import ConfigError
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.size import is_matrix, parameter_shapes
 from dist_lm.model.transformer import Transformer
-from dist_lm.training.optimizer import build_optimizer, is_decayed, set_learning_rate, set_momentum
-from dist_lm.training.rates import muon_momentum, rate_group, rate_ratio
+from dist_lm.training.optimizer import (
+    build_optimizer,
+    is_decayed,
+    muon_momentum,
+    rate_group,
+    rate_ratio,
+    set_learning_rate,
+    set_momentum,
+)
 from tests.model.small_models import small_config, small_model
 
 RATES = RatesConfig(embedding=4.0, head=0.5, matrices=2.0, vectors=3.0)
