@@ -221,6 +221,13 @@ def test_a_group_whose_scores_are_the_same_gives_no_gradient(name: str):
 
 
 @pytest.mark.parametrize("name", ONLINE)
+def test_columns_are_0_on_padding(name: str):
+    prepared = ALGORITHMS[name](config_of(name)).prepare(EXPERIENCE, BETA)
+    for key, column in prepared.tokens.items():
+        assert column[EXPERIENCE.mask_BT == 0].eq(0).all(), key
+
+
+@pytest.mark.parametrize("name", ONLINE)
 def test_entropy_is_a_bonus_only_where_it_is_asked_for(name: str):
     for coefficient in (0.0, 0.5):
         algorithm = ALGORITHMS[name](replace(config_of(name), entropy_coefficient=coefficient))
