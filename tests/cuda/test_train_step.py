@@ -95,7 +95,7 @@ def test_copies_and_waits_of_a_step(explicit, overrides, waits, uploads):
         check_devices(run, "cpu" if config.parallel.cpu_offload else "cuda")
 
 
-@pytest.mark.parametrize("stage", ["tools", "reward"])
+@pytest.mark.parametrize("stage", ["tools", "preference", "reward"])
 def test_other_stages_wait_no_more(explicit, stage):
     with played(config_of(stage=stage), 8) as run:
         traffic = run.watched_step(2)

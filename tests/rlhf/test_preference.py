@@ -22,6 +22,7 @@ from dist_lm.rlhf.preference import (
     simpo_losses,
     tokens_of_pairs,
 )
+from dist_lm.rlhf.preference_objective import reference_point
 
 BETTER, WORSE = [1.5, -0.5], [0.25, 0.75]
 NONE = torch.zeros(0, dtype=torch.int64)
@@ -175,6 +176,23 @@ def test_of_a_whole_ranking_the_rejected_one_is_the_mean_of_those_that_a_choice_
     assert float(found.metrics["chosen_reward"]) == pytest.approx(0.1 * (-1.0 + 0.5 - 1.0))
     assert float(found.metrics["rejected_reward"]) == pytest.approx(0.1 * (1.0 + (-1.0 + 0.5) / 2 + 0.5))
     assert float(found.metrics["accuracy"]) == 1  # an equal reward is not right; a tie has no wrong order
+
+
+def test_dpo_from_a_whole_ranking_takes_log_ratios() -> None:
+    ranked = RankedPlaces(
+        torch.tensor([[2, 3, 4]]), torch.tensor([[1, 2, 0]]), torch.ones(1, 3, dtype=torch.bool), NONE, NONE,
+        torch.zeros(0),
+    )  # fmt: skip
+    found = loss_of("dpo", replace(FOUND, ranked=ranked), beta=0.8)
+    e = {place: math.exp(0.8 * RATIO[place]) for place in (2, 3, 4)}
+    expected = -math.log(e[4] / sum(e.values())) - math.log(e[2] / (e[2] + e[3]))
+    assert float(found.total) == pytest.approx(expected)
+    assert float(found.count) == 2
+
+
+def test_the_reference_point_is_a_mean_and_at_least_0() -> None:
+    assert float(reference_point(torch.tensor([6.0, 4.0]))) == 1.5
+    assert float(reference_point(torch.tensor([-6.0, 4.0]))) == 0
 
 
 def test_implicit_rewards() -> None:
