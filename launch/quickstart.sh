@@ -5,7 +5,7 @@
 #   bash launch/quickstart.sh [key=value ...]      e.g.  work_dir=/tmp/work  run_id=second
 #
 # 1. An environment: .venv in this checkout.
-# 2. One command plans and runs eight stages at model=nano, under ten minutes on two cores with the installation:
+# 2. One command plans and runs eight stages at model=nano, about ten minutes on two cores with the installation:
 #      tokenizer   a BPE of 4,096 pieces from Python, English, Bash and SQL
 #      shards      the same text as webdataset tars of tokens
 #      language    next-token training on English, two torchrun ranks under a local Ray
