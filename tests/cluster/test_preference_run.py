@@ -126,7 +126,7 @@ def mean_of_even_choices() -> float:
     [
         pytest.param(2, (), KTO, id="kto fsdp"),
         pytest.param(2, ("parallel.tp=2",), (), id="tp", marks=pytest.mark.heavy),
-        pytest.param(2, (), (), id="fsdp", marks=pytest.mark.heavy),
+        pytest.param(2, (), (), id="fsdp", marks=pytest.mark.bars),
     ],
 )
 def test_the_numbers_do_not_depend_on_the_layout(
@@ -151,7 +151,7 @@ SPOIL = {"again": lambda path: None, "without": Path.unlink, "damaged": damage}
 
 
 @pytest.mark.parametrize(
-    "name", ["without", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("again", "damaged"))]
+    "name", ["without", *(pytest.param(name, marks=pytest.mark.bars) for name in ("again", "damaged"))]
 )
 def test_a_run_that_goes_on_has_its_reference_or_computes_it_again_and_ends_bit_identical(
     kto: RunDirectory, work: WorkDirectory, name: str
