@@ -1,6 +1,6 @@
-"""A reward function that kills an actor, later its own rank, in the middle of a push of weights.
+"""Kills an actor, later its own rank, in the middle of a push of weights.
 
-Ranks import it as `rlhf.rewards.NAME.function`. It acts if the program's last argument is the directory of a run, and
+Ranks import it by `in_ranks/sitecustomize.py`. It acts if the program's last argument is the directory of a run, and
 leaves a file there for each kill, so that each kill happens once.
 """
 
@@ -19,10 +19,6 @@ VICTIMS = {2: "actor", 3: "rank"}  # by the version that is pushed
 AT = 9  # parameters that have been sent
 
 send = pool_module.Pool.load_weights
-
-
-def score(prompt: str, completion: str) -> float:
-    return len(set(completion)) / 16
 
 
 def killing(pool: pool_module.Pool, weights: WeightStream, version: int) -> Iterator[tuple[str, torch.Tensor]]:

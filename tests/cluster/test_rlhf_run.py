@@ -91,12 +91,15 @@ def prepare(work: WorkDirectory, *overrides: str) -> RunDirectory:
     return run
 
 
-def launch(work: WorkDirectory, *overrides: str) -> subprocess.Popen:
+def launch(work: WorkDirectory, *overrides: str, path: Path | None = None) -> subprocess.Popen:
+    """A launch; `path`: a folder in front of PYTHONPATH."""
+    own = [str(path)] if path else []
     return subprocess.Popen(
         [sys.executable, "-m", "dist_lm.launch", *settings(work, *overrides)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([*own, *sys.path])},
         start_new_session=True,
     )
 
@@ -274,10 +277,10 @@ def test_kills_of_actors_and_ranks_change_no_number(started_work, tmp_path, algo
     "push", [pytest.param(PUSH_AUTO, marks=pytest.mark.heavy), pytest.param(PUSH_DIRECT, marks=pytest.mark.bars)]
 )
 def test_kills_in_the_middle_of_a_push_of_weights_change_no_number(started_work, tmp_path, push):
-    steps = ("rlhf.rewards={mine: {kind: function, function: tests.cluster.killing_push:score}}", "stage.eval_every=0")
+    steps = ("rlhf.rewards={mine: {kind: length, target: 6}}", "stage.eval_every=0")
     expected, work = undisturbed_and_other(started_work, tmp_path, *steps)
     run = work.run("rlhf", "default")
-    process = launch(work, *steps, f"rlhf.pool.push={push}")
+    process = launch(work, *steps, f"rlhf.pool.push={push}", path=Path(__file__).parent / "in_ranks")
     try:
         _, err = process.communicate(timeout=DEADLINE_S * 4)
     finally:
