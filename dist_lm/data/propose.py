@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
@@ -64,6 +64,8 @@ class Proposal:
 def propose(place: str) -> list[Proposal]:
     """A source for each kind of data at `place`: a file, a folder, a glob or a URL.
 
+    A kind that cannot be described is left out with a note, unless it is most of the data.
+
     Raises:
         ConfigError: there is nothing that a reader takes; the message says what there is.
     """
@@ -78,7 +80,15 @@ def propose(place: str) -> list[Proposal]:
     taken = [kind for kind, size in sizes.items() if size >= LEAST * sum(sizes.values())]
     left = unknown + [one for kind in kinds if kind not in taken for one in kinds[kind]]
     notes = (f"not read: {_suffixes(left)}",) if left and "files" not in taken else ()  # those list what they leave out
-    return [_proposal(kind, place, kinds[kind], notes) for kind in sorted(taken)]
+    proposals, refusals = [], []
+    for kind in sorted(taken):
+        try:
+            proposals.append(_proposal(kind, place, kinds[kind], notes))
+        except ConfigError as error:
+            if sizes[kind] == max(sizes.values()):
+                raise
+            refusals.append(f"not read: {error}")
+    return [replace(one, notes=(*one.notes, *refusals)) for one in proposals]
 
 
 def is_prose(languages: Mapping[str, int], looks_like_code: bool = False) -> bool:

@@ -12,6 +12,7 @@ import zstandard
 from omegaconf import OmegaConf
 from rich.console import Console
 
+import dist_lm
 from dist_lm.__main__ import data_new
 from dist_lm.data.corpus_file import next_commands
 from dist_lm.data.ingest import Texts
@@ -233,6 +234,23 @@ def test_data_that_one_column_does_not_hold_is_refused(data, name, content, word
     (data / name).write_text(content)
     with pytest.raises(ConfigError, match=words):
         written(data, name)
+
+
+def test_a_lesser_kind_that_no_column_holds_is_left_out_with_the_reason(data):
+    """Such as the fixtures among source files; most of the data is never left out."""
+    pair = json.dumps({"prompt": "a", "solution": "b"}) + "\n"
+    (data / "repo" / "fixtures.jsonl").write_text(pair)
+    out, text = written(data, "repo")
+    assert "fixtures.jsonl: columns prompt, solution" in " ".join(out.read_text().split())
+    assert "fixtures.jsonl" in text
+    (data / "repo" / "fixtures.jsonl").write_text(pair * 1000)
+    with pytest.raises(ConfigError, match="prompt, solution"):
+        propose(str(data / "repo"))
+
+
+def test_the_code_of_this_package_can_be_described():
+    """It is the default of launch/smollm2.sh."""
+    assert "files" in {one.source["reader"] for one in propose(str(Path(dist_lm.__file__).parent))}
 
 
 def test_broken_rows_are_counted_and_the_file_says_what_a_launch_would_do(data):
