@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 NAME = re.compile(r"[A-Za-z_]\w{2,}")
 WORD = re.compile(r"\w+|[^\w\s]")
-WEIGHTS = {"parses": 0.4, "names": 0.25, "repetition": 0.2, "length": 0.15}
+WEIGHTS = {"parses": 0.5, "names": 0.3, "repetition": 0.2}
 ENOUGH_NAMES = 3  # of the prompt, in one completion
 LONG_ENOUGH = 60  # characters
 RUN = 3  # words: what is looked for a second time
@@ -25,8 +25,11 @@ class Marks:
 
     @property
     def quality(self) -> float:
-        """The weighted sum to two decimals: what differs by less is a tie."""
-        return round(sum(weight * getattr(self, rule) for rule, weight in WEIGHTS.items()), 2)
+        """The weighted sum of the others times the mark for length, to two decimals: what differs by less is a tie.
+
+        Without the product the best completion would be none: the prompt alone often parses, and repeats nothing.
+        """
+        return round(self.length * sum(weight * getattr(self, rule) for rule, weight in WEIGHTS.items()), 2)
 
 
 def marks_of(prompt: str, completion: str, parses: bool) -> Marks:

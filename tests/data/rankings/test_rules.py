@@ -13,6 +13,7 @@ def test_a_better_one_by_each_rule_has_more() -> None:
     assert marks_of(PROMPT, GOOD.replace("values", "other"), parses=True).names < best.names
     assert marks_of(PROMPT, GOOD * 3, parses=True).repetition < best.repetition == 1
     assert marks_of(PROMPT, "    return 1\n", parses=True).length < best.length
+    assert marks_of(PROMPT, "", parses=True).quality == 0, "nothing repeats nothing, and the prompt alone may parse"
 
 
 def test_marks_are_shares_whatever_is_read() -> None:
