@@ -115,6 +115,7 @@ def bench(
     budget: Annotated[str, typer.Option(help="learn: what each recipe may spend: 2e6tokens, 1e14flops, 60s.")] = "60s",
     seeds: Annotated[int, typer.Option(help="learn: seeds, each for initial values and order of data.")] = 1,
     curves: Annotated[Path | None, typer.Option(help="learn: a folder for curves.jsonl and curves.svg.")] = None,
+    points: Annotated[int, typer.Option(help="learn: measurements of a recipe in training.")] = 10,
 ) -> None:
     """Measure speed or memory against a peer and a ceiling, in the same rounds on the same machine; or, with `learn`,
     what recipes learn within one budget."""
@@ -132,6 +133,7 @@ def bench(
             seeds=seeds,
             json_file=json,
             curves_in=curves,
+            points=points,
         )
         return
     from dist_lm.bench.run import run_benchmark

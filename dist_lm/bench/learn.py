@@ -4,7 +4,8 @@
 
 All learners of a seed are in memory at once and train in turns, so a busy minute of the machine slows all alike. The
 clock of a learner runs only during its own steps. Every learner reads the same corpus in the same order, and is
-measured on the same held-out sequences.
+measured on the same held-out sequences. Recipes with other tokenizers (another `work_dir` with the same documents) are
+measured on the whole of val, because bits per byte compares them only on the same text.
 
 Dimensions: B sequences, T tokens.
 """
@@ -19,15 +20,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from dist_lm.bench.learn_report import Curve, Point, drawing, records_of, table_of
+from dist_lm.bench.learn_report import Curve, Point, drawing, languages_of, records_of, table_of
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
 from dist_lm.data.batch import Batch
 from dist_lm.data.evaluation_batches import EvaluationBatches
+from dist_lm.data.manifest import read_manifest
 from dist_lm.data.stream import SequenceStream
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError, UserError
@@ -203,12 +206,21 @@ class HeldOut:
     batches: EvaluationBatches
     device: torch.device
 
-    def measure(self, learner: Learner) -> tuple[float, float]:
-        """(nats a token, bits per byte)."""
+    def measure(self, learner: Learner) -> dict[str, float]:
+        """Loss (nats a token) and bits per byte, as the metrics of `loss_metrics`."""
         languages = self.batches.corpus.languages
         sums = summed_losses(learner, self.batches, len(languages), self.device, None)  # pyright: ignore[reportArgumentType]
-        metrics = loss_metrics(sums.tolist(), languages, self.batches.bytes_by_language)
-        return metrics["val/loss"], metrics["val/bits_per_byte"]
+        return loss_metrics(sums.tolist(), languages, self.batches.bytes_by_language)
+
+    @property
+    def bytes_per_token(self) -> dict[str, float]:
+        """UTF-8 bytes a token of the whole of val, by language; the end-of-text of each document counts."""
+        corpus = self.batches.corpus
+        return {
+            language: float(corpus.n_bytes[chosen].sum() / corpus.lengths[chosen].sum())
+            for number, language in enumerate(corpus.languages)
+            if (chosen := corpus.language_codes == number).any()
+        }
 
 
 def held_out(config: Config, device: torch.device) -> HeldOut:
@@ -225,6 +237,48 @@ def held_out(config: Config, device: torch.device) -> HeldOut:
         reset_positions=stage.reset_positions,
     )
     return HeldOut(batches, device)
+
+
+def held_out_of(recipes: Sequence[Recipe], device: torch.device) -> dict[str, HeldOut]:
+    """What the recipe of each name is measured on: settings of the first recipe, tokens of its own work directory.
+
+    Raises:
+        ConfigError: other tokenizers, but not the whole of val or not the same documents; or another vocabulary.
+    """
+    first = recipes[0].config
+    of_folder = {
+        folder: held_out(replace(first, work_dir=folder), device)
+        for folder in dict.fromkeys(one.config.work_dir for one in recipes)
+    }
+    for one in recipes:
+        _require_vocabulary(one)
+        if one.config.work_dir == first.work_dir:
+            continue
+        if first.stage.eval_sequences:
+            raise ConfigError(
+                f"{one.name}: work_dir={one.config.work_dir} has other tokens, and "
+                f"stage.eval_sequences={first.stage.eval_sequences} of them are not the same text: expected "
+                "stage.eval_sequences=0, the whole of val"
+            )
+        texts = [of_folder[folder].batches.corpus.n_bytes for folder in (first.work_dir, one.config.work_dir)]
+        if not np.array_equal(texts[0], texts[1]):
+            raise ConfigError(
+                f"{one.name}: val of work_dir={one.config.work_dir} has {len(texts[1])} documents of "
+                f"{texts[1].sum()} bytes, that of {first.work_dir} {len(texts[0])} of {texts[0].sum()}: expected the "
+                "same documents; build both with the same corpus and seed"
+            )
+    return {one.name: of_folder[one.config.work_dir] for one in recipes}
+
+
+def _require_vocabulary(recipe: Recipe) -> None:
+    config = recipe.config
+    folder = WorkDirectory(Path(config.work_dir)).corpus(config.stage.corpus)
+    found = read_manifest(folder).recipe.vocab_size
+    if found != config.model.vocab_size:
+        raise ConfigError(
+            f"{recipe.name}: model.vocab_size={config.model.vocab_size}: {folder} has {found} pieces: expected "
+            f"model.vocab_size={found}"
+        )
 
 
 def _corpus(config: Config, split: str) -> TokenCorpus:
@@ -273,14 +327,24 @@ class Lane:
     def measure(self, held_out: HeldOut) -> None:
         """Add a point to the curve."""
         tokens = self.done * self.config.stage.global_batch * self.config.stage.seq_len
-        loss, bits = held_out.measure(self.learner)
+        metrics = held_out.measure(self.learner)
+        loss, bits = metrics["val/loss"], metrics["val/bits_per_byte"]
+        prefix = "val/bits_per_byte_"
+        self.curve.bits_by = {
+            name.removeprefix(prefix): bits for name, bits in metrics.items() if name.startswith(prefix)
+        }
         self.curve.points.append(Point(tokens, tokens * self.learner.flops_per_token, self.seconds, loss, bits))
 
 
 def curves_of_a_seed(
-    recipes: Sequence[Recipe], seed: int, budget: Budget, device: torch.device, say: Callable[[str], None]
+    recipes: Sequence[Recipe],
+    seed: int,
+    budget: Budget,
+    device: torch.device,
+    say: Callable[[str], None],
+    points: int = POINTS,
 ) -> list[Curve]:
-    """Train every recipe within the budget, in turns."""
+    """Train every recipe within the budget, in turns; a curve has a point at the start and `points` more."""
     with ExitStack() as stack:
 
         def lanes_of(steps: Mapping[str, int]) -> list[Lane]:
@@ -299,16 +363,17 @@ def curves_of_a_seed(
         lanes = lanes_of(
             {one.name: budget.steps(one.config.stage, flops[one.name], step_s[one.name]) for one in recipes}
         )
-        reference = held_out(recipes[0].config, device)
+        measured_on = held_out_of(recipes, device)
         for lane in lanes:
-            lane.measure(reference)
+            lane.curve.bytes_per_token = measured_on[lane.curve.recipe].bytes_per_token
+            lane.measure(measured_on[lane.curve.recipe])
         while behind := [lane for lane in lanes if lane.done < lane.curve.steps]:
             for lane in behind:
                 steps = lane.curve.steps
-                due = -(-(lane.done + 1) * POINTS // steps) * steps // POINTS  # step of the next point
+                due = -(-(lane.done + 1) * points // steps) * steps // points  # step of the next point
                 lane.train(min(TURN, max(1, due - lane.done)))
                 if lane.done >= due:
-                    lane.measure(reference)
+                    lane.measure(measured_on[lane.curve.recipe])
             say(f"seed {seed}: " + ", ".join(f"{lane.curve.recipe} {lane.done}/{lane.curve.steps}" for lane in lanes))
     return [lane.curve for lane in lanes]
 
@@ -328,12 +393,14 @@ def run_learning(
     seeds: int,
     json_file: Path | None,
     curves_in: Path | None,
+    points: int = POINTS,
 ) -> list[Curve]:
     """Run the comparison, print its table, write records and curves.
 
     Args:
         recipes, peers: see `recipes_of`.
         budget: see `Budget.parse`.
+        points: measurements of a recipe in training.
         curves_in: a folder that gets `curves.jsonl`, one point a line, and `curves.svg`.
 
     Raises:
@@ -341,8 +408,9 @@ def run_learning(
         ArtefactError: the work directory lacks the corpus.
     """
     spent = Budget.parse(budget)
-    if seeds < 1:
-        raise ConfigError(f"--seeds={seeds}: expected a positive integer")
+    for option, value in (("seeds", seeds), ("points", points)):
+        if value < 1:
+            raise ConfigError(f"--{option}={value}: expected a positive integer")
     compared = recipes_of(overrides, recipes, peers)
     device = choose_device(compared[0].config.device, 0)
     curves: list[Curve] = []
@@ -350,7 +418,7 @@ def run_learning(
     try:
         with console.status("") as status:
             for seed in range(seeds):
-                curves += curves_of_a_seed(compared, seed, spent, device, status.update)
+                curves += curves_of_a_seed(compared, seed, spent, device, status.update, points)
     finally:
         dist.destroy_process_group()
     if json_file:
@@ -364,4 +432,6 @@ def run_learning(
         (curves_in / "curves.svg").write_text(drawing(curves))
     title = f"learn: {budget} each, {seeds} seed{'s' * (seeds > 1)}, on {compared[0].config.stage.corpus}"
     console.print(table_of(title, curves))
+    if len({one.config.work_dir for one in compared}) > 1:
+        console.print(languages_of(curves))
     return curves

@@ -31,6 +31,8 @@ class Curve:
     parameters: int
     steps: int
     points: list[Point] = field(default_factory=list)
+    bits_by: Mapping[str, float] = field(default_factory=dict)  # language -> bits per byte at the end
+    bytes_per_token: Mapping[str, float] = field(default_factory=dict)  # of val, by language
 
     @property
     def end(self) -> Point:
@@ -51,12 +53,20 @@ DRAWN = slice(1, None)  # without the point before the first step, which would f
 
 
 def records_of(curves: Sequence[Curve]) -> list[Record]:
-    """Bits per byte and loss at the end, as means over the seeds; the peer is the first recipe."""
+    """Bits per byte and loss at the end, then bits per byte and bytes a token of each language, as means over the
+    seeds; the peer is the first recipe."""
     by_recipe = _by_recipe(curves)
     first = next(iter(by_recipe))
     records = []
-    for unit, value in (("bits/byte", UP["bits per byte"]), ("nats/token", UP["nats a token"])):
-        ends = {name: [value(one.end) for one in some] for name, some in by_recipe.items()}
+    measures: dict[str, Callable[[Curve], float]] = {
+        "bits/byte": lambda curve: curve.end.bits_per_byte,
+        "nats/token": lambda curve: curve.end.loss,
+    }
+    for language in sorted(curves[0].bits_by):
+        measures[f"bits/byte {language}"] = lambda curve, of=language: curve.bits_by[of]
+        measures[f"bytes/token {language}"] = lambda curve, of=language: curve.bytes_per_token[of]
+    for unit, value in measures.items():
+        ends = {name: [value(curve) for curve in some] for name, some in by_recipe.items()}
         means = {name: statistics.fmean(values) for name, values in ends.items()}
         for name in by_recipe:
             is_first = name == first
@@ -99,6 +109,20 @@ def table_of(title: str, curves: Sequence[Curve]) -> Table:
             f"{max(bits) - min(bits):.3f}",
             f"{statistics.fmean(bits) / first:.3f}",
         )
+    return table
+
+
+def languages_of(curves: Sequence[Curve]) -> Table:
+    """Held-out text by language, for recipes with other tokenizers: bytes a token, and bits per byte at the end."""
+    languages = sorted(curves[0].bytes_per_token)
+    table = Table(title="held-out bytes a token, bits per byte", title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("recipe", overflow="fold")
+    for language in languages:
+        table.add_column(language, justify="right")
+    for name, some in _by_recipe(curves).items():
+        lengths = some[0].bytes_per_token
+        bits = {one: statistics.fmean(curve.bits_by[one] for curve in some) for one in languages}
+        table.add_row(name, *(f"{lengths[one]:.2f}  {bits[one]:.3f}" for one in languages))
     return table
 
 

@@ -209,10 +209,26 @@ class TokenizerConfig:
     add_marks: bool = False  # of an existing tokenizer: append the marks that it lacks; false: they are plain text
     vocab_size: int = MISSING  # pieces, special ones included; of an existing tokenizer, what it has
     train_bytes: int = 200_000_000  # text sampled for training; the same share of every language
+    # of a trained one: no piece holds letters and punctuation. Null: true
+    split_by_unicode_script: bool | None = None
+    max_piece_length: int | None = None  # of a trained one, characters. Null: 16
     workers: int = 0  # processes that encode; 0: all cores
 
     def __post_init__(self) -> None:
         require(bool(self.source), "tokenizer", self.source, "train, keep or a path")
+        require(
+            self.max_piece_length is None or 16 <= self.max_piece_length <= 512,
+            "tokenizer.max_piece_length",
+            self.max_piece_length,
+            "from 16 to 512 characters, or null",
+        )
+        for key in ("split_by_unicode_script", "max_piece_length"):
+            require(
+                self.source == TRAIN or getattr(self, key) is None,
+                f"tokenizer.{key}",
+                getattr(self, key),
+                f"null with tokenizer={self.source}: only tokenizer=train learns pieces",
+            )
         require(
             self.vocab_size >= 512 or self.source != TRAIN,
             "tokenizer.vocab_size",
@@ -234,3 +250,11 @@ class TokenizerConfig:
     def is_given(self) -> bool:
         """Whether `source` is a path."""
         return self.source not in (TRAIN, KEEP)
+
+    @property
+    def learned_as(self) -> dict[str, bool | int]:
+        """What pieces a trained tokenizer may have, by key; the defaults in place of null."""
+        return {
+            "split_by_unicode_script": self.split_by_unicode_script is not False,
+            "max_piece_length": self.max_piece_length or 16,
+        }

@@ -3,6 +3,7 @@
 An existing tokenizer is copied as it is (`tokenizer.json` keeps its name); `report.json` beside it has the figures.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from dist_lm.tracking.console import Console
 
 REPORT_BYTES = 4_000_000  # of all languages together, for the report
+BEFORE = {"split_by_unicode_script": True, "max_piece_length": 16}  # in reports that do not say
 READ = 2  # times the text that is wanted: what is read to choose it from
 
 
@@ -78,6 +80,7 @@ class TokenizerStage(ArtefactStage):
                 "(tokenizer.vocab_size follows model.vocab_size): use another work_dir, or remove that folder to train "
                 "it again"
             )
+        check_pieces(work, report, settings)
         settings_now = text_fingerprint(config)
         if report.get("text") != digest(settings_now):
             raise ArtefactError(
@@ -106,6 +109,7 @@ class TokenizerStage(ArtefactStage):
             path = work.tokenizer / SentencePieceModel.file_name
             with console.waiting(f"training {settings.vocab_size:,} pieces"):
                 train_tokenizer((document.text for document in sample), path, settings)
+            report["config"] |= settings.learned_as
             report["text_settings"] = text_fingerprint(config)
             report["text"] = digest(report["text_settings"])
         (work.tokenizer / CONVERSATIONS).unlink(missing_ok=True)
@@ -119,6 +123,22 @@ class TokenizerStage(ArtefactStage):
 
     def output(self, config: Config) -> Path:
         return WorkDirectory(Path(config.work_dir)).tokenizer
+
+
+def check_pieces(work: WorkDirectory, report: Mapping[str, Any], settings: TokenizerConfig) -> None:
+    """Refuse a tokenizer that was trained to have other pieces; a key that is null accepts what is there.
+
+    Raises:
+        ArtefactError: names the key and the way out.
+    """
+    trained = BEFORE | report.get("config", {})
+    for key in BEFORE:
+        wanted = getattr(settings, key)
+        if wanted is not None and wanted != trained[key]:
+            raise ArtefactError(
+                f"{work.tokenizer} was trained with tokenizer.{key}={trained[key]}, expected {wanted}: keep it by "
+                f"tokenizer.{key}=null, use another work_dir, or remove that folder to train it again"
+            )
 
 
 def template_of(settings: TokenizerConfig) -> KeptTemplate | None:

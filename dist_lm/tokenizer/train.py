@@ -71,6 +71,7 @@ def train_tokenizer(texts: Iterable[str], path: Path, config: TokenizerConfig) -
         UserError: there is no text, or it is not Unicode.
     """
     model = io.BytesIO()
+    learned_as = config.learned_as
     failure: list[BaseException] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -84,6 +85,8 @@ def train_tokenizer(texts: Iterable[str], path: Path, config: TokenizerConfig) -
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             split_digits=True,
+            split_by_unicode_script=learned_as["split_by_unicode_script"],
+            max_sentencepiece_length=learned_as["max_piece_length"],
             allow_whitespace_only_pieces=True,
             max_sentence_length=65536,
             eos_id=SPECIAL_TOKENS.index(END_OF_TEXT),

@@ -1,16 +1,26 @@
 """Recipes side by side: a learner is a run, all have one stream and one budget, and what is reported."""
 
 import json
+import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from dist_lm.bench.learn import Budget, run_learning
 from dist_lm.bench.learn_peers import NanochatLearner
 from dist_lm.bench.learn_report import Curve, Point, drawing, records_of, table_of
+from dist_lm.config.corpus import TokenizerConfig
 from dist_lm.config.stage import StageConfig
+from dist_lm.data.shard_writer import CorpusWriter
+from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError
-from tests.conftest import TINY
+from dist_lm.launcher.compose import compose_config
+from dist_lm.stages.shards import recipe_of
+from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tokenizer.train import train_tokenizer
+from tests.conftest import TINY, texts
 from tests.training_run import prepare, train
 
 SETTINGS = (
@@ -75,6 +85,51 @@ def test_a_budget_of_seconds_is_divided_by_the_speed_that_is_found(tiny_work, tm
     assert len(curve.points) <= 11
 
 
+def other_pieces(work, documents):
+    """The corpus code of a work directory in 512 pieces that cross scripts; the last tenth of `documents` is val."""
+    config = TokenizerConfig(vocab_size=512, split_by_unicode_script=False, max_piece_length=32)
+    train_tokenizer([one.text for one in documents], work.tokenizer_model, config)
+    tokenizer = Tokenizer.load(work.tokenizer_model)
+    shutil.rmtree(work.corpus("code"))
+    composed = compose_config(["stage=code", *TINY, "model.vocab_size=512", f"work_dir={work.path}"])
+    with CorpusWriter(work.corpus("code"), replace(recipe_of(composed, "code"), documents_per_member=64)) as writer:
+        for number, document in enumerate(documents, len(documents) // 10 - len(documents)):
+            writer.write("train" if number < 0 else "val", tokenizer.encode_document(document))
+        writer.finish({}, [source.licence for source in composed.corpus.corpora["code"]])
+    return f"other: work_dir={work.path} model.vocab_size=512"
+
+
+def test_other_tokenizers_are_compared_on_the_same_text(tiny_work, work, tmp_path):
+    documents = [one for language in ("python", "bash", "sql") for one in texts(language, 200)]
+    recipe = other_pieces(work, documents)
+    plain, other = learn(tiny_work, tmp_path, recipes=[recipe], budget="2e9flops", points=1)
+    assert len(plain.points) == len(other.points) == 2
+    assert other.parameters < plain.parameters
+    assert plain.end.tokens < other.end.tokens  # fewer pieces make a token cheaper
+    for curve, folder in ((plain, tiny_work), (other, work)):
+        val = TokenCorpus.open(folder.corpus("code"), "val")
+        assert val.n_bytes.sum() == sum(len(one.text.encode()) for one in documents[-60:])
+        expected = curve.end.loss * val.n_tokens / np.log(2) / val.n_bytes.sum()
+        assert curve.end.bits_per_byte == pytest.approx(expected, rel=1e-6)
+        assert curve.bytes_per_token == pytest.approx({"sql": val.n_bytes.sum() / val.n_tokens})
+        assert curve.bits_by == pytest.approx({"sql": curve.end.bits_per_byte})
+    assert "held-out bytes a token" in (tmp_path / "table").read_text()
+    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    found = {(one["case"], one["unit"]): one["value"] for one in records}
+    assert found["other", "bytes/token sql"] == pytest.approx(other.bytes_per_token["sql"])
+    # the whole of val, a vocabulary that fits, the same documents
+    for said, options in (
+        ("other: work_dir=.* stage.eval_sequences=8 of them are not the same text", ["stage.eval_sequences=8"]),
+        ("other: model.vocab_size=640: .* has 512 pieces: expected model.vocab_size=512", []),
+    ):
+        given = recipe if options else recipe.replace("512", "640")
+        with pytest.raises(ConfigError, match=said):
+            learn(tiny_work, tmp_path, *options, recipes=[given])
+    other_pieces(work, documents[:-10])
+    with pytest.raises(ConfigError, match=r"other: val of work_dir=.*: expected the same documents"):
+        learn(tiny_work, tmp_path, recipes=[recipe])
+
+
 @pytest.mark.parametrize(
     ("text", "steps"), [("4000tokens", 10), ("4399tokens", 10), ("1e6flops", 25), ("30s", 20), ("1s", 1)]
 )
@@ -88,6 +143,7 @@ def test_a_budget_pays_for_whole_steps(text, steps):
         ({"budget": "3 minutes"}, "--budget=3 minutes: expected a number and a unit"),
         ({"budget": "1.2.3s"}, "--budget=1.2.3s: expected a number and a unit"),
         ({"seeds": 0}, "--seeds=0: expected a positive integer"),
+        ({"points": 0}, "--points=0: expected a positive integer"),
         ({"recipes": ["stage.lr=1"]}, "--recipe=stage.lr=1: expected NAME: KEY=VALUE"),
         ({"recipes": ["a: seed=1", "a: seed=2"]}, "--recipe=a: the name is taken"),
         ({"peers": ["gpt: x"]}, "--peer=gpt: expected neox or nanochat"),

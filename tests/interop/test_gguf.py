@@ -36,7 +36,7 @@ WIDE = {"d_model": 64, "n_heads": 4, "d_ff": 96}  # rows of whole blocks of Q8_0
 # texts that llama.cpp always reads as marks, or as a space
 READ_OTHERWISE = ["\u2581", *(mark for mark in SPECIAL_TOKENS if not mark.startswith("<|"))]
 MARKS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-KINDS_OF_TOKENIZERS = ("trained", "byte level")
+KINDS_OF_TOKENIZERS = ("trained", "across scripts", "byte level")
 
 
 def write(path: Path, kind: str, model: Transformer, tokenizer: Tokenizer) -> Path:
@@ -62,6 +62,10 @@ def pair(
     folder = tmp_path_factory.mktemp("gguf")
     if request.param == "trained":
         tokenizer = trained
+    elif request.param == "across scripts":
+        config = TokenizerConfig(vocab_size=2000, split_by_unicode_script=False, max_piece_length=32)
+        train_tokenizer(stdlib_texts(), folder / "tokenizer.model", config)
+        tokenizer = Tokenizer.load(folder / "tokenizer.model")
     else:
         (folder / "tokenizer.json").write_bytes(trained_json(stdlib_texts()[:40], 1000))
         tokenizer = Tokenizer.load(folder / "tokenizer.json")

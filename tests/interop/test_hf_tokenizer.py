@@ -23,11 +23,15 @@ from tests.tokenizer.stdlib_text import stdlib_texts
 transformers = pytest.importorskip("transformers")
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
+ACROSS_SCRIPTS = {"split_by_unicode_script": False, "max_piece_length": 32}
+
+
+@pytest.fixture(scope="module", params=[{}, ACROSS_SCRIPTS], ids=["plain", "across scripts"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
     """The same 4,000 pieces, ours and theirs."""
     folder = tmp_path_factory.mktemp("hf_tokenizer")
-    train_tokenizer(stdlib_texts(), folder / "tokenizer.model", TokenizerConfig(vocab_size=4000))
+    config = TokenizerConfig(vocab_size=4000, **request.param)
+    train_tokenizer(stdlib_texts(), folder / "tokenizer.model", config)
     save_hf_tokenizer(folder / "tokenizer.model", folder / "hf", chat_template())
     ours = Tokenizer.load(folder / "tokenizer.model")
     return ours, transformers.AutoTokenizer.from_pretrained(folder / "hf")

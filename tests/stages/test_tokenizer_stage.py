@@ -15,7 +15,7 @@ from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.compose import compose_config
 from dist_lm.stages import shards
-from dist_lm.stages.tokenizer import READ, REPORT_BYTES, STAGE
+from dist_lm.stages.tokenizer import BEFORE, READ, REPORT_BYTES, STAGE
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.symbols import CALL
@@ -95,6 +95,47 @@ def test_the_vocabulary_of_the_model_is_checked_against_a_given_tokenizer(tmp_pa
         config_for(tmp_path / "work", "tokenizer.add_marks=true")
     with pytest.raises(ArtefactError, match=r"^tokenizer=keep: .* holds no tokenizer"):
         STAGE.inspect(config_for(tmp_path / "work", "tokenizer=keep"))
+
+
+def test_other_pieces_are_another_tokenizer(tmp_path: Path) -> None:
+    keys = ("model.vocab_size=512", "tokenizer.train_bytes=100000")
+    base = config_for(tmp_path / "work", *keys, sources={"code": [source("a")]})
+
+    def with_pieces(work: str = "work", **pieces: Any) -> Config:
+        return replace(base, work_dir=str(tmp_path / work), tokenizer=replace(base.tokenizer, **pieces))
+
+    STAGE.build(with_pieces(), Console())
+    STAGE.build(with_pieces("other", max_piece_length=17, split_by_unicode_script=False), Console())
+    found = [durable.sha256_of(WorkDirectory(tmp_path / work).tokenizer_model) for work in ("work", "other")]
+    assert found[0] != found[1]
+    for config in (
+        with_pieces(),
+        with_pieces(max_piece_length=16, split_by_unicode_script=True),
+        with_pieces("other"),  # null: as it is there
+        with_pieces("other", max_piece_length=17),
+    ):
+        assert STAGE.inspect(config).ready
+    for config, said in (
+        (with_pieces(max_piece_length=32), "with tokenizer.max_piece_length=16, expected 32: keep it by tokenizer.max"),
+        (with_pieces(split_by_unicode_script=False), "with tokenizer.split_by_unicode_script=True, expected False"),
+        (with_pieces("other", split_by_unicode_script=True), "with .*=False, expected True"),
+    ):
+        with pytest.raises(ArtefactError, match=said):
+            STAGE.inspect(config)
+    # a report of a version without these keys
+    report = tmp_path / "work/tokenizer/report.json"
+    value = json.loads(report.read_text())
+    value["config"] = {key: one for key, one in value["config"].items() if key not in BEFORE}
+    report.write_text(json.dumps(value))
+    assert STAGE.inspect(with_pieces(max_piece_length=16)).ready
+    with pytest.raises(ArtefactError, match="max_piece_length=16, expected 32"):
+        STAGE.inspect(with_pieces(max_piece_length=32))
+    for pieces, said in (
+        ({"max_piece_length": 8}, "tokenizer.max_piece_length=8: expected from 16 to 512"),
+        ({"max_piece_length": 32, "source": "keep"}, "tokenizer.max_piece_length=32: expected null with tokenizer=kee"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            with_pieces(**pieces)
 
 
 def test_marks_are_appended_and_counted(tmp_path: Path, given_json: Path) -> None:

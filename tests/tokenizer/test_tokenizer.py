@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, UserError
-from dist_lm.tokenizer.symbols import INDENTS, OPERATORS, SHEBANGS, SPACE, SPECIAL_TOKENS, user_defined_symbols
+from dist_lm.tokenizer.symbols import INDENTS, OPERATORS, SHEBANGS, SPECIAL_TOKENS, user_defined_symbols
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from tests.tokenizer.hard_texts import FRAGMENTS, hard_text
+from tests.tokenizer.longest_first import longest_first
 from tests.tokenizer.stdlib_text import stdlib_texts
 
 
@@ -52,23 +53,6 @@ def test_no_proper_suffix_of_a_symbol_begins_another_symbol() -> None:
     suffixes = [(one, one[cut:]) for one in symbols for cut in range(1, len(one))]
     assert not [
         (one, other) for one, suffix in suffixes for other in symbols if other != one and other.startswith(suffix)
-    ]
-
-
-def longest_first(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Token ids as llama.cpp finds them: the longest symbols are cut out of the whole text first, then shorter ones."""
-    fragments: list[str | int] = [text]
-    for symbol in sorted((symbol.replace(SPACE, " ") for symbol in user_defined_symbols()), key=len, reverse=True):
-        (number,) = tokenizer.encode(symbol)
-        cut: list[str | int] = []
-        for fragment in fragments:
-            parts = fragment.split(symbol) if isinstance(fragment, str) else [fragment]
-            cut += [one for part in parts for one in (part, number)][:-1]
-        fragments = cut
-    return [
-        token
-        for fragment in fragments
-        for token in (tokenizer.encode(fragment) if isinstance(fragment, str) else [fragment])
     ]
 
 
