@@ -119,6 +119,10 @@ class RlhfConfig:
         None  # draws of an iteration, at most, to replace groups whose scores are all the same
     )
     temperature: float = 1.0  # divides the logits in sampling and in every log-probability pass
+    # draw only from the k likeliest tokens (0: off), and from the smallest set with this much probability (1: off);
+    # log-probabilities, entropy and KL are then of the distribution over the tokens kept, here and in training
+    top_k: int = 0
+    top_p: float = 1.0
     ignore_eot: bool = False  # end-of-text does not end a completion: all have max_new_tokens
     max_staleness: int = 0  # largest age of a rollout's weights in iterations; 0: generate, then train
     importance_cap: float = 2.0  # largest ratio of trainer to engine probability that weighs a token; 0: off
@@ -177,6 +181,8 @@ class RlhfConfig:
             "overlong_tokens",
         ):
             require(0 <= getattr(self, key) < math.inf, f"rlhf.{key}", getattr(self, key), "0 or a positive number")
+        require(self.top_k >= 0, "rlhf.top_k", self.top_k, "a positive integer, or 0 (off)")
+        require(0 < self.top_p <= 1, "rlhf.top_p", self.top_p, "in (0, 1]; 1 is off")
         for key in self._read("gamma", "lam", "min_lr_ratio", "max_failed_fraction"):
             require(0 <= getattr(self, key) <= 1, f"rlhf.{key}", getattr(self, key), "in [0, 1]")
         for key in ("beta1", "beta2"):

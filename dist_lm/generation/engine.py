@@ -350,13 +350,14 @@ class Engine:
         logits_BV, position_B = (x[0] if len(x) == 1 else torch.cat(x) for x in (logits, positions))
         choice = self._choose(sequences, logits_BV, position_B)
         columns = [column.tolist() for column in (choice.token_B, choice.logprob_B, choice.raw_logprob_B)]
-        for sequence, token, logprob, raw in zip(sequences, *columns, strict=True):
+        sets = choice.sets or [None] * len(sequences)
+        for sequence, token, logprob, raw, kept in zip(sequences, *columns, sets, strict=True):
             if sequence.finish:  # ended with another answer to its request
                 continue
             if math.isnan(raw):
                 self._drop(sequence.request)
                 continue
-            text = sequence.add(token, logprob, raw, self._eot_id, self.config.max_seq_len)
+            text = sequence.add(token, logprob, raw, self._eot_id, self.config.max_seq_len, kept)
             if sequence.finish:
                 self._running.remove(sequence)
                 self._finish(sequence, sequence.finish)
@@ -370,7 +371,8 @@ class Engine:
             (seed_B,) = upload(self._device, torch.tensor([one.seed for one in sequences]))
             self._rows = (sequences, seed_B, group_rows(params, self._device))
         _, seed_B, groups = self._rows
-        return sample(logits_BV, groups, uniform(seed_B, position_B), adjusted_BV)
+        keep_sets = any(one.request.keep_sets for one in sequences)
+        return sample(logits_BV, groups, uniform(seed_B, position_B), adjusted_BV, keep_sets)
 
     def _finish(self, sequence: Running, reason: FinishReason) -> None:
         sequence.finish = reason

@@ -79,6 +79,7 @@ class Request:
     seed: int = 0  # answers are a function of prompt, params and seed
     n: int = 1  # number of answers; they share the prompt's pages in the cache
     truncate: Literal["refuse", "left"] = "refuse"  # what happens to a prompt that fills the context
+    keep_sets: bool = False  # answers say from which tokens each token was drawn
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Answer:
     finish: FinishReason
     seed: int
     version: int  # of the weights
+    sets: tuple[bytes, ...] = ()  # with keep_sets: the tokens among which each was drawn (`model.token_sets`)
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ class Sequence:
     cached: int = 0  # tokens whose keys and values are in the pages
     logprobs: list[float] = field(default_factory=list)
     raw_logprobs: list[float] = field(default_factory=list)
+    sets: list[bytes] = field(default_factory=list)
     saved: Any = None  # content of the pages while the sequence is set aside
     finish: FinishReason | None = None
 
@@ -166,12 +169,20 @@ class Sequence:
     def n_new(self) -> int:
         return len(self.tokens) - self.n_prompt
 
-    def add(self, token: int, logprob: float, raw_logprob: float, eot_id: int, context: int) -> str:
-        """Append a token, set `finish` if it is the last one, and return the text that became final."""
+    def add(
+        self, token: int, logprob: float, raw_logprob: float, eot_id: int, context: int, kept: bytes | None = None
+    ) -> str:
+        """Append a token, set `finish` if it is the last one, and return the text that became final.
+
+        Args:
+            kept: the tokens among which it was drawn, if that was asked for.
+        """
         params = self.request.params
         self.tokens.append(token)
         self.logprobs.append(logprob)
         self.raw_logprobs.append(raw_logprob)
+        if self.request.keep_sets and kept is not None:
+            self.sets.append(kept)
         text = self.stream.add(token) if self.stream else ""
         if token == eot_id and not params.ignore_eot:
             self.finish = "eot"
@@ -199,6 +210,7 @@ class Sequence:
             finish=self.finish,
             seed=self.seed,
             version=version,
+            sets=tuple(self.sets),
         )
 
 

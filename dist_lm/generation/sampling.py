@@ -19,6 +19,7 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 from dist_lm.generation.request import SamplingParams
 from dist_lm.generation.transfer import download, upload
 from dist_lm.model.keyed_random import hash_words
+from dist_lm.model.token_sets import packed
 
 CHUNK = 128  # tokens
 FEW = 1024  # `largest` splits a row into at most this many chunks
@@ -36,6 +37,7 @@ class Choice:
     token_B: torch.Tensor  # int64
     logprob_B: torch.Tensor  # fp32, nats, under the distribution it was drawn from (greedy: 0)
     raw_logprob_B: torch.Tensor  # fp32, nats, under softmax(logits); nan if logits are not finite numbers
+    sets: list[bytes]  # of each row, the tokens it was drawn from (`model.token_sets`); empty if not asked for
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,11 @@ def uniform(seed_B: torch.Tensor, position_B: torch.Tensor) -> torch.Tensor:
 
 
 def sample(
-    logits_BV: torch.Tensor, groups: Sequence[Group], uniform_B: torch.Tensor, adjusted_BV: torch.Tensor | None = None
+    logits_BV: torch.Tensor,
+    groups: Sequence[Group],
+    uniform_B: torch.Tensor,
+    adjusted_BV: torch.Tensor | None = None,
+    keep_sets: bool = False,
 ) -> Choice:
     """Draw one token for each row. The host waits for the device once, and once more if a row needs more candidates.
 
@@ -111,18 +117,23 @@ def sample(
         groups: see `group_rows`.
         uniform_B: see `uniform`.
         adjusted_BV: logits to draw from instead, see `adjusted`.
+        keep_sets: whether the sets of tokens are wanted; the host then waits once more for each group.
     """
     drawn_BV = logits_BV if adjusted_BV is None else adjusted_BV
     device = logits_BV.device
     token_B = torch.empty(len(logits_BV), dtype=torch.int64, device=device)
     logprob_B = torch.empty(len(logits_BV), device=device)
     unclear_B = torch.zeros(len(logits_BV), dtype=torch.bool, device=device)
+    sets = [b""] * len(logits_BV) if keep_sets else []
     for group in groups:
         if group.rows is None:
-            token_B, logprob_B, unclear_B = _draw(drawn_BV, group, uniform_B)
+            token_B, logprob_B, unclear_B, kept = _draw(drawn_BV, group, uniform_B)
         else:
             rows = group.rows
-            token_B[rows], logprob_B[rows], unclear_B[rows] = _draw(drawn_BV[rows], group, uniform_B[rows])
+            token_B[rows], logprob_B[rows], unclear_B[rows], kept = _draw(drawn_BV[rows], group, uniform_B[rows])
+        if keep_sets and kept is not None:
+            for row, one in zip(group.members, _packed_rows(kept, logits_BV.shape[-1]), strict=True):
+                sets[row] = one
     *chosen, unclear_B = download(token_B, logprob_B, token_logprobs(logits_BV, token_B), unclear_B)
     unclear = unclear_B.tolist()
     for group in groups:
@@ -131,10 +142,22 @@ def sample(
             members = [group.members[place] for place in places]
             place_n, row_n = upload(device, torch.tensor(places), torch.tensor(members))
             adjusted_nV = None if adjusted_BV is None else adjusted_BV[row_n]
-            again = sample(logits_BV[row_n], [_with_more(group, place_n)], uniform_B[row_n], adjusted_nV)
+            more = [_with_more(group, place_n)]
+            again = sample(logits_BV[row_n], more, uniform_B[row_n], adjusted_nV, keep_sets)
             for whole, part in zip(chosen, (again.token_B, again.logprob_B, again.raw_logprob_B), strict=True):
                 whole[members] = part
-    return Choice(*chosen)
+            for place, one in enumerate(again.sets):
+                sets[members[place]] = one
+    return Choice(chosen[0], chosen[1], chosen[2], sets)
+
+
+_Kept = tuple[torch.Tensor, torch.Tensor]
+"""Token ids and whether each is kept: (B, M) int64 and bool."""
+
+
+def _packed_rows(kept: _Kept, vocab_size: int) -> list[bytes]:
+    id_BM, keep_BM = (part.numpy() for part in download(*kept))
+    return [packed(id_M[keep_M], vocab_size) for id_M, keep_M in zip(id_BM, keep_BM, strict=True)]
 
 
 def adjusted(
@@ -178,15 +201,22 @@ def log_normaliser(x_BV: torch.Tensor) -> torch.Tensor:
 
 def _draw(
     logits_BV: torch.Tensor, group: Group, uniform_B: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(token, its log-probability, whether the candidates did not suffice) for each row."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Kept | None]:
+    """(token, its log-probability, whether the candidates did not suffice) for each row, and what the filters kept
+    (None: all)."""
     if 0 < group.candidates < logits_BV.shape[-1]:
         return _draw_candidates(logits_BV, group, uniform_B)
     clear_B = torch.zeros(len(logits_BV), dtype=torch.bool, device=logits_BV.device)
     if group.candidates == GREEDY:
-        return logits_BV.argmax(dim=-1), torch.zeros(len(logits_BV), device=logits_BV.device), clear_B
+        token_B = logits_BV.argmax(dim=-1)
+        kept = token_B[:, None], ~clear_B[:, None]
+        return token_B, torch.zeros(len(logits_BV), device=logits_BV.device), clear_B, kept
     x_BV = logits_BV / group.temperature_B1
-    return *_draw_unfiltered(x_BV if group.candidates == UNFILTERED else filtered(x_BV, group), uniform_B), clear_B
+    if group.candidates == UNFILTERED:
+        return *_draw_unfiltered(x_BV, uniform_B), clear_B, None
+    x_BV = filtered(x_BV, group)
+    id_BV = torch.arange(x_BV.shape[-1], device=x_BV.device).expand_as(x_BV)
+    return *_draw_unfiltered(x_BV, uniform_B), clear_B, (id_BV, x_BV > -math.inf)
 
 
 def _draw_unfiltered(x_BV: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -223,7 +253,7 @@ def _first_above(upto: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def _draw_candidates(
     logits_BV: torch.Tensor, group: Group, uniform_B: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Kept]:
     logit_BM, id_BM = largest(logits_BV, group.candidates)
     x_BM = logit_BM / group.temperature_B1
     place_M = torch.arange(group.candidates, device=x_BM.device)
@@ -242,12 +272,13 @@ def _draw_candidates(
 
     # in the order of the vocabulary: two tokens that rounding swaps do not change the draw
     id_BM, order_BM = id_BM.sort(dim=-1)
-    weight_BM = (p_BM * keep_BM).gather(1, order_BM).double()
+    keep_BM = keep_BM.gather(1, order_BM)
+    weight_BM = (p_BM.gather(1, order_BM) * keep_BM).double()
     upto_BM = weight_BM.cumsum(dim=-1)
     chosen_B1 = _first_above(upto_BM, uniform_B[:, None] * upto_BM[:, -1:])
     token_B = id_BM.gather(1, chosen_B1)[:, 0]
     logprob_B = (weight_BM.gather(1, chosen_B1) / upto_BM[:, -1:]).log()[:, 0].float()
-    return token_B, logprob_B, unclear_B
+    return token_B, logprob_B, unclear_B, (id_BM, keep_BM)
 
 
 def _with_more(group: Group, place_n: torch.Tensor) -> Group:

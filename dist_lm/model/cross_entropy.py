@@ -10,16 +10,19 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
 FP32_BYTES = 4
+DROPPED = (
+    -1e30
+)  # logit of a token outside the set drawn from; finite, so that a rank whose tokens all are keeps numbers
 
 Losses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(logits (N, V), targets (N,) int64) -> fp32 (N,) or (N, ...); each row depends on its own logits alone."""
+"""(logits (N, V), targets (N, ...) int64) -> fp32 (N, ...); each row depends on its own logits alone."""
 
 
 class Logprobs(NamedTuple):
     """Sampled tokens and their distributions, in nats, fp32."""
 
     logprob_BT: torch.Tensor  # of the targets
-    entropy_BT: torch.Tensor  # of the whole distribution
+    entropy_BT: torch.Tensor  # of the distribution drawn from
 
 
 def token_losses(
@@ -37,19 +40,30 @@ def token_losses(
 
 
 def logprobs_and_entropy(
-    logits_NV: torch.Tensor, targets_N: torch.Tensor, temperature: float, entropy_gradient: bool
+    logits_NV: torch.Tensor,
+    targets_N: torch.Tensor,
+    temperature: float,
+    entropy_gradient: bool,
+    kept_NV: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Log-probability of each target, and entropy, of the distribution sampled at `temperature`; nats, fp32, (N, 2).
 
     Args:
         entropy_gradient: whether the entropy has a gradient; the log-probability always has one.
+        kept_NV: bool; the tokens over which the distribution is renormalised. None: all.
     """
-    x_NV = logits_NV.float() / temperature
+    x_NV = tempered(logits_NV, temperature, kept_NV)
     log_z_N = x_NV.logsumexp(-1)
     logprob_N = x_NV.gather(-1, targets_N[:, None])[:, 0] - log_z_N
     held_NV, held_log_z_N = (x_NV, log_z_N) if entropy_gradient else (x_NV.detach(), log_z_N.detach())
     entropy_N = held_log_z_N - (held_NV.softmax(-1) * held_NV).sum(-1)
     return torch.stack([logprob_N, entropy_N], dim=-1)
+
+
+def tempered(logits_NV: torch.Tensor, temperature: float, kept_NV: torch.Tensor | None) -> torch.Tensor:
+    """fp32 logits over the temperature; DROPPED for tokens outside `kept_NV` (None: all are inside)."""
+    x_NV = logits_NV.float() / temperature
+    return x_NV if kept_NV is None else x_NV.masked_fill(~kept_NV, DROPPED)
 
 
 def losses_in_chunks(

@@ -30,6 +30,7 @@ from dist_lm.model.keyed_random import (
     residual_site,
 )
 from dist_lm.model.layers import FeedForward, RopeTables, build_norm, capped, rope_tables
+from dist_lm.model.token_sets import TokenSets
 
 
 class Block(nn.Module):
@@ -154,17 +155,27 @@ class Transformer(nn.Module):
         losses_N = losses_in_chunks(x_ND, self.head_weight, targets_N, self._of_capped(losses), self.chunk_bytes)
         return _spread(losses_N, batch.counted_N, batch)
 
-    def logprobs(self, batch: Batch, temperature: float, entropy_gradient: bool = False) -> Logprobs:
+    def logprobs(
+        self, batch: Batch, temperature: float, entropy_gradient: bool = False, sets: TokenSets | None = None
+    ) -> Logprobs:
         """Log-probability and entropy of every target if it is sampled at `temperature`; 0 where `batch.counted_N`
         leaves a token out.
 
         Args:
             entropy_gradient: whether the entropy has a gradient.
+            sets: the tokens among which each of `batch.counted_N` was drawn; None: the whole vocabulary.
         """
         x_ND = self._head_input(batch, batch.counted_N)
-        both = partial(self.logprobs_of_logits, temperature=temperature, entropy_gradient=entropy_gradient)
         targets_N = _chosen(batch.targets_BT.flatten(), batch.counted_N)
-        both_N2 = losses_in_chunks(x_ND, self.head_weight, targets_N, self._of_capped(both), self.chunk_bytes)
+        place_N = torch.arange(len(targets_N), device=targets_N.device)
+
+        def both(logits_nV: torch.Tensor, target_and_place_n2: torch.Tensor) -> torch.Tensor:
+            target_n, place_n = target_and_place_n2.unbind(-1)
+            kept_nV = sets.kept(place_n, self.config.vocab_size, self.own_pieces) if sets else None
+            return self.logprobs_of_logits(logits_nV, target_n, temperature, entropy_gradient, kept_nV)
+
+        target_and_place_N2 = torch.stack([targets_N, place_N], dim=-1)
+        both_N2 = losses_in_chunks(x_ND, self.head_weight, target_and_place_N2, self._of_capped(both), self.chunk_bytes)
         return Logprobs(*(_spread(column_N, batch.counted_N, batch) for column_N in both_N2.unbind(-1)))
 
     def scores(self, batch: Batch, read_N: torch.Tensor | None = None, learns_offset: bool = True) -> torch.Tensor:
@@ -219,6 +230,11 @@ class Transformer(nn.Module):
         """Weight (D,) and bias (1,) of the scalar head."""
         assert self.scalar_head is not None
         return self.scalar_head.weight[0], self.scalar_head.bias
+
+    @property
+    def own_pieces(self) -> range:
+        """The tokens whose logits this rank computes."""
+        return range(self.config.vocab_size)
 
     @property
     def holds_all_tokens(self) -> bool:

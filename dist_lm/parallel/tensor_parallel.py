@@ -17,6 +17,7 @@ from torch import nn
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.model.attention import Attention, Visibility, attend, from_heads, to_heads
+from dist_lm.model.cross_entropy import tempered
 from dist_lm.model.layers import (
     FeedForward,
     HeadNorm,
@@ -86,12 +87,21 @@ class TensorParallelTransformer(Transformer):
         )
 
     def logprobs_of_logits(
-        self, logits_NV: torch.Tensor, targets_N: torch.Tensor, temperature: float, entropy_gradient: bool
+        self,
+        logits_NV: torch.Tensor,
+        targets_N: torch.Tensor,
+        temperature: float,
+        entropy_gradient: bool,
+        kept_NV: torch.Tensor | None = None,
     ) -> torch.Tensor:
         own_NV = logits_NV[:, : self.pieces.real]
         return vocab_parallel_logprobs_and_entropy(
-            own_NV, targets_N, self.pieces, self.axis, temperature, entropy_gradient
+            own_NV, targets_N, self.pieces, self.axis, temperature, entropy_gradient, kept_NV
         )
+
+    @property
+    def own_pieces(self) -> range:
+        return range(self.pieces.start, self.pieces.start + self.pieces.real)
 
     def first_token(self, n_tokens: int) -> int:
         return self.axis.first_token(n_tokens)
@@ -269,15 +279,16 @@ def vocab_parallel_logprobs_and_entropy(
     axis: TensorAxis,
     temperature: float,
     entropy_gradient: bool,
+    kept_NV: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`model.cross_entropy.logprobs_and_entropy` of the whole logits: (N, 2) fp32, the same on every rank (collective).
 
     `entropy = log Z - sum of p * logit`. Each rank contributes the mean logit under the distribution of its own pieces.
 
     Args:
-        logits_NV: logits of this rank's pieces, without padding.
+        logits_NV: logits of this rank's pieces, without padding; `kept_NV` has the same columns.
     """
-    x_NV = logits_NV.float() / temperature
+    x_NV = tempered(logits_NV, temperature, kept_NV)
     row_N = targets_N - pieces.start
     held_N = (row_N >= 0) & (row_N < pieces.real)
     target_N = x_NV.gather(-1, row_N.where(held_N, 0)[:, None]).squeeze(-1) * held_N

@@ -127,7 +127,7 @@ def token_logprobs(
     device = model.embedding.weight.device
     logprob_BT, entropy_BT = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
     for batch in batches:
-        found = model.logprobs(batch, temperature)
+        found = model.logprobs(batch, temperature, sets=batch.sets)
         for into, values in ((logprob_BT, found.logprob_BT), (entropy_BT, found.entropy_BT)):
             into.view(-1)[batch.drawn_N] = values.flatten()[batch.counted_N]
     reshard(model)

@@ -75,6 +75,8 @@ class RolloutSupply:
         params = SamplingParams(
             max_new_tokens=config.max_new_tokens,
             temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
             stop_tokens=self.stop_tokens,
             ignore_eot=config.ignore_eot,
         )

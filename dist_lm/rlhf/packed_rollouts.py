@@ -9,8 +9,9 @@ each rollout. Scores are read at the last token, so rows for them hold whole rol
 Dimensions: B rollouts in all, T tokens of the longest completion, S rollouts of a batch, N their completion tokens.
 """
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ import torch
 from dist_lm.data.batch import Batch
 from dist_lm.data.keys import Shuffle, key, permutation
 from dist_lm.data.packing import best_fit_decreasing, longest_first
+from dist_lm.model.token_sets import TokenSets
 from dist_lm.rlhf.rollouts import Rollouts
 
 
@@ -26,6 +28,11 @@ class RolloutBatch(Batch):
     """Rollouts in rows, each without its last token. `counted_N` are the places whose targets are completion tokens."""
 
     drawn_N: torch.Tensor = field(kw_only=True)  # int64; place of each completion token in a flattened (B, T)
+    sets: TokenSets | None = field(kw_only=True, default=None)  # among which each of N was drawn; None: all tokens
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "RolloutBatch":
+        changed = cast(RolloutBatch, Batch._each(self, change))
+        return replace(changed, sets=self.sets.each(change)) if self.sets else changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +177,9 @@ class _Placed:
         self.targets[self.counted] = rollouts.tokens_N[np.repeat(source_S + prompt_S, new_S) + new_within]
         self.mask[self.counted] = 1
         self.drawn = np.repeat(number_S * longest, new_S) + new_within
+        all_new_B = rollouts.new_tokens_B
+        self.place_in_M = np.repeat((np.cumsum(all_new_B) - all_new_B)[number_S], new_S) + new_within
+        self.rollouts = rollouts
         self.end, self.number = begin_S + length_S - 1, number_S
 
     def batch(self, begin_row: int, end_row: int) -> RolloutBatch:
@@ -182,6 +192,7 @@ class _Placed:
             loss_mask_BT=self._grid(self.mask, begin_row, end_row),
             counted_N=torch.from_numpy(self.counted[counted] - begin),
             drawn_N=torch.from_numpy(self.drawn[counted]),
+            sets=self.rollouts.sets_of(self.place_in_M[counted]),
         )
 
     def whole_batch(self, begin_row: int, end_row: int) -> WholeBatch:

@@ -1,13 +1,15 @@
 """Rollouts: the order of prompts, the requests for completions, and completions as arrays.
 
-Dimensions: B rollouts, N their tokens (prompts and completions) concatenated, M the tokens of completions concatenated.
+Dimensions: B rollouts, N their tokens (prompts and completions) concatenated, M the tokens of completions concatenated,
+X bytes of their sets.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from dist_lm.data.keys import Shuffle, key, permutation
 from dist_lm.errors import ArtefactError
@@ -25,6 +27,7 @@ from dist_lm.generation.request import (
     unseen,
 )
 from dist_lm.model.keyed_random import hash_words, signed
+from dist_lm.model.token_sets import TokenSets
 
 FINISHES: tuple[FinishReason, ...] = ("eot", "stop", "length", "context", "cancelled")
 WHOLE = ("eot", "stop")
@@ -141,6 +144,10 @@ class Rollouts:
     version_B: np.ndarray  # int64
     position_B: np.ndarray  # int64
     sample_B: np.ndarray  # int64
+    # the tokens among which each completion token was drawn (`model.token_sets`); both empty if all are of the
+    # whole vocabulary
+    set_size_M: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # int32; bytes of each set
+    sets_X: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint8))  # uint8; the packed sets
 
     def __len__(self) -> int:
         return len(self.new_tokens_B)
@@ -171,8 +178,21 @@ class Rollouts:
         """Those where `chosen_B` (bool) is true."""
         chosen_N = np.repeat(chosen_B, self.prompt_tokens_B + self.new_tokens_B)
         chosen_M = np.repeat(chosen_B, self.new_tokens_B)
-        of_rollouts = {name: value[chosen_B] for name, value in vars(self).items() if name.endswith("_B")}
-        return Rollouts(tokens_N=self.tokens_N[chosen_N], logprobs_M=self.logprobs_M[chosen_M], **of_rollouts)
+        found = {name: value[chosen_B] for name, value in vars(self).items() if name.endswith("_B")}
+        if len(self.set_size_M):
+            found["set_size_M"] = self.set_size_M[chosen_M]
+            found["sets_X"] = self.sets_X[np.repeat(chosen_M, self.set_size_M)]
+        return Rollouts(tokens_N=self.tokens_N[chosen_N], logprobs_M=self.logprobs_M[chosen_M], **found)
+
+    def sets_of(self, place_K: np.ndarray) -> TokenSets | None:
+        """The sets of these places in M, in host memory; None: all are the whole vocabulary."""
+        if not len(self.set_size_M):
+            return None
+        size_M = self.set_size_M.astype(np.int64)
+        begin_K, size_K = (np.cumsum(size_M) - size_M)[place_K], size_M[place_K]
+        own_begin_K = np.cumsum(size_K) - size_K
+        byte_X = np.arange(size_K.sum()) + np.repeat(begin_K - own_begin_K, size_K)
+        return TokenSets(*(torch.from_numpy(one) for one in (self.sets_X[byte_X], own_begin_K, size_K)))
 
 
 @dataclass(frozen=True)
@@ -210,11 +230,12 @@ def requests_of(
 
     Args:
         first_position: position of `prompts[0]` in the order of prompts.
-        params: without filters, because truncated distributions make the KL from the reference negative.
+        params: with filters, the answers keep the sets of tokens that they were drawn from.
     """
-    assert (params.top_k, params.top_p, params.min_p) == (0, 1, 0), params
+    assert not params.adjusts_logits, params
+    filters = (params.top_k, params.top_p, params.min_p) != (0, 1, 0)
     return [
-        Request(str(position), prompt, params, signed(hash_words(seed, _SEED, position)), samples)
+        Request(str(position), prompt, params, signed(hash_words(seed, _SEED, position)), samples, keep_sets=filters)
         for position, prompt in enumerate(prompts, first_position)
     ]
 
@@ -223,6 +244,8 @@ def rollouts_of(requests: Sequence[Request], answers: Sequence[Answer]) -> Rollo
     """The answers to `requests_of` as arrays."""
     prompts = {request.id: request.prompt for request in requests}
     assert [answer.request for answer in answers] == [r.id for r in requests for _ in range(r.n)], "order of answers"
+
+    sets = [one for answer in answers for one in answer.sets]
 
     def column(values: list[int]) -> np.ndarray:
         return np.array(values, np.int64)
@@ -236,4 +259,6 @@ def rollouts_of(requests: Sequence[Request], answers: Sequence[Answer]) -> Rollo
         version_B=column([answer.version for answer in answers]),
         position_B=column([int(answer.request) for answer in answers]),
         sample_B=column([answer.index for answer in answers]),
+        set_size_M=np.array([len(one) for one in sets], np.int32),
+        sets_X=np.array(bytearray().join(sets), np.uint8),
     )

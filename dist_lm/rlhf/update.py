@@ -54,7 +54,7 @@ def policy_objective(
             weight, name = config.pretrain_coefficient * pretraining_share, "pretrain_loss"
             metrics, counts = {name: loss.total.detach()}, {name: loss.count}
             return LossSum(weight * loss.total, torch.zeros_like(loss.count), metrics, counts)
-        now = model.logprobs(batch, config.temperature, entropy_gradient=algorithm.uses_entropy)
+        now = model.logprobs(batch, config.temperature, algorithm.uses_entropy, batch.sets)
         drawn = DrawnTokens(
             logprob_N=now.logprob_BT.flatten()[batch.counted_N],
             entropy_N=now.entropy_BT.flatten()[batch.counted_N],

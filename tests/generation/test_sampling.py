@@ -5,12 +5,14 @@ Dimensions: B rows, V vocabulary.
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from dist_lm.errors import ConfigError
 from dist_lm.generation.request import SamplingParams
 from dist_lm.generation.sampling import Choice, adjusted, group_rows, largest, sample, uniform
+from dist_lm.model.token_sets import packed
 
 CPU = torch.device("cpu")
 
@@ -65,6 +67,26 @@ def test_the_token_is_that_of_the_definition_with_its_probability(params, vocab)
             below = sum(value for i, value in p.items() if i < token)
             assert below - 1e-5 < u < below + p[token] + 1e-5
             assert logprob == pytest.approx(math.log(p[token]), abs=2e-5)
+
+
+@pytest.mark.parametrize("vocab", [33, 2000, 8192])
+def test_the_sets_are_those_of_the_definition_in_a_mixed_batch_too(vocab):
+    params = [*PARAMS, SamplingParams(temperature=0), SamplingParams(top_p=0.999)]
+    x = logits(len(params), vocab, seed=vocab)
+    rows = torch.arange(len(x))
+    groups, u = group_rows(params, CPU), uniform(rows, rows)
+    choice = sample(x, groups, u, keep_sets=True)
+    assert sample(x, groups, u).sets == []
+    for row, one, token, found in zip(x, params, choice.token_B.tolist(), choice.sets, strict=True):
+        if one.temperature == 0:
+            expected = {token}
+        elif one.top_k == 0 and one.top_p == 1 and one.min_p == 0:
+            assert found == b""
+            continue
+        else:
+            expected = plain_distribution(row, one).keys()
+        assert found == packed(np.array(sorted(expected)), vocab)
+        assert token in expected
 
 
 def test_the_log_probability_of_the_model_is_given_too():

@@ -8,6 +8,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.data.batch import Batch
 from dist_lm.model.keyed_random import initialise
+from dist_lm.model.token_sets import TokenSets, packed
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
@@ -30,8 +31,27 @@ def batch() -> Batch:
     return Batch(tokens, tokens.roll(-1, 1), torch.ones(3, 12), document, position, torch.arange(3), counted)
 
 
-def outcome(model: Transformer, entropy_gradient: bool) -> dict[str, np.ndarray]:
-    found = model.logprobs(batch(), TEMPERATURE, entropy_gradient)
+def kept_tokens() -> torch.Tensor:
+    """(N, V) bool: a set for each counted token, its target inside: of one token, of a few, of many, of all."""
+    targets = batch().targets_BT.flatten()[batch().counted_N]
+    sizes = torch.tensor([1, 2, 3, 20, 40, 5, MODEL.vocab_size])
+    order = torch.rand(len(targets), MODEL.vocab_size, generator=torch.Generator().manual_seed(1)).argsort(-1)
+    kept = torch.zeros(order.shape, dtype=torch.bool)
+    for row, size in enumerate(sizes.tolist()):
+        kept[row, order[row, :size]] = True
+        kept[row, targets[row]] = True
+    return kept
+
+
+def sets() -> TokenSets:
+    parts = [packed(row.nonzero()[:, 0].numpy(), MODEL.vocab_size) for row in kept_tokens()]
+    parts[-1] = b""  # the whole vocabulary
+    size_N = torch.tensor([len(one) for one in parts])
+    return TokenSets(torch.frombuffer(bytearray().join(parts), dtype=torch.uint8), size_N.cumsum(0) - size_N, size_N)
+
+
+def outcome(model: Transformer, entropy_gradient: bool, of_sets: bool) -> dict[str, np.ndarray]:
+    found = model.logprobs(batch(), TEMPERATURE, entropy_gradient, sets() if of_sets else None)
     weight = torch.linspace(-1, 1, 36).view(3, 12)
     (weight * found.logprob_BT + (0.3 * found.entropy_BT.square() if entropy_gradient else 0)).sum().backward()
     reduce_partial_gradients(model)
@@ -42,28 +62,47 @@ def outcome(model: Transformer, entropy_gradient: bool) -> dict[str, np.ndarray]
     return {name: value.numpy() for name, value in values.items()}
 
 
-def on_ranks(world: World, tp: int, chunk_bytes: int, entropy_gradient: bool) -> dict[str, np.ndarray]:
+def on_ranks(world: World, tp: int, chunk_bytes: int, entropy_gradient: bool, of_sets: bool) -> dict[str, np.ndarray]:
     parallel = ParallelConfig(tp=tp)
     mesh = build_mesh(resolve_layout(parallel, MODEL, world.size), world.device)
     model = build_model(MODEL, parallel, mesh, world.device, SEED)
     model.chunk_bytes = chunk_bytes
-    return outcome(model, entropy_gradient)
+    return outcome(model, entropy_gradient, of_sets)
 
 
+@pytest.mark.parametrize("of_sets", [False, True], ids=["all tokens", "sets"])
 @pytest.mark.parametrize("entropy_gradient", [False, True])
 @pytest.mark.parametrize(("size", "tp", "chunk_bytes"), [(1, 1, 1000), (2, 2, 0), (2, 2, 1000), (3, 3, 1)])
-def test_they_are_those_of_one_process(ranks: RankGroups, size: int, tp: int, chunk_bytes: int, entropy_gradient: bool):
-    found = ranks.run(size, on_ranks, tp, chunk_bytes, entropy_gradient)
+def test_they_are_those_of_one_process(
+    ranks: RankGroups, size: int, tp: int, chunk_bytes: int, entropy_gradient: bool, of_sets: bool
+):
+    found = ranks.run(size, on_ranks, tp, chunk_bytes, entropy_gradient, of_sets)
     model = Transformer(MODEL)
     initialise(model, SEED)
-    expected = outcome(model, entropy_gradient)
+    expected = outcome(model, entropy_gradient, of_sets)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=2e-5, err_msg=name)
     hidden = model.hidden(batch().tokens_BT, document_BT=batch().document_BT, position_BT=batch().position_BT)
-    logprobs = (model.head(hidden) / TEMPERATURE).log_softmax(-1).detach()
-    own = logprobs.gather(-1, batch().targets_BT[..., None]).flatten()[batch().counted_N]
-    entropy = -(logprobs.exp() * logprobs).sum(-1).flatten()[batch().counted_N]
+    own, entropy = dense_logprobs(model.head(hidden).flatten(0, 1)[batch().counted_N], of_sets)
+    weight = torch.linspace(-1, 1, 36)[batch().counted_N]
+    loss = (weight * own + (0.3 * entropy.square() if entropy_gradient else 0)).sum()
+    gradient = torch.autograd.grad(loss, model.head_weight)[0]
+    np.testing.assert_allclose(found["lm_head.weight"], gradient.numpy(), rtol=1e-4, atol=2e-5)
     for name, definition in (("logprob", own), ("entropy", entropy)):
-        np.testing.assert_allclose(found[name].flatten()[batch().counted_N], definition.numpy(), rtol=1e-5, atol=1e-5)
-        assert np.count_nonzero(found[name]) == len(batch().counted_N)
+        definition = definition.detach().numpy()
+        np.testing.assert_allclose(found[name].flatten()[batch().counted_N], definition, rtol=1e-5, atol=1e-5)
+        left_out = np.delete(found[name].flatten(), batch().counted_N.numpy())
+        assert not left_out.any()
+
+
+def dense_logprobs(logits_NV: torch.Tensor, of_sets: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """By the definition: the softmax of the kept logits of each row alone."""
+    kept_NV, targets_N = kept_tokens(), batch().targets_BT.flatten()[batch().counted_N]
+    own, entropy = [], []
+    for logits_V, kept_V, target in zip(logits_NV / TEMPERATURE, kept_NV, targets_N, strict=True):
+        kept_V = kept_V if of_sets else torch.ones_like(kept_V)
+        p_K = logits_V[kept_V].exp() / logits_V[kept_V].exp().sum()
+        own.append((logits_V[target].exp() / logits_V[kept_V].exp().sum()).log())
+        entropy.append(-(p_K * p_K.log()).sum())
+    return torch.stack(own), torch.stack(entropy)

@@ -1,4 +1,5 @@
-"""Each on-line algorithm gives the same losses, metrics and gradients, however rollouts are cut and on any layout."""
+"""Each on-line algorithm gives the same losses, metrics and gradients, however rollouts are cut and on any layout, with
+and without filters of sampling."""
 
 from dataclasses import replace
 
@@ -15,7 +16,9 @@ from tests.rlhf.toy import MODEL, engine_of, toy, weights_of
 pytestmark = pytest.mark.heavy  # several processes
 
 SHAPE = replace(MODEL, d_model=40, n_heads=5, d_ff=72)
-ONLINE = [name for name in ALGORITHMS if name != "ppo"]
+SETS = " of sets"
+OF_SETS = [f"{name}{SETS}" for name in ALGORITHMS if name != "ppo"]
+ONLINE = [*(name for name in ALGORITHMS if name != "ppo"), *OF_SETS]
 NEAR = 1e-5
 LARGE = 1e6
 OWN = {"gspo": {"clip": 1e-3, "clip_high": 2e-3}}
@@ -23,8 +26,10 @@ WHOLE = 8192  # tokens of a micro-batch: all rollouts in one
 Found = dict[str, tuple[list[dict[str, float]], dict[str, torch.Tensor]]]
 
 
-def config_of(algorithm: str, micro_batch_tokens: int) -> RlhfConfig:
+def config_of(name: str, micro_batch_tokens: int) -> RlhfConfig:
     """With a learning rate and an epsilon of Adam that make an update the gradient itself."""
+    algorithm = name.removesuffix(SETS)
+    filters = {"top_k": 20, "top_p": 0.8, "temperature": 0.5} if name.endswith(SETS) else {}
     return RlhfConfig(
         algorithm=algorithm,
         prompts=5,
@@ -39,6 +44,7 @@ def config_of(algorithm: str, micro_batch_tokens: int) -> RlhfConfig:
         kl_coefficient=0.05,
         rewards={"length": RewardPartConfig(kind="length", target=4)},
         **OWN.get(algorithm, {}),
+        **filters,
     )
 
 
@@ -92,4 +98,4 @@ def test_two_ranks_change_nothing(ranks: RankGroups, expected: Found):
 
 
 def test_tensor_parallelism_changes_nothing(ranks: RankGroups, expected: Found):
-    assert_same(ranks.run(2, trained, ParallelConfig(tp=2), ["grpo", "gspo"], 30), expected)
+    assert_same(ranks.run(2, trained, ParallelConfig(tp=2), ["grpo", "gspo", *OF_SETS], 30), expected)

@@ -133,8 +133,8 @@ def test_what_a_source_raises_reaches_who_takes(staleness):
 
 
 @pytest.mark.parametrize("filters", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
-def test_nothing_is_asked_for_with_a_filter(filters) -> None:
-    """Under a truncated distribution the divergence from the reference may be negative."""
-    assert len(requests_of([[0], [1]], 0, 1, SamplingParams(max_new_tokens=4), seed=0)) == 2
-    with pytest.raises(AssertionError):
-        requests_of([[0], [1]], 0, 1, SamplingParams(max_new_tokens=4, **filters), seed=0)
+def test_sets_are_asked_for_with_a_filter_only(filters) -> None:
+    """Of a whole distribution they would be the vocabulary."""
+    for params, expected in ((SamplingParams(), False), (SamplingParams(**filters), True)):
+        found = requests_of([[0], [1]], 0, 1, params, seed=0)
+        assert [request.keep_sets for request in found] == [expected, expected]
