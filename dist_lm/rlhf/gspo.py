@@ -1,39 +1,24 @@
 """GSPO: group sequence policy optimisation (Zheng et al. 2025).
 
-    A_i = (r_i - mean(r)) / (std(r) + 1e-4)                      over the G rollouts of a prompt, eq. 6
+    A_i = (r_i - mean(r)) / (std(r) + 1e-4)                      as in GRPO, eq. 6
     s_i = (pi(o_i) / pi_old(o_i))^(1/|o_i|)                      the geometric mean of the token ratios, eq. 7
     L = -1/G sum_i min(s_i A_i, clip(s_i, 1 - c, 1 + c_high) A_i)    eq. 5
 
 A whole completion is kept or clipped. The geometric mean of many ratios stays near 1, so the clip is about a thousandth
 of that of GRPO: the paper's 3e-4 and 4e-4 (section 5.1) are for long completions; short ones need more.
 
-Dimensions: B rollouts, T tokens of the longest completion, N completion tokens of a micro-batch.
+Dimensions: N completion tokens of a micro-batch.
 """
 
-import torch
-
 from dist_lm.config.rlhf import given
-from dist_lm.rlhf.algorithm import DrawnTokens, Experience, Prepared, WithoutCritic
-from dist_lm.rlhf.policy_gradient import (
-    STD_EPS,
-    completion_shares,
-    group_columns,
-    groups_of,
-    over_completion,
-    penalised_policy_loss,
-)
+from dist_lm.rlhf.algorithm import DrawnTokens
+from dist_lm.rlhf.grpo import Grpo
+from dist_lm.rlhf.policy_gradient import over_completion, penalised_policy_loss
 from dist_lm.training.objective import LossSum
 
 
-class Gspo(WithoutCritic):
-    """An `Algorithm`."""
-
-    def prepare(self, experience: Experience, kl_coefficient: float) -> Prepared:
-        """Scores relative to the group; a completion counts 1, whatever its length."""
-        groups = groups_of(experience.score_B, experience.prompt_B)
-        advantage_B = (experience.score_B - groups.mean_B) / (groups.std_B + STD_EPS)
-        columns = group_columns(experience, advantage_B) | {"share": completion_shares(experience.mask_BT)}
-        return Prepared(columns, torch.ones_like(advantage_B), kl_coefficient)
+class Gspo(Grpo):
+    """An `Algorithm`: the advantages and shares of GRPO, and a loss of its own."""
 
     def policy_loss(self, drawn: DrawnTokens) -> LossSum:
         """The clipped surrogate of each completion, with the KL penalty if rlhf.kl_coefficient is above 0."""

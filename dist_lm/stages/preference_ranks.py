@@ -14,14 +14,13 @@ from dist_lm.data.batch import RankedPlaces
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.rankings.completions import CompletionBatch, SplitReference, Trees
 from dist_lm.data.rankings.shards import RankingCorpus
-from dist_lm.data.rankings.stream import RankingBatches, RankingStream
 from dist_lm.errors import ArtefactError
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.preference import PreferenceLoss
 from dist_lm.rlhf.preference_objective import held_out_metrics, seen_rankings
 from dist_lm.rlhf.reference import CHECKPOINT, reference_of
 from dist_lm.stages.preference import PreferenceRunConfig
-from dist_lm.stages.reward_ranks import EXAMPLE_COMPLETIONS, open_rankings
+from dist_lm.stages.reward_ranks import EXAMPLE_COMPLETIONS, open_rankings, ranking_batches, ranking_stream
 from dist_lm.stages.training import Opening, StageData
 from dist_lm.training import checkpoint_files
 from dist_lm.training.adapters import fingerprint
@@ -40,47 +39,17 @@ def open_data(opening: Opening) -> StageData:
     train, val = open_rankings(opening)
     plain = Trees(None, settings.learns_text, settings.has_reference_point)
     reference = _reference(opening, config, train, val, plain) if settings.has_reference else {}
-    stream = RankingStream(
-        train,
-        settings.lesson,
-        settings.label_noise,
-        seed=config.seed,
-        seq_len=stage.seq_len,
-        pad_id=opening.tokenizer.pad_id,
-        opening=opening.tokenizer.opening,
-        global_batch=stage.global_batch,
-        micro_batch=stage.micro_batch,
-        dp_rank=opening.dp_rank,
-        dp_size=opening.dp_size,
-        position=opening.position,
-        pin_memory=opening.world.device.type == "cuda",
-        assemble=replace(plain, reference=reference.get("train")),
-    )
+    trees = replace(plain, reference=reference.get("train"))
+    stream = ranking_stream(opening, train, settings.lesson, settings.label_noise, trees)
     loss, of_val = PreferenceLoss(settings), reference.get("val")
 
     def evaluate(model: Transformer, everything: bool, alive: Callable[[], None]) -> dict[str, float]:
         limit = 0 if everything else stage.eval_sequences
-        batches = _batches(opening, config, val, replace(plain, reference=of_val), limit)
+        batches = ranking_batches(opening, val, limit, replace(plain, reference=of_val))
         seen, point = seen_rankings(model, batches, opening.world.device, opening.data_ranks, alive)
         return held_out_metrics(loss, val, of_val, seen, point, config.seed)
 
     return StageData(stream, evaluate)
-
-
-def _batches(
-    opening: Opening, config: PreferenceRunConfig, rankings: RankingCorpus, trees: Trees, limit: int = 0
-) -> RankingBatches:
-    return RankingBatches(
-        rankings=rankings,
-        seq_len=config.stage.seq_len,
-        micro_batch=config.stage.micro_batch,
-        dp_rank=opening.dp_rank,
-        dp_size=opening.dp_size,
-        pad_id=opening.tokenizer.pad_id,
-        opening=opening.tokenizer.opening,
-        limit_sequences=limit,
-        assemble=trees,
-    )
 
 
 def _reference(
@@ -96,7 +65,10 @@ def _reference(
     return reference_of(
         run.reference,
         key,
-        {name: _batches(opening, config, split, trees) for name, split in zip(SPLITS, (train, val), strict=True)},
+        {
+            name: ranking_batches(opening, split, assemble=trees)
+            for name, split in zip(SPLITS, (train, val), strict=True)
+        },
         opening.initial or partial(_no_model, run.reference),
         opening.world,
         opening.data_ranks,

@@ -13,7 +13,7 @@ from dist_lm.config.corpus import SPLITS
 from dist_lm.data.batch import Batch, RankedPlaces
 from dist_lm.data.evaluation_batches import spread
 from dist_lm.data.rankings.shards import RankingCorpus
-from dist_lm.data.rankings.stream import RankingBatches, RankingStream
+from dist_lm.data.rankings.stream import Assemble, RankingBatches, RankingStream
 from dist_lm.data.sequences import note_of_left_out
 from dist_lm.errors import require
 from dist_lm.generation.load import load_model
@@ -45,39 +45,15 @@ def open_data(opening: Opening) -> StageData:
         ArtefactError: the corpus holds no rankings, or none fits into a sequence.
     """
     assert isinstance(opening.config, RewardRunConfig)
-    stage = opening.config.stage
+    stage, settings = opening.config.stage, opening.config.stage.reward
     train, val = open_rankings(opening)
-    stream = RankingStream(
-        train,
-        stage.reward.learn_from,
-        stage.reward.label_noise,
-        seed=opening.config.seed,
-        seq_len=stage.seq_len,
-        pad_id=opening.tokenizer.pad_id,
-        opening=opening.tokenizer.opening,
-        global_batch=stage.global_batch,
-        micro_batch=stage.micro_batch,
-        dp_rank=opening.dp_rank,
-        dp_size=opening.dp_size,
-        position=opening.position,
-        pin_memory=opening.world.device.type == "cuda",
-    )
 
     def evaluate(model: Transformer, everything: bool, alive: Callable[[], None]) -> dict[str, float]:
-        batches = RankingBatches(
-            rankings=val,
-            seq_len=stage.seq_len,
-            micro_batch=stage.micro_batch,
-            dp_rank=opening.dp_rank,
-            dp_size=opening.dp_size,
-            pad_id=opening.tokenizer.pad_id,
-            opening=opening.tokenizer.opening,
-            limit_sequences=0 if everything else stage.eval_sequences,
-        )
+        batches = ranking_batches(opening, val, 0 if everything else stage.eval_sequences)
         scores = scores_of_rankings(model, batches, opening.world.device, opening.data_ranks, alive)
         return reward_metrics(beside_verdicts(val, scores))
 
-    return StageData(stream, evaluate)
+    return StageData(ranking_stream(opening, train, settings.learn_from, settings.label_noise), evaluate)
 
 
 def open_rankings(opening: Opening) -> tuple[RankingCorpus, RankingCorpus]:
@@ -98,6 +74,51 @@ def open_rankings(opening: Opening) -> tuple[RankingCorpus, RankingCorpus]:
             if note := note_of_left_out(rankings.corpus, stage.seq_len, kind="rankings"):
                 log.warning("%s", note)
     return train, val
+
+
+def ranking_stream(
+    opening: Opening, train: RankingCorpus, learn_from: str, label_noise: float, assemble: Assemble | None = None
+) -> RankingStream:
+    """The steps over `train`; the last three arguments are those of `RankingStream`."""
+    stage = opening.config.stage
+    return RankingStream(
+        train,
+        learn_from,
+        label_noise,
+        seed=opening.config.seed,
+        seq_len=stage.seq_len,
+        pad_id=opening.tokenizer.pad_id,
+        opening=opening.tokenizer.opening,
+        global_batch=stage.global_batch,
+        micro_batch=stage.micro_batch,
+        dp_rank=opening.dp_rank,
+        dp_size=opening.dp_size,
+        position=opening.position,
+        pin_memory=opening.world.device.type == "cuda",
+        assemble=assemble,
+    )
+
+
+def ranking_batches(
+    opening: Opening, rankings: RankingCorpus, limit: int = 0, assemble: Assemble | None = None
+) -> RankingBatches:
+    """This rank's share of the rankings, each once, in batches.
+
+    Args:
+        limit: sequences at most; 0: all.
+    """
+    stage = opening.config.stage
+    return RankingBatches(
+        rankings=rankings,
+        seq_len=stage.seq_len,
+        micro_batch=stage.micro_batch,
+        dp_rank=opening.dp_rank,
+        dp_size=opening.dp_size,
+        pad_id=opening.tokenizer.pad_id,
+        opening=opening.tokenizer.opening,
+        limit_sequences=limit,
+        assemble=assemble,
+    )
 
 
 def score_samples(closing: Closing) -> dict[str, float]:
