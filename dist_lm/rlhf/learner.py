@@ -287,6 +287,8 @@ def iteration_metrics(
             "rlhf/kl_coefficient": state.kl.coefficient,
             "rlhf/reward_mean": score - state.kl.coefficient * kl,
         }
+    if len(rollouts.set_size_M):
+        metrics["rollout/set_bytes"] = float(rollouts.set_size_M.mean())
     gap_BT = (experience.logprob_BT - collected.engine_logprob_BT).abs() * mask_BT
     metrics["rollout/logprob_gap"] = float(gap_BT.max())
     if drawn and drawn.drawing_s:

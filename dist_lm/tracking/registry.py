@@ -333,6 +333,12 @@ REINFORCEMENT = (
     *_table(
         "rlhf",
         RLHF,
+        ("rollout/set_bytes", "bytes/token", "", "Mean size of a token's sampling set."),
+        only="with rlhf.top_k or rlhf.top_p",
+    ),
+    *_table(
+        "rlhf",
+        RLHF,
         ("rlhf/entropy", "nats/token", "", "Entropy of the sampling distribution."),
         ("rlhf/new_tokens_mean", "tokens", "", "Mean length of a rollout."),
         ("rlhf/new_tokens_min", "tokens", "", "Length of the shortest rollout."),

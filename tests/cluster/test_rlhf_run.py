@@ -13,12 +13,18 @@ import pytest
 
 from dist_lm.config.rlhf import PUSH_AUTO, PUSH_DIRECT
 from dist_lm.config.root import save_config
+from dist_lm.dry_run.iterations import rlhf_memory
 from dist_lm.generation.load import load_model
 from dist_lm.launcher.compose import compose_config
 from dist_lm.model.size import parameter_shapes
-from dist_lm.stages.rlhf import RlhfRunConfig, with_reward_run
+from dist_lm.parallel.layout import Layout
+from dist_lm.ranks.rlhf_models import VALUE
+from dist_lm.report.page import write_report
+from dist_lm.stages.registry import load_config
+from dist_lm.stages.rlhf import RlhfRunConfig, rlhf_config, with_reward_run
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.training import checkpoint_files
+from dist_lm.training.checkpoint_tensors import stored_tensors
 from dist_lm.training.profile_summary import read_profile
 from tests.cluster.launched import assert_gone, family, ranks_on, steps_of, wait_until
 from tests.cluster.launched import finish as finish_launch
@@ -167,6 +173,7 @@ GONE_ON_WITH = {
     "with text, drawn ahead": (*PRETRAINING, "rlhf.max_staleness=1"),
 }
 GRPO = ("rlhf.algorithm=grpo", "rlhf.value_lr=null", "rlhf.prompts=4", "rlhf.samples=2")
+OF_SETS = (*GRPO, "rlhf.top_k=50", "rlhf.top_p=0.9", "rlhf.max_staleness=1")
 
 
 @pytest.mark.parametrize("overrides", GONE_ON_WITH.values(), ids=GONE_ON_WITH.keys())
@@ -180,6 +187,43 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_identical(started_work, r
     copy_until(expected, run, step=2)
     train(run, ranks=1)
     assert numbers(run) == numbers(expected)
+
+
+@pytest.fixture(scope="module")
+def grpo_of_sets(started_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """GRPO with filters of sampling, whose rollouts are drawn ahead."""
+    run = prepare(work_of(started_work, tmp_path_factory.mktemp("grpo")), *OF_SETS)
+    train(run, ranks=1)
+    return run
+
+
+def test_sampling_sets_are_checkpointed_with_the_rollouts_drawn_ahead(started_work, grpo_of_sets, tmp_path):
+    found = numbers(grpo_of_sets)
+    assert all(found[step]["rollout/set_bytes"] > 0 for step in range(1, ITERATIONS + 1))
+    assert found[1]["rlhf/ratio_mean"] == pytest.approx(1, abs=1e-2)
+    run = work_of(started_work, tmp_path / "resumed").run("rlhf", "default")
+    copy_until(grpo_of_sets, run, step=2)
+    train(run, ranks=1)
+    assert numbers(run) == found
+
+
+def test_without_a_critic_nothing_of_one_is_saved_planned_for_or_reported(grpo_of_sets, reference, tmp_path):
+    planned = {}
+    for run, expected in ((reference, True), (grpo_of_sets, False)):
+        names = stored_tensors(checkpoint_files.find_checkpoint(run.path))
+        assert any(name.startswith(VALUE) for name in names) == expected
+        written = set().union(*numbers(run).values(), json.loads(run.result.read_text())["metrics"])
+        assert any("value" in name for name in written) == expected
+        write_report([run.path], tmp_path / "report.html", None)
+        page = (tmp_path / "report.html").read_text()
+        assert ("rlhf/value_loss" in page) == expected
+        assert ("critic" in page) == expected
+        config = rlhf_config(load_config(run.config))
+        planned[expected] = rlhf_memory(config, Layout(1, 1, 1)), config.trained_models
+    with_critic, without = planned[True], planned[False]
+    assert without[0].models * 3 == with_critic[0].models * 2  # policy and reference
+    assert without[0].optimizer * 2 == with_critic[0].optimizer
+    assert (with_critic[1], without[1]) == (2, 1)
 
 
 def test_a_damaged_state_is_passed_over_loudly(started_work, reference, tmp_path):
@@ -249,7 +293,9 @@ def undisturbed_and_other(started_work, tmp_path, *steps: str) -> tuple[RunDirec
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kills", [pytest.param(2, marks=pytest.mark.heavy), pytest.param(10, marks=pytest.mark.bars)])
-@pytest.mark.parametrize("algorithm", [(), GRPO], ids=["ppo", "grpo"])
+@pytest.mark.parametrize(
+    "algorithm", [(), GRPO, pytest.param(OF_SETS, marks=pytest.mark.bars)], ids=["ppo", "grpo", "grpo of sets"]
+)
 def test_kills_of_actors_and_ranks_change_no_number(started_work, tmp_path, algorithm, kills):
     steps = (f"stage.steps={6 * kills}", "stage.eval_every=0", f"cluster.max_restarts={kills}", *algorithm)
     expected, work = undisturbed_and_other(started_work, tmp_path, *steps)

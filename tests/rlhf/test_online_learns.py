@@ -1,6 +1,7 @@
 """Each on-line algorithm without a critic learns what two toys ask for, with its own rate and clip."""
 
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -46,12 +47,28 @@ def test_every_algorithm_has_its_setting():
 @pytest.mark.parametrize("name", TOYS)
 @pytest.mark.parametrize("algorithm", OWN)
 def test_a_toy_is_learned(algorithm: str, name: str, seed: int):
+    learns(algorithm, name, seed)
+
+
+@pytest.mark.bars
+@pytest.mark.parametrize("own", [{"max_staleness": 1}, {"top_k": 40, "top_p": 0.95}], ids=["older weights", "sets"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("algorithm", OWN)
+def test_a_toy_is_learned_from_other_rollouts(algorithm: str, name: str, seed: int, own: dict):
+    learns(algorithm, name, seed, **own)
+
+
+def learns(algorithm: str, name: str, seed: int, **own) -> None:
+    """From below 0.5 to above 0.85."""
     task, iterations = TOYS[name]
-    made = toy(config_of(algorithm, task), iterations, seed=seed)
+    made = toy(replace(config_of(algorithm, task), **own), iterations, seed=seed)
     started = time.process_time()
     made.run()
     scores = made.metric("rlhf/score_mean")
     last = sum(scores[-LAST:]) / LAST
-    print(f"{algorithm}, {name}, seed {seed}: {scores[0]:.3f} -> {last:.3f}, {time.process_time() - started:.1f} s")
+    print(
+        f"{algorithm}, {name}, seed {seed}, {own}: {scores[0]:.3f} -> {last:.3f}, {time.process_time() - started:.1f} s"
+    )
     assert scores[0] < 0.5
     assert last > 0.85
