@@ -188,11 +188,12 @@ class Rollouts:
         """The sets of these places in M, in host memory; None: all are the whole vocabulary."""
         if not len(self.set_size_M):
             return None
-        size_M = self.set_size_M.astype(np.int64)
-        begin_K, size_K = (np.cumsum(size_M) - size_M)[place_K], size_M[place_K]
-        own_begin_K = np.cumsum(size_K) - size_K
-        byte_X = np.arange(size_K.sum()) + np.repeat(begin_K - own_begin_K, size_K)
-        return TokenSets(*(torch.from_numpy(one) for one in (self.sets_X[byte_X], own_begin_K, size_K)))
+        size_K, end_M = self.set_size_M[place_K].astype(np.int64), np.cumsum(self.set_size_M, dtype=np.int64)
+        # consecutive places, such as those of a completion, are one slice
+        runs = np.split(place_K, np.flatnonzero(np.diff(place_K) != 1) + 1) if len(place_K) else []
+        parts = [self.sets_X[end_M[run[0]] - self.set_size_M[run[0]] : end_M[run[-1]]] for run in runs]
+        bytes_X = np.concatenate([self.sets_X[:0], *parts])
+        return TokenSets(*(torch.from_numpy(one) for one in (bytes_X, np.cumsum(size_K) - size_K, size_K)))
 
 
 @dataclass(frozen=True)
