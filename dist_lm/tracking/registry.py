@@ -177,7 +177,7 @@ TIME = (
         RLHF,
         ("timing/rollout_s", "s", "lower", "Waiting for rollouts and rule-based rewards."),
         ("timing/forward_s", "s", "lower", "Forward passes of all models."),
-        ("timing/update_s", "s", "lower", "Policy and critic updates."),
+        ("timing/update_s", "s", "lower", "Updates of the trained models."),
         ("timing/push_s", "s", "lower", "Sending weights to the engines."),
         ("timing/iteration_s", "s", "lower", "The whole iteration, without the report."),
     ),
