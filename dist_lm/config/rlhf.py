@@ -77,7 +77,7 @@ class RewardPartConfig:
     score: str = "share"  # tests: share of the tests passed | all: 1 if all passed, else 0
     cpu_s: float = 0.5  # tests: limit of a completion's tests together
     wall_s: float = 4.0  # tests: the same by the clock
-    workers: int = 0  # tests: programs at once, on the first rank's node; 0: one for each of its cores
+    workers: int = 0  # tests: programs at once on a node; 0: one for each of its cores
 
     def check(self, key: str) -> None:
         """Refuse values out of bounds; `key` is the config key of this part."""

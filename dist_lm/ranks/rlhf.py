@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 
 from dist_lm.chat.template import stop_tokens
+from dist_lm.cluster.sandboxes import sandboxes_of
 from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.config.root import TRUST_ME
 from dist_lm.errors import ArtefactError
@@ -29,7 +30,7 @@ from dist_lm.ranks.program import (
 )
 from dist_lm.ranks.rlhf_held_out import HeldOut
 from dist_lm.ranks.rlhf_models import Begun, begin, saved_files, train_state
-from dist_lm.ranks.rlhf_supply import pretraining_text, rollout_source
+from dist_lm.ranks.rlhf_supply import joined_cluster, pretraining_text, rollout_source
 from dist_lm.rlhf.algorithm import Algorithm
 from dist_lm.rlhf.dapo import Dapo
 from dist_lm.rlhf.dr_grpo import DrGrpo
@@ -242,10 +243,12 @@ def _supply(
         read_to_end(weights)
         return None
     group, draws = config.rlhf, partial(reporter.alive, Phase.GENERATING)
-    tasks = Tasks(tasks_of(group, start.tokenizer), config.sandbox == TRUST_ME)
+    joined = stack.enter_context(joined_cluster(config))
+    on_nodes = partial(sandboxes_of, joined.cluster if joined else None)
+    tasks = Tasks(tasks_of(group, start.tokenizer), config.sandbox == TRUST_ME, on_nodes)
     judge = Judge(group.rewards, start.tokenizer.decode, group.max_failed_fraction, draws, tasks)
     stack.enter_context(judge)
-    source = stack.enter_context(rollout_source(config, start.tokenizer, weights, start.world.device, draws))
+    source = stack.enter_context(rollout_source(config, start.tokenizer, weights, start.world.device, draws, joined))
     return RolloutSupply(
         source,
         ShuffledPrompts(prompts, config.seed),

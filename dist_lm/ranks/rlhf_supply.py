@@ -17,7 +17,7 @@ import torch
 from dist_lm.cluster.allocation import WITHOUT_POOL, Site, actors_in_all, site_of
 from dist_lm.cluster.pool import ActorsLostError, Pool, PoolRollouts
 from dist_lm.cluster.pool_actor import EngineSpec
-from dist_lm.cluster.ray_cluster import RayAccess, RayCluster, joined_by, own_access
+from dist_lm.cluster.ray_cluster import RayCluster, joined_by, own_access
 from dist_lm.config.corpus import SPLITS
 from dist_lm.config.rlhf import PUSH_AUTO, PUSH_RAY
 from dist_lm.data.batch import Batch
@@ -44,6 +44,29 @@ EVERY_NODE = 1_000_000  # no limit on nodes: the number of actors limits the poo
 SEQ_LEN = "rlhf.pretrain_seq_len"
 
 
+@dataclass(frozen=True)
+class Joined:
+    """The gang's Ray cluster, as this rank has joined it."""
+
+    cluster: RayCluster
+    ranked: tuple[str, ...]  # addresses of the nodes that run ranks
+
+
+@contextmanager
+def joined_cluster(config: RlhfRunConfig) -> Iterator[Joined | None]:
+    """The gang's cluster inside the block; None without Ray, or if the stage drives no actors.
+
+    Raises:
+        ClusterError: Ray refuses this rank.
+    """
+    access = own_access(os.environ)
+    if not access or not config.pool.actors:
+        yield None
+        return
+    with joined_by(access, replace(config.cluster, nodes=EVERY_NODE)) as cluster:
+        yield Joined(cluster, access.nodes)
+
+
 @contextmanager
 def rollout_source(
     config: RlhfRunConfig,
@@ -51,6 +74,7 @@ def rollout_source(
     weights: WeightStream,
     device: torch.device,
     alive: Callable[[], None],
+    joined: Joined | None,
 ) -> Iterator[RolloutSource]:
     """The source of rollouts inside the block. Without Ray (`torchrun -m dist_lm.train RUN_DIR`) a local engine.
 
@@ -59,11 +83,10 @@ def rollout_source(
         alive: called regularly during generation.
 
     Raises:
-        ClusterError: Ray refuses this rank, or has no free resources for an actor.
+        ClusterError: Ray has no free resources for an actor.
     """
-    access = own_access(os.environ)
-    if access and config.pool.actors:
-        with _pool(config, tokenizer, weights, device, access, alive) as source:
+    if joined:
+        with _pool(config, tokenizer, weights, device, joined, alive) as source:
             yield source
         return
     if config.pool.actors:
@@ -77,7 +100,7 @@ def _pool(
     tokenizer: Tokenizer,
     weights: WeightStream,
     device: torch.device,
-    access: RayAccess,
+    joined: Joined,
     alive: Callable[[], None],
 ) -> Iterator[RolloutSource]:
     pool, ranks = config.pool, int(os.environ["LOCAL_WORLD_SIZE"])
@@ -89,19 +112,16 @@ def _pool(
         device=device.type,
         tp=pool.tp,
     )
-    actors = actors_in_all(pool, len(access.nodes), ranks if device.type == "cuda" else 0)
-    with (
-        joined_by(access, replace(config.cluster, nodes=EVERY_NODE)) as cluster,
-        _started(
-            cluster,
-            spec,
-            weights,
-            actors,
-            site_of(pool, access.nodes, ranks, device.type),
-            alive,
-            _sender(config, spec, device),
-        ) as started,
-    ):
+    actors = actors_in_all(pool, len(joined.ranked), ranks if device.type == "cuda" else 0)
+    with _started(
+        joined.cluster,
+        spec,
+        weights,
+        actors,
+        site_of(pool, joined.ranked, ranks, device.type),
+        alive,
+        _sender(config, spec, device),
+    ) as started:
         log.info("%d rollout actors: %s", len(started.members), ", ".join(map(str, started.members)))
         yield PoolRollouts(started, sleeps=config.in_turns)
 

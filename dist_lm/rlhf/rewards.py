@@ -24,6 +24,7 @@ from dist_lm.rlhf.reward_function import FunctionRule, RewardError
 from dist_lm.rlhf.rollouts import WHOLE, JudgedRollouts, Rollouts
 from dist_lm.rlhf.rules import Alive, Failure, Judged, Rule, length_rule, parses_rule
 from dist_lm.rlhf.tests_rule import TestsRule
+from dist_lm.sandbox.pool import Sandboxes, SandboxPool
 from dist_lm.sandbox.syntax import parses
 from dist_lm.sandbox.task import Task
 
@@ -41,6 +42,7 @@ class Tasks:
 
     by_prompt: Mapping[str, Task] = field(default_factory=dict)  # by the text of the prompt, as `Decode` gives it
     trust_me: bool = False  # see `SandboxPool`
+    sandboxes: Callable[[int, bool], Sandboxes] = SandboxPool  # see `TestsRule`
 
 
 def rules_of(parts: Mapping[str, RewardPartConfig], tasks: Tasks) -> dict[str, Rule]:
@@ -54,7 +56,7 @@ def rules_of(parts: Mapping[str, RewardPartConfig], tasks: Tasks) -> dict[str, R
 
 def _rule(name: str, part: RewardPartConfig, tasks: Tasks) -> Rule:
     if part.kind == "tests":
-        return TestsRule(f"rlhf.rewards.{name}", part, tasks.by_prompt, tasks.trust_me)
+        return TestsRule(f"rlhf.rewards.{name}", part, tasks.by_prompt, tasks.trust_me, tasks.sandboxes)
     if part.kind == "length":
         return length_rule(part.target)
     if part.kind == "parses":

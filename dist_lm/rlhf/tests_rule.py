@@ -1,19 +1,20 @@
 """Executed code as a reward: the answer to a task runs with the task's tests, in the sandbox.
 
-Programs run on cores of this machine beside generation: each starts as soon as its completion is there (`begin`), and
-its verdict is read when the iteration's rollouts are judged. A program that fails, hangs or takes too much has a score;
+Programs run on cores of all nodes beside generation: each starts as soon as its completion is there (`begin`), and its
+verdict is read when the iteration's rollouts are judged. A program that fails, hangs or takes too much has a score;
 an error of the sandbox gives none, so that completion leaves the iteration.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYetError
+from functools import partial
 
 from dist_lm.config.rlhf import RewardPartConfig
 from dist_lm.rlhf.reward_function import RewardError
 from dist_lm.rlhf.rules import Alive, Failure, Judged, Score
-from dist_lm.sandbox.pool import SandboxPool
+from dist_lm.sandbox.pool import Sandboxes, SandboxPool
 from dist_lm.sandbox.program import Limits, Verdict
 from dist_lm.sandbox.sandbox import fences
 from dist_lm.sandbox.task import Task
@@ -29,20 +30,28 @@ class TestsRule:
 
     __test__ = False  # no test of pytest
 
-    def __init__(self, key: str, part: RewardPartConfig, tasks: Mapping[str, Task], trust_me: bool) -> None:
+    def __init__(
+        self,
+        key: str,
+        part: RewardPartConfig,
+        tasks: Mapping[str, Task],
+        trust_me: bool,
+        sandboxes: Callable[[int, bool], Sandboxes] = SandboxPool,
+    ) -> None:
         """
         Args:
             key: the config key, for messages.
             tasks: by the text of the prompt.
             trust_me: run programs without isolation where this machine has none.
+            sandboxes: (programs at once on a node, trust_me) -> what runs them; called at the first program.
 
         Raises:
             SandboxError: no sandbox here.
         """
         self._key, self._tasks, self._all = key, tasks, part.score == ALL
         self._limits = Limits(cpu_s=part.cpu_s, wall_s=part.wall_s)
-        self._pool = SandboxPool(part.workers, trust_me)
-        self._open = False
+        self._make = partial(sandboxes, part.workers, trust_me)
+        self._pool: Sandboxes | None = None
         self._begun: dict[Judged, Future[Verdict]] = {}
         log.info("%s: %s", key, fences(trust_me).describe())
 
@@ -63,17 +72,16 @@ class TestsRule:
     def close(self) -> None:
         """End the sandboxes."""
         self._begun.clear()
-        if self._open:
-            self._pool.__exit__()
-        self._open = False
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.__exit__()
 
     def _submit(self, judged: Judged) -> Future[Verdict]:
         task = self._tasks.get(judged.prompt)
         if task is None:
             raise RewardError(f"{self._key}: no tests for the prompt {judged.prompt!r:.200}")
-        if not self._open:
-            self._pool.__enter__()
-            self._open = True
+        if self._pool is None:
+            self._pool = self._make().__enter__()
         return self._pool.submit(task.program(judged.completion), self._limits)
 
     def _score(self, verdict: Verdict) -> Score:

@@ -3,11 +3,21 @@
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import Self
+from typing import Protocol, Self
 
 from dist_lm.sandbox.program import Limits, Program, Verdict
 from dist_lm.sandbox.sandbox import Sandbox, fences
 from dist_lm.storage.process import cores
+
+
+class Sandboxes(Protocol):
+    """Runs programs side by side, inside a `with` block."""
+
+    def submit(self, program: Program, limits: Limits | None = None) -> Future[Verdict]: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_exception: object) -> None: ...
 
 
 class SandboxPool:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from dist_lm.errors import require
-from dist_lm.sandbox.inside import DONE, OUTPUT, STARVED, TIMEOUT, TROUBLE
+from dist_lm.sandbox.watched import DONE, OUTPUT, STARVED, TIMEOUT, TROUBLE
 
 Language = Literal["python", "bash", "sql"]
 LANGUAGES: tuple[Language, ...] = ("python", "bash", "sql")

@@ -6,6 +6,7 @@ no run meets another one. The kernel's Landlock and seccomp are a second fence w
 """
 
 import os
+import select
 import shutil
 import socket
 import subprocess
@@ -29,6 +30,7 @@ from dist_lm.sandbox.program import (
     verdict_of,
 )
 
+END_S = 2.0  # a server whose channel is closed ends at once
 START_S = 60.0  # a machine under load takes seconds
 GRACE_S = 60.0  # beyond the limits of a program, for the server to answer
 _SERVER = "import sys; sys.path.insert(0, {root!r}); from dist_lm.sandbox.inside import main; main()"
@@ -225,16 +227,25 @@ class _Server:
     def close(self) -> None:
         """End the server and all below it."""
         self._channel.close()  # the server ends by itself then, with what runs
-        try:
-            self._process.wait(2)
-        except subprocess.TimeoutExpired:
+        if not _ends_within(self._process.pid, END_S):
             self._process.kill()
-            self._process.wait()
+        self._process.wait()
         self._errors.close()
         if self._group:
             self._group.remove()
         if self._folder:
             self._folder.cleanup()
+
+
+def _ends_within(process: int, seconds: float) -> bool:
+    """Wait for a child without taking its exit code; `Popen.wait` with a limit polls, later and later."""
+    watched = os.pidfd_open(process)
+    poller = select.poll()
+    poller.register(watched, select.POLLIN)
+    try:
+        return bool(poller.poll(seconds * 1000))
+    finally:
+        os.close(watched)
 
 
 def _environment() -> dict[str, str]:

@@ -81,8 +81,13 @@ def test_a_prompt_without_tests_is_refused(rule_of):
 def test_programs_start_while_completions_are_drawn_and_run_once(rule_of, monkeypatch):
     """What began before is not run again when it is judged."""
     rule, ran = rule_of(), []
-    submit = rule._pool.submit
-    monkeypatch.setattr(rule._pool, "submit", lambda program, limits: ran.append(program) or submit(program, limits))
+    submit = SandboxPool.submit
+
+    def counted(pool: SandboxPool, program: Program, limits: Limits):
+        ran.append(program)
+        return submit(pool, program, limits)
+
+    monkeypatch.setattr(SandboxPool, "submit", counted)
     judged = [Judged("double", f"echo {n}", 1, True, n) for n in (4, 10)]
     for one in judged:
         rule.begin(one)

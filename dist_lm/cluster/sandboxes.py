@@ -1,0 +1,192 @@
+"""Sandboxes on all nodes of a Ray cluster: programs run beside generation, whichever node has cores for them.
+
+    with ClusterSandboxes(cluster, workers=0) as sandboxes:
+        verdict = sandboxes.submit(program).result()
+
+This process's node runs programs in threads of its own, every other node in an actor. A program goes to the node that
+is least busy. A node that is lost, or has no sandbox, is left out, and its programs run elsewhere: a verdict does not
+depend on the node.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, Self
+
+from dist_lm.cluster.ray_cluster import RayCluster, first_line, last_line
+from dist_lm.sandbox.pool import SandboxPool
+from dist_lm.sandbox.program import Limits, Program, Verdict
+from dist_lm.sandbox.sandbox import fences
+from dist_lm.storage.process import die_with_parent
+
+log = logging.getLogger(__name__)
+
+AHEAD = 2  # programs sent to a node for each of its workers: one runs, one waits there
+MOST_AT_ONCE = 1000  # calls of an actor; above what any node has of cores
+
+
+class SandboxActor:
+    """The sandboxes of a node."""
+
+    def __init__(self, workers: int, trust_me: bool) -> None:
+        """See `SandboxPool`."""
+        die_with_parent()
+        self._pool = SandboxPool(workers, trust_me).__enter__()
+        self._fences = fences(trust_me).describe()
+
+    def begin(self) -> tuple[int, str]:
+        """(programs at once, what keeps a program in)."""
+        return self._pool.workers, self._fences
+
+    def run(self, program: Program, limits: Limits) -> Verdict:
+        """Run a program; several calls run side by side."""
+        return self._pool.submit(program, limits).result()
+
+
+@dataclass
+class Place:
+    """A node with sandboxes."""
+
+    name: str
+    run: Callable[[Program, Limits], Future[Verdict]]
+    workers: int = 0  # 0: it has not begun
+    running: int = 0  # programs sent to it
+
+    @property
+    def has_room(self) -> bool:
+        return self.running < AHEAD * self.workers
+
+    @property
+    def busy(self) -> float:
+        """Programs for each worker."""
+        return self.running / self.workers
+
+
+@dataclass(frozen=True)
+class Work:
+    """A program, and the promise of its verdict."""
+
+    program: Program
+    limits: Limits
+    verdict: Future[Verdict] = field(default_factory=Future)
+
+
+Event = Callable[[], None]
+
+
+class ClusterSandboxes:
+    """A `Sandboxes`. One thread hands programs out, so that none of its state needs a lock."""
+
+    def __init__(self, cluster: RayCluster, workers: int = 0, trust_me: bool = False) -> None:
+        """
+        Args:
+            cluster: connected until the end of the block.
+            workers: programs at once on each node; 0: one for each of its cores.
+            trust_me: run programs without isolation where a node allows none.
+        """
+        self._cluster, self._workers, self._trust_me = cluster, workers, trust_me
+        self._own = SandboxPool(workers, trust_me)
+        self._places: list[Place] = []
+        self._actors: list[Any] = []
+        self._waiting: deque[Work] = deque()
+        self._events: SimpleQueue[Event | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._hand_out, name="sandboxes", daemon=True)
+
+    def __enter__(self) -> Self:
+        """Raises: SandboxError: no sandbox on this node."""
+        own = self._own.__enter__()
+        self._places.append(Place("this node", own.submit, own.workers))
+        self._start_actors()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._events.put(None)
+        self._thread.join()
+        for work in self._waiting:
+            work.verdict.cancel()
+        self._own.__exit__()
+        if self._actors:
+            import ray
+
+            for actor in self._actors:
+                ray.kill(actor)
+
+    def submit(self, program: Program, limits: Limits | None = None) -> Future[Verdict]:
+        """Run a program as soon as a node has room."""
+        work = Work(program, limits or Limits())
+        self._events.put(partial(self._waiting.append, work))
+        return work.verdict
+
+    def _start_actors(self) -> None:
+        """An actor on every other node, of one CPU as generation actors are; Ray starts each once that is free."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        own = ray.get_runtime_context().get_node_id()
+        remote = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(SandboxActor)
+        for node in self._cluster.nodes():
+            if node.id == own:
+                continue
+            there = NodeAffinitySchedulingStrategy(node.id, soft=False)
+            options = remote.options(scheduling_strategy=there, max_concurrency=MOST_AT_ONCE)
+            actor = options.remote(self._workers, self._trust_me)
+            self._actors.append(actor)
+            place = Place(f"node {node.address}", partial(_verdict_of, actor))
+            self._places.append(place)
+            begun: Future[tuple[int, str]] = actor.begin.remote().future()
+            begun.add_done_callback(partial(self._put, self._begun, place))
+
+    def _put(self, then: Callable[..., None], *values: Any) -> None:
+        """Let the thread that hands out take note; called from threads of Ray and of sandboxes, which must not wait."""
+        self._events.put(partial(then, *values))
+
+    def _hand_out(self) -> None:
+        while (event := self._events.get()) is not None:
+            event()
+            while self._waiting and (free := [place for place in self._places if place.has_room]):
+                place, work = min(free, key=lambda one: one.busy), self._waiting.popleft()
+                place.running += 1
+                place.run(work.program, work.limits).add_done_callback(partial(self._put, self._ended, place, work))
+
+    def _begun(self, place: Place, begun: Future[tuple[int, str]]) -> None:
+        if error := begun.exception():
+            self._leave(place, error)
+            return
+        place.workers, held = begun.result()
+        log.info("%s runs %d programs at once; %s", place.name, place.workers, held)
+
+    def _ended(self, place: Place, work: Work, verdict: Future[Verdict]) -> None:
+        place.running -= 1
+        error = verdict.exception()
+        if error is None:
+            work.verdict.set_result(verdict.result())
+        elif place is self._places[0]:  # no sandbox here any more: nobody else would do better
+            work.verdict.set_exception(error)
+        else:
+            self._leave(place, error)
+            self._waiting.appendleft(work)
+
+    def _leave(self, place: Place, error: BaseException) -> None:
+        from ray.exceptions import RayTaskError
+
+        if place in self._places:
+            self._places.remove(place)
+            said = last_line(error) if isinstance(error, RayTaskError) else first_line(error)
+            log.warning("%s runs no programs of models any more: %s", place.name, said)
+
+
+def _verdict_of(actor: Any, program: Program, limits: Limits) -> Future[Verdict]:
+    return actor.run.remote(program, limits).future()
+
+
+def sandboxes_of(cluster: RayCluster | None, workers: int, trust_me: bool) -> "SandboxPool | ClusterSandboxes":
+    """Sandboxes on every node of a cluster; in this process alone where there is no other node."""
+    if cluster is None or len(cluster.nodes()) < 2:
+        return SandboxPool(workers, trust_me)
+    return ClusterSandboxes(cluster, workers, trust_me)

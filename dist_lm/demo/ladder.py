@@ -1,0 +1,201 @@
+"""A ladder of tiny tasks with tests, from one operation to three, for rewards of kind `tests` on a small model.
+
+    python -m dist_lm.demo.ladder FOLDER
+
+writes FOLDER/{train,held_out}.jsonl, prompts with tests (`rlhf.prompts_from`, `rlhf.held_out_from`), and
+FOLDER/solved.jsonl, other tasks with their solutions as conversations (reader `messages`), from which a model learns
+the form of an answer before it is rewarded. Tasks depend on the seed alone, and no task is in two parts.
+
+A rung makes tasks that differ in their numbers and words. Expected values are computed here, beside the solution, so a
+test can hold one against the other.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dist_lm.storage import durable
+
+Part = Literal["solved", "train", "held_out"]
+SHARES: Mapping[Part, int] = {"solved": 8, "train": 6, "held_out": 2}  # of 16: which part a task belongs to
+SIZES: Mapping[Part, int] = {"solved": 1620, "train": 1080, "held_out": 216}
+MOST, SMALL = 99, 24  # largest number of a task, and of a length
+WORDS = ("river", "Stone", "a b", "pear", "LAMP", "night sky", "Oslo", "ink", "maple", "Quartz", "x", "sand dune")
+NAMES = tuple(word.replace(" ", "_") for word in WORDS)
+OPENINGS = {"python": "Python f(x)", "bash": "Bash f x", "sql": "SQL"}
+ANSWERS = {"python": "def f(x): return {}", "bash": "f() {{ echo {}; }}", "sql": "SELECT {}"}
+TRIED = 200  # draws for one task, at most: a rung's numbers may be used up
+
+
+@dataclass(frozen=True)
+class TinyTask:
+    """A request, its tests as `kind=tests` reads them, and an answer that passes."""
+
+    level: int
+    language: str
+    prompt: str
+    tests: tuple[str | dict[str, str], ...]
+    solution: str
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The line of a file of prompts."""
+        return {"prompt": self.prompt, "language": self.language, "level": self.level, "tests": list(self.tests)}
+
+    @property
+    def conversation(self) -> dict[str, Any]:
+        """The line of a file of conversations."""
+        turns = (("user", self.prompt), ("assistant", self.solution))
+        return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """Tasks of one kind: {a} and {b} in request and solution stand for numbers from 2 on."""
+
+    level: int
+    takes: str  # what f is called with: int, text, list; `rows` for SQL
+    asks: str
+    solution: str  # an expression of x; for SQL what follows SELECT
+    value: Callable[[Any, int, int], Any]  # (argument, a, b) -> expected; for SQL the rows
+    most: int = MOST
+
+
+def _small(level: int, takes: str, asks: str, solution: str, value: Callable[[Any, int, int], Any]) -> Rung:
+    return Rung(level, takes, asks, solution, value, most=SMALL)
+
+
+PYTHON = (
+    Rung(1, "int", "x plus {a}", "x + {a}", lambda x, a, b: x + a),
+    Rung(1, "int", "x minus {a}", "x - {a}", lambda x, a, b: x - a),
+    Rung(1, "int", "x times {a}", "x * {a}", lambda x, a, b: x * a),
+    Rung(1, "int", "{a} minus x", "{a} - x", lambda x, a, b: a - x),
+    _small(2, "text", "the first {a} characters of x", "x[:{a}]", lambda x, a, b: x[:a]),
+    _small(2, "text", "x without its first {a} characters", "x[{a}:]", lambda x, a, b: x[a:]),
+    _small(2, "list", "the last {a} elements of x", "x[-{a}:]", lambda x, a, b: x[-a:]),
+    Rung(2, "list", "x and then {a}", "x + [{a}]", lambda x, a, b: [*x, a]),
+    Rung(2, "list", "whether {a} is in x", "{a} in x", lambda x, a, b: a in x),
+    Rung(2, "int", "the rest of x divided by {a}", "x % {a}", lambda x, a, b: x % a),
+    Rung(3, "int", "x times {a}, plus {b}", "x * {a} + {b}", lambda x, a, b: x * a + b),
+    Rung(3, "int", "x plus {a}, times {b}", "(x + {a}) * {b}", lambda x, a, b: (x + a) * b),
+    Rung(3, "list", "the sum of x plus {a}", "sum(x) + {a}", lambda x, a, b: sum(x) + a),
+    Rung(3, "list", "the length of x times {a}", "len(x) * {a}", lambda x, a, b: len(x) * a),
+    _small(3, "text", "the first {a} characters of x in upper case", "x[:{a}].upper()", lambda x, a, b: x[:a].upper()),
+    Rung(4, "int", "the larger of x and {a}", "max(x, {a})", lambda x, a, b: max(x, a)),
+    Rung(4, "int", "{a} if x is above {b}, else x", "{a} if x > {b} else x", lambda x, a, b: a if x > b else x),
+    Rung(
+        5, "list", "the elements of x above {a}", "[y for y in x if y > {a}]", lambda x, a, b: [y for y in x if y > a]
+    ),
+    Rung(5, "list", "each element of x plus {a}", "[y + {a} for y in x]", lambda x, a, b: [y + a for y in x]),
+)
+BASH = (
+    Rung(1, "int", "x plus {a}", "$(($1 + {a}))", lambda x, a, b: x + a),
+    Rung(1, "int", "x times {a}", "$(($1 * {a}))", lambda x, a, b: x * a),
+    Rung(3, "int", "x times {a}, minus {b}", "$(($1 * {a} - {b}))", lambda x, a, b: x * a - b),
+    _small(4, "text", "the first {a} characters of x", '"${{1:0:{a}}}"', lambda x, a, b: x[:a]),
+)
+SQL = (
+    Rung(2, "rows", "the names with price {a}", "name FROM items WHERE price = {a}",
+         lambda rows, a, b: [name for name, price in rows if price == a]),
+    Rung(2, "rows", "the names with a price above {a}", "name FROM items WHERE price > {a}",
+         lambda rows, a, b: [name for name, price in rows if price > a]),
+    Rung(3, "rows", "how many prices are below {a}", "count(*) FROM items WHERE price < {a}",
+         lambda rows, a, b: [sum(price < a for _, price in rows)]),
+    Rung(4, "rows", "the sum of prices above {a}, plus {b}", "sum(price) + {b} FROM items WHERE price > {a}",
+         lambda rows, a, b: [sum(price for _, price in rows if price > a) + b]),
+)  # fmt: skip
+RUNGS = (*(("python", rung) for rung in PYTHON), *(("bash", rung) for rung in BASH), *(("sql", rung) for rung in SQL))
+
+
+def tasks(seed: int, part: Part, count: int) -> Iterator[TinyTask]:
+    """Different tasks of a part: each rung in turn, `count` in all, fewer if the numbers of a rung are used up."""
+    rng = random.Random(f"ladder {seed} {part}")  # noqa: S311 no secret
+    made: set[str] = set()
+    for place in range(count):
+        language, rung = RUNGS[place % len(RUNGS)]
+        for _ in range(TRIED):
+            a, b = rng.sample(range(2, rung.most + 1), 2)
+            prompt = f"{OPENINGS[language]}: {rung.asks.format(a=a, b=b)}"
+            if prompt not in made and part_of(prompt) == part:
+                made.add(prompt)
+                yield _task(language, rung, prompt, rng, a, b)
+                break
+
+
+def part_of(prompt: str) -> Part:
+    """The part that a task belongs to, whatever the seed is."""
+    place = hashlib.sha256(prompt.encode()).digest()[0] % 16
+    for part, share in SHARES.items():
+        place -= share
+        if place < 0:
+            return part
+    raise AssertionError("shares of 16")
+
+
+def _task(language: str, rung: Rung, prompt: str, rng: random.Random, a: int, b: int) -> TinyTask:
+    solution = rung.solution.format(a=a, b=b)
+    cases = [
+        [(argument, rung.value(argument, a, b)) for argument in arguments] for arguments in _arguments(rung, rng, a, b)
+    ]
+    tests: list[str | dict[str, str]] = []
+    for pairs in cases:
+        if language == "python":
+            tests.append("\n".join(f"assert f({x!r}) == {y!r}" for x, y in pairs))
+        elif language == "bash":
+            tests.append(" && ".join(f"[ \"$(f '{x}')\" = '{y}' ]" for x, y in pairs))
+        else:
+            [(table, rows)] = pairs
+            tests.append({"before": _table(table), "stdout": "\n".join(map(str, rows))})
+    return TinyTask(rung.level, language, prompt, tuple(tests), ANSWERS[language].format(solution))
+
+
+def _arguments(rung: Rung, rng: random.Random, a: int, b: int) -> list[list[Any]]:
+    """The arguments of two tests: some at random, and some where another number gives another value."""
+
+    def values(*more: int) -> list[int]:
+        others = [value for value in range(1, MOST + 2) if value not in (a, a + 1)]
+        found = [*rng.sample(others, rng.randint(3, 5)), *more]
+        rng.shuffle(found)
+        return found
+
+    if rung.takes == "int":
+        return [rng.sample(range(1, MOST + 2), 2), [a - 1, a + 1, b, b + 1]]
+    if rung.takes == "text":
+        texts = (" ".join(rng.sample(WORDS, len(WORDS))) for _ in range(2))
+        return [[text[: a + 4 + rng.randint(0, 5)].strip()] for text in texts]
+    if rung.takes == "list":
+        return [[values(a, a + 1) + values() * (a // 3 if rung.most == SMALL else 0)], [values(a + 1), values()]]
+    prices = (values(a, a + 1), values(a, a - 1, a + 1))
+    return [[[*zip(rng.sample(NAMES, len(given)), given, strict=True)]] for given in prices]
+
+
+def _table(rows: Sequence[tuple[str, int]]) -> str:
+    values = ", ".join(f"('{name}', {price})" for name, price in rows)
+    return f"CREATE TABLE items (name TEXT, price INTEGER); INSERT INTO items VALUES {values}"  # noqa: S608 our own
+
+
+def write(folder: Path, seed: int = 0, sizes: Mapping[Part, int] = SIZES) -> None:
+    """Write the three files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, count in sizes.items():
+        found = list(tasks(seed, part, count))
+        lines = [task.conversation if part == "solved" else task.fields for task in found]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        durable.write_text(folder / f"{part}.jsonl", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write tiny tasks with tests.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    write(given.folder, given.seed)
+
+
+if __name__ == "__main__":
+    main()

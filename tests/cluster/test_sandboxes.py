@@ -1,0 +1,83 @@
+"""Programs run on every node of a cluster, and elsewhere when a node is lost."""
+
+import shutil
+import sys
+from concurrent.futures import Future
+
+import pytest
+
+from dist_lm.cluster.ray_cluster import RayCluster, connect
+from dist_lm.cluster.sandboxes import AHEAD, ClusterSandboxes, Place, sandboxes_of
+from dist_lm.config.cluster import ClusterConfig
+from dist_lm.sandbox.pool import SandboxPool
+from dist_lm.sandbox.program import Limits, Program, Test
+from tests.cluster.loopback_ray import loopback_ray
+from tests.cluster.waiting import eventually
+
+pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
+LIMITS = Limits(cpu_s=5, wall_s=60)
+
+
+def programs(count: int) -> list[Program]:
+    """One in three fails."""
+    return [Program("python", f"print({i} * 2)", (Test(stdout=str(i * 2 + (i % 3 == 0))),)) for i in range(count)]
+
+
+EXPECTED = ["failed" if i % 3 == 0 else "passed" for i in range(60)]
+
+
+@pytest.mark.heavy
+@pytest.mark.cluster
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(sys.platform != "linux", reason="other loopback addresses exist on Linux only")
+def test_all_nodes_run_programs_and_a_lost_one_loses_none(tmp_path, caplog):
+    with loopback_ray(tmp_path, nodes=2) as ray, connect(ray.config(nodes=2)) as cluster:
+        eventually("two nodes", lambda: len(cluster.nodes()) == 2)
+        found = sandboxes_of(cluster, 2, False)
+        assert isinstance(found, ClusterSandboxes)
+        with found as sandboxes:
+            own, other = sandboxes._places
+            eventually("the other node has begun", lambda: other.workers == 2)
+            assert other.name == "node 127.0.0.3"
+            ran = {place.name: counted(place) for place in (own, other)}
+            assert [one.result().outcome for one in [sandboxes.submit(one, LIMITS) for one in programs(60)]] == EXPECTED
+            assert all(ran.values()), ran
+            assert sum(map(len, ran.values())) == 60
+            futures = [sandboxes.submit(one, LIMITS) for one in programs(60)]
+            ray.lose(1)
+            assert [one.result().outcome for one in futures] == EXPECTED
+            assert sandboxes._places == [own]
+        assert "node 127.0.0.3 runs no programs of models any more: " in caplog.text
+
+
+def counted(place: Place) -> list[Program]:
+    """The programs that a place is given from now on."""
+    given, run = [], place.run
+    place.run = lambda program, limits: given.append(program) or run(program, limits)
+    return given
+
+
+def test_a_place_that_fails_is_left_out_and_the_least_busy_one_is_given_work(monkeypatch, caplog):
+    """Without Ray: places that never answer, and one that is lost with its first program."""
+    silent = Place("silent", lambda *_: Future(), workers=2)
+    lost = Place("lost", lambda *_: failed("the node has died"), workers=8)
+    monkeypatch.setattr(ClusterSandboxes, "_start_actors", lambda self: self._places.extend((silent, lost)))
+    cluster = RayCluster("", ClusterConfig())
+    with ClusterSandboxes(cluster, workers=2) as sandboxes:
+        futures = [sandboxes.submit(one, LIMITS) for one in programs(12)]
+        eventually("all are given out", lambda: sum(one.done() for one in futures) == 12 - silent.running)
+        assert 0 < silent.running <= AHEAD * silent.workers
+        assert [one.name for one in sandboxes._places] == ["this node", "silent"]
+        done = [(one.result().outcome, place) for place, one in enumerate(futures) if one.done()]
+        assert [outcome for outcome, _ in done] == [EXPECTED[place] for _, place in done]
+    assert "lost runs no programs of models any more: the node has died" in caplog.text
+
+
+def failed(reason: str) -> Future:
+    future: Future = Future()
+    future.set_exception(OSError(reason))
+    return future
+
+
+def test_a_single_node_needs_no_actors():
+    assert isinstance(sandboxes_of(None, 3, False), SandboxPool)
