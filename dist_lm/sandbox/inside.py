@@ -1,8 +1,8 @@
 """The program in a sandbox: a server that forks into new namespaces for every run, and what happens there.
 
-Four processes: the server (waits for requests and knows nothing of them), for each run one that enters new namespaces,
-in these the first one (`_Run`: reads the request, measures, ends what is left), and for each test the program itself.
-The server never reads a request, so no memory of an earlier run is there to be read.
+Three processes: the server (waits for requests and knows nothing of them), for each run the first one in new namespaces
+(`_Run`: reads the request, measures, ends what is left), and for each test the program itself. The server never reads a
+request, so no memory of an earlier run is there to be read.
 
 A frame is a length (4 bytes) and its content: a request is a marshalled dict, an answer is the packed `Attempt`s of
 `dist_lm.sandbox.program`. Only the standard library is imported, and little of it, so that a cold start is quick.
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 PRELOADED = (
-    *("signal", "site", "re", "collections", "functools", "itertools", "math", "string", "json", "heapq", "bisect"),
+    *("site", "signal", "re", "collections", "functools", "itertools", "math", "string", "json", "heapq", "bisect"),
     *("operator", "typing", "copy", "datetime", "statistics", "decimal", "fractions", "textwrap", "sqlite3"),
-    *("dataclasses", "enum", "io", "threading", "dist_lm.sandbox.syntax"),
-)
+    *("dataclasses", "enum", "io"),
+)  # without `threading`, whose work after a fork takes longer than the fork
 WRITABLE = ("/tmp", "/dev/null")
 TAIL_BYTES = 2_000
 
@@ -53,41 +53,40 @@ def main() -> None:
     if identity:
         confine.mount_proc("")  # of bubblewrap's, root may cover parts, and then no run may mount its own
         confine.become(identity)
+    if namespaces:
+        confine.end_with_parent()  # whoever becomes another user loses this
     readable = [path for path in ("/usr", "/bin", "/lib", "/lib64", "/etc", "/dev", "/proc") if os.path.exists(path)]
-    readable += [sys.base_prefix, os.path.dirname(__file__)]
+    readable.append(sys.base_prefix)
     program = confine.system_call_filter(os.uname().machine) if seccomp else None
     run = _Run(channel, bool(namespaces), landlock, readable, program)
     _write_frame(channel, b"ready")
-    _preload(channel)
-    gc.collect()
-    gc.freeze()
-    while _wait_for(channel) and _serve(channel, run):
+    left = [*PRELOADED]
+    while _wait_for(channel, left) and _serve(channel, run):
         pass
     os._exit(0)  # at once: there is nothing to tidy up
 
 
-def _preload(channel: int) -> None:
-    """Import what programs use often, until the first request comes."""
-    waiting = select.poll()
-    waiting.register(channel, select.POLLIN)
-    for name in PRELOADED:
-        if waiting.poll(0):
-            return
-        __import__(name)
-
-
-def _wait_for(channel: int) -> bool:
-    """Whether a request comes; False once the other side has gone."""
+def _wait_for(channel: int, left: list[str]) -> bool:
+    """Whether a request comes; False once the other side has gone. Loads what programs use often meanwhile."""
     poller = select.poll()
     poller.register(channel, select.POLLIN)
+    while left and not poller.poll(0):
+        name = left.pop(0)
+        __import__(name)
+        if name == "site":
+            languages.add_site_names()
+        if not left:
+            compile("0", "", "exec")  # makes the types of syntax trees
+            gc.collect()
+            gc.freeze()
     return not any(event & (select.POLLHUP | select.POLLERR) for _, event in poller.poll())
 
 
 def _serve(channel: int, run: _Run) -> bool:
     """One run in a process below; ends it if the other side goes. Whether an answer was written."""
-    child = os.fork()
+    child = run.fork()
     if child == 0:
-        _leave(run.start)
+        _leave(run.answer)
     watched = os.pidfd_open(child)
     poller = select.poll()
     poller.register(watched, select.POLLIN)
@@ -122,19 +121,15 @@ class _Run:
         self.landlock = landlock
         self.readable = readable
         self.system_calls = system_calls
+        self.identity = os.geteuid(), os.getegid()  # in new namespaces they have no names yet
 
-    def start(self) -> None:
+    def fork(self) -> int:
+        return confine.fork_into_namespaces() if self.namespaces else os.fork()
+
+    def answer(self) -> None:
         confine.end_with_parent()
         if self.namespaces:
-            confine.enter_namespaces()
-        child = os.fork()
-        if child == 0:
-            _leave(self._answer)
-        if os.waitpid(child, 0)[1]:
-            raise ChildProcessError("no answer")
-
-    def _answer(self) -> None:
-        confine.end_with_parent()
+            confine.name_identities(*self.identity)
         request = marshal.loads(_read_frame(self.channel))
         if self.namespaces:
             confine.mount_proc()
@@ -161,7 +156,7 @@ class _Run:
     def _attempt(self, request: dict[str, Any], test: dict[str, str], cpu_s: float, wall_s: float) -> tuple:
         """One test: (how it ended, exit code, token seen, CPU seconds, wall seconds, stdout, tail of stderr)."""
         token = os.urandom(16).hex().encode()
-        stdin = _sealed(test["stdin"].encode(errors="surrogatepass"))
+        stdin = confine.sealed(test["stdin"].encode(errors="surrogatepass"))
         pipes = [os.pipe() for _ in range(3)]
         before = cpu_of_ended()
         child = os.fork()
@@ -200,8 +195,7 @@ class _Run:
             os.closerange(4, 1 << 20)
             os.set_inheritable(3, False)
             confine.dumpable(True)  # else not even the program itself may open its /dev/stdin
-            with open("/proc/self/oom_score_adj", "w") as score:
-                score.write("1000")
+            confine.write("/proc/self/oom_score_adj", "1000")
             os.chdir(request["folder"])
             confine.limit(_resource_limits(request["limits"], self.namespaces))
             confine.drop_capabilities()
@@ -234,17 +228,6 @@ def _resource_limits(limits: dict[str, Any], namespaces: bool) -> dict[int, int]
     if namespaces:  # else it would count all processes of this user
         chosen[resource.RLIMIT_NPROC] = limits["processes"] + 2  # and the two processes above the program
     return chosen
-
-
-def _sealed(data: bytes) -> int:
-    """A file in memory that nobody can change."""
-    import fcntl
-
-    file = os.memfd_create("stdin", os.MFD_ALLOW_SEALING)
-    os.write(file, data)
-    os.lseek(file, 0, os.SEEK_SET)
-    fcntl.fcntl(file, 1033, 0xF)  # F_ADD_SEALS: seal, shrink, grow, write
-    return file
 
 
 # --- frames ---

@@ -7,15 +7,15 @@ exit code, has passed nothing. (Python that reads its interpreter's memory could
 
 from __future__ import annotations
 
+import builtins
 import os
-import random  # seeded for every program, so it must be imported before
 import sys
 import types
 
 TYPE_CHECKING = False  # `typing` itself would take a third of a cold start
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
 PATH = "/usr/local/bin:/usr/bin:/bin"
 BASH_ENVIRONMENT = {"PATH": PATH, "HOME": "/tmp", "LC_ALL": "C.UTF-8", "TZ": "UTC", "TMPDIR": "/tmp"}
@@ -28,9 +28,9 @@ def _python(before: str, source: str, code: str, token: bytes) -> NoReturn:
     sys.modules["__main__"] = module
     sys.argv[:] = ["program.py"]
     sys.path[:] = [path for path in sys.path if path.startswith(sys.base_prefix)]
-    random.seed(0)
-    site = __import__("site")  # only for what the interpreter itself adds to the built-in names
-    site.setquit()
+    _seed_random()
+    if not hasattr(builtins, "quit"):
+        add_site_names()
     status = 0
     try:
         parts = [compile(part, name, "exec") for part, name in ((before, "before"), (source, "program.py")) if part]
@@ -58,6 +58,37 @@ def _python(before: str, source: str, code: str, token: bytes) -> NoReturn:
     if status == 0 and code:
         os.write(1, token)
     os._exit(status)
+
+
+def add_site_names() -> None:
+    """Add what the interpreter itself adds to the built-in names."""
+    __import__("site").setquit()
+
+
+def _seed_random() -> None:
+    """`random` starts from the same seed in every program; it is not imported for those that do not use it."""
+    if "random" in sys.modules:
+        sys.modules["random"].seed(0)
+    else:
+        sys.meta_path.insert(0, _SeededRandom())
+
+
+class _SeededRandom:
+    """A finder that lets the usual one import `random`, and seeds it."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> Any:
+        if name != "random":
+            return None
+        sys.meta_path.remove(self)
+        spec = __import__("_frozen_importlib_external").PathFinder.find_spec(name)
+        execute = spec.loader.exec_module
+
+        def seeded(module: types.ModuleType) -> None:
+            execute(module)
+            module.seed(0)
+
+        spec.loader.exec_module = seeded
+        return spec
 
 
 def _exit_status(code: object) -> int:
@@ -90,8 +121,6 @@ def _sql(before: str, source: str, code: str, token: bytes) -> NoReturn:
     """SQLite in memory. Prints the rows of the last query; the code of a test passes if its first value is true."""
     import sqlite3
 
-    from dist_lm.sandbox.syntax import split_statements
-
     try:
         connection = sqlite3.connect(":memory:", isolation_level=None)
         connection.executescript(before)
@@ -112,6 +141,31 @@ def _sql(before: str, source: str, code: str, token: bytes) -> NoReturn:
     if code:
         os.write(1, token)
     os._exit(0)
+
+
+def split_statements(text: str) -> list[str]:
+    """The SQL statements of `text` without leading comments; includes an unfinished last statement."""
+    import sqlite3
+
+    statements, current = [], ""
+    for piece in text.split(";"):
+        current += piece
+        if sqlite3.complete_statement(current + ";"):
+            statements.append(current)
+            current = ""
+        else:
+            current += ";"
+    statements.append(current.removesuffix(";"))
+    return [stripped for statement in statements if (stripped := _without_leading_comments(statement))]
+
+
+def _without_leading_comments(statement: str) -> str:
+    text = statement.strip()
+    while text.startswith("--") or text.startswith("/*"):
+        end = "\n" if text.startswith("--") else "*/"
+        _, _, text = text.partition(end)
+        text = text.strip()
+    return text
 
 
 def _sql_text(value: object) -> str:

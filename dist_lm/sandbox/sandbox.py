@@ -5,6 +5,8 @@ and the interpreter only, an empty environment. For every run it forks into furt
 no run meets another one. The kernel's Landlock and seccomp are a second fence where it has them.
 """
 
+import contextlib
+import marshal
 import os
 import select
 import shutil
@@ -33,8 +35,24 @@ from dist_lm.sandbox.program import (
 END_S = 2.0  # a server whose channel is closed ends at once
 START_S = 60.0  # a machine under load takes seconds
 GRACE_S = 60.0  # beyond the limits of a program, for the server to answer
-_SERVER = "import sys; sys.path.insert(0, {root!r}); from dist_lm.sandbox.inside import main; main()"
-_ROOT_INSIDE = "/sandbox"
+_MODULES = ("system_calls", "confine", "watched", "languages", "inside")  # of the server, each after those it imports
+_SERVER = """
+import marshal, os, sys
+def take(size):
+    data = b""
+    while len(data) < size:
+        data += os.read(0, size - len(data)) or sys.exit()
+    return data
+for name, code in marshal.loads(take(int.from_bytes(take(4), "big"))):
+    made = sys.modules[name] = type(sys)(name)
+    made.__path__ = []
+    above, _, last = name.rpartition(".")
+    if above:
+        setattr(sys.modules[above], last, made)
+    exec(code, made.__dict__)
+made.main()
+"""
+"""Reads the modules from the channel, so that no file of ours is in the sandbox."""
 _MOST_ANSWER = 64 << 20
 _FIRST_UNUSED = 2_000_000_000  # no distribution gives such users out
 _HOW = (
@@ -101,7 +119,7 @@ assert os.getuid() == 1000, f"user {os.getuid()}"
 assert sorted(name for name in os.listdir("/proc") if name.isdigit())[0] == "1", "processes of others"
 assert not os.listdir("/tmp"), "files of others"
 assert not os.path.exists("/etc/passwd"), "the system's files"
-for place in ("/", "/usr", "/dev", "/sandbox"):
+for place in ("/", "/usr", "/dev"):
     assert os.statvfs(place).f_flag & os.ST_RDONLY, f"{place} is writable"
 status = dict(line.split(":", 1) for line in open("/proc/self/status").read().splitlines())
 assert int(status["CapBnd"], 16) == int(status["CapEff"], 16) == 0 and int(status["NoNewPrivs"]) == 1, "capabilities"
@@ -182,6 +200,9 @@ class _Server:
             )
         if self._group:
             os.close(entrance)
+        code = _server_code()
+        with contextlib.suppress(OSError):  # it has ended: the first question says why
+            self._channel.sendall(len(code).to_bytes(4, "big") + code)
         self._ready = False
 
     def ask(self, program: Program, limits: Limits) -> bytes:
@@ -255,24 +276,32 @@ def _environment() -> dict[str, str]:
 
 
 def _command(found: Fences, entrance: int) -> list[str]:
-    package = Path(__file__).resolve().parent
-    root = _ROOT_INSIDE if found.namespaces else str(package.parents[1])
     identity = _unused_user() if found.own_user else 0
     values = (entrance, identity, found.landlock, int(found.seccomp), int(found.namespaces))
-    interpreter = [_interpreter(), "-s", "-S", "-P", "-B", "-c", _SERVER.format(root=root), *map(str, values)]
+    interpreter = [_interpreter(), "-s", "-S", "-P", "-B", "-c", _SERVER, *map(str, values)]
     if not found.namespaces:
         return interpreter
     bwrap = shutil.which("bwrap")
     assert bwrap is not None
-    return [bwrap, *_bubblewrap_options(found, package), "--", *interpreter]
+    return [bwrap, *_bubblewrap_options(found), "--", *interpreter]
+
+
+@cache
+def _server_code() -> bytes:
+    """The modules of the server, compiled once: where Python keeps no bytecode, every start would compile them."""
+    folder = Path(__file__).resolve().parent
+    sources = {"dist_lm": b"", "dist_lm.sandbox": b""}
+    sources |= {f"dist_lm.sandbox.{name}": (folder / f"{name}.py").read_bytes() for name in _MODULES}
+    code = [(name, compile(text, f"<{name}>", "exec", dont_inherit=True)) for name, text in sources.items()]
+    return marshal.dumps(code)
 
 
 def _interpreter() -> str:
     return getattr(sys, "_base_executable", None) or sys.executable  # not that of a virtual environment
 
 
-def _bubblewrap_options(found: Fences, package: Path) -> list[str]:
-    options = ["--die-with-parent", "--unshare-pid", "--unshare-ipc", "--unshare-net", "--unshare-uts"]
+def _bubblewrap_options(found: Fences) -> list[str]:
+    options = ["--die-with-parent", "--as-pid-1", "--unshare-pid", "--unshare-ipc", "--unshare-net", "--unshare-uts"]
     options += ["--unshare-cgroup-try", "--cap-drop", "ALL"]
     if found.own_user:
         for name in ("CAP_SETUID", "CAP_SETGID", "CAP_SYS_ADMIN"):  # given up before the first program
@@ -291,8 +320,6 @@ def _bubblewrap_options(found: Fences, package: Path) -> list[str]:
     prefix = Path(sys.base_prefix).resolve()
     if not prefix.is_relative_to("/usr"):
         options += [*_folders(prefix), "--ro-bind", str(prefix), str(prefix)]
-    inside = Path(_ROOT_INSIDE) / "dist_lm" / "sandbox"
-    options += [*_folders(inside), "--ro-bind", str(package), str(inside)]
     options += ["--perms", "0755", "--dir", "/dev", "--symlink", "/tmp", "/dev/shm"]
     for name in ("null", "zero", "full", "random", "urandom"):
         options += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]

@@ -10,6 +10,8 @@ import sqlite3
 import subprocess
 import warnings
 
+from dist_lm.sandbox.languages import split_statements
+
 PATH = "/usr/local/bin:/usr/bin:/bin:/opt/homebrew/bin"
 TIMEOUT_S = 10.0
 MAX_SQL_OPERATIONS = 1_000_000
@@ -68,29 +70,6 @@ def parses_sql(text: str) -> bool:
     finally:
         connection.close()
     return True
-
-
-def split_statements(text: str) -> list[str]:
-    """The SQL statements of `text` without leading comments; includes an unfinished last statement."""
-    statements, current = [], ""
-    for piece in text.split(";"):
-        current += piece
-        if sqlite3.complete_statement(current + ";"):
-            statements.append(current)
-            current = ""
-        else:
-            current += ";"
-    statements.append(current.removesuffix(";"))
-    return [stripped for statement in statements if (stripped := _without_leading_comments(statement))]
-
-
-def _without_leading_comments(statement: str) -> str:
-    text = statement.strip()
-    while text.startswith("--") or text.startswith("/*"):
-        end = "\n" if text.startswith("--") else "*/"
-        _, _, text = text.partition(end)
-        text = text.strip()
-    return text
 
 
 def _allow_schema_only(action: int, *arguments: str | None) -> int:

@@ -141,8 +141,7 @@ for name in (resource.RLIMIT_AS, resource.RLIMIT_NPROC, resource.RLIMIT_FSIZE):
                     "/usr/x",
                     "/etc/x",
                     "/dev/x",
-                    "/sandbox/x",
-                    "/sandbox/dist_lm/sandbox/inside.py",
+                    "/usr/bin/env",
                     "{checkout}/x",
                     "{folder}/x",
                     "{prefix}/x",
@@ -164,7 +163,7 @@ for name in (resource.RLIMIT_AS, resource.RLIMIT_NPROC, resource.RLIMIT_FSIZE):
         "removes_files",
         refused(
             "os.remove('{secret}')",
-            "os.remove('/sandbox/dist_lm/sandbox/inside.py')",
+            "os.remove('/usr/bin/env')",
             "os.rename('/usr/bin', '/usr/x')",
         ),
         f"{READ_ONLY}|{ABSENT}",
