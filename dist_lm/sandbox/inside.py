@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
+# What programs import most. Each module makes every fork slower; `random` and `threading` also have work of their own after
+# a fork, which takes as long as the fork.
 PRELOADED = (
     *("site", "signal", "re", "collections", "functools", "itertools", "math", "string", "json", "heapq", "bisect"),
-    *("operator", "typing", "copy", "datetime", "statistics", "decimal", "fractions", "textwrap", "sqlite3"),
-    *("dataclasses", "enum", "io"),
-)  # without `threading`, whose work after a fork takes longer than the fork
+    *("operator", "typing", "datetime", "sqlite3"),
+)
 WRITABLE = ("/tmp", "/dev/null")
 TAIL_BYTES = 2_000
 
