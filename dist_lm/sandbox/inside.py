@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
 
-# What programs import most. Each module makes every fork slower; `random` and `threading` also have work of their own after
-# a fork, which takes as long as the fork.
+# What programs import most. Each module makes every fork slower. `threading` and `random` are not among them: they have
+# work of their own after a fork, which takes as long as the fork itself.
 PRELOADED = (
     *("site", "signal", "re", "collections", "functools", "itertools", "math", "string", "json", "heapq", "bisect"),
     *("operator", "typing", "datetime", "sqlite3"),
