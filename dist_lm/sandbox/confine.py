@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import stat
 import struct
 
 from dist_lm.sandbox.system_calls import LAST_KNOWN, NUMBERS, REFUSED, UNKNOWN
@@ -85,10 +86,10 @@ def fork_into_namespaces() -> int:
     """
     arguments = struct.pack("8Q", NAMESPACES, 0, 0, 0, _SIGCHLD, 0, 0, 0)  # struct clone_args
     child = _libc_at_once.syscall(ctypes.c_long(_CLONE3), arguments, ctypes.c_size_t(len(arguments)))
-    numbers = NUMBERS.get(os.uname().machine)
-    if child < 0 and ctypes.get_errno() == _ENOSYS and numbers:  # refused by the filter of a container
-        flags = ctypes.c_ulong(NAMESPACES | _SIGCHLD)
-        child = _libc_at_once.syscall(ctypes.c_long(numbers["clone"]), flags, None, None, None, None)
+    if child < 0 and ctypes.get_errno() == _ENOSYS:  # the filter of a container refuses it
+        numbers, flags = NUMBERS.get(os.uname().machine, {}), ctypes.c_ulong(NAMESPACES | _SIGCHLD)
+        if "clone" in numbers:
+            child = _libc_at_once.syscall(ctypes.c_long(numbers["clone"]), flags, None, None, None, None)
     return _checked(child, "clone")
 
 
@@ -170,7 +171,8 @@ def landlock_version() -> int:
 
 
 def restrict_files(version: int, readable: Sequence[str], writable: Sequence[str]) -> None:
-    """Only these trees can be read or written; no TCP, no abstract sockets, no signals to processes outside."""
+    """Only these trees, which exist, can be read or written; no TCP, no abstract sockets, no signals to processes
+    outside."""
     handled = max(rights for since, rights in _RIGHTS_OF_VERSION.items() if since <= version)
     network = 3 if version >= 4 else 0  # bind and connect of TCP
     scoped = 3 if version >= 6 else 0  # abstract sockets, signals
@@ -178,16 +180,17 @@ def restrict_files(version: int, readable: Sequence[str], writable: Sequence[str
     size = ctypes.c_size_t(len(attribute))
     ruleset = _checked(_libc.syscall(ctypes.c_long(_CREATE_RULESET), attribute, size, ctypes.c_uint(0)), "landlock")
     read = _EXECUTE | _READ_FILE | _READ_DIR
-    for path, rights in [(path, read) for path in readable] + [(path, handled) for path in writable]:
-        if os.path.exists(path):
-            _allow(ruleset, path, rights & handled)
+    for path in readable:
+        _allow(ruleset, path, read & handled)
+    for path in writable:
+        _allow(ruleset, path, handled)
     _checked(_libc.syscall(ctypes.c_long(_RESTRICT_SELF), ctypes.c_int(ruleset), ctypes.c_uint(0)), "landlock")
     os.close(ruleset)
 
 
 def _allow(ruleset: int, path: str, rights: int) -> None:
     place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    if not os.path.isdir(path):
+    if not stat.S_ISDIR(os.fstat(place).st_mode):
         rights &= _FILE_RIGHTS
     rule = struct.pack("=Qi", rights, place)
     _checked(

@@ -56,8 +56,7 @@ def main() -> None:
         confine.become(identity)
     if namespaces:
         confine.end_with_parent()  # whoever becomes another user loses this
-    readable = [path for path in ("/usr", "/bin", "/lib", "/lib64", "/etc", "/dev", "/proc") if os.path.exists(path)]
-    readable.append(sys.base_prefix)
+    readable = _trees("/usr", "/bin", "/lib", "/lib64", "/etc", "/dev", "/proc", sys.base_prefix)
     program = confine.system_call_filter(os.uname().machine) if seccomp else None
     run = _Run(channel, bool(namespaces), landlock, readable, program)
     _write_frame(channel, b"ready")
@@ -65,6 +64,15 @@ def main() -> None:
     while _wait_for(channel, left) and _serve(channel, run):
         pass
     os._exit(0)  # at once: there is nothing to tidy up
+
+
+def _trees(*paths: str) -> list[str]:
+    """Those that are there, once each: links followed, none inside another."""
+    found: list[str] = []
+    for path in sorted({os.path.realpath(one) for one in paths if os.path.exists(one)}):
+        if not found or not path.startswith(f"{found[-1]}/"):
+            found.append(path)
+    return found
 
 
 def _wait_for(channel: int, left: list[str]) -> bool:
@@ -157,7 +165,8 @@ class _Run:
     def _attempt(self, request: dict[str, Any], test: dict[str, str], cpu_s: float, wall_s: float) -> tuple:
         """One test: (how it ended, exit code, token seen, CPU seconds, wall seconds, stdout, tail of stderr)."""
         token = os.urandom(16).hex().encode()
-        stdin = confine.sealed(test["stdin"].encode(errors="surrogatepass"))
+        given = test["stdin"].encode(errors="surrogatepass")
+        stdin = confine.sealed(given) if given else os.open("/dev/null", os.O_RDONLY)
         pipes = [os.pipe() for _ in range(3)]
         before = cpu_of_ended()
         child = os.fork()

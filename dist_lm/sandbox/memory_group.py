@@ -18,6 +18,7 @@ class MemoryGroup:
     def __init__(self, path: Path, limit_file: str) -> None:
         self._path = path
         self._limit = path / limit_file
+        self._limited = 0
 
     @classmethod
     def possible(cls) -> bool:
@@ -50,7 +51,9 @@ class MemoryGroup:
         return os.open(self._path / "cgroup.procs", os.O_WRONLY)
 
     def limit(self, program_bytes: int) -> None:
-        self._limit.write_text(str(program_bytes + _BASE_BYTES))
+        if program_bytes != self._limited:  # the kernel takes its time
+            self._limit.write_text(str(program_bytes + _BASE_BYTES))
+            self._limited = program_bytes
 
     def remove(self) -> None:
         with contextlib.suppress(OSError):  # a process that ends holds it for a moment; the kernel forgets it later

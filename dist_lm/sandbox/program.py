@@ -114,7 +114,7 @@ def request_of(program: Program, limits: Limits, folder: str) -> bytes:
     """The request to the server in the sandbox. Expected output is not in it."""
     tests = [{"before": test.before, "code": test.code, "stdin": test.stdin} for test in program.tests]
     request = {"language": program.language, "source": program.source, "tests": tests}
-    return marshal.dumps({**request, "limits": asdict(limits), "folder": folder})
+    return marshal.dumps({**request, "limits": vars(limits), "folder": folder})
 
 
 def attempts_of(answer: bytes) -> list[Attempt]:
