@@ -54,8 +54,6 @@ def main() -> None:
     if identity:
         confine.mount_proc("")  # of bubblewrap's, root may cover parts, and then no run may mount its own
         confine.become(identity)
-    if namespaces:
-        confine.end_with_parent()  # whoever becomes another user loses this
     readable = _trees("/usr", "/bin", "/lib", "/lib64", "/etc", "/dev", "/proc", sys.base_prefix)
     program = confine.system_call_filter(os.uname().machine) if seccomp else None
     run = _Run(channel, bool(namespaces), landlock, readable, program)

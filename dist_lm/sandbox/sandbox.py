@@ -301,7 +301,7 @@ def _interpreter() -> str:
 
 
 def _bubblewrap_options(found: Fences) -> list[str]:
-    options = ["--die-with-parent", "--as-pid-1", "--unshare-pid", "--unshare-ipc", "--unshare-net", "--unshare-uts"]
+    options = ["--die-with-parent", "--unshare-pid", "--unshare-ipc", "--unshare-net", "--unshare-uts"]
     options += ["--unshare-cgroup-try", "--cap-drop", "ALL"]
     if found.own_user:
         for name in ("CAP_SETUID", "CAP_SETGID", "CAP_SYS_ADMIN"):  # given up before the first program
