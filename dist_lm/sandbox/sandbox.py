@@ -201,6 +201,7 @@ class _Server:
         if self._group:
             os.close(entrance)
         code = _server_code()
+        self._channel.settimeout(GRACE_S)
         with contextlib.suppress(OSError):  # it has ended: the first question says why
             self._channel.sendall(len(code).to_bytes(4, "big") + code)
         self._ready = False
