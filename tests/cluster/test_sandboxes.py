@@ -62,7 +62,7 @@ def test_a_place_that_fails_is_left_out_and_the_least_busy_one_is_given_work(mon
     silent = Place("silent", lambda *_: Future(), workers=2)
     lost = Place("lost", lambda *_: failed("the node has died"), workers=8)
     monkeypatch.setattr(ClusterSandboxes, "_start_actors", lambda self: self._places.extend((silent, lost)))
-    cluster = RayCluster("", ClusterConfig())
+    cluster = RayCluster("", ClusterConfig(name="local"))
     with ClusterSandboxes(cluster, workers=2) as sandboxes:
         futures = [sandboxes.submit(one, LIMITS) for one in programs(12)]
         eventually("all are given out", lambda: sum(one.done() for one in futures) == 12 - silent.running)
