@@ -1,0 +1,145 @@
+"""GRPO with executed rewards climbs the ladder of tiny tasks: pass@1 on tasks that no training has seen rises."""
+
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from dist_lm.config.model import ModelConfig
+from dist_lm.config.parallel import ParallelConfig
+from dist_lm.config.rlhf import RewardPartConfig, RlhfConfig
+from dist_lm.data.batch import Batch
+from dist_lm.demo.ladder import RUNGS, Part, TinyTask, tasks
+from dist_lm.model.transformer import Transformer
+from dist_lm.rlhf.learner import IterationReport
+from dist_lm.rlhf.models import sent_weights, trained
+from dist_lm.rlhf.rewards import Judge, Tasks
+from dist_lm.rlhf.rollouts import EngineRollouts
+from dist_lm.sandbox.task import task_of
+from dist_lm.training.objective import next_token
+from tests.rlhf.toy import EOT, MODEL, WORLD, Toy, engine_of, toy
+
+pytestmark = [
+    pytest.mark.usefixtures("one_rank"),
+    pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap"),
+]
+PIECE = re.compile(r"\d+| ?[A-Za-z_]+| ?[^\w\s]|\s")
+SIZES: dict[Part, int] = {"solved": 40 * len(RUNGS), "train": 30 * len(RUNGS), "held_out": 3 * len(RUNGS)}
+WIDTH = 48  # tokens of the longest task with its solution
+SAMPLES = 4  # of each held-out task
+GRPO = RlhfConfig(
+    algorithm="grpo",
+    prompts=8,
+    samples=8,
+    max_new_tokens=24,
+    minibatches=2,
+    lr=5e-4,
+    kl_coefficient=0.0,
+    missing_eos_penalty=0.0,
+    rewards={"solved": RewardPartConfig(kind="tests", score="all", cpu_s=2.0, wall_s=60.0, workers=2)},
+)
+
+
+class Words:
+    """A tokenizer of the ladder: a token for each word, number and sign; 0 ends a text."""
+
+    def __init__(self, made: Sequence[TinyTask]) -> None:
+        texts = [text for task in made for text in (task.prompt, task.solution)]
+        self.pieces = ["", "\n", *sorted({piece for text in texts for piece in PIECE.findall(text)} - {"\n"})]
+        self.ids = {piece: place for place, piece in enumerate(self.pieces)}
+
+    def encode(self, text: str) -> list[int]:
+        return [self.ids[piece] for piece in PIECE.findall(text)]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return "".join(self.pieces[token] for token in tokens)
+
+    def prompt(self, task: TinyTask) -> list[int]:
+        return [EOT, *self.encode(f"{task.prompt}\n")]
+
+
+def batch_of(words: Words, made: Sequence[TinyTask]) -> Batch:
+    """Tasks with their solutions, of which only these are learned."""
+    tokens_BT = torch.full((len(made), WIDTH + 1), EOT)
+    learned_BT = torch.zeros(len(made), WIDTH + 1)
+    for row, task in enumerate(made):
+        asked, answer = words.prompt(task), [*words.encode(task.solution), EOT]
+        end = len(asked) + len(answer)
+        tokens_BT[row, :end] = torch.tensor([*asked, *answer])
+        learned_BT[row, len(asked) : end] = 1
+    plain = Batch.plain(tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous())
+    return replace(plain, loss_mask_BT=learned_BT[:, 1:].contiguous(), n_tokens=plain.tokens_BT.numel())
+
+
+def learn_the_form(model: Transformer, words: Words, solved: Sequence[TinyTask], steps: int, rate: float) -> float:
+    """Supervised steps on solutions; the last loss, nats per token."""
+    own, objective, order = trained(model, GRPO, rate), next_token(), np.random.default_rng(0)
+    mean = torch.zeros(())
+    for _ in range(steps):
+        batch = batch_of(words, [solved[place] for place in order.choice(len(solved), 32, replace=False)])
+        loss = objective(model, batch.to(WORLD.device))
+        mean = loss.total / loss.count
+        own.optimizer.zero_grad()
+        mean.backward()
+        own.optimizer.step()
+    return float(mean)
+
+
+def pass_at_1(made: Toy, words: Words, held_out: Sequence[TinyTask], seed: int) -> float:
+    """Share of sampled answers that pass all tests."""
+    supply = made.learner.supply
+    assert supply
+    supply.source.load_weights(sent_weights(made.learner.models.policy.model, ParallelConfig(), WORLD), -2)
+    rollouts = supply.draw([words.prompt(task) for task in held_out], 0, SAMPLES, GRPO, seed + 1)
+    return float(np.nanmean(supply.judge(rollouts).scores["solved"]))
+
+
+def climb(
+    monkeypatch: pytest.MonkeyPatch, model: ModelConfig, seed: int, steps: int, rate: float, iterations: int
+) -> tuple[float, float]:
+    """Held-out pass@1 before and after GRPO."""
+    parts = {part: list(tasks(seed, part, count)) for part, count in SIZES.items()}
+    words = Words([task for made in parts.values() for task in made])
+    judged = {words.decode(words.prompt(task)): task_of(task.fields) for made in parts.values() for task in made}
+    monkeypatch.setattr("tests.rlhf.toy.PROMPTS", [words.prompt(task) for task in parts["train"]])
+    monkeypatch.setattr(
+        "tests.rlhf.toy.Judge", lambda parts, _, *rest: Judge(parts, words.decode, *rest, tasks=Tasks(judged))
+    )
+    shape = replace(model, vocab_size=len(words.pieces), max_seq_len=2 * WIDTH)
+    made = toy(
+        GRPO, iterations, seed=seed, model=shape, reference=False, source=lambda: EngineRollouts(engine_of(shape))
+    )
+    supply, report = made.learner.supply, made.learner.report
+    assert supply
+
+    def told(one: IterationReport) -> None:
+        report(one)
+        print(f" {one.metrics['rlhf/score_mean']:.2f}", end="", flush=True)
+
+    made.learner = replace(made.learner, report=told)
+    began = time.process_time()
+    with supply.judge:
+        loss = learn_the_form(made.learner.models.policy.model, words, parts["solved"], steps, rate)
+        print(f"\nseed {seed}: loss {loss:.3f} after {time.process_time() - began:.0f} CPU s;", end="", flush=True)
+        before = pass_at_1(made, words, parts["held_out"], seed)
+        made.run()
+        after = pass_at_1(made, words, parts["held_out"], seed)
+    seconds = time.process_time() - began
+    print(f"; held-out pass@1 {before:.3f} -> {after:.3f}, {seconds:.0f} CPU s", flush=True)
+    return before, after
+
+
+SMALL = replace(MODEL, d_model=96, n_heads=4, d_ff=384)
+
+
+@pytest.mark.bars
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_small_policy_climbs(monkeypatch, seed: int):
+    before, after = climb(monkeypatch, SMALL, seed, steps=400, rate=2e-3, iterations=40)
+    assert before > 0.02
+    assert after - before >= 0.2
