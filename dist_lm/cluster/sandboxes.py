@@ -48,6 +48,15 @@ class SandboxActor:
         return self._pool.submit(program, limits).result()
 
 
+@dataclass(frozen=True)
+class Work:
+    """A program, and the promise of its verdict."""
+
+    program: Program
+    limits: Limits
+    verdict: Future[Verdict] = field(default_factory=Future)
+
+
 @dataclass
 class Place:
     """A node with sandboxes."""
@@ -66,14 +75,14 @@ class Place:
         """Programs for each worker."""
         return self.running / self.workers
 
-
-@dataclass(frozen=True)
-class Work:
-    """A program, and the promise of its verdict."""
-
-    program: Program
-    limits: Limits
-    verdict: Future[Verdict] = field(default_factory=Future)
+    def begin(self, work: Work) -> Future[Verdict]:
+        """Run a program; an error of the call itself is one of the place too."""
+        try:
+            return self.run(work.program, work.limits)
+        except Exception as error:
+            failed: Future[Verdict] = Future()
+            failed.set_exception(error)
+            return failed
 
 
 Event = Callable[[], None]
@@ -152,7 +161,7 @@ class ClusterSandboxes:
             while self._waiting and (free := [place for place in self._places if place.has_room]):
                 place, work = min(free, key=lambda one: one.busy), self._waiting.popleft()
                 place.running += 1
-                place.run(work.program, work.limits).add_done_callback(partial(self._put, self._ended, place, work))
+                place.begin(work).add_done_callback(partial(self._put, self._ended, place, work))
 
     def _begun(self, place: Place, begun: Future[tuple[int, str]]) -> None:
         if error := begun.exception():
