@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -50,10 +50,10 @@ class LoopbackRay:
     def lose(self, number: int) -> None:
         """What a power cut does to a node."""
         node = psutil.Process(self._nodes[number].pid)
-        for process in [node, *node.children(recursive=True)]:
-            process.send_signal(signal.SIGSTOP)  # nobody notices before all are gone
-        for process in [node, *node.children(recursive=True)]:
-            process.kill()
+        for stop in (signal.SIGSTOP, signal.SIGKILL):  # stopped, nobody notices before all are gone
+            for process in [node, *node.children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):  # programs in sandboxes come and go, and end with their server
+                    process.send_signal(stop)
         self._nodes.pop(number).wait(timeout=10)
 
     def close(self) -> None:
