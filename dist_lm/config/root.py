@@ -167,7 +167,9 @@ def imported_function(path: str, key: str) -> Callable[..., Any]:
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # the module may raise anything when it is imported
-        raise ConfigError(f"{key}={path}: cannot be imported ({type(error).__name__}: {error})") from error
+        absent = isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}.")
+        hint = ": install it on every node, or name its folder in PYTHONPATH" if absent else ""
+        raise ConfigError(f"{key}={path}: cannot be imported ({type(error).__name__}: {error}){hint}") from error
     if not callable(function):
         raise ConfigError(f"{key}={path}: expected a function, found {function!r}")
     return function

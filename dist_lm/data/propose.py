@@ -33,7 +33,8 @@ NAMES = ("id", *PATHS, "url", "title", "_id")
 # columns that are a document only together: the question, and the answer
 QUESTIONS = ("prompt", "instruction", "question", "query", "input", "problem")
 ANSWERS = ("completion", "response", "output", "answer", "solution")
-RANKED = ("chosen", "rejected")
+# columns that are rankings together
+RANKED = (("chosen", "rejected"), ("completions", "ranks"), ("completions", "judgements"))
 PROSE = ("english", "text", "markdown", "restructuredtext", "latex", "html")
 CODE = "code"  # language of code whose language is not known
 NATURAL = re.compile(r"[a-z]{2}([-_].+)?")  # ISO 639-1, where it is no suffix of source files
@@ -246,8 +247,9 @@ def _check_header(name: str, columns: Sequence[str]) -> None:
 def _check_shape(name: str, rows: Sequence[Row]) -> None:
     """Refuse rows that are several texts: one column alone would be read."""
     there = {column for row in rows for column, value in row.items() if value}
-    if there >= {*RANKED}:
-        raise ConfigError(f"{name}: columns {' and '.join(RANKED)} are rankings: use the reader of docs/reward.md")
+    for columns in RANKED:
+        if there >= {*columns}:
+            raise ConfigError(f"{name}: columns {' and '.join(columns)} are rankings: use the reader of docs/reward.md")
     if there & {*TEXTS} or columns_of(rows)[1]:
         return
     pair = [*[one for one in QUESTIONS if one in there][:2], *[one for one in ANSWERS if one in there]]

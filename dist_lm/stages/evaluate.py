@@ -225,7 +225,7 @@ def checkpoint_of(path: str, config: EvaluateRunConfig) -> Path:
     """
     work = WorkDirectory(Path(config.work_dir).resolve())
     return checkpoint_files.find_checkpoint(
-        newest_run(work).path if path == AUTO else Path(path).expanduser().resolve()
+        newest_run(work, "stage.models", "[PATH]").path if path == AUTO else Path(path).expanduser().resolve()
     )
 
 

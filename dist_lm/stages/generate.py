@@ -217,8 +217,12 @@ def find_start(config: GenerateRunConfig, before: Path | None) -> Path:
     return found
 
 
-def newest_run(work: WorkDirectory) -> RunDirectory:
+def newest_run(work: WorkDirectory, key: str = "stage.checkpoint", value: str = "PATH") -> RunDirectory:
     """The run with the newest checkpoint of the code stage, else of the language stage.
+
+    Args:
+        key: the key that asks for it, for messages.
+        value: what `key` may name instead.
 
     Raises:
         ArtefactError: neither stage has a checkpoint.
@@ -228,8 +232,8 @@ def newest_run(work: WorkDirectory) -> RunDirectory:
         if runs:
             return max(runs, key=lambda run: (run.checkpoints / checkpoint_files.LATEST).stat().st_mtime)
     raise ArtefactError(
-        f"stage.checkpoint=auto: no checkpoint of stage {' or '.join(FROM)} in {work.path}: "
-        "run `python -m dist_lm.launch stage=code` first, or give stage.checkpoint=PATH"
+        f"{key}=auto: no checkpoint of stage {' or '.join(FROM)} in {work.path}: "
+        f"run `python -m dist_lm.launch stage=code` first, or give {key}={value}"
     )
 
 

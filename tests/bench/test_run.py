@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from dist_lm.bench.case import Case, Comparison, GroupSize, records_of, spread, table_of
-from dist_lm.bench.run import LONGEST_ROUND, order_of_round, seconds_per_step
+from dist_lm.bench.run import LONGEST_ROUND, order_of_round, run_benchmark, seconds_per_step
+from dist_lm.errors import ConfigError
 from dist_lm.launcher.compose import compose_config
 
 # --- rounds: every way once in each, none always first, and as many steps as fill the time ---
@@ -90,3 +91,8 @@ def test_the_table_shows_all_of_it_in_eighty_columns():
     shown = console.export_text()
     for text in ("case", "value", "peer", "ratio", "ceiling", "spread", "1,000 tokens/s", "theirs", "4.00", "(50%)"):
         assert text in shown
+
+
+def test_an_unknown_benchmark_is_told_every_name():
+    with pytest.raises(ConfigError, match=r"^bench sandbx: expected one of tp, .*sandbox, learn$"):
+        run_benchmark("sandbx", [], Console(file=io.StringIO()), quick=True, json_file=None)

@@ -221,6 +221,8 @@ def test_licences_in_lists_are_found(data, name):
     ("name", "content", "words"),
     [
         ("a.jsonl", json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}), "rankings: use the reader"),
+        ("a.jsonl", json.dumps({"prompt": "a", "completions": ["b", "c"], "ranks": [0, 1]}), "and ranks are"),
+        ("a.jsonl", json.dumps({"completions": ["b", "c"], "judgements": [[0, 1]]}), "and judgements are"),
         ("a.jsonl", json.dumps({"prompt": "a", "completion": "b"}), "prompt, completion: only one"),
         ("a.jsonl", json.dumps({"instruction": "a", "input": "c", "output": "b"}), "instruction, input, output: only"),
         ("a.jsonl", json.dumps({"data": [1], "n": 2}), r"columns there are data \(list\), n \(int\)"),

@@ -85,7 +85,10 @@ def test_prompts_and_functions_that_rlhf_would_stop_at_are_refused_before_anythi
     file.write_text("\n")
     with pytest.raises(ArtefactError, match=r"^rlhf\.prompts_from=.*prompts\.jsonl: no prompts"):
         plan_of(work, *IN_256, f"rlhf.prompts_from={file}", target="rlhf")
-    for function, reason in (("nowhere.module:score", "cannot be imported"), ("math:pi", "expected a function")):
+    for function, reason in (
+        ("nowhere.module:score", "cannot be imported.*PYTHONPATH"),
+        ("math:pi", "expected a function"),
+    ):
         mine = f"rlhf.rewards={{mine: {{kind: function, function: {function}}}}}"
         with pytest.raises(ConfigError, match=rf"^rlhf\.rewards\.mine\.function={function}: {reason}"):
             plan_of(work, *IN_256, mine, target="rlhf")

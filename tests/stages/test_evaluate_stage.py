@@ -7,7 +7,7 @@ import pytest
 
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config.cluster import ClusterConfig
-from dist_lm.errors import ConfigError
+from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.evaluation import tasks
 from dist_lm.evaluation.problems import own_infills, own_problems
 from dist_lm.evaluation.statistics import pass_at_k
@@ -231,3 +231,8 @@ def test_without_a_sandbox_nothing_starts(trained, monkeypatch):
     with pytest.raises(ConfigError, match="no sandbox"):
         plan_of(trained)
     assert plan_of(trained, "stage.tasks=[bits_per_byte]").action is Action.BUILD
+
+
+def test_without_a_checkpoint_the_error_names_a_key_of_this_stage(tiny_work, tmp_path):
+    with pytest.raises(ArtefactError, match=r"^stage\.models=auto: no checkpoint.*or give stage\.models=\[PATH\]$"):
+        plan_of(linked(tiny_work, tmp_path / "work"))
