@@ -25,6 +25,10 @@ from dist_lm.tracking.readable import gib
 GLANCE_BYTES = 16 << 20  # of text, to tell prose from code
 SHARD_BYTES = 2  # a token, for vocabularies up to 65,536
 SHOWN = 8  # licences of a corpus
+NO_TEXT = (
+    "conversations train no tokenizer: add a place with text, or tokenizer=PATH to the command (tokenizer=keep: that "
+    "of the work directory)"
+)
 READABLE = 0.99  # share of broken rows up to which they are counted; a launch refuses fewer
 
 
@@ -81,6 +85,8 @@ def new_corpus(
     )
     surveys = {name: survey(config, name, sample_bytes) for name in by_corpus}
     remarks = [line for found in surveys.values() if (line := _too_broken(found))]
+    if list(by_corpus) == [CONVERSATIONS]:
+        remarks.append(NO_TEXT)
     documents = {name: dict(found.documents.most_common()) for name, found in surveys.items()}
     command = ["dist-lm", "data", "new", *places, "--out", str(out)]
     durable.write_text(out, corpus_file(command, out, by_corpus, documents, remarks))

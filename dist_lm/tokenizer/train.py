@@ -167,7 +167,10 @@ def _explained(error: RuntimeError, config: TokenizerConfig) -> Exception:
     """The refusal of SentencePiece, in the words of our configuration."""
     message = str(error)
     if "sentences_.empty()" in message:
-        return UserError("the tokenizer has no text to train on: the train split of every corpus is empty")
+        return UserError(
+            "the tokenizer has no text to train on: no corpus of text has a train split, and conversations and "
+            "rankings do not count: add text, or take a tokenizer that is there (tokenizer=PATH, tokenizer=keep)"
+        )
     if most := re.search(r"too high .*<= (\d+)", message):
         accepted = f"at most {most[1]}, which is all this text has (or more text)"
     elif least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):

@@ -84,6 +84,13 @@ def test_next_commands_compose(data):
         compose_config([f"hydra.searchpath=[{folder}]", *overrides])
 
 
+def test_conversations_alone_are_told_that_the_tokenizer_needs_text(data):
+    out, text = written(data, "chat.jsonl.gz")
+    assert "conversations train no tokenizer" in text
+    assert "# conversations train no tokenizer" in out.read_text()
+    assert "no tokenizer" not in written(data, "chat.jsonl.gz", "notes.csv", force=True)[1]
+
+
 def test_what_would_be_dropped_is_counted(data):
     (data / "again.jsonl").write_text("".join(json.dumps({"text": PROSE}) + "\n" for _ in range(4)))
     _, text = written(data, "again.jsonl")
