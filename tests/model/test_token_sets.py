@@ -16,7 +16,7 @@ def sets_of(parts: list[bytes]) -> TokenSets:
 @pytest.mark.parametrize("vocab_size", [1, 7, 64, 65, 1000, 70_001])
 def test_sets_come_back_whole_and_in_columns(vocab_size: int):
     draw = np.random.default_rng(vocab_size)
-    sizes = [min(vocab_size, n) for n in (1, 2, 5, vocab_size // 40 + 1, vocab_size // 3 + 1, vocab_size)]
+    sizes = [min(vocab_size, n) for n in (1, 2, 4, 5, vocab_size // 40 + 1, vocab_size // 3 + 1, vocab_size)]
     mask_NV = torch.zeros(len(sizes) + 1, vocab_size, dtype=torch.bool)
     parts = []
     for row, size in enumerate(sizes):
