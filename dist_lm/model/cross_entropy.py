@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
 FP32_BYTES = 4
-DROPPED = (
-    -1e30
-)  # logit of a token outside the set drawn from; finite, so that a rank whose tokens all are keeps numbers
+DROPPED = -1e30
+"""Logit of a token outside the set drawn from. Finite: a rank may hold none of the set, and -inf would become nan."""
 
 Losses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(logits (N, V), targets (N, ...) int64) -> fp32 (N, ...); each row depends on its own logits alone."""
