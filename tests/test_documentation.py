@@ -376,7 +376,7 @@ def test_readme_has_at_most_150_lines():
 
 
 # pages of later features, and decisions, have limits of their own
-WORDS_OF_A_PAGE = {"data.md": 2_500, "in_and_out.md": 2_400, "decisions.md": 4_000, "recipes.md": 700}
+WORDS_OF_A_PAGE = {"data.md": 2_500, "in_and_out.md": 2_400, "decisions.md": 4_000, "recipes.md": 1_000}
 WORDS_OF_A_PAGE["sandbox.md"] = 750
 WORDS_OF_A_PAGE["algorithms.md"] = 1_500
 WORDS_OF_A_PAGE["metrics.md"] = 2_400  # generated: it grows with the metrics

@@ -41,6 +41,9 @@ class ModelConfig:
     rope_original_len: int = 8192
     parallel_residual: bool = False  # the feed-forward network reads the input of attention, not its sum (as Pythia)
     qk_norm: bool = False  # RMSNorm over d_head of queries and keys before RoPE, one weight for all heads (as Qwen3)
+    # values of the layers after the first: a v + b v_1 with v_1 of the first layer; a and b are learned scalars of each
+    # layer and start at 0.5 (Zhou et al. 2024)
+    value_residual: bool = False
     logit_cap: float = 0.0  # c: logits are c tanh(logits / c) (Gemma Team 2024, section 2); 0: off
     init_std: float = 0.02
     # of the projections onto the residual stream: depth (Radford et al. 2019): init_std / sqrt(2 n_layers) | zero

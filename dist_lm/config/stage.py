@@ -54,7 +54,7 @@ class RatesConfig:
     embedding: float = 1.0  # and a head tied to it
     head: float = 1.0
     matrices: float = 1.0  # inside blocks
-    vectors: float = 1.0  # norms and biases
+    vectors: float = 1.0  # norms, biases, scalars of model.value_residual
 
     def __post_init__(self) -> None:
         for key, value in vars(self).items():

@@ -23,8 +23,8 @@ from dist_lm.generation.paged_cache import PagedCache, Piece, Plan, pages_for
 from dist_lm.generation.plain_pages import PLAIN_PAGE_TOKENS, PlainPages
 from dist_lm.generation.shard import Share, build_embedding, gathering, leaving, share_of
 from dist_lm.generation.transfer import upload
-from dist_lm.model.layers import RopeTables, activate, capped, normalise_heads, rope_tables, rotate
-from dist_lm.model.size import packs_documents, parameter_shapes
+from dist_lm.model.layers import RopeTables, activate, capped, mix_values, normalise_heads, rope_tables, rotate
+from dist_lm.model.size import VALUE_MIX, packs_documents, parameter_shapes
 from dist_lm.parallel.tensor_axis import TensorAxis
 
 Norm = Callable[[torch.Tensor], torch.Tensor]
@@ -40,6 +40,7 @@ class _Layer:
     attention_norm: Norm
     heads: Linear  # queries, keys and values of all heads, concatenated
     head_norm: torch.Tensor | None  # (H + G, K); weights of the norms of queries and keys
+    value_mix: torch.Tensor | None  # (2,), see `mix_values`
     output: Linear
     feed_forward_norm: Norm
     up: Linear  # with its activation; of a gated network: gate and up concatenated, without activation
@@ -106,7 +107,7 @@ class Decoder:
         embedding = self._keep("embedding", look_up("embedding.weight").clone())
         self._embed = build_embedding(embedding, self.share.pieces, axis)
         for number in range(config.n_layers):
-            self._layers.append(_layer(config, self.share, axis, look_up, self._keep, f"blocks.{number}."))
+            self._layers.append(_layer(config, self.share, axis, look_up, self._keep, number))
         self._final_norm = _norm(config, look_up, self._keep, "final_norm")
         head = build_linear(embedding if config.tie_embeddings else self._keep("head", look_up("lm_head.weight")), None)
         self._head = gathering(head, axis, config.vocab_size) if axis else head
@@ -196,12 +197,15 @@ class Decoder:
         """
         config, share = self.config, self.share
         rope: RopeTables = (self._cos[position_N][:, None], self._sin[position_N][:, None])
-        x_ND = self._embed(token_N)
+        x_ND, first_NGK = self._embed(token_N), None
         for number, layer in enumerate(self._layers):
             heads_NHK = layer.heads(layer.attention_norm(x_ND)).unflatten(-1, (-1, config.d_head))
             turned_NHK, value_NGK = heads_NHK.split([share.n_heads + share.kv_heads, share.kv_heads], dim=1)
             if layer.head_norm is not None:
                 turned_NHK = normalise_heads(turned_NHK, layer.head_norm, config.norm_eps)
+            first_NGK = value_NGK if first_NGK is None else first_NGK
+            if layer.value_mix is not None:
+                value_NGK = mix_values(value_NGK, first_NGK, layer.value_mix)
             q_NHK, key_NGK = rotate(turned_NHK, rope).split([share.n_heads, share.kv_heads], dim=1)
             o_NHK = attend(number, q_NHK, key_NGK, value_NGK)
             input_ND, x_ND = x_ND, layer.output(o_NHK.flatten(1), x_ND)
@@ -300,8 +304,10 @@ def _norm(config: ModelConfig, look_up: LookUp, keep: Keep, name: str) -> Norm:
 
 
 def _layer(
-    config: ModelConfig, share: Share, axis: TensorAxis | None, look_up: LookUp, keep: Keep, prefix: str
+    config: ModelConfig, share: Share, axis: TensorAxis | None, look_up: LookUp, keep: Keep, number: int
 ) -> _Layer:
+    prefix = f"blocks.{number}."
+
     def weights(*names: str) -> list[torch.Tensor]:
         return [look_up(prefix + name) for name in names]
 
@@ -324,6 +330,7 @@ def _layer(
     if config.has_qkv_bias:
         query_bias, *others = weights("attention.query_bias", "attention.key_bias", "attention.value_bias")
         of_heads_bias = torch.cat([one.flatten() for one in (query_bias * scale, *others)])
+    mix = keep(prefix + VALUE_MIX, look_up(prefix + VALUE_MIX).clone()) if config.value_residual and number else None
     gated = ("gate", "up") if config.ffn == "swiglu" else ("up",)
     padding = -share.units.held % VECTOR  # hidden units that stay 0
     up = torch.cat([F.pad(one, (0, 0, 0, padding)) for one in weights(*(f"feed_forward.{n}.weight" for n in gated))])
@@ -337,6 +344,7 @@ def _layer(
         attention_norm=_norm(config, look_up, keep, f"{prefix}attention_norm"),
         heads=linear("heads", of_heads, of_heads_bias),
         head_norm=head_norm,
+        value_mix=mix,
         output=leaving(to_residual, axis) if axis else to_residual,
         feed_forward_norm=_norm(config, look_up, keep, f"{prefix}feed_forward_norm"),
         up=linear("up", up, up_bias, gelu=config.ffn == "gelu"),

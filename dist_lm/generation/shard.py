@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812  the name the field uses
 from dist_lm.config.model import ModelConfig
 from dist_lm.errors import require
 from dist_lm.generation.linear import Linear
-from dist_lm.model.size import Shape, parameter_shapes
+from dist_lm.model.size import VALUE_MIX, Shape, parameter_shapes
 from dist_lm.parallel.layout import Layout, Slice, keys_of, keys_read, misfit, shards_key_heads, slice_of
 from dist_lm.parallel.tensor_axis import TensorAxis
 
@@ -91,7 +91,7 @@ def cut(name: str, value: torch.Tensor, share: Share) -> torch.Tensor:
         return _slice(value, share.units)
     if kind in ("embedding.weight", "lm_head.weight"):
         return _slice(value, share.pieces)
-    assert "norm." in kind, name
+    assert "norm." in kind or kind == VALUE_MIX, name
     return value
 
 

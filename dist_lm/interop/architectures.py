@@ -43,6 +43,8 @@ class Architecture:
 def architecture_of(model: ModelConfig) -> Architecture | str:
     """The architecture that holds `model`; if there is none, the reason, which names the option."""
     head = HEADS[model.head]
+    if model.value_residual:
+        return "model.value_residual=True: of these architectures of transformers none mixes values of layers"
     if model.logit_cap:
         return f"model.logit_cap={model.logit_cap}: of these architectures of transformers none caps its logits"
     in_neox = "of the architectures of transformers, GPT-NeoX alone has it"

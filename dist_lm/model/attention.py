@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.data.batch import document_boundaries
-from dist_lm.model.layers import HeadNorm, RopeTables, adapted, build_adapters, rotate
+from dist_lm.model.layers import HeadNorm, RopeTables, adapted, build_adapters, mix_values, rotate
 from dist_lm.model.size import packs_documents
 
 
@@ -163,7 +163,7 @@ ONE_BY_ONE = cast(Callable[..., torch.Tensor], torch.compiler.disable(one_by_one
 class Attention(nn.Module):
     """Multi-head attention; weights are (heads, d_head, d_model), so a slice of heads is a slice of dim 0."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         query_shape = (config.n_heads, config.d_head, config.d_model)
         key_shape = (config.kv_heads, config.d_head, config.d_model)
@@ -179,6 +179,8 @@ class Attention(nn.Module):
         self.key_bias = bias(config.has_qkv_bias, *key_shape[:2])
         self.value_bias = bias(config.has_qkv_bias, *key_shape[:2])
         self.output_bias = bias(config.bias, config.d_model)
+        self.value_residual = config.value_residual
+        self.value_mix = nn.Parameter(torch.empty(2)) if config.value_residual and layer > 0 else None
         self.query_norm = HeadNorm(config) if config.qk_norm else None
         self.key_norm = HeadNorm(config) if config.qk_norm else None
         self.adapters = build_adapters(config, "attention")
@@ -188,15 +190,32 @@ class Attention(nn.Module):
         x_BTD: torch.Tensor,
         rope: RopeTables,
         visibility: Visibility,
-    ) -> torch.Tensor:
-        """Attention output (B, T, D)."""
+        first_BSGK: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention output (B, T, D), and with `model.value_residual` the values of the first layer.
+
+        Args:
+            first_BSGK: these values; None: this is the first layer.
+        """
         q_BTHK = adapted(to_heads(x_BTD, self.query, self.query_bias), x_BTD, self.adapters, "query")
         k_BSGK = adapted(to_heads(x_BTD, self.key, self.key_bias), x_BTD, self.adapters, "key")
         v_BSGK = adapted(to_heads(x_BTD, self.value, self.value_bias), x_BTD, self.adapters, "value")
+        v_BSGK, first_BSGK = self.mixed(v_BSGK, first_BSGK, self.value_mix)
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHK, k_BSGK = self.query_norm(q_BTHK), self.key_norm(k_BSGK)
         o_BTHK = attend(rotate(q_BTHK, rope), rotate(k_BSGK, rope), v_BSGK, visibility)
-        return adapted(from_heads(o_BTHK, self.output, self.output_bias), o_BTHK, self.adapters, "output")
+        o_BTD = adapted(from_heads(o_BTHK, self.output, self.output_bias), o_BTHK, self.adapters, "output")
+        return o_BTD, first_BSGK
+
+    def mixed(
+        self, v_BSGK: torch.Tensor, first_BSGK: torch.Tensor | None, mix_2: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The values to attend to, and those of the first layer for the next one."""
+        if not self.value_residual:
+            return v_BSGK, None
+        if first_BSGK is None or mix_2 is None:
+            return v_BSGK, v_BSGK
+        return mix_values(v_BSGK, first_BSGK, mix_2), first_BSGK
 
 
 def to_heads(x_BTD: torch.Tensor, weight_HKD: torch.Tensor, bias_HK: torch.Tensor | None) -> torch.Tensor:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, overload
 import torch
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.model.size import ADAPTERS, is_matrix
+from dist_lm.model.size import ADAPTERS, VALUE_MIX, is_matrix
 
 if TYPE_CHECKING:
     from dist_lm.model.transformer import Transformer
@@ -185,10 +185,11 @@ SCALAR_HEAD, TOKEN_HEAD = "scalar_head.weight", "lm_head.weight"
 def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: int) -> torch.Tensor:
     """The whole value of one parameter, fp32 on the CPU, of logical `shape`.
 
-    For adapters see `lora.initial_factor`. Biases are 0 and norm weights 1. Other parameters are normal with standard
-    deviation `init_std`, divided by sqrt(2 n_layers) for projections onto the residual stream (or these are 0); a
-    scalar head has 1 / sqrt(d_model + 1) (Stiennon et al. 2020). With `base_width`, the deviation of matrices inside
-    blocks falls with the root of the width, and that of the head with the width (Yang & Hu 2022, table 3).
+    For adapters see `lora.initial_factor`. Biases are 0, norm weights 1, the scalars of `value_residual` 0.5. Other
+    parameters are normal with standard deviation `init_std`, divided by sqrt(2 n_layers) for projections onto the
+    residual stream (or these are 0); a scalar head has 1 / sqrt(d_model + 1) (Stiennon et al. 2020). With `base_width`,
+    the deviation of matrices inside blocks falls with the root of the width, and that of the head with the width (Yang
+    & Hu 2022, table 3).
     """
     if ADAPTERS in name:
         from dist_lm.model.lora import initial_factor
@@ -198,6 +199,8 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
         return torch.zeros(shape)
     if name.endswith("norm.weight"):
         return torch.ones(shape)
+    if name.endswith(VALUE_MIX):
+        return torch.full(shape, 0.5)
     std = config.init_std
     if name.endswith(RESIDUAL_PROJECTIONS):
         if config.residual_init == "zero":

@@ -97,6 +97,13 @@ def rotate(x_BTHK: torch.Tensor, tables: RopeTables) -> torch.Tensor:
     return torch.addcmul(x_BTHK * cos, x_BTHK.roll(x_BTHK.shape[-1] // 2, dims=-1), signed_sin)
 
 
+def mix_values(v: torch.Tensor, first: torch.Tensor, mix_2: torch.Tensor) -> torch.Tensor:
+    """`a v + b v_1` of a layer and the first one, with `mix` = (a, b): value residual learning (Zhou et al. 2024, arXiv
+    2410.17897, equation 4)."""
+    own, of_first = mix_2.unbind()
+    return v * own + first * of_first
+
+
 class FeedForward(nn.Module):
     """`down(gelu(up(x)))` with exact (erf) GELU, the same with squared ReLU, or SwiGLU (Shazeer 2020)
     `down(silu(gate(x)) * up(x))`."""

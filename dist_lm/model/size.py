@@ -16,6 +16,7 @@ MATRICES = (
     *("feed_forward.gate.weight", "feed_forward.up.weight", "feed_forward.down.weight"),
 )
 GROUPS = ("embedding", "attention", "feed_forward", "norm", "head")
+VALUE_MIX = "attention.value_mix"
 ADAPTERS = ".adapters."  # in the names of the parameters of adapters
 
 
@@ -23,7 +24,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Logical shape of every parameter, by name, in the order of `Transformer(config).named_parameters()`."""
     shapes: dict[str, Shape] = {"embedding.weight": (config.vocab_size, config.d_model)}
     for layer in range(config.n_layers):
-        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in _block_shapes(config).items()}
+        shapes |= {f"blocks.{layer}.{name}": shape for name, shape in _block_shapes(config, layer).items()}
     shapes |= _norm_shapes(config, "final_norm")
     if config.head == "scalar":
         shapes |= {"scalar_head.weight": (1, config.d_model), "scalar_head.bias": (1,)}
@@ -110,18 +111,19 @@ def _norm_shapes(config: ModelConfig, name: str) -> dict[str, Shape]:
     return {f"{name}.{part}": (config.d_model,) for part in (["weight", "bias"] if has_bias else ["weight"])}
 
 
-def _block_shapes(config: ModelConfig) -> dict[str, Shape]:
+def _block_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
+    attention = _attention_shapes(config, layer)
     return (
         _norm_shapes(config, "attention_norm")
-        | {f"attention.{name}": shape for name, shape in _attention_shapes(config).items()}
-        | _adapter_shapes(config, "attention", _attention_shapes(config))
+        | {f"attention.{name}": shape for name, shape in attention.items()}
+        | _adapter_shapes(config, "attention", attention)
         | _norm_shapes(config, "feed_forward_norm")
         | {f"feed_forward.{name}": shape for name, shape in _feed_forward_shapes(config).items()}
         | _adapter_shapes(config, "feed_forward", _feed_forward_shapes(config))
     )
 
 
-def _attention_shapes(config: ModelConfig) -> dict[str, Shape]:
+def _attention_shapes(config: ModelConfig, layer: int) -> dict[str, Shape]:
     query: Shape = (config.n_heads, config.d_head, config.d_model)
     key: Shape = (config.kv_heads, config.d_head, config.d_model)
     weights: dict[str, Shape] = {"query": query, "key": key, "value": key, "output": query}
@@ -129,6 +131,8 @@ def _attention_shapes(config: ModelConfig) -> dict[str, Shape]:
         weights |= {f"{name}_bias": weights[name][:2] for name in ("query", "key", "value")}
     if config.bias:
         weights["output_bias"] = (config.d_model,)
+    if config.value_residual and layer > 0:
+        weights["value_mix"] = (2,)
     if config.qk_norm:
         weights |= {"query_norm.weight": (config.d_head,), "key_norm.weight": (config.d_head,)}
     return weights

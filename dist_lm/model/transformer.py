@@ -36,11 +36,11 @@ from dist_lm.model.token_sets import TokenSets
 class Block(nn.Module):
     """One layer: attention, then (or beside it) the feed-forward network, each on the normalised residual stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.parallel_residual = config.parallel_residual
         self.attention_norm = build_norm(config)
-        self.attention = Attention(config)
+        self.attention = Attention(config, layer)
         self.feed_forward_norm = build_norm(config)
         self.feed_forward = FeedForward(config)
 
@@ -51,14 +51,15 @@ class Block(nn.Module):
         visibility: Visibility,
         dropout: tuple[SiteDropout | None, SiteDropout | None] = (None, None),
         kept_N: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The residual stream after the layer, (B, T, D).
+        first_BSGK: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The residual stream after the layer, (B, T, D), and the values of the first layer, see `Attention.forward`.
 
         Args:
             kept_N: int64; places in the flattened batch of the tokens whose output is needed. Then the result is
                 (1, N, D), and the feed-forward network skips the other tokens, which are only attended to. None: all.
         """
-        a_BTD = self.attention(self.attention_norm(x_BTD), rope, visibility)
+        a_BTD, first_BSGK = self.attention(self.attention_norm(x_BTD), rope, visibility, first_BSGK)
         input_BTD, x_BTD = x_BTD, x_BTD + apply_dropout(a_BTD, dropout[0])
         if kept_N is not None:
             assert dropout[1] is None, "dropout depends on the place of a token"
@@ -66,7 +67,7 @@ class Block(nn.Module):
             if self.parallel_residual:
                 input_BTD = input_BTD.flatten(0, 1).index_select(0, kept_N)[None]
         f_BTD = self.feed_forward(self.feed_forward_norm(input_BTD if self.parallel_residual else x_BTD))
-        return x_BTD + apply_dropout(f_BTD, dropout[1])
+        return x_BTD + apply_dropout(f_BTD, dropout[1]), first_BSGK
 
 
 class Transformer(nn.Module):
@@ -83,7 +84,7 @@ class Transformer(nn.Module):
         self.chunk_bytes = 0  # largest block of fp32 logits; 0: no limit
         self.dropout: DropoutKey | None = None  # dropout over a batch, with the sequence numbers of the batch
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = build_norm(config)
         # a tied head reads the weight of the embedding and has no parameter
         scalar, own_head = config.head == "scalar", not config.tie_embeddings and config.head == "tokens"
@@ -135,9 +136,11 @@ class Transformer(nn.Module):
         first_token = self.first_token(tokens_BT.shape[1])
         sites = dropout_sites(dropout, self.config.n_layers, self.config.d_model, first_token)
         x_BTD = apply_dropout(x_BTD, sites[EMBEDDING_SITE])
+        first_BSGK = None
         for layer, block in enumerate(self.blocks):
             own = (sites[residual_site(layer, 0)], sites[residual_site(layer, 1)])
-            x_BTD = block(x_BTD, rope, visibility, own, kept_N if layer == len(self.blocks) - 1 else None)
+            kept = kept_N if layer == len(self.blocks) - 1 else None
+            x_BTD, first_BSGK = block(x_BTD, rope, visibility, own, kept, first_BSGK)
         return self.final_norm(x_BTD)
 
     def head(self, x_BTD: torch.Tensor) -> torch.Tensor:

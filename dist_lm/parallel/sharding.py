@@ -57,9 +57,9 @@ FORWARD_METHODS = ("token_losses", "logprobs", "scores")
 """Methods that are called on a model instead of `forward`: FSDP gathers the parameters of the root around them. They
 must not call each other, which would free and gather these parameters once more."""
 
-RECOMPILATIONS = 24
-"""Of the blocks of one model: with and without gradients, with and without kept tokens, with one row, with one kept
-token, each for the first shape and then for all shapes."""
+RECOMPILATIONS = 48
+"""Of the blocks of one model: with and without values of the first layer, gradients and kept tokens, with one row, with
+one kept token, each for the first shape and then for all shapes."""
 
 KEPT = (
     "aten::mm",

@@ -46,8 +46,8 @@ class TensorParallelTransformer(Transformer):
         self.partial = partial
         self.pieces = slice_of(config.vocab_size, axis.size, axis.rank)
         self.embedding = VocabParallelEmbedding(config, axis)
-        for block in self.blocks:
-            block.attention = HeadParallelAttention(config, axis)
+        for layer, block in enumerate(self.blocks):
+            block.attention = HeadParallelAttention(config, axis, layer)
             block.feed_forward = WidthParallelFeedForward(config, axis)
             block.attention_norm = ReplicatedNorm(config)
             block.feed_forward_norm = ReplicatedNorm(config)
@@ -151,8 +151,8 @@ class ReplicatedHeadNorm(HeadNorm):
 class HeadParallelAttention(Attention):
     """Each rank attends with its query heads."""
 
-    def __init__(self, config: ModelConfig, axis: TensorAxis) -> None:
-        super().__init__(config)
+    def __init__(self, config: ModelConfig, axis: TensorAxis, layer: int) -> None:
+        super().__init__(config, layer)
         self.axis = axis
         self.heads = slice_of(config.n_heads, axis.size, axis.rank)
         self.keys, self.queries_of_key = keys_of(config, axis.size, axis.rank)
@@ -169,7 +169,8 @@ class HeadParallelAttention(Attention):
         x_BTD: torch.Tensor,
         rope: RopeTables,
         visibility: Visibility,
-    ) -> torch.Tensor:
+        first_BSGK: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         x_BTD = self.axis.enter(x_BTD)
         q_BTHK = to_heads(x_BTD, local(self.query), bias_of(self.query_bias, self.heads))
         q_BTHK = adapted(q_BTHK, x_BTD, self.adapters, "query")
@@ -177,6 +178,8 @@ class HeadParallelAttention(Attention):
         k_BSGK = adapted(k_BSGK, x_BTD, self.adapters, "key")
         v_BSGK = to_heads(x_BTD, self._key_rows(self.value), bias_of(self.value_bias, self.keys))
         v_BSGK = adapted(v_BSGK, x_BTD, self.adapters, "value")
+        mix_2 = None if self.value_mix is None else local(self.value_mix)
+        v_BSGK, first_BSGK = self.mixed(v_BSGK, first_BSGK, mix_2)
         if self.query_norm is not None and self.key_norm is not None:
             q_BTHK, k_BSGK = self.query_norm(q_BTHK), self.key_norm(k_BSGK)
         k_BSGK = rotate(k_BSGK, rope)
@@ -186,7 +189,7 @@ class HeadParallelAttention(Attention):
         o_BTHK = o_BTHK[:, :, : self.heads.real]
         part_BTD = from_heads(o_BTHK, local(self.output)[: self.heads.real], None)
         part_BTD = adapted(part_BTD, o_BTHK, self.adapters, "output")
-        return with_bias(self.axis.leave(part_BTD), self.output_bias)
+        return with_bias(self.axis.leave(part_BTD), self.output_bias), first_BSGK
 
     def _key_rows(self, weight: torch.Tensor) -> torch.Tensor:
         """This rank's key (or value) heads (G, K, D): its shard, or the heads it reads if all ranks hold all heads."""

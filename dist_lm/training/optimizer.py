@@ -40,8 +40,8 @@ EMA = "ema"  # state of a parameter: its exponential average over the steps (`av
 
 
 def is_decayed(name: str) -> bool:
-    """Whether weight decay applies to the parameter: not to norms, biases and embeddings."""
-    return not any(part in name for part in ("norm", "bias", "embed"))
+    """Whether weight decay applies to the parameter: not to norms, biases, embeddings and scalars."""
+    return not any(part in name for part in ("norm", "bias", "embed", "value_mix"))
 
 
 class ShardedAdamW(torch.optim.AdamW):

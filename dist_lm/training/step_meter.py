@@ -216,7 +216,7 @@ class BlockTimes:
     def __init__(self, blocks: Iterable[nn.Module], mark: Callable[[], Event]) -> None:
         """
         Args:
-            blocks: already wrapped by FSDP; the first argument and the result of a block are its residual stream.
+            blocks: already wrapped by FSDP; the first argument and the first result of a block are its residual stream.
             mark: records an event.
         """
         self.measuring = False
@@ -244,12 +244,12 @@ class BlockTimes:
             inputs[0].register_hook(partial(self._end_backward, self._backward))
         self._forward = self._mark()
 
-    def _end(self, block: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    def _end(self, block: nn.Module, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         if not self.measuring or self._forward is None:
             return
         self._spans.append((self._forward, self._mark()))
-        if output.requires_grad:
-            output.register_hook(partial(self._begin_backward, self._backward))
+        if output[0].requires_grad:
+            output[0].register_hook(partial(self._begin_backward, self._backward))
 
     def _begin_backward(self, begins: list[Event], gradient: torch.Tensor) -> None:
         begins.append(self._mark())

@@ -9,6 +9,7 @@ OPTIONS = (
     *("stage.muon.lr=null", "stage.muon.scale=adamw", "stage.muon.variance_beta=0.9", "stage.muon.weight_decay=0.2"),
     *("stage.muon.momentum_warmup_steps=8", "stage.muon.momentum_cooldown_steps=8", "stage.rates.embedding=2"),
     *("model.norm=rmsnorm", "model.ffn=swiglu", "model.bias=false", "model.base_width=20", "stage.steps=10"),
+    "model.value_residual=true",
 )
 
 

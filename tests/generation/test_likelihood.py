@@ -20,6 +20,7 @@ TREES = (
 SHAPES = {
     "neox": (),
     "llama": ("model.norm=rmsnorm", "model.ffn=swiglu", "model.bias=false", "model.n_heads=4", "model.n_kv_heads=2"),
+    "value residual": ("model.value_residual=true",),
     "squared and capped": ("model.norm=rmsnorm", "model.ffn=relu2", "model.logit_cap=1"),
 }
 

@@ -37,9 +37,17 @@ from tests.generation.test_engine import (
 
 OPTIONS = replace(SMALL, cache_tokens=12 * PAGE)  # so small that sequences are set aside
 ODD = replace(
-    GROUPED, name="unequal", n_heads=10, n_kv_heads=2, ffn="gelu", tie_embeddings=False, qk_norm=True, vocab_size=64
+    GROUPED,
+    name="unequal",
+    n_heads=10,
+    n_kv_heads=2,
+    ffn="gelu",
+    tie_embeddings=False,
+    qk_norm=True,
+    vocab_size=64,
+    value_residual=True,
 )
-LARGE = replace(CONFIG, name="large", d_model=50, n_heads=25)  # in number of heads
+LARGE = replace(CONFIG, name="large", d_model=50, n_heads=25, value_residual=True)  # in number of heads
 DEADLINE_S = 30.0
 FOREVER = Request("long", [3, 4], SamplingParams(max_new_tokens=150, ignore_eot=True), n=3)
 LEADER = """

@@ -44,7 +44,7 @@ def holds(model: ModelConfig) -> bool:
 
 
 def test_the_options_are_those_of_the_configuration():
-    free = {"name", "norm_eps", "init_std", "residual_init", "base_width", "logit_cap"}
+    free = {"name", "norm_eps", "init_std", "residual_init", "base_width", "logit_cap", "value_residual"}
     free |= {
         f"rope_{key}" for key in ("base", "scaling", "factor", "low_freq_factor", "high_freq_factor", "original_len")
     }
@@ -99,6 +99,12 @@ def test_a_refusal_names_an_option_that_another_value_of_which_would_be_held(opt
         seen.append(key[1])
         other = next(value for value in CHOICES[key[1]] if value != options[key[1]])
         options = options | {key[1]: other}
+
+
+@pytest.mark.parametrize("option", [{"logit_cap": 15.0}, {"value_residual": True}])
+def test_an_option_that_no_architecture_has_is_named(option: dict):
+    ((key, value),) = option.items()
+    assert str(architecture_of(model_of({"norm": "rmsnorm", **option}))).startswith(f"model.{key}={value}: ")
 
 
 def test_the_sizes_of_this_project_have_an_architecture():

@@ -46,6 +46,15 @@ def test_every_option(ffn: str, norm: str, bias: bool, qkv_bias: bool, n_kv_head
     assert list(parameter_shapes(config).items()) == built_shapes(config)
 
 
+@pytest.mark.parametrize("n_layers", [1, 3])
+def test_value_residual(n_layers: int) -> None:
+    config = small_config(n_layers=n_layers, value_residual=True, qk_norm=True)
+    assert list(parameter_shapes(config).items()) == built_shapes(config)
+    assert parameter_count(config) - parameter_count(small_config(n_layers=n_layers, qk_norm=True)) == 2 * (
+        n_layers - 1
+    )
+
+
 def test_the_counts_people_quote() -> None:
     assert round(parameter_count(conf_model("large")) / 1e9, 2) == 1.09
     assert round(parameter_count(conf_model("large", tie_embeddings=True)) / 1e9, 2) == 1.03

@@ -13,7 +13,7 @@ from small_models import small_config, small_model, small_tokens
 from dist_lm.config.model import ModelConfig
 from dist_lm.data.batch import Batch
 from dist_lm.model.attention import CAUSAL
-from dist_lm.model.keyed_random import DropoutKey
+from dist_lm.model.keyed_random import DropoutKey, initial_value
 from dist_lm.model.layers import rope_tables
 from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
@@ -25,6 +25,7 @@ OPTIONS = {
     "swiglu": {"ffn": "swiglu"},
     "squared ReLU and capped logits": {"ffn": "relu2", "logit_cap": 2.0},
     "no bias": {"bias": False},
+    "value residual": {"value_residual": True},
     "one key head": {"n_kv_heads": 1},
     "normalised queries and keys": {"qk_norm": True},
     "as Pythia": {"parallel_residual": True, "rotary_fraction": 0.5},
@@ -44,6 +45,7 @@ OPTIONS = {
         "bias": False,
         "tie_embeddings": True,
         "qk_norm": True,
+        "value_residual": True,
     },
 }
 
@@ -113,7 +115,7 @@ def test_normalised_queries_and_keys_are_those_of_the_formula() -> None:
     seen = torch.ones(T, T, dtype=torch.bool).tril()
     score_HTS = (q_HTK @ k_HTK.mT / math.sqrt(config.d_head)).masked_fill(~seen, -math.inf)
     o_TD = torch.einsum("hts,hsk,hkd->td", score_HTS.softmax(-1), v_HTK, attention.output) + attention.output_bias
-    assert close(attention(x_BTD, at_start, CAUSAL)[0], o_TD)
+    assert close(attention(x_BTD, at_start, CAUSAL)[0][0], o_TD)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -285,3 +287,41 @@ def test_squared_relu_is_the_activation():
     network, x = model.blocks[0].feed_forward, torch.randn(1, 3, 40, generator=torch.Generator().manual_seed(0))
     hidden = (x @ network.up.weight.T).clamp(min=0) ** 2
     torch.testing.assert_close(network(x), hidden @ network.down.weight.T)
+
+
+def test_values_of_a_layer_are_mixed_with_those_of_the_first():
+    config = small_config(value_residual=True, n_layers=3, bias=False)
+    model, tokens = small_model(config), small_tokens(config, 1, 7)
+    plain = Transformer(replace(config, value_residual=False))
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if "value_mix" not in name})
+    mixes = [block.attention.value_mix for block in model.blocks]
+    assert mixes[0] is None
+    assert initial_value("blocks.1.attention.value_mix", (2,), config, 0).tolist() == [0.5, 0.5]
+    for mix in mixes[1:]:
+        mix.data.copy_(torch.tensor([1.0, 0.0]))
+    assert close(model(tokens), plain(tokens))
+    for mix in mixes[1:]:
+        mix.data.copy_(torch.tensor([0.0, 1.0]))
+    expected = model(tokens)
+    for block in model.blocks[1:]:
+        block.attention.value.data.zero_()
+    assert close(model(tokens), expected)
+    model.blocks[0].attention.value.data *= 2
+    assert not close(model(tokens), expected)
+
+
+def test_mixed_values_are_those_of_the_formula():
+    config = small_config(value_residual=True, bias=False)
+    attention, generator = small_model(config).blocks[1].attention, torch.Generator().manual_seed(0)
+    attention.value_mix.data.copy_(torch.tensor([0.25, 2.0]))
+    x_TD = torch.randn(7, config.d_model, generator=generator)
+    first_TGK = torch.randn(7, config.n_heads, config.d_head, generator=generator)
+    at_start = rope_tables(torch.zeros(1, 7, dtype=torch.int64), config, torch.float32)
+    q_HTK, k_HTK, v_HTK = (torch.einsum("td,hkd->htk", x_TD, getattr(attention, n)) for n in ("query", "key", "value"))
+    v_HTK = 0.25 * v_HTK + 2 * first_TGK.transpose(0, 1)
+    seen = torch.ones(7, 7, dtype=torch.bool).tril()
+    score_HTS = (q_HTK @ k_HTK.mT / math.sqrt(config.d_head)).masked_fill(~seen, -math.inf)
+    wanted_TD = torch.einsum("hts,hsk,hkd->td", score_HTS.softmax(-1), v_HTK, attention.output)
+    found_BTD, passed_on = attention(x_TD[None], at_start, CAUSAL, first_TGK[None])
+    assert close(found_BTD[0], wanted_TD)
+    assert torch.equal(passed_on[0], first_TGK)

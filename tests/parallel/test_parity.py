@@ -79,6 +79,25 @@ def test_a_step_with_squared_relu_and_capped_logits_is_that_of_one_process(ranks
     assert_is_that_of_one_process(found, model)
 
 
+VALUE_RESIDUALS = [
+    *(((5, 5), layout, "none") for layout in ("1x1x1", "1x4x1", "1x1x2", "2x1x2")),
+    ((5, 5), "1x1x4+sp", "selective"),  # a rank that holds nothing but padding
+    ((5, 5), "1x2x2+sp", "full"),
+    ((6, 3), "1x1x4+sp", "full"),  # every rank holds all key heads
+    ((6, 3), "1x2x2", "selective"),
+]
+
+
+@pytest.mark.parametrize(("heads", "layout", "checkpointing"), VALUE_RESIDUALS)
+def test_a_step_with_value_residuals_is_that_of_one_process(
+    ranks: RankGroups, heads: tuple[int, int], layout: str, checkpointing: str
+):
+    model = model_of(heads, value_residual=True, qk_norm=True)
+    parallel = parallel_of(layout, activation_checkpointing=checkpointing)
+    found: MeshTrajectory = ranks.run(layout_of(layout).world_size, rank_steps, model, parallel, range(1))
+    assert_is_that_of_one_process(found, model)
+
+
 def assert_orthogonal_steps_are_those_of_one_process(
     ranks: RankGroups, layout: str, model: ModelConfig, muon: MuonConfig, steps: int
 ) -> None:
@@ -99,7 +118,8 @@ def test_orthogonal_steps_are_those_of_one_process(ranks: RankGroups, layout: st
 
 @pytest.mark.parametrize("layout", ["1x1x1", "1x4x1", "1x1x2", "1x1x4+sp", "2x1x2", "1x2x2+sp"])
 def test_normalised_orthogonal_steps_at_the_rate_of_adamw_are_those_of_one_process(ranks: RankGroups, layout: str):
-    model = model_of((5, 5), norm="rmsnorm", ffn="swiglu", bias=False, base_width=20)
+    options = {"norm": "rmsnorm", "ffn": "swiglu", "bias": False, "value_residual": True}
+    model = model_of((5, 5), **options, base_width=20)
     muon = MuonConfig(lr=None, scale="adamw", variance_beta=0.9, weight_decay=0.2)
     assert_orthogonal_steps_are_those_of_one_process(ranks, layout, model, muon, 2)
 

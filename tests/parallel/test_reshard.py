@@ -23,7 +23,7 @@ AFTER_STEPS = 2e-5  # largest difference in a tensor after STEPS + 1 steps, rela
 MODELS = {
     "25 heads": model_of((25, 25)),
     "6 heads, 3 key heads": model_of(
-        (6, 3), norm="rmsnorm", ffn="swiglu", bias=False, tie_embeddings=True, qk_norm=True
+        (6, 3), norm="rmsnorm", ffn="swiglu", bias=False, tie_embeddings=True, qk_norm=True, value_residual=True
     ),
 }
 MOVES = [

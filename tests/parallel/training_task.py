@@ -52,7 +52,7 @@ class Trajectory:
 def parameter_value(name: str, shape: tuple[int, ...], model: ModelConfig) -> torch.Tensor:
     """Initial values; norms, biases and B of adapters moved off 1 and 0, so that a forgotten or doubled one shows."""
     value = initial_value(name, shape, model, SEED)
-    if not name.endswith(("norm.weight", "bias", ".b")):
+    if not name.endswith(("norm.weight", "bias", ".b", "value_mix")):
         return value
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]))
     return value + 0.05 * torch.randn(shape, generator=generator)
