@@ -304,7 +304,7 @@ def found(name: str) -> bool:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_configuration_keys_of_a_page_exist(page: Path):
-    groups = "stage|stages|model|parallel|cluster|tracking|hardware|corpus|rlhf"
+    groups = "stage|stages|model|parallel|cluster|tracking|hardware|corpus|rlhf|eval"
     spans = SPAN.findall(BLOCK.sub("", text_of(page)))
     named = [found[0] for span in spans if (found := re.match(rf"(?:{groups})(?:\.[a-z_0-9]+)+(?==|$)", span))]
     keys = {re.sub(r"^stages\.\w+", "stage", key) for key in named if not key.endswith((".py", ".yaml", ".json"))}
@@ -380,7 +380,7 @@ WORDS_OF_A_PAGE = {"data.md": 2_500, "in_and_out.md": 2_400, "decisions.md": 4_0
 WORDS_OF_A_PAGE["sandbox.md"] = 750
 WORDS_OF_A_PAGE["algorithms.md"] = 1_500
 WORDS_OF_A_PAGE["metrics.md"] = 2_400  # generated: it grows with the metrics
-WORDS_OF_A_PAGE |= {"lm_eval.md": 350, "evaluation.md": 800}
+WORDS_OF_A_PAGE |= {"lm_eval.md": 350, "evaluation.md": 800, "eval_tasks.md": 500}
 
 
 def test_docs_have_at_most_10650_words():

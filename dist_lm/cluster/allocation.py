@@ -15,7 +15,6 @@ from dist_lm.config.rlhf import AS_MANY, SHARED, RolloutPoolConfig
 from dist_lm.errors import ConfigError
 
 CPU_RANKS = 2  # they run every code path of several ranks; more would only divide the same cores
-WITHOUT_POOL = "rlhf.pool.actors=0 generates in the process of the first rank"
 
 
 def ranks_per_node(config: ClusterConfig, gpus: int) -> int:
@@ -46,8 +45,8 @@ def ranks_beside(pool: RolloutPoolConfig, config: ClusterConfig, nodes: Sequence
     cpus = sum(node.cpus for node in nodes)
     if cpus - config.nodes < actors:
         raise ConfigError(
-            f"rlhf.pool.actors={actors}: the cluster's {len(nodes)} nodes have {cpus} CPUs; the agents of the ranks "
-            f"take {config.nodes} and each actor one: use fewer actors; {WITHOUT_POOL}"
+            f"{pool.key}.actors={actors}: the cluster's {len(nodes)} nodes have {cpus} CPUs; the agents of the ranks "
+            f"take {config.nodes} and each actor one: use fewer actors; {without_pool(pool)}"
         )
     if pool.placement == SHARED:
         return ranks_per_node(config, gpus)
@@ -64,12 +63,17 @@ def ranks_beside(pool: RolloutPoolConfig, config: ClusterConfig, nodes: Sequence
     engines = config.nodes * (max(0, gpus - ranks) // pool.tp) + spare * (gpus // pool.tp)
     if ranks < 1 or engines < pool.actors:
         raise ConfigError(
-            f"rlhf.pool.actors={pool.actors}: {len(nodes)} nodes of {gpus} GPUs cannot hold so many engines of "
+            f"{pool.key}.actors={pool.actors}: {len(nodes)} nodes of {gpus} GPUs cannot hold so many engines of "
             f"{pool.tp} GPUs beside the ranks (cluster.nodes={config.nodes}, "
-            f"cluster.ranks_per_node={config.ranks_per_node}): use fewer actors or ranks, or "
-            f"rlhf.pool.placement=shared; {WITHOUT_POOL}"
+            f"cluster.ranks_per_node={config.ranks_per_node}): use fewer actors or ranks"
+            f"{f', or {pool.key}.placement=shared' if pool.may_share else ''}; {without_pool(pool)}"
         )
     return ranks
+
+
+def without_pool(pool: RolloutPoolConfig) -> str:
+    """The way out that needs no actors."""
+    return f"{pool.key}.actors=0 {pool.without}"
 
 
 def actors_in_all(pool: RolloutPoolConfig, nodes: int, gpus: int) -> int:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from dist_lm.errors import require
 
@@ -255,6 +255,10 @@ def given(value: Given | None) -> Given:
 class RolloutPoolConfig:
     """Number, placement and size of the engines that generate rollouts."""
 
+    key: ClassVar[str] = "rlhf.pool"  # for messages
+    without: ClassVar[str] = "generates in the process of the first rank"  # what KEY.actors=0 does
+    may_share: ClassVar[bool] = True  # whether placement may be shared
+
     # engines, each in its own Ray actor; 0: one engine in the process of the first rank; -1, with placement shared: one
     # for each `tp` GPUs of the ranks, or one per node without GPUs
     actors: int = 1
@@ -272,19 +276,21 @@ class RolloutPoolConfig:
     push: str = PUSH_AUTO
 
     def __post_init__(self) -> None:
-        accepted = "0 (the first rank generates), a positive integer, or -1 with rlhf.pool.placement=shared"
+        accepted = f"0 (the first rank generates), a positive integer, or -1 with {self.key}.placement=shared"
         may_be_all = self.actors == AS_MANY and self.placement == SHARED
-        require(self.actors >= 0 or may_be_all, "rlhf.pool.actors", self.actors, accepted)
-        require(self.placement in (DISJOINT, SHARED), "rlhf.pool.placement", self.placement, f"{DISJOINT} or {SHARED}")
+        require(self.actors >= 0 or may_be_all, f"{self.key}.actors", self.actors, accepted)
+        require(
+            self.placement in (DISJOINT, SHARED), f"{self.key}.placement", self.placement, f"{DISJOINT} or {SHARED}"
+        )
         ways = (PUSH_AUTO, PUSH_RAY, PUSH_DIRECT)
-        require(self.push in ways, "rlhf.pool.push", self.push, ", ".join(ways))
+        require(self.push in ways, f"{self.key}.push", self.push, ", ".join(ways))
         for key in ("tp", "max_sequences"):
-            require(getattr(self, key) > 0, f"rlhf.pool.{key}", getattr(self, key), "a positive integer")
+            require(getattr(self, key) > 0, f"{self.key}.{key}", getattr(self, key), "a positive integer")
         pages = self.page_tokens
-        require(pages >= 0, "rlhf.pool.page_tokens", pages, "a positive integer, or 0 to choose")
+        require(pages >= 0, f"{self.key}.page_tokens", pages, "a positive integer, or 0 to choose")
         require(
             self.cache_tokens == 0 or self.cache_tokens >= (pages or FEWEST_PAGE_TOKENS),
-            "rlhf.pool.cache_tokens",
+            f"{self.key}.cache_tokens",
             self.cache_tokens,
-            f"at least rlhf.pool.page_tokens={pages or FEWEST_PAGE_TOKENS}, or 0 to take what fits into free memory",
+            f"at least {self.key}.page_tokens={pages or FEWEST_PAGE_TOKENS}, or 0 to take what fits into free memory",
         )

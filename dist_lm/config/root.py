@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.config.corpus import CorpusConfig, TokenizerConfig
+from dist_lm.config.evaluation import FILE_TASKS, EvalConfig, EvalPool
 from dist_lm.config.hardware import HardwareConfig
 from dist_lm.config.model import AdaptedModelConfig, ModelConfig
 from dist_lm.config.parallel import ParallelConfig
@@ -48,6 +49,7 @@ class Config:
     cluster: ClusterConfig = MISSING
     tracking: TrackingConfig = MISSING
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
         require(self.device in ("auto", "cpu", "cuda"), "device", self.device, "auto, cpu or cuda")
@@ -70,7 +72,8 @@ class Config:
     @property
     def pool(self) -> RolloutPoolConfig | None:
         """Keys of the pool of actors that rank 0 drives; None if the stage has no pool."""
-        return None
+        asks = bool(getattr(self.stage, "eval_tasks", None))  # not all stages train
+        return EvalPool(**vars(self.eval.pool)) if asks and self.eval.pool.actors else None
 
     @property
     def takes_sequences(self) -> bool:
@@ -118,6 +121,7 @@ class Config:
             if name not in self.corpus.corpora:
                 raise ConfigError(f"stage.mix={{{name}: {share:g}}}: there is no corpus {name}; expected {accepted}")
             require(name in others, "stage.mix", name, accepted)
+        self._check_eval_tasks()
         adapted = self.trained_shape.lora is not None  # refuses ranks and targets that do not fit the model
         accepted = f"a checkpoint: stage.lora.rank={self.stage.lora.rank} trains adapters of its model"
         require(not adapted or self.stage.init_from != "none", "stage.init_from", "none", accepted)
@@ -127,6 +131,16 @@ class Config:
             self.stage.seq_len,
             f"at most model.max_seq_len={self.model.max_seq_len}",
         )
+
+    def _check_eval_tasks(self) -> None:
+        """Refuse tasks for a model that writes no text, and tasks without their file."""
+        tasks, _ = self.stage.eval_tasks, self.pool  # refuses keys of the pool that are out of bounds
+        accepted = f"none: a model with model.head={self.model.head} writes no text"
+        require(not tasks or self.model.head == "tokens", "stage.eval_tasks", ", ".join(tasks), accepted)
+        for task in tasks:
+            if task in FILE_TASKS:
+                path = getattr(self.eval, task)
+                require(bool(path), f"eval.{task}", repr(path), f"the file of stage.eval_tasks={{{task}: ...}}")
 
 
 def save_config(config: Config, path: Path) -> None:

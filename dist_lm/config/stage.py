@@ -7,6 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from dist_lm.config.evaluation import LOOP_TASKS
 from dist_lm.errors import require
 
 COSINE, WSD = "cosine", "wsd"
@@ -164,6 +165,10 @@ class StageConfig:
     eval_every: int = 500  # steps; 0: only at the end
     eval_at_start: bool = False  # evaluate before the first step too, with all of val
     eval_sequences: int = 256  # val sequences in an evaluation on the way; 0: all. The last one always takes all
+    # tasks of stage evaluate during training: name -> steps between two evaluations (0: only after the last step);
+    # greedy, one answer a question (docs/eval_tasks.md)
+    eval_tasks: dict[str, int] = field(default_factory=dict)
+    eval_new_tokens: int = 512  # longest answer to their questions about code
     log_every: int = 1  # steps
 
     def __post_init__(self) -> None:
@@ -171,6 +176,10 @@ class StageConfig:
             require(getattr(self, key) > 0, f"stage.{key}", getattr(self, key), "a positive integer")
         for key in ("warmup_steps", "checkpoint_every", "eval_every", "eval_sequences"):
             require(getattr(self, key) >= 0, f"stage.{key}", getattr(self, key), "0 or a positive integer")
+        for task, every in self.eval_tasks.items():
+            require(task in LOOP_TASKS, "stage.eval_tasks", task, f"some of {', '.join(LOOP_TASKS)}")
+            require(every >= 0, f"stage.eval_tasks.{task}", every, "0 (only at the end) or a positive number of steps")
+        require(self.eval_new_tokens > 0, "stage.eval_new_tokens", self.eval_new_tokens, "a positive integer")
         require(self.keep_checkpoints > 0, "stage.keep_checkpoints", self.keep_checkpoints, "a positive integer")
         require(0 < self.lr < math.inf, "stage.lr", self.lr, "a positive number")
         require(0 <= self.min_lr_ratio <= 1, "stage.min_lr_ratio", self.min_lr_ratio, "in [0, 1]")

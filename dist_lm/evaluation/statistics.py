@@ -1,10 +1,10 @@
-"""Figures of sampled answers with their uncertainty: pass@k, bootstrap intervals, and paired tests of two models.
+"""Figures of sampled answers with their uncertainty: pass@k, intervals, and paired tests of two models.
 
 Everything is a function of its inputs: the bootstrap draws from a generator with a fixed seed.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +12,12 @@ import numpy as np
 RESAMPLES = 10_000
 LEVEL = 0.95  # of intervals
 SEED = 0
+BISECTIONS = 50  # to 1e-15
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over tasks, with its bootstrap interval."""
+    """A mean over tasks, with its interval."""
 
     value: float
     low: float
@@ -52,11 +53,47 @@ def pass_at_k(samples: int, passed: int, k: int) -> float:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of one value a task; tasks are resampled (Efron 1979, percentile interval)."""
+    """The mean of one value a task.
+
+    Values that are all 0 or 1 have the exact binomial interval: a bootstrap of equal values has no width. Any others
+    are resampled (Efron 1979, percentile interval).
+    """
     assert len(values)
+    if {*values} <= {0.0, 1.0}:
+        passed = round(sum(values))
+        return Estimate(passed / len(values), *binomial_interval(passed, len(values)), len(values))
     means = _resampled_means(np.asarray(values, np.float64))
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Estimate(float(np.mean(values)), float(low), float(high), len(values))
+
+
+def binomial_interval(passed: int, tasks: int) -> tuple[float, float]:
+    """The interval of a share (Clopper and Pearson 1934): neither end is refuted by a one-sided test at (1 - LEVEL)/2.
+
+    It covers the true share with probability LEVEL at least, for any number of tasks.
+    """
+    assert 0 <= passed <= tasks > 0
+    tail = (1 - LEVEL) / 2
+    low = _share_where(lambda share: 1 - _at_most(passed - 1, tasks, share) > tail) if passed else 0.0
+    high = _share_where(lambda share: _at_most(passed, tasks, share) < tail) if passed < tasks else 1.0
+    return low, high
+
+
+def _at_most(passed: int, tasks: int, share: float) -> float:
+    """P(X <= passed) of X ~ Binomial(tasks, share), 0 < share < 1."""
+    passes = np.arange(passed + 1)
+    choices = [math.lgamma(tasks + 1) - math.lgamma(x + 1) - math.lgamma(tasks - x + 1) for x in range(passed + 1)]
+    logs = np.array(choices) + passes * math.log(share) + (tasks - passes) * math.log1p(-share)
+    return float(np.exp(logs).sum())
+
+
+def _share_where(is_above: Callable[[float], bool]) -> float:
+    """The share at which a condition begins to hold, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if is_above(middle) else (middle, high)
+    return (low + high) / 2
 
 
 def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:

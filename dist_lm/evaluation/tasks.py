@@ -12,6 +12,7 @@ from typing import Any
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.template import prompt as chat_prompt
 from dist_lm.chat.template import stop_tokens
+from dist_lm.config.evaluation import CODE_TASKS, FILE_TASKS, LOOP_TASKS
 from dist_lm.data.infill import InfillMarks
 from dist_lm.data.prompts import Prompt
 from dist_lm.data.token_corpus import TokenCorpus
@@ -20,15 +21,17 @@ from dist_lm.evaluation.problems import Problem, humaneval, mbpp, multipl_e, own
 from dist_lm.generation.request import Answer, SamplingParams
 from dist_lm.sandbox.pool import SandboxPool
 from dist_lm.sandbox.program import LANGUAGES, Language, Limits, Program
+from dist_lm.sandbox.sandbox import fences
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 OWN_TASKS: dict[str, Language] = {f"own_{language}": language for language in LANGUAGES}
-FILE_TASKS = {"humaneval": humaneval, "mbpp": mbpp, "multipl_e": multipl_e}
+READERS = dict(zip(FILE_TASKS, (humaneval, mbpp, multipl_e), strict=True))
 INFILL, TOOLS, BFCL, BITS, REWARD = "infill", "tools", "bfcl", "bits_per_byte", "reward"
-CODE_TASKS = (*OWN_TASKS, *FILE_TASKS, INFILL)
-TASKS = (*CODE_TASKS, TOOLS, BFCL, BITS, REWARD)
+TASKS = (*LOOP_TASKS, BITS, REWARD)
+CHATS = ("tools", "rlhf", "preference", "online")  # stages whose models answer requests
 TURN_TOKENS = 512  # of an answer with calls
 QUESTIONS = 100  # of each kind of conversation
+CPU_S = 3.0  # of a program with its tests
 
 Record = dict[str, Any]
 """`passed`, `outcome`, `text` of an answer, and what else its task knows."""
@@ -60,6 +63,34 @@ class Asking:
     n: int  # answers to a question about code
     limits: Limits
 
+    @classmethod
+    def greedy(cls, tokenizer: Tokenizer, context: int, chat: bool, new_tokens: int) -> "Asking":
+        """One answer a question, the likeliest token each time."""
+        return cls(tokenizer, context, chat, SamplingParams(new_tokens, 0.0), 1, limits_of(CPU_S))
+
+
+def limits_of(cpu_s: float) -> Limits:
+    """The limits of a program with its tests."""
+    return Limits(cpu_s=cpu_s, wall_s=max(4.0, 8 * cpu_s))
+
+
+def asks_as_chat(stage: str, tokenizer: Tokenizer) -> bool:
+    """Whether questions are turns of a user: a stage of conversations, or an imported chat model."""
+    return tokenizer.kept_template is not None or stage in CHATS
+
+
+def check_tasks(tasks: Sequence[str], files: Mapping[str, Path], trust_me: bool) -> None:
+    """Read the files of tasks, and see that their programs can run.
+
+    Raises:
+        UserError: a file is missing or invalid, or there is no sandbox.
+    """
+    for task in tasks:
+        if task in READERS:
+            READERS[task](files[task])
+    if any(task in CODE_TASKS for task in tasks):
+        fences(trust_me)
+
 
 def items_of(
     task: str, asking: Asking, files: Mapping[str, Path], corpora: Path, prompts: Sequence[Prompt] = ()
@@ -77,7 +108,7 @@ def items_of(
     if task in OWN_TASKS:
         return code_items(own_problems(OWN_TASKS[task]), asking)
     if task in FILE_TASKS:
-        return code_items(FILE_TASKS[task](files[task]), asking)
+        return code_items(READERS[task](files[task]), asking)
     if task == INFILL:
         return infill_items(own_infills(), asking)
     if task == TOOLS:

@@ -139,6 +139,24 @@ def in_order(requests: SequenceOf[Request], results: Iterable[Answer | Refusal])
     return [found[request.id, index] for request in requests for index in range(request.n)]
 
 
+class AnswerSets:
+    """Answers by their request, until all answers to it are there."""
+
+    def __init__(self) -> None:
+        self._answers: dict[str, list[Answer]] = {}
+
+    def add(self, result: Answer | Refusal, n: int) -> list[Answer] | Refusal | None:
+        """Add a result of a request for `n` answers: all of them by index with the last one, or its refusal."""
+        if isinstance(result, Refusal):
+            self._answers.pop(result.request, None)
+            return result
+        answers = self._answers.setdefault(result.request, [])
+        answers.append(result)
+        if len(answers) < n:
+            return None
+        return sorted(self._answers.pop(result.request), key=lambda one: one.index)
+
+
 @dataclass(eq=False)
 class Sequence:
     """One answer in progress: the tokens of prompt and answer, and the cache pages that hold their keys and values."""

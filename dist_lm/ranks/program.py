@@ -195,6 +195,14 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         data = stage.open_data(opening)
         stream = stack.enter_context(data.stream)
         flops = matmul_flops(world.device, compute_dtype(config.parallel, world.device), config.hardware)
+        metrics = open_metrics(run, world, state)
+        tasks = None
+        if config.stage.eval_tasks:
+            from dist_lm.ranks.eval_tasks import tasks_of_steps
+
+            tasks = stack.enter_context(
+                tasks_of_steps(config, run, world, tokenizer, model, metrics, heartbeat, state.step)
+            )
         trainer = Trainer(
             config=config,
             world=world,
@@ -205,7 +213,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             stream=stream,
             evaluate=data.evaluate,
             checkpoints=run.checkpoints,
-            metrics=open_metrics(run, world, state),
+            metrics=metrics,
             stop=stop,
             heartbeat=heartbeat,
             flops_per_token=flops_per_token(shape, config.stage.seq_len),
@@ -213,13 +221,13 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             bytes_per_token=data.bytes_per_token,
             profiler=step_profiler(run, config, world),
             prepare=stage.prepare(config),
+            tasks=tasks,
         )
         log.info(
             "rank %d of %d on %s, %s, from step %d", world.rank, world.size, world.device, start.layout, state.step
         )
         whole_copy = partial(unsharded_copy, model, shape, generation_dtype(config.parallel, world.device))
         closing = partial(Closing, config, run, world, tokenizer, whole_copy)
-        metrics = trainer.metrics
         if config.stage.eval_at_start and state.step == 0:
             found = stage.before_training(closing(0, lambda: heartbeat.beat(Phase.EVALUATING, 0)))
             if metrics and found:
@@ -229,6 +237,8 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         del optimizer, trainer  # frees memory for `after_training`
         if state.step == config.stage.steps:
             step = state.step
+            if tasks:
+                tasks.finish()
             found = stage.after_training(closing(step, lambda: heartbeat.beat(Phase.CLOSING, step)))
             if metrics:
                 metrics.write(state.step, found)

@@ -30,7 +30,7 @@ from dist_lm.ranks.program import (
 )
 from dist_lm.ranks.rlhf_held_out import HeldOut
 from dist_lm.ranks.rlhf_models import Begun, begin, saved_files, train_state
-from dist_lm.ranks.rlhf_supply import joined_cluster, pretraining_text, rollout_source
+from dist_lm.ranks.rlhf_supply import joined, pretraining_text, rollout_source
 from dist_lm.rlhf.algorithm import Algorithm
 from dist_lm.rlhf.dapo import Dapo
 from dist_lm.rlhf.dr_grpo import DrGrpo
@@ -190,6 +190,12 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         check_corpora(run, config, start.tokenizer, world)
         train, held_out_prompts = read_all(config, run, start.tokenizer)
         supply = _supply(config, start, begun, train, reporter, stack)
+        tasks = None
+        if config.stage.eval_tasks:
+            from dist_lm.ranks.rlhf_tasks import tasks_of_iterations
+
+            source, policy = supply.source if supply else None, begun.models.policy.model
+            tasks = tasks_of_iterations(config, run, start, policy, source, metrics, heartbeat)
         looks = partial(reporter.alive, Phase.EVALUATING)
         held_out = HeldOut(config, start, begun.models, supply, held_out_prompts, looks)
         if state.iteration == 0:
@@ -214,6 +220,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
                 save_every=config.stage.checkpoint_every,
                 save=Saving(saver, begun, reporter, world.is_first),
                 report=reporter,
+                tasks=tasks,
                 alive=partial(reporter.alive, Phase.STEP),
                 beside=stack.enter_context(own_threads(world)),
                 stop=stop,
@@ -243,12 +250,12 @@ def _supply(
         read_to_end(weights)
         return None
     group, draws = config.rlhf, partial(reporter.alive, Phase.GENERATING)
-    joined = stack.enter_context(joined_cluster(config))
-    on_nodes = partial(sandboxes_of, joined.cluster if joined else None)
+    beside = stack.enter_context(joined(config, start.world.device))
+    on_nodes = partial(sandboxes_of, beside.cluster if beside else None)
     tasks = Tasks(tasks_of(group, start.tokenizer), config.sandbox == TRUST_ME, on_nodes)
     judge = Judge(group.rewards, start.tokenizer.decode, group.max_failed_fraction, draws, tasks)
     stack.enter_context(judge)
-    source = stack.enter_context(rollout_source(config, start.tokenizer, weights, start.world.device, draws, joined))
+    source = stack.enter_context(rollout_source(config, start.tokenizer, weights, start.world.device, draws, beside))
     return RolloutSupply(
         source,
         ShuffledPrompts(prompts, config.seed),

@@ -1,4 +1,5 @@
-"""The source of rollouts on the first rank of stage `rlhf`, and the pretraining text on all ranks.
+"""The source of rollouts on the first rank of stage `rlhf`, and the pretraining text on all ranks. Other stages use the
+pool of actors for tasks (`eval_tasks.py`).
 
 Rollouts come from a pool of actors on the gang's Ray cluster, or from an engine in this process. Each policy update
 reads the next `rlhf.pretrain_sequences` of a stream of text, so the number of updates gives the position of the stream,
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dist_lm.cluster.allocation import WITHOUT_POOL, Site, actors_in_all, site_of
+from dist_lm.cluster.allocation import actors_in_all, site_of, without_pool
 from dist_lm.cluster.pool import ActorsLostError, Pool, PoolRollouts
 from dist_lm.cluster.pool_actor import EngineSpec
-from dist_lm.cluster.ray_cluster import RayCluster, joined_by, own_access
+from dist_lm.cluster.ray_cluster import RayAccess, RayCluster, joined_by, own_access
 from dist_lm.config.corpus import SPLITS
-from dist_lm.config.rlhf import PUSH_AUTO, PUSH_RAY
+from dist_lm.config.rlhf import PUSH_AUTO, PUSH_RAY, RolloutPoolConfig
+from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch
 from dist_lm.data.sequences import note_of_left_out
 from dist_lm.data.stream import SequenceStream, StepStream
@@ -45,26 +47,93 @@ SEQ_LEN = "rlhf.pretrain_seq_len"
 
 
 @dataclass(frozen=True)
-class Joined:
-    """The gang's Ray cluster, as this rank has joined it."""
+class PoolBeside:
+    """The cluster that this rank has joined, and the keys of its pool."""
 
+    config: Config
+    pool: RolloutPoolConfig
+    device: str  # cpu | cuda
+    access: RayAccess
     cluster: RayCluster
-    ranked: tuple[str, ...]  # addresses of the nodes that run ranks
+
+    def start(
+        self,
+        spec: EngineSpec,
+        weights: WeightStream,
+        version: int,
+        wanted: Callable[[], bool],
+        sender: "Sender | None" = None,
+    ) -> Pool:
+        """Start the actors. It calls `wanted` at least twice a second while it works; False ends it.
+
+        Raises:
+            ActorsLostError: no free resources for an actor; the message names the keys to change.
+        """
+        pool, ranks = self.pool, int(os.environ["LOCAL_WORLD_SIZE"])
+        actors = actors_in_all(pool, len(self.access.nodes), ranks if self.device == "cuda" else 0)
+        try:
+            started = Pool.start(
+                self.cluster,
+                spec,
+                weights,
+                version=version,
+                actors=actors,
+                wanted=wanted,
+                warn=log.warning,
+                site=site_of(pool, self.access.nodes, ranks, self.device),
+                sender=sender,
+            )
+        except ActorsLostError as error:
+            shared = f", or {pool.key}.placement=shared" if pool.may_share else ""
+            raise ActorsLostError(
+                f"{pool.key}.actors={actors}: {error}; leave resources for it (fewer cluster.ranks_per_node{shared}), "
+                f"or do without: {without_pool(pool)}"
+            ) from error
+        log.info("%d actors: %s", len(started.members), ", ".join(map(str, started.members)))
+        return started
 
 
 @contextmanager
-def joined_cluster(config: RlhfRunConfig) -> Iterator[Joined | None]:
-    """The gang's cluster inside the block; None without Ray, or if the stage drives no actors.
+def joined(config: Config, device: torch.device) -> Iterator[PoolBeside | None]:
+    """The cluster of this rank inside the block, for a pool; None without actors, and with a warning without Ray
+    (`torchrun -m dist_lm.train RUN_DIR`).
 
     Raises:
         ClusterError: Ray refuses this rank.
     """
-    access = own_access(os.environ)
-    if not access or not config.pool.actors:
+    pool, access = config.pool, own_access(os.environ)
+    if pool is None or not pool.actors:
         yield None
-        return
-    with joined_by(access, replace(config.cluster, nodes=EVERY_NODE)) as cluster:
-        yield Joined(cluster, access.nodes)
+    elif access is None:
+        log.warning("%s.actors=%d: this rank runs without Ray, so it %s", pool.key, pool.actors, pool.without)
+        yield None
+    else:
+        with joined_by(access, replace(config.cluster, nodes=EVERY_NODE)) as cluster:
+            yield PoolBeside(config, pool, device.type, access, cluster)
+
+
+def engine_options(pool: RolloutPoolConfig) -> EngineOptions:
+    """The size of an engine of a pool."""
+    return EngineOptions(cache_tokens=pool.cache_tokens, page_tokens=pool.page_tokens, max_sequences=pool.max_sequences)
+
+
+def engine_spec(
+    config: Config, pool: RolloutPoolConfig, tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device, texts: bool
+) -> EngineSpec:
+    """The engine of an actor.
+
+    Args:
+        texts: whether answers have texts, which stop texts need.
+    """
+    return EngineSpec(
+        model=config.model,
+        options=engine_options(pool),
+        eot_id=tokenizer.eot_id,
+        vocabulary=tuple(tokenizer.vocabulary()) if texts else None,
+        dtype=dtype,
+        device=device.type,
+        tp=pool.tp,
+    )
 
 
 @contextmanager
@@ -74,94 +143,30 @@ def rollout_source(
     weights: WeightStream,
     device: torch.device,
     alive: Callable[[], None],
-    joined: Joined | None,
+    beside: PoolBeside | None,
 ) -> Iterator[RolloutSource]:
     """The source of rollouts inside the block. Without Ray (`torchrun -m dist_lm.train RUN_DIR`) a local engine.
 
     Args:
         weights: of any version of the policy.
         alive: called regularly during generation.
+        beside: the cluster of the actors; None: a local engine.
 
     Raises:
         ClusterError: Ray has no free resources for an actor.
-    """
-    if joined:
-        with _pool(config, tokenizer, weights, device, joined, alive) as source:
-            yield source
-        return
-    if config.pool.actors:
-        log.warning("rlhf.pool.actors=%d: this rank runs without Ray, so it generates itself", config.pool.actors)
-    yield _engine(config, tokenizer, weights, device)
-
-
-@contextmanager
-def _pool(
-    config: RlhfRunConfig,
-    tokenizer: Tokenizer,
-    weights: WeightStream,
-    device: torch.device,
-    joined: Joined,
-    alive: Callable[[], None],
-) -> Iterator[RolloutSource]:
-    pool, ranks = config.pool, int(os.environ["LOCAL_WORLD_SIZE"])
-    spec = EngineSpec(
-        model=config.model,
-        options=_options(config),
-        eot_id=tokenizer.eot_id,
-        dtype=compute_dtype(config.parallel, device),
-        device=device.type,
-        tp=pool.tp,
-    )
-    actors = actors_in_all(pool, len(joined.ranked), ranks if device.type == "cuda" else 0)
-    with _started(
-        joined.cluster,
-        spec,
-        weights,
-        actors,
-        site_of(pool, joined.ranked, ranks, device.type),
-        alive,
-        _sender(config, spec, device),
-    ) as started:
-        log.info("%d rollout actors: %s", len(started.members), ", ".join(map(str, started.members)))
-        yield PoolRollouts(started, sleeps=config.in_turns)
-
-
-def _started(
-    cluster: RayCluster,
-    spec: EngineSpec,
-    weights: WeightStream,
-    actors: int,
-    site: Site,
-    alive: Callable[[], None],
-    sender: "Sender | None",
-) -> Pool:
-    """Start a pool beside the ranks. It calls `alive` at least twice a second while it works.
-
-    Raises:
-        ActorsLostError: no free resources for an actor; the message names the keys to change.
     """
 
     def wanted() -> bool:
         alive()
         return True
 
-    try:
-        return Pool.start(
-            cluster,
-            spec,
-            weights,
-            version=-1,
-            actors=actors,
-            wanted=wanted,
-            warn=log.warning,
-            site=site,
-            sender=sender,
-        )
-    except ActorsLostError as error:
-        raise ActorsLostError(
-            f"rlhf.pool.actors={actors}: {error}; leave resources for it (fewer cluster.ranks_per_node, or "
-            f"rlhf.pool.placement=shared), or do without: {WITHOUT_POOL}"
-        ) from error
+    dtype, texts = compute_dtype(config.parallel, device), bool(config.stage.eval_tasks)
+    spec = engine_spec(config, config.pool, tokenizer, dtype, device, texts)
+    if beside is None:
+        yield _engine(config, spec, weights, device)
+        return
+    with beside.start(spec, weights, -1, wanted, _sender(config, spec, device)) as started:
+        yield PoolRollouts(started, sleeps=config.in_turns)
 
 
 def _sender(config: RlhfRunConfig, spec: EngineSpec, device: torch.device) -> "Sender | None":
@@ -175,16 +180,17 @@ def _sender(config: RlhfRunConfig, spec: EngineSpec, device: torch.device) -> "S
     return sender_for(push, spec.model, spec.dtype, device, tp=spec.tp, patience_s=patience_s)
 
 
-def _engine(config: RlhfRunConfig, tokenizer: Tokenizer, weights: WeightStream, device: torch.device) -> EngineRollouts:
-    dtype = compute_dtype(config.parallel, device)
-    options = _options(config)
-    engine = Engine(config.model, weights, eot_id=tokenizer.eot_id, options=options, dtype=dtype, device=device)
+def _engine(config: RlhfRunConfig, spec: EngineSpec, weights: WeightStream, device: torch.device) -> EngineRollouts:
+    engine = Engine(
+        spec.model,
+        weights,
+        eot_id=spec.eot_id,
+        vocabulary=spec.vocabulary,
+        options=spec.options,
+        dtype=spec.dtype,
+        device=device,
+    )
     return EngineRollouts(engine, sleeps=config.in_turns)
-
-
-def _options(config: RlhfRunConfig) -> EngineOptions:
-    pool = config.pool
-    return EngineOptions(cache_tokens=pool.cache_tokens, page_tokens=pool.page_tokens, max_sequences=pool.max_sequences)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ take judged rollouts (first rank) -> share -> forward passes of all models -> pr
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -84,6 +85,16 @@ class RolloutSupply:
         return rollouts_of(requests, self.source.generate(requests, self.judge.begin))
 
 
+class IterationTasks(Protocol):
+    """What is measured after iterations, with the engines that draw rollouts (collective)."""
+
+    def reached(self, iteration: int, schedule: RolloutSchedule | None) -> None:
+        """So many iterations are done; `schedule`: on the first rank."""
+
+    def before_checkpoint(self) -> None:
+        """Called before each checkpoint."""
+
+
 @dataclass(frozen=True)
 class Learner:
     """The parts of an RLHF run on one rank."""
@@ -101,6 +112,7 @@ class Learner:
     save_every: int = 0  # iterations; 0: only at the end
     save: Callable[[RlhfState], None] = lambda state: None  # on every rank; only the first has pending rollouts
     report: Callable[[IterationReport], None] = lambda report: None  # on every rank
+    tasks: IterationTasks | None = None
     alive: Callable[[], None] = lambda: None  # called on progress, from any thread
     beside: Beside = one_after_other  # how the work of policy and critic is run
     stop: StopRequest = field(default_factory=StopRequest)
@@ -155,9 +167,13 @@ class Learner:
         updater = Updater(run, self.algorithm, self.stop, self.pretraining)
         while state.iteration < self.iterations:
             state, stopping = self._iteration(replace(state, pending={}), run, updater, schedule)
+            if self.tasks:
+                self.tasks.reached(state.iteration, schedule)
             last = state.iteration == self.iterations or stopping
             if last or is_due(state.iteration, self.save_every):
                 state = replace(state, pending=schedule.ahead(state.version) if schedule else {})
+                if self.tasks:
+                    self.tasks.before_checkpoint()
                 self.save(state)
             if stopping:
                 break

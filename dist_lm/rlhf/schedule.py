@@ -15,11 +15,12 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import Self, TypeVar
 
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.rlhf.rollouts import JudgedRollouts, Rollouts, RolloutSource, read_to_end
 
+Done = TypeVar("Done")
 Draw = Callable[[int], Rollouts]
 """position of the first prompt -> the rollouts of an iteration, by the weights that the source has."""
 Judging = Callable[[Rollouts], JudgedRollouts]
@@ -92,6 +93,27 @@ class RolloutSchedule:
     def push(self, version: int, weights: WeightStream) -> None:
         """Read new weights to the end; they draw the rollouts of iteration `version + staleness`."""
         self._submit(version, weights, [version + self._staleness])
+
+    def beside(self, work: Callable[[], Done], version: int, weights: WeightStream | None) -> Callable[[], Done]:
+        """Other work for the source, with the weights of `version`: after the rollouts that are asked for, or at once
+        with staleness 0. Returns a function that waits for its result.
+
+        Args:
+            weights: None: they were pushed last. Otherwise no rollouts are asked for after them.
+        """
+        if self._thread is None:
+            if weights is not None:
+                self._source.load_weights(weights, version)
+            found = work()
+            return lambda: found
+        held = None if weights is None else self._source.hold(weights)
+
+        def loaded() -> Done:
+            if held is not None:
+                self._source.load_weights(held, version)
+            return work()
+
+        return self._thread.submit(loaded).result
 
     def take(self, iteration: int) -> Drawn:
         """Wait for the rollouts of an iteration. Each can be taken once."""

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from dist_lm.tracking.console import Console
 
 AUTO = "auto"
-CHATS = ("tools", "rlhf", "preference", "online")  # stages whose models answer requests
 OWN_TASKS = ["own_python", "own_bash", "own_sql"]
 
 
@@ -79,22 +78,10 @@ class EvaluateConfig:
 
 
 @dataclass
-class EvalConfig:
-    """Files of published tasks, and what the task reward reads."""
-
-    humaneval: str = ""  # HumanEval.jsonl.gz
-    mbpp: str = ""  # mbpp.jsonl or sanitized-mbpp.json
-    multipl_e: str = ""  # a file of MultiPL-E in Python or Bash
-    prompts: str = ""  # file or glob, as stage.prompts of stage generate
-    reward_model: str = ""  # run of stage reward that scores the answers to the prompts
-
-
-@dataclass
 class EvaluateRunConfig(Config):
     """The whole configuration of stage `evaluate`."""
 
     stage: EvaluateConfig = MISSING
-    eval: EvalConfig = field(default_factory=EvalConfig)
 
     def check_stage(self) -> None:
         """No key of this stage depends on other groups."""
@@ -105,8 +92,7 @@ class Evaluate(PoolStage):
     schema = EvaluateRunConfig
 
     def check(self, config: Config) -> None:
-        from dist_lm.evaluation.tasks import CODE_TASKS, FILE_TASKS, REWARD, TASKS
-        from dist_lm.sandbox.sandbox import fences
+        from dist_lm.evaluation.tasks import FILE_TASKS, REWARD, TASKS, check_tasks
 
         own = evaluate_config(config)
         unknown = [task for task in own.stage.tasks if task not in TASKS]
@@ -116,15 +102,13 @@ class Evaluate(PoolStage):
             if task in FILE_TASKS:
                 path = getattr(own.eval, task)
                 require(bool(path), f"eval.{task}", path, f"the file of the task {task}, in its published format")
-                FILE_TASKS[task](Path(path).expanduser())
         if REWARD in own.stage.tasks:
             from dist_lm.stages.evaluate_reward import prompts_of
 
             prompts_of(own.eval.prompts)
             require(bool(own.eval.reward_model), "eval.reward_model", "", "a run of stage=reward")
             checkpoint_files.find_checkpoint(Path(own.eval.reward_model).expanduser())
-        if any(task in CODE_TASKS for task in own.stage.tasks):
-            fences(own.sandbox == TRUST_ME)
+        check_tasks(own.stage.tasks, own.eval.files, own.sandbox == TRUST_ME)
 
     def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
         own, run = evaluate_config(config), run_of(config)
@@ -137,7 +121,7 @@ class Evaluate(PoolStage):
         require(len({*labels}) == len(labels), "stage.models", own.stage.models, "different models")
         own = replace(own, stage=replace(own.stage, models=[str(path) for path in found]))
         if begun:
-            free = (*FREE, "stage.questions_per_part", "stage.cache_tokens")
+            free = (*FREE, "stage.questions_per_part", "stage.cache_tokens", "eval.pool.")
             keys = (*RESULT_KEYS, "eval.")
             refuse_other_settings(run, own, [one for key in keys for one in differing_keys(begun, own, key, free)])
         if run.result.exists():

@@ -4,23 +4,30 @@ The answers to a block of questions are a file, written when all are judged. The
 by (seed, task, question, index). So after a kill the missing files are made again with the same content.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dist_lm.config.root import TRUST_ME
 from dist_lm.errors import UserError
 from dist_lm.evaluation.bits_per_byte import document_bits, documents_of
-from dist_lm.evaluation.statistics import Estimate, estimate, pass_at_k, ratio_estimate
-from dist_lm.evaluation.tasks import BITS, CODE_TASKS, REWARD, Asking, Item, Record, items_of
-from dist_lm.generation.request import Answer, Refusal, Request, SamplingParams
-from dist_lm.model.keyed_random import hash_words, signed
+from dist_lm.evaluation.figures import bits_figures, recorded, refused, request_of, reward_figures, task_figures
+from dist_lm.evaluation.tasks import (
+    BITS,
+    CODE_TASKS,
+    REWARD,
+    Asking,
+    Item,
+    Record,
+    asks_as_chat,
+    items_of,
+    limits_of,
+)
+from dist_lm.generation.request import Answer, AnswerSets, Refusal, Request, SamplingParams
 from dist_lm.sandbox.pool import SandboxPool
-from dist_lm.sandbox.program import Limits
-from dist_lm.stages.evaluate import AUTO, CHATS, EvaluateRunConfig, label_of, table_of
+from dist_lm.stages.evaluate import AUTO, EvaluateRunConfig, label_of, table_of
 from dist_lm.stages.evaluate_reward import prompts_of, reward_scores
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.stage import PoolWork
@@ -28,8 +35,6 @@ from dist_lm.storage import durable
 from dist_lm.storage.durable import json_lines
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
-
-TEXT = 8000  # characters of an answer in the file
 
 
 @dataclass(frozen=True)
@@ -58,22 +63,22 @@ class Evaluation(PoolWork):
         self._folder = run.samples / self.label.replace("/", "_")
         self._folder.mkdir(parents=True, exist_ok=True)
         params = SamplingParams(max_new_tokens=stage.max_new_tokens, temperature=stage.temperature, top_p=stage.top_p)
-        limits = Limits(cpu_s=stage.cpu_s, wall_s=max(4.0, 8 * stage.cpu_s))
-        asking = Asking(tokenizer, config.model.max_seq_len, self.chat, params, stage.n, limits)
+        asking = Asking(tokenizer, config.model.max_seq_len, self.chat, params, stage.n, limits_of(stage.cpu_s))
         corpora = WorkDirectory(Path(config.work_dir)).path / "corpora"
-        files = {name: Path(path).expanduser() for name, path in asdict(config.eval).items()}
         self._prompts_asked = prompts_of(config.eval.prompts) if REWARD in stage.tasks else []
         self._parts: list[_Part] = []
         first = 0
         for task in stage.tasks:
             if task != BITS:
-                items = named(task, lambda task=task: items_of(task, asking, files, corpora, self._prompts_asked))
+                items = named(
+                    task, lambda task=task: items_of(task, asking, config.eval.files, corpora, self._prompts_asked)
+                )
                 self._parts += _in_parts(task, first, items, stage.questions_per_part, self._folder)
                 first += len(items)
         self._items = [(part, item) for part in self._parts for item in part.items]
         self._missing = {number for number, part in enumerate(self._parts) if not part.path.exists()}
         self._part_of = [number for number, part in enumerate(self._parts) for _ in part.items]
-        self._answers: dict[int, list[Answer]] = {}
+        self._answers = AnswerSets()
         self._judged: dict[int, list[Callable[[], Record]]] = {}  # question -> records of its answers
         self._sandboxes: SandboxPool | None = None
         self._tokens = 0
@@ -117,27 +122,21 @@ class Evaluation(PoolWork):
             if item.error:
                 self._refuse(number, item.error)
                 continue
-            digest = hashlib.sha256(f"{part.task}/{item.id}".encode()).digest()
-            seed = signed(hash_words(self._config.seed, int.from_bytes(digest[:8], "big")))
-            yield Request(str(number), item.prompt, item.params, seed, item.n)
+            yield request_of(number, part.task, item, self._config.seed)
 
     def take(self, result: Answer | Refusal) -> None:
         """Judge an answer; write a file whose questions are all answered, while the next ones are asked."""
         number = int(result.request)
-        if isinstance(result, Refusal):
-            self._answers.pop(number, None)
-            self._refuse(number, result.error)
-            return
-        answers = self._answers.setdefault(number, [])
-        answers.append(result)
         item = self._items[number][1]
-        if len(answers) < item.n:
+        own = self._answers.add(result, item.n)
+        if isinstance(own, Refusal):
+            self._refuse(number, own.error)
+        if not isinstance(own, list):
             return
         if self._sandboxes is None and any(task in CODE_TASKS for task in self._config.stage.tasks):
             self._sandboxes = SandboxPool(trust_me=self._config.sandbox == TRUST_ME).__enter__()
-        own = sorted(self._answers.pop(number), key=lambda one: one.index)
         self._tokens += sum(len(one.tokens) for one in own)
-        self._keep(number, [_recorded(item, one, item.judge(one, self._sandboxes)) for one in own])
+        self._keep(number, [recorded(item, one, item.judge(one, self._sandboxes)) for one in own])
 
     def finish(self, wanted: Callable[[], bool]) -> None:
         """Wait for the last judgements, then measure bits per byte."""
@@ -163,8 +162,7 @@ class Evaluation(PoolWork):
 
     def _refuse(self, number: int, error: str) -> None:
         item = self._items[number][1]
-        record = {"id": item.id, "group": item.group, "index": 0, "passed": False, "outcome": "refused", "error": error}
-        self._keep(number, [lambda: record])
+        self._keep(number, [lambda: refused(item, error)])
 
     def _keep(self, number: int, records: list[Callable[[], Record]]) -> None:
         self._judged[number] = records
@@ -218,7 +216,7 @@ def answers_requests(checkpoint: Path, tokenizer: Tokenizer) -> bool:
     """Whether a model was trained on conversations: by a stage that does, or before it was imported."""
     stage = checkpoint.parts[-4] if len(checkpoint.parts) > 3 else ""
     imported = checkpoint.parents[1] / "chat_template.jinja"
-    return tokenizer.kept_template is not None or stage in CHATS or (stage == "import" and imported.is_file())
+    return asks_as_chat(stage, tokenizer) or (stage == "import" and imported.is_file())
 
 
 def named(task: str, make: Callable[[], list[Item]]) -> list[Item]:
@@ -233,70 +231,8 @@ def named(task: str, make: Callable[[], list[Item]]) -> list[Item]:
         raise type(error)(f"stage.tasks: {task}: {error}") from error
 
 
-def task_figures(records: list[Record], ks: list[int]) -> dict[str, Any]:
-    """pass@k over questions with intervals, shares of groups, and the values of each question."""
-    passed: dict[str, list[bool]] = {}
-    group: dict[str, str] = {}
-    for record in records:
-        passed.setdefault(record["id"], []).append(record["passed"])
-        group[record["id"]] = record["group"]
-    values = {k: [pass_at_k(max(k, len(own)), sum(own), k) for own in passed.values()] for k in sorted({1, *ks})}
-    first = dict(zip(passed, values[1], strict=True))
-    groups = {}
-    for name in sorted({*group.values()} - {""}):
-        own = [value for one, value in first.items() if group[one] == name]
-        groups[name] = ("pass@1", sum(own) / len(own), len(own))
-    outcomes: dict[str, int] = {}
-    for record in records:
-        outcomes[record["outcome"]] = outcomes.get(record["outcome"], 0) + 1
-    return {
-        "figures": {f"pass@{k}": _shown(estimate(values[k])) for k in sorted({1, *ks})},
-        "groups": groups,
-        "outcomes": dict(sorted(outcomes.items())),
-        "ids": list(passed),
-        "values": values[1],
-    }
-
-
-def bits_figures(records: list[Record]) -> dict[str, Any]:
-    """Bits per byte over all documents, and of each source."""
-
-    def of(part: list[Record]) -> Estimate:
-        return ratio_estimate([one["bits"] for one in part], [one["bytes"] for one in part])
-
-    sources = sorted({record["group"] for record in records})
-    parts = {source: [record for record in records if record["group"] == source] for source in sources}
-    return {
-        "figures": {BITS: _shown(of(records))}
-        | {f"{BITS}, {source}": _shown(of(part)) for source, part in parts.items()},
-        "groups": {},
-        "outcomes": {},
-        "ids": [record["id"] for record in records],
-        "values": [record["bits"] / record["bytes"] for record in records],
-    }
-
-
-def reward_figures(records: list[Record]) -> dict[str, Any]:
-    """The mean score; its unit is that of the reward model."""
-    scores = [record["score"] for record in records]
-    ids = [record["id"] for record in records]
-    return {"figures": {"score": _shown(estimate(scores))}, "groups": {}, "outcomes": {}, "ids": ids, "values": scores}
-
-
-def _shown(found: Estimate) -> dict[str, Any]:
-    return {"value": found.value, "low": found.low, "high": found.high, "items": found.tasks}
-
-
 def _in_parts(task: str, first: int, items: list[Item], size: int, folder: Path) -> list[_Part]:
     return [
         _Part(task, first + begin, tuple(items[begin : begin + size]), folder / f"{task}-{begin // size:03d}.jsonl")
         for begin in range(0, len(items), size)
     ]
-
-
-def _recorded(item: Item, answer: Answer, judged: Callable[[], Record]) -> Callable[[], Record]:
-    def record() -> Record:
-        known = {"id": item.id, "group": item.group, "index": answer.index}
-        return known | judged() | {"text": answer.text[:TEXT], "tokens": len(answer.tokens), "finish": answer.finish}
-
-    return record

@@ -22,7 +22,7 @@ from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
 from dist_lm.errors import ArtefactError, ConfigError, UserError, require
 from dist_lm.generation.engine import EngineOptions
 from dist_lm.generation.plain_pages import PLAIN_PAGE_TOKENS
-from dist_lm.generation.request import Answer, Refusal, Request, SamplingParams
+from dist_lm.generation.request import Answer, AnswerSets, Refusal, Request, SamplingParams
 from dist_lm.generation.shard import check_tp
 from dist_lm.model.keyed_random import hash_words, signed
 from dist_lm.stages.generate import GenerateConfig, GenerateRunConfig, check_inputs, label_of
@@ -174,7 +174,7 @@ class Samples(PoolWork):
                     number += line["index"] == 0
                     self.tally.add(line, number)
         self._prompts: dict[int, Prompt] = {}  # requested, not yet answered
-        self._answers: dict[int, list[Answer]] = {}
+        self._answers = AnswerSets()
         self._open: dict[int, dict[int, list[dict[str, Any]]]] = {}  # part -> number of the prompt -> lines
 
     @property
@@ -236,15 +236,11 @@ class Samples(PoolWork):
 
     def take(self, result: Answer | Refusal) -> None:
         """Store an answer or a refusal. Writes a part when it is complete."""
-        number = int(result.request)
-        if isinstance(result, Refusal):
-            self._answers.pop(number, None)
-            self._refuse(number, result.error)
-            return
-        answers = self._answers.setdefault(number, [])
-        answers.append(result)
-        if len(answers) == self._stage.n:
-            self._keep(number, [_record(one) for one in sorted(self._answers.pop(number), key=lambda one: one.index)])
+        number, answers = int(result.request), self._answers.add(result, self._stage.n)
+        if isinstance(answers, Refusal):
+            self._refuse(number, answers.error)
+        elif answers:
+            self._keep(number, [_record(one) for one in answers])
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         """The tokens of a prompt.

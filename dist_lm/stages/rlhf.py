@@ -17,7 +17,7 @@ from dist_lm.config.stage import COSINE, check_shares
 from dist_lm.data.sources.reader import corpora_of_form, form_of
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.stages.stage import KeyFigure
-from dist_lm.stages.training import FREE_KEYS, TrainingStage, before_and_after, last_samples
+from dist_lm.stages.training import FREE_KEYS, TrainingStage, before_and_after, last_samples, task_entries
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.readable import counted, percent, three_decimals
 from dist_lm.training import checkpoint_files
@@ -146,6 +146,8 @@ class RlhfRunConfig(Config):
         mixed = [name for name in self.stage.streams if name != self.stage.corpus]
         accepted = "none: only stage.corpus gives prompts (rlhf.pretrain_mix sets shares of the pretraining text)"
         require(not mixed, "stage.mix", ", ".join(mixed), accepted)
+        actors = self.eval.pool.actors if self.stage.eval_tasks else 0
+        require(actors == 0, "eval.pool.actors", actors, "0: in stage rlhf the actors of rlhf.pool answer tasks")
         self._check_pretraining()
 
     def _check_pretraining(self) -> None:
@@ -239,6 +241,7 @@ class Rlhf(TrainingStage):
         )
         if wins := before_and_after("rlhf/win_rate", before, after, percent):
             yield "held-out prompts", f"wins against the reference: {wins} of {after['rlhf/held_out']:,.0f}"
+        yield from task_entries(result)
         yield "checkpoint", str(run.checkpoints / str(result["checkpoint"]))
         yield "rollouts", str(run.samples)
         yield "metrics", str(run.metrics)

@@ -1,7 +1,7 @@
 """Samples of the model at the end of a stage, written to the `samples/` folder of the run."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch.distributed as dist
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.load import LoadedModel
-from dist_lm.generation.request import Answer, Request, SamplingParams
+from dist_lm.generation.request import Answer, Refusal, Request, SamplingParams
+from dist_lm.parallel.mesh import World
 from dist_lm.parallel.sharding import generation_dtype
 from dist_lm.stages.text import SampledConfig
 from dist_lm.stages.training import Closing
@@ -84,18 +85,40 @@ def answer_all(
         device=device,
     )
     del model, weights  # the engine holds its own weights
-    for request in requests[closing.world.rank :: closing.world.size]:
+    answers = []
+    for done in shared_answers(engine, requests, closing.world, closing.alive):
+        if not isinstance(done, Answer):
+            raise ArtefactError(f"{name}: prompt {done.request}: {done.error}")
+        answers.append(done)
+    return answers
+
+
+def shared_answers(
+    engine: Engine,
+    requests: Sequence[Request],
+    world: World,
+    alive: Callable[[], None],
+    finished: Callable[[Answer | Refusal], None] | None = None,
+) -> list[Answer | Refusal]:
+    """The result of each request, for one answer each. Ranks share the work, and every rank gets all (collective).
+
+    Args:
+        engine: with the same weights on every rank.
+        requests: the same on every rank.
+        finished: gets the results of this rank as soon as they are there.
+    """
+    for request in requests[world.rank :: world.size]:
         engine.submit(request)
-    own = []
+    own: list[Answer | Refusal] = []
     while engine.busy:
         for done in engine.step():
-            if not isinstance(done, Answer):
-                raise ArtefactError(f"{name}: prompt {done.request}: {done.error}")
             own.append(done)
-        closing.alive()
-    gathered: list = [None] * closing.world.size
+            if finished:
+                finished(done)
+        alive()
+    gathered: list = [None] * world.size
     dist.all_gather_object(gathered, own)
-    return sorted((answer for part in gathered for answer in part), key=lambda answer: int(answer.request))
+    return sorted((result for part in gathered for result in part), key=lambda result: int(result.request))
 
 
 def write_samples(closing: Closing, samples: Iterable[Mapping[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dist_lm.config.corpus import HF
-from dist_lm.config.root import Config
+from dist_lm.config.root import TRUST_ME, Config
 from dist_lm.data.manifest import require_content, require_inputs
 from dist_lm.errors import ConfigError
 from dist_lm.stages.registry import load_config, stage_named
@@ -54,6 +54,7 @@ FREE_KEYS = (
     *("parallel.compile", "parallel.cpu_offload", "parallel.loss_chunk_mib"),
     *("stage.init_from", "stage.branch_from", "stage.micro_batch", "stage.checkpoint_every", "stage.checkpoint_async"),
     *("stage.keep_checkpoints", "stage.log_every", "stage.max_nonfinite_steps"),
+    *("stage.eval_tasks", "stage.eval_new_tokens", "eval."),
 )
 # keys of the schedule, which may change as long as the steps that were taken keep their learning rates
 SCHEDULE_KEYS = ("stage.steps", "stage.schedule", "stage.decay", "stage.min_lr_ratio")
@@ -174,6 +175,10 @@ class TrainingStage(Stage):
             refuse_other_settings(run, config, conflicts)
         if finished:
             return Look(config, Action.READY, f"{done:,} steps, {shown_path(run.path, config)}")
+        if config.stage.eval_tasks:
+            from dist_lm.evaluation.tasks import check_tasks
+
+            check_tasks(list(config.stage.eval_tasks), config.eval.files, config.sandbox == TRUST_ME)
         latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
         if latest:
             require_content(run, config.streams)
@@ -246,6 +251,7 @@ class TrainingStage(Stage):
             yield "val", f"loss {three_decimals(metrics['val/loss'])}{bits}"
         if packing := result.get("packing"):
             yield "packed", self.packing_text(packing)
+        yield from task_entries(result)
         yield from self.own_entries(result)
         yield "checkpoint", str(run.checkpoints / str(result["checkpoint"]))
         yield "samples", str(run.samples)
@@ -303,6 +309,18 @@ def before_and_after(
     if after.get(name) is None:
         return ""
     return " -> ".join(form(metrics[name]) for metrics in (before, after) if metrics.get(name) is not None)
+
+
+def task_entries(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """A line with the figures of stage.eval_tasks; none without tasks."""
+    before, after = result.get("before", {}), result["metrics"]
+    shown = {
+        name.split("/")[1]: before_and_after(name, before, after, three_decimals)
+        for name in sorted(after)
+        if name.startswith("eval/") and name.endswith("/pass@1")
+    }
+    if shown:
+        yield "tasks", ", ".join(f"{task} {figure}" for task, figure in shown.items())
 
 
 def last_samples(run: RunDirectory) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ work/
     config.yaml corpora.json metrics.jsonl result.json reference.safetensors
     checkpoints/step_00000100/ ... LATEST BEST
     averages/last_4_step_00000100/ ...
-    logs/rank_00000.log   samples/   wandb/   profile/
+    logs/rank_00000.log   samples/   wandb/   profile/   evaluations/
   runs/generate/RUN_ID/
     config.yaml prompts.json metrics.jsonl samples/part-00000.jsonl ... wandb/ result.json
   runs/import/NAME/
@@ -191,6 +191,15 @@ class RunDirectory:
     def samples_part(self, part: int) -> Path:
         """Answers of stage `generate` to one block of prompts, a JSON object per line; exists once complete."""
         return self.samples / f"part-{part:05d}.jsonl"
+
+    def task_samples(self, task: str, step: int) -> Path:
+        """Answers to a task of `stage.eval_tasks` by the weights after `step` steps."""
+        return self.samples / "eval" / task / f"step_{step:08d}.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        """Weights that wait for their evaluation by actors, a file a step."""
+        return self.path / "evaluations"
 
     @property
     def inputs(self) -> Path:

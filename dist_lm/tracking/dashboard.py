@@ -179,6 +179,10 @@ def _panels(metrics: tuple[Metric, ...]) -> Iterator[Panel]:
 
 
 def _family(metrics: tuple[Metric, ...]) -> Panel:
-    stem = metrics[0].stem
+    stem, first = metrics[0].stem, metrics[0]
+    if stem == first.name:  # a slot in the middle: a panel of its own
+        before, _, rest = first.name.partition("{")
+        after = rest.partition("}")[2]
+        return Panel(f"{before}*{after} by {first.slot}", metrics, f"^{re.escape(before)}.+{re.escape(after)}$")
     by = " and ".join(dict.fromkeys(metric.slot for metric in metrics))
     return Panel(f"{stem} by {by}", metrics, f"^{re.escape(stem)}_.+$")

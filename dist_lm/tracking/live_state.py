@@ -114,6 +114,12 @@ class RankPulse:
     age_s: float  # age of the heartbeat when it was read
 
 
+def is_late(line: Mapping[str, Any]) -> bool:
+    """Whether a line has only figures of tasks, which may belong to an earlier step than the line before."""
+    names = line.keys() - {"step", "time"}
+    return bool(names) and all(name.startswith("eval/") for name in names)
+
+
 @dataclass
 class TrainingState:
     """The progress of a training stage."""
@@ -134,6 +140,8 @@ class TrainingState:
     def take(self, line: Mapping[str, Any]) -> bool:
         """Take in one line of the metrics file. Returns False for a line of an earlier attempt, which is not timed."""
         step, at = line["step"], line.get("time", self._time)
+        if is_late(line):
+            return at >= self.since
         if step < self.step:  # a resumed run has cut the file, which is read again from its start
             self.newest, self.series, self.best = {}, {}, None
         earlier = at < self.since

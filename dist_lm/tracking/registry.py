@@ -51,9 +51,14 @@ class Metric:
 
     @property
     def stem(self) -> str:
-        """The name without slot: `reward/top1` for `reward/top1_{source}` and for `reward/top1_k{completions}`."""
-        before = self.name.partition("{")[0]
-        return before[: before.rindex("_")] if self.slot else before
+        """The name without slot: `reward/top1` for `reward/top1_{source}` and for `reward/top1_k{completions}`.
+
+        A slot in the middle stays: `eval/{task}/pass@1`.
+        """
+        before, _, rest = self.name.partition("{")
+        if not self.slot or not rest.endswith("}"):
+            return self.name
+        return before[: before.rindex("_")]
 
 
 def _table(
@@ -265,6 +270,24 @@ HELD_OUT = (
     ),
 )
 
+TASKS = (
+    *_table(
+        "tasks",
+        (*TEXT_STAGES, *PREFERENCE, *RLHF),
+        ("eval/{task}/pass@1", "", "higher", "Share of the questions of a task that are answered right."),
+        ("eval/{task}/low", "", "", "Lower end of its 95 % interval."),
+        ("eval/{task}/high", "", "", "Upper end of its 95 % interval."),
+        ("timing/eval_s", "s", "lower", "Time that training waited for tasks."),
+        only="with stage.eval_tasks",
+    ),
+    *_table(
+        "tasks",
+        (*TEXT_STAGES, *PREFERENCE, *RLHF),
+        ("eval/step", "steps", "", "Steps after which the weights had the figures of tasks."),
+        only="in wandb, with stage.eval_tasks",
+    ),
+)
+
 REINFORCEMENT = (
     *_table(
         "preference",
@@ -439,7 +462,7 @@ SYSTEM = (
     ),
 )
 
-METRICS: tuple[Metric, ...] = (*LEARNING, *SPEED, *TIME, *HELD_OUT, *REINFORCEMENT, *GENERATION, *SYSTEM)
+METRICS: tuple[Metric, ...] = (*LEARNING, *SPEED, *TIME, *HELD_OUT, *TASKS, *REINFORCEMENT, *GENERATION, *SYSTEM)
 SLOTS = {"completions": r"\d+"}  # what a slot matches; any other slot: one or more characters
 
 

@@ -27,6 +27,7 @@ from dist_lm.tracking.wandb_upload import Uploader
 NICE = 5  # ranks have priority
 LOCK = ".process.lock"
 RECORDED = "recorded.json"  # in the run's wandb folder: keys of the orders that no later attempt repeats
+TASKS, STEP_OF_TASKS = "eval/", "eval/step"
 FLUSH_S = 1.0  # longest delay before a row is on disk
 ROWS, CHARACTERS = 200, 4000  # of a table of samples, and of its cells
 NUMBERS = ("tokens", "logprobs", "raw_logprobs")  # columns with a number for each token, left out
@@ -184,9 +185,18 @@ class Recorder:
 
     def _metrics(self, order: dict[str, Any]) -> None:
         step = order["step"]
-        if step >= self._step and step > self._resumed_at:
+        if any(name.startswith(TASKS) for name in order["values"]):
+            self._tasks(step, order["values"])
+        elif step >= self._step and step > self._resumed_at:
             self._step = step
             self._run.log(order["values"], step=step)
+
+    def _tasks(self, step: int, values: dict[str, float]) -> None:
+        """Record figures of tasks, which may arrive after later steps: wandb draws them over `eval/step`."""
+        if self._is_new(f"tasks {step} {' '.join(sorted(values))}"):
+            self._run.define_metric(f"{TASKS}*", step_metric=STEP_OF_TASKS)
+            self._step = max(self._step, step, self._resumed_at + 1)
+            self._run.log(values | {STEP_OF_TASKS: step}, step=self._step)
 
     def _beside(self, order: dict[str, Any]) -> None:
         if self._step > self._resumed_at:  # else no row exists yet

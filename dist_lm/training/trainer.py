@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -39,6 +40,16 @@ Evaluate = Callable[[Transformer, bool, Callable[[], None]], dict[str, float]]
 """(model, whether to use all held-out data, a function to call after every batch) -> metrics, equal on all ranks."""
 
 
+class StepTasks(Protocol):
+    """What is measured beside validation (collective)."""
+
+    def reached(self, step: int) -> None:
+        """So many steps are done; it writes its own metrics."""
+
+    def before_checkpoint(self) -> None:
+        """Called before each checkpoint."""
+
+
 class NonFiniteGradientsError(UserError):
     """NaN or infinite gradients for too many steps in a row."""
 
@@ -64,6 +75,7 @@ class Trainer:
     bytes_per_token: float = 0.0  # of the training text; 0: unknown
     profiler: StepProfiler | None = None
     prepare: Prepare | None = None  # called before the passes of a step
+    tasks: StepTasks | None = None
 
     def __post_init__(self) -> None:
         self.model.document_mask = self.config.stage.document_mask
@@ -80,6 +92,8 @@ class Trainer:
             line = self._evaluate(0, everything=True)
             if self.metrics:
                 self.metrics.write(0, line)
+            if self.tasks:
+                self.tasks.reached(0)
         meter = StepMeter(self.world, self.optimizer, stage.steps, self.model.blocks)
         with self._saver() as saver, self.profiler or nullcontext():
             while state.step < stage.steps:
@@ -111,6 +125,8 @@ class Trainer:
                     score = self._evaluate(state.step, False)["val/loss"] if last else line["val/loss"]
                 if self.metrics and written:
                     self.metrics.write(state.step, line)
+                if self.tasks:
+                    self.tasks.reached(state.step)
                 self._check_finite(state, saver)
                 final = last or result.stop_requested
                 if final or is_due(state.step, stage.checkpoint_every):
@@ -218,6 +234,8 @@ class Trainer:
         if val_loss is not None and (state.best_val_loss is None or val_loss < state.best_val_loss):
             state = replace(state, best_val_loss=val_loss, best_step=state.step)
         self.heartbeat.beat(Phase.SAVING, state.step)
+        if self.tasks:
+            self.tasks.before_checkpoint()
         started = time.perf_counter()
         saver.save(self.model, self.optimizer, state)
         if final:

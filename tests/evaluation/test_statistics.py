@@ -1,6 +1,8 @@
 """Figures against values by hand and against exhaustive sampling."""
 
+from fractions import Fraction
 from itertools import combinations
+from math import comb
 
 import numpy as np
 import pytest
@@ -17,13 +19,32 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_pass(samples, passed):
 
 
 def test_an_interval_is_that_of_the_mean_over_tasks():
-    values = [1.0] * 30 + [0.0] * 70
+    values = [0.9] * 30 + [0.1] * 70
     found = estimate(values)
-    error = 1.96 * (0.3 * 0.7 / 100) ** 0.5
-    assert (found.value, found.tasks) == (pytest.approx(0.3), 100)
-    assert (found.low, found.high) == (pytest.approx(0.3 - error, abs=0.015), pytest.approx(0.3 + error, abs=0.015))
+    error = 1.96 * (0.8**2 * 0.3 * 0.7 / 100) ** 0.5
+    assert (found.value, found.tasks) == (pytest.approx(0.34), 100)
+    assert (found.low, found.high) == (pytest.approx(0.34 - error, abs=0.012), pytest.approx(0.34 + error, abs=0.012))
     assert estimate(values) == found
-    assert (estimate([1.0, 1.0]).low, estimate([1.0, 1.0]).high) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(("passed", "tasks"), [(0, 1), (0, 50), (1, 50), (6, 50), (49, 50), (50, 50), (53, 164)])
+def test_the_ends_of_a_share_are_refuted_at_2_5_percent(passed, tasks):
+    """Binomial sums of exact fractions at the ends (Clopper and Pearson 1934)."""
+
+    def at_most(count: int, share: Fraction) -> float:
+        return float(sum(comb(tasks, i) * share**i * (1 - share) ** (tasks - i) for i in range(count + 1)))
+
+    found = estimate([1.0] * passed + [0.0] * (tasks - passed))
+    assert found.value == passed / tasks
+    low, high = Fraction(found.low), Fraction(found.high)
+    assert found.low == 0 if passed == 0 else at_most(passed - 1, low) == pytest.approx(0.975, abs=1e-9)
+    assert found.high == 1 if passed == tasks else at_most(passed, high) == pytest.approx(0.025, abs=1e-9)
+
+
+def test_an_interval_without_a_pass_has_a_width():
+    found = estimate([0.0] * 50)
+    assert (found.low, found.high) == (0, pytest.approx(1 - 0.025 ** (1 / 50)))  # 0.071
+    assert estimate([1.0] * 50).low == pytest.approx(0.025 ** (1 / 50))
 
 
 def test_a_ratio_weighs_items_by_their_denominator():

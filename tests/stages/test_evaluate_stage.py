@@ -9,6 +9,7 @@ from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.evaluation import tasks
+from dist_lm.evaluation.figures import bits_figures, task_figures
 from dist_lm.evaluation.problems import own_infills, own_problems
 from dist_lm.evaluation.statistics import pass_at_k
 from dist_lm.generation.request import Answer, Request
@@ -18,7 +19,7 @@ from dist_lm.launcher.plan import make_plan
 from dist_lm.launcher.pool_run import run_pool_stage
 from dist_lm.launcher.process import Interrupt
 from dist_lm.stages.evaluate import STAGE, rows_of
-from dist_lm.stages.evaluate_work import Evaluation, bits_figures, task_figures
+from dist_lm.stages.evaluate_work import Evaluation
 from dist_lm.stages.stage import Action
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -227,7 +228,7 @@ def test_without_a_sandbox_nothing_starts(trained, monkeypatch):
     def none_here(trust_me: bool) -> None:
         raise sandbox.SandboxError("no sandbox for untrusted code on this machine")
 
-    monkeypatch.setattr(sandbox, "fences", none_here)
+    monkeypatch.setattr(tasks, "fences", none_here)
     with pytest.raises(ConfigError, match="no sandbox"):
         plan_of(trained)
     assert plan_of(trained, "stage.tasks=[bits_per_byte]").action is Action.BUILD

@@ -145,6 +145,16 @@ def test_without_stages_the_work_is_a_line() -> None:
     assert [line[2:].split("  ")[0] for line in shown(state)] == ["playing a step of code [x]"]
 
 
+def test_late_figures_of_tasks_are_no_resumed_run() -> None:
+    state = TrainingState(400)
+    for step in (9, 10):
+        assert state.take({"step": step, "time": float(step), "train/loss": 3.0})
+    state.take({"step": 5, "time": 11.0, "eval/own_sql/pass@1": 0.5, "eval/own_sql/low": 0.4})
+    assert (state.step, state.newest["train/loss"], state.series["train/loss"].count) == (10, (3.0, 10), 2)
+    state.take({"step": 5, "time": 12.0, "train/loss": 3.0})
+    assert state.step == 5
+
+
 def test_a_value_of_an_earlier_step_is_shown_with_that_step() -> None:
     state = TrainingState(400)
     now = dict.fromkeys((figure.metric for figure in FIGURES), 0.5) | {"perf/mfu": 0.25, "perf/memory_gib": 1.5}

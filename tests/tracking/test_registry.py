@@ -33,6 +33,7 @@ def test_every_name_is_there_once_and_is_of_stages_that_there_are():
         ("tools/parallel_exact", "tools/parallel_exact"),
         ("tools/irrelevance_irrelevant", "tools/irrelevance_{kind}"),
         ("train/grad_norm_head", "train/grad_norm_{group}"),
+        ("eval/own_python/pass@1", "eval/{task}/pass@1"),
     ],
 )
 def test_a_name_has_its_metric(name, found):

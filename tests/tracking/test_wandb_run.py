@@ -111,18 +111,21 @@ def test_an_offline_run_has_the_metrics_once_and_no_secret(run: RunDirectory) ->
     first.log(1, {"step": 1, "time": 1.0, "train/loss": 3.0, "train/grad_norm": None})
     first.log(2, {"step": 2, "time": 2.0, "train/loss": 2.0})
     first.log(2, {"step": 2, "time": 2.5, "checkpoint/stall_s": 0.5})
+    first.log(1, {"step": 1, "time": 2.5, "eval/own_sql/pass@1": 0.5})  # answers come later
     first.finish("stopped", DEADLINE_S)
     second = start(run, errors)  # resumed from a checkpoint at step 1
     for step in (2, 3):
         second.log(step, {"step": step, "train/loss": 6.0 / step})
+        second.log(1, {"step": 1, "eval/own_sql/pass@1": 0.5})  # read again, once
+    second.log(2, {"step": 2, "eval/own_sql/pass@1": 0.25})
     second.finish("failed", DEADLINE_S)
 
     assert errors.getvalue() == ""
     assert second.id == first.id
     assert history(run) == [
         (1, {"train/loss": 3}),
-        (2, {"train/loss": 2, "checkpoint/stall_s": 0.5}),
-        (3, {"train/loss": 2}),
+        (2, {"train/loss": 2, "checkpoint/stall_s": 0.5, "eval/own_sql/pass@1": 0.5, "eval/step": 1}),
+        (3, {"train/loss": 2, "eval/own_sql/pass@1": 0.25, "eval/step": 2}),
     ]
     found = records(run)
     started = next(record["run"] for record in found if record["type"] == "run")
