@@ -87,7 +87,8 @@ def show_configuration(arguments: list[str]) -> None:
         config = compose_config(overrides_of(target, target, overrides))  # refuses in one line what Hydra does in many
         shown = [argument for argument in arguments if argument not in overrides] + ["--resolve"]
         kept = [text for text in overrides_of(target, target, overrides) if not text.startswith(f"{KEY}=")]
-        shown += [*search_path(overrides), *for_hydra(kept, stage_named(target).schema)]
+        folders = [text for text in overrides if text.startswith(f"{KEY}=")]
+        shown += [*search_path(overrides), *for_hydra(kept, stage_named(target).schema, folders)]
         shown += [f"model.name={config.model.name}", f"corpus.name={config.corpus.name}"]
     register_schema(stage_named(target).schema)
     sys.argv[1:] = shown

@@ -10,7 +10,7 @@ from omegaconf import MISSING
 from dist_lm.config.evaluation import LOOP_TASKS
 from dist_lm.errors import require
 
-COSINE, WSD = "cosine", "wsd"
+COSINE, WSD, LINEAR = "cosine", "wsd", "linear"
 DECAYS = ("1-sqrt", "linear")
 
 
@@ -140,9 +140,12 @@ class StageConfig:
     lr: float = 1e-4  # peak learning rate
     min_lr_ratio: float = 0.1  # final learning rate / peak
     warmup_steps: int = 100
-    schedule: str = "cosine"  # after the warm-up: cosine | wsd (constant, then a decay over the last decay_steps)
+    # after the warm-up: cosine | wsd (constant, then a decay over the last decay_steps) | linear (constant, then linear
+    # over the last decay_share)
+    schedule: str = "cosine"
     decay_steps: int = 0  # of wsd; 0: constant to the end
     decay: str = "1-sqrt"  # of wsd: 1-sqrt | linear
+    decay_share: float = 0.65  # of schedule linear: share of the steps; 1: all after the warm-up
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -199,7 +202,9 @@ class StageConfig:
 
     def _check_schedule(self) -> None:
         wsd = f"{WSD} (constant with stage.decay_steps=0)"
-        require(self.schedule in (COSINE, WSD), "stage.schedule", self.schedule, f"{COSINE}, or {wsd}")
+        known = (COSINE, WSD, LINEAR)
+        require(self.schedule in known, "stage.schedule", self.schedule, f"{COSINE}, {LINEAR}, or {wsd}")
+        require(0 < self.decay_share <= 1, "stage.decay_share", self.decay_share, "in (0, 1]")
         require(self.decay in DECAYS, "stage.decay", self.decay, " or ".join(DECAYS))
         longest = max(0, self.steps - self.warmup_steps) if self.schedule == WSD else 0
         accepted = f"at most {longest}, the steps after the warm-up (0 unless stage.schedule={WSD})"

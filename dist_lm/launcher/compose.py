@@ -26,13 +26,16 @@ from dist_lm.errors import ConfigError, require
 from dist_lm.launcher.conf_folders import (
     GROUPS,
     KEY,
+    RECIPE,
     choices,
     conf_directory,
+    default_choice,
     default_stage,
     local_hardware,
     one_line_for_yaml,
     own_folders,
     program_of,
+    recipe_override,
     search_path,
     without_recipe,
 )
@@ -74,7 +77,7 @@ def compose_config(overrides: Sequence[str]) -> Config:
     register_schema(schema)
     try:
         with one_line_for_yaml(), initialize_config_dir(str(conf_directory()), version_base="1.3"):
-            composed = compose("config", overrides=[*path, *for_hydra(overrides, schema)])
+            composed = compose("config", overrides=[*path, *for_hydra(overrides, schema, folders)])
         _replace_corpora(composed, parsed)
         for override in reversed(parsed):
             if override.key_or_group in NAMED and OmegaConf.is_missing(composed[override.key_or_group], "name"):
@@ -220,9 +223,19 @@ def _no_such_key(shown: str, parts: Sequence[str], node: Any) -> str:
     return f"{shown}: no such key; {hint}keys{of}: {', '.join(names)}"
 
 
-def for_hydra(overrides: Sequence[str], schema: type[Config]) -> list[str]:
-    """The overrides in Hydra's syntax. New keys are added with `++` inside mappings, whose keys the user chooses."""
-    return [_for_hydra(_parse(text), schema) for text in overrides]
+def for_hydra(overrides: Sequence[str], schema: type[Config], folders: Sequence[str] = ()) -> list[str]:
+    """The overrides in Hydra's syntax. New keys are added with `++` inside mappings, whose keys the user chooses.
+
+    Args:
+        folders: the overrides that name folders of the user.
+    """
+    parsed = [_parse(text) for text in overrides]
+    chosen = {one.key_or_group: str(one.value()) for one in parsed}
+    added: list[str] = []
+    if RECIPE in chosen:
+        model = "" if "experiment" in chosen else chosen.get("model", default_choice("model"))
+        added = recipe_override(chosen[RECIPE], model, chosen.get("stage", default_stage()), folders)
+    return [*added, *(_for_hydra(one, schema) for one in parsed if one.key_or_group != RECIPE)]
 
 
 def _is_snapshot(override: Override) -> bool:

@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 from dist_lm.errors import ConfigError
 from dist_lm.stages.registry import OWN, added_conf, stage_names
 
-GROUPS = ("model", "parallel", "hardware", "stage", "corpus", "cluster", "tracking", "experiment")
+RECIPE = "recipe"
+GROUPS = ("model", "parallel", "hardware", "stage", RECIPE, "corpus", "cluster", "tracking", "experiment")
 KEY = "hydra.searchpath"
 FLAGS = ("--config-dir", "-cd")
 
@@ -61,13 +62,12 @@ def own_folders(overrides: Sequence[str]) -> list[Path]:
     folders = [_folder(entry) for override in named for entry in _entries(override)]
     known = [conf_directory(), *added_conf()]
     for place, folder in enumerate(folders):
-        groups = (*GROUPS, "recipe")
-        if not any((folder / group).is_dir() for group in groups):
+        if not any((folder / group).is_dir() for group in GROUPS):
             raise ConfigError(
-                f"{KEY}: {folder} has no folder of a group ({', '.join(groups)}): expected for example "
+                f"{KEY}: {folder} has no folder of a group ({', '.join(GROUPS)}): expected for example "
                 f"{folder / 'corpus' / 'mine.yaml'}, which is corpus=mine"
             )
-        for file in sorted(path for group in groups for path in (folder / group).glob("*")):
+        for file in sorted(path for group in GROUPS for path in (folder / group).rglob("*")):
             if file.suffix == ".yml":
                 raise ConfigError(f"{file}: names of configuration files end in .yaml: rename it")
             if file.suffix == ".yaml":
@@ -86,10 +86,28 @@ def search_path(overrides: Sequence[str]) -> list[str]:
 
 
 def choices(group: str, overrides: Sequence[str] = ()) -> list[str]:
-    """The values that `group=` accepts: YAML files of the group, `hardware=auto`, and stages of other packages."""
-    computed = {"hardware": ["auto"], "stage": [name for name in stage_names() if name not in OWN]}.get(group, [])
+    """The values that `group=` accepts: YAML files of the group, `hardware=auto`, and stages of other packages; of
+    `recipe=` its folders."""
     folders = (conf_directory(), *own_folders(overrides))
+    if group == RECIPE:
+        return sorted({path.name for folder in folders for path in (folder / RECIPE).glob("*") if path.is_dir()})
+    computed = {"hardware": ["auto"], "stage": [name for name in stage_names() if name not in OWN]}.get(group, [])
     return sorted([*computed, *(path.stem for folder in folders for path in (folder / group).glob("*.yaml"))])
+
+
+def recipe_override(recipe: str, model: str, stage: str, overrides: Sequence[str]) -> list[str]:
+    """Hydra's override for `recipe=RECIPE`: recipe/RECIPE/MODEL_STAGE.yaml, or else recipe/RECIPE/STAGE.yaml, comes
+    after the file of the size. A stage without such a file keeps the numbers of the size.
+
+    Args:
+        model: the choice of `model=`; empty: no numbers of one size (an experiment has its own).
+        stage: the choice of `stage=`; a file of the user that has no recipe takes that of the stage it varies.
+    """
+    folders = (conf_directory(), *own_folders(overrides))
+    stages = dict.fromkeys((stage, program_of(stage, overrides)))
+    names = [f"{model}_{name}" for name in stages if model] + [*stages]
+    found = [name for name in names if any((folder / RECIPE / recipe / f"{name}.yaml").is_file() for folder in folders)]
+    return [f"+{RECIPE}/{recipe}@_global_={name}" for name in found[:1]]
 
 
 def program_of(choice: str, overrides: Sequence[str]) -> str:
@@ -118,10 +136,15 @@ def program_of(choice: str, overrides: Sequence[str]) -> str:
     return choice
 
 
+def default_choice(group: str) -> str:
+    """The choice of a group that conf/config.yaml names."""
+    defaults = OmegaConf.load(conf_directory() / "config.yaml").defaults
+    return next(str(entry[group]) for entry in defaults if group in entry)
+
+
 def default_stage() -> str:
     """The stage that conf/config.yaml names."""
-    defaults = OmegaConf.load(conf_directory() / "config.yaml").defaults
-    return next(str(entry.stage) for entry in defaults if "stage" in entry)
+    return default_choice("stage")
 
 
 def local_hardware() -> str:

@@ -27,7 +27,7 @@ from torch.optim.adamw import adamw
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.rlhf import RlhfConfig
-from dist_lm.config.stage import ADAMW, WSD, MuonConfig, StageConfig
+from dist_lm.config.stage import ADAMW, COSINE, LINEAR, MuonConfig, StageConfig
 from dist_lm.model.size import ADAPTERS, is_matrix, parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.values import shard_of
@@ -199,19 +199,23 @@ def stage_rate(stage: StageConfig, step: int) -> float:
     """The learning rate of a 0-based step of a stage.
 
     Schedule `wsd`: linear warm-up, constant (Hu et al. 2024, eq. 1), then a decay over the last `decay_steps`, linear
-    or 1-sqrt (Haegele et al. 2024, eq. 1). The last step has the final rate.
+    or 1-sqrt (Haegele et al. 2024, eq. 1). Schedule `linear` is the same with a linear decay over the last
+    `decay_share` of the steps, which begins after the warm-up at the earliest. The last step has the final rate.
     """
-    if stage.schedule != WSD:
+    if stage.schedule == COSINE:
         return learning_rate(
             step, peak=stage.lr, warmup_steps=stage.warmup_steps, steps=stage.steps, min_ratio=stage.min_lr_ratio
         )
     if step < stage.warmup_steps:
         return stage.lr * (step + 1) / stage.warmup_steps
-    decayed = step + 1 - (stage.steps - stage.decay_steps)  # steps of the decay, this one included
-    if decayed <= 0 or not stage.decay_steps:
+    is_linear = stage.schedule == LINEAR
+    longest = max(1, stage.steps - stage.warmup_steps)
+    decay_steps = min(longest, max(1, round(stage.decay_share * stage.steps))) if is_linear else stage.decay_steps
+    decayed = step + 1 - (stage.steps - decay_steps)  # steps of the decay, this one included
+    if decayed <= 0 or not decay_steps:
         return stage.lr
-    progress = min(1.0, decayed / stage.decay_steps)
-    fall = progress if stage.decay == "linear" else math.sqrt(progress)
+    progress = min(1.0, decayed / decay_steps)
+    fall = progress if is_linear or stage.decay == LINEAR else math.sqrt(progress)
     return stage.lr * (stage.min_lr_ratio + (1 - stage.min_lr_ratio) * (1 - fall))
 
 

@@ -1,5 +1,7 @@
 """The optimizer: orthogonal directions of Muon, Muon beside AdamW, decay, the schedule of the learning rate."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -181,6 +183,17 @@ def test_wsd_warms_up_stays_constant_and_falls_to_its_final_rate():
     assert stage_rate(wsd(decay_steps=20, decay="1-sqrt"), half) == pytest.approx(1e-3 * (0.1 + 0.9 * (1 - 0.5**0.5)))
 
 
+def test_linear_is_a_share_of_the_steps_whatever_their_number():
+    for steps in (100, 1000):
+        stage = replace(wsd(), schedule="linear", steps=steps, decay_share=0.4)
+        same = replace(wsd(), decay="linear", steps=steps, decay_steps=steps * 4 // 10)
+        assert [stage_rate(stage, step) for step in range(steps)] == [stage_rate(same, step) for step in range(steps)]
+    whole = replace(wsd(), schedule="linear", decay_share=1.0)
+    assert stage_rate(whole, 9) == 1e-3
+    assert stage_rate(whole, 10) == pytest.approx(1e-3 * (1 - 0.9 / 90))  # the first step after the warm-up
+    assert stage_rate(replace(whole, steps=5), 4) == pytest.approx(5e-4)  # all of it is warm-up
+
+
 def test_the_cosine_of_a_stage_is_the_one_of_before():
     stage = StageConfig(name="test", lr=1e-3, steps=100, warmup_steps=10, min_lr_ratio=0.1)
     assert [stage_rate(stage, step) for step in range(100)] == [learning_rate(step, **PLAN) for step in range(100)]
@@ -189,9 +202,13 @@ def test_the_cosine_of_a_stage_is_the_one_of_before():
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"schedule": "constant"}, r"stage.schedule=constant: expected cosine, or wsd \(constant with stage.decay_st"),
+        (
+            {"schedule": "constant"},
+            r"stage.schedule=constant: expected cosine, linear, or wsd \(constant with ",
+        ),
         ({"schedule": "wsd", "decay": "exp"}, "stage.decay=exp: expected 1-sqrt or linear"),
         ({"schedule": "wsd", "decay_steps": 91}, "stage.decay_steps=91: expected at most 90"),
+        ({"schedule": "linear", "decay_share": 0.0}, r"stage.decay_share=0.0: expected in \(0, 1\]"),
         ({"decay_steps": 1}, r"stage.decay_steps=1: expected at most 0, .*\(0 unless stage.schedule=wsd\)"),
     ],
 )
