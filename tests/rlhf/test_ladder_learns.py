@@ -47,7 +47,7 @@ GRPO = RlhfConfig(
     samples=8,
     max_new_tokens=24,
     minibatches=4,
-    lr=2e-3,
+    lr=1e-3,
     kl_coefficient=0.0,
     missing_eos_penalty=0.0,
     rewards={"solved": RewardPartConfig(kind="tests", score="all", cpu_s=2.0, wall_s=60.0, workers=2)},
