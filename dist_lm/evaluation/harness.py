@@ -291,6 +291,7 @@ def run_harness(model: EngineModel, options: HarnessOptions) -> dict[str, Any]:
 
     Raises:
         ConfigError: names the task that does not exist or executes code.
+        ArtefactError: the data of a task is not here and cannot be fetched.
     """
     include = str(options.include_path) if options.include_path else None
     manager = TaskManager(include_path=include, include_defaults=options.defaults)
@@ -300,9 +301,15 @@ def run_harness(model: EngineModel, options: HarnessOptions) -> dict[str, Any]:
         key: value for key, value in asdict(options).items() if key not in ("tasks", "include_path", "seed", "defaults")
     }
     seeds = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
-    found = simple_evaluate(
-        model, tasks=list(wanted), task_manager=manager, **passed, **dict.fromkeys(seeds, options.seed)
-    )
+    try:
+        found = simple_evaluate(
+            model, tasks=list(wanted), task_manager=manager, **passed, **dict.fromkeys(seeds, options.seed)
+        )
+    except (ConnectionError, FileNotFoundError) as error:  # of the package datasets
+        raise ArtefactError(
+            f"--tasks={','.join(wanted)}: their data is not on this machine and cannot be fetched: {error}. Fetch it "
+            "where there is a network, or write a task that reads your files (docs/lm_eval.md)"
+        ) from error
     assert found is not None
     return dict(found)
 

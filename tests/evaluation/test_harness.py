@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dist_lm.config.root import save_config
-from dist_lm.errors import ConfigError, UserError
+from dist_lm.errors import ArtefactError, ConfigError, UserError
 from dist_lm.generation.load import load_model
 from dist_lm.stages.export import export
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
@@ -174,6 +174,15 @@ def test_unknown_tasks_and_options_are_named(tasks, model):
         harness.run_harness(model, options(tasks, "nothing"))
     with pytest.raises(ConfigError, match="num_beams"):
         model._params({"until": [], "max_gen_toks": 3, "num_beams": 2})
+
+
+def test_data_that_is_not_here_is_one_line(model, tmp_path):
+    """As without a network, where tasks read the hub."""
+    (tmp_path / "mine.yaml").write_text(
+        CHOICES.format(folder=tmp_path / "nowhere").replace("task: choices", "task: mine")
+    )
+    with pytest.raises(ArtefactError, match=r"--tasks=mine: their data is not on this machine.*lm_eval.md"):
+        harness.run_harness(model, options(tmp_path, "mine"))
 
 
 @pytest.mark.usefixtures("no_cache")
