@@ -26,7 +26,7 @@ def programs(count: int) -> list[Program]:
 EXPECTED = ["failed" if i % 3 == 0 else "passed" for i in range(60)]
 
 
-@pytest.mark.bars
+@pytest.mark.heavy
 @pytest.mark.cluster
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(sys.platform != "linux", reason="other loopback addresses exist on Linux only")
