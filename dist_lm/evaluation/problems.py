@@ -37,7 +37,8 @@ class Problem:
     stop: tuple[str, ...]  # texts that end a completion; not part of it
     closing: str = ""  # behind a completion that a stop text ended
     suffix: str | None = None  # to fill in the middle: what stands behind the completion
-    entry: str = ""  # an answer of a chat model that holds this text repeats the prompt from there
+    # an answer of a chat model that holds one of these repeats the prompt from the first one on
+    entries: tuple[str, ...] = ()
     level: int = 0  # of our own problems: 1 is the easiest
     task: str = ""  # what a chat model is asked; empty: to complete the prompt
 
@@ -58,14 +59,20 @@ class Problem:
         return Program(self.language, f"{self.prompt}{completion}{closing}{self.suffix or ''}", self.tests)
 
     def answered(self, answer: str) -> Program:
-        """The program of a chat model: its first block of code, or else all of its answer."""
+        """The program of a chat model: its first block of code, or else all of its answer.
+
+        Code that does not repeat the prompt completes it, with or without what closes it.
+        """
         block = BLOCK.search(answer)
         code = block[1] if block else answer
-        if not self.entry:
+        if not self.entries:
             return Program(self.language, code, self.tests)
-        at = self.prompt.find(self.entry)
-        head = self.prompt if self.entry not in code else self.prompt[: max(at, 0)]
-        return Program(self.language, head + code, self.tests)
+        if any(entry in code for entry in self.entries):
+            head = self.prompt[: max(self.prompt.find(self.entries[0]), 0)]
+            return Program(self.language, head + code, self.tests)
+        closing = "" if code.rstrip().endswith(self.closing.strip()) else self.closing
+        begun = self.prompt if self.prompt.endswith("\n") else f"{self.prompt}\n"
+        return Program(self.language, f"{begun}{code}{closing}", self.tests)
 
 
 def own_problems(language: Language) -> list[Problem]:
@@ -76,13 +83,26 @@ def own_problems(language: Language) -> list[Problem]:
 
 def _own(language: Language, line: Mapping[str, Any]) -> Problem:
     name = line["id"].partition("/")[2]
-    entry = {"python": f"def {name}(", "bash": f"{name}()", "sql": "SELECT"}[language]
+    entries = {"python": (f"def {name}(",), "bash": _functions(name), "sql": ("SELECT", "select", "Select")}[language]
     closing = {"python": "", "bash": "\n}\n", "sql": ";\n"}[language]
     tests = tuple(Test(**test) for test in line["tests"])
     stops = OWN_STOPS[language]
     return Problem(
-        line["id"], language, line["prompt"], tests, line["solution"], stops, closing, entry=entry, level=line["level"]
+        line["id"],
+        language,
+        line["prompt"],
+        tests,
+        line["solution"],
+        stops,
+        closing,
+        entries=entries,
+        level=line["level"],
     )
+
+
+def _functions(name: str) -> tuple[str, ...]:
+    """How the function `name` may begin in Bash."""
+    return f"{name}()", f"{name} ()", f"function {name}"
 
 
 def own_infills() -> list[Problem]:
@@ -121,7 +141,9 @@ def humaneval(path: Path) -> list[Problem]:
         name = line["entry_point"]
         test = Test(code=f"{line['test']}\ncheck({name})\n")
         known = line["canonical_solution"]
-        return Problem(line["task_id"], "python", line["prompt"], (test,), known, HUMANEVAL_STOPS, entry=f"def {name}(")
+        return Problem(
+            line["task_id"], "python", line["prompt"], (test,), known, HUMANEVAL_STOPS, entries=(f"def {name}(",)
+        )
 
     return _read("eval.humaneval", path, read)
 
@@ -169,10 +191,10 @@ def multipl_e(path: Path) -> list[Problem]:
         closes = tests.startswith("}")  # the tests close the function that a stop text left open
         found = re.findall(r"^(?:def (\w+)\(|(\w+)\(\))", line["prompt"], re.MULTILINE)
         name = (found[-1][0] or found[-1][1]) if found else ""
-        entry = "" if not name else f"def {name}(" if language == "python" else f"{name}()"
+        entries = () if not name else (f"def {name}(",) if language == "python" else _functions(name)
         test = Test(code=tests.removeprefix("}") + "\n")
         closing = "\n}\n" if closes else ""
-        return Problem(line["name"], language, line["prompt"], (test,), "", stops, closing, entry=entry)
+        return Problem(line["name"], language, line["prompt"], (test,), "", stops, closing, entries=entries)
 
     return _read("eval.multipl_e", path, read)
 

@@ -107,6 +107,25 @@ def test_the_program_of_a_chat_model_is_its_block_of_code(answer, source):
     assert own_problems("python")[0].answered(answer).source == source
 
 
+LEFT_OUT = (  # of the given program, by answers of chat models
+    ("bash", "echo 'Hello, world!'", "passed"),
+    ("bash", "  echo 'Hello, world!'\n}", "passed"),
+    ("bash", "function hello {\n  echo 'Hello, world!'\n}", "passed"),
+    ("bash", "hello () { echo 'Hello, world!'; }", "passed"),
+    ("bash", "echo Hello", "failed"),
+    ("sql", "select name from items order by id", "passed"),
+    ("sql", "name FROM items ORDER BY id;", "passed"),
+    ("sql", "SELECT id FROM items;", "failed"),
+)
+
+
+def test_a_chat_model_may_leave_out_what_it_was_given():
+    programs = [own_problems(language)[0].answered(f"```{language}\n{code}\n```") for language, code, _ in LEFT_OUT]
+    with SandboxPool() as pool:
+        verdicts = pool.run(programs, LIMITS)
+    assert [verdict.outcome for verdict in verdicts] == [outcome for _, _, outcome in LEFT_OUT]
+
+
 HUMANEVAL = {
     "task_id": "HumanEval/0",
     "prompt": 'from typing import List\n\n\ndef inc(x: int) -> int:\n    """ Add one\n    """\n',
