@@ -36,18 +36,18 @@ SAMPLES = 2  # of each held-out task
 START = 0.1  # nats per token: a start that solves some tasks
 RATE = 2e-3  # of supervised steps
 LAST = 5  # whose mean loss counts
-ITERATIONS = 40
+ITERATIONS = 100
 SHAPES = {  # both with a token for each word
     "small": replace(MODEL, d_model=96, n_heads=4, d_ff=384),
     "nano": replace(MODEL, d_model=160, n_layers=4, n_heads=5, d_ff=640, init_std=0.02),
 }
 GRPO = RlhfConfig(
     algorithm="grpo",
-    prompts=16,
-    samples=8,
+    prompts=32,
+    samples=16,
     max_new_tokens=24,
-    minibatches=4,
-    lr=1e-3,
+    minibatches=1,
+    lr=5e-4,
     kl_coefficient=0.0,
     missing_eos_penalty=0.0,
     rewards={"solved": RewardPartConfig(kind="tests", score="all", cpu_s=2.0, wall_s=60.0, workers=2)},
