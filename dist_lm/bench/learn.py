@@ -4,8 +4,7 @@
 
 All learners of a seed are in memory at once and train in turns, so a busy minute of the machine slows all alike. The
 clock of a learner runs only during its own steps. Every learner reads the same corpus in the same order, and is
-measured on the same held-out sequences. Recipes with other tokenizers (another `work_dir` with the same documents) are
-measured on the whole of val, because bits per byte compares them only on the same text.
+measured on the same held-out sequences.
 
 Dimensions: B sequences, T tokens.
 """
@@ -20,28 +19,24 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from dist_lm.bench.learn_held_out import HeldOut, corpus_of, held_out_of
 from dist_lm.bench.learn_report import Curve, Point, drawing, languages_of, records_of, table_of
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
 from dist_lm.data.batch import Batch
-from dist_lm.data.evaluation_batches import EvaluationBatches
-from dist_lm.data.manifest import read_manifest
 from dist_lm.data.stream import SequenceStream
-from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError, UserError
 from dist_lm.launcher.compose import compose_config
 from dist_lm.model.keyed_random import DropoutKey, initialise
 from dist_lm.model.size import flops_per_token
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import choose_device
-from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.training.heartbeat import StopRequest
-from dist_lm.training.objective import loss_metrics, next_token, summed_losses
+from dist_lm.training.objective import next_token
 from dist_lm.training.optimizer import (
     build_optimizer,
     muon_momentum,
@@ -196,99 +191,10 @@ class OwnLearner:
         return self.model.token_losses(batch)
 
 
-# --- how it is measured ---
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """The held-out sequences, the same for all learners."""
-
-    batches: EvaluationBatches
-    device: torch.device
-
-    def measure(self, learner: Learner) -> dict[str, float]:
-        """Loss (nats a token) and bits per byte, as the metrics of `loss_metrics`."""
-        languages = self.batches.corpus.languages
-        sums = summed_losses(learner, self.batches, len(languages), self.device, None)  # pyright: ignore[reportArgumentType]
-        return loss_metrics(sums.tolist(), languages, self.batches.bytes_by_language)
-
-    @property
-    def bytes_per_token(self) -> dict[str, float]:
-        """UTF-8 bytes a token of the whole of val, by language; the end-of-text of each document counts."""
-        corpus = self.batches.corpus
-        return {
-            language: float(corpus.n_bytes[chosen].sum() / corpus.lengths[chosen].sum())
-            for number, language in enumerate(corpus.languages)
-            if (chosen := corpus.language_codes == number).any()
-        }
-
-
-def held_out(config: Config, device: torch.device) -> HeldOut:
-    """`stage.eval_sequences` sequences of val of `stage.corpus`."""
-    stage = config.stage
-    batches = EvaluationBatches(
-        corpus=_corpus(config, "val"),
-        seq_len=stage.seq_len,
-        micro_batch=stage.micro_batch,
-        dp_rank=0,
-        dp_size=1,
-        limit_sequences=stage.eval_sequences,
-        document_mask=stage.document_mask,
-        reset_positions=stage.reset_positions,
-    )
-    return HeldOut(batches, device)
-
-
-def held_out_of(recipes: Sequence[Recipe], device: torch.device) -> dict[str, HeldOut]:
-    """What the recipe of each name is measured on: settings of the first recipe, tokens of its own work directory.
-
-    Raises:
-        ConfigError: other tokenizers, but not the whole of val or not the same documents; or another vocabulary.
-    """
-    first = recipes[0].config
-    of_folder = {
-        folder: held_out(replace(first, work_dir=folder), device)
-        for folder in dict.fromkeys(one.config.work_dir for one in recipes)
-    }
-    for one in recipes:
-        _require_vocabulary(one)
-        if one.config.work_dir == first.work_dir:
-            continue
-        if first.stage.eval_sequences:
-            raise ConfigError(
-                f"{one.name}: work_dir={one.config.work_dir} has other tokens, and "
-                f"stage.eval_sequences={first.stage.eval_sequences} of them are not the same text: expected "
-                "stage.eval_sequences=0, the whole of val"
-            )
-        texts = [of_folder[folder].batches.corpus.n_bytes for folder in (first.work_dir, one.config.work_dir)]
-        if not np.array_equal(texts[0], texts[1]):
-            raise ConfigError(
-                f"{one.name}: val of work_dir={one.config.work_dir} has {len(texts[1])} documents of "
-                f"{texts[1].sum()} bytes, that of {first.work_dir} {len(texts[0])} of {texts[0].sum()}: expected the "
-                "same documents; build both with the same corpus and seed"
-            )
-    return {one.name: of_folder[one.config.work_dir] for one in recipes}
-
-
-def _require_vocabulary(recipe: Recipe) -> None:
-    config = recipe.config
-    folder = WorkDirectory(Path(config.work_dir)).corpus(config.stage.corpus)
-    found = read_manifest(folder).recipe.vocab_size
-    if found != config.model.vocab_size:
-        raise ConfigError(
-            f"{recipe.name}: model.vocab_size={config.model.vocab_size}: {folder} has {found} pieces: expected "
-            f"model.vocab_size={found}"
-        )
-
-
-def _corpus(config: Config, split: str) -> TokenCorpus:
-    return TokenCorpus.open(WorkDirectory(Path(config.work_dir)).corpus(config.stage.corpus), split)
-
-
 def _stream(config: Config) -> SequenceStream:
     stage = config.stage
     return SequenceStream(
-        _corpus(config, "train"),
+        corpus_of(config, "train"),
         seed=config.seed,
         seq_len=stage.seq_len,
         global_batch=stage.global_batch,

@@ -34,6 +34,7 @@ from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.metrics import MetricsWriter, read_metrics
 from dist_lm.training.heartbeat import Heartbeat, Phase
+from dist_lm.training.trainer import StepTasks
 
 log = logging.getLogger(__name__)
 
@@ -79,17 +80,11 @@ class Evaluated:
         self.metrics.write(step, metrics_of(records) | ({} if waited_s is None else {"timing/eval_s": waited_s}))
 
 
-class TasksOfSteps(Protocol):
-    """Evaluates tasks during training. All methods are collective."""
-
-    def reached(self, step: int) -> None:
-        """So many steps are done."""
-
-    def before_checkpoint(self) -> None:
-        """The next checkpoint must not be durable before what has to survive a kill with it."""
+class TasksOfSteps(StepTasks, Protocol):
+    """Evaluates tasks during training. The next checkpoint is not durable before what must survive a kill with it."""
 
     def finish(self) -> None:
-        """Wait for all figures."""
+        """Wait for all figures (collective)."""
 
 
 def weights_file(run: RunDirectory, step: int) -> Path:
