@@ -109,7 +109,8 @@ def test_a_branch_is_another_run_that_begins_at_the_checkpoint(work):
 def test_a_branch_needs_no_stage_before_and_keeps_the_start_of_its_run(work):
     begun = make_run(work, stage="code", **WSD)
     branch = config_of(work, "code", "branch", **WSD, branch_from=str(begun.path), init_from="auto", steps=30)
-    plan = make_plan("code", lambda name: branch if name == "code" else composed([f"stage={name}", *TINY]))
+    before = [f"work_dir={work.path}", *TINY]
+    plan = make_plan("code", lambda name: branch if name == "code" else composed([f"stage={name}", *before]))
     assert "language" not in {one.name for one in plan.stages}
     assert plan.target.config.stage.init_from == "none"
 
