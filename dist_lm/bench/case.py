@@ -4,10 +4,13 @@ A record is one JSON object per line for programs and one row of a table for peo
 """
 
 import importlib
+import importlib.metadata
+import importlib.util
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.machinery import PathFinder
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -52,6 +55,33 @@ def against(own: str, peer: str, why_not: str | None, ceiling: str) -> Compariso
     if why_not:
         return Comparison(own, peer_name=f"{peer}: {why_not}", ceiling=ceiling)
     return Comparison(own, peer, ceiling=ceiling)
+
+
+def why_absent(packages: Iterable[str], modules: Mapping[str, str] | None = None) -> str | None:
+    """Why a peer cannot run; None if it can. No package is imported.
+
+    Args:
+        packages: that it imports.
+        modules: submodules that not every release has, each with the requirement of one that does.
+    """
+    missing = [package for package in packages if not importlib.util.find_spec(package)]
+    if missing:
+        return f"{', '.join(missing)} not installed"
+    for module, requirement in (modules or {}).items():
+        package = module.partition(".")[0]
+        if not _has(package, module):
+            return f"{package} {importlib.metadata.version(package)} has no {module} ({requirement} has)"
+    return None
+
+
+def _has(package: str, module: str) -> bool:
+    spec = importlib.util.find_spec(package)
+    names = module.split(".")
+    for end in range(2, len(names) + 1):
+        if spec is None:
+            return False
+        spec = PathFinder.find_spec(".".join(names[:end]), spec.submodule_search_locations)
+    return spec is not None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ completions only. Speed is in pairs per second.
 Dimensions: B prompts (and sequences of the tree), T tokens.
 """
 
-import importlib.util
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_lm.bench.case import Case, GroupSize, against, configurations
+from dist_lm.bench.case import Case, GroupSize, against, configurations, why_absent
 from dist_lm.bench.rank import OwnTraining, Trial
 from dist_lm.config.root import Config
 from dist_lm.data.batch import RankedPlaces
@@ -54,10 +53,9 @@ def cases(overrides: Sequence[str], quick: bool) -> list[Case]:
 
 
 def _case(config: Config) -> Case:
-    missing = [package for package in PACKAGES if not importlib.util.find_spec(package)]
-    why_not = f"{', '.join(missing)} not installed" if missing else None
+    why_not = why_absent(PACKAGES)
     prompt, own = tokens_of(config)
-    peers = [] if missing else [TRL, TRL_KNOWN]
+    peers = [] if why_not else [TRL, TRL_KNOWN]
     return Case(
         name=f"DPO, {config.model.name}, {config.stage.global_batch} prompts of {prompt}, 2 completions of {own}",
         config=config,

@@ -13,7 +13,7 @@ against generation and updates in turn. It makes one pass of updates; the share 
 The last case pushes the weights of a model into Ray's object store, against a copy of all of them and one `ray.put`.
 """
 
-import importlib.util
+import atexit
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import copy
@@ -22,7 +22,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from dist_lm.bench.case import Case, Comparison, GroupSize, against, configurations
+from dist_lm.bench.case import Case, Comparison, GroupSize, against, configurations, why_absent
 from dist_lm.bench.rank import Trial, pin, two_cores
 from dist_lm.bench.rlhf_grpo import GROUP, TrlGrpo, grpo_config
 from dist_lm.bench.rlhf_loops import ITERATIONS, PROMPTS, BareLoop, Peer, ToyRun, Trl, made_up_prompts, ppo_config
@@ -144,8 +144,7 @@ def push_case(config: Config) -> Case:
 
 
 def _why_not(peer: type[Peer]) -> str | None:
-    missing = [package for package in peer.packages if not importlib.util.find_spec(package)]
-    return f"{', '.join(missing)} not installed" if missing else None
+    return why_absent(peer.packages, peer.modules)
 
 
 class Worker:
@@ -160,6 +159,8 @@ class Worker:
         """The local Ray, started on first use."""
         if self._cluster is None:
             local = ClusterConfig(name="local", connect_timeout_s=120.0)
+            # the garbage collector would close it when a failed process can no longer import
+            atexit.register(self._ends_with_process.close)
             self._cluster = self._ends_with_process.enter_context(connect(local))
         return self._cluster
 

@@ -7,7 +7,7 @@ Dimensions: B completions, P tokens of a prompt, T new tokens, V vocabulary.
 
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -155,6 +155,7 @@ class Peer(ABC):
     """A PPO loop of another library."""
 
     packages: ClassVar[Sequence[str]]
+    modules: ClassVar[Mapping[str, str]] = {}  # that not every release has, with the requirement of one that does
 
     @abstractmethod
     def __init__(self, config: Config, prompt_BP: torch.Tensor) -> None:
@@ -166,9 +167,10 @@ class Peer(ABC):
 
 
 class Trl(Peer):
-    """`PPOTrainer` of TRL (in `trl.experimental` up to version 1.12)."""
+    """`PPOTrainer` of TRL."""
 
     packages: ClassVar[Sequence[str]] = ("trl", "accelerate", "transformers")
+    modules: ClassVar[Mapping[str, str]] = {"trl.experimental.ppo": "trl<1.13"}
 
     def __init__(self, config: Config, prompt_BP: torch.Tensor) -> None:
         ppo = import_module("trl.experimental.ppo")

@@ -53,6 +53,30 @@ def test_a_rank_that_ends_is_reported_with_the_end_of_its_log(toy, tmp_path):  #
         run_case("toy", case_of("fails"), lambda size, request: toy[size].ask(request), tmp_path, quick=True)
 
 
+FAILS_WITH_RAY_OPEN = """
+from contextlib import contextmanager
+from dist_lm.bench import rlhf
+
+@contextmanager
+def connect(config):
+    try:
+        yield
+    finally:
+        import wave  # as Ray imports at its end
+        print("closed")
+
+rlhf.connect = connect
+rlhf.WORKER.cluster()
+raise RuntimeError("the reason")
+"""
+
+
+def test_the_last_line_of_a_failed_rank_is_its_reason_when_ray_was_open():
+    failed = subprocess.run([sys.executable, "-c", FAILS_WITH_RAY_OPEN], capture_output=True, text=True, check=False)
+    assert failed.stdout == "closed\n"
+    assert failed.stderr.splitlines()[-1] == "RuntimeError: the reason"
+
+
 def test_losses_that_are_not_finite_are_not_the_same():
     check_same({"a": [2.0, 1.0], "b": [2.0, 1.00001]})
     with pytest.raises(NotTheSameError, match="step 1"):

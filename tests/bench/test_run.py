@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from rich.console import Console
 
-from dist_lm.bench.case import Case, Comparison, GroupSize, records_of, spread, table_of
+from dist_lm.bench.case import Case, Comparison, GroupSize, records_of, spread, table_of, why_absent
 from dist_lm.bench.run import LONGEST_ROUND, order_of_round, run_benchmark, seconds_per_step
 from dist_lm.errors import ConfigError
 from dist_lm.launcher.compose import compose_config
@@ -44,6 +44,29 @@ def test_spread_is_that_of_the_middle_half():
     assert spread([2.0]) == 0
     assert spread([3.0] * 5) == 0
     assert spread([1.0, 2.0, 3.0, 4.0, 100.0]) == pytest.approx(2 / 3)
+
+
+# --- peers that cannot run ---
+
+
+def test_a_missing_package_is_named():
+    assert why_absent(["json", "not_there", "nor_this"]) == "not_there, nor_this not installed"
+    assert why_absent(["json"]) is None
+
+
+def test_an_installed_release_without_a_module_is_named_with_one_that_has_it(tmp_path, monkeypatch):
+    made = tmp_path / "half_there" / "inner"
+    made.mkdir(parents=True)
+    for folder in (made, made.parent):
+        (folder / "__init__.py").write_text("raise AssertionError('imported')")
+    (tmp_path / "half_there-2.5.dist-info").mkdir()
+    (tmp_path / "half_there-2.5.dist-info" / "METADATA").write_text("Name: half_there\nVersion: 2.5\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    known = {"half_there.inner": "half_there"}
+    assert why_absent(["half_there"], known) is None
+    for module in ("half_there.inner.gone", "half_there.gone", "half_there.gone.part"):
+        reason = why_absent(["half_there"], known | {module: "half_there<2"})
+        assert reason == f"half_there 2.5 has no {module} (half_there<2 has)"
 
 
 # --- records: the keys that other programs read, what their numbers mean, and the table ---
