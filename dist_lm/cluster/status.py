@@ -13,11 +13,13 @@ from rich.text import Text
 
 from dist_lm.cluster.events import read_events
 from dist_lm.errors import ArtefactError
+from dist_lm.stages.registry import load_config, stage_named
+from dist_lm.stages.stage import Place
 from dist_lm.storage import durable
 from dist_lm.storage.lock import is_locked
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import last_metrics
-from dist_lm.tracking.readable import duration, four_digits, percent, three_decimals
+from dist_lm.tracking.readable import counted, duration, four_digits, percent, three_decimals
 from dist_lm.training import checkpoint_files
 
 WORDS = {
@@ -27,17 +29,29 @@ WORDS = {
     "failed": ("failed", "bold red"),
     "stopped": ("stopped: the same command continues", "yellow"),
 }
+LEFT = "generate/eta_s"
+PROGRESS = (  # (metric, how it is shown)
+    ("train/loss", "loss {}", three_decimals),
+    ("val/bits_per_byte", "val {} bits/byte", three_decimals),
+    ("perf/tokens_per_s", "{} tokens/s", four_digits),
+    ("perf/mfu", "MFU {}", percent),
+    ("generate/engines", "{} engines", four_digits),
+    ("generate/tokens_per_s", "{} tokens/s", four_digits),
+    (LEFT, "{} left", duration),
+)
 COLOURS = {"waiting": "dim"} | {state: style for state, (_, style) in WORDS.items()}
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run of a training stage."""
+    """One run of a stage."""
 
     path: str
+    asks: bool  # its stage asks engines and trains nothing
     held: bool  # a launcher works on it
     step: int
     steps: int | None  # configured
+    figures: str  # of a finished run
     metrics: dict[str, float]  # newest value of each
     attempt: dict[str, Any]  # the newest `started` event
     restarts: int
@@ -104,11 +118,15 @@ def read_run(run: RunDirectory) -> RunStatus:
     live = durable.read_json(run.live)
     metrics = last_metrics(run.metrics)
     latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
+    config = load_config(run.config) if run.config.exists() else None
+    stage = stage_named(config.stage.name) if config else None
     return RunStatus(
         path=str(run.path),
+        asks=bool(stage and stage.place is Place.POOL),
         held=is_locked(run.launch_lock),
         step=int(metrics.pop("step", 0)),
-        steps=_steps_of(run),
+        steps=getattr(config.stage, "steps", None) if config else None,
+        figures=stage.figures(durable.read_json(run.result)) if stage else "",
         metrics=metrics,
         attempt=started[-1] if started else {},
         restarts=len(failed),
@@ -151,12 +169,6 @@ def _doing(ranks: Sequence[dict[str, Any]], run: RunStatus, now: float) -> tuple
     stopped = " (stopped)" if slowest["state"] == "T" else ""
     age = slowest["age_s"] + max(0.0, now - run.heard_at)
     return f"{slowest['step']:,}", slowest["phase"] + stopped, f"{age:.1f} s ago"
-
-
-def _steps_of(run: RunDirectory) -> int | None:
-    from dist_lm.stages.registry import load_config
-
-    return getattr(load_config(run.config).stage, "steps", None) if run.config.exists() else None
 
 
 def print_status(status: PipelineStatus, console: Console) -> None:
@@ -217,16 +229,14 @@ def _print_run(run: RunStatus, console: Console, now: float) -> None:
 
 def _progress(run: RunStatus) -> str:
     of = f"/{run.steps:,}" if run.steps else ""
-    parts = [f"step {run.step:,}{of}"]
-    for name, words, form in (
-        ("train/loss", "loss {}", three_decimals),
-        ("val/bits_per_byte", "val {} bits/byte", three_decimals),
-        ("perf/tokens_per_s", "{} tokens/s", four_digits),
-        ("perf/mfu", "MFU {}", percent),
-    ):
-        if name in run.metrics:
+    parts = [f"{counted(run.step, 'prompt')} answered" if run.asks else f"step {run.step:,}{of}"]
+    for name, words, form in PROGRESS:
+        if name in run.metrics and (name != LEFT or run.held):
             parts.append(words.format(form(run.metrics[name])))
-    parts.append(f"newest checkpoint {run.checkpoint or 'none yet'}")
+    if run.figures:
+        parts.append(run.figures)
+    if not run.asks:
+        parts.append(f"newest checkpoint {run.checkpoint or 'none yet'}")
     return "  ".join(parts)
 
 

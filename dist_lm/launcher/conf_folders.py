@@ -64,8 +64,8 @@ def own_folders(overrides: Sequence[str]) -> list[Path]:
     for place, folder in enumerate(folders):
         if not any((folder / group).is_dir() for group in GROUPS):
             raise ConfigError(
-                f"{KEY}: {folder} has no folder of a group ({', '.join(GROUPS)}): expected for example "
-                f"{folder / 'corpus' / 'mine.yaml'}, which is corpus=mine"
+                f"{FLAGS[0]} {folder}: no folder of a group in it ({', '.join(GROUPS)}): expected for example "
+                f"{folder / 'corpus' / 'mine.yaml'}, which is corpus=mine ({KEY})"
             )
         for file in sorted(path for group in GROUPS for path in (folder / group).rglob("*")):
             if file.suffix == ".yml":
@@ -216,5 +216,7 @@ def _folder(entry: str) -> Path:
         raise ConfigError(f"{KEY}: {entry}: expected a folder of this machine")
     folder = Path(rest if found else entry).expanduser().resolve()
     if not folder.is_dir():
-        raise ConfigError(f"{KEY}: {entry}: there is no such folder")
+        raise ConfigError(
+            f"{FLAGS[0]} {entry}: there is no folder {folder}: expected one laid out as {conf_directory()} ({KEY})"
+        )
     return folder

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dist_lm.chat.jinja_text import messages_of, rendered
 from dist_lm.chat.kept_template import writes_hermes_calls
 from dist_lm.chat.messages import Call, ChatError, Conversation, Message, Tool
 from dist_lm.chat.parse import parse_turn
@@ -154,6 +155,34 @@ def test_calls_of_our_form_are_read_and_others_are_refused_by_name(file: Path):
     ):
         with pytest.raises(ChatError, match=rf"has {what}, which the chat template .* tokenizer\.chat_template=ours"):
             render(conversation, plain)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
+        ("{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}", "turns of loops"),
+        ("{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}", "turns of loops"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ 9**9**9 }}", "too large"),
+        ("{% set n = namespace(x=9) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}", "too large"),
+        ("{{ 'a' * 10**9 }}", "too large"),
+        ("{{ 10**9 * ['a'] }}", "too large"),
+        ("{{ 1 // 0 }}", "division"),
+    ],
+)
+def test_a_template_that_would_never_end_is_refused(file: Path, monkeypatch, text: str, words: str):
+    monkeypatch.setattr("dist_lm.chat.jinja_text.MOST_STEPS", 20_000)
+    with pytest.raises(ChatError, match=rf"refuses the conversation \(.*{words}.*chat_template=ours"):
+        render(Conversation((Message("user", "a"), Message("assistant", "b"))), ours_with(file, text))
+
+
+def test_each_rendering_has_steps_of_its_own_and_templates_may_multiply(file: Path, monkeypatch):
+    monkeypatch.setattr("dist_lm.chat.jinja_text.MOST_STEPS", 20)
+    text = "{{ '-' * 3 }}{{ 2**3 * 7 }}{% for i in range(8) %}{% endfor %}" + ADDS_SYSTEM
+    conversation = Conversation((Message("user", "a"), Message("assistant", "b")))
+    for _ in range(3):
+        assert "---56" in rendered(KeptTemplate(text, (), DAY), messages_of(conversation.messages), None, False)
 
 
 def test_templates_that_lose_or_rewrite_turns_are_refused_by_name(file: Path):

@@ -15,7 +15,8 @@ from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.pipeline import queue_of
 from dist_lm.launcher.plan import Plan, PlannedStage
 from dist_lm.stages.registry import stage_named
-from dist_lm.stages.stage import Action
+from dist_lm.stages.stage import Action, run_of
+from dist_lm.storage import durable
 from dist_lm.storage.lock import locked
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.metrics import MetricsWriter
@@ -82,6 +83,30 @@ def test_a_running_command_shows_stages_nodes_ranks_and_the_last_error(tmp_path)
     assert status["run"]["restarts"] == 1
     assert "sesame" not in json.dumps(status)
     assert len(list(read_events(work.run("language", "default").events))) == 3
+
+
+def test_a_run_of_engines_shows_its_answers_and_its_figures(tmp_path):
+    work = WorkDirectory(tmp_path)
+    config = compose_config(["stage=evaluate", f"work_dir={tmp_path}", "stage.models=[m]"])
+    plan, run = Plan((PlannedStage(stage_named("evaluate"), config, Action.BUILD, "code/a"),)), run_of(config)
+    run.create()
+    save_config(config, run.config)
+    with queue_of(plan, ["launch"], job=None) as pipeline:
+        pipeline.begin("evaluate")
+        with MetricsWriter(run.metrics) as metrics, locked(run.launch_lock):
+            assert "0 prompts answered" in shown(work)
+            metrics.write(90, {"generate/engines": 2, "generate/tokens_per_s": 1234.0, "generate/eta_s": 185.0})
+            text = shown(work)
+        assert "90 prompts answered  2 engines  1,234 tokens/s  3:05 min left" in text
+        assert "step" not in text
+        assert "checkpoint" not in text
+        figure = {"value": 0.46, "low": 0.3, "high": 0.6, "items": 50}
+        task = {"figures": {"pass@1": figure}, "groups": {}, "ids": [], "values": []}
+        durable.write_json(run.result, {"models": [{"model": "code/a", "tasks": {"own_python": task}}]})
+        pipeline.end("done")
+    text = shown(work)
+    assert "own_python pass@1 0.460" in text
+    assert "left" not in text
 
 
 @pytest.mark.parametrize(("end", "state", "words"), [("done", "done", "done"), ("failed", "failed", "no luck")])

@@ -62,7 +62,7 @@ def test_a_relative_folder_is_that_of_the_current_one(lab, monkeypatch):
         (lambda lab: (lab / "corpus" / "hub.yaml").write_text("name: hub"), ["hub.yaml", "choose another name"]),
         (lambda lab: (lab / "corpus" / "more.yml").write_text("name: more"), ["more.yml", "end in .yaml"]),
         (lambda lab: (lab / "stage" / "notes.yaml").write_text("steps: 7"), ["notes.yaml", "names no stage", "code"]),
-        (lambda lab: lab.rename(lab.parent / "moved"), ["our lab", "no such folder"]),
+        (lambda lab: lab.rename(lab.parent / "moved"), ["--config-dir", "our lab", "there is no folder"]),
     ],
 )
 def test_a_folder_that_would_not_do_what_it_says_is_refused(lab, spoil, words):
@@ -73,7 +73,7 @@ def test_a_folder_that_would_not_do_what_it_says_is_refused(lab, spoil, words):
 
 
 def test_a_folder_without_groups_and_an_option_without_folder_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no folder of a group"):
+    with pytest.raises(ConfigError, match=f"^--config-dir {tmp_path}: no folder of a group"):
         choices("corpus", with_config_dir(["--config-dir", str(tmp_path)]))
     with pytest.raises(ConfigError, match="expected a folder"):
         with_config_dir(["--config-dir"])
