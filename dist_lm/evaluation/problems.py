@@ -7,14 +7,16 @@ for it and answers with a block of code. The program runs in the sandbox only.
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from dist_lm.errors import ConfigError
+from dist_lm.errors import ConfigError, UserError
 from dist_lm.sandbox.program import Language, Program, Test
+from dist_lm.sandbox.task import refuse_broken
 
 PYTHON_STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n@", "\nassert ", "\n```")
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # Chen et al. 2021
@@ -139,6 +141,10 @@ def humaneval(path: Path) -> list[Problem]:
 
     def read(line: Mapping[str, Any]) -> Problem:
         name = line["entry_point"]
+        if not re.search(r"\bcheck\b", line["test"]):
+            raise UserError("`test` defines no function `check`, which is called with the entry point")
+        if name not in line["prompt"]:
+            raise UserError(f"entry_point is {name}, which `prompt` does not begin")
         test = Test(code=f"{line['test']}\ncheck({name})\n")
         known = line["canonical_solution"]
         return Problem(
@@ -159,6 +165,8 @@ def mbpp(path: Path) -> list[Problem]:
         text = line.get("text") or line["prompt"]
         setup = "\n".join(line.get("test_imports", ())) or line.get("test_setup_code", "")
         asserts = "\n".join(line["test_list"])
+        if not asserts.strip():
+            raise UserError("test_list is empty, so every program would pass")
         test = Test(code=f"{setup}\n{asserts}\n")  # some setups use classes of the program
         return Problem(
             f"MBPP/{line['task_id']}",
@@ -182,9 +190,7 @@ def multipl_e(path: Path) -> list[Problem]:
 
     def read(line: Mapping[str, Any]) -> Problem:
         if line["language"] not in MULTIPL_E:
-            raise ConfigError(
-                f"eval.multipl_e={path}: language {line['language']}: the sandbox runs {' and '.join(MULTIPL_E)}"
-            )
+            raise UserError(f"language {line['language']}: the sandbox runs {' and '.join(MULTIPL_E)}")
         language = MULTIPL_E[line["language"]]
         stops = tuple(line["stop_tokens"])
         tests = line["tests"].lstrip()
@@ -200,24 +206,41 @@ def multipl_e(path: Path) -> list[Problem]:
 
 
 def _read(key: str, path: Path, read: Callable[[Mapping[str, Any]], Problem]) -> list[Problem]:
+    """The problems of a file.
+
+    Raises:
+        ConfigError: names the key, the file, the line, and what is wrong with it.
+    """
+    found: dict[str, Problem] = {}
+    place = ""
     try:
-        found = [read(line) for line in _lines(path)]
-    except ConfigError:
-        raise
+        for where, line in _lines(path):
+            place = where
+            problem = read(json.loads(line) if isinstance(line, str) else line)
+            if not any((test.code if test.stdout is None else test.stdout).strip() for test in problem.tests):
+                raise UserError("it has no tests, so every program would pass")
+            refuse_broken(problem.language, problem.tests)
+            if problem.id in found:
+                raise UserError(f"{problem.id} occurs twice; expected problems with different ids")
+            found[problem.id] = problem
     except OSError as error:
         raise ConfigError(f"{key}={path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{key}={path}: not the published format ({type(error).__name__}: {error})") from error
-    ids = [one.id for one in found]
-    if not found or len({*ids}) < len(ids):
-        raise ConfigError(f"{key}={path}: expected problems with different ids; found {len(ids)}")
-    return found
+    except UserError as error:
+        raise ConfigError(f"{key}={path}{place}: {error}") from error
+    except KeyError as error:
+        raise ConfigError(f"{key}={path}{place}: not the published format: no field {error}") from error
+    except (ValueError, TypeError, AttributeError, EOFError, zlib.error) as error:  # the last two: of gzip
+        raise ConfigError(f"{key}={path}{place}: not the published format ({type(error).__name__}: {error})") from error
+    if not found:
+        raise ConfigError(f"{key}={path}: expected problems; the file has none")
+    return [*found.values()]
 
 
-def _lines(path: Path) -> Iterator[Mapping[str, Any]]:
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place in the file, for messages; its text, or its value in a file that is one JSON list) of each problem."""
     content = path.read_bytes()
     text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
     if text.lstrip().startswith("["):
-        yield from json.loads(text)
-    else:
-        yield from (json.loads(line) for line in text.splitlines() if line.strip())
+        yield from ((f" entry {number}", entry) for number, entry in enumerate(json.loads(text), 1))
+    else:  # not splitlines: JSON may hold U+2028 as it is
+        yield from ((f" line {number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip())

@@ -20,13 +20,18 @@ MAX_SQL_BYTES = 1_000_000
 
 def parses_python(text: str) -> bool:
     """Whether `text` is a Python module."""
+    return not python_error(text)
+
+
+def python_error(text: str) -> str:
+    """Why `text` is no Python module; empty: it is one."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
             ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # ValueError: NUL bytes
-        return False
-    return True
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # ValueError: NUL bytes
+        return str(error) or type(error).__name__
+    return ""
 
 
 def parses_bash(text: str) -> bool | None:

@@ -4,12 +4,13 @@
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from dist_lm.errors import UserError
 from dist_lm.sandbox.program import LANGUAGES, Program, Test
+from dist_lm.sandbox.syntax import python_error
 
 _FENCED = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
 _PARTS = tuple(field.name for field in fields(Test))
@@ -46,7 +47,21 @@ def task_of(values: Mapping[str, Any]) -> Task:
         raise UserError("expected `tests`, a list of code or of objects with " + ", ".join(_PARTS))
     if not isinstance(before, str):
         raise UserError("`before` is no text")
-    return Task(language, tuple(_test(one, before) for one in tests))
+    read = tuple(_test(one, before) for one in tests)
+    refuse_broken(language, read)
+    return Task(language, read)
+
+
+def refuse_broken(language: str, tests: Sequence[Test]) -> None:
+    """Refuse Python tests that do not compile: no program could pass them.
+
+    Raises:
+        UserError: says which test, and why.
+    """
+    for test in tests if language == "python" else ():
+        for part in (test.before, test.code):
+            if why := python_error(part):
+                raise UserError(f"test {part!r:.100} is no Python, so no program passes it: {why}")
 
 
 def _test(value: Any, before: str) -> Test:

@@ -186,3 +186,51 @@ def test_another_file_is_refused_by_the_name_of_its_key(content, tmp_path):
         multipl_e(path)
     with pytest.raises(ConfigError, match=r"eval\.humaneval=.*cannot be read"):
         humaneval(tmp_path / "gone")
+
+
+def without(record: dict, field: str) -> dict:
+    return {name: value for name, value in record.items() if name != field}
+
+
+@pytest.mark.parametrize(
+    ("read", "line", "named"),
+    [
+        (humaneval, without(HUMANEVAL, "test"), "not the published format: no field 'test'"),
+        (humaneval, HUMANEVAL | {"test": ""}, "defines no function `check`"),
+        (
+            humaneval,
+            HUMANEVAL | {"test": "def chek(candidate):\n    assert candidate(1) == 2\n"},
+            "no function `check`",
+        ),
+        (humaneval, HUMANEVAL | {"test": "def check(candidate:\n    pass"}, "is no Python, so no program passes it"),
+        (humaneval, HUMANEVAL | {"entry_point": "dec"}, "entry_point is dec"),
+        (humaneval, HUMANEVAL, "HumanEval/0 occurs twice"),
+        (mbpp, MBPP | {"test_list": []}, "test_list is empty, so every program would pass"),
+        (mbpp, MBPP | {"test_list": ["assert cut("]}, "is no Python"),
+        (multipl_e, MULTIPL_E | {"tests": "}\n"}, "it has no tests, so every program would pass"),
+    ],
+)
+def test_a_problem_that_cannot_be_judged_is_refused_by_its_line(read, line, named, tmp_path):
+    path = tmp_path / "f.jsonl"
+    good = {humaneval: HUMANEVAL, mbpp: MBPP, multipl_e: MULTIPL_E}[read]
+    path.write_text(json.dumps(good) + "\n\n" + json.dumps(line))
+    with pytest.raises(ConfigError, match=rf"eval\.{read.__name__}={path} line 3: .*{named}"):
+        read(path)
+
+
+def test_a_cut_file_is_refused_by_its_line(tmp_path):
+    path = tmp_path / "f.jsonl"
+    path.write_text(json.dumps(HUMANEVAL) + "\n" + json.dumps(HUMANEVAL)[:50])
+    with pytest.raises(ConfigError, match=r"f\.jsonl line 2: not the published format \(JSONDecodeError"):
+        humaneval(path)
+    packed = tmp_path / "f.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes())[:-12])
+    with pytest.raises(ConfigError, match=r"f\.jsonl\.gz: not the published format"):
+        humaneval(packed)
+
+
+def test_a_line_may_hold_any_character(tmp_path):
+    path = tmp_path / "f.jsonl"
+    path.write_text(json.dumps(HUMANEVAL | {"prompt": HUMANEVAL["prompt"] + "# a\u2028b\n"}, ensure_ascii=False))
+    (problem,) = humaneval(path)
+    assert problem.prompt.endswith("# a\u2028b\n")

@@ -39,6 +39,8 @@ def test_fields_of_a_line_become_a_task():
         ({"language": "python", "tests": [{"code": "x", "input": "y"}]}, "unknown input"),
         ({"language": "python", "tests": [{"stdin": "y"}]}, "expected `code` or `stdout`"),
         ({"language": "python", "tests": ["x"], "before": 1}, "`before` is no text"),
+        ({"language": "python", "tests": ["f()", "assert f( =="]}, "test 'assert f\\( ==' is no Python.*line 1"),
+        ({"language": "python", "tests": ["f()"], "before": "import"}, "is no Python, so no program passes it"),
     ],
 )
 def test_a_wrong_line_names_its_field(fields: dict, named: str):
