@@ -6,6 +6,7 @@ so the win rate is about one half. A prompt with an answer that has no score is 
 Dimensions: P prompts, B scored rollouts.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from dist_lm.rlhf.reward_model import RewardScale
 from dist_lm.rlhf.rewards import Scored, share_scored, total_score
 from dist_lm.rlhf.rollouts import Rollouts, read_to_end
 from dist_lm.stages.rlhf import RlhfRunConfig
+
+log = logging.getLogger(__name__)
 
 POLICY_SEED, REFERENCE_SEED = 1, 2  # added to the seed of the run
 POLICY_VERSION, REFERENCE_VERSION = -2, -3  # weight versions for the pool, different from those of all iterations
@@ -51,6 +54,7 @@ class HeldOut:
         compared = ~(own.isnan() | other.isnan())
         own, other = own[compared], other[compared]
         if not len(own):
+            log.warning("no held-out prompt has two answers with a score, so there is no win rate (rlhf.rewards)")
             return {}
         wins = (own > other).double() + (own == other).double() / 2
         return {
@@ -71,8 +75,10 @@ class HeldOut:
             self.supply.source.load_weights(weights, version)
             rollouts = self.supply.draw(self.prompts, 0, 1, group, self.config.seed + seed)
             judged = self.supply.judge(rollouts, expected=group.prompts * group.group)
-        scored = share_scored(judged)
+        scored = share_scored(judged, some=False)
         score_P = torch.full((len(self.prompts),), torch.nan)
+        if not scored.kept_D.any():
+            return score_P
         score_P[torch.from_numpy(scored.kept_D)] = self._total(scored, scale)
         return score_P
 

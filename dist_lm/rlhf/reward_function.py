@@ -10,7 +10,9 @@ import math
 import numbers
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from dist_lm.errors import UserError
@@ -117,7 +119,7 @@ def _score(answer: dict[str, Any]) -> Score:
     value = answer.get("value")
     if isinstance(value, float) and math.isfinite(value):
         return value
-    return Failure(str(answer.get("failure", f"answered {answer}"))[:LONGEST_REASON])
+    return Failure(str(answer.get("failure", f"answered {answer!s:.{LONGEST_REASON}}")))
 
 
 # --- in the process ---
@@ -146,7 +148,14 @@ def answer(function: Callable[[str, str], Any], prompt: str, completion: str) ->
             return {"value": float(value)}
         return {"failure": f"returned {value!r:.{LONGEST_REASON}}; expected a finite number"}
     except (Exception, SystemExit) as error:
-        return {"failure": f"{type(error).__name__}: {error}"[:LONGEST_REASON]}
+        return {"failure": f"{type(error).__name__}: {error}"[:LONGEST_REASON] + _place(error)}
+
+
+def _place(error: BaseException) -> str:
+    """The deepest line of the function's own file that the error went through; empty: it did not reach the function."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # without `answer`
+    own = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f" ({Path(own[-1].filename).name} line {own[-1].lineno})" if own else ""
 
 
 if __name__ == "__main__":

@@ -190,14 +190,15 @@ class Scored:
         return {"rlhf/left_out": 1 - float(self.kept_D.mean()), **failed} if failed else {}
 
 
-def share_scored(judged: JudgedRollouts | None) -> Scored:
+def share_scored(judged: JudgedRollouts | None, some: bool = True) -> Scored:
     """The first rank's rollouts with a score under every rule, on every rank (collective).
 
     Args:
         judged: None on all other ranks.
+        some: there must be a rollout with a score.
 
     Raises:
-        RewardError: no rollout has a score.
+        RewardError: no rollout has one.
     """
     shared: list = [judged]
     dist.broadcast_object_list(shared, _FIRST)
@@ -205,7 +206,7 @@ def share_scored(judged: JudgedRollouts | None) -> Scored:
     kept_D = np.ones(len(drawn), bool)
     for score_D in scores.values():
         kept_D &= np.isfinite(score_D)
-    if not kept_D.any():
+    if some and not kept_D.any():
         raise RewardError(f"none of the {len(drawn)} completions of an iteration has a score (rlhf.rewards)")
     return Scored(
         rollouts=drawn if kept_D.all() else drawn.chosen(kept_D),

@@ -65,6 +65,8 @@ def test_a_rollout_without_a_score_leaves_with_its_tokens_and_scores():
             assert np.array_equal(getattr(found, name), value), name
     with pytest.raises(RewardError, match="none of the 3 completions"):
         share_scored(JudgedRollouts(rollouts, {"a": np.full(3, np.nan)}))
+    none = share_scored(JudgedRollouts(rollouts, {"a": np.full(3, np.nan)}), some=False)
+    assert (len(none.rollouts), none.kept_D.tolist(), len(none.rule_score_B["a"])) == (0, [False] * 3, 0)
 
 
 def test_the_score_is_the_weighted_sum_and_what_was_cut_off_pays():
