@@ -5,6 +5,7 @@ DIR/corpus/mine.yaml is corpus=mine. Hydra takes the first file of a name, so a 
 """
 
 import importlib.util
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,12 +103,28 @@ def recipe_override(recipe: str, model: str, stage: str, overrides: Sequence[str
     Args:
         model: the choice of `model=`; empty: no numbers of one size (an experiment has its own).
         stage: the choice of `stage=`; a file of the user that has no recipe takes that of the stage it varies.
+
+    Raises:
+        ConfigError: no file of the recipe is named after a stage.
     """
     folders = (conf_directory(), *own_folders(overrides))
     stages = dict.fromkeys((stage, program_of(stage, overrides)))
     names = [f"{model}_{name}" for name in stages if model] + [*stages]
-    found = [name for name in names if any((folder / RECIPE / recipe / f"{name}.yaml").is_file() for folder in folders)]
-    return [f"+{RECIPE}/{recipe}@_global_={name}" for name in found[:1]]
+    known = choices("stage", overrides)
+    there = [path.stem for folder in folders for path in (folder / RECIPE / recipe).glob("*.yaml")]
+    if there and not any(name == one or name.endswith(f"_{one}") for name in there for one in known):
+        raise ConfigError(
+            f"recipe={recipe}: {', '.join(sorted(there))}: no stage reads such a file; expected STAGE.yaml or "
+            f"MODEL_STAGE.yaml with STAGE one of {', '.join(known)}"
+        )
+    files = [folder / RECIPE / recipe / f"{name}.yaml" for name in names for folder in folders]
+    return [f"+{RECIPE}/{recipe}@{_package(file)}={file.stem}" for file in files if file.is_file()][:1]
+
+
+def _package(file: Path) -> str:
+    """Where the keys of a recipe belong: what its line `# @package` says, by default the root."""
+    named = re.match(r"#\s*@package\s+(\S+)", file.read_text(encoding="utf-8"))
+    return named[1] if named else "_global_"
 
 
 def program_of(choice: str, overrides: Sequence[str]) -> str:

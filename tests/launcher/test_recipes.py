@@ -113,6 +113,20 @@ def test_an_unknown_recipe_is_refused_by_name():
         compose_config(["stage=code", "recipe=nano_code"])
 
 
+@pytest.mark.parametrize(
+    "text", ["stage: {lr: 0.25}", "# @package _global_\nstage: {lr: 0.25}", "# @package stage\nlr: 0.25"]
+)
+def test_keys_of_a_recipe_belong_where_its_first_line_says(tmp_path, text):
+    file = tmp_path / "recipe" / "ours" / "code.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    command = [f"hydra.searchpath=['{tmp_path}']", "stage=code", "recipe=ours"]
+    assert compose_config(command).stage.lr == 0.25
+    file.rename(file.with_name("coed.yaml"))
+    with pytest.raises(ConfigError, match=r"recipe=ours: coed: no stage reads such a file; expected STAGE\.yaml"):
+        compose_config(command)
+
+
 def test_a_recipe_of_ones_own_and_a_stage_file_that_varies_code(tmp_path):
     for name, text in {
         "stage/notes.yaml": "defaults: [code, _self_]\nsteps: 7\nseq_len: 128",
