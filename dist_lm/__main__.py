@@ -103,6 +103,9 @@ def bench(
             help="Settings of your own workload, instead of the built-in ones: model=tiny stage.seq_len=256"
         ),
     ] = None,
+    config_dir: Annotated[
+        list[str] | None, typer.Option("--config-dir", help="A folder of configuration files; may be repeated.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Only the first workload, with few rounds.")] = False,
     json: Annotated[Path | None, typer.Option("--json", help="Write JSON lines to this file.")] = None,
     recipe: Annotated[
@@ -121,11 +124,14 @@ def bench(
     what recipes learn within one budget."""
     from rich.console import Console
 
+    from dist_lm.launcher.conf_folders import with_config_dir
+
+    settings = with_config_dir([*(f"--config-dir={one}" for one in config_dir or []), *(overrides or [])])
     if name == "learn":
         from dist_lm.bench.learn import run_learning
 
         run_learning(
-            overrides or [],
+            settings,
             Console(),
             recipes=recipe or [],
             peers=peer or [],
@@ -138,7 +144,7 @@ def bench(
         return
     from dist_lm.bench.run import run_benchmark
 
-    run_benchmark(name, overrides or [], Console(), quick=quick, json_file=json)
+    run_benchmark(name, settings, Console(), quick=quick, json_file=json)
 
 
 @gpu.command("check")

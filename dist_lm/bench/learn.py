@@ -35,6 +35,8 @@ from dist_lm.model.keyed_random import DropoutKey, initialise
 from dist_lm.model.size import flops_per_token
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import choose_device
+from dist_lm.stages.registry import stage_named
+from dist_lm.stages.text import TextStage
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.objective import next_token
 from dist_lm.training.optimizer import (
@@ -125,7 +127,8 @@ def recipes_of(overrides: Sequence[str], own: Sequence[str], peers: Sequence[str
     """The recipe of `overrides` alone, then `NAME: overrides` of each of `own`, then the peers.
 
     Raises:
-        ConfigError: a recipe without a name, an unknown peer, overrides that cannot be composed.
+        ConfigError: a recipe without a name, an unknown peer, overrides that cannot be composed, a stage that does not
+            learn the next token.
     """
     stage = [] if any(one.startswith("stage=") for one in overrides) else ["stage=code", "model=nano"]
     base = [*stage, *BASE, *overrides]
@@ -141,9 +144,22 @@ def recipes_of(overrides: Sequence[str], own: Sequence[str], peers: Sequence[str
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"--recipe={twice.pop()}: the name is taken; expected a name of its own")
     for one in found:
+        if not isinstance(stage_named(one.config.stage.name), TextStage):
+            raise ConfigError(
+                f"{one.name}: stage={one.config.stage.name}: bench learn measures the loss of the next token: expected "
+                "a stage that trains on it, such as language or code"
+            )
         if one.config.stage.ema_decay:
             raise ConfigError(f"{one.name}: stage.ema_decay is set; bench learn measures the weights: expected 0")
     return found
+
+
+def _prepare(folder: Path, option: str, value: Path) -> None:
+    """Make the folder that results go to, before anything is measured."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{option}={value}: {folder} cannot be made ({error.strerror}); choose another") from error
 
 
 def _named(text: str, option: str) -> tuple[str, list[str]]:
@@ -310,7 +326,7 @@ def run_learning(
         curves_in: a folder that gets `curves.jsonl`, one point a line, and `curves.svg`.
 
     Raises:
-        ConfigError: see `recipes_of` and `Budget.parse`.
+        ConfigError: see `recipes_of` and `Budget.parse`; a folder of results cannot be made.
         ArtefactError: the work directory lacks the corpus.
     """
     spent = Budget.parse(budget)
@@ -318,6 +334,13 @@ def run_learning(
         if value < 1:
             raise ConfigError(f"--{option}={value}: expected a positive integer")
     compared = recipes_of(overrides, recipes, peers)
+    for one in compared[1:]:
+        if one.build is OwnLearner and one.config == compared[0].config:
+            console.print(f"note: {one.name} has the same configuration as the first row")
+    if json_file:
+        _prepare(json_file.parent, "--json", json_file)
+    if curves_in:
+        _prepare(curves_in, "--curves", curves_in)
     device = choose_device(compared[0].config.device, 0)
     curves: list[Curve] = []
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -330,7 +353,6 @@ def run_learning(
     if json_file:
         json_file.write_text("".join(record.to_json() + "\n" for record in records_of(curves)))
     if curves_in:
-        curves_in.mkdir(parents=True, exist_ok=True)
         lines = [
             {"recipe": curve.recipe, "seed": curve.seed, **asdict(point)} for curve in curves for point in curve.points
         ]

@@ -40,14 +40,14 @@ MUON = "stage.muon.lr=null stage.muon.scale=adamw stage.muon.momentum_warmup_ste
 
 def learn(tiny_work, folder, *overrides: str, **changed):
     options = {"recipes": [], "peers": [], "budget": f"{6 * 8 * 32}tokens", "seeds": 1} | changed
-    console = Console(file=(folder / "table").open("w"), width=120)
-    return run_learning(
-        [*SETTINGS, f"work_dir={tiny_work.path}", *overrides],
-        console,
-        json_file=folder / "records.jsonl",
-        curves_in=folder / "curves",
-        **options,
-    )
+    with (folder / "table").open("w") as table:
+        return run_learning(
+            [*SETTINGS, f"work_dir={tiny_work.path}", *overrides],
+            Console(file=table, width=120),
+            json_file=folder / "records.jsonl",
+            curves_in=folder / "curves",
+            **options,
+        )
 
 
 def test_a_learner_is_the_run_of_its_recipe(tiny_work, tmp_path):
@@ -150,6 +150,7 @@ def test_a_budget_pays_for_whole_steps(text, steps):
         ({"peers": ["nanochat: /nowhere"]}, "--peer=nanochat: /nowhere: expected the path of a checkout"),
         ({"peers": ["neox: model.norm=rmsnorm"]}, "--peer=neox: the model is Arcee; expected GPT-NeoX"),
         ({"recipes": ["a: stage.ema_decay=0.9"]}, "a: stage.ema_decay is set"),
+        ({"recipes": ["a: stage=reward"]}, "a: stage=reward: bench learn measures the loss of the next token"),
         ({"budget": "300tokens"}, "stage.warmup_steps=2: the budget pays for 1 steps"),
     ],
 )
@@ -157,6 +158,13 @@ def test_what_cannot_be_compared_is_refused_by_name(tiny_work, tmp_path, changed
     with pytest.raises(ConfigError) as refusal:
         learn(tiny_work, tmp_path, **changed)
     assert said in str(refusal.value)
+
+
+def test_results_have_a_folder_before_anything_is_measured_and_equal_rows_are_named(tiny_work, tmp_path):
+    (tmp_path / "curves").write_text("no folder")
+    with pytest.raises(ConfigError, match=r"--curves=.*curves: .* cannot be made \(File exists\)"):
+        learn(tiny_work, tmp_path, recipes=["same: stage.lr=1e-2"])
+    assert "same has the same configuration as the first row" in (tmp_path / "table").read_text()
 
 
 def test_the_schedule_of_nanochat():
