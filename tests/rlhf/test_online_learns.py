@@ -10,7 +10,7 @@ from tests.rlhf.toy import LENGTH, TOKENS, toy
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
-TOYS = {"tokens": (TOKENS, 15), "length": (LENGTH, 30)}  # with iterations
+TOYS = {"tokens": (TOKENS, 20), "length": (LENGTH, 30)}  # with iterations
 OWN = {
     "grpo": {"epochs": 4},
     "dr_grpo": {"epochs": 4},
