@@ -19,6 +19,7 @@ from omegaconf import MISSING
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import TRUST_ME, Config
+from dist_lm.data.prompts import find_prompts
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.stages.generate import FREE, RESULT_KEYS, label_of, newest_run
 from dist_lm.stages.registry import load_config
@@ -124,6 +125,7 @@ class Evaluate(PoolStage):
             free = (*FREE, "stage.questions_per_part", "stage.cache_tokens", "eval.pool.")
             keys = (*RESULT_KEYS, "eval.")
             refuse_other_settings(run, own, [one for key in keys for one in differing_keys(begun, own, key, free)])
+            refuse_other_inputs(run, own)
         if run.result.exists():
             return Look(own, Action.READY, figures_of(json.loads(run.result.read_text(encoding="utf-8"))))
         detail = f"{', '.join(labels)} on {', '.join(own.stage.tasks)}"
@@ -160,6 +162,7 @@ class Evaluate(PoolStage):
     def work(self, config: Config, run: RunDirectory, tokenizer: "Tokenizer") -> PoolWork:
         from dist_lm.stages.evaluate_work import Evaluation
 
+        durable.write_json(run.inputs, begun_with(run) | inputs_of(evaluate_config(config)))
         return Evaluation(evaluate_config(config), run, tokenizer)
 
     def joined(self, config: Config, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -194,6 +197,37 @@ def evaluate_config(config: Config) -> EvaluateRunConfig:
     """`config` with the type of this stage."""
     assert isinstance(config, EvaluateRunConfig)
     return config
+
+
+def inputs_of(config: EvaluateRunConfig) -> dict[str, str]:
+    """The SHA-256 of the files that the figures come from: `eval.TASK=PATH`, and the manifest of each checkpoint.
+
+    A checkpoint that is gone is left out: the figures of a finished run stay.
+    """
+    found = {f"eval.{task}={path}": path for task, path in config.eval.files.items() if task in config.stage.tasks}
+    if "reward" in config.stage.tasks:
+        found |= {f"eval.prompts={path}": path for path in find_prompts(config.eval.prompts, "eval.prompts")}
+        reward = checkpoint_files.find_checkpoint(Path(config.eval.reward_model).expanduser())
+        found[f"eval.reward_model={reward}"] = reward / checkpoint_files.MANIFEST
+    found |= {f"stage.models={path}": Path(path) / checkpoint_files.MANIFEST for path in config.stage.models}
+    return {name: durable.sha256_of(path) for name, path in found.items() if path.is_file()}
+
+
+def begun_with(run: RunDirectory) -> dict[str, str]:
+    """What a run of this stage began with, as `inputs_of` gives it; nothing for a new run."""
+    return json.loads(run.inputs.read_text(encoding="utf-8")) if run.inputs.exists() else {}
+
+
+def refuse_other_inputs(run: RunDirectory, config: EvaluateRunConfig) -> None:
+    """Refuse to show or to go on with figures of files that have changed since.
+
+    Raises:
+        ArtefactError: names the key, the file and the way out.
+    """
+    before = begun_with(run)
+    for name, sha256 in inputs_of(config).items():
+        if before.get(name, sha256) != sha256:
+            raise ArtefactError(f"{name}: has changed since {run.path} began: choose another run_id")
 
 
 def table_of(run: RunDirectory) -> Path:

@@ -1,6 +1,7 @@
 """Stage `evaluate`: figures of several models, the same whether or not the run was disturbed; refusals by name."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -127,6 +128,28 @@ def test_two_models_give_the_same_figures_after_a_stop(trained, cluster, tmp_pat
     assert plan_of(trained, "run_id=stopped", *settings).action is Action.READY
     with pytest.raises(ConfigError, match=r"stage\.temperature=0\.5 \(was 1\.0\)"):
         plan_of(trained, "run_id=stopped", *settings, "stage.temperature=0.5")
+
+
+@pytest.mark.usefixtures("few")
+def test_figures_of_files_that_have_changed_since_are_not_shown_or_gone_on_with(tiny_work, cluster, tmp_path):
+    work = linked(tiny_work, tmp_path / "work")
+    model = write_untrained(work, "code", 0).path
+    problem = {"task_id": "a", "prompt": "def f():\n", "entry_point": "f", "canonical_solution": "    return 1\n"}
+    problem |= {"test": "def check(f):\n    assert f() == 1\n"}
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps(problem) + "\n")
+    settings = (f"stage.models=[{model}]", "stage.tasks=[humaneval]", f"eval.humaneval={file}")
+    assert run_pool_stage(plan_of(work, *settings), cluster, Screen(), Interrupt())
+    assert plan_of(work, *settings).action is Action.READY
+    file.write_text(json.dumps(problem | {"test": "def check(f):\n    assert f() == 2\n"}) + "\n")
+    with pytest.raises(ArtefactError, match=rf"^eval\.humaneval={file}: has changed since .*: choose another run_id$"):
+        plan_of(work, *settings)
+    file.write_text(json.dumps(problem) + "\n")
+    assert plan_of(work, *settings).action is Action.READY
+    shutil.rmtree(model)
+    write_untrained(work, "code", 1)
+    with pytest.raises(ArtefactError, match=r"^stage\.models=.*step_00000005: has changed since "):
+        plan_of(work, *settings)
 
 
 @pytest.fixture
