@@ -14,7 +14,7 @@ from dist_lm.errors import UserError
 from dist_lm.evaluation.figures import recorded, refused, request_of, task_figures
 from dist_lm.evaluation.tasks import Asking, Item, Record, asks_as_chat, items_of
 from dist_lm.generation.request import Answer, Refusal, Request
-from dist_lm.sandbox.pool import SandboxPool
+from dist_lm.sandbox.pool import Sandboxes
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ class Round:
         """The number of its questions."""
         return len(self._questions)
 
-    def take(self, result: Answer | Refusal, sandboxes: SandboxPool | None) -> None:
+    def take(self, result: Answer | Refusal, sandboxes: Sandboxes | None) -> None:
         """Begin to judge an answer; a second one to the same question is ignored."""
         number = int(result.request)
         if number in self._waiting:

@@ -19,7 +19,7 @@ from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.evaluation.problems import Problem, humaneval, mbpp, multipl_e, own_infills, own_problems
 from dist_lm.generation.request import Answer, SamplingParams
-from dist_lm.sandbox.pool import SandboxPool
+from dist_lm.sandbox.pool import Sandboxes
 from dist_lm.sandbox.program import LANGUAGES, Language, Limits, Program
 from dist_lm.sandbox.sandbox import fences
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ CPU_S = 3.0  # of a program with its tests
 
 Record = dict[str, Any]
 """`passed`, `outcome`, `text` of an answer, and what else its task knows."""
-Judge = Callable[[Answer, SandboxPool | None], Callable[[], Record]]
+Judge = Callable[[Answer, Sandboxes | None], Callable[[], Record]]
 """(answer, sandboxes) -> a function that waits for the judgement."""
 
 
@@ -123,7 +123,7 @@ def code_items(problems: Iterable[Problem], asking: Asking) -> list[Item]:
     """Problems as completions of a base model, or requests to a chat model."""
 
     def judge_of(problem: Problem) -> Judge:
-        def judge(answer: Answer, sandboxes: SandboxPool | None) -> Callable[[], Record]:
+        def judge(answer: Answer, sandboxes: Sandboxes | None) -> Callable[[], Record]:
             ended = answer.finish == "stop"
             program = problem.answered(answer.text) if asking.chat else problem.completed(answer.text, ended)
             return executed(program, sandboxes, asking.limits)
@@ -175,7 +175,7 @@ def group_of(problem: Problem) -> str:
     return f"level {problem.level}" if problem.level else ""
 
 
-def executed(program: Program, sandboxes: SandboxPool | None, limits: Limits) -> Callable[[], Record]:
+def executed(program: Program, sandboxes: Sandboxes | None, limits: Limits) -> Callable[[], Record]:
     """Start the tests of a program; the record has their outcome."""
     assert sandboxes is not None, "code is executed in a sandbox only"
     future = sandboxes.submit(program, limits)
@@ -218,7 +218,7 @@ def tool_items(asking: Asking, folder: Path) -> list[Item]:
     params = SamplingParams(max_new_tokens=TURN_TOKENS, temperature=0, stop_tokens=stop_tokens(asking.tokenizer))
 
     def item(number: int, asked: Any) -> Item:
-        def judged(answer: Answer, _: SandboxPool | None) -> Callable[[], Record]:
+        def judged(answer: Answer, _: Sandboxes | None) -> Callable[[], Record]:
             turn = read_answer(answer.tokens, answer.finish == "stop", asking.tokenizer)
             verdict = judge(turn, asked.question.expected, asked.question.asked.tools)
             outcome = "passed" if verdict.exact else "failed" if verdict.is_turn else "no turn"
@@ -243,7 +243,7 @@ def bfcl_items(asking: Asking) -> list[Item]:
     params = SamplingParams(max_new_tokens=TURN_TOKENS, temperature=0, stop_tokens=stop_tokens(asking.tokenizer))
 
     def item(question: Any) -> Item:
-        def judged(answer: Answer, _: SandboxPool | None) -> Callable[[], Record]:
+        def judged(answer: Answer, _: Sandboxes | None) -> Callable[[], Record]:
             right = is_right(read_answer(answer.tokens, answer.finish == "stop", asking.tokenizer), question)
             return lambda: {"passed": right, "outcome": "passed" if right else "failed"}
 

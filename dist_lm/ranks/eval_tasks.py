@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from dist_lm.cluster.ray_cluster import RayCluster
+from dist_lm.cluster.sandboxes import sandboxes_of
 from dist_lm.config.root import TRUST_ME, Config
 from dist_lm.evaluation.in_loop import LoopTasks, Round, figure_name, loop_tasks, metrics_of, write_records
 from dist_lm.evaluation.tasks import Record
@@ -28,7 +30,7 @@ from dist_lm.parallel.mesh import World
 from dist_lm.parallel.sharding import generation_dtype, reshard
 from dist_lm.parallel.values import stream_weights
 from dist_lm.ranks.rlhf_supply import engine_spec, joined
-from dist_lm.sandbox.pool import SandboxPool
+from dist_lm.sandbox.pool import Sandboxes
 from dist_lm.stages.sampling import shared_answers
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -54,15 +56,16 @@ class Evaluated:
     tasks: LoopTasks
     metrics: MetricsWriter | None  # on the first rank
     heartbeat: Heartbeat
+    cluster: RayCluster | None = None  # whose nodes run programs; None: only this one does
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the copies that answer."""
         return generation_dtype(self.config.parallel, self.world.device)
 
-    def sandboxes(self, asked: Round) -> SandboxPool | None:
+    def sandboxes(self, asked: Round) -> Sandboxes | None:
         """Sandboxes for the programs of a round, not started; None if it has none."""
-        return SandboxPool(trust_me=self.config.sandbox == TRUST_ME) if asked.executes else None
+        return sandboxes_of(self.cluster, 0, self.config.sandbox == TRUST_ME) if asked.executes else None
 
     def weights(self, receives: bool) -> WeightStream:
         """The weights of the model; every rank reads them to the end (collective)."""
@@ -157,7 +160,7 @@ class BetweenSteps:
             parts.write(step, records, time.perf_counter() - began)
 
     def _records(
-        self, asked: Round, weights: WeightStream, sandboxes: SandboxPool | None, alive: Callable[[], None]
+        self, asked: Round, weights: WeightStream, sandboxes: Sandboxes | None, alive: Callable[[], None]
     ) -> dict[str, list[Record]]:
         """The records of a round on the first rank."""
         parts = self._parts
@@ -223,6 +226,7 @@ def tasks_of_steps(
         from dist_lm.ranks.eval_actors import BesideTraining
 
         spec = engine_spec(config, pool, tokenizer, parts.dtype, world.device, texts=True)
+        parts = replace(parts, cluster=beside.cluster if beside else None)
         own = BesideTraining(parts, partial(beside.start, spec) if beside else None, done)
         try:
             yield own

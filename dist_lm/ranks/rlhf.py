@@ -30,7 +30,7 @@ from dist_lm.ranks.program import (
 )
 from dist_lm.ranks.rlhf_held_out import HeldOut
 from dist_lm.ranks.rlhf_models import Begun, begin, saved_files, train_state
-from dist_lm.ranks.rlhf_supply import joined, pretraining_text, rollout_source
+from dist_lm.ranks.rlhf_supply import PoolBeside, joined, pretraining_text, rollout_source
 from dist_lm.rlhf.algorithm import Algorithm
 from dist_lm.rlhf.dapo import Dapo
 from dist_lm.rlhf.dr_grpo import DrGrpo
@@ -189,13 +189,15 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
         )
         check_corpora(run, config, start.tokenizer, world)
         train, held_out_prompts = read_all(config, run, start.tokenizer)
-        supply = _supply(config, start, begun, train, reporter, stack)
+        beside = stack.enter_context(joined(config, world.device)) if world.is_first else None
+        supply = _supply(config, start, begun, train, reporter, stack, beside)
         tasks = None
         if config.stage.eval_tasks:
             from dist_lm.ranks.rlhf_tasks import tasks_of_iterations
 
             source, policy = supply.source if supply else None, begun.models.policy.model
-            tasks = tasks_of_iterations(config, run, start, policy, source, metrics, heartbeat)
+            cluster = beside.cluster if beside else None
+            tasks = tasks_of_iterations(config, run, start, policy, source, metrics, heartbeat, cluster)
         looks = partial(reporter.alive, Phase.EVALUATING)
         held_out = HeldOut(config, start, begun.models, supply, held_out_prompts, looks)
         if state.iteration == 0:
@@ -243,6 +245,7 @@ def _supply(
     prompts: Sequence[Sequence[int]],
     reporter: Reporter,
     stack: ExitStack,
+    beside: PoolBeside | None,
 ) -> RolloutSupply | None:
     """Prompts and source of rollouts on the first rank; None on other ranks (collective)."""
     weights = sent_weights(begun.models.policy.model, config.parallel, start.world)
@@ -250,7 +253,6 @@ def _supply(
         read_to_end(weights)
         return None
     group, draws = config.rlhf, partial(reporter.alive, Phase.GENERATING)
-    beside = stack.enter_context(joined(config, start.world.device))
     on_nodes = partial(sandboxes_of, beside.cluster if beside else None)
     tasks = Tasks(tasks_of(group, start.tokenizer), config.sandbox == TRUST_ME, on_nodes)
     judge = Judge(group.rewards, start.tokenizer.decode, group.max_failed_fraction, draws, tasks)

@@ -12,6 +12,7 @@ from functools import partial
 
 import torch.distributed as dist
 
+from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.evaluation.in_loop import Round, loop_tasks
 from dist_lm.evaluation.tasks import Record
 from dist_lm.generation.request import Answer, Request
@@ -80,12 +81,14 @@ def tasks_of_iterations(
     source: RolloutSource | None,
     metrics: MetricsWriter | None,
     heartbeat: Heartbeat,
+    cluster: RayCluster | None = None,
 ) -> TasksOfIterations:
     """What evaluates the tasks of `stage.eval_tasks`.
 
     Args:
         source: on the first rank.
+        cluster: see `Evaluated`.
     """
     tasks = loop_tasks(config, run, start.tokenizer)
-    parts = Evaluated(config, run, start.world, start.tokenizer, policy, tasks, metrics, heartbeat)
+    parts = Evaluated(config, run, start.world, start.tokenizer, policy, tasks, metrics, heartbeat, cluster)
     return TasksOfIterations(parts, source, config.rlhf.max_staleness)

@@ -1,13 +1,18 @@
 """Tasks answered beside training: by the weights of their step, whenever the answers come, and once after any kill."""
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from dist_lm.cluster.ray_cluster import RayCluster
+from dist_lm.cluster.sandboxes import ClusterSandboxes, Place
+from dist_lm.config.cluster import ClusterConfig
 from dist_lm.evaluation.in_loop import loop_tasks
 from dist_lm.generation.decoder import WeightStream
 from dist_lm.generation.engine import Engine, EngineOptions
@@ -17,6 +22,8 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.ranks.eval_actors import BesideTraining
 from dist_lm.ranks.eval_tasks import BetweenSteps, Evaluated, weights_file
+from dist_lm.sandbox.pool import SandboxPool
+from dist_lm.sandbox.program import Limits, Program, Verdict
 from dist_lm.storage.durable import json_lines
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -25,6 +32,7 @@ from dist_lm.training.heartbeat import Unheard
 from tests.conftest import TINY, composed
 
 SOON_S = 0.02
+SETTINGS = ("stage=language", *TINY, "model.init_std=0.15", "stage.steps=8", "stage.eval_new_tokens=6")
 FIGURES = {"eval/own_sql/pass@1", "eval/own_sql/low", "eval/own_sql/high"}
 
 
@@ -60,8 +68,7 @@ def _alone() -> Iterator[None]:
 
 @pytest.fixture
 def parts(work: WorkDirectory) -> Iterator[Evaluated]:
-    settings = ("stage=language", *TINY, "model.init_std=0.15", "stage.steps=8", "stage.eval_new_tokens=6")
-    config = composed([*settings, "stage.eval_tasks={own_sql: 4}", f"work_dir={work.path}"])
+    config = composed([*SETTINGS, "stage.eval_tasks={own_sql: 4}", f"work_dir={work.path}"])
     run, tokenizer = work.run("language", "beside"), Tokenizer.load(work.tokenizer_model)
     run.create()
     model = Transformer(config.model)
@@ -195,3 +202,32 @@ def test_a_failure_of_the_actors_ends_the_run(parts: Evaluated):
     with pytest.raises(RuntimeError, match="no actors"):
         beside.finish()
     beside.close()
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
+def test_programs_of_answers_run_on_other_nodes_too(work: WorkDirectory, parts: Evaluated, monkeypatch):
+    items = loop_tasks(composed([*SETTINGS, "stage.eval_tasks={own_bash: 4}"]), parts.run, parts.tokenizer).items
+    few = replace(parts.tasks, every={"own_bash": 4}, items={task: own[::12] for task, own in items.items()})
+    parts = replace(parts, tasks=few)
+    BetweenSteps(parts, 0).reached(4)
+    expected = list(json_lines(parts.run.task_samples("own_bash", 4)))
+    ran, cluster = [], RayCluster("", ClusterConfig(name="local"))
+    with SandboxPool(2) as pool:
+
+        def run(program: Program, limits: Limits) -> Future[Verdict]:
+            ran.append(program)
+            return pool.submit(program, limits)
+
+        def on_another_node(self: ClusterSandboxes) -> None:
+            self._places[:] = [Place("another node", run, workers=2)]
+
+        monkeypatch.setattr(RayCluster, "nodes", lambda self: ["this node", "another node"])
+        monkeypatch.setattr(ClusterSandboxes, "_start_actors", on_another_node)
+        machine = Machine(parts)
+        machine.answering.set()
+        beside = BesideTraining(replace(parts, cluster=cluster), machine.start, 0)  # type: ignore[arg-type]
+        beside.reached(4)
+        beside.finish()
+        beside.close()
+    assert len(ran) == len(expected)
+    assert list(json_lines(parts.run.task_samples("own_bash", 4))) == expected
