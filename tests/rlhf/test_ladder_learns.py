@@ -16,6 +16,7 @@ from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.rlhf import RewardPartConfig, RlhfConfig
 from dist_lm.data.batch import Batch
 from dist_lm.demo.ladder import RUNGS, Part, TinyTask, tasks
+from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.model.transformer import Transformer
 from dist_lm.rlhf.learner import IterationReport
 from dist_lm.rlhf.models import sent_weights, trained
@@ -23,31 +24,30 @@ from dist_lm.rlhf.rewards import Judge, Tasks
 from dist_lm.rlhf.rollouts import EngineRollouts
 from dist_lm.sandbox.task import task_of
 from dist_lm.training.objective import next_token
-from tests.rlhf.toy import EOT, MODEL, WORLD, Toy, engine_of, toy
+from tests.rlhf.toy import EOT, MODEL, WORLD, Toy, toy
 
 pytestmark = [
     pytest.mark.usefixtures("one_rank"),
     pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap"),
 ]
 PIECE = re.compile(r"\d+| ?[A-Za-z_]+| ?[^\w\s]|\s")
-SIZES: dict[Part, int] = {"solved": 40 * len(RUNGS), "train": 30 * len(RUNGS), "held_out": 3 * len(RUNGS)}
+SIZES: dict[Part, int] = {"solved": 40 * len(RUNGS), "train": 30 * len(RUNGS), "held_out": 8 * len(RUNGS)}
 WIDTH = 48  # tokens of the longest task with its solution
-SAMPLES = 2  # of each held-out task
+SAMPLES = 4  # of each held-out task
 START = 0.1  # nats per token: a start that solves some tasks
 RATE = 2e-3  # of supervised steps
 LAST = 5  # whose mean loss counts
-ITERATIONS = 100
-SHAPES = {  # both with a token for each word
-    "small": replace(MODEL, d_model=96, n_heads=4, d_ff=384),
-    "nano": replace(MODEL, d_model=160, n_layers=4, n_heads=5, d_ff=640, init_std=0.02),
-}
+ITERATIONS = 70
+NANO = replace(MODEL, d_model=160, n_layers=4, n_heads=5, d_ff=640, init_std=0.02)  # conf/model/nano, a token a word
 GRPO = RlhfConfig(
     algorithm="grpo",
     prompts=32,
     samples=16,
     max_new_tokens=24,
     minibatches=1,
-    lr=5e-4,
+    lr=8e-4,
+    warmup_iterations=4,
+    min_lr_ratio=0.25,
     kl_coefficient=0.0,
     missing_eos_penalty=0.0,
     rewards={"solved": RewardPartConfig(kind="tests", score="all", cpu_s=2.0, wall_s=60.0, workers=2)},
@@ -99,16 +99,24 @@ def learn_the_form(model: Transformer, words: Words, solved: Sequence[TinyTask],
     return len(losses) - 1
 
 
-def pass_at_1(made: Toy, words: Words, held_out: Sequence[TinyTask], seed: int) -> float:
-    """Share of sampled answers that pass all tests."""
+def passes(made: Toy, words: Words, held_out: Sequence[TinyTask], seed: int) -> tuple[float, float]:
+    """pass@1, the share of sampled answers that pass all tests, and the share of tasks with such an answer."""
     supply = made.learner.supply
     assert supply
     supply.source.load_weights(sent_weights(made.learner.models.policy.model, ParallelConfig(), WORLD), -2)
     rollouts = supply.draw([words.prompt(task) for task in held_out], 0, SAMPLES, GRPO, seed + 1)
-    return float(np.nanmean(supply.judge(rollouts).scores["solved"]))
+    score_B, position_B = supply.judge(rollouts).scores["solved"], rollouts.position_B
+    solved = [np.nanmax(score_B[position_B == place]) for place in range(len(held_out))]
+    return float(np.nanmean(score_B)), float(np.mean(solved))
 
 
-def climb(monkeypatch: pytest.MonkeyPatch, model: ModelConfig, seed: int, iterations: int) -> tuple[float, float]:
+def engine_for(model: ModelConfig) -> Engine:
+    """An engine that draws half of an iteration at a time."""
+    options = EngineOptions(cache_tokens=256 * 64, page_tokens=64, max_sequences=256)
+    return Engine(model, Transformer(model).state_dict(), eot_id=EOT, options=options)
+
+
+def climb(monkeypatch: pytest.MonkeyPatch, seed: int, iterations: int) -> tuple[float, float]:
     """Held-out pass@1 before and after GRPO."""
     parts = {part: list(tasks(seed, part, count)) for part, count in SIZES.items()}
     words = Words([task for made in parts.values() for task in made])
@@ -117,9 +125,9 @@ def climb(monkeypatch: pytest.MonkeyPatch, model: ModelConfig, seed: int, iterat
     monkeypatch.setattr(
         "tests.rlhf.toy.Judge", lambda parts, _, *rest: Judge(parts, words.decode, *rest, tasks=Tasks(judged))
     )
-    shape = replace(model, vocab_size=len(words.pieces), max_seq_len=2 * WIDTH)
+    shape = replace(NANO, vocab_size=len(words.pieces), max_seq_len=2 * WIDTH)
     made = toy(
-        GRPO, iterations, seed=seed, model=shape, reference=False, source=lambda: EngineRollouts(engine_of(shape))
+        GRPO, iterations, seed=seed, model=shape, reference=False, source=lambda: EngineRollouts(engine_for(shape))
     )
     supply, report = made.learner.supply, made.learner.report
     assert supply
@@ -132,21 +140,21 @@ def climb(monkeypatch: pytest.MonkeyPatch, model: ModelConfig, seed: int, iterat
     began = time.process_time()
     with supply.judge:
         steps = learn_the_form(made.learner.models.policy.model, words, parts["solved"], START)
-        before = pass_at_1(made, words, parts["held_out"], seed)
+        before, within = passes(made, words, parts["held_out"], seed)
         seconds = time.process_time() - began
-        print(f"\nseed {seed}: {before:.3f} after {steps} steps, {seconds:.0f} CPU s;", end="", flush=True)
+        told_before = f"held-out pass@1 {before:.3f}, pass@{SAMPLES} {within:.3f}"
+        print(f"\nseed {seed}: {told_before} after {steps} steps, {seconds:.0f} CPU s;", end="", flush=True)
         made.run()
-        after = pass_at_1(made, words, parts["held_out"], seed)
+        after, within = passes(made, words, parts["held_out"], seed)
     seconds = time.process_time() - began
-    print(f"; held-out pass@1 {before:.3f} -> {after:.3f}, {seconds:.0f} CPU s", flush=True)
+    print(f"; then {after:.3f} and {within:.3f}, {seconds:.0f} CPU s without those of programs", flush=True)
     return before, after
 
 
 @pytest.mark.bars
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("name", SHAPES)
-def test_held_out_pass_at_1_rises_by_a_fifth(monkeypatch, name: str, seed: int):
-    before, after = climb(monkeypatch, SHAPES[name], seed, ITERATIONS)
+def test_held_out_pass_at_1_rises_by_a_fifth(monkeypatch, seed: int):
+    before, after = climb(monkeypatch, seed, ITERATIONS)
     assert before > 0.02
     assert after - before >= 0.2
