@@ -331,6 +331,8 @@ def evaluate(
     require(dtype in ("auto", *DTYPES), "--dtype", dtype, f"auto, {' or '.join(DTYPES)}")
     for key, file in (("--output", output), ("--samples", samples)):
         require(file is None or file.absolute().parent.is_dir(), key, file, "a file in a folder that exists")
+    include = options.include_path
+    require(include is None or include.is_dir(), "--include_path", include, "a folder with task files")
     names = list(chain.from_iterable(one.split(",") for one in options.tasks))
     require(bool(names) and all(names), "--tasks", ",".join(options.tasks), "names of tasks, such as arc_easy,piqa")
     chosen = option_device(device)

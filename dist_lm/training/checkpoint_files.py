@@ -268,8 +268,10 @@ def find_checkpoint(path: Path) -> Path:
         found = read_pointer(checkpoints, LATEST)
         if found is not None:
             return found
+    foreign = path.suffix == ".gguf" or (path / "config.json").is_file()
+    way_out = "; `dist-lm import` makes a run of a model of transformers or llama.cpp" if foreign else ""
     raise ArtefactError(
-        f"{path}: no checkpoint there (expected a run directory, RUN@STEP, or one of its checkpoints/step_*)"
+        f"{path}: no checkpoint there (expected a run directory, RUN@STEP, or one of its checkpoints/step_*){way_out}"
     )
 
 

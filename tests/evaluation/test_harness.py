@@ -176,6 +176,12 @@ def test_unknown_tasks_and_options_are_named(tasks, model):
         model._params({"until": [], "max_gen_toks": 3, "num_beams": 2})
 
 
+def test_a_missing_folder_of_tasks_is_named_before_anything_is_read(tmp_path):
+    options = HarnessOptions(["mine"], include_path=tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"--include_path=.*nowhere: expected a folder with task files"):
+        harness.evaluate(tmp_path, options, None, "cpu", "auto", None, None)
+
+
 def test_data_that_is_not_here_is_one_line(model, tmp_path):
     """As without a network, where tasks read the hub."""
     (tmp_path / "mine.yaml").write_text(

@@ -158,6 +158,13 @@ def test_a_user_names_a_run_its_checkpoints_or_one_of_them(tmp_path):
         files.find_checkpoint(tmp_path / "nothing")
 
 
+def test_a_model_of_others_is_refused_with_the_command_that_reads_it(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for path in (tmp_path, tmp_path / "model.gguf"):
+        with pytest.raises(ArtefactError, match=r"no checkpoint there .*; `dist-lm import` makes a run"):
+            files.find_checkpoint(path)
+
+
 def test_key_heads_left_open_are_as_many_as_query_heads(tmp_path):
     config = compose_config(["stage=language", "model=nano"]).model
     saved = asdict(config)
