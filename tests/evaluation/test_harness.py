@@ -177,7 +177,7 @@ def test_unknown_tasks_and_options_are_named(tasks, model):
 
 
 def test_a_missing_folder_of_tasks_is_named_before_anything_is_read(tmp_path):
-    options = HarnessOptions(["mine"], include_path=tmp_path / "nowhere")
+    options = harness.HarnessOptions(["mine"], include_path=tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"--include_path=.*nowhere: expected a folder with task files"):
         harness.evaluate(tmp_path, options, None, "cpu", "auto", None, None)
 
