@@ -35,6 +35,11 @@ TINY = (
     "model.n_heads=5",  # divides by no number of ranks
     "model.d_ff=80",
     "model.max_seq_len=256",
+    # plain initial values and rates, whatever the recipe of nano
+    "model.base_width=null",
+    "model.init_std=0.02",
+    "model.residual_init=depth",
+    "stage.rates.embedding=1",
     "stage.seq_len=32",
     "tracking=none",
     "device=cpu",

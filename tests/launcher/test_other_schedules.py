@@ -22,6 +22,7 @@ from tests.conftest import TINY, composed
 from tests.training_run import linked
 
 BASE = {"steps": 20, "warmup_steps": 2, "init_from": "none"}
+COSINE = {"schedule": "cosine"}
 WSD = {"schedule": "wsd"}
 COOLED = {"muon": MuonConfig(momentum_cooldown_steps=4)}
 
@@ -68,7 +69,11 @@ def test_a_finished_constant_run_goes_on_with_more_steps(work):
 @pytest.mark.parametrize(
     ("of_run", "given", "said"),
     [
-        ({}, {"steps": 40}, r"steps=40 \(was 20\): it has taken 20 steps, and step 4 would have had another rate"),
+        (
+            COSINE,
+            COSINE | {"steps": 40},
+            r"steps=40 \(was 20\): it has taken 20 steps, and step 4 would have had another rate",
+        ),
         (WSD | {"decay_steps": 5}, WSD | {"steps": 40, "decay_steps": 5}, "and step 16 would have had another rate"),
         (WSD | COOLED, WSD | COOLED | {"steps": 40}, "and step 17 would have had another rate or momentum"),
         (WSD, WSD | {"decay_steps": 5}, r"stage.decay_steps=5 \(was 0\)"),

@@ -14,12 +14,10 @@ from dist_lm.launcher.conf_folders import choices, conf_directory, recipe_overri
 
 RECIPES = conf_directory() / "recipe"
 SIZES, TUNED = choices("model"), ("language", "code")
+OTHER_SIZES = [size for size in SIZES if size != "nano"]
 # what a recipe for any size may set: no shape, no budget
 FREE = {"model.base_width", "model.init_std", "model.residual_init"}
 FREE |= {f"stage.{key}" for key in ("lr", "min_lr_ratio", "schedule", "weight_decay")}
-# of nano, where the batch was searched too
-BUDGET = {f"stage.{key}" for key in ("steps", "warmup_steps", "global_batch", "micro_batch")}
-BUDGET |= {f"stage.{key}" for key in ("checkpoint_every", "eval_every")}
 GROUPS = ("stage.rates.", "stage.muon.")
 
 
@@ -36,25 +34,24 @@ def changed(plain: Config, other: Config) -> set[str]:
 
 
 @pytest.mark.parametrize("stage", TUNED)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", OTHER_SIZES)
 def test_tuned_changes_rates_and_initial_values_alone(size, stage):
     command = [f"stage={stage}", f"model={size}"]
     plain, tuned = compose_config(command), compose_config([*command, "recipe=tuned"])
     keys = changed(plain, tuned)
     assert "model.base_width" in keys
-    allowed = FREE | (BUDGET if size == "nano" else set())
-    assert {key for key in keys if key not in allowed and not key.startswith(GROUPS)} == set()
+    assert {key for key in keys if key not in FREE and not key.startswith(GROUPS)} == set()
     found = architecture_of(tuned.model)
     assert isinstance(found, Architecture)
     assert found == architecture_of(plain.model)
 
 
 @pytest.mark.parametrize("stage", TUNED)
-def test_tuned_trains_nano_on_the_tokens_of_its_own_recipe(stage):
-    plain, tuned = compose_config([f"stage={stage}"]), compose_config([f"stage={stage}", "recipe=tuned"])
+@pytest.mark.parametrize("more", [[], ["experiment=thorough"]], ids=["quick start", "thorough"])
+def test_nano_is_tuned_already(stage, more):
+    plain, tuned = (compose_config([f"stage={stage}", *more, *recipe]) for recipe in ([], ["recipe=tuned"]))
     assert tuned.model.base_width == tuned.model.d_model  # found here
-    assert tuned.stage.steps * tuned.stage.global_batch == plain.stage.steps * plain.stage.global_batch
-    assert tuned.stage.seq_len == plain.stage.seq_len
+    assert changed(plain, tuned) == set()
 
 
 def test_large_keeps_its_numbers_unless_tuned_is_asked_for():
@@ -70,9 +67,9 @@ def test_a_key_of_the_command_line_wins_over_the_recipe():
 
 
 def test_tuned_goes_with_every_stage_of_a_command_and_leaves_those_without_rates_of_its_own():
-    command = ["stage=rlhf", "recipe=tuned"]
+    command = ["stage=rlhf", "model=tiny", "recipe=tuned"]
     for stage in ("language", "code", "tools", "rlhf"):
-        plain, config = (compose_config(overrides_of(stage, "rlhf", given)) for given in (command[:1], command))
+        plain, config = (compose_config(overrides_of(stage, "rlhf", given)) for given in (command[:2], command))
         assert bool(changed(plain, config)) == (stage in TUNED)
 
 

@@ -1,7 +1,7 @@
 """One rate for every width: the best rate at 128, 256 and 512 wide is the same, with `model.base_width`.
 
 Models of two layers read the bytes of modules of the standard library once; a loss is the mean over the last steps, on
-text not seen before.
+text not seen before, and over three seeds: initial values alone move the best rate at 128 wide by a factor of 1.5.
 """
 
 import argparse
@@ -21,14 +21,14 @@ from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.training.optimizer import build_optimizer, set_learning_rate, stage_rate
 
-pytestmark = [pytest.mark.bars, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.bars, pytest.mark.timeout(7200)]
 
 WIDTHS, BASE_WIDTH = (128, 256, 512), 128
 STEPS, BATCH, SEQ_LEN, LAST = 60, 8, 64, 15
 OPTIMIZERS = {"AdamW": (2**-9, None), "Muon": (2**-6.25, MuonConfig(lr=None, scale="adamw"))}
 """By name: a rate near the best one at the base width, and Muon."""
 GRID = (-1.5, -0.5, 0.5, 1.5)  # powers of 2 of that rate
-SEED = 0
+SEEDS = (0, 1, 2)  # of initial values
 
 
 @cache
@@ -42,7 +42,7 @@ def text_TB() -> torch.Tensor:
     return rows[order].view(STEPS, BATCH, SEQ_LEN + 1)
 
 
-def loss_of(width: int, rate: float, muon: MuonConfig | None, base_width: int | None) -> float:
+def loss_of(width: int, rate: float, muon: MuonConfig | None, base_width: int | None, seed: int) -> float:
     """Mean loss of the last steps."""
     config = ModelConfig(
         name="w",
@@ -58,7 +58,7 @@ def loss_of(width: int, rate: float, muon: MuonConfig | None, base_width: int | 
         base_width=base_width,
     )
     model = Transformer(config)
-    initialise(model, SEED)
+    initialise(model, seed)
     stage = StageConfig(
         name="w", lr=rate, steps=STEPS, warmup_steps=6, schedule="wsd", decay_steps=20, weight_decay=0.0
     )
@@ -79,7 +79,9 @@ def loss_of(width: int, rate: float, muon: MuonConfig | None, base_width: int | 
 def best_rate(width: int, name: str, base_width: int | None) -> float:
     """The lowest point of a parabola through the lowest three of the grid, in the logarithm of the rate."""
     near, muon = OPTIMIZERS[name]
-    losses = [loss_of(width, near * 2.0**power, muon, base_width) for power in GRID]
+    losses = [
+        float(np.mean([loss_of(width, near * 2.0**power, muon, base_width, seed) for seed in SEEDS])) for power in GRID
+    ]
     middle = min(max(int(np.argmin(losses)), 1), len(GRID) - 2)
     a, b, _ = np.polyfit(GRID[middle - 1 : middle + 2], losses[middle - 1 : middle + 2], 2)
     best = float(np.clip(-b / (2 * a), GRID[0], GRID[-1])) if a > 0 else float(GRID[int(np.argmin(losses))])
