@@ -36,7 +36,6 @@ TINY = (
     "model.d_ff=80",
     "model.max_seq_len=256",
     # plain initial values and rates, whatever the recipe of nano
-    "model.base_width=null",
     "model.init_std=0.02",
     "model.residual_init=depth",
     "stage.rates.embedding=1",

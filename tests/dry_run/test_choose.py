@@ -40,7 +40,14 @@ def test_little_memory_makes_it_shard_more():
 
 def test_a_layout_that_is_given_stays_as_it_is():
     config = compose_config(
-        ["stage=language", "parallel=hsdp", "cluster.nodes=2", "cluster=ray", "cluster.address=h:1"]
+        [
+            "stage=language",
+            "stage.global_batch=16",
+            "parallel=hsdp",
+            "cluster.nodes=2",
+            "cluster=ray",
+            "cluster.address=h:1",
+        ]
     )
     assert with_layout(config, 8) is config
 
