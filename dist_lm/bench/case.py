@@ -27,6 +27,8 @@ BASE = (
     "stage.dropout=0",
     "stage.label_smoothing=0",
     "stage.document_mask=false",
+    "stage.rates.embedding=1",  # one rate, as peers have
+    "model.residual_init=depth",
 )
 AS_USED = "parallel.compute_dtype=auto"  # overrides BASE: a user's arithmetic, bf16 on CUDA and fp32 on a CPU
 
