@@ -39,6 +39,7 @@ TINY = (
     "model.init_std=0.02",
     "model.residual_init=depth",
     "stage.rates.embedding=1",
+    "stage.muon.variance_beta=0",
     "stage.seq_len=32",
     "tracking=none",
     "device=cpu",
