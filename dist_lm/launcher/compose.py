@@ -7,7 +7,7 @@ the target stage, `stages.NAME.KEY` to stage NAME.
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -40,15 +40,12 @@ from dist_lm.launcher.conf_folders import (
     without_recipe,
 )
 from dist_lm.stages.registry import all_stages, stage_named, stage_names
-from dist_lm.tracking.redact import is_secret_name, redact_command, redact_text
+from dist_lm.tracking.redact import check_no_secrets, redact_command
 
 PIPELINE = "pipeline"
 CORPORA = "corpus.corpora"
 NAMED = ("model", "corpus", "stage")  # groups whose files may leave out `name`
 VOCAB_SIZE = "model.vocab_size"
-SHORTEST = 8  # characters; shorter values of secret variables also occur inside harmless words
-PLACES = ("_PATH", "_FILE", "_DIR")  # variables that hold the path of a secret: RAY_AUTH_TOKEN_PATH
-WAY_OUT = "a value without it; the configuration is written to disk (give secrets in the environment)"
 
 
 def register_schema(schema: type[Config]) -> None:
@@ -371,41 +368,3 @@ def _form(node: Any) -> str:
         return "{" + ", ".join(f"{f.name}: ..." for f in fields(node)) + "}"
     inner = _type_name(_inner_type(node, "NAME"))
     return f"{{NAME: {inner}}}" if _is(dict, node) else f"[{inner}, ...]" if _is(list, node) else str(node)
-
-
-def check_no_secrets(config: Mapping[str, Any], environ: Mapping[str, str]) -> None:
-    """Refuse addresses with a password, values of keys named like secrets, and values of secret variables.
-
-    Args:
-        config: composed, interpolations resolved.
-        environ: environment whose variables `${oc.env:NAME}` may have inserted.
-
-    Raises:
-        ConfigError: names the key, never the secret.
-    """
-    secret = {
-        value: name
-        for name, value in environ.items()
-        if is_secret_name(name) and not name.upper().endswith(PLACES) and len(value) >= SHORTEST
-    }
-    for key, value in _texts(config, ""):
-        if redact_text(value) != value:
-            raise ConfigError(f"{key}=(an address with a password): expected {WAY_OUT}")
-        if value and is_secret_name(key):
-            raise ConfigError(f"{key}=(a secret): expected {WAY_OUT}")
-        for held, name in secret.items():
-            if held in value:
-                raise ConfigError(f"{key}=(what the variable {name} holds): expected {WAY_OUT}")
-
-
-def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """(dotted name, text) of every text in a tree of mappings and sequences; includes keys that hold secrets."""
-    if isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from ((key, name),) if isinstance(name, str) and redact_text(name) != name else ()
-            yield from _texts(item, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item, key)
-    elif isinstance(value, str):
-        yield key, value

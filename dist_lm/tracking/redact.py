@@ -1,8 +1,11 @@
-"""Removes secrets from configurations, command lines and environments before they are recorded or passed on."""
+"""Secrets: removed from command lines, environments and what is recorded; refused in a configuration, which is written
+to disk."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from dist_lm.errors import ConfigError
 
 REDACTED = "***"
 _SECRET_WORDS = {
@@ -20,6 +23,9 @@ _SECRET_WORDS = {
     "pgpassword",
 }
 _SECRET_PREFIXES = ("RAY_AUTH_", "MYSQL_PWD")
+_SHORTEST = 8  # characters; shorter values of secret variables also occur inside harmless words
+_PLACES = ("_PATH", "_FILE", "_DIR")  # variables that hold the path of a secret: RAY_AUTH_TOKEN_PATH
+_WAY_OUT = "a value without it; the configuration is written to disk (give secrets in the environment)"
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 _URL_CREDENTIALS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30}://)[^/\s@]+@")
 
@@ -80,7 +86,45 @@ def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def check_no_secrets(config: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+    """Refuse addresses with a password, values of keys named like secrets, and values of secret variables.
+
+    Args:
+        config: composed, interpolations resolved.
+        environ: environment whose variables `${oc.env:NAME}` may have inserted.
+
+    Raises:
+        ConfigError: names the key, never the secret.
+    """
+    secret = {
+        value: name
+        for name, value in environ.items()
+        if is_secret_name(name) and not name.upper().endswith(_PLACES) and len(value) >= _SHORTEST
+    }
+    for key, value in _texts(config, ""):
+        if redact_text(value) != value:
+            raise ConfigError(f"{key}=(an address with a password): expected {_WAY_OUT}")
+        if value and is_secret_name(key):
+            raise ConfigError(f"{key}=(a secret): expected {_WAY_OUT}")
+        for held, name in secret.items():
+            if held in value:
+                raise ConfigError(f"{key}=(what the variable {name} holds): expected {_WAY_OUT}")
+
+
 def _redact_named(name: str, value: Any) -> Any:
     if is_secret_name(name) and value not in (None, "") and not isinstance(value, Mapping | list | tuple | bool):
         return REDACTED
     return redact(value)
+
+
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """(dotted name, text) of every text in a tree of mappings and sequences; includes keys that hold secrets."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from ((key, name),) if isinstance(name, str) and redact_text(name) != name else ()
+            yield from _texts(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item, key)
+    elif isinstance(value, str):
+        yield key, value

@@ -15,7 +15,7 @@ MODEL = (
     "model.n_heads=25",
     "model.d_model=200",
     "model.d_ff=90",
-    # of recipe=nano_language: at the rate of the smaller model this one's loss jumps, and rounding with it
+    # at nano's own rates the loss of this model jumps, and differences of rounding grow with it
     "stage.lr=3e-3",
     "stage.muon.lr=0.02",
     "stage.schedule=cosine",
