@@ -208,7 +208,7 @@ def inputs_of(config: EvaluateRunConfig) -> dict[str, str]:
     if "reward" in config.stage.tasks:
         found |= {f"eval.prompts={path}": path for path in find_prompts(config.eval.prompts, "eval.prompts")}
         reward = checkpoint_files.find_checkpoint(Path(config.eval.reward_model).expanduser())
-        found[f"eval.reward_model={reward}"] = reward / checkpoint_files.MANIFEST
+        found[f"eval.reward_model={config.eval.reward_model}"] = reward / checkpoint_files.MANIFEST
     found |= {f"stage.models={path}": Path(path) / checkpoint_files.MANIFEST for path in config.stage.models}
     return {name: durable.sha256_of(path) for name, path in found.items() if path.is_file()}
 

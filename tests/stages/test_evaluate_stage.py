@@ -19,11 +19,12 @@ from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.plan import make_plan
 from dist_lm.launcher.pool_run import run_pool_stage
 from dist_lm.launcher.process import Interrupt
-from dist_lm.stages.evaluate import STAGE, rows_of
+from dist_lm.stages.evaluate import STAGE, evaluate_config, inputs_of, rows_of
 from dist_lm.stages.evaluate_work import Evaluation
 from dist_lm.stages.stage import Action
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.training import checkpoint_files
 from tests.cluster.pool_of_one import Alone
 from tests.cluster.test_generation_run import Screen
 from tests.conftest import TINY
@@ -150,6 +151,22 @@ def test_figures_of_files_that_have_changed_since_are_not_shown_or_gone_on_with(
     write_untrained(work, "code", 1)
     with pytest.raises(ArtefactError, match=r"^stage\.models=.*step_00000005: has changed since "):
         plan_of(work, *settings)
+
+
+def test_a_newer_checkpoint_of_the_reward_run_is_another_input(tiny_work, tmp_path):
+    work = linked(tiny_work, tmp_path / "work")
+    reward = write_untrained(work, "reward", 0)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("def f():\n")
+    settings = ("stage.tasks=[reward]", f"eval.prompts={prompts}", f"eval.reward_model={reward.path}")
+    config = evaluate_config(compose_config([*SETTINGS, f"work_dir={work.path}", *settings]))
+    before = inputs_of(config)
+    newer = shutil.copytree(reward.checkpoints / "step_00000005", reward.checkpoints / "step_00000006")
+    manifest = newer / checkpoint_files.MANIFEST
+    manifest.write_text(manifest.read_text() + " ")
+    checkpoint_files.write_pointer(reward.checkpoints, checkpoint_files.LATEST, newer)
+    changed = {name for name, sha256 in inputs_of(config).items() if before[name] != sha256}
+    assert changed == {f"eval.reward_model={reward.path}"}
 
 
 @pytest.fixture
