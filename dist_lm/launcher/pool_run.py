@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from dist_lm.cluster.pool import Pool
 from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.ray_cluster import RayCluster
-from dist_lm.config.root import Config, save_config
+from dist_lm.cluster.sandboxes import sandboxes_of
+from dist_lm.config.root import TRUST_ME, Config, save_config
 from dist_lm.launcher.pipeline import LOOK_S
 from dist_lm.launcher.plan import PlannedStage
 from dist_lm.launcher.process import Interrupt, left_at_once
@@ -104,7 +106,7 @@ def _read(
     """(work, specification of its engines, their weights; no weights if no request is missing)."""
     checkpoint, tokenizer = stage.checkpoint(config), stage.tokenizer(config)
     with console.waiting("reading prompts"):
-        work = stage.work(config, run, tokenizer)
+        work = stage.work(config, run, tokenizer, partial(sandboxes_of, cluster, 0, config.sandbox == TRUST_ME))
     device, _ = device_and_ranks(config, cluster)
     options, tp, _ = stage.engine(config)
     spec = EngineSpec(

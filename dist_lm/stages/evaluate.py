@@ -31,7 +31,10 @@ from dist_lm.tracking.readable import counted
 from dist_lm.training import checkpoint_files
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dist_lm.generation.engine import EngineOptions
+    from dist_lm.sandbox.pool import Sandboxes
     from dist_lm.tokenizer.tokenizer import Tokenizer
     from dist_lm.tracking.console import Console
 
@@ -159,11 +162,13 @@ class Evaluate(PoolStage):
         cache = max(own.stage.cache_tokens, config.model.max_seq_len)
         return EngineOptions(cache, max_sequences=own.stage.max_sequences), tp, own.stage.actors
 
-    def work(self, config: Config, run: RunDirectory, tokenizer: "Tokenizer") -> PoolWork:
+    def work(
+        self, config: Config, run: RunDirectory, tokenizer: "Tokenizer", sandboxes: "Callable[[], Sandboxes]"
+    ) -> PoolWork:
         from dist_lm.stages.evaluate_work import Evaluation
 
         durable.write_json(run.inputs, begun_with(run) | inputs_of(evaluate_config(config)))
-        return Evaluation(evaluate_config(config), run, tokenizer)
+        return Evaluation(evaluate_config(config), run, tokenizer, sandboxes)
 
     def joined(self, config: Config, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """All models with the comparison of each with the first one; writes the table."""

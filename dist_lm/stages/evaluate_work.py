@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dist_lm.config.root import TRUST_ME
 from dist_lm.errors import UserError
 from dist_lm.evaluation.bits_per_byte import document_bits, documents_of
 from dist_lm.evaluation.figures import bits_figures, recorded, refused, request_of, reward_figures, task_figures
@@ -26,7 +25,7 @@ from dist_lm.evaluation.tasks import (
     limits_of,
 )
 from dist_lm.generation.request import Answer, AnswerSets, Refusal, Request, SamplingParams
-from dist_lm.sandbox.pool import SandboxPool
+from dist_lm.sandbox.pool import Sandboxes, SandboxPool
 from dist_lm.stages.evaluate import AUTO, EvaluateRunConfig, label_of, table_of
 from dist_lm.stages.evaluate_reward import prompts_of, reward_scores
 from dist_lm.stages.registry import load_config
@@ -50,7 +49,13 @@ class _Part:
 class Evaluation(PoolWork):
     """The questions to one model."""
 
-    def __init__(self, config: EvaluateRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        config: EvaluateRunConfig,
+        run: RunDirectory,
+        tokenizer: Tokenizer,
+        open_sandboxes: Callable[[], Sandboxes] = SandboxPool,
+    ) -> None:
         """Make the questions, and find the existing files.
 
         Raises:
@@ -58,6 +63,7 @@ class Evaluation(PoolWork):
         """
         stage, checkpoint = config.stage, Path(config.stage.models[0])
         self._config, self._run, self._tokenizer = config, run, tokenizer
+        self._open_sandboxes = open_sandboxes
         self.label = label_of(checkpoint)
         self.chat = stage.chat == "always" or (stage.chat == AUTO and answers_requests(checkpoint, tokenizer))
         self._folder = run.samples / self.label.replace("/", "_")
@@ -80,7 +86,7 @@ class Evaluation(PoolWork):
         self._part_of = [number for number, part in enumerate(self._parts) for _ in part.items]
         self._answers = AnswerSets()
         self._judged: dict[int, list[Callable[[], Record]]] = {}  # question -> records of its answers
-        self._sandboxes: SandboxPool | None = None
+        self._sandboxes: Sandboxes | None = None
         self._tokens = 0
         self._before = self._prompts_of_others()
         self._prompts = sum(len(self._parts[n].items) for n in range(len(self._parts)) if n not in self._missing)
@@ -134,7 +140,7 @@ class Evaluation(PoolWork):
         if not isinstance(own, list):
             return
         if self._sandboxes is None and any(task in CODE_TASKS for task in self._config.stage.tasks):
-            self._sandboxes = SandboxPool(trust_me=self._config.sandbox == TRUST_ME).__enter__()
+            self._sandboxes = self._open_sandboxes().__enter__()
         self._tokens += sum(len(one.tokens) for one in own)
         self._keep(number, [recorded(item, one, item.judge(one, self._sandboxes)) for one in own])
 

@@ -23,7 +23,10 @@ from dist_lm.tracking.readable import counted
 from dist_lm.training import checkpoint_files
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dist_lm.generation.engine import EngineOptions
+    from dist_lm.sandbox.pool import Sandboxes
     from dist_lm.tokenizer.tokenizer import Tokenizer
     from dist_lm.tracking.console import Console
 
@@ -126,7 +129,9 @@ class Generate(PoolStage):
         own = generate_config(config)
         return generate_parts.options_of(own.stage), generate_parts.tp_of(own), own.stage.actors
 
-    def work(self, config: Config, run: RunDirectory, tokenizer: "Tokenizer") -> PoolWork:
+    def work(
+        self, config: Config, run: RunDirectory, tokenizer: "Tokenizer", sandboxes: "Callable[[], Sandboxes]"
+    ) -> PoolWork:
         from dist_lm.stages.generate_parts import Samples
 
         return Samples(generate_config(config), run, tokenizer)

@@ -20,10 +20,11 @@ from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.readable import three_decimals
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from dist_lm.generation.engine import EngineOptions
     from dist_lm.generation.request import Answer, Refusal, Request
+    from dist_lm.sandbox.pool import Sandboxes
     from dist_lm.tokenizer.tokenizer import Tokenizer
     from dist_lm.tracking.console import Console
 
@@ -251,8 +252,13 @@ class PoolStage(Stage):
         """(size of an engine, GPUs per engine, number of engines; -1: as many as fit)."""
 
     @abstractmethod
-    def work(self, config: Config, run: RunDirectory, tokenizer: "Tokenizer") -> PoolWork:
+    def work(
+        self, config: Config, run: RunDirectory, tokenizer: "Tokenizer", sandboxes: "Callable[[], Sandboxes]"
+    ) -> PoolWork:
         """Open the work of a run.
+
+        Args:
+            sandboxes: gives what runs programs of models, for a `with` block.
 
         Raises:
             ConfigError, ArtefactError: the prompts are missing, or not those that the run began with.

@@ -47,6 +47,10 @@ class LoopbackRay:
             start_new_session=True,
         )
 
+    def process(self, number: int) -> int:
+        """The process of a node; all others of the node are below it."""
+        return self._nodes[number].pid
+
     def lose(self, number: int) -> None:
         """What a power cut does to a node."""
         node = psutil.Process(self._nodes[number].pid)

@@ -5,11 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
 
+from dist_lm.storage.run_directory import WorkDirectory
 from tests.cluster.launched import finish, wait_until
+from tests.cluster.loopback_ray import loopback_ray
 from tests.conftest import TINY
 from tests.training_run import linked, write_untrained
 
@@ -21,19 +24,23 @@ SETTINGS = (
 )
 
 
+def started(work: WorkDirectory, models: list[Path], run_id: str, *overrides: str) -> subprocess.Popen:
+    chosen = (f"stage.models=[{','.join(map(str, models))}]", f"work_dir={work.path}", f"run_id={run_id}")
+    return subprocess.Popen(
+        [sys.executable, "-m", "dist_lm.launch", *SETTINGS, *chosen, *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
 def test_a_killed_run_gives_the_same_result(tiny_work, tmp_path):
     work = linked(tiny_work, tmp_path / "work")
     models = [write_untrained(work, stage, seed).path for seed, stage in enumerate(("language", "code"))]
 
     def start(run_id: str) -> subprocess.Popen:
-        chosen = f"stage.models=[{','.join(map(str, models))}]"
-        return subprocess.Popen(
-            [sys.executable, "-m", "dist_lm.launch", *SETTINGS, chosen, f"work_dir={work.path}", f"run_id={run_id}"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        return started(work, models, run_id)
 
     code, out, err = finish(start("whole"))
     assert code == 0, err
@@ -55,3 +62,31 @@ def test_a_killed_run_gives_the_same_result(tiny_work, tmp_path):
     results = [json.loads(one.result.read_text()) for one in (whole, run)]
     assert results[0]["models"] == results[1]["models"]
     assert results[0]["comparisons"] == results[1]["comparisons"]
+
+
+def test_programs_run_on_every_node_with_the_same_verdicts(tiny_work, tmp_path):
+    work = linked(tiny_work, tmp_path / "work")
+    models = [write_untrained(work, "code", 1).path]
+    code, _, err = finish(started(work, models, "one"))
+    assert code == 0, err
+    with loopback_ray(tmp_path, nodes=2) as ray:
+        process = started(work, models, "two", *ray.overrides(), "cluster.nodes=2")
+        there = psutil.Process(ray.process(1))
+        wait_until(
+            lambda: any("bwrap" in name_of(one) for one in there.children(recursive=True)), process, "a sandbox there"
+        )
+        code, _, err = finish(process)
+        assert code == 0, err
+    one, two = (work.run("evaluate", name) for name in ("one", "two"))
+    names = sorted(path.relative_to(one.samples) for path in one.samples.rglob("*-*.jsonl"))
+    assert len(names) == 2 * 10
+    for name in names:
+        assert (one.samples / name).read_bytes() == (two.samples / name).read_bytes(), name
+
+
+def name_of(process: psutil.Process) -> str:
+    """Its name; empty once it has ended."""
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""

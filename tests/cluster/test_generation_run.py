@@ -25,6 +25,7 @@ from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.plan import Plan, make_plan
 from dist_lm.launcher.pool_run import run_pool_stage
 from dist_lm.launcher.process import SIGNALS, Interrupt, watch_signals
+from dist_lm.sandbox.pool import SandboxPool
 from dist_lm.stages.generate import STAGE
 from dist_lm.stages.stage import Action
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
@@ -251,7 +252,7 @@ def test_a_prompt_with_a_suffix_asks_for_the_middle(trained, cluster, tmp_path):
     plan = plan_of(trained, tmp_path / "p.jsonl", "run_id=middles", "stage.truncate=left")
     looked, tokenizer = trained.run("generate", "looked"), Tokenizer.load(trained.tokenizer_model)
     looked.path.mkdir(parents=True)
-    work = STAGE.work(plan.config, looked, tokenizer)
+    work = STAGE.work(plan.config, looked, tokenizer, SandboxPool)
     eot, marks = tokenizer.eot_id, InfillMarks.of(tokenizer)
     before, after = tokenizer.encode("def a("), tokenizer.encode("return b")
     assert [request.prompt for request in work.requests()] == [
