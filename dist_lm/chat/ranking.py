@@ -72,11 +72,19 @@ def check_ranking(ranking: Ranking) -> None:
         raise ChatError(f"{len(ranking.ranks)} ranks of {n} completions; expected as many")
     if len(set(ranking.ranks)) == 1:
         raise ChatError("all completions are tied: nothing to learn")
+    rank_of: dict[str, int] = {}
+    for place, (text, rank) in enumerate(zip(ranking.completions, ranking.ranks, strict=False)):
+        if rank_of.setdefault(text, rank) != rank:
+            raise ChatError(f"completion {place}: the same text as an earlier one with another rank; remove one")
     for number, judgement in enumerate(ranking.judgements):
         if judgement.better == judgement.worse or not {judgement.better, judgement.worse} <= set(range(n)):
             raise ChatError(
                 f"judgement {number}: better={judgement.better} worse={judgement.worse}; "
                 f"expected two different indices from 0 to {n - 1}"
+            )
+        if ranking.completions[judgement.better] == ranking.completions[judgement.worse]:
+            raise ChatError(
+                f"judgement {number}: completions {judgement.better} and {judgement.worse} are the same text; remove it"
             )
         if judgement.margin is not None and not 0 <= judgement.margin < float("inf"):
             raise ChatError(f"judgement {number}: margin={judgement.margin}; expected a number of at least 0")

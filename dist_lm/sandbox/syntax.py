@@ -36,6 +36,12 @@ def python_error(text: str) -> str:
 
 def parses_bash(text: str) -> bool | None:
     """Whether `bash -n` (read, do not execute) accepts `text`; None without bash or after a timeout."""
+    error = bash_error(text)
+    return None if error is None else not error
+
+
+def bash_error(text: str) -> str | None:
+    """Why `bash -n` does not accept `text`; empty: it does; None without bash or after a timeout."""
     if shutil.which("bash", path=PATH) is None:
         return None
     try:
@@ -50,7 +56,8 @@ def parses_bash(text: str) -> bool | None:
     except subprocess.TimeoutExpired:
         return None
     # for an unterminated here-document bash only warns, with exit code 0
-    return done.returncode == 0 and not done.stderr
+    said = done.stderr.decode(errors="replace").strip()
+    return said or ("" if done.returncode == 0 else f"exit code {done.returncode}")
 
 
 def parses_sql(text: str) -> bool:
@@ -77,6 +84,23 @@ def parses_sql(text: str) -> bool:
     return True
 
 
+def sql_error(text: str) -> str:
+    """Why SQLite cannot read a statement of `text`, whatever tables there are; empty: it can."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    connection.set_authorizer(_allow_schema_only)
+    try:
+        for statement in split_statements(text):
+            own = re.match(r"explain\b", statement, re.IGNORECASE)
+            try:
+                connection.execute(statement if own else f"EXPLAIN {statement}")
+            except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
+                if re.search(r"syntax error|incomplete input|unrecognized token", str(error)):
+                    return str(error)
+    finally:
+        connection.close()
+    return ""
+
+
 def _allow_schema_only(action: int, *arguments: str | None) -> int:
     """SQLite authorizer: denies attached files, extensions and pragmas."""
     if action in (sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH, sqlite3.SQLITE_PRAGMA):
@@ -86,6 +110,7 @@ def _allow_schema_only(action: int, *arguments: str | None) -> int:
     return sqlite3.SQLITE_OK
 
 
+SYNTAX_ERRORS = {"python": python_error, "bash": bash_error, "sql": sql_error}
 PARSERS = {"python": parses_python, "bash": parses_bash, "sql": parses_sql}
 
 

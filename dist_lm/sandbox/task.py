@@ -10,9 +10,10 @@ from typing import Any
 
 from dist_lm.errors import UserError
 from dist_lm.sandbox.program import LANGUAGES, Program, Test
-from dist_lm.sandbox.syntax import python_error
+from dist_lm.sandbox.syntax import SYNTAX_ERRORS
 
 _FENCED = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
+NAMES = {"python": "Python", "bash": "Bash", "sql": "SQL"}
 _PARTS = tuple(field.name for field in fields(Test))
 
 
@@ -53,15 +54,15 @@ def task_of(values: Mapping[str, Any]) -> Task:
 
 
 def refuse_broken(language: str, tests: Sequence[Test]) -> None:
-    """Refuse Python tests that do not compile: no program could pass them.
+    """Refuse tests that cannot be read in their language: no program could pass them.
 
     Raises:
         UserError: says which test, and why.
     """
-    for test in tests if language == "python" else ():
-        for part in (test.before, test.code):
-            if why := python_error(part):
-                raise UserError(f"test {part!r:.100} is no Python, so no program passes it: {why}")
+    error_of = SYNTAX_ERRORS[language]
+    for part in dict.fromkeys(part for test in tests for part in (test.before, test.code) if part):
+        if why := error_of(part):
+            raise UserError(f"test {part!r:.100} is no {NAMES[language]}, so no program passes it: {why}")
 
 
 def _test(value: Any, before: str) -> Test:

@@ -41,6 +41,11 @@ def test_ranks_and_judgements():
         ({"prompt": "Q", "completions": ["a", "b"]}, "ranks and judgements: expected one of the two, found none"),
         ({"prompt": "Q", "completions": ["a", "b"], "judgements": [[0, 2]]}, "judgement 0: better=0 worse=2"),
         ({"prompt": "Q", "completions": ["a", "b"], "judgements": [[0, 1, -1]]}, "margin=-1.0"),
+        (
+            {"prompt": "Q", "completions": ["a", "b", "a"], "ranks": [0, 1, 2]},
+            "completion 2: the same text as an earlier",
+        ),
+        ({"prompt": "Q", "completions": ["a", "a"], "judgements": [[0, 1]]}, "completions 0 and 1 are the same text"),
         ({"prompt": "Q", "completions": ["a", "b"], "judgements": [[0]]}, r"expected \[better, worse\]"),
         ({**GOOD, "prompt": ""}, "empty"),
         ({**GOOD, "prompt": [{"role": "tool", "content": "x"}]}, "role='tool'"),
