@@ -23,7 +23,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.generation.cache_size import EngineOptions, pages_that_fit
 from dist_lm.generation.decoder import Decoder, Weights, best_page_tokens, checked
 from dist_lm.generation.paged_cache import PagePool, Piece, Plan, pages_for
-from dist_lm.generation.request import Answer, FinishReason, OnText, Refusal, Request, RequestError, TextStream
+from dist_lm.generation.request import Answer, FinishReason, OnText, Refusal, Request, Room, TextStream, fitted
 from dist_lm.generation.request import Sequence as Running
 from dist_lm.generation.sampling import Choice, Group, adjusted, group_rows, sample, uniform
 from dist_lm.generation.transfer import upload
@@ -152,7 +152,9 @@ class Engine:
             raise RuntimeError("weights did not arrive completely: load them again")
         if self._asleep:
             self._wake()
-        request = self._checked(request)
+        cached = self._pool.n_pages * self.options.page_tokens
+        room = Room(self.config.max_seq_len, self.config.vocab_size, cached, self.options.cache_tokens or cached)
+        request = fitted(request, room, texts=self._vocabulary is not None)
         group = [Running(request, index, on_text) for index in range(request.n)]
         if self._vocabulary is not None:
             for sequence in group:
@@ -200,40 +202,6 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _checked(self, request: Request) -> Request:
-        def refuse(message: str) -> None:
-            raise RequestError(request.id, message)
-
-        context, prompt = self.config.max_seq_len, list(request.prompt)
-        if not prompt:
-            refuse("prompt is empty; give at least one token (end-of-text begins a document)")
-        strange = next((token for token in prompt if not 0 <= token < self.config.vocab_size), None)
-        if strange is not None:
-            refuse(f"prompt has token {strange}; expected 0 to {self.config.vocab_size - 1}")
-        if request.n < 1:
-            refuse(f"n={request.n}: expected a positive integer")
-        if len(prompt) >= context:
-            if request.truncate == "refuse":
-                refuse(
-                    f"prompt has {len(prompt)} tokens and model.max_seq_len is {context}, which leaves no space for "
-                    "an answer: shorten it, or set truncate=left"
-                )
-            prompt = prompt[-max(1, context - request.params.max_new_tokens) :]
-        params = request.params
-        if params.stop and self._vocabulary is None:
-            refuse(f"stop={list(params.stop)}: this engine has no vocabulary and cannot match texts: use stop_tokens")
-        unknown = [t for t in (*params.stop_tokens, *params.logit_bias) if not 0 <= t < self.config.vocab_size]
-        if unknown:
-            refuse(f"stop_tokens or logit_bias name token {unknown[0]}; expected 0 to {self.config.vocab_size - 1}")
-        longest = min(len(prompt) + params.max_new_tokens, context)
-        cached = self._pool.n_pages * self.options.page_tokens
-        if longest > cached:
-            refuse(
-                f"prompt and max_new_tokens={params.max_new_tokens} take {longest} tokens of a cache of "
-                f"cache_tokens={self.options.cache_tokens or cached}: lower max_new_tokens or raise cache_tokens"
-            )
-        return replace(request, prompt=prompt)
 
     def _bring_back(self) -> None:
         """Resume sequences that were set aside, oldest first, while pages are free for them and their next token."""

@@ -8,7 +8,7 @@ import codecs
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -80,6 +80,58 @@ class Request:
     n: int = 1  # number of answers; they share the prompt's pages in the cache
     truncate: Literal["refuse", "left"] = "refuse"  # what happens to a prompt that fills the context
     keep_sets: bool = False  # answers say from which tokens each token was drawn
+
+
+@dataclass(frozen=True)
+class Room:
+    """What an engine has room for."""
+
+    context: int  # tokens of prompt and answer, model.max_seq_len
+    vocab_size: int
+    cached: int  # tokens of all sequences together
+    cache_tokens: int  # the same, as its key asks for them
+
+
+def fitted(request: Request, room: Room, texts: bool) -> Request:
+    """The request, with its prompt cut from the left if it is too long and asks for that.
+
+    Args:
+        texts: whether the engine matches texts that end an answer.
+
+    Raises:
+        RequestError: the request cannot be answered; the message names the field.
+    """
+
+    def refuse(message: str) -> None:
+        raise RequestError(request.id, message)
+
+    prompt, params = list(request.prompt), request.params
+    if not prompt:
+        refuse("prompt is empty; give at least one token (end-of-text begins a document)")
+    strange = next((token for token in prompt if not 0 <= token < room.vocab_size), None)
+    if strange is not None:
+        refuse(f"prompt has token {strange}; expected 0 to {room.vocab_size - 1}")
+    if request.n < 1:
+        refuse(f"n={request.n}: expected a positive integer")
+    if len(prompt) >= room.context:
+        if request.truncate == "refuse":
+            refuse(
+                f"prompt has {len(prompt)} tokens and model.max_seq_len is {room.context}, which leaves no space for "
+                "an answer: shorten it, or set truncate=left"
+            )
+        prompt = prompt[-max(1, room.context - params.max_new_tokens) :]
+    if params.stop and not texts:
+        refuse(f"stop={list(params.stop)}: this engine has no vocabulary and cannot match texts: use stop_tokens")
+    unknown = [token for token in (*params.stop_tokens, *params.logit_bias) if not 0 <= token < room.vocab_size]
+    if unknown:
+        refuse(f"stop_tokens or logit_bias name token {unknown[0]}; expected 0 to {room.vocab_size - 1}")
+    longest = min(len(prompt) + params.max_new_tokens, room.context)
+    if longest > room.cached:
+        refuse(
+            f"prompt and max_new_tokens={params.max_new_tokens} take {longest} tokens of a cache of "
+            f"cache_tokens={room.cache_tokens}: lower max_new_tokens or raise cache_tokens"
+        )
+    return replace(request, prompt=prompt)
 
 
 @dataclass(frozen=True)
