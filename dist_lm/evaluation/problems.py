@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm.errors import ConfigError, UserError
-from dist_lm.sandbox.program import Language, Program, Test
+from dist_lm.sandbox.program import NAMES, Language, Program, Test
 from dist_lm.sandbox.task import refuse_broken
 
 PYTHON_STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n@", "\nassert ", "\n```")
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # Chen et al. 2021
 MBPP_STOPS = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n```")  # as in bigcode's harness
 OWN_STOPS: dict[Language, tuple[str, ...]] = {"python": PYTHON_STOPS, "bash": ("\n}",), "sql": (";",)}
-NAMES: dict[Language, str] = {"python": "Python", "bash": "Bash", "sql": "SQL (SQLite)"}
 MULTIPL_E: dict[str, Language] = {"py": "python", "sh": "bash"}  # languages of the sandbox
 BLOCK = re.compile(r"```[\w+-]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 

@@ -89,7 +89,7 @@ class Room:
     context: int  # tokens of prompt and answer, model.max_seq_len
     vocab_size: int
     cached: int  # tokens of all sequences together
-    cache_tokens: int  # the same, as its key asks for them
+    cache_tokens: int  # the same before it was rounded to pages: what the key asks for
 
 
 def fitted(request: Request, room: Room, texts: bool) -> Request:

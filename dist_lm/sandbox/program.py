@@ -11,6 +11,7 @@ from dist_lm.sandbox.watched import DONE, OUTPUT, STARVED, TIMEOUT, TROUBLE
 
 Language = Literal["python", "bash", "sql"]
 LANGUAGES: tuple[Language, ...] = ("python", "bash", "sql")
+NAMES: dict[str, str] = {"python": "Python", "bash": "Bash", "sql": "SQL (SQLite)"}
 Outcome = Literal["passed", "failed", "timeout", "memory", "output", "infrastructure"]
 MIB = 1 << 20
 

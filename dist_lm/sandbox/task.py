@@ -9,11 +9,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from dist_lm.errors import UserError
-from dist_lm.sandbox.program import LANGUAGES, Program, Test
+from dist_lm.sandbox.program import LANGUAGES, NAMES, Program, Test
 from dist_lm.sandbox.syntax import SYNTAX_ERRORS
 
 _FENCED = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
-NAMES = {"python": "Python", "bash": "Bash", "sql": "SQL"}
 _PARTS = tuple(field.name for field in fields(Test))
 
 

@@ -25,7 +25,7 @@ from dist_lm.evaluation.tasks import (
     limits_of,
 )
 from dist_lm.generation.request import Answer, AnswerSets, Refusal, Request, SamplingParams
-from dist_lm.sandbox.pool import Sandboxes, SandboxPool
+from dist_lm.sandbox.pool import Sandboxes
 from dist_lm.stages.evaluate import AUTO, EvaluateRunConfig, label_of, table_of
 from dist_lm.stages.evaluate_reward import prompts_of, reward_scores
 from dist_lm.stages.registry import load_config
@@ -54,7 +54,7 @@ class Evaluation(PoolWork):
         config: EvaluateRunConfig,
         run: RunDirectory,
         tokenizer: Tokenizer,
-        open_sandboxes: Callable[[], Sandboxes] = SandboxPool,
+        open_sandboxes: Callable[[], Sandboxes],
     ) -> None:
         """Make the questions, and find the existing files.
 

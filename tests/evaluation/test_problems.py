@@ -49,7 +49,7 @@ def mutants(problem: Problem) -> list[str]:
 
 
 def check(problems: list[Problem], most_mutants: int) -> set[tuple[str, str]]:
-    """References pass, and for each problem some mutant fails: the mutants that pass, as `change_of` names them."""
+    """References must pass. Returns the mutants that pass: (problem, change as `change_of` names it)."""
     plain = {problem.id: replace(problem, closing="") for problem in problems}
     tried = [(problem, mutant) for problem in problems for mutant in mutants(problem)[-most_mutants:]]
     with SandboxPool(workers=2) as pool:

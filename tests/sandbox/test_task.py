@@ -53,8 +53,14 @@ def test_fields_of_a_line_become_a_task():
             "test 'if f; then' is no Bash.*line 2: syntax error",
         ),
         ({"language": "bash", "tests": [{"stdout": "1"}], "before": "f() {"}, "test 'f\\(\\) {.* is no Bash"),
-        ({"language": "sql", "tests": ["SELECT count(*) FORM t"]}, 'test .* is no SQL.*near "t": syntax error'),
-        ({"language": "sql", "tests": ["SELECT (1"]}, "is no SQL, so no program passes it: incomplete input"),
+        (
+            {"language": "sql", "tests": ["SELECT count(*) FORM t"]},
+            'is no SQL \\(SQLite\\), .*near "t": syntax error',
+        ),
+        (
+            {"language": "sql", "tests": ["SELECT (1"]},
+            "is no SQL .*so no program passes it: incomplete input",
+        ),
     ],
 )
 def test_a_wrong_line_names_its_field(fields: dict, named: str):

@@ -19,6 +19,7 @@ from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.plan import make_plan
 from dist_lm.launcher.pool_run import run_pool_stage
 from dist_lm.launcher.process import Interrupt
+from dist_lm.sandbox.pool import SandboxPool
 from dist_lm.stages.evaluate import STAGE, evaluate_config, inputs_of, rows_of
 from dist_lm.stages.evaluate_work import Evaluation
 from dist_lm.stages.stage import Action
@@ -179,7 +180,7 @@ def evaluation(trained: WorkDirectory, monkeypatch: pytest.MonkeyPatch) -> Itera
         run = trained.run("evaluate", planned.config.run_id)
         run.samples.mkdir(parents=True, exist_ok=True)
         (config,) = STAGE.rounds(planned.config)
-        opened.append(Evaluation(config, run, Tokenizer.load(trained.tokenizer_model)))
+        opened.append(Evaluation(config, run, Tokenizer.load(trained.tokenizer_model), SandboxPool))
         return opened[-1]
 
     yield open_
