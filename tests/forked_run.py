@@ -1,7 +1,6 @@
 """Whole runs in processes that need not import torch again: they are forked from one that has."""
 
 import os
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 
 from dist_lm import train as rank
+from dist_lm.storage.process import reserve_port
 from dist_lm.storage.run_directory import RunDirectory
 from tests.parallel.ranks import CONTEXT
 
@@ -23,17 +23,17 @@ def run_forked(run: RunDirectory, ranks: int) -> int:
     Raises:
         TimeoutError: they are not done in time.
     """
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    processes = [CONTEXT.Process(target=_rank, args=(r, ranks, port, str(run.path)), daemon=True) for r in range(ranks)]
-    try:
-        for process in processes:
-            process.start()
-        return _first_failure(processes)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
+    with reserve_port() as reserved:
+        port = reserved.getsockname()[1]
+        made = [CONTEXT.Process(target=_rank, args=(r, ranks, port, str(run.path)), daemon=True) for r in range(ranks)]
+        try:
+            for process in made:
+                process.start()
+            return _first_failure(made)
+        finally:
+            for process in made:
+                process.kill()
+                process.join()
 
 
 def _first_failure(processes: Sequence[ForkServerProcess]) -> int:

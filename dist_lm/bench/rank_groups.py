@@ -16,7 +16,7 @@ from typing import Any
 from dist_lm.bench.case import GroupSize
 from dist_lm.cluster.torchrun import CPU_ALLOCATOR, OPENMP_SPIN
 from dist_lm.errors import UserError
-from dist_lm.storage.process import free_port
+from dist_lm.storage.process import reserve_port
 from dist_lm.tracking.redact import without_secrets
 
 LOOPBACK = "127.0.0.1"
@@ -32,7 +32,8 @@ class RankGroup:
     """The rank processes of one size, in one process group."""
 
     def __init__(self, size: GroupSize, benchmark: str, device: str, logs: Path) -> None:
-        port = str(free_port())
+        self._reserved = reserve_port()  # until the ranks end: others that ask for any port do not get it
+        port = str(self._reserved.getsockname()[1])
         self.ranks: list[subprocess.Popen[bytes]] = []
         self.logs = [logs / f"{size.ranks}x{size.threads}_rank_{rank}.log" for rank in range(size.ranks)]
         for rank, path in enumerate(self.logs):
@@ -73,6 +74,7 @@ class RankGroup:
         for process in self.ranks:
             with suppress(subprocess.TimeoutExpired):  # `kill` follows
                 process.wait(GRACE_S)
+        self._reserved.close()
 
     def kill(self) -> None:
         """End the ranks at once: after a failure of one of them, or Ctrl-C."""
@@ -80,6 +82,7 @@ class RankGroup:
             process.kill()
         for process in self.ranks:
             process.wait()
+        self._reserved.close()
 
     def _answers(self) -> list[bytes]:
         """A line of every rank, read as they arrive, so that the first rank to exit is the one reported."""

@@ -131,13 +131,14 @@ def run_check(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> Resul
     log, mark = folder / LOG, secrets.token_hex(8)
     budget_s = REHEARSAL_S if rehearse else check.budget_s
     began, code = time.monotonic(), None
-    with log.open("wb") as output:
+    with log.open("wb") as output, process.reserve_port() as reserved:
+        port = str(reserved.getsockname()[1])
         started = subprocess.Popen(
             command_of(check, gpus, folder, rehearse=rehearse),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=_environment(check, gpus, rehearse) | {probe.MARK: mark},
+            env=_environment(check, gpus, port, rehearse=rehearse) | {probe.MARK: mark},
             start_new_session=True,  # a Ctrl-C goes to this process, which ends it
         )
         try:
@@ -175,11 +176,10 @@ def command_of(check: Check, gpus: int, folder: Path, *, rehearse: bool) -> list
     return [*ours, "--standalone", "--nproc-per-node", str(gpus), "-m", *program]
 
 
-def _environment(check: Check, gpus: int, rehearse: bool) -> dict[str, str]:
+def _environment(check: Check, gpus: int, port: str, *, rehearse: bool) -> dict[str, str]:
     if check.runs == "launcher":
         return without_secrets(os.environ)
     threads = process.cores() // (gpus if check.runs == "all" else 1)
-    port = str(process.free_port())
     ours = environment_of(GroupSize(1, max(1, threads)), 0, port, "cpu" if rehearse else "cuda")
     return ours if rehearse else CUDA | ours
 

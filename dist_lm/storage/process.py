@@ -132,12 +132,6 @@ def reserve_port() -> socket.socket:
     return reserved
 
 
-def free_port() -> int:
-    """A TCP port that no address of this machine uses now."""
-    with reserve_port() as reserved:
-        return reserved.getsockname()[1]
-
-
 def die_with_parent(parent: int | None = None) -> None:
     """Have the kernel kill this process (SIGKILL) when its parent ends. Does nothing on systems other than Linux.
 

@@ -20,7 +20,7 @@ from dist_lm.cluster.node_facts import examine
 from dist_lm.cluster.ray_cluster import ClusterError, Node, connect
 from dist_lm.cluster.recruit import recruit
 from dist_lm.config.cluster import ClusterConfig
-from dist_lm.storage.process import free_port
+from dist_lm.storage.process import reserve_port
 from dist_lm.storage.run_directory import RunDirectory
 from tests.cluster.waiting import eventually, living
 
@@ -73,9 +73,9 @@ def test_processes_answer_and_those_that_hang_or_end_are_told_apart(probes):
     assert probes.ask([BURN] * 2, 120, lambda: looks.append(1)) == [{"fault": ""}] * 2
     assert looks
     for _ in range(2):  # first inside the node, then over all nodes
-        port = free_port()
-        sums = [{"do": "all_reduce", "rank": rank, "world": 2, "address": LOOPBACK, "port": port} for rank in range(2)]
-        assert probes.ask(sums, 60) == [{"wrong": []}] * 2
+        with reserve_port() as reserved:
+            request = {"do": "all_reduce", "world": 2, "address": LOOPBACK, "port": reserved.getsockname()[1]}
+            assert probes.ask([request | {"rank": rank} for rank in range(2)], 60) == [{"wrong": []}] * 2
     os.kill(probes.pids[1], signal.SIGSTOP)
     assert probes.ask([BURN] * 2, 3) == [{"fault": ""}, "no answer within 3 s"]
     os.kill(probes.pids[1], signal.SIGKILL)
