@@ -19,7 +19,7 @@ import select
 import sys
 
 from dist_lm.sandbox import confine, languages
-from dist_lm.sandbox.watched import SIGKILL, TIMEOUT, TROUBLE, Watched, cpu_of_ended
+from dist_lm.sandbox.watched import SIGKILL, TIMEOUT, TROUBLE, Watched
 
 TYPE_CHECKING = False  # `typing` itself would take a third of a cold start
 if TYPE_CHECKING:
@@ -166,14 +166,13 @@ class _Run:
         given = test["stdin"].encode(errors="surrogatepass")
         stdin = confine.sealed(given) if given else os.open("/dev/null", os.O_RDONLY)
         pipes = [os.pipe() for _ in range(3)]
-        before = cpu_of_ended()
         child = os.fork()
         if child == 0:
             self._be_program(request, test, token, (stdin, *(write for _, write in pipes)))
         for _, write in pipes:
             os.close(write)
         os.close(stdin)
-        attempt = Watched(child, [read for read, _ in pipes], request["limits"]["output_bytes"], cpu_s, wall_s, before)
+        attempt = Watched(child, [read for read, _ in pipes], request["limits"]["output_bytes"], cpu_s, wall_s)
         try:
             attempt.watch()
         finally:
@@ -186,7 +185,7 @@ class _Run:
             ended,
             attempt.exit_code,
             seen,
-            cpu_of_ended() - before,
+            attempt.cpu_seconds,
             attempt.seconds,
             stdout.replace(token, b""),
             bytes(attempt.read[1][-TAIL_BYTES:]),

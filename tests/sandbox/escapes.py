@@ -78,6 +78,38 @@ while True:
         "timeout",
     ),
     Escape("loops_in_many_processes", "import os\nfor _ in range(3): os.fork()\nwhile True: pass", "", "timeout"),
+    Escape(
+        "lets_nobody_count_its_children",
+        """
+import os, signal, time
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for _ in range(150):
+    child = os.fork()
+    if child == 0:
+        while time.process_time() < 0.02:
+            pass
+        os._exit(0)
+    try:
+        os.waitpid(child, 0)
+    except ChildProcessError:
+        pass
+""",
+        "",
+        "timeout",
+    ),
+    Escape(
+        "takes_a_name_that_is_no_text",
+        "import ctypes\nctypes.CDLL(None).prctl(15, b'\\xff) R 1 (\\xfe', 0, 0, 0)\nwhile True: pass",
+        "",
+        "timeout",
+    ),
+    Escape(
+        "runs_a_file_whose_name_is_no_text",
+        "cp /usr/bin/sleep $'/tmp/\\xff 1) (\\n'; $'/tmp/\\xff 1) (\\n' 60",
+        "",
+        "timeout",
+        "bash",
+    ),
     Escape("fork_bomb", "import os\nwhile True: os.fork()", "Resource temporarily unavailable"),
     Escape(
         "fork_bomb_bash",
