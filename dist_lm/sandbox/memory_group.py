@@ -1,15 +1,19 @@
-"""A cgroup that limits the memory of all processes of a sandbox together, where this process may make one."""
+"""A cgroup that limits the memory of all processes of a sandbox together, where this process may make one.
+
+A group that cannot be removed, or whose process was killed, is removed when the next one is made.
+"""
 
 import contextlib
 import itertools
 import os
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _BASE_BYTES = 64 << 20  # the server, its copies, and what the kernel keeps for their namespaces
+_NAME = "dist_lm-{process}-{number}"
 _number = itertools.count()
+_busy: set[Path] = set()
 
 
 class MemoryGroup:
@@ -42,7 +46,8 @@ class MemoryGroup:
             OSError: this process may make none.
         """
         parent, limit_file = _parent()
-        path = parent / f"dist_lm-{os.getpid()}-{next(_number)}"
+        _remove_left_groups(parent)
+        path = parent / _NAME.format(process=os.getpid(), number=next(_number))
         path.mkdir()
         return cls(path, limit_file)
 
@@ -56,8 +61,10 @@ class MemoryGroup:
             self._limited = program_bytes
 
     def remove(self) -> None:
-        with contextlib.suppress(OSError):  # a process that ends holds it for a moment; the kernel forgets it later
+        try:
             self._path.rmdir()
+        except OSError:  # a process that ends holds it for a moment
+            _busy.add(self._path)
 
 
 @cache
@@ -75,7 +82,11 @@ def _parent() -> tuple[Path, str]:
     raise OSError("no memory controller")
 
 
-def left_groups() -> Iterator[Path]:
-    """Groups that this process made and could not remove."""
-    parent, _ = _parent()
-    return parent.glob(f"dist_lm-{os.getpid()}-*")
+def _remove_left_groups(parent: Path) -> None:
+    """Remove groups of this process that were busy, and those of processes that have gone."""
+    for group in parent.glob(_NAME.format(process="*", number="*")):
+        process = group.name.split("-")[1]
+        if group in _busy or not os.path.exists(f"/proc/{process}"):
+            with contextlib.suppress(OSError):  # still busy, or another process was faster
+                group.rmdir()
+                _busy.discard(group)

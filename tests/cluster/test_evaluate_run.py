@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from dist_lm.storage.process import title
 from dist_lm.storage.run_directory import WorkDirectory
 from tests.cluster.launched import finish, wait_until
 from tests.cluster.loopback_ray import loopback_ray
@@ -77,7 +78,7 @@ def test_programs_run_on_every_node_with_the_same_verdicts(tiny_work, tmp_path):
         process = started(work, models, "two", *asked, *ray.overrides(), "cluster.nodes=2")
         there = psutil.Process(ray.process(1))
         wait_until(
-            lambda: any("bwrap" in name_of(one) for one in there.children(recursive=True)), process, "a sandbox there"
+            lambda: any("bwrap" in title(one) for one in there.children(recursive=True)), process, "a sandbox there"
         )
         code, _, err = finish(process)
         assert code == 0, err
@@ -86,11 +87,3 @@ def test_programs_run_on_every_node_with_the_same_verdicts(tiny_work, tmp_path):
     assert len(names) == 6
     for name in names:
         assert (one.samples / name).read_bytes() == (two.samples / name).read_bytes(), name
-
-
-def name_of(process: psutil.Process) -> str:
-    """Its name; empty once it has ended."""
-    try:
-        return process.name()
-    except psutil.NoSuchProcess:
-        return ""

@@ -1,21 +1,27 @@
 """Programs and their verdicts, limits, what a broken sandbox says, and what is left when the harness is killed."""
 
+import errno
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
 
 from dist_lm.errors import ConfigError
+from dist_lm.sandbox import memory_group
 from dist_lm.sandbox import sandbox as module
+from dist_lm.sandbox.memory_group import MemoryGroup
 from dist_lm.sandbox.pool import SandboxPool
-from dist_lm.sandbox.program import Attempt, Limits, Program, Test, attempts_of, verdict_of
+from dist_lm.sandbox.program import Attempt, Limits, Program, Test, attempts_of, infrastructure_error, verdict_of
 from dist_lm.sandbox.sandbox import Fences, Sandbox, SandboxError, fences
+from dist_lm.storage.process import title
 from tests.sandbox.as_user import ROOT
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
@@ -202,6 +208,86 @@ def test_trusted_programs_run_without_isolation_and_it_says_so(monkeypatch):
         fences.cache_clear()
 
 
+@pytest.fixture
+def failing_trials(monkeypatch) -> Iterator[Callable[[int, str], None]]:
+    """(count, reason): the first trials of a sandbox end with an infrastructure error."""
+    fences.cache_clear()
+    run = Sandbox.run
+
+    def fail(count: int, reason: str) -> None:
+        left = [infrastructure_error(Program("python", ""), reason)] * count
+        monkeypatch.setattr(Sandbox, "run", lambda *given: left.pop() if left else run(*given))
+
+    yield fail
+    fences.cache_clear()
+
+
+BUSY = ["TimeoutError: timed out", "BlockingIOError: [Errno 11] Resource temporarily unavailable", ""]
+
+
+@pytest.mark.parametrize("reason", BUSY)
+def test_one_trial_that_fails_does_not_end_isolation(failing_trials, reason: str):
+    failing_trials(1, reason)
+    assert fences(trust_me=True).namespaces
+
+
+@pytest.mark.parametrize("reason", BUSY)
+def test_a_busy_machine_does_not_end_isolation(failing_trials, reason: str):
+    failing_trials(module.TRIALS, reason)
+    with pytest.raises(SandboxError, match="too busy to try out a sandbox"):
+        fences(trust_me=True)
+    assert fences(trust_me=True).namespaces
+
+
+def test_trust_is_for_machines_that_refuse_a_sandbox(failing_trials):
+    failing_trials(module.TRIALS, "OSError: the sandbox ended. bwrap: No permissions to create new namespace")
+    assert not fences(trust_me=True).namespaces
+
+
+def test_a_start_that_fails_leaves_no_group_and_no_descriptor(monkeypatch):
+    def fail(*_, **__):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    one = Sandbox(_fences=fences())
+    with monkeypatch.context() as patch:
+        patch.setattr(module.subprocess, "Popen", fail)
+        groups, descriptors = own_groups(), open_descriptors()
+        assert one.run(Program("python", ""), LIMITS).outcome == "infrastructure"
+        assert set(own_groups()) <= set(groups)
+        assert open_descriptors() <= descriptors
+    assert one.run(Program("python", ""), LIMITS).outcome == "passed"
+    one.close()
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def own_groups() -> list[Path]:
+    return groups_of(os.getpid()) if fences().memory_group else []
+
+
+def groups_of(process: int) -> list[Path]:
+    parent, _ = memory_group._parent()
+    return sorted(parent.glob(f"dist_lm-{process}-*"))
+
+
+def test_groups_that_were_busy_are_removed_with_the_next(monkeypatch):
+    if not fences().memory_group:
+        pytest.skip("no cgroup here that this process may use")
+    group = MemoryGroup.make()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rmdir", failing_rmdir)
+        group.remove()
+    assert group._path.exists()
+    MemoryGroup.make().remove()
+    assert not group._path.exists()
+
+
+def failing_rmdir(path: Path) -> None:
+    raise OSError(errno.EBUSY, "busy", str(path))
+
+
 def test_a_sandbox_that_lets_a_program_out_is_refused(monkeypatch):
     """The trial at the start finds it: here /etc is there."""
     options = module._bubblewrap_options
@@ -252,7 +338,7 @@ def test_a_killed_harness_leaves_no_process():
     harness = subprocess.Popen([sys.executable, "-c", HARNESS], cwd=ROOT, stdin=subprocess.PIPE)
     below: list[psutil.Process] = []
     deadline = time.monotonic() + DEADLINE_S
-    while sum(process.name() == "sleep" for process in alive(below)) < 6:
+    while sum(title(process) == "sleep 600" for process in below) < 6:
         assert time.monotonic() < deadline, below
         below = psutil.Process(harness.pid).children(recursive=True)
         time.sleep(0.05)
@@ -260,10 +346,9 @@ def test_a_killed_harness_leaves_no_process():
     harness.wait()
     _, left = psutil.wait_procs(below, timeout=DEADLINE_S)
     assert not left
-
-
-def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    return [process for process in processes if process.is_running()]
+    while fences().memory_group and groups_of(harness.pid):
+        assert time.monotonic() < deadline
+        MemoryGroup.make().remove()  # removes what others left
 
 
 # --- the same verdict every time ---
