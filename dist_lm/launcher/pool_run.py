@@ -66,12 +66,15 @@ def run_pool_stage(
                 work, spec, weights = opened
                 watch.follow(work)
                 before = work.done[1]
-                if work.asks:
-                    _, _, wanted = stage.engine(one)
-                    actors, took = _answer(stage.name, wanted, work, spec, weights, cluster, console, interrupt, watch)
-                    seconds += took
-                if not work.is_done:
-                    work.finish(lambda: not interrupt.requested)
+                with closing(work):
+                    if work.asks:
+                        _, _, wanted = stage.engine(one)
+                        actors, took = _answer(
+                            stage.name, wanted, work, spec, weights, cluster, console, interrupt, watch
+                        )
+                        seconds += took
+                    if not work.is_done:
+                        work.finish(lambda: not interrupt.requested)
                 if not work.is_done:
                     return False
                 tokens += work.done[1] - before

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from dist_lm.tracking.console import Console
 
 AUTO = "auto"
+FREE_HERE = ("stage.questions_per_part", "stage.cache_tokens", "eval.pool.")
 OWN_TASKS = ["own_python", "own_bash", "own_sql"]
 
 
@@ -123,10 +124,10 @@ class Evaluate(PoolStage):
             found = [checkpoint_of(path, own) for path in own.stage.models]
         labels = [label_of(path) for path in found]
         require(len({*labels}) == len(labels), "stage.models", own.stage.models, "different models")
-        own = replace(own, stage=replace(own.stage, models=[str(path) for path in found]))
+        own = with_reward_checkpoint(replace(own, stage=replace(own.stage, models=[str(path) for path in found])))
         if begun:
-            free = (*FREE, "stage.questions_per_part", "stage.cache_tokens", "eval.pool.")
             keys = (*RESULT_KEYS, "eval.")
+            free = (*(key for key in FREE if key not in keys), *FREE_HERE)
             refuse_other_settings(run, own, [one for key in keys for one in differing_keys(begun, own, key, free)])
             refuse_other_inputs(run, own)
         if run.result.exists():
@@ -167,8 +168,12 @@ class Evaluate(PoolStage):
     ) -> PoolWork:
         from dist_lm.stages.evaluate_work import Evaluation
 
-        durable.write_json(run.inputs, begun_with(run) | inputs_of(evaluate_config(config)))
-        return Evaluation(evaluate_config(config), run, tokenizer, sandboxes)
+        own = evaluate_config(config)
+        refuse_other_inputs(run, own)  # they may have changed while another model was asked
+        durable.write_json(run.inputs, begun_with(run) | inputs_of(own))
+        work = Evaluation(own, run, tokenizer, sandboxes)
+        refuse_other_inputs(run, own)  # what was read is what the hashes are of
+        return work
 
     def joined(self, config: Config, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """All models with the comparison of each with the first one; writes the table."""
@@ -204,16 +209,31 @@ def evaluate_config(config: Config) -> EvaluateRunConfig:
     return config
 
 
+def with_reward_checkpoint(config: EvaluateRunConfig) -> EvaluateRunConfig:
+    """The configuration with a checkpoint in `eval.reward_model`: one for all models, even if its run goes on.
+
+    Raises:
+        ArtefactError: there is none.
+    """
+    if "reward" not in config.stage.tasks:
+        return config
+    found = checkpoint_files.find_checkpoint(Path(config.eval.reward_model).expanduser().resolve())
+    return replace(config, eval=replace(config.eval, reward_model=str(found)))
+
+
 def inputs_of(config: EvaluateRunConfig) -> dict[str, str]:
     """The SHA-256 of the files that the figures come from: `eval.TASK=PATH`, and the manifest of each checkpoint.
+
+    Args:
+        config: that of `look`, which names checkpoints.
 
     A checkpoint that is gone is left out: the figures of a finished run stay.
     """
     found = {f"eval.{task}={path}": path for task, path in config.eval.files.items() if task in config.stage.tasks}
     if "reward" in config.stage.tasks:
         found |= {f"eval.prompts={path}": path for path in find_prompts(config.eval.prompts, "eval.prompts")}
-        reward = checkpoint_files.find_checkpoint(Path(config.eval.reward_model).expanduser())
-        found[f"eval.reward_model={config.eval.reward_model}"] = reward / checkpoint_files.MANIFEST
+        reward = config.eval.reward_model
+        found[f"eval.reward_model={reward}"] = Path(reward) / checkpoint_files.MANIFEST
     found |= {f"stage.models={path}": Path(path) / checkpoint_files.MANIFEST for path in config.stage.models}
     return {name: durable.sha256_of(path) for name, path in found.items() if path.is_file()}
 
@@ -229,10 +249,13 @@ def refuse_other_inputs(run: RunDirectory, config: EvaluateRunConfig) -> None:
     Raises:
         ArtefactError: names the key, the file and the way out.
     """
-    before = begun_with(run)
-    for name, sha256 in inputs_of(config).items():
-        if before.get(name, sha256) != sha256:
-            raise ArtefactError(f"{name}: has changed since {run.path} began: choose another run_id")
+    before, now = begun_with(run), inputs_of(config)
+    if not before:
+        return
+    changed = [name for name, sha256 in now.items() if before.get(name, sha256) != sha256]
+    first, second = ({name for name in found if name.startswith("eval.prompts=")} for found in (before, now))
+    for name in (*changed, *sorted(first ^ second)):  # a glob may find other files
+        raise ArtefactError(f"{name}: has changed since {run.path} began: choose another run_id")
 
 
 def table_of(run: RunDirectory) -> Path:

@@ -6,6 +6,7 @@ by (seed, task, question, index). So after a kill the missing files are made aga
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from dist_lm.evaluation.tasks import (
 )
 from dist_lm.generation.request import Answer, AnswerSets, Refusal, Request, SamplingParams
 from dist_lm.sandbox.pool import Sandboxes
-from dist_lm.stages.evaluate import AUTO, EvaluateRunConfig, label_of, table_of
+from dist_lm.stages.evaluate import AUTO, EvaluateRunConfig, label_of, refuse_other_inputs, table_of
 from dist_lm.stages.evaluate_reward import prompts_of, reward_scores
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.stage import PoolWork
@@ -87,6 +88,7 @@ class Evaluation(PoolWork):
         self._answers = AnswerSets()
         self._judged: dict[int, list[Callable[[], Record]]] = {}  # question -> records of its answers
         self._sandboxes: Sandboxes | None = None
+        self._closing = ExitStack()
         self._tokens = 0
         self._before = self._prompts_of_others()
         self._prompts = sum(len(self._parts[n].items) for n in range(len(self._parts)) if n not in self._missing)
@@ -140,7 +142,7 @@ class Evaluation(PoolWork):
         if not isinstance(own, list):
             return
         if self._sandboxes is None and any(task in CODE_TASKS for task in self._config.stage.tasks):
-            self._sandboxes = self._open_sandboxes().__enter__()
+            self._sandboxes = self._closing.enter_context(self._open_sandboxes())
         self._tokens += sum(len(one.tokens) for one in own)
         self._keep(number, [recorded(item, one, item.judge(one, self._sandboxes)) for one in own])
 
@@ -149,13 +151,17 @@ class Evaluation(PoolWork):
         for number in sorted(self._missing):
             if wanted():
                 self._write(number)
-        if self._sandboxes is not None:
-            self._sandboxes.__exit__(None, None, None)
-            self._sandboxes = None
+        self.close()
         for task in self._unmeasured if not self._missing else ():
+            refuse_other_inputs(self._run, self._config)
             records = (self._bits if task == BITS else self._rewards)(wanted) if wanted() else None
             if records is not None:
                 durable.write_text(self._measured(task), "".join(json.dumps(record) + "\n" for record in records))
+
+    def close(self) -> None:
+        """End the sandboxes; programs that have not begun never do."""
+        self._sandboxes = None
+        self._closing.close()
 
     def result(self) -> dict[str, Any]:
         found = {task: self._figures(task) for task in self._config.stage.tasks}

@@ -221,6 +221,9 @@ class PoolWork(ABC):
     def finish(self, wanted: "Callable[[], bool]") -> None:  # noqa: B027  most work ends with its last answer
         """Work that is left after the last answer. `wanted`: whether to go on."""
 
+    def close(self) -> None:  # noqa: B027  most work holds nothing
+        """End what the work has started: after its last call, also after an error or a signal."""
+
     @abstractmethod
     def result(self) -> dict[str, Any]:
         """Fields of `result.json` for finished work."""

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -63,7 +64,7 @@ class JsonProcess:
 
         Raises:
             TimeoutError: the time limit has passed, or `interrupted` returned true; the message says which.
-            EOFError, OSError: the process has ended.
+            EOFError, OSError: the process has ended, or something else than JSON was written to the socket.
         """
         deadline = time.monotonic() + seconds
         while b"\n" not in self._received:
@@ -78,7 +79,10 @@ class JsonProcess:
                     raise EOFError
                 self._received += part
         line, _, self._received = self._received.partition(b"\n")
-        return json.loads(line)
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise OSError(f"expected a line of JSON, got {line[:80]!r}") from error
 
     def code(self) -> int | None:
         """The exit code of the process; None if it does not end within a second."""
@@ -98,17 +102,25 @@ class JsonProcess:
 def asked() -> Iterator[tuple["queue.Queue[dict[str, Any]]", Callable[[Mapping[str, Any]], None]]]:
     """The process's side: the queue of requests, and the function that sends an answer.
 
-    Print goes to standard error. The process ends when its parent closes the socket, even while a function runs.
+    Print goes to standard error. The process ends when its parent closes the socket, even while a function runs, and
+    after a line that is no JSON, which it shows.
     """
     os.dup2(2, 1)
     requests: queue.Queue[dict[str, Any]] = queue.Queue()
     with socket.socket(fileno=int(sys.argv[1])) as connection:
 
         def listen() -> None:
-            with contextlib.suppress(ConnectionError), connection.makefile("rb") as lines:
-                for line in lines:
-                    requests.put(json.loads(line))
-            os._exit(0)
+            code = 1
+            try:
+                with contextlib.suppress(ConnectionError), connection.makefile("rb") as lines:
+                    for line in lines:
+                        if line.endswith(b"\n"):  # else the parent was killed while it sent it
+                            requests.put(json.loads(line))
+                code = 0
+            except ValueError:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
 
         threading.Thread(target=listen, daemon=True).start()
         yield requests, lambda value: connection.sendall(_line(value))

@@ -27,7 +27,7 @@ _SHORTEST = 8  # characters; shorter values of secret variables also occur insid
 _PLACES = ("_PATH", "_FILE", "_DIR")  # variables that hold the path of a secret: RAY_AUTH_TOKEN_PATH
 _WAY_OUT = "a value without it; the configuration is written to disk (give secrets in the environment)"
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
-_URL_CREDENTIALS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30}://)[^/\s@]+@")
+_URL_CREDENTIALS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,30}://)[^/\s]+@")  # a password may hold an @
 
 
 def is_secret_name(name: str) -> bool:

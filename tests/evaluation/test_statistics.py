@@ -1,5 +1,6 @@
 """Figures against values by hand and against exhaustive sampling."""
 
+import tracemalloc
 from fractions import Fraction
 from itertools import combinations
 from math import comb
@@ -7,6 +8,7 @@ from math import comb
 import numpy as np
 import pytest
 
+from dist_lm.evaluation import statistics
 from dist_lm.evaluation.statistics import estimate, mcnemar, paired_test, pass_at_k, ratio_estimate
 
 
@@ -85,3 +87,29 @@ def test_values_between_0_and_1_are_permuted():
     noise = paired_test(first.tolist(), (first + chance.normal(0, 0.1, 40)).tolist())
     assert noise.p > 0.05
     assert noise.low < noise.difference < noise.high
+
+
+def test_intervals_are_the_same_for_any_size_of_the_blocks_of_resamples(monkeypatch):
+    chance = np.random.default_rng(2)
+    first, second = (chance.uniform(0, 1, 37).tolist() for _ in range(2))
+
+    def found() -> list:
+        return [estimate(first), ratio_estimate(first, second), paired_test(first, second)]
+
+    blocks = found()
+    for items in (1, 999, statistics.RESAMPLES * len(first)):
+        monkeypatch.setattr(statistics, "AT_ONCE", items)
+        assert found() == blocks
+
+
+def test_resamples_of_many_items_are_not_all_in_memory_at_once(monkeypatch):
+    monkeypatch.setattr(statistics, "RESAMPLES", 500)
+    values = np.random.default_rng(2).uniform(0, 1, 20_000).tolist()  # 80 MB of draws
+    tracemalloc.start()
+    try:
+        estimate(values)
+        ratio_estimate(values, values)
+        paired_test(values, values[::-1])
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()

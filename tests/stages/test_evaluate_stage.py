@@ -2,10 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 
+from dist_lm.cluster.events import PoolFailure
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.errors import ArtefactError, ConfigError
@@ -20,7 +22,7 @@ from dist_lm.launcher.plan import make_plan
 from dist_lm.launcher.pool_run import run_pool_stage
 from dist_lm.launcher.process import Interrupt
 from dist_lm.sandbox.pool import SandboxPool
-from dist_lm.stages.evaluate import STAGE, evaluate_config, inputs_of, rows_of
+from dist_lm.stages.evaluate import STAGE, rows_of
 from dist_lm.stages.evaluate_work import Evaluation
 from dist_lm.stages.stage import Action
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
@@ -148,26 +150,98 @@ def test_figures_of_files_that_have_changed_since_are_not_shown_or_gone_on_with(
         plan_of(work, *settings)
     file.write_text(json.dumps(problem) + "\n")
     assert plan_of(work, *settings).action is Action.READY
+    other = shutil.copy(file, tmp_path / "other.jsonl")
+    with pytest.raises(ConfigError, match=rf"eval\.humaneval={other} \(was {file}\)"):
+        plan_of(work, *settings, f"eval.humaneval={other}")
+    assert plan_of(work, *settings, "eval.pool.tp=2").action is Action.READY
     shutil.rmtree(model)
     write_untrained(work, "code", 1)
     with pytest.raises(ArtefactError, match=r"^stage\.models=.*step_00000005: has changed since "):
         plan_of(work, *settings)
 
 
-def test_a_newer_checkpoint_of_the_reward_run_is_another_input(tiny_work, tmp_path):
+class Meanwhile(Interrupt):
+    """Changes something while the first model is asked."""
+
+    def __init__(self, change: Callable[[], object]) -> None:
+        super().__init__()
+        self._changes = [change]
+
+    @property
+    def requested(self) -> bool:
+        while self._changes:
+            self._changes.pop()()
+        return False
+
+
+def two_models(work: WorkDirectory) -> str:
+    return f"stage.models=[{','.join(str(write_untrained(work, one, 0).path) for one in ('code', 'language'))}]"
+
+
+def test_models_of_a_run_are_asked_the_same_questions(tiny_work, cluster, tmp_path):
     work = linked(tiny_work, tmp_path / "work")
-    reward = write_untrained(work, "reward", 0)
-    prompts = tmp_path / "prompts.txt"
+    prompts, reward = tmp_path / "a.txt", write_untrained(work, "reward", 0)
     prompts.write_text("def f():\n")
-    settings = ("stage.tasks=[reward]", f"eval.prompts={prompts}", f"eval.reward_model={reward.path}")
-    config = evaluate_config(compose_config([*SETTINGS, f"work_dir={work.path}", *settings]))
-    before = inputs_of(config)
-    newer = shutil.copytree(reward.checkpoints / "step_00000005", reward.checkpoints / "step_00000006")
-    manifest = newer / checkpoint_files.MANIFEST
+    settings = (two_models(work), "stage.tasks=[reward]", f"eval.reward_model={reward.path}")
+
+    def refused(run_id: str, glob: str, change: Callable[[], object]) -> str:
+        planned = plan_of(work, *settings, f"eval.prompts={tmp_path}/{glob}", f"run_id={run_id}")
+        with pytest.raises(ArtefactError, match=r"has changed since .*: choose another run_id") as error:
+            run_pool_stage(planned, cluster, Screen(), Meanwhile(change))
+        return str(error.value).partition(": ")[0]
+
+    assert refused("edited", "a.txt", lambda: prompts.write_text("def g():\n")) == f"eval.prompts={prompts}"
+    more = tmp_path / "b.txt"
+    assert refused("more", "*.txt", lambda: more.write_text("def h():\n")) == f"eval.prompts={more}"
+    assert refused("fewer", "*.txt", more.unlink) == f"eval.prompts={more}"
+    scoring = reward.checkpoints / "step_00000005"
+    manifest = scoring / checkpoint_files.MANIFEST
+    changed = refused("rewritten", "a.txt", lambda: manifest.write_text(manifest.read_text() + " "))
+    assert changed == f"eval.reward_model={scoring}"
+    assert files_of(work.run("evaluate", "rewritten")).keys() == {"code_default_step_00000005/reward-000.jsonl"}
+
+
+def test_a_reward_run_that_trains_on_scores_all_models_with_one_checkpoint(tiny_work, cluster, tmp_path):
+    work, elsewhere = linked(tiny_work, tmp_path / "work"), linked(tiny_work, tmp_path / "elsewhere")
+    reward, other = write_untrained(work, "reward", 0), write_untrained(elsewhere, "reward", 1)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("def f():\ndef g():\n")
+    asked = (two_models(work), "stage.tasks=[reward]", f"eval.prompts={prompts}")
+    settings = (*asked, f"eval.reward_model={reward.path}")
+    assert run_pool_stage(plan_of(work, *settings, "run_id=clean"), cluster, Screen(), Interrupt())
+
+    def train_on() -> None:
+        newer = shutil.copytree(other.checkpoints / "step_00000005", reward.checkpoints / "step_00000006")
+        checkpoint_files.write_pointer(reward.checkpoints, checkpoint_files.LATEST, newer)
+
+    assert run_pool_stage(plan_of(work, *settings, "run_id=meanwhile"), cluster, Screen(), Meanwhile(train_on))
+    clean, meanwhile = (json.loads(work.run("evaluate", name).result.read_text()) for name in ("clean", "meanwhile"))
+    assert clean["models"] == meanwhile["models"]
+    newer, before = (f"{reward.checkpoints}/step_0000000{step}" for step in (6, 5))
+    with pytest.raises(ConfigError, match=rf"eval\.reward_model={newer} \(was {before}\)"):
+        plan_of(work, *settings, "run_id=clean")
+    assert plan_of(work, *asked, f"eval.reward_model={before}", "run_id=clean").action is Action.READY
+    manifest = reward.checkpoints / "step_00000005" / checkpoint_files.MANIFEST
     manifest.write_text(manifest.read_text() + " ")
-    checkpoint_files.write_pointer(reward.checkpoints, checkpoint_files.LATEST, newer)
-    changed = {name for name, sha256 in inputs_of(config).items() if before[name] != sha256}
-    assert changed == {f"eval.reward_model={reward.path}"}
+    with pytest.raises(ArtefactError, match=rf"^eval\.reward_model={before}: has changed since "):
+        plan_of(work, *asked, f"eval.reward_model={before}", "run_id=clean")
+
+
+@pytest.mark.usefixtures("few")
+def test_sandboxes_end_with_a_run_that_fails(trained, cluster, monkeypatch):
+    def fails(self: Alone, requests: Iterable[Request]) -> Iterator[Answer]:
+        first, *_ = requests
+        yield answer(first, 0, "    sleep 0")
+        assert sandbox_threads()
+        raise PoolFailure("engines keep dying")
+
+    def sandbox_threads() -> list[str]:
+        return [one.name for one in threading.enumerate() if one.name.startswith("sandbox")]
+
+    monkeypatch.setattr(Alone, "generate", fails)
+    with pytest.raises(PoolFailure):
+        run_pool_stage(plan_of(trained, "stage.tasks=[own_bash]", "run_id=fails"), cluster, Screen(), Interrupt())
+    assert sandbox_threads() == []
 
 
 @pytest.fixture
@@ -185,7 +259,7 @@ def evaluation(trained: WorkDirectory, monkeypatch: pytest.MonkeyPatch) -> Itera
 
     yield open_
     for one in opened:
-        one.finish(lambda: False)
+        one.close()
 
 
 def answer(request: Request, index: int, text: str) -> Answer:

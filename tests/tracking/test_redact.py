@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_lm.tracking.redact import is_secret_name, redact, redact_command, without_secrets
+from dist_lm.tracking.redact import is_secret_name, redact, redact_command, redact_text, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -60,6 +60,19 @@ def test_a_command_line_is_redacted() -> None:
         "stage=code",
         "git=ssh://***@host/x",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("https://u:p@ss@host/x", "https://***@host/x"),
+        ("https://u:p@@host", "https://***@host"),
+        ("https://u:p@host/@a b@c ssh://a@b", "https://***@host/@a b@c ssh://***@b"),
+        ("https://host/x@y me@host", "https://host/x@y me@host"),
+    ],
+)
+def test_credentials_end_at_the_last_at_of_the_host(text: str, safe: str) -> None:
+    assert redact_text(text) == safe
 
 
 def test_an_environment_loses_its_secrets_only() -> None:

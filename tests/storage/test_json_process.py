@@ -1,0 +1,52 @@
+"""A process that answers JSON ends with its parent, in whatever state the parent left the socket."""
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from dist_lm.storage.json_process import JsonProcess
+
+WAITS = """
+from dist_lm.storage.json_process import asked
+with asked() as (requests, answer):
+    answer({'ready': True})
+    while True:
+        requests.get()
+"""
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "said"),
+    [(b"", 0, ""), (b'{"a": 1}\n', 0, ""), (b'{"a": "cut o', 0, ""), (b"no JSON\n", 1, "JSONDecodeError")],
+)
+def test_it_ends_when_its_parent_closes_the_socket(sent, code, said):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-c", WAITS, str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        theirs.close()
+        assert ours.recv(100) == b'{"ready": true}\n'
+        ours.sendall(sent)
+    try:
+        _, printed = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == code
+    assert said in printed
+    assert bool(printed) == bool(said)
+
+
+def test_a_message_that_is_no_json_is_an_error_of_the_process(tmp_path):
+    (tmp_path / "writes_garbage.py").write_text("import os, sys\nos.write(int(sys.argv[1]), b'\\xff\\n')\n")
+    process = JsonProcess("writes_garbage", environment={"PYTHONPATH": str(tmp_path)})
+    try:
+        with pytest.raises(OSError, match="expected a line of JSON"):
+            process.receive(60)
+    finally:
+        process.end()
