@@ -1,8 +1,9 @@
 """How a program of each language runs, and how the code of its test says that it passed.
 
 Runs inside the sandbox, in the process of one test, already confined. Each function ends the process. Once the code of
-the test has passed it writes `token`, which nobody can guess, to stdout: a program that leaves early, with whatever
-exit code, has passed nothing. (Python that reads its interpreter's memory could find the token; it stays shut in.)
+the test has passed it writes `token`, which is new for every run, to stdout: a program that leaves early, with whatever
+exit code, has passed nothing. But a program of Python or Bash shares its process with its test. One that looks for the
+token, in the interpreter's memory or in $BASH_EXECUTION_STRING, finds it and can write it; it stays shut in.
 """
 
 from __future__ import annotations
@@ -33,12 +34,11 @@ def _python(before: str, source: str, code: str, token: bytes) -> NoReturn:
         add_site_names()
     status = 0
     try:
-        parts = [compile(part, name, "exec") for part, name in ((before, "before"), (source, "program.py")) if part]
-        test = compile(code, "test", "exec") if code else None
-        for part in parts:
-            exec(part, names)
-        if test is not None:
-            exec(test, names)
+        named = ((before, "before"), (source, "program.py"), (code, "test"))
+        *parts, test = [compile(part, name, "exec", dont_inherit=True) if part else None for part, name in named]
+        for part in (*parts, test):
+            if part is not None:
+                exec(part, names)
     except SystemExit as end:
         status = _exit_status(end.code)
         token = b""
@@ -131,7 +131,8 @@ def _sql(before: str, source: str, code: str, token: bytes) -> NoReturn:
                 rows = cursor.fetchall()
         sys.stdout.write("".join("|".join(map(_sql_text, row)) + "\n" for row in rows))
         if code:
-            row = connection.execute(code).fetchone()
+            [query] = split_statements(code)
+            row = connection.execute(query).fetchone()
             if not (row and row[0]):
                 raise sqlite3.Error(f"the test returned {row!r}")
         sys.stdout.flush()

@@ -171,7 +171,7 @@ def _passes(test: Test, attempt: Attempt) -> bool:
 
 
 def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.rstrip().splitlines()]
+    return [line.rstrip() for line in text.rstrip().split("\n")]
 
 
 def _cause(attempt: Attempt) -> Outcome:

@@ -22,6 +22,7 @@ from typing import IO, Self
 
 from dist_lm.errors import ConfigError
 from dist_lm.sandbox import confine
+from dist_lm.sandbox.languages import PATH
 from dist_lm.sandbox.memory_group import MemoryGroup
 from dist_lm.sandbox.program import (
     Limits,
@@ -299,7 +300,7 @@ def _ends_within(process: int, seconds: float) -> bool:
 
 def _environment() -> dict[str, str]:
     """The whole environment of a server: the same verdict whatever the caller's is."""
-    fixed = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp"}
+    fixed = {"PATH": PATH, "HOME": "/tmp", "TMPDIR": "/tmp"}
     return {**fixed, "LC_ALL": "C.UTF-8", "TZ": "UTC", "PYTHONHASHSEED": "0"}
 
 

@@ -1,18 +1,18 @@
 """Checks whether a text parses, without running it.
 
-Python is parsed by `ast.parse`, Bash by `bash -n`. SQL is compiled by SQLite against the tables that the text creates.
+Python is compiled, Bash is read by `bash -n`. SQL is compiled by SQLite against the tables that the text creates.
 """
 
-import ast
 import re
 import shutil
 import sqlite3
 import subprocess
 import warnings
+from collections.abc import Iterator
+from contextlib import closing
 
-from dist_lm.sandbox.languages import split_statements
+from dist_lm.sandbox.languages import PATH, split_statements
 
-PATH = "/usr/local/bin:/usr/bin:/bin:/opt/homebrew/bin"
 TIMEOUT_S = 10.0
 MAX_SQL_OPERATIONS = 1_000_000
 MAX_SQL_BYTES = 1_000_000
@@ -28,8 +28,8 @@ def python_error(text: str) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
-            ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # ValueError: NUL bytes
+            compile(text, "test", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # ValueError: NUL, half a character
         return str(error) or type(error).__name__
     return ""
 
@@ -41,23 +41,45 @@ def parses_bash(text: str) -> bool | None:
 
 
 def bash_error(text: str) -> str | None:
-    """Why `bash -n` does not accept `text`; empty: it does; None without bash or after a timeout."""
+    """Why `bash -n` does not accept `text`; empty: it does; None without bash or after a timeout.
+
+    Extended patterns are accepted: what turns them on is a command, which is not executed here.
+    """
+    if why := _no_argument(text):
+        return why
     if shutil.which("bash", path=PATH) is None:
         return None
     try:
-        done = subprocess.run(
-            ["bash", "--norc", "--noprofile", "-n"],
-            input=text.encode(),
-            capture_output=True,
-            timeout=TIMEOUT_S,
-            env={"PATH": PATH, "LC_ALL": "C.UTF-8"},
-            check=False,
-        )
+        said = _bash_says(text)
+        return said if said and _bash_says(text, "-O", "extglob") else ""
     except subprocess.TimeoutExpired:
         return None
-    # for an unterminated here-document bash only warns, with exit code 0
+
+
+def _bash_says(text: str, *options: str) -> str:
+    done = subprocess.run(
+        ["bash", "--norc", "--noprofile", *options, "-n"],
+        input=text.encode(),
+        capture_output=True,
+        timeout=TIMEOUT_S,
+        env={"PATH": PATH, "LC_ALL": "C"},
+        check=False,
+    )
     said = done.stderr.decode(errors="replace").strip()
-    return said or ("" if done.returncode == 0 else f"exit code {done.returncode}")
+    if done.returncode:
+        return said or f"exit code {done.returncode}"
+    return said if "here-document" in said else ""  # without its end: only a warning, but it swallows what follows
+
+
+def _no_argument(text: str) -> str:
+    """Why no program can be given `text`; empty: one can."""
+    if "\0" in text:
+        return "it has a NUL"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return str(error)
+    return ""
 
 
 def parses_sql(text: str) -> bool:
@@ -66,39 +88,43 @@ def parses_sql(text: str) -> bool:
     CREATE, ALTER and DROP are executed in an empty database in memory, because later statements refer to their tables.
     All other statements are only compiled (EXPLAIN).
     """
-    connection = sqlite3.connect(":memory:", isolation_level=None)
-    connection.set_authorizer(_allow_schema_only)
-    connection.set_progress_handler(lambda: 1, MAX_SQL_OPERATIONS)  # a result other than 0 interrupts
-    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_SQL_BYTES)
-    try:
-        for statement in split_statements(text):
-            if re.match(r"(explain|query)\b", statement, re.IGNORECASE):  # would be read as part of our EXPLAIN
-                return False
-            connection.execute(f"EXPLAIN {statement}")
-            if re.match(r"(create|alter|drop)\b", statement, re.IGNORECASE):
-                connection.execute(statement)
-    except (sqlite3.Error, sqlite3.Warning, ValueError):
-        return False
-    finally:
-        connection.close()
-    return True
+    return not any(_sql_errors(text))
 
 
 def sql_error(text: str) -> str:
     """Why SQLite cannot read a statement of `text`, whatever tables there are; empty: it can."""
-    connection = sqlite3.connect(":memory:", isolation_level=None)
-    connection.set_authorizer(_allow_schema_only)
-    try:
+    grammar = re.compile('near ".*": syntax error|incomplete input|unrecognized token: .*', re.DOTALL)
+    return _no_argument(text) or next(filter(grammar.fullmatch, _sql_errors(text)), "")
+
+
+def sql_test_error(text: str) -> str:
+    """As `sql_error`, and why `text` is not one statement."""
+    if why := sql_error(text):
+        return why
+    count = len(split_statements(text))
+    return "" if count == 1 else f"expected one statement, found {count}"
+
+
+def _sql_errors(text: str) -> Iterator[str]:
+    """What SQLite says against each statement of `text`; empty: nothing."""
+    if why := _no_argument(text):
+        yield why
+        return
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        connection.set_authorizer(_allow_schema_only)
+        connection.set_progress_handler(lambda: 1, MAX_SQL_OPERATIONS)  # a result other than 0 interrupts
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_SQL_BYTES)
         for statement in split_statements(text):
-            own = re.match(r"explain\b", statement, re.IGNORECASE)
             try:
-                connection.execute(statement if own else f"EXPLAIN {statement}")
+                # our EXPLAIN would become one with what follows
+                whole = re.match(r"(explain|query)\b", statement, re.IGNORECASE)
+                connection.execute(statement if whole else f"EXPLAIN {statement}")
+                if re.match(r"(create|alter|drop)\b", statement, re.IGNORECASE):
+                    connection.execute(statement)
             except (sqlite3.Error, sqlite3.Warning, ValueError) as error:
-                if re.search(r"syntax error|incomplete input|unrecognized token", str(error)):
-                    return str(error)
-    finally:
-        connection.close()
-    return ""
+                yield str(error) or type(error).__name__
+            else:
+                yield ""
 
 
 def _allow_schema_only(action: int, *arguments: str | None) -> int:
@@ -110,7 +136,8 @@ def _allow_schema_only(action: int, *arguments: str | None) -> int:
     return sqlite3.SQLITE_OK
 
 
-SYNTAX_ERRORS = {"python": python_error, "bash": bash_error, "sql": sql_error}
+BEFORE_ERRORS = {"python": python_error, "bash": bash_error, "sql": sql_error}
+TEST_ERRORS = BEFORE_ERRORS | {"sql": sql_test_error}
 PARSERS = {"python": parses_python, "bash": parses_bash, "sql": parses_sql}
 
 

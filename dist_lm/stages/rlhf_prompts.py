@@ -70,7 +70,7 @@ def check_prompts(group: RlhfRunGroup) -> None:
     for key, where in _files(group):
         for prompt in _prompts_of(where, key):
             if _asks_tests(group):
-                _task(prompt, key)
+                _task(prompt, key, readable=False)
     for name, part in group.rewards.items():
         if part.kind == "function":
             imported_function(part.function, f"rlhf.rewards.{name}.function")
@@ -79,13 +79,15 @@ def check_prompts(group: RlhfRunGroup) -> None:
 def tasks_of(group: RlhfRunGroup, tokenizer: Tokenizer) -> dict[str, Task]:
     """The tests of all prompts by the text of the prompt as a model sees it; nothing if no reward asks for them.
 
+    `check_prompts`, before the run started, read every test in its language.
+
     Raises:
         ConfigError, ArtefactError: name the key, file and line of a prompt without tests, or with others before.
     """
     found: dict[str, Task] = {}
     for key, where in _files(group) if _asks_tests(group) else ():
         for prompt in _prompts_of(where, key):
-            text, task = tokenizer.decode(_rendered(prompt, key, tokenizer)), _task(prompt, key)
+            text, task = tokenizer.decode(_rendered(prompt, key, tokenizer)), _task(prompt, key, readable=True)
             if found.setdefault(text, task) != task:
                 raise ArtefactError(f"{key}: {prompt.place}: the same prompt has other tests in a line before")
     return found
@@ -104,9 +106,9 @@ def _asks_tests(group: RlhfRunGroup) -> bool:
     return any(part.kind == "tests" for part in group.rewards.values())
 
 
-def _task(prompt: Prompt, key: str) -> Task:
+def _task(prompt: Prompt, key: str, readable: bool) -> Task:
     try:
-        return task_of(prompt.extra)
+        return task_of(prompt.extra, readable)
     except UserError as error:
         raise ArtefactError(f"{key}: {prompt.place}: {error} (a reward of kind tests needs them)") from None
 

@@ -50,6 +50,14 @@ CASES = {
         Test(before="def f(x): return x", code="assert g == 2"),
         Test(code="assert g == 2"),
     ),
+    "lines": ("python", "print('a\\r\\nb c \\n\\n')", Test(stdout="a\nb c"), Test(stdout="a\nb\nc")),
+    "other_line_ends": ("python", "print('a\\x0cb\\u2028c')", Test(stdout="a\x0cb\u2028c"), Test(stdout="a\nb\nc")),
+    "annotations": (
+        "python",
+        "def f(x: int): pass",
+        Test(code="assert f.__annotations__ == {'x': int}"),
+        Test(code="def g(x: List): pass"),
+    ),
     "syntax": ("python", "print(1)\n", Test(stdout="1\n\n"), Test(code="assert (")),
     "threads": (
         "python",
@@ -78,6 +86,7 @@ CASES = {
         Test(code="select count(*) = 0 from u"),
         Test(code="select count(*) from u"),
     ),
+    "sql_one_query": ("sql", "select 1", Test(code="select 1;; -- the end"), Test(code="select 1; select 1")),
 }
 
 

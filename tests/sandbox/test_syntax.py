@@ -2,7 +2,8 @@
 
 import pytest
 
-from dist_lm.sandbox.syntax import parses, parses_continued, split_statements, whole_lines
+from dist_lm.sandbox import syntax
+from dist_lm.sandbox.syntax import bash_error, parses, parses_continued, split_statements, whole_lines
 
 
 @pytest.mark.parametrize(
@@ -17,6 +18,9 @@ from dist_lm.sandbox.syntax import parses, parses_continued, split_statements, w
         ("sql", "CREATE TABLE t (a TEXT); INSERT INTO t VALUES ('x;y');"),
         ("sql", "create  table t (a); ALTER TABLE t ADD COLUMN b TEXT; SELECT b FROM t"),
         ("sql", "CREATE TEMP TABLE t (a); SELECT a FROM t"),
+        ("sql", "EXPLAIN SELECT 1"),
+        ("bash", "shopt -s extglob\ncase a in @(a|b)) true;; esac"),
+        ("bash", "echo 'grün 漢字'\nif !(false); then echo x; fi"),
     ],
 )
 def test_what_is_whole_parses(language, text):
@@ -29,6 +33,11 @@ def test_what_is_whole_parses(language, text):
         ("python", "def f(:\n"),
         ("python", "x = '\0'"),
         ("python", "(" * 100_000),
+        ("python", "return 1"),
+        ("python", "'\ud800'"),
+        ("bash", "echo '\ud800'"),
+        ("bash", "echo '\0'"),
+        ("sql", "SELECT '\ud800'"),
         ("bash", "if true; then\n"),
         ("bash", "cat <<EOF\nnever ends\n"),
         ("bash", "echo $(("),
@@ -42,6 +51,18 @@ def test_what_is_whole_parses(language, text):
 )
 def test_what_is_broken_does_not(language, text):
     assert parses(language, text) is False
+
+
+def test_what_bash_says_of_the_locale_is_no_error(monkeypatch, tmp_path):
+    bash = tmp_path / "bash"
+    bash.write_text(
+        '#!/bin/sh\necho "bash: warning: setlocale: LC_ALL: cannot change locale" >&2\nexec /bin/bash "$@"\n'
+    )
+    bash.chmod(0o755)
+    monkeypatch.setattr(syntax, "PATH", f"{tmp_path}:{syntax.PATH}")
+    monkeypatch.setenv("PATH", syntax.PATH)
+    assert bash_error("echo hi") == ""
+    assert "line 2: syntax error" in str(bash_error("if true; then"))
 
 
 def test_a_language_without_a_parser_has_no_verdict():

@@ -3,6 +3,7 @@
 import pytest
 
 from dist_lm.errors import UserError
+from dist_lm.sandbox import task
 from dist_lm.sandbox.program import Test
 from dist_lm.sandbox.task import Task, code_of, task_of
 
@@ -36,6 +37,22 @@ def test_fields_of_a_line_become_a_task():
     )
 
 
+NO_PYTHON = {
+    "return f(1) == 2": "'return' outside function",
+    "await f()": "'await' outside function",
+    "x = 1\nfrom __future__ import annotations": "beginning of the file",
+    "break": "'break' outside loop",
+    "nonlocal x": "nonlocal declaration",
+}
+NO_BASH = {"[ x = '\0' ]": "it has a NUL", "[ x = '\ud800' ]": "surrogates not allowed"}
+NO_SQL = {
+    "SELECT 1; SELECT 1": "expected one statement, found 2",
+    "-- nothing": "expected one statement, found 0",
+    "QUERY PLAN SELECT 1": "syntax error",
+    "SELECT '\ud800'": "surrogates not allowed",
+}
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -61,6 +78,9 @@ def test_fields_of_a_line_become_a_task():
             {"language": "sql", "tests": ["SELECT (1"]},
             "is no SQL .*so no program passes it: incomplete input",
         ),
+        *(({"language": "python", "tests": [one]}, f"is no Python.*{why}") for one, why in NO_PYTHON.items()),
+        *(({"language": "bash", "tests": [one]}, f"is no Bash.*{why}") for one, why in NO_BASH.items()),
+        *(({"language": "sql", "tests": [one]}, f"is no SQL.*{why}") for one, why in NO_SQL.items()),
     ],
 )
 def test_a_wrong_line_names_its_field(fields: dict, named: str):
@@ -71,3 +91,24 @@ def test_a_wrong_line_names_its_field(fields: dict, named: str):
 def test_tests_of_sql_may_use_tables_of_the_program():
     code = ("SELECT count(*) = 2 FROM made", "EXPLAIN SELECT 1", "PRAGMA table_info(made)")
     assert len(task_of({"language": "sql", "tests": [*code], "before": "INSERT INTO made VALUES (1);"}).tests) == 3
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'SELECT count(*) FROM "incomplete input"',
+        'SELECT "syntax error" FROM made -- it\'s theirs',
+        "SELECT 1; -- the end",
+        "SELECT 1;;",
+    ],
+)
+def test_words_of_an_error_in_a_name_are_no_error(code: str):
+    assert task_of({"language": "sql", "tests": [code]}).tests
+
+
+def test_code_before_all_tests_is_read_once(monkeypatch):
+    given = []
+    monkeypatch.setitem(task.BEFORE_ERRORS, "bash", lambda text: given.append(text) or "")
+    values = {"language": "bash", "before": "g() { true; }", "tests": [f"[ 1 = {i} ]" for i in range(3)]}
+    assert task_of(values) == task_of(values, readable=True)
+    assert given == ["g() { true; }\n"]
