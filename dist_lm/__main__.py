@@ -93,8 +93,8 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="tp, fsdp, checkpointing, compile, generate, likelihood, reward, preference, rlhf, metrics, tracking "
-            "or data (docs/bench.md); learn (docs/recipes.md)."
+            help="tp, fsdp, checkpointing, compile, generate, likelihood, reward, preference, rlhf, metrics, tracking, "
+            "data or sandbox (docs/bench.md); learn or scaling (docs/recipes.md)."
         ),
     ],
     overrides: Annotated[
@@ -116,12 +116,14 @@ def bench(
         typer.Option("--peer", help="learn: 'neox: KEY=VALUE ...' or 'nanochat: CHECKOUT'; may be repeated."),
     ] = None,
     budget: Annotated[str, typer.Option(help="learn: what each recipe may spend: 2e6tokens, 1e14flops, 60s.")] = "60s",
-    seeds: Annotated[int, typer.Option(help="learn: seeds, each for initial values and order of data.")] = 1,
+    seeds: Annotated[int, typer.Option(help="learn, scaling: seeds, each for initial values and order of data.")] = 1,
     curves: Annotated[Path | None, typer.Option(help="learn: a folder for curves.jsonl and curves.svg.")] = None,
     points: Annotated[int, typer.Option(help="learn: measurements of a recipe in training.")] = 10,
+    widths: Annotated[str, typer.Option(help="scaling: widths of the models, such as 64,96,128.")] = "",
+    tokens: Annotated[str, typer.Option(help="scaling: tokens that each width trains on, such as 1e5,2e5,4e5.")] = "",
 ) -> None:
-    """Measure speed or memory against a peer and a ceiling, in the same rounds on the same machine; or, with `learn`,
-    what recipes learn within one budget."""
+    """Measure speed or memory against a peer and a ceiling, in the same rounds on the same machine; with `learn`, what
+    recipes learn within one budget; with `scaling`, what a configuration will learn, from runs of narrow models."""
     from rich.console import Console
 
     from dist_lm.launcher.conf_folders import with_config_dir
@@ -141,6 +143,11 @@ def bench(
             curves_in=curves,
             points=points,
         )
+        return
+    if name == "scaling":
+        from dist_lm.bench.scaling import run_scaling
+
+        run_scaling(settings, Console(), widths=widths, tokens=tokens, seeds=seeds, json_file=json)
         return
     from dist_lm.bench.run import run_benchmark
 

@@ -22,6 +22,7 @@ from dist_lm.__main__ import app
 from dist_lm.bench.case import benchmark_at
 from dist_lm.bench.learn import recipes_of
 from dist_lm.bench.run import BENCHMARKS
+from dist_lm.bench.scaling import numbers_of
 from dist_lm.config.root import Config, save_config
 from dist_lm.generation.request import Answer
 from dist_lm.gpu_check import results
@@ -157,6 +158,10 @@ def check_verb(arguments: list[str]) -> None:
     if name == "bench" and arguments[:1] == ["learn"]:
         given = command.make_context(name, list(arguments)).params
         recipes_of(given["overrides"] or [], given["recipe"] or [], given["peer"] or [])
+    elif name == "bench" and arguments[:1] == ["scaling"]:
+        given = command.make_context(name, list(arguments)).params
+        recipes_of(given["overrides"] or [], [], [])
+        assert [numbers_of(f"--{option}", given[option]) for option in ("widths", "tokens")]
     elif name == "bench" and arguments:
         benchmark = benchmark_at(BENCHMARKS[arguments[0]])
         if overrides := [word for word in arguments[1:] if "=" in word and not word.startswith("-")]:

@@ -13,8 +13,8 @@ import json
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -48,8 +48,8 @@ from dist_lm.training.optimizer import (
 )
 from dist_lm.training.step import accumulate_gradients, update
 
-# no peer keeps attention inside a document
-BASE = ("tracking=none", "prerequisites=fail", "stage.init_from=none", "stage.document_mask=false")
+ALONE = ("tracking=none", "prerequisites=fail", "stage.init_from=none")
+BASE = (*ALONE, "stage.document_mask=false")  # no peer keeps attention inside a document
 TURN = 5  # steps
 WARM_UP, TIMED = 2, 6  # steps that find the speed of a learner, for a budget of seconds
 MANY = 10**6  # steps of a learner that is only looked at
@@ -123,15 +123,20 @@ class Budget:
 # --- what is compared ---
 
 
-def recipes_of(overrides: Sequence[str], own: Sequence[str], peers: Sequence[str]) -> list[Recipe]:
+def recipes_of(
+    overrides: Sequence[str], own: Sequence[str], peers: Sequence[str], defaults: Sequence[str] = BASE
+) -> list[Recipe]:
     """The recipe of `overrides` alone, then `NAME: overrides` of each of `own`, then the peers.
+
+    Args:
+        defaults: overrides that come before `overrides`.
 
     Raises:
         ConfigError: a recipe without a name, an unknown peer, overrides that cannot be composed, a stage that does not
             learn the next token.
     """
     stage = [] if any(one.startswith("stage=") for one in overrides) else ["stage=code", "model=nano"]
-    base = [*stage, *BASE, *overrides]
+    base = [*stage, *defaults, *overrides]
     found = [Recipe("as configured", compose_config(base), OwnLearner)]
     for text in own:
         name, rest = _named(text, "--recipe")
@@ -154,7 +159,7 @@ def recipes_of(overrides: Sequence[str], own: Sequence[str], peers: Sequence[str
     return found
 
 
-def _prepare(folder: Path, option: str, value: Path) -> None:
+def prepare(folder: Path, option: str, value: Path) -> None:
     """Make the folder that results go to, before anything is measured."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -265,8 +270,10 @@ def curves_of_a_seed(
     device: torch.device,
     say: Callable[[str], None],
     points: int = POINTS,
+    *,
+    at_start: bool = True,
 ) -> list[Curve]:
-    """Train every recipe within the budget, in turns; a curve has a point at the start and `points` more."""
+    """Train every recipe within the budget, in turns; a curve has `points` points, and one before the first step."""
     with ExitStack() as stack:
 
         def lanes_of(steps: Mapping[str, int]) -> list[Lane]:
@@ -288,7 +295,8 @@ def curves_of_a_seed(
         measured_on = held_out_of(recipes, device)
         for lane in lanes:
             lane.curve.bytes_per_token = measured_on[lane.curve.recipe].bytes_per_token
-            lane.measure(measured_on[lane.curve.recipe])
+            if at_start:
+                lane.measure(measured_on[lane.curve.recipe])
         while behind := [lane for lane in lanes if lane.done < lane.curve.steps]:
             for lane in behind:
                 steps = lane.curve.steps
@@ -303,6 +311,27 @@ def curves_of_a_seed(
 def flops_of(recipe: Recipe, device: torch.device) -> float:
     """FLOPs a token of a recipe's model."""
     return recipe.build(recipe.config, MANY, device).flops_per_token
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """A process group of this process, which an optimizer step sums over."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _write(curves: Sequence[Curve], json_file: Path | None, curves_in: Path | None) -> None:
+    if json_file:
+        json_file.write_text("".join(record.to_json() + "\n" for record in records_of(curves)))
+    if curves_in:
+        lines = [
+            {"recipe": curve.recipe, "seed": curve.seed, **asdict(point)} for curve in curves for point in curve.points
+        ]
+        (curves_in / "curves.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (curves_in / "curves.svg").write_text(drawing(curves))
 
 
 def run_learning(
@@ -338,26 +367,15 @@ def run_learning(
         if one.build is OwnLearner and one.config == compared[0].config:
             console.print(f"note: {one.name} has the same configuration as the first row")
     if json_file:
-        _prepare(json_file.parent, "--json", json_file)
+        prepare(json_file.parent, "--json", json_file)
     if curves_in:
-        _prepare(curves_in, "--curves", curves_in)
+        prepare(curves_in, "--curves", curves_in)
     device = choose_device(compared[0].config.device, 0)
     curves: list[Curve] = []
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        with console.status("") as status:
-            for seed in range(seeds):
-                curves += curves_of_a_seed(compared, seed, spent, device, status.update, points)
-    finally:
-        dist.destroy_process_group()
-    if json_file:
-        json_file.write_text("".join(record.to_json() + "\n" for record in records_of(curves)))
-    if curves_in:
-        lines = [
-            {"recipe": curve.recipe, "seed": curve.seed, **asdict(point)} for curve in curves for point in curve.points
-        ]
-        (curves_in / "curves.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (curves_in / "curves.svg").write_text(drawing(curves))
+    with alone(), console.status("") as status:
+        for seed in range(seeds):
+            curves += curves_of_a_seed(compared, seed, spent, device, status.update, points)
+            _write(curves, json_file, curves_in)  # a later seed may fail
     title = f"learn: {budget} each, {seeds} seed{'s' * (seeds > 1)}, on {compared[0].config.stage.corpus}"
     console.print(table_of(title, curves))
     if len({one.config.work_dir for one in compared}) > 1:

@@ -47,7 +47,7 @@ def peer_recipe(name: str, words: Sequence[str], base: Sequence[str]) -> Recipe:
         raise ConfigError(f"--peer={name}: expected {NEOX} or {NANOCHAT}")
     if name == NEOX:
         if importlib.util.find_spec("transformers") is None:
-            raise ConfigError(f"--peer={NEOX}: transformers is not installed; install the extra bench, or leave it out")
+            raise ConfigError(f"--peer={NEOX}: transformers is not installed; install the extra hf, or leave it out")
         config = compose_config([*base, *words])
         found = architecture_of(config.model)
         if not isinstance(found, Architecture) or found.family != "GPTNeoX":

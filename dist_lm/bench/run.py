@@ -63,7 +63,7 @@ def run_benchmark(
         NotTheSameError: two ways computed different losses.
     """
     if name not in BENCHMARKS:
-        raise ConfigError(f"bench {name}: expected one of {', '.join([*BENCHMARKS, 'learn'])}")
+        raise ConfigError(f"bench {name}: expected one of {', '.join([*BENCHMARKS, 'learn', 'scaling'])}")
     planned: list[Case] = benchmark_at(BENCHMARKS[name]).cases(overrides, quick)
     device = _device(planned)
     records: list[Record] = []

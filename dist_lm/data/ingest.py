@@ -11,8 +11,8 @@ documents that contain one are dropped. Where a corpus has such a source, its ot
 
 Texts are read to choose val, to compare, and by the caller. The first corpus that the caller reads is compared
 meanwhile, unless a user holds texts out: train documents are dropped for these. A corpus holds texts, or conversations,
-or rankings. Conversations share their forms, so shared words say nothing about leakage: their group is the tools that
-they are about, and the group of a ranking is its prompt. They are read once.
+or rankings. Conversations share their forms, so shared words say nothing about leakage: the group of one
+with generated tools is its tools, of any other what its user says, and of a ranking its prompt. They are read once.
 """
 
 from collections import Counter

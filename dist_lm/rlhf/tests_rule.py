@@ -1,8 +1,8 @@
 """Executed code as a reward: the answer to a task runs with the task's tests, in the sandbox.
 
-Programs run on cores of all nodes beside generation: each starts as soon as its completion is there (`begin`), and its
-verdict is read when the iteration's rollouts are judged. A program that fails, hangs or takes too much has a score;
-an error of the sandbox gives none, so that completion leaves the iteration.
+Programs run beside generation, with actors on cores of all nodes: each starts as soon as its completion is there
+(`begin`), and its verdict is read when the iteration's rollouts are judged. A program that fails, hangs or takes too
+much has a score; an error of the sandbox gives none, so that completion leaves the iteration.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Stage `rlhf`: PPO against a reward model and rules, from the tools checkpoint.
+"""Stage `rlhf`: PPO, GRPO and their kin with a reward model, rules or tests, from the tools checkpoint.
 
 A step of the stage is an iteration: rollouts, rewards, updates.
 """

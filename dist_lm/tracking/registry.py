@@ -25,7 +25,7 @@ LOOP_STAGES = (*TEXT_STAGES, "preference", "reward")
 TRAINING_STAGES = (*LOOP_STAGES, "rlhf")
 """Every stage that trains."""
 MEASURED_STAGES = (*TRAINING_STAGES, "generate")
-"""Every stage that writes metrics."""
+"""Every stage with metrics of its own; `evaluate` writes those of `generate`."""
 PREFERENCE, REWARD, RLHF = ("preference",), ("reward",), ("rlhf",)
 
 
@@ -376,7 +376,7 @@ REINFORCEMENT = (
         ("rlhf/policy_loss", "", "", "Mean policy loss, over what the algorithm counts (docs/algorithms.md)."),
         ("rlhf/policy_grad_norm", "", "", "Mean gradient norm of the policy before clipping."),
         ("rlhf/ratio_mean", "", "", "Mean probability ratio to the policy that began the iteration."),
-        ("rlhf/clip_frac", "", "", "Share of tokens whose ratio was clipped."),
+        ("rlhf/clip_frac", "", "", "Share of tokens whose gradient the clip removed."),
         ("rlhf/approx_kl", "nats/token", "", "KL divergence from the policy that began the iteration."),
     ),
     *_table(
@@ -396,7 +396,7 @@ REINFORCEMENT = (
         RLHF,
         ("rlhf/value_loss", "", "lower", "Critic loss a token."),
         ("rlhf/value_grad_norm", "", "", "Mean gradient norm of the critic before clipping."),
-        ("rlhf/value_clip_frac", "", "", "Share of tokens whose value was clipped."),
+        ("rlhf/value_clip_frac", "", "", "Share of tokens whose gradient of the value the clip removed."),
         ("rlhf/value_explained_var", "", "higher", "Share of the variance of returns that values explain."),
         ("rlhf/value_mean", "", "", "Mean predicted value."),
         only="with a critic",

@@ -36,7 +36,7 @@ MESSAGES, TOOLS, FUNCTIONS = "messages", "tools", "functions"  # columns; the la
     advice="check path and column; no row makes a conversation with an answer",
 )
 def read_messages(source: SourceConfig, seed: int) -> Iterator[Candidate]:
-    """Every row of JSON lines or parquet as a conversation."""
+    """Every row of JSON lines, parquet or CSV as a conversation."""
     columns = [*named_columns(source, MESSAGES), ("", TOOLS), ("", FUNCTIONS)]
     rows = placed_rows(list_rows(source), columns)
     yield from row_documents(source, rows, MESSAGES, _content_of, "conversation")

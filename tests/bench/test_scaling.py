@@ -1,0 +1,119 @@
+"""What a configuration will learn, expected from runs of narrow models."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from dist_lm.bench.scaling import narrowed, numbers_of, run_scaling, shortened
+from dist_lm.bench.scaling_law import ScalingLaw
+from dist_lm.config.stage import MuonConfig, StageConfig
+from dist_lm.errors import ConfigError, UserError
+from dist_lm.launcher.compose import compose_config
+from tests.conftest import TINY
+from tests.training_run import prepare, train
+
+SETTINGS = (
+    *("stage=code", *TINY, "stage.global_batch=8", "stage.micro_batch=4", "stage.lr=1e-2", "stage.steps=40"),
+    *("stage.warmup_steps=5", "stage.dropout=0.1", "stage.label_smoothing=0.1", "model.init_std=0.1"),
+)
+SIZES, LENGTHS = (2e5, 4.4e5, 7.9e5, 1.8e6), (6.5e4, 1.3e5, 2.6e5, 5.2e5)
+GRID = [(size, length) for size in SIZES for length in LENGTHS]
+
+
+def true_loss(parameters: float, tokens: float) -> float:
+    return 0.8 + 8 * parameters**-0.2 + 60 * tokens**-0.35
+
+
+def law_with_noise(deviation: float, seed: int) -> ScalingLaw:
+    noise = np.random.default_rng(seed).normal(0, deviation, len(GRID))
+    sizes, lengths = map(list, zip(*GRID, strict=True))
+    return ScalingLaw.fit(sizes, lengths, [true_loss(*run) + own for run, own in zip(GRID, noise, strict=True)])
+
+
+def test_a_law_is_found_again_and_goes_on_beyond_its_runs():
+    law = law_with_noise(0.0, 0)
+    for run in (*GRID, (3e6, 2e6), (1e5, 3e4)):
+        assert law.loss(*run) == pytest.approx(true_loss(*run), abs=5e-3)
+    expected = law.expected(3e6, 2e6)
+    assert expected.low <= expected.value <= expected.high
+    assert expected.high - expected.low < 0.01
+
+
+def test_the_interval_holds_new_runs_and_grows_with_distance():
+    inside = []
+    for seed in range(10):
+        law = law_with_noise(0.01, seed)
+        new = true_loss(3e6, 2e6) + np.random.default_rng(100 + seed).normal(0, 0.01)
+        found = law.expected(3e6, 2e6)
+        inside.append(found.low <= new <= found.high)
+    assert sum(inside) >= 8
+    near, far = law.expected(8e5, 5e5), law.expected(5e7, 5e7)
+    assert near.high - near.low < far.high - far.low
+
+
+def test_runs_that_determine_no_law_are_refused():
+    sizes, lengths = map(list, zip(*GRID, strict=True))
+    with pytest.raises(UserError, match="3 runs of 3 sizes with 3 numbers of tokens do not determine a law"):
+        ScalingLaw.fit([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [3.0, 2.0, 1.0])
+    with pytest.raises(UserError, match="the loss does not fall with size and tokens"):
+        ScalingLaw.fit(sizes, lengths, [-true_loss(*run) for run in GRID])
+
+
+def test_a_rung_is_the_configured_run_narrowed_and_shortened(tiny_work, tmp_path):
+    with (tmp_path / "table").open("w") as table:
+        records = run_scaling(
+            [*SETTINGS, f"work_dir={tiny_work.path}"],
+            Console(file=table, width=160),
+            widths="16,32,48",
+            tokens="1280,2560,5120",
+            seeds=1,
+            json_file=tmp_path / "records.jsonl",
+        )
+    names = [f"{width} wide, {tokens} tokens" for tokens in (1280, 2560, 5120) for width in (16, 32, 48)]
+    assert [one.case for one in records] == [*names, "expected", "expected, low", "expected, high"]
+    assert [json.loads(line)["case"] for line in (tmp_path / "records.jsonl").read_text().splitlines()][:9] == names
+    model = compose_config([*SETTINGS]).model
+    run = prepare(
+        *(tiny_work, "rung", *SETTINGS[1:], *narrowed(model, 48), "stage.init_from=none"),
+        *("stage.steps=20", "stage.warmup_steps=2"),
+        stage="code",
+    )
+    result = train(run, 1)
+    found = {one.case: one.value for one in records}
+    assert found["48 wide, 5120 tokens"] == pytest.approx(result["metrics"]["val/bits_per_byte"], rel=1e-5)
+    written = (tmp_path / "table").read_text()
+    assert "48 wide, 5120 tokens: measured" in written
+    assert f"as configured ({model.d_model} wide, 10240 tokens): expected {found['expected']:.3f}" in written
+
+
+def test_heads_keep_their_width_and_groups_their_size():
+    model = compose_config([*SETTINGS, "model.d_model=64", "model.n_heads=8", "model.n_kv_heads=2"]).model
+    words = dict(word.split("=") for word in narrowed(model, 96))
+    assert words["model.n_heads"] == "12"
+    assert words["model.n_kv_heads"] == "3"
+    assert words["model.base_width"] == "64"
+    assert int(words["model.d_ff"]) == model.d_ff * 96 // 64
+    with pytest.raises(ConfigError, match=r"--widths=40: .* expected a multiple of 32"):
+        narrowed(model, 40)
+
+
+def test_schedules_keep_their_shares():
+    muon = MuonConfig(momentum_warmup_steps=30, momentum_cooldown_steps=10)
+    stage = StageConfig(name="t", steps=200, warmup_steps=20, schedule="wsd", decay_steps=50, muon=muon)
+    short = shortened(stage, 100)
+    assert (short.steps, short.warmup_steps, short.decay_steps) == (100, 10, 25)
+    assert (short.muon.momentum_warmup_steps, short.muon.momentum_cooldown_steps) == (15, 5)
+    assert shortened(stage, 200) == replace(stage)
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [("--widths", "64,96"), ("--widths", "64,64,96"), ("--widths", "wide"), ("--tokens", ""), ("--tokens", "1e5,0,2")],
+)
+def test_numbers_that_make_no_rungs_are_refused(option, text):
+    with pytest.raises(ConfigError, match=f"{option}={text}: expected at least three different positive whole numbers"):
+        numbers_of(option, text)
+    assert numbers_of("--tokens", "4e5,1e5,2e5") == [100000, 200000, 400000]
