@@ -50,6 +50,7 @@ def test_conversations_are_not_rearranged() -> None:
 
 
 @pytest.mark.bars
+@pytest.mark.timeout(3600)
 @pytest.mark.cluster
 def test_half_of_the_pieces_rearranged_cost_three_per_cent_and_middles_gain(tmp_path: Path) -> None:
     """At nano on the local corpus, with equal tokens: the mean of three seeds."""

@@ -119,12 +119,14 @@ def test_averages_are_those_computed_by_hand(tiny_work: WorkDirectory, tmp_path:
 
 
 @pytest.mark.bars
+@pytest.mark.timeout(3600)
 @pytest.mark.cluster
 def test_a_decay_from_a_constant_run_ends_within_one_per_cent_of_a_cosine(tmp_path: Path) -> None:
     """At nano on the local corpus: the constant run was planned longer than the cosine run, and is branched."""
     for seed in SEEDS:
         work, of_seed = tmp_path / f"work{seed}", f"seed={seed}"
-        cosine = code_metrics(work, "cosine", of_seed, f"stage.steps={STEPS}", "stage.checkpoint_every=0")
+        plain = (of_seed, "stage.schedule=cosine", f"stage.steps={STEPS}", "stage.checkpoint_every=0")
+        cosine = code_metrics(work, "cosine", *plain)
         begins = STEPS - DECAYED
         wsd = (of_seed, "stage.schedule=wsd")
         constant = code_metrics(
