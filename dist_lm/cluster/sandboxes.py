@@ -12,7 +12,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
@@ -27,6 +27,7 @@ from dist_lm.storage.process import die_with_parent
 log = logging.getLogger(__name__)
 
 AHEAD = 2  # programs sent to a node for each of its workers: one runs, one waits there
+CLOSE_S = 10.0  # actors close their sandboxes; then they are killed
 MOST_AT_ONCE = 1000  # calls of an actor; above what any node has of cores
 
 
@@ -46,6 +47,10 @@ class SandboxActor:
     def run(self, program: Program, limits: Limits) -> Verdict:
         """Run a program; several calls run side by side."""
         return self._pool.submit(program, limits).result()
+
+    def close(self) -> None:
+        """End the sandboxes once their programs have ended; a killed actor would leave their memory groups."""
+        self._pool.__exit__()
 
 
 @dataclass(frozen=True)
@@ -101,8 +106,9 @@ class ClusterSandboxes:
         self._cluster, self._workers, self._trust_me = cluster, workers, trust_me
         self._own = SandboxPool(workers, trust_me)
         self._places: list[Place] = []
-        self._actors: list[Any] = []
+        self._actors: list[tuple[Place, Any]] = []
         self._waiting: deque[Work] = deque()
+        self._running: list[Work] = []
         self._events: SimpleQueue[Event | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._hand_out, name="sandboxes", daemon=True)
 
@@ -115,19 +121,32 @@ class ClusterSandboxes:
         return self
 
     def __exit__(self, *_exception: object) -> None:
+        """Whoever waits for the verdict of a program that has not ended gets a CancelledError."""
         self._events.put(None)
         self._thread.join()
-        for work in self._waiting:
-            work.verdict.cancel()
+        while not self._events.empty():  # submitted, or ended, meanwhile
+            if event := self._events.get():
+                event()
+        for work in (*self._waiting, *self._running):
+            if _begins(work):
+                work.verdict.set_exception(CancelledError("the sandboxes were closed"))
+        self._close_actors()
         self._own.__exit__()
-        if self._actors:
-            import ray
 
-            for actor in self._actors:
-                ray.kill(actor)
+    def _close_actors(self) -> None:
+        if not self._actors:
+            return
+        import ray
+
+        begun = [actor for place, actor in self._actors if place in self._places and place.workers]
+        if begun:
+            ray.wait([actor.close.remote() for actor in begun], num_returns=len(begun), timeout=CLOSE_S)
+        for _, actor in self._actors:
+            ray.kill(actor)
 
     def submit(self, program: Program, limits: Limits | None = None) -> Future[Verdict]:
         """Run a program as soon as a node has room."""
+        assert self._thread.is_alive(), "ClusterSandboxes is a context manager"
         work = Work(program, limits or Limits())
         self._events.put(partial(self._waiting.append, work))
         return work.verdict
@@ -145,8 +164,8 @@ class ClusterSandboxes:
             there = NodeAffinitySchedulingStrategy(node.id, soft=False)
             options = remote.options(scheduling_strategy=there, max_concurrency=MOST_AT_ONCE)
             actor = options.remote(self._workers, self._trust_me)
-            self._actors.append(actor)
             place = Place(f"node {node.address}", partial(_verdict_of, actor))
+            self._actors.append((place, actor))
             self._places.append(place)
             begun: Future[tuple[int, str]] = actor.begin.remote().future()
             begun.add_done_callback(partial(self._put, self._begun, place))
@@ -160,6 +179,9 @@ class ClusterSandboxes:
             event()
             while self._waiting and (free := [place for place in self._places if place.has_room]):
                 place, work = min(free, key=lambda one: one.busy), self._waiting.popleft()
+                if not _begins(work):
+                    continue
+                self._running.append(work)
                 place.running += 1
                 place.begin(work).add_done_callback(partial(self._put, self._ended, place, work))
 
@@ -172,6 +194,7 @@ class ClusterSandboxes:
 
     def _ended(self, place: Place, work: Work, verdict: Future[Verdict]) -> None:
         place.running -= 1
+        self._running.remove(work)
         error = verdict.exception()
         if error is None:
             work.verdict.set_result(verdict.result())
@@ -188,6 +211,11 @@ class ClusterSandboxes:
             self._places.remove(place)
             said = last_line(error) if isinstance(error, RayTaskError) else first_line(error)
             log.warning("%s runs no programs of models any more: %s", place.name, said)
+
+
+def _begins(work: Work) -> bool:
+    """Whether a program runs, now or again; False if who asked for it has cancelled it."""
+    return work.verdict.running() or work.verdict.set_running_or_notify_cancel()
 
 
 def _verdict_of(actor: Any, program: Program, limits: Limits) -> Future[Verdict]:

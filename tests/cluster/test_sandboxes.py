@@ -2,20 +2,23 @@
 
 import shutil
 import sys
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future, wait
 
+import psutil
 import pytest
 
+from dist_lm.cluster import sandboxes as module
 from dist_lm.cluster.ray_cluster import RayCluster, connect
-from dist_lm.cluster.sandboxes import AHEAD, ClusterSandboxes, Place, sandboxes_of
+from dist_lm.cluster.sandboxes import AHEAD, ClusterSandboxes, Place, SandboxActor, sandboxes_of
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.sandbox.pool import SandboxPool
-from dist_lm.sandbox.program import Limits, Program, Test
+from dist_lm.sandbox.program import Limits, Program, Test, infrastructure_error
 from tests.cluster.loopback_ray import loopback_ray
 from tests.cluster.waiting import eventually
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
 LIMITS = Limits(cpu_s=5, wall_s=60)
+DEADLINE_S = 60
 
 
 def programs(count: int) -> list[Program]:
@@ -78,6 +81,50 @@ def test_a_place_that_fails_is_left_out_and_the_least_busy_one_is_given_work(mon
         done = [(one.result().outcome, place) for place, one in enumerate(futures) if one.done()]
         assert [outcome for outcome, _ in done] == [EXPECTED[place] for _, place in done]
     assert "lost runs no programs of models any more: the node has died" in caplog.text
+
+
+@pytest.fixture
+def alone(monkeypatch) -> ClusterSandboxes:
+    """The sandboxes of this node, one at once, and nodes that never answer."""
+    silent = Place("silent", lambda *_: Future(), workers=1)
+    monkeypatch.setattr(ClusterSandboxes, "_start_actors", lambda self: self._places.append(silent))
+    return ClusterSandboxes(RayCluster("", ClusterConfig(name="local")), workers=1)
+
+
+def test_nobody_waits_for_verdicts_of_sandboxes_that_were_closed(alone):
+    with alone as sandboxes:
+        futures = [sandboxes.submit(one, LIMITS) for one in programs(20)]
+        eventually("all that can be are given out", lambda: sandboxes._running)
+    assert wait(futures, timeout=DEADLINE_S).not_done == set()
+    closed = [one for one in futures if isinstance(one.exception(), CancelledError)]
+    assert 0 < len(closed) <= 20
+
+
+def test_a_program_that_was_cancelled_does_not_run(alone):
+    given: list[Future] = []
+    verdict = infrastructure_error(Program("python", ""), "none")
+    with alone as sandboxes:
+        sandboxes._places[0].run = lambda *_: given.append(Future()) or given[-1]
+        futures = [sandboxes.submit(one, LIMITS) for one in programs(6)]
+        eventually("all that can be are given out", lambda: len(sandboxes._running) == 4)
+        assert [one.cancel() for one in futures] == [False] * 4 + [True] * 2
+        last = sandboxes.submit(programs(1)[0], LIMITS)
+        given[0].set_result(verdict)
+        eventually("the last is given out", lambda: len(given) == 3)
+        given[2].set_result(verdict)
+        assert last.result(DEADLINE_S) is verdict
+    assert wait(futures, timeout=DEADLINE_S).not_done == set()
+    assert [one.cancelled() for one in futures] == [False] * 4 + [True] * 2
+
+
+def test_an_actor_that_is_closed_leaves_no_process(monkeypatch):
+    monkeypatch.setattr(module, "die_with_parent", lambda: None)
+    before = {one.pid for one in psutil.Process().children()}
+    actor = SandboxActor(2, False)
+    assert actor.run(programs(2)[1], LIMITS).outcome == "passed"
+    [server] = [one for one in psutil.Process().children() if one.pid not in before]
+    actor.close()
+    assert not server.is_running()
 
 
 def failed(reason: str) -> Future:
