@@ -88,9 +88,9 @@ def _forks() -> Callable[[], float]:
     ]
 
     def step() -> float:
-        for process in own:
+        for process, count in zip(own, shares(RUNS, len(own)), strict=True):
             assert process.stdin
-            process.stdin.write(f"{RUNS // len(own)}\n".encode())
+            process.stdin.write(f"{count}\n".encode())
             process.stdin.flush()
         for process in own:
             assert process.stdout
@@ -98,3 +98,8 @@ def _forks() -> Callable[[], float]:
         return 0.0
 
     return step
+
+
+def shares(total: int, parts: int) -> list[int]:
+    """`total` in `parts` of the same size; the first are one larger where it does not divide."""
+    return [total // parts + (part < total % parts) for part in range(parts)]

@@ -3,14 +3,15 @@
 A group that cannot be removed, or whose process was killed, is removed when the next one is made.
 """
 
-import contextlib
 import itertools
 import os
+import time
 from functools import cache
 from pathlib import Path
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _BASE_BYTES = 64 << 20  # the server, its copies, and what the kernel keeps for their namespaces
+REMOVE_S = 0.5
 _NAME = "dist_lm-{process}-{number}"
 _number = itertools.count()
 _busy: set[Path] = set()
@@ -61,10 +62,22 @@ class MemoryGroup:
             self._limited = program_bytes
 
     def remove(self) -> None:
-        try:
-            self._path.rmdir()
-        except OSError:  # a process that ends holds it for a moment
-            _busy.add(self._path)
+        """Processes that were killed hold it until they have ended; if they take long, `make` removes it later."""
+        deadline = time.monotonic() + REMOVE_S
+        while not _removed(self._path):
+            if time.monotonic() > deadline:
+                _busy.add(self._path)
+                return
+            time.sleep(0.001)
+
+
+def _removed(group: Path) -> bool:
+    """Remove a group; False while a process holds it."""
+    try:
+        group.rmdir()
+    except OSError:
+        return not group.exists()
+    return True
 
 
 @cache
@@ -86,7 +99,5 @@ def _remove_left_groups(parent: Path) -> None:
     """Remove groups of this process that were busy, and those of processes that have gone."""
     for group in parent.glob(_NAME.format(process="*", number="*")):
         process = group.name.split("-")[1]
-        if group in _busy or not os.path.exists(f"/proc/{process}"):
-            with contextlib.suppress(OSError):  # still busy, or another process was faster
-                group.rmdir()
-                _busy.discard(group)
+        if (group in _busy or not os.path.exists(f"/proc/{process}")) and _removed(group):
+            _busy.discard(group)

@@ -287,6 +287,7 @@ def test_groups_that_were_busy_are_removed_with_the_next(monkeypatch):
     group = MemoryGroup.make()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rmdir", failing_rmdir)
+        patch.setattr(memory_group, "REMOVE_S", 0.0)
         group.remove()
     assert group._path.exists()
     MemoryGroup.make().remove()
