@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from dist_lm.tracking.console import Console
 
 AUTO = "auto"
-FREE_HERE = ("stage.questions_per_part", "stage.cache_tokens", "eval.pool.")
+FREE_HERE = ("stage.cache_tokens", "eval.pool.")
 OWN_TASKS = ["own_python", "own_bash", "own_sql"]
 
 

@@ -153,6 +153,8 @@ def test_figures_of_files_that_have_changed_since_are_not_shown_or_gone_on_with(
     other = shutil.copy(file, tmp_path / "other.jsonl")
     with pytest.raises(ConfigError, match=rf"eval\.humaneval={other} \(was {file}\)"):
         plan_of(work, *settings, f"eval.humaneval={other}")
+    with pytest.raises(ConfigError, match=r"stage\.questions_per_part=3 \(was "):  # files hold so many each
+        plan_of(work, *settings, "stage.questions_per_part=3")
     assert plan_of(work, *settings, "eval.pool.tp=2").action is Action.READY
     shutil.rmtree(model)
     write_untrained(work, "code", 1)
