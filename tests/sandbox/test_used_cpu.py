@@ -13,6 +13,9 @@ def process(pid: int, own: int, ended: int = 0) -> list[str]:
     return fields
 
 
+MISSED, MISSED_LATE = [process(2, 1)], [process(2, 1, 4)]  # a process ended during the look; its parent's time grew
+
+
 @pytest.mark.parametrize(
     ("looks", "ticks"),
     [
@@ -22,8 +25,9 @@ def process(pid: int, own: int, ended: int = 0) -> list[str]:
         ([[process(2, 1), process(3, 4)], [process(2, 2, 9)]], 11),
         ([[process(2, 1), process(3, 4)], [process(2, 1), process(4, 3)], [process(2, 1)]], 8),
         ([[process(2, 1), process(3, 2), process(4, 4, 3)], [process(2, 1, 9)]], 10),  # 4 waited for by 3, 3 by 2
-        ([[process(2, 1), process(3, 4)], None, [process(2, 1, 4)]], 5),  # the look between is not whole
-        ([[process(2, 1), process(3, 4)], None, [process(2, 1)]], 5),
+        ([[process(2, 1), process(3, 4)], MISSED, [process(2, 1)]], 5),
+        ([[process(2, 1), process(3, 4)], MISSED, [process(2, 1, 4)]], 5),
+        ([[process(2, 1), process(3, 4)], MISSED_LATE, [process(2, 1, 4)]], 5),
     ],
 )
 def test_time_of_a_process_counts_once(monkeypatch, looks: list, ticks: int):
@@ -31,7 +35,7 @@ def test_time_of_a_process_counts_once(monkeypatch, looks: list, ticks: int):
     monkeypatch.setattr(watched, "cpu_of_ended", lambda: 2.0)
     used = UsedCpu(2.0)
     for look in looks:
-        seen = ([process(2, 1)], False) if look is None else (look, True)
+        seen = look, look is not MISSED and look is not MISSED_LATE
         monkeypatch.setattr(watched, "_processes_below", lambda seen=seen: seen)
         used.look()
     assert used.seconds == pytest.approx(ticks / 100)
