@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -59,12 +60,20 @@ def start(work: WorkDirectory, *overrides: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    try:
+    with ending(process):
         out, err = process.communicate(timeout=DEADLINE_S)
+    return process.returncode, out, err
+
+
+@contextmanager
+def ending(process: subprocess.Popen) -> Iterator[subprocess.Popen]:
+    """A launcher in a session of its own; killed with its children if it still runs at the end of the block."""
+    try:
+        yield process
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, out, err
+            process.wait()
 
 
 def family(process: subprocess.Popen) -> list[psutil.Process]:

@@ -47,6 +47,13 @@ class LoopbackRay:
             start_new_session=True,
         )
 
+    def is_up(self) -> bool:
+        """Whether the head answers; fails if its process has ended."""
+        code = self._nodes[0].poll()
+        assert code is None, f"the head at {self.address} ended with {code}"
+        host, port = self.address.split(":")
+        return answers(host, int(port))
+
     def process(self, number: int) -> int:
         """The process of a node; all others of the node are below it."""
         return self._nodes[number].pid
@@ -77,14 +84,30 @@ def answers(host: str, port: int) -> bool:
 
 
 @contextmanager
+def held_port(host: str, ports: range) -> Iterator[int]:
+    """A port on which nobody answers. Other test runs on this machine take another one until the end of the block.
+
+    A server needs the port itself, so what is held is a name: of an abstract socket, which ends with its process.
+    """
+    for port in ports:
+        with socket.socket(socket.AF_UNIX) as held:
+            with suppress(OSError):
+                held.bind(f"\0dist_lm-tests-{host}:{port}")
+            if held.getsockname() and not answers(host, port):
+                yield port
+                return
+    raise AssertionError(f"no port of {host} is free in {ports}")
+
+
+@contextmanager
 def loopback_ray(directory: Path, nodes: int) -> Iterator[LoopbackRay]:
     """A cluster of `nodes` nodes, gone after the block."""
-    ray = LoopbackRay(directory, next(port for port in range(6400, 10000) if not answers("127.0.0.2", port)))
-    try:
-        for number in range(nodes):
-            ray.start(number)
-        host, port = ray.address.split(":")
-        eventually("the head is up", lambda: answers(host, int(port)))
-        yield ray
-    finally:
-        ray.close()
+    with held_port("127.0.0.2", range(6400, 9000)) as port:
+        ray = LoopbackRay(directory, port)
+        try:
+            for number in range(nodes):
+                ray.start(number)
+            eventually("the head is up", ray.is_up)
+            yield ray
+        finally:
+            ray.close()

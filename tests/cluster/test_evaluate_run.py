@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dist_lm.storage.process import title
+from dist_lm.storage.process import cores, title
 from dist_lm.storage.run_directory import WorkDirectory
-from tests.cluster.launched import finish, wait_until
+from tests.cluster.launched import ending, finish, wait_until
 from tests.cluster.loopback_ray import loopback_ray
 from tests.conftest import TINY
 from tests.training_run import linked, write_untrained
@@ -47,11 +47,11 @@ def test_a_killed_run_gives_the_same_result(tiny_work, tmp_path):
     assert code == 0, err
     assert "own_bash: code/default/step_00000005 - language/default/step_00000005" in " ".join(out.split())
     run = work.run("evaluate", "killed")
-    process = start("killed")
-    wait_until(lambda: len(list(run.samples.glob("*/*.jsonl"))) > 20, process, "files of the second model")
-    family = psutil.Process(process.pid).children(recursive=True)
-    os.kill(process.pid, signal.SIGKILL)
-    finish(process)
+    with ending(start("killed")) as process:
+        wait_until(lambda: len(list(run.samples.glob("*/*.jsonl"))) > 20, process, "files of the second model")
+        family = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, signal.SIGKILL)
+        finish(process)
     assert psutil.wait_procs(family, timeout=60)[1] == []
     code, _, err = finish(start("killed"))
     assert code == 0, err
@@ -69,21 +69,35 @@ def test_programs_run_on_every_node_with_the_same_verdicts(tiny_work, tmp_path):
     work = linked(tiny_work, tmp_path / "work")
     models = [write_untrained(work, "code", 1).path]
     slow = {"language": "sh", "prompt": "sleep 2\nf() {\n", "tests": "}\n[ $(f) = 1 ]", "stop_tokens": ["\n}"]}
-    file = tmp_path / "slow.jsonl"  # long enough for the other node's sandboxes to start
-    file.write_text("".join(json.dumps({"name": f"slow_{n}"} | slow) + "\n" for n in range(30)))
+    file = tmp_path / "slow.jsonl"  # 150 s of work for a node; the test stops it once it has seen enough
+    file.write_text("".join(json.dumps({"name": f"slow_{n}"} | slow) + "\n" for n in range(75 * cores())))
     asked = ("stage.tasks=[multipl_e]", f"eval.multipl_e={file}")
-    code, _, err = finish(started(work, models, "one", *asked))
-    assert code == 0, err
-    with loopback_ray(tmp_path, nodes=2) as ray:
-        process = started(work, models, "two", *asked, *ray.overrides(), "cluster.nodes=2")
-        there = psutil.Process(ray.process(1))
-        wait_until(
-            lambda: any("bwrap" in title(one) for one in there.children(recursive=True)), process, "a sandbox there"
-        )
+
+    samples = work.run("evaluate", "default").samples
+
+    def files() -> set[Path]:
+        return set(samples.rglob("*-*.jsonl"))
+
+    def stop(process: subprocess.Popen) -> None:
+        process.send_signal(signal.SIGINT)
         code, _, err = finish(process)
-        assert code == 0, err
-    one, two = (work.run("evaluate", name) for name in ("one", "two"))
-    names = sorted(path.relative_to(one.samples) for path in one.samples.rglob("*-*.jsonl"))
-    assert len(names) == 6
-    for name in names:
-        assert (one.samples / name).read_bytes() == (two.samples / name).read_bytes(), name
+        assert code == 128 + signal.SIGINT, err
+
+    with loopback_ray(tmp_path, nodes=2) as ray:
+        there = psutil.Process(ray.process(1))
+        with ending(started(work, models, "default", *asked, *ray.overrides(), "cluster.nodes=2")) as process:
+            wait_until(
+                lambda: any("bwrap" in title(one) for one in there.children(recursive=True)), process, "a sandbox there"
+            )
+            # both nodes hold 4 programs a core, handed out in order, so the next files have verdicts from there
+            before = files()
+            wait_until(lambda: len(files() - before) > cores(), process, "files with verdicts from there")
+            stop(process)
+    judged = {path: path.read_bytes() for path in files() - before}
+    for path in judged:
+        path.unlink()
+    with ending(started(work, models, "default", *asked)) as process:  # these questions again, on one node
+        wait_until(lambda: files() >= judged.keys(), process, "the same files from one node")
+        stop(process)
+    for path, content in judged.items():
+        assert path.read_bytes() == content, path

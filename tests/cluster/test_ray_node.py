@@ -16,6 +16,7 @@ from dist_lm.cluster.ray_cluster import ClusterError
 from dist_lm.cluster.ray_node import HeadAddress, own_address
 from dist_lm.cluster.ray_processes import PREFIX
 from dist_lm.storage import process
+from tests.cluster.loopback_ray import held_port, loopback_ray
 from tests.cluster.waiting import eventually
 
 pytestmark = [
@@ -85,9 +86,11 @@ def running(*arguments: str, temporary: Path, token: Path | None) -> Iterator[No
             node.stop()
 
 
-def head_port() -> HeadAddress:
+@pytest.fixture
+def head() -> Iterator[HeadAddress]:
     """A free address for a head, with a port below those that Ray gives to its workers."""
-    return next(head for port in range(9000, 10000) if (head := HeadAddress(HEAD, port)).error())
+    with held_port(HEAD, range(9000, 10000)) as port:
+        yield HeadAddress(HEAD, port)
 
 
 def living(processes: list[psutil.Process]) -> list[psutil.Process]:
@@ -98,8 +101,7 @@ def workers_in(directory: Path) -> set[str]:
     return {found.name for found in directory.glob(f"{PREFIX}*")}
 
 
-def test_a_head_and_a_worker_that_comes_back(temporary: Path, token: Path) -> None:
-    head = head_port()
+def test_a_head_and_a_worker_that_comes_back(temporary: Path, token: Path, head: HeadAddress) -> None:
     with running("head", f"--address={head}", temporary=temporary, token=token) as first:
         eventually("the head answers", lambda: head.error() is None)
         (directory,) = temporary.iterdir()
@@ -125,8 +127,7 @@ def test_a_head_and_a_worker_that_comes_back(temporary: Path, token: Path) -> No
     eventually("nothing is left", lambda: living(everything) == [])
 
 
-def test_the_next_node_clears_away_one_that_was_killed(temporary: Path, token: Path) -> None:
-    head = head_port()
+def test_the_next_node_clears_away_one_that_was_killed(temporary: Path, token: Path, head: HeadAddress) -> None:
     with running("head", f"--address={head}", temporary=temporary, token=token) as first:
         eventually("the head answers", lambda: head.error() is None)
         eventually("its raylet is up", lambda: first.named("raylet"))
@@ -143,8 +144,7 @@ def test_the_next_node_clears_away_one_that_was_killed(temporary: Path, token: P
             assert f"removed {temporary}/{killed.pop()}" in output
 
 
-def test_a_dead_raylet_ends_the_head(temporary: Path, token: Path) -> None:
-    head = head_port()
+def test_a_dead_raylet_ends_the_head(temporary: Path, token: Path, head: HeadAddress) -> None:
     with running("head", f"--address={head}", temporary=temporary, token=token) as node:
         eventually("the head is up", lambda: head.error() is None and node.named("raylet")).kill()
         code, output = node.finish(20)
@@ -153,9 +153,8 @@ def test_a_dead_raylet_ends_the_head(temporary: Path, token: Path) -> None:
 
 
 def test_a_head_that_is_stopped_just_after_its_raylet_died_does_not_say_that_all_was_well(
-    temporary: Path, token: Path
+    temporary: Path, token: Path, head: HeadAddress
 ) -> None:
-    head = head_port()
     with running("head", f"--address={head}", temporary=temporary, token=token) as node:
         eventually("the head is up", lambda: head.error() is None and node.named("raylet"))
         eventually("Ray has settled", lambda: len(node.below()) > 4)
@@ -198,3 +197,18 @@ def test_own_address() -> None:
     assert own_address(HeadAddress("127.0.1.1", 6400), {"SLURMD_NODENAME": "localhost"}).startswith("127.")
     with pytest.raises(ClusterError, match="node no-such-name: no address"):
         own_address(HeadAddress("127.0.1.1", 6400), {"SLURMD_NODENAME": "no-such-name"})
+
+
+def test_runs_of_these_tests_side_by_side_take_different_ports() -> None:
+    ports = range(9000, 10000)
+    with held_port(HEAD, ports) as first:
+        with held_port(HEAD, ports) as second:
+            assert first != second
+        with held_port(HEAD, ports) as again:
+            assert again == second
+
+
+def test_a_cluster_for_tests_whose_head_ends_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "false")
+    with pytest.raises(AssertionError, match=r"the head at 127\.0\.0\.2:\d+ ended with 1"), loopback_ray(tmp_path, 1):
+        pass
