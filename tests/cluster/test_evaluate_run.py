@@ -71,7 +71,8 @@ def test_programs_run_on_every_node_with_the_same_verdicts(tiny_work, tmp_path):
     slow = {"language": "sh", "prompt": "sleep 2\nf() {\n", "tests": "}\n[ $(f) = 1 ]", "stop_tokens": ["\n}"]}
     file = tmp_path / "slow.jsonl"  # 150 s of work for a node; the test stops it once it has seen enough
     file.write_text("".join(json.dumps({"name": f"slow_{n}"} | slow) + "\n" for n in range(75 * cores())))
-    asked = ("stage.tasks=[multipl_e]", f"eval.multipl_e={file}")
+    in_order = "stage.max_sequences=5"  # nearly: a file is done soon after its first question was asked
+    asked = ("stage.tasks=[multipl_e]", f"eval.multipl_e={file}", in_order)
 
     samples = work.run("evaluate", "default").samples
 
