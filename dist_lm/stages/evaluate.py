@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 FREE_HERE = ("stage.cache_tokens", "eval.pool.")
+CORPUS = "corpus "
 OWN_TASKS = ["own_python", "own_bash", "own_sql"]
 
 
@@ -227,15 +228,25 @@ def inputs_of(config: EvaluateRunConfig) -> dict[str, str]:
     Args:
         config: that of `look`, which names checkpoints.
 
-    A checkpoint that is gone is left out: the figures of a finished run stay.
+    Of a corpus it is the hash of its documents. A checkpoint or corpus that is gone is left out: the figures of a
+    finished run stay.
     """
+    from dist_lm.data.manifest import manifest_path, read_manifest
+    from dist_lm.evaluation.tasks import BITS
+
     found = {f"eval.{task}={path}": path for task, path in config.eval.files.items() if task in config.stage.tasks}
     if "reward" in config.stage.tasks:
         found |= {f"eval.prompts={path}": path for path in find_prompts(config.eval.prompts, "eval.prompts")}
         reward = config.eval.reward_model
         found[f"eval.reward_model={reward}"] = Path(reward) / checkpoint_files.MANIFEST
     found |= {f"stage.models={path}": Path(path) / checkpoint_files.MANIFEST for path in config.stage.models}
-    return {name: durable.sha256_of(path) for name, path in found.items() if path.is_file()}
+    hashes = {name: durable.sha256_of(path) for name, path in found.items() if path.is_file()}
+    corpora = [*(config.stage.corpora if BITS in config.stage.tasks else ()), *({"tools"} & {*config.stage.tasks})]
+    for name in corpora:
+        folder = WorkDirectory(Path(config.work_dir)).corpus(name)
+        if manifest_path(folder).is_file():
+            hashes[f"{CORPUS}{name}"] = read_manifest(folder).splits["val"].content
+    return hashes
 
 
 def begun_with(run: RunDirectory) -> dict[str, str]:
@@ -250,11 +261,11 @@ def refuse_other_inputs(run: RunDirectory, config: EvaluateRunConfig) -> None:
         ArtefactError: names the key, the file and the way out.
     """
     before, now = begun_with(run), inputs_of(config)
-    if not before:
-        return
     changed = [name for name, sha256 in now.items() if before.get(name, sha256) != sha256]
-    first, second = ({name for name in found if name.startswith("eval.prompts=")} for found in (before, now))
-    for name in (*changed, *sorted(first ^ second)):  # a glob may find other files
+    for kind in ("eval.prompts=", CORPUS):  # other files of a glob, a corpus that was not there
+        first, second = ({name for name in found if name.startswith(kind)} for found in (before, now))
+        changed += sorted(second - first if kind == CORPUS else second ^ first) if first else ()
+    for name in changed:
         raise ArtefactError(f"{name}: has changed since {run.path} began: choose another run_id")
 
 

@@ -18,6 +18,7 @@ from dist_lm.errors import ArtefactError, require
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.stage import Action, Look, PoolStage, PoolWork, run_of, shown_path
 from dist_lm.stages.training import FREE_KEYS, differing_keys, refuse_other_settings
+from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.readable import counted
 from dist_lm.training import checkpoint_files
@@ -101,13 +102,14 @@ class Generate(PoolStage):
             start = before if own.stage.checkpoint == AUTO else find_start(own, before)
         else:
             start = find_start(own, before)
+            check_checkpoint(start, run)
             generate_parts.tokenizer_of(own, start)
         own = replace(own, stage=replace(own.stage, checkpoint=str(start)))
         if begun:
             conflicts = [one for key in RESULT_KEYS for one in differing_keys(begun, own, key, FREE)]
             refuse_other_settings(run, own, conflicts)
         if run.result.exists():
-            answers = json.loads(run.result.read_text())["answers"]
+            answers = json.loads(run.result.read_text(encoding="utf-8"))["answers"]
             return Look(own, Action.READY, f"{counted(answers, 'answer')}, {shown_path(run.samples, own)}")
         parts = len(list(run.samples.glob("part-*.jsonl")))
         detail = f"{own.stage.prompts} with {label_of(start)}, {sampling_text(own.stage)}"
@@ -186,16 +188,33 @@ def sampling_text(stage: GenerateConfig) -> str:
 
 
 def check_inputs(files: list[Path], stage: GenerateConfig, run: RunDirectory) -> dict[str, Any]:
-    """Number and hashes of the prompts, the content of `prompts.json`.
+    """Number and hashes of the prompts, a part of `prompts.json`.
 
     Raises:
         ConfigError: there are no prompts, or the files are invalid.
         ArtefactError: the run began with other prompts.
     """
-    found = survey(files)
-    if run.inputs.exists() and json.loads(run.inputs.read_text(encoding="utf-8")) != found:
+    found, before = survey(files), begun_with(run)
+    if before and {name: before.get(name) for name in found} != found:
         raise ArtefactError(f"stage.prompts={stage.prompts}: not what {run.path} began with: choose another run_id")
     return found
+
+
+def check_checkpoint(checkpoint: Path, run: RunDirectory) -> dict[str, str]:
+    """The hash of a checkpoint's manifest, a part of `prompts.json`.
+
+    Raises:
+        ArtefactError: the run began with other weights at the same place.
+    """
+    found = durable.sha256_of(checkpoint / checkpoint_files.MANIFEST)
+    if begun_with(run).get("checkpoint_sha256", found) != found:
+        raise ArtefactError(f"{checkpoint}: has changed since {run.path} began: choose another run_id")
+    return {"checkpoint_sha256": found}
+
+
+def begun_with(run: RunDirectory) -> dict[str, Any]:
+    """The content of `prompts.json`; nothing for a new run."""
+    return json.loads(run.inputs.read_text(encoding="utf-8")) if run.inputs.exists() else {}
 
 
 def find_start(config: GenerateRunConfig, before: Path | None) -> Path:

@@ -25,7 +25,7 @@ from dist_lm.generation.plain_pages import PLAIN_PAGE_TOKENS
 from dist_lm.generation.request import Answer, AnswerSets, Refusal, Request, SamplingParams
 from dist_lm.generation.shard import check_tp
 from dist_lm.model.keyed_random import hash_words, signed
-from dist_lm.stages.generate import GenerateConfig, GenerateRunConfig, check_inputs, label_of
+from dist_lm.stages.generate import GenerateConfig, GenerateRunConfig, check_checkpoint, check_inputs, label_of
 from dist_lm.stages.stage import PoolWork
 from dist_lm.storage import durable
 from dist_lm.storage.durable import json_lines
@@ -152,7 +152,7 @@ class Samples(PoolWork):
 
         Raises:
             ConfigError: there are no prompts, or the files are invalid.
-            ArtefactError: the run began with other prompts.
+            ArtefactError: the run began with other prompts, or other weights.
         """
         self._stage, self._seed, self._run, self._tokenizer = config.stage, config.seed, run, tokenizer
         self._params, self._context = params_of(config.stage), config.model.max_seq_len
@@ -161,8 +161,9 @@ class Samples(PoolWork):
             self._params = replace(self._params, stop_tokens=(*self._params.stop_tokens, *ends))
         self._files = find_prompts(config.stage.prompts)
         self._label = label_of(Path(config.stage.checkpoint))
+        self._stamps = _stamps(self._files)
         found = check_inputs(self._files, config.stage, run)
-        durable.write_json(run.inputs, found)
+        durable.write_json(run.inputs, found | check_checkpoint(Path(config.stage.checkpoint), run))
         self.count: int = found["prompts"]
         self.tally = Tally()
         self._missing = set(range(-(-self.count // config.stage.prompts_per_shard)))
@@ -233,6 +234,7 @@ class Samples(PoolWork):
                 continue
             seed = signed(hash_words(self._seed, prompt.number))
             yield Request(str(prompt.number), tokens, self._params, seed, self._stage.n, truncate)
+        self._check_prompts()
 
     def take(self, result: Answer | Refusal) -> None:
         """Store an answer or a refusal. Writes a part when it is complete."""
@@ -241,6 +243,17 @@ class Samples(PoolWork):
             self._refuse(number, answers.error)
         elif answers:
             self._keep(number, [_record(one) for one in answers])
+
+    def _check_prompts(self) -> None:
+        """Refuse prompts that changed while they were read, which takes as long as the run.
+
+        Raises:
+            ConfigError, ArtefactError: they are gone, or not those that the run began with.
+        """
+        stamps = _stamps(self._files)
+        if stamps != self._stamps:
+            check_inputs(find_prompts(self._stage.prompts), self._stage, self._run)
+            self._stamps = stamps
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         """The tokens of a prompt.
@@ -282,9 +295,16 @@ class Samples(PoolWork):
             text = "".join(
                 json.dumps(line, ensure_ascii=False) + "\n" for _, one in sorted(held.items()) for line in one
             )
+            self._check_prompts()
             durable.write_text(self._run.samples_part(part), text)
             del self._open[part]
             self._missing.remove(part)
+
+
+def _stamps(files: list[Path]) -> list[tuple[int, int, int] | None]:
+    """What differs once a file has been written to or replaced; None: it is gone."""
+    stats = [file.stat() if file.exists() else None for file in files]
+    return [(one.st_mtime_ns, one.st_size, one.st_ino) if one else None for one in stats]
 
 
 def _record(answer: Answer) -> dict[str, Any]:

@@ -158,7 +158,7 @@ class TrainingStage(Stage):
 
     def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
         run, given = run_of(config), config.stage.init_from
-        done = json.loads(run.result.read_text())["steps"] if run.result.exists() else 0
+        done = json.loads(run.result.read_text(encoding="utf-8"))["steps"] if run.result.exists() else 0
         finished = done > 0 and (not is_target or done >= config.stage.steps)
         config = self.resolved(with_start(self, config), finished)
         if run.config.exists() and has_output(run):

@@ -47,7 +47,7 @@ def replace_text(path: Path, text: str) -> None:
     """Replace `path` atomically without flushing to disk: for files that are rewritten every few seconds."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

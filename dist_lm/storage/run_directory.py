@@ -203,8 +203,8 @@ class RunDirectory:
 
     @property
     def inputs(self) -> Path:
-        """JSON: how many prompts stage `generate` began with, and the hashes of their files; of `evaluate`
-        the hashes of files of tasks and of checkpoints."""
+        """JSON: how many prompts stage `generate` began with, and the hashes of their files and of the checkpoint; of
+        `evaluate` the hashes of files of tasks, of corpora and of checkpoints."""
         return self.path / "prompts.json"
 
     @property

@@ -9,6 +9,7 @@ from dist_lm.cluster.pool_actor import EngineSpec
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.generation.engine import Engine
 from dist_lm.generation.request import Answer, Refusal, Request, RequestError
+from dist_lm.launcher.process import Interrupt
 
 
 class Alone:
@@ -40,3 +41,17 @@ class Alone:
                 except RequestError as error:
                     yield Refusal(request.id, error.reason)
             yield from reversed(self._engine.run())
+
+
+class Meanwhile(Interrupt):
+    """No signal; changes something when it is first asked, which is after the first requests have been made."""
+
+    def __init__(self, change: Callable[[], object]) -> None:
+        super().__init__()
+        self._changes = [change]
+
+    @property
+    def requested(self) -> bool:
+        while self._changes:
+            self._changes.pop()()
+        return False

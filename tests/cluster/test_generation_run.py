@@ -3,10 +3,11 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.metrics import read_metrics
 from tests.cluster.launched import finish, wait_until
-from tests.cluster.pool_of_one import Alone
+from tests.cluster.pool_of_one import Alone, Meanwhile
 from tests.conftest import TINY
 from tests.training_run import linked, unwritten, write_untrained
 
@@ -301,6 +302,42 @@ def test_the_checkpoint_is_the_newest_code_or_language_one_and_stays(trained, cl
     assert "language/default/step_00000005" in given.detail
     with pytest.raises(ArtefactError, match=r"another model: model\.d_ff=120.*use the same model$"):
         plan_of(work, prompts, "model.d_ff=120")
+
+
+def test_answers_to_prompts_that_changed_while_they_were_read_are_not_kept(trained, cluster, tmp_path):
+    prompts = write_prompts(tmp_path / "p.jsonl", 200)
+    text = prompts.read_text()
+    run = trained.run("generate", "changing")
+
+    def changed(change: Callable[[], object]) -> bool:
+        prompts.write_text(text)
+        return run_pool_stage(plan_of(trained, prompts, "run_id=changing"), cluster, Screen(), Meanwhile(change))
+
+    for other in (text.replace("def", "del"), text[: len(text) // 2], text + '{"prompt": "x"}\n'):
+        with pytest.raises(ArtefactError, match=r"^stage\.prompts=.*p\.jsonl: not what .* began with: choose another"):
+            changed(lambda other=other: prompts.write_text(other))
+        assert parts_of(run) == {}
+    with pytest.raises(ConfigError, match="no such file"):
+        changed(prompts.unlink)
+    assert parts_of(run) == {}
+    assert changed(prompts.touch)
+    assert len(parts_of(run)) == 10
+
+
+def test_a_run_does_not_go_on_with_other_weights_at_the_same_place(trained, cluster, tmp_path):
+    prompts = write_prompts(tmp_path / "p.jsonl", 60)
+    work = linked(trained, tmp_path / "work")
+    model = write_untrained(work, "code", 1)
+    run = work.run("generate", "default")
+    assert not run_pool_stage(plan_of(work, prompts), cluster, Screen(), AfterParts(run, 1))
+    assert plan_of(work, prompts).action is Action.RESUME
+    model.path.rename(tmp_path / "aside")
+    write_untrained(work, "code", 2)
+    with pytest.raises(ArtefactError, match=r"step_00000005: has changed since .*: choose another run_id$"):
+        plan_of(work, prompts)
+    shutil.rmtree(model.path)
+    (tmp_path / "aside").rename(model.path)
+    assert run_pool_stage(plan_of(work, prompts), cluster, Screen(), Interrupt())
 
 
 @pytest.mark.parametrize(

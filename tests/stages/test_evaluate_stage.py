@@ -28,7 +28,7 @@ from dist_lm.stages.stage import Action
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files
-from tests.cluster.pool_of_one import Alone
+from tests.cluster.pool_of_one import Alone, Meanwhile
 from tests.cluster.test_generation_run import Screen
 from tests.conftest import TINY
 from tests.training_run import linked, write_untrained
@@ -162,18 +162,23 @@ def test_figures_of_files_that_have_changed_since_are_not_shown_or_gone_on_with(
         plan_of(work, *settings)
 
 
-class Meanwhile(Interrupt):
-    """Changes something while the first model is asked."""
-
-    def __init__(self, change: Callable[[], object]) -> None:
-        super().__init__()
-        self._changes = [change]
-
-    @property
-    def requested(self) -> bool:
-        while self._changes:
-            self._changes.pop()()
-        return False
+def test_a_corpus_that_was_built_again_from_other_text_is_another_input(tiny_work, cluster, tmp_path):
+    work = linked(tiny_work, tmp_path / "work")
+    (work.path / "corpora").unlink()
+    shutil.copytree(tiny_work.path / "corpora", work.path / "corpora")
+    settings = (two_models(work), "stage.tasks=[tools,bits_per_byte]", "stage.corpora=[code]", "stage.documents=2")
+    assert run_pool_stage(plan_of(work, *settings), cluster, Screen(), Interrupt())
+    assert json.loads(work.run("evaluate", "default").inputs.read_text()).keys() > {"corpus code", "corpus tools"}
+    aside, other = tmp_path / "aside", work.corpus("language")
+    for name in ("code", "tools"):
+        work.corpus(name).rename(aside)
+        assert plan_of(work, *settings).action is Action.READY  # the figures of a finished run stay
+        shutil.copytree(other, work.corpus(name))
+        with pytest.raises(ArtefactError, match=rf"^corpus {name}: has changed since .*: choose another run_id$"):
+            plan_of(work, *settings)
+        shutil.rmtree(work.corpus(name))
+        aside.rename(work.corpus(name))
+    assert plan_of(work, *settings).action is Action.READY
 
 
 def two_models(work: WorkDirectory) -> str:
