@@ -96,5 +96,6 @@ def _waited(verdict: Future[Verdict], alive: Alive) -> Verdict:
         alive()
         try:
             return verdict.result(ALIVE_S)
-        except NotYetError:
-            continue
+        except NotYetError:  # also an error that the verdict itself may end with
+            if verdict.done():
+                return verdict.result()

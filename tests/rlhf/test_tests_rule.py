@@ -73,6 +73,17 @@ def test_an_error_of_the_sandbox_is_no_score(rule_of, monkeypatch):
     assert fine == 0.5
 
 
+def test_a_verdict_that_ends_with_a_timeout_is_not_waited_for(rule_of, monkeypatch):
+    def lost(pool: SandboxPool, program: Program, limits: Limits) -> Verdict:
+        raise TimeoutError("connection timed out")
+
+    monkeypatch.setattr(SandboxPool, "_run", lost)
+    looks = iter(range(100))
+    judged = [Judged("double", "echo 4", 1, True, 0)]
+    with pytest.raises(TimeoutError, match="connection timed out"):
+        list(rule_of()(judged, lambda: next(looks)))
+
+
 def test_a_prompt_without_tests_is_refused(rule_of):
     with pytest.raises(RewardError, match=r"rlhf\.rewards\.mine: no tests for the prompt 'other'"):
         asked(rule_of(), ("other", RIGHT))
