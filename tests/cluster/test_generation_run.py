@@ -307,15 +307,17 @@ def test_the_checkpoint_is_the_newest_code_or_language_one_and_stays(trained, cl
 def test_answers_to_prompts_that_changed_while_they_were_read_are_not_kept(trained, cluster, tmp_path):
     prompts = write_prompts(tmp_path / "p.jsonl", 200)
     text = prompts.read_text()
-    run = trained.run("generate", "changing")
+    run = trained.run("generate", "changing20")
 
-    def changed(change: Callable[[], object]) -> bool:
+    def changed(change: Callable[[], object], size: int = 20) -> bool:
         prompts.write_text(text)
-        return run_pool_stage(plan_of(trained, prompts, "run_id=changing"), cluster, Screen(), Meanwhile(change))
+        planned = plan_of(trained, prompts, f"run_id=changing{size}", f"stage.prompts_per_shard={size}")
+        return run_pool_stage(planned, cluster, Screen(), Meanwhile(change))
 
-    for other in (text.replace("def", "del"), text[: len(text) // 2], text + '{"prompt": "x"}\n'):
+    half = text[: len(text) // 2]
+    for other, size in ((text.replace("def", "del"), 20), (half, 20), (half, 1000), (text + '{"prompt": "x"}\n', 20)):
         with pytest.raises(ArtefactError, match=r"^stage\.prompts=.*p\.jsonl: not what .* began with: choose another"):
-            changed(lambda other=other: prompts.write_text(other))
+            changed(lambda other=other: prompts.write_text(other), size)
         assert parts_of(run) == {}
     with pytest.raises(ConfigError, match="no such file"):
         changed(prompts.unlink)

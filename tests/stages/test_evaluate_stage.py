@@ -142,7 +142,14 @@ def test_figures_of_files_that_have_changed_since_are_not_shown_or_gone_on_with(
     problem |= {"test": "def check(f):\n    assert f() == 1\n"}
     file = tmp_path / "mine.jsonl"
     file.write_text(json.dumps(problem) + "\n")
-    settings = (f"stage.models=[{model}]", "stage.tasks=[humaneval]", f"eval.humaneval={file}")
+    asked = ("stage.tasks=[humaneval]", f"eval.humaneval={file}")
+    other = write_untrained(work, "language", 0).path
+    both = plan_of(work, *asked, f"stage.models=[{model},{other}]", "run_id=both")
+    with pytest.raises(ArtefactError, match=rf"^eval\.humaneval={file}: has changed since "):
+        run_pool_stage(both, cluster, Screen(), Meanwhile(lambda: file.write_text(json.dumps(problem) + "\n\n")))
+    assert len(files_of(work.run("evaluate", "both"))) == 1  # of the first model
+    file.write_text(json.dumps(problem) + "\n")
+    settings = (f"stage.models=[{model}]", *asked)
     assert run_pool_stage(plan_of(work, *settings), cluster, Screen(), Interrupt())
     assert plan_of(work, *settings).action is Action.READY
     file.write_text(json.dumps(problem | {"test": "def check(f):\n    assert f() == 2\n"}) + "\n")
