@@ -155,8 +155,8 @@ def run_scaling(
         UserError: the rungs do not determine a law.
         ArtefactError: the work directory lacks the corpus.
     """
-    if seeds < 1:
-        raise ConfigError(f"--seeds={seeds}: expected a positive integer")
+    if seeds < 2:
+        raise ConfigError(f"--seeds={seeds}: the interval holds the spread of seeds: expected at least 2")
     wide, long = numbers_of("--widths", widths), numbers_of("--tokens", tokens)
     defaults = (*ALONE, "stage.eval_sequences=0")  # all of val, as at the end of a run
     target = recipes_of(overrides, [], [], defaults)[0].config
@@ -170,7 +170,7 @@ def run_scaling(
         for each in long:
             rungs += _climb(recipes, each, seeds, device, status.update)
             _write(json_file, _records(rungs))
-    console.print(_table(f"scaling: {seeds} seed{'s' * (seeds > 1)}, on {target.stage.corpus}", rungs))
+    console.print(_table(f"scaling: {seeds} seeds, on {target.stage.corpus}", rungs))
     largest = max(rungs, key=lambda rung: rung.flops)
     law = law_of(rungs)
     checked = law_of([rung for rung in rungs if rung is not largest]).expected(largest.parameters, largest.tokens)

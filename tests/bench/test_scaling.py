@@ -69,24 +69,29 @@ def test_a_rung_is_the_configured_run_narrowed_and_shortened(tiny_work, tmp_path
             Console(file=table, width=160),
             widths="16,32,48",
             tokens="1280,2560,5120",
-            seeds=1,
+            seeds=2,
             json_file=tmp_path / "records.jsonl",
         )
     names = [f"{width} wide, {tokens} tokens" for tokens in (1280, 2560, 5120) for width in (16, 32, 48)]
     assert [one.case for one in records] == [*names, "expected", "expected, low", "expected, high"]
     assert [json.loads(line)["case"] for line in (tmp_path / "records.jsonl").read_text().splitlines()][:9] == names
     model = compose_config([*SETTINGS]).model
-    run = prepare(
-        *(tiny_work, "rung", *SETTINGS[1:], *narrowed(model, 48), "stage.init_from=none"),
-        *("stage.steps=20", "stage.warmup_steps=2"),
-        stage="code",
-    )
-    result = train(run, 1)
+    words = (*narrowed(model, 48), "stage.init_from=none", "stage.steps=20", "stage.warmup_steps=2")
+    ends = []
+    for seed in (0, 1):
+        run = prepare(tiny_work, f"rung{seed}", *SETTINGS[1:], *words, f"seed={seed}", stage="code")
+        ends.append(train(run, 1)["metrics"]["val/bits_per_byte"])
     found = {one.case: one.value for one in records}
-    assert found["48 wide, 5120 tokens"] == pytest.approx(result["metrics"]["val/bits_per_byte"], rel=1e-5)
+    assert found["48 wide, 5120 tokens"] == pytest.approx(sum(ends) / 2, rel=1e-5)
     written = (tmp_path / "table").read_text()
     assert "48 wide, 5120 tokens: measured" in written
     assert f"as configured ({model.d_model} wide, 10240 tokens): expected {found['expected']:.3f}" in written
+
+
+def test_one_seed_is_refused(tmp_path):
+    options = {"widths": "16,32,48", "tokens": "1280,2560,5120", "json_file": None}
+    with pytest.raises(ConfigError, match="--seeds=1: the interval holds the spread of seeds: expected at least 2"):
+        run_scaling(SETTINGS, Console(), seeds=1, **options)
 
 
 def test_heads_keep_their_width_and_groups_their_size():
