@@ -50,7 +50,7 @@ class BatchJob:
     def wait_for_log(self, text: str, seconds: float = 60) -> None:
         eventually(f"{text!r} in the log of job {self.id}", lambda: text in self.log, seconds)
 
-    def finish(self, state: str = "COMPLETED", seconds: float = 240) -> None:
+    def finish(self, state: str = "COMPLETED", seconds: float = 480) -> None:
         """Wait for its end, which must be `state`; nothing of it is left then."""
         ended = self.slurm.wait(self.id, seconds=seconds)
         assert ended == state, f"{ended}\n{self.everything()}"

@@ -13,7 +13,7 @@ from tests.slurm.batch_job import BatchJob
 from tests.slurm.real_slurm import RealSlurm
 from tests.training_run import write_untrained
 
-pytestmark = [pytest.mark.slurm, pytest.mark.heavy, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slurm, pytest.mark.heavy, pytest.mark.timeout(900)]
 
 PROMPTS = 600
 SETTINGS = (

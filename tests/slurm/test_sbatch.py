@@ -11,7 +11,7 @@ from tests.cluster.waiting import eventually
 from tests.slurm.real_slurm import RealSlurm
 from tests.slurm.training_job import STEPS, TrainingJob, check_same
 
-pytestmark = [pytest.mark.slurm, pytest.mark.heavy, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slurm, pytest.mark.heavy, pytest.mark.timeout(900)]
 
 GONE_S = 15  # after scancel
 JOINER = """

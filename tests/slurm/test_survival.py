@@ -14,7 +14,7 @@ from tests.slurm import disturbances as happens
 from tests.slurm.real_slurm import NODES, RealSlurm
 from tests.slurm.training_job import TrainingJob, check_same
 
-pytestmark = [pytest.mark.slurm, pytest.mark.heavy, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.heavy, pytest.mark.timeout(900)]
 
 KILLS = 20
 # kills that the job itself survives, without Slurm's help
@@ -67,7 +67,7 @@ def start_again(slurm: RealSlurm, job: TrainingJob, disturb: Disturbance, life: 
     slurm.wait_for_restart(job.id, life)
     eventually("the life before is over", lambda: not any(map(is_alive, before)), 30)
     reached = job.step()
-    job.wait_for_a_step_after(at, seconds=240)
+    job.wait_for_a_step_after(at, seconds=480)
     repeated = reached - job.events("started")[-1]["step"]
     print(f"{disturb.__name__}: {repeated} steps repeated")
     assert repeated <= (0 if disturb is happens.warn_of_the_time_limit else 20)
