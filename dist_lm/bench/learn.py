@@ -151,11 +151,11 @@ def recipes_of(
     for one in found:
         if not isinstance(stage_named(one.config.stage.name), TextStage):
             raise ConfigError(
-                f"{one.name}: stage={one.config.stage.name}: bench learn measures the loss of the next token: expected "
+                f"{one.name}: stage={one.config.stage.name}: the loss of the next token is measured: expected "
                 "a stage that trains on it, such as language or code"
             )
         if one.config.stage.ema_decay:
-            raise ConfigError(f"{one.name}: stage.ema_decay is set; bench learn measures the weights: expected 0")
+            raise ConfigError(f"{one.name}: stage.ema_decay is set; the weights are measured: expected 0")
     return found
 
 
