@@ -117,5 +117,5 @@ def test_the_table_shows_all_of_it_in_eighty_columns():
 
 
 def test_an_unknown_benchmark_is_told_every_name():
-    with pytest.raises(ConfigError, match=r"^bench sandbx: expected one of tp, .*sandbox, learn$"):
+    with pytest.raises(ConfigError, match=r"^bench sandbx: expected one of tp, .*sandbox, learn, scaling$"):
         run_benchmark("sandbx", [], Console(file=io.StringIO()), quick=True, json_file=None)

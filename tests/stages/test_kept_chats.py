@@ -123,9 +123,10 @@ def test_chats_are_answered_in_the_kept_layout(snapshot: Path, tmp_path: Path):
     run = import_model(str(snapshot), "mine", WorkDirectory(tmp_path / "work"))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Say <|im_end|>\n")
-    given = (f"work_dir={tmp_path / 'work'}", f"stage.prompts={prompts}", f"stage.checkpoint={run.path}")
+    checkpoint = files.find_checkpoint(run.path)
+    given = (f"work_dir={tmp_path / 'work'}", f"stage.prompts={prompts}", f"stage.checkpoint={checkpoint}")
     config = compose_config(["stage=generate", *given, "stage.chat=true", *SHAPE])
-    tokenizer = generate_parts.tokenizer_of(config, files.find_checkpoint(run.path))
+    tokenizer = generate_parts.tokenizer_of(config, checkpoint)
     (tmp_path / "run").mkdir()
     (request,) = generate_parts.Samples(config, RunDirectory(tmp_path / "run"), tokenizer).requests()
     assert request.prompt == prompt(Conversation((Message("user", "Say <|im_end|>"),)), tokenizer)
