@@ -19,7 +19,7 @@ from dist_lm.tracking.metrics import read_metrics
 from tests.conftest import TINY
 from tests.training_run import linked
 
-DEADLINE_S = 240
+DEADLINE_S = 480
 CODE_STEPS = "stage.steps=60"  # of runs that are disturbed on the way
 SETTINGS = (
     *TINY,
