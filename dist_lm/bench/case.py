@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.machinery import PathFinder
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -202,6 +203,11 @@ def _record(
         rounds=1 if comparison.fact else len(seconds[comparison.own]),
         spread=0.0 if comparison.fact else spread(seconds[comparison.own]),
     )
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Write a file of JSON lines, one for each record."""
+    path.write_text("".join(record.to_json() + "\n" for record in records), encoding="utf-8")
 
 
 def spread(values: Sequence[float]) -> float:

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from dist_lm.bench.case import write_records
 from dist_lm.bench.learn_held_out import HeldOut, corpus_of, held_out_of
 from dist_lm.bench.learn_report import Curve, Point, drawing, languages_of, records_of, table_of
 from dist_lm.config.root import Config
@@ -325,7 +326,7 @@ def alone() -> Iterator[None]:
 
 def _write(curves: Sequence[Curve], json_file: Path | None, curves_in: Path | None) -> None:
     if json_file:
-        json_file.write_text("".join(record.to_json() + "\n" for record in records_of(curves)))
+        write_records(json_file, records_of(curves))
     if curves_in:
         lines = [
             {"recipe": curve.recipe, "seed": curve.seed, **asdict(point)} for curve in curves for point in curve.points

@@ -2,7 +2,7 @@
 
 It is a model ladder (Bhagia et al. 2024), of bits per byte.
 
-    dist-lm bench scaling stage=code model=nano recipe=tuned --widths 64,96,128 --tokens 1e5,2e5,4e5
+    dist-lm bench scaling stage=code model=nano --widths 64,96,128 --tokens 1e5,2e5,4e5 --seeds 2
 
 A rung is the configured model at another width and with another number of tokens: heads keep their width, `d_ff` its
 ratio to `d_model`, `model.base_width` carries the rates (without one: from the configured width), and the schedule is
@@ -20,7 +20,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from dist_lm.bench.case import Record, spread
+from dist_lm.bench.case import Record, spread, write_records
 from dist_lm.bench.learn import ALONE, Budget, Recipe, alone, curves_of_a_seed, prepare, recipes_of
 from dist_lm.bench.learn_held_out import corpus_of
 from dist_lm.bench.scaling_law import Expected, ScalingLaw
@@ -169,7 +169,8 @@ def run_scaling(
     with alone(), console.status("") as status:
         for each in long:
             rungs += _climb(recipes, each, seeds, device, status.update)
-            _write(json_file, _records(rungs))
+            if json_file:
+                write_records(json_file, _records(rungs))
     console.print(_table(f"scaling: {seeds} seeds, on {target.stage.corpus}", rungs))
     largest = max(rungs, key=lambda rung: rung.flops)
     law = law_of(rungs)
@@ -188,7 +189,8 @@ def run_scaling(
     _note_repeats(target, length, console)
     ends = {"expected": expected.value, "expected, low": expected.low, "expected, high": expected.high}
     records = _records(rungs) + [_record(case, [value]) for case, value in ends.items()]
-    _write(json_file, records)
+    if json_file:
+        write_records(json_file, records)
     return records
 
 
@@ -239,8 +241,3 @@ def _record(case: str, bits: Sequence[float]) -> Record:
         rounds=len(bits),
         spread=spread(bits),
     )
-
-
-def _write(path: Path | None, records: Sequence[Record]) -> None:
-    if path:
-        path.write_text("".join(record.to_json() + "\n" for record in records))

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 FREE_HERE = ("stage.cache_tokens", "eval.pool.")
-CORPUS = "corpus "
+PROMPTS, CORPUS = "eval.prompts=", "corpus "  # beginnings of names of inputs
 OWN_TASKS = ["own_python", "own_bash", "own_sql"]
 
 
@@ -236,13 +236,13 @@ def inputs_of(config: EvaluateRunConfig) -> dict[str, str]:
 
     found = {f"eval.{task}={path}": path for task, path in config.eval.files.items() if task in config.stage.tasks}
     if "reward" in config.stage.tasks:
-        found |= {f"eval.prompts={path}": path for path in find_prompts(config.eval.prompts, "eval.prompts")}
+        found |= {f"{PROMPTS}{path}": path for path in find_prompts(config.eval.prompts, "eval.prompts")}
         reward = config.eval.reward_model
         found[f"eval.reward_model={reward}"] = Path(reward) / checkpoint_files.MANIFEST
     found |= {f"stage.models={path}": Path(path) / checkpoint_files.MANIFEST for path in config.stage.models}
     hashes = {name: durable.sha256_of(path) for name, path in found.items() if path.is_file()}
-    corpora = [*(config.stage.corpora if BITS in config.stage.tasks else ()), *({"tools"} & {*config.stage.tasks})]
-    for name in corpora:
+    corpora = list(config.stage.corpora) if BITS in config.stage.tasks else []
+    for name in [*corpora, "tools"] if "tools" in config.stage.tasks else corpora:
         folder = WorkDirectory(Path(config.work_dir)).corpus(name)
         if manifest_path(folder).is_file():
             hashes[f"{CORPUS}{name}"] = read_manifest(folder).splits["val"].content
@@ -262,11 +262,16 @@ def refuse_other_inputs(run: RunDirectory, config: EvaluateRunConfig) -> None:
     """
     before, now = begun_with(run), inputs_of(config)
     changed = [name for name, sha256 in now.items() if before.get(name, sha256) != sha256]
-    for kind in ("eval.prompts=", CORPUS):  # other files of a glob, a corpus that was not there
-        first, second = ({name for name in found if name.startswith(kind)} for found in (before, now))
-        changed += sorted(second - first if kind == CORPUS else second ^ first) if first else ()
+    if prompts := _named(before, PROMPTS):
+        changed += sorted(prompts ^ _named(now, PROMPTS))  # a glob finds other files
+    if corpora := _named(before, CORPUS):
+        changed += sorted(_named(now, CORPUS) - corpora)  # one that was not there
     for name in changed:
         raise ArtefactError(f"{name}: has changed since {run.path} began: choose another run_id")
+
+
+def _named(inputs: Mapping[str, str], beginning: str) -> set[str]:
+    return {name for name in inputs if name.startswith(beginning)}
 
 
 def table_of(run: RunDirectory) -> Path:

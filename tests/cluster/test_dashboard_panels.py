@@ -12,7 +12,7 @@ from dist_lm.tracking.console import Console
 from dist_lm.tracking.dashboard import board_of
 from dist_lm.tracking.metrics import read_metrics
 from dist_lm.tracking.wandb_run import WandbRun
-from tests.cluster.test_generation_run import Screen, cluster, plan_of, trained, write_prompts  # noqa: F401 - fixtures
+from tests.cluster.generation_runs import Screen, plan_of, write_prompts
 from tests.cluster.test_reward_run import SETTINGS as REWARD_SETTINGS
 from tests.cluster.test_reward_run import work as ranked_work  # noqa: F401 - a fixture
 from tests.cluster.test_rlhf_run import reference as rlhf_run  # noqa: F401 - a fixture
@@ -71,7 +71,7 @@ def test_the_reward_model(ranked_work, tmp_path) -> None:  # noqa: F811
     assert_no_panel_is_empty(run, "reward")
 
 
-def test_generation(trained, cluster, tmp_path) -> None:  # noqa: F811
+def test_generation(trained, cluster, tmp_path) -> None:
     prompts = write_prompts(tmp_path / "p.jsonl", 60)
     assert run_pool_stage(plan_of(trained, prompts, "run_id=panels"), cluster, Screen(), Interrupt())
     assert_no_panel_is_empty(trained.run("generate", "panels"), "generate")

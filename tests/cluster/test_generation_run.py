@@ -1,13 +1,11 @@
 """Stage `generate`: every prompt once, in files that are the same bytes whether or not the run was disturbed."""
 
-import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,87 +14,33 @@ import psutil
 import pytest
 
 from dist_lm import launch
-from dist_lm.cluster.ray_cluster import RayCluster
-from dist_lm.config.cluster import ClusterConfig
 from dist_lm.data.infill import InfillMarks
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.generation.request import Answer, Refusal, Request
 from dist_lm.launcher import pool_run
-from dist_lm.launcher.compose import compose_config
-from dist_lm.launcher.plan import Plan, make_plan
+from dist_lm.launcher.plan import Plan
 from dist_lm.launcher.pool_run import run_pool_stage
 from dist_lm.launcher.process import SIGNALS, Interrupt, watch_signals
 from dist_lm.sandbox.pool import SandboxPool
 from dist_lm.stages.generate import STAGE
 from dist_lm.stages.stage import Action
-from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
-from dist_lm.tracking.console import Console
 from dist_lm.tracking.metrics import read_metrics
+from tests.cluster.generation_runs import (
+    BAD,
+    AfterParts,
+    Screen,
+    overrides_of,
+    parts_of,
+    plan_of,
+    write_prompts,
+)
 from tests.cluster.launched import finish, wait_until
-from tests.cluster.pool_of_one import Alone, Meanwhile
-from tests.conftest import TINY
-from tests.training_run import linked, unwritten, write_untrained
+from tests.cluster.pool_of_one import Alone
+from tests.training_run import linked, unwritten
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(200)]
-SETTINGS = (*(one for one in TINY if not one.startswith("stage.")), "stage=generate", "stage.max_new_tokens=12")
-BAD = {3: "{", 50: json.dumps({"prompt": "x " * 400, "id": "long"})}  # line, of those below
-
-
-@pytest.fixture(scope="module")
-def trained(tiny_work: WorkDirectory, tmp_path_factory: pytest.TempPathFactory) -> WorkDirectory:
-    """A work directory with checkpoints of both stages."""
-    work = linked(tiny_work, tmp_path_factory.mktemp("trained"))
-    for seed, stage in enumerate(("language", "code")):
-        write_untrained(work, stage, seed)
-    return work
-
-
-def write_prompts(path: Path, count: int) -> Path:
-    asked = [{"prompt": f"def f_{i}(x):\u2028\x85\n", "id": f"p{i}"} for i in range(count)]
-    asked[0] |= {"kind": "first"}
-    lines = [BAD.get(i) or json.dumps(one) for i, one in enumerate(asked)]
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def overrides_of(work: WorkDirectory, prompts: Path, *overrides: str) -> list[str]:
-    return [*SETTINGS, f"work_dir={work.path}", f"stage.prompts={prompts}", "stage.prompts_per_shard=20", *overrides]
-
-
-def plan_of(work: WorkDirectory, prompts: Path, *overrides: str):
-    (stage,) = make_plan("generate", lambda _: compose_config(overrides_of(work, prompts, *overrides))).stages
-    return stage
-
-
-def parts_of(run: RunDirectory) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(run.samples.iterdir())}
-
-
-class Screen(Console):
-    def __init__(self) -> None:
-        self.output, self.errors = io.StringIO(), io.StringIO()
-        super().__init__(self.output, self.errors)
-
-
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> RayCluster:
-    """None: engines work in this process."""
-    monkeypatch.setattr(pool_run, "Pool", Alone)
-    monkeypatch.setattr(RayCluster, "nodes", lambda self: [])
-    return RayCluster("nowhere", ClusterConfig(name="local"))
-
-
-class AfterParts(Interrupt):
-    """Asks to stop once there are some files."""
-
-    def __init__(self, run: RunDirectory, parts: int) -> None:
-        super().__init__()
-        self._enough = lambda: run.samples.exists() and len(list(run.samples.glob("part-*"))) >= parts
-
-    @property
-    def requested(self) -> bool:
-        return self._enough()
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(trained, cluster, tmp_path):
@@ -302,44 +246,6 @@ def test_the_checkpoint_is_the_newest_code_or_language_one_and_stays(trained, cl
     assert "language/default/step_00000005" in given.detail
     with pytest.raises(ArtefactError, match=r"another model: model\.d_ff=120.*use the same model$"):
         plan_of(work, prompts, "model.d_ff=120")
-
-
-def test_answers_to_prompts_that_changed_while_they_were_read_are_not_kept(trained, cluster, tmp_path):
-    prompts = write_prompts(tmp_path / "p.jsonl", 200)
-    text = prompts.read_text()
-    run = trained.run("generate", "changing20")
-
-    def changed(change: Callable[[], object], size: int = 20) -> bool:
-        prompts.write_text(text)
-        planned = plan_of(trained, prompts, f"run_id=changing{size}", f"stage.prompts_per_shard={size}")
-        return run_pool_stage(planned, cluster, Screen(), Meanwhile(change))
-
-    half = text[: len(text) // 2]
-    for other, size in ((text.replace("def", "del"), 20), (half, 20), (half, 1000), (text + '{"prompt": "x"}\n', 20)):
-        with pytest.raises(ArtefactError, match=r"^stage\.prompts=.*p\.jsonl: not what .* began with: choose another"):
-            changed(lambda other=other: prompts.write_text(other), size)
-        assert parts_of(run) == {}
-    with pytest.raises(ConfigError, match="no such file"):
-        changed(prompts.unlink)
-    assert parts_of(run) == {}
-    assert changed(prompts.touch)
-    assert len(parts_of(run)) == 10
-
-
-def test_a_run_does_not_go_on_with_other_weights_at_the_same_place(trained, cluster, tmp_path):
-    prompts = write_prompts(tmp_path / "p.jsonl", 60)
-    work = linked(trained, tmp_path / "work")
-    model = write_untrained(work, "code", 1)
-    run = work.run("generate", "default")
-    assert not run_pool_stage(plan_of(work, prompts), cluster, Screen(), AfterParts(run, 1))
-    assert plan_of(work, prompts).action is Action.RESUME
-    model.path.rename(tmp_path / "aside")
-    write_untrained(work, "code", 2)
-    with pytest.raises(ArtefactError, match=r"step_00000005: has changed since .*: choose another run_id$"):
-        plan_of(work, prompts)
-    shutil.rmtree(model.path)
-    (tmp_path / "aside").rename(model.path)
-    assert run_pool_stage(plan_of(work, prompts), cluster, Screen(), Interrupt())
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from dist_lm.launcher.process import Interrupt
 from dist_lm.storage.durable import json_lines
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import read_metrics
+from tests.cluster.generation_runs import Screen
 from tests.cluster.pool_of_one import Alone
-from tests.cluster.test_generation_run import Screen
 from tests.conftest import TINY
 from tests.training_run import copy_until, linked, numbers, prepare, train
 

@@ -1,6 +1,5 @@
 """Programs and their verdicts, limits, what a broken sandbox says, and what is left when the harness is killed."""
 
-import errno
 import os
 import shutil
 import signal
@@ -9,13 +8,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 import pytest
 
 from dist_lm.errors import ConfigError
-from dist_lm.sandbox import memory_group
 from dist_lm.sandbox import sandbox as module
 from dist_lm.sandbox.memory_group import MemoryGroup
 from dist_lm.sandbox.pool import SandboxPool
@@ -23,6 +20,7 @@ from dist_lm.sandbox.program import Attempt, Limits, Program, Test, attempts_of,
 from dist_lm.sandbox.sandbox import Fences, Sandbox, SandboxError, fences
 from dist_lm.storage.process import title
 from tests.sandbox.as_user import ROOT
+from tests.sandbox.test_memory_group import groups_of
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
 DEADLINE_S = 60
@@ -251,51 +249,6 @@ def test_a_busy_machine_does_not_end_isolation(failing_trials, reason: str):
 def test_trust_is_for_machines_that_refuse_a_sandbox(failing_trials):
     failing_trials(module.TRIALS, "OSError: the sandbox ended. bwrap: No permissions to create new namespace")
     assert not fences(trust_me=True).namespaces
-
-
-def test_a_start_that_fails_leaves_no_group_and_no_descriptor(monkeypatch):
-    def fail(*_, **__):
-        raise BlockingIOError(11, "Resource temporarily unavailable")
-
-    one = Sandbox(_fences=fences())
-    with monkeypatch.context() as patch:
-        patch.setattr(module.subprocess, "Popen", fail)
-        groups, descriptors = own_groups(), open_descriptors()
-        assert one.run(Program("python", ""), LIMITS).outcome == "infrastructure"
-        assert set(own_groups()) <= set(groups)
-        assert open_descriptors() <= descriptors
-    assert one.run(Program("python", ""), LIMITS).outcome == "passed"
-    one.close()
-
-
-def open_descriptors() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
-def own_groups() -> list[Path]:
-    return groups_of(os.getpid()) if fences().memory_group else []
-
-
-def groups_of(process: int) -> list[Path]:
-    parent, _ = memory_group._parent()
-    return sorted(parent.glob(f"dist_lm-{process}-*"))
-
-
-def test_groups_that_were_busy_are_removed_with_the_next(monkeypatch):
-    if not fences().memory_group:
-        pytest.skip("no cgroup here that this process may use")
-    group = MemoryGroup.make()
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rmdir", failing_rmdir)
-        patch.setattr(memory_group, "REMOVE_S", 0.0)
-        group.remove()
-    assert group._path.exists()
-    MemoryGroup.make().remove()
-    assert not group._path.exists()
-
-
-def failing_rmdir(path: Path) -> None:
-    raise OSError(errno.EBUSY, "busy", str(path))
 
 
 def test_a_sandbox_that_lets_a_program_out_is_refused(monkeypatch):

@@ -28,8 +28,8 @@ from dist_lm.stages.stage import Action
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files
+from tests.cluster.generation_runs import Screen
 from tests.cluster.pool_of_one import Alone, Meanwhile
-from tests.cluster.test_generation_run import Screen
 from tests.conftest import TINY
 from tests.training_run import linked, write_untrained
 
