@@ -74,7 +74,7 @@ def test_a_seed_changes_the_model_and_the_order_and_gpt_neox_learns_beside_it(ti
     for curve in curves:
         assert curve.end.loss < curve.points[0].loss
         assert 1.5e9 - curve.end.flops / curve.steps < curve.end.flops <= 1.5e9
-    written = [json.loads(line) for line in (tmp_path / "curves" / "curves.jsonl").read_text().splitlines()]
+    written = [json.loads(line) for line in (tmp_path / "curves" / "curves.jsonl").read_bytes().splitlines()]
     assert len(written) == sum(len(curve.points) for curve in curves)
     assert "GPT-NeoX of transformers" in (tmp_path / "table").read_text()
 
@@ -114,7 +114,7 @@ def test_other_tokenizers_are_compared_on_the_same_text(tiny_work, work, tmp_pat
         assert curve.bytes_per_token == pytest.approx({"sql": val.n_bytes.sum() / val.n_tokens})
         assert curve.bits_by == pytest.approx({"sql": curve.end.bits_per_byte})
     assert "held-out bytes a token" in (tmp_path / "table").read_text()
-    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (tmp_path / "records.jsonl").read_bytes().splitlines()]
     found = {(one["case"], one["unit"]): one["value"] for one in records}
     assert found["other", "bytes/token sql"] == pytest.approx(other.bytes_per_token["sql"])
     # the whole of val, a vocabulary that fits, the same documents

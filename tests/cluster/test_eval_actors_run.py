@@ -53,5 +53,5 @@ def test_actors_answer_what_ranks_answer_after_kills(tiny_work, tmp_path):
     assert tasks_of(run) == tasks_of(expected)
     assert numbers(run) == numbers(expected)
     assert not list(run.evaluations.iterdir())
-    events = [json.loads(line) for line in run.events.read_text().splitlines()]
+    events = [json.loads(line) for line in run.events.read_bytes().splitlines()]
     assert sum(event["event"] == "failed" for event in events) == 1

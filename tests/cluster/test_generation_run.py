@@ -207,7 +207,7 @@ def test_a_prompt_with_a_suffix_asks_for_the_middle(trained, cluster, tmp_path):
     ]
     assert run_pool_stage(plan, cluster, Screen(), Interrupt())
     (part,) = parts_of(trained.run("generate", "middles")).values()
-    records = [json.loads(line) for line in part.decode().splitlines()]
+    records = [json.loads(line) for line in part.splitlines()]
     assert [record.get("suffix") for record in records] == ["return b", "", "y " * 100, None]
     assert records[0]["extra"] == {"note": 1}
     assert [bool(record.get("tokens")) for record in records] == [True, True, False, True]

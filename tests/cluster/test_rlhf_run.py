@@ -146,7 +146,7 @@ def test_every_iteration_is_reported_and_rollouts_are_shown(reference):
     assert all(expected <= found[step].keys() for step in range(1, ITERATIONS + 1))
     for step in (0, ITERATIONS):
         assert 0 <= found[step]["rlhf/win_rate"] <= 1
-    lines = (reference.samples / f"step_{ITERATIONS:08d}.jsonl").read_text().splitlines()
+    lines = (reference.samples / f"step_{ITERATIONS:08d}.jsonl").read_bytes().splitlines()
     rewards = [json.loads(line)["reward"] for line in lines]
     assert len(rewards) == 4
     assert rewards == sorted(rewards, reverse=True)
@@ -315,7 +315,7 @@ def test_kills_of_actors_and_ranks_change_no_number(started_work, tmp_path, algo
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, err
     assert numbers(run) == numbers(expected)
-    events = [json.loads(line) for line in run.events.read_text().splitlines()]
+    events = [json.loads(line) for line in run.events.read_bytes().splitlines()]
     assert sum(event["event"] == "failed" for event in events) >= kills // 2
 
 

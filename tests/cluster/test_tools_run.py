@@ -47,7 +47,7 @@ def test_the_model_is_asked_before_the_first_step_and_after_the_last(reference):
     asked = {"tools/parses", "tools/name_exact", "tools/args_exact_single", "tools/call_exact", "tools/false_refusals"}
     for step in (0, STEPS):
         assert asked <= found[step].keys()
-        lines = (reference.samples / f"step_{step:08d}.jsonl").read_text().splitlines()
+        lines = (reference.samples / f"step_{step:08d}.jsonl").read_bytes().splitlines()
         assert [json.loads(line)["kind"] for line in lines] == ["single"] * 4
     assert not asked & found[10].keys()
     assert json.loads(reference.result.read_text())["before"].keys() >= asked

@@ -53,6 +53,6 @@ def test_files_are_read_as_prompts_with_tests(tmp_path):
         read = list(read_prompts(find_prompts(str(tmp_path / f"{part}.jsonl"))))
         assert [one.text for one in read] == [task.prompt for task in tasks(0, part, 30)]
         assert all(len(task_of(one.extra).tests) == 2 for one in read)
-    lines = [json.loads(line) for line in (tmp_path / "solved.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "solved.jsonl").read_bytes().splitlines()]
     asked, answered = zip(*[[turn["content"] for turn in line["messages"]] for line in lines], strict=True)
     assert [*zip(asked, answered, strict=True)] == [(one.prompt, one.solution) for one in tasks(0, "solved", 30)]

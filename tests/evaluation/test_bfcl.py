@@ -181,7 +181,7 @@ def test_the_verb_asks_a_run_and_says_what_was_right(package, tiny_work, tmp_pat
     options = ("--limit", 1, "--json", file, "--device", "cpu", "--tokenizer", tiny_work.tokenizer)
     code, out, errors = call(monkeypatch, capsys, run.path, *options)
     assert code == 0, errors
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines = [json.loads(line) for line in file.read_bytes().splitlines()]
     assert [line["category"] for line in lines] == list(dict.fromkeys(line["category"] for line in lines))
     assert {line["category"] for line in lines} == CATEGORIES.keys()
     assert all(category in out for category in CATEGORIES)

@@ -199,5 +199,5 @@ def test_the_verb_prints_a_table_and_writes_both_files(run, tasks, tmp_path, cap
     harness.evaluate(run.path, own, None, "cpu", "auto", *files)
     assert "|choices" in capsys.readouterr().out
     assert json.loads(files[0].read_text())["config"]["model_dtype"] == "torch.float32"
-    samples = [json.loads(line) for line in files[1].read_text().splitlines()]
+    samples = [json.loads(line) for line in files[1].read_bytes().splitlines()]
     assert [sample["task"] for sample in samples] == ["choices"] * 3 + ["answers"] * 3

@@ -73,7 +73,7 @@ class AfterFiles(Interrupt):
 def files_of(run: RunDirectory) -> dict[str, list[dict]]:
     found = {}
     for path in sorted(run.samples.glob("*/*.jsonl")):
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = [json.loads(line) for line in path.read_bytes().splitlines()]
         found[f"{path.parent.name}/{path.name}"] = records
     return found
 
