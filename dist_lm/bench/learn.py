@@ -50,7 +50,8 @@ from dist_lm.training.optimizer import (
 from dist_lm.training.step import accumulate_gradients, update
 
 ALONE = ("tracking=none", "prerequisites=fail", "stage.init_from=none")
-BASE = (*ALONE, "stage.document_mask=false")  # no peer keeps attention inside a document
+# no peer keeps attention inside a document; positions that start again belong to that mask
+BASE = (*ALONE, "stage.document_mask=false", "stage.reset_positions=false")
 TURN = 5  # steps
 WARM_UP, TIMED = 2, 6  # steps that find the speed of a learner, for a budget of seconds
 MANY = 10**6  # steps of a learner that is only looked at

@@ -33,7 +33,7 @@ SETTINGS = (
         "stage.muon.lr=0.02",
     ),
 )
-SAME_AS_A_RUN = ("stage.document_mask=false", "stage.init_from=none")
+SAME_AS_A_RUN = ("stage.document_mask=false", "stage.reset_positions=false", "stage.init_from=none")
 STAGE = StageConfig(name="t", global_batch=4, seq_len=100)
 MUON = "stage.muon.lr=null stage.muon.scale=adamw stage.muon.momentum_warmup_steps=4"
 
