@@ -12,6 +12,7 @@ from dist_lm.config.evaluation import CODE_TASKS
 from dist_lm.config.root import Config
 from dist_lm.errors import UserError
 from dist_lm.evaluation.figures import recorded, refused, request_of, task_figures
+from dist_lm.evaluation.task_files import require_task_files
 from dist_lm.evaluation.tasks import Asking, Item, Record, asks_as_chat, items_of
 from dist_lm.generation.request import Answer, Refusal, Request
 from dist_lm.sandbox.pool import Sandboxes
@@ -89,7 +90,9 @@ def loop_tasks(config: Config, run: RunDirectory, tokenizer: Tokenizer) -> LoopT
 
     Raises:
         UserError: a task cannot be asked; names it.
+        ArtefactError: the file of a task has changed since the run began.
     """
+    require_task_files(run, config)
     stage = config.stage
     chat = asks_as_chat(stage.name, tokenizer)
     asking = Asking.greedy(tokenizer, config.model.max_seq_len, chat, stage.eval_new_tokens)

@@ -91,7 +91,7 @@ class FunctionRule:
         """The scores up to the first completion that costs the process."""
         answered = 0
         try:
-            process.send({"judged": [[one.prompt, one.completion] for one in judged]})
+            process.send({"judged": [[one.prompt, one.completion] for one in judged]}, self._timeout_s)
             while answered < len(judged):
                 score = _score(process.receive(self._timeout_s, _calling(alive)))
                 answered += 1

@@ -183,6 +183,10 @@ class TrainingStage(Stage):
         if latest:
             require_content(run, config.streams)
             require_inputs(run, config.corpus, config.streams)
+            if config.stage.eval_tasks:
+                from dist_lm.evaluation.task_files import require_task_files
+
+                require_task_files(run, config)
             if config.stage.lora.rank:
                 from dist_lm.training.adapters import adapted_model
 

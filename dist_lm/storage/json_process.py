@@ -48,13 +48,18 @@ class JsonProcess:
         """Id of the process."""
         return self._process.pid
 
-    def send(self, value: Mapping[str, Any]) -> None:
+    def send(self, value: Mapping[str, Any], seconds: float) -> None:
         """Send one message.
 
         Raises:
+            TimeoutError: the process did not read it within the time limit.
             OSError: the process has ended.
         """
-        self._connection.sendall(_line(value))
+        self._connection.settimeout(seconds)
+        try:
+            self._connection.sendall(_line(value))
+        except TimeoutError:
+            raise TimeoutError(f"did not read a request within {seconds:g} s and was ended") from None
 
     def receive(self, seconds: float, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
         """The next message.

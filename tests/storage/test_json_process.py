@@ -50,3 +50,13 @@ def test_a_message_that_is_no_json_is_an_error_of_the_process(tmp_path):
             process.receive(60)
     finally:
         process.end()
+
+
+def test_a_process_that_does_not_read_costs_a_time_limit(tmp_path):
+    (tmp_path / "reads_nothing.py").write_text("import time\ntime.sleep(600)\n")
+    process = JsonProcess("reads_nothing", environment={"PYTHONPATH": str(tmp_path)})
+    try:
+        with pytest.raises(TimeoutError, match=r"did not read a request within 0\.2 s"):
+            process.send({"text": "x" * 10_000_000}, 0.2)
+    finally:
+        process.end()

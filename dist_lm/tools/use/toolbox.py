@@ -58,7 +58,7 @@ class Toolbox:
             if self._host is None:
                 self._begin()
             assert self._host
-            self._host.send({"name": call.name, "arguments": call.arguments})
+            self._host.send({"name": call.name, "arguments": call.arguments}, self._limits.seconds)
             found = self._host.receive(self._limits.seconds, interrupted)
         except TimeoutError as error:
             self.close()
