@@ -27,6 +27,7 @@ from dist_lm.launcher.conf_folders import (
     GROUPS,
     KEY,
     RECIPE,
+    check_experiment,
     choices,
     conf_directory,
     default_choice,
@@ -229,6 +230,9 @@ def for_hydra(overrides: Sequence[str], schema: type[Config], folders: Sequence[
     parsed = [_parse(text) for text in overrides]
     chosen = {one.key_or_group: str(one.value()) for one in parsed}
     added: list[str] = []
+    if {"experiment", "model"} <= chosen.keys():
+        stage = chosen.get("stage", default_stage())
+        check_experiment(chosen["experiment"], chosen["model"], stage, folders)
     if RECIPE in chosen:
         model = "" if "experiment" in chosen else chosen.get("model", default_choice("model"))
         added = recipe_override(chosen[RECIPE], model, chosen.get("stage", default_stage()), folders)

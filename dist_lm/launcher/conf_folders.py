@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -19,6 +20,7 @@ from dist_lm.errors import ConfigError
 from dist_lm.stages.registry import OWN, added_conf, stage_names
 
 RECIPE = "recipe"
+_RECIPES = f"override /{RECIPE}"  # in an experiment's defaults
 GROUPS = ("model", "parallel", "hardware", "stage", RECIPE, "corpus", "cluster", "tracking", "experiment")
 KEY = "hydra.searchpath"
 FLAGS = ("--config-dir", "-cd")
@@ -121,10 +123,35 @@ def recipe_override(recipe: str, model: str, stage: str, overrides: Sequence[str
     return [f"+{RECIPE}/{recipe}@{_package(file)}={file.stem}" for file in files if file.is_file()][:1]
 
 
+def check_experiment(experiment: str, model: str, stage: str, overrides: Sequence[str]) -> None:
+    """Refuse an experiment whose recipes have no file for a size that has numbers of its own, which would be lost.
+
+    Raises:
+        ConfigError: names the file that is missing.
+    """
+    folders = (conf_directory(), *own_folders(overrides))
+    for file in (folder / "experiment" / f"{experiment}.yaml" for folder in folders):
+        defaults = _content(file).get("defaults") or [] if file.is_file() else []
+        for entry in (entry for entry in defaults if isinstance(entry, dict) and _RECIPES in entry):
+            recipe = str(entry[_RECIPES]).replace("${model}", model).replace("${stage}", stage)
+            there = {path.stem for folder in folders for path in (folder / RECIPE).glob("*.yaml")}
+            if recipe not in there and f"{model}_{stage}" in there:
+                raise ConfigError(
+                    f"experiment={experiment}: no recipe/{recipe}.yaml, and recipe/{model}_{stage}.yaml would not "
+                    f"apply: leave out model={model} or the experiment, or write the file below --config-dir"
+                )
+
+
 def _package(file: Path) -> str:
     """Where the keys of a recipe belong: what its line `# @package` says, by default the root."""
     named = re.match(r"#\s*@package\s+(\S+)", file.read_text(encoding="utf-8"))
     return named[1] if named else "_global_"
+
+
+def _content(file: Path) -> dict[Any, Any]:
+    with one_line_for_yaml():
+        content = OmegaConf.to_container(OmegaConf.load(file))
+    return content if isinstance(content, dict) else {}
 
 
 def program_of(choice: str, overrides: Sequence[str]) -> str:
@@ -139,9 +166,7 @@ def program_of(choice: str, overrides: Sequence[str]) -> str:
         file = folder / "stage" / f"{choice}.yaml"
         if not file.is_file():
             continue
-        with one_line_for_yaml():
-            content = OmegaConf.to_container(OmegaConf.load(file))
-        content = content if isinstance(content, dict) else {}
+        content = _content(file)
         entries = [content.get("name"), *(content.get("defaults") or [])]
         known = [entry for entry in entries if entry in stage_names()]
         if not known:

@@ -64,8 +64,8 @@ def without_schedule(
         )
     raise ConfigError(
         f"{run.path} exists with other settings: {'; '.join(scheduled)}: {reason}. Give the same values; or branch "
-        f"from one of its checkpoints under another run_id: stage.branch_from={run.path}@STEP. A run of "
-        f"stage.schedule={WSD} can go on with more steps until its decay begins"
+        f"from one of its checkpoints: stage={new.stage.name} stage.branch_from={run.path}@STEP and another run_id. A "
+        f"run of stage.schedule={WSD} can go on with more steps until its decay begins"
     )
 
 

@@ -165,13 +165,13 @@ class TrainingStage(Stage):
             # a later stage uses only the weights of a finished run, so only the model must be the same
             keys = "" if is_target or not finished else "model."
             old = load_config(run.config)
-            conflicts = differing_keys(old, config, keys, self.free_keys)
-            if any(conflict.startswith(self.schedule_keys) for conflict in conflicts):
+            prefix = "stage." if is_target else f"stages.{self.name}."
+            conflicts = [one.replace("stage.", prefix, 1) for one in differing_keys(old, config, keys, self.free_keys)]
+            schedule = tuple(key.replace("stage.", prefix) for key in self.schedule_keys)
+            if any(conflict.startswith(schedule) for conflict in conflicts):
                 from dist_lm.stages.continuing import without_schedule
 
-                conflicts = without_schedule(conflicts, self.schedule_keys, run, old, config)
-            if not is_target:
-                conflicts = [conflict.replace("stage.", f"stages.{self.name}.") for conflict in conflicts]
+                conflicts = without_schedule(conflicts, schedule, run, old, config)
             refuse_other_settings(run, config, conflicts)
         if finished:
             return Look(config, Action.READY, f"{done:,} steps, {shown_path(run.path, config)}")

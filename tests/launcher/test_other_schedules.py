@@ -100,6 +100,14 @@ def test_a_later_stage_takes_a_finished_run_of_any_length(work):
     assert stage_named("language").look(config, is_target=False, rebuilt=()).action is Action.READY
 
 
+def test_the_keys_of_an_earlier_stage_are_named_as_the_command_gives_them(work):
+    run = make_run(work, **COSINE)
+    run.result.unlink()
+    said = r"stages\.language\.steps=40 \(was 20\): .* stage=language stage.branch_from="
+    with pytest.raises(ConfigError, match=said):
+        stage_named("language").look(config_of(work, **COSINE, steps=40), is_target=False, rebuilt=())
+
+
 def test_a_branch_is_another_run_that_begins_at_the_checkpoint(work):
     run = make_run(work, at=(10, 20), **WSD)
     branch = partial(config_of, work, run_id="branch", **WSD)

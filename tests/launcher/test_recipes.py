@@ -79,6 +79,17 @@ def test_tuned_can_be_combined_with_an_experiment():
     assert config.model.base_width is not None
 
 
+def test_an_experiment_without_numbers_for_a_size_is_refused(tmp_path):
+    command = ["stage=language", "experiment=thorough", "model=medium"]
+    with pytest.raises(ConfigError, match=r"no recipe/thorough_medium_language.yaml, and recipe/medium_language.yaml"):
+        compose_config(command)
+    own = tmp_path / "recipe" / "thorough_medium_language.yaml"
+    own.parent.mkdir()
+    own.write_text("# @package stage\nsteps: 7\n")
+    assert compose_config([f"hydra.searchpath=['{tmp_path}']", *command]).stage.steps == 7
+    assert compose_config(["stage=language", "experiment=smoke", "model=tiny"]).stage.steps == 20
+
+
 def files() -> list[str]:
     return sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml"))
 
