@@ -101,10 +101,16 @@ def _exit_status(code: object) -> int:
 
 
 def _bash(before: str, source: str, code: str, token: bytes) -> NoReturn:
-    """One script; the code of a test passes if its last command returns 0."""
+    """One script; the code of a test passes if its last command returns 0.
+
+    `eval` parses the program apart from its test, or an open end of the program (`true ||`, a backslash) would take in
+    the test. A program whose end is open swallows the line that notes its exit code, and then no test passes.
+    """
     script = f"{before}\n{source}\n" if before else f"{source}\n"
     if code:
-        script += f"{code}\n[ $? -eq 0 ] && printf %s%s {token[:16].decode()} {token[16:].decode()}\n"
+        quoted = "'" + f"{script}dist_lm_ended=$?".replace("'", "'\\''") + "'"
+        script = f"eval {quoted}\n(exit ${{dist_lm_ended-1}}) && :\n{code}\n"
+        script += f"[[ $? -eq 0 && $dist_lm_ended ]] && printf %s%s {token[:16].decode()} {token[16:].decode()}\n"
     import signal
 
     for name in (signal.SIGPIPE, signal.SIGXFSZ):  # ignored by Python, and what is ignored stays so

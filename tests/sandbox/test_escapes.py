@@ -16,6 +16,7 @@ from dist_lm.sandbox.program import Limits, Program, Test, Verdict
 from dist_lm.sandbox.sandbox import Sandbox, fences
 from tests.sandbox.as_user import ROOT, ask, user_process
 from tests.sandbox.escapes import ESCAPES, Escape
+from tests.sandbox.greedy_programs import GREEDY
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
 LIMITS = Limits(cpu_s=0.3, wall_s=30, memory_bytes=128 << 20)
@@ -81,7 +82,7 @@ def filled(source: str, outside: dict) -> str:
     return source.replace("{{", "{").replace("}}", "}")
 
 
-@pytest.mark.parametrize("escape", ESCAPES, ids=lambda escape: escape.name)
+@pytest.mark.parametrize("escape", [*GREEDY, *ESCAPES], ids=lambda escape: escape.name)
 def test_escape_fails(escape: Escape, way: str, run: Run, outside: dict):
     if way == "namespaces" and escape.only_seccomp:
         pytest.skip("without seccomp it happens, inside the sandbox")
@@ -125,3 +126,18 @@ def test_a_program_that_leaves_passes_no_test(run: Run, source: str):
 @pytest.mark.parametrize("source", ["exit 0", "exec true", "set; exit 0", 'echo "$BASH_EXECUTION_STRING"; exit 0'])
 def test_a_script_that_leaves_passes_no_test(run: Run, source: str):
     assert run(Program("bash", source, (Test(code="true"),)), LIMITS).results == (False,)
+
+
+SWALLOWS_ALL = ("echo \\", "true ||", "true |", "echo '", "cat <<END", "{", "(", "if", "f() {", "x=$(")
+LEAVES_THE_TEST = ("true &&", "false ||", "set -n", "exec >/dev/null", "trap 'exit 0' EXIT ERR")
+ADD = Test(code='[ "$(add 2 3)" = 5 ]')
+
+
+@pytest.mark.parametrize("end", [*SWALLOWS_ALL, *LEAVES_THE_TEST])
+def test_no_end_of_a_script_passes_a_test_for_it(run: Run, end: str):
+    assert run(Program("bash", f"subtract() {{ echo $(($1 - $2)); }}\n{end}", (ADD,)), LIMITS).results == (False,)
+
+
+@pytest.mark.parametrize("end", SWALLOWS_ALL)
+def test_a_script_that_does_not_end_passes_no_test(run: Run, end: str):
+    assert run(Program("bash", f"add() {{ echo $(($1 + $2)); }}\n{end}", (ADD,)), LIMITS).results == (False,)

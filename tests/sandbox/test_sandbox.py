@@ -72,6 +72,13 @@ CASES = {
         Test(stdin="b", stdout="AB"),
     ),
     "bash_strict": ("bash", "set -eu", Test(code="true"), Test(code="false; true")),
+    "bash_exit_code": (
+        "bash",
+        "set -e\n[ -e none ] && cat none",
+        Test(code="[ $? -eq 1 ]"),
+        Test(code="[ $? -eq 0 ]"),
+    ),
+    "bash_quotes": ("bash", """x='it'"'"'s' # it's \\""", Test(code='[ "$x" = "it\'s" ]'), Test(code="[ $x = its ]")),
     "sql": (
         "sql",
         "select a, b / 2.0, null, x'61' from t order by a",
