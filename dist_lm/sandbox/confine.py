@@ -212,7 +212,9 @@ _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_
 def system_call_filter(machine: str) -> bytes | None:
     """The BPF program that refuses the calls of `system_calls`; None for an architecture without a table.
 
-    Calls of another architecture (32-bit code, x32) end the process. Calls newer than the table do not exist.
+    Calls of another architecture (32-bit code, x32) end the process. Calls newer than the table do not exist. A process
+    sets no limits but its own: for those of the first process of a run the kernel asks for the user only, and a program
+    is of the same user.
     """
     if machine not in NUMBERS:
         return None
@@ -230,6 +232,11 @@ def system_call_filter(machine: str) -> bytes | None:
             if name in numbers:
                 program += [_step(_EQUAL, numbers[name], 0, 1), _step(_RETURN, _ERRNO | error)]
     program += [
+        _step(_EQUAL, numbers["prlimit64"], 0, 4),
+        _step(_LOAD, _FIRST_ARGUMENT),
+        _step(_EQUAL, 0, 1, 0),  # this process
+        _step(_RETURN, _ERRNO | _EPERM),
+        _step(_RETURN, _ALLOW),
         _step(_EQUAL, numbers["clone"], 0, 3),
         _step(_LOAD, _FIRST_ARGUMENT),
         _step(_ANY_BIT, _NEW_ANYTHING, 0, 1),

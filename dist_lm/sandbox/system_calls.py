@@ -24,6 +24,7 @@ LAST_KNOWN = 462
 NUMBERS = {
     "x86_64": {
         "clone": 56,
+        "prlimit64": 302,
         "clone3": 435,
         "io_uring_setup": 425,
         "io_uring_enter": 426,
@@ -122,6 +123,7 @@ NUMBERS = {
     },
     "aarch64": {
         "clone": 220,
+        "prlimit64": 261,
         "clone3": 435,
         "io_uring_setup": 425,
         "io_uring_enter": 426,

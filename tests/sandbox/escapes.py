@@ -221,6 +221,23 @@ raise OSError("Operation not permitted, in effect")
         "kills_processes_outside", refused("os.kill({outside}, 9)", "os.killpg({outside}, 9)"), NO + "|No such process"
     ),
     Escape(
+        "limits_the_parent",
+        "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))\n"
+        + refused(
+            "resource.prlimit(1, resource.RLIMIT_NOFILE, (0, 0))", "call(302, (1 << 32) + 1, 7, bytes(16), None)"
+        ),
+        only_seccomp=True,
+    ),
+    Escape(
+        "schedules_the_parent",
+        refused(
+            "os.sched_setscheduler(1, os.SCHED_IDLE, os.sched_param(0))",
+            "os.sched_setaffinity(1, {{0}})",
+            "os.setpriority(os.PRIO_PROCESS, 1, 19)",
+            "call(251, 1, 1, 3 << 13)",
+        ),
+    ),
+    Escape(
         "traces_the_parent",
         refused(
             "call(101, 16, 1, 0, 0)",
