@@ -11,6 +11,7 @@ import torch
 from dist_lm.config.root import save_config
 from dist_lm.errors import ArtefactError, ConfigError, UserError
 from dist_lm.generation.load import load_model
+from dist_lm.generation.request import Answer
 from dist_lm.stages.export import export
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from tests.conftest import TINY, composed, texts
@@ -134,6 +135,19 @@ def test_each_context_is_computed_once_for_all_choices(model, monkeypatch):
     assert computed == [100 + 3 * 2]
     assert found[0] == found[3]
     assert len({total for total, _ in found}) == 3
+
+
+@pytest.mark.parametrize(("until", "text"), [("on", "Answer: 5 "), (["", "on"], "Answer: 5 "), (None, "Answer: 5 on")])
+def test_a_stop_text_is_a_whole_text(until, text, model, monkeypatch):
+    from lm_eval.api.instance import Instance
+
+    answer = Answer("0", 0, 1, (1,), "Answer: 5 on", (0.0,), (0.0,), "stop", 0, 0)
+    monkeypatch.setattr(model, "_answers", lambda: iter([answer]))
+    submitted = []
+    monkeypatch.setattr(model._engine, "submit", submitted.append)
+    request = Instance("generate_until", {}, ("context", {"until": until, "max_gen_toks": 4}), 0)
+    assert model.generate_until([request], disable_tqdm=True) == [text]
+    assert submitted[0].params.stop == (("on",) if until else ())
 
 
 def test_a_turn_that_spells_a_mark_stays_text(model):
