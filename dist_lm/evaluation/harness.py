@@ -330,6 +330,7 @@ def evaluate(
         UserError: names the option, the task, or the fault of the checkpoint.
     """
     require(dtype in ("auto", *DTYPES), "--dtype", dtype, f"auto, {' or '.join(DTYPES)}")
+    require(options.limit is None or options.limit > 0, "--limit", options.limit, "more than 0")
     for key, file in (("--output", output), ("--samples", samples)):
         require(file is None or file.absolute().parent.is_dir(), key, file, "a file in a folder that exists")
     include = options.include_path

@@ -75,6 +75,7 @@ class EvaluateConfig:
         require(self.chat in (AUTO, "always", "never"), "stage.chat", self.chat, "auto, always or never")
         require(bool(self.models) and all(self.models), "stage.models", self.models, "runs or checkpoints, or auto")
         require(bool(self.tasks), "stage.tasks", self.tasks, "at least one task")
+        require(bool(self.corpora), "stage.corpora", self.corpora, "at least one corpus")
         require(
             bool(self.k) and all(0 < k <= self.n for k in self.k), "stage.k", self.k, f"numbers up to stage.n={self.n}"
         )

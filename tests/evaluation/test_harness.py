@@ -196,6 +196,12 @@ def test_a_missing_folder_of_tasks_is_named_before_anything_is_read(tmp_path):
         harness.evaluate(tmp_path, options, None, "cpu", "auto", None, None)
 
 
+def test_no_documents_are_refused_before_anything_is_read(tmp_path):
+    for limit in (0, -1):
+        with pytest.raises(ConfigError, match=rf"^--limit={limit}: expected more than 0$"):
+            harness.evaluate(tmp_path, harness.HarnessOptions(["mine"], limit=limit), None, "cpu", "auto", None, None)
+
+
 def test_data_that_is_not_here_is_one_line(model, tmp_path):
     """As without a network, where tasks read the hub."""
     (tmp_path / "mine.yaml").write_text(
