@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -9,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from dist_lm.chat.documents import encode_document, read_conversation, write_conversation
 from dist_lm.chat.messages import Call, Conversation, Message, Tool
@@ -26,6 +28,9 @@ from dist_lm.tokenizer.train import train_tokenizer
 
 # two threads on two shared cores cost several times the time of one; processes that tests start inherit this
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # and this, where a shell started pytest in its background
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 VOCAB_SIZE = 640
 TINY = (

@@ -12,7 +12,7 @@ from dist_lm.storage.process import reserve_port
 from dist_lm.storage.run_directory import RunDirectory
 from tests.parallel.ranks import CONTEXT
 
-DEADLINE_S = 120
+DEADLINE_S = 480
 
 
 def run_forked(run: RunDirectory, ranks: int) -> int:

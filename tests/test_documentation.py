@@ -352,7 +352,6 @@ def test_engine_of_the_generation_page_answers(code_run, capsys):
 
 
 @pytest.mark.cluster
-@pytest.mark.timeout(200)
 def test_pool_of_the_generation_page_answers(code_run):
     answers = run_block("generation.md", "Pool.start(")["answers"]
     assert [answer.request for answer in answers] == [f"r{i}" for i in range(8)]

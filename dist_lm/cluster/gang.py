@@ -26,6 +26,7 @@ ANSWER_S = 1.0  # wait of `poll` for the agents, which answer in milliseconds
 SETTLE_S = 3.0  # the same after a failure, before a silent node counts as lost
 LOST_S = 30.0  # an agent that is unreachable for this long is lost
 STOP_GRACE_S = 5.0  # between SIGTERM and SIGKILL
+STOP_S = 15.0  # beyond it, for the agents to say that nothing is left
 START_S = 60.0  # for all agents to start torchrun
 DUMP_S = 30.0  # for all ranks to write their stacks and collectives
 PATIENCE = Patience(steps=20.0, least_s=120.0, otherwise_s=1800.0)
@@ -212,7 +213,7 @@ class Gang:
         if self._status.state == "running":
             self._status = GangStatus("stopped")
         try:
-            left = self._call(lambda agent: agent.stop.remote(STOP_GRACE_S), timeout_s=STOP_GRACE_S + 15.0)
+            left = self._call(lambda agent: agent.stop.remote(STOP_GRACE_S), timeout_s=STOP_GRACE_S + STOP_S)
         finally:
             self._placement.release()
         stuck = {self._members[node].host: pids for node, pids in left.items() if pids}

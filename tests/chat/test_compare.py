@@ -83,7 +83,7 @@ def test_not_the_same(found: Call, expected: Call) -> None:
     assert not same_call(found, expected, TOOL)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(value=json_values, other=json_values)
 def test_a_value_is_the_same_as_itself_and_nothing_is_raised(value: Json, other: Json) -> None:
     assert same_value(value, value, {})
@@ -100,7 +100,7 @@ def test_calls_in_any_order_each_used_once() -> None:
     assert not same_calls([*shuffled[1:], shuffled[1]], calls, [TOOL])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(order=st.permutations(range(3)), swap=st.booleans())
 def test_a_call_that_fits_two_leaves_one_to_the_other(order: Any, swap: bool) -> None:
     tags = [[1.0], [1], [2]]  # 1 passes for 1.0 and for 1; 1.0 for itself only

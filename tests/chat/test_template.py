@@ -21,7 +21,7 @@ RESULTS = Message("tool", results=({"sky": "clear"}, {"error": "no such city"}))
 ANSWER = Message("assistant", "Clear.")
 FULL = Conversation((Message("system", "Be brief."), USER, ASKS, RESULTS, ANSWER), (WEATHER,))
 
-many = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+many = settings(max_examples=100, suppress_health_check=list(HealthCheck))
 
 
 @many

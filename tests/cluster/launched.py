@@ -92,8 +92,8 @@ def wait_until(condition, process: subprocess.Popen, what: str) -> None:
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=20)
-    assert not [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    _, alive = psutil.wait_procs(processes, timeout=120)
+    assert not [process for process in alive if is_alive(process)]
 
 
 def steps_of(run: RunDirectory) -> list[int]:

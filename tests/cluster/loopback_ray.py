@@ -65,13 +65,13 @@ class LoopbackRay:
             for process in [node, *node.children(recursive=True)]:
                 with suppress(psutil.NoSuchProcess):  # programs in sandboxes come and go, and end with their server
                     process.send_signal(stop)
-        self._nodes.pop(number).wait(timeout=10)
+        self._nodes.pop(number).wait(timeout=120)
 
     def close(self) -> None:
         for process in self._nodes.values():
             process.terminate()
         for process in self._nodes.values():
-            process.wait(timeout=30)
+            process.wait(timeout=120)
         assert end(lambda: marked(self._mark, "LOOPBACK_RAY"), grace_s=1.0) == []
 
 

@@ -21,7 +21,7 @@ from tests.tracking.test_dashboard import shows
 from tests.tracking.wandb_files import assert_every_metric, history_names
 from tests.training_run import linked, prepare, train
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.cluster
 
 
 def history(run: RunDirectory, stage: str) -> set[str]:

@@ -21,7 +21,7 @@ LOCAL = ClusterConfig(name="local", connect_timeout_s=120.0, node_wait_s=180.0)
 HOST, ADDRESS = torch.device("cpu"), "127.0.0.2"
 AT = 9  # parameters that have been sent
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.cluster
 
 
 def stream(seed: int, then: Callable[[], None] = lambda: None) -> Iterator[tuple[str, torch.Tensor]]:

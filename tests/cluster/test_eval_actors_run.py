@@ -13,7 +13,7 @@ from tests.cluster.test_rlhf_run import actors_of
 from tests.ranks.test_eval_tasks import figures_of, tasks_of
 from tests.training_run import SAMPLED, SETTINGS, linked, numbers, prepare, train
 
-pytestmark = [pytest.mark.cluster, pytest.mark.bars, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.bars]
 TASKS = (
     "stage.eval_tasks={own_sql: 40}",
     *("stage.steps=240", "stage.eval_every=120", "stage.checkpoint_every=7", "stage.eval_new_tokens=6"),

@@ -12,12 +12,12 @@ import pytest
 
 from dist_lm.storage.process import cores, title
 from dist_lm.storage.run_directory import WorkDirectory
-from tests.cluster.launched import ending, finish, wait_until
+from tests.cluster.launched import assert_gone, ending, finish, wait_until
 from tests.cluster.loopback_ray import loopback_ray
 from tests.conftest import TINY
 from tests.training_run import linked, write_untrained
 
-pytestmark = [pytest.mark.cluster, pytest.mark.heavy, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.heavy]
 SETTINGS = (
     *(one for one in TINY if not one.startswith("stage.")),
     "stage=evaluate",
@@ -52,7 +52,7 @@ def test_a_killed_run_gives_the_same_result(tiny_work, tmp_path):
         family = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, signal.SIGKILL)
         finish(process)
-    assert psutil.wait_procs(family, timeout=60)[1] == []
+    assert_gone(family)
     code, _, err = finish(start("killed"))
     assert code == 0, err
     whole = work.run("evaluate", "whole")

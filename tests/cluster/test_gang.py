@@ -19,7 +19,7 @@ from dist_lm.config.cluster import ClusterConfig
 from dist_lm.storage.run_directory import RunDirectory
 from tests.cluster.waiting import eventually, living, ready_ranks, recruited, wait_for_end
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.cluster
 PYTHONPATH = {"PYTHONPATH": str(Path(__file__).parent)}
 
 
@@ -109,6 +109,7 @@ def test_stop_ends_ranks_that_do_not_listen(
     cluster: RayCluster, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gang_module, "STOP_GRACE_S", 0.2)
+    monkeypatch.setattr(gang_module, "STOP_S", 120.0)
     with start(cluster, run, "deaf") as gang:
         pids = pids_of(run)
         assert len(living(pids)) == 3

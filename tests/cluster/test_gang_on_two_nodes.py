@@ -18,7 +18,6 @@ from tests.cluster.waiting import eventually, living, ready_ranks, recruited, wa
 pytestmark = [
     pytest.mark.heavy,
     pytest.mark.cluster,
-    pytest.mark.timeout(180),
     pytest.mark.skipif(sys.platform != "linux", reason="other loopback addresses exist on Linux only"),
 ]
 

@@ -19,7 +19,7 @@ from tests.cluster.generation_runs import (
 from tests.cluster.pool_of_one import Meanwhile
 from tests.training_run import linked, write_untrained
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(200)]
+pytestmark = pytest.mark.cluster
 
 
 def test_answers_to_prompts_that_changed_while_they_were_read_are_not_kept(trained, cluster, tmp_path):

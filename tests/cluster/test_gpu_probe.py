@@ -20,7 +20,7 @@ from dist_lm.cluster.node_facts import examine
 from dist_lm.cluster.ray_cluster import ClusterError, Node, connect
 from dist_lm.cluster.recruit import recruit
 from dist_lm.config.cluster import ClusterConfig
-from dist_lm.storage.process import reserve_port
+from dist_lm.storage.process import reserve_port, title
 from dist_lm.storage.run_directory import RunDirectory
 from tests.cluster.waiting import eventually, living
 
@@ -91,7 +91,7 @@ def test_agents_try_their_node_before_ranks_start(tmp_path):
         crew = recruit(cluster, 1, gpus_per_node=0, directory=run.path, demands=demands, timeout_s=60.0)
         assert crew is not None
         below = psutil.Process().children(recursive=True)
-        assert not [one.pid for one in below if "dist_lm.cluster.gpu_probe" in one.cmdline()]
+        assert not [one.pid for one in below if "dist_lm.cluster.gpu_probe" in title(one)]
         crew.placement.release()
 
 

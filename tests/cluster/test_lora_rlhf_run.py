@@ -12,7 +12,7 @@ from dist_lm.training.checkpoint_tensors import stored_tensors
 from tests.cluster.test_rlhf_run import prepare
 from tests.training_run import copy_until, linked, numbers, train, write_untrained
 
-pytestmark = [pytest.mark.cluster, pytest.mark.bars, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.bars]
 LORA = ("stage.lora.rank=4", "stage.steps=3", "stage.checkpoint_every=1", "rlhf.lr=1e-2", "rlhf.value_lr=1e-2")
 
 

@@ -16,7 +16,6 @@ from tests.training_run import numbers
 pytestmark = [
     pytest.mark.heavy,
     pytest.mark.cluster,
-    pytest.mark.timeout(300),
     pytest.mark.skipif(sys.platform != "linux", reason="other loopback addresses exist on Linux only"),
 ]
 STEPS = (CODE_STEPS, "stage.checkpoint_every=5", "cluster.ranks_per_node=1")

@@ -20,7 +20,7 @@ from dist_lm.storage.run_directory import WorkDirectory
 from tests.cluster.launched import DEADLINE_S
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.cluster, pytest.mark.heavy, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.heavy]
 CONF = {
     "corpus/ours.yaml": """
 corpora:

@@ -23,7 +23,7 @@ from dist_lm.generation.request import Answer, Refusal, Request
 from tests.cluster.small_pool import MODEL, SPEC, requests, sorted_results, weights_of
 from tests.cluster.waiting import eventually, living
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(200)]
+pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ def answer_of(request: Request, index: int) -> Answer:
     return Answer(request.id, index, 5, (7,), "", (-1.0,), (-1.0,), "length", 0, 0)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 2**32))
 def test_every_answer_comes_once_whoever_dies(seed):
     chance = random.Random(seed)

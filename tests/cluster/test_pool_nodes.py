@@ -14,7 +14,6 @@ from tests.cluster.waiting import eventually
 pytestmark = [
     pytest.mark.heavy,
     pytest.mark.cluster,
-    pytest.mark.timeout(300),
     pytest.mark.skipif(sys.platform != "linux", reason="other loopback addresses exist on Linux only"),
 ]
 

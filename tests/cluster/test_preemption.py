@@ -10,7 +10,7 @@ from dist_lm.training import checkpoint_files
 from tests.cluster.launched import CODE_STEPS, finish, follow_on, start, steps_of, wait_until
 from tests.training_run import numbers, train
 
-pytestmark = [pytest.mark.heavy, pytest.mark.cluster, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.heavy, pytest.mark.cluster]
 COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs g++")
 
 

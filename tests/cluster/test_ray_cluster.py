@@ -16,7 +16,7 @@ from dist_lm.cluster.ray_cluster import RANK_ACCESS, ClusterError, RayAccess, ac
 from dist_lm.config.cluster import ClusterConfig
 from tests.cluster.waiting import eventually
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.cluster
 
 STRANGER = """
 import sys, ray
@@ -67,7 +67,7 @@ def test_a_private_ray_lets_only_us_in_and_goes_without_a_trace(tmp_path: Path) 
             run_beside(JOINER, cluster.address, str(wrong)),
             run_beside(JOINER, cluster.address, str(token)),
         ]
-        stranger, refused, joined = (other.communicate(timeout=60)[0] for other in others)
+        stranger, refused, joined = (other.communicate(timeout=240)[0] for other in others)
         assert "was let in" not in stranger
         assert "AuthenticationError" in stranger
         assert f"ClusterError cluster.address={cluster.address}: the Ray head refuses our token" in refused
@@ -97,7 +97,7 @@ def test_something_else_at_the_address_does_not_hang(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections, says nothing
         address = f"127.0.0.1:{server.getsockname()[1]}"
         program = JOINER.replace("token_path=", "connect_timeout_s=2.0, token_path=")
-        output = run_beside(program, address, str(token)).communicate(timeout=60)[0]
+        output = run_beside(program, address, str(token)).communicate(timeout=240)[0]
     assert f"ClusterError cluster.address={address}" in output
 
 

@@ -31,7 +31,6 @@ EXPECTED = ["failed" if i % 3 == 0 else "passed" for i in range(60)]
 
 @pytest.mark.heavy
 @pytest.mark.cluster
-@pytest.mark.timeout(300)
 @pytest.mark.skipif(sys.platform != "linux", reason="other loopback addresses exist on Linux only")
 def test_all_nodes_run_programs_and_a_lost_one_loses_none(tmp_path, caplog):
     with loopback_ray(tmp_path, nodes=2) as ray, connect(ray.config(nodes=2)) as cluster:

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from dist_lm.storage.run_directory import RunDirectory
 Value = TypeVar("Value")
 
 
-def eventually(what: str, condition: Callable[[], Value], seconds: float = 40.0) -> Value:
+def eventually(what: str, condition: Callable[[], Value], seconds: float = 150.0) -> Value:
     """The first truthy value of `condition`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -43,10 +44,14 @@ def ready_ranks(directory: Path, count: int) -> list[dict[str, Any]]:
 
 def living(pids: list[int]) -> list[int]:
     """Those of `pids` that still run."""
-    return [pid for pid in pids if psutil.pid_exists(pid) and is_alive(psutil.Process(pid))]
+    found = []
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            found += [pid] if is_alive(psutil.Process(pid)) else []
+    return found
 
 
-def recruited(cluster: RayCluster, run: RunDirectory, nodes: int, timeout_s: float = 60.0, **options: Any) -> Crew:
+def recruited(cluster: RayCluster, run: RunDirectory, nodes: int, timeout_s: float = 240.0, **options: Any) -> Crew:
     """Nodes of a cluster that have what any node has; `options` are those of `recruit`."""
     demands = Demands(gpus=0, free_bytes=1, temporary_bytes=1, clock_skew_s=5.0, link_ratio=0.0)
     crew = recruit(cluster, nodes, gpus_per_node=0, directory=run.path, demands=demands, timeout_s=timeout_s, **options)

@@ -18,7 +18,7 @@ def config_of(**corpora: list[SourceConfig]) -> CorpusConfig:
     return CorpusConfig("test", dict(corpora), val_fraction=0.2)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(limit=st.integers(10_000, 60_000), sources=st.integers(1, 4))
 def test_readers_give_at_most_the_limit_and_all_of_them_the_same(limit: int, sources: int) -> None:
     GIVEN.clear()

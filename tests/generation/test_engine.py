@@ -133,7 +133,7 @@ def run_schedule(model: Transformer, requests: Sequence[Request], pages: int, se
     assert engine._pool.n_free == pages, "a page has leaked"
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(requests=st.lists(REQUESTS, min_size=1, max_size=8), pages=st.integers(12, 30), seed=st.integers(0, 1 << 30))
 def test_any_schedule_gives_what_a_plain_forward_gives(model, requests, pages, seed):
     run_schedule(model, requests, pages, seed)

@@ -249,7 +249,7 @@ def test_what_makes_no_sense_is_one_line(line, words):
     assert "\n" not in str(refusal.value)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.sampled_from(["", "/", *(f"/{key} " for key in KEYS)]), st.text(max_size=20))
 def test_no_line_does_harm(begin, rest):
     line = begin + rest

@@ -21,6 +21,7 @@ from dist_lm.generation.engine import Engine
 from dist_lm.generation.followers import RankLostError
 from dist_lm.generation.request import Answer, Refusal, Request, SamplingParams
 from dist_lm.model.transformer import Transformer
+from dist_lm.storage.process import title
 from tests.generation.test_engine import (
     CONFIG,
     EOT,
@@ -48,7 +49,7 @@ ODD = replace(
     value_residual=True,
 )
 LARGE = replace(CONFIG, name="large", d_model=50, n_heads=25, value_residual=True)  # in number of heads
-DEADLINE_S = 30.0
+DEADLINE_S = 90.0  # less than what a living rank has to join a collective
 FOREVER = Request("long", [3, 4], SamplingParams(max_new_tokens=150, ignore_eot=True), n=3)
 LEADER = """
 import psutil, torch
@@ -75,7 +76,7 @@ def model() -> Transformer:
 
 def rank_processes() -> list[psutil.Process]:
     """Children that are ranks of an engine: other tests may have left servers that start processes for them."""
-    return [child for child in psutil.Process().children() if followers_module.PROGRAM in child.cmdline()]
+    return [child for child in psutil.Process().children() if followers_module.PROGRAM in title(child)]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -86,15 +87,24 @@ def test_all_passed(checked):
 
 
 def test_an_overrun_is_reported_and_leaves_no_process(checked, monkeypatch, tmp_path):
-    monkeypatch.setattr(run, "REHEARSAL_S", 8.0)
-    monkeypatch.setattr(run.secrets, "token_hex", lambda length: tmp_path.name)
+    mark, wait = str(tmp_path), subprocess.Popen.wait
+    monkeypatch.setattr(run, "secrets", SimpleNamespace(token_hex=lambda length: mark))
+
+    def overrun(self, timeout=None):
+        """Its budget is spent once it has started a process."""
+        if timeout is None or "never_ends" not in self.args:
+            return wait(self, timeout)
+        eventually("it has started a process", lambda: len(process.marked(mark, run.probe.MARK)) == 2)
+        raise subprocess.TimeoutExpired(self.args, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", overrun)
     passed, found, _ = checked("never_ends", "passes")
     assert not passed
     assert found["never_ends"]["status"] == "over budget"
-    assert found["never_ends"]["reason"] == "not done after 8 s"
+    assert found["never_ends"]["reason"] == f"not done after {run.REHEARSAL_S:g} s"
     assert found["never_ends"]["facts"] == {"half s": 0.5}
     assert found["passes"]["status"] == "passed"
-    left = process.marked(tmp_path.name, run.probe.MARK)
+    left = process.marked(mark, run.probe.MARK)
     for one in left:
         one.kill()
     assert not left

@@ -52,13 +52,13 @@ def test_ids_are_identical_over_real_code(pair: tuple[Tokenizer, Any]) -> None:
         assert_same(*pair, text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=hard_text.filter(lambda text: not any(tag in text for tag in TAGS)))
 def test_ids_are_identical_over_hard_texts(pair: tuple[Tokenizer, Any], text: str) -> None:
     assert_same(*pair, text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.text("ab_ =-.#0\n\u2581e", max_size=200))
 def test_ids_are_identical_where_merges_compete(pair: tuple[Tokenizer, Any], text: str) -> None:
     assert_same(*pair, text)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from dist_lm.parallel.mesh import World
 
-DEADLINE_S = 120
+DEADLINE_S = 480
 COLLECTIVE_TIMEOUT_S = 60
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["dist_lm.ranks.program", "dist_lm.ranks.rlhf"])

@@ -18,7 +18,7 @@ from dist_lm.sandbox.memory_group import MemoryGroup
 from dist_lm.sandbox.pool import SandboxPool
 from dist_lm.sandbox.program import Attempt, Limits, Program, Test, attempts_of, infrastructure_error, verdict_of
 from dist_lm.sandbox.sandbox import Fences, Sandbox, SandboxError, fences
-from dist_lm.storage.process import title
+from dist_lm.storage.process import is_alive, title
 from tests.sandbox.as_user import ROOT
 from tests.sandbox.test_memory_group import groups_of
 
@@ -84,12 +84,6 @@ CASES = {
         "select a, b / 2.0, null, x'61' from t order by a",
         Test(before="create table t (a, b); insert into t values (2, 5), (1, 2)", stdout="1|1.0||a\n2|2.5||a"),
         Test(before="create table t (a)"),
-    ),
-    "sql_as_the_shell_prints": (
-        "sql",
-        "select 1e20, -1e-5, 1e15, 1e14, 1 / 3.0, cast(5 as real), 9e999, 7, null, x'610062', 'a' || char(0) || 'b'",
-        Test(stdout="1.0e+20|-1.0e-05|1.0e+15|100000000000000.0|0.333333333333333|5.0|Inf|7||a|a"),
-        Test(stdout="1e+20|-1e-05|1e+15|100000000000000.0|0.333333333333333|5.0|inf|7||a\0b|a\0b"),
     ),
     "sql_code": (
         "sql",
@@ -321,7 +315,7 @@ def test_a_killed_harness_leaves_no_process():
     harness.kill()
     harness.wait()
     _, left = psutil.wait_procs(below, timeout=DEADLINE_S)
-    assert not left
+    assert not [one for one in left if is_alive(one)]
     while fences().memory_group and groups_of(harness.pid):
         assert time.monotonic() < deadline
         MemoryGroup.make().remove()  # removes what others left

@@ -28,7 +28,7 @@ class BatchJob:
             script,
             f"work_dir={work.path}",
             *arguments,
-            options=(f"--nodes={nodes}", "--time=20", *options),
+            options=(f"--nodes={nodes}", "--time=60", *options),
             directory=work.path.parent,
         )
         self.directory: Path = work.path / "slurm" / str(self.id)
@@ -47,10 +47,10 @@ class BatchJob:
     def state(self) -> str:
         return self.slurm.state(self.id)
 
-    def wait_for_log(self, text: str, seconds: float = 60) -> None:
+    def wait_for_log(self, text: str, seconds: float = 480) -> None:
         eventually(f"{text!r} in the log of job {self.id}", lambda: text in self.log, seconds)
 
-    def finish(self, state: str = "COMPLETED", seconds: float = 480) -> None:
+    def finish(self, state: str = "COMPLETED", seconds: float = 900) -> None:
         """Wait for its end, which must be `state`; nothing of it is left then."""
         ended = self.slurm.wait(self.id, seconds=seconds)
         assert ended == state, f"{ended}\n{self.everything()}"

@@ -136,7 +136,7 @@ class RealSlurm:
         """JobState, such as RUNNING."""
         return self.job(job)["JobState"]
 
-    def wait(self, job: int, *states: str, seconds: float = 120) -> str:
+    def wait(self, job: int, *states: str, seconds: float = 480) -> str:
         """Wait until a job is in one of `states`, or, without any, has ended."""
         wanted = states or ENDED
 
@@ -151,7 +151,7 @@ class RealSlurm:
         assert state is not None
         return state
 
-    def wait_for_restart(self, job: int, life: int, seconds: float = 180) -> None:
+    def wait_for_restart(self, job: int, life: int, seconds: float = 480) -> None:
         """Wait until Slurm has started a job for the `life`-th time again; a failure shows what Slurm knows of it."""
         try:
             eventually(f"job {job} has {life} restarts", lambda: self.job(job)["Restarts"] == str(life), seconds)
@@ -237,7 +237,7 @@ class RealSlurm:
         for node in NODES:
             if not self._slurmd(node):
                 self.start_node(node)
-        eventually("every node is idle", self._all_idle, 60)
+        eventually("every node is idle", self._all_idle, 180)
 
     def _all_idle(self) -> bool:
         lines = self.run("sinfo", "--noheader", "--Node", "--format=%N %T").splitlines()

@@ -13,7 +13,7 @@ from tests.slurm.batch_job import BatchJob
 from tests.slurm.real_slurm import RealSlurm
 from tests.training_run import write_untrained
 
-pytestmark = [pytest.mark.slurm, pytest.mark.heavy, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.heavy, pytest.mark.timeout(2400)]
 
 PROMPTS = 1_500  # with SETTINGS 20 s of work for one actor: a job still works when it is disturbed
 SETTINGS = (
@@ -22,6 +22,7 @@ SETTINGS = (
     "stage.n=2",
     "stage.max_new_tokens=160",
     "stage.prompts_per_shard=50",
+    "cluster.connect_timeout_s=120",
 )
 
 
@@ -38,7 +39,7 @@ class GenerationJob(BatchJob):
         return {path.name: path.read_bytes() for path in sorted(self.run.samples.glob("part-*"))}
 
     def wait_for_parts(self, count: int) -> None:
-        eventually(f"{count} parts", lambda: self.run.samples.exists() and len(self.parts()) >= count, 120)
+        eventually(f"{count} parts", lambda: self.run.samples.exists() and len(self.parts()) >= count, 480)
 
 
 @pytest.fixture

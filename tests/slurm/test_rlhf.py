@@ -12,7 +12,7 @@ from tests.slurm.batch_job import BatchJob
 from tests.slurm.real_slurm import RealSlurm
 from tests.training_run import numbers, write_untrained
 
-pytestmark = [pytest.mark.slurm, pytest.mark.bars, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slurm, pytest.mark.bars, pytest.mark.timeout(2400)]
 
 ITERATIONS, REWARD_STEPS, PROMPTS = 12, 4, 8
 DEADLINE_S = 900  # two stages, each with a start of its ranks and actors
@@ -20,6 +20,7 @@ SETTINGS = (
     *TINY,
     "model.tie_embeddings=true",
     "cluster.ranks_per_node=1",
+    "cluster.connect_timeout_s=120",
     *("stages.rankings.samples.most=4", "stages.rankings.samples.max_new_tokens=12"),
     *("stages.reward.seq_len=200", f"stages.reward.steps={REWARD_STEPS}", "stages.reward.global_batch=4"),
     *("stages.reward.eval_at_start=false", "stages.reward.eval_sequences=8", "stages.reward.eval_every=0"),

@@ -25,6 +25,7 @@ ARGUMENTS = (
     "stage.sampling.samples_per_prompt=1",
     "stage.sampling.max_new_tokens=4",
     "cluster.ranks_per_node=1",
+    "cluster.connect_timeout_s=120",
 )
 TIMED = ("time", "perf/", "checkpoint/")
 
@@ -52,7 +53,7 @@ class TrainingJob(BatchJob):
         """From sbatch to the first step in the metrics."""
         return next(iter(read_metrics(self.run.metrics)))["time"] - self.submitted
 
-    def wait_for_step(self, step: int, seconds: float = 120) -> None:
+    def wait_for_step(self, step: int, seconds: float = 480) -> None:
         def reached() -> bool:
             assert self.state() in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"), self.everything()
             return self.step() >= step
@@ -76,7 +77,7 @@ class TrainingJob(BatchJob):
         """The events of that name that the launcher has noted."""
         return [event for event in read_events(self.run.events) if event["event"] == name]
 
-    def wait_for_a_step_after(self, at: float, seconds: float = 120) -> float:
+    def wait_for_a_step_after(self, at: float, seconds: float = 480) -> float:
         """Wait for a step taken after `at` (seconds since 1970) by a gang started after it; when it was."""
 
         def first() -> float | None:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import random
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -278,9 +279,11 @@ def test_kills_of_the_stage_change_no_byte_whatever_the_workers(
     write_rows(path, rows, words)
     config = config_of(work, source_of(path), shard_tokens=shard_tokens, documents_per_member=64)
     directory = work.corpus("mine")
-    began = time.monotonic()
-    shards.STAGE.build(config, Console())
-    seconds = time.monotonic() - began
+    for _ in range(2):  # the second one is timed: it imports nothing
+        shutil.rmtree(directory, ignore_errors=True)
+        began = time.monotonic()
+        shards.STAGE.build(config, Console())
+        seconds = time.monotonic() - began
     expected = {name: content for name, (_, content) in tars(directory).items()}
     kept = {path.name: path.read_bytes() for path in directory.glob("*.zst")}
     manifest = manifest_path(directory).read_bytes()

@@ -138,7 +138,6 @@ def test_a_push_uploads_the_folder_to_a_private_repository(work: WorkDirectory, 
 
 @pytest.mark.cluster
 @pytest.mark.heavy
-@pytest.mark.timeout(900)
 def test_one_command_imports_trains_and_exports(work: WorkDirectory, snapshot: Path, tmp_path: Path):
     """On two ranks with tp 2; the second command finds everything there."""
     own = (

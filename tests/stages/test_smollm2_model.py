@@ -85,7 +85,6 @@ def test_ids_of_the_local_corpus_and_of_any_string(loaded: LoadedModel):
 
     @hypothesis.settings(
         max_examples=STRINGS,
-        deadline=None,
         database=None,
         phases=[hypothesis.Phase.generate],
         suppress_health_check=list(hypothesis.HealthCheck),

@@ -28,7 +28,7 @@ def test_a_second_writer_is_refused_by_name_and_a_killed_one_lets_go(tmp_path):
     with pytest.raises(ArtefactError, match=rf"in use by process {holder.pid} on "), locked(path):
         pass
     os.kill(holder.pid, signal.SIGKILL)
-    holder.wait(timeout=10)
+    holder.wait(timeout=60)
     with locked(path):
         assert f"process {os.getpid()}" in path.read_text()
 
@@ -52,7 +52,7 @@ def test_an_earlier_start_of_the_same_job_is_waited_for(tmp_path):
     ending.start()
     with locked(path, job="7"):
         assert owner_of(path).endswith("of job 7")
-    holder.wait(timeout=10)
+    holder.wait(timeout=60)
     assert not is_locked(path)
 
 

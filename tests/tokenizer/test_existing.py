@@ -57,7 +57,7 @@ def test_ids_are_those_of_transformers_over_real_code(ours: Tokenizer, theirs: A
         assert ours.decode(ours.encode(text)) == text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=hard_text.filter(lambda text: PLAIN not in text))
 @example(text="".join(SPECIAL))
 def test_ids_are_those_of_transformers_over_hard_texts(ours: Tokenizer, theirs: Any, text: str) -> None:
@@ -65,7 +65,7 @@ def test_ids_are_those_of_transformers_over_hard_texts(ours: Tokenizer, theirs: 
     assert ours.decode(ours.encode(text)) == text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=hard_text)
 @example(text="".join((*SPECIAL, *MARKS)))
 def test_no_text_is_ever_a_mark(ours: Tokenizer, text: str) -> None:

@@ -39,7 +39,7 @@ def test_it_is_denser(across: Tokenizer, tmp_path: Path) -> None:
     assert len(across.encode(text)) < 0.97 * len(plain.encode(text))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=hard_text)
 @example(text="".join(FRAGMENTS))
 def test_any_text_comes_back(across: Tokenizer, text: str) -> None:

@@ -17,7 +17,7 @@ from tests.tokenizer.longest_first import longest_first
 from tests.tokenizer.stdlib_text import stdlib_texts
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(text=hard_text)
 @example(text="")
 @example(text="".join(FRAGMENTS))
@@ -56,7 +56,7 @@ def test_no_proper_suffix_of_a_symbol_begins_another_symbol() -> None:
     ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.lists(st.sampled_from([*SHEBANGS, *INDENTS, *OPERATORS, "\n", " ", "\t", "x", "#!"])).map("".join))
 def test_engines_that_match_the_longest_symbol_first_give_the_same_ids(tokenizer: Tokenizer, text: str) -> None:
     assert longest_first(text, tokenizer) == tokenizer.encode(text)
@@ -80,7 +80,7 @@ def test_special_tokens_have_their_fixed_ids_and_stand_for_no_text(tokenizer: To
     assert tokenizer.decode([tokenizer.eot_id, *tokenizer.encode("x"), tokenizer.pad_id]) == "x"
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(text=hard_text)
 @example(text="".join(FRAGMENTS))
 def test_the_bytes_of_tokens_joined_are_the_text(tokenizer: Tokenizer, text: str) -> None:
@@ -104,7 +104,7 @@ def test_decode_takes_arrays(tokenizer: Tokenizer) -> None:
 
 
 @given(text=st.text(st.characters(categories=["Cs", "Ll"]), min_size=1).filter(lambda t: not t.isalpha()))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_lone_surrogates_are_refused(tokenizer: Tokenizer, text: str) -> None:
     with pytest.raises(UserError, match=r"character \d+ is the lone surrogate U\+D[89A-F]"):
         tokenizer.encode(text)

@@ -95,7 +95,7 @@ def test_a_sample_gives_every_language_its_share_and_keeps_the_order() -> None:
     assert min(ranks) < 200 < 800 < max(ranks)  # from all over the corpus, not its beginning
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     sizes=st.lists(st.tuples(st.sampled_from(["a", "b", "c"]), st.integers(1, 200)), max_size=40),
     limit=st.integers(1, 3000),

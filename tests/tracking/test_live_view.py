@@ -200,7 +200,7 @@ def test_every_figure_is_in_the_registry() -> None:
 VALUES = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=600)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(VALUES)
 def test_a_series_stays_small_and_keeps_the_mean(values: list[float]) -> None:
     series = Series()
@@ -222,7 +222,7 @@ def test_a_long_series_keeps_its_shape() -> None:
     assert sum(points) / len(points) == pytest.approx(50_000, rel=0.02)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(VALUES, st.integers(1, 200))
 def test_a_sparkline_is_never_wider_than_asked(values: list[float], width: int) -> None:
     for glyphs in (UNICODE, ASCII):

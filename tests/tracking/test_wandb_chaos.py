@@ -61,7 +61,6 @@ def heal(server: WandbServer) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.bars)])
 def test_every_row_arrives(tmp_path: Path, seed: int) -> None:
     run, over = RunDirectory(tmp_path / "runs" / "code" / "first"), threading.Event()
