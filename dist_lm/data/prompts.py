@@ -54,16 +54,19 @@ def find_prompts(where: str, key: str = "stage.prompts") -> list[Path]:
     return files
 
 
-def survey(files: Sequence[Path]) -> dict[str, Any]:
+def survey(files: Sequence[Path], key: str = "stage.prompts") -> dict[str, Any]:
     """The number of prompts, and the files with their hashes: `{prompts, files: [{name, sha256}]}`.
+
+    Args:
+        key: the configuration key, for messages.
 
     Raises:
         ConfigError: there are no prompts, the first line of a file has no `prompt`, or two prompts have the same id.
     """
     for file in files:
-        _check_keys(file)
+        _check_keys(file, key)
     return {
-        "prompts": _count(files),
+        "prompts": _count(files, key),
         "files": [{"name": file.name, "sha256": durable.sha256_of(file)} for file in files],
     }
 
@@ -77,7 +80,7 @@ def read_prompts(files: Sequence[Path]) -> Iterator[Prompt]:
             number += 1
 
 
-def _check_keys(file: Path) -> None:
+def _check_keys(file: Path, key: str) -> None:
     """Refuse a file whose first line has no `prompt`: probably the field has another name in every line."""
     if file.suffix == ".txt" or (first := next(_lines(file), None)) is None:
         return
@@ -88,11 +91,11 @@ def _check_keys(file: Path) -> None:
     if isinstance(value, dict) and "prompt" not in value:
         keys = ", ".join(value) or "(none)"
         raise ConfigError(
-            f"stage.prompts: {file.name} line {first[0]} has the keys {keys}; expected `prompt`, and perhaps `id`"
+            f"{key}: {file.name} line {first[0]} has the keys {keys}; expected `prompt`, and perhaps `id`"
         )
 
 
-def _count(files: Sequence[Path]) -> int:
+def _count(files: Sequence[Path], key: str) -> int:
     """The number of prompts; refuses equal ids."""
     if all(file.suffix == ".txt" for file in files):
         count = sum(1 for file in files for _ in _lines(file))
@@ -104,12 +107,12 @@ def _count(files: Sequence[Path]) -> int:
             if first != prompt.number:
                 before = next(one for one in read_prompts(files) if one.number == first)
                 raise ConfigError(
-                    f"stage.prompts: id {json.dumps(prompt.id, ensure_ascii=False)} occurs twice, {before.place} and "
+                    f"{key}: id {json.dumps(prompt.id, ensure_ascii=False)} occurs twice, {before.place} and "
                     f"{prompt.place}: give each its own (a prompt without an id has its number, from 0, for one)"
                 )
             count += 1
     if not count:
-        raise ConfigError(f"stage.prompts: no prompts in {', '.join(file.name for file in files)}")
+        raise ConfigError(f"{key}: no prompts in {', '.join(file.name for file in files)}")
     return count
 
 

@@ -1,6 +1,7 @@
 """From answers to figures: the request of a question, the record of an answer, the figures of a task's records."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +9,6 @@ from dist_lm.evaluation.statistics import Estimate, estimate, pass_at_k, ratio_e
 from dist_lm.evaluation.tasks import BITS, Item, Record
 from dist_lm.generation.request import Answer, Request
 from dist_lm.model.keyed_random import hash_words, signed
-
-TEXT = 8000  # characters of an answer in its record
 
 
 def request_of(number: int, task: str, item: Item, seed: int) -> Request:
@@ -34,7 +33,7 @@ def recorded(item: Item, answer: Answer, judged: Callable[[], Record]) -> Callab
 
     def record() -> Record:
         known = {"id": item.id, "group": item.group, "index": answer.index}
-        return known | judged() | {"text": answer.text[:TEXT], "tokens": len(answer.tokens), "finish": answer.finish}
+        return known | judged() | {"text": answer.text, "tokens": len(answer.tokens), "finish": answer.finish}
 
     return record
 
@@ -52,13 +51,10 @@ def task_figures(records: list[Record], ks: list[int]) -> dict[str, Any]:
     for name in sorted({*group.values()} - {""}):
         own = [value for one, value in first.items() if group[one] == name]
         groups[name] = ("pass@1", sum(own) / len(own), len(own))
-    outcomes: dict[str, int] = {}
-    for record in records:
-        outcomes[record["outcome"]] = outcomes.get(record["outcome"], 0) + 1
     return {
         "figures": {f"pass@{k}": _shown(estimate(values[k])) for k in sorted({1, *ks})},
         "groups": groups,
-        "outcomes": dict(sorted(outcomes.items())),
+        "outcomes": _outcomes(records),
         "ids": list(passed),
         "values": values[1],
     }
@@ -70,6 +66,7 @@ def bits_figures(records: list[Record]) -> dict[str, Any]:
     def of(part: list[Record]) -> Estimate:
         return ratio_estimate([one["bits"] for one in part], [one["bytes"] for one in part])
 
+    mean_bytes = sum(record["bytes"] for record in records) / len(records)
     sources = sorted({record["group"] for record in records})
     parts = {source: [record for record in records if record["group"] == source] for source in sources}
     return {
@@ -78,15 +75,25 @@ def bits_figures(records: list[Record]) -> dict[str, Any]:
         "groups": {},
         "outcomes": {},
         "ids": [record["id"] for record in records],
-        "values": [record["bits"] / record["bytes"] for record in records],
+        "values": [record["bits"] / mean_bytes for record in records],  # their mean is the figure
     }
 
 
 def reward_figures(records: list[Record]) -> dict[str, Any]:
-    """The mean score; its unit is that of the reward model."""
-    scores = [record["score"] for record in records]
-    ids = [record["id"] for record in records]
-    return {"figures": {"score": _shown(estimate(scores))}, "groups": {}, "outcomes": {}, "ids": ids, "values": scores}
+    """The mean score of the answers that have one; its unit is that of the reward model."""
+    scores = {record["id"]: record["score"] for record in records if "score" in record}
+    return {
+        "figures": {"score": _shown(estimate([*scores.values()]))} if scores else {},
+        "groups": {},
+        "outcomes": _outcomes(records),
+        "ids": [*scores],
+        "values": [*scores.values()],
+    }
+
+
+def _outcomes(records: list[Record]) -> dict[str, int]:
+    """The number of records of each outcome."""
+    return dict(sorted(Counter(record["outcome"] for record in records).items()))
 
 
 def _shown(found: Estimate) -> dict[str, Any]:

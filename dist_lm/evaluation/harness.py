@@ -198,10 +198,11 @@ class EngineModel(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """An answer to each context, up to a stop text."""
-        texts = [""] * len(requests)
+        texts, stops = [""] * len(requests), list[list[str]]()
         for number, request in enumerate(requests):
             context, kwargs = request.args
             options: dict[str, Any] = dict(normalize_gen_kwargs(kwargs, NEW_TOKENS))
+            stops.append([stop for stop in options["until"] if stop])
             params = self._params(options)
             space = self._context - params.max_new_tokens
             require(space > 0, "max_gen_toks", params.max_new_tokens, f"fewer than model.max_seq_len={self._context}")
@@ -209,7 +210,7 @@ class EngineModel(TemplateLM):
             self._engine.submit(Request(str(number), tokens, params, signed(hash_words(self._seed, number))))
         for done in tqdm(self._answers(), total=len(requests), desc="answers", disable=disable_tqdm):
             text = done.text
-            for stop in requests[int(done.request)].args[1].get("until") or ():
+            for stop in stops[int(done.request)]:
                 text = text.split(stop)[0]
             texts[int(done.request)] = text
         for request, text in zip(requests, texts, strict=True):
@@ -329,6 +330,7 @@ def evaluate(
         UserError: names the option, the task, or the fault of the checkpoint.
     """
     require(dtype in ("auto", *DTYPES), "--dtype", dtype, f"auto, {' or '.join(DTYPES)}")
+    require(options.limit is None or options.limit > 0, "--limit", options.limit, "more than 0")
     for key, file in (("--output", output), ("--samples", samples)):
         require(file is None or file.absolute().parent.is_dir(), key, file, "a file in a folder that exists")
     include = options.include_path

@@ -22,6 +22,7 @@ from dist_lm.generation.request import Answer, SamplingParams
 from dist_lm.sandbox.pool import Sandboxes
 from dist_lm.sandbox.program import LANGUAGES, Language, Limits, Program
 from dist_lm.sandbox.sandbox import fences
+from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 OWN_TASKS: dict[str, Language] = {f"own_{language}": language for language in LANGUAGES}
@@ -207,27 +208,34 @@ def prompt_items(prompts: Iterable[Prompt], asking: Asking) -> list[Item]:
 
 
 def tool_items(asking: Asking, folder: Path) -> list[Item]:
-    """Questions of held-out conversations with tools, answered greedily."""
-    from dist_lm.data.manifest import manifest_path
+    """Questions of held-out conversations with tools, answered greedily. Their ids are the same for every model.
+
+    Raises:
+        ArtefactError: there are no conversations, or they were written with an unknown tokenizer.
+    """
+    from dist_lm.data.manifest import manifest_path, read_manifest
     from dist_lm.evaluation.tool_questions import choose
     from dist_lm.evaluation.tool_score import judge, read_answer
 
     if not manifest_path(folder).is_file():
         raise ArtefactError(f"{folder}: no conversations for stage.tasks=[tools]: run stage=tools first")
-    corpus = TokenCorpus.open(folder, "val")
+    corpus, manifest, written = TokenCorpus.open(folder, "val"), read_manifest(folder), asking.tokenizer
+    if written.sha256 != manifest.recipe.tokenizer_sha256:  # the model has another one than the work directory
+        written = Tokenizer.load(WorkDirectory(folder.parents[1]).tokenizer_model)
+        manifest.require_tokenizer(written.sha256, folder)
     params = SamplingParams(max_new_tokens=TURN_TOKENS, temperature=0, stop_tokens=stop_tokens(asking.tokenizer))
 
-    def item(number: int, asked: Any) -> Item:
+    def item(asked: Any) -> Item:
         def judged(answer: Answer, _: Sandboxes | None) -> Callable[[], Record]:
             turn = read_answer(answer.tokens, answer.finish == "stop", asking.tokenizer)
             verdict = judge(turn, asked.question.expected, asked.question.asked.tools)
             outcome = "passed" if verdict.exact else "failed" if verdict.is_turn else "no turn"
             return lambda: {"passed": verdict.exact, "outcome": outcome}
 
-        return _fitting(Item(f"tools/{number}", asked.question.kind, asked.prompt, params, 1, judged), asking)
+        name = f"tools/{asked.document}.{asked.place}"
+        return _fitting(Item(name, asked.question.kind, asked.prompt, params, 1, judged), asking)
 
-    chosen = choose(corpus, asking.tokenizer, QUESTIONS, asking.context)
-    return [item(number, asked) for number, asked in enumerate(chosen)]
+    return [item(asked) for asked in choose(corpus, asking.tokenizer, QUESTIONS, asking.context, written)]
 
 
 def bfcl_items(asking: Asking) -> list[Item]:

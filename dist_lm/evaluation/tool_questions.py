@@ -36,6 +36,12 @@ class Asked:
     question: Question
     prompt: list[int]
     expected: list[int]  # the expected turn, with the mark that ends it
+    document: int = 0  # of the corpus
+
+    @property
+    def place(self) -> int:
+        """The turn's number in its conversation."""
+        return len(self.question.asked.messages)
 
 
 def questions_of(conversation: Conversation, kind: str) -> list[Question]:
@@ -59,11 +65,15 @@ def questions_of(conversation: Conversation, kind: str) -> list[Question]:
     ]
 
 
-def choose(corpus: TokenCorpus, tokenizer: Tokenizer, per_kind: int, context: int) -> list[Asked]:
+def choose(
+    corpus: TokenCorpus, tokenizer: Tokenizer, per_kind: int, context: int, written: Tokenizer | None = None
+) -> list[Asked]:
     """The first `per_kind` questions of each kind in a corpus, sorted by kind; every call returns the same ones.
 
     Args:
+        tokenizer: of the model that is asked.
         context: the model's maximum sequence length; a question is skipped if prompt and expected turn exceed it.
+        written: the tokenizer that the corpus was written with; None: the model's.
     """
     chosen: dict[str, list[Asked]] = {}
     kinds = [name.removeprefix(OWN) for name in corpus.languages]
@@ -71,15 +81,20 @@ def choose(corpus: TokenCorpus, tokenizer: Tokenizer, per_kind: int, context: in
         kept = chosen.setdefault(kinds[code], [])
         if len(kept) < per_kind:
             tokens = corpus.tokens(document, 0, int(corpus.lengths[document]))
-            found = questions_of(parse(tokens.tolist(), tokenizer), kinds[code])
-            kept += [one for one in asked(found, tokenizer) if len(one.prompt) + len(one.expected) <= context]
+            found = questions_of(parse(tokens.tolist(), written or tokenizer), kinds[code])
+            kept += [one for one in asked(found, tokenizer, document) if len(one.prompt) + len(one.expected) <= context]
     return [one for _, kept in sorted(chosen.items()) for one in kept[:per_kind]]
 
 
-def asked(questions: Iterable[Question], tokenizer: Tokenizer) -> list[Asked]:
-    """Tokenize questions."""
+def asked(questions: Iterable[Question], tokenizer: Tokenizer, document: int = 0) -> list[Asked]:
+    """Tokenize questions of a document."""
     return [
-        Asked(question, prompt(question.asked, tokenizer), answer_tokens(question.expected, tokenizer, question.asked))
+        Asked(
+            question,
+            prompt(question.asked, tokenizer),
+            answer_tokens(question.expected, tokenizer, question.asked),
+            document,
+        )
         for question in questions
     ]
 

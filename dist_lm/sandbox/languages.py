@@ -15,6 +15,7 @@ import types
 
 TYPE_CHECKING = False  # `typing` itself would take a third of a cold start
 if TYPE_CHECKING:
+    import sqlite3
     from collections.abc import Callable
     from typing import Any, NoReturn
 
@@ -135,7 +136,7 @@ def _sql(before: str, source: str, code: str, token: bytes) -> NoReturn:
             cursor = connection.execute(statement)
             if cursor.description is not None:
                 rows = cursor.fetchall()
-        sys.stdout.write("".join("|".join(map(_sql_text, row)) + "\n" for row in rows))
+        sys.stdout.write("".join("|".join(_sql_text(connection, value) for value in row) + "\n" for row in rows))
         if code:
             [query] = split_statements(code)
             row = connection.execute(query).fetchone()
@@ -175,14 +176,14 @@ def _without_leading_comments(statement: str) -> str:
     return text
 
 
-def _sql_text(value: object) -> str:
-    """As sqlite3's list mode prints a value."""
+def _sql_text(connection: sqlite3.Connection, value: object) -> str:
+    """As sqlite3's list mode prints a value: no text after a NUL, and SQLite's own digits of reals."""
     if value is None:
         return ""
-    if isinstance(value, float):
-        text = f"{value:.15g}"
-        return text if any(c in text for c in ".einf") else f"{text}.0"
-    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    if isinstance(value, float):  # SQLite rounds a half up, and its versions differ
+        [value] = connection.execute("select cast(? as text)", (value,)).fetchone()
+    text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    return text.partition("\0")[0]
 
 
 RUN: dict[str, Callable[[str, str, str, bytes], NoReturn]] = {"python": _python, "bash": _bash, "sql": _sql}

@@ -75,6 +75,7 @@ class EvaluateConfig:
         require(self.chat in (AUTO, "always", "never"), "stage.chat", self.chat, "auto, always or never")
         require(bool(self.models) and all(self.models), "stage.models", self.models, "runs or checkpoints, or auto")
         require(bool(self.tasks), "stage.tasks", self.tasks, "at least one task")
+        require(bool(self.corpora), "stage.corpora", self.corpora, "at least one corpus")
         require(
             bool(self.k) and all(0 < k <= self.n for k in self.k), "stage.k", self.k, f"numbers up to stage.n={self.n}"
         )
@@ -322,30 +323,38 @@ def rows_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def compared_tasks(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A paired test for each task that asked both models the same items."""
+    """A paired test for each task, over the items that both models have values of.
+
+    Of items that only one of them has, as where a question does not fit a context, the number is `left_out`.
+    """
     from dist_lm.evaluation.statistics import estimate, paired_test
     from dist_lm.evaluation.tasks import REWARD
 
     found = []
     for task, values in first["tasks"].items():
-        other = second["tasks"].get(task)
-        if other and values["ids"] == other["ids"]:
-            test = paired_test(values["values"], other["values"])
-            one = {"task": task, "first": first["model"], "second": second["model"], **asdict(test)}
+        one: dict[str, Any] = {"task": task, "first": first["model"], "second": second["model"]}
+        a, b = (dict(zip(own["ids"], own["values"], strict=True)) for own in (values, second["tasks"][task]))
+        pairs = [(a[name], b[name]) for name in a if name in b]
+        one["left_out"] = len(a) + len(b) - 2 * len(pairs)
+        if pairs:
+            one |= asdict(paired_test(*zip(*pairs, strict=True)))
             if task == REWARD:
-                pairs = zip(values["values"], other["values"], strict=True)
-                one["wins"] = asdict(estimate([0.5 if a == b else float(b > a) for a, b in pairs]))
-            found.append(one)
+                one["wins"] = asdict(estimate([0.5 if x == y else float(y > x) for x, y in pairs]))
+        found.append(one)
     return found
 
 
 def comparison_text(one: Mapping[str, Any]) -> str:
     """`own_python: code/b - code/a = 0.060 [-0.020, 0.140], p = 0.25 (McNemar)`."""
-    wins = one.get("wins")
+    between = f"{one['task']}: {one['second']} - {one['first']}"
+    if "difference" not in one:
+        return f"{between}: not compared, they have no question in common"
+    left, wins = one.get("left_out"), one.get("wins")
+    without = f"; without {counted(left, 'question')} that only one of them has" if left else ""
     won = f"; wins {wins['value']:.3f} [{wins['low']:.3f}, {wins['high']:.3f}]" if wins else ""
     return (
-        f"{one['task']}: {one['second']} - {one['first']} = {one['difference']:+.3f} "
-        f"[{one['low']:.3f}, {one['high']:.3f}], p = {one['p']:.2g} ({one['method']}){won}"
+        f"{between} = {one['difference']:+.3f} "
+        f"[{one['low']:.3f}, {one['high']:.3f}], p = {one['p']:.2g} ({one['method']}){won}{without}"
     )
 
 
@@ -353,7 +362,7 @@ def figures_of(result: Mapping[str, Any]) -> str:
     """The first figure of each task and model, for the closing table."""
     words = []
     for one in result["models"]:
-        first = {task: next(iter(found["figures"].items())) for task, found in one["tasks"].items()}
+        first = {task: next(iter(own["figures"].items())) for task, own in one["tasks"].items() if own["figures"]}
         shown = ", ".join(f"{task} {name} {value['value']:.3f}" for task, (name, value) in first.items())
         words.append(f"{one['model']}: {shown}" if len(result["models"]) > 1 else shown)
     return "; ".join(words)

@@ -6,16 +6,18 @@ from typing import Any
 
 import torch
 
-from dist_lm.chat.messages import Conversation, Message
-from dist_lm.chat.template import answer_tokens, prompt
+from dist_lm.chat.messages import ChatError, Conversation, Message
+from dist_lm.chat.template import answer_tokens, prompt, stop_tokens
 from dist_lm.config.root import Config
-from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
+from dist_lm.data.prompts import Prompt, find_prompts, read_prompts, survey
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.generation.load import model_config_of, run_of, tokenizer_of
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import choose_device
 from dist_lm.rlhf.reward_model import last_token_scores
 from dist_lm.storage.run_directory import WorkDirectory
+from dist_lm.tokenizer.symbols import END
+from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import model_weights
 
@@ -28,12 +30,16 @@ def prompts_of(where: str) -> list[Prompt]:
     """The prompts of a file or glob.
 
     Raises:
-        ConfigError: there is none, or a line is invalid.
+        ConfigError: there is none, a line is invalid or asks for a middle, or two lines have the same id.
     """
-    found = list(read_prompts(find_prompts(where, "eval.prompts")))
+    files = find_prompts(where, "eval.prompts")
+    survey(files, "eval.prompts")
+    found = list(read_prompts(files))
     for one in found:
-        if one.error:
-            raise ConfigError(f"eval.prompts={where}: {one.place}: {one.error}")
+        no_suffix = "has a suffix, but the reward model scores what follows a prompt: leave it out"
+        error = one.error or ("" if one.text else "the prompt is empty") or ("" if one.suffix is None else no_suffix)
+        if error:
+            raise ConfigError(f"eval.prompts={where}: {one.place}: {error}")
     return found
 
 
@@ -44,11 +50,11 @@ def reward_scores(
 
     Args:
         path: run or checkpoint of the reward model.
-        records: answers, with `id` and `text`.
+        records: answers, with `id` and `text`, or `error` if there is none.
         texts: prompts by id.
 
     Returns:
-        `id` and `score` of each answer; None if `wanted` became false.
+        `id` and `outcome` of each answer, and its `score` if it has one; None if `wanted` became false.
 
     Raises:
         ArtefactError: it is no reward model.
@@ -63,17 +69,28 @@ def reward_scores(
     found: list[Record] = []
     for begin in range(0, len(records), SOME):
         part = records[begin : begin + SOME]
-        asked = [Conversation((Message("user", texts[str(one["id"])]),)) for one in part]
-        tokens = [
-            [
-                *prompt(conversation, tokenizer),
-                *answer_tokens(Message("assistant", one.get("text", "")), tokenizer, conversation),
-            ][-shape.max_seq_len :]
-            for conversation, one in zip(asked, part, strict=True)
-        ]
+        laid = [_laid(one, texts[one["id"]], tokenizer, shape.max_seq_len) for one in part]
         with torch.inference_mode():
-            scores = last_token_scores(model, tokens).tolist()
-        found += [{"id": one["id"], "score": score} for one, score in zip(part, scores, strict=True)]
+            scores = iter(last_token_scores(model, [own for own in laid if isinstance(own, list)]).tolist())
+        for one, own in zip(part, laid, strict=True):
+            outcome = {"outcome": own} if isinstance(own, str) else {"outcome": "scored", "score": next(scores)}
+            found.append({"id": one["id"]} | outcome)
         if not wanted():
             return None
     return found
+
+
+def _laid(record: Record, asked: str, tokenizer: Tokenizer, context: int) -> list[int] | str:
+    """The tokens of a prompt and its answer, or the outcome of an answer that has no score."""
+    if "error" in record:
+        return "refused"
+    conversation = Conversation((Message("user", asked),))
+    try:
+        tokens = prompt(conversation, tokenizer)
+        if record["text"]:
+            tokens += answer_tokens(Message("assistant", record["text"]), tokenizer, conversation)
+        else:  # the model ended its turn at once; a `Message` is never empty
+            tokens += stop_tokens(tokenizer)[:1] if tokenizer.kept_template else tokenizer.mark(END)
+    except ChatError:  # of an imported template, which drops some texts
+        return "no turn"
+    return tokens if len(tokens) <= context else "too long"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_lm.errors import UserError
-from dist_lm.evaluation.bits_per_byte import document_bits, documents_of
+from dist_lm.evaluation.bits_per_byte import document_bits, documents_of, text_corpora
 from dist_lm.evaluation.figures import bits_figures, recorded, refused, request_of, reward_figures, task_figures
 from dist_lm.evaluation.tasks import (
     BITS,
@@ -27,7 +27,7 @@ from dist_lm.evaluation.tasks import (
 )
 from dist_lm.generation.request import Answer, AnswerSets, Refusal, Request, SamplingParams
 from dist_lm.sandbox.pool import Sandboxes
-from dist_lm.stages.evaluate import AUTO, EvaluateRunConfig, label_of, refuse_other_inputs, table_of
+from dist_lm.stages.evaluate import AUTO, EvaluateConfig, EvaluateRunConfig, label_of, refuse_other_inputs, table_of
 from dist_lm.stages.evaluate_reward import prompts_of, reward_scores
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.stage import PoolWork
@@ -71,14 +71,16 @@ class Evaluation(PoolWork):
         self._folder.mkdir(parents=True, exist_ok=True)
         params = SamplingParams(max_new_tokens=stage.max_new_tokens, temperature=stage.temperature, top_p=stage.top_p)
         asking = Asking(tokenizer, config.model.max_seq_len, self.chat, params, stage.n, limits_of(stage.cpu_s))
-        corpora = WorkDirectory(Path(config.work_dir)).path / "corpora"
+        self._work = WorkDirectory(Path(config.work_dir))
+        if BITS in self._unmeasured:
+            default = stage.corpora == EvaluateConfig().corpora
+            self._corpora = text_corpora([self._work.corpus(name) for name in stage.corpora], may_lack=default)
         self._prompts_asked = prompts_of(config.eval.prompts) if REWARD in stage.tasks else []
-        self._parts: list[_Part] = []
-        first = 0
+        folder, self._parts, first = self._work.path / "corpora", list[_Part](), 0
         for task in stage.tasks:
             if task != BITS:
                 items = named(
-                    task, lambda task=task: items_of(task, asking, config.eval.files, corpora, self._prompts_asked)
+                    task, lambda task=task: items_of(task, asking, config.eval.files, folder, self._prompts_asked)
                 )
                 self._parts += _in_parts(task, first, items, stage.questions_per_part, self._folder)
                 first += len(items)
@@ -204,8 +206,8 @@ class Evaluation(PoolWork):
         return sum(record["index"] == 0 for file in files for record in json_lines(file))
 
     def _bits(self, wanted: Callable[[], bool]) -> list[Record] | None:
-        stage, work = self._config.stage, WorkDirectory(Path(self._config.work_dir))
-        documents = documents_of([work.corpus(name) for name in stage.corpora], work.tokenizer_model, stage.documents)
+        stage = self._config.stage
+        documents = documents_of(self._corpora, self._work.tokenizer_model, stage.documents)
         return document_bits(Path(stage.models[0]), self._config, self._tokenizer, documents, wanted)
 
     def _rewards(self, wanted: Callable[[], bool]) -> list[Record] | None:

@@ -85,6 +85,12 @@ CASES = {
         Test(before="create table t (a, b); insert into t values (2, 5), (1, 2)", stdout="1|1.0||a\n2|2.5||a"),
         Test(before="create table t (a)"),
     ),
+    "sql_as_the_shell_prints": (
+        "sql",
+        "select 1e20, -1e-5, 1e15, 1e14, 1 / 3.0, cast(5 as real), 9e999, 7, null, x'610062', 'a' || char(0) || 'b'",
+        Test(stdout="1.0e+20|-1.0e-05|1.0e+15|100000000000000.0|0.333333333333333|5.0|Inf|7||a|a"),
+        Test(stdout="1e+20|-1e-05|1e+15|100000000000000.0|0.333333333333333|5.0|inf|7||a\0b|a\0b"),
+    ),
     "sql_code": (
         "sql",
         "create table u (a)",

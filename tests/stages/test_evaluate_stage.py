@@ -317,6 +317,12 @@ def test_a_model_of_conversations_is_asked_and_its_block_of_code_runs(evaluation
     assert work.result()["tasks"]["own_bash"]["figures"]["pass@1"]["value"] == 1
 
 
+def test_corpora_that_cannot_be_measured_are_refused_before_a_question_is_asked(evaluation):
+    for corpora, message in (("language,cdoe", "no cdoe in"), ("tools", "no held-out text, only conversations")):
+        with pytest.raises(ArtefactError, match=rf"^stage\.corpora=\[{corpora}\]: {message}"):
+            evaluation("stage.tasks=[own_sql,bits_per_byte]", f"stage.corpora=[{corpora}]", "run_id=corpora")
+
+
 def test_figures_of_records():
     records = [
         {"id": "a", "group": "g", "passed": True, "outcome": "passed"},

@@ -1,0 +1,68 @@
+"""Two models are compared on the same questions, and the difference of a comparison is that of the table."""
+
+import pytest
+
+from dist_lm.config.corpus import TokenizerConfig
+from dist_lm.errors import ArtefactError
+from dist_lm.evaluation.figures import bits_figures
+from dist_lm.evaluation.tasks import Asking, tool_items
+from dist_lm.stages.evaluate import compared_tasks, comparison_text
+from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tokenizer.train import train_tokenizer
+from tests.conftest import texts
+from tests.training_run import linked
+
+
+def asking_of(tokenizer: Tokenizer, context: int = 256) -> Asking:
+    return Asking.greedy(tokenizer, context, True, 9)
+
+
+def test_a_question_about_tools_has_one_id_whatever_fits_the_context(tiny_work):
+    tokenizer, folder = Tokenizer.load(tiny_work.tokenizer_model), tiny_work.corpus("tools")
+    wide = {item.id: item.prompt for item in tool_items(asking_of(tokenizer), folder)}
+    narrower = (tool_items(asking_of(tokenizer, context), folder) for context in range(255, 0, -5))
+    narrow = {item.id: item.prompt for item in next(some for some in narrower if len(some) < len(wide))}
+    assert len(wide) > len(narrow) > 0
+    assert all(wide[name] == prompt for name, prompt in narrow.items())
+
+
+def test_a_model_with_another_tokenizer_is_asked_the_same_about_tools(tiny_work, tmp_path):
+    own, folder = Tokenizer.load(tiny_work.tokenizer_model), tiny_work.corpus("tools")
+    train_tokenizer(
+        [one.text for one in texts("english", 80)], tmp_path / "other.model", TokenizerConfig(vocab_size=512)
+    )
+    other = Tokenizer.load(tmp_path / "other.model")
+    asked, others = tool_items(asking_of(own, 999), folder), tool_items(asking_of(other, 999), folder)
+    assert [item.id for item in others] == [item.id for item in asked]
+    assert [other.decode(item.prompt) for item in others] == [own.decode(item.prompt) for item in asked]
+    work = linked(tiny_work, tmp_path / "work")
+    (work.path / "tokenizer").unlink()
+    work.tokenizer.mkdir()
+    (tmp_path / "other.model").rename(work.tokenizer_model)
+    with pytest.raises(ArtefactError, match=r"tools was written with tokenizer .*: restore that tokenizer"):
+        tool_items(asking_of(other), work.corpus("tools"))
+
+
+def result(model: str, values: dict[str, float]) -> dict:
+    task = {"figures": {}, "groups": {}, "outcomes": {}, "ids": [*values], "values": [*values.values()]}
+    return {"model": model, "tasks": {"tools": task}}
+
+
+def test_models_with_other_questions_are_compared_on_those_in_common():
+    first = result("a", {"1": 1.0, "2": 0.0, "3": 0.0})
+    (one,) = compared_tasks(first, result("b", {"3": 1.0, "4": 1.0, "1": 1.0}))
+    assert (one["difference"], one["left_out"]) == (0.5, 2)
+    assert comparison_text(one).endswith("(McNemar); without 2 questions that only one of them has")
+    (none,) = compared_tasks(first, result("c", {"9": 1.0}))
+    assert comparison_text(none) == "tools: c - a: not compared, they have no question in common"
+
+
+def test_the_difference_of_bits_per_byte_is_that_of_the_table():
+    documents = [{"id": "x", "group": "s", "bits": 8.0, "bytes": 4}, {"id": "y", "group": "t", "bits": 1.0, "bytes": 1}]
+    models = []
+    for name, bits in (("a", (8.0, 1.0)), ("b", (4.0, 3.0))):
+        found = bits_figures([one | {"bits": own} for one, own in zip(documents, bits, strict=True)])
+        models.append({"model": name, "tasks": {"bits_per_byte": found}})
+    first, second = (one["tasks"]["bits_per_byte"]["figures"]["bits_per_byte"]["value"] for one in models)
+    assert compared_tasks(*models)[0]["difference"] == pytest.approx(second - first)
+    assert second - first == pytest.approx(-2 / 5)
