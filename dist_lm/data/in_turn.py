@@ -49,6 +49,8 @@ def read_in_turn(config: CorpusConfig, seed: int, limit_bytes: int) -> Iterator[
     for name in sides.held_out:
         texts: set[bytes] = set()
         for source in corpus_sources(config, name):
+            if source.held_out:
+                continue
             alone = replace(config, corpora={name: [source]})
             sources.append((name, screened(alone, name, reader, texts, IngestReport())))
     waiting = [(0, place) for place in range(len(sources))]  # a heap of (bytes kept, place)

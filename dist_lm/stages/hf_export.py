@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 
 RECORD = "export.json"
 AUTO = "auto"
+# What an export may have that the next one lacks. transformers takes model.safetensors before an index, and reads
+# adapters wherever their configuration lies.
+STALE = (
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "model-F16.gguf"),
+    *("model-Q8_0.gguf", "adapter_model.safetensors", "adapter_config.json", "config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+)
 
 
 @dataclass
@@ -130,6 +137,8 @@ def check_repository(key: str, repository: str) -> None:
 def push_folder(folder: Path, repository: str, api: Any = None) -> None:
     """Upload an export to the Hugging Face hub. A repository that does not exist is made, for its owner alone.
 
+    What an earlier export left there and this one lacks is removed; files of others stay.
+
     Args:
         api: `huggingface_hub.HfApi`, which takes the token of `hf auth login` or HF_TOKEN.
 
@@ -150,6 +159,7 @@ def push_folder(folder: Path, repository: str, api: Any = None) -> None:
             folder_path=str(folder),
             commit_message="Exported by dist_lm",
             ignore_patterns=[RECORD],  # has paths of this machine
+            delete_patterns=[*STALE],  # unless the folder has them
         )
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())

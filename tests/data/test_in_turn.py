@@ -52,6 +52,13 @@ def test_everything_is_read_if_it_fits_and_val_is_left_out() -> None:
     assert {document.text for document in read_in_turn(config, 0, 10**6)} == read < more
 
 
+def test_texts_that_a_user_holds_out_are_not_read() -> None:
+    GIVEN.clear()
+    config = config_of(c=[source("a", "read_short"), source("b", "read_short", held_out=True)])
+    assert {document.source.partition(":")[0] for document in read_in_turn(config, 0, 10**6)} == {"a"}
+    assert set(GIVEN) == {"a"}
+
+
 def test_a_source_without_documents_is_an_error() -> None:
     with pytest.raises(ArtefactError, match="gave no document"):
         list(read_in_turn(config_of(c=[SourceConfig("tests.data.counted_readers:read_nothing", "english")]), 0, 1000))

@@ -146,10 +146,14 @@ def test_a_broken_header_of_csv_is_one_line(tmp_path, header):
     assert "\n" not in str(error.value)
 
 
-def test_a_quote_that_nothing_closes_swallows_no_rows(tmp_path):
+def test_a_quote_that_nothing_closes_ends_the_file_and_one_that_closes_late_counts_its_lines(tmp_path):
     (tmp_path / "a.csv").write_text('text\nfirst\n"open\nlost\nlost\n')
+    with pytest.raises(ArtefactError, match=r"a.csv: a quote that opens in the row of line 3 never closes"):
+        candidates(source_of("csv", tmp_path, language="x"))
+    (tmp_path / "a.csv").write_text('text\nfirst\n"open\nlost\n"quoted"\nlast\n')
     found = candidates(source_of("csv", tmp_path, language="x"))
-    assert [one.error for one in found if isinstance(one, Rejected)] == ["no CSV (unexpected end of data)"]
+    assert [one.text for one in found if isinstance(one, Document)] == ["first", "last"]
+    assert [one.source.rpartition(":")[2] for one in found if isinstance(one, Rejected)] == ["3", "4", "5"]
 
 
 def test_bytes_and_dictionaries_of_parquet_are_texts(tmp_path):

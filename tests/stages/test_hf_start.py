@@ -128,6 +128,12 @@ def test_a_push_uploads_the_folder_to_a_private_repository(work: WorkDirectory, 
     assert made["private"] is True
     assert uploaded["folder_path"] == str(folder)
     assert uploaded["ignore_patterns"] == ["export.json"]
+    from huggingface_hub.utils import filter_repo_objects
+
+    there = ["model.safetensors", "model-00002-of-00002.safetensors", "adapter_config.json", "model-F16.gguf", "my.txt"]
+    there += [path.name for path in folder.iterdir()]
+    removed = {*filter_repo_objects(there, allow_patterns=uploaded["delete_patterns"])}
+    assert {*there} - removed == {"my.txt", "README.md", "export.json"}
     assert json.loads((folder / "export.json").read_text())["pushed"] == "me/mine"
     given = (f"stage.init_from={run.path}", f"stage.folder={folder}")
     assert actions(planned(work, "export", *given, "stage.push=me/mine")) == {"export": "there"}

@@ -80,7 +80,13 @@ def parquet_rows(name: str, wanted: Sequence[str] | None) -> Iterator[NumberedRo
 
 
 def csv_rows(name: str, wanted: Sequence[str] | None) -> Iterator[NumberedRow]:
-    """The rows of a CSV file with a header; a .tsv file has tabs. The number is that of the row's first line."""
+    """The rows of a CSV file with a header; a .tsv file has tabs. The number is that of the row's first line.
+
+    Each line that a broken row takes in counts as broken: a quote too many takes in good ones.
+
+    Raises:
+        ArtefactError: the header is broken, or a quote opens that nothing closes; the message names the line.
+    """
     csv.field_size_limit(LONGEST)  # the module has one limit; 131,072 characters are too few for documents
     with open_content(name) as file:
         _refuse_utf16(name, file.peek(4))
@@ -100,7 +106,12 @@ def csv_rows(name: str, wanted: Sequence[str] | None) -> Iterator[NumberedRow]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield number, BadRow("broken_row", f"no CSV ({error})"), header
+                if "unexpected end of data" in str(error):
+                    raise ArtefactError(
+                        f"{name}: a quote that opens in the row of line {number} never closes: double it or remove it"
+                    ) from None
+                for line in range(number, rows.line_num + 1):
+                    yield line, BadRow("broken_row", f"no CSV ({error})"), header
                 continue
             if not fields:
                 continue
