@@ -342,10 +342,13 @@ class PoolRollouts:
             RequestError: a request was refused.
             ActorsLostError, PoolFailure: see `Pool.generate`.
         """
-        answers = in_order(requests, seen(requests, self.pool.generate(requests), finished))
+        return in_order(requests, seen(requests, self.results(requests), finished))
+
+    def results(self, requests: Sequence[Request]) -> Iterator[Result]:
+        """See `Pool.generate`."""
+        yield from self.pool.generate(requests)
         if self._sleeps:
             self.pool.sleep()
-        return answers
 
 
 def _reserved_by_others(prefix: str) -> dict[str, Reserved]:

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.evaluation.in_loop import Round, loop_tasks
 from dist_lm.evaluation.tasks import Record
-from dist_lm.generation.request import Answer, Request
 from dist_lm.model.transformer import Transformer
 from dist_lm.ranks.eval_tasks import Evaluated
 from dist_lm.ranks.program import RankStart
@@ -65,11 +64,8 @@ class TasksOfIterations:
     def _evaluate(self, asked: Round) -> Records:
         assert self.source is not None
         with self.parts.sandboxes(asked) or nullcontext() as sandboxes:
-
-            def judge(request: Request, answer: Answer) -> None:
-                asked.take(answer, sandboxes)
-
-            self.source.generate(asked.requests, judge)
+            for result in self.source.results(asked.requests):
+                asked.take(result, sandboxes)
             return asked.records(lambda: None)
 
 

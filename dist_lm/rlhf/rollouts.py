@@ -21,6 +21,7 @@ from dist_lm.generation.request import (
     FinishReason,
     Refusal,
     Request,
+    RequestError,
     SamplingParams,
     in_order,
     seen,
@@ -81,6 +82,10 @@ class RolloutSource(Protocol):
         """
         ...
 
+    def results(self, requests: Sequence[Request]) -> Iterator[Answer | Refusal]:
+        """Every answer, or the refusal of a request, as soon as it is there."""
+        ...
+
 
 def read_to_end(weights: WeightStream) -> None:
     """Take part in sending weights that this rank does not use."""
@@ -102,16 +107,18 @@ class EngineRollouts:
         return dict(weights)
 
     def generate(self, requests: Sequence[Request], finished: Finished = unseen) -> list[Answer]:
-        for request in requests:
-            self.engine.submit(request)
-        answers = in_order(requests, seen(requests, self._results(), finished))
-        if self._sleeps:
-            self.engine.sleep()
-        return answers
+        return in_order(requests, seen(requests, self.results(requests), finished))
 
-    def _results(self) -> Iterator[Answer | Refusal]:
+    def results(self, requests: Sequence[Request]) -> Iterator[Answer | Refusal]:
+        for request in requests:
+            try:
+                self.engine.submit(request)
+            except RequestError as error:
+                yield Refusal(request.id, error.reason)
         while self.engine.busy:
             yield from self.engine.step()
+        if self._sleeps:
+            self.engine.sleep()
 
 
 @dataclass(frozen=True)
