@@ -16,14 +16,13 @@ from typing import Any
 
 from dist_lm.errors import ConfigError, UserError
 from dist_lm.sandbox.program import NAMES, Language, Program, Test
-from dist_lm.sandbox.task import refuse_broken
+from dist_lm.sandbox.task import code_of, refuse_broken
 
 PYTHON_STOPS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint", "\n@", "\nassert ", "\n```")
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")  # Chen et al. 2021
 MBPP_STOPS = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n```")  # as in bigcode's harness
 OWN_STOPS: dict[Language, tuple[str, ...]] = {"python": PYTHON_STOPS, "bash": ("\n}",), "sql": (";",)}
 MULTIPL_E: dict[str, Language] = {"py": "python", "sh": "bash"}  # languages of the sandbox
-BLOCK = re.compile(r"```[\w+-]*[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,7 @@ class Problem:
 
         Code that does not repeat the prompt completes it, with or without what closes it.
         """
-        block = BLOCK.search(answer)
-        code = block[1] if block else answer
+        code = code_of(answer)
         if not self.entries:
             return Program(self.language, code, self.tests)
         if any(entry in code for entry in self.entries):

@@ -13,7 +13,8 @@ from dist_lm.errors import UserError
 from dist_lm.sandbox.program import LANGUAGES, NAMES, Program, Test
 from dist_lm.sandbox.syntax import BEFORE_ERRORS, TEST_ERRORS
 
-_FENCED = re.compile(r"^```[^\n]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
+# as in CommonMark 0.31, section 4.5: an end is indented as the beginning, or by at most three spaces
+_FENCED = re.compile(r"^([ \t]*)```[^\n`]*\n(.*?)(?:^(?:\1| {0,3})```|\Z)", re.DOTALL | re.MULTILINE)
 _PARTS = tuple(field.name for field in fields(Test))
 
 
@@ -30,9 +31,12 @@ class Task:
 
 
 def code_of(answer: str) -> str:
-    """The first fenced block of an answer (a fence that is not closed reaches to the end), else the whole answer."""
+    """The first fenced block of an answer, without the indentation of its fence, else the whole answer.
+
+    A block that is not closed reaches to the end.
+    """
     block = _FENCED.search(answer)
-    return block[1] if block else answer
+    return re.sub(rf"^[ \t]{{0,{len(block[1])}}}", "", block[2], flags=re.MULTILINE) if block else answer
 
 
 def task_of(values: Mapping[str, Any], readable: bool = False) -> Task:

@@ -104,6 +104,7 @@ def test_a_completion_is_cut_where_the_function_ends():
     [
         ("Sure:\n```python\nimport os\ndef add(a, b): pass\n```\nDone", "import os\ndef add(a, b): pass\n"),
         ("def add(a, b): return a + b", "def add(a, b): return a + b"),
+        ("``` python\ndef add(a, b): pass\n```\nDone.", "def add(a, b): pass\n"),
         ("```\n    return a + b\n```", 'def add(a, b):\n    """Return the sum of a and b."""\n    return a + b\n'),
         ("```python\ndef add(a, b):\n  return 1", "def add(a, b):\n  return 1"),
     ],

@@ -16,6 +16,11 @@ from dist_lm.sandbox.task import Task, code_of, task_of
         ("```\nx = 1\nprint(x)", "x = 1\nprint(x)"),
         ("`x`", "`x`"),
         ("```bash\necho '```'\n```", "echo '```'\n"),
+        ("``` python\nx = 1\n```\nDone.", "x = 1\n"),
+        ('```python\ndef f():\n    """\n    ```\n    """\n```\n', 'def f():\n    """\n    ```\n    """\n'),
+        ("1. So:\n   ```python\n   if x:\n       y\n   ```\n2. Done", "if x:\n    y\n"),
+        ("- So:\n\n    ```\n    x\n\n  y\n```\nDone", "x\n\ny\n"),
+        ("```x``` is code:\n```\nx\n```", "x\n"),
     ],
 )
 def test_code_is_the_first_fenced_block_or_all(answer: str, code: str):
