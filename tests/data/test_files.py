@@ -113,6 +113,30 @@ def test_files_of_a_repository_are_together_in_one_group(tmp_path):
     assert alone[0] != alone[1]  # or none could be held out
 
 
+def test_repositories_of_the_same_name_are_not_one(tmp_path):
+    names = ("me/repo", "you/repo", "it")
+    write(tmp_path, {f"{name}/{file}": name + file for name in names for file in ("a.py", "z.py", ".git/config")})
+    found = documents(files(tmp_path))
+    assert [one.repository for one in found] == ["it", "it", "me/repo", "me/repo", "you/repo", "you/repo"]
+    assert len({one.group for one in found}) == 3
+    named = documents(SourceConfig("files", path=[str(tmp_path / "me"), str(tmp_path / "you/repo")]))
+    whole = [str(tmp_path / name) for name in names[:2]]  # both would be `repo`
+    assert [one.repository for one in named] == [whole[0], whole[0], whole[1], whole[1]]
+
+
+def test_a_glob_knows_repositories_and_patterns_see_the_path_below_its_first_part(tmp_path):
+    repositories = {f"d/{name}/{file}": name + file for name in ("r", "s") for file in ("src/a.py", "b.py", ".git/x")}
+    write(tmp_path, {**repositories, "d/r/vendor/v.py": "v", "d/vendor/w.py": "w", "d/c.py": "c"})
+    everything = documents(files(f"{tmp_path}/d/**/*.py", exclude=["vendor/", "/c.py", "/b.py"]))
+    assert [(Path(one.source).name, one.repository) for one in everything] == [
+        *[("b.py", "r"), ("a.py", "r"), ("b.py", "s"), ("a.py", "s")]
+    ]
+    folders = documents(files(f"{tmp_path}/d/*", exclude=["vendor/", "src/"]))
+    assert [(Path(one.source).name, one.repository) for one in folders] == [("c.py", ""), ("b.py", "r"), ("b.py", "s")]
+    parts = documents(files(f"{tmp_path}/d/*/src"))
+    assert [one.repository for one in parts] == ["r", "s"]
+
+
 def test_a_glob_takes_what_it_matches_and_a_file_is_read_once(tmp_path):
     write(tmp_path, {"a.py": "a", "b.weird": "b", "d/c.py": "c"})
     (tmp_path / "link.py").symlink_to(tmp_path / "a.py")

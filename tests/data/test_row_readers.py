@@ -164,6 +164,20 @@ def test_bytes_and_dictionaries_of_parquet_are_texts(tmp_path):
     assert found == ["café", "text: byte 3 is not UTF-8", "empty"]
 
 
+def test_licences_languages_and_names_may_be_bytes(tmp_path):
+    terms = pa.array([[b"MIT", b"Zlib"], [b"MIT"], []], pa.list_(pa.binary()))
+    columns = {"lang": [b"Python", b"c", b"caf\xe9"], "id": [b"one", b"two", b"three"]}
+    binary = {name: pa.array(values, pa.binary()) for name, values in columns.items()}
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "terms": terms, **binary}), tmp_path / "a.parquet")
+    keys = {"language_column": "lang", "licence_column": "terms", "id_column": "id"}
+    *found, last = candidates(source_of("parquet", tmp_path, **keys))
+    assert [(one.language, one.licence, one.source) for one in found if isinstance(one, Document)] == [
+        *[("python", "MIT, Zlib", "one"), ("c", "MIT", "two")]
+    ]
+    assert isinstance(last, Rejected)
+    assert last.error == "language, character 3: byte 0xe9 is not UTF-8"
+
+
 def test_invalid_utf8_in_a_text_of_parquet_is_one_broken_row(tmp_path):
     bad = pa.array([b"good", b"caf\xe9", b"fine"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"text": bad}), tmp_path / "a.parquet")

@@ -4,13 +4,14 @@ A folder with `.git` is a repository. If a source has several, the files of each
 group, so a repository is held out as a whole.
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Input, Inputs
 from dist_lm.data.sources.opening import brief, open_content, scheme_of
-from dist_lm.data.sources.places import bare_name, list_files
+from dist_lm.data.sources.places import bare_name, base_of, list_files
 from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
@@ -140,7 +141,7 @@ def list_source_files(source: SourceConfig) -> Inputs:
 def read_files(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     """Every file as a text. `source.language` replaces the languages of the files."""
     listing = list_source_files(source)
-    for one, repository in by_repository(listing):
+    for one, repository in by_repository(listing, source.path or []):
         language = source.language or language_of(one.name) or TEXT
         try:
             with open_content(one.name) as file:
@@ -155,11 +156,14 @@ def read_files(source: SourceConfig, seed: int) -> Iterator[Candidate]:
         yield Document(text, language, one.name, source.licence, group, repository=repository)
 
 
-def by_repository(listing: Inputs) -> list[tuple[Input, str]]:
+def by_repository(listing: Inputs, places: Sequence[str]) -> list[tuple[Input, str]]:
     """The files that are taken, each with the name of its repository; those of a repository together.
 
     A file outside of repositories has the name "", and so has every file where there is only one repository: it could
     not be split otherwise.
+
+    Args:
+        places: that were listed. A repository is called by its path below one of them.
     """
     roots = {
         one.name.partition("/.git/")[0] if "/.git/" in one.name else one.name.removesuffix("/.git")
@@ -170,7 +174,24 @@ def by_repository(listing: Inputs) -> list[tuple[Input, str]]:
     for one in listing.taken:
         root = _root_of(one.name, roots) if len(roots) > 1 else ""
         together.setdefault(root or one.name, []).append(one)
-    return [(one, PurePosixPath(root).name if root in roots else "") for root, ones in together.items() for one in ones]
+    names = _names_of(roots, places)
+    return [(one, names.get(root, "")) for root, ones in together.items() for one in ones]
+
+
+def _names_of(roots: set[str], places: Sequence[str]) -> dict[str, str]:
+    """Root -> name: the path below a place, so data that move as a whole keep their names; where two would have the
+    same one, the whole path."""
+    bases = sorted(map(base_of, places), key=len, reverse=True)
+
+    def name_of(root: str) -> str:
+        for base in bases:
+            if root != base and root.startswith(base and base + "/"):
+                return root.removeprefix(base + "/")
+        return PurePosixPath(root).name
+
+    names = {root: name_of(root) for root in roots}
+    counts = Counter(names.values())
+    return {root: name if name and counts[name] == 1 else root for root, name in names.items()}
 
 
 def _root_of(name: str, roots: set[str]) -> str:

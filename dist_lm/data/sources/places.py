@@ -3,7 +3,8 @@
 `path` of a source is a file, a folder, a glob or a URL (http, https, s3, gs), or a list of them. A file that is named,
 or matched by a glob, is taken whatever its suffix. A folder is read to the bottom in the order of names; its hidden
 files and folders, files of other suffixes, and files that `exclude` names are left out, and linked folders are read
-once.
+once. Patterns of `exclude` see names relative to the folder, or to the last folder of a glob that has no magic letters;
+of a file that is named, its last part.
 """
 
 import errno
@@ -14,6 +15,7 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -43,6 +45,17 @@ def by_suffix(*suffixes: str) -> OwnRule:
 
     rule.__doc__ = f"{', '.join(suffixes)} (plain, .gz or .zst)"
     return rule
+
+
+def base_of(place: str) -> str:
+    """What names below a place are relative to: the place, or the last folder of a glob without magic letters."""
+    path = place if scheme_of(place) else os.path.expanduser(place.removeprefix("file://"))  # noqa: PTH111  a glob is no path
+    path = path.rstrip("/")
+    if not scheme_of(place) and os.path.lexists(path):  # the name of a file may hold [
+        return path
+    while glob.has_magic(path):
+        path = path.rpartition("/")[0]
+    return path
 
 
 def list_files(source: SourceConfig, rule: OwnRule, hidden: tuple[str, ...] = (".", "_")) -> Inputs:
@@ -106,7 +119,8 @@ class _Walk:
 
     def local(self, place: str) -> Iterator[Input]:
         path = os.path.expanduser(place.removeprefix("file://"))  # noqa: PTH111  a glob is no path
-        if os.path.lexists(path) or not glob.has_magic(path):  # the name of a file may hold [
+        is_glob = glob.has_magic(path) and not os.path.lexists(path)
+        if not is_glob:
             names = [path]
             Path(path).stat()  # FileNotFoundError
         else:
@@ -115,13 +129,21 @@ class _Walk:
             names = [name.rstrip("/") for name in names]
             if not names:
                 raise FileNotFoundError(place)
+        base = base_of(place)
+        rule = partial(self._excluded_below, base) if is_glob else self._excluded_file
+        folders = {base.rpartition("/")[0]}  # of a glob, that need no look for .git
         for name in names:
             if not is_utf8(name):
                 yield _not_utf8(name)
-            elif Path(name).is_dir():
-                yield from self._folder(name, "")
+                continue
+            if is_glob:
+                yield from _repositories_above(name, folders)
+            if not Path(name).is_dir():
+                yield self._file(name, rule)
+            elif is_glob and rule(name + "/"):
+                yield _local_input(name, "exclude")
             else:
-                yield self._file(name, self._excluded_file)
+                yield from self._folder(name, "")
 
     def _folder(self, folder: str, below: str) -> Iterator[Input]:
         """`below`: the folder's name relative to the place, with a slash at its end unless it is empty."""
@@ -160,6 +182,10 @@ class _Walk:
         """For a file that was named: patterns see its last part."""
         return "exclude" if self.excluded(PurePosixPath(name.partition("?")[0]).name) else ""
 
+    def _excluded_below(self, base: str, name: str) -> str:
+        """For a file or folder that a glob matched."""
+        return "exclude" if self.excluded(name.removeprefix(base + "/")) else ""
+
     def _again(self, name: str) -> bool:
         status = os.stat(name)  # noqa: PTH116
         key = (status.st_dev, status.st_ino)
@@ -178,9 +204,7 @@ class _Walk:
             yield self._remote_input(place, files.info(place), self._excluded_file(place))
             return
         bucket_and_key = place.partition("://")[2].rstrip("/")
-        folder = bucket_and_key
-        while glob.has_magic(folder):
-            folder = folder.rpartition("/")[0]
+        folder = base_of(place).partition("://")[2]
         info = files.info(folder)
         if info["type"] == "file":
             yield self._remote_input(place, info, self._excluded_file(place))
@@ -221,6 +245,18 @@ def is_utf8(name: str) -> bool:
 
 def _not_utf8(name: str) -> Input:
     return Input(name.encode(errors="backslashreplace").decode(), left_out="name is not UTF-8")
+
+
+def _repositories_above(name: str, seen: set[str]) -> Iterator[Input]:
+    """The `.git` of the folders above a file or folder that a glob matched: a glob matches no hidden name.
+
+    Args:
+        seen: folders that need no look, with the one above the place; those that are looked at are added.
+    """
+    while (name := name.rpartition("/")[0]) and name not in seen:
+        seen.add(name)
+        if os.path.lexists(f"{name}/.git"):
+            yield _local_input(f"{name}/.git", "hidden")
 
 
 def _require_listable(pattern: str) -> None:

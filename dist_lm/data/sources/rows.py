@@ -215,13 +215,18 @@ def utf8_problem(column: str, value: str) -> BadRow | None:
 def licence_of(row: Row, source: SourceConfig) -> str:
     """The licence of a row where there is a column for it, else that of the source."""
     licence = row.get(source.licence_column) or source.licence
-    return ", ".join(map(str, licence)) if isinstance(licence, list) else str(licence)
+    return ", ".join(map(_text, licence)) if isinstance(licence, list) else _text(licence)
 
 
 def language_of(row: Row, source: SourceConfig) -> str:
     """The language of a row in lower case where there is a column for it, else that of the source."""
     value: Any = row.get(source.language_column) if source.language_column else None
-    return str(value).strip().lower() if value else source.language
+    return _text(value).strip().lower() if value else source.language
+
+
+def _text(value: object) -> str:
+    """A value of a row; parquet files may have texts as bytes. Those that are not UTF-8 become lone surrogates."""
+    return value.decode(errors="surrogateescape") if isinstance(value, bytes) else str(value)
 
 
 def _candidate(one: PlacedRow, source: SourceConfig, column: str, content_of: ContentOf, form: Form) -> Candidate:
@@ -229,7 +234,7 @@ def _candidate(one: PlacedRow, source: SourceConfig, column: str, content_of: Co
     if isinstance(one.row, BadRow):
         return Rejected(unknown, one.place, one.row.reason, one.row.words)
     licence, language = licence_of(one.row, source), language_of(one.row, source)
-    name = str(one.row.get(source.id_column) or one.place) if source.id_column else one.place
+    name = _text(one.row.get(source.id_column) or one.place) if source.id_column else one.place
     content = content_of(one.row, column, one.columns)
     problem = content if isinstance(content, BadRow) else None
     for key, value in (("licence", licence), ("language", language), ("id", name)):
