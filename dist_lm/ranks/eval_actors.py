@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from dist_lm.cluster.pool import Pool
 from dist_lm.evaluation.tasks import Record
 from dist_lm.generation.decoder import WeightStream
-from dist_lm.ranks.eval_tasks import Evaluated, pending, stored, weights_file
+from dist_lm.ranks.eval_tasks import Evaluated, discard_weights, pending, stored, weights_file
 from dist_lm.rlhf.rollouts import read_to_end
 from dist_lm.storage import durable
 from dist_lm.training.heartbeat import Phase
@@ -107,7 +107,7 @@ class BesideTraining:
             if not records.done():
                 return
             self._parts.write(step, records.result())
-            weights_file(self._parts.run, step).unlink(missing_ok=True)
+            discard_weights(self._parts, step)
             del self._open[step]
 
     def _write(self, step: int, copy: dict[str, torch.Tensor]) -> None:

@@ -101,6 +101,13 @@ def stored(parts: Evaluated, step: int) -> WeightStream:
     return ((name, weights[name]) for name in parameter_shapes(parts.model.config.plain))
 
 
+def discard_weights(parts: Evaluated, step: int) -> None:
+    """Remove the weights of an evaluation, once its figures are on disk (first rank)."""
+    assert parts.metrics is not None
+    parts.metrics.sync()
+    weights_file(parts.run, step).unlink(missing_ok=True)
+
+
 def pending(parts: Evaluated, done: int) -> dict[int, tuple[str, ...]]:
     """The tasks without figures, by the steps whose weights are stored. Removes other files (first rank).
 
@@ -135,7 +142,7 @@ class BetweenSteps:
             self._evaluate(step, due, stored(parts, step))
             dist.barrier()
             if parts.world.is_first:
-                weights_file(parts.run, step).unlink()
+                discard_weights(parts, step)
 
     def reached(self, step: int) -> None:
         """Answer the tasks that are due."""

@@ -160,6 +160,8 @@ class Saving:
     def __call__(self, state: RlhfState) -> None:
         """Save `state` with the current models."""
         self.reporter.alive(Phase.SAVING)
+        if self.reporter.metrics:
+            self.reporter.metrics.sync()
         began = time.perf_counter()
         policy = self.begun.models.policy
         self.saver.save(

@@ -49,6 +49,10 @@ class MetricsWriter:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 
+    def sync(self) -> None:
+        """Flush the lines to disk: before the checkpoint that says their steps are done."""
+        os.fsync(self._file.fileno())
+
     def truncate_after(self, step: int) -> None:
         """Drop the lines after `step` in one durable replacement: a resumed run writes them again.
 

@@ -236,6 +236,8 @@ class Trainer:
         self.heartbeat.beat(Phase.SAVING, state.step)
         if self.tasks:
             self.tasks.before_checkpoint()
+        if self.metrics:
+            self.metrics.sync()
         started = time.perf_counter()
         saver.save(self.model, self.optimizer, state)
         if final:
