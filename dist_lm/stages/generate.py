@@ -252,9 +252,12 @@ def newest_run(work: WorkDirectory, key: str = "stage.checkpoint", value: str = 
         ArtefactError: neither stage has a checkpoint.
     """
     for stage in FROM:
-        runs = [run for run in work.runs(stage) if checkpoint_files.read_pointer(run.checkpoints, "LATEST")]
-        if runs:
-            return max(runs, key=lambda run: (run.checkpoints / checkpoint_files.LATEST).stat().st_mtime)
+        newest = {
+            run: checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST) for run in work.runs(stage)
+        }
+        written = {run: checkpoint.stat().st_mtime for run, checkpoint in newest.items() if checkpoint}
+        if written:
+            return max(written, key=written.__getitem__)
     raise ArtefactError(
         f"{key}=auto: no checkpoint of stage {' or '.join(FROM)} in {work.path}: "
         f"run `python -m dist_lm.launch stage=code` first, or give {key}={value}"

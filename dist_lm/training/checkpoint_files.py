@@ -50,16 +50,20 @@ def newest_step(checkpoints: Path) -> int:
 
 def steps_in(checkpoints: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(path for path in checkpoints.glob("step_*") if path.is_dir())
+    names = checkpoints.glob("step_*")
+    return sorted(path for path in names if path.name.removeprefix("step_").isdecimal() and path.is_dir())
 
 
 def read_pointer(checkpoints: Path, name: str) -> Path | None:
-    """The checkpoint that the pointer `name` (LATEST or BEST) names, if it exists."""
+    """The checkpoint that the pointer `name` (LATEST or BEST) names, if it exists.
+
+    Without it LATEST is the newest complete checkpoint, from which ranks continue.
+    """
     pointer = checkpoints / name
-    if not pointer.exists():
-        return None
-    target = checkpoints / pointer.read_text().strip()
-    return target if target.is_dir() else None
+    target = checkpoints / pointer.read_text().strip() if pointer.exists() else None
+    if target and target.is_dir():
+        return target
+    return next(reversed(steps_in(checkpoints)), None) if name == LATEST else None
 
 
 def write_pointer(checkpoints: Path, name: str, target: Path) -> None:

@@ -14,6 +14,7 @@ from dist_lm.document import TokenizedDocument
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.compose import compose_config, overrides_of
 from dist_lm.launcher.plan import make_plan, may_need
+from dist_lm.stages.generate import newest_run
 from dist_lm.stages.stage import Action
 from dist_lm.training import checkpoint_files
 from tests.launcher.planned import actions, make_run, plan_of
@@ -57,6 +58,20 @@ def test_a_run_with_a_checkpoint_is_continued(work):
     make_run(work, "language", checkpoint=True)
     same = [f"stages.language.{one}" for one in ("seq_len=32", "rates.embedding=1", "muon.variance_beta=0")]
     assert actions(plan_of(work, *same))["language"] is Action.RESUME
+
+
+def test_a_run_whose_newest_checkpoint_was_removed_continues_from_the_one_before_with_the_same_settings(work):
+    run = make_run(work, "language", checkpoint=True)
+    newest = run.checkpoints / checkpoint_files.step_name(10)
+    checkpoint_files.write_pointer(run.checkpoints, checkpoint_files.LATEST, newest)
+    assert not newest.exists()
+    plan = plan_of(work, target="language")
+    assert actions(plan)["language"] is Action.RESUME
+    assert plan.target.detail.startswith("from step_00000005")
+    with pytest.raises(ConfigError, match=r"stage\.dropout=0\.5 \(was 0"):
+        plan_of(work, "stage.dropout=0.5", target="language")
+    (run.checkpoints / checkpoint_files.LATEST).unlink()
+    assert newest_run(work) == run
 
 
 def rewritten(work, name, **change):

@@ -21,7 +21,7 @@ from dist_lm.training.trainer import Trainer
 def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of files in the order in which they are flushed to disk, saved or removed."""
     happened: list[str] = []
-    monkeypatch.setattr(os, "fsync", lambda file: happened.append(Path(os.readlink(f"/proc/self/fd/{file}")).name))
+    monkeypatch.setattr(os, "fsync", lambda file: happened.append(Path(f"/proc/self/fd/{file}").readlink().name))
     monkeypatch.setattr(Path, "unlink", lambda path, missing_ok: happened.append(path.name))
     return happened
 

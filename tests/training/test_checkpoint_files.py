@@ -39,6 +39,18 @@ def test_state_and_pointer_read_back(tmp_path):
     files.verify(directory)
 
 
+def test_without_the_checkpoint_that_it_names_latest_is_the_one_from_which_ranks_continue(tmp_path):
+    make(tmp_path, 1)
+    before = make(tmp_path, 2)
+    shutil.move(make(tmp_path, 3), tmp_path / "step_00000003.removed")
+    files.write_pointer(tmp_path, files.BEST, tmp_path / files.step_name(3))
+    assert files.read_pointer(tmp_path, files.LATEST) == before == files.newest_intact(files.steps_in(tmp_path))
+    assert files.newest_step(tmp_path) == 2
+    (tmp_path / files.LATEST).unlink()
+    assert files.find_checkpoint(tmp_path) == before
+    assert files.read_pointer(tmp_path, files.BEST) is None
+
+
 def flip_a_byte(path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
