@@ -1,10 +1,11 @@
 """Runs a stage on a pool of generation engines: answers the missing requests and writes metrics."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -54,13 +55,13 @@ def run_pool_stage(
     with locked(run.launch_lock, job=job, wait_s=LOOK_S):
         save_config(config, run.config)
         rounds = stage.rounds(config)
-        opened = _opened(stage, rounds[0], run, cluster, console, interrupt)
+        opened = _opened(stage, rounds, run, cluster, console, interrupt)
         if opened is None:
             return False
         results, tokens, actors, seconds = list[dict[str, Any]](), 0, 0, 0.0
         with watching_pool(config, run, opened[0], console) as watch:
             for number, one in enumerate(rounds):
-                opened = opened if number == 0 else _opened(stage, one, run, cluster, console, interrupt)
+                opened = opened if number == 0 else _opened(stage, [one], run, cluster, console, interrupt)
                 if opened is None:
                     return False
                 work, spec, weights = opened
@@ -94,20 +95,31 @@ def run_pool_stage(
 
 
 def _opened(
-    stage: PoolStage, config: Config, run: RunDirectory, cluster: RayCluster, console: Console, interrupt: Interrupt
+    stage: PoolStage,
+    rounds: Sequence[Config],
+    run: RunDirectory,
+    cluster: RayCluster,
+    console: Console,
+    interrupt: Interrupt,
 ) -> "tuple[PoolWork, EngineSpec, Weights] | None":
-    """As `_read`; None if a signal stopped it."""
+    """(work, specification of its engines, their weights) of the first round; None if a signal stopped it.
+
+    The later rounds are read too, so that what refuses one of them does so before engines work for hours.
+    """
     found: tuple[PoolWork, EngineSpec, Weights] | None = None
     with left_at_once(interrupt, console):
-        found = _read(stage, config, run, cluster, console)
+        for later in rounds[1:]:
+            _read(stage, later, run, cluster, console)[0].close()
+        work, spec = _read(stage, rounds[0], run, cluster, console)
+        found = work, spec, _weights(stage.checkpoint(rounds[0]), console) if work.asks else {}
     return found
 
 
 def _read(
     stage: PoolStage, config: Config, run: RunDirectory, cluster: RayCluster, console: Console
-) -> tuple[PoolWork, EngineSpec, Weights]:
-    """(work, specification of its engines, their weights; no weights if no request is missing)."""
-    checkpoint, tokenizer = stage.checkpoint(config), stage.tokenizer(config)
+) -> tuple[PoolWork, EngineSpec]:
+    """(work, specification of its engines)."""
+    tokenizer = stage.tokenizer(config)
     with console.waiting("reading prompts"):
         work = stage.work(config, run, tokenizer, partial(sandboxes_of, cluster, 0, config.sandbox == TRUST_ME))
     device, _ = device_and_ranks(config, cluster)
@@ -121,10 +133,12 @@ def _read(
         device=device,
         tp=tp,
     )
-    if not work.asks:
-        return work, spec, {}
+    return work, spec
+
+
+def _weights(checkpoint: Path, console: Console) -> Weights:
     with console.waiting(f"reading {checkpoint}"):
-        return work, spec, model_weights(checkpoint_files.require_intact(checkpoint))
+        return model_weights(checkpoint_files.require_intact(checkpoint))
 
 
 def _answer(

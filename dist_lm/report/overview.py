@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dist_lm.evaluation.comparison import comparison_text, rows_of
 from dist_lm.report.charts import HEADLINES, SHOWN_FIRST, known
 from dist_lm.report.facts import RunFacts
-from dist_lm.stages.evaluate import comparison_text, rows_of
 from dist_lm.tracking.readable import counted, duration, four_digits, readable_count
 
 LONGEST = 1600  # characters of a text

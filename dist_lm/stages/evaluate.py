@@ -5,13 +5,14 @@
       samples/table.jsonl                               a line for a figure
       result.json
 
-This module has the keys and the checks before anything starts, and the comparison of models.
+This module has the keys and the checks before anything starts.
 `evaluate_work.py` asks one model.
 """
 
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import TRUST_ME, Config
 from dist_lm.data.prompts import find_prompts
 from dist_lm.errors import ArtefactError, ConfigError, require
+from dist_lm.evaluation.comparison import compared_tasks, comparison_text, figures_of, rows_of
 from dist_lm.stages.generate import FREE, RESULT_KEYS, label_of, newest_run
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.stage import Action, Look, PoolStage, PoolWork, run_of
@@ -110,23 +112,29 @@ class Evaluate(PoolStage):
                 path = getattr(own.eval, task)
                 require(bool(path), f"eval.{task}", path, f"the file of the task {task}, in its published format")
         if REWARD in own.stage.tasks:
+            from dist_lm.generation.load import model_config_of
             from dist_lm.stages.evaluate_reward import prompts_of
 
             prompts_of(own.eval.prompts)
-            require(bool(own.eval.reward_model), "eval.reward_model", "", "a run of stage=reward")
-            checkpoint_files.find_checkpoint(Path(own.eval.reward_model).expanduser())
+            reward = own.eval.reward_model
+            require(bool(reward), "eval.reward_model", "", "a run of stage=reward")
+            head = model_config_of(checkpoint_files.find_checkpoint(Path(reward).expanduser())).head
+            require(head == "scalar", "eval.reward_model", reward, f"a run of stage=reward; its model.head is {head}")
         check_tasks(own.stage.tasks, own.eval.files, own.sandbox == TRUST_ME)
 
     def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
         own, run = evaluate_config(config), run_of(config)
         begun = evaluate_config(load_config(run.config)) if run.config.exists() else None
-        if run.result.exists() and begun and own.stage.models == [AUTO]:
+        going_on = None if run.result.exists() else begun
+        if begun and not going_on and own.stage.models == [AUTO]:
             found = [Path(path) for path in begun.stage.models]
         else:
-            found = [checkpoint_of(path, own) for path in own.stage.models]
-        labels = [label_of(path) for path in found]
-        require(len({*labels}) == len(labels), "stage.models", own.stage.models, "different models")
-        own = with_reward_checkpoint(replace(own, stage=replace(own.stage, models=[str(path) for path in found])))
+            before = dict(zip(own.stage.models, going_on.stage.models, strict=False)) if going_on else {}
+            found = [checkpoint_of(path, own, before.get(path)) for path in own.stage.models]
+        require(len({*found}) == len(found), "stage.models", own.stage.models, "different models")
+        labels = labels_of(found)
+        own = replace(own, stage=replace(own.stage, models=[str(path) for path in found]))
+        own = with_reward_checkpoint(own, going_on.eval.reward_model if going_on else None)
         if begun:
             keys = (*RESULT_KEYS, "eval.")
             free = (*(key for key in FREE if key not in keys), *FREE_HERE)
@@ -211,15 +219,18 @@ def evaluate_config(config: Config) -> EvaluateRunConfig:
     return config
 
 
-def with_reward_checkpoint(config: EvaluateRunConfig) -> EvaluateRunConfig:
+def with_reward_checkpoint(config: EvaluateRunConfig, before: str | None) -> EvaluateRunConfig:
     """The configuration with a checkpoint in `eval.reward_model`: one for all models, even if its run goes on.
+
+    Args:
+        before: see `checkpoint_in`.
 
     Raises:
         ArtefactError: there is none.
     """
     if "reward" not in config.stage.tasks:
         return config
-    found = checkpoint_files.find_checkpoint(Path(config.eval.reward_model).expanduser().resolve())
+    found = checkpoint_in(Path(config.eval.reward_model).expanduser().resolve(), before)
     return replace(config, eval=replace(config.eval, reward_model=str(found)))
 
 
@@ -280,16 +291,44 @@ def table_of(run: RunDirectory) -> Path:
     return run.samples / "table.jsonl"
 
 
-def checkpoint_of(path: str, config: EvaluateRunConfig) -> Path:
+def checkpoint_of(path: str, config: EvaluateRunConfig, before: str | None) -> Path:
     """The absolute path of a model's checkpoint.
+
+    Args:
+        before: see `checkpoint_in`.
 
     Raises:
         ArtefactError: there is none.
     """
+    if path != AUTO:
+        return checkpoint_in(Path(path).expanduser().resolve(), before)
     work = WorkDirectory(Path(config.work_dir).resolve())
-    return checkpoint_files.find_checkpoint(
-        newest_run(work, "stage.models", "[PATH]").path if path == AUTO else Path(path).expanduser().resolve()
-    )
+    run = Path(before).parents[1] if before else newest_run(work, "stage.models", "[PATH]").path
+    return checkpoint_in(run, before)
+
+
+def checkpoint_in(named: Path, before: str | None) -> Path:
+    """The newest checkpoint of what is named, or the one that an unfinished run began with.
+
+    Args:
+        before: that one; the run keeps it while it is there, even if there are newer ones.
+
+    Raises:
+        ArtefactError: there is none.
+    """
+    if before and Path(before).is_relative_to(named) and Path(before).is_dir():
+        return Path(before)
+    return checkpoint_files.find_checkpoint(named)
+
+
+def labels_of(checkpoints: Sequence[Path]) -> list[str]:
+    """STAGE/RUN_ID/STEP of each checkpoint; where these are equal, as much of the paths as tells them apart."""
+    labels = [label_of(path) for path in checkpoints]
+    for parts in range(4, max(len(path.parts) for path in checkpoints) + 1):
+        several = {label for label, number in Counter(labels).items() if number > 1}
+        pairs = zip(labels, checkpoints, strict=True)
+        labels = ["/".join(path.parts[-parts:]) if label in several else label for label, path in pairs]
+    return labels
 
 
 def of_model(config: EvaluateRunConfig, checkpoint: Path) -> EvaluateRunConfig:
@@ -308,64 +347,6 @@ def of_model(config: EvaluateRunConfig, checkpoint: Path) -> EvaluateRunConfig:
     tokenizer = replace(config.tokenizer, vocab_size=model.vocab_size)
     stage = replace(config.stage, models=[str(checkpoint)])
     return replace(config, model=model, tokenizer=tokenizer, stage=stage)
-
-
-def rows_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The figures of a model as rows: model, task, figure, value, low, high, items."""
-    rows = []
-    for task, found in result["tasks"].items():
-        for name, value in found["figures"].items():
-            rows.append({"model": result["model"], "task": task, "figure": name, **value})
-        for group, (name, value, items) in found["groups"].items():
-            part = {"figure": f"{name}, {group}", "value": value, "low": None, "high": None, "items": items}
-            rows.append({"model": result["model"], "task": task, **part})
-    return rows
-
-
-def compared_tasks(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A paired test for each task, over the items that both models have values of.
-
-    Of items that only one of them has, as where a question does not fit a context, the number is `left_out`.
-    """
-    from dist_lm.evaluation.statistics import estimate, paired_test
-    from dist_lm.evaluation.tasks import REWARD
-
-    found = []
-    for task, values in first["tasks"].items():
-        one: dict[str, Any] = {"task": task, "first": first["model"], "second": second["model"]}
-        a, b = (dict(zip(own["ids"], own["values"], strict=True)) for own in (values, second["tasks"][task]))
-        pairs = [(a[name], b[name]) for name in a if name in b]
-        one["left_out"] = len(a) + len(b) - 2 * len(pairs)
-        if pairs:
-            one |= asdict(paired_test(*zip(*pairs, strict=True)))
-            if task == REWARD:
-                one["wins"] = asdict(estimate([0.5 if x == y else float(y > x) for x, y in pairs]))
-        found.append(one)
-    return found
-
-
-def comparison_text(one: Mapping[str, Any]) -> str:
-    """`own_python: code/b - code/a = 0.060 [-0.020, 0.140], p = 0.25 (McNemar)`."""
-    between = f"{one['task']}: {one['second']} - {one['first']}"
-    if "difference" not in one:
-        return f"{between}: not compared, they have no question in common"
-    left, wins = one.get("left_out"), one.get("wins")
-    without = f"; without {counted(left, 'question')} that only one of them has" if left else ""
-    won = f"; wins {wins['value']:.3f} [{wins['low']:.3f}, {wins['high']:.3f}]" if wins else ""
-    return (
-        f"{between} = {one['difference']:+.3f} "
-        f"[{one['low']:.3f}, {one['high']:.3f}], p = {one['p']:.2g} ({one['method']}){won}{without}"
-    )
-
-
-def figures_of(result: Mapping[str, Any]) -> str:
-    """The first figure of each task and model, for the closing table."""
-    words = []
-    for one in result["models"]:
-        first = {task: next(iter(own["figures"].items())) for task, own in one["tasks"].items() if own["figures"]}
-        shown = ", ".join(f"{task} {name} {value['value']:.3f}" for task, (name, value) in first.items())
-        words.append(f"{one['model']}: {shown}" if len(result["models"]) > 1 else shown)
-    return "; ".join(words)
 
 
 STAGE = Evaluate()

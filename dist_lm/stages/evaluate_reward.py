@@ -10,7 +10,7 @@ from dist_lm.chat.messages import ChatError, Conversation, Message
 from dist_lm.chat.template import answer_tokens, prompt, stop_tokens
 from dist_lm.config.root import Config
 from dist_lm.data.prompts import Prompt, find_prompts, read_prompts, survey
-from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.errors import ConfigError
 from dist_lm.generation.load import model_config_of, run_of, tokenizer_of
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import choose_device
@@ -49,20 +49,15 @@ def reward_scores(
     """The reward model's score of each answer, as the turn that follows its prompt.
 
     Args:
-        path: run or checkpoint of the reward model.
+        path: run or checkpoint of a reward model.
         records: answers, with `id` and `text`, or `error` if there is none.
         texts: prompts by id.
 
     Returns:
         `id` and `outcome` of each answer, and its `score` if it has one; None if `wanted` became false.
-
-    Raises:
-        ArtefactError: it is no reward model.
     """
     checkpoint = files.require_intact(files.find_checkpoint(path))
     shape, run = model_config_of(checkpoint), run_of(checkpoint)
-    if shape.head != "scalar":
-        raise ArtefactError(f"eval.reward_model={path}: model.head={shape.head}: expected a run of stage=reward")
     tokenizer = tokenizer_of(checkpoint, None if run else WorkDirectory(Path(config.work_dir)).tokenizer, run)
     model = Transformer(shape).to(choose_device(config.device, 0)).eval()
     model.load_state_dict({name: torch.from_numpy(value) for name, value in model_weights(checkpoint).items()})

@@ -27,7 +27,7 @@ from dist_lm.evaluation.tasks import (
 )
 from dist_lm.generation.request import Answer, AnswerSets, Refusal, Request, SamplingParams
 from dist_lm.sandbox.pool import Sandboxes
-from dist_lm.stages.evaluate import AUTO, EvaluateConfig, EvaluateRunConfig, label_of, refuse_other_inputs, table_of
+from dist_lm.stages.evaluate import AUTO, EvaluateConfig, EvaluateRunConfig, labels_of, refuse_other_inputs, table_of
 from dist_lm.stages.evaluate_reward import prompts_of, reward_scores
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.stage import PoolWork
@@ -65,7 +65,9 @@ class Evaluation(PoolWork):
         stage, checkpoint = config.stage, Path(config.stage.models[0])
         self._config, self._run, self._tokenizer = config, run, tokenizer
         self._open_sandboxes = open_sandboxes
-        self.label = label_of(checkpoint)
+        begun: Any = load_config(run.config).stage if run.config.exists() else stage
+        self._labels = dict(zip(begun.models, labels_of([Path(path) for path in begun.models]), strict=True))
+        self.label = self._labels[stage.models[0]]
         self.chat = stage.chat == "always" or (stage.chat == AUTO and answers_requests(checkpoint, tokenizer))
         self._folder = run.samples / self.label.replace("/", "_")
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -198,10 +200,7 @@ class Evaluation(PoolWork):
 
     def _prompts_of_others(self) -> int:
         """Questions that other models of the run have answered."""
-        if not self._run.config.exists():
-            return 0
-        models: Any = load_config(self._run.config).stage
-        folders = [self._run.samples / label_of(Path(path)).replace("/", "_") for path in models.models]
+        folders = [self._run.samples / label.replace("/", "_") for label in self._labels.values()]
         files = [file for folder in folders if folder != self._folder for file in sorted(folder.glob("*-*.jsonl"))]
         return sum(record["index"] == 0 for file in files for record in json_lines(file))
 

@@ -4,9 +4,9 @@ import pytest
 
 from dist_lm.config.corpus import TokenizerConfig
 from dist_lm.errors import ArtefactError
+from dist_lm.evaluation.comparison import compared_tasks, comparison_text
 from dist_lm.evaluation.figures import bits_figures
 from dist_lm.evaluation.tasks import Asking, tool_items
-from dist_lm.stages.evaluate import compared_tasks, comparison_text
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tokenizer.train import train_tokenizer
 from tests.conftest import texts

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from dist_lm.errors import ConfigError
+from dist_lm.evaluation.comparison import compared_tasks, figures_of
 from dist_lm.evaluation.figures import recorded, reward_figures
 from dist_lm.evaluation.tasks import Asking, prompt_items
 from dist_lm.generation.request import Answer
-from dist_lm.stages.evaluate import compared_tasks, figures_of
 from dist_lm.stages.evaluate_reward import prompts_of, reward_scores
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from tests.conftest import TINY, composed

@@ -12,6 +12,7 @@ from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.evaluation import tasks
+from dist_lm.evaluation.comparison import rows_of
 from dist_lm.evaluation.figures import bits_figures, task_figures
 from dist_lm.evaluation.problems import own_infills, own_problems
 from dist_lm.evaluation.statistics import pass_at_k
@@ -22,7 +23,7 @@ from dist_lm.launcher.plan import make_plan
 from dist_lm.launcher.pool_run import run_pool_stage
 from dist_lm.launcher.process import Interrupt
 from dist_lm.sandbox.pool import SandboxPool
-from dist_lm.stages.evaluate import STAGE, rows_of
+from dist_lm.stages.evaluate import STAGE
 from dist_lm.stages.evaluate_work import Evaluation
 from dist_lm.stages.stage import Action
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
