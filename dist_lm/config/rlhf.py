@@ -71,8 +71,8 @@ class RewardPartConfig:
     weight: float = 1.0  # in the sum of all parts
     target: int = 0  # length: tokens of a completion with reward 1; the reward falls to 0 at 0 and at twice as many
     language: str = "python"  # parses: python | bash | sql; 1 if the text parses, else 0
-    of: str = "document"  # parses: document (prompt and completion as one text) | completion
-    function: str = ""  # function: 'package.module:name', called as name(prompt text, completion text) -> float
+    of: str = "document"  # parses: document (request and completion as one text) | completion
+    function: str = ""  # function: 'package.module:name', called as name(request, completion) -> float
     timeout_s: float = 10.0  # function: limit of a call
     score: str = "share"  # tests: share of the tests passed | all: 1 if all passed, else 0
     cpu_s: float = 0.5  # tests: limit of a completion's tests together

@@ -46,7 +46,7 @@ from dist_lm.rlhf.rollouts import ShuffledPrompts, read_to_end
 from dist_lm.rlhf.state import RlhfState
 from dist_lm.stages.registry import load_config
 from dist_lm.stages.rlhf import RlhfRunConfig
-from dist_lm.stages.rlhf_prompts import read_all, tasks_of
+from dist_lm.stages.rlhf_prompts import read_all, request_reader, tasks_of
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -257,7 +257,8 @@ def _supply(
     group, draws = config.rlhf, partial(reporter.alive, Phase.GENERATING)
     on_nodes = partial(sandboxes_of, beside.cluster if beside else None)
     tasks = Tasks(tasks_of(group, start.tokenizer), config.sandbox == TRUST_ME, on_nodes)
-    judge = Judge(group.rewards, start.tokenizer.decode, group.max_failed_fraction, draws, tasks)
+    request_of = request_reader(start.tokenizer)
+    judge = Judge(group.rewards, start.tokenizer.decode, group.max_failed_fraction, draws, tasks, request_of)
     stack.enter_context(judge)
     source = stack.enter_context(rollout_source(config, start.tokenizer, weights, start.world.device, draws, beside))
     return RolloutSupply(

@@ -34,7 +34,7 @@ class FunctionRule:
         """Start the process.
 
         Args:
-            path: 'package.module:name' of a function of prompt text and completion text.
+            path: 'package.module:name' of a function of the text of the user's last turn and the completion's.
             key: the config key, for messages.
             timeout_s: limit of a call in seconds.
         """
@@ -91,7 +91,7 @@ class FunctionRule:
         """The scores up to the first completion that costs the process."""
         answered = 0
         try:
-            process.send({"judged": [[one.prompt, one.completion] for one in judged]}, self._timeout_s)
+            process.send({"judged": [[one.request, one.completion] for one in judged]}, self._timeout_s)
             while answered < len(judged):
                 score = _score(process.receive(self._timeout_s, _calling(alive)))
                 answered += 1

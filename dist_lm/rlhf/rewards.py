@@ -76,13 +76,16 @@ class Judge:
         max_failed_fraction: float,
         alive: Alive = lambda: None,
         tasks: Tasks = Tasks(),
+        request_of: Decode | None = None,
     ) -> None:
         """
         Args:
             max_failed_fraction: largest share of the rollouts of an iteration that may stay without a score.
             alive: called while rules work, from any thread.
             tasks: for parts of kind `tests`.
+            request_of: the text of the user's last turn in a prompt; None: the prompt has no turns.
         """
+        self._request_of = request_of
         self._parts, self._decode, self._alive = parts, decode, alive
         self._max_failed_fraction = max_failed_fraction
         self._rules = rules_of(parts, tasks)
@@ -93,8 +96,7 @@ class Judge:
         for rule in self._early:
             rule.begin(
                 Judged(
-                    prompt=self._decode(list(request.prompt)),
-                    completion=self._decode(list(answer.tokens)),
+                    **self._texts(list(request.prompt), list(answer.tokens)),
                     new_tokens=len(answer.tokens),
                     whole=answer.finish in WHOLE,
                     position=int(request.id),
@@ -115,8 +117,7 @@ class Judge:
             return JudgedRollouts(rollouts, {})
         judged = [
             Judged(
-                prompt=self._decode(one.prompt.tolist()),
-                completion=self._decode(one.completion.tolist()),
+                **self._texts(one.prompt.tolist(), one.completion.tolist()),
                 new_tokens=len(one.completion),
                 whole=one.whole,
                 position=one.position,
@@ -143,6 +144,11 @@ class Judge:
                         f"score, above rlhf.max_failed_fraction={self._max_failed_fraction:g}: mend it, or raise that"
                     )
         return JudgedRollouts(rollouts, found)
+
+    def _texts(self, prompt: Sequence[int], completion: Sequence[int]) -> dict[str, str]:
+        text = self._decode(prompt)
+        request = self._request_of(prompt) if self._request_of else text
+        return {"prompt": text, "completion": self._decode(completion), "request": request}
 
     def _title(self, name: str) -> str:
         function = self._parts[name].function

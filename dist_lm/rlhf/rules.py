@@ -17,12 +17,13 @@ Alive = Callable[[], None]
 class Judged:
     """A rollout as rules see it."""
 
-    prompt: str
+    prompt: str  # as the model sees it, without the names of special tokens; the key of its tests
     completion: str
     new_tokens: int
     whole: bool  # it ended by a stop token and was not cut off
     position: int = 0  # of its prompt in the order of prompts
     sample: int = 0  # number among the completions of its prompt
+    request: str = ""  # text of the user's last turn in the prompt
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,12 @@ def parses_rule(language: str, of: str) -> TextRule:
     """1 if the text parses, else 0. The last line of a completion that was cut off does not count.
 
     Args:
-        of: document (prompt and completion as one text) | completion.
+        of: document (request and completion as one text) | completion.
     """
 
     def score(judged: Judged) -> Score:
         if of == "document":
-            verdict = parses_continued(language, judged.prompt, judged.completion, judged.whole)
+            verdict = parses_continued(language, judged.request, judged.completion, judged.whole)
         else:
             verdict = parses(language, whole_lines(judged.completion, judged.whole))
         return Failure(f"the parser of {language} gave no verdict in time") if verdict is None else float(verdict)

@@ -6,7 +6,7 @@ out for the win rate.
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dist_lm.chat.messages import ChatError, Conversation, Message
@@ -15,9 +15,11 @@ from dist_lm.config.root import imported_function
 from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError, UserError
+from dist_lm.evaluation.tool_questions import shown
 from dist_lm.sandbox.task import Task, task_of
 from dist_lm.stages.rlhf import RlhfRunConfig, RlhfRunGroup
 from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.tokenizer.symbols import START
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -91,6 +93,23 @@ def tasks_of(group: RlhfRunGroup, tokenizer: Tokenizer) -> dict[str, Task]:
             if found.setdefault(text, task) != task:
                 raise ArtefactError(f"{key}: {prompt.place}: the same prompt has other tests in a line before")
     return found
+
+
+def request_reader(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
+    """What reads the text of the user's last turn from the tokens of a prompt, in the layout of the tokenizer's chats.
+
+    Raises:
+        ChatError: a kept chat template cannot write a request.
+    """
+    asked = Conversation((Message("user", "probe"),))
+    before, _, after = shown(rendered(asked, tokenizer), tokenizer).rpartition("probe")
+    opening = before[max(0, *(before.rfind(name) for name in (START, *tokenizer.special_ids))) :]
+
+    def request_of(tokens: Sequence[int]) -> str:
+        text = shown(tokens, tokenizer).removesuffix(after)
+        return text.rpartition(opening)[2] if opening else text
+
+    return request_of
 
 
 def _files(group: RlhfRunGroup) -> list[tuple[str, str]]:

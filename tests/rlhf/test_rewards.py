@@ -13,8 +13,8 @@ from dist_lm.rlhf.rules import Failure, Judged, Rule, length_rule, parses_rule
 from tests.rlhf.toy import rollouts_with
 
 
-def judged(prompt: str = "", completion: str = "", new_tokens: int = 1, whole: bool = True) -> Judged:
-    return Judged(prompt, completion, new_tokens, whole)
+def judged(request: str = "", completion: str = "", new_tokens: int = 1, whole: bool = True) -> Judged:
+    return Judged(f"user\n{request}\nassistant\n", completion, new_tokens, whole, request=request)
 
 
 def only(rule: Rule, judged: Judged) -> float | Failure:
@@ -43,13 +43,17 @@ def test_a_parser_without_a_verdict_gives_no_score(monkeypatch):
         assert only(parses_rule("bash", of), judged()) == Failure("the parser of bash gave no verdict in time")
 
 
-def test_a_persons_function_gets_the_texts_of_prompt_and_completion():
+def test_a_persons_function_gets_the_texts_of_request_and_completion():
     parts = {"common": RewardPartConfig(kind="function", function="tests.rlhf.toy_rewards:words_in_common")}
     rollouts = rollouts_with([1, 2], [2, 1])
     texts = {tuple(part.tolist()): text for one, texts in zip(rollouts, (("a b", "b c"), ("a", "d")), strict=True)
              for part, text in zip((one.prompt, one.completion), texts, strict=True)}  # fmt: skip
     with Judge(parts, lambda tokens: texts[tuple(tokens)], 0.0) as judge:
         assert judge(rollouts).scores["common"].tolist() == [1.0, 0.0]
+    parts["code"] = RewardPartConfig(kind="parses")
+    with Judge(parts, lambda tokens: texts[tuple(tokens)], 0.0, request_of=lambda tokens: "c =") as judge:
+        found = judge(rollouts).scores
+        assert (found["common"].tolist(), found["code"].tolist()) == ([1.0, 0.0], [0.0, 1.0])
 
 
 @pytest.mark.usefixtures("one_rank")

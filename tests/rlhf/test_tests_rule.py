@@ -119,7 +119,7 @@ def test_a_judge_begins_with_the_texts_that_it_judges_later():
         request = Request("0", [1])
         judge.begin(request, Answer("0", 0, 1, (2, 3), "", (0.0, 0.0), (0.0, 0.0), "eot", 0, 0))
         begun = judge._early[0]._begun
-        assert set(begun) == {Judged("double", "echo 4", 2, True, 0, 0)}
+        assert set(begun) == {Judged("double", "echo 4", 2, True, 0, 0, request="double")}
         assert judge(made).scores["mine"].tolist() == [0.5, 0.5]
         assert not begun
 

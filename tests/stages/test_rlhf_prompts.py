@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from dist_lm.chat.messages import Conversation, Message
+from dist_lm.chat.template import prompt as rendered
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.evaluation.tool_questions import shown
 from dist_lm.launcher.compose import compose_config
 from dist_lm.stages.rlhf import RlhfRunConfig
-from dist_lm.stages.rlhf_prompts import Prompts, check_prompts, read_all, tasks_of
+from dist_lm.stages.rlhf_prompts import Prompts, check_prompts, read_all, request_reader, tasks_of
 from dist_lm.storage.run_directory import WorkDirectory
-from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer
+from tests.chat.test_kept_template import ADDS_SYSTEM, FORGETS, TRIMS, WITHOUT_HEADER
 from tests.conftest import TINY
 
 
@@ -36,6 +39,18 @@ def test_conversations_give_what_stands_before_the_assistants_first_turn(tiny_wo
         text = shown(prompt, tokenizer)
         assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
         assert text.count("<|im_start|>assistant\n") == 1
+
+
+@pytest.mark.parametrize("template", ["", ADDS_SYSTEM, TRIMS, WITHOUT_HEADER, FORGETS])
+def test_the_request_is_the_text_of_the_users_last_turn(tiny_work, template):
+    data = tiny_work.tokenizer_model.read_bytes()
+    kept = KeptTemplate(template, (("bos_token", "<|endoftext|>"), ("eos_token", "<|im_end|>")), "2026-01-31")
+    tokenizer = Tokenizer(data, "tokenizer", kept if template else None)
+    request_of, last = request_reader(tokenizer), Message("user", "def add(a, <|im_end|> b):\n    x = 1")
+    system = [] if template in (TRIMS, WITHOUT_HEADER) else [Message("system", "Be brief.")]
+    before = [Message("user", "Hello"), Message("assistant", "Yes?")] if template in ("", ADDS_SYSTEM) else []
+    for turns in ([last], [*system, *before, last]):
+        assert request_of(rendered(Conversation(tuple(turns)), tokenizer)) == last.content
 
 
 def test_a_corpus_of_texts_has_no_prompts(tiny_work):
