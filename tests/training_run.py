@@ -73,12 +73,12 @@ def linked(work: WorkDirectory, directory: Path) -> WorkDirectory:
     return WorkDirectory(directory)
 
 
-def write_untrained(work: WorkDirectory, stage: str, seed: int) -> RunDirectory:
-    """The run `default` of a training stage, with a checkpoint of a model that has not learned, but has opinions."""
+def write_untrained(work: WorkDirectory, stage: str, seed: int, run_id: str = "default") -> RunDirectory:
+    """A run of a training stage, with a checkpoint of a model that has not learned, but has opinions."""
     config = compose_config([f"stage={stage}", *TINY, "model.init_std=0.15"])
     model = Transformer(config.model)
     initialise(model, seed)
-    run = work.run(stage, "default")
+    run = work.run(stage, run_id)
     run.create()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:

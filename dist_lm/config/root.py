@@ -91,6 +91,12 @@ class Config:
         return self.stage.streams
 
     @property
+    def noted_files(self) -> dict[str, list[Path]]:
+        """Files that a run reads at every start, by `KEY=VALUE`: they must not change while it goes on."""
+        files = {task: path for task, path in self.eval.files.items() if task in self.stage.eval_tasks}
+        return {f"eval.{task}={path}": [path] for task, path in files.items()}
+
+    @property
     def trained_shape(self) -> ModelConfig:
         """The model that is trained: `model`, with adapters if stage.lora asks for them."""
         return AdaptedModelConfig.of(self.model, self.stage.lora) if self.stage.lora.rank else self.model

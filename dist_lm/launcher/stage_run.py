@@ -17,8 +17,8 @@ from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.cluster.recruit import Crew
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.config.root import Config, save_config
+from dist_lm.data.noted_files import note_files
 from dist_lm.errors import ArtefactError, require
-from dist_lm.evaluation.task_files import note_task_files
 from dist_lm.launcher.layout_choice import check_hardware, on_nodes, sizes, with_layout
 from dist_lm.launcher.muster import Muster
 from dist_lm.launcher.pipeline import LOOK_S
@@ -237,7 +237,7 @@ def run_training_stage(
         if interrupt.requested:
             return False
         save_config(first, run.config)
-        note_task_files(run, first)
+        note_files(run, first)
         run.result.unlink(missing_ok=True)  # of fewer steps, if a finished run goes on
         muster = Muster(
             cluster,

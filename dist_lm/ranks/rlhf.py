@@ -16,6 +16,7 @@ from dist_lm.chat.template import stop_tokens
 from dist_lm.cluster.sandboxes import sandboxes_of
 from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.config.root import TRUST_ME
+from dist_lm.data.noted_files import require_files
 from dist_lm.errors import ArtefactError
 from dist_lm.evaluation.tool_questions import shown
 from dist_lm.parallel.mesh import World
@@ -169,7 +170,7 @@ class Saving:
             policy.optimizer,
             train_state(state, self.reporter.tokens, self.reporter.tokenizer.sha256),
             self.begun.companions,
-            saved_files(state, self.begun.critic_base) if self.is_first else {},
+            saved_files(state, self.begun) if self.is_first else {},
         )
         if self.reporter.metrics:
             self.reporter.metrics.write(state.iteration, {"checkpoint/stall_s": time.perf_counter() - began})
@@ -190,6 +191,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             config, run, world, start.tokenizer, metrics, heartbeat, begun.tokens, state.iteration, profiler
         )
         check_corpora(run, config, start.tokenizer, world)
+        require_files(run, config)
         train, held_out_prompts = read_all(config, run, start.tokenizer)
         beside = stack.enter_context(joined(config, world.device)) if world.is_first else None
         supply = _supply(config, start, begun, train, reporter, stack, beside)

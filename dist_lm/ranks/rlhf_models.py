@@ -28,8 +28,13 @@ from dist_lm.training.state import TrainState
 
 log = logging.getLogger(__name__)
 
+START, REWARD_MODEL = "stage.init_from", "rlhf.reward_model"
 VALUE = "value."  # prefix of the critic's tensors
-STATE, PENDING, CRITIC = "rlhf.json", "pending.safetensors", "critic.json"  # files of this stage in a checkpoint
+# files of this stage in a checkpoint
+STATE, PENDING, CRITIC, FROZEN = "rlhf.json", "pending.safetensors", "critic.json", "frozen.json"
+
+Bases = Mapping[str, Mapping[str, str]]
+"""The checkpoints of the frozen models, by the key that names each; see `base_record`."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Begun:
     models: RlhfModels
     state: RlhfState
     tokens: int  # generated and trained on so far
+    frozen: Bases
     critic_base: Mapping[str, str] | None = None  # see `base_record`; None: no critic, or one without adapters
 
     @property
@@ -52,7 +58,8 @@ def begin(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorithm:
     """Load the models from the newest intact checkpoint of the run, else from the initial checkpoints (collective).
 
     Raises:
-        ArtefactError: a checkpoint is missing, damaged, or belongs to another model.
+        ArtefactError: a checkpoint is missing, damaged, belongs to another model, or is not the one that the run began
+            with.
     """
     own = checkpoint.newest_intact(run.checkpoints, start.world)
     origin = None if config.stage.init_from == "none" else Path(config.stage.init_from)
@@ -69,7 +76,11 @@ def begin(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorithm:
         checkpoint_files.check_tokenizer(origin, checkpoint_files.read_state(origin)[0], start.tokenizer.sha256)
         for model in (reference,) if shape.lora or own else (reference, policy.model):
             checkpoint.load_weights(origin, model, shape)
-    reward, critic, critic_base = _reward_model(config, start), None, None
+    reward_at = None
+    if config.rlhf.asks_reward_model:
+        reward_at = checkpoint.find_intact(Path(config.rlhf.reward_model), start.world)
+    frozen = {key: base_record(path) for key, path in ((START, origin), (REWARD_MODEL, reward_at)) if path}
+    reward, critic, critic_base = _reward_model(reward_at, config, start) if reward_at else None, None, None
     if algorithm.has_critic:
         scalar = replace(shape, head="scalar")
         critic = trained(_model(scalar, config, start), config.rlhf, given(config.rlhf.value_lr))
@@ -77,12 +88,13 @@ def begin(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorithm:
         if shape.lora or not own:
             start_critic(critic.model, trunk, given(config.rlhf.value_head))
         if isinstance(shape, AdaptedModelConfig):
-            critic_base = base_record(Path(config.rlhf.reward_model) if trunk is reward else Path(shape.base))
-    begun = Begun(RlhfModels(policy, critic, reference, reward), first_state(config.rlhf), 0, critic_base)
+            critic_base = frozen[REWARD_MODEL if trunk is reward else START]
+    begun = Begun(RlhfModels(policy, critic, reference, reward), first_state(config.rlhf), 0, frozen, critic_base)
     if own:
         log.info("continuing from %s", own)
         if critic_base:
             check_critic(own, critic_base)
+        check_frozen(own, frozen)
         state = checkpoint.load(own, policy.model, policy.optimizer, shape, begun.companions)
         return replace(begun, state=read_state(own), tokens=state.tokens)
     if origin:
@@ -90,12 +102,30 @@ def begin(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorithm:
     return begun
 
 
-def base_record(path: Path) -> dict[str, str]:
-    """The base of the critic's adapters: path and SHA-256 of its manifest."""
+def base_record(directory: Path) -> dict[str, str]:
+    """A checkpoint that a frozen model, or the critic with adapters, is of: path and SHA-256 of its manifest."""
     from dist_lm.training.adapters import fingerprint
 
-    found = checkpoint_files.find_checkpoint(path)
-    return {"base": str(found), "base_sha256": fingerprint(found)}
+    return {"base": str(directory), "base_sha256": fingerprint(directory)}
+
+
+def check_frozen(own: Path, frozen: Bases) -> None:
+    """Refuse a reference and a reward model other than those that the run began with; they may have moved.
+
+    Raises:
+        ArtefactError: names the checkpoint, the key and both models.
+    """
+    if not (own / checkpoint_files.STAGE / FROZEN).exists():
+        return  # of a release that did not record them
+    none = {"base": "none", "base_sha256": ""}
+    saved: Bases = json.loads(checkpoint_files.read_attached(own, FROZEN))
+    for key in (START, REWARD_MODEL):
+        was, now = (records.get(key, none) for records in (saved, frozen))
+        if was["base_sha256"] != now["base_sha256"]:
+            raise ArtefactError(
+                f"checkpoint {own}: {key} was {was['base']} (manifest {was['base_sha256'][:12]}), found {now['base']} "
+                f"({now['base_sha256'][:12]}): name that checkpoint (RUN@STEP), or choose another run_id"
+            )
 
 
 def check_critic(own: Path, base: Mapping[str, str]) -> None:
@@ -125,10 +155,13 @@ def first_state(group: RlhfRunGroup) -> RlhfState:
     return RlhfState(KlController(given(group.kl_coefficient), group.kl_target, group.kl_horizon), reward_scale=scale)
 
 
-def saved_files(state: RlhfState, critic_base: Mapping[str, str] | None = None) -> dict[str, bytes]:
+def saved_files(state: RlhfState, begun: Begun) -> dict[str, bytes]:
     """Files of this stage in a checkpoint: name -> content."""
-    found = {STATE: json.dumps(state.to_dict(), indent=1).encode(), PENDING: save_arrays(dict(state.arrays()))}
-    return found | ({CRITIC: json.dumps(dict(critic_base), indent=1).encode()} if critic_base else {})
+    found: dict[str, Any] = {STATE: state.to_dict(), FROZEN: begun.frozen}
+    if begun.critic_base:
+        found[CRITIC] = begun.critic_base
+    written = {name: json.dumps(value, indent=1).encode() for name, value in found.items()}
+    return written | {PENDING: save_arrays(dict(state.arrays()))}
 
 
 def train_state(state: RlhfState, tokens: int, tokenizer_sha256: str) -> TrainState:
@@ -153,10 +186,7 @@ def _model(shape: ModelConfig, config: RlhfRunConfig, start: RankStart) -> Trans
     return build_model(shape, config.parallel, start.mesh, start.world.device, config.seed)
 
 
-def _reward_model(config: RlhfRunConfig, start: RankStart) -> Transformer | None:
-    if not config.rlhf.asks_reward_model:
-        return None
-    found = checkpoint.find_intact(Path(config.rlhf.reward_model), start.world)
+def _reward_model(found: Path, config: RlhfRunConfig, start: RankStart) -> Transformer:
     shape = ModelConfig(**checkpoint_files.read_state(found)[1])
     check_reward_model(config, shape)
     model = _model(shape, config, start)

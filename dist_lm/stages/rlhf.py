@@ -14,6 +14,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.config.rlhf import SHARED, RlhfConfig, RolloutPoolConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import COSINE, check_shares
+from dist_lm.data.prompts import find_prompts
 from dist_lm.data.sources.reader import corpora_of_form, form_of
 from dist_lm.errors import ArtefactError, ConfigError, require
 from dist_lm.stages.stage import KeyFigure
@@ -123,6 +124,12 @@ class RlhfRunConfig(Config):
     def streams(self) -> tuple[str, ...]:
         prompts = () if self.rlhf.prompts_from else self.stage.streams
         return tuple(dict.fromkeys((*prompts, *self.rlhf.pretrain_streams)))
+
+    @property
+    def noted_files(self) -> dict[str, list[Path]]:
+        given = {f"rlhf.{key}": getattr(self.rlhf, key) for key in ("prompts_from", "held_out_from")}
+        prompts = {f"{key}={where}": find_prompts(where, key) for key, where in given.items() if where}
+        return super().noted_files | prompts
 
     @property
     def trained_models(self) -> int:

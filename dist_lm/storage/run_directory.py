@@ -4,7 +4,7 @@ work/
   tokenizer/{tokenizer.model or tokenizer.json, report.json}
   corpora/NAME/{train,val}-000000.tar + .index, manifest.json
   runs/STAGE/RUN_ID/
-    config.yaml corpora.json task_files.json metrics.jsonl result.json reference.safetensors
+    config.yaml corpora.json noted_files.json metrics.jsonl result.json reference.safetensors
     checkpoints/step_00000100/ ... LATEST BEST
     averages/last_4_step_00000100/ ...
     logs/rank_00000.log   samples/   wandb/   profile/   evaluations/
@@ -208,9 +208,9 @@ class RunDirectory:
         return self.path / "prompts.json"
 
     @property
-    def task_files(self) -> Path:
-        """JSON: the hashes of the files of `stage.eval_tasks`."""
-        return self.path / "task_files.json"
+    def noted_files(self) -> Path:
+        """JSON: the hashes of the files of `stage.eval_tasks` and of the prompts of stage rlhf."""
+        return self.path / "noted_files.json"
 
     @property
     def profile(self) -> Path:
