@@ -20,7 +20,7 @@ import typer.main
 
 from dist_lm.__main__ import app
 from dist_lm.bench.case import benchmark_at
-from dist_lm.bench.learn import recipes_of
+from dist_lm.bench.learn_recipes import recipes_of
 from dist_lm.bench.run import BENCHMARKS
 from dist_lm.bench.scaling import numbers_of
 from dist_lm.config.root import Config, save_config

@@ -5,8 +5,15 @@ from typing import Annotated
 
 import typer
 
+from dist_lm.errors import ConfigError
+
+LEARN = ("recipe", "peer", "budget", "seeds", "curves", "points")
+SCALING = ("widths", "tokens", "seeds")
+OPTIONS = {"learn": LEARN, "scaling": SCALING}  # of other benchmarks: --quick
+
 
 def bench(
+    context: typer.Context,
     name: Annotated[
         str,
         typer.Argument(
@@ -43,6 +50,13 @@ def bench(
     recipes learn within one budget; with `scaling`, what a configuration will learn, from runs of narrow models."""
     from rich.console import Console
 
+    used = OPTIONS.get(name, ("quick",))
+    for option in ("quick", *LEARN, *SCALING):
+        source = context.get_parameter_source(option)
+        if option not in used and source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(
+                f"bench {name} does not use --{option}: expected settings or --json, --{', --'.join(used)}"
+            )
     from dist_lm.launcher.conf_folders import with_config_dir
 
     settings = with_config_dir([*(f"--config-dir={one}" for one in config_dir or []), *(overrides or [])])

@@ -17,73 +17,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
 from dist_lm.bench.case import write_records
-from dist_lm.bench.learn_held_out import HeldOut, corpus_of, held_out_of
+from dist_lm.bench.learn_held_out import HeldOut, held_out_of, opening_of
+from dist_lm.bench.learn_recipes import OwnLearner, Recipe, recipes_of
 from dist_lm.bench.learn_report import Curve, Point, drawing, languages_of, records_of, table_of
-from dist_lm.config.root import Config
-from dist_lm.config.stage import StageConfig
-from dist_lm.data.batch import Batch
-from dist_lm.data.stream import SequenceStream
 from dist_lm.errors import ConfigError, UserError
-from dist_lm.launcher.compose import compose_config
-from dist_lm.model.keyed_random import DropoutKey, initialise
-from dist_lm.model.size import flops_per_token
-from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import choose_device
-from dist_lm.stages.registry import stage_named
-from dist_lm.stages.text import TextStage
-from dist_lm.training.heartbeat import StopRequest
-from dist_lm.training.objective import next_token
-from dist_lm.training.optimizer import (
-    build_optimizer,
-    muon_momentum,
-    set_learning_rate,
-    set_momentum,
-    stage_rate,
-)
-from dist_lm.training.step import accumulate_gradients, update
+from dist_lm.stages.text import open_stream
 
-ALONE = ("tracking=none", "prerequisites=fail", "stage.init_from=none")
-# no peer keeps attention inside a document; positions that start again belong to that mask
-BASE = (*ALONE, "stage.document_mask=false", "stage.reset_positions=false")
 TURN = 5  # steps
 WARM_UP, TIMED = 2, 6  # steps that find the speed of a learner, for a budget of seconds
 MANY = 10**6  # steps of a learner that is only looked at
 POINTS = 10  # of a curve
 UNITS = ("tokens", "flops", "s")
-
-
-class Learner(Protocol):
-    """A model in training."""
-
-    @property
-    def flops_per_token(self) -> float: ...
-
-    @property
-    def parameters(self) -> int: ...
-
-    def step(self, number: int, micro_batches: Sequence[Batch]) -> None:
-        """The optimizer step of this 0-based number."""
-        ...
-
-    def token_losses(self, batch: Batch) -> torch.Tensor:
-        """Cross-entropy of every target, nats, (B, T)."""
-        ...
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One row of the table."""
-
-    name: str
-    config: Config
-    build: Callable[[Config, int, torch.device], Learner]  # (config, its steps, device)
 
 
 @dataclass(frozen=True)
@@ -110,55 +61,21 @@ class Budget:
             raise ConfigError(f"--budget={text}: expected {accepted}") from error
         return cls(amount, found[2])
 
-    def steps(self, stage: StageConfig, flops: float, step_s: float) -> int:
+    def steps(self, recipe: str, cost: float) -> int:
         """Optimizer steps that it pays for.
 
         Args:
-            flops: per token.
-            step_s: seconds of a step.
+            cost: of a step, in its unit.
+
+        Raises:
+            ConfigError: not even one; names the recipe.
         """
-        tokens = stage.global_batch * stage.seq_len
-        cost = {"tokens": tokens, "flops": tokens * flops, "s": step_s}[self.unit]
-        return max(1, int(self.amount / cost))
-
-
-# --- what is compared ---
-
-
-def recipes_of(
-    overrides: Sequence[str], own: Sequence[str], peers: Sequence[str], defaults: Sequence[str] = BASE
-) -> list[Recipe]:
-    """The recipe of `overrides` alone, then `NAME: overrides` of each of `own`, then the peers.
-
-    Args:
-        defaults: overrides that come before `overrides`.
-
-    Raises:
-        ConfigError: a recipe without a name, an unknown peer, overrides that cannot be composed, a stage that does not
-            learn the next token.
-    """
-    stage = [] if any(one.startswith("stage=") for one in overrides) else ["stage=code", "model=nano"]
-    base = [*stage, *defaults, *overrides]
-    found = [Recipe("as configured", compose_config(base), OwnLearner)]
-    for text in own:
-        name, rest = _named(text, "--recipe")
-        found.append(Recipe(name, compose_config([*base, *rest]), OwnLearner))
-    if peers:
-        from dist_lm.bench.learn_peers import peer_recipe
-
-        found += [peer_recipe(*_named(text, "--peer"), base) for text in peers]
-    names = [one.name for one in found]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ConfigError(f"--recipe={twice.pop()}: the name is taken; expected a name of its own")
-    for one in found:
-        if not isinstance(stage_named(one.config.stage.name), TextStage):
+        if self.amount < cost:
             raise ConfigError(
-                f"{one.name}: stage={one.config.stage.name}: the loss of the next token is measured: expected "
-                "a stage that trains on it, such as language or code"
+                f"--budget={self.amount:g}{self.unit}: a step of {recipe} costs {cost:.3g}{self.unit}; expected at "
+                "least as much"
             )
-        if one.config.stage.ema_decay:
-            raise ConfigError(f"{one.name}: stage.ema_decay is set; the weights are measured: expected 0")
-    return found
+        return int(self.amount / cost)
 
 
 def prepare(folder: Path, option: str, value: Path) -> None:
@@ -169,64 +86,13 @@ def prepare(folder: Path, option: str, value: Path) -> None:
         raise ConfigError(f"{option}={value}: {folder} cannot be made ({error.strerror}); choose another") from error
 
 
-def _named(text: str, option: str) -> tuple[str, list[str]]:
-    name, colon, rest = text.partition(":")
-    if not name.strip() or not colon:
-        raise ConfigError(f"{option}={text}: expected NAME: KEY=VALUE ...")
-    return name.strip(), rest.split()
-
-
-class OwnLearner:
-    """Our model, optimizer and schedule, as a run has them."""
-
-    def __init__(self, config: Config, steps: int, device: torch.device) -> None:
-        if steps <= config.stage.warmup_steps:
-            raise ConfigError(
-                f"stage.warmup_steps={config.stage.warmup_steps}: the budget pays for {steps} steps; expected fewer "
-                "steps of warm-up, or a larger --budget"
-            )
-        self.stage, self.seed = replace(config.stage, steps=steps), config.seed
-        self.model = Transformer(config.model)
-        initialise(self.model, config.seed)
-        self.model.to(device)
-        self.model.document_mask = config.stage.document_mask
-        self.model.chunk_bytes = config.parallel.loss_chunk_mib << 20
-        self.optimizer = build_optimizer(self.model, self.stage, self.stage.muon)
-        self.objective = next_token(self.stage.label_smoothing, self.stage.z_loss)
-        self.flops_per_token = float(flops_per_token(config.model, config.stage.seq_len))
-        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
-
-    def step(self, number: int, micro_batches: Sequence[Batch]) -> None:
-        """See `Learner`."""
-        set_learning_rate(self.optimizer, stage_rate(self.stage, number))
-        set_momentum(self.optimizer, muon_momentum(self.stage, number))
-        self.model.dropout = DropoutKey(self.stage.dropout, self.seed, number) if self.stage.dropout else None
-        sums = accumulate_gradients(self.model, self.objective, micro_batches)
-        self.model.dropout = None
-        result = update(
-            self.model, self.optimizer, sums, grad_clip=self.stage.grad_clip, counts=True, stop=StopRequest()
-        )
-        if not result.applied:
-            raise UserError(f"step {number + 1}: the gradients are not finite; lower stage.lr={self.stage.lr}")
-
-    def token_losses(self, batch: Batch) -> torch.Tensor:
-        """See `Learner`."""
-        return self.model.token_losses(batch)
-
-
-def _stream(config: Config) -> SequenceStream:
-    stage = config.stage
-    return SequenceStream(
-        corpus_of(config, "train"),
-        seed=config.seed,
-        seq_len=stage.seq_len,
-        global_batch=stage.global_batch,
-        micro_batch=stage.micro_batch,
-        dp_rank=0,
-        dp_size=1,
-        document_mask=stage.document_mask,
-        reset_positions=stage.reset_positions,
-    )
+@contextmanager
+def _names(recipe: str) -> Iterator[None]:
+    """An error within names the recipe."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{recipe}: {error}") from error
 
 
 class Lane:
@@ -234,8 +100,9 @@ class Lane:
 
     def __init__(self, recipe: Recipe, seed: int, steps: int, device: torch.device) -> None:
         self.config = replace(recipe.config, seed=seed)
-        self.learner = recipe.build(self.config, steps, device)
-        self.stream = _stream(self.config)
+        with _names(recipe.name):
+            self.learner = recipe.build(self.config, steps, device)
+            self.stream = open_stream(opening_of(self.config, device))
         self.device, self.done, self.seconds = device, 0, 0.0
         self.curve = Curve(recipe.name, seed, self.learner.parameters, steps)
 
@@ -245,7 +112,8 @@ class Lane:
         for _ in range(steps):
             batches = [batch.to(self.device) for batch in next(self.stream).micro_batches]
             began = time.perf_counter()
-            self.learner.step(self.done, batches)
+            with _names(self.curve.recipe):
+                self.learner.step(self.done, batches)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             spent += time.perf_counter() - began
@@ -265,54 +133,68 @@ class Lane:
         self.curve.points.append(Point(tokens, tokens * self.learner.flops_per_token, self.seconds, loss, bits))
 
 
+@contextmanager
+def _lanes(
+    recipes: Sequence[Recipe], seed: int, steps: Mapping[str, int], device: torch.device
+) -> Iterator[list[Lane]]:
+    """A lane of each recipe; `steps` by name."""
+    with ExitStack() as stack:
+        lanes = []
+        for recipe in recipes:
+            lanes.append(Lane(recipe, seed, steps[recipe.name], device))
+            stack.callback(lanes[-1].stream.close)
+        yield lanes
+
+
+def steps_of(recipes: Sequence[Recipe], budget: Budget, device: torch.device) -> dict[str, int]:
+    """Optimizer steps of each recipe that the budget pays for; their seconds are found in turns.
+
+    Raises:
+        ConfigError: it does not pay for one.
+    """
+    costs = {one.name: float(one.config.stage.global_batch * one.config.stage.seq_len) for one in recipes}
+    if budget.unit != "tokens":
+        with _lanes(recipes, recipes[0].config.seed, dict.fromkeys(costs, MANY), device) as lanes:
+            for lane in lanes:
+                costs[lane.curve.recipe] *= lane.learner.flops_per_token
+            if budget.unit == "s":
+                for lane in lanes:
+                    lane.train(WARM_UP)
+                seconds = [[lane.train(1) for lane in lanes] for _ in range(TIMED)]
+                costs = dict(zip(costs, map(statistics.median, zip(*seconds, strict=True)), strict=True))
+    return {name: budget.steps(name, cost) for name, cost in costs.items()}
+
+
 def curves_of_a_seed(
     recipes: Sequence[Recipe],
     seed: int,
-    budget: Budget,
+    steps: Mapping[str, int],
+    measured_on: Mapping[str, HeldOut],
     device: torch.device,
     say: Callable[[str], None],
     points: int = POINTS,
     *,
     at_start: bool = True,
 ) -> list[Curve]:
-    """Train every recipe within the budget, in turns; a curve has `points` points, and one before the first step."""
-    with ExitStack() as stack:
+    """Train every recipe, in turns; a curve has `points` points, and one before the first step.
 
-        def lanes_of(steps: Mapping[str, int]) -> list[Lane]:
-            lanes = [Lane(recipe, seed, steps[recipe.name], device) for recipe in recipes]
-            for lane in lanes:
-                stack.callback(lane.stream.close)
-            return lanes
-
-        step_s = {recipe.name: 1.0 for recipe in recipes}
-        if budget.unit == "s":
-            say(f"seed {seed}: the speed of each recipe")
-            for lane in lanes_of({recipe.name: MANY for recipe in recipes}):
-                lane.train(WARM_UP)
-                step_s[lane.curve.recipe] = statistics.median(lane.train(1) for _ in range(TIMED))
-        flops = {one.name: flops_of(one, device) if budget.unit == "flops" else 1.0 for one in recipes}
-        lanes = lanes_of(
-            {one.name: budget.steps(one.config.stage, flops[one.name], step_s[one.name]) for one in recipes}
-        )
-        measured_on = held_out_of(recipes, device)
+    Args:
+        steps, measured_on: of each recipe, by name.
+    """
+    with _lanes(recipes, seed, steps, device) as lanes:
         for lane in lanes:
             lane.curve.bytes_per_token = measured_on[lane.curve.recipe].bytes_per_token
             if at_start:
                 lane.measure(measured_on[lane.curve.recipe])
         while behind := [lane for lane in lanes if lane.done < lane.curve.steps]:
             for lane in behind:
-                steps = lane.curve.steps
-                due = -(-(lane.done + 1) * points // steps) * steps // points  # step of the next point
+                last = lane.curve.steps
+                due = -(-(lane.done + 1) * points // last) * last // points  # step of the next point
                 lane.train(min(TURN, max(1, due - lane.done)))
                 if lane.done >= due:
                     lane.measure(measured_on[lane.curve.recipe])
             say(f"seed {seed}: " + ", ".join(f"{lane.curve.recipe} {lane.done}/{lane.curve.steps}" for lane in lanes))
     return [lane.curve for lane in lanes]
-
-
-def flops_of(recipe: Recipe, device: torch.device) -> float:
-    """FLOPs a token of a recipe's model."""
-    return recipe.build(recipe.config, MANY, device).flops_per_token
 
 
 @contextmanager
@@ -374,9 +256,12 @@ def run_learning(
         prepare(curves_in, "--curves", curves_in)
     device = choose_device(compared[0].config.device, 0)
     curves: list[Curve] = []
-    with alone(), console.status("") as status:
-        for seed in range(seeds):
-            curves += curves_of_a_seed(compared, seed, spent, device, status.update, points)
+    with alone(), console.status("the speed of each recipe") as status:
+        measured_on = held_out_of(compared, device)
+        steps = steps_of(compared, spent, device)
+        first = compared[0].config.seed
+        for seed in range(first, first + seeds):
+            curves += curves_of_a_seed(compared, seed, steps, measured_on, device, status.update, points)
             _write(curves, json_file, curves_in)  # a later seed may fail
     title = f"learn: {budget} each, {seeds} seed{'s' * (seeds > 1)}, on {compared[0].config.stage.corpus}"
     console.print(table_of(title, curves))

@@ -7,21 +7,24 @@ bits per byte compares them only on the same text.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
+from dist_lm.bench.learn_recipes import Learner, Recipe
 from dist_lm.config.root import Config
 from dist_lm.data.evaluation_batches import EvaluationBatches
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError
+from dist_lm.parallel.mesh import World
+from dist_lm.stages.stage import run_of
+from dist_lm.stages.text import held_out_batches
+from dist_lm.stages.training import Opening
 from dist_lm.storage.run_directory import WorkDirectory
+from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training.objective import loss_metrics, summed_losses
-
-if TYPE_CHECKING:
-    from dist_lm.bench.learn import Learner, Recipe
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class HeldOut:
     batches: EvaluationBatches
     device: torch.device
 
-    def measure(self, learner: "Learner") -> dict[str, float]:
+    def measure(self, learner: Learner) -> dict[str, float]:
         """Loss (nats a token) and bits per byte, as the metrics of `loss_metrics`."""
         languages = self.batches.corpus.languages
         sums = summed_losses(learner, self.batches, len(languages), self.device, None)  # pyright: ignore[reportArgumentType]
@@ -48,23 +51,30 @@ class HeldOut:
         }
 
 
-def held_out(config: Config, device: torch.device) -> HeldOut:
-    """`stage.eval_sequences` sequences of val of `stage.corpus`."""
-    stage = config.stage
-    batches = EvaluationBatches(
-        corpus=corpus_of(config, "val"),
-        seq_len=stage.seq_len,
-        micro_batch=stage.micro_batch,
+def opening_of(config: Config, device: torch.device) -> Opening:
+    """With what a stage opens its data, for a process alone."""
+    group, tokenizer = dist.group.WORLD, WorkDirectory(Path(config.work_dir)).tokenizer_model
+    assert group is not None
+    return Opening(
+        config,
+        run_of(config),
+        World(0, 1, 0, device),
+        Tokenizer.load(tokenizer),
+        data_ranks=group,
         dp_rank=0,
         dp_size=1,
-        limit_sequences=stage.eval_sequences,
-        document_mask=stage.document_mask,
-        reset_positions=stage.reset_positions,
+        position=0,
     )
-    return HeldOut(batches, device)
 
 
-def held_out_of(recipes: Sequence["Recipe"], device: torch.device) -> dict[str, HeldOut]:
+def held_out(config: Config, device: torch.device) -> HeldOut:
+    """`stage.eval_sequences` sequences of val of `stage.corpus`."""
+    return HeldOut(
+        held_out_batches(opening_of(config, device), corpus_of(config, config.stage.corpus, "val"), False), device
+    )
+
+
+def held_out_of(recipes: Sequence[Recipe], device: torch.device) -> dict[str, HeldOut]:
     """What the recipe of each name is measured on: settings of the first recipe, tokens of its own work directory.
 
     Raises:
@@ -95,17 +105,18 @@ def held_out_of(recipes: Sequence["Recipe"], device: torch.device) -> dict[str, 
     return {one.name: of_folder[one.config.work_dir] for one in recipes}
 
 
-def _require_vocabulary(recipe: "Recipe") -> None:
+def _require_vocabulary(recipe: Recipe) -> None:
     config = recipe.config
-    folder = WorkDirectory(Path(config.work_dir)).corpus(config.stage.corpus)
-    found = read_manifest(folder).recipe.vocab_size
-    if found != config.model.vocab_size:
-        raise ConfigError(
-            f"{recipe.name}: model.vocab_size={config.model.vocab_size}: {folder} has {found} pieces: expected "
-            f"model.vocab_size={found}"
-        )
+    for corpus in config.stage.streams:
+        folder = WorkDirectory(Path(config.work_dir)).corpus(corpus)
+        found = read_manifest(folder).recipe.vocab_size
+        if found != config.model.vocab_size:
+            raise ConfigError(
+                f"{recipe.name}: model.vocab_size={config.model.vocab_size}: {folder} has {found} pieces: expected "
+                f"model.vocab_size={found}"
+            )
 
 
-def corpus_of(config: Config, split: str) -> TokenCorpus:
-    """A split of `stage.corpus` in the work directory of a recipe."""
-    return TokenCorpus.open(WorkDirectory(Path(config.work_dir)).corpus(config.stage.corpus), split)
+def corpus_of(config: Config, name: str, split: str) -> TokenCorpus:
+    """A split of a corpus in the work directory of a recipe."""
+    return TokenCorpus.open(WorkDirectory(Path(config.work_dir)).corpus(name), split)

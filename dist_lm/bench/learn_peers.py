@@ -1,15 +1,17 @@
 """Learners of other libraries for `dist-lm bench learn`: their model, optimizer and schedule on our stream.
 
-GPT-NeoX of Hugging Face with torch's AdamW and our schedule, and nanochat's model with its own optimizer and schedule,
-run from a checkout of it. Both attend over the whole sequence.
+GPT-NeoX of Hugging Face with torch's AdamW and our schedule, and nanochat's model with the default rates of its
+`setup_optimizer` and the schedule of its scripts/base_train.py, run from a checkout of it. Both attend over the whole
+sequence.
 
 Dimensions: B sequences, T tokens, V vocabulary.
 """
 
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
-from dist_lm.bench.learn import Learner, Recipe
+from dist_lm.bench.learn_recipes import Recipe
 from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch
 from dist_lm.errors import ConfigError
@@ -27,6 +29,8 @@ from dist_lm.launcher.compose import compose_config
 from dist_lm.training.optimizer import stage_rate
 
 NEOX, NANOCHAT = "neox", "nanochat"
+NAMES = {NEOX: "GPT-NeoX of transformers", NANOCHAT: NANOCHAT}
+NEOX_INIT = "model.init_std=0.02"  # the default of GPTNeoXConfig
 # scripts/base_train.py of nanochat, which cannot be imported
 WARM_UP_STEPS, WARM_DOWN, FINAL_RATE = 40, 0.65, 0.05
 MOMENTUM_STEPS, MOMENTA = 400, (0.85, 0.97, 0.90)
@@ -36,29 +40,61 @@ def peer_recipe(name: str, words: Sequence[str], base: Sequence[str]) -> Recipe:
     """A peer as a recipe.
 
     Args:
-        name: neox | nanochat.
-        words: overrides for the peer alone; of nanochat the path of a checkout first.
+        name: neox | nanochat, and what else its row is called.
+        words: overrides for the peer alone; of nanochat the path of a checkout first, then also arguments of its
+            `setup_optimizer`, and `warmup_steps`.
         base: the overrides of all recipes.
 
     Raises:
-        ConfigError: an unknown or missing peer.
+        ConfigError: an unknown or missing peer, or a word that it does not know.
     """
-    if name not in (NEOX, NANOCHAT):
-        raise ConfigError(f"--peer={name}: expected {NEOX} or {NANOCHAT}")
-    if name == NEOX:
+    kind = name.split()[0]
+    if kind not in NAMES:
+        raise ConfigError(f"--peer={name}: expected {NEOX} or {NANOCHAT}, and more words to name the row")
+    row = NAMES[kind] if name == kind else name
+    if kind == NEOX:
         if importlib.util.find_spec("transformers") is None:
-            raise ConfigError(f"--peer={NEOX}: transformers is not installed; install the extra hf, or leave it out")
-        config = compose_config([*base, *words])
+            raise ConfigError(f"--peer={name}: transformers is not installed; install the extra hf, or leave it out")
+        config = compose_config([*base, NEOX_INIT, *words])
         found = architecture_of(config.model)
         if not isinstance(found, Architecture) or found.family != "GPTNeoX":
-            raise ConfigError(f"--peer={NEOX}: the model is {getattr(found, 'family', found)}; expected GPT-NeoX")
-        return Recipe("GPT-NeoX of transformers", config, NeoxLearner)
-    checkout = Path(words[0]) if words else None
+            raise ConfigError(f"--peer={name}: the model is {getattr(found, 'family', found)}; expected GPT-NeoX")
+        return Recipe(row, config, NeoxLearner)
+    checkout = Path(words[0]).resolve() if words else None
     if checkout is None or not (checkout / "nanochat" / "gpt.py").is_file():
-        raise ConfigError(f"--peer=nanochat: {checkout}: expected the path of a checkout of nanochat")
-    rates = {key: float(value) for key, _, value in (word.partition("=") for word in words[1:]) if "." not in key}
+        raise ConfigError(f"--peer={name}: {checkout}: expected the path of a checkout of nanochat")
+    module = _nanochat(name, checkout)
     shape = [word for word in words[1:] if "." in word.partition("=")[0]]
-    return Recipe(NANOCHAT, compose_config([*base, *shape]), partial(nanochat_learner, checkout, rates))
+    own = _numbers(name, [word for word in words[1:] if word not in shape], module)
+    return Recipe(row, compose_config([*base, *shape]), partial(NanochatLearner, module, own))
+
+
+def _nanochat(name: str, checkout: Path) -> Any:
+    """The module nanochat.gpt of a checkout."""
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+    try:
+        module = importlib.import_module("nanochat.gpt")
+    except ImportError as error:
+        raise ConfigError(f"--peer={name}: nanochat.gpt of {checkout} cannot be imported: {error}") from error
+    if not Path(str(module.__file__)).is_relative_to(checkout):
+        raise ConfigError(f"--peer={name}: {module.__file__} is loaded already: expected one checkout for all peers")
+    return module
+
+
+def _numbers(name: str, words: Sequence[str], module: Any) -> dict[str, float]:
+    """Arguments of `setup_optimizer`, and `warmup_steps`, from KEY=VALUE."""
+    known = [*list(inspect.signature(module.GPT.setup_optimizer).parameters)[1:], "warmup_steps"]
+    found = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        try:
+            found[key] = float(value)
+        except ValueError as error:
+            raise ConfigError(f"--peer={name}: {word}: expected KEY=NUMBER") from error
+        if key not in known:
+            raise ConfigError(f"--peer={name}: {word}: expected one of {', '.join(known)}, or a key such as model.d_ff")
+    return found
 
 
 class _Peer:
@@ -69,9 +105,9 @@ class _Peer:
 
     def step(self, number: int, micro_batches: Sequence[Batch]) -> None:
         """See `Learner`."""
-        count = sum(batch.targets_BT.numel() for batch in micro_batches)
+        count = sum(batch.loss_mask_BT.sum() for batch in micro_batches)
         for batch in micro_batches:
-            (self.token_losses(batch).sum() / count).backward()
+            ((self.token_losses(batch) * batch.loss_mask_BT).sum() / count).backward()
         if self.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         self.update(number)
@@ -127,26 +163,22 @@ class NeoxLearner(_Peer):
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def nanochat_learner(
-    checkout: Path, rates: dict[str, float], config: Config, steps: int, device: torch.device
-) -> Learner:
-    """nanochat's model of the same width, depth, heads and vocabulary, with full attention in every layer.
+class NanochatLearner(_Peer):
+    """GPT of nanochat with MuonAdamW: our width, depth, heads and vocabulary, full attention in every layer, the
+    default rates of its `setup_optimizer`, the schedule of its scripts/base_train.py with 40 steps of warm-up.
 
     Args:
-        rates: arguments of its `setup_optimizer`; none: its defaults.
+        numbers: arguments of `setup_optimizer` and `warmup_steps` in place of the defaults.
     """
-    if str(checkout) not in sys.path:
-        sys.path.insert(0, str(checkout))
-    return NanochatLearner(importlib.import_module("nanochat.gpt"), rates, config, steps, device)
-
-
-class NanochatLearner(_Peer):
-    """GPT of nanochat with MuonAdamW and the schedule of its scripts/base_train.py."""
 
     grad_clip = 0.0
 
-    def __init__(self, module: Any, rates: dict[str, float], config: Config, steps: int, device: torch.device) -> None:
+    def __init__(
+        self, module: Any, numbers: Mapping[str, float], config: Config, steps: int, device: torch.device
+    ) -> None:
         shape, self.steps = config.model, steps
+        rates = dict(numbers)
+        self.warm_up = rates.pop("warmup_steps", WARM_UP_STEPS)
         torch.manual_seed(config.seed)
         self.model = module.GPT(
             module.GPTConfig(
@@ -180,8 +212,8 @@ class NanochatLearner(_Peer):
     def rate(self, number: int) -> float:
         """Rate of a 0-based step as a multiple of the peak."""
         down = round(WARM_DOWN * self.steps)
-        if number < WARM_UP_STEPS:
-            return (number + 1) / WARM_UP_STEPS
+        if number < self.warm_up:
+            return (number + 1) / self.warm_up
         if number <= self.steps - down:
             return 1.0
         left = (self.steps - number) / down

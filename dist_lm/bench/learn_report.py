@@ -106,7 +106,7 @@ def table_of(title: str, curves: Sequence[Curve]) -> Table:
             f"{_mean(some, ACROSS['seconds']):.0f}",
             f"{_mean(some, UP['nats a token']):.3f}",
             f"{statistics.fmean(bits):.3f}",
-            f"{max(bits) - min(bits):.3f}",
+            f"{max(bits) - min(bits):.3f}" if len(bits) > 1 else "-",
             f"{statistics.fmean(bits) / first:.3f}",
         )
     return table

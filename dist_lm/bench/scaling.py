@@ -21,15 +21,18 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_lm.bench.case import Record, spread, write_records
-from dist_lm.bench.learn import ALONE, Budget, Recipe, alone, curves_of_a_seed, prepare, recipes_of
-from dist_lm.bench.learn_held_out import corpus_of
+from dist_lm.bench.learn import alone, curves_of_a_seed, prepare
+from dist_lm.bench.learn_held_out import corpus_of, held_out_of
+from dist_lm.bench.learn_recipes import ALONE, Recipe, recipes_of
 from dist_lm.bench.scaling_law import Expected, ScalingLaw
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
-from dist_lm.errors import ConfigError
+from dist_lm.errors import ConfigError, UserError
 from dist_lm.model.size import flops_per_token, is_matrix, parameter_shapes
 from dist_lm.parallel.mesh import choose_device
+
+FEW = 0.02  # share of samples without a law that goes unsaid
 
 
 @dataclass(frozen=True)
@@ -69,40 +72,40 @@ def narrowed(model: ModelConfig, width: int) -> list[str]:
     """The overrides that give a model another width.
 
     Raises:
-        ConfigError: the width is no multiple of that of a head, or of a group of heads.
+        ConfigError: the width has no whole number of heads or groups of heads; tied embeddings.
     """
-    unit = model.d_head * (model.n_heads // model.kv_heads)
+    if model.tie_embeddings:
+        raise ConfigError(
+            "model.tie_embeddings=true: bench scaling needs model.tie_embeddings=false, as model.base_width does"
+        )
+    unit = model.d_model // math.gcd(model.d_model, model.kv_heads)
     if width % unit:
         raise ConfigError(
-            f"--widths={width}: model.d_model={width}: expected a multiple of {unit}, as heads keep theirs"
+            f"--widths={width}: model.d_model={width}: expected a multiple of {unit}, as heads keep "
+            "their width and groups of heads their size"
         )
-    heads = width // model.d_head
     words = {
         "d_model": width,
-        "n_heads": heads,
+        "n_heads": model.n_heads * width // model.d_model,
         "d_ff": round(model.d_ff * width / model.d_model),
         "base_width": model.base_width or model.d_model,
     }
     if model.n_kv_heads is not None:
-        words["n_kv_heads"] = heads * model.n_kv_heads // model.n_heads
+        words["n_kv_heads"] = model.n_kv_heads * width // model.d_model
     return [f"model.{key}={value}" for key, value in words.items()]
 
 
 def shortened(stage: StageConfig, steps: int) -> StageConfig:
     """The stage with another number of steps, its schedule in proportion."""
     share = steps / stage.steps
+    warmup = round(share * stage.warmup_steps)
     muon = replace(
         stage.muon,
-        momentum_warmup_steps=int(share * stage.muon.momentum_warmup_steps),
-        momentum_cooldown_steps=int(share * stage.muon.momentum_cooldown_steps),
+        momentum_warmup_steps=round(share * stage.muon.momentum_warmup_steps),
+        momentum_cooldown_steps=round(share * stage.muon.momentum_cooldown_steps),
     )
-    return replace(
-        stage,
-        steps=steps,
-        warmup_steps=int(share * stage.warmup_steps),
-        decay_steps=int(share * stage.decay_steps),
-        muon=muon,
-    )
+    decay = min(round(share * stage.decay_steps), max(0, steps - warmup))
+    return replace(stage, steps=steps, warmup_steps=warmup, decay_steps=decay, muon=muon)
 
 
 def _size_of(model: ModelConfig) -> int:
@@ -111,17 +114,17 @@ def _size_of(model: ModelConfig) -> int:
 
 
 def _climb(
-    rungs: Sequence[Recipe], tokens: int, seeds: int, device: torch.device, say: Callable[[str], None]
+    rungs: Sequence[Recipe], steps: int, seeds: int, device: torch.device, say: Callable[[str], None]
 ) -> list[Rung]:
-    """Train every width with one number of tokens."""
-    stage = rungs[0].config.stage
-    budget = Budget(tokens, "tokens")
-    steps = budget.steps(stage, 1.0, 1.0)
-    recipes = [replace(one, config=replace(one.config, stage=shortened(stage, steps))) for one in rungs]
+    """Train every width for one number of steps."""
+    recipes = [replace(one, config=replace(one.config, stage=shortened(one.config.stage, steps))) for one in rungs]
+    of_each = {one.name: steps for one in recipes}
+    measured_on = held_out_of(recipes, device)
     curves = []
-    for seed in range(seeds):
+    first = recipes[0].config.seed
+    for seed in range(first, first + seeds):
         curves += curves_of_a_seed(
-            recipes, seed, budget, device, lambda text: say(f"{tokens} tokens, {text}"), points=1, at_start=False
+            recipes, seed, of_each, measured_on, device, lambda text: say(f"{steps} steps, {text}"), 1, at_start=False
         )
     found = []
     for one in recipes:
@@ -132,10 +135,28 @@ def _climb(
     return found
 
 
+def steps_of(stage: StageConfig, tokens: Sequence[int]) -> list[int]:
+    """Optimizer steps of numbers of tokens.
+
+    Raises:
+        ConfigError: fewer than three different ones, or none for a number of tokens.
+    """
+    each = stage.global_batch * stage.seq_len
+    steps = sorted({one // each for one in tokens})
+    if steps[0] == 0 or len(steps) < 3:
+        raise ConfigError(
+            f"--tokens={','.join(map(str, tokens))}: a step has {each} tokens (stage.global_batch x stage.seq_len): "
+            "expected at least that, and at least three different numbers of steps, such as "
+            f"{each},{2 * each},{4 * each}"
+        )
+    return steps
+
+
 def law_of(rungs: Sequence[Rung]) -> ScalingLaw:
-    """The law of bits per byte; every seed of a rung is a run."""
-    runs = [(rung.parameters, rung.tokens, bits) for rung in rungs for bits in rung.bits_per_byte]
-    return ScalingLaw.fit(*zip(*runs, strict=True))
+    """The law of bits per byte."""
+    return ScalingLaw.fit(
+        [rung.parameters for rung in rungs], [rung.tokens for rung in rungs], [rung.bits_per_byte for rung in rungs]
+    )
 
 
 def run_scaling(
@@ -147,11 +168,11 @@ def run_scaling(
     seeds: int,
     json_file: Path | None,
 ) -> list[Record]:
-    """Train the rungs, print them, what the law of the others expected of the largest, and what it expects of the
-    configured run; write records.
+    """Train the rungs, print them, what their law expects of the configured run, and what the law of the others expects
+    of the largest; write records.
 
     Raises:
-        ConfigError: see `numbers_of`, `narrowed`, and `learn.recipes_of`.
+        ConfigError: see `numbers_of`, `steps_of`, `narrowed`, and `learn_recipes.recipes_of`.
         UserError: the rungs do not determine a law.
         ArtefactError: the work directory lacks the corpus.
     """
@@ -161,49 +182,56 @@ def run_scaling(
     defaults = (*ALONE, "stage.eval_sequences=0")  # all of val, as at the end of a run
     target = recipes_of(overrides, [], [], defaults)[0].config
     names = {f"{width} wide": " ".join(narrowed(target.model, width)) for width in wide}
+    steps = steps_of(target.stage, long)
     recipes = recipes_of(overrides, [f"{name}: {words}" for name, words in names.items()], [], defaults)[1:]
     if json_file:
         prepare(json_file.parent, "--json", json_file)
     device = choose_device(target.device, 0)
     rungs: list[Rung] = []
     with alone(), console.status("") as status:
-        for each in long:
+        for each in steps:
             rungs += _climb(recipes, each, seeds, device, status.update)
             if json_file:
                 write_records(json_file, _records(rungs))
     console.print(_table(f"scaling: {seeds} seeds, on {target.stage.corpus}", rungs))
-    largest = max(rungs, key=lambda rung: rung.flops)
-    law = law_of(rungs)
-    checked = law_of([rung for rung in rungs if rung is not largest]).expected(largest.parameters, largest.tokens)
     length = target.stage.steps * target.stage.global_batch * target.stage.seq_len
-    expected = law.expected(_size_of(target.model), length)
-    console.print(
-        f"{largest.name}: measured {statistics.fmean(largest.bits_per_byte):.3f} bits per byte, expected "
-        f"{_interval(checked)} by the other rungs"
-    )
-    times = length * flops_per_token(target.model, target.stage.seq_len) / largest.flops
-    console.print(
-        f"as configured ({target.model.d_model} wide, {length} tokens): expected {_interval(expected)} bits per byte, "
-        f"with {times:.2g} times the FLOPs of the largest rung",
-    )
-    _note_repeats(target, length, console)
+    expected = law_of(rungs).expected(_size_of(target.model), length)
     ends = {"expected": expected.value, "expected, low": expected.low, "expected, high": expected.high}
     records = _records(rungs) + [_record(case, [value]) for case, value in ends.items()]
     if json_file:
         write_records(json_file, records)
+    largest = max(rungs, key=lambda rung: rung.flops)
+    times = length * flops_per_token(target.model, target.stage.seq_len) / largest.flops
+    console.print(
+        f"as configured ({target.model.d_model} wide, {length} tokens): expected {_interval(expected)}, with "
+        f"{times:.2g} times the FLOPs of the largest rung",
+    )
+    measured = f"{largest.name}: measured {statistics.fmean(largest.bits_per_byte):.3f} bits per byte"
+    try:
+        others = law_of([rung for rung in rungs if rung is not largest])
+        console.print(
+            f"{measured}, expected {_interval(others.expected(largest.parameters, largest.tokens))} by the others"
+        )
+    except UserError as error:
+        console.print(f"{measured}; the others expect nothing: {error}")
+    _note_repeats(target, max(length, largest.tokens), console)
     return records
 
 
 def _interval(expected: Expected) -> str:
-    return f"{expected.value:.3f} ({expected.low:.3f} to {expected.high:.3f})"
+    text = f"{expected.value:.3f} ({expected.low:.3f} to {expected.high:.3f}) bits per byte"
+    if expected.without_law > FEW:
+        text += f" (note: {expected.without_law:.0%} of the resampled rungs determine no law and are left out)"
+    return text
 
 
 def _note_repeats(config: Config, tokens: int, console: Console) -> None:
-    held = corpus_of(config, "train").n_tokens
-    if tokens > held:
-        console.print(
-            f"note: {config.stage.corpus} has {held} tokens; the law does not know that a second epoch teaches less"
-        )
+    """Say which corpora the longest run reads more than once."""
+    mix = config.stage.mix or {}
+    for name, share in {config.stage.corpus: 1 - sum(mix.values()), **mix}.items():
+        held = corpus_of(config, name, "train").n_tokens
+        if share * tokens > held:
+            console.print(f"note: {name} has {held} tokens; the law does not know that a second epoch teaches less")
 
 
 def _table(title: str, rungs: Sequence[Rung]) -> Table:

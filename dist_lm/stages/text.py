@@ -141,12 +141,30 @@ def open_stream(opening: Opening) -> "SequenceStream":
     )
 
 
+def held_out_batches(opening: Opening, corpus: "TokenCorpus", everything: bool) -> "EvaluationBatches":
+    """This rank's batches of val of a corpus: `stage.eval_sequences` sequences, or `everything`."""
+    from dist_lm.data.evaluation_batches import EvaluationBatches
+
+    stage = opening.config.stage
+    return EvaluationBatches(
+        corpus=corpus,
+        seq_len=stage.seq_len,
+        micro_batch=stage.micro_batch,
+        dp_rank=opening.dp_rank,
+        dp_size=opening.dp_size,
+        limit_sequences=0 if everything else stage.eval_sequences,
+        document_mask=stage.document_mask,
+        reset_positions=stage.reset_positions,
+        pad_id=opening.tokenizer.pad_id,
+        opening=opening.tokenizer.opening,
+    )
+
+
 def evaluator(opening: Opening) -> "Evaluate":
     """Loss and bits per byte on val: by language for the stage's corpus, one figure for each mixed corpus.
 
     With `stage.fim_rate` also the loss on middles of val documents, with and without what stands after them.
     """
-    from dist_lm.data.evaluation_batches import EvaluationBatches
     from dist_lm.data.infill import PSM, SPM, InfillMarks
     from dist_lm.data.infill_evaluation import HeldOutMiddles
     from dist_lm.data.token_corpus import TokenCorpus
@@ -160,24 +178,10 @@ def evaluator(opening: Opening) -> "Evaluate":
     marks = InfillMarks.of(opening.tokenizer) if rearranges else None
     middles = {INFILL: (marks, PSM), INFILL_SPM: (marks, SPM), INFILL_LEFT: (None, PSM)} if rearranges else {}
 
-    def batches_of(corpus: "TokenCorpus", everything: bool) -> "EvaluationBatches":
-        return EvaluationBatches(
-            corpus=corpus,
-            seq_len=stage.seq_len,
-            micro_batch=stage.micro_batch,
-            dp_rank=opening.dp_rank,
-            dp_size=opening.dp_size,
-            limit_sequences=0 if everything else stage.eval_sequences,
-            document_mask=stage.document_mask,
-            reset_positions=stage.reset_positions,
-            pad_id=opening.tokenizer.pad_id,
-            opening=opening.tokenizer.opening,
-        )
-
     def evaluate(model: "Transformer", everything: bool, alive: Callable[[], None]) -> dict[str, float]:
         metrics = {}
         for name, corpus in opened.items():
-            batches = batches_of(corpus, everything)
+            batches = held_out_batches(opening, corpus, everything)
             sums = summed_losses(model, batches, len(corpus.languages), device, opening.data_ranks, alive).tolist()
             if name == own:
                 metrics |= loss_metrics(sums, corpus.languages, batches.bytes_by_language)

@@ -77,8 +77,10 @@ class Variance:
     beta: float
 
     def normalise_(self, step: torch.Tensor) -> None:
-        """Divide the update of each neuron, in place, by the root of `neuron_sq`, which takes it in first. The norm of
-        each matrix stays (Li et al. 2025, algorithm 1; the sum of squares, where they have the mean, cancels out).
+        """Divide the update of each neuron, in place, by the root of `neuron_sq`, which takes it in first.
+
+        The norm of each matrix stays, as in the authors' normuon.py and in nanochat; algorithm 1 of Li et al. 2025 sets
+        it to 0.2 sqrt(I J). The sum of squares, where they have the mean, cancels out.
 
         Args:
             step: whole orthogonal directions of the parameter; entries beyond those of `neuron_sq` are padding and 0.

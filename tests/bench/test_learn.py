@@ -1,18 +1,24 @@
 """Recipes side by side: a learner is a run, all have one stream and one budget, and what is reported."""
 
 import json
+import shlex
 import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
-from dist_lm.bench.learn import Budget, run_learning
-from dist_lm.bench.learn_peers import NanochatLearner
+from dist_lm.__main__ import app
+from dist_lm.bench.learn import TIMED, WARM_UP, Budget, alone, run_learning, steps_of
+from dist_lm.bench.learn_peers import NanochatLearner, _Peer, peer_recipe
+from dist_lm.bench.learn_recipes import recipes_of
 from dist_lm.bench.learn_report import Curve, Point, drawing, records_of, table_of
 from dist_lm.config.corpus import TokenizerConfig
-from dist_lm.config.stage import StageConfig
+from dist_lm.data.batch import Batch
 from dist_lm.data.shard_writer import CorpusWriter
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError
@@ -34,7 +40,6 @@ SETTINGS = (
     ),
 )
 SAME_AS_A_RUN = ("stage.document_mask=false", "stage.reset_positions=false", "stage.init_from=none")
-STAGE = StageConfig(name="t", global_batch=4, seq_len=100)
 MUON = "stage.muon.lr=null stage.muon.scale=adamw stage.muon.momentum_warmup_steps=4"
 
 
@@ -51,11 +56,13 @@ def learn(tiny_work, folder, *overrides: str, **changed):
 
 
 def test_a_learner_is_the_run_of_its_recipe(tiny_work, tmp_path):
-    recipe = f"{MUON} stage.rates.embedding=3"
+    recipe = f"{MUON} stage.rates.embedding=3 stage.fim_rate=0.5 'stage.mix={{language: 0.25}}'"
     curves = learn(tiny_work, tmp_path, recipes=[f"other: {recipe}"])
     plain, other = curves
     assert (plain.recipe, other.recipe) == ("as configured", "other")
-    run = prepare(tiny_work, "learned", *SETTINGS[1:], *SAME_AS_A_RUN, *recipe.split(), "stage.steps=6", stage="code")
+    run = prepare(
+        tiny_work, "learned", *SETTINGS[1:], *SAME_AS_A_RUN, *shlex.split(recipe), "stage.steps=6", stage="code"
+    )
     result = train(run, 1)
     assert other.end.loss == pytest.approx(result["metrics"]["val/loss"], rel=1e-5)
     assert other.end.bits_per_byte == pytest.approx(result["metrics"]["val/bits_per_byte"], rel=1e-5)
@@ -65,9 +72,11 @@ def test_a_learner_is_the_run_of_its_recipe(tiny_work, tmp_path):
 
 
 def test_a_seed_changes_the_model_and_the_order_and_gpt_neox_learns_beside_it(tiny_work, tmp_path):
-    curves = learn(tiny_work, tmp_path, seeds=2, peers=["neox: stage.lr=3e-3 stage.dropout=0"], budget="1.5e9flops")
+    curves = learn(
+        tiny_work, tmp_path, "seed=3", seeds=2, peers=["neox: stage.lr=3e-3 stage.dropout=0"], budget="1.5e9flops"
+    )
     assert [(curve.recipe, curve.seed) for curve in curves] == [
-        (name, seed) for seed in (0, 1) for name in ("as configured", "GPT-NeoX of transformers")
+        (name, seed) for seed in (3, 4) for name in ("as configured", "GPT-NeoX of transformers")
     ]
     assert curves[0].end.loss != curves[2].end.loss
     assert curves[0].parameters == curves[1].parameters
@@ -124,17 +133,36 @@ def test_other_tokenizers_are_compared_on_the_same_text(tiny_work, work, tmp_pat
     ):
         given = recipe if options else recipe.replace("512", "640")
         with pytest.raises(ConfigError, match=said):
-            learn(tiny_work, tmp_path, *options, recipes=[given])
+            learn(tiny_work, tmp_path, *options, recipes=[given], budget="1s")  # before anything is timed
     other_pieces(work, documents[:-10])
     with pytest.raises(ConfigError, match=r"other: val of work_dir=.*: expected the same documents"):
         learn(tiny_work, tmp_path, recipes=[recipe])
 
 
 @pytest.mark.parametrize(
-    ("text", "steps"), [("4000tokens", 10), ("4399tokens", 10), ("1e6flops", 25), ("30s", 20), ("1s", 1)]
+    ("text", "cost", "steps"),
+    [("4000tokens", 400, 10), ("4399tokens", 400, 10), ("1e6flops", 4e4, 25), ("30s", 1.5, 20)],
 )
-def test_a_budget_pays_for_whole_steps(text, steps):
-    assert Budget.parse(text).steps(STAGE, flops=100.0, step_s=1.5) == steps
+def test_a_budget_pays_for_whole_steps(text, cost, steps):
+    assert Budget.parse(text).steps("a", cost) == steps
+
+
+def test_speeds_are_found_in_turns(tiny_work):
+    taken = []
+
+    class Fake:
+        flops_per_token, parameters = 1.0, 1
+
+        def __init__(self, config, steps, device):
+            self.lr = config.stage.lr
+
+        def step(self, number, micro_batches):
+            taken.append(self.lr)
+
+    recipes = recipes_of([*SETTINGS, f"work_dir={tiny_work.path}"], ["b: stage.lr=2"], [])
+    with alone():
+        steps_of([replace(one, build=Fake) for one in recipes], Budget(1e9, "s"), torch.device("cpu"))
+    assert taken[2 * WARM_UP :] == [0.01, 2.0] * TIMED
 
 
 @pytest.mark.parametrize(
@@ -145,13 +173,20 @@ def test_a_budget_pays_for_whole_steps(text, steps):
         ({"seeds": 0}, "--seeds=0: expected a positive integer"),
         ({"points": 0}, "--points=0: expected a positive integer"),
         ({"recipes": ["stage.lr=1"]}, "--recipe=stage.lr=1: expected NAME: KEY=VALUE"),
-        ({"recipes": ["a: seed=1", "a: seed=2"]}, "--recipe=a: the name is taken"),
+        ({"recipes": ["a: stage.lr=1", "a: stage.lr=2"]}, "--recipe or --peer a: the name is taken"),
         ({"peers": ["gpt: x"]}, "--peer=gpt: expected neox or nanochat"),
         ({"peers": ["nanochat: /nowhere"]}, "--peer=nanochat: /nowhere: expected the path of a checkout"),
         ({"peers": ["neox: model.norm=rmsnorm"]}, "--peer=neox: the model is Arcee; expected GPT-NeoX"),
-        ({"recipes": ["a: stage.ema_decay=0.9"]}, "a: stage.ema_decay is set"),
+        ({"peers": ["nanochat: ."]}, "expected the path of a checkout"),
+        ({"recipes": ["a: 'stage.lr=1"]}, "--recipe=a: 'stage.lr=1: No closing quotation"),
+        ({"recipes": ["a: seed=7"]}, "a: seed=7: all recipes have the same seeds"),
+        ({"recipes": ["a: stage.ema_decay=0.9"]}, "a: stage.ema_decay=0.9"),
+        ({"recipes": ["a: stage.lora.rank=2 stage.init_from=b@1"]}, "a: stage.lora.rank=2"),
+        ({"recipes": ["a: stage.init_from=auto"]}, "a: stage.init_from=auto"),
+        ({"recipes": ["a: stage.branch_from=b@1"]}, "a: stage.branch_from=b@1"),
+        ({"budget": "100tokens"}, "--budget=100tokens: a step of as configured costs 256tokens"),
         ({"recipes": ["a: stage=reward"]}, "a: stage=reward: the loss of the next token is measured"),
-        ({"budget": "300tokens"}, "stage.warmup_steps=2: the budget pays for 1 steps"),
+        ({"budget": "300tokens"}, "as configured: stage.warmup_steps=2: training has 1 steps"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_by_name(tiny_work, tmp_path, changed, said):
@@ -169,11 +204,81 @@ def test_results_have_a_folder_before_anything_is_measured_and_equal_rows_are_na
 
 def test_the_schedule_of_nanochat():
     learner = object.__new__(NanochatLearner)
-    learner.steps = 1000
+    learner.steps, learner.warm_up = 1000, 40
     found = [learner.rate(step) for step in (0, 39, 40, 350, 675, 999)]
     assert found == pytest.approx([1 / 40, 1, 1, 1, 0.525, 1 / 650 + 649 / 650 * 0.05])
     found = [learner.momentum(step) for step in (0, 200, 399, 400, 675, 1000)]
     assert found == pytest.approx([0.85, 0.91, 0.8497 + 0.12, 0.97 - 0.07 * 50 / 650, 0.935, 0.90], abs=5e-4)
+
+
+NANOCHAT = """
+{missing}
+class GPT:
+    def setup_optimizer(self, matrix_lr=0.02): ...
+"""
+
+
+def test_words_of_nanochat_are_known_or_refused(tmp_path, monkeypatch):
+    for name, missing in (("whole", ""), ("other", ""), ("broken", "import no_such_module")):
+        (tmp_path / name / "nanochat").mkdir(parents=True)
+        (tmp_path / name / "nanochat" / "gpt.py").write_text(NANOCHAT.format(missing=missing))
+
+    def peer(checkout, *words):
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        return peer_recipe("nanochat high", [str(tmp_path / checkout), *words], [*SETTINGS])
+
+    with pytest.raises(ConfigError, match=r"nanochat\.gpt of .*broken cannot be imported: .*no_such_module"):
+        peer("broken")
+    try:
+        sys.modules.pop("nanochat", None)
+        found = peer("whole", "matrix_lr=0.1", "warmup_steps=5", "model.d_ff=96")
+        assert found.name == "nanochat high"
+        assert found.config.model.d_ff == 96
+        assert found.build.args[1] == {"matrix_lr": 0.1, "warmup_steps": 5}
+        for word, said in (("matrix_lr", "expected KEY=NUMBER"), ("lr=1", "expected one of matrix_lr, warmup_steps")):
+            with pytest.raises(ConfigError, match=f"--peer=nanochat high: {word}: {said}"):
+                peer("whole", word)
+        with pytest.raises(ConfigError, match="is loaded already: expected one checkout"):
+            peer("other")
+    finally:
+        for name in ("nanochat.gpt", "nanochat"):
+            sys.modules.pop(name, None)
+
+
+def test_peers_of_one_kind_have_names_and_neox_its_own_initial_values():
+    found = recipes_of(SETTINGS, [], ["neox: stage.lr=1", "neox high: model.init_std=0.3"])
+    assert [one.name for one in found[1:]] == ["GPT-NeoX of transformers", "neox high"]
+    assert [one.config.model.init_std for one in found] == [0.1, 0.02, 0.3]
+
+
+def test_a_peer_learns_only_targets_that_count():
+    class Peer(_Peer):
+        grad_clip = 0.0
+
+        def __init__(self):
+            self.model = torch.nn.Embedding(8, 1)
+
+        def token_losses(self, batch):
+            return self.model(batch.targets_BT)[..., 0]
+
+        def update(self, number):
+            pass
+
+    batches = [Batch.plain(torch.tensor([row])) for row in ([0, 1, 2, 3], [4, 5, 6, 7])]
+    batches[0].loss_mask_BT[0, 1:] = 0
+    peer = Peer()
+    peer.step(0, batches)
+    assert peer.model.weight.grad[:, 0].tolist() == pytest.approx([0, 0.2, 0, 0, 0.2, 0.2, 0.2, 0.2])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("learn", "--widths", "64"), ("scaling", "--budget", "1s"), ("data", "--seeds", "1"), ("learn", "--quick")],
+)
+def test_options_of_other_benchmarks_are_refused(arguments):
+    name, option, *_ = arguments
+    with pytest.raises(ConfigError, match=f"bench {name} does not use {option}: expected settings or --json"):
+        CliRunner().invoke(app, ["bench", *arguments], catch_exceptions=False)
 
 
 def test_records_and_table_are_means_over_the_seeds():
@@ -190,6 +295,9 @@ def test_records_and_table_are_means_over_the_seeds():
         console.print(table_of("T", curves))
     for text in ("2.50", "1.00", "30", "3.000", "2.100", "0.200", "0.524"):
         assert text in captured.get()
+    with console.capture() as captured:
+        console.print(table_of("T", curves[:2]))
+    assert "0.000" not in captured.get()  # one seed has no range
     svg = drawing(curves)
     assert svg.count("<polyline") == 16
     assert "b &lt;&amp;" in svg
