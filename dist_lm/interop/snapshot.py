@@ -21,6 +21,7 @@ from dist_lm.tokenizer.tokenizer import (
     SentencePieceModel,
     Vocabulary,
     read_vocabulary,
+    sentencepiece_proto,
     sentencepiece_with_marks,
     sentencepiece_without_opening,
 )
@@ -28,7 +29,7 @@ from dist_lm.tokenizer.tokenizer import (
 CONFIG, INDEX, WHOLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
-SPECIAL_TOKENS = "special_tokens_map.json"
+SPECIAL_TOKENS, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
 SMALL = ("*.json", "*.model", "*.jinja")  # files of a hub repository beside its weights
 WEIGHTS = "*.safetensors"
 
@@ -98,7 +99,8 @@ def tokenizer_of(folder: Path, rows: int) -> tuple[bytes, str]:
     """The content of the tokenizer and its file name.
 
     Args:
-        rows: of the embedding. Rows without a piece get special tokens, which no text becomes.
+        rows: of the embedding. Rows without a piece get special tokens, which no text becomes: with the names that
+            transformers adds to a SentencePiece model, else <|unused_N|>.
 
     Raises:
         ArtefactError: there is none, or it has more pieces than the embedding has rows.
@@ -118,11 +120,16 @@ def tokenizer_of(folder: Path, rows: int) -> tuple[bytes, str]:
     pieces = vocabulary.vocab_size
     if pieces > rows or (vocabulary.is_trained and pieces < rows):
         raise ArtefactError(f"{path} has {pieces} pieces, the embedding has {rows} rows: not its tokenizer")
-    unused = [f"<|unused_{number}|>" for number in range(pieces, rows)]
+    unused = {number: f"<|unused_{number}|>" for number in range(pieces, rows)}
     if unused and isinstance(vocabulary, byte_level.ByteLevelModel):
-        content = byte_level.with_marks(content, unused, pieces)
+        content = byte_level.with_marks(content, [*unused.values()], pieces)
     elif unused:
-        content = sentencepiece_with_marks(content, unused)
+        there = {piece.piece for piece in sentencepiece_proto(content).pieces}
+        for number, name in _added_tokens(folder).items():
+            if number in unused and name not in there:
+                unused[number] = name
+                there.add(name)
+        content = sentencepiece_with_marks(content, [*unused.values()])
     return content, vocabulary.file_name
 
 
@@ -137,6 +144,14 @@ def _opened(content: bytes, vocabulary: Vocabulary, settings: Mapping[str, Any])
     if wanted is True and vocabulary.opening is None and isinstance(mark, str) and mark in vocabulary.special_ids:
         return byte_level.with_opening(content, mark)
     return content
+
+
+def _added_tokens(folder: Path) -> dict[int, str]:
+    """The tokens that transformers adds to the file of a tokenizer, by id."""
+    found = {number: name for name, number in durable.read_json(folder / ADDED_TOKENS).items()}
+    for number, token in durable.read_json(folder / TOKENIZER_CONFIG).get("added_tokens_decoder", {}).items():
+        found[int(number)] = token["content"]
+    return {number: name for number, name in found.items() if name}
 
 
 @lru_cache(maxsize=4)

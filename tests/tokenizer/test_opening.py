@@ -81,6 +81,21 @@ def test_an_import_keeps_the_opening(content: bytes, settings: dict[str, Any], f
     assert tokenizer.encode(TEXT) == Tokenizer(content, "t").encode(TEXT)
 
 
+def test_an_import_keeps_the_names_of_tokens_that_transformers_adds(tmp_path: Path) -> None:
+    content = their_sentencepiece(user_defined_symbols=["<mine>"])
+    size = Tokenizer(content, "t").vocab_size
+    added = {"1": "<s>", str(size + 1): "<|im_end|>", str(size + 2): "</s>"}  # the last one names a piece again
+    settings = {"added_tokens_decoder": {number: {"content": name, "special": True} for number, name in added.items()}}
+    folder = folder_with(tmp_path, content, settings)
+    (folder / "added_tokens.json").write_text(json.dumps({"<|im_start|>": size}))
+    found, name = tokenizer_of(folder, size + 4)
+    tokenizer = Tokenizer(found, name)
+    last = ["<|im_start|>", "<|im_end|>", f"<|unused_{size + 2}|>", f"<|unused_{size + 3}|>"]
+    assert tokenizer.pieces(range(size, size + 4)) == last
+    assert tokenizer.mark("<|im_end|>") == [size + 1]
+    assert tokenizer.encode(f"{TEXT}<|im_end|>")[:5] == Tokenizer(content, "t").encode(TEXT)[:5]
+
+
 def test_a_conversation_of_our_layout_opens_alike_in_prompt_export_and_transformers(tmp_path: Path) -> None:
     tokenizer = Tokenizer(OPENED, "tokenizer.json")
     asked = Conversation((Message("user", TEXT),))
