@@ -15,16 +15,17 @@ from dist_lm.data.sources.reader import reader_of, traits_of
 
 BLOCK = 1 << 20  # bytes hashed at a time
 NAMED = 3  # files that a message names
+HUB = "hub:"  # begins the name of a data set of the hub
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One file or URL. A folder that is left out is one entry."""
+    """One file, URL, or data set of the hub. A folder that is left out is one entry."""
 
     name: str  # path or URL, as the source names it
     size: int = -1  # bytes, as stored; -1: unknown
     mtime_ns: int = 0  # 0: unknown, as of a URL
-    etag: str = ""  # of a URL: its ETag, else Last-Modified
+    etag: str = ""  # of a URL: its ETag, else Last-Modified; of a data set: the commit
     sha256: str = ""  # on request
     left_out: str = ""  # why the source does not read it; empty: it does
 
@@ -39,7 +40,8 @@ class Input:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """A listing of one source, in the order in which it is read. Empty for generated text and for hub data sets."""
+    """A listing of one source, in the order in which it is read. Empty for generated text, and for a data set whose
+    commit is in the configuration."""
 
     files: tuple[Input, ...] = ()
 
@@ -99,7 +101,11 @@ def hashed(listing: Inputs) -> Inputs:
                 found.update(block)
         return found.hexdigest()
 
-    return Inputs(tuple(one if one.left_out else replace(one, sha256=digest(one.name)) for one in listing.files))
+    files = (
+        one if one.left_out or one.name.startswith(HUB) else replace(one, sha256=digest(one.name))
+        for one in listing.files
+    )
+    return Inputs(tuple(files))
 
 
 def changes(before: Inputs, now: Inputs) -> list[str]:

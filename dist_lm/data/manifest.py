@@ -21,7 +21,7 @@ from typing import Any, Self
 import numpy as np
 
 from dist_lm.config.corpus import CorpusConfig
-from dist_lm.data.inputs import Inputs, changes, inputs_of
+from dist_lm.data.inputs import HUB, Inputs, changes, inputs_of
 from dist_lm.data.sources.reader import corpus_sources
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.storage import durable
@@ -273,12 +273,15 @@ def inputs_hash(listings: Iterable[Inputs]) -> str:
 def changed_inputs(config: CorpusConfig, name: str, directory: Path) -> list[str]:
     """How the inputs of a corpus differ from those that it was built from, in words for people.
 
+    A data set of the hub that has a newer commit is no difference: nobody here changed it.
+
     Raises:
         ConfigError, ArtefactError: they cannot be listed.
     """
     before = [Inputs.from_json(listing) for listing in read_manifest(directory).inputs]
-    now = listed_inputs(config, name) if before else []
-    return [words for old, new in zip(before, now, strict=False) for words in changes(old, new)]
+    pairs = zip(before, corpus_sources(config, name) if before else [], strict=False)
+    files = [(old, source) for old, source in pairs if old.files and not old.files[0].name.startswith(HUB)]
+    return [words for old, source in files for words in changes(old, inputs_of(source))]
 
 
 def differences(before: Any, now: Any, key: str = "") -> list[str]:

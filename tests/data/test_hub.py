@@ -4,15 +4,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
 from datasets import IterableDataset
+from huggingface_hub import HfApi
 from omegaconf import OmegaConf
 
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
+from dist_lm.data.inputs import Input, Inputs, inputs_of
+from dist_lm.data.manifest import changed_inputs, inputs_hash
 from dist_lm.data.screening import IngestReport
-from dist_lm.data.sources.hub import read_hub, resumed
+from dist_lm.data.sources.hub import commit_of, read_hub, resumed
 from dist_lm.data.sources.opening import is_transient
 from dist_lm.data.sources.reader import reader_of
 from dist_lm.document import Document
@@ -20,6 +24,7 @@ from dist_lm.errors import ArtefactError, ConfigError
 from tests.data.reading import read_corpus
 
 HUB_YAML = Path(__file__).parents[2] / "conf" / "corpus" / "hub.yaml"
+COMMIT = "a" * 40
 STORIES = [f"Once upon a time there was story {i}.\r\nIt ended.\n" for i in range(30)]
 
 
@@ -28,16 +33,20 @@ def hub(dataset: Path | str = "owner/stories", **options) -> SourceConfig:
 
 
 @pytest.fixture
-def rows_of_hub(monkeypatch) -> list[dict]:
+def rows_of_hub(monkeypatch) -> Iterator[list[dict]]:
     """The rows that every data set of the hub has in this test, through the real library."""
     rows: list[dict] = []
 
     def load_dataset(dataset: str, streaming: bool, revision: str, split: str, **_: object) -> IterableDataset:
-        assert (dataset, streaming, revision, split) == ("owner/stories", True, "main", "train")
+        assert (dataset, streaming, revision, split) == ("owner/stories", True, COMMIT, "train")
         return IterableDataset.from_generator(lambda: iter(rows))
 
+    commits = iter([COMMIT, "b" * 40])  # the owner pushes after the first question
+    commit_of.cache_clear()
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *_, revision: SimpleNamespace(sha=next(commits)))
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return rows
+    yield rows
+    commit_of.cache_clear()
 
 
 def documents(source: SourceConfig) -> list[Document]:
@@ -49,6 +58,24 @@ def test_a_data_set_gives_a_document_a_row(rows_of_hub):
     got = documents(hub())
     assert [d.text for d in got] == STORIES
     assert (got[7].source, got[7].licence) == ("owner/stories@main:7", "CDLA-Sharing-1.0")
+
+
+def test_a_launch_reads_one_commit_and_records_it(rows_of_hub):
+    rows_of_hub += [{"text": text} for text in STORIES]
+    assert len(documents(hub())) == len(documents(hub())) == len(STORIES)  # at COMMIT, as load_dataset checks
+    assert inputs_of(hub(), hashes=True).to_json() == [{"name": "hub:owner/stories", "etag": COMMIT}]
+    assert inputs_of(hub(revision="c" * 40)).files == ()  # the configuration has it
+    commit_of.cache_clear()  # another launch
+    assert inputs_hash([inputs_of(hub())]) != inputs_hash([Inputs((Input("hub:owner/stories", etag=COMMIT),))])
+    with pytest.raises(ArtefactError, match=r"owner/other@main: no answer of the hub: .*HF_TOKEN"):
+        inputs_of(hub("owner/other"))  # the fake has no more commits
+
+
+def test_a_newer_commit_is_no_reason_to_build_a_corpus_again(rows_of_hub, monkeypatch, tmp_path):
+    recorded = [[], [{"name": "hub:owner/stories", "etag": "0" * 40}]]  # the first one by an older version
+    monkeypatch.setattr("dist_lm.data.manifest.read_manifest", lambda _: SimpleNamespace(inputs=recorded))
+    config = CorpusConfig("hub", {"language": [hub(), hub()]})
+    assert changed_inputs(config, "language", tmp_path) == []
 
 
 def test_the_corpus_counts_what_rows_cannot_give(rows_of_hub):

@@ -1,13 +1,16 @@
 """Data sets of the Hugging Face hub as streams of rows; files with the same columns take their place.
 
-The stream is resumed at the row where it broke, a bounded number of times with growing pauses.
+The stream is resumed at the row where it broke, a bounded number of times with growing pauses. A branch is read at
+one commit from the first reading of a launch to the last.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from dist_lm.config.corpus import SourceConfig
-from dist_lm.data.inputs import Inputs
+from dist_lm.data.inputs import HUB, Input, Inputs
 from dist_lm.data.sources.formats import Row
 from dist_lm.data.sources.opening import brief, is_transient
 from dist_lm.data.sources.reader import Candidate, reader
@@ -24,12 +27,53 @@ WAY_OUT = (
     "mirror, HF_TOKEN for a gated data set, or name a copy on this machine with path (docs/data.md)"
 )
 RowsFrom = Callable[[int], Iterable[Row]]  # opens the data set at a row
+COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_KEYS = ("dataset", "revision", "subset", "data_dir", "split")
+
+
+def list_data_set(source: SourceConfig) -> Inputs:
+    """The commit of a data set, unless the source names it; or the files that take its place, if the source names some.
+
+    Raises:
+        ArtefactError: the hub does not answer, or has no such data set or revision.
+    """
+    if source.path:
+        return list_rows(source)
+    check_is_data_set(source)
+    if COMMIT.fullmatch(source.revision or MAIN):
+        return Inputs()
+    try:
+        commit = commit_of(source.dataset, source.revision or MAIN)
+    except ImportError as error:
+        raise _not_installed(source, error) from error
+    except Exception as error:  # whatever the libraries below raise: the user needs the way out with it
+        raise ArtefactError(
+            f"corpus source {origin_of(source)}: no answer of the hub: {brief(error)}. {WAY_OUT}"
+        ) from error
+    return Inputs((Input(f"{HUB}{source.dataset}", etag=commit),))
+
+
+@lru_cache
+def commit_of(dataset: str, revision: str) -> str:
+    """The commit of a branch, a tag or a commit of a data set: the same one for a whole launch."""
+    if COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub import HfApi
+
+    commit = HfApi().dataset_info(dataset, revision=revision).sha
+    assert commit, "the hub names the commit"
+    return commit
+
+
+def origin_of(source: SourceConfig) -> str:
+    """The data set of a source with its revision, or the first of its files."""
+    return source.path[0] if source.path else f"{source.dataset}@{source.revision or MAIN}"
 
 
 @reader(
     keys=("language", "licence", *HUB_KEYS, "column", "licence_column", "language_column", "id_column", "only"),
     needs=("language|language_column", "dataset"),
+    inputs=list_data_set,
     advice="check dataset, split and column; no row has text in that column",
 )
 def read_hub(source: SourceConfig, seed: int) -> Iterator[Candidate]:
@@ -40,16 +84,6 @@ def read_hub(source: SourceConfig, seed: int) -> Iterator[Candidate]:
         ArtefactError: the data set cannot be read.
     """
     yield from row_documents(source, data_set_rows(source), TEXT)
-
-
-def list_copies(source: SourceConfig) -> Inputs:
-    """The files that take the place of a data set of the hub, if the source names some."""
-    return list_rows(source) if source.path else Inputs()
-
-
-def origin_of(source: SourceConfig) -> str:
-    """The data set of a source with its revision, or the first of its files."""
-    return source.path[0] if source.path else f"{source.dataset}@{source.revision or MAIN}"
 
 
 def data_set_rows(source: SourceConfig) -> Iterator[PlacedRow]:
@@ -67,6 +101,18 @@ def data_set_rows(source: SourceConfig) -> Iterator[PlacedRow]:
                 )
         yield from placed_rows(list_rows(source))
         return
+    check_is_data_set(source)
+    origin = origin_of(source)
+    for number, row in resumed(hub_rows(source), origin):
+        yield PlacedRow(f"{origin}:{number}", row, tuple(row))
+
+
+def check_is_data_set(source: SourceConfig) -> None:
+    """Refuse a place of this machine.
+
+    Raises:
+        ConfigError: names the reader for it.
+    """
     local = Path(source.dataset).expanduser()
     is_id = source.dataset.count("/") <= 1 and source.dataset[0] not in "./~" and local.suffix not in LOCAL
     if not is_id or local.exists():
@@ -75,9 +121,6 @@ def data_set_rows(source: SourceConfig) -> Iterator[PlacedRow]:
             f"corpus source reader={source.reader}: dataset={source.dataset} is a place of this machine, no data set "
             f"of the hub: write {copies}: {source.dataset}"
         )
-    origin = origin_of(source)
-    for number, row in resumed(hub_rows(source), origin):
-        yield PlacedRow(f"{origin}:{number}", row, tuple(row))
 
 
 def hub_rows(source: SourceConfig) -> RowsFrom:
@@ -85,18 +128,23 @@ def hub_rows(source: SourceConfig) -> RowsFrom:
     try:
         import datasets
     except ImportError as error:
-        raise ConfigError(
-            f"corpus source {source.dataset}: the package {error.name!r} is not installed: "
-            "in the checkout, pip install -e '.[hub]'"
-        ) from error
+        raise _not_installed(source, error) from error
 
     def rows_from(row: int) -> Iterable[Row]:
-        options = {"name": source.subset, "revision": source.revision or MAIN, "split": source.split or TRAIN}
+        commit = commit_of(source.dataset, source.revision or MAIN)
+        options = {"name": source.subset, "revision": commit, "split": source.split or TRAIN}
         options |= {"data_dir": source.data_dir} if source.data_dir else {}
         dataset = datasets.load_dataset(source.dataset, streaming=True, **options)
         return dataset.skip(row) if row else dataset
 
     return rows_from
+
+
+def _not_installed(source: SourceConfig, error: ImportError) -> ConfigError:
+    return ConfigError(
+        f"corpus source {source.dataset}: the package {error.name!r} is not installed: "
+        "in the checkout, pip install -e '.[hub]'"
+    )
 
 
 def resumed(

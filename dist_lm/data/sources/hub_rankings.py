@@ -12,7 +12,7 @@ from dist_lm.chat.messages import ChatError, Conversation, Message, Role
 from dist_lm.chat.ranking import MOST, Judgement, Ranking, check_ranking, ranks_of_scores
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.sources.formats import BadRow, Row
-from dist_lm.data.sources.hub import HUB_KEYS, data_set_rows, list_copies, origin_of
+from dist_lm.data.sources.hub import HUB_KEYS, data_set_rows, list_data_set, origin_of
 from dist_lm.data.sources.places import bare_name
 from dist_lm.data.sources.rankings import ranking_document
 from dist_lm.data.sources.reader import Candidate, Rejected, reader
@@ -29,7 +29,7 @@ OASST = "oasst1"  # its rankings extend over several rows
     form="ranking",
     keys=("language", "licence", *HUB_KEYS, "path", "exclude", "licence_column", "rows", "only"),
     needs=("language", "dataset|path"),
-    inputs=list_copies,
+    inputs=list_data_set,
     advice="check dataset, split and rows; no row makes a ranking",
 )
 def read_hub_rankings(source: SourceConfig, seed: int) -> Iterator[Candidate]:

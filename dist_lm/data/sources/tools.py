@@ -9,7 +9,7 @@ from dist_lm.chat.documents import write_conversation
 from dist_lm.chat.messages import Conversation
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.sources.formats import BadRow
-from dist_lm.data.sources.hub import HUB_KEYS, data_set_rows, list_copies
+from dist_lm.data.sources.hub import HUB_KEYS, data_set_rows, list_data_set
 from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
 from dist_lm.data.sources.rows import licence_of, looked_ahead, named_columns
 from dist_lm.document import Document
@@ -42,7 +42,7 @@ def read_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
     form="conversation",
     keys=("language", "licence", *HUB_KEYS, "path", "exclude", "licence_column"),
     needs=("language", "dataset|path"),
-    inputs=list_copies,
+    inputs=list_data_set,
     advice="check dataset and split; no row makes a conversation",
 )
 def read_hub_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
