@@ -8,7 +8,7 @@ declared type (BFCL calls such a value a variable), and is then compared unchang
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,19 @@ from rich.progress import track
 from rich.table import Table
 
 from dist_lm.chat.compare import standard_text
-from dist_lm.chat.messages import Call, ChatError, Json, Message
-from dist_lm.chat.template import prompt, stop_tokens
-from dist_lm.errors import ArtefactError, require
+from dist_lm.chat.messages import Call, Json, Message
+from dist_lm.errors import require
 from dist_lm.evaluation.bfcl_questions import BfclAnswer, BfclQuestion, find_data, read_questions
+from dist_lm.evaluation.figures import request_of
+from dist_lm.evaluation.tasks import BFCL, TURN_TOKENS, Asking, bfcl_items
 from dist_lm.evaluation.tool_questions import shown
-from dist_lm.evaluation.tool_score import matched, read_answer
-from dist_lm.generation.engine import Engine
+from dist_lm.evaluation.tool_score import matched
 from dist_lm.generation.load import LoadedModel, load_model
-from dist_lm.generation.request import Answer, Request, SamplingParams
+from dist_lm.generation.request import only_answers
 from dist_lm.generation.session import build_engine
 from dist_lm.parallel.mesh import option_device
 from dist_lm.storage import durable
 
-MAX_NEW_TOKENS = 512
 SEQUENCES = 32  # the cache holds this many whole contexts, up to CACHE_TOKENS
 CACHE_TOKENS = 65536
 FEW_TURNS = 0.1  # a smaller share of parsed turns means that the model has not learned the format
@@ -85,42 +84,23 @@ def answer(
     questions: Sequence[BfclQuestion], loaded: LoadedModel, device: torch.device, progress: Console
 ) -> list[BfclResult]:
     """Answer all questions greedily and score the answers. Results are in the order of the questions."""
-    tokenizer, context = loaded.tokenizer, loaded.config.max_seq_len
-    notes: dict[int, str] = {}
+    tokenizer = loaded.tokenizer
     engine = build_engine(loaded, device, SEQUENCES, CACHE_TOKENS)
-    params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS, temperature=0, stop_tokens=stop_tokens(tokenizer))
-    for number, question in enumerate(questions):
-        try:
-            tokens = prompt(question.asked, tokenizer)
-        except ChatError as error:
-            notes[number] = f"not a valid conversation: {error}"
-            continue
-        if len(tokens) >= context:
-            notes[number] = f"{len(tokens)} tokens, but the model's context is {context}"
+    items = bfcl_items(Asking.greedy(tokenizer, loaded.config.max_seq_len, True, TURN_TOKENS), questions)
+    found: dict[int, BfclResult] = {}
+    for number, item in enumerate(items):
+        if item.error:
+            found[number] = BfclResult(questions[number], False, False, "", item.error)
         else:
-            engine.submit(Request(str(number), tokens, params))
-    found = {number: BfclResult(questions[number], False, False, "", note) for number, note in notes.items()}
-    left = len(questions) - len(found)
+            engine.submit(request_of(number, BFCL, item, 0))
+    answers, left = only_answers(engine.results(), loaded.name), len(items) - len(found)
     quiet = not progress.is_terminal
-    for done in track(_answers(engine), "answering", left, console=progress, disable=quiet, transient=True):
+    for done in track(answers, "answering", left, console=progress, disable=quiet, transient=True):
         number = int(done.request)
-        turn = read_answer(done.tokens, done.finish == "stop", tokenizer)
+        record = items[number].judge(done, None)()
         text = shown(done.tokens, tokenizer)
-        found[number] = BfclResult(questions[number], is_right(turn, questions[number]), turn is not None, text)
+        found[number] = BfclResult(questions[number], record["passed"], record["is_turn"], text)
     return [found[number] for number in range(len(questions))]
-
-
-def _answers(engine: Engine) -> Iterator[Answer]:
-    """Yield answers as they finish.
-
-    Raises:
-        ArtefactError: the model's logits are not numbers.
-    """
-    while engine.busy:
-        for done in engine.step():
-            if not isinstance(done, Answer):
-                raise ArtefactError(f"the checkpoint: {done.error}")
-            yield done
 
 
 def is_right(turn: Message | None, question: BfclQuestion) -> bool:

@@ -7,7 +7,7 @@ refused: the harness would run it with the rights of the user.
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -23,7 +23,7 @@ from dist_lm.chat.template import chat_template
 from dist_lm.errors import ArtefactError, ConfigError, UserError, require
 from dist_lm.generation.likelihood import Likelihood, Tree, likelihoods
 from dist_lm.generation.load import LoadedModel, load_model
-from dist_lm.generation.request import Answer, Request, SamplingParams
+from dist_lm.generation.request import Request, SamplingParams, only_answers
 from dist_lm.generation.session import build_engine
 from dist_lm.model.keyed_random import hash_words, signed
 from dist_lm.parallel.mesh import option_device
@@ -208,7 +208,8 @@ class EngineModel(TemplateLM):
             require(space > 0, "max_gen_toks", params.max_new_tokens, f"fewer than model.max_seq_len={self._context}")
             tokens = self.tok_encode(context)[-space:]
             self._engine.submit(Request(str(number), tokens, params, signed(hash_words(self._seed, number))))
-        for done in tqdm(self._answers(), total=len(requests), desc="answers", disable=disable_tqdm):
+        answers = only_answers(self._engine.results(), self.name)
+        for done in tqdm(answers, total=len(requests), desc="answers", disable=disable_tqdm):
             text = done.text
             for stop in stops[int(done.request)]:
                 text = text.split(stop)[0]
@@ -236,13 +237,6 @@ class EngineModel(TemplateLM):
                 "min_p or repetition_penalty"
             )
         return SamplingParams(max_new_tokens=new, stop=until, stop_tokens=self._ends, **given)
-
-    def _answers(self) -> Iterator[Answer]:
-        while self._engine.busy:
-            for done in self._engine.step():
-                if not isinstance(done, Answer):
-                    raise ArtefactError(f"{self.name}: {done.error}")
-                yield done
 
 
 # --- tasks ---

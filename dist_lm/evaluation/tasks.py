@@ -17,6 +17,7 @@ from dist_lm.data.infill import InfillMarks
 from dist_lm.data.prompts import Prompt
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError, UserError
+from dist_lm.evaluation.bfcl_questions import BfclQuestion, find_data, read_questions
 from dist_lm.evaluation.problems import Problem, humaneval, mbpp, multipl_e, own_infills, own_problems
 from dist_lm.generation.request import Answer, SamplingParams
 from dist_lm.sandbox.pool import Sandboxes
@@ -117,7 +118,7 @@ def items_of(
     if task == REWARD:
         return prompt_items(prompts, asking)
     assert task == BFCL
-    return bfcl_items(asking)
+    return bfcl_items(asking, read_questions(find_data(), limit=0))
 
 
 def code_items(problems: Iterable[Problem], asking: Asking) -> list[Item]:
@@ -238,30 +239,26 @@ def tool_items(asking: Asking, folder: Path) -> list[Item]:
     return [item(asked) for asked in choose(corpus, asking.tokenizer, QUESTIONS, asking.context, written)]
 
 
-def bfcl_items(asking: Asking) -> list[Item]:
-    """Single-turn questions of the Berkeley Function Calling Leaderboard, answered greedily.
-
-    Raises:
-        UserError: the package bfcl-eval is missing.
-    """
+def bfcl_items(asking: Asking, questions: Sequence[BfclQuestion]) -> list[Item]:
+    """Questions of the Berkeley Function Calling Leaderboard, answered greedily."""
     from dist_lm.evaluation.bfcl import is_right
-    from dist_lm.evaluation.bfcl_questions import find_data, read_questions
     from dist_lm.evaluation.tool_score import read_answer
 
     params = SamplingParams(max_new_tokens=TURN_TOKENS, temperature=0, stop_tokens=stop_tokens(asking.tokenizer))
 
-    def item(question: Any) -> Item:
+    def item(question: BfclQuestion) -> Item:
         def judged(answer: Answer, _: Sandboxes | None) -> Callable[[], Record]:
-            right = is_right(read_answer(answer.tokens, answer.finish == "stop", asking.tokenizer), question)
-            return lambda: {"passed": right, "outcome": "passed" if right else "failed"}
+            turn = read_answer(answer.tokens, answer.finish == "stop", asking.tokenizer)
+            right = is_right(turn, question)
+            return lambda: {"passed": right, "outcome": "passed" if right else "failed", "is_turn": turn is not None}
 
         try:
             tokens = chat_prompt(question.asked, asking.tokenizer)
         except UserError as error:
-            return Item(question.id, question.category, (), params, 1, judged, str(error))
+            return Item(question.id, question.category, (), params, 1, judged, f"not a valid conversation: {error}")
         return _fitting(Item(question.id, question.category, tokens, params, 1, judged), asking)
 
-    return [item(question) for question in read_questions(find_data(), limit=0)]
+    return [item(question) for question in questions]
 
 
 def _fitting(item: Item, asking: Asking) -> Item:

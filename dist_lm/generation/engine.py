@@ -13,7 +13,7 @@ fp32 to the last bit: see `linear.py`, `plain_pages.py` and `sampling.py`).
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -188,10 +188,12 @@ class Engine:
 
     def run(self) -> list[Answer | Refusal]:
         """Run steps until all requests are finished. Returns their results."""
-        done = []
+        return list(self.results())
+
+    def results(self) -> Iterator[Answer | Refusal]:
+        """Run steps until all requests are finished. Yields results as soon as they are there."""
         while self.busy:
-            done += self.step()
-        return done
+            yield from self.step()
 
     def close(self) -> None:
         """End the other processes of the model, if any."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from dist_lm.errors import UserError, require
+from dist_lm.errors import ArtefactError, UserError, require
 from dist_lm.model.keyed_random import hash_words, signed
 
 OnText = Callable[[str, int, int, str], None]
@@ -174,6 +174,21 @@ def seen(
     for result in results:
         if isinstance(result, Answer):
             finished(request_of[result.request], result)
+        yield result
+
+
+def only_answers(results: Iterable[Answer | Refusal], asked: str) -> Iterator[Answer]:
+    """`results`, all of them answers.
+
+    Args:
+        asked: the model or its requests, for the message.
+
+    Raises:
+        ArtefactError: one is a refusal: the model's logits are not numbers.
+    """
+    for result in results:
+        if isinstance(result, Refusal):
+            raise ArtefactError(f"{asked}: request {result.request}: {result.error}")
         yield result
 
 

@@ -115,8 +115,7 @@ class EngineRollouts:
                 self.engine.submit(request)
             except RequestError as error:
                 yield Refusal(request.id, error.reason)
-        while self.engine.busy:
-            yield from self.engine.step()
+        yield from self.engine.results()
         if self._sleeps:
             self.engine.sleep()
 

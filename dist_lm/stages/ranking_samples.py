@@ -24,7 +24,7 @@ from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.load import LoadedModel, load_model
-from dist_lm.generation.request import Answer, Request, SamplingParams
+from dist_lm.generation.request import Answer, Request, SamplingParams, only_answers
 from dist_lm.sandbox.syntax import PARSERS, parses_continued
 from dist_lm.stages.rankings import RankingSamplesConfig, RankingsConfig
 from dist_lm.storage.run_directory import WorkDirectory
@@ -121,12 +121,9 @@ def sample(
         answers[number] = []
         for request in requests:
             engine.submit(request)
-    while engine.busy:
-        for done in engine.step():
-            if not isinstance(done, Answer):
-                raise ArtefactError(f"stage.samples: {done.request}: {done.error}")
-            answers[int(done.request.partition(":")[0])].append(done)
-            advance()
+    for done in only_answers(engine.results(), "stage.samples"):
+        answers[int(done.request.partition(":")[0])].append(done)
+        advance()
     for number, own in answers.items():
         own.sort(key=lambda answer: (answer.request, answer.index))
         yield number, [sample_of(answer, loaded.tokenizer) for answer in own]

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dist_lm.errors import ArtefactError
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.load import LoadedModel
-from dist_lm.generation.request import Answer, Refusal, Request, SamplingParams
+from dist_lm.generation.request import Answer, Refusal, Request, SamplingParams, only_answers
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.sharding import generation_dtype
 from dist_lm.stages.text import SampledConfig
@@ -85,12 +84,7 @@ def answer_all(
         device=device,
     )
     del model, weights  # the engine holds its own weights
-    answers = []
-    for done in shared_answers(engine, requests, closing.world, closing.alive):
-        if not isinstance(done, Answer):
-            raise ArtefactError(f"{name}: prompt {done.request}: {done.error}")
-        answers.append(done)
-    return answers
+    return list(only_answers(shared_answers(engine, requests, closing.world, closing.alive), name))
 
 
 def shared_answers(

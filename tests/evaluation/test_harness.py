@@ -142,7 +142,7 @@ def test_a_stop_text_is_a_whole_text(until, text, model, monkeypatch):
     from lm_eval.api.instance import Instance
 
     answer = Answer("0", 0, 1, (1,), "Answer: 5 on", (0.0,), (0.0,), "stop", 0, 0)
-    monkeypatch.setattr(model, "_answers", lambda: iter([answer]))
+    monkeypatch.setattr(model._engine, "results", lambda: iter([answer]))
     submitted = []
     monkeypatch.setattr(model._engine, "submit", submitted.append)
     request = Instance("generate_until", {}, ("context", {"until": until, "max_gen_toks": 4}), 0)
