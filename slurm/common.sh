@@ -215,14 +215,19 @@ clean_up() {
   say "cleaned up"
 }
 
-# Progress so far, as text that changes with every checkpoint, file of samples and finished stage.
+# Progress so far, as text that changes with every checkpoint, file of samples, tar of a corpus and finished stage of
+# this run.
 progress() {
   local file
-  for file in "$work_dir"/runs/*/*/checkpoints/LATEST "$work_dir"/runs/*/*/result.json \
+  for file in "$work_dir"/runs/*/"$run_id"/checkpoints/LATEST "$work_dir"/runs/*/"$run_id"/result.json \
     "$work_dir"/corpora/*/manifest.json "$work_dir"/tokenizer/report.json; do
     if [ -f "$file" ]; then printf '%s\n' "$file" "$(<"$file")"; fi
   done
-  for file in "$work_dir"/runs/generate/*/samples/part-*.jsonl; do
+  for file in "$work_dir"/runs/import/*/checkpoints/LATEST "$work_dir"/runs/generate/"$run_id"/samples/part-*.jsonl \
+    "$work_dir"/runs/evaluate/"$run_id"/samples/*/*.jsonl; do
     if [ -f "$file" ]; then printf '%s\n' "$file"; fi
+  done
+  for file in "$work_dir"/corpora/*/journal.jsonl; do
+    if [ -f "$file" ]; then grep '^{"finished"' "$file" || true; fi
   done
 }

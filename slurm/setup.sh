@@ -5,6 +5,7 @@
 
 launch_arguments=() # for dist_lm.launch
 work_dir=           # absolute
+run_id=default
 job_dir=            # this job's own directory in work_dir
 token=              # file with the token of the job's Ray
 on_node=()          # command that starts a step on the node named after it
@@ -35,13 +36,18 @@ read_arguments() { # DEFAULT ... -- ARGUMENT ...
   shift
   work_dir=work
   for argument in "$@"; do
-    if [[ $argument == work_dir=* ]]; then work_dir=${argument#*=}; fi
+    case $argument in
+    work_dir=*) work_dir=${argument#*=} ;;
+    run_id=*) run_id=${argument#*=} ;;
+    esac
   done
   if [[ $work_dir != /* ]]; then work_dir=$SLURM_SUBMIT_DIR/$work_dir; fi
   job_dir=$work_dir/slurm/$SLURM_JOB_ID
   token=$job_dir/token
 
-  for argument in "${defaults[@]}" "cluster.nodes=$SLURM_JOB_NUM_NODES"; do
+  # this script ends a driver that is late, so the launcher gives its ranks the longest time that a checkpoint may take
+  defaults+=("cluster.nodes=$SLURM_JOB_NUM_NODES" "cluster.stop_timeout_s=$checkpoint_most")
+  for argument in "${defaults[@]}"; do
     if ! is_given "${argument%%=*}" "$@"; then launch_arguments+=("$argument"); fi
   done
   for argument in "$@"; do

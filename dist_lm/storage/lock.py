@@ -75,14 +75,14 @@ def is_locked(path: Path) -> bool:
         return False
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # read-only: it may belong to another user
     try:
-        return not _taken(descriptor, path)
+        return not _taken(descriptor, path, fcntl.LOCK_SH)  # on NFS an exclusive lock needs a file open for writing
     finally:
         os.close(descriptor)
 
 
-def _taken(descriptor: int, path: Path) -> bool:
+def _taken(descriptor: int, path: Path, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

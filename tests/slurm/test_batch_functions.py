@@ -11,6 +11,8 @@ SECONDS = 30  # for a script that hangs
 # a process that does not end when it is asked to; its process id is in $!
 STUBBORN = "trap '' TERM USR1; sleep 60 >/dev/null 2>&1 & trap - TERM USR1\n"
 NO_WAIT = "pause() { sleep 0.02; }\n"
+PATIENCE = "cluster.stop_timeout_s=900"  # the launcher's is not shorter than that of the script
+OF_JOB = ("cluster.nodes=2", PATIENCE)
 
 
 class BatchShell:
@@ -193,12 +195,16 @@ def test_signals_go_to_every_step_but_the_scripts_own(shell: BatchShell) -> None
 @pytest.mark.parametrize(
     ("given", "work_dir", "passed"),
     [
-        ([], "{}/work", ["stage=pipeline", "model=large", "cluster.nodes=2"]),
-        (["model=nano"], "{}/work", ["stage=pipeline", "cluster.nodes=2", "model=nano"]),
-        (["cluster.nodes=1", "x=a b"], "{}/work", ["stage=pipeline", "model=large", "cluster.nodes=1", "x=a b"]),
-        (["model.d_model=8"], "{}/work", ["stage=pipeline", "model=large", "cluster.nodes=2", "model.d_model=8"]),
-        (["work_dir=mine"], "{}/mine", ["stage=pipeline", "model=large", "cluster.nodes=2"]),
-        (["work_dir=/a", "work_dir=/b"], "/b", ["stage=pipeline", "model=large", "cluster.nodes=2"]),
+        ([], "{}/work", ["stage=pipeline", "model=large", *OF_JOB]),
+        (["model=nano"], "{}/work", ["stage=pipeline", *OF_JOB, "model=nano"]),
+        (
+            ["cluster.nodes=1", "x=a b"],
+            "{}/work",
+            ["stage=pipeline", "model=large", PATIENCE, "cluster.nodes=1", "x=a b"],
+        ),
+        (["model.d_model=8"], "{}/work", ["stage=pipeline", "model=large", *OF_JOB, "model.d_model=8"]),
+        (["work_dir=mine"], "{}/mine", ["stage=pipeline", "model=large", *OF_JOB]),
+        (["work_dir=/a", "work_dir=/b"], "/b", ["stage=pipeline", "model=large", *OF_JOB]),
     ],
 )
 def test_arguments(shell: BatchShell, given: list[str], work_dir: str, passed: list[str]) -> None:
@@ -299,6 +305,26 @@ def test_a_job_is_requeued_again_only_after_progress(shell: BatchShell) -> None:
     assert shell.try_to("requeue").returncode == 0
     assert shell.try_to("requeue").returncode == 1
     assert shell.calls("scontrol") == ["requeue 7"] * 3
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "counts"),
+    [
+        ("runs/language/mine/checkpoints/LATEST", "step_10", True),
+        ("runs/import/model/checkpoints/LATEST", "step_0", True),
+        ("runs/evaluate/mine/samples/code_default/own_sql-000.jsonl", "{}", True),
+        ("runs/generate/mine/samples/part-00000.jsonl", "{}", True),
+        ("corpora/language/journal.jsonl", '{"format": 1}\n{"begun": "train-000000.tar"}\n{"finished": {}}', True),
+        ("corpora/language/journal.jsonl", '{"format": 1}\n{"begun": "train-000000.tar"}', False),
+        ("runs/language/default/checkpoints/LATEST", "step_10", False),  # of others in the same work directory
+        ("runs/generate/default/samples/part-00000.jsonl", "{}", False),
+    ],
+)
+def test_progress_is_what_this_run_has_finished(shell: BatchShell, path: str, content: str, counts: bool) -> None:
+    file = shell.directory / "work" / path
+    script = f"""read_arguments -- "work_dir=$work_dir" run_id=mine; before=$(progress)
+mkdir -p {file.parent}; printf '%s\\n' "$1" >{file}; [ "$before" = "$(progress)" ] && echo none || echo some"""
+    assert shell.run(script, content) == ["some" if counts else "none"]
 
 
 @pytest.mark.parametrize("name", ["train_large", "rlhf_large", "generate"])

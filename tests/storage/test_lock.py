@@ -1,6 +1,7 @@
 """One writer a run, by the operating system's own lock."""
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -53,6 +54,21 @@ def test_an_earlier_start_of_the_same_job_is_waited_for(tmp_path):
     with locked(path, job="7"):
         assert owner_of(path).endswith("of job 7")
     holder.wait(timeout=60)
+    assert not is_locked(path)
+
+
+def test_whether_a_lock_is_held_is_asked_where_an_exclusive_one_needs_a_writer(tmp_path, monkeypatch):
+    """NFS makes a lock of flock one of fcntl, which refuses an exclusive one of a file that is open for reading."""
+    path, flock = tmp_path / ".lock", fcntl.flock
+
+    def of_nfs(descriptor: int, operation: int) -> None:
+        if operation & fcntl.LOCK_EX and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+    with locked(path):
+        assert is_locked(path)
     assert not is_locked(path)
 
 
