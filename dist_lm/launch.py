@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Literal
 
 from dist_lm.cluster.allocation import ranks_beside, ranks_per_node
@@ -148,11 +149,10 @@ def check_stage_prefixes(overrides: Sequence[str], target: str) -> None:
 
 def check_writable(work_dir: Path) -> None:
     """Refuse a work directory that cannot be made or written to, before anything starts."""
-    probe = work_dir / ".writable"
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with NamedTemporaryFile(dir=work_dir, prefix=".writable."):  # other commands may try at the same time
+            pass
     except OSError as error:
         raise ConfigError(f"work_dir={work_dir}: cannot be written to ({error.strerror}); choose another") from error
 
@@ -287,12 +287,8 @@ def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | N
     from dist_lm.cluster.ray_cluster import connect
     from dist_lm.launcher.pipeline import build_artefact
     from dist_lm.launcher.pool_run import run_pool_stage
-    from dist_lm.launcher.process import watch_signals
+    from dist_lm.launcher.process import left_at_once, watch_signals
     from dist_lm.launcher.stage_run import run_training_stage
-
-    def build(stage: PlannedStage) -> None:
-        pipeline.begin(stage.name)
-        pipeline.done(stage.name, build_artefact(stage, console))
 
     run_on = {Place.RANKS: run_training_stage, Place.POOL: run_pool_stage}
     on_cluster = [stage for stage in plan.missing if stage.stage.place in run_on]
@@ -300,23 +296,26 @@ def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | N
     if first and on_cluster and on_cluster[0].config.cluster.name == "ray":
         check_on_cluster(on_cluster)
     for stage in plan.missing[:first]:
-        build(stage)
+        pipeline.begin(stage.name)
+        pipeline.done(stage.name, build_artefact(stage, console))
     if not on_cluster:
         return 0
     trains = on_cluster[-1].stage.place is Place.RANKS
     then = "writing a checkpoint, then stopping" if trains else "stopping"
     with connect(on_cluster[0].config.cluster) as cluster, watch_signals(console, then) as interrupt:
         for stage in plan.missing[first:]:
-            if stage not in on_cluster:
-                build(stage)
-                continue
-            run_stage = run_on[stage.stage.place]
             pipeline.begin(stage.name)
-            if interrupt.requested or not run_stage(stage, cluster, console, interrupt, job):
+            done, detail = False, ""
+            if stage in on_cluster:
+                done = not interrupt.requested and run_on[stage.stage.place](stage, cluster, console, interrupt, job)
+            elif not interrupt.requested:
+                with left_at_once(interrupt, console):  # it goes on from its finished files
+                    done, detail = True, build_artefact(stage, console)
+            if not done:
                 start = stage.progress
                 console.line(f"stopped in stage {stage.name}; the same command continues from {start}")
                 return interrupt.number
-            pipeline.done(stage.name)
+            pipeline.done(stage.name, detail)
     return 0
 
 

@@ -23,6 +23,7 @@ class PlannedStage:
     action: Action
     detail: str
     begun: "Begun | None" = None  # of a training run that goes on
+    is_target: bool = True  # whether the command names it
 
     @property
     def name(self) -> str:
@@ -89,10 +90,11 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
             stage.check(config)
         except ValueError as error:
             raise error if isinstance(error, ConfigError) else ConfigError(f"stage={name}: {error}") from error
-        found = stage.look(config, is_target=name == target, rebuilt=rebuilt)
+        is_target = name == target
+        found = stage.look(config, is_target=is_target, rebuilt=rebuilt)
         if found.action is not Action.READY:
             rebuilt.add(name)
-        planned.append(PlannedStage(stage, found.config, found.action, found.detail))
+        planned.append(PlannedStage(stage, found.config, found.action, found.detail, is_target=is_target))
     missing = [one.name for one in planned[:-1] if one.action is not Action.READY]
     if missing and configs[target].prerequisites == "fail":
         commands = ", then ".join(f"`python -m dist_lm.launch stage={name}`" for name in missing)

@@ -26,7 +26,7 @@ from dist_lm.launcher.plan import PlannedStage
 from dist_lm.launcher.process import Interrupt
 from dist_lm.launcher.watch import RunWatch, watching
 from dist_lm.parallel.layout import resolve_layout
-from dist_lm.stages.stage import run_of
+from dist_lm.stages.stage import Action, run_of
 from dist_lm.storage.lock import OWN_JOB_S, locked
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.console import Console
@@ -220,8 +220,11 @@ def run_training_stage(
     Args:
         job: batch job of this process.
 
+    A run that another command has finished since the plan is left as it is.
+
     Raises:
-        ConfigError: the layout does not fit the ranks of the cluster.
+        ConfigError: the layout does not fit the ranks of the cluster, or another command has begun the run with other
+            settings.
         ClusterError: too few nodes are available or fit.
         GangFailure: more than cluster.max_restarts failures in a row without a new checkpoint.
         ArtefactError: the ranks ended without a result, and nobody asked them to stop.
@@ -236,6 +239,9 @@ def run_training_stage(
         await_other_ranks(run, console, interrupt)
         if interrupt.requested:
             return False
+        # another command may have run the stage since the plan
+        if stage.stage.look(stage.config, is_target=stage.is_target, rebuilt=()).action is Action.READY:
+            return True
         save_config(first, run.config)
         note_files(run, first)
         run.result.unlink(missing_ok=True)  # of fewer steps, if a finished run goes on

@@ -1,4 +1,4 @@
-"""Two commands on one fresh work directory build what they share once."""
+"""Two commands on one work directory build and train what they share once."""
 
 import io
 import threading
@@ -6,11 +6,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+from dist_lm.cluster.ray_cluster import Node
 from dist_lm.config.root import Config
+from dist_lm.errors import ConfigError
 from dist_lm.launcher.pipeline import build_artefact
 from dist_lm.launcher.plan import PlannedStage
+from dist_lm.launcher.process import Interrupt
+from dist_lm.launcher.stage_run import run_training_stage
 from dist_lm.stages.stage import Action, Artefact, ArtefactStage
 from dist_lm.tracking.console import Console
+from tests.launcher.planned import make_run, plan_of
 
 DEADLINE_S = 30.0
 
@@ -55,3 +62,26 @@ def test_the_second_command_waits_by_name_and_uses_what_the_first_built(monkeypa
     assert shared.builders == ["first"]
     assert len(lines) == 1
     assert "shared: waiting for process" in lines[0]
+
+
+def run_as_planned(planned: PlannedStage) -> bool:
+    cluster: Any = SimpleNamespace(nodes=lambda: [Node("a", "127.0.0.1", cpus=2, gpus=0)])
+    return run_training_stage(planned, cluster, Console(output=io.StringIO(), errors=io.StringIO()), Interrupt())
+
+
+def test_a_run_that_another_command_has_finished_since_the_plan_is_used(work):
+    planned = plan_of(work, target="language").target
+    assert planned.action is Action.BUILD
+    run = make_run(work, "language", done=True)
+    before = {path: path.read_bytes() for path in (run.config, run.result)}
+    assert run_as_planned(planned)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_run_that_another_command_has_begun_with_other_settings_since_the_plan_is_refused(work):
+    planned = plan_of(work, target="language").target
+    run = make_run(work, "language", "stage.dropout=0.5", checkpoint=True)
+    before = run.config.read_bytes()
+    with pytest.raises(ConfigError, match=r"stage\.dropout=0.* \(was 0\.5\)"):
+        run_as_planned(planned)
+    assert run.config.read_bytes() == before

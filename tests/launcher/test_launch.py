@@ -6,10 +6,11 @@ Where the process is not what a test is about, it is this one.
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from dist_lm.launch import main
+from dist_lm.launch import check_writable, main
 from tests.conftest import TINY
 
 
@@ -69,6 +70,13 @@ def test_a_work_directory_that_cannot_be_made_is_refused(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: work_dir=")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_work_directory_may_be_tried_by_several_commands_at_once(tmp_path):
+    work = tmp_path / "work"
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(check_writable, [work] * 400))
+    assert list(work.iterdir()) == []
 
 
 def test_a_ray_head_that_does_not_answer_is_one_line_after_a_bounded_wait(tiny_work):

@@ -1,5 +1,6 @@
 """Stages run in the order of the plan: what trains on a cluster, what builds in the launcher wherever it comes."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -57,3 +58,26 @@ def test_artefacts_alone_take_no_cluster(done: list[str]) -> None:
 def test_nothing_is_built_behind_a_stage_that_was_stopped(done: list[str]) -> None:
     run_missing("language", "rankings")
     assert done == ["connect", "language"]
+
+
+def test_a_signal_ends_an_artefact_behind_a_training_stage_at_once(done: list[str], monkeypatch, capsys) -> None:
+    def build(stage: PlannedStage, console: Console) -> str:
+        done.append(f"{stage.name} begun")
+        signal.raise_signal(signal.SIGTERM)
+        done.append(f"{stage.name} done")
+        return ""
+
+    monkeypatch.setattr(pipeline, "build_artefact", build)
+    assert run_missing("tools", "rankings", "reward") == signal.SIGTERM
+    assert done == ["connect", "tools", "rankings begun"]
+    assert "stopped in stage rankings; the same command continues" in capsys.readouterr().out
+
+
+def test_no_artefact_is_begun_after_a_signal(done: list[str], monkeypatch) -> None:
+    def run(stage: PlannedStage, *rest: Any) -> bool:
+        signal.raise_signal(signal.SIGUSR1)
+        return True  # its last step was done
+
+    monkeypatch.setattr(stage_run, "run_training_stage", run)
+    assert run_missing("tools", "rankings") == signal.SIGUSR1
+    assert done == ["connect"]
