@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from dist_lm.config.model import ModelConfig
 from dist_lm.data.manifest import manifest_path, read_manifest
 from dist_lm.errors import ArtefactError, UserError
-from dist_lm.storage.run_directory import RunDirectory, tokenizer_in
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory, tokenizer_in
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import model_weights
@@ -110,6 +110,24 @@ def tokenizer_of(checkpoint: Path, named: Path | None, run: RunDirectory | None)
     if not path.is_file():
         raise ArtefactError(f"{path}: no tokenizer there: give the run's own by --tokenizer=PATH")
     return Tokenizer.load(path)
+
+
+def stage_tokenizer(checkpoint: Path, work: WorkDirectory, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a checkpoint that a stage reads: that of its run or work directory, else that of `work`.
+
+    Raises:
+        ArtefactError: there is none, or it is not the one that the checkpoint was trained with.
+    """
+    inside = len(checkpoint.parents) > 1 + DEPTH  # of a run, with or without its configuration
+    beside = RunDirectory(checkpoint.parents[1]).tokenizer_model if inside else work.tokenizer_model
+    path = beside if beside.exists() else work.tokenizer_model
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size != vocab_size:
+        raise ArtefactError(
+            f"{path} has {tokenizer.vocab_size} pieces, model.vocab_size={vocab_size}: not this model's"
+        )
+    files.check_tokenizer(checkpoint, files.read_state(checkpoint)[0], tokenizer.sha256)
+    return tokenizer
 
 
 @dataclass(frozen=True)

@@ -156,12 +156,9 @@ class Evaluate(PoolStage):
         return Path(evaluate_config(config).stage.models[0])
 
     def tokenizer(self, config: Config) -> "Tokenizer":
-        from dist_lm.generation.load import run_of as run_with
-        from dist_lm.generation.load import tokenizer_of
+        from dist_lm.generation.load import stage_tokenizer
 
-        checkpoint = self.checkpoint(config)
-        run = run_with(checkpoint)
-        return tokenizer_of(checkpoint, None if run else WorkDirectory(Path(config.work_dir)).tokenizer, run)
+        return stage_tokenizer(self.checkpoint(config), WorkDirectory(Path(config.work_dir)), config.model.vocab_size)
 
     def engine(self, config: Config) -> tuple["EngineOptions", int, int]:
         from dist_lm.generation.engine import EngineOptions

@@ -11,7 +11,7 @@ from dist_lm.chat.template import answer_tokens, prompt, stop_tokens
 from dist_lm.config.root import Config
 from dist_lm.data.prompts import Prompt, find_prompts, read_prompts, survey
 from dist_lm.errors import ConfigError
-from dist_lm.generation.load import model_config_of, run_of, tokenizer_of
+from dist_lm.generation.load import model_config_of, stage_tokenizer
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import choose_device
 from dist_lm.rlhf.reward_model import last_token_scores
@@ -57,8 +57,8 @@ def reward_scores(
         `id` and `outcome` of each answer, and its `score` if it has one; None if `wanted` became false.
     """
     checkpoint = files.require_intact(files.find_checkpoint(path))
-    shape, run = model_config_of(checkpoint), run_of(checkpoint)
-    tokenizer = tokenizer_of(checkpoint, None if run else WorkDirectory(Path(config.work_dir)).tokenizer, run)
+    shape = model_config_of(checkpoint)
+    tokenizer = stage_tokenizer(checkpoint, WorkDirectory(Path(config.work_dir)), shape.vocab_size)
     model = Transformer(shape).to(choose_device(config.device, 0)).eval()
     model.load_state_dict({name: torch.from_numpy(value) for name, value in model_weights(checkpoint).items()})
     found: list[Record] = []

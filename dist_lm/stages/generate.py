@@ -103,8 +103,9 @@ class Generate(PoolStage):
         else:
             start = find_start(own, before)
             check_checkpoint(start, run)
-            generate_parts.tokenizer_of(own, start)
         own = replace(own, stage=replace(own.stage, checkpoint=str(start)))
+        if not run.result.exists():
+            self.tokenizer(own)  # refused before anything starts
         if begun:
             conflicts = [one for key in RESULT_KEYS for one in differing_keys(begun, own, key, FREE)]
             refuse_other_settings(run, own, conflicts)
@@ -121,9 +122,9 @@ class Generate(PoolStage):
         return Path(generate_config(config).stage.checkpoint)
 
     def tokenizer(self, config: Config) -> "Tokenizer":
-        from dist_lm.stages import generate_parts
+        from dist_lm.generation.load import stage_tokenizer
 
-        return generate_parts.tokenizer_of(generate_config(config), self.checkpoint(config))
+        return stage_tokenizer(self.checkpoint(config), WorkDirectory(Path(config.work_dir)), config.model.vocab_size)
 
     def engine(self, config: Config) -> "tuple[EngineOptions, int, int]":
         from dist_lm.stages import generate_parts

@@ -19,7 +19,7 @@ from dist_lm.chat.template import stop_tokens
 from dist_lm.config.model import ModelConfig
 from dist_lm.data.infill import InfillMarks
 from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
-from dist_lm.errors import ArtefactError, ConfigError, UserError, require
+from dist_lm.errors import ConfigError, UserError, require
 from dist_lm.generation.engine import EngineOptions
 from dist_lm.generation.plain_pages import PLAIN_PAGE_TOKENS
 from dist_lm.generation.request import Answer, AnswerSets, Refusal, Request, SamplingParams
@@ -29,9 +29,8 @@ from dist_lm.stages.generate import GenerateConfig, GenerateRunConfig, check_che
 from dist_lm.stages.stage import PoolWork
 from dist_lm.storage import durable
 from dist_lm.storage.durable import json_lines
-from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
-from dist_lm.training import checkpoint_files
 
 
 def check(config: GenerateRunConfig) -> None:
@@ -101,25 +100,6 @@ def tp_of(config: GenerateRunConfig) -> int:
     tp = 1 if config.parallel.tp == -1 else config.parallel.tp
     check_tp(config.model, tp, None, "parallel.tp")
     return tp
-
-
-def tokenizer_of(config: GenerateRunConfig, checkpoint: Path) -> Tokenizer:
-    """The tokenizer of the checkpoint's work directory, else of this work directory.
-
-    Raises:
-        ArtefactError: there is no tokenizer, or its vocabulary is not that of the model.
-    """
-    own = WorkDirectory(Path(config.work_dir)).tokenizer_model
-    inside = len(checkpoint.parents) > len(("checkpoints", "RUN_ID", "STAGE", "runs"))
-    beside = RunDirectory(checkpoint.parents[1]).tokenizer_model if inside else own
-    path = beside if beside.exists() else own
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.vocab_size != config.model.vocab_size:
-        raise ArtefactError(
-            f"{path} has {tokenizer.vocab_size} pieces, model.vocab_size={config.model.vocab_size}: not this model's"
-        )
-    checkpoint_files.check_tokenizer(checkpoint, checkpoint_files.read_state(checkpoint)[0], tokenizer.sha256)
-    return tokenizer
 
 
 @dataclass

@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 
-from dist_lm.config.root import save_config
+from dist_lm.config.corpus import TokenizerConfig
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.pool_run import run_pool_stage
 from dist_lm.launcher.process import Interrupt
 from dist_lm.stages.evaluate import labels_of
 from dist_lm.stages.stage import Action
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from dist_lm.tokenizer.train import train_tokenizer
 from dist_lm.training import checkpoint_files
 from tests.cluster.generation_runs import Screen
 from tests.cluster.pool_of_one import Alone
-from tests.conftest import TINY, composed
+from tests.conftest import texts
 from tests.stages.test_evaluate_stage import cluster, plan_of
 from tests.training_run import linked, write_untrained
 
@@ -95,10 +96,11 @@ def test_only_equal_labels_grow():
 
 def test_what_refuses_a_later_model_does_so_before_the_first_is_asked(work, cluster, tmp_path, monkeypatch):
     other = write_untrained(WorkDirectory(tmp_path / "copied"), "code", 0)
-    save_config(composed(["stage=code", *TINY, f"work_dir={tmp_path / 'copied'}"]), other.config)
+    other.work.tokenizer.mkdir()
+    train_tokenizer([one.text for one in texts("sql", 80)], other.work.tokenizer_model, TokenizerConfig(vocab_size=512))
     models = f"stage.models=[{write_untrained(work, 'code', 0).path},{other.path}]"
     monkeypatch.setattr(Alone, "generate", lambda *_: pytest.fail("a question was asked"))
-    with pytest.raises(ArtefactError, match=r"copied/tokenizer.*: no tokenizer there"):
+    with pytest.raises(ArtefactError, match=r"copied/tokenizer/tokenizer\.model has 512 pieces, model\.vocab_size=640"):
         run_pool_stage(plan_of(work, "stage.tasks=[own_sql]", models), cluster, Screen(), Interrupt())
 
 

@@ -19,6 +19,7 @@ from dist_lm.generation.tool_chat import ToolOptions
 from dist_lm.launcher.compose import compose_config
 from dist_lm.stages import generate_parts
 from dist_lm.stages.export import export
+from dist_lm.stages.generate import STAGE as GENERATE
 from dist_lm.stages.importing import import_model
 from dist_lm.stages.shards import corpus_fingerprint, digest, recipe_of
 from dist_lm.stages.tokenizer import STAGE as TOKENIZER
@@ -126,7 +127,7 @@ def test_chats_are_answered_in_the_kept_layout(snapshot: Path, tmp_path: Path):
     checkpoint = files.find_checkpoint(run.path)
     given = (f"work_dir={tmp_path / 'work'}", f"stage.prompts={prompts}", f"stage.checkpoint={checkpoint}")
     config = compose_config(["stage=generate", *given, "stage.chat=true", *SHAPE])
-    tokenizer = generate_parts.tokenizer_of(config, checkpoint)
+    tokenizer = GENERATE.tokenizer(config)
     (tmp_path / "run").mkdir()
     (request,) = generate_parts.Samples(config, RunDirectory(tmp_path / "run"), tokenizer).requests()
     assert request.prompt == prompt(Conversation((Message("user", "Say <|im_end|>"),)), tokenizer)
