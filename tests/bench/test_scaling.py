@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from dist_lm.bench import scaling
-from dist_lm.bench.scaling import Rung, law_of, narrowed, numbers_of, run_scaling, shortened, steps_of
-from dist_lm.bench.scaling_law import ScalingLaw
+from dist_lm.bench.scaling import Rung, _interval, law_of, narrowed, numbers_of, run_scaling, shortened, steps_of
+from dist_lm.bench.scaling_law import Expected, ScalingLaw
 from dist_lm.config.stage import MuonConfig, StageConfig
 from dist_lm.errors import ConfigError, UserError
 from dist_lm.launcher.compose import compose_config
@@ -65,6 +65,11 @@ def test_seeds_are_no_rungs():
     apart = [[one[0] - 0.05, one[0] + 0.05] for one in losses]
     wide, narrow = ScalingLaw.fit(*zip(*GRID, strict=True), apart).expected(3e6, 2e6), two.expected(3e6, 2e6)
     assert wide.high - wide.low > narrow.high - narrow.low + 0.1  # one run more has the noise of one
+
+
+def test_samples_without_a_law_are_named():
+    assert _interval(Expected(1.0, 0.5, 2.0, 0.02)) == "1.000 (0.500 to 2.000) bits per byte"
+    assert "30% of the resampled rungs determine no law" in _interval(Expected(1.0, 0.5, 2.0, 0.3))
 
 
 def test_runs_that_determine_no_law_are_refused():
