@@ -16,7 +16,7 @@ from dist_lm.cluster.events import SILENT, Crowd, GangFailure, clear_failures, e
 from dist_lm.cluster.flight_recorder import waited_for
 from dist_lm.cluster.heartbeat import Hang, Patience, Pulse, find_hang
 from dist_lm.cluster.node_facts import NodeUsage
-from dist_lm.cluster.ray_cluster import first_line
+from dist_lm.cluster.ray_cluster import reason_of
 from dist_lm.cluster.recruit import Crew
 from dist_lm.storage.run_directory import RunDirectory
 
@@ -75,9 +75,9 @@ class _Member:
                 self.reported_at, self.silent_since = time.monotonic(), None
                 return
             except ActorUnavailableError as error:
-                reason = first_line(error)
+                reason = reason_of(error)
             except RayError as error:  # the agent failed or is gone, as after OutOfMemoryError or NodeDiedError
-                self.lost = first_line(error)
+                self.lost = reason_of(error)
                 return
         self.silent_since = self.silent_since or time.monotonic()
         if time.monotonic() - self.silent_since > LOST_S:
@@ -164,7 +164,7 @@ class Gang:
                 for node, agent in enumerate(agents)
             ]
         except RayError as error:
-            raise gang._end(gang._not_started(0, first_line(error))) from error
+            raise gang._end(gang._not_started(0, reason_of(error))) from error
         except BaseException:
             gang.stop()
             raise
@@ -244,7 +244,7 @@ class Gang:
             try:
                 ray.get(reference)
             except RayError as error:
-                raise self._end(self._not_started(node, first_line(error))) from error
+                raise self._end(self._not_started(node, reason_of(error))) from error
 
     def _not_started(self, node: int, reason: str) -> GangFailure:
         return GangFailure(node, None, "start", reason, self._run.node_log(node), host=self._members[node].host)
@@ -278,7 +278,7 @@ class Gang:
             except RayActorError:  # the agent is gone, and the kernel has ended its processes
                 continue
             except RayError as error:
-                log.warning("node %s: %s", self._members[questions[question]].host, first_line(error))
+                log.warning("node %s: %s", self._members[questions[question]].host, reason_of(error))
         return answers
 
     def _end(self, failure: GangFailure) -> GangFailure:

@@ -149,6 +149,13 @@ def last_line(error: BaseException) -> str:
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
+def reason_of(error: BaseException) -> str:
+    """Why a call of an actor failed: the exception that its code raised, or what happened to the actor."""
+    from ray.exceptions import RayTaskError
+
+    return last_line(error) if isinstance(error, RayTaskError) else first_line(error)
+
+
 def check_token_file(key: str, path: str) -> None:
     """Refuse a token file that is missing, empty or readable by others.
 

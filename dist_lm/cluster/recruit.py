@@ -58,6 +58,11 @@ class Crew:
     left_out: frozenset[str] = frozenset()  # Ray's ids of unfit nodes
 
 
+def able_nodes(cluster: RayCluster, gpus_per_node: int) -> list[Node]:
+    """The living nodes that have GPUs for a gang's ranks; a head often has none."""
+    return [node for node in cluster.nodes() if node.gpus >= gpus_per_node]
+
+
 def recruit(
     cluster: RayCluster,
     nodes: int,
@@ -90,7 +95,7 @@ def recruit(
     tolerated: set[str] = set()  # slow nodes that are used because no other is free
     starts = 0
     while True:
-        alive = cluster.nodes()
+        alive = able_nodes(cluster, gpus_per_node)
         without = {node.id for node in alive if node.id in left_out}
         avoided = {node.id for node in alive if node.address in avoid}
         if len(alive) - len(without | avoided) >= nodes:

@@ -18,7 +18,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, Self
 
-from dist_lm.cluster.ray_cluster import RayCluster, first_line, last_line
+from dist_lm.cluster.ray_cluster import RayCluster, reason_of
 from dist_lm.sandbox.pool import SandboxPool
 from dist_lm.sandbox.program import Limits, Program, Verdict
 from dist_lm.sandbox.sandbox import fences
@@ -205,12 +205,9 @@ class ClusterSandboxes:
             self._waiting.appendleft(work)
 
     def _leave(self, place: Place, error: BaseException) -> None:
-        from ray.exceptions import RayTaskError
-
         if place in self._places:
             self._places.remove(place)
-            said = last_line(error) if isinstance(error, RayTaskError) else first_line(error)
-            log.warning("%s runs no programs of models any more: %s", place.name, said)
+            log.warning("%s runs no programs of models any more: %s", place.name, reason_of(error))
 
 
 def _begins(work: Work) -> bool:

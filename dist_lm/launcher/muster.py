@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dist_lm.cluster.inspection import Demands
 from dist_lm.cluster.ray_cluster import ClusterError, RayCluster
-from dist_lm.cluster.recruit import Crew, recruit
+from dist_lm.cluster.recruit import Crew, able_nodes, recruit
 from dist_lm.config.root import Config
 from dist_lm.launcher.layout_choice import largest
 from dist_lm.launcher.process import Interrupt
@@ -16,6 +16,7 @@ from dist_lm.model.size import trained_count
 from dist_lm.tracking.console import Console
 
 BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weights and two moments
+AVERAGE_BYTES = 4  # more with stage.ema_decay
 GIB = 1 << 30
 LONGEST_GROW_S = 3600.0
 
@@ -27,8 +28,8 @@ class NodesLostError(ClusterError):
 def demands_of(config: Config, gpus_per_node: int) -> Demands:
     """The requirements of this run for a node."""
     least = math.ceil(config.cluster.min_free_gib * GIB)
-    checkpoint = trained_count(config.trained_shape) * config.trained_models * BYTES_PER_PARAMETER
-    checkpoint = checkpoint if config.stage.checkpoint_every else 0
+    per_parameter = BYTES_PER_PARAMETER + (AVERAGE_BYTES if config.stage.ema_decay else 0)
+    checkpoint = trained_count(config.trained_shape) * config.trained_models * per_parameter
     return Demands(
         gpus=gpus_per_node,
         free_bytes=least + checkpoint,
@@ -103,7 +104,7 @@ class Muster:
 
     def _fewer(self, most: int, avoid: Collection[str], shortage: ClusterError) -> Crew | None:
         smaller = [size for size in self._sizes if size < most]
-        while size := largest(smaller, len(self._cluster.nodes())):
+        while size := largest(smaller, len(able_nodes(self._cluster, self._gpus_per_node))):
             self._console.warning(f"{shortage}; continuing with {size}")
             try:
                 return self._recruit(size, self._cluster_config.start_timeout_s, avoid)
@@ -136,11 +137,7 @@ class Muster:
         if len(own) >= self._sizes[0]:
             return None
         now = time.monotonic()
-        others = [
-            node.id
-            for node in self._cluster.nodes()
-            if node.id not in own | self._lost and node.gpus >= self._gpus_per_node
-        ]
+        others = [node.id for node in able_nodes(self._cluster, self._gpus_per_node) if node.id not in own | self._lost]
         self._first_seen = {id_: self._first_seen.get(id_, now) for id_ in others}
         ready = sum(now - since >= self._grow_after_s for since in self._first_seen.values())
         size = largest(self._sizes, len(own) + ready)

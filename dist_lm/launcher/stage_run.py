@@ -133,9 +133,12 @@ class Attempts:
                 self.watch.restarts(failure)
                 goes_on = f"continuing from {self.stage.progress}, restarts left: {restarts.left}"
                 self.console.warning(f"{failure}; {goes_on}")
+            elif target:
+                report_stop(outcome.status, self.config.cluster, self.console)
+                self.console.line(f"growing to {target} nodes; continuing from {self.stage.progress}")
             elif checkpoint_files.newest_step(self.run.checkpoints) > outcome.step:
                 self.console.warning(f"another process asked the ranks to stop; continuing from {self.stage.progress}")
-            elif target is None:
+            else:
                 raise ArtefactError(
                     f"{self.run.path}: every rank ended with exit code 0 but without {self.run.result.name}; see "
                     f"{self.run.logs}"

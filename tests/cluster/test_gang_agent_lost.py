@@ -75,6 +75,14 @@ def test_an_agent_that_ray_ended_is_a_lost_node(gang_of, error):
     assert len(status.failure.message) <= 300
 
 
+def test_an_error_of_an_agents_own_code_is_named(gang_of):
+    said = 'ray::NodeAgent.poll() (pid=7, ip=10.0.0.2)\n  File "agent.py", line 1, in poll\nOSError: disk is gone'
+    error = exceptions.RayTaskError("NodeAgent.poll", said, OSError("disk is gone"))
+    failure = gang_of(NodeReport(None), error).poll().failure
+    assert failure is not None
+    assert failure.message.endswith("OSError: disk is gone")
+
+
 def test_an_agent_out_of_reach_is_asked_again(gang_of):
     assert gang_of(NodeReport(None), exceptions.ActorUnavailableError("busy", None)).poll().state == "running"
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 
 from dist_lm.cluster.inspection import Demands
-from dist_lm.cluster.ray_cluster import Node
+from dist_lm.cluster.ray_cluster import ClusterError, Node
 from dist_lm.cluster.recruit import Crew, Placement
 from dist_lm.launcher import muster as muster_module
 from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.muster import Muster, demands_of
 from dist_lm.launcher.process import Interrupt
+from dist_lm.model.size import parameter_count
 from dist_lm.tracking.console import Console
 from tests.conftest import TINY
 
@@ -27,7 +28,8 @@ class Nodes:
     asked: list[int] = field(default_factory=list)
 
     def nodes(self) -> list[Node]:
-        return [Node(name, f"10.0.0.{ord(name) - 96}", cpus=2, gpus=0) for name in self.names]
+        """Those with capital letters have a GPU."""
+        return [Node(name, f"10.0.0.{ord(name.lower()) - 96}", cpus=2, gpus=name.isupper()) for name in self.names]
 
 
 def crew(cluster: Nodes, names: str, left_out: str = "") -> Crew:
@@ -42,7 +44,7 @@ def clock(monkeypatch) -> list[float]:
     return now
 
 
-def muster_of(cluster: Nodes, errors: io.StringIO | None = None) -> Muster:
+def muster_of(cluster: Nodes, errors: io.StringIO | None = None, gpus_per_node: int = 0) -> Muster:
     settings = ("cluster=ray", "cluster.address=h:1", "cluster.nodes=3", "cluster.min_nodes=1")
     config = compose_config(["stage=language", *TINY, *settings, "cluster.grow_after_s=30"])
     console = Console(errors=errors or io.StringIO())
@@ -50,7 +52,7 @@ def muster_of(cluster: Nodes, errors: io.StringIO | None = None) -> Muster:
         cluster,  # pyright: ignore[reportArgumentType]
         config,
         [3, 2, 1],
-        gpus_per_node=0,
+        gpus_per_node=gpus_per_node,
         directory=Path(),
         interrupt=Interrupt(),
         console=console,
@@ -106,6 +108,30 @@ def test_what_could_not_be_inspected_is_said_once(monkeypatch):
     for _ in range(3):
         assert muster.call(()) is not None
     assert errors.getvalue().count("not read") == 1
+
+
+def test_a_run_shrinks_to_the_nodes_that_have_gpus(monkeypatch):
+    def recruit(muster: Muster, nodes: int, *rest) -> Crew:
+        asked.append(nodes)
+        if nodes == 3:
+            raise ClusterError("too few")
+        return crew(cluster, "B")
+
+    cluster, asked = Nodes("aB"), []
+    monkeypatch.setattr(Muster, "_recruit", recruit)
+    assert muster_of(cluster, gpus_per_node=1).call(()) is not None
+    assert asked == [3, 1]
+
+
+def test_a_node_has_room_for_a_checkpoint_also_for_the_last_one_and_for_an_average():
+    def room(*settings: str) -> int:
+        demands = demands_of(compose_config(["stage=language", *TINY, *settings]), 0)
+        return demands.free_bytes - demands.temporary_bytes
+
+    plain = room()
+    assert plain == 12 * parameter_count(compose_config(["stage=language", *TINY]).model)
+    assert room("stage.checkpoint_every=0") == plain
+    assert room("stage.ema_decay=0.9") == plain * 16 // 12
 
 
 def test_every_gpu_that_a_rank_takes_is_tried():

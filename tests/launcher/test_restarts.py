@@ -1,9 +1,20 @@
-"""How often a run starts again, and on how many nodes."""
+"""How often a run starts again, on how many nodes, and what is said of it."""
 
+import io
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dist_lm.cluster.gang import GangStatus
 from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.layout_choice import largest, on_nodes, sizes
-from dist_lm.launcher.stage_run import Restarts
+from dist_lm.launcher.process import Interrupt
+from dist_lm.launcher.stage_run import Attempts, Outcome, Restarts
+from dist_lm.tracking.console import Console
+from dist_lm.training import checkpoint_files
 from tests.conftest import TINY
+from tests.launcher.planned import make_run, plan_of
 
 
 def test_failures_count_until_there_is_a_new_checkpoint():
@@ -48,3 +59,27 @@ def test_the_largest_number_that_there_are_nodes_for():
 def test_a_smaller_run_is_a_valid_configuration():
     smaller = on_nodes(config("cluster.min_nodes=3"), 2).cluster
     assert (smaller.nodes, smaller.min_nodes) == (2, 2)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_growth_is_said_by_name_and_a_stop_by_force_too(work, monkeypatch, forced: bool):
+    """The ranks wrote a checkpoint because the launcher asked them to."""
+    planned = plan_of(work, target="language").target
+    run = make_run(work, "language")
+    interrupt, output, errors = Interrupt(), io.StringIO(), io.StringIO()
+    musters: Any = SimpleNamespace(call=lambda suspects, target: SimpleNamespace(hosts=("a",) * (target or 1)))
+    console = Console(output=output, errors=errors)
+    attempts = Attempts(planned, planned.config, 1, musters, SimpleNamespace(), console, interrupt)  # type: ignore[arg-type]
+
+    def attempt(config: Any, crew: Any) -> Outcome:
+        if len(crew.hosts) == 2:
+            run.result.touch()
+            return Outcome(GangStatus("finished"), 5)
+        (run.checkpoints / checkpoint_files.step_name(5)).mkdir()
+        return Outcome(GangStatus("stopped" if forced else "finished"), 0, grow_to=2)
+
+    monkeypatch.setattr(attempts, "attempt", attempt)
+    assert attempts.until_done({1: planned.config, 2: planned.config})
+    assert "growing to 2 nodes; continuing from step_00000005" in output.getvalue()
+    assert ("were ended" in errors.getvalue()) == forced
+    assert "another process" not in errors.getvalue()
