@@ -39,6 +39,7 @@ from dist_lm.interop.snapshot import (
     model_in,
     read_json,
     snapshot_record,
+    special_tokens_of,
     tokenizer_of,
 )
 from dist_lm.interop.weights import ALIASES, BUFFERS, Converted, converted
@@ -47,7 +48,8 @@ from dist_lm.stages.chat_layout import kept_template
 from dist_lm.stages.export import FILE_BYTES, as_torch, in_files, made
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
-from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tokenizer.symbols import END_OF_TEXT
+from dist_lm.tokenizer.tokenizer import NoEndOfTextError, Tokenizer
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import PLACES, MadeTensor, StoredTensor, tensors_in, write_tensors
 from dist_lm.training.state import TrainState
@@ -88,7 +90,7 @@ def _import(folder: Path, source: str, name: str, run: RunDirectory) -> RunDirec
         durable.write_bytes(temporary.path / "tokenizer" / file_name, content)
         if template := chat_template_of(folder):
             durable.write_text(temporary.chat_template, template)
-        tokenizer = Tokenizer(content, file_name)
+        tokenizer = _tokenizer(folder, content, file_name)
         if kept := kept_template(folder, tokenizer):
             kept.write(temporary.path / "tokenizer")
         state = TrainState(tokenizer=tokenizer.sha256)
@@ -101,6 +103,18 @@ def _import(folder: Path, source: str, name: str, run: RunDirectory) -> RunDirec
     finally:
         shutil.rmtree(temporary.path, ignore_errors=True)
     return run
+
+
+def _tokenizer(folder: Path, content: bytes, file_name: str) -> Tokenizer:
+    try:
+        return Tokenizer(content, file_name)
+    except NoEndOfTextError as error:
+        own = special_tokens_of(folder).get("eos_token", "")
+        named = f"{own}, its eos_token" if own else "the token that ends a text"
+        raise ArtefactError(
+            f"{folder}: {file_name} has no end-of-text by a known name: copy the folder, and in the files of the "
+            f"tokenizer rename {named}, to {END_OF_TEXT}"
+        ) from error
 
 
 def write_checkpoint(

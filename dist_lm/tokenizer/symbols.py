@@ -24,9 +24,10 @@ SPECIAL_TOKENS = (
     *(f"<|reserved_{n}|>" for n in range(16)),
 )
 
-# Names of the same marks in other tokenizers; the first one that a tokenizer has is used.
+# Names of the same marks in other tokenizers; the first one that a tokenizer has is used. The last end
+# of text is that of DeepSeek.
 ALIASES = {
-    END_OF_TEXT: ("<|end_of_text|>", "</s>", "<eos>", "<|eos|>"),
+    END_OF_TEXT: ("<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<｜end\u2581of\u2581sentence｜>"),
     FIM_PREFIX: ("<fim_prefix>",),
     FIM_MIDDLE: ("<fim_middle>",),
     FIM_SUFFIX: ("<fim_suffix>",),

@@ -183,6 +183,10 @@ class KeptTemplate:
         durable.write_json(folder / CONVERSATIONS, value)
 
 
+class NoEndOfTextError(ArtefactError):
+    """A tokenizer has no end-of-text that we know."""
+
+
 class Tokenizer:
     """A tokenizer. `decode(encode(text)) == text` for a trained one; an existing one may normalise the text first."""
 
@@ -190,7 +194,8 @@ class Tokenizer:
         """`content`: that of `tokenizer.model` or `tokenizer.json`; `name`: the file's name in error messages.
 
         Raises:
-            ArtefactError: it is not such a file, or has no end-of-text.
+            ArtefactError: it is not such a file.
+            NoEndOfTextError: it has no end-of-text.
         """
         self.kept_template = kept_template  # None: conversations are laid out as ours
         self._vocabulary = read_vocabulary(content, name)
@@ -202,7 +207,7 @@ class Tokenizer:
         self.special_ids = special_ids(self._vocabulary)  # of marks by our names, of others by their own
         if END_OF_TEXT not in self.special_ids:
             names = ", ".join((END_OF_TEXT, *ALIASES[END_OF_TEXT]))
-            raise ArtefactError(
+            raise NoEndOfTextError(
                 f"{name} has no end-of-text (none of {names}): tokenizer.add_marks=true appends the marks it lacks"
             )
         self.eot_id = self.special_ids[END_OF_TEXT]

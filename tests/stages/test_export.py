@@ -31,6 +31,7 @@ from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import model_weights, tensors_in
 from tests.conftest import TINY, VOCAB_SIZE
 from tests.interop.hf_models import FAMILIES, our_model, small, tokens_for
+from tests.tokenizer.made_json import trained_json
 from tests.training_run import linked, write_untrained
 
 transformers = pytest.importorskip("transformers")
@@ -240,6 +241,21 @@ def test_folders_that_hold_no_model_are_refused(work: WorkDirectory, tmp_path: P
     (folder / "tokenizer.model").unlink()
     with pytest.raises(ArtefactError, match="no tokenizer"):
         import_model(str(folder), "mine", work)
+
+
+def test_an_import_without_an_end_of_text_names_that_of_the_model(work: WorkDirectory, tmp_path: Path):
+    folder = saved(tmp_path / "hf", our_model(of_tests("Llama")), work)
+    content = trained_json(["a text"], 300)
+    (folder / "tokenizer.json").write_bytes(content.replace(b"<|endoftext|>", b"<stop>"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<stop>"}))
+    with pytest.raises(
+        ArtefactError, match=r"tokenizer.json has no end-of-text .*rename <stop>, its eos_token, to <\|e"
+    ):
+        import_model(str(folder), "mine", work)
+    deepseek = "<｜end▁of▁sentence｜>"
+    (folder / "tokenizer.json").write_bytes(content.replace(b"<|endoftext|>", deepseek.encode()))
+    tokenizer = load_model(import_model(str(folder), "mine", work).path).tokenizer
+    assert tokenizer.pieces([tokenizer.eot_id]) == [deepseek]
 
 
 def test_defaults_of_transformers_are_ours():
