@@ -123,7 +123,7 @@ class RlhfConfig:
     # log-probabilities, entropy and KL are then of the distribution over the tokens kept, here and in training
     top_k: int = 0
     top_p: float = 1.0
-    ignore_eot: bool = False  # end-of-text does not end a completion: all have max_new_tokens
+    ignore_eot: bool = False  # no token ends a completion: all have max_new_tokens
     max_staleness: int = 0  # largest age of a rollout's weights in iterations; 0: generate, then train
     importance_cap: float = 2.0  # largest ratio of trainer to engine probability that weighs a token; 0: off
     # updates

@@ -24,6 +24,12 @@ def check_shares(key: str, shares: Mapping[str, float], own: str) -> None:
     require(round(total, 9) < 1, key, f"{total:g} in all", f"below 1, so that {own} has a share")
 
 
+def refuse_terms_of_text(stage: "StageConfig") -> None:
+    """Refuse terms of next-token loss in a stage that has another loss."""
+    for key in ("label_smoothing", "z_loss"):
+        require(getattr(stage, key) == 0, f"stage.{key}", getattr(stage, key), "0: it is a term of next-token loss")
+
+
 @dataclass
 class SamplingConfig:
     """Samples at the end of a stage."""

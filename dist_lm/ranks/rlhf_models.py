@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from safetensors.numpy import save as save_arrays
 
 from dist_lm.config.model import AdaptedModelConfig, ModelConfig
 from dist_lm.config.rlhf import given
-from dist_lm.errors import ArtefactError
+from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.sharding import build_model
 from dist_lm.ranks.program import RankStart
@@ -32,6 +32,12 @@ START, REWARD_MODEL = "stage.init_from", "rlhf.reward_model"
 VALUE = "value."  # prefix of the critic's tensors
 # files of this stage in a checkpoint
 STATE, PENDING, CRITIC, FROZEN = "rlhf.json", "pending.safetensors", "critic.json", "frozen.json"
+
+# keys of a model that change no hidden state, or that `d_head` and `kv_heads` give
+NOT_OF_THE_TRUNK = {
+    *("name", "head", "max_seq_len", "tie_embeddings", "logit_cap", "init_std", "residual_init"),
+    *("head_width", "n_kv_heads"),
+}
 
 Bases = Mapping[str, Mapping[str, str]]
 """The checkpoints of the frozen models, by the key that names each; see `base_record`."""
@@ -84,7 +90,7 @@ def begin(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorithm:
     if algorithm.has_critic:
         scalar = replace(shape, head="scalar")
         critic = trained(_model(scalar, config, start), config.rlhf, given(config.rlhf.value_lr))
-        trunk = _trunk(reward, policy.model, scalar)
+        trunk = trunk_of_critic(reward, policy.model, scalar, given(config.rlhf.value_head))
         if shape.lora or not own:
             start_critic(critic.model, trunk, given(config.rlhf.value_head))
         if isinstance(shape, AdaptedModelConfig):
@@ -194,8 +200,19 @@ def _reward_model(found: Path, config: RlhfRunConfig, start: RankStart) -> Trans
     return model.requires_grad_(False)
 
 
-def _trunk(reward: Transformer | None, policy: Transformer, shape: ModelConfig) -> Transformer:
-    """Initial weights of the critic: the reward model if shapes match, else the policy."""
-    parts = ("d_model", "n_layers", "n_heads", "kv_heads", "d_ff", "ffn", "norm", "bias", "vocab_size")
-    alike = reward and all(getattr(reward.config, part) == getattr(shape, part) for part in parts)
-    return reward if reward and alike else policy
+def trunk_of_critic(
+    reward: Transformer | None, policy: Transformer, shape: ModelConfig, value_head: str
+) -> Transformer:
+    """Initial weights of the critic: the reward model if it computes as `shape` does, else the policy.
+
+    Raises:
+        ConfigError: the critic shall have the head of a reward model that computes otherwise.
+    """
+    if reward is None:
+        return policy
+    compared = sorted({one.name for one in fields(ModelConfig)} - NOT_OF_THE_TRUNK | {"d_head", "kv_heads"})
+    pairs = ((key, getattr(reward.config, key), getattr(shape, key)) for key in compared)
+    unlike = [f"{key}={found} (policy: {own})" for key, found, own in pairs if found != own]
+    if unlike and value_head == "reward_model":
+        raise ConfigError(f"rlhf.value_head=reward_model: expected zero, as the reward model has {', '.join(unlike)}")
+    return policy if unlike else reward

@@ -63,7 +63,7 @@ class RolloutSupply:
     source: RolloutSource
     prompts: PromptOrder
     judge: Judge
-    stop_tokens: tuple[int, ...] = ()  # that end a completion, besides end-of-text
+    stop_tokens: tuple[int, ...] = ()  # that end a completion, besides end-of-text; not with rlhf.ignore_eot
 
     def draw(
         self, prompts: Sequence[Sequence[int]], position: int, samples: int, config: RlhfConfig, seed: int
@@ -78,7 +78,7 @@ class RolloutSupply:
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
-            stop_tokens=self.stop_tokens,
+            stop_tokens=() if config.ignore_eot else self.stop_tokens,
             ignore_eot=config.ignore_eot,
         )
         requests = requests_of(prompts, position, samples, params, seed)

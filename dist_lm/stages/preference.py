@@ -12,7 +12,7 @@ from omegaconf import MISSING
 
 from dist_lm.config.preference import PreferenceConfig
 from dist_lm.config.root import Config
-from dist_lm.config.stage import StageConfig
+from dist_lm.config.stage import StageConfig, refuse_terms_of_text
 from dist_lm.errors import require
 from dist_lm.stages.stage import VAL_LOSS, KeyFigure
 from dist_lm.stages.training import Opening, StageData, TrainingStage, before_and_after
@@ -45,8 +45,7 @@ class PreferenceStageConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("label_smoothing", "z_loss"):
-            require(getattr(self, key) == 0, f"stage.{key}", getattr(self, key), "0: it is a term of next-token loss")
+        refuse_terms_of_text(self)
 
 
 @dataclass

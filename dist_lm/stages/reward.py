@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from dist_lm.config.root import Config
-from dist_lm.config.stage import StageConfig
+from dist_lm.config.stage import StageConfig, refuse_terms_of_text
 from dist_lm.errors import require
 from dist_lm.stages.stage import VAL_LOSS, KeyFigure
 from dist_lm.stages.training import (
@@ -69,12 +69,23 @@ class RewardStageConfig(StageConfig):
 
     reward: RewardConfig = field(default_factory=RewardConfig)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_terms_of_text(self)
+
 
 @dataclass
 class RewardRunConfig(Config):
     """The configuration of stage reward."""
 
     stage: RewardStageConfig = MISSING
+
+    def check_stage(self) -> None:
+        super().check_stage()
+        settings, longest = self.stage.reward, self.model.max_seq_len
+        new, accepted = settings.normaliser_new_tokens, f"less than model.max_seq_len={longest}"
+        fits = not settings.normaliser_prompts or new < longest
+        require(fits, "stage.reward.normaliser_new_tokens", new, accepted)
 
 
 class Reward(TrainingStage):

@@ -15,7 +15,7 @@ from dist_lm.data.evaluation_batches import spread
 from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.rankings.stream import Assemble, RankingBatches, RankingStream
 from dist_lm.data.sequences import note_of_left_out
-from dist_lm.errors import require
+from dist_lm.errors import ArtefactError, require
 from dist_lm.generation.load import load_model
 from dist_lm.generation.request import Request, SamplingParams
 from dist_lm.model.transformer import Transformer
@@ -124,19 +124,24 @@ def ranking_batches(
 def score_samples(closing: Closing) -> dict[str, float]:
     """`reward/score_mean` and `reward/score_std` of answers of the initial model to prompts of val (collective).
 
-    Without an initial model that generates text, or with stage.reward.normaliser_prompts=0, the completions of val are
-    scored instead.
+    Without an initial model that generates text, with stage.reward.normaliser_prompts=0, or where no prompt leaves room
+    for an answer, the completions of val are scored instead.
+
+    Raises:
+        ArtefactError: no completion fits into the model's context either.
     """
     config = closing.config
     assert isinstance(config, RewardRunConfig)
     settings = config.stage.reward
     val = RankingCorpus.open(closing.run.work.corpus(config.stage.corpus), "val")
     asked = settings.normaliser_prompts and starts_from_policy(config.stage.init_from)
-    sequences = (
-        policy_samples(closing, config, val)
-        if asked
-        else completions_of(val, config.model.max_seq_len, closing.tokenizer)
-    )
+    sequences = policy_samples(closing, config, val) if asked else []
+    sequences = sequences or completions_of(val, config.model.max_seq_len, closing.tokenizer)
+    if not sequences:
+        raise ArtefactError(
+            f"corpus {closing.run.work.corpus(config.stage.corpus)}: no prompt of val with a completion has at most "
+            f"model.max_seq_len={config.model.max_seq_len} tokens, so no score can be normalised: add shorter ones"
+        )
     model = closing.model()
     share = slice(closing.world.rank, None, closing.world.size)
     gathered: list = [None] * closing.world.size
@@ -160,13 +165,20 @@ def starts_from_policy(init_from: str) -> bool:
 def policy_samples(closing: Closing, config: RewardRunConfig, val: RankingCorpus) -> list[list[int]]:
     """Prompts of val with answers of the initial model, sampled as rollouts are: temperature 1, no filters.
 
-    Every rank gets all of them (collective).
+    Every rank gets all of them (collective). None if no prompt leaves room for an answer.
     """
     settings, tokenizer = config.stage.reward, closing.tokenizer
     loaded = load_model(Path(config.stage.init_from), closing.run.work.tokenizer_model)
     params = SamplingParams(max_new_tokens=settings.normaliser_new_tokens, stop_tokens=stop_tokens(tokenizer))
     longest = loaded.config.max_seq_len - settings.normaliser_new_tokens
     prompts = [prompt for prompt in prompts_of(val, settings.normaliser_prompts, tokenizer) if len(prompt) <= longest]
+    if not prompts:
+        log.warning(
+            "stage.reward.normaliser_new_tokens=%d: no prompt of val leaves room for such answers; mean and deviation "
+            "of scores are those of the completions of val",
+            settings.normaliser_new_tokens,
+        )
+        return []
     if len(prompts) < settings.normaliser_prompts:
         log.info(
             "stage.reward.normaliser_prompts=%d: only %d prompts of val leave room for an answer; mean and deviation "

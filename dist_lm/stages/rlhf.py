@@ -13,7 +13,7 @@ from omegaconf import MISSING
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.rlhf import SHARED, RlhfConfig, RolloutPoolConfig
 from dist_lm.config.root import Config
-from dist_lm.config.stage import COSINE, check_shares
+from dist_lm.config.stage import COSINE, StageConfig, check_shares
 from dist_lm.data.prompts import find_prompts
 from dist_lm.data.sources.reader import corpora_of_form, form_of
 from dist_lm.errors import ArtefactError, ConfigError, require
@@ -36,6 +36,12 @@ ROWS = {  # metric -> its row in the summary
     "rlhf/new_tokens_mean": "tokens per rollout",
     "rlhf/truncated_rate": "share of truncated rollouts",
     "rollout/tokens_per_s": "sampled tokens per second",
+}
+UNREAD = {  # keys of `stage` that other stages train by -> the key of this one; empty: there is none
+    **{key: f"rlhf.{key}" for key in ("lr", "min_lr_ratio", "weight_decay", "beta1", "beta2", "adam_eps", "grad_clip")},
+    **{"warmup_steps": "rlhf.warmup_iterations", "global_batch": "rlhf.prompts"},
+    **{"micro_batch": "rlhf.micro_batch_tokens", "max_nonfinite_steps": "rlhf.max_nonfinite_updates"},
+    **dict.fromkeys(("rates", "muon", "dropout", "label_smoothing", "z_loss"), ""),
 }
 SHOWN = 3  # rollouts in the summary
 WIDTH = 160  # characters shown of a rollout
@@ -200,7 +206,14 @@ class Rlhf(TrainingStage):
         return tuple(name for name in self.needs if name in built or name == self.starts_from)
 
     def check(self, config: Config) -> None:
-        """Refuse a corpus of texts as a source of prompts: texts have no turn to answer."""
+        """Refuse keys of `stage` that only other stages read, and prompts of a corpus of texts, which have no turn to
+        answer."""
+        default = StageConfig()
+        for key, own in UNREAD.items():
+            given = getattr(config.stage, key)
+            if given != getattr(default, key):
+                way_out = f"give {own} in its place" if own else "leave it out"
+                raise ConfigError(f"stage.{key}={given}: stage rlhf reads rlhf.*, such as rlhf.lr: {way_out}")
         for key, only in (("schedule", COSINE), ("branch_from", ""), ("ema_decay", 0)):
             given = getattr(config.stage, key)
             require(given == only, f"stage.{key}", given, f"{only or 'nothing'}: only stages of training steps take it")
@@ -278,8 +291,16 @@ def check_given(config: RlhfRunConfig) -> None:
     group = config.rlhf
     check_prompts(group)
     if group.asks_reward_model and group.reward_model != AUTO:
-        found = checkpoint_files.find_checkpoint(Path(group.reward_model).expanduser())
+        path = Path(group.reward_model).expanduser()
+        found = checkpoint_files.find_checkpoint(path)
         check_reward_model(config, ModelConfig(**checkpoint_files.read_state(found)[1]))
+        if group.normalise_reward and not RunDirectory(path).result.is_file():
+            is_run = found.parent == RunDirectory(path).checkpoints
+            accepted = "a finished run, and this one has no result" if is_run else "the run, not a checkpoint of it"
+            raise ArtefactError(
+                f"rlhf.reward_model={group.reward_model}: expected {accepted} (or rlhf.normalise_reward=false): the "
+                "result has the mean and the deviation of scores"
+            )
 
 
 def check_reward_model(config: RlhfRunConfig, shape: ModelConfig) -> None:

@@ -1,20 +1,28 @@
 """Stage reward: from a model of tokens, the same numbers on any layout and after a kill; figures and normaliser."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from dist_lm.chat.documents import encode_ranking, write_ranking
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.ranking import Judgement, Ranking
 from dist_lm.data.shard_writer import CorpusWriter
 from dist_lm.document import Document
+from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.compose import compose_config
+from dist_lm.model.keyed_random import initialise
+from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.reward_model import read_reward_scale
+from dist_lm.stages.reward_ranks import score_samples
 from dist_lm.stages.shards import recipe_of
+from dist_lm.stages.training import Closing
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training.checkpoint_tensors import model_weights
@@ -26,6 +34,7 @@ WORDS = ("value", "name", "count", "total", "index", "result", "table", "line")
 SETTINGS = (
     "stage.seq_len=96",
     "stage.dropout=0",
+    "stage.label_smoothing=0",
     "stage.global_batch=4",
     "stage.reward.label_noise=0.1",
     "stage.reward.normaliser_prompts=4",
@@ -114,6 +123,30 @@ def test_the_normaliser_is_that_of_samples_of_the_first_model(reference: RunDire
     assert (normaliser.mean, normaliser.std) == (metrics["reward/score_mean"], metrics["reward/score_std"])
     assert metrics["reward/scored"] == 4
     assert normaliser.std > 0
+
+
+@pytest.fixture
+def _alone(work: WorkDirectory) -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_alone")
+def test_completions_of_val_are_scored_where_no_prompt_leaves_room_for_an_answer(work: WorkDirectory, caplog) -> None:
+    given = (f"work_dir={work.path}", f"stage.init_from={work.run('tools', 'default').path}")
+    with pytest.raises(ConfigError, match=r"normaliser_new_tokens=256: expected less than model\.max_seq_len=256"):
+        compose_config(["stage=reward", *TINY, *given, "stage.reward.normaliser_new_tokens=256"])
+    config = compose_config(["stage=reward", *TINY, *given, "stage.reward.normaliser_new_tokens=252"])
+    model = Transformer(config.model)
+    initialise(model, 0)
+    tokenizer, world = Tokenizer.load(work.tokenizer_model), World(0, 1, 0, model.embedding.weight.device)
+    closing = Closing(config, work.run("reward", "any"), world, tokenizer, lambda: model, 1)
+    assert score_samples(closing)["reward/scored"] > 30
+    assert "no prompt of val leaves room for such answers" in caplog.text
+    short = ("model.max_seq_len=8", "stage.seq_len=8", "stage.reward.normaliser_new_tokens=4")
+    with pytest.raises(ArtefactError, match=r"has at most model\.max_seq_len=8 tokens"):
+        score_samples(replace(closing, config=compose_config(["stage=reward", *TINY, "stage.init_from=none", *short])))
 
 
 @pytest.mark.parametrize(("ranks", "layout"), [(2, ()), (2, ("parallel.tp=2",))], ids=["fsdp", "tp"])

@@ -1,15 +1,17 @@
 """The plan of rankings, reward model and RLHF: what each needs, and what is refused before anything starts."""
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 from dist_lm.errors import ArtefactError, ConfigError
-from dist_lm.launcher.compose import compose_config
-from dist_lm.stages.rlhf import STAGE
+from dist_lm.launcher.compose import compose_config, overrides_of
+from dist_lm.stages.rlhf import STAGE, check_given, rlhf_config
 from dist_lm.stages.stage import Action
 from dist_lm.stages.training import FREE_KEYS, differing_keys
+from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.training import checkpoint_files
 from dist_lm.training.state import TrainState
 from tests.conftest import TINY
@@ -108,6 +110,31 @@ def test_a_reward_model_of_another_stage_or_tokenizer_is_refused_before_anything
         plan_of(work, *IN_256, f"rlhf.reward_model={other}", target="rlhf")
 
 
+def test_a_reward_model_whose_scores_cannot_be_normalised_is_refused_before_anything_starts(tmp_path):
+    run = WorkDirectory(tmp_path).run("reward", "scores")
+    newest = run.checkpoints / checkpoint_files.step_name(3)
+    newest.mkdir(parents=True)
+    shape = asdict(compose_config(["stage=reward", *TINY]).model)
+    checkpoint_files.write_state(newest, TrainState(step=3), shape)
+    checkpoint_files.write_pointer(run.checkpoints, checkpoint_files.LATEST, newest)
+    run.result.write_text("{}")
+    given = rlhf_config(compose_config(["stage=rlhf", *TINY]))
+
+    def check(reward_model: Path | str, normalise: bool = True) -> None:
+        check_given(
+            replace(given, rlhf=replace(given.rlhf, reward_model=str(reward_model), normalise_reward=normalise))
+        )
+
+    check(run.path)
+    for one in (newest, f"{run.path}@3"):
+        check(one, normalise=False)
+        with pytest.raises(ArtefactError, match=r"rlhf\.reward_model=.*: expected the run, not a checkpoint of it"):
+            check(one)
+    run.result.unlink()
+    with pytest.raises(ArtefactError, match=r"expected a finished run, .* \(or rlhf\.normalise_reward=false\)"):
+        check(run.path)
+
+
 def test_texts_are_no_prompts_of_rlhf(work):
     with pytest.raises(
         ConfigError,
@@ -197,3 +224,27 @@ def test_a_run_that_stopped_on_failures_goes_on_with_a_longer_limit():
     old, new = compose_config([*mine]), compose_config([*mine, *longer, "rlhf.rewards.mine.weight=2"])
     found = differing_keys(old, new, "", STAGE.free_keys)
     assert found == ["rlhf.rewards.mine.weight=2.0 (was 1.0)"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stage.lr=3e-6", r"stage\.lr=3e-06: stage rlhf reads rlhf\.\*, such as rlhf\.lr: give rlhf\.lr in its place"),
+        ("stage.warmup_steps=5", r"stage\.warmup_steps=5: .*: give rlhf\.warmup_iterations in its place"),
+        ("stage.muon.lr=0.02", r"stage\.muon=MuonConfig.*: leave it out"),
+        ("stage.dropout=0.1", r"stage\.dropout=0\.1: .*: leave it out"),
+    ],
+)
+def test_keys_by_which_other_stages_train_are_refused(override, message):
+    with pytest.raises(ConfigError, match=message):
+        STAGE.check(compose_config(["stage=rlhf", override]))
+
+
+def test_keys_of_the_stages_before_do_not_reach_rlhf():
+    STAGE.check(compose_config(overrides_of("rlhf", "rlhf", ["model=tiny", "recipe=tuned", "stages.code.lr=0.01"])))
+
+
+@pytest.mark.parametrize("key", ["label_smoothing", "z_loss"])
+def test_a_reward_model_has_no_terms_of_text(key):
+    with pytest.raises(ConfigError, match=rf"stage\.{key}=0\.1: expected 0: it is a term of next-token loss"):
+        compose_config(["stage=reward", f"stage.{key}=0.1"])

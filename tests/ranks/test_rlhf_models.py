@@ -2,18 +2,21 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from dist_lm.errors import ArtefactError
+from dist_lm.config.model import ModelConfig
+from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.compose import compose_config
+from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.ranks.program import RankStart
-from dist_lm.ranks.rlhf_models import Begun, begin, saved_files, train_state
+from dist_lm.ranks.rlhf_models import Begun, begin, saved_files, train_state, trunk_of_critic
 from dist_lm.rlhf.grpo import Grpo
 from dist_lm.stages.rlhf import rlhf_config
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
@@ -66,3 +69,30 @@ def test_a_resumed_run_has_the_reference_and_the_reward_model_that_it_began_with
         begun(work, "other", "default")
     with pytest.raises(ArtefactError, match=f"rlhf.reward_model {REPLACED.format(before='default', after='other')}"):
         begun(work, "default", "other")
+
+
+SHAPE = ModelConfig("small", d_model=8, n_layers=1, n_heads=2, d_ff=8, max_seq_len=16, vocab_size=32, head="scalar")
+
+
+@pytest.mark.parametrize(
+    ("change", "starts"),
+    [
+        ({}, True),
+        ({"head_width": 4, "n_kv_heads": 2, "max_seq_len": 32, "init_std": 0.1, "tie_embeddings": True}, True),
+        ({"head_width": 8}, False),
+        *(({key: True}, False) for key in ("qk_norm", "value_residual", "parallel_residual")),
+        *(({key: value}, False) for key, value in (("rope_base", 5e5), ("norm_eps", 1e-6), ("rotary_fraction", 0.5))),
+    ],
+)
+def test_the_critic_starts_from_a_reward_model_that_computes_as_the_policy_does(change, starts):
+    policy, reward = Transformer(replace(SHAPE, head="tokens")), Transformer(replace(SHAPE, **change))
+    assert trunk_of_critic(None, policy, SHAPE, "zero") is policy
+    assert trunk_of_critic(reward, policy, SHAPE, "zero") is (reward if starts else policy)
+    if starts:
+        assert trunk_of_critic(reward, policy, SHAPE, "reward_model") is reward
+    else:
+        key = next(iter(change)).replace("head_width", "d_head")
+        with pytest.raises(
+            ConfigError, match=rf"rlhf.value_head=reward_model: .* reward model has {key}=.* \(policy: "
+        ):
+            trunk_of_critic(reward, policy, SHAPE, "reward_model")

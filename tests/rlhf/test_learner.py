@@ -34,7 +34,7 @@ STOPS = tuple(range(1, 9))  # so that completions have many lengths
 
 
 def toy(config, iterations: int, **options) -> Toy:
-    return plain_toy(config, iterations, stop_tokens=() if config.ignore_eot else STOPS, **options)
+    return plain_toy(config, iterations, stop_tokens=STOPS, **options)
 
 
 def ran(config, iterations: int, **options) -> Toy:
@@ -64,6 +64,12 @@ def test_the_first_ratio_is_1_also_where_the_first_update_sees_a_part():
     for report in made.reports:
         assert report.updates[0]["ratio_mean"] == pytest.approx(1, abs=1e-6)
         assert report.updates[0]["approx_kl"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("ignore_eot", [False, True])
+def test_no_token_ends_a_completion_with_ignore_eot(ignore_eot):
+    made = ran(replace(SHORT, ignore_eot=ignore_eot, epochs=1, minibatches=1), 1)
+    assert (made.metric("rlhf/new_tokens_min") == [SHORT.max_new_tokens]) == ignore_eot
 
 
 def test_rollouts_are_drawn_without_filters_and_by_seeds_of_prompt_and_sample():
