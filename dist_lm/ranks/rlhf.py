@@ -111,7 +111,7 @@ class Reporter:
             line["perf/eta_s"] = left_s
         last = report.iteration == self.config.stage.steps
         shown = last or is_due(report.iteration, self.config.stage.eval_every)
-        if self.metrics and (shown or report.iteration % self.config.stage.log_every == 0):
+        if self.metrics and (shown or report.iteration == 1 or report.iteration % self.config.stage.log_every == 0):
             self.metrics.write(report.iteration, line)
         if self.metrics and shown and self.config.rlhf.table_rollouts:
             self._write_table(report)

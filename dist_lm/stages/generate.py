@@ -52,7 +52,7 @@ class GenerateConfig:
     )
     n: int = 1  # answers per prompt
     prompts_per_shard: int = 1000  # prompts per output file; after a kill an unfinished file is generated again
-    truncate: str = "refuse"  # a prompt that fills the context: refuse | left (cut off its beginning, without suffix)
+    truncate: str = "refuse"  # a prompt that fills the context: refuse | left (cut off its beginning, of plain text)
     actors: int = -1  # engines; -1: one for each parallel.tp GPUs of a node, or one per node without GPUs
     max_new_tokens: int = 128
     temperature: float = 1.0  # 0: greedy

@@ -239,21 +239,29 @@ class Samples(PoolWork):
         """The tokens of a prompt.
 
         Raises:
-            UserError: with its suffix it fills the context, or the tokenizer lacks the marks. Cutting off the beginning
-                would cut off a mark.
+            UserError: with its suffix, or in its turn, it fills the context (cutting off the beginning would cut off a
+                mark), or the tokenizer lacks the marks.
         """
         if self._stage.chat:
             if prompt.suffix is not None:
                 raise UserError("the prompt has a suffix, and stage.chat=true: leave one of them out")
-            return chat_prompt(Conversation((Message("user", prompt.text),)), self._tokenizer)
+            tokens = chat_prompt(Conversation((Message("user", prompt.text),)), self._tokenizer)
+            return self._with_room(tokens, "the prompt in its turn has")
         tokens = self._tokenizer.encode_prompt(prompt.text)
         if prompt.suffix is not None:
             tokens = InfillMarks.of(self._tokenizer).prompt(tokens, self._tokenizer.encode(prompt.suffix))
-            if len(tokens) >= self._context:
-                raise UserError(
-                    f"prompt and suffix have {len(tokens)} tokens and model.max_seq_len is {self._context}, which "
-                    "leaves no space for an answer: shorten them"
-                )
+            return self._with_room(tokens, "prompt and suffix have")
+        opening, kept = self._tokenizer.opening, max(2, self._context - self._params.max_new_tokens) - 1
+        if self._stage.truncate == "left" and len(tokens) >= self._context and opening.first != opening.end_of_text:
+            return [tokens[0], *tokens[-kept:]]  # the model has seen no text without this token
+        return tokens
+
+    def _with_room(self, tokens: list[int], what: str) -> list[int]:
+        if len(tokens) >= self._context:
+            raise UserError(
+                f"{what} {len(tokens)} tokens and model.max_seq_len is {self._context}, which leaves no space for an "
+                "answer: shorten what is asked"
+            )
         return tokens
 
     def _refuse(self, number: int, reason: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from dist_lm.config.model import ModelConfig
-from dist_lm.config.rlhf import SHARED, RlhfConfig, RolloutPoolConfig
+from dist_lm.config.rlhf import FEWEST_PAGE_TOKENS, MOST_PAGE_TOKENS, SHARED, RlhfConfig, RolloutPoolConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import COSINE, StageConfig, check_shares
 from dist_lm.data.prompts import find_prompts
@@ -150,12 +150,11 @@ class RlhfRunConfig(Config):
         super().check_stage()
         longest, new = self.model.max_seq_len, self.rlhf.max_new_tokens
         require(new < longest, "rlhf.max_new_tokens", new, f"less than model.max_seq_len={longest}")
-        require(
-            self.rlhf.pool.cache_tokens == 0 or self.rlhf.pool.cache_tokens >= longest,
-            "rlhf.pool.cache_tokens",
-            self.rlhf.pool.cache_tokens,
-            f"at least model.max_seq_len={longest}, or 0 to take what fits into free memory",
-        )
+        cached = self.rlhf.pool.cache_tokens
+        page = self.rlhf.pool.page_tokens or (FEWEST_PAGE_TOKENS if self.device == "cpu" else MOST_PAGE_TOKENS)
+        accepted = f"whole pages (rlhf.pool.page_tokens={page}) for at least model.max_seq_len={longest} tokens"
+        accepted += ", or 0 to take what fits into free memory"
+        require(cached == 0 or cached // page * page >= longest, "rlhf.pool.cache_tokens", cached, accepted)
         mixed = [name for name in self.stage.streams if name != self.stage.corpus]
         accepted = "none: only stage.corpus gives prompts (rlhf.pretrain_mix sets shares of the pretraining text)"
         require(not mixed, "stage.mix", ", ".join(mixed), accepted)

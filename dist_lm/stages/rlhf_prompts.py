@@ -52,6 +52,11 @@ def read_all(config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> 
             "%d of %d prompts have over %d tokens (model.max_seq_len=%d less rlhf.max_new_tokens=%d) and are left out",
             *(len(train) - len(kept), len(train), room, config.model.max_seq_len, group.max_new_tokens),
         )
+    if not train and group.prompts_from:
+        raise ArtefactError(
+            f"{PROMPTS_FROM}={group.prompts_from}: a hash holds out one prompt in {HELD_OUT_OF}, here all of "
+            f"{len(held_out)}: add prompts, or name a file of held-out ones by {HELD_OUT_FROM}"
+        )
     if not kept:
         raise ArtefactError(f"stage rlhf: none of {len(train)} prompts has at most {room} tokens; shorten them")
     compared = [prompt for prompt in held_out if len(prompt) <= room][: group.held_out_prompts]
@@ -165,6 +170,8 @@ def _prompts_of(where: str, key: str) -> Iterator[Prompt]:
     for prompt in read_prompts(find_prompts(where, key=key)):
         if prompt.error:
             raise ArtefactError(f"{key}: {prompt.place}: {prompt.error}")
+        if prompt.suffix is not None:
+            raise ArtefactError(f"{key}: {prompt.place}: has a `suffix`, which no turn of a chat has: remove it")
         yield prompt
     if prompt is None:
         raise ArtefactError(f"{key}={where}: no prompts there; expected a file or glob of .jsonl or .txt with some")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -212,6 +213,21 @@ def test_a_prompt_with_a_suffix_asks_for_the_middle(trained, cluster, tmp_path):
     assert records[0]["extra"] == {"note": 1}
     assert [bool(record.get("tokens")) for record in records] == [True, True, False, True]
     assert "p.jsonl line 3: prompt and suffix have 404 tokens and model.max_seq_len is 256" in records[2]["error"]
+
+
+def test_a_long_prompt_keeps_the_tokens_that_a_model_always_sees(trained, tmp_path):
+    (tmp_path / "p.txt").write_text("x " * 400 + "\n")
+    run, tokenizer = trained.run("generate", "looked_cut"), Tokenizer.load(trained.tokenizer_model)
+    run.create()
+    tokenizer.opening = replace(tokenizer.opening, first=7)
+    plan = plan_of(trained, tmp_path / "p.txt", "run_id=cut", "stage.truncate=left")
+    (request,) = STAGE.work(plan.config, run, tokenizer, SandboxPool).requests()
+    kept = 256 - plan.config.stage.max_new_tokens
+    assert request.prompt == [7, *tokenizer.encode("x " * 400)[-(kept - 1) :]]
+    chat = plan_of(trained, tmp_path / "p.txt", "run_id=cut", "stage.truncate=left", "stage.chat=true")
+    assert list(STAGE.work(chat.config, run, tokenizer, SandboxPool).requests()) == []
+    (part,) = parts_of(run).values()
+    assert "p.txt line 1: the prompt in its turn has" in json.loads(part)["error"]
 
 
 def test_an_empty_prompt_is_answered(trained, cluster, tmp_path):

@@ -248,3 +248,21 @@ def test_keys_of_the_stages_before_do_not_reach_rlhf():
 def test_a_reward_model_has_no_terms_of_text(key):
     with pytest.raises(ConfigError, match=rf"stage\.{key}=0\.1: expected 0: it is a term of next-token loss"):
         compose_config(["stage=reward", f"stage.{key}=0.1"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fits"),
+    [
+        (("rlhf.pool.page_tokens=192", "rlhf.pool.cache_tokens=384"), True),
+        (("rlhf.pool.page_tokens=192", "rlhf.pool.cache_tokens=383"), False),
+        (("rlhf.pool.cache_tokens=319",), True),
+        (("rlhf.pool.cache_tokens=511", "device=auto", "model.max_seq_len=257"), False),
+    ],
+)
+def test_a_cache_has_whole_pages_for_the_longest_rollout(overrides, fits):
+    given = ["stage=rlhf", *TINY, *overrides]
+    if fits:
+        compose_config(given)
+        return
+    with pytest.raises(ConfigError, match=r"^rlhf\.pool\.cache_tokens=\d+: expected whole pages \(.*page_tokens=\d+\)"):
+        compose_config(given)

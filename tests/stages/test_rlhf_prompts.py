@@ -80,6 +80,16 @@ def test_prompts_without_room_for_an_answer_are_left_out_loudly(tiny_work, tmp_p
         read(tiny_work, f"rlhf.prompts_from={file}", f"rlhf.held_out_from={file}")
 
 
+def test_a_file_without_prompts_for_training_is_refused_with_the_reason(tiny_work, tmp_path, monkeypatch):
+    file = requests(tmp_path / "requests.jsonl", 2)
+    monkeypatch.setattr("dist_lm.stages.rlhf_prompts.HELD_OUT_OF", 1)
+    with pytest.raises(ArtefactError, match=r"holds out .* all of 2: add prompts, or .* rlhf\.held_out_from"):
+        read(tiny_work, file)
+    (tmp_path / "requests.jsonl").write_text('{"prompt": "def a(", "suffix": "return b"}\n')
+    with pytest.raises(ArtefactError, match=r"rlhf\.prompts_from: requests\.jsonl line 1: has a `suffix`"):
+        read(tiny_work, file)
+
+
 TESTED = "rlhf.rewards={mine: {kind: tests}}"
 
 
