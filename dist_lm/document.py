@@ -23,6 +23,7 @@ class Document:
     group: str  # hexadecimal hash; empty: of the text alone
     form: Form = "text"
     repository: str = ""  # its files stay next to each other in every epoch; empty: none
+    own_licence: bool = False  # its row gave the licence: a corrected one of the source does not replace it
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,3 +48,4 @@ class TokenizedDocument:
     loss_mask: np.ndarray | None = None  # (n,) uint8, not of texts: 1 where the token is learned, or of a completion
     verdict: Verdict | None = None  # rankings only
     repository: str = ""  # of the document
+    own_licence: bool = False  # of the document

@@ -74,6 +74,7 @@ def encode_document(tokenizer: Tokenizer, document: Document) -> TokenizedDocume
         language=document.language,
         source=document.source,
         licence=document.licence,
+        own_licence=document.own_licence,
         loss_mask=rendered.loss_mask,
     )
 
@@ -93,6 +94,7 @@ def encode_ranking(tokenizer: Tokenizer, document: Document) -> TokenizedDocumen
         language=document.language,
         source=document.source,
         licence=document.licence,
+        own_licence=document.own_licence,
         loss_mask=(tree.branch > 0).astype(np.uint8),
         verdict=Verdict(
             branch=tree.branch,

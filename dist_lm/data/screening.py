@@ -22,6 +22,7 @@ GROUP = re.compile(r"[0-9a-fA-F]{16}")  # its first digits decide the side
 EXAMPLES = 20  # sources named in a report
 NAMED = 3  # broken rows that a message names
 HOPELESS = 1000  # broken rows after which a source that is mostly broken ends
+LANGUAGES = 256  # of a corpus: a document has a byte for its language
 KEPT_CHARACTERS = 64_000_000  # of small sources, together: they stay in memory and are read once
 
 
@@ -185,10 +186,11 @@ def screened(
         rejected: gets a line of JSON for each broken row.
 
     Raises:
-        ConfigError: as `SourceReader.read`.
+        ConfigError: as `SourceReader.read`, or there are too many languages.
         ArtefactError: a source gives no document, or too many of its rows are broken.
     """
     held_out: set[bytes] = set()
+    languages: set[str] = set()
     for source in corpus_sources(config, corpus_name):
         earlier = held_out if source.held_out else texts
         n_source = 0
@@ -205,6 +207,12 @@ def screened(
                 dropped[reason] += 1
                 continue
             earlier.add(item.key)
+            languages.add(candidate.language)
+            if len(languages) > LANGUAGES:
+                raise ConfigError(
+                    f"corpus {corpus_name}: more than {LANGUAGES} languages, the last at {candidate.source}: choose "
+                    f"some with only, or give a source one language (corpus={config.name})"
+                )
             yield item
             n_source += 1
             if n_source == source.limit:

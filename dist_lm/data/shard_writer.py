@@ -13,7 +13,8 @@ A member of a tar groups many documents (one a member costs 3.6 times the bytes)
     KEY.meta.json      {"languages": {code: name}}
 
 Sources and licences lie beside the tar, in `.origins.jsonl.zst`, one object per document: {"source", "licence",
-"from": number of the source in the configuration}. So a corrected licence changes no tar.
+"from": number of the source in the configuration, "own": true if its row gave the licence}. So a corrected licence
+changes no tar.
 Equal documents give equal bytes.
 """
 
@@ -48,6 +49,7 @@ class Origin(NamedTuple):
     source: str  # path or data set id and row
     licence: str
     number: int  # of the source in the configuration of the corpus
+    own: bool = False  # the row gave the licence
 
 
 class CorpusWriter:
@@ -125,7 +127,7 @@ class _SplitWriter:
         assert len(tokens) > 0, "a document begins with end-of-text"
         assert mask is None or (mask.dtype == np.uint8 and mask.shape == tokens.shape), "one uint8 per token"
         self._pending.append(document)
-        self._origins.append(Origin(document.source, document.licence, source))
+        self._origins.append(Origin(document.source, document.licence, source, document.own_licence))
         if len(self._pending) == self._recipe.documents_per_member:
             self._flush_member()
 
@@ -252,9 +254,11 @@ def origins_path(tar: Path) -> Path:
 
 def write_origins(tar: Path, origins: Iterable[Origin]) -> None:
     """Write where every document of `tar` comes from."""
-    lines = "".join(
-        json.dumps({"source": one.source, "licence": one.licence, "from": one.number}) + "\n" for one in origins
+    values = (
+        {"source": one.source, "licence": one.licence, "from": one.number} | ({"own": True} if one.own else {})
+        for one in origins
     )
+    lines = "".join(json.dumps(value) + "\n" for value in values)
     durable.write_bytes(origins_path(tar), zstandard.ZstdCompressor(write_checksum=True).compress(lines.encode()))
 
 
@@ -263,7 +267,7 @@ def read_origins(tar: Path) -> Iterator[Origin]:
     with origins_path(tar).open("rb") as file:
         for line in io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(file), encoding="utf-8", newline="\n"):
             value = json.loads(line)
-            yield Origin(value["source"], value["licence"], value["from"])
+            yield Origin(value["source"], value["licence"], value["from"], value.get("own", False))
 
 
 def correct_licences(directory: Path, licences: Sequence[str]) -> None:
@@ -276,7 +280,7 @@ def correct_licences(directory: Path, licences: Sequence[str]) -> None:
     for shard in (shard for split in manifest.splits.values() for shard in split.shards):
         tar = directory / shard.name
         origins = [
-            one._replace(licence=licences[one.number]) if one.licence == old[one.number] else one
+            one._replace(licence=licences[one.number]) if one.licence == old[one.number] and not one.own else one
             for one in read_origins(tar)
         ]
         write_origins(tar, origins)

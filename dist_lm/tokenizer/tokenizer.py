@@ -265,6 +265,7 @@ class Tokenizer:
             source=document.source,
             licence=document.licence,
             repository=document.repository,
+            own_licence=document.own_licence,
         )
 
     def mark(self, name: str) -> list[int]:

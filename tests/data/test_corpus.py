@@ -1,5 +1,6 @@
 """The sources of a corpus: readers by name and by import path, and what is refused."""
 
+import json
 import subprocess
 import sys
 
@@ -118,3 +119,15 @@ def test_importing_the_corpus_imports_no_reader():
 def test_the_table_of_readers_has_the_form_that_each_reader_declares(name):
     form, path = READERS[name]
     assert form == traits_of(imported_function(path, "reader")).form
+
+
+def test_a_corpus_has_at_most_as_many_languages_as_a_byte_names(tmp_path):
+    sources = []
+    for name in ("a", "b"):
+        rows = [json.dumps({"text": f"{name} {n}", "lang": f"{name}{n}"}) for n in range(150)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+        sources.append(SourceConfig("jsonl", path=f"{tmp_path}/{name}.jsonl", language_column="lang"))
+    with pytest.raises(ConfigError, match=r"corpus c: more than 256 languages, the last at .*b.jsonl:107: choose some"):
+        list(read_corpus(config_of(*sources), "c", 0, IngestReport()))
+    sources[1].limit = 106
+    assert len(list(read_corpus(config_of(*sources), "c", 0, IngestReport()))) == 256

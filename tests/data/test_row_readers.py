@@ -138,6 +138,13 @@ def test_a_broken_row_of_csv_is_named_by_its_line(tmp_path):
     ]
 
 
+def test_a_column_without_a_name_is_no_licence(tmp_path):
+    (tmp_path / "a.csv").write_text(",text\n7,first\n")  # as pandas writes an index
+    (found,) = candidates(source_of("csv", tmp_path, language="x", licence="MIT"))
+    assert isinstance(found, Document)
+    assert found.licence == "MIT"
+
+
 @pytest.mark.parametrize("header", ['"a"b,text', '"open,text'])
 def test_a_broken_header_of_csv_is_one_line(tmp_path, header):
     (tmp_path / "a.csv").write_text(f"{header}\n1,x\n")
@@ -190,6 +197,20 @@ def test_a_file_that_lacks_the_column_is_rejected_row_by_row(tmp_path):
     write_rows(tmp_path / "b.parquet", [{"other": 1}] * 3)
     found = outcomes(source_of("parquet", tmp_path, language="x", column="code"))
     assert found[30:] == ["no column code; the columns there are other"] * 3
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+@pytest.mark.parametrize("key", ["licence_column", "language_column", "id_column"])
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_a_table_without_a_column_of_the_others_takes_no_default(tmp_path, kind, key, first):
+    other = "b" if first == "a" else "a"
+    write_rows(tmp_path / f"{first}.{kind}")
+    write_rows(tmp_path / f"{other}.{kind}", [{"code": "x"}])
+    source = source_of(kind, tmp_path, column="code", language="x", **{key: "terms"})
+    with pytest.raises(
+        ConfigError, match=rf"{other}.{kind}: {key}=terms: none of its rows has it; the columns .* code"
+    ):
+        candidates(source)
 
 
 def test_memory_is_bounded_by_parts_of_a_row_group(tmp_path):

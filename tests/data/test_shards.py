@@ -23,7 +23,7 @@ from dist_lm.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from dist_lm.data.shard_writer import CorpusWriter, read_origins, shard_of
+from dist_lm.data.shard_writer import CorpusWriter, Origin, read_origins, shard_of
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import TokenizedDocument
 from dist_lm.errors import ArtefactError
@@ -73,7 +73,7 @@ def test_any_webdataset_reader_reads_them(tmp_path: Path) -> None:
         place += len(tokens)
     assert place == len(made)
     beside = [origin for path in sorted(tmp_path.glob("*.tar")) for origin in read_origins(path)]
-    assert beside == [(document.source, document.licence, 0) for document in made]
+    assert beside == [Origin(document.source, document.licence, 0) for document in made]
 
 
 def test_ids_past_65535_are_stored_as_uint32(tmp_path: Path) -> None:

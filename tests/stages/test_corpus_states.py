@@ -39,7 +39,8 @@ def write_rows(path: Path, count: int, words: int = 30) -> None:
         for number in range(count):
             text = " ".join(draw.choices(WORDS, k=words))
             row = {"text": f"row {number} {draw.random()}: {text}\n"}
-            file.write(json.dumps(row | ({"license": "Zlib"} if number % 10 == 0 else {})) + "\n")
+            own = {0: {"license": "Zlib"}, 1: {"license": "MIT"}}.get(number % 10, {})
+            file.write(json.dumps(row | own) + "\n")
 
 
 def source_of(path: Path, licence: str = "MIT") -> SourceConfig:
@@ -203,7 +204,7 @@ def test_a_corrected_licence_changes_no_tar_and_stops_no_run(work: WorkDirectory
     assert read_manifest(work.corpus("mine")).content == manifest.content
     assert look(config_of(work, *corrected, stage="language")) is Action.RESUME
     licences = {row["licence"]: row["documents"] for row in inspect_corpus(work.corpus("mine"))["licences"]}
-    assert licences == {"Apache-2.0": 90, "MIT": 54, "Zlib": 16}  # a row's own licence is not that of its source
+    assert licences == {"Apache-2.0": 80, "MIT": 64, "Zlib": 16}  # a row's own licence is not that of its source
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -16,7 +16,7 @@ from dist_lm.data.sources.hub import HUB_KEYS, data_set_rows, list_data_set, ori
 from dist_lm.data.sources.places import bare_name
 from dist_lm.data.sources.rankings import ranking_document
 from dist_lm.data.sources.reader import Candidate, Rejected, reader
-from dist_lm.data.sources.rows import PlacedRow, licence_of, looked_ahead, named_columns
+from dist_lm.data.sources.rows import PlacedRow, licence_of, looked_ahead, named_columns, own_licence
 from dist_lm.errors import ConfigError
 
 ROLES: dict[str, Role] = {"system": "system", "user": "user", "prompter": "user", "assistant": "assistant"}
@@ -159,7 +159,8 @@ def _candidate(ranking_of: Callable[[Row], Ranking | None], one: PlacedRow, sour
         return Rejected(source.language, one.place, "no_ranking", f"a column holds another kind of value ({error})")
     if ranking is None:
         return Rejected(source.language, one.place, "no_ranking")
-    return ranking_document(ranking, source.language, one.place, licence_of(one.row, source))
+    own = bool(own_licence(one.row, source))
+    return ranking_document(ranking, source.language, one.place, licence_of(one.row, source), own)
 
 
 def _ranking(

@@ -76,13 +76,13 @@ def read_synthetic_rankings(source: SourceConfig, seed: int) -> Iterator[Candida
     )
 
 
-def ranking_document(ranking: Ranking, language: str, name: str, licence: str) -> Candidate:
+def ranking_document(ranking: Ranking, language: str, name: str, licence: str, own_licence: bool = False) -> Candidate:
     """A ranking as a document; rejected where it holds what cannot be written."""
     try:
         text, group = write_ranking(ranking), text_hash(write_prompt(ranking))
     except UserError:
         return Rejected(language, name, "no_ranking")
-    return Document(text, language, name, licence, group, form="ranking")
+    return Document(text, language, name, licence, group, form="ranking", own_licence=own_licence)
 
 
 def read_rankings(lines: Iterable[str], name: str) -> Iterator[Ranking]:

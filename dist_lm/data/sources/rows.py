@@ -22,6 +22,8 @@ from dist_lm.errors import ArtefactError, ConfigError, UserError
 TEXT = "text"  # column of the text where the source names none
 LOOK_ROWS, LOOK_BYTES = 1000, 64 << 20  # read ahead until every named column was seen
 MOST_LANGUAGES = 200  # a tar holds a byte of language for each document
+WITH_DEFAULT = ("licence_column", "language_column", "id_column")
+TABLES = (parquet_rows, csv_rows)  # all rows of a file have its columns
 KEYS = ("language", "licence", "path", "exclude", "column", "licence_column", "language_column", "id_column", "only")
 NEEDS = ("language|language_column", "path")
 ADVICE = "check path and column; every row is empty, repeated, too long or left out"
@@ -97,14 +99,18 @@ def placed_rows(
         format_of_all: of every file, whatever its suffix; none: by suffix.
 
     Raises:
+        ConfigError: a parquet or CSV file lacks the column that the licence, language or name of rows is read from.
         ArtefactError: a file is truncated, damaged or of another format; the message names the last good row.
     """
     wanted = None if columns is None else [column for _, column in columns]
     for one in inputs.taken:
         rows = format_of_all or FORMATS.get(PurePosixPath(bare_name(one.name)).suffix, jsonl_rows)
-        number = 0
+        number, is_checked = 0, False
         try:
             for number, row, there in rows(one.name, wanted):
+                if not is_checked and rows in TABLES:
+                    _check_columns(one.name, columns or [], there)
+                is_checked = True
                 yield PlacedRow(f"{one.name}:{number}", row, there)
         except UserError:
             raise
@@ -113,6 +119,16 @@ def placed_rows(
                 f"{one.name}: cannot be read after row or line {number}: {brief(error)}: the file is truncated, "
                 "damaged or of another format"
             ) from error
+
+
+def _check_columns(name: str, columns: Named, there: Sequence[str]) -> None:
+    """All rows of a file would take the default. Without the column of the text, each row is broken."""
+    for key, column in columns:
+        if key in WITH_DEFAULT and column not in there:
+            raise ConfigError(
+                f"{name}: {key}={column}: none of its rows has it; the columns there are {', '.join(there)} (files "
+                "without a column belong into a source of their own)"
+            )
 
 
 def row_documents(
@@ -214,8 +230,13 @@ def utf8_problem(column: str, value: str) -> BadRow | None:
 
 def licence_of(row: Row, source: SourceConfig) -> str:
     """The licence of a row where there is a column for it, else that of the source."""
-    licence = row.get(source.licence_column) or source.licence
+    licence = own_licence(row, source) or source.licence
     return ", ".join(map(_text, licence)) if isinstance(licence, list) else _text(licence)
+
+
+def own_licence(row: Row, source: SourceConfig) -> Any:
+    """What the row says of its licence; nothing where no column is named."""
+    return row.get(source.licence_column) if source.licence_column else None
 
 
 def language_of(row: Row, source: SourceConfig) -> str:
@@ -249,4 +270,5 @@ def _candidate(one: PlacedRow, source: SourceConfig, column: str, content_of: Co
         return Rejected("others", one.place, "other_language")
     if not isinstance(content, tuple):
         return Rejected(language, one.place, "empty")
-    return Document(content[0], language, name, licence, content[1], form)
+    own = bool(own_licence(one.row, source))
+    return Document(content[0], language, name, licence, content[1], form, own_licence=own)

@@ -11,7 +11,7 @@ from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.sources.formats import BadRow
 from dist_lm.data.sources.hub import HUB_KEYS, data_set_rows, list_data_set
 from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
-from dist_lm.data.sources.rows import licence_of, looked_ahead, named_columns
+from dist_lm.data.sources.rows import licence_of, looked_ahead, named_columns, own_licence
 from dist_lm.document import Document
 from dist_lm.errors import UserError
 from dist_lm.tools.data.examples import REVISION, examples
@@ -70,6 +70,7 @@ def read_hub_tools(source: SourceConfig, seed: int) -> Iterator[Candidate]:
             licence=licence_of(row, source),
             group=text_hash(" ".join(_tools_of(conversation))),
             form="conversation",
+            own_licence=bool(own_licence(row, source)),
         )
 
 
