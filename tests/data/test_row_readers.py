@@ -127,6 +127,16 @@ def test_a_truncated_or_foreign_file_is_named_with_the_place(tmp_path, name, dam
     assert "network" not in str(error.value)
 
 
+def test_a_zstd_window_that_is_too_long_is_not_called_damaged(tmp_path):
+    options = zstandard.ZstdCompressionParameters.from_level(1, window_log=28)  # as zstd --long=28
+    pack = zstandard.ZstdCompressor(compression_params=options).compressobj()  # without the size, which lowers it
+    (tmp_path / "a.jsonl.zst").write_bytes(pack.compress(b'{"text": "a"}\n') + pack.flush())
+    with pytest.raises(
+        ArtefactError, match=r"a.jsonl.zst: cannot be read .*: its zstd window is over .* without --long"
+    ):
+        candidates(source_of("jsonl", tmp_path, language="x"))
+
+
 def test_a_broken_row_of_csv_is_named_by_its_line(tmp_path):
     (tmp_path / "a.csv").write_bytes(b'text,n\n"two\nlines",1\nshort\n"b"x,2\ncaf\xe9,3\nlast,4\n')
     found = candidates(source_of("csv", tmp_path, language="x"))

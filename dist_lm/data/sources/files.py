@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Input, Inputs
-from dist_lm.data.sources.opening import brief, open_content, scheme_of
+from dist_lm.data.sources.opening import brief, open_content, scheme_of, unreadable
 from dist_lm.data.sources.places import bare_name, base_of, list_files
 from dist_lm.data.sources.reader import Candidate, Rejected, reader, text_hash
 from dist_lm.document import Document
@@ -147,7 +147,7 @@ def read_files(source: SourceConfig, seed: int) -> Iterator[Candidate]:
             with open_content(one.name) as file:
                 content = file.read(LONGEST + 1)
         except (OSError, ValueError) as error:
-            raise ArtefactError(f"{one.name}: cannot be read: {brief(error)}") from error
+            raise ArtefactError(f"{one.name}: cannot be read: {unreadable(error)}") from error
         text, problem = _text(content)
         if problem:
             yield Rejected(language, one.name, problem)

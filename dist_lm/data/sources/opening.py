@@ -146,6 +146,13 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in TRANSPORTS
 
 
+def unreadable(error: BaseException) -> str:
+    """What is wrong with the content of a file, for people."""
+    if "requires too much memory" in str(error):  # as zstd says it
+        return "its zstd window is over 128 MiB: compress it again without --long"
+    return f"{brief(error)}: the file is truncated, damaged or of another format"
+
+
 def brief(error: BaseException | None) -> str:
     """The type and first line of an error."""
     message = next(iter(str(error).strip().splitlines()), "")

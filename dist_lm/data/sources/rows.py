@@ -13,7 +13,7 @@ from typing import Any
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import Inputs
 from dist_lm.data.sources.formats import FORMATS, BadRow, Format, Row, csv_rows, jsonl_rows, parquet_rows
-from dist_lm.data.sources.opening import brief
+from dist_lm.data.sources.opening import unreadable
 from dist_lm.data.sources.places import bare_name, by_suffix, list_files
 from dist_lm.data.sources.reader import Candidate, Rejected, reader
 from dist_lm.document import Document, Form
@@ -116,8 +116,7 @@ def placed_rows(
             raise
         except (OSError, ValueError, TarError) as error:  # pyarrow's own errors are among them
             raise ArtefactError(
-                f"{one.name}: cannot be read after row or line {number}: {brief(error)}: the file is truncated, "
-                "damaged or of another format"
+                f"{one.name}: cannot be read after row or line {number}: {unreadable(error)}"
             ) from error
 
 
