@@ -5,8 +5,8 @@
       model.safetensors, or model-00001-of-00002.safetensors ... with model.safetensors.index.json
       tokenizer.json (or tokenizer.model) tokenizer_config.json special_tokens_map.json chat_template.jinja
       model-F16.gguf or model-Q8_0.gguf, with `--gguf`
-      README.md    the model card
-      export.json  written last: the checkpoint, and the files of the export
+      README.md    the model card; one that was edited stays
+      export.json  written last: the checkpoint, the files of the export, the hash of the card that it wrote
 
 One tensor is in memory at a time.
 """
@@ -16,6 +16,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from dist_lm.interop.gguf_file import require_gguf, write_gguf
 from dist_lm.interop.hf_tokenizer import save_hf_tokenizer
 from dist_lm.interop.weights import Converted, converted
 from dist_lm.model.size import Shape, parameter_shapes
-from dist_lm.stages.hf_export import RECORD
+from dist_lm.stages.hf_export import CARD, RECORD
 from dist_lm.stages.model_card import model_card
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
@@ -58,8 +59,8 @@ def export(
 ) -> Path:
     """Write the checkpoint that `path` names to `folder`; returns the checkpoint.
 
-    The folder appears when it is complete; an earlier export there is replaced. Adapters are written as peft reads
-    them, unless they are merged.
+    The folder appears when it is complete; an earlier export there is replaced, but for a model card that was edited.
+    Adapters are written as peft reads them, unless they are merged.
 
     Args:
         dtype: bf16 | fp32.
@@ -106,15 +107,15 @@ def export(
         save_hf_tokenizer(Path(pieces.name), temporary, _template(run, pieces))
         if pieces.is_trained:  # for import, and for converters that read SentencePiece
             shutil.copyfile(pieces.name, temporary / "tokenizer.model")
-        card = model_card(checkpoint, model, found, run, dtype, adapters)
-        durable.write_text(temporary / "README.md", card)
+        card = model_card(checkpoint, model, found, run, dtype, adapters).encode()
+        durable.write_bytes(temporary / CARD, edited_card(folder) or card)
         written = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
         record = {
             "checkpoint": str(checkpoint),
             "manifest": durable.sha256_of(checkpoint / files.MANIFEST),
             "dtype": dtype,
         }
-        durable.write_json(temporary / RECORD, record | {"files": written})
+        durable.write_json(temporary / RECORD, record | {"files": written, "card": sha256(card).hexdigest()})
         if folder.exists():
             _refuse_files_of_others(folder)
             shutil.rmtree(folder)
@@ -125,6 +126,17 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return checkpoint
+
+
+def edited_card(folder: Path) -> bytes | None:
+    """The model card of an earlier export, if it is not as that wrote it."""
+    record = durable.read_json(folder / RECORD)
+    if not record or not (folder / CARD).is_file():
+        return None
+    card = (folder / CARD).read_bytes()
+    if "card" not in record:  # written by an older version
+        return card if len(card) != record.get("files", {}).get(CARD) else None
+    return card if sha256(card).hexdigest() != record["card"] else None
 
 
 def write_model(folder: Path, model: ModelConfig, read: Read, dtype: str, ids: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from dist_lm.training import checkpoint_files
 if TYPE_CHECKING:
     from dist_lm.tracking.console import Console
 
-RECORD = "export.json"
+RECORD, CARD = "export.json", "README.md"
 AUTO = "auto"
 # What an export may have that the next one lacks. transformers takes model.safetensors before an index, and reads
 # adapters wherever their configuration lies.
@@ -91,7 +91,8 @@ class Export(ArtefactStage):
         wanted = {"checkpoint": str(checkpoint), "manifest": durable.sha256_of(checkpoint / checkpoint_files.MANIFEST)}
         wanted |= {"dtype": stage.dtype}
         files: dict[str, int] = record.get("files", {})
-        is_whole = all((folder / name).is_file() and (folder / name).stat().st_size == files[name] for name in files)
+        weighed = [name for name in files if name != CARD]  # people edit the card
+        is_whole = all((folder / name).is_file() and (folder / name).stat().st_size == files[name] for name in weighed)
         is_whole = is_whole and (not stage.gguf or f"model-{stage.gguf}.gguf" in files)
         is_pushed = record.get("pushed", "") == stage.push or not stage.push
         detail = f"{checkpoint.name} to {folder}, {stage.dtype}" + (f", pushed to {stage.push}" if stage.push else "")

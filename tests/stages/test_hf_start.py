@@ -96,6 +96,17 @@ def test_an_export_is_written_once(work: WorkDirectory, tmp_path: Path):
     assert (folder / "model.safetensors").is_file()
     assert actions(planned(work, "export", *given)) == {"export": "there"}
     assert actions(planned(work, "export", *given[:2])) == {"export": "build"}  # in bf16
+    (folder / "README.md").write_text("My own words.\n")
+    assert actions(planned(work, "export", *given)) == {"export": "there"}
+    for _ in range(2):
+        EXPORT.build(plan.target.config, Console())
+        assert (folder / "README.md").read_text() == "My own words.\n"
+    (folder / "README.md").unlink()
+    EXPORT.build(plan.target.config, Console())
+    assert "# code/default" in (folder / "README.md").read_text()
+    EXPORT.build(planned(work, "export", *given[:2]).target.config, Console())
+    assert "weights in bf16" in (folder / "README.md").read_text()  # one that nobody edited is written again
+    EXPORT.build(plan.target.config, Console())
     (folder / "config.json").unlink()
     assert actions(planned(work, "export", *given)) == {"export": "build"}
     for wrong, named in (("stage.dtype=fp8", "stage.dtype=fp8"), ("stage.push=a/b/c", "stage.push=a/b/c")):
