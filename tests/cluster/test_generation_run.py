@@ -37,11 +37,11 @@ from tests.cluster.generation_runs import (
     plan_of,
     write_prompts,
 )
-from tests.cluster.launched import finish, wait_until
+from tests.cluster.launched import assert_gone, finish, wait_until
 from tests.cluster.pool_of_one import Alone
 from tests.training_run import linked, unwritten
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(200)]
+pytestmark = pytest.mark.cluster
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(trained, cluster, tmp_path):
@@ -323,8 +323,7 @@ def test_a_signal_while_engines_start_does_not_wait_for_them(trained, tmp_path, 
     os.kill(process.pid, number)
     code, out, err = finish(process)
     assert (code, "the same command continues" in out) == (128 + number, True), err
-    _, alive = psutil.wait_procs(family, timeout=30)
-    assert alive == []
+    assert_gone(family)
 
 
 @pytest.mark.heavy
@@ -342,7 +341,7 @@ def test_several_processes_can_share_the_model_of_an_engine(trained, tmp_path):
 
 @pytest.mark.parametrize(
     ("count", "new_tokens"),
-    [pytest.param(3_000, 8, marks=pytest.mark.heavy), pytest.param(10_000, 4, marks=pytest.mark.bars)],
+    [pytest.param(3_000, 24, marks=pytest.mark.heavy), pytest.param(10_000, 4, marks=pytest.mark.bars)],
 )
 def test_thousands_of_prompts_through_kills_and_signals(trained, tmp_path, count, new_tokens):
     prompts = write_prompts(tmp_path / "p.jsonl", count)
@@ -351,7 +350,7 @@ def test_thousands_of_prompts_through_kills_and_signals(trained, tmp_path, count
     assert code == 0, err
     assert f"{count - 2:,} to {count:,} prompts, 2 refused" in out
     run = trained.run("generate", f"through_{count}")
-    for number, parts in ((signal.SIGKILL, 5), (signal.SIGUSR1, 10), (signal.SIGTERM, 14)):
+    for number, parts in ((signal.SIGKILL, 3), (signal.SIGUSR1, 6), (signal.SIGTERM, 9)):
         process = start(trained, prompts, f"run_id={run.path.name}", *large)
         wait_until(lambda parts=parts: len(list(run.samples.glob("part-*"))) >= parts, process, f"{parts} files")
         family = psutil.Process(process.pid).children(recursive=True)
@@ -359,8 +358,7 @@ def test_thousands_of_prompts_through_kills_and_signals(trained, tmp_path, count
         code, out, err = finish(process)
         assert code == (-number if number == signal.SIGKILL else 128 + number), err
         assert number == signal.SIGKILL or "the same command continues" in out
-        _, alive = psutil.wait_procs(family, timeout=30)
-        assert alive == []
+        assert_gone(family)
     code, _, err = finish(start(trained, prompts, f"run_id={run.path.name}", *large))
     assert code == 0, err
     assert parts_of(run) == parts_of(trained.run("generate", f"all_{count}"))

@@ -56,7 +56,7 @@ class BatchJob:
         assert ended == state, f"{ended}\n{self.everything()}"
         self.check_nothing_left()
 
-    def check_nothing_left(self, seconds: float = 15) -> None:
+    def check_nothing_left(self, seconds: float = 60) -> None:
         """No process on any node, no token, no file outside the work directory."""
         eventually("no process is left", lambda: not self.slurm.job_processes(), seconds)
         assert not (self.directory / "token").exists()

@@ -37,7 +37,7 @@ def kill_a_worker_node(slurm: RealSlurm, job: TrainingJob) -> None:
 
 
 def kill_a_rank(slurm: RealSlurm, job: TrainingJob) -> None:
-    one([found for found in slurm.find(RANK, slurm.worker(job.id)) if TORCHRUN not in words(found)]).kill()
+    a_rank(slurm, job).kill()
 
 
 def kill_a_torchrun(slurm: RealSlurm, job: TrainingJob) -> None:
@@ -48,6 +48,10 @@ def kill_an_agent(slurm: RealSlurm, job: TrainingJob) -> None:
     agent = one(slurm.find(TORCHRUN, slurm.worker(job.id))).parent()
     assert agent is not None
     agent.kill()
+
+
+def a_rank(slurm: RealSlurm, job: TrainingJob) -> psutil.Process:
+    return one([found for found in slurm.find(RANK, slurm.worker(job.id)) if TORCHRUN not in words(found)])
 
 
 def kill_raylet(slurm: RealSlurm, node: str) -> None:

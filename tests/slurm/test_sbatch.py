@@ -8,12 +8,13 @@ import pytest
 
 from dist_lm.storage.run_directory import WorkDirectory
 from tests.cluster.waiting import eventually
+from tests.slurm.disturbances import a_rank
 from tests.slurm.real_slurm import RealSlurm
 from tests.slurm.training_job import STEPS, TrainingJob, check_same
 
-pytestmark = [pytest.mark.slurm, pytest.mark.heavy, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slurm, pytest.mark.heavy, pytest.mark.timeout(2400)]
 
-GONE_S = 15  # after scancel
+GONE_S = 25  # after scancel; less than the 30 s that Slurm itself waits by default
 JOINER = """
 import os, sys, ray
 ray.init(address=sys.argv[1], _node_ip_address="127.0.1.1", log_to_driver=False)
@@ -55,8 +56,10 @@ def test_a_work_directory_that_cannot_be_written_is_named_where_the_job_was_subm
 def test_scancel_leaves_nothing_and_strangers_are_not_let_in(
     slurm: RealSlurm, fresh: WorkDirectory, undisturbed: TrainingJob, tmp_path: Path
 ) -> None:
-    job = TrainingJob(slurm, fresh)
+    job = TrainingJob(slurm, fresh, "cluster.hang_min_s=600")
     job.wait_for_step(15)
+    rank = a_rank(slurm, job)
+    rank.suspend()  # or the job would be done before the strangers have knocked
     token = job.directory / "token"
     assert token.stat().st_mode & 0o777 == 0o600
     wrong = tmp_path / "token"
@@ -74,6 +77,7 @@ def test_scancel_leaves_nothing_and_strangers_are_not_let_in(
         assert "was let in" not in refused
         assert "AuthenticationError" in refused
 
+    rank.resume()
     slurm.run("scancel", str(job.id))
     eventually("the job is gone", lambda: not slurm.job_processes(), GONE_S)
     job.finish("CANCELLED")

@@ -65,9 +65,9 @@ def start_again(slurm: RealSlurm, job: TrainingJob, disturb: Disturbance, life: 
     at, before = time.time(), slurm.job_processes()
     disturb(slurm, job)
     slurm.wait_for_restart(job.id, life)
-    eventually("the life before is over", lambda: not any(map(is_alive, before)), 30)
+    eventually("the life before is over", lambda: not any(map(is_alive, before)))
     reached = job.step()
-    job.wait_for_a_step_after(at, seconds=480)
+    job.wait_for_a_step_after(at)
     repeated = reached - job.events("started")[-1]["step"]
     print(f"{disturb.__name__}: {repeated} steps repeated")
     assert repeated <= (0 if disturb is happens.warn_of_the_time_limit else 20)
@@ -95,7 +95,7 @@ def test_a_replacement_joins_for_a_node_that_dies(slurm: RealSlurm, fresh: WorkD
     job.wait_for_log("starting Ray at")
     (spare,) = set(NODES) - set(slurm.nodes(job.id))
     slurm.kill_node(slurm.worker(job.id))  # before it has joined: the driver waits for a second node
-    job.wait_for_log("as a replacement", 120)
+    job.wait_for_log("as a replacement")
     job.finish()
     assert " joins 127.0.1." in (job.directory / f"node_{spare}.log").read_text()
     assert len(job.numbers()) == 20
@@ -113,8 +113,8 @@ def test_the_only_node_dies(slurm: RealSlurm, fresh: WorkDirectory) -> None:
 @pytest.mark.bars  # Slurm counts time limits in minutes
 def test_a_real_time_limit(slurm: RealSlurm, fresh: WorkDirectory) -> None:
     job = TrainingJob(slurm, fresh, "stage.steps=2000", options=("--time=2", "--signal=B:USR1@75"))
-    job.wait_for_log("received USR1", seconds=150)
-    slurm.wait_for_restart(job.id, 1, seconds=90)
+    job.wait_for_log("received USR1")
+    slurm.wait_for_restart(job.id, 1)
     reached = job.step()
     job.wait_for_a_step_after(time.time())
     assert job.events("started")[-1]["step"] == reached
@@ -133,7 +133,7 @@ def test_twenty_random_kills(slurm: RealSlurm, fresh: WorkDirectory) -> None:
     job.wait_for_step(1)
     for _ in range(KILLS):
         survive(slurm, job, chooser.choice(CHAOS))
-    job.finish(seconds=400)
+    job.finish()
     reference = TrainingJob(slurm, fresh, *settings, "run_id=reference")
-    reference.finish(seconds=400)
+    reference.finish()
     check_same(job, reference)

@@ -125,14 +125,14 @@ def test_a_long_result_is_cut_and_says_so(box):
 
 
 def test_a_function_that_hangs_is_ended_with_all_it_started(tmp_path):
-    with Toolbox(write(tmp_path, FILE), Limits(seconds=1)) as box:
+    with Toolbox(write(tmp_path, FILE), Limits(seconds=2)) as box:
         started = time.monotonic()
         result = box.run(Call("hang", {"file": str(tmp_path / "pids")}))
-        assert result == {"error": "hang took longer than 1 s and was ended"}
-        assert time.monotonic() - started < 10
+        assert result == {"error": "hang took longer than 2 s and was ended"}
+        assert time.monotonic() - started < 30
         host, child = map(int, (tmp_path / "pids").read_text().split())
         assert not is_alive(host)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while is_alive(child) and time.monotonic() < deadline:
             os.sched_yield()
         assert not is_alive(child)
