@@ -68,7 +68,7 @@ def test_a_package_knows_no_package_above_it(path):
 def test_the_launcher_starts_without_torch_ray_and_wandb():
     heavy = ("torch", "ray", "wandb")
     code = f"import sys, dist_lm.launch, dist_lm.__main__; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240)
     assert done.stdout.strip() == "[]"
 
 

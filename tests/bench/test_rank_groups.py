@@ -100,12 +100,12 @@ def test_ctrl_c_ends_every_process():
         stderr=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while len(ranks := psutil.Process(bench.pid).children()) < 2:
         assert bench.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     bench.send_signal(signal.SIGINT)
-    assert bench.wait(30) != 0
-    _, left = psutil.wait_procs(ranks, timeout=10)
+    assert bench.wait(120) != 0
+    _, left = psutil.wait_procs(ranks, timeout=60)
     assert not [rank.pid for rank in left if is_alive(rank)]

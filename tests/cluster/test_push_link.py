@@ -166,14 +166,14 @@ def test_actors_get_the_same_bits_by_every_way(ways, dtype):
     for version in (1, 2):
         held = trial.send(weights(version, dtype).items(), version)
         for actor in trial.actors:
-            actor.thread.join(20)
+            actor.thread.join(120)
             assert same(actor.got[version], weights(version, dtype))
         assert same(dict(unpacked(iter(held.buckets), MODEL, dtype)), weights(version, dtype))
     assert [len({offer.group for offer in actor.offers}) for actor in trial.actors] == [1] * len(ways)  # it is kept
     kept = trial.sender.hold(weights(3, dtype).items())
     assert trial.send(kept, 3) is kept
     for actor in trial.actors:
-        actor.thread.join(20)
+        actor.thread.join(120)
         assert same(actor.got[3], weights(3, dtype))
     trial.sender.close()
     assert not trial.warned
@@ -194,11 +194,11 @@ def test_a_lost_actor_ends_a_push_and_the_version_is_kept_whole(ways, lost):
     assert "Ray's store" in line
     assert trial.asked
     for actor in trial.actors:  # another one in its place
-        actor.thread.join(20)
+        actor.thread.join(120)
         actor.lost, actor.reason, actor._receiver = "", None, None
     trial.send(weights(2).items(), 2)
     for actor in trial.actors:
-        actor.thread.join(20)
+        actor.thread.join(120)
         assert same(actor.got[2], weights(2))
     assert trial.sender.is_on
 

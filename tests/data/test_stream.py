@@ -216,7 +216,7 @@ def test_an_error_in_the_thread_reaches_the_reader(plain: TokenCorpus, monkeypat
 
 def test_steps_are_prepared_ahead_but_not_without_bound(plain: TokenCorpus) -> None:
     with SequenceStream(plain, **SETTINGS) as stream:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while not all(future.done() for future in stream._steps):
             assert time.monotonic() < deadline
         assert len(stream._steps) == PREFETCH

@@ -56,7 +56,7 @@ def llama_server(model: Path) -> Iterator[LlamaServer]:
         process.stdin.close()
         process.stdin = None
         try:
-            process.communicate(timeout=30)
+            process.communicate(timeout=120)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()

@@ -24,7 +24,7 @@ def source(checkout: Path, **environ: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", "-c", '. "$0/launch/env.sh" && command -v python && echo "$PYTHONPATH"', str(checkout)]
     outside = {name: value for name, value in os.environ.items() if name != "DIST_LM_VENV"}
     return subprocess.run(
-        command, env=outside | {"PIP_NO_INDEX": "1"} | environ, capture_output=True, text=True, timeout=60
+        command, env=outside | {"PIP_NO_INDEX": "1"} | environ, capture_output=True, text=True, timeout=240
     )
 
 

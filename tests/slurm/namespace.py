@@ -109,7 +109,7 @@ class Namespace:
         processes = self.processes()
         assert self._holder.stdin is not None
         self._holder.stdin.close()
-        self._holder.wait(timeout=30)
+        self._holder.wait(timeout=120)
         eventually("the namespace is empty", lambda: not any(map(is_alive, processes)))
 
     @staticmethod

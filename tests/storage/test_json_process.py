@@ -34,7 +34,7 @@ def test_it_ends_when_its_parent_closes_the_socket(sent, code, said):
         assert ours.recv(100) == b'{"ready": true}\n'
         ours.sendall(sent)
     try:
-        _, printed = process.communicate(timeout=60)
+        _, printed = process.communicate(timeout=240)
     finally:
         process.kill()
     assert process.returncode == code

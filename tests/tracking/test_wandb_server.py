@@ -32,7 +32,7 @@ def ask(server: WandbServer, query: str, variables: dict, key: str | None = None
     credentials = base64.b64encode(f"api:{key or server.api_key}".encode()).decode()
     body = json.dumps({"query": query, "variables": variables}).encode()
     request = urllib.request.Request(f"{server.url}/graphql", body, {"Authorization": f"Basic {credentials}"})
-    with urllib.request.urlopen(request, timeout=2) as answer:
+    with urllib.request.urlopen(request, timeout=30) as answer:
         return json.load(answer)
 
 
