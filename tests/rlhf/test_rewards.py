@@ -51,9 +51,9 @@ def test_a_persons_function_gets_the_texts_of_request_and_completion():
     with Judge(parts, lambda tokens: texts[tuple(tokens)], 0.0) as judge:
         assert judge(rollouts).scores["common"].tolist() == [1.0, 0.0]
     parts["code"] = RewardPartConfig(kind="parses")
-    with Judge(parts, lambda tokens: texts[tuple(tokens)], 0.0, request_of=lambda tokens: "c =") as judge:
+    with Judge(parts, lambda tokens: texts[tuple(tokens)], 0.0, request_of=lambda tokens: "d = (") as judge:
         found = judge(rollouts).scores
-        assert (found["common"].tolist(), found["code"].tolist()) == ([1.0, 0.0], [0.0, 1.0])
+        assert (found["common"].tolist(), found["code"].tolist()) == ([0.0, 1.0], [0.0, 0.0])
 
 
 @pytest.mark.usefixtures("one_rank")
