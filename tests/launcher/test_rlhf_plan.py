@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from dist_lm.data.noted_files import note_files
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.compose import compose_config, overrides_of
+from dist_lm.stages.registry import load_config
 from dist_lm.stages.rlhf import STAGE, check_given, rlhf_config
 from dist_lm.stages.stage import Action
 from dist_lm.stages.training import FREE_KEYS, differing_keys
@@ -133,6 +135,19 @@ def test_a_reward_model_whose_scores_cannot_be_normalised_is_refused_before_anyt
     run.result.unlink()
     with pytest.raises(ArtefactError, match=r"expected a finished run, .* \(or rlhf\.normalise_reward=false\)"):
         check(run.path)
+
+
+def test_a_resumed_run_refuses_prompts_that_have_changed(work):
+    start = make_run(work, "code", "stage.init_from=none", done=True)
+    prompts = work.path / "prompts.txt"
+    prompts.write_text("one\n")
+    given = (*RULES_ONLY, f"stage.init_from={start.path}", f"rlhf.prompts_from={prompts}")
+    run = make_run(work, "rlhf", *given, checkpoint=True)
+    note_files(run, load_config(run.config))
+    assert actions(plan_of(work, *given, target="rlhf")) == {"rlhf": Action.RESUME}
+    prompts.write_text("one\ntwo\n")
+    with pytest.raises(ArtefactError, match=r"^rlhf\.prompts_from=.*prompts\.txt: has changed since .*rlhf/default"):
+        plan_of(work, *given, target="rlhf")
 
 
 def test_texts_are_no_prompts_of_rlhf(work):
