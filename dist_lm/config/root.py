@@ -93,7 +93,8 @@ class Config:
     @property
     def noted_files(self) -> dict[str, list[Path]]:
         """Files that a run reads at every start, by `KEY=VALUE`: they must not change while it goes on."""
-        files = {task: path for task, path in self.eval.files.items() if task in self.stage.eval_tasks}
+        asked = self.stage.eval_tasks
+        files = {task: path for task, path in self.eval.files.items() if task in asked} if asked else {}
         return {f"eval.{task}={path}": [path] for task, path in files.items()}
 
     @property

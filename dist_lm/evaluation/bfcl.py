@@ -24,13 +24,13 @@ from dist_lm.errors import require
 from dist_lm.evaluation.bfcl_questions import BfclAnswer, BfclQuestion, find_data, read_questions
 from dist_lm.evaluation.figures import request_of
 from dist_lm.evaluation.tasks import BFCL, TURN_TOKENS, Asking, bfcl_items
-from dist_lm.evaluation.tool_questions import shown
 from dist_lm.evaluation.tool_score import matched
 from dist_lm.generation.load import LoadedModel, load_model
 from dist_lm.generation.request import only_answers
 from dist_lm.generation.session import build_engine
 from dist_lm.parallel.mesh import option_device
 from dist_lm.storage import durable
+from dist_lm.tokenizer.tokenizer import shown
 
 SEQUENCES = 32  # the cache holds this many whole contexts, up to CACHE_TOKENS
 CACHE_TOKENS = 65536

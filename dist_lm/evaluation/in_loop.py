@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from dist_lm.config.evaluation import CODE_TASKS
 from dist_lm.config.root import Config
-from dist_lm.data.noted_files import require_files
 from dist_lm.errors import UserError
 from dist_lm.evaluation.figures import recorded, refused, request_of, task_figures
 from dist_lm.evaluation.tasks import Asking, Item, Record, asks_as_chat, items_of
@@ -92,7 +91,7 @@ def loop_tasks(config: Config, run: RunDirectory, tokenizer: Tokenizer) -> LoopT
         UserError: a task cannot be asked; names it.
         ArtefactError: the file of a task has changed since the run began.
     """
-    require_files(run, config)
+    run.require_files(config.noted_files)
     stage = config.stage
     chat = asks_as_chat(stage.name, tokenizer)
     asking = Asking.greedy(tokenizer, config.model.max_seq_len, chat, stage.eval_new_tokens)

@@ -4,7 +4,7 @@ A turn is asked if it contains calls or answers the user. A turn that puts tool 
 many wordings are correct.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dist_lm.chat.messages import ChatError, Conversation, Message
@@ -97,19 +97,6 @@ def asked(questions: Iterable[Question], tokenizer: Tokenizer, document: int = 0
         )
         for question in questions
     ]
-
-
-def shown(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
-    """Decode tokens for people, with the names of reserved tokens."""
-    special = {number: name for name, number in tokenizer.special_ids.items()}
-    parts, text = [], list[int]()
-    for token in tokens:
-        if token in special:
-            parts += [tokenizer.decode(text), special[token]]
-            text = []
-        else:
-            text.append(token)
-    return "".join([*parts, tokenizer.decode(text)])
 
 
 def _can_be_checked(conversation: Conversation) -> bool:

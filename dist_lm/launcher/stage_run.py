@@ -17,7 +17,6 @@ from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.cluster.recruit import Crew
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.config.root import Config, save_config
-from dist_lm.data.noted_files import note_files
 from dist_lm.errors import ArtefactError, require
 from dist_lm.launcher.layout_choice import check_hardware, on_nodes, sizes, with_layout
 from dist_lm.launcher.muster import Muster
@@ -246,7 +245,7 @@ def run_training_stage(
         if stage.stage.look(stage.config, is_target=stage.is_target, rebuilt=()).action is Action.READY:
             return True
         save_config(first, run.config)
-        note_files(run, first)
+        run.note_files(first.noted_files)
         run.result.unlink(missing_ok=True)  # of fewer steps, if a finished run goes on
         muster = Muster(
             cluster,

@@ -16,9 +16,7 @@ from dist_lm.chat.template import stop_tokens
 from dist_lm.cluster.sandboxes import sandboxes_of
 from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.config.root import TRUST_ME
-from dist_lm.data.noted_files import require_files
 from dist_lm.errors import ArtefactError
-from dist_lm.evaluation.tool_questions import shown
 from dist_lm.parallel.mesh import World
 from dist_lm.ranks.program import (
     RankStart,
@@ -50,7 +48,7 @@ from dist_lm.stages.rlhf import RlhfRunConfig
 from dist_lm.stages.rlhf_prompts import read_all, request_reader, tasks_of
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
-from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tokenizer.tokenizer import Tokenizer, shown
 from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.training.checkpoint_saver import CheckpointSaver
 from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
@@ -191,7 +189,7 @@ def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None
             config, run, world, start.tokenizer, metrics, heartbeat, begun.tokens, state.iteration, profiler
         )
         check_corpora(run, config, start.tokenizer, world)
-        require_files(run, config)
+        run.require_files(config.noted_files)
         train, held_out_prompts = read_all(config, run, start.tokenizer)
         beside = stack.enter_context(joined(config, world.device)) if world.is_first else None
         supply = _supply(config, start, begun, train, reporter, stack, beside)

@@ -15,12 +15,11 @@ from dist_lm.config.root import imported_function
 from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError, UserError
-from dist_lm.evaluation.tool_questions import shown
 from dist_lm.sandbox.task import Task, task_of
 from dist_lm.stages.rlhf import RlhfRunConfig, RlhfRunGroup
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.symbols import START
-from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tokenizer.tokenizer import Tokenizer, shown
 
 log = logging.getLogger(__name__)
 

@@ -161,7 +161,7 @@ def requests_of(questions: "Sequence[Asked]", ends: tuple[int, ...], max_new_tok
 
 def shown_answer(one: "Asked", answer: "Answer", verdict: "Verdict", tokenizer: "Tokenizer") -> dict[str, Any]:
     """A question and its answer, as `samples/step_N.jsonl` has them."""
-    from dist_lm.evaluation.tool_questions import shown
+    from dist_lm.tokenizer.tokenizer import shown
 
     return {
         "kind": one.question.kind,

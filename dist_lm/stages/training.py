@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dist_lm.config.corpus import HF
 from dist_lm.config.root import TRUST_ME, Config
 from dist_lm.data.manifest import require_content, require_inputs
-from dist_lm.data.noted_files import require_files
 from dist_lm.errors import ConfigError
 from dist_lm.stages.registry import load_config, stage_named
 from dist_lm.stages.stage import (
@@ -184,7 +183,7 @@ class TrainingStage(Stage):
         if latest:
             require_content(run, config.streams)
             require_inputs(run, config.corpus, config.streams)
-            require_files(run, config)
+            run.require_files(config.noted_files)
             if config.stage.lora.rank:
                 from dist_lm.training.adapters import adapted_model
 

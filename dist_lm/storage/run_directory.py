@@ -14,8 +14,14 @@ work/
     config.yaml checkpoints/ tokenizer/ chat_template.jinja conf/model/NAME.yaml
 """
 
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from dist_lm.errors import ArtefactError
+from dist_lm.storage import durable
 
 
 def tokenizer_in(folder: Path) -> Path:
@@ -233,7 +239,38 @@ class RunDirectory:
     def wandb(self) -> Path:
         return self.path / "wandb"
 
+    def note_files(self, files: Mapping[str, Sequence[Path]]) -> None:
+        """Write the SHA-256 of the files of each key (`Config.noted_files`)."""
+        if now := _hashes(files):
+            durable.write_json(self.noted_files, self._noted() | now)
+
+    def require_files(self, files: Mapping[str, Sequence[Path]]) -> None:
+        """Refuse files that have changed: figures of one name would be of different questions, or a run of other
+        prompts.
+
+        Raises:
+            ArtefactError: names the key, the file and the way out.
+        """
+        noted = self._noted()
+        for name, sha256 in _hashes(files).items():
+            if noted.get(name, sha256) != sha256:
+                way_out = "give the new one another name" if name.startswith("eval.") else "choose another run_id"
+                raise ArtefactError(f"{name}: has changed since {self.path} began with it: restore it, or {way_out}")
+
+    def _noted(self) -> dict[str, str]:
+        return json.loads(self.noted_files.read_text(encoding="utf-8")) if self.noted_files.exists() else {}
+
     def create(self) -> None:
         """Create the directories of the run that do not exist."""
         for directory in (self.path, self.checkpoints, self.logs, self.samples):
             directory.mkdir(parents=True, exist_ok=True)
+
+
+def _hashes(files: Mapping[str, Sequence[Path]]) -> dict[str, str]:
+    """One hash a key; of several files that of their names and hashes."""
+    found = {}
+    for name, paths in files.items():
+        hashes = [durable.sha256_of(file) for file in paths]
+        listed = json.dumps([[file.name, sha256] for file, sha256 in zip(paths, hashes, strict=True)])
+        found[name] = hashes[0] if len(hashes) == 1 else hashlib.sha256(listed.encode()).hexdigest()
+    return found

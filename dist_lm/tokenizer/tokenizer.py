@@ -318,6 +318,19 @@ class Tokenizer:
         return b"".join(self._vocabulary.bytes_of(int(number)) for number in ids)
 
 
+def shown(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
+    """Decode tokens for people, with the names of reserved tokens."""
+    special = {number: name for name, number in tokenizer.special_ids.items()}
+    parts, text = [], list[int]()
+    for token in tokens:
+        if token in special:
+            parts += [tokenizer.decode(text), special[token]]
+            text = []
+        else:
+            text.append(token)
+    return "".join([*parts, tokenizer.decode(text)])
+
+
 def read_vocabulary(content: bytes, name: str) -> Vocabulary:
     """The vocabulary in a file; JSON is one of Hugging Face."""
     is_json = content.lstrip()[:1] == b"{"

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from dist_lm.config.root import Config
-from dist_lm.data.noted_files import note_files, require_files
 from dist_lm.errors import ArtefactError
 from dist_lm.evaluation.in_loop import loop_tasks
 from dist_lm.launcher.compose import compose_config
@@ -32,22 +31,22 @@ def test_a_file_that_changed_is_refused_on_the_ranks_too(tiny_work, tmp_path):
     run.create()
     file = tmp_path / "problems.jsonl"
     file.write_text(json.dumps(PROBLEM))
-    note_files(run, config_with(file))
-    require_files(run, config_with(file))
+    run.note_files(config_with(file).noted_files)
+    run.require_files(config_with(file).noted_files)
     file.write_text(json.dumps(PROBLEM | {"task_id": "HumanEval/1"}))
     with pytest.raises(ArtefactError, match=r"eval\.humaneval=.*problems\.jsonl: has changed since .*code/default"):
         loop_tasks(config_with(file), run, Tokenizer.load(tiny_work.tokenizer_model))
-    require_files(run, config_with(file, "own_sql"))  # a file that no task reads
+    run.require_files(config_with(file, "own_sql").noted_files)  # a file that no task reads
     other = file.rename(tmp_path / "more_problems.jsonl")
-    require_files(run, config_with(other))
-    note_files(run, config_with(other))
+    run.require_files(config_with(other).noted_files)
+    run.note_files(config_with(other).noted_files)
     assert len(json.loads(run.noted_files.read_text())) == 2
 
 
 def test_a_run_without_files_of_tasks_writes_nothing(tmp_path):
     run = WorkDirectory(tmp_path / "work").run("code", "default")
     run.create()
-    note_files(run, config_with(tmp_path / "none.jsonl", "own_sql"))
+    run.note_files(config_with(tmp_path / "none.jsonl", "own_sql").noted_files)
     assert not run.noted_files.exists()
 
 
@@ -58,15 +57,15 @@ def test_prompts_of_a_run_keep_their_content_and_their_number_of_files(tmp_path)
         (tmp_path / f"{name}.txt").write_text("Say one word\n")
     where = ("rlhf.prompts_from", f"{tmp_path}/?.txt"), ("rlhf.held_out_from", f"{tmp_path}/a.txt")
     config = compose_config(["stage=rlhf", *TINY, *(f"{key}={path}" for key, path in where)])
-    note_files(run, config)
-    require_files(run, config)
+    run.note_files(config.noted_files)
+    run.require_files(config.noted_files)
     (tmp_path / "c.txt").write_text("Say one word\n")
     with pytest.raises(
         ArtefactError, match=r"rlhf\.prompts_from=.*txt: has changed since .*, or choose another run_id"
     ):
-        require_files(run, config)
+        run.require_files(config.noted_files)
     (tmp_path / "c.txt").unlink()
     (tmp_path / "a.txt").write_text("Say one word\nSay two words\n")
     for key, path in where:
         with pytest.raises(ArtefactError, match=f"^{key}="):
-            require_files(run, compose_config(["stage=rlhf", *TINY, f"{key}={path}"]))
+            run.require_files(compose_config(["stage=rlhf", *TINY, f"{key}={path}"]).noted_files)

@@ -5,9 +5,9 @@ import pytest
 from dist_lm.chat.messages import Call, Conversation, Message, Tool
 from dist_lm.chat.parse import parse, parse_turn
 from dist_lm.data.token_corpus import TokenCorpus
-from dist_lm.evaluation.tool_questions import asked, choose, questions_of, shown
+from dist_lm.evaluation.tool_questions import asked, choose, questions_of
 from dist_lm.tokenizer.symbols import START
-from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tokenizer.tokenizer import Tokenizer, shown
 from dist_lm.tools.data.examples import examples
 
 USER, CALLS = Message("user", "?"), Message("assistant", calls=(Call("a"),))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.data.noted_files import note_files
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.compose import compose_config, overrides_of
 from dist_lm.stages.registry import load_config
@@ -143,7 +142,7 @@ def test_a_resumed_run_refuses_prompts_that_have_changed(work):
     prompts.write_text("one\n")
     given = (*RULES_ONLY, f"stage.init_from={start.path}", f"rlhf.prompts_from={prompts}")
     run = make_run(work, "rlhf", *given, checkpoint=True)
-    note_files(run, load_config(run.config))
+    run.note_files(load_config(run.config).noted_files)
     assert actions(plan_of(work, *given, target="rlhf")) == {"rlhf": Action.RESUME}
     prompts.write_text("one\ntwo\n")
     with pytest.raises(ArtefactError, match=r"^rlhf\.prompts_from=.*prompts\.txt: has changed since .*rlhf/default"):

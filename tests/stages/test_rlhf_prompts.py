@@ -8,12 +8,11 @@ import pytest
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.template import prompt as rendered
 from dist_lm.errors import ArtefactError, ConfigError
-from dist_lm.evaluation.tool_questions import shown
 from dist_lm.launcher.compose import compose_config
 from dist_lm.stages.rlhf import RlhfRunConfig
 from dist_lm.stages.rlhf_prompts import Prompts, check_prompts, read_all, request_reader, tasks_of
 from dist_lm.storage.run_directory import WorkDirectory
-from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer
+from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer, shown
 from tests.chat.test_kept_template import ADDS_SYSTEM, FORGETS, TRIMS, WITHOUT_HEADER
 from tests.conftest import TINY
 
