@@ -110,9 +110,7 @@ def begin(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorithm:
 
 def base_record(directory: Path) -> dict[str, str]:
     """A checkpoint that a frozen model, or the critic with adapters, is of: path and SHA-256 of its manifest."""
-    from dist_lm.training.adapters import fingerprint
-
-    return {"base": str(directory), "base_sha256": fingerprint(directory)}
+    return {"base": str(directory), "base_sha256": checkpoint_files.fingerprint(directory)}
 
 
 def check_frozen(own: Path, frozen: Bases) -> None:

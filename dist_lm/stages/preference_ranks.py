@@ -23,7 +23,6 @@ from dist_lm.stages.preference import PreferenceRunConfig
 from dist_lm.stages.reward_ranks import EXAMPLE_COMPLETIONS, open_rankings, ranking_batches, ranking_stream
 from dist_lm.stages.training import Opening, StageData
 from dist_lm.training import checkpoint_files
-from dist_lm.training.adapters import fingerprint
 
 
 def open_data(opening: Opening) -> StageData:
@@ -81,7 +80,7 @@ def _start(config: PreferenceRunConfig) -> str:
     """What the reference is: the hash of the checkpoint that training starts from, or the seed of a new model."""
     if config.stage.init_from == "none":
         return f"seed {config.seed} {json.dumps(asdict(config.model), sort_keys=True)}"
-    return fingerprint(checkpoint_files.find_checkpoint(Path(config.stage.init_from)))
+    return checkpoint_files.fingerprint(checkpoint_files.find_checkpoint(Path(config.stage.init_from)))
 
 
 def _no_model(path: Path) -> Any:

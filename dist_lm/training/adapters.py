@@ -23,20 +23,10 @@ from dist_lm.model.lora import adapter_of, change
 from dist_lm.model.size import ADAPTERS, parameter_shapes
 from dist_lm.parallel.adapters import add_changes
 from dist_lm.parallel.mesh import World
-from dist_lm.storage import durable
 from dist_lm.training import checkpoint
 from dist_lm.training import checkpoint_files as files
+from dist_lm.training.checkpoint_files import fingerprint
 from dist_lm.training.checkpoint_tensors import MadeTensor, StoredTensor, model_tensors, stored_tensors
-
-
-def fingerprint(directory: Path) -> str:
-    """SHA-256 of the manifest of a checkpoint, which changes with any of its files.
-
-    Raises:
-        ArtefactError: it has no manifest.
-    """
-    files.read_manifest(directory)
-    return durable.sha256_of(directory / files.MANIFEST)
 
 
 def record_of(config: AdaptedModelConfig, directory: Path) -> dict[str, Any]:

@@ -139,6 +139,16 @@ def write_manifest(directory: Path, sha256: dict[str, str]) -> None:
     durable.write_json(directory / MANIFEST, files)
 
 
+def fingerprint(directory: Path) -> str:
+    """SHA-256 of the manifest of a checkpoint, which changes with any of its files.
+
+    Raises:
+        ArtefactError: it has no manifest.
+    """
+    read_manifest(directory)
+    return durable.sha256_of(directory / MANIFEST)
+
+
 def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
     """`{sha256, bytes}` by file name, as `write_manifest` wrote them."""
     try:

@@ -23,7 +23,7 @@ from dist_lm.stages.export import export
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.training import checkpoint
 from dist_lm.training import checkpoint_files as files
-from dist_lm.training.adapters import fingerprint
+from dist_lm.training.checkpoint_files import fingerprint
 from dist_lm.training.checkpoint_tensors import consolidate, model_weights, tensors_in
 from dist_lm.training.state import TrainState
 from tests.conftest import TINY
