@@ -8,7 +8,7 @@ import pytest
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import inputs_of
 from dist_lm.data.sources.files import read_files, shebang_language
-from dist_lm.data.sources.reader import Rejected
+from dist_lm.data.sources.reader import Rejected, text_hash
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 
@@ -113,12 +113,13 @@ def test_files_of_a_repository_are_together_in_one_group(tmp_path):
     assert alone[0] != alone[1]  # or none could be held out
 
 
-def test_repositories_of_the_same_name_are_not_one(tmp_path):
-    names = ("me/repo", "you/repo", "it")
+def test_repositories_of_the_same_name_are_not_one_and_others_have_that_of_their_folder(tmp_path):
+    names = ("me/repo", "you/repo", "we/it")
     write(tmp_path, {f"{name}/{file}": name + file for name in names for file in ("a.py", "z.py", ".git/config")})
     found = documents(files(tmp_path))
-    assert [one.repository for one in found] == ["it", "it", "me/repo", "me/repo", "you/repo", "you/repo"]
+    assert [one.repository for one in found] == ["me/repo", "me/repo", "it", "it", "you/repo", "you/repo"]
     assert len({one.group for one in found}) == 3
+    assert found[2].group == text_hash("repository it")  # as ever, or corpora built before would have other sides
     named = documents(SourceConfig("files", path=[str(tmp_path / "me"), str(tmp_path / "you/repo")]))
     whole = [str(tmp_path / name) for name in names[:2]]  # both would be `repo`
     assert [one.repository for one in named] == [whole[0], whole[0], whole[1], whole[1]]

@@ -163,7 +163,7 @@ def by_repository(listing: Inputs, places: Sequence[str]) -> list[tuple[Input, s
     not be split otherwise.
 
     Args:
-        places: that were listed. A repository is called by its path below one of them.
+        places: that were listed. Repositories whose last folders have the same name are told apart by the path below.
     """
     roots = {
         one.name.partition("/.git/")[0] if "/.git/" in one.name else one.name.removesuffix("/.git")
@@ -179,19 +179,20 @@ def by_repository(listing: Inputs, places: Sequence[str]) -> list[tuple[Input, s
 
 
 def _names_of(roots: set[str], places: Sequence[str]) -> dict[str, str]:
-    """Root -> name: the path below a place, so data that move as a whole keep their names; where two would have the
-    same one, the whole path."""
-    bases = sorted(map(base_of, places), key=len, reverse=True)
+    """Root -> name: the last folder. Roots that share it have the path below a place, or else the whole path."""
+    names = {root: PurePosixPath(root).name for root in roots}
+    for name_of in (lambda root: _below(root, places), str):
+        counts = Counter(names.values())
+        names = {root: name if counts[name] == 1 else name_of(root) for root, name in names.items()}
+    return names
 
-    def name_of(root: str) -> str:
-        for base in bases:
-            if root != base and root.startswith(base and base + "/"):
-                return root.removeprefix(base + "/")
-        return PurePosixPath(root).name
 
-    names = {root: name_of(root) for root in roots}
-    counts = Counter(names.values())
-    return {root: name if name and counts[name] == 1 else root for root, name in names.items()}
+def _below(root: str, places: Sequence[str]) -> str:
+    """The path of a repository below the innermost of `places`; its last folder if it is below none."""
+    for base in sorted(map(base_of, places), key=len, reverse=True):
+        if root != base and root.startswith(base and base + "/"):
+            return root.removeprefix(base + "/")
+    return PurePosixPath(root).name
 
 
 def _root_of(name: str, roots: set[str]) -> str:
