@@ -309,7 +309,7 @@ def run_missing(plan: Plan, console: Console, pipeline: "Pipeline", job: str | N
             if stage in on_cluster:
                 done = not interrupt.requested and run_on[stage.stage.place](stage, cluster, console, interrupt, job)
             elif not interrupt.requested:
-                with left_at_once(interrupt, console):  # it goes on from its finished files
+                with left_at_once(interrupt, console):
                     done, detail = True, build_artefact(stage, console)
             if not done:
                 start = stage.progress

@@ -193,7 +193,7 @@ requeue() {
   clean_up
   if [ "$stop" = TERM ]; then exit 143; fi # scancel was called meanwhile
   if [ -e "$job_dir/progress" ] && [ "$(progress)" = "$(<"$job_dir/progress")" ]; then
-    say "error: not requeued: no new checkpoint since the last requeue; check that the time limit is long enough for one"
+    say "error: not requeued: no progress since the last requeue; check that the time limit is long enough for a checkpoint"
     exit 1
   fi
   progress >"$job_dir/progress"
@@ -216,16 +216,20 @@ clean_up() {
 }
 
 # Progress so far, as text that changes with every checkpoint, file of samples, tar of a corpus and finished stage of
-# this run.
+# this run; of all runs where a file of the user may name it.
 progress() {
-  local file
-  for file in "$work_dir"/runs/*/"$run_id"/checkpoints/LATEST "$work_dir"/runs/*/"$run_id"/result.json \
-    "$work_dir"/corpora/*/manifest.json "$work_dir"/tokenizer/report.json; do
-    if [ -f "$file" ]; then printf '%s\n' "$file" "$(<"$file")"; fi
+  local file run runs=("$work_dir"/runs/*/"$run_id")
+  if [ -z "$run_id" ]; then runs=("$work_dir"/runs/*/*); fi
+  for run in "${runs[@]}" "$work_dir"/runs/import/*; do
+    for file in "$run"/checkpoints/LATEST "$run"/result.json; do
+      if [ -f "$file" ]; then printf '%s\n' "$file" "$(<"$file")"; fi
+    done
+    for file in "$run"/samples/part-*.jsonl "$run"/samples/*/*.jsonl; do
+      if [ -f "$file" ]; then printf '%s\n' "$file"; fi
+    done
   done
-  for file in "$work_dir"/runs/import/*/checkpoints/LATEST "$work_dir"/runs/generate/"$run_id"/samples/part-*.jsonl \
-    "$work_dir"/runs/evaluate/"$run_id"/samples/*/*.jsonl; do
-    if [ -f "$file" ]; then printf '%s\n' "$file"; fi
+  for file in "$work_dir"/corpora/*/manifest.json "$work_dir"/tokenizer/report.json; do
+    if [ -f "$file" ]; then printf '%s\n' "$file" "$(<"$file")"; fi
   done
   for file in "$work_dir"/corpora/*/journal.jsonl; do
     if [ -f "$file" ]; then grep '^{"finished"' "$file" || true; fi

@@ -5,7 +5,7 @@
 
 launch_arguments=() # for dist_lm.launch
 work_dir=           # absolute
-run_id=default
+run_id=default      # empty: a file of the user may name it
 job_dir=            # this job's own directory in work_dir
 token=              # file with the token of the job's Ray
 on_node=()          # command that starts a step on the node named after it
@@ -28,7 +28,7 @@ open_early_log() {
 }
 
 read_arguments() { # DEFAULT ... -- ARGUMENT ...
-  local defaults=() argument
+  local defaults=() argument given=
   while [ "$1" != -- ]; do
     defaults+=("$1")
     shift
@@ -38,9 +38,11 @@ read_arguments() { # DEFAULT ... -- ARGUMENT ...
   for argument in "$@"; do
     case $argument in
     work_dir=*) work_dir=${argument#*=} ;;
-    run_id=*) run_id=${argument#*=} ;;
+    run_id=*) given=${argument#*=} ;;
+    experiment=* | --config-dir* | -cd* | hydra.searchpath=*) run_id= ;;
     esac
   done
+  run_id=${given:-$run_id}
   if [[ $work_dir != /* ]]; then work_dir=$SLURM_SUBMIT_DIR/$work_dir; fi
   job_dir=$work_dir/slurm/$SLURM_JOB_ID
   token=$job_dir/token

@@ -92,8 +92,8 @@ def reward_figures(records: list[Record]) -> dict[str, Any]:
 
 
 def _outcomes(records: list[Record]) -> dict[str, int]:
-    """The number of records of each outcome."""
-    return dict(sorted(Counter(record["outcome"] for record in records).items()))
+    """The number of records of each outcome; scores of older runs have none."""
+    return dict(sorted(Counter(record.get("outcome", "scored") for record in records).items()))
 
 
 def _shown(found: Estimate) -> dict[str, Any]:

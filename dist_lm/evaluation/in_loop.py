@@ -91,7 +91,6 @@ def loop_tasks(config: Config, run: RunDirectory, tokenizer: Tokenizer) -> LoopT
         UserError: a task cannot be asked; names it.
         ArtefactError: the file of a task has changed since the run began.
     """
-    run.require_files(config.noted_files)
     stage = config.stage
     chat = asks_as_chat(stage.name, tokenizer)
     asking = Asking.greedy(tokenizer, config.model.max_seq_len, chat, stage.eval_new_tokens)
@@ -101,6 +100,7 @@ def loop_tasks(config: Config, run: RunDirectory, tokenizer: Tokenizer) -> LoopT
             items[task] = items_of(task, asking, config.eval.files, run.work.path / "corpora")
         except UserError as error:
             raise type(error)(f"stage.eval_tasks: {task}: {error}") from error
+    run.require_files(config.noted_files)
     return LoopTasks(stage.eval_tasks, items, stage.steps, config.seed)
 
 

@@ -130,12 +130,16 @@ def check_experiment(experiment: str, model: str, stage: str, overrides: Sequenc
         ConfigError: names the file that is missing.
     """
     folders = (conf_directory(), *own_folders(overrides))
+
+    def there(recipe: str) -> bool:
+        return any((folder / RECIPE / f"{recipe}.yaml").is_file() for folder in folders)
+
     for file in (folder / "experiment" / f"{experiment}.yaml" for folder in folders):
         defaults = _content(file).get("defaults") or [] if file.is_file() else []
-        for entry in (entry for entry in defaults if isinstance(entry, dict) and _RECIPES in entry):
+        for entry in (entry for entry in defaults if isinstance(entry, dict) and entry.get(_RECIPES)):
             recipe = str(entry[_RECIPES]).replace("${model}", model).replace("${stage}", stage)
-            there = {path.stem for folder in folders for path in (folder / RECIPE).glob("*.yaml")}
-            if recipe not in there and f"{model}_{stage}" in there:
+            lost = not there(recipe) and there(f"{model}_{stage}") and "${" not in recipe
+            if lost:
                 raise ConfigError(
                     f"experiment={experiment}: no recipe/{recipe}.yaml, and recipe/{model}_{stage}.yaml would not "
                     f"apply: leave out model={model} or the experiment, or write the file below --config-dir"

@@ -219,17 +219,18 @@ def run_training_stage(
 ) -> bool:
     """Run a stage to its end despite failures of ranks and nodes. Returns False if `interrupt` stopped it.
 
+    A run that another command has finished since the plan is left as it is.
+
     Args:
         job: batch job of this process.
-
-    A run that another command has finished since the plan is left as it is.
 
     Raises:
         ConfigError: the layout does not fit the ranks of the cluster, or another command has begun the run with other
             settings.
         ClusterError: too few nodes are available or fit.
         GangFailure: more than cluster.max_restarts failures in a row without a new checkpoint.
-        ArtefactError: the ranks ended without a result, and nobody asked them to stop.
+        ArtefactError: the ranks ended without a result, and nobody asked them to stop; or what the run began with has
+            changed since the plan.
     """
     config, ranks = fitted(stage, cluster)
     device, run = config.device, run_of(config)

@@ -36,7 +36,7 @@ STATE, PENDING, CRITIC, FROZEN = "rlhf.json", "pending.safetensors", "critic.jso
 # keys of a model that change no hidden state, or that `d_head` and `kv_heads` give
 NOT_OF_THE_TRUNK = {
     *("name", "head", "max_seq_len", "tie_embeddings", "logit_cap", "init_std", "residual_init"),
-    *("head_width", "n_kv_heads"),
+    *("base_width", "head_width", "n_kv_heads"),
 }
 
 Bases = Mapping[str, Mapping[str, str]]

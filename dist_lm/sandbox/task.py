@@ -14,7 +14,8 @@ from dist_lm.sandbox.program import LANGUAGES, NAMES, Program, Test
 from dist_lm.sandbox.syntax import BEFORE_ERRORS, TEST_ERRORS
 
 # as in CommonMark 0.31, section 4.5: an end is indented as the beginning, or by at most three spaces
-_FENCED = re.compile(r"^([ \t]*)```[^\n`]*\n(.*?)(?:^(?:\1| {0,3})```|\Z)", re.DOTALL | re.MULTILINE)
+_FENCED = re.compile(r"^([ \t]*)(`{3,})[^\n`]*\n(.*?)(?:^(?:\1| {0,3})\2|\Z)", re.DOTALL | re.MULTILINE)
+_ITEM = re.compile(r"^[ \t]*(?:[-*+]|\d+[.)])[ \t]", re.MULTILINE)
 _PARTS = tuple(field.name for field in fields(Test))
 
 
@@ -33,10 +34,13 @@ class Task:
 def code_of(answer: str) -> str:
     """The first fenced block of an answer, without the indentation of its fence, else the whole answer.
 
-    A block that is not closed reaches to the end.
+    A block that is not closed reaches to the end. A fence that is indented by more than three spaces counts only in
+    a list; elsewhere it is text, as in a docstring.
     """
-    block = _FENCED.search(answer)
-    return re.sub(rf"^[ \t]{{0,{len(block[1])}}}", "", block[2], flags=re.MULTILINE) if block else answer
+    for block in _FENCED.finditer(answer):
+        if len(block[1].expandtabs(4)) <= 3 or _ITEM.search(answer, 0, block.start()):
+            return re.sub(rf"^[ \t]{{0,{len(block[1])}}}", "", block[3], flags=re.MULTILINE)
+    return answer
 
 
 def task_of(values: Mapping[str, Any], readable: bool = False) -> Task:

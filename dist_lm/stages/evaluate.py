@@ -124,7 +124,8 @@ class Evaluate(PoolStage):
 
     def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
         own, run = evaluate_config(config), run_of(config)
-        begun = evaluate_config(load_config(run.config)) if run.config.exists() else None
+        was_begun = run.inputs.exists() or run.result.exists()  # else it was refused before its first question
+        begun = evaluate_config(load_config(run.config)) if was_begun else None
         going_on = None if run.result.exists() else begun
         if begun and not going_on and own.stage.models == [AUTO]:
             found = [Path(path) for path in begun.stage.models]
@@ -177,8 +178,9 @@ class Evaluate(PoolStage):
 
         own = evaluate_config(config)
         refuse_other_inputs(run, own)  # they may have changed while another model was asked
-        durable.write_json(run.inputs, begun_with(run) | inputs_of(own))
+        inputs = begun_with(run) | inputs_of(own)
         work = Evaluation(own, run, tokenizer, sandboxes)
+        durable.write_json(run.inputs, inputs)
         refuse_other_inputs(run, own)  # what was read is what the hashes are of
         return work
 

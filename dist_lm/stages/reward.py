@@ -69,23 +69,12 @@ class RewardStageConfig(StageConfig):
 
     reward: RewardConfig = field(default_factory=RewardConfig)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_terms_of_text(self)
-
 
 @dataclass
 class RewardRunConfig(Config):
     """The configuration of stage reward."""
 
     stage: RewardStageConfig = MISSING
-
-    def check_stage(self) -> None:
-        super().check_stage()
-        settings, longest = self.stage.reward, self.model.max_seq_len
-        new, accepted = settings.normaliser_new_tokens, f"less than model.max_seq_len={longest}"
-        fits = not settings.normaliser_prompts or new < longest
-        require(fits, "stage.reward.normaliser_new_tokens", new, accepted)
 
 
 class Reward(TrainingStage):
@@ -96,6 +85,18 @@ class Reward(TrainingStage):
     key_figures = ((KeyFigure("reward/accuracy", percent, "pairs right"),), (VAL_LOSS,))
     unit = "choices"
     packed = "rankings"
+
+    def check(self, config: Config) -> None:
+        """Refuse terms of next-token loss, and answers that would fill the context where the start generates some."""
+        assert isinstance(config, RewardRunConfig)
+        refuse_terms_of_text(config.stage)
+        settings, longest = config.stage.reward, config.model.max_seq_len
+        new, generates = (
+            settings.normaliser_new_tokens,
+            settings.normaliser_prompts and config.stage.init_from != "none",
+        )
+        accepted = f"less than model.max_seq_len={longest}"
+        require(not generates or new < longest, "stage.reward.normaliser_new_tokens", new, accepted)
 
     def objective(self, config: Config) -> "Objective":
         from dist_lm.rlhf.reward_model import choices_of_people

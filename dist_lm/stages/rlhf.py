@@ -151,7 +151,8 @@ class RlhfRunConfig(Config):
         longest, new = self.model.max_seq_len, self.rlhf.max_new_tokens
         require(new < longest, "rlhf.max_new_tokens", new, f"less than model.max_seq_len={longest}")
         cached = self.rlhf.pool.cache_tokens
-        page = self.rlhf.pool.page_tokens or (FEWEST_PAGE_TOKENS if self.device == "cpu" else MOST_PAGE_TOKENS)
+        plain = self.device == "cpu" or self.parallel.compute_dtype == "fp32"
+        page = self.rlhf.pool.page_tokens or (FEWEST_PAGE_TOKENS if plain else MOST_PAGE_TOKENS)
         accepted = f"whole pages (rlhf.pool.page_tokens={page}) for at least model.max_seq_len={longest} tokens"
         accepted += ", or 0 to take what fits into free memory"
         require(cached == 0 or cached // page * page >= longest, "rlhf.pool.cache_tokens", cached, accepted)
@@ -191,7 +192,7 @@ class Rlhf(TrainingStage):
         *FREE_KEYS,
         *("rlhf.reward_model", "rlhf.pool.", "rlhf.micro_batch_tokens", "rlhf.table_rollouts"),
         *("rlhf.max_nonfinite_updates", "rlhf.max_failed_fraction", "rlhf.rewards.*.timeout_s"),
-        "rlhf.rewards.*.workers",
+        *("rlhf.rewards.*.workers", *(f"stage.{key}" for key in UNREAD)),  # those of older runs had no effect
     )
     key_figures = (
         (KeyFigure("rlhf/win_rate", percent, "wins"), KeyFigure("rlhf/reward_mean", three_decimals, "reward")),

@@ -1,4 +1,4 @@
-"""Paths below the work directory. No other code knows their names.
+"""Paths below the work directory, whose names no other code knows, and the hashes of files that a run began with.
 
 work/
   tokenizer/{tokenizer.model or tokenizer.json, report.json}
@@ -258,7 +258,7 @@ class RunDirectory:
                 raise ArtefactError(f"{name}: has changed since {self.path} began with it: restore it, or {way_out}")
 
     def _noted(self) -> dict[str, str]:
-        return json.loads(self.noted_files.read_text(encoding="utf-8")) if self.noted_files.exists() else {}
+        return durable.read_json(self.noted_files)
 
     def create(self) -> None:
         """Create the directories of the run that do not exist."""

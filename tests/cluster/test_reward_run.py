@@ -20,6 +20,7 @@ from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.reward_model import read_reward_scale
+from dist_lm.stages.reward import Reward
 from dist_lm.stages.reward_ranks import score_samples
 from dist_lm.stages.shards import recipe_of
 from dist_lm.stages.training import Closing
@@ -136,7 +137,7 @@ def _alone(work: WorkDirectory) -> Iterator[None]:
 def test_completions_of_val_are_scored_where_no_prompt_leaves_room_for_an_answer(work: WorkDirectory, caplog) -> None:
     given = (f"work_dir={work.path}", f"stage.init_from={work.run('tools', 'default').path}")
     with pytest.raises(ConfigError, match=r"normaliser_new_tokens=256: expected less than model\.max_seq_len=256"):
-        compose_config(["stage=reward", *TINY, *given, "stage.reward.normaliser_new_tokens=256"])
+        Reward().check(compose_config(["stage=reward", *TINY, *given, "stage.reward.normaliser_new_tokens=256"]))
     config = compose_config(["stage=reward", *TINY, *given, "stage.reward.normaliser_new_tokens=252"])
     model = Transformer(config.model)
     initialise(model, 0)

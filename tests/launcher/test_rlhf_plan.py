@@ -8,7 +8,7 @@ import pytest
 
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.compose import compose_config, overrides_of
-from dist_lm.stages.registry import load_config
+from dist_lm.stages.registry import load_config, stage_named
 from dist_lm.stages.rlhf import STAGE, check_given, rlhf_config
 from dist_lm.stages.stage import Action
 from dist_lm.stages.training import FREE_KEYS, differing_keys
@@ -258,10 +258,16 @@ def test_keys_of_the_stages_before_do_not_reach_rlhf():
     STAGE.check(compose_config(overrides_of("rlhf", "rlhf", ["model=tiny", "recipe=tuned", "stages.code.lr=0.01"])))
 
 
+def test_a_run_that_was_begun_with_a_key_that_nothing_read_goes_on():
+    before = replace(config := compose_config(["stage=rlhf", *TINY]), stage=replace(config.stage, dropout=0.1))
+    assert differing_keys(before, config, "", FREE_KEYS) != []
+    assert differing_keys(before, config, "", STAGE.free_keys) == []
+
+
 @pytest.mark.parametrize("key", ["label_smoothing", "z_loss"])
 def test_a_reward_model_has_no_terms_of_text(key):
     with pytest.raises(ConfigError, match=rf"stage\.{key}=0\.1: expected 0: it is a term of next-token loss"):
-        compose_config(["stage=reward", f"stage.{key}=0.1"])
+        stage_named("reward").check(compose_config(["stage=reward", f"stage.{key}=0.1"]))
 
 
 @pytest.mark.parametrize(

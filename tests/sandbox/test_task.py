@@ -7,6 +7,8 @@ from dist_lm.sandbox import task
 from dist_lm.sandbox.program import Test
 from dist_lm.sandbox.task import Task, code_of, task_of
 
+DOCSTRING = 'def f():\n    """Doc.\n\n    ```python\n    f()\n    ```\n    """\n'
+
 
 @pytest.mark.parametrize(
     ("answer", "code"),
@@ -20,6 +22,8 @@ from dist_lm.sandbox.task import Task, code_of, task_of
         ('```python\ndef f():\n    """\n    ```\n    """\n```\n', 'def f():\n    """\n    ```\n    """\n'),
         ("1. So:\n   ```python\n   if x:\n       y\n   ```\n2. Done", "if x:\n    y\n"),
         ("- So:\n\n    ```\n    x\n\n  y\n```\nDone", "x\n\ny\n"),
+        ("````python\nx\n```\ny\n````\nDone", "x\n```\ny\n"),
+        (DOCSTRING, DOCSTRING),
         ("```x``` is code:\n```\nx\n```", "x\n"),
     ],
 )

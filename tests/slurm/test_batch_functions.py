@@ -294,7 +294,7 @@ def test_a_job_is_requeued_again_only_after_progress(shell: BatchShell) -> None:
     assert shell.try_to("requeue").returncode == 0
     again = shell.try_to("requeue")
     assert again.returncode == 1
-    assert "error: not requeued: no new checkpoint since the last requeue" in again.stdout
+    assert "error: not requeued: no progress since the last requeue" in again.stdout
     latest = shell.directory / "work" / "runs" / "language" / "default" / "checkpoints" / "LATEST"
     latest.parent.mkdir(parents=True)
     latest.write_text("step_10")
@@ -325,6 +325,14 @@ def test_progress_is_what_this_run_has_finished(shell: BatchShell, path: str, co
     script = f"""read_arguments -- "work_dir=$work_dir" run_id=mine; before=$(progress)
 mkdir -p {file.parent}; printf '%s\\n' "$1" >{file}; [ "$before" = "$(progress)" ] && echo none || echo some"""
     assert shell.run(script, content) == ["some" if counts else "none"]
+
+
+@pytest.mark.parametrize(("given", "counts"), [("experiment=mine", "some"), ("stage=code", "none")])
+def test_a_run_that_a_file_of_the_user_names_makes_progress(shell: BatchShell, given: str, counts: str) -> None:
+    file = shell.directory / "work" / "runs" / "code" / "mine" / "result.json"
+    script = f"""read_arguments -- "work_dir=$work_dir" {given}; before=$(progress)
+mkdir -p {file.parent}; echo done >{file}; [ "$before" = "$(progress)" ] && echo none || echo some"""
+    assert shell.run(script) == [counts]
 
 
 @pytest.mark.parametrize("name", ["train_large", "rlhf_large", "generate"])
