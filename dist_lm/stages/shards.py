@@ -37,6 +37,7 @@ from dist_lm.data.manifest import (
 )
 from dist_lm.data.screening import IngestReport
 from dist_lm.data.shard_writer import CorpusWriter, correct_licences
+from dist_lm.data.sources.hub import UnreachableError
 from dist_lm.data.sources.reader import corpus_sources, form_of, source_traits, text_corpora
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import Document
@@ -157,7 +158,7 @@ def inspect_corpora(config: Config, names: Sequence[str], amount: Callable[[Coun
             missing.append(name)
             known = {manifest_path(directory): "damaged", journal_path(directory): "unfinished"}
             notes += [f"{name} {words}" for path, words in known.items() if path.is_file()]
-            listed_inputs(config.corpus, name)  # keys and places are checked before anything starts
+            notes += _unlisted(config, name)
             continue
         check_corpus(config, name)
         changed, unknown = _changed(config, name)
@@ -171,6 +172,17 @@ def inspect_corpora(config: Config, names: Sequence[str], amount: Callable[[Coun
         return Artefact(False, f"corpora {', '.join(missing)}" + (f" ({'; '.join(notes)})" if notes else ""))
     counts = sum((read_manifest(work.corpus(name)).splits["train"].counts for name in names), Counts())
     return Artefact(True, "; ".join([f"corpora {', '.join(names) or '(none)'}: {amount(counts)}", *notes]))
+
+
+def _unlisted(config: Config, name: str) -> list[str]:
+    """Check keys and places of a missing corpus before anything starts. A dry run may lack the hub; it gives a note."""
+    try:
+        listed_inputs(config.corpus, name)
+    except UnreachableError as error:
+        if not config.dry_run:
+            raise
+        return [str(error)]
+    return []
 
 
 def _licences(config: Config, name: str) -> list[str]:

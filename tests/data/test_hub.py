@@ -16,7 +16,7 @@ from dist_lm.config.corpus import CorpusConfig, SourceConfig
 from dist_lm.data.inputs import Input, Inputs, inputs_of
 from dist_lm.data.manifest import changed_inputs, inputs_hash
 from dist_lm.data.screening import IngestReport
-from dist_lm.data.sources.hub import commit_of, read_hub, resumed
+from dist_lm.data.sources.hub import UnreachableError, commit_of, read_hub, resumed
 from dist_lm.data.sources.opening import is_transient
 from dist_lm.data.sources.reader import reader_of
 from dist_lm.document import Document
@@ -69,6 +69,25 @@ def test_a_launch_reads_one_commit_and_records_it(rows_of_hub):
     assert inputs_hash([inputs_of(hub())]) != inputs_hash([Inputs((Input("hub:owner/stories", etag=COMMIT),))])
     with pytest.raises(ArtefactError, match=r"owner/other@main: no answer of the hub: .*HF_TOKEN"):
         inputs_of(hub("owner/other"))  # the fake has no more commits
+
+
+def test_a_hub_that_does_not_answer_is_asked_again_and_then_named(monkeypatch):
+    answers = iter([ConnectionError("reset"), TimeoutError(), COMMIT, *[ConnectionError("down")] * 9])
+
+    def dataset_info(*_: object, revision: str) -> SimpleNamespace:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return SimpleNamespace(sha=answer)
+
+    commit_of.cache_clear()
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+    assert inputs_of(hub()).taken[0].etag == COMMIT
+    with pytest.raises(UnreachableError, match=r"owner/other@main: no answer of the hub: .*down.*HF_ENDPOINT"):
+        inputs_of(hub("owner/other"))
+    assert len(list(answers)) == 4  # 5 of 9 were asked for
+    commit_of.cache_clear()
 
 
 def test_a_newer_commit_is_no_reason_to_build_a_corpus_again(rows_of_hub, monkeypatch, tmp_path):

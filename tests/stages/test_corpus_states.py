@@ -16,6 +16,7 @@ from dist_lm.data.ingest import Texts
 from dist_lm.data.inspect import inspect_corpus
 from dist_lm.data.journal import journal_path
 from dist_lm.data.manifest import manifest_path, read_manifest, record_content
+from dist_lm.data.sources import hub
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import Document, TokenizedDocument
 from dist_lm.errors import ArtefactError, ConfigError
@@ -105,6 +106,19 @@ def test_inputs_that_changed_are_named_and_read_again(work: WorkDirectory, tmp_p
     shards.STAGE.build(config, Console())
     assert read_manifest(work.corpus("mine")).content == before.content
     assert look(training) is Action.RESUME
+
+
+def test_a_plan_without_the_hub_says_so(work: WorkDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: object) -> str:
+        raise ConnectionError("OfflineModeIsEnabled")
+
+    monkeypatch.setattr(hub, "commit_of", offline)
+    config = config_of(work, SourceConfig("hub", "english", dataset="owner/stories"))
+    found = shards.STAGE.inspect(replace(config, dry_run=True))
+    assert not found.ready
+    assert "corpora mine (corpus source owner/stories@main: no answer of the hub: " in found.detail
+    with pytest.raises(ArtefactError, match="no answer of the hub"):
+        shards.STAGE.inspect(config)
 
 
 def test_a_corpus_that_is_built_again_alone_holds_no_val_of_the_others(work: WorkDirectory, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dist_lm.config.corpus import SourceConfig
 from dist_lm.data.inputs import HUB, Input, Inputs
@@ -16,6 +17,9 @@ from dist_lm.data.sources.opening import brief, is_transient
 from dist_lm.data.sources.reader import Candidate, reader
 from dist_lm.data.sources.rows import TEXT, PlacedRow, list_rows, placed_rows, row_documents
 from dist_lm.errors import ArtefactError, ConfigError
+
+if TYPE_CHECKING:
+    from tenacity import Retrying
 
 MAIN, TRAIN = "main", "train"  # revision and split where the source names none
 ATTEMPTS = 5  # in a row without a new row
@@ -31,11 +35,16 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_KEYS = ("dataset", "revision", "subset", "data_dir", "split")
 
 
+class UnreachableError(ArtefactError):
+    """The hub did not answer, although it was asked several times."""
+
+
 def list_data_set(source: SourceConfig) -> Inputs:
     """The commit of a data set, unless the source names it; or the files that take its place, if the source names some.
 
     Raises:
-        ArtefactError: the hub does not answer, or has no such data set or revision.
+        UnreachableError: the hub does not answer, or HF_HUB_OFFLINE is set.
+        ArtefactError: it has no such data set or revision.
     """
     if source.path:
         return list_rows(source)
@@ -43,13 +52,12 @@ def list_data_set(source: SourceConfig) -> Inputs:
     if COMMIT.fullmatch(source.revision or MAIN):
         return Inputs()
     try:
-        commit = commit_of(source.dataset, source.revision or MAIN)
+        commit = retrying()(commit_of, source.dataset, source.revision or MAIN)
     except ImportError as error:
         raise _not_installed(source, error) from error
     except Exception as error:  # whatever the libraries below raise: the user needs the way out with it
-        raise ArtefactError(
-            f"corpus source {origin_of(source)}: no answer of the hub: {brief(error)}. {WAY_OUT}"
-        ) from error
+        kind = UnreachableError if is_transient(error) or isinstance(error, ConnectionError) else ArtefactError
+        raise kind(f"corpus source {origin_of(source)}: no answer of the hub: {brief(error)}. {WAY_OUT}") from error
     return Inputs((Input(f"{HUB}{source.dataset}", etag=commit),))
 
 
@@ -147,6 +155,18 @@ def _not_installed(source: SourceConfig, error: ImportError) -> ConfigError:
     )
 
 
+def retrying(attempts: int = ATTEMPTS, first_wait_s: float = FIRST_WAIT_S) -> "Retrying":
+    """Calls a function again, with growing pauses, while another attempt may help; then raises its error."""
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_exponential
+
+    return Retrying(
+        stop=stop_after_attempt(attempts) | stop_after_delay(LONGEST_TRY_S),
+        wait=wait_exponential(multiplier=first_wait_s, max=LONGEST_WAIT_S),
+        retry=retry_if_exception(is_transient),
+        reraise=True,
+    )
+
+
 def resumed(
     rows_from: RowsFrom, what: str, attempts: int = ATTEMPTS, first_wait_s: float = FIRST_WAIT_S
 ) -> Iterator[tuple[int, Row]]:
@@ -155,14 +175,7 @@ def resumed(
     Raises ArtefactError naming `what` after `attempts` openings in a row that gave no new row, and at once
     where another attempt would not help.
     """
-    from tenacity import Retrying, retry_if_exception, stop_after_attempt, stop_after_delay, wait_exponential
-
-    retrying = Retrying(
-        stop=stop_after_attempt(attempts) | stop_after_delay(LONGEST_TRY_S),
-        wait=wait_exponential(multiplier=first_wait_s, max=LONGEST_WAIT_S),
-        retry=retry_if_exception(is_transient),
-        reraise=True,
-    )
+    retry = retrying(attempts, first_wait_s)
     end: Row = {}
     stream: Iterator[Row] | None = None
     number = 0
@@ -175,11 +188,11 @@ def resumed(
     while True:
         try:
             try:
-                row = retrying(reopen) if stream is None else next(stream, end)
+                row = retry(reopen) if stream is None else next(stream, end)
             except Exception as error:
                 if stream is None or not is_transient(error):
                     raise
-                row = retrying(reopen)
+                row = retry(reopen)
         except (ConfigError, ArtefactError):
             raise
         except Exception as error:  # whatever the libraries below raise: the user needs the way out with it
