@@ -91,7 +91,7 @@ class Export(ArtefactStage):
         wanted = {"checkpoint": str(checkpoint), "manifest": durable.sha256_of(checkpoint / checkpoint_files.MANIFEST)}
         wanted |= {"dtype": stage.dtype}
         files: dict[str, int] = record.get("files", {})
-        weighed = [name for name in files if name != CARD]  # people edit the card
+        weighed = [name for name in files if name != CARD or not (folder / CARD).exists()]  # people edit it
         is_whole = all((folder / name).is_file() and (folder / name).stat().st_size == files[name] for name in weighed)
         is_whole = is_whole and (not stage.gguf or f"model-{stage.gguf}.gguf" in files)
         is_pushed = record.get("pushed", "") == stage.push or not stage.push

@@ -149,6 +149,10 @@ def test_a_push_uploads_the_folder_to_a_private_repository(work: WorkDirectory, 
     given = (f"stage.init_from={run.path}", f"stage.folder={folder}")
     assert actions(planned(work, "export", *given, "stage.push=me/mine")) == {"export": "there"}
     assert actions(planned(work, "export", *given, "stage.push=me/other")) == {"export": "build"}
+    (folder / "README.md").write_text("edited")
+    assert actions(planned(work, "export", *given, "stage.push=me/mine")) == {"export": "there"}
+    (folder / "README.md").unlink()
+    assert actions(planned(work, "export", *given, "stage.push=me/mine")) == {"export": "build"}
     with pytest.raises(ArtefactError, match=r"me/mine: the hub did not take .*no network"):
         push_folder(folder, "me/mine", FakeHub(OSError("no network")))
 
