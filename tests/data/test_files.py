@@ -134,6 +134,8 @@ def test_a_glob_knows_repositories_and_patterns_see_the_path_below_its_first_par
     ]
     folders = documents(files(f"{tmp_path}/d/*", exclude=["vendor/", "src/"]))
     assert [(Path(one.source).name, one.repository) for one in folders] == [("c.py", ""), ("b.py", "r"), ("b.py", "s")]
+    anchored = documents(files(f"{tmp_path}/d/*", exclude=["/vendor/", "/src/"]))  # below each folder that it matched
+    assert [one.source for one in anchored] == [one.source for one in folders]
     parts = documents(files(f"{tmp_path}/d/*/src"))
     assert [one.repository for one in parts] == ["r", "s"]
 
@@ -220,3 +222,13 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(ArtefactError, match=r"cannot be listed: PermissionError.*/d"):
         inputs_of(files(tmp_path))
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    def refuse(name: str):
+        raise PermissionError(13, "Permission denied", name)
+
+    write(tmp_path, {"a.py": "a"})
+    monkeypatch.setattr("dist_lm.data.sources.files.open_content", refuse)
+    with pytest.raises(ArtefactError, match=r"a\.py: cannot be read: PermissionError: .*denied: '.*a\.py'$"):
+        documents(files(tmp_path))

@@ -147,9 +147,11 @@ def is_transient(error: BaseException) -> bool:
 
 
 def unreadable(error: BaseException) -> str:
-    """What is wrong with the content of a file, for people."""
+    """Why a file cannot be read, for people. An error of the system, or one that a request caused, tells itself."""
     if "requires too much memory" in str(error):  # as zstd says it
         return "its zstd window is over 128 MiB: compress it again without --long"
+    if isinstance(error, OSError) and (error.errno or error.__cause__):
+        return brief(error)
     return f"{brief(error)}: the file is truncated, damaged or of another format"
 
 

@@ -3,8 +3,8 @@
 `path` of a source is a file, a folder, a glob or a URL (http, https, s3, gs), or a list of them. A file that is named,
 or matched by a glob, is taken whatever its suffix. A folder is read to the bottom in the order of names; its hidden
 files and folders, files of other suffixes, and files that `exclude` names are left out, and linked folders are read
-once. Patterns of `exclude` see names relative to the folder, or to the last folder of a glob that has no magic letters;
-of a file that is named, its last part.
+once. Patterns of `exclude` see names relative to the folder that is read. What a glob matched itself, they see relative
+to the glob's last folder without magic letters; of a file that is named, its last part.
 """
 
 import errno
