@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -150,6 +150,17 @@ def _known_shards(directory: Path, recipe: Recipe) -> dict[str, list[Shard]]:
     if manifest_path(directory).is_file() and (manifest := read_manifest(directory)).recipe == recipe:
         return {name: list(split.shards) for name, split in manifest.splits.items()}
     return {}
+
+
+def is_dropped_for_inputs(directory: Path, recipe: Recipe) -> bool:
+    """Whether a build of `recipe` drops the finished tars of a begun one because the inputs alone differ."""
+    found, _, shards = _read(directory)
+    return (
+        found is not None
+        and any(shards.values())
+        and found != recipe
+        and replace(found, inputs_sha256=recipe.inputs_sha256) == recipe
+    )
 
 
 def _read(directory: Path) -> tuple[Recipe | None, list[str], dict[str, list[Shard]]]:

@@ -22,7 +22,8 @@ from dist_lm.config.corpus import KEEP, SPLITS, CorpusConfig
 from dist_lm.config.root import Config
 from dist_lm.config.stage import StageConfig
 from dist_lm.data.ingest import Texts, divided
-from dist_lm.data.journal import REJECTED, journal_path, require_only_ours
+from dist_lm.data.inputs import HUB
+from dist_lm.data.journal import REJECTED, is_dropped_for_inputs, journal_path, require_only_ours
 from dist_lm.data.manifest import (
     Counts,
     FormatError,
@@ -283,11 +284,17 @@ def build_corpus(config: Config, name: str, texts: Texts, console: "Console", en
     work = WorkDirectory(Path(config.work_dir))
     report = IngestReport()
     sources = corpus_sources(config.corpus, name)
-    inputs = listed_inputs(config.corpus, name)
+    inputs, recipe = listed_inputs(config.corpus, name), recipe_of(config, name)
+    heads = [f"{one.name} {one.etag}" for listing in inputs for one in listing.taken if one.name.startswith(HUB)]
+    if heads and is_dropped_for_inputs(work.corpus(name), recipe):
+        console.warning(
+            f"corpus {name} is built from its begin: inputs changed after an earlier build began. `revision` of a "
+            f"source keeps it at one commit; those read now: {', '.join(heads)}"
+        )
     # split and source of the documents inside the encoder, which keeps their order
     places: deque[tuple[str, int]] = deque()
     with (
-        CorpusWriter(work.corpus(name), recipe_of(config, name)) as writer,
+        CorpusWriter(work.corpus(name), recipe) as writer,
         (work.corpus(name) / REJECTED).open("w", encoding="utf-8") as rejected,
         console.counting(f"tokenizing {name}", unit="documents") as count,
     ):

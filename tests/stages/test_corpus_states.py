@@ -279,6 +279,37 @@ def test_val_begins_behind_the_last_tar_of_train(
     assert recorded(directory, "begun") - recorded(directory, "finished") == {"val-000000.tar"}
 
 
+def test_a_begun_build_that_a_newer_commit_drops_is_announced_with_the_way_out(
+    work: WorkDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, left = tmp_path / "rows.jsonl", 100
+    write_rows(rows, 300)
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    monkeypatch.setattr("dist_lm.tokenizer.encode.CHUNK_DOCUMENTS", 1)
+    monkeypatch.setattr(hub, "hub_rows", lambda _: lambda row: lines[row:])
+    config = config_of(work, SourceConfig("hub", "english", dataset="owner/stories"))
+
+    def encode(tokenizer: Tokenizer, document: Document) -> TokenizedDocument:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise RuntimeError("killed")
+        return tokenizer.encode_document(document)
+
+    def build_at(commit: str) -> str:
+        monkeypatch.setattr(hub, "commit_of", lambda *_: commit)
+        with pytest.raises(RuntimeError, match="killed"):
+            shards.build_corpus(config, "mine", Texts(config.corpus, config.seed), Console(), encode)
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "warning" not in build_at("a" * 40)
+    assert recorded(work.corpus("mine"), "finished")
+    assert "warning" not in build_at("a" * 40)  # goes on
+    assert f"`revision` of a source keeps it at one commit; those read now: hub:owner/stories {'b' * 40}" in build_at(
+        "b" * 40
+    )
+
+
 @pytest.mark.parametrize(
     ("rows", "words", "shard_tokens", "kills"),
     [
