@@ -208,15 +208,15 @@ class Rlhf(TrainingStage):
     def check(self, config: Config) -> None:
         """Refuse keys of `stage` that only other stages read, and prompts of a corpus of texts, which have no turn to
         answer."""
+        for key, only in (("schedule", COSINE), ("branch_from", ""), ("ema_decay", 0)):
+            given = getattr(config.stage, key)
+            require(given == only, f"stage.{key}", given, f"{only or 'nothing'}: only stages of training steps take it")
         default = StageConfig()
         for key, own in UNREAD.items():
             given = getattr(config.stage, key)
             if given != getattr(default, key):
                 way_out = f"give {own} in its place" if own else "leave it out"
                 raise ConfigError(f"stage.{key}={given}: stage rlhf reads rlhf.*, such as rlhf.lr: {way_out}")
-        for key, only in (("schedule", COSINE), ("branch_from", ""), ("ema_decay", 0)):
-            given = getattr(config.stage, key)
-            require(given == only, f"stage.{key}", given, f"{only or 'nothing'}: only stages of training steps take it")
         prompted = [name for name in config.corpus.corpora if form_of(config.corpus, name) != "text"]
         if not rlhf_config(config).rlhf.prompts_from and config.stage.corpus not in prompted:
             raise ConfigError(
