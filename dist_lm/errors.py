@@ -46,3 +46,7 @@ def utf8(text: str, name: str) -> bytes:
             f"{name}: character {error.start} is the lone surrogate U+{ord(text[error.start]):04X}, which "
             "UTF-8 cannot hold: read the text strictly, or replace characters that are not Unicode"
         ) from None
+
+
+class UnreachableError(ArtefactError):
+    """The hub did not answer, although it was asked several times."""

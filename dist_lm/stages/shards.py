@@ -38,11 +38,10 @@ from dist_lm.data.manifest import (
 )
 from dist_lm.data.screening import IngestReport
 from dist_lm.data.shard_writer import CorpusWriter, correct_licences
-from dist_lm.data.sources.hub import UnreachableError
 from dist_lm.data.sources.reader import corpus_sources, form_of, source_traits, text_corpora
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import Document
-from dist_lm.errors import ArtefactError, ConfigError, UserError, require
+from dist_lm.errors import ArtefactError, ConfigError, UnreachableError, UserError, require
 from dist_lm.stages.stage import Artefact, ArtefactStage
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory

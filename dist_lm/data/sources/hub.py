@@ -16,7 +16,7 @@ from dist_lm.data.sources.formats import Row
 from dist_lm.data.sources.opening import brief, is_transient
 from dist_lm.data.sources.reader import Candidate, reader
 from dist_lm.data.sources.rows import TEXT, PlacedRow, list_rows, placed_rows, row_documents
-from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.errors import ArtefactError, ConfigError, UnreachableError
 
 if TYPE_CHECKING:
     from tenacity import Retrying
@@ -33,10 +33,6 @@ WAY_OUT = (
 RowsFrom = Callable[[int], Iterable[Row]]  # opens the data set at a row
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_KEYS = ("dataset", "revision", "subset", "data_dir", "split")
-
-
-class UnreachableError(ArtefactError):
-    """The hub did not answer, although it was asked several times."""
 
 
 def list_data_set(source: SourceConfig) -> Inputs:
