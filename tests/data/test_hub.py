@@ -20,7 +20,7 @@ from dist_lm.data.sources.hub import commit_of, read_hub, resumed
 from dist_lm.data.sources.opening import is_transient
 from dist_lm.data.sources.reader import reader_of
 from dist_lm.document import Document
-from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.errors import ArtefactError, ConfigError, UnreachableError
 from tests.data.reading import read_corpus
 
 HUB_YAML = Path(__file__).parents[2] / "conf" / "corpus" / "hub.yaml"
