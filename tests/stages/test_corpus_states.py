@@ -5,6 +5,7 @@ import multiprocessing
 import random
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -252,6 +253,18 @@ def recorded(directory: Path, event: str) -> set[str]:
     return {value["name"] if isinstance(value, dict) else value for value in values if value}
 
 
+def killed_after(documents: int) -> Callable[[Tokenizer, Document], TokenizedDocument]:
+    """What encodes so many documents and then ends the build."""
+    left = iter(range(documents))
+
+    def encode(tokenizer: Tokenizer, document: Document) -> TokenizedDocument:
+        if next(left, None) is None:
+            raise RuntimeError("killed")
+        return tokenizer.encode_document(document)
+
+    return encode
+
+
 def test_val_begins_behind_the_last_tar_of_train(
     work: WorkDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,15 +278,7 @@ def test_val_begins_behind_the_last_tar_of_train(
     assert documents["val"] > 8 + 1
     for path in directory.iterdir():
         path.unlink()
-    left = documents["train"] + 8 + 1  # val has a member of 8 documents then
-
-    def encode(tokenizer: Tokenizer, document: Document) -> TokenizedDocument:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise RuntimeError("killed")
-        return tokenizer.encode_document(document)
-
+    encode = killed_after(documents["train"] + 8 + 1)  # val has a member of 8 documents then
     with pytest.raises(RuntimeError, match="killed"):
         shards.build_corpus(config, "mine", Texts(config.corpus, config.seed), Console(), encode)
     assert recorded(directory, "begun") - recorded(directory, "finished") == {"val-000000.tar"}
@@ -282,19 +287,12 @@ def test_val_begins_behind_the_last_tar_of_train(
 def test_a_begun_build_that_a_newer_commit_drops_is_announced_with_the_way_out(
     work: WorkDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows, left = tmp_path / "rows.jsonl", 100
+    rows, encode = tmp_path / "rows.jsonl", killed_after(100)
     write_rows(rows, 300)
     lines = [json.loads(line) for line in rows.read_text().splitlines()]
     monkeypatch.setattr("dist_lm.tokenizer.encode.CHUNK_DOCUMENTS", 1)
     monkeypatch.setattr(hub, "hub_rows", lambda _: lambda row: lines[row:])
     config = config_of(work, SourceConfig("hub", "english", dataset="owner/stories"))
-
-    def encode(tokenizer: Tokenizer, document: Document) -> TokenizedDocument:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise RuntimeError("killed")
-        return tokenizer.encode_document(document)
 
     def build_at(commit: str) -> str:
         monkeypatch.setattr(hub, "commit_of", lambda *_: commit)
