@@ -13,6 +13,7 @@ head_code=          # its exit code once it has ended; `killed`: it did not reac
 guards=()           # process ids of srun: slurm/guard.sh on every worker node
 declare -A worker_step=() # process id of srun, by node; entries of ended steps are removed
 head_wait=120       # seconds for the head to answer
+ask_wait=3          # seconds for the head to answer the stop file
 step_wait=8         # seconds for steps to end by themselves
 kill_wait=3         # seconds for srun to notice that its step was killed
 replaced=0          # replacements submitted so far
@@ -61,10 +62,11 @@ start_ray() {
   head_code=
   worker_step=()
   guards=()
+  rm -f "$job_dir/stop"
   make_token
   say "starting Ray at $head_address, workers: ${workers[*]:-none}"
   "${on_node[@]}" --nodelist="$head" --job-name=ray_head --output="$job_dir/node_$head.log" \
-    python -m dist_lm.cluster.ray_node head --address "$head_address" &
+    python -m dist_lm.cluster.ray_node head --address "$head_address" --stop-file "$job_dir/stop" &
   head_step=$!
   local deadline=$((SECONDS + head_wait))
   until (exec 3<>"/dev/tcp/${head_address%:*}/${head_address##*:}") 2>/dev/null; do
@@ -102,10 +104,23 @@ make_token() {
   export RAY_AUTH_TOKEN_PATH=$token
 }
 
+# Have the head look whether its Ray is well: TERM reaches all processes of a step, and Ray may end before the head sees
+# it. After a TERM from Slurm there is neither time nor need for it.
+ask_head() {
+  local deadline=$((SECONDS + ask_wait))
+  if [ "$stop" = TERM ] || ! : >"$job_dir/stop"; then return 0; fi
+  while [ -e "$job_dir/stop" ] && running "$head_step"; do
+    if [ "$stop" = TERM ] || [ "$SECONDS" -ge "$deadline" ]; then break; fi
+    pause 0.1
+  done
+  rm -f "$job_dir/stop"
+}
+
 # End every step of the job; sets `head_code`. TERM is sent by scancel, because srun would kill its step at once.
 stop_ray() {
   if [ -z "$head_step" ]; then return 0; fi
   local steps=("$head_step" "${worker_step[@]}" "${guards[@]}") killed=
+  ask_head
   signal_steps TERM
   if ! ended_within "$step_wait" "${steps[@]}"; then
     if running "$head_step"; then killed=killed; fi

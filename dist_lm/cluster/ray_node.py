@@ -1,12 +1,13 @@
 """One Ray node as a program in the foreground, for schedulers and terminals. It ends without leaving anything behind.
 
-    python -m dist_lm.cluster.ray_node head --address IP:PORT [--cpus N] [--gpus N]
+    python -m dist_lm.cluster.ray_node head --address IP:PORT [--stop-file PATH] [--cpus N] [--gpus N]
     python -m dist_lm.cluster.ray_node worker --head IP:PORT [--ip IP | --interface NAME] [--wait-s S] [--cpus ...]
 
-RAY_AUTH_TOKEN_PATH names the token file (mode 0600). TERM and INT stop the node. If Ray dies on a worker, the worker
-joins again as long as the head answers.
+RAY_AUTH_TOKEN_PATH names the token file (mode 0600). TERM and INT stop the node; so does, on a head, a file at
+--stop-file, which the head removes once it knows whether Ray is well. If Ray dies on a worker, the worker joins again
+as long as the head answers.
 
-Exit codes: 0 stopped by TERM or INT while Ray was well; 1 Ray died or the head is gone; 2 an error that the user can
+Exit codes: 0 stopped while Ray was well; 1 Ray died or the head is gone; 2 an error that the user can
 correct, printed in one line.
 
 A third form, `private IP`, is internal: the head of `cluster=local`.
@@ -23,6 +24,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -128,11 +130,12 @@ def address_of_interface(name: str) -> str:
 
 
 class Stop:
-    """Stop flag, set by TERM and INT, and the processes of Ray that had died before.
+    """Stop flag, set by TERM, INT and a stop file, and the processes of Ray that had died before.
 
     The signal handler itself checks Ray: a scheduler sends TERM to every process of a job step, so later all of Ray is
     dead. Without the check, a Ray that died just before TERM would count as well, although its driver may have left
-    with exit code 0.
+    with exit code 0. On a busy node even the handler may run after Ray has ended by the same TERM; a stop file has no
+    such race.
     """
 
     def __init__(self) -> None:
@@ -144,10 +147,14 @@ class Stop:
         # Ray inherits this and would die of USR1, which a scheduler may send to every process of a job
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
-    def _note(self, number: int, frame: object) -> None:
+    def request(self) -> None:
+        """Stop the node; the first request checks Ray."""
         if not self.requested and self.watched:
             self.death = self.watched.death()
         self.requested = True
+
+    def _note(self, number: int, frame: object) -> None:
+        self.request()
 
     def pause(self, seconds: float) -> None:
         """Sleep until the time has passed or a stop is requested."""
@@ -156,7 +163,7 @@ class Stop:
             time.sleep(POLL_S)
 
 
-def run_head(address: HeadAddress, resources: Sequence[str], stop: Stop) -> int:
+def run_head(address: HeadAddress, resources: Sequence[str], stop: Stop, stop_file: Path | None = None) -> int:
     """Run the head until it is stopped or Ray dies; returns the exit code."""
     address.check_free()
     with node_directory() as directory:
@@ -165,7 +172,11 @@ def run_head(address: HeadAddress, resources: Sequence[str], stop: Stop) -> int:
         death = None
         while not stop.requested and death is None:
             time.sleep(POLL_S)
-            death = ray.death()
+            if stop_file and stop_file.exists():
+                stop.request()
+                stop_file.unlink(missing_ok=True)
+            else:
+                death = ray.death()
         return ray.report(stop.death if stop.requested else death)
 
 
@@ -285,6 +296,7 @@ def arguments() -> argparse.Namespace:
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="head|worker")
     head = kinds.add_parser("head", help="start a cluster")
     head.add_argument("--address", required=True, metavar="IP:PORT", help="address to listen on")
+    head.add_argument("--stop-file", type=Path, metavar="PATH", help="stop once this file exists, and remove it")
     worker = kinds.add_parser("worker", help="join a cluster")
     worker.add_argument("--head", required=True, metavar="IP:PORT", help="where the head listens")
     own = worker.add_mutually_exclusive_group()
@@ -310,7 +322,7 @@ def run(options: argparse.Namespace) -> int:
     if options.gpus is not None:
         resources.append(f"--num-gpus={options.gpus}")
     if options.kind == "head":
-        return run_head(HeadAddress.parse("--address", options.address), resources, stop)
+        return run_head(HeadAddress.parse("--address", options.address), resources, stop, options.stop_file)
     head = HeadAddress.parse("--head", options.head)
     ip = address_of_interface(options.interface) if options.interface else options.ip or own_address(head)
     return run_worker(head, ip, options.wait_s, resources, stop)

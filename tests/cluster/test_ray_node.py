@@ -155,17 +155,39 @@ def test_a_dead_raylet_ends_the_head(temporary: Path, token: Path, head: HeadAdd
     assert "raylet died" in output or "`ray start` left with exit code 1" in output
 
 
-def test_a_head_that_is_stopped_just_after_its_raylet_died_does_not_say_that_all_was_well(
-    temporary: Path, token: Path, head: HeadAddress
+def test_a_head_that_is_asked_to_stop_was_well_whatever_a_scheduler_ends_first(
+    temporary: Path, token: Path, head: HeadAddress, tmp_path: Path
 ) -> None:
-    with running("head", f"--address={head}", temporary=temporary, token=token) as node:
+    file = tmp_path / "stop"
+    with running("head", f"--address={head}", f"--stop-file={file}", temporary=temporary, token=token) as node:
+        eventually("the head answers, though Ray may not be up yet", lambda: head.error() is None)
+        everything = node.below()
+        file.touch()
+        eventually("the head has seen the file", lambda: not file.exists())
+        for part in everything:
+            with suppress(psutil.NoSuchProcess):
+                part.terminate()
+        code, output = node.stop()
+    assert code == 0, output
+
+
+@pytest.mark.parametrize("way", ["a signal", "a file"])
+def test_a_head_that_is_stopped_just_after_its_raylet_died_does_not_say_that_all_was_well(
+    temporary: Path, token: Path, head: HeadAddress, tmp_path: Path, way: str
+) -> None:
+    file = tmp_path / "stop"
+    with running("head", f"--address={head}", f"--stop-file={file}", temporary=temporary, token=token) as node:
         eventually("the head is up", lambda: head.error() is None and node.named("raylet"))
         eventually("Ray has settled", lambda: len(node.below()) > 4)
         raylet = node.named("raylet")
         assert raylet is not None
         raylet.kill()
         eventually("it is dead", lambda: not process.is_alive(raylet))
-        code, _ = node.stop()
+        if way == "a file":
+            file.touch()
+            code, _ = node.finish()
+        else:
+            code, _ = node.stop()
     assert code == 1
 
 

@@ -11,6 +11,7 @@ SECONDS = 30  # for a script that hangs
 # a process that does not end when it is asked to; its process id is in $!
 STUBBORN = "trap '' TERM USR1; sleep 60 >/dev/null 2>&1 & trap - TERM USR1\n"
 NO_WAIT = "pause() { sleep 0.02; }\n"
+AT_ONCE = "ask_wait=0 step_wait=0 kill_wait=0"
 PATIENCE = "cluster.stop_timeout_s=900"  # the launcher's is not shorter than that of the script
 OF_JOB = ("cluster.nodes=2", PATIENCE)
 
@@ -139,7 +140,7 @@ def test_a_driver_that_leaves_with_0_while_the_head(shell: BatchShell, head: str
 head_step=$!; }}
 signal_steps() {{ : >asked; signal_processes "$1" "$head_step"; }}
 tell_driver() {{ :; }} # it leaves by itself
-head=n1 head_address=10.0.0.1:6400 code_before={before}
+head=n1 head_address=10.0.0.1:6400 code_before={before} ask_wait=0
 run_once >&2
 echo "$outcome $code_before"
 """
@@ -152,10 +153,25 @@ def test_a_start_without_a_driver_is_lost(shell: BatchShell) -> None:
     ]
 
 
+def test_the_head_is_asked_before_a_signal_is_sent(shell: BatchShell) -> None:
+    shell.stub("squeue", "echo 7.0 ray_head")
+    shell.stub("scancel", f"[ ! -e {shell.job_directory}/stop ] && : >{shell.job_directory}/signalled")
+    head = "(until [ -e $job_dir/stop ]; do sleep 0.02; done; ! [ -e $job_dir/signalled ] && rm $job_dir/stop) &"
+    assert shell.run(f'{NO_WAIT} {head} head_step=$!; stop_ray; echo "$head_code"') == ["0"]
+    assert shell.calls("scancel")[0] == "--signal=TERM 7.0"
+
+
+def test_a_head_that_does_not_answer_is_sent_the_signal(shell: BatchShell) -> None:
+    shell.stub("squeue", "echo 7.0 ray_head")
+    shell.stub("scancel", f": >{shell.job_directory}/signalled")
+    head = "(until [ -e $job_dir/signalled ]; do sleep 0.02; done; ! [ -e $job_dir/stop ]) &"
+    assert shell.run(f'{NO_WAIT} {head} head_step=$! ask_wait=0; stop_ray; echo "$head_code"') == ["0"]
+
+
 def test_a_srun_that_hangs_does_not_hold_up_the_end(shell: BatchShell) -> None:
     shell.stub("squeue", "echo 7.0 ray_head")
     shell.stub("scancel")
-    script = f'{STUBBORN} head_step=$! step_wait=0 kill_wait=0; stop_ray; echo "$head_code"; kill -0 $! || echo gone'
+    script = f'{STUBBORN} head_step=$! {AT_ONCE}; stop_ray; echo "$head_code"; kill -0 $! || echo gone'
     assert shell.run(script) == ["killed", "gone"]
     assert shell.calls("scancel") == ["--signal=TERM 7.0", "--signal=KILL 7.0"]
 
@@ -166,7 +182,7 @@ def test_clean_up_after_a_failure_is_complete(shell: BatchShell) -> None:
     shell.stub("scancel")
     done = shell.try_to(
         f"""{NO_WAIT} sleep 60 >/dev/null & driver=$!
-{STUBBORN} head_step=$! step_wait=0 kill_wait=0
+{STUBBORN} head_step=$! {AT_ONCE}
 trap 'clean_up; if running "$driver" || running "$head_step"; then echo one is left; fi' EXIT
 (exit 3)"""
     )
