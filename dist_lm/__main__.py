@@ -1,6 +1,6 @@
 """`python -m dist_lm VERB` = `dist-lm VERB`: every command that does not run a stage.
 
-This module only declares the verbs. Each verb imports its package when it is called.
+This module and `verbs` only declare them. Each verb imports its package when it is called.
 """
 
 import sys
@@ -12,6 +12,10 @@ import typer
 from dist_lm.bench.command import bench
 from dist_lm.errors import ArtefactError
 from dist_lm.launcher.process import run_program
+from dist_lm.verbs.arguments import CheckpointPath, DeviceName, TokenizerPath
+from dist_lm.verbs.checkpoint import checkpoint
+from dist_lm.verbs.generate import generate
+from dist_lm.verbs.lm_eval import lm_eval
 
 app = typer.Typer(
     name="dist-lm",
@@ -21,7 +25,6 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Look at corpora, describe data of your own.", no_args_is_help=True)
 app.add_typer(data, name="data")
-checkpoint = typer.Typer(help="Inspect, verify, average and consolidate checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint, name="checkpoint")
 cluster = typer.Typer(help="Look at the nodes and ranks of a run.", no_args_is_help=True)
 app.add_typer(cluster, name="cluster")
@@ -34,18 +37,8 @@ app.add_typer(profile, name="profile")
 gpu = typer.Typer(help="Check the GPUs of this machine.", no_args_is_help=True)
 app.add_typer(gpu, name="gpu")
 app.command("bench")(bench)
-
-CheckpointPath = Annotated[
-    Path, typer.Argument(help="A checkpoint, or a folder of checkpoints or a run (LATEST is used).")
-]
-
-TokenizerPath = Annotated[
-    Path | None,
-    typer.Option(
-        help="Tokenizer: a file, or a folder such as work/tokenizer. Default: that of the run's work directory."
-    ),
-]
-DeviceName = Annotated[str, typer.Option(help="auto (a GPU, if there is one), cpu or cuda.")]
+app.command("generate")(generate)
+app.command("lm-eval")(lm_eval)
 
 
 @data.command("inspect")
@@ -109,69 +102,6 @@ def gpu_check(
 
     if not check_gpus(only or [], gpus, output, table, rehearse=rehearse, say=print):
         raise typer.Exit(1)
-
-
-@app.command("generate")
-def generate(
-    path: CheckpointPath,
-    prompt: Annotated[
-        str | None,
-        typer.Option(help="The text to continue. Default: prompts typed at the terminal, or all of standard input."),
-    ] = None,
-    suffix: Annotated[
-        str | None,
-        typer.Option(help="The text behind the answer: the model fills the middle (trained with stage.fim_rate)."),
-    ] = None,
-    tokenizer: TokenizerPath = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Largest number of tokens of an answer.")] = 128,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0: the likeliest token.")] = 0.7,
-    top_k: Annotated[int, typer.Option(help="Sample from this number of likeliest tokens; 0: off.")] = 50,
-    top_p: Annotated[
-        float, typer.Option(help="Sample from the smallest set of tokens with this probability; 1: off.")
-    ] = 0.95,
-    min_p: Annotated[
-        float, typer.Option(help="Sample from tokens with at least this share of the largest probability; 0: off.")
-    ] = 0.0,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: tokens that have occurred are less likely; 1: off.")
-    ] = 1.0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="A text that ends an answer (\\n \\t as in a string); may be repeated.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Equal seeds give equal answers. Default: a new seed for every call.")
-    ] = None,
-    n: Annotated[int, typer.Option("--n", help="Number of answers to the prompt.")] = 1,
-    device: DeviceName = "auto",
-    tp: Annotated[int, typer.Option("--tp", help="GPUs that share a model too large for one.")] = 1,
-    tools: Annotated[
-        Path | None,
-        typer.Option(help="A Python file whose functions the model may call. Prompts are then requests to the model."),
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Prompts are requests to the model, which it answers in turn.")
-    ] = False,
-    max_rounds: Annotated[int, typer.Option(help="With --tools: most turns with calls for one request.")] = 8,
-    tool_seconds: Annotated[float, typer.Option(help="With --tools: time limit of a call.")] = 10.0,
-    tool_characters: Annotated[
-        int, typer.Option(help="With --tools: longest result of a call; the rest is cut off.")
-    ] = 4000,
-) -> None:
-    """Continue a text: one prompt, or a session at the terminal (docs/generation.md)."""
-    from dist_lm.generation.terminal import generate
-    from dist_lm.generation.tool_chat import ToolOptions
-    from dist_lm.tools.use.toolbox import Limits
-
-    values = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-    }
-    options = ToolOptions(tools, max_rounds, Limits(tool_seconds, tool_characters)) if tools or chat else None
-    raise typer.Exit(generate(path, prompt, tokenizer, values, stop or [], seed, n, device, tp, options, suffix))
 
 
 @app.command("export")
@@ -277,58 +207,6 @@ def tools_bfcl(
     evaluate(path, tokenizer, limit, json, device)
 
 
-@app.command("lm-eval")
-def lm_eval(
-    path: CheckpointPath,
-    tasks: Annotated[
-        list[str], typer.Option("--tasks", help="Tasks, groups or task files, separated by commas; may be repeated.")
-    ],
-    num_fewshot: Annotated[
-        int | None, typer.Option("--num_fewshot", help="Examples in a context. Default: what the task says.")
-    ] = None,
-    limit: Annotated[
-        float | None, typer.Option(help="Documents of a task, at most; below 1: this share of them.")
-    ] = None,
-    apply_chat_template: Annotated[
-        bool, typer.Option("--apply_chat_template", help="Contexts are conversations in the model's layout.")
-    ] = False,
-    system_instruction: Annotated[
-        str | None, typer.Option("--system_instruction", help="The first turn or text of every context.")
-    ] = None,
-    include_path: Annotated[
-        Path | None, typer.Option("--include_path", help="A folder with task files of your own.")
-    ] = None,
-    gen_kwargs: Annotated[
-        str | None, typer.Option("--gen_kwargs", help="Sampling of answers: do_sample=true,temperature=0.8")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of examples and of sampled answers.")] = 1234,
-    output: Annotated[Path | None, typer.Option(help="Write the results of lm_eval to this JSON file.")] = None,
-    samples: Annotated[Path | None, typer.Option(help="Write a JSON object a document to this file.")] = None,
-    tokenizer: TokenizerPath = None,
-    device: DeviceName = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: bfloat16 on a GPU.")] = "auto",
-    confirm_run_unsafe_code: Annotated[
-        bool, typer.Option("--confirm_run_unsafe_code", help="Refused: generated code runs in the sandbox alone.")
-    ] = False,
-) -> None:
-    """Evaluate a model on tasks of lm-evaluation-harness (docs/lm_eval.md)."""
-    from dist_lm.errors import require
-    from dist_lm.evaluation.harness import WAY_OUT, HarnessOptions, evaluate
-
-    require(not confirm_run_unsafe_code, "--confirm_run_unsafe_code", "true", f"no such option here: {WAY_OUT}")
-    options = HarnessOptions(
-        tasks,
-        num_fewshot,
-        limit,
-        apply_chat_template,
-        system_instruction,
-        include_path,
-        gen_kwargs,
-        seed,
-    )
-    evaluate(path, options, tokenizer, device, dtype, output, samples)
-
-
 BoardName = Annotated[
     str | None,
     typer.Argument(help="overview, language, code, tools, preference, reward, rlhf or generate. Default: all."),
@@ -368,60 +246,6 @@ def dashboard_show(
         require(board is None, "board", board, "no name of a view beside --offline, which shows all curves of a run")
         open_in_leet(RunDirectory(offline))
     print_boards(boards(board), Console())
-
-
-@checkpoint.command("inspect")
-def checkpoint_inspect(path: CheckpointPath) -> None:
-    """Print step, model, tensors by kind, files and pointers. Reads no tensors."""
-    from rich.console import Console
-
-    from dist_lm.training.checkpoint_inspect import print_checkpoint
-
-    print_checkpoint(path, Console())
-
-
-@checkpoint.command("verify")
-def checkpoint_verify(path: CheckpointPath) -> None:
-    """Read every file and compare it with the manifest. Exit code 2 and one line for each damaged file."""
-    from dist_lm.training import checkpoint_files
-
-    directory = checkpoint_files.find_checkpoint(path)
-    damage = list(checkpoint_files.damage(directory))
-    for line in damage:
-        print(line)
-    if damage:
-        raise ArtefactError(f"checkpoint {directory}: damaged files: {len(damage)}")
-    print(f"{directory}: {len(checkpoint_files.read_manifest(directory))} files, all intact")
-
-
-@checkpoint.command("consolidate")
-def checkpoint_consolidate(
-    path: CheckpointPath,
-    output: Annotated[Path, typer.Option(help="The file to write, FILE.safetensors. It must not exist.")],
-    optimizer: Annotated[bool, typer.Option("--optimizer", help="Add the optimizer's tensors.")] = False,
-) -> None:
-    """Write the whole tensors of the model to one safetensors file."""
-    from dist_lm.training.checkpoint_tensors import consolidate
-
-    count = consolidate(path, output, with_optimizer=optimizer)
-    print(f"{output}: {count:,} tensors, {output.stat().st_size:,} bytes")
-
-
-@checkpoint.command("average")
-def checkpoint_average(
-    run: Annotated[Path, typer.Argument(help="A run (work/runs/STAGE/RUN_ID).")],
-    last: Annotated[int, typer.Option(help="Average the last K checkpoints.", metavar="K")] = 0,
-    ema: Annotated[bool, typer.Option("--ema", help="Take the average that stage.ema_decay kept.")] = False,
-    evaluate: Annotated[bool, typer.Option(help="Measure it on val, beside the newest checkpoint.")] = True,
-    device: DeviceName = "auto",
-) -> None:
-    """Write averaged weights as a checkpoint, RUN/averages/..., for export, generate and stage.init_from."""
-    from rich.console import Console
-
-    from dist_lm.stages.averaging import average
-    from dist_lm.storage.run_directory import RunDirectory
-
-    average(RunDirectory(run), last, ema, device if evaluate else "", Console())
 
 
 @profile.command("summarize")

@@ -14,7 +14,7 @@ ROOT = Path(dist_lm.__file__).parent
 STAGES = {*OWN} - {"generate", "tokenizer"}  # these two are also a verb and an artefact
 PACKAGES = (
     ("demo",),  # named from conf by import path
-    ("launch", "__main__", "bench", "gpu_check"),
+    ("launch", "__main__", "verbs", "bench", "gpu_check"),
     ("launcher",),
     ("train", "dry_run", "ranks"),
     ("report",),

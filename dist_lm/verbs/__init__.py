@@ -1,0 +1,1 @@
+"""Verbs of `python -m dist_lm` with many options, and the arguments that verbs share."""
