@@ -3,7 +3,7 @@
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -106,7 +106,7 @@ def layout_text(conversation: Conversation) -> str:
 
 
 @pytest.fixture(scope="session")
-def tiny_work(tmp_path_factory: pytest.TempPathFactory) -> WorkDirectory:
+def tiny_work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkDirectory]:
     """work/tokenizer (640 pieces) and work/corpora/{language,code,tools}: do not write to it, copy it."""
     work = WorkDirectory(tmp_path_factory.mktemp("tiny") / "work")
     work.tokenizer.mkdir(parents=True)
@@ -133,7 +133,8 @@ def tiny_work(tmp_path_factory: pytest.TempPathFactory) -> WorkDirectory:
             for number, document in enumerate(documents, len(documents) // 10 - len(documents)):
                 writer.write("train" if number < 0 else "val", encode_document(tokenizer, document))
             writer.finish({}, [source.licence for source in config.corpus.corpora[name]])
-    return work
+    yield work
+    assert not (work.path / "runs").exists(), f"a test made a run for all: {list(work.path.glob('runs/*/*'))}"
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from dist_lm.stages.shards import recipe_of
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tokenizer.train import train_tokenizer
 from tests.conftest import TINY, texts
-from tests.training_run import prepare, train
+from tests.training_run import linked, prepare, train
 
 SETTINGS = (
     *("stage=code", *TINY, "model.init_std=0.1", "stage.global_batch=8", "stage.micro_batch=4", "stage.lr=1e-2"),
@@ -60,9 +60,8 @@ def test_a_learner_is_the_run_of_its_recipe(tiny_work, tmp_path):
     curves = learn(tiny_work, tmp_path, recipes=[f"other: {recipe}"])
     plain, other = curves
     assert (plain.recipe, other.recipe) == ("as configured", "other")
-    run = prepare(
-        tiny_work, "learned", *SETTINGS[1:], *SAME_AS_A_RUN, *shlex.split(recipe), "stage.steps=6", stage="code"
-    )
+    own = linked(tiny_work, tmp_path / "work")
+    run = prepare(own, "learned", *SETTINGS[1:], *SAME_AS_A_RUN, *shlex.split(recipe), "stage.steps=6", stage="code")
     result = train(run, 1)
     assert other.end.loss == pytest.approx(result["metrics"]["val/loss"], rel=1e-5)
     assert other.end.bits_per_byte == pytest.approx(result["metrics"]["val/bits_per_byte"], rel=1e-5)

@@ -14,7 +14,7 @@ from dist_lm.config.stage import MuonConfig, StageConfig
 from dist_lm.errors import ConfigError, UserError
 from dist_lm.launcher.compose import compose_config
 from tests.conftest import TINY
-from tests.training_run import prepare, train
+from tests.training_run import linked, prepare, train
 
 SETTINGS = (
     *("stage=code", *TINY, "stage.global_batch=8", "stage.micro_batch=4", "stage.lr=1e-2", "stage.steps=40"),
@@ -95,9 +95,9 @@ def test_a_rung_is_the_configured_run_narrowed_and_shortened(tiny_work, tmp_path
     assert [json.loads(line)["case"] for line in (tmp_path / "records.jsonl").read_text().splitlines()][:9] == names
     model = compose_config([*SETTINGS]).model
     words = (*narrowed(model, 48), "stage.init_from=none", "stage.steps=20", "stage.warmup_steps=2")
-    ends = []
+    ends, own = [], linked(tiny_work, tmp_path / "work")
     for seed in (0, 1):
-        run = prepare(tiny_work, f"rung{seed}", *SETTINGS[1:], *words, f"seed={seed}", stage="code")
+        run = prepare(own, f"rung{seed}", *SETTINGS[1:], *words, f"seed={seed}", stage="code")
         ends.append(train(run, 1)["metrics"]["val/bits_per_byte"])
     found = {one.case: one.value for one in records}
     assert found["48 wide, 5120 tokens"] == pytest.approx(sum(ends) / 2, rel=1e-5)
