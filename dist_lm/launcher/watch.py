@@ -55,9 +55,13 @@ class WandbCopy:
         self._look_at_files()
         self._wandb.finish(self._outcome(error))
 
-    def line(self, line: Mapping[str, Any]) -> None:
-        """Log a line of metrics."""
-        for alert in self._watch.line(line, time.monotonic()):
+    def attempt(self) -> None:
+        """Another gang starts."""
+        self._watch.attempt(time.monotonic())
+
+    def line(self, line: Mapping[str, Any], of_this_attempt: bool) -> None:
+        """Log a line of metrics; those of earlier attempts, which are read again, give no alerts."""
+        for alert in self._watch.line(line, time.monotonic()) if of_this_attempt else ():
             self._wandb.alert(alert)
         self._wandb.log(line["step"], line)
 
@@ -173,6 +177,8 @@ class RunWatch:
     def attempt(self, gang: GangFacts) -> None:
         """Another gang starts."""
         self._progress.state.start(gang, time.time())
+        if self._wandb:
+            self._wandb.attempt()
 
     def restarts(self, failure: GangFailure) -> None:
         """A gang failed, and the run will restart."""
@@ -188,9 +194,9 @@ class RunWatch:
         for warning in self._warnings.poll():
             self._console.warning(warning.decode(errors="replace"))
         for line in self._metrics.poll():
-            self._progress.update(line)
+            of_this_attempt = self._progress.update(line)
             if self._wandb:
-                self._wandb.line(line)
+                self._wandb.line(line, of_this_attempt)
         if self._wandb:
             self._wandb.look(usages)
         now = time.monotonic()

@@ -43,7 +43,7 @@ def failed(name: str, error: str, again: bool) -> Alert:
 
 
 class AlertWatch:
-    """Follows the metrics of one run."""
+    """Follows the metrics of one run over its attempts; it must not get the lines of an earlier attempt again."""
 
     def __init__(self, name: str, now: float) -> None:
         """Begin at `now` (seconds of a monotonic clock)."""
@@ -53,6 +53,11 @@ class AlertWatch:
         self._line_at = now
         self._intervals: deque[float] = deque(maxlen=INTERVALS)
         self._any = False
+
+    def attempt(self, now: float) -> None:
+        """Another gang starts: it has the patience of a start. The usual interval and the counters are kept."""
+        self._line_at, self._any = now, False
+        self._said.pop("stalled", None)
 
     def line(self, line: Mapping[str, Any], now: float) -> list[Alert]:
         """Alerts for a line of the metrics file; a counter that decreased (a resumed run) gives none."""

@@ -85,10 +85,12 @@ class TrainingProgress:
         self.state = state
         self._clock = clock
 
-    def update(self, line: Mapping[str, Any]) -> None:
-        """Take in one line of the metrics file; lines of an earlier attempt are neither shown nor timed."""
-        if self.state.take(line):
+    def update(self, line: Mapping[str, Any]) -> bool:
+        """Take in one line of the metrics file. Returns False for a line of an earlier attempt, which is not shown."""
+        of_this_attempt = self.state.take(line)
+        if of_this_attempt:
             self._display.show(self.state.step, self.text)
+        return of_this_attempt
 
     def heard(self, ranks: Sequence[RankPulse]) -> None:
         """Take in the last heartbeats of the ranks."""

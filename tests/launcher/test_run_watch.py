@@ -2,9 +2,11 @@
 
 import io
 import json
+import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +17,10 @@ from dist_lm.launcher import watch
 from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.watch import RunWatch, watching
 from dist_lm.storage.run_directory import RunDirectory
-from dist_lm.tracking.alerts import Alert
+from dist_lm.tracking.alerts import QUIET_S, Alert
 from dist_lm.tracking.console import Console
+from dist_lm.tracking.live_state import GangFacts
+from dist_lm.tracking.metrics import MetricsWriter
 
 USAGE = {"n1": NodeUsage(50.0, 25.0, 4.0)}
 
@@ -75,7 +79,7 @@ def show(run: RunDirectory) -> AbstractContextManager[RunWatch]:
 
 def write(run: RunDirectory, *lines: dict[str, Any]) -> None:
     with run.metrics.open("a") as file:
-        file.writelines(json.dumps({"time": 1.0} | line) + "\n" for line in lines)
+        file.writelines(json.dumps({"time": time.time()} | line) + "\n" for line in lines)
 
 
 def test_what_belongs_to_a_run_is_handed_on_once(run: RunDirectory, told: Told) -> None:
@@ -112,3 +116,33 @@ def test_a_failure_is_one(run: RunDirectory, told: Told) -> None:
     with pytest.raises(RuntimeError), show(run):
         raise RuntimeError("boom")
     assert (told.outcome, told.alerts) == ("failed", ["code/first failed"])
+
+
+def skipped(*counts: int) -> list[dict[str, Any]]:
+    return [{"step": step, "train/skipped_steps": count} for step, count in enumerate(counts, start=1)]
+
+
+def test_lines_that_are_read_again_give_no_alert_and_teach_no_interval(
+    run: RunDirectory, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gang, now = GangFacts(("n1",), 1, "cpu", "dp=1"), [0.0]
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
+    write(run, *skipped(0, 1, 1))  # by an earlier launch
+    with show(run) as shown:
+        shown.attempt(gang)
+        shown.look({})
+        now[0] += 2 * QUIET_S  # the first step compiles
+        shown.look({})
+        assert told.alerts == []
+        write(run, {"step": 4, "train/skipped_steps": 1}, {"step": 5, "train/skipped_steps": 2})
+        shown.look({})
+        assert told.alerts == ["code/first: NaN"]
+        now[0] += 2 * QUIET_S  # else a repeated alert would be held back
+        shown.attempt(gang)
+        with MetricsWriter(run.metrics) as writer:
+            writer.truncate_after(5)  # as a resumed run does
+        shown.look({})
+        now[0] += 2 * QUIET_S
+        shown.look({})
+    assert told.alerts == ["code/first: NaN"]
+    assert told.steps == [1, 2, 3, 4, 5, 1, 2, 3, 4, 5]  # wandb knows what it has

@@ -47,6 +47,18 @@ def test_patience_grows_with_the_step_and_the_start_has_its_own() -> None:
     assert slow.tick(900 + 2001) != []
 
 
+def test_another_attempt_has_the_patience_of_a_start_and_the_interval_that_was_learned() -> None:
+    watch = AlertWatch("run", 0.0)
+    titles(watch, [line(n, loss=1.0) for n in range(2)], every=100.0)
+    assert watch.tick(4000.0) != []
+    watch.attempt(5000.0)
+    assert watch.tick(5000.0 + FIRST_LINE_S - 1) == []
+    assert watch.tick(5000.0 + FIRST_LINE_S + 1) != []  # a stall of this attempt is told again
+    watch.line(line(9, loss=1.0), 7000.0)  # its distance to the line before is no interval
+    assert watch.tick(7000.0 + 1999) == []
+    assert watch.tick(7000.0 + 2001) != []
+
+
 def test_the_end_is_told() -> None:
     assert finished("run", {"val/loss": 1.23456, "perf/mfu": 0.4}).text == "val/loss 1.235"
     assert (failed("run", "rank 3: boom", again=True).level, failed("run", "boom", again=False).level) == (
