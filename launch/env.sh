@@ -23,24 +23,26 @@ find_python() {
 }
 
 # Make .venv and install into it, unless that is done: then the stamp holds the hash of what would be installed.
+# A caller may source this file in a condition, where `set -e` is off: steps that can fail return themselves.
 install() {
-  local stamp=$venv/.dist_lm${extras:+-$extras} making=$venv/.dist_lm-making wanted
+  local stamp=$venv/.dist_lm${extras:+-$extras} making=$venv/.dist_lm-making wanted python
   if [ ! -d "$venv" ] || [ -e "$making" ]; then
-    mkdir -p "$venv"
-    touch "$making" # its making may be interrupted
-    "$(find_python)" -m venv "$venv"
-    rm "$making"
+    python=$(find_python) || return
+    mkdir -p "$venv" || return
+    touch "$making" || return # its making may be interrupted
+    "$python" -m venv "$venv" || return
+    rm "$making" || return
   fi
   if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     echo "error: $venv has no pip, so it was not made by this script: move it away, or set DIST_LM_VENV to it" >&2
     return 2
   fi
   wanted=$(cat "$root/pyproject.toml" "$root/launch/constraints.txt" | "$venv/bin/python" -c \
-    'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+    'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())') || return
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing dist_lm${extras:+ with extra $extras} into $venv (a minute or two, once)"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$root/launch/constraints.txt" \
-      --editable "$root${extras:+[$extras]}"
+      --editable "$root${extras:+[$extras]}" || return
     echo "$wanted" >"$stamp"
   fi
 }

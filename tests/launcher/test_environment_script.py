@@ -17,12 +17,20 @@ def checkout(tmp_path: Path) -> Path:
     (checkout / "launch").mkdir(parents=True)
     (checkout / "launch/env.sh").write_text((ROOT / "launch/env.sh").read_text())
     (checkout / "pyproject.toml").write_text("")
+    (checkout / "launch/constraints.txt").write_text("")
     return checkout
+
+
+def program(path: Path, text: str) -> None:
+    """Write a shell script that can be run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
 
 
 def source(checkout: Path, **environ: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", "-c", '. "$0/launch/env.sh" && command -v python && echo "$PYTHONPATH"', str(checkout)]
-    outside = {name: value for name, value in os.environ.items() if name != "DIST_LM_VENV"}
+    outside = {name: value for name, value in os.environ.items() if name not in ("DIST_LM_VENV", "PYTHON")}
     return subprocess.run(
         command, env=outside | {"PIP_NO_INDEX": "1"} | environ, capture_output=True, text=True, timeout=240
     )
@@ -54,3 +62,34 @@ def test_a_venv_in_the_checkout_that_others_made_is_refused_and_kept(checkout):
     assert done.returncode == 2
     assert "has no pip, so it was not made by this script" in done.stderr
     assert (checkout / ".venv/precious").exists()
+
+
+def test_an_installation_that_fails_is_not_taken_for_done(checkout, tmp_path):
+    python = checkout / ".venv/bin/python"
+    program(
+        python,
+        f'case "$*" in *" install "*) echo tried >>"{tmp_path}/tries"; exit 7;; *--version*) exit 0;; esac\necho x',
+    )
+    for tries in (1, 2):
+        done = source(checkout)
+        assert done.returncode == 7, done.stderr
+        assert len((tmp_path / "tries").read_text().split()) == tries
+    assert not (checkout / ".venv/.dist_lm").exists()
+
+
+def test_without_a_python_nothing_is_left_behind(checkout, tmp_path):
+    for name in ("python3.11", "python3.12", "python3.13", "python3"):
+        program(tmp_path / "bin" / name, "exit 1")
+    done = source(checkout, PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no Python 3.11 or newer found")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (checkout / ".venv").exists()
+
+
+def test_a_venv_whose_making_fails_is_made_again(checkout, tmp_path):
+    program(tmp_path / "python", f'case "$*" in *venv*) echo tried >>"{tmp_path}/tries"; exit 9;; esac')
+    for tries in (1, 2):
+        done = source(checkout, PYTHON=str(tmp_path / "python"))
+        assert done.returncode == 9, done.stderr
+        assert len((tmp_path / "tries").read_text().split()) == tries
