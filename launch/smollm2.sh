@@ -13,11 +13,13 @@ export DIST_LM_EXTRAS=gguf
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
 work=work/smollm2
+run_id=adapted
 question=${QUESTION:-Write a Python function that reads a JSON file.}
 paths=() keys=()
 for word in "$@"; do
   case $word in
     work_dir=*) work=${word#work_dir=} ;;
+    run_id=*) run_id=${word#run_id=} ;;
     *=*) if [ -e "$word" ]; then paths+=("$word"); else keys+=("$word"); fi ;;
     *) paths+=("$word") ;;
   esac
@@ -44,9 +46,9 @@ before=$(ask "$base")
 echo "$before"
 
 echo "== LoRA"
-run=$work/runs/code/adapted
+run=$work/runs/code/$run_id
 python -m dist_lm.launch --config-dir "$work/conf" --config-dir "$base/conf" \
-  stage=code run_id=adapted work_dir="$work" corpus=own corpus.val_tokens=5000 stage.corpus="$corpus" \
+  stage=code run_id="$run_id" work_dir="$work" corpus=own corpus.val_tokens=5000 stage.corpus="$corpus" \
   model=smollm2 tokenizer="$base/tokenizer" stage.init_from="$base" \
   stage.lora.rank=8 stage.lr=5e-4 stage.seq_len=512 stage.global_batch=4 stage.micro_batch=1 stage.steps=25 \
   stage.warmup_steps=2 stage.eval_at_start=true stage.eval_every=0 stage.sampling.samples_per_prompt=0 "${keys[@]}"
