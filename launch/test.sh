@@ -14,8 +14,15 @@ esac
 # shellcheck source=SCRIPTDIR/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
+has_all() { # `command -v` of several names succeeds if one of them is there
+  local name
+  for name in "$@"; do
+    command -v "$name" >/dev/null || return
+  done
+}
+
 install_slurm() {
-  if command -v slurmctld munged ip ss >/dev/null; then return; fi
+  if has_all slurmctld munged ip ss; then return; fi
   if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
     apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge iproute2 >/dev/null && return
   fi
