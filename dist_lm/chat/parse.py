@@ -1,6 +1,7 @@
 """Tokens back to a conversation: `parse(render(x).tokens)` is x. The layout is that of `dist_lm.chat.template`.
 
 White space around the JSON of calls and results, and between calls, is free; everything else must be as rendered.
+A space that the tokenizer puts before every text (`Tokenizer.adds_space`) is no part of the conversation.
 """
 
 import operator
@@ -51,7 +52,7 @@ def parse(ids: Iterable[int], tokenizer: Tokenizer) -> Conversation:
             if text or not tools:
                 messages.append(Message("system", text))
         elif role == "assistant":
-            messages.append(_read_answer(reader, text))
+            messages.append(_read_answer(reader, _given(text, tokenizer)))  # a text of its own behind the line break
         elif reader.next_is(RESPONSE):
             if text:
                 raise ChatError(f"{at}: expected a text or results, found both")
@@ -99,9 +100,11 @@ class _Reader:
                 text = _text(numbers, begin, at, tokenizer)
                 found = 0
                 for mark in spelled.finditer(text):
-                    self._add(begin, text[found : mark.start()], mark.group())
+                    before = text[found : mark.start()]
+                    before = before.removesuffix(" ") if tokenizer.adds_space else before  # that of the mark
+                    self._add(begin, _given(before, tokenizer), mark.group())
                     found = mark.end()
-                self._add(begin, text[found:])
+                self._add(begin, _given(text[found:], tokenizer))
                 if number is not None:
                     self._add(at, "", marks[number])
                 begin = at + 1
@@ -221,6 +224,11 @@ def _text(numbers: list[int], begin: int, end: int, tokenizer: Tokenizer) -> str
         return tokenizer.content(numbers[begin:end]).decode()
     except UnicodeDecodeError:
         raise ChatError(f"tokens {begin} to {end - 1}: expected text, found bytes that are not UTF-8") from None
+
+
+def _given(text: str, tokenizer: Tokenizer) -> str:
+    """`text` without the space that the tokenizer put before it."""
+    return text.removeprefix(" ") if tokenizer.adds_space else text
 
 
 def _checked(number: Any, at: int, vocab_size: int) -> int:

@@ -212,6 +212,8 @@ class Tokenizer:
             )
         self.eot_id = self.special_ids[END_OF_TEXT]
         self.pad_id = self.special_ids.get(PAD, self.eot_id)  # fills rows up; never looked for
+        # SentencePiece's dummy prefix: every text that is encoded gets a space before it
+        self.adds_space = not self.is_trained and self.content(self._vocabulary.encode("a")) == b" a"
         own = self._vocabulary.opening
         self.opening = Opening(self.eot_id, self.eot_id if own is None else own)
 

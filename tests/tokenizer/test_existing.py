@@ -12,8 +12,8 @@ import sentencepiece
 from hypothesis import example, given, settings
 
 from dist_lm.chat.messages import Call, Conversation, Message, Tool
-from dist_lm.chat.parse import parse
-from dist_lm.chat.template import render
+from dist_lm.chat.parse import parse, parse_turn
+from dist_lm.chat.template import answer_tokens, prompt, render
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, UserError
 from dist_lm.tokenizer.symbols import CALL, END, END_OF_TEXT, FIM_PREFIX, MARKS, PAD, REPOSITORY, START
@@ -115,7 +115,34 @@ def test_marks_are_appended_on_request(kind: str, content: bytes) -> None:
     assert with_marks(with_marks(content, kind), kind) == with_marks(content, kind)
     for text in (*FRAGMENTS, "".join(MARKS), *stdlib_texts()[:5]):
         assert after.encode(text) == before.encode(text)
+    assert not after.adds_space
     assert parse(render(TALK, after).tokens.tolist(), after) == TALK
+
+
+@pytest.mark.parametrize("marks", ["appended", "spelled"])
+def test_the_space_that_sentencepiece_puts_before_a_text_is_no_part_of_a_conversation(marks: str) -> None:
+    """As in Llama 2, Mistral and TinyLlama."""
+    content = their_sentencepiece(
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, user_defined_symbols=[]
+    )
+    tokenizer = Tokenizer(with_marks(content, "m") if marks == "appended" else content, "m")
+    assert tokenizer.adds_space
+    assert tokenizer.content(tokenizer.encode("a")) == b" a"
+    spaced = Message("assistant", "  two spaces, one behind ", (Call("to", {"x": 1}),))
+    answered = (*TALK.messages, Message("user", " a\n"), spaced, Message("tool", results=(" r ",)))
+    for talk in (
+        TALK,
+        replace(TALK, messages=(Message("system", "Be brief."), *answered, Message("assistant", "end"))),
+    ):
+        assert parse(render(talk, tokenizer).tokens.tolist(), tokenizer) == talk
+    for answer in (Message("assistant", "the cat"), Message("assistant", " the cat "), spaced, TALK.messages[1]):
+        written = answer_tokens(answer, tokenizer)
+        assert parse_turn(written, tokenizer) == answer
+        asked = Conversation((Message("user", "what?"),))  # a chat keeps what it reads: the same tokens again
+        whole = replace(asked, messages=(*asked.messages, parse_turn(written, tokenizer)))
+        opened = prompt(asked, tokenizer)
+        kept = render(whole, tokenizer).tokens.tolist()[: len(opened) + len(written)]
+        assert kept[1:] == [*opened, *written][1:]  # the first is the tokenizer's own
 
 
 def test_a_tokenizer_with_all_marks_is_the_same_file(model_path: Path) -> None:
