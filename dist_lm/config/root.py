@@ -56,9 +56,11 @@ class Config:
         require(self.prerequisites in ("build", "fail"), "prerequisites", self.prerequisites, "build or fail")
         require(self.sandbox in ("strict", TRUST_ME), "sandbox", self.sandbox, f"strict or {TRUST_ME}")
         require(
-            Path(self.run_id).name == self.run_id and not self.run_id.startswith(".") and self.run_id.isprintable(),
+            Path(self.run_id).name == self.run_id != ""
+            and not self.run_id.startswith(".")
+            and self.run_id.isprintable(),
             "run_id",
-            self.run_id if self.run_id.isprintable() else repr(self.run_id),
+            self.run_id if self.run_id and self.run_id.isprintable() else repr(self.run_id),
             "a plain name (it becomes a folder)",
         )
         require(

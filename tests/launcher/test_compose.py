@@ -72,6 +72,7 @@ def test_the_large_stages_have_the_listed_peak_rates(stage, lr):
         ("~seed", ["~seed", "cannot be added or removed"]),
         ("stage.steps=1,2", ["stage.steps=1,2", "single value"]),
         ("foo", ["foo", "key=value"]),
+        ("run_id=", ["run_id=''", "plain name"]),
         ("run_id=../x", ["run_id=../x", "plain name"]),
         ("run_id='a\nb'", ["run_id='a\\nb'", "plain name"]),
         ("corpus.corpora={code: [{reader: jsonl, limit: ten}]}", ["corpus.corpora.code[0].limit=ten", "an integer"]),
