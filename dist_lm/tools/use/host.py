@@ -130,7 +130,8 @@ def _plain(schema: Json, named: dict[str, Json], place: str, inside: tuple[str, 
 def _without_null(schema: dict[str, Json]) -> dict[str, Json]:
     """The schema of `Optional[int] = None` becomes that of int: the model may leave the argument out."""
     others = [part for part in schema.get("anyOf", []) if part != {"type": "null"}]
-    return dict(others[0]) if len(others) == 1 else schema
+    beside = {key: part for key, part in schema.items() if key != "anyOf"}
+    return {**others[0], **beside} if len(others) == 1 else schema
 
 
 def _default(value: Any) -> dict[str, Json]:

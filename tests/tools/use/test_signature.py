@@ -75,6 +75,14 @@ def test_types_become_a_schema():
     assert problems(Call("everything", right | {"unit": "kelvin"}), [tool])
 
 
+def test_what_stands_beside_an_optional_type_is_kept():
+    def find(count: Annotated[Optional[int], Field(description="how many", ge=1)] = None) -> list: ...  # noqa: UP045
+
+    assert tool_of(find).parameters["properties"] == {
+        "count": {"type": "integer", "minimum": 1, "description": "how many"}
+    }
+
+
 GOOGLE = """Find orders.
 
     Only those of this year.
