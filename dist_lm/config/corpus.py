@@ -39,7 +39,10 @@ class CleaningConfig:
 SPLITS = ("train", "val")
 BYTES_PER_TOKEN = 4  # of text whose tokens are not counted yet
 # in the query of a URL
-SECRET = re.compile(r"(?i)(signature|token|secret|password|api_?key|credential|\bsig|\bkey)=")
+SECRET = re.compile(
+    r"(?i)(signature|token|secret|passw(or)?d|passphrase|(api|access|account)_?key(_?id)?|credentials?|\bsig|\bkey"
+    r"|(\b|_)(auth|authorization|bearer|jwt|pass|pwd))="
+)
 TRAIN, KEEP = "train", "keep"  # values of `tokenizer.source` that are no path
 HF = "hf:"  # begins the name of a model of transformers, where a key takes one (`interop/snapshot.py`)
 

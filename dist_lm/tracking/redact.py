@@ -22,6 +22,8 @@ _SECRET_WORDS = {
     "jwt",
     "pgpassword",
 }
+# words that mean other things too (pass@1, the folder PWD), so only where the name is an option's or a variable's
+_SECRET_ENDINGS = re.compile(r"(?i)(?:^|[_-])(?:auth|bearer)$|[a-z0-9][_-](?:pass|pwd)$")
 _SECRET_PREFIXES = ("RAY_AUTH_", "MYSQL_PWD")
 _SHORTEST = 8  # characters; shorter values of secret variables also occur inside harmless words
 _PLACES = ("_PATH", "_FILE", "_DIR")  # variables that hold the path of a secret: RAY_AUTH_TOKEN_PATH
@@ -36,9 +38,12 @@ def is_secret_name(name: str) -> bool:
     `hf_token` is a secret name; `max_new_tokens`, `key_size`, `token_path` and `bytes_per_token` are not. Words are
     separated by punctuation or by capitals.
     """
-    words = [word for word in _WORD.findall(name.rpartition(".")[2]) if not word.isdigit()]
+    own = name.rpartition(".")[2]
+    words = [word for word in _WORD.findall(own) if not word.isdigit()]
     last = [word.lower() for word in words[-2:]]
     if last == ["key", "id"]:  # AWS_ACCESS_KEY_ID
+        return True
+    if _SECRET_ENDINGS.search(own):
         return True
     measured = last[:1] == ["per"] and len(last) == 2
     return name.startswith(_SECRET_PREFIXES) or (bool(words) and words[-1].lower() in _SECRET_WORDS and not measured)
@@ -99,7 +104,7 @@ def check_no_secrets(config: Mapping[str, Any], environ: Mapping[str, str]) -> N
     secret = {
         value: name
         for name, value in environ.items()
-        if is_secret_name(name) and not name.upper().endswith(_PLACES) and len(value) >= _SHORTEST
+        if is_secret_name(name) and not _is_place(name.upper(), value) and len(value) >= _SHORTEST
     }
     for key, value in _texts(config, ""):
         if redact_text(value) != value:
@@ -109,6 +114,11 @@ def check_no_secrets(config: Mapping[str, Any], environ: Mapping[str, str]) -> N
         for held, name in secret.items():
             if held in value:
                 raise ConfigError(f"{key}=(what the variable {name} holds): expected {_WAY_OUT}")
+
+
+def _is_place(name: str, value: str) -> bool:
+    """Whether a variable holds the path of a secret, or a working directory as APPTAINER_PWD does."""
+    return name.endswith(_PLACES) or (name.endswith("_PWD") and value.startswith("/"))
 
 
 def _redact_named(name: str, value: Any) -> Any:

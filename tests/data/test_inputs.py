@@ -82,11 +82,21 @@ def test_a_key_that_the_reader_does_not_take_is_refused_by_name(source, words):
 
 
 @pytest.mark.parametrize(
-    "place", ["https://u:p@h/x", "https://h/x?X-Amz-Signature=1", "s3://k:s@b/x", "https://h/x?a=1&access_token=t"]
+    "place",
+    [
+        *("https://u:p@h/x", "https://h/x?X-Amz-Signature=1", "s3://k:s@b/x", "https://h/x?a=1&access_token=t"),
+        *(f"https://h/x?a=1&{name}=t" for name in ("access_key", "accesskey", "AWSAccessKeyId", "passwd", "auth")),
+        *(f"https://h/x?{name}=t" for name in ("db_pass", "pwd", "basic_auth", "key", "api-key", "sig", "jwt")),
+    ],
 )
 def test_no_credential_reaches_the_configuration(place):
     with pytest.raises(ConfigError, match="credentials come from the environment"):
         SourceConfig("jsonl", "t", path=[place])
+
+
+@pytest.mark.parametrize("name", ["sort_key", "monkey", "tokenizer", "author", "tokens", "compass", "design"])
+def test_other_names_in_an_address_are_taken(name):
+    assert SourceConfig("jsonl", "t", path=f"https://h/auth/key/x?{name}=t").path
 
 
 def test_the_readers_take_the_keys_of_the_examples_on_the_page():

@@ -45,6 +45,7 @@ def test_names_of_the_users_own_are_looked_at_too():
 def test_where_a_secret_is_kept_is_none():
     place = "/home/me/.ray/auth_token"
     check_no_secrets({"cluster": {"token_path": place}}, {"RAY_AUTH_TOKEN_PATH": place, "API_KEY_FILE": place})
+    check_no_secrets({"work_dir": "/home/me/work"}, {"APPTAINER_PWD": "/home/me", "PWD": "/home/me"})
 
 
 def test_what_is_no_secret_passes():

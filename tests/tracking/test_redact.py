@@ -8,7 +8,7 @@ from dist_lm.tracking.redact import is_secret_name, redact, redact_command, reda
 @pytest.mark.parametrize(
     "name",
     ["token", "hf_token", "HF_TOKEN", "WANDB_API_KEY", "apiKey", "corpus.api-key", "password", "AWS_SECRET_ACCESS_KEY",
-     "RAY_AUTH_TOKEN_PATH", "AWS_ACCESS_KEY_ID"],
+     "RAY_AUTH_TOKEN_PATH", "AWS_ACCESS_KEY_ID", "DB_PASS", "DB_PWD", "db-pass", "AUTH", "BEARER", "hub.auth"],
 )  # fmt: skip
 def test_secret_names(name: str) -> None:
     assert is_secret_name(name)
@@ -25,6 +25,14 @@ def test_secret_names(name: str) -> None:
         "keyboard",
         "train/tokens",
         "monkey",
+        "PWD",
+        "OLDPWD",
+        "SSH_AUTH_SOCK",
+        "author",
+        "compass",
+        "code/pass@1",
+        "code_pass_1",
+        "forward_passes",
         "",
     ],
 )
