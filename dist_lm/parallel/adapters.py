@@ -4,7 +4,6 @@ Tensor parallelism cuts the factor that has the dimension which the weight is cu
 gate and up, A of the outputs. The other factor is the same on all ranks, and each rank computes a part of its gradient.
 """
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -17,7 +16,7 @@ from dist_lm.model.lora import Adapter, adapter_of, change
 from dist_lm.model.size import Shape
 from dist_lm.parallel.layout import Slice
 from dist_lm.parallel.tensor_axis import local
-from dist_lm.parallel.values import logical, shard_of
+from dist_lm.parallel.values import logical, shard_of, with_shard
 
 
 class SharedAdapter(Adapter):
@@ -76,12 +75,7 @@ def merged(model: nn.Module, weight: str, value: torch.Tensor, shapes: Mapping[s
     factors = [logical(getattr(adapter, name), shapes[prefix + name]) for name in ("a", "b")]
     a, b = (factor.full_tensor() if isinstance(factor, DTensor) else factor for factor in factors)
     part = shard_of(value).clone()
-    if isinstance(value, DTensor):
-        stride = tuple(math.prod(value.shape[dim + 1 :]) for dim in range(value.dim()))
-        place = {"run_check": False, "shape": value.shape, "stride": stride}
-        changed = DTensor.from_local(part, value.device_mesh, value.placements, **place)
-    else:
-        changed = part
+    changed = with_shard(part, value, value.shape) if isinstance(value, DTensor) else part
     add_change(changed, weight, a, b, adapter.scale)
     return changed
 

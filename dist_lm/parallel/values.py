@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dist_lm.config.model import ModelConfig
@@ -31,9 +32,17 @@ def logical(tensor: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         return tensor
     assert isinstance(tensor, DTensor), f"shape {tuple(tensor.shape)}, expected {tuple(shape)}"
     own, _ = compute_local_shape_and_global_offset(shape, tensor.device_mesh, tensor.placements)
-    part = shard_of(tensor)[tuple(slice(size) for size in own)]
+    return with_shard(shard_of(tensor)[tuple(slice(size) for size in own)], tensor, shape)
+
+
+def with_shard(part: torch.Tensor, like: DTensor, shape: torch.Size) -> DTensor:
+    """A tensor of `shape` on the mesh of `like` whose shard on this rank is `part` itself, outside autograd.
+
+    `DTensor.from_local` would copy offloaded shards to the GPU of the mesh, so what is written would be lost.
+    """
     stride = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
-    return DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
+    spec = DTensorSpec(like.device_mesh, like.placements, TensorMeta(shape, stride, part.dtype))
+    return DTensor(part, spec, requires_grad=False)
 
 
 def shard_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,11 @@
 """Training adapters on any layout is training them in one process, and the frozen base keeps its bits."""
 
+from typing import cast
+
 import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from dist_lm.config.model import AdaptedModelConfig
 from dist_lm.config.parallel import ParallelConfig
@@ -69,6 +72,9 @@ def whole_and_streamed(world: World, model_config: AdaptedModelConfig, parallel:
     """The weights as sampling and as an engine get them (collective)."""
     mesh = build_mesh(resolve_layout(parallel, model_config, world.size), world.device)
     model = build_model(model_config, parallel, mesh, world.device, SEED)
+    if parallel.cpu_offload:  # shards in host memory on the mesh of a GPU, to which no tensor can be moved here
+        for parameter in model.parameters():
+            cast(DTensor, parameter).device_mesh._device_type = "cuda"
     fill(model, model_config, lambda name, shape: parameter_value(name, shape, model_config))
     copy = unsharded_copy(model, model_config, torch.float32)
     streamed = dict(stream_weights(model, model_config, torch.float32, receives=world.is_first))
@@ -84,11 +90,15 @@ def merged_values(model: AdaptedModelConfig) -> dict[str, np.ndarray]:
     return {name: values[name].numpy() for name in parameter_shapes(model.plain)}
 
 
+@pytest.mark.parametrize("offload", [False, True], ids=["on the device", "offloaded"])
 @pytest.mark.parametrize(("layout", "heads"), [("1x1x1", (5, 5)), ("1x4x1", (6, 3)), ("1x2x2", (5, 1))])
-def test_adapters_are_merged_into_the_weights_that_leave(ranks: RankGroups, layout: str, heads: tuple[int, int]):
+def test_adapters_are_merged_into_the_weights_that_leave(
+    ranks: RankGroups, layout: str, heads: tuple[int, int], offload: bool
+):
     model = adapted(heads, ffn="swiglu")
     expected = merged_values(model)
-    found = ranks.run(layout_of(layout).world_size, whole_and_streamed, model, parallel_of(layout))
+    parallel = parallel_of(layout, cpu_offload=offload)
+    found = ranks.run(layout_of(layout).world_size, whole_and_streamed, model, parallel)
     for weights in found:
         assert list(weights) == list(expected)
         assert entries_off(weights, expected, 1e-6) == {}
