@@ -73,7 +73,8 @@ def newton_schulz_of_squares(x_NIJ: torch.Tensor) -> torch.Tensor:
 class Variance:
     """NorMuon of one parameter."""
 
-    neuron_sq: torch.Tensor  # average over the steps of the sum of squares of each neuron's update, of `neuron_shape`
+    # average over the steps of the sum of squares of each neuron's update, of `neuron_shape`, on `device_of_whole`
+    neuron_sq: torch.Tensor
     beta: float
 
     def normalise_(self, step: torch.Tensor) -> None:
@@ -111,7 +112,7 @@ def orthogonal_steps(
     """Every parameter with this rank's part of its step, the orthogonalised direction (collective).
 
     Ranks gather whole matrices, each rank orthogonalises a share of them, and all exchange the results. Every attention
-    head has matrices of its own.
+    head has matrices of its own. Offloaded directions go to the GPU of the mesh, and their steps come back.
 
     Args:
         parameters: DTensors, or plain tensors if every rank holds all of them.
@@ -125,7 +126,7 @@ def orthogonal_steps(
         for step, index in zip(whole, together, strict=True):
             if variances is not None and (variance := variances[index]) is not None:
                 variance.normalise_(step)
-        steps = _own_part(like, whole)
+        steps = _own_part(like, whole).to(directions[together[0]].device)
         yield from zip((parameters[index] for index in together), steps, strict=True)
 
 
@@ -182,6 +183,11 @@ def _whole(parameter: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     return DTensor.from_local(
         own, parameter.device_mesh, placements, run_check=False, shape=shape, stride=stride
     ).full_tensor()
+
+
+def device_of_whole(parameter: torch.Tensor) -> torch.device | str:
+    """Where `orthogonal_steps` computes: on the GPU of the mesh also for a shard in host memory."""
+    return parameter.device_mesh.device_type if isinstance(parameter, DTensor) else parameter.device
 
 
 def _own_part(parameter: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:

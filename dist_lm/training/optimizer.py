@@ -31,7 +31,7 @@ from dist_lm.config.stage import ADAMW, COSINE, LINEAR, MuonConfig, StageConfig
 from dist_lm.model.size import ADAPTERS, is_matrix, parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.values import shard_of
-from dist_lm.training.muon import Variance, neuron_shape, orthogonal_steps
+from dist_lm.training.muon import Variance, device_of_whole, neuron_shape, orthogonal_steps
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 VARIANCE = "neuron_sq"  # state of a matrix with `stage.muon.variance_beta`, whole and of logical shape on every rank
@@ -128,8 +128,9 @@ def build_optimizer(
         kept = (*moments, EMA) if averaged else moments
         optimizer.state[parameter] = {"step": step} | {key: torch.zeros_like(parameter) for key in kept}
         if normalised and name in matrices:
-            neurons = torch.zeros(neuron_shape(name, shapes[name]), dtype=parameter.dtype, device=parameter.device)
-            optimizer.state[parameter][VARIANCE] = neurons
+            optimizer.state[parameter][VARIANCE] = torch.zeros(
+                neuron_shape(name, shapes[name]), dtype=parameter.dtype, device=device_of_whole(parameter)
+            )
     return optimizer
 
 

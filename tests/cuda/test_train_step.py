@@ -13,6 +13,7 @@ from dist_lm.launcher.compose import compose_config
 from dist_lm.parallel.layout import placements, resolve_layout
 from dist_lm.parallel.values import shard_of
 from dist_lm.training.objective import summed_losses
+from dist_lm.training.optimizer import VARIANCE
 from tests.cuda.card import CARD, Played, Traffic, played, stand_in, text
 
 pytestmark = pytest.mark.cuda
@@ -93,6 +94,21 @@ def test_copies_and_waits_of_a_step(explicit, overrides, waits, uploads):
             assert explicit["tolist"] == 1
             assert explicit.total() == 1 + waits.get("device to host", 0)
         check_devices(run, "cpu" if config.parallel.cpu_offload else "cuda")
+
+
+@pytest.mark.parametrize("layout", ["fsdp-8", "tp-2"])
+def test_offloaded_matrices_are_stepped_on_the_card(explicit, layout):
+    """Muon: directions go to the card once for each stack of equal matrices, their steps come back, moments stay."""
+    ranks, overrides = LAYOUTS[layout]
+    muon = ("parallel.cpu_offload=true", "stage.muon.lr=0.02", "stage.muon.variance_beta=0.9")
+    config = config_of(*muon, *overrides, layers=1)
+    with played(config, ranks) as run:
+        traffic = run.watched_step(1)
+        state = run.trainer.optimizer.state
+        neurons = {shard_of(kept.pop(VARIANCE)).device.type for kept in state.values() if VARIANCE in kept}
+        check_devices(run, "cpu")
+    assert neurons == {"cuda"}
+    assert traffic.uploads["pageable"] == 1 + 3  # norms; attention, gate and up, down
 
 
 @pytest.mark.parametrize("stage", ["tools", "preference", "reward"])
