@@ -1,11 +1,11 @@
 """The plan of a command: which stages run and from which artefacts. It is computed before anything starts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dist_lm.config.root import Config
-from dist_lm.errors import ConfigError
+from dist_lm.errors import ConfigError, require
 from dist_lm.stages.registry import stage_named
 from dist_lm.stages.stage import Action, Place, Stage, run_of
 from dist_lm.training import checkpoint_files
@@ -82,6 +82,7 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
     for name in reversed(order[:-1]):
         readers = [config for other, config in configs.items() if name in stage_named(other).reads(config)]
         configs[name] = stage_named(name).for_readers(configs[name], readers)
+    check_eval_pool(configs, target)
     rebuilt: set[str] = set()
     planned = []
     for name, config in configs.items():
@@ -100,6 +101,19 @@ def make_plan(target: str, compose: Callable[[str], Config]) -> Plan:
         commands = ", then ".join(f"`python -m dist_lm.launch stage={name}`" for name in missing)
         raise ConfigError(f"prerequisites=fail: stage={target} needs {', '.join(missing)} first: run {commands}")
     return Plan(tuple(planned))
+
+
+def check_eval_pool(configs: Mapping[str, Config], target: str) -> None:
+    """Refuse actors for tasks that no stage of the plan has.
+
+    Raises:
+        ConfigError: `target` trains, so it could have some.
+    """
+    actors = configs[target].eval.pool.actors
+    asked = any(getattr(config.stage, "eval_tasks", None) for config in configs.values())
+    trains = stage_named(target).place is Place.RANKS
+    accepted = "0 without stage.eval_tasks: these actors answer its tasks and nothing else"
+    require(asked or not trains or actors == 0, "eval.pool.actors", actors, accepted)
 
 
 def untraced(stage: PlannedStage) -> str:

@@ -60,6 +60,14 @@ def test_a_run_with_a_checkpoint_is_continued(work):
     assert actions(plan_of(work, *same))["language"] is Action.RESUME
 
 
+@pytest.mark.parametrize("actors", [-5, 1])
+def test_actors_for_tasks_that_no_stage_has_are_refused(work, actors):
+    with pytest.raises(ConfigError, match=rf"^eval\.pool\.actors={actors}: expected 0 without stage\.eval_tasks"):
+        plan_of(work, f"eval.pool.actors={actors}")
+    plan_of(work, "stages.code.eval_tasks={own_python: 0}", "eval.pool.actors=1", target="tools")
+    plan_of(work, "eval.pool.actors=1", target="tokenizer")  # trains no model
+
+
 def test_a_run_whose_newest_checkpoint_was_removed_continues_from_the_one_before_with_the_same_settings(work):
     run = make_run(work, "language", checkpoint=True)
     newest = run.checkpoints / checkpoint_files.step_name(10)
