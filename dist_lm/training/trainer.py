@@ -231,7 +231,7 @@ class Trainer:
         )
 
     def _save(self, saver: CheckpointSaver, state: TrainState, val_loss: float | None, final: bool) -> TrainState:
-        if val_loss is not None and (state.best_val_loss is None or val_loss < state.best_val_loss):
+        if val_loss is not None and is_better(val_loss, state.best_val_loss):
             state = replace(state, best_val_loss=val_loss, best_step=state.step)
         self.heartbeat.beat(Phase.SAVING, state.step)
         if self.tasks:
@@ -259,6 +259,11 @@ def advance(state: TrainState, result: StepResult, position: int) -> TrainState:
         loss_spikes=state.loss_spikes + state.loss_trend.is_spike(result.loss),
         loss_trend=state.loss_trend.after(result.loss),
     )
+
+
+def is_better(val_loss: float, best: float | None) -> bool:
+    """Whether a checkpoint with this score is the best one; NaN or infinity never is, and does not stay."""
+    return math.isfinite(val_loss) and (best is None or not best <= val_loss)
 
 
 def detailed_every(log_every: int) -> int:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812  the name the field uses
 
 import dist_lm
@@ -14,7 +13,7 @@ from dist_lm.data.batch import Batch
 from dist_lm.data.stream import StepData
 from dist_lm.launcher.compose import compose_config
 from dist_lm.parallel.layout import Layout
-from dist_lm.parallel.mesh import World, build_mesh
+from dist_lm.parallel.mesh import build_mesh
 from dist_lm.parallel.sharding import build_model
 from dist_lm.training.heartbeat import StopRequest, Unheard
 from dist_lm.training.objective import next_token
@@ -29,13 +28,6 @@ MOST = 7
 
 class FirstLossError(Exception):
     pass
-
-
-@pytest.fixture
-def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield World(0, 1, 0, torch.device("cpu"))
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("offload", [False, True], ids=["plain", "FSDP"])
