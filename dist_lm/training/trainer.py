@@ -122,7 +122,8 @@ class Trainer:
                     if stage.ema_decay:
                         line |= self._evaluate_average(state.step, last)
                     # the score of every checkpoint is on the same sequences, that of the last one too
-                    score = self._evaluate(state.step, False)["val/loss"] if last else line["val/loss"]
+                    others = last and stage.eval_sequences > 0
+                    score = self._evaluate(state.step, False)["val/loss"] if others else line["val/loss"]
                 if self.metrics and written:
                     self.metrics.write(state.step, line)
                 if self.tasks:

@@ -62,3 +62,9 @@ def test_the_last_score_is_on_the_same_sequences_as_the_others(trained):
     state, evaluations = trained(["stage.eval_sequences=4"], [3.0, 3.0, 1.0, 2.0])
     assert evaluations == [False, False, True, False]
     assert (state.best_step, state.best_val_loss) == (3, 2.0)
+
+
+def test_all_sequences_are_evaluated_once_at_the_end(trained):
+    state, evaluations = trained(["stage.eval_sequences=0"], [3.0, 3.0, 2.0])
+    assert evaluations == [False, False, True]
+    assert (state.best_step, state.best_val_loss) == (3, 2.0)
