@@ -43,7 +43,7 @@ def main() -> None:
     terminal = write_to_log(run.rank_log(rank))
     if rank == 0:
         write_warnings(run.warnings, "dist_lm")
-        os.write(terminal, f"rank 0 writes to {run.rank_log(0)}\n".encode())
+        tell(terminal, f"rank 0 writes to {run.rank_log(0)}")
     faulthandler.enable()
     faulthandler.register(STACKS_SIGNAL)  # works in a collective that never returns, too
     stop = stop_on_signals()
@@ -57,10 +57,11 @@ def main() -> None:
     except BaseException as error:
         try:
             log.error("%s", error if is_for_the_user(error, run) else traceback.format_exc())
-            os.write(terminal, f"rank {rank}: {type(error).__name__}: {error} (log: {run.rank_log(rank)})\n".encode())
-            record_failure(run, rank, error)
-        except OSError as unrecorded:  # a full disk, most likely the failure itself
-            log.error("%s could not be written: %s", run.rank_failure(rank), unrecorded)
+            try:
+                record_failure(run, rank, error)
+            except OSError as unrecorded:  # a full disk, most likely the failure itself
+                log.error("%s could not be written: %s", run.rank_failure(rank), unrecorded)
+            tell(terminal, f"rank {rank}: {type(error).__name__}: {error} (log: {run.rank_log(rank)})")
         finally:
             # other ranks may wait in a collective for this one: leave at once, torchrun ends them
             sys.stderr.flush()
@@ -103,6 +104,14 @@ def write_to_log(path: Path) -> int:
     os.close(descriptor)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     return before
+
+
+def tell(terminal: int, line: str) -> None:
+    """Write a line to the old standard error; the log says so if nobody reads it any more."""
+    try:
+        os.write(terminal, f"{line}\n".encode())
+    except OSError as error:
+        log.warning("the terminal is gone (%s), it missed: %s", error, line)
 
 
 def record_failure(run: RunDirectory, rank: int, error: BaseException) -> None:
