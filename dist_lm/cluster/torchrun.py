@@ -33,7 +33,7 @@ LOOPBACK = "lo"
 CUDA = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "NCCL_DEBUG": "WARN",
-    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # collectives kept per rank, written when one of them times out
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",  # collectives kept per rank, for a hang and for one that times out
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
 }
 

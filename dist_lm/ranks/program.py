@@ -48,7 +48,7 @@ from dist_lm.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-COLLECTIVE_MARGIN_S = 300.0
+COLLECTIVE_S, COLLECTIVE_MARGIN_S = 6 * 3600.0, 300.0
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,9 @@ class RankStart:
 @contextmanager
 def started(run: RunDirectory, config: Config, stop: StopRequest, heartbeat: Heartbeat) -> Iterator[RankStart]:
     """Join the other ranks inside the block (collective)."""
-    # collectives must not time out before a hanging rank has been detected
-    patience = max(config.cluster.hang_otherwise_s, config.cluster.hang_min_s) + COLLECTIVE_MARGIN_S
+    # The launcher finds hangs, by the heartbeats. Ranks of stage rlhf wait in one collective as long as the first rank
+    # generates, with heartbeats: a shorter timeout would end a healthy run.
+    patience = max(config.cluster.hang_otherwise_s, config.cluster.hang_min_s, COLLECTIVE_S) + COLLECTIVE_MARGIN_S
     with process_group(config.device, patience) as world, ExitStack() as stack:
         layout = resolve_layout(config.parallel, config.model, world.size)
         check_batch(config, layout)
