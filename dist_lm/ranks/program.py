@@ -161,9 +161,6 @@ def metrics_of_step(run: RunDirectory, step: int) -> dict[str, float | None]:
     return metrics
 
 
-log = logging.getLogger(__name__)
-
-
 def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None:
     """Train from the newest checkpoint of the run, or from stage.init_from, until the last step or a stop."""
     began = time.time()
