@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -26,7 +25,8 @@ from dist_lm.tracking.wandb_upload import Uploader
 
 NICE = 5  # ranks have priority
 LOCK = ".process.lock"
-RECORDED = "recorded.json"  # in the run's wandb folder: keys of the orders that no later attempt repeats
+RECORDED = "recorded.json"  # in the run's wandb folder: keys of orders and their rows, see `Recorder`
+ENDED = -1  # row of the orders of an attempt that ended in order
 TASKS, STEP_OF_TASKS = "eval/", "eval/step"
 FLUSH_S = 1.0  # longest delay before a row is on disk
 ROWS, CHARACTERS = 200, 4000  # of a table of samples, and of its cells
@@ -132,6 +132,12 @@ def last_step(logs: Sequence[Path]) -> int:
 class Recorder:
     """Records one attempt of a run.
 
+    wandb writes the row of a step to its file when a later step is logged, after all that was ordered before. So a kill
+    loses what came with the rows after the last one in the files, `_resumed_at`, and nothing else. `_step` is the row
+    that is open now. `_rows`, kept in RECORDED, has the row of every order that must come once; the next attempt
+    repeats those orders whose row was lost. (An artifact may have been written before its row: wandb keeps equal ones
+    once.)
+
     Attributes:
         log: wandb's file of this attempt.
     """
@@ -140,10 +146,10 @@ class Recorder:
         """Begin; steps that earlier attempts have recorded are skipped."""
         import wandb  # takes a second
 
-        self._kept_file = run.wandb / RECORDED
-        self._kept: list[str] = json.loads(self._kept_file.read_text()) if self._kept_file.exists() else []
-        self._unsaved_since: float | None = None
         self._step = self._resumed_at = last_step(logs_of(run, init["id"]))
+        self._rows_file = run.wandb / RECORDED
+        self._rows = {key: row for key, row in rows_of(self._rows_file).items() if row <= self._resumed_at}
+        self._save()  # before a row of this attempt takes the number of a lost one
         # by default wandb records machine, environment and command without our redaction
         settings = wandb.Settings(
             silent=True,
@@ -173,14 +179,13 @@ class Recorder:
             "link": self._link,
             "alert": self._alert,
         }[order["order"]](order)
-        if self._unsaved_since is not None and time.monotonic() - self._unsaved_since > 2 * FLUSH_S:
-            self._save()
 
     def finish(self, outcome: str) -> None:
         """Record the end: exit code 0 for `finished`, else 1; `stopped` is marked as preempted."""
         if outcome == "stopped":
             self._run.mark_preempting()
         self._run.finish(exit_code=int(outcome != "finished"))
+        self._rows = dict.fromkeys(self._rows, ENDED)
         self._save()
 
     def _metrics(self, order: dict[str, Any]) -> None:
@@ -193,24 +198,26 @@ class Recorder:
 
     def _tasks(self, step: int, values: dict[str, float]) -> None:
         """Record figures of tasks, which may arrive after later steps: wandb draws them over `eval/step`."""
-        if self._is_new(f"tasks {step} {' '.join(sorted(values))}"):
+        row = self._row(step)
+        if self._is_new(f"tasks {step} {' '.join(sorted(values))}", row):
+            self._step = row
             self._run.define_metric(f"{TASKS}*", step_metric=STEP_OF_TASKS)
-            self._step = max(self._step, step, self._resumed_at + 1)
-            self._run.log(values | {STEP_OF_TASKS: step}, step=self._step)
+            self._run.log(values | {STEP_OF_TASKS: step}, step=row)
 
     def _beside(self, order: dict[str, Any]) -> None:
         if self._step > self._resumed_at:  # else no row exists yet
             self._run.log(order["values"], step=self._step)
 
     def _samples(self, order: dict[str, Any]) -> None:
-        if self._is_new(f"samples {order['key']}"):
+        row = self._row(order["step"])
+        if self._is_new(f"samples {order['key']}", row):
+            self._step = row
             columns, rows = table_of(json_lines(Path(order["path"])))
             table = self._wandb.Table(columns=cast(Any, columns), data=cast(Any, rows), allow_mixed_types=True)
-            self._step = max(self._step, order["step"], self._resumed_at + 1)
-            self._run.log({order["name"]: table}, step=self._step)
+            self._run.log({order["name"]: table}, step=row)
 
     def _link(self, order: dict[str, Any]) -> None:
-        if not self._is_new(f"link {order['key']}"):
+        if not self._is_new(f"link {order['key']}", self._row()):
             return
         artifact = self._wandb.Artifact(order["name"], type=order["kind"], metadata=order["metadata"])
         for file in order["files"]:
@@ -220,17 +227,26 @@ class Recorder:
     def _alert(self, order: dict[str, Any]) -> None:
         self._run.alert(order["title"], order["text"], level=order["level"])
 
-    def _is_new(self, key: str) -> bool:
-        if key in self._kept:
+    def _row(self, step: int = 0) -> int:
+        """The row of an order that may be late: that of `step`, or the open one if it is a later one."""
+        return max(self._step, step, self._resumed_at + 1)
+
+    def _is_new(self, key: str, row: int) -> bool:
+        """Whether an order must be carried out; it is noted with its row."""
+        if key in self._rows:
             return False
-        self._kept.append(key)
-        self._unsaved_since = self._unsaved_since or time.monotonic()
+        self._rows[key] = row
+        self._save()
         return True
 
     def _save(self) -> None:
-        """The next attempt skips only orders that have reached the disk."""
-        self._unsaved_since = None
-        durable.write_json(self._kept_file, self._kept)
+        durable.write_json(self._rows_file, self._rows)
+
+
+def rows_of(path: Path) -> dict[str, int]:
+    """The orders of earlier attempts and their rows; runs of earlier versions have a list of what has survived."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    return dict.fromkeys(known, ENDED) if isinstance(known, list) else known
 
 
 def table_of(samples: Iterable[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:

@@ -21,7 +21,7 @@ from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.alerts import Alert
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.wandb_login import wandb_environment, wandb_mode
-from dist_lm.tracking.wandb_process import CHARACTERS, ROWS, table_of
+from dist_lm.tracking.wandb_process import CHARACTERS, ENDED, RECORDED, ROWS, last_step, logs_of, rows_of, table_of
 from dist_lm.tracking.wandb_run import WandbRun
 from tests.tracking.wandb_server import WandbServer
 
@@ -224,9 +224,16 @@ def test_a_server_that_refuses_is_not_taken_for_one_that_has_everything(run: Run
 def test_what_a_killed_process_had_not_written_is_written_by_the_next_one(run: RunDirectory) -> None:
     errors = io.StringIO()
     first = start(run, errors)
+    manifest = run.path / "manifest.json"
+    manifest.write_text("{}")
     for step in range(1, 100):
         first.log(step, {"train/loss": 1.0})
-    until(lambda: any(path.stat().st_size > 1000 for path in run.wandb.glob("*/*.wandb")))
+        if step in (10, 99):
+            first.log(step, {"eval/own_python/pass@1": step / 100})
+            first.link(f"corpus {step}", f"corpus-{step}", "dataset", [manifest], {})
+    recorded = run.wandb / RECORDED
+    until(lambda: recorded.exists() and "tasks 99 " in recorded.read_text())
+    until(lambda: last_step(logs_of(run, first.id)) == 98)  # the row of step 99 is open
     started = psutil.Process(first._process.pid)
     tree = [started, *started.children(recursive=True)]
     for process in tree:
@@ -235,8 +242,25 @@ def test_what_a_killed_process_had_not_written_is_written_by_the_next_one(run: R
     second = start(run, errors)
     for step in range(1, 200):
         second.log(step, {"train/loss": 1.0})
+        if step in (10, 99):
+            second.log(step, {"eval/own_python/pass@1": step / 100})
+            second.link(f"corpus {step}", f"corpus-{step}", "dataset", [manifest], {})
     second.finish("finished", DEADLINE_S)
     assert [step for step, _ in history(run)] == list(range(1, 200))
+    artifacts = [record["artifact"]["name"] for record in records(run) if record["type"] == "artifact"]
+    assert artifacts.count("corpus-10") == 1
+    assert "corpus-99" in artifacts
+    name = "eval/own_python/pass@1"
+    assert [row[name] for _, row in history(run) if name in row] == [0.1, 0.99]
+
+
+def test_a_run_of_an_earlier_version_keeps_what_it_has_recorded(tmp_path: Path) -> None:
+    path = tmp_path / RECORDED
+    assert rows_of(path) == {}
+    path.write_text('["link tokenizer"]')
+    assert rows_of(path) == {"link tokenizer": ENDED}
+    path.write_text('{"link tokenizer": 7}')
+    assert rows_of(path) == {"link tokenizer": 7}
 
 
 @pytest.mark.heavy
