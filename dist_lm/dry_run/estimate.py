@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dist_lm.config.root import Config
 from dist_lm.dry_run.work import WORLD, StepMemory, Work
-from dist_lm.model.size import documents_apart, is_trained
+from dist_lm.model.size import documents_apart, is_matrix, is_trained, neuron_shape, parameter_shapes
 from dist_lm.parallel.layout import (
     Layout,
     blocks_per_unit,
@@ -36,6 +36,7 @@ class Shapes:
 
     own: int  # elements of this rank's shards
     own_trained: int  # those that training changes, of blocks and outside
+    own_matrices: int  # of these, those of matrices inside blocks
     trained: int  # elements that training changes of what a tensor-parallel rank computes with
     gathered_trained: int  # the same as FSDP gathers them, padding included
     blocks: int  # elements of all blocks
@@ -88,14 +89,15 @@ def shapes_of(config: Config, layout: Layout) -> Shapes:
     """The sizes of `config` on the fullest rank of `layout`."""
     model, size = config.trained_shape, element_bytes(config)
     block, outside = one_block(model, layout)
-    every = [place for name, place in placements(model, layout).items() if is_trained(name, model)]
+    every = {name: place for name, place in placements(model, layout).items() if is_trained(name, model)}
     micro_batches, sequences = micro_batches_of(config, layout)
     vocabulary = slice_of(model.vocab_size, layout.tp, 0).held
     return Shapes(
         own=sum(math.prod(place.local(layout)) for place in [*block * model.n_layers, *outside]),
-        own_trained=sum(math.prod(place.local(layout)) for place in every),
-        trained=sum(place.whole(layout) for place in every),
-        gathered_trained=sum(place.gathered(layout) for place in every),
+        own_trained=sum(math.prod(place.local(layout)) for place in every.values()),
+        own_matrices=sum(math.prod(place.local(layout)) for name, place in every.items() if is_matrix(name)),
+        trained=sum(place.whole(layout) for place in every.values()),
+        gathered_trained=sum(place.gathered(layout) for place in every.values()),
         blocks=model.n_layers * sum(place.whole(layout) for place in block),
         outside=sum(place.whole(layout) for place in outside),
         gathered_blocks=model.n_layers * sum(place.gathered(layout) for place in block),
@@ -141,10 +143,23 @@ def estimate_memory(config: Config, layout: Layout) -> StepMemory:
     memory = StepMemory(
         parameters=FP32_BYTES * shapes.own,
         gradients=gradients,
-        optimizer=(3 if config.stage.ema_decay else 2) * FP32_BYTES * shapes.own_trained,
+        optimizer=FP32_BYTES * _optimizer_state(config, shapes),
         activations=round(max(turn, end)),
     )
     return memory.offloaded(adds_up) if offloads(config) else memory
+
+
+def _optimizer_state(config: Config, shapes: Shapes) -> int:
+    """Numbers that a rank keeps beside its trained parameters: Muon has one moment, and NorMuon one number a neuron."""
+    model, muon = config.trained_shape, config.stage.muon
+    kept = (3 if config.stage.ema_decay else 2) * shapes.own_trained
+    if not muon.is_on:
+        return kept
+    kept -= shapes.own_matrices
+    if muon.variance_beta:
+        trained = {name: shape for name, shape in parameter_shapes(model).items() if is_trained(name, model)}
+        kept += sum(math.prod(neuron_shape(name, shape)) for name, shape in trained.items() if is_matrix(name))
+    return kept
 
 
 def _block_activations(config: Config, layout: Layout, shapes: Shapes, size: int) -> tuple[float, float]:

@@ -25,7 +25,7 @@ class StepMemory:
 
     parameters: int  # shards of the fp32 master weights
     gradients: int  # accumulated, or of the last micro-batch: the larger
-    optimizer: int  # shards of both moments
+    optimizer: int  # shards of the moments
     activations: int  # the rest of the peak: activations, gathered parameters, message buffers
     host: int = 0  # part of the first three in host memory
 

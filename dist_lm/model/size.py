@@ -87,6 +87,13 @@ def is_matrix(name: str) -> bool:
     return name.endswith(MATRICES)
 
 
+def neuron_shape(name: str, shape: Shape) -> Shape:
+    """Shape of one number per neuron (output) of a matrix of logical `shape`, with the dimension of its inputs as 1."""
+    if name.endswith("attention.output"):  # of shape (heads, inputs, outputs)
+        return (shape[0], 1, shape[2])
+    return (*shape[:-1], 1)
+
+
 def packs_documents(device_type: str, half: bool, d_head: int) -> bool:
     """Whether packed documents go to the variable-length flash kernel, whose cost falls with their length, and not to a
     masked kernel.

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from dist_lm.model.size import Shape
 from dist_lm.parallel.gloo import gather_by_exchange
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at 0: singular values from 0.01 to 1 become about 0.7 to 1.2
@@ -95,13 +94,6 @@ class Variance:
         norm = step.norm(dim=(-2, -1), keepdim=True)
         step.mul_(factor)
         step.mul_(norm / (step.norm(dim=(-2, -1), keepdim=True) + VARIANCE_EPSILON))
-
-
-def neuron_shape(name: str, shape: Shape) -> Shape:
-    """Shape of one number per neuron (output) of a matrix of logical `shape`, with the dimension of its inputs as 1."""
-    if name.endswith("attention.output"):  # of shape (heads, inputs, outputs)
-        return (shape[0], 1, shape[2])
-    return (*shape[:-1], 1)
 
 
 def orthogonal_steps(

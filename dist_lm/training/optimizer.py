@@ -28,10 +28,10 @@ from torch.optim.adamw import adamw
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.rlhf import RlhfConfig
 from dist_lm.config.stage import ADAMW, COSINE, LINEAR, MuonConfig, StageConfig
-from dist_lm.model.size import ADAPTERS, is_matrix, parameter_shapes
+from dist_lm.model.size import ADAPTERS, is_matrix, neuron_shape, parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.values import shard_of
-from dist_lm.training.muon import Variance, device_of_whole, neuron_shape, orthogonal_steps
+from dist_lm.training.muon import Variance, device_of_whole, orthogonal_steps
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 VARIANCE = "neuron_sq"  # state of a matrix with `stage.muon.variance_beta`, whole and of logical shape on every rank

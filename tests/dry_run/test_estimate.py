@@ -1,13 +1,17 @@
 """The estimate of a step: arithmetic that can be checked by hand, and that agrees with the played step."""
 
 import pytest
+import torch
 
 from dist_lm.config.hardware import HardwareConfig
 from dist_lm.dry_run.estimate import estimate_memory, estimate_work
 from dist_lm.dry_run.play import play_ranks, ranks_to_play
 from dist_lm.dry_run.work import Work, message_seconds, step_seconds
 from dist_lm.launcher.compose import compose_config
+from dist_lm.model.size import is_trained
+from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import Layout, resolve_layout
+from dist_lm.training.optimizer import build_optimizer
 
 LARGE = compose_config(["stage=language", "model=large", "hardware=h100"])
 SMALL = ("stage=language", "model=medium", "model.n_layers=2", "stage.seq_len=256", "stage.micro_batch=4")
@@ -22,6 +26,29 @@ def test_what_is_sharded_falls_with_the_ranks(ranks):
     memory = estimate_memory(LARGE, Layout(1, ranks, 1))
     assert memory.parameters == pytest.approx(4 * 1_086_108_800 / ranks, rel=0.01)
     assert memory.optimizer == 2 * memory.parameters
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("stage.muon.lr=0.02",),
+        ("stage.muon.lr=0.02", "stage.muon.variance_beta=0.9"),
+        ("stage.muon.lr=0.02", "stage.ema_decay=0.9", "stage.lora.rank=2", "stage.init_from=base"),
+        ("stage.muon.lr=null", "stage.muon.variance_beta=0.9", "stage.ema_decay=0.9"),
+    ],
+    ids=["adamw", "muon", "normuon", "adapters", "averages"],
+)
+def test_the_state_of_the_optimizer_is_counted_as_it_is_built(overrides):
+    config = compose_config(["stage=language", "model=medium", *overrides])
+    shape = config.trained_shape
+    with torch.device("meta"):
+        model = Transformer(shape)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_trained(name, shape))
+    state = build_optimizer(model, config.stage, config.stage.muon).state.values()
+    kept = sum(value.nbytes for values in state for name, value in values.items() if name != "step")
+    assert estimate_memory(config, Layout(1, 1, 1)).optimizer == kept
 
 
 def test_gradients_are_whole_while_micro_batches_add_up():

@@ -10,14 +10,13 @@ from torch._dynamo.utils import counters
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.stage import MuonConfig
-from dist_lm.model.size import Shape, parameter_shapes
+from dist_lm.model.size import Shape, neuron_shape, parameter_shapes
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh, data_mesh
 from dist_lm.parallel.sharding import build_model, reshard
 from dist_lm.parallel.values import fill, unsharded_copy
 from dist_lm.training import checkpoint
 from dist_lm.training.heartbeat import StopRequest
-from dist_lm.training.muon import neuron_shape
 from dist_lm.training.optimizer import VARIANCE, build_optimizer
 from dist_lm.training.state import TrainState
 from dist_lm.training.step import accumulate_gradients, update

@@ -8,13 +8,12 @@ from torch import nn
 
 from dist_lm.config.stage import MuonConfig, StageConfig
 from dist_lm.errors import ConfigError
-from dist_lm.model.size import is_matrix
+from dist_lm.model.size import is_matrix, neuron_shape
 from dist_lm.training import muon
 from dist_lm.training.muon import (
     ITERATIONS,
     NEWTON_SCHULZ,
     Variance,
-    neuron_shape,
     newton_schulz,
     newton_schulz_of_squares,
     orthogonal,
