@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sourced by the other scripts: makes .venv in the checkout once, installs dist_lm into it, and activates it.
+# Makes .venv in the checkout once, installs dist_lm into it, and activates it. The other scripts source it, which sets
+# `set -euo pipefail` and the directory; to prepare a checkout by hand, run it: bash launch/env.sh
 #   DIST_LM_EXTRAS   extras to install ("" for running, "dev" for tests); set by the caller
 #   DIST_LM_VENV     an environment of your own, used as it is: nothing is made, installed or removed there
 #   PYTHON           interpreter to make .venv with (default: python3.11, else python3)

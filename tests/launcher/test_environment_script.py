@@ -1,4 +1,4 @@
-"""launch/env.sh, which the other scripts source: whose environments it touches, and whose it does not."""
+"""launch/env.sh, which other scripts source and people run: whose environments it touches, and whose it does not."""
 
 import os
 import subprocess
@@ -53,6 +53,18 @@ def test_an_environment_that_is_not_there_is_not_made(checkout, tmp_path):
     assert done.returncode == 2
     assert f"DIST_LM_VENV={tmp_path}/typo: no Python environment there" in done.stderr
     assert not (tmp_path / "typo").exists()
+
+
+def test_it_can_be_run_by_itself(checkout, tmp_path):
+    python = f'case "$*" in *" install "*) echo done >"{tmp_path}/installed";; *hashlib*) echo x;; esac'
+    program(checkout / ".venv/bin/python", python)
+    (checkout / ".venv/bin/activate").touch()
+    outside = {name: value for name, value in os.environ.items() if name != "DIST_LM_VENV"}
+    command = ["bash", "launch/env.sh"]
+    done = subprocess.run(command, cwd=checkout, env=outside, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "installed").exists()
+    assert (checkout / ".venv/.dist_lm").exists()
 
 
 def test_a_venv_in_the_checkout_that_others_made_is_refused_and_kept(checkout):
