@@ -21,6 +21,7 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.errors import UserError
 from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.request import Answer, Refusal, Request, RequestError
+from dist_lm.parallel.mesh import lacks_bf16
 from dist_lm.storage.process import die_with_parent
 
 if TYPE_CHECKING:
@@ -94,6 +95,9 @@ class PoolActor:
         if self._engine:
             self._engine.load_weights(weights, version)
         else:
+            old = spec.device == "cuda" and lacks_bf16(torch.device("cuda", 0))  # planned without a look at this card
+            if old and spec.dtype != torch.float32:
+                log.warning("%s has no bf16 instructions: its engine computes in fp32", torch.cuda.get_device_name(0))
             self._engine = Engine(
                 spec.model,
                 weights,
@@ -101,7 +105,7 @@ class PoolActor:
                 vocabulary=spec.vocabulary,
                 options=spec.options,
                 version=version,
-                dtype=spec.dtype,
+                dtype=torch.float32 if old else spec.dtype,
                 device=torch.device(spec.device),
                 tp=spec.tp,
             )

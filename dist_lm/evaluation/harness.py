@@ -68,7 +68,8 @@ class HarnessOptions:
 class EngineModel(TemplateLM):
     """A checkpoint as a model of the harness."""
 
-    def __init__(self, loaded: LoadedModel, device: torch.device, dtype: torch.dtype, seed: int = 1234) -> None:
+    def __init__(self, loaded: LoadedModel, device: torch.device, dtype: torch.dtype | None, seed: int = 1234) -> None:
+        """`dtype`: None: that of `build_engine`."""
         super().__init__()
         self.name = loaded.name
         self._marks, self._seed = loaded.tokenizer, seed
@@ -332,8 +333,7 @@ def evaluate(
     names = list(chain.from_iterable(one.split(",") for one in options.tasks))
     require(bool(names) and all(names), "--tasks", ",".join(options.tasks), "names of tasks, such as arc_easy,piqa")
     chosen = option_device(device)
-    auto = torch.bfloat16 if chosen.type == "cuda" else torch.float32
-    model = EngineModel(load_model(path, tokenizer), chosen, DTYPES.get(dtype, auto), options.seed)
+    model = EngineModel(load_model(path, tokenizer), chosen, DTYPES.get(dtype), options.seed)
     found = run_harness(model, replace(options, tasks=names))
     own = found.pop("samples", {})
     print(model.name)

@@ -14,6 +14,7 @@ from dist_lm.generation.engine import Engine, EngineOptions
 from dist_lm.generation.load import LoadedModel
 from dist_lm.generation.paged_cache import pages_for
 from dist_lm.generation.request import Answer, FinishReason, Refusal, Request, SamplingParams
+from dist_lm.parallel.mesh import lacks_bf16
 
 CACHE_TOKENS = 16384  # of all answers to a request, at most; answers beyond it wait
 ENDINGS: dict[FinishReason, str] = {
@@ -67,14 +68,16 @@ def build_engine(
     tp: int = 1,
     dtype: torch.dtype | None = None,
 ) -> Engine:
-    """An engine for up to `answers` whole contexts at a time, in fp32 on the CPU and bf16 on a GPU, as in training.
+    """An engine for up to `answers` whole contexts at a time, in bf16 on a GPU that has it and fp32 elsewhere, as in
+    training.
 
     Args:
         cache_tokens: upper bound of the cache, unless a single context is longer.
         tp: devices that share the model.
         dtype: of another arithmetic.
     """
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    half = device.type == "cuda" and not lacks_bf16(device)
+    dtype = dtype or (torch.bfloat16 if half else torch.float32)
     page = best_page_tokens(loaded.config, dtype, device)
     # one page more than the context, because answers copy the last page they share
     longest = (pages_for(loaded.config.max_seq_len, page) + 1) * page

@@ -22,6 +22,7 @@ DATA_AXES = ("dp_replicate", "dp_shard")
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 LINK_BYTES = 4 << 20  # of the all-reduce that is timed
 LINK_ROUNDS = 3
+BF16_CAPABILITY = (8, 0)  # compute capability of the first GPUs with bf16 instructions (Ampere)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,16 @@ def choose_device(device: str, local_rank: int) -> torch.device:
             "lower cluster.ranks_per_node or use device=cpu"
         )
     return torch.device("cuda", local_rank)
+
+
+def lacks_bf16(device: torch.device) -> bool:
+    """Whether the device is a GPU without bf16 instructions, such as V100 or T4; the flash kernels refuse it, too.
+
+    A GPU without a number, or one that this process does not see, is planned for another node and counts as a new one.
+    """
+    if device.type != "cuda" or device.index is None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device) < BF16_CAPABILITY
 
 
 def option_device(device: str) -> torch.device:

@@ -36,6 +36,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from dist_lm.config.model import ModelConfig
 from dist_lm.config.parallel import ParallelConfig
+from dist_lm.errors import ConfigError
 from dist_lm.model.keyed_random import initial_value
 from dist_lm.model.size import is_trained
 from dist_lm.model.transformer import Transformer
@@ -49,6 +50,7 @@ from dist_lm.parallel.layout import (
     placements,
     reshards,
 )
+from dist_lm.parallel.mesh import lacks_bf16
 from dist_lm.parallel.tensor_axis import TensorAxis
 from dist_lm.parallel.tensor_parallel import TensorParallelTransformer
 from dist_lm.parallel.values import fill
@@ -78,9 +80,18 @@ KEPT = (
 
 
 def compute_dtype(parallel: ParallelConfig, device: torch.device) -> torch.dtype:
-    """Dtype of the forward and backward pass; master weights and reductions are always fp32."""
-    wanted = parallel.compute_dtype
-    half = device.type == "cuda" or (wanted == "fastest" and multiplies_bf16())
+    """Dtype of the forward and backward pass; master weights and reductions are always fp32.
+
+    Raises:
+        ConfigError: bf16 is asked for on a GPU without it.
+    """
+    wanted, old = parallel.compute_dtype, lacks_bf16(device)
+    if wanted == "bf16" and old:
+        raise ConfigError(
+            f"parallel.compute_dtype=bf16: {torch.cuda.get_device_name(device)} has no bf16 instructions; "
+            "expected auto or fp32, or a GPU of compute capability 8.0 or later"
+        )
+    half = not old if device.type == "cuda" else wanted == "fastest" and multiplies_bf16()
     return torch.bfloat16 if wanted == "bf16" or (wanted in ("auto", "fastest") and half) else torch.float32
 
 

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from dist_lm.parallel.gloo import gather_by_exchange
+from dist_lm.parallel.mesh import lacks_bf16
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # steepest at 0: singular values from 0.01 to 1 become about 0.7 to 1.2
 ITERATIONS = 5
@@ -27,8 +28,10 @@ STACK_BYTES = 256 << 20  # of whole matrices in memory at once
 
 
 def orthogonal(matrices_NIJ: torch.Tensor) -> torch.Tensor:
-    """Matrices with the same singular vectors and singular values of about 1, (N, I, J); computed in bf16 on a GPU."""
-    x_NIJ = matrices_NIJ.bfloat16() if matrices_NIJ.is_cuda else matrices_NIJ
+    """Matrices with the same singular vectors and singular values of about 1, (N, I, J); computed in bf16 on a GPU that
+    has it."""
+    half = matrices_NIJ.is_cuda and not lacks_bf16(matrices_NIJ.device)
+    x_NIJ = matrices_NIJ.bfloat16() if half else matrices_NIJ
     tall = x_NIJ.shape[-2] > x_NIJ.shape[-1]
     x_NIJ = x_NIJ.mT if tall else x_NIJ
     x_NIJ = x_NIJ / (x_NIJ.norm(dim=(-2, -1), keepdim=True) + EPSILON)

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from dataclasses import replace
 
 import pytest
 import torch
@@ -104,6 +105,19 @@ def test_an_actor_keeps_to_what_its_node_shows(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     pool_actor.PoolActor(SPEC, 1, (2, 3))
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "6,7"
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float32), ((9, 0), torch.bfloat16)])
+def test_an_actor_computes_in_what_its_own_gpu_has(monkeypatch, capability, expected):
+    for module, name in ((pool_actor, "die_with_parent"), (torch, "set_num_threads"), (pool_actor, "gpu_of")):
+        monkeypatch.setattr(module, name, lambda *_: "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    built: list[torch.dtype] = []
+    monkeypatch.setattr(pool_actor, "Engine", lambda *_, dtype, **__: built.append(dtype))
+    pool_actor.PoolActor(replace(SPEC, device="cuda", dtype=torch.bfloat16), 1).load([], 0)
+    assert built == [expected]
 
 
 def test_an_actor_without_a_gpu_to_take_says_so():

@@ -127,6 +127,33 @@ def test_the_dtype_of_training_and_of_answers(asked_for, units, device, training
     assert sharding.generation_dtype(parallel, where) == answers
 
 
+@pytest.mark.parametrize(
+    ("capability", "shown", "trained"),
+    [
+        ((7, 0), True, torch.float32),
+        ((7, 5), True, torch.float32),
+        ((8, 0), True, torch.bfloat16),
+        ((7, 5), False, torch.bfloat16),  # planned for another node
+    ],
+)
+def test_a_gpu_without_bf16_computes_in_fp32(monkeypatch, capability, shown, trained):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: shown)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(sharding, "multiplies_bf16", lambda: True)
+    card = torch.device("cuda", 0)
+    for wanted in ("auto", "fastest"):
+        assert sharding.compute_dtype(ParallelConfig(compute_dtype=wanted), card) == trained
+        assert sharding.generation_dtype(ParallelConfig(compute_dtype=wanted), card) == trained
+        assert sharding.compute_dtype(ParallelConfig(compute_dtype=wanted), torch.device("cuda")) == torch.bfloat16
+    asked = ParallelConfig(compute_dtype="bf16")
+    if trained == torch.bfloat16:
+        assert sharding.compute_dtype(asked, card) == trained
+    else:
+        with pytest.raises(ConfigError, match=r"^parallel.compute_dtype=bf16: Tesla T4 has .* auto or fp32"):
+            sharding.compute_dtype(asked, card)
+
+
 def test_a_batch_that_ranks_cannot_share_names_the_nearest_that_they_can():
     config = compose_config(["stage=language", "stage.global_batch=10"])
     check_batch(config, Layout(1, 2, 4))
