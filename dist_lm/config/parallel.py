@@ -17,7 +17,7 @@ class ParallelConfig:
     # fit hardware.memory_gib for a whole step, elsewhere if over 64 MiB
     reshard_after_forward: bool | None = None
     reduce_every_micro_batch: bool = False  # reduce gradients after each micro-batch: sends more, holds only shards
-    # auto (bf16 on CUDA, fp32 on CPU) | fastest (bf16 on CPUs that multiply it too) | fp32 | bf16
+    # auto (bf16 on GPUs that have it, else fp32) | fastest (bf16 on CPUs that multiply it too) | fp32 | bf16
     compute_dtype: str = "auto"
     activation_checkpointing: str = "none"  # none | selective (keep matmul and attention outputs) | full (keep inputs)
     compile: str = "auto"  # torch.compile of each block: auto (on CUDA) | always | never
