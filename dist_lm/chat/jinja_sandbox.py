@@ -81,9 +81,7 @@ def _step(context: Context, text: int) -> None:
 @jinja2.pass_context
 def _write(context: Context, value: Any) -> Any:
     """A value that is written."""
-    size = len(value) if isinstance(value, str) else characters(value)
-    _require_small(size, "a text")
-    context.parent[TAKEN].write(size)
+    context.parent[TAKEN].write(characters(value))
     return value
 
 
