@@ -4,6 +4,7 @@ wandb's own `wandb beta sync --live` sends the files, so sending may begin late,
 at any moment: unsent rows are still in the files.
 """
 
+import os
 import subprocess
 import sys
 import threading
@@ -105,7 +106,8 @@ class Uploader:
         command = [
             sys.executable,
             "-m",
-            "wandb",
+            "dist_lm.tracking.wandb_upload",
+            str(os.getpid()),
             "beta",
             "sync",
             "--yes",
