@@ -184,7 +184,9 @@ def read_run(run: RunDirectory, label: str) -> RunFacts:
 
 
 def read_series(path: Path) -> tuple[dict[str, Series], Series]:
-    """Every metric of a metrics file by name, and the time of every step; needs 16 bytes a value.
+    """Every metric of a metrics file by name, and when every step was done; needs 16 bytes a value.
+
+    Lines that add to a step later, as figures of tasks may do, leave its time alone.
 
     Raises:
         ArtefactError: a line is damaged.
@@ -200,16 +202,19 @@ def read_series(path: Path) -> tuple[dict[str, Series], Series]:
                 steps[name], values[name] = array("q"), array("d")
             steps[name].append(step)
             values[name].append(float("nan") if value is None else value)
-    found = {name: _by_step(np.array(steps[name], np.int64), np.array(values[name])) for name in steps}
+    found = {
+        name: _by_step(np.array(steps[name], np.int64), np.array(values[name]), first=name == "time") for name in steps
+    }
     return found, found.pop("time", Series(np.zeros(0, np.int64), np.zeros(0)))
 
 
-def _by_step(steps: np.ndarray, values: np.ndarray) -> Series:
-    """In order of steps; of several values of a step the last one written."""
+def _by_step(steps: np.ndarray, values: np.ndarray, first: bool) -> Series:
+    """In order of steps; of several values of a step the first or the last one written."""
     order = np.argsort(steps, kind="stable")
     steps, values = steps[order], values[order]
-    last = np.append(steps[1:] != steps[:-1], True) if len(steps) else np.zeros(0, bool)
-    return Series(steps[last], values[last])
+    changes = steps[1:] != steps[:-1]
+    chosen = np.insert(changes, 0, True) if first else np.append(changes, True)
+    return Series(steps[chosen], values[chosen])
 
 
 def _config(path: Path) -> dict[str, Any]:

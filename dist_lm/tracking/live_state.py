@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
+from dist_lm.tracking.metrics import is_late
 from dist_lm.tracking.readable import four_digits, percent, three_decimals
 
 LIMIT = 256  # points kept of a series: more than a terminal has columns
@@ -112,12 +113,6 @@ class RankPulse:
     step: int  # completed steps
     doing: str
     age_s: float  # age of the heartbeat when it was read
-
-
-def is_late(line: Mapping[str, Any]) -> bool:
-    """Whether a line has only figures of tasks, which may belong to an earlier step than the line before."""
-    names = line.keys() - {"step", "time"}
-    return bool(names) and all(name.startswith("eval/") for name in names)
 
 
 @dataclass

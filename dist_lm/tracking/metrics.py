@@ -87,8 +87,17 @@ def read_metrics(path: Path) -> Iterator[MetricsLine]:
                 yield _parse(raw, f"{path}:{number}")
 
 
+def is_late(line: Mapping[str, Any]) -> bool:
+    """Whether a line has only figures of tasks, which may belong to an earlier step than the line before."""
+    names = line.keys() - {"step", "time"}
+    return bool(names) and all(name.startswith("eval/") for name in names)
+
+
 def last_metrics(path: Path) -> MetricsLine:
-    """The newest value of every metric in the last 64 KiB of a metrics file; empty if there is no file."""
+    """The newest value of every metric in the last 64 KiB of a metrics file; empty if there is no file.
+
+    `step` and `time` are those of the newest line that is not late.
+    """
     if not path.exists():
         return {}
     with path.open("rb") as file:
@@ -99,7 +108,8 @@ def last_metrics(path: Path) -> MetricsLine:
     for raw in lines[1:] if start else lines:
         if raw.endswith(b"\n"):
             line = _parse(raw, f"{path} near its end")
-            merged |= {name: value for name, value in line.items() if value is not None}
+            place = ("step", "time") if is_late(line) else ()
+            merged |= {name: value for name, value in line.items() if value is not None and name not in place}
     return merged
 
 

@@ -80,7 +80,16 @@ def test_of_several_values_of_a_step_the_newest_counts_and_null_is_a_gap(tmp_pat
     assert found["train/loss"].steps.tolist() == [1, 2]
     assert math.isnan(found["train/loss"].values[0])
     assert found["train/loss"].values[1] == 2.5
-    assert clock.values.tolist() == [4.0, 6.0]
+    assert clock.values.tolist() == [4.0, 5.0]
+
+
+def test_figures_that_arrive_late_move_no_clock(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    steps = [{"step": step, "time": 36.0 * step, "train/loss": 3.0} for step in range(100, 401, 100)]
+    write_lines(path, [*steps, {"step": 100, "time": 14401.0, "eval/own_python/pass@1": 0.5}])
+    found, clock = read_series(path)
+    assert clock.values.tolist() == [3600.0, 7200.0, 10800.0, 14400.0]
+    assert found["eval/own_python/pass@1"].steps.tolist() == [100]
 
 
 @pytest.mark.parametrize("layout", [Layout(1, 1, 1), Layout(2, 2, 1), Layout(1, 4, 3), Layout(2, 1, 4)])

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from dist_lm.errors import ArtefactError
-from dist_lm.tracking.metrics import LineFollower, MetricsFollower, MetricsWriter, read_metrics, write_warnings
+from dist_lm.tracking.metrics import (
+    LineFollower,
+    MetricsFollower,
+    MetricsWriter,
+    last_metrics,
+    read_metrics,
+    write_warnings,
+)
 from dist_lm.tracking.registry import UnknownMetricError
 
 
@@ -99,6 +106,15 @@ def test_follow_starts_again_with_a_file_that_was_replaced_or_cut(path: Path) ->
     os.truncate(path, 0)
     write(path, 7)
     assert [line["step"] for line in follower.poll()] == [7]
+
+
+def test_figures_that_arrive_late_are_no_newer_step(path: Path) -> None:
+    assert last_metrics(path) == {}
+    with MetricsWriter(path) as writer:
+        for step in (100, 400):
+            writer.write(step, {"train/loss": 1 / step}, at=10.0 * step)
+        writer.write(100, {"eval/own_python/pass@1": 0.5}, at=4001.0)
+    assert last_metrics(path) == {"step": 400, "time": 4000.0, "train/loss": 1 / 400, "eval/own_python/pass@1": 0.5}
 
 
 def test_warnings_come_once_in_one_line_and_errors_do_not(tmp_path: Path) -> None:
