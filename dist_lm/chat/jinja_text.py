@@ -1,6 +1,7 @@
 """A conversation as the text that a Jinja chat template makes of it, in a sandbox, as transformers renders it."""
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from datetime import date
@@ -9,16 +10,22 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+from jinja2 import nodes
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from dist_lm.chat import json_text
-from dist_lm.chat.jinja_sandbox import TAKEN, BoundedSandbox, Taken
 from dist_lm.chat.messages import Call, ChatError, Conversation, Json, Message, Tool, turn_name
 from dist_lm.tokenizer.tokenizer import KeptTemplate
 
 # a tag of transformers around what the assistant writes
 GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 WAY_OUT = "tokenizer.chat_template=ours lays conversations out as dist_lm does"
+MOST_STEPS = 1_000_000  # of a rendering; 1,000 turns that each look at all turns take as many
+LONGEST, LARGEST = 10_000_000, 10**30  # a repeated text or list, and a product
+MOST_DIGITS = 10_000  # base x exponent of a power: above the digits that it has
+STEPS = "steps taken"  # variable of a rendering that no template can name, as it has a space
 FAILURES = (
     *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError),
     *(ArithmeticError, RecursionError, MemoryError),
@@ -125,7 +132,7 @@ def rendered(kept: KeptTemplate, messages: Any, tools: Any, opening: bool) -> st
             documents=None,
             add_generation_prompt=opening,
             **dict(kept.special_tokens),
-            **{TAKEN: Taken()},
+            **{STEPS: [0]},
         )
     except FAILURES as error:
         reason = " ".join(str(error).split())
@@ -144,6 +151,44 @@ class _Namespace(Namespace):
         if name.startswith("_"):
             raise jinja2.exceptions.SecurityError(f"{name} is not a name of a namespace")
         super().__setitem__(name, value)
+
+
+@jinja2.pass_context
+def _step(context: Context, _: None) -> None:
+    """One more turn of a loop, or call of a macro."""
+    taken = context.parent[STEPS]
+    taken[0] += 1
+    if taken[0] > MOST_STEPS:
+        raise jinja2.exceptions.SecurityError(f"it takes more than {MOST_STEPS:,} turns of loops and calls")
+
+
+def _size(value: Any) -> float:
+    if isinstance(value, str | list | tuple):
+        return len(value)
+    return abs(value) if isinstance(value, int | float) else 1
+
+
+class _Bounded(ImmutableSandboxedEnvironment):
+    """A sandbox whose renderings end: it counts the turns of loops and the calls of macros, so that the same template
+    is refused on every machine, however busy that is."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        size = math.prod(_size(one) for one in (left, right))
+        repeats = any(isinstance(one, str | list | tuple) for one in (left, right))
+        if size > (LONGEST if repeats else LARGEST) or (operator == "**" and size > MOST_DIGITS):
+            raise jinja2.exceptions.SecurityError(f"{operator} makes a value that is too large")
+        return super().call_binop(context, operator, left, right)
+
+    def counted(self, source: str) -> nodes.Template:
+        """The template with a `_step` in each loop and macro, as a filter: the sandbox does not check those again."""
+        self.filters[STEPS] = _step
+        tree = self.parse(source)
+        for block in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+            step = nodes.ExprStmt(nodes.Filter(nodes.Const(None), STEPS, [], [], None, None))
+            block.body.insert(0, step.set_lineno(block.lineno).set_environment(self))
+        return tree
 
 
 @lru_cache(maxsize=8)
@@ -165,8 +210,8 @@ def _compiled(kept: KeptTemplate) -> jinja2.Template:
     ) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = BoundedSandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
-    environment.add_filter("tojson", tojson)
+    environment = _Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = tojson
     environment.globals |= {
         "raise_exception": raise_exception,
         "strftime_now": date.fromisoformat(kept.day).strftime,

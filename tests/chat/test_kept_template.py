@@ -172,84 +172,13 @@ def test_calls_of_our_form_are_read_and_others_are_refused_by_name(file: Path):
     ],
 )
 def test_a_template_that_would_never_end_is_refused(file: Path, monkeypatch, text: str, words: str):
-    monkeypatch.setattr("dist_lm.chat.jinja_sandbox.MOST_STEPS", 20_000)
+    monkeypatch.setattr("dist_lm.chat.jinja_text.MOST_STEPS", 20_000)
     with pytest.raises(ChatError, match=rf"refuses the conversation \(.*{words}.*chat_template=ours"):
         render(Conversation((Message("user", "a"), Message("assistant", "b"))), ours_with(file, text))
 
 
-DOUBLED = "{%% set n = namespace(x='a') %%}{%% for i in range(60) %%}%s{%% endfor %%}"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        DOUBLED % "{% set n.x = n.x + n.x %}",
-        DOUBLED % "{% set n.x = n.x ~ n.x %}",
-        DOUBLED % "{% set n.x = '%s%s' % (n.x, n.x) %}",
-        DOUBLED % "{% set n.x = '{0}{0}'.format(n.x) %}",
-        DOUBLED % "{% set n.x = [n.x, n.x] | join %}",
-        DOUBLED % "{% set n.x = ''.join([n.x, n.x]) %}",
-        DOUBLED % "{% set n.x = n.x | replace('a', 'aa') %}",
-        DOUBLED % "{% set n.x = n.x.replace('a', 'aa') %}",
-        "{{ ('a' * 1000000) | replace('a', 'b' * 1000000) }}",
-        "{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}",
-        "{{ ('%(a)s' * 1000000) % {'a': 'a' * 1000000} }}",
-        "{{ ('{0}' * 1000000).format('a' * 1000000) }}",
-        DOUBLED % "{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}",
-        DOUBLED % "{% set n.x = [n.x, n.x] %}" + "{{ n.x }}",
-        DOUBLED % "{% set n.x = [n.x, n.x] %}" + "{{ n.x | string }}",
-        DOUBLED % "{% set n.x = [n.x, n.x] %}" + "{{ n.x ~ '' }}",
-        DOUBLED % "{% set n.x = (n.x | tojson) + (n.x | tojson) %}",
-        "{% macro f(x) %}{{ x }}{{ x }}{% endmacro %}" + DOUBLED % "{% set n.x = f(n.x) %}",
-        "{{ '%01000000000000d' % 1 }}",
-        "{{ '%*d' % (1000000000000, 1) }}",
-        "{{ '%1000000000000s' | format('a') }}",
-        "{{ '{:1000000000000}'.format(1) }}",
-        "{{ '{:{w}}'.format(1, w='1000000000000') }}",
-        "{{ 'a' | center(1000000000000) }}",
-        "{{ ['a'] | map('center', 1000000000000) | join }}",
-        "{{ 'a'.ljust(1000000000000) }}",
-        "{{ 'a'.zfill(1000000000000) }}",
-        "{{ '\t'.expandtabs(1000000000000) }}",
-        "{{ 'a\nb' | indent(1000000000000) }}",
-        "{{ [1] | tojson(indent=1000000000000) }}",
-        "{{ ['a'] | batch(1000000000000, 'a') | list }}",
-        "{{ [1] | slice(1000000000000) | list }}",
-        "{{ (['a'] * 1000000) | join('a' * 1000000) }}",
-        "{{ ('a' * 1000000).join(['a'] * 1000000) }}",
-        "{{ ('abc' * 90).join((['a'] * 90000) | map('upper')) }}",
-        "{{ (['a' * 9000] * 9000) | map('upper') | join }}",
-        "{% set x = 'a' * 9000000 %}{% for i in range(9999) %}{{ x }}{% endfor %}",
-        "{{ lipsum(n=99999) }}",
-    ],
-)
-def test_a_template_that_would_fill_the_memory_is_refused(file: Path, text: str):
-    with pytest.raises(ChatError, match=r"refuses the conversation \((.*too large|it writes more|'lipsum')"):
-        render(Conversation((Message("user", "a"), Message("assistant", "b"))), ours_with(file, text))
-
-
-@pytest.mark.parametrize(
-    ("text", "written"),
-    [
-        ("{{ 'a' ~ 1 ~ ['b'] ~ none ~ missing }}", "a1['b']None"),
-        ("{{ '%05d|%-4s|%.3f' % (7, 'a', 0.5) }}", "00007|a   |0.500"),
-        ("{{ 'Note: {0} {{}} {1:>4}'.format('a', 2) }}", "Note: a {}    2"),
-        ("{{ 'a' | center(5) }}{{ 'b'.rjust(3) }}", "  a    b"),
-        ("{{ {'a': [1]} | tojson(indent=2) }}", '{\n  "a": [\n    1\n  ]\n}'),
-        ("{{ messages | map(attribute='role') | join(', ') }}", "user, assistant"),
-        ("{{ 'a-b' | replace('-', '+') }}{{ 'a-b'.replace('-', '+') }}", "a+ba+b"),
-        ("{{ [1] + [2] }}{{ 1 + 2 }}{{ 7 % 4 }}", "[1, 2]33"),
-        ("{% set x %}{{ 'a' }}b{% endset %}{{ x | upper }}{{ missing }}{{ missing | default(10**9) }}", "AB1000000000"),
-        ("{% filter upper %}a{% endfilter %}{{ 'a b c' | truncate(3, true, '', 0) | wordcount }}", "A2"),
-    ],
-)
-def test_what_small_values_become_is_what_jinja_makes_of_them(text: str, written: str):
-    messages = messages_of((Message("user", "a"), Message("assistant", "b")))
-    assert rendered(KeptTemplate(text, (), DAY), messages, None, False) == written
-
-
 def test_each_rendering_has_steps_of_its_own_and_templates_may_multiply(file: Path, monkeypatch):
-    monkeypatch.setattr("dist_lm.chat.jinja_sandbox.MOST_STEPS", 20)
+    monkeypatch.setattr("dist_lm.chat.jinja_text.MOST_STEPS", 20)
     text = "{{ '-' * 3 }}{{ 2**3 * 7 }}{% for i in range(8) %}{% endfor %}" + ADDS_SYSTEM
     conversation = Conversation((Message("user", "a"), Message("assistant", "b")))
     for _ in range(3):
