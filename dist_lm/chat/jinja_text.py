@@ -170,7 +170,7 @@ def _size(value: Any) -> float:
 
 class _Bounded(ImmutableSandboxedEnvironment):
     """A sandbox whose renderings end: it counts the turns of loops and the calls of macros, so that the same template
-    is refused on every machine, however busy that is."""
+    is refused on every machine, however busy that is. Memory is bounded for products and powers only."""
 
     intercepted_binops = frozenset(("*", "**"))
 
