@@ -1,5 +1,7 @@
 """wandb's login: whether runs are sent, and the environment of wandb's processes."""
 
+import configparser
+import logging
 import netrc
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +11,7 @@ from dist_lm.config.tracking import TrackingConfig
 from dist_lm.errors import ConfigError
 from dist_lm.tracking.redact import without_secrets
 
+log = logging.getLogger(__name__)
 LOGIN = ("WANDB_API_KEY", "WANDB_BASE_URL")
 # these would override the identity and the folder of the run
 OURS = ("WANDB_MODE", "WANDB_RESUME", "WANDB_RUN_ID", "WANDB_DIR", "WANDB_NAME", "WANDB_RUN_GROUP", "WANDB_SERVICE")
@@ -46,15 +49,42 @@ def wandb_environment(environ: Mapping[str, str], online: bool) -> dict[str, str
 
 
 def base_url(environ: Mapping[str, str]) -> str:
-    """The address of wandb's server."""
-    return environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    """The address of wandb's server: WANDB_BASE_URL, else that of `wandb login --host`, else wandb's own."""
+    return environ.get("WANDB_BASE_URL") or _saved_base_url(environ) or "https://api.wandb.ai"
+
+
+def _saved_base_url(environ: Mapping[str, str]) -> str:
+    """The address in the settings file of the user's account, where `wandb login --host` writes it; empty without."""
+    folder = Path(environ.get("WANDB_CONFIG_DIR") or _home(environ) / ".config" / "wandb")
+    file = folder.expanduser() / "settings"
+    settings = configparser.ConfigParser()
+    try:
+        settings.read_string(file.read_text(encoding="utf-8"))
+        return settings.get("default", "base_url", fallback="")
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except (OSError, UnicodeDecodeError, configparser.Error) as error:  # wandb takes such a file for an empty one
+        _warn(file, error)
+        return ""
 
 
 def _netrc_login(environ: Mapping[str, str]) -> bool:
-    file = Path(environ.get("NETRC") or Path(environ.get("HOME") or Path.home()) / ".netrc")
-    if not file.is_file():
-        return False
+    file = Path(environ.get("NETRC") or _home(environ) / ".netrc").expanduser()
+    host = urlparse(base_url(environ)).netloc  # with the port: `wandb login` writes it so
     try:
-        return netrc.netrc(str(file)).authenticators(urlparse(base_url(environ)).hostname or "") is not None
-    except netrc.NetrcParseError:
-        return False  # wandb cannot read it either
+        login = netrc.netrc(str(file)).authenticators(host)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, UnicodeDecodeError, netrc.NetrcParseError) as error:  # wandb cannot read it either
+        _warn(file, error)
+        return False
+    return login is not None and bool(login[2])
+
+
+def _home(environ: Mapping[str, str]) -> Path:
+    return Path(environ.get("HOME") or Path.home())
+
+
+def _warn(file: Path, error: Exception) -> None:
+    """Name the file and the kind of error; its text may quote a secret of the file."""
+    log.warning("%s cannot be read (%s), so wandb does without it", file, type(error).__name__)

@@ -20,7 +20,7 @@ from dist_lm.storage.process import is_alive
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.alerts import Alert
 from dist_lm.tracking.console import Console
-from dist_lm.tracking.wandb_login import wandb_environment, wandb_mode
+from dist_lm.tracking.wandb_login import base_url, wandb_environment, wandb_mode
 from dist_lm.tracking.wandb_process import CHARACTERS, ENDED, RECORDED, ROWS, last_step, logs_of, rows_of, table_of
 from dist_lm.tracking.wandb_run import WandbRun
 from tests.tracking.wandb_server import WandbServer
@@ -290,6 +290,49 @@ def test_the_mode_follows_the_login_and_never_asks(tmp_path: Path) -> None:
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
     assert wandb_mode(auto, nobody) == wandb_mode(online, nobody) == "online"
     assert wandb_mode(auto, nobody | {"WANDB_BASE_URL": "https://wandb.example.org"}) == "offline"
+
+
+def test_the_login_at_a_server_of_ones_own_is_the_one_that_wandb_stores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from wandb.sdk.lib.settings_file import SettingsFiles
+    from wandb.sdk.lib.wbauth.wbnetrc import write_netrc_auth
+
+    address, nobody = "http://localhost:8080", {"HOME": str(tmp_path)}
+    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    write_netrc_auth(host=address, api_key="0" * 40)
+    online = TrackingConfig(name="wandb", mode="online")
+    assert wandb_mode(online, nobody | {"WANDB_BASE_URL": address}) == "online"
+    with pytest.raises(ConfigError):  # it is no login at wandb's own server
+        wandb_mode(online, nobody)
+
+    # what `wandb login --host` writes besides
+    global_settings = tmp_path / ".config" / "wandb" / "settings"
+    settings = SettingsFiles(global_settings=global_settings, local_settings=tmp_path / "absent")
+    settings.set("base_url", address, globally=True)
+    settings.save()
+    assert base_url(nobody) == address
+    assert wandb_mode(online, nobody) == "online"
+    assert base_url(nobody | {"WANDB_BASE_URL": "https://other.example.org"}) == "https://other.example.org"
+    assert base_url({"HOME": "/absent", "WANDB_CONFIG_DIR": str(global_settings.parent)}) == address
+
+
+def test_files_that_cannot_be_read_are_named_and_do_not_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings, login = tmp_path / ".config" / "wandb" / "settings", tmp_path / ".netrc"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("base_url = sesame\n")  # no section
+    login.mkdir()
+    assert wandb_mode(TrackingConfig(name="wandb"), {"HOME": str(tmp_path)}) == "offline"
+    login.rmdir()
+    login.write_text("machine api.wandb.ai sesame\n")
+    assert wandb_mode(TrackingConfig(name="wandb"), {"HOME": str(tmp_path)}) == "offline"
+    said = caplog.text
+    assert f"{settings} cannot be read (MissingSectionHeaderError)" in said
+    assert f"{login} cannot be read (IsADirectoryError)" in said
+    assert f"{login} cannot be read (NetrcParseError)" in said
+    assert "sesame" not in said
 
 
 def test_the_process_gets_the_login_alone_and_only_to_send() -> None:
