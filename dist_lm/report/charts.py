@@ -176,34 +176,41 @@ def charts_of(stages: Mapping[str, Sequence[RunFacts]], runs: Sequence[RunFacts]
 
 
 def _stage(stage: str, runs: Sequence[RunFacts], place: Mapping[int, int], most: int) -> StageCharts:
-    names = dict.fromkeys(name for run in runs for name in run.series)
-    together: dict[str, list[str]] = {}
-    for name in names:
-        together.setdefault(name if len(runs) > 1 else family(known(name)), []).append(name)
-    charts = []
-    for title, members in together.items():
-        members.sort(key=lambda name: (name != title, name))
-        metric = known(members[0])
-        lines = [
-            Line(place[id(run)], _label(run, title, name, runs), colour, curve_of(run.series[name], most))
-            for colour, (run, name) in enumerate((run, name) for run in runs for name in members if name in run.series)
-        ]
-        if len(lines) == 2 and len(runs) == 1 and same(lines[0].curve, lines[1].curve):  # the part is the whole
-            lines = lines[:1]
-        if len(runs) > 1:  # a run has the same colour in every chart
-            order = {place[id(run)]: colour for colour, run in enumerate(runs)}
-            lines = [replace(line, colour=order[line.run]) for line in lines]
-        charts.append(Chart(title, metric, tuple(lines)))
-    charts = [chart for chart in charts if chart.drawable]
-    still = tuple(chart for chart in charts if not chart.moves)
-    charts = [chart for chart in charts if chart.moves]
-    chosen = [chart for name in HEADLINES for chart in charts if chart.name == name][:SHOWN_FIRST]
-    first = tuple(chosen or charts[:SHOWN_FIRST])
+    charts = [_chart(title, names, runs, place, most) for title, names in _titles(runs).items()]
+    still = tuple(chart for chart in charts if chart.drawable and not chart.moves)
+    moving = [chart for chart in charts if chart.drawable and chart.moves]
+    headlines = [chart for name in HEADLINES for chart in moving if chart.name == name]
+    first = tuple((headlines or moving)[:SHOWN_FIRST])
     groups: dict[str, list[Chart]] = {}
-    for chart in charts:
+    for chart in moving:
         if chart not in first:
             groups.setdefault(chart.metric.group, []).append(chart)
     return StageCharts(stage, first, {group: tuple(members) for group, members in groups.items()}, still)
+
+
+def _titles(runs: Sequence[RunFacts]) -> dict[str, list[str]]:
+    """The metrics of each chart: a family of one run, or one metric of several runs."""
+    found: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for run in runs for name in run.series):
+        found.setdefault(name if len(runs) > 1 else family(known(name)), []).append(name)
+    return {title: sorted(names, key=lambda name: (name != title, name)) for title, names in found.items()}
+
+
+def _chart(title: str, names: Sequence[str], runs: Sequence[RunFacts], place: Mapping[int, int], most: int) -> Chart:
+    """The curves of `names`. Several runs have their colours, the same ones in every chart."""
+    several = len(runs) > 1
+    found = [(number, run, name) for number, run in enumerate(runs) for name in names if name in run.series]
+    lines = tuple(
+        Line(
+            place[id(run)],
+            run.label if several else name.removeprefix(title).lstrip("_/") or "all",
+            number if several else count,
+            curve_of(run.series[name], most),
+        )
+        for count, (number, run, name) in enumerate(found)
+    )
+    the_part_is_the_whole = not several and len(lines) == 2 and same(lines[0].curve, lines[1].curve)
+    return Chart(title, known(names[0]), lines[:1] if the_part_is_the_whole else lines)
 
 
 def same(one: Curve, other: Curve) -> bool:
@@ -216,12 +223,6 @@ def same(one: Curve, other: Curve) -> bool:
 def family(metric: Metric) -> str:
     """The chart of a metric: `val/loss_{corpus}` shares that of `val/loss`."""
     return metric.name.partition("{")[0].rstrip("_/") if metric.slot else metric.name
-
-
-def _label(run: RunFacts, title: str, name: str, runs: Sequence[RunFacts]) -> str:
-    if len(runs) > 1:
-        return run.label
-    return name.removeprefix(title).lstrip("_/") or "all"
 
 
 @dataclass(frozen=True)
