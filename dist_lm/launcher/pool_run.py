@@ -225,7 +225,7 @@ class PoolWatch:
         self._last = now
         self._writer.write(now.prompts, line)
         if self._wandb:
-            self._wandb.line({"step": now.prompts} | line)
+            self._wandb.line({"step": now.prompts} | line, of_this_attempt=True)
             self._wandb.look({})
 
     def _now(self) -> Mark:
