@@ -28,11 +28,16 @@ def program(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
+def outside() -> dict[str, str]:
+    """The environment of a person: the scripts that run these tests have set variables that the script reads."""
+    ours = ("DIST_LM_VENV", "DIST_LM_EXTRAS", "PYTHON")
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
 def source(checkout: Path, **environ: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", "-c", '. "$0/launch/env.sh" && command -v python && echo "$PYTHONPATH"', str(checkout)]
-    outside = {name: value for name, value in os.environ.items() if name not in ("DIST_LM_VENV", "PYTHON")}
     return subprocess.run(
-        command, env=outside | {"PIP_NO_INDEX": "1"} | environ, capture_output=True, text=True, timeout=240
+        command, env=outside() | {"PIP_NO_INDEX": "1"} | environ, capture_output=True, text=True, timeout=240
     )
 
 
@@ -59,9 +64,8 @@ def test_it_can_be_run_by_itself(checkout, tmp_path):
     python = f'case "$*" in *" install "*) echo done >"{tmp_path}/installed";; *hashlib*) echo x;; esac'
     program(checkout / ".venv/bin/python", python)
     (checkout / ".venv/bin/activate").touch()
-    outside = {name: value for name, value in os.environ.items() if name != "DIST_LM_VENV"}
     command = ["bash", "launch/env.sh"]
-    done = subprocess.run(command, cwd=checkout, env=outside, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=checkout, env=outside(), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "installed").exists()
     assert (checkout / ".venv/.dist_lm").exists()
