@@ -51,15 +51,7 @@ RATIO_OF = {"rloo": "completion", "gspo": "mean"}
 VALUE_RATE = 3  # the critic's learning rate / the policy's
 VALUE_HEADS = ("zero", "reward_model")
 KL_ESTIMATES = ("k1", "k2", "k3")
-REWARD_READS: Mapping[str, tuple[str, ...]] = {
-    "reward_model": (),
-    "length": ("target",),
-    "parses": ("language", "of"),
-    "function": ("function", "timeout_s"),
-    "tests": ("score", "cpu_s", "wall_s", "workers"),
-}
-"""kind of a part of the reward -> the keys that it reads beside kind and weight."""
-REWARD_KINDS = tuple(REWARD_READS)
+REWARD_KINDS = ("reward_model", "length", "parses", "function", "tests")
 TEST_SCORES = ("share", "all")
 PARSED_LANGUAGES = ("python", "bash", "sql")
 DISJOINT, SHARED = "disjoint", "shared"
@@ -86,18 +78,6 @@ class RewardPartConfig:
     cpu_s: float = 0.5  # tests: limit of a completion's tests together
     wall_s: float = 4.0  # tests: the same by the clock
     workers: int = 0  # tests: programs at once on a node; 0: one for each of its cores
-
-    @property
-    def unread(self) -> dict[str, str]:
-        """The keys that this kind does not read, with the kind that does."""
-        return {key: kind for kind, keys in REWARD_READS.items() if kind != self.kind for key in keys}
-
-    def check_unread(self, key: str) -> None:
-        """Refuse values for keys of another kind; `key` is the config key of this part."""
-        for name, kind in self.unread.items():
-            default = getattr(RewardPartConfig, name)
-            accepted = f"{default or repr(default)}: {key}.kind={self.kind} does not read it (read by {kind})"
-            require(getattr(self, name) == default, f"{key}.{name}", getattr(self, name), accepted)
 
     def check(self, key: str) -> None:
         """Refuse values out of bounds; `key` is the config key of this part."""

@@ -205,16 +205,9 @@ class Rlhf(TrainingStage):
             built.add("reward")
         return tuple(name for name in self.needs if name in built or name == self.starts_from)
 
-    def free_in(self, config: Config) -> tuple[str, ...]:
-        rewards = rlhf_config(config).rlhf.rewards  # keys of another kind had no effect in older runs
-        return (
-            *self.free_keys,
-            *(f"rlhf.rewards.{name}.{key}" for name, part in rewards.items() for key in part.unread),
-        )
-
     def check(self, config: Config) -> None:
-        """Refuse keys of `stage` that only other stages read, keys of a reward of another kind, and prompts of a corpus
-        of texts, which have no turn to answer."""
+        """Refuse keys of `stage` that only other stages read, and prompts of a corpus of texts, which have no turn to
+        answer."""
         for key, only in (("schedule", COSINE), ("branch_from", ""), ("ema_decay", 0)):
             given = getattr(config.stage, key)
             require(given == only, f"stage.{key}", given, f"{only or 'nothing'}: only stages of training steps take it")
@@ -224,8 +217,6 @@ class Rlhf(TrainingStage):
             if given != getattr(default, key):
                 way_out = f"give {own} in its place" if own else "leave it out"
                 raise ConfigError(f"stage.{key}={given}: stage rlhf reads rlhf.*, such as rlhf.lr: {way_out}")
-        for name, part in rlhf_config(config).rlhf.rewards.items():
-            part.check_unread(f"rlhf.rewards.{name}")
         prompted = [name for name in config.corpus.corpora if form_of(config.corpus, name) != "text"]
         if not rlhf_config(config).rlhf.prompts_from and config.stage.corpus not in prompted:
             raise ConfigError(

@@ -156,10 +156,6 @@ class TrainingStage(Stage):
         """
         return config
 
-    def free_in(self, config: Config) -> tuple[str, ...]:
-        """The keys that may differ from those of a begun run (`differing_keys`)."""
-        return self.free_keys
-
     def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
         run, given = run_of(config), config.stage.init_from
         done = json.loads(run.result.read_text(encoding="utf-8"))["steps"] if run.result.exists() else 0
@@ -170,9 +166,7 @@ class TrainingStage(Stage):
             keys = "" if is_target or not finished else "model."
             old = load_config(run.config)
             prefix = "stage." if is_target else f"stages.{self.name}."
-            conflicts = [
-                one.replace("stage.", prefix, 1) for one in differing_keys(old, config, keys, self.free_in(config))
-            ]
+            conflicts = [one.replace("stage.", prefix, 1) for one in differing_keys(old, config, keys, self.free_keys)]
             schedule = tuple(key.replace("stage.", prefix) for key in self.schedule_keys)
             if any(conflict.startswith(schedule) for conflict in conflicts):
                 from dist_lm.stages.continuing import without_schedule

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from dist_lm.config.root import save_config
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.launcher.compose import compose_config, overrides_of
 from dist_lm.stages.registry import load_config, stage_named
@@ -263,36 +262,6 @@ def test_a_run_that_was_begun_with_a_key_that_nothing_read_goes_on():
     before = replace(config := compose_config(["stage=rlhf", *TINY]), stage=replace(config.stage, dropout=0.1))
     assert differing_keys(before, config, "", FREE_KEYS) != []
     assert differing_keys(before, config, "", STAGE.free_keys) == []
-
-
-@pytest.mark.parametrize(
-    ("part", "message"),
-    [
-        (
-            "kind: reward_model, target: 50",
-            r"x\.target=50: expected 0: rlhf\.rewards\.x\.kind=reward_model .*by length\)",
-        ),
-        ("kind: length, target: 9, cpu_s: -3", r"x\.cpu_s=-3\.0: expected 0\.5: .*kind=length .*\(read by tests\)"),
-        ("kind: length, target: 9, function: a:b", r"x\.function=a:b: expected '': .*\(read by function\)"),
-    ],
-)
-def test_keys_of_a_reward_of_another_kind_are_refused(part, message):
-    with pytest.raises(ConfigError, match=rf"^rlhf\.rewards\.{message}"):
-        STAGE.check(compose_config(["stage=rlhf", f"rlhf.rewards={{x: {{{part}}}}}"]))
-
-
-def test_a_run_that_was_begun_with_a_key_of_another_kind_of_reward_goes_on(work):
-    mine = (*IN_256, *RULES_ONLY)
-    began = plan_of(work, *mine, target="rlhf").stages[-1].config
-    run = make_run(work, "rlhf", *mine, checkpoint=True)
-    size = began.rlhf.rewards["size"]
-    unread = replace(began, rlhf=replace(began.rlhf, rewards={"size": replace(size, cpu_s=9.0, language="sql")}))
-    save_config(unread, run.config)
-    assert plan_of(work, *mine, target="rlhf").target.action is Action.RESUME
-    read = replace(began, rlhf=replace(began.rlhf, rewards={"size": replace(size, target=8)}))
-    save_config(read, run.config)
-    with pytest.raises(ConfigError, match=r"rlhf\.rewards\.size\.target=9 \(was 8\)"):
-        plan_of(work, *mine, target="rlhf")
 
 
 @pytest.mark.parametrize("key", ["label_smoothing", "z_loss"])
