@@ -7,8 +7,8 @@ RAY_AUTH_TOKEN_PATH names the token file (mode 0600). TERM and INT stop the node
 --stop-file, which the head removes once it knows whether Ray is well. If Ray dies on a worker, the worker joins again
 as long as the head answers.
 
-Exit codes: 0 stopped while Ray was well; 1 Ray died or the head is gone; 2 an error that the user can
-correct, printed in one line.
+Exit codes: 0 stopped while Ray was well; 1 Ray died or the head is gone; 2 an error that the user can correct, printed
+in one line.
 
 A third form, `private IP`, is internal: the head of `cluster=local`.
 """

@@ -21,7 +21,7 @@ def actions(plan):
 
 
 def make_run(work, stage, *overrides, done=False, checkpoint=False):
-    config = composed(overrides_of(stage, stage, [f"stage={stage}", *TINY, f"work_dir={work.path}", *overrides]))
+    config = composed([f"stage={stage}", *TINY, f"work_dir={work.path}", *overrides])
     run = work.run(stage, config.run_id)
     run.create()
     plan = plan_of(work, *overrides, target=stage)
