@@ -37,7 +37,7 @@ def lm_eval(
     samples: Annotated[Path | None, typer.Option(help="Write a JSON object a document to this file.")] = None,
     tokenizer: TokenizerPath = None,
     device: DeviceName = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: bfloat16 on a GPU.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto: bfloat16 on a GPU that has it.")] = "auto",
     confirm_run_unsafe_code: Annotated[
         bool, typer.Option("--confirm_run_unsafe_code", help="Refused: generated code runs in the sandbox alone.")
     ] = False,
