@@ -25,6 +25,7 @@ from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import FORMAT, Tokenizer
 from dist_lm.tokenizer.train import train_tokenizer
+from tests.cpu_times import CpuTimes
 
 # two threads on two shared cores cost several times the time of one; processes that tests start inherit this
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -49,6 +50,17 @@ TINY = (
     "tracking=none",
     "device=cpu",
 )
+
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu-times", metavar="FILE", help="append the CPU seconds of each test and its processes to FILE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("--cpu-times"):
+        config.pluginmanager.register(CpuTimes(Path(path)))
+
 
 TOOL = Tool("to", "d", {"type": "object", "properties": {"x": {"type": "integer"}}})
 
