@@ -52,9 +52,8 @@ TINY = (
 )
 
 
-
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cpu-times", metavar="FILE", help="append the CPU seconds of each test and its processes to FILE")
+    parser.addoption("--cpu-times", metavar="FILE", help="append the CPU seconds of each test, with its processes")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,8 +1,8 @@
-"""`--cpu-times FILE`: CPU seconds of each test and its processes, the dearest first.
+"""`--cpu-times FILE` appends the CPU seconds of each test, its processes included: `sort -rn FILE` shows the dearest.
 
-Wall clock ranks tests by what else the machine does; CPU time does not. Counted are pytest, what it waited for, and every
-process alive that inherited the mark in its environment, so daemons of a Ray count too. What an orphan burnt is lost if
-it ends before the test does.
+Wall clock depends on what else the machine does; CPU time hardly does. It sums up pytest, the processes that it waited
+for, and living processes that inherited the mark in their environment, so that daemons of a Ray count too. The time of
+an orphan that ends before the test does is lost.
 """
 
 import os

@@ -48,6 +48,7 @@ class Group:
     rows: torch.Tensor | None  # the same on the device, int64; None: all rows
     bounded: bool  # the candidates of every row include all that its top-k keeps, and one more
     candidates: int  # number of candidates (V or more: sort the row), or GREEDY or UNFILTERED
+    # filters compute in fp64: fp32 sums over a large vocabulary err by more than the probability of a token at the border
     temperature_B1: torch.Tensor
     top_k_B1: torch.Tensor  # int64; ALL if off
     top_p_B1: torch.Tensor
@@ -66,9 +67,9 @@ def group_rows(params: Sequence[SamplingParams], device: torch.device) -> list[G
         device,
         torch.tensor(order),
         torch.tensor([one.top_k or ALL for one in own]),
-        torch.tensor([max(one.temperature, COLDEST) for one in own], dtype=torch.float32),
-        torch.tensor([one.top_p for one in own], dtype=torch.float32),
-        torch.tensor([math.log(one.min_p) if one.min_p else -math.inf for one in own], dtype=torch.float32),
+        torch.tensor([max(one.temperature, COLDEST) for one in own], dtype=torch.float64),
+        torch.tensor([one.top_p for one in own], dtype=torch.float64),
+        torch.tensor([math.log(one.min_p) if one.min_p else -math.inf for one in own], dtype=torch.float64),
     )
     by_group = zip(*(column.split([len(rows) for rows in members.values()]) for column in columns), strict=True)
     return [
@@ -211,10 +212,9 @@ def _draw(
         token_B = logits_BV.argmax(dim=-1)
         kept = token_B[:, None], ~clear_B[:, None]
         return token_B, torch.zeros(len(logits_BV), device=logits_BV.device), clear_B, kept
-    x_BV = logits_BV / group.temperature_B1
     if group.candidates == UNFILTERED:
-        return *_draw_unfiltered(x_BV, uniform_B), clear_B, None
-    x_BV = filtered(x_BV, group)
+        return *_draw_unfiltered(logits_BV / group.temperature_B1.float(), uniform_B), clear_B, None
+    x_BV = filtered(logits_BV / group.temperature_B1, group)
     id_BV = torch.arange(x_BV.shape[-1], device=x_BV.device).expand_as(x_BV)
     return *_draw_unfiltered(x_BV, uniform_B), clear_B, (id_BV, x_BV > -math.inf)
 

@@ -89,6 +89,19 @@ def test_the_sets_are_those_of_the_definition_in_a_mixed_batch_too(vocab):
         assert token in expected
 
 
+@pytest.mark.parametrize("n_before", [3, 60, 1000, 3905, 7000])
+def test_a_token_at_the_border_of_top_p_is_kept_by_its_exact_probability(n_before):
+    """The border is 1e-10 away from a cumulative probability; fp32 sums err by 1e-6, each kind of CPU in its own way."""
+    vocab = 8192
+    x = logits(1, vocab)
+    p, order = x[0].double().softmax(-1).sort(descending=True, stable=True)
+    border = float(p[:n_before].sum())
+    for top_p, n_kept in ((border - 1e-10, n_before), (border + 1e-10, n_before + 1)):
+        params = [SamplingParams(top_p=top_p)]
+        choice = sample(x, group_rows(params, CPU), torch.full((1,), 0.5, dtype=torch.float64), keep_sets=True)
+        assert choice.sets == [packed(order[:n_kept].sort().values.numpy(), vocab)]
+
+
 def test_the_log_probability_of_the_model_is_given_too():
     x = logits(8, 300)
     for params in (*PARAMS, SamplingParams(temperature=0)):
