@@ -68,7 +68,7 @@ def data_new(
     from rich.console import Console
 
     from dist_lm.data.new import new_corpus
-    from dist_lm.launcher.conf_folders import choices
+    from dist_lm.prepare.conf_folders import choices
 
     new_corpus(places, out, Console(), sample_bytes=sample << 20, force=force, taken=choices("corpus"))
 
@@ -118,8 +118,8 @@ def export(
     push: Annotated[str | None, typer.Option(help="Id of a repository on the hub to upload the folder to.")] = None,
 ) -> None:
     """Write a model as a folder for transformers, vLLM or llama.cpp, with tokenizer and card (docs/in_and_out.md)."""
-    from dist_lm.stages.export import export
-    from dist_lm.stages.hf_export import check_repository, push_folder
+    from dist_lm.stages.exporting.files import export
+    from dist_lm.stages.exporting.stage import check_repository, push_folder
 
     if push:
         check_repository("--push", push)
@@ -138,7 +138,7 @@ def import_model(
     work_dir: Annotated[Path, typer.Option(help="The work_dir of the launches that start from it.")] = Path("work"),
 ) -> None:
     """Write a model of transformers or llama.cpp as a run that stages start from (docs/in_and_out.md)."""
-    from dist_lm.stages.importing import import_model
+    from dist_lm.stages.importing.snapshot import import_model
     from dist_lm.storage.run_directory import WorkDirectory
 
     run = import_model(source, name, WorkDirectory(work_dir)).path
@@ -178,7 +178,7 @@ def cluster_status(
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Print stages, step, throughput, nodes, ranks, restarts and last error of a running or finished command."""
-    from dist_lm.cluster.status import as_json, read_status
+    from dist_lm.verbs.cluster_status import as_json, read_status
 
     status = read_status(work_dir, run_id)
     if json:
@@ -186,7 +186,7 @@ def cluster_status(
         return
     from rich.console import Console
 
-    from dist_lm.cluster.status import print_status
+    from dist_lm.verbs.cluster_status import print_status
 
     print_status(status, Console())
 

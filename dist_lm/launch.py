@@ -18,7 +18,8 @@ from dist_lm.cluster.node_facts import local_gpus
 from dist_lm.cluster.ray_cluster import Node
 from dist_lm.config.root import Config
 from dist_lm.errors import ArtefactError, ConfigError, UserError, require
-from dist_lm.launcher.compose import (
+from dist_lm.launcher.process import disk_trouble, run_program
+from dist_lm.prepare.compose import (
     compose_config,
     default_stage,
     for_hydra,
@@ -26,9 +27,8 @@ from dist_lm.launcher.compose import (
     register_schema,
     target_stage,
 )
-from dist_lm.launcher.conf_folders import KEY, conf_directory, search_path, with_config_dir
-from dist_lm.launcher.plan import Plan, PlannedStage, make_plan, may_need, untraced
-from dist_lm.launcher.process import disk_trouble, run_program
+from dist_lm.prepare.conf_folders import KEY, conf_directory, search_path, with_config_dir
+from dist_lm.prepare.plan import Plan, PlannedStage, make_plan, may_need, untraced
 from dist_lm.stages.registry import stage_named
 from dist_lm.stages.stage import Place
 from dist_lm.storage.process import cores
@@ -98,7 +98,7 @@ def show_configuration(arguments: list[str]) -> None:
 
 def run_command(overrides: Sequence[str], console: Console) -> int:
     """Plan what `overrides` ask for, show the plan, and carry it out. Returns the exit code."""
-    from dist_lm.launcher.layout_choice import with_begun_runs
+    from dist_lm.prepare.layout_choice import with_begun_runs
 
     target = target_stage(overrides)
     check_stage_prefixes(overrides, target)
@@ -126,7 +126,7 @@ def check_layouts(plan: Plan, dry_run: bool) -> None:
     Raises:
         ConfigError: names the key and what would fit.
     """
-    from dist_lm.launcher.layout_choice import with_layout
+    from dist_lm.prepare.layout_choice import with_layout
 
     for stage in plan.stages if dry_run else plan.missing:
         if stage.stage.place is Place.RANKS and (dry_run or stage.config.cluster.name == "local"):
@@ -176,8 +176,8 @@ def check_and_describe(plan: Plan, console: Console) -> None:
     """The dry run: what a step of every training stage holds, sends and takes, played without values."""
     from dist_lm.dry_run.iterations import memory_rows
     from dist_lm.dry_run.play import play_ranks, rows, summary
-    from dist_lm.launcher.layout_choice import on_nodes_of, with_layout
     from dist_lm.parallel.layout import resolve_layout
+    from dist_lm.prepare.layout_choice import on_nodes_of, with_layout
 
     for stage in plan.stages:
         if stage.stage.place is not Place.RANKS:

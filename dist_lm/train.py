@@ -7,7 +7,6 @@ but without `result.json`.
 
 import errno
 import faulthandler
-import importlib
 import logging
 import os
 import signal
@@ -23,7 +22,7 @@ from dist_lm.cluster.heartbeat import own_heartbeat
 from dist_lm.cluster.node_facts import host_name
 from dist_lm.errors import UserError
 from dist_lm.stages.registry import load_config
-from dist_lm.stages.training import training_stage
+from dist_lm.stages.training.stage import training_stage
 from dist_lm.storage import durable
 from dist_lm.storage.process import die_with_parent
 from dist_lm.storage.run_directory import RunDirectory
@@ -48,12 +47,10 @@ def main() -> None:
     faulthandler.register(STACKS_SIGNAL)  # works in a collective that never returns, too
     stop = stop_on_signals()
     try:
-        program = importlib.import_module(
-            training_stage(load_config(run.config).stage.name).program
-        )  # torch and other heavy packages
+        stage = training_stage(load_config(run.config).stage.name)
         several = int(os.environ["WORLD_SIZE"]) > 1  # a single rank waits for no other
         with collectives_served(os.environ) if several else nullcontext():
-            program.run_rank(run, stop, own_heartbeat(os.environ))
+            stage.run_rank(run, stop, own_heartbeat(os.environ))
     except BaseException as error:
         try:
             log.error("%s", error if is_for_the_user(error, run) else traceback.format_exc())

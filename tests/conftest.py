@@ -19,7 +19,7 @@ from dist_lm.config.corpus import TokenizerConfig
 from dist_lm.config.root import Config
 from dist_lm.data.shard_writer import CorpusWriter
 from dist_lm.document import Document
-from dist_lm.launcher.compose import compose_config
+from dist_lm.prepare.compose import compose_config
 from dist_lm.stages.shards import digest, recipe_of, text_fingerprint
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory

@@ -27,11 +27,11 @@ from dist_lm.config.root import Config, save_config
 from dist_lm.generation.request import Answer
 from dist_lm.gpu_check import results
 from dist_lm.launch import check_stage_prefixes, ranks_planned
-from dist_lm.launcher.compose import choices, compose_config, overrides_of, target_stage
-from dist_lm.launcher.layout_choice import with_layout
-from dist_lm.launcher.plan import may_need
+from dist_lm.prepare.compose import choices, compose_config, overrides_of, target_stage
+from dist_lm.prepare.layout_choice import with_layout
+from dist_lm.prepare.plan import may_need
 from dist_lm.stages.registry import stage_named
-from dist_lm.stages.training import TrainingStage
+from dist_lm.stages.training.stage import TrainingStage
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.metrics_page import page as metrics_page
 from tests.conftest import TINY

@@ -16,11 +16,13 @@ PACKAGES = (
     ("demo",),  # named from conf by import path
     ("launch", "__main__", "verbs", "bench", "gpu_check"),
     ("launcher",),
-    ("train", "dry_run", "ranks"),
     ("report",),
-    ("cluster",),
+    ("train",),
+    ("prepare",),
+    ("dry_run",),
     ("stages",),
     ("rlhf",),
+    ("cluster",),
     ("evaluation",),
     ("generation",),
     ("training",),
@@ -96,7 +98,11 @@ def test_at_the_root_are_the_entry_points_and_what_all_packages_share():
     assert found == {"__init__", "__main__", "launch", "train", "errors", "document"}
 
 
-@pytest.mark.parametrize("path", [ROOT / "launch.py", *sorted((ROOT / "launcher").glob("*.py"))], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path",
+    [ROOT / "launch.py", *sorted((ROOT / "launcher").glob("*.py")), *sorted((ROOT / "prepare").glob("*.py"))],
+    ids=lambda p: p.name,
+)
 def test_the_launcher_knows_no_stage(path):
     """Neither a stage's name nor its class: what differs between stages is asked of the stage."""
     for node in ast.walk(ast.parse(path.read_text())):

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dist_lm.config.root import save_config
-from dist_lm.launcher.compose import compose_config
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
+from dist_lm.prepare.compose import compose_config
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import read_metrics
 from dist_lm.tracking.registry import metric_of, metrics_of

@@ -17,7 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from dist_lm.config.root import Config
-from dist_lm.launcher.compose import compose_config
+from dist_lm.prepare.compose import compose_config
 
 TOKENS_A_SECOND = "tokens/s"
 # no randomness and no regularisation, so that the losses of the ways can be compared

@@ -57,7 +57,7 @@ def bench(
             raise ConfigError(
                 f"bench {name} does not use --{option}: expected settings or --json, --{', --'.join(used)}"
             )
-    from dist_lm.launcher.conf_folders import with_config_dir
+    from dist_lm.prepare.conf_folders import with_config_dir
 
     settings = with_config_dir([*(f"--config-dir={one}" for one in config_dir or []), *(overrides or [])])
     if name == "learn":

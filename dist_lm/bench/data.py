@@ -26,8 +26,8 @@ from dist_lm.config.root import Config
 from dist_lm.data.in_turn import read_in_turn
 from dist_lm.data.ingest import Texts
 from dist_lm.document import Document
-from dist_lm.launcher.compose import compose_config
 from dist_lm.parallel.mesh import World
+from dist_lm.prepare.compose import compose_config
 from dist_lm.stages.shards import build_corpus
 from dist_lm.storage.process import cores
 from dist_lm.storage.run_directory import WorkDirectory

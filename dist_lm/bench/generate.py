@@ -35,7 +35,7 @@ from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.sharding import generation_dtype
-from dist_lm.stages.export import write_model
+from dist_lm.stages.exporting.files import write_model
 
 OURS, CEILING = "our engine", "linear layers alone"
 ONE, EIGHT = "one answer", "eight answers"

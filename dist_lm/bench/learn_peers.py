@@ -25,7 +25,7 @@ from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch
 from dist_lm.errors import ConfigError
 from dist_lm.interop.architectures import Architecture, architecture_of, hf_config
-from dist_lm.launcher.compose import compose_config
+from dist_lm.prepare.compose import compose_config
 from dist_lm.training.optimizer import stage_rate
 
 NEOX, NANOCHAT = "neox", "nanochat"

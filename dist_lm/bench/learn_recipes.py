@@ -13,13 +13,13 @@ import torch
 from dist_lm.config.root import Config
 from dist_lm.data.batch import Batch
 from dist_lm.errors import ConfigError, UserError
-from dist_lm.launcher.compose import compose_config
 from dist_lm.model.keyed_random import DropoutKey, initialise
 from dist_lm.model.size import flops_per_token
 from dist_lm.model.transformer import Transformer
+from dist_lm.prepare.compose import compose_config
 from dist_lm.stages.registry import stage_named
 from dist_lm.stages.text import TextStage
-from dist_lm.stages.training import training_stage
+from dist_lm.stages.training.stage import training_stage
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.optimizer import (
     build_optimizer,

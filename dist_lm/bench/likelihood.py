@@ -23,7 +23,7 @@ from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.sharding import generation_dtype
-from dist_lm.stages.export import write_model
+from dist_lm.stages.exporting.files import write_model
 
 OURS, HF = "our engine", "lm_eval hf"
 QUESTIONS, CHOICES = 8, 4

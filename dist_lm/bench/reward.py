@@ -22,7 +22,7 @@ from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.reward_model import choices_of_people
-from dist_lm.stages.rankings import RankingsConfig
+from dist_lm.stages.rankings.stage import RankingsConfig
 
 TREE, ROWS, PACKED, PLAIN = "one tree", "apart, a row each", "apart, packed", "as many tokens, causal"
 PROMPT_SHARE = 0.5  # of the tree

@@ -29,7 +29,6 @@ from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
-from dist_lm.ranks.rlhf import ALGORITHMS
 from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
 from dist_lm.rlhf.models import (
     RlhfModels,
@@ -40,7 +39,8 @@ from dist_lm.rlhf.models import (
 from dist_lm.rlhf.rewards import Judge
 from dist_lm.rlhf.rollouts import EngineRollouts, RolloutSource, ShuffledPrompts
 from dist_lm.rlhf.state import KlController, RlhfState
-from dist_lm.stages.export import write_model
+from dist_lm.stages.exporting.files import write_model
+from dist_lm.stages.rlhf.program import ALGORITHMS
 
 PROMPTS, PROMPT = 64, 9  # prompts of an iteration; tokens of each, with the end-of-text token at its start
 EPOCHS = 4

@@ -78,7 +78,7 @@ def _as_step(config: Config) -> Config:
     if config.takes_sequences:
         return config
     from dist_lm.dry_run.iterations import update_of
-    from dist_lm.stages.rlhf import rlhf_config
+    from dist_lm.stages.rlhf.stage import rlhf_config
 
     return update_of(rlhf_config(config))
 
@@ -88,7 +88,7 @@ def _peak(config: Config, layout: Layout) -> int:
     if config.takes_sequences:
         return estimate_memory(config, layout).peak
     from dist_lm.dry_run.iterations import rlhf_memory
-    from dist_lm.stages.rlhf import rlhf_config
+    from dist_lm.stages.rlhf.stage import rlhf_config
 
     return rlhf_memory(rlhf_config(config), layout).training
 

@@ -33,7 +33,7 @@ from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import arrange_model, materialise
 from dist_lm.parallel.values import shard_of
 from dist_lm.stages.registry import load_config
-from dist_lm.stages.training import training_stage
+from dist_lm.stages.training.stage import training_stage
 from dist_lm.training.heartbeat import StopRequest, Unheard
 from dist_lm.training.objective import LossSum, Objective, Prepare
 from dist_lm.training.optimizer import build_optimizer

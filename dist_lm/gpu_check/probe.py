@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from dist_lm.config.root import Config
 from dist_lm.errors import UserError
 from dist_lm.gpu_check.checks import Check, named
-from dist_lm.launcher.compose import compose_config
+from dist_lm.prepare.compose import compose_config
 from dist_lm.storage import durable
 from dist_lm.storage.process import die_with_parent
 

@@ -10,9 +10,9 @@ from dist_lm.cluster.inspection import Demands
 from dist_lm.cluster.ray_cluster import ClusterError, RayCluster
 from dist_lm.cluster.recruit import Crew, able_nodes, recruit
 from dist_lm.config.root import Config
-from dist_lm.launcher.layout_choice import largest
 from dist_lm.launcher.process import Interrupt
 from dist_lm.model.size import trained_count
+from dist_lm.prepare.layout_choice import largest
 from dist_lm.tracking.console import Console
 
 BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weights and two moments

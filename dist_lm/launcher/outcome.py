@@ -6,9 +6,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from dist_lm.launcher.conf_folders import KEY, with_config_dir
 from dist_lm.launcher.pipeline import QueuedStage
-from dist_lm.launcher.plan import Plan, PlannedStage
+from dist_lm.prepare.conf_folders import KEY, with_config_dir
+from dist_lm.prepare.plan import Plan, PlannedStage
 from dist_lm.stages.registry import all_stages
 from dist_lm.stages.stage import KeyFigure, Place, run_of, shown_path
 from dist_lm.storage.run_directory import RunDirectory

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from dist_lm.cluster.node_facts import host_name
-from dist_lm.launcher.plan import Plan, PlannedStage
+from dist_lm.prepare.plan import Plan, PlannedStage
 from dist_lm.stages.stage import Action, ArtefactStage
 from dist_lm.storage import durable
 from dist_lm.storage.lock import locked

@@ -17,11 +17,11 @@ from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.cluster.sandboxes import sandboxes_of
 from dist_lm.config.root import TRUST_ME, Config, save_config
 from dist_lm.launcher.pipeline import LOOK_S
-from dist_lm.launcher.plan import PlannedStage
 from dist_lm.launcher.process import Interrupt, left_at_once
 from dist_lm.launcher.stage_run import device_and_ranks
 from dist_lm.launcher.watch import WandbCopy, start_wandb
 from dist_lm.parallel.sharding import generation_dtype
+from dist_lm.prepare.plan import PlannedStage
 from dist_lm.stages.stage import PoolStage, PoolWork, run_of
 from dist_lm.storage import durable
 from dist_lm.storage.lock import locked

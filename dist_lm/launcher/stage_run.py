@@ -18,13 +18,13 @@ from dist_lm.cluster.recruit import Crew
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.config.root import Config, save_config
 from dist_lm.errors import ArtefactError, require
-from dist_lm.launcher.layout_choice import check_hardware, on_nodes, sizes, with_layout
 from dist_lm.launcher.muster import Muster
 from dist_lm.launcher.pipeline import LOOK_S
-from dist_lm.launcher.plan import PlannedStage
 from dist_lm.launcher.process import Interrupt
 from dist_lm.launcher.watch import RunWatch, watching
 from dist_lm.parallel.layout import resolve_layout
+from dist_lm.prepare.layout_choice import check_hardware, on_nodes, sizes, with_layout
+from dist_lm.prepare.plan import PlannedStage
 from dist_lm.stages.stage import Action, run_of
 from dist_lm.storage.lock import OWN_JOB_S, locked
 from dist_lm.storage.run_directory import RunDirectory

@@ -26,9 +26,9 @@ from dist_lm.errors import ArtefactError, require
 from dist_lm.generation.load import model_config_of
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
-from dist_lm.stages.importing import write_checkpoint
+from dist_lm.stages.importing.snapshot import write_checkpoint
 from dist_lm.stages.registry import load_config
-from dist_lm.stages.training import Opening, TrainingStage, training_stage
+from dist_lm.stages.training.stage import Opening, training_stage
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
@@ -121,7 +121,7 @@ def write_average(folder: Path, tensors: Mapping[str, MadeTensor], newest: Path,
 
 def can_be_measured(run: RunDirectory) -> bool:
     """Whether the run has a configuration of a stage that evaluates on val."""
-    return run.config.is_file() and training_stage(load_config(run.config).stage.name).program == TrainingStage.program
+    return run.config.is_file() and load_config(run.config).takes_sequences
 
 
 def evaluated(run: RunDirectory, checkpoints: Mapping[str, Path], device: str) -> dict[str, dict[str, float]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_lm.config.root import TRUST_ME
 from dist_lm.stages.text import TextStage
-from dist_lm.stages.training import Closing
+from dist_lm.stages.training.stage import Closing
 from dist_lm.tracking.readable import percent
 
 if TYPE_CHECKING:

@@ -17,23 +17,23 @@ from dist_lm.errors import ConfigError
 from dist_lm.stages.stage import Stage
 
 GROUP = "dist_lm.stages"
-# in the order of the pipeline; the same list as in pyproject.toml, for a checkout that is not installed
-OWN = (
-    "import",
-    "tokenizer",
-    "shards",
-    "language",
-    "code",
-    "tools",
-    "rankings",
-    "preference",
-    "reward",
-    "rlhf",
-    "generate",
-    "evaluate",
-    "export",
-)
-MODULES = {"import": "hf_import", "export": "hf_export"}  # where the name of the module is another one
+# Stage name -> its module below dist_lm.stages, in the order of the pipeline. pyproject.toml has the same list as entry
+# points; this one also serves a checkout that is not installed.
+OWN = {
+    "import": "importing.stage",
+    "tokenizer": "tokenizer",
+    "shards": "shards",
+    "language": "language",
+    "code": "code",
+    "tools": "tools",
+    "rankings": "rankings.stage",
+    "preference": "preference.stage",
+    "reward": "reward.stage",
+    "rlhf": "rlhf.stage",
+    "generate": "generate.stage",
+    "evaluate": "evaluate.stage",
+    "export": "exporting.stage",
+}
 
 
 @cache
@@ -54,7 +54,7 @@ def stage_named(name: str) -> Stage:
         ConfigError: the name is unknown, or the entry point of another package does not name a stage.
     """
     if name in OWN:
-        return importlib.import_module(f"dist_lm.stages.{MODULES.get(name, name)}").STAGE
+        return importlib.import_module(f"dist_lm.stages.{OWN[name]}").STAGE
     if name not in _added():
         raise ConfigError(f"stage={name}: expected one of {', '.join(stage_names())}")
     where = f"entry point {name} = {_added()[name]!r} in group {GROUP}"

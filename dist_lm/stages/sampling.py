@@ -13,7 +13,7 @@ from dist_lm.generation.request import Answer, Refusal, Request, SamplingParams,
 from dist_lm.parallel.mesh import World
 from dist_lm.parallel.sharding import generation_dtype
 from dist_lm.stages.text import SampledConfig
-from dist_lm.stages.training import Closing
+from dist_lm.stages.training.stage import Closing
 from dist_lm.storage import durable
 
 CACHE_TOKENS = 8192  # enough for some dozens of samples at the same time

@@ -1,8 +1,8 @@
 """The interface of a stage: one object in one file, from its inputs to its summary.
 
 A stage runs in one of three places: in the launcher's own process (`ArtefactStage`), on a gang of ranks
-(`dist_lm.stages.training.TrainingStage`), or on a pool of generation engines (`PoolStage`). The launcher calls the
-methods below and knows no stage by name.
+(`dist_lm.stages.training.stage.TrainingStage`), or on a pool of generation engines (`PoolStage`). The launcher calls
+the methods below and knows no stage by name.
 
 The modules of stages are imported by the launcher, so they import torch only inside the methods that run on ranks.
 """

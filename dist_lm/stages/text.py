@@ -12,7 +12,7 @@ from dist_lm.config.root import Config
 from dist_lm.config.stage import SamplingConfig, StageConfig
 from dist_lm.data.sources.reader import form_of
 from dist_lm.errors import ConfigError, require
-from dist_lm.stages.training import Opening, StageData, TrainingStage, print_before_and_after
+from dist_lm.stages.training.stage import Opening, StageData, TrainingStage, print_before_and_after
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import change
 

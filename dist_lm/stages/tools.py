@@ -16,7 +16,7 @@ from dist_lm.config.stage import StageConfig
 from dist_lm.errors import require
 from dist_lm.stages.stage import BITS_PER_BYTE, VAL_LOSS, KeyFigure
 from dist_lm.stages.text import TextStage
-from dist_lm.stages.training import Closing, before_and_after, last_samples
+from dist_lm.stages.training.stage import Closing, before_and_after, last_samples
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.readable import percent
 

@@ -22,7 +22,7 @@ from dist_lm.data.batch import Batch
 from dist_lm.data.shard_writer import CorpusWriter
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ConfigError
-from dist_lm.launcher.compose import compose_config
+from dist_lm.prepare.compose import compose_config
 from dist_lm.stages.shards import recipe_of
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tokenizer.train import train_tokenizer

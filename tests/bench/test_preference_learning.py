@@ -17,14 +17,14 @@ from dist_lm.config.root import Config
 from dist_lm.data.rankings.completions import Trees
 from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.rankings.stream import RankingBatches, RankingStream
-from dist_lm.launcher.compose import compose_config
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
+from dist_lm.prepare.compose import compose_config
 from dist_lm.rlhf.preference import PreferenceLoss
 from dist_lm.rlhf.preference_objective import held_out_metrics, preference_objective, preparation, seen_rankings
 from dist_lm.rlhf.reference import split_reference
-from dist_lm.stages.preference import settings_of
+from dist_lm.stages.preference.stage import settings_of
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from dist_lm.training.step import accumulate_gradients, update

@@ -14,7 +14,7 @@ import torch
 from dist_lm.bench.case import Case, Comparison, GroupSize
 from dist_lm.bench.rank_groups import RankFailedError, rank_groups
 from dist_lm.bench.run import NotTheSameError, check_same, run_case
-from dist_lm.launcher.compose import compose_config
+from dist_lm.prepare.compose import compose_config
 from dist_lm.storage.process import is_alive
 
 PAIR = GroupSize(2)

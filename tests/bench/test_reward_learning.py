@@ -20,9 +20,9 @@ from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.data.rankings.stream import RankingBatches, RankingStream
 from dist_lm.data.shard_writer import CorpusWriter
 from dist_lm.document import TokenizedDocument, Verdict
-from dist_lm.launcher.compose import compose_config
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
+from dist_lm.prepare.compose import compose_config
 from dist_lm.rlhf.reward_model import beside_verdicts, choices_of_people, reward_metrics, scores_of_rankings
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.optimizer import build_optimizer, learning_rate, set_learning_rate

@@ -10,7 +10,7 @@ from rich.console import Console
 from dist_lm.bench.case import Case, Comparison, GroupSize, records_of, spread, table_of, why_absent
 from dist_lm.bench.run import LONGEST_ROUND, order_of_round, run_benchmark, seconds_per_step
 from dist_lm.errors import ConfigError
-from dist_lm.launcher.compose import compose_config
+from dist_lm.prepare.compose import compose_config
 
 # --- rounds: every way once in each, none always first, and as many steps as fill the time ---
 

@@ -12,7 +12,7 @@ from dist_lm.bench.scaling import Rung, _interval, law_of, narrowed, numbers_of,
 from dist_lm.bench.scaling_law import Expected, ScalingLaw
 from dist_lm.config.stage import MuonConfig, StageConfig
 from dist_lm.errors import ConfigError, UserError
-from dist_lm.launcher.compose import compose_config
+from dist_lm.prepare.compose import compose_config
 from tests.conftest import TINY
 from tests.training_run import linked, prepare, train
 

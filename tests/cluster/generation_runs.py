@@ -4,9 +4,9 @@ import io
 import json
 from pathlib import Path
 
-from dist_lm.launcher.compose import compose_config
-from dist_lm.launcher.plan import make_plan
 from dist_lm.launcher.process import Interrupt
+from dist_lm.prepare.compose import compose_config
+from dist_lm.prepare.plan import make_plan
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.console import Console
 from tests.conftest import TINY

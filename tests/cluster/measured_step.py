@@ -18,7 +18,7 @@ from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import build_mesh, process_group
 from dist_lm.parallel.sharding import build_model
 from dist_lm.stages.registry import load_config
-from dist_lm.stages.training import training_stage
+from dist_lm.stages.training.stage import training_stage
 from dist_lm.training.optimizer import build_optimizer
 
 

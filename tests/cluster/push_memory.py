@@ -17,10 +17,10 @@ from dist_lm.cluster.ray_cluster import connect
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.generation.engine import Engine, EngineOptions
-from dist_lm.launcher.compose import compose_config
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
+from dist_lm.prepare.compose import compose_config
 from dist_lm.rlhf.models import sent_weights
 from dist_lm.rlhf.rollouts import EngineRollouts
 

@@ -14,8 +14,8 @@ from dist_lm.cluster.torchrun import CPU_ALLOCATOR
 from dist_lm.config.root import save_config
 from dist_lm.dry_run.play import play_ranks
 from dist_lm.dry_run.work import resident
-from dist_lm.launcher.compose import compose_config
 from dist_lm.parallel.layout import resolve_layout
+from dist_lm.prepare.compose import compose_config
 
 pytestmark = [pytest.mark.cluster, pytest.mark.heavy]
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.cluster.launched import DEADLINE_S, assert_gone, ranks_on, steps_of, wait_until
 from tests.cluster.test_rlhf_run import actors_of
-from tests.ranks.test_eval_tasks import figures_of, tasks_of
+from tests.stages.test_eval_tasks import figures_of, tasks_of
 from tests.training_run import SAMPLED, SETTINGS, linked, numbers, prepare, train
 
 pytestmark = [pytest.mark.cluster, pytest.mark.bars]

@@ -19,11 +19,11 @@ from dist_lm.data.infill import InfillMarks
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.generation.request import Answer, Refusal, Request
 from dist_lm.launcher import pool_run
-from dist_lm.launcher.plan import Plan
 from dist_lm.launcher.pool_run import run_pool_stage
 from dist_lm.launcher.process import SIGNALS, Interrupt, watch_signals
+from dist_lm.prepare.plan import Plan
 from dist_lm.sandbox.pool import SandboxPool
-from dist_lm.stages.generate import STAGE
+from dist_lm.stages.generate.stage import STAGE
 from dist_lm.stages.stage import Action
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ from statistics import mean
 import pytest
 
 from dist_lm.errors import ConfigError
-from dist_lm.launcher.compose import compose_config
+from dist_lm.prepare.compose import compose_config
 from dist_lm.stages.registry import stage_named
 from dist_lm.storage.run_directory import WorkDirectory
 from tests.cluster.launched import code_metrics

@@ -9,10 +9,10 @@ import pytest
 
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.generation.load import load_model
-from dist_lm.launcher.compose import compose_config
 from dist_lm.model.lora import adapter_of
+from dist_lm.prepare.compose import compose_config
 from dist_lm.stages.registry import load_config
-from dist_lm.stages.training import training_stage
+from dist_lm.stages.training.stage import training_stage
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import model_weights, stored_tensors

@@ -15,7 +15,7 @@ from dist_lm.chat.documents import encode_ranking, write_ranking
 from dist_lm.chat.ranking import Ranking
 from dist_lm.data.shard_writer import CorpusWriter
 from dist_lm.document import Document
-from dist_lm.launcher.compose import compose_config
+from dist_lm.prepare.compose import compose_config
 from dist_lm.stages.shards import recipe_of
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer

@@ -15,15 +15,15 @@ from dist_lm.chat.ranking import Judgement, Ranking
 from dist_lm.data.shard_writer import CorpusWriter
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
-from dist_lm.launcher.compose import compose_config
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
+from dist_lm.prepare.compose import compose_config
 from dist_lm.rlhf.reward_model import read_reward_scale
-from dist_lm.stages.reward import Reward
-from dist_lm.stages.reward_ranks import score_samples
+from dist_lm.stages.reward.ranks import score_samples
+from dist_lm.stages.reward.stage import Reward
 from dist_lm.stages.shards import recipe_of
-from dist_lm.stages.training import Closing
+from dist_lm.stages.training.stage import Closing
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training.checkpoint_tensors import model_weights

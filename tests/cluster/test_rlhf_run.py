@@ -15,13 +15,13 @@ from dist_lm.config.rlhf import PUSH_AUTO, PUSH_DIRECT
 from dist_lm.config.root import save_config
 from dist_lm.dry_run.iterations import rlhf_memory
 from dist_lm.generation.load import load_model
-from dist_lm.launcher.compose import compose_config
 from dist_lm.model.size import parameter_shapes
 from dist_lm.parallel.layout import Layout
-from dist_lm.ranks.rlhf_models import VALUE
+from dist_lm.prepare.compose import compose_config
 from dist_lm.report.page import write_report
 from dist_lm.stages.registry import load_config
-from dist_lm.stages.rlhf import RlhfRunConfig, rlhf_config, with_reward_run
+from dist_lm.stages.rlhf.models import VALUE
+from dist_lm.stages.rlhf.stage import RlhfRunConfig, rlhf_config, with_reward_run
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.training import checkpoint_files
 from dist_lm.training.checkpoint_tensors import stored_tensors

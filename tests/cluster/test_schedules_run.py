@@ -14,7 +14,7 @@ from dist_lm.config.root import save_config
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.generation.load import load_model
 from dist_lm.stages.averaging import average
-from dist_lm.stages.export import export
+from dist_lm.stages.exporting.files import export
 from dist_lm.stages.registry import load_config
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory

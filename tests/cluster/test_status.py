@@ -8,12 +8,11 @@ from rich.console import Console
 
 from dist_lm.cluster.events import Journal, read_events
 from dist_lm.cluster.heartbeat import Pulse
-from dist_lm.cluster.status import as_json, print_status, read_status
 from dist_lm.config.root import save_config
 from dist_lm.errors import ArtefactError
-from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.pipeline import queue_of
-from dist_lm.launcher.plan import Plan, PlannedStage
+from dist_lm.prepare.compose import compose_config
+from dist_lm.prepare.plan import Plan, PlannedStage
 from dist_lm.stages.registry import stage_named
 from dist_lm.stages.stage import Action, run_of
 from dist_lm.storage import durable
@@ -21,6 +20,7 @@ from dist_lm.storage.lock import locked
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.metrics import MetricsWriter
 from dist_lm.training.heartbeat import Phase
+from dist_lm.verbs.cluster_status import as_json, print_status, read_status
 from tests.conftest import TINY
 
 NODES = [{"host": "n1", "address": "10.0.0.1"}, {"host": "n2", "address": "10.0.0.2"}]

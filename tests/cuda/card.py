@@ -27,7 +27,7 @@ from dist_lm.dry_run.watch import ANSWER, Watch, collective_of
 from dist_lm.parallel.layout import AXES, resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import arrange_model, materialise
-from dist_lm.stages.training import training_stage
+from dist_lm.stages.training.stage import training_stage
 from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
 from dist_lm.training.trainer import Trainer

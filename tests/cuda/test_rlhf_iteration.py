@@ -15,11 +15,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dist_lm.data.batch import Batch
 from dist_lm.dry_run.watch import ANSWER
-from dist_lm.launcher.compose import compose_config
 from dist_lm.parallel.layout import AXES, resolve_layout
 from dist_lm.parallel.mesh import build_mesh
 from dist_lm.parallel.sharding import RECOMPILATIONS, arrange_model, materialise
 from dist_lm.parallel.values import shard_of
+from dist_lm.prepare.compose import compose_config
 from dist_lm.rlhf import experience, packed_rollouts
 from dist_lm.rlhf.experience import collect
 from dist_lm.rlhf.models import Execution, RlhfModels, dealing, one_after_other, trained
@@ -28,7 +28,7 @@ from dist_lm.rlhf.ppo import Ppo
 from dist_lm.rlhf.rollouts import FINISHES, Rollouts
 from dist_lm.rlhf.state import KlController, RlhfState
 from dist_lm.rlhf.update import Updater
-from dist_lm.stages.rlhf import RlhfRunConfig
+from dist_lm.stages.rlhf.stage import RlhfRunConfig
 from dist_lm.training.heartbeat import StopRequest
 from tests.cuda.card import CARD, Traffic, empty_on_card, stand_in
 

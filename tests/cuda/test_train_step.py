@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from dist_lm.config.root import Config
 from dist_lm.data.evaluation_batches import EvaluationBatch
 from dist_lm.dry_run.watch import Watch
-from dist_lm.launcher.compose import compose_config
 from dist_lm.parallel.layout import placements, resolve_layout
 from dist_lm.parallel.values import shard_of
+from dist_lm.prepare.compose import compose_config
 from dist_lm.training.objective import summed_losses
 from dist_lm.training.optimizer import VARIANCE
 from tests.cuda.card import CARD, Played, Traffic, played, stand_in, text

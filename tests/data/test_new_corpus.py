@@ -19,8 +19,8 @@ from dist_lm.data.ingest import Texts
 from dist_lm.data.new import new_corpus
 from dist_lm.data.propose import columns_of, propose
 from dist_lm.errors import ConfigError, UserError
-from dist_lm.launcher.compose import compose_config
-from dist_lm.launcher.conf_folders import choices
+from dist_lm.prepare.compose import compose_config
+from dist_lm.prepare.conf_folders import choices
 
 ROWS = [{"content": f"def f{i}():\n    return {i}\n" * 9, "lang": "Python", "license": "MIT"} for i in range(30)]
 CHAT = {

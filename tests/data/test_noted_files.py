@@ -8,7 +8,7 @@ import pytest
 from dist_lm.config.root import Config
 from dist_lm.errors import ArtefactError
 from dist_lm.evaluation.in_loop import loop_tasks
-from dist_lm.launcher.compose import compose_config
+from dist_lm.prepare.compose import compose_config
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from tests.conftest import TINY

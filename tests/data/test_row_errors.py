@@ -16,7 +16,7 @@ from dist_lm.data.screening import HOPELESS, IngestReport, RowErrors
 from dist_lm.data.sources.reader import Candidate, Rejected
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
-from dist_lm.launcher.compose import compose_config
+from dist_lm.prepare.compose import compose_config
 from dist_lm.stages import shards
 from dist_lm.tracking.console import Console
 from tests.conftest import TINY

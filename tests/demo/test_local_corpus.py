@@ -10,7 +10,7 @@ from dist_lm.data.ingest import Texts
 from dist_lm.data.screening import IngestReport
 from dist_lm.data.sources.reader import text_corpora
 from dist_lm.document import Document
-from dist_lm.launcher.compose import compose_config
+from dist_lm.prepare.compose import compose_config
 from tests.data.reading import read_corpus
 
 SEED = 0

@@ -7,10 +7,10 @@ from dist_lm.config.hardware import HardwareConfig
 from dist_lm.dry_run.estimate import estimate_memory, estimate_work
 from dist_lm.dry_run.play import play_ranks, ranks_to_play
 from dist_lm.dry_run.work import Work, message_seconds, step_seconds
-from dist_lm.launcher.compose import compose_config
 from dist_lm.model.size import is_trained
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.layout import Layout, resolve_layout
+from dist_lm.prepare.compose import compose_config
 from dist_lm.training.optimizer import build_optimizer
 
 LARGE = compose_config(["stage=language", "model=large", "hardware=h100"])

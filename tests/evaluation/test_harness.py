@@ -12,7 +12,7 @@ from dist_lm.config.root import save_config
 from dist_lm.errors import ArtefactError, ConfigError, UserError
 from dist_lm.generation.load import load_model
 from dist_lm.generation.request import Answer
-from dist_lm.stages.export import export
+from dist_lm.stages.exporting.files import export
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from tests.conftest import TINY, composed, texts
 from tests.training_run import linked, write_untrained

@@ -16,7 +16,7 @@ from dist_lm.evaluation.tasks import OWN_TASKS, Asking, Item, items_of
 from dist_lm.generation.load import LoadedModel, load_model
 from dist_lm.generation.request import Answer
 from dist_lm.generation.session import build_engine
-from dist_lm.stages.importing import import_model
+from dist_lm.stages.importing.snapshot import import_model
 from dist_lm.storage.run_directory import WorkDirectory
 
 transformers = pytest.importorskip("transformers")

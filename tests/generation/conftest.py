@@ -10,10 +10,10 @@ import torch.distributed as dist
 from dist_lm.config.root import save_config
 from dist_lm.generation.load import LoadedModel
 from dist_lm.generation.session import Session
-from dist_lm.launcher.compose import compose_config
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
+from dist_lm.prepare.compose import compose_config
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint

@@ -15,7 +15,7 @@ from dist_lm.generation.flash_pages import DecodeGraphs, FlashPages, graph_size
 from dist_lm.generation.paged_cache import pages_for
 from dist_lm.generation.plain_pages import PlainPages
 from dist_lm.generation.shard import share_of
-from dist_lm.stages.generate import GenerateConfig
+from dist_lm.stages.generate.stage import GenerateConfig
 from tests.generation.test_engine import CONFIG, GROUPED, PAGE, model_of, requests_of_all_kinds, run_schedule
 
 

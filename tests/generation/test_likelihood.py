@@ -6,9 +6,9 @@ import torch
 from dist_lm.generation import likelihood
 from dist_lm.generation.decoder import Decoder
 from dist_lm.generation.likelihood import Tree, likelihoods
-from dist_lm.launcher.compose import compose_config
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
+from dist_lm.prepare.compose import compose_config
 from tests.conftest import TINY
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dist_lm.generation import session
-from dist_lm.launcher.compose import compose_config
+from dist_lm.prepare.compose import compose_config
 from tests.conftest import TINY
 
 

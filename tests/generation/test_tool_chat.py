@@ -20,7 +20,7 @@ from dist_lm.generation.request import Answer, FinishReason, SamplingParams, Tex
 from dist_lm.generation.session import Outcome, Session, Settings
 from dist_lm.generation.terminal import NO_ANSWER, interrupts
 from dist_lm.generation.tool_chat import ToolChat, warning_of
-from dist_lm.launcher.compose import compose_config
+from dist_lm.prepare.compose import compose_config
 from dist_lm.tokenizer.symbols import START
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tools.use.toolbox import Limits, Toolbox

@@ -9,10 +9,10 @@ import torch
 from dist_lm.config.model import ModelConfig
 from dist_lm.interop.architectures import Architecture, architecture_of, hf_config
 from dist_lm.interop.weights import to_theirs
-from dist_lm.launcher.compose import choices, compose_config
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
+from dist_lm.prepare.compose import choices, compose_config
 
 LLAMA = {"norm": "rmsnorm", "ffn": "swiglu", "bias": False}
 FAMILIES: dict[str, dict[str, Any]] = {

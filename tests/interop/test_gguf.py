@@ -20,7 +20,7 @@ from dist_lm.interop.gguf_tokenizer import gguf_vocabulary
 from dist_lm.interop.weights import converted, to_theirs
 from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
-from dist_lm.stages.importing_gguf import write_snapshot
+from dist_lm.stages.importing.gguf import write_snapshot
 from dist_lm.tokenizer.symbols import SPECIAL_TOKENS
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tokenizer.train import train_tokenizer

@@ -10,8 +10,8 @@ import pytest
 
 from dist_lm.config.root import Config, save_config
 from dist_lm.errors import ConfigError
-from dist_lm.launcher.compose import compose_config, overrides_of
-from dist_lm.launcher.plan import Plan, make_plan, may_need
+from dist_lm.prepare.compose import compose_config, overrides_of
+from dist_lm.prepare.plan import Plan, make_plan, may_need
 from dist_lm.stages import registry
 from dist_lm.stages.registry import load_config, stage_named
 from dist_lm.stages.text import TextStage

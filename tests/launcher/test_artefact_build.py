@@ -12,12 +12,12 @@ from dist_lm.cluster.ray_cluster import Node
 from dist_lm.config.root import Config
 from dist_lm.errors import ConfigError
 from dist_lm.launcher.pipeline import build_artefact
-from dist_lm.launcher.plan import PlannedStage
 from dist_lm.launcher.process import Interrupt
 from dist_lm.launcher.stage_run import run_training_stage
+from dist_lm.prepare.plan import PlannedStage
 from dist_lm.stages.stage import Action, Artefact, ArtefactStage
 from dist_lm.tracking.console import Console
-from tests.launcher.planned import make_run, plan_of
+from tests.prepare.planned import make_run, plan_of
 
 DEADLINE_S = 30.0
 

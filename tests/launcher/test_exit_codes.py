@@ -10,9 +10,9 @@ import pytest
 from dist_lm import launch
 from dist_lm.cluster.events import GangFailure
 from dist_lm.cluster.recruit import NoNodesError
-from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.muster import NodesLostError
-from dist_lm.launcher.plan import Plan, make_plan
+from dist_lm.prepare.compose import compose_config
+from dist_lm.prepare.plan import Plan, make_plan
 from dist_lm.tracking.console import Console
 from tests.conftest import TINY
 

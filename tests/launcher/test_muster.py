@@ -10,10 +10,10 @@ from dist_lm.cluster.inspection import Demands
 from dist_lm.cluster.ray_cluster import ClusterError, Node
 from dist_lm.cluster.recruit import Crew, Placement
 from dist_lm.launcher import muster as muster_module
-from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.muster import Muster, demands_of
 from dist_lm.launcher.process import Interrupt
 from dist_lm.model.size import parameter_count
+from dist_lm.prepare.compose import compose_config
 from dist_lm.tracking.console import Console
 from tests.conftest import TINY
 

@@ -11,8 +11,8 @@ import pytest
 from dist_lm import launch
 from dist_lm.cluster import ray_cluster
 from dist_lm.launcher import pipeline, stage_run
-from dist_lm.launcher.compose import compose_config
-from dist_lm.launcher.plan import Plan, PlannedStage
+from dist_lm.prepare.compose import compose_config
+from dist_lm.prepare.plan import Plan, PlannedStage
 from dist_lm.stages.registry import stage_named
 from dist_lm.stages.stage import Action
 from dist_lm.tracking.console import Console

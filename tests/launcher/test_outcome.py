@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.outcome import key_figures, next_commands, print_outcome
 from dist_lm.launcher.pipeline import QueuedStage
-from dist_lm.launcher.plan import Plan, PlannedStage
+from dist_lm.prepare.compose import compose_config
+from dist_lm.prepare.plan import Plan, PlannedStage
 from dist_lm.stages.registry import all_stages, stage_named
 from dist_lm.stages.stage import Action, run_of
 from dist_lm.storage.run_directory import RunDirectory

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 
 from dist_lm.cluster.gang import GangStatus
-from dist_lm.launcher.compose import compose_config
-from dist_lm.launcher.layout_choice import largest, on_nodes, sizes
 from dist_lm.launcher.process import Interrupt
 from dist_lm.launcher.stage_run import Attempts, Outcome, Restarts
+from dist_lm.prepare.compose import compose_config
+from dist_lm.prepare.layout_choice import largest, on_nodes, sizes
 from dist_lm.tracking.console import Console
 from dist_lm.training import checkpoint_files
 from tests.conftest import TINY
-from tests.launcher.planned import make_run, plan_of
+from tests.prepare.planned import make_run, plan_of
 
 
 def test_failures_count_until_there_is_a_new_checkpoint():

@@ -14,8 +14,8 @@ import pytest
 from dist_lm.cluster.events import GangFailure
 from dist_lm.cluster.node_facts import NodeUsage
 from dist_lm.launcher import watch
-from dist_lm.launcher.compose import compose_config
 from dist_lm.launcher.watch import RunWatch, watching
+from dist_lm.prepare.compose import compose_config
 from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.alerts import QUIET_S, Alert
 from dist_lm.tracking.console import Console

@@ -22,7 +22,7 @@ from dist_lm.parallel.mesh import World
 DEADLINE_S = 480
 COLLECTIVE_TIMEOUT_S = 60
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["dist_lm.ranks.program", "dist_lm.ranks.rlhf"])
+CONTEXT.set_forkserver_preload(["dist_lm.stages.training.program", "dist_lm.stages.rlhf.program"])
 
 
 class RankFailureError(Exception):

@@ -7,9 +7,9 @@ import torch
 
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.errors import ConfigError
-from dist_lm.launcher.compose import compose_config
 from dist_lm.parallel import sharding
 from dist_lm.parallel.layout import Layout, check_batch, layouts_of, misfit, placements, resolve_layout
+from dist_lm.prepare.compose import compose_config
 
 NANO = replace(compose_config(["model=nano"]).model, n_heads=5)  # d_model 160
 LARGE = compose_config(["model=large"]).model  # 25 heads, d_model 1600

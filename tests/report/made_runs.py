@@ -10,7 +10,7 @@ import numpy as np
 from dist_lm.config.corpus import SPLITS
 from dist_lm.config.root import save_config
 from dist_lm.data.manifest import Counts, Manifest, Recipe, Shard, Split, shard_name, write_manifest
-from dist_lm.launcher.compose import compose_config
+from dist_lm.prepare.compose import compose_config
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 

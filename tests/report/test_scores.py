@@ -4,7 +4,7 @@ import re
 
 from dist_lm.config.root import save_config
 from dist_lm.evaluation.comparison import compared_tasks
-from dist_lm.launcher.compose import compose_config
+from dist_lm.prepare.compose import compose_config
 from dist_lm.report.page import write_report
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory

@@ -8,10 +8,10 @@ import torch
 from dist_lm.config.rlhf import ALGORITHMS, READ, RewardPartConfig, RlhfConfig
 from dist_lm.dry_run.iterations import rlhf_memory
 from dist_lm.errors import ConfigError
-from dist_lm.launcher.compose import compose_config
 from dist_lm.parallel.layout import Layout
+from dist_lm.prepare.compose import compose_config
 from dist_lm.rlhf.policy_gradient import groups_of
-from dist_lm.stages.rlhf import rlhf_config
+from dist_lm.stages.rlhf.stage import rlhf_config
 from tests.rlhf.toy import GroupMean, toy
 
 PARTS = {"length": RewardPartConfig(kind="length", target=4)}

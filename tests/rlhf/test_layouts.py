@@ -11,8 +11,8 @@ from dist_lm.data.stream import SequenceStream
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World
-from dist_lm.ranks.rlhf_supply import PretrainingText
 from dist_lm.rlhf.rollouts import EngineRollouts
+from dist_lm.stages.rlhf.supply import PretrainingText
 from tests.parallel.ranks import RankGroups
 from tests.rlhf.toy import LENGTH, MODEL, engine_of, toy, write_text
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dist_lm.config.rlhf import RlhfConfig
-from dist_lm.ranks.rlhf import ALGORITHMS
 from dist_lm.rlhf.algorithm import DrawnTokens, Experience
 from dist_lm.rlhf.dapo import overlong_penalty
+from dist_lm.stages.rlhf.program import ALGORITHMS
 
 NEAR = 1e-6
 LENGTHS = (5, 2, 3, 1, 4, 4, 6, 3)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dist_lm.config.rlhf import RlhfConfig
-from dist_lm.ranks.rlhf import ALGORITHMS
 from dist_lm.rlhf.policy_gradient import groups_of
+from dist_lm.stages.rlhf.program import ALGORITHMS
 from tests.rlhf.test_online_algorithms import EXPERIENCE as UNEVEN
 from tests.rlhf.test_online_algorithms import LONGEST, MOVED, OLD, REFERENCE, Tokens, loss_of, padded, with_gradient
 

@@ -18,13 +18,13 @@ from dist_lm.parallel.layout import resolve_layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
 from dist_lm.parallel.values import whole_weights
-from dist_lm.ranks.rlhf import ALGORITHMS
 from dist_lm.rlhf.algorithm import Algorithm, DrawnTokens, Experience, Prepared
 from dist_lm.rlhf.learner import IterationReport, Learner, RolloutSupply
 from dist_lm.rlhf.models import RlhfModels, start_critic, trained
 from dist_lm.rlhf.rewards import Judge
 from dist_lm.rlhf.rollouts import FINISHES, EngineRollouts, Rollouts, RolloutSource, ShuffledPrompts
 from dist_lm.rlhf.state import KlController, RlhfState
+from dist_lm.stages.rlhf.program import ALGORITHMS
 from dist_lm.training.objective import LossSum
 from dist_lm.training.optimizer import named_state
 from tests.data.synthetic_corpus import write

@@ -14,12 +14,12 @@ from dist_lm.config.model import AdaptedModelConfig
 from dist_lm.config.root import save_config
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.generation.load import load_model
-from dist_lm.launcher.compose import compose_config
 from dist_lm.model.keyed_random import initialise
 from dist_lm.model.transformer import Transformer
 from dist_lm.parallel.mesh import World
+from dist_lm.prepare.compose import compose_config
 from dist_lm.stages.averaging import average
-from dist_lm.stages.export import export
+from dist_lm.stages.exporting.files import export
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.training import checkpoint
 from dist_lm.training import checkpoint_files as files

@@ -21,10 +21,10 @@ from dist_lm.data.sources import hub
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import Document, TokenizedDocument
 from dist_lm.errors import ArtefactError, ConfigError
-from dist_lm.launcher.compose import compose_config
+from dist_lm.prepare.compose import compose_config
 from dist_lm.stages import shards
 from dist_lm.stages.stage import Action
-from dist_lm.stages.training import training_stage
+from dist_lm.stages.training.stage import training_stage
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.tracking.console import Console

@@ -9,7 +9,7 @@ from dist_lm.evaluation.comparison import compared_tasks, figures_of
 from dist_lm.evaluation.figures import recorded, reward_figures
 from dist_lm.evaluation.tasks import Asking, prompt_items
 from dist_lm.generation.request import Answer
-from dist_lm.stages.evaluate_reward import prompts_of, reward_scores
+from dist_lm.stages.evaluate.reward import prompts_of, reward_scores
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from tests.conftest import TINY, composed
 from tests.training_run import linked, write_untrained

@@ -18,13 +18,13 @@ from dist_lm.evaluation.problems import own_infills, own_problems
 from dist_lm.evaluation.statistics import pass_at_k
 from dist_lm.generation.request import Answer, Request
 from dist_lm.launcher import pool_run
-from dist_lm.launcher.compose import compose_config
-from dist_lm.launcher.plan import make_plan
 from dist_lm.launcher.pool_run import run_pool_stage
 from dist_lm.launcher.process import Interrupt
+from dist_lm.prepare.compose import compose_config
+from dist_lm.prepare.plan import make_plan
 from dist_lm.sandbox.pool import SandboxPool
-from dist_lm.stages.evaluate import STAGE
-from dist_lm.stages.evaluate_work import Evaluation
+from dist_lm.stages.evaluate.stage import STAGE
+from dist_lm.stages.evaluate.work import Evaluation
 from dist_lm.stages.stage import Action
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer

@@ -19,12 +19,12 @@ from dist_lm.config.model import ModelConfig
 from dist_lm.config.root import save_config
 from dist_lm.errors import ArtefactError, ConfigError
 from dist_lm.generation.load import load_model, model_config_of
-from dist_lm.launcher.compose import compose_config
 from dist_lm.model.size import parameter_shapes
 from dist_lm.model.transformer import Transformer
-from dist_lm.stages import export as exporting
-from dist_lm.stages.export import export, write_model
-from dist_lm.stages.importing import import_model
+from dist_lm.prepare.compose import compose_config
+from dist_lm.stages.exporting import files as exporting
+from dist_lm.stages.exporting.files import export, write_model
+from dist_lm.stages.importing.snapshot import import_model
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tokenizer.tokenizer import Tokenizer
 from dist_lm.training import checkpoint_files as files
@@ -307,7 +307,8 @@ from pathlib import Path
 import torch
 from dist_lm.config.model import ModelConfig
 from dist_lm.model.size import parameter_shapes
-from dist_lm.stages import export, importing
+from dist_lm.stages.exporting import files as export
+from dist_lm.stages.importing import snapshot as importing
 from dist_lm.storage.run_directory import WorkDirectory
 from tests.anonymous_memory import rise_of
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from dist_lm.errors import ArtefactError, ConfigError
-from dist_lm.launcher.compose import compose_config, overrides_of
-from dist_lm.launcher.plan import Plan, make_plan
-from dist_lm.stages.export import export
-from dist_lm.stages.hf_export import STAGE as EXPORT
-from dist_lm.stages.hf_export import push_folder
-from dist_lm.stages.hf_import import STAGE as IMPORT
+from dist_lm.prepare.compose import compose_config, overrides_of
+from dist_lm.prepare.plan import Plan, make_plan
+from dist_lm.stages.exporting.files import export
+from dist_lm.stages.exporting.stage import STAGE as EXPORT
+from dist_lm.stages.exporting.stage import push_folder
+from dist_lm.stages.importing.stage import STAGE as IMPORT
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.console import Console
 from tests.conftest import VOCAB_SIZE

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_lm.stages.importing import import_model
+from dist_lm.stages.importing.snapshot import import_model
 from dist_lm.tracking.metrics import read_metrics
 from tests.conftest import VOCAB_SIZE
 from tests.interop.hf_models import our_model, small

@@ -16,11 +16,11 @@ from dist_lm.errors import ArtefactError, UserError
 from dist_lm.generation.load import load_model
 from dist_lm.generation.terminal import generate
 from dist_lm.generation.tool_chat import ToolOptions
-from dist_lm.launcher.compose import compose_config
-from dist_lm.stages import generate_parts
-from dist_lm.stages.export import export
-from dist_lm.stages.generate import STAGE as GENERATE
-from dist_lm.stages.importing import import_model
+from dist_lm.prepare.compose import compose_config
+from dist_lm.stages.exporting.files import export
+from dist_lm.stages.generate import parts as generate_parts
+from dist_lm.stages.generate.stage import STAGE as GENERATE
+from dist_lm.stages.importing.snapshot import import_model
 from dist_lm.stages.shards import corpus_fingerprint, digest, recipe_of
 from dist_lm.stages.tokenizer import STAGE as TOKENIZER
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory

@@ -13,9 +13,10 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import torch
-from dist_lm.launcher.compose import compose_config
+from dist_lm.prepare.compose import compose_config
 from dist_lm.model.size import parameter_count, parameter_shapes
-from dist_lm.stages import export, importing
+from dist_lm.stages.exporting import files as export
+from dist_lm.stages.importing import snapshot as importing
 from dist_lm.storage.run_directory import WorkDirectory
 from tests.anonymous_memory import rise_of
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from dist_lm.data.batch import Batch
-from dist_lm.launcher.compose import compose_config
-from dist_lm.stages import reward_ranks, text
-from dist_lm.stages.rlhf_prompts import read_all
+from dist_lm.prepare.compose import compose_config
+from dist_lm.stages import text
+from dist_lm.stages.reward import ranks as reward_ranks
+from dist_lm.stages.rlhf.prompts import read_all
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import Opening, Tokenizer
 from tests.conftest import TINY

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from dist_lm.config.model import AdaptedModelConfig
 from dist_lm.config.stage import LoraConfig
 from dist_lm.model.transformer import Transformer
-from dist_lm.stages.export_adapters import peft_config, peft_tensors
+from dist_lm.stages.exporting.adapters import peft_config, peft_tensors
 from tests.interop.hf_models import FAMILIES, architecture, our_model, small, their_model, tokens_for
 
 pytest.importorskip("transformers")

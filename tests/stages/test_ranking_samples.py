@@ -10,9 +10,9 @@ from dist_lm.config.root import Config
 from dist_lm.data.rankings.shards import RankingCorpus
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
-from dist_lm.launcher.compose import compose_config
-from dist_lm.stages import rankings
-from dist_lm.stages.ranking_samples import Opening, Sample, ranked_samples, ranking_of_samples
+from dist_lm.prepare.compose import compose_config
+from dist_lm.stages.rankings import stage as rankings
+from dist_lm.stages.rankings.samples import Opening, Sample, ranked_samples, ranking_of_samples
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.console import Console
 from tests.conftest import TINY

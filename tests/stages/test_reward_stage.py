@@ -2,7 +2,7 @@
 
 import io
 
-from dist_lm.stages.reward import STAGE, print_agreement
+from dist_lm.stages.reward.stage import STAGE, print_agreement
 from dist_lm.tracking.console import Console
 
 AFTER = {

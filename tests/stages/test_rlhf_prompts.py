@@ -8,9 +8,9 @@ import pytest
 from dist_lm.chat.messages import Conversation, Message
 from dist_lm.chat.template import prompt as rendered
 from dist_lm.errors import ArtefactError, ConfigError
-from dist_lm.launcher.compose import compose_config
-from dist_lm.stages.rlhf import RlhfRunConfig
-from dist_lm.stages.rlhf_prompts import Prompts, check_prompts, read_all, request_reader, tasks_of
+from dist_lm.prepare.compose import compose_config
+from dist_lm.stages.rlhf.prompts import Prompts, check_prompts, read_all, request_reader, tasks_of
+from dist_lm.stages.rlhf.stage import RlhfRunConfig
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer, shown
 from tests.chat.test_kept_template import ADDS_SYSTEM, FORGETS, TRIMS, WITHOUT_HEADER
@@ -81,7 +81,7 @@ def test_prompts_without_room_for_an_answer_are_left_out_loudly(tiny_work, tmp_p
 
 def test_a_file_without_prompts_for_training_is_refused_with_the_reason(tiny_work, tmp_path, monkeypatch):
     file = requests(tmp_path / "requests.jsonl", 2)
-    monkeypatch.setattr("dist_lm.stages.rlhf_prompts.HELD_OUT_OF", 1)
+    monkeypatch.setattr("dist_lm.stages.rlhf.prompts.HELD_OUT_OF", 1)
     with pytest.raises(ArtefactError, match=r"holds out .* all of 2: add prompts, or .* rlhf\.held_out_from"):
         read(tiny_work, file)
     (tmp_path / "requests.jsonl").write_text('{"prompt": "def a(", "suffix": "return b"}\n')

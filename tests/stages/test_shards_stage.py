@@ -20,7 +20,7 @@ from dist_lm.data.sources.reader import reader, traits_of
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
-from dist_lm.launcher.compose import compose_config
+from dist_lm.prepare.compose import compose_config
 from dist_lm.stages import shards, tokenizer
 from dist_lm.stages.shards import corpus_fingerprint, text_fingerprint
 from dist_lm.storage.run_directory import WorkDirectory

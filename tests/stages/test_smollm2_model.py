@@ -14,8 +14,8 @@ from dist_lm.data.in_turn import read_in_turn
 from dist_lm.generation.load import LoadedModel, load_model
 from dist_lm.generation.request import Answer, Request, SamplingParams
 from dist_lm.generation.session import build_engine
-from dist_lm.launcher.compose import compose_config
-from dist_lm.stages.importing import import_model
+from dist_lm.prepare.compose import compose_config
+from dist_lm.stages.importing.snapshot import import_model
 from dist_lm.storage.run_directory import WorkDirectory
 from tests.chat.test_kept_template import plain_chats
 

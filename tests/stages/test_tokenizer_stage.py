@@ -13,7 +13,7 @@ from dist_lm.config.root import Config
 from dist_lm.data.manifest import read_manifest
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError, ConfigError
-from dist_lm.launcher.compose import compose_config
+from dist_lm.prepare.compose import compose_config
 from dist_lm.stages import shards
 from dist_lm.stages.tokenizer import BEFORE, READ, REPORT_BYTES, STAGE
 from dist_lm.storage import durable

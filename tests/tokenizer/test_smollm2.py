@@ -10,7 +10,7 @@ import pytest
 from dist_lm.data.ingest import Texts, divided
 from dist_lm.data.screening import IngestReport
 from dist_lm.data.token_corpus import TokenCorpus
-from dist_lm.launcher.compose import compose_config
+from dist_lm.prepare.compose import compose_config
 from dist_lm.stages import shards, tokenizer
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.symbols import END_OF_TEXT

@@ -9,10 +9,10 @@ import torch
 from dist_lm.data.batch import Batch
 from dist_lm.data.stream import StepData
 from dist_lm.dry_run.rehearsal import trainer_of_steps
-from dist_lm.launcher.compose import compose_config
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.mesh import build_mesh
 from dist_lm.parallel.sharding import build_model
+from dist_lm.prepare.compose import compose_config
 from dist_lm.training import checkpoint_files
 from dist_lm.training.objective import next_token
 from dist_lm.training.optimizer import build_optimizer

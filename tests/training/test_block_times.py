@@ -9,10 +9,10 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.config.stage import StageConfig
 from dist_lm.data.batch import Batch
-from dist_lm.launcher.compose import compose_config
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.mesh import World, build_mesh
 from dist_lm.parallel.sharding import build_model
+from dist_lm.prepare.compose import compose_config
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.objective import next_token
 from dist_lm.training.optimizer import build_optimizer

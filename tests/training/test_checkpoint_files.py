@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from dist_lm.errors import ArtefactError
-from dist_lm.launcher.compose import compose_config
+from dist_lm.prepare.compose import compose_config
 from dist_lm.storage import durable
 from dist_lm.training import checkpoint_files as files
 from dist_lm.training.state import TrainState

@@ -11,10 +11,10 @@ import dist_lm
 from dist_lm.config.parallel import ParallelConfig
 from dist_lm.data.batch import Batch
 from dist_lm.data.stream import StepData
-from dist_lm.launcher.compose import compose_config
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.mesh import build_mesh
 from dist_lm.parallel.sharding import build_model
+from dist_lm.prepare.compose import compose_config
 from dist_lm.training.heartbeat import StopRequest, Unheard
 from dist_lm.training.objective import next_token
 from dist_lm.training.optimizer import build_optimizer

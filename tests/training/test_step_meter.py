@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 from dist_lm.config.stage import StageConfig
-from dist_lm.launcher.compose import compose_config
 from dist_lm.model.size import GROUPS, group_of, parameter_shapes
 from dist_lm.parallel.mesh import World
+from dist_lm.prepare.compose import compose_config
 from dist_lm.tracking.registry import metric_of
 from dist_lm.training.heartbeat import StopRequest
 from dist_lm.training.objective import next_token

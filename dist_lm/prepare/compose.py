@@ -1,0 +1,374 @@
+"""From the command line to a `Config`: Hydra composes, the dataclasses validate, every error is one line.
+
+The configurations of earlier stages are composed from the same command line: `stage.KEY` and `profile.KEY` belong to
+the target stage, `stages.NAME.KEY` to stage NAME.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, fields, is_dataclass
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from dist_lm.config.corpus import HF, TRAIN, check_sources
+from dist_lm.config.root import Config
+from dist_lm.errors import ConfigError, require
+from dist_lm.prepare.conf_folders import (
+    GROUPS,
+    KEY,
+    RECIPE,
+    check_experiment,
+    choices,
+    conf_directory,
+    default_choice,
+    default_stage,
+    local_hardware,
+    one_line_for_yaml,
+    own_folders,
+    program_of,
+    recipe_override,
+    search_path,
+    without_recipe,
+)
+from dist_lm.stages.registry import all_stages, stage_named, stage_names
+from dist_lm.tracking.redact import check_no_secrets, redact_command
+
+PIPELINE = "pipeline"
+CORPORA = "corpus.corpora"
+NAMED = ("model", "corpus", "stage")  # groups whose files may leave out `name`
+VOCAB_SIZE = "model.vocab_size"
+
+
+def register_schema(schema: type[Config]) -> None:
+    """Register the nodes that conf/config.yaml refers to without a file: the schema and hardware=auto."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=schema)
+    store.store(group="hardware", name="auto", node=OmegaConf.load(conf_directory() / "hardware" / local_hardware()))
+
+
+def compose_config(overrides: Sequence[str]) -> Config:
+    """Compose the configuration of `overrides` (`group=choice`, `key=value`).
+
+    Raises:
+        ConfigError: unknown key, wrong type, value out of bounds, a secret, or an invalid combination.
+    """
+    path = search_path(overrides)
+    folders = [text for text in overrides if text.startswith(f"{KEY}=")]
+    overrides = [text for text in overrides if text not in folders]
+    parsed = [_parse(text) for text in overrides]
+    named = (str(one.value()) for one in reversed(parsed) if one.key_or_group == "stage")
+    choice = next(named, default_stage())
+    stage = program_of(choice, folders)
+    schema = stage_named(stage).schema if stage in stage_names() else Config  # `_check_exists` refuses other names
+    for override in parsed:
+        _check_exists(override, schema, folders)
+    register_schema(schema)
+    try:
+        with one_line_for_yaml(), initialize_config_dir(str(conf_directory()), version_base="1.3"):
+            composed = compose("config", overrides=[*path, *for_hydra(overrides, schema, folders)])
+        _replace_corpora(composed, parsed)
+        for override in reversed(parsed):
+            if override.key_or_group in NAMED and OmegaConf.is_missing(composed[override.key_or_group], "name"):
+                composed[override.key_or_group].name = override.value()
+        _follow_tokenizer(composed, parsed)
+        try:
+            config = OmegaConf.to_object(composed)
+        except ConfigError as error:
+            raise ConfigError(f"{error}{without_recipe(composed.model.name, choice, folders)}") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        _check_corpora(parsed, folders)
+        raise ConfigError(_in_one_line(error, parsed, schema)) from error
+    assert isinstance(config, Config)
+    check_no_secrets(asdict(config), os.environ)
+    require(config.stage.name == stage, "stage.name", config.stage.name, f"{stage}, the stage whose program runs")
+    require("://" not in config.work_dir, "work_dir", config.work_dir, "a folder of a file system that all nodes share")
+    return config
+
+
+def _follow_tokenizer(composed: Any, overrides: Sequence[Override]) -> None:
+    """Set `model.vocab_size` to that of an existing tokenizer, unless the command gives it: then both must agree."""
+    if composed.tokenizer.source == TRAIN:
+        return
+    from dist_lm.tokenizer.existing import existing_vocab_size
+
+    tokenizer: Any = OmegaConf.to_object(composed.tokenizer)
+    found = existing_vocab_size(tokenizer, composed.work_dir)
+    if found is None:
+        return
+    given = [one.value() for one in overrides if one.key_or_group == VOCAB_SIZE]
+    if given and given[-1] != found:
+        raise ConfigError(
+            f"{VOCAB_SIZE}={given[-1]}: tokenizer={tokenizer.source} has {found} pieces: give {VOCAB_SIZE}={found}, or "
+            "leave it out"
+        )
+    OmegaConf.update(composed, VOCAB_SIZE, found)
+
+
+def overrides_of(stage: str, target: str, overrides: Sequence[str]) -> list[str]:
+    """The overrides of a command line for `target` that apply to `stage`."""
+    mine: list[str] = []
+    groups = ("stage.", "profile.", *(f"{name}." for name in own_groups(stage_named(target).schema)))
+    for override in overrides:
+        if match := re.match(r"stages\.(\w+)\.(.+)", override, flags=re.DOTALL):
+            if match.group(1) == stage:
+                mine.append(f"stage.{match.group(2)}")
+        elif override.startswith("stage="):
+            continue
+        elif stage == target or not override.startswith(groups):
+            mine.append(override)
+    mine = [*_following(overrides), *mine]
+    chosen = [override for override in overrides if override.startswith("stage=") and stage == target]
+    own_file = chosen and chosen[-1] != f"stage={PIPELINE}"  # the user's stage file of this program
+    return [chosen[-1] if own_file else f"stage={stage}", *mine]
+
+
+def _following(overrides: Sequence[str]) -> list[str]:
+    """Model and tokenizer of `stage.init_from=hf:SOURCE`, or of a stage on the way, unless the command names others."""
+    started = [text for text in overrides if re.match(rf"(stage|stages\.\w+)\.init_from={HF}", text)]
+    if not started:
+        return []
+    source = started[-1].partition("=")[2]
+    named = {"model": ("model=",), "tokenizer": ("tokenizer=", "tokenizer.source=")}
+    return [f"{key}={source}" for key, forms in named.items() if not any(text.startswith(forms) for text in overrides)]
+
+
+def own_groups(schema: type[Config]) -> list[str]:
+    """The configuration groups that `schema` adds to `Config`."""
+    common = {one.name for one in fields(Config)}
+    return [one.name for one in fields(schema) if one.name not in common]
+
+
+def target_stage(overrides: Sequence[str]) -> str:
+    """The target stage of a command line. `stage=pipeline` means the last stage of the pipeline.
+
+    Raises:
+        ConfigError: no stage is given, or the name is unknown.
+    """
+    named = [text.split("=", 1)[1] for text in overrides if text.startswith("stage=")]
+    known = choices("stage", overrides)
+    accepted = ", ".join([*known, PIPELINE])
+    if not named:
+        raise ConfigError(f"stage is not given: expected stage=S with S one of {accepted}")
+    if named[-1] == PIPELINE:
+        return [stage.name for stage in all_stages() if stage.in_pipeline][-1]
+    if named[-1] not in known:
+        raise ConfigError(f"stage={named[-1]}: expected one of {accepted}")
+    return program_of(named[-1], overrides)
+
+
+def _parse(text: str) -> Override:
+    """Parse an override; `tokenizer=VALUE` is short for `tokenizer.source=VALUE`."""
+    if text.startswith("tokenizer="):
+        text = text.replace("tokenizer=", "tokenizer.source=", 1)
+    try:
+        return OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{text}: not of the form key=value or group=choice ({reason})") from error
+
+
+def _check_exists(override: Override, schema: type[Config], folders: Sequence[str]) -> None:
+    key, value = override.key_or_group, _shown(override)
+    if override.is_add() or override.is_delete():
+        raise ConfigError(f"{value}: keys cannot be added or removed; expected key=value")
+    if override.is_sweep_override():
+        raise ConfigError(f"{value}: a command starts one run; expected a single value")
+    if key in GROUPS:
+        accepted = choices(key, folders)
+        if override.value() not in accepted and not _is_snapshot(override):
+            raise ConfigError(f"{value}: expected one of {', '.join(accepted)}")
+        return
+    node: Any = schema
+    named_by_user = False
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        if is_dataclass(node) and part not in (f.name for f in fields(node)):
+            raise ConfigError(_no_such_key(value, parts[: depth + 1], node))
+        if _is(list, node) and not part.isdecimal():
+            whole = ".".join(parts[:depth])
+            raise ConfigError(f"{value}: {whole} is a list; expected {whole}={_type_name(node)}")
+        named_by_user = not is_dataclass(node)
+        node = _inner_type(node, part)
+    if is_dataclass(node) and not (named_by_user and isinstance(override.value(), dict)):
+        raise ConfigError(
+            f"{value}: expected {key}.KEY=value with KEY one of {', '.join(f.name for f in fields(node))}"
+        )
+
+
+def _no_such_key(shown: str, parts: Sequence[str], node: Any) -> str:
+    """The message for an unknown key.
+
+    Args:
+        shown: the override.
+        parts: the key up to its first unknown part.
+        node: the dataclass that lacks this part.
+    """
+    *outer, wrong = parts
+    names = [f.name for f in fields(node)]
+    close = difflib.get_close_matches(wrong, names, n=1)
+    hint = f"did you mean {'.'.join([*outer, close[0]])}? " if close else ""
+    of = f" of {'.'.join(outer)}" if outer else ""
+    return f"{shown}: no such key; {hint}keys{of}: {', '.join(names)}"
+
+
+def for_hydra(overrides: Sequence[str], schema: type[Config], folders: Sequence[str] = ()) -> list[str]:
+    """The overrides in Hydra's syntax. New keys are added with `++` inside mappings, whose keys the user chooses.
+
+    Args:
+        folders: the overrides that name folders of the user.
+    """
+    parsed = [_parse(text) for text in overrides]
+    chosen = {one.key_or_group: str(one.value()) for one in parsed}
+    added: list[str] = []
+    if {"experiment", "model"} <= chosen.keys():
+        stage = chosen.get("stage", default_stage())
+        check_experiment(chosen["experiment"], chosen["model"], stage, folders)
+    if RECIPE in chosen:
+        model = "" if "experiment" in chosen else chosen.get("model", default_choice("model"))
+        added = recipe_override(chosen[RECIPE], model, chosen.get("stage", default_stage()), folders)
+    return [*added, *(_for_hydra(one, schema) for one in parsed if one.key_or_group != RECIPE)]
+
+
+def _is_snapshot(override: Override) -> bool:
+    return override.key_or_group == "model" and str(override.value()).startswith(HF)
+
+
+def _snapshot_choice(source: str) -> str:
+    """The name under which the group `model` has the model of `hf:SOURCE`. Its shape has no file, like hardware=auto.
+
+    Raises:
+        ArtefactError: the snapshot cannot be read, or our model lacks an option of it.
+    """
+    from dist_lm.interop.snapshot import named_model
+
+    model = named_model(source)
+    ConfigStore.instance().store(group="model", name=f"hf_{model.name}", node=asdict(model))
+    return f"hf_{model.name}"
+
+
+def _for_hydra(override: Override, schema: type[Config]) -> str:
+    if _is_snapshot(override):
+        return f"model={_snapshot_choice(str(override.value()))}"
+    node: Any = schema
+    in_mapping = False
+    parts = override.key_or_group.split(".")
+    for depth, part in enumerate(parts):
+        outer, node = node, _inner_type(node, part)
+        if is_dataclass(node) and _is(dict, outer):
+            # Hydra cannot create a dataclass under a new key, but accepts one as the value of the mapping
+            value = str(override.input_line).partition("=")[2] or "''"
+            for name in reversed(parts[depth:]):
+                value = f"{{{name}: {value}}}"
+            return f"++{'.'.join(parts[:depth])}={value}"
+        in_mapping = in_mapping or _is(dict, node)
+    return f"{'++' if in_mapping else ''}{override.input_line}"
+
+
+def _replace_corpora(composed: DictConfig, parsed: Sequence[Override]) -> None:
+    """Let `corpus.corpora={...}` replace all corpora, as a corpus file does. Hydra merges: `{}` would change nothing.
+
+    Other mappings are merged, so that `rlhf.rewards={...}` adds a part.
+    """
+    if not any(override.key_or_group == CORPORA for override in parsed):
+        return
+    for override in parsed:
+        if override.key_or_group == CORPORA:
+            OmegaConf.update(composed, CORPORA, {}, merge=False)
+        if override.key_or_group.startswith(CORPORA):
+            OmegaConf.update(composed, override.key_or_group, override.value(), force_add=True)
+
+
+def _check_corpora(parsed: Sequence[Override], folders: Sequence[str]) -> None:
+    """Refuse a corpus file or override with a wrong source by its place, which OmegaConf does not know."""
+    for override in parsed:
+        key, value = override.key_or_group, override.value()
+        if key == CORPORA and value is not None:
+            check_sources(value, CORPORA)
+        elif re.fullmatch(rf"{re.escape(CORPORA)}\.[^.]+", key):
+            check_sources({key.removeprefix(f"{CORPORA}."): value}, CORPORA)
+        elif key == "corpus":
+            for file in [folder / "corpus" / f"{value}.yaml" for folder in own_folders(folders)]:
+                content = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else None
+                if isinstance(content, dict) and content.get("corpora") is not None:
+                    check_sources(content["corpora"], f"{file}: corpora")
+
+
+def _inner_type(node: Any, part: str) -> Any:
+    """The type of a field of a dataclass, or of the values of a mapping or list; None for other types."""
+    if is_dataclass(node):
+        return get_type_hints(node).get(part)
+    return next((get_args(option)[-1] for option in _options(node) if get_origin(option) in (dict, list)), None)
+
+
+def _options(node: Any) -> list[Any]:
+    """The alternatives of a union without None: [int] for `int | None`."""
+    alternatives = get_args(node) if get_origin(node) in (Union, UnionType) else (node,)
+    return [option for option in alternatives if option is not type(None)]
+
+
+def _is(kind: type, node: Any) -> bool:
+    """Whether a type is a dict (or a list), or a union with one."""
+    return any(get_origin(option) is kind for option in _options(node))
+
+
+def _shown(override: Override) -> str:
+    """The text of an override without secrets."""
+    return redact_command([override.input_line or ""])[0]
+
+
+def _in_one_line(error: Exception, overrides: Sequence[Override], schema: type[Config]) -> str:
+    """The message of a Hydra or OmegaConf error in one line, with the key=value that caused it."""
+    causes = [error]
+    while causes[-1].__cause__ is not None and isinstance(causes[-1].__cause__, Exception):
+        causes.append(causes[-1].__cause__)
+    last = causes[-1]
+    lines = str(last).splitlines()
+    message = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    key = last.full_key if isinstance(last, OmegaConfBaseException) else None
+    if not key:
+        return message
+    given = next((_shown(override) for override in overrides if override.key_or_group == key), None)
+    if isinstance(last, ConfigKeyError):
+        parts = key.split(".")
+        node = _type_of(parts[:-1], schema)
+        if len(parts) == 1 and last.object_type is not schema:  # inside a list, whose place OmegaConf does not know
+            node, given = last.object_type, f"{key} of a {last.object_type_str}"
+        return _no_such_key(given or key, parts, node) if is_dataclass(node) else f"{key}: {message}"
+    if given is None and isinstance(last, ValidationError):
+        given = redact_command([f"{key}={last.value}"])[0]
+    if not given:
+        return f"{key}: {message}"
+    parts = key.replace("[", ".").replace("]", "").split(".")  # of an entry of a list: profile.steps[0]
+    return f"{given}: expected {_type_name(_type_of(parts, schema))}"
+
+
+def _type_of(parts: Sequence[str], schema: type[Config]) -> Any:
+    node: Any = schema
+    for part in parts:
+        node = _inner_type(node, part)
+    return node
+
+
+def _type_name(node: Any) -> str:
+    if node is None:
+        return "another type"
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    return " or ".join(names.get(option) or _form(option) for option in _options(node))
+
+
+def _form(node: Any) -> str:
+    """The form of a dataclass, mapping or list, for messages."""
+    if is_dataclass(node):
+        return "{" + ", ".join(f"{f.name}: ..." for f in fields(node)) + "}"
+    inner = _type_name(_inner_type(node, "NAME"))
+    return f"{{NAME: {inner}}}" if _is(dict, node) else f"[{inner}, ...]" if _is(list, node) else str(node)

@@ -1,0 +1,258 @@
+"""The work of stage `evaluate` for one model: asks the questions of its tasks, judges and writes the answers.
+
+The answers to a block of questions are a file, written when all are judged. The random numbers of an answer are keyed
+by (seed, task, question, index). So after a kill the missing files are made again with the same content.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_lm.errors import UserError
+from dist_lm.evaluation.bits_per_byte import document_bits, documents_of, text_corpora
+from dist_lm.evaluation.figures import bits_figures, recorded, refused, request_of, reward_figures, task_figures
+from dist_lm.evaluation.tasks import (
+    BITS,
+    CODE_TASKS,
+    REWARD,
+    Asking,
+    Item,
+    Record,
+    asks_as_chat,
+    items_of,
+    limits_of,
+)
+from dist_lm.generation.request import Answer, AnswerSets, Refusal, Request, SamplingParams
+from dist_lm.sandbox.pool import Sandboxes
+from dist_lm.stages.evaluate.reward import prompts_of, reward_scores
+from dist_lm.stages.evaluate.stage import (
+    AUTO,
+    EvaluateConfig,
+    EvaluateRunConfig,
+    labels_of,
+    refuse_other_inputs,
+    table_of,
+)
+from dist_lm.stages.registry import load_config
+from dist_lm.stages.stage import PoolWork
+from dist_lm.storage import durable
+from dist_lm.storage.durable import json_lines
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from dist_lm.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A block of questions of a task, and its file."""
+
+    task: str
+    first: int  # question
+    items: tuple[Item, ...]
+    path: Path
+
+
+class Evaluation(PoolWork):
+    """The questions to one model."""
+
+    def __init__(
+        self,
+        config: EvaluateRunConfig,
+        run: RunDirectory,
+        tokenizer: Tokenizer,
+        open_sandboxes: Callable[[], Sandboxes],
+    ) -> None:
+        """Make the questions, and find the existing files.
+
+        Raises:
+            UserError: a task cannot be asked; names it.
+        """
+        stage, checkpoint = config.stage, Path(config.stage.models[0])
+        self._config, self._run, self._tokenizer = config, run, tokenizer
+        self._open_sandboxes = open_sandboxes
+        begun: Any = load_config(run.config).stage if run.config.exists() else stage
+        self._labels = dict(zip(begun.models, labels_of([Path(path) for path in begun.models]), strict=True))
+        self.label = self._labels[stage.models[0]]
+        self.chat = stage.chat == "always" or (stage.chat == AUTO and answers_requests(checkpoint, tokenizer))
+        self._folder = run.samples / self.label.replace("/", "_")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        params = SamplingParams(max_new_tokens=stage.max_new_tokens, temperature=stage.temperature, top_p=stage.top_p)
+        asking = Asking(tokenizer, config.model.max_seq_len, self.chat, params, stage.n, limits_of(stage.cpu_s))
+        self._work = WorkDirectory(Path(config.work_dir))
+        if BITS in self._unmeasured:
+            default = stage.corpora == EvaluateConfig().corpora
+            self._corpora = text_corpora([self._work.corpus(name) for name in stage.corpora], may_lack=default)
+        self._prompts_asked = prompts_of(config.eval.prompts) if REWARD in stage.tasks else []
+        folder, self._parts, first = self._work.path / "corpora", list[_Part](), 0
+        for task in stage.tasks:
+            if task != BITS:
+                items = named(
+                    task, lambda task=task: items_of(task, asking, config.eval.files, folder, self._prompts_asked)
+                )
+                self._parts += _in_parts(task, first, items, stage.questions_per_part, self._folder)
+                first += len(items)
+        self._items = [(part, item) for part in self._parts for item in part.items]
+        self._missing = {number for number, part in enumerate(self._parts) if not part.path.exists()}
+        self._part_of = [number for number, part in enumerate(self._parts) for _ in part.items]
+        self._answers = AnswerSets()
+        self._judged: dict[int, list[Callable[[], Record]]] = {}  # question -> records of its answers
+        self._sandboxes: Sandboxes | None = None
+        self._closing = ExitStack()
+        self._tokens = 0
+        self._before = self._prompts_of_others()
+        self._prompts = sum(len(self._parts[n].items) for n in range(len(self._parts)) if n not in self._missing)
+        self.count = self._before + len(self._items)
+
+    @property
+    def asks(self) -> bool:
+        return bool(self._missing)
+
+    @property
+    def is_done(self) -> bool:
+        return not self._missing and not self._unmeasured
+
+    @property
+    def done(self) -> tuple[int, int]:
+        return self._before + self._prompts, self._tokens
+
+    @property
+    def table(self) -> Path:
+        return table_of(self._run)
+
+    def _measured(self, task: str) -> Path:
+        """The file of a task that is measured in this process."""
+        return self._folder / f"{task}.jsonl"
+
+    @property
+    def _unmeasured(self) -> list[str]:
+        asked = [task for task in (BITS, REWARD) if task in self._config.stage.tasks]
+        return [task for task in asked if not self._measured(task).exists()]
+
+    def metrics(self) -> dict[str, float]:
+        return {"generate/prompts": self.done[0], "generate/tokens": self._tokens}
+
+    def requests(self) -> Iterator[Request]:
+        """Requests for the questions of missing files. Those that cannot be asked are recorded here."""
+        for number, (part, item) in enumerate(self._items):
+            if self._part_of[number] not in self._missing:
+                continue
+            if item.error:
+                self._refuse(number, item.error)
+                continue
+            yield request_of(number, part.task, item, self._config.seed)
+
+    def take(self, result: Answer | Refusal) -> None:
+        """Judge an answer; write a file whose questions are all answered, while the next ones are asked."""
+        number = int(result.request)
+        item = self._items[number][1]
+        own = self._answers.add(result, item.n)
+        if isinstance(own, Refusal):
+            self._refuse(number, own.error)
+        if not isinstance(own, list):
+            return
+        if self._sandboxes is None and any(task in CODE_TASKS for task in self._config.stage.tasks):
+            self._sandboxes = self._closing.enter_context(self._open_sandboxes())
+        self._tokens += sum(len(one.tokens) for one in own)
+        self._keep(number, [recorded(item, one, item.judge(one, self._sandboxes)) for one in own])
+
+    def finish(self, wanted: Callable[[], bool]) -> None:
+        """Wait for the last judgements, then measure bits per byte."""
+        for number in sorted(self._missing):
+            if wanted():
+                self._write(number)
+        self.close()
+        for task in self._unmeasured if not self._missing else ():
+            refuse_other_inputs(self._run, self._config)
+            records = (self._bits if task == BITS else self._rewards)(wanted) if wanted() else None
+            if records is not None:
+                durable.write_text(self._measured(task), "".join(json.dumps(record) + "\n" for record in records))
+
+    def close(self) -> None:
+        """End the sandboxes; programs that have not begun never do."""
+        self._sandboxes = None
+        self._closing.close()
+
+    def result(self) -> dict[str, Any]:
+        found = {task: self._figures(task) for task in self._config.stage.tasks}
+        return {
+            "model": self.label,
+            "checkpoint": self._config.stage.models[0],
+            "chat": self.chat,
+            "tasks": found,
+        }
+
+    def _refuse(self, number: int, error: str) -> None:
+        item = self._items[number][1]
+        self._keep(number, [lambda: refused(item, error)])
+
+    def _keep(self, number: int, records: list[Callable[[], Record]]) -> None:
+        self._judged[number] = records
+        self._prompts += 1
+        part = self._part_of[number]
+        for other in sorted(self._missing - {part}):  # the newest block may still be judged
+            self._write(other)
+
+    def _write(self, number: int) -> None:
+        """Write a file if all its questions are answered."""
+        part = self._parts[number]
+        numbers = range(part.first, part.first + len(part.items))
+        if any(one not in self._judged for one in numbers):
+            return
+        records = [record() for one in numbers for record in self._judged.pop(one)]
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        durable.write_text(part.path, lines)
+        self._missing.remove(number)
+
+    def _prompts_of_others(self) -> int:
+        """Questions that other models of the run have answered."""
+        folders = [self._run.samples / label.replace("/", "_") for label in self._labels.values()]
+        files = [file for folder in folders if folder != self._folder for file in sorted(folder.glob("*-*.jsonl"))]
+        return sum(record["index"] == 0 for file in files for record in json_lines(file))
+
+    def _bits(self, wanted: Callable[[], bool]) -> list[Record] | None:
+        stage = self._config.stage
+        documents = documents_of(self._corpora, self._work.tokenizer_model, stage.documents)
+        return document_bits(Path(stage.models[0]), self._config, self._tokenizer, documents, wanted)
+
+    def _rewards(self, wanted: Callable[[], bool]) -> list[Record] | None:
+        texts = {str(one.id): one.text for one in self._prompts_asked}
+        model = Path(self._config.eval.reward_model).expanduser()
+        return reward_scores(model, self._config, self._records(REWARD), texts, wanted)
+
+    def _records(self, task: str) -> list[Record]:
+        return [record for part in self._parts if part.task == task for record in json_lines(part.path)]
+
+    def _figures(self, task: str) -> dict[str, Any]:
+        if task == BITS:
+            return bits_figures(list(json_lines(self._measured(BITS))))
+        if task == REWARD:
+            return reward_figures(list(json_lines(self._measured(REWARD))))
+        return task_figures(self._records(task), self._config.stage.k if task in CODE_TASKS else [1])
+
+
+def answers_requests(checkpoint: Path, tokenizer: Tokenizer) -> bool:
+    """Whether a model was trained on conversations: by a stage that does, or before it was imported."""
+    stage = checkpoint.parts[-4] if len(checkpoint.parts) > 3 else ""
+    imported = checkpoint.parents[1] / "chat_template.jinja"
+    return asks_as_chat(stage, tokenizer) or (stage == "import" and imported.is_file())
+
+
+def named(task: str, make: Callable[[], list[Item]]) -> list[Item]:
+    """The questions of a task.
+
+    Raises:
+        UserError: names the task.
+    """
+    try:
+        return make()
+    except UserError as error:
+        raise type(error)(f"stage.tasks: {task}: {error}") from error
+
+
+def _in_parts(task: str, first: int, items: list[Item], size: int, folder: Path) -> list[_Part]:
+    return [
+        _Part(task, first + begin, tuple(items[begin : begin + size]), folder / f"{task}-{begin // size:03d}.jsonl")
+        for begin in range(0, len(items), size)
+    ]

@@ -1,0 +1,150 @@
+"""The part of `dist-lm export` for a checkpoint of adapters: a folder that peft loads over the base.
+
+peft adds `lora_alpha / r * lora_B lora_A` to a weight (out, in) of transformers: lora_A is (r, in), lora_B (out, r). In
+GPT-NeoX queries, keys and values are one weight. Their adapters become one of the summed rank, with alpha in
+proportion: each takes its own rows of lora_A, and its own columns and rows of lora_B; the rest of lora_B is 0.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from dist_lm.config.model import AdaptedModelConfig
+from dist_lm.generation.load import run_of
+from dist_lm.interop.architectures import Architecture
+from dist_lm.interop.weights import Converted, converted
+from dist_lm.model.lora import adapter_of
+from dist_lm.model.size import Shape, parameter_shapes
+from dist_lm.stages.exporting.files import DTYPES, Read, as_torch, made
+from dist_lm.storage import durable
+from dist_lm.training import checkpoint_files as files
+from dist_lm.training.adapters import adapted_model
+from dist_lm.training.checkpoint_tensors import stored_tensors, write_tensors
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."  # of names in the file of weights
+
+
+def write_adapters(folder: Path, checkpoint: Path, found: Architecture, dtype: str, base: str) -> None:
+    """Write adapter_model.safetensors and adapter_config.json into `folder`.
+
+    Args:
+        found: architecture of the model.
+        dtype: bf16 | fp32.
+        base: folder or hub id of the base in transformers' form; empty: see `base_name`.
+
+    Raises:
+        ArtefactError: the base is gone or has changed.
+    """
+    model, stored = adapted_model(checkpoint), stored_tensors(checkpoint)
+    tensors = peft_tensors(found, model, lambda name: as_torch(stored[files.MODEL + name], name))
+    stored_dtype = DTYPES[dtype][0]
+    parts = {name: made(stored_dtype, tensor.shape, tensor.make) for name, tensor in tensors.items()}
+    write_tensors(folder / WEIGHTS, parts, {"format": "pt"})
+    durable.write_json(folder / CONFIG, peft_config(found, model, base or base_name(Path(model.base))))
+
+
+def base_name(base: Path) -> str:
+    """Where an imported base came from: a folder or hub id, which transformers loads. The path of another base, which
+    has to be exported first."""
+    run = run_of(base)
+    source = OmegaConf.select(OmegaConf.load(run.config), "imported.source") if run else None
+    if source is None:
+        return str(run.path if run else base)
+    source = str(source).removeprefix("hf:")
+    folder = Path(source).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else source
+
+
+@dataclass(frozen=True)
+class PeftTensor:
+    """A tensor of adapter_model.safetensors."""
+
+    shape: Shape
+    make: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A weight of theirs with the adapters of the weights of ours in it, at their places in it."""
+
+    theirs: Converted
+    adapters: tuple[tuple[int, str], ...]  # (place, beginning of the names of the factors)
+
+    @property
+    def module(self) -> str:
+        return self.theirs.name.removesuffix(".weight")
+
+
+def peft_tensors(found: Architecture, model: AdaptedModelConfig, read: Read) -> dict[str, PeftTensor]:
+    """The tensors of adapter_model.safetensors by name.
+
+    Args:
+        read: gives the factors and the scalar head, whole and unpadded.
+    """
+    tensors: dict[str, PeftTensor] = {}
+    for target in _targets(found, model):
+        rank, (out, into) = model.lora.rank * len(target.adapters), target.theirs.shape
+        name = f"{PREFIX}{target.module}"
+        tensors[f"{name}.lora_A.weight"] = PeftTensor((rank, into), partial(_lora_a, target, read))
+        tensors[f"{name}.lora_B.weight"] = PeftTensor((out, rank), partial(_lora_b, target, model.lora.rank, read))
+    if model.head == "scalar":
+        tensors[f"{PREFIX}score.weight"] = PeftTensor((1, model.d_model), partial(read, "scalar_head.weight"))
+    return tensors
+
+
+def peft_config(found: Architecture, model: AdaptedModelConfig, base: str) -> dict[str, Any]:
+    """adapter_config.json.
+
+    Args:
+        base: folder or hub id of the base in transformers' form.
+    """
+    targets = _targets(found, model)
+    fused = {target.module.rpartition(".")[2]: len(target.adapters) for target in targets if len(target.adapters) > 1}
+    rank, alpha = model.lora.rank, model.lora.alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if model.head == "tokens" else "SEQ_CLS",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: rank * count for name, count in fused.items()},
+        "alpha_pattern": {name: alpha * count for name, count in fused.items()},
+        "target_modules": sorted({target.module.rpartition(".")[2] for target in targets}),
+        "modules_to_save": ["score"] if model.head == "scalar" else None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def _targets(found: Architecture, model: AdaptedModelConfig) -> list[_Target]:
+    shapes = parameter_shapes(model)
+    targets = []
+    for one in converted(found, parameter_shapes(model.plain)):
+        adapters = ((place, adapter_of(name)) for place, name in enumerate(one.ours))
+        held = tuple((place, prefix) for place, prefix in adapters if f"{prefix}a" in shapes)
+        if held:
+            targets.append(_Target(one, held))
+    return targets
+
+
+def _lora_a(target: _Target, read: Read) -> torch.Tensor:
+    return torch.cat([read(f"{prefix}a").flatten(1) for _, prefix in target.adapters])
+
+
+def _lora_b(target: _Target, rank: int, read: Read) -> torch.Tensor:
+    factors = [read(f"{prefix}b") for _, prefix in target.adapters]
+    if len(target.theirs.ours) == 1:
+        return factors[0].flatten(1).t()
+    heads, width = target.theirs.shapes[0][:2]
+    whole = torch.zeros(heads, len(target.theirs.ours), width, rank * len(factors))  # (H, 3, K, R): see `Converted`
+    for number, ((place, _), b_RHK) in enumerate(zip(target.adapters, factors, strict=True)):
+        whole[:, place, :, number * rank : (number + 1) * rank] = b_RHK.permute(1, 2, 0)
+    return whole.flatten(0, 2)

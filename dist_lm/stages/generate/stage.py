@@ -1,0 +1,273 @@
+"""Stage `generate`: reads prompts and a checkpoint, writes work/runs/generate/RUN_ID/samples/part-*.jsonl.
+
+This module has the keys and the checks before anything starts: the checkpoint, the sampling parameters, and whether the
+prompts are those that the run began with. `generate_parts.py` makes requests and writes answers.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from dist_lm.config.root import Config
+from dist_lm.data.prompts import find_prompts, survey
+from dist_lm.errors import ArtefactError, require
+from dist_lm.stages.registry import load_config
+from dist_lm.stages.stage import Action, Look, PoolStage, PoolWork, run_of, shown_path
+from dist_lm.stages.training.stage import FREE_KEYS, differing_keys, refuse_other_settings
+from dist_lm.storage import durable
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from dist_lm.tracking.readable import counted
+from dist_lm.training import checkpoint_files
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dist_lm.generation.engine import EngineOptions
+    from dist_lm.sandbox.pool import Sandboxes
+    from dist_lm.tokenizer.tokenizer import Tokenizer
+    from dist_lm.tracking.console import Console
+
+AUTO = "auto"
+FROM = ("code", "language")  # stage.checkpoint=auto takes the first of these stages that has a checkpoint
+RESULT_KEYS = ("seed", "model.", "stage.", "parallel.compute_dtype", "parallel.tp")  # answers depend on these keys
+FREE = (*(key for key in FREE_KEYS if key not in RESULT_KEYS), "stage.actors", "stage.max_sequences")
+
+
+@dataclass
+class GenerateConfig:
+    """Prompts, checkpoint, sampling parameters and size of the engines.
+
+    `SamplingParams` and `EngineOptions` check the bounds of their parameters before anything starts.
+    """
+
+    name: str = MISSING
+    prompts: str = ""  # file or glob: .jsonl (`prompt`, optionally `id` and `suffix`), or .txt (a prompt per line)
+    checkpoint: str = AUTO  # run or checkpoint; auto: the newest of the code stage, else of the language stage
+    chat: bool = (
+        False  # a prompt is the turn of a user, in the model's layout of conversations, and the answer its turn
+    )
+    n: int = 1  # answers per prompt
+    prompts_per_shard: int = 1000  # prompts per output file; after a kill an unfinished file is generated again
+    truncate: str = "refuse"  # a prompt that fills the context: refuse | left (cut off its beginning, of plain text)
+    actors: int = -1  # engines; -1: one for each parallel.tp GPUs of a node, or one per node without GPUs
+    max_new_tokens: int = 128
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    min_p: float = 0.0  # 0: off
+    repetition_penalty: float = 1.0  # 1: off
+    logit_bias: dict[int, float] = field(default_factory=dict)  # token id -> added to its logit
+    stop: list[str] = field(default_factory=list)  # texts that end an answer
+    stop_tokens: list[int] = field(default_factory=list)  # beside end-of-text
+    ignore_eot: bool = False  # end-of-text does not end an answer
+    cache_tokens: int = 16384  # KV cache of an engine, all sequences together
+    page_tokens: int = 0  # of a page of the cache; 0: 256 on CUDA in half precision, otherwise 64
+    max_sequences: int = 64  # sequences that an engine runs at the same time
+
+    def __post_init__(self) -> None:
+        for key in ("n", "prompts_per_shard"):
+            require(getattr(self, key) > 0, f"stage.{key}", getattr(self, key), "a positive integer")
+        require(self.actors == -1 or self.actors > 0, "stage.actors", self.actors, "a positive integer, or -1")
+        require(self.truncate in ("refuse", "left"), "stage.truncate", self.truncate, "refuse or left")
+        require(bool(self.checkpoint), "stage.checkpoint", self.checkpoint, "auto, or the path of a run or checkpoint")
+
+
+@dataclass
+class GenerateRunConfig(Config):
+    """The whole configuration of stage `generate`."""
+
+    stage: GenerateConfig = MISSING
+
+    def check_stage(self) -> None:
+        """No key of this stage depends on other groups."""
+
+
+class Generate(PoolStage):
+    name = "generate"
+    schema = GenerateRunConfig
+
+    def look(self, config: Config, *, is_target: bool, rebuilt: Collection[str]) -> Look:
+        from dist_lm.stages.generate import parts as generate_parts
+
+        own, run = generate_config(config), run_of(config)
+        generate_parts.check(own)
+        check_inputs(find_prompts(own.stage.prompts), own.stage, run)
+        begun = load_config(run.config) if run.inputs.exists() else None
+        before = Path(generate_config(begun).stage.checkpoint) if begun else None
+        if run.result.exists() and before:  # the checkpoint of a finished run may have been removed
+            start = before if own.stage.checkpoint == AUTO else find_start(own, before)
+        else:
+            start = find_start(own, before)
+            check_checkpoint(start, run)
+        own = replace(own, stage=replace(own.stage, checkpoint=str(start)))
+        if not run.result.exists():
+            self.tokenizer(own)  # refused before anything starts
+        if begun:
+            conflicts = [one for key in RESULT_KEYS for one in differing_keys(begun, own, key, FREE)]
+            refuse_other_settings(run, own, conflicts)
+        if run.result.exists():
+            answers = json.loads(run.result.read_text(encoding="utf-8"))["answers"]
+            return Look(own, Action.READY, f"{counted(answers, 'answer')}, {shown_path(run.samples, own)}")
+        parts = len(list(run.samples.glob("part-*.jsonl")))
+        detail = f"{own.stage.prompts} with {label_of(start)}, {sampling_text(own.stage)}"
+        if parts:
+            return Look(own, Action.RESUME, f"{detail}; {counted(parts, 'file')} there")
+        return Look(own, Action.BUILD, detail)
+
+    def checkpoint(self, config: Config) -> Path:
+        return Path(generate_config(config).stage.checkpoint)
+
+    def tokenizer(self, config: Config) -> "Tokenizer":
+        from dist_lm.generation.load import stage_tokenizer
+
+        return stage_tokenizer(self.checkpoint(config), WorkDirectory(Path(config.work_dir)), config.model.vocab_size)
+
+    def engine(self, config: Config) -> "tuple[EngineOptions, int, int]":
+        from dist_lm.stages.generate import parts as generate_parts
+
+        own = generate_config(config)
+        return generate_parts.options_of(own.stage), generate_parts.tp_of(own), own.stage.actors
+
+    def work(
+        self, config: Config, run: RunDirectory, tokenizer: "Tokenizer", sandboxes: "Callable[[], Sandboxes]"
+    ) -> PoolWork:
+        from dist_lm.stages.generate.parts import Samples
+
+        return Samples(generate_config(config), run, tokenizer)
+
+    def summarize(self, config: Config, console: "Console") -> None:
+        """Print the number of answers and their folder."""
+        run = run_of(config)
+        result = json.loads(run.result.read_text(encoding="utf-8"))
+        console.summary(
+            "stage=generate is done",
+            {
+                "answers": f"{result['answers']:,} to {counted(result['prompts'], 'prompt')}, {refused_text(result)}",
+                "tokens": f"{result['tokens']:,}, {result['tokens_per_s']:,.0f} a second "
+                f"on {counted(result['actors'], 'actor')}",
+                "checkpoint": result["checkpoint"],
+                "samples": f"{run.samples} ({counted(result['parts'], 'file')})",
+            },
+        )
+
+    def rejection(self, config: Config) -> str:
+        result = json.loads(run_of(config).result.read_text(encoding="utf-8"))
+        if result["answers"]:
+            return ""
+        prompts = generate_config(config).stage.prompts
+        return f"stage.prompts={prompts}: no prompt was answered, {refused_text(result)}"
+
+    def figures(self, result: Mapping[str, Any]) -> str:
+        return f"{result['answers']:,} answers, {result['tokens']:,} tokens" if result else ""
+
+
+def generate_config(config: Config) -> GenerateRunConfig:
+    """`config` with the type of this stage."""
+    assert isinstance(config, GenerateRunConfig)
+    return config
+
+
+def refused_text(result: Mapping[str, Any]) -> str:
+    """The number of refused prompts and the first reason."""
+    first = result.get("first_refusal")
+    return f"{result['refused']:,} refused" + (f": {first}" if first else "")
+
+
+def sampling_text(stage: GenerateConfig) -> str:
+    """Sampling parameters as text: the usual ones, and others that differ from their default."""
+    from dist_lm.generation.request import SamplingParams
+
+    usual, default = ("temperature", "top_k", "top_p", "max_new_tokens", "n"), GenerateConfig(name="")
+    others = [one.name for one in fields(SamplingParams) if one.name not in usual]
+    shown = [*usual, *(key for key in others if getattr(stage, key) != getattr(default, key))]
+    values = [(key, getattr(stage, key)) for key in shown]
+    return " ".join(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in values)
+
+
+def check_inputs(files: list[Path], stage: GenerateConfig, run: RunDirectory) -> dict[str, Any]:
+    """Number and hashes of the prompts, a part of `prompts.json`.
+
+    Raises:
+        ConfigError: there are no prompts, or the files are invalid.
+        ArtefactError: the run began with other prompts.
+    """
+    found, before = survey(files), begun_with(run)
+    if before and {name: before.get(name) for name in found} != found:
+        raise ArtefactError(f"stage.prompts={stage.prompts}: not what {run.path} began with: choose another run_id")
+    return found
+
+
+def check_checkpoint(checkpoint: Path, run: RunDirectory) -> dict[str, str]:
+    """The hash of a checkpoint's manifest, a part of `prompts.json`.
+
+    Raises:
+        ArtefactError: the run began with other weights at the same place.
+    """
+    found = durable.sha256_of(checkpoint / checkpoint_files.MANIFEST)
+    if begun_with(run).get("checkpoint_sha256", found) != found:
+        raise ArtefactError(f"{checkpoint}: has changed since {run.path} began: choose another run_id")
+    return {"checkpoint_sha256": found}
+
+
+def begun_with(run: RunDirectory) -> dict[str, Any]:
+    """The content of `prompts.json`; nothing for a new run."""
+    return json.loads(run.inputs.read_text(encoding="utf-8")) if run.inputs.exists() else {}
+
+
+def find_start(config: GenerateRunConfig, before: Path | None) -> Path:
+    """The absolute path of the checkpoint to generate from.
+
+    Args:
+        before: checkpoint that the run began with; it is kept unless stage.checkpoint names another one.
+
+    Raises:
+        ArtefactError: there is no checkpoint, or it belongs to another model.
+    """
+    asked = config.stage.checkpoint
+    path = None if asked == AUTO else Path(asked).expanduser().resolve()
+    if before and (path is None or before.is_relative_to(path)):
+        found = before
+        if not before.is_dir():
+            raise ArtefactError(f"{before}: this run began with this checkpoint, which is gone: choose another run_id")
+    else:
+        found = checkpoint_files.find_checkpoint(
+            path or newest_run(WorkDirectory(Path(config.work_dir).resolve())).path
+        )
+    model = checkpoint_files.read_state(found)[1]
+    checkpoint_files.check_same_model(found, model, config.model, "use the same model")
+    return found
+
+
+def newest_run(work: WorkDirectory, key: str = "stage.checkpoint", value: str = "PATH") -> RunDirectory:
+    """The run with the newest checkpoint of the code stage, else of the language stage.
+
+    Args:
+        key: the key that asks for it, for messages.
+        value: what `key` may name instead.
+
+    Raises:
+        ArtefactError: neither stage has a checkpoint.
+    """
+    for stage in FROM:
+        newest = {
+            run: checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST) for run in work.runs(stage)
+        }
+        written = {run: checkpoint.stat().st_mtime for run, checkpoint in newest.items() if checkpoint}
+        if written:
+            return max(written, key=written.__getitem__)
+    raise ArtefactError(
+        f"{key}=auto: no checkpoint of stage {' or '.join(FROM)} in {work.path}: "
+        f"run `python -m dist_lm.launch stage=code` first, or give {key}={value}"
+    )
+
+
+def label_of(checkpoint: Path) -> str:
+    """The name of a checkpoint in samples: STAGE/RUN_ID/STEP."""
+    return "/".join(checkpoint.parts[-4:-2] + checkpoint.parts[-1:])
+
+
+STAGE = Generate()

@@ -1,0 +1,224 @@
+"""The program of `dist-lm import`: a model of transformers as a run that a stage can start from.
+
+    work/runs/import/NAME/
+      checkpoints/step_00000000/   weights in fp32
+      tokenizer/                   tokenizer.json or tokenizer.model, with the same ids
+      tokenizer/conversations.json its chat template, if that lays conversations out otherwise than ours
+      chat_template.jinja          if the model has one
+      conf/model/NAME.yaml         its shape, for --config-dir
+      config.yaml                  where it came from
+
+One tensor is in memory at a time.
+"""
+
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from dist_lm.config.model import ModelConfig
+from dist_lm.errors import ArtefactError, require
+from dist_lm.interop.architectures import Architecture
+from dist_lm.interop.snapshot import (
+    CONFIG,
+    INDEX,
+    WHOLE,
+    chat_template_of,
+    folder_of,
+    model_in,
+    read_json,
+    snapshot_record,
+    special_tokens_of,
+    tokenizer_of,
+)
+from dist_lm.interop.weights import ALIASES, BUFFERS, Converted, converted
+from dist_lm.model.size import Shape, parameter_shapes
+from dist_lm.stages.chat_layout import kept_template
+from dist_lm.stages.exporting.files import FILE_BYTES, as_torch, in_files, made
+from dist_lm.storage import durable
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from dist_lm.tokenizer.symbols import END_OF_TEXT
+from dist_lm.tokenizer.tokenizer import NoEndOfTextError, Tokenizer
+from dist_lm.training import checkpoint_files as files
+from dist_lm.training.checkpoint_tensors import PLACES, MadeTensor, StoredTensor, tensors_in, write_tensors
+from dist_lm.training.state import TrainState
+
+STAGE = "import"  # folder below runs/
+
+
+def import_model(source: str, name: str, work: WorkDirectory) -> RunDirectory:
+    """Write the run `import/NAME` in the work directory.
+
+    Args:
+        source: a folder with config.json, weights and tokenizer, a GGUF file, or the id of a model on the Hugging Face
+            hub.
+
+    Raises:
+        ConfigError: `name` is no name of a run.
+        ArtefactError: the folder lacks a file, or the model has an option or tensor that ours lacks; the message names
+            it. Or the run exists.
+    """
+    accepted = "letters, digits, '.', '_', '-', the first one a letter or digit"
+    require(re.fullmatch(r"\w[\w.-]*", name, re.ASCII) is not None, "NAME", name, accepted)
+    run = work.run(STAGE, name)
+    if run.path.exists():
+        raise ArtefactError(f"{run.path} exists: give another name, or remove it first")
+    with _snapshot(source) as folder:
+        return _import(folder, source, name, run)
+
+
+def _import(folder: Path, source: str, name: str, run: RunDirectory) -> RunDirectory:
+    model, found = model_in(folder, name)
+    theirs = _weights(folder)
+    entries = converted(found, parameter_shapes(model))
+    _check_tensors(folder, theirs, entries, model)
+    content, file_name = tokenizer_of(folder, model.vocab_size)
+    temporary = RunDirectory(run.path.with_name(f".{name}.{secrets.token_hex(8)}.tmp"))
+    try:
+        (temporary.path / "tokenizer").mkdir(parents=True)
+        durable.write_bytes(temporary.path / "tokenizer" / file_name, content)
+        if template := chat_template_of(folder):
+            durable.write_text(temporary.chat_template, template)
+        tokenizer = _tokenizer(folder, content, file_name)
+        if kept := kept_template(folder, tokenizer):
+            kept.write(temporary.path / "tokenizer")
+        state = TrainState(tokenizer=tokenizer.sha256)
+        write_checkpoint(temporary.checkpoints, _ours(theirs, entries, model), model, state)
+        _write_configuration(temporary, model, found, source, snapshot_record(source, folder))
+        temporary.path.rename(run.path)
+        durable.fsync_directory(run.path.parent)
+    except OSError as error:
+        raise ArtefactError(f"{run.path}: could not be written ({error}); free space or repair the folder") from error
+    finally:
+        shutil.rmtree(temporary.path, ignore_errors=True)
+    return run
+
+
+def _tokenizer(folder: Path, content: bytes, file_name: str) -> Tokenizer:
+    try:
+        return Tokenizer(content, file_name)
+    except NoEndOfTextError as error:
+        own = special_tokens_of(folder).get("eos_token", "")
+        named = f"{own}, its eos_token" if own else "the token that ends a text"
+        raise ArtefactError(
+            f"{folder}: {file_name} has no end-of-text by a known name: copy the folder, and in the files of the "
+            f"tokenizer rename {named}, to {END_OF_TEXT}"
+        ) from error
+
+
+def write_checkpoint(
+    checkpoints: Path,
+    tensors: Mapping[str, MadeTensor],
+    model: ModelConfig,
+    state: TrainState,
+    adapters: Mapping[str, Any] | None = None,
+) -> None:
+    """Write parameters by name as the first checkpoint of a run, without a process group.
+
+    Args:
+        adapters: see `checkpoint_files.write_state`.
+    """
+    directory = checkpoints / files.step_name(state.step)
+    directory.mkdir(parents=True)
+    named = {files.MODEL + name: tensor for name, tensor in tensors.items()}
+    digests = {}
+    for number, part in enumerate(in_files(named, FILE_BYTES), start=1):
+        path = directory / f"shard-00001-model-{number:05d}{files.TENSORS}"
+        places = {name: {"saved_offsets": [0] * len(tensor.shape)} for name, tensor in part.items()}
+        write_tensors(path, part, {"format": "pt", PLACES: json.dumps(places)})
+        digests[path.name] = durable.sha256_of(path)
+    files.write_state(directory, state, asdict(model), adapters)
+    digests[files.STATE] = durable.sha256_of(directory / files.STATE)
+    files.write_manifest(directory, digests)
+    files.write_pointer(checkpoints, files.LATEST, directory)
+
+
+@contextmanager
+def _snapshot(source: str) -> Iterator[Path]:
+    """The folder that `source` names; for a GGUF file a temporary one."""
+    path = Path(source).expanduser()
+    if path.suffix != ".gguf":
+        yield folder_of(source)
+        return
+    from dist_lm.stages.importing.gguf import write_snapshot
+
+    with TemporaryDirectory(prefix="dist_lm_gguf_") as folder:
+        write_snapshot(path, Path(folder))
+        yield Path(folder)
+
+
+def _weights(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of all files that the index names, or of model.safetensors."""
+    names = [WHOLE]
+    if (folder / INDEX).is_file():
+        content = read_json(folder / INDEX).get("weight_map")
+        names = sorted({str(name) for name in content.values()}) if isinstance(content, dict) else []
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ArtefactError(f"{folder}: {name} is missing: weights are read from safetensors files only")
+    tensors: dict[str, StoredTensor] = {}
+    for name in names:
+        tensors |= tensors_in(folder / name)
+    return {ALIASES.get(name, name) if _is_gpt_neox(tensors) else name: tensor for name, tensor in tensors.items()}
+
+
+def _is_gpt_neox(names: Mapping[str, Any]) -> bool:
+    return any(name.startswith("gpt_neox.") for name in names)
+
+
+def _check_tensors(
+    folder: Path, theirs: Mapping[str, StoredTensor], entries: list[Converted], model: ModelConfig
+) -> None:
+    """Refuse missing tensors, other shapes, and tensors that the model has no place for."""
+    for one in entries:
+        if one.name not in theirs:
+            raise ArtefactError(f"{folder}: {one.name} is missing in the weights")
+        if theirs[one.name].shape != one.shape:
+            raise ArtefactError(
+                f"{folder}: {one.name} has shape {theirs[one.name].shape}, expected {one.shape} by {CONFIG}"
+            )
+    known = {one.name for one in entries}
+    for name, tensor in theirs.items():
+        if name in known or BUFFERS.fullmatch(name):
+            continue
+        is_head = model.tie_embeddings and name in (*ALIASES, *ALIASES.values())
+        if not is_head or not np.array_equal(tensor.read(), theirs[entries[0].name].read()):
+            raise ArtefactError(f"{folder}: {name}: the model has no place for this tensor")
+
+
+def _ours(theirs: Mapping[str, StoredTensor], entries: list[Converted], model: ModelConfig) -> dict[str, MadeTensor]:
+    """Our parameters in fp32. A score of theirs has no bias: ours is 0."""
+
+    def read(one: Converted, place: int) -> torch.Tensor:
+        return one.to_ours(as_torch(theirs[one.name], one.name), place)
+
+    found: dict[str, MadeTensor] = {}
+    for one in entries:
+        for place, name in enumerate(one.ours):
+            found[name] = made("F32", one.shapes[place], partial(read, one, place))
+    if model.head == "scalar":
+        found["scalar_head.bias"] = made("F32", (1,), lambda: torch.zeros(1))
+    shapes: dict[str, Shape] = parameter_shapes(model)
+    return {name: found[name] for name in shapes}
+
+
+def _write_configuration(
+    run: RunDirectory, model: ModelConfig, found: Architecture, source: str, read: dict[str, Any]
+) -> None:
+    conf = run.path / "conf" / "model"
+    conf.mkdir(parents=True)
+    durable.write_text(conf / f"{model.name}.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(model))))
+    imported = {"source": source, "architecture": found.name, "snapshot": read}
+    value = {"model": asdict(model), "imported": imported}
+    durable.write_text(run.config, OmegaConf.to_yaml(OmegaConf.create(value)))

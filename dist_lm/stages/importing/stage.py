@@ -1,0 +1,82 @@
+"""Stage `import`: a model of transformers as the run work/runs/import/NAME, for `stage.init_from=hf:SOURCE`.
+
+A stage that starts from `hf:SOURCE` needs it. `importing.py` is the program, which `dist-lm import` runs too.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from dist_lm.config.corpus import HF
+from dist_lm.config.root import Config
+from dist_lm.errors import ArtefactError, ConfigError, require
+from dist_lm.interop.snapshot import change_of, folder_of, model_in, name_of
+from dist_lm.stages.stage import IMPORT, Artefact, ArtefactStage
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from dist_lm.tracking.readable import readable_count
+
+if TYPE_CHECKING:
+    from dist_lm.tracking.console import Console
+
+
+class Import(ArtefactStage):
+    name = IMPORT
+
+    def reads(self, config: Config) -> tuple[str, ...]:
+        return ()
+
+    def for_readers(self, config: Config, readers: Sequence[Config]) -> Config:
+        """Import the model that the later stages start from."""
+        sources = sorted({one.stage.init_from for one in readers if one.stage.init_from.startswith(HF)})
+        if len(sources) > 1:
+            raise ConfigError(f"stage.init_from: {' and '.join(sources)}: expected one model for all stages")
+        return replace(config, stage=replace(config.stage, init_from=sources[0]))
+
+    def check(self, config: Config) -> None:
+        accepted = f"{HF}FOLDER of transformers, or {HF}ID of a model on the hub"
+        require(config.stage.init_from.startswith(HF), "stage.init_from", config.stage.init_from, accepted)
+
+    def inspect(self, config: Config) -> Artefact:
+        """Look for the run.
+
+        Raises:
+            ArtefactError: another snapshot was imported under this name.
+        """
+        from dist_lm.model.size import parameter_count
+
+        source, run = config.stage.init_from, imported_run(config)
+        if not run.config.is_file():
+            model, found = model_in(folder_of(source, weights=False), name_of(source))
+            size = readable_count(parameter_count(model))
+            return Artefact(False, f"{found.name}, {size} parameters from {source}")
+        imported: Any = OmegaConf.select(OmegaConf.load(run.config), "imported")
+        before = OmegaConf.to_container(imported)
+        assert isinstance(before, dict)
+        if changed := change_of(source, before.get("snapshot") or {}):
+            raise ArtefactError(
+                f"{run.path} was imported from {before['source']}, and {source} differs from that ({changed}): remove "
+                "this run, or import the other model under a name of its own by dist-lm import"
+            )
+        return Artefact(True, f"{before['architecture']} from {before['source']}")
+
+    def build(self, config: Config, console: "Console") -> None:
+        """Read the weights, and write the run."""
+        from dist_lm.stages.importing.snapshot import import_model  # imports torch
+
+        source = config.stage.init_from
+        with console.waiting(f"importing {source}"):
+            import_model(source, name_of(source), WorkDirectory(Path(config.work_dir)))
+
+    def output(self, config: Config) -> Path:
+        return imported_run(config).path
+
+
+def imported_run(config: Config) -> RunDirectory:
+    """The run of an import on the way."""
+    return WorkDirectory(Path(config.work_dir)).run(Import.name, name_of(config.stage.init_from))
+
+
+STAGE = Import()

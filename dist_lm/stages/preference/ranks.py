@@ -1,0 +1,128 @@
+"""Stage `preference` on ranks: rankings as trees of completions, the reference, figures on held-out rankings."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_lm.config.corpus import SPLITS
+from dist_lm.data.batch import RankedPlaces
+from dist_lm.data.manifest import read_manifest
+from dist_lm.data.rankings.completions import CompletionBatch, SplitReference, Trees
+from dist_lm.data.rankings.shards import RankingCorpus
+from dist_lm.errors import ArtefactError
+from dist_lm.model.transformer import Transformer
+from dist_lm.rlhf.preference import PreferenceLoss
+from dist_lm.rlhf.preference_objective import held_out_metrics, seen_rankings
+from dist_lm.rlhf.reference import CHECKPOINT, reference_of
+from dist_lm.stages.preference.stage import PreferenceRunConfig
+from dist_lm.stages.reward.ranks import EXAMPLE_COMPLETIONS, open_rankings, ranking_batches, ranking_stream
+from dist_lm.stages.training.stage import Opening, StageData
+from dist_lm.training import checkpoint_files
+
+
+def open_data(opening: Opening) -> StageData:
+    """Rankings of the stage's corpus, with their log-probabilities under the reference (collective).
+
+    Raises:
+        ConfigError: a setting that rankings do not allow.
+        ArtefactError: the corpus holds no rankings, or none fits into a sequence.
+    """
+    config = opening.config
+    assert isinstance(config, PreferenceRunConfig)
+    stage, settings = config.stage, config.stage.preference
+    train, val = open_rankings(opening)
+    plain = Trees(None, settings.learns_text, settings.has_reference_point)
+    reference = _reference(opening, config, train, val, plain) if settings.has_reference else {}
+    trees = replace(plain, reference=reference.get("train"))
+    stream = ranking_stream(opening, train, settings.lesson, settings.label_noise, trees)
+    loss, of_val = PreferenceLoss(settings), reference.get("val")
+
+    def evaluate(model: Transformer, everything: bool, alive: Callable[[], None]) -> dict[str, float]:
+        limit = 0 if everything else stage.eval_sequences
+        batches = ranking_batches(opening, val, limit, replace(plain, reference=of_val))
+        seen, point = seen_rankings(model, batches, opening.world.device, opening.data_ranks, alive)
+        return held_out_metrics(loss, val, of_val, seen, point, config.seed)
+
+    return StageData(stream, evaluate)
+
+
+def _reference(
+    opening: Opening, config: PreferenceRunConfig, train: RankingCorpus, val: RankingCorpus, trees: Trees
+) -> dict[str, SplitReference]:
+    stage, run = config.stage, opening.run
+    key: dict[str, Any] = {
+        CHECKPOINT: _start(config),
+        "corpus": read_manifest(run.work.corpus(stage.corpus)).content,
+        "seq_len": stage.seq_len,
+        "mismatches": trees.mismatches,
+    }
+    return reference_of(
+        run.reference,
+        key,
+        {
+            name: ranking_batches(opening, split, assemble=trees)
+            for name, split in zip(SPLITS, (train, val), strict=True)
+        },
+        opening.initial or partial(_no_model, run.reference),
+        opening.world,
+        opening.data_ranks,
+        begun=opening.position > 0,
+        alive=opening.alive,
+    )
+
+
+def _start(config: PreferenceRunConfig) -> str:
+    """What the reference is: the hash of the checkpoint that training starts from, or the seed of a new model."""
+    if config.stage.init_from == "none":
+        return f"seed {config.seed} {json.dumps(asdict(config.model), sort_keys=True)}"
+    return checkpoint_files.fingerprint(checkpoint_files.find_checkpoint(Path(config.stage.init_from)))
+
+
+def _no_model(path: Path) -> Any:
+    raise ArtefactError(f"{path} is missing or belongs to other data: continue the run, which computes it again")
+
+
+def example_batch(config: PreferenceRunConfig) -> CompletionBatch:
+    """A micro-batch with one ranking per sequence, for the dry run."""
+    settings, stage = config.stage.preference, config.stage
+    rows, k = stage.micro_batch, min(EXAMPLE_COMPLETIONS, stage.seq_len - 1)
+    own_T = torch.arange(stage.seq_len) * (k + 1) // stage.seq_len  # prompt and completions have equal lengths
+    branch_BT, row_B1 = own_T.repeat(rows, 1), torch.arange(rows)[:, None]
+    segment_BT = (branch_BT + k * row_B1).where(branch_BT > 0, rows * k + 1 + row_B1 if settings.learns_text else 0)
+    batch = CompletionBatch(
+        tokens_BT=torch.randint(0, config.model.vocab_size, branch_BT.shape),
+        targets_BT=torch.randint(0, config.model.vocab_size, branch_BT.shape),
+        loss_mask_BT=(segment_BT > 0).float(),
+        document_BT=torch.zeros_like(branch_BT),
+        position_BT=torch.arange(stage.seq_len).repeat(rows, 1),
+        sequence_B=torch.arange(rows),
+        branch_BT=branch_BT,
+        segment_BT=segment_BT,
+        tokens_S=torch.ones(rows * (k + 1)),
+        prompt_C=torch.arange(rows * k) // k,
+        reference_C=torch.zeros(rows * k if settings.has_reference else 0),
+        ranked=_example_places(rows, k, settings.lesson == "rankings"),
+    )
+    if settings.has_reference_point:
+        batch = replace(batch, mismatched=batch, mismatched_reference_P=torch.zeros(rows))
+    return batch
+
+
+def _example_places(rows: int, k: int, whole: bool) -> RankedPlaces:
+    place_PK = torch.arange(rows * k).view(rows, k)
+    none = torch.zeros(0, dtype=torch.int64)
+    better_N, worse_N = (none, none) if whole else (place_PK[:, :-1].flatten(), place_PK[:, 1:].flatten())
+    place_PK = place_PK if whole else place_PK[:0]
+    return RankedPlaces(
+        place_PK=place_PK,
+        rank_PK=torch.arange(k).repeat(len(place_PK), 1),
+        there_PK=torch.ones(place_PK.shape, dtype=torch.bool),
+        better_N=better_N,
+        worse_N=worse_N,
+        margin_N=torch.zeros(better_N.shape),
+    )

@@ -1,0 +1,118 @@
+"""Stage `preference`: the policy learns from rankings directly (DPO, IPO, KTO, ORPO, SimPO), from the tools checkpoint.
+
+No reward model, no rollouts. The model that training starts from is the reference; its log-probabilities of all
+rankings are computed before the first step (`rlhf.reference`).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from dist_lm.config.preference import PreferenceConfig
+from dist_lm.config.root import Config
+from dist_lm.config.stage import StageConfig, refuse_terms_of_text
+from dist_lm.errors import require
+from dist_lm.stages.stage import VAL_LOSS, KeyFigure
+from dist_lm.stages.training.stage import Opening, StageData, TrainingStage, before_and_after
+from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.tracking.readable import percent, three_decimals
+
+if TYPE_CHECKING:
+    from dist_lm.data.batch import Batch
+    from dist_lm.tracking.console import Console
+    from dist_lm.training.objective import Objective, Prepare
+
+ROWS = {  # metric -> its row in the summary
+    "val/loss": "loss, nats per choice",
+    "preference/accuracy": "pairs in the right order",
+    "preference/kendall_tau": "Kendall's tau",
+    "preference/margin": "lead of the chosen completion",
+    "preference/chosen_reward": "implicit reward, chosen",
+    "preference/rejected_reward": "implicit reward, rejected",
+    "preference/chosen_logprob": "log-probability, chosen",
+    "preference/rejected_logprob": "log-probability, rejected",
+    "preference/kl": "KL from the reference, mismatched pairs",
+}
+
+
+@dataclass
+class PreferenceStageConfig(StageConfig):
+    """The `stage` group of stage preference."""
+
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_terms_of_text(self)
+
+
+@dataclass
+class PreferenceRunConfig(Config):
+    """The configuration of stage preference."""
+
+    stage: PreferenceStageConfig = MISSING
+
+
+class Preference(TrainingStage):
+    name = "preference"
+    schema = PreferenceRunConfig
+    needs = ("rankings",)
+    starts_from = "tools"
+    key_figures = ((KeyFigure("preference/accuracy", percent, "pairs right"),), (VAL_LOSS,))
+    writes_text = True
+    unit = "choices"
+    packed = "rankings"
+
+    def check(self, config: Config) -> None:
+        require(config.model.head == "tokens", "model.head", config.model.head, "tokens: the policy writes text")
+
+    def objective(self, config: Config) -> "Objective":
+        from dist_lm.rlhf.preference import PreferenceLoss
+        from dist_lm.rlhf.preference_objective import preference_objective
+
+        return preference_objective(PreferenceLoss(settings_of(config)))
+
+    def prepare(self, config: Config) -> "Prepare | None":
+        from dist_lm.rlhf.preference import PreferenceLoss
+        from dist_lm.rlhf.preference_objective import preparation
+
+        return preparation(PreferenceLoss(settings_of(config)))
+
+    def open_data(self, opening: Opening) -> StageData:
+        from dist_lm.stages.preference import ranks as preference_ranks
+
+        return preference_ranks.open_data(opening)
+
+    def example_batch(self, config: Config) -> "Batch":
+        from dist_lm.stages.preference import ranks as preference_ranks
+
+        assert isinstance(config, PreferenceRunConfig)
+        return preference_ranks.example_batch(config)
+
+    def print_figures(self, config: Config, result: Mapping[str, Any], console: "Console") -> None:
+        before, after = result.get("before", {}), result["metrics"]
+        rows = [(words, before_and_after(name, before, after, three_decimals)) for name, words in ROWS.items()]
+        console.table("held-out rankings", ("figure", "before -> after"), [row for row in rows if row[1]])
+
+    def print_samples(self, run: RunDirectory, console: "Console") -> None:
+        """Stage preference writes no samples."""
+
+    def own_entries(self, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        if found := result.get("algorithm"):
+            yield "loss", found
+
+    def result(self, config: Config, run: RunDirectory, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """`algorithm`: of the loss."""
+        settings = settings_of(config)
+        return {"algorithm": f"{settings.algorithm} from {settings.lesson}, beta {settings.strength:g}"}
+
+
+def settings_of(config: Config) -> PreferenceConfig:
+    """The group `stage.preference`."""
+    assert isinstance(config, PreferenceRunConfig)
+    return config.stage.preference
+
+
+STAGE = Preference()

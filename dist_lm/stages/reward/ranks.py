@@ -1,0 +1,237 @@
+"""Stage `reward` on ranks: rankings as data, agreement on held-out rankings, scores of samples at the end."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dist_lm.chat.template import stop_tokens
+from dist_lm.config.corpus import SPLITS
+from dist_lm.data.batch import Batch, RankedPlaces
+from dist_lm.data.evaluation_batches import spread
+from dist_lm.data.rankings.shards import RankingCorpus
+from dist_lm.data.rankings.stream import Assemble, RankingBatches, RankingStream
+from dist_lm.data.sequences import note_of_left_out
+from dist_lm.errors import ArtefactError, require
+from dist_lm.generation.load import load_model
+from dist_lm.generation.request import Request, SamplingParams
+from dist_lm.model.transformer import Transformer
+from dist_lm.rlhf.reward_model import (
+    RewardScale,
+    beside_verdicts,
+    last_token_scores,
+    reward_metrics,
+    scores_of_rankings,
+)
+from dist_lm.stages.reward.stage import RewardRunConfig
+from dist_lm.stages.sampling import answer_all
+from dist_lm.stages.training.stage import Closing, Opening, StageData
+from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.training import checkpoint_files
+
+log = logging.getLogger(__name__)
+
+EXAMPLE_COMPLETIONS = 4  # completions per ranking in the dry run
+
+
+def open_data(opening: Opening) -> StageData:
+    """Rankings of the stage's corpus.
+
+    Raises:
+        ConfigError: a setting that rankings do not allow.
+        ArtefactError: the corpus holds no rankings, or none fits into a sequence.
+    """
+    assert isinstance(opening.config, RewardRunConfig)
+    stage, settings = opening.config.stage, opening.config.stage.reward
+    train, val = open_rankings(opening)
+
+    def evaluate(model: Transformer, everything: bool, alive: Callable[[], None]) -> dict[str, float]:
+        batches = ranking_batches(opening, val, 0 if everything else stage.eval_sequences)
+        scores = scores_of_rankings(model, batches, opening.world.device, opening.data_ranks, alive)
+        return reward_metrics(beside_verdicts(val, scores))
+
+    return StageData(ranking_stream(opening, train, settings.learn_from, settings.label_noise), evaluate)
+
+
+def open_rankings(opening: Opening) -> tuple[RankingCorpus, RankingCorpus]:
+    """Train and val of a stage that reads only rankings.
+
+    Raises:
+        ConfigError: a setting that rankings do not allow.
+        ArtefactError: the corpus holds no rankings.
+    """
+    stage = opening.config.stage
+    for key in ("document_mask", "reset_positions"):
+        accepted = "true: a completion attends to its prompt and itself, at the positions after the prompt"
+        require(getattr(stage, key), f"stage.{key}", False, accepted)
+    require(not stage.mix, "stage.mix", stage.mix, f"none: stage {stage.name} reads only rankings")
+    train, val = (RankingCorpus.open(opening.run.work.corpus(stage.corpus), split) for split in SPLITS)
+    if opening.world.is_first:
+        for rankings in (train, val):
+            if note := note_of_left_out(rankings.corpus, stage.seq_len, kind="rankings"):
+                log.warning("%s", note)
+    return train, val
+
+
+def ranking_stream(
+    opening: Opening, train: RankingCorpus, learn_from: str, label_noise: float, assemble: Assemble | None = None
+) -> RankingStream:
+    """The steps over `train`; the last three arguments are those of `RankingStream`."""
+    stage = opening.config.stage
+    return RankingStream(
+        train,
+        learn_from,
+        label_noise,
+        seed=opening.config.seed,
+        seq_len=stage.seq_len,
+        pad_id=opening.tokenizer.pad_id,
+        opening=opening.tokenizer.opening,
+        global_batch=stage.global_batch,
+        micro_batch=stage.micro_batch,
+        dp_rank=opening.dp_rank,
+        dp_size=opening.dp_size,
+        position=opening.position,
+        pin_memory=opening.world.device.type == "cuda",
+        assemble=assemble,
+    )
+
+
+def ranking_batches(
+    opening: Opening, rankings: RankingCorpus, limit: int = 0, assemble: Assemble | None = None
+) -> RankingBatches:
+    """This rank's share of the rankings, each once, in batches.
+
+    Args:
+        limit: sequences at most; 0: all.
+    """
+    stage = opening.config.stage
+    return RankingBatches(
+        rankings=rankings,
+        seq_len=stage.seq_len,
+        micro_batch=stage.micro_batch,
+        dp_rank=opening.dp_rank,
+        dp_size=opening.dp_size,
+        pad_id=opening.tokenizer.pad_id,
+        opening=opening.tokenizer.opening,
+        limit_sequences=limit,
+        assemble=assemble,
+    )
+
+
+def score_samples(closing: Closing) -> dict[str, float]:
+    """`reward/score_mean` and `reward/score_std` of answers of the initial model to prompts of val (collective).
+
+    Without an initial model that generates text, with stage.reward.normaliser_prompts=0, or where no prompt leaves room
+    for an answer, the completions of val are scored instead.
+
+    Raises:
+        ArtefactError: no completion fits into the model's context either.
+    """
+    config = closing.config
+    assert isinstance(config, RewardRunConfig)
+    settings = config.stage.reward
+    val = RankingCorpus.open(closing.run.work.corpus(config.stage.corpus), "val")
+    asked = settings.normaliser_prompts and starts_from_policy(config.stage.init_from)
+    sequences = policy_samples(closing, config, val) if asked else []
+    sequences = sequences or completions_of(val, config.model.max_seq_len, closing.tokenizer)
+    if not sequences:
+        raise ArtefactError(
+            f"corpus {closing.run.work.corpus(config.stage.corpus)}: no prompt of val with a completion has at most "
+            f"model.max_seq_len={config.model.max_seq_len} tokens, so no score can be normalised: add shorter ones"
+        )
+    model = closing.model()
+    share = slice(closing.world.rank, None, closing.world.size)
+    gathered: list = [None] * closing.world.size
+    dist.all_gather_object(gathered, last_token_scores(model, sequences[share]))
+    closing.alive()
+    scores = np.zeros(len(sequences), np.float32)
+    for rank, part in enumerate(gathered):
+        scores[rank :: closing.world.size] = part
+    found = RewardScale.of(torch.from_numpy(scores))
+    return {"reward/score_mean": found.mean, "reward/score_std": found.std, "reward/scored": float(len(sequences))}
+
+
+def starts_from_policy(init_from: str) -> bool:
+    """Whether training started from a model that generates text."""
+    if init_from == "none":
+        return False
+    start = checkpoint_files.find_checkpoint(Path(init_from))
+    return checkpoint_files.read_state(start)[1]["head"] == "tokens"
+
+
+def policy_samples(closing: Closing, config: RewardRunConfig, val: RankingCorpus) -> list[list[int]]:
+    """Prompts of val with answers of the initial model, sampled as rollouts are: temperature 1, no filters.
+
+    Every rank gets all of them (collective). None if no prompt leaves room for an answer.
+    """
+    settings, tokenizer = config.stage.reward, closing.tokenizer
+    loaded = load_model(Path(config.stage.init_from), closing.run.work.tokenizer_model)
+    params = SamplingParams(max_new_tokens=settings.normaliser_new_tokens, stop_tokens=stop_tokens(tokenizer))
+    longest = loaded.config.max_seq_len - settings.normaliser_new_tokens
+    prompts = [prompt for prompt in prompts_of(val, settings.normaliser_prompts, tokenizer) if len(prompt) <= longest]
+    if not prompts:
+        log.warning(
+            "stage.reward.normaliser_new_tokens=%d: no prompt of val leaves room for such answers; mean and deviation "
+            "of scores are those of the completions of val",
+            settings.normaliser_new_tokens,
+        )
+        return []
+    if len(prompts) < settings.normaliser_prompts:
+        log.info(
+            "stage.reward.normaliser_prompts=%d: only %d prompts of val leave room for an answer; mean and deviation "
+            "of scores are measured on these",
+            *(settings.normaliser_prompts, len(prompts)),
+        )
+    requests = [
+        Request(str(number), prompt, params, seed=config.seed + number) for number, prompt in enumerate(prompts)
+    ]
+    answers = answer_all(closing, requests, "stage.reward.normaliser_prompts", loaded)
+    return [[*prompt, *answer.tokens] for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def prompts_of(rankings: RankingCorpus, limit: int, tokenizer: Tokenizer) -> list[list[int]]:
+    """The prompts of `limit` rankings at even distances, as tokens."""
+    return [
+        tokenizer.opening.put(rankings.tokens(number)[rankings.verdict(number).branch == 0]).tolist()
+        for number in spread(rankings.corpus.n_documents, limit).tolist()
+    ]
+
+
+def completions_of(rankings: RankingCorpus, longest: int, tokenizer: Tokenizer) -> list[list[int]]:
+    """Every prompt with each of its completions as tokens, at most `longest` tokens long."""
+    found = []
+    for number in range(rankings.corpus.n_documents):
+        tokens, branch = rankings.tokens(number), rankings.verdict(number).branch
+        for k in range(1, int(branch.max()) + 1):
+            found.append(tokenizer.opening.put(tokens[(branch == 0) | (branch == k)]).tolist())
+    return [sequence for sequence in found if len(sequence) <= longest]
+
+
+def example_batch(config: RewardRunConfig) -> Batch:
+    """A micro-batch with one ranking per sequence, for the dry run."""
+    stage, k = config.stage, min(EXAMPLE_COMPLETIONS, config.stage.seq_len - 1)
+    shape = (stage.micro_batch, stage.seq_len)
+    own = torch.arange(stage.seq_len) * (k + 1) // stage.seq_len  # prompt and completions have equal lengths
+    ends = torch.stack([(own <= branch).sum() - 1 for branch in range(1, k + 1)])
+    place_PK = ends + torch.arange(stage.micro_batch)[:, None] * stage.seq_len
+    none = torch.zeros(0, dtype=torch.int64)
+    return Batch(
+        tokens_BT=torch.randint(0, config.model.vocab_size, shape),
+        targets_BT=torch.zeros(shape, dtype=torch.int64),
+        loss_mask_BT=torch.zeros(shape),
+        document_BT=torch.zeros(shape, dtype=torch.int64),
+        position_BT=torch.arange(stage.seq_len).repeat(stage.micro_batch, 1),
+        sequence_B=torch.arange(stage.micro_batch),
+        branch_BT=own.repeat(stage.micro_batch, 1),
+        ranked=RankedPlaces(
+            place_PK=place_PK,
+            rank_PK=torch.arange(k).repeat(stage.micro_batch, 1),
+            there_PK=torch.ones(place_PK.shape, dtype=torch.bool),
+            better_N=none,
+            worse_N=none,
+            margin_N=torch.zeros(0),
+        ),
+    )

@@ -1,0 +1,160 @@
+"""Stage `reward`: a scalar head learns from rankings which completions are preferred; starts from the tools checkpoint.
+
+At its end the model that it started from answers held-out prompts. The mean and the deviation of the scores of these
+answers stay in result.json, so that scores of different runs can be compared (`rlhf.reward_model`).
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from dist_lm.config.root import Config
+from dist_lm.config.stage import StageConfig, refuse_terms_of_text
+from dist_lm.errors import require
+from dist_lm.stages.stage import VAL_LOSS, KeyFigure
+from dist_lm.stages.training.stage import (
+    Closing,
+    Opening,
+    StageData,
+    TrainingStage,
+    before_and_after,
+    print_before_and_after,
+)
+from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.tracking.readable import percent, three_decimals
+
+if TYPE_CHECKING:
+    from dist_lm.data.batch import Batch
+    from dist_lm.tracking.console import Console
+    from dist_lm.training.objective import Objective
+
+COLUMNS = {  # figure -> its column in the summary
+    "accuracy": "pairs",
+    "kendall_tau": "Kendall's tau",
+    "top1": "best one",
+    "calibration_error": "calibration error",
+}
+
+
+@dataclass
+class RewardConfig:
+    """What stage reward learns from a ranking, and the samples whose scores it measures at the end."""
+
+    # rankings: every one whole | pairs: of K completions K - 1 pairs, drawn once | one_pair: one of these
+    learn_from: str = "rankings"
+    label_noise: float = 0.0  # share of neighbouring ranks, and of judgements, that are swapped in train
+    normaliser_prompts: int = 256  # prompts of val that the initial model answers; 0: score the completions of val
+    normaliser_new_tokens: int = 128  # longest of these answers
+
+    def __post_init__(self) -> None:
+        require(
+            self.learn_from in ("rankings", "pairs", "one_pair"),
+            "stage.reward.learn_from",
+            self.learn_from,
+            "rankings, pairs or one_pair",
+        )
+        require(0 <= self.label_noise < 0.5, "stage.reward.label_noise", self.label_noise, "in [0, 0.5)")
+        for key in ("normaliser_prompts", "normaliser_new_tokens"):
+            value = getattr(self, key)
+            lowest = 0 if key == "normaliser_prompts" else 1
+            require(value >= lowest, f"stage.reward.{key}", value, f"at least {lowest}")
+
+
+@dataclass
+class RewardStageConfig(StageConfig):
+    """The `stage` group of stage reward."""
+
+    reward: RewardConfig = field(default_factory=RewardConfig)
+
+
+@dataclass
+class RewardRunConfig(Config):
+    """The configuration of stage reward."""
+
+    stage: RewardStageConfig = MISSING
+
+
+class Reward(TrainingStage):
+    name = "reward"
+    schema = RewardRunConfig
+    needs = ("rankings",)
+    starts_from = "tools"
+    key_figures = ((KeyFigure("reward/accuracy", percent, "pairs right"),), (VAL_LOSS,))
+    unit = "choices"
+    packed = "rankings"
+
+    def check(self, config: Config) -> None:
+        """Refuse terms of next-token loss, and answers that would fill the context where the start generates some."""
+        assert isinstance(config, RewardRunConfig)
+        refuse_terms_of_text(config.stage)
+        settings, longest = config.stage.reward, config.model.max_seq_len
+        new, generates = (
+            settings.normaliser_new_tokens,
+            settings.normaliser_prompts and config.stage.init_from != "none",
+        )
+        accepted = f"less than model.max_seq_len={longest}"
+        require(not generates or new < longest, "stage.reward.normaliser_new_tokens", new, accepted)
+
+    def objective(self, config: Config) -> "Objective":
+        from dist_lm.rlhf.reward_model import choices_of_people
+
+        return choices_of_people
+
+    def open_data(self, opening: Opening) -> StageData:
+        from dist_lm.stages.reward import ranks as reward_ranks
+
+        return reward_ranks.open_data(opening)
+
+    def after_training(self, closing: Closing) -> dict[str, float]:
+        from dist_lm.stages.reward import ranks as reward_ranks
+
+        return reward_ranks.score_samples(closing)
+
+    def result(self, config: Config, run: RunDirectory, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """`normaliser`: mean and standard deviation of scores, for stage rlhf."""
+        from dist_lm.rlhf.reward_model import KEY
+
+        return {KEY: {"mean": metrics["reward/score_mean"], "std": metrics["reward/score_std"]}}
+
+    def example_batch(self, config: Config) -> "Batch":
+        from dist_lm.stages.reward import ranks as reward_ranks
+
+        assert isinstance(config, RewardRunConfig)
+        return reward_ranks.example_batch(config)
+
+    def print_figures(self, config: Config, result: Mapping[str, Any], console: "Console") -> None:
+        print_before_and_after(result, console)
+        print_agreement(result, console)
+
+    def print_samples(self, run: RunDirectory, console: "Console") -> None:
+        """A reward model writes no samples."""
+
+    def own_entries(self, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        if found := result.get("normaliser"):
+            scored = result["metrics"]["reward/scored"]
+            yield "scores", f"mean {found['mean']:.3f}, deviation {found['std']:.3f} on {scored:,.0f} samples"
+
+
+def print_agreement(result: Mapping[str, Any], console: "Console") -> None:
+    """Print a row for all rankings, each number of completions and each source, `before -> after`."""
+    before, after = result.get("before", {}), result["metrics"]
+    parts = [name.removeprefix("reward/accuracy") for name in after if name.startswith("reward/accuracy")]
+    rows = [
+        (label(part), *(before_and_after(f"reward/{name}{part}", before, after, three_decimals) for name in COLUMNS))
+        for part in parts
+    ]
+    if rows:
+        console.table("agreement with held-out rankings", ("rankings", *COLUMNS.values()), rows)
+
+
+def label(part: str) -> str:
+    """`all`, `of 4` for `_k4`, or the source."""
+    if size := re.fullmatch(r"_k(\d+)", part):
+        return f"of {size[1]}"
+    return part.removeprefix("_") or "all"
+
+
+STAGE = Reward()

@@ -1,0 +1,216 @@
+"""The models of a run of stage `rlhf`, loaded from its own or its initial checkpoints."""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+
+from dist_lm.config.model import AdaptedModelConfig, ModelConfig
+from dist_lm.config.rlhf import given
+from dist_lm.errors import ArtefactError, ConfigError
+from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.sharding import build_model
+from dist_lm.rlhf.algorithm import Algorithm
+from dist_lm.rlhf.models import RlhfModels, start_critic, trained
+from dist_lm.rlhf.reward_model import read_reward_scale
+from dist_lm.rlhf.state import KlController, RlhfState
+from dist_lm.stages.rlhf.stage import RlhfRunConfig, RlhfRunGroup, check_reward_model
+from dist_lm.stages.training.program import RankStart
+from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.training import checkpoint, checkpoint_files
+from dist_lm.training.checkpoint import Companion
+from dist_lm.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+START, REWARD_MODEL = "stage.init_from", "rlhf.reward_model"
+VALUE = "value."  # prefix of the critic's tensors
+# files of this stage in a checkpoint
+STATE, PENDING, CRITIC, FROZEN = "rlhf.json", "pending.safetensors", "critic.json", "frozen.json"
+
+# keys of a model that change no hidden state, or that `d_head` and `kv_heads` give
+NOT_OF_THE_TRUNK = {
+    *("name", "head", "max_seq_len", "tie_embeddings", "logit_cap", "init_std", "residual_init"),
+    *("base_width", "head_width", "n_kv_heads"),
+}
+
+Bases = Mapping[str, Mapping[str, str]]
+"""The checkpoints of the frozen models, by the key that names each; see `base_record`."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Loaded models and the state of the run."""
+
+    models: RlhfModels
+    state: RlhfState
+    tokens: int  # generated and trained on so far
+    frozen: Bases
+    critic_base: Mapping[str, str] | None = None  # see `base_record`; None: no critic, or one without adapters
+
+    @property
+    def companions(self) -> tuple[Companion, ...]:
+        """Models that a checkpoint holds beside the policy."""
+        critic = self.models.critic
+        return (Companion(VALUE, critic.model, critic.optimizer, critic.model.config),) if critic else ()
+
+
+def begin(run: RunDirectory, config: RlhfRunConfig, start: RankStart, algorithm: Algorithm) -> Begun:
+    """Load the models from the newest intact checkpoint of the run, else from the initial checkpoints (collective).
+
+    Raises:
+        ArtefactError: a checkpoint is missing, damaged, belongs to another model, or is not the one that the run began
+            with.
+    """
+    own = checkpoint.newest_intact(run.checkpoints, start.world)
+    origin = None if config.stage.init_from == "none" else Path(config.stage.init_from)
+    shape = config.trained_shape
+    if isinstance(shape, AdaptedModelConfig):
+        from dist_lm.training.adapters import with_base
+
+        shape = with_base(shape, run.checkpoints, config.stage, start.world)
+        origin = Path(shape.base)
+    policy = trained(_model(shape, config, start), config.rlhf, config.rlhf.lr)
+    reference = policy.model if shape.lora else _model(shape, config, start).requires_grad_(False)
+    if origin:
+        origin = checkpoint.find_intact(origin, start.world)
+        checkpoint_files.check_tokenizer(origin, checkpoint_files.read_state(origin)[0], start.tokenizer.sha256)
+        for model in (reference,) if shape.lora or own else (reference, policy.model):
+            checkpoint.load_weights(origin, model, shape)
+    reward_at = None
+    if config.rlhf.asks_reward_model:
+        reward_at = checkpoint.find_intact(Path(config.rlhf.reward_model), start.world)
+    frozen = {key: base_record(path) for key, path in ((START, origin), (REWARD_MODEL, reward_at)) if path}
+    reward, critic, critic_base = _reward_model(reward_at, config, start) if reward_at else None, None, None
+    if algorithm.has_critic:
+        scalar = replace(shape, head="scalar")
+        critic = trained(_model(scalar, config, start), config.rlhf, given(config.rlhf.value_lr))
+        trunk = trunk_of_critic(reward, policy.model, scalar, given(config.rlhf.value_head))
+        if shape.lora or not own:
+            start_critic(critic.model, trunk, given(config.rlhf.value_head))
+        if isinstance(shape, AdaptedModelConfig):
+            critic_base = frozen[REWARD_MODEL if trunk is reward else START]
+    begun = Begun(RlhfModels(policy, critic, reference, reward), first_state(config.rlhf), 0, frozen, critic_base)
+    if own:
+        log.info("continuing from %s", own)
+        if critic_base:
+            check_critic(own, critic_base)
+        check_frozen(own, frozen)
+        state = checkpoint.load(own, policy.model, policy.optimizer, shape, begun.companions)
+        return replace(begun, state=read_state(own), tokens=state.tokens)
+    if origin:
+        log.info("starting from the weights of %s", origin)
+    return begun
+
+
+def base_record(directory: Path) -> dict[str, str]:
+    """A checkpoint that a frozen model, or the critic with adapters, is of: path and SHA-256 of its manifest."""
+    return {"base": str(directory), "base_sha256": checkpoint_files.fingerprint(directory)}
+
+
+def check_frozen(own: Path, frozen: Bases) -> None:
+    """Refuse a reference and a reward model other than those that the run began with; they may have moved.
+
+    Raises:
+        ArtefactError: names the checkpoint, the key and both models.
+    """
+    if not (own / checkpoint_files.STAGE / FROZEN).exists():
+        return  # of a release that did not record them
+    none = {"base": "none", "base_sha256": ""}
+    saved: Bases = json.loads(checkpoint_files.read_attached(own, FROZEN))
+    for key in (START, REWARD_MODEL):
+        was, now = (records.get(key, none) for records in (saved, frozen))
+        if was["base_sha256"] != now["base_sha256"]:
+            raise ArtefactError(
+                f"checkpoint {own}: {key} was {was['base']} (manifest {was['base_sha256'][:12]}), found {now['base']} "
+                f"({now['base_sha256'][:12]}): name that checkpoint (RUN@STEP), or choose another run_id"
+            )
+
+
+def check_critic(own: Path, base: Mapping[str, str]) -> None:
+    """Refuse adapters of a critic for another base.
+
+    Raises:
+        ArtefactError: names the checkpoint and both bases.
+    """
+    saved = json.loads(checkpoint_files.read_attached(own, CRITIC))
+    if saved["base_sha256"] != base["base_sha256"]:
+        raise ArtefactError(
+            f"checkpoint {own}: the critic's adapters belong to {saved['base']} (manifest "
+            f"{saved['base_sha256'][:12]}), found {base['base']} ({base['base_sha256'][:12]}): put that checkpoint "
+            "back, or name it by rlhf.reward_model"
+        )
+
+
+def first_state(group: RlhfRunGroup) -> RlhfState:
+    """The state before the first iteration, with the scale of scores that stage reward measured.
+
+    Raises:
+        ArtefactError: the reward model's run is not finished.
+    """
+    scale = None
+    if group.asks_reward_model and group.normalise_reward:
+        scale = read_reward_scale(RunDirectory(Path(group.reward_model)))
+    return RlhfState(KlController(given(group.kl_coefficient), group.kl_target, group.kl_horizon), reward_scale=scale)
+
+
+def saved_files(state: RlhfState, begun: Begun) -> dict[str, bytes]:
+    """Files of this stage in a checkpoint: name -> content."""
+    found: dict[str, Any] = {STATE: state.to_dict(), FROZEN: begun.frozen}
+    if begun.critic_base:
+        found[CRITIC] = begun.critic_base
+    written = {name: json.dumps(value, indent=1).encode() for name, value in found.items()}
+    return written | {PENDING: save_arrays(dict(state.arrays()))}
+
+
+def train_state(state: RlhfState, tokens: int, tokenizer_sha256: str) -> TrainState:
+    """The counters of every checkpoint; here a step is an iteration and a position is a prompt."""
+    return TrainState(state.iteration, tokens, state.prompt_position, tokenizer=tokenizer_sha256)
+
+
+def read_state(directory: Path) -> RlhfState:
+    """Read the files of `saved_files`.
+
+    Raises:
+        ArtefactError: a file is missing or has another content.
+    """
+    try:
+        values: dict[str, Any] = json.loads(checkpoint_files.read_attached(directory, STATE))
+        return RlhfState.from_dict(values, load_arrays(checkpoint_files.read_attached(directory, PENDING)))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtefactError(f"checkpoint {directory}: {STATE} is not what stage rlhf writes ({error})") from error
+
+
+def _model(shape: ModelConfig, config: RlhfRunConfig, start: RankStart) -> Transformer:
+    return build_model(shape, config.parallel, start.mesh, start.world.device, config.seed)
+
+
+def _reward_model(found: Path, config: RlhfRunConfig, start: RankStart) -> Transformer:
+    shape = ModelConfig(**checkpoint_files.read_state(found)[1])
+    check_reward_model(config, shape)
+    model = _model(shape, config, start)
+    checkpoint.load_weights(found, model, shape)
+    return model.requires_grad_(False)
+
+
+def trunk_of_critic(
+    reward: Transformer | None, policy: Transformer, shape: ModelConfig, value_head: str
+) -> Transformer:
+    """Initial weights of the critic: the reward model if it computes as `shape` does, else the policy.
+
+    Raises:
+        ConfigError: the critic shall have the head of a reward model that computes otherwise.
+    """
+    if reward is None:
+        return policy
+    compared = sorted({one.name for one in fields(ModelConfig)} - NOT_OF_THE_TRUNK | {"d_head", "kv_heads"})
+    pairs = ((key, getattr(reward.config, key), getattr(shape, key)) for key in compared)
+    unlike = [f"{key}={found} (policy: {own})" for key, found, own in pairs if found != own]
+    if unlike and value_head == "reward_model":
+        raise ConfigError(f"rlhf.value_head=reward_model: expected zero, as the reward model has {', '.join(unlike)}")
+    return policy if unlike else reward

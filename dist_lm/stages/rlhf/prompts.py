@@ -1,0 +1,189 @@
+"""The prompts of stage `rlhf`: beginnings of the conversations or rankings of a corpus, or requests from files.
+
+A prompt ends where the assistant's turn begins. The prompts of val (of a file: one in `HELD_OUT_OF` by hash) are held
+out for the win rate.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from dist_lm.chat.messages import ChatError, Conversation, Message
+from dist_lm.chat.template import prompt as rendered
+from dist_lm.config.root import imported_function
+from dist_lm.data.prompts import Prompt, find_prompts, read_prompts
+from dist_lm.data.token_corpus import TokenCorpus
+from dist_lm.errors import ArtefactError, UserError
+from dist_lm.sandbox.task import Task, task_of
+from dist_lm.stages.rlhf.stage import RlhfRunConfig, RlhfRunGroup
+from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.tokenizer.symbols import START
+from dist_lm.tokenizer.tokenizer import Tokenizer, shown
+
+log = logging.getLogger(__name__)
+
+HELD_OUT_OF = 16
+PROMPTS_FROM, HELD_OUT_FROM = "rlhf.prompts_from", "rlhf.held_out_from"
+
+Prompts = list[Sequence[int]]
+
+
+def read_all(config: RlhfRunConfig, run: RunDirectory, tokenizer: Tokenizer) -> tuple[Prompts, Prompts]:
+    """(prompts, held-out prompts) as tokens. Prompts too long for an answer are left out with a warning.
+
+    Raises:
+        ArtefactError, ConfigError: no prompt is left.
+    """
+    group = config.rlhf
+    if group.prompts_from:
+        train, held_out = _split(_of_files(group.prompts_from, PROMPTS_FROM, tokenizer), bool(group.held_out_from))
+    else:
+        train, held_out = (
+            _of_corpus(run.work.corpus(config.stage.corpus), split, tokenizer) for split in ("train", "val")
+        )
+    if group.held_out_from:
+        held_out = _of_files(group.held_out_from, HELD_OUT_FROM, tokenizer)
+    room = config.model.max_seq_len - group.max_new_tokens
+    kept = [prompt for prompt in train if len(prompt) <= room]
+    if len(kept) < len(train):
+        log.warning(
+            "%d of %d prompts have over %d tokens (model.max_seq_len=%d less rlhf.max_new_tokens=%d) and are left out",
+            *(len(train) - len(kept), len(train), room, config.model.max_seq_len, group.max_new_tokens),
+        )
+    if not train and group.prompts_from:
+        raise ArtefactError(
+            f"{PROMPTS_FROM}={group.prompts_from}: a hash holds out one prompt in {HELD_OUT_OF}, here all of "
+            f"{len(held_out)}: add prompts, or name a file of held-out ones by {HELD_OUT_FROM}"
+        )
+    if not kept:
+        raise ArtefactError(f"stage rlhf: none of {len(train)} prompts has at most {room} tokens; shorten them")
+    compared = [prompt for prompt in held_out if len(prompt) <= room][: group.held_out_prompts]
+    if len(compared) < group.held_out_prompts:
+        log.info(
+            "held-out prompts: %d, fewer than rlhf.held_out_prompts=%d; the win rate uses these",
+            *(len(compared), group.held_out_prompts),
+        )
+    return kept, compared
+
+
+def check_prompts(group: RlhfRunGroup) -> None:
+    """Refuse invalid files of prompts and reward functions before the run starts.
+
+    Raises:
+        ConfigError, ArtefactError: name the key, file and line.
+    """
+    for key, where in _files(group):
+        for prompt in _prompts_of(where, key):
+            if _asks_tests(group):
+                _task(prompt, key, readable=False)
+    for name, part in group.rewards.items():
+        if part.kind == "function":
+            imported_function(part.function, f"rlhf.rewards.{name}.function")
+
+
+def tasks_of(group: RlhfRunGroup, tokenizer: Tokenizer) -> dict[str, Task]:
+    """The tests of all prompts by the text of the prompt as a model sees it; nothing if no reward asks for them.
+
+    `check_prompts`, before the run started, read every test in its language.
+
+    Raises:
+        ConfigError, ArtefactError: name the key, file and line of a prompt without tests, or with others before.
+    """
+    found: dict[str, Task] = {}
+    for key, where in _files(group) if _asks_tests(group) else ():
+        for prompt in _prompts_of(where, key):
+            text, task = tokenizer.decode(_rendered(prompt, key, tokenizer)), _task(prompt, key, readable=True)
+            if found.setdefault(text, task) != task:
+                raise ArtefactError(f"{key}: {prompt.place}: the same prompt has other tests in a line before")
+    return found
+
+
+def request_reader(tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
+    """What reads the text of the user's last turn from the tokens of a prompt, in the layout of the tokenizer's chats.
+
+    Raises:
+        ChatError: a kept chat template cannot write a request.
+    """
+    asked = Conversation((Message("user", "probe"),))
+    before, _, after = shown(rendered(asked, tokenizer), tokenizer).rpartition("probe")
+    opening = before[max(0, *(before.rfind(name) for name in (START, *tokenizer.special_ids))) :]
+
+    def request_of(tokens: Sequence[int]) -> str:
+        text = shown(tokens, tokenizer).removesuffix(after)
+        return text.rpartition(opening)[2] if opening else text
+
+    return request_of
+
+
+def _files(group: RlhfRunGroup) -> list[tuple[str, str]]:
+    """Keys of files of prompts, and what they name."""
+    return [
+        (key, where)
+        for key, where in ((PROMPTS_FROM, group.prompts_from), (HELD_OUT_FROM, group.held_out_from))
+        if where
+    ]
+
+
+def _asks_tests(group: RlhfRunGroup) -> bool:
+    return any(part.kind == "tests" for part in group.rewards.values())
+
+
+def _task(prompt: Prompt, key: str, readable: bool) -> Task:
+    try:
+        return task_of(prompt.extra, readable)
+    except UserError as error:
+        raise ArtefactError(f"{key}: {prompt.place}: {error} (a reward of kind tests needs them)") from None
+
+
+def _of_corpus(directory: Path, split: str, tokenizer: Tokenizer) -> Prompts:
+    """The tokens of each document before the first learned token: before the assistant's turn, or the completions."""
+    corpus = TokenCorpus.open(directory, split)
+    if not corpus.has_mask:
+        raise ArtefactError(
+            f"corpus {directory}: expected conversations or rankings, whose prompts are gone on with: choose another "
+            "stage.corpus, or give rlhf.prompts_from=FILE"
+        )
+    found: dict[tuple[int, ...], None] = {}
+    for document in range(corpus.n_documents):
+        length = int(corpus.lengths[document])
+        begins = int(corpus.mask(document, 0, length).argmax())
+        found[tuple(tokenizer.opening.put(corpus.tokens(document, 0, begins).copy()).tolist())] = None
+    return [list(prompt) for prompt in found if prompt]  # each once: several rankings may have the same one
+
+
+def _of_files(where: str, key: str, tokenizer: Tokenizer) -> Prompts:
+    return [_rendered(prompt, key, tokenizer) for prompt in _prompts_of(where, key)]
+
+
+def _rendered(prompt: Prompt, key: str, tokenizer: Tokenizer) -> Sequence[int]:
+    try:
+        return rendered(Conversation((Message("user", prompt.text),)), tokenizer)
+    except ChatError as error:
+        raise ArtefactError(f"{key}: {prompt.place}: {error}") from error
+
+
+def _prompts_of(where: str, key: str) -> Iterator[Prompt]:
+    """The prompts of the files that `key` names. An invalid prompt, or none at all, is an error."""
+    prompt = None
+    for prompt in read_prompts(find_prompts(where, key=key)):
+        if prompt.error:
+            raise ArtefactError(f"{key}: {prompt.place}: {prompt.error}")
+        if prompt.suffix is not None:
+            raise ArtefactError(f"{key}: {prompt.place}: has a `suffix`, which no turn of a chat has: remove it")
+        yield prompt
+    if prompt is None:
+        raise ArtefactError(f"{key}={where}: no prompts there; expected a file or glob of .jsonl or .txt with some")
+
+
+def _split(prompts: Prompts, all_for_training: bool) -> tuple[Prompts, Prompts]:
+    if all_for_training:
+        return prompts, []
+    sides: tuple[Prompts, Prompts] = ([], [])
+    for prompt in prompts:
+        sides[_is_held_out(prompt)].append(prompt)
+    return sides
+
+
+def _is_held_out(prompt: Sequence[int]) -> bool:
+    return hashlib.sha256(repr(list(prompt)).encode()).digest()[0] % HELD_OUT_OF == 0

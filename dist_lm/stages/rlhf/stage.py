@@ -1,0 +1,336 @@
+"""Stage `rlhf`: PPO, GRPO and their kin with a reward model, rules or tests, from the tools checkpoint.
+
+A step of the stage is an iteration: rollouts, rewards, updates.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from dist_lm.config.model import ModelConfig
+from dist_lm.config.rlhf import FEWEST_PAGE_TOKENS, MOST_PAGE_TOKENS, SHARED, RlhfConfig, RolloutPoolConfig
+from dist_lm.config.root import Config
+from dist_lm.config.stage import COSINE, StageConfig, check_shares
+from dist_lm.data.prompts import find_prompts
+from dist_lm.data.sources.reader import corpora_of_form, form_of
+from dist_lm.errors import ArtefactError, ConfigError, require
+from dist_lm.stages.stage import KeyFigure
+from dist_lm.stages.training.stage import FREE_KEYS, TrainingStage, before_and_after, last_samples, task_entries
+from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
+from dist_lm.tracking.readable import counted, percent, three_decimals
+from dist_lm.training import checkpoint_files
+
+if TYPE_CHECKING:
+    from dist_lm.tracking.console import Console
+    from dist_lm.training.heartbeat import Heartbeat, StopRequest
+
+AUTO, NO_MODEL = "auto", "none"
+ROWS = {  # metric -> its row in the summary
+    "rlhf/reward_mean": "reward: score minus KL penalty",
+    "rlhf/score_mean": "score",
+    "rlhf/kl": "KL from the reference, nats per rollout",
+    "rlhf/entropy": "entropy, nats per token",
+    "rlhf/pretrain_loss": "loss on pretraining text, nats per token",
+    "rlhf/new_tokens_mean": "tokens per rollout",
+    "rlhf/truncated_rate": "share of truncated rollouts",
+    "rollout/tokens_per_s": "sampled tokens per second",
+}
+UNREAD = {  # keys of `stage` that other stages train by -> the key of this one; empty: there is none
+    **{key: f"rlhf.{key}" for key in ("lr", "min_lr_ratio", "weight_decay", "beta1", "beta2", "adam_eps", "grad_clip")},
+    **{"warmup_steps": "rlhf.warmup_iterations", "global_batch": "rlhf.prompts"},
+    **{"micro_batch": "rlhf.micro_batch_tokens", "max_nonfinite_steps": "rlhf.max_nonfinite_updates"},
+    **dict.fromkeys(("rates", "muon", "dropout", "label_smoothing", "z_loss"), ""),
+}
+SHOWN = 3  # rollouts in the summary
+WIDTH = 160  # characters shown of a rollout
+
+
+@dataclass
+class RlhfRunGroup(RlhfConfig):
+    """An iteration (`RlhfConfig`), and the keys of a whole run."""
+
+    # file or glob of prompts (.jsonl or .txt, one request per line); empty: the documents of stage.corpus up to the
+    # assistant's turn
+    prompts_from: str = ""
+    held_out_from: str = ""  # file of held-out prompts; empty: one in 16 of prompts_from by hash, or the val split
+    # run of stage reward; auto: the run with the same run_id; none: without the parts of kind reward_model
+    reward_model: str = AUTO
+    held_out_prompts: int = 64  # for the win rate before the first and after the last iteration; 0: not measured
+    table_rollouts: int = 16  # rollouts in samples/step_N.jsonl, every stage.eval_every iterations
+    # with rlhf.pretrain_coefficient above 0: text whose next-token loss is added to the policy loss of every update
+    pretrain_corpus: str = "code"
+    pretrain_mix: dict[str, float] = field(default_factory=dict)  # share of its sequences from other corpora, by name
+    pretrain_sequences: int = 16  # per update over all ranks
+    pretrain_seq_len: int = 256  # tokens
+    pool: RolloutPoolConfig = field(default_factory=RolloutPoolConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # weight 0 removes a part, so that a command can remove parts of conf/
+        self.rewards = {
+            name: part
+            for name, part in self.rewards.items()
+            if part.weight and (part.kind != "reward_model" or self.reward_model != NO_MODEL)
+        }
+        for key in ("held_out_prompts", "table_rollouts"):
+            require(getattr(self, key) >= 0, f"rlhf.{key}", getattr(self, key), "0 or a positive integer")
+        require(bool(self.rewards), "rlhf.rewards", self.rewards, "at least one part")
+        tested = [name for name, part in self.rewards.items() if part.kind == "tests"]
+        accepted = f"a file of prompts with tests, for rlhf.rewards.{'.'.join(tested[:1])}.kind=tests"
+        require(not tested or bool(self.prompts_from), "rlhf.prompts_from", repr(self.prompts_from), accepted)
+        require(bool(self.reward_model), "rlhf.reward_model", self.reward_model, "auto, none, or the path of a run")
+        headless = self.value_head == "reward_model" and not self.asks_reward_model
+        require(not headless, "rlhf.value_head", self.value_head, "zero, as there is no reward model")
+        for key in ("pretrain_sequences", "pretrain_seq_len"):
+            require(getattr(self, key) > 0, f"rlhf.{key}", getattr(self, key), "a positive integer")
+        check_shares("rlhf.pretrain_mix", self.pretrain_mix, own="rlhf.pretrain_corpus")
+
+    @property
+    def asks_reward_model(self) -> bool:
+        """Whether the reward has a part with kind reward_model."""
+        return any(part.kind == "reward_model" for part in self.rewards.values())
+
+    @property
+    def pretrain_streams(self) -> tuple[str, ...]:
+        """The corpora of pretraining text; none if its coefficient is 0."""
+        return (self.pretrain_corpus, *sorted(self.pretrain_mix)) if self.pretrain_coefficient else ()
+
+
+@dataclass
+class RlhfRunConfig(Config):
+    """The whole configuration of stage `rlhf`."""
+
+    rlhf: RlhfRunGroup = MISSING
+
+    @property
+    def pool(self) -> RolloutPoolConfig:
+        return self.rlhf.pool
+
+    @property
+    def engine_beside_rank(self) -> bool:
+        """Whether an engine uses the memory of the same device as a rank."""
+        return self.pool.actors == 0 or self.pool.placement == SHARED
+
+    @property
+    def in_turns(self) -> bool:
+        """Whether that engine never works while the rank trains, so that its cache is freed meanwhile."""
+        return self.engine_beside_rank and self.rlhf.max_staleness == 0
+
+    @property
+    def takes_sequences(self) -> bool:
+        return False
+
+    @property
+    def sequence_keys(self) -> tuple[str, str] | None:
+        return ("rlhf.pretrain_sequences", "rlhf.pretrain_seq_len") if self.rlhf.pretrain_coefficient else None
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        prompts = () if self.rlhf.prompts_from else self.stage.streams
+        return tuple(dict.fromkeys((*prompts, *self.rlhf.pretrain_streams)))
+
+    @property
+    def noted_files(self) -> dict[str, list[Path]]:
+        given = {f"rlhf.{key}": getattr(self.rlhf, key) for key in ("prompts_from", "held_out_from")}
+        prompts = {f"{key}={where}": find_prompts(where, key) for key, where in given.items() if where}
+        return super().noted_files | prompts
+
+    @property
+    def trained_models(self) -> int:
+        return 1 + self.rlhf.has_critic
+
+    @property
+    def ranked_corpora(self) -> frozenset[str]:
+        """The configured corpora of rankings."""
+        return frozenset(corpora_of_form(self.corpus, "ranking"))
+
+    def check_stage(self) -> None:
+        super().check_stage()
+        longest, new = self.model.max_seq_len, self.rlhf.max_new_tokens
+        require(new < longest, "rlhf.max_new_tokens", new, f"less than model.max_seq_len={longest}")
+        cached = self.rlhf.pool.cache_tokens
+        plain = self.device == "cpu" or self.parallel.compute_dtype == "fp32"
+        page = self.rlhf.pool.page_tokens or (FEWEST_PAGE_TOKENS if plain else MOST_PAGE_TOKENS)
+        accepted = f"whole pages (rlhf.pool.page_tokens={page}) for at least model.max_seq_len={longest} tokens"
+        accepted += ", or 0 to take what fits into free memory"
+        require(cached == 0 or cached // page * page >= longest, "rlhf.pool.cache_tokens", cached, accepted)
+        mixed = [name for name in self.stage.streams if name != self.stage.corpus]
+        accepted = "none: only stage.corpus gives prompts (rlhf.pretrain_mix sets shares of the pretraining text)"
+        require(not mixed, "stage.mix", ", ".join(mixed), accepted)
+        actors = self.eval.pool.actors if self.stage.eval_tasks else 0
+        require(actors == 0, "eval.pool.actors", actors, "0: in stage rlhf the actors of rlhf.pool answer tasks")
+        self._check_pretraining()
+
+    def _check_pretraining(self) -> None:
+        """Refuse corpora without text, and sequences longer than the model's context."""
+        group, longest = self.rlhf, self.model.max_seq_len
+        if not group.pretrain_coefficient:
+            return
+        texts = [name for name in self.corpus.corpora if name not in self.ranked_corpora]
+        listed = ", ".join(texts)
+        accepted = f"a text of corpus={self.corpus.name}: {listed}"
+        require(group.pretrain_corpus in texts, "rlhf.pretrain_corpus", group.pretrain_corpus, accepted)
+        accepted = f"texts of corpus={self.corpus.name} beside rlhf.pretrain_corpus={group.pretrain_corpus}: {listed}"
+        for name in group.pretrain_mix:
+            require(name in {*texts} - {group.pretrain_corpus}, "rlhf.pretrain_mix", name, accepted)
+        accepted = f"at most model.max_seq_len={longest}"
+        require(group.pretrain_seq_len <= longest, "rlhf.pretrain_seq_len", group.pretrain_seq_len, accepted)
+
+
+class Rlhf(TrainingStage):
+    name = "rlhf"
+    schema = RlhfRunConfig
+    needs = ("shards", "rankings", "tools", "reward")
+    starts_from = "tools"
+    curve = "rlhf/reward_mean"
+    writes_text = True
+    schedule_keys = ()
+    free_keys = (
+        *FREE_KEYS,
+        *("rlhf.reward_model", "rlhf.pool.", "rlhf.micro_batch_tokens", "rlhf.table_rollouts"),
+        *("rlhf.max_nonfinite_updates", "rlhf.max_failed_fraction", "rlhf.rewards.*.timeout_s"),
+        *("rlhf.rewards.*.workers", *(f"stage.{key}" for key in UNREAD)),  # those of older runs had no effect
+    )
+    key_figures = (
+        (KeyFigure("rlhf/win_rate", percent, "wins"), KeyFigure("rlhf/reward_mean", three_decimals, "reward")),
+    )
+
+    def run_rank(self, run: RunDirectory, stop: "StopRequest", heartbeat: "Heartbeat") -> None:
+        from dist_lm.stages.rlhf.program import run_rank
+
+        run_rank(run, stop, heartbeat)
+
+    def needed(self, config: Config) -> tuple[str, ...]:
+        own = rlhf_config(config)
+        built = {"rankings" if name in own.ranked_corpora else "shards" for name in own.streams}
+        if own.rlhf.asks_reward_model and own.rlhf.reward_model == AUTO:
+            built.add("reward")
+        return tuple(name for name in self.needs if name in built or name == self.starts_from)
+
+    def check(self, config: Config) -> None:
+        """Refuse keys of `stage` that only other stages read, and prompts of a corpus of texts, which have no turn to
+        answer."""
+        for key, only in (("schedule", COSINE), ("branch_from", ""), ("ema_decay", 0)):
+            given = getattr(config.stage, key)
+            require(given == only, f"stage.{key}", given, f"{only or 'nothing'}: only stages of training steps take it")
+        default = StageConfig()
+        for key, own in UNREAD.items():
+            given = getattr(config.stage, key)
+            if given != getattr(default, key):
+                way_out = f"give {own} in its place" if own else "leave it out"
+                raise ConfigError(f"stage.{key}={given}: stage rlhf reads rlhf.*, such as rlhf.lr: {way_out}")
+        prompted = [name for name in config.corpus.corpora if form_of(config.corpus, name) != "text"]
+        if not rlhf_config(config).rlhf.prompts_from and config.stage.corpus not in prompted:
+            raise ConfigError(
+                f"stage.corpus={config.stage.corpus}: expected conversations or rankings, whose prompts are answered "
+                f"({', '.join(prompted)}); or give rlhf.prompts_from=FILE"
+            )
+
+    def resolved(self, config: Config, finished: bool) -> Config:
+        own = rlhf_config(config)
+        if not finished:
+            check_given(own)
+        return with_reward_run(own)
+
+    def print_figures(self, config: Config, result: Mapping[str, Any], console: "Console") -> None:
+        first, last = result["first"], result["metrics"]
+        names = [*ROWS, *sorted(name for name in last if name.startswith("rlhf/part_"))]
+        rows = [
+            (ROWS.get(name) or name.removeprefix("rlhf/part_"), f"{first[name]:.3f}", f"{last[name]:.3f}")
+            for name in names
+            if first.get(name) is not None and last.get(name) is not None
+        ]
+        console.table("iterations", ("", "first", "last"), rows)
+
+    def print_samples(self, run: RunDirectory, console: "Console") -> None:
+        """Print the best, the middle and the worst rollout of the last file of samples."""
+        from dist_lm.chat.template import last_request
+
+        rollouts = last_samples(run)
+        for place in sorted({i * (len(rollouts) - 1) // (SHOWN - 1) for i in range(SHOWN)} if rollouts else set()):
+            rollout = rollouts[place]
+            console.line(f"--- reward {rollout['reward']:.3f}, {rollout['tokens']} tokens, {rollout['finish']}")
+            console.line(f"    {one_line(last_request(rollout['prompt']))}")
+            console.line(f"    {one_line(rollout['completion'])}")
+
+    def entries(self, config: Config, run: RunDirectory, result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        before, after = result["before"], result["metrics"]
+        yield "parameters", f"{result['parameters']:,}"
+        yield (
+            "trained",
+            f"{result['steps']:,} iterations on {result['prompts']:,} prompts, {result['tokens']:,} tokens drawn, "
+            f"{counted(result['ranks'], 'rank')}",
+        )
+        if wins := before_and_after("rlhf/win_rate", before, after, percent):
+            yield "held-out prompts", f"wins against the reference: {wins} of {after['rlhf/held_out']:,.0f}"
+        yield from task_entries(result)
+        yield "checkpoint", str(run.checkpoints / str(result["checkpoint"]))
+        yield "rollouts", str(run.samples)
+        yield "metrics", str(run.metrics)
+        yield "rank logs", str(run.logs)
+
+
+def one_line(text: str) -> str:
+    """The beginning of a text, in one line."""
+    flat = text.replace("\n", "\\n")
+    return flat if len(flat) <= WIDTH else f"{flat[:WIDTH]}..."
+
+
+def rlhf_config(config: Config) -> RlhfRunConfig:
+    """`config` with the type of this stage."""
+    assert isinstance(config, RlhfRunConfig)
+    return config
+
+
+def check_given(config: RlhfRunConfig) -> None:
+    """Refuse prompts, functions or a reward model that are missing or invalid.
+
+    Raises:
+        ConfigError, ArtefactError: name the key.
+    """
+    from dist_lm.stages.rlhf.prompts import check_prompts
+
+    group = config.rlhf
+    check_prompts(group)
+    if group.asks_reward_model and group.reward_model != AUTO:
+        path = Path(group.reward_model).expanduser()
+        found = checkpoint_files.find_checkpoint(path)
+        check_reward_model(config, ModelConfig(**checkpoint_files.read_state(found)[1]))
+        if group.normalise_reward and not RunDirectory(path).result.is_file():
+            is_run = found.parent == RunDirectory(path).checkpoints
+            accepted = "a finished run, and this one has no result" if is_run else "the run, not a checkpoint of it"
+            raise ArtefactError(
+                f"rlhf.reward_model={group.reward_model}: expected {accepted} (or rlhf.normalise_reward=false): the "
+                "result has the mean and the deviation of scores"
+            )
+
+
+def check_reward_model(config: RlhfRunConfig, shape: ModelConfig) -> None:
+    """Refuse a model that gives no scores, or has another vocabulary than the policy.
+
+    Raises:
+        ArtefactError: names the run.
+    """
+    if shape.head != "scalar" or shape.vocab_size != config.model.vocab_size:
+        raise ArtefactError(
+            f"rlhf.reward_model={config.rlhf.reward_model}: its model has model.head={shape.head} and "
+            f"{shape.vocab_size} tokens; expected a run of stage reward with this tokenizer"
+        )
+
+
+def with_reward_run(config: RlhfRunConfig) -> RlhfRunConfig:
+    """`config` with rlhf.reward_model as an absolute path; `none` if no part of the reward uses it."""
+    found = config.rlhf.reward_model
+    if not config.rlhf.asks_reward_model:
+        found = NO_MODEL
+    elif found == AUTO:
+        found = str(WorkDirectory(Path(config.work_dir).resolve()).run("reward", config.run_id).path)
+    else:
+        found = str(Path(found).expanduser().resolve())
+    return replace(config, rlhf=replace(config.rlhf, reward_model=found))
+
+
+STAGE = Rlhf()

@@ -1,0 +1,143 @@
+"""Tasks of `stage.eval_tasks`, answered by actors (`eval.pool`) while the ranks train.
+
+    ranks       step 500 | copy of the weights | step 501 | step 502 | ... | figures of step 500 written | step 560
+    threads                                    | file of the weights | load, answer, judge              |
+
+Training waits for the copy only. The file is durable before the next checkpoint, and goes when the figures are written.
+So a resumed run finds either the figures or the weights of every step up to its checkpoint.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from dist_lm.cluster.pool import Pool
+from dist_lm.evaluation.tasks import Record
+from dist_lm.generation.decoder import WeightStream
+from dist_lm.rlhf.rollouts import read_to_end
+from dist_lm.stages.training.eval_tasks import Evaluated, discard_weights, pending, stored, weights_file
+from dist_lm.storage import durable
+from dist_lm.training.heartbeat import Phase
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 1.0  # between two looks at work that all ranks wait for
+
+Records = dict[str, list[Record]]
+StartPool = Callable[[WeightStream, int, Callable[[], bool]], Pool]
+"""(weights, their version, whether to go on) -> a started pool."""
+
+
+class AbandonedError(Exception):
+    """The run ends before this evaluation; the next one makes it again."""
+
+
+class BesideTraining:
+    """Hands due tasks to actors. All methods are collective; only the first rank has actors."""
+
+    def __init__(self, parts: Evaluated, start_pool: StartPool | None, done: int) -> None:
+        """
+        Args:
+            start_pool: on the first rank.
+            done: steps of the checkpoint that the run continues from.
+        """
+        self._parts, self._start_pool = parts, start_pool
+        self._closing = threading.Event()
+        self._writer = ThreadPoolExecutor(1, "evaluated weights")
+        self._evaluator = ThreadPoolExecutor(1, "evaluations")
+        self._writing: Future[None] | None = None
+        self._open: dict[int, Future[Records]] = {}  # by step, in their order
+        self._pool: Pool | None = None
+        for step, due in pending(parts, done).items() if parts.world.is_first else ():
+            self._open[step] = self._evaluator.submit(self._evaluate, step, due, None)
+
+    def reached(self, step: int) -> None:
+        """Write the figures that have arrived; copy the weights if tasks are due."""
+        parts, due = self._parts, self._parts.tasks.due(step)
+        self._collect()
+        if not due:
+            return
+        began = time.perf_counter()
+        parts.heartbeat.beat(Phase.EVALUATING, step)
+        weights = parts.weights(receives=parts.world.is_first)
+        if parts.metrics is None:
+            read_to_end(weights)
+            return
+        self.before_checkpoint()  # one copy in memory at a time
+        copy = {name: value.cpu() for name, value in weights}
+        self._writing = self._writer.submit(self._write, step, copy)
+        self._open[step] = self._evaluator.submit(self._evaluate, step, due, self._writing)
+        del copy
+        parts.metrics.write(step, {"timing/eval_s": time.perf_counter() - began})
+
+    def before_checkpoint(self) -> None:
+        """Wait until the weights of the last evaluation are on disk."""
+        if self._writing:
+            self._writing.result()
+            self._writing = None
+
+    def finish(self) -> None:
+        parts = self._parts
+        while True:
+            wait(self._open.values(), timeout=LOOK_S)
+            self._collect()
+            parts.heartbeat.beat(Phase.CLOSING, parts.tasks.steps)
+            left = [len(self._open)]
+            dist.broadcast_object_list(left)
+            if not left[0]:
+                return
+
+    def close(self) -> None:
+        self._closing.set()
+        for threads in (self._writer, self._evaluator):
+            threads.shutdown(cancel_futures=True)
+        if self._pool:
+            self._pool.close()
+
+    def _collect(self) -> None:
+        """Write the figures of evaluations that are done, in the order of their steps."""
+        for step, records in list(self._open.items()):
+            if not records.done():
+                return
+            self._parts.write(step, records.result())
+            discard_weights(self._parts, step)
+            del self._open[step]
+
+    def _write(self, step: int, copy: dict[str, torch.Tensor]) -> None:
+        path = weights_file(self._parts.run, step)
+        path.parent.mkdir(exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        save_file(copy, temporary)
+        durable.fsync_file(temporary)
+        temporary.replace(path)
+        durable.fsync_directory(path.parent)
+
+    def _evaluate(self, step: int, due: Sequence[str], writing: Future[None] | None) -> Records:
+        if writing:
+            writing.result()
+        parts = self._parts
+        weights, asked = stored(parts, step), parts.tasks.of(due)
+        if self._pool is None:
+            assert self._start_pool is not None
+            self._pool = self._start_pool(weights, step, self._wanted)
+        else:
+            self._pool.load_weights(weights, step)
+        with parts.sandboxes(asked) or nullcontext() as sandboxes:
+            for result in self._pool.generate(asked.requests):
+                asked.take(result, sandboxes)
+            self._go_on()
+            return asked.records(self._go_on)
+
+    def _wanted(self) -> bool:
+        return not self._closing.is_set()
+
+    def _go_on(self) -> None:
+        if self._closing.is_set():
+            raise AbandonedError

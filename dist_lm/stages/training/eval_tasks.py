@@ -1,0 +1,241 @@
+"""Tasks of stage evaluate during training (`stage.eval_tasks`), answered by the ranks between two steps.
+
+Every rank has an engine with the weights of the model, answers its share of the questions, and the first rank judges.
+With `eval.pool.actors` actors answer instead, while the ranks train (`eval_actors.py`).
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from dist_lm.cluster.ray_cluster import RayCluster
+from dist_lm.cluster.sandboxes import sandboxes_of
+from dist_lm.config.root import TRUST_ME, Config
+from dist_lm.evaluation.in_loop import LoopTasks, Round, figure_name, loop_tasks, metrics_of, write_records
+from dist_lm.evaluation.tasks import Record
+from dist_lm.generation.decoder import WeightStream
+from dist_lm.generation.engine import Engine, EngineOptions
+from dist_lm.model.size import parameter_shapes
+from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.mesh import World
+from dist_lm.parallel.sharding import generation_dtype, reshard
+from dist_lm.parallel.values import stream_weights
+from dist_lm.sandbox.pool import Sandboxes
+from dist_lm.stages.rlhf.supply import engine_spec, joined
+from dist_lm.stages.sampling import shared_answers
+from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tracking.metrics import MetricsWriter, read_metrics
+from dist_lm.training.heartbeat import Heartbeat, Phase
+from dist_lm.training.trainer import StepTasks
+
+log = logging.getLogger(__name__)
+
+CACHE_TOKENS = 16384  # KV cache of an engine, as in stage evaluate
+BLOCK = 16  # judgements between two signs of life of the ranks that wait for them
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation needs of its run."""
+
+    config: Config
+    run: RunDirectory
+    world: World
+    tokenizer: Tokenizer
+    model: Transformer
+    tasks: LoopTasks
+    metrics: MetricsWriter | None  # on the first rank
+    heartbeat: Heartbeat
+    cluster: RayCluster | None = None  # whose nodes run programs; None: only this one does
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the copies that answer."""
+        return generation_dtype(self.config.parallel, self.world.device)
+
+    def sandboxes(self, asked: Round) -> Sandboxes | None:
+        """Sandboxes for the programs of a round, not started; None if it has none."""
+        return sandboxes_of(self.cluster, 0, self.config.sandbox == TRUST_ME) if asked.executes else None
+
+    def weights(self, receives: bool) -> WeightStream:
+        """The weights of the model; every rank reads them to the end (collective)."""
+        reshard(self.model)
+        return stream_weights(self.model, self.model.config, self.dtype, receives)
+
+    def write(self, step: int, records: Mapping[str, list[Record]], waited_s: float | None = None) -> None:
+        """Write figures and answers (first rank).
+
+        Args:
+            waited_s: that training waited; None: written before.
+        """
+        assert self.metrics is not None
+        write_records(self.run, step, records)
+        self.metrics.write(step, metrics_of(records) | ({} if waited_s is None else {"timing/eval_s": waited_s}))
+
+
+class TasksOfSteps(StepTasks, Protocol):
+    """Evaluates tasks during training. The next checkpoint is not durable before what must survive a kill with it."""
+
+    def finish(self) -> None:
+        """Wait for all figures (collective)."""
+
+
+def weights_file(run: RunDirectory, step: int) -> Path:
+    """The weights after `step` steps, while their evaluation by actors is not done."""
+    return run.evaluations / f"step_{step:08d}.safetensors"
+
+
+def stored(parts: Evaluated, step: int) -> WeightStream:
+    """The weights in `weights_file`."""
+    weights = load_file(weights_file(parts.run, step))
+    return ((name, weights[name]) for name in parameter_shapes(parts.model.config.plain))
+
+
+def discard_weights(parts: Evaluated, step: int) -> None:
+    """Remove the weights of an evaluation, once its figures are on disk (first rank)."""
+    assert parts.metrics is not None
+    parts.metrics.sync()
+    weights_file(parts.run, step).unlink(missing_ok=True)
+
+
+def pending(parts: Evaluated, done: int) -> dict[int, tuple[str, ...]]:
+    """The tasks without figures, by the steps whose weights are stored. Removes other files (first rank).
+
+    Args:
+        done: steps of the checkpoint that the run continues from; later ones are trained again.
+    """
+    written = {(line["step"], name) for line in read_metrics(parts.run.metrics) for name in line}
+    found = {}
+    for path in sorted(parts.run.evaluations.glob("step_*")):
+        step = int(path.stem.removeprefix("step_"))
+        due = tuple(task for task in parts.tasks.due(step) if (step, figure_name(task)) not in written)
+        if path == weights_file(parts.run, step) and step <= done and due:
+            found[step] = due
+        else:
+            path.unlink()
+    return found
+
+
+class BetweenSteps:
+    """Answers due tasks at once, on all ranks. Figures are written before the checkpoint of their step."""
+
+    def __init__(self, parts: Evaluated, done: int) -> None:
+        """Answers what actors of an earlier attempt have left (collective).
+
+        Args:
+            done: steps of the checkpoint that the run continues from.
+        """
+        self._parts = parts
+        left: list[dict[int, tuple[str, ...]]] = [pending(parts, done) if parts.world.is_first else {}]
+        dist.broadcast_object_list(left)
+        for step, due in left[0].items():
+            self._evaluate(step, due, stored(parts, step))
+            dist.barrier()
+            if parts.world.is_first:
+                discard_weights(parts, step)
+
+    def reached(self, step: int) -> None:
+        """Answer the tasks that are due."""
+        due = self._parts.tasks.due(step)
+        if due:
+            self._evaluate(step, due, self._parts.weights(receives=True))
+
+    def before_checkpoint(self) -> None:
+        """The figures are written already."""
+
+    def finish(self) -> None:
+        """The figures are written already."""
+
+    def _evaluate(self, step: int, due: Sequence[str], weights: WeightStream) -> None:
+        parts, began = self._parts, time.perf_counter()
+        alive = partial(parts.heartbeat.beat, Phase.EVALUATING, step)
+        alive()
+        asked = parts.tasks.of(due)
+        with (parts.sandboxes(asked) if parts.world.is_first else None) or nullcontext() as sandboxes:
+            records = self._records(asked, weights, sandboxes, alive)
+        if parts.world.is_first:
+            parts.write(step, records, time.perf_counter() - began)
+
+    def _records(
+        self, asked: Round, weights: WeightStream, sandboxes: Sandboxes | None, alive: Callable[[], None]
+    ) -> dict[str, list[Record]]:
+        """The records of a round on the first rank."""
+        parts = self._parts
+        first, shape = parts.world.is_first, parts.model.config.plain
+        engine = Engine(
+            shape,
+            weights,
+            eot_id=parts.tokenizer.eot_id,
+            vocabulary=tuple(parts.tokenizer.vocabulary()),
+            options=EngineOptions(cache_tokens=max(CACHE_TOKENS, shape.max_seq_len)),
+            dtype=parts.dtype,
+            device=parts.world.device,
+        )
+        take = partial(asked.take, sandboxes=sandboxes)
+        for result in shared_answers(engine, asked.requests, parts.world, alive, take if first else None):
+            if first:
+                take(result)  # those of other ranks; its own are being judged
+        del engine
+        judged = 0
+
+        def together() -> None:
+            nonlocal judged
+            judged += 1
+            alive()
+            if judged % BLOCK == 0:
+                dist.barrier()
+
+        if first:
+            return asked.records(together)
+        for _ in range(asked.size):
+            together()
+        return {}
+
+
+@contextmanager
+def tasks_of_steps(
+    config: Config,
+    run: RunDirectory,
+    world: World,
+    tokenizer: Tokenizer,
+    model: Transformer,
+    metrics: MetricsWriter | None,
+    heartbeat: Heartbeat,
+    done: int,
+) -> Iterator[TasksOfSteps]:
+    """What evaluates the tasks of `stage.eval_tasks` inside the block (collective).
+
+    Args:
+        done: steps of the checkpoint that the run continues from.
+
+    Raises:
+        UserError: a task cannot be asked.
+    """
+    tasks = loop_tasks(config, run, tokenizer)
+    parts = Evaluated(config, run, world, tokenizer, model, tasks, metrics, heartbeat)
+    pool = config.pool
+    with joined(config, world.device) if world.is_first else nullcontext() as beside:
+        by_actors = [beside is not None]
+        dist.broadcast_object_list(by_actors)
+        if not by_actors[0] or pool is None:
+            yield BetweenSteps(parts, done)
+            return
+        from dist_lm.stages.training.eval_actors import BesideTraining
+
+        spec = engine_spec(config, pool, tokenizer, parts.dtype, world.device, texts=True)
+        parts = replace(parts, cluster=beside.cluster if beside else None)
+        own = BesideTraining(parts, partial(beside.start, spec) if beside else None, done)
+        try:
+            yield own
+        finally:
+            own.close()

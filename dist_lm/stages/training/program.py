@@ -1,0 +1,330 @@
+"""The program of a rank: the other ranks joined, the parts of a training run built and run, and the result written.
+
+Stage `rlhf` has a program of its own (`dist_lm.stages.rlhf.program`) and shares the first and the last part.
+"""
+
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from dist_lm.config.corpus import SPLITS
+from dist_lm.config.model import AdaptedModelConfig
+from dist_lm.config.root import Config
+from dist_lm.data.manifest import read_manifest, record_content, require_content
+from dist_lm.data.token_corpus import TokenCorpus
+from dist_lm.errors import ArtefactError
+from dist_lm.model.lora import without_adapters
+from dist_lm.model.size import flops_per_token, parameter_count, trained_count
+from dist_lm.model.transformer import Transformer
+from dist_lm.parallel.layout import Layout, check_batch, resolve_layout
+from dist_lm.parallel.mesh import World, build_mesh, data_mesh, measure_all_reduce, process_group
+from dist_lm.parallel.sharding import build_model, compute_dtype, generation_dtype
+from dist_lm.parallel.values import unsharded_copy
+from dist_lm.stages.registry import load_config
+from dist_lm.stages.training.stage import Closing, Opening, TrainingStage, training_stage
+from dist_lm.storage import durable
+from dist_lm.storage.lock import OWN_JOB_S, locked
+from dist_lm.storage.run_directory import RunDirectory
+from dist_lm.tokenizer.tokenizer import Tokenizer
+from dist_lm.tracking.metrics import MetricsWriter, read_metrics
+from dist_lm.training import checkpoint, checkpoint_files
+from dist_lm.training.heartbeat import Heartbeat, Phase, StopRequest
+from dist_lm.training.optimizer import build_optimizer
+from dist_lm.training.state import TrainState
+from dist_lm.training.step_meter import matmul_flops
+from dist_lm.training.step_profiler import StepProfiler
+from dist_lm.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+COLLECTIVE_S, COLLECTIVE_MARGIN_S = 6 * 3600.0, 300.0
+
+
+@dataclass(frozen=True)
+class RankStart:
+    """A rank that has met the others."""
+
+    world: World
+    layout: Layout
+    mesh: DeviceMesh
+    tokenizer: Tokenizer
+
+
+@contextmanager
+def started(run: RunDirectory, config: Config, stop: StopRequest, heartbeat: Heartbeat) -> Iterator[RankStart]:
+    """Join the other ranks inside the block (collective)."""
+    # The launcher finds hangs, by the heartbeats. Ranks of stage rlhf wait in one collective as long as the first rank
+    # generates, with heartbeats: a shorter timeout would end a healthy run.
+    patience = max(config.cluster.hang_otherwise_s, config.cluster.hang_min_s, COLLECTIVE_S) + COLLECTIVE_MARGIN_S
+    with process_group(config.device, patience) as world, ExitStack() as stack:
+        layout = resolve_layout(config.parallel, config.model, world.size)
+        check_batch(config, layout)
+        mesh = build_mesh(layout, world.device)
+        heartbeat.beat(Phase.LINKS, 0)
+        links = measure_all_reduce(world)
+        heartbeat.beat(Phase.LOADING, 0)
+        if world.is_first:
+            # ranks of a failed attempt take a moment to end, and their locks on NFS are released even later
+            stack.enter_context(
+                locked(
+                    run.rank_lock,
+                    wait_s=OWN_JOB_S,
+                    on_wait=lambda owner: log.warning("waiting for %s, which trains this run", owner),
+                    stopped=lambda: stop.requested,
+                )
+            )
+            durable.write_json(run.links, asdict(links))
+        yield RankStart(world, layout, mesh, Tokenizer.load(run.work.tokenizer_model))
+
+
+def check_corpora(run: RunDirectory, config: Config, tokenizer: Tokenizer, world: World) -> None:
+    """Refuse shards of another tokenizer, and to continue a run on other content than it began with (collective).
+
+    The first rank opens the corpora before the others, so that a missing index is rebuilt only once.
+    """
+    for name in config.streams:
+        directory = run.work.corpus(name)
+        read_manifest(directory).require_tokenizer(tokenizer.sha256, directory)
+        if world.is_first:
+            for split in SPLITS:
+                TokenCorpus.open(directory, split)
+    begun = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST) is not None
+    if begun:
+        require_content(run, config.streams)
+    elif world.is_first:
+        record_content(run, config.streams)
+    dist.barrier()
+
+
+def open_metrics(run: RunDirectory, world: World, state: TrainState) -> MetricsWriter | None:
+    """The metrics file on the first rank, without the lines that an attempt wrote after its last checkpoint."""
+    if not world.is_first:
+        return None
+    writer = MetricsWriter(run.metrics)
+    writer.truncate_after(state.step)
+    return writer
+
+
+def write_success(
+    run: RunDirectory,
+    config: Config,
+    *,
+    steps: int,
+    tokens: int,
+    seconds: float,
+    metrics: Mapping[str, float | None],
+    more: Mapping[str, Any],
+) -> None:
+    """Write `result.json`.
+
+    Args:
+        metrics: metrics of the last step.
+        more: additional fields of the stage.
+    """
+    latest = checkpoint_files.read_pointer(run.checkpoints, checkpoint_files.LATEST)
+    durable.write_json(
+        run.result,
+        {
+            "stage": config.stage.name,
+            "run_id": config.run_id,
+            "steps": steps,
+            "tokens": tokens,
+            "parameters": parameter_count(config.model),
+            "trained_parameters": trained_count(config.trained_shape),
+            "ranks": int(os.environ["WORLD_SIZE"]),
+            "seconds": seconds,
+            "checkpoint": latest.name if latest else None,
+            "metrics": metrics,
+            "before": metrics_of_step(run, 0),
+            **more,
+        },
+    )
+
+
+def metrics_of_step(run: RunDirectory, step: int) -> dict[str, float | None]:
+    """All metrics of one step; empty if none were written."""
+    metrics = {}
+    for line in read_metrics(run.metrics):
+        if line["step"] == step:
+            metrics |= {key: value for key, value in line.items() if key not in ("step", "time")}
+    return metrics
+
+
+def run_rank(run: RunDirectory, stop: StopRequest, heartbeat: Heartbeat) -> None:
+    """Train from the newest checkpoint of the run, or from stage.init_from, until the last step or a stop."""
+    began = time.time()
+    config = load_config(run.config)
+    stage = training_stage(config.stage.name)
+    with started(run, config, stop, heartbeat) as start, ExitStack() as stack:
+        world, mesh, tokenizer = start.world, start.mesh, start.tokenizer
+        check_corpora(run, config, tokenizer, world)
+        shape = config.trained_shape
+        if shape.lora is not None:
+            from dist_lm.training.adapters import with_base
+
+            shape = with_base(shape, run.checkpoints, config.stage, world)
+        model = build_model(shape, config.parallel, mesh, world.device, config.seed)
+        optimizer = build_optimizer(model, config.stage, config.stage.muon)
+        state = restore(run, config, start, model, optimizer)
+        ranks = data_mesh(mesh)
+        opening = Opening(
+            config,
+            run,
+            world,
+            tokenizer,
+            data_ranks=ranks.get_group(),
+            dp_rank=ranks.get_local_rank(),
+            dp_size=ranks.size(),
+            position=state.position,
+            initial=partial(initial_model, config, start, model, begun=state.step > 0),
+            alive=lambda: heartbeat.beat(Phase.EVALUATING, state.step),
+        )
+        data = stage.open_data(opening)
+        stream = stack.enter_context(data.stream)
+        flops = matmul_flops(world.device, compute_dtype(config.parallel, world.device), config.hardware)
+        metrics = open_metrics(run, world, state)
+        tasks = None
+        if config.stage.eval_tasks:
+            from dist_lm.stages.training.eval_tasks import tasks_of_steps
+
+            tasks = stack.enter_context(
+                tasks_of_steps(config, run, world, tokenizer, model, metrics, heartbeat, state.step)
+            )
+        trainer = Trainer(
+            config=config,
+            world=world,
+            counts_once=mesh.get_local_rank("tp") == 0,
+            model=model,
+            optimizer=optimizer,
+            objective=stage.objective(config),
+            stream=stream,
+            evaluate=data.evaluate,
+            checkpoints=run.checkpoints,
+            metrics=metrics,
+            stop=stop,
+            heartbeat=heartbeat,
+            flops_per_token=flops_per_token(shape, config.stage.seq_len),
+            peak_flops=world.size * flops,
+            bytes_per_token=data.bytes_per_token,
+            profiler=step_profiler(run, config, world),
+            prepare=stage.prepare(config),
+            tasks=tasks,
+        )
+        log.info(
+            "rank %d of %d on %s, %s, from step %d", world.rank, world.size, world.device, start.layout, state.step
+        )
+        whole_copy = partial(unsharded_copy, model, shape, generation_dtype(config.parallel, world.device))
+        closing = partial(Closing, config, run, world, tokenizer, whole_copy)
+        if config.stage.eval_at_start and state.step == 0:
+            found = stage.before_training(closing(0, lambda: heartbeat.beat(Phase.EVALUATING, 0)))
+            if metrics and found:
+                metrics.write(0, found)
+        state = trainer.run(state)
+        heartbeat.beat(Phase.CLOSING, state.step)
+        del optimizer, trainer  # frees memory for `after_training`
+        if state.step == config.stage.steps:
+            step = state.step
+            if tasks:
+                tasks.finish()
+            found = stage.after_training(closing(step, lambda: heartbeat.beat(Phase.CLOSING, step)))
+            if metrics:
+                metrics.write(state.step, found)
+                write_result(run, config, stage, state, stream.packing, time.time() - began)
+        del closing, whole_copy, model
+
+
+def step_profiler(run: RunDirectory, config: Config, world: World) -> StepProfiler | None:
+    """The profiler of this rank; None without profile.steps."""
+    if not config.profile.steps:
+        return None
+    on_gpu = world.device.type == "cuda"
+    return StepProfiler(config.profile.steps, on_gpu, run.trace(world.rank), run.memory_snapshot(world.rank))
+
+
+def restore(
+    run: RunDirectory, config: Config, start: RankStart, model: Transformer, optimizer: torch.optim.Optimizer
+) -> TrainState:
+    """Load model and optimizer from the newest intact checkpoint of this run, else from stage.branch_from, else the
+    weights of stage.init_from."""
+    sha256 = start.tokenizer.sha256
+    own = checkpoint.newest_intact(run.checkpoints, start.world)
+    if isinstance(model.config, AdaptedModelConfig):
+        checkpoint.load_weights(Path(model.config.base), model, model.config)
+    if own is not None:
+        log.info("continuing from %s", own)
+        state = checkpoint.load(own, model, optimizer, model.config)
+        checkpoint_files.check_tokenizer(own, state, sha256)
+        return replace(state, tokenizer=sha256)
+    if config.stage.branch_from:
+        from dist_lm.stages.training.continuing import require_same_content
+
+        origin = checkpoint.find_intact(Path(config.stage.branch_from), start.world)
+        require_same_content(origin, run, config.streams)
+        state = checkpoint.load(origin, model, optimizer, model.config)
+        checkpoint_files.check_tokenizer(origin, state, sha256)
+        log.info("continuing from %s as a branch", origin)
+        return replace(state, tokenizer=sha256, best_val_loss=None, best_step=0)
+    if config.stage.init_from != "none":
+        origin = checkpoint.find_intact(Path(config.stage.init_from), start.world)
+        checkpoint_files.check_tokenizer(origin, checkpoint_files.read_state(origin)[0], sha256)
+        if model.config.lora is None:
+            checkpoint.load_weights(origin, model, model.config)
+        log.info("starting from the weights of %s", origin)
+    return TrainState(tokenizer=sha256)
+
+
+@contextmanager
+def initial_model(config: Config, start: RankStart, model: Transformer, *, begun: bool) -> Iterator[Transformer]:
+    """The model that training starts from (collective): the base of adapters, the trained model before its first step,
+    else a copy that lives inside the block."""
+    if model.config.lora is not None:
+        with without_adapters(model):
+            yield model
+    elif not begun:
+        yield model
+    else:
+        copy = build_model(model.config, config.parallel, start.mesh, start.world.device, config.seed)
+        if config.stage.init_from != "none":
+            origin = checkpoint.find_intact(Path(config.stage.init_from), start.world)
+            checkpoint.load_weights(origin, copy, copy.config)
+        yield copy
+
+
+def write_result(
+    run: RunDirectory,
+    config: Config,
+    stage: TrainingStage,
+    state: TrainState,
+    packing: dict[str, float] | None,
+    seconds: float,
+) -> None:
+    """Write the success marker.
+
+    Args:
+        packing: how whole conversations or rankings fill sequences; None for text.
+
+    Raises:
+        ArtefactError: the metrics file lacks the last evaluation, or its loss is not finite.
+    """
+    metrics = metrics_of_step(run, state.step)
+    loss = metrics.get("val/loss")
+    if loss is None or not math.isfinite(loss):
+        raise ArtefactError(f"{run.metrics}: val/loss of the last step {state.step} is {loss}, expected a number")
+    more = {
+        "skipped_steps": state.skipped_steps,
+        "packing": packing,
+        "state": asdict(state),
+        **stage.result(config, run, metrics),
+    }
+    write_success(run, config, steps=state.step, tokens=state.tokens, seconds=seconds, metrics=metrics, more=more)
