@@ -48,7 +48,7 @@ class Group:
     rows: torch.Tensor | None  # the same on the device, int64; None: all rows
     bounded: bool  # the candidates of every row include all that its top-k keeps, and one more
     candidates: int  # number of candidates (V or more: sort the row), or GREEDY or UNFILTERED
-    # filters compute in fp64: fp32 sums over a large vocabulary err by more than the probability of a token at the border
+    # filters compute in fp64: fp32 sums of a large vocabulary err by more than the probability of a token at the border
     temperature_B1: torch.Tensor
     top_k_B1: torch.Tensor  # int64; ALL if off
     top_p_B1: torch.Tensor

@@ -91,7 +91,7 @@ def test_the_sets_are_those_of_the_definition_in_a_mixed_batch_too(vocab):
 
 @pytest.mark.parametrize("n_before", [3, 60, 1000, 3905, 7000])
 def test_a_token_at_the_border_of_top_p_is_kept_by_its_exact_probability(n_before):
-    """The border is 1e-10 away from a cumulative probability; fp32 sums err by 1e-6, each kind of CPU in its own way."""
+    """The border is 1e-10 away from a cumulative probability; fp32 sums err by 1e-6, each CPU in its own way."""
     vocab = 8192
     x = logits(1, vocab)
     p, order = x[0].double().softmax(-1).sort(descending=True, stable=True)

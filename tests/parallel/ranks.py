@@ -2,8 +2,12 @@
 
 Processes start once for a world size and then run one function after another, so a test costs no start of its own. They
 are forked from a server that has imported torch, and killed in the end: there is nothing of theirs to keep.
+
+Process groups live as long as the function that runs: each gloo group has threads that wake a hundred times a second,
+so ranks that kept them would take the CPU from all other tests.
 """
 
+import gc
 import multiprocessing
 import os
 import time
@@ -16,6 +20,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize
+from torch.distributed.tensor import _redistribute
+from torch.distributed.tensor._collective_utils import MeshTopoInfo
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from dist_lm.parallel.mesh import World
 
@@ -88,6 +96,9 @@ class RankGroup:
             for pipe in ready:
                 rank = self.pipes.index(pipe)  # type: ignore[arg-type]
                 results[rank] = _received(pipe, rank)  # type: ignore[arg-type]
+        # only now: a rank that left its groups earlier would break collectives that others have not finished
+        for pipe in self.pipes:
+            pipe.send(None)
         return results[0]
 
     def kill(self) -> None:
@@ -107,21 +118,40 @@ def _received(pipe: Connection, rank: int) -> Any:
     return result
 
 
-def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, size: int, store_path: str, pipe: Connection) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(store, size),
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
-    )
+    store = dist.FileStore(store_path, size)
     world = World(rank, size, rank, torch.device("cpu"))
+    n_functions = 0
     while True:
-        function, arguments, options = pipe.recv()
+        work = pipe.recv()
+        if work is None:
+            _leave_groups()
+            continue
+
+        n_functions += 1
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore(f"function_{n_functions}", store),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
+        )
+        function, arguments, options = work
         try:
             answer = (None, function(world, *arguments, **options))
         except Exception:
             answer = (traceback.format_exc(), None)
         pipe.send(answer)
+
+
+def _leave_groups() -> None:
+    """Destroy all groups, with everything that remembers them: equal meshes of later functions have other groups."""
+    initialize._MODEL_PARALLEL_GROUP = None
+    _clear_sharding_prop_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+    _redistribute.clear_redistribute_planner_cache()
+    MeshTopoInfo.build_from_mesh.cache_clear()
+    gc.collect()
+    dist.destroy_process_group()
