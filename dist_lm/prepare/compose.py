@@ -99,7 +99,7 @@ def _follow_tokenizer(composed: Any, overrides: Sequence[Override]) -> None:
     """Set `model.vocab_size` to that of an existing tokenizer, unless the command gives it: then both must agree."""
     if composed.tokenizer.source == TRAIN:
         return
-    from dist_lm.tokenizer.existing import existing_vocab_size
+    from dist_lm.interop.existing_tokenizer import existing_vocab_size
 
     tokenizer: Any = OmegaConf.to_object(composed.tokenizer)
     found = existing_vocab_size(tokenizer, composed.work_dir)

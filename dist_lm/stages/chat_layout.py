@@ -14,8 +14,8 @@ from dist_lm.chat.jinja_text import text_of
 from dist_lm.chat.messages import ChatError, Conversation, Message
 from dist_lm.chat.template import layout
 from dist_lm.config.corpus import HF, TokenizerConfig
+from dist_lm.interop.existing_tokenizer import given_tokenizer
 from dist_lm.interop.snapshot import chat_template_of, folder_of, special_tokens_of
-from dist_lm.tokenizer.existing import given_tokenizer
 from dist_lm.tokenizer.symbols import END_OF_TEXT
 from dist_lm.tokenizer.tokenizer import KeptTemplate, Tokenizer
 from dist_lm.tools.data.examples import examples

@@ -13,12 +13,12 @@ from dist_lm.config.corpus import KEEP, TokenizerConfig
 from dist_lm.config.root import Config
 from dist_lm.data.in_turn import read_in_turn
 from dist_lm.errors import ArtefactError
+from dist_lm.interop.existing_tokenizer import given_tokenizer
 from dist_lm.stages.shards import digest, in_brief, text_fingerprint
 from dist_lm.stages.stage import Artefact, ArtefactStage
 from dist_lm.storage import durable
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.byte_level import ByteLevelModel
-from dist_lm.tokenizer.existing import given_tokenizer
 from dist_lm.tokenizer.tokenizer import (
     CONVERSATIONS,
     FORMAT,

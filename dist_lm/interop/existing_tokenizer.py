@@ -1,0 +1,82 @@
+"""Reads the tokenizers that `tokenizer=PATH`, `tokenizer=hf:SOURCE` and `tokenizer=keep` name."""
+
+from functools import lru_cache
+from pathlib import Path
+
+from dist_lm.config.corpus import HF, KEEP, TRAIN, TokenizerConfig
+from dist_lm.errors import ConfigError
+from dist_lm.interop.snapshot import named_tokenizer
+from dist_lm.storage.run_directory import WorkDirectory, tokenizer_in
+from dist_lm.tokenizer.tokenizer import read_vocabulary, with_marks
+
+
+def given_tokenizer(config: TokenizerConfig) -> bytes:
+    """Returns the content of the tokenizer file that `config.source` names, a path or `hf:SOURCE`.
+
+    With `config.add_marks`, the marks that the tokenizer lacks are appended.
+
+    Raises:
+        ConfigError: there is no such file.
+        ArtefactError: the file is no tokenizer.
+    """
+    if config.source.startswith(HF):
+        name = config.source
+        content, _ = named_tokenizer(config.source)
+    else:
+        path = _path_of(config)
+        name, content = str(path), path.read_bytes()
+
+    return with_marks(content, name) if config.add_marks else content
+
+
+def existing_vocab_size(config: TokenizerConfig, work_dir: str) -> int | None:
+    """Returns the number of pieces of the tokenizer that a configuration names.
+
+    None: the tokenizer will be trained, or is to be kept but is missing.
+
+    Raises:
+        ConfigError: there is no such file.
+        ArtefactError: the file is no tokenizer.
+    """
+    if config.source == TRAIN:
+        return None
+    if config.source.startswith(HF):
+        return _vocab_size_of(given_tokenizer(config), config.source)
+
+    if config.source == KEEP:
+        path = WorkDirectory(Path(work_dir)).tokenizer_model
+        if not path.is_file():
+            return None
+    else:
+        path = _path_of(config)
+    return _vocab_size_at(path, config.add_marks, path.stat().st_mtime_ns)
+
+
+def _path_of(config: TokenizerConfig) -> Path:
+    """Returns the file that `config.source` names, itself or by its folder."""
+    source = Path(config.source).expanduser()
+    path = tokenizer_in(source) if source.is_dir() else source
+    if path.is_file():
+        return path
+
+    problem = "the folder has no tokenizer.json or tokenizer.model" if source.is_dir() else f"no file {path}"
+    raise ConfigError(
+        f"tokenizer={config.source}: {problem}: expected train, keep, or the path of a tokenizer.model or "
+        "tokenizer.json"
+    )
+
+
+# Both results are cached: a command composes several configurations, and a large vocabulary takes a second to read.
+
+
+@lru_cache(maxsize=8)
+def _vocab_size_at(path: Path, add_marks: bool, _changed_ns: int) -> int:
+    content = path.read_bytes()
+    if add_marks:
+        content = with_marks(content, str(path))
+    return read_vocabulary(content, str(path)).vocab_size
+
+
+@lru_cache(maxsize=2)
+def _vocab_size_of(content: bytes, name: str) -> int:
+    return read_vocabulary(content, name).vocab_size
