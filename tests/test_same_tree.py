@@ -116,6 +116,26 @@ SAME = {
         "def f(a):\n x, y = a.b(), a.c()\n u, v = x, None\n p = q = 0\n return x, y, u, v, p, q",
         "def f(a):\n x = a.b()\n y = a.c()\n u = x\n v = None\n p = 0\n q = 0\n return x, y, u, v, p, q",
     ),
+    "a name for a value": (
+        "import json\ndef f(self, a, b):\n return self.g(a + b, json.dumps(a.b(1)))",
+        "import json\ndef f(self, a, b):\n total = a + b\n return self.g(total, json.dumps(a.b(1)))",
+    ),
+    "a name for what is called first": (
+        "import json\ndef f(a, b):\n if json.dumps(a.b(1)) and b: print(g(a).d)\n return g(2) if a else b",
+        """
+        import json
+        def f(a, b):
+            x = a.b(1)
+            y = json.dumps(x)
+            if y and b:
+                z = g(a)
+                print(z.d)
+            if not a:
+                return b
+            u = g(2)
+            return u
+        """,
+    ),
 }
 DIFFERENT = {
     "constants": ("x = 1", "x = 2"),
@@ -170,6 +190,18 @@ DIFFERENT = {
     ),
     "assignments to attributes": ("a.x, b = 1, a.y()", "a.x = 1\nb = a.y()"),
     "one list for two names": ("def f():\n a = b = []\n return a, b", "def f():\n a = []\n b = []\n return a, b"),
+    "a name that makes a call earlier": (
+        "def f(a): return g(a.b(), a.c())",
+        "def f(a):\n x = a.c()\n return g(a.b(), x)",
+    ),
+    "a name that makes a call certain": ("def f(a): return a and g()", "def f(a):\n x = g()\n return a and x"),
+    "a method read before a call": ("def f(a): return a.b(g(a))", "def f(a):\n x = g(a)\n return a.b(x)"),
+    "a name in a loop": ("def f(a):\n while g(a): h()", "def f(a):\n x = g(a)\n while x: h()"),
+    "a name in a comprehension": (
+        "def f(a): return [g() for b in a]",
+        "def f(a):\n x = g()\n return [x for b in a]",
+    ),
+    "a name in a function": ("def f(a): return lambda: g()", "def f(a):\n x = g()\n return lambda: x"),
     "order": ("def f():\n g()\n h()", "def f():\n h()\n g()"),
     "what follows an if": ("def f(c):\n if c:\n  g()\n h()", "def f(c):\n if c:\n  g()\n else:\n  h()"),
     "return out of a loop": ("for i in x:\n if i:\n  break\n g()", "for i in x:\n if i:\n  continue\n g()"),

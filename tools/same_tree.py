@@ -15,7 +15,8 @@ These may differ: comments, docstrings, blank lines, and
   `if c: return a` and then `return b`;
 - the nesting of `if`: an early `return`, `continue` or `raise` in place of `else` or of an indented rest, and
   `if not c: b else: a` in place of `if c: a else: b`;
-- `a, b = x, y` in place of two lines, where neither line can change what the other one reads.
+- `a, b = x, y` in place of two lines, where neither line can change what the other one reads;
+- `name = x` and then `f(name)` in place of `f(x)`, if nothing else reads `name` and nothing that acts comes before it.
 
 `--renamed OLD=NEW` (repeatable) declares a rename of a public name. `--private` lets names with an underscore change
 consistently. `--arguments` lets arguments of public functions change that no call in the repository names.
@@ -25,6 +26,7 @@ import argparse
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -43,6 +45,7 @@ OPPOSITES: dict[type[ast.cmpop], type[ast.cmpop]] = {
 }
 # Decorators that do not look at the argument names of their function.
 PLAIN_DECORATORS = {"staticmethod", "classmethod", "property", "contextmanager", "cache", "wraps", "setter", "override"}
+PASSES = 3  # a name that an `if` assigned can be replaced by its value only when that is one assignment
 READS_LOCALS = {"locals", "vars", "eval", "exec", "dir"}
 
 
@@ -131,6 +134,71 @@ def names_in(node: ast.AST) -> set[str]:
     return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
 
 
+def evaluated_first(node: ast.AST | None) -> Iterator[ast.expr]:
+    """The expressions that a statement or an expression always evaluates, in order: operands before the whole.
+
+    It ends where evaluation depends on a value. Parts of a statement that come after its first expression are left out.
+    """
+    match node:
+        case ast.Assign() | ast.AnnAssign() | ast.Return() | ast.Expr():
+            yield from evaluated_first(node.value)
+        case ast.AugAssign(target=ast.Name()):
+            yield from evaluated_first(node.value)
+        case ast.If() | ast.Assert():
+            yield from evaluated_first(node.test)
+        case ast.For():
+            yield from evaluated_first(node.iter)
+        case ast.With():
+            yield from evaluated_first(node.items[0].context_expr)
+        case ast.Raise():
+            yield from evaluated_first(node.exc)
+        case ast.Match():
+            yield from evaluated_first(node.subject)
+        case ast.IfExp():
+            yield from evaluated_first(node.test)
+            yield node
+        case ast.BoolOp():
+            yield from evaluated_first(node.values[0])
+            yield node
+        case ast.Compare():
+            yield from evaluated_first(node.left)
+            yield from evaluated_first(node.comparators[0])
+            yield node
+        case ast.ListComp() | ast.SetComp() | ast.DictComp() | ast.GeneratorExp():
+            yield from evaluated_first(node.generators[0].iter)
+            yield node
+        case ast.Dict():
+            for key, value in zip(node.keys, node.values, strict=True):
+                yield from evaluated_first(key)
+                yield from evaluated_first(value)
+            yield node
+        case ast.Lambda() | ast.NamedExpr():
+            yield node
+        case ast.keyword():
+            yield from evaluated_first(node.value)
+        case ast.expr():
+            for child in ast.iter_child_nodes(node):
+                yield from evaluated_first(child)
+            yield node
+
+
+def can_move_past(value: ast.expr, passed: Sequence[ast.expr], modules: set[str]) -> bool:
+    """Whether `value` may be evaluated after the expressions `passed` instead of before them.
+
+    Names and constants may be passed by everything, attributes of a module too, other attributes by what calls nothing.
+    """
+    acts = any(isinstance(part, ast.Call | ast.Await | ast.Yield | ast.YieldFrom) for part in ast.walk(value))
+    for expression in passed:
+        root = expression
+        while isinstance(root, ast.Attribute):
+            root = root.value
+        if isinstance(root, ast.Constant) or (isinstance(root, ast.Name) and (root is expression or not acts)):
+            continue
+        if not isinstance(root, ast.Name) or root.id not in modules:
+            return False
+    return not any(isinstance(part, ast.NamedExpr) for part in ast.walk(value))
+
+
 def unshared_locals(function: Function) -> set[str]:
     """Locals that no nested function sees, so that only the lines of `function` itself read and write them."""
     names = set(bound_names(function.body))
@@ -146,10 +214,16 @@ class OneForm(ast.NodeTransformer):
     """Brings each block of a module into the form that is compared."""
 
     def __init__(self) -> None:
+        self.modules: set[str] = set()  # names that only `import` binds
         self.locals: set[str] = set()  # of the present function, without those shared with a nested one
+        self.uses: Counter[str] = Counter()  # of names in the present function
         self.in_try = False  # a handler may see a variable between two assignments
 
     def visit_Module(self, node: ast.Module) -> ast.Module:
+        imports = [part for part in node.body if isinstance(part, ast.Import)]
+        imported = set(bound_names(imports))
+        self.modules = imported - {n for part in ast.walk(node) if isinstance(part, ast.Global) for n in part.names}
+        self.modules -= set(bound_names([part for part in node.body if part not in imports]))
         node.body = self.block(node.body)
         return node
 
@@ -161,11 +235,12 @@ class OneForm(ast.NodeTransformer):
         return node
 
     def visit_FunctionDef(self, node: Function) -> Function:
-        outer_locals, outer_in_try = self.locals, self.in_try
+        outer_locals, outer_uses, outer_in_try = self.locals, self.uses, self.in_try
         self.locals, self.in_try = unshared_locals(node), False
+        self.uses = Counter(part.id for part in ast.walk(node) if isinstance(part, ast.Name))
         self.visit_parts(node)
         node.body = self.block(node.body, ast.Return(ast.Constant(None)))
-        self.locals, self.in_try = outer_locals, outer_in_try
+        self.locals, self.uses, self.in_try = outer_locals, outer_uses, outer_in_try
         return node
 
     def visit_For(self, node: ast.For | ast.AsyncFor | ast.While) -> ast.stmt:
@@ -232,7 +307,25 @@ class OneForm(ast.NodeTransformer):
         if tail is not None and not always_ends(lines):
             at = statements[-1]
             lines.append(ast.fix_missing_locations(ast.copy_location(deepcopy(tail), at)))
-        return joined(lines)
+        return joined(self.inlined(lines))
+
+    def inlined(self, lines: list[ast.stmt]) -> list[ast.stmt]:
+        """A block without the names that only the next line uses, once."""
+        block: list[ast.stmt] = []
+        for line in reversed(lines):
+            match line:
+                case ast.Assign(targets=[ast.Name(id=name)]) if name in self.locals and self.uses[name] == 2 and block:
+                    passed: list[ast.expr] = []
+                    for expression in evaluated_first(block[0]):
+                        if isinstance(expression, ast.Name) and expression.id == name:
+                            if can_move_past(line.value, passed, self.modules - self.locals):
+                                Replacement(expression, line.value).visit(block[0])
+                                line = None
+                            break
+                        passed.append(expression)
+            if line is not None:
+                block.insert(0, line)
+        return block
 
     def split(self, statement: ast.stmt) -> list[ast.stmt]:
         """`a, b = x, y` and `a = b = None` as an assignment a line, if no line changes what a later one reads."""
@@ -287,6 +380,16 @@ class OneForm(ast.NodeTransformer):
 
         value = value_of([node])
         return ast.copy_location(ast.Assign([target], value), first) if value else None
+
+
+class Replacement(ast.NodeTransformer):
+    """Puts one expression in the place of another one."""
+
+    def __init__(self, old: ast.expr, new: ast.expr) -> None:
+        self.old, self.new = old, new
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        return self.new if node is self.old else self.generic_visit(node)
 
 
 def joined(lines: Sequence[ast.stmt]) -> list[ast.stmt]:
@@ -528,9 +631,10 @@ class Tokens(ast.NodeVisitor):
 
     def visit_field(self, part: object) -> None:
         if isinstance(part, list):
-            self.emit(f"{len(part)} parts")
+            self.emit("[")
             for item in part:
                 self.visit_field(item)
+            self.emit("]")
         elif isinstance(part, ast.AST):
             self.visit(part)
         else:
@@ -578,7 +682,6 @@ class Tokens(ast.NodeVisitor):
 
         self.visit(node.func)
         self.visit_field(node.args)
-        self.emit(f"{len(node.keywords)} keywords")
         for keyword in node.keywords:
             if keyword.arg in arguments and keyword.arg not in public:
                 self.emit(f"argument {arguments.index(keyword.arg)} of the function=")
@@ -589,6 +692,7 @@ class Tokens(ast.NodeVisitor):
             elif keyword.arg and keyword.arg not in arguments:
                 self.names.keywords.add(keyword.arg)
             self.visit(keyword.value)
+        self.emit("end of call")
 
     def visit_FunctionDef(self, node: Function) -> None:
         self.visit_field(node.decorator_list)
@@ -646,7 +750,8 @@ def tokens_of(text: str, options: Options, renamed: dict[str, str]) -> list[tupl
         for name, part in ast.iter_fields(node):
             if isinstance(part, str) and not isinstance(node, ast.Constant):
                 setattr(node, name, renamed.get(part, part))
-    module = OneForm().visit(module)
+    for _ in range(PASSES):
+        module = OneForm().visit(module)
     names = Names(module, options)
     Tokens(module, names)
     names.public = {node: names.public_arguments(node) for node in ast.walk(module) if isinstance(node, Function)}
