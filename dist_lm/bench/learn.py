@@ -27,7 +27,7 @@ from dist_lm.bench.learn_held_out import HeldOut, held_out_of, opening_of
 from dist_lm.bench.learn_recipes import OwnLearner, Recipe, recipes_of
 from dist_lm.bench.learn_report import Curve, Point, drawing, languages_of, records_of, table_of
 from dist_lm.errors import ConfigError, UserError
-from dist_lm.parallel.mesh import choose_device
+from dist_lm.parallel.mesh import choose_device, leave_groups
 from dist_lm.stages.text import open_stream
 
 TURN = 5  # steps
@@ -204,7 +204,7 @@ def alone() -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        leave_groups()
 
 
 def _write(curves: Sequence[Curve], json_file: Path | None, curves_in: Path | None) -> None:

@@ -99,6 +99,15 @@ def process_group(device: str, timeout_s: float = 600.0) -> Iterator[World]:
     )
     yield World(rank, size, local_rank, chosen)
     dist.barrier()
+    leave_groups()
+
+
+def leave_groups() -> None:
+    """Destroy all process groups of this process, those of meshes included.
+
+    Threads of a group end with the last reference to it: fairscale holds one, garbage may hold others.
+    """
+    initialize._MODEL_PARALLEL_GROUP = None
     gc.collect()
     dist.destroy_process_group()
 

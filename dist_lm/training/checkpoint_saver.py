@@ -70,6 +70,10 @@ class CheckpointSaver:
     ) -> None:
         if error is None:
             self.wait()
+            # what follows, an evaluation for example, must not share its cores with the threads of this group; the
+            # barrier because a rank that leaves earlier would break the last messages of the others
+            dist.barrier(group=self.group)
+            dist.destroy_process_group(self.group)
         # after a failure other ranks may be gone, and a save that waits for them never ends
         self.thread.shutdown(wait=error is None)
         self.stager.close()

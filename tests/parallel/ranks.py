@@ -7,7 +7,6 @@ Process groups live as long as the function that runs: each gloo group has threa
 so ranks that kept them would take the CPU from all other tests.
 """
 
-import gc
 import multiprocessing
 import os
 import time
@@ -20,12 +19,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fairscale.nn.model_parallel import initialize
 from torch.distributed.tensor import _redistribute
 from torch.distributed.tensor._collective_utils import MeshTopoInfo
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-from dist_lm.parallel.mesh import World
+from dist_lm.parallel.mesh import World, leave_groups
 
 DEADLINE_S = 480
 COLLECTIVE_TIMEOUT_S = 60
@@ -148,10 +146,8 @@ def _serve(rank: int, size: int, store_path: str, pipe: Connection) -> None:
 
 def _leave_groups() -> None:
     """Destroy all groups, with everything that remembers them: equal meshes of later functions have other groups."""
-    initialize._MODEL_PARALLEL_GROUP = None
     _clear_sharding_prop_cache()
     _redistribute._gen_transform_infos.cache_clear()
     _redistribute.clear_redistribute_planner_cache()
     MeshTopoInfo.build_from_mesh.cache_clear()
-    gc.collect()
-    dist.destroy_process_group()
+    leave_groups()

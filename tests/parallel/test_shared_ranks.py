@@ -9,6 +9,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from dist_lm.parallel.layout import Layout
 from dist_lm.parallel.mesh import World, build_mesh, data_mesh
+from dist_lm.training.checkpoint_saver import CheckpointSaver
+from tests.parallel.parity_cases import model_of
 from tests.parallel.ranks import RankFailureError
 
 TASKS = Path("/proc/self/task")
@@ -40,6 +42,22 @@ def test_groups_end_with_the_function_that_made_them(ranks):
     assert [total for total, _ in with_a_mesh] == [128.0] * 5
     assert len({threads for _, threads in with_a_mesh}) == 1
     assert before == ranks.run(4, threads_without_a_mesh) < with_a_mesh[0][1]
+
+
+def threads_before_and_after_saving(world: World, checkpoints: str) -> tuple[int, int, int]:
+    """Threads before the saver of checkpoints opens, while it is open, and after it has closed."""
+    before = n_threads()
+    with CheckpointSaver(Path(checkpoints), model_of((5, 5)), world, keep=1, beside_training=True) as saver:
+        dist.barrier(group=saver.group)
+        while_open = n_threads()
+    del saver
+    return before, while_open, n_threads()
+
+
+@pytest.mark.skipif(not TASKS.is_dir(), reason="counts threads in /proc")
+def test_the_group_of_the_checkpoint_saver_ends_with_it(ranks, tmp_path):
+    before, while_open, after = ranks.run(2, threads_before_and_after_saving, str(tmp_path))
+    assert after == before < while_open
 
 
 def fail_on_one_rank(world: World) -> None:
