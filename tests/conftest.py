@@ -26,6 +26,7 @@ from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tokenizer.tokenizer import FORMAT, Tokenizer
 from dist_lm.tokenizer.train import train_tokenizer
 from tests.cpu_times import CpuTimes
+from tests.patience import patient
 
 # two threads on two shared cores cost several times the time of one; processes that tests start inherit this
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -56,7 +57,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cpu-times", metavar="FILE", help="append the CPU seconds of each test, with its processes")
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-timeout reads its option when it is configured
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("timeout") is None:
+        config.option.timeout = patient(float(config.getini("timeout")))
     if path := config.getoption("--cpu-times"):
         config.pluginmanager.register(CpuTimes(Path(path)))
 

@@ -11,8 +11,9 @@ from dist_lm import train as rank
 from dist_lm.storage.process import reserve_port
 from dist_lm.storage.run_directory import RunDirectory
 from tests.parallel.ranks import CONTEXT
+from tests.patience import patient
 
-DEADLINE_S = 480
+DEADLINE_S = patient(480)
 
 
 def run_forked(run: RunDirectory, ranks: int) -> int:

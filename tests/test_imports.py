@@ -9,6 +9,7 @@ import pytest
 
 import dist_lm
 from dist_lm.stages.registry import OWN
+from tests.patience import patient
 
 ROOT = Path(dist_lm.__file__).parent
 STAGES = {*OWN} - {"generate", "tokenizer"}  # these two are also a verb and an artefact
@@ -71,7 +72,9 @@ def test_a_package_knows_no_package_above_it(path):
 def test_the_launcher_starts_without_torch_ray_and_wandb():
     heavy = ("torch", "ray", "wandb")
     code = f"import sys, dist_lm.launch, dist_lm.__main__; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=patient(240)
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -90,7 +93,9 @@ print(len(engine.run()), "torch._dynamo" in sys.modules)
 import dist_lm.model.transformer
 print("torch.nn.attention.varlen" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=patient(120)
+    )
     assert done.stdout.split() == ["1", "False", "False"]
 
 

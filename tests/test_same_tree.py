@@ -8,6 +8,8 @@ from textwrap import dedent
 
 import pytest
 
+from tests.patience import patient
+
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools/same_tree.py"
 specification = importlib.util.spec_from_file_location("same_tree", TOOL)
@@ -233,7 +235,7 @@ def test_other_renames_must_be_allowed():
 
 def test_changed_files_of_a_repository(tmp_path):
     def run(*command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=patient(60))
 
     def git(*arguments: str) -> None:
         assert run("git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments).returncode == 0

@@ -22,9 +22,10 @@ from dist_lm.training import checkpoint, checkpoint_files
 from dist_lm.training.state import TrainState
 from tests.conftest import TINY
 from tests.forked_run import run_forked
+from tests.patience import patient
 
 STEPS = 20
-DEADLINE_S = 480
+DEADLINE_S = patient(480)
 SETTINGS = (
     *TINY,
     "model.init_std=0.1",  # with 0.02 the norm of the small attention gradients differs by 1.1e-5 between layouts

@@ -16,6 +16,7 @@ from dist_lm.bench.rank_groups import RankFailedError, rank_groups
 from dist_lm.bench.run import NotTheSameError, check_same, run_case
 from dist_lm.prepare.compose import compose_config
 from dist_lm.storage.process import is_alive
+from tests.patience import patient
 
 PAIR = GroupSize(2)
 CONFIG = compose_config(["stage=language", "model=nano"])
@@ -100,12 +101,12 @@ def test_ctrl_c_ends_every_process():
         stderr=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + patient(240)
     while len(ranks := psutil.Process(bench.pid).children()) < 2:
         assert bench.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
     bench.send_signal(signal.SIGINT)
-    assert bench.wait(120) != 0
-    _, left = psutil.wait_procs(ranks, timeout=60)
+    assert bench.wait(patient(120)) != 0
+    _, left = psutil.wait_procs(ranks, timeout=patient(60))
     assert not [rank.pid for rank in left if is_alive(rank)]

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from dist_lm.cluster import gang, inspection
 from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.launcher import pool_run
@@ -11,7 +12,18 @@ from dist_lm.storage.run_directory import WorkDirectory
 from tests.cluster.launched import CODE_STEPS, finish, start
 from tests.cluster.loopback_ray import LoopbackRay, loopback_ray
 from tests.cluster.pool_of_one import Alone
+from tests.patience import patient
 from tests.training_run import linked, write_untrained
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patience() -> Iterator[None]:
+    """What the launcher allows its agents and nodes, for the machine that these tests run on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gang, "START_S", patient(gang.START_S))
+        patch.setattr(inspection, "ANSWER_S", patient(inspection.ANSWER_S))
+        patch.setattr(inspection, "SUM_S", patient(inspection.SUM_S))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,10 @@ from dist_lm.storage.process import is_alive
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from dist_lm.tracking.metrics import read_metrics
 from tests.conftest import TINY
+from tests.patience import patient
 from tests.training_run import linked
 
-DEADLINE_S = 480
+DEADLINE_S = patient(480)
 CODE_STEPS = "stage.steps=60"  # of runs that are disturbed on the way
 SETTINGS = (
     *TINY,
@@ -51,7 +52,10 @@ def code_metrics(work: Path, run_id: str, *words: str) -> dict[str, float]:
 
 def start(work: WorkDirectory, *overrides: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "dist_lm.launch", *SETTINGS, f"work_dir={work.path}", *overrides],
+        [
+            *(sys.executable, "-m", "dist_lm.launch", *SETTINGS),
+            *(f"work_dir={work.path}", f"cluster.connect_timeout_s={patient(20):.0f}", *overrides),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -92,7 +96,7 @@ def wait_until(condition, process: subprocess.Popen, what: str) -> None:
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=120)
+    _, alive = psutil.wait_procs(processes, timeout=patient(120))
     assert not [process for process in alive if is_alive(process)]
 
 

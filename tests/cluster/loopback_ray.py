@@ -15,6 +15,7 @@ import psutil
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.storage.process import end, marked
 from tests.cluster.waiting import eventually
+from tests.patience import patient
 
 
 class LoopbackRay:
@@ -29,10 +30,14 @@ class LoopbackRay:
         self._nodes: dict[int, subprocess.Popen[bytes]] = {}
 
     def config(self, **changes: object) -> ClusterConfig:
-        return ClusterConfig(**({"name": "ray", "address": self.address, "token_path": str(self.token)} | changes))
+        own = {"address": self.address, "token_path": str(self.token), "connect_timeout_s": patient(60)}
+        return ClusterConfig(**({"name": "ray"} | own | changes))
 
     def overrides(self) -> list[str]:
-        return ["cluster=ray", f"cluster.address={self.address}", f"cluster.token_path={self.token}"]
+        return [
+            *("cluster=ray", f"cluster.address={self.address}", f"cluster.token_path={self.token}"),
+            f"cluster.connect_timeout_s={patient(60):.0f}",
+        ]
 
     def start(self, number: int, **environ: str) -> None:
         """Start node `number`, 0 is the head; `environ` is what its processes find in their environment."""
@@ -65,13 +70,13 @@ class LoopbackRay:
             for process in [node, *node.children(recursive=True)]:
                 with suppress(psutil.NoSuchProcess):  # programs in sandboxes come and go, and end with their server
                     process.send_signal(stop)
-        self._nodes.pop(number).wait(timeout=120)
+        self._nodes.pop(number).wait(timeout=patient(120))
 
     def close(self) -> None:
         for process in self._nodes.values():
             process.terminate()
         for process in self._nodes.values():
-            process.wait(timeout=120)
+            process.wait(timeout=patient(120))
         assert end(lambda: marked(self._mark, "LOOPBACK_RAY"), grace_s=1.0) == []
 
 

@@ -12,11 +12,12 @@ import pytest
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.metrics import read_metrics
 from tests.conftest import TINY
+from tests.patience import patient
 from tests.training_run import linked
 
 pytestmark = pytest.mark.cluster
 
-DEADLINE_S = 240
+DEADLINE_S = patient(240)
 STAGE = """
 from dataclasses import dataclass
 from pathlib import Path

@@ -21,11 +21,12 @@ from dist_lm.training.optimizer import build_optimizer
 from dist_lm.training.state import TrainState
 from tests.model.small_models import small_config
 from tests.parallel.ranks import RankGroup, RankGroups
+from tests.patience import patient
 
 pytestmark = pytest.mark.cluster
 
 CONFIG = small_config()  # five heads: over two ranks one of them is padding
-BLOCKED_S = 60
+BLOCKED_S = patient(60)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from dist_lm.dry_run.play import play_ranks
 from dist_lm.dry_run.work import resident
 from dist_lm.parallel.layout import resolve_layout
 from dist_lm.prepare.compose import compose_config
+from tests.patience import patient
 
 pytestmark = [pytest.mark.cluster, pytest.mark.heavy]
 
@@ -39,7 +40,7 @@ def test_measured_memory_is_what_the_dry_run_says(override, global_batch, tmp_pa
         env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | CPU_ALLOCATOR,  # as in training
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=patient(240),
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

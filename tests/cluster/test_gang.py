@@ -18,6 +18,7 @@ from dist_lm.cluster.ray_cluster import RayCluster, connect
 from dist_lm.config.cluster import ClusterConfig
 from dist_lm.storage.run_directory import RunDirectory
 from tests.cluster.waiting import eventually, living, ready_ranks, recruited, wait_for_end
+from tests.patience import patient
 
 pytestmark = pytest.mark.cluster
 PYTHONPATH = {"PYTHONPATH": str(Path(__file__).parent)}
@@ -28,7 +29,7 @@ def cluster() -> Iterator[RayCluster]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_API_KEY", "sesame")
         patch.setenv("HF_TOKEN", "sesame")
-        with connect(ClusterConfig(name="local")) as cluster:
+        with connect(ClusterConfig(name="local", connect_timeout_s=patient(30))) as cluster:
             yield cluster
 
 

@@ -23,6 +23,7 @@ from dist_lm.config.cluster import ClusterConfig
 from dist_lm.storage.process import reserve_port, title
 from dist_lm.storage.run_directory import RunDirectory
 from tests.cluster.waiting import eventually, living
+from tests.patience import patient
 
 CPU = torch.device("cpu")
 LOOPBACK = "127.0.0.1"
@@ -87,7 +88,7 @@ def test_agents_try_their_node_before_ranks_start(tmp_path):
     run = RunDirectory(tmp_path / "runs" / "code" / "test")
     run.create()
     demands = Demands(0, 1, 1, clock_skew_s=60.0, link_ratio=0.0, tried=2, burn_s=0.1, device="cpu")
-    with connect(ClusterConfig(name="local")) as cluster:
+    with connect(ClusterConfig(name="local", connect_timeout_s=patient(30))) as cluster:
         crew = recruit(cluster, 1, gpus_per_node=0, directory=run.path, demands=demands, timeout_s=60.0)
         assert crew is not None
         below = psutil.Process().children(recursive=True)

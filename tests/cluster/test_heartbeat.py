@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dist_lm.cluster.heartbeat import VARIABLE, HeartbeatBoard, Patience, Pulse, RankHeartbeat, find_hang, own_heartbeat
 from dist_lm.training.heartbeat import Phase, Unheard
+from tests.patience import patient
 
 RANK = """
 import os
@@ -25,7 +26,7 @@ own_heartbeat(os.environ).beat(Phase.EVALUATING, 1234567890123)
 def test_another_process_is_read():
     board = HeartbeatBoard(3)
     environ = os.environ | {VARIABLE: board.path, "LOCAL_RANK": "2"}
-    subprocess.run([sys.executable, "-c", RANK], env=environ, check=True, timeout=240)
+    subprocess.run([sys.executable, "-c", RANK], env=environ, check=True, timeout=patient(240))
     silent, _, heard = board.read(first_rank=6, states={2: "D"})
     assert (heard.rank, heard.phase, heard.step, heard.state) == (8, Phase.EVALUATING, 1234567890123, "D")
     assert heard.age_s < 60

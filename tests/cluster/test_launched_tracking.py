@@ -21,11 +21,12 @@ from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.metrics import read_metrics
 from dist_lm.tracking.registry import MEASURED_STAGES
 from tests.conftest import TINY
+from tests.patience import patient
 from tests.tracking.wandb_files import assert_every_metric, history_names
 from tests.tracking.wandb_server import WandbServer
 
 pytestmark = [pytest.mark.cluster, pytest.mark.bars, pytest.mark.timeout(1800)]
-DEADLINE_S = 1200
+DEADLINE_S = patient(1200)
 STEPS = 4
 SAMPLED = ("language", "code")
 SETTINGS = (

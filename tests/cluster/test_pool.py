@@ -22,13 +22,14 @@ from dist_lm.generation.engine import Engine
 from dist_lm.generation.request import Answer, Refusal, Request
 from tests.cluster.small_pool import MODEL, SPEC, requests, sorted_results, weights_of
 from tests.cluster.waiting import eventually, living
+from tests.patience import patient
 
 pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
-    with connect(ClusterConfig(name="local")) as cluster:
+    with connect(ClusterConfig(name="local", connect_timeout_s=patient(30))) as cluster:
         yield cluster
 
 

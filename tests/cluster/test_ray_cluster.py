@@ -15,6 +15,7 @@ from dist_lm.cluster.allocation import ranks_per_node
 from dist_lm.cluster.ray_cluster import RANK_ACCESS, ClusterError, RayAccess, access_variables, connect, own_access
 from dist_lm.config.cluster import ClusterConfig
 from tests.cluster.waiting import eventually
+from tests.patience import patient
 
 pytestmark = pytest.mark.cluster
 
@@ -53,7 +54,7 @@ def test_a_private_ray_lets_only_us_in_and_goes_without_a_trace(tmp_path: Path) 
     wrong = tmp_path / "token"
     wrong.write_text("0" * 64)
     wrong.chmod(0o600)
-    with connect(ClusterConfig(name="local")) as cluster:
+    with connect(ClusterConfig(name="local", connect_timeout_s=patient(30))) as cluster:
         assert len(cluster.nodes()) == 1
         assert ranks_per_node(cluster.config, min(node.gpus for node in cluster.nodes())) >= 1
         assert signal.getsignal(signal.SIGTERM) is handler
@@ -67,7 +68,7 @@ def test_a_private_ray_lets_only_us_in_and_goes_without_a_trace(tmp_path: Path) 
             run_beside(JOINER, cluster.address, str(wrong)),
             run_beside(JOINER, cluster.address, str(token)),
         ]
-        stranger, refused, joined = (other.communicate(timeout=240)[0] for other in others)
+        stranger, refused, joined = (other.communicate(timeout=patient(240))[0] for other in others)
         assert "was let in" not in stranger
         assert "AuthenticationError" in stranger
         assert f"ClusterError cluster.address={cluster.address}: the Ray head refuses our token" in refused
@@ -97,7 +98,7 @@ def test_something_else_at_the_address_does_not_hang(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:  # takes connections, says nothing
         address = f"127.0.0.1:{server.getsockname()[1]}"
         program = JOINER.replace("token_path=", "connect_timeout_s=2.0, token_path=")
-        output = run_beside(program, address, str(token)).communicate(timeout=240)[0]
+        output = run_beside(program, address, str(token)).communicate(timeout=patient(240))[0]
     assert f"ClusterError cluster.address={address}" in output
 
 

@@ -15,10 +15,11 @@ from dist_lm.sandbox.pool import SandboxPool
 from dist_lm.sandbox.program import Limits, Program, Test, infrastructure_error
 from tests.cluster.loopback_ray import loopback_ray
 from tests.cluster.waiting import eventually
+from tests.patience import patient
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
 LIMITS = Limits(cpu_s=5, wall_s=60)
-DEADLINE_S = 60
+DEADLINE_S = patient(60)
 
 
 def programs(count: int) -> list[Program]:

@@ -11,12 +11,13 @@ import pytest
 import dist_lm
 from dist_lm.storage.run_directory import WorkDirectory
 from tests.conftest import TINY
+from tests.patience import patient
 from tests.training_run import linked, write_untrained
 
 pytestmark = [pytest.mark.cluster, pytest.mark.heavy]
 
 ROOT = Path(dist_lm.__file__).parent
-DEADLINE_S = 600
+DEADLINE_S = patient(600)
 TO_THE_LOSS, ONE_ITERATION = 82, 117  # 65 % of 127 and 180, measured before packages were merged
 RLHF = (
     "stage=rlhf",

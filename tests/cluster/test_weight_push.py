@@ -17,6 +17,7 @@ from dist_lm.cluster.pool_weights import Stored, chunks_of, store, to_array, to_
 from dist_lm.cluster.ray_cluster import connect
 from dist_lm.config.cluster import ClusterConfig
 from tests.cluster.small_pool import MODEL, SPEC, requests, sorted_results, weights_of
+from tests.patience import patient
 
 LOCAL = ClusterConfig(name="local", connect_timeout_s=120.0, node_wait_s=180.0)
 WIDE = ("model=nano", "model.vocab_size=32000", "model.d_model=320", "model.n_heads=5", "model.n_layers=2")
@@ -28,7 +29,7 @@ WIDE = ("model=nano", "model.vocab_size=32000", "model.d_model=320", "model.n_he
 @pytest.mark.parametrize("way", ["engine", pytest.param("store", marks=pytest.mark.cluster)])
 def test_a_push_takes_two_of_the_largest_parameters_at_most(way, overrides):
     command = [sys.executable, "-m", "tests.cluster.push_memory", way, *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=patient(600))
     found = json.loads(done.stdout.splitlines()[-1])
     assert 0 < found["rise"] <= 2 * found["largest"]
 

@@ -15,15 +15,17 @@ from dist_lm.cluster.ray_cluster import RayCluster
 from dist_lm.cluster.recruit import Crew, recruit
 from dist_lm.storage.process import is_alive
 from dist_lm.storage.run_directory import RunDirectory
+from tests.patience import patient
 
 Value = TypeVar("Value")
 
 
 def eventually(what: str, condition: Callable[[], Value], seconds: float = 150.0) -> Value:
-    """The first truthy value of `condition`."""
+    """The first truthy value of `condition`; `seconds` are those of a quiet machine."""
+    seconds = patient(seconds)
     deadline = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}"
         time.sleep(0.05)
     return value
 
@@ -54,6 +56,14 @@ def living(pids: list[int]) -> list[int]:
 def recruited(cluster: RayCluster, run: RunDirectory, nodes: int, timeout_s: float = 240.0, **options: Any) -> Crew:
     """Nodes of a cluster that have what any node has; `options` are those of `recruit`."""
     demands = Demands(gpus=0, free_bytes=1, temporary_bytes=1, clock_skew_s=5.0, link_ratio=0.0)
-    crew = recruit(cluster, nodes, gpus_per_node=0, directory=run.path, demands=demands, timeout_s=timeout_s, **options)
+    crew = recruit(
+        cluster,
+        nodes,
+        gpus_per_node=0,
+        directory=run.path,
+        demands=demands,
+        timeout_s=patient(timeout_s),
+        **options,
+    )
     assert crew is not None
     return crew

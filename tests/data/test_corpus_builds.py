@@ -18,6 +18,7 @@ from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.document import TokenizedDocument
 from dist_lm.errors import ArtefactError
 from tests.data.synthetic_corpus import documents, lengths, write
+from tests.patience import patient
 
 LENGTHS = lengths(160, 60)
 VAL = lengths(40, 60, seed=1)
@@ -77,7 +78,7 @@ def test_ten_kills_change_no_byte_and_cost_a_tar_each(tmp_path: Path, undisturbe
         limit = written.value + draw.randrange(1, 30)
         process = fork.Process(target=build, args=(directory, RECIPE, slowly))
         process.start()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + patient(60)
         while written.value < limit and process.is_alive() and time.monotonic() < deadline:
             time.sleep(0.0005)
         process.kill()

@@ -20,6 +20,7 @@ from dist_lm.data.stream import PREFETCH, SequenceStream, StepData, rank_cuts
 from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError, ConfigError
 from tests.data.synthetic_corpus import EOT, corpus, documents, lengths
+from tests.patience import patient
 
 LENGTHS = lengths(40, 50)
 T = 16
@@ -216,7 +217,7 @@ def test_an_error_in_the_thread_reaches_the_reader(plain: TokenCorpus, monkeypat
 
 def test_steps_are_prepared_ahead_but_not_without_bound(plain: TokenCorpus) -> None:
     with SequenceStream(plain, **SETTINGS) as stream:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + patient(120)
         while not all(future.done() for future in stream._steps):
             assert time.monotonic() < deadline
         assert len(stream._steps) == PREFETCH

@@ -19,6 +19,7 @@ from dist_lm.data.sources.reader import Candidate, Rejected
 from dist_lm.demo import wheels
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError
+from tests.patience import patient
 
 ROOT = Path(dist_lm.__file__).parents[1]
 SITE_PACKAGES = Path(sysconfig.get_path("purelib"))
@@ -58,7 +59,12 @@ def digests(python: str, path: list[Path], folders: list[Path]) -> dict[str, lis
     arguments = [json.dumps(READERS), json.dumps([str(folder) for folder in folders])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "PYTHONHASHSEED": "random"}
     done = subprocess.run(
-        [python, "-c", DIGESTS, *arguments], capture_output=True, text=True, env=environment, timeout=600, check=False
+        [python, "-c", DIGESTS, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=patient(600),
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

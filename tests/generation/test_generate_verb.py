@@ -17,6 +17,7 @@ from dist_lm.generation.prompt_loop import visible
 from dist_lm.generation.request import Answer, Refusal, SamplingParams
 from dist_lm.generation.session import Session, Settings
 from dist_lm.generation.terminal import STOPPED
+from tests.patience import patient
 
 PROMPT = "def value_3(name):\n"
 OPTIONS = ("--max-new-tokens", "20", "--seed", "11", "--temperature", "0.8", "--top-k", "0", "--device", "cpu")
@@ -53,7 +54,7 @@ def test_the_answer_alone_goes_to_standard_output(small_run, expected):
         [sys.executable, "-m", "dist_lm", "generate", small_run.path, "--prompt", PROMPT, *OPTIONS],
         capture_output=True,
         env=os.environ | {"PYTHONIOENCODING": "utf-8"},
-        timeout=120,
+        timeout=patient(120),
         check=False,
     )
     assert (done.returncode, done.stdout.decode()) == (0, expected[0]), done.stderr.decode()
@@ -69,7 +70,7 @@ def test_a_reader_that_has_seen_enough_ends_it_without_a_word(small_run):
         [sys.executable, "-m", "dist_lm", "generate", small_run.path, "--prompt", PROMPT, *OPTIONS],
         stdout=writer,
         stderr=subprocess.PIPE,
-        timeout=120,
+        timeout=patient(120),
         check=False,
     )
     os.close(writer)
@@ -82,7 +83,7 @@ def test_several_processes_can_share_the_model(small_run, expected):
         [sys.executable, "-m", "dist_lm", "generate", small_run.path, "--prompt", PROMPT, *OPTIONS, "--tp", "2"],
         capture_output=True,
         env=os.environ | {"PYTHONIOENCODING": "utf-8"},
-        timeout=120,
+        timeout=patient(120),
         check=False,
     )
     assert (done.returncode, done.stdout.decode()) == (0, expected[0]), done.stderr.decode()

@@ -16,6 +16,7 @@ from dist_lm.gpu_check.checks import CHECKS, Check, chosen
 from dist_lm.gpu_check.results import BEGIN, END, Result
 from dist_lm.storage import process
 from tests.cluster.waiting import eventually
+from tests.patience import patient
 
 pytestmark = pytest.mark.cluster
 
@@ -206,7 +207,7 @@ def test_an_output_that_is_no_folder_is_refused_in_one_line(tmp_path, place):
 
 def test_without_a_gpu_one_line_and_exit_code_2(tmp_path):
     command = [sys.executable, "-m", "dist_lm", "gpu", "check", "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=patient(120))
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert "no GPU" in line

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.patience import patient
+
 
 class LlamaServer:
     def __init__(self, address: str, key: str) -> None:
@@ -21,7 +23,7 @@ class LlamaServer:
 
     def ask(self, path: str, **values: Any) -> dict[str, Any]:
         request = urllib.request.Request(self._address + path, json.dumps(values).encode(), self._headers)
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with urllib.request.urlopen(request, timeout=patient(120)) as answer:
             return json.load(answer)
 
     def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
@@ -56,7 +58,7 @@ def llama_server(model: Path) -> Iterator[LlamaServer]:
         process.stdin.close()
         process.stdin = None
         try:
-            process.communicate(timeout=120)
+            process.communicate(timeout=patient(120))
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()

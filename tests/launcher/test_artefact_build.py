@@ -17,9 +17,10 @@ from dist_lm.launcher.stage_run import run_training_stage
 from dist_lm.prepare.plan import PlannedStage
 from dist_lm.stages.stage import Action, Artefact, ArtefactStage
 from dist_lm.tracking.console import Console
+from tests.patience import patient
 from tests.prepare.planned import make_run, plan_of
 
-DEADLINE_S = 30.0
+DEADLINE_S = patient(30.0)
 
 
 class Shared(ArtefactStage):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import patient
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -65,7 +67,7 @@ def test_it_can_be_run_by_itself(checkout, tmp_path):
     program(checkout / ".venv/bin/python", python)
     (checkout / ".venv/bin/activate").touch()
     command = ["bash", "launch/env.sh"]
-    done = subprocess.run(command, cwd=checkout, env=outside(), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=checkout, env=outside(), capture_output=True, text=True, timeout=patient(240))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "installed").exists()
     assert (checkout / ".venv/.dist_lm").exists()

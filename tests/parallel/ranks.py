@@ -24,9 +24,10 @@ from torch.distributed.tensor._collective_utils import MeshTopoInfo
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from dist_lm.parallel.mesh import World, leave_groups
+from tests.patience import patient
 
-DEADLINE_S = 480
-COLLECTIVE_TIMEOUT_S = 60
+DEADLINE_S = patient(480)
+COLLECTIVE_TIMEOUT_S = patient(60)
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["dist_lm.stages.training.program", "dist_lm.stages.rlhf.program"])
 

@@ -12,11 +12,12 @@ from dist_lm.report.charts import COLOURS
 from dist_lm.report.page import write_report
 from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.readable import four_digits
+from tests.patience import patient
 from tests.report.made_runs import make_corpora, make_pipeline, make_run, write_lines
 
 pytestmark = pytest.mark.heavy
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DEADLINE_MS = 120_000
+DEADLINE_MS = patient(120_000)
 # for every chart, the pixels of its canvas that have the colour of a curve of it
 DRAWN = """() => [...document.querySelectorAll("figure.chart")].map((figure) => {
   const name = figure.querySelector(".name").textContent, canvas = figure.querySelector("canvas");

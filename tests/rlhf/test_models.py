@@ -9,6 +9,7 @@ import torch
 from dist_lm.config.rlhf import RewardPartConfig
 from dist_lm.parallel.mesh import World
 from dist_lm.rlhf.models import Beside, one_after_other, own_threads
+from tests.patience import patient
 from tests.rlhf.toy import LENGTH, Toy, tensors_of, toy
 
 CPU = torch.device("cpu")
@@ -23,7 +24,7 @@ def two_threads():
 
 
 def test_both_run_at_once_each_on_its_half_of_the_threads(two_threads):
-    meeting = threading.Barrier(2, timeout=60)
+    meeting = threading.Barrier(2, timeout=patient(60))
 
     def threads() -> tuple[str, int]:
         meeting.wait()

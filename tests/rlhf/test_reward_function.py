@@ -10,12 +10,13 @@ from dist_lm.config.rlhf import RewardPartConfig
 from dist_lm.rlhf.reward_function import FunctionRule, RewardError, answer
 from dist_lm.rlhf.rewards import Judge
 from dist_lm.rlhf.rules import Failure, Judged
+from tests.patience import patient
 from tests.rlhf import toy_rewards
 from tests.rlhf.toy import rollouts_with
 
 ORDERS = "tests.rlhf.toy_rewards:by_order"
 KEY = "rlhf.rewards.mine.function"
-PATIENT_S = 60.0  # nothing that answers may take so long, on a loaded machine either
+PATIENT_S = patient(60.0)  # nothing that answers may take so long, on a loaded machine either
 
 
 @pytest.fixture

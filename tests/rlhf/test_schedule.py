@@ -9,10 +9,11 @@ import torch
 from dist_lm.generation.request import SamplingParams
 from dist_lm.rlhf.rollouts import JudgedRollouts, requests_of
 from dist_lm.rlhf.schedule import RolloutSchedule, is_drawn_by
+from tests.patience import patient
 from tests.rlhf.toy import rollouts_with
 
 ITERATIONS = 6
-DEADLINE_S = 20.0
+DEADLINE_S = patient(20.0)
 
 
 class Versions:

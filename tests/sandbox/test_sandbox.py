@@ -19,11 +19,12 @@ from dist_lm.sandbox.pool import SandboxPool
 from dist_lm.sandbox.program import Attempt, Limits, Program, Test, attempts_of, infrastructure_error, verdict_of
 from dist_lm.sandbox.sandbox import Fences, Sandbox, SandboxError, fences
 from dist_lm.storage.process import is_alive, title
+from tests.patience import patient
 from tests.sandbox.as_user import ROOT
 from tests.sandbox.test_memory_group import groups_of
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bubblewrap")
-DEADLINE_S = 60
+DEADLINE_S = patient(60)
 LIMITS = Limits(cpu_s=1, wall_s=60)
 
 

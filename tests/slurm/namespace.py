@@ -8,6 +8,7 @@ import psutil
 
 from dist_lm.storage.process import is_alive
 from tests.cluster.waiting import eventually
+from tests.patience import patient
 
 # everything but /tmp, /dev/shm and the writable directory is read-only; paths below /tmp keep their names
 SCRIPT = """
@@ -109,7 +110,7 @@ class Namespace:
         processes = self.processes()
         assert self._holder.stdin is not None
         self._holder.stdin.close()
-        self._holder.wait(timeout=120)
+        self._holder.wait(timeout=patient(120))
         eventually("the namespace is empty", lambda: not any(map(is_alive, processes)))
 
     @staticmethod

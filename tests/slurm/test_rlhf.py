@@ -8,6 +8,7 @@ import pytest
 from dist_lm.rlhf.reward_model import read_reward_scale
 from dist_lm.storage.run_directory import RunDirectory, WorkDirectory
 from tests.conftest import TINY
+from tests.patience import patient
 from tests.slurm.batch_job import BatchJob
 from tests.slurm.real_slurm import RealSlurm
 from tests.training_run import numbers, write_untrained
@@ -15,7 +16,7 @@ from tests.training_run import numbers, write_untrained
 pytestmark = [pytest.mark.slurm, pytest.mark.bars, pytest.mark.timeout(2400)]
 
 ITERATIONS, REWARD_STEPS, PROMPTS = 12, 4, 8
-DEADLINE_S = 900  # two stages, each with a start of its ranks and actors
+DEADLINE_S = patient(900)  # two stages, each with a start of its ranks and actors
 SETTINGS = (
     *TINY,
     "model.tie_embeddings=true",

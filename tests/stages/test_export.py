@@ -31,6 +31,7 @@ from dist_lm.training import checkpoint_files as files
 from dist_lm.training.checkpoint_tensors import model_weights, tensors_in
 from tests.conftest import TINY, VOCAB_SIZE
 from tests.interop.hf_models import FAMILIES, our_model, small, tokens_for
+from tests.patience import patient
 from tests.tokenizer.made_json import trained_json
 from tests.training_run import linked, write_untrained
 
@@ -332,7 +333,7 @@ print(rise_of(in_and_out))
 def test_memory_is_that_of_a_few_copies_of_one_tensor(work: WorkDirectory, tmp_path: Path):
     """425 MB of weights, the largest tensor has 34 MB."""
     command = [sys.executable, "-c", MEMORY, tmp_path / "hf", work.tokenizer_model, work.path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=os.environ)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patient(250), env=os.environ)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 5 * 34e6
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dist_lm.storage.run_directory import RunDirectory
+from tests.patience import patient
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -20,7 +21,7 @@ def test_a_closed_terminal_hides_no_failure(tmp_path: Path, rank: int):
         [sys.executable, "-m", "dist_lm.train", str(tmp_path)],
         env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"},
         stderr=writes,
-        timeout=120,
+        timeout=patient(120),
         check=False,
     )
     os.close(writes)

@@ -18,6 +18,7 @@ from dist_lm.storage.run_directory import WorkDirectory
 from dist_lm.tracking.console import Console
 from tests.conftest import VOCAB_SIZE
 from tests.interop.hf_models import our_model, small
+from tests.patience import patient
 from tests.stages.test_export import saved, untrained
 from tests.training_run import linked
 
@@ -173,7 +174,7 @@ def test_one_command_imports_trains_and_exports(work: WorkDirectory, snapshot: P
     command += [f"stages.code.init_from=hf:{snapshot}", *(f"stages.code.{one}" for one in own)]
     command += ["parallel.tp=2", "cluster.ranks_per_node=2", f"stage.folder={tmp_path / 'out'}", "stage.dtype=fp32"]
     for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=patient(400), check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     from transformers import AutoModelForCausalLM
 

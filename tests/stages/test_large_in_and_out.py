@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import patient
 from tests.stages.test_export import byte_level_tokenizer
 
 PROGRAM = """
@@ -40,7 +41,7 @@ print(rise_of(lambda: export.export(run.path, folder.with_name("again"), "fp32")
 def test_memory_of_large_is_below_one_gib_over_a_tensor(tmp_path: Path):
     byte_level_tokenizer(tmp_path / "tokenizer.json")
     command = [sys.executable, "-c", PROGRAM, tmp_path / "hf", tmp_path / "tokenizer.json", tmp_path / "work"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=3500, env=os.environ, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patient(3500), env=os.environ, check=False)
     assert done.returncode == 0, done.stderr
     parameters, largest, importing, exporting = map(int, done.stdout.split())
     assert parameters > 1e9

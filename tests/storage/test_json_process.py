@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from dist_lm.storage.json_process import JsonProcess
+from tests.patience import patient
 
 WAITS = """
 from dist_lm.storage.json_process import asked
@@ -34,7 +35,7 @@ def test_it_ends_when_its_parent_closes_the_socket(sent, code, said):
         assert ours.recv(100) == b'{"ready": true}\n'
         ours.sendall(sent)
     try:
-        _, printed = process.communicate(timeout=240)
+        _, printed = process.communicate(timeout=patient(240))
     finally:
         process.kill()
     assert process.returncode == code

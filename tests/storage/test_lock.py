@@ -12,6 +12,7 @@ import pytest
 
 from dist_lm.errors import ArtefactError
 from dist_lm.storage.lock import is_locked, locked, owner_of
+from tests.patience import patient
 
 HOLD = (
     "import sys, pathlib; from dist_lm.storage.lock import locked\n"
@@ -29,7 +30,7 @@ def test_a_second_writer_is_refused_by_name_and_a_killed_one_lets_go(tmp_path):
     with pytest.raises(ArtefactError, match=rf"in use by process {holder.pid} on "), locked(path):
         pass
     os.kill(holder.pid, signal.SIGKILL)
-    holder.wait(timeout=60)
+    holder.wait(timeout=patient(60))
     with locked(path):
         assert f"process {os.getpid()}" in path.read_text()
 
@@ -53,7 +54,7 @@ def test_an_earlier_start_of_the_same_job_is_waited_for(tmp_path):
     ending.start()
     with locked(path, job="7"):
         assert owner_of(path).endswith("of job 7")
-    holder.wait(timeout=60)
+    holder.wait(timeout=patient(60))
     assert not is_locked(path)
 
 

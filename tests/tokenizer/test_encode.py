@@ -16,6 +16,7 @@ from dist_lm.errors import ArtefactError, UserError
 from dist_lm.tokenizer import encode
 from dist_lm.tokenizer.encode import encode_documents
 from dist_lm.tokenizer.tokenizer import Tokenizer
+from tests.patience import patient
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_processes_end_when_their_parent_is_killed(model_path: Path, tmp_path: P
         children = [int(pid) for pid in parent.stdout.readline().split()]
         parent.kill()
     assert len(children) == 2
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + patient(120)
     while any(_alive(pid) for pid in children):
         assert time.monotonic() < deadline, f"still there: {children}"
         time.sleep(0.02)

@@ -12,6 +12,7 @@ import pytest
 from dist_lm.errors import ConfigError
 from dist_lm.tracking.dashboard import board_of, boards
 from dist_lm.tracking.dashboard_push import push, slug_of, workspace_of
+from tests.patience import patient
 from tests.tracking.wandb_server import WandbServer
 
 TWICE = """
@@ -27,7 +28,7 @@ for _ in range(2):
 def program(server: WandbServer, home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     environ = os.environ | server.environ(home) | more
     command = [sys.executable, *arguments]
-    return subprocess.run(command, env=environ, cwd=home, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, env=environ, cwd=home, capture_output=True, text=True, timeout=patient(240))
 
 
 def test_the_server_gets_a_view_a_board_and_the_same_one_again(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from dist_lm.storage.run_directory import RunDirectory
 from dist_lm.tracking.alerts import failed
 from dist_lm.tracking.console import Console
 from dist_lm.tracking.wandb_run import WandbRun
+from tests.patience import patient
 from tests.tracking.wandb_server import WandbServer
 
-WAIT_S = 240.0
+WAIT_S = patient(240.0)
 
 
 def planted(server: WandbServer) -> dict[str, str]:

@@ -23,9 +23,10 @@ from dist_lm.tracking.console import Console
 from dist_lm.tracking.wandb_login import base_url, wandb_environment, wandb_mode
 from dist_lm.tracking.wandb_process import CHARACTERS, ENDED, RECORDED, ROWS, last_step, logs_of, rows_of, table_of
 from dist_lm.tracking.wandb_run import WandbRun
+from tests.patience import patient
 from tests.tracking.wandb_server import WandbServer
 
-DEADLINE_S = 240.0  # a machine may be busy
+DEADLINE_S = patient(240.0)  # a machine may be busy
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import patient
 from tests.tracking.wandb_server import WandbServer
 
 CLIENT = textwrap.dedent("""
@@ -32,7 +33,7 @@ def ask(server: WandbServer, query: str, variables: dict, key: str | None = None
     credentials = base64.b64encode(f"api:{key or server.api_key}".encode()).decode()
     body = json.dumps({"query": query, "variables": variables}).encode()
     request = urllib.request.Request(f"{server.url}/graphql", body, {"Authorization": f"Basic {credentials}"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=patient(30)) as answer:
         return json.load(answer)
 
 
@@ -40,7 +41,9 @@ def test_the_real_client_logs_and_resumes_a_run(tmp_path: Path) -> None:
     with WandbServer() as server:
         environ = os.environ | server.environ(tmp_path)
         for part in (("0", "3", "1"), ("3", "5", "0")):
-            subprocess.run([sys.executable, "-c", CLIENT, *part], env=environ, cwd=tmp_path, check=True, timeout=240)
+            subprocess.run(
+                [sys.executable, "-c", CLIENT, *part], env=environ, cwd=tmp_path, check=True, timeout=patient(240)
+            )
         run = server.run("one")
     assert server.unforeseen == []
     assert [row["_step"] for row in run.history()] == [0, 1, 2, 3, 4]
