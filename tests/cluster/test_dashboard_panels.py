@@ -55,7 +55,7 @@ def assert_no_panel_is_empty(run: RunDirectory, stage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "stage", ["language", *(pytest.param(stage, marks=pytest.mark.heavy) for stage in ("code", "tools"))]
+    "stage", [pytest.param(stage, marks=pytest.mark.heavy) for stage in ("language", "code", "tools")]
 )
 def test_stages_that_predict_text(tiny_work, tmp_path, stage: str) -> None:
     run = prepare(linked(tiny_work, tmp_path / "work"), "panels", "stage.init_from=none", stage=stage)

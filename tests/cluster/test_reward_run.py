@@ -150,7 +150,13 @@ def test_completions_of_val_are_scored_where_no_prompt_leaves_room_for_an_answer
         score_samples(replace(closing, config=compose_config(["stage=reward", *TINY, "stage.init_from=none", *short])))
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [(2, ()), (2, ("parallel.tp=2",))], ids=["fsdp", "tp"])
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [
+        pytest.param(2, (), id="fsdp", marks=pytest.mark.heavy),
+        pytest.param(2, ("parallel.tp=2",), id="tp"),
+    ],
+)
 def test_the_numbers_do_not_depend_on_the_layout(
     reference: RunDirectory, work: WorkDirectory, ranks: int, layout: tuple[str, ...]
 ) -> None:

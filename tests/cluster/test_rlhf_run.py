@@ -176,7 +176,14 @@ GRPO = ("rlhf.algorithm=grpo", "rlhf.value_lr=null", "rlhf.prompts=4", "rlhf.sam
 OF_SETS = (*GRPO, "rlhf.top_k=50", "rlhf.top_p=0.9", "rlhf.max_staleness=1")
 
 
-@pytest.mark.parametrize("overrides", GONE_ON_WITH.values(), ids=GONE_ON_WITH.keys())
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        # both together go through all that each alone goes through
+        pytest.param(overrides, id=name, marks=pytest.mark.heavy if name in ("drawn ahead", "with text") else ())
+        for name, overrides in GONE_ON_WITH.items()
+    ],
+)
 def test_a_run_that_goes_on_from_a_checkpoint_ends_bit_identical(started_work, reference, tmp_path, overrides):
     expected = reference
     if overrides:
@@ -237,6 +244,7 @@ def test_a_damaged_state_is_passed_over_loudly(started_work, reference, tmp_path
     assert numbers(run) == numbers(reference)
 
 
+@pytest.mark.heavy
 def test_two_ranks_agree_with_one(started_work, tmp_path):
     found = {}
     short = ("stage.steps=2", "stage.eval_every=2", "profile.steps=[1,2]", "stage.log_every=5")

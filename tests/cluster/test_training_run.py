@@ -112,6 +112,7 @@ def test_a_run_killed_at_a_random_step_ends_bit_identical(reference, tiny_work, 
     assert samples(run) == samples(reference)
 
 
+@pytest.mark.heavy
 def test_a_profile_changes_no_number_and_says_where_the_steps_went(reference, tiny_work, tmp_path):
     run = linked(tiny_work, tmp_path).run("language", "two")
     copy_until(reference, run, STEPS - 5)

@@ -26,7 +26,7 @@ WIDE = ("model=nano", "model.vocab_size=32000", "model.d_model=320", "model.n_he
 @pytest.mark.parametrize(
     "overrides", [WIDE, pytest.param(("model=medium",), marks=pytest.mark.bars)], ids=["wide", "medium"]
 )
-@pytest.mark.parametrize("way", ["engine", pytest.param("store", marks=pytest.mark.cluster)])
+@pytest.mark.parametrize("way", ["engine", pytest.param("store", marks=[pytest.mark.cluster, pytest.mark.heavy])])
 def test_a_push_takes_two_of_the_largest_parameters_at_most(way, overrides):
     command = [sys.executable, "-m", "tests.cluster.push_memory", way, *overrides]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=patient(600))

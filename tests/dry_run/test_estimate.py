@@ -102,11 +102,22 @@ def test_the_ranks_played_are_the_first_a_padded_one_and_the_last():
 @pytest.mark.parametrize(
     ("overrides", "world"),
     [
-        (("hardware=h100", "stage.global_batch=32", "parallel.activation_checkpointing=full"), 8),
-        (("hardware=cpu", "stage.global_batch=16", "parallel.tp=4", "parallel.sp=true"), 8),
-        (("hardware=h100", "stage.global_batch=80", "parallel.dp_replicate=1", "model.n_heads=6"), 20),  # pads heads
+        pytest.param(
+            ("hardware=h100", "stage.global_batch=32", "parallel.activation_checkpointing=full"),
+            8,
+            id="fsdp",
+            marks=pytest.mark.heavy,
+        ),
+        pytest.param(
+            ("hardware=cpu", "stage.global_batch=16", "parallel.tp=4", "parallel.sp=true"), 8, id="fsdp_tp_sp"
+        ),
+        pytest.param(  # pads heads
+            ("hardware=h100", "stage.global_batch=80", "parallel.dp_replicate=1", "model.n_heads=6"),
+            20,
+            id="fsdp_uneven",
+            marks=pytest.mark.heavy,
+        ),
     ],
-    ids=["fsdp", "fsdp_tp_sp", "fsdp_uneven"],
 )
 def test_the_estimate_agrees_with_the_played_step(overrides, world, monkeypatch):
     config = compose_config([*SMALL, *overrides])

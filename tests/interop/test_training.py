@@ -98,7 +98,7 @@ def losses_of_transformers(config: ModelConfig) -> list[float]:
 @pytest.mark.parametrize(
     ("family", "heads"),
     [
-        pytest.param(family, heads, marks=[] if family in ("Qwen2", "Pythia") and heads == 5 else pytest.mark.heavy)
+        pytest.param(family, heads, marks=[] if family == "Qwen2" and heads == 5 else pytest.mark.heavy)
         for family in FAMILIES
         for heads in (5, 25)
     ],

@@ -94,6 +94,7 @@ def test_a_ray_head_that_does_not_answer_is_one_line_after_a_bounded_wait(tiny_w
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.heavy
 def test_a_dry_run_says_what_a_rank_holds_and_starts_nothing(tmp_path):
     done = launch(
         "stage=language", "model=nano", "parallel=auto", "dry_run=true", f"work_dir={tmp_path}/work", COLUMNS="200"
