@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The tests, in the environment of the quick start plus the `dev` extra. Arguments go to pytest.
-#   bash launch/test.sh                    everything that takes less than minutes, on two cores
+#   bash launch/test.sh                    the small size: minutes on two cores
+#   bash launch/test.sh --all              everything but `bars`: heavy tests, Slurm and CUDA code on fake tensors too
 #   bash launch/test.sh tests/model -x     a part
 #   bash launch/test.sh -m heavy           those that take minutes
 #   bash launch/test.sh -m slurm           of these, batch jobs on a real Slurm, which it installs as root on Debian
@@ -9,7 +10,7 @@
 set -euo pipefail
 DIST_LM_EXTRAS=dev
 case " $* " in
-*tests/cuda*) DIST_LM_EXTRAS=dev,cuda-tests ;; # triton, whose compiler needs no GPU
+*tests/cuda* | *" --all "*) DIST_LM_EXTRAS=dev,cuda-tests ;; # triton, whose compiler needs no GPU
 esac
 # shellcheck source=SCRIPTDIR/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -48,23 +49,56 @@ install_bubblewrap() {
 
 install_bubblewrap
 case " $* " in
-*heavy* | *tests/report*) install_chromium ;;
+*" --all "* | *heavy* | *tests/report*) install_chromium ;;
 esac
 case " $* " in
-*" -m heavy "* | *" -m bars "* | *slurm*) install_slurm ;;
-*) echo "left out: tests that take minutes (-m heavy), those on a real Slurm among them (-m slurm), and long ones (-m bars)" >&2 ;;
+*" --all "* | *" -m heavy "* | *" -m bars "* | *slurm*) install_slurm ;;
+*) echo "left out: tests that take minutes (--all), those on a real Slurm among them, and long ones (-m bars)" >&2 ;;
 esac
-if [ "$#" -gt 0 ]; then exec python -m pytest "$@"; fi
+if [ "$#" -gt 0 ] && [ "$*" != --all ]; then exec python -m pytest "$@"; fi
 
-# tests of several processes, one after the other, beside the others in two processes: together they use two cores fully
-set -m # or the shell would have those in the background ignore Ctrl-C, which some of them test
-log=$(mktemp)
-python -m pytest -m "cluster and not heavy and not bars" >"$log" 2>&1 &
-cluster=$!
-trap 'if kill -INT "$cluster" 2>/dev/null; then wait "$cluster" || true; fi; rm -f "$log"' EXIT
-failed=0
+# A lane runs one test after the other, beside the other lanes: together they use two cores fully. Its output follows
+# when it has ended.
+set -m # or the shell would have lanes ignore Ctrl-C, which some of them test
+logs=$(mktemp -d)
+pids=() names=() failed=0
+trap end_lanes EXIT
+
+lane() { # NAME COMMAND...
+  names+=("$1")
+  "${@:2}" >"$logs/${#pids[@]}" 2>&1 &
+  pids+=("$!")
+}
+
+wait_for_lanes() {
+  local number
+  for number in "${!pids[@]}"; do
+    wait "${pids[number]}" || failed=$?
+    echo "== ${names[number]} ($SECONDS s)"
+    cat "$logs/$number"
+  done
+  pids=() names=()
+}
+
+# shellcheck disable=SC2317 # the trap calls it
+end_lanes() { # of a suite that was interrupted or failed
+  local pid
+  for pid in "${pids[@]}"; do
+    if kill -INT -- "-$pid" 2>/dev/null; then wait "$pid" || true; fi
+  done
+  rm -rf "$logs"
+}
+
+lane "tests of several processes" python -m pytest -m "cluster and not heavy and not bars"
 python -m pytest -n 2 --dist worksteal -m "not cluster and not heavy and not bars and not cuda" || failed=$?
-echo "== tests of several processes"
-wait "$cluster" || failed=$?
-cat "$log"
+wait_for_lanes
+if [ "$*" = --all ]; then
+  lane "Slurm, which mostly waits" python -m pytest -s -m "slurm and not bars"
+  lane "CUDA code on fake tensors" python -m pytest tests/cuda
+  lane "heavy tests of one process" python -m pytest -m "heavy and not cluster and not slurm and not bars"
+  echo "== heavy tests of several processes ($SECONDS s)"
+  python -m pytest -m "heavy and cluster and not slurm and not bars" || failed=$?
+  wait_for_lanes
+fi
+echo "== all of it ($SECONDS s)"
 exit "$failed"

@@ -2,9 +2,11 @@
 
 import os
 import subprocess
+from itertools import combinations
 from pathlib import Path
 
 import pytest
+from _pytest.mark.expression import Expression
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,3 +78,22 @@ def without(path: str, name: str, tmp_path: Path) -> str:
             folder = other
         kept.append(str(folder))
     return ":".join(kept)
+
+
+def selected(call: str, marks: set[str]) -> bool:
+    """Whether this call of pytest runs a test with these marks."""
+    if call.endswith(" tests/cuda"):
+        return marks == {"cuda"}
+    expression = call.partition(" pytest ")[2].partition("-m ")[2]
+    return "cuda" not in marks and Expression.compile(expression).evaluate(lambda name, **_: name in marks)
+
+
+def test_all_sizes_together_run_every_test_once_but_the_long_forms(tmp_path, outside):
+    small = [call for call in calls(tmp_path, "test.sh", env=outside) if " pytest " in call]
+    everything = [call for call in calls(tmp_path, "test.sh", "--all", env=outside) if " pytest " in call][len(small) :]
+    for marks in ({"cuda"}, *(set(marks) for n in range(4) for marks in combinations(("cluster", "heavy", "bars"), n))):
+        runs = 0 if "bars" in marks else 1
+        assert [selected(call, marks) for call in everything].count(True) == runs, marks
+        assert [selected(call, marks) for call in small].count(True) == (runs if marks <= {"cluster"} else 0), marks
+    for marks in ({"slurm", "heavy"}, {"slurm", "heavy", "cluster"}):
+        assert [selected(call, marks) for call in everything].count(True) == 1
