@@ -16,25 +16,25 @@ from dist_lm.data.order import DocumentSlice
 from dist_lm.tokenizer.tokenizer import Opening
 
 WORTH_CHOOSING = 0.9  # if fewer targets than this share count, logits are computed for the counted targets only
-COUNTED_MULTIPLE = 64  # the number of counted places is rounded up, so kernels are compiled for few shapes
+COUNTED_MULTIPLE = 64  # the number of positions with logits is rounded up, so kernels are compiled for few shapes
 
 
 @dataclass(frozen=True, slots=True)
 class RankedPlaces:
-    """Places of the completions' scores in the flattened tokens of a batch, with their ranks and judgements.
+    """Indices of the completions' scores in the flattened tokens of a batch, with their ranks and judgements.
 
     Dimensions: P rankings, K completions of the largest ranking, N judgements between two completions.
     """
 
-    place_PK: torch.Tensor  # int64; place of a completion's last token; 0 if the ranking has fewer completions
+    place_PK: torch.Tensor  # int64; index of a completion's last token; 0 if the ranking has fewer completions
     rank_PK: torch.Tensor  # int64; the smallest is the best; equal ranks are ties
     there_PK: torch.Tensor  # bool; whether the completion exists
-    better_N: torch.Tensor  # int64; places
-    worse_N: torch.Tensor  # int64
+    better_N: torch.Tensor  # int64; index of the better completion's last token
+    worse_N: torch.Tensor  # int64; the same of the worse one
     margin_N: torch.Tensor  # float32
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "RankedPlaces":
-        """A copy with `change` applied to every tensor."""
+        """Returns a copy with `change` applied to every tensor."""
         return RankedPlaces(*(change(getattr(self, f.name)) for f in fields(self)))
 
 
@@ -53,19 +53,20 @@ class Batch:
     document_BT: torch.Tensor  # int64; 0, 1, ... in a sequence; attention stays inside one document
     position_BT: torch.Tensor  # int64; for RoPE; starts at 0 in each document
     sequence_B: torch.Tensor  # int64; global sequence number, the key of dropout
-    # int64; places in the flattened batch for which logits are computed: all counted targets and some others; None: all
+    # int64; indices in the flattened batch for which logits are computed: all counted targets and some more; None: all
     counted_N: torch.Tensor | None = None
     branch_BT: torch.Tensor | None = None  # int64; 0 in the trunk of a tree of tokens, 1, 2, ... in its branches
     ranked: RankedPlaces | None = None  # only for rankings
-    n_tokens: int = 0  # of `tokens_BT`, padding excluded; counted by place, because padding may be end-of-text
-    boundary: torch.Tensor | None = None  # see `document_boundaries`; made by `to` and `pin_memory`
+    n_tokens: int = 0  # tokens of `tokens_BT`, padding excluded; counted by position: padding may be end-of-text
+    boundary: torch.Tensor | None = None  # see `document_boundaries`; computed by `to` and `pin_memory`
 
     @classmethod
     def plain(cls, tokens_BT: torch.Tensor, targets_BT: torch.Tensor | None = None) -> Self:
-        """A batch with one document per sequence, in which all targets count.
+        """Makes a batch with one document per sequence, in which all targets count.
 
         Args:
-            targets_BT: None: the next tokens; the last target is the first token.
+            tokens_BT: int64.
+            targets_BT: int64; None: the next tokens; the last target is the first token.
         """
         return cls(
             tokens_BT=tokens_BT,
@@ -77,32 +78,38 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> Self:
-        """The same batch on `device`, with its boundaries. A GPU copies it from pinned memory: nobody waits."""
-        pins = device.type == "cuda" and self.tokens_BT.device.type == "cpu" and not self.tokens_BT.is_pinned()
-        source = self.pin_memory() if pins else self._bounded()
-        return source._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """Returns the batch on `device`, with its boundaries. A GPU copies it from pinned memory: nobody waits."""
+        # A copy from pageable memory would block the host until it is done.
+        needs_pinning = device.type == "cuda" and self.tokens_BT.device.type == "cpu" and not self.tokens_BT.is_pinned()
+        host_batch = self.pin_memory() if needs_pinning else self._bounded()
+        return host_batch._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
-        """The same batch in page-locked host memory, with its boundaries."""
+        """Returns the batch in page-locked host memory, with its boundaries."""
         return self._bounded()._each(torch.Tensor.pin_memory)
 
     def _bounded(self) -> Self:
-        """The batch with boundaries, if it is in host memory: on a GPU their number would have to be waited for."""
-        known = self.boundary is not None or self.branch_BT is not None or isinstance(self.document_BT, FakeTensor)
-        if known or self.document_BT.device.type != "cpu":
+        """Adds boundaries, if the batch is in host memory: on a GPU their number would have to be waited for."""
+        if self.boundary is not None or self.document_BT.device.type != "cpu":
+            return self
+        # The attention of trees does not use boundaries, and their number in a fake tensor is unknown.
+        if self.branch_BT is not None or isinstance(self.document_BT, FakeTensor):
             return self
         return replace(self, boundary=document_boundaries(self.document_BT))
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        changed: dict[str, Any] = {
-            name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)
+        tensors = {
+            f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), torch.Tensor)
         }
+        changed: dict[str, Any] = {name: change(tensor) for name, tensor in tensors.items()}
         return replace(self, **changed, ranked=self.ranked.each(change) if self.ranked else None)
 
 
 def document_boundaries(document_BT: torch.Tensor) -> torch.Tensor:
-    """Offsets in the B * T tokens where documents start, then B * T: int32 (documents + 1,). Every row starts one."""
+    """Computes the offsets in the B * T tokens where documents start, then B * T: int32 (documents + 1,).
+
+    Every row starts a document.
+    """
     starts_BT = torch.ones_like(document_BT, dtype=torch.bool)
     starts_BT[:, 1:] = document_BT[:, 1:] != document_BT[:, :-1]
     offsets = starts_BT.flatten().nonzero().flatten()
@@ -110,7 +117,7 @@ def document_boundaries(document_BT: torch.Tensor) -> torch.Tensor:
 
 
 class Documents(Protocol):
-    """What is read of a corpus, by document number."""
+    """A corpus as `assemble` reads it, by document number (`data.token_corpus`, or a rearranged view of it)."""
 
     @property
     def has_mask(self) -> bool: ...
@@ -136,42 +143,48 @@ def assemble(
     pad_id: int = 0,
     opening: Opening | None = None,
 ) -> Batch:
-    """One `Batch` of `len(rows)` sequences.
+    """Assembles one `Batch` of `len(rows)` sequences.
 
     Rows shorter than `seq_len + 1` tokens are padded with `pad_id`. Padding is a document of its own and does not count
     in the loss. The loss mask of the corpus decides which targets count; without a mask all targets count.
 
     Args:
         numbers: global sequence numbers.
+        document_mask: whether attention stays inside a document. False: a row is one document.
+        reset_positions: whether positions start at 0 in each document.
         opening: of the tokenizer; None: documents begin with end-of-text.
     """
+    # One token more than the inputs: the last target. Padding stays 0 in `learned`, so it never counts.
     shape = (len(rows), seq_len + 1)
     tokens = np.full(shape, pad_id, np.int64)
     learned = np.zeros(shape, np.float32)
     document = np.zeros(shape, np.int64)
     position = np.tile(np.arange(seq_len + 1), (len(rows), 1))
     n_tokens = 0
-    begins: list[tuple[int, int]] = []  # where documents begin
+    document_starts: list[tuple[int, int]] = []  # (row, position)
+
     for b, row in enumerate(rows):
         corpus, begin = row.corpus, 0
         for d, (number, start, stop) in enumerate(row.slices):
             end = begin + stop - start
             tokens[b, begin:end] = corpus.tokens(number, start, stop)
-            if start == 0:
-                begins.append((b, begin))
             learned[b, begin:end] = corpus.mask(number, start, stop) if corpus.has_mask else 1
+            if start == 0:
+                document_starts.append((b, begin))
             if document_mask:
                 document[b, begin:end] = d
             if reset_positions:
                 position[b, begin:end] -= begin
             begin = end
-        n_tokens += min(begin, seq_len)
+
+        n_tokens += min(begin, seq_len)  # the last target is no input
         if document_mask:
             document[b, begin:] = len(row.slices)
+
     inputs = tokens[:, :-1]
     if opening:
         inputs = inputs.copy()  # targets stay as they are: a document ends with end-of-text
-        for b, begin in begins:
+        for b, begin in document_starts:
             opening.put(inputs[b, begin:])
     return Batch(
         tokens_BT=_tensor(inputs),
@@ -186,19 +199,22 @@ def assemble(
 
 
 def counted_places(learned: np.ndarray) -> torch.Tensor | None:
-    """Places for which logits are computed, as `Batch.counted_N`; None (all places) if that costs little more.
+    """Chooses the positions for which logits are computed, as `Batch.counted_N`; None (all) if that costs little more.
 
     Args:
         learned: (B, T); not 0 where the target counts.
     """
-    others = np.flatnonzero(learned == 0)
-    size = -(-(learned.size - len(others)) // COUNTED_MULTIPLE) * COUNTED_MULTIPLE
+    uncounted = np.flatnonzero(learned == 0)
+    n_counted = learned.size - len(uncounted)
+    size = -(-n_counted // COUNTED_MULTIPLE) * COUNTED_MULTIPLE
     if size >= WORTH_CHOOSING * learned.size:
         return None
-    wanted = learned.flatten() != 0
-    wanted[others[len(others) - (size - wanted.sum()) :]] = True
-    return _tensor(np.flatnonzero(wanted))
+
+    # The last uncounted positions fill the number up to the multiple.
+    has_logits = learned.flatten() != 0
+    has_logits[uncounted[len(uncounted) - (size - n_counted) :]] = True
+    return _tensor(np.flatnonzero(has_logits))
 
 
-def _tensor(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values))
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))

@@ -25,19 +25,20 @@ from dist_lm.tokenizer.tokenizer import Opening
 
 @dataclass(frozen=True, slots=True)
 class EvaluationBatch:
-    """A micro-batch and whom its losses belong to."""
+    """A micro-batch, and the language that each of its losses belongs to."""
 
     batch: Batch
     language_BT: torch.Tensor  # int64; index into `corpus.languages` of the target's document; -1: not counted
 
     def to(self, device: torch.device) -> "EvaluationBatch":
-        """The same on `device`, as `Batch.to`."""
+        """Copies the batch to `device`, as `Batch.to`."""
+        # Pinned as the batch is, so that the copy does not block the host.
         language_BT = self.language_BT.pin_memory() if device.type == "cuda" else self.language_BT
         return EvaluationBatch(self.batch.to(device), language_BT.to(device, non_blocking=True))
 
 
 class Ring:
-    """The documents of a corpus end to end, in their own order, and closed."""
+    """The documents of a corpus end to end, in their own order, closed into a ring."""
 
     def __init__(self, corpus: TokenCorpus, seq_len: int) -> None:
         self._row = Concatenation(corpus.lengths, np.arange(corpus.n_documents))
@@ -45,19 +46,21 @@ class Ring:
         self.n_rows = -(-corpus.n_tokens // seq_len)
 
     def sequence(self, row: int) -> list[DocumentSlice]:
-        """The inputs of a sequence and its last target: fewer than `seq_len + 1` tokens at the corpus's end."""
+        """Returns the inputs of a sequence and its last target: at the corpus's end fewer than `seq_len + 1` tokens."""
         begin = row * self._seq_len
         end = begin + self._seq_len + 1
         slices = self._row.slices(begin, min(end, self._row.n_tokens))
-        return [*slices, DocumentSlice(0, 0, 1)] if end > self._row.n_tokens else slices
+        if end > self._row.n_tokens:
+            slices.append(DocumentSlice(0, 0, 1))  # the end-of-text that closes the ring
+        return slices
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationBatches:
     """Every token of a split as a target once, in the batches of one rank; can be iterated again and again.
 
-    Of conversations it is every token that is learned, but for those longer than a sequence, which are left out.
-    Sequence numbers are places in the corpus.
+    Of conversations, every learned token is a target once; conversations longer than a sequence are left out.
+    A sequence has the same number and content in every evaluation.
     """
 
     corpus: TokenCorpus
@@ -73,11 +76,13 @@ class EvaluationBatches:
 
     @cached_property
     def _rows(self) -> Ring | Packing:
-        return packed(self.corpus, self.seq_len) if self.corpus.has_mask else Ring(self.corpus, self.seq_len)
+        if self.corpus.has_mask:
+            return packed(self.corpus, self.seq_len)
+        return Ring(self.corpus, self.seq_len)
 
     @cached_property
     def _sequences(self) -> np.ndarray:
-        """Numbers of those to evaluate, over all ranks."""
+        """The numbers of the sequences to evaluate, over all ranks."""
         return spread(self._rows.n_rows, self.limit_sequences)
 
     @cached_property
@@ -91,10 +96,11 @@ class EvaluationBatches:
         if len(self._sequences) == self._rows.n_rows and not corpus.has_mask:
             counted = _by_language(corpus, corpus.lengths)
         else:
-            counted = sum(
-                (_counted_targets(corpus, self._rows.sequence(number)) for number in self._sequences.tolist()),
-                np.zeros(len(corpus.languages)),
-            )
+            # Reads the masks of all chosen sequences, but no token.
+            counted = np.zeros(len(corpus.languages))
+            for number in self._sequences.tolist():
+                counted += _counted_targets(corpus, self._rows.sequence(number))
+
         n_bytes = _by_language(corpus, corpus.n_bytes) * (counted / _by_language(corpus, corpus.lengths))
         return dict(zip(corpus.languages, n_bytes.tolist(), strict=True))
 
@@ -113,12 +119,15 @@ class EvaluationBatches:
             pad_id=self.pad_id,
             opening=self.opening,
         )
+
         language = np.full((len(rows), self.seq_len + 1), -1, np.int64)
         for b, slices in enumerate(rows):
             begin = 0
             for document, start, stop in slices:
-                language[b, begin : begin + stop - start] = self.corpus.language_codes[document]
-                begin += stop - start
+                end = begin + stop - start
+                language[b, begin:end] = self.corpus.language_codes[document]
+                begin = end
+
         # A target is of the document of the token before it: within a document the same one, and the
         # end-of-text that opens the next document is what closes this one.
         language_BT = torch.from_numpy(language[:, :-1].copy())
@@ -126,26 +135,34 @@ class EvaluationBatches:
 
 
 def dealt(sequences: np.ndarray, micro_batch: int, dp_rank: int, dp_size: int) -> Iterator[list[int]]:
-    """The micro-batches of a rank as sequence numbers. A rank that runs out gets rows of padding (-1), because a
-    forward is collective and all ranks need as many."""
-    at_a_time = micro_batch * dp_size
-    for begin in range(0, len(sequences), at_a_time):
-        own = sequences[begin + dp_rank * micro_batch : begin + (dp_rank + 1) * micro_batch].tolist()
-        yield own + [-1] * (micro_batch - len(own))
+    """Yields the micro-batches of a rank as lists of sequence numbers.
+
+    A rank that runs out gets rows of padding (-1), because a forward is collective and all ranks need as many.
+
+    Args:
+        sequences: (n,) numbers, those of all ranks.
+    """
+    for begin in range(0, len(sequences), micro_batch * dp_size):
+        rank_begin = begin + dp_rank * micro_batch
+        numbers = sequences[rank_begin : rank_begin + micro_batch].tolist()
+        yield numbers + [-1] * (micro_batch - len(numbers))
 
 
 def spread(n: int, limit: int) -> np.ndarray:
-    """`limit` of the numbers 0 .. n-1 at even distances; all numbers if `limit` is 0 or at least n."""
-    return np.arange(n) if limit == 0 or limit >= n else np.arange(limit) * n // limit
+    """Chooses `limit` of the numbers 0 .. n-1 at even distances; all numbers if `limit` is 0 or at least n."""
+    if limit == 0 or limit >= n:
+        return np.arange(n)
+    return np.arange(limit) * n // limit
 
 
 def gzip_bits_per_byte(documents: Iterable[tuple[str, bytes]]) -> dict[str, float]:
-    """What `gzip -9` takes for each document, in bits per byte of text: the baseline of val/bits_per_byte.
-
-    Keys: `all` and each language.
+    """Measures `gzip -9` of each document in bits per byte of text: the baseline of val/bits_per_byte.
 
     Args:
         documents: (language, UTF-8 text) of each document.
+
+    Returns:
+        The ratio of compressed bits to bytes of text, under `all` and each language.
     """
     sums: dict[str, tuple[int, int]] = {}
     for language, text in documents:
@@ -157,13 +174,13 @@ def gzip_bits_per_byte(documents: Iterable[tuple[str, bytes]]) -> dict[str, floa
 
 
 def _counted_targets(corpus: TokenCorpus, slices: list[DocumentSlice]) -> np.ndarray:
-    """Targets of a sequence that count, by language: (languages,) float64."""
+    """Counts the targets of a sequence that are learned, by language: (languages,) float64."""
     codes = corpus.language_codes[[document for document, _, _ in slices]]
     language = np.repeat(codes, [stop - start for _, start, stop in slices])
     learned = np.concatenate([corpus.mask(*part) for part in slices])
     return np.bincount(language[:-1], learned[1:], len(corpus.languages))
 
 
-def _by_language(corpus: TokenCorpus, values: np.ndarray) -> np.ndarray:
-    """Sum `values` (documents,) by language: (languages,) float64."""
-    return np.bincount(corpus.language_codes, values, len(corpus.languages))
+def _by_language(corpus: TokenCorpus, amounts: np.ndarray) -> np.ndarray:
+    """Sums `amounts` (documents,) by language: (languages,) float64."""
+    return np.bincount(corpus.language_codes, amounts, len(corpus.languages))

@@ -10,7 +10,7 @@ At the level of tokens, after Bavarian et al. 2022, 'Efficient Training of Langu
 The end-of-text that opens a document stays first. What follows a rearranged piece is end-of-text: it ends the middle.
 
 This is their 'context-level' form. The text is cut into sequences first. A piece is the part of one document in one
-sequence, so what is rearranged always lies in one attention window, however long the document is. A sequence takes
+sequence, so a rearranged piece always lies in one attention window, however long the document is. A sequence takes
 fewer tokens of text, so that the marks fit in as well, and no token is lost.
 
 The shards hold plain documents. Which pieces of an epoch are rearranged, and where they are cut, are pure functions of
@@ -30,8 +30,8 @@ from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.tokenizer.symbols import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
 from dist_lm.tokenizer.tokenizer import Tokenizer
 
-ADDED = 3  # tokens
-LEAST = 16  # tokens of an eligible piece
+ADDED = 3  # marks of a rearranged piece, in tokens
+LEAST = 16  # tokens of the shortest eligible piece
 PLAIN, PSM, SPM = 0, 1, 2
 
 
@@ -44,7 +44,7 @@ class InfillMarks(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Self:
-        """The marks of a tokenizer.
+        """Looks up the marks of a tokenizer.
 
         Raises:
             UserError: it lacks one.
@@ -52,7 +52,12 @@ class InfillMarks(NamedTuple):
         return cls(*(tokenizer.mark_id(mark) for mark in (FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE)))
 
     def prompt(self, before: list[int], after: list[int]) -> list[int]:
-        """What a model continues with the middle: PSM, as other programs ask. `before` begins with end-of-text."""
+        """Returns the ids that a model continues with the middle: PSM, as other programs ask.
+
+        Args:
+            before: ids of the text before the middle; the first one is end-of-text.
+            after: ids of the text behind it.
+        """
         return [before[0], self.prefix, *before[1:], self.suffix, *after, self.middle]
 
 
@@ -67,10 +72,11 @@ class Infill:
 def rearranged(
     tokens: np.ndarray, begin: int, end: int, marks: InfillMarks, form: int = PSM, opens: bool = True
 ) -> np.ndarray:
-    """A piece whose tokens [begin, end) are the middle: (n + 3,).
+    """Rearranges a piece whose tokens [begin, end) are the middle: (n + 3,).
 
     Args:
         tokens: (n,)
+        form: PSM | SPM.
         opens: whether the piece opens its document: the first token is end-of-text and stays first.
     """
     head = int(opens)
@@ -85,40 +91,53 @@ def rearranged(
 
 
 def restored(tokens: np.ndarray, marks: InfillMarks) -> np.ndarray:
-    """The inverse of `rearranged` in both forms; any other piece as it is."""
+    """Inverts `rearranged` in both forms; returns any other piece as it is."""
     if marks.prefix not in tokens[:2]:
         return tokens
+
+    # In SPM nothing stands before the suffix, and `before` stands with the middle, so one expression fits both forms.
     prefix, suffix, mid = (int(np.flatnonzero(tokens == mark)[0]) for mark in marks)
-    # in SPM nothing stands before the suffix, and `before` stands with the middle
     return np.concatenate([tokens[:prefix], tokens[prefix + 1 : suffix], tokens[mid + 1 :], tokens[suffix + 1 : mid]])
 
 
 def middle_of(length: int, word: int, opens: bool = True) -> tuple[int, int]:
-    """Where the middle of a piece of `length` tokens begins and ends: two different cuts, every pair equally likely.
+    """Draws begin and end of the middle of a piece of `length` tokens; all pairs of different cuts are equally likely.
 
-    The middle is never empty; what stands before it or after it may be. `opens`: see `rearranged`.
+    The middle is never empty; the text before it or behind it may be.
+
+    Args:
+        word: the 64-bit key of the draw.
+        opens: as for `rearranged`.
     """
     head = int(opens)
-    cuts = length - head + 1  # 0 .. cuts - 1, from before the first token to behind the last
-    first, second = splitmix64(word, 2).tolist()
-    one, other = first % cuts, second % (cuts - 1)
-    other += other >= one
-    return head + min(one, other), head + max(one, other)
+    n_cuts = length - head + 1  # from before the first token to behind the last
+    draws = splitmix64(word, 2).tolist()
+
+    # The second cut is drawn from one fewer and skips the first.
+    first_cut = draws[0] % n_cuts
+    second_cut = draws[1] % (n_cuts - 1)
+    second_cut += second_cut >= first_cut
+    return head + min(first_cut, second_cut), head + max(first_cut, second_cut)
 
 
 def chosen_count(rate: float, n_eligible: int) -> int:
-    """Pieces of an epoch that are rearranged: the whole number next to `rate` x eligible pieces."""
+    """Counts the pieces of an epoch that are rearranged: `rate` x eligible pieces, rounded half up."""
     return int(rate * n_eligible + 0.5)
 
 
 def most_pieces(lengths: np.ndarray, rate: float, seq_len: int) -> int:
-    """Eligible pieces of a sequence, at most: as many as a sequence holds on average. 0: the rate chooses none.
+    """Returns how many pieces of a sequence are eligible at most: as many documents as a sequence holds on average.
 
-    `lengths`: (documents,) tokens.
+    It is 0 if the rate would choose none.
+
+    Args:
+        lengths: (documents,) tokens.
     """
     n_tokens = int(lengths.sum())
     most = min(1 + round(seq_len * len(lengths) / n_tokens), seq_len // LEAST)
-    return most if chosen_count(rate, most * sequences_an_epoch(n_tokens, seq_len)) else 0
+    if not chosen_count(rate, most * sequences_an_epoch(n_tokens, seq_len)):
+        return 0
+    return most
 
 
 class InfillEpoch:
@@ -127,7 +146,7 @@ class InfillEpoch:
     def __init__(
         self, corpus: TokenCorpus, order: EpochOrder, infill: Infill, most: int, seed: int, epoch: int
     ) -> None:
-        """Choose the pieces.
+        """Chooses the pieces.
 
         Args:
             order: of sequences that leave space for the marks of `most` pieces.
@@ -135,69 +154,79 @@ class InfillEpoch:
         """
         self._corpus, self._order, self._marks = corpus, order, infill.marks
         self._word = (Shuffle.INFILL_MIDDLES, seed, epoch)
+
+        # A piece ends where its document or its sequence ends. The tail of the row is in no sequence.
         end = order.n_sequences * order.seq_len
         cuts = np.union1d(order.row.ends, np.arange(order.n_sequences) * order.seq_len)
         self._begins = cuts[cuts < end]  # (pieces,) position in the row of tokens
         lengths = np.diff(self._begins, append=end)
         self.eligible = _longest(lengths, self._begins // order.seq_len, most)  # (eligible pieces,)
-        count = chosen_count(infill.rate, len(self.eligible))
-        # the chosen ones have the smallest hashes; the first half of them is SPM
+
+        # The pieces with the smallest hashes are rearranged; the first half of them is SPM.
+        n_chosen = chosen_count(infill.rate, len(self.eligible))
         hashes = splitmix64(key(Shuffle.INFILL_PIECES, seed, epoch), len(lengths))[self.eligible]
         self.form = np.zeros(len(lengths), np.uint8)  # (pieces,)
-        for form, some in ((PSM, count), (SPM, count // 2)):
-            if some:
-                self.form[self.eligible[hashes <= np.partition(hashes, some - 1)[some - 1]]] = form
+        for form, count in ((PSM, n_chosen), (SPM, n_chosen // 2)):
+            if count:
+                largest_hash = np.partition(hashes, count - 1)[count - 1]
+                self.form[self.eligible[hashes <= largest_hash]] = form
 
     def row(self, i: int) -> Row:
-        """The i-th sequence visited, with its last target."""
+        """Returns the i-th sequence visited, with its last target."""
         begin = self._order.begin(i)
         end = begin + self._order.seq_len
         forms = self.form[slice(*np.searchsorted(self._begins, (begin, end)))].tolist()
         slices = self._order.row.slices(begin, end)
-        (following,) = self._order.row.slices(end, end + 1)
-        found: dict[DocumentSlice, tuple[int, int]] = {}
+
+        # Room for the marks makes the slice longer, and by that `_Rearranged` knows it again.
+        rearranged_slices: dict[DocumentSlice, tuple[int, int]] = {}
         for j, form in enumerate(forms):
             if form != PLAIN:
                 document, start, stop = slices[j]
                 slices[j] = DocumentSlice(document, start, stop + ADDED)
-                found[slices[j]] = form, stop
+                rearranged_slices[slices[j]] = form, stop
+
+        # The last target follows the last piece; behind a middle it is always end-of-text.
+        (following,) = self._order.row.slices(end, end + 1)
         if forms[-1] != PLAIN:
-            slices.append(DocumentSlice(following.document, 0, 1))  # end-of-text, also where the document goes on
+            slices.append(DocumentSlice(following.document, 0, 1))  # end-of-text, even where the document continues
         elif following.start:
             document, start, stop = slices[-1]
             slices[-1] = DocumentSlice(document, start, stop + 1)
         else:
             slices.append(following)
-        return Row(_Rearranged(self._corpus, self._marks, self._word, found), slices)
+        return Row(_Rearranged(self._corpus, self._marks, self._word, rearranged_slices), slices)
 
 
 @dataclass(frozen=True, slots=True)
 class _Rearranged:
-    """What a sequence reads of a corpus."""
+    """A corpus as one sequence reads it: slices that carry marks are rearranged."""
 
     corpus: TokenCorpus
     marks: InfillMarks
     word: tuple[int, ...]
-    found: Mapping[DocumentSlice, tuple[int, int]]  # slice with marks -> form, and end in the document
+    rearranged_slices: Mapping[DocumentSlice, tuple[int, int]]  # slice with marks -> form, and end in the document
     has_mask = False
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
-        """The tokens of a slice: (stop - start,)."""
-        form, end = self.found.get(DocumentSlice(document, start, stop), (PLAIN, stop))
-        own = self.corpus.tokens(document, start, end)
+        """Returns the tokens of a slice: (stop - start,)."""
+        form, end = self.rearranged_slices.get(DocumentSlice(document, start, stop), (PLAIN, stop))
+        plain = self.corpus.tokens(document, start, end)
         if form == PLAIN:
-            return own
+            return plain
+
+        # The key holds neither rank nor sequence number: the layout and a resume change no cut.
         opens = start == 0
-        cuts = middle_of(len(own), key(*self.word, document, start), opens)
-        return rearranged(own, *cuts, self.marks, form, opens)
+        cuts = middle_of(len(plain), key(*self.word, document, start), opens)
+        return rearranged(plain, *cuts, self.marks, form, opens)
 
     def mask(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Every token is learned: (stop - start,) uint8."""
+        """Returns ones, because every token is learned: (stop - start,) uint8."""
         return np.ones(stop - start, np.uint8)
 
 
 def _longest(lengths: np.ndarray, sequence: np.ndarray, most: int) -> np.ndarray:
-    """The pieces that are long enough, of each sequence at most `most`: their numbers, rising.
+    """Selects the pieces that are long enough, of each sequence at most `most`: their numbers, rising.
 
     Args:
         lengths: (pieces,) tokens.
@@ -205,6 +234,6 @@ def _longest(lengths: np.ndarray, sequence: np.ndarray, most: int) -> np.ndarray
     """
     pieces = np.flatnonzero(lengths >= LEAST)
     pieces = pieces[np.lexsort((-lengths[pieces], sequence[pieces]))]
-    of = sequence[pieces]
-    before = np.arange(len(pieces)) - np.searchsorted(of, of)  # longer ones of the same sequence
-    return np.sort(pieces[before < most])
+    sequence_of_piece = sequence[pieces]
+    n_longer = np.arange(len(pieces)) - np.searchsorted(sequence_of_piece, sequence_of_piece)  # in the same sequence
+    return np.sort(pieces[n_longer < most])

@@ -1,4 +1,4 @@
-"""What a model makes of the middles of held-out texts, with and without what stands after them.
+"""Losses on the middles of held-out texts, with and without the text behind them.
 
 Held-out documents are cut into pieces that fit a sequence with the marks, and every piece has one middle.
 """
@@ -23,8 +23,8 @@ from dist_lm.tokenizer.tokenizer import Opening
 class HeldOutMiddles:
     """The middles of held-out pieces as targets, one piece a sequence, in the batches of one rank.
 
-    The pieces and their middles are the same for every model. With `marks` the model reads what stands before and
-    after the middle, in the form `form`; without, only what stands before, as a left-to-right model does.
+    The pieces and their middles are the same for every model. With `marks` the model reads the text before and behind
+    the middle, in the form `form`; without, only the text before it, as a left-to-right model does.
     """
 
     corpus: TokenCorpus
@@ -41,27 +41,34 @@ class HeldOutMiddles:
 
     @cached_property
     def _pieces(self) -> np.ndarray:
-        """Those to evaluate, over all ranks: (pieces, 3) document, and where the piece begins and ends there."""
+        """The pieces to evaluate, over all ranks: (pieces, 3) document, begin and end of the piece in the document."""
         size = self.seq_len - ADDED
         lengths = self.corpus.lengths
-        counts = -(-lengths // size)
+        counts = -(-lengths // size)  # pieces of each document
+
         documents = np.repeat(np.arange(len(lengths)), counts)
         begins = size * (np.arange(len(documents)) - np.repeat(np.cumsum(counts) - counts, counts))
         ends = np.minimum(begins + size, lengths[documents])
+
+        # A rest that training would not rearrange is not measured either.
         pieces = np.stack([documents, begins, ends], 1)[ends - begins >= LEAST]
         return pieces[spread(len(pieces), self.limit)]
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of a text that ends with a middle. `document`: the number of a piece."""
+        """Returns tokens [start, stop) of a text that ends with a middle: (stop - start,).
+
+        Args:
+            document: the number of a piece, as `assemble` sees every piece as a document.
+        """
         number, first, last = self._pieces[document].tolist()
         begin, end = self._middle(document)
-        whole = self.corpus.tokens(number, first, last)
+        piece = self.corpus.tokens(number, first, last)
         if self.marks:
-            return rearranged(whole, begin, end, self.marks, self.form, first == 0)[start:stop]
-        return whole[:end][start:stop]
+            return rearranged(piece, begin, end, self.marks, self.form, first == 0)[start:stop]
+        return piece[:end][start:stop]
 
     def mask(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Ones: the language of a target says whether it counts."""
+        """Returns ones, (stop - start,) uint8: the language of a target says whether it counts."""
         return np.ones(stop - start, np.uint8)
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
@@ -75,11 +82,16 @@ class HeldOutMiddles:
             if piece < 0:
                 rows.append(Row(self, []))
                 continue
+
             document, first, last = self._pieces[piece].tolist()
             begin, end = self._middle(piece)
             length = last - first + ADDED if self.marks else end
             rows.append(Row(self, [DocumentSlice(piece, 0, length)]))
-            language_BT[b, length - (end - begin) - 1 : length - 1] = int(self.corpus.language_codes[document])
+
+            # The middle is at the end of the text; a target is one position before its token.
+            middle_targets = slice(length - (end - begin) - 1, length - 1)
+            language_BT[b, middle_targets] = int(self.corpus.language_codes[document])
+
         batch = assemble(
             rows,
             pieces,
@@ -92,6 +104,9 @@ class HeldOutMiddles:
         return EvaluationBatch(batch, language_BT)
 
     def _middle(self, piece: int) -> tuple[int, int]:
-        """The first token of a piece always stands before its middle: a left-to-right model cannot predict it."""
+        """Draws the middle of a piece, (begin, end) in its tokens.
+
+        The first token of a piece always stands before it, because a left-to-right model cannot predict that token.
+        """
         document, first, last = self._pieces[piece].tolist()
         return middle_of(last - first, key(Shuffle.INFILL_HELD_OUT, document, first))

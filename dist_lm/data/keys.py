@@ -16,7 +16,7 @@ _GAMMA = 0x9E3779B97F4A7C15
 
 @unique
 class Shuffle(IntEnum):
-    """What is shuffled or drawn. A changed number changes the order of data: new ones go to the end."""
+    """The purposes of shuffles and draws. A changed number changes the order of data: new ones go to the end."""
 
     TEXT_DOCUMENTS = 1  # documents of text in an epoch
     TEXT_SEQUENCES = 2  # the sequences cut from them
@@ -24,24 +24,25 @@ class Shuffle(IntEnum):
     PACKED_ROWS = 4  # rows of whole documents
     PACKED_INSIDE = 5  # documents inside a row
     MIX = 6  # the corpora of a block of sequences
-    LABEL_NOISE = 7  # judgements that are turned round
+    LABEL_NOISE = 7  # judgements that are reversed
     PAIRS = 8  # pairs of a ranking
     SAMPLES = 9  # samples of stage rankings
-    SAMPLE_LINES = 10  # where the openings of these samples are cut
+    SAMPLE_LINES = 10  # the cuts of the openings of these samples
     PROMPTS = 11  # prompts of stage rlhf
     UPDATES = 12  # rollouts in an epoch of updates
     INFILL_PIECES = 13  # pieces of documents that an epoch rearranges
-    INFILL_MIDDLES = 14  # where they are cut
-    INFILL_HELD_OUT = 15  # where pieces of held-out documents are cut
+    INFILL_MIDDLES = 14  # the cuts of these pieces
+    INFILL_HELD_OUT = 15  # the cuts of pieces of held-out documents
 
 
 def permutation(n: int, seed: int) -> np.ndarray:
-    """The numbers 0 .. n-1, sorted by the outputs of SplitMix64 from `seed`: (n,) int64."""
+    """Sorts the numbers 0 .. n-1 by the outputs of SplitMix64 from `seed`: (n,) int64."""
     return np.argsort(splitmix64(seed, n))
 
 
 def splitmix64(seed: int, n: int) -> np.ndarray:
-    """The first n outputs of SplitMix64 from `seed`: (n,) uint64."""
+    """Computes the first n outputs of SplitMix64 from `seed`: (n,) uint64."""
+    # In place, because n may be the number of all documents.
     state = np.arange(1, n + 1, dtype=np.uint64)
     state *= np.uint64(_GAMMA)
     state += np.uint64(seed % _WORD)
@@ -54,8 +55,8 @@ def splitmix64(seed: int, n: int) -> np.ndarray:
 
 
 def key(*words: int) -> int:
-    """One 64-bit key of several integers; depends on each integer and on their order."""
-    value = 0
+    """Hashes several integers into one 64-bit key, which depends on each integer and on their order."""
+    state = 0
     for word in words:
-        value = int(splitmix64((value + word) % _WORD, 1)[0])
-    return value
+        state = int(splitmix64((state + word) % _WORD, 1)[0])
+    return state

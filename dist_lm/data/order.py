@@ -1,4 +1,4 @@
-"""The order of text, as pure functions: the sequences that an epoch is cut into.
+"""The order of text as pure functions: into which sequences an epoch is cut, and in which order they are visited.
 
 An epoch of text is a function of (seed, epoch, document lengths, sequence length). Documents are shuffled, laid end to
 end, and cut into sequences wherever a sequence is full, so no token is lost. The sequences are then visited in a
@@ -21,7 +21,7 @@ class DocumentSlice(NamedTuple):
 
 
 class Concatenation:
-    """Documents laid end to end: positions in that row of tokens to slices of documents."""
+    """Documents laid end to end. Maps positions in that row of tokens to slices of documents."""
 
     def __init__(self, lengths: np.ndarray, documents: np.ndarray) -> None:
         """`lengths`: (n,) tokens by document number; `documents`: the numbers in the order of the row."""
@@ -30,19 +30,21 @@ class Concatenation:
         self.n_tokens = int(self.ends[-1]) if len(documents) else 0
 
     def slices(self, begin: int, end: int) -> list[DocumentSlice]:
-        """The slices that cover positions [begin, end); `end` is at most `n_tokens`."""
+        """Returns the slices that cover positions [begin, end); `end` is at most `n_tokens`."""
         assert 0 <= begin <= end <= self.n_tokens, (begin, end, self.n_tokens)
+        index = int(np.searchsorted(self.ends, begin, side="right"))
+        document_begin = int(self.ends[index - 1]) if index else 0
+
         slices = []
-        place = int(np.searchsorted(self.ends, begin, side="right"))
-        opened = int(self.ends[place - 1]) if place else 0
         while begin < end:
-            closed = int(self.ends[place])
-            if stop := min(end, closed) - begin:
-                start = begin - opened
-                slices.append(DocumentSlice(int(self._documents[place]), start, start + stop))
-            begin += stop
-            opened = closed
-            place += 1
+            document_end = int(self.ends[index])
+            # An empty document gives no slice.
+            if n_tokens := min(end, document_end) - begin:
+                start = begin - document_begin
+                slices.append(DocumentSlice(int(self._documents[index]), start, start + n_tokens))
+            begin += n_tokens
+            document_begin = document_end
+            index += 1
         return slices
 
 
@@ -62,32 +64,37 @@ class EpochOrder:
         word = key(Shuffle.TEXT_DOCUMENTS, seed, epoch)
         self.row = Concatenation(lengths, shuffled_documents(len(lengths), word, continues))
         self.n_sequences = sequences_an_epoch(self.row.n_tokens, seq_len)
+
+        # A second shuffle, so that the parts of one long document do not meet in a batch.
         self._pieces = permutation(self.n_sequences, key(Shuffle.TEXT_SEQUENCES, seed, epoch))
 
     def begin(self, i: int) -> int:
-        """Where the i-th sequence visited begins in the row of tokens."""
+        """Returns the position in the row of tokens where the i-th sequence visited begins."""
         return int(self._pieces[i]) * self.seq_len
 
     def sequence(self, i: int) -> list[DocumentSlice]:
-        """The slices of the i-th sequence visited: `seq_len + 1` tokens in all."""
+        """Returns the slices of the i-th sequence visited: `seq_len + 1` tokens in all."""
         begin = self.begin(i)
         return self.row.slices(begin, begin + self.seq_len + 1)
 
 
 def shuffled_documents(n: int, word: int, continues: np.ndarray | None = None) -> np.ndarray:
-    """The numbers 0 .. n-1 in the order of an epoch: (n,) int64.
+    """Shuffles the numbers 0 .. n-1 into the order of an epoch: (n,) int64.
 
     Args:
+        word: the 64-bit key of the shuffle.
         continues: (n,) bool; a document stays directly behind the one before it. None: none does.
     """
     if continues is None or not continues.any():
         return permutation(n, word)
-    group = np.cumsum(~continues) - (not continues[0])  # of each document
-    place = np.empty(group[-1] + 1, np.int64)
-    place[permutation(len(place), word)] = np.arange(len(place))
-    return np.argsort(place[group], kind="stable")
+
+    # Groups of documents that stay together are shuffled; a stable sort keeps their documents in order.
+    group_of_document = np.cumsum(~continues) - (not continues[0])
+    rank_of_group = np.empty(group_of_document[-1] + 1, np.int64)
+    rank_of_group[permutation(len(rank_of_group), word)] = np.arange(len(rank_of_group))
+    return np.argsort(rank_of_group[group_of_document], kind="stable")
 
 
 def sequences_an_epoch(n_tokens: int, seq_len: int) -> int:
-    """How many sequences can be cut from `n_tokens`: the last needs one more token as its last target."""
+    """Counts the sequences that `n_tokens` can be cut into. The last one needs one more token as its last target."""
     return max(0, n_tokens - 1) // seq_len

@@ -18,28 +18,29 @@ from dist_lm.data.token_corpus import TokenCorpus
 from dist_lm.errors import ArtefactError
 
 SEQ_LEN = "stage.seq_len"
-KEPT = 2  # orders of epochs: sequences are asked for in rising numbers
+CACHED_EPOCHS = 2  # sequences are read in rising numbers, and a step may cross the end of an epoch
 BLOCK = 100  # sequences; shares are whole per cent
 
 Order = TypeVar("Order")
 
 
 class Epochs(Generic[Order]):
-    """The orders of the epochs that are being read. Every epoch has `n_sequences`, numbered over all epochs."""
+    """Caches the orders of the epochs that are being read. Every epoch has `n_sequences`, numbered over all epochs."""
 
     def __init__(self, n_sequences: int, order: Callable[[int], Order]) -> None:
-        """`order`: gives the order of an epoch."""
+        """`order`: computes the order of an epoch."""
         self._n_sequences, self._order = n_sequences, order
-        self._kept: dict[int, Order] = {}
+        self._cache: dict[int, Order] = {}
 
-    def place(self, number: int) -> tuple[Order, int]:
-        """The order that holds sequence `number`, and the number inside the epoch."""
+    def locate(self, number: int) -> tuple[Order, int]:
+        """Returns the order of the epoch that holds sequence `number`, and its number inside the epoch."""
         epoch, i = divmod(number, self._n_sequences)
-        if epoch not in self._kept:
-            self._kept[epoch] = self._order(epoch)
-            while len(self._kept) > KEPT:
-                del self._kept[next(iter(self._kept))]
-        return self._kept[epoch], i
+        if epoch not in self._cache:
+            self._cache[epoch] = self._order(epoch)
+            while len(self._cache) > CACHED_EPOCHS:
+                oldest = next(iter(self._cache))
+                del self._cache[oldest]
+        return self._cache[epoch], i
 
 
 class CorpusSequences:
@@ -56,26 +57,31 @@ class CorpusSequences:
         seq_len_key: str = SEQ_LEN,
         infill: Infill | None = None,
     ) -> None:
-        """Open the sequences of a corpus.
+        """Opens the sequences of a corpus.
 
         Args:
             seq_len_key: the configuration key that `seq_len` comes from, for errors.
-            infill: rearranges pieces of documents of text; every epoch has as many sequences.
+            infill: rearranges pieces of documents of text; all epochs still have `n_sequences`.
 
         Raises:
             ArtefactError: the corpus does not fill a sequence.
         """
         self.corpus = corpus
         self._seed, self._infill = seed, infill
-        self._most = 0  # pieces of a sequence that may be rearranged
+
+        # Sequences of text are shorter by the marks of the pieces that may be rearranged, so no token is lost.
+        self._max_pieces = 0
         if infill:
             assert not corpus.has_mask, "conversations are not rearranged"
-            self._most = most_pieces(corpus.lengths, infill.rate, seq_len)
-        self._text_len = seq_len - ADDED * self._most  # tokens of text in a sequence
-        self.packing = packed(corpus, seq_len, seq_len_key) if corpus.has_mask else None
-        self.n_sequences = (  # an epoch
-            self.packing.n_rows if self.packing else sequences_an_epoch(corpus.n_tokens, self._text_len)
-        )
+            self._max_pieces = most_pieces(corpus.lengths, infill.rate, seq_len)
+        self._text_len = seq_len - ADDED * self._max_pieces
+
+        self.packing: Packing | None = None
+        if corpus.has_mask:
+            self.packing = packed(corpus, seq_len, seq_len_key)
+            self.n_sequences = self.packing.n_rows  # in every epoch
+        else:
+            self.n_sequences = sequences_an_epoch(corpus.n_tokens, self._text_len)
         if self.n_sequences == 0:
             raise ArtefactError(
                 f"corpus {corpus.directory} has {corpus.n_tokens} {corpus.split} tokens, but one sequence of "
@@ -84,54 +90,59 @@ class CorpusSequences:
         self._epochs = Epochs(self.n_sequences, self._order)
 
     def row(self, number: int) -> Row:
-        """Sequence `number`: `seq_len + 1` tokens, of conversations and with `infill` perhaps fewer."""
-        order, i = self._epochs.place(number)
-        return order.row(i) if isinstance(order, InfillEpoch) else Row(self.corpus, order.sequence(i))
+        """Returns sequence `number`: `seq_len + 1` tokens, of conversations and with `infill` perhaps fewer."""
+        order, i = self._epochs.locate(number)
+        if isinstance(order, InfillEpoch):
+            return order.row(i)
+        return Row(self.corpus, order.sequence(i))
 
     def _order(self, epoch: int) -> EpochOrder | PackedEpoch | InfillEpoch:
         if self.packing:
             return PackedEpoch(self.packing, self._seed, epoch)
-        corpus = self.corpus
-        order = EpochOrder(corpus.lengths, self._seed, epoch, self._text_len, corpus.continues)
-        if self._infill and self._most:
-            return InfillEpoch(corpus, order, self._infill, self._most, self._seed, epoch)
+        order = EpochOrder(self.corpus.lengths, self._seed, epoch, self._text_len, self.corpus.continues)
+        if self._infill and self._max_pieces:
+            return InfillEpoch(self.corpus, order, self._infill, self._max_pieces, self._seed, epoch)
         return order
 
 
 class Mix:
-    """Sequences of several corpora in one stream. Corpus 0 is the stage's own and takes what the others leave.
+    """Mixes sequences of several corpora into one stream. Corpus 0 is the stage's own and has the remaining share.
 
-    Every block of 100 sequences holds each corpus by its exact share, in an order of its own.
+    Every block of 100 sequences holds each corpus by its exact share, in a shuffled order of its own.
     """
 
     def __init__(self, shares: Sequence[float], seed: int) -> None:
         """`shares`: those of corpora 1, 2, ...; whole per cent, with a sum below 1."""
-        others = [round(share * BLOCK) for share in shares]
-        self._counts = np.array([BLOCK - sum(others), *others])
+        mixed_counts = [round(share * BLOCK) for share in shares]
+        self._counts = np.array([BLOCK - sum(mixed_counts), *mixed_counts])  # sequences of each corpus in a block
         assert self._counts.min() > 0, shares
         self._seed = seed
         self._block = -1
-        self._corpora = self._places = np.empty(0, np.int64)
+        self._corpora = self._numbers_in_block = np.empty(0, np.int64)
 
-    def place(self, number: int) -> tuple[int, int]:
-        """(corpus, number within it) of global sequence `number`; a corpus is read in its order, without a gap."""
+    def locate(self, number: int) -> tuple[int, int]:
+        """Returns (corpus, number within it) of global sequence `number`.
+
+        Every corpus is read in its own order, without a gap.
+        """
         block, i = divmod(number, BLOCK)
+        # Sequences are read in rising numbers, so one block in memory is enough.
         if block != self._block:
             self._shuffle(block)
         corpus = int(self._corpora[i])
-        return corpus, block * int(self._counts[corpus]) + int(self._places[i])
+        return corpus, block * int(self._counts[corpus]) + int(self._numbers_in_block[i])
 
     def _shuffle(self, block: int) -> None:
-        """The corpus of each sequence of a block, and how many of that corpus come before it there."""
+        """Computes the corpus of each sequence of a block, and how many of that corpus come before it there."""
         corpora = np.repeat(np.arange(len(self._counts)), self._counts)
         self._corpora = corpora[permutation(BLOCK, key(Shuffle.MIX, self._seed, block))]
-        same = self._corpora[:, None] == self._corpora[None, :]
-        self._places = np.tril(same, -1).sum(1)
+        is_same_corpus = self._corpora[:, None] == self._corpora[None, :]
+        self._numbers_in_block = np.tril(is_same_corpus, -1).sum(1)
         self._block = block
 
 
 def packed(corpus: TokenCorpus, seq_len: int, seq_len_key: str = SEQ_LEN, kind: str = "conversations") -> Packing:
-    """The rows of a corpus whose documents stay whole.
+    """Packs a corpus whose documents stay whole into rows.
 
     Args:
         kind: conversations | rankings.
@@ -139,6 +150,7 @@ def packed(corpus: TokenCorpus, seq_len: int, seq_len_key: str = SEQ_LEN, kind: 
     Raises:
         ArtefactError: no document fits into a sequence.
     """
+    # `Packing` allows one token more than `seq_len`, for the last target; rankings have none.
     targets = _only_targets(kind)
     packing = Packing(corpus.lengths, seq_len + targets - 1)
     if packing.n_rows == 0:
@@ -150,9 +162,15 @@ def packed(corpus: TokenCorpus, seq_len: int, seq_len_key: str = SEQ_LEN, kind: 
 
 
 def note_of_left_out(corpus: TokenCorpus, seq_len: int, seq_len_key: str = SEQ_LEN, kind: str = "conversations") -> str:
-    """A line about the documents that no sequence holds; empty where there are none. `kind`: see `packed`."""
+    """Writes a line about the documents that no sequence holds; empty if there are none.
+
+    Args:
+        kind: conversations | rankings.
+    """
+    if not corpus.has_mask:
+        return ""
     targets = _only_targets(kind)
-    left_out = int((corpus.lengths > seq_len + targets).sum()) if corpus.has_mask else 0
+    left_out = int((corpus.lengths > seq_len + targets).sum())
     if not left_out:
         return ""
     return (
@@ -163,5 +181,7 @@ def note_of_left_out(corpus: TokenCorpus, seq_len: int, seq_len_key: str = SEQ_L
 
 
 def _only_targets(kind: str) -> int:
-    """Tokens of a row that are only targets: the last one; of rankings nothing is predicted."""
-    return 0 if kind == "rankings" else 1
+    """Counts the tokens of a row that are only targets: the last one, but none of rankings, which predict nothing."""
+    if kind == "rankings":
+        return 0
+    return 1

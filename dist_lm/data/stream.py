@@ -1,7 +1,7 @@
 """Training batches without end, from one integer of state.
 
 Sequences are numbered 0, 1, 2, ... over all epochs. A step takes the next `global_batch` of them, and a
-data-parallel rank its contiguous part, so the integer is enough to go on at any number of ranks.
+data-parallel rank its contiguous part, so a run can continue from the integer at any number of ranks.
 """
 
 from collections import deque
@@ -36,8 +36,8 @@ class StepData:
 class StepStream(Iterator[StepData]):
     """The steps from `position` on, prepared ahead by a thread. A context manager; `close` ends the thread.
 
-    The state lies in what was delivered (`StepData.position`), so work done ahead never skews it. An error in
-    the thread is raised by the `next` that would have delivered the step.
+    The state is that of the last delivered step (`StepData.position`), so steps prepared ahead do not count. An error
+    in the thread is raised by the `next` that would have delivered the step.
     """
 
     def __init__(
@@ -52,9 +52,11 @@ class StepStream(Iterator[StepData]):
         pin_memory: bool = False,
         packing: dict[str, float] | None = None,
     ) -> None:
-        """
+        """Starts to prepare steps.
+
         Args:
-            batch_of: the micro-batch of these global sequence numbers; called in the thread.
+            batch_of: makes the micro-batch of these global sequence numbers; called in the thread.
+            position: sequences consumed over all ranks before the first step.
             packing: how the stage's own corpus is packed, for the record; None for text.
 
         Raises:
@@ -65,8 +67,9 @@ class StepStream(Iterator[StepData]):
         self._global_batch = global_batch
         self._cuts = rank_cuts(global_batch, micro_batch, dp_rank, dp_size)
         self._pin_memory = pin_memory
-        self._next_position = position  # of the next step to prepare
+        self._next_position = position  # position of the next step to prepare
         self._steps: deque[Future[StepData]] = deque()
+
         # Pinning belongs to a CUDA device, and the current one is a setting of the thread.
         initializer = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory else None
         self._thread = ThreadPoolExecutor(1, "stream", initializer)
@@ -76,6 +79,7 @@ class StepStream(Iterator[StepData]):
     def __next__(self) -> StepData:
         if not self._steps:
             raise StopIteration  # closed
+        # A step that failed stays at the head, so every later call raises its error again.
         step = self._steps[0].result()
         self._steps.popleft()
         self._prepare_next()
@@ -90,7 +94,7 @@ class StepStream(Iterator[StepData]):
         self.close()
 
     def close(self) -> None:
-        """End the thread. What it prepared is dropped."""
+        """Ends the thread and drops the steps that it prepared."""
         self._steps.clear()
         self._thread.shutdown(cancel_futures=True)
 
@@ -130,28 +134,29 @@ class SequenceStream(StepStream):
         seq_len_key: str = SEQ_LEN,
         infill: Infill | None = None,
     ) -> None:
-        """Open the stream; arguments that are not listed are those of `StepStream`.
+        """Opens the stream. Arguments that are not listed are those of `StepStream` and `assemble`.
 
         Args:
-            mix: other corpora with their shares of all sequences (`sequences.Mix`).
+            mix: further corpora with their shares of all sequences (`sequences.Mix`).
             seq_len_key: the configuration key that `seq_len` comes from, for errors.
             pad_id: the token that fills rows up.
             opening: of the tokenizer; None: documents begin with end-of-text.
             infill: rearranges documents of `corpus`; the corpora of `mix` stay as they are.
 
-        Raises `ConfigError` for a batch that does not divide over the ranks, `ArtefactError` for a corpus that fills no
-        sequence.
+        Raises:
+            ConfigError: the batch does not divide over the ranks.
+            ArtefactError: a corpus fills no sequence.
         """
+        # The stage's own corpus is number 0, as in `Mix`.
         shares = mix or {}
-        # the stage's own first
-        self.corpora = [
-            CorpusSequences(corpus, seed, seq_len, seq_len_key, infill),
-            *(CorpusSequences(one, seed, seq_len, seq_len_key) for one in shares),
-        ]
+        self.corpora = [CorpusSequences(corpus, seed, seq_len, seq_len_key, infill)]
+        self.corpora += [CorpusSequences(mixed_corpus, seed, seq_len, seq_len_key) for mixed_corpus in shares]
         self.n_sequences = self.corpora[0].n_sequences  # an epoch
         self._mix = Mix(list(shares.values()), seed)
+
         self._seq_len, self._pad_id, self._opening = seq_len, pad_id, opening
         self._document_mask, self._reset_positions = document_mask, reset_positions
+
         packing = self.corpora[0].packing
         super().__init__(
             self._batch,
@@ -176,15 +181,18 @@ class SequenceStream(StepStream):
         )
 
     def _row(self, number: int) -> Row:
-        """Global sequence `number`."""
-        which, own_number = self._mix.place(number)
-        return self.corpora[which].row(own_number)
+        """Returns global sequence `number`."""
+        corpus, number_in_corpus = self._mix.locate(number)
+        return self.corpora[corpus].row(number_in_corpus)
 
 
 def rank_cuts(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -> list[range]:
-    """Which of the `global_batch` sequences of a step a rank takes, micro-batch by micro-batch.
+    """Cuts the `global_batch` sequences of a step into the micro-batches of one rank.
 
-    Every rank has as many and the same sizes; the last may be smaller than `micro_batch`.
+    Every rank has as many micro-batches, of the same sizes; the last one may be smaller than `micro_batch`.
+
+    Raises:
+        ConfigError: `global_batch` is no multiple of `dp_size`.
     """
     assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
     if global_batch % dp_size:
@@ -194,6 +202,8 @@ def rank_cuts(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int) -
             f"stage.global_batch={global_batch} does not divide over {dp_size} data-parallel ranks ("
             f"by stage.micro_batch={micro_batch}): expected a multiple of {dp_size}, such as {accepted}"
         )
+
+    # A contiguous part for each rank: in whatever layout, the step has the same sequences.
     share = global_batch // dp_size
     begin, end = dp_rank * share, (dp_rank + 1) * share
     return [range(first, min(first + micro_batch, end)) for first in range(begin, end, micro_batch)]

@@ -37,17 +37,20 @@ class CompletionBatch(Batch):
     segment_BT: torch.Tensor = field(kw_only=True)  # int64; 1 to C: completions, C + 1 to C + P: prompts; 0: no target
     tokens_S: torch.Tensor = field(kw_only=True)  # float32; targets of each segment; 0 for prompts that are not learned
     prompt_C: torch.Tensor = field(kw_only=True)  # int64; number of the prompt of each completion, from 0
-    reference_C: torch.Tensor = field(kw_only=True)  # float32; log-probability under the reference; (0,): not asked
+    # float32; log-probability of each completion under the reference, in nats; (0,) without a reference
+    reference_C: torch.Tensor = field(kw_only=True)
     # for KTO: the same prompts with completions of other rankings, and their log-probabilities under the reference
     mismatched: "CompletionBatch | None" = field(default=None, kw_only=True)
     mismatched_reference_P: torch.Tensor | None = field(default=None, kw_only=True)  # sum over a prompt's completions
-    # what a loss needs of the global batch, put in before the passes of a step
+    # statistics of the global batch that a loss needs, set before the passes of a step
     reference_point: torch.Tensor | None = field(default=None, kw_only=True)
     tokens_per_pair: torch.Tensor | None = field(default=None, kw_only=True)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "CompletionBatch":
-        made = cast(CompletionBatch, Batch._each(self, change))
-        return replace(made, mismatched=self.mismatched._each(change)) if self.mismatched else made
+        changed = cast(CompletionBatch, Batch._each(self, change))
+        if self.mismatched is None:
+            return changed
+        return replace(changed, mismatched=self.mismatched._each(change))
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class SplitReference:
     """Log-probabilities under the reference of all rankings of a split, in nats; NaN where a ranking is too long."""
 
     logprob: np.ndarray  # (completions of all rankings,) float32, in the order of the corpus
-    mismatched: np.ndarray  # (rankings,) float32: sum over the mismatched completions; (0,): not asked
+    mismatched: np.ndarray  # (rankings,) float32: sum over the mismatched completions; (0,) if a loss has no use for it
 
 
 @dataclass(frozen=True)
@@ -75,60 +78,84 @@ class Trees:
         pad_id: int,
         opening: Opening | None = None,
     ) -> tuple[CompletionBatch, list[PlacedRanking]]:
-        """A batch, and the rankings in it; their places are numbers of completions in the batch."""
-        documents = [[number for number, _, _ in row] for row in rows]
-        chosen = [number for row in documents for number in row]
-        made = [[_opened((rankings.tokens(n), rankings.verdict(n).branch), opening) for n in row] for row in documents]
-        batch = batch_of_trees(made, numbers, seq_len, pad_id, self.learns_prompts)
-        ends = np.cumsum([rankings.completions[number] for number in chosen], dtype=np.int64)
-        placed = [
-            PlacedRanking(number, np.arange(end - rankings.completions[number], end))
-            for number, end in zip(chosen, ends.tolist(), strict=True)
+        """Returns a batch and the rankings in it; their `places` are numbers of completions in the batch."""
+        documents_by_row = [[document for document, _, _ in row] for row in rows]
+        documents = [document for row in documents_by_row for document in row]
+        trees = [
+            [_opened((rankings.tokens(document), rankings.verdict(document).branch), opening) for document in row]
+            for row in documents_by_row
         ]
+        batch = batch_of_trees(trees, numbers, seq_len, pad_id, self.learns_prompts)
+
+        ends = np.cumsum([rankings.completions[document] for document in documents], dtype=np.int64)
+        placed = [
+            PlacedRanking(document, np.arange(end - rankings.completions[document], end))
+            for document, end in zip(documents, ends.tolist(), strict=True)
+        ]
+
         if self.reference:
-            own = [self.reference.logprob[rankings.places(number)] for number in chosen]
-            batch = replace(batch, reference_C=torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *own])))
+            # The empty array is for a batch of padding alone, which has no ranking to concatenate.
+            logprobs = [np.zeros(0, np.float32)]
+            logprobs += [self.reference.logprob[rankings.places(document)] for document in documents]
+            batch = replace(batch, reference_C=torch.from_numpy(np.concatenate(logprobs)))
+
         if self.mismatches:
-            others = [_opened(mismatched(rankings, number, seq_len), opening) for number in chosen]
-            batch = replace(batch, mismatched=packed_trees(others, seq_len, pad_id))
+            mismatched_trees = [_opened(mismatched(rankings, document, seq_len), opening) for document in documents]
+            batch = replace(batch, mismatched=packed_trees(mismatched_trees, seq_len, pad_id))
             if self.reference:
-                batch = replace(batch, mismatched_reference_P=torch.from_numpy(self.reference.mismatched[chosen]))
+                sums_P = torch.from_numpy(self.reference.mismatched[documents])
+                batch = replace(batch, mismatched_reference_P=sums_P)
         return batch, placed
 
 
 def _opened(tree: tuple[np.ndarray, np.ndarray], opening: Opening | None) -> tuple[np.ndarray, np.ndarray]:
-    return (opening.put(tree[0].copy()), tree[1]) if opening else tree
+    """Returns (tokens, branch) with the opening that the model reads in place of end-of-text."""
+    if not opening:
+        return tree
+    tokens, branch = tree
+    return opening.put(tokens.copy()), branch
 
 
 def mismatched(rankings: RankingCorpus, number: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and branches of a prompt with the completions of the next ranking of the corpus.
+    """Joins the prompt of ranking `number` with the completions of the next ranking of the corpus.
 
-    Completions that do not fit into `seq_len` are left out; of the first, the beginning is kept.
+    Completions that do not fit into `seq_len` are left out. If none fits, the first one is cut.
+
+    Returns:
+        (tokens, branch): (n,) each, as `RankingCorpus.tokens` and `Verdict.branch`.
     """
-    other = (number + 1) % rankings.corpus.n_documents
-    own, others = rankings.verdict(number).branch, rankings.verdict(other).branch
-    prompt, answers = rankings.tokens(number)[own == 0], rankings.tokens(other)[others > 0]
-    branch = others[others > 0]
-    room = seq_len - len(prompt) + 1  # a tree has one token fewer than prompt and completions
-    ends = np.append(np.flatnonzero(np.diff(branch)) + 1, len(branch))
-    whole = ends[ends <= room]
-    kept = int(whole[-1]) if len(whole) else room
-    tokens = np.concatenate([prompt, answers[:kept]])
-    return tokens, np.concatenate([np.zeros(len(prompt), branch.dtype), branch[:kept]])
+    next_number = (number + 1) % rankings.corpus.n_documents
+    branch, next_branch = rankings.verdict(number).branch, rankings.verdict(next_number).branch
+    prompt_ids = rankings.tokens(number)[branch == 0]
+    completion_ids = rankings.tokens(next_number)[next_branch > 0]
+    completion_branch = next_branch[next_branch > 0]
+
+    room = seq_len - len(prompt_ids) + 1  # a tree has one token fewer than prompt and completions
+    ends = np.append(np.flatnonzero(np.diff(completion_branch)) + 1, len(completion_branch))
+    fitting_ends = ends[ends <= room]
+    end = int(fitting_ends[-1]) if len(fitting_ends) else room
+
+    tokens = np.concatenate([prompt_ids, completion_ids[:end]])
+    prompt_branch = np.zeros(len(prompt_ids), completion_branch.dtype)
+    return tokens, np.concatenate([prompt_branch, completion_branch[:end]])
 
 
 def packed_trees(trees: Sequence[tuple[np.ndarray, np.ndarray]], seq_len: int, pad_id: int) -> CompletionBatch:
-    """A batch with as many rows as the trees need; prompts and completions are numbered in the order of `trees`."""
+    """Packs trees into a batch with as few rows as best fit decreasing needs.
+
+    `prompt_C` numbers prompts in the order of `trees`, whatever row they are in.
+    """
     lengths = np.array([len(tokens) - 1 for tokens, _ in trees], np.int64)
     order = longest_first(np.arange(len(trees)), lengths)
-    rows: list[list[int]] = [[] for _ in range(1)]
+    rows: list[list[int]] = [[]]
     for number, row in zip(order.tolist(), best_fit_decreasing(lengths[order], seq_len).tolist(), strict=True):
         rows += [[] for _ in range(row + 1 - len(rows))]
         rows[row].append(number)
-    made = [[trees[number] for number in row] for row in rows]
-    batch = batch_of_trees(made, range(len(rows)), seq_len, pad_id, learns_prompts=False)
-    in_batch = torch.tensor([number for row in rows for number in row], dtype=torch.int64)
-    return replace(batch, prompt_C=in_batch[batch.prompt_C])
+
+    trees_by_row = [[trees[number] for number in row] for row in rows]
+    batch = batch_of_trees(trees_by_row, range(len(rows)), seq_len, pad_id, learns_prompts=False)
+    numbers_in_batch = torch.tensor([number for row in rows for number in row], dtype=torch.int64)
+    return replace(batch, prompt_C=numbers_in_batch[batch.prompt_C])
 
 
 def batch_of_trees(
@@ -138,42 +165,56 @@ def batch_of_trees(
     pad_id: int,
     learns_prompts: bool,
 ) -> CompletionBatch:
-    """One batch of `len(rows)` sequences.
+    """Lays trees into one batch of `len(rows)` sequences; the rest of a row is a document of `pad_id`.
 
     Args:
         rows: (tokens, branch) of each ranking; the trees of a row have at most `seq_len` tokens in all.
         numbers: the global sequence numbers.
+        learns_prompts: whether the tokens of prompts are targets too.
     """
     shape = (len(rows), seq_len)
-    tokens, targets = np.full(shape, pad_id, np.int64), np.zeros(shape, np.int64)
-    document, branch, position, segment = (np.zeros(shape, np.int64) for _ in range(4))
+    tokens = np.full(shape, pad_id, np.int64)
+    targets, document, branch, position, segment = (np.zeros(shape, np.int64) for _ in range(5))
+
+    # Segments of prompts are numbered behind those of all completions, which must be counted before.
     n_completions = sum(int(branches.max()) for row in rows for _, branches in row)
-    counts, prompt_of, prompt_counts, n_tokens = [], [], [], 0
+    completion_lengths: list[int] = []
+    prompt_lengths: list[int] = []
+    prompt_of_completion: list[int] = []
+    n_tokens = 0
+
     for b, row in enumerate(rows):
         begin = 0
-        for d, (own, own_branch) in enumerate(row):
-            branches = own_branch.astype(np.int64)
-            n_prompt, end = int((branches == 0).sum()), begin + len(own) - 1
-            place = slice(begin, end)
-            first = np.diff(branches[n_prompt - 1 :]) != 0  # whether a completion begins here
-            before = own[n_prompt - 1 : -1].copy()
-            before[first] = own[n_prompt - 1]
-            tokens[b, place] = np.concatenate([own[: n_prompt - 1], before])
-            targets[b, place] = own[1:]
-            document[b, place] = d
-            branch[b, place] = np.concatenate([branches[: n_prompt - 1], branches[n_prompt:]])
-            position[b, place] = np.concatenate([np.arange(n_prompt - 1), branch_positions(branches)[n_prompt:] - 1])
-            answers = slice(begin + n_prompt - 1, end)
-            segment[b, answers] = len(counts) + branches[n_prompt:]
-            prompt_of += [len(prompt_counts)] * int(branches.max())
-            counts += np.bincount(branches)[1:].tolist()
-            prompt_counts.append(n_prompt - 1 if learns_prompts else 0)
+        for d, (ranking_ids, ranking_branch) in enumerate(row):
+            branches = ranking_branch.astype(np.int64)
+            n_prompt = int((branches == 0).sum())
+            end = begin + len(ranking_ids) - 1
+            span = slice(begin, end)
+
+            # Every branch begins with a copy of the prompt's last token, and lacks its own last one.
+            branch_inputs = ranking_ids[n_prompt - 1 : -1].copy()
+            begins_completion = np.diff(branches[n_prompt - 1 :]) != 0
+            branch_inputs[begins_completion] = ranking_ids[n_prompt - 1]
+
+            tokens[b, span] = np.concatenate([ranking_ids[: n_prompt - 1], branch_inputs])
+            targets[b, span] = ranking_ids[1:]
+            document[b, span] = d
+            branch[b, span] = np.concatenate([branches[: n_prompt - 1], branches[n_prompt:]])
+            position[b, span] = np.concatenate([np.arange(n_prompt - 1), branch_positions(branches)[n_prompt:] - 1])
+
+            completions_begin = begin + n_prompt - 1
+            segment[b, completions_begin:end] = len(completion_lengths) + branches[n_prompt:]
+            prompt_of_completion += [len(prompt_lengths)] * int(branches.max())
+            completion_lengths += np.bincount(branches)[1:].tolist()
+            prompt_lengths.append(n_prompt - 1 if learns_prompts else 0)
             if learns_prompts:
-                segment[b, begin : answers.start] = n_completions + len(prompt_counts)
+                segment[b, begin:completions_begin] = n_completions + len(prompt_lengths)
             begin = end
+
         n_tokens += begin
         document[b, begin:] = len(row)
         position[b, begin:] = np.arange(seq_len - begin)
+
     return CompletionBatch(
         tokens_BT=torch.from_numpy(tokens),
         targets_BT=torch.from_numpy(targets),
@@ -185,7 +226,7 @@ def batch_of_trees(
         branch_BT=torch.from_numpy(branch),
         n_tokens=n_tokens,
         segment_BT=torch.from_numpy(segment),
-        tokens_S=torch.tensor([*counts, *prompt_counts], dtype=torch.float32),
-        prompt_C=torch.tensor(prompt_of, dtype=torch.int64),
+        tokens_S=torch.tensor([*completion_lengths, *prompt_lengths], dtype=torch.float32),
+        prompt_C=torch.tensor(prompt_of_completion, dtype=torch.int64),
         reference_C=torch.zeros(0),
     )

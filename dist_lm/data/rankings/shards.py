@@ -4,7 +4,7 @@ KEY.branch.npy       (tokens,) uint8         0 in the prompt, 1 to K in the comp
 KEY.completions.npy  (documents,) uint8      K
 KEY.ranks.npy        (sum of K,) uint8       the smallest is the best; zeros for a ranking with judgements
 KEY.judged.npy       (documents,) uint16     judgements; 0: the ranking has ranks
-KEY.judgements.npy   (judgements, 2) uint8   places of the better and the worse completion, from 0
+KEY.judgements.npy   (judgements, 2) uint8   numbers of the better and the worse completion, from 0
 KEY.margins.npy      (judgements,) float32   0: no margin was given
 """
 
@@ -28,7 +28,7 @@ PARTS = ("branch.npy", "completions.npy", "ranks.npy", "judged.npy", "judgements
 
 @dataclass(frozen=True)
 class VerdictArrays:
-    """The arrays of one member, or of several members end to end."""
+    """The arrays of one member, or of several members end to end. The head of this file gives their shapes."""
 
     completions: np.ndarray
     ranks: np.ndarray
@@ -37,46 +37,51 @@ class VerdictArrays:
     margins: np.ndarray
 
     def __post_init__(self) -> None:
-        whole = (
+        is_consistent = (
             len(self.completions) == len(self.judged)
             and len(self.ranks) == self.completions.sum(dtype=np.int64)
             and self.judgements.shape == (self.judged.sum(dtype=np.int64), 2)
             and len(self.margins) == len(self.judgements)
         )
-        if not whole:
+        if not is_consistent:
             raise ValueError("the arrays of its rankings have different lengths")
 
 
 def member_parts(verdicts: Sequence[Verdict]) -> dict[str, np.ndarray]:
-    """The arrays of a member that holds these rankings, by part."""
-    completions = [int(one.branch.max()) for one in verdicts]
+    """Returns the arrays of a member that holds these rankings, by the names of `PARTS`."""
+    completions = [int(verdict.branch.max()) for verdict in verdicts]
+    # A ranking with judgements has zeros for ranks, so that each completion has one rank in the file.
     ranks = [
-        one.ranks if len(one.ranks) else np.zeros(n, np.uint8) for one, n in zip(verdicts, completions, strict=True)
+        verdict.ranks if len(verdict.ranks) else np.zeros(n, np.uint8)
+        for verdict, n in zip(verdicts, completions, strict=True)
     ]
     arrays = (
-        np.concatenate([one.branch for one in verdicts]),
+        np.concatenate([verdict.branch for verdict in verdicts]),
         np.array(completions, np.uint8),
         np.concatenate(ranks),
-        np.array([len(one.judgements) for one in verdicts], "<u2"),
-        np.concatenate([one.judgements for one in verdicts]),
-        np.concatenate([one.margins for one in verdicts]).astype("<f4", copy=False),
+        np.array([len(verdict.judgements) for verdict in verdicts], "<u2"),
+        np.concatenate([verdict.judgements for verdict in verdicts]),
+        np.concatenate([verdict.margins for verdict in verdicts]).astype("<f4", copy=False),
     )
     return dict(zip(PARTS, arrays, strict=True))
 
 
-def joined(members: Sequence[VerdictArrays]) -> VerdictArrays:
-    """The arrays of several members end to end."""
-    names = VerdictArrays.__dataclass_fields__
-    return VerdictArrays(**{name: np.concatenate([getattr(one, name) for one in members]) for name in names})
-
-
 class RankingCorpus:
-    """The rankings of one split: tokens and a verdict on every document, numbered as in `corpus`."""
+    """The rankings of one split: tokens and a verdict on every document, numbered as in `corpus`.
+
+    Verdicts and branches of the whole split are in memory: one byte a token, and about 10 bytes a judgement.
+    """
 
     def __init__(self, corpus: TokenCorpus, branch: np.ndarray, verdicts: VerdictArrays) -> None:
-        """Use `open`. `branch`: the branches of all tokens of the split."""
+        """Use `open` instead.
+
+        Args:
+            branch: (tokens of the split,) uint8.
+            verdicts: the arrays of all members of the split.
+        """
         self.corpus = corpus
         self.completions = verdicts.completions.astype(np.int64)  # (documents,) K
+
         self._branch = branch
         self._verdicts = verdicts
         self._token_ends = np.cumsum(corpus.lengths)
@@ -85,13 +90,15 @@ class RankingCorpus:
 
     @classmethod
     def open(cls, directory: Path, split: str) -> "RankingCorpus":
-        """The rankings of a corpus.
+        """Opens the rankings of a corpus, and checks and reads every member.
 
         Raises:
             ArtefactError: the corpus is missing or damaged, or holds no rankings.
         """
         corpus = TokenCorpus.open(directory, split)
-        corpus.check()  # the verdicts of every member are read now
+        # The verdicts of every member are read now, so checksums cannot wait for the first use of a member.
+        corpus.check()
+
         branches, verdicts = [], []
         for shard in read_manifest(directory).splits[split].shards:
             try:
@@ -102,46 +109,59 @@ class RankingCorpus:
                 raise ArtefactError(
                     f"{directory / shard.name}: {error}: build the corpus again with `{BUILD_COMMAND}`"
                 ) from error
-        branch = np.concatenate(branches)
-        if len(branch) != corpus.n_tokens:
-            raise ArtefactError(f"corpus {directory}: {len(branch)} of {corpus.n_tokens} tokens have a branch")
-        return cls(corpus, branch, joined(verdicts))
+
+        all_branches = np.concatenate(branches)
+        if len(all_branches) != corpus.n_tokens:
+            raise ArtefactError(f"corpus {directory}: {len(all_branches)} of {corpus.n_tokens} tokens have a branch")
+        all_verdicts = VerdictArrays(
+            **{
+                name: np.concatenate([getattr(verdict, name) for verdict in verdicts])
+                for name in VerdictArrays.__dataclass_fields__
+            }
+        )
+        return cls(corpus, all_branches, all_verdicts)
 
     def tokens(self, document: int) -> np.ndarray:
-        """All tokens of a ranking, (n,) uint16."""
+        """Returns all tokens of a ranking: (n,) uint16 or uint32."""
         return self.corpus.tokens(document, 0, int(self.corpus.lengths[document]))
 
     def places(self, document: int) -> slice:
-        """Where the completions of a ranking are in an array over all completions of the split."""
+        """Returns where the completions of a ranking are in an array over all completions of the split."""
         end = int(self._rank_ends[document])
         return slice(end - int(self.completions[document]), end)
 
     def source(self, document: int) -> str:
-        """Where a ranking comes from: what the manifest calls its language."""
+        """Names the source of a ranking: what the manifest calls its language."""
         return self.corpus.languages[self.corpus.language_codes[document]]
 
     def verdict(self, document: int) -> Verdict:
-        """How the completions of a ranking were judged; views."""
-        judgement_end, places = int(self._judgement_ends[document]), self.places(document)
-        judged, end = int(self._verdicts.judged[document]), int(self._token_ends[document])
+        """Returns how the completions of a ranking were judged, as views of the arrays in memory."""
+        token_end = int(self._token_ends[document])
+        token_begin = token_end - int(self.corpus.lengths[document])
+        judgement_end = int(self._judgement_ends[document])
+        n_judgements = int(self._verdicts.judged[document])
+        judgements = slice(judgement_end - n_judgements, judgement_end)
+
+        # The zeros in the file of a ranking with judgements are no ranks.
+        ranks = slice(0) if n_judgements else self.places(document)
         return Verdict(
-            branch=self._branch[end - int(self.corpus.lengths[document]) : end],
-            ranks=self._verdicts.ranks[slice(0) if judged else places],
-            judgements=self._verdicts.judgements[judgement_end - judged : judgement_end],
-            margins=self._verdicts.margins[judgement_end - judged : judgement_end],
+            branch=self._branch[token_begin:token_end],
+            ranks=self._verdicts.ranks[ranks],
+            judgements=self._verdicts.judgements[judgements],
+            margins=self._verdicts.margins[judgements],
         )
 
 
 def _members(tar: Path) -> list[tuple[np.ndarray, VerdictArrays]]:
-    """(branch, verdicts) of every member."""
-    found = []
+    """Reads (branch, verdicts) of every member of a tar."""
+    arrays_by_member = []
     with tar.open("rb") as file:
         for key, parts in members(tar):
             if missing := [part for part in PARTS if part not in parts]:
                 raise ArtefactError(f"{tar}: member {key} has no {missing[0]}: it holds no rankings")
             branch, *arrays = (_array(file, parts[part]) for part in PARTS)
-            found.append((branch, VerdictArrays(*arrays)))
-    return found
+            arrays_by_member.append((branch, VerdictArrays(*arrays)))
+    return arrays_by_member
 
 
 def _array(file: io.BufferedReader, info: tarfile.TarInfo) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Batches of rankings: without end for training, in a fixed order for evaluation.
 
-Whole rankings are packed into sequences as conversations are (`data.packing`), so a row and its
-place are a pure function of (seed, epoch, index), and the state of the stream is one integer. What is learned from a
-verdict (its ranks, or pairs drawn from them, with label noise) is keyed by ranking and seed, not by epoch.
+Whole rankings are packed into sequences as conversations are (`data.packing`), so the content of a row and its position
+are pure functions of (seed, epoch, index), and the state of the stream is one integer. The part of a verdict that is
+learned (its ranks, or pairs drawn from them, with label noise) is keyed by ranking and seed: every epoch has the same.
 
 Dimensions: B sequences, T tokens, P rankings, K completions of the largest, N judgements.
 """
@@ -35,14 +35,16 @@ class PlacedRanking:
     """A ranking in a batch."""
 
     document: int  # number in its corpus
-    places: np.ndarray  # (K,) int64: of the completions' values; `assemble_rankings`: places of their last tokens
+    # (K,) int64: index of each completion's score; of `assemble_rankings`, the index of its last token in the
+    # flattened batch
+    places: np.ndarray
 
 
 Assemble = Callable[
     [RankingCorpus, Sequence[Sequence[DocumentSlice]], Sequence[int], int, int, Opening | None],
     tuple[Batch, list[PlacedRanking]],
 ]
-"""(rankings, rows, numbers, seq_len, pad_id, opening) -> a batch and the rankings in it: see `assemble_rankings`."""
+"""Maps (rankings, rows, numbers, seq_len, pad_id, opening) to a batch and its rankings, as `assemble_rankings` does."""
 
 
 class RankingStream(StepStream):
@@ -66,9 +68,10 @@ class RankingStream(StepStream):
         pin_memory: bool = False,
         assemble: Assemble | None = None,
     ) -> None:
-        """Arguments as of `StepStream`; `learn_from`, `label_noise`: see `lesson`.
+        """Opens the stream. Arguments that are not listed are those of `StepStream` and `assemble_rankings`.
 
         Args:
+            learn_from, label_noise: as for `lesson`.
             assemble: makes the batches; None: `assemble_rankings`.
 
         Raises:
@@ -79,6 +82,8 @@ class RankingStream(StepStream):
         self._learn_from, self._label_noise = learn_from, label_noise
         self._seq_len, self._pad_id, self._opening = seq_len, pad_id, opening
         self._assemble = assemble or assemble_rankings
+
+        # Rows depend on lengths alone, so all epochs share one packing.
         packing = packed(rankings.corpus, seq_len, kind=ALL)
         self._epochs = Epochs(packing.n_rows, lambda epoch: PackedEpoch(packing, seed, epoch))
         super().__init__(
@@ -93,13 +98,22 @@ class RankingStream(StepStream):
         )
 
     def batch(self, numbers: list[int]) -> Batch:
-        """The sequences of these global numbers."""
-        orders = [self._epochs.place(number) for number in numbers]
-        rows = [order.sequence(i) for order, i in orders]
+        """Makes the micro-batch of these global sequence numbers, with the lessons of its rankings."""
+        rows = []
+        for number in numbers:
+            epoch_order, i = self._epochs.locate(number)
+            rows.append(epoch_order.sequence(i))
+
         batch, placed = self._assemble(self._rankings, rows, numbers, self._seq_len, self._pad_id, self._opening)
         verdicts = [
-            lesson(self._rankings.verdict(one.document), self._learn_from, self._label_noise, self._seed, one.document)
-            for one in placed
+            lesson(
+                self._rankings.verdict(ranking.document),
+                self._learn_from,
+                self._label_noise,
+                self._seed,
+                ranking.document,
+            )
+            for ranking in placed
         ]
         return replace(batch, ranked=ranked_places(placed, verdicts))
 
@@ -115,32 +129,33 @@ class RankingBatches:
     dp_size: int
     pad_id: int
     opening: Opening | None = None
-    limit_sequences: int = 0  # rows at even distances; 0: all
+    limit_sequences: int = 0  # so many rows, at even distances; 0: all
     assemble: Assemble | None = None  # makes the batches; None: `assemble_rankings`
 
     @cached_property
     def packing(self) -> Packing:
-        """The rows of all rankings."""
+        """Packs all rankings into rows."""
         return packed(self.rankings.corpus, self.seq_len, kind=ALL)
 
     def __iter__(self) -> Iterator[tuple[Batch, list[PlacedRanking]]]:
+        assemble = self.assemble or assemble_rankings
         chosen = spread(self.packing.n_rows, self.limit_sequences)
         for numbers in dealt(chosen, self.micro_batch, self.dp_rank, self.dp_size):
             rows = [self.packing.sequence(number) if number >= 0 else [] for number in numbers]
-            made = self.assemble or assemble_rankings
-            yield made(self.rankings, rows, numbers, self.seq_len, self.pad_id, self.opening)
+            yield assemble(self.rankings, rows, numbers, self.seq_len, self.pad_id, self.opening)
 
 
 def lesson(verdict: Verdict, learn_from: str, label_noise: float, seed: int, number: int) -> Verdict:
-    """The part of a verdict that stage reward learns from.
+    """Returns the part of a verdict that stage reward learns from. It is the same in every epoch.
 
     Args:
         learn_from: `rankings`: the whole verdict. `pairs`: K - 1 pairs of K ranked completions, as many as a ranking
             has choices. `one_pair`: one of these pairs.
-        label_noise: see `noisy`.
+        label_noise: the probability of `noisy`, in [0, 1].
         number: of the ranking in its corpus.
     """
     verdict = noisy(verdict, label_noise, key(Shuffle.LABEL_NOISE, seed, number))
+    # Judgements are pairs already.
     if learn_from == ALL or not len(verdict.ranks):
         return verdict
     count = 1 if learn_from == ONE_PAIR else len(verdict.ranks) - 1
@@ -148,28 +163,42 @@ def lesson(verdict: Verdict, learn_from: str, label_noise: float, seed: int, num
 
 
 def noisy(verdict: Verdict, share: float, word: int) -> Verdict:
-    """A verdict that errs: each judgement is turned round, and each two neighbouring ranks change places, with
-    probability `share`, from the best down."""
+    """Makes a verdict err: each judgement is reversed, and each two neighbouring ranks are swapped, with probability
+    `share`, from the best rank down.
+
+    Args:
+        word: the 64-bit key of the draws.
+    """
     if not share:
         return verdict
+
     levels = np.unique(verdict.ranks)
-    wrong = splitmix64(word, max(len(levels) - 1, len(verdict.judgements))) < np.uint64(int(share * (2**64 - 1)))
-    judgements = np.where(wrong[: len(verdict.judgements), None], verdict.judgements[:, ::-1], verdict.judgements)
+    n_swaps = max(len(levels) - 1, 0)
+    n_judgements = len(verdict.judgements)
+    is_wrong = splitmix64(word, max(len(levels) - 1, n_judgements)) < np.uint64(int(share * (2**64 - 1)))
+    judgements = np.where(is_wrong[:n_judgements, None], verdict.judgements[:, ::-1], verdict.judgements)
+
     swapped = levels.copy()
-    for place in np.flatnonzero(wrong[: max(len(levels) - 1, 0)]):
-        swapped[[place, place + 1]] = swapped[[place + 1, place]]
-    # swapped[i] is the level that now stands at place i
-    ranks = np.argsort(swapped)[np.searchsorted(levels, verdict.ranks)] if len(levels) else verdict.ranks
+    for index in np.flatnonzero(is_wrong[:n_swaps]):
+        swapped[[index, index + 1]] = swapped[[index + 1, index]]
+    ranks = verdict.ranks
+    if len(levels):
+        # swapped[i] is the level that is now the i-th best, so argsort gives the new rank of each level
+        ranks = np.argsort(swapped)[np.searchsorted(levels, verdict.ranks)]
     return replace(verdict, ranks=ranks.astype(np.uint8), judgements=judgements)
 
 
 def drawn_pairs(verdict: Verdict, count: int, word: int) -> Verdict:
-    """`count` (at most all) of the pairs with different ranks, as judgements without a margin."""
+    """Draws `count` (at most all) of the pairs with different ranks, as judgements without a margin.
+
+    Args:
+        word: the 64-bit key of the draw.
+    """
     ranks = verdict.ranks.tolist()
     pairs = [
-        (one, other) if ranks[one] < ranks[other] else (other, one)
-        for one, other in combinations(range(len(ranks)), 2)
-        if ranks[one] != ranks[other]
+        (first, second) if ranks[first] < ranks[second] else (second, first)  # (better, worse)
+        for first, second in combinations(range(len(ranks)), 2)
+        if ranks[first] != ranks[second]
     ]
     chosen = np.array(pairs, np.uint8)[np.sort(permutation(len(pairs), word)[:count])]
     return replace(verdict, ranks=np.zeros(0, np.uint8), judgements=chosen, margins=np.zeros(len(chosen), np.float32))
@@ -183,36 +212,42 @@ def assemble_rankings(
     pad_id: int,
     opening: Opening | None = None,
 ) -> tuple[Batch, list[PlacedRanking]]:
-    """One `Batch` of `len(rows)` sequences, and the places of its completions; `ranked_places` adds verdicts.
+    """Assembles a `Batch` of `len(rows)` sequences for a reward model, which predicts no token.
 
     Args:
         rows: whole documents of each sequence, at most `seq_len` tokens in all; the rest is filled with `pad_id`, in a
             document of its own.
         numbers: the global sequence numbers.
         opening: of the tokenizer; None: documents begin with end-of-text.
+
+    Returns:
+        The batch, and its rankings with the indices of their completions' last tokens. `ranked_places` adds verdicts.
     """
     shape = (len(rows), seq_len)
     tokens = np.full(shape, pad_id, np.int64)
-    document = np.zeros(shape, np.int64)
-    branch = np.zeros(shape, np.int64)
-    position = np.zeros(shape, np.int64)
-    placed, n_tokens = [], 0
+    document, branch, position = (np.zeros(shape, np.int64) for _ in range(3))
+    placed: list[PlacedRanking] = []
+    n_tokens = 0
+
     for b, row in enumerate(rows):
         begin = 0
         for d, (number, _, _) in enumerate(row):
-            own = rankings.verdict(number).branch
-            end = begin + len(own)
+            ranking_branch = rankings.verdict(number).branch
+            end = begin + len(ranking_branch)
             tokens[b, begin:end] = rankings.tokens(number)
             if opening:
                 opening.put(tokens[b, begin:end])
+
             document[b, begin:end] = d
-            branch[b, begin:end] = own
-            position[b, begin:end] = branch_positions(own)
-            placed.append(PlacedRanking(number, b * seq_len + begin + branch_ends(own)))
+            branch[b, begin:end] = ranking_branch
+            position[b, begin:end] = branch_positions(ranking_branch)
+            placed.append(PlacedRanking(number, b * seq_len + begin + branch_ends(ranking_branch)))
             begin = end
+
         n_tokens += begin
         document[b, begin:] = len(row)
         position[b, begin:] = np.arange(seq_len - begin)
+
     tokens_BT = torch.from_numpy(tokens)
     batch = Batch(
         tokens_BT=tokens_BT,
@@ -228,19 +263,34 @@ def assemble_rankings(
 
 
 def ranked_places(placed: Sequence[PlacedRanking], verdicts: Sequence[Verdict]) -> RankedPlaces:
-    """The verdicts of a batch as tensors. `verdicts`: one a ranking."""
-    ranked = [(one.places, verdict.ranks) for one, verdict in zip(placed, verdicts, strict=True) if len(verdict.ranks)]
+    """Turns the verdicts of a batch into tensors.
+
+    Args:
+        verdicts: one for each ranking of `placed`.
+    """
+    ranked = [
+        (ranking.places, verdict.ranks)
+        for ranking, verdict in zip(placed, verdicts, strict=True)
+        if len(verdict.ranks)  # the others have judgements
+    ]
     shape = (len(ranked), max((len(ranks) for _, ranks in ranked), default=2))
-    place, rank, there = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool)
+    place, rank = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    exists = np.zeros(shape, bool)
     for p, (places, ranks) in enumerate(ranked):
-        place[p, : len(ranks)], rank[p, : len(ranks)], there[p, : len(ranks)] = places, ranks, True
-    pairs = [one.places[verdict.judgements.astype(np.int64)] for one, verdict in zip(placed, verdicts, strict=True)]
+        place[p, : len(ranks)] = places
+        rank[p, : len(ranks)] = ranks
+        exists[p, : len(ranks)] = True
+
+    # The empty arrays are for a batch without a ranking, which leaves nothing to concatenate.
+    pairs = [
+        ranking.places[verdict.judgements.astype(np.int64)] for ranking, verdict in zip(placed, verdicts, strict=True)
+    ]
     pairs_N2 = np.concatenate([np.zeros((0, 2), np.int64), *pairs])
     margins = np.concatenate([np.zeros(0, np.float32), *(verdict.margins for verdict in verdicts)])
     return RankedPlaces(
         place_PK=torch.from_numpy(place),
         rank_PK=torch.from_numpy(rank),
-        there_PK=torch.from_numpy(there),
+        there_PK=torch.from_numpy(exists),
         better_N=torch.from_numpy(pairs_N2[:, 0].copy()),
         worse_N=torch.from_numpy(pairs_N2[:, 1].copy()),
         margin_N=torch.from_numpy(margins),
