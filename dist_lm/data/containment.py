@@ -1,4 +1,4 @@
-"""Which held-out texts stand in train texts: windows of eight words, compared by hash.
+"""Finds the held-out texts that train texts contain: windows of eight words, compared by hash.
 
 A word is a run of bytes above 0x20 in UTF-8; in Chinese and Japanese, which have no spaces, a word is a character.
 A text is contained if train texts hold more than half of its windows, whatever the indentation and in whichever train
@@ -20,13 +20,13 @@ import numpy as np
 from dist_lm.storage.process import cores
 
 WINDOW = 8  # words
-SHORT = 2 * WINDOW  # a text with fewer words has one window
-CUT = 5  # a text of so many words is also found where its outer words are cut
-MAX_SHARE = 0.5  # of the windows of a held-out text may be in train texts
+SHORT = 2 * WINDOW  # words below which a text has too few windows
+CUT = 5  # words from which on a text is also found where its outer words are cut
+MAX_SHARE = 0.5  # share of the windows of a held-out text that may be in train texts
 BATCH_BYTES = 1 << 18
-THREADS = 4  # at most; reading is slower than so many
+THREADS = 4  # at most; reading cannot feed more
 BORDER = b" \xff "  # behind each text of a batch: no UTF-8, so windows across a border are in no held-out text
-MARGIN = b" " * 24  # behind a batch: words are read 8 bytes at a time
+MARGIN = b" " * 24  # behind a batch, because words are read 8 bytes at a time
 FILTER_BITS = (16, 27)  # smallest and largest bitmap
 SPARSE = 5  # the bitmap has 2**SPARSE places a window
 _ODD = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)
@@ -38,76 +38,105 @@ _FIRST = np.array(  # masks of the first n bytes of 8
 class HeldOut:
     """Held-out texts, and which of their windows train texts have."""
 
-    def __init__(self, texts: Sequence[str], given: Sequence[bool] | None = None) -> None:
-        """`given`: texts that a user holds out. A train text that contains one is refused by `note`."""
-        self._given = np.array(given or [False] * len(texts), bool)
-        self._parts: dict[int, bytes] = {}  # of each text below SHORT words: what a train text must hold as it is
-        self._inside: set[int] = set()  # texts below SHORT words that train texts hold
-        sizes: dict[int, list[tuple[np.ndarray, int]]] = {}  # words of a window -> (hashes, text)
+    def __init__(self, texts: Sequence[str], protected: Sequence[bool] | None = None) -> None:
+        """Indexes the windows of held-out texts.
+
+        Args:
+            protected: for each text, whether `note` refuses train texts that contain it. None: no text is protected.
+        """
+        self._protected = np.array(protected or [False] * len(texts), bool)
+        self._parts: dict[int, bytes] = {}  # text below SHORT words -> bytes that a train text must hold as they are
+        self._contained_short: set[int] = set()  # texts below SHORT words that train texts hold
+
+        windows_by_size: dict[int, list[tuple[np.ndarray, int]]] = {}  # words of a window -> (hashes, text)
         for number, text in enumerate(texts):
             raw = text.encode()
             words = word_hashes(np.frombuffer(b" " + raw + MARGIN, np.uint8))[1]
             if len(words) >= WINDOW:
-                sizes.setdefault(WINDOW, []).append((window_hashes(words, {WINDOW})[WINDOW], number))
+                hashes = window_hashes(words, {WINDOW})[WINDOW]
+                windows_by_size.setdefault(WINDOW, []).append((hashes, number))
+
+            # A short text is found by its words as one window, and then compared letter by letter. The outer words
+            # may be cut in a train text, so they are left out where enough words remain.
             if len(words) < SHORT:
-                cut = len(words) >= CUT
-                self._parts[number] = raw.strip() if cut else b""
-                inner = words[1:-1] if cut else words
-                if 0 < (size := len(inner)) < WINDOW:  # larger ones are among the windows above
-                    sizes.setdefault(size, []).append((window_hashes(inner, {size})[size], number))
-        self._tables = {size: _Table(found, self._given) for size, found in sorted(sizes.items())}
+                self._parts[number] = b""
+                inner = words
+                if len(words) >= CUT:
+                    self._parts[number] = raw.strip()
+                    inner = words[1:-1]
+                size = len(inner)
+                if 0 < size < WINDOW:  # larger ones are among the windows above
+                    hashes = window_hashes(inner, {size})[size]
+                    windows_by_size.setdefault(size, []).append((hashes, number))
+        self._tables = {size: _Table(windows, self._protected) for size, windows in sorted(windows_by_size.items())}
 
     def note(self, texts: Sequence[bytes]) -> np.ndarray:
-        """Note the windows of train texts in UTF-8.
+        """Notes which windows of held-out texts a batch of train texts in UTF-8 has.
 
         Returns:
-            (len(texts),) bool: texts that are refused, because a given text has more than half of its windows there,
-            or the text has more than half of its own in given texts. Their windows are not noted.
+            (len(texts),) bool: texts that are refused, because they have more than half of the windows of a protected
+            text, or more than half of their own windows are in protected texts. Their windows are not noted.
         """
         raw = b" " + BORDER.join(texts) + BORDER + MARGIN
         begins = np.cumsum([1, *(len(text) + len(BORDER) for text in texts)])
         starts, words = word_hashes(np.frombuffer(raw, np.uint8))
         windows = window_hashes(words, set(self._tables))
-        hits = []
+
+        hits = []  # (size, table, train text of each hit, window id of each hit)
         for size, table in self._tables.items():
-            at, ids = table.find(windows[size])
-            hits.append((size, table, np.searchsorted(begins, starts[at], "right") - 1, ids))
+            indices, ids = table.find(windows[size])
+            owners = np.searchsorted(begins, starts[indices], "right") - 1
+            hits.append((size, table, owners, ids))
+
         refused = np.zeros(len(texts), bool)
-        if self._given.any():
-            n_windows = np.diff(np.searchsorted(starts, begins)) - WINDOW  # of each text; its border is a word
+        if self._protected.any():
+            n_windows = np.diff(np.searchsorted(starts, begins)) - WINDOW  # windows of each text; its border is a word
             for size, table, owners, ids in hits:
                 refused[self._holders(size, owners, ids, texts)] = True
                 if size == WINDOW:
-                    copied = np.bincount(owners[table.given[ids]], minlength=len(texts))
-                    refused |= copied > MAX_SHARE * np.maximum(n_windows, 1)
+                    n_copied = np.bincount(owners[table.protected[ids]], minlength=len(texts))
+                    refused |= n_copied > MAX_SHARE * np.maximum(n_windows, 1)
+
+        # Refused texts will not be in train, so what they contain is not leaked.
         for _, table, owners, ids in hits:
-            kept = np.unique(ids[~refused[owners]])
-            table.found[kept] = True
-            for number in map(int, table.texts_of(kept)[0]):
-                if number in self._parts and number not in self._inside and self._parts[number] in raw:
-                    self._inside.add(number)
+            noted_ids = np.unique(ids[~refused[owners]])
+            table.noted[noted_ids] = True
+            for number in map(int, table.texts_of(noted_ids)[0]):
+                if number in self._parts and number not in self._contained_short and self._parts[number] in raw:
+                    self._contained_short.add(number)
         return refused
 
     def contained(self) -> set[int]:
-        """Indices of the texts that the noted train texts contain."""
-        inside = set(self._inside)
+        """Returns the indices of the held-out texts that the noted train texts contain."""
+        contained = set(self._contained_short)
         if WINDOW in self._tables:
             table = self._tables[WINDOW]
-            inside.update(np.flatnonzero(table.windows_found() > MAX_SHARE * table.n_windows).tolist())
-        return inside
+            is_contained = table.n_noted_windows() > MAX_SHARE * table.n_windows
+            contained.update(np.flatnonzero(is_contained).tolist())
+        return contained
 
     def _holders(self, size: int, owners: np.ndarray, ids: np.ndarray, texts: Sequence[bytes]) -> list[int]:
-        """The train texts that contain a given text; `owners`: the train text of each hit in `ids`."""
+        """Returns the train texts that contain a protected text.
+
+        Args:
+            owners: (hits,) the train text of each hit.
+            ids: (hits,) the window of each hit.
+        """
         table = self._tables[size]
-        given = table.given[ids]
-        found = np.unique(np.stack([owners[given], ids[given]]), axis=1)
-        numbers, times = table.texts_of(found[1])
-        pairs, counts = np.unique(np.stack([np.repeat(found[0], times), numbers]), axis=1, return_counts=True)
+        is_protected = table.protected[ids]
+        owner_and_id = np.unique(np.stack([owners[is_protected], ids[is_protected]]), axis=1)
+
+        # A window may be in several held-out texts: count the hits of every (train text, held-out text).
+        numbers, times = table.texts_of(owner_and_id[1])
+        owner_and_text = np.stack([np.repeat(owner_and_id[0], times), numbers])
+        pairs, counts = np.unique(owner_and_text, axis=1, return_counts=True)
+
         holders = []
         for owner, number, count in zip(*map(np.ndarray.tolist, pairs), counts.tolist(), strict=True):
             part = self._parts.get(number)
-            whole = (part and part in texts[owner]) or (size == WINDOW and count > MAX_SHARE * table.n_windows[number])
-            if self._given[number] and whole:
+            holds_part = part and part in texts[owner]
+            holds_windows = size == WINDOW and count > MAX_SHARE * table.n_windows[number]
+            if self._protected[number] and (holds_part or holds_windows):
                 holders.append(owner)
         return holders
 
@@ -119,14 +148,17 @@ class Notes:
         self._held_out = held_out
         self._threads = max(1, min(THREADS, cores() - 1))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="containment")
+
+        # the next batch
         self._names: list[bytes] = []
-        self._contents: list[bytes] = []  # of the next batch
-        self._size = 0
-        self._waiting: deque[tuple[list[bytes], Future[np.ndarray]]] = deque()
+        self._contents: list[bytes] = []
+        self._size = 0  # bytes
+
+        self._batches: deque[tuple[list[bytes], Future[np.ndarray]]] = deque()  # names of their texts, refused texts
         self._refused: set[bytes] = set()
 
     def add(self, name: bytes, text: str) -> None:
-        """Note a train text."""
+        """Notes a train text, perhaps later."""
         content = text.encode()
         self._names.append(name)
         self._contents.append(content)
@@ -136,7 +168,7 @@ class Notes:
             self._collect(2 * self._threads)
 
     def finish(self) -> set[bytes]:
-        """The names of the texts that are refused, once all are noted."""
+        """Returns the names of the texts that are refused, once all are noted."""
         self._submit()
         self._collect(0)
         self._pool.shutdown()
@@ -144,18 +176,18 @@ class Notes:
 
     def _submit(self) -> None:
         if self._names:
-            self._waiting.append((self._names, self._pool.submit(self._held_out.note, self._contents)))
+            self._batches.append((self._names, self._pool.submit(self._held_out.note, self._contents)))
             self._names, self._contents, self._size = [], [], 0
 
-    def _collect(self, most: int) -> None:
-        """Wait until at most `most` batches are left."""
-        while len(self._waiting) > most:
-            names, answer = self._waiting.popleft()
-            self._refused.update(names[index] for index in np.flatnonzero(answer.result()))
+    def _collect(self, max_batches: int) -> None:
+        """Waits until at most `max_batches` batches are unfinished, which bounds the memory for texts."""
+        while len(self._batches) > max_batches:
+            names, refused = self._batches.popleft()
+            self._refused.update(names[index] for index in np.flatnonzero(refused.result()))
 
 
 def seen_texts(held_out: Sequence[str], trained: Iterable[str]) -> set[int]:
-    """Indices of the texts in `held_out` that `trained` contains."""
+    """Returns the indices of the texts in `held_out` that the texts of `trained` contain."""
     index = HeldOut(held_out)
     notes = Notes(index)
     for text in trained:
@@ -165,13 +197,20 @@ def seen_texts(held_out: Sequence[str], trained: Iterable[str]) -> set[int]:
 
 
 def word_hashes(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`(start, hash)` of every word of a text in UTF-8 that begins with a space and ends with `MARGIN`.
+    """Hashes every word of a text in UTF-8 that begins with a space and ends with `MARGIN`.
 
-    The hash is of the first and last 16 bytes and the length: longer words that differ in between are one word.
+    A hash is of the first and last 16 bytes and the length: longer words that differ in between are one word.
+
+    Args:
+        raw: (bytes,) uint8.
+
+    Returns:
+        (words,) int64 offset of the first byte, and (words,) uint64 hash, of every word.
     """
     solid = raw > 0x20
-    lead = (raw - np.uint8(0xE3)) <= 6  # of three bytes: U+3000 to U+9FFF
+    lead = (raw - np.uint8(0xE3)) <= 6  # first byte of the three of U+3000 to U+9FFF
     if lead.any():
+        # Chinese and Japanese: every character begins a word, and the byte behind a character begins one too.
         begins = solid.copy()
         begins[1:] &= ~solid[:-1]
         begins |= lead
@@ -182,25 +221,37 @@ def word_hashes(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         edges = np.flatnonzero(solid[1:] != solid[:-1]) + 1
         starts = edges[::2].copy()
         lengths = edges[1::2] - starts
-    eight = np.ndarray((len(raw) - 7,), "<u8", raw, 0, (1,))  # 8 bytes from every place
+
+    # In place, because these arrays are as large as the text: most words have at most 8 bytes and end here.
+    eight = np.ndarray((len(raw) - 7,), "<u8", raw, 0, (1,))  # the 8 bytes from every offset
     hashes = eight[starts]
     hashes &= _FIRST.take(lengths, mode="clip")
     hashes *= _ODD[0]
     hashes ^= hashes >> np.uint64(29)
+
     long = np.flatnonzero(lengths > 8)
     begin, end = starts[long], starts[long] + lengths[long]
     hashes[long] += eight[end - 8] * _ODD[1] + lengths[long].astype(np.uint64) * _ODD[2]
+
     longer = lengths[long] > 16
     long, begin, end = long[longer], begin[longer], end[longer]
     hashes[long] ^= (eight[begin + 8] * _ODD[3]) ^ (eight[end - 16] * _ODD[2])
+
     hashes ^= hashes >> np.uint64(32)
     hashes *= _ODD[1]
     return starts, hashes
 
 
 def window_hashes(words: np.ndarray, sizes: set[int]) -> dict[int, np.ndarray]:
-    """Size -> hash of every window of so many words. The windows of all sizes are computed at once."""
-    found = {}
+    """Hashes every window of so many words, for all sizes in one pass.
+
+    Args:
+        words: (n,) uint64 hashes of words.
+
+    Returns:
+        Size -> (n - size + 1,) uint64.
+    """
+    hashes_by_size = {}
     hashes = words.copy()
     for size in range(1, max(sizes, default=0) + 1):
         if size > 1:
@@ -208,44 +259,57 @@ def window_hashes(words: np.ndarray, sizes: set[int]) -> dict[int, np.ndarray]:
             hashes *= _ODD[2]
             hashes += words[size - 1 :]
         if size in sizes:
-            found[size] = hashes * _ODD[0]
-    return found
+            hashes_by_size[size] = hashes * _ODD[0]
+    return hashes_by_size
 
 
 class _Table:
-    """The windows of one size of all held-out texts."""
+    """The windows of one size of all held-out texts. A window has one id, in whatever texts it is."""
 
-    def __init__(self, windows: Sequence[tuple[np.ndarray, int]], given: np.ndarray) -> None:
-        hashes = np.concatenate([own for own, _ in windows])
-        texts = np.repeat(np.array([number for _, number in windows], np.int32), [len(own) for own, _ in windows])
-        order = np.argsort(hashes, kind="stable")
-        self._hashes, first, times = np.unique(hashes[order], return_index=True, return_counts=True)
-        self._texts = texts[order]  # of each window, in the order of hashes
+    def __init__(self, windows: Sequence[tuple[np.ndarray, int]], protected: np.ndarray) -> None:
+        """Sorts the windows by hash.
+
+        Args:
+            windows: (hashes, number) of each text.
+            protected: (texts,) bool.
+        """
+        all_hashes = np.concatenate([hashes for hashes, _ in windows])
+        counts = [len(hashes) for hashes, _ in windows]
+        texts = np.repeat(np.array([number for _, number in windows], np.int32), counts)
+
+        # Equal hashes become neighbours: a window is a run, and its id is the number of the run.
+        order = np.argsort(all_hashes, kind="stable")
+        self._hashes, first, times = np.unique(all_hashes[order], return_index=True, return_counts=True)
+        self._texts = texts[order]  # texts that have window i: self._texts[first[i] : first[i] + times[i]]
         self._first, self._times = first, times
-        self.n_windows = np.bincount(texts, minlength=len(given))  # of each text
-        self.given = np.logical_or.reduceat(given[self._texts], first)  # of each window: whether a given text has it
-        self.found = np.zeros(len(self._hashes), bool)
+
+        self.n_windows = np.bincount(texts, minlength=len(protected))  # windows of each text
+        self.protected = np.logical_or.reduceat(protected[self._texts], first)  # windows that a protected text has
+        self.noted = np.zeros(len(self._hashes), bool)  # windows that train texts have
+
         bits = int(np.clip(len(self._hashes).bit_length() + SPARSE, *FILTER_BITS))
         self._shift = np.uint64(64 - bits)
         self._filter = np.zeros(1 << bits, bool)
         self._filter[self._hashes >> self._shift] = True
 
     def find(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`(index, id)` of the windows that held-out texts have."""
-        places = (windows >> self._shift).view(np.int64)
-        at = np.flatnonzero(self._filter.take(places, mode="clip"))  # four times as fast as indexing
-        own = windows[at]
-        ids = np.minimum(np.searchsorted(self._hashes, own), len(self._hashes) - 1)
-        there = self._hashes[ids] == own
-        return at[there], ids[there]
+        """Finds the windows that held-out texts have: their indices in `windows`, and their ids here."""
+        # The bitmap rejects nearly all windows, so that few are searched for.
+        bits = (windows >> self._shift).view(np.int64)
+        indices = np.flatnonzero(self._filter.take(bits, mode="clip"))  # four times as fast as indexing
+        candidates = windows[indices]
+        ids = np.minimum(np.searchsorted(self._hashes, candidates), len(self._hashes) - 1)
+        is_hit = self._hashes[ids] == candidates
+        return indices[is_hit], ids[is_hit]
 
     def texts_of(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`(texts, times)`: the texts that have the windows `ids`, window by window, and how many each window has."""
+        """Returns the texts that have the windows `ids`, window by window, and how many texts each window has."""
         times = self._times[ids]
         ends = np.cumsum(times)
-        inside = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - times, times)
-        return self._texts[np.repeat(self._first[ids], times) + inside], times
+        rank_in_window = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - times, times)
+        return self._texts[np.repeat(self._first[ids], times) + rank_in_window], times
 
-    def windows_found(self) -> np.ndarray:
-        """The windows of each text that were found."""
-        return np.bincount(self._texts[np.repeat(self.found, self._times)], minlength=len(self.n_windows))
+    def n_noted_windows(self) -> np.ndarray:
+        """Counts the windows of each text that train texts have: (texts,) int64."""
+        is_noted = np.repeat(self.noted, self._times)
+        return np.bincount(self._texts[is_noted], minlength=len(self.n_windows))

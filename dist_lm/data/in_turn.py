@@ -1,11 +1,11 @@
-"""A bounded share of the texts of all corpora, read from all sources in turn: what the tokenizer learns from."""
+"""Reads a bounded share of the texts of all corpora, from all sources in turn: the training text of the tokenizer."""
 
 import heapq
 from collections.abc import Iterator
 from dataclasses import replace
 
 from dist_lm.config.corpus import CorpusConfig, SourceConfig
-from dist_lm.data.ingest import Sides, cleaned, largest_share
+from dist_lm.data.ingest import SplitRule, cleaned, largest_share
 from dist_lm.data.screening import IngestReport, Screened, SourceReader, screened
 from dist_lm.data.sources.reader import Candidate, corpus_sources, text_corpora
 from dist_lm.document import Document
@@ -20,50 +20,58 @@ class _BoundedReader(SourceReader):
 
     def __init__(self, seed: int, limit_bytes: int, max_document_bytes: int) -> None:
         super().__init__(seed)
-        self._left = limit_bytes
-        self._largest, self._most = 0, max_document_bytes
+        self._bytes_left = limit_bytes
+        self._largest = 0  # bytes of the largest document so far
+        self._max_document_bytes = max_document_bytes  # larger ones are dropped later
 
     def read(self, source: SourceConfig) -> Iterator[Candidate]:
         for candidate in super().read(source):
             if isinstance(candidate, Document):
                 size = len(candidate.text.encode(errors="surrogatepass"))
-                self._left -= size
-                self._largest = max(self._largest, min(size, self._most))
+                self._bytes_left -= size
+                self._largest = max(self._largest, min(size, self._max_document_bytes))
             yield candidate
-            if self._left < self._largest:
+            # Nobody knows the size of the next document; the largest one so far is the best guess.
+            if self._bytes_left < self._largest:
                 raise _LimitReachedError
 
 
 def read_in_turn(config: CorpusConfig, seed: int, limit_bytes: int) -> Iterator[Document]:
-    """Documents of all corpora of texts that are in train whatever `val_tokens` is, from at most `limit_bytes` of text.
+    """Yields documents of all corpora of texts that are in train whatever `val_tokens` is.
 
-    The next document comes from the source of which the fewest bytes were kept, so all sources give the same amount
+    The next document comes from the source of which the fewest bytes were read, so all sources give the same amount
     until they end. Nothing is compared: a document that contains one of a source with `held_out` is among them.
+
+    Args:
+        limit_bytes: of text in UTF-8 that is read, of all sources together, dropped documents included.
 
     Raises:
         ConfigError, ArtefactError: as `screening.screened`.
     """
     reader = _BoundedReader(seed, limit_bytes, config.max_document_bytes)
-    sides = Sides({name: largest_share(config, name) for name in text_corpora(config)})
+    rule = SplitRule({name: largest_share(config, name) for name in text_corpora(config)})
     sources: list[tuple[str, Iterator[Screened]]] = []
-    for name in sides.held_out:
-        texts: set[bytes] = set()
+    for name in rule.held_out:
+        keys: set[bytes] = set()  # all sources of a corpus share it, so that duplicates across sources are dropped
         for source in corpus_sources(config, name):
             if source.held_out:
                 continue
-            alone = replace(config, corpora={name: [source]})
-            sources.append((name, screened(alone, name, reader, texts, IngestReport())))
-    waiting = [(0, place) for place in range(len(sources))]  # a heap of (bytes kept, place)
-    while waiting:
-        n_bytes, place = waiting[0]
-        name, items = sources[place]
+            one_source = replace(config, corpora={name: [source]})
+            sources.append((name, screened(one_source, name, reader, keys, IngestReport())))
+
+    queue = [(0, index) for index in range(len(sources))]  # a heap of (bytes read, index in `sources`)
+    while queue:
+        n_bytes, index = queue[0]
+        name, records = sources[index]
         try:
-            item = next(items, None)
+            record = next(records, None)
         except _LimitReachedError:
             return
-        if item is None:
-            heapq.heappop(waiting)
+        if record is None:
+            heapq.heappop(queue)
             continue
-        heapq.heapreplace(waiting, (n_bytes + item.n_bytes, place))
-        if sides.split_of(name, item) == "train":
-            yield cleaned(config, item, "train", IngestReport())
+
+        # Val documents count too, because they were read; the tokenizer must not learn from them.
+        heapq.heapreplace(queue, (n_bytes + record.n_bytes, index))
+        if rule.split_of(name, record) == "train":
+            yield cleaned(config, record, "train", IngestReport())

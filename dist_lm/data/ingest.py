@@ -1,18 +1,18 @@
-"""From sources to train and val: which documents are held out, and that nothing of them is left in train.
+"""Divides the documents of sources into train and val, and drops those that would leak held-out text into train.
 
 The hash of a document's group decides between train and val; the document's position and the seed do not. Groups with
 the smallest hashes are held out: a share of `val_fraction`, halved until the held-out texts of the corpus fit
-`val_tokens`. So a corpus that grows keeps its sides, until twice as much is held out: then half of val moves to train,
-and nothing ever moves from train to val.
+`val_tokens`. So documents of a corpus that grows stay in their split, until twice as much is held out: then half of val
+moves to train, and nothing ever moves from train to val.
 
 Held-out texts are compared with the train texts of all corpora of the configuration (`data.containment`): one that
 train texts contain is dropped. Documents of a source with `held_out` are val whatever their hash; train
-documents that contain one are dropped. Where a corpus has such a source, its other sources are train.
+documents that contain one are dropped. If a corpus has such a source, its other sources are train.
 
 Texts are read to choose val, to compare, and by the caller. The first corpus that the caller reads is compared
 meanwhile, unless a user holds texts out: train documents are dropped for these. A corpus holds texts, or conversations,
 or rankings. Conversations share their forms, so shared words say nothing about leakage: the group of one
-with generated tools is its tools, of any other what its user says, and of a ranking its prompt. They are read once.
+with generated tools is its tools, of any other the user's text, and of a ranking its prompt. They are read once.
 """
 
 from collections import Counter
@@ -29,158 +29,174 @@ from dist_lm.data.sources.reader import Candidate, corpus_sources, form_of, text
 from dist_lm.document import Document
 from dist_lm.errors import ArtefactError, ConfigError
 
-LARGEST = 2**64  # of the hash of a group
+HASH_RANGE = 2**64  # hashes of groups are below
 
 
 @dataclass(frozen=True)
-class Sides:
-    """Which documents of a configuration are held out, and which are dropped for it."""
+class SplitRule:
+    """Decides which documents of a configuration are held out, and which are dropped for it."""
 
     held_out: Mapping[str, float]  # corpus -> share of the groups that is held out
     leaked: frozenset[bytes] = frozenset()  # keys of held-out texts that train texts contain
     refused: frozenset[bytes] = frozenset()  # keys of train texts that contain a text of a source with `held_out`
-    groups: frozenset[str] = frozenset()  # of conversations and rankings of sources with `held_out`
+    groups: frozenset[str] = frozenset()  # groups of conversations and rankings of sources with `held_out`
 
-    def split_of(self, corpus_name: str, item: Screened) -> str:
-        """The side of a document, whether it is dropped or not."""
-        if item.source.held_out:
+    def split_of(self, corpus_name: str, record: Screened) -> str:
+        """Returns the split of a document, `train` or `val`, whether it is dropped or not."""
+        if record.source.held_out:
             return "val"
-        return split_of(item.group, self.held_out[corpus_name])
+        return split_of(record.group, self.held_out[corpus_name])
 
-    def reason(self, split: str, item: Screened) -> str:
-        """Why a document of this side is dropped (empty: it is not)."""
-        if split == "val":
-            return "overlapping" if item.key in self.leaked else ""
-        return "contains_val" if item.key in self.refused or item.group in self.groups else ""
+    def drop_reason(self, split: str, record: Screened) -> str:
+        """Returns why a document of this split is dropped; empty if it is not."""
+        if split == "val" and record.key in self.leaked:
+            return "overlapping"
+        if split == "train" and (record.key in self.refused or record.group in self.groups):
+            return "contains_val"
+        return ""
 
 
 class _Val(NamedTuple):
     """The held-out texts of all corpora."""
 
-    shares: dict[str, float]  # as `Sides.held_out`
+    shares: dict[str, float]  # as `SplitRule.held_out`
     keys: list[bytes]
-    given: set[bytes]  # keys of the texts for which train documents are dropped
+    protected: set[bytes]  # keys of the texts for which train documents are dropped
     index: HeldOut
     notes: Notes
 
 
 class Texts:
-    """What the sources of a configuration give, and the sides of its texts, computed when they are first needed."""
+    """Reads the sources of a configuration, and decides on the splits of its texts when they are first needed."""
 
     def __init__(
         self,
         config: CorpusConfig,
         seed: int,
-        made: dict[str, list[Candidate]] | None = None,
+        preloaded: dict[str, list[Candidate]] | None = None,
         frozen: frozenset[str] = frozenset(),
     ) -> None:
-        """Open the sources.
+        """Opens the sources.
 
         Args:
             seed: decides the text of generated sources and nothing else.
-            made: as for `SourceReader`.
+            preloaded: as for `SourceReader`.
             frozen: corpora that are not built again: train documents that contain one of their val are dropped.
         """
         self.config = config
         self.frozen = frozen
-        self.reader = SourceReader(seed, made)
+        self.reader = SourceReader(seed, preloaded)
         self._compared: set[str] = set()  # corpora
 
     def screened(
         self, corpus_name: str, report: IngestReport | None = None, rejected: TextIO | None = None
     ) -> Iterator[Screened]:
-        """The documents of one corpus before they are divided."""
-        texts: set[bytes] = set()
+        """Yields the documents of one corpus before they are divided."""
+        keys: set[bytes] = set()
         if self.config.cleaning.across_corpora and corpus_name in (names := text_corpora(self.config)):
+            # Reading the earlier corpora fills `keys`, so that their texts are duplicates here.
             for earlier in names[: names.index(corpus_name)]:
-                for _ in screened(self.config, earlier, self.reader, texts, IngestReport()):
+                for _ in screened(self.config, earlier, self.reader, keys, IngestReport()):
                     pass
-        yield from screened(self.config, corpus_name, self.reader, texts, report or IngestReport(), rejected)
+        yield from screened(self.config, corpus_name, self.reader, keys, report or IngestReport(), rejected)
 
     @property
-    def train_sides(self) -> Sides:
-        """The sides of train documents, known before they are compared unless a user holds texts out.
+    def train_sides(self) -> SplitRule:
+        """The rule for train documents. It is known before they are compared, unless a user holds texts out.
 
         Raises:
             ConfigError, ArtefactError: as `divided`.
         """
-        return self.sides if "sides" in vars(self) or self._val.given else Sides(self._val.shares)
+        if "split_rule" in vars(self) or self._val.protected:
+            return self.split_rule
+        return SplitRule(self._val.shares)
 
     @cached_property
-    def sides(self) -> Sides:
-        """The sides of all texts. Corpora that were not compared yet are read.
+    def split_rule(self) -> SplitRule:
+        """The rule for all texts. Corpora that were not compared yet are read.
 
         Raises:
             ConfigError, ArtefactError: as `divided`.
         """
         self.compare(text_corpora(self.config))
         val = self._val
-        refused = val.notes.finish() | val.given
+        refused = val.notes.finish() | val.protected
         leaked = {val.keys[number] for number in val.index.contained()}
-        del self._val  # and the windows
-        return Sides(val.shares, frozenset(leaked), frozenset(refused))
+        del self._val  # frees the windows of all held-out texts
+        return SplitRule(val.shares, frozenset(leaked), frozenset(refused))
 
     def compare(self, corpora: Iterable[str]) -> None:
-        """Compare train of `corpora` with val, unless that was done."""
+        """Compares train of `corpora` with val, unless that was done."""
         for name in corpora:
             if name not in self._compared:
+                # Reading is the comparison: the documents themselves are not needed here.
                 for _ in self.compared(name, self.screened(name)):
                     pass
 
-    def compared(self, corpus_name: str, items: Iterable[Screened]) -> Iterator[Screened]:
-        """The same documents; the train texts among them are compared with val, unless that was done."""
+    def compared(self, corpus_name: str, records: Iterable[Screened]) -> Iterator[Screened]:
+        """Yields the same documents, and compares the train texts among them with val, unless that was done."""
         if corpus_name in self._compared:
-            yield from items
+            yield from records
             return
         val = self._val
-        sides = Sides(val.shares)
-        for item in items:
-            if sides.split_of(corpus_name, item) == "train" and item.key not in val.given:
-                val.notes.add(item.key, item.document.text)
-            yield item
+        rule = SplitRule(val.shares)
+        for record in records:
+            if rule.split_of(corpus_name, record) == "train" and record.key not in val.protected:
+                val.notes.add(record.key, record.document.text)
+            yield record
+
+        # Not in `finally`: a corpus that was not read to its end is not compared.
         self._compared.add(corpus_name)
 
     @cached_property
     def _val(self) -> _Val:
-        """Read all corpora of texts once. The texts of val, at most `val_tokens` of a corpus, become an index."""
+        """Reads all corpora of texts once. The texts of val, at most `val_tokens` of a corpus, become an index."""
         shares: dict[str, float] = {}
         texts: dict[bytes, str] = {}
-        given: set[bytes] = set()
+        protected: set[bytes] = set()
         for name in text_corpora(self.config):
             shares[name], chosen = self._choose(name)
-            texts |= {item.key: item.document.text for item in chosen}
-            given |= {item.key for item in chosen if item.source.held_out or name in self.frozen}
-            del chosen
+            texts |= {record.key: record.document.text for record in chosen}
+            protected |= {record.key for record in chosen if record.source.held_out or name in self.frozen}
+            del chosen  # the documents of one corpus are in memory at a time
         keys = list(texts)
-        index = HeldOut([*texts.values()], [key in given for key in keys])
-        return _Val(shares, keys, given, index, Notes(index))
+        index = HeldOut([*texts.values()], [key in protected for key in keys])
+        return _Val(shares, keys, protected, index, Notes(index))
 
-    def sides_by_group(self, corpus_name: str) -> Sides:
-        """The sides of the conversations or rankings of a corpus."""
-        given = [source for source in corpus_sources(self.config, corpus_name) if source.held_out]
-        groups = (one.group for source in given for one in self.reader.read(source) if isinstance(one, Document))
-        return Sides({corpus_name: largest_share(self.config, corpus_name)}, groups=frozenset(groups))
+    def group_split_rule(self, corpus_name: str) -> SplitRule:
+        """Returns the rule for the conversations or rankings of a corpus."""
+        groups = {
+            candidate.group
+            for source in corpus_sources(self.config, corpus_name)
+            if source.held_out
+            for candidate in self.reader.read(source)
+            if isinstance(candidate, Document)
+        }
+        return SplitRule({corpus_name: largest_share(self.config, corpus_name)}, groups=frozenset(groups))
 
     def _choose(self, corpus_name: str) -> tuple[float, list[Screened]]:
-        """`(share, held-out documents)` of a corpus: the share of groups that is held out by hash."""
-        room = self.config.val_tokens * BYTES_PER_TOKEN
+        """Returns the share of groups of a corpus that is held out by hash, and all held-out documents."""
+        max_bytes = self.config.val_tokens * BYTES_PER_TOKEN
         share = largest_share(self.config, corpus_name)
         chosen: list[Screened] = []
         size = 0
-        for item in self.screened(corpus_name):
-            if item.source.held_out or split_of(item.group, share) == "val":
-                chosen.append(item)
-                size += item.n_bytes
-            if share == 0 and size > room:
+        for record in self.screened(corpus_name):
+            if record.source.held_out or split_of(record.group, share) == "val":
+                chosen.append(record)
+                size += record.n_bytes
+
+            # A smaller share cannot help against sources that are held out as a whole.
+            if share == 0 and size > max_bytes:
                 raise ConfigError(
                     f"corpus {corpus_name}: its sources with held_out=true have more text than "
                     f"corpus.val_tokens={self.config.val_tokens} ({BYTES_PER_TOKEN} bytes a token): expected a larger "
                     "val_tokens, or less text"
                 )
-            while size > room:
+            # Groups below the half of the share are groups below the share: val only shrinks.
+            while size > max_bytes:
                 share /= 2
-                chosen = [one for one in chosen if split_of(one.group, share) == "val"]
-                size = sum(one.n_bytes for one in chosen)
+                chosen = [record for record in chosen if split_of(record.group, share) == "val"]
+                size = sum(record.n_bytes for record in chosen)
         return share, chosen
 
 
@@ -192,10 +208,10 @@ def divided(
     texts: Texts | None = None,
     rejected: TextIO | None = None,
 ) -> Iterator[tuple[str, Document, SourceConfig]]:
-    """`(split, document, source)` of every document of a corpus: all of train, then all of val, source by source.
+    """Yields `(split, document, source)` of every document of a corpus: all of train, then all of val, by source.
 
     The order and the documents depend on the configuration, the seed and the inputs alone. In memory are val, and a
-    hash of every kept text, to find duplicates.
+    hash of every text that passed, to find duplicates.
 
     Args:
         report: counts what is kept and dropped.
@@ -210,26 +226,34 @@ def divided(
     texts = texts or Texts(config, seed)
     splits: Counter[str] = Counter()
 
-    def kept(item: Screened, split: str, sides: Sides) -> Iterator[tuple[str, Document, SourceConfig]]:
-        if reason := sides.reason(split, item):
-            report.reject(item.document, item.source, reason)
+    def checked(record: Screened, split: str, rule: SplitRule) -> Iterator[tuple[str, Document, SourceConfig]]:
+        if reason := rule.drop_reason(split, record):
+            report.reject(record.document, record.source, reason)
         else:
             splits[split] += 1
-            yield split, cleaned(config, item, split, report), item.source
+            yield split, cleaned(config, record, split, report), record.source
 
-    items, val = texts.screened(corpus_name, report, rejected), []
-    if is_text := form_of(config, corpus_name) == "text":
-        sides, items = texts.train_sides, texts.compared(corpus_name, items)
+    records = texts.screened(corpus_name, report, rejected)
+    is_text = form_of(config, corpus_name) == "text"
+    if is_text:
+        rule = texts.train_sides
+        records = texts.compared(corpus_name, records)
     else:
-        sides = texts.sides_by_group(corpus_name)
-    for item in items:
-        if sides.split_of(corpus_name, item) == "val":
-            val.append(item)
+        rule = texts.group_split_rule(corpus_name)
+
+    # Val stays in memory: only all of train tells which of its documents are dropped.
+    val = []
+    for record in records:
+        if rule.split_of(corpus_name, record) == "val":
+            val.append(record)
         else:
-            yield from kept(item, "train", sides)
-    sides = texts.sides if is_text else sides
-    for item in val:
-        yield from kept(item, "val", sides)
+            yield from checked(record, "train", rule)
+
+    if is_text:
+        rule = texts.split_rule
+    for record in val:
+        yield from checked(record, "val", rule)
+
     if not splits["val"]:
         raise ArtefactError(
             f"corpus {corpus_name}: none of its {splits.total()} documents is held out at "
@@ -244,21 +268,29 @@ def divided(
 
 
 def largest_share(config: CorpusConfig, corpus_name: str) -> float:
-    """The share of groups that a corpus holds out by hash if `val_tokens` allows."""
-    given = any(source.held_out for source in corpus_sources(config, corpus_name))
-    return 0.0 if given else config.val_fraction
+    """Returns the share of groups, in [0, 1], that a corpus holds out by hash if `val_tokens` allows."""
+    # Sources that a user holds out replace the choice by hash.
+    if any(source.held_out for source in corpus_sources(config, corpus_name)):
+        return 0.0
+    return config.val_fraction
 
 
-def cleaned(config: CorpusConfig, item: Screened, split: str, report: IngestReport) -> Document:
-    """The document with placeholders for what `corpus.cleaning` replaces; it is counted as kept."""
-    document, steps = item.document, config.cleaning
-    replaced = redacted if document.form == "text" else redacted_json
-    found = replaced(document.text, secrets=steps.secrets, emails=steps.emails)
-    counts = {KEY: found.secrets, EMAIL: found.emails}
-    report.keep(item, split, {placeholder: times for placeholder, times in counts.items() if times})
-    return replace(document, text=found.text) if any(counts.values()) else document
+def cleaned(config: CorpusConfig, record: Screened, split: str, report: IngestReport) -> Document:
+    """Replaces secrets and addresses by placeholders, as `corpus.cleaning` says, and counts the document as kept."""
+    document, steps = record.document, config.cleaning
+    # In the JSON of a conversation, an escape before an address would count as a part of it.
+    redact = redacted if document.form == "text" else redacted_json
+    clean = redact(document.text, secrets=steps.secrets, emails=steps.emails)
+
+    counts = {KEY: clean.secrets, EMAIL: clean.emails}
+    report.keep(record, split, {placeholder: times for placeholder, times in counts.items() if times})
+    return replace(document, text=clean.text) if any(counts.values()) else document
 
 
 def split_of(group: str, val_fraction: float) -> str:
-    """The side of a group: its hash as a number in [0, 1), held out below `val_fraction`."""
-    return "val" if int(group[:16], 16) / LARGEST < val_fraction else "train"
+    """Returns the split of a group: its hash, read as a number in [0, 1), is held out below `val_fraction`.
+
+    Args:
+        group: hexadecimal; the first 16 digits count.
+    """
+    return "val" if int(group[:16], 16) / HASH_RANGE < val_fraction else "train"

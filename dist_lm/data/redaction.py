@@ -1,6 +1,6 @@
-"""Keys, tokens and e-mail addresses in a text, replaced by placeholders: `<KEY>` and `<EMAIL>`, as StarCoder has them.
+"""Replaces keys, tokens and e-mail addresses in a text by placeholders: `<KEY>` and `<EMAIL>`, as StarCoder has them.
 
-Keys are what the patterns of detect-secrets' plugins for tokens and keys match. Only the patterns are used: nothing is
+Keys are found by the patterns of detect-secrets' plugins for tokens and keys. Only the patterns are used: nothing is
 verified, no settings are read, no process or thread is started. A text that lacks the words a pattern needs is not
 searched. Private keys are replaced from BEGIN to END.
 """
@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 KEY, EMAIL = "<KEY>", "<EMAIL>"
 
-# module of detect_secrets.plugins -> words of which a text in lower case has one; none: the pattern is fast by itself.
-# Not here: plugins that guess by entropy or by the name of a variable, and artifactory's, which takes words in capital
-# letters for passwords
+# Module of detect_secrets.plugins -> a text in lower case has one of these words; none: the pattern is fast by itself.
+# Plugins that guess by entropy or by the name of a variable are left out, and so is artifactory's, which takes words in
+# capital letters for passwords.
 PLUGINS: dict[str, tuple[str, ...]] = {
     "aws": ("aws", "akia", "asia", "abia", "acca", "a3t"),
     "azure_storage_key": (),
@@ -47,7 +47,7 @@ PRIVATE_KEY = re.compile(
     r"(?:[\s\S]{40,20000}?-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----|[A-Za-z0-9+/=\s\\]{64,})"
     r"|(?<=Private-Lines: )\d+\s+(?:[A-Za-z0-9+/=]{16,}\s+)+"  # PuTTY
 )
-REST = re.compile(r"[A-Za-z0-9_-]*")  # of a token of which a pattern matches the beginning
+REST = re.compile(r"[A-Za-z0-9_-]*")  # rest of a token, because some patterns match only its beginning
 LOCAL = re.compile(r"[A-Za-z0-9](?:[\w.+-]{0,63})$", re.ASCII)
 DOMAIN = re.compile(
     r"(?:[a-z0-9](?:[a-z0-9-]{0,62})\.)+(?:com|org|net|edu|gov|mil|int|info|biz|name|dev|app|cloud|tech|[a-z]{2})"
@@ -67,7 +67,7 @@ class Redacted(NamedTuple):
 
 
 def redacted(text: str, *, secrets: bool, emails: bool) -> Redacted:
-    """The text with its secrets and e-mail addresses replaced."""
+    """Replaces the secrets and e-mail addresses of a text. The counts are those of the placeholders."""
     n_secrets = n_emails = 0
     if secrets and (spans := merged([*secret_spans(text)])):
         text, n_secrets = _replaced(text, spans, KEY), len(spans)
@@ -77,56 +77,67 @@ def redacted(text: str, *, secrets: bool, emails: bool) -> Redacted:
 
 
 def redacted_json(text: str, *, secrets: bool, emails: bool) -> Redacted:
-    """A JSON text, as a corpus keeps a conversation, with the secrets and addresses of its strings replaced.
+    """Replaces the secrets and addresses in the strings of a JSON text, the form of conversations in a corpus.
 
     The strings are searched one by one: an escape before an address would count as a part of it (`\\nann@x.org`).
     """
     n_secrets = n_emails = 0
 
-    def changed(value: Any) -> Any:
+    def redact_strings(node: Any) -> Any:
         nonlocal n_secrets, n_emails
-        if isinstance(value, dict):
-            return {key: changed(one) for key, one in value.items()}
-        if isinstance(value, list):
-            return [changed(one) for one in value]
-        if not isinstance(value, str) or (len(value) < SHORTEST and "@" not in value):
-            return value
-        found = redacted(value, secrets=secrets, emails=emails)
-        n_secrets, n_emails = n_secrets + found.secrets, n_emails + found.emails
-        return found.text
+        if isinstance(node, dict):
+            return {key: redact_strings(child) for key, child in node.items()}
+        if isinstance(node, list):
+            return [redact_strings(child) for child in node]
+        if not isinstance(node, str) or (len(node) < SHORTEST and "@" not in node):
+            return node
+        clean = redacted(node, secrets=secrets, emails=emails)
+        n_secrets += clean.secrets
+        n_emails += clean.emails
+        return clean.text
 
+    if not secrets and not emails:
+        return Redacted(text, 0, 0)
     try:
-        value = changed(json.loads(text)) if secrets or emails else None
+        clean_tree = redact_strings(json.loads(text))
     except ValueError:  # the encoder refuses it by the name of its source
         return Redacted(text, 0, 0)
-    return Redacted(json.dumps(value, ensure_ascii=False) if n_secrets or n_emails else text, n_secrets, n_emails)
+
+    # A text without secrets stays as it is, byte by byte.
+    if n_secrets or n_emails:
+        text = json.dumps(clean_tree, ensure_ascii=False)
+    return Redacted(text, n_secrets, n_emails)
 
 
 def secret_spans(text: str) -> Iterator[tuple[int, int]]:
-    """`(begin, end)` of keys and tokens, in no order; they may overlap."""
-    folded = text.lower()
+    """Yields `(begin, end)` of keys and tokens, in no order; they may overlap."""
+    lowered = text.lower()
     for words, plugin in _plugins():
-        if words and not any(word in folded for word in words):
+        if words and not any(word in lowered for word in words):
             continue
-        is_valid = getattr(plugin, "is_formally_valid", lambda token: True)  # of JSON web tokens
+
+        is_valid = getattr(plugin, "is_formally_valid", lambda token: True)  # only of JSON web tokens
         is_password = type(plugin).__name__ == "BasicAuthDetector"
         for pattern in plugin.denylist:
             for match in pattern.finditer(text):
+                # The secret is the longest group; a short group is only the prefix of a token.
                 group = max(range(1, pattern.groups + 1), key=lambda n: len(match.group(n) or ""), default=0)
-                found = match.group(group)
-                if is_password and not PASSWORD.fullmatch(found):
+                secret = match.group(group)
+                if is_password and not PASSWORD.fullmatch(secret):
                     continue
-                if len(found) < SHORTEST and not is_password:
+                if len(secret) < SHORTEST and not is_password:
                     group = 0
+
                 if is_valid(match.group(group)):
                     begin, end = match.span(group)
                     yield begin, end if is_password else REST.match(text, end).end()  # type: ignore[union-attr]
-    if "private" in folded:
+
+    if "private" in lowered:
         yield from (match.span() for match in PRIVATE_KEY.finditer(text))
 
 
 def email_spans(text: str) -> Iterator[tuple[int, int]]:
-    """`(begin, end)` of e-mail addresses, from first to last."""
+    """Yields `(begin, end)` of e-mail addresses, from first to last."""
     at = text.find("@")
     while at >= 0:
         domain = DOMAIN.match(text, at + 1)
@@ -137,14 +148,15 @@ def email_spans(text: str) -> Iterator[tuple[int, int]]:
 
 
 def merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The spans from first to last; those that overlap become one."""
-    found: list[tuple[int, int]] = []
+    """Sorts spans from first to last, and joins those that overlap."""
+    disjoint: list[tuple[int, int]] = []
     for begin, end in sorted(spans):
-        if found and begin < found[-1][1]:
-            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        if disjoint and begin < disjoint[-1][1]:
+            last_begin, last_end = disjoint[-1]
+            disjoint[-1] = (last_begin, max(end, last_end))
         else:
-            found.append((begin, end))
-    return found
+            disjoint.append((begin, end))
+    return disjoint
 
 
 def _replaced(text: str, spans: list[tuple[int, int]], placeholder: str) -> str:
@@ -157,14 +169,12 @@ def _replaced(text: str, spans: list[tuple[int, int]], placeholder: str) -> str:
 
 @cache
 def _plugins() -> list[tuple[tuple[str, ...], Any]]:
-    """(words, plugin) of every plugin. Their imports take half a second."""
+    """Returns (words, plugin) of every plugin. Cached, because their imports take half a second."""
     from detect_secrets.plugins.base import RegexBasedDetector
 
-    found = []
+    plugins = []
     for name, words in PLUGINS.items():
         module = import_module(f"detect_secrets.plugins.{name}")
-        kinds = [
-            kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__
-        ]
-        found += [(words, kind()) for kind in kinds if issubclass(kind, RegexBasedDetector)]
-    return found
+        classes = [cls for cls in vars(module).values() if isinstance(cls, type) and cls.__module__ == module.__name__]
+        plugins += [(words, cls()) for cls in classes if issubclass(cls, RegexBasedDetector)]
+    return plugins

@@ -22,19 +22,19 @@ GROUP = re.compile(r"[0-9a-fA-F]{16}")  # its first digits decide the side
 EXAMPLES = 20  # sources named in a report
 NAMED = 3  # broken rows that a message names
 HOPELESS = 1000  # broken rows after which a source that is mostly broken ends
-LANGUAGES = 256  # of a corpus: a document has a byte for its language
-KEPT_CHARACTERS = 64_000_000  # of small sources, together: they stay in memory and are read once
+LANGUAGES = 256  # most of a corpus: a document has a byte for its language
+CACHED_CHARACTERS = 64_000_000  # sum of small sources, which stay in memory and are read once
 
 
 @dataclass
 class Tally:
-    """What became of everything that was read of one language or source, in documents unless said."""
+    """Counts of the documents that were read of one language or source."""
 
     seen: int = 0  # kept and dropped
     kept: int = 0
-    # reason -> documents: duplicate, empty, too_long (`max_document_bytes`), not_unicode, overlapping (a val document
-    # that train documents contain), contains_val (a train document that contains one of `held_out`), and the reasons of
-    # cleaning and of readers
+    # reason -> documents. Reasons: duplicate, empty, too_long (`max_document_bytes`), not_unicode, overlapping (train
+    # documents contain the val document), contains_val (the train document contains one of `held_out`), and those of
+    # cleaning and readers.
     dropped: dict[str, int] = field(default_factory=dict)
     replaced: dict[str, int] = field(default_factory=dict)  # placeholder -> secrets or addresses in kept documents
     documents: dict[str, int] = field(default_factory=lambda: {"train": 0, "val": 0})
@@ -62,18 +62,19 @@ class IngestReport:
     rejected: list[str] = field(default_factory=list)
 
     def reject(self, candidate: Candidate, source: SourceConfig, reason: str) -> None:
-        """Count one item that is dropped."""
+        """Counts one item that is dropped."""
         for tally in self._tallies(candidate, source):
             tally.drop(reason)
         if reason not in ("duplicate", "empty") and len(self.rejected) < EXAMPLES:
             self.rejected.append(f"{candidate.source}: {reason}")
 
-    def keep(self, item: "Screened", split: str, replaced: Mapping[str, int]) -> None:
-        """Count one document that is kept; `replaced`: placeholder -> times."""
-        for tally in self._tallies(item.document, item.source):
-            tally.keep(split, item.n_bytes, replaced)
+    def keep(self, record: "Screened", split: str, replaced: Mapping[str, int]) -> None:
+        """Counts one document that is kept; `replaced`: placeholder -> times."""
+        for tally in self._tallies(record.document, record.source):
+            tally.keep(split, record.n_bytes, replaced)
 
     def _tallies(self, candidate: Candidate, source: SourceConfig) -> tuple[Tally, Tally]:
+        """Returns the tallies of the language and of the source, which begin empty."""
         language, name = candidate.language, source_name(source)
         if language not in self.languages:
             self.languages[language] = Tally()
@@ -88,41 +89,45 @@ class Screened(NamedTuple):
     document: Document
     source: SourceConfig
     key: bytes  # hash of the text
-    group: str  # hexadecimal hash that decides the side
+    group: str  # hexadecimal hash that decides between train and val
     n_bytes: int  # UTF-8
 
 
 class SourceReader:
     """Reads the sources of one configuration. Small ones stay in memory, so generated text is generated once."""
 
-    def __init__(self, seed: int, made: dict[str, list[Candidate]] | None = None) -> None:
-        """`made`: `repr` of a source -> what it gives, for sources that are not read."""
+    def __init__(self, seed: int, preloaded: dict[str, list[Candidate]] | None = None) -> None:
+        """`preloaded`: `repr` of a source -> its candidates, for sources that are not read."""
         self._seed = seed
-        self._kept = dict(made or {})
-        self.room = KEPT_CHARACTERS
+        self._cache = dict(preloaded or {})
+        self.room = CACHED_CHARACTERS
 
     def read(self, source: SourceConfig) -> Iterator[Candidate]:
-        """Everything that a source gives, in its order.
+        """Yields everything that a source gives, in its order.
 
         Raises:
             ConfigError: the reader does not exist, or yields something else than documents of its form.
         """
         name = repr(source)
-        if name in self._kept:
-            yield from self._kept[name]
+        if name in self._cache:
+            yield from self._cache[name]
             return
-        kept: list[Candidate] = []
+
+        candidates: list[Candidate] = []
         size = 0
         for candidate in reader_of(source)(source, self._seed):
             check_candidate(candidate, source)
-            size += len(candidate.text) if isinstance(candidate, Document) else 0
+            if isinstance(candidate, Document):
+                size += len(candidate.text)
             if size <= self.room:
-                kept.append(candidate)
+                candidates.append(candidate)
             else:
-                kept.clear()
+                candidates.clear()  # too large to stay: each pass reads it again
             yield candidate
+
+        # Only a source that was read to its end is complete.
         if size <= self.room:
-            self._kept[name] = kept
+            self._cache[name] = candidates
             self.room -= size
 
 
@@ -130,42 +135,44 @@ class RowErrors:
     """Counts the broken rows of one source."""
 
     def __init__(self, source: SourceConfig, max_bad_fraction: float, rejected: TextIO | None = None) -> None:
-        """`rejected`: gets a line for each broken row."""
+        """`rejected`: gets a line of JSON for each broken row."""
         self._source = source
-        self._most = max_bad_fraction
+        self._max_bad_fraction = max_bad_fraction
         self._rejected = rejected
         self._first: list[Rejected] = []
         self._n_bad = self._n_rows = 0
 
     def counted(self, candidates: Iterable[Candidate]) -> Iterator[Candidate]:
-        """The same candidates; those of a source whose first rows are mostly broken end early."""
+        """Yields the same candidates, and counts them. A source whose first rows are mostly broken ends early."""
         for candidate in candidates:
             self._n_rows += 1
             if isinstance(candidate, Rejected) and candidate.error:
                 self._count(candidate)
-                if self._n_bad >= HOPELESS and self._n_bad > max(0.5, self._most) * self._n_rows:
+                is_mostly_broken = self._n_bad > max(0.5, self._max_bad_fraction) * self._n_rows
+                if self._n_bad >= HOPELESS and is_mostly_broken:
                     return  # `check` raises
             yield candidate
 
     def check(self) -> None:
-        """To be called when enough of the source was read.
+        """Judges the counts; to be called when enough of the source was read.
 
         Raises:
             ArtefactError: too many of the rows were broken; the message names the first ones and the key.
         """
-        if self._n_bad > self._most * self._n_rows:
-            named = "; ".join(f"{one.source}: {one.error}" for one in self._first)
+        if self._n_bad > self._max_bad_fraction * self._n_rows:
+            named = "; ".join(f"{row.source}: {row.error}" for row in self._first)
             raise ArtefactError(
                 f"corpus source reader={self._source.reader}: {self._n_bad:,} of {self._n_rows:,} rows are broken, "
-                f"more than corpus.max_bad_fraction={self._most:g}: mend them, or raise that key. The first: {named}"
+                f"more than corpus.max_bad_fraction={self._max_bad_fraction:g}: mend them, or raise that key. "
+                f"The first: {named}"
             )
 
-    def _count(self, one: Rejected) -> None:
+    def _count(self, row: Rejected) -> None:
         self._n_bad += 1
         if len(self._first) < NAMED:
-            self._first.append(one)
+            self._first.append(row)
         if self._rejected:
-            line = {"place": one.source, "reason": one.reason, "error": one.error, "language": one.language}
+            line = {"place": row.source, "reason": row.reason, "error": row.error, "language": row.language}
             self._rejected.write(json.dumps(line) + "\n")
 
 
@@ -177,7 +184,7 @@ def screened(
     report: IngestReport,
     rejected: TextIO | None = None,
 ) -> Iterator[Screened]:
-    """The documents of a corpus, source by source. A text counts where it comes first.
+    """Yields the documents of a corpus, source by source. Of equal texts only the first one passes.
 
     Args:
         texts: keys of the texts that came before (16 bytes each); the documents of the corpus are added. A text of a
@@ -192,8 +199,9 @@ def screened(
     held_out: set[bytes] = set()
     languages: set[str] = set()
     for source in corpus_sources(config, corpus_name):
-        earlier = held_out if source.held_out else texts
-        n_source = 0
+        # A text that a user holds out must not be dropped because a train source before it has it.
+        earlier_keys = held_out if source.held_out else texts
+        n_source = 0  # documents
         dropped: Counter[str] = Counter()
         errors = RowErrors(source, config.max_bad_fraction, rejected)
         for candidate in errors.counted(reader.read(source)):
@@ -201,85 +209,101 @@ def screened(
                 report.reject(candidate, source, candidate.reason)
                 dropped[candidate.reason] += 1
                 continue
-            item, reason = _screen(candidate, source, config, earlier)
+
+            record, reason = _screen(candidate, source, config, earlier_keys)
             if reason:
                 report.reject(candidate, source, reason)
                 dropped[reason] += 1
                 continue
-            earlier.add(item.key)
+
+            earlier_keys.add(record.key)
             languages.add(candidate.language)
             if len(languages) > LANGUAGES:
                 raise ConfigError(
                     f"corpus {corpus_name}: more than {LANGUAGES} languages, the last at {candidate.source}: choose "
                     f"some with only, or give a source one language (corpus={config.name})"
                 )
-            yield item
+
+            yield record
             n_source += 1
+            # A limit of 0 is never reached: it stands for all.
             if n_source == source.limit:
                 break
+
+        # Broken rows are the better explanation for a source without documents, so they are checked first.
         errors.check()
         if n_source == 0:
-            key = "dataset" if source.dataset else "path"
-            place = f" of {key}={source_place(source)}" if source_place(source) else ""
-            counts = ", ".join(f"{reason} {count:,}" for reason, count in dropped.most_common())
-            only = f" (only={source.only})" if "other_language" in dropped else ""
+            origin = counts = ""
+            if name := source_place(source):
+                key = "dataset" if source.dataset else "path"
+                origin = f" of {key}={name}"
+            if dropped:
+                only = f" (only={source.only})" if "other_language" in dropped else ""
+                listing = ", ".join(f"{reason} {count:,}" for reason, count in dropped.most_common())
+                counts = f"dropped were {listing}{only}; "
             raise ArtefactError(
-                f"corpus {corpus_name}: reader={source.reader} gave no document{place}: "
-                f"{f'dropped were {counts}{only}; ' if counts else ''}"
+                f"corpus {corpus_name}: reader={source.reader} gave no document{origin}: {counts}"
                 f"{source_traits(source).advice} (corpus={config.name})"
             )
 
 
 def check_candidate(candidate: object, source: SourceConfig) -> None:
-    """Refuse what is neither a document of the reader's form nor `Rejected`.
+    """Refuses what is neither a document of the reader's form nor `Rejected`.
 
     Raises:
         ConfigError: names the reader and what it yielded.
     """
-    form = source_form(source)
-    if isinstance(candidate, Document):
-        if candidate.form == form and isinstance(candidate.text, str):
-            if candidate.group and not GROUP.match(candidate.group):
-                raise ConfigError(
-                    f"corpus source: reader={source.reader} yielded the group {candidate.group!r} "
-                    f"({candidate.source}): expected a hexadecimal hash (text_hash of its name), or none"
-                )
-            return
-        text = f" whose text is of type {type(candidate.text).__name__}"
-        found = f"a {candidate.form}{'' if isinstance(candidate.text, str) else text} ({candidate.source})"
-    elif isinstance(candidate, Rejected):
+    if isinstance(candidate, Rejected):
         return
+
+    form = source_form(source)
+    if not isinstance(candidate, Document):
+        description = f"a value of type {type(candidate).__name__}"
+    elif not isinstance(candidate.text, str):
+        description = f"a {candidate.form} whose text is of type {type(candidate.text).__name__} ({candidate.source})"
+    elif candidate.form != form:
+        description = f"a {candidate.form} ({candidate.source})"
+    elif candidate.group and not GROUP.match(candidate.group):
+        raise ConfigError(
+            f"corpus source: reader={source.reader} yielded the group {candidate.group!r} "
+            f"({candidate.source}): expected a hexadecimal hash (text_hash of its name), or none"
+        )
     else:
-        found = f"a value of type {type(candidate).__name__}"
+        return
     raise ConfigError(
-        f"corpus source: reader={source.reader} yielded {found}: expected Document(form={form!r}) or Rejected"
+        f"corpus source: reader={source.reader} yielded {description}: expected Document(form={form!r}) or Rejected"
     )
 
 
 def source_name(source: SourceConfig) -> str:
-    """The name of a source in reports."""
+    """Names a source in reports: reader, data set or paths, language."""
     return " ".join(part for part in (source.reader, source_place(source), source.language) if part)
 
 
 def source_place(source: SourceConfig) -> str:
-    """The data set or the paths of a source."""
+    """Returns the data set or the paths of a source; empty if it is generated."""
     return source.dataset or ", ".join(source.path or [])
 
 
 def _screen(document: Document, source: SourceConfig, config: CorpusConfig, texts: set[bytes]) -> tuple[Screened, str]:
-    """The document, and why it is dropped (empty: it is not)."""
+    """Returns the document with its hashes, and why it is dropped (empty: it is not)."""
     text = document.text
     try:
-        content = (text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text).encode()
+        content = text.encode()
     except UnicodeEncodeError:
         return Screened(document, source, b"", "", 0), "not_unicode"
-    n_bytes = len(text.encode()) if "\r" in text else len(content)
-    key = hashlib.blake2b(content, digest_size=16)
-    item = Screened(document, source, key.digest(), document.group or key.hexdigest(), n_bytes)
+
+    # Texts that differ in their line ends alone are duplicates.
+    unified = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    key = hashlib.blake2b(unified, digest_size=16)
+    record = Screened(document, source, key.digest(), document.group or key.hexdigest(), len(content))
+
     if not text.strip():
-        return item, "empty"
-    if n_bytes > config.max_document_bytes:
-        return item, "too_long"
-    if reason := reason_to_drop(document, source, config.cleaning, n_bytes):
-        return item, reason
-    return item, "duplicate" if item.key in texts else ""
+        reason = "empty"
+    elif len(content) > config.max_document_bytes:
+        reason = "too_long"
+    else:
+        reason = reason_to_drop(document, source, config.cleaning, len(content))
+        if not reason and record.key in texts:
+            reason = "duplicate"
+    return record, reason

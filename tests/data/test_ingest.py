@@ -125,10 +125,10 @@ def test_conversations_that_share_a_group_with_a_held_out_one_are_dropped():
 def test_small_and_large_sources_give_the_same(monkeypatch):
     config = config_of(stories("a", prose(100)), own("read_numbers"))
     expected = list(read_corpus(config, "c", 0, IngestReport()))
-    monkeypatch.setattr(screening, "KEPT_CHARACTERS", 3000)
+    monkeypatch.setattr(screening, "CACHED_CHARACTERS", 3000)
     texts = Texts(config, 0)
     assert list(read_corpus(config, "c", 0, IngestReport(), texts)) == expected
-    assert len(texts.reader._kept) == 1
+    assert len(texts.reader._cache) == 1
 
 
 def test_what_is_not_kept_is_counted_by_language_and_source():
